@@ -1,0 +1,83 @@
+"""What a tuning result is true of: a frozen key, in clear and hashed, that can say how it differs from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.spec import KernelSpec
+
+Scalar = str | int | bool
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What else a time depends on. A row from another environment is kept, and not used.
+
+    templates  hash of the op's template and all it includes, comments aside
+    triton     its major.minor version, which is what its code generation changes with
+    protocol   version of the timing protocol
+    """
+
+    templates: str
+    triton: str
+    protocol: int
+
+
+@dataclass(frozen=True)
+class Key:
+    """Every field that a measured time depends on.
+
+    Left out, and why: the exact sizes (a bucket is tuned at its representative shape), torch's version (it
+    allocates and launches, but compiles nothing), CUDA's (ptxas comes with Triton).
+    """
+
+    gpu: str
+    spec: KernelSpec
+    bucket: Bucket
+    environment: Environment
+
+    def flat(self) -> dict[str, Scalar]:
+        """Every field in clear, as `gpu`, `spec.op`, `bucket.seqlen_kv`, `environment.triton`, ..."""
+        parts = {
+            "spec": self.spec.to_dict(),
+            "bucket": self.bucket.to_dict(),
+            "environment": asdict(self.environment),
+        }
+        flat: dict[str, Scalar] = {"gpu": self.gpu}
+        for part, values in parts.items():
+            flat.update({f"{part}.{name}": value for name, value in values.items()})
+        return flat
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits of the SHA-256 of the fields in clear."""
+        text = json.dumps(self.flat(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def diff(self, other: Key) -> dict[str, tuple[Scalar | None, Scalar | None]]:
+        """The fields that differ: name -> (mine, the other's)."""
+        mine, theirs = self.flat(), other.flat()
+        names = [*mine, *(name for name in theirs if name not in mine)]
+        return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Key:
+        """The key that `flat` wrote. Raises ArgumentError or KeyError on fields that are not a key's."""
+        parts: dict[str, dict[str, Any]] = {"spec": {}, "bucket": {}, "environment": {}}
+        for name, value in flat.items():
+            part, dot, field = name.partition(".")
+            if dot:
+                parts[part][field] = value
+        if set(parts["environment"]) != {f.name for f in fields(Environment)}:
+            raise KeyError(f"environment has the fields {sorted(parts['environment'])}")
+        return cls(
+            gpu=flat["gpu"],
+            spec=KernelSpec.from_dict(parts["spec"]),
+            bucket=Bucket.from_dict(parts["bucket"]),
+            environment=Environment(**parts["environment"]),
+        )
