@@ -1,0 +1,160 @@
+"""From rendered source to an imported module, and to machine code for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import platformdirs
+
+from parallax_gen.codegen.calling import empty_inputs, prepare
+from parallax_gen.codegen.render import KernelSource
+from parallax_gen.codegen.resources import Resources, resources_of
+from parallax_gen.errors import BuildError
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+
+@cache
+def cache_dir() -> Path:
+    """Where rendered kernels are kept: $PARALLAX_GEN_CACHE_DIR, else the user's cache directory.
+
+    Where that cannot be written, a directory of this user's under the system's temporary one, with a warning.
+    """
+    chosen = os.environ.get("PARALLAX_GEN_CACHE_DIR")
+    wanted = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("parallax_gen"))
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except OSError as error:
+        fallback = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        if fallback.stat().st_uid != os.getuid():  # somebody else's: what lies there is not ours to import
+            raise BuildError(f"cannot write kernels to {wanted} ({error}), and {fallback} is not yours") from error
+        warnings.warn(f"cannot write kernels to {wanted} ({error}); using {fallback}", stacklevel=2)
+        return fallback
+
+
+def write(source: KernelSource) -> Path:
+    """The file that holds the source, written if it is not there: named by its content, so never stale."""
+    path = cache_dir() / "kernels" / f"{source.name}_{source.sha256[:16]}.py"
+    try:
+        if path.read_text() == source.text:
+            return path
+    except (OSError, UnicodeDecodeError):
+        pass  # missing or damaged: write it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A temporary file renamed into place: a reader sees all of it or nothing.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(source.text)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise BuildError(f"cannot write the kernel {path}: {error}") from error
+    return path
+
+
+@cache
+def load(source: KernelSource) -> ModuleType:
+    """The imported kernel file. Its `launch` compiles on first use, through Triton's own cache."""
+    path = write(source)
+    name = f"parallax_gen_kernels_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever it raised: it does not import
+        del sys.modules[name]
+        raise BuildError(f"{path} does not import: {error}") from error
+    return module
+
+
+def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> Resources:
+    """Compile every kernel of the source for `gpu`, which need not be there, and say what it needs.
+
+    The launch is run on tensors that have sizes but no memory, with launching switched off: what Triton
+    compiles, and puts in its cache, is what the same call compiles on the GPU. Raises BuildError.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise BuildError("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    module = load(source)
+    compiled: list[Any] = []
+    with _driver_without_device(gpu), _launching_switched_off(module, compiled):
+        try:
+            module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
+        except Exception as error:  # Triton's stages raise many types; any of them means: no program
+            raise BuildError(_first_line(error)) from error
+    return resources_of(compiled)
+
+
+class _DriverWithoutDevice:
+    """What Triton's JIT asks of a driver before it compiles."""
+
+    def __init__(self, gpu: Gpu):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", gpu.arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"sm_{self.target.arch}, absent"  # keys Triton's caches: kept apart from a device that is there
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _driver_without_device(gpu: Gpu) -> Iterator[None]:
+    from triton.runtime import driver
+
+    try:
+        before = driver.active
+    except RuntimeError:  # no GPU here: there is nothing to put back
+        before = None
+    driver.set_active(_DriverWithoutDevice(gpu))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+@contextlib.contextmanager
+def _launching_switched_off(module: ModuleType, compiled: list[Any]) -> Iterator[None]:
+    from triton.runtime.jit import JITFunction
+
+    kernels = [value for value in vars(module).values() if isinstance(value, JITFunction)]
+    for kernel in kernels:
+
+        def compile_only(*args: Any, grid: Any, warmup: bool, run: Any = kernel.run, **options: Any) -> None:
+            compiled.append(run(*args, grid=grid, warmup=True, **options))
+
+        kernel.run = compile_only
+    try:
+        yield
+    finally:
+        for kernel in kernels:
+            del kernel.run  # the method shows again
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"

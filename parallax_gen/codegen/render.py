@@ -1,0 +1,104 @@
+"""Renders a kernel's source. The only user of Jinja."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jinja2
+from jinja2 import meta
+
+import parallax_gen
+from parallax_gen.data import data_dir
+from parallax_gen.errors import ConfigError
+from parallax_gen.problem.config import KernelConfig, describe
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.space import why_invalid
+from parallax_gen.problem.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A rendered kernel: one Python file that needs torch and triton only.
+
+    name    a readable module name, for files and traces
+    text    the file
+    sha256  of the text, in hex: the same text is the same kernel
+    """
+
+    name: str
+    text: str
+    sha256: str
+
+
+def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
+    """The kernel of `spec` done as `config` says, for `gpu`. Raises ConfigError where that cannot be."""
+    if reason := why_invalid(spec, config, gpu):
+        raise ConfigError(f"{describe(config)}: {reason}")
+    text = (
+        _environment()
+        .get_template(f"{spec.op}.py.j2")
+        .render(
+            spec=spec,
+            config=config,
+            config_text=describe(config),
+            gpu_title=gpu.title,
+            version=parallax_gen.__version__,
+            templates_hash=templates_hash(spec.op),
+        )
+    )
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return KernelSource(name=_name(spec), text=text, sha256=sha256)
+
+
+@cache
+def templates_hash(op: str) -> str:
+    """12 hex digits over the op's template and all that it imports, comments and white space aside.
+
+    Part of every key: a changed template leaves old results unused.
+    """
+    digest = hashlib.sha256()
+    for path in _closure(f"{op}.py.j2"):
+        digest.update(_without_comments(path.read_text()).encode())
+    return digest.hexdigest()[:12]
+
+
+def _closure(name: str) -> list[Path]:
+    """The template and every template it refers to, each once, in a fixed order."""
+    environment, folder = _environment(), data_dir("templates")
+    found: dict[str, Path] = {}
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = folder / name
+            tree = environment.parse(found[name].read_text())
+            waiting += sorted(n for n in meta.find_referenced_templates(tree) if n is not None)
+    return list(found.values())
+
+
+def _without_comments(text: str) -> str:
+    text = re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
+    lines = (re.sub(r"(^|\s)# .*$", "", line).strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(data_dir("templates")),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # the output is Python, not HTML
+    )
+    environment.filters["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length()
+    return environment
+
+
+def _name(spec: KernelSpec) -> str:
+    words = [spec.op, f"d{spec.head_dim}", spec.dtype, f"g{spec.group}"]
+    words += [flag for flag in ("causal", "stats", "ragged") if getattr(spec, flag)]
+    return "_".join(words)

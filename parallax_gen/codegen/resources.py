@@ -1,0 +1,61 @@
+"""What a compiled kernel needs of a multiprocessor: registers, spilled bytes, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from parallax_gen.errors import BuildError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of the most demanding kernel of a file.
+
+    registers     32-bit registers a thread
+    spills        bytes a thread keeps on its stack for want of registers
+    shared_bytes  shared memory a block
+    """
+
+    registers: int
+    spills: int
+    shared_bytes: int
+
+
+def resources_of(compiled: Sequence[Any]) -> Resources:
+    """Of Triton's compiled kernels, read from their machine code."""
+    if not compiled:
+        raise BuildError("nothing was compiled")
+    each = [(*_usage(kernel.asm["cubin"]), int(kernel.metadata.shared)) for kernel in compiled]
+    return Resources(*(max(values) for values in zip(*each, strict=True)))
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) a thread, as cuobjdump reports them: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", report)
+    if not found:
+        raise BuildError(f"cuobjdump said nothing of registers: {report.strip()!r}")
+    return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)
+
+
+@cache
+def _cuobjdump() -> Path:
+    """The one that Triton's wheel carries."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not path.exists():
+        raise BuildError(f"Triton's cuobjdump is missing: {path}")
+    return path
