@@ -6,12 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 
 Scalar = str | int | bool
+
+# Version of the timing protocol (tuning/measure.py says what it is): times of two protocols are not compared.
+PROTOCOL = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,11 @@ class Key:
         return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
 
     @classmethod
+    def here(cls, gpu: str, spec: KernelSpec, bucket: Bucket, templates: str) -> Key:
+        """The key under which results count in this process: with the Triton that is installed."""
+        return cls(gpu, spec, bucket, Environment(templates, triton_version(), PROTOCOL))
+
+    @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Key:
         """The key that `flat` wrote. Raises ArgumentError or KeyError on fields that are not a key's."""
         parts: dict[str, dict[str, Any]] = {"spec": {}, "bucket": {}, "environment": {}}
@@ -81,3 +91,15 @@ class Key:
             bucket=Bucket.from_dict(parts["bucket"]),
             environment=Environment(**parts["environment"]),
         )
+
+
+@cache
+def triton_version() -> str:
+    """major.minor of the installed Triton, read without importing it where it was installed under its name."""
+    try:
+        full = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build of torch's or a vendor's own
+        import triton
+
+        full = str(triton.__version__)
+    return ".".join(full.split(".")[:2])

@@ -24,7 +24,10 @@ def default_config(spec: KernelSpec, shape: Shape, gpu: Gpu) -> KernelConfig:
 
 def _forward_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
     """From the largest tile that pays to the smallest that always fits."""
-    head_group = 1 if shape.group == 1 else _floor_of(shape.group, "forward", "HEAD_GROUP")
+    # As many heads together as have their keys and values in half of L2; at least those that share them.
+    kv_bytes = 2 * shape.seqlen_kv * spec.head_dim * spec.bytes_per_element
+    together = max(1, gpu.l2_bytes // 2 // kv_bytes) * shape.group
+    head_group = _floor_of(together, "forward", "HEAD_GROUP")
     tiles = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
     if spec.dtype == "fp32":
         tiles = tiles[-2:]  # no tensor cores: registers, not tiles, bound these
@@ -42,9 +45,8 @@ def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCon
     head_blocks = -(-spec.group // block_h)
     programs = shape.batch * shape.kv_heads * head_blocks
     block_n = 32
-    wanted = max(1, 4 * gpu.sms // programs)
-    longest = max(1, shape.seqlen_kv // (4 * block_n))  # a split of less than four steps is mostly start and merge
-    splits = _floor_of(min(wanted, longest), "decode", "NUM_SPLITS")
+    wanted = max(1, 2 * gpu.sms // programs)  # more would hide no more latency, and cost merging
+    splits = _floor_of(min(wanted, -(-shape.seqlen_kv // block_n)), "decode", "NUM_SPLITS")
     merge = "none" if splits == 1 else "last"
     return [
         DecodeConfig(block_n, block_h, splits, merge, num_warps=w, num_stages=s) for w, s in ((1, 4), (2, 3), (2, 2))

@@ -1,4 +1,4 @@
-"""How a kernel is checked and timed. The protocol has a version: times of two protocols are not compared."""
+"""How a kernel is timed. The protocol has a version, `memory.keys.PROTOCOL`: a change here raises it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Version 1: a CUDA graph of several calls on one set of random inputs (so L2 holds what fits, as between the
+# Protocol 1: a CUDA graph of several calls on one set of random inputs (so L2 holds what fits, as between the
 # layers of a model it would not: small shapes are timed warm), replayed; each replay is timed with events and
 # divided by its calls; the median counts. A timing starts with replays that bring the clocks up.
-PROTOCOL = 1
-
 CALLS_A_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
 WARM_MS = 10.0

@@ -94,8 +94,14 @@ class Worker:
         self.close()
         return Outcome("timeout", f"no answer in {timeout_s:.0f} s", seconds=time.monotonic() - start)
 
+    def kill(self) -> None:
+        """Kill the child, from any thread: one that waits in `ask` gets "crash"."""
+        child = self._child
+        if child is not None:
+            child.kill()
+
     def close(self) -> None:
-        """Kill the child, if there is one."""
+        """Kill the child and let go of its pipes."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()

@@ -1,0 +1,243 @@
+"""The loop that joins search, workers and store: propose, compile in parallel, check and time, write down."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+
+from parallax_gen.codegen.render import templates_hash
+from parallax_gen.memory.keys import Key
+from parallax_gen.memory.results import Result, now
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Bucket, Shape, representative
+from parallax_gen.problem.space import neighbours
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.model import predict_us
+from parallax_gen.tuning.search import Search
+from parallax_gen.tuning.worker import Compile, Measure, Outcome, Trial, Worker
+
+COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds; a worker's start is in it
+MEASURE_TIMEOUT_S = 120.0  # the oracle of the largest shapes is in it
+MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
+GIVE_UP = 1.5  # a call this many times slower than the best has lost
+FINALISTS, FINALIST_MS = 4, 200.0  # timed again, for longer: the median of a short timing moves by a percent or two
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tune: one spec in one bucket on one GPU."""
+
+    spec: KernelSpec
+    bucket: Bucket
+    gpu: Gpu
+
+    @property
+    def key(self) -> Key:
+        return Key.here(self.gpu.name, self.spec, self.bucket, templates_hash(self.spec.op))
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes it is tuned at."""
+        return representative(self.bucket, self.spec.group)
+
+
+@dataclass
+class Progress:
+    """How a job stands. `kinds` counts this run's outcomes; `known` those that earlier runs left."""
+
+    job: Job
+    known: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    best: Result | None = None
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> int:
+        return sum(self.kinds.values())
+
+
+class Tuner:
+    """Tunes jobs on one GPU. A context: it owns the child processes, and leaving it ends them.
+
+    measure=False compiles and predicts only, and needs no GPU.
+    """
+
+    def __init__(self, store: Store, *, measure: bool, compilers: int | None = None):
+        self._store = store
+        self._measure = measure
+        self._compilers = _Compilers(compilers or os.cpu_count() or 1)
+        self._bench = Worker(with_device=True)
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._compilers.close()
+        self._bench.close()
+
+    def tune(self, job: Job, *, trials: int, time_budget_s: float, on_progress: Callable[[Progress], None]) -> Progress:
+        """Try configs until there were `trials` of them, or the seconds are spent, or none is left.
+
+        Every outcome is stored as it comes: an interrupt loses nothing, and the next run goes on from there.
+        on_progress is called after each.
+        """
+        run = _Run(job, self._store, self._measure, deadline=time.monotonic() + time_budget_s)
+        pending: dict[Future[Outcome], KernelConfig] = {}
+        asked = 0
+        while not run.spent:
+            # Twice the compilers: the next ones are ready while this thread times.
+            while len(pending) < 2 * self._compilers.width and asked < trials:
+                config = run.search.ask()
+                if config is None:
+                    break
+                pending[self._compilers.submit(Compile(run.trial(config)))] = config
+                asked += 1
+            if not pending:
+                break
+            for future in wait(pending, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                config = pending.pop(future)
+                if not run.spent:
+                    run.note(self._judge(run, config, future.result()))
+                    on_progress(run.progress)
+        for future in pending:
+            future.cancel()
+        if self._measure:
+            self._time_finalists_again(run)
+        on_progress(run.progress)
+        return run.progress
+
+    def _judge(self, run: _Run, config: KernelConfig, compiled: Outcome) -> Result:
+        """What comes of a config that was compiled: pruned, measured, or predicted."""
+        if compiled.kind != "ok" or compiled.resources is None:
+            return run.result(config, compiled, compiled)
+        if compiled.resources.spills > MOST_SPILLS:
+            detail = f"spills {compiled.resources.spills} bytes a thread, over {MOST_SPILLS}"
+            return run.result(config, compiled, Outcome("resources", detail))
+        job = run.progress.job
+        if compiled.resources.shared_bytes > job.gpu.shared_per_block:
+            detail = f"needs {compiled.resources.shared_bytes} bytes of shared memory, over {job.gpu.shared_per_block}"
+            return run.result(config, compiled, Outcome("resources", detail))
+        if not self._measure:
+            estimate = predict_us(job.spec, config, job.shape, job.gpu, compiled.resources)
+            return run.result(config, compiled, Outcome("predicted"), predicted_us=estimate)
+        give_up_us = GIVE_UP * run.best_us
+        outcome = self._bench.ask(Measure(run.trial(config), give_up_us), MEASURE_TIMEOUT_S)
+        return run.result(config, compiled, outcome)
+
+    def _time_finalists_again(self, run: _Run) -> None:
+        for finalist in [r for r in self._store.results(run.key) if r.measured][:FINALISTS]:
+            request = Measure(run.trial(finalist.config), timed_ms=FINALIST_MS)
+            outcome = self._bench.ask(request, MEASURE_TIMEOUT_S)
+            self._store.record(run.result_again(finalist, outcome))
+        run.progress.best = self._store.best(run.key)
+
+
+class _Run:
+    """One job being tuned: what is known, what to try next, how it stands."""
+
+    def __init__(self, job: Job, store: Store, measure: bool, deadline: float):
+        self.key = job.key
+        self._store = store
+        self._wanted = "ok" if measure else "predicted"
+        self._start, self._deadline = time.monotonic(), deadline
+        known = [r for r in store.results(self.key) if not (measure and r.outcome == "predicted")]
+        best = next((r for r in known if r.outcome == self._wanted), None)
+        default = default_config(job.spec, job.shape, job.gpu)
+        around = best.config if best else default
+        self.search = Search(job.spec, job.gpu, first=[default, *neighbours(job.spec, around, job.gpu)])
+        for result in known:
+            self.search.tell(result.config, result.time_us)
+        self.progress = Progress(job, known=len(known), best=best)
+
+    @property
+    def spent(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    @property
+    def best_us(self) -> float:
+        best = self.progress.best
+        return best.time_us if best is not None and best.time_us is not None else float("inf")
+
+    def trial(self, config: KernelConfig) -> Trial:
+        return Trial(self.progress.job.spec, config, self.progress.job.shape, self.progress.job.gpu)
+
+    def note(self, result: Result) -> None:
+        """Store a result, tell the search, and keep the best."""
+        self._store.record(result)
+        succeeded = result.outcome in ("ok", "slow", "predicted")
+        self.search.tell(result.config, result.time_us if succeeded else None)
+        if result.outcome == self._wanted and result.time_us is not None and result.time_us < self.best_us:
+            self.progress.best = result
+        self.progress.kinds[result.outcome] = self.progress.kinds.get(result.outcome, 0) + 1
+        self.progress.seconds = time.monotonic() - self._start
+
+    def result(
+        self, config: KernelConfig, compiled: Outcome, outcome: Outcome, *, predicted_us: float | None = None
+    ) -> Result:
+        resources, timing = compiled.resources, outcome.timing
+        return Result(
+            key=self.key,
+            config=config,
+            outcome=outcome.kind,
+            shape=self.progress.job.shape,
+            time_us=timing.median_us if timing else predicted_us,
+            time_us_p20=timing.p20_us if timing else None,
+            time_us_p80=timing.p80_us if timing else None,
+            error=outcome.error,
+            registers=resources.registers if resources else None,
+            spills=resources.spills if resources else None,
+            shared_bytes=resources.shared_bytes if resources else None,
+            compile_s=compiled.seconds,
+            detail=outcome.detail,
+            source=f"{'measured on' if timing else 'compiled for'} {self.progress.job.gpu.title}",
+        )
+
+    def result_again(self, before: Result, outcome: Outcome) -> Result:
+        """A result measured once more: the newer times, the same resources."""
+        timing = outcome.timing
+        return replace(
+            before,
+            outcome=outcome.kind,
+            time_us=timing.median_us if timing else None,
+            time_us_p20=timing.p20_us if timing else None,
+            time_us_p80=timing.p80_us if timing else None,
+            error=outcome.error,
+            detail=outcome.detail,
+            created_at=now(),
+        )
+
+
+class _Compilers:
+    """Worker processes that compile, as many as there are cores, each asked by one thread at a time."""
+
+    def __init__(self, width: int):
+        self.width = width
+        self._workers = [Worker(with_device=False) for _ in range(width)]
+        self._idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(width)
+
+    def submit(self, request: Compile) -> Future[Outcome]:
+        return self._threads.submit(self._ask, request)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()  # a thread that waits for it sees a crash, and ends
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+    def _ask(self, request: Compile) -> Outcome:
+        worker = self._idle.get()
+        try:
+            return worker.ask(request, COMPILE_TIMEOUT_S)
+        finally:
+            self._idle.put(worker)

@@ -1,0 +1,188 @@
+"""The GPU table, the names it answers to, and what is made of a device it does not hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from parallax_gen.errors import ArgumentError, UnknownGpuError
+from parallax_gen.problem.hardware import GIB, GPUS, KIB, MIB, Gpu, gpu_by_name, recognise
+
+# What torch reports: name, capability, SMs, total_memory, shared_memory_per_block_optin.
+REPORTED = {
+    "a100": ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 81154 * MIB, 163 * KIB),
+    "a100-pcie": ("NVIDIA A100 80GB PCIe", (8, 0), 108, 81051 * MIB, 163 * KIB),
+    "a100-40gb": ("NVIDIA A100-SXM4-40GB", (8, 0), 108, 42298834944, 163 * KIB),
+    "h100": ("NVIDIA H100 80GB HBM3", (9, 0), 132, 81090 * MIB, 227 * KIB),
+    "h100-pcie": ("NVIDIA H100 PCIe", (9, 0), 114, 81008 * MIB, 227 * KIB),
+    "h200": ("NVIDIA H200", (9, 0), 132, 143156 * MIB, 227 * KIB),
+    "b200": ("NVIDIA B200", (10, 0), 148, 182642 * MIB, 227 * KIB),
+    "l40s": ("NVIDIA L40S", (8, 9), 142, 47576711168, 99 * KIB),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", (8, 9), 128, 24563 * MIB, 99 * KIB),
+    "rtx3090": ("NVIDIA GeForce RTX 3090", (8, 6), 82, 25414860800, 99 * KIB),
+    "rtx5090": ("NVIDIA GeForce RTX 5090", (12, 0), 170, 33677180928, 99 * KIB),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_card_is_recognised_from_what_its_driver_reports(name: str) -> None:
+    device_name, capability, sms, memory, shared = REPORTED[name]
+    assert recognise(device_name, capability, sms, memory) is GPUS[name]
+    assert recognise(device_name, capability, sms, memory, shared_per_block=shared, l2_bytes=1) is GPUS[name]
+    assert gpu_by_name(device_name) is GPUS[name]
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_card_answers_to_its_own_name_and_title(name: str) -> None:
+    gpu = GPUS[name]
+    for spelling in (name, name.upper(), name.replace("-", " "), name.replace("-", "_"), gpu.title):
+        assert gpu_by_name(spelling) is gpu
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("H100 SXM", "h100"),
+        ("H100-PCIe", "h100-pcie"),
+        ("NVIDIA H100 Tensor Core GPU", "h100"),
+        ("A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("RTX 4090", "rtx4090"),
+        ("GeForce_RTX_4090", "rtx4090"),
+        ("HGX B200", "b200"),
+    ],
+)
+def test_marketing_names(spelling: str, name: str) -> None:
+    assert gpu_by_name(spelling).name == name
+
+
+@pytest.mark.parametrize("name", ["", "h1000", "NVIDIA", "L40", "H100 80GB HBM3 MIG 1g.10gb", "RTX 4090 Laptop GPU"])
+def test_an_unknown_name_is_told_the_known_ones(name: str) -> None:
+    with pytest.raises(UnknownGpuError, match=r"known are a100, .*h200"):
+        gpu_by_name(name)
+
+
+def test_a_name_that_is_no_text() -> None:
+    with pytest.raises(ArgumentError, match="gpu: got None"):
+        gpu_by_name(None)  # type: ignore[arg-type]
+
+
+def test_figures_that_kernels_lean_on() -> None:
+    h200 = GPUS["h200"]
+    assert (h200.arch, h200.sms, h200.registers_per_sm, h200.max_registers_per_thread) == (90, 132, 65536, 255)
+    assert (h200.shared_per_sm, h200.shared_per_block) == (228 * 1024, 227 * 1024)
+    assert h200.peak("bf16") == h200.peak("fp16") == pytest.approx(989.4e12)
+    assert h200.peak("fp32") == pytest.approx(66.9e12)
+    assert h200.bandwidth == pytest.approx(4.8e12)
+    assert GPUS["b200"].arch == 100
+    assert GPUS["a100"].shared_per_block == 163 * 1024
+    with pytest.raises(ArgumentError, match="dtype: got 'fp8'; allowed: bf16, fp16, fp32"):
+        h200.peak("fp8")
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_figures_are_of_the_right_size(gpu: Gpu) -> None:
+    """Catches a slipped unit or column: what the tensor cores of a generation do per SM and clock is known."""
+    per_clock = {(8, 0): 2048, (8, 6): 512, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}[gpu.capability]
+    if gpu.name == "rtx4090":
+        per_clock = 512  # a GeForce card, halved as the other two
+    assert 1.2e9 < gpu.tensor_flops / gpu.sms / per_clock < 2.7e9
+    assert 1.3e9 < gpu.fp32_flops / gpu.sms / (128 if gpu.arch == 80 else 256) < 2.7e9
+    assert gpu.tf32_flops == pytest.approx(gpu.tensor_flops / 2, rel=0.02)
+    assert 0.5e12 < gpu.bandwidth < 10e12
+    assert gpu.max_warps_per_sm in (48, 64)
+    assert not gpu.estimated
+    assert hash(gpu) == hash(dataclasses.replace(gpu))
+
+
+def test_a_mig_slice_is_not_the_whole_card() -> None:
+    gpu = recognise("NVIDIA H100 80GB HBM3", (9, 0), 16, 10 * GIB)
+    assert gpu.name == "nvidia-h100-80gb-hbm3-16sm"
+    assert gpu.estimated
+    assert (gpu.sms, gpu.memory_bytes, gpu.shared_per_block) == (16, 10 * GIB, 227 * KIB)
+    assert gpu.bandwidth == pytest.approx(3.35e12 * 16 / 132)
+    assert gpu.peak("bf16") == pytest.approx(989.4e12 * 16 / 132)
+    of_h200 = recognise("NVIDIA H200 MIG 1g.18gb", (9, 0), 16, 16 * GIB)
+    assert of_h200.bandwidth == pytest.approx(4.8e12 * 16 / 132)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "capability", "sms", "memory"),
+    [
+        ("NVIDIA L40", (8, 9), 142, 45 * GIB),  # an L40S's figures, half its tensor rate
+        ("NVIDIA H200 NVL", (9, 0), 132, 140 * GIB),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, 40 * GIB),
+        ("NVIDIA H100 80GB HBM3", (9, 1), 132, 79 * GIB),
+        ("NVIDIA GeForce RTX 4090", (8, 9), 128, 48 * GIB),
+    ],
+)
+def test_a_card_that_only_resembles_one_is_its_own(
+    device_name: str, capability: tuple[int, int], sms: int, memory: int
+) -> None:
+    gpu = recognise(device_name, capability, sms, memory)
+    assert gpu.estimated
+    assert gpu.name not in GPUS
+    assert gpu.capability == capability
+
+
+def test_an_unknown_card_has_its_architectures_limits() -> None:
+    gpu = recognise("NVIDIA RTX A6000", (8, 6), 84, 47 * GIB)
+    assert gpu.name == "nvidia-rtx-a6000-84sm"
+    assert (gpu.max_warps_per_sm, gpu.max_blocks_per_sm, gpu.shared_per_block) == (48, 16, 99 * KIB)
+    assert recognise("NVIDIA B300 SXM6 AC", (10, 3), 148, 268 * GIB).shared_per_block == 227 * KIB
+
+
+def test_an_unknown_architecture_has_the_least_of_all_limits() -> None:
+    gpu = recognise("NVIDIA Next", (13, 0), 200, 300 * GIB)
+    for field in ("max_warps_per_sm", "max_blocks_per_sm", "shared_per_sm", "shared_per_block"):
+        assert getattr(gpu, field) == min(getattr(known, field) for known in GPUS.values())
+
+
+def test_what_the_device_says_goes_before_what_is_estimated() -> None:
+    gpu = recognise(
+        "NVIDIA Thor", (11, 0), 20, 122 * GIB, shared_per_block=227 * KIB, l2_bytes=32 * MIB, bandwidth=273e9
+    )
+    assert (gpu.shared_per_block, gpu.shared_per_sm) == (227 * KIB, 228 * KIB)
+    assert (gpu.l2_bytes, gpu.bandwidth) == (32 * MIB, 273e9)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "capability", "message"),
+    [
+        ("Tesla V100-SXM2-16GB", (7, 0), r"compute capability 7\.0; kernels need 8\.0"),
+        ("AMD Instinct MI300X", (9, 4), "not an NVIDIA GPU"),
+    ],
+)
+def test_devices_that_cannot_run_kernels(device_name: str, capability: tuple[int, int], message: str) -> None:
+    with pytest.raises(UnknownGpuError, match=message):
+        recognise(device_name, capability, 80, 16 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("device_name", ""),
+        ("device_name", None),
+        ("capability", 90),
+        ("capability", (9, "0")),
+        ("sms", 0),
+        ("sms", None),
+        ("memory_bytes", 80.0),
+        ("shared_per_block", -1),
+        ("l2_bytes", True),
+        ("bandwidth", 0.0),
+        ("bandwidth", "fast"),
+    ],
+)
+def test_recognise_names_the_argument_it_cannot_use(argument: str, value: object) -> None:
+    arguments = {"device_name": "NVIDIA H100", "capability": (9, 0), "sms": 132, "memory_bytes": 80 * GIB}
+    with pytest.raises(ArgumentError, match=f"^{argument}: got "):
+        recognise(**{**arguments, argument: value})  # type: ignore[arg-type]
+
+
+def test_importing_it_imports_no_torch() -> None:
+    code = "import sys, parallax_gen.problem.hardware; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

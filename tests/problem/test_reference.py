@@ -1,0 +1,283 @@
+"""The oracle against torch's own attention and against a loop over rows; the error measures; random inputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem import reference
+from parallax_gen.problem.reference import (
+    Errors,
+    assert_close,
+    errors,
+    random_inputs,
+    reference_forward,
+    tolerance,
+    torch_dtype,
+    why_wrong,
+)
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}  # both sides are float64
+
+
+def inputs(
+    batch: int, heads: int, kv_heads: int, seqlen_q: int, seqlen_kv: int, head_dim: int = 16
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seqlen_q + 1000 * seqlen_kv)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    q, r = normal(batch, seqlen_q, heads, head_dim), normal(batch, seqlen_q, heads, head_dim)
+    k, v = normal(batch, seqlen_kv, kv_heads, head_dim), normal(batch, seqlen_kv, kv_heads, head_dim)
+    return q, r / 4, k, v
+
+
+def by_rows(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, lengths: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parallax as v̄ minus the covariance of t and v, one query at a time, over the keys that it sees and no others."""
+    batch, seqlen_q, heads, _ = q.shape
+    group = heads // k.shape[2]
+    out, v_mean = torch.zeros_like(q), torch.zeros_like(q)
+    t_mean = torch.zeros(batch, heads, seqlen_q, dtype=q.dtype)
+    lse = torch.full_like(t_mean, -math.inf)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(seqlen_q):
+                sees = min(lengths[b], lengths[b] - seqlen_q + i + 1) if causal else lengths[b]
+                if sees <= 0:
+                    continue
+                keys, values = k[b, :sees, h // group], v[b, :sees, h // group]
+                weights = torch.exp(scale * (keys @ q[b, i, h]))
+                p = weights / weights.sum()
+                t = keys @ r[b, i, h]
+                mean = torch.dot(p, t)
+                covariance = sum(p[j] * (t[j] - mean) * values[j] for j in range(sees))
+                v_mean[b, i, h] = p @ values
+                out[b, i, h] = v_mean[b, i, h] - covariance
+                lse[b, h, i] = math.log(weights.sum())
+                t_mean[b, h, i] = mean
+    return out, lse, t_mean, v_mean
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_without_probes_it_is_softmax_attention(causal: bool, kv_heads: int) -> None:
+    q, r, k, v = inputs(2, 6, kv_heads, 33, 33)
+    found = reference_forward(q, torch.zeros_like(r), k, v, causal=causal)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(found.out, expected, **EXACT)
+    torch.testing.assert_close(found.v_mean, expected, **EXACT)
+    assert not found.t_mean.any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "seqlen_q", "seqlen_kv"),
+    [(2, 2, 7, 7), (6, 2, 3, 9), (3, 1, 9, 4), (1, 1, 1, 11), (4, 2, 5, 1)],
+)
+def test_against_the_covariance_form(causal: bool, heads: int, kv_heads: int, seqlen_q: int, seqlen_kv: int) -> None:
+    q, r, k, v = inputs(2, heads, kv_heads, seqlen_q, seqlen_kv)
+    found = reference_forward(q, r, k, v, causal=causal)
+    expected = by_rows(q, r, k, v, causal=causal, scale=q.shape[-1] ** -0.5, lengths=[seqlen_kv] * 2)
+    for name, mine, its in zip(found._fields, found, expected, strict=True):
+        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_keys_behind_a_sequences_end_do_not_exist(causal: bool, poison: float, as_tensor: bool) -> None:
+    lengths = [8, 5, 2, 0]
+    q, r, k, v = inputs(4, 4, 2, 3, 8)
+    expected = by_rows(q, r, k, v, causal=causal, scale=0.25, lengths=lengths)
+    for b, length in enumerate(lengths):
+        k[b, length:], v[b, length:] = poison, poison
+    given = torch.tensor(lengths, dtype=torch.int32) if as_tensor else lengths
+    found = reference_forward(q, r, k, v, causal=causal, cache_seqlens=given)
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its, **EXACT)
+
+
+def test_rows_that_see_no_key_are_zero() -> None:
+    q, r, k, v = inputs(1, 2, 1, 6, 2)
+    found = reference_forward(q, r, k, v, causal=True)
+    assert not found.out[:, :4].any()
+    assert not found.v_mean[:, :4].any()
+    assert not found.t_mean[..., :4].any()
+    assert (found.lse[..., :4] == -math.inf).all()
+    assert found.out[:, 4:].all()
+    assert found.lse[..., 4:].isfinite().all()
+
+
+def test_gradients_flow_and_are_zero_where_nothing_is_seen() -> None:
+    q, r, k, v = (x.requires_grad_() for x in inputs(1, 2, 1, 6, 2))
+    reference_forward(q, r, k, v, causal=True).out.sum().backward()
+    for x in (q, r, k, v):
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+        assert x.grad.any()
+    assert q.grad is not None
+    assert not q.grad[:, :4].any()
+
+
+def test_softmax_scale_scales_scores_and_not_t() -> None:
+    q, r, k, v = inputs(1, 2, 2, 4, 6)
+    found = reference_forward(q, r, k, v, softmax_scale=0.7)
+    for mine, its in zip(found, by_rows(q, r, k, v, causal=False, scale=0.7, lengths=[6]), strict=True):
+        torch.testing.assert_close(mine, its, **EXACT)
+    uniform = reference_forward(q, r, k, v, softmax_scale=0.0)
+    torch.testing.assert_close(uniform.t_mean[0, 1], k[0, :, 1].mean(dim=0) @ r[0, :, 1].T, **EXACT)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_of_queries_do_not_show(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, r, k, v = inputs(1, 4, 2, 11, 9)
+    whole = reference_forward(q, r, k, v, causal=causal, cache_seqlens=[7])
+    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 2 * 7 * 3)  # three queries of a group of two
+    for mine, its in zip(reference_forward(q, r, k, v, causal=causal, cache_seqlens=[7]), whole, strict=True):
+        torch.testing.assert_close(mine, its, **EXACT)
+
+
+def test_sums_are_float64_whatever_comes_in() -> None:
+    q, r, k, v = inputs(1, 2, 2, 4, 6)
+    low = [x.bfloat16() for x in (q, r, k, v)]
+    found, same = reference_forward(*low), reference_forward(*(x.double() for x in low))
+    assert {x.dtype for x in found} == {torch.float64}
+    for mine, its in zip(found, same, strict=True):
+        torch.testing.assert_close(mine, its, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"q": torch.zeros(1, 4, 16)}, "q"),
+        ({"r": torch.zeros(1, 4, 2, 16)}, "r"),
+        ({"k": torch.zeros(1, 6, 2, 8)}, "k"),
+        ({"k": torch.zeros(2, 6, 2, 16)}, "k"),
+        ({"k": torch.zeros(1, 6, 3, 16)}, "k"),
+        ({"v": torch.zeros(1, 5, 2, 16)}, "v"),
+        ({"cache_seqlens": [7]}, "cache_seqlens"),
+        ({"cache_seqlens": [-1]}, "cache_seqlens"),
+        ({"cache_seqlens": [1, 2]}, "cache_seqlens"),
+        ({"cache_seqlens": [1.5]}, "cache_seqlens"),
+        ({"cache_seqlens": [True]}, "cache_seqlens"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change: dict[str, object], argument: str) -> None:
+    good = dict(zip("qrkv", inputs(1, 4, 2, 4, 6), strict=True))
+    with pytest.raises(ArgumentError, match=f"^{argument}: got "):
+        reference_forward(**{**good, **change})  # type: ignore[arg-type]
+
+
+def test_errors() -> None:
+    ref = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
+    assert errors(ref, ref) == Errors(0.0, 0.0, 0.0)
+    found = errors(ref + torch.tensor([[0.0, 0.0], [0.5, 0.0]]), ref)
+    assert found == Errors(relative=pytest.approx(0.5 / 50**0.5), worst=pytest.approx(0.1), maximum=0.5)
+
+
+def test_errors_at_zero_nan_and_infinity() -> None:
+    zero, one = torch.zeros(2, 2), torch.ones(2, 2)
+    assert errors(zero, zero) == Errors(0.0, 0.0, 0.0)
+    assert errors(zero[:0], zero[:0]) == Errors(0.0, 0.0, 0.0)
+    assert errors(one, zero) == Errors(math.inf, math.inf, 1.0)
+    hole = one.clone()
+    hole[1, 0] = math.nan
+    assert errors(hole, one) == errors(one, hole) == errors(hole, hole) == Errors(math.inf, math.inf, math.inf)
+    empty_row = torch.tensor([-math.inf, 1.0, 2.0])
+    assert errors(empty_row, empty_row) == Errors(0.0, 0.0, 0.0)
+    assert errors(torch.tensor([0.0, 1.0, 2.0]), empty_row).relative == math.inf
+    assert errors(empty_row, torch.tensor([0.0, 1.0, 2.0])).relative == math.inf
+
+
+def test_errors_of_different_shapes() -> None:
+    with pytest.raises(ArgumentError, match=r"out: got \(2, 1\); allowed: the reference's shape, \(2, 2\)"):
+        errors(torch.zeros(2, 1), torch.zeros(2, 2))
+
+
+def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal Parallax of one head with p, p·t and o rounded to the input dtype, and all else in fp32."""
+    dtype, (queries, keys) = q.dtype, (q.shape[0], k.shape[0])
+    q, r, k, v = (x.float() for x in (q, r, k, v))
+    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
+    s = (q @ k.T * q.shape[-1] ** -0.5).masked_fill(hidden, -math.inf)
+    t = r @ k.T
+    p = (s - s.amax(dim=-1, keepdim=True)).exp()
+    d1, d2 = p.sum(dim=-1, keepdim=True), (p * t).sum(dim=-1, keepdim=True)
+    o1, o2 = p.to(dtype).float() @ v, (p * t).to(dtype).float() @ v
+    return (o1 / d1 * (1 + d2 / d1) - o2 / d1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_rounding_stays_within_the_tolerance_and_a_wrong_row_does_not(dtype: str) -> None:
+    spec, shape = KernelSpec("forward", 64, dtype, causal=True), Shape(1, 1, 1, 512, 512)
+    call = random_inputs(spec, shape, seed=0)
+    ref = reference_forward(*call, causal=True).out
+    out = as_a_kernel_rounds(*(x[0, :, 0] for x in call))[None, :, None]
+    found = errors(out, ref)
+    assert found.relative < tolerance(dtype) / 3
+    assert found.worst < 2 * tolerance(dtype)
+    assert why_wrong(out, ref, dtype) is None
+    assert_close(out, ref, dtype)
+
+    out[0, 300, 0] *= 1.25  # one row in 512: in bf16 lost in the whole, as is a mask that is wrong at one place
+    with pytest.raises(AssertionError, match=r"1 of 512 rows beyond .* at \(0, 300, 0\)"):
+        assert_close(out, ref, dtype)
+
+
+def test_what_is_wrong_is_said_with_its_place() -> None:
+    ref = torch.ones(4, 8)
+    out = ref.clone()
+    out[2, 5] = 3.0
+    assert why_wrong(out, ref, "fp16") == (
+        "relative error 0.354 (0.00125 allowed for fp16); 1 of 4 rows beyond 0.00625, the worst, 0.707, at (2,); "
+        "largest difference 2 at (2, 5): 3, not 1"
+    )
+    assert "nan, not 1" in str(why_wrong(ref * math.nan, ref, "fp16"))
+    assert "0, not 1" in str(why_wrong(torch.tensor(0.0), torch.tensor(1.0), "bf16"))
+
+
+def test_a_row_near_zero_is_measured_against_the_others() -> None:
+    ref = torch.tensor([[1.0], [1.0], [1e-9]])  # one-wide rows, as the t̄ of a single query
+    assert why_wrong(ref + 1e-6, ref, "bf16") is None
+    assert why_wrong(torch.tensor([[1.0], [1e-3]]), torch.tensor([[1.0], [0.0]]), "bf16") is not None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_random_inputs(dtype: str) -> None:
+    spec, shape = KernelSpec("forward", 128, dtype, group=2), Shape(2, 4, 2, 64, 96)
+    call = random_inputs(spec, shape, seed=3)
+    assert [tuple(x.shape) for x in call] == [(2, 64, 4, 128)] * 2 + [(2, 96, 2, 128)] * 2
+    assert {x.dtype for x in call} == {torch_dtype(dtype)}
+    for x in (call.q, call.k, call.v):
+        assert x.float().std().item() == pytest.approx(1, abs=0.05)
+    t = torch.einsum("bihd,bjhd->bhij", call.r[:, :, :2].double(), call.k.double())
+    assert t.std().item() == pytest.approx(1, abs=0.1)
+    for mine, again, other in zip(
+        call, random_inputs(spec, shape, seed=3), random_inputs(spec, shape, seed=4), strict=True
+    ):
+        assert torch.equal(mine, again)
+        assert not torch.equal(mine, other)
+
+
+def test_random_inputs_want_a_shape_of_the_spec() -> None:
+    with pytest.raises(ArgumentError, match="1 query heads a kv head; allowed: the spec's 4"):
+        random_inputs(KernelSpec("forward", 64, "bf16", group=4), Shape(1, 4, 4, 8, 8), seed=0)
+    with pytest.raises(ArgumentError, match="seqlen_q 1 for decode"):
+        random_inputs(KernelSpec("decode", 64, "bf16"), Shape(1, 4, 4, 8, 8), seed=0)
+
+
+@pytest.mark.parametrize("of_dtype", [tolerance, torch_dtype])
+def test_unknown_dtypes(of_dtype: object) -> None:
+    with pytest.raises(ArgumentError, match="dtype: got 'fp8'; allowed: bf16, fp16, fp32"):
+        of_dtype("fp8")
