@@ -1,3 +1,33 @@
-"""parallax_gen: specialised, tuned Triton kernels for Parallax attention."""
+"""parallax_gen: specialised, tuned Triton kernels for Parallax attention.
+
+    from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
+
+Importing it touches no GPU, disk or database, and imports neither torch nor triton: names load when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_with_kvcache
 
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "parallax_attn_func", "parallax_attn_with_kvcache"]
+
+_HOMES = {
+    "parallax_attn_func": "parallax_gen.runtime.functional",
+    "parallax_attn_with_kvcache": "parallax_gen.runtime.functional",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

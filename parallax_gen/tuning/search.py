@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from parallax_gen.problem.config import KernelConfig, config_to_dict
@@ -29,7 +29,10 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._spec, self._gpu = spec, gpu
         self._first = deque(first)
-        self._distributions = {knob.name: CategoricalDistribution(knob.values) for knob in knobs_of(spec)}
+        self._choices = {knob.name: knob.values for knob in knobs_of(spec)}
+        self._distributions: dict[str, BaseDistribution] = {
+            name: CategoricalDistribution(values) for name, values in self._choices.items()
+        }
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=16)
         self._study = optuna.create_study(sampler=sampler)
         self._asked: dict[KernelConfig, optuna.Trial | None] = {}
@@ -64,6 +67,6 @@ class Search:
 
     def _known(self, config: KernelConfig, cost: float) -> FrozenTrial | None:
         params = config_to_dict(config)
-        if any(value not in self._distributions[name].choices for name, value in params.items()):
+        if any(value not in self._choices[name] for name, value in params.items()):
             return None  # of a space that was larger: nothing the sampler could propose
-        return create_trial(params=params, distributions=dict(self._distributions), value=cost)
+        return create_trial(params=params, distributions=self._distributions, value=cost)

@@ -1,0 +1,162 @@
+"""One row of what is known, checked like a user's input, and which of two rows counts. Pure data, no database."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.memory.keys import Key, Scalar
+from parallax_gen.problem.config import (
+    CONFIG_OF_OP,
+    KernelConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_json,
+)
+from parallax_gen.problem.shapes import Shape
+
+OUTCOMES = ("ok", "invalid", "compile", "resources", "timeout", "crash", "wrong", "slow", "predicted")
+
+Diff = dict[str, tuple[Scalar | None, Scalar | None]]
+
+
+def now() -> str:
+    """The time of day in UTC, as `Result.created_at` holds it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one config under one key: measured, predicted or failed.
+
+    outcome       one of OUTCOMES: "ok" was measured, "predicted" is a model's guess, the rest are failures
+    shape         the sizes that were timed
+    time_us       median; of a predicted row, the estimate; beside it the 20th and 80th percentiles
+    error         relative error against the oracle; inf if the output was not finite
+    registers, spills, shared_bytes   what the compiled kernel takes: a thread, bytes a thread, bytes a program
+    compile_s     seconds it took to compile
+    detail        why it failed; "" otherwise
+    created_at    ISO 8601, UTC
+    source        where it comes from, such as "measured on NVIDIA H200"
+
+    Raises ArgumentError on values of another kind: rows that were read are checked like a user's input.
+    """
+
+    key: Key
+    config: KernelConfig
+    outcome: str
+    shape: Shape | None = None
+    time_us: float | None = None
+    time_us_p20: float | None = None
+    time_us_p80: float | None = None
+    error: float | None = None
+    registers: int | None = None
+    spills: int | None = None
+    shared_bytes: int | None = None
+    compile_s: float | None = None
+    detail: str = ""
+    created_at: str = field(default_factory=now)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        environment = self.key.environment
+        texts = {"gpu": self.key.gpu, "templates": environment.templates, "triton": environment.triton}
+        texts |= {name: getattr(self, name) for name in ("detail", "created_at", "source")}
+        for name, value in texts.items():
+            if not isinstance(value, str):
+                raise ArgumentError(name, repr(value), "text")
+        if type(environment.protocol) is not int:
+            raise ArgumentError("protocol", repr(environment.protocol), "an int")
+        if type(self.config) is not CONFIG_OF_OP[self.key.spec.op]:
+            raise ArgumentError("config", self.config, f"a config of op {self.key.spec.op!r}")
+        if self.outcome not in OUTCOMES:
+            raise ArgumentError("outcome", repr(self.outcome), ", ".join(OUTCOMES))
+        for name in ("time_us", "time_us_p20", "time_us_p80", "compile_s", "error"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and (0 <= value < math.inf or (name, value) == ("error", math.inf))):
+                raise ArgumentError(name, repr(value), "None or a number of 0 or more")
+        for name in ("registers", "spills", "shared_bytes"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 0):
+                raise ArgumentError(name, repr(value), "None or an int of 0 or more")
+        if self.outcome in ("ok", "predicted") and not self.time_us:
+            raise ArgumentError("time_us", self.time_us, f"more than 0 when the outcome is {self.outcome!r}")
+        if datetime.fromisoformat(self.created_at).utcoffset() != timedelta(0):
+            raise ArgumentError("created_at", self.created_at, "a time in UTC, such as 2026-01-31T12:00:00+00:00")
+
+    @property
+    def measured(self) -> bool:
+        return self.outcome == "ok"
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What there is one row of: the key's digest and the config's text."""
+        return self.key.digest, config_to_json(self.config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it."""
+        parts = {
+            "key": self.key.flat(),
+            "config": config_to_dict(self.config),
+            "shape": self.shape and self.shape.to_dict(),
+        }
+        return {f.name: parts[f.name] if f.name in parts else getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Result:
+        """The result that `to_dict` wrote. Raises ArgumentError, ConfigError or ValueError on anything else."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(data, dict) or set(data) != set(names):
+            raise ArgumentError("record", data, f"an object of exactly {names}")
+        parts = {name: data[name] for name in ("key", "config", "shape")}
+        for name, part in parts.items():
+            if not isinstance(part, dict) and not (name == "shape" and part is None):
+                raise ArgumentError(name, repr(part), "an object of its fields")
+        try:
+            key = Key.from_flat(parts["key"])
+        except KeyError as missing:
+            raise ArgumentError("key", parts["key"], f"every field of a key, in clear ({missing})") from missing
+        if key.flat() != parts["key"]:
+            raise ArgumentError("key", parts["key"], f"no fields beside {list(key.flat())}")
+        config = config_from_dict(key.spec.op, parts["config"])
+        shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
+        return cls(**(data | {"key": key, "config": config, "shape": shape}))
+
+
+def supersedes(new: Result, old: Result) -> bool:
+    """Whether `new` takes the place of `old`, a row of the same key and config.
+
+    First by how much a row tells. A prediction tells least: it never replaces anything that was tried. A
+    "timeout" or a "crash" may be the machine's fault (a busy or lost GPU, a killed child), so it does not erase
+    a verdict, above all not a measured time: nothing found is lost to a bad rerun. Of rows that tell as much the
+    newer counts, so that the same row remains whichever process happens to write last.
+    """
+
+    def weight(result: Result) -> tuple[int, datetime]:
+        tells = {"predicted": 0, "timeout": 1, "crash": 1}.get(result.outcome, 2)
+        return tells, datetime.fromisoformat(result.created_at)
+
+    return weight(new) >= weight(old)
+
+
+def reading_order(result: Result) -> tuple[Any, ...]:
+    """Sorts by key field by field, then the measured from fast to slow, then the predicted, then the failed."""
+    group = {"ok": 0, "predicted": 1}.get(result.outcome, 2)
+    return (*result.key.flat().values(), group, result.time_us or 0.0, config_to_json(result.config))
+
+
+def near_misses(key: Key, results: Iterable[Result]) -> list[tuple[Result, Diff]]:
+    """The measured results that come nearest to `key` without being its own, each with the fields that differ.
+
+    Those of the same GPU, spec and bucket in another environment; if there are none, those of the same GPU and
+    spec in another bucket. Fewest differences first, then fastest.
+    """
+    near = [r for r in results if r.measured and (r.key.gpu, r.key.spec) == (key.gpu, key.spec) and r.key != key]
+    same_bucket = [r for r in near if r.key.bucket == key.bucket]
+    misses = [(r, key.diff(r.key)) for r in same_bucket or near]
+    return sorted(misses, key=lambda miss: (len(miss[1]), miss[0].time_us))

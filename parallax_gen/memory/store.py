@@ -1,0 +1,247 @@
+"""The tuning database: what was measured here, one row a (key, config), failures too. The only user of SQLite."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from sqlite_utils import Database
+from sqlite_utils.utils import sqlite3  # the module that Database uses, which need not be the standard one
+
+from parallax_gen.data import data_dir
+from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
+from parallax_gen.memory.keys import Key
+from parallax_gen.memory.results import OUTCOMES, Diff, Result, near_misses, reading_order, supersedes
+
+__all__ = ["OUTCOMES", "Diff", "Result", "Store", "default_path"]
+
+# Says that a SQLite file is ours: "PXTG", in its header.
+APPLICATION_ID = 0x50585447
+
+# How long to wait for other processes; each holds the database for milliseconds.
+BUSY_SECONDS = 60.0
+
+
+def default_path() -> Path:
+    """The user's database: $PARALLAX_GEN_DB, else tuning.db in the user's data folder."""
+    path = os.environ.get("PARALLAX_GEN_DB")
+    return Path(path).expanduser() if path else Path(platformdirs.user_data_dir("parallax_gen")) / "tuning.db"
+
+
+class Store:
+    """The tuning database at `path` (default: `default_path()`), made if it is missing.
+
+    Any number of processes may have it open: each write is one short transaction in write-ahead mode, waits for
+    its turn, and outlives the process once `record` returns. With read_only, a missing file is an empty database.
+    Only the thread that opened it may use it; one that is read-only any thread, as autograd's dispatch kernels too.
+    Raises StoreError if the file cannot be used, is not ours or is of a later version.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:
+        self.path = default_path() if path is None else Path(path)
+        self.read_only = read_only
+        self._unreadable: set[tuple[object, object]] = set()
+        with self._explained(), ExitStack() as undo:
+            if not read_only:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _connect(self.path, "mode=ro" if read_only else "mode=rwc")
+            undo.callback(self.close)
+            if read_only:
+                self._prepare_to_read()
+            else:
+                self._prepare_to_write()
+            undo.pop_all()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    @property
+    def unreadable(self) -> int:
+        """How many rows were met so far that do not parse, and were passed over."""
+        return len(self._unreadable)
+
+    def record(self, result: Result) -> None:
+        """Remember a result, unless what is there for its key and config is worth more (see `supersedes`)."""
+        if self.read_only:
+            raise StoreError(f"{self.path} was opened to be read: nothing can be recorded in it")
+        digest, config = result.identity
+        with self._explained(), self._transaction():
+            old = self._select("key_digest = :digest and config_json = :config", digest=digest, config=config)
+            if all(supersedes(result, row) for row in old):
+                self._db.table("results").upsert(_to_row(result), pk=("key_digest", "config_json"))
+
+    def results(self, key: Key) -> list[Result]:
+        """All that is known under `key`, the measured first, from fast to slow."""
+        return self._read("key_digest = :digest", digest=key.digest)
+
+    def best(self, key: Key) -> Result | None:
+        """The fastest config measured under `key`."""
+        return next(iter(self._read("key_digest = :digest and outcome = 'ok'", digest=key.digest)), None)
+
+    def predicted_best(self, key: Key) -> Result | None:
+        """The config predicted to be the fastest under `key`, of those not tried."""
+        return next(iter(self._read("key_digest = :digest and outcome = 'predicted'", digest=key.digest)), None)
+
+    def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
+        """Every row, or those of a GPU or an op, sorted by key and then from fast to slow."""
+        wanted = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
+        return self._read(" and ".join(f"{name} = :{name}" for name in wanted) or "true", **wanted)
+
+    def near_misses(self, key: Key) -> list[tuple[Result, Diff]]:
+        """What explains that nothing was found under `key`: see `results.near_misses`."""
+        return near_misses(key, self.all(key.gpu, key.spec.op))
+
+    def _prepare_to_write(self) -> None:
+        """Bring the schema up to date and switch to write-ahead mode."""
+        with self._transaction():  # of many processes that open a new file, one at a time gets in here
+            version = self._version()
+            for number, script in _migrations():
+                if number > version:
+                    self._db.executescript(script.read_text())
+                    self._db.execute(f"PRAGMA user_version = {number}")
+                    self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self._db.enable_wal()
+                break
+            except sqlite3.OperationalError as error:
+                # When two processes switch the same file, SQLite does not wait as it does elsewhere.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
+
+    def _prepare_to_read(self) -> None:
+        """Check that the file is ours; open it in another way where the first does not work."""
+        try:
+            version = self._version()
+        except sqlite3.OperationalError:
+            # Write-ahead mode puts files beside the database, even to read it. Where that is not allowed, and no
+            # writer has put them there, nobody is writing, and it can be read as a file that does not change.
+            if Path(f"{self.path.resolve()}-wal").exists():
+                raise
+            self._db.close()
+            self._db = _connect(self.path, "immutable=1")
+            version = self._version()
+        if 0 < version < _migrations()[-1][0]:  # 0 is a file that is missing or being made: empty
+            raise StoreError(f"{self.path} is of an older version ({version}): open it once for writing")
+
+    def _version(self) -> int:
+        """The file's schema version, 0 if it is new. Raises StoreError if it is not ours or later than we know."""
+        version, application = (
+            int(self._db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("user_version", "application_id")
+        )
+        if application != APPLICATION_ID and (application or version or self._db.table_names()):
+            raise StoreError(
+                f"{self.path} is a SQLite database of another program: it is left as it is; "
+                "set PARALLAX_GEN_DB to another file"
+            )
+        known = _migrations()[-1][0]
+        if version > known:
+            raise StoreError(
+                f"{self.path} has the newer schema {version}, this parallax_gen knows up to {known}: "
+                "upgrade parallax_gen, or set PARALLAX_GEN_DB to another file"
+            )
+        return version
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, and alone: IMMEDIATE takes the write lock before anything is read."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.commit()
+        finally:
+            self._db.rollback()  # does nothing after a commit
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what SQLite and the file system say into a StoreError that names the file and what to do."""
+        try:
+            yield
+        except sqlite3.ProgrammingError:  # a mistake of ours, such as reading a closed store
+            raise
+        except (sqlite3.OperationalError, OSError) as error:
+            raise StoreError(
+                f"cannot use the tuning database {self.path}: {error}. PARALLAX_GEN_DB can name a file elsewhere."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise StoreError(
+                f"{self.path} is damaged or not a tuning database: {error}. "
+                "Move it away and a new one is made, or set PARALLAX_GEN_DB to another file."
+            ) from error
+
+    def _read(self, where: str, **arguments: str) -> list[Result]:
+        with self._explained():
+            return sorted(self._select(where, **arguments), key=reading_order)
+
+    def _select(self, where: str, **arguments: str) -> list[Result]:
+        """The rows that match and parse. One that does not is counted, and never trusted."""
+        found = []
+        for row in self._db.table("results").rows_where(where, arguments):
+            try:
+                found.append(_from_row(row))
+            except (ParallaxGenError, ValueError, RecursionError):
+                self._unreadable.add((row["key_digest"], row["config_json"]))
+        return found
+
+
+def _connect(path: Path, mode: str) -> Database:
+    missing = mode == "mode=ro" and not path.exists()
+    uri = "file::memory:" if missing else f"{path.absolute().as_uri()}?{mode}"
+    one_thread = mode == "mode=rwc"  # SQLite takes reads of one connection in turn; transactions would mix
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=one_thread)
+    connection.text_factory = _decode
+    return Database(connection, recursive_triggers=False, execute_plugins=False)
+
+
+def _decode(raw: bytes) -> str:
+    """Text that is not UTF-8 makes its own row unreadable, not the query."""
+    return raw.decode(errors="replace")
+
+
+def _migrations() -> list[tuple[int, Path]]:
+    """(number, file), ascending."""
+    files = sorted((data_dir("tuning_db") / "migrations").glob("[0-9][0-9][0-9][0-9]_*.sql"))
+    return [(int(file.name[:4]), file) for file in files]
+
+
+_PLAIN = [f.name for f in fields(Result) if f.name not in ("key", "config", "shape")]
+
+
+def _to_row(result: Result) -> dict[str, object]:
+    data = result.to_dict()
+    digest, config_json = result.identity
+    return {
+        "key_digest": digest,
+        "config_json": config_json,
+        "key_json": json.dumps(data["key"]),
+        "gpu": result.key.gpu,
+        "op": result.key.spec.op,
+        "shape_json": data["shape"] and json.dumps(data["shape"]),
+        **{name: data[name] for name in _PLAIN},
+    }
+
+
+def _from_row(row: Mapping[str, Any]) -> Result:
+    data = {name: row[name] for name in _PLAIN}
+    for name in ("key", "config", "shape"):
+        text = row[f"{name}_json"]
+        data[name] = None if text is None else json.loads(text)
+    result = Result.from_dict(data)
+    if result.key.digest != row["key_digest"]:
+        raise ArgumentError("key_digest", row["key_digest"], f"that of its key, {result.key.digest}")
+    return result

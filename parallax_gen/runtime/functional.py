@@ -1,0 +1,306 @@
+"""The public functions: Parallax attention of whole sequences, and of one query against a KV cache."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallax_gen.codegen.calling import Scratch, scratch_of
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.reference import Reference, reference_forward
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.runtime.dispatch import Dispatcher, default_dispatcher, gpu_of_device
+from parallax_gen.runtime.workspace import Workspace
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# Plans are kept by everything they were checked for. A cache that grows by a key each step makes a plan each step:
+# past this many, start over.
+MOST_PLANS = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of these sizes, strides and types does: found once, then looked up."""
+
+    launch: Callable[..., None] | None  # None: nothing to attend to, the output is 0
+    scratch: Scratch
+    workspace: Workspace | None
+    device: int
+
+
+def parallax_attn_func(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    out: Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parallax attention: o_i = Σ_j p_ij (1 + t̄_i − t_ij) v_j, with p = softmax(scale·q·k), t = r·k, t̄ = Σ p t.
+
+    (Parallax: Parameterized Local Linear Attention for Language Modeling, arXiv 2605.29157, algorithm 1. r = 0 is
+    softmax attention.)
+
+    q, r           (batch, seqlen_q, heads, head_dim), bf16, fp16 or fp32
+    k, v           (batch, seqlen_kv, kv_heads, head_dim); heads is a multiple of kv_heads, and query head h
+                   attends with kv head h // (heads / kv_heads)
+    causal         query i sees keys up to seqlen_kv − seqlen_q + i (aligned to the end); a query that sees none gives 0
+    softmax_scale  of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    out            where to write, like q; made if not given
+    return_stats   also return lse = log Σ exp(scale·q·k) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v, like q
+
+    Any strides do that keep the last dimension contiguous. On CUDA tensors this launches one kernel on the current
+    stream and waits for nothing; on CPU tensors it runs the fp64 reference. There are no gradients yet.
+    Raises ArgumentError, naming the argument.
+    """
+    try:
+        plan = _plans[_key(q, r, k, v, causal, return_stats)]
+    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
+        plan = _plan_forward(q, r, k, v, causal, return_stats)
+        _remember(_key(q, r, k, v, causal, return_stats), plan)
+    _refuse_gradients(q, r, k, v)
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5
+    else:
+        _check_scale(softmax_scale)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    else:
+        _check_out(out, q)
+    stats: tuple[Tensor, ...] = ()
+    if return_stats:
+        rows = (q.shape[0], q.shape[2], q.shape[1])
+        lse, t_mean = (torch.empty(rows, dtype=torch.float32, device=q.device) for _ in range(2))
+        stats = (lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
+    if plan.device < 0:
+        found = reference_forward(q, r, k, v, causal=causal, softmax_scale=softmax_scale)
+        _copy(found, out, stats)
+    elif plan.launch is None:
+        _nothing_seen(out, stats)
+    elif plan.device == torch.cuda.current_device():
+        plan.launch(q, r, k, v, out, *stats, softmax_scale)
+    else:
+        with torch.cuda.device(plan.device):
+            plan.launch(q, r, k, v, out, *stats, softmax_scale)
+    return (out, *stats) if return_stats else out  # type: ignore[return-value]
+
+
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    softmax_scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Parallax attention of one new query a sequence over its cached keys, as in a decode step.
+
+    q, r              (batch, 1, heads, head_dim), bf16, fp16 or fp32
+    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim); heads is a multiple of kv_heads
+    cache_seqlens     (batch,) int32 on the same device: how many keys of each sequence count, 0 to seqlen; an int
+                      for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
+                      of length 0 gives 0
+    softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    out               where to write, like q; made if not given
+
+    Returns out. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited for, and
+    the call can be captured in a CUDA graph; lengths are read on the device. See `parallax_attn_func` for the
+    formula. Raises ArgumentError, naming the argument.
+    """
+    if isinstance(cache_seqlens, int):
+        _check_inputs(q, r, k_cache, v_cache, "k_cache", "v_cache")
+        k_cache, v_cache = _first_keys(k_cache, v_cache, cache_seqlens)
+        cache_seqlens = None
+    try:
+        plan = _plans[_key(q, r, k_cache, v_cache, cache_seqlens)]
+    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
+        plan = _plan_decode(q, r, k_cache, v_cache, cache_seqlens)
+        _remember(_key(q, r, k_cache, v_cache, cache_seqlens), plan)
+    _refuse_gradients(q, r, k_cache, v_cache)
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5
+    else:
+        _check_scale(softmax_scale)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    else:
+        _check_out(out, q)
+    if plan.device < 0:
+        found = reference_forward(q, r, k_cache, v_cache, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens)
+        _copy(found, out, ())
+    elif plan.launch is None:
+        _nothing_seen(out, ())
+    elif plan.device == torch.cuda.current_device():
+        plan.launch(*_decode_arguments(plan, q, r, k_cache, v_cache, out, cache_seqlens), softmax_scale)
+    else:
+        with torch.cuda.device(plan.device):
+            plan.launch(*_decode_arguments(plan, q, r, k_cache, v_cache, out, cache_seqlens), softmax_scale)
+    return out
+
+
+_plans: dict[object, Plan] = {}
+
+
+def _key(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[object, ...]:
+    """Everything that a plan was checked for: a call with the same key needs no further look at its inputs."""
+    q_key = (q.shape, q.stride(), q.dtype, q.get_device())
+    r_key = (r.shape, r.stride(), r.dtype, r.get_device())
+    k_key = (k.shape, k.stride(), k.dtype, k.get_device())
+    v_key = (v.shape, v.stride(), v.dtype, v.get_device())
+    lengths = rest[0]
+    if isinstance(lengths, Tensor):
+        rest = (lengths.shape, lengths.stride(), lengths.dtype, lengths.get_device())
+    return (q_key, r_key, k_key, v_key, rest)
+
+
+def _remember(key: object, plan: Plan) -> None:
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+
+
+def _decode_arguments(plan: Plan, *given: Tensor | None) -> tuple[Any, ...]:
+    """What `launch` takes before the scale: the tensors that are there, and scratch where splits are merged."""
+    tensors = tuple(tensor for tensor in given if tensor is not None)
+    if plan.workspace is None:
+        return tensors
+    partials, arrived = plan.workspace.get(plan.scratch.partials, plan.scratch.arrived)
+    return (*tensors, partials, arrived) if plan.scratch.arrived else (*tensors, partials)
+
+
+def _plan_forward(q: Tensor, r: Tensor, k: Tensor, v: Tensor, causal: bool, return_stats: bool) -> Plan:
+    for name, flag in (("causal", causal), ("return_stats", return_stats)):
+        if type(flag) is not bool:
+            raise ArgumentError(name, repr(flag), "True or False")
+    dtype = _check_inputs(q, r, k, v, "k", "v")
+    spec = KernelSpec("forward", q.shape[3], dtype, group=q.shape[2] // k.shape[2], causal=causal, stats=return_stats)
+    return _plan(spec, q, k, default_dispatcher())
+
+
+def _plan_decode(q: Tensor, r: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor | None) -> Plan:
+    dtype = _check_inputs(q, r, k, v, "k_cache", "v_cache")
+    if q.shape[1] != 1:
+        raise ArgumentError("q", f"{q.shape[1]} queries a sequence", "1: the shape (batch, 1, heads, head_dim)")
+    if cache_seqlens is not None:
+        if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dtype != torch.int32:
+            got = cache_seqlens.dtype if isinstance(cache_seqlens, Tensor) else repr(cache_seqlens)
+            raise ArgumentError("cache_seqlens", got, "an int32 tensor, an int or None")
+        if cache_seqlens.shape != q.shape[:1] or not cache_seqlens.is_contiguous():
+            raise ArgumentError(
+                "cache_seqlens", f"shape {tuple(cache_seqlens.shape)}", f"({q.shape[0]},), contiguous: one a sequence"
+            )
+        if cache_seqlens.device != q.device:
+            raise ArgumentError("cache_seqlens", f"on {cache_seqlens.device}", f"on {q.device}, where q is")
+    spec = KernelSpec("decode", q.shape[3], dtype, group=q.shape[2] // k.shape[2], ragged=cache_seqlens is not None)
+    return _plan(spec, q, k, default_dispatcher())
+
+
+def _plan(spec: KernelSpec, q: Tensor, k: Tensor, dispatcher: Dispatcher) -> Plan:
+    """The plan of a call whose arguments were checked."""
+    if not q.is_cuda:
+        _warn_of_cpu()
+        return Plan(None, Scratch(), None, -1)
+    index = q.device.index
+    if q.numel() == 0 or k.numel() == 0:
+        return Plan(None, Scratch(), None, index)
+    shape = Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
+    choice, module = dispatcher.kernel(spec, shape, gpu_of_device(index))
+    scratch = scratch_of(spec, choice.config, shape.batch, shape.kv_heads)
+    return Plan(module.launch, scratch, _workspace(index) if scratch.partials else None, index)
+
+
+@cache
+def _workspace(index: int) -> Workspace:
+    return Workspace(torch.device("cuda", index))
+
+
+def _check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> str:
+    """The dtype's name, if the inputs fit each other. Raises ArgumentError at the first that does not."""
+    named = (("q", q), ("r", r), (k_name, k), (v_name, v))
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(name, type(tensor).__name__, "a tensor")
+        if tensor.dim() != 4:
+            raise ArgumentError(name, f"shape {tuple(tensor.shape)}", "4 dimensions: (batch, seqlen, heads, head_dim)")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ArgumentError(name, tensor.dtype, ", ".join(DTYPES))
+        if tensor.dtype != q.dtype:
+            raise ArgumentError(name, tensor.dtype, f"{q.dtype}, as q has")
+        if tensor.device != q.device:
+            raise ArgumentError(name, f"on {tensor.device}", f"on {q.device}, where q is")
+        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
+            raise ArgumentError(name, f"strides {tensor.stride()}", "a contiguous last dimension (stride 1)")
+    if q.device.type not in ("cuda", "cpu"):
+        raise ArgumentError("q", f"on {q.device}", "a CUDA or CPU tensor")
+    batch, _, heads, head_dim = q.shape
+    if r.shape != q.shape:
+        raise ArgumentError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ArgumentError(k_name, f"shape {tuple(k.shape)}", f"({batch}, seqlen, kv_heads, {head_dim}), to go with q")
+    if k.shape[2] == 0 or heads == 0 or heads % k.shape[2]:
+        raise ArgumentError(k_name, f"{k.shape[2]} kv heads", f"a divisor of q's {heads} heads")
+    if v.shape != k.shape:
+        raise ArgumentError(v_name, f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of {k_name}")
+    return DTYPE_NAMES[q.dtype]
+
+
+def _check_out(out: Tensor, q: Tensor) -> None:
+    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(3) != 1:
+        got = f"shape {tuple(out.shape)}, {out.dtype}, strides {out.stride()}, on {out.device}"
+        allowed = f"shape {tuple(q.shape)}, {q.dtype}, on {q.device}, the last dimension contiguous"
+        raise ArgumentError("out", got, allowed)
+
+
+def _check_scale(softmax_scale: float) -> None:
+    if not (isinstance(softmax_scale, (int, float)) and 0 < softmax_scale < math.inf):
+        raise ArgumentError("softmax_scale", repr(softmax_scale), "a number greater than 0")
+
+
+def _refuse_gradients(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> None:
+    if (q.requires_grad or r.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+        name = next(n for n, x in (("q", q), ("r", r), ("k", k), ("v", v)) if x.requires_grad)
+        raise ArgumentError(
+            name, "a tensor that needs gradients", "tensors without (there is no backward yet), or no_grad"
+        )
+
+
+def _first_keys(k_cache: Tensor, v_cache: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    if isinstance(length, bool) or not 0 <= length <= k_cache.shape[1]:
+        raise ArgumentError("cache_seqlens", length, f"0 to {k_cache.shape[1]}, the keys in k_cache")
+    return k_cache[:, :length], v_cache[:, :length]
+
+
+def _nothing_seen(out: Tensor, stats: tuple[Tensor, ...]) -> None:
+    """No key at all: every row gives 0."""
+    out.zero_()
+    if stats:
+        lse, t_mean, v_mean = stats
+        lse.fill_(-math.inf)
+        t_mean.zero_()
+        v_mean.zero_()
+
+
+def _copy(found: Reference, out: Tensor, stats: tuple[Tensor, ...]) -> None:
+    out.copy_(found.out)
+    for tensor, value in zip(stats, (found.lse, found.t_mean, found.v_mean), strict=False):
+        tensor.copy_(value)
+
+
+@cache
+def _warn_of_cpu() -> None:
+    """Once a process."""
+    warnings.warn("parallax_gen: these are CPU tensors; they run through the slow fp64 reference", stacklevel=5)

@@ -1,0 +1,50 @@
+"""Scratch for kernels that merge splits: partial states, and counters that are 0 before and after every launch.
+
+Launches on one stream follow each other and may share scratch; launches on two may not, nor a captured graph's
+and anybody's else, since nobody knows beside what it will be replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Counters that captured launches get slices of: zeroed before the capture, so that a graph needs no memset.
+CAPTURE_COUNTERS = 1 << 16
+
+
+class Workspace:
+    """Scratch on one device. Grows to the largest request of each stream, and keeps that."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._of_stream: dict[int, tuple[Tensor, Tensor]] = {}
+        self._for_graphs: Tensor | None = None
+        self._taken = 0
+
+    def get(self, partials: int, arrived: int) -> tuple[Tensor, Tensor]:
+        """fp32 scratch of at least `partials` numbers and int32 counters, for a launch on the current stream."""
+        if torch.cuda.is_current_stream_capturing():
+            return self._get_in_graph(partials, arrived)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        found = self._of_stream.get(stream)
+        if found is None or found[0].numel() < partials or found[1].numel() < arrived:
+            if self._for_graphs is None:
+                self._for_graphs = torch.zeros(CAPTURE_COUNTERS, dtype=torch.int32, device=self._device)
+                torch.cuda.current_stream(self._device).synchronize()  # once: a graph may run on any stream
+            before = (0, 0) if found is None else (found[0].numel(), found[1].numel())
+            found = (
+                torch.empty(max(partials, before[0]), dtype=torch.float32, device=self._device),
+                torch.zeros(max(arrived, before[1]), dtype=torch.int32, device=self._device),
+            )
+            self._of_stream[stream] = found
+        return found
+
+    def _get_in_graph(self, partials: int, arrived: int) -> tuple[Tensor, Tensor]:
+        scratch = torch.empty(partials, dtype=torch.float32, device=self._device)  # the graph's own memory
+        end = self._taken + arrived
+        if self._for_graphs is None or end > CAPTURE_COUNTERS:
+            return scratch, torch.zeros(arrived, dtype=torch.int32, device=self._device)  # zeroed by every replay
+        counters = self._for_graphs[self._taken : end]
+        self._taken = end
+        return scratch, counters
