@@ -1,0 +1,34 @@
+"""Keys and results for the tests of the memory wing; processes that the tests start import this too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from parallax_gen.memory.keys import Environment, Key
+from parallax_gen.memory.results import Result
+from parallax_gen.problem.config import ForwardConfig
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.spec import KernelSpec
+
+SPEC = KernelSpec("forward", 128, "bf16", group=4, causal=True)
+ENVIRONMENT = Environment(templates="abc123", triton="3.5", protocol=1)
+KEY = Key("h200", SPEC, Bucket(8, 4096, 4096), ENVIRONMENT)
+SHAPE = Shape(batch=1, heads=32, kv_heads=8, seqlen_q=4096, seqlen_kv=4096)
+
+OTHER_TRITON = dataclasses.replace(KEY, environment=dataclasses.replace(ENVIRONMENT, triton="3.6"))
+OTHER_BUCKET = dataclasses.replace(KEY, bucket=Bucket(8, 8192, 8192))
+OTHER_GPU = dataclasses.replace(KEY, gpu="h100")
+
+
+def config(block_n: int = 64) -> ForwardConfig:
+    return ForwardConfig(BLOCK_M=128, BLOCK_N=block_n, HEAD_GROUP=0, num_warps=8, num_stages=3)
+
+
+def result(
+    outcome: str = "ok", time_us: float | None = 100.0, day: int = 1, block_n: int = 64, **fields: object
+) -> Result:
+    """A result of KEY; give `key=` for another's. `day` says how new it is."""
+    created_at = f"2026-01-{day:02}T00:00:00+00:00"
+    timed = time_us if outcome in ("ok", "predicted") else None
+    values: dict[str, object] = {"key": KEY, "config": config(block_n), "time_us": timed, "created_at": created_at}
+    return Result(outcome=outcome, **(values | fields))  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""The text files that ship, and what they know under the user's own records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, result
+
+from parallax_gen.data import data_dir
+from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
+from parallax_gen.memory.store import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "tuning.db") as store:
+        yield store
+
+
+# The files
+
+
+def test_what_is_written_comes_back_in_order(tmp_path: Path) -> None:
+    fast, slow = result(time_us=12.5, shape=SHAPE, error=1e-3, source="shipped"), result(time_us=20.0, block_n=32)
+    other = result(key=OTHER_BUCKET, time_us=5.0)
+    path = write_shipped([other, slow, fast], "h200", tmp_path)
+    assert path == tmp_path / "h200.jsonl"
+    assert load_shipped("h200", tmp_path) == [fast, slow, other]  # 4096 before 8192, then by time
+    assert load_shipped("h100", tmp_path) == []
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first["key"] == KEY.flat()
+    assert first["config"]["BLOCK_M"] == 128
+    assert [p.name for p in tmp_path.iterdir()] == ["h200.jsonl"]
+
+
+def test_the_fastest_few_measured_ones_are_kept(tmp_path: Path) -> None:
+    results = [result(time_us=10.0 + n, block_n=n) for n in range(6)]
+    write_shipped([*results, result("predicted", 1.0, block_n=7), result("crash", block_n=8)], "h200", tmp_path)
+    assert load_shipped("h200", tmp_path) == results[:3]
+    write_shipped([], "h200", tmp_path, keep=1)
+    assert load_shipped("h200", tmp_path) == results[:1]
+
+
+def test_merging_keeps_what_counts(tmp_path: Path) -> None:
+    write_shipped([result(time_us=10.0, day=2), result(time_us=11.0, day=2, block_n=32)], "h200", tmp_path)
+    write_shipped([result(time_us=9.0, day=1), result("wrong", day=3, block_n=32)], "h200", tmp_path)
+    assert load_shipped("h200", tmp_path) == [result(time_us=10.0, day=2)]
+    write_shipped([result("timeout", day=4)], "h200", tmp_path)
+    assert load_shipped("h200", tmp_path) == [result(time_us=10.0, day=2)]
+
+
+def test_writing_again_changes_nothing(tmp_path: Path) -> None:
+    results = [result(time_us=100 / 3 + n * 1e-7, block_n=n) for n in (2, 1, 3)]
+    path = write_shipped(results, "h200", tmp_path)
+    text = path.read_text()
+    assert "33.3333," in text
+    write_shipped(results[::-1], "h200", tmp_path)
+    assert path.read_text() == text
+
+
+def test_results_of_another_gpu_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="h100"):
+        write_shipped([result(key=OTHER_GPU)], "h200", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        "<<<<<<< HEAD",
+        "[" * 100_000,
+        '"\\ud800"',
+        json.dumps(result().to_dict() | {"color": "blue"}),
+        json.dumps(result().to_dict() | {"time_us": 10**400, "config": None}),
+        json.dumps(result(key=OTHER_GPU).to_dict()),
+        json.dumps(result("predicted").to_dict()),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+    path = write_shipped([result()], "h200", tmp_path)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
+        load_shipped("h200", tmp_path)
+    with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
+        Memory(None, tmp_path).best(KEY)
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cannot (read|write).*h200\.jsonl"):
+        write_shipped([result()], "h200", tmp_path / "file")
+
+
+def test_our_own_files_are_sound() -> None:
+    for path in data_dir("tuning_db").glob("*.jsonl"):
+        assert load_shipped(path.stem)
+
+
+# Under the user's own
+
+
+def test_the_fastest_counts_and_the_users_own_time_of_a_config(store: Store, tmp_path: Path) -> None:
+    memory = Memory(store, tmp_path)
+    assert memory.best(KEY) is None
+    shipped = result(time_us=10.0, source="shipped")
+    write_shipped([shipped], "h200", tmp_path)
+    assert memory.best(KEY) == Memory(None, tmp_path).best(KEY) == shipped
+    own = result(time_us=12.0, block_n=32, source="here")
+    store.record(own)
+    assert memory.best(KEY) == shipped  # one slow trial of the user's does not hide what ships
+    assert memory.results(KEY) == [shipped, own]
+    again = result(time_us=13.0, source="here")
+    store.record(again)
+    assert memory.best(KEY) == own
+    assert memory.results(KEY) == [own, again]
+
+
+@pytest.mark.parametrize(("outcome", "hides"), [("wrong", True), ("crash", True), ("predicted", False)])
+def test_what_was_tried_here_hides_what_ships(store: Store, tmp_path: Path, outcome: str, hides: bool) -> None:
+    first, second = result(time_us=10.0), result(time_us=11.0, block_n=32)
+    write_shipped([first, second], "h200", tmp_path)
+    own = result(outcome)
+    store.record(own)
+    memory = Memory(store, tmp_path)
+    assert memory.best(KEY) == (second if hides else first)
+    assert memory.results(KEY) == ([second, own] if hides else [first, second])
+    assert memory.all() == memory.results(KEY)
+
+
+def test_all_and_near_misses_join_both(store: Store, tmp_path: Path) -> None:
+    memory = Memory(store, tmp_path)
+    store.record(result(key=OTHER_BUCKET))
+    assert [r for r, _ in memory.near_misses(KEY)] == [result(key=OTHER_BUCKET)]
+    write_shipped([result(key=OTHER_TRITON)], "h200", tmp_path)
+    write_shipped([result(key=OTHER_GPU)], "h100", tmp_path)
+    assert memory.near_misses(KEY) == [(result(key=OTHER_TRITON), {"environment.triton": ("3.5", "3.6")})]
+    assert memory.all() == [result(key=key) for key in (OTHER_GPU, OTHER_TRITON, OTHER_BUCKET)]
+    assert memory.all(gpu="h100") == [result(key=OTHER_GPU)]
+    assert memory.all(op="decode") == []

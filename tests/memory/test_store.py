@@ -1,0 +1,372 @@
+"""The database: what it keeps, what it prefers, and what it does when the file or another process is in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, config, result
+
+from parallax_gen.data import data_dir
+from parallax_gen.errors import ParallaxGenError, StoreError
+from parallax_gen.memory.results import OUTCOMES, near_misses
+from parallax_gen.memory.store import Store, default_path
+from parallax_gen.problem.config import DecodeConfig
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "made" / "on the way" / "tuning?.db"  # what a URI would have to quote
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with Store(path) as store:
+        yield store
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_a_result_comes_back_as_it_was(store: Store, outcome: str) -> None:
+    full = {"time_us_p20": 99.0, "time_us_p80": 101.5, "error": 1e-3, "registers": 168, "spills": 0}
+    more = {"shape": SHAPE, "shared_bytes": 98304, "compile_s": 2.5, "detail": "naïve\n✓", "source": "here"}
+    sent = result(outcome, **full, **more)
+    store.record(sent)
+    assert store.results(KEY) == [sent]
+    assert store.all() == [sent]
+    assert sent.measured == (outcome == "ok")
+
+
+def test_an_infinite_error_is_kept(store: Store) -> None:
+    store.record(result("wrong", error=float("inf")))
+    assert [r.error for r in store.results(KEY)] == [float("inf")]
+
+
+def test_best_is_the_fastest_measured(store: Store) -> None:
+    assert store.best(KEY) is store.predicted_best(KEY) is None
+    for sent in (
+        result("predicted", 1.0, block_n=16),
+        result("predicted", 2.0, block_n=32),
+        result("ok", 90.0, block_n=64),
+        result("ok", 80.0, block_n=128),
+        result("slow", block_n=256),
+        result("ok", 1.0, key=OTHER_GPU),
+    ):
+        store.record(sent)
+    assert store.best(KEY) == result("ok", 80.0, block_n=128)
+    assert store.predicted_best(KEY) == result("predicted", 1.0, block_n=16)
+    assert [r.time_us for r in store.results(KEY)] == [80.0, 90.0, 1.0, 2.0, None]
+
+
+def test_all_lists_by_gpu_and_op(store: Store) -> None:
+    decode = dataclasses.replace(KEY, spec=dataclasses.replace(KEY.spec, op="decode", causal=False))
+    rows = [result(key=OTHER_GPU), result(key=KEY), result(key=decode, config=DecodeConfig(64, 8, 4, "last", 4, 2))]
+    for row in rows:
+        store.record(row)
+    assert store.all() == [rows[0], rows[2], rows[1]]  # by key
+    assert store.all(gpu="h200") == [rows[2], rows[1]]
+    assert store.all(op="forward") == [rows[0], rows[1]]
+    assert store.all("h100", "decode") == []
+
+
+def test_it_is_there_after_closing(path: Path) -> None:
+    with Store(path) as store:
+        store.record(result())
+    with Store(path) as store, Store(path, read_only=True) as reader:
+        assert store.best(KEY) == reader.best(KEY) == result()
+    with pytest.raises(sqlite3.ProgrammingError):
+        store.best(KEY)  # a mistake of the program's, not of the file's
+
+
+def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "mine.db"))
+    assert default_path() == tmp_path / "mine.db"
+    with Store() as store:
+        assert store.path == default_path()
+    monkeypatch.delenv("PARALLAX_GEN_DB")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert default_path() == tmp_path / "parallax_gen" / "tuning.db"
+
+
+# Which of two rows remains
+
+REMAINS = [
+    # there        comes        who remains
+    ("ok", 1, "predicted", 2, "ok"),
+    ("crash", 1, "predicted", 2, "crash"),
+    ("invalid", 1, "predicted", 2, "invalid"),
+    ("predicted", 2, "ok", 1, "ok"),
+    ("predicted", 2, "timeout", 1, "timeout"),
+    ("ok", 1, "timeout", 2, "ok"),
+    ("ok", 1, "crash", 2, "ok"),
+    ("wrong", 1, "crash", 2, "wrong"),
+    ("timeout", 1, "ok", 2, "ok"),
+    ("timeout", 1, "crash", 2, "crash"),
+    ("ok", 1, "wrong", 2, "wrong"),
+    ("ok", 1, "compile", 2, "compile"),
+    ("wrong", 1, "ok", 2, "ok"),
+    ("wrong", 2, "ok", 1, "wrong"),
+    ("slow", 1, "ok", 1, "ok"),
+]
+
+
+@pytest.mark.parametrize(("there", "day", "comes", "later", "remains"), REMAINS)
+def test_what_replaces_what(store: Store, there: str, day: int, comes: str, later: int, remains: str) -> None:
+    store.record(result(there, day=day))
+    store.record(result(comes, day=later))
+    assert [r.outcome for r in store.results(KEY)] == [remains]
+
+
+def test_the_newer_measurement_counts_in_any_order(store: Store) -> None:
+    store.record(result(time_us=50.0, day=2))
+    store.record(result(time_us=40.0, day=1))
+    assert store.best(KEY) == result(time_us=50.0, day=2)
+    store.record(result(time_us=60.0, day=2))
+    assert store.best(KEY) == result(time_us=60.0, day=2)
+
+
+# What explains a miss
+
+
+def test_near_misses(store: Store) -> None:
+    store.record(result(key=OTHER_BUCKET))
+    store.record(result(key=OTHER_GPU))
+    (miss,) = store.near_misses(KEY)
+    assert miss == (result(key=OTHER_BUCKET), KEY.diff(OTHER_BUCKET))
+
+    both = dataclasses.replace(OTHER_TRITON, environment=dataclasses.replace(OTHER_TRITON.environment, protocol=2))
+    for key, time_us in ((both, 1.0), (OTHER_TRITON, 9.0), (KEY, 2.0)):
+        store.record(result(key=key, time_us=time_us))
+    store.record(result("crash", key=OTHER_TRITON, block_n=32))
+    assert [list(diff) for _, diff in store.near_misses(KEY)] == [
+        ["environment.triton"],
+        ["environment.triton", "environment.protocol"],
+    ]
+    assert near_misses(KEY, []) == []
+
+
+# Rows that are not what they should be
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        'config_json = \'{"BLOCK_M": __import__("os")}\'',
+        "config_json = '[]'",
+        "config_json = '" + "[" * 100_000 + "'",
+        "key_json = '{}'",
+        "key_json = replace(key_json, 'h200', 'h300')",
+        "key_json = replace(key_json, '\"3.5\"', '3.5')",
+        "key_digest = key_digest, outcome = 'ok', time_us = null",
+        "time_us = -1",
+        "time_us = 'fast'",
+        "time_us = 9e999",
+        "registers = 1.5",
+        "shape_json = '7'",
+        "detail = x'ff00'",
+        "created_at = 'yesterday'",
+        "created_at = '2026-01-01T00:00:00+02:00'",
+        "source = cast(x'ff22' as text), key_json = cast(x'ff22' as text)",
+    ],
+)
+def test_a_row_that_does_not_parse_is_passed_over(path: Path, damage: str) -> None:
+    with Store(path) as store:
+        store.record(result(time_us=1.0, block_n=16))
+        with sqlite3.connect(path) as connection:
+            connection.execute(f"UPDATE results SET {damage}")
+        store.record(result(time_us=2.0, block_n=32))
+        assert store.best(KEY) == result(time_us=2.0, block_n=32)
+        assert len(store.results(KEY)) == len(store.all()) == 1
+        assert store.unreadable == 1  # met three times, counted once
+        store.record(result(time_us=1.0, block_n=16))
+        assert store.best(KEY) == result(time_us=1.0, block_n=16)
+
+
+# Files and folders that are not what they should be
+
+
+def test_read_only(path: Path) -> None:
+    with Store(path, read_only=True) as reader:
+        assert reader.best(KEY) is None
+        assert reader.all() == []
+        assert not path.parent.exists()
+        with pytest.raises(StoreError, match="opened to be read"):
+            reader.record(result())
+
+
+def test_any_thread_may_read(store: Store, path: Path) -> None:
+    for n in range(50):
+        store.record(result(block_n=n))
+    with Store(path, read_only=True) as reader, ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: len(reader.results(KEY)), range(40)))
+        assert found == [50] * 40
+        with pytest.raises(sqlite3.ProgrammingError, match="thread"):
+            threads.submit(store.best, KEY).result()
+
+
+def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.db"
+    path.touch()
+    with Store(path, read_only=True) as reader:
+        assert reader.all() == []
+    with Store(path) as store:
+        store.record(result())
+        assert store.best(KEY)
+
+
+@pytest.fixture
+def locked_folder() -> Iterator[Path]:
+    """A folder with a database in it, neither to be written to, seen as a user who is not root."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        with Store(folder / "tuning.db") as store:
+            store.record(result())
+        (folder / "tuning.db").chmod(0o444)
+        folder.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        yield folder
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+def test_a_database_that_may_only_be_read(locked_folder: Path) -> None:
+    with Store(locked_folder / "tuning.db", read_only=True) as reader:
+        assert reader.best(KEY) == result()
+    for name in ("tuning.db", "new.db"):
+        with pytest.raises(StoreError, match=f"{name}.*PARALLAX_GEN_DB"):
+            Store(locked_folder / name)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "tuning.db", tmp_path / "file" / "sub" / "tuning.db", tmp_path):
+        with pytest.raises(StoreError, match="PARALLAX_GEN_DB"):
+            Store(path)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_corrupt_file(tmp_path: Path, read_only: bool) -> None:
+    path = tmp_path / "tuning.db"
+    path.write_bytes(b"these are not the bytes you are looking for" * 100)
+    with pytest.raises(StoreError, match=r"tuning.db is damaged or not a tuning database.*Move it away"):
+        Store(path, read_only=read_only)
+
+
+def test_a_file_that_was_cut_and_overwritten(path: Path) -> None:
+    with Store(path) as store:
+        for n in range(200):
+            store.record(result(block_n=n))
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    with Store(path) as store:
+        with pytest.raises(StoreError, match="damaged"):
+            store.best(KEY)
+        with pytest.raises(StoreError, match="damaged"):
+            store.record(result())
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_another_programs_database_is_left_alone(tmp_path: Path, read_only: bool) -> None:
+    path = tmp_path / "other.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE results (a)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another program"):
+        Store(path, read_only=read_only)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_newer_schema(path: Path, read_only: bool) -> None:
+    Store(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 999")
+    with pytest.raises(StoreError, match=r"newer schema 999.*upgrade"):
+        Store(path, read_only=read_only)
+
+
+def test_data_dir() -> None:
+    assert (data_dir("tuning_db") / "migrations" / "0001_results.sql").is_file()
+    with pytest.raises(ParallaxGenError, match="nowhere"):
+        data_dir("nowhere")
+
+
+# Other processes
+
+CHILD_ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def record_many(paths: list[Path], start: object, process: int) -> None:
+    for path in paths:
+        start.wait()  # type: ignore[attr-defined]
+        with Store(path) as store:
+            for n in range(25):
+                store.record(result(block_n=100 * process + n))
+
+
+def test_eight_processes_make_and_fill_one_database(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}.db" for n in range(4)]  # a few rounds: a race is not lost every time
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(8, timeout=60)
+    processes = [context.Process(target=record_many, args=(paths, start, n)) for n in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 8
+    for path in paths:
+        with Store(path) as store:
+            assert {r.config for r in store.results(KEY)} == {config(100 * p + n) for p in range(8) for n in range(25)}
+
+
+RECORD_FOREVER = """
+import itertools, pathlib, sys
+from memory_samples import result
+from parallax_gen.memory.store import Store
+with Store(pathlib.Path(sys.argv[1])) as store:
+    for n in itertools.count():
+        store.record(result(block_n=n))
+        print(n, flush=True)
+"""
+
+
+def test_what_was_recorded_outlives_a_kill(path: Path) -> None:
+    command = [sys.executable, "-c", RECORD_FOREVER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=CHILD_ENVIRONMENT) as child:
+        assert child.stdout is not None
+        printed = [child.stdout.readline() for _ in range(40)]
+        os.kill(child.pid, signal.SIGKILL)
+        printed += child.stdout.readlines()
+    recorded = {config(int(line)) for line in printed if line.endswith("\n")}
+    assert len(recorded) >= 40
+    with Store(path, read_only=True) as reader:
+        assert recorded <= {r.config for r in reader.all()}
+    with Store(path) as store:
+        store.record(result(time_us=1.0, block_n=1))
+        assert store.best(KEY) == result(time_us=1.0, block_n=1)
+
+
+def test_memory_needs_no_gpu_library() -> None:
+    program = """
+import sys
+import parallax_gen.memory.keys, parallax_gen.memory.shipped, parallax_gen.memory.store
+print(sorted({"torch", "triton", "optuna", "jinja2"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=CHILD_ENVIRONMENT
+    )
+    assert done.stdout == "[]\n"
