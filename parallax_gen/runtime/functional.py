@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.calling import Scratch, scratch_of
+from parallax_gen.codegen.calling import scratch_of
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.reference import Reference, reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.runtime.dispatch import Dispatcher, default_dispatcher, gpu_of_device
-from parallax_gen.runtime.workspace import Workspace
+from parallax_gen.runtime.dispatch import default_dispatcher, gpu_of_device
+from parallax_gen.runtime.plan import LaunchPlan
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # Plans are kept by everything they were checked for. A cache that grows by a key each step makes a plan each step:
 # past this many, start over.
 MOST_PLANS = 4096
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a call of these sizes, strides and types does: found once, then looked up."""
-
-    launch: Callable[..., None] | None  # None: nothing to attend to, the output is 0
-    scratch: Scratch
-    workspace: Workspace | None
-    device: int
 
 
 def parallax_attn_func(
@@ -65,35 +53,28 @@ def parallax_attn_func(
     stream and waits for nothing; on CPU tensors it runs the fp64 reference. There are no gradients yet.
     Raises ArgumentError, naming the argument.
     """
+    key = None
     try:
-        plan = _plans[_key(q, r, k, v, causal, return_stats)]
+        key = (_key(q, r, k, v, out), softmax_scale, causal, return_stats)
+        plan = _plans[key]
     except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
-        plan = _plan_forward(q, r, k, v, causal, return_stats)
-        _remember(_key(q, r, k, v, causal, return_stats), plan)
+        plan = _plan_forward(q, r, k, v, out, softmax_scale, causal, return_stats)
+        _remember(key, plan)
     _refuse_gradients(q, r, k, v)
-    if softmax_scale is None:
-        softmax_scale = q.shape[3] ** -0.5
-    else:
-        _check_scale(softmax_scale)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        _check_out(out, q)
     stats: tuple[Tensor, ...] = ()
     if return_stats:
         rows = (q.shape[0], q.shape[2], q.shape[1])
         lse, t_mean = (torch.empty(rows, dtype=torch.float32, device=q.device) for _ in range(2))
         stats = (lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
-    if plan.device < 0:
-        found = reference_forward(q, r, k, v, causal=causal, softmax_scale=softmax_scale)
-        _copy(found, out, stats)
-    elif plan.launch is None:
+    if isinstance(plan, LaunchPlan):
+        plan.launch((q, r, k, v, out, *stats))
+    elif plan.nothing_seen:
         _nothing_seen(out, stats)
-    elif plan.device == torch.cuda.current_device():
-        plan.launch(q, r, k, v, out, *stats, softmax_scale)
     else:
-        with torch.cuda.device(plan.device):
-            plan.launch(q, r, k, v, out, *stats, softmax_scale)
+        found = reference_forward(q, r, k, v, causal=causal, softmax_scale=plan.softmax_scale)
+        _copy(found, out, stats)
     return (out, *stats) if return_stats else out  # type: ignore[return-value]
 
 
@@ -125,107 +106,105 @@ def parallax_attn_with_kvcache(
         _check_inputs(q, r, k_cache, v_cache, "k_cache", "v_cache")
         k_cache, v_cache = _first_keys(k_cache, v_cache, cache_seqlens)
         cache_seqlens = None
+    key = None
     try:
-        plan = _plans[_key(q, r, k_cache, v_cache, cache_seqlens)]
+        key = (_key(q, r, k_cache, v_cache, out, cache_seqlens), softmax_scale)
+        plan = _plans[key]
     except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
-        plan = _plan_decode(q, r, k_cache, v_cache, cache_seqlens)
-        _remember(_key(q, r, k_cache, v_cache, cache_seqlens), plan)
+        plan = _plan_decode(q, r, k_cache, v_cache, out, cache_seqlens, softmax_scale)
+        _remember(key, plan)
     _refuse_gradients(q, r, k_cache, v_cache)
-    if softmax_scale is None:
-        softmax_scale = q.shape[3] ** -0.5
-    else:
-        _check_scale(softmax_scale)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        _check_out(out, q)
-    if plan.device < 0:
-        found = reference_forward(q, r, k_cache, v_cache, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens)
-        _copy(found, out, ())
-    elif plan.launch is None:
+    if isinstance(plan, LaunchPlan):
+        lengths = () if cache_seqlens is None else (cache_seqlens,)
+        plan.launch((q, r, k_cache, v_cache, out, *lengths))
+    elif plan.nothing_seen:
         _nothing_seen(out, ())
-    elif plan.device == torch.cuda.current_device():
-        plan.launch(*_decode_arguments(plan, q, r, k_cache, v_cache, out, cache_seqlens), softmax_scale)
     else:
-        with torch.cuda.device(plan.device):
-            plan.launch(*_decode_arguments(plan, q, r, k_cache, v_cache, out, cache_seqlens), softmax_scale)
+        scale = plan.softmax_scale
+        found = reference_forward(q, r, k_cache, v_cache, softmax_scale=scale, cache_seqlens=cache_seqlens)
+        _copy(found, out, ())
     return out
 
 
-_plans: dict[object, Plan] = {}
+@dataclass(frozen=True)
+class HostPlan:
+    """A call that launches no kernel: of CPU tensors, or without any key to attend to."""
+
+    softmax_scale: float
+    nothing_seen: bool
 
 
-def _key(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[object, ...]:
-    """Everything that a plan was checked for: a call with the same key needs no further look at its inputs."""
-    q_key = (q.shape, q.stride(), q.dtype, q.get_device())
-    r_key = (r.shape, r.stride(), r.dtype, r.get_device())
-    k_key = (k.shape, k.stride(), k.dtype, k.get_device())
-    v_key = (v.shape, v.stride(), v.dtype, v.get_device())
-    lengths = rest[0]
-    if isinstance(lengths, Tensor):
-        rest = (lengths.shape, lengths.stride(), lengths.dtype, lengths.get_device())
-    return (q_key, r_key, k_key, v_key, rest)
+_plans: dict[object, LaunchPlan | HostPlan] = {}
 
 
-def _remember(key: object, plan: Plan) -> None:
+def _key(*tensors: Tensor | None) -> tuple[object, ...]:
+    """Everything that a plan is checked for: a call with the same key needs no further look at its tensors."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
+
+
+def _remember(key: object, plan: LaunchPlan | HostPlan) -> None:
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
     _plans[key] = plan
 
 
-def _decode_arguments(plan: Plan, *given: Tensor | None) -> tuple[Any, ...]:
-    """What `launch` takes before the scale: the tensors that are there, and scratch where splits are merged."""
-    tensors = tuple(tensor for tensor in given if tensor is not None)
-    if plan.workspace is None:
-        return tensors
-    partials, arrived = plan.workspace.get(plan.scratch.partials, plan.scratch.arrived)
-    return (*tensors, partials, arrived) if plan.scratch.arrived else (*tensors, partials)
-
-
-def _plan_forward(q: Tensor, r: Tensor, k: Tensor, v: Tensor, causal: bool, return_stats: bool) -> Plan:
+def _plan_forward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    return_stats: bool,
+) -> LaunchPlan | HostPlan:
     for name, flag in (("causal", causal), ("return_stats", return_stats)):
         if type(flag) is not bool:
             raise ArgumentError(name, repr(flag), "True or False")
     dtype = _check_inputs(q, r, k, v, "k", "v")
-    spec = KernelSpec("forward", q.shape[3], dtype, group=q.shape[2] // k.shape[2], causal=causal, stats=return_stats)
-    return _plan(spec, q, k, default_dispatcher())
+    _check_out(out, q)
+    group = q.shape[2] // k.shape[2]
+    spec = KernelSpec("forward", q.shape[3], dtype, group=group, causal=causal, stats=return_stats)
+    return _plan(spec, q, k, softmax_scale)
 
 
-def _plan_decode(q: Tensor, r: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor | None) -> Plan:
+def _plan_decode(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    cache_seqlens: Tensor | None,
+    softmax_scale: float | None,
+) -> LaunchPlan | HostPlan:
     dtype = _check_inputs(q, r, k, v, "k_cache", "v_cache")
+    _check_out(out, q)
     if q.shape[1] != 1:
         raise ArgumentError("q", f"{q.shape[1]} queries a sequence", "1: the shape (batch, 1, heads, head_dim)")
     if cache_seqlens is not None:
-        if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dtype != torch.int32:
-            got = cache_seqlens.dtype if isinstance(cache_seqlens, Tensor) else repr(cache_seqlens)
-            raise ArgumentError("cache_seqlens", got, "an int32 tensor, an int or None")
-        if cache_seqlens.shape != q.shape[:1] or not cache_seqlens.is_contiguous():
-            raise ArgumentError(
-                "cache_seqlens", f"shape {tuple(cache_seqlens.shape)}", f"({q.shape[0]},), contiguous: one a sequence"
-            )
-        if cache_seqlens.device != q.device:
-            raise ArgumentError("cache_seqlens", f"on {cache_seqlens.device}", f"on {q.device}, where q is")
-    spec = KernelSpec("decode", q.shape[3], dtype, group=q.shape[2] // k.shape[2], ragged=cache_seqlens is not None)
-    return _plan(spec, q, k, default_dispatcher())
+        _check_lengths(cache_seqlens, q)
+    group = q.shape[2] // k.shape[2]
+    spec = KernelSpec("decode", q.shape[3], dtype, group=group, ragged=cache_seqlens is not None)
+    return _plan(spec, q, k, softmax_scale)
 
 
-def _plan(spec: KernelSpec, q: Tensor, k: Tensor, dispatcher: Dispatcher) -> Plan:
-    """The plan of a call whose arguments were checked."""
+def _plan(spec: KernelSpec, q: Tensor, k: Tensor, softmax_scale: float | None) -> LaunchPlan | HostPlan:
+    """The plan of a call whose tensors were checked."""
+    if softmax_scale is None:
+        softmax_scale = float(spec.head_dim**-0.5)
+    _check_scale(softmax_scale)
+    if q.numel() == 0 or k.numel() == 0:
+        return HostPlan(softmax_scale, nothing_seen=True)
     if not q.is_cuda:
         _warn_of_cpu()
-        return Plan(None, Scratch(), None, -1)
+        return HostPlan(softmax_scale, nothing_seen=False)
     index = q.device.index
-    if q.numel() == 0 or k.numel() == 0:
-        return Plan(None, Scratch(), None, index)
     shape = Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
-    choice, module = dispatcher.kernel(spec, shape, gpu_of_device(index))
+    choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(index))
     scratch = scratch_of(spec, choice.config, shape.batch, shape.kv_heads)
-    return Plan(module.launch, scratch, _workspace(index) if scratch.partials else None, index)
-
-
-@cache
-def _workspace(index: int) -> Workspace:
-    return Workspace(torch.device("cuda", index))
+    return LaunchPlan(module, softmax_scale, index, scratch)
 
 
 def _check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> str:
@@ -258,7 +237,21 @@ def _check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, k_name: str, v_nam
     return DTYPE_NAMES[q.dtype]
 
 
-def _check_out(out: Tensor, q: Tensor) -> None:
+def _check_lengths(cache_seqlens: object, q: Tensor) -> None:
+    allowed = f"an int, or an int32 tensor of shape ({q.shape[0]},), contiguous, on {q.device}"
+    if not isinstance(cache_seqlens, Tensor):
+        raise ArgumentError("cache_seqlens", type(cache_seqlens).__name__, allowed)
+    right = cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == q.shape[:1]
+    if not right or not cache_seqlens.is_contiguous() or cache_seqlens.device != q.device:
+        got = f"{cache_seqlens.dtype} of shape {tuple(cache_seqlens.shape)} on {cache_seqlens.device}"
+        raise ArgumentError("cache_seqlens", got, allowed)
+
+
+def _check_out(out: Tensor | None, q: Tensor) -> None:
+    if out is None:
+        return
+    if not isinstance(out, Tensor):
+        raise ArgumentError("out", type(out).__name__, "a tensor or None")
     if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(3) != 1:
         got = f"shape {tuple(out.shape)}, {out.dtype}, strides {out.stride()}, on {out.device}"
         allowed = f"shape {tuple(q.shape)}, {q.dtype}, on {q.device}, the last dimension contiguous"

@@ -22,11 +22,13 @@ class Workspace:
         self._for_graphs: Tensor | None = None
         self._taken = 0
 
-    def get(self, partials: int, arrived: int) -> tuple[Tensor, Tensor]:
-        """fp32 scratch of at least `partials` numbers and int32 counters, for a launch on the current stream."""
+    def get(self, partials: int, arrived: int, stream: int) -> tuple[Tensor, Tensor]:
+        """fp32 scratch of at least `partials` numbers and int32 counters, for a launch on the current stream.
+
+        stream  its handle
+        """
         if torch.cuda.is_current_stream_capturing():
             return self._get_in_graph(partials, arrived)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
         found = self._of_stream.get(stream)
         if found is None or found[0].numel() < partials or found[1].numel() < arrived:
             if self._for_graphs is None:
@@ -42,6 +44,7 @@ class Workspace:
 
     def _get_in_graph(self, partials: int, arrived: int) -> tuple[Tensor, Tensor]:
         scratch = torch.empty(partials, dtype=torch.float32, device=self._device)  # the graph's own memory
+        arrived = -(-arrived // 4) * 4  # slices begin at multiples of 16 bytes, as kernels may assume
         end = self._taken + arrived
         if self._for_graphs is None or end > CAPTURE_COUNTERS:
             return scratch, torch.zeros(arrived, dtype=torch.int32, device=self._device)  # zeroed by every replay

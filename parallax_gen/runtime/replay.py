@@ -1,0 +1,84 @@
+"""A launch, recorded once: replayed without the binding of arguments that Triton's JIT does in every call.
+
+`launch` of a rendered file passes some twenty arguments through the JIT, which looks at each to find the compiled
+kernel. For tensors of the same sizes, strides and alignment it finds the same one. So the first launch is watched,
+and later ones hand their tensors to the compiled kernels it used, with the same grid and numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: what Triton's code may assume of a pointer that had it when it compiled
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel of a launch: which of the launch's tensors it takes, in order, and the numbers behind them."""
+
+    run: Callable[..., None]  # Triton's compiled kernel at its grid
+    tensors: tuple[int, ...]
+    numbers: tuple[Any, ...]
+
+
+def record(module: ModuleType, tensors: Sequence[Tensor], softmax_scale: float) -> tuple[Launched, ...] | None:
+    """Launch the rendered module on these tensors, and return what it launched; None if that cannot be replayed."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    given = [tensor.detach() for tensor in tensors]  # an object a place, also where one tensor was passed twice
+    places = {id(tensor): place for place, tensor in enumerate(given)}
+    here = threading.get_ident()
+    seen: list[Launched | None] = []
+    kernels = [value for value in vars(module).values() if isinstance(value, JITFunction)]
+
+    def watch(kernel: Any) -> Callable[..., Any]:
+        run = kernel.run
+
+        def watched(*args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
+            compiled = run(*args, grid=grid, warmup=warmup, **options)
+            if threading.get_ident() == here:
+                count = sum(isinstance(arg, Tensor) for arg in args)
+                known = all(id(arg) in places for arg in args[:count])
+                if isinstance(compiled, CompiledKernel) and known:
+                    slots = tuple(places[id(arg)] for arg in args[:count])
+                    whole_grid = (*grid, 1, 1)[:3]
+                    seen.append(Launched(compiled[whole_grid], slots, args[count:]))
+                else:
+                    seen.append(None)
+            return compiled
+
+        return watched
+
+    with _WATCHING:
+        for kernel in kernels:
+            kernel.run = watch(kernel)
+        try:
+            module.launch(*given, softmax_scale)
+        finally:
+            for kernel in kernels:
+                del kernel.run  # the method shows again
+    return None if not seen or None in seen else tuple(launched for launched in seen if launched is not None)
+
+
+_WATCHING = threading.Lock()
+
+
+def replay(launched: tuple[Launched, ...], tensors: Sequence[Tensor], stream: int) -> None:
+    """Launch again on other tensors of the same sizes, strides and alignment."""
+    for kernel in launched:
+        kernel.run(*[tensors[place] for place in kernel.tensors], *kernel.numbers, stream=stream)
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor begins where Triton's specialised code may assume that it does."""
+    address = 0
+    for tensor in tensors:
+        address |= tensor.data_ptr()
+    return address % ALIGNMENT == 0

@@ -1,0 +1,98 @@
+"""Which config a call gets: a record under its key, else the default; and nothing from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from parallax_gen.codegen.render import templates_hash
+from parallax_gen.memory.keys import Key
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.shipped import Memory, write_shipped
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Shape, bucket_of, representative
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.dispatch import Dispatcher, choose
+
+GPU = gpu_by_name("h200")
+SPEC = KernelSpec("decode", 128, "bf16", group=4)
+SHAPE = Shape(2, 32, 8, 1, 5000)
+KEY = Key.here("h200", SPEC, bucket_of(SHAPE), templates_hash("decode"))
+CONFIG = DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=24, merge="kernel", num_warps=2, num_stages=3)
+DEFAULT = default_config(SPEC, representative(bucket_of(SHAPE), 4), GPU)
+
+
+def known(**changes: object) -> Result:
+    return replace(Result(KEY, CONFIG, "ok", time_us=10.0), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "tuning.db")
+
+
+def test_nothing_known_gives_the_default(tmp_path: Path) -> None:
+    choice = choose(SPEC, SHAPE, GPU, Memory(None, tmp_path))
+    assert (choice.config, choice.record, choice.key) == (DEFAULT, None, KEY)
+    assert DEFAULT != CONFIG
+
+
+def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_path: Path) -> None:
+    store.record(known())
+    memory = Memory(store, tmp_path)
+    for seqlen in (2900, 4096, 5792):
+        assert choose(SPEC, replace(SHAPE, seqlen_kv=seqlen), GPU, memory).config == CONFIG
+    assert choose(SPEC, replace(SHAPE, seqlen_kv=5800), GPU, memory).record is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(KEY, gpu="h100"),
+        replace(KEY, spec=replace(SPEC, ragged=True)),
+        replace(KEY, environment=replace(KEY.environment, triton="2.0")),
+        replace(KEY, environment=replace(KEY.environment, templates="0" * 12)),
+        replace(KEY, environment=replace(KEY.environment, protocol=0)),
+    ],
+)
+def test_a_record_of_anything_else_is_not(store: Store, tmp_path: Path, other: Key) -> None:
+    store.record(known(key=other))
+    assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record is None
+
+
+@pytest.mark.parametrize("outcome", ["predicted", "wrong", "slow", "crash"])
+def test_only_what_was_measured_counts(store: Store, tmp_path: Path, outcome: str) -> None:
+    store.record(known(outcome=outcome))
+    assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record is None
+
+
+def test_a_shipped_record_is_used(tmp_path: Path) -> None:
+    write_shipped([known()], "h200", tmp_path)
+    assert choose(SPEC, SHAPE, GPU, Memory(None, tmp_path)).config == CONFIG
+
+
+def test_a_record_that_the_space_no_longer_holds_is_passed_over(store: Store, tmp_path: Path) -> None:
+    store.record(known(config=replace(CONFIG, num_warps=32)))
+    assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).config == DEFAULT
+
+
+def test_memory_is_asked_once_a_bucket(tmp_path: Path) -> None:
+    class Counting(Memory):
+        asked = 0
+
+        def best(self, key: Key) -> Result | None:
+            self.asked += 1
+            return super().best(key)
+
+    memory = Counting(None, tmp_path)
+    dispatcher = Dispatcher(memory)
+    first = dispatcher.kernel(SPEC, SHAPE, GPU)
+    again = dispatcher.kernel(SPEC, replace(SHAPE, seqlen_kv=4097), GPU)
+    assert first == again
+    assert memory.asked == 1
+    assert callable(first[1].launch)

@@ -1,0 +1,155 @@
+"""The public functions without a GPU: what they accept, what they refuse and how, and what CPU tensors give."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.reference import assert_close, reference_forward
+
+pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
+
+
+def normal(*size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+def whole() -> dict[str, Any]:
+    """Arguments of parallax_attn_func."""
+    return {"q": normal(2, 5, 4, 64), "r": normal(2, 5, 4, 64) / 8, "k": normal(2, 7, 2, 64), "v": normal(2, 7, 2, 64)}
+
+
+def cached() -> dict[str, Any]:
+    """Arguments of parallax_attn_with_kvcache."""
+    k, v = normal(2, 7, 2, 64), normal(2, 7, 2, 64)
+    return {"q": normal(2, 1, 4, 64), "r": normal(2, 1, 4, 64) / 8, "k_cache": k, "v_cache": v}
+
+
+def test_whole_sequences_give_the_reference_and_its_statistics() -> None:
+    given = whole()
+    out, lse, t_mean, v_mean = parallax_attn_func(**given, causal=True, softmax_scale=0.3, return_stats=True)
+    expected = reference_forward(**given, causal=True, softmax_scale=0.3)
+    for found, wanted in zip((out, lse, t_mean, v_mean), expected, strict=True):
+        assert_close(found, wanted, "fp32")
+    assert out.dtype == torch.float32
+    assert lse.shape == t_mean.shape == (2, 4, 5)
+
+
+def test_out_is_written_and_returned() -> None:
+    given = cached()
+    out = torch.full((2, 1, 4, 64), float("nan"))
+    assert parallax_attn_with_kvcache(**given, out=out) is out
+    assert_close(out, parallax_attn_with_kvcache(**given), "fp32")
+
+
+def test_lengths_as_tensor_and_as_int_agree_and_hide_what_lies_behind() -> None:
+    given = cached()
+    given["k_cache"][:, 3:] = float("nan")
+    given["v_cache"][:, 3:] = float("nan")
+    lengths = torch.tensor([3, 3], dtype=torch.int32)
+    by_tensor = parallax_attn_with_kvcache(**given, cache_seqlens=lengths)
+    by_int = parallax_attn_with_kvcache(**given, cache_seqlens=3)
+    assert_close(by_tensor, by_int.double(), "fp32")
+    assert torch.isfinite(by_tensor).all()
+
+
+@pytest.mark.parametrize("length", [0, torch.tensor([0, 0], dtype=torch.int32)], ids=["int", "tensor"])
+def test_a_sequence_without_keys_gives_zero(length: Any) -> None:
+    assert torch.equal(parallax_attn_with_kvcache(**cached(), cache_seqlens=length), torch.zeros(2, 1, 4, 64))
+
+
+def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
+    given = whole()
+    empty = parallax_attn_func(given["q"][:, :0], given["r"][:, :0], given["k"], given["v"])
+    assert empty.shape == (2, 0, 4, 64)
+    out, lse, t_mean, v_mean = parallax_attn_func(
+        given["q"], given["r"], given["k"][:, :0], given["v"][:, :0], return_stats=True
+    )
+    assert not out.any()
+    assert not t_mean.any()
+    assert not v_mean.any()
+    assert torch.equal(lse, torch.full((2, 4, 5), -torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"q": 3}, "q"),
+        ({"q": torch.zeros(2, 4, 64)}, "q"),
+        ({"q": torch.zeros(2, 5, 4, 64, dtype=torch.int32)}, "q"),
+        ({"r": torch.zeros(2, 5, 2, 64)}, "r"),
+        ({"r": torch.zeros(2, 5, 4, 64, dtype=torch.float16)}, "r"),
+        ({"k": torch.zeros(2, 7, 3, 64)}, "k"),
+        ({"k": torch.zeros(1, 7, 2, 64)}, "k"),
+        ({"k": torch.zeros(2, 7, 64, 2).transpose(2, 3)}, "k"),
+        ({"k": torch.zeros(2, 7, 2, 64, device="meta")}, "k"),
+        ({"v": torch.zeros(2, 8, 2, 64)}, "v"),
+        ({"v": None}, "v"),
+        ({"softmax_scale": 0.0}, "softmax_scale"),
+        ({"softmax_scale": float("nan")}, "softmax_scale"),
+        ({"softmax_scale": "1"}, "softmax_scale"),
+        ({"causal": 2}, "causal"),
+        ({"out": torch.zeros(2, 5, 4, 32)}, "out"),
+        ({"out": 1}, "out"),
+        ({"q": torch.zeros(2, 5, 4, 64, requires_grad=True)}, "q"),
+    ],
+)
+def test_a_bad_argument_is_named(change: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
+        parallax_attn_func(**{**whole(), **change})
+    assert caught.value.argument == argument
+
+
+def test_an_unsupported_head_dim_says_which_are() -> None:
+    q, k = normal(1, 3, 2, 48), normal(1, 3, 2, 48)
+    with pytest.raises(ArgumentError, match=r"head_dim: got 48; allowed: 64, 128"):
+        parallax_attn_func(q, q, k, k)
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"q": torch.zeros(2, 2, 4, 64), "r": torch.zeros(2, 2, 4, 64)}, "q"),
+        ({"k_cache": torch.zeros(2, 7, 3, 64)}, "k_cache"),
+        ({"v_cache": torch.zeros(2, 9, 2, 64)}, "v_cache"),
+        ({"cache_seqlens": 8}, "cache_seqlens"),
+        ({"cache_seqlens": -1}, "cache_seqlens"),
+        ({"cache_seqlens": True}, "cache_seqlens"),
+        ({"cache_seqlens": [1, 2]}, "cache_seqlens"),
+        ({"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens"),
+        ({"cache_seqlens": torch.tensor([1], dtype=torch.int32)}, "cache_seqlens"),
+        ({"cache_seqlens": torch.tensor([1, 0, 2, 0], dtype=torch.int32)[::2]}, "cache_seqlens"),
+    ],
+)
+def test_a_bad_argument_of_decode_is_named(change: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        parallax_attn_with_kvcache(**{**cached(), **change})
+    assert caught.value.argument == argument
+
+
+def test_without_gradients_recorded_inputs_that_need_them_are_fine() -> None:
+    given = {name: tensor.requires_grad_() for name, tensor in whole().items()}
+    with torch.no_grad():
+        assert torch.isfinite(parallax_attn_func(**given)).all()
+
+
+def test_cpu_tensors_warn_once() -> None:
+    program = """
+import torch, warnings
+from parallax_gen import parallax_attn_func
+x = torch.randn(1, 3, 2, 64)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    parallax_attn_func(x, x, x, x)
+    parallax_attn_func(x, x, x[:, :2], x[:, :2])
+print(len([w for w in caught if "CPU tensors" in str(w.message)]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
