@@ -1,0 +1,65 @@
+"""The command line: `parallax-gen COMMAND`, one file a command, each imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import click
+
+import parallax_gen
+from parallax_gen.errors import ParallaxGenError
+
+# Where each command is. The files import torch, Triton, Optuna and the database inside their functions, so that
+# help is quick.
+COMMANDS = {
+    "tune": "parallax_gen.cli.tune:tune",
+    "list": "parallax_gen.cli.listing:list_known",
+    "show": "parallax_gen.cli.show:show",
+    "explain": "parallax_gen.cli.explain:explain",
+    "render": "parallax_gen.cli.render:render_kernel",
+    "export": "parallax_gen.cli.export:export",
+    "bench": "parallax_gen.cli.bench:bench",
+    "ship": "parallax_gen.cli.ship:ship",
+    "doctor": "parallax_gen.cli.doctor:doctor",
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are needed, and whose errors are one line each."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, home in COMMANDS.items() if find_spec(home.partition(":")[0])]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ParallaxGenError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(parallax_gen.__version__, prog_name="parallax-gen")
+def main() -> None:
+    """Specialised, tuned Triton kernels for Parallax attention: generate, tune, remember, launch.
+
+    \b
+    Begin with
+      parallax-gen doctor            is everything there that is needed?
+      parallax-gen tune --gpu h200   find the best kernels for the usual shapes
+      parallax-gen list              what is known
+    """

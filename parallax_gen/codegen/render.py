@@ -56,7 +56,7 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
 
 @cache
 def templates_hash(op: str) -> str:
-    """12 hex digits over the op's template and all that it imports, comments and white space aside.
+    """12 hex digits over the op's template and all that it imports, comments and blank lines aside.
 
     Part of every key: a changed template leaves old results unused.
     """
@@ -82,7 +82,7 @@ def _closure(name: str) -> list[Path]:
 
 def _without_comments(text: str) -> str:
     text = re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
-    lines = (re.sub(r"(^|\s)# .*$", "", line).strip() for line in text.splitlines())
+    lines = (re.sub(r"(^|\s)# .*$", "", line).rstrip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 

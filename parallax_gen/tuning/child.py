@@ -71,7 +71,12 @@ def measure_trial(request: Measure) -> Outcome:
             return Outcome("wrong", f"at {shape}: {found.wrong}", error=found.error)
         launch = load(source).launch
         arguments = prepare(spec, config, inputs).arguments(verify.softmax_scale(spec))
-        timing = time_call(lambda: launch(*arguments), give_up_us=request.give_up_us, timed_ms=request.timed_ms)
+        timing = time_call(
+            lambda: launch(*arguments),
+            timed_ms=request.timed_ms,
+            give_up_us=request.give_up_us,
+            from_rest=request.from_rest,
+        )
     except BuildError as error:
         return Outcome("compile", str(error))
     except (OutOfResources, torch.cuda.OutOfMemoryError) as error:

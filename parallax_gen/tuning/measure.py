@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-# Protocol 1: a CUDA graph of several calls on one set of random inputs (so L2 holds what fits, as between the
-# layers of a model it would not: small shapes are timed warm), replayed; each replay is timed with events and
-# divided by its calls; the median counts. A timing starts with replays that bring the clocks up.
+# Protocol 1: a CUDA graph of several calls on one set of random inputs is replayed; each replay is timed with events
+# and divided by its calls; the median counts. L2 is warm: it holds what fits of the inputs. Replays before the timed
+# ones bring the clocks up. Where times are compared with each other's, each timing starts from rest: a card that was
+# just busy with matmuls is at its power limit and runs slower, and whoever comes second would pay for it.
 CALLS_A_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
 WARM_MS = 10.0
+REST_S = 0.2
 FEWEST_REPLAYS, MOST_REPLAYS = 7, 200
 
 
@@ -29,10 +32,12 @@ class Timing:
     replays: int
 
 
-def time_call(call: Callable[[], object], *, timed_ms: float, give_up_us: float = float("inf")) -> Timing:
+def time_call(
+    call: Callable[[], object], *, timed_ms: float, give_up_us: float = float("inf"), from_rest: bool = False
+) -> Timing:
     """Time a call that launches work on the current stream and never synchronises, for about timed_ms.
 
-    A call that takes longer than give_up_us is timed by its few warm-up replays only: it has lost already.
+    A call that takes longer than give_up_us is replayed a few times only: it has lost already.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -46,6 +51,8 @@ def time_call(call: Callable[[], object], *, timed_ms: float, give_up_us: float 
                 call()
         graph.replay()
         replay_us = _elapsed_us(graph.replay)
+        if from_rest:
+            time.sleep(REST_S)
         for _ in range(max(1, int(WARM_MS * 1000 / replay_us))):
             graph.replay()
         lost = min(replay_us, _elapsed_us(graph.replay)) / calls > give_up_us

@@ -27,7 +27,7 @@ COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds; a worke
 MEASURE_TIMEOUT_S = 120.0  # the oracle of the largest shapes is in it
 MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
 GIVE_UP = 1.5  # a call this many times slower than the best has lost
-FINALISTS, FINALIST_MS = 4, 200.0  # timed again, for longer: the median of a short timing moves by a percent or two
+FINALISTS, FINALIST_MS = 4, 80.0  # timed again, for longer and from rest: a short timing is off by a percent or two
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,14 @@ class Progress:
 class Tuner:
     """Tunes jobs on one GPU. A context: it owns the child processes, and leaving it ends them.
 
-    measure=False compiles and predicts only, and needs no GPU.
+    measure=False compiles and predicts only, and needs no GPU. compilers: how many processes compile, by default
+    one a core but for one, which is left to the process that measures.
     """
 
     def __init__(self, store: Store, *, measure: bool, compilers: int | None = None):
         self._store = store
         self._measure = measure
-        self._compilers = _Compilers(compilers or os.cpu_count() or 1)
+        self._compilers = _Compilers(compilers or max(1, (os.cpu_count() or 2) - 1))
         self._bench = Worker(with_device=True)
 
     def __enter__(self) -> Tuner:
@@ -133,7 +134,7 @@ class Tuner:
 
     def _time_finalists_again(self, run: _Run) -> None:
         for finalist in [r for r in self._store.results(run.key) if r.measured][:FINALISTS]:
-            request = Measure(run.trial(finalist.config), timed_ms=FINALIST_MS)
+            request = Measure(run.trial(finalist.config), timed_ms=FINALIST_MS, from_rest=True)
             outcome = self._bench.ask(request, MEASURE_TIMEOUT_S)
             self._store.record(run.result_again(finalist, outcome))
         run.progress.best = self._store.best(run.key)

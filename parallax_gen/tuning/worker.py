@@ -51,6 +51,7 @@ class Measure:
     trial: Trial
     give_up_us: float = float("inf")
     timed_ms: float = 40.0
+    from_rest: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,172 @@
+"""`parallax-gen doctor`: is everything there that is needed?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+import click
+
+from parallax_gen.cli.options import card_here, json_option
+from parallax_gen.cli.text import print_json
+from parallax_gen.errors import BuildError, ParallaxGenError, StoreError
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+COMPILE_TIMEOUT_S = 120.0
+COMPILE_FOR = "h100"  # where no card is there
+
+
+@dataclass(frozen=True)
+class Finding:
+    """status is "ok", "note" (nothing is wrong, but good to know) or "broken"."""
+
+    check: str
+    status: str
+    text: str
+
+
+@click.command()
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Check that everything is there that is needed.
+
+    The exit status is 1 if something is broken.
+
+    \b
+    Example
+      parallax-gen doctor
+    """
+    findings = []
+    for check, find in CHECKS.items():
+        for finding in _examine(check, find):
+            findings.append(finding)
+            if not as_json:
+                click.echo(f"{finding.check:<9} {finding.status:<7} {finding.text}")
+    broken = any(finding.status == "broken" for finding in findings)
+    if as_json:
+        print_json({"broken": broken, "findings": [asdict(finding) for finding in findings]})
+    ctx.exit(1 if broken else 0)
+
+
+def _examine(check: str, find: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[Finding]:
+    """The findings of one check; what it raises on purpose, or for want of a file or a module, is one too."""
+    try:
+        for status, text in find():
+            yield Finding(check, status, text)
+    except (ParallaxGenError, ImportError, OSError) as error:
+        yield Finding(check, "broken", " ".join(str(error).split()))
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    import torch
+    import triton
+
+    import parallax_gen
+
+    yield "ok", f"parallax_gen {parallax_gen.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    optuna = metadata.version("optuna")
+    yield (
+        "ok",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton.__version__}, Optuna {optuna}",
+    )
+
+
+def _device() -> Iterator[tuple[str, str]]:
+    card = card_here()
+    if card is None:
+        yield "note", "no CUDA device: kernels can be rendered, compiled and ranked, but not run or measured"
+    else:
+        known = "not in the table: its rates are estimated" if card.estimated else "in the table"
+        yield "ok", f"{card.title}, recognised as {card.name} ({known})"
+
+
+def _cache() -> Iterator[tuple[str, str]]:
+    import warnings
+
+    from parallax_gen.codegen.build import cache_dir
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folder = cache_dir()  # says so where it must fall back
+    for warning in caught:
+        yield "note", str(warning.message)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    kernels = sum(1 for _ in folder.glob("kernels/*.py"))
+    yield "ok", f"{folder}: writable, {kernels} kernels"
+
+
+def _database() -> Iterator[tuple[str, str]]:
+    from parallax_gen.cli.known import unlike_here
+    from parallax_gen.memory.store import Store, default_path
+
+    path = default_path()
+    there = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK) or not os.access(there if there.is_dir() else path.parent, os.W_OK):
+        raise StoreError(f"{path} cannot be written: nothing can be tuned; PARALLAX_GEN_DB can name a file elsewhere")
+    with Store(read_only=True) as store:
+        results = store.all()
+        used = sum(not unlike_here(r.key) for r in results)
+        yield (
+            "ok",
+            f"{path}: {len(results)} rows, {used} of this environment" if path.exists() else f"{path}: not yet made",
+        )
+        if store.unreadable:
+            yield "note", f"{store.unreadable} rows cannot be read, and are passed over"
+
+
+def _shipped() -> Iterator[tuple[str, str]]:
+    from parallax_gen.cli.known import differences, unlike_here
+    from parallax_gen.data import data_dir
+    from parallax_gen.memory.shipped import load_shipped
+
+    folder = data_dir("tuning_db")
+    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    if not names:
+        yield "note", f"no records in {folder}"
+    for name in names:
+        records = load_shipped(name)
+        unlike = [differences(unlike_here(record.key)) for record in records]
+        reasons = sorted({reason for each in unlike for reason in each})
+        usable = sum(not each for each in unlike)
+        why = f"; others have {', '.join(reasons)}" if reasons else ""
+        yield "ok" if usable else "note", f"{name}: {usable} of {len(records)} records are usable here{why}"
+
+
+def _cuobjdump() -> Iterator[tuple[str, str]]:
+    from parallax_gen.codegen.resources import _cuobjdump
+
+    yield "ok", str(_cuobjdump())
+
+
+def _compile() -> Iterator[tuple[str, str]]:
+    from parallax_gen.problem.heuristics import default_config
+    from parallax_gen.tuning.worker import Compile, Trial, Worker
+
+    gpu = card_here() or gpu_by_name(COMPILE_FOR)
+    spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
+    trial = Trial(spec, default_config(spec, shape, gpu), shape, gpu)
+    with closing(Worker(with_device=False)) as worker:
+        outcome = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
+    if outcome.kind != "ok":
+        raise BuildError(f"a small kernel for {gpu.name}: {outcome.kind}: {outcome.detail}")
+    yield "ok", f"a small kernel for {gpu.name}, in a child process, in {outcome.seconds:.1f} s"
+
+
+CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
+    "versions": _versions,
+    "device": _device,
+    "cache": _cache,
+    "database": _database,
+    "shipped": _shipped,
+    "cuobjdump": _cuobjdump,
+    "compile": _compile,
+}

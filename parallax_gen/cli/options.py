@@ -1,0 +1,166 @@
+"""The options that several commands share, and what their text means."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from parallax_gen.errors import ArgumentError, UnknownGpuError
+from parallax_gen.problem.hardware import Gpu, gpu_by_name
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, OPS, KernelSpec
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SHAPE_TEXT = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(?:(\d+)x)?(\d+)")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A --shape as it was typed; seqlen_q is None where one length was given for both."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int | None
+    seqlen_kv: int
+
+    def for_op(self, op: str) -> Shape:
+        """The shape that is meant for `op`: one length is that of queries and keys, but decode has one query."""
+        seqlen_q = self.seqlen_q
+        if op == "decode" and seqlen_q not in (None, 1):
+            raise click.BadParameter(
+                f"decode has 1 query a sequence, not {seqlen_q}: give the length of the cache alone",
+                param_hint="'--shape'",
+            )
+        if seqlen_q is None:
+            seqlen_q = 1 if op == "decode" else self.seqlen_kv
+        return Shape(self.batch, self.heads, self.kv_heads, seqlen_q, self.seqlen_kv)
+
+
+def sizes_of(text: str) -> Sizes:
+    """The sizes that a text such as 4,16,4096 or 1,32/8,128x4096 means. Raises BadParameter."""
+    match = SHAPE_TEXT.fullmatch(re.sub(r"\s", "", text))
+    if match is None:
+        raise click.BadParameter(
+            f"{text!r} is not batch,heads,seqlen, such as 4,16,4096, or 1,32/8,128x4096 "
+            "for 32 query heads over 8 kv heads and 128 queries over 4096 keys"
+        )
+    batch, heads, kv_heads, seqlen_q, seqlen_kv = match.groups()
+    sizes = Sizes(
+        batch=int(batch),
+        heads=int(heads),
+        kv_heads=int(kv_heads or heads),
+        seqlen_q=int(seqlen_q) if seqlen_q else None,
+        seqlen_kv=int(seqlen_kv),
+    )
+    try:
+        Shape(
+            sizes.batch, sizes.heads, sizes.kv_heads, 1 if sizes.seqlen_q is None else sizes.seqlen_q, sizes.seqlen_kv
+        )
+    except ArgumentError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from error
+    return sizes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The kernel that --op, --head-dim, --dtype and the flags ask for, but for its group, which a shape's heads say."""
+
+    op: str
+    head_dim: int
+    dtype: str
+    causal: bool | None = None
+    stats: bool = False
+    ragged: bool = False
+
+    def spec(self, group: int) -> KernelSpec:
+        causal = self.op == "forward" if self.causal is None else self.causal
+        return KernelSpec(self.op, self.head_dim, self.dtype, group, causal, self.stats, self.ragged)
+
+
+gpu_option = click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: the card in this machine.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+
+SHAPE_HELP = (
+    "batch,heads,seqlen: heads 32/8 are 32 query heads over 8 kv heads, seqlen 128x4096 is 128 queries over "
+    "4096 keys. For decode, seqlen is the cache's length."
+)
+
+
+def shape_option(
+    *, required: bool = False, multiple: bool = False, more_help: str = ""
+) -> Callable[[Command], Command]:
+    name = "shapes" if multiple else "shape"
+    return click.option(
+        "--shape",
+        name,
+        type=sizes_of,
+        metavar="SHAPE",
+        required=required,
+        multiple=multiple,
+        help=f"{SHAPE_HELP} {more_help}".strip(),
+    )
+
+
+def flag_options(command: Command) -> Command:
+    """--causal/--full, --stats and --ragged."""
+    options = (
+        click.option("--causal/--full", default=None, help="Forward only: causal, the default, or every key."),
+        click.option("--stats", is_flag=True, help="Forward only: with lse, t_mean and v_mean."),
+        click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
+    )
+    return _stacked(command, options)
+
+
+def kernel_options(command: Command) -> Command:
+    """The options that name one kernel; the command gets them as one argument, `asked`."""
+
+    @functools.wraps(command)
+    def collect(**given: Any) -> Any:
+        names = ("op", "head_dim", "dtype", "causal", "stats", "ragged")
+        asked = Asked(**{name: given.pop(name) for name in names})
+        return command(asked=asked, **given)
+
+    options = (
+        click.option("--op", type=click.Choice(OPS), required=True),
+        click.option("--head-dim", type=click.Choice(HEAD_DIMS), default=128, show_default=True),
+        click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True),
+    )
+    return _stacked(flag_options(collect), options)  # type: ignore[return-value]
+
+
+def _stacked(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def gpu_named(name: str | None) -> Gpu:
+    """The GPU that --gpu means; where it is left out, the card that is there. Raises UnknownGpuError."""
+    if name is None:
+        card = card_here()
+        if card is None:
+            raise UnknownGpuError("there is no CUDA device here: say which GPU is meant, such as --gpu h200")
+        return card
+    try:
+        return gpu_by_name(name)
+    except UnknownGpuError:
+        card = card_here()  # one that the table does not hold goes by the name it was recognised under
+        if card is not None and card.name == name:
+            return card
+        raise
+
+
+def card_here() -> Gpu | None:
+    """The GPU that CUDA's first device is; None where there is none."""
+    import torch
+
+    from parallax_gen.runtime.dispatch import gpu_of_device
+
+    return gpu_of_device(0) if torch.cuda.is_available() else None

@@ -1,0 +1,70 @@
+"""`parallax-gen render`: the source of one kernel."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, kernel_options, shape_option
+from parallax_gen.errors import BuildError
+from parallax_gen.problem.config import KernelConfig, config_from_dict
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+COMPILE_TIMEOUT_S = 120.0
+
+
+@click.command("render")
+@gpu_option
+@kernel_options
+@shape_option(more_help="Default: the first of the op's usual shapes.")
+@click.option("--config", "config_json", metavar="JSON", help="Every field of a config. Default: what a call gets.")
+@click.option("--resources", is_flag=True, help="Compile it too, and print registers, spills, shared memory to stderr.")
+def render_kernel(gpu: str | None, asked: Asked, shape: Sizes | None, config_json: str | None, resources: bool) -> None:
+    """Print the source of a kernel: to the letter what is launched.
+
+    \b
+    Example
+      parallax-gen render --gpu h200 --op forward --resources > kernel.py
+    """
+    from parallax_gen.cli.known import open_memory
+    from parallax_gen.codegen.render import render
+    from parallax_gen.runtime.dispatch import choose
+    from parallax_gen.tuning.worklist import USUAL_SHAPES
+
+    card = gpu_named(gpu)
+    sizes = USUAL_SHAPES[asked.op][0] if shape is None else shape.for_op(asked.op)
+    spec = asked.spec(sizes.group)
+    config = choose(spec, sizes, card, open_memory()).config if config_json is None else _config(asked.op, config_json)
+    click.echo(render(spec, config, card).text, nl=False)
+    if resources:
+        click.echo(_resources(spec, config, sizes, card), err=True)
+
+
+def _config(op: str, text: str) -> KernelConfig:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}", param_hint="'--config'") from error
+    if not isinstance(data, dict):
+        raise click.BadParameter('not an object such as {"BLOCK_N": 64, ...}', param_hint="'--config'")
+    return config_from_dict(op, data)
+
+
+def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> str:
+    """What a child compiled says: in a process of its own, a compiler that crashes is an error like others."""
+    from contextlib import closing
+
+    from parallax_gen.tuning.worker import Compile, Trial, Worker
+
+    with closing(Worker(with_device=False)) as worker:
+        outcome = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
+    if outcome.resources is None:
+        raise BuildError(f"compiling for {gpu.title}: {outcome.kind}: {outcome.detail}")
+    needs = outcome.resources
+    return (
+        f"{gpu.title}: {needs.registers} registers a thread, {needs.spills} bytes spilled, "
+        f"{needs.shared_bytes} bytes of shared memory; compiled in {outcome.seconds:.1f} s"
+    )

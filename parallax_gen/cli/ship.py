@@ -1,0 +1,43 @@
+"""`parallax-gen ship`: for maintainers, the user's records become those that ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from parallax_gen.errors import StoreError
+
+
+@click.command()
+@click.option("--gpu", metavar="NAME", required=True, help="Such as h100 or h200.")
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path, file_okay=False), help="Default: the package's tuning_db."
+)
+def ship(gpu: str, folder: Path | None) -> None:
+    """For maintainers: make your best results those that ship.
+
+    Merges the best that were measured in this environment into tuning_db/GPU.jsonl.
+
+    \b
+    Example
+      parallax-gen ship --gpu h200
+    """
+    from parallax_gen.cli.known import name_in_records, unlike_here
+    from parallax_gen.memory.shipped import load_shipped, write_shipped
+    from parallax_gen.memory.store import Store
+
+    with Store(read_only=True) as store:
+        results = store.all()
+        name = name_in_records(gpu, results)
+        results = [r for r in results if r.key.gpu == name and not unlike_here(r.key)]
+        if not any(r.measured for r in results):
+            raise StoreError(f"{store.path} holds nothing that was measured on {name} in this environment")
+        before = set(load_shipped(name, folder))
+        path = write_shipped(results, name, folder)  # failures too: they take out what does not work any more
+    after = set(load_shipped(name, folder))
+    keys = len({r.key for r in after})
+    click.echo(
+        f"{path}: {len(after)} records of {keys} kernels and buckets; {len(after - before)} new or changed, "
+        f"{len(before - after)} replaced or dropped"
+    )

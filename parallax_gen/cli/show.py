@@ -1,0 +1,84 @@
+"""`parallax-gen show`: all that is known of one kernel at one bucket of sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.text import LEGEND, brief, number, print_json, print_table
+
+if TYPE_CHECKING:
+    from parallax_gen.cli.known import Origins
+    from parallax_gen.memory.results import Result
+
+
+@click.command()
+@gpu_option
+@kernel_options
+@shape_option(required=True)
+@json_option
+def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
+    """Show all that is known of one kernel at one shape.
+
+    Fast to slow, then what failed and why: all results of the bucket of sizes that the shape falls in.
+
+    \b
+    Example
+      parallax-gen show --gpu h200 --op decode --shape 32,32/8,8192
+    """
+    from parallax_gen.cli.known import Origins, open_memory
+    from parallax_gen.codegen.render import templates_hash
+    from parallax_gen.memory.keys import Key
+    from parallax_gen.problem.shapes import bucket_of
+
+    card, sizes = gpu_named(gpu), shape.for_op(asked.op)
+    key = Key.here(card.name, asked.spec(sizes.group), bucket_of(sizes), templates_hash(asked.op))
+    memory = open_memory()
+    results = memory.results(key)
+    origins = Origins(memory, card.name)
+    if as_json:
+        print_json({"key": key.flat(), "results": [origins.to_json(r) for r in results]})
+        return
+    click.echo(f"{card.name}: {key.spec}; {key.bucket}")
+    if not results:
+        click.echo("nothing is known under this key: parallax-gen explain says what is used, and what came near")
+        return
+    _print_timed([r for r in results if r.outcome in ("ok", "predicted")], origins)
+    _print_failed([r for r in results if r.outcome not in ("ok", "predicted")])
+    click.echo(LEGEND)
+
+
+def _print_timed(results: list[Result], origins: Origins) -> None:
+    if not results:
+        return
+    numbers = ("time us", "regs", "spills", "shared", "error")
+    print_table((*numbers, "config", "known as"), [_row(r, origins) for r in results], right=numbers)
+    click.echo()
+
+
+def _row(result: Result, origins: Origins) -> tuple[str, ...]:
+    assert result.time_us is not None
+    return number(result.time_us), *_resources(result), brief(result.config), origins.status(result)
+
+
+def _print_failed(results: list[Result]) -> None:
+    """Two lines each: what failed is as long as it is."""
+    for result in results:
+        registers, spills, shared, error = _resources(result)
+        click.echo(
+            f"{result.outcome}: {brief(result.config)}; {registers} registers, {spills} bytes spilled, ", nl=False
+        )
+        click.echo(f"{shared} shared, error {error}" + (f", {number(result.time_us)} us" if result.time_us else ""))
+        if result.detail:
+            click.echo(f"    {result.detail}")
+    if results:
+        click.echo()
+
+
+def _resources(result: Result) -> tuple[str, str, str, str]:
+    """registers, spills, shared memory and error, "-" for what is not known."""
+    sizes = (result.registers, result.spills, result.shared_bytes)
+    registers, spills, shared = ("-" if size is None else str(size) for size in sizes)
+    return registers, spills, shared, "-" if result.error is None else f"{result.error:.1e}"

@@ -1,0 +1,105 @@
+"""How results are put for people, in 80 columns, and for programs, as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parallax_gen.problem.config import DecodeConfig, KernelConfig, config_to_dict
+from parallax_gen.problem.shapes import Bucket, Shape, work_of
+from parallax_gen.problem.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LETTERS = {
+    "BLOCK_M": "M",
+    "BLOCK_N": "N",
+    "BLOCK_H": "H",
+    "HEAD_GROUP": "G",
+    "NUM_SPLITS": "S",
+    "merge": "",
+    "num_warps": "w",
+    "num_stages": "s",
+}
+
+LEGEND = "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages"
+
+
+def brief(config: KernelConfig) -> str:
+    """A config short enough for a table: `M128 N64 G8 w8 s3`, `N32 H8 S16 last w1 s4`."""
+    choices = config_to_dict(config)
+    if isinstance(config, DecodeConfig) and config.merge == "none":
+        del choices["merge"]  # one split: nothing to merge
+    return " ".join(f"{_LETTERS[name]}{value}" for name, value in choices.items())
+
+
+def lengths(bucket: Bucket) -> str:
+    """A bucket's sequence lengths: one where they are the same, or the query is single."""
+    alone = bucket.seqlen_q in (1, bucket.seqlen_kv)
+    return str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
+
+
+def rate_unit(op: str) -> str:
+    """What the rate of an op is counted in: forward is bound by its matmuls, decode by the cache it reads."""
+    return "TFLOP/s" if op == "forward" else "GB/s"
+
+
+def rate(spec: KernelSpec, shape: Shape, time_us: float) -> float:
+    """How much of the work that must be done is done a second, in `rate_unit`."""
+    work = work_of(spec, shape)
+    return work.flops / time_us / 1e6 if spec.op == "forward" else work.bytes / time_us / 1e3
+
+
+def number(value: float) -> str:
+    """Four digits, and those before the point: 1234, 512.3, 8.123."""
+    return f"{value:.{max(0, min(3, 3 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
+
+
+def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
+    return f"{number(time_us)} us, {number(rate(spec, shape, time_us))} {rate_unit(spec.op)}"
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """`13 resources, 2 wrong`, the most first."""
+    most_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in most_first)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Of rich: text is taken as it is, and colours are for terminals alone."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print a table without lines; where it is too wide its last column is folded. Those in `right` hold numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        last = name == columns[-1]
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=not last)
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """The one thing on standard output. What no JSON number can be, an infinite error, is null."""
+    click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,206 @@
+"""`parallax-gen tune`: find the best kernels, and remember what was found."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parallax_gen.cli.options import Sizes, card_here, flag_options, gpu_named, gpu_option, json_option, shape_option
+from parallax_gen.cli.text import (
+    LEGEND,
+    brief,
+    console,
+    counted,
+    lengths,
+    number,
+    print_json,
+    print_table,
+    rate,
+    rate_unit,
+)
+from parallax_gen.errors import MeasureError, UnknownGpuError
+from parallax_gen.problem.config import config_to_dict
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, OPS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from parallax_gen.memory.store import Store
+    from parallax_gen.tuning.tune import Job, Progress
+
+SUCCESSES = ("ok", "predicted")
+
+
+@click.command()
+@gpu_option
+@click.option("--op", "ops", type=click.Choice(OPS), multiple=True, help="Repeatable. Default: both.")
+@click.option("--head-dim", "head_dims", type=click.Choice(HEAD_DIMS), multiple=True, help="Repeatable. Default: 128.")
+@click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Repeatable. Default: bf16.")
+@shape_option(multiple=True, more_help="Repeatable, and taken for every op. Default: the usual ones.")
+@flag_options
+@click.option("--trials", type=click.IntRange(min=1), default=96, show_default=True, help="Configs a job.")
+@click.option(
+    "--time-budget", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True, help="Seconds a job."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one a core.")
+@json_option
+def tune(
+    gpu: str | None,
+    ops: tuple[str, ...],
+    head_dims: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    shapes: tuple[Sizes, ...],
+    causal: bool | None,
+    stats: bool,
+    ragged: bool,
+    trials: int,
+    time_budget: float,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Find the best kernels for a GPU, and remember them.
+
+    Every finished trial is kept: Ctrl-C loses none, and running again goes on. Without a CUDA device, configs are
+    compiled and ranked by a model, and nothing is measured.
+
+    \b
+    Usual shapes, as batch,heads,seqlen
+      forward  4,16,4096  1,16,16384  16,16,1024  8,16,2048
+      decode   8 heads: batch 1 and 32, with 1024, 4096 and 16384 keys
+               32/8 heads: batch 1 and 32, with 8192 keys
+
+    \b
+    Example
+      parallax-gen tune --gpu h200 --op decode --shape 32,32/8,8192
+    """
+    from parallax_gen.memory.store import Store
+    from parallax_gen.tuning.worklist import USUAL_SHAPES, worklist
+
+    ops = ops or OPS
+    _check_flags(ops, causal, stats, ragged)
+    card, measure = _card_to_tune(gpu)
+    jobs = worklist(
+        card,
+        ops=ops,
+        head_dims=head_dims or (128,),
+        dtypes=dtypes or ("bf16",),
+        shapes={op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else USUAL_SHAPES,
+        causal=causal is not False,
+        stats=stats,
+        ragged=ragged,
+    )
+    with Store() as store:
+        done = _tune_all(jobs, store, measure, trials, time_budget, workers)
+        path = store.path
+    if as_json:
+        print_json(_to_json(done, card, measure, path))
+    else:
+        _print(done, path)
+    if not measure:
+        click.echo("nothing was measured: these times are predicted, and dispatch does not use them", err=True)
+    if all(progress.best is None for progress in done):
+        raise MeasureError("no config worked in any job: parallax-gen show says why each one failed")
+
+
+def _check_flags(ops: tuple[str, ...], causal: bool | None, stats: bool, ragged: bool) -> None:
+    """A flag for an op that is not tuned is a mistake."""
+    if "forward" not in ops and (causal is not None or stats):
+        raise click.UsageError("--causal, --full and --stats are of --op forward")
+    if "decode" not in ops and ragged:
+        raise click.UsageError("--ragged is of --op decode")
+
+
+def _card_to_tune(name: str | None) -> tuple[Gpu, bool]:
+    """The GPU to tune for, and whether it is there to measure on. Raises UnknownGpuError where another one is."""
+    wanted, here = gpu_named(name), card_here()
+    if here is not None and here.name != wanted.name:
+        raise UnknownGpuError(
+            f"--gpu says {wanted.name}, but the card here is {here.name} ({here.title}): "
+            "tune where the card is, or choose the device with CUDA_VISIBLE_DEVICES"
+        )
+    return wanted, here is not None
+
+
+def _tune_all(
+    jobs: list[Job], store: Store, measure: bool, trials: int, time_budget: float, workers: int | None
+) -> list[Progress]:
+    from parallax_gen.cli.interrupt import Interrupt
+    from parallax_gen.cli.progress import View
+    from parallax_gen.tuning.tune import Tuner
+
+    if not measure:
+        click.echo("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)
+    done = []
+    view, interrupt = View(console(stderr=True), len(jobs), trials, time_budget), Interrupt()
+
+    def on_progress(progress: Progress) -> None:
+        view.update(progress)
+        interrupt.check()
+
+    try:
+        with Tuner(store, measure=measure, compilers=workers) as tuner, view, interrupt:
+            for job in jobs:
+                view.begin(job)
+                progress = tuner.tune(job, trials=trials, time_budget_s=time_budget, on_progress=on_progress)
+                view.end(progress)
+                done.append(progress)
+    except KeyboardInterrupt:
+        click.echo(f"stopped: all finished trials are kept in {store.path}; run again to go on", err=True)
+        raise
+    return done
+
+
+def _print(done: list[Progress], path: Path) -> None:
+    for spec, group in groupby(done, key=lambda progress: progress.job.spec):
+        jobs = list(group)
+        click.echo(f"{jobs[0].job.gpu.name}: {spec}")
+        unit = rate_unit(spec.op)
+        columns = ("kv rows", "seqlen", "time us", unit, "config", "trials", "failures")
+        print_table(columns, [_row(progress) for progress in jobs], right=(*columns[:4], "trials"))
+        click.echo()
+    click.echo(LEGEND)
+    click.echo(f"database: {path}")
+
+
+def _row(progress: Progress) -> tuple[str, ...]:
+    job, best = progress.job, progress.best
+    found = ("-", "-", "-")
+    if best is not None and best.time_us is not None:
+        found = number(best.time_us), number(rate(job.spec, job.shape, best.time_us)), brief(best.config)
+    failures = counted(_failures(progress)) or "none"
+    return str(job.bucket.kv_rows), lengths(job.bucket), *found, str(progress.done), failures
+
+
+def _failures(progress: Progress) -> dict[str, int]:
+    return {kind: count for kind, count in progress.kinds.items() if kind not in SUCCESSES}
+
+
+def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict[str, Any]:
+    return {
+        "gpu": gpu.name,
+        "measured": measured,
+        "database": str(path),
+        "jobs": [_job_to_json(progress) for progress in done],
+    }
+
+
+def _job_to_json(progress: Progress) -> dict[str, Any]:
+    job, best = progress.job, progress.best
+    time_us = best.time_us if best else None
+    return {
+        "spec": job.spec.to_dict(),
+        "bucket": job.bucket.to_dict(),
+        "shape": job.shape.to_dict(),
+        "outcome": best.outcome if best else None,
+        "config": config_to_dict(best.config) if best else None,
+        "time_us": time_us,
+        "rate": rate(job.spec, job.shape, time_us) if time_us else None,
+        "rate_unit": rate_unit(job.spec.op),
+        "trials": progress.done,
+        "known": progress.known,
+        "failures": _failures(progress),
+        "seconds": progress.seconds,
+    }

@@ -1,0 +1,289 @@
+"""From source to module through the cache of files, and to machine code ahead of time, in killable children."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import pytest
+from strategies import GOLDEN, Kernel, random_kernels
+
+from parallax_gen.codegen.build import cache_dir, compile_for, load, write
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.errors import BuildError
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.tuning.worker import Compile, Outcome, Trial, Worker
+
+ROOT = Path(__file__).parents[2]
+GPU = GPUS["h200"]
+
+
+def source_of(text: str) -> KernelSource:
+    return KernelSource("sample", text, hashlib.sha256(text.encode()).hexdigest())
+
+
+SAMPLE = source_of("ANSWER = 42  # π\n")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache directory of this test's own, not there yet, and a temporary one to fall back to."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    chosen = tmp_path / "made" / "on the way"
+    monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(chosen))
+    forget()
+    yield chosen
+    forget()
+
+
+def forget() -> None:
+    cache_dir.cache_clear()
+    load.cache_clear()
+
+
+# -- the cache of files
+
+
+def test_kernels_lie_where_the_variable_says(cache: Path) -> None:
+    path = write(SAMPLE)
+    assert path == cache / "kernels" / f"sample_{SAMPLE.sha256[:16]}.py"
+    assert path.read_text() == SAMPLE.text
+    assert load(SAMPLE).ANSWER == 42
+
+
+def test_without_the_variable_kernels_lie_in_the_users_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PARALLAX_GEN_CACHE_DIR")
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "user" / name))
+    assert write(SAMPLE).parent == tmp_path / "user" / "parallax_gen" / "kernels"
+
+
+def test_a_file_appears_whole_and_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = []
+    rename = os.replace
+
+    def watched(old: str, new: Path) -> None:
+        renamed.append((Path(old).parent == new.parent, Path(old).read_text(), new.exists()))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", watched)
+    assert write(SAMPLE) == write(SAMPLE)
+    assert renamed == [(True, SAMPLE.text, False)]
+
+
+def test_other_texts_are_other_modules(cache: Path) -> None:
+    other = source_of("ANSWER = 43\n")
+    assert (load(SAMPLE).ANSWER, load(other).ANSWER) == (42, 43)
+    assert load(SAMPLE) is load(SAMPLE)
+
+
+@pytest.mark.parametrize("damage", [b"", SAMPLE.text.encode()[:-3], b"\xff\xfe\x00", b"ANSWER = 43\n"])
+def test_a_damaged_entry_is_repaired(cache: Path, damage: bytes) -> None:
+    write(SAMPLE).write_bytes(damage)
+    assert load(SAMPLE).ANSWER == 42
+    assert write(SAMPLE).read_text() == SAMPLE.text
+
+
+def test_a_rename_that_fails_leaves_no_entry(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(old: str, new: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(BuildError, match="no space left"):
+        write(SAMPLE)
+    assert list(cache.rglob("*.py")) == []
+
+
+def below_a_file(folder: Path) -> Path:
+    """A directory that not even root can make."""
+    (folder / "file").write_text("")
+    return folder / "file" / "cache"
+
+
+def test_an_unwritable_directory_is_replaced_with_a_warning(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(below_a_file(tmp_path)))
+    with pytest.warns(UserWarning, match="cannot write kernels to .*file/cache"):
+        path = write(SAMPLE)
+    assert path.parents[1] == tmp_path / "tmp" / f"parallax_gen-{os.getuid()}"
+    assert path.parents[1].stat().st_mode & 0o077 == 0  # nobody else's to read or to write
+    assert load(SAMPLE).ANSWER == 42
+
+
+def test_somebody_elses_directory_is_not_used(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(below_a_file(tmp_path)))
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(BuildError, match="is not yours"):
+        write(SAMPLE)
+
+
+@pytest.mark.parametrize("text", ["import no_such_module\n", "def launch(:\n", "raise ValueError\n"])
+def test_a_file_that_does_not_import(cache: Path, text: str) -> None:
+    source = source_of(text)
+    before = set(sys.modules)
+    with pytest.raises(BuildError, match="does not import"):
+        load(source)
+    assert not [name for name in set(sys.modules) - before if name.startswith("parallax_gen_kernels")]
+
+
+# -- machine code without a GPU
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_compiles_nothing() -> None:
+    kernel = GOLDEN["decode_unsplit"]
+    source = render(kernel.spec, kernel.config, GPU)
+    with pytest.raises(BuildError, match="TRITON_INTERPRET"):
+        compile_for(source, kernel.spec, kernel.config, Shape(1, 1, 1, 1, 100), GPU)
+
+
+WRONG_THEN_RIGHT = """
+import hashlib
+from triton.runtime import driver
+from strategies import GOLDEN
+from parallax_gen.codegen.build import compile_for, load
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.errors import BuildError
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Shape
+
+kernel, shape = GOLDEN["decode_unsplit"], Shape(1, 1, 1, 1, 100)
+right = render(kernel.spec, kernel.config, GPUS["h200"])
+text = right.text.replace("pt = p * t", "pt = p * no_such_name")
+assert text != right.text
+wrong = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
+try:
+    compile_for(wrong, kernel.spec, kernel.config, shape, GPUS["h200"])
+except BuildError as error:
+    print("BuildError:", error)
+assert "run" not in vars(load(wrong).decode_kernel), "launching is still switched off"
+try:
+    print("driver left behind:", driver.active)
+except RuntimeError:  # none is active, as before
+    pass
+print(compile_for(right, kernel.spec, kernel.config, shape, GPUS["h200"]))
+assert "run" not in vars(load(right).decode_kernel), "launching is still switched off"
+"""
+
+
+def test_a_kernel_that_does_not_compile_is_a_build_error_and_leaves_nothing_behind() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_THEN_RIGHT], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    wrong, right = done.stdout.splitlines()
+    assert wrong.startswith("BuildError: CompilationError")
+    assert right.startswith("Resources(registers=")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile for a GPU at a shape, and what to call it."""
+
+    name: str
+    kernel: Kernel
+    gpu: str
+    shape: Shape
+
+    @property
+    def request(self) -> Compile:
+        return Compile(Trial(self.kernel.spec, self.kernel.config, self.shape, GPUS[self.gpu]))
+
+
+def shape_of(kernel: Kernel) -> Shape:
+    return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.op == "decode" else 1000, 1000)
+
+
+def outcomes(jobs: list[Job]) -> dict[str, Outcome]:
+    """What a worker on each of two cores makes of the jobs."""
+    waiting, found = iter(jobs), {}
+    lock = threading.Lock()
+
+    def work() -> None:
+        with closing(Worker(with_device=False)) as worker:
+            while True:
+                with lock:
+                    job = next(waiting, None)
+                if job is None:
+                    return
+                found[job.name] = worker.ask(job.request, timeout_s=120)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(work) for _ in range(2)]:
+            done.result()
+    return found
+
+
+def test_kernels_compile_for_every_generation() -> None:
+    """Golden ones for three, random ones for any; and at sizes of 1, since Triton makes a constant of a 1."""
+    jobs = [Job(f"{n} for {gpu}", k, gpu, shape_of(k)) for n, k in GOLDEN.items() for gpu in ("a100", "h200", "b200")]
+    for name, kernel in GOLDEN.items():
+        jobs.append(Job(f"{name}, sizes of 1", kernel, "h200", Shape(1, kernel.spec.group, 1, 1, 1)))
+    any_gpu = random.Random(0)
+    for kernel in random_kernels(20, GPUS["rtx4090"]):  # the least shared memory: valid on the others too
+        if kernel.spec.dtype != "fp32":  # these take up to a minute: kilobytes of spills
+            gpu = any_gpu.choice(["a100", "h200", "b200", "rtx4090"])
+            jobs.append(Job(f"{kernel} for {gpu}", kernel, gpu, shape_of(kernel)))
+    found = outcomes(jobs)
+    for job in jobs:
+        outcome = found[job.name]
+        assert (outcome.kind, outcome.detail) == ("ok", ""), job.name
+        assert outcome.resources is not None
+        assert 1 <= outcome.resources.registers <= 255, job.name
+        assert 0 < outcome.resources.shared_bytes <= GPUS[job.gpu].shared_per_block, job.name
+    # Accumulators, s and t take 192 registers a thread, and an A100's matmul wants its operands in registers too.
+    spilling = found["forward_causal_stats for a100"].resources
+    assert spilling is not None
+    assert spilling.spills > 0
+    fitting = found["decode_unsplit for h200"].resources
+    assert fitting is not None
+    assert fitting.spills == 0
+
+
+def test_a_child_that_dies_or_hangs_is_an_outcome() -> None:
+    kernel = GOLDEN["decode_unsplit"]
+    job = Job("", kernel, "h200", shape_of(kernel)).request
+    invalid = DecodeConfig(32, 8, 4, "none", 1, 2)
+    with closing(Worker(with_device=False)) as worker:
+
+        def kill() -> None:
+            while worker._child is None:
+                time.sleep(0.01)
+            worker._child.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        died = worker.ask(job, timeout_s=60)
+        killer.join()
+        assert died.kind == "crash"
+        assert "exit status -9" in died.detail
+        late = worker.ask(job, timeout_s=0.05)
+        assert late.kind == "timeout"
+        assert 0.05 <= late.seconds < 10
+        assert worker.ask(job, timeout_s=60).kind == "ok"
+        refused = worker.ask(Compile(Trial(kernel.spec, invalid, job.trial.shape, GPU)), timeout_s=60)
+        assert refused.kind == "invalid"
+        assert "merge 'none' does not go with NUM_SPLITS 4" in refused.detail
+        child = worker._child
+    assert child is not None
+    assert child.poll() is not None  # closed: no child is left

@@ -1,0 +1,336 @@
+"""Rendered kernels in Triton's CPU interpreter, against the fp64 oracle.
+
+In fp16 and fp32: a bf16 tl.dot is silently wrong in the interpreter. tests/gpu runs the same on a card, bf16 too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+import strategies
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Case, Kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.calling import Call, Inputs
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.reference import errors, reference_forward, tolerance, why_wrong
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import verify
+
+# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
+
+GPU = GPUS["h200"]
+DTYPES = ("fp16", "fp32")
+MOST_PROGRAMS = 48
+
+FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=1, num_warps=4, num_stages=2)
+DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
+
+
+def wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -> str | None:
+    return verify.check(render(spec, config, GPU), spec, config, shape, seed=seed, device="cpu").wrong
+
+
+def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
+    return verify.run(render(spec, config, GPU), spec, config, inputs, verify.oracle(spec, inputs)).wrong
+
+
+def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
+    return verify.random_inputs_of(spec, shape, seed=seed, device="cpu")
+
+
+def launched(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
+    """The call after one launch."""
+    call = verify.poisoned(spec, config, inputs)
+    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    return call
+
+
+@settings(max_examples=100)
+@given(case=strategies.cases("forward", DTYPES, GPU, MOST_PROGRAMS))
+def test_any_forward_kernel_agrees_with_the_oracle(case: Case) -> None:
+    assert wrong(case.spec, case.config, case.shape, case.seed) is None
+
+
+@settings(max_examples=100)
+@given(case=strategies.cases("decode", DTYPES, GPU, MOST_PROGRAMS))
+def test_any_decode_kernel_agrees_with_the_oracle(case: Case) -> None:
+    assert wrong(case.spec, case.config, case.shape, case.seed) is None
+
+
+@pytest.mark.parametrize("op", ["forward", "decode"])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> None:
+    case = data.draw(strategies.cases(op, ["fp32"], GPU, MOST_PROGRAMS // 2))
+    other = data.draw(strategies.configs(case.spec, GPU))
+    inputs = inputs_of(case.spec, case.shape, case.seed)
+    one, two = (launched(case.spec, config, inputs).out for config in (case.config, other))
+    assert errors(one, two.double()).relative < tolerance("fp32") / 10
+
+
+@pytest.mark.parametrize("head_group", [1, 2, 8, 0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_order_of_tiles_covers_every_tile(causal: bool, head_group: int) -> None:
+    spec = KernelSpec("forward", 64, "fp16", group=3, causal=causal, stats=True)
+    shape = Shape(batch=1, heads=9, kv_heads=3, seqlen_q=70, seqlen_kv=75)  # 9 heads: the last group of 2 or 8 is 1
+    assert wrong(spec, replace(FORWARD, HEAD_GROUP=head_group), shape) is None
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_rows_that_see_no_key_are_zero(stats: bool) -> None:
+    spec = KernelSpec("forward", 64, "fp16", causal=True, stats=stats)
+    shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=100, seqlen_kv=33)
+    inputs = inputs_of(spec, shape)
+    assert wrong_on(spec, FORWARD, inputs) is None
+    call = launched(spec, FORWARD, inputs)
+    assert (call.out[:, :67] == 0).all()  # row i sees keys up to i - 67
+    assert (call.out[:, 67:] != 0).any(dim=-1).all()
+    if stats:
+        lse, t_mean, v_mean = call.stats
+        assert (lse[..., :67] == -torch.inf).all()
+        assert lse[..., 67:].isfinite().all()
+        assert (t_mean[..., :67] == 0).all()
+        assert (v_mean[:, :67] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        (KernelSpec("forward", 64, "fp16", stats=True), FORWARD),
+        (KernelSpec("forward", 64, "fp16", causal=True), FORWARD),
+        (KernelSpec("decode", 64, "fp16"), DECODE),
+    ],
+    ids=["full", "causal", "decode"],
+)
+def test_a_single_key_gives_its_value(spec: KernelSpec, config: KernelConfig, dtype: str) -> None:
+    spec = replace(spec, dtype=dtype)
+    inputs = inputs_of(spec, Shape(batch=1, heads=1, kv_heads=1, seqlen_q=1, seqlen_kv=1))
+    assert why_wrong(launched(spec, config, inputs).out, inputs.v.double(), dtype) is None
+
+
+# S_PAD rows of partials are read at once, or in chunks of 64 * 32 * warps / head_dim; 4 warps merge in "kernel".
+@pytest.mark.parametrize(
+    ("splits", "merge", "warps"),
+    [
+        pytest.param(1, "none", 1, id="none"),
+        pytest.param(4, "last", 1, id="last, all at once"),
+        pytest.param(6, "last", 2, id="last, all at once, padded"),
+        pytest.param(32, "last", 1, id="last, chunks"),
+        pytest.param(24, "last", 1, id="last, chunks, padded"),
+        pytest.param(4, "kernel", 1, id="kernel, all at once"),
+        pytest.param(6, "kernel", 2, id="kernel, all at once, padded"),
+        pytest.param(128, "kernel", 1, id="kernel, chunks"),
+        pytest.param(96, "kernel", 1, id="kernel, chunks, padded"),
+    ],
+)
+@pytest.mark.parametrize("keys", [3, 530])
+def test_every_way_to_merge(splits: int, merge: str, warps: int, keys: int) -> None:
+    """With 3 keys, most splits have none; with 530, few."""
+    spec = KernelSpec("decode", 128, "fp16", group=2)
+    config = DecodeConfig(16, 8, splits, merge, num_warps=warps, num_stages=2)
+    assert wrong(spec, config, Shape(batch=1, heads=2, kv_heads=1, seqlen_q=1, seqlen_kv=keys)) is None
+
+
+@pytest.mark.parametrize("merge", ["none", "last", "kernel"])
+@pytest.mark.parametrize("block_h", [8, 16])
+def test_a_group_that_fills_no_tile(block_h: int, merge: str) -> None:
+    """12 heads are a tile and a half of 8, or three quarters of one of 16."""
+    spec = KernelSpec("decode", 64, "fp16", group=12)
+    config = replace(DECODE, BLOCK_H=block_h, NUM_SPLITS=1 if merge == "none" else 3, merge=merge)
+    assert wrong(spec, config, Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=101)) is None
+
+
+@pytest.mark.parametrize("merge", ["none", "last", "kernel"])
+def test_lengths_of_zero_and_nan_behind_the_end(merge: str) -> None:
+    spec = KernelSpec("decode", 64, "fp16", group=2, ragged=True)
+    config = replace(DECODE, NUM_SPLITS=1 if merge == "none" else 3, merge=merge)
+    inputs = inputs_of(replace(spec, ragged=False), Shape(batch=4, heads=4, kv_heads=2, seqlen_q=1, seqlen_kv=77))
+    inputs.cache_seqlens = torch.tensor([0, 1, 40, 77], dtype=torch.int32)
+    for sequence, length in enumerate(inputs.cache_seqlens.tolist()):
+        inputs.k[sequence, length:] = float("nan")
+        inputs.v[sequence, length:] = float("nan")
+    assert wrong_on(spec, config, inputs) is None
+    assert (launched(spec, config, inputs).out[0] == 0).all()
+
+
+@pytest.mark.parametrize("op", ["full", "causal", "decode"])
+def test_without_probes_it_is_softmax_attention(op: str) -> None:
+    if op == "decode":
+        spec, config = KernelSpec("decode", 64, "fp32", group=2), DECODE
+        shape = Shape(batch=2, heads=4, kv_heads=2, seqlen_q=1, seqlen_kv=75)
+    else:
+        spec, config = KernelSpec("forward", 64, "fp32", group=2, causal=op == "causal", stats=True), FORWARD
+        shape = Shape(batch=2, heads=4, kv_heads=2, seqlen_q=75, seqlen_kv=75)
+    inputs = inputs_of(spec, shape)
+    inputs.r.zero_()
+    call = launched(spec, config, inputs)
+    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
+    assert why_wrong(call.out, softmax.double(), spec.dtype) is None
+    if spec.stats:
+        assert torch.equal(call.out, call.stats[2])  # v_mean, to the bit
+
+
+@pytest.mark.parametrize("softmax_scale", [0.02, 1.0])
+@pytest.mark.parametrize("op", ["forward", "decode"])
+def test_the_softmax_scale_is_an_argument(op: str, softmax_scale: float) -> None:
+    spec, config = (KernelSpec(op, 64, "fp32"), FORWARD if op == "forward" else DECODE)
+    shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=20 if op == "forward" else 1, seqlen_kv=75)
+    inputs = inputs_of(spec, shape)
+    call = verify.poisoned(spec, config, inputs)
+    load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale))
+    expected = reference_forward(inputs.q, inputs.r, inputs.k, inputs.v, softmax_scale=softmax_scale)
+    assert why_wrong(call.out, expected.out, spec.dtype) is None
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("op", ["forward", "decode"])
+def test_scores_far_from_zero(op: str, sign: float) -> None:
+    """Scores of about +-1000: e^1000 overflows and e^-1000 is 0 where the maximum is not taken off."""
+    spec, config = (KernelSpec(op, 64, "fp32"), FORWARD if op == "forward" else DECODE)
+    shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=20 if op == "forward" else 1, seqlen_kv=75)
+    inputs = inputs_of(spec, shape)
+    inputs.q[..., 0] = 1024.0
+    inputs.k[..., 0] = 8.0 * sign  # q.k / 8 moves by +-1024, exactly
+    # A score near 1000 is rounded to 2^-14: that, not the kernel, is what the result is off by.
+    assert errors(launched(spec, config, inputs).out, verify.oracle(spec, inputs).out).relative < 1e-3
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize(
+    ("spec", "config", "shape"),
+    [
+        (KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD, Shape(2, 4, 2, 75, 75)),
+        (KernelSpec("forward", 64, "fp16", group=2), FORWARD, Shape(2, 4, 2, 71, 95)),
+        (KernelSpec("decode", 64, "fp16", group=2), DECODE, Shape(2, 4, 2, 1, 75)),
+        (KernelSpec("decode", 64, "fp16", group=2, ragged=True), DECODE, Shape(2, 4, 2, 1, 75)),
+    ],
+    ids=["causal", "full", "decode", "ragged decode"],
+)
+def test_strided_inputs(spec: KernelSpec, config: KernelConfig, shape: Shape, layout: object) -> None:
+    assert wrong_on(spec, config, layout(inputs_of(spec, shape, seed=2))) is None
+
+
+@pytest.mark.parametrize("merge", ["none", "last", "kernel", "forward"])
+def test_only_the_output_is_written(merge: str) -> None:
+    """Into the middle of larger tensors, which are as before around it."""
+    if merge == "forward":
+        spec, config = KernelSpec("forward", 64, "fp16", group=3, causal=True, stats=True), FORWARD
+        shape = Shape(batch=2, heads=6, kv_heads=2, seqlen_q=71, seqlen_kv=75)
+    else:
+        spec = KernelSpec("decode", 64, "fp16", group=3)
+        config = replace(DECODE, NUM_SPLITS=1 if merge == "none" else 3, merge=merge)
+        shape = Shape(batch=2, heads=6, kv_heads=2, seqlen_q=1, seqlen_kv=75)
+    inputs = inputs_of(spec, shape)
+    call = verify.poisoned(spec, config, inputs)
+    around = [torch.full((2, shape.seqlen_q + 2, 8, 192), 7.0, dtype=torch.float16) for _ in range(2)]
+    out, v_mean = (x[:, 1:-1, 1:-1, 64:128] for x in around)
+    call.out = out
+    if call.stats:
+        call.stats = (*call.stats[:2], v_mean)
+    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    expected = verify.oracle(spec, inputs)
+    assert why_wrong(out, expected.out, "fp16") is None
+    out.fill_(7.0)
+    if call.stats:
+        assert why_wrong(v_mean, expected.v_mean, "fp16") is None
+        v_mean.fill_(7.0)
+    assert all((x == 7.0).all() for x in around)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "stride"),
+    [
+        pytest.param(Shape(1, 2, 1, 1, 70), 1, 1 << 25, id="keys"),
+        pytest.param(Shape(3, 6, 2, 1, 10), 0, 1 << 30, id="sequences"),
+    ],
+)
+@pytest.mark.parametrize("op", ["forward", "decode"])
+def test_offsets_past_32_bits_in_k_and_v(op: str, shape: Shape, dim: int, stride: int) -> None:
+    """Some 5 GB are reserved, and only the pages of the few keys used. What overflows reads elsewhere, or crashes."""
+    spec, config = KernelSpec(op, 64, "fp16", group=shape.group), FORWARD if op == "forward" else DECODE
+    inputs = inputs_of(spec, shape)
+    inputs.k, inputs.v = strategies.far_apart(inputs.k, inputs.v, dim, stride)
+    assert wrong_on(spec, config, inputs) is None
+
+
+def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
+    spec, config = KernelSpec("forward", 64, "fp16", causal=True, stats=True), FORWARD
+    inputs = inputs_of(spec, Shape(1, 1, 1, 70, 70))
+    expected = verify.oracle(spec, inputs)
+    inputs.q, inputs.r = strategies.far_apart(inputs.q, inputs.r, 1, 1 << 25)
+    call = verify.poisoned(spec, config, inputs)
+    call.out, v_mean = strategies.far_apart(call.out, call.stats[2], 1, 1 << 25)
+    call.stats = (*call.stats[:2], v_mean)
+    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    assert why_wrong(call.out, expected.out, spec.dtype) is None
+    assert why_wrong(v_mean, expected.v_mean, spec.dtype) is None
+
+
+@pytest.mark.parametrize("merge", ["last", "kernel"])
+def test_scratch_serves_again(merge: str) -> None:
+    """The second launch finds the first one's partials and counters, and other queries and lengths."""
+    spec = KernelSpec("decode", 64, "fp16", group=12, ragged=True)
+    config = replace(DECODE, merge=merge)
+    shape = Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=75)
+    call = verify.poisoned(spec, config, inputs_of(spec, shape, seed=1))
+    launch = load(render(spec, config, GPU)).launch
+    launch(*call.arguments(verify.softmax_scale(spec)))
+    call.inputs = inputs_of(spec, shape, seed=2)
+    call.out.fill_(float("nan"))
+    launch(*call.arguments(verify.softmax_scale(spec)))
+    assert why_wrong(call.out, verify.oracle(spec, call.inputs).out, spec.dtype) is None
+    if merge == "last":
+        assert not call.scratch[1].any()
+
+
+# Wrong kernels, to see that the checks above can fail: what to change in which kernel.
+FORWARD_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD)
+DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12, ragged=True), replace(DECODE, NUM_SPLITS=4))
+PLANTED = [
+    pytest.param(FORWARD_KERNEL, "<= last", "< last", id="causal mask off by one"),
+    pytest.param(FORWARD_KERNEL, "shift = seqlen_kv - seqlen_q", "shift = 0", id="causal mask aligned to the start"),
+    pytest.param(FORWARD_KERNEL, "BLOCK_N > seen_by_all", "BLOCK_N > seqlen_kv", id="mask in the last block only"),
+    pytest.param(FORWARD_KERNEL, "d2 = d2 * alpha", "d2 = d2", id="d2 not rescaled"),
+    pytest.param(FORWARD_KERNEL, "pt = p * t", "pt = p", id="no probes"),
+    pytest.param(FORWARD_KERNEL, "* (1.0 + t_mean)[:, None]", "", id="no mean of t"),
+    pytest.param(FORWARD_KERNEL, "softmax_scale * LOG2_E", "softmax_scale", id="2 to the power, not e"),
+    pytest.param(FORWARD_KERNEL, "* LN_2", "", id="lse in bits"),
+    pytest.param(FORWARD_KERNEL, "head // GROUP", "head % (heads // GROUP)", id="heads dealt out in turn"),
+    pytest.param(FORWARD_KERNEL, "t_mean, mask=rows <", "t_mean, mask=rows + 1 <", id="last row's t_mean not written"),
+    pytest.param(DECODE_KERNEL, "weight = tl.exp2(m - m_all)", "weight = m * 0.0 + 1.0", id="splits not rescaled"),
+    pytest.param(DECODE_KERNEL, "in_kv = n + keys < end", "in_kv = n + keys <= end", id="a key behind the end"),
+    pytest.param(DECODE_KERNEL, "blocks * (split + 1) // NUM_SPLITS", "blocks // NUM_SPLITS * (split + 1)", id="tail"),
+    pytest.param(DECODE_KERNEL, "tl.store(arrived_ptr + bh, 0)", "pass", id="counters not set back"),
+    pytest.param(DECODE_KERNEL, "is_query = rows < 8", "is_query = rows >= 8", id="queries and probes swapped"),
+    pytest.param(DECODE_KERNEL, "tl.minimum(head0 + BLOCK_H, GROUP)", "head0 + 1", id="one head merged"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "right", "planted"), PLANTED)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a wrong kernel may compute anything
+def test_a_wrong_kernel_is_seen(kernel: Kernel, right: str, planted: str) -> None:
+    spec, config = kernel.spec, kernel.config
+    source = render(spec, config, GPU)
+    assert right in source.text
+    text = source.text.replace(right, planted)
+    source = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
+    shape = Shape(batch=2, heads=2 * spec.group, kv_heads=2, seqlen_q=1, seqlen_kv=205)
+    if spec.op == "forward":
+        shape = replace(shape, seqlen_q=71, seqlen_kv=75)
+    inputs = inputs_of(spec, shape, seed=2)
+    if inputs.cache_seqlens is not None:  # within the tensors, whatever is planted
+        assert inputs.cache_seqlens.tolist()[0] < 205
+    assert verify.run(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is not None

@@ -1,0 +1,218 @@
+"""Rendered kernels as texts: golden ones, what every one must look like, and the hash of the templates.
+
+After a template was changed on purpose, `python -m pytest tests/codegen/test_render.py --regenerate-golden` writes
+tests/golden anew; its diff shows what the change does.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import jinja2
+import pytest
+from strategies import GOLDEN, Kernel, random_kernels
+
+from parallax_gen.codegen import render as render_module
+from parallax_gen.codegen.render import render, templates_hash
+from parallax_gen.data import data_dir
+from parallax_gen.errors import ConfigError
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.spec import OPS, KernelSpec
+
+GPU = GPUS["h200"]
+TESTS = Path(__file__).parents[1]
+RANDOM_KERNELS = 150
+
+
+def text_of(kernel: Kernel) -> str:
+    return render(kernel.spec, kernel.config, GPU).text
+
+
+EVERY_TEXT = {**GOLDEN, **{f"random_{i}": kernel for i, kernel in enumerate(random_kernels(RANDOM_KERNELS, GPU))}}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str, request: pytest.FixtureRequest) -> None:
+    path = TESTS / "golden" / f"{name}.py"
+    if request.config.getoption("--regenerate-golden"):
+        path.write_text(text_of(GOLDEN[name]))
+    assert text_of(GOLDEN[name]) == path.read_text()
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {path.stem for path in (TESTS / "golden").glob("*.py")} == set(GOLDEN)
+
+
+@pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed: pip install parallax-gen[lint]")
+def test_ruff_has_nothing_to_say(tmp_path: Path) -> None:
+    for name, kernel in EVERY_TEXT.items():
+        (tmp_path / f"{name}.py").write_text(text_of(kernel))
+    ours = ["--config", str(TESTS.parent / "pyproject.toml")]
+    for arguments in (["check", *ours], ["check", "--isolated"], ["format", "--check", *ours]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, "--no-cache", str(tmp_path)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"ruff {' '.join(arguments)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("name", EVERY_TEXT)
+def test_reads_as_written_by_hand(name: str) -> None:
+    text = text_of(EVERY_TEXT[name])
+    for mark in ("{{", "}}", "{%", "%}", "{#", "#}"):
+        assert mark not in text
+    assert faults(ast.parse(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("import numpy", "imports numpy"),
+        ("from triton.language import dot", "imports from triton.language"),
+        ("def f(x, y):\n    return x", "f: y is not read"),
+        ("def f(x, *, y: int = 1):\n    return x", "f: y is not read"),
+        ("def f():\n    N: tl.constexpr = 1", "f: N is not read"),
+        ("def f(x):\n    a, b = x\n    a += 1\n    return a", "f: b is not read"),
+        ("N = 1", "N is not read"),
+        ("def f(x):\n    if False:\n        return x", "line 2 decides on a constant"),
+        ("def _f(x):\n    return x", "_f is not read"),
+    ],
+)
+def test_faults_are_seen(text: str, fault: str) -> None:
+    assert faults(ast.parse(text)) == [fault]
+
+
+def faults(tree: ast.Module) -> list[str]:
+    """Imports besides torch and triton, arguments and names that nothing reads, branches that nothing decides."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found.append(f"imports from {node.module}")
+        if isinstance(node, ast.Import):
+            found += [f"imports {a.name}" for a in node.names if a.name not in ("torch", "triton", "triton.language")]
+        if isinstance(node, ast.If | ast.IfExp | ast.While) and isinstance(node.test, ast.Constant):
+            found.append(f"line {node.lineno} decides on a constant")
+        if isinstance(node, ast.FunctionDef):
+            found += [f"{node.name}: {name} is not read" for name in _unread(node)]
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    made = [target.id for node in tree.body if isinstance(node, ast.Assign) for target in _names(node.targets)]
+    made += [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")]
+    return found + [f"{name} is not read" for name in made if name not in read]
+
+
+def _unread(function: ast.FunctionDef) -> list[str]:
+    """Arguments and local names of a function that it never reads, in order."""
+    given = function.args
+    made = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    made += [name.id for name in _names(function.body) if isinstance(name.ctx, ast.Store)]
+    read = {name.id for name in _names(function.body) if isinstance(name.ctx, ast.Load)}
+    return [name for name in dict.fromkeys(made) if name not in read and name != "_"]
+
+
+def _names(nodes: list[ast.stmt] | list[ast.expr]) -> Iterator[ast.Name]:
+    for node in nodes:
+        yield from (name for name in ast.walk(node) if isinstance(name, ast.Name))
+
+
+def test_the_header_says_what_it_is() -> None:
+    kernel = GOLDEN["decode_merge_kernel"]
+    docstring = ast.get_docstring(ast.parse(text_of(kernel)))
+    assert docstring is not None
+    for what in (str(kernel.spec), "NUM_SPLITS=8 merge=kernel", GPU.title, templates_hash("decode")):
+        assert what in docstring
+
+
+def test_the_same_text_is_the_same_source() -> None:
+    kernel, other = GOLDEN["decode_unsplit"], GOLDEN["decode_merge_chunked"]
+    source = render(kernel.spec, kernel.config, GPU)
+    assert source == render(kernel.spec, kernel.config, GPU)
+    assert source.sha256 == hashlib.sha256(source.text.encode()).hexdigest()
+    assert source.sha256 != render(other.spec, other.config, GPU).sha256
+    assert source.name == "decode_d128_bf16_g1"
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "gpu", "reason"),
+    [
+        (KernelSpec("forward", 64, "bf16"), GOLDEN["decode_unsplit"].config, "h200", "DecodeConfig does not configure"),
+        (KernelSpec("forward", 64, "bf16"), ForwardConfig(48, 64, 1, 4, 2), "h200", "BLOCK_M is 48"),
+        (KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 4, "none", 1, 2), "h200", "merge 'none' does not go"),
+        (KernelSpec("forward", 128, "bf16"), ForwardConfig(64, 128, 1, 8, 4), "rtx4090", "bytes of shared memory"),
+    ],
+)
+def test_an_invalid_config_is_not_rendered(
+    spec: KernelSpec, config: ForwardConfig | DecodeConfig, gpu: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        render(spec, config, GPUS[gpu])
+
+
+@pytest.fixture
+def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the templates, rendered instead of them."""
+    copy = tmp_path / "templates"
+    shutil.copytree(data_dir("templates"), copy)
+    monkeypatch.setattr(render_module, "data_dir", lambda name: tmp_path / name)
+    forget()
+    yield copy
+    forget()
+
+
+def forget() -> None:
+    render_module._environment.cache_clear()
+    templates_hash.cache_clear()
+
+
+def hashes() -> dict[str, str]:
+    forget()
+    return {op: templates_hash(op) for op in OPS}
+
+
+def test_an_unknown_variable_is_an_error(templates: Path) -> None:
+    kernel = GOLDEN["decode_unsplit"]
+    for unknown in ("{{ no_such_name }}", "{{ config.NO_SUCH_KNOB }}", "{% if spec.no_such_field %}{% endif %}"):
+        (templates / "decode.py.j2").write_text(unknown)
+        forget()
+        with pytest.raises(jinja2.UndefinedError, match=r"no_such_|NO_SUCH_"):
+            render(kernel.spec, kernel.config, GPU)
+
+
+def test_comments_and_blank_lines_leave_the_hash(templates: Path) -> None:
+    before = hashes()
+    for path in templates.glob("*.j2"):
+        text = path.read_text()
+        text = text.replace(
+            "    pid = tl.program_id(0)\n", "    pid = tl.program_id(0)  # which program\n\n    # -- ours\n"
+        )
+        path.write_text(f"{{#- About\n  this. -#}}\n{text}")
+    assert hashes() == before
+
+
+def changed(path: Path, old: str, new: str) -> set[str]:
+    """The ops whose hash changes with `old`, which is there, made `new`."""
+    before, text = hashes(), path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    after = hashes()
+    path.write_text(text)
+    return {op for op in OPS if before[op] != after[op]}
+
+
+def test_code_changes_the_hash_of_the_ops_that_use_it(templates: Path) -> None:
+    assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
+    assert changed(templates / "forward.py.j2", "tiles - 1 - tile", "tile") == {"forward"}
+    assert changed(templates / "_macros.j2", "p * t", "p") == {"forward", "decode"}
+    assert changed(templates / "decode.py.j2", "{%- if S > 1 %}", "{%- if S > 2 %}") == {"decode"}
+
+
+def test_indentation_is_code(templates: Path) -> None:
+    """Out of the `if`, every split sets the counter back, not the last one."""
+    store = "    tl.store(arrived_ptr + bh, 0)"
+    assert changed(templates / "decode.py.j2", "    " + store, store) == {"decode"}

@@ -1,0 +1,54 @@
+"""What every test runs under: folders of its own, Triton's interpreter where no GPU is, and hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Triton reads it when a kernel is decorated: before any test imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
+
+# "ci" draws the same examples in every run: when it fails, the change did it and not the draw, and whoever looks gets
+# the same example. What that gives up, new examples, "explore" has: `pytest --hypothesis-profile=explore`, for
+# an hour after the generator changed. No deadline: the interpreter's time a case varies a hundredfold.
+settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=60, print_blob=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate-golden", action="store_true", help="write tests/golden/*.py anew instead of comparing with them"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreter: runs kernels in Triton's CPU interpreter; skipped beside a GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not ON_A_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "interpreter" in item.keywords and ON_A_GPU:
+            item.add_marker(pytest.mark.skip(reason="a CUDA device is here: tests/gpu runs the same cases on it"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home_untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels, results and Triton's programs go to a folder of this session, in child processes too.
+
+    Set TRITON_CACHE_DIR to keep what Triton compiled from one session to the next.
+    """
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARALLAX_GEN_CACHE_DIR", str(folder / "cache"))
+        patch.setenv("PARALLAX_GEN_DB", str(folder / "tuning.db"))
+        patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")))
+        yield

@@ -1,0 +1,152 @@
+"""Parallax attention, decode: one query a sequence against a KV cache.
+
+spec       decode, head_dim 128, bf16, MHA
+config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=none num_warps=2 num_stages=4
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, templates bf1c1ad0292a
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
+log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _step(qr, k, v, visible, scale_log2, m, d1, d2, o):
+    """Take a block of keys and values [BLOCK_N, HEAD_DIM] into the rows' state."""
+    BLOCK_N: tl.constexpr = k.shape[0]
+    st = tl.dot(qr, tl.trans(k))
+    s, t = tl.split(tl.permute(tl.reshape(st, [2, 8, BLOCK_N]), [1, 2, 0]))  # [8, BLOCK_N] each
+    s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    pt = p * t
+    d1 = d1 * alpha + tl.sum(p, 1)
+    d2 = d2 * alpha + tl.sum(pt, 1)
+    both = tl.join(p.to(v.dtype), pt.to(v.dtype))
+    both = tl.reshape(tl.permute(both, [2, 0, 1]), [16, BLOCK_N])  # stacked again, as qr is
+    alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), [1, 0]), [16])
+    o = tl.dot(both, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
+    return m_new, d1, d2, o
+
+
+@triton.jit(do_not_specialize=["kv_heads", "seqlen_kv"])
+def decode_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    stride_qb,
+    stride_qh,
+    stride_rb,
+    stride_rh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ob,
+    stride_oh,
+    scale_log2,
+    kv_heads,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 128
+    GROUP: tl.constexpr = 1  # query heads that share a kv head
+    BLOCK_H: tl.constexpr = 8  # of which one program serves so many
+    BLOCK_N: tl.constexpr = 32  # keys it takes a step
+
+    # -- which sequence and kv head
+    pid = tl.program_id(0)
+    bh = pid
+    batch = (bh // kv_heads).to(tl.int64)
+    kv_head = (bh % kv_heads).to(tl.int64)
+
+    # -- one tile of queries and probes: 8 of each in turn
+    rows = tl.arange(0, 2 * BLOCK_H)
+    heads = rows % 8
+    is_query = rows < 8
+    in_group = heads < GROUP
+    dims = tl.arange(0, HEAD_DIM)
+    q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + heads)[:, None] * stride_qh + dims[None, :]
+    r_ptrs = r_ptr + batch * stride_rb + (kv_head * GROUP + heads)[:, None] * stride_rh + dims[None, :]
+    q = tl.load(q_ptrs, mask=(in_group & is_query)[:, None], other=0.0)
+    r = tl.load(r_ptrs, mask=(in_group & ~is_query)[:, None], other=0.0)
+    qr = q + r  # [2*BLOCK_H, HEAD_DIM]: one of the two is 0 in every row
+
+    keys = tl.arange(0, BLOCK_N)
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    k_offsets = keys[:, None] * stride_kn + dims[None, :]
+    v_offsets = keys[:, None] * stride_vn + dims[None, :]
+    stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, a cache's may not
+    stride_vn64 = tl.cast(stride_vn, tl.int64)
+    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: a sequence without keys must not give NaN
+    d1 = tl.zeros([BLOCK_H], tl.float32)
+    d2 = tl.zeros([BLOCK_H], tl.float32)
+    o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
+
+    # -- stream the keys; what lies behind the end is never read
+    for n in tl.range(0, seqlen_kv, BLOCK_N):
+        in_kv = n + keys < seqlen_kv
+        k = tl.load(k_ptr + n * stride_kn64 + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_ptr + n * stride_vn64 + v_offsets, mask=in_kv[:, None], other=0.0)
+        m, d1, d2, o = _step(qr, k, v, in_kv[None, :], scale_log2, m, d1, d2, o)
+    o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, HEAD_DIM]), [1, 2, 0]))  # [8, HEAD_DIM] each
+    heads = tl.arange(0, BLOCK_H)
+    in_group = heads < GROUP
+
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1
+    inv = 1.0 / d1
+    out = o1 * (inv * (1.0 + d2 * inv))[:, None] - o2 * inv[:, None]
+    o_ptrs = o_ptr + batch * stride_ob + (kv_head * GROUP + heads)[:, None] * stride_oh + dims[None, :]
+    tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=in_group[:, None])
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Write the attention of one query a sequence over its cached keys to out, on the current stream.
+
+    q, r, out         (batch, 1, heads, 128) bf16, any strides with a contiguous last dimension
+    k_cache, v_cache  (batch, seqlen, heads, 128) bf16, likewise
+    """
+    batch, kv_heads = k_cache.shape[0], k_cache.shape[2]
+    stride_qb, _, stride_qh, _ = q.stride()
+    stride_rb, _, stride_rh, _ = r.stride()
+    stride_ob, _, stride_oh, _ = out.stride()
+    decode_kernel[(batch * kv_heads,)](
+        q,
+        r,
+        k_cache,
+        v_cache,
+        out,
+        stride_qb,
+        stride_qh,
+        stride_rb,
+        stride_rh,
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        stride_ob,
+        stride_oh,
+        softmax_scale * LOG2_E,
+        kv_heads,
+        k_cache.shape[1],
+        num_warps=2,
+        num_stages=4,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,172 @@
+"""Parallax attention, forward.
+
+spec       forward, head_dim 128, bf16, MHA, causal, stats
+config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, templates b340c26a32dc
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
+log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _step(q, r, k, v, cols, last, on_edge, scale_log2, m, d1, d2, o1, o2):
+    """Take a block of keys and values [BLOCK_N, HEAD_DIM] into the rows' state."""
+    s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+    if on_edge:  # some row does not see all of these keys
+        s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+    t = tl.dot(r, tl.trans(k))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    pt = p * t
+    d1 = d1 * alpha + tl.sum(p, 1)
+    d2 = d2 * alpha + tl.sum(pt, 1)
+    o1 = tl.dot(p.to(v.dtype), v, acc=o1 * alpha[:, None])  # [BLOCK_M, HEAD_DIM]
+    o2 = tl.dot(pt.to(v.dtype), v, acc=o2 * alpha[:, None])
+    return m_new, d1, d2, o1, o2
+
+
+@triton.jit(do_not_specialize=["heads", "seqlen_q", "seqlen_kv"])
+def forward_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    v_mean_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_rb,
+    stride_rm,
+    stride_rh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ob,
+    stride_om,
+    stride_oh,
+    scale_log2,
+    heads,
+    seqlen_q,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 128
+    BLOCK_M: tl.constexpr = 128  # query rows a program owns
+    BLOCK_N: tl.constexpr = 64  # keys it takes a step
+
+    # -- which tile of which head: the longest rows first
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    tile = pid % tiles
+    bh = pid // tiles
+    tile = tiles - 1 - tile
+    batch = (bh // heads).to(tl.int64)
+    head = (bh % heads).to(tl.int64)
+    row0 = tile * BLOCK_M
+    rows = row0 + tl.arange(0, BLOCK_M)
+    in_q = rows[:, None] < seqlen_q
+    dims = tl.arange(0, HEAD_DIM)
+    keys = tl.arange(0, BLOCK_N)
+
+    # -- load the queries and probes this program owns
+    q_ptrs = q_ptr + batch * stride_qb + head * stride_qh + rows[:, None].to(tl.int64) * stride_qm + dims[None, :]
+    r_ptrs = r_ptr + batch * stride_rb + head * stride_rh + rows[:, None].to(tl.int64) * stride_rm + dims[None, :]
+    q = tl.load(q_ptrs, mask=in_q, other=0.0)  # [BLOCK_M, HEAD_DIM]
+    r = tl.load(r_ptrs, mask=in_q, other=0.0)
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    k_offsets = keys[:, None] * stride_kn + dims[None, :]
+    v_offsets = keys[:, None] * stride_vn + dims[None, :]
+    stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, a cache's may not
+    stride_vn64 = tl.cast(stride_vn, tl.int64)
+
+    m = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: a row that sees no key must not give NaN
+    d1 = tl.zeros([BLOCK_M], tl.float32)
+    d2 = tl.zeros([BLOCK_M], tl.float32)
+    o1 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    o2 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+
+    # -- keys: row i sees those up to i + shift; blocks that reach past the first row's last one need a mask
+    shift = seqlen_kv - seqlen_q
+    last = rows + shift
+    seen_by_all = row0 + shift + 1
+    end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
+    for n in tl.range(0, end, BLOCK_N):
+        cols = n + keys
+        in_kv = (cols < seqlen_kv)[:, None]
+        k = tl.load(k_ptr + n * stride_kn64 + k_offsets, mask=in_kv, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_ptr + n * stride_vn64 + v_offsets, mask=in_kv, other=0.0)
+        on_edge = n + BLOCK_N > seen_by_all
+        m, d1, d2, o1, o2 = _step(q, r, k, v, cols, last, on_edge, scale_log2, m, d1, d2, o1, o2)
+
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+    inv = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+    t_mean = d2 * inv
+    v_mean = o1 * inv[:, None]
+    o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv[:, None]
+    o_offsets = batch * stride_ob + head * stride_oh + rows[:, None].to(tl.int64) * stride_om + dims[None, :]
+    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q)
+    tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_q)
+    stat_offsets = bh.to(tl.int64) * seqlen_q + rows
+    LN_2: tl.constexpr = 0.6931471805599453
+    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1)) * LN_2, mask=rows < seqlen_q)
+    tl.store(t_mean_ptr + stat_offsets, t_mean, mask=rows < seqlen_q)
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    t_mean: torch.Tensor,
+    v_mean: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Write the attention of q and r over k and v to out, on the current stream.
+
+    q, r, out    (batch, seqlen_q, heads, 128) bf16, any strides with a contiguous last dimension
+    k, v         (batch, seqlen_kv, heads, 128) bf16, likewise
+    lse, t_mean  (batch, heads, seqlen_q) fp32, contiguous: log(sum_j exp(softmax_scale q.k_j)) and t_mean
+    v_mean       like out, with its strides: plain softmax attention
+    """
+    batch, seqlen_q, heads, _ = q.shape
+    tiles = -(-seqlen_q // 128)
+    forward_kernel[(tiles * batch * heads,)](
+        q,
+        r,
+        k,
+        v,
+        out,
+        lse,
+        t_mean,
+        v_mean,
+        *q.stride()[:3],
+        *r.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        softmax_scale * LOG2_E,
+        heads,
+        seqlen_q,
+        k.shape[1],
+        num_warps=8,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,230 @@
+"""Rendered kernels on a card, against the fp64 oracle: as in the CPU interpreter, in bf16 too, and at larger sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import strategies
+import torch
+from hypothesis import assume, given, reject, settings
+from hypothesis import strategies as st
+from strategies import Case, Kernel
+from torch.nn.functional import scaled_dot_product_attention
+from triton.runtime.errors import OutOfResources
+
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.calling import Call, Inputs
+from parallax_gen.codegen.render import render
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.reference import Reference, why_wrong
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.space import why_invalid
+from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
+from parallax_gen.runtime.dispatch import gpu_of_device
+from parallax_gen.tuning import verify
+
+pytestmark = pytest.mark.gpu
+
+FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
+DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=6, merge="last", num_warps=2, num_stages=3)
+UNSPLIT = replace(DECODE, NUM_SPLITS=1, merge="none")
+MERGES = [UNSPLIT, DECODE, replace(DECODE, merge="kernel")]
+
+
+def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
+    return verify.random_inputs_of(spec, shape, seed=seed, device="cuda")
+
+
+def wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -> str | None:
+    return wrong_on(spec, config, inputs_of(spec, shape, seed))
+
+
+def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
+    return verify.run(render(spec, config, gpu_of_device(0)), spec, config, inputs, verify.oracle(spec, inputs)).wrong
+
+
+def launcher(spec: KernelSpec, config: KernelConfig, call: Call) -> Callable[[], None]:
+    launch, arguments = load(render(spec, config, gpu_of_device(0))).launch, call.arguments(verify.softmax_scale(spec))
+    return lambda: launch(*arguments)
+
+
+def compiles_quickly(case: Case) -> bool:
+    """Without tensor cores a larger fp32 tile spills kilobytes a thread, and compiles for half a minute."""
+    config = case.config
+    rows = config.BLOCK_M if isinstance(config, ForwardConfig) else 2 * config.BLOCK_H
+    return case.spec.dtype != "fp32" or rows * config.BLOCK_N * case.spec.head_dim <= 1 << 17
+
+
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_any_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None:
+    case = data.draw(strategies.cases(op, DTYPES, gpu_of_device(0), most_programs=1 << 20))
+    assume(compiles_quickly(case))
+    try:
+        assert wrong(case.spec, case.config, case.shape, case.seed) is None
+    except OutOfResources:  # what only compiling can show
+        reject()
+
+
+@pytest.mark.parametrize("kernel", strategies.GOLDEN.values(), ids=strategies.GOLDEN)
+def test_golden_kernels(kernel: Kernel) -> None:
+    spec, config = kernel.spec, kernel.config
+    if reason := why_invalid(spec, config, gpu_of_device(0)):
+        pytest.skip(reason)
+    assert wrong(spec, config, verify.awkward_shape(spec, config)) is None
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [(4096, 4096), (4095, 4097), (4097, 2050)])
+def test_long_causal_sequences_by_default(lengths: tuple[int, int], head_dim: int, stats: bool) -> None:
+    spec, shape = KernelSpec("forward", head_dim, "bf16", group=2, causal=True, stats=stats), Shape(1, 4, 2, *lengths)
+    assert wrong(spec, default_config(spec, shape, gpu_of_device(0)), shape) is None
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("group", [1, 12])
+@pytest.mark.parametrize("config", [None, *MERGES], ids=["default", "none", "last", "kernel"])
+def test_long_caches(config: DecodeConfig | None, group: int, ragged: bool) -> None:
+    spec, shape = KernelSpec("decode", 128, "bf16", group=group, ragged=ragged), Shape(3, 2 * group, 2, 1, 16384)
+    assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
+
+
+@pytest.mark.parametrize(("op", "config"), [("forward", FORWARD), ("decode", replace(DECODE, NUM_SPLITS=8))])
+def test_a_grid_past_65535(op: str, config: KernelConfig) -> None:
+    """71680 programs: grids lie along axis 0, which alone takes as many."""
+    spec = KernelSpec(op, 64, "bf16", group=1024)
+    assert wrong(spec, config, Shape(batch=70, heads=1024, kv_heads=1, seqlen_q=1, seqlen_kv=200)) is None
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize(
+    ("spec", "config", "shape"),
+    [
+        (KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True), FORWARD, Shape(2, 4, 2, 150, 150)),
+        (KernelSpec("forward", 64, "bf16", group=2), FORWARD, Shape(2, 4, 2, 70, 150)),
+        (KernelSpec("decode", 64, "bf16", group=2), DECODE, Shape(2, 4, 2, 1, 300)),
+        (KernelSpec("decode", 64, "bf16", group=2, ragged=True), DECODE, Shape(2, 4, 2, 1, 300)),
+    ],
+    ids=["causal", "full", "decode", "ragged decode"],
+)
+def test_strided_inputs(
+    spec: KernelSpec, config: KernelConfig, shape: Shape, layout: Callable[[Inputs], Inputs]
+) -> None:
+    assert wrong_on(spec, config, layout(inputs_of(spec, shape, seed=2))) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "stride"),
+    [
+        pytest.param(Shape(1, 2, 1, 1, 600), 1, 1 << 22, id="keys"),
+        pytest.param(Shape(3, 6, 2, 1, 50), 0, 1 << 30, id="sequences"),
+    ],
+)
+@pytest.mark.parametrize(("op", "config"), [("forward", FORWARD), ("decode", DECODE)])
+def test_offsets_past_32_bits_in_k_and_v(op: str, config: KernelConfig, shape: Shape, dim: int, stride: int) -> None:
+    """Views of 5 GB."""
+    spec = KernelSpec(op, 64, "bf16", group=shape.group)
+    inputs = inputs_of(spec, shape)
+    inputs.k, inputs.v = strategies.far_apart(inputs.k, inputs.v, dim, stride)
+    assert wrong_on(spec, config, inputs) is None
+
+
+def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
+    """Two views of 5 GB."""
+    spec = KernelSpec("forward", 64, "bf16", causal=True, stats=True)
+    inputs = inputs_of(spec, Shape(1, 1, 1, 600, 600))
+    expected = verify.oracle(spec, inputs)
+    inputs.q, inputs.r = strategies.far_apart(inputs.q, inputs.r, 1, 1 << 22)
+    call = verify.poisoned(spec, FORWARD, inputs)
+    call.out, v_mean = strategies.far_apart(call.out, call.stats[2], 1, 1 << 22)
+    call.stats = (*call.stats[:2], v_mean)
+    launcher(spec, FORWARD, call)()
+    assert why_wrong(call.out, expected.out, spec.dtype) is None
+    assert why_wrong(v_mean, expected.v_mean, spec.dtype) is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("spec", "config", "shape"),
+    [
+        (KernelSpec("forward", 128, "bf16", group=2, causal=True, stats=True), FORWARD, Shape(2, 4, 2, 1000, 1000)),
+        (KernelSpec("forward", 128, "bf16", group=2, stats=True), FORWARD, Shape(2, 4, 2, 300, 1000)),
+        (KernelSpec("decode", 128, "bf16", group=2), DECODE, Shape(2, 4, 2, 1, 1000)),
+    ],
+    ids=["causal", "full", "decode"],
+)
+def test_without_probes_it_is_softmax_attention(
+    spec: KernelSpec, config: KernelConfig, shape: Shape, dtype: str
+) -> None:
+    spec = replace(spec, dtype=dtype)
+    inputs = inputs_of(spec, shape)
+    inputs.r.zero_()
+    call = verify.poisoned(spec, config, inputs)
+    launcher(spec, config, call)()
+    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
+    assert why_wrong(call.out, softmax.double(), dtype) is None
+    if spec.stats:
+        assert torch.equal(call.out, call.stats[2])  # v_mean, to the bit
+
+
+KERNELS = [
+    pytest.param(
+        KernelSpec("forward", 64, "bf16", group=2, causal=True), FORWARD, Shape(2, 8, 4, 500, 500), id="forward"
+    ),
+    *(
+        pytest.param(KernelSpec("decode", 64, "bf16", group=12, ragged=True), c, Shape(8, 96, 8, 1, 1000), id=c.merge)
+        for c in MERGES
+    ),
+]
+
+
+def wrong_after(call: Call, expected: Reference, dtype: str) -> str | None:
+    """What is wrong with a call's output, or with the counters it leaves, once all that was launched is done."""
+    torch.cuda.synchronize()
+    if len(call.scratch) == 2 and bool(call.scratch[1].any()):
+        return "its counters are not back at 0"
+    return why_wrong(call.out, expected.out, dtype)
+
+
+@pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
+def test_two_streams_at_once(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
+    """Each with inputs, output and scratch of its own, launched many times in turn."""
+    calls = [verify.poisoned(spec, config, inputs_of(spec, shape, seed)) for seed in (1, 2)]
+    expected = [verify.oracle(spec, call.inputs) for call in calls]
+    launches = [launcher(spec, config, call) for call in calls]
+    launches[0]()  # compiles
+    calls[0].out.fill_(verify.POISON)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    for _ in range(100):
+        for stream, launch in zip(streams, launches, strict=True):
+            with torch.cuda.stream(stream):
+                launch()
+    for call, reference in zip(calls, expected, strict=True):
+        assert wrong_after(call, reference, spec.dtype) is None
+
+
+@pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
+def test_a_captured_launch_replays(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
+    """Twice, with other inputs in the same tensors, and the counters as the last launch left them."""
+    call = verify.poisoned(spec, config, inputs_of(spec, shape, seed=1))
+    launch = launcher(spec, config, call)
+    launch()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for seed in (2, 3):
+        fresh = inputs_of(spec, shape, seed)
+        for name, tensor in vars(fresh).items():
+            if tensor is not None:
+                getattr(call.inputs, name).copy_(tensor)
+        call.out.fill_(verify.POISON)
+        graph.replay()
+        assert wrong_after(call, verify.oracle(spec, fresh), spec.dtype) is None

@@ -1,0 +1,175 @@
+"""Imports go one way, and each outside package has one place: read from the source, so that nothing need be imported.
+
+    problem <- codegen, problem <- memory, {codegen, memory} <- tuning, {codegen, memory} <- runtime, all <- cli
+
+An import inside a function or under TYPE_CHECKING counts, and so does a module's name in a string.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "parallax_gen"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+# errors.py and data.py lie under all, and so does the version in parallax_gen itself.
+BELOW = {"errors", "data"}
+MAY_IMPORT = {
+    "errors": set(),
+    "data": {"errors"},
+    "problem": BELOW,
+    "codegen": BELOW | {"problem"},
+    "memory": BELOW | {"problem"},
+    "tuning": BELOW | {"problem", "codegen", "memory"},
+    "runtime": BELOW | {"problem", "codegen", "memory"},
+    "cli": BELOW | {"problem", "codegen", "memory", "tuning", "runtime"},
+}
+# Outside packages, and the only files or wings that use them.
+ONLY_IN = {
+    "jinja2": "codegen/render.py",
+    "sqlite3": "memory/store.py",
+    "sqlite_utils": "memory/store.py",
+    "optuna": "tuning/search.py",
+    "click": "cli/",
+    "rich": "cli/",
+}
+
+
+def imports_of(text: str, module: str) -> set[str]:
+    """Dotted names of all that a module's source imports; `from a import b` gives a.b, be it a module or not."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # One dot is the module's own package: parallax_gen.wing for parallax_gen.wing.module.
+            base = [] if node.level == 0 else module.split(".")[: -node.level]
+            base += [node.module] if node.module else []
+            found |= {".".join([*base, alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} if re.fullmatch(r"parallax_gen(\.\w+)+", node.value) else set()
+    return found
+
+
+def wing_of(name: str) -> str | None:
+    """The part of parallax_gen that a dotted name lies in; None for its version and for what is not in it.
+
+    The names that the package itself offers, loaded when first used, lie in runtime.
+    """
+    parts = name.split(".")
+    if parts[0] != "parallax_gen" or len(parts) == 1 or parts[1].startswith("__"):
+        return None
+    return parts[1] if f"parallax_gen.{parts[1]}" in MODULES else "runtime"
+
+
+IMPORTS = {module: imports_of(path.read_text(), module) for module, path in MODULES.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "imported"),
+    [
+        ("import a.b as c, d", {"a.b", "d"}),
+        ("from a.b import c, d", {"a.b.c", "a.b.d"}),
+        ("from .b import c", {"parallax_gen.runtime.b.c"}),
+        ("from ..tuning import c", {"parallax_gen.tuning.c"}),
+        ("from .. import tuning", {"parallax_gen.tuning"}),
+        ("def f():\n    import a", {"a"}),
+        ("if TYPE_CHECKING:\n    import a", {"a"}),
+        ("try:\n    import a\nexcept ImportError:\n    a = None", {"a"}),
+        ("load('parallax_gen.tuning.tune')", {"parallax_gen.tuning.tune"}),
+        ("'see parallax_gen.tuning'", set()),
+    ],
+)
+def test_every_kind_of_import_is_read(text: str, imported: set[str]) -> None:
+    assert imports_of(text, "parallax_gen.runtime.dispatch") == imported
+
+
+def test_every_module_has_a_place() -> None:
+    assert {wing_of(module) for module in MODULES} - {None} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("wing", MAY_IMPORT)
+def test_imports_go_one_way(wing: str) -> None:
+    allowed = MAY_IMPORT[wing] | {wing, None}
+    wrong = [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        if wing_of(module) == wing
+        for name in sorted(names)
+        if wing_of(name) not in allowed
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("package", "place"), ONLY_IN.items())
+def test_an_outside_package_has_one_place(package: str, place: str) -> None:
+    users = {
+        MODULES[module].relative_to(PACKAGE).as_posix()
+        for module, names in IMPORTS.items()
+        if package in {name.split(".")[0] for name in names}
+    }
+    assert [user for user in users if not user.startswith(place)] == []
+
+
+def test_problem_asks_no_device_and_no_disk() -> None:
+    forbidden = {"triton", "os", "io", "pathlib", "shutil", "tempfile", "subprocess", "platformdirs"}
+    for module, names in IMPORTS.items():
+        if wing_of(module) == "problem":
+            assert not forbidden & {name.split(".")[0] for name in names}, module
+            for node in ast.walk(ast.parse(MODULES[module].read_text())):
+                assert not (isinstance(node, ast.Name) and node.id == "open"), module
+                assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"), module
+            assert not [name for name in names if name.startswith("torch.cuda")], module
+
+
+# Prints what an import brought in, and the files it opened that are not Python's.
+LOOK = """
+import json, sys
+opened = []
+def look(event, arguments):
+    if event == "open" and not str(arguments[0]).endswith((".py", ".pyc")):
+        opened.append(str(arguments[0]))
+    elif event in ("sqlite3.connect", "os.mkdir", "os.rename", "socket.connect", "subprocess.Popen"):
+        opened.append(event)
+sys.addaudithook(look)
+before = set(sys.modules)
+import {module}
+print(json.dumps([sorted(set(sys.modules) - before), opened]))
+"""
+
+
+def look_at(module: str) -> tuple[set[str], list[str]]:
+    """Modules and files that importing a module in a fresh interpreter loads."""
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", LOOK.replace("{module}", module)],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    modules, opened = json.loads(done.stdout)
+    return set(modules), opened
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    modules, opened = look_at("parallax_gen")
+    assert {name for name in modules if name.startswith("parallax_gen")} == {"parallax_gen"}
+    assert not {"torch", "triton", "numpy", "jinja2", "optuna", "sqlite3", "sqlite_utils"} & modules
+    assert opened == []
+
+
+def test_what_runs_kernels_loads_no_tuner() -> None:
+    modules, _ = look_at("parallax_gen.runtime.functional")
+    assert "parallax_gen.codegen.render" in modules
+    assert not [name for name in modules if name.startswith(("optuna", "parallax_gen.tuning", "parallax_gen.cli"))]
