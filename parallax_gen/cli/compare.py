@@ -64,7 +64,7 @@ def compare(spec: KernelSpec, shape: Shape, only: Sequence[str] = ()) -> list[Ro
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            times[name].append(time_call(call, timed_ms=TIMED_MS, from_rest=True).median_us)
+            times[name].append(time_call(call, timed_ms=TIMED_MS, from_rest=spec.op == "forward").median_us)
     parallax = {contender.name: contender.parallax for contender in contenders(spec.op)}
     rows = []
     for name, row in found.items():

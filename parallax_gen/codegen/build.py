@@ -100,7 +100,7 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
         try:
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
-            raise BuildError(_first_line(error)) from error
+            raise BuildError(_gist(error)) from error
     return resources_of(compiled)
 
 
@@ -155,6 +155,8 @@ def _launching_switched_off(module: ModuleType, compiled: list[Any]) -> Iterator
             del kernel.run  # the method shows again
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+def _gist(error: BaseException) -> str:
+    """The error's type, and its first and last line: Triton says where first, and what last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ends = lines if len(lines) < 3 else [lines[0], lines[-1]]
+    return f"{type(error).__name__}: {' '.join(ends)}"

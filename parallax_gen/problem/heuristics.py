@@ -28,12 +28,12 @@ def _forward_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCo
     kv_bytes = 2 * shape.seqlen_kv * spec.head_dim * spec.bytes_per_element
     together = max(1, gpu.l2_bytes // 2 // kv_bytes) * shape.group
     head_group = _floor_of(together, "forward", "HEAD_GROUP")
-    tiles = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
+    tiles = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)]
     if spec.dtype == "fp32":
         tiles = tiles[-2:]  # no tensor cores: registers, not tiles, bound these
     blocks = shape.batch * shape.heads * (shape.seqlen_q // 128 + 1)
     if blocks < gpu.sms:  # too few large tiles to fill the card
-        tiles = tiles[1:] or tiles
+        tiles = tiles[1:]
     return [
         ForwardConfig(BLOCK_M=m, BLOCK_N=n, HEAD_GROUP=head_group, num_warps=w, num_stages=s) for m, n, w, s in tiles
     ]

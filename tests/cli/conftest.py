@@ -1,0 +1,36 @@
+"""Every test of the command line has a database and a folder of shipped records of its own, and no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from parallax_gen import data
+from parallax_gen.memory import shipped
+from parallax_gen.memory.store import Store
+
+
+@pytest.fixture(autouse=True)
+def shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for tuning_db as far as records go: what really ships changes with every release."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(shipped, "data_dir", lambda name: folder if name == "tuning_db" else data.data_dir(name))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("options", "tune", "doctor"):
+        monkeypatch.setattr(f"parallax_gen.cli.{module}.card_here", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    path = tmp_path / "tuning.db"
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
+    with Store(path) as store:
+        yield store

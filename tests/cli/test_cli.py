@@ -1,0 +1,184 @@
+"""What all commands have in common: help that is quick, errors of one line, and what the machine is fit for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+from cli_samples import CALL, run, run_json
+from cli_samples import process as python
+
+import parallax_gen.cli
+from parallax_gen.cli.options import Asked, Sizes, gpu_named, sizes_of
+from parallax_gen.errors import ArgumentError, UnknownGpuError
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import Shape
+
+COMMANDS = ("tune", "list", "show", "explain", "render", "export", "ship", "doctor")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from click.testing import CliRunner
+from parallax_gen.cli import COMMANDS, main
+for arguments in (["--help"], ["--version"], *([name, "--help"] for name in main.list_commands(None))):
+    assert CliRunner().invoke(main, arguments).exit_code == 0, arguments
+print([name for name in ("torch", "triton", "optuna", "sqlite_utils", "jinja2") if name in sys.modules])
+"""
+    out, err = python("-c", code).communicate(timeout=60)
+    assert out.strip() == "[]", err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_an_example_that_parses(command: str) -> None:
+    text = run(command, "--help").output
+    assert "Example\n    parallax-gen " + command in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_command_whose_file_is_missing_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parallax_gen.cli.COMMANDS, "gone", "parallax_gen.cli.gone:gone")
+    assert "gone" not in run("--help").output
+    assert run("gone").exit_code == 2
+
+
+def test_errors_are_one_line_in_a_real_process() -> None:
+    child = python("-m", "parallax_gen.cli", "list", "--gpu", "h2000")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (1, "")
+    assert err.startswith("error: unknown GPU 'h2000'; known are ")
+    assert err.count("\n") == 1
+
+
+def test_a_database_that_cannot_be_used_is_an_error_of_one_line(store: Store) -> None:
+    store.close()
+    store.path.write_text("not a database, but long enough to be taken for one by SQLite" * 20)
+    result = run("list")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {store.path} is damaged")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("parallax_gen.cli.known.open_memory", fail)
+    assert isinstance(run("list").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("arguments", [("--op", "backward"), ("--shape", "4,16"), ("--dtype", "int8"), ("--nonsense",)])
+def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
+    result = run("explain", *CALL, *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+
+
+def test_without_a_gpu_one_must_be_named() -> None:
+    result = run("explain", *CALL[2:])
+    assert result.exit_code == 1
+    assert result.stderr == "error: there is no CUDA device here: say which GPU is meant, such as --gpu h200\n"
+
+
+def test_a_card_that_the_table_does_not_hold_goes_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    card = replace(gpu_by_name("h100"), name="nvidia-h100-mig-16sm")
+    monkeypatch.setattr("parallax_gen.cli.options.card_here", lambda: card)
+    assert gpu_named(None) == gpu_named(card.name) == card
+    with pytest.raises(UnknownGpuError, match="unknown GPU"):
+        gpu_named("nvidia-h100-mig-32sm")
+
+
+# --shape and the kernel
+
+
+@pytest.mark.parametrize(
+    ("text", "op", "shape"),
+    [
+        ("4,16,4096", "forward", Shape(4, 16, 16, 4096, 4096)),
+        ("4,16,4096", "decode", Shape(4, 16, 16, 1, 4096)),
+        ("1,32/8,128x4096", "forward", Shape(1, 32, 8, 128, 4096)),
+        (" 1, 32/8, 1x4096 ", "decode", Shape(1, 32, 8, 1, 4096)),
+        ("1,8/8,1x7", "forward", Shape(1, 8, 8, 1, 7)),
+    ],
+)
+def test_shapes_are_read(text: str, op: str, shape: Shape) -> None:
+    assert sizes_of(text).for_op(op) == shape
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("4,16", "is not batch,heads,seqlen"),
+        ("4,16,4096,1", "is not batch,heads,seqlen"),
+        ("a,16,4096", "is not batch,heads,seqlen"),
+        ("4,16,-1", "is not batch,heads,seqlen"),
+        ("4,32/5,64", "a multiple of kv_heads"),
+        ("4,32/0,64", "kv_heads: got 0"),
+        ("0,32,64", "batch: got 0"),
+        ("1,32,0x64", "seqlen_q: got 0"),
+    ],
+)
+def test_a_malformed_shape_says_what_is_wrong(text: str, says: str) -> None:
+    with pytest.raises(click.BadParameter, match=says):
+        sizes_of(text)
+
+
+def test_decode_has_one_query() -> None:
+    with pytest.raises(click.BadParameter, match="1 query a sequence, not 128"):
+        Sizes(1, 8, 8, 128, 4096).for_op("decode")
+
+
+def test_the_kernel_that_is_asked_for() -> None:
+    assert Asked("forward", 64, "fp16").spec(4).causal
+    assert not Asked("forward", 64, "fp16", causal=False).spec(4).causal
+    assert not Asked("decode", 64, "fp16").spec(4).causal
+    with pytest.raises(ArgumentError, match="ragged"):
+        Asked("forward", 64, "fp16", ragged=True).spec(1)
+    assert run("explain", *CALL, "--causal").stderr.startswith("error: causal: got True with op 'decode'")
+
+
+# doctor
+
+
+def test_doctor_finds_nothing_broken() -> None:
+    report = run_json("doctor")
+    assert not report["broken"]
+    found = {finding["check"]: finding for finding in report["findings"]}
+    assert list(found) == ["versions", "device", "cache", "database", "shipped", "cuobjdump", "compile"]
+    assert found["device"]["status"] == "note"
+    assert "a small kernel for h100" in found["compile"]["text"]
+
+
+def test_doctor_says_what_is_broken(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallax_gen.cli import doctor
+
+    def nothing_compiles() -> None:
+        raise ImportError("no module named triton")
+
+    monkeypatch.setitem(doctor.CHECKS, "compile", nothing_compiles)  # type: ignore[arg-type]
+    store.close()
+    store.path.write_bytes(b"\0" * 5000)
+    result = run("doctor")
+    assert result.exit_code == 1
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert lines["compile"].split(maxsplit=2)[1:] == ["broken", "no module named triton"]
+    assert lines["database"].split()[1] == "broken"
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["broken"]
+
+
+def test_doctor_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallax_gen.cli import doctor
+
+    path = tmp_path / "new" / "folder" / "tuning.db"
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
+    monkeypatch.delitem(doctor.CHECKS, "compile")
+    assert "not yet made" in run("doctor").stdout
+    assert not path.parent.exists()

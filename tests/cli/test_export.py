@@ -1,0 +1,157 @@
+"""render and export: what is written is what is rendered."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from cli_samples import CALL, H200, KEY, SPEC, config, elsewhere, known, process, run
+
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.shipped import write_shipped
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import config_to_json
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Bucket, Shape
+
+EXPORT = ("export", "--gpu", "h200", "--op", "decode", "-o")
+FILE = "decode_d128_bf16_g4_rows256_kv8192.py"
+
+
+# render
+
+
+def test_render_prints_what_dispatch_would_choose(store: Store) -> None:
+    default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
+    assert run("render", *CALL).stdout == render(SPEC, default, H200).text
+    store.record(known(200.0, splits=3))
+    assert run("render", *CALL).stdout == render(SPEC, config(3), H200).text
+
+
+def test_render_takes_a_config() -> None:
+    result = run("render", *CALL, "--config", config_to_json(config(6)))
+    assert result.stdout == render(SPEC, config(6), H200).text
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "says"),
+    [
+        ("{", 2, "not JSON"),
+        ("[1]", 2, "not an object"),
+        ("{}", 1, "error: a decode config has the fields"),
+        (config_to_json(dataclasses.replace(config(2), BLOCK_N=7)), 1, "BLOCK_N is 7"),
+    ],
+)
+def test_render_refuses_a_config_that_is_none(text: str, status: int, says: str) -> None:
+    result = run("render", *CALL, "--config", text)
+    assert result.exit_code == status
+    assert says in result.stderr
+    assert result.stdout == ""
+
+
+def test_render_says_what_a_kernel_takes() -> None:
+    result = run("render", "--gpu", "h200", "--op", "decode", "--head-dim", "64", "--resources")
+    assert "registers a thread" in result.stderr
+    ast.parse(result.stdout)
+
+
+# export
+
+
+def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
+    long = dataclasses.replace(KEY, bucket=Bucket(8, 1, 16384))
+    other_kernel = dataclasses.replace(KEY, spec=dataclasses.replace(SPEC, head_dim=64))
+    for result in (
+        known(200.0, splits=2),
+        known(210.0, splits=3),
+        known(20.0, splits=32, key=long, source="measured on a card"),
+        known(5.0, key=other_kernel),
+        known(1.0, "predicted", key=dataclasses.replace(KEY, bucket=Bucket(1, 1, 128))),
+    ):
+        store.record(result)
+    result = run(*EXPORT, tmp_path)
+    assert result.exit_code == 0, result.output
+    names = ["README.md", FILE, "decode_d128_bf16_g4_rows8_kv16384.py"]
+    assert sorted(p.name for p in tmp_path.glob("*.*") if p.suffix != ".db" and "db-" not in p.name) == names
+    assert (tmp_path / FILE).read_text() == render(SPEC, config(2), H200).text
+    assert (tmp_path / names[2]).read_text() == render(SPEC, config(32), H200).text
+    readme = (tmp_path / "README.md").read_text()
+    assert "launch(q, r, k_cache, v_cache, out, partials, arrived, softmax_scale)" in readme
+    assert "partials" in readme
+    for text in (readme, result.stdout):
+        assert "your record; measured on a card; 2026-01-01" in text
+        assert FILE in text
+
+
+def test_export_of_a_shape_without_a_record_is_the_default(store: Store, tmp_path: Path) -> None:
+    store.record(known(200.0))
+    result = run(*EXPORT, tmp_path / "out", "--shape", "1,32/8,1024", "--shape", "32,32/8,8192")
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.py"))
+    assert files == [FILE, "decode_d128_bf16_g4_rows8_kv1024.py"]
+    default = default_config(SPEC, Shape(1, 32, 8, 1, 1024), H200)
+    assert (tmp_path / "out" / files[1]).read_text() == render(SPEC, default, H200).text
+    assert "the default config: no record is known" in result.stdout
+
+
+def test_export_where_nothing_is_known_is_one_default(tmp_path: Path) -> None:
+    run("export", "--gpu", "h100", "--op", "forward", "--stats", "-o", tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("*.py")
+    assert file.name == "forward_d128_bf16_g1_causal_stats_rows64_q4096_kv4096.py"
+
+
+def test_export_prefers_this_environment_then_the_newest(store: Store, tmp_path: Path) -> None:
+    old, new = elsewhere(triton="3.3"), elsewhere(triton="3.4")
+    store.record(known(100.0, splits=1, key=old))
+    store.record(known(120.0, splits=2, key=new, created_at="2026-03-01T00:00:00+00:00"))
+    store.record(known(10.0, splits=4, key=elsewhere(templates="0" * 12)))
+    result = run(*EXPORT, tmp_path / "out")
+    assert (tmp_path / "out" / FILE).read_text() == render(SPEC, config(2), H200).text
+    assert f"in another environment: triton 3.4 (here {KEY.environment.triton})" in result.stdout
+    store.record(known(150.0, splits=3))
+    run(*EXPORT, tmp_path / "out")
+    assert (tmp_path / "out" / FILE).read_text() == render(SPEC, config(3), H200).text
+
+
+def test_export_leaves_a_record_of_other_templates(store: Store, tmp_path: Path) -> None:
+    store.record(known(10.0, splits=4, key=elsewhere(templates="0" * 12)))
+    assert "the default config" in run(*EXPORT, tmp_path / "out", "--shape", "32,32/8,8192").stdout
+
+
+def test_export_says_what_ships(tmp_path: Path) -> None:
+    write_shipped([known(200.0)], "h200")
+    assert "a shipped record" in run(*EXPORT, tmp_path / "out").stdout
+
+
+def test_a_later_export_keeps_what_the_readme_says_of_other_files(tmp_path: Path) -> None:
+    run(*EXPORT, tmp_path / "out", "--shape", "1,8,1024")
+    run(*EXPORT, tmp_path / "out", "--shape", "1,8,4096")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert readme.count("## decode_d128_bf16_g1") == 2
+    run(*EXPORT, tmp_path / "out", "--shape", "1,8,4096")
+    assert (tmp_path / "out" / "README.md").read_text() == readme
+
+
+def test_export_writes_over_no_readme_of_others(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n")
+    result = run(*EXPORT, tmp_path)
+    assert result.exit_code == 1
+    assert "is not from an export" in result.stderr
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_export_needs_no_torch_and_its_files_import(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from parallax_gen.cli import main
+main({[*EXPORT, str(tmp_path / "out")]!r}, standalone_mode=False)
+assert "torch" not in sys.modules and "triton" not in sys.modules
+sys.path.insert(0, {str(tmp_path / "out")!r})
+from decode_d128_bf16_g1_rows8_kv1024 import launch
+print("imported", json.dumps(launch.__module__))
+"""
+    out, err = process("-c", "import json" + code).communicate(timeout=60)
+    assert out.splitlines()[-1] == "imported " + json.dumps("decode_d128_bf16_g1_rows8_kv1024"), err

@@ -1,0 +1,213 @@
+"""tune: without a GPU for real, and on a GPU that is made up."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+
+import pytest
+from cli_samples import CALL, H200, KEY, config, known, process, run
+from rich.console import Console
+
+from parallax_gen.cli.interrupt import Interrupt
+from parallax_gen.cli.progress import View
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning.measure import Timing
+from parallax_gen.tuning.tune import Job, Progress
+from parallax_gen.tuning.worker import Compile, Measure, Outcome
+
+FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
+
+# Ctrl-C may be ignored where the tests run, as it is in a shell's background jobs, and a child would inherit that.
+HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
+class FakeWorker:
+    """A machine on which every kernel takes a microsecond less than the one before, and the second is wrong."""
+
+    measured = 0
+
+    def __init__(self, *, with_device: bool):
+        pass
+
+    def ask(self, request: Compile | Measure, timeout_s: float) -> Outcome:
+        if isinstance(request, Compile):
+            return Outcome("ok", resources=Resources(100, 0, 1000))
+        FakeWorker.measured += 1
+        if FakeWorker.measured == 2:
+            return Outcome("wrong", "NaN")
+        us = 300.0 - FakeWorker.measured
+        return Outcome("ok", timing=Timing(us, us, us, 20, 50), error=1e-3)
+
+    def kill(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H200 in this machine."""
+    FakeWorker.measured = 0
+    monkeypatch.setattr(tuning, "Worker", FakeWorker)
+    for module in ("options", "tune"):
+        monkeypatch.setattr(f"parallax_gen.cli.{module}.card_here", lambda: H200)
+
+
+def test_without_a_gpu_it_compiles_ranks_says_so_and_goes_on(store: Store) -> None:
+    child = process("-m", "parallax_gen.cli", "tune", *CALL, *FEW, "--json")
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    summary = json.loads(out)
+    assert not summary["measured"]
+    (job,) = summary["jobs"]
+    assert (job["outcome"], job["trials"], job["known"]) == ("predicted", 4, 0)
+    lines = err.splitlines()
+    assert lines[0] == "no CUDA device here: compiling and ranking only, nothing will be measured (predicted)"
+    assert lines[1] == "[1/1] h200: decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192"
+    assert lines[-1].startswith("nothing was measured: these times are predicted")
+    results = store.results(KEY)
+    assert [r.outcome for r in results] == ["predicted"] * 4
+    assert job["time_us"] == results[0].time_us
+
+    again = run("tune", *CALL, *FEW, "--trials", "1")
+    assert again.exit_code == 0, again.output
+    assert "4 configs are known from earlier runs" in again.stderr
+    assert len(store.results(KEY)) == 5
+    assert f"database: {store.path}" in again.stdout
+    assert "\x1b" not in again.output
+
+
+def test_on_a_gpu_it_measures(card: None, store: Store) -> None:
+    result = run("tune", *CALL, *FEW)
+    assert result.exit_code == 0, result.output
+    assert "nothing was measured" not in result.stderr
+    best = store.best(KEY)
+    assert best is not None
+    assert f"{best.time_us:.1f}" in result.stdout
+    assert "1 wrong" in result.stdout
+    assert "3 ok, 1 wrong; best " in result.stderr
+    summary = json.loads(run("tune", *CALL[2:], *FEW, "--json").stdout)  # the card that is there is meant
+    assert summary["measured"]
+    assert summary["gpu"] == "h200"
+    assert summary["jobs"][0]["known"] == 4
+
+
+def test_another_gpu_than_the_one_that_is_there_is_refused(card: None, store: Store) -> None:
+    result = run("tune", "--gpu", "h100", *FEW)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --gpu says h100, but the card here is h200 (NVIDIA H200 SXM)")
+    assert store.all() == []
+
+
+def test_where_no_config_works_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "ask", lambda *_: Outcome("compile", "nothing compiles"))
+    result = run("tune", *CALL, *FEW)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: no config worked")
+    assert "4 compile" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--op", "decode", "--stats"),
+        ("--op", "decode", "--full"),
+        ("--op", "forward", "--ragged"),
+        ("--trials", "0"),
+        ("--time-budget", "0"),
+        ("--op", "decode", "--shape", "1,8,128x4096"),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(arguments: tuple[str, ...], store: Store) -> None:
+    assert run("tune", "--gpu", "h200", *arguments).exit_code == 2
+    assert store.all() == []
+
+
+def test_options_can_be_repeated(card: None) -> None:
+    arguments = ("--head-dim", "64", "--head-dim", "128", "--dtype", "fp16", "--dtype", "bf16", "--shape", "1,8,1024")
+    result = run("tune", "--gpu", "h200", *arguments, "--trials", "1", "--json")
+    jobs = json.loads(result.stdout)["jobs"]
+    kernels = [(job["spec"]["op"], job["spec"]["head_dim"], job["spec"]["dtype"]) for job in jobs]
+    assert len(kernels) == len(set(kernels)) == 8
+    assert "[8/8]" in result.stderr
+
+
+def test_ctrl_c_keeps_what_is_finished(store: Store) -> None:
+    code = HEED_CTRL_C + f"from parallax_gen.cli import main; main({['tune', *CALL, '--workers', '1']!r})"
+    child = process("-c", code)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if "trial 1" in line:
+            break
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == f"stopped: all finished trials are kept in {store.path}; run again to go on"
+    assert store.results(KEY)
+
+
+def test_the_second_ctrl_c_does_not_wait() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Interrupt() as interrupt:
+            interrupt.check()
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                interrupt.check()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Interrupt():
+            signal.raise_signal(signal.SIGINT)  # it was ignored before, so it is
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# What is seen meanwhile
+
+
+def test_a_terminal_sees_it_live() -> None:
+    screen = io.StringIO()
+    job = Job(KEY.spec, KEY.bucket, H200)
+    with View(
+        Console(file=screen, force_terminal=True, width=100, markup=False, highlight=False),
+        3,
+        trials=96,
+        time_budget_s=45,
+    ) as view:
+        view.begin(job)
+        progress = Progress(job, known=7, kinds={"ok": 11, "wrong": 1}, best=known(250.0, splits=1), seconds=12.3)
+        view.update(progress)
+    text = screen.getvalue()
+    assert "[1/3] h200: decode" in text
+    assert "7 configs are known from earlier runs" in text
+    assert "trials 12/96  11 ok, 1 wrong" in text
+    assert "best 250.0 us, 4298 GB/s, N32 H8 S1 w1 s4" in text
+    assert "45 of 45 s left" in text or "44 of 45 s left" in text
+
+
+def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallax_gen.cli.progress.QUIET_S", 1e9)
+    pipe = io.StringIO()
+    job = Job(KEY.spec, KEY.bucket, gpu_by_name("h200"))
+    with View(Console(file=pipe, width=80, markup=False, highlight=False), 1, trials=96, time_budget_s=45) as view:
+        view.begin(job)
+        progress = Progress(job)
+        for n, best in enumerate((None, known(300.0), known(300.0), known(250.0, splits=1)), start=1):
+            progress.kinds, progress.best = {"ok": n}, best
+            view.update(progress)
+        view.end(progress)
+    lines = pipe.getvalue().splitlines()
+    assert [line.split(",")[0].strip() for line in lines[1:3]] == ["trial 2", "trial 4"]
+    assert lines[3].strip().startswith("4 trials in 0 s: 4 ok; best 250.0 us")
+    assert len(lines) == 4
+    assert config(1) == known(splits=1).config

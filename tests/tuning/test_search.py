@@ -1,0 +1,134 @@
+"""The search: every config once and valid, the given ones first, and better than chance."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import specs
+
+from parallax_gen.problem.config import DecodeConfig, KernelConfig, config_to_dict
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.space import every_config, knobs_of, neighbours, why_invalid
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.search import Search
+
+H200 = GPUS["h200"]
+DECODE = KernelSpec("decode", 128, "bf16", group=4)
+FORWARD = KernelSpec("forward", 128, "bf16", causal=True)
+SMALL = (KernelSpec("forward", 128, "fp32"), GPUS["rtx4090"])  # 21 configs
+
+
+def cost(config: KernelConfig) -> float:
+    """A made-up time: every knob has a best value, far from the middle, and they matter unequally."""
+    assert isinstance(config, DecodeConfig)
+    best = DecodeConfig(BLOCK_N=16, BLOCK_H=8, NUM_SPLITS=48, merge="kernel", num_warps=1, num_stages=6)
+    time = 10.0
+    for weight, knob in enumerate(knobs_of(DECODE), start=1):
+        at = [knob.values.index(getattr(c, knob.name)) for c in (config, best)]
+        time *= 1 + weight * abs(at[0] - at[1]) / len(knob.values)
+    return time
+
+
+@settings(max_examples=8)
+@given(st.sampled_from(("forward", "decode")).flatmap(lambda op: specs(op, ("bf16", "fp16"))), st.integers(0, 99))
+def test_what_is_asked_is_valid_and_new(spec: KernelSpec, seed: int) -> None:
+    search = Search(spec, H200, seed=seed)
+    asked = []
+    for n in range(20):
+        config = search.ask()
+        assert config is not None
+        assert why_invalid(spec, config, H200) is None
+        asked.append(config)
+        if n % 3:  # some are told, some fail, and some are never heard of again
+            search.tell(config, 100.0 + n if n % 3 == 1 else None)
+    assert len(set(asked)) == len(asked)
+
+
+def test_the_given_configs_come_first() -> None:
+    default = default_config(DECODE, Shape(32, 32, 8, 1, 8192), H200)
+    first = [default, *neighbours(DECODE, default, H200)]
+    invalid = DecodeConfig(BLOCK_N=16, BLOCK_H=8, NUM_SPLITS=5, merge="last", num_warps=1, num_stages=2)
+    search = Search(DECODE, H200, first=[default, invalid, *first], seed=0)
+    assert [search.ask() for _ in first] == first
+    assert search.ask() not in first
+
+
+def test_what_is_known_is_not_asked_for() -> None:
+    spec, gpu = SMALL
+    configs = list(every_config(spec, gpu))
+    known, first = configs[::2], configs[:4]
+    search = Search(spec, gpu, first=first, seed=0)
+    for n, config in enumerate(known):
+        search.tell(config, None if n % 2 else 50.0 + n)
+    asked = [search.ask() for _ in range(len(configs) - len(known))]
+    assert asked[:2] == [first[1], first[3]]
+    assert set(asked) == set(configs) - set(known)
+    assert search.ask() is None
+
+
+def test_a_small_space_is_asked_for_to_the_end() -> None:
+    spec, gpu = SMALL
+    configs = set(every_config(spec, gpu))
+    search = Search(spec, gpu, seed=1)
+    asked = []
+    while (config := search.ask()) is not None:
+        asked.append(config)
+        search.tell(config, float(len(asked)))
+    assert len(asked) == len(configs)
+    assert set(asked) == configs
+    assert search.ask() is None
+
+
+def test_what_was_measured_in_a_larger_space_does_no_harm() -> None:
+    search = Search(DECODE, H200, seed=0)
+    gone = DecodeConfig(BLOCK_N=8, BLOCK_H=8, NUM_SPLITS=5, merge="last", num_warps=1, num_stages=2)
+    search.tell(gone, 1.0)
+    assert search.ask() not in (None, gone)
+
+
+def test_it_learns() -> None:
+    every = list(every_config(DECODE, H200))
+    draw = random.Random(0)
+    by_chance = statistics.median(min(map(cost, draw.sample(every, 60))) for _ in range(50))
+    found = []
+    for seed in range(3):
+        search = Search(DECODE, H200, seed=seed)
+        costs = []
+        for _ in range(60):
+            config = search.ask()
+            assert config is not None
+            costs.append(cost(config))
+            search.tell(config, costs[-1])
+        found.append(min(costs))
+        assert statistics.mean(costs[-20:]) < 0.7 * statistics.mean(costs[:16])  # the first are drawn at random
+    assert statistics.median(found) < by_chance
+
+
+def test_it_learns_from_what_earlier_runs_found() -> None:
+    every = random.Random(0).sample(list(every_config(DECODE, H200)), 80)
+    search = Search(DECODE, H200, seed=0)
+    for config in every:
+        search.tell(config, cost(config))
+    asked = [search.ask() for _ in range(10)]
+    assert statistics.median(cost(c) for c in asked if c is not None) < statistics.quantiles(map(cost, every), n=4)[0]
+
+
+@pytest.mark.parametrize("spec", [DECODE, FORWARD])
+def test_the_same_seed_asks_for_the_same(spec: KernelSpec) -> None:
+    def asked() -> list[dict[str, object]]:
+        search = Search(spec, H200, seed=7)
+        found = []
+        for n in range(20):
+            config = search.ask()
+            assert config is not None
+            search.tell(config, 10.0 + n % 5)
+            found.append(config_to_dict(config))
+        return found
+
+    assert asked() == asked()

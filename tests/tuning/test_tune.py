@@ -1,0 +1,300 @@
+"""The loop: real compilers and no GPU, or made-up compilers and a made-up GPU that does as a test says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.space import every_config
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning.measure import Timing
+from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner
+from parallax_gen.tuning.worker import Compile, Measure, Outcome
+
+GPU = GPUS["h200"]
+JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
+SMALL = Job(KernelSpec("forward", 128, "fp32"), Bucket(8, 128, 128), GPUS["rtx4090"])  # 21 configs
+FINE = Resources(registers=100, spills=0, shared_bytes=1000)
+
+
+def ignore(_: Progress) -> None:
+    pass
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "tuning.db") as store:
+        yield store
+
+
+@dataclass
+class Machine:
+    """What the fake workers do. Each is given the config and how often its kind was asked before."""
+
+    compile: Callable[[KernelConfig, int], Outcome] = lambda config, n: Outcome("ok", resources=FINE, seconds=0.5)
+    measure: Callable[[KernelConfig, int], Outcome] = lambda config, n: timed(100.0 + n)
+    compiled: list[KernelConfig] = field(default_factory=list)
+    measured: list[Measure] = field(default_factory=list)
+    open_workers: int = 0
+
+    def worker(self, *, with_device: bool) -> FakeWorker:
+        self.open_workers += 1
+        return FakeWorker(self, with_device)
+
+
+class FakeWorker:
+    """As `Worker`, without a child."""
+
+    def __init__(self, machine: Machine, with_device: bool):
+        self._machine, self._with_device = machine, with_device
+
+    def ask(self, request: Compile | Measure, timeout_s: float) -> Outcome:
+        assert timeout_s > 0
+        config = request.trial.config
+        if isinstance(request, Compile):
+            assert not self._with_device
+            self._machine.compiled.append(config)
+            return self._machine.compile(config, len(self._machine.compiled) - 1)
+        assert self._with_device
+        self._machine.measured.append(request)
+        return self._machine.measure(config, len(self._machine.measured) - 1)
+
+    def kill(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._machine.open_workers -= 1
+
+
+def timed(us: float, kind: str = "ok") -> Outcome:
+    return Outcome(kind, timing=Timing(us, us - 1, us + 1, 20, 50), error=1e-3)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(tuning, "Worker", machine.worker)
+    return machine
+
+
+def tune(store: Store, job: Job = JOB, *, measure: bool = True, trials: int = 8, **others: Any) -> Progress:
+    arguments: dict[str, Any] = {"time_budget_s": 60.0, "on_progress": ignore} | others
+    with Tuner(store, measure=measure, compilers=1) as tuner:
+        return tuner.tune(job, trials=trials, **arguments)
+
+
+# -- without a GPU, for real
+
+
+def test_compiling_and_ranking_for_a_gpu_that_is_not_there(store: Store) -> None:
+    progress = tune(store, measure=False, trials=3)
+    assert progress.kinds == {"predicted": 3}
+    results = store.results(JOB.key)
+    assert len(results) == 3
+    for result in results:
+        assert result.outcome == "predicted"
+        assert result.time_us is not None
+        assert result.registers
+        assert result.shared_bytes
+        assert result.compile_s
+        assert result.source == "compiled for NVIDIA H200 SXM"
+    assert progress.best == store.predicted_best(JOB.key) == results[0]
+    assert store.best(JOB.key) is None
+    assert default_config(JOB.spec, JOB.shape, GPU) in [r.config for r in results]
+
+
+# -- outcomes
+
+
+def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Machine) -> None:
+    compiles = {
+        0: Outcome("compile", "no such instruction", seconds=2.0),
+        1: Outcome("timeout", "no answer in 120 s"),
+        2: Outcome("crash", "exit status -11: no message"),
+        3: Outcome("invalid", "cannot be"),
+        4: Outcome("ok", resources=Resources(255, MOST_SPILLS + 1, 1000)),
+        5: Outcome("ok", resources=Resources(255, 0, GPU.shared_per_block + 1)),
+    }
+    measures = {
+        0: timed(100.0),
+        1: Outcome("wrong", "row 3 is NaN", error=float("inf")),
+        2: timed(900.0, "slow"),
+        3: Outcome("timeout", "no answer in 120 s"),
+        4: Outcome("crash", "an illegal memory access"),
+        5: Outcome("resources", "out of memory"),
+    }
+    machine.compile = lambda config, n: compiles.get(n, Outcome("ok", resources=FINE))
+    machine.measure = lambda config, n: measures.get(n, timed(50.0))
+    progress = tune(store, trials=13)
+    assert progress.kinds == {
+        "compile": 1,
+        "timeout": 2,
+        "crash": 2,
+        "invalid": 1,
+        "resources": 3,
+        "ok": 2,
+        "wrong": 1,
+        "slow": 1,
+    }
+    results = store.results(JOB.key)
+    assert len(results) == progress.done == 13
+    of = {config: next(r for r in results if r.config == config) for config in machine.compiled}
+    kinds = [of[config].outcome for config in machine.compiled]
+    assert kinds[:6] == ["compile", "timeout", "crash", "invalid", "resources", "resources"]
+    assert kinds[6:] == ["ok", "wrong", "slow", "timeout", "crash", "resources", "ok"]
+    details = [of[config].detail for config in machine.compiled]
+    assert details[0] == "no such instruction"
+    assert details[4] == f"spills {MOST_SPILLS + 1} bytes a thread, over {MOST_SPILLS}"
+    assert "bytes of shared memory" in details[5]
+    assert of[machine.compiled[0]].compile_s == 2.0
+    assert of[machine.compiled[4]].spills == MOST_SPILLS + 1
+    assert of[machine.compiled[7]].error == float("inf")
+    assert of[machine.compiled[6]].source == "measured on NVIDIA H200 SXM"
+
+
+def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Machine) -> None:
+    short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth was lucky at first
+
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        return timed(short[n] if n < 6 else long[machine.compiled.index(config)])
+
+    machine.measure = measure
+    seen: list[float] = []
+    progress = tune(store, trials=6, on_progress=lambda p: seen.append(p.best.time_us if p.best else 0.0))
+    assert seen == [100.0, 60.0, 60.0, 50.0, 50.0, 50.0, 61.0]
+    again = machine.measured[6:]
+    assert [machine.compiled.index(request.trial.config) for request in again] == [3, 1]
+    assert {request.timed_ms for request in again} == {FINALIST_MS}
+    assert progress.best == store.best(JOB.key)
+    assert progress.best is not None
+    assert (progress.best.config, progress.best.time_us) == (machine.compiled[1], 61.0)
+    assert [r.time_us for r in store.results(JOB.key)] == [61.0, 65.0, 70.0, 80.0, 90.0, 100.0]
+
+
+def test_only_so_many_are_timed_twice(store: Store, machine: Machine) -> None:
+    machine.measure = lambda config, n: timed(100.0 + n if n < 20 else 1000.0 + n)
+    tune(store, trials=20)
+    assert len(machine.measured) == 20 + FINALISTS
+
+
+def test_slow_ones_are_given_up_on(store: Store, machine: Machine) -> None:
+    machine.measure = lambda config, n: timed(100.0 if n < 4 else 90.0)
+    tune(store, trials=4)
+    assert [request.give_up_us for request in machine.measured[:4]] == [float("inf"), 150.0, 150.0, 150.0]
+
+
+def test_a_finalist_that_turns_out_wrong_is_no_best(store: Store, machine: Machine) -> None:
+    machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else Outcome("wrong", "this time")
+    progress = tune(store, trials=3)
+    assert progress.best is not None
+    assert progress.best.config == machine.compiled[1]
+
+
+def test_a_finalist_that_crashes_keeps_its_time(store: Store, machine: Machine) -> None:
+    machine.measure = lambda config, n: timed(100.0 + n) if n < 3 else Outcome("crash", "the GPU fell off")
+    progress = tune(store, trials=3)
+    assert progress.best is not None
+    assert progress.best.time_us == 100.0
+
+
+def test_where_nothing_works_there_is_no_best(store: Store, machine: Machine) -> None:
+    machine.compile = lambda config, n: Outcome("crash", "out of luck")
+    progress = tune(store, trials=5)
+    assert progress.best is None
+    assert progress.kinds == {"crash": 5}
+    assert not machine.measured
+
+
+def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) -> None:
+    predicted = tune(store, measure=False, trials=6)
+    assert predicted.best is not None
+    assert predicted.best.outcome == "predicted"
+    assert not machine.measured
+    machine.measure = lambda config, n: timed(1e6 + n)
+    measured = tune(store, trials=6)
+    assert measured.known == 0  # what was only predicted is tried
+    assert measured.best is not None
+    assert measured.best == store.best(JOB.key)
+    assert measured.best.outcome == "ok"
+    config = measured.best.config
+    tune(store, measure=False, trials=6)
+    kept = next(r for r in store.results(JOB.key) if r.config == config)
+    assert kept.outcome == "ok"
+    assert store.best(JOB.key) == measured.best
+
+
+# -- running again, budgets, interrupts
+
+
+def test_running_again_asks_for_nothing_that_is_known(store: Store, machine: Machine) -> None:
+    machine.compile = lambda config, n: Outcome("ok", resources=FINE) if n % 3 else Outcome("compile", "no")
+    first = tune(store, trials=10)
+    second = tune(store, trials=10)
+    assert (first.known, second.known) == (0, 10)
+    assert len(set(machine.compiled)) == len(machine.compiled) == 20
+    assert second.best is not None
+    assert second.best.time_us == min(r.time_us for r in store.results(JOB.key) if r.time_us)
+
+
+def test_a_space_that_is_exhausted_ends_the_job(store: Store, machine: Machine) -> None:
+    every = len(list(every_config(SMALL.spec, SMALL.gpu)))
+    assert tune(store, SMALL, trials=1000).done == every
+    again = tune(store, SMALL, trials=1000)
+    assert (again.done, again.known) == (0, every)
+    assert again.best == store.best(SMALL.key)
+
+
+def test_results_of_another_job_are_not_known(store: Store, machine: Machine) -> None:
+    tune(store, trials=4)
+    assert tune(store, SMALL, trials=4).known == 0
+
+
+@pytest.mark.parametrize("trials", [1, 2, 7])
+def test_no_more_trials_than_allowed(store: Store, machine: Machine, trials: int) -> None:
+    assert tune(store, trials=trials).done == trials == len(machine.compiled)
+
+
+def test_no_longer_than_allowed(store: Store, machine: Machine) -> None:
+    def slowly(config: KernelConfig, n: int) -> Outcome:
+        time.sleep(0.05)
+        return timed(100.0)
+
+    machine.measure = slowly
+    start = time.monotonic()
+    progress = tune(store, trials=1000, time_budget_s=0.6)
+    assert time.monotonic() - start < 5.0  # with the finalists, and slack for a busy machine
+    assert 0 < progress.done < 20
+    assert progress.best is not None
+
+
+def test_an_interrupt_keeps_what_is_finished(store: Store, machine: Machine) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(store, trials=50, on_progress=interrupt)
+    assert len(store.results(JOB.key)) == 5
+    assert machine.open_workers == 0
+    again = tune(store, trials=3)
+    assert (again.known, again.done) == (5, 3)
+
+
+def test_workers_are_closed_in_the_end(store: Store, machine: Machine) -> None:
+    with Tuner(store, measure=True, compilers=3) as tuner:
+        for job in (JOB, SMALL):
+            tuner.tune(job, trials=5, time_budget_s=60.0, on_progress=ignore)
+        assert machine.open_workers == 4
+    assert machine.open_workers == 0
