@@ -141,10 +141,10 @@ def _shipped() -> Iterator[tuple[str, str]]:
         yield "ok" if usable else "note", f"{name}: {usable} of {len(records)} records are usable here{why}"
 
 
-def _cuobjdump() -> Iterator[tuple[str, str]]:
-    from parallax_gen.codegen.resources import _cuobjdump
+def cuobjdump() -> Iterator[tuple[str, str]]:
+    from parallax_gen.codegen.resources import cuobjdump
 
-    yield "ok", str(_cuobjdump())
+    yield "ok", str(cuobjdump())
 
 
 def _compile() -> Iterator[tuple[str, str]]:
@@ -167,6 +167,6 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "cache": _cache,
     "database": _database,
     "shipped": _shipped,
-    "cuobjdump": _cuobjdump,
+    "cuobjdump": cuobjdump,
     "compile": _compile,
 }

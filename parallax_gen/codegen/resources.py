@@ -42,7 +42,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         report = subprocess.run(
-            [_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60
+            [cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60
         ).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+)", report)
     if not found:
@@ -51,7 +51,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 @cache
-def _cuobjdump() -> Path:
+def cuobjdump() -> Path:
     """The one that Triton's wheel carries."""
     import triton
 

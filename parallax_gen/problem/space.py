@@ -36,7 +36,7 @@ class Knob:
 KNOBS: dict[str, tuple[Knob, ...]] = {
     "forward": (
         Knob("BLOCK_M", (16, 32, 64, 128)),
-        Knob("BLOCK_N", (32, 64, 128)),
+        Knob("BLOCK_N", (16, 32, 64, 128)),
         Knob("HEAD_GROUP", (1, 2, 4, 8, 16, 32, 0)),
         Knob("num_warps", (4, 8)),
         Knob("num_stages", (2, 3, 4)),
@@ -122,12 +122,22 @@ def _usable(spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
     if knob.name == "BLOCK_H":
         # A tile twice as tall as the group would be mostly padding.
         return tuple(v for v in knob.values if isinstance(v, int) and (v == 8 or v < 2 * spec.group))
+    if (spec.op, knob.name) == ("forward", "BLOCK_N") and spec.dtype != "fp32":
+        return tuple(v for v in knob.values if v != 16)  # tensor cores want more keys at a time
     return knob.values
 
 
 def _why_forward_invalid(spec: KernelSpec, config: ForwardConfig) -> str | None:
-    if config.BLOCK_M < 16 * config.num_warps and config.BLOCK_N < 16 * config.num_warps:
-        return f"a {config.BLOCK_M}x{config.BLOCK_N} tile is too small for {config.num_warps} warps"
+    tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
+    if spec.dtype == "fp32":
+        # Without tensor cores a thread holds its share of the operands too: from compiling, beyond this they spill
+        # by hundreds of bytes, and soon by thousands.
+        if config.BLOCK_M * config.BLOCK_N * spec.head_dim**2 > config.num_warps << 20:
+            return (
+                f"{tile} of fp32 at head_dim {spec.head_dim} is too large for the registers of {config.num_warps} warps"
+            )
+    elif config.BLOCK_N == 16 or max(config.BLOCK_M, config.BLOCK_N) < 16 * config.num_warps:
+        return f"{tile} is too small for {config.num_warps} warps"
     # o1 and o2 stay in registers, beside s and t: past 255 registers a thread they spill for certain.
     accumulators = 2 * config.BLOCK_M * (spec.head_dim + config.BLOCK_N)
     a_thread = accumulators // (32 * config.num_warps)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from parallax_gen.codegen.render import templates_hash
 from parallax_gen.memory.keys import Key
@@ -87,28 +88,26 @@ class Tuner:
         """Try configs until there were `trials` of them, or the seconds are spent, or none is left.
 
         Every outcome is stored as it comes: an interrupt loses nothing, and the next run goes on from there.
-        on_progress is called after each.
+        on_progress is called after each, and twice a second while none is ready.
         """
         run = _Run(job, self._store, self._measure, deadline=time.monotonic() + time_budget_s)
-        pending: dict[Future[Outcome], KernelConfig] = {}
-        asked = 0
+        asked = waiting = 0
         while not run.spent:
             # Twice the compilers: the next ones are ready while this thread times.
-            while len(pending) < 2 * self._compilers.width and asked < trials:
+            while waiting < 2 * self._compilers.width and asked < trials:
                 config = run.search.ask()
                 if config is None:
                     break
-                pending[self._compilers.submit(Compile(run.trial(config)))] = config
-                asked += 1
-            if not pending:
+                self._compilers.submit(Compile(run.trial(config)))
+                asked, waiting = asked + 1, waiting + 1
+            if not waiting:
                 break
-            for future in wait(pending, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                config = pending.pop(future)
-                if not run.spent:
-                    run.note(self._judge(run, config, future.result()))
-                    on_progress(run.progress)
-        for future in pending:
-            future.cancel()
+            compiled = self._compilers.next(timeout_s=0.5)
+            if compiled is not None and not run.spent:
+                waiting -= 1
+                run.note(self._judge(run, *compiled))
+            on_progress(run.progress)  # also while nothing is ready: a caller may want to stop
+        self._compilers.drop_waiting()
         if self._measure:
             self._time_finalists_again(run)
         on_progress(run.progress)
@@ -221,29 +220,47 @@ class _Run:
 
 
 class _Compilers:
-    """Worker processes that compile, as many as there are cores, each asked by one thread at a time."""
+    """Worker processes that compile, each asked by a thread of its own; what comes of it waits in a queue."""
 
     def __init__(self, width: int):
         self.width = width
+        self._requests: SimpleQueue[tuple[int, Compile] | None] = SimpleQueue()
+        self._outcomes: SimpleQueue[tuple[int, KernelConfig, Outcome]] = SimpleQueue()
+        self._job = 0  # outcomes of earlier jobs are dropped
         self._workers = [Worker(with_device=False) for _ in range(width)]
-        self._idle: SimpleQueue[Worker] = SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(width)
+        self._threads = [Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, request: Compile) -> Future[Outcome]:
-        return self._threads.submit(self._ask, request)
+    def submit(self, request: Compile) -> None:
+        self._requests.put((self._job, request))
+
+    def next(self, timeout_s: float) -> tuple[KernelConfig, Outcome] | None:
+        """A config and what came of compiling it; None if nothing is ready in time."""
+        try:
+            job, config, outcome = self._outcomes.get(timeout=timeout_s)
+        except Empty:
+            return None
+        return (config, outcome) if job == self._job else None
+
+    def drop_waiting(self) -> None:
+        """Forget what was submitted: a job's time is spent."""
+        self._job += 1
+        with contextlib.suppress(Empty):
+            while True:
+                self._requests.get_nowait()
 
     def close(self) -> None:
+        self.drop_waiting()
+        for _ in self._threads:
+            self._requests.put(None)
         for worker in self._workers:
-            worker.kill()  # a thread that waits for it sees a crash, and ends
-        self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.close()
+            worker.kill()  # a thread that waits for it gets a crash, then the None
+        for thread in self._threads:
+            thread.join()
 
-    def _ask(self, request: Compile) -> Outcome:
-        worker = self._idle.get()
-        try:
-            return worker.ask(request, COMPILE_TIMEOUT_S)
-        finally:
-            self._idle.put(worker)
+    def _serve(self, worker: Worker) -> None:
+        while (item := self._requests.get()) is not None:
+            job, request = item
+            self._outcomes.put((job, request.trial.config, worker.ask(request, COMPILE_TIMEOUT_S)))
+        worker.close()

@@ -22,7 +22,7 @@ def awkward_shape(spec: KernelSpec, config: KernelConfig) -> Shape:
     kv_heads = 3
     if isinstance(config, DecodeConfig):
         blocks = min(2 * config.NUM_SPLITS + 1, 40)
-        return Shape(2, kv_heads * spec.group, kv_heads, 1, blocks * config.BLOCK_N - 7)
+        return Shape(4, kv_heads * spec.group, kv_heads, 1, blocks * config.BLOCK_N - 7)
     return Shape(1, kv_heads * spec.group, kv_heads, 2 * config.BLOCK_M + 11, 3 * config.BLOCK_N + 5)
 
 
@@ -32,6 +32,8 @@ def random_inputs_of(spec: KernelSpec, shape: Shape, *, seed: int, device: str, 
     if spec.ragged:
         draw = torch.Generator().manual_seed(seed)
         lengths = torch.randint(0, shape.seqlen_kv + 1, (shape.batch,), generator=draw, dtype=torch.int32)
+        shorter = torch.rand(shape.batch, generator=draw) < 0.5  # than a block of keys, often
+        lengths = torch.where(shorter, lengths % 32, lengths)
         lengths[seed % shape.batch] = shape.seqlen_kv * (seed % 2)  # the two ends come up often
         if full:
             lengths.fill_(shape.seqlen_kv)

@@ -311,7 +311,8 @@ PLANTED = [
     pytest.param(FORWARD_KERNEL, "head // GROUP", "head % (heads // GROUP)", id="heads dealt out in turn"),
     pytest.param(FORWARD_KERNEL, "t_mean, mask=rows <", "t_mean, mask=rows + 1 <", id="last row's t_mean not written"),
     pytest.param(DECODE_KERNEL, "weight = tl.exp2(m - m_all)", "weight = m * 0.0 + 1.0", id="splits not rescaled"),
-    pytest.param(DECODE_KERNEL, "in_kv = n + keys < end", "in_kv = n + keys <= end", id="a key behind the end"),
+    pytest.param(DECODE_KERNEL, "(cols >= n) & ", "", id="keys of a block moved back taken twice"),
+    pytest.param(DECODE_KERNEL, "tl.minimum(n, last_block)", "n", id="a key behind the end"),
     pytest.param(DECODE_KERNEL, "blocks * (split + 1) // NUM_SPLITS", "blocks // NUM_SPLITS * (split + 1)", id="tail"),
     pytest.param(DECODE_KERNEL, "tl.store(arrived_ptr + bh, 0)", "pass", id="counters not set back"),
     pytest.param(DECODE_KERNEL, "is_query = rows < 8", "is_query = rows >= 8", id="queries and probes swapped"),
@@ -327,10 +328,12 @@ def test_a_wrong_kernel_is_seen(kernel: Kernel, right: str, planted: str) -> Non
     assert right in source.text
     text = source.text.replace(right, planted)
     source = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
-    shape = Shape(batch=2, heads=2 * spec.group, kv_heads=2, seqlen_q=1, seqlen_kv=205)
+    shape = Shape(batch=4, heads=2 * spec.group, kv_heads=2, seqlen_q=1, seqlen_kv=205)
     if spec.op == "forward":
-        shape = replace(shape, seqlen_q=71, seqlen_kv=75)
+        shape = replace(shape, batch=1, seqlen_q=71, seqlen_kv=75)
     inputs = inputs_of(spec, shape, seed=2)
-    if inputs.cache_seqlens is not None:  # within the tensors, whatever is planted
-        assert inputs.cache_seqlens.tolist()[0] < 205
+    if (
+        inputs.cache_seqlens is not None
+    ):  # none, less than a block, some blocks; within the tensors, whatever is planted
+        assert inputs.cache_seqlens.tolist() == [176, 35, 0, 28]
     assert verify.run(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is not None

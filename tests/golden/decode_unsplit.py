@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, MHA
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=none num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates bf1c1ad0292a
+generator  parallax_gen 0.1.0, templates f6e1d0c54a68
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -86,8 +86,9 @@ def decode_kernel(
     keys = tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
-    k_offsets = keys[:, None] * stride_kn + dims[None, :]
-    v_offsets = keys[:, None] * stride_vn + dims[None, :]
+    near = tl.minimum(keys, seqlen_kv - 1)[:, None]  # of a sequence shorter than a block, the last key again
+    k_offsets = near * stride_kn + dims[None, :]
+    v_offsets = near * stride_vn + dims[None, :]
     stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, a cache's may not
     stride_vn64 = tl.cast(stride_vn, tl.int64)
     m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: a sequence without keys must not give NaN
@@ -95,12 +96,17 @@ def decode_kernel(
     d2 = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
-    # -- stream the keys; what lies behind the end is never read
+    # -- stream the keys. A block that would reach past the end is moved back to it, and keys it took before are
+    #    masked: no load needs a mask, and what lies behind the end is never read
+    last_block = tl.maximum(seqlen_kv - BLOCK_N, 0)
     for n in tl.range(0, seqlen_kv, BLOCK_N):
-        in_kv = n + keys < seqlen_kv
-        k = tl.load(k_ptr + n * stride_kn64 + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(v_ptr + n * stride_vn64 + v_offsets, mask=in_kv[:, None], other=0.0)
-        m, d1, d2, o = _step(qr, k, v, in_kv[None, :], scale_log2, m, d1, d2, o)
+        first = tl.minimum(n, last_block)
+        k = tl.load(k_ptr + first * stride_kn64 + k_offsets)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_ptr + first * stride_vn64 + v_offsets)
+        cols = first + keys
+        visible = (cols >= n) & (cols < seqlen_kv)
+        m, d1, d2, o = _step(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
+
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, HEAD_DIM]), [1, 2, 0]))  # [8, HEAD_DIM] each
     heads = tl.arange(0, BLOCK_H)
     in_group = heads < GROUP
