@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 OURS = "parallax_gen"
 
+HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time shows
+
 # (head_dim, shape): from few bytes to many, alone and in a batch, MHA and GQA; a training step and a long prompt.
 USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
     "forward": ((128, Shape(4, 16, 16, 4096, 4096)), (128, Shape(1, 16, 16, 16384, 16384))),
@@ -41,6 +43,7 @@ USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
 @shape_option(multiple=True, more_help="Repeatable. Default: the usual ones.")
 @flag_options
 @click.option("--only", multiple=True, metavar="NAME", help="Repeatable: contenders by name, such as 'SDPA cuDNN'.")
+@click.option("--host", is_flag=True, help="Instead: the host's time of a decode step, and of the launches below it.")
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows there.")
 @json_option
 def bench(
@@ -52,6 +55,7 @@ def bench(
     stats: bool,
     ragged: bool,
     only: tuple[str, ...],
+    host: bool,
     csv_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -67,6 +71,10 @@ def bench(
     card = card_here()
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
+    if host:
+        shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
+        _bench_host(KernelSpec("decode", head_dim, dtype, shape.group, ragged=ragged), shape, as_json)
+        return
     rows: list[Row] = []
     for spec, shape in _cases(ops or OPS, head_dim, dtype, shapes, causal, stats, ragged):
         found = _compare(spec, shape, only)
@@ -81,6 +89,17 @@ def bench(
         _print_means(rows)
         versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
         click.echo(f"{card.title}, {versions}; medians, CUDA graphs, warm L2")
+
+
+def _bench_host(spec: KernelSpec, shape: Shape, as_json: bool) -> None:
+    from parallax_gen.cli.host import host_times
+
+    times = host_times(spec, shape)
+    if as_json:
+        print_json({"spec": spec.to_dict(), "shape": shape.to_dict(), **_versions(), "host_us": times})
+        return
+    click.echo(f"{spec}: {shape}")
+    print_table(("", "host us a call"), [(name, number(time_us)) for name, time_us in times.items()])
 
 
 def _cases(
