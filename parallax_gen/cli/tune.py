@@ -41,7 +41,7 @@ SUCCESSES = ("ok", "predicted")
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Repeatable. Default: bf16.")
 @shape_option(multiple=True, more_help="Repeatable, and taken for every op. Default: the usual ones.")
 @flag_options
-@click.option("--trials", type=click.IntRange(min=1), default=96, show_default=True, help="Configs a job.")
+@click.option("--trials", type=click.IntRange(min=1), default=64, show_default=True, help="Configs a job.")
 @click.option(
     "--time-budget", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True, help="Seconds a job."
 )

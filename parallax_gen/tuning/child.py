@@ -94,5 +94,15 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Referenc
     return inputs, verify.oracle(spec, inputs)
 
 
+def wake_device() -> None:
+    """Make the CUDA context, which takes seconds, while nobody waits for it."""
+    import torch
+
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")
+
+
 if __name__ == "__main__":
+    if "--device" in sys.argv[1:]:
+        wake_device()
     serve()

@@ -76,6 +76,8 @@ class Tuner:
         self._measure = measure
         self._compilers = _Compilers(compilers or max(1, (os.cpu_count() or 2) - 1))
         self._bench = Worker(with_device=True)
+        if measure:
+            self._bench.start()
 
     def __enter__(self) -> Tuner:
         return self

@@ -74,6 +74,10 @@ class Worker:
         self._child: subprocess.Popen[bytes] | None = None
         self._log: Any = None
 
+    def start(self) -> None:
+        """Start the child ahead of the first request: importing torch takes seconds."""
+        self._running()
+
     def ask(self, request: Compile | Measure, timeout_s: float) -> Outcome:
         """The outcome of a request; "timeout" (the child is killed) or "crash" where none came back."""
         start = time.monotonic()
@@ -121,7 +125,7 @@ class Worker:
                 environment["CUDA_VISIBLE_DEVICES"] = ""
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "parallax_gen.tuning.child"],
+                [sys.executable, "-m", "parallax_gen.tuning.child", *(["--device"] if self._with_device else [])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

@@ -60,6 +60,9 @@ class FakeWorker:
     def __init__(self, machine: Machine, with_device: bool):
         self._machine, self._with_device = machine, with_device
 
+    def start(self) -> None:
+        assert self._with_device
+
     def ask(self, request: Compile | Measure, timeout_s: float) -> Outcome:
         assert timeout_s > 0
         config = request.trial.config
