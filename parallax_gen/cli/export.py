@@ -64,6 +64,7 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
     picks = picked(asked, [sizes.for_op(asked.op) for sizes in shapes], card, open_memory())
     readme = folder / "README.md"
     sections = read_sections(readme)
+    written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for pick in picks:
@@ -71,10 +72,11 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
             path = folder / pick.file_name(source)
             path.write_text(source.text, encoding="utf-8")
             sections[path.name] = section(source.text, f"{pick.spec}; {pick.bucket}", card.title, pick.provenance)
-            click.echo(f"{path}\n    {describe(pick.config)}\n    {pick.provenance}")
+            written.append(f"{path}\n    {describe(pick.config)}\n    {pick.provenance}")
         write_sections(readme, sections)
     except OSError as error:
         raise ParallaxGenError(f"cannot write to {folder}: {error}") from error
+    click.echo("\n".join(written))
 
 
 def picked(asked: Asked, shapes: Sequence[Shape], gpu: Gpu, memory: Memory) -> list[Pick]:

@@ -34,6 +34,9 @@ class FakeWorker:
     def __init__(self, *, with_device: bool):
         pass
 
+    def start(self) -> None:
+        pass
+
     def ask(self, request: Compile | Measure, timeout_s: float) -> Outcome:
         if isinstance(request, Compile):
             return Outcome("ok", resources=Resources(100, 0, 1000))
