@@ -88,7 +88,8 @@ def bench(
     else:
         _print_means(rows)
         versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
-        click.echo(f"{card.title}, {versions}; medians, CUDA graphs, warm L2")
+        click.echo(f"{card.title}, {versions}")
+        click.echo("medians of CUDA graph replays, warm L2")
 
 
 def _bench_host(spec: KernelSpec, shape: Shape, as_json: bool) -> None:

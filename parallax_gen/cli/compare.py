@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from parallax_gen.cli.peers import Call, contenders
+from parallax_gen.cli.text import rate
 from parallax_gen.problem.reference import errors
-from parallax_gen.problem.shapes import Shape, work_of
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.measure import time_call
 from parallax_gen.tuning.verify import oracle, random_inputs_of
@@ -70,15 +71,12 @@ def compare(spec: KernelSpec, shape: Shape, only: Sequence[str] = ()) -> list[Ro
     for name, row in found.items():
         if name in times:
             time_us = statistics.median(times[name])
-            rate = _rate(spec, shape, time_us, parallax[name])
-            row = Row(name, spec, shape, time_us, rate, row.error)
+            row = Row(name, spec, shape, time_us, _rate(spec, shape, time_us, parallax[name]), row.error)
         rows.append(row)
     torch.cuda.empty_cache()
     return rows
 
 
 def _rate(spec: KernelSpec, shape: Shape, time_us: float, parallax: bool) -> float:
-    work = work_of(spec, shape)
-    if spec.op == "decode":
-        return work.bytes / time_us / 1e3
-    return work.flops / (1 if parallax else 2) / time_us / 1e6  # softmax needs two of the four matmuls
+    """Softmax needs two of the four matmuls, and the same bytes."""
+    return rate(spec, shape, time_us) / (2 if spec.op == "forward" and not parallax else 1)

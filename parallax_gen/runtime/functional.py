@@ -20,6 +20,9 @@ from parallax_gen.runtime.plan import LaunchPlan
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+# Kernels add up offsets within a block of keys, of 128 at the most, in 32 bits; from block to block in 64.
+FURTHEST_KEY = 2**24 - 1
+
 # Plans are kept by everything they were checked for. A cache that grows by a key each step makes a plan each step:
 # past this many, start over.
 MOST_PLANS = 4096
@@ -232,6 +235,9 @@ def _check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, k_name: str, v_nam
         raise ArgumentError(k_name, f"shape {tuple(k.shape)}", f"({batch}, seqlen, kv_heads, {head_dim}), to go with q")
     if k.shape[2] == 0 or heads == 0 or heads % k.shape[2]:
         raise ArgumentError(k_name, f"{k.shape[2]} kv heads", f"a divisor of q's {heads} heads")
+    for name, tensor in ((k_name, k), (v_name, v)):
+        if tensor.stride(1) > FURTHEST_KEY:
+            raise ArgumentError(name, f"{tensor.stride(1)} elements from key to key", f"at most {FURTHEST_KEY}")
     if v.shape != k.shape:
         raise ArgumentError(v_name, f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of {k_name}")
     return DTYPE_NAMES[q.dtype]

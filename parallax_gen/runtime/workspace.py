@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Counters that captured launches get slices of: zeroed before the capture, so that a graph needs no memset.
+# Counters that captured launches get slices of, each for good: zeroed before the capture, so that a graph needs no
+# memset. A launch that merges has a few dozen; when all are taken, graphs zero their own.
 CAPTURE_COUNTERS = 1 << 16
 
 

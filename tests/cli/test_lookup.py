@@ -197,5 +197,5 @@ def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:
 
     store.record(known(250.0))
     out, err = process("-m", "parallax_gen.cli", "list", "--json").communicate(timeout=60)
-    assert json.loads(out)["records"][0]["time_us"] == 250.0
+    assert 250.0 in [record["time_us"] for record in json.loads(out)["records"]]  # beside what really ships
     assert err == ""

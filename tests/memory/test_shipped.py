@@ -11,8 +11,11 @@ from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, re
 
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.memory.results import reading_order
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.space import why_invalid
 
 
 @pytest.fixture
@@ -144,3 +147,19 @@ def test_all_and_near_misses_join_both(store: Store, tmp_path: Path) -> None:
     assert memory.all() == [result(key=key) for key in (OTHER_GPU, OTHER_TRITON, OTHER_BUCKET)]
     assert memory.all(gpu="h100") == [result(key=OTHER_GPU)]
     assert memory.all(op="decode") == []
+
+
+# What really ships
+
+
+@pytest.mark.parametrize("path", sorted(data_dir("tuning_db").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_what_ships_is_sorted_measured_and_valid(path: Path) -> None:
+    rows = load_shipped(path.stem)
+    assert rows
+    assert rows == sorted(rows, key=reading_order)
+    assert len({row.identity for row in rows}) == len(rows)
+    for row in rows:
+        assert row.measured
+        assert row.error is not None
+        assert row.error < 1e-2
+        assert why_invalid(row.key.spec, row.config, GPUS[path.stem]) is None

@@ -92,6 +92,7 @@ def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
         ({"k": torch.zeros(2, 7, 2, 64, device="meta")}, "k"),
         ({"v": torch.zeros(2, 8, 2, 64)}, "v"),
         ({"v": None}, "v"),
+        ({"v": torch.empty(2**24 * 6 + 64).as_strided((2, 7, 2, 64), (0, 2**24, 0, 1))}, "v"),
         ({"softmax_scale": 0.0}, "softmax_scale"),
         ({"softmax_scale": float("nan")}, "softmax_scale"),
         ({"softmax_scale": "1"}, "softmax_scale"),
