@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -55,13 +56,15 @@ def write(source: KernelSource) -> Path:
             return path
     except (OSError, UnicodeDecodeError):
         pass  # missing or damaged: write it
+    # A temporary file renamed into place: a reader sees all of it or nothing.
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A temporary file renamed into place: a reader sees all of it or nothing.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(source.text)
-        os.replace(file.name, path)
+        temporary.write_text(source.text)
+        os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise BuildError(f"cannot write the kernel {path}: {error}") from error
     return path
 
