@@ -12,7 +12,8 @@ STDERR = 2  # a file descriptor: a signal may come in the middle of a print, whi
 class Interrupt:
     """A context in which the first Ctrl-C waits for the next `check`, and the second does not wait.
 
-    An interrupt that comes while a thread pool's locks are taken leaves them taken, and its threads wait for ever.
+    An interrupt may come anywhere, also between a trial's end and its row in the database: the trial under way is
+    worth the fraction of a second that waiting takes.
     """
 
     def __init__(self) -> None:

@@ -30,12 +30,8 @@ def _forward_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCo
     head_group = _floor_of(together, "forward", "HEAD_GROUP")
     tiles = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)]
     if spec.dtype == "fp32":
-        tiles = [
-            (64, 32, 8, 2),
-            (32, 32, 4, 2),
-            (32, 16, 8, 2),
-            (16, 16, 4, 2),
-        ]  # no tensor cores: registers bound these
+        # Without tensor cores registers bound the tiles.
+        tiles = [(64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)]
     blocks = shape.batch * shape.heads * (shape.seqlen_q // 128 + 1)
     if blocks < gpu.sms:  # too few large tiles to fill the card
         tiles = tiles[1:]

@@ -120,11 +120,15 @@ def coerce(spec: KernelSpec, choices: dict[str, Value]) -> KernelConfig:
 
 def _usable(spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
     if knob.name == "BLOCK_H":
-        # A tile twice as tall as the group would be mostly padding.
-        return tuple(v for v in knob.values if isinstance(v, int) and (v == 8 or v < 2 * spec.group))
+        return tuple(v for v in knob.values if isinstance(v, int) and not _half_empty(spec, v))
     if (spec.op, knob.name) == ("forward", "BLOCK_N") and spec.dtype != "fp32":
         return tuple(v for v in knob.values if v != 16)  # tensor cores want more keys at a time
     return knob.values
+
+
+def _half_empty(spec: KernelSpec, block_h: int) -> bool:
+    """Whether a tile taller than need be, 8, has rows for twice the heads of a group or more: mostly padding."""
+    return block_h > 8 and block_h >= 2 * spec.group
 
 
 def _why_forward_invalid(spec: KernelSpec, config: ForwardConfig) -> str | None:
@@ -147,8 +151,8 @@ def _why_forward_invalid(spec: KernelSpec, config: ForwardConfig) -> str | None:
 
 
 def _why_decode_invalid(spec: KernelSpec, config: DecodeConfig) -> str | None:
-    if config.BLOCK_H not in _usable(spec, KNOBS["decode"][1]):
-        return f"BLOCK_H {config.BLOCK_H} is more than half empty for {spec.group} query heads a kv head"
+    if _half_empty(spec, config.BLOCK_H):
+        return f"BLOCK_H {config.BLOCK_H} would be half empty for {spec.group} query heads a kv head"
     if (config.NUM_SPLITS == 1) != (config.merge == "none"):
         return f"merge {config.merge!r} does not go with NUM_SPLITS {config.NUM_SPLITS}"
     if config.BLOCK_N < 8 * config.num_warps:

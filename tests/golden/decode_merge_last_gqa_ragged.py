@@ -46,7 +46,7 @@ def _merge(partials):
     splits = tl.arange(0, 8)
     dims = tl.arange(0, HEAD_DIM)
     stats = partials + NUM_SPLITS * 2 * HEAD_DIM
-    there = splits < NUM_SPLITS
+    there = splits < NUM_SPLITS  # what is not there has the lowest m, and weighs nothing
     m = tl.load(stats + splits, mask=there, other=-3.0e38, cache_modifier=".cg")
     d1 = tl.load(stats + NUM_SPLITS + splits, mask=there, other=0.0, cache_modifier=".cg")
     d2 = tl.load(stats + 2 * NUM_SPLITS + splits, mask=there, other=0.0, cache_modifier=".cg")
@@ -94,7 +94,7 @@ def decode_kernel(
     BLOCK_H: tl.constexpr = 8  # of which one program serves so many
     BLOCK_N: tl.constexpr = 32  # keys it takes a step
     NUM_SPLITS: tl.constexpr = 6
-    HEAD_BLOCKS: tl.constexpr = 2
+    HEAD_BLOCKS: tl.constexpr = 2  # programs that serve a group
 
     # -- which split of which sequence and kv head
     pid = tl.program_id(0)
