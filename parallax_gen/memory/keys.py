@@ -47,14 +47,20 @@ class Key:
     environment: Environment
 
     def flat(self) -> dict[str, Scalar]:
-        """Every field in clear, as `gpu`, `spec.op`, `bucket.seqlen_kv`, `environment.triton`, ..."""
-        parts = {
-            "spec": self.spec.to_dict(),
-            "bucket": self.bucket.to_dict(),
-            "environment": asdict(self.environment),
-        }
+        """Every field in clear, as `gpu`, `spec.op`, `bucket.seqlen_kv`, `environment.triton`, ...
+
+        Those that came after records were first written only where they are not at their default: older records
+        keep their text and their digest.
+        """
+        return self._flat(self.spec.to_dict(), self.bucket.to_dict())
+
+    def every_field(self) -> dict[str, Scalar]:
+        """As `flat`, with no field left out: the same fields in the same order for every key, to sort keys by."""
+        return self._flat(asdict(self.spec), asdict(self.bucket))
+
+    def _flat(self, spec: dict[str, Any], bucket: dict[str, Any]) -> dict[str, Scalar]:
         flat: dict[str, Scalar] = {"gpu": self.gpu}
-        for part, values in parts.items():
+        for part, values in (("spec", spec), ("bucket", bucket), ("environment", asdict(self.environment))):
             flat.update({f"{part}.{name}": value for name, value in values.items()})
         return flat
 
@@ -65,7 +71,7 @@ class Key:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def diff(self, other: Key) -> dict[str, tuple[Scalar | None, Scalar | None]]:
-        """The fields that differ: name -> (mine, the other's)."""
+        """The fields that differ: name -> (mine, the other's), None for one that `flat` leaves out."""
         mine, theirs = self.flat(), other.flat()
         names = [*mine, *(name for name in theirs if name not in mine)]
         return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}

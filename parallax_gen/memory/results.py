@@ -147,7 +147,7 @@ def supersedes(new: Result, old: Result) -> bool:
 def reading_order(result: Result) -> tuple[Any, ...]:
     """Sorts by key field by field, then the measured from fast to slow, then the predicted, then the failed."""
     group = {"ok": 0, "predicted": 1}.get(result.outcome, 2)
-    return (*result.key.flat().values(), group, result.time_us or 0.0, config_to_json(result.config))
+    return (*result.key.every_field().values(), group, result.time_us or 0.0, config_to_json(result.config))
 
 
 def near_misses(key: Key, results: Iterable[Result]) -> list[tuple[Result, Diff]]:

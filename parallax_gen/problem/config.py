@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from parallax_gen.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
-    """Choices of the attention forward.
+class TileConfig:
+    """Choices of a kernel that owns a block of rows or of keys, and steps over blocks of the other.
 
-    BLOCK_M      query rows a program owns
-    BLOCK_N      keys it takes a step
-    HEAD_GROUP   query heads whose tiles are launched together, longest rows first: fewer keep K and V in L2,
-                 more spread the causal triangle evenly; 0 is all heads at once
+    BLOCK_M      query rows a tile
+    BLOCK_N      keys a tile
+    HEAD_GROUP   heads whose tiles are launched together, those with most work first: fewer keep what they share in
+                 L2, more spread the causal triangle evenly; 0 is all heads at once
     num_warps    warps a program
-    num_stages   key blocks in flight
+    num_stages   blocks in flight
+    HEAD_DIM_AS  what a row of head_dim numbers is to the tensor cores: "whole", a power of two; "pieces", powers of
+                 two side by side (96 = 64 + 32); "padded", the next power of two, filled with zeros
     """
 
     BLOCK_M: int
@@ -27,6 +29,34 @@ class ForwardConfig:
     HEAD_GROUP: int
     num_warps: int
     num_stages: int
+    HEAD_DIM_AS: str = "whole"
+
+
+class ForwardConfig(TileConfig):
+    """The forward: a program owns BLOCK_M query rows and steps over keys."""
+
+
+class DqDrConfig(TileConfig):
+    """The gradients of q and r: a program owns BLOCK_M query rows and steps over keys."""
+
+
+class DkDvConfig(TileConfig):
+    """The gradients of k and v: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
+
+    HEAD_GROUP counts kv heads here.
+    """
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Choices of the backward's first kernel, which is bound by memory.
+
+    BLOCK_M      query rows a program owns
+    num_warps    warps a program
+    """
+
+    BLOCK_M: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -49,23 +79,28 @@ class DecodeConfig:
     num_stages: int
 
 
-KernelConfig = ForwardConfig | DecodeConfig
+KernelConfig = ForwardConfig | DqDrConfig | DkDvConfig | PreprocessConfig | DecodeConfig
 
-CONFIG_OF_OP: dict[str, type[ForwardConfig] | type[DecodeConfig]] = {
+TILED: dict[str, type[ForwardConfig] | type[DqDrConfig] | type[DkDvConfig]] = {
     "forward": ForwardConfig,
-    "decode": DecodeConfig,
+    "dqdr": DqDrConfig,
+    "dkdv": DkDvConfig,
 }
+CONFIG_OF_OP: dict[str, type[KernelConfig]] = {**TILED, "preprocess": PreprocessConfig, "decode": DecodeConfig}
 
 
 def config_to_dict(config: KernelConfig) -> dict[str, Any]:
-    return asdict(config)
+    """Every field but those at a default: fields have one that came after records were first written."""
+    values = asdict(config)
+    return {f.name: values[f.name] for f in fields(config) if values[f.name] != f.default}
 
 
 def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
     """The config of `op` that `config_to_dict` wrote. Raises ConfigError on a wrong field or type."""
     kind = CONFIG_OF_OP[op]
     expected = {f.name: f.type for f in fields(kind)}
-    if set(data) != set(expected):
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    if not needed <= set(data) <= set(expected):
         raise ConfigError(f"a {op} config has the fields {sorted(expected)}, not {sorted(data)}")
     for name, value in data.items():
         if type(value).__name__ != expected[name]:

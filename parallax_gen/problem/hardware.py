@@ -69,7 +69,8 @@ class Gpu:
 
     def peak(self, dtype: str) -> float:
         """FLOP/s at the most for inputs of `dtype`. fp32 is exact here, so it runs outside the tensor cores."""
-        peaks = {"bf16": self.tensor_flops, "fp16": self.tensor_flops, "fp32": self.fp32_flops}
+        tensor = self.tensor_flops
+        peaks = {"bf16": tensor, "fp16": tensor, "tf32": self.tf32_flops, "fp32": self.fp32_flops}
         if dtype not in peaks:
             raise ArgumentError("dtype", repr(dtype), ", ".join(peaks))
         return peaks[dtype]

@@ -2,42 +2,109 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from parallax_gen.errors import ConfigError
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
-from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.config import TILED, DecodeConfig, KernelConfig, PreprocessConfig, TileConfig
+from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.space import KNOBS, why_invalid
+from parallax_gen.problem.space import KNOBS, block_bytes, forms_of, shared_bytes, why_invalid
 from parallax_gen.problem.spec import KernelSpec
 
 
 def default_config(spec: KernelSpec, shape: Shape, gpu: Gpu) -> KernelConfig:
     """A config that is valid for `spec` on `gpu` and reasonable for `shape`. Raises ConfigError if none is."""
-    candidates = _forward_defaults(spec, shape, gpu) if spec.op == "forward" else _decode_defaults(spec, shape, gpu)
-    reasons = []
-    for config in candidates:
-        reason = why_invalid(spec, config, gpu)
-        if reason is None:
-            return config
-        reasons.append(reason)
-    raise ConfigError(f"no default config fits {spec} on {gpu.title}: {'; '.join(reasons)}")
+    candidates = _candidates(spec, shape, gpu)
+    reasons = [why_invalid(spec, config, gpu) for config in candidates]
+    valid = [config for config, reason in zip(candidates, reasons, strict=True) if reason is None]
+    if valid:
+        return next((config for config in valid if _has_room(spec, config, gpu)), valid[-1])
+    raise ConfigError(f"no default config fits {spec} on {gpu.title}: {'; '.join(map(str, reasons))}")
 
 
-def _forward_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
-    """From the largest tile that pays to the smallest that always fits."""
-    # As many heads together as have their keys and values in half of L2; at least those that share them.
-    kv_bytes = 2 * shape.seqlen_kv * spec.head_dim * spec.bytes_per_element
-    together = max(1, gpu.l2_bytes // 2 // kv_bytes) * shape.group
-    head_group = _floor_of(together, "forward", "HEAD_GROUP")
-    tiles = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)]
-    if spec.dtype == "fp32":
-        # Without tensor cores registers bound the tiles.
-        tiles = [(64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)]
+def promising_configs(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
+    """The default, and what else was fast somewhere: where a search had better begin."""
+    default = default_config(spec, shape, gpu)
+    found = [default, *_candidates(spec, shape, gpu)]
+    if isinstance(default, TileConfig):
+        found += [replace(default, HEAD_GROUP=together) for together in (1, 4, 16, 0)]
+        found += [replace(default, HEAD_DIM_AS=form) for form in forms_of(spec.head_dim)]
+    return [config for config in dict.fromkeys(found) if why_invalid(spec, config, gpu) is None]
+
+
+def _candidates(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
+    if spec.op == "decode":
+        return _decode_defaults(spec, shape, gpu)
+    if spec.op == "preprocess":
+        return [PreprocessConfig(BLOCK_M=m, num_warps=4) for m in (16, 32, 8)]
+    return _tile_defaults(spec, shape, gpu)
+
+
+def _has_room(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> bool:
+    """Whether shared memory will do for more than the predicate counts, the least: a default gets no second try.
+
+    From compiling: matmuls of Hopper and Blackwell, which run on while the program does, keep one more block in flight,
+    and dqdr's up to half a block more; dkdv's on Blackwell are counted already. Those of other GPUs, and of tiles too
+    small for the former, pass up to two padded tiles of scores from thread to thread.
+    """
+    if not isinstance(config, TileConfig):
+        return True
+    more = config.BLOCK_M * (2 * config.BLOCK_N + 4) * spec.bytes_per_element
+    if gpu.capability[0] == 10 and spec.op == "dkdv":
+        more = KIB  # of rows' numbers
+    elif gpu.capability[0] in (9, 10):
+        more = max(more, block_bytes(spec, config) * (3 if spec.op == "dqdr" else 2) // 2)
+    return shared_bytes(spec, config, gpu) + more + KIB <= gpu.shared_per_block
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages), those first that were fastest on an H200 in bf16: at head_dim 96 and 128,
+_TILES = {
+    "forward": ((128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    "dqdr": ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    "dkdv": ((32, 64, 4, 3), (32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+}
+# at 64,
+_NARROW_TILES = {
+    "forward": ((64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+    "dqdr": ((64, 32, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
+    "dkdv": ((64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)),
+}
+# and at 256, where few registers are left beside the sums.
+_WIDE_TILES = {
+    "forward": ((64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)),
+    "dqdr": ((32, 32, 4, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+    "dkdv": ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 2)),
+}
+# Where head_dim is so wide, or the card so small, that none of them fits.
+_SMALLEST = ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
+# Without tensor cores registers bound the tiles.
+_FP32_TILES = {
+    "forward": ((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+    "dqdr": ((32, 32, 8, 2), (16, 16, 4, 2)),
+    "dkdv": ((32, 32, 8, 2), (16, 16, 4, 2)),
+}
+
+
+def _tile_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
+    # As many heads together as have what they share, keys and values, in half of L2; for dkdv, the rows that each
+    # kv head reads.
+    if spec.op == "dkdv":
+        a_head = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
+        together = max(1, gpu.l2_bytes // 2 // a_head)
+    else:
+        a_head = 2 * shape.seqlen_kv * spec.head_dim * spec.bytes_per_element
+        together = max(1, gpu.l2_bytes // 2 // a_head) * shape.group
+    head_group = _floor_of(together, spec.op, "HEAD_GROUP")
+    tiles = (_FP32_TILES if spec.dtype == "fp32" else _TILES)[spec.op]
+    if spec.head_dim <= 64 and spec.dtype != "fp32":
+        tiles = (*_NARROW_TILES[spec.op], *tiles)
+    elif spec.head_dim > 128 and spec.dtype != "fp32":
+        tiles = (*_WIDE_TILES[spec.op], *tiles)
     blocks = shape.batch * shape.heads * (shape.seqlen_q // 128 + 1)
     if blocks < gpu.sms:  # too few large tiles to fill the card
         tiles = tiles[1:]
-    return [
-        ForwardConfig(BLOCK_M=m, BLOCK_N=n, HEAD_GROUP=head_group, num_warps=w, num_stages=s) for m, n, w, s in tiles
-    ]
+    kind, form = TILED[spec.op], forms_of(spec.head_dim)[0]
+    return [kind(m, n, head_group, w, s, form) for m, n, w, s in (*tiles, *_SMALLEST)]
 
 
 def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:

@@ -16,19 +16,25 @@ SHORTEST = 128
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call: `heads` are query heads; seqlen_q is 1 for decode; seqlen_kv counts cached keys."""
+    """Sizes of one call: `heads` are query heads; seqlen_q is 1 for decode; seqlen_kv counts cached keys.
+
+    Of packed sequences, batch is how many there are, and the lengths are the longest ones'. window is the keys that a
+    query sees at the most, 0 for no such limit.
+    """
 
     batch: int
     heads: int
     kv_heads: int
     seqlen_q: int
     seqlen_kv: int
+    window: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise ArgumentError(field.name, repr(value), "an int of 1 or more")
+            least = 0 if field.name == "window" else 1
+            if type(value) is not int or value < least:
+                raise ArgumentError(field.name, repr(value), f"an int of {least} or more")
         if self.heads % self.kv_heads:
             raise ArgumentError("heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})")
 
@@ -37,19 +43,18 @@ class Shape:
         return self.heads // self.kv_heads
 
     def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return _to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Shape:
-        names = {f.name for f in fields(cls)}
-        if set(data) != names:
-            raise ArgumentError("shape", sorted(data), f"exactly the fields {sorted(names)}")
+        _check_names("shape", data, cls)
         return cls(**data)
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.group == 1 else f"{self.heads}/{self.kv_heads}"
         lengths = str(self.seqlen_kv) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}x{self.seqlen_kv}"
-        return f"batch {self.batch}, heads {heads}, seqlen {lengths}"
+        window = f", window {self.window}" if self.window else ""
+        return f"batch {self.batch}, heads {heads}, seqlen {lengths}{window}"
 
 
 @dataclass(frozen=True)
@@ -59,31 +64,48 @@ class Bucket:
     kv_rows    batch * kv_heads: how many independent (sequence, kv head) pairs there are to spread out
     seqlen_q   1 for decode
     seqlen_kv
+    window     0 for none
     """
 
     kv_rows: int
     seqlen_q: int
     seqlen_kv: int
+    window: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is not int or value < 1 or value & (value - 1):
+            none = field.name == "window" and value == 0
+            if type(value) is not int or (not none and (value < 1 or value & (value - 1))):
                 raise ArgumentError(field.name, repr(value), "a power of two")
 
     def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return _to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Bucket:
-        names = {f.name for f in fields(cls)}
-        if set(data) != names:
-            raise ArgumentError("bucket", sorted(data), f"exactly the fields {sorted(names)}")
+        _check_names("bucket", data, cls)
         return cls(**data)
 
     def __str__(self) -> str:
         lengths = str(self.seqlen_kv) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}x{self.seqlen_kv}"
-        return f"{self.kv_rows} kv rows, seqlen {lengths}"
+        window = f", window {self.window}" if self.window else ""
+        return f"{self.kv_rows} kv rows, seqlen {lengths}{window}"
+
+
+# Fields that came after records were first written: absent from a record, they are at their default there.
+LATER = ("window",)
+
+
+def _to_dict(sizes: Shape | Bucket) -> dict[str, int]:
+    """Every field; those of LATER where they are not at their default."""
+    return {name: value for name, value in asdict(sizes).items() if value or name not in LATER}
+
+
+def _check_names(what: str, data: Mapping[str, Any], kind: type[Shape] | type[Bucket]) -> None:
+    names = {f.name for f in fields(kind)}
+    if not names - set(LATER) <= set(data) <= names:
+        raise ArgumentError(what, sorted(data), f"the fields {sorted(names)}")
 
 
 def bucket_of(shape: Shape) -> Bucket:
@@ -98,6 +120,7 @@ def bucket_of(shape: Shape) -> Bucket:
         kv_rows=_nearest_power_of_two(shape.batch * shape.kv_heads),
         seqlen_q=seqlen_q,
         seqlen_kv=_nearest_power_of_two(max(shape.seqlen_kv, SHORTEST)),
+        window=_nearest_power_of_two(max(shape.window, SHORTEST)) if shape.window else 0,
     )
 
 
@@ -110,6 +133,7 @@ def representative(bucket: Bucket, group: int) -> Shape:
         kv_heads=kv_heads,
         seqlen_q=bucket.seqlen_q,
         seqlen_kv=bucket.seqlen_kv,
+        window=bucket.window,
     )
 
 
@@ -121,20 +145,43 @@ class Work:
     bytes: float
 
 
+# Matmuls of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and two for dk;
+# dqdr s, t, a, dq, dr.
+MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4}
+
+
 def work_of(spec: KernelSpec, shape: Shape) -> Work:
-    """Four matmuls of 2*D operations a (query, visible key) pair; each input read and each output written once."""
-    visible: float = shape.seqlen_q * shape.seqlen_kv
-    if spec.causal:
-        # Row i sees max(0, seqlen_kv - seqlen_q + i + 1) keys. Counted as the area of the triangle or trapezium,
-        # half when square: the usual convention for quoting causal rates.
-        rows = min(shape.seqlen_q, shape.seqlen_kv)
-        visible = rows * (shape.seqlen_kv - rows) + rows * rows / 2
-    flops = 8 * shape.batch * shape.heads * spec.head_dim * visible
-    kv = 2 * shape.batch * shape.kv_heads * shape.seqlen_kv * spec.head_dim
-    outputs = 1 + int(spec.stats)  # o, and v̄ beside it
-    qro = (2 + outputs) * shape.batch * shape.heads * shape.seqlen_q * spec.head_dim
-    stats = 8 * shape.batch * shape.heads * shape.seqlen_q if spec.stats else 0  # lse and t̄, fp32
-    return Work(flops=float(flops), bytes=float((kv + qro) * spec.bytes_per_element + stats))
+    """The op's matmuls over the visible pairs; each input read and each output written once."""
+    q_rows = shape.batch * shape.heads * shape.seqlen_q
+    kv_rows = shape.batch * shape.kv_heads * shape.seqlen_kv
+    if spec.op == "preprocess":
+        # Reads do, o and v̄ (D wide), lse and t̄; writes four numbers a row; a product and a sum for b and for T.
+        return Work(4.0 * q_rows * spec.head_dim, float(q_rows * (3 * spec.head_dim * spec.bytes_per_element + 24)))
+    flops = 2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
+    q_wide, kv_wide, row_bytes = 3, 2, 0  # q, r, o; k, v
+    if spec.op in ("dkdv", "dqdr"):
+        q_wide, kv_wide = (3, 4) if spec.op == "dkdv" else (5, 2)  # q, r, do and dq, dr; k, v and dk, dv
+        row_bytes = 16
+    elif spec.stats:
+        q_wide, row_bytes = 4, 8  # v̄ beside o; lse and t̄
+    elements = (q_rows * q_wide + kv_rows * kv_wide) * spec.head_dim
+    return Work(flops=float(flops), bytes=float(elements * spec.bytes_per_element + q_rows * row_bytes))
+
+
+def _visible(spec: KernelSpec, shape: Shape) -> float:
+    """(query, key) pairs that are seen, of one head of one sequence.
+
+    Row i of a causal call sees max(0, seqlen_kv - seqlen_q + i + 1) keys. Counted as the area of the triangle or
+    trapezium, half when square: the usual convention for quoting causal rates. A window cuts off a corner of it.
+    """
+    if not spec.causal:
+        return shape.seqlen_q * shape.seqlen_kv
+    rows = min(shape.seqlen_q, shape.seqlen_kv)
+    seen = rows * (shape.seqlen_kv - rows) + rows * rows / 2
+    if 0 < shape.window < shape.seqlen_kv:
+        shortest, longest = max(0, shape.seqlen_kv - rows - shape.window), shape.seqlen_kv - shape.window
+        seen -= (longest**2 - shortest**2) / 2
+    return seen
 
 
 def _nearest_power_of_two(size: int) -> int:

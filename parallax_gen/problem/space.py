@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from parallax_gen.problem.config import (
     CONFIG_OF_OP,
+    TILED,
     DecodeConfig,
-    ForwardConfig,
     KernelConfig,
+    PreprocessConfig,
+    TileConfig,
     config_from_dict,
-    config_to_dict,
 )
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 
 Value = int | str
+
+MOST_REGISTERS = 255  # a thread
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,20 @@ class Knob:
         return self.values[max(0, at - 1) : at] + self.values[at + 1 : at + 2]
 
 
+_TILES = (
+    Knob("BLOCK_M", (16, 32, 64, 128)),
+    Knob("BLOCK_N", (16, 32, 64, 128)),
+    Knob("HEAD_GROUP", (1, 2, 4, 8, 16, 32, 0)),
+    Knob("num_warps", (4, 8)),
+    Knob("num_stages", (1, 2, 3, 4)),
+    Knob("HEAD_DIM_AS", ("whole", "pieces", "padded")),
+)
+
 KNOBS: dict[str, tuple[Knob, ...]] = {
-    "forward": (
-        Knob("BLOCK_M", (16, 32, 64, 128)),
-        Knob("BLOCK_N", (16, 32, 64, 128)),
-        Knob("HEAD_GROUP", (1, 2, 4, 8, 16, 32, 0)),
-        Knob("num_warps", (4, 8)),
-        Knob("num_stages", (2, 3, 4)),
-    ),
+    "forward": _TILES,
+    "preprocess": (Knob("BLOCK_M", (4, 8, 16, 32, 64, 128)), Knob("num_warps", (1, 2, 4, 8))),
+    "dkdv": _TILES,
+    "dqdr": _TILES,
     "decode": (
         Knob("BLOCK_N", (16, 32, 64, 128)),
         Knob("BLOCK_H", (8, 16, 32)),
@@ -69,23 +78,44 @@ def why_invalid(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str | None:
         value = getattr(config, knob.name)
         if value not in knob.values:
             return f"{knob.name} is {value}; it may be one of {', '.join(map(str, knob.values))}"
-    if isinstance(config, ForwardConfig):
-        reason = _why_forward_invalid(spec, config)
-    else:
+    if isinstance(config, DecodeConfig):
         reason = _why_decode_invalid(spec, config)
-    if reason is None and (shared := shared_bytes(spec, config)) > gpu.shared_per_block:
+    elif isinstance(config, PreprocessConfig):
+        reason = _why_preprocess_invalid(spec, config)
+    else:
+        reason = _why_tiles_invalid(spec, config)
+    if reason is None and (shared := shared_bytes(spec, config, gpu)) > gpu.shared_per_block:
         reason = f"its tiles need {shared} bytes of shared memory; a block of {gpu.title} has {gpu.shared_per_block}"
     return reason
 
 
-def shared_bytes(spec: KernelSpec, config: KernelConfig) -> int:
-    """Shared memory the pipeline needs at the least: the key blocks in flight, and resident tiles."""
-    kv_block = 2 * config.BLOCK_N * spec.head_dim * spec.bytes_per_element
-    if isinstance(config, ForwardConfig):
-        # Triton keeps num_stages - 1 blocks in flight when the loads feed matmuls; q and r stay resident.
-        resident = 2 * config.BLOCK_M * spec.head_dim * spec.bytes_per_element
-        return (config.num_stages - 1) * kv_block + resident
-    return (config.num_stages - 1) * kv_block
+def shared_bytes(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> int:
+    """Shared memory the pipeline needs at the least: the blocks in flight, and resident tiles."""
+    if isinstance(config, PreprocessConfig):
+        return 0
+    if isinstance(config, DecodeConfig):
+        return (config.num_stages - 1) * 2 * config.BLOCK_N * spec.head_dim * spec.bytes_per_element
+    # Triton keeps num_stages - 1 blocks in flight when the loads feed matmuls; the tiles a program owns stay.
+    in_flight = max(1, config.num_stages - 1)
+    owned = {"forward": 2 * config.BLOCK_M, "dqdr": 3 * config.BLOCK_M, "dkdv": 2 * config.BLOCK_N}[spec.op]
+    if spec.op == "dkdv" and gpu.capability[0] == 10:
+        # From compiling: there, tensor cores take p w, gt and gs and what is transposed from shared memory.
+        owned += (8 if spec.dtype == "tf32" else 7) * config.BLOCK_M
+    least = owned * _row_bytes(spec, config) + in_flight * block_bytes(spec, config)
+    if spec.op == "dqdr" and gpu.capability[0] not in (9, 10) and config.HEAD_DIM_AS != "pieces":
+        # From compiling: there, half a tile of scores passes from thread to thread at the least.
+        least += config.BLOCK_M * config.BLOCK_N * spec.bytes_per_element // 2
+    return least
+
+
+def block_bytes(spec: KernelSpec, config: TileConfig) -> int:
+    """What one block in flight takes: k and v; for dkdv q, r and do. A program owns q, r (and do); k and v."""
+    rows = 3 * config.BLOCK_M if spec.op == "dkdv" else 2 * config.BLOCK_N
+    return rows * _row_bytes(spec, config)
+
+
+def _row_bytes(spec: KernelSpec, config: TileConfig) -> int:
+    return _width(spec.head_dim, config.HEAD_DIM_AS) * spec.bytes_per_element
 
 
 def neighbours(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> list[KernelConfig]:
@@ -93,7 +123,7 @@ def neighbours(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> list[KernelC
     found = []
     for knob in knobs_of(spec):
         for value in knob.neighbours(getattr(config, knob.name)):
-            near = coerce(spec, {**config_to_dict(config), knob.name: value})
+            near = coerce(spec, {**asdict(config), knob.name: value})
             if near not in found and near != config and why_invalid(spec, near, gpu) is None:
                 found.append(near)
     return found
@@ -121,9 +151,24 @@ def coerce(spec: KernelSpec, choices: dict[str, Value]) -> KernelConfig:
 def _usable(spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
     if knob.name == "BLOCK_H":
         return tuple(v for v in knob.values if isinstance(v, int) and not _half_empty(spec, v))
-    if (spec.op, knob.name) == ("forward", "BLOCK_N") and spec.dtype != "fp32":
+    if knob.name == "HEAD_DIM_AS":
+        return forms_of(spec.head_dim)
+    if knob.name == "BLOCK_N" and spec.op in TILED and spec.bytes_per_element == 2:
         return tuple(v for v in knob.values if v != 16)  # tensor cores want more keys at a time
     return knob.values
+
+
+def forms_of(head_dim: int) -> tuple[str, ...]:
+    """The values that HEAD_DIM_AS may have. Tensor cores want 16 numbers at the least."""
+    in_sixteens = -(-head_dim // 16) * 16
+    if in_sixteens & (in_sixteens - 1):
+        return ("pieces", "padded")
+    return ("whole",) if head_dim == in_sixteens else ("padded",)
+
+
+def _width(head_dim: int, form: str) -> int:
+    """What a row of head_dim numbers takes in a tile, of the form HEAD_DIM_AS: padding counts."""
+    return max(16, 1 << (head_dim - 1).bit_length()) if form == "padded" else -(-head_dim // 16) * 16
 
 
 def _half_empty(spec: KernelSpec, block_h: int) -> bool:
@@ -131,22 +176,35 @@ def _half_empty(spec: KernelSpec, block_h: int) -> bool:
     return block_h > 8 and block_h >= 2 * spec.group
 
 
-def _why_forward_invalid(spec: KernelSpec, config: ForwardConfig) -> str | None:
+def _why_tiles_invalid(spec: KernelSpec, config: TileConfig) -> str | None:
     tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
+    if config.HEAD_DIM_AS not in forms_of(spec.head_dim):
+        return f"HEAD_DIM_AS {config.HEAD_DIM_AS!r} does not go with head_dim {spec.head_dim}"
+    head_dim = _width(spec.head_dim, config.HEAD_DIM_AS)
     if spec.dtype == "fp32":
         # Without tensor cores a thread holds its share of the operands too: from compiling, beyond this they spill
-        # by hundreds of bytes, and soon by thousands.
-        if config.BLOCK_M * config.BLOCK_N * spec.head_dim**2 > config.num_warps << 20:
-            return (
-                f"{tile} of fp32 at head_dim {spec.head_dim} is too large for the registers of {config.num_warps} warps"
-            )
-    elif config.BLOCK_N == 16 or max(config.BLOCK_M, config.BLOCK_N) < 16 * config.num_warps:
+        # by hundreds of bytes, and soon by thousands. The backward has half as many tiles again in its hands.
+        most = config.num_warps << (20 if spec.op == "forward" else 19)
+        if config.BLOCK_M * config.BLOCK_N * head_dim**2 > max(most, 16 * 16 * head_dim**2):
+            return f"{tile} of fp32 at head_dim {head_dim} is too large for the registers of {config.num_warps} warps"
+    elif (config.BLOCK_N == 16 and spec.dtype != "tf32") or max(
+        config.BLOCK_M, config.BLOCK_N, head_dim // 2
+    ) < 16 * config.num_warps:
+        # 16 rows a warp; of a wide head_dim two warps may share rows, and halve their sums' columns.
         return f"{tile} is too small for {config.num_warps} warps"
-    # o1 and o2 stay in registers, beside s and t: past 255 registers a thread they spill for certain.
-    accumulators = 2 * config.BLOCK_M * (spec.head_dim + config.BLOCK_N)
-    a_thread = accumulators // (32 * config.num_warps)
-    if a_thread > 255:
-        return f"its accumulators need {a_thread} registers a thread; there are 255"
+    # Two sums of its own rows stay in registers, beside two tiles of scores at the least: past 255 registers a thread
+    # they spill for certain.
+    owned, step = (config.BLOCK_N, config.BLOCK_M) if spec.op == "dkdv" else (config.BLOCK_M, config.BLOCK_N)
+    a_thread = 2 * owned * (head_dim + step) // (32 * config.num_warps)
+    if a_thread > MOST_REGISTERS and not (spec.dtype == "fp32" and owned == step == 16):
+        return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+    return None
+
+
+def _why_preprocess_invalid(spec: KernelSpec, config: PreprocessConfig) -> str | None:
+    a_thread = 3 * config.BLOCK_M * _width(spec.head_dim, "padded") // (32 * config.num_warps)
+    if a_thread > MOST_REGISTERS:
+        return f"its rows need {a_thread} registers a thread; there are {MOST_REGISTERS}"
     return None
 
 
@@ -158,8 +216,8 @@ def _why_decode_invalid(spec: KernelSpec, config: DecodeConfig) -> str | None:
     if config.BLOCK_N < 8 * config.num_warps:
         return f"{config.num_warps} warps have less than 8 of {config.BLOCK_N} keys each"
     a_thread = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N) // (32 * config.num_warps)
-    if a_thread > 255:
-        return f"its accumulators need {a_thread} registers a thread; there are 255"
+    if a_thread > MOST_REGISTERS:
+        return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
     return None
 
 

@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON
+from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, config, result
+from strategies import random_spec
 
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.keys import Environment, Key
+from parallax_gen.memory.results import Result, reading_order
 from parallax_gen.problem.config import (
+    TILED,
     DecodeConfig,
-    ForwardConfig,
+    PreprocessConfig,
     config_from_dict,
     config_to_dict,
     config_to_json,
 )
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, KernelSpec
+from parallax_gen.problem.spec import DTYPES, OPS
 
-dims, dtypes = st.sampled_from(HEAD_DIMS), st.sampled_from(DTYPES)
-groups, powers = st.integers(1, 64), st.integers(0, 20).map(lambda n: 1 << n)
-forwards = st.builds(KernelSpec, st.just("forward"), dims, dtypes, groups, st.booleans(), st.booleans())
-decodes = st.builds(KernelSpec, st.just("decode"), dims, dtypes, groups, ragged=st.booleans())
+powers = st.integers(0, 20).map(lambda n: 1 << n)
+specs = st.builds(lambda draw, op: random_spec(draw, op, DTYPES), st.randoms(), st.sampled_from(OPS))
 environments = st.builds(Environment, st.text(), st.text(), st.integers(0))
-keys = st.builds(Key, st.text(), forwards | decodes, st.builds(Bucket, powers, powers, powers), environments)
+buckets = st.builds(Bucket, powers, powers, powers, st.just(0) | powers)
+keys = st.builds(Key, st.text(), specs, buckets, environments)
 
 numbers = st.integers(0, 1024)
-forward_configs = st.builds(ForwardConfig, numbers, numbers, numbers, numbers, numbers)
-decode_configs = st.builds(
-    DecodeConfig, numbers, numbers, numbers, st.sampled_from(["none", "last", "kernel"]), numbers, numbers
-)
+tile_configs = {
+    op: st.builds(kind, *5 * [numbers], st.sampled_from(["whole", "pieces", "padded"])) for op, kind in TILED.items()
+}
+configs = {
+    **tile_configs,
+    "preprocess": st.builds(PreprocessConfig, numbers, numbers),
+    "decode": st.builds(
+        DecodeConfig, numbers, numbers, numbers, st.sampled_from(["none", "last", "kernel"]), numbers, numbers
+    ),
+}
 
 
 @given(keys)
@@ -50,11 +59,36 @@ def test_diff_is_empty_only_for_equal_keys(one: Key, other: Key) -> None:
     assert {name: pair[::-1] for name, pair in one.diff(other).items()} == other.diff(one)
 
 
+LATER = ("spec.window", "spec.varlen", "bucket.window")
+LATEST = dataclasses.replace(
+    KEY,
+    spec=dataclasses.replace(KEY.spec, window=True, varlen=True),
+    bucket=dataclasses.replace(KEY.bucket, window=1024),
+)
+
+
 def test_every_field_counts() -> None:
     """A field added to a key's parts must reach its text, or two different keys would share results."""
-    parts = (KEY.spec, KEY.bucket, KEY.environment)
-    count = 1 + sum(len(dataclasses.fields(part)) for part in parts)
-    assert len(KEY.flat()) == count
+    parts = {"spec": KEY.spec, "bucket": KEY.bucket, "environment": KEY.environment}
+    names = ["gpu", *(f"{part}.{f.name}" for part, value in parts.items() for f in dataclasses.fields(value))]
+    assert list(LATEST.flat()) == list(LATEST.every_field()) == list(KEY.every_field()) == names
+    assert list(KEY.flat()) == [name for name in names if name not in LATER]
+
+
+@given(keys)
+def test_a_field_is_left_out_only_at_the_default_of_a_later_one(key: Key) -> None:
+    flat, every = key.flat(), key.every_field()
+    assert {name: value for name, value in every.items() if name in flat} == flat
+    assert {name for name in every if name not in flat} == {name for name in LATER if not every[name]}
+
+
+@pytest.mark.parametrize(("name", "value"), [("spec.window", True), ("spec.varlen", True), ("bucket.window", 256)])
+def test_later_fields_make_other_keys(name: str, value: bool | int) -> None:
+    part, _, field = name.partition(".")
+    other = dataclasses.replace(KEY, **{part: dataclasses.replace(getattr(KEY, part), **{field: value})})
+    assert other.digest != KEY.digest
+    assert KEY.diff(other) == {name: (None, value)}
+    assert other.diff(KEY) == {name: (value, None)}
 
 
 def test_diff_names_the_fields() -> None:
@@ -66,6 +100,58 @@ def test_diff_names_the_fields() -> None:
 def test_digest_stays() -> None:
     """A digest that moves makes everybody's rows unused: to be done knowingly."""
     assert KEY.digest == "b9978288d8e3dee0538c82a2ef842fa8"
+    assert LATEST.digest == "d4443e6f4a1c80f0500e484e7c787b18"
+
+
+# As records were written before windows, packed sequences and heads in pieces.
+EARLIER = """{
+    "key": {
+        "gpu": "h200", "spec.op": "forward", "spec.head_dim": 128, "spec.dtype": "bf16", "spec.group": 4,
+        "spec.causal": true, "spec.stats": false, "spec.ragged": false,
+        "bucket.kv_rows": 8, "bucket.seqlen_q": 4096, "bucket.seqlen_kv": 4096,
+        "environment.templates": "abc123", "environment.triton": "3.5", "environment.protocol": 1
+    },
+    "config": {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3},
+    "outcome": "ok",
+    "shape": {"batch": 1, "heads": 32, "kv_heads": 8, "seqlen_q": 4096, "seqlen_kv": 4096},
+    "time_us": 100.0, "time_us_p20": 99.0, "time_us_p80": 101.0, "error": 0.0023, "registers": 168, "spills": 0,
+    "shared_bytes": 98304, "compile_s": 0.7, "detail": "", "created_at": "2026-01-01T00:00:00+00:00", "source": ""
+}"""
+
+
+def test_records_from_before_later_fields_read_and_count_as_they_did() -> None:
+    data = json.loads(EARLIER)
+    found = Result.from_dict(data)
+    assert found.to_dict() == data
+    assert json.dumps(found.to_dict()) == json.dumps(data)  # in the same order, too
+    assert found.key == KEY
+    assert (found.config, found.shape) == (config(), SHAPE)
+    digest = hashlib.sha256(json.dumps(data["key"], sort_keys=True).encode()).hexdigest()[:32]
+    assert found.identity == (digest, json.dumps(data["config"], sort_keys=True))
+    assert digest == "b9978288d8e3dee0538c82a2ef842fa8"
+
+
+CONFIG_OF = {
+    **{op: kind(128, 64, 1, 8, 3) for op, kind in TILED.items()},
+    "preprocess": PreprocessConfig(32, 4),
+    "decode": DecodeConfig(64, 8, 4, "last", 4, 2),
+}
+
+
+@given(keys, keys)
+def test_keys_sort_field_by_field_whichever_they_leave_out(one: Key, other: Key) -> None:
+    rows = [result(key=key, config=CONFIG_OF[key.spec.op]) for key in (one, other, one)]
+    first, second, third = sorted(rows, key=reading_order)
+    assert second.key in (first.key, third.key)  # rows of one key stay together
+    fields = [[*row.key.every_field().values()] for row in (first, second, third)]
+    assert fields == sorted(fields)
+
+
+def test_keys_that_leave_out_different_fields_sort() -> None:
+    windowed = dataclasses.replace(KEY, spec=dataclasses.replace(KEY.spec, window=True), bucket=Bucket(128, 128, 128))
+    plain = dataclasses.replace(KEY, bucket=Bucket(1, 128, 128))
+    rows = [result(key=key) for key in (windowed, plain)]
+    assert sorted(rows, key=reading_order) == rows[::-1]
 
 
 @pytest.mark.parametrize("name", [*KEY.flat()], ids="without {}".format)
@@ -82,15 +168,28 @@ def test_unknown_field_is_refused(name: str) -> None:
         Key.from_flat({**KEY.flat(), name: 1})
 
 
-@given(forward_configs | decode_configs)
-def test_config_survives_json(config: ForwardConfig | DecodeConfig) -> None:
-    op = "forward" if isinstance(config, ForwardConfig) else "decode"
+@pytest.mark.parametrize("op", OPS)
+@given(st.data())
+def test_config_survives_json(op: str, data: st.DataObject) -> None:
+    config = data.draw(configs[op])
     text = config_to_json(config)
     assert config_from_dict(op, json.loads(text)) == config
     assert config_to_json(config_from_dict(op, dict(reversed(config_to_dict(config).items())))) == text
 
 
-@pytest.mark.parametrize("change", [{"BLOCK_M": "128"}, {"BLOCK_M": True}, {"BLOCK_M": 128.0}, {"color": 1}])
+@pytest.mark.parametrize("op", TILED)
+def test_a_head_in_one_piece_is_not_written_as_it_was_not_in_earlier_records(op: str) -> None:
+    earlier = {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3}
+    whole = TILED[op](128, 64, 0, 8, 3)
+    assert config_from_dict(op, earlier) == whole == TILED[op](128, 64, 0, 8, 3, "whole")
+    assert config_to_json(whole) == json.dumps(earlier, sort_keys=True)
+    assert config_to_dict(TILED[op](128, 64, 0, 8, 3, "pieces")) == earlier | {"HEAD_DIM_AS": "pieces"}
+    assert config_from_dict(op, earlier | {"HEAD_DIM_AS": "pieces"}) == TILED[op](128, 64, 0, 8, 3, "pieces")
+
+
+@pytest.mark.parametrize(
+    "change", [{"BLOCK_M": "128"}, {"BLOCK_M": True}, {"BLOCK_M": 128.0}, {"color": 1}, {"HEAD_DIM_AS": 1}]
+)
 def test_config_of_wrong_fields_is_refused(change: dict[str, object]) -> None:
     data = {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3}
     with pytest.raises(ConfigError):

@@ -75,11 +75,12 @@ def test_figures_that_kernels_lean_on() -> None:
     assert (h200.arch, h200.sms, h200.registers_per_sm, h200.max_registers_per_thread) == (90, 132, 65536, 255)
     assert (h200.shared_per_sm, h200.shared_per_block) == (228 * 1024, 227 * 1024)
     assert h200.peak("bf16") == h200.peak("fp16") == pytest.approx(989.4e12)
+    assert h200.peak("tf32") == pytest.approx(494.7e12)
     assert h200.peak("fp32") == pytest.approx(66.9e12)
     assert h200.bandwidth == pytest.approx(4.8e12)
     assert GPUS["b200"].arch == 100
     assert GPUS["a100"].shared_per_block == 163 * 1024
-    with pytest.raises(ArgumentError, match="dtype: got 'fp8'; allowed: bf16, fp16, fp32"):
+    with pytest.raises(ArgumentError, match=r"dtype: got 'fp8'; allowed: bf16, fp16, tf32, fp32$"):
         h200.peak("fp8")
 
 

@@ -15,13 +15,16 @@ from parallax_gen.problem.reference import (
     assert_close,
     errors,
     random_inputs,
+    reference_backward,
     reference_forward,
+    reference_varlen_backward,
+    reference_varlen_forward,
     tolerance,
     torch_dtype,
     why_wrong,
 )
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.spec import DTYPES, KernelSpec
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # both sides are float64
 
@@ -40,7 +43,7 @@ def inputs(
 
 
 def by_rows(
-    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, lengths: list[int]
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, lengths: list[int], window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parallax as v̄ minus the covariance of t and v, one query at a time, over the keys that it sees and no others."""
     batch, seqlen_q, heads, _ = q.shape
@@ -54,15 +57,16 @@ def by_rows(
                 sees = min(lengths[b], lengths[b] - seqlen_q + i + 1) if causal else lengths[b]
                 if sees <= 0:
                     continue
-                keys, values = k[b, :sees, h // group], v[b, :sees, h // group]
+                first = max(0, sees - window) if window else 0
+                keys, values = k[b, first:sees, h // group], v[b, first:sees, h // group]
                 weights = torch.exp(scale * (keys @ q[b, i, h]))
                 p = weights / weights.sum()
                 t = keys @ r[b, i, h]
                 mean = torch.dot(p, t)
-                covariance = sum(p[j] * (t[j] - mean) * values[j] for j in range(sees))
+                covariance = sum(p[j] * (t[j] - mean) * values[j] for j in range(len(t)))
                 v_mean[b, i, h] = p @ values
                 out[b, i, h] = v_mean[b, i, h] - covariance
-                lse[b, h, i] = math.log(weights.sum())
+                lse[b, h, i] = math.log(weights.sum().item())
                 t_mean[b, h, i] = mean
     return out, lse, t_mean, v_mean
 
@@ -91,6 +95,73 @@ def test_against_the_covariance_form(causal: bool, heads: int, kv_heads: int, se
     expected = by_rows(q, r, k, v, causal=causal, scale=q.shape[-1] ** -0.5, lengths=[seqlen_kv] * 2)
     for name, mine, its in zip(found._fields, found, expected, strict=True):
         torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 9, 100])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "seqlen_q", "seqlen_kv"),
+    [(2, 2, 7, 7), (6, 2, 3, 9), (3, 1, 9, 4), (1, 1, 1, 11), (4, 2, 5, 1)],
+)
+def test_a_window_against_the_covariance_form(
+    window: int, heads: int, kv_heads: int, seqlen_q: int, seqlen_kv: int
+) -> None:
+    q, r, k, v = inputs(2, heads, kv_heads, seqlen_q, seqlen_kv)
+    found = reference_forward(q, r, k, v, causal=True, window_size=window)
+    expected = by_rows(q, r, k, v, causal=True, scale=q.shape[-1] ** -0.5, lengths=[seqlen_kv] * 2, window=window)
+    for name, mine, its in zip(found._fields, found, expected, strict=True):
+        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, 4), (True, 0), (True, -1)])
+def test_a_window_is_of_one_key_or_more_and_causal(causal: bool, window: int) -> None:
+    with pytest.raises(ArgumentError, match=r"^window_size: got .*; allowed: None, or 1 or more with causal=True$"):
+        reference_forward(*inputs(1, 2, 2, 4, 6), causal=causal, window_size=window)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
+def test_gradients_against_autograd_through_the_covariance_form(
+    causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 2 * 9 * 3)  # in chunks of three queries
+    leaves = tuple(x.requires_grad_() for x in inputs(2, 4, 2, 11, 9))
+    do = inputs(2, 4, 2, 11, 9)[0].flip(0)
+    out = by_rows(*leaves, causal=causal, scale=0.3, lengths=[9, 9], window=window or 0)[0]
+    expected = torch.autograd.grad(out, leaves, do)
+    found = reference_backward(*leaves, do, causal=causal, window_size=window, softmax_scale=0.3)
+    for name, mine, its in zip(found._fields, found, expected, strict=True):
+        assert mine.dtype == torch.float64
+        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
+def test_packed_sequences_are_each_on_its_own(causal: bool, window: int | None) -> None:
+    lengths_q, lengths_k = (5, 0, 7, 1, 3), (4, 6, 7, 9, 0)
+    ends_q, ends_k = ([sum(lengths[:n]) for n in range(6)] for lengths in (lengths_q, lengths_k))
+    q, r, k, v = (x[0] for x in inputs(1, 4, 2, ends_q[-1], ends_k[-1]))
+    do = q.flip(0)
+    how = {"causal": causal, "window_size": window, "softmax_scale": 0.3}
+    found = reference_varlen_forward(q, r, k, v, torch.tensor(ends_q, dtype=torch.int32), ends_k, **how)
+    grads = reference_varlen_backward(q, r, k, v, do, ends_q, ends_k, **how)
+    assert [tuple(x.shape) for x in found] == [(16, 4, 16), (4, 16), (4, 16), (16, 4, 16)]
+    assert [x.shape for x in grads] == [q.shape, r.shape, k.shape, v.shape]
+    for b, (of_q, of_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        rows, keys = slice(ends_q[b], ends_q[b] + of_q), slice(ends_k[b], ends_k[b] + of_k)
+        one = [x[None].requires_grad_() for x in (q[rows], r[rows], k[keys], v[keys])]
+        expected = by_rows(*one, causal=causal, scale=0.3, lengths=[of_k], window=window or 0)
+        mine = (found.out[rows], found.lse[:, rows], found.t_mean[:, rows], found.v_mean[rows])
+        for x, its in zip(mine, expected, strict=True):
+            torch.testing.assert_close(x, its[0], **EXACT)
+        of_one = [torch.zeros_like(x) for x in one]
+        if expected[0].requires_grad:
+            of_one = torch.autograd.grad(expected[0], one, do[rows][None], allow_unused=True, materialize_grads=True)
+        for x, its in zip((grads.dq[rows], grads.dr[rows], grads.dk[keys], grads.dv[keys]), of_one, strict=True):
+            torch.testing.assert_close(x, its[0], **EXACT)
+
+
+def test_packed_sequences_have_as_many_ends_of_keys_as_of_queries() -> None:
+    q, r, k, v = (x[0] for x in inputs(1, 2, 2, 4, 6))
+    with pytest.raises(ArgumentError, match=r"^cu_seqlens_k: got 2 numbers; allowed: 3, as cu_seqlens_q has$"):
+        reference_varlen_forward(q, r, k, v, [0, 2, 4], [0, 6])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -205,25 +276,34 @@ def test_errors_of_different_shapes() -> None:
         errors(torch.zeros(2, 1), torch.zeros(2, 2))
 
 
-def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal Parallax of one head with p, p·t and o rounded to the input dtype, and all else in fp32."""
-    dtype, (queries, keys) = q.dtype, (q.shape[0], k.shape[0])
-    q, r, k, v = (x.float() for x in (q, r, k, v))
+def to_tf32(x: Tensor) -> Tensor:
+    """Cut to the ten bits that tf32 has behind the point, as tensor cores do it."""
+    return (x.contiguous().view(torch.int32) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor, dtype: str) -> Tensor:
+    """Causal Parallax of one head with p, p·t and o rounded to the input dtype, and all else in fp32.
+
+    With tf32 what enters a matmul is cut, and o is not.
+    """
+    queries, keys = q.shape[0], k.shape[0]
+    into_matmul = to_tf32 if dtype == "tf32" else lambda x: x.to(torch_dtype(dtype)).float()
+    q, r, k, v = (into_matmul(x.float()) for x in (q, r, k, v))
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
     s = (q @ k.T * q.shape[-1] ** -0.5).masked_fill(hidden, -math.inf)
     t = r @ k.T
     p = (s - s.amax(dim=-1, keepdim=True)).exp()
     d1, d2 = p.sum(dim=-1, keepdim=True), (p * t).sum(dim=-1, keepdim=True)
-    o1, o2 = p.to(dtype).float() @ v, (p * t).to(dtype).float() @ v
-    return (o1 / d1 * (1 + d2 / d1) - o2 / d1).to(dtype)
+    o1, o2 = into_matmul(p) @ v, into_matmul(p * t) @ v
+    return (o1 / d1 * (1 + d2 / d1) - o2 / d1).to(torch_dtype(dtype))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_stays_within_the_tolerance_and_a_wrong_row_does_not(dtype: str) -> None:
     spec, shape = KernelSpec("forward", 64, dtype, causal=True), Shape(1, 1, 1, 512, 512)
     call = random_inputs(spec, shape, seed=0)
     ref = reference_forward(*call, causal=True).out
-    out = as_a_kernel_rounds(*(x[0, :, 0] for x in call))[None, :, None]
+    out = as_a_kernel_rounds(*(x[0, :, 0] for x in call), dtype)[None, :, None]
     found = errors(out, ref)
     assert found.relative < tolerance(dtype) / 3
     assert found.worst < 2 * tolerance(dtype)
@@ -233,6 +313,15 @@ def test_rounding_stays_within_the_tolerance_and_a_wrong_row_does_not(dtype: str
     out[0, 300, 0] *= 1.25  # one row in 512: in bf16 lost in the whole, as is a mask that is wrong at one place
     with pytest.raises(AssertionError, match=r"1 of 512 rows beyond .* at \(0, 300, 0\)"):
         assert_close(out, ref, dtype)
+
+
+def test_tf32_does_not_pass_for_fp32() -> None:
+    spec, shape = KernelSpec("forward", 64, "tf32", causal=True), Shape(1, 1, 1, 512, 512)
+    call = random_inputs(spec, shape, seed=0)
+    ref = reference_forward(*call, causal=True).out
+    out = as_a_kernel_rounds(*(x[0, :, 0] for x in call), "tf32")[None, :, None]
+    assert tolerance("fp32") < errors(out, ref).relative < tolerance("tf32")
+    assert "allowed for fp32" in str(why_wrong(out, ref, "fp32"))
 
 
 def test_what_is_wrong_is_said_with_its_place() -> None:
@@ -253,7 +342,7 @@ def test_a_row_near_zero_is_measured_against_the_others() -> None:
     assert why_wrong(torch.tensor([[1.0], [1e-3]]), torch.tensor([[1.0], [0.0]]), "bf16") is not None
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_random_inputs(dtype: str) -> None:
     spec, shape = KernelSpec("forward", 128, dtype, group=2), Shape(2, 4, 2, 64, 96)
     call = random_inputs(spec, shape, seed=3)
@@ -279,5 +368,5 @@ def test_random_inputs_want_a_shape_of_the_spec() -> None:
 
 @pytest.mark.parametrize("of_dtype", [tolerance, torch_dtype])
 def test_unknown_dtypes(of_dtype: object) -> None:
-    with pytest.raises(ArgumentError, match="dtype: got 'fp8'; allowed: bf16, fp16, fp32"):
+    with pytest.raises(ArgumentError, match=r"dtype: got 'fp8'; allowed: bf16, fp16, fp32, tf32$"):
         of_dtype("fp8")

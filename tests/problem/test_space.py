@@ -2,49 +2,103 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import asdict, replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, config_to_dict
-from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
+from parallax_gen.codegen.pieces import pieces_of
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.config import (
+    TILED,
+    DecodeConfig,
+    DkDvConfig,
+    DqDrConfig,
+    ForwardConfig,
+    KernelConfig,
+    PreprocessConfig,
+    config_from_dict,
+)
+from parallax_gen.problem.hardware import GIB, GPUS, KIB, recognise
+from parallax_gen.problem.heuristics import default_config, promising_configs
 from parallax_gen.problem.shapes import Bucket, representative
-from parallax_gen.problem.space import KNOBS, coerce, every_config, knobs_of, neighbours, why_invalid
-from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, KernelSpec
+from parallax_gen.problem.space import (
+    KNOBS,
+    block_bytes,
+    coerce,
+    every_config,
+    forms_of,
+    knobs_of,
+    neighbours,
+    shared_bytes,
+    why_invalid,
+)
+from parallax_gen.problem.spec import DECODE_HEAD_DIMS, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 
 H200 = GPUS["h200"]
-
-SPECS = st.one_of(
-    st.builds(
-        KernelSpec,
-        st.just("forward"),
-        st.sampled_from(HEAD_DIMS),
-        st.sampled_from(DTYPES),
-        group=st.integers(1, 130),
-        causal=st.booleans(),
-        stats=st.booleans(),
-    ),
-    st.builds(
-        KernelSpec,
-        st.just("decode"),
-        st.sampled_from(HEAD_DIMS),
-        st.sampled_from(DTYPES),
-        group=st.integers(1, 130),
-        ragged=st.booleans(),
-    ),
+# All known ones, a slice of one, and one of an architecture to come, which has the least of all limits.
+ANY_GPU = (
+    *GPUS.values(),
+    recognise("NVIDIA H100 80GB HBM3", (9, 0), 16, 10 * GIB),
+    recognise("NVIDIA Next", (13, 0), 200, 300 * GIB),
 )
+DTYPES_OF = {op: tuple(d for d in DTYPES if d != "tf32" or op not in ("decode", "preprocess")) for op in OPS}
+HEAD_DIMS_OF = {op: DECODE_HEAD_DIMS if op == "decode" else range(8, LARGEST_HEAD_DIM + 1, 8) for op in OPS}
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> KernelSpec:
+    """Any spec there is."""
+    op = draw(st.sampled_from(OPS))
+    flags = {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops}
+    if "window" in flags:
+        flags["window"] &= flags["causal"]
+    head_dim, dtype = draw(st.sampled_from(HEAD_DIMS_OF[op])), draw(st.sampled_from(DTYPES_OF[op]))
+    return KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(st.integers(1, 130)), **flags)
+
+
 POWERS = st.integers(0, 17).map(lambda n: 1 << n)
 
 
-@given(SPECS, POWERS, POWERS, POWERS, st.sampled_from(list(GPUS.values())))
-def test_every_call_has_a_valid_default(spec, kv_rows, seqlen_q, seqlen_kv, gpu) -> None:
-    bucket = Bucket(kv_rows, 1 if spec.op == "decode" else seqlen_q, seqlen_kv)
+@given(specs(), POWERS, POWERS, POWERS, POWERS, st.sampled_from(ANY_GPU))
+def test_every_call_has_a_valid_default(spec, kv_rows, seqlen_q, seqlen_kv, window, gpu) -> None:
+    bucket = Bucket(kv_rows, 1 if spec.op == "decode" else seqlen_q, seqlen_kv, window if spec.window else 0)
     config = default_config(spec, representative(bucket, spec.group), gpu)
     assert why_invalid(spec, config, gpu) is None
 
 
-@given(SPECS, st.sampled_from(list(GPUS.values())))
+@given(specs(), POWERS, POWERS, POWERS, st.sampled_from(ANY_GPU))
+def test_a_search_begins_with_the_default_and_with_nothing_twice(spec, kv_rows, seqlen_q, seqlen_kv, gpu) -> None:
+    bucket = Bucket(kv_rows, 1 if spec.op == "decode" else seqlen_q, seqlen_kv, 128 if spec.window else 0)
+    shape = representative(bucket, spec.group)
+    found = promising_configs(spec, shape, gpu)
+    assert found[0] == default_config(spec, shape, gpu)
+    assert len(set(found)) == len(found)
+    assert all(why_invalid(spec, config, gpu) is None for config in found)
+
+
+def test_a_search_tries_every_form_of_a_head_and_several_groups_of_heads() -> None:
+    spec = KernelSpec("dqdr", 96, "bf16", causal=True)
+    found = promising_configs(spec, representative(Bucket(128, 4096, 4096), 1), H200)
+    assert {config.HEAD_DIM_AS for config in found} == {"pieces", "padded"}
+    assert {1, 4, 16, 0} <= {config.HEAD_GROUP for config in found}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_no_head_dim_is_without_a_default(op: str, dtype: str) -> None:
+    """What the test above draws from, all of it, but for what makes no difference to a default's validity."""
+    shapes = [representative(Bucket(rows, 1 if op == "decode" else n, n), 1) for rows, n in ((1, 64), (64, 8192))]
+    for head_dim in HEAD_DIMS_OF[op] if dtype in DTYPES_OF[op] else ():
+        spec = KernelSpec(op, head_dim, dtype)
+        for gpu in ANY_GPU:
+            for shape in shapes:
+                assert why_invalid(spec, default_config(spec, shape, gpu), gpu) is None
+
+
+@given(specs(), st.sampled_from(ANY_GPU))
 def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
     config = default_config(spec, representative(Bucket(8, 1 if spec.op == "decode" else 4096, 4096), spec.group), gpu)
     found = neighbours(spec, config, gpu)
@@ -52,19 +106,30 @@ def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
     assert len(set(found)) == len(found)
     for near in found:
         assert why_invalid(spec, near, gpu) is None
-        mine, other = config_to_dict(config), config_to_dict(near)
+        mine, other = asdict(config), asdict(near)
         differ = {name for name in mine if mine[name] != other[name]}
         assert len(differ - {"merge"}) <= 1  # merging follows from the number of splits
         assert differ
+        for knob in knobs_of(spec):
+            if knob.name in differ - {"merge"}:
+                assert other[knob.name] in knob.neighbours(mine[knob.name])
 
 
+@pytest.mark.parametrize("head_dim", [96, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["forward", "decode"])
-def test_every_config_is_valid_and_comes_once(op: str, dtype: str) -> None:
-    spec = KernelSpec(op, 128, dtype)
+@pytest.mark.parametrize("op", OPS)
+def test_every_config_is_valid_and_comes_once(op: str, dtype: str, head_dim: int) -> None:
+    if dtype not in DTYPES_OF[op] or head_dim not in HEAD_DIMS_OF[op]:
+        with pytest.raises(ArgumentError):
+            KernelSpec(op, head_dim, dtype)
+        return
+    spec = KernelSpec(op, head_dim, dtype)
     found = list(every_config(spec, H200))
-    assert len(set(found)) == len(found) > 20
-    assert all(why_invalid(spec, config, H200) is None for config in found)
+    every = itertools.product(*(knob.values for knob in KNOBS[op]))
+    names = [knob.name for knob in KNOBS[op]]
+    valid = {config_from_dict(op, dict(zip(names, values, strict=True))) for values in every}
+    assert set(found) == {config for config in valid if why_invalid(spec, config, H200) is None}
+    assert len(set(found)) == len(found) > (10 if op == "preprocess" else 20)
 
 
 def test_knobs_leave_out_what_a_spec_cannot_use() -> None:
@@ -75,19 +140,139 @@ def test_knobs_leave_out_what_a_spec_cannot_use() -> None:
     assert values(KernelSpec("decode", 128, "bf16", group=9), "BLOCK_H") == (8, 16)
     assert 16 not in values(KernelSpec("forward", 128, "bf16"), "BLOCK_N")
     assert 16 in values(KernelSpec("forward", 128, "fp32"), "BLOCK_N")
+    assert 16 in values(KernelSpec("forward", 128, "tf32"), "BLOCK_N")
+    for op in TILED:
+        assert values(KernelSpec(op, 128, "bf16"), "HEAD_DIM_AS") == ("whole",)
+        assert values(KernelSpec(op, 96, "bf16"), "HEAD_DIM_AS") == ("pieces", "padded")
+        assert values(KernelSpec(op, 8, "bf16"), "HEAD_DIM_AS") == ("padded",)
+
+
+@pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
+def test_forms_are_those_that_make_different_tiles(head_dim: int) -> None:
+    tiles = {form: [piece.width for piece in pieces_of(head_dim, form)] for form in ("whole", "pieces", "padded")}
+    padded = any(piece.padded for piece in pieces_of(head_dim, "padded"))
+    assert ("whole" in forms_of(head_dim)) == (not padded)
+    assert ("pieces" in forms_of(head_dim)) == (tiles["pieces"] != tiles["padded"])
+    assert ("padded" in forms_of(head_dim)) == padded
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (ForwardConfig(128, 64, 1, 4, 2), "registers"),
-        (ForwardConfig(32, 32, 1, 4, 2), "too small"),
+        (ForwardConfig(32, 32, 1, 8, 2), "a 32x32 tile is too small for 8 warps"),
+        (ForwardConfig(64, 64, 1, 8, 2), "a 64x64 tile is too small for 8 warps"),
+        (ForwardConfig(64, 16, 1, 4, 2), "a 64x16 tile is too small for 4 warps"),
         (ForwardConfig(100, 64, 1, 4, 2), "BLOCK_M is 100"),
+        (ForwardConfig(64, 64, 1, 4, 2, "pieces"), "HEAD_DIM_AS 'pieces' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "padded"), "HEAD_DIM_AS 'padded' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "halves"), "HEAD_DIM_AS is halves"),
         (DecodeConfig(32, 8, 1, "none", 1, 4), "does not configure"),
+        (DqDrConfig(64, 64, 1, 4, 2), "does not configure"),
     ],
 )
-def test_reasons_say_what_is_wrong_with_a_forward_config(config: ForwardConfig, reason: str) -> None:
+def test_reasons_say_what_is_wrong_with_a_forward_config(config: KernelConfig, reason: str) -> None:
     assert reason in str(why_invalid(KernelSpec("forward", 128, "bf16"), config, H200))
+
+
+def test_two_warps_share_rows_where_a_head_is_wide() -> None:
+    tile = ForwardConfig(32, 32, 1, 4, 2)
+    assert why_invalid(KernelSpec("forward", 128, "bf16"), tile, H200) is None
+    assert "too small" in str(why_invalid(KernelSpec("forward", 64, "bf16"), tile, H200))
+    assert "too small" in str(why_invalid(KernelSpec("forward", 96, "bf16"), replace(tile, HEAD_DIM_AS="pieces"), H200))
+    assert why_invalid(KernelSpec("forward", 96, "bf16"), replace(tile, HEAD_DIM_AS="padded"), H200) is None
+
+
+@pytest.mark.parametrize(
+    ("op", "config", "reason"),
+    [
+        # Two sums of its own keys or rows, and two tiles of scores: 2 * 128 * (128 + 64) / (32 * 4) = 384
+        ("dkdv", DkDvConfig(64, 128, 1, 4, 2), "need 384 registers a thread"),
+        ("dqdr", DqDrConfig(128, 64, 1, 4, 2), "need 384 registers a thread"),
+        ("dkdv", DkDvConfig(128, 64, 1, 8, 4), "shared memory"),
+        ("dqdr", DqDrConfig(128, 64, 1, 8, 4), None),
+        ("dqdr", ForwardConfig(64, 64, 1, 4, 2), "a ForwardConfig does not configure a dqdr kernel"),
+        ("dkdv", DqDrConfig(64, 64, 1, 4, 2), "a DqDrConfig does not configure a dkdv kernel"),
+        ("preprocess", PreprocessConfig(64, 2), "its rows need 384 registers a thread"),
+        ("preprocess", PreprocessConfig(64, 3), "num_warps is 3"),
+        ("preprocess", PreprocessConfig(64, 4), None),
+    ],
+)
+def test_reasons_say_what_is_wrong_with_a_backward_config(op: str, config: KernelConfig, reason: str | None) -> None:
+    found = why_invalid(KernelSpec(op, 128, "bf16"), config, H200)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_what_a_head_is_padded_with_counts() -> None:
+    """Found by compiling: as if it were 112 wide, this passed for an RTX 4090, which has no room for 128."""
+    config = DqDrConfig(64, 16, 1, 4, 1, "padded")
+    for head_dim in (112, 120, 128):
+        form = "whole" if head_dim == 128 else "padded"
+        spec, of_it = KernelSpec("dqdr", head_dim, "tf32"), replace(config, HEAD_DIM_AS=form)
+        assert shared_bytes(spec, of_it, H200) == (3 * 64 + 2 * 16) * 128 * 4
+        assert shared_bytes(spec, of_it, GPUS["rtx4090"]) == (3 * 64 + 2 * 16) * 128 * 4 + 64 * 16 * 4 // 2
+        assert "shared memory" in str(why_invalid(spec, of_it, GPUS["rtx4090"]))
+    assert shared_bytes(KernelSpec("dqdr", 104, "tf32"), replace(config, HEAD_DIM_AS="pieces"), H200) == 224 * 112 * 4
+    assert shared_bytes(KernelSpec("dqdr", 8, "tf32"), config, H200) == 224 * 16 * 4
+    # 3 * 128 * 256 / (32 * 8) registers, not 3 * 128 * 136 / (32 * 8) = 204
+    assert "need 384 registers" in str(
+        why_invalid(KernelSpec("preprocess", 136, "bf16"), PreprocessConfig(128, 8), H200)
+    )
+
+
+def test_scores_that_change_hands_count() -> None:
+    """Found by compiling: 172032 bytes on an A100, which has 166912. Hopper leaves scores where they are."""
+    spec, config = KernelSpec("dqdr", 128, "bf16", causal=True), DqDrConfig(128, 64, 4, 8, 3)
+    assert shared_bytes(spec, config, GPUS["a100"]) == 172032
+    assert "shared memory" in str(why_invalid(spec, config, GPUS["a100"]))
+    assert shared_bytes(spec, config, H200) == 163840
+    assert why_invalid(spec, config, H200) is None
+
+
+@pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
+def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
+    for form in forms_of(head_dim):
+        width = sum(piece.width for piece in pieces_of(head_dim, form))
+        for op, owned, block in (("forward", 2 * 64, 2 * 32), ("dqdr", 3 * 64, 2 * 32), ("dkdv", 2 * 32, 3 * 64)):
+            spec, config = KernelSpec(op, head_dim, "fp16"), TILED[op](64, 32, 1, 4, 3, form)
+            assert block_bytes(spec, config) == block * width * 2
+            assert shared_bytes(spec, config, H200) == (owned + 2 * block) * width * 2
+
+
+@pytest.mark.parametrize(
+    ("gpu", "spec", "needs"),
+    [
+        # What defaults took when they were chosen by the predicate alone, compiled with Triton 3.6: bytes.
+        ("h200", KernelSpec("dqdr", 88, "tf32"), {DqDrConfig(128, 64, 0, 8, 3, "pieces"): 270336}),
+        ("h200", KernelSpec("dkdv", 88, "tf32"), {DkDvConfig(64, 128, 0, 8, 3, "pieces"): 247808}),
+        ("h200", KernelSpec("forward", 96, "tf32"), {ForwardConfig(128, 64, 0, 8, 3, "pieces"): 245760}),
+        ("h200", KernelSpec("forward", 128, "tf32"), {ForwardConfig(64, 64, 0, 4, 3): 262144}),
+        ("h200", KernelSpec("dqdr", 192, "tf32"), {DqDrConfig(64, 32, 0, 4, 2, "pieces"): 245760}),
+        ("h200", KernelSpec("dkdv", 192, "tf32"), {DkDvConfig(32, 64, 0, 4, 2, "pieces"): 246272}),
+        ("b200", KernelSpec("forward", 128, "tf32"), {ForwardConfig(64, 64, 0, 4, 3): 262208}),
+        ("b200", KernelSpec("dqdr", 192, "tf32"), {DqDrConfig(64, 32, 0, 4, 2, "pieces"): 245864}),
+        ("h200", KernelSpec("dqdr", 256, "bf16"), {DqDrConfig(64, 64, 0, 8, 2): 233472}),
+        ("b200", KernelSpec("dqdr", 256, "bf16"), {DqDrConfig(64, 64, 0, 8, 2): 262224}),
+        ("b200", KernelSpec("dqdr", 128, "tf32"), {DqDrConfig(64, 64, 0, 4, 2): 262200}),
+        ("b200", KernelSpec("dkdv", 128, "tf32"), {DkDvConfig(32, 64, 0, 4, 2): 246328}),
+        ("b200", KernelSpec("dkdv", 64, "tf32"), {DkDvConfig(64, 128, 0, 8, 2): 246840}),
+        ("a100", KernelSpec("forward", 64, "tf32"), {ForwardConfig(128, 64, 0, 8, 3): 172032}),
+        ("a100", KernelSpec("forward", 104, "tf32"), {ForwardConfig(64, 64, 0, 4, 3, "pieces"): 172032}),
+        ("rtx4090", KernelSpec("forward", 64, "tf32"), {ForwardConfig(64, 64, 0, 4, 3): 118784}),
+        ("rtx4090", KernelSpec("forward", 128, "tf32"), {ForwardConfig(64, 32, 0, 4, 2): 115200}),
+        ("rtx4090", KernelSpec("forward", 128, "bf16"), {ForwardConfig(64, 64, 0, 4, 3): 114688}),
+        ("rtx4090", KernelSpec("forward", 192, "tf32"), {ForwardConfig(32, 32, 0, 4, 2, "pieces"): 107008}),
+        ("rtx4090", KernelSpec("dkdv", 152, "bf16"), {DkDvConfig(64, 64, 0, 4, 2, "pieces"): 107520}),
+    ],
+)
+def test_defaults_are_none_of_those_that_did_not_fit(
+    gpu: str, spec: KernelSpec, needs: dict[KernelConfig, int]
+) -> None:
+    """A call that nothing is known of launches its default, and gets no second try."""
+    for rows, seqlen in ((64, 4096), (1, 64), (8, 4096), (1, 8192)):
+        found = default_config(spec, representative(Bucket(rows, seqlen, seqlen), spec.group), GPUS[gpu])
+        assert needs.get(replace(found, HEAD_GROUP=0), 0) <= GPUS[gpu].shared_per_block  # type: ignore[call-arg]
+        assert shared_bytes(spec, found, GPUS[gpu]) + KIB <= GPUS[gpu].shared_per_block
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.shapes import SHORTEST, Bucket, Shape, bucket_of, representative, work_of
-from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, OPS, KernelSpec
+from parallax_gen.problem.shapes import MATMULS, SHORTEST, Bucket, Shape, bucket_of, representative, work_of
+from parallax_gen.problem.spec import DECODE_HEAD_DIMS, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 
 SIZE = st.integers(1, 2**30)
 GROUP = st.integers(1, 64)
@@ -17,15 +19,21 @@ UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 
 @st.composite
 def specs(draw: st.DrawFn) -> KernelSpec:
+    """Any spec there is."""
     op = draw(st.sampled_from(OPS))
-    flags = {n: draw(st.booleans()) for n in (("causal", "stats") if op == "forward" else ("ragged",))}
-    return KernelSpec(op, draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES)), draw(GROUP), **flags)
+    flags = {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops}
+    if "window" in flags:
+        flags["window"] &= flags["causal"]
+    head_dims = DECODE_HEAD_DIMS if op == "decode" else range(8, LARGEST_HEAD_DIM + 1, 8)
+    dtypes = [d for d in DTYPES if d != "tf32" or op not in ("decode", "preprocess")]
+    group = 1 if op == "preprocess" else draw(GROUP)
+    return KernelSpec(op, draw(st.sampled_from(head_dims)), draw(st.sampled_from(dtypes)), group, **flags)
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
     batch, kv_heads, group, seqlen_q, seqlen_kv = (draw(s) for s in (SIZE, SIZE, GROUP, SIZE, SIZE))
-    return Shape(batch, kv_heads * group, kv_heads, seqlen_q, seqlen_kv)
+    return Shape(batch, kv_heads * group, kv_heads, seqlen_q, seqlen_kv, draw(st.just(0) | SIZE))
 
 
 @UNHURRIED
@@ -42,19 +50,42 @@ def test_shapes_and_buckets_survive_a_dict(shape: Shape) -> None:
     assert Bucket.from_dict(bucket.to_dict()) == bucket
 
 
+OF_MANY = "True with op forward or dkdv or dqdr only"
+PACKED = "True with op forward or preprocess or dkdv or dqdr only"
+A_HEAD_DIM = "a multiple of 8 from 8 to 256"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"op": "backwards"}, "op: got 'backwards'; allowed: forward, decode"),
-        ({"head_dim": 80}, "head_dim: got 80; allowed: 64, 128"),
-        ({"head_dim": 64.0}, "head_dim: got 64.0; allowed: 64, 128"),
-        ({"dtype": "fp8"}, "dtype: got 'fp8'; allowed: bf16, fp16, fp32"),
+        ({"op": "backwards"}, "op: got 'backwards'; allowed: forward, preprocess, dkdv, dqdr, decode"),
+        ({"head_dim": 7}, f"head_dim: got 7; allowed: {A_HEAD_DIM}"),
+        ({"head_dim": 0}, f"head_dim: got 0; allowed: {A_HEAD_DIM}"),
+        ({"head_dim": -8}, f"head_dim: got -8; allowed: {A_HEAD_DIM}"),
+        ({"head_dim": 100}, f"head_dim: got 100; allowed: {A_HEAD_DIM}"),
+        ({"head_dim": 264}, f"head_dim: got 264; allowed: {A_HEAD_DIM}"),
+        ({"head_dim": 64.0}, f"head_dim: got 64.0; allowed: {A_HEAD_DIM}"),
+        ({"op": "preprocess", "head_dim": 264}, f"head_dim: got 264; allowed: {A_HEAD_DIM}"),
+        ({"op": "decode", "head_dim": 96}, "head_dim: got 96; allowed: 64, 128"),
+        ({"op": "decode", "head_dim": 64.0}, "head_dim: got 64.0; allowed: 64, 128"),
+        ({"dtype": "fp8"}, "dtype: got 'fp8'; allowed: bf16, fp16, fp32, tf32"),
+        ({"op": "decode", "dtype": "tf32"}, "dtype: got 'tf32'; allowed: bf16, fp16, fp32"),
+        ({"op": "preprocess", "dtype": "tf32"}, "dtype: got 'tf32'; allowed: bf16, fp16, fp32"),
         ({"group": 0}, "group: got 0; allowed: an int of 1 or more (query heads per kv head)"),
         ({"group": True}, "group: got True; allowed: an int of 1 or more (query heads per kv head)"),
+        ({"op": "preprocess", "group": 2}, "group: got 2; allowed: 1 with op 'preprocess', which sees no keys"),
         ({"causal": 1}, "causal: got 1; allowed: True or False"),
-        ({"ragged": True}, "ragged: got True with op 'forward'; allowed: True with op 'decode' only"),
-        ({"op": "decode", "causal": True}, "causal: got True with op 'decode'; allowed: True with op 'forward' only"),
-        ({"op": "decode", "stats": True}, "stats: got True with op 'decode'; allowed: True with op 'forward' only"),
+        ({"causal": True, "window": 128}, "window: got 128; allowed: True or False"),
+        ({"varlen": None}, "varlen: got None; allowed: True or False"),
+        ({"ragged": True}, "ragged: got True with op 'forward'; allowed: True with op decode only"),
+        ({"op": "decode", "causal": True}, f"causal: got True with op 'decode'; allowed: {OF_MANY}"),
+        ({"op": "preprocess", "causal": True}, f"causal: got True with op 'preprocess'; allowed: {OF_MANY}"),
+        ({"op": "decode", "stats": True}, "stats: got True with op 'decode'; allowed: True with op forward only"),
+        ({"op": "dkdv", "stats": True}, "stats: got True with op 'dkdv'; allowed: True with op forward only"),
+        ({"op": "decode", "window": True}, f"window: got True with op 'decode'; allowed: {OF_MANY}"),
+        ({"op": "decode", "varlen": True}, f"varlen: got True with op 'decode'; allowed: {PACKED}"),
+        ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
+        ({"window": True}, "window: got True without causal; allowed: True with causal=True only"),
     ],
 )
 def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> None:
@@ -64,11 +95,67 @@ def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> 
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr"])
+def test_every_multiple_of_8_is_a_head_dim(op: str) -> None:
+    for head_dim in range(-8, 300):
+        if head_dim in range(8, 257, 8):
+            assert KernelSpec(op, head_dim, "bf16").head_dim == head_dim
+        else:
+            with pytest.raises(ArgumentError, match=f"head_dim: got {head_dim}; "):
+                KernelSpec(op, head_dim, "bf16")
+
+
+def test_kernels_of_a_training_step() -> None:
+    flags = {"causal": True, "window": True, "varlen": True}
+    forward = KernelSpec("forward", 96, "tf32", 4, stats=True, **flags)
+    assert forward.of("dkdv") == KernelSpec("dkdv", 96, "tf32", 4, **flags)
+    assert forward.of("dqdr") == KernelSpec("dqdr", 96, "tf32", 4, **flags)
+    assert forward.of("preprocess") == KernelSpec("preprocess", 96, "fp32", varlen=True)
+    dense = replace(forward, dtype="bf16", varlen=False)
+    assert dense.of("preprocess") == KernelSpec("preprocess", 96, "bf16")
+    assert forward.of("dkdv").of("forward") == replace(forward, stats=False).of("forward") == forward
+
+
+FIELDS = {
+    KernelSpec: "['causal', 'dtype', 'group', 'head_dim', 'op', 'ragged', 'stats', 'varlen', 'window']",
+    Shape: "['batch', 'heads', 'kv_heads', 'seqlen_kv', 'seqlen_q', 'window']",
+    Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
+}
+# What records hold that were written before there were windows and packed sequences.
+EARLIER = {
+    KernelSpec: KernelSpec("forward", 128, "bf16", causal=True),
+    Shape: Shape(4, 16, 16, 4096, 4096),
+    Bucket: Bucket(64, 4096, 4096),
+}
+EARLIER_FIELDS = {
+    KernelSpec: ["op", "head_dim", "dtype", "group", "causal", "stats", "ragged"],
+    Shape: ["batch", "heads", "kv_heads", "seqlen_q", "seqlen_kv"],
+    Bucket: ["kv_rows", "seqlen_q", "seqlen_kv"],
+}
+
+
 @pytest.mark.parametrize("kind", [KernelSpec, Shape, Bucket])
-@pytest.mark.parametrize("data", [{}, {"surprise": 1}])
-def test_dicts_with_other_fields(kind: type[KernelSpec] | type[Shape] | type[Bucket], data: dict[str, int]) -> None:
-    with pytest.raises(ArgumentError, match="exactly the fields"):
-        kind.from_dict(data)
+def test_dicts_with_other_fields(kind: type[KernelSpec] | type[Shape] | type[Bucket]) -> None:
+    good = EARLIER[kind].to_dict()
+    wrong = [{}, {"surprise": 1}, {"window": 1}, good | {"surprise": 1}]
+    for data in (*wrong, *({n: v for n, v in good.items() if n != name} for name in good)):
+        with pytest.raises(ArgumentError) as caught:
+            kind.from_dict(data)
+        what = "spec" if kind is KernelSpec else kind.__name__.lower()
+        assert str(caught.value) == f"{what}: got {sorted(data)}; allowed: the fields {FIELDS[kind]}"
+
+
+@pytest.mark.parametrize("kind", [KernelSpec, Shape, Bucket])
+def test_dicts_from_before_windows_read_and_are_written_as_they_were(
+    kind: type[KernelSpec] | type[Shape] | type[Bucket],
+) -> None:
+    value = EARLIER[kind]
+    assert list(value.to_dict()) == EARLIER_FIELDS[kind]
+    assert kind.from_dict({name: getattr(value, name) for name in EARLIER_FIELDS[kind]}) == value
+    assert value.window == 0
+    later = replace(value, window=True if kind is KernelSpec else 1024)  # type: ignore[type-var]
+    assert list(later.to_dict()) == [*EARLIER_FIELDS[kind], "window"]
+    assert kind.from_dict(later.to_dict()) == later != value
 
 
 @pytest.mark.parametrize(
@@ -77,6 +164,9 @@ def test_dicts_with_other_fields(kind: type[KernelSpec] | type[Shape] | type[Buc
         ((0, 1, 1, 1, 1), "batch: got 0; allowed: an int of 1 or more"),
         ((1, 1, 1, 1, 1.0), "seqlen_kv: got 1.0; allowed: an int of 1 or more"),
         ((1, 6, 4, 1, 1), "heads: got 6; allowed: a multiple of kv_heads (4)"),
+        ((1, 1, 1, 1, 1, -1), "window: got -1; allowed: an int of 0 or more"),
+        ((1, 1, 1, 1, 1, None), "window: got None; allowed: an int of 0 or more"),
+        ((1, 1, 1, 1, 1, False), "window: got False; allowed: an int of 0 or more"),
     ],
 )
 def test_a_shape_says_what_it_allows(sizes: tuple[int, ...], message: str) -> None:
@@ -91,6 +181,13 @@ def test_a_bucket_is_of_powers_of_two(size: object) -> None:
         Bucket(kv_rows=1, seqlen_q=1, seqlen_kv=size)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("size", [3, -4, 2.0, False, None])
+def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
+    assert Bucket(1, 1, 1, window=0) == Bucket(1, 1, 1) != Bucket(1, 1, 1, window=1)
+    with pytest.raises(ArgumentError, match=r"^window: got .*; allowed: a power of two$"):
+        Bucket(kv_rows=1, seqlen_q=1, seqlen_kv=1, window=size)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -99,6 +196,15 @@ def test_a_bucket_is_of_powers_of_two(size: object) -> None:
         (Shape(2, 16, 16, 4096, 4096), "batch 2, heads 16, seqlen 4096"),
         (Shape(2, 16, 4, 1, 4096), "batch 2, heads 16/4, seqlen 1x4096"),
         (Bucket(8, 1, 4096), "8 kv rows, seqlen 1x4096"),
+        (KernelSpec("preprocess", 128, "bf16"), "preprocess, head_dim 128, bf16, MHA"),
+        (KernelSpec("preprocess", 8, "fp32", varlen=True), "preprocess, head_dim 8, fp32, MHA, varlen"),
+        (KernelSpec("dqdr", 128, "tf32", group=2), "dqdr, head_dim 128, tf32, GQA 2:1, full"),
+        (
+            KernelSpec("forward", 96, "fp16", causal=True, window=True, varlen=True, stats=True),
+            "forward, head_dim 96, fp16, MHA, window, varlen, stats",
+        ),
+        (Shape(2, 16, 16, 4096, 4096, 1000), "batch 2, heads 16, seqlen 4096, window 1000"),
+        (Bucket(8, 2048, 4096, 1024), "8 kv rows, seqlen 2048x4096, window 1024"),
     ],
 )
 def test_what_people_read(value: object, text: str) -> None:
@@ -113,6 +219,7 @@ def test_a_bucket_is_within_sqrt_2_of_its_shapes(shape: Shape) -> None:
         (shape.batch * shape.kv_heads, bucket.kv_rows),
         (1 if shape.seqlen_q == 1 else max(shape.seqlen_q, SHORTEST), bucket.seqlen_q),
         (max(shape.seqlen_kv, SHORTEST), bucket.seqlen_kv),
+        (max(shape.window, SHORTEST) if shape.window else 0, bucket.window),
     ):
         assert size**2 <= 2 * of_bucket**2
         assert of_bucket**2 <= 2 * size**2
@@ -140,6 +247,10 @@ def test_the_group_is_the_specs_and_not_the_buckets(shape: Shape, group: int) ->
         (Shape(1, 32, 8, 1, 1000), Bucket(8, 1, 1024)),
         (Shape(3, 1, 1, 2, 1), Bucket(4, 128, 128)),
         (Shape(1, 1, 1, 181, 182), Bucket(1, 128, 256)),  # 128 * sqrt(2) is 181.02
+        (Shape(1, 1, 1, 4096, 4096, 1000), Bucket(1, 4096, 4096, 1024)),
+        (Shape(1, 1, 1, 4096, 4096, 1), Bucket(1, 4096, 4096, 128)),
+        (Shape(1, 1, 1, 4096, 4096, 182), Bucket(1, 4096, 4096, 256)),
+        (Shape(1, 1, 1, 128, 128, 10**6), Bucket(1, 128, 128, 1 << 20)),
     ],
 )
 def test_buckets(shape: Shape, bucket: Bucket) -> None:
@@ -184,8 +295,66 @@ def test_buckets(shape: Shape, bucket: Bucket) -> None:
             8 * 2 * 32 * 8192 * 128,
             2 * (2 * 2 * 8 * 8192 * 128 + 3 * 2 * 32 * 128),
         ),
+        # preprocess: two sums of products a row; do, o and v̄, lse and t̄ read, four fp32 numbers written
+        (
+            KernelSpec("preprocess", 96, "bf16"),
+            Shape(2, 8, 8, 1000, 1000),
+            2 * 2 * 2 * 8 * 1000 * 96,
+            2 * 8 * 1000 * (3 * 2 * 96 + 2 * 4 + 4 * 4),
+        ),
+        # dkdv: six matmuls; q, r, do and preprocess' four numbers a row, k, v, dk and dv
+        (
+            KernelSpec("dkdv", 128, "bf16", group=4),
+            Shape(2, 32, 8, 1000, 3000),
+            6 * 2 * 2 * 32 * 1000 * 3000 * 128,
+            2 * 128 * (3 * 2 * 32 * 1000 + 4 * 2 * 8 * 3000) + 16 * 2 * 32 * 1000,
+        ),
+        # dqdr: five; q, r, do, dq, dr and the four numbers a row, k and v
+        (
+            KernelSpec("dqdr", 128, "tf32", group=4, causal=True),
+            Shape(2, 32, 8, 4096, 4096),
+            5 * 2 * 2 * 32 * 4096**2 / 2 * 128,
+            4 * 128 * (5 * 2 * 32 * 4096 + 2 * 2 * 8 * 4096) + 16 * 2 * 32 * 4096,
+        ),
+        # a window of 1000 leaves out the triangle of those further away
+        (
+            KernelSpec("forward", 64, "bf16", causal=True, window=True),
+            Shape(1, 1, 1, 4096, 4096, 1000),
+            8 * 64 * (4096**2 - (4096 - 1000) ** 2) / 2,
+            5 * 2 * 64 * 4096,
+        ),
+        # a window of all keys leaves out nothing
+        (
+            KernelSpec("forward", 64, "bf16", causal=True, window=True),
+            Shape(1, 1, 1, 4096, 4096, 4096),
+            8 * 64 * 4096**2 / 2,
+            5 * 2 * 64 * 4096,
+        ),
     ],
 )
 def test_work(spec: KernelSpec, shape: Shape, flops: float, size: float) -> None:
     work = work_of(spec, shape)
     assert (work.flops, work.bytes) == (flops, size)
+
+
+LENGTH = st.integers(1, 40)
+
+
+@UNHURRIED
+@given(st.sampled_from(sorted(MATMULS)), st.booleans(), LENGTH, LENGTH, st.just(0) | st.integers(1, 50))
+def test_flops_against_a_count_of_the_pairs_that_see_each_other(
+    op: str, causal: bool, seqlen_q: int, seqlen_kv: int, window: int
+) -> None:
+    """Pair by pair, but that the last key of a row that the window does not cut counts half: as the diagonal does."""
+    if op == "decode":
+        causal, seqlen_q = False, 1
+    window *= causal
+    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0)
+    pairs = 0.0
+    for i in range(seqlen_q):
+        last = seqlen_kv - seqlen_q + i if causal else seqlen_kv - 1
+        first = max(0, last - window + 1) if window else 0
+        seen = [j for j in range(seqlen_kv) if first <= j <= last]
+        pairs += len(seen) - 0.5 * (causal and seen != [] and first == last + 1 - len(seen) == 0)
+    work = work_of(spec, Shape(3, 4, 2, seqlen_q, seqlen_kv, window))
+    assert work.flops == MATMULS[op] * 2 * 64 * 3 * 4 * pairs
