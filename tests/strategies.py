@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallax_gen.codegen.calling import Inputs
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.config import (
+    DecodeConfig,
+    DkDvConfig,
+    DqDrConfig,
+    ForwardConfig,
+    KernelConfig,
+    PreprocessConfig,
+)
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import coerce, knobs_of, why_invalid
-from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, OPS, KernelSpec
+from parallax_gen.problem.spec import DECODE_HEAD_DIMS, DTYPES, FLAGS, OPS, KernelSpec
 
 GROUPS = (1, 2, 3, 4, 7, 8, 12, 16)
+HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
+WINDOWS = (1, 97, 200, 256, 257, 513)
 LONGEST = 200
 
 
@@ -39,6 +48,41 @@ class Case:
     seed: int
 
 
+@dataclass(frozen=True)
+class StepCase:
+    """A training step: the forward's spec, a config of each of its kernels by op, a shape and the inputs' seed."""
+
+    spec: KernelSpec
+    configs: dict[str, KernelConfig]
+    shape: Shape
+    seed: int
+
+
+STEP = ("forward", "preprocess", "dkdv", "dqdr")
+
+
+def step_case(seed: int, dtypes: Sequence[str], gpu: Gpu, longest: int) -> StepCase:
+    """The seed's training step: any spec, any configs, lengths up to `longest` that no tile need divide."""
+    draw = random.Random(seed)
+    spec = replace(random_spec(draw, "forward", dtypes), stats=True, group=draw.choice((1, 1, 2, 3, 4)))
+    configs: dict[str, KernelConfig] = {}
+    for op in STEP:
+        of = spec.of(op)
+        while op not in configs:
+            config = coerce(of, {knob.name: draw.choice(knob.values) for knob in knobs_of(of)})
+            if why_invalid(of, config, gpu) is None:
+                configs[op] = config
+    kv_heads = draw.choice((1, 2))
+    lengths = [draw.choice((draw.randint(1, longest), 64, 127, 129)) for _ in range(2)]
+    if draw.random() < 0.5:
+        lengths[1] = lengths[0]
+    windows = [window for window in WINDOWS if window <= longest]
+    window = draw.choice((*windows, longest + 1, draw.randint(1, longest))) if spec.window else 0
+    batch = draw.choice((1, 2, 3)) + spec.varlen  # of a single packed sequence either the queries or the keys are none
+    shape = Shape(batch, kv_heads * spec.group, kv_heads, *lengths, window)
+    return StepCase(spec, configs, shape, seed)
+
+
 # Rendered in tests/golden, for people to read and to see in a diff what a template's change does. Between them they
 # show most of what the templates decide.
 GOLDEN = {
@@ -49,6 +93,27 @@ GOLDEN = {
     "forward_full_gqa": Kernel(
         KernelSpec("forward", 64, "fp16", group=4),
         ForwardConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=8, num_warps=4, num_stages=3),
+    ),
+    "forward_window_varlen_pieces": Kernel(
+        KernelSpec("forward", 96, "bf16", group=2, causal=True, window=True, varlen=True),
+        ForwardConfig(128, 64, HEAD_GROUP=8, num_warps=8, num_stages=3, HEAD_DIM_AS="pieces"),
+    ),
+    "preprocess": Kernel(KernelSpec("preprocess", 128, "bf16"), PreprocessConfig(BLOCK_M=32, num_warps=4)),
+    "dkdv_causal": Kernel(
+        KernelSpec("dkdv", 128, "bf16", causal=True),
+        DkDvConfig(BLOCK_M=64, BLOCK_N=128, HEAD_GROUP=4, num_warps=8, num_stages=3),
+    ),
+    "dkdv_window_varlen_gqa_padded": Kernel(
+        KernelSpec("dkdv", 80, "fp16", group=4, causal=True, window=True, varlen=True),
+        DkDvConfig(BLOCK_M=64, BLOCK_N=128, HEAD_GROUP=1, num_warps=8, num_stages=2, HEAD_DIM_AS="padded"),
+    ),
+    "dqdr_causal": Kernel(
+        KernelSpec("dqdr", 128, "bf16", causal=True),
+        DqDrConfig(BLOCK_M=128, BLOCK_N=64, HEAD_GROUP=4, num_warps=8, num_stages=3),
+    ),
+    "dqdr_full_tf32": Kernel(
+        KernelSpec("dqdr", 64, "tf32", group=2),
+        DqDrConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=0, num_warps=4, num_stages=2),
     ),
     "decode_unsplit": Kernel(
         KernelSpec("decode", 128, "bf16"),
@@ -74,25 +139,26 @@ def random_kernels(count: int, gpu: Gpu) -> list[Kernel]:
     draw = random.Random(0)
     found: dict[Kernel, None] = {}
     while len(found) < count:
-        op = draw.choice(OPS)
-        flags = {flag: draw.random() < 0.5 for flag in (("causal", "stats") if op == "forward" else ("ragged",))}
-        spec = KernelSpec(op, draw.choice(HEAD_DIMS), draw.choice(DTYPES), draw.choice(GROUPS), **flags)
+        spec = random_spec(draw, draw.choice(OPS), DTYPES)
         config = coerce(spec, {knob.name: draw.choice(knob.values) for knob in knobs_of(spec)})
         if why_invalid(spec, config, gpu) is None:
             found[Kernel(spec, config)] = None
     return list(found)
 
 
+def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSpec:
+    """Any spec of an op: of the dtypes that it has."""
+    flags = {flag: draw.random() < 0.5 for flag, ops in FLAGS.items() if op in ops}
+    if "window" in flags:
+        flags["window"] &= flags["causal"]
+    head_dim = draw.choice(DECODE_HEAD_DIMS if op == "decode" else HEAD_DIMS)
+    dtype = draw.choice([d for d in dtypes if d != "tf32" or op not in ("decode", "preprocess")])
+    return KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw.choice(GROUPS), **flags)
+
+
 def specs(op: str, dtypes: Sequence[str]) -> st.SearchStrategy[KernelSpec]:
-    flags = ("causal", "stats") if op == "forward" else ("ragged",)
-    return st.builds(
-        KernelSpec,
-        op=st.just(op),
-        head_dim=st.sampled_from((64, 128)),
-        dtype=st.sampled_from(dtypes),
-        group=st.sampled_from(GROUPS),
-        **{flag: st.booleans() for flag in flags},
-    )
+    """`random_spec`, drawn by hypothesis."""
+    return st.randoms(use_true_random=False).map(lambda draw: random_spec(draw, op, dtypes))
 
 
 def configs(spec: KernelSpec, gpu: Gpu) -> st.SearchStrategy[KernelConfig]:
@@ -108,18 +174,24 @@ def shapes(draw: st.DrawFn, spec: KernelSpec, config: KernelConfig, most_program
 
     A launch that can have at most most_programs programs does: the interpreter runs them one after another.
     """
-    a_pair = spec.group  # programs a (sequence, kv head), at the least
+    a_pair = 1 if isinstance(config, DkDvConfig) else spec.group  # programs a (sequence, kv head), at the least
     if isinstance(config, DecodeConfig):
         a_pair = -(-spec.group // config.BLOCK_H) * config.NUM_SPLITS
     pairs = max(1, most_programs // a_pair)
-    batch = draw(st.integers(1, min(2, pairs)))
+    batch = draw(st.integers(1, min(3, pairs)))
     kv_heads = draw(st.integers(1, min(2, pairs // batch)))
-    seqlen_q = 1
-    if isinstance(config, ForwardConfig):
-        tiles = max(1, most_programs // (a_pair * batch * kv_heads))
-        seqlen_q = draw(_lengths(config.BLOCK_M, min(LONGEST, tiles * config.BLOCK_M)))
-    seqlen_kv = draw(_lengths(config.BLOCK_N, LONGEST))
-    return Shape(batch, kv_heads * spec.group, kv_heads, seqlen_q, seqlen_kv)
+    tiles = max(1, most_programs // (a_pair * batch * kv_heads))
+    if isinstance(config, DecodeConfig):
+        return Shape(batch, kv_heads * spec.group, kv_heads, 1, draw(_lengths(config.BLOCK_N, LONGEST)))
+    if isinstance(config, PreprocessConfig):
+        seqlen = draw(_lengths(config.BLOCK_M, min(LONGEST, tiles * config.BLOCK_M)))
+        return Shape(batch, kv_heads, kv_heads, seqlen, seqlen)
+    most_q = LONGEST if isinstance(config, DkDvConfig) else min(LONGEST, tiles * config.BLOCK_M)
+    most_k = min(LONGEST, tiles * config.BLOCK_N) if isinstance(config, DkDvConfig) else LONGEST
+    seqlen_q = draw(_lengths(config.BLOCK_M, most_q))
+    seqlen_kv = draw(_lengths(config.BLOCK_N, most_k))
+    window = draw(st.sampled_from(WINDOWS) | st.integers(1, LONGEST)) if spec.window else 0
+    return Shape(batch, kv_heads * spec.group, kv_heads, seqlen_q, seqlen_kv, window)
 
 
 def _lengths(block: int, longest: int) -> st.SearchStrategy[int]:
@@ -138,25 +210,25 @@ def cases(draw: st.DrawFn, op: str, dtypes: Sequence[str], gpu: Gpu, most_progra
 
 def fused(inputs: Inputs) -> Inputs:
     """q, r, k and v as one projection leaves them, side by side; k and v apart where their lengths differ."""
-    if inputs.q.shape[:2] == inputs.k.shape[:2]:
+    if inputs.q.shape[:-2] == inputs.k.shape[:-2]:
         q, r, k, v = _side_by_side(inputs.q, inputs.r, inputs.k, inputs.v)
     else:
         (q, r), (k, v) = _side_by_side(inputs.q, inputs.r), _side_by_side(inputs.k, inputs.v)
-    return Inputs(q, r, k, v, inputs.cache_seqlens)
+    return replace(inputs, q=q, r=r, k=k, v=v)
 
 
 def heads_first(inputs: Inputs) -> Inputs:
     """Everything as (batch, heads, seqlen, head_dim) in memory."""
-    return _each(inputs, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
+    return _each(inputs, lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2))
 
 
 def in_larger_tensors(inputs: Inputs) -> Inputs:
     """Everything as the beginning of tensors with more sequences, positions, heads and dimensions: all NaN there."""
 
     def embedded(x: Tensor) -> Tensor:
-        around = x.new_full([size + more for size, more in zip(x.shape, (1, 9, 2, 16), strict=True)], float("nan"))
-        view = around[: x.shape[0], : x.shape[1], : x.shape[2], : x.shape[3]]
-        return view.copy_(x)
+        more = (1, 9, 2, 16)[-x.dim() :]
+        around = x.new_full([size + extra for size, extra in zip(x.shape, more, strict=True)], float("nan"))
+        return around[tuple(slice(size) for size in x.shape)].copy_(x)
 
     return _each(inputs, embedded)
 
@@ -172,13 +244,15 @@ def unaligned(inputs: Inputs) -> Inputs:
     """Everything one element behind where a row of 16 bytes begins, and rows an odd number of elements apart."""
 
     def moved(x: Tensor) -> Tensor:
-        around = x.new_full((*x.shape[:3], x.shape[3] + 1), float("nan"))
+        around = x.new_full((*x.shape[:-1], x.shape[-1] + 1), float("nan"))
         return around[..., 1:].copy_(x)
 
     return _each(inputs, moved)
 
 
 LAYOUTS = (fused, heads_first, in_larger_tensors, one_cache_for_all, unaligned)
+# Those that leave the numbers as they are, and so what was computed of them before.
+SAME_NUMBERS = (fused, heads_first, in_larger_tensors, unaligned)
 
 
 def far_apart(x: Tensor, y: Tensor, dim: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -194,8 +268,11 @@ def far_apart(x: Tensor, y: Tensor, dim: int, stride: int) -> tuple[Tensor, Tens
 
 def _each(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
     q, r, k, v = (layout(x) for x in (inputs.q, inputs.r, inputs.k, inputs.v))
-    return Inputs(q, r, k, v, inputs.cache_seqlens)
+    do, saved = inputs.do, inputs.saved
+    if saved is not None:
+        saved = replace(saved, out=layout(saved.out), v_mean=layout(saved.v_mean))
+    return replace(inputs, q=q, r=r, k=k, v=v, do=None if do is None else layout(do), saved=saved)
 
 
 def _side_by_side(*tensors: Tensor) -> Sequence[Tensor]:
-    return torch.cat(tensors, dim=2).split([x.shape[2] for x in tensors], dim=2)
+    return torch.cat(tensors, dim=-2).split([x.shape[-2] for x in tensors], dim=-2)

@@ -12,12 +12,13 @@ import jinja2
 from jinja2 import meta
 
 import parallax_gen
+from parallax_gen.codegen.pieces import pieces_of
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ConfigError
-from parallax_gen.problem.config import KernelConfig, describe
+from parallax_gen.problem.config import KernelConfig, TileConfig, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.space import why_invalid
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.spec import FLAGS, KernelSpec
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
             spec=spec,
             config=config,
             config_text=describe(config),
+            pieces=pieces_of(spec.head_dim, config.HEAD_DIM_AS) if isinstance(config, TileConfig) else [],
             gpu_title=gpu.title,
             version=parallax_gen.__version__,
             templates_hash=templates_hash(spec.op),
@@ -100,5 +102,5 @@ def _environment() -> jinja2.Environment:
 
 def _name(spec: KernelSpec) -> str:
     words = [spec.op, f"d{spec.head_dim}", spec.dtype, f"g{spec.group}"]
-    words += [flag for flag in ("causal", "stats", "ragged") if getattr(spec, flag)]
+    words += [flag for flag in FLAGS if getattr(spec, flag)]
     return "_".join(words)

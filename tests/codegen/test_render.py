@@ -207,8 +207,9 @@ def changed(path: Path, old: str, new: str) -> set[str]:
 
 def test_code_changes_the_hash_of_the_ops_that_use_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
-    assert changed(templates / "forward.py.j2", "tiles - 1 - tile", "tile") == {"forward"}
-    assert changed(templates / "_macros.j2", "p * t", "p") == {"forward", "decode"}
+    assert changed(templates / "forward.py.j2", "p * t", "p") == {"forward"}
+    assert changed(templates / "_rows.j2", "tiles - 1 - tile", "tile") == {"forward", "dkdv", "dqdr"}
+    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(OPS)
     assert changed(templates / "decode.py.j2", "{%- if S > 1 %}", "{%- if S > 2 %}") == {"decode"}
 
 

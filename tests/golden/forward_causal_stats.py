@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, MHA, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates b340c26a32dc
+generator  parallax_gen 0.1.0, templates 5de003077c01
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -15,24 +15,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _step(q, r, k, v, cols, last, on_edge, scale_log2, m, d1, d2, o1, o2):
-    """Take a block of keys and values [BLOCK_N, HEAD_DIM] into the rows' state."""
-    s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-    if on_edge:  # some row does not see all of these keys
-        s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
-    t = tl.dot(r, tl.trans(k))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-    alpha = tl.exp2(m - m_new)
-    p = tl.exp2(s * scale_log2 - m_new[:, None])
-    pt = p * t
-    d1 = d1 * alpha + tl.sum(p, 1)
-    d2 = d2 * alpha + tl.sum(pt, 1)
-    o1 = tl.dot(p.to(v.dtype), v, acc=o1 * alpha[:, None])  # [BLOCK_M, HEAD_DIM]
-    o2 = tl.dot(pt.to(v.dtype), v, acc=o2 * alpha[:, None])
-    return m_new, d1, d2, o1, o2
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q", "seqlen_kv"])
@@ -52,10 +34,10 @@ def forward_kernel(
     stride_rm,
     stride_rh,
     stride_kb,
-    stride_kn,
+    stride_kn: tl.constexpr,
     stride_kh,
     stride_vb,
-    stride_vn,
+    stride_vn: tl.constexpr,
     stride_vh,
     stride_ob,
     stride_om,
@@ -79,53 +61,78 @@ def forward_kernel(
     head = (bh % heads).to(tl.int64)
     row0 = tile * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
-    in_q = rows[:, None] < seqlen_q
-    dims = tl.arange(0, HEAD_DIM)
+    in_q = rows < seqlen_q
     keys = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, HEAD_DIM)
 
     # -- load the queries and probes this program owns
-    q_ptrs = q_ptr + batch * stride_qb + head * stride_qh + rows[:, None].to(tl.int64) * stride_qm + dims[None, :]
-    r_ptrs = r_ptr + batch * stride_rb + head * stride_rh + rows[:, None].to(tl.int64) * stride_rm + dims[None, :]
-    q = tl.load(q_ptrs, mask=in_q, other=0.0)  # [BLOCK_M, HEAD_DIM]
-    r = tl.load(r_ptrs, mask=in_q, other=0.0)
+    at = rows[:, None].to(tl.int64)
+    q_offsets = batch * stride_qb + head * stride_qh + at * stride_qm + dims[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+    r_offsets = batch * stride_rb + head * stride_rh + at * stride_rm + dims[None, :]
+    r = tl.load(r_ptr + r_offsets, mask=in_q[:, None], other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     k_offsets = keys[:, None] * stride_kn + dims[None, :]
     v_offsets = keys[:, None] * stride_vn + dims[None, :]
-    stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, a cache's may not
-    stride_vn64 = tl.cast(stride_vn, tl.int64)
-
-    m = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: a row that sees no key must not give NaN
-    d1 = tl.zeros([BLOCK_M], tl.float32)
-    d2 = tl.zeros([BLOCK_M], tl.float32)
-    o1 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    o2 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
     # -- keys: row i sees those up to i + shift; blocks that reach past the first row's last one need a mask
     shift = seqlen_kv - seqlen_q
     last = rows + shift
     seen_by_all = row0 + shift + 1
     end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
-    for n in tl.range(0, end, BLOCK_N):
+
+    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and t_mean
+    #    alike, and o is what is left of their difference: it must not be rounded
+    k0 = tl.load(k_ptr + dims).to(tl.float32)
+    v0 = tl.load(v_ptr + dims).to(tl.float32)
+    s0 = tl.sum(q * k0[None, :], 1)
+    t0 = tl.sum(r * k0[None, :], 1)
+    sees = last >= 0
+    m = tl.where(sees, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+    d1 = tl.where(sees, 1.0, 0.0)
+    d2 = tl.where(sees, t0, 0.0)
+    o1 = tl.where(sees[:, None], v0[None, :], 0.0)
+    o2 = d2[:, None] * o1
+
+    # -- the other keys, block by block
+    for n in tl.range(1, end, BLOCK_N):
         cols = n + keys
-        in_kv = (cols < seqlen_kv)[:, None]
-        k = tl.load(k_ptr + n * stride_kn64 + k_offsets, mask=in_kv, other=0.0)  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(v_ptr + n * stride_vn64 + v_offsets, mask=in_kv, other=0.0)
-        on_edge = n + BLOCK_N > seen_by_all
-        m, d1, d2, o1, o2 = _step(q, r, k, v, cols, last, on_edge, scale_log2, m, d1, d2, o1, o2)
+        in_kv = cols < seqlen_kv
+        k_block = k_ptr + tl.cast(n, tl.int64) * stride_kn
+        v_block = v_ptr + tl.cast(n, tl.int64) * stride_vn
+        k = tl.load(k_block + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_block + v_offsets, mask=in_kv[:, None], other=0.0)
+
+        # -- take them into the rows' state
+        s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        if n + BLOCK_N > seen_by_all:
+            s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+        t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        pt = p * t
+        d1 = d1 * alpha + tl.sum(p, 1)
+        d2 = d2 * alpha + tl.sum(pt, 1)
+        p = p.to(v.dtype)
+        pt = pt.to(v.dtype)
+        o1 = tl.dot(p, v, acc=o1 * alpha[:, None])
+        o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
+        m = m_new
 
     # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
     inv = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
     t_mean = d2 * inv
     v_mean = o1 * inv[:, None]
     o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv[:, None]
-    o_offsets = batch * stride_ob + head * stride_oh + rows[:, None].to(tl.int64) * stride_om + dims[None, :]
-    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q)
-    tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_q)
-    stat_offsets = bh.to(tl.int64) * seqlen_q + rows
+    o_offsets = batch * stride_ob + head * stride_oh + at * stride_om + dims[None, :]
+    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q[:, None])
+    tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_q[:, None])
     LN_2: tl.constexpr = 0.6931471805599453
-    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1)) * LN_2, mask=rows < seqlen_q)
-    tl.store(t_mean_ptr + stat_offsets, t_mean, mask=rows < seqlen_q)
+    stats = bh.to(tl.int64) * seqlen_q + rows
+    tl.store(lse_ptr + stats, (m + tl.log2(d1)) * LN_2, mask=in_q)
+    tl.store(t_mean_ptr + stats, t_mean, mask=in_q)
 
 
 def launch(

@@ -1,0 +1,115 @@
+"""What it is worth that the forward takes the first key in fp32: rendered kernels in Triton's CPU interpreter, and the
+same without it.
+
+A first key that outweighs all others has t and t_mean alike, and o is what is left of their difference: rounded to 16
+bits, p t loses it. tests/gpu/test_accuracy.py has long rows, gradients and the official kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.calling import Inputs
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.problem.config import ForwardConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.reference import errors, tolerance, why_wrong
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import verify
+
+# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
+
+GPU = GPUS["h200"]
+CONFIG = ForwardConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=1, num_warps=4, num_stages=2)
+FULL = KernelSpec("forward", 64, "fp16", group=2, stats=True)
+CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True)
+WINDOW = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True, window=True)
+VARLEN = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True, varlen=True)
+
+
+def normal(x: Inputs) -> None:
+    """As they are: s and t of unit variance."""
+
+
+def large_probes(x: Inputs) -> None:
+    x.r.mul_(8)
+
+
+def sink(x: Inputs) -> None:
+    """A first key that takes nearly all of the weight, e^10 times another's, and whose t is 256, theirs about 1."""
+    x.q[..., 0], x.r[..., 0], x.k[..., 0] = 5, 16, 0
+    if x.cu_seqlens_k is None:
+        x.k[:, 0, :, 0] = 16
+    else:
+        x.k[[start for start in x.cu_seqlens_k.tolist() if start < len(x.k)], :, 0] = 16
+
+
+def outputs(spec: KernelSpec, inputs: Inputs, *, first_in_fp32: bool) -> dict[str, torch.Tensor]:
+    source = render(spec, CONFIG, GPU)
+    if not first_in_fp32:
+        text = without_first_key(source.text)
+        source = KernelSource("plain", text, hashlib.sha256(text.encode()).hexdigest())
+    call = verify.poisoned(spec, CONFIG, inputs)
+    load(source).launch(*call.arguments(verify.softmax_scale(spec)))
+    return call.written
+
+
+def without_first_key(text: str) -> str:
+    """The kernel that begins with an empty state, and takes the first key as any other."""
+    before, rest = text.split("    s0 = ")
+    loop = rest[rest.index("    # -- the other keys") :].replace("tl.range(start + 1, ", "tl.range(start, ")
+    assert "tl.range(1, " in loop or "tl.range(start, " in loop
+    state = """    m = tl.full([BLOCK_M], -3.0e38, tl.float32)
+    d1 = tl.zeros([BLOCK_M], tl.float32)
+    d2 = tl.zeros([BLOCK_M], tl.float32)
+    o1 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    o2 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+"""
+    return before + state + loop.replace("tl.range(1, ", "tl.range(0, ")
+
+
+def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> Inputs:
+    shape = Shape(2, 4, 2, 150, 150, window=41 if spec.window else 0)
+    inputs = verify.random_inputs_of(spec, shape, seed=seed, device="cpu")
+    prepare(inputs)
+    return inputs
+
+
+def errors_of_out(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
+    """As it is, and without the first key in fp32."""
+    expected = verify.attend(spec, inputs).out
+    ours, plain = (errors(outputs(spec, inputs, first_in_fp32=way)["out"], expected).relative for way in (True, False))
+    return ours, plain
+
+
+@pytest.mark.parametrize("spec", [FULL, CAUSAL, VARLEN], ids=["full", "causal", "varlen"])
+def test_an_attention_sink_errs_by_a_tenth(spec: KernelSpec) -> None:
+    ours, plain = errors_of_out(spec, inputs_of(spec, sink, seed=1))
+    assert ours < tolerance("fp16") < plain
+    assert ours < plain / 10
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("prepare", [normal, large_probes], ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize("spec", [FULL, CAUSAL, WINDOW, VARLEN], ids=["full", "causal", "window", "varlen"])
+def test_nothing_is_lost_elsewhere(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> None:
+    ours, plain = errors_of_out(spec, inputs_of(spec, prepare, seed))
+    assert ours < 1.05 * plain
+
+
+@pytest.mark.parametrize("prepare", [normal, large_probes, sink], ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize("spec", [FULL, CAUSAL, WINDOW, VARLEN], ids=["full", "causal", "window", "varlen"])
+def test_the_stats_are_right(spec: KernelSpec, prepare: Callable[[Inputs], None]) -> None:
+    """Of fp16 inputs sums in fp32 are what errs in t_mean, as in fp32."""
+    inputs = inputs_of(spec, prepare, seed=3)
+    found, expected = outputs(spec, inputs, first_in_fp32=True), verify.attend(spec, inputs)
+    assert why_wrong(found["t_mean"], expected.t_mean, "fp32") is None
+    assert why_wrong(found["lse"].exp(), expected.lse.exp(), "fp32") is None
+    assert why_wrong(found["v_mean"], expected.v_mean, "fp16") is None

@@ -1,0 +1,24 @@
+"""Whole training steps in Triton's CPU interpreter, any that may be asked for: a portion of them, see `steps`.
+
+All take some minutes: `PARALLAX_GEN_STEPS=0/1 pytest tests/codegen/test_random_steps.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import steps
+import strategies
+
+from parallax_gen.problem.hardware import GPUS
+
+# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
+
+GPU = GPUS["h200"]
+DTYPES = ("fp16", "fp32")  # a bf16 tl.dot is silently wrong in the interpreter
+LONGEST = 130
+
+
+@pytest.mark.parametrize("seed", steps.seeds())
+def test_a_training_step_agrees_with_float64(seed: int) -> None:
+    assert steps.wrong(strategies.step_case(seed, DTYPES, GPU, LONGEST), GPU, "cpu") is None

@@ -1,0 +1,87 @@
+"""Whole training steps by rendered kernels: forward, preprocess, dkdv and dqdr, each on what those before it wrote.
+
+Tests run STEPS random ones, see `strategies.step_case`, in portions. PARALLAX_GEN_STEPS says which, "first/stride" of
+their seeds; "0/5" where it is not set: every fifth, from the first.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+
+import torch
+from strategies import SAME_NUMBERS, StepCase
+
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.calling import Call, Inputs, Saved
+from parallax_gen.codegen.render import render
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.reference import (
+    Gradients,
+    gradient_sizes,
+    reference_backward,
+    reference_varlen_backward,
+    why_wrong,
+)
+from parallax_gen.tuning import verify
+
+STEPS = 500
+
+
+def seeds() -> range:
+    """The portion of the steps that this run takes."""
+    first, stride = map(int, os.environ.get("PARALLAX_GEN_STEPS", "0/5").split("/"))
+    return range(first, STEPS, stride)
+
+
+def inputs_of(case: StepCase, device: str) -> Inputs:
+    """q, r, k, v and the gradient of the output, laid out in any way; packed sequences are of any length, 0 too."""
+    inputs = verify.random_inputs_of(case.spec, case.shape, seed=case.seed, device=device)
+    generator = torch.Generator(device).manual_seed(case.seed + 1)
+    do = torch.randn(inputs.q.shape, device=device, generator=generator)
+    layout = random.Random(case.seed).choice((lambda contiguous: contiguous, *SAME_NUMBERS))
+    return layout(replace(inputs, do=do.to(inputs.q.dtype)))
+
+
+def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
+    """out, lse, t_mean, v_mean, dq, dr, dk and dv, as the case's kernels write them."""
+
+    def launch(op: str, given: Inputs) -> Call:
+        spec, config = case.spec.of(op), case.configs[op]
+        call = verify.poisoned(spec, config, given)
+        load(render(spec, config, gpu)).launch(*call.arguments(verify.softmax_scale(spec)))
+        return call
+
+    step = launch("forward", inputs).written
+    saved = Saved(*(step[name] for name in Saved.__annotations__))
+    given = replace(inputs, rows=launch("preprocess", replace(inputs, saved=saved)).written["rows"])
+    return {**step, **launch("dkdv", given).written, **launch("dqdr", given).written}
+
+
+def gradients(case: StepCase, inputs: Inputs) -> Gradients:
+    """The gradients in float64."""
+    x, spec = inputs, case.spec
+    mask = {"causal": spec.causal, "window_size": x.window_size if spec.window else None}
+    if spec.varlen:
+        return reference_varlen_backward(x.q, x.r, x.k, x.v, x.do, x.cu_seqlens_q, x.cu_seqlens_k, **mask)
+    return reference_backward(x.q, x.r, x.k, x.v, x.do, **mask)
+
+
+def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor]) -> str | None:
+    """What of a step is further from float64 than rounding explains; None when nothing is."""
+    x, dtype = inputs, case.spec.dtype
+    reasons = {"out": why_wrong(found["out"], verify.attend(case.spec, x).out, dtype)}
+    sizes = gradient_sizes(x.q, x.r, x.k, x.v, x.do)
+    # A row that sees few keys, and not the first, which is taken in fp32: the output that T = do·o rests on is off
+    # by |t| roundings, 6 of a gradient's natural size where |t| reaches 4, and nothing else is left.
+    few = 6.0 if case.spec.window and case.shape.window < 16 else 1.0
+    for name, expected in gradients(case, x)._asdict().items():
+        reasons[name] = why_wrong(found[name], expected, dtype, few * float(getattr(sizes, name)))
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or None
+
+
+def wrong(case: StepCase, gpu: Gpu, device: str) -> str | None:
+    """`why_step_wrong` of one run on the case's inputs."""
+    inputs = inputs_of(case, device)
+    return why_step_wrong(case, inputs, run(case, inputs, gpu))
