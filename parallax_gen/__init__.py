@@ -1,6 +1,7 @@
 """parallax_gen: specialised, tuned Triton kernels for Parallax attention.
 
-    from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
+    from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
+    from parallax_gen.nn import ParallaxAttention
 
 Importing it touches no GPU, disk or database, and imports neither torch nor triton: names load when first used.
 """
@@ -11,19 +12,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_with_kvcache
+    from parallax_gen import nn
+    from parallax_gen.runtime.functional import (
+        parallax_attn_func,
+        parallax_attn_varlen_func,
+        parallax_attn_with_kvcache,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "parallax_attn_func", "parallax_attn_with_kvcache"]
+__all__ = ["__version__", "nn", "parallax_attn_func", "parallax_attn_varlen_func", "parallax_attn_with_kvcache"]
 
 _HOMES = {
     "parallax_attn_func": "parallax_gen.runtime.functional",
+    "parallax_attn_varlen_func": "parallax_gen.runtime.functional",
     "parallax_attn_with_kvcache": "parallax_gen.runtime.functional",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return import_module("parallax_gen.nn")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,12 +64,12 @@ def imports_of(text: str, module: str) -> set[str]:
 def wing_of(name: str) -> str | None:
     """The part of parallax_gen that a dotted name lies in; None for its version and for what is not in it.
 
-    The names that the package itself offers, loaded when first used, lie in runtime.
+    The names that the package itself offers, loaded when first used, lie in runtime, and its layers with them.
     """
     parts = name.split(".")
     if parts[0] != "parallax_gen" or len(parts) == 1 or parts[1].startswith("__"):
         return None
-    return parts[1] if f"parallax_gen.{parts[1]}" in MODULES else "runtime"
+    return parts[1] if parts[1] != "nn" and f"parallax_gen.{parts[1]}" in MODULES else "runtime"
 
 
 IMPORTS = {module: imports_of(path.read_text(), module) for module, path in MODULES.items()}

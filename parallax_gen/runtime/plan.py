@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.calling import Scratch
+from parallax_gen.codegen.calling import Scratch, scratch_of
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.dispatch import default_dispatcher, gpu_of_device
 from parallax_gen.runtime.replay import Launched, aligned, record, replay
 from parallax_gen.runtime.workspace import Workspace
 
+# A cache that grows by a key each step makes a plan each step: past this many, start over.
+MOST_PLANS = 4096
+
+Plan = TypeVar("Plan")
+
+
+class Plans(dict[Hashable, Plan]):
+    """Plans by everything that they were checked for: see `key_of`."""
+
+    def remember(self, key: Hashable, plan: Plan) -> None:
+        if len(self) >= MOST_PLANS:
+            self.clear()
+        self[key] = plan
+
+
+def key_of(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+    """Everything that a plan is checked for: a call with the same key needs no further look at its tensors."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """A call that launches no kernel: of CPU tensors, or without any query or key."""
+
+    nothing_seen: bool
+
 
 class LaunchPlan:
-    """Launches a rendered module. `tensors` are always of the sizes and strides that the plan was made for."""
+    """Launches a rendered module. `tensors` are always of the sizes and strides that the plan was made for.
 
-    def __init__(self, module: ModuleType, softmax_scale: float, device: int, scratch: Scratch):
+    numbers  what the module's `launch` takes behind its tensors
+    """
+
+    def __init__(self, module: ModuleType, numbers: tuple[float, ...], device: int, scratch: Scratch):
         self._module = module
-        self._softmax_scale = softmax_scale
+        self._numbers = numbers
         self._device = device
         self._scratch = scratch
         self._workspace = workspace_of(device) if scratch.partials else None
@@ -39,20 +75,42 @@ class LaunchPlan:
             partials, arrived = self._workspace.get(self._scratch.partials, self._scratch.arrived, stream)
             tensors = (*tensors, partials, arrived) if self._scratch.arrived else (*tensors, partials)
         if not aligned(tensors):
-            self._module.launch(*tensors, self._softmax_scale)
+            self._module.launch(*tensors, *self._numbers)
         elif self._recorded is not None:
             replay(self._recorded, tensors, stream)
         elif not self._seen:
-            self._recorded = record(self._module, tensors, self._softmax_scale)
+            self._recorded = record(self._module, tensors, self._numbers)
             self._seen = True
         else:  # a launch that cannot be recorded
-            self._module.launch(*tensors, self._softmax_scale)
+            self._module.launch(*tensors, *self._numbers)
+
+
+def plan_launch(spec: KernelSpec, shape: Shape, numbers: tuple[float, ...], device: int) -> LaunchPlan:
+    """The plan to launch the best kernel known for `spec` at `shape`, with the numbers behind its tensors."""
+    choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(device))
+    return LaunchPlan(module, numbers, device, scratch_of(spec, choice.config, shape.batch, shape.kv_heads))
+
+
+def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
+    """The plan of a call that launches nothing; None if it does."""
+    if q.numel() == 0 or k.numel() == 0:
+        return HostPlan(nothing_seen=True)
+    if not q.is_cuda:
+        _warn_of_cpu()
+        return HostPlan(nothing_seen=False)
+    return None
 
 
 @cache
 def workspace_of(device: int) -> Workspace:
     """The scratch that this process's launches on a device share."""
     return Workspace(torch.device("cuda", device))
+
+
+@cache
+def _warn_of_cpu() -> None:
+    """Once a process."""
+    warnings.warn("parallax_gen: these are CPU tensors; they run through the slow fp64 reference", stacklevel=5)
 
 
 def _raw_stream(device: int) -> int:

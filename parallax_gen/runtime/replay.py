@@ -27,8 +27,11 @@ class Launched:
     numbers: tuple[Any, ...]
 
 
-def record(module: ModuleType, tensors: Sequence[Tensor], softmax_scale: float) -> tuple[Launched, ...] | None:
-    """Launch the rendered module on these tensors, and return what it launched; None if that cannot be replayed."""
+def record(module: ModuleType, tensors: Sequence[Tensor], numbers: Sequence[float]) -> tuple[Launched, ...] | None:
+    """Launch the rendered module on these tensors and numbers, and return what it launched.
+
+    None if that cannot be replayed.
+    """
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
@@ -60,7 +63,7 @@ def record(module: ModuleType, tensors: Sequence[Tensor], softmax_scale: float) 
         for kernel in kernels:
             kernel.run = watch(kernel)
         try:
-            module.launch(*given, softmax_scale)
+            module.launch(*given, *numbers)
         finally:
             for kernel in kernels:
                 del kernel.run  # the method shows again

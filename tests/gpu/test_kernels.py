@@ -11,15 +11,23 @@ import torch
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from strategies import Case, Kernel
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.errors import OutOfResources
 
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Call, Inputs
+from parallax_gen.codegen.calling import Call, Inputs, Saved
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.config import (
+    DecodeConfig,
+    DkDvConfig,
+    DqDrConfig,
+    ForwardConfig,
+    KernelConfig,
+    PreprocessConfig,
+)
 from parallax_gen.problem.heuristics import default_config
-from parallax_gen.problem.reference import Reference, why_wrong
+from parallax_gen.problem.reference import why_wrong
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
@@ -30,6 +38,9 @@ pytestmark = pytest.mark.gpu
 
 FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
 DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=6, merge="last", num_warps=2, num_stages=3)
+PREPROCESS = PreprocessConfig(BLOCK_M=32, num_warps=4)
+DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
+DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
 UNSPLIT = replace(DECODE, NUM_SPLITS=1, merge="none")
 MERGES = [UNSPLIT, DECODE, replace(DECODE, merge="kernel")]
 
@@ -54,8 +65,10 @@ def launcher(spec: KernelSpec, config: KernelConfig, call: Call) -> Callable[[],
 def compiles_quickly(case: Case) -> bool:
     """Without tensor cores a larger fp32 tile spills kilobytes a thread, and compiles for half a minute."""
     config = case.config
-    rows = config.BLOCK_M if isinstance(config, ForwardConfig) else 2 * config.BLOCK_H
-    return case.spec.dtype != "fp32" or rows * config.BLOCK_N * case.spec.head_dim <= 1 << 17
+    if case.spec.dtype != "fp32" or isinstance(config, PreprocessConfig):  # which multiplies no matrices
+        return True
+    rows = 2 * config.BLOCK_H if isinstance(config, DecodeConfig) else config.BLOCK_M
+    return rows * config.BLOCK_N * case.spec.head_dim <= 1 << 17
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -141,11 +154,9 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
     expected = verify.oracle(spec, inputs)
     inputs.q, inputs.r = strategies.far_apart(inputs.q, inputs.r, 1, 1 << 22)
     call = verify.poisoned(spec, FORWARD, inputs)
-    call.out, v_mean = strategies.far_apart(call.out, call.stats[2], 1, 1 << 22)
-    call.stats = (*call.stats[:2], v_mean)
+    call.written["out"], call.written["v_mean"] = strategies.far_apart(call.out, call.written["v_mean"], 1, 1 << 22)
     launcher(spec, FORWARD, call)()
-    assert why_wrong(call.out, expected.out, spec.dtype) is None
-    assert why_wrong(v_mean, expected.v_mean, spec.dtype) is None
+    assert verify.judge(call, expected).wrong is None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -170,13 +181,16 @@ def test_without_probes_it_is_softmax_attention(
     softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
     assert why_wrong(call.out, softmax.double(), dtype) is None
     if spec.stats:
-        assert torch.equal(call.out, call.stats[2])  # v_mean, to the bit
+        assert torch.equal(call.out, call.written["v_mean"])  # v_mean, to the bit
 
 
 KERNELS = [
     pytest.param(
         KernelSpec("forward", 64, "bf16", group=2, causal=True), FORWARD, Shape(2, 8, 4, 500, 500), id="forward"
     ),
+    pytest.param(KernelSpec("preprocess", 64, "bf16"), PREPROCESS, Shape(2, 8, 8, 500, 500), id="preprocess"),
+    pytest.param(KernelSpec("dkdv", 64, "bf16", group=2, causal=True), DKDV, Shape(2, 8, 4, 500, 500), id="dkdv"),
+    pytest.param(KernelSpec("dqdr", 64, "bf16", group=2, causal=True), DQDR, Shape(2, 8, 4, 500, 500), id="dqdr"),
     *(
         pytest.param(KernelSpec("decode", 64, "bf16", group=12, ragged=True), c, Shape(8, 96, 8, 1, 1000), id=c.merge)
         for c in MERGES
@@ -184,22 +198,37 @@ KERNELS = [
 ]
 
 
-def wrong_after(call: Call, expected: Reference, dtype: str) -> str | None:
-    """What is wrong with a call's output, or with the counters it leaves, once all that was launched is done."""
+def poison(call: Call) -> None:
+    for tensor in call.written.values():
+        tensor.fill_(verify.POISON)
+
+
+def copy_into(held: Inputs | Saved, fresh: Inputs | Saved) -> None:
+    """Every tensor of `fresh` into the same memory as before; sizes and lengths that are ints are the same."""
+    for name, value in vars(fresh).items():
+        before = getattr(held, name)
+        if isinstance(value, Tensor):
+            before.copy_(value)
+        elif isinstance(value, Saved):
+            copy_into(before, value)
+        else:
+            assert before == value, name
+
+
+def wrong_after(call: Call, expected: verify.Expected) -> str | None:
+    """What is wrong with a call's outputs, or with the counters it leaves, once all that was launched is done."""
     torch.cuda.synchronize()
-    if len(call.scratch) == 2 and bool(call.scratch[1].any()):
-        return "its counters are not back at 0"
-    return why_wrong(call.out, expected.out, dtype)
+    return verify.judge(call, expected).wrong
 
 
 @pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
 def test_two_streams_at_once(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
-    """Each with inputs, output and scratch of its own, launched many times in turn."""
+    """Each with inputs, outputs and scratch of its own, launched many times in turn."""
     calls = [verify.poisoned(spec, config, inputs_of(spec, shape, seed)) for seed in (1, 2)]
     expected = [verify.oracle(spec, call.inputs) for call in calls]
     launches = [launcher(spec, config, call) for call in calls]
     launches[0]()  # compiles
-    calls[0].out.fill_(verify.POISON)
+    poison(calls[0])
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in calls]
     for _ in range(100):
@@ -207,7 +236,7 @@ def test_two_streams_at_once(spec: KernelSpec, config: KernelConfig, shape: Shap
             with torch.cuda.stream(stream):
                 launch()
     for call, reference in zip(calls, expected, strict=True):
-        assert wrong_after(call, reference, spec.dtype) is None
+        assert wrong_after(call, reference) is None
 
 
 @pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
@@ -222,9 +251,7 @@ def test_a_captured_launch_replays(spec: KernelSpec, config: KernelConfig, shape
         launch()
     for seed in (2, 3):
         fresh = inputs_of(spec, shape, seed)
-        for name, tensor in vars(fresh).items():
-            if tensor is not None:
-                getattr(call.inputs, name).copy_(tensor)
-        call.out.fill_(verify.POISON)
+        copy_into(call.inputs, fresh)
+        poison(call)
         graph.replay()
-        assert wrong_after(call, verify.oracle(spec, fresh), spec.dtype) is None
+        assert wrong_after(call, verify.oracle(spec, fresh)) is None

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.reference import assert_close, reference_forward
+from parallax_gen.problem.reference import assert_close, reference_forward, reference_varlen_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
@@ -24,6 +24,20 @@ def normal(*size: int) -> Tensor:
 def whole() -> dict[str, Any]:
     """Arguments of parallax_attn_func."""
     return {"q": normal(2, 5, 4, 64), "r": normal(2, 5, 4, 64) / 8, "k": normal(2, 7, 2, 64), "v": normal(2, 7, 2, 64)}
+
+
+def packed() -> dict[str, Any]:
+    """Arguments of parallax_attn_varlen_func: sequences of 2, 0 and 3 queries, and 3, 1 and 3 keys."""
+    return {
+        "q": normal(5, 4, 64),
+        "r": normal(5, 4, 64) / 8,
+        "k": normal(7, 2, 64),
+        "v": normal(7, 2, 64),
+        "cu_seqlens_q": torch.tensor([0, 2, 2, 5], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 3, 4, 7], dtype=torch.int32),
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 3,
+    }
 
 
 def cached() -> dict[str, Any]:
@@ -40,6 +54,41 @@ def test_whole_sequences_give_the_reference_and_its_statistics() -> None:
         assert_close(found, wanted, "fp32")
     assert out.dtype == torch.float32
     assert lse.shape == t_mean.shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize("window_size", [1, 3, 6])
+def test_a_window_keeps_the_last_keys(window_size: int) -> None:
+    given = whole()
+    out = parallax_attn_func(**given, causal=True, window_size=window_size)
+    assert_close(out, reference_forward(**given, causal=True, window_size=window_size).out, "fp32")
+    assert (out - parallax_attn_func(**given, causal=True)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("window_size", [7, 8, 10**9])
+def test_a_window_that_holds_every_key_is_none(window_size: int) -> None:
+    given = whole()
+    windowed = parallax_attn_func(**given, causal=True, window_size=window_size)
+    assert torch.equal(windowed, parallax_attn_func(**given, causal=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 2, "softmax_scale": 0.3}])
+def test_packed_sequences_give_the_reference_and_its_statistics(options: dict[str, Any]) -> None:
+    given = packed()
+    found = parallax_attn_varlen_func(**given, **options, return_stats=True)
+    del given["max_seqlen_q"], given["max_seqlen_k"]
+    for x, wanted in zip(found, reference_varlen_forward(**given, **options), strict=True):
+        assert_close(x, wanted, "fp32")
+    assert found[1].shape == found[2].shape == (4, 5)
+
+
+def test_without_queries_or_keys_packed_sequences_give_zeros() -> None:
+    given = packed()
+    none, zeros = torch.zeros(0, 2, 64), torch.zeros(4, dtype=torch.int32)
+    out = parallax_attn_varlen_func(**{**given, "k": none, "v": none, "cu_seqlens_k": zeros, "max_seqlen_k": 0})
+    assert torch.equal(out, torch.zeros(5, 4, 64))
+    no_batch = {"cu_seqlens_q": zeros[:1], "cu_seqlens_k": zeros[:1], "max_seqlen_q": 0, "max_seqlen_k": 0}
+    empty = {"q": torch.zeros(0, 4, 64), "r": torch.zeros(0, 4, 64), "k": none, "v": none}
+    assert parallax_attn_varlen_func(**empty, **no_batch).shape == (0, 4, 64)
 
 
 def test_out_is_written_and_returned() -> None:
@@ -97,21 +146,76 @@ def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
         ({"softmax_scale": float("nan")}, "softmax_scale"),
         ({"softmax_scale": "1"}, "softmax_scale"),
         ({"causal": 2}, "causal"),
+        ({"q": torch.zeros(2, 5, 4, 64, dtype=torch.float64)}, "q"),
+        ({"q": torch.zeros(2, 5, 4, 64).expand(2, 5, 4, 64).transpose(2, 3)}, "q"),
+        ({"softmax_scale": -1}, "softmax_scale"),
+        ({"return_stats": 1}, "return_stats"),
+        ({"recompute_v_mean": None}, "recompute_v_mean"),
+        ({"window_size": 3}, "window_size"),
+        ({"causal": True, "window_size": 0}, "window_size"),
+        ({"causal": True, "window_size": True}, "window_size"),
+        ({"causal": True, "window_size": 2.0}, "window_size"),
+        ({"causal": True, "window_size": (2, 0)}, "window_size"),
         ({"out": torch.zeros(2, 5, 4, 32)}, "out"),
         ({"out": 1}, "out"),
-        ({"q": torch.zeros(2, 5, 4, 64, requires_grad=True)}, "q"),
     ],
 )
-def test_a_bad_argument_is_named(change: dict[str, Any], argument: str) -> None:
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_bad_argument_is_named(change: dict[str, Any], argument: str, gradients: bool) -> None:
+    given = whole()
+    given["v"].requires_grad_(gradients)
     with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
-        parallax_attn_func(**{**whole(), **change})
+        parallax_attn_func(**{**given, **change})
     assert caught.value.argument == argument
 
 
-def test_an_unsupported_head_dim_says_which_are() -> None:
-    q, k = normal(1, 3, 2, 48), normal(1, 3, 2, 48)
-    with pytest.raises(ArgumentError, match=r"head_dim: got 48; allowed: 64, 128"):
-        parallax_attn_func(q, q, k, k)
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"q": torch.zeros(1, 5, 4, 64)}, "q"),
+        ({"r": torch.zeros(5, 2, 64)}, "r"),
+        ({"k": torch.zeros(7, 3, 64)}, "k"),
+        ({"k": torch.zeros(7, 2, 32)}, "k"),
+        ({"v": torch.zeros(6, 2, 64)}, "v"),
+        ({"cu_seqlens_q": None}, "cu_seqlens_q"),
+        ({"cu_seqlens_k": None}, "cu_seqlens_k"),
+        ({"cu_seqlens_q": None, "cu_seqlens_k": None}, "cu_seqlens_q"),
+        ({"cu_seqlens_q": [0, 2, 2, 5]}, "cu_seqlens_q"),
+        ({"cu_seqlens_q": torch.tensor([0, 2, 2, 5])}, "cu_seqlens_q"),
+        ({"cu_seqlens_q": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens_q"),
+        ({"cu_seqlens_k": torch.tensor([0, 7], dtype=torch.int32)}, "cu_seqlens_k"),
+        ({"cu_seqlens_k": torch.zeros(4, 1, dtype=torch.int32)}, "cu_seqlens_k"),
+        ({"cu_seqlens_k": torch.zeros(8, dtype=torch.int32)[::2]}, "cu_seqlens_k"),
+        ({"max_seqlen_q": -1}, "max_seqlen_q"),
+        ({"max_seqlen_q": torch.tensor(3)}, "max_seqlen_q"),
+        ({"max_seqlen_k": None}, "max_seqlen_k"),
+        ({"max_seqlen_k": 3.0}, "max_seqlen_k"),
+        ({"window_size": 2}, "window_size"),
+        ({"out": torch.zeros(5, 2, 64)}, "out"),
+    ],
+)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_bad_argument_of_packed_sequences_is_named(change: dict[str, Any], argument: str, gradients: bool) -> None:
+    given = packed()
+    given["v"].requires_grad_(gradients)
+    with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
+        parallax_attn_varlen_func(**{**given, **change})
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("head_dim", [8, 72, 256])
+def test_head_dims(head_dim: int) -> None:
+    q, k = normal(1, 3, 2, head_dim), normal(1, 3, 1, head_dim)
+    assert_close(parallax_attn_func(q, q / 8, k, k), reference_forward(q, q / 8, k, k).out, "fp32")
+
+
+@pytest.mark.parametrize("head_dim", [0, 4, 60, 264])
+def test_an_unsupported_head_dim_says_which_are(head_dim: int) -> None:
+    x = torch.zeros(1, 3, 2, head_dim)
+    with pytest.raises(ArgumentError, match=f"q: got head_dim {head_dim}; allowed: a multiple of 8 from 8 to 256"):
+        parallax_attn_func(x, x, x, x)
+    with pytest.raises(ArgumentError, match=f"q: got head_dim {head_dim}; allowed: 64 or 128"):
+        parallax_attn_with_kvcache(x[:, :1], x[:, :1], x, x)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +231,7 @@ def test_an_unsupported_head_dim_says_which_are() -> None:
         ({"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens"),
         ({"cache_seqlens": torch.tensor([1], dtype=torch.int32)}, "cache_seqlens"),
         ({"cache_seqlens": torch.tensor([1, 0, 2, 0], dtype=torch.int32)[::2]}, "cache_seqlens"),
+        ({"v_cache": torch.zeros(2, 7, 2, 64, requires_grad=True)}, "v_cache"),
     ],
 )
 def test_a_bad_argument_of_decode_is_named(change: dict[str, Any], argument: str) -> None:
@@ -138,7 +243,9 @@ def test_a_bad_argument_of_decode_is_named(change: dict[str, Any], argument: str
 def test_without_gradients_recorded_inputs_that_need_them_are_fine() -> None:
     given = {name: tensor.requires_grad_() for name, tensor in whole().items()}
     with torch.no_grad():
-        assert torch.isfinite(parallax_attn_func(**given)).all()
+        out = parallax_attn_func(**given)
+    assert torch.isfinite(out).all()
+    assert not out.requires_grad
 
 
 def test_cpu_tensors_warn_once() -> None:

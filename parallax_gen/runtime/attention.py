@@ -1,0 +1,221 @@
+"""Forward and backward of whole sequences, dense or packed: on CUDA by kernels, on the CPU by the fp64 reference.
+
+What is asked is checked once for its sizes, strides and types, when its plan is made. Nothing here records gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallax_gen.codegen.calling import rows_like, sizes_of
+from parallax_gen.problem.reference import (
+    Gradients,
+    Reference,
+    reference_backward,
+    reference_forward,
+    reference_varlen_backward,
+    reference_varlen_forward,
+)
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.checks import DTYPE_NAMES, FURTHEST_ROW, Request, check_request
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
+
+
+def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: bool = False) -> tuple[Tensor, ...]:
+    """out, and with stats also lse, t̄ and v̄. Raises ArgumentError.
+
+    packed  whether the sequences are; asked shows it too, once it has been checked
+    """
+    key = None
+    try:
+        key = (_key(asked, out), packed, stats)
+        plan = _forwards[key]
+    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
+        check_request(asked, packed, out)
+        plan = _plan_forward(asked, stats)
+        _forwards.remember(key, plan)
+    q = asked.q
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    found: tuple[Tensor, ...] = (out,)
+    if stats:
+        lse, t_mean = (torch.empty(stats_shape(q), dtype=torch.float32, device=q.device) for _ in range(2))
+        found = (out, lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
+    if isinstance(plan, LaunchPlan):
+        plan.launch((*asked.inputs, *found, *asked.starts))
+    elif plan.nothing_seen:
+        fill_unseen(found)
+    else:
+        copy_into(found, _reference_forward(asked))
+    return found
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward left for the backward, all contiguous. v_mean: None to find it again."""
+
+    out: Tensor
+    lse: Tensor
+    t_mean: Tensor
+    v_mean: Tensor | None
+
+
+def backward(do: Tensor, asked: Request, saved: Saved, *, dqdr: bool, dkdv: bool) -> tuple[Tensor, ...]:
+    """The gradients of q and r if dqdr, then those of k and v if dkdv: contiguous, in the inputs' dtype.
+
+    do  the gradient of out, of any strides
+    """
+    if do.stride(-1) != 1 or do.stride(-3) > FURTHEST_ROW:  # as the gradient of a sum is, one number everywhere
+        do = do.contiguous()
+    key = (_key(asked, do), dqdr, dkdv)
+    plan = _backwards.get(key)
+    if plan is None:
+        check_request(asked, packed=bool(asked.starts))
+        plan = _plan_backward(asked, dqdr, dkdv)
+        _backwards.remember(key, plan)
+    wanted = (asked.q, asked.r) * dqdr + (asked.k, asked.v) * dkdv
+    grads = tuple([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted])
+    if isinstance(plan, BackwardPlan):
+        plan.launch(do, asked, saved, grads)
+    elif plan.nothing_seen:
+        for grad in grads:
+            grad.zero_()
+    else:
+        copy_into(grads, _reference_backward(do, asked)[0 if dqdr else 2 :])
+    return grads
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """The backward's kernels in their order; None for gradients that are not wanted."""
+
+    preprocess: LaunchPlan
+    dkdv: LaunchPlan | None
+    dqdr: LaunchPlan | None
+
+    def launch(self, do: Tensor, asked: Request, saved: Saved, grads: tuple[Tensor, ...]) -> None:
+        v_mean = saved.v_mean
+        if v_mean is None:
+            v_mean = forward(asked, packed=bool(asked.starts), stats=True)[3]
+        sequences = 0 if asked.cu_seqlens_q is None else len(asked.cu_seqlens_q) - 1
+        rows = rows_like(saved.lse, sequences)
+        self.preprocess.launch((do, saved.out, v_mean, saved.lse, saved.t_mean, rows, *asked.starts[:1]))
+        if self.dkdv is not None:
+            self.dkdv.launch((*asked.inputs, do, rows, *grads[-2:], *asked.starts))
+        if self.dqdr is not None:
+            self.dqdr.launch((*asked.inputs, do, rows, *grads[:2], *asked.starts))
+
+
+_forwards: Plans[LaunchPlan | HostPlan] = Plans()
+_backwards: Plans[BackwardPlan | HostPlan] = Plans()
+
+
+def stats_shape(q: Tensor) -> tuple[int, ...]:
+    """Of lse and t̄: (batch, heads, seqlen_q), or (heads, total_q) of packed sequences."""
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
+def fill_unseen(found: Sequence[Tensor]) -> None:
+    """Into out, and lse, t̄ and v̄ if they are there, what rows without keys have."""
+    for tensor in found:
+        tensor.zero_()
+    if len(found) > 1:
+        found[1].fill_(-math.inf)
+
+
+def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Into each tensor its value, rounded to its dtype. There may be more values."""
+    for tensor, value in zip(tensors, values, strict=False):
+        tensor.copy_(value)
+
+
+def _key(asked: Request, other: Tensor | None) -> Hashable:
+    """All that a plan depends on: the tensors' sizes, strides and types, the numbers, and torch's switch."""
+    tensors = key_of(*asked[:6], other)
+    return tensors, asked[6:], rounds_to_tf32(asked.q)
+
+
+def rounds_to_tf32(q: Tensor) -> bool:
+    """Whether torch lets fp32 matmuls on q's device round to TF32.
+
+    Of torch's switches this reads the newest, which the older ones set too: to read those raises once it was set.
+    """
+    return q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _plan_forward(asked: Request, stats: bool) -> LaunchPlan | HostPlan:
+    host = _host_plan(asked)
+    if host is not None:
+        return host
+    spec, shape = _problem(asked)
+    return _plan(spec.of("forward") if stats else spec, shape, asked)
+
+
+def _plan_backward(asked: Request, dqdr: bool, dkdv: bool) -> BackwardPlan | HostPlan:
+    host = _host_plan(asked)
+    if host is not None:
+        return host
+    spec, shape = _problem(asked)
+    of_rows = Shape(shape.batch, shape.heads, shape.heads, shape.seqlen_q, shape.seqlen_q)
+    return BackwardPlan(
+        _plan(spec.of("preprocess"), of_rows, asked),
+        _plan(spec.of("dkdv"), shape, asked) if dkdv else None,
+        _plan(spec.of("dqdr"), shape, asked) if dqdr else None,
+    )
+
+
+def _host_plan(asked: Request) -> HostPlan | None:
+    nothing = bool(asked.starts) and (asked.max_seqlen_q == 0 or asked.max_seqlen_k == 0)
+    return HostPlan(nothing_seen=True) if nothing else host_plan(asked.q, asked.k)
+
+
+def _plan(spec: KernelSpec, shape: Shape, asked: Request) -> LaunchPlan:
+    scale = spec.head_dim**-0.5 if asked.softmax_scale is None else asked.softmax_scale
+    sizes = sizes_of(spec, shape.window, shape.seqlen_q, shape.seqlen_kv)
+    return plan_launch(spec, shape, (scale, *sizes), asked.q.device.index)
+
+
+def _problem(asked: Request) -> tuple[KernelSpec, Shape]:
+    """The forward's spec, without statistics, and the sizes."""
+    q, k = asked.q, asked.k
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if asked.cu_seqlens_q is None:
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+    else:
+        batch, seqlen_q, seqlen_k = len(asked.cu_seqlens_q) - 1, asked.max_seqlen_q, asked.max_seqlen_k
+    # A window that holds all keys is none: no kernel of its own.
+    window = 0 if asked.window_size is None or asked.window_size >= seqlen_k else asked.window_size
+    spec = KernelSpec(
+        "forward",
+        q.shape[-1],
+        "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype],
+        group=heads // kv_heads,
+        causal=asked.causal,
+        window=window > 0,
+        varlen=bool(asked.starts),
+    )
+    return spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen_k, window)
+
+
+def _reference_forward(asked: Request) -> Reference:
+    oracle: Callable[..., Reference] = reference_varlen_forward if asked.starts else reference_forward
+    return oracle(*asked.inputs, *asked.starts, **_options(asked))
+
+
+def _reference_backward(do: Tensor, asked: Request) -> Gradients:
+    """On a thread of its own: it differentiates by autograd, which torch has switched off around an operator's code."""
+    oracle: Callable[..., Gradients] = reference_varlen_backward if asked.starts else reference_backward
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(oracle, *asked.inputs, do, *asked.starts, **_options(asked)).result()
+
+
+def _options(asked: Request) -> dict[str, Any]:
+    return {"causal": asked.causal, "window_size": asked.window_size, "softmax_scale": asked.softmax_scale}

@@ -1,0 +1,114 @@
+"""How accurate training steps are where it is hard: rows of 65536 keys, large probes, a first key that takes all.
+
+Against float64, and against the official Triton kernels where they can be imported (`parallax.triton`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen.cli import steps
+from parallax_gen.codegen.calling import Inputs
+from parallax_gen.problem.reference import (
+    Gradients,
+    assert_close,
+    errors,
+    gradient_sizes,
+    reference_backward,
+    reference_forward,
+    tolerance,
+)
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import verify
+
+pytestmark = pytest.mark.gpu
+
+LONG = 65536
+MHA = KernelSpec("forward", 128, "bf16", causal=True, stats=True)
+Prepare = Callable[[Inputs], None]
+
+
+def normal(x: Inputs) -> None:
+    """As they are: s and t of unit variance."""
+
+
+def large_probes(x: Inputs) -> None:
+    x.r.mul_(8)
+
+
+def sink(x: Inputs) -> None:
+    """A first key that weighs as much as e^14 others, most of what 65536 of them do, and whose t is about 160."""
+    x.q[..., 0], x.r[..., 0], x.k[..., 0] = 8, 8, 0
+    x.k[:, 0, :, 0] = 20
+
+
+def sink_of_large_probes(x: Inputs) -> None:
+    large_probes(x)
+    sink(x)
+
+
+HARD = (normal, large_probes, sink, sink_of_large_probes)
+
+
+def inputs_of(spec: KernelSpec, shape: Shape, prepare: Prepare) -> Inputs:
+    inputs = verify.random_inputs_of(spec, shape, seed=5, device="cuda")
+    prepare(inputs)
+    generator = torch.Generator("cuda").manual_seed(6)
+    inputs.do = torch.randn(inputs.q.shape, device="cuda", generator=generator).to(inputs.q.dtype)
+    return inputs
+
+
+def expected_of(x: Inputs) -> tuple[Tensor, Gradients]:
+    assert x.do is not None
+    out = reference_forward(x.q, x.r, x.k, x.v, causal=True).out
+    return out, reference_backward(x.q, x.r, x.k, x.v, x.do, causal=True)
+
+
+@pytest.mark.parametrize("prepare", HARD, ids=lambda prepare: prepare.__name__)
+def test_long_rows(prepare: Prepare) -> None:
+    """The last 256 queries of 65536 keys: every one sees nearly all."""
+    spec = KernelSpec("forward", 128, "bf16", group=2, causal=True, stats=True)
+    x = inputs_of(spec, Shape(1, 4, 2, 256, LONG), prepare)
+    assert x.do is not None
+    found = steps.ours_step(spec, x).results()
+    assert all(bool(tensor.isfinite().all()) for tensor in found.values())
+    out, gradients = expected_of(x)
+    assert_close(found["out"], out, "bf16")
+
+    sizes, rows = gradient_sizes(x.q, x.r, x.k, x.v, x.do), x.q.shape[:-1].numel()
+    for name, ref in gradients._asdict().items():
+        if prepare in (sink, sink_of_large_probes):
+            # A row with one key has gradients 0, each the difference of two numbers of a natural size, which v̄ and o
+            # have in 16 bits. These rows nearly have one key, which takes in what all of them leave: so little is left
+            # of dr and dk that their errors are measured against what they are differences of.
+            natural = float(getattr(sizes, name)) * rows**0.5
+            size = max(float(ref.norm()), natural)
+            assert float((found[name].double() - ref).norm()) <= 2 * tolerance("bf16") * size, name
+        else:
+            of_one = errors(found[name], ref)
+            assert of_one.relative <= 2 * tolerance("bf16"), (name, of_one)
+            assert of_one.worst <= 10 * tolerance("bf16"), (name, of_one)
+
+
+@pytest.mark.parametrize("seqlen", [4096, LONG])
+def test_no_less_accurate_than_the_official_kernels(seqlen: int) -> None:
+    """Causal and square, as theirs are. One test of all inputs: they tune themselves for minutes, once a length."""
+    pytest.importorskip("parallax.triton", reason="the official kernels are not installed: pip install parallax-kernel")
+    heads = 4 if seqlen < LONG else 1
+    larger = {}
+    for prepare in HARD:
+        x = inputs_of(MHA, Shape(1, heads, heads, seqlen, seqlen), prepare)
+        ours, theirs = steps.ours_step(MHA, x).results(), steps.official_triton_step(MHA, x).results()
+        out, gradients = expected_of(x)
+        assert all(bool(tensor.isfinite().all()) for tensor in ours.values()), prepare.__name__
+        for name, ref in {"out": out, **gradients._asdict()}.items():
+            mine, its = errors(ours[name], ref).relative, errors(theirs[name], ref).relative
+            print(f"{seqlen} {prepare.__name__} {name}: {mine:.3g}, the official kernel's {its:.3g}")
+            if mine > 1.02 * its:
+                larger[prepare.__name__, name] = (mine, its)
+    assert not larger

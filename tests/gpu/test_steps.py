@@ -1,0 +1,29 @@
+"""Whole training steps on a card, any that may be asked for, as tests/codegen/test_random_steps.py has them.
+
+In every dtype, and longer. Compiling takes most of the time, some seconds a step. All of them:
+`PARALLAX_GEN_STEPS=0/1 pytest -n 14 tests/gpu/test_steps.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import steps
+import strategies
+from triton.runtime.errors import OutOfResources
+
+from parallax_gen.problem.spec import DTYPES
+from parallax_gen.runtime.dispatch import gpu_of_device
+
+pytestmark = pytest.mark.gpu
+
+LONGEST = 300
+
+
+@pytest.mark.parametrize("seed", steps.seeds())
+def test_a_training_step_agrees_with_float64(seed: int) -> None:
+    gpu = gpu_of_device(0)
+    case = strategies.step_case(seed, DTYPES, gpu, LONGEST)
+    try:
+        assert steps.wrong(case, gpu, "cuda") is None
+    except OutOfResources as error:  # what only compiling can show
+        pytest.skip(f"a kernel of it does not fit this card: {error}")

@@ -1,0 +1,388 @@
+"""Training steps on a card through the public functions: out and its gradients, against the fp64 oracle.
+
+Most tests share one kernel's spec, BASE's, and sequences that fall in one bucket: compiling takes most of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from triton.runtime.jit import JITFunction
+
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.nn import ParallaxAttention
+from parallax_gen.problem.reference import (
+    assert_close,
+    errors,
+    gradient_sizes,
+    reference_backward,
+    reference_forward,
+    reference_varlen_backward,
+    reference_varlen_forward,
+    tolerance,
+)
+
+pytestmark = pytest.mark.gpu
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*size, device="cuda", dtype=dtype)
+
+
+def leaves(
+    rows: tuple[int, ...],
+    keys: tuple[int, ...],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Inputs:
+    """BASE: 2 query heads a kv head, head_dim 64, bf16. t is of unit variance, as s is."""
+    torch.manual_seed(sum(rows) + head_dim)
+    q, r = normal(*rows, heads, head_dim, dtype=dtype), normal(*rows, heads, head_dim, dtype=dtype)
+    k, v = normal(*keys, kv_heads, head_dim, dtype=dtype), normal(*keys, kv_heads, head_dim, dtype=dtype)
+    r.mul_(head_dim**-0.5)
+    for x in (q, r, k, v):
+        x.requires_grad_()
+    return q, r, k, v
+
+
+def assert_gradients_close(
+    grads: Any, wanted: Any, inputs: Inputs, do: Tensor, name: str, window_size: int | None = None
+) -> None:
+    """Twice the forward's tolerance: besides p and p·t a backward rounds g^s and g^t, and b − T is the difference of
+    two sums over o and v̄ as they were kept, each rounded to the input dtype.
+
+    A row that sees few keys, and not the first, which is taken in fp32, has nothing but that rounding in b − T: by |t|
+    roundings, 6 of a gradient's natural size where |t| reaches 4. The same bound as in tests/steps.py.
+    """
+    few = 6.0 if window_size is not None and window_size < 16 else 1.0
+    sizes = gradient_sizes(*[x.detach() for x in inputs], do)
+    for what, x, grad, ref, natural in zip(("dq", "dr", "dk", "dv"), inputs, grads, wanted, sizes, strict=True):
+        assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+        found = errors(grad, ref, few * float(natural))
+        assert found.relative <= 2 * tolerance(name), (what, found)
+        assert found.worst <= 10 * tolerance(name), (what, found)
+
+
+def check(inputs: Inputs, name: str | None = None, recompute_v_mean: bool = False, **options: Any) -> None:
+    """A training step and a call without gradients, dense."""
+    name = name or NAMES[inputs[0].dtype]
+    expected = reference_forward(*[x.detach() for x in inputs], **options)
+    out = parallax_attn_func(*inputs, **options, recompute_v_mean=recompute_v_mean)
+    assert isinstance(out, Tensor)
+    assert_close(out, expected.out, name)
+    do = torch.randn_like(out)
+    wanted = reference_backward(*inputs, do, **options)
+    grads = torch.autograd.grad(out, inputs, do)
+    assert_gradients_close(grads, wanted, inputs, do, name, options.get("window_size"))
+    with torch.no_grad():
+        assert_close(parallax_attn_func(*inputs, **options), expected.out, name)
+
+
+def check_packed(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], longest: int, **options: Any) -> None:
+    starts = [torch.tensor([0, *x], device="cuda").cumsum(0).int() for x in (lengths_q, lengths_k)]
+    out = parallax_attn_varlen_func(*inputs, *starts, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    assert_close(out, reference_varlen_forward(*[x.detach() for x in inputs], *starts, **options).out, "bf16")
+    do = torch.randn_like(out)
+    wanted = reference_varlen_backward(*inputs, do, *starts, **options)
+    assert_gradients_close(torch.autograd.grad(out, inputs, do), wanted, inputs, do, "bf16")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlens", [(300, 300), (257, 350), (350, 257), (1, 300), (300, 1)])
+def test_lengths(seqlens: tuple[int, int], causal: bool) -> None:
+    check(leaves((2, seqlens[0]), (2, seqlens[1])), causal=causal)
+
+
+@pytest.mark.parametrize("window_size", [1, 97, 200, 256, 257, 513, 10**6])
+@pytest.mark.parametrize("seqlens", [(300, 300), (260, 350), (350, 260)])
+def test_windows(seqlens: tuple[int, int], window_size: int) -> None:
+    check(leaves((2, seqlens[0]), (2, seqlens[1])), causal=True, window_size=window_size)
+
+
+def test_windows_of_a_long_sequence() -> None:
+    for window_size in (200, 513, 1000):
+        check(leaves((1, 1300), (1, 1300)), causal=True, window_size=window_size, softmax_scale=0.2)
+
+
+@pytest.mark.parametrize("head_dim", [32, 72, 80, 96, 112, 128, 160, 192, 256])
+def test_head_dims(head_dim: int) -> None:
+    check(leaves((1, 300), (1, 300), head_dim=head_dim), causal=True)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_groups(group: int) -> None:
+    check(leaves((2, 300), (2, 300), heads=2 * group), causal=True)
+
+
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("recompute_v_mean", [False, True])
+def test_dtypes(dtype: torch.dtype, recompute_v_mean: bool) -> None:
+    check(leaves((2, 300), (2, 300), dtype=dtype), causal=True, recompute_v_mean=recompute_v_mean)
+
+
+@pytest.mark.usefixtures("_tf32")
+def test_tf32() -> None:
+    inputs = leaves((2, 300), (2, 300), dtype=torch.float32)
+    check(inputs, "tf32", causal=True)
+    rounded = parallax_attn_func(*inputs, causal=True)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert not torch.equal(rounded, parallax_attn_func(*inputs, causal=True))  # the switch is read in every call
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window_size": 97}, {}])
+def test_packed_sequences(options: dict[str, Any]) -> None:
+    lengths_q, lengths_k = [300, 0, 1, 257, 0, 31, 100, 0], [300, 7, 5, 130, 0, 200, 0, 0]
+    check_packed(leaves((sum(lengths_q),), (sum(lengths_k),)), lengths_q, lengths_k, 300, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
+def test_a_new_packing_compiles_nothing_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(lengths: list[int]) -> None:
+        check_packed(leaves((sum(lengths),), (sum(lengths),)), lengths, lengths, 300, causal=True)
+
+    compiled = []
+    compile_one = JITFunction._do_compile
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(self.__name__)
+        return compile_one(self, *args, **kwargs)
+
+    step([300, 20, 0, 177])
+    monkeypatch.setattr(JITFunction, "_do_compile", noted)
+    step([299, 16, 33, 1])
+    step([0, 300, 0, 64])
+    step([128, 128, 128, 128])
+    assert compiled == []
+
+    inputs = leaves((512,), (512,))
+    starts = torch.tensor([0, 128, 256, 384, 512], device="cuda", dtype=torch.int32)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = parallax_attn_varlen_func(*inputs, starts, starts, 300, 300, causal=True)
+        assert isinstance(out, Tensor)
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_strides_that_layers_make() -> None:
+    """A fused projection, heads before the sequence, and kv heads shared by expanding them."""
+    fused = normal(2, 300, 8, 64).requires_grad_()
+    heads_first = normal(2, 2, 300, 64).requires_grad_()
+    shared = normal(2, 300, 1, 64).requires_grad_()
+    q, r, k, v = fused[:, :, :4], fused[:, :, 4:] / 8, heads_first.transpose(1, 2), shared.expand(2, 300, 2, 64)
+    given = (fused, heads_first, shared)
+    out = parallax_attn_func(q, r, k, v, causal=True)
+    wanted = reference_forward(q, r, k, v, causal=True).out
+    assert isinstance(out, Tensor)
+    assert_close(out, wanted, "bf16")
+    # A gradient of strides 0. The reference's gradients pass the same views and the division once more.
+    found = torch.autograd.grad(out.sum(), given, retain_graph=True)
+    for grad, ref in zip(found, torch.autograd.grad(wanted.sum(), given), strict=True):
+        assert errors(grad, ref.double()).relative <= 2 * tolerance("bf16")
+
+
+def test_only_gradients_that_are_needed() -> None:
+    inputs = leaves((2, 300), (2, 300))
+    out = parallax_attn_func(*inputs, causal=True)
+    assert isinstance(out, Tensor)
+    every = torch.autograd.grad(out.sum(), inputs)
+    for needed in ((0,), (1, 2), (3,)):
+        given = [x.detach().requires_grad_(place in needed) for place, x in enumerate(inputs)]
+        out = parallax_attn_func(*given, causal=True)
+        assert isinstance(out, Tensor)
+        out.sum().backward()
+        for place, x in enumerate(given):
+            assert (x.grad is not None) == (place in needed)
+            assert x.grad is None or torch.equal(x.grad, every[place])  # and the same in every run
+
+
+def test_r_zero_is_softmax_attention_and_so_are_its_gradients() -> None:
+    q, r, k, v = leaves((2, 300), (2, 300))
+    r = torch.zeros_like(r).requires_grad_()
+    out = parallax_attn_func(q, r, k, v, causal=True)
+    assert isinstance(out, Tensor)
+    do = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, r, k, v), do)
+    heads_first = [x.double().transpose(1, 2) for x in (q, k, v)]
+    softmax = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert_close(out, softmax, "bf16")
+    dq, dk, dv = torch.autograd.grad(softmax, (q, k, v), do.double())
+    dr = reference_backward(q, r, k, v, do, causal=True).dr
+    assert dr.abs().max() > 0
+    assert_gradients_close(grads, (dq.double(), dr, dk.double(), dv.double()), (q, r, k, v), do, "bf16")
+
+
+def test_a_layer_that_starts_as_softmax_attention_learns_r() -> None:
+    layer = ParallaxAttention(
+        256, 4, 2, rope_theta=1e4, qk_norm=True, zero_init_r=True, device="cuda", dtype=torch.bfloat16
+    )
+    x = normal(2, 300, 256)
+    layer(x).sum().backward()
+    assert layer.r_proj.weight.grad is not None
+    assert layer.r_proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 97}])
+def test_extreme_inputs_give_no_nan(options: dict[str, Any]) -> None:
+    """Probes eight times as large, and a first key that outweighs all others, in score and in t."""
+    q, r, k, v = leaves((2, 300), (2, 300))
+    with torch.no_grad():
+        r.mul_(8)
+        k[:, 0] = 30 * q[:, -1, ::2]
+    out = parallax_attn_func(q, r, k, v, **options)
+    assert isinstance(out, Tensor)
+    grads = torch.autograd.grad(out, (q, r, k, v), torch.randn_like(out))
+    assert all(bool(x.isfinite().all()) for x in (out, *grads))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    inputs = leaves((2, 300), (2, 300))
+
+    def block(*x: Tensor) -> Tensor:
+        out = parallax_attn_func(*x, causal=True)
+        assert isinstance(out, Tensor)
+        return out * 2
+
+    do = torch.randn_like(inputs[0])
+    wanted = torch.autograd.grad(block(*inputs), inputs, do)
+    checkpoint(block, *inputs, use_reentrant=use_reentrant).backward(do)
+    for x, ref in zip(inputs, wanted, strict=True):
+        assert x.grad is not None
+        assert torch.equal(x.grad, ref)
+
+
+def test_autocast() -> None:
+    inputs = leaves((2, 300), (2, 300), dtype=torch.float32)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = parallax_attn_func(*inputs, causal=True)
+    assert isinstance(out, Tensor)
+    assert out.dtype == torch.bfloat16
+    cast = [x.bfloat16() for x in inputs]
+    assert torch.equal(out, parallax_attn_func(*cast, causal=True))
+    do = torch.randn_like(out)
+    wanted = reference_backward(*cast, do, causal=True)
+    assert_gradients_close(torch.autograd.grad(out, inputs, do), wanted, inputs, do, "bf16")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+def test_compiled_in_one_graph_for_every_length() -> None:
+    torch._dynamo.reset()
+    layer = ParallaxAttention(256, 4, 2, device="cuda", dtype=torch.bfloat16)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for seqlen in (300, 257, 350):
+        x = normal(2, seqlen, 256).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 1)
+        found, wanted = compiled(x), layer(x)
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+        do = torch.randn_like(wanted)
+        grads = [torch.autograd.grad(y, (x, *layer.parameters()), do) for y in (found, wanted)]
+        for a, b in zip(*grads, strict=True):
+            assert errors(a, b.double()).relative < 2 * tolerance("bf16")
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_in_a_cuda_graph(packed: bool) -> None:
+    inputs = leaves((600,), (600,)) if packed else leaves((2, 300), (2, 300))
+    starts = torch.tensor([0, 300, 600], device="cuda", dtype=torch.int32)
+    do = torch.randn_like(inputs[0])
+
+    def step() -> tuple[Tensor, ...]:
+        if packed:
+            out = parallax_attn_varlen_func(*inputs, starts, starts, 300, 300, causal=True)
+        else:
+            out = parallax_attn_func(*inputs, causal=True)
+        assert isinstance(out, Tensor)
+        return (out.detach(), *torch.autograd.grad(out, inputs, do))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for middle in (300, 320, 500):
+        with torch.no_grad():
+            for x in (*inputs, do):
+                x.copy_(torch.randn_like(x) / 4)
+        starts[1] = middle if middle <= 300 else 300
+        graph.replay()
+        for found, wanted in zip(captured, step(), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def last_of_a_batch(inputs: Inputs, out: Tensor, grads: tuple[Tensor, ...], do: Tensor) -> None:
+    """Whether the last two sequences are right."""
+    some = tuple(x.detach()[-2:] for x in inputs)
+    assert_close(out[-2:], reference_forward(*some, causal=True).out, "bf16")
+    wanted = reference_backward(*some, do[-2:], causal=True)
+    assert_gradients_close([x[-2:] for x in grads], wanted, some, do[-2:], "bf16")  # type: ignore[arg-type]
+
+
+def test_more_heads_in_all_than_a_grid_has_rows() -> None:
+    inputs = leaves((17_500, 33), (17_500, 33))
+    out = parallax_attn_func(*inputs, causal=True)
+    assert isinstance(out, Tensor)
+    do = torch.randn_like(out)
+    last_of_a_batch(inputs, out, torch.autograd.grad(out, inputs, do), do)
+
+
+def enough_memory(gigabytes: int) -> None:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < gigabytes << 30:
+        pytest.skip(f"needs {gigabytes} GB of free memory")
+
+
+def test_tensors_of_more_than_2_31_elements() -> None:
+    enough_memory(50)
+    batch = 2**31 // (33 * 16 * 64) + 10
+    inputs = leaves((batch, 33), (batch, 33), heads=16, kv_heads=8)
+    assert inputs[0].numel() > 2**31
+    out = parallax_attn_func(*inputs, causal=True)
+    assert isinstance(out, Tensor)
+    do = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, do)
+    last_of_a_batch(inputs, out, grads, do)
+
+
+def test_rows_further_apart_than_2_31_elements_in_all() -> None:
+    enough_memory(12)
+    stride = 2**23
+    memory = torch.empty(300 * stride, device="cuda", dtype=torch.bfloat16)
+    inputs = []
+    for place, x in enumerate(leaves((1, 300), (1, 300))):
+        _, seqlen, heads, head_dim = x.shape
+        far = memory[place * 4096 :].as_strided((1, seqlen, heads, head_dim), (0, stride, head_dim, 1))
+        inputs.append(far.copy_(x.detach()).requires_grad_())
+    q, r, k, v = inputs
+    check((q, r, k, v), causal=True)
+    check((q, r, k, v))

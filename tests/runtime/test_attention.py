@@ -1,0 +1,204 @@
+"""What the public functions launch: the kernels, in Triton's CPU interpreter, and stand-ins that take notes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from attention_samples import Sample, dense, packed
+from torch import Tensor
+
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.calling import Scratch
+from parallax_gen.codegen.render import render
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.reference import assert_close, reference_forward, reference_varlen_forward
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime import attention
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans
+
+Launch = tuple[KernelSpec, Shape, tuple[float, ...], list[tuple[Tensor, ...]]]
+
+
+class Noted(LaunchPlan):
+    """A plan that notes each launch's tensors, and launches in the interpreter if it has a module."""
+
+    def __init__(self, module: Any, numbers: tuple[float, ...], launched: list[tuple[Tensor, ...]]):
+        super().__init__(module, numbers, 0, Scratch())
+        self.launched = launched
+
+    def launch(self, tensors: tuple[Tensor, ...]) -> None:
+        self.launched.append(tensors)
+        self._module.launch(*tensors, *self._numbers)
+
+
+def on_kernels(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]:
+    """Plan CPU tensors' calls as CUDA tensors' are; the plans made are noted."""
+    plans: list[Launch] = []
+
+    def plan_launch(spec: KernelSpec, shape: Shape, numbers: tuple[float, ...], device: object) -> LaunchPlan:
+        launched: list[tuple[Tensor, ...]] = []
+        plans.append((spec, shape, numbers, launched))
+        module: Any = SimpleNamespace(launch=lambda *_: None)
+        if interpret:
+            module = load(render(spec, default_config(spec, shape, GPUS["h200"]), GPUS["h200"]))
+        return Noted(module, numbers, launched)
+
+    def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
+        return None if q.numel() and k.numel() else HostPlan(nothing_seen=True)
+
+    monkeypatch.setattr(attention, "plan_launch", plan_launch)
+    monkeypatch.setattr(attention, "host_plan", host_plan)
+    monkeypatch.setattr(attention, "_forwards", Plans())
+    monkeypatch.setattr(attention, "_backwards", Plans())
+    return plans
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    return on_kernels(monkeypatch, interpret=False)
+
+
+def attend(sample: Sample, **options: Any) -> Any:
+    function: Any = parallax_attn_varlen_func if sample.lengths else parallax_attn_func
+    return function(*sample.inputs, *sample.lengths, **options)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")
+@pytest.mark.parametrize(
+    ("make", "recompute_v_mean", "options"),
+    [
+        (dense, False, {}),
+        (dense, True, {"causal": True, "window_size": 2, "softmax_scale": 0.4}),
+        (packed, False, {"causal": True}),
+        (packed, True, {"causal": True, "window_size": 3}),
+    ],
+)
+def test_kernels_give_the_definition_and_its_gradients(
+    make: Any, recompute_v_mean: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_kernels(monkeypatch, interpret=True)
+    sample = make()
+    oracle: Any = reference_varlen_forward if sample.lengths else reference_forward
+    expected = oracle(*sample.inputs, *sample.lengths[:2], **options)
+    found = attend(sample, **options, recompute_v_mean=recompute_v_mean, return_stats=True)
+    for x, wanted in zip(found, expected, strict=True):
+        assert_close(x.exp() if x is found[1] else x, wanted.exp() if x is found[1] else wanted, "fp32")
+    do = torch.randn(2, *found[0].shape).transpose(0, 1)[:, 0]  # strides of its own
+    grads = torch.autograd.grad(found[0], sample.inputs, do)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected.out, sample.inputs, do.double()), strict=True):
+        assert_close(grad, wanted.double(), "fp32")
+    with torch.no_grad():
+        assert_close(attend(sample, **options), expected.out, "fp32")
+
+
+def ops_of(plans: list[Launch]) -> list[str]:
+    return [spec.op for spec, *_ in plans]
+
+
+def test_only_kernels_of_gradients_that_are_needed_are_launched(noted: list[Launch]) -> None:
+    sample = dense()
+    out = attend(sample)
+    torch.autograd.grad(out.sum(), sample.inputs[0], retain_graph=True)
+    torch.autograd.grad(out.sum(), sample.inputs)
+    assert ops_of(noted) == ["forward", "preprocess", "dkdv", "dqdr"]  # both backwards: torch asks by requires_grad
+    assert noted[0][0].stats
+    del noted[:]
+    for x in sample.inputs[2:]:
+        x.requires_grad_(False)
+    attend(sample).sum().backward()
+    assert ops_of(noted) == ["preprocess", "dqdr"]
+    del noted[:]
+    for place, x in enumerate(sample.inputs):
+        x.requires_grad_(place == 3)
+    attend(sample).sum().backward()
+    assert ops_of(noted) == ["preprocess", "dkdv"]
+    for x in sample.inputs:
+        x.requires_grad_(False)
+    del noted[:]
+    attend(sample)
+    assert not noted[0][0].stats
+
+
+def test_a_plan_is_made_once_for_the_same_sizes(noted: list[Launch]) -> None:
+    for _ in range(3):
+        sample = packed()
+        attend(sample, causal=True).sum().backward()
+    assert ops_of(noted) == ["forward", "preprocess", "dkdv", "dqdr"]
+    assert [len(launched) for *_, launched in noted] == [3] * 4
+
+
+def test_a_new_packing_of_the_same_total_needs_no_new_plan(noted: list[Launch]) -> None:
+    sample = packed()
+    for end in (2, 4, 9):
+        starts = sample.lengths[0].clamp(max=end)  # type: ignore[union-attr,misc]
+        attend(Sample(sample.inputs, (starts, *sample.lengths[1:])))  # type: ignore[arg-type]
+    assert len(noted) == 1
+
+
+def test_the_spec_and_the_numbers_of_packed_sequences(noted: list[Launch]) -> None:
+    sample = packed()
+    attend(sample, causal=True, window_size=3, softmax_scale=0.5).sum().backward()
+    forward, preprocess, dkdv, dqdr = noted
+    spec = KernelSpec("forward", 16, "fp32", group=2, causal=True, stats=True, window=True, varlen=True)
+    shape = Shape(5, 4, 2, 5, 7, 3)
+    assert forward[:3] == (spec, shape, (0.5, 3, 5))
+    assert dkdv[:3] == (spec.of("dkdv"), shape, (0.5, 3, 7))
+    assert dqdr[:3] == (spec.of("dqdr"), shape, (0.5, 3, 5))
+    assert preprocess[:3] == (KernelSpec("preprocess", 16, "fp32", varlen=True), Shape(5, 4, 4, 5, 5), (0.5, 5))
+    do, out, v_mean, lse, t_mean, rows, starts = preprocess[3][0]
+    assert do.shape == out.shape == v_mean.shape == (9, 4, 16)
+    assert lse.shape == t_mean.shape == (4, 9)
+    assert rows.shape == (4, 4, 128 + 5 * 128)  # room for each sequence's padding
+    assert torch.equal(starts, sample.lengths[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("window_size", "window"), [(6, 6), (7, 0), (100, 0), (None, 0)])
+def test_a_window_that_holds_every_key_is_no_kernel_of_its_own(
+    noted: list[Launch], window_size: int | None, window: int
+) -> None:
+    attend(dense(), causal=True, window_size=window_size)
+    spec, shape, numbers, _ = noted[0]
+    assert (spec.window, shape.window) == (window > 0, window)
+    assert numbers == (0.25, window)[: 1 + (window > 0)]
+
+
+def test_tensors_without_elements_launch_nothing(noted: list[Launch]) -> None:
+    for sizes in ((0, 7), (5, 0)):
+        attend(dense(*sizes)).sum().backward()
+    inputs, (starts, *_) = packed()
+    attend(Sample(inputs, (starts, torch.zeros_like(starts), 5, 0))).sum().backward()
+    assert noted == []
+
+
+# torch's three switches, in order of age, and whether they let fp32 matmuls round to TF32. The newest is last to be
+# read here: once it was set, torch refuses to read the others.
+SWITCHES = {
+    "pass": False,
+    "torch.backends.cuda.matmul.allow_tf32 = True": True,
+    "torch.backends.cuda.matmul.allow_tf32 = False": False,
+    "torch.set_float32_matmul_precision('high')": True,
+    "torch.set_float32_matmul_precision('highest')": False,
+    "torch.set_float32_matmul_precision('medium')": True,
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'": False,
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": True,
+    "torch.backends.cuda.matmul.fp32_precision = 'none'": False,
+    "torch.backends.fp32_precision = 'tf32'": True,
+}
+
+
+def test_fp32_rounds_to_tf32_where_torch_lets_it() -> None:
+    lines = ["import torch", "from types import SimpleNamespace as S"]
+    lines += ["from parallax_gen.runtime.attention import rounds_to_tf32"]
+    for switch in SWITCHES:
+        lines += [switch, "print(*[rounds_to_tf32(S(dtype=d, is_cuda=True)) for d in (torch.float32, torch.half)])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{rounds} False" for rounds in SWITCHES.values()]

@@ -1,0 +1,106 @@
+"""The public functions and the layer under torch.compile: one graph, forward and backward, for every length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from attention_samples import normal
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from parallax_gen import parallax_attn_func
+from parallax_gen.nn import ParallaxAttention
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, backend: str) -> tuple[Any, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+def operators(counter: CompileCounterWithBackend) -> list[str]:
+    """This package's operators in the graphs, in order."""
+    names = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    return [name for name in names if name.startswith("parallax_gen")]
+
+
+def agree(found: Tensor, wanted: Tensor, layer: torch.nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(found, wanted)
+    leaves, do = [x, *layer.parameters()], torch.randn_like(wanted)
+    for a, b in zip(torch.autograd.grad(found, leaves, do), torch.autograd.grad(wanted, leaves, do), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("aot_eager", {"window_size": 5, "qk_norm": True, "rope_theta": 1e4}),
+        ("inductor", {}),
+    ],
+)
+def test_a_layer_is_one_graph_for_every_length(backend: str, options: dict[str, Any]) -> None:
+    layer = ParallaxAttention(32, 4, 2, **options)
+    call, counter = compiled(layer, backend)
+    for seqlen in (7, 9, 4, 2, 17):
+        x = torch.randn(2, seqlen, 32, requires_grad=True)
+        torch._dynamo.mark_dynamic(x, 1)
+        agree(call(x), layer(x), layer, x)
+    assert counter.frame_count == 1
+
+
+def test_a_layer_is_one_graph_for_every_packing() -> None:
+    layer = ParallaxAttention(32, 4, 2, window_size=5, rope_theta=1e4)
+    call, counter = compiled(layer, "aot_eager")
+    graphs = set()
+    for longest, lengths in ((4, (3, 0, 4)), (9, (9, 2, 3)), (7, (5, 6, 7)), (13, (1, 2, 13)), (6, (6, 0, 0))):
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        x = torch.randn(sum(lengths), 32, requires_grad=True)
+        torch._dynamo.mark_dynamic(x, 0)
+        agree(call(x, starts, longest), layer(x, starts, longest), layer, x)
+        graphs.add(counter.frame_count)
+    assert max(graphs) <= 2  # torch takes the first max_seqlen for a constant, the second for any
+
+
+def test_without_gradients_nothing_more_than_out_is_made() -> None:
+    q, k = normal(2, 5, 4, 16), normal(2, 7, 2, 16)
+    call, counter = compiled(lambda q, k: parallax_attn_func(q, q / 4, k, k, causal=True), "aot_eager")
+    out = call(q, k)
+    torch.testing.assert_close(out, parallax_attn_func(q, q / 4, k, k, causal=True))
+    with torch.no_grad():
+        call(q.requires_grad_(), k)
+    assert set(operators(counter)) == {"parallax_gen.attention.default"}
+    call(q, k)
+    assert operators(counter)[-1] == "parallax_gen.attention_with_stats.default"
+
+
+def test_out_and_statistics() -> None:
+    q, k = normal(2, 5, 4, 16), normal(2, 7, 2, 16)
+    call, _ = compiled(lambda out: parallax_attn_func(q, q / 4, k, k, out=out, return_stats=True), "aot_eager")
+    out = torch.empty_like(q)
+    found = call(out)
+    for a, b in zip(found, parallax_attn_func(q, q / 4, k, k, return_stats=True), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(out, found[0])
+
+
+def test_under_autocast() -> None:
+    layer = ParallaxAttention(32, 4, 2, qk_norm=True)
+    call, _ = compiled(layer, "aot_eager")
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = call(x), layer(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert x.grad is not None

@@ -1,0 +1,151 @@
+"""The layer: softmax attention where r is 0, one result dense or packed, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+import parallax_gen
+from parallax_gen.errors import ArgumentError
+from parallax_gen.nn import ParallaxAttention
+from parallax_gen.problem.reference import reference_forward
+
+pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"causal": False},
+    {"num_kv_heads": 2, "window_size": 3, "rope_theta": 1e4},
+    {"num_kv_heads": 1, "head_dim": 16, "qk_norm": True, "rope_theta": 1e4, "bias": True, "softmax_scale": 0.2},
+]
+
+
+def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """By complex numbers: x (batch, seqlen, heads, head_dim)."""
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    angles = positions[:, None, None] * theta ** (-torch.arange(half) / half)
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1).float()
+
+
+def by_hand(layer: ParallaxAttention, x: Tensor, options: dict[str, Any], softmax: bool = False) -> Tensor:
+    """What the layer should give for x (batch, seqlen, hidden_size), by other means."""
+    projections = (layer.q_proj, layer.r_proj, layer.k_proj, layer.v_proj)
+    q, r, k, v = (project(x).unflatten(-1, (-1, layer.head_dim)) for project in projections)
+    if options.get("qk_norm"):
+        q = rms_norm(q, (layer.head_dim,), layer.q_norm.weight)
+        k = rms_norm(k, (layer.head_dim,), layer.k_norm.weight)
+    if options.get("rope_theta"):
+        q, r, k = (rotated(y, torch.arange(x.shape[1]), options["rope_theta"]) for y in (q, r, k))
+    causal, window = options.get("causal", True), options.get("window_size")
+    scale = options.get("softmax_scale", layer.head_dim**-0.5)
+    if not softmax:
+        out = reference_forward(q, r, k, v, causal=causal, window_size=window, softmax_scale=scale).out.float()
+        return layer.o_proj(out.flatten(-2))
+    ones = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    visible = ones.tril() if causal else ones
+    if window:
+        visible &= ~ones.tril(-window)
+    heads_first = (y.transpose(1, 2) for y in (q, k, v))
+    out = scaled_dot_product_attention(*heads_first, attn_mask=visible, scale=scale, enable_gqa=True)
+    return layer.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_layer_is_attention_of_its_projections(options: dict[str, Any]) -> None:
+    layer = ParallaxAttention(32, 4, **options)
+    x = torch.randn(2, 7, 32)
+    out = layer(x)
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, by_hand(layer, x, options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_with_r_zero_it_is_softmax_attention_and_gradients_reach_r(options: dict[str, Any]) -> None:
+    layer = ParallaxAttention(32, 4, **options, zero_init_r=True)
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    others = [x, *(p for name, p in layer.named_parameters() if not name.startswith("r_proj"))]
+    found, wanted = layer(x), by_hand(layer, x, options, softmax=True)
+    torch.testing.assert_close(found, wanted)
+    do = torch.randn_like(found)
+    grads = torch.autograd.grad(found, others, do, retain_graph=True)
+    torch.testing.assert_close(grads, torch.autograd.grad(wanted, others, do), rtol=1e-4, atol=1e-5)
+    found.backward(do)
+    gradient = layer.r_proj.weight.grad
+    assert gradient is not None
+    assert gradient.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_packed_sequences_give_what_each_gives_alone(options: dict[str, Any]) -> None:
+    layer = ParallaxAttention(32, 4, **options)
+    lengths = (3, 0, 1, 6, 0)
+    x = torch.randn(sum(lengths), 32)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    found = layer(x, starts, 6)
+    assert found.shape == x.shape
+    for one, alone in zip(found.split(lengths), x.split(lengths), strict=True):
+        torch.testing.assert_close(one, layer(alone[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_relative_and_may_begin_anywhere() -> None:
+    layer = ParallaxAttention(32, 4, rope_theta=100.0)
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(layer(x, position_offset=1000), layer(x), rtol=1e-3, atol=1e-4)
+    offsets = torch.tensor([[0], [1000]])
+    torch.testing.assert_close(layer(x, position_offset=offsets), layer(x), rtol=1e-3, atol=1e-4)
+    one_sequence = torch.tensor([0, 14], dtype=torch.int32)
+    whole = layer(x.flatten(0, 1), one_sequence, 14)
+    torch.testing.assert_close(whole, layer(x.reshape(1, 14, 32))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_drawing_weights_anew_keeps_r_at_zero() -> None:
+    layer = ParallaxAttention(32, 4, bias=True, zero_init_r=True)
+    before = layer.q_proj.weight.clone()
+    layer.reset_parameters()
+    assert not torch.equal(before, layer.q_proj.weight)
+    assert not any(p.any() for p in layer.r_proj.parameters())
+
+
+def test_dtype_and_submodules() -> None:
+    layer = parallax_gen.nn.ParallaxAttention(32, 4, 2, qk_norm=True, dtype=torch.bfloat16, rope_theta=1e4)
+    assert layer(torch.randn(2, 5, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    names = {name.split(".")[0] for name, _ in layer.named_parameters()}
+    assert names == {"q_proj", "r_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+    assert "num_kv_heads=2" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ({"hidden_size": 0, "num_heads": 4}, "hidden_size"),
+        ({"hidden_size": 32, "num_heads": 0}, "num_heads"),
+        ({"hidden_size": 32, "num_heads": 4, "num_kv_heads": 3}, "num_kv_heads"),
+        ({"hidden_size": 30, "num_heads": 4}, "head_dim"),
+        ({"hidden_size": 32, "num_heads": 4, "head_dim": 12}, "head_dim"),
+        ({"hidden_size": 32, "num_heads": 4, "causal": False, "window_size": 3}, "window_size"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        ParallaxAttention(**arguments)
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ((torch.zeros(7, 32),), "x"),
+        ((torch.zeros(1, 7, 32), torch.tensor([0, 7], dtype=torch.int32), 7), "x"),
+        ((torch.zeros(7, 32), torch.tensor([0, 7], dtype=torch.int32)), "max_seqlen"),
+    ],
+)
+def test_a_bad_argument_of_a_call_is_named(arguments: tuple[Any, ...], argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        ParallaxAttention(32, 4)(*arguments)
+    assert caught.value.argument == argument
