@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 import parallax_gen
-from parallax_gen.cli.options import Sizes, card_here, flag_options, json_option, shape_option
-from parallax_gen.cli.text import console, number, print_json, print_table, rate_unit
+from parallax_gen.cli.options import (
+    Sizes,
+    card_here,
+    check_flags,
+    flag_options,
+    head_dim_of,
+    json_option,
+    shape_option,
+)
+from parallax_gen.cli.rows import print_means, print_rows, title, to_json, write_csv
+from parallax_gen.cli.text import console, number, print_json, print_table
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, OPS, KernelSpec
+from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.tuning.usual import TRAINING, USUAL_HEAD_DIM, USUAL_TRAINING, Flags, kernels
 
 if TYPE_CHECKING:
     from parallax_gen.cli.compare import Row
 
-OURS = "parallax_gen"
-
 HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time shows
+
+_TRAINED = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
 
 # (head_dim, shape): from few bytes to many, alone and in a batch, MHA and GQA; a training step and a long prompt.
 USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
-    "forward": ((128, Shape(4, 16, 16, 4096, 4096)), (128, Shape(1, 16, 16, 16384, 16384))),
+    "forward": tuple((128, shape) for shape in _TRAINED),
     "decode": (
         *((128, Shape(batch, 8, 8, 1, keys)) for batch in (1, 32) for keys in (512, 1024, 4096, 16384)),
         (128, Shape(1, 32, 8, 1, 16384)),
         (128, Shape(32, 32, 8, 1, 8192)),
         (64, Shape(8, 16, 16, 1, 4096)),
     ),
+    TRAINING: (
+        *((128, shape) for shape in _TRAINED),
+        *((dim, shape) for dim, shapes in USUAL_TRAINING.items() for shape in shapes if shape not in _TRAINED),
+    ),
 }
 
 
 @click.command()
-@click.option("--op", "ops", type=click.Choice(OPS), multiple=True, help="Repeatable. Default: both.")
-@click.option("--head-dim", type=click.Choice(HEAD_DIMS), default=128, show_default=True, help="Of every --shape.")
+@click.option(
+    "--op", "ops", type=click.Choice(tuple(USUAL)), multiple=True, help="Repeatable. Default: forward and decode."
+)
+@click.option(
+    "--head-dim", type=head_dim_of, metavar="N", help="Of every --shape, 128 by default; of the usual ones those of it."
+)
 @click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True)
 @shape_option(multiple=True, more_help="Repeatable. Default: the usual ones.")
 @flag_options
@@ -48,12 +64,10 @@ USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
 @json_option
 def bench(
     ops: tuple[str, ...],
-    head_dim: int,
+    head_dim: int | None,
     dtype: str,
     shapes: tuple[Sizes, ...],
-    causal: bool | None,
-    stats: bool,
-    ragged: bool,
+    flags: Flags,
     only: tuple[str, ...],
     host: bool,
     csv_file: Path | None,
@@ -62,31 +76,37 @@ def bench(
     """Time ours against softmax attention and other Parallax kernels, in one process on the same inputs.
 
     Softmax is what torch has (SDPA flash and cuDNN): half the matmuls of Parallax. The official kernels and fla's are
-    compared with where they can be imported. Errors are against an fp64 oracle.
+    compared with where they can be imported. Errors are against an fp64 oracle. Of --op training the forward, the
+    backward and both together are timed, through torch's autograd.
+
+    The official Triton kernels tune themselves for minutes at each new training shape: --only leaves them out.
 
     \b
     Example
       parallax-gen bench --op decode --shape 32,8,4096 --shape 1,32/8,16384
+      parallax-gen bench --op training --shape 4,16,4096 --window 1024
     """
+    ops = ("decode",) if host else ops or ("forward", "decode")
+    check_flags(flags, ops)
     card = card_here()
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
     if host:
         shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
-        _bench_host(KernelSpec("decode", head_dim, dtype, shape.group, ragged=ragged), shape, as_json)
+        _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], as_json)
         return
     rows: list[Row] = []
-    for spec, shape in _cases(ops or OPS, head_dim, dtype, shapes, causal, stats, ragged):
-        found = _compare(spec, shape, only)
+    for op, spec, shape in list(_cases(ops, head_dim, dtype, shapes, flags)):
+        found = _compare(op, spec, shape, only)
         rows += found
-        if not as_json:
-            _print(spec, shape, found)
+        if found and not as_json:
+            print_rows(found)
     if csv_file is not None:
-        _write_csv(csv_file, rows)
+        write_csv(csv_file, rows)
     if as_json:
-        print_json({"gpu": card.name, **_versions(), "rows": [_to_json(row) for row in rows]})
+        print_json({"gpu": card.name, **_versions(), "rows": [to_json(row) for row in rows]})
     else:
-        _print_means(rows)
+        print_means(rows)
         versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
         click.echo(f"{card.title}, {versions}")
         click.echo("medians of CUDA graph replays, warm L2")
@@ -104,84 +124,27 @@ def _bench_host(spec: KernelSpec, shape: Shape, as_json: bool) -> None:
 
 
 def _cases(
-    ops: tuple[str, ...],
-    head_dim: int,
-    dtype: str,
-    shapes: tuple[Sizes, ...],
-    causal: bool | None,
-    stats: bool,
-    ragged: bool,
-) -> Iterator[tuple[KernelSpec, Shape]]:
+    ops: tuple[str, ...], head_dim: int | None, dtype: str, shapes: tuple[Sizes, ...], flags: Flags
+) -> Iterator[tuple[str, KernelSpec, Shape]]:
+    """What is compared: of a training step the forward's spec stands for all. Raises UsageError."""
     for op in ops:
-        asked = [(head_dim, sizes.for_op(op)) for sizes in shapes] if shapes else USUAL[op]
-        flags = {"causal": causal is not False, "stats": stats} if op == "forward" else {"ragged": ragged}
-        for dim, shape in asked:
-            yield KernelSpec(op, dim, dtype, shape.group, **flags), shape
+        if shapes:
+            asked = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
+        else:
+            asked = [(dim, shape) for dim, shape in USUAL[op] if head_dim in (None, dim)]
+        if not asked:
+            raise click.UsageError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
+        # Windows that are not asked for, or asked for at many shapes, make some of them the same.
+        cases = {kernels(op, dim, dtype, shape, flags)[0]: None for dim, shape in asked}
+        for spec, shape in cases:
+            yield op, spec, shape
 
 
-def _compare(spec: KernelSpec, shape: Shape, only: tuple[str, ...]) -> list[Row]:
+def _compare(op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...]) -> list[Row]:
     from parallax_gen.cli.compare import compare
 
-    with console(stderr=True).status(f"{spec}: {shape}"):
-        return compare(spec, shape, only)
-
-
-def _print(spec: KernelSpec, shape: Shape, rows: list[Row]) -> None:
-    click.echo(f"{spec}: {shape}")
-    ours = next((row.time_us for row in rows if row.contender == OURS), None)
-    columns = ("", "time us", rate_unit(spec.op), "time / ours", "error", "note")
-    table = []
-    for row in rows:
-        if row.time_us is None or row.rate is None:
-            table.append((row.contender, "-", "-", "-", "-", row.why_not))
-            continue
-        times = f"{row.time_us / ours:.2f}" if ours else "-"
-        error = f"{row.error:.1e}" if row.error is not None else "softmax"
-        table.append((row.contender, number(row.time_us), number(row.rate), times, error, ""))
-    print_table(columns, table, right=columns[1:5])
-    click.echo()
-
-
-def _print_means(rows: list[Row]) -> None:
-    """How many times ours each contender takes, over all shapes where both run."""
-    for op in OPS:
-        ratios: dict[str, list[float]] = {}
-        ours = {(row.spec, row.shape): row.time_us for row in rows if row.contender == OURS and row.spec.op == op}
-        for row in rows:
-            mine = ours.get((row.spec, row.shape))
-            if mine and row.time_us and row.contender != OURS:
-                ratios.setdefault(row.contender, []).append(row.time_us / mine)
-        for name, values in ratios.items():
-            mean = math.exp(sum(map(math.log, values)) / len(values))
-            least = min(values)
-            click.echo(f"{op}: {name} takes {mean:.2f} times ours (geometric mean of {len(values)}, least {least:.2f})")
-
-
-def _write_csv(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        documents = [_flat(row) for row in rows]
-        writer = csv.DictWriter(file, fieldnames=list(documents[0]))
-        writer.writeheader()
-        writer.writerows(documents)
-
-
-def _to_json(row: Row) -> dict[str, Any]:
-    return {
-        "contender": row.contender,
-        "spec": row.spec.to_dict(),
-        "shape": row.shape.to_dict(),
-        "time_us": row.time_us,
-        "rate": row.rate,
-        "rate_unit": rate_unit(row.spec.op),
-        "error": row.error,
-        "why_not": row.why_not,
-    }
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    document = _to_json(row)
-    spec, shape = document.pop("spec"), document.pop("shape")
-    return {**spec, **shape, **document}
+    with console(stderr=True).status(title(op, spec, shape)):
+        return compare(op, spec, shape, only)
 
 
 def _versions() -> dict[str, str]:

@@ -63,10 +63,10 @@ def explain(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     """
     from parallax_gen.cli.known import Origins, open_memory
 
-    card, sizes = gpu_named(gpu), shape.for_op(asked.op)
+    card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
     memory = open_memory()
     origins = Origins(memory, card.name)
-    found = explanation(asked.spec(sizes.group), sizes, card, memory, origins)
+    found = explanation(spec, sizes, card, memory, origins)
     if as_json:
         print_json(_to_json(found, origins))
     else:

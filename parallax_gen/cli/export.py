@@ -16,7 +16,7 @@ from parallax_gen.cli.text import time_and_rate
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.problem.config import KernelConfig, describe
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -37,8 +37,11 @@ class Pick:
 
     def file_name(self, source: KernelSource) -> str:
         """Such as decode_d128_bf16_g4_rows256_kv8192.py: a module that can be imported."""
-        queries = f"_q{self.bucket.seqlen_q}" if self.spec.op == "forward" else ""
-        return f"{source.name}_rows{self.bucket.kv_rows}{queries}_kv{self.bucket.seqlen_kv}.py"
+        bucket = self.bucket
+        queries = "" if self.spec.op == "decode" else f"_q{bucket.seqlen_q}"
+        keys = "" if self.spec.op == "preprocess" else f"_kv{bucket.seqlen_kv}"
+        window = f"_w{bucket.window}" if bucket.window else ""
+        return f"{source.name}_rows{bucket.kv_rows}{queries}{keys}{window}.py"
 
 
 @click.command()
@@ -61,7 +64,7 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
     from parallax_gen.codegen.render import render
 
     card = gpu_named(gpu)
-    picks = picked(asked, [sizes.for_op(asked.op) for sizes in shapes], card, open_memory())
+    picks = picked(asked, shapes, card, open_memory())
     readme = folder / "README.md"
     sections = read_sections(readme)
     written = []
@@ -79,18 +82,18 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
     click.echo("\n".join(written))
 
 
-def picked(asked: Asked, shapes: Sequence[Shape], gpu: Gpu, memory: Memory) -> list[Pick]:
+def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[Pick]:
     """One kernel a shape; of no shapes, one a bucket that is known, else one for the op's first usual shape."""
     from parallax_gen.cli.known import Origins
     from parallax_gen.problem.shapes import bucket_of
-    from parallax_gen.tuning.worklist import USUAL_SHAPES
 
     best, origins = _best_records(asked, gpu, memory), Origins(memory, gpu.name)
     if not shapes and best:
         return [_from_record(record, origins) for record in best.values()]
     picks = {}
-    for shape in shapes or USUAL_SHAPES[asked.op][:1]:
-        spec, bucket = asked.spec(shape.group), bucket_of(shape)
+    for sizes in shapes or (None,):
+        spec, shape = asked.kernel(sizes)
+        bucket = bucket_of(shape)
         record = best.get((spec, bucket))
         picks[spec, bucket] = _default(spec, bucket, gpu) if record is None else _from_record(record, origins)
     return list(picks.values())
@@ -103,10 +106,9 @@ def _best_records(asked: Asked, gpu: Gpu, memory: Memory) -> dict[tuple[KernelSp
     from parallax_gen.problem.space import why_invalid
 
     def usable(record: Result) -> bool:
-        spec = record.key.spec
         same_templates = "environment.templates" not in unlike_here(record.key)
-        asked_for = record.measured and spec == asked.spec(spec.group)
-        return asked_for and same_templates and why_invalid(spec, record.config, gpu) is None
+        asked_for = record.measured and asked.holds(record.key)
+        return asked_for and same_templates and why_invalid(record.key.spec, record.config, gpu) is None
 
     records = filter(usable, memory.all(gpu.name, asked.op))  # sorted: of each key the fastest comes first
     fastest = [next(group) for _, group in groupby(records, key=lambda r: r.key)]

@@ -60,8 +60,9 @@ def unlike_here(key: Key) -> Diff:
 
 
 def differences(diff: Diff) -> list[str]:
-    """For people: `triton 3.8 (here 3.9)`, field by field."""
-    return [f"{name.rpartition('.')[2]} {there} (here {here})" for name, (here, there) in diff.items()]
+    """For people: `triton 3.8 (here 3.9)`, field by field; what one side lacks is none."""
+    told = {name: ["none" if value is None else value for value in values] for name, values in diff.items()}
+    return [f"{name.rpartition('.')[2]} {there} (here {here})" for name, (here, there) in told.items()]
 
 
 def name_in_records(gpu: str, results: Iterable[Result]) -> str:

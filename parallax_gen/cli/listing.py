@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command("list")
 @click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: all.")
-@click.option("--op", type=click.Choice(OPS), help="Default: both.")
+@click.option("--op", type=click.Choice(OPS), help="Default: all.")
 @click.option("--all", "every", is_flag=True, help="Every config that was tried, not just the best of each bucket.")
 @json_option
 def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> None:
@@ -55,7 +56,7 @@ def _print(results: Iterable[Result], origins: Origins) -> None:
 
     def table(result: Result) -> tuple[Any, ...]:
         unlike = tuple(differences(unlike_here(result.key)))
-        return result.key.gpu, *result.key.spec.to_dict().values(), unlike
+        return result.key.gpu, *asdict(result.key.spec).values(), unlike
 
     for (gpu, *_, unlike), group in groupby(sorted(results, key=table), key=table):
         rows = list(group)

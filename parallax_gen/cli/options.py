@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
 
 from parallax_gen.errors import ArgumentError, UnknownGpuError
+from parallax_gen.memory.keys import Key
 from parallax_gen.problem.hardware import Gpu, gpu_by_name
-from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, OPS, KernelSpec
+from parallax_gen.problem.shapes import Shape, bucket_of, representative
+from parallax_gen.problem.spec import DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
+from parallax_gen.tuning.usual import NO_FLAGS, USUAL_HEAD_DIM, WORK, Flags, kernels, spec_for, takes, usual
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -75,13 +77,28 @@ class Asked:
     op: str
     head_dim: int
     dtype: str
-    causal: bool | None = None
-    stats: bool = False
-    ragged: bool = False
+    flags: Flags = NO_FLAGS
 
-    def spec(self, group: int) -> KernelSpec:
-        causal = self.op == "forward" if self.causal is None else self.causal
-        return KernelSpec(self.op, self.head_dim, self.dtype, group, causal, self.stats, self.ragged)
+    def kernel(self, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
+        """It, and the shape that it sees: of no sizes, of the first of the op's usual shapes."""
+        shape = next(iter(usual(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
+        ((spec, seen),) = kernels(self.op, self.head_dim, self.dtype, shape, self.flags)
+        return spec, seen
+
+    def holds(self, key: Key) -> bool:
+        """Whether a key is of this kernel, with any group and in any bucket of its window."""
+        window = bucket_of(Shape(1, 1, 1, 1, 1, self.flags.window or 0)).window
+        shape = representative(key.bucket, key.spec.group)
+        spec = spec_for(self.op, self.head_dim, self.dtype, shape, self.flags)
+        return key.bucket.window == window and key.spec == spec
+
+
+def head_dim_of(text: str | int) -> int:
+    """A width that kernels may have; decode has fewer, and its spec refuses the others. Raises BadParameter."""
+    head_dim: int = click.INT.convert(text, None, None)
+    if head_dim % 8 or not 0 < head_dim <= LARGEST_HEAD_DIM:
+        raise click.BadParameter(f"{head_dim} is not a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
+    return head_dim
 
 
 gpu_option = click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: the card in this machine.")
@@ -108,14 +125,34 @@ def shape_option(
     )
 
 
+# The names of a flag's options, for what is said of them.
+_OPTIONS = {name: "--causal and --full" if name == "causal" else f"--{name}" for name in FLAGS}
+
+
 def flag_options(command: Command) -> Command:
-    """--causal/--full, --stats and --ragged."""
+    """The options of kernels' flags; the command gets them as one argument, `flags`."""
+
+    @functools.wraps(command)
+    def collect(**given: Any) -> Any:
+        return command(flags=Flags(**{name: given.pop(name) for name in FLAGS}), **given)
+
     options = (
-        click.option("--causal/--full", default=None, help="Forward only: causal, the default, or every key."),
+        click.option("--causal/--full", default=None, help="Causal, the default, or every key. Not of decode."),
+        click.option("--window", type=click.IntRange(min=1), metavar="N", help="A query sees N keys; causal only."),
+        click.option("--varlen", is_flag=True, help="Packed sequences: batch of them, of the lengths of the shape."),
         click.option("--stats", is_flag=True, help="Forward only: with lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
     )
-    return _stacked(command, options)
+    return _stacked(collect, options)  # type: ignore[return-value]
+
+
+def check_flags(flags: Flags, ops: Sequence[str]) -> None:
+    """A flag that none of the ops has is a mistake. Raises UsageError."""
+    for name, options in _OPTIONS.items():
+        given = flags.causal is not None if name == "causal" else bool(getattr(flags, name))
+        takers = [op for op in WORK if takes(op, name)]
+        if given and not set(ops) & set(takers):
+            raise click.UsageError(f"{options}: of --op {' or '.join(takers)}, not of {' or '.join(ops)}")
 
 
 def kernel_options(command: Command) -> Command:
@@ -123,13 +160,13 @@ def kernel_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
-        names = ("op", "head_dim", "dtype", "causal", "stats", "ragged")
-        asked = Asked(**{name: given.pop(name) for name in names})
+        asked = Asked(**{name: given.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
+        check_flags(asked.flags, (asked.op,))
         return command(asked=asked, **given)
 
     options = (
         click.option("--op", type=click.Choice(OPS), required=True),
-        click.option("--head-dim", type=click.Choice(HEAD_DIMS), default=128, show_default=True),
+        click.option("--head-dim", type=head_dim_of, default=USUAL_HEAD_DIM, metavar="N", show_default=True),
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True),
     )
     return _stacked(flag_options(collect), options)  # type: ignore[return-value]

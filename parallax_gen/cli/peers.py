@@ -4,72 +4,62 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from parallax_gen.codegen.calling import Inputs
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_with_kvcache
+from parallax_gen.runtime.functional import (
+    parallax_attn_func,
+    parallax_attn_varlen_func,
+    parallax_attn_with_kvcache,
+)
 
-Call = Callable[[], torch.Tensor]  # -> (batch, seqlen_q, heads, head_dim)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One implementation. `parallax` is False for plain softmax attention: less work, so no error to compare.
-
-    prepare  the call on given inputs; raises ImportError where it is not installed, and anything where it cannot
-    """
-
-    name: str
-    parallax: bool
-    prepare: Callable[[KernelSpec, Inputs], Call]
+Call = Callable[[], Tensor]  # -> like q
 
 
-def contenders(op: str) -> list[Contender]:
-    """Ours first."""
-    softmax = [
-        Contender("SDPA flash", False, lambda spec, x: _sdpa(SDPBackend.FLASH_ATTENTION, spec, x)),
-        Contender("SDPA cuDNN", False, lambda spec, x: _sdpa(SDPBackend.CUDNN_ATTENTION, spec, x)),
-    ]
-    if op == "decode":
-        return [
-            Contender("parallax_gen", True, _ours_decode),
-            *softmax,
-            Contender("official CuTeDSL", True, _official_cutedsl_decode),
-            Contender("official Triton", True, _official_triton_decode),
-            Contender("fla", True, _fla_decode),
-        ]
-    return [
-        Contender("parallax_gen", True, _ours_forward),
-        *softmax,
-        Contender("official Triton", True, _official_triton_forward),
-        Contender("fla", True, _fla_forward),
-    ]
+def ours(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, stats: bool = False) -> Call:
+    """The public function on these tensors, with the lengths and the window of x."""
+    window = x.window_size if spec.window else None
 
-
-def _ours_forward(spec: KernelSpec, x: Inputs) -> Call:
-    def call() -> torch.Tensor:
-        found = parallax_attn_func(x.q, x.r, x.k, x.v, causal=spec.causal, return_stats=spec.stats)
-        return found if isinstance(found, torch.Tensor) else found[0]
+    def call() -> Tensor:
+        if spec.varlen:
+            assert x.cu_seqlens_q is not None
+            assert x.cu_seqlens_k is not None
+            packing = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+            found = parallax_attn_varlen_func(
+                q, r, k, v, *packing, causal=spec.causal, window_size=window, return_stats=stats
+            )
+        else:
+            found = parallax_attn_func(q, r, k, v, causal=spec.causal, window_size=window, return_stats=stats)
+        return found if isinstance(found, Tensor) else found[0]
 
     return call
 
 
-def _ours_decode(spec: KernelSpec, x: Inputs) -> Call:
+def ours_forward(spec: KernelSpec, x: Inputs) -> Call:
+    return ours(spec, x, x.q, x.r, x.k, x.v, stats=spec.stats)
+
+
+def ours_decode(spec: KernelSpec, x: Inputs) -> Call:
     out = torch.empty_like(x.q)
     return lambda: parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, cache_seqlens=x.cache_seqlens, out=out)
 
 
-def _sdpa(backend: SDPBackend, spec: KernelSpec, x: Inputs) -> Call:
-    if spec.ragged:
+def sdpa(backend: SDPBackend, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """Softmax attention of torch's, of (batch, seqlen, heads, head_dim). Raises NotImplementedError."""
+    if spec.ragged or spec.varlen:
         raise NotImplementedError("it has no lengths a sequence")
-    q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+    if spec.window:
+        raise NotImplementedError("it has no window")
+    if spec.causal and q.shape[1] != k.shape[1]:
+        raise NotImplementedError("its causal rows begin at the first key")
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
 
-    def call() -> torch.Tensor:
+    def call() -> Tensor:
         with sdpa_kernel(backend):
             out = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=spec.group > 1)
         return out.transpose(1, 2)
@@ -77,49 +67,66 @@ def _sdpa(backend: SDPBackend, spec: KernelSpec, x: Inputs) -> Call:
     return call
 
 
-def _official_cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
+def official_cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     official = importlib.import_module("parallax.cute")
     out = torch.empty_like(x.q)
     lengths = x.cache_seqlens
 
-    def call() -> torch.Tensor:
-        result: torch.Tensor = official.parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, seqused_k=lengths, out=out)
+    def call() -> Tensor:
+        result: Tensor = official.parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, seqused_k=lengths, out=out)
         return result
 
     return call
 
 
-def _official_triton_decode(spec: KernelSpec, x: Inputs) -> Call:
+def official_triton_decode(spec: KernelSpec, x: Inputs) -> Call:
     official = importlib.import_module("parallax.triton")
     if spec.ragged:
         raise NotImplementedError("it has no lengths a sequence")
     return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
 
 
-def _official_triton_forward(spec: KernelSpec, x: Inputs) -> Call:
+def official_triton_forward(spec: KernelSpec, x: Inputs) -> Call:
     official = importlib.import_module("parallax.triton")
-    if not spec.causal:
-        raise NotImplementedError("it is causal only")
-    batch, seqlen_q, heads, head_dim = x.q.shape
+    check_dense_causal(spec)
+    batch = x.q.shape[0]
     # Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed.
-    q, r, k, v = (t.transpose(1, 2).reshape(-1, t.shape[1], head_dim) for t in (x.q, x.r, x.k, x.v))
+    q, r, k, v = (in_heads(t) for t in (x.q, x.r, x.k, x.v))
+    options = {"n_rep": spec.group, "window_size_left": x.window_size or -1}
 
-    def call() -> torch.Tensor:
-        out: torch.Tensor = official.parallax_fwd(q, r, k, v, head_dim**-0.5, n_rep=spec.group)[0]
-        return out.view(batch, heads, seqlen_q, head_dim).transpose(1, 2)
+    def call() -> Tensor:
+        out: Tensor = official.parallax_fwd(q, r, k, v, spec.head_dim**-0.5, **options)[0]
+        return from_heads(out, batch)
 
     return call
 
 
-def _fla_forward(spec: KernelSpec, x: Inputs) -> Call:
+def fla_forward(spec: KernelSpec, x: Inputs) -> Call:
     fla = importlib.import_module("fla.ops.parallax.parallel")
-    if not spec.causal:
-        raise NotImplementedError("it is causal only")
-    return lambda: fla.parallel_parallax(x.q, x.r, x.k, x.v)
+    check_dense_causal(spec)
+    return lambda: fla.parallel_parallax(x.q, x.r, x.k, x.v, window_size=x.window_size or None)
 
 
-def _fla_decode(spec: KernelSpec, x: Inputs) -> Call:
+def fla_decode(spec: KernelSpec, x: Inputs) -> Call:
     fla = importlib.import_module("fla.ops.parallax.decode")
     if spec.ragged:
         raise NotImplementedError("it has no lengths a sequence")
     return lambda: fla.parallax_decode_one_step(x.q, x.r, x.k, x.v)
+
+
+def check_dense_causal(spec: KernelSpec) -> None:
+    """What the peers' training kernels are compared at. Raises NotImplementedError."""
+    if not spec.causal:
+        raise NotImplementedError("it is causal only")
+    if spec.varlen:
+        raise NotImplementedError("its packed sequences are not compared")
+
+
+def in_heads(x: Tensor) -> Tensor:
+    """(batch, seqlen, heads, head_dim) as (batch * heads, seqlen, head_dim), contiguous."""
+    return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def from_heads(x: Tensor, batch: int) -> Tensor:
+    """What `in_heads` made, as it was."""
+    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)

@@ -32,11 +32,8 @@ def render_kernel(gpu: str | None, asked: Asked, shape: Sizes | None, config_jso
     from parallax_gen.cli.known import open_memory
     from parallax_gen.codegen.render import render
     from parallax_gen.runtime.dispatch import choose
-    from parallax_gen.tuning.worklist import USUAL_SHAPES
 
-    card = gpu_named(gpu)
-    sizes = USUAL_SHAPES[asked.op][0] if shape is None else shape.for_op(asked.op)
-    spec = asked.spec(sizes.group)
+    card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
     config = choose(spec, sizes, card, open_memory()).config if config_json is None else _config(asked.op, config_json)
     click.echo(render(spec, config, card).text, nl=False)
     if resources:

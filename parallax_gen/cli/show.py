@@ -33,8 +33,8 @@ def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     from parallax_gen.memory.keys import Key
     from parallax_gen.problem.shapes import bucket_of
 
-    card, sizes = gpu_named(gpu), shape.for_op(asked.op)
-    key = Key.here(card.name, asked.spec(sizes.group), bucket_of(sizes), templates_hash(asked.op))
+    card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
+    key = Key.here(card.name, spec, bucket_of(sizes), templates_hash(spec.op))
     memory = open_memory()
     results = memory.results(key)
     origins = Origins(memory, card.name)

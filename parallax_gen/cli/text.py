@@ -12,6 +12,7 @@ import click
 from parallax_gen.problem.config import DecodeConfig, KernelConfig, config_to_dict
 from parallax_gen.problem.shapes import Bucket, Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.model import bound_by_matmuls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,13 +26,16 @@ _LETTERS = {
     "merge": "",
     "num_warps": "w",
     "num_stages": "s",
+    "HEAD_DIM_AS": "",
 }
 
-LEGEND = "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages"
+LEGEND = (
+    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages\nseqlen: W is a window's"
+)
 
 
 def brief(config: KernelConfig) -> str:
-    """A config short enough for a table: `M128 N64 G8 w8 s3`, `N32 H8 S16 last w1 s4`."""
+    """A config short enough for a table: `M128 N64 G8 w8 s3 pieces`, `N32 H8 S16 last w1 s4`."""
     choices = config_to_dict(config)
     if isinstance(config, DecodeConfig) and config.merge == "none":
         del choices["merge"]  # one split: nothing to merge
@@ -39,20 +43,21 @@ def brief(config: KernelConfig) -> str:
 
 
 def lengths(bucket: Bucket) -> str:
-    """A bucket's sequence lengths: one where they are the same, or the query is single."""
+    """A bucket's sequence lengths, one where they are the same or the query is single, and its window."""
     alone = bucket.seqlen_q in (1, bucket.seqlen_kv)
-    return str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
+    text = str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
+    return f"{text} W{bucket.window}" if bucket.window else text
 
 
 def rate_unit(op: str) -> str:
-    """What the rate of an op is counted in: forward is bound by its matmuls, decode by the cache it reads."""
-    return "TFLOP/s" if op == "forward" else "GB/s"
+    """What the rate of an op is counted in: what bounds its time, matmuls or memory."""
+    return "TFLOP/s" if bound_by_matmuls(op) else "GB/s"
 
 
 def rate(spec: KernelSpec, shape: Shape, time_us: float) -> float:
     """How much of the work that must be done is done a second, in `rate_unit`."""
     work = work_of(spec, shape)
-    return work.flops / time_us / 1e6 if spec.op == "forward" else work.bytes / time_us / 1e3
+    return work.flops / time_us / 1e6 if bound_by_matmuls(spec.op) else work.bytes / time_us / 1e3
 
 
 def number(value: float) -> str:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import Sizes, card_here, flag_options, gpu_named, gpu_option, json_option, shape_option
+from parallax_gen.cli.options import (
+    Sizes,
+    card_here,
+    check_flags,
+    flag_options,
+    gpu_named,
+    gpu_option,
+    head_dim_of,
+    json_option,
+    shape_option,
+)
 from parallax_gen.cli.text import (
     LEGEND,
     brief,
@@ -23,7 +32,8 @@ from parallax_gen.cli.text import (
 from parallax_gen.errors import MeasureError, UnknownGpuError
 from parallax_gen.problem.config import config_to_dict
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.spec import DTYPES, HEAD_DIMS, OPS
+from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.tuning.usual import WORK, Flags
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +46,21 @@ SUCCESSES = ("ok", "predicted")
 
 @click.command()
 @gpu_option
-@click.option("--op", "ops", type=click.Choice(OPS), multiple=True, help="Repeatable. Default: both.")
-@click.option("--head-dim", "head_dims", type=click.Choice(HEAD_DIMS), multiple=True, help="Repeatable. Default: 128.")
+@click.option(
+    "--op",
+    "ops",
+    type=click.Choice(WORK),
+    multiple=True,
+    help="Repeatable. training: the four kernels of a training step. Default: forward, decode and training.",
+)
+@click.option(
+    "--head-dim",
+    "head_dims",
+    type=head_dim_of,
+    metavar="N",
+    multiple=True,
+    help="Repeatable. Default: 128; the usual training shapes' own.",
+)
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Repeatable. Default: bf16.")
 @shape_option(multiple=True, more_help="Repeatable, and taken for every op. Default: the usual ones.")
 @flag_options
@@ -53,9 +76,7 @@ def tune(
     head_dims: tuple[int, ...],
     dtypes: tuple[str, ...],
     shapes: tuple[Sizes, ...],
-    causal: bool | None,
-    stats: bool,
-    ragged: bool,
+    flags: Flags,
     trials: int,
     time_budget: float,
     workers: int | None,
@@ -68,30 +89,28 @@ def tune(
 
     \b
     Usual shapes, as batch,heads,seqlen
-      forward  4,16,4096  1,16,16384  16,16,1024  8,16,2048
-      decode   8 heads: batch 1 and 32, with 1024, 4096 and 16384 keys
-               32/8 heads: batch 1 and 32, with 8192 keys
+      forward   4,16,4096  1,16,16384  16,16,1024  8,16,2048
+      decode    8 heads: batch 1 and 32, with 1024, 4096 and 16384 keys
+                32/8 heads: batch 1 and 32, with 8192 keys
+      training  32,6,2048  32,10,2048  16,12,2048  4,16,4096  4,16/8,4096
+                2,32/8,8192  1,16,16384; some with --window 513 and 4096 too
+                --head-dim 64: 8,32,2048  96: 4,32,4096  256: 2,8/4,4096
 
     \b
     Example
       parallax-gen tune --gpu h200 --op decode --shape 32,32/8,8192
+      parallax-gen tune --gpu h200 --op training --shape 8,32/8,4096 --window 1024
     """
     from parallax_gen.memory.store import Store
-    from parallax_gen.tuning.worklist import USUAL_SHAPES, worklist
+    from parallax_gen.tuning.worklist import ALL_WORK, worklist
 
-    ops = ops or OPS
-    _check_flags(ops, causal, stats, ragged)
+    ops = ops or ALL_WORK
+    check_flags(flags, ops)
+    asked = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     card, measure = _card_to_tune(gpu)
-    jobs = worklist(
-        card,
-        ops=ops,
-        head_dims=head_dims or (128,),
-        dtypes=dtypes or ("bf16",),
-        shapes={op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else USUAL_SHAPES,
-        causal=causal is not False,
-        stats=stats,
-        ragged=ragged,
-    )
+    jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes or ("bf16",), shapes=asked, flags=flags)
+    if not jobs:
+        raise click.UsageError("no usual shape has that --head-dim: say which --shape is meant")
     with Store() as store:
         done = _tune_all(jobs, store, measure, trials, time_budget, workers)
         path = store.path
@@ -103,14 +122,6 @@ def tune(
         click.echo("nothing was measured: these times are predicted, and dispatch does not use them", err=True)
     if all(progress.best is None for progress in done):
         raise MeasureError("no config worked in any job: parallax-gen show says why each one failed")
-
-
-def _check_flags(ops: tuple[str, ...], causal: bool | None, stats: bool, ragged: bool) -> None:
-    """A flag for an op that is not tuned is a mistake."""
-    if "forward" not in ops and (causal is not None or stats):
-        raise click.UsageError("--causal, --full and --stats are of --op forward")
-    if "decode" not in ops and ragged:
-        raise click.UsageError("--ragged is of --op decode")
 
 
 def _card_to_tune(name: str | None) -> tuple[Gpu, bool]:
@@ -154,8 +165,10 @@ def _tune_all(
 
 
 def _print(done: list[Progress], path: Path) -> None:
-    for spec, group in groupby(done, key=lambda progress: progress.job.spec):
-        jobs = list(group)
+    by_spec: dict[KernelSpec, list[Progress]] = {}
+    for progress in done:
+        by_spec.setdefault(progress.job.spec, []).append(progress)
+    for spec, jobs in by_spec.items():
         click.echo(f"{jobs[0].job.gpu.name}: {spec}")
         unit = rate_unit(spec.op)
         columns = ("kv rows", "seqlen", "time us", unit, "config", "trials", "failures")

@@ -9,15 +9,18 @@ import random
 import sys
 import time
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from parallax_gen.codegen.build import compile_for, load
 from parallax_gen.codegen.calling import Inputs, prepare
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import BuildError, ConfigError
-from parallax_gen.problem.reference import Reference
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.worker import Compile, Measure, Outcome
+
+if TYPE_CHECKING:
+    from parallax_gen.tuning.verify import Expected
 
 
 def serve() -> None:
@@ -61,12 +64,12 @@ def measure_trial(request: Measure) -> Outcome:
     spec, config, shape = trial.spec, trial.config, trial.shape
     try:
         source = render(spec, config, trial.gpu)
-        small = verify.awkward_shape(spec, config)
+        small = verify.awkward_shape(spec, config, shape.kv_heads)
         found = verify.check(source, spec, config, small, seed=random.randrange(2**31), device="cuda")
         if found.wrong:
             return Outcome("wrong", f"at {small}: {found.wrong}", error=found.error)
-        inputs, reference = _inputs_and_oracle(spec, shape)
-        found = verify.run(source, spec, config, inputs, reference)
+        inputs, expected = _inputs_and_oracle(spec, shape)
+        found = verify.run(source, spec, config, inputs, expected)
         if found.wrong:
             return Outcome("wrong", f"at {shape}: {found.wrong}", error=found.error)
         launch = load(source).launch
@@ -86,7 +89,7 @@ def measure_trial(request: Measure) -> Outcome:
 
 
 @lru_cache(maxsize=1)
-def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Reference]:
+def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected]:
     """Inputs drawn afresh in every child, and what must come out: costly, so once for all configs of a bucket."""
     from parallax_gen.tuning import verify
 

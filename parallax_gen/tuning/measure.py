@@ -14,9 +14,10 @@ import torch
 # and divided by its calls; the median counts. L2 is warm: it holds what fits of the inputs. Replays before the timed
 # ones bring the clocks up.
 #
-# Where times are compared with each other's, a forward's timing starts from rest: a card that was just busy with
-# matmuls is at its power limit and runs slower, and whoever comes second would pay for it. A decode's does not: it
-# is bound by memory, far from that limit, and its few microseconds suffer from clocks that fell in the rest.
+# Where times are compared with each other's, the timing of what is bound by matmuls (tuning/model.py) starts from
+# rest: a card that was just busy with matmuls is at its power limit and runs slower, and whoever comes second would
+# pay for it. What is bound by memory, decode and preprocess, does not: it is far from that limit, and its few
+# microseconds suffer from clocks that fell in the rest.
 CALLS_A_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
 WARM_MS = 10.0

@@ -1,15 +1,16 @@
 """A static model of a kernel's time, from what compiling shows: it ranks configs where nothing can be measured.
 
-A roofline, and what usually keeps a kernel from it. The factors were set by hand to one sweep on an H200, and
-each says what it stands for; they order configs, and are no promise of a time.
+A roofline, and what usually keeps a kernel from it. The factors were set by hand to sweeps on an H200, and each says
+what it stands for; they order configs, and are no promise of a time.
 """
 
 from __future__ import annotations
 
 import math
 
+from parallax_gen.codegen.pieces import pieces_of
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.config import TILED, DecodeConfig, KernelConfig, PreprocessConfig, TileConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
@@ -18,12 +19,23 @@ LAUNCH_US = 2.0  # launch, first loads, last stores
 LATENCY_US = 0.8  # a load from device memory under load; a step of a loop that waits for one
 SPILL_BYTES = 1000  # of stack a thread that double the time
 
+# Of the tensor cores' peak, what the best configs reach. A backward's element takes more operations beside the
+# matmuls; dkdv's statistics of rows lie along its tiles' columns, and cost it registers.
+REACHED = {"forward": 0.6, "dqdr": 0.65, "dkdv": 0.5}
+
+
+def bound_by_matmuls(op: str) -> bool:
+    """Whether the tensor cores bound an op's time. Memory does that of decode and preprocess."""
+    return op in TILED
+
 
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:
     """Microseconds that a call should take."""
     blocks = resident_blocks(config, gpu, resources)
-    if isinstance(config, ForwardConfig):
-        time = _forward_us(spec, config, shape, gpu, blocks)
+    if isinstance(config, TileConfig):
+        time = _tiles_us(spec, config, shape, gpu, blocks)
+    elif isinstance(config, PreprocessConfig):
+        time = _preprocess_us(spec, config, shape, gpu, blocks)
     else:
         time = _decode_us(spec, config, shape, gpu, blocks)
     return LAUNCH_US + time * (1 + resources.spills / SPILL_BYTES)
@@ -43,24 +55,43 @@ def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int
     )
 
 
-def _forward_us(spec: KernelSpec, config: ForwardConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
+def _tiles_us(spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
     """Bound by the matmuls, at a rate that shrinks with whatever keeps the tensor cores waiting."""
-    work = work_of(spec, shape)
-    rate = 0.6 * gpu.peak(spec.dtype)
+    work, dkdv = work_of(spec, shape), spec.op == "dkdv"
+    # What a program owns, and what it steps over: query rows and keys, for dkdv keys and query rows.
+    owned, step = (config.BLOCK_N, config.BLOCK_M) if dkdv else (config.BLOCK_M, config.BLOCK_N)
+    rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if dkdv else (shape.heads, shape.seqlen_q)
+    rate = REACHED[spec.op] * gpu.peak(spec.dtype)
     warps = blocks * config.num_warps
     rate *= min(1.0, 0.3 + 0.7 * warps / 8)  # someone must multiply while others do their softmax
-    rate *= {16: 0.5, 32: 0.7, 64: 0.9}.get(config.BLOCK_M, 1.0)  # every tile of queries reads all keys
-    rate *= 0.87 if config.BLOCK_N == 32 else 1.0  # narrow matmuls
-    rate *= 0.88 if config.num_stages == 2 else 1.0  # loads are late
-    heads = config.HEAD_GROUP or shape.batch * shape.heads
-    kv_bytes = 2 * shape.seqlen_kv * spec.head_dim * spec.bytes_per_element * max(1, heads // spec.group)
-    rate *= 0.97 if kv_bytes > gpu.l2_bytes else 1.0  # keys fall out of L2 before all tiles have read them
+    rate *= {16: 0.5, 32: 0.7, 64: 0.9}.get(owned, 1.0)  # every owned tile reads all that it steps over
+    rate *= {16: 0.75, 32: 0.87}.get(step, 1.0)  # narrow matmuls
+    rate *= {1: 0.7, 2: 0.88}.get(config.num_stages, 1.0)  # loads are late
+    heads = config.HEAD_GROUP or shape.batch * rows
+    # What tiles share, q, r and do of a group's heads or k and v, falls out of L2 before all of them have read it.
+    shared = 3 * shape.seqlen_q * heads * spec.group if dkdv else 2 * shape.seqlen_kv * max(1, heads // spec.group)
+    rate *= 0.97 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
     rate *= 0.98 if heads < 4 else 1.0  # few heads at a time spread the triangle unevenly
+    widths = [piece.width for piece in pieces_of(spec.head_dim, config.HEAD_DIM_AS)]
+    rate *= spec.head_dim / sum(widths)  # what is padded is multiplied too
+    rate *= 1.0 if len(widths) == 1 else 0.95  # narrow matmuls
+    if shape.window:  # blocks that the window's edges cross are multiplied whole
+        rate *= shape.window / (shape.window + owned + step)
     # The last wave is as long as the others, however few programs it has; causal ones end with short rows.
-    programs = shape.batch * shape.heads * math.ceil(shape.seqlen_q / config.BLOCK_M)
+    programs = shape.batch * rows * math.ceil(owned_length / owned)
     waves = programs / (gpu.sms * blocks)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
+
+
+def _preprocess_us(spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
+    """Bound by memory, at a rate that needs enough loads in flight: each program loads its rows once."""
+    work = work_of(spec, shape)
+    programs = shape.batch * shape.heads * math.ceil(shape.seqlen_q / config.BLOCK_M)
+    busiest = math.ceil(programs / gpu.sms)  # programs on the multiprocessor that has the most
+    of_program = work.bytes / (shape.batch * shape.heads * shape.seqlen_q) * config.BLOCK_M
+    rate = min(0.9 * gpu.bandwidth / gpu.sms, min(blocks, busiest) * of_program / (LATENCY_US * 1e-6))
+    return busiest * of_program / rate * 1e6
 
 
 def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import asdict
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from parallax_gen.problem.config import KernelConfig, config_to_dict
+from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.space import coerce, every_config, knobs_of, why_invalid
 from parallax_gen.problem.spec import KernelSpec
@@ -66,7 +67,7 @@ class Search:
             self._study.add_trial(known)
 
     def _known(self, config: KernelConfig, cost: float) -> FrozenTrial | None:
-        params = config_to_dict(config)
+        params = asdict(config)
         if any(value not in self._choices[name] for name, value in params.items()):
             return None  # of a space that was larger: nothing the sampler could propose
         return create_trial(params=params, distributions=self._distributions, value=cost)

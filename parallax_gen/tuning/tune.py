@@ -7,20 +7,22 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 
 from parallax_gen.codegen.render import templates_hash
 from parallax_gen.memory.keys import Key
 from parallax_gen.memory.results import Result, now
+from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig
-from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.hardware import GPUS, Gpu
+from parallax_gen.problem.heuristics import promising_configs
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.space import neighbours
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.model import predict_us
+from parallax_gen.tuning.model import bound_by_matmuls, predict_us
 from parallax_gen.tuning.search import Search
 from parallax_gen.tuning.worker import Compile, Measure, Outcome, Trial, Worker
 
@@ -47,6 +49,19 @@ class Job:
     def shape(self) -> Shape:
         """The sizes it is tuned at."""
         return representative(self.bucket, self.spec.group)
+
+
+def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
+    """What was fastest for the job's spec on GPUs of the same capability, of the records that ship.
+
+    All that are known of its bucket, then the best of each other one. Of any template and Triton: to begin with, not
+    to believe.
+    """
+    alike = [gpu.name for gpu in GPUS.values() if gpu.capability == job.gpu.capability]
+    records = [r for name in alike for r in load_shipped(name, folder) if r.key.spec == job.spec]
+    here = [r.config for r in records if r.key.bucket == job.bucket]
+    best = {r.key.bucket: r.config for r in reversed(records)}  # a file has each key's fastest first
+    return list(dict.fromkeys([*here, *best.values()]))
 
 
 @dataclass
@@ -140,7 +155,8 @@ class Tuner:
             best = self._store.best(run.key)
             if best is None or best.config in again:
                 break
-            request = Measure(run.trial(best.config), timed_ms=FINALIST_MS, from_rest=best.key.spec.op == "forward")
+            from_rest = bound_by_matmuls(best.key.spec.op)
+            request = Measure(run.trial(best.config), timed_ms=FINALIST_MS, from_rest=from_rest)
             self._store.record(run.result_again(best, self._bench.ask(request, MEASURE_TIMEOUT_S)))
             again.add(best.config)
         run.progress.best = self._store.best(run.key)
@@ -156,9 +172,11 @@ class _Run:
         self._start, self._deadline = time.monotonic(), deadline
         known = [r for r in store.results(self.key) if not (measure and r.outcome == "predicted")]
         best = next((r for r in known if r.outcome == self._wanted), None)
-        default = default_config(job.spec, job.shape, job.gpu)
+        default, *promising = promising_configs(job.spec, job.shape, job.gpu)
+        proven = proven_configs(job)
         around = best.config if best else default
-        self.search = Search(job.spec, job.gpu, first=[default, *neighbours(job.spec, around, job.gpu)])
+        near = neighbours(job.spec, around, job.gpu)
+        self.search = Search(job.spec, job.gpu, first=[default, *proven, *promising, *near])
         for result in known:
             self.search.tell(result.config, result.time_us)
         self.progress = Progress(job, known=len(known), best=best)

@@ -2,94 +2,232 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Call, Inputs, prepare
+from parallax_gen.codegen.calling import ROWS, Call, Inputs, Saved, prepare, rows_like
 from parallax_gen.codegen.render import KernelSource
-from parallax_gen.problem.config import DecodeConfig, KernelConfig
-from parallax_gen.problem.reference import Reference, errors, random_inputs, reference_forward, why_wrong
+from parallax_gen.problem.config import DecodeConfig, KernelConfig, PreprocessConfig
+from parallax_gen.problem.reference import (
+    Reference,
+    errors,
+    gradient_sizes,
+    random_inputs,
+    reference_backward,
+    reference_forward,
+    reference_varlen_backward,
+    reference_varlen_forward,
+    why_wrong,
+)
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 POISON = float("nan")
 
+# What a launch must write, by name, in float64.
+Expected = dict[str, Tensor]
 
-def awkward_shape(spec: KernelSpec, config: KernelConfig) -> Shape:
-    """A small shape that no tile of `config` divides: tails, a last group of heads, splits without keys."""
-    kv_heads = 3
+
+def awkward_shape(spec: KernelSpec, config: KernelConfig, kv_heads: int = 3) -> Shape:
+    """A small shape that no tile of `config` divides: tails, a last group of heads, splits without keys.
+
+    kv_heads  as many as elsewhere, where the kernel should not be compiled once more for other strides
+    """
     if isinstance(config, DecodeConfig):
         blocks = min(2 * config.NUM_SPLITS + 1, 40)
         return Shape(4, kv_heads * spec.group, kv_heads, 1, blocks * config.BLOCK_N - 7)
-    return Shape(1, kv_heads * spec.group, kv_heads, 2 * config.BLOCK_M + 11, 3 * config.BLOCK_N + 5)
+    if isinstance(config, PreprocessConfig):
+        return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)
+    window = config.BLOCK_N + 9 if spec.window else 0
+    batch = 3 if spec.varlen else 1
+    return Shape(batch, kv_heads * spec.group, kv_heads, 2 * config.BLOCK_M + 11, 3 * config.BLOCK_N + 5, window)
 
 
 def random_inputs_of(spec: KernelSpec, shape: Shape, *, seed: int, device: str, full: bool = False) -> Inputs:
-    """Random inputs. Ragged lengths go from 0 to all (`full`: all), with NaN behind each sequence's end."""
-    inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device))
+    """Random inputs of a kernel, and what kernels before it would have left.
+
+    Ragged and packed sequences are from 0 up to the shape's lengths long (`full`: all as long as that); NaN lies
+    behind the end of a ragged one.
+    """
+    inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device), window_size=shape.window)
     if spec.ragged:
-        draw = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(0, shape.seqlen_kv + 1, (shape.batch,), generator=draw, dtype=torch.int32)
-        shorter = torch.rand(shape.batch, generator=draw) < 0.5  # than a block of keys, often
-        lengths = torch.where(shorter, lengths % 32, lengths)
-        lengths[seed % shape.batch] = shape.seqlen_kv * (seed % 2)  # the two ends come up often
-        if full:
-            lengths.fill_(shape.seqlen_kv)
+        lengths = _lengths(shape.seqlen_kv, shape.batch, seed, full)
         behind = (torch.arange(shape.seqlen_kv) >= lengths[:, None]).to(device)
         inputs.k[behind] = POISON
         inputs.v[behind] = POISON
         inputs.cache_seqlens = lengths.to(device)
+    if spec.varlen:
+        _pack(inputs, shape, seed, full)
+    if spec.op in ("preprocess", "dkdv", "dqdr"):
+        generator = torch.Generator(device=device).manual_seed(seed + 1)
+        do = torch.randn(inputs.q.shape, device=device, generator=generator)
+        inputs.do = do.to(inputs.q.dtype)
+        # A preprocess has no mask of its own: the rows of causal attention, of which some may see no key.
+        causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
+        forward = causal if spec.op == "preprocess" else spec
+        found = attend(forward, inputs)
+        if spec.op == "preprocess":
+            out, v_mean = (x.to(inputs.q.dtype) for x in (found.out, found.v_mean))
+            inputs.saved = Saved(out, found.lse.float(), found.t_mean.float(), v_mean)
+        else:
+            rows = _rows(spec, inputs, Saved(found.out, found.lse, found.t_mean, found.v_mean))
+            inputs.rows = rows.float()
     return inputs
 
 
-def poisoned(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
-    """The call on these inputs with all that a launch is to write overwritten: nothing right is left from before."""
-    call = prepare(spec, config, inputs)
-    for tensor in (call.out, *call.stats, *call.scratch[:1]):  # the counters, second, count from 0
-        tensor.fill_(POISON)
-    return call
+def _lengths(longest: int, batch: int, seed: int, full: bool) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (batch,), generator=draw, dtype=torch.int32)
+    shorter = torch.rand(batch, generator=draw) < 0.5  # than a block of keys, often
+    lengths = torch.where(shorter, lengths % 32, lengths)
+    lengths[seed % batch] = longest * (seed % 2)  # the two ends come up often
+    if full:
+        lengths.fill_(longest)
+    return lengths
 
 
-def oracle(spec: KernelSpec, inputs: Inputs) -> Reference:
+def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
+    """The batch's sequences, each cut to a length of its own, one after the other."""
+    lengths_q = _lengths(shape.seqlen_q, shape.batch, seed, full)
+    lengths_k = _lengths(shape.seqlen_kv, shape.batch, seed + 7, full)
+
+    def packed(x: Tensor, lengths: Tensor) -> Tensor:
+        return torch.cat([x[b, :length] for b, length in enumerate(lengths.tolist())])
+
+    def ends(lengths: Tensor) -> Tensor:
+        found = torch.zeros(shape.batch + 1, dtype=torch.int32)
+        found[1:] = lengths.cumsum(0)
+        return found.to(inputs.q.device)
+
+    inputs.q, inputs.r = packed(inputs.q, lengths_q), packed(inputs.r, lengths_q)
+    inputs.k, inputs.v = packed(inputs.k, lengths_k), packed(inputs.v, lengths_k)
+    inputs.cu_seqlens_q, inputs.cu_seqlens_k = ends(lengths_q), ends(lengths_k)
+    inputs.max_seqlen_q, inputs.max_seqlen_k = shape.seqlen_q, shape.seqlen_kv
+
+
+def attend(spec: KernelSpec, x: Inputs) -> Reference:
+    """The forward of these inputs under the spec's mask, in float64."""
+    scale, window = softmax_scale(spec), x.window_size if spec.window else None
+    given = (x.q, x.r, x.k, x.v)
+    if spec.varlen:
+        assert x.cu_seqlens_q is not None
+        assert x.cu_seqlens_k is not None
+        ends = (x.cu_seqlens_q, x.cu_seqlens_k)
+        return reference_varlen_forward(*given, *ends, causal=spec.causal, window_size=window, softmax_scale=scale)
     return reference_forward(
-        inputs.q,
-        inputs.r,
-        inputs.k,
-        inputs.v,
-        causal=spec.causal,
-        softmax_scale=softmax_scale(spec),
-        cache_seqlens=inputs.cache_seqlens,
+        *given, causal=spec.causal, window_size=window, softmax_scale=scale, cache_seqlens=x.cache_seqlens
     )
+
+
+def _rows(spec: KernelSpec, x: Inputs, saved: Saved) -> Tensor:
+    """What preprocess is to write, in float64: see `calling.rows_like`. NaN where nothing is written."""
+    assert x.do is not None
+    scale = softmax_scale(spec)
+    do, out, v_mean = x.do.double(), saved.out.double(), saved.v_mean.double()
+    b = (do * v_mean).sum(-1).transpose(-1, -2)
+    c = (do * (v_mean - out)).sum(-1).transpose(-1, -2)
+    lse = saved.lse.double() / math.log(2)
+    found = torch.stack(
+        [torch.where(lse == -math.inf, math.inf, lse), scale * (1 + saved.t_mean.double()), b, scale * c]
+    )
+    ends = [0, found.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
+    rows = rows_like(saved.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
+    for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
+        first = (start + sequence * ROWS) // ROWS * ROWS
+        padded = -(-(end - start) // ROWS) * ROWS
+        behind = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=rows.device)
+        rows[..., first : first + padded] = behind.view(4, *[1] * (rows.dim() - 1))
+        rows[..., first : first + end - start] = found[..., start:end]
+    return rows
+
+
+def oracle(spec: KernelSpec, x: Inputs) -> Expected:
+    """What a launch on these inputs must write."""
+    if spec.op == "preprocess":
+        assert x.do is not None
+        assert x.saved is not None
+        return {"rows": _rows(spec, x, x.saved)}
+    if spec.op not in ("dkdv", "dqdr"):
+        found = attend(spec, x)
+        if not spec.stats:
+            return {"out": found.out}
+        return {"out": found.out, "lse": found.lse, "t_mean": found.t_mean, "v_mean": found.v_mean}
+    assert x.do is not None
+    scale, window = softmax_scale(spec), x.window_size if spec.window else None
+    given = (x.q, x.r, x.k, x.v, x.do)
+    if spec.varlen:
+        assert x.cu_seqlens_q is not None
+        assert x.cu_seqlens_k is not None
+        ends = (x.cu_seqlens_q, x.cu_seqlens_k)
+        grads = reference_varlen_backward(*given, *ends, causal=spec.causal, window_size=window, softmax_scale=scale)
+    else:
+        grads = reference_backward(*given, causal=spec.causal, window_size=window, softmax_scale=scale)
+    return {"dk": grads.dk, "dv": grads.dv} if spec.op == "dkdv" else {"dq": grads.dq, "dr": grads.dr}
 
 
 def softmax_scale(spec: KernelSpec) -> float:
     return float(spec.head_dim**-0.5)
 
 
+def poisoned(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
+    """The call on these inputs with all that a launch is to write overwritten: nothing right is left from before."""
+    call = prepare(spec, config, inputs)
+    for tensor in (*call.written.values(), *call.scratch[:1]):  # the counters, second, count from 0
+        tensor.fill_(POISON)
+    return call
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """The relative error of the output, and what is wrong in a sentence, None where nothing is."""
+    """The largest relative error of what was written, and what is wrong in a sentence, None where nothing is."""
 
     error: float
     wrong: str | None
 
 
-def run(source: KernelSource, spec: KernelSpec, config: KernelConfig, inputs: Inputs, reference: Reference) -> Verdict:
+def run(source: KernelSource, spec: KernelSpec, config: KernelConfig, inputs: Inputs, expected: Expected) -> Verdict:
     """Launch once on these inputs and judge all that it wrote."""
     call = poisoned(spec, config, inputs)
     load(source).launch(*call.arguments(softmax_scale(spec)))
-    written = [("out", call.out, reference.out)]
-    if call.stats:
-        lse, t_mean, v_mean = call.stats
-        # A row without keys has lse -inf on both sides: compare sums, not their logarithms.
-        written.append(("exp(lse)", lse.exp(), reference.lse.exp()))
-        written += [("t_mean", t_mean, reference.t_mean), ("v_mean", v_mean, reference.v_mean)]
-    reasons = [f"{name}: {why}" for name, out, ref in written if (why := why_wrong(out, ref, spec.dtype))]
+    return judge(call, expected)
+
+
+def judge(call: Call, expected: Expected) -> Verdict:
+    """What a launched call wrote, against what it was to write."""
+    x, found, reasons = call.inputs, 0.0, []
+    sizes: dict[str, float] = {}
+    if call.spec.op in ("dkdv", "dqdr"):
+        assert x.do is not None
+        natural = gradient_sizes(x.q, x.r, x.k, x.v, x.do)
+        sizes = {name: float(size) for name, size in natural._asdict().items()}
+    for name, (out, ref) in _compared(call.written, expected).items():
+        dtype = "fp32" if call.spec.op == "preprocess" else call.spec.dtype  # fp32 sums of products
+        if why := why_wrong(out, ref, dtype, sizes.get(name)):
+            reasons.append(f"{name}: {why}")
+        if name == "out" or call.spec.op != "forward":
+            found = max(found, errors(out, ref, sizes.get(name)).relative)
     if len(call.scratch) == 2 and bool(call.scratch[1].any()):
         reasons.append("its counters are not back at 0 for the next launch")
-    return Verdict(errors(call.out, reference.out).relative, "; ".join(reasons) or None)
+    return Verdict(found, "; ".join(reasons) or None)
+
+
+def _compared(written: dict[str, Tensor], expected: Expected) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs to compare. A row without keys has lse -inf on both sides: sums are compared, not their logarithms."""
+    if "rows" in written:
+        names = ("log2(e) lse", "scale (1 + t_mean)", "b", "scale (b - T)")
+        there = ~expected["rows"].isnan().reshape(-1, expected["rows"].shape[-1]).any(0)
+        rows, ref_rows = (x["rows"][..., there] for x in (written, expected))
+        return dict(zip(names, zip(rows, ref_rows, strict=True), strict=True))
+    pairs = {name: (tensor, expected[name]) for name, tensor in written.items()}
+    if "lse" in pairs:
+        out, ref = pairs.pop("lse")
+        pairs["exp(lse)"] = (out.exp(), ref.exp())
+    return pairs
 
 
 def check(

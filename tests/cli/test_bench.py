@@ -8,40 +8,62 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from cli_samples import run, run_json
 
 from parallax_gen.cli import bench as bench_module
-from parallax_gen.cli import main
-from parallax_gen.cli.compare import Row
-from parallax_gen.cli.peers import contenders
+from parallax_gen.cli.compare import PARTS, Row
+from parallax_gen.cli.contenders import contenders
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.usual import TRAINING
 
 SPEC, SHAPE = KernelSpec("decode", 128, "bf16"), Shape(1, 8, 8, 1, 4096)
 ROWS = [
-    Row("parallax_gen", SPEC, SHAPE, 8.0, 2097.0, 2e-3),
-    Row("SDPA flash", SPEC, SHAPE, 16.0, 1048.0),
-    Row("fla", SPEC, SHAPE, why_not="not installed"),
+    Row("parallax_gen", "decode", "decode", SPEC, SHAPE, 8.0, 2097.0, 2e-3),
+    Row("SDPA flash", "decode", "decode", SPEC, SHAPE, 16.0, 1048.0),
+    Row("fla", "decode", "decode", SPEC, SHAPE, note="not installed"),
 ]
+
+STEP = KernelSpec("forward", 96, "bf16", group=4, causal=True, stats=True, window=True)
+STEP_SHAPE = Shape(1, 32, 8, 16384, 16384, 4096)
+STEP_ROWS = [
+    Row(name, TRAINING, part, STEP, STEP_SHAPE, time_us, rate, error, note)
+    for name, values in {
+        "parallax_gen": [(1234.5, 640.5, 2e-3, ""), (12345.6, 400.0, 4e-3, ""), (13579.1, 450.0, 4e-3, "")],
+        "SDPA cuDNN": [(2469.0, 310.0, None, ""), (12345.6, 400.0, None, ""), (15000.0, 350.0, None, "")],
+        "official Triton": [(4938.0, 500.0, 2e-3, ""), *[(30000.0, 200.0, 1.5e-1, "without a CUDA graph")] * 2],
+        "fla": [(None, None, None, "not installed")] * 3,
+    }.items()
+    for part, (time_us, rate, error, note) in zip(PARTS[TRAINING], values, strict=True)
+]
+
+asked: list[tuple[str, KernelSpec, Shape]] = []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_it_says_so() -> None:
-    done = CliRunner().invoke(main, ["bench"])
+    done = run("bench")
     assert done.exit_code == 1
     assert done.stderr == "error: there is no CUDA device here: nothing can be timed\n"
 
 
 @pytest.fixture
 def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked.clear()
+
+    def compare(op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...]) -> list[Row]:
+        asked.append((op, spec, shape))
+        found = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
+        return [row for row in found if not only or row.contender in only]
+
     monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
-    monkeypatch.setattr(bench_module, "_compare", lambda spec, shape, only: ROWS if shape == SHAPE else [])
+    monkeypatch.setattr(bench_module, "_compare", compare)
 
 
 @pytest.mark.usefixtures("_on_a_card")
 def test_table_means_and_csv(tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["bench", "--op", "decode", "--shape", "1,8,4096", "--csv", str(tmp_path / "rows")])
+    done = run("bench", "--op", "decode", "--shape", "1,8,4096", "--csv", tmp_path / "rows")
     assert done.exit_code == 0, done.output
     assert "SDPA flash" in done.stdout
     assert "not installed" in done.stdout
@@ -51,19 +73,130 @@ def test_table_means_and_csv(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["contender"] for row in rows] == [row.contender for row in ROWS]
     assert rows[0]["seqlen_kv"] == "4096"
+    assert (rows[0]["op"], rows[0]["part"]) == ("decode", "decode")
     assert rows[2]["time_us"] == ""
 
 
 @pytest.mark.usefixtures("_on_a_card")
 def test_json() -> None:
-    done = CliRunner().invoke(main, ["bench", "--op", "decode", "--shape", "1,8,4096", "--json"])
-    document = json.loads(done.stdout)
+    document = run_json("bench", "--op", "decode", "--shape", "1,8,4096")
     assert document["gpu"] == "h200"
     assert [row["time_us"] for row in document["rows"]] == [8.0, 16.0, None]
 
 
+@pytest.mark.usefixtures("_on_a_card")
+def test_a_training_step_is_a_line_a_contender() -> None:
+    arguments = ("--op", "training", "--head-dim", "96", "--shape", "1,32/8,16384", "--window", "4096")
+    done = run("bench", *arguments)
+    assert done.exit_code == 0, done.output
+    assert asked == [(TRAINING, STEP, STEP_SHAPE)]
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("training, head_dim 96, bf16, GQA 4:1, window: batch 1, heads 32/8")
+    assert lines[1].split() == ["fwd", "ms", "TF/s", "bwd", "ms", "TF/s", "step", "ms", "TF/s", "err", "out", "grads"]
+    assert lines[2].split() == "parallax_gen 1.234 640.5 12.35 400.0 13.58 450.0 2.0e-03 4.0e-03".split()  # noqa: SIM905
+    assert lines[3].split()[-2:] == ["softmax", "softmax"]
+    assert lines[4].split()[-1] == "1.5e-01"
+    assert lines[5].split() == ["fla", *"--------"]
+    assert lines[6] == "official Triton, backward and step: without a CUDA graph"
+    assert lines[7] == "fla: not installed"
+    assert max(map(len, lines[1:6])) <= 80
+
+
+@pytest.mark.usefixtures("_on_a_card")
+def test_means_are_of_each_part(capsys: pytest.CaptureFixture[str]) -> None:
+    from parallax_gen.cli.rows import print_means
+
+    other = [row for row in STEP_ROWS if row.contender in ("parallax_gen", "SDPA cuDNN")]
+    longer = [
+        Row(row.contender, row.op, row.part, row.spec, Shape(1, 8, 8, 999, 999), 8 * row.time_us * (1 + is_peer), 1.0)
+        for row in other
+        if row.time_us
+        for is_peer in (row.contender != "parallax_gen",)
+    ]
+    print_means([*STEP_ROWS, *longer])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "training forward: SDPA cuDNN takes 2.83 times ours (geometric mean of 2, least 2.00)"
+    assert lines[1] == "training forward: official Triton takes 4.00 times ours (geometric mean of 1, least 4.00)"
+    assert lines[2] == "training backward: SDPA cuDNN takes 1.41 times ours (geometric mean of 2, least 1.00)"
+    assert len(lines) == 6
+    assert not any("fla" in line for line in lines)
+
+
+@pytest.mark.usefixtures("_on_a_card")
+def test_training_rows_as_csv_and_json(tmp_path: Path) -> None:
+    arguments = ("bench", "--op", "training", "--shape", "1,32/8,16384")
+    run(*arguments, "--csv", tmp_path / "rows")
+    with (tmp_path / "rows").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["part"] for row in rows] == ["forward", "backward", "step"] * 4
+    assert {row["op"] for row in rows} == {"training"}
+    assert {row["window"] for row in rows} == {"4096"}
+    assert (rows[1]["time_us"], rows[1]["error"]) == ("12345.6", "0.004")
+    assert rows[7]["note"] == "without a CUDA graph"
+    found = run_json(*arguments, "--only", "fla")["rows"]
+    assert [(row["contender"], row["part"], row["time_us"]) for row in found] == [
+        ("fla", part, None) for part in ("forward", "backward", "step")
+    ]
+
+
+@pytest.mark.usefixtures("_on_a_card")
+def test_rows_of_several_ops_go_into_one_csv(tmp_path: Path) -> None:
+    run("bench", "--op", "decode", "--op", "training", "--shape", "1,8,4096", "--csv", tmp_path / "rows")
+    with (tmp_path / "rows").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["window"] for row in rows] == ["0"] * 3 + ["4096"] * 12
+
+
+@pytest.mark.usefixtures("_on_a_card")
+def test_what_is_compared_when_little_is_said() -> None:
+    run("bench")
+    assert {op for op, _, _ in asked} == {"forward", "decode"}
+    asked.clear()
+    run("bench", "--op", "training")
+    assert len(asked) == len(set(asked)) == 13
+    assert [(spec.head_dim, shape) for _, spec, shape in asked[:2]] == [
+        (128, Shape(4, 16, 16, 4096, 4096)),
+        (128, Shape(1, 16, 16, 16384, 16384)),
+    ]
+    assert all(spec.stats and spec.causal and spec.op == "forward" for _, spec, _ in asked)
+    assert {shape.window for _, spec, shape in asked if spec.window} == {513, 4096}
+    asked.clear()
+    run("bench", "--op", "training", "--full")
+    assert len(asked) == 10  # without windows some are the same
+    assert not any(spec.causal or shape.window for _, spec, shape in asked)
+    asked.clear()
+    run("bench", "--op", "training", "--head-dim", "96")
+    assert [shape for _, _, shape in asked] == [Shape(4, 32, 32, 4096, 4096)]
+
+
+@pytest.mark.usefixtures("_on_a_card")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--op", "dkdv"), "'dkdv' is not one of"),
+        (("--op", "training", "--stats"), "--stats: of --op forward, not of training"),
+        (("--op", "decode", "--window", "5"), "--window: of --op"),
+        (("--op", "training", "--head-dim", "72"), "no usual shape of training has head_dim 72"),
+        (("--head-dim", "100"), "100 is not a multiple of 8 from 8 to 256"),
+    ],
+)
+def test_what_cannot_be_compared_is_a_usage_error(arguments: tuple[str, ...], says: str) -> None:
+    done = run("bench", *arguments)
+    assert done.exit_code == 2
+    assert says in " ".join(done.stderr.split())
+    assert asked == []
+
+
 def test_contenders_are_named_once_and_ours_is_first() -> None:
-    for op in ("forward", "decode"):
+    for op in PARTS:
         names = [contender.name for contender in contenders(op)]
         assert names[0] == "parallax_gen"
         assert len(set(names)) == len(names) >= 5
+
+
+def test_json_of_an_error_that_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row("fla", "decode", "decode", SPEC, SHAPE, 5.0, 1.0, float("inf"))
+    monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
+    monkeypatch.setattr(bench_module, "_compare", lambda *_: [row])
+    document = json.loads(run("bench", "--op", "decode", "--shape", "1,8,4096", "--json").stdout)
+    assert document["rows"][0]["error"] is None

@@ -11,13 +11,15 @@ from cli_samples import CALL, run, run_json
 from cli_samples import process as python
 
 import parallax_gen.cli
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, sizes_of
-from parallax_gen.errors import ArgumentError, UnknownGpuError
+from parallax_gen.cli.options import Asked, Sizes, check_flags, gpu_named, sizes_of
+from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import OPS
+from parallax_gen.tuning.usual import TRAINING, Flags
 
-COMMANDS = ("tune", "list", "show", "explain", "render", "export", "ship", "doctor")
+COMMANDS = ("tune", "list", "show", "explain", "render", "export", "bench", "ship", "doctor")
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -135,12 +137,64 @@ def test_decode_has_one_query() -> None:
 
 
 def test_the_kernel_that_is_asked_for() -> None:
-    assert Asked("forward", 64, "fp16").spec(4).causal
-    assert not Asked("forward", 64, "fp16", causal=False).spec(4).causal
-    assert not Asked("decode", 64, "fp16").spec(4).causal
-    with pytest.raises(ArgumentError, match="ragged"):
-        Asked("forward", 64, "fp16", ragged=True).spec(1)
-    assert run("explain", *CALL, "--causal").stderr.startswith("error: causal: got True with op 'decode'")
+    sizes = sizes_of("2,32/8,4096")
+    spec, shape = Asked("forward", 64, "fp16").kernel(sizes)
+    assert spec.causal
+    assert (spec.group, shape) == (4, Shape(2, 32, 8, 4096, 4096))
+    assert not Asked("forward", 64, "fp16", Flags(causal=False)).kernel(sizes)[0].causal
+    spec, shape = Asked("decode", 64, "fp16").kernel(sizes)
+    assert not spec.causal
+    assert shape == Shape(2, 32, 8, 1, 4096)
+    spec, shape = Asked("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
+    assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
+    spec, shape = Asked("preprocess", 72, "fp32").kernel(sizes)
+    assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # it sees rows alone
+    for op in OPS:
+        assert Asked(op, 64, "bf16").kernel(None)[0].op == op  # of the first usual shape
+
+
+@pytest.mark.parametrize(
+    ("flags", "ops", "says"),
+    [
+        (("--causal",), ("decode",), "--causal and --full: of --op forward or dkdv or dqdr or training, not of decode"),
+        (("--full",), ("preprocess",), "--causal and --full: of --op"),
+        (("--stats",), ("dkdv",), "--stats: of --op forward, not of dkdv"),
+        (("--ragged",), ("forward",), "--ragged: of --op decode, not of forward"),
+        (("--window", "9"), ("decode",), "--window: of --op"),
+        (("--varlen",), ("decode",), "--varlen: of --op"),
+        (("--window", "0"), ("forward",), "0 is not in the range x>=1"),
+        (("--head-dim", "100"), ("forward",), "100 is not a multiple of 8 from 8 to 256"),
+        (("--head-dim", "264"), ("dqdr",), "264 is not a multiple of 8 from 8 to 256"),
+        (("--head-dim", "wide"), ("dqdr",), "'wide' is not a valid integer"),
+    ],
+)
+def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple[str, ...], says: str) -> None:
+    for command in (("explain", "--shape", "1,8,1024"), ("tune",)):
+        result = run(*command, "--gpu", "h200", "--op", *ops, *flags)
+        assert result.exit_code == 2
+        assert says in " ".join(result.stderr.split())
+
+
+def test_a_flag_that_one_of_several_ops_has_is_none() -> None:
+    check_flags(Flags(causal=False, stats=True, window=9, varlen=True, ragged=True), ("forward", "decode"))
+    check_flags(Flags(causal=True, window=9, varlen=True), (TRAINING,))
+    with pytest.raises(click.UsageError, match="--stats"):
+        check_flags(Flags(stats=True), (TRAINING,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--op", "decode", "--head-dim", "96"), "error: head_dim: got 96; allowed: 64, 128"),
+        (("--op", "decode", "--dtype", "tf32"), "error: dtype: got 'tf32'"),
+        (("--op", "dkdv", "--full", "--window", "9"), "error: window: got True without causal"),
+    ],
+)
+def test_a_kernel_that_cannot_be_is_an_error_of_one_line(arguments: tuple[str, ...], says: str) -> None:
+    result = run("explain", "--gpu", "h200", "--shape", "1,8,1024", *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(says)
+    assert result.stderr.count("\n") == 1
 
 
 # doctor

@@ -8,7 +8,21 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_samples import CALL, H200, KEY, SPEC, config, elsewhere, known, process, run
+from cli_samples import (
+    CALL,
+    DKDV_CALL,
+    DKDV_KEY,
+    DKDV_SPEC,
+    H200,
+    KEY,
+    SPEC,
+    config,
+    elsewhere,
+    known,
+    known_dkdv,
+    process,
+    run,
+)
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.shipped import write_shipped
@@ -34,6 +48,16 @@ def test_render_prints_what_dispatch_would_choose(store: Store) -> None:
 def test_render_takes_a_config() -> None:
     result = run("render", *CALL, "--config", config_to_json(config(6)))
     assert result.stdout == render(SPEC, config(6), H200).text
+
+
+@pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr"])
+def test_render_of_every_op_and_width(op: str) -> None:
+    flags = () if op == "preprocess" else ("--window", "100", "--varlen")
+    text = run("render", "--gpu", "h200", "--op", op, "--head-dim", "72", *flags).stdout
+    ast.parse(text)
+    assert f"spec       {op}, head_dim 72, bf16" in text
+    assert ("window, varlen" in text) is bool(flags)
+    assert "cu_seqlens" in text or not flags
 
 
 @pytest.mark.parametrize(
@@ -100,6 +124,33 @@ def test_export_where_nothing_is_known_is_one_default(tmp_path: Path) -> None:
     run("export", "--gpu", "h100", "--op", "forward", "--stats", "-o", tmp_path / "out")
     (file,) = (tmp_path / "out").glob("*.py")
     assert file.name == "forward_d128_bf16_g1_causal_stats_rows64_q4096_kv4096.py"
+
+
+def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
+    """Of the window that is asked for, and of no other: nor of kernels without one."""
+    longer = dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 16384, 16384, 512))
+    for key in (DKDV_KEY, longer, dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 4096, 4096, 1024))):
+        store.record(known_dkdv(key=key))
+    whole = dataclasses.replace(
+        DKDV_KEY, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(16, 512, 512)
+    )
+    store.record(known_dkdv(key=whole))
+    call = ("export", *DKDV_CALL[:6], "-o")
+    assert run(*call, tmp_path / "a", *DKDV_CALL[6:8]).exit_code == 0
+    name = "dkdv_d96_bf16_g4_causal_window_rows16_q4096_kv4096_w512.py"
+    files = sorted(p.name for p in (tmp_path / "a").glob("*.py"))
+    assert files == ["dkdv_d96_bf16_g4_causal_window_rows16_q16384_kv16384_w512.py", name]
+    assert (tmp_path / "a" / name).read_text() == render(DKDV_SPEC, known_dkdv().config, H200).text
+    assert "window_size" in (tmp_path / "a" / "README.md").read_text()
+    run(*call, tmp_path / "b")
+    assert [p.name for p in (tmp_path / "b").glob("*.py")] == ["dkdv_d96_bf16_g4_causal_rows16_q512_kv512.py"]
+    run("export", *DKDV_CALL, "-o", tmp_path / "c")
+    assert [p.name for p in (tmp_path / "c").glob("*.py")] == [name]
+
+
+def test_export_of_preprocess_knows_no_keys(tmp_path: Path) -> None:
+    run("export", "--gpu", "h200", "--op", "preprocess", "--shape", "2,32/8,4096", "-o", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").glob("*.py")] == ["preprocess_d128_bf16_g1_rows64_q4096.py"]
 
 
 def test_export_prefers_this_environment_then_the_newest(store: Store, tmp_path: Path) -> None:

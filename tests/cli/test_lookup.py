@@ -8,7 +8,21 @@ import math
 from pathlib import Path
 
 import pytest
-from cli_samples import CALL, H200, KEY, SPEC, config, elsewhere, known, run, run_json
+from cli_samples import (
+    CALL,
+    DKDV_CALL,
+    DKDV_KEY,
+    DKDV_SPEC,
+    H200,
+    KEY,
+    SPEC,
+    config,
+    elsewhere,
+    known,
+    known_dkdv,
+    run,
+    run_json,
+)
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.shipped import load_shipped, write_shipped
@@ -72,6 +86,23 @@ def test_tables_fit_and_have_no_colours(store: Store) -> None:
     assert "    [red]a detail[/red]\n" in run("show", *CALL).stdout
 
 
+def test_list_of_kernels_with_flags_and_without(store: Store) -> None:
+    """Records lack the fields that are at their default: what they are sorted and grouped by is all there."""
+    whole = dataclasses.replace(DKDV_KEY, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(1, 1, 128))
+    packed = dataclasses.replace(DKDV_KEY, spec=dataclasses.replace(DKDV_SPEC, varlen=True))
+    here = DKDV_KEY.environment
+    keys = [whole, DKDV_KEY, packed, dataclasses.replace(whole, environment=dataclasses.replace(here, triton="3.4"))]
+    for key in keys:
+        store.record(known_dkdv(key=key))
+    text = run("list").stdout
+    titles = [line for line in text.splitlines() if line.startswith("h200: ")]
+    kernel = "h200: dkdv, head_dim 96, bf16, GQA 4:1, "
+    assert sorted(titles) == [f"{kernel}{flags}" for flags in ("causal", "causal", "window", "window, varlen")]
+    assert "4096 W512" in text
+    assert "M64 N128 G4 w8 s2 pieces  measured" in text
+    assert run_json("list")["records"][0]["rate_unit"] == "TFLOP/s"
+
+
 # show
 
 
@@ -99,6 +130,19 @@ def test_show_has_everything_of_one_key(store: Store) -> None:
 def test_show_of_nothing() -> None:
     assert "nothing is known under this key" in run("show", *CALL).stdout
     assert run_json("show", *CALL)["results"] == []
+
+
+def test_show_of_a_kernel_with_a_window(store: Store) -> None:
+    store.record(known_dkdv())
+    store.record(known_dkdv(None, "crash", stages=3, detail="exit status -11"))
+    store.record(known_dkdv(1.0, key=dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 4096, 4096, 1024))))
+    text = run("show", *DKDV_CALL).stdout
+    assert text.startswith("h200: dkdv, head_dim 96, bf16, GQA 4:1, window; 16 kv rows, seqlen 4096, window 512\n")
+    assert "M64 N128 G4 w8 s2 pieces  measured" in text
+    assert "crash: M64 N128 G4 w8 s3 pieces" in text
+    found = run_json("show", *DKDV_CALL)
+    assert len(found["results"]) == 2
+    assert found["key"]["bucket.window"] == 512
 
 
 # explain
@@ -167,6 +211,32 @@ def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
     assert found["reason"].startswith("the fastest record is not valid any more: NUM_SPLITS is 5")
 
 
+def test_explain_a_kernel_with_a_window(store: Store) -> None:
+    other = dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 4096, 4096, 1024))
+    store.record(known_dkdv(500.0, key=other))
+    text = run("explain", *DKDV_CALL).stdout
+    assert "seqlen 4096, window 513; on h200" in text
+    assert "from    the default config: nothing is known" in text
+    assert "window 1024 (here 512)" in text
+    unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
+    assert "near misses" not in run("explain", *unwindowed).stdout  # another kernel
+    store.record(known_dkdv(900.0))
+    found = run_json("explain", *DKDV_CALL)
+    assert found["from"] == "yours"
+    assert found["shape"]["window"] == 513
+    assert found["record"]["rate"] == pytest.approx(
+        2 * 6 * 2 * 32 * 96 * (4096**2 / 2 - (4096 - 512) ** 2 / 2) / 900.0 / 1e6
+    )  # at the bucket's own sizes
+    assert Path(found["file"]).read_text() == render(DKDV_SPEC, known_dkdv().config, H200).text
+
+
+@pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr", "decode"])
+def test_explain_has_an_answer_for_every_op(op: str) -> None:
+    found = run_json("explain", "--gpu", "h200", "--op", op, "--head-dim", "64", "--shape", "2,32/8,4096")
+    assert found["spec"]["op"] == op
+    assert found["bucket"]["kv_rows"] == (64 if op == "preprocess" else 16)
+
+
 # ship
 
 
@@ -182,6 +252,13 @@ def test_ship_merges_what_was_measured_here(store: Store, tmp_path: Path) -> Non
     store.record(known(None, "wrong", splits=1, created_at="2026-02-01T00:00:00+00:00"))
     run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert [r.time_us for r in load_shipped("h200", tmp_path / "db")] == [202.0, 203.0, 204.0]
+
+
+def test_ship_takes_every_op(store: Store, tmp_path: Path) -> None:
+    for result in (known(), known_dkdv(), known_dkdv(key=dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 512, 512)))):
+        store.record(result)
+    assert run("ship", "--gpu", "h200", "--to", tmp_path / "db").exit_code == 0
+    assert {r.key for r in load_shipped("h200", tmp_path / "db")} == {r.key for r in store.all()}
 
 
 def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:

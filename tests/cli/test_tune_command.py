@@ -126,6 +126,8 @@ def test_where_no_config_works_it_fails(monkeypatch: pytest.MonkeyPatch) -> None
         ("--trials", "0"),
         ("--time-budget", "0"),
         ("--op", "decode", "--shape", "1,8,128x4096"),
+        ("--op", "training", "--stats"),
+        ("--op", "training", "--head-dim", "72"),  # no usual shape
     ],
 )
 def test_what_makes_no_sense_is_a_usage_error(arguments: tuple[str, ...], store: Store) -> None:
@@ -135,11 +137,50 @@ def test_what_makes_no_sense_is_a_usage_error(arguments: tuple[str, ...], store:
 
 def test_options_can_be_repeated(card: None) -> None:
     arguments = ("--head-dim", "64", "--head-dim", "128", "--dtype", "fp16", "--dtype", "bf16", "--shape", "1,8,1024")
-    result = run("tune", "--gpu", "h200", *arguments, "--trials", "1", "--json")
+    both = ("--op", "forward", "--op", "decode")
+    result = run("tune", "--gpu", "h200", *both, *arguments, "--trials", "1", "--json")
     jobs = json.loads(result.stdout)["jobs"]
     kernels = [(job["spec"]["op"], job["spec"]["head_dim"], job["spec"]["dtype"]) for job in jobs]
     assert len(kernels) == len(set(kernels)) == 8
     assert "[8/8]" in result.stderr
+
+
+def test_a_training_step(card: None, store: Store) -> None:
+    arguments = ("--op", "training", "--head-dim", "96", "--shape", "2,32/8,4096", "--window", "513", "--trials", "2")
+    result = run("tune", *arguments)
+    assert result.exit_code == 0, result.output
+    known = {r.key.spec.op: r.key for r in store.all()}
+    assert list(known) == ["dkdv", "dqdr", "forward", "preprocess"]
+    for op, key in known.items():
+        assert key.spec.head_dim == 96
+        assert key.bucket.window == (0 if op == "preprocess" else 512)
+    assert known["forward"].spec.stats
+    blocks = result.stdout.split("\n\n")
+    assert [block.splitlines()[0].split(",")[0] for block in blocks[:4]] == [
+        "h200: forward",
+        "h200: preprocess",
+        "h200: dkdv",
+        "h200: dqdr",
+    ]
+    assert "4096 W512" in blocks[2]
+    assert [unit in block for block in blocks[:4] for unit in ("GB/s", "TFLOP/s")] == [
+        *(False, True),
+        *(True, False),
+        *(False, True),
+        *(False, True),
+    ]
+    tables = [line for line in result.stdout.splitlines() if "  M" in line]
+    assert len(tables) == 4
+    assert max(map(len, tables)) <= 80
+    again = run("tune", *arguments, "--json")
+    assert [job["known"] for job in json.loads(again.stdout)["jobs"]] == [2] * 4
+
+
+def test_everything_is_tuned_where_nothing_is_said(card: None) -> None:
+    result = run("tune", "--shape", "1,8,1024", "--trials", "1", "--json")
+    kernels = [(job["spec"]["op"], job["spec"]["stats"]) for job in json.loads(result.stdout)["jobs"]]
+    step = [("forward", True), ("preprocess", False), ("dkdv", False), ("dqdr", False)]
+    assert kernels == [("forward", False), ("decode", False), *step]
 
 
 def test_ctrl_c_keeps_what_is_finished(store: Store) -> None:

@@ -8,22 +8,41 @@ import math
 import pytest
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.config import (
+    DecodeConfig,
+    DkDvConfig,
+    DqDrConfig,
+    ForwardConfig,
+    KernelConfig,
+    PreprocessConfig,
+)
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape, work_of
 from parallax_gen.problem.space import every_config
-from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.model import predict_us, resident_blocks
+from parallax_gen.problem.spec import OPS, KernelSpec
+from parallax_gen.tuning.model import bound_by_matmuls, predict_us, resident_blocks
 
 H200 = GPUS["h200"]
 FORWARD, DECODE = KernelSpec("forward", 128, "bf16", causal=True), KernelSpec("decode", 128, "bf16", group=4)
 TILE = ForwardConfig(BLOCK_M=128, BLOCK_N=64, HEAD_GROUP=8, num_warps=8, num_stages=3)
 SPLIT = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=1, num_stages=4)
 LEAN = Resources(registers=128, spills=0, shared_bytes=64 * 1024)
+DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=128, HEAD_GROUP=8, num_warps=8, num_stages=3)
+DQDR = DqDrConfig(BLOCK_M=128, BLOCK_N=64, HEAD_GROUP=8, num_warps=8, num_stages=3)
+TRAINED = Shape(4, 16, 16, 4096, 4096)
 CASES = [
-    (FORWARD, TILE, Shape(4, 16, 16, 4096, 4096)),
+    (FORWARD, TILE, TRAINED),
     (DECODE, SPLIT, Shape(32, 32, 8, 1, 8192)),
+    (FORWARD.of("preprocess"), PreprocessConfig(BLOCK_M=32, num_warps=4), TRAINED),
+    (FORWARD.of("dkdv"), DKDV, TRAINED),
+    (FORWARD.of("dqdr"), DQDR, TRAINED),
+    (
+        dataclasses.replace(FORWARD.of("dkdv"), window=True, group=4, head_dim=96),
+        dataclasses.replace(DKDV, HEAD_DIM_AS="pieces"),
+        Shape(2, 32, 8, 8192, 8192, 1024),
+    ),
 ]
+IDS = [f"{spec.op}{' window' if spec.window else ''}" for spec, _, _ in CASES]
 
 
 def predict(spec: KernelSpec, config: KernelConfig, shape: Shape, resources: Resources = LEAN) -> float:
@@ -31,7 +50,7 @@ def predict(spec: KernelSpec, config: KernelConfig, shape: Shape, resources: Res
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
-@pytest.mark.parametrize(("spec", "_config", "shape"), CASES)
+@pytest.mark.parametrize(("spec", "_config", "shape"), CASES, ids=IDS)
 def test_every_time_is_positive_and_below_no_roof(
     spec: KernelSpec, _config: KernelConfig, shape: Shape, gpu: object
 ) -> None:
@@ -45,23 +64,23 @@ def test_every_time_is_positive_and_below_no_roof(
             assert time_us > roof_us
 
 
-@pytest.mark.parametrize(("spec", "config", "shape"), CASES)
+@pytest.mark.parametrize(("spec", "config", "shape"), CASES, ids=IDS)
 def test_more_work_takes_longer(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     longer = dataclasses.replace(shape, seqlen_kv=2 * shape.seqlen_kv)
-    if spec.op == "forward":
+    if spec.op != "decode":
         longer = dataclasses.replace(longer, seqlen_q=2 * shape.seqlen_q)
     wider = dataclasses.replace(shape, batch=2 * shape.batch)
     for more in (longer, wider):
         assert predict(spec, config, more) > 1.3 * predict(spec, config, shape)
 
 
-@pytest.mark.parametrize(("spec", "config", "shape"), CASES)
+@pytest.mark.parametrize(("spec", "config", "shape"), CASES, ids=IDS)
 def test_spills_cost(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     times = [predict(spec, config, shape, dataclasses.replace(LEAN, spills=n)) for n in (0, 16, 128, 512)]
     assert times == sorted(set(times))
 
 
-@pytest.mark.parametrize(("spec", "config", "shape"), CASES)
+@pytest.mark.parametrize(("spec", "config", "shape"), CASES, ids=IDS)
 def test_twice_as_wide_elements_take_longer(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     assert predict(dataclasses.replace(spec, dtype="fp32"), config, shape) > predict(spec, config, shape)
 
@@ -79,3 +98,53 @@ def test_resident_blocks_are_bound_by_the_scarcest() -> None:
     assert resident_blocks(TILE, H200, Resources(16, 0, 0)) == 8  # warps
     assert resident_blocks(SPLIT, H200, Resources(16, 0, 0)) == 32  # blocks
     assert resident_blocks(TILE, H200, Resources(255, 0, H200.shared_per_block)) == 1
+
+
+def test_matmuls_bound_all_but_decode_and_preprocess() -> None:
+    assert [op for op in OPS if not bound_by_matmuls(op)] == ["preprocess", "decode"]
+
+
+@pytest.mark.parametrize(("op", "config", "rate"), [("dqdr", DQDR, 645e12), ("dkdv", DKDV, 456e12)])
+def test_the_backward_is_predicted_as_it_was_measured(op: str, config: KernelConfig, rate: float) -> None:
+    """The rates that kernels like these had on an H200, of their own matmuls."""
+    spec = FORWARD.of(op)
+    measured_us = 1e6 * work_of(spec, TRAINED).flops / rate
+    found = predict(spec, config, TRAINED, Resources(255, 10, 200 * 1024))
+    assert measured_us / 1.2 < found < measured_us * 1.2
+
+
+def test_dkdv_owns_keys() -> None:
+    """Of one kv head with many query heads dkdv has few programs, dqdr many."""
+    shape = Shape(1, 64, 1, 2048, 2048)
+    spec = dataclasses.replace(FORWARD, causal=False, group=64)
+    few, many = predict(spec.of("dkdv"), DKDV, shape), predict(spec.of("dqdr"), DQDR, shape)
+    assert few > 2 * many
+    for op, config in (("dkdv", DKDV), ("dqdr", DQDR)):  # a large tile of what is owned pays
+        turned = dataclasses.replace(config, BLOCK_M=config.BLOCK_N, BLOCK_N=config.BLOCK_M)
+        assert predict(FORWARD.of(op), config, TRAINED) < predict(FORWARD.of(op), turned, TRAINED)
+
+
+@pytest.mark.parametrize("op", ["forward", "dkdv", "dqdr"])
+def test_a_window_pays_but_not_below_a_tile(op: str) -> None:
+    spec = FORWARD.of(op)
+    config = {"forward": TILE, "dkdv": DKDV, "dqdr": DQDR}[op]
+    windowed = dataclasses.replace(spec, window=True)
+    times = [predict(windowed, config, dataclasses.replace(TRAINED, window=w)) for w in (1, 64, 512, 2048)]
+    assert times == sorted(set(times))
+    assert times[2] < 0.5 * predict(spec, config, TRAINED)
+    assert times[0] > times[2] / 20  # of a tile's 64 columns one counts, and all are multiplied
+
+
+def test_padding_is_multiplied_too() -> None:
+    spec = dataclasses.replace(FORWARD.of("dkdv"), head_dim=72)
+    pieces, padded = (
+        predict(spec, dataclasses.replace(DKDV, HEAD_DIM_AS=how), TRAINED) for how in ("pieces", "padded")
+    )  # 64 + 16 columns, or 128
+    assert padded > 1.4 * pieces
+
+
+def test_a_preprocess_of_small_programs_waits_for_memory() -> None:
+    spec = FORWARD.of("preprocess")
+    one = Resources(255, 0, H200.shared_per_block)  # a single program at a time on a multiprocessor
+    times = [predict(spec, PreprocessConfig(m, 4), TRAINED, one) for m in (128, 16, 4)]
+    assert times == sorted(set(times))

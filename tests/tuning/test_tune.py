@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.keys import Environment, Key
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS
@@ -20,7 +23,7 @@ from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import tune as tuning
 from parallax_gen.tuning.measure import Timing
-from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner
+from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
 from parallax_gen.tuning.worker import Compile, Measure, Outcome
 
 GPU = GPUS["h200"]
@@ -121,6 +124,17 @@ def test_compiling_and_ranking_for_a_gpu_that_is_not_there(store: Store) -> None
     assert default_config(JOB.spec, JOB.shape, GPU) in [r.config for r in results]
 
 
+def test_a_kernel_of_the_backward_is_compiled_and_ranked_too(store: Store) -> None:
+    spec = KernelSpec("dkdv", 96, "fp16", group=2, causal=True, window=True)
+    job = Job(spec, Bucket(4, 512, 512, 256), GPU)
+    progress = tune(store, job, measure=False, trials=2)
+    assert progress.kinds == {"predicted": 2}
+    results = store.results(job.key)
+    assert default_config(spec, job.shape, GPU) in [r.config for r in results]
+    assert all(r.key.bucket.window == r.shape.window == 256 for r in results if r.shape)
+    assert all(r.registers and r.shared_bytes and r.time_us for r in results)
+
+
 # -- outcomes
 
 
@@ -187,6 +201,27 @@ def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Mac
     assert progress.best is not None
     assert (progress.best.config, progress.best.time_us) == (machine.compiled[1], 61.0)
     assert [r.time_us for r in store.results(JOB.key)] == [61.0, 65.0, 70.0, 80.0, 90.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "rests"),
+    [
+        (KernelSpec("forward", 128, "bf16"), True),
+        (KernelSpec("dkdv", 128, "bf16"), True),
+        (KernelSpec("dqdr", 128, "bf16"), True),
+        (KernelSpec("preprocess", 128, "bf16"), False),
+        (KernelSpec("decode", 128, "bf16"), False),
+    ],
+    ids=str,
+)
+def test_finalists_that_matmuls_bound_are_timed_from_rest(
+    store: Store, machine: Machine, spec: KernelSpec, rests: bool
+) -> None:
+    tune(store, Job(spec, Bucket(8, 1 if spec.op == "decode" else 1024, 1024), GPU), trials=1)
+    assert [(request.timed_ms == FINALIST_MS, request.from_rest) for request in machine.measured] == [
+        (False, False),
+        (True, rests),
+    ]
 
 
 def test_only_so_many_are_timed_twice(store: Store, machine: Machine) -> None:
@@ -304,3 +339,34 @@ def test_workers_are_closed_in_the_end(store: Store, machine: Machine) -> None:
             tuner.tune(job, trials=5, time_budget_s=60.0, on_progress=ignore)
         assert machine.open_workers == 4
     assert machine.open_workers == 0
+
+
+# -- what was fast elsewhere
+
+
+def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Path) -> None:
+    """On a card alike: its own bucket's first, fast to slow, then the best of each other bucket; nothing else's."""
+    spec = KernelSpec("dqdr", 128, "bf16", causal=True)
+    first, second, third, fourth = list(every_config(spec, GPU))[:4]
+    old = Environment("an old template", "3.5", 1)
+
+    def shipped(of: KernelSpec, bucket: Bucket, config: KernelConfig, time_us: float) -> Result:
+        return Result(Key("h200", of, bucket, old), config, "ok", time_us=time_us)
+
+    here, there = Bucket(64, 4096, 4096), Bucket(16, 8192, 8192)
+    records = [shipped(spec, here, first, 20.0), shipped(spec, here, second, 10.0)]
+    records += [shipped(spec, there, third, 5.0), shipped(spec, there, first, 6.0)]
+    records += [shipped(spec.of("dqdr"), Bucket(16, 4096, 4096), second, 7.0)]
+    records += [shipped(KernelSpec("dqdr", 64, "bf16", causal=True), here, fourth, 1.0)]
+    write_shipped(records, "h200", tmp_path)
+    assert proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)[:2] == [second, first]
+    assert set(proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)) == {second, first, third}
+    assert proven_configs(Job(spec, here, GPUS["rtx4090"]), tmp_path) == []
+
+
+def test_proven_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
+    job = Job(KernelSpec("dkdv", 128, "bf16", causal=True), Bucket(32, 8192, 8192), GPUS["h100"])
+    proven = [config for config in proven_configs(job) if config != default_config(job.spec, job.shape, job.gpu)]
+    assert proven  # the H200's records ship
+    tune(store, job, trials=len(proven) + 1)
+    assert machine.compiled == [default_config(job.spec, job.shape, job.gpu), *proven]

@@ -1,19 +1,52 @@
-"""What to tune when little is said."""
+"""What to tune when little is said, and the kernels that shapes and flags mean."""
 
 from __future__ import annotations
 
 import pytest
 
+from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.tuning.worklist import USUAL_SHAPES, worklist
+from parallax_gen.problem.spec import OPS
+from parallax_gen.tuning.tune import Job
+from parallax_gen.tuning.usual import (
+    NO_FLAGS,
+    STEP,
+    TRAINING,
+    USUAL_SHAPES,
+    USUAL_TRAINING,
+    Flags,
+    kernels,
+    takes,
+    usual,
+)
+from parallax_gen.tuning.worklist import ALL_WORK, worklist
 
 GPU = GPUS["h200"]
+INFERENCE = ("forward", "decode")
+
+# (head_dim, batch, heads, kv_heads, seqlen, window): what models train with, 0 for no window.
+TRAINED = [
+    (128, 32, 6, 6, 2048, 0),
+    (128, 32, 6, 6, 2048, 513),
+    (128, 32, 10, 10, 2048, 0),
+    (128, 16, 12, 12, 2048, 0),
+    (128, 16, 12, 12, 2048, 513),
+    (128, 4, 16, 8, 4096, 0),
+    (64, 8, 32, 32, 2048, 0),
+    (128, 2, 32, 8, 8192, 0),
+    (128, 4, 16, 16, 4096, 0),
+    (128, 1, 16, 16, 16384, 0),
+    (128, 1, 16, 16, 16384, 4096),
+    (96, 4, 32, 32, 4096, 0),
+    (256, 2, 8, 4, 4096, 0),
+]
 
 
-def test_the_usual_jobs() -> None:
-    jobs = worklist(GPU)
+def test_the_usual_jobs_of_inference() -> None:
+    jobs = worklist(GPU, ops=INFERENCE)
     assert len(jobs) == len(set(jobs)) == 12
     assert len({job.key for job in jobs}) == 12
     assert [job.spec.op for job in jobs] == ["forward"] * 4 + ["decode"] * 8
@@ -33,8 +66,65 @@ def test_the_usual_jobs() -> None:
     assert all(job.bucket.seqlen_q == 1 for job in jobs[4:])
 
 
+def test_everything_is_inference_then_training() -> None:
+    assert ALL_WORK == (*INFERENCE, TRAINING)
+    assert worklist(GPU) == [*worklist(GPU, ops=INFERENCE), *worklist(GPU, ops=(TRAINING,))]
+
+
+def test_the_usual_training_shapes_are_those_that_models_train_with() -> None:
+    shapes = [(dim, Shape(b, h, kv, n, n, window)) for dim, b, h, kv, n, window in TRAINED]
+    assert sorted(shapes, key=str) == sorted(((dim, s) for dim, of in USUAL_TRAINING.items() for s in of), key=str)
+
+
+def test_a_training_step_is_four_kernels_at_the_sizes_that_each_sees() -> None:
+    jobs = worklist(GPU, ops=(TRAINING,), shapes={TRAINING: [Shape(2, 32, 8, 8192, 8192, 1000)]})
+    assert [job.spec.op for job in jobs] == ["forward", "preprocess", "dkdv", "dqdr"] == list(STEP)
+    forward, preprocess, *backward = jobs
+    assert (forward.spec.stats, forward.spec.window, forward.spec.group) == (True, True, 4)
+    assert forward.bucket == Bucket(16, 8192, 8192, 1024)
+    assert (preprocess.spec.group, preprocess.spec.causal, preprocess.spec.window) == (1, False, False)
+    assert preprocess.bucket == Bucket(64, 8192, 8192)
+    for job in backward:
+        assert job.bucket == forward.bucket
+        assert job.spec == forward.spec.of(job.spec.op)
+
+
+def test_the_jobs_of_training_are_each_there_once() -> None:
+    jobs = worklist(GPU, ops=(TRAINING,))
+    assert len({job.key for job in jobs}) == len(jobs)
+    wanted = {
+        (op, dim, 1 if op == "preprocess" else heads // kv_heads, n, 0 if op == "preprocess" else window)
+        for dim, _, heads, kv_heads, n, window in TRAINED
+        for op in STEP
+    }
+    found = {(j.spec.op, j.spec.head_dim, j.spec.group, j.bucket.seqlen_kv, j.bucket.window) for j in jobs}
+    assert found == {(*rest, 512 if window == 513 else window) for *rest, window in wanted}
+    assert {job.bucket.kv_rows for job in jobs if job.bucket.seqlen_q == 2048} == {256}  # 192 and 320: one bucket
+
+
+@pytest.mark.parametrize("job", worklist(GPU, ops=(TRAINING,)), ids=str)
+def test_every_job_of_training_has_a_default_that_renders(job: Job) -> None:
+    for gpu in (GPU, GPUS["rtx4090"]):
+        config = default_config(job.spec, job.shape, gpu)
+        assert "def launch(" in render(job.spec, config, gpu).text
+
+
+def test_a_kernel_of_the_backward_has_the_usual_shapes_of_training() -> None:
+    for op in STEP[1:]:
+        jobs = worklist(GPU, ops=(op,))
+        assert jobs == [job for job in worklist(GPU, ops=(TRAINING,)) if job.spec.op == op]
+        assert jobs
+
+
+def test_head_dims_choose_among_the_usual_training_shapes() -> None:
+    assert {job.spec.head_dim for job in worklist(GPU, ops=(TRAINING,), head_dims=(96, 64))} == {64, 96}
+    assert worklist(GPU, ops=(TRAINING,), head_dims=(72,)) == []
+    assert list(usual("decode", (64,))) == [64]
+
+
 def test_every_combination_in_the_order_given() -> None:
-    jobs = worklist(GPU, ops=("decode",), head_dims=(64, 128), dtypes=("fp16", "bf16"), ragged=True, stats=True)
+    flags = Flags(ragged=True, stats=True)
+    jobs = worklist(GPU, ops=("decode",), head_dims=(64, 128), dtypes=("fp16", "bf16"), flags=flags)
     assert len(jobs) == 4 * len(USUAL_SHAPES["decode"])
     assert all(job.spec.ragged and not job.spec.stats for job in jobs)
     kernels = list(dict.fromkeys((job.spec.head_dim, job.spec.dtype) for job in jobs))
@@ -42,10 +132,32 @@ def test_every_combination_in_the_order_given() -> None:
 
 
 def test_flags_go_to_their_ops() -> None:
-    jobs = worklist(GPU, causal=False, stats=True, ragged=True)
-    for job in jobs:
+    for job in worklist(GPU, ops=INFERENCE, flags=Flags(causal=False, stats=True, ragged=True)):
         forward = job.spec.op == "forward"
         assert (job.spec.causal, job.spec.stats, job.spec.ragged) == (False, forward, not forward)
+    for job in worklist(GPU, ops=(TRAINING,), flags=Flags(varlen=True)):
+        assert job.spec.varlen
+    assert {op for op in (*OPS, TRAINING) if takes(op, "window")} == {"forward", "dkdv", "dqdr", TRAINING}
+    assert not takes(TRAINING, "stats")
+
+
+def test_windows() -> None:
+    shape = Shape(1, 8, 8, 4096, 4096)
+    for window, seen in ((513, 513), (4095, 4095), (4096, 0), (9999, 0)):  # all keys: no window, as at run time
+        ((spec, sizes),) = kernels("dkdv", 128, "bf16", shape, Flags(window=window))
+        assert (spec.window, sizes.window) == (seen > 0, seen)
+    windowed = Shape(1, 8, 8, 4096, 4096, 700)
+    assert kernels("dkdv", 128, "bf16", windowed, NO_FLAGS)[0][1].window == 700
+    assert kernels("dkdv", 128, "bf16", windowed, Flags(window=300))[0][1].window == 300
+    full = worklist(GPU, ops=(TRAINING,), flags=Flags(causal=False))
+    assert not any(job.spec.causal or job.bucket.window for job in full)
+    with pytest.raises(ArgumentError, match="window: got True without causal"):
+        kernels("dkdv", 128, "bf16", shape, Flags(causal=False, window=300))
+
+
+def test_a_step_in_tf32_has_a_preprocess_in_fp32() -> None:
+    jobs = worklist(GPU, ops=(TRAINING,), head_dims=(64,), dtypes=("tf32",))
+    assert [job.spec.dtype for job in jobs] == ["tf32", "fp32", "tf32", "tf32"]
 
 
 def test_a_key_is_tuned_once() -> None:
@@ -58,4 +170,4 @@ def test_a_key_is_tuned_once() -> None:
 
 def test_what_no_kernel_can_be_is_refused() -> None:
     with pytest.raises(ArgumentError, match="head_dim"):
-        worklist(GPU, head_dims=(96,))
+        worklist(GPU, ops=("decode",), head_dims=(96,))

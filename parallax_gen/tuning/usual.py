@@ -1,0 +1,118 @@
+"""What is tuned and timed when little is said: the usual shapes, and the kernels that a shape and flags mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import FLAGS, OPS, KernelSpec
+
+# A training step's kernels, in the order in which they run; all of them together go by the name TRAINING.
+STEP = ("forward", "preprocess", "dkdv", "dqdr")
+TRAINING = "training"
+WORK = (*OPS, TRAINING)
+
+USUAL_HEAD_DIM = 128
+
+# Forward: a training step, a long prompt, many short sequences and what lies between, each of about as much work.
+# Decode: alone and in a batch, over short and long caches; and with four query heads a kv head (GQA).
+USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "forward": (
+        Shape(4, 16, 16, 4096, 4096),
+        Shape(1, 16, 16, 16384, 16384),
+        Shape(16, 16, 16, 1024, 1024),
+        Shape(8, 16, 16, 2048, 2048),
+    ),
+    "decode": (
+        *(Shape(batch, 8, 8, 1, keys) for batch in (1, 32) for keys in (1024, 4096, 16384)),
+        *(Shape(batch, 32, 8, 1, 8192) for batch in (1, 32)),
+    ),
+}
+
+# Of training steps, by head_dim, with the windows that they are run with.
+USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
+    128: (
+        Shape(32, 6, 6, 2048, 2048),  # nanochat, 12 layers
+        Shape(32, 6, 6, 2048, 2048, 513),
+        Shape(32, 10, 10, 2048, 2048),  # 20 layers
+        Shape(16, 12, 12, 2048, 2048),  # 24 layers
+        Shape(16, 12, 12, 2048, 2048, 513),
+        Shape(4, 16, 8, 4096, 4096),  # like Qwen3-0.6B and 1.7B
+        Shape(2, 32, 8, 8192, 8192),  # of 8 billion parameters, with GQA
+        Shape(4, 16, 16, 4096, 4096),  # what kernels are compared at
+        Shape(1, 16, 16, 16384, 16384),  # a long context
+        Shape(1, 16, 16, 16384, 16384, 4096),
+    ),
+    64: (Shape(8, 32, 32, 2048, 2048),),  # fla's default
+    96: (Shape(4, 32, 32, 4096, 4096),),
+    256: (Shape(2, 8, 4, 4096, 4096),),
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is asked of kernels besides op, head_dim, dtype and sizes. An op that has no such flag goes without.
+
+    causal  None where nothing is said: causal
+    window  keys that a query sees; None where nothing is said: a shape's own window
+    others  as KernelSpec's
+    """
+
+    causal: bool | None = None
+    stats: bool = False
+    ragged: bool = False
+    window: int | None = None
+    varlen: bool = False
+
+    def on(self, shape: Shape) -> Shape:
+        """The shape with the window that is asked for. One that holds all keys is none, as at run time."""
+        window = shape.window if self.window is None else self.window
+        if self.causal is False and self.window is None:
+            window = 0
+        return replace(shape, window=window if window < shape.seqlen_kv else 0)
+
+
+NO_FLAGS = Flags()
+
+
+def takes(op: str, flag: str) -> bool:
+    """Whether an op, or TRAINING, has a flag of KernelSpec's: the forward of a training step always has statistics."""
+    return ("dkdv" if op == TRAINING else op) in FLAGS[flag]
+
+
+def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
+    """The usual shapes of an op, or of TRAINING, by head_dim: of those given, else of all that are usual."""
+    if op in USUAL_SHAPES:
+        return dict.fromkeys(head_dims or (USUAL_HEAD_DIM,), USUAL_SHAPES[op])
+    return {
+        head_dim: USUAL_TRAINING[head_dim] for head_dim in head_dims or USUAL_TRAINING if head_dim in USUAL_TRAINING
+    }
+
+
+def sizes_for(op: str, shape: Shape, flags: Flags) -> Shape:
+    """What the op's kernel sees of a step's shape: preprocess sees rows alone."""
+    if op == "preprocess":
+        return Shape(shape.batch, shape.heads, shape.heads, shape.seqlen_q, shape.seqlen_q)
+    return flags.on(shape) if takes(op, "window") else shape
+
+
+def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> KernelSpec:
+    """The kernel of an op that serves a shape of `sizes_for`. Raises ArgumentError where there is none."""
+    asked: Mapping[str, bool] = {
+        "causal": flags.causal is not False,
+        "stats": flags.stats,
+        "ragged": flags.ragged,
+        "window": shape.window > 0,
+        "varlen": flags.varlen,
+    }
+    return KernelSpec(op, head_dim, dtype, shape.group, **{name: on for name, on in asked.items() if takes(op, name)})
+
+
+def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:
+    """The kernels that an op, or TRAINING, means at a shape, each with the sizes that it sees."""
+    if op != TRAINING:
+        sizes = sizes_for(op, shape, flags)
+        return [(spec_for(op, head_dim, dtype, sizes, flags), sizes)]
+    whole = spec_for("dkdv", head_dim, dtype, sizes_for("dkdv", shape, flags), flags)
+    return [(whole.of(kernel), sizes_for(kernel, shape, flags)) for kernel in STEP]

@@ -1,0 +1,218 @@
+"""What is compared and how: ours on the CPU, peers played by the reference in their layouts, and a clock of our own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen.cli import compare as comparing
+from parallax_gen.cli.compare import PARTS, Row, compare
+from parallax_gen.cli.contenders import Contender, contenders
+from parallax_gen.problem.reference import reference_forward, tolerance
+from parallax_gen.problem.shapes import Shape, work_of
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.usual import TRAINING
+
+STEP = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True)
+SHAPE = Shape(2, 4, 2, 40, 40)
+WINDOWED = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True, window=True)
+WINDOW_SHAPE = Shape(2, 4, 2, 40, 40, 9)
+
+oracle_on = comparing._inputs_and_oracle
+
+
+class Clock:
+    """Instead of a card's: every call takes `us`, and some cannot be captured in a graph."""
+
+    def __init__(self) -> None:
+        self.us = 100.0
+        self.uncapturable: set[str] = set()
+        self.rested: list[bool] = []
+
+    def time_call(self, call: Callable[[], object], *, timed_ms: float, from_rest: bool) -> Any:
+        call()
+        self.rested.append(from_rest)
+        if getattr(call, "__name__", "") in self.uncapturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return SimpleNamespace(median_us=self.us)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Everything on the CPU."""
+    clock = Clock()
+    monkeypatch.setattr(comparing, "time_call", clock.time_call)
+    monkeypatch.setattr(comparing, "_time_eagerly", lambda call: 300.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(comparing, "_inputs_and_oracle", lambda *given: oracle_on(*given, "cpu"))
+    return clock
+
+
+def rows_of(rows: list[Row], name: str) -> dict[str, Row]:
+    return {row.part: row for row in rows if row.contender == name}
+
+
+def official(attend: Callable[..., Tensor]) -> ModuleType:
+    """parallax.triton as far as it is used, in its layout: (batch * heads, seqlen, head_dim)."""
+
+    def apply(q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, n_rep: int, window_size_left: int) -> Tensor:
+        assert (scale, n_rep) == (64**-0.5, 2)
+        assert all(x.dim() == 3 and x.is_contiguous() for x in (q, r, k, v))
+        window = None if window_size_left == -1 else window_size_left
+        # Every head is a sequence of its own, whose one kv head is that of its group.
+        keys, values = (x.repeat_interleave(n_rep, 0)[:, :, None] for x in (k, v))
+        return attend(q[:, :, None], r[:, :, None], keys, values, window)[:, :, 0]
+
+    def parallax_fwd(*given: Any, n_rep: int, window_size_left: int) -> tuple[Tensor]:
+        return (apply(*given, n_rep, window_size_left),)
+
+    module = ModuleType("parallax.triton")
+    module.ParallaxFunction = SimpleNamespace(apply=apply)  # type: ignore[attr-defined]
+    module.parallax_fwd = parallax_fwd  # type: ignore[attr-defined]
+    return module
+
+
+def fla(attend: Callable[..., Tensor]) -> ModuleType:
+    module = ModuleType("fla.ops.parallax.parallel")
+    module.parallel_parallax = lambda q, r, k, v, window_size: attend(q, r, k, v, window_size)  # type: ignore[attr-defined]
+    return module
+
+
+def right(q: Tensor, r: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    return reference_forward(q, r, k, v, causal=True, window_size=window).out.to(q.dtype)
+
+
+def a_key_too_many(q: Tensor, r: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    return right(q, r, k, v, window and window + 1)
+
+
+@pytest.fixture
+def _peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "parallax.triton", official(right))
+    monkeypatch.setitem(sys.modules, "fla.ops.parallax.parallel", fla(right))
+
+
+@pytest.mark.usefixtures("_peers")
+@pytest.mark.parametrize(("spec", "shape"), [(STEP, SHAPE), (WINDOWED, WINDOW_SHAPE)], ids=["causal", "window"])
+def test_a_step_and_its_errors(clock: Clock, spec: KernelSpec, shape: Shape) -> None:
+    rows = compare(TRAINING, spec, shape, ("parallax_gen", "official Triton", "fla"))
+    assert len(rows) == 9
+    for row in rows:
+        assert (row.op, row.spec, row.shape, row.time_us, row.note) == (TRAINING, spec, shape, 100.0, "")
+        assert row.error is not None
+        assert 1e-5 < row.error < tolerance("bf16")  # of rounding what comes out
+    for name in ("parallax_gen", "official Triton", "fla"):
+        found = {part: row.error for part, row in rows_of(rows, name).items()}
+        assert found["forward"] != found["backward"]
+        assert found["step"] == max(found["forward"], found["backward"])  # type: ignore[type-var]
+    assert all(clock.rested)
+
+
+@pytest.mark.usefixtures("_peers")
+def test_an_error_shows(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setitem(sys.modules, "parallax.triton", official(a_key_too_many))
+    rows = compare(TRAINING, WINDOWED, WINDOW_SHAPE, ("official Triton", "fla"))
+    for part in PARTS[TRAINING]:
+        assert rows_of(rows, "official Triton")[part].error > 0.05  # type: ignore[operator]
+        assert rows_of(rows, "fla")[part].error < tolerance("bf16")  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("_peers")
+@pytest.mark.parametrize("varlen", [False, True])
+def test_ours_may_be_packed_and_peers_say_that_they_are_not(clock: Clock, varlen: bool) -> None:
+    spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True, varlen=varlen)
+    rows = compare(TRAINING, spec, SHAPE)
+    assert all(row.time_us and row.error < tolerance("bf16") for row in rows_of(rows, "parallax_gen").values())  # type: ignore[operator]
+    for name in ("official Triton", "fla", "SDPA flash"):
+        notes = {row.note.partition(":")[0] for row in rows_of(rows, name).values()}
+        assert (notes == {"not supported"}) is varlen
+
+
+def test_rounding_of_a_gradient_that_is_zero_is_no_error() -> None:
+    x, expected = oracle_on(TRAINING, STEP, SHAPE, "cpu")
+    zeros = torch.zeros_like(expected["dq"])
+    assert comparing._errors({"dq": zeros + 1e-6}, {**expected, "dq": zeros}, x)["dq"] < 1e-4
+
+
+def test_rates_count_the_work_of_each_part(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    ours, softmax = contenders(TRAINING)[0], contenders(TRAINING)[0]
+    softmax = Contender("softmax", False, ours.prepare)
+    monkeypatch.setattr(comparing, "contenders", lambda op: [ours, softmax])
+    rows = compare(TRAINING, STEP, SHAPE)
+    pairs = 2 * 4 * 40 * 40 / 2 * 64  # batch, heads, half a square of visible pairs, head_dim
+    assert work_of(STEP, SHAPE).flops == 8 * pairs
+    for name, flops in (("parallax_gen", (8, 16, 24)), ("softmax", (4, 10, 14))):
+        found = [row.rate for row in rows_of(rows, name).values()]
+        assert found == pytest.approx([n * pairs / 100.0 / 1e6 for n in flops])
+    assert [row.error for row in rows_of(rows, "softmax").values()] == [None] * 3
+
+
+def test_what_no_graph_captures_is_timed_without_one(clock: Clock) -> None:
+    clock.uncapturable = {"backward"}
+    found = rows_of(compare(TRAINING, STEP, SHAPE, ("parallax_gen",)), "parallax_gen")
+    assert (found["backward"].time_us, found["backward"].note) == (300.0, "without a CUDA graph")
+    assert (found["forward"].time_us, found["forward"].note) == (100.0, "")
+
+
+def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    def fail(*_: object) -> Any:
+        raise ValueError("out of luck\nand more")
+
+    monkeypatch.setitem(sys.modules, "parallax.triton", official(fail))
+    monkeypatch.setitem(sys.modules, "fla.ops.parallax.parallel", None)
+    rows = compare(TRAINING, STEP, SHAPE, ("official Triton", "fla"))
+    assert {row.note for row in rows_of(rows, "official Triton").values()} == {"ValueError: out of luck"}
+    assert {row.note for row in rows_of(rows, "fla").values()} == {"not installed"}
+    assert not any(row.time_us for row in rows)
+    monkeypatch.setattr(comparing, "contenders", lambda op: [Contender("parallax_gen", True, fail)])
+    with pytest.raises(ValueError, match="out of luck"):
+        compare(TRAINING, STEP, SHAPE)
+
+
+def test_softmax_that_does_not_run_is_a_row(clock: Clock) -> None:
+    """Nothing of it is compared with the oracle, and still it is tried before it is timed."""
+    rows = compare("forward", KernelSpec("forward", 64, "bf16", causal=True), Shape(1, 2, 2, 40, 40), ("SDPA cuDNN",))
+    assert [row.time_us for row in rows] == [None]
+    assert rows[0].note
+
+
+@pytest.mark.usefixtures("_peers")
+@pytest.mark.parametrize("window", [0, 9])
+def test_forward_alone(clock: Clock, window: int) -> None:
+    spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, window=window > 0)
+    rows = compare("forward", spec, Shape(2, 4, 2, 40, 40, window))
+    for name in ("parallax_gen", "official Triton", "fla"):
+        (row,) = rows_of(rows, name).values()
+        assert row.error is not None
+        assert row.error < tolerance("bf16")
+    assert rows_of(rows, "SDPA flash")["forward"].note == ("not supported: it has no window" if window else "")
+
+
+def test_softmax_is_not_compared_where_its_mask_is_another(clock: Clock) -> None:
+    spec = KernelSpec("forward", 64, "bf16", causal=True)
+    (row,) = compare("forward", spec, Shape(1, 2, 2, 40, 90), ("SDPA flash",))
+    assert row.note == "not supported: its causal rows begin at the first key"
+
+
+def test_decode(clock: Clock) -> None:
+    spec, shape = KernelSpec("decode", 64, "bf16", group=2), Shape(2, 4, 2, 1, 300)
+    (row,) = compare("decode", spec, shape, ("parallax_gen",))
+    assert row.error is not None
+    assert row.error < tolerance("bf16")
+    assert row.rate == pytest.approx(work_of(spec, shape).bytes / 100.0 / 1e3)
+    assert not any(clock.rested)
+
+
+def test_tf32_is_what_torch_is_told() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    for dtype, says in (("tf32", "tf32"), ("fp32", "ieee")):
+        with comparing._precision(KernelSpec("forward", 64, dtype)):
+            assert matmul.fp32_precision == says
+        assert matmul.fp32_precision == before
