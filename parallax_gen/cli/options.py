@@ -95,7 +95,10 @@ class Asked:
 
 def head_dim_of(text: str | int) -> int:
     """A width that kernels may have; decode has fewer, and its spec refuses the others. Raises BadParameter."""
-    head_dim: int = click.INT.convert(text, None, None)
+    try:
+        head_dim = int(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a valid integer") from error
     if head_dim % 8 or not 0 < head_dim <= LARGEST_HEAD_DIM:
         raise click.BadParameter(f"{head_dim} is not a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
     return head_dim
