@@ -25,7 +25,7 @@ from parallax_gen.problem.reference import (
 )
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.checks import DTYPE_NAMES, FURTHEST_ROW, Request, check_request
+from parallax_gen.runtime.checks import DTYPE_NAMES, FURTHEST_ROW, Request, check_request, inputs_of, starts_of
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 
 
@@ -50,7 +50,7 @@ def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: b
         lse, t_mean = (torch.empty(stats_shape(q), dtype=torch.float32, device=q.device) for _ in range(2))
         found = (out, lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
     if isinstance(plan, LaunchPlan):
-        plan.launch((*asked.inputs, *found, *asked.starts))
+        plan.launch((*inputs_of(asked), *found, *starts_of(asked)))
     elif plan.nothing_seen:
         fill_unseen(found)
     else:
@@ -78,7 +78,7 @@ def backward(do: Tensor, asked: Request, saved: Saved, *, dqdr: bool, dkdv: bool
     key = (_key(asked, do), dqdr, dkdv)
     plan = _backwards.get(key)
     if plan is None:
-        check_request(asked, packed=bool(asked.starts))
+        check_request(asked, packed=bool(starts_of(asked)))
         plan = _plan_backward(asked, dqdr, dkdv)
         _backwards.remember(key, plan)
     wanted = (asked.q, asked.r) * dqdr + (asked.k, asked.v) * dkdv
@@ -104,14 +104,14 @@ class BackwardPlan:
     def launch(self, do: Tensor, asked: Request, saved: Saved, grads: tuple[Tensor, ...]) -> None:
         v_mean = saved.v_mean
         if v_mean is None:
-            v_mean = forward(asked, packed=bool(asked.starts), stats=True)[3]
+            v_mean = forward(asked, packed=bool(starts_of(asked)), stats=True)[3]
         sequences = 0 if asked.cu_seqlens_q is None else len(asked.cu_seqlens_q) - 1
         rows = rows_like(saved.lse, sequences)
-        self.preprocess.launch((do, saved.out, v_mean, saved.lse, saved.t_mean, rows, *asked.starts[:1]))
+        self.preprocess.launch((do, saved.out, v_mean, saved.lse, saved.t_mean, rows, *starts_of(asked)[:1]))
         if self.dkdv is not None:
-            self.dkdv.launch((*asked.inputs, do, rows, *grads[-2:], *asked.starts))
+            self.dkdv.launch((*inputs_of(asked), do, rows, *grads[-2:], *starts_of(asked)))
         if self.dqdr is not None:
-            self.dqdr.launch((*asked.inputs, do, rows, *grads[:2], *asked.starts))
+            self.dqdr.launch((*inputs_of(asked), do, rows, *grads[:2], *starts_of(asked)))
 
 
 _forwards: Plans[LaunchPlan | HostPlan] = Plans()
@@ -173,7 +173,7 @@ def _plan_backward(asked: Request, dqdr: bool, dkdv: bool) -> BackwardPlan | Hos
 
 
 def _host_plan(asked: Request) -> HostPlan | None:
-    nothing = bool(asked.starts) and (asked.max_seqlen_q == 0 or asked.max_seqlen_k == 0)
+    nothing = bool(starts_of(asked)) and (asked.max_seqlen_q == 0 or asked.max_seqlen_k == 0)
     return HostPlan(nothing_seen=True) if nothing else host_plan(asked.q, asked.k)
 
 
@@ -200,21 +200,21 @@ def _problem(asked: Request) -> tuple[KernelSpec, Shape]:
         group=heads // kv_heads,
         causal=asked.causal,
         window=window > 0,
-        varlen=bool(asked.starts),
+        varlen=bool(starts_of(asked)),
     )
     return spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen_k, window)
 
 
 def _reference_forward(asked: Request) -> Reference:
-    oracle: Callable[..., Reference] = reference_varlen_forward if asked.starts else reference_forward
-    return oracle(*asked.inputs, *asked.starts, **_options(asked))
+    oracle: Callable[..., Reference] = reference_varlen_forward if starts_of(asked) else reference_forward
+    return oracle(*inputs_of(asked), *starts_of(asked), **_options(asked))
 
 
 def _reference_backward(do: Tensor, asked: Request) -> Gradients:
     """On a thread of its own: it differentiates by autograd, which torch has switched off around an operator's code."""
-    oracle: Callable[..., Gradients] = reference_varlen_backward if asked.starts else reference_backward
+    oracle: Callable[..., Gradients] = reference_varlen_backward if starts_of(asked) else reference_backward
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(oracle, *asked.inputs, do, *asked.starts, **_options(asked)).result()
+        return thread.submit(oracle, *inputs_of(asked), do, *starts_of(asked), **_options(asked)).result()
 
 
 def _options(asked: Request) -> dict[str, Any]:

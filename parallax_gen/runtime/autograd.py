@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved, backward, forward, stats_shape
-from parallax_gen.runtime.checks import Request
+from parallax_gen.runtime.checks import Request, inputs_of, starts_of
 
 _REQUEST = (
     "Tensor q, Tensor r, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -27,7 +27,7 @@ _REQUEST = (
 
 def attend(asked: Request, *, recompute_v_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, t̄ and v̄, of which out has gradients. asked: checked."""
-    if torch.compiler.is_compiling() or not plain(*asked.inputs):
+    if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
         return _attention_with_stats(*asked, recompute_v_mean)  # type: ignore[no-any-return]
     return _Attention.apply(*asked, recompute_v_mean)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -44,7 +44,7 @@ def plain(*inputs: Tensor) -> bool:
 
 def _run(*asked: Any) -> Tensor:
     request = Request(*asked)
-    return forward(request, packed=bool(request.starts))[0]
+    return forward(request, packed=bool(starts_of(request)))[0]
 
 
 def _fake(*asked: Any) -> Tensor:
@@ -58,7 +58,7 @@ _attention.register_fake(_fake)
 
 def _run_with_stats(*given: Any) -> tuple[Tensor, ...]:
     request = Request(*given[:-1])
-    return forward(request, packed=bool(request.starts), stats=True)
+    return forward(request, packed=bool(starts_of(request)), stats=True)
 
 
 def _fake_with_stats(*given: Any) -> tuple[Tensor, ...]:

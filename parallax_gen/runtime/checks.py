@@ -39,14 +39,17 @@ class Request(NamedTuple):
     window_size: int | None
     softmax_scale: float | None
 
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.q, self.r, self.k, self.v
 
-    @property
-    def starts(self) -> tuple[Tensor, ...]:
-        """cu_seqlens_q and cu_seqlens_k of packed sequences."""
-        return () if self.cu_seqlens_q is None or self.cu_seqlens_k is None else (self.cu_seqlens_q, self.cu_seqlens_k)
+# Functions, not properties: torch.compile of torch 2.9 traces no property of a NamedTuple.
+
+
+def inputs_of(asked: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return asked.q, asked.r, asked.k, asked.v
+
+
+def starts_of(asked: Request) -> tuple[Tensor, ...]:
+    """cu_seqlens_q and cu_seqlens_k of packed sequences."""
+    return () if asked.cu_seqlens_q is None or asked.cu_seqlens_k is None else (asked.cu_seqlens_q, asked.cu_seqlens_k)
 
 
 def check_numbers(asked: Request) -> None:
@@ -67,7 +70,7 @@ def check_numbers(asked: Request) -> None:
 def check_request(asked: Request, packed: bool, out: Tensor | None = None) -> None:
     """Whether its tensors fit. Raises ArgumentError at the first that does not."""
     q = asked.q
-    check_inputs(*asked.inputs, packed=packed)
+    check_inputs(*inputs_of(asked), packed=packed)
     if q.shape[-1] % 8 or not 0 < q.shape[-1] <= LARGEST_HEAD_DIM:
         raise ArgumentError("q", f"head_dim {q.shape[-1]}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
     if packed:

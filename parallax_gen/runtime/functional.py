@@ -19,6 +19,7 @@ from parallax_gen.runtime.checks import (
     check_inputs,
     check_numbers,
     check_request,
+    inputs_of,
 )
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 
@@ -169,14 +170,14 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     check_numbers(asked)
     asked = _under_autocast(asked)
     found: tuple[Tensor, ...]
-    if torch.compiler.is_compiling() or not plain(*asked.inputs):
+    if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
         check_request(asked, packed, out)
-        if _records_gradients(*asked.inputs):
+        if _records_gradients(*inputs_of(asked)):
             found = _attend_with_gradients(asked, out, recompute_v_mean)
         else:
             found = attend_without_gradients(asked, stats=return_stats)
             found = found if out is None else (out.copy_(found[0]), *found[1:])
-    elif _records_gradients(*asked.inputs):
+    elif _records_gradients(*inputs_of(asked)):
         check_request(asked, packed, out)
         found = _attend_with_gradients(asked, out, recompute_v_mean)
     else:
@@ -203,7 +204,7 @@ def _under_autocast(asked: Request) -> Request:
     if not torch.is_autocast_enabled(kind):
         return asked
     dtype = torch.get_autocast_dtype(kind)
-    q, r, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPE_NAMES else x for x in asked.inputs)
+    q, r, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPE_NAMES else x for x in inputs_of(asked))
     return asked._replace(q=q, r=r, k=k, v=v)
 
 

@@ -77,7 +77,7 @@ def without_first_key(text: str) -> str:
 
 def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> Inputs:
     shape = Shape(2, 4, 2, 150, 150, window=41 if spec.window else 0)
-    inputs = verify.random_inputs_of(spec, shape, seed=seed, device="cpu")
+    inputs = verify.random_inputs_of(spec, shape, seed=seed, device="cpu", full=True)
     prepare(inputs)
     return inputs
 
