@@ -103,7 +103,8 @@ class KernelSpec:
 
     def __str__(self) -> str:
         words = [self.op, f"head_dim {self.head_dim}", self.dtype]
-        words.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
+        if self.op != "preprocess":  # which sees no keys
+            words.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
         if self.op in FLAGS["causal"]:
             words.append("window" if self.window else "causal" if self.causal else "full")
         words += [name for name in ("varlen", "stats", "ragged") if getattr(self, name)]

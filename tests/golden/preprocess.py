@@ -1,6 +1,6 @@
 """Parallax attention, backward: what dkdv and dqdr need of each query row.
 
-spec       preprocess, head_dim 128, bf16, MHA
+spec       preprocess, head_dim 128, bf16
 config     BLOCK_M=32 num_warps=4
 gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, templates c645e00c218f

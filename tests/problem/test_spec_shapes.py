@@ -196,8 +196,8 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
         (Shape(2, 16, 16, 4096, 4096), "batch 2, heads 16, seqlen 4096"),
         (Shape(2, 16, 4, 1, 4096), "batch 2, heads 16/4, seqlen 1x4096"),
         (Bucket(8, 1, 4096), "8 kv rows, seqlen 1x4096"),
-        (KernelSpec("preprocess", 128, "bf16"), "preprocess, head_dim 128, bf16, MHA"),
-        (KernelSpec("preprocess", 8, "fp32", varlen=True), "preprocess, head_dim 8, fp32, MHA, varlen"),
+        (KernelSpec("preprocess", 128, "bf16"), "preprocess, head_dim 128, bf16"),
+        (KernelSpec("preprocess", 8, "fp32", varlen=True), "preprocess, head_dim 8, fp32, varlen"),
         (KernelSpec("dqdr", 128, "tf32", group=2), "dqdr, head_dim 128, tf32, GQA 2:1, full"),
         (
             KernelSpec("forward", 96, "fp16", causal=True, window=True, varlen=True, stats=True),
