@@ -112,3 +112,20 @@ def test_no_less_accurate_than_the_official_kernels(seqlen: int) -> None:
             if mine > 1.02 * its:
                 larger[prepare.__name__, name] = (mine, its)
     assert not larger
+
+
+PEERS = {"parallax.triton": steps.official_triton_step, "fla.ops.parallax.parallel": steps.fla_step}
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("module", PEERS)
+def test_peers_and_ours_agree(module: str, group: int) -> None:
+    """Causal, without a window, they are right. Two results that each round p, p·t and o differ by less than twice what
+    one is off by, which is a quarter of the tolerance."""
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    spec = KernelSpec("forward", 128, "bf16", group=group, causal=True, stats=True)
+    x = inputs_of(spec, Shape(2, 4 * group, 4, 1024, 1024), normal)
+    ours, theirs = steps.ours_step(spec, x).results(), PEERS[module](spec, x).results()
+    assert ours.keys() == theirs.keys() == {"out", "dq", "dr", "dk", "dv"}
+    for name, its in theirs.items():
+        assert errors(ours[name], its).relative <= tolerance("bf16"), name
