@@ -103,7 +103,10 @@ def _tile_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfi
     blocks = shape.batch * shape.heads * (shape.seqlen_q // 128 + 1)
     if blocks < gpu.sms:  # too few large tiles to fill the card
         tiles = tiles[1:]
-    kind, form = TILED[spec.op], forms_of(spec.head_dim)[0]
+    kind, forms = TILED[spec.op], forms_of(spec.head_dim)
+    # From compiling: beside a piece of 128 there is no room for a narrow one, and the forward's tiles would be small.
+    wide = spec.head_dim > 128 and "padded" in forms and (spec.op == "forward" or spec.head_dim % 64 > 0)
+    form = "padded" if wide else forms[0]
     return [kind(m, n, head_group, w, s, form) for m, n, w, s in (*tiles, *_SMALLEST)]
 
 

@@ -25,8 +25,11 @@ from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import BuildError
 from parallax_gen.problem.config import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.space import why_invalid
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.tune import MOST_SPILLS
 from parallax_gen.tuning.worker import Compile, Outcome, Trial, Worker
 
 ROOT = Path(__file__).parents[2]
@@ -264,6 +267,22 @@ def test_kernels_compile_for_every_generation() -> None:
     fitting = found["decode_unsplit for h200"].resources
     assert fitting is not None
     assert fitting.spills == 0
+
+
+def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:
+    """A call that nothing is known of launches its default. Heads of 224 in pieces once spilled 7 KB a thread."""
+    jobs = []
+    for head_dim in (112, 160, 192, 224, 256):
+        for op in ("forward", "dkdv", "dqdr"):
+            spec = KernelSpec(op, head_dim, "bf16", causal=True, stats=op == "forward")
+            shape = representative(Bucket(64, 4096, 4096), 1)
+            jobs.append(Job(f"{op} {head_dim}", Kernel(spec, default_config(spec, shape, GPU)), "h200", shape))
+    found = outcomes(jobs)
+    for job in jobs:
+        resources = found[job.name].resources
+        assert resources is not None, (job.name, found[job.name])
+        assert resources.spills <= MOST_SPILLS, (job.name, resources)
+        assert resources.shared_bytes <= GPU.shared_per_block, (job.name, resources)
 
 
 def test_a_child_that_dies_or_hangs_is_an_outcome() -> None:
