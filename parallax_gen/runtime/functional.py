@@ -63,7 +63,8 @@ def parallax_attn_func(
 
     Gradients: first derivatives of out, with respect to q, r, k and v, the same in every run. Kept for them, besides
     the inputs and out, are 8 bytes a query and head (lse and t̄), and v̄, as large as out: for bf16 and head_dim 128
-    that is 264 bytes a query and head, and 8 with recompute_v_mean. Without gradients recorded nothing is kept.
+    that is 264 bytes a query and head, and 8 with recompute_v_mean. The backward takes another 16 while it runs, of
+    each sequence's queries rounded up to a multiple of 128. Without gradients recorded nothing is kept.
 
     Raises ArgumentError, naming the argument.
     """

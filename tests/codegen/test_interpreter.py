@@ -299,6 +299,26 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
     assert verify.judge(call, expected).wrong is None
 
 
+@pytest.mark.parametrize("op", ["preprocess", "dkdv", "dqdr"])
+def test_the_numbers_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> None:
+    """As those of many short sequences do, each padded. Some 13 GB are reserved, and few pages used."""
+    config = {"preprocess": PreprocessConfig(BLOCK_M=16, num_warps=4), "dkdv": DKDV, "dqdr": DQDR}[op]
+    spec = KernelSpec(op, 64, "fp16", causal=op != "preprocess")
+    inputs = inputs_of(spec, Shape(1, 1, 1, 70, 70))
+    expected = verify.oracle(spec, inputs)
+    call = verify.poisoned(spec, config, inputs)
+    rows = call.written["rows"] if op == "preprocess" else inputs.rows
+    assert rows is not None
+    stride = 1 << 30
+    far = torch.empty(3 * stride + rows.shape[-1]).as_strided(rows.shape, (stride, *rows.stride()[1:])).copy_(rows)
+    if op == "preprocess":
+        call.written["rows"] = far
+    else:
+        inputs.rows = far
+    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    assert verify.judge(call, expected).wrong is None
+
+
 @pytest.mark.parametrize("merge", ["last", "kernel"])
 def test_scratch_serves_again(merge: str) -> None:
     """The second launch finds the first one's partials and counters, and other queries and lengths."""

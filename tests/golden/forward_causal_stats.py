@@ -95,7 +95,7 @@ def forward_kernel(
     o1 = tl.where(sees[:, None], v0[None, :], 0.0)
     o2 = d2[:, None] * o1
 
-    # -- the other keys, block by block
+    # -- the other keys, block by block; the last one may reach past the end
     for n in tl.range(1, end, BLOCK_N):
         cols = n + keys
         in_kv = cols < seqlen_kv

@@ -77,8 +77,6 @@ def forward_kernel(
     k_offsets = keys[:, None] * stride_kn + dims[None, :]
     v_offsets = keys[:, None] * stride_vn + dims[None, :]
 
-    # -- keys: every row sees all of them; the last block may reach past the end
-
     # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and t_mean
     #    alike, and o is what is left of their difference: it must not be rounded
     k0 = tl.load(k_ptr + dims).to(tl.float32)
@@ -91,7 +89,7 @@ def forward_kernel(
     o1 = tl.broadcast_to(v0[None, :], [BLOCK_M, HEAD_DIM])
     o2 = d2[:, None] * o1
 
-    # -- the other keys, block by block
+    # -- the other keys, block by block; the last one may reach past the end
     for n in tl.range(1, seqlen_kv, BLOCK_N):
         cols = n + keys
         in_kv = cols < seqlen_kv

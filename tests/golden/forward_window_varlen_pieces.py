@@ -115,7 +115,7 @@ def forward_kernel(
     o1_1 = tl.where(sees[:, None], v0_1[None, :], 0.0)
     o2_1 = d2[:, None] * o1_1
 
-    # -- the other keys, block by block
+    # -- the other keys, block by block; the last one may reach past the end
     for n in tl.range(start + 1, end, BLOCK_N):
         cols = n + keys
         in_kv = cols < seqlen_kv

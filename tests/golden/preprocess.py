@@ -3,7 +3,7 @@
 spec       preprocess, head_dim 128, bf16
 config     BLOCK_M=32 num_warps=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates c645e00c218f
+generator  parallax_gen 0.1.0, templates ee5d55bb1aae
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -67,6 +67,7 @@ def preprocess_kernel(
     LOG2_E: tl.constexpr = 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)  # a row without keys has p = 0 everywhere
     rows_ptr += bh * stride_rowsh
+    stride_rows = tl.cast(stride_rows, tl.int64)  # between the numbers of a row
     tl.store(rows_ptr + rows, lse)
     tl.store(rows_ptr + stride_rows + rows, softmax_scale * (1.0 + t_mean))
     tl.store(rows_ptr + 2 * stride_rows + rows, b)
