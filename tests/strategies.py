@@ -115,6 +115,18 @@ GOLDEN = {
         KernelSpec("dqdr", 64, "tf32", group=2),
         DqDrConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=0, num_warps=4, num_stages=2),
     ),
+    "forward_halves": Kernel(
+        KernelSpec("forward", 256, "bf16", group=2, causal=True, stats=True),
+        ForwardConfig(128, 64, HEAD_GROUP=4, num_warps=8, num_stages=2, HEAD_DIM_AS="halves"),
+    ),
+    "dkdv_narrow_maxnreg": Kernel(
+        KernelSpec("dkdv", 64, "bf16", causal=True),
+        DkDvConfig(32, 64, HEAD_GROUP=32, num_warps=4, num_stages=3, maxnreg=168),
+    ),
+    "dqdr_halves": Kernel(
+        KernelSpec("dqdr", 256, "fp16", group=2, varlen=True),
+        DqDrConfig(64, 32, HEAD_GROUP=1, num_warps=4, num_stages=2, HEAD_DIM_AS="halves"),
+    ),
     "decode_unsplit": Kernel(
         KernelSpec("decode", 128, "bf16"),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="none", num_warps=2, num_stages=4),

@@ -27,10 +27,12 @@ _LETTERS = {
     "num_warps": "w",
     "num_stages": "s",
     "HEAD_DIM_AS": "",
+    "maxnreg": "r",
 }
 
 LEGEND = (
-    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages\nseqlen: W is a window's"
+    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages,\n"
+    "r maxnreg; seqlen: W is a window's"
 )
 
 

@@ -12,7 +12,7 @@ import jinja2
 from jinja2 import meta
 
 import parallax_gen
-from parallax_gen.codegen.pieces import pieces_of
+from parallax_gen.codegen.pieces import scored_and_summed
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ConfigError
 from parallax_gen.problem.config import KernelConfig, TileConfig, describe
@@ -39,6 +39,8 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
     """The kernel of `spec` done as `config` says, for `gpu`. Raises ConfigError where that cannot be."""
     if reason := why_invalid(spec, config, gpu):
         raise ConfigError(f"{describe(config)}: {reason}")
+    form = config.HEAD_DIM_AS if isinstance(config, TileConfig) else "whole"
+    pieces, summed = scored_and_summed(spec.op, spec.head_dim, form)
     text = (
         _environment()
         .get_template(f"{spec.op}.py.j2")
@@ -46,7 +48,9 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
             spec=spec,
             config=config,
             config_text=describe(config),
-            pieces=pieces_of(spec.head_dim, config.HEAD_DIM_AS) if isinstance(config, TileConfig) else [],
+            pieces=pieces,
+            summed=summed,
+            halves=form == "halves",
             gpu_title=gpu.title,
             version=parallax_gen.__version__,
             templates_hash=templates_hash(spec.op),

@@ -21,7 +21,10 @@ class TileConfig:
     num_warps    warps a program
     num_stages   blocks in flight
     HEAD_DIM_AS  what a row of head_dim numbers is to the tensor cores: "whole", a power of two; "pieces", powers of
-                 two side by side (96 = 64 + 32); "padded", the next power of two, filled with zeros
+                 two side by side (96 = 64 + 32); "padded", the next power of two, filled with zeros; "halves", for wide
+                 heads: two programs share a tile, find all scores each, and sum one half of the dimensions each
+    maxnreg      registers a thread at the most, so that more programs run on a multiprocessor; 0 for as many as it
+                 takes
     """
 
     BLOCK_M: int
@@ -30,6 +33,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     HEAD_DIM_AS: str = "whole"
+    maxnreg: int = 0
 
 
 class ForwardConfig(TileConfig):

@@ -29,7 +29,15 @@ def promising_configs(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCo
     if isinstance(default, TileConfig):
         found += [replace(default, HEAD_GROUP=together) for together in (1, 4, 16, 0)]
         found += [replace(default, HEAD_DIM_AS=form) for form in forms_of(spec.head_dim)]
+        if "halves" in forms_of(spec.head_dim):
+            found += [replace(default, **_tile(halves), HEAD_DIM_AS="halves") for halves in _HALVES_TILES[spec.op]]
+        # Three programs of 4 warps on a multiprocessor, not two, at the price of some spills.
+        found += [replace(c, maxnreg=168) for c in found[:3] if isinstance(c, TileConfig)]
     return [config for config in dict.fromkeys(found) if why_invalid(spec, config, gpu) is None]
+
+
+def _tile(sizes: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
 
 
 def _candidates(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
@@ -74,6 +82,12 @@ _WIDE_TILES = {
     "forward": ((64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)),
     "dqdr": ((32, 32, 4, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
     "dkdv": ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 2)),
+}
+# With halves, from compiling: those that fit and hardly spill.
+_HALVES_TILES = {
+    "forward": ((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
+    "dqdr": ((128, 32, 8, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2)),
+    "dkdv": ((32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3)),
 }
 # Where head_dim is so wide, or the card so small, that none of them fits.
 _SMALLEST = ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))

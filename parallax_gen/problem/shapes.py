@@ -148,6 +148,7 @@ class Work:
 # Matmuls of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and two for dk;
 # dqdr s, t, a, dq, dr.
 MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4}
+SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of them, those that find s, t and a; the others sum what comes of them
 
 
 def work_of(spec: KernelSpec, shape: Shape) -> Work:

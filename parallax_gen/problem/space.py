@@ -42,7 +42,8 @@ _TILES = (
     Knob("HEAD_GROUP", (1, 2, 4, 8, 16, 32, 0)),
     Knob("num_warps", (4, 8)),
     Knob("num_stages", (1, 2, 3, 4)),
-    Knob("HEAD_DIM_AS", ("whole", "pieces", "padded")),
+    Knob("HEAD_DIM_AS", ("whole", "halves", "pieces", "padded")),
+    Knob("maxnreg", (0, 168, 128)),
 )
 
 KNOBS: dict[str, tuple[Knob, ...]] = {
@@ -83,7 +84,7 @@ def why_invalid(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str | None:
     elif isinstance(config, PreprocessConfig):
         reason = _why_preprocess_invalid(spec, config)
     else:
-        reason = _why_tiles_invalid(spec, config)
+        reason = _why_tiles_invalid(spec, config, gpu)
     if reason is None and (shared := shared_bytes(spec, config, gpu)) > gpu.shared_per_block:
         reason = f"its tiles need {shared} bytes of shared memory; a block of {gpu.title} has {gpu.shared_per_block}"
     return reason
@@ -110,8 +111,17 @@ def shared_bytes(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> int:
 
 def block_bytes(spec: KernelSpec, config: TileConfig) -> int:
     """What one block in flight takes: k and v; for dkdv q, r and do. A program owns q, r (and do); k and v."""
-    rows = 3 * config.BLOCK_M if spec.op == "dkdv" else 2 * config.BLOCK_N
-    return rows * _row_bytes(spec, config)
+    a_row = _row_bytes(spec, config)
+    if spec.op == "dkdv":
+        return 3 * config.BLOCK_M * a_row
+    if spec.op == "forward":  # of v it takes what it sums
+        return config.BLOCK_N * (a_row + a_row // _programs_a_head(config))
+    return 2 * config.BLOCK_N * a_row
+
+
+def _programs_a_head(config: TileConfig) -> int:
+    """How many programs share a tile, each of which sums its part of head_dim."""
+    return 2 if config.HEAD_DIM_AS == "halves" else 1
 
 
 def _row_bytes(spec: KernelSpec, config: TileConfig) -> int:
@@ -163,7 +173,9 @@ def forms_of(head_dim: int) -> tuple[str, ...]:
     in_sixteens = -(-head_dim // 16) * 16
     if in_sixteens & (in_sixteens - 1):
         return ("pieces", "padded")
-    return ("whole",) if head_dim == in_sixteens else ("padded",)
+    if head_dim != in_sixteens:
+        return ("padded",)
+    return ("whole", "halves") if head_dim > 128 else ("whole",)
 
 
 def _width(head_dim: int, form: str) -> int:
@@ -176,7 +188,7 @@ def _half_empty(spec: KernelSpec, block_h: int) -> bool:
     return block_h > 8 and block_h >= 2 * spec.group
 
 
-def _why_tiles_invalid(spec: KernelSpec, config: TileConfig) -> str | None:
+def _why_tiles_invalid(spec: KernelSpec, config: TileConfig, gpu: Gpu) -> str | None:
     tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
     if config.HEAD_DIM_AS not in forms_of(spec.head_dim):
         return f"HEAD_DIM_AS {config.HEAD_DIM_AS!r} does not go with head_dim {spec.head_dim}"
@@ -195,9 +207,21 @@ def _why_tiles_invalid(spec: KernelSpec, config: TileConfig) -> str | None:
     # Two sums of its own rows stay in registers, beside two tiles of scores at the least: past 255 registers a thread
     # they spill for certain.
     owned, step = (config.BLOCK_N, config.BLOCK_M) if spec.op == "dkdv" else (config.BLOCK_M, config.BLOCK_N)
-    a_thread = 2 * owned * (head_dim + step) // (32 * config.num_warps)
+    a_thread = 2 * owned * (head_dim // _programs_a_head(config) + step) // (32 * config.num_warps)
     if a_thread > MOST_REGISTERS and not (spec.dtype == "fp32" and owned == step == 16):
         return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+    return _why_maxnreg_invalid(config, a_thread, gpu)
+
+
+def _why_maxnreg_invalid(config: TileConfig, a_thread: int, gpu: Gpu) -> str | None:
+    most = config.maxnreg
+    if most == 0:
+        return None
+    many, few = (gpu.registers_per_sm // (32 * config.num_warps * each) for each in (most, MOST_REGISTERS))
+    if many == few:
+        return f"maxnreg {most} lets no more programs of {config.num_warps} warps run together than {MOST_REGISTERS}"
+    if a_thread > most:
+        return f"its accumulators need {a_thread} registers a thread; maxnreg is {most}"
     return None
 
 

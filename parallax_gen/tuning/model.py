@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-from parallax_gen.codegen.pieces import pieces_of
+from parallax_gen.codegen.pieces import scored_and_summed
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.problem.config import TILED, DecodeConfig, KernelConfig, PreprocessConfig, TileConfig
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape, work_of
+from parallax_gen.problem.shapes import MATMULS, SCORES, Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
 
 LAUNCH_US = 2.0  # launch, first loads, last stores
@@ -72,13 +72,16 @@ def _tiles_us(spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, bloc
     shared = 3 * shape.seqlen_q * heads * spec.group if dkdv else 2 * shape.seqlen_kv * max(1, heads // spec.group)
     rate *= 0.97 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
     rate *= 0.98 if heads < 4 else 1.0  # few heads at a time spread the triangle unevenly
-    widths = [piece.width for piece in pieces_of(spec.head_dim, config.HEAD_DIM_AS)]
+    widths = [piece.width for piece in scored_and_summed(spec.op, spec.head_dim, config.HEAD_DIM_AS)[0]]
     rate *= spec.head_dim / sum(widths)  # what is padded is multiplied too
-    rate *= 1.0 if len(widths) == 1 else 0.95  # narrow matmuls
+    halves = config.HEAD_DIM_AS == "halves"
+    rate *= 1.0 if len(widths) == 1 or halves else 0.95  # narrow matmuls
+    if halves:  # both programs of a tile find its scores
+        rate *= MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
     if shape.window:  # blocks that the window's edges cross are multiplied whole
         rate *= shape.window / (shape.window + owned + step)
     # The last wave is as long as the others, however few programs it has; causal ones end with short rows.
-    programs = shape.batch * rows * math.ceil(owned_length / owned)
+    programs = (2 if halves else 1) * shape.batch * rows * math.ceil(owned_length / owned)
     waves = programs / (gpu.sms * blocks)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6

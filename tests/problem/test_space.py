@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallax_gen.codegen.pieces import pieces_of
+from parallax_gen.codegen.pieces import pieces_of, scored_and_summed
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.config import (
     TILED,
@@ -145,6 +145,18 @@ def test_knobs_leave_out_what_a_spec_cannot_use() -> None:
         assert values(KernelSpec(op, 128, "bf16"), "HEAD_DIM_AS") == ("whole",)
         assert values(KernelSpec(op, 96, "bf16"), "HEAD_DIM_AS") == ("pieces", "padded")
         assert values(KernelSpec(op, 8, "bf16"), "HEAD_DIM_AS") == ("padded",)
+        assert values(KernelSpec(op, 256, "bf16"), "HEAD_DIM_AS") == ("whole", "halves")
+
+
+def test_halves_have_room_in_registers_where_whole_heads_have_none() -> None:
+    config = ForwardConfig(128, 64, 1, 8, 2)
+    assert "320 registers" in str(why_invalid(KernelSpec("forward", 256, "bf16"), config, H200))
+    assert why_invalid(KernelSpec("forward", 256, "bf16"), replace(config, HEAD_DIM_AS="halves"), H200) is None
+    narrow = DkDvConfig(32, 64, 1, 4, 3, maxnreg=168)
+    assert why_invalid(KernelSpec("dkdv", 64, "bf16"), narrow, H200) is None
+    assert "maxnreg" in str(
+        why_invalid(KernelSpec("dkdv", 64, "bf16"), replace(narrow, maxnreg=128, BLOCK_M=128), H200)
+    )
 
 
 @pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
@@ -166,7 +178,11 @@ def test_forms_are_those_that_make_different_tiles(head_dim: int) -> None:
         (ForwardConfig(100, 64, 1, 4, 2), "BLOCK_M is 100"),
         (ForwardConfig(64, 64, 1, 4, 2, "pieces"), "HEAD_DIM_AS 'pieces' does not go with head_dim 128"),
         (ForwardConfig(64, 64, 1, 4, 2, "padded"), "HEAD_DIM_AS 'padded' does not go with head_dim 128"),
-        (ForwardConfig(64, 64, 1, 4, 2, "halves"), "HEAD_DIM_AS is halves"),
+        (ForwardConfig(64, 64, 1, 4, 2, "thirds"), "HEAD_DIM_AS is thirds"),
+        (ForwardConfig(64, 64, 1, 4, 2, "halves"), "HEAD_DIM_AS 'halves' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, maxnreg=100), "maxnreg is 100"),
+        (ForwardConfig(128, 64, 1, 8, 2, maxnreg=168), "maxnreg 168 lets no more programs of 8 warps run together"),
+        (ForwardConfig(64, 64, 1, 4, 2, maxnreg=168), "its accumulators need 192 registers a thread; maxnreg is 168"),
         (DecodeConfig(32, 8, 1, "none", 1, 4), "does not configure"),
         (DqDrConfig(64, 64, 1, 4, 2), "does not configure"),
     ],
@@ -232,11 +248,12 @@ def test_scores_that_change_hands_count() -> None:
 @pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
 def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
     for form in forms_of(head_dim):
-        width = sum(piece.width for piece in pieces_of(head_dim, form))
-        for op, owned, block in (("forward", 2 * 64, 2 * 32), ("dqdr", 3 * 64, 2 * 32), ("dkdv", 2 * 32, 3 * 64)):
+        for op, owned, block in (("forward", 2 * 64, 32), ("dqdr", 3 * 64, 2 * 32), ("dkdv", 2 * 32, 3 * 64)):
             spec, config = KernelSpec(op, head_dim, "fp16"), TILED[op](64, 32, 1, 4, 3, form)
-            assert block_bytes(spec, config) == block * width * 2
-            assert shared_bytes(spec, config, H200) == (owned + 2 * block) * width * 2
+            scored, summed = (sum(piece.width for piece in part) for part in scored_and_summed(op, head_dim, form))
+            in_a_block = block * scored + (32 * summed if op == "forward" else 0)  # its values are summed alone
+            assert block_bytes(spec, config) == in_a_block * 2
+            assert shared_bytes(spec, config, H200) == (owned * scored + 2 * in_a_block) * 2
 
 
 @pytest.mark.parametrize(
