@@ -18,15 +18,26 @@ if TYPE_CHECKING:
         parallax_attn_varlen_func,
         parallax_attn_with_kvcache,
     )
+    from parallax_gen.runtime.states import State, merge_states
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "nn", "parallax_attn_func", "parallax_attn_varlen_func", "parallax_attn_with_kvcache"]
+__all__ = [
+    "State",
+    "__version__",
+    "merge_states",
+    "nn",
+    "parallax_attn_func",
+    "parallax_attn_varlen_func",
+    "parallax_attn_with_kvcache",
+]
 
 _HOMES = {
     "parallax_attn_func": "parallax_gen.runtime.functional",
     "parallax_attn_varlen_func": "parallax_gen.runtime.functional",
     "parallax_attn_with_kvcache": "parallax_gen.runtime.functional",
+    "State": "parallax_gen.runtime.states",
+    "merge_states": "parallax_gen.runtime.states",
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.codegen.calling import rows_like, sizes_of
+from parallax_gen.problem.partial import partial_backward
 from parallax_gen.problem.reference import (
     Gradients,
     Reference,
@@ -68,10 +69,13 @@ class Saved:
     v_mean: Tensor | None
 
 
-def backward(do: Tensor, asked: Request, saved: Saved, *, dqdr: bool, dkdv: bool) -> tuple[Tensor, ...]:
+def backward(
+    do: Tensor, asked: Request, saved: Saved, *, dqdr: bool, dkdv: bool, some_keys: bool = False
+) -> tuple[Tensor, ...]:
     """The gradients of q and r if dqdr, then those of k and v if dkdv: contiguous, in the inputs' dtype.
 
-    do  the gradient of out, of any strides
+    do         the gradient of out, of any strides
+    some_keys  `saved` is of attention over more keys than asked has: found is what these keys add
     """
     if do.stride(-1) != 1 or do.stride(-3) > FURTHEST_ROW:  # as the gradient of a sum is, one number everywhere
         do = do.contiguous()
@@ -89,7 +93,8 @@ def backward(do: Tensor, asked: Request, saved: Saved, *, dqdr: bool, dkdv: bool
         for grad in grads:
             grad.zero_()
     else:
-        copy_into(grads, _reference_backward(do, asked)[0 if dqdr else 2 :])
+        found = _partial_backward(do, asked, saved) if some_keys else _reference_backward(do, asked)
+        copy_into(grads, found[0 if dqdr else 2 :])
     return grads
 
 
@@ -215,6 +220,13 @@ def _reference_backward(do: Tensor, asked: Request) -> Gradients:
     oracle: Callable[..., Gradients] = reference_varlen_backward if starts_of(asked) else reference_backward
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(oracle, *inputs_of(asked), do, *starts_of(asked), **_options(asked)).result()
+
+
+def _partial_backward(do: Tensor, asked: Request, saved: Saved) -> Gradients:
+    assert saved.v_mean is not None
+    found = (saved.out, saved.lse, saved.t_mean, saved.v_mean)
+    scale = asked.softmax_scale
+    return partial_backward(*inputs_of(asked), do, *found, causal=asked.causal, softmax_scale=scale)
 
 
 def _options(asked: Request) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""Ring attention on several processes of this machine, over gloo: as attention of the whole sequence on one."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from parallax_gen.distributed import _Ring, gather_sequence, ring_attn_func, shard_sequence
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.reference import assert_close, errors, gradient_sizes, reference_backward, reference_forward
+
+# (causal, queries a chunk, heads, kv heads, dtype, its name): chunks of one query, too.
+CASES = [
+    (True, 3, 4, 2, torch.float32, "fp32"),
+    (False, 3, 4, 2, torch.float32, "fp32"),
+    (True, 1, 3, 1, torch.float32, "fp32"),
+    (True, 5, 2, 2, torch.bfloat16, "bf16"),
+]
+
+
+def whole(chunk: int, chunks: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, r, k, v and the gradient of the output, the same in every process."""
+    generator = torch.Generator().manual_seed(chunk)
+    sizes = [heads, heads, kv_heads, kv_heads, heads]
+    tensors = [torch.randn(2, chunk * chunks, n, 16, generator=generator) for n in sizes]
+    tensors[1] /= 4
+    return [x.to(dtype) for x in tensors]
+
+
+def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
+    causal, chunk, heads, kv_heads, dtype, name = case
+    *inputs, do = whole(chunk, ranks * (2 if causal else 1), heads, kv_heads, dtype)
+    assert torch.equal(gather_sequence(shard_sequence(inputs[0], causal=causal), causal=causal), inputs[0])
+    mine = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
+    out = ring_attn_func(*mine, causal=causal)
+    assert_close(gather_sequence(out, causal=causal), reference_forward(*inputs, causal=causal).out, name)
+    grads = torch.autograd.grad(out, mine, shard_sequence(do, causal=causal))
+    wanted_grads, sizes = reference_backward(*inputs, do, causal=causal), gradient_sizes(*inputs, do)
+    for grad, x, wanted, natural in zip(grads, mine, wanted_grads, sizes, strict=True):
+        assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+        found = gather_sequence(grad, causal=causal)
+        # Partial gradients are rounded to 16 bits before they are added up, on top of what one backward rounds.
+        if name == "fp32":
+            assert_close(found, wanted, name, float(natural))
+        else:
+            assert errors(found, wanted, float(natural)).relative < 2e-2
+
+
+def work(rank: int, ranks: int, port: int, failures: Any) -> None:
+    warnings.simplefilter("ignore")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    try:
+        for case in CASES:
+            check(rank, ranks, case)
+    except Exception:
+        failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_ring_attends_as_one(ranks: int, free_port: int) -> None:
+    context = mp.get_context("spawn")
+    failures = context.SimpleQueue()
+    processes = [context.Process(target=work, args=(rank, ranks, free_port, failures)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    stuck = [process for process in processes if process.is_alive()]
+    for process in stuck:
+        process.kill()
+    assert failures.empty(), failures.get()
+    assert not stuck
+    assert [process.exitcode for process in processes] == [0] * ranks
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_every_rank_has_as_much_to_do_and_every_pair_is_met_once(ranks: int) -> None:
+    """Chunk by chunk: who sees what, from the parts alone, is the causal mask; and no rank has more of it."""
+    seqlen, met, load = 4, set(), set()
+    for rank in range(ranks):
+        ring, pairs = _Ring(None, rank, ranks, 0, 0), 0
+        place = [chunk * 2 + i for chunk in (rank, 2 * ranks - 1 - rank) for i in range(2)]
+        for step in range(ranks):
+            source = (rank - step) % ranks
+            their_place = [chunk * 2 + i for chunk in (source, 2 * ranks - 1 - source) for i in range(2)]
+            part = ring.part(step, seqlen, causal=True)
+            for i in range(seqlen)[part.rows]:
+                for j in range(seqlen)[part.keys]:
+                    if not part.causal or j <= i:
+                        assert (place[i], their_place[j]) not in met
+                        met.add((place[i], their_place[j]))
+                        pairs += 1
+        load.add(pairs)
+    assert met == {(i, j) for i in range(4 * ranks) for j in range(i + 1)}
+    assert len(load) == 1
+
+
+def test_without_a_group_it_says_so() -> None:
+    x = torch.zeros(1, 4, 2, 16)
+    with pytest.raises(ArgumentError, match="init_process_group"):
+        ring_attn_func(x, x, x, x)

@@ -1,0 +1,98 @@
+"""Attention over parts of the keys, joined, is attention over all of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen import State, merge_states, parallax_attn_func
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.partial import partial_backward
+from parallax_gen.problem.reference import assert_close, reference_backward, reference_forward
+
+pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
+
+
+def sample(seqlen_q: int, seqlen_kv: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seqlen_q)
+
+    def randn(seqlen: int, heads: int) -> Tensor:
+        return torch.randn(2, seqlen, heads, 16, generator=generator)
+
+    q, r, k, v = randn(seqlen_q, 4), randn(seqlen_q, 4) / 4, randn(seqlen_kv, 2), randn(seqlen_kv, 2)
+    return tuple(x.to(dtype) for x in (q, r, k, v))  # type: ignore[return-value]
+
+
+def attend(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> State:
+    return State(*parallax_attn_func(q, r, k, v, causal=causal, return_stats=True))
+
+
+@pytest.mark.parametrize("ends", [(9,), (3, 9), (1, 2, 9), (0, 5, 9)])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_parts_joined_are_the_whole(ends: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+    """In bf16 too: each part is rounded once more, which the tolerance, four times one rounding, has room for."""
+    q, r, k, v = sample(5, 9, dtype)
+    starts = (0, *ends[:-1])
+    parts = [attend(q, r, k[:, a:b], v[:, a:b]) for a, b in zip(starts, ends, strict=True)]
+    merged, whole = merge_states(*parts), reference_forward(q, r, k, v)
+    assert merged.out.dtype == merged.v_mean.dtype == dtype
+    assert merged.lse.dtype == merged.t_mean.dtype == torch.float32
+    for found, wanted in zip(merged, whole, strict=True):
+        assert_close(found, wanted, name if found.dtype == dtype else "fp32" if name == "fp32" else "bf16")
+
+
+def test_order_and_nesting_do_not_matter() -> None:
+    q, r, k, v = sample(4, 12)
+    a, b, c = (attend(q, r, k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4, 8))
+    for one, other in zip(merge_states(a, b, c), merge_states(merge_states(c, a), b), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_queries_that_see_no_key_of_a_part_or_of_any() -> None:
+    """Of 6 queries over 3 keys, aligned to the end, the first three see none."""
+    q, r, k, v = sample(6, 3)
+    some, none = attend(q, r, k, v, causal=True), attend(q, r, k[:, :0], v[:, :0])
+    assert bool(some.lse[..., :3].isneginf().all())
+    for found, wanted in zip(merge_states(none, some), some, strict=True):
+        torch.testing.assert_close(found, wanted)
+    nothing = merge_states(none, none)
+    assert bool((nothing.out == 0).all())
+    assert bool((nothing.lse == -math.inf).all())
+
+
+def test_a_mean_of_t_that_is_large_costs_no_digits() -> None:
+    """Parts with t of a thousand each way: what each has of t times v is far larger than out, and is never formed."""
+    q, r, k, v = sample(3, 8)
+    k[..., 0], r[..., 0], q[..., 0] = 1, 1000, 0
+    parts = [attend(q, r, k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4)]
+    assert float(parts[0].t_mean.abs().min()) > 900
+    assert_close(merge_states(*parts).out, reference_forward(q, r, k, v).out, "bf16")
+
+
+def test_what_is_no_state_is_refused() -> None:
+    q, r, k, v = sample(4, 4)
+    state = attend(q, r, k, v)
+    with pytest.raises(ArgumentError, match="states"):
+        merge_states()
+    with pytest.raises(ArgumentError, match=r"states\[1\].*out \(2, 3, 4, 16\)"):
+        merge_states(state, attend(q[:, :3], r[:, :3], k, v))
+    with pytest.raises(ArgumentError, match=r"states\[0\].*lse \(2, 4, 3\)"):
+        merge_states(state._replace(lse=state.lse[..., :3]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_partial_gradients_add_up(causal: bool) -> None:
+    """Those of the last keys, which the mask cuts, and those of the others, which all queries see."""
+    q, r, k, v = sample(5, 9)
+    do = torch.randn(q.shape, generator=torch.Generator().manual_seed(7))
+    found = reference_forward(q, r, k, v, causal=causal)
+    wanted = reference_backward(q, r, k, v, do, causal=causal)
+    early = partial_backward(q, r, k[:, :4], v[:, :4], do, *found)
+    late = partial_backward(q, r, k[:, 4:], v[:, 4:], do, *found, causal=causal)
+    torch.testing.assert_close(early.dq + late.dq, wanted.dq)
+    torch.testing.assert_close(early.dr + late.dr, wanted.dr)
+    torch.testing.assert_close(torch.cat([early.dk, late.dk], 1), wanted.dk)
+    torch.testing.assert_close(torch.cat([early.dv, late.dv], 1), wanted.dv)
