@@ -135,6 +135,14 @@ GOLDEN = {
         KernelSpec("decode", 128, "bf16", group=12, ragged=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=6, merge="last", num_warps=2, num_stages=4),
     ),
+    "decode_paged": Kernel(
+        KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=64),
+        DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="none", num_warps=2, num_stages=4),
+    ),
+    "decode_small_pages": Kernel(
+        KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16),
+        DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
+    ),
     "decode_merge_kernel": Kernel(
         KernelSpec("decode", 64, "fp16", group=16),
         DecodeConfig(BLOCK_N=64, BLOCK_H=16, NUM_SPLITS=8, merge="kernel", num_warps=4, num_stages=3),
@@ -165,7 +173,9 @@ def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSp
         flags["window"] &= flags["causal"]
     head_dim = draw.choice(DECODE_HEAD_DIMS if op == "decode" else HEAD_DIMS)
     dtype = draw.choice([d for d in dtypes if d != "tf32" or op not in ("decode", "preprocess")])
-    return KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw.choice(GROUPS), **flags)
+    group = 1 if op == "preprocess" else draw.choice(GROUPS)
+    page_size = draw.choice((0, 1, 16, 48, 64)) if flags.get("ragged") else 0
+    return KernelSpec(op, head_dim, dtype, group, **flags, page_size=page_size)
 
 
 def specs(op: str, dtypes: Sequence[str]) -> st.SearchStrategy[KernelSpec]:

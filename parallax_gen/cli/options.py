@@ -137,7 +137,8 @@ def flag_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
-        return command(flags=Flags(**{name: given.pop(name) for name in FLAGS}), **given)
+        flags = Flags(page_size=given.pop("page_size") or 0, **{name: given.pop(name) for name in FLAGS})
+        return command(flags=flags, **given)
 
     options = (
         click.option("--causal/--full", default=None, help="Causal, the default, or every key. Not of decode."),
@@ -145,6 +146,7 @@ def flag_options(command: Command) -> Command:
         click.option("--varlen", is_flag=True, help="Packed sequences: batch of them, of the lengths of the shape."),
         click.option("--stats", is_flag=True, help="Forward only: with lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
+        click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="Decode only: pages of N keys."),
     )
     return _stacked(collect, options)  # type: ignore[return-value]
 
@@ -156,6 +158,8 @@ def check_flags(flags: Flags, ops: Sequence[str]) -> None:
         takers = [op for op in WORK if takes(op, name)]
         if given and not set(ops) & set(takers):
             raise click.UsageError(f"{options}: of --op {' or '.join(takers)}, not of {' or '.join(ops)}")
+    if flags.page_size and "decode" not in ops:
+        raise click.UsageError(f"--page-size: of --op decode, not of {' or '.join(ops)}")
 
 
 def kernel_options(command: Command) -> Command:

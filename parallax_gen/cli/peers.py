@@ -46,7 +46,8 @@ def ours_forward(spec: KernelSpec, x: Inputs) -> Call:
 
 def ours_decode(spec: KernelSpec, x: Inputs) -> Call:
     out = torch.empty_like(x.q)
-    return lambda: parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, cache_seqlens=x.cache_seqlens, out=out)
+    lengths, table = x.cache_seqlens, x.page_table
+    return lambda: parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, cache_seqlens=lengths, page_table=table, out=out)
 
 
 def sdpa(backend: SDPBackend, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> Call:
@@ -69,6 +70,8 @@ def sdpa(backend: SDPBackend, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor)
 
 def official_cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     official = importlib.import_module("parallax.cute")
+    if spec.page_size:
+        raise NotImplementedError("it has no pages")
     out = torch.empty_like(x.q)
     lengths = x.cache_seqlens
 

@@ -36,7 +36,8 @@ class Inputs:
     """What one call is given, on any device ("meta" tensors hold sizes only).
 
     Dense: q, r (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_kv, kv_heads, head_dim). Packed: (total_q,
-    heads, head_dim) and (total_k, kv_heads, head_dim), with cu_seqlens. What a kernel does not take is None or 0.
+    heads, head_dim) and (total_k, kv_heads, head_dim), with cu_seqlens. Paged: k, v (pages, page_size, kv_heads,
+    head_dim), with page_table (batch, pages a sequence). What a kernel does not take is None or 0.
 
     do      the gradient of the output, like q
     rows    dkdv, dqdr: what preprocess wrote, see `rows_like`
@@ -48,6 +49,7 @@ class Inputs:
     k: torch.Tensor
     v: torch.Tensor
     cache_seqlens: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0
@@ -93,7 +95,8 @@ class Call:
             tensors = [x.q, x.r, x.k, x.v]
             if self.spec.op in ("dkdv", "dqdr"):
                 tensors += [x.do, x.rows]
-            tensors += [*self.written.values(), x.cu_seqlens_q, x.cu_seqlens_k, x.cache_seqlens, *self.scratch]
+            tensors += [*self.written.values(), x.cu_seqlens_q, x.cu_seqlens_k, x.cache_seqlens, x.page_table]
+            tensors += self.scratch
         sizes = sizes_of(self.spec, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
         return (*[t for t in tensors if t is not None], softmax_scale, *sizes)
 
@@ -147,6 +150,12 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
         inputs.max_seqlen_q, inputs.max_seqlen_k = shape.seqlen_q, shape.seqlen_kv
     if spec.ragged:
         inputs.cache_seqlens = empty(shape.batch, dtype=torch.int32)
+    if spec.page_size:
+        pages = -(-shape.seqlen_kv // spec.page_size)
+        inputs.k, inputs.v = (
+            empty(shape.batch * pages, spec.page_size, shape.kv_heads, spec.head_dim) for _ in range(2)
+        )
+        inputs.page_table = empty(shape.batch, pages, dtype=torch.int32)
     if spec.op in ("preprocess", "dkdv", "dqdr"):
         inputs.do = torch.empty_like(q)
         lse, t_mean = (empty(*stats, dtype=torch.float32) for _ in range(2))

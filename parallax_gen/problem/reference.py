@@ -430,6 +430,14 @@ def _check_shapes(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[int, int,
     return batch, seqlen_q, heads, head_dim
 
 
+def in_order(pages: Tensor, page_table: Tensor) -> Tensor:
+    """A paged cache (pages, page_size, kv_heads, head_dim) as (batch, seqlen, kv_heads, head_dim).
+
+    page_table  (batch, pages a sequence): the pages of each; one that is not there gives any other
+    """
+    return pages[page_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2)
+
+
 def _check_lengths(cache_seqlens: Tensor | Sequence[int] | None, batch: int, seqlen_kv: int) -> list[int]:
     if cache_seqlens is None:
         return [seqlen_kv] * batch

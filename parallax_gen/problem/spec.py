@@ -16,7 +16,7 @@ DECODE_HEAD_DIMS = (64, 128)
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 
 # Fields that came after records were first written: absent from a record, they are at their default there.
-LATER = ("window", "varlen")
+LATER = ("window", "varlen", "page_size")
 
 # Which ops a flag is of.
 FLAGS = {
@@ -43,6 +43,8 @@ class KernelSpec:
     ragged    decode only: every sequence has its own length, read on the device from cache_seqlens.
     window    causal only: a query sees the last window_size of the keys that it would see.
     varlen    sequences are packed one after the other, and begin where cu_seqlens says.
+    page_size decode only: the cache is in pages of so many keys, which a page table puts in order; 0 for a cache in
+              one piece a sequence. Every sequence has its own length.
 
     Raises ArgumentError on any other value.
     """
@@ -56,6 +58,7 @@ class KernelSpec:
     ragged: bool = False
     window: bool = False
     varlen: bool = False
+    page_size: int = 0
 
     def __post_init__(self) -> None:
         _one_of("op", self.op, OPS)
@@ -74,6 +77,10 @@ class KernelSpec:
                 raise ArgumentError(name, repr(value), "True or False")
             if value and self.op not in ops:
                 raise ArgumentError(name, f"True with op {self.op!r}", f"True with op {' or '.join(ops)} only")
+        if type(self.page_size) is not int or self.page_size < 0:
+            raise ArgumentError("page_size", repr(self.page_size), "an int of 1 or more, or 0 for no pages")
+        if self.page_size and not (self.op == "decode" and self.ragged):
+            raise ArgumentError("page_size", self.page_size, "0, but with op 'decode' and ragged=True")
         if self.window and not self.causal:
             raise ArgumentError("window", "True without causal", "True with causal=True only")
 
@@ -108,6 +115,7 @@ class KernelSpec:
         if self.op in FLAGS["causal"]:
             words.append("window" if self.window else "causal" if self.causal else "full")
         words += [name for name in ("varlen", "stats", "ragged") if getattr(self, name)]
+        words += [f"pages of {self.page_size}"] * (self.page_size > 0)
         return ", ".join(words)
 
 

@@ -84,11 +84,12 @@ def check_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor | None,
+    page_table: Tensor | None,
     softmax_scale: float | None,
     out: Tensor | None,
 ) -> None:
     """Whether a query can be attended so. Raises ArgumentError at the first argument that won't do."""
-    check_inputs(q, r, k_cache, v_cache, names=("q", "r", "k_cache", "v_cache"))
+    check_inputs(q, r, k_cache, v_cache, paged=page_table is not None, names=("q", "r", "k_cache", "v_cache"))
     if q.shape[3] not in DECODE_HEAD_DIMS:
         raise ArgumentError("q", f"head_dim {q.shape[3]}", " or ".join(map(str, DECODE_HEAD_DIMS)))
     _check_out(out, q)
@@ -97,6 +98,8 @@ def check_decode(
         raise ArgumentError("q", f"{q.shape[1]} queries a sequence", "1: the shape (batch, 1, heads, head_dim)")
     if cache_seqlens is not None:
         _check_lengths(cache_seqlens, q)
+    if page_table is not None:
+        _check_pages(page_table, cache_seqlens, q)
 
 
 def check_inputs(
@@ -106,6 +109,7 @@ def check_inputs(
     v: Tensor,
     *,
     packed: bool = False,
+    paged: bool = False,
     names: tuple[str, str, str, str] = ("q", "r", "k", "v"),
 ) -> None:
     """Whether the inputs fit each other. Raises ArgumentError at the first that does not."""
@@ -132,8 +136,9 @@ def check_inputs(
     *batch, _, heads, head_dim = q.shape
     if r.shape != q.shape:
         raise ArgumentError(r_name, f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
-    if list(k.shape[:-3]) != batch or k.shape[-1] != head_dim:
-        fitting = ", ".join(map(str, (*batch, *layout[-3:-1], head_dim)))
+    if (not paged and list(k.shape[:-3]) != batch) or k.shape[-1] != head_dim:
+        first = ["pages", "page_size"] if paged else [*batch, layout[-3]]
+        fitting = ", ".join(map(str, (*first, layout[-2], head_dim)))
         raise ArgumentError(k_name, f"shape {tuple(k.shape)}", f"({fitting}), to go with q")
     if k.shape[-2] == 0 or heads == 0 or heads % k.shape[-2]:
         raise ArgumentError(k_name, f"{k.shape[-2]} kv heads", f"a divisor of q's {heads} heads")
@@ -178,6 +183,18 @@ def _check_packing(asked: Request) -> None:
             raise ArgumentError(name, f"{starts.dtype} of shape {tuple(starts.shape)} on {starts.device}", allowed)
         if first is not None and starts.shape != first.shape:
             raise ArgumentError(name, f"shape {tuple(starts.shape)}", f"{tuple(first.shape)}, as cu_seqlens_q has")
+
+
+def _check_pages(page_table: object, cache_seqlens: Tensor | None, q: Tensor) -> None:
+    allowed = f"an int32 tensor of shape ({q.shape[0]}, pages of a sequence at the most) on {q.device}"
+    if not isinstance(page_table, Tensor):
+        raise ArgumentError("page_table", type(page_table).__name__, allowed)
+    right = page_table.dtype == torch.int32 and page_table.dim() == 2 and page_table.shape[0] == q.shape[0]
+    if not right or page_table.device != q.device or page_table.stride(1) != 1:
+        got = f"{page_table.dtype} of shape {tuple(page_table.shape)}, strides {page_table.stride()}"
+        raise ArgumentError("page_table", f"{got}, on {page_table.device}", f"{allowed}, its rows contiguous")
+    if cache_seqlens is None:
+        raise ArgumentError("cache_seqlens", "None with a page_table", "each sequence's length, a tensor")
 
 
 def _check_lengths(cache_seqlens: object, q: Tensor) -> None:

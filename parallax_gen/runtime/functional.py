@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.reference import reference_forward
+from parallax_gen.problem.reference import in_order, reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.attention import copy_into, fill_unseen, forward
@@ -115,16 +115,20 @@ def parallax_attn_with_kvcache(
     v_cache: Tensor,
     *,
     cache_seqlens: Tensor | int | None = None,
+    page_table: Tensor | None = None,
     softmax_scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Parallax attention of one new query a sequence over its cached keys, as in a decode step.
 
     q, r              (batch, 1, heads, head_dim), bf16, fp16 or fp32; head_dim 64 or 128
-    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim); heads is a multiple of kv_heads
+    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), or (pages, page_size, kv_heads, head_dim) with a page_table,
+                      of any page_size; heads is a multiple of kv_heads
     cache_seqlens     (batch,) int32 on the same device: how many keys of each sequence count, 0 to seqlen; an int
                       for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
                       of length 0 gives 0
+    page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
+                      order; entries behind its length are never read. Needs cache_seqlens, a tensor
     softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
     out               where to write, like q; made if not given
 
@@ -133,16 +137,18 @@ def parallax_attn_with_kvcache(
     `parallax_attn_func` for the formula. Raises ArgumentError, naming the argument.
     """
     if isinstance(cache_seqlens, int):
+        if page_table is not None:
+            raise ArgumentError("cache_seqlens", f"{cache_seqlens} with a page_table", "a tensor of each one's length")
         check_inputs(q, r, k_cache, v_cache, names=("q", "r", "k_cache", "v_cache"))
         k_cache, v_cache = _first_keys(k_cache, v_cache, cache_seqlens)
         cache_seqlens = None
     key = None
     try:
-        key = (key_of(q, r, k_cache, v_cache, out, cache_seqlens), softmax_scale)
+        key = (key_of(q, r, k_cache, v_cache, out, cache_seqlens, page_table), softmax_scale)
         plan = _decodes[key]
     except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
-        check_decode(q, r, k_cache, v_cache, cache_seqlens, softmax_scale, out)
-        plan = _plan_decode(q, k_cache, cache_seqlens is not None, softmax_scale)
+        check_decode(q, r, k_cache, v_cache, cache_seqlens, page_table, softmax_scale, out)
+        plan = _plan_decode(q, k_cache, cache_seqlens is not None, page_table, softmax_scale)
         _decodes.remember(key, plan)
     if _records_gradients(q, r, k_cache, v_cache):
         named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
@@ -152,11 +158,13 @@ def parallax_attn_with_kvcache(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if isinstance(plan, LaunchPlan):
-        lengths = () if cache_seqlens is None else (cache_seqlens,)
+        lengths = tuple([x for x in (cache_seqlens, page_table) if x is not None])
         plan.launch((q, r, k_cache, v_cache, out, *lengths))
     elif plan.nothing_seen:
         fill_unseen((out,))
     else:
+        if page_table is not None:
+            k_cache, v_cache = in_order(k_cache, page_table), in_order(v_cache, page_table)
         found = reference_forward(q, r, k_cache, v_cache, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens)
         copy_into((out,), found)
     return out
@@ -209,15 +217,20 @@ def _under_autocast(asked: Request) -> Request:
     return asked._replace(q=q, r=r, k=k, v=v)
 
 
-def _plan_decode(q: Tensor, k: Tensor, ragged: bool, softmax_scale: float | None) -> LaunchPlan | HostPlan:
-    host = host_plan(q, k)
+def _plan_decode(
+    q: Tensor, k: Tensor, ragged: bool, page_table: Tensor | None, softmax_scale: float | None
+) -> LaunchPlan | HostPlan:
+    page_size, seqlen = (0, k.shape[1]) if page_table is None else (k.shape[1], page_table.shape[1] * k.shape[1])
+    host = HostPlan(nothing_seen=True) if seqlen == 0 else host_plan(q, k)
     if host is not None:
         return host
     batch, _, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    spec = KernelSpec("decode", head_dim, DTYPE_NAMES[q.dtype], group=heads // kv_heads, ragged=ragged)
+    spec = KernelSpec(
+        "decode", head_dim, DTYPE_NAMES[q.dtype], group=heads // kv_heads, ragged=ragged, page_size=page_size
+    )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return plan_launch(spec, Shape(batch, heads, kv_heads, 1, k.shape[1]), (scale,), q.device.index)
+    return plan_launch(spec, Shape(batch, heads, kv_heads, 1, seqlen), (scale,), q.device.index)
 
 
 def _first_keys(k_cache: Tensor, v_cache: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ class Flags:
 
     causal  None where nothing is said: causal
     window  keys that a query sees; None where nothing is said: a shape's own window
+    page_size  of decode's cache, keys; 0 for none. Paged sequences have a length each
     others  as KernelSpec's
     """
 
@@ -64,6 +65,7 @@ class Flags:
     ragged: bool = False
     window: int | None = None
     varlen: bool = False
+    page_size: int = 0
 
     def on(self, shape: Shape) -> Shape:
         """The shape with the window that is asked for. One that holds all keys is none, as at run time."""
@@ -102,11 +104,12 @@ def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> 
     asked: Mapping[str, bool] = {
         "causal": flags.causal is not False,
         "stats": flags.stats,
-        "ragged": flags.ragged,
+        "ragged": flags.ragged or flags.page_size > 0,
         "window": shape.window > 0,
         "varlen": flags.varlen,
     }
-    return KernelSpec(op, head_dim, dtype, shape.group, **{name: on for name, on in asked.items() if takes(op, name)})
+    taken = {name: on for name, on in asked.items() if takes(op, name)}
+    return KernelSpec(op, head_dim, dtype, shape.group, **taken, page_size=flags.page_size if op == "decode" else 0)
 
 
 def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:

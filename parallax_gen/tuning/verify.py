@@ -17,6 +17,7 @@ from parallax_gen.problem.reference import (
     Reference,
     errors,
     gradient_sizes,
+    in_order,
     random_inputs,
     reference_backward,
     reference_forward,
@@ -61,6 +62,8 @@ def random_inputs_of(spec: KernelSpec, shape: Shape, *, seed: int, device: str, 
         inputs.k[behind] = POISON
         inputs.v[behind] = POISON
         inputs.cache_seqlens = lengths.to(device)
+    if spec.page_size:
+        _page(inputs, spec.page_size, seed)
     if spec.varlen:
         _pack(inputs, shape, seed, full)
     if spec.op in ("preprocess", "dkdv", "dqdr"):
@@ -91,6 +94,27 @@ def _lengths(longest: int, batch: int, seed: int, full: bool) -> Tensor:
     return lengths
 
 
+def _page(inputs: Inputs, page_size: int, seed: int) -> None:
+    """The caches in pages, in any order, among others that are not used. Where no keys are, tables point nowhere."""
+    assert inputs.cache_seqlens is not None
+    batch, seqlen, device = *inputs.k.shape[:2], inputs.k.device
+    pages = -(-seqlen // page_size)
+    places = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(seed)).to(device)
+    places = places[: batch * pages]
+
+    def paged(x: Tensor) -> Tensor:
+        found = x.new_full((batch * pages + 2, page_size, *x.shape[2:]), POISON)
+        whole = x.new_full((batch, pages * page_size, *x.shape[2:]), POISON)
+        whole[:, :seqlen] = x
+        found[places] = whole.view(batch * pages, page_size, *x.shape[2:])
+        return found
+
+    inputs.k, inputs.v = paged(inputs.k), paged(inputs.v)
+    behind = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
+    table = places.view(batch, pages).to(torch.int32)
+    inputs.page_table = table.masked_fill(behind, 2**30)
+
+
 def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
     """The batch's sequences, each cut to a length of its own, one after the other."""
     lengths_q = _lengths(shape.seqlen_q, shape.batch, seed, full)
@@ -113,7 +137,10 @@ def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
     scale, window = softmax_scale(spec), x.window_size if spec.window else None
-    given = (x.q, x.r, x.k, x.v)
+    k, v = x.k, x.v
+    if x.page_table is not None:
+        k, v = in_order(k, x.page_table), in_order(v, x.page_table)
+    given = (x.q, x.r, k, v)
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None

@@ -160,6 +160,8 @@ def test_the_kernel_that_is_asked_for() -> None:
         (("--full",), ("preprocess",), "--causal and --full: of --op"),
         (("--stats",), ("dkdv",), "--stats: of --op forward, not of dkdv"),
         (("--ragged",), ("forward",), "--ragged: of --op decode, not of forward"),
+        (("--page-size", "16"), ("forward",), "--page-size: of --op decode, not of forward"),
+        (("--page-size", "0"), ("decode",), "0 is not in the range x>=1"),
         (("--window", "9"), ("decode",), "--window: of --op"),
         (("--varlen",), ("decode",), "--varlen: of --op"),
         (("--window", "0"), ("forward",), "0 is not in the range x>=1"),

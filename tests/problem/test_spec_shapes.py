@@ -86,6 +86,10 @@ A_HEAD_DIM = "a multiple of 8 from 8 to 256"
         ({"op": "decode", "varlen": True}, f"varlen: got True with op 'decode'; allowed: {PACKED}"),
         ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
         ({"window": True}, "window: got True without causal; allowed: True with causal=True only"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with op 'decode' and ragged=True"),
+        ({"op": "decode", "page_size": 16}, "page_size: got 16; allowed: 0, but with op 'decode' and ragged=True"),
+        ({"page_size": -1}, "page_size: got -1; allowed: an int of 1 or more, or 0 for no pages"),
+        ({"page_size": True}, "page_size: got True; allowed: an int of 1 or more, or 0 for no pages"),
     ],
 )
 def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> None:
@@ -117,7 +121,7 @@ def test_kernels_of_a_training_step() -> None:
 
 
 FIELDS = {
-    KernelSpec: "['causal', 'dtype', 'group', 'head_dim', 'op', 'ragged', 'stats', 'varlen', 'window']",
+    KernelSpec: "['causal', 'dtype', 'group', 'head_dim', 'op', 'page_size', 'ragged', 'stats', 'varlen', 'window']",
     Shape: "['batch', 'heads', 'kv_heads', 'seqlen_kv', 'seqlen_q', 'window']",
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
 }
@@ -193,6 +197,10 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
     [
         (KernelSpec("forward", 128, "bf16", causal=True), "forward, head_dim 128, bf16, MHA, causal"),
         (KernelSpec("decode", 64, "fp16", group=4, ragged=True), "decode, head_dim 64, fp16, GQA 4:1, ragged"),
+        (
+            KernelSpec("decode", 64, "fp16", ragged=True, page_size=16),
+            "decode, head_dim 64, fp16, MHA, ragged, pages of 16",
+        ),
         (Shape(2, 16, 16, 4096, 4096), "batch 2, heads 16, seqlen 4096"),
         (Shape(2, 16, 4, 1, 4096), "batch 2, heads 16/4, seqlen 1x4096"),
         (Bucket(8, 1, 4096), "8 kv rows, seqlen 1x4096"),

@@ -109,6 +109,58 @@ def test_lengths_as_tensor_and_as_int_agree_and_hide_what_lies_behind() -> None:
     assert torch.isfinite(by_tensor).all()
 
 
+def paged(page_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments with the cache in pages, and the same without: sequences of 5 and 7 keys, poison behind them."""
+    given = cached()
+    lengths = torch.tensor([5, 7], dtype=torch.int32)
+    pages = -(-7 // page_size)
+    table = torch.full((2, pages), 1 << 30, dtype=torch.int32)
+    order = torch.randperm(2 * pages + 1, generator=torch.Generator().manual_seed(1)).tolist()
+    caches = {name: torch.full((2 * pages + 1, page_size, 2, 64), float("nan")) for name in ("k_cache", "v_cache")}
+    for b, length in enumerate(lengths.tolist()):
+        for n in range(length):
+            if n % page_size == 0:
+                table[b, n // page_size] = order.pop()
+            for name, cache in caches.items():
+                cache[table[b, n // page_size], n % page_size] = given[name][b, n]
+    return {**given, **caches, "cache_seqlens": lengths, "page_table": table}, {**given, "cache_seqlens": lengths}
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 7, 16])
+def test_a_paged_cache_is_as_one_in_one_piece(page_size: int) -> None:
+    in_pages, in_one_piece = paged(page_size)
+    found, wanted = parallax_attn_with_kvcache(**in_pages), parallax_attn_with_kvcache(**in_one_piece)
+    assert_close(found, wanted.double(), "fp32")
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"cache_seqlens": None}, "cache_seqlens"),
+        ({"cache_seqlens": 3}, "cache_seqlens"),
+        ({"page_table": [[0], [1]]}, "page_table"),
+        ({"page_table": torch.zeros(2, 4)}, "page_table"),
+        ({"page_table": torch.zeros(3, 4, dtype=torch.int32)}, "page_table"),
+        ({"page_table": torch.zeros(2, dtype=torch.int32)}, "page_table"),
+        ({"page_table": torch.zeros(4, 2, dtype=torch.int32).T}, "page_table"),
+        ({"k_cache": torch.zeros(9, 2, 3, 64)}, "k_cache"),
+        ({"v_cache": torch.zeros(9, 3, 2, 64)}, "v_cache"),
+    ],
+)
+def test_a_bad_argument_of_a_paged_cache_is_named(change: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        parallax_attn_with_kvcache(**{**paged(2)[0], **change})
+    assert caught.value.argument == argument
+
+
+def test_a_page_table_without_pages_gives_zeros() -> None:
+    given, nothing = paged(2)[0], torch.zeros(2, 0, dtype=torch.int32)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    out = parallax_attn_with_kvcache(**{**given, "page_table": nothing, "cache_seqlens": lengths})
+    assert torch.equal(out, torch.zeros(2, 1, 4, 64))
+
+
 @pytest.mark.parametrize("length", [0, torch.tensor([0, 0], dtype=torch.int32)], ids=["int", "tensor"])
 def test_a_sequence_without_keys_gives_zero(length: Any) -> None:
     assert torch.equal(parallax_attn_with_kvcache(**cached(), cache_seqlens=length), torch.zeros(2, 1, 4, 64))
