@@ -107,6 +107,14 @@ def test_long_caches(config: DecodeConfig | None, group: int, ragged: bool) -> N
     assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 48, 64, 256])
+@pytest.mark.parametrize("config", [None, *MERGES], ids=["default", "none", "last", "kernel"])
+def test_long_paged_caches(config: DecodeConfig | None, page_size: int) -> None:
+    spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=page_size)
+    shape = Shape(3, 8, 2, 1, 16384)
+    assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
+
+
 @pytest.mark.parametrize(("op", "config"), [("forward", FORWARD), ("decode", replace(DECODE, NUM_SPLITS=8))])
 def test_a_grid_past_65535(op: str, config: KernelConfig) -> None:
     """71680 programs: grids lie along axis 0, which alone takes as many."""
