@@ -19,7 +19,7 @@ from torch import Tensor
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved, backward, forward
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
-from parallax_gen.runtime.states import State, merge_states
+from parallax_gen.runtime.states import State, absorb
 
 
 def shard_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -167,10 +167,7 @@ class _RingAttention(torch.autograd.Function):
             if found is None:  # of its own keys, which all queries see some of
                 found = here._replace(out=here.out.float(), v_mean=here.v_mean.float())
             else:
-                for old, new in zip(
-                    _rows_of(found, part.rows), merge_states(_rows_of(found, part.rows), here), strict=True
-                ):
-                    old.copy_(new)
+                absorb(_rows_of(found, part.rows), here)
             if passing is not None:
                 keys, values = passing.arrived()
         assert found is not None

@@ -58,6 +58,21 @@ def merge_states(*states: State | tuple[Tensor, Tensor, Tensor, Tensor]) -> Stat
     return State(out.to(first.out.dtype), together, t_mean, v_mean.to(first.v_mean.dtype))
 
 
+def absorb(total: State, part: State) -> None:
+    """Join a part into `total`, in place: all of it fp32, any strides. What `merge_states` does of two, in few passes.
+
+    Of two weights that add up to 1 the formula is  out = (1 - w) out_1 + w out_2 + w (1 - w) (t̄_2 - t̄_1) (v̄_1 - v̄_2).
+    """
+    lse = torch.logaddexp(total.lse, part.lse)
+    weight = (part.lse - lse.masked_fill(lse.isneginf(), 0.0)).exp()
+    of_rows, apart = _of_rows(weight), _of_rows(weight * (1 - weight) * (part.t_mean - total.t_mean))
+    v_mean = part.v_mean.float()
+    total.out.lerp_(part.out.float(), of_rows).addcmul_(apart, total.v_mean - v_mean)
+    total.v_mean.lerp_(v_mean, of_rows)
+    total.t_mean.lerp_(part.t_mean, weight)
+    total.lse.copy_(lse)
+
+
 def _of_rows(x: Tensor) -> Tensor:
     """Numbers of (heads, queries) beside rows of (queries, heads, head_dim)."""
     return x.transpose(-1, -2)[..., None]

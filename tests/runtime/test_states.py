@@ -12,6 +12,7 @@ from parallax_gen import State, merge_states, parallax_attn_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.partial import partial_backward
 from parallax_gen.problem.reference import assert_close, reference_backward, reference_forward
+from parallax_gen.runtime.states import absorb
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
@@ -49,6 +50,18 @@ def test_order_and_nesting_do_not_matter() -> None:
     a, b, c = (attend(q, r, k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4, 8))
     for one, other in zip(merge_states(a, b, c), merge_states(merge_states(c, a), b), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_part_is_absorbed_in_place_as_it_is_merged() -> None:
+    """Also where one of the two, or both, saw nothing."""
+    q, r, k, v = sample(6, 9)
+    some, others = attend(q, r, k[:, :3], v[:, :3], causal=True), attend(q, r, k[:, 3:], v[:, 3:])
+    none = attend(q, r, k[:, :0], v[:, :0])
+    for first, second in ((some, others), (others, some), (none, some), (some, none), (none, none)):
+        total = State(*(x.clone() for x in first))
+        absorb(total, second)
+        for found, wanted in zip(total, merge_states(first, second), strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_queries_that_see_no_key_of_a_part_or_of_any() -> None:
