@@ -16,14 +16,9 @@ from strategies import SAME_NUMBERS, StepCase
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import Call, Inputs, Saved
 from parallax_gen.codegen.render import render
+from parallax_gen.problem.accuracy import gradient_sizes, why_wrong
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.reference import (
-    Gradients,
-    gradient_sizes,
-    reference_backward,
-    reference_varlen_backward,
-    why_wrong,
-)
+from parallax_gen.problem.reference import Gradients, reference_backward, reference_varlen_backward
 from parallax_gen.tuning import verify
 
 STEPS = 500

@@ -15,7 +15,7 @@ from torch import Tensor
 from parallax_gen.cli.contenders import OURS, Contender, Prepared, contenders
 from parallax_gen.cli.text import rate
 from parallax_gen.codegen.calling import Inputs
-from parallax_gen.problem.reference import errors, gradient_sizes
+from parallax_gen.problem.accuracy import errors, gradient_sizes
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.measure import time_call

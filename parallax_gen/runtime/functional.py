@@ -128,7 +128,7 @@ def parallax_attn_with_kvcache(
                       for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
                       of length 0 gives 0
     page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
-                      order; entries behind its length are never read. Needs cache_seqlens, a tensor
+                      order; entries behind its length may be anything. Needs cache_seqlens, a tensor
     softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
     out               where to write, like q; made if not given
 

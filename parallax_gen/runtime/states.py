@@ -45,25 +45,20 @@ def merge_states(*states: State | tuple[Tensor, Tensor, Tensor, Tensor]) -> Stat
     parts = [State(*state) for state in states]
     first = parts[0]
     _check(parts)
-    lse = torch.stack([part.lse for part in parts]).float()
-    together = lse.logsumexp(0)
-    # A query that saw no key anywhere has weights exp(-inf - -inf): 0, as its out is.
-    weights = (lse - together.masked_fill(together.isneginf(), 0.0)).exp()
-    t_mean = sum(weight * part.t_mean for weight, part in zip(weights, parts, strict=True))
-    out, v_mean = (torch.zeros(first.out.shape, dtype=torch.float32, device=first.out.device) for _ in range(2))
-    for weight, part in zip(weights, parts, strict=True):
-        of_rows = _of_rows(weight)
-        v_mean += of_rows * part.v_mean
-        out += of_rows * part.out + _of_rows(weight * (t_mean - part.t_mean)) * part.v_mean
-    return State(out.to(first.out.dtype), together, t_mean, v_mean.to(first.v_mean.dtype))
+    total = State(*(x.to(torch.float32, copy=True) for x in first))
+    for part in parts[1:]:
+        absorb(total, part)
+    return total._replace(out=total.out.to(first.out.dtype), v_mean=total.v_mean.to(first.v_mean.dtype))
 
 
 def absorb(total: State, part: State) -> None:
-    """Join a part into `total`, in place: all of it fp32, any strides. What `merge_states` does of two, in few passes.
+    """Join a part into `total`, in place: all of it fp32, any strides.
 
-    Of two weights that add up to 1 the formula is  out = (1 - w) out_1 + w out_2 + w (1 - w) (t̄_2 - t̄_1) (v̄_1 - v̄_2).
+    Of two weights that add up to 1 the formula of `merge_states` is
+    out = (1 - w) out_1 + w out_2 + w (1 - w) (t̄_2 - t̄_1) (v̄_1 - v̄_2).
     """
     lse = torch.logaddexp(total.lse, part.lse)
+    # A query that saw no key in either has the weight exp(-inf - -inf): 0, as its out is.
     weight = (part.lse - lse.masked_fill(lse.isneginf(), 0.0)).exp()
     of_rows, apart = _of_rows(weight), _of_rows(weight * (1 - weight) * (part.t_mean - total.t_mean))
     v_mean = part.v_mean.float()

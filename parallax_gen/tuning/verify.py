@@ -12,18 +12,16 @@ from torch import Tensor
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import ROWS, Call, Inputs, Saved, prepare, rows_like
 from parallax_gen.codegen.render import KernelSource
+from parallax_gen.problem.accuracy import errors, gradient_sizes, why_wrong
 from parallax_gen.problem.config import DecodeConfig, KernelConfig, PreprocessConfig
 from parallax_gen.problem.reference import (
     Reference,
-    errors,
-    gradient_sizes,
     in_order,
     random_inputs,
     reference_backward,
     reference_forward,
     reference_varlen_backward,
     reference_varlen_forward,
-    why_wrong,
 )
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -14,7 +14,8 @@ from torch import Tensor
 from parallax_gen.cli import compare as comparing
 from parallax_gen.cli.compare import PARTS, Row, compare
 from parallax_gen.cli.contenders import Contender, contenders
-from parallax_gen.problem.reference import reference_forward, tolerance
+from parallax_gen.problem.accuracy import tolerance
+from parallax_gen.problem.reference import reference_forward
 from parallax_gen.problem.shapes import Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING

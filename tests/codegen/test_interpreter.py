@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import Call, Inputs
 from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.problem.accuracy import errors, tolerance, why_wrong
 from parallax_gen.problem.config import (
     DecodeConfig,
     DkDvConfig,
@@ -28,7 +29,7 @@ from parallax_gen.problem.config import (
     PreprocessConfig,
 )
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.reference import errors, reference_forward, tolerance, why_wrong
+from parallax_gen.problem.reference import reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify

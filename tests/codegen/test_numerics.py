@@ -16,9 +16,9 @@ import torch
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import Inputs
 from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.problem.accuracy import errors, tolerance, why_wrong
 from parallax_gen.problem.config import ForwardConfig
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.reference import errors, tolerance, why_wrong
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify

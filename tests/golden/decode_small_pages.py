@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 4:1, ragged, pages of 16
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=4 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates c7b168825d44
+generator  parallax_gen 0.1.0, templates e39a2290c511
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -132,8 +132,8 @@ def decode_kernel(
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
     # -- stream the keys, page by page. Past a sequence's end its last key is read again, and masked: what lies there,
-    #    in the cache or in its page table, is never read. A block's pages are looked up a step ahead: to load keys from
-    #    where a load of the same step points to would leave fewer of them in flight
+    #    in the cache or in its page table, may be anything. A block's pages are looked up a step ahead: to load keys
+    #    from where a load of the same step points to would leave fewer of them in flight
     last_key = tl.maximum(seqlen_kv - 1, 0)
     pages = tl.load(page_table_ptr + tl.minimum(start + keys, last_key) // PAGE_SIZE).to(tl.int64)  # [BLOCK_N]
     for n in tl.range(start, end, BLOCK_N):

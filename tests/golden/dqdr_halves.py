@@ -3,7 +3,7 @@
 spec       dqdr, head_dim 256, fp16, GQA 2:1, full, varlen
 config     BLOCK_M=64 BLOCK_N=32 HEAD_GROUP=1 num_warps=4 num_stages=2 HEAD_DIM_AS=halves
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates c73c72a0f6df
+generator  parallax_gen 0.1.0, templates fe114b809a2a
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -52,6 +52,7 @@ def dqdr_kernel(
     heads,
     max_seqlen,
 ):
+    HALF: tl.constexpr = 128  # of a head's dimensions a program sums so many: two share each tile
     BLOCK_M: tl.constexpr = 64  # query rows a program owns
     BLOCK_N: tl.constexpr = 32  # keys it takes a step
     GROUP: tl.constexpr = 2  # query heads that share a kv head
@@ -74,15 +75,15 @@ def dqdr_kernel(
     rows = row0 + tl.arange(0, BLOCK_M)
     in_q = rows < seqlen_q
     keys = tl.arange(0, BLOCK_N)
-    mine = half * 128 + tl.arange(0, 128)  # the dimensions that this program sums
-    others = (1 - half) * 128 + tl.arange(0, 128)  # those of scores alone
+    mine = half * HALF + tl.arange(0, HALF)  # the dimensions that this program sums
+    others = (1 - half) * HALF + tl.arange(0, HALF)  # those that it needs for scores alone
 
     # -- load the rows this program owns
     at = (start_q + rows)[:, None].to(tl.int64)
     q_offsets_mine = head * stride_qh + at * stride_qm + mine[None, :]
     q_offsets_other = head * stride_qh + at * stride_qm + others[None, :]
-    q_mine = tl.load(q_ptr + q_offsets_mine, mask=in_q[:, None], other=0.0)  # [BLOCK_M, 128]
-    q_other = tl.load(q_ptr + q_offsets_other, mask=in_q[:, None], other=0.0)  # [BLOCK_M, 128]
+    q_mine = tl.load(q_ptr + q_offsets_mine, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HALF]
+    q_other = tl.load(q_ptr + q_offsets_other, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HALF]
     r_offsets_mine = head * stride_rh + at * stride_rm + mine[None, :]
     r_offsets_other = head * stride_rh + at * stride_rm + others[None, :]
     r_mine = tl.load(r_ptr + r_offsets_mine, mask=in_q[:, None], other=0.0)
@@ -103,8 +104,8 @@ def dqdr_kernel(
     k_offsets_other = keys[:, None] * stride_kn + others[None, :]
     v_offsets_mine = keys[:, None] * stride_vn + mine[None, :]
     v_offsets_other = keys[:, None] * stride_vn + others[None, :]
-    dq_mine = tl.zeros([BLOCK_M, 128], tl.float32)
-    dr_mine = tl.zeros([BLOCK_M, 128], tl.float32)
+    dq_mine = tl.zeros([BLOCK_M, HALF], tl.float32)
+    dr_mine = tl.zeros([BLOCK_M, HALF], tl.float32)
 
     # -- keys: every row sees all of them
     for n in tl.range(0, seqlen_kv, BLOCK_N):
@@ -112,8 +113,8 @@ def dqdr_kernel(
         in_kv = cols < seqlen_kv  # a key that is not there is 0, and adds nothing
         k_block = k_ptr + tl.cast(n, tl.int64) * stride_kn
         v_block = v_ptr + tl.cast(n, tl.int64) * stride_vn
-        k_mine = tl.load(k_block + k_offsets_mine, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, 128]
-        k_other = tl.load(k_block + k_offsets_other, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, 128]
+        k_mine = tl.load(k_block + k_offsets_mine, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HALF]
+        k_other = tl.load(k_block + k_offsets_other, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HALF]
         v_mine = tl.load(v_block + v_offsets_mine, mask=in_kv[:, None], other=0.0)
         v_other = tl.load(v_block + v_offsets_other, mask=in_kv[:, None], other=0.0)
 

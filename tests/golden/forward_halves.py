@@ -3,7 +3,7 @@
 spec       forward, head_dim 256, bf16, GQA 2:1, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=4 num_warps=8 num_stages=2 HEAD_DIM_AS=halves
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates dca6cddf078a
+generator  parallax_gen 0.1.0, templates 729f26d808b9
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -49,6 +49,7 @@ def forward_kernel(
     seqlen_kv,
 ):
     HEAD_DIM: tl.constexpr = 256
+    HALF: tl.constexpr = 128  # of a head's dimensions a program sums so many: two share each tile
     BLOCK_M: tl.constexpr = 128  # query rows a program owns
     BLOCK_N: tl.constexpr = 64  # keys it takes a step
     GROUP: tl.constexpr = 2  # query heads that share a kv head
@@ -70,7 +71,7 @@ def forward_kernel(
     in_q = rows < seqlen_q
     keys = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_DIM)
-    mine = half * 128 + tl.arange(0, 128)  # the dimensions that this program sums
+    mine = half * HALF + tl.arange(0, HALF)  # the dimensions that this program sums
 
     # -- load the queries and probes this program owns
     at = rows[:, None].to(tl.int64)

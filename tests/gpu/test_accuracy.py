@@ -13,15 +13,8 @@ from torch import Tensor
 
 from parallax_gen.cli import steps
 from parallax_gen.codegen.calling import Inputs
-from parallax_gen.problem.reference import (
-    Gradients,
-    assert_close,
-    errors,
-    gradient_sizes,
-    reference_backward,
-    reference_forward,
-    tolerance,
-)
+from parallax_gen.problem.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.problem.reference import Gradients, reference_backward, reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify

@@ -18,6 +18,7 @@ from triton.runtime.errors import OutOfResources
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import Call, Inputs, Saved
 from parallax_gen.codegen.render import render
+from parallax_gen.problem.accuracy import why_wrong
 from parallax_gen.problem.config import (
     DecodeConfig,
     DkDvConfig,
@@ -27,7 +28,6 @@ from parallax_gen.problem.config import (
     PreprocessConfig,
 )
 from parallax_gen.problem.heuristics import default_config
-from parallax_gen.problem.reference import why_wrong
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
-from parallax_gen.problem.reference import assert_close, reference_forward
+from parallax_gen.problem.accuracy import assert_close
+from parallax_gen.problem.reference import reference_forward
 
 pytestmark = pytest.mark.gpu
 

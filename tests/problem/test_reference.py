@@ -10,18 +10,14 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem import reference
+from parallax_gen.problem.accuracy import Errors, assert_close, errors, tolerance, why_wrong
 from parallax_gen.problem.reference import (
-    Errors,
-    assert_close,
-    errors,
     random_inputs,
     reference_backward,
     reference_forward,
     reference_varlen_backward,
     reference_varlen_forward,
-    tolerance,
     torch_dtype,
-    why_wrong,
 )
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
