@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallax_gen import nn
-    from parallax_gen.runtime.functional import (
-        parallax_attn_func,
-        parallax_attn_varlen_func,
-        parallax_attn_with_kvcache,
-    )
+    from parallax_gen.runtime.cached import kvcache_workspace_size, parallax_attn_with_kvcache
+    from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
+    from parallax_gen.runtime.graphed import GraphedDecode
     from parallax_gen.runtime.states import State, merge_states
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GraphedDecode",
     "State",
     "__version__",
+    "kvcache_workspace_size",
     "merge_states",
     "nn",
     "parallax_attn_func",
@@ -35,7 +35,9 @@ __all__ = [
 _HOMES = {
     "parallax_attn_func": "parallax_gen.runtime.functional",
     "parallax_attn_varlen_func": "parallax_gen.runtime.functional",
-    "parallax_attn_with_kvcache": "parallax_gen.runtime.functional",
+    "parallax_attn_with_kvcache": "parallax_gen.runtime.cached",
+    "kvcache_workspace_size": "parallax_gen.runtime.cached",
+    "GraphedDecode": "parallax_gen.runtime.graphed",
     "State": "parallax_gen.runtime.states",
     "merge_states": "parallax_gen.runtime.states",
 }

@@ -22,7 +22,7 @@ from parallax_gen.problem.config import (
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import coerce, knobs_of, why_invalid
-from parallax_gen.problem.spec import DECODE_HEAD_DIMS, DTYPES, FLAGS, OPS, KernelSpec
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, OPS, RAGGED_ONLY, KernelSpec
 
 GROUPS = (1, 2, 3, 4, 7, 8, 12, 16)
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
@@ -137,7 +137,7 @@ GOLDEN = {
     ),
     "decode_paged": Kernel(
         KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=64),
-        DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="none", num_warps=2, num_stages=4),
+        DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="last", num_warps=2, num_stages=4),
     ),
     "decode_small_pages": Kernel(
         KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16),
@@ -146,6 +146,32 @@ GOLDEN = {
     "decode_merge_kernel": Kernel(
         KernelSpec("decode", 64, "fp16", group=16),
         DecodeConfig(BLOCK_N=64, BLOCK_H=16, NUM_SPLITS=8, merge="kernel", num_warps=4, num_stages=3),
+    ),
+    "decode_packed_queries_window_leftpad_stats": Kernel(
+        KernelSpec(
+            "decode",
+            96,
+            "bf16",
+            group=4,
+            causal=True,
+            stats=True,
+            ragged=True,
+            window=True,
+            varlen=True,
+            leftpad=True,
+            many_queries=True,
+        ),
+        DecodeConfig(BLOCK_N=64, BLOCK_H=32, NUM_SPLITS=3, merge="last", num_warps=4, num_stages=2),
+    ),
+    "decode_paged_e4m3": Kernel(
+        KernelSpec("decode", 128, "bf16", group=8, ragged=True, page_size=64, cache_dtype="e4m3"),
+        DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
+    ),
+    "decode_many_queries_causal_paged": Kernel(
+        KernelSpec(
+            "decode", 128, "fp16", group=2, causal=True, ragged=True, many_queries=True, page_size=16, stats=True
+        ),
+        DecodeConfig(BLOCK_N=32, BLOCK_H=16, NUM_SPLITS=8, merge="last", num_warps=4, num_stages=3),
     ),
     "decode_merge_chunked": Kernel(
         KernelSpec("decode", 128, "fp32"),
@@ -168,14 +194,26 @@ def random_kernels(count: int, gpu: Gpu) -> list[Kernel]:
 
 def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSpec:
     """Any spec of an op: of the dtypes that it has."""
-    flags = {flag: draw.random() < 0.5 for flag, ops in FLAGS.items() if op in ops}
+    flags = together(op, {flag: draw.random() < 0.5 for flag, ops in FLAGS.items() if op in ops})
+    head_dim = draw.choice(HEAD_DIMS)
+    dtype = draw.choice([d for d in dtypes if d != "tf32" or op != "preprocess"])
+    group = 1 if op == "preprocess" else draw.choice(GROUPS)
+    if op != "decode":
+        return KernelSpec(op, head_dim, dtype, group, **flags)
+    page_size = draw.choice((0, 1, 16, 48, 64)) if flags["ragged"] else 0
+    cache_dtype = draw.choice(CACHE_DTYPES) if dtype in ("bf16", "fp16") and flags["ragged"] else ""
+    return KernelSpec(op, head_dim, dtype, group, **flags, page_size=page_size, cache_dtype=cache_dtype)
+
+
+def together(op: str, flags: dict[str, bool]) -> dict[str, bool]:
+    """Those of an op's flags that go with the others; the rest off."""
     if "window" in flags:
         flags["window"] &= flags["causal"]
-    head_dim = draw.choice(DECODE_HEAD_DIMS if op == "decode" else HEAD_DIMS)
-    dtype = draw.choice([d for d in dtypes if d != "tf32" or op not in ("decode", "preprocess")])
-    group = 1 if op == "preprocess" else draw.choice(GROUPS)
-    page_size = draw.choice((0, 1, 16, 48, 64)) if flags.get("ragged") else 0
-    return KernelSpec(op, head_dim, dtype, group, **flags, page_size=page_size)
+    if op == "decode":
+        flags["varlen"] &= flags["many_queries"]
+        flags["causal"] &= flags["many_queries"] or flags["window"]
+        flags = {flag: on and (flags["ragged"] or flag not in RAGGED_ONLY) for flag, on in flags.items()}
+    return flags
 
 
 def specs(op: str, dtypes: Sequence[str]) -> st.SearchStrategy[KernelSpec]:
@@ -198,13 +236,17 @@ def shapes(draw: st.DrawFn, spec: KernelSpec, config: KernelConfig, most_program
     """
     a_pair = 1 if isinstance(config, DkDvConfig) else spec.group  # programs a (sequence, kv head), at the least
     if isinstance(config, DecodeConfig):
-        a_pair = -(-spec.group // config.BLOCK_H) * config.NUM_SPLITS
+        a_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + spec.ragged)
     pairs = max(1, most_programs // a_pair)
     batch = draw(st.integers(1, min(3, pairs)))
     kv_heads = draw(st.integers(1, min(2, pairs // batch)))
     tiles = max(1, most_programs // (a_pair * batch * kv_heads))
     if isinstance(config, DecodeConfig):
-        return Shape(batch, kv_heads * spec.group, kv_heads, 1, draw(_lengths(config.BLOCK_N, LONGEST)))
+        most_q = min(LONGEST, tiles * config.BLOCK_H // spec.group) if spec.many_queries else 1
+        seqlen_q = draw(st.integers(1, max(1, most_q)))
+        window = draw(st.sampled_from(WINDOWS) | st.integers(1, LONGEST)) if spec.window else 0
+        seqlen_kv = draw(_lengths(config.BLOCK_N, LONGEST))
+        return Shape(batch, kv_heads * spec.group, kv_heads, seqlen_q, seqlen_kv, window)
     if isinstance(config, PreprocessConfig):
         seqlen = draw(_lengths(config.BLOCK_M, min(LONGEST, tiles * config.BLOCK_M)))
         return Shape(batch, kv_heads, kv_heads, seqlen, seqlen)

@@ -18,11 +18,13 @@ from parallax_gen.cli.options import (
     json_option,
     shape_option,
 )
+from parallax_gen.cli.pictures import draw
 from parallax_gen.cli.rows import print_means, print_rows, title, to_json, write_csv
 from parallax_gen.cli.text import console, number, print_json, print_table
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.tuning.grids import GRIDS
 from parallax_gen.tuning.usual import TRAINING, USUAL_HEAD_DIM, USUAL_TRAINING, Flags, kernels
 
 if TYPE_CHECKING:
@@ -57,20 +59,26 @@ USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True)
 @shape_option(multiple=True, more_help="Repeatable. Default: the usual ones.")
+@click.option("--grid", type=click.Choice(tuple(GRIDS)), help="Of decode shapes, instead of --shape.")
 @flag_options
 @click.option("--only", multiple=True, metavar="NAME", help="Repeatable: contenders by name, such as 'SDPA cuDNN'.")
 @click.option("--host", is_flag=True, help="Instead: the host's time of a decode step, and of the launches below it.")
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows there.")
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Also draw decode's speed-ups there (PNG, SVG)."
+)
 @json_option
 def bench(
     ops: tuple[str, ...],
     head_dim: int | None,
     dtype: str,
     shapes: tuple[Sizes, ...],
+    grid: str | None,
     flags: Flags,
     only: tuple[str, ...],
     host: bool,
     csv_file: Path | None,
+    picture: Path | None,
     as_json: bool,
 ) -> None:
     """Time ours against softmax attention and other Parallax kernels, in one process on the same inputs.
@@ -85,9 +93,14 @@ def bench(
     Example
       parallax-gen bench --op decode --shape 32,8,4096 --shape 1,32/8,16384
       parallax-gen bench --op training --shape 4,16,4096 --window 1024
+      parallax-gen bench --grid serving --csv serving.csv --picture serving.png
     """
-    ops = ("decode",) if host else ops or ("forward", "decode")
+    ops = ("decode",) if host else ops or (("decode",) if grid else ("forward", "decode"))
     check_flags(flags, ops)
+    if grid and (shapes or ops != ("decode",)):
+        raise click.UsageError("--grid: of --op decode alone, without --shape")
+    if picture and ops != ("decode",):
+        raise click.UsageError("--picture: of --op decode alone")
     card = card_here()
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
@@ -96,13 +109,15 @@ def bench(
         _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], as_json)
         return
     rows: list[Row] = []
-    for op, spec, shape in list(_cases(ops, head_dim, dtype, shapes, flags)):
+    for op, spec, shape in list(_cases(ops, head_dim, dtype, shapes, grid, flags)):
         found = _compare(op, spec, shape, only)
         rows += found
         if found and not as_json:
             print_rows(found)
-    if csv_file is not None:
-        write_csv(csv_file, rows)
+        if csv_file is not None:  # after every shape: a long run that is stopped has what it timed
+            write_csv(csv_file, rows)
+    if picture is not None:
+        draw(picture, rows, f"{card.title}, {', '.join(f'{name} {version}' for name, version in _versions().items())}")
     if as_json:
         print_json({"gpu": card.name, **_versions(), "rows": [to_json(row) for row in rows]})
     else:
@@ -124,14 +139,14 @@ def _bench_host(spec: KernelSpec, shape: Shape, as_json: bool) -> None:
 
 
 def _cases(
-    ops: tuple[str, ...], head_dim: int | None, dtype: str, shapes: tuple[Sizes, ...], flags: Flags
+    ops: tuple[str, ...], head_dim: int | None, dtype: str, shapes: tuple[Sizes, ...], grid: str | None, flags: Flags
 ) -> Iterator[tuple[str, KernelSpec, Shape]]:
     """What is compared: of a training step the forward's spec stands for all. Raises UsageError."""
     for op in ops:
         if shapes:
             asked = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
         else:
-            asked = [(dim, shape) for dim, shape in USUAL[op] if head_dim in (None, dim)]
+            asked = [(dim, shape) for dim, shape in (GRIDS[grid] if grid else USUAL[op]) if head_dim in (None, dim)]
         if not asked:
             raise click.UsageError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
         # Windows that are not asked for, or asked for at many shapes, make some of them the same.

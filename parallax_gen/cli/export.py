@@ -38,7 +38,7 @@ class Pick:
     def file_name(self, source: KernelSource) -> str:
         """Such as decode_d128_bf16_g4_rows256_kv8192.py: a module that can be imported."""
         bucket = self.bucket
-        queries = "" if self.spec.op == "decode" else f"_q{bucket.seqlen_q}"
+        queries = "" if self.spec.op == "decode" and not self.spec.many_queries else f"_q{bucket.seqlen_q}"
         keys = "" if self.spec.op == "preprocess" else f"_kv{bucket.seqlen_kv}"
         window = f"_w{bucket.window}" if bucket.window else ""
         return f"{source.name}_rows{bucket.kv_rows}{queries}{keys}{window}.py"

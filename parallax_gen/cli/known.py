@@ -56,7 +56,7 @@ def shape_of(result: Result) -> Shape:
 
 def unlike_here(key: Key) -> Diff:
     """What keeps records of a key from being used in this environment: field -> (here, there). Empty if nothing."""
-    return Key.here(key.gpu, key.spec, key.bucket, templates_hash(key.spec.op)).diff(key)
+    return Key.here(key.gpu, key.spec, key.bucket, templates_hash(key.spec)).diff(key)
 
 
 def differences(diff: Diff) -> list[str]:

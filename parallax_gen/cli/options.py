@@ -14,7 +14,7 @@ from parallax_gen.errors import ArgumentError, UnknownGpuError
 from parallax_gen.memory.keys import Key
 from parallax_gen.problem.hardware import Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 from parallax_gen.tuning.usual import NO_FLAGS, USUAL_HEAD_DIM, WORK, Flags, kernels, spec_for, takes, usual
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,13 +33,8 @@ class Sizes:
     seqlen_kv: int
 
     def for_op(self, op: str) -> Shape:
-        """The shape that is meant for `op`: one length is that of queries and keys, but decode has one query."""
+        """The shape that is meant for `op`: one length is that of queries and keys; of decode, of one query's keys."""
         seqlen_q = self.seqlen_q
-        if op == "decode" and seqlen_q not in (None, 1):
-            raise click.BadParameter(
-                f"decode has 1 query a sequence, not {seqlen_q}: give the length of the cache alone",
-                param_hint="'--shape'",
-            )
         if seqlen_q is None:
             seqlen_q = 1 if op == "decode" else self.seqlen_kv
         return Shape(self.batch, self.heads, self.kv_heads, seqlen_q, self.seqlen_kv)
@@ -94,7 +89,7 @@ class Asked:
 
 
 def head_dim_of(text: str | int) -> int:
-    """A width that kernels may have; decode has fewer, and its spec refuses the others. Raises BadParameter."""
+    """A width that kernels may have. Raises BadParameter."""
     try:
         head_dim = int(text)
     except ValueError as error:
@@ -109,7 +104,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 SHAPE_HELP = (
     "batch,heads,seqlen: heads 32/8 are 32 query heads over 8 kv heads, seqlen 128x4096 is 128 queries over "
-    "4096 keys. For decode, seqlen is the cache's length."
+    "4096 keys. For decode, one length is the cache's, of one query a sequence."
 )
 
 
@@ -128,8 +123,10 @@ def shape_option(
     )
 
 
-# The names of a flag's options, for what is said of them.
-_OPTIONS = {name: "--causal and --full" if name == "causal" else f"--{name}" for name in FLAGS}
+# The names of a flag's options, for what is said of them. Whether there are many queries, a shape says.
+_OPTIONS = {
+    name: "--causal and --full" if name == "causal" else f"--{name}" for name in FLAGS if name != "many_queries"
+}
 
 
 def flag_options(command: Command) -> Command:
@@ -137,16 +134,19 @@ def flag_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
-        flags = Flags(page_size=given.pop("page_size") or 0, **{name: given.pop(name) for name in FLAGS})
+        named = {name: given.pop(name) for name in _OPTIONS}
+        flags = Flags(page_size=given.pop("page_size") or 0, cache_dtype=given.pop("cache_dtype") or "", **named)
         return command(flags=flags, **given)
 
     options = (
-        click.option("--causal/--full", default=None, help="Causal, the default, or every key. Not of decode."),
+        click.option("--causal/--full", default=None, help="Causal, the default, or every key."),
         click.option("--window", type=click.IntRange(min=1), metavar="N", help="A query sees N keys; causal only."),
-        click.option("--varlen", is_flag=True, help="Packed sequences: batch of them, of the lengths of the shape."),
-        click.option("--stats", is_flag=True, help="Forward only: with lse, t_mean and v_mean."),
+        click.option("--varlen", is_flag=True, help="Packed sequences: batch of them, of the shape's lengths."),
+        click.option("--stats", is_flag=True, help="Forward and decode: with lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
+        click.option("--leftpad", is_flag=True, help="Decode only: every sequence has its own first key."),
         click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="Decode only: pages of N keys."),
+        click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: a cache in eight bits."),
     )
     return _stacked(collect, options)  # type: ignore[return-value]
 
@@ -158,8 +158,9 @@ def check_flags(flags: Flags, ops: Sequence[str]) -> None:
         takers = [op for op in WORK if takes(op, name)]
         if given and not set(ops) & set(takers):
             raise click.UsageError(f"{options}: of --op {' or '.join(takers)}, not of {' or '.join(ops)}")
-    if flags.page_size and "decode" not in ops:
-        raise click.UsageError(f"--page-size: of --op decode, not of {' or '.join(ops)}")
+    for option, of_cache in (("--page-size", flags.page_size), ("--cache-dtype", flags.cache_dtype)):
+        if of_cache and "decode" not in ops:
+            raise click.UsageError(f"{option}: of --op decode, not of {' or '.join(ops)}")
 
 
 def kernel_options(command: Command) -> Command:

@@ -12,11 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from parallax_gen.codegen.calling import Inputs
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.functional import (
-    parallax_attn_func,
-    parallax_attn_varlen_func,
-    parallax_attn_with_kvcache,
-)
+from parallax_gen.runtime.cached import parallax_attn_with_kvcache
+from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 
 Call = Callable[[], Tensor]  # -> like q
 
@@ -46,8 +43,29 @@ def ours_forward(spec: KernelSpec, x: Inputs) -> Call:
 
 def ours_decode(spec: KernelSpec, x: Inputs) -> Call:
     out = torch.empty_like(x.q)
-    lengths, table = x.cache_seqlens, x.page_table
-    return lambda: parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, cache_seqlens=lengths, page_table=table, out=out)
+    return lambda: ours_cached(spec, x, out)
+
+
+def ours_cached(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Tensor:
+    """The public function on the inputs of a decode kernel; into `out`, or one that it makes."""
+    found = parallax_attn_with_kvcache(
+        x.q,
+        x.r,
+        x.k,
+        x.v,
+        cache_seqlens=x.cache_seqlens,
+        page_table=x.page_table,
+        cache_leftpad=x.cache_leftpad,
+        cu_seqlens_q=x.cu_seqlens_q,
+        max_seqlen_q=x.max_seqlen_q if spec.varlen else None,
+        causal=spec.causal,
+        window_size=x.window_size if spec.window else None,
+        k_scale=x.k_scale,
+        v_scale=x.v_scale,
+        out=out,
+        return_state=spec.stats,
+    )
+    return found if isinstance(found, Tensor) else found.out
 
 
 def sdpa(backend: SDPBackend, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> Call:
@@ -72,6 +90,10 @@ def official_cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     official = importlib.import_module("parallax.cute")
     if spec.page_size:
         raise NotImplementedError("it has no pages")
+    if spec.many_queries or spec.window:
+        raise NotImplementedError("it has one query a sequence, which sees every key")
+    if spec.leftpad or spec.cache_dtype or spec.stats:
+        raise NotImplementedError("it has no left padding, cache in eight bits or statistics")
     out = torch.empty_like(x.q)
     lengths = x.cache_seqlens
 

@@ -34,7 +34,7 @@ def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     from parallax_gen.problem.shapes import bucket_of
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
-    key = Key.here(card.name, spec, bucket_of(sizes), templates_hash(spec.op))
+    key = Key.here(card.name, spec, bucket_of(sizes), templates_hash(spec))
     memory = open_memory()
     results = memory.results(key)
     origins = Origins(memory, card.name)

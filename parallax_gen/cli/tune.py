@@ -33,6 +33,7 @@ from parallax_gen.errors import MeasureError, UnknownGpuError
 from parallax_gen.problem.config import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.tuning.grids import GRIDS
 from parallax_gen.tuning.usual import WORK, Flags
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ SUCCESSES = ("ok", "predicted")
 )
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Repeatable. Default: bf16.")
 @shape_option(multiple=True, more_help="Repeatable, and taken for every op. Default: the usual ones.")
+@click.option("--grid", type=click.Choice(tuple(GRIDS)), help="Of decode shapes, instead of --op and --shape.")
 @flag_options
 @click.option("--trials", type=click.IntRange(min=1), default=64, show_default=True, help="Configs a job.")
 @click.option(
@@ -76,6 +78,7 @@ def tune(
     head_dims: tuple[int, ...],
     dtypes: tuple[str, ...],
     shapes: tuple[Sizes, ...],
+    grid: str | None,
     flags: Flags,
     trials: int,
     time_budget: float,
@@ -100,15 +103,22 @@ def tune(
     Example
       parallax-gen tune --gpu h200 --op decode --shape 32,32/8,8192
       parallax-gen tune --gpu h200 --op training --shape 8,32/8,4096 --window 1024
+      parallax-gen tune --gpu h200 --grid serving --page-size 16
     """
     from parallax_gen.memory.store import Store
-    from parallax_gen.tuning.worklist import ALL_WORK, worklist
+    from parallax_gen.tuning.worklist import ALL_WORK, of_grid, worklist
 
-    ops = ops or ALL_WORK
+    if grid and (shapes or ops not in ((), ("decode",))):
+        raise click.UsageError("--grid: of --op decode alone, without --shape")
+    ops = ("decode",) if grid else ops or ALL_WORK
     check_flags(flags, ops)
     asked = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     card, measure = _card_to_tune(gpu)
-    jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes or ("bf16",), shapes=asked, flags=flags)
+    dtypes = dtypes or ("bf16",)
+    if grid:
+        jobs = of_grid(card, GRIDS[grid], head_dims, dtypes, flags)
+    else:
+        jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=asked, flags=flags)
     if not jobs:
         raise click.UsageError("no usual shape has that --head-dim: say which --shape is meant")
     with Store() as store:

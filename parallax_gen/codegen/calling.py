@@ -21,10 +21,19 @@ class Scratch:
     arrived: int = 0
 
 
-def scratch_of(spec: KernelSpec, config: KernelConfig, batch: int, kv_heads: int) -> Scratch:
-    """What a launch at this size needs; nothing where every program finishes its own rows."""
-    if not isinstance(config, DecodeConfig) or config.NUM_SPLITS == 1:
+def scratch_of(spec: KernelSpec, config: KernelConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
+    """What a launch at this size needs; nothing where every program finishes its own rows.
+
+    seqlen_q  of decode with many queries: the longest sequence's
+    """
+    if not isinstance(config, DecodeConfig) or (config.NUM_SPLITS == 1 and not spec.ragged):
         return Scratch()
+    if spec.ragged:  # a slot, of a tile's rows, for every program: see ragged.py.j2
+        rows = config.BLOCK_H if spec.many_queries else min(spec.group, config.BLOCK_H)
+        tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
+        many, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
+        slots = groups * (many * config.NUM_SPLITS + -(-many // 8)) * kv_heads
+        return Scratch(slots * rows * (2 * spec.head_dim + 4), slots)
     # Per query head and split: o1 and o2, and m, d1, d2 padded to four numbers.
     partials = batch * kv_heads * spec.group * config.NUM_SPLITS * (2 * spec.head_dim + 4)
     head_blocks = -(-spec.group // config.BLOCK_H)
@@ -50,6 +59,9 @@ class Inputs:
     v: torch.Tensor
     cache_seqlens: torch.Tensor | None = None
     page_table: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0
@@ -95,7 +107,10 @@ class Call:
             tensors = [x.q, x.r, x.k, x.v]
             if self.spec.op in ("dkdv", "dqdr"):
                 tensors += [x.do, x.rows]
-            tensors += [*self.written.values(), x.cu_seqlens_q, x.cu_seqlens_k, x.cache_seqlens, x.page_table]
+            tensors += [*self.written.values(), x.cu_seqlens_q, x.cu_seqlens_k]
+            tensors += [x.cache_seqlens, x.cache_leftpad, x.page_table, x.k_scale, x.v_scale]
+            if self.spec.cache_dtype:
+                tensors[2:4] = [in_pairs(x.k), in_pairs(x.v)]
             tensors += self.scratch
         sizes = sizes_of(self.spec, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
         return (*[t for t in tensors if t is not None], softmax_scale, *sizes)
@@ -127,6 +142,23 @@ def rows_like(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
     return torch.empty((4, *lse.shape[:-1], padded), dtype=torch.float32, device=lse.device)
 
 
+def cache_dtype(spec: KernelSpec) -> torch.dtype:
+    """torch's dtype of the keys and values."""
+    import torch
+
+    from parallax_gen.problem.reference import torch_dtype
+
+    eight_bits = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+    return eight_bits[spec.cache_dtype] if spec.cache_dtype else torch_dtype(spec.dtype)
+
+
+def in_pairs(cache: torch.Tensor) -> torch.Tensor:
+    """Numbers of eight bits two by two, as kernels take them: in int16, half as many to a row."""
+    import torch
+
+    return cache.view(torch.int16)
+
+
 def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
     """Contiguous, uninitialised tensors of a shape; packed ones hold sequences that are all as long."""
     import torch
@@ -140,14 +172,17 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
     keys: tuple[int, ...] = (shape.batch, shape.seqlen_kv)
     stats: tuple[int, ...] = (shape.batch, shape.heads, shape.seqlen_q)
     if spec.varlen:
-        rows, keys = (shape.batch * shape.seqlen_q,), (shape.batch * shape.seqlen_kv,)
+        rows = (shape.batch * shape.seqlen_q,)
+        keys = keys if spec.op == "decode" else (shape.batch * shape.seqlen_kv,)
         stats = (shape.heads, shape.batch * shape.seqlen_q)
     q, r = (empty(*rows, shape.heads, spec.head_dim) for _ in range(2))
     k, v = (empty(*keys, shape.kv_heads, spec.head_dim) for _ in range(2))
     inputs = Inputs(q, r, k, v, window_size=shape.window)
     if spec.varlen:
-        inputs.cu_seqlens_q, inputs.cu_seqlens_k = (empty(shape.batch + 1, dtype=torch.int32) for _ in range(2))
+        inputs.cu_seqlens_q = empty(shape.batch + 1, dtype=torch.int32)
         inputs.max_seqlen_q, inputs.max_seqlen_k = shape.seqlen_q, shape.seqlen_kv
+        if spec.op != "decode":
+            inputs.cu_seqlens_k = empty(shape.batch + 1, dtype=torch.int32)
     if spec.ragged:
         inputs.cache_seqlens = empty(shape.batch, dtype=torch.int32)
     if spec.page_size:
@@ -156,6 +191,11 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
             empty(shape.batch * pages, spec.page_size, shape.kv_heads, spec.head_dim) for _ in range(2)
         )
         inputs.page_table = empty(shape.batch, pages, dtype=torch.int32)
+    if spec.leftpad:
+        inputs.cache_leftpad = empty(shape.batch, dtype=torch.int32)
+    if spec.cache_dtype:
+        inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
+        inputs.k_scale, inputs.v_scale = (empty(shape.kv_heads, dtype=torch.float32) for _ in range(2))
     if spec.op in ("preprocess", "dkdv", "dqdr"):
         inputs.do = torch.empty_like(q)
         lse, t_mean = (empty(*stats, dtype=torch.float32) for _ in range(2))
@@ -185,7 +225,9 @@ def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
         written["lse"] = torch.empty(rows, dtype=torch.float32, device=device)
         written["t_mean"] = torch.empty_like(written["lse"])
         written["v_mean"] = torch.empty_like(x.q)
-    needed = scratch_of(spec, config, x.q.shape[0], x.k.shape[-2])
+    batch = x.q.shape[0] if x.cache_seqlens is None else x.cache_seqlens.shape[0]
+    seqlen_q = x.max_seqlen_q if spec.varlen else x.q.shape[1]
+    needed = scratch_of(spec, config, batch, x.k.shape[-2], seqlen_q)
     scratch: tuple[torch.Tensor, ...] = ()
     if needed.partials:
         scratch += (torch.empty(needed.partials, dtype=torch.float32, device=device),)

@@ -43,7 +43,7 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
     pieces, summed = scored_and_summed(spec.op, spec.head_dim, form)
     text = (
         _environment()
-        .get_template(f"{spec.op}.py.j2")
+        .get_template(template_of(spec))
         .render(
             spec=spec,
             config=config,
@@ -53,21 +53,30 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
             halves=form == "halves",
             gpu_title=gpu.title,
             version=parallax_gen.__version__,
-            templates_hash=templates_hash(spec.op),
+            templates_hash=templates_hash(spec),
         )
     )
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return KernelSource(name=_name(spec), text=text, sha256=sha256)
 
 
-@cache
-def templates_hash(op: str) -> str:
-    """12 hex digits over the op's template and all that it imports, comments and blank lines aside.
+def template_of(spec: KernelSpec) -> str:
+    """The template that renders it: an op's own, and of decode another where sequences have their own lengths."""
+    return "ragged.py.j2" if spec.ragged else f"{spec.op}.py.j2"
+
+
+def templates_hash(spec: KernelSpec) -> str:
+    """12 hex digits over the spec's template and all that it imports, comments and blank lines aside.
 
     Part of every key: a changed template leaves old results unused.
     """
+    return _hash_of(template_of(spec))
+
+
+@cache
+def _hash_of(template: str) -> str:
     digest = hashlib.sha256()
-    for path in _closure(f"{op}.py.j2"):
+    for path in _closure(template):
         digest.update(_without_comments(path.read_text()).encode())
     return digest.hexdigest()[:12]
 
@@ -107,4 +116,6 @@ def _environment() -> jinja2.Environment:
 def _name(spec: KernelSpec) -> str:
     words = [spec.op, f"d{spec.head_dim}", spec.dtype, f"g{spec.group}"]
     words += [flag for flag in FLAGS if getattr(spec, flag)]
+    words += [f"p{spec.page_size}"] * (spec.page_size > 0)
+    words += [spec.cache_dtype] * (spec.cache_dtype != "")
     return "_".join(words)

@@ -65,11 +65,12 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Choices of the single-query decode.
+    """Choices of decode.
 
     BLOCK_N      keys a program takes a step
-    BLOCK_H      query heads a program serves: their queries and probes fill one tile of 2*BLOCK_H rows
-    NUM_SPLITS   programs that share one sequence's keys
+    BLOCK_H      query heads a program serves, or (query, head) pairs: their queries and probes fill one tile of
+                 2*BLOCK_H rows
+    NUM_SPLITS   programs that share one sequence's keys; on the average where each has its own length
     merge        who joins the splits: "none" (one split), "last" (the last to arrive), "kernel" (a second kernel)
     num_warps    warps a program
     num_stages   key blocks in flight

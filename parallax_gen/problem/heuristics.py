@@ -26,6 +26,9 @@ def promising_configs(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCo
     """The default, and what else was fast somewhere: where a search had better begin."""
     default = default_config(spec, shape, gpu)
     found = [default, *_candidates(spec, shape, gpu)]
+    if isinstance(default, DecodeConfig) and default.NUM_SPLITS > 1 and not spec.ragged:
+        found += [replace(default, merge=merge) for merge in ("last", "kernel")]
+        found += [replace(default, merge="kernel", num_warps=2, num_stages=3, BLOCK_N=64)]
     if isinstance(default, TileConfig):
         found += [replace(default, HEAD_GROUP=together) for together in (1, 4, 16, 0)]
         found += [replace(default, HEAD_DIM_AS=form) for form in forms_of(spec.head_dim)]
@@ -129,16 +132,27 @@ def _tile_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfi
 
 def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
     """Small programs, several on each multiprocessor, and as many splits as it takes to have them."""
-    block_h = 16 if spec.group > 8 else 8
-    head_blocks = -(-spec.group // block_h)
-    programs = shape.batch * shape.kv_heads * head_blocks
+    rows = spec.group * shape.seqlen_q
+    block_h = 16 if rows > 8 else 8
+    if rows > 64 and spec.dtype != "fp32":
+        block_h = 64  # a prompt's rows: as many as there are registers for
+    programs = shape.batch * shape.kv_heads * -(-rows // block_h)
     block_n = 32
     wanted = max(1, 2 * gpu.sms // programs)  # more would hide no more latency, and cost merging
     splits = _floor_of(min(wanted, -(-shape.seqlen_kv // block_n)), "decode", "NUM_SPLITS")
-    merge = "none" if splits == 1 else "last"
-    return [
-        DecodeConfig(block_n, block_h, splits, merge, num_warps=w, num_stages=s) for w, s in ((1, 4), (2, 3), (2, 2))
-    ]
+    # Past so many partial states one program is slower to join them than a kernel more, of a program for each head.
+    merge = "none" if splits == 1 else "last" if splits * min(spec.group, block_h) <= 128 else "kernel"
+    merge = "last" if spec.ragged else merge
+    tiles = [(block_n, block_h, w, s) for w, s in ((1, 4), (2, 3), (2, 2))]
+    if block_h == 64:
+        tiles = [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 2), *((n, 16, w, s) for n, _, w, s in tiles)]
+    elif spec.page_size or spec.cache_dtype:  # more is done for each key: two warps share it
+        tiles = [(64, block_h, 2, 3), *tiles]
+    elif spec.many_queries:
+        tiles = [(32, block_h, 2, 4), *tiles]
+    # Where head_dim is so wide, or its numbers are, that none of them fits.
+    tiles += [(32, 8, 2, 2), (16, 8, 1, 2), (16, 8, 2, 2)]
+    return [DecodeConfig(n, h, splits, merge, num_warps=w, num_stages=s) for n, h, w, s in tiles]
 
 
 def _floor_of(size: int, op: str, knob_name: str) -> int:

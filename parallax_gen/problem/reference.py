@@ -266,8 +266,8 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: torch.de
     """
     if shape.group != spec.group:
         raise ArgumentError("shape", f"{shape.group} query heads a kv head", f"the spec's {spec.group}")
-    if spec.op == "decode" and shape.seqlen_q != 1:
-        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode")
+    if spec.op == "decode" and shape.seqlen_q != 1 and not spec.many_queries:
+        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
     where = torch.get_default_device() if device is None else torch.device(device)
     generator = torch.Generator(device=where).manual_seed(seed)
 
@@ -302,14 +302,6 @@ def _check_shapes(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[int, int,
         if tensor.shape != other.shape:
             raise ArgumentError(name, tuple(tensor.shape), f"{tuple(other.shape)}, the shape of {of}")
     return batch, seqlen_q, heads, head_dim
-
-
-def in_order(pages: Tensor, page_table: Tensor) -> Tensor:
-    """A paged cache (pages, page_size, kv_heads, head_dim) as (batch, seqlen, kv_heads, head_dim).
-
-    page_table  (batch, pages a sequence): the pages of each; one that is not there gives any other
-    """
-    return pages[page_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2)
 
 
 def _check_lengths(cache_seqlens: Tensor | Sequence[int] | None, batch: int, seqlen_kv: int) -> list[int]:

@@ -154,7 +154,8 @@ SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of them, those that find s, t a
 def work_of(spec: KernelSpec, shape: Shape) -> Work:
     """The op's matmuls over the visible pairs; each input read and each output written once."""
     q_rows = shape.batch * shape.heads * shape.seqlen_q
-    kv_rows = shape.batch * shape.kv_heads * shape.seqlen_kv
+    keys = min(shape.seqlen_kv, shape.window + shape.seqlen_q - 1) if shape.window else shape.seqlen_kv
+    kv_rows = shape.batch * shape.kv_heads * keys
     if spec.op == "preprocess":
         # Reads do, o and v̄ (D wide), lse and t̄; writes four numbers a row; a product and a sum for b and for T.
         return Work(4.0 * q_rows * spec.head_dim, float(q_rows * (3 * spec.head_dim * spec.bytes_per_element + 24)))
@@ -165,8 +166,8 @@ def work_of(spec: KernelSpec, shape: Shape) -> Work:
         row_bytes = 16
     elif spec.stats:
         q_wide, row_bytes = 4, 8  # v̄ beside o; lse and t̄
-    elements = (q_rows * q_wide + kv_rows * kv_wide) * spec.head_dim
-    return Work(flops=float(flops), bytes=float(elements * spec.bytes_per_element + q_rows * row_bytes))
+    moved = (q_rows * q_wide * spec.bytes_per_element + kv_rows * kv_wide * spec.cache_bytes) * spec.head_dim
+    return Work(flops=float(flops), bytes=float(moved + q_rows * row_bytes))
 
 
 def _visible(spec: KernelSpec, shape: Shape) -> float:

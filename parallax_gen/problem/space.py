@@ -53,10 +53,10 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
     "dqdr": _TILES,
     "decode": (
         Knob("BLOCK_N", (16, 32, 64, 128)),
-        Knob("BLOCK_H", (8, 16, 32)),
+        Knob("BLOCK_H", (8, 16, 32, 64)),
         Knob("NUM_SPLITS", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
         Knob("merge", ("none", "last", "kernel")),
-        Knob("num_warps", (1, 2, 4)),
+        Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", (2, 3, 4, 5, 6)),
     ),
 }
@@ -95,7 +95,7 @@ def shared_bytes(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> int:
     if isinstance(config, PreprocessConfig):
         return 0
     if isinstance(config, DecodeConfig):
-        return (config.num_stages - 1) * 2 * config.BLOCK_N * spec.head_dim * spec.bytes_per_element
+        return (config.num_stages - 1) * 2 * config.BLOCK_N * _width(spec.head_dim, "padded") * spec.cache_bytes
     # Triton keeps num_stages - 1 blocks in flight when the loads feed matmuls; the tiles a program owns stay.
     in_flight = max(1, config.num_stages - 1)
     owned = {"forward": 2 * config.BLOCK_M, "dqdr": 3 * config.BLOCK_M, "dkdv": 2 * config.BLOCK_N}[spec.op]
@@ -149,8 +149,10 @@ def every_config(spec: KernelSpec, gpu: Gpu) -> Iterator[KernelConfig]:
 
 
 def coerce(spec: KernelSpec, choices: dict[str, Value]) -> KernelConfig:
-    """The config nearest to `choices` whose knobs agree with each other: one split has nothing to merge."""
-    if spec.op == "decode":
+    """The config nearest to `choices` whose knobs agree with each other: one split has nothing to merge, say."""
+    if spec.op == "decode" and spec.ragged:
+        choices = {**choices, "merge": "last"}
+    elif spec.op == "decode":
         if choices["NUM_SPLITS"] == 1:
             choices = {**choices, "merge": "none"}
         elif choices["merge"] == "none":
@@ -161,6 +163,8 @@ def coerce(spec: KernelSpec, choices: dict[str, Value]) -> KernelConfig:
 def _usable(spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
     if knob.name == "BLOCK_H":
         return tuple(v for v in knob.values if isinstance(v, int) and not _half_empty(spec, v))
+    if knob.name == "merge" and spec.ragged:
+        return ("last",)
     if knob.name == "HEAD_DIM_AS":
         return forms_of(spec.head_dim)
     if knob.name == "BLOCK_N" and spec.op in TILED and spec.bytes_per_element == 2:
@@ -185,7 +189,7 @@ def _width(head_dim: int, form: str) -> int:
 
 def _half_empty(spec: KernelSpec, block_h: int) -> bool:
     """Whether a tile taller than need be, 8, has rows for twice the heads of a group or more: mostly padding."""
-    return block_h > 8 and block_h >= 2 * spec.group
+    return block_h > 8 and block_h >= 2 * spec.group and not spec.many_queries
 
 
 def _why_tiles_invalid(spec: KernelSpec, config: TileConfig, gpu: Gpu) -> str | None:
@@ -235,11 +239,19 @@ def _why_preprocess_invalid(spec: KernelSpec, config: PreprocessConfig) -> str |
 def _why_decode_invalid(spec: KernelSpec, config: DecodeConfig) -> str | None:
     if _half_empty(spec, config.BLOCK_H):
         return f"BLOCK_H {config.BLOCK_H} would be half empty for {spec.group} query heads a kv head"
-    if (config.NUM_SPLITS == 1) != (config.merge == "none"):
+    if spec.ragged and config.merge != "last":
+        return f"merge {config.merge!r} does not go with sequences of their own lengths: each has its own splits"
+    if not spec.ragged and (config.NUM_SPLITS == 1) != (config.merge == "none"):
         return f"merge {config.merge!r} does not go with NUM_SPLITS {config.NUM_SPLITS}"
     if config.BLOCK_N < 8 * config.num_warps:
         return f"{config.num_warps} warps have less than 8 of {config.BLOCK_N} keys each"
-    a_thread = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N) // (32 * config.num_warps)
+    width = _width(spec.head_dim, "padded")
+    if spec.dtype == "fp32" and config.BLOCK_H * config.BLOCK_N * width**2 > max(
+        config.num_warps << 21, 8 * 16 * width**2
+    ):
+        # As of the other kernels: without tensor cores a thread holds its share of the operands too.
+        return f"{config.BLOCK_H} heads of fp32 at head_dim {width} are too many for the registers of its warps"
+    a_thread = 2 * config.BLOCK_H * (width + config.BLOCK_N) // (32 * config.num_warps)
     if a_thread > MOST_REGISTERS:
         return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
     return None

@@ -38,7 +38,7 @@ def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> Choice:
     A record of another bucket, GPU, Triton or template is not used: `Memory.near_misses` finds those.
     """
     bucket = bucket_of(shape)
-    key = Key.here(gpu.name, spec, bucket, templates_hash(spec.op))
+    key = Key.here(gpu.name, spec, bucket, templates_hash(spec))
     record = memory.best(key)
     if record is not None and why_invalid(spec, record.config, gpu) is None:
         return Choice(key, record.config, record)
@@ -54,7 +54,7 @@ class Dispatcher:
 
     def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[Choice, ModuleType]:
         """What was chosen for a call, and the module to launch."""
-        key = Key.here(gpu.name, spec, bucket_of(shape), templates_hash(spec.op))
+        key = Key.here(gpu.name, spec, bucket_of(shape), templates_hash(spec))
         found = self._kernels.get(key)
         if found is None:
             choice = choose(spec, shape, gpu, self._memory)

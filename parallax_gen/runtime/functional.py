@@ -1,4 +1,4 @@
-"""The public functions: Parallax attention of whole sequences, dense or packed, and of a query against a KV cache."""
+"""The public functions for whole sequences, dense or packed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.reference import in_order, reference_forward
-from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.attention import copy_into, fill_unseen, forward
+from parallax_gen.runtime.attention import forward
 from parallax_gen.runtime.autograd import attend, attend_without_gradients, plain
 from parallax_gen.runtime.checks import (
     DTYPE_NAMES,
     Request,
-    check_decode,
     check_flag,
-    check_inputs,
     check_numbers,
     check_request,
     inputs_of,
 )
-from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 
 Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -108,71 +102,6 @@ def parallax_attn_varlen_func(
     return _attend(asked, True, out, return_stats, recompute_v_mean)
 
 
-def parallax_attn_with_kvcache(
-    q: Tensor,
-    r: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cache_seqlens: Tensor | int | None = None,
-    page_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Parallax attention of one new query a sequence over its cached keys, as in a decode step.
-
-    q, r              (batch, 1, heads, head_dim), bf16, fp16 or fp32; head_dim 64 or 128
-    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), or (pages, page_size, kv_heads, head_dim) with a page_table,
-                      of any page_size; heads is a multiple of kv_heads
-    cache_seqlens     (batch,) int32 on the same device: how many keys of each sequence count, 0 to seqlen; an int
-                      for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
-                      of length 0 gives 0
-    page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
-                      order; entries behind its length may be anything. Needs cache_seqlens, a tensor
-    softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
-    out               where to write, like q; made if not given
-
-    Returns out. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited for, and
-    the call can be captured in a CUDA graph; lengths are read on the device. There are no gradients. See
-    `parallax_attn_func` for the formula. Raises ArgumentError, naming the argument.
-    """
-    if isinstance(cache_seqlens, int):
-        if page_table is not None:
-            raise ArgumentError("cache_seqlens", f"{cache_seqlens} with a page_table", "a tensor of each one's length")
-        check_inputs(q, r, k_cache, v_cache, names=("q", "r", "k_cache", "v_cache"))
-        k_cache, v_cache = _first_keys(k_cache, v_cache, cache_seqlens)
-        cache_seqlens = None
-    key = None
-    try:
-        key = (key_of(q, r, k_cache, v_cache, out, cache_seqlens, page_table), softmax_scale)
-        plan = _decodes[key]
-    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
-        check_decode(q, r, k_cache, v_cache, cache_seqlens, page_table, softmax_scale, out)
-        plan = _plan_decode(q, k_cache, cache_seqlens is not None, page_table, softmax_scale)
-        _decodes.remember(key, plan)
-    if _records_gradients(q, r, k_cache, v_cache):
-        named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
-        name = next(name for name, x in named if x.requires_grad)
-        allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
-        raise ArgumentError(name, "a tensor that needs gradients", allowed)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if isinstance(plan, LaunchPlan):
-        lengths = tuple([x for x in (cache_seqlens, page_table) if x is not None])
-        plan.launch((q, r, k_cache, v_cache, out, *lengths))
-    elif plan.nothing_seen:
-        fill_unseen((out,))
-    else:
-        if page_table is not None:
-            k_cache, v_cache = in_order(k_cache, page_table), in_order(v_cache, page_table)
-        found = reference_forward(q, r, k_cache, v_cache, softmax_scale=softmax_scale, cache_seqlens=cache_seqlens)
-        copy_into((out,), found)
-    return out
-
-
-_decodes: Plans[LaunchPlan | HostPlan] = Plans()
-
-
 def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool) -> Attended:
     check_flag("return_stats", return_stats)
     check_flag("recompute_v_mean", recompute_v_mean)
@@ -215,25 +144,3 @@ def _under_autocast(asked: Request) -> Request:
     dtype = torch.get_autocast_dtype(kind)
     q, r, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPE_NAMES else x for x in inputs_of(asked))
     return asked._replace(q=q, r=r, k=k, v=v)
-
-
-def _plan_decode(
-    q: Tensor, k: Tensor, ragged: bool, page_table: Tensor | None, softmax_scale: float | None
-) -> LaunchPlan | HostPlan:
-    page_size, seqlen = (0, k.shape[1]) if page_table is None else (k.shape[1], page_table.shape[1] * k.shape[1])
-    host = HostPlan(nothing_seen=True) if seqlen == 0 else host_plan(q, k)
-    if host is not None:
-        return host
-    batch, _, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    spec = KernelSpec(
-        "decode", head_dim, DTYPE_NAMES[q.dtype], group=heads // kv_heads, ragged=ragged, page_size=page_size
-    )
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return plan_launch(spec, Shape(batch, heads, kv_heads, 1, seqlen), (scale,), q.device.index)
-
-
-def _first_keys(k_cache: Tensor, v_cache: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    if isinstance(length, bool) or not 0 <= length <= k_cache.shape[1]:
-        raise ArgumentError("cache_seqlens", length, f"0 to {k_cache.shape[1]}, the keys in k_cache")
-    return k_cache[:, :length], v_cache[:, :length]

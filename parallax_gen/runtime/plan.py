@@ -17,7 +17,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher, gpu_of_device
 from parallax_gen.runtime.replay import Launched, aligned, record, replay
-from parallax_gen.runtime.workspace import Workspace
+from parallax_gen.runtime.workspace import Workspace, parts_of
 
 # A cache that grows by a key each step makes a plan each step: past this many, start over.
 MOST_PLANS = 4096
@@ -50,30 +50,41 @@ class LaunchPlan:
     """Launches a rendered module. `tensors` are always of the sizes and strides that the plan was made for.
 
     numbers  what the module's `launch` takes behind its tensors
+    ragged   whether it wants each sequence's length
     """
 
-    def __init__(self, module: ModuleType, numbers: tuple[float, ...], device: int, scratch: Scratch):
+    def __init__(
+        self, module: ModuleType, numbers: tuple[float, ...], device: int, scratch: Scratch, *, ragged: bool = False
+    ):
+        self.ragged = ragged
         self._module = module
         self._numbers = numbers
         self._device = device
-        self._scratch = scratch
+        self.scratch = scratch
         self._workspace = workspace_of(device) if scratch.partials else None
         self._recorded: tuple[Launched, ...] | None = None
         self._seen = False
 
-    def launch(self, tensors: tuple[Tensor, ...]) -> None:
-        """`tensors` in the order of the module's `launch`, on the current stream of their device."""
+    def launch(self, tensors: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
+        """`tensors` in the order of the module's `launch`, on the current stream of their device.
+
+        workspace  the caller's own, of `workspace.bytes_of(self.scratch)`
+        """
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                self._launch(tensors)
+                self._launch(tensors, workspace)
         else:
-            self._launch(tensors)
+            self._launch(tensors, workspace)
 
-    def _launch(self, tensors: tuple[Tensor, ...]) -> None:
+    def _launch(self, tensors: tuple[Tensor, ...], workspace: Tensor | None) -> None:
         stream = _raw_stream(self._device)
         if self._workspace is not None:
-            partials, arrived = self._workspace.get(self._scratch.partials, self._scratch.arrived, stream)
-            tensors = (*tensors, partials, arrived) if self._scratch.arrived else (*tensors, partials)
+            scratch = self.scratch
+            if workspace is None:
+                partials, arrived = self._workspace.get(scratch.partials, scratch.arrived, stream)
+            else:
+                partials, arrived = parts_of(workspace, scratch)
+            tensors = (*tensors, partials, arrived) if scratch.arrived else (*tensors, partials)
         if not aligned(tensors):
             self._module.launch(*tensors, *self._numbers)
         elif self._recorded is not None:
@@ -88,7 +99,8 @@ class LaunchPlan:
 def plan_launch(spec: KernelSpec, shape: Shape, numbers: tuple[float, ...], device: int) -> LaunchPlan:
     """The plan to launch the best kernel known for `spec` at `shape`, with the numbers behind its tensors."""
     choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(device))
-    return LaunchPlan(module, numbers, device, scratch_of(spec, choice.config, shape.batch, shape.kv_heads))
+    scratch = scratch_of(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
+    return LaunchPlan(module, numbers, device, scratch, ragged=spec.ragged)
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:

@@ -9,9 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallax_gen.codegen.calling import Scratch
+
 # Counters that captured launches get slices of, each for good: zeroed before the capture, so that a graph needs no
 # memset. A launch that merges has a few dozen; when all are taken, graphs zero their own.
 CAPTURE_COUNTERS = 1 << 16
+
+
+def bytes_of(scratch: Scratch) -> int:
+    """Of a caller's own workspace: the counters, which are 0 before and after a launch, then the partials."""
+    return _counter_bytes(scratch) + 4 * scratch.partials
+
+
+def parts_of(workspace: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """The partials and the counters of a caller's own workspace, uint8."""
+    counters = _counter_bytes(scratch)
+    partials = workspace[counters : counters + 4 * scratch.partials].view(torch.float32)
+    return partials, workspace[: 4 * scratch.arrived].view(torch.int32)
+
+
+def _counter_bytes(scratch: Scratch) -> int:
+    return -(-scratch.arrived // 4) * 16  # what lies behind begins at a multiple of 16 bytes, as kernels may assume
 
 
 class Workspace:

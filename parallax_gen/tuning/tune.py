@@ -43,7 +43,7 @@ class Job:
 
     @property
     def key(self) -> Key:
-        return Key.here(self.gpu.name, self.spec, self.bucket, templates_hash(self.spec.op))
+        return Key.here(self.gpu.name, self.spec, self.bucket, templates_hash(self.spec))
 
     @property
     def shape(self) -> Shape:

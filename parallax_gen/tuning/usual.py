@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import FLAGS, OPS, KernelSpec
+from parallax_gen.problem.spec import FLAGS, OPS, RAGGED_ONLY, KernelSpec
 
 # A training step's kernels, in the order in which they run; all of them together go by the name TRAINING.
 STEP = ("forward", "preprocess", "dkdv", "dqdr")
@@ -56,7 +56,8 @@ class Flags:
 
     causal  None where nothing is said: causal
     window  keys that a query sees; None where nothing is said: a shape's own window
-    page_size  of decode's cache, keys; 0 for none. Paged sequences have a length each
+    page_size  of decode's cache, keys; 0 for none
+    ragged  of decode; what needs it brings it along. Many queries come with a shape that has them, or with varlen
     others  as KernelSpec's
     """
 
@@ -66,6 +67,8 @@ class Flags:
     window: int | None = None
     varlen: bool = False
     page_size: int = 0
+    leftpad: bool = False
+    cache_dtype: str = ""
 
     def on(self, shape: Shape) -> Shape:
         """The shape with the window that is asked for. One that holds all keys is none, as at run time."""
@@ -101,15 +104,20 @@ def sizes_for(op: str, shape: Shape, flags: Flags) -> Shape:
 
 def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> KernelSpec:
     """The kernel of an op that serves a shape of `sizes_for`. Raises ArgumentError where there is none."""
-    asked: Mapping[str, bool] = {
+    asked = {
         "causal": flags.causal is not False,
         "stats": flags.stats,
-        "ragged": flags.ragged or flags.page_size > 0,
         "window": shape.window > 0,
         "varlen": flags.varlen,
+        "leftpad": flags.leftpad,
     }
-    taken = {name: on for name, on in asked.items() if takes(op, name)}
-    return KernelSpec(op, head_dim, dtype, shape.group, **taken, page_size=flags.page_size if op == "decode" else 0)
+    taken: dict[str, Any] = {name: on for name, on in asked.items() if takes(op, name)}
+    if op == "decode":
+        many = shape.seqlen_q > 1 or flags.varlen
+        taken["causal"] = asked["window"] or (many and asked["causal"])
+        taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
+        taken["ragged"] = flags.ragged or any(taken[name] for name in RAGGED_ONLY)
+    return KernelSpec(op, head_dim, dtype, shape.group, **taken)
 
 
 def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:

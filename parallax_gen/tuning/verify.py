@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import ROWS, Call, Inputs, Saved, prepare, rows_like
+from parallax_gen.codegen.calling import ROWS, Call, Inputs, Saved, cache_dtype, prepare, rows_like
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.problem.accuracy import errors, gradient_sizes, why_wrong
+from parallax_gen.problem.cached import reference_cached_forward
 from parallax_gen.problem.config import DecodeConfig, KernelConfig, PreprocessConfig
 from parallax_gen.problem.reference import (
     Reference,
-    in_order,
     random_inputs,
     reference_backward,
     reference_forward,
@@ -39,7 +39,9 @@ def awkward_shape(spec: KernelSpec, config: KernelConfig, kv_heads: int = 3) -> 
     """
     if isinstance(config, DecodeConfig):
         blocks = min(2 * config.NUM_SPLITS + 1, 40)
-        return Shape(4, kv_heads * spec.group, kv_heads, 1, blocks * config.BLOCK_N - 7)
+        seqlen_q = config.BLOCK_H // spec.group + 3 if spec.many_queries else 1
+        window = config.BLOCK_N + 9 if spec.window else 0
+        return Shape(4, kv_heads * spec.group, kv_heads, seqlen_q, blocks * config.BLOCK_N - 7, window)
     if isinstance(config, PreprocessConfig):
         return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)
     window = config.BLOCK_N + 9 if spec.window else 0
@@ -54,12 +56,21 @@ def random_inputs_of(spec: KernelSpec, shape: Shape, *, seed: int, device: str, 
     behind the end of a ragged one.
     """
     inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device), window_size=shape.window)
+    if spec.cache_dtype:
+        inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
+        heads = shape.kv_heads if seed % 2 else 1  # a number for each head, or one for all
+        draw = torch.Generator().manual_seed(seed)
+        inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
     if spec.ragged:
         lengths = _lengths(shape.seqlen_kv, shape.batch, seed, full)
-        behind = (torch.arange(shape.seqlen_kv) >= lengths[:, None]).to(device)
-        inputs.k[behind] = POISON
-        inputs.v[behind] = POISON
+        hidden = (torch.arange(shape.seqlen_kv) >= lengths[:, None]).to(device)
         inputs.cache_seqlens = lengths.to(device)
+        if spec.leftpad:
+            pads = _lengths(shape.seqlen_kv // 2 + 1, shape.batch, seed + 3, full=False) * (not full)
+            hidden |= (torch.arange(shape.seqlen_kv) < pads[:, None]).to(device)
+            inputs.cache_leftpad = pads.to(device)
+        _poison(inputs.k, hidden)
+        _poison(inputs.v, hidden)
     if spec.page_size:
         _page(inputs, spec.page_size, seed)
     if spec.varlen:
@@ -101,8 +112,8 @@ def _page(inputs: Inputs, page_size: int, seed: int) -> None:
     places = places[: batch * pages]
 
     def paged(x: Tensor) -> Tensor:
-        found = x.new_full((batch * pages + 2, page_size, *x.shape[2:]), POISON)
-        whole = x.new_full((batch, pages * page_size, *x.shape[2:]), POISON)
+        found = _full_of_poison(x, batch * pages + 2, page_size)
+        whole = _full_of_poison(x, batch, pages * page_size)
         whole[:, :seqlen] = x
         found[places] = whole.view(batch * pages, page_size, *x.shape[2:])
         return found
@@ -110,13 +121,31 @@ def _page(inputs: Inputs, page_size: int, seed: int) -> None:
     inputs.k, inputs.v = paged(inputs.k), paged(inputs.v)
     behind = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
     table = places.view(batch, pages).to(torch.int32)
+    if inputs.cache_leftpad is not None:
+        behind |= (torch.arange(1, pages + 1, device=device) * page_size) <= inputs.cache_leftpad[:, None]
     inputs.page_table = table.masked_fill(behind, 2**30)
 
 
+def _poison(x: Tensor, at: Tensor) -> None:
+    if x.element_size() > 1:
+        x[at] = POISON
+    else:
+        x.view(torch.uint8)[at] = 0x7F  # NaN, in either kind of eight bits
+
+
+def _full_of_poison(like: Tensor, *size: int) -> Tensor:
+    found = torch.zeros((*size, *like.shape[2:]), dtype=like.dtype, device=like.device)
+    _poison(found, torch.ones(size, dtype=torch.bool, device=like.device))
+    return found
+
+
 def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
-    """The batch's sequences, each cut to a length of its own, one after the other."""
+    """The batch's sequences, each cut to a length of its own, one after the other; in decode their queries alone."""
     lengths_q = _lengths(shape.seqlen_q, shape.batch, seed, full)
-    lengths_k = _lengths(shape.seqlen_kv, shape.batch, seed + 7, full)
+    if inputs.cache_seqlens is not None:  # how many keys there are is said otherwise
+        lengths_k = torch.zeros_like(lengths_q)
+    else:
+        lengths_k = _lengths(shape.seqlen_kv, shape.batch, seed + 7, full)
 
     def packed(x: Tensor, lengths: Tensor) -> Tensor:
         return torch.cat([x[b, :length] for b, length in enumerate(lengths.tolist())])
@@ -127,26 +156,36 @@ def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
         return found.to(inputs.q.device)
 
     inputs.q, inputs.r = packed(inputs.q, lengths_q), packed(inputs.r, lengths_q)
-    inputs.k, inputs.v = packed(inputs.k, lengths_k), packed(inputs.v, lengths_k)
-    inputs.cu_seqlens_q, inputs.cu_seqlens_k = ends(lengths_q), ends(lengths_k)
+    inputs.cu_seqlens_q = ends(lengths_q)
     inputs.max_seqlen_q, inputs.max_seqlen_k = shape.seqlen_q, shape.seqlen_kv
+    if inputs.cache_seqlens is None:
+        inputs.k, inputs.v = packed(inputs.k, lengths_k), packed(inputs.v, lengths_k)
+        inputs.cu_seqlens_k = ends(lengths_k)
 
 
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
     scale, window = softmax_scale(spec), x.window_size if spec.window else None
-    k, v = x.k, x.v
-    if x.page_table is not None:
-        k, v = in_order(k, x.page_table), in_order(v, x.page_table)
-    given = (x.q, x.r, k, v)
+    given = (x.q, x.r, x.k, x.v)
+    if spec.op == "decode":
+        return reference_cached_forward(
+            *given,
+            cache_seqlens=x.cache_seqlens,
+            cache_leftpad=x.cache_leftpad,
+            page_table=x.page_table,
+            cu_seqlens_q=x.cu_seqlens_q,
+            k_scale=x.k_scale,
+            v_scale=x.v_scale,
+            causal=spec.causal,
+            window_size=window,
+            softmax_scale=scale,
+        )
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None
         ends = (x.cu_seqlens_q, x.cu_seqlens_k)
         return reference_varlen_forward(*given, *ends, causal=spec.causal, window_size=window, softmax_scale=scale)
-    return reference_forward(
-        *given, causal=spec.causal, window_size=window, softmax_scale=scale, cache_seqlens=x.cache_seqlens
-    )
+    return reference_forward(*given, causal=spec.causal, window_size=window, softmax_scale=scale)
 
 
 def _rows(spec: KernelSpec, x: Inputs, saved: Saved) -> Tensor:

@@ -41,3 +41,20 @@ def worklist(
                     for spec, seen in kernels(op, head_dim, dtype, shape, flags):
                         jobs[Job(spec, bucket_of(seen), gpu)] = None
     return list(jobs)
+
+
+def of_grid(
+    gpu: Gpu,
+    grid: Sequence[tuple[int, Shape]],
+    head_dims: Sequence[int] = (),
+    dtypes: Sequence[str] = ("bf16",),
+    flags: Flags = NO_FLAGS,
+) -> list[Job]:
+    """A grid's decode jobs, those of the same key once; of some of its head_dims, if given."""
+    jobs: dict[Job, None] = {}
+    for head_dim, shape in grid:
+        for dtype in dtypes:
+            if not head_dims or head_dim in head_dims:
+                ((spec, seen),) = kernels("decode", head_dim, dtype, shape, flags)
+                jobs[Job(spec, bucket_of(seen), gpu)] = None
+    return list(jobs)

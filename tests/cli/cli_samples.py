@@ -25,12 +25,12 @@ H200 = gpu_by_name("h200")
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
 SHAPE = "32,32/8,8192"
 CALL = ("--gpu", "h200", "--op", "decode", "--shape", SHAPE)
-KEY = Key.here("h200", SPEC, Bucket(256, 1, 8192), templates_hash("decode"))
+KEY = Key.here("h200", SPEC, Bucket(256, 1, 8192), templates_hash(SPEC))
 
 # A kernel of the backward, with a window.
 DKDV_SPEC = KernelSpec("dkdv", 96, "bf16", group=4, causal=True, window=True)
 DKDV_CALL = ("--gpu", "h200", "--op", "dkdv", "--head-dim", "96", "--window", "513", "--shape", "2,32/8,4096")
-DKDV_KEY = Key.here("h200", DKDV_SPEC, Bucket(16, 4096, 4096, 512), templates_hash("dkdv"))
+DKDV_KEY = Key.here("h200", DKDV_SPEC, Bucket(16, 4096, 4096, 512), templates_hash(DKDV_SPEC))
 
 
 def elsewhere(**fields: Any) -> Key:

@@ -174,8 +174,8 @@ def test_what_is_compared_when_little_is_said() -> None:
     ("arguments", "says"),
     [
         (("--op", "dkdv"), "'dkdv' is not one of"),
-        (("--op", "training", "--stats"), "--stats: of --op forward, not of training"),
-        (("--op", "decode", "--window", "5"), "--window: of --op"),
+        (("--op", "training", "--stats"), "--stats: of --op forward or decode, not of training"),
+        (("--op", "training", "--leftpad"), "--leftpad: of --op decode, not of training"),
         (("--op", "training", "--head-dim", "72"), "no usual shape of training has head_dim 72"),
         (("--head-dim", "100"), "100 is not a multiple of 8 from 8 to 256"),
     ],

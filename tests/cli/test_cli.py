@@ -11,12 +11,12 @@ from cli_samples import CALL, run, run_json
 from cli_samples import process as python
 
 import parallax_gen.cli
-from parallax_gen.cli.options import Asked, Sizes, check_flags, gpu_named, sizes_of
+from parallax_gen.cli.options import Asked, check_flags, gpu_named, sizes_of
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.tuning.usual import TRAINING, Flags
 
 COMMANDS = ("tune", "list", "show", "explain", "render", "export", "bench", "ship", "doctor")
@@ -106,6 +106,7 @@ def test_a_card_that_the_table_does_not_hold_goes_by_its_own_name(monkeypatch: p
         ("4,16,4096", "decode", Shape(4, 16, 16, 1, 4096)),
         ("1,32/8,128x4096", "forward", Shape(1, 32, 8, 128, 4096)),
         (" 1, 32/8, 1x4096 ", "decode", Shape(1, 32, 8, 1, 4096)),
+        ("8,32/8,4x4096", "decode", Shape(8, 32, 8, 4, 4096)),
         ("1,8/8,1x7", "forward", Shape(1, 8, 8, 1, 7)),
     ],
 )
@@ -131,11 +132,6 @@ def test_a_malformed_shape_says_what_is_wrong(text: str, says: str) -> None:
         sizes_of(text)
 
 
-def test_decode_has_one_query() -> None:
-    with pytest.raises(click.BadParameter, match="1 query a sequence, not 128"):
-        Sizes(1, 8, 8, 128, 4096).for_op("decode")
-
-
 def test_the_kernel_that_is_asked_for() -> None:
     sizes = sizes_of("2,32/8,4096")
     spec, shape = Asked("forward", 64, "fp16").kernel(sizes)
@@ -145,6 +141,10 @@ def test_the_kernel_that_is_asked_for() -> None:
     spec, shape = Asked("decode", 64, "fp16").kernel(sizes)
     assert not spec.causal
     assert shape == Shape(2, 32, 8, 1, 4096)
+    spec, shape = Asked("decode", 96, "tf32").kernel(sizes_of("2,32/8,16x4096"))
+    assert (spec.many_queries, spec.causal, spec.ragged) == (True, True, True)
+    assert shape == Shape(2, 32, 8, 16, 4096)
+    assert not Asked("decode", 96, "tf32", Flags(causal=False)).kernel(sizes_of("2,32/8,16x4096"))[0].causal
     spec, shape = Asked("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
     assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
     spec, shape = Asked("preprocess", 72, "fp32").kernel(sizes)
@@ -156,14 +156,19 @@ def test_the_kernel_that_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("flags", "ops", "says"),
     [
-        (("--causal",), ("decode",), "--causal and --full: of --op forward or dkdv or dqdr or training, not of decode"),
-        (("--full",), ("preprocess",), "--causal and --full: of --op"),
-        (("--stats",), ("dkdv",), "--stats: of --op forward, not of dkdv"),
+        (
+            ("--full",),
+            ("preprocess",),
+            "--causal and --full: of --op forward or dkdv or dqdr or decode or training, not of preprocess",
+        ),
+        (("--stats",), ("dkdv",), "--stats: of --op forward or decode, not of dkdv"),
         (("--ragged",), ("forward",), "--ragged: of --op decode, not of forward"),
         (("--page-size", "16"), ("forward",), "--page-size: of --op decode, not of forward"),
         (("--page-size", "0"), ("decode",), "0 is not in the range x>=1"),
-        (("--window", "9"), ("decode",), "--window: of --op"),
-        (("--varlen",), ("decode",), "--varlen: of --op"),
+        (("--leftpad",), ("forward",), "--leftpad: of --op decode, not of forward"),
+        (("--cache-dtype", "e4m3"), ("dkdv",), "--cache-dtype: of --op decode, not of dkdv"),
+        (("--cache-dtype", "fp8"), ("decode",), "'fp8' is not one of 'e4m3', 'e5m2'"),
+        (("--window", "9"), ("preprocess",), "--window: of --op"),
         (("--window", "0"), ("forward",), "0 is not in the range x>=1"),
         (("--head-dim", "100"), ("forward",), "100 is not a multiple of 8 from 8 to 256"),
         (("--head-dim", "264"), ("dqdr",), "264 is not a multiple of 8 from 8 to 256"),
@@ -179,6 +184,7 @@ def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple
 
 def test_a_flag_that_one_of_several_ops_has_is_none() -> None:
     check_flags(Flags(causal=False, stats=True, window=9, varlen=True, ragged=True), ("forward", "decode"))
+    check_flags(Flags(leftpad=True, page_size=16, cache_dtype="e4m3"), ("forward", "decode"))
     check_flags(Flags(causal=True, window=9, varlen=True), (TRAINING,))
     with pytest.raises(click.UsageError, match="--stats"):
         check_flags(Flags(stats=True), (TRAINING,))
@@ -187,8 +193,8 @@ def test_a_flag_that_one_of_several_ops_has_is_none() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--op", "decode", "--head-dim", "96"), "error: head_dim: got 96; allowed: 64, 128"),
-        (("--op", "decode", "--dtype", "tf32"), "error: dtype: got 'tf32'"),
+        (("--op", "preprocess", "--dtype", "tf32"), "error: dtype: got 'tf32'"),
+        (("--op", "decode", "--dtype", "fp32", "--cache-dtype", "e4m3"), "error: cache_dtype: got e4m3"),
         (("--op", "dkdv", "--full", "--window", "9"), "error: window: got True without causal"),
     ],
 )
@@ -197,6 +203,33 @@ def test_a_kernel_that_cannot_be_is_an_error_of_one_line(arguments: tuple[str, .
     assert result.exit_code == 1
     assert result.stderr.startswith(says)
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "says", "expected"),
+    [
+        ("8,32/8,4096", ("--leftpad",), "GQA 4:1, ragged, leftpad", {"leftpad": True}),
+        ("8,32/8,4096", ("--stats",), "GQA 4:1, stats, ragged", {"stats": True}),
+        (
+            "8,32/8,4096",
+            ("--page-size", "16", "--cache-dtype", "e4m3"),
+            "GQA 4:1, ragged, pages of 16, e4m3 cache",
+            {"page_size": 16, "cache_dtype": "e4m3"},
+        ),
+        (
+            "8,32/8,4x4096",
+            ("--window", "100", "--varlen"),
+            "GQA 4:1, window, varlen, ragged, many queries",
+            {"causal": True, "window": True, "varlen": True, "many_queries": True},
+        ),
+        ("8,32/8,4x4096", ("--full",), "GQA 4:1, full, ragged, many queries", {"many_queries": True}),
+    ],
+)
+def test_options_of_decode(shape: str, options: tuple[str, ...], says: str, expected: dict[str, object]) -> None:
+    spec = KernelSpec("decode", 96, "bf16", 4, ragged=True, **expected)  # type: ignore[arg-type]
+    asked = ("--gpu", "h200", "--op", "decode", "--head-dim", "96", "--shape", shape, *options)
+    assert KernelSpec.from_dict(run_json("explain", *asked)["spec"]) == spec
+    assert f"decode, head_dim 96, bf16, {says}" in run("show", *asked).output
 
 
 # doctor

@@ -50,7 +50,7 @@ def test_render_takes_a_config() -> None:
     assert result.stdout == render(SPEC, config(6), H200).text
 
 
-@pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr"])
+@pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr", "decode"])
 def test_render_of_every_op_and_width(op: str) -> None:
     flags = () if op == "preprocess" else ("--window", "100", "--varlen")
     text = run("render", "--gpu", "h200", "--op", op, "--head-dim", "72", *flags).stdout
@@ -108,6 +108,17 @@ def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
     for text in (readme, result.stdout):
         assert "your record; measured on a card; 2026-01-01" in text
         assert FILE in text
+
+
+def test_kernels_of_many_queries_have_a_file_for_each_number_of_them(store: Store, tmp_path: Path) -> None:
+    shapes = ("--shape", "1,32/8,16x8192", "--shape", "1,32/8,512x8192", "--shape", "1,32/8,8192")
+    result = run(*EXPORT, tmp_path / "out", *shapes)
+    assert result.exit_code == 0, result.output
+    many = "decode_d128_bf16_g4_causal_ragged_many_queries_rows8"
+    one = "decode_d128_bf16_g4_rows8_kv8192.py"
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.py")) == sorted(
+        [f"{many}_q128_kv8192.py", f"{many}_q512_kv8192.py", one]
+    )
 
 
 def test_export_of_a_shape_without_a_record_is_the_default(store: Store, tmp_path: Path) -> None:

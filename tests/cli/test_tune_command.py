@@ -120,12 +120,13 @@ def test_where_no_config_works_it_fails(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--op", "decode", "--stats"),
-        ("--op", "decode", "--full"),
+        ("--op", "dkdv", "--stats"),
+        ("--op", "preprocess", "--full"),
         ("--op", "forward", "--ragged"),
+        ("--op", "forward", "--leftpad"),
         ("--trials", "0"),
         ("--time-budget", "0"),
-        ("--op", "decode", "--shape", "1,8,128x4096"),
+        ("--op", "decode", "--shape", "1,8,0x4096"),
         ("--op", "training", "--stats"),
         ("--op", "training", "--head-dim", "72"),  # no usual shape
     ],

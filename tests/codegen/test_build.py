@@ -263,7 +263,9 @@ def test_kernels_compile_for_every_generation() -> None:
         most = gpu.shared_per_block
         if job.kernel not in GOLDEN.values():  # the predicate has asked of it what it takes at the least
             most = max(most, most_shared_bytes(job.kernel.spec, job.kernel.config, gpu))
-        assert 0 < outcome.resources.shared_bytes <= most, job.name
+        assert outcome.resources.shared_bytes <= most, job.name
+        if job.kernel.spec.op != "preprocess":  # whose rows may lie in one warp each
+            assert outcome.resources.shared_bytes > 0, job.name
     # Accumulators, s and t take 192 registers a thread, and an A100's matmul wants its operands in registers too.
     spilling = found["forward_causal_stats for a100"].resources
     assert spilling is not None

@@ -178,10 +178,10 @@ def test_a_group_that_fills_no_tile(block_h: int, merge: str) -> None:
     assert wrong(spec, config, Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=101)) is None
 
 
-@pytest.mark.parametrize("merge", ["none", "last", "kernel"])
-def test_lengths_of_zero_and_nan_behind_the_end(merge: str) -> None:
+@pytest.mark.parametrize("splits", [1, 3])
+def test_lengths_of_zero_and_nan_behind_the_end(splits: int) -> None:
     spec = KernelSpec("decode", 64, "fp16", group=2, ragged=True)
-    config = replace(DECODE, NUM_SPLITS=1 if merge == "none" else 3, merge=merge)
+    config = replace(DECODE, NUM_SPLITS=splits)
     inputs = inputs_of(replace(spec, ragged=False), Shape(batch=4, heads=4, kv_heads=2, seqlen_q=1, seqlen_kv=77))
     inputs.cache_seqlens = torch.tensor([0, 1, 40, 77], dtype=torch.int32)
     for sequence, length in enumerate(inputs.cache_seqlens.tolist()):
@@ -320,11 +320,11 @@ def test_the_numbers_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> N
     assert verify.judge(call, expected).wrong is None
 
 
-@pytest.mark.parametrize("merge", ["last", "kernel"])
+@pytest.mark.parametrize("merge", ["last", "kernel", "ragged"])
 def test_scratch_serves_again(merge: str) -> None:
     """The second launch finds the first one's partials and counters, and other queries and lengths."""
-    spec = KernelSpec("decode", 64, "fp16", group=12, ragged=True)
-    config = replace(DECODE, merge=merge)
+    spec = KernelSpec("decode", 64, "fp16", group=12, ragged=merge == "ragged")
+    config = replace(DECODE, merge="last" if spec.ragged else merge)
     shape = Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=75)
     call = verify.poisoned(spec, config, inputs_of(spec, shape, seed=1))
     launch = load(render(spec, config, GPU)).launch
@@ -333,7 +333,7 @@ def test_scratch_serves_again(merge: str) -> None:
     call.out.fill_(float("nan"))
     launch(*call.arguments(verify.softmax_scale(spec)))
     assert why_wrong(call.out, verify.oracle(spec, call.inputs)["out"], spec.dtype) is None
-    if merge == "last":
+    if merge != "kernel":
         assert not call.scratch[1].any()
 
 
@@ -344,7 +344,7 @@ VARLEN_KERNEL = Kernel(KernelSpec("forward", 80, "fp16", group=2, varlen=True), 
 PREPROCESS_KERNEL = Kernel(KernelSpec("preprocess", 64, "fp16"), PreprocessConfig(BLOCK_M=16, num_warps=4))
 DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", group=2, causal=True, window=True), DKDV)
 DQDR_KERNEL = Kernel(KernelSpec("dqdr", 64, "fp16", group=2, causal=True, window=True), DQDR)
-DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12, ragged=True), replace(DECODE, NUM_SPLITS=4))
+DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12), replace(DECODE, NUM_SPLITS=4))
 PLANTED = [
     pytest.param(FORWARD_KERNEL, "<= last", "< last", id="causal mask off by one"),
     pytest.param(FORWARD_KERNEL, "shift = seqlen_kv - seqlen_q", "shift = 0", id="causal mask aligned to the start"),
@@ -385,7 +385,6 @@ PLANTED = [
     pytest.param(DQDR_KERNEL, "b[:, None] - a", "a - b[:, None]", id="gt with the other sign"),
     pytest.param(DECODE_KERNEL, "weight = tl.exp2(m - m_all)", "weight = m * 0.0 + 1.0", id="splits not rescaled"),
     pytest.param(DECODE_KERNEL, "(cols >= n) & ", "", id="keys of a block moved back taken twice"),
-    pytest.param(DECODE_KERNEL, "tl.minimum(n, last_block)", "n", id="a key behind the end"),
     pytest.param(DECODE_KERNEL, "blocks * (split + 1) // NUM_SPLITS", "blocks // NUM_SPLITS * (split + 1)", id="tail"),
     pytest.param(DECODE_KERNEL, "tl.store(arrived_ptr + bh, 0)", "pass", id="counters not set back"),
     pytest.param(DECODE_KERNEL, "is_query = rows < 8", "is_query = rows >= 8", id="queries and probes swapped"),
@@ -407,8 +406,4 @@ def test_a_wrong_kernel_is_seen(kernel: Kernel, right: str, planted: str) -> Non
     if spec.op == "preprocess":
         shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=75, seqlen_kv=61)  # 14 rows see no key
     inputs = inputs_of(spec, shape, seed=2)
-    if (
-        inputs.cache_seqlens is not None
-    ):  # none, less than a block, some blocks; within the tensors, whatever is planted
-        assert inputs.cache_seqlens.tolist() == [176, 35, 0, 28]
     assert verify.run(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is not None

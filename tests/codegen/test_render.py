@@ -20,7 +20,7 @@ import pytest
 from strategies import GOLDEN, Kernel, random_kernels
 
 from parallax_gen.codegen import render as render_module
-from parallax_gen.codegen.render import render, templates_hash
+from parallax_gen.codegen.render import render, template_of, templates_hash
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ConfigError
 from parallax_gen.problem.config import DecodeConfig, ForwardConfig
@@ -125,7 +125,7 @@ def test_the_header_says_what_it_is() -> None:
     kernel = GOLDEN["decode_merge_kernel"]
     docstring = ast.get_docstring(ast.parse(text_of(kernel)))
     assert docstring is not None
-    for what in (str(kernel.spec), "NUM_SPLITS=8 merge=kernel", GPU.title, templates_hash("decode")):
+    for what in (str(kernel.spec), "NUM_SPLITS=8 merge=kernel", GPU.title, templates_hash(kernel.spec)):
         assert what in docstring
 
 
@@ -167,12 +167,22 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def forget() -> None:
     render_module._environment.cache_clear()
-    templates_hash.cache_clear()
+    render_module._hash_of.cache_clear()
+
+
+# A spec of each template, by its name.
+SPEC_OF = {op: KernelSpec(op, 64, "bf16") for op in OPS} | {"ragged": KernelSpec("decode", 64, "bf16", ragged=True)}
 
 
 def hashes() -> dict[str, str]:
     forget()
-    return {op: templates_hash(op) for op in OPS}
+    return {name: templates_hash(spec) for name, spec in SPEC_OF.items()}
+
+
+def test_every_template_has_a_spec_here() -> None:
+    assert {template_of(spec): name for name, spec in SPEC_OF.items()} == {
+        path.name: path.name.removesuffix(".py.j2") for path in data_dir("templates").glob("*.py.j2")
+    }
 
 
 def test_an_unknown_variable_is_an_error(templates: Path) -> None:
@@ -196,20 +206,21 @@ def test_comments_and_blank_lines_leave_the_hash(templates: Path) -> None:
 
 
 def changed(path: Path, old: str, new: str) -> set[str]:
-    """The ops whose hash changes with `old`, which is there, made `new`."""
+    """The templates whose hash changes with `old`, which is there, made `new`."""
     before, text = hashes(), path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
     after = hashes()
     path.write_text(text)
-    return {op for op in OPS if before[op] != after[op]}
+    return {name for name in SPEC_OF if before[name] != after[name]}
 
 
-def test_code_changes_the_hash_of_the_ops_that_use_it(templates: Path) -> None:
+def test_code_changes_the_hash_of_the_templates_that_use_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
     assert changed(templates / "forward.py.j2", "p * t", "p") == {"forward"}
     assert changed(templates / "_rows.j2", "tiles - 1 - tile", "tile") == {"forward", "dkdv", "dqdr"}
-    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(OPS)
+    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF)
+    assert changed(templates / "ragged.py.j2", "% splits", "// splits") == {"ragged"}
     assert changed(templates / "decode.py.j2", "{%- if S > 1 %}", "{%- if S > 2 %}") == {"decode"}
 
 

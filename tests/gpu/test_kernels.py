@@ -43,6 +43,8 @@ DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=
 DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
 UNSPLIT = replace(DECODE, NUM_SPLITS=1, merge="none")
 MERGES = [UNSPLIT, DECODE, replace(DECODE, merge="kernel")]
+# Of sequences of their own lengths, which the last to arrive always merges.
+SPLITS = [replace(DECODE, NUM_SPLITS=splits) for splits in (1, 6, 48)]
 
 
 def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
@@ -99,16 +101,22 @@ def test_long_causal_sequences_by_default(lengths: tuple[int, int], head_dim: in
     assert wrong(spec, default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
-@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("group", [1, 12])
 @pytest.mark.parametrize("config", [None, *MERGES], ids=["default", "none", "last", "kernel"])
-def test_long_caches(config: DecodeConfig | None, group: int, ragged: bool) -> None:
-    spec, shape = KernelSpec("decode", 128, "bf16", group=group, ragged=ragged), Shape(3, 2 * group, 2, 1, 16384)
+def test_long_caches(config: DecodeConfig | None, group: int) -> None:
+    spec, shape = KernelSpec("decode", 128, "bf16", group=group), Shape(3, 2 * group, 2, 1, 16384)
+    assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
+
+
+@pytest.mark.parametrize("group", [1, 12])
+@pytest.mark.parametrize("config", [None, *SPLITS], ids=["default", "1 split", "6 splits", "48 splits"])
+def test_long_ragged_caches(config: DecodeConfig | None, group: int) -> None:
+    spec, shape = KernelSpec("decode", 128, "bf16", group=group, ragged=True), Shape(3, 2 * group, 2, 1, 16384)
     assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 48, 64, 256])
-@pytest.mark.parametrize("config", [None, *MERGES], ids=["default", "none", "last", "kernel"])
+@pytest.mark.parametrize("config", [None, *SPLITS], ids=["default", "1 split", "6 splits", "48 splits"])
 def test_long_paged_caches(config: DecodeConfig | None, page_size: int) -> None:
     spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=page_size)
     shape = Shape(3, 8, 2, 1, 16384)
@@ -200,8 +208,11 @@ KERNELS = [
     pytest.param(KernelSpec("dkdv", 64, "bf16", group=2, causal=True), DKDV, Shape(2, 8, 4, 500, 500), id="dkdv"),
     pytest.param(KernelSpec("dqdr", 64, "bf16", group=2, causal=True), DQDR, Shape(2, 8, 4, 500, 500), id="dqdr"),
     *(
-        pytest.param(KernelSpec("decode", 64, "bf16", group=12, ragged=True), c, Shape(8, 96, 8, 1, 1000), id=c.merge)
+        pytest.param(KernelSpec("decode", 64, "bf16", group=12), c, Shape(8, 96, 8, 1, 1000), id=c.merge)
         for c in MERGES
+    ),
+    pytest.param(
+        KernelSpec("decode", 64, "bf16", group=12, ragged=True), DECODE, Shape(8, 96, 8, 1, 1000), id="ragged"
     ),
 ]
 

@@ -59,21 +59,27 @@ def test_diff_is_empty_only_for_equal_keys(one: Key, other: Key) -> None:
     assert {name: pair[::-1] for name, pair in one.diff(other).items()} == other.diff(one)
 
 
-LATER = ("spec.window", "spec.varlen", "spec.page_size", "bucket.window")
+CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
+LATER = ("spec.window", "spec.varlen", *CACHES, "bucket.window")
 LATEST = dataclasses.replace(
     KEY,
     spec=dataclasses.replace(KEY.spec, window=True, varlen=True),
     bucket=dataclasses.replace(KEY.bucket, window=1024),
 )
-PAGED = dataclasses.replace(KEY, spec=KernelSpec("decode", 64, "bf16", ragged=True, page_size=16))
+PAGED = dataclasses.replace(
+    KEY,
+    spec=KernelSpec(
+        "decode", 64, "bf16", ragged=True, page_size=16, leftpad=True, many_queries=True, cache_dtype="e4m3"
+    ),
+)
 
 
 def test_every_field_counts() -> None:
     """A field added to a key's parts must reach its text, or two different keys would share results."""
     parts = {"spec": KEY.spec, "bucket": KEY.bucket, "environment": KEY.environment}
     names = ["gpu", *(f"{part}.{f.name}" for part, value in parts.items() for f in dataclasses.fields(value))]
-    assert list(LATEST.flat()) == [name for name in names if name != "spec.page_size"]
-    assert list(PAGED.flat()) == [name for name in names if name not in LATER or name == "spec.page_size"]
+    assert list(LATEST.flat()) == [name for name in names if name not in CACHES]
+    assert list(PAGED.flat()) == [name for name in names if name not in LATER or name in CACHES]
     assert list(PAGED.every_field()) == list(LATEST.every_field()) == list(KEY.every_field()) == names
     assert list(KEY.flat()) == [name for name in names if name not in LATER]
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import together
 
 from parallax_gen.codegen.pieces import pieces_of, scored_and_summed
 from parallax_gen.errors import ArgumentError
@@ -35,7 +36,7 @@ from parallax_gen.problem.space import (
     shared_bytes,
     why_invalid,
 )
-from parallax_gen.problem.spec import DECODE_HEAD_DIMS, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 
 H200 = GPUS["h200"]
 # All known ones, a slice of one, and one of an architecture to come, which has the least of all limits.
@@ -44,19 +45,25 @@ ANY_GPU = (
     recognise("NVIDIA H100 80GB HBM3", (9, 0), 16, 10 * GIB),
     recognise("NVIDIA Next", (13, 0), 200, 300 * GIB),
 )
-DTYPES_OF = {op: tuple(d for d in DTYPES if d != "tf32" or op not in ("decode", "preprocess")) for op in OPS}
-HEAD_DIMS_OF = {op: DECODE_HEAD_DIMS if op == "decode" else range(8, LARGEST_HEAD_DIM + 1, 8) for op in OPS}
+DTYPES_OF = {op: tuple(d for d in DTYPES if d != "tf32" or op != "preprocess") for op in OPS}
+HEAD_DIMS = range(8, LARGEST_HEAD_DIM + 1, 8)
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> KernelSpec:
     """Any spec there is."""
     op = draw(st.sampled_from(OPS))
-    flags = {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops}
-    if "window" in flags:
-        flags["window"] &= flags["causal"]
-    head_dim, dtype = draw(st.sampled_from(HEAD_DIMS_OF[op])), draw(st.sampled_from(DTYPES_OF[op]))
-    return KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(st.integers(1, 130)), **flags)
+    flags = together(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
+    head_dim, dtype = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES_OF[op]))
+    spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(st.integers(1, 130)), **flags)
+    if spec.ragged and spec.bytes_per_element == 2:
+        spec = replace(spec, cache_dtype=draw(st.sampled_from(CACHE_DTYPES)))
+    return spec
+
+
+def one_query(spec: KernelSpec) -> bool:
+    """Whether the spec's shapes have one query a sequence."""
+    return spec.op == "decode" and not spec.many_queries
 
 
 POWERS = st.integers(0, 17).map(lambda n: 1 << n)
@@ -64,14 +71,14 @@ POWERS = st.integers(0, 17).map(lambda n: 1 << n)
 
 @given(specs(), POWERS, POWERS, POWERS, POWERS, st.sampled_from(ANY_GPU))
 def test_every_call_has_a_valid_default(spec, kv_rows, seqlen_q, seqlen_kv, window, gpu) -> None:
-    bucket = Bucket(kv_rows, 1 if spec.op == "decode" else seqlen_q, seqlen_kv, window if spec.window else 0)
+    bucket = Bucket(kv_rows, 1 if one_query(spec) else seqlen_q, seqlen_kv, window if spec.window else 0)
     config = default_config(spec, representative(bucket, spec.group), gpu)
     assert why_invalid(spec, config, gpu) is None
 
 
 @given(specs(), POWERS, POWERS, POWERS, st.sampled_from(ANY_GPU))
 def test_a_search_begins_with_the_default_and_with_nothing_twice(spec, kv_rows, seqlen_q, seqlen_kv, gpu) -> None:
-    bucket = Bucket(kv_rows, 1 if spec.op == "decode" else seqlen_q, seqlen_kv, 128 if spec.window else 0)
+    bucket = Bucket(kv_rows, 1 if one_query(spec) else seqlen_q, seqlen_kv, 128 if spec.window else 0)
     shape = representative(bucket, spec.group)
     found = promising_configs(spec, shape, gpu)
     assert found[0] == default_config(spec, shape, gpu)
@@ -91,7 +98,7 @@ def test_a_search_tries_every_form_of_a_head_and_several_groups_of_heads() -> No
 def test_no_head_dim_is_without_a_default(op: str, dtype: str) -> None:
     """What the test above draws from, all of it, but for what makes no difference to a default's validity."""
     shapes = [representative(Bucket(rows, 1 if op == "decode" else n, n), 1) for rows, n in ((1, 64), (64, 8192))]
-    for head_dim in HEAD_DIMS_OF[op] if dtype in DTYPES_OF[op] else ():
+    for head_dim in HEAD_DIMS if dtype in DTYPES_OF[op] else ():
         spec = KernelSpec(op, head_dim, dtype)
         for gpu in ANY_GPU:
             for shape in shapes:
@@ -100,7 +107,7 @@ def test_no_head_dim_is_without_a_default(op: str, dtype: str) -> None:
 
 @given(specs(), st.sampled_from(ANY_GPU))
 def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
-    config = default_config(spec, representative(Bucket(8, 1 if spec.op == "decode" else 4096, 4096), spec.group), gpu)
+    config = default_config(spec, representative(Bucket(8, 1 if one_query(spec) else 4096, 4096), spec.group), gpu)
     found = neighbours(spec, config, gpu)
     assert found
     assert len(set(found)) == len(found)
@@ -119,7 +126,7 @@ def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_every_config_is_valid_and_comes_once(op: str, dtype: str, head_dim: int) -> None:
-    if dtype not in DTYPES_OF[op] or head_dim not in HEAD_DIMS_OF[op]:
+    if dtype not in DTYPES_OF[op]:
         with pytest.raises(ArgumentError):
             KernelSpec(op, head_dim, dtype)
         return
@@ -304,6 +311,53 @@ def test_defaults_are_none_of_those_that_did_not_fit(
 )
 def test_reasons_say_what_is_wrong_with_a_decode_config(config: DecodeConfig, reason: str) -> None:
     assert reason in str(why_invalid(KernelSpec("decode", 128, "bf16"), config, H200))
+
+
+RAGGED = KernelSpec("decode", 128, "bf16", ragged=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "reason"),
+    [
+        (RAGGED, DecodeConfig(32, 8, 1, "last", 1, 4), None),
+        (RAGGED, DecodeConfig(32, 8, 4, "last", 1, 4), None),
+        (RAGGED, DecodeConfig(32, 8, 1, "none", 1, 4), "merge 'none' does not go with sequences of their own lengths"),
+        (RAGGED, DecodeConfig(32, 8, 4, "kernel", 1, 4), "merge 'kernel' does not go with sequences"),
+        (RAGGED, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # of one head a kv head
+        (replace(RAGGED, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # of 16 queries
+        (replace(RAGGED, many_queries=True), DecodeConfig(64, 64, 4, "last", 4, 2), None),
+        (replace(RAGGED, many_queries=True), DecodeConfig(64, 64, 4, "last", 2, 2), "need 384 registers a thread"),
+        (replace(RAGGED, dtype="fp32"), DecodeConfig(64, 8, 4, "last", 2, 2), "heads of fp32 at head_dim 128 are too"),
+        (replace(RAGGED, dtype="tf32"), DecodeConfig(64, 8, 4, "last", 2, 2), None),
+        # 5 blocks of keys and values: 2 * 128 * 128 numbers each, of two bytes or one
+        (RAGGED, DecodeConfig(128, 8, 4, "last", 2, 6), "need 327680 bytes of shared memory"),
+        (replace(RAGGED, cache_dtype="e4m3"), DecodeConfig(128, 8, 4, "last", 2, 6), None),
+    ],
+)
+def test_reasons_say_what_is_wrong_with_a_ragged_config(
+    spec: KernelSpec, config: DecodeConfig, reason: str | None
+) -> None:
+    found = why_invalid(spec, config, H200)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_ragged_splits_are_always_merged_by_the_last() -> None:
+    """One split a sequence on the average is several of a long one."""
+    assert [knob.values for knob in knobs_of(RAGGED) if knob.name == "merge"] == [("last",)]
+    first = {knob.name: knob.values[0] for knob in KNOBS["decode"]}
+    for splits in (1, 4):
+        for merge in ("none", "last", "kernel"):
+            config = coerce(RAGGED, {**first, "NUM_SPLITS": splits, "merge": merge})
+            assert config == DecodeConfig(16, 8, splits, "last", 1, 2)
+            assert why_invalid(RAGGED, config, H200) is None
+
+
+def test_many_queries_fill_tiles_that_a_group_of_heads_does_not() -> None:
+    of_one, of_many = (
+        next(knob.values for knob in knobs_of(spec) if knob.name == "BLOCK_H")
+        for spec in (RAGGED, replace(RAGGED, many_queries=True))
+    )
+    assert (of_one, of_many) == ((8,), (8, 16, 32, 64))
 
 
 def test_shared_memory_is_the_gpus() -> None:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import together
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.shapes import MATMULS, SHORTEST, Bucket, Shape, bucket_of, representative, work_of
-from parallax_gen.problem.spec import DECODE_HEAD_DIMS, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, RAGGED_ONLY, KernelSpec
 
 SIZE = st.integers(1, 2**30)
 GROUP = st.integers(1, 64)
@@ -21,13 +22,15 @@ UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 def specs(draw: st.DrawFn) -> KernelSpec:
     """Any spec there is."""
     op = draw(st.sampled_from(OPS))
-    flags = {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops}
-    if "window" in flags:
-        flags["window"] &= flags["causal"]
-    head_dims = DECODE_HEAD_DIMS if op == "decode" else range(8, LARGEST_HEAD_DIM + 1, 8)
-    dtypes = [d for d in DTYPES if d != "tf32" or op not in ("decode", "preprocess")]
-    group = 1 if op == "preprocess" else draw(GROUP)
-    return KernelSpec(op, draw(st.sampled_from(head_dims)), draw(st.sampled_from(dtypes)), group, **flags)
+    flags = together(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
+    head_dim = draw(st.sampled_from(range(8, LARGEST_HEAD_DIM + 1, 8)))
+    dtype = draw(st.sampled_from([d for d in DTYPES if d != "tf32" or op != "preprocess"]))
+    spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(GROUP), **flags)
+    if spec.ragged:
+        spec = replace(spec, page_size=draw(st.sampled_from((0, 1, 16, 100))))
+    if spec.ragged and spec.bytes_per_element == 2:
+        spec = replace(spec, cache_dtype=draw(st.sampled_from(CACHE_DTYPES)))
+    return spec
 
 
 @st.composite
@@ -50,9 +53,9 @@ def test_shapes_and_buckets_survive_a_dict(shape: Shape) -> None:
     assert Bucket.from_dict(bucket.to_dict()) == bucket
 
 
-OF_MANY = "True with op forward or dkdv or dqdr only"
-PACKED = "True with op forward or preprocess or dkdv or dqdr only"
+OF_MANY = "True with op forward or dkdv or dqdr or decode only"
 A_HEAD_DIM = "a multiple of 8 from 8 to 256"
+AN_EIGHT_BIT_CACHE = "'', but with op 'decode' and dtype bf16 or fp16"
 
 
 @pytest.mark.parametrize(
@@ -66,10 +69,8 @@ A_HEAD_DIM = "a multiple of 8 from 8 to 256"
         ({"head_dim": 264}, f"head_dim: got 264; allowed: {A_HEAD_DIM}"),
         ({"head_dim": 64.0}, f"head_dim: got 64.0; allowed: {A_HEAD_DIM}"),
         ({"op": "preprocess", "head_dim": 264}, f"head_dim: got 264; allowed: {A_HEAD_DIM}"),
-        ({"op": "decode", "head_dim": 96}, "head_dim: got 96; allowed: 64, 128"),
-        ({"op": "decode", "head_dim": 64.0}, "head_dim: got 64.0; allowed: 64, 128"),
+        ({"op": "decode", "head_dim": 100}, f"head_dim: got 100; allowed: {A_HEAD_DIM}"),
         ({"dtype": "fp8"}, "dtype: got 'fp8'; allowed: bf16, fp16, fp32, tf32"),
-        ({"op": "decode", "dtype": "tf32"}, "dtype: got 'tf32'; allowed: bf16, fp16, fp32"),
         ({"op": "preprocess", "dtype": "tf32"}, "dtype: got 'tf32'; allowed: bf16, fp16, fp32"),
         ({"group": 0}, "group: got 0; allowed: an int of 1 or more (query heads per kv head)"),
         ({"group": True}, "group: got True; allowed: an int of 1 or more (query heads per kv head)"),
@@ -78,18 +79,42 @@ A_HEAD_DIM = "a multiple of 8 from 8 to 256"
         ({"causal": True, "window": 128}, "window: got 128; allowed: True or False"),
         ({"varlen": None}, "varlen: got None; allowed: True or False"),
         ({"ragged": True}, "ragged: got True with op 'forward'; allowed: True with op decode only"),
-        ({"op": "decode", "causal": True}, f"causal: got True with op 'decode'; allowed: {OF_MANY}"),
         ({"op": "preprocess", "causal": True}, f"causal: got True with op 'preprocess'; allowed: {OF_MANY}"),
-        ({"op": "decode", "stats": True}, "stats: got True with op 'decode'; allowed: True with op forward only"),
-        ({"op": "dkdv", "stats": True}, "stats: got True with op 'dkdv'; allowed: True with op forward only"),
-        ({"op": "decode", "window": True}, f"window: got True with op 'decode'; allowed: {OF_MANY}"),
-        ({"op": "decode", "varlen": True}, f"varlen: got True with op 'decode'; allowed: {PACKED}"),
+        ({"op": "dkdv", "stats": True}, "stats: got True with op 'dkdv'; allowed: True with op forward or decode only"),
+        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True with op decode only"),
+        (
+            {"op": "dqdr", "many_queries": True},
+            "many_queries: got True with op 'dqdr'; allowed: True with op decode only",
+        ),
+        ({"op": "decode", "many_queries": 4}, "many_queries: got 4; allowed: True or False"),
         ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
         ({"window": True}, "window: got True without causal; allowed: True with causal=True only"),
         ({"page_size": 16}, "page_size: got 16; allowed: 0, but with op 'decode' and ragged=True"),
-        ({"op": "decode", "page_size": 16}, "page_size: got 16; allowed: 0, but with op 'decode' and ragged=True"),
         ({"page_size": -1}, "page_size: got -1; allowed: an int of 1 or more, or 0 for no pages"),
         ({"page_size": True}, "page_size: got True; allowed: an int of 1 or more, or 0 for no pages"),
+        ({"cache_dtype": "e4m3"}, f"cache_dtype: got e4m3; allowed: {AN_EIGHT_BIT_CACHE}"),
+        (
+            {"op": "decode", "dtype": "fp32", "cache_dtype": "e5m2"},
+            f"cache_dtype: got e5m2; allowed: {AN_EIGHT_BIT_CACHE}",
+        ),
+        (
+            {"op": "decode", "dtype": "tf32", "cache_dtype": "e5m2"},
+            f"cache_dtype: got e5m2; allowed: {AN_EIGHT_BIT_CACHE}",
+        ),
+        ({"op": "decode", "cache_dtype": "e3m4"}, "cache_dtype: got 'e3m4'; allowed: , e4m3, e5m2"),
+        ({"op": "decode", "cache_dtype": None}, "cache_dtype: got None; allowed: , e4m3, e5m2"),
+        (
+            {"op": "decode", "ragged": True, "causal": True, "varlen": True, "window": True},
+            "varlen: got True with op 'decode'; allowed: True with many_queries=True only",
+        ),
+        (
+            {"op": "decode", "ragged": True, "causal": True},
+            "causal: got True with one query a sequence; allowed: False, but with window or many_queries",
+        ),
+        (
+            {"op": "decode", "ragged": True, "many_queries": True, "window": True},
+            "window: got True without causal; allowed: True with causal=True only",
+        ),
     ],
 )
 def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> None:
@@ -99,7 +124,20 @@ def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> 
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr"])
+@pytest.mark.parametrize("name", sorted({*RAGGED_ONLY, "cache_dtype"}))
+def test_a_spec_of_decode_has_it_only_where_sequences_have_their_own_lengths(name: str) -> None:
+    """With all that it needs but for that."""
+    value = {"page_size": 16, "cache_dtype": "e4m3"}.get(name, True)
+    needed = {"varlen": {"many_queries": True}, "causal": {"many_queries": True}}.get(name, {})
+    needed |= {"causal": True} if name == "window" else {}
+    given = {name: value, **needed}
+    assert getattr(KernelSpec("decode", 96, "bf16", ragged=True, **given), name) == value  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r": got .* with op 'decode'; allowed: with ragged=True only$") as caught:
+        KernelSpec("decode", 96, "bf16", **given)  # type: ignore[arg-type]
+    assert caught.value.argument in given
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_every_multiple_of_8_is_a_head_dim(op: str) -> None:
     for head_dim in range(-8, 300):
         if head_dim in range(8, 257, 8):
@@ -121,7 +159,8 @@ def test_kernels_of_a_training_step() -> None:
 
 
 FIELDS = {
-    KernelSpec: "['causal', 'dtype', 'group', 'head_dim', 'op', 'page_size', 'ragged', 'stats', 'varlen', 'window']",
+    KernelSpec: "['cache_dtype', 'causal', 'dtype', 'group', 'head_dim', 'leftpad', 'many_queries', 'op', 'page_size', "
+    "'ragged', 'stats', 'varlen', 'window']",
     Shape: "['batch', 'heads', 'kv_heads', 'seqlen_kv', 'seqlen_q', 'window']",
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
 }
@@ -162,6 +201,26 @@ def test_dicts_from_before_windows_read_and_are_written_as_they_were(
     assert kind.from_dict(later.to_dict()) == later != value
 
 
+def test_dicts_from_before_decode_took_many_queries_read_and_are_written_as_they_were() -> None:
+    written = {
+        "op": "decode",
+        "head_dim": 128,
+        "dtype": "bf16",
+        "group": 4,
+        "causal": False,
+        "stats": False,
+        "ragged": True,
+        "page_size": 16,
+    }
+    spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16)
+    assert KernelSpec.from_dict(written) == spec
+    assert spec.to_dict() == written
+    later = replace(spec, many_queries=True, leftpad=True, cache_dtype="e5m2")
+    more = {"many_queries": True, "leftpad": True, "cache_dtype": "e5m2"}
+    assert later.to_dict() == {**written, **more}
+    assert KernelSpec.from_dict(later.to_dict()) == later
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -200,6 +259,33 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
         (
             KernelSpec("decode", 64, "fp16", ragged=True, page_size=16),
             "decode, head_dim 64, fp16, MHA, ragged, pages of 16",
+        ),
+        (KernelSpec("decode", 96, "tf32"), "decode, head_dim 96, tf32, MHA"),
+        (
+            KernelSpec("decode", 64, "bf16", ragged=True, causal=True, window=True),
+            "decode, head_dim 64, bf16, MHA, window, ragged",
+        ),
+        (
+            KernelSpec("decode", 64, "bf16", ragged=True, many_queries=True),
+            "decode, head_dim 64, bf16, MHA, full, ragged, many queries",
+        ),
+        (
+            KernelSpec(
+                "decode",
+                8,
+                "fp16",
+                4,
+                ragged=True,
+                causal=True,
+                stats=True,
+                varlen=True,
+                leftpad=True,
+                many_queries=True,
+                page_size=48,
+                cache_dtype="e4m3",
+            ),
+            "decode, head_dim 8, fp16, GQA 4:1, causal, varlen, stats, ragged, leftpad, many queries, pages of 48, "
+            "e4m3 cache",
         ),
         (Shape(2, 16, 16, 4096, 4096), "batch 2, heads 16, seqlen 4096"),
         (Shape(2, 16, 4, 1, 4096), "batch 2, heads 16/4, seqlen 1x4096"),
@@ -338,6 +424,20 @@ def test_buckets(shape: Shape, bucket: Bucket) -> None:
             8 * 64 * 4096**2 / 2,
             5 * 2 * 64 * 4096,
         ),
+        # a cache in eight bits: a byte each for k and v
+        (
+            KernelSpec("decode", 128, "bf16", group=4, ragged=True, cache_dtype="e4m3"),
+            Shape(2, 8, 2, 1, 4096),
+            8 * 2 * 8 * 128 * 4096,
+            2 * 2 * 2 * 4096 * 128 + 2 * 3 * 2 * 8 * 128,
+        ),
+        # of a cache a window's queries see its last keys: 4 queries those of 100 keys and three more
+        (
+            KernelSpec("decode", 128, "bf16", group=4, ragged=True, causal=True, window=True, many_queries=True),
+            Shape(2, 8, 2, 4, 4096, 100),
+            8 * 2 * 8 * 128 * 4 * 100,
+            2 * (2 * 2 * 2 * 103 * 128 + 2 * 4 * 3 * 8 * 128),
+        ),
     ],
 )
 def test_work(spec: KernelSpec, shape: Shape, flops: float, size: float) -> None:
@@ -354,10 +454,9 @@ def test_flops_against_a_count_of_the_pairs_that_see_each_other(
     op: str, causal: bool, seqlen_q: int, seqlen_kv: int, window: int
 ) -> None:
     """Pair by pair, but that the last key of a row that the window does not cut counts half: as the diagonal does."""
-    if op == "decode":
-        causal, seqlen_q = False, 1
     window *= causal
-    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0)
+    of_decode = {"ragged": True, "many_queries": True} if op == "decode" else {}
+    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0, **of_decode)
     pairs = 0.0
     for i in range(seqlen_q):
         last = seqlen_kv - seqlen_q + i if causal else seqlen_kv - 1

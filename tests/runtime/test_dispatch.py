@@ -22,7 +22,7 @@ from parallax_gen.runtime.dispatch import Dispatcher, choose
 GPU = gpu_by_name("h200")
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
 SHAPE = Shape(2, 32, 8, 1, 5000)
-KEY = Key.here("h200", SPEC, bucket_of(SHAPE), templates_hash("decode"))
+KEY = Key.here("h200", SPEC, bucket_of(SHAPE), templates_hash(SPEC))
 CONFIG = DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=24, merge="kernel", num_warps=2, num_stages=3)
 DEFAULT = default_config(SPEC, representative(bucket_of(SHAPE), 4), GPU)
 

@@ -1,4 +1,4 @@
-"""The public functions without a GPU: what they accept, what they refuse and how, and what CPU tensors give."""
+"""The public functions for whole sequences without a GPU: what they take, what they refuse, what CPU tensors give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.accuracy import assert_close
 from parallax_gen.problem.reference import reference_forward, reference_varlen_forward
@@ -39,12 +39,6 @@ def packed() -> dict[str, Any]:
         "max_seqlen_q": 3,
         "max_seqlen_k": 3,
     }
-
-
-def cached() -> dict[str, Any]:
-    """Arguments of parallax_attn_with_kvcache."""
-    k, v = normal(2, 7, 2, 64), normal(2, 7, 2, 64)
-    return {"q": normal(2, 1, 4, 64), "r": normal(2, 1, 4, 64) / 8, "k_cache": k, "v_cache": v}
 
 
 def test_whole_sequences_give_the_reference_and_its_statistics() -> None:
@@ -93,78 +87,10 @@ def test_without_queries_or_keys_packed_sequences_give_zeros() -> None:
 
 
 def test_out_is_written_and_returned() -> None:
-    given = cached()
-    out = torch.full((2, 1, 4, 64), float("nan"))
-    assert parallax_attn_with_kvcache(**given, out=out) is out
-    assert_close(out, parallax_attn_with_kvcache(**given), "fp32")
-
-
-def test_lengths_as_tensor_and_as_int_agree_and_hide_what_lies_behind() -> None:
-    given = cached()
-    given["k_cache"][:, 3:] = float("nan")
-    given["v_cache"][:, 3:] = float("nan")
-    lengths = torch.tensor([3, 3], dtype=torch.int32)
-    by_tensor = parallax_attn_with_kvcache(**given, cache_seqlens=lengths)
-    by_int = parallax_attn_with_kvcache(**given, cache_seqlens=3)
-    assert_close(by_tensor, by_int.double(), "fp32")
-    assert torch.isfinite(by_tensor).all()
-
-
-def paged(page_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments with the cache in pages, and the same without: sequences of 5 and 7 keys, poison behind them."""
-    given = cached()
-    lengths = torch.tensor([5, 7], dtype=torch.int32)
-    pages = -(-7 // page_size)
-    table = torch.full((2, pages), 1 << 30, dtype=torch.int32)
-    order = torch.randperm(2 * pages + 1, generator=torch.Generator().manual_seed(1)).tolist()
-    caches = {name: torch.full((2 * pages + 1, page_size, 2, 64), float("nan")) for name in ("k_cache", "v_cache")}
-    for b, length in enumerate(lengths.tolist()):
-        for n in range(length):
-            if n % page_size == 0:
-                table[b, n // page_size] = order.pop()
-            for name, cache in caches.items():
-                cache[table[b, n // page_size], n % page_size] = given[name][b, n]
-    return {**given, **caches, "cache_seqlens": lengths, "page_table": table}, {**given, "cache_seqlens": lengths}
-
-
-@pytest.mark.parametrize("page_size", [1, 2, 3, 7, 16])
-def test_a_paged_cache_is_as_one_in_one_piece(page_size: int) -> None:
-    in_pages, in_one_piece = paged(page_size)
-    found, wanted = parallax_attn_with_kvcache(**in_pages), parallax_attn_with_kvcache(**in_one_piece)
-    assert_close(found, wanted.double(), "fp32")
-    assert torch.isfinite(found).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "argument"),
-    [
-        ({"cache_seqlens": None}, "cache_seqlens"),
-        ({"cache_seqlens": 3}, "cache_seqlens"),
-        ({"page_table": [[0], [1]]}, "page_table"),
-        ({"page_table": torch.zeros(2, 4)}, "page_table"),
-        ({"page_table": torch.zeros(3, 4, dtype=torch.int32)}, "page_table"),
-        ({"page_table": torch.zeros(2, dtype=torch.int32)}, "page_table"),
-        ({"page_table": torch.zeros(4, 2, dtype=torch.int32).T}, "page_table"),
-        ({"k_cache": torch.zeros(9, 2, 3, 64)}, "k_cache"),
-        ({"v_cache": torch.zeros(9, 3, 2, 64)}, "v_cache"),
-    ],
-)
-def test_a_bad_argument_of_a_paged_cache_is_named(change: dict[str, Any], argument: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        parallax_attn_with_kvcache(**{**paged(2)[0], **change})
-    assert caught.value.argument == argument
-
-
-def test_a_page_table_without_pages_gives_zeros() -> None:
-    given, nothing = paged(2)[0], torch.zeros(2, 0, dtype=torch.int32)
-    lengths = torch.zeros(2, dtype=torch.int32)
-    out = parallax_attn_with_kvcache(**{**given, "page_table": nothing, "cache_seqlens": lengths})
-    assert torch.equal(out, torch.zeros(2, 1, 4, 64))
-
-
-@pytest.mark.parametrize("length", [0, torch.tensor([0, 0], dtype=torch.int32)], ids=["int", "tensor"])
-def test_a_sequence_without_keys_gives_zero(length: Any) -> None:
-    assert torch.equal(parallax_attn_with_kvcache(**cached(), cache_seqlens=length), torch.zeros(2, 1, 4, 64))
+    given = whole()
+    out = torch.full((2, 5, 4, 64), float("nan"))
+    assert parallax_attn_func(**given, softmax_scale=0.3, out=out) is out
+    assert_close(out, reference_forward(**given, softmax_scale=0.3).out, "fp32")
 
 
 def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
@@ -267,30 +193,6 @@ def test_an_unsupported_head_dim_says_which_are(head_dim: int) -> None:
     x = torch.zeros(1, 3, 2, head_dim)
     with pytest.raises(ArgumentError, match=f"q: got head_dim {head_dim}; allowed: a multiple of 8 from 8 to 256"):
         parallax_attn_func(x, x, x, x)
-    with pytest.raises(ArgumentError, match=f"q: got head_dim {head_dim}; allowed: 64 or 128"):
-        parallax_attn_with_kvcache(x[:, :1], x[:, :1], x, x)
-
-
-@pytest.mark.parametrize(
-    ("change", "argument"),
-    [
-        ({"q": torch.zeros(2, 2, 4, 64), "r": torch.zeros(2, 2, 4, 64)}, "q"),
-        ({"k_cache": torch.zeros(2, 7, 3, 64)}, "k_cache"),
-        ({"v_cache": torch.zeros(2, 9, 2, 64)}, "v_cache"),
-        ({"cache_seqlens": 8}, "cache_seqlens"),
-        ({"cache_seqlens": -1}, "cache_seqlens"),
-        ({"cache_seqlens": True}, "cache_seqlens"),
-        ({"cache_seqlens": [1, 2]}, "cache_seqlens"),
-        ({"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens"),
-        ({"cache_seqlens": torch.tensor([1], dtype=torch.int32)}, "cache_seqlens"),
-        ({"cache_seqlens": torch.tensor([1, 0, 2, 0], dtype=torch.int32)[::2]}, "cache_seqlens"),
-        ({"v_cache": torch.zeros(2, 7, 2, 64, requires_grad=True)}, "v_cache"),
-    ],
-)
-def test_a_bad_argument_of_decode_is_named(change: dict[str, Any], argument: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        parallax_attn_with_kvcache(**{**cached(), **change})
-    assert caught.value.argument == argument
 
 
 def test_without_gradients_recorded_inputs_that_need_them_are_fine() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 
 from parallax_gen.codegen.calling import empty_inputs
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.verify import awkward_shape
+from parallax_gen.tuning.verify import awkward_shape, oracle, random_inputs_of
 
 
 @pytest.mark.parametrize("varlen", [False, True])
@@ -25,3 +29,52 @@ def test_the_small_check_compiles_no_kernel_of_its_own(op: str, varlen: bool) ->
     checked, timed = (empty_inputs(spec, sizes, "meta") for sizes in (small, shape))
     assert checked.q.stride(-3) == timed.q.stride(-3)
     assert checked.k.stride(-3) == timed.k.stride(-3)
+
+
+RAGGED = KernelSpec("decode", 96, "bf16", group=2, ragged=True, stats=True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"leftpad": True},
+        {"page_size": 16},
+        {"leftpad": True, "page_size": 48, "cache_dtype": "e4m3"},
+        {"leftpad": True, "cache_dtype": "e5m2"},
+        {"many_queries": True, "causal": True},
+        {"many_queries": True, "causal": True, "window": True, "varlen": True, "leftpad": True, "page_size": 16},
+    ],
+)
+def test_caches_are_poisoned_where_no_key_is_seen(more: dict[str, Any]) -> None:
+    """And nowhere else: what is expected is finite, and moves with every key that is left."""
+    spec = replace(RAGGED, **more)
+    config = default_config(spec, representative(Bucket(32, 128 if spec.many_queries else 1, 4096), 2), GPUS["h200"])
+    shape = awkward_shape(spec, config)
+    assert shape.seqlen_kv % config.BLOCK_N  # type: ignore[union-attr]
+    assert not spec.many_queries or shape.seqlen_q * spec.group > config.BLOCK_H  # type: ignore[union-attr]
+    inputs = random_inputs_of(spec, shape, seed=1, device="cpu")
+    for cache in (inputs.k, inputs.v):
+        assert cache.float().isnan().any()
+    expected = oracle(spec, inputs)
+    assert expected.keys() == {"out", "lse", "t_mean", "v_mean"}
+    assert expected["out"].isfinite().all()
+    assert expected["out"].any()
+    inputs.v = torch.where(inputs.v.float().isnan(), float("nan"), 1.0).to(inputs.v.dtype)
+    assert oracle(spec, inputs)["v_mean"].isfinite().all()
+
+
+@pytest.mark.parametrize("cache_dtype", ["e4m3", "e5m2"])
+def test_scales_are_one_for_all_heads_or_one_for_each(cache_dtype: str) -> None:
+    spec = replace(RAGGED, cache_dtype=cache_dtype)
+    sizes = set()
+    for seed in range(4):
+        inputs = random_inputs_of(spec, awkward_shape(spec, CONFIG), seed=seed, device="cpu")
+        assert inputs.k_scale is not None
+        assert inputs.v_scale is not None
+        assert inputs.k_scale.shape == inputs.v_scale.shape
+        sizes.add(len(inputs.k_scale))
+    assert sizes == {1, 3}
+
+
+CONFIG = default_config(RAGGED, representative(Bucket(32, 1, 4096), 2), GPUS["h200"])

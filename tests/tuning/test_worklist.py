@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from parallax_gen.codegen.render import render
@@ -9,7 +11,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.tuning.tune import Job
 from parallax_gen.tuning.usual import (
     NO_FLAGS,
@@ -126,19 +128,44 @@ def test_every_combination_in_the_order_given() -> None:
     flags = Flags(ragged=True, stats=True)
     jobs = worklist(GPU, ops=("decode",), head_dims=(64, 128), dtypes=("fp16", "bf16"), flags=flags)
     assert len(jobs) == 4 * len(USUAL_SHAPES["decode"])
-    assert all(job.spec.ragged and not job.spec.stats for job in jobs)
+    assert all(job.spec.ragged and job.spec.stats and not job.spec.causal for job in jobs)
     kernels = list(dict.fromkeys((job.spec.head_dim, job.spec.dtype) for job in jobs))
     assert kernels == [(64, "fp16"), (64, "bf16"), (128, "fp16"), (128, "bf16")]
 
 
 def test_flags_go_to_their_ops() -> None:
     for job in worklist(GPU, ops=INFERENCE, flags=Flags(causal=False, stats=True, ragged=True)):
-        forward = job.spec.op == "forward"
-        assert (job.spec.causal, job.spec.stats, job.spec.ragged) == (False, forward, not forward)
+        assert (job.spec.causal, job.spec.stats, job.spec.ragged) == (False, True, job.spec.op == "decode")
     for job in worklist(GPU, ops=(TRAINING,), flags=Flags(varlen=True)):
         assert job.spec.varlen
-    assert {op for op in (*OPS, TRAINING) if takes(op, "window")} == {"forward", "dkdv", "dqdr", TRAINING}
+    assert {op for op in (*OPS, TRAINING) if takes(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
+    assert {op for op in (*OPS, TRAINING) if takes(op, "leftpad")} == {"decode"}
     assert not takes(TRAINING, "stats")
+
+
+@pytest.mark.parametrize(
+    ("queries", "flags", "expected"),
+    [
+        (1, NO_FLAGS, {}),
+        (1, Flags(causal=True), {}),  # which sees every key either way
+        (1, Flags(ragged=True), {"ragged": True}),
+        (1, Flags(stats=True), {"ragged": True, "stats": True}),
+        (1, Flags(leftpad=True), {"ragged": True, "leftpad": True}),
+        (1, Flags(page_size=16), {"ragged": True, "page_size": 16}),
+        (1, Flags(cache_dtype="e5m2"), {"ragged": True, "cache_dtype": "e5m2"}),
+        (1, Flags(window=100), {"ragged": True, "causal": True, "window": True}),
+        (1, Flags(window=4096), {}),  # all keys
+        (1, Flags(varlen=True), {"ragged": True, "causal": True, "many_queries": True, "varlen": True}),
+        (4, NO_FLAGS, {"ragged": True, "causal": True, "many_queries": True}),
+        (4, Flags(causal=False), {"ragged": True, "many_queries": True}),
+        (4, Flags(window=100), {"ragged": True, "causal": True, "many_queries": True, "window": True}),
+    ],
+)
+def test_what_decode_is_asked_for_brings_what_it_needs(queries: int, flags: Flags, expected: dict[str, object]) -> None:
+    asked = Shape(8, 32, 8, queries, 4096)
+    ((spec, shape),) = kernels("decode", 96, "bf16", asked, flags)
+    assert spec == KernelSpec("decode", 96, "bf16", 4, **expected)  # type: ignore[arg-type]
+    assert shape == replace(asked, window=100 if "window" in expected else 0)
 
 
 def test_windows() -> None:
@@ -170,4 +197,6 @@ def test_a_key_is_tuned_once() -> None:
 
 def test_what_no_kernel_can_be_is_refused() -> None:
     with pytest.raises(ArgumentError, match="head_dim"):
-        worklist(GPU, ops=("decode",), head_dims=(96,))
+        worklist(GPU, ops=("decode",), head_dims=(100,))
+    with pytest.raises(ArgumentError, match="cache_dtype"):
+        worklist(GPU, ops=("decode",), dtypes=("fp32",), flags=Flags(cache_dtype="e4m3"))

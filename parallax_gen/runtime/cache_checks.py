@@ -1,0 +1,173 @@
+"""What `parallax_attn_with_kvcache` accepts: every argument looked at before anything is launched, and named."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.spec import LARGEST_HEAD_DIM
+from parallax_gen.runtime.checks import DTYPE_NAMES, FURTHEST_ROW, check_out, is_int
+
+if TYPE_CHECKING:
+    from parallax_gen.runtime.cached import CacheRequest
+
+CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+
+
+def check_cached(
+    asked: CacheRequest,
+    max_seqlen_q: int | None,
+    length: int | None,
+    k_scale: Tensor | float | None,
+    v_scale: Tensor | float | None,
+    out: Tensor | None,
+) -> None:
+    """Whether it can be attended so. Raises ArgumentError at the first argument that won't do.
+
+    length  cache_seqlens, where it is an int
+    """
+    _check_tensors(asked)
+    q, k = asked.q, asked.k_cache
+    packed, paged = asked.cu_seqlens_q is not None, asked.page_table is not None
+    if packed:
+        _check_ints("cu_seqlens_q", asked.cu_seqlens_q, None, q)
+        if not is_int(max_seqlen_q) or max_seqlen_q < 0:  # type: ignore[operator]
+            raise ArgumentError("max_seqlen_q", repr(max_seqlen_q), "an int of 0 or more, with cu_seqlens_q")
+        assert asked.cu_seqlens_q is not None
+        batch = len(asked.cu_seqlens_q) - 1
+    else:
+        if max_seqlen_q is not None:
+            raise ArgumentError("max_seqlen_q", max_seqlen_q, "None, but with cu_seqlens_q")
+        batch = q.shape[0]
+    if not paged and k.shape[0] != batch:
+        raise ArgumentError("k_cache", f"{k.shape[0]} sequences", f"{batch}, as q has")
+    if length is not None and (paged or isinstance(length, bool) or not 0 <= length <= k.shape[1]):
+        allowed = "a tensor of each one's length" if paged else f"0 to {k.shape[1]}, the keys in k_cache"
+        raise ArgumentError("cache_seqlens", f"{length} with a page_table" if paged else length, allowed)
+    for name, lengths in (("cache_seqlens", asked.cache_seqlens), ("cache_leftpad", asked.cache_leftpad)):
+        if lengths is not None:
+            _check_ints(name, lengths, batch, q)
+    if paged:
+        _check_pages(asked, batch)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            _check_cache_scale(name, scale, asked)
+    check_out(out, q)
+
+
+def check_workspace(workspace: object, needed: int, q: Tensor) -> None:
+    """Whether it can be a launch's scratch of so many bytes."""
+    allowed = f"a contiguous uint8 tensor of {needed} bytes or more, zeros at first, on {q.device}"
+    if not isinstance(workspace, Tensor):
+        raise ArgumentError("workspace", type(workspace).__name__, allowed)
+    right = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.device == q.device
+    if not right or workspace.numel() < needed or workspace.data_ptr() % 16:
+        got = f"{workspace.dtype} of shape {tuple(workspace.shape)} on {workspace.device}"
+        raise ArgumentError("workspace", got, allowed)
+
+
+def _check_tensors(asked: CacheRequest) -> None:
+    q = asked.q
+    packed, paged = asked.cu_seqlens_q is not None, asked.page_table is not None
+    rows = ("total_q", "heads", "head_dim") if packed else ("batch", "seqlen_q", "heads", "head_dim")
+    keys = ("pages", "page_size") if paged else ("batch", "seqlen")
+    layouts = {"q": rows, "r": rows, "k_cache": (*keys, "kv_heads", "head_dim")}
+    layouts["v_cache"] = layouts["k_cache"]
+    for name, layout in layouts.items():
+        tensor = getattr(asked, name)
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(name, type(tensor).__name__, "a tensor")
+        if tensor.dim() != len(layout):
+            allowed = f"{len(layout)} dimensions: ({', '.join(layout)})"
+            raise ArgumentError(name, f"shape {tuple(tensor.shape)}", allowed)
+        if tensor.device != q.device:
+            raise ArgumentError(name, f"on {tensor.device}", f"on {q.device}, where q is")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ArgumentError(name, f"strides {tensor.stride()}", "a contiguous last dimension (stride 1)")
+        if tensor.stride(-3) > FURTHEST_ROW:
+            raise ArgumentError(name, f"{tensor.stride(-3)} elements from row to row", f"at most {FURTHEST_ROW}")
+    if q.device.type not in ("cuda", "cpu"):
+        raise ArgumentError("q", f"on {q.device}", "a CUDA or CPU tensor")
+    _check_dtypes(asked)
+    heads, head_dim = q.shape[-2:]
+    if head_dim % 8 or not 0 < head_dim <= LARGEST_HEAD_DIM:
+        raise ArgumentError("q", f"head_dim {head_dim}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
+    if asked.r.shape != q.shape:
+        raise ArgumentError("r", f"shape {tuple(asked.r.shape)}", f"{tuple(q.shape)}, q's shape")
+    k, v = asked.k_cache, asked.v_cache
+    if k.shape[3] != head_dim:
+        raise ArgumentError("k_cache", f"head_dim {k.shape[3]}", f"{head_dim}, as q has")
+    if k.shape[2] == 0 or heads == 0 or heads % k.shape[2]:
+        raise ArgumentError("k_cache", f"{k.shape[2]} kv heads", f"a divisor of q's {heads} heads")
+    if v.shape != k.shape:
+        raise ArgumentError("v_cache", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k_cache")
+    if paged and _strides(v) != _strides(k):
+        raise ArgumentError("v_cache", f"strides {v.stride()}", f"{k.stride()}, as k_cache has, with a page_table")
+    for name, cache in (("k_cache", k), ("v_cache", v)):
+        odd = any(stride % 2 for stride in _strides(cache)[:-1]) or cache.storage_offset() % 2
+        if cache.dtype in CACHE_DTYPE_NAMES and odd:  # kernels take its numbers two by two
+            raise ArgumentError(name, f"strides {cache.stride()} from {cache.storage_offset()}", "even ones, in 8 bits")
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Those that matter: where a dimension has one place, its stride may be anything."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+def _check_dtypes(asked: CacheRequest) -> None:
+    q = asked.q
+    if q.dtype not in DTYPE_NAMES:
+        raise ArgumentError("q", q.dtype, ", ".join(DTYPE_NAMES.values()))
+    if asked.r.dtype != q.dtype:
+        raise ArgumentError("r", asked.r.dtype, f"{q.dtype}, as q has")
+    eight_bits = asked.k_cache.dtype in CACHE_DTYPE_NAMES and q.dtype != torch.float32
+    if asked.k_cache.dtype != q.dtype and not eight_bits:
+        allowed = f"{q.dtype}, as q has" + (", or " * (q.dtype != torch.float32))
+        allowed += " or ".join(map(str, CACHE_DTYPE_NAMES)) * (q.dtype != torch.float32)
+        raise ArgumentError("k_cache", asked.k_cache.dtype, allowed)
+    if asked.v_cache.dtype != asked.k_cache.dtype:
+        raise ArgumentError("v_cache", asked.v_cache.dtype, f"{asked.k_cache.dtype}, as k_cache has")
+
+
+def _check_cache_scale(name: str, scale: Tensor | float, asked: CacheRequest) -> None:
+    kv_heads, device = asked.k_cache.shape[2], asked.q.device
+    if asked.k_cache.dtype not in CACHE_DTYPE_NAMES:
+        raise ArgumentError(name, repr(scale), f"None with a cache of {asked.k_cache.dtype}")
+    allowed = f"a number greater than 0, or an fp32 tensor of shape (1,) or ({kv_heads},), contiguous, on {device}"
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ArgumentError(name, repr(scale), allowed)
+        return
+    right = scale.dtype == torch.float32 and tuple(scale.shape) in ((1,), (kv_heads,)) and scale.is_contiguous()
+    if not right or scale.device != device:
+        raise ArgumentError(name, f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}", allowed)
+
+
+def _check_pages(asked: CacheRequest, batch: int) -> None:
+    page_table, q = asked.page_table, asked.q
+    allowed = f"an int32 tensor of shape ({batch}, pages of a sequence at the most) on {q.device}"
+    if not isinstance(page_table, Tensor):
+        raise ArgumentError("page_table", type(page_table).__name__, allowed)
+    right = page_table.dtype == torch.int32 and page_table.dim() == 2 and page_table.shape[0] == batch
+    if not right or page_table.device != q.device or page_table.stride(1) != 1:
+        got = f"{page_table.dtype} of shape {tuple(page_table.shape)}, strides {page_table.stride()}"
+        raise ArgumentError("page_table", f"{got}, on {page_table.device}", f"{allowed}, its rows contiguous")
+    if asked.cache_seqlens is None:
+        raise ArgumentError("cache_seqlens", "None with a page_table", "each sequence's length, a tensor")
+
+
+def _check_ints(name: str, given: object, size: int | None, q: Tensor) -> None:
+    shape = "(batch + 1,)" if size is None else f"({size},)"
+    allowed = (
+        "an int, or " * (name == "cache_seqlens")
+    ) + f"an int32 tensor of shape {shape}, contiguous, on {q.device}"
+    if not isinstance(given, Tensor):
+        raise ArgumentError(name, type(given).__name__, allowed)
+    right = given.dtype == torch.int32 and given.dim() == 1 and given.shape[0] > 0
+    right = right and (size is None or given.shape[0] == size)
+    if (not right and size != 0) or not given.is_contiguous() or given.device != q.device:
+        raise ArgumentError(name, f"{given.dtype} of shape {tuple(given.shape)} on {given.device}", allowed)

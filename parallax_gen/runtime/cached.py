@@ -1,0 +1,275 @@
+"""Attention against a KV cache, as an inference engine calls it: on CUDA by one kernel, on the CPU by the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallax_gen.codegen.calling import in_pairs, sizes_of
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.cached import reference_cached_forward
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.attention import copy_into, fill_unseen, rounds_to_tf32, stats_shape
+from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, check_workspace
+from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
+from parallax_gen.runtime.states import State
+from parallax_gen.runtime.workspace import bytes_of
+
+
+class CacheRequest(NamedTuple):
+    """Attention against a cache, as a caller asks for it: arguments of `parallax_attn_with_kvcache`."""
+
+    q: Tensor
+    r: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_seqlens: Tensor | None
+    page_table: Tensor | None
+    cache_leftpad: Tensor | None
+    cu_seqlens_q: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    max_seqlen_q: int
+    causal: bool
+    window_size: int | None
+    softmax_scale: float | None
+
+
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    out: Tensor | None = None,
+    return_state: bool = False,
+    workspace: Tensor | None = None,
+) -> Tensor | State:
+    """Parallax attention of new queries over their sequences' cached keys: a decode step, or a prompt's next chunk.
+
+    q, r              (batch, seqlen_q, heads, head_dim), bf16, fp16 or fp32; head_dim a multiple of 8 up to 256. With
+                      cu_seqlens_q (total_q, heads, head_dim). The keys of these very tokens are in the cache already:
+                      a sequence's last query is at its last key
+    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), or (pages, page_size, kv_heads, head_dim) with a page_table,
+                      of any page_size; heads is a multiple of kv_heads. Of q's dtype, or both float8_e4m3fn or both
+                      float8_e5m2 beside bf16 or fp16 queries
+    cache_seqlens     (batch,) int32 on the same device: how many keys of each sequence count, 0 to seqlen; an int
+                      for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
+                      of length 0 gives 0
+    page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
+                      order; entries behind its length may be anything. Needs cache_seqlens, a tensor
+    cache_leftpad     (batch,) int32 on the same device: each sequence's first key, which cache_seqlens counts from 0
+                      all the same. What lies before is never read
+    cu_seqlens_q      (batch + 1,) int32 on the same device: sequence b has the rows cu_seqlens_q[b] up to
+                      cu_seqlens_q[b + 1] of q and r, and may have none. Rows past the last are not written
+    max_seqlen_q      with cu_seqlens_q: at least the longest sequence's queries, and not much more
+    causal            of many queries, each sees keys up to its own position. A single query sees them all, either way
+    window_size       with causal: a query sees this many keys at the most, its position's and those right before
+    softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    k_scale, v_scale  of caches in eight bits: what stored numbers are to be multiplied by, (1,) or (kv_heads,) fp32 on
+                      the same device, or a number; 1 by default
+    out               where to write, like q; made if not given
+    return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` joins with that over other keys
+    workspace         scratch of at least `kvcache_workspace_size` bytes: torch.zeros(bytes, dtype=torch.uint8) on the
+                      same device, which each launch leaves as it found it where it matters. One for every stream that
+                      runs by itself. By default it is the library's own: one a stream, and one a captured launch
+
+    Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
+    for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
+    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula. Raises
+    ArgumentError, naming the argument.
+    """
+    asked, plan = _planned(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
+        window_size, softmax_scale, k_scale, v_scale, out, return_state,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and (
+        q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    ):
+        named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
+        name = next(name for name, x in named if x.requires_grad)
+        allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
+        raise ArgumentError(name, "a tensor that needs gradients", allowed)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    found: tuple[Tensor, ...] = (out,)
+    if return_state:
+        lse, t_mean = (torch.empty(stats_shape(q), dtype=torch.float32, device=q.device) for _ in range(2))
+        found = (out, lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
+    if isinstance(plan, LaunchPlan):
+        if workspace is not None:
+            check_workspace(workspace, bytes_of(plan.scratch), q)
+        plan.launch(_tensors_of(asked, found), workspace=workspace)
+    elif plan.nothing_seen:
+        fill_unseen(found)
+    else:
+        copy_into(found, reference_cached_forward(*asked[:4], **_options(asked)))
+    return State(*found) if return_state else out
+
+
+def kvcache_workspace_size(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    return_state: bool = False,
+) -> int:
+    """Bytes of workspace that `parallax_attn_with_kvcache` needs with these arguments; 0 where it needs none.
+
+    It depends on the tensors' sizes, never on what they hold. Raises ArgumentError, as that does.
+    """
+    _, plan = _planned(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
+        window_size, softmax_scale, k_scale, v_scale, None, return_state,
+    )  # fmt: skip
+    return bytes_of(plan.scratch) if isinstance(plan, LaunchPlan) else 0
+
+
+_plans: Plans[LaunchPlan | HostPlan] = Plans()
+
+
+def _planned(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int | None,
+    page_table: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+    causal: bool,
+    window_size: int | None,
+    softmax_scale: float | None,
+    k_scale: Tensor | float | None,
+    v_scale: Tensor | float | None,
+    out: Tensor | None,
+    return_state: bool,
+) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
+    """The request, with tensors for all that the kernel reads, and its plan."""
+    check_flag("return_state", return_state)
+    check_numbers_of(causal, window_size, softmax_scale)
+    length = None
+    if isinstance(cache_seqlens, int):
+        length, cache_seqlens = cache_seqlens, None
+    asked = CacheRequest(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, None, None,
+        0 if max_seqlen_q is None else max_seqlen_q, causal, window_size, softmax_scale,
+    )  # fmt: skip
+    key = None
+    try:
+        scales = [x if isinstance(x, Tensor) else None for x in (k_scale, v_scale)]
+        # With their types, for True is 1 as a key.
+        numbers = [(type(x), x) for x in (max_seqlen_q, length, k_scale, v_scale) if not isinstance(x, Tensor)]
+        key = (key_of(*asked[:8], out, *scales), asked[11:], *numbers, return_state, rounds_to_tf32(q))
+        plan = _plans[key]
+    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
+        check_cached(asked, max_seqlen_q, length, k_scale, v_scale, out)
+        plan = None
+    if length is not None:
+        asked = asked._replace(k_cache=k_cache[:, :length], v_cache=v_cache[:, :length])
+    if k_cache.dtype in CACHE_DTYPE_NAMES:
+        k_scale, v_scale = (1.0 if x is None else x for x in (k_scale, v_scale))
+        asked = asked._replace(k_scale=_on_device(k_scale, asked), v_scale=_on_device(v_scale, asked))
+    if plan is None:
+        plan = _plan(asked, return_state)
+        _plans.remember(key, plan)
+    if isinstance(plan, LaunchPlan) and plan.ragged and cache_seqlens is None:
+        batch, seqlen = asked.k_cache.shape[:2]
+        lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=q.device)
+        asked = asked._replace(cache_seqlens=lengths)
+    return asked, plan
+
+
+def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
+    q, k = asked.q, asked.k_cache
+    page_size = 0 if asked.page_table is None else k.shape[1]
+    seqlen = k.shape[1] if asked.page_table is None else page_size * asked.page_table.shape[1]
+    batch, seqlen_q = (k.shape[0], q.shape[1]) if asked.cu_seqlens_q is None else (0, asked.max_seqlen_q)
+    if asked.cu_seqlens_q is not None:
+        batch = len(asked.cu_seqlens_q) - 1
+    elif asked.page_table is not None:
+        batch = q.shape[0]
+    host = HostPlan(nothing_seen=True) if 0 in (seqlen, seqlen_q) else host_plan(q, k)
+    if host is not None:
+        return host
+    heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
+    packed = asked.cu_seqlens_q is not None
+    many = packed or seqlen_q > 1
+    # A window that holds all keys is none: no kernel of its own.
+    window = 0 if asked.window_size is None or asked.window_size >= seqlen else asked.window_size
+    spec = KernelSpec(
+        "decode",
+        head_dim,
+        "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype],
+        group=heads // kv_heads,
+        causal=window > 0 or (many and asked.causal),
+        stats=state,
+        ragged=many
+        or state
+        or window > 0
+        or k.dtype in CACHE_DTYPE_NAMES
+        or asked.cache_seqlens is not None
+        or asked.cache_leftpad is not None,
+        window=window > 0,
+        varlen=packed,
+        page_size=page_size,
+        leftpad=asked.cache_leftpad is not None,
+        many_queries=many,
+        cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
+    )
+    scale = head_dim**-0.5 if asked.softmax_scale is None else asked.softmax_scale
+    numbers = (scale, *sizes_of(spec, window, seqlen_q, 0))
+    return plan_launch(spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen, window), numbers, q.device.index)
+
+
+def _tensors_of(asked: CacheRequest, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In the order of the kernel's `launch`."""
+    others = (
+        asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table, asked.k_scale, asked.v_scale
+    )  # fmt: skip
+    k, v = asked.k_cache, asked.v_cache
+    if asked.k_scale is not None:
+        k, v = in_pairs(k), in_pairs(v)
+    return (asked.q, asked.r, k, v, *found, *[x for x in others if x is not None])
+
+
+def _options(asked: CacheRequest) -> dict[str, Any]:
+    return {name: value for name, value in asked._asdict().items() if name not in _NOT_OF_THE_REFERENCE}
+
+
+_NOT_OF_THE_REFERENCE: frozenset[Hashable] = frozenset(("q", "r", "k_cache", "v_cache", "max_seqlen_q"))
+
+
+def _on_device(scale: Tensor | float, asked: CacheRequest) -> Tensor:
+    """One for every kv head, whichever way it was given: k_scale and v_scale are of one size."""
+    kv_heads, device = asked.k_cache.shape[2], asked.q.device
+    if not isinstance(scale, Tensor):
+        return torch.full((kv_heads,), scale, dtype=torch.float32, device=device)
+    return scale if scale.shape[0] == kv_heads else scale.expand(kv_heads).contiguous()

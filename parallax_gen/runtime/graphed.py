@@ -1,0 +1,54 @@
+"""A decode step's attention as a CUDA graph: captured once, replayed while lengths, pages and queries change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.runtime.cached import kvcache_workspace_size, parallax_attn_with_kvcache
+from parallax_gen.runtime.states import State
+
+
+class GraphedDecode:
+    """`parallax_attn_with_kvcache` of these very tensors, captured.
+
+    Every call launches what was captured, on the current stream, and returns the same output tensors, written anew.
+    It reads q, r, the caches, cache_seqlens, page_table and whatever else was given where they lie: write the next
+    step's into them. Sizes stay as they are; lengths, pages and where queries begin may change from step to step. It
+    has a workspace of its own, so that several may run at once.
+
+    An engine that captures its whole step calls `parallax_attn_with_kvcache` in its own capture instead.
+    """
+
+    def __init__(self, q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, **arguments: Any):
+        """arguments: those of `parallax_attn_with_kvcache`, but for workspace. Raises ArgumentError, as that does."""
+        if "workspace" in arguments:
+            raise ArgumentError("workspace", "a tensor", "none: a GraphedDecode has its own")
+        sizes = {name: value for name, value in arguments.items() if name != "out"}
+        needed = kvcache_workspace_size(q, r, k_cache, v_cache, **sizes)
+        if not q.is_cuda:
+            raise ArgumentError("q", f"on {q.device}", "a CUDA tensor: graphs are of CUDA launches")
+        self.q, self.r = q, r
+        self._kept = (k_cache, v_cache, arguments)  # alive as long as the graph is
+        self._workspace = torch.zeros(needed, dtype=torch.uint8, device=q.device) if needed else None
+        arguments = {**arguments, "workspace": self._workspace}
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(q.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # whatever the first launch compiles and allocates
+                parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(self._graph):
+                self._found = parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
+
+    def __call__(self, q: Tensor | None = None, r: Tensor | None = None) -> Tensor | State:
+        """The output, or State, of the next step. q, r: copied to where the graph reads them; None: they are there."""
+        for own, new in ((self.q, q), (self.r, r)):
+            if new is not None:
+                own.copy_(new)
+        self._graph.replay()
+        return self._found

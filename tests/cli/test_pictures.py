@@ -1,0 +1,46 @@
+"""`bench --picture`: which ratios are drawn, that a file comes of it, and what is said without matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from parallax_gen.cli.compare import Row
+from parallax_gen.cli.pictures import draw, ratios_of
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+SPEC = KernelSpec("decode", 128, "bf16")
+
+
+def row(contender: str, shape: Shape, time_us: float | None) -> Row:
+    return Row(contender, "decode", "decode", SPEC, shape, time_us)
+
+
+ONE, TWO = Shape(1, 8, 8, 1, 1024), Shape(2, 4, 4, 1, 1024)  # of one size: 8 kv rows, 1024 keys
+LONG = Shape(1, 8, 8, 1, 4096)
+ROWS = [
+    *(row("parallax_gen", shape, 10.0) for shape in (ONE, TWO, LONG)),
+    *(row("other", shape, time) for shape, time in ((ONE, 20.0), (TWO, 15.0), (LONG, 30.0))),
+    *(row("absent", shape, None) for shape in (ONE, TWO, LONG)),
+]
+
+
+def test_ratios_are_by_size_the_least_of_each_and_of_those_that_ran() -> None:
+    assert ratios_of(ROWS) == {"other": {(8, 1024): 1.5, (8, 4096): 3.0}}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_a_picture_is_written(tmp_path: Path) -> None:
+    draw(tmp_path / "grid.png", ROWS, "a card")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(click.UsageError, match=r"pip install 'parallax-gen\[pictures\]'"):
+        draw(tmp_path / "grid.png", ROWS, "a card")

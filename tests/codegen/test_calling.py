@@ -1,0 +1,102 @@
+"""What a launch is given: scratch of the size that its grid implies, and tensors as kernels take them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.calling import Scratch, empty_inputs, in_pairs, prepare, scratch_of
+from parallax_gen.codegen.render import render
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+GPU = GPUS["h200"]
+RAGGED = KernelSpec("decode", 64, "fp16", ragged=True)
+MANY = replace(RAGGED, many_queries=True, group=3)
+CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
+
+
+class Seen:
+    """A kernel that keeps the grid it would be launched on."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grid = grid
+        return lambda *_, **__: None
+
+
+def grid_of(spec: KernelSpec, config: DecodeConfig, shape: Shape) -> tuple[int, ...]:
+    module, seen = load(render(spec, config, GPU)), Seen()
+    kernel = module.ragged_kernel
+    module.ragged_kernel = seen  # type: ignore[attr-defined]
+    try:
+        module.launch(*prepare(spec, config, empty_inputs(spec, shape, "cpu")).arguments(1.0))
+    finally:
+        module.ragged_kernel = kernel  # type: ignore[attr-defined]
+    return seen.grid
+
+
+@pytest.mark.parametrize(
+    ("spec", "block_h", "shape", "tiles", "groups", "rows"),
+    [
+        (RAGGED, 8, Shape(5, 2, 2, 1, 100), 5, 1, 1),
+        (RAGGED, 8, Shape(33, 2, 2, 1, 100), 33, 1, 1),
+        (replace(RAGGED, group=4), 8, Shape(5, 8, 2, 1, 100), 5, 1, 4),
+        (replace(RAGGED, group=12), 8, Shape(5, 24, 2, 1, 100), 5, 2, 8),
+        (replace(RAGGED, group=12), 16, Shape(5, 24, 2, 1, 100), 5, 1, 12),
+        (replace(RAGGED, head_dim=40, group=4, page_size=16), 8, Shape(5, 8, 2, 1, 100), 5, 1, 4),
+        (MANY, 8, Shape(5, 6, 2, 7, 100), 15, 1, 8),  # 21 (query, head) pairs a sequence
+        (MANY, 64, Shape(5, 6, 2, 7, 100), 5, 1, 64),
+        (replace(MANY, varlen=True), 16, Shape(5, 6, 2, 7, 100), 10, 1, 16),
+        (replace(MANY, varlen=True, stats=True, cache_dtype="e4m3"), 16, Shape(1, 3, 1, 1, 100), 1, 1, 16),
+    ],
+)
+@pytest.mark.parametrize("splits", [1, 3, 16])
+def test_a_ragged_launch_has_a_slot_for_every_program(
+    spec: KernelSpec, block_h: int, shape: Shape, tiles: int, groups: int, rows: int, splits: int
+) -> None:
+    """Tiles that share out all keys among them have so many splits each, and an eighth of one; of each of `groups`."""
+    config = replace(CONFIG, BLOCK_H=block_h, NUM_SPLITS=splits)
+    programs = groups * (tiles * splits + -(-tiles // 8)) * shape.kv_heads
+    assert grid_of(spec, config, shape) == (programs,)
+    found = scratch_of(spec, config, shape.batch, shape.kv_heads, shape.seqlen_q)
+    assert found == Scratch(partials=programs * rows * (2 * spec.head_dim + 4), arrived=programs)
+
+
+def test_what_is_prepared_is_what_is_needed() -> None:
+    spec, shape = replace(MANY, varlen=True), Shape(5, 6, 2, 7, 100)
+    partials, arrived = prepare(spec, CONFIG, empty_inputs(spec, shape, "cpu")).scratch
+    needed = scratch_of(spec, CONFIG, 5, 2, 7)
+    assert (partials.numel(), arrived.numel()) == (needed.partials, needed.arrived)
+    assert (partials.dtype, arrived.dtype) == (torch.float32, torch.int32)
+    assert not arrived.any()
+
+
+def test_a_launch_that_merges_nothing_needs_no_scratch() -> None:
+    unsplit = replace(CONFIG, NUM_SPLITS=1, merge="none")
+    assert scratch_of(KernelSpec("decode", 64, "fp16"), unsplit, 5, 2) == Scratch()
+    assert scratch_of(KernelSpec("forward", 64, "fp16"), ForwardConfig(64, 32, 1, 4, 2), 5, 2) == Scratch()
+    assert scratch_of(RAGGED, replace(CONFIG, NUM_SPLITS=1), 5, 2) != Scratch()  # one on the average
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
+def test_a_cache_in_eight_bits_is_taken_two_by_two(name: str, dtype: torch.dtype) -> None:
+    spec = replace(RAGGED, cache_dtype=name)
+    inputs = empty_inputs(spec, Shape(3, 2, 2, 1, 5), "cpu")
+    assert inputs.k.dtype == inputs.v.dtype == dtype
+    q, r, k, v, *_ = prepare(spec, CONFIG, inputs).arguments(1.0)
+    assert q.dtype == r.dtype == torch.float16  # type: ignore[attr-defined]
+    assert k.dtype == v.dtype == torch.int16  # type: ignore[attr-defined]
+    assert k.shape == (3, 5, 2, 32)  # type: ignore[attr-defined]
+    assert k.data_ptr() == inputs.k.data_ptr()  # type: ignore[attr-defined]
+
+
+def test_the_first_of_a_pair_is_the_lower_byte() -> None:
+    numbers = torch.tensor([1.0, -2.0, 0.5, 448.0]).to(torch.float8_e4m3fn)
+    bits = numbers.view(torch.uint8).tolist()
+    assert [pair & 0xFFFF for pair in in_pairs(numbers).tolist()] == [bits[0] + 256 * bits[1], bits[2] + 256 * bits[3]]

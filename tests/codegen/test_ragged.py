@@ -1,0 +1,267 @@
+"""Kernels of sequences of their own lengths in Triton's CPU interpreter, on sequences that were cut by hand.
+
+tests/codegen/test_interpreter.py draws any such kernel; here are the cases that draws seldom hit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from caches import Part, attended, cut, of_one_kv_head, put_together, whole
+from torch import Tensor
+
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.calling import Call, Inputs
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import verify
+
+# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
+
+GPU = GPUS["h200"]
+CONFIG = DecodeConfig(BLOCK_N=16, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=1, num_stages=2)
+ONE = KernelSpec("decode", 16, "fp16", group=2, ragged=True, stats=True)
+MANY = replace(ONE, many_queries=True, causal=True)
+PACKED = replace(MANY, varlen=True)
+WINDOW = replace(PACKED, window=True)
+CACHES = {"": None, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+SCALES = {"k_scale": torch.tensor([0.5, 2.0]), "v_scale": torch.tensor([3.0, 0.25])}
+
+# One long sequence among short ones, some without keys.
+SKEWED = (0, 3, 500, 0, 40)
+
+
+def parts_of(spec: KernelSpec, lengths: tuple[int, ...], queries: Any = 1) -> list[Part]:
+    return cut(lengths, queries, torch.float16, CACHES[spec.cache_dtype])
+
+
+def inputs_of(spec: KernelSpec, parts: list[Part], window: int = 0, **layout: Any) -> Inputs:
+    given = put_together(parts, packed=spec.varlen, page_size=spec.page_size, **layout)
+    given["k"], given["v"] = given.pop("k_cache"), given.pop("v_cache")
+    scales = SCALES if spec.cache_dtype else {}
+    return Inputs(**given, **scales, window_size=window)
+
+
+def expected_of(spec: KernelSpec, parts: list[Part], window: int = 0) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"causal": spec.causal, "window_size": window or None}
+    options |= SCALES if spec.cache_dtype else {}
+    return whole(attended(parts, **options), packed=spec.varlen)._asdict()
+
+
+def launch(source: KernelSource, call: Call) -> None:
+    load(source).launch(*call.arguments(verify.softmax_scale(call.spec)))
+
+
+def check(spec: KernelSpec, config: DecodeConfig, parts: list[Part], *, window: int = 0, before: Any = None) -> None:
+    """Twice on the same scratch, the second time with the sequences in reverse: all is right, and counters are 0.
+
+    The interpreter runs programs one by one: many sequences, or many tiles, have one kv head here.
+    """
+    source = render(spec, config, GPU)
+    layout = {} if before is None else {"before": before}
+    call = verify.poisoned(spec, config, inputs_of(spec, parts, window, **layout))
+    partials, arrived = call.scratch
+    around = partials.new_full((partials.numel() + 64,), 7.0), arrived.new_full((arrived.numel() + 64,), 7)
+    around[1][:-64] = 0
+    call.scratch = around[0][:-64].fill_(float("nan")), around[1][:-64]
+    launch(source, call)
+    assert verify.judge(call, expected_of(spec, parts, window)).wrong is None
+    parts = parts[::-1]
+    call.inputs = inputs_of(spec, parts, window, **{name: starts[::-1] for name, starts in layout.items()})
+    for tensor in call.written.values():
+        tensor.fill_(float("nan"))
+    launch(source, call)
+    assert verify.judge(call, expected_of(spec, parts, window)).wrong is None
+    assert not call.scratch[1].any()
+    assert all((x[-64:] == 7).all() for x in around)  # what lies behind the scratch is nobody's
+
+
+@pytest.mark.parametrize(("splits", "page_size"), [(1, 0), (3, 0), (16, 0), (3, 16), (3, 48)])
+def test_one_long_sequence_among_short_ones(splits: int, page_size: int) -> None:
+    spec = replace(ONE, page_size=page_size)
+    parts = parts_of(spec, SKEWED)
+    check(spec, replace(CONFIG, NUM_SPLITS=splits), of_one_kv_head(parts) if splits > 3 else parts)
+
+
+def test_a_long_sequence_has_many_programs_and_short_ones_have_one_each() -> None:
+    """Which slots of the partials are written says who worked: 32 of 36 blocks are the long sequence's."""
+    spec, config = replace(ONE, stats=False), replace(CONFIG, NUM_SPLITS=3)
+    call = verify.poisoned(spec, config, inputs_of(spec, parts_of(spec, SKEWED)))
+    launch(render(spec, config, GPU), call)
+    slots = call.scratch[0].view(-1, 2, spec.group * (2 * spec.head_dim + 4))  # by slot and kv head
+    used = (~slots.isnan()).any(dim=-1)
+    assert torch.equal(used[:, 0], used[:, 1])
+    long_one = int(used[:, 0].sum())  # the others finish what they have themselves
+    assert torch.equal(used[:, 0].nonzero().flatten(), torch.arange(2, 2 + long_one))  # behind those of two others
+    assert 6 <= long_one <= 8  # its share of what are two for each sequence, and one to spare
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch"), [(replace(ONE, stats=False), 131), (PACKED, 67)], ids=["one query", "packed"]
+)
+def test_more_sequences_than_are_looked_at_at_a_time(spec: KernelSpec, batch: int) -> None:
+    """One in forty has keys enough for several programs; every third of those that are packed has no query."""
+    lengths = tuple(b % 7 if b % 40 else 400 + b for b in range(batch))
+    queries = [b % 3 for b in range(batch)] if spec.varlen else 1
+    config = replace(CONFIG, NUM_SPLITS=1)
+    parts = of_one_kv_head(parts_of(spec, lengths, queries))
+    call = verify.poisoned(spec, config, inputs_of(spec, parts))
+    launch(render(spec, config, GPU), call)
+    assert verify.judge(call, expected_of(spec, parts)).wrong is None
+    assert not call.scratch[0].isnan().all()  # some were split
+
+
+@pytest.mark.parametrize("splits", [1, 3, 16])
+def test_many_queries_of_some_sequences_and_none_of_others(splits: int) -> None:
+    """The fourth has more queries than keys; the last has no key."""
+    parts = parts_of(PACKED, (300, 9, 40, 5, 0), (3, 0, 4, 7, 2))
+    check(PACKED, replace(CONFIG, NUM_SPLITS=splits), of_one_kv_head(parts) if splits > 1 else parts)
+
+
+def test_no_sequence_has_a_query() -> None:
+    parts = parts_of(PACKED, (30, 9), (0, 0))
+    inputs = inputs_of(PACKED, parts)
+    inputs.max_seqlen_q = 4
+    call = verify.poisoned(PACKED, CONFIG, inputs)
+    launch(render(PACKED, CONFIG, GPU), call)
+    assert not call.scratch[1].any()
+    assert call.scratch[0].isnan().all()
+
+
+def test_rows_past_the_last_sequence_are_not_written() -> None:
+    parts = parts_of(PACKED, (300, 9), (3, 2))
+    inputs = inputs_of(PACKED, parts)
+    for name in ("q", "r"):
+        setattr(inputs, name, torch.cat([getattr(inputs, name), torch.ones(4, 4, 16, dtype=torch.float16)]))
+    call = verify.poisoned(PACKED, CONFIG, inputs)
+    launch(render(PACKED, CONFIG, GPU), call)
+    assert call.out[5:].isnan().all()
+    assert call.written["lse"][:, 5:].isnan().all()
+    expected = expected_of(PACKED, parts)
+    call.written = {name: x[..., :5] if name in ("lse", "t_mean") else x[:5] for name, x in call.written.items()}
+    assert verify.judge(call, expected).wrong is None
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["causal", "full"])
+@pytest.mark.parametrize("block_h", [8, 16])
+def test_queries_of_one_length_each(block_h: int, full: bool) -> None:
+    """10 pairs of a query and a head: a tile and a bit, or most of one."""
+    spec = replace(MANY, causal=not full)
+    check(spec, replace(CONFIG, BLOCK_H=block_h), of_one_kv_head(parts_of(spec, (0, 3, 200, 33), 5)))
+
+
+@pytest.mark.parametrize(("window", "page_size"), [(1, 0), (20, 0), (20, 16), (1, 48)])
+def test_windows(window: int, page_size: int) -> None:
+    spec = replace(WINDOW, page_size=page_size)
+    parts = parts_of(spec, (300, 9, 40, 5, 0), (3, 1, 4, 7, 2))
+    check(spec, CONFIG, of_one_kv_head(parts), window=window)
+
+
+@pytest.mark.parametrize("window", [1, 20])
+def test_a_window_of_a_single_query(window: int) -> None:
+    spec = replace(ONE, causal=True, window=True)
+    check(spec, CONFIG, of_one_kv_head(parts_of(spec, SKEWED)), window=window)
+
+
+@pytest.mark.parametrize("page_size", [0, 16, 48], ids=["", "pages of 16", "pages of 48"])
+@pytest.mark.parametrize("spec", [ONE, WINDOW], ids=["one query", "packed queries, a window"])
+def test_left_padding(spec: KernelSpec, page_size: int) -> None:
+    spec = replace(spec, leftpad=True, page_size=page_size)
+    queries = (3, 1, 0, 7) if spec.varlen else 1
+    window = 20 if spec.window else 0
+    parts = of_one_kv_head(parts_of(spec, (200, 9, 17, 5), queries))
+    check(spec, CONFIG, parts, before=(5, 31, 48, 100), window=window)
+
+
+@pytest.mark.parametrize("page_size", [0, 16, 48], ids=["", "pages of 16", "pages of 48"])
+def test_left_padding_past_the_end_leaves_no_key(page_size: int) -> None:
+    """All that there is is poison, and no table says where it is."""
+    spec = replace(ONE, leftpad=True, page_size=page_size)
+    inputs = inputs_of(spec, parts_of(spec, (0, 0, 0)), before=(3, 20, 50))
+    assert inputs.cache_leftpad is not None
+    inputs.cache_leftpad += torch.tensor([0, 1, 10**6], dtype=torch.int32)
+    call = verify.poisoned(spec, CONFIG, inputs)
+    launch(render(spec, CONFIG, GPU), call)
+    assert (call.out == 0).all()
+    assert (call.written["v_mean"] == 0).all()
+    assert (call.written["t_mean"] == 0).all()
+    assert (call.written["lse"] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("cache", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("spec", [ONE, replace(ONE, page_size=16), WINDOW], ids=["one query", "pages", "window"])
+def test_caches_in_eight_bits(spec: KernelSpec, cache: str) -> None:
+    """head_dim 16, which tiles of pairs pad to 32; a scale for each kv head."""
+    spec = replace(spec, cache_dtype=cache)
+    parts = parts_of(spec, (200, 9, 17, 0), (3, 1, 0, 5) if spec.varlen else 1)
+    check(spec, replace(CONFIG, NUM_SPLITS=2), parts, window=20 if spec.window else 0)
+
+
+@pytest.mark.parametrize("cache", ["e4m3", "e5m2"])
+def test_every_number_of_eight_bits_is_read_as_it_is(cache: str) -> None:
+    """A sequence of one key gives its value: 254 sequences' worth, subnormal ones and both zeros among them."""
+    spec = replace(ONE, stats=False, cache_dtype=cache, group=1)
+    numbers = torch.arange(256, dtype=torch.uint8).view(CACHES[cache])
+    numbers = numbers[numbers.float().isfinite()]
+    rows = -(-len(numbers) // 16)
+    v = torch.zeros(rows * 16, dtype=torch.uint8).view(CACHES[cache])
+    v[: len(numbers)] = numbers
+    draw = torch.Generator().manual_seed(1)
+    q = torch.randn(rows, 1, 1, 16, generator=draw).to(torch.float16)
+    inputs = Inputs(q, q / 8, torch.zeros_like(v).view(rows, 1, 1, 16), v.view(rows, 1, 1, 16))
+    inputs.cache_seqlens = torch.ones(rows, dtype=torch.int32)
+    inputs.k_scale, inputs.v_scale = torch.ones(1), torch.ones(1)
+    call = verify.poisoned(spec, CONFIG, inputs)
+    launch(render(spec, CONFIG, GPU), call)
+    assert torch.equal(call.out.flatten().float(), v.float())
+
+
+# Wrong kernels, to see that the checks above can fail: what to change, in which kernel, on which sequences.
+SEQUENCES = ((200, 9, 40, 5, 0), (3, 0, 5, 6, 2))
+PLANTED = [
+    (ONE, "tl.exp2(m_part - m_new)", "m_part * 0.0 + 1.0", "splits not rescaled"),
+    (ONE, "(cols >= n) & ", "", "keys of a block moved back taken twice"),
+    (ONE, "first = tl.minimum(n, last_block)", "first = n", "a key behind the end"),
+    (ONE, "tl.store(arrived_ptr + first_split, 0)", "pass", "counters not set back"),
+    (ONE, "is_query = stacked < 8", "is_query = stacked >= 8", "queries and probes swapped"),
+    (ONE, "for head in range(GROUP)", "for head in range(1)", "one head merged"),
+    (ONE, "kv_heads * SLOT, splits", "SLOT, splits", "another kv head's splits merged"),
+    (ONE, "(slot - split) * kv_heads + kv_head", "slot * kv_heads + kv_head", "a counter each"),
+    (ONE, "seq += tl.sum(before.to(tl.int32), 0)", "seq += 0", "the first sequence alone"),
+    (ONE, "tl.maximum(tl.cdiv(blocks, share), 1)", "tl.cdiv(blocks, share)", "no program where no key is"),
+    (PACKED, "ends = all_slots + tl.cumsum(slots, 0)", "ends = tl.cumsum(slots + 1, 0)", "slots miscounted"),
+    (PACKED, "cols[None, :] <= positions[:, None]", "cols[None, :] < positions[:, None]", "its own key unseen"),
+    (PACKED, "positions = length - len_q", "positions = length - len_q * 0", "queries begin at the last key"),
+    (PACKED, "last_query = tl.minimum(", "last_query = tl.minimum(row0 // GROUP, ", "a tile ends with its first query"),
+    (PACKED, "rows < len_q * GROUP", "rows < len_q * GROUP - 1", "the last row of a sequence"),
+    (PACKED, "range(tl.minimum(len_q * GROUP - row0, BLOCK_H))", "range(1)", "one row merged"),
+    (WINDOW, "(behind < window)", "(behind <= window)", "a key too many"),
+    (WINDOW, "GROUP + 1 - window", "GROUP + 2 - window", "a key too few"),
+    (replace(ONE, leftpad=True), "tl.load(cache_leftpad_ptr", "0 * tl.load(cache_leftpad_ptr", "padding seen"),
+    (replace(ONE, cache_dtype="e4m3"), "o2 *= k_scale * v_scale", "o2 *= v_scale", "a scale left out"),
+    (replace(ONE, cache_dtype="e4m3"), "scale_log2 * k_scale", "scale_log2", "scores not scaled"),
+    (replace(ONE, cache_dtype="e4m3"), "d2 *= k_scale", "d2 *= 1.0", "r·k not scaled"),
+]
+
+
+@pytest.mark.parametrize(("spec", "right", "planted"), [pytest.param(*kernel, id=what) for *kernel, what in PLANTED])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a wrong kernel may compute anything
+def test_a_wrong_kernel_is_seen(spec: KernelSpec, right: str, planted: str) -> None:
+    config = replace(CONFIG, NUM_SPLITS=2)
+    text = render(spec, config, GPU).text
+    assert right in text
+    text = text.replace(right, planted)
+    source = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
+    lengths, queries = SEQUENCES
+    parts = parts_of(spec, lengths, queries if spec.varlen else 1)
+    parts = of_one_kv_head(parts) if spec.varlen else parts
+    window = 20 if spec.window else 0
+    inputs = inputs_of(spec, parts, window, **({"before": (5, 31, 0, 7, 3)} if spec.leftpad else {}))
+    assert verify.run(source, spec, config, inputs, expected_of(spec, parts, window)).wrong is not None

@@ -1,0 +1,192 @@
+"""Attention against KV caches on a card: any form of cache, in bf16 and eight bits too; graphs, streams, workspaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import strategies
+import torch
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from parallax_gen import GraphedDecode, State, kvcache_workspace_size, merge_states, parallax_attn_with_kvcache
+from parallax_gen.codegen.render import render
+from parallax_gen.problem.accuracy import assert_close
+from parallax_gen.problem.cached import reference_cached_forward
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.reference import torch_dtype as torch_dtype_of
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.runtime.dispatch import gpu_of_device
+from parallax_gen.tuning import verify
+
+pytestmark = pytest.mark.gpu
+
+SKEWED = (4096, 128, 0, 1, 97, 128, 3000, 33)
+
+
+def asked(lengths: tuple[int, ...] = SKEWED, *, seqlen_q: int = 1, page_size: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Arguments of parallax_attn_with_kvcache, 8 query heads over 2 of 128 numbers, NaN behind each sequence's end."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device="cuda", generator=generator).bfloat16()
+
+    batch, longest = len(lengths), max(lengths)
+    q, r = normal(batch, seqlen_q, 8, 128), normal(batch, seqlen_q, 8, 128) * 128**-0.5
+    k, v = (normal(batch, longest, 2, 128) for _ in range(2))
+    ends = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    behind = torch.arange(longest, device="cuda") >= ends[:, None]
+    k[behind] = v[behind] = float("nan")
+    found = {"q": q, "r": r, "k_cache": k, "v_cache": v, "cache_seqlens": ends}
+    if page_size:
+        pages = -(-longest // page_size)
+        table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(seed)).cuda().view(batch, pages)
+        for name in ("k_cache", "v_cache"):
+            whole = torch.full((batch, pages * page_size, 2, 128), float("nan"), dtype=torch.bfloat16, device="cuda")
+            whole[:, :longest] = found[name]
+            paged = torch.empty((batch * pages, page_size, 2, 128), dtype=torch.bfloat16, device="cuda")
+            paged[table] = whole.view(batch, pages, page_size, 2, 128)
+            found[name] = paged
+        found["page_table"] = table.int()
+    return found
+
+
+def expected(given: dict[str, Any]) -> Tensor:
+    return reference_cached_forward(
+        **{name: x for name, x in given.items() if name not in ("max_seqlen_q", "return_state")}
+    ).out
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_ragged_kernel_agrees_with_the_oracle(data: st.DataObject) -> None:
+    gpu = gpu_of_device(0)
+    case = data.draw(
+        strategies.cases("decode", DTYPES, gpu, most_programs=1 << 20).filter(
+            lambda case: case.spec.ragged and (case.spec.dtype != "fp32" or case.spec.head_dim <= 128)
+        )
+    )
+    inputs = verify.random_inputs_of(case.spec, case.shape, seed=case.seed, device="cuda")
+    source = render(case.spec, case.config, gpu)
+    try:
+        assert verify.run(source, case.spec, case.config, inputs, verify.oracle(case.spec, inputs)).wrong is None
+    except OutOfResources:  # what only compiling can show
+        reject()
+
+
+@pytest.mark.parametrize("cache_dtype", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_every_number_of_eight_bits_is_read_as_it_is(dtype: str, cache_dtype: str) -> None:
+    """All 256 codes but those that are no number, each as a value that one key with all the weight picks out."""
+    torch_dtype = torch.float8_e4m3fn if cache_dtype == "e4m3" else torch.float8_e5m2
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(torch_dtype)
+    numbers = codes[codes.float().isfinite()]
+    count = len(numbers)
+    v = numbers.view(count, 1, 1, 1).expand(count, 1, 1, 128).contiguous()
+    k, q = torch.zeros_like(v), torch.ones(count, 1, 1, 128, device="cuda").to(torch_dtype_of(dtype))
+    out = parallax_attn_with_kvcache(q, torch.zeros_like(q), k, v)
+    assert isinstance(out, Tensor)
+    assert torch.equal(out[:, 0, 0, 0].double(), numbers.double())
+    assert torch.equal(out[:, 0, 0, 0], out[:, 0, 0, 127])
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 16])
+@pytest.mark.parametrize("batch", [8, 31, 33, 200])
+def test_many_sequences_of_very_different_lengths(batch: int, num_splits: int) -> None:
+    spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16)
+    config = DecodeConfig(32, 8, num_splits, "last", num_warps=2, num_stages=4)
+    inputs = verify.random_inputs_of(spec, Shape(batch, 8, 2, 1, 2048), seed=batch, device="cuda")
+    source = render(spec, config, gpu_of_device(0))
+    assert verify.run(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is None
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 700}], ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 5, 300])
+def test_the_public_function(seqlen_q: int, options: dict[str, Any], page_size: int) -> None:
+    given = asked(seqlen_q=seqlen_q, page_size=page_size) | options
+    assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
+
+
+def test_a_prompt_s_chunks_among_decode_steps() -> None:
+    """Packed queries: a chunk of 500, a sequence without any, single ones, a draft of 4."""
+    counts = (500, 1, 0, 1, 4, 1, 1, 1)
+    given = asked(page_size=16)
+    ends = torch.tensor((0, *counts), device="cuda").cumsum(0).int()
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, r = (torch.randn(sum(counts), 8, 128, device="cuda", generator=generator).bfloat16() for _ in range(2))
+    given |= {"q": q, "r": r * 128**-0.5, "cu_seqlens_q": ends, "max_seqlen_q": 500, "causal": True}
+    assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
+
+
+def test_a_shared_prefix_joined_with_what_follows_is_the_whole() -> None:
+    given = asked((900, 700, 650, 801), seqlen_q=2)
+    k, v, ends = (given.pop(name) for name in ("k_cache", "v_cache", "cache_seqlens"))
+    k[:, :600], v[:, :600] = k[:1, :600].clone(), v[:1, :600].clone()
+    q, r = given["q"], given["r"]
+    prefix = parallax_attn_with_kvcache(
+        *(x.flatten(0, 1)[None] for x in (q, r)), k[:1, :600], v[:1, :600], return_state=True
+    )
+    rest = parallax_attn_with_kvcache(
+        q, r, k[:, 600:], v[:, 600:], cache_seqlens=ends - 600, causal=True, return_state=True
+    )
+    assert isinstance(prefix, State)
+    assert isinstance(rest, State)
+    of_all = State(
+        *(x.view_as(y) for x, y in zip(prefix[:1], rest[:1], strict=True)),
+        *(x[0].unflatten(-1, (4, 2)).transpose(0, 1) for x in prefix[1:3]),
+        prefix.v_mean.view_as(rest.v_mean),
+    )
+    whole = {"q": q, "r": r, "k_cache": k, "v_cache": v, "cache_seqlens": ends, "causal": True}
+    merged = merge_states(of_all, rest)
+    assert_close(merged.out, expected(whole), "bf16")
+
+
+@pytest.mark.parametrize("page_size", [0, 64])
+def test_one_graph_serves_every_step(page_size: int) -> None:
+    given = asked(page_size=page_size)
+    step = GraphedDecode(**given)
+    for seed, lengths in enumerate(((5, 4000, 0, 1, 2, 3, 64, 65), (4096,) * 8, SKEWED), start=1):
+        new = asked(
+            (*lengths[:-1], max(lengths[-1], 4096)) if max(lengths) < 4096 else lengths, page_size=page_size, seed=seed
+        )
+        for name, tensor in given.items():
+            tensor.copy_(new[name])
+        found = step()
+        assert isinstance(found, Tensor)
+        assert_close(found, expected(given), "bf16")
+
+
+def test_streams_with_workspaces_of_their_own_do_not_disturb_each_other() -> None:
+    calls = []
+    for seed in range(4):
+        given = asked(seed=seed)
+        needed = kvcache_workspace_size(**given)
+        assert needed > 0
+        workspace = torch.zeros(needed, dtype=torch.uint8, device="cuda")
+        calls.append((given, workspace, torch.cuda.Stream(), torch.empty_like(given["q"])))
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for given, workspace, stream, out in calls:
+            with torch.cuda.stream(stream):
+                parallax_attn_with_kvcache(**given, workspace=workspace, out=out)
+    torch.cuda.synchronize()
+    for given, _, _, out in calls:
+        assert_close(out, expected(given), "bf16")
+
+
+@pytest.mark.parametrize("scale", [None, 0.25, "a tensor", "a tensor a head"])
+def test_scales_of_a_cache_in_eight_bits(scale: Any) -> None:
+    given = asked((300, 1, 0, 64), page_size=0)
+    for name in ("k_cache", "v_cache"):
+        given[name] = given[name].nan_to_num().to(torch.float8_e4m3fn)
+    if isinstance(scale, str):
+        size = 2 if scale.endswith("head") else 1
+        given |= {name: torch.rand(size, device="cuda") + 0.5 for name in ("k_scale", "v_scale")}
+    elif scale is not None:
+        given |= {"k_scale": scale, "v_scale": 2 * scale}
+    assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")

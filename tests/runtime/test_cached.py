@@ -1,0 +1,372 @@
+"""Attention against a KV cache without a GPU: what it takes, what it refuses and how, and what CPU tensors give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from caches import HEAD_DIM, HEADS, attended, cut, put_together, whole
+from torch import Tensor
+
+from parallax_gen import GraphedDecode, State, kvcache_workspace_size, merge_states, parallax_attn_with_kvcache
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.accuracy import assert_close
+from parallax_gen.problem.reference import Reference, reference_forward
+from parallax_gen.runtime.cache_checks import check_workspace
+
+pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
+
+LENGTHS = (9, 0, 5, 1)
+BEFORE = (0, 4, 7, 2)
+F8 = torch.float8_e4m3fn
+
+
+def check(found: State, expected: Reference, dtype: str) -> None:
+    assert_close(found.out, expected.out, dtype)
+    assert_close(found.v_mean, expected.v_mean, dtype)
+    assert_close(found.lse, expected.lse, "fp32")
+    assert_close(found.t_mean, expected.t_mean, "fp32")
+    assert found.lse.dtype == found.t_mean.dtype == torch.float32
+
+
+# What CPU tensors give
+
+
+LAYOUTS = [
+    pytest.param({}, id="lengths"),
+    pytest.param({"before": BEFORE}, id="left padding"),
+    *(pytest.param({"page_size": size}, id=f"pages of {size}") for size in (1, 3, 16)),
+    pytest.param({"before": BEFORE, "page_size": 3}, id="left padding in pages"),
+]
+OPTIONS = [
+    pytest.param({}, id="full"),
+    pytest.param({"causal": True}, id="causal"),
+    pytest.param({"causal": True, "window_size": 1}, id="window of 1"),
+    pytest.param({"causal": True, "window_size": 3, "softmax_scale": 0.3}, id="window of 3"),
+    pytest.param({"causal": True, "window_size": 10**9}, id="window of all"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_sequence_in_a_cache_is_the_sequence(queries: int, layout: dict[str, Any], options: dict[str, Any]) -> None:
+    """NaN lies around it, and the third sequence, with three queries and a window, sees no key before its first."""
+    parts = cut(LENGTHS, queries)
+    given = put_together(parts, **layout)
+    found = parallax_attn_with_kvcache(**given, **options, return_state=True)
+    check(found, whole(attended(parts, **options)), "fp32")
+    assert torch.equal(parallax_attn_with_kvcache(**given, **options), found.out)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_queries_are_each_of_its_own_sequence(layout: dict[str, Any], options: dict[str, Any]) -> None:
+    parts = cut(LENGTHS, (4, 2, 7, 0))
+    found = parallax_attn_with_kvcache(**put_together(parts, packed=True, **layout), **options, return_state=True)
+    assert found.out.shape == found.v_mean.shape == (13, HEADS, HEAD_DIM)
+    assert found.lse.shape == found.t_mean.shape == (HEADS, 13)
+    check(found, whole(attended(parts, **options), packed=True), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("k_scale", "v_scale"),
+    [
+        (None, None),
+        (0.5, 3),
+        (torch.tensor([0.5]), None),
+        (torch.tensor([0.5, 2.0]), torch.tensor([3.0, 0.25])),
+        (torch.tensor([0.5, 2.0]), torch.tensor([3.0])),
+        (0.5, torch.tensor([3.0, 0.25])),
+    ],
+    ids=["none", "numbers", "one for all heads", "one a head", "both kinds", "a number and one a head"],
+)
+@pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")], ids=["bf16", "fp16"])
+def test_caches_in_eight_bits(dtype: torch.dtype, name: str, cache: torch.dtype, k_scale: Any, v_scale: Any) -> None:
+    parts = cut(LENGTHS, 2, dtype, cache)
+    given = put_together(parts, page_size=4)
+    found = parallax_attn_with_kvcache(**given, causal=True, k_scale=k_scale, v_scale=v_scale, return_state=True)
+    scales = {key: 1.0 if x is None else x for key, x in (("k_scale", k_scale), ("v_scale", v_scale))}
+    check(found, whole(attended(parts, causal=True, **scales)), name)
+    assert found.out.dtype == found.v_mean.dtype == dtype
+
+
+def test_a_scale_that_changes_is_seen() -> None:
+    """It is no part of what is planned."""
+    parts = cut(LENGTHS, 1, torch.bfloat16, F8)
+    given = put_together(parts)
+    for scale in (0.5, 2.0):
+        found = parallax_attn_with_kvcache(**given, v_scale=scale)
+        assert_close(found, whole(attended(parts, v_scale=scale)).out, "bf16")
+
+
+@pytest.mark.parametrize(("queries", "lengths"), [(1, (6, 0, 3)), (3, (6, 3, 4))])
+def test_a_shared_prefix_and_each_sequences_own_rest_joined_are_the_whole(
+    queries: int, lengths: tuple[int, ...]
+) -> None:
+    """A cascade: all queries, as those of one sequence, over the prefix; then each one's over what is its own."""
+    prefix, own = cut((8,))[0], cut(lengths, queries)
+    packed = put_together(own, packed=True)
+    together = {name: packed[name][None] for name in ("q", "r")}
+    shared = parallax_attn_with_kvcache(**together, k_cache=prefix.k[None], v_cache=prefix.v[None], return_state=True)
+    rest = parallax_attn_with_kvcache(**packed, causal=True, return_state=True)
+    joined = merge_states(State(*(x[0] for x in shared)), rest)
+    whole_ones = [part._replace(k=torch.cat([prefix.k, part.k]), v=torch.cat([prefix.v, part.v])) for part in own]
+    check(joined, whole(attended(whole_ones, causal=True), packed=True), "fp32")
+
+
+def test_two_halves_of_a_cache_joined_are_the_whole() -> None:
+    """The first half ends where the second one's left padding does; one query a sequence sees all of both."""
+    given = put_together(cut((9, 2, 6)))
+    ends = given.pop("cache_seqlens")
+    middle = torch.tensor([4, 0, 6], dtype=torch.int32)
+    first = parallax_attn_with_kvcache(**given, cache_seqlens=middle, return_state=True)
+    second = parallax_attn_with_kvcache(**given, cache_seqlens=ends, cache_leftpad=middle, return_state=True)
+    check(merge_states(first, second), whole(attended(cut((9, 2, 6)))), "fp32")
+
+
+@pytest.mark.parametrize("length", [0, 3, 12])
+def test_lengths_as_tensor_and_as_int_agree(length: int) -> None:
+    given = put_together(cut((9, 9), 2))
+    given["k_cache"][:, length:] = given["v_cache"][:, length:] = float("nan")
+    del given["cache_seqlens"]
+    if length > 9:
+        given = {**given, "k_cache": given["k_cache"].nan_to_num(1.0), "v_cache": given["v_cache"].nan_to_num(1.0)}
+    lengths = torch.full((2,), length, dtype=torch.int32)
+    by_tensor = parallax_attn_with_kvcache(**given, cache_seqlens=lengths, causal=True)
+    by_int = parallax_attn_with_kvcache(**given, cache_seqlens=length, causal=True)
+    assert torch.equal(by_tensor, by_int)
+    assert torch.isfinite(by_tensor).all()
+    assert bool(by_tensor.any()) == (length > 0)
+
+
+def test_out_is_written_and_returned() -> None:
+    given = put_together(cut(LENGTHS))
+    out = torch.full((4, 1, HEADS, HEAD_DIM), float("nan"))
+    assert parallax_attn_with_kvcache(**given, out=out) is out
+    assert torch.equal(out, parallax_attn_with_kvcache(**given))
+    state = parallax_attn_with_kvcache(**given, out=out, return_state=True)
+    assert state.out is out
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+@pytest.mark.parametrize("case", ["int 0", "lengths of 0", "a table without pages", "no keys in the cache"])
+def test_without_keys_there_are_zeros(case: str, return_state: bool) -> None:
+    given = put_together(cut(LENGTHS, 2), page_size=4 * (case == "a table without pages"))
+    given["cache_seqlens"] = 0 if case == "int 0" else torch.zeros(4, dtype=torch.int32)
+    if case == "a table without pages":
+        given["page_table"] = given["page_table"][:, :0]
+    elif case == "no keys in the cache":
+        given = {**given, **{name: given[name][:, :0] for name in ("k_cache", "v_cache")}}
+    found = parallax_attn_with_kvcache(**given, return_state=return_state)
+    out = found.out if return_state else found
+    assert torch.equal(out, torch.zeros(4, 2, HEADS, HEAD_DIM))
+    if return_state:
+        assert torch.equal(found.lse, torch.full((4, HEADS, 2), -torch.inf))
+        assert not found.t_mean.any()
+        assert not found.v_mean.any()
+
+
+def test_no_queries_give_an_empty_output() -> None:
+    given = put_together(cut(LENGTHS, 0))
+    assert parallax_attn_with_kvcache(**given).shape == (4, 0, HEADS, HEAD_DIM)
+    packed = put_together(cut(LENGTHS, 0), packed=True)
+    state = parallax_attn_with_kvcache(**packed, return_state=True)
+    assert (state.out.shape, state.lse.shape) == ((0, HEADS, HEAD_DIM), (HEADS, 0))
+
+
+@pytest.mark.parametrize("head_dim", [8, 72, 96, 256])
+def test_head_dims(head_dim: int) -> None:
+    draw = torch.Generator().manual_seed(head_dim)
+    q, k = torch.randn(2, 3, 2, head_dim, generator=draw), torch.randn(2, 5, 1, head_dim, generator=draw)
+    found = parallax_attn_with_kvcache(q, q / 8, k, k, causal=True)
+    assert_close(found, reference_forward(q, q / 8, k, k, causal=True).out, "fp32")
+
+
+def test_cpu_tensors_need_no_workspace() -> None:
+    for layout in ({}, {"before": BEFORE, "page_size": 3}):
+        given = put_together(cut(LENGTHS, 3), **layout)
+        assert kvcache_workspace_size(**given, causal=True, window_size=2, return_state=True) == 0
+    with pytest.raises(ArgumentError, match=r"^cache_seqlens: got "):
+        kvcache_workspace_size(**{**given, "cache_seqlens": None})
+
+
+# What is refused
+
+
+def dense() -> dict[str, Any]:
+    """Two sequences in a cache of 7 keys."""
+    names = {"q": "q", "r": "r", "k_cache": "k", "v_cache": "v"}
+    parts = cut((7, 7), 2)
+    return {name: torch.stack([getattr(part, of) for part in parts]) for name, of in names.items()}
+
+
+def in_pages() -> dict[str, Any]:
+    return put_together(cut((7, 5), 2), page_size=2)
+
+
+def packed() -> dict[str, Any]:
+    """Sequences of 3 and 1 queries."""
+    return put_together(cut((7, 5), (3, 1)), packed=True)
+
+
+def eight_bits() -> dict[str, Any]:
+    return put_together(cut((7, 5), 2, torch.bfloat16, F8))
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+OF_ALL = [
+    ({"q": 3}, "q"),
+    ({"q": torch.zeros(2, 4, 16)}, "q"),
+    ({"q": torch.zeros(2, 2, 4, 16, dtype=torch.float64)}, "q"),
+    ({"q": torch.zeros(2, 2, 16, 4).transpose(2, 3)}, "q"),
+    ({"q": torch.zeros(2, 2, 4, 12), "r": torch.zeros(2, 2, 4, 12)}, "q"),
+    ({"r": None}, "r"),
+    ({"r": torch.zeros(2, 1, 4, 16)}, "r"),
+    ({"r": torch.zeros(2, 2, 4, 16, dtype=torch.float16)}, "r"),
+    ({"k_cache": torch.zeros(2, 7, 3, 16)}, "k_cache"),
+    ({"k_cache": torch.zeros(2, 7, 2, 8)}, "k_cache"),
+    (dict.fromkeys(("k_cache", "v_cache"), torch.zeros(3, 7, 2, 16)), "k_cache"),
+    ({"k_cache": torch.zeros(7, 2, 16)}, "k_cache"),
+    ({"k_cache": torch.zeros(2, 7, 2, 16, dtype=torch.bfloat16)}, "k_cache"),
+    ({"k_cache": torch.zeros(2, 7, 2, 16).to(F8)}, "k_cache"),  # beside fp32 queries
+    ({"k_cache": torch.zeros(2, 7, 2, 16, device="meta"), "softmax_scale": 0.7}, "k_cache"),  # of no plan
+    ({"k_cache": torch.zeros(2, 7, 2, 16, requires_grad=True)}, "k_cache"),
+    ({"v_cache": torch.zeros(2, 9, 2, 16)}, "v_cache"),
+    ({"v_cache": torch.zeros(2, 7, 2, 16, dtype=torch.float16)}, "v_cache"),
+    ({"v_cache": torch.empty(2**24 * 6 + 32).as_strided((2, 7, 2, 16), (0, 2**24, 0, 1))}, "v_cache"),
+    ({"v_cache": torch.zeros(2, 7, 2, 16, requires_grad=True)}, "v_cache"),
+    ({"cache_seqlens": 8}, "cache_seqlens"),
+    ({"cache_seqlens": -1}, "cache_seqlens"),
+    ({"cache_seqlens": True}, "cache_seqlens"),
+    ({"cache_seqlens": [1, 2]}, "cache_seqlens"),
+    ({"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens"),
+    ({"cache_seqlens": int32(1)}, "cache_seqlens"),
+    ({"cache_seqlens": int32(1, 0, 2, 0)[::2]}, "cache_seqlens"),
+    ({"cache_seqlens": int32(1, 2).to("meta")}, "cache_seqlens"),
+    ({"cache_leftpad": 1}, "cache_leftpad"),
+    ({"cache_leftpad": torch.tensor([1.0, 2.0])}, "cache_leftpad"),
+    ({"cache_leftpad": int32(1, 2, 3)}, "cache_leftpad"),
+    ({"max_seqlen_q": 2}, "max_seqlen_q"),  # without cu_seqlens_q
+    ({"causal": 1}, "causal"),
+    ({"window_size": 3}, "window_size"),
+    ({"window_size": 0, "causal": True}, "window_size"),
+    ({"window_size": True, "causal": True}, "window_size"),
+    ({"softmax_scale": 0.0}, "softmax_scale"),
+    ({"softmax_scale": "1"}, "softmax_scale"),
+    ({"k_scale": 2.0}, "k_scale"),  # of a cache that is as it is
+    ({"v_scale": torch.ones(1)}, "v_scale"),
+    ({"return_state": 1}, "return_state"),
+    ({"out": 1}, "out"),
+    ({"out": torch.zeros(2, 1, 4, 16)}, "out"),
+    ({"out": torch.zeros(2, 2, 4, 16, dtype=torch.float16)}, "out"),
+]
+OF_PAGES = [
+    ({"cache_seqlens": None}, "cache_seqlens"),
+    ({"cache_seqlens": 3}, "cache_seqlens"),
+    ({"page_table": [[0], [1]]}, "page_table"),
+    ({"page_table": torch.zeros(2, 5)}, "page_table"),
+    ({"page_table": torch.zeros(3, 5, dtype=torch.int32)}, "page_table"),
+    ({"page_table": torch.zeros(2, dtype=torch.int32)}, "page_table"),
+    ({"page_table": torch.zeros(5, 2, dtype=torch.int32).T}, "page_table"),
+    ({"k_cache": torch.zeros(12, 2, 3, 16)}, "k_cache"),
+    ({"v_cache": torch.zeros(12, 3, 2, 16)}, "v_cache"),
+    ({"v_cache": torch.zeros(12, 2, 2, 32)[..., :16]}, "v_cache"),  # other strides than k_cache
+]
+OF_PACKED = [
+    ({"q": torch.zeros(1, 4, 4, 16)}, "q"),
+    ({"r": torch.zeros(5, 4, 16)}, "r"),
+    ({"cu_seqlens_q": [0, 3, 4]}, "cu_seqlens_q"),
+    ({"cu_seqlens_q": torch.tensor([0, 3, 4])}, "cu_seqlens_q"),
+    ({"cu_seqlens_q": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens_q"),
+    ({"cu_seqlens_q": int32(0, 0, 3, 0, 4, 0)[::2]}, "cu_seqlens_q"),
+    ({"cu_seqlens_q": int32(0, 4)}, "k_cache"),  # of one sequence, and two in the cache
+    ({"max_seqlen_q": None}, "max_seqlen_q"),
+    ({"max_seqlen_q": -1}, "max_seqlen_q"),
+    ({"max_seqlen_q": 3.0}, "max_seqlen_q"),
+    ({"max_seqlen_q": torch.tensor(3)}, "max_seqlen_q"),
+    ({"cache_seqlens": int32(7, 5, 1)}, "cache_seqlens"),
+    ({"out": torch.zeros(4, 2, 16)}, "out"),
+]
+OF_EIGHT_BITS = [
+    ({"v_cache": torch.zeros(2, 10, 2, 16).to(torch.float8_e5m2)}, "v_cache"),
+    ({"v_cache": torch.zeros(2, 10, 2, 16, dtype=torch.bfloat16)}, "v_cache"),
+    ({"v_cache": torch.zeros(2, 10, 2, 17).to(F8)[..., :16]}, "v_cache"),  # an odd number from head to head
+    ({"k_cache": torch.zeros(2, 10, 2, 18).to(F8)[..., 1:17]}, "k_cache"),  # from the second number on
+    ({"k_scale": 0.0}, "k_scale"),
+    ({"k_scale": float("inf")}, "k_scale"),
+    ({"k_scale": True}, "k_scale"),
+    ({"k_scale": "1"}, "k_scale"),
+    ({"k_scale": torch.ones(3)}, "k_scale"),
+    ({"v_scale": torch.ones(2, dtype=torch.float16)}, "v_scale"),
+    ({"v_scale": torch.ones(())}, "v_scale"),
+    ({"v_scale": torch.ones(4)[::2]}, "v_scale"),
+    ({"v_scale": torch.ones(2, device="meta")}, "v_scale"),
+]
+REFUSED = [
+    pytest.param(given, change, argument, id=f"{given.__name__}-{n}-{argument}")
+    for given, cases in ((dense, OF_ALL), (in_pages, OF_PAGES), (packed, OF_PACKED), (eight_bits, OF_EIGHT_BITS))
+    for n, (change, argument) in enumerate(cases)
+]
+
+
+@pytest.mark.parametrize(("given", "change", "argument"), REFUSED)
+def test_a_bad_argument_is_named(given: Any, change: dict[str, Any], argument: str) -> None:
+    """Also right after calls that differ in nothing that a plan depends on."""
+    parallax_attn_with_kvcache(**given())
+    if given is dense:
+        parallax_attn_with_kvcache(**given(), cache_seqlens=1)
+    with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
+        parallax_attn_with_kvcache(**{**given(), **change})
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("given", [dense, in_pages, packed, eight_bits])
+def test_every_message_is_of_what_was_changed(given: Any) -> None:
+    """All the calls that are refused above are fine without the change."""
+    assert torch.isfinite(parallax_attn_with_kvcache(**given())).all()
+
+
+def test_a_head_dim_of_no_kernel_says_which_are() -> None:
+    x = torch.zeros(1, 3, 2, 264)
+    with pytest.raises(ArgumentError, match="q: got head_dim 264; allowed: a multiple of 8 from 8 to 256"):
+        parallax_attn_with_kvcache(x, x, x, x)
+
+
+def test_without_gradients_recorded_inputs_that_need_them_are_fine() -> None:
+    given = {name: tensor.requires_grad_() for name, tensor in dense().items()}
+    with torch.no_grad():
+        assert not parallax_attn_with_kvcache(**given).requires_grad
+
+
+@pytest.mark.parametrize(
+    "workspace",
+    [
+        16,
+        torch.zeros(127, dtype=torch.uint8),
+        torch.zeros(128, dtype=torch.int8),
+        torch.zeros(256, dtype=torch.uint8)[::2],
+        torch.zeros(256, dtype=torch.uint8)[1:],
+        torch.zeros(128, dtype=torch.uint8, device="meta"),
+    ],
+    ids=["an int", "too small", "int8", "strided", "unaligned", "elsewhere"],
+)
+def test_a_workspace_that_will_not_do_is_refused(workspace: Any) -> None:
+    q = dense()["q"]
+    check_workspace(torch.zeros(128, dtype=torch.uint8), 128, q)
+    with pytest.raises(ArgumentError, match=r"^workspace: got .*; allowed: a contiguous uint8 tensor of 128 bytes"):
+        check_workspace(workspace, 128, q)
+
+
+def test_a_graph_is_of_cuda_tensors_and_has_its_own_workspace() -> None:
+    with pytest.raises(ArgumentError, match=r"^q: got on cpu"):
+        GraphedDecode(**dense())
+    with pytest.raises(ArgumentError, match=r"^workspace: "):
+        GraphedDecode(**dense(), workspace=torch.zeros(16, dtype=torch.uint8))
+    with pytest.raises(ArgumentError, match=r"^window_size: "):
+        GraphedDecode(**dense(), window_size=3)

@@ -1,0 +1,41 @@
+"""How a caller's own workspace is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallax_gen.codegen.calling import Scratch
+from parallax_gen.runtime.workspace import bytes_of, parts_of
+
+
+@pytest.mark.parametrize("scratch", [Scratch(12, 1), Scratch(12, 4), Scratch(8, 5), Scratch(4096, 77), Scratch(8, 0)])
+def test_counters_and_partials_lie_side_by_side_and_are_aligned(scratch: Scratch) -> None:
+    size = bytes_of(scratch)
+    workspace = torch.zeros(size, dtype=torch.uint8)
+    partials, arrived = parts_of(workspace, scratch)
+    assert (partials.dtype, partials.numel()) == (torch.float32, scratch.partials)
+    assert (arrived.dtype, arrived.numel()) == (torch.int32, scratch.arrived)
+    begin = workspace.data_ptr()
+    assert arrived.data_ptr() == begin or not scratch.arrived
+    assert (partials.data_ptr() - begin) % 16 == 0
+    assert partials.data_ptr() - begin >= 4 * scratch.arrived
+    assert partials.data_ptr() - begin + 4 * scratch.partials == size < 4 * (scratch.arrived + scratch.partials) + 16
+    partials.fill_(float("nan"))
+    assert not arrived.any()
+    arrived.fill_(-1)
+    assert partials.isnan().all()
+
+
+def test_a_larger_workspace_is_cut_as_one_that_just_fits() -> None:
+    scratch = Scratch(12, 3)
+    workspace = torch.zeros(bytes_of(scratch) + 100, dtype=torch.uint8)
+    for part in parts_of(workspace, scratch):
+        part.fill_(-1)
+    assert workspace[:12].all()
+    assert not workspace[12:16].any()  # between the two
+    assert not workspace[bytes_of(scratch) :].any()
+
+
+def test_no_scratch_is_no_bytes() -> None:
+    assert bytes_of(Scratch()) == 0

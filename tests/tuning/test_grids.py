@@ -1,0 +1,29 @@
+"""The grids of decode shapes: as many as are said, none twice, none larger than they say."""
+
+from __future__ import annotations
+
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import bucket_of
+from parallax_gen.tuning.grids import GRIDS, OFFICIAL, SERVING
+from parallax_gen.tuning.usual import Flags
+from parallax_gen.tuning.worklist import of_grid
+
+
+def test_the_official_grid_is_that_of_216_shapes_less_those_over_2_gib() -> None:
+    assert len(OFFICIAL) == len(set(OFFICIAL)) == 207
+    assert all(shape.batch == shape.group == 1 for _, shape in OFFICIAL)
+    assert max(2 * shape.heads * shape.seqlen_kv * head_dim for head_dim, shape in OFFICIAL) == 2**31
+
+
+def test_the_serving_grid_fits_a_card_of_80_gb() -> None:
+    assert len(SERVING) == len(set(SERVING)) == 4 * 5 * 4
+    assert all(shape.group == 4 for _, shape in SERVING)
+    assert max(4 * 128 * s.batch * s.kv_heads * s.seqlen_kv for _, s in SERVING) < 40e9
+
+
+def test_a_grid_s_jobs_are_its_buckets_in_the_form_asked_for() -> None:
+    gpu = gpu_by_name("h200")
+    jobs = of_grid(gpu, GRIDS["serving"], flags=Flags(page_size=16))
+    assert len(jobs) == len({bucket_of(shape) for _, shape in SERVING}) == 44
+    assert all(job.spec.page_size == 16 and job.spec.ragged for job in jobs)
+    assert {job.spec.head_dim for job in of_grid(gpu, GRIDS["official"], head_dims=(64,))} == {64}
