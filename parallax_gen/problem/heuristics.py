@@ -26,7 +26,7 @@ def promising_configs(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCo
     """The default, and what else was fast somewhere: where a search had better begin."""
     default = default_config(spec, shape, gpu)
     found = [default, *_candidates(spec, shape, gpu)]
-    if isinstance(default, DecodeConfig) and default.NUM_SPLITS > 1 and not spec.ragged:
+    if isinstance(default, DecodeConfig) and default.NUM_SPLITS > 1:
         found += [replace(default, merge=merge) for merge in ("last", "kernel")]
         found += [replace(default, merge="kernel", num_warps=2, num_stages=3, BLOCK_N=64)]
     if isinstance(default, TileConfig):

@@ -151,7 +151,8 @@ def every_config(spec: KernelSpec, gpu: Gpu) -> Iterator[KernelConfig]:
 def coerce(spec: KernelSpec, choices: dict[str, Value]) -> KernelConfig:
     """The config nearest to `choices` whose knobs agree with each other: one split has nothing to merge, say."""
     if spec.op == "decode" and spec.ragged:
-        choices = {**choices, "merge": "last"}
+        if choices["merge"] == "none" or spec.many_queries:
+            choices = {**choices, "merge": "last"}
     elif spec.op == "decode":
         if choices["NUM_SPLITS"] == 1:
             choices = {**choices, "merge": "none"}
@@ -164,7 +165,7 @@ def _usable(spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
     if knob.name == "BLOCK_H":
         return tuple(v for v in knob.values if isinstance(v, int) and not _half_empty(spec, v))
     if knob.name == "merge" and spec.ragged:
-        return ("last",)
+        return ("last",) if spec.many_queries else ("last", "kernel")
     if knob.name == "HEAD_DIM_AS":
         return forms_of(spec.head_dim)
     if knob.name == "BLOCK_N" and spec.op in TILED and spec.bytes_per_element == 2:
@@ -239,8 +240,10 @@ def _why_preprocess_invalid(spec: KernelSpec, config: PreprocessConfig) -> str |
 def _why_decode_invalid(spec: KernelSpec, config: DecodeConfig) -> str | None:
     if _half_empty(spec, config.BLOCK_H):
         return f"BLOCK_H {config.BLOCK_H} would be half empty for {spec.group} query heads a kv head"
-    if spec.ragged and config.merge != "last":
-        return f"merge {config.merge!r} does not go with sequences of their own lengths: each has its own splits"
+    if spec.ragged and config.merge == "none":
+        return "merge 'none' does not go with sequences of their own lengths: each has its own splits"
+    if spec.many_queries and config.merge == "kernel":
+        return "merge 'kernel' does not go with many queries: there are too many rows for a program each"
     if not spec.ragged and (config.NUM_SPLITS == 1) != (config.merge == "none"):
         return f"merge {config.merge!r} does not go with NUM_SPLITS {config.NUM_SPLITS}"
     if config.BLOCK_N < 8 * config.num_warps:

@@ -322,7 +322,12 @@ RAGGED = KernelSpec("decode", 128, "bf16", ragged=True)
         (RAGGED, DecodeConfig(32, 8, 1, "last", 1, 4), None),
         (RAGGED, DecodeConfig(32, 8, 4, "last", 1, 4), None),
         (RAGGED, DecodeConfig(32, 8, 1, "none", 1, 4), "merge 'none' does not go with sequences of their own lengths"),
-        (RAGGED, DecodeConfig(32, 8, 4, "kernel", 1, 4), "merge 'kernel' does not go with sequences"),
+        (RAGGED, DecodeConfig(32, 8, 4, "kernel", 1, 4), None),
+        (
+            replace(RAGGED, many_queries=True),
+            DecodeConfig(32, 8, 4, "kernel", 1, 4),
+            "merge 'kernel' does not go with many queries",
+        ),
         (RAGGED, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # of one head a kv head
         (replace(RAGGED, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # of 16 queries
         (replace(RAGGED, many_queries=True), DecodeConfig(64, 64, 4, "last", 4, 2), None),
@@ -341,15 +346,17 @@ def test_reasons_say_what_is_wrong_with_a_ragged_config(
     assert found is None if reason is None else reason in str(found)
 
 
-def test_ragged_splits_are_always_merged_by_the_last() -> None:
+def test_ragged_splits_are_always_merged() -> None:
     """One split a sequence on the average is several of a long one."""
-    assert [knob.values for knob in knobs_of(RAGGED) if knob.name == "merge"] == [("last",)]
-    first = {knob.name: knob.values[0] for knob in KNOBS["decode"]}
-    for splits in (1, 4):
-        for merge in ("none", "last", "kernel"):
-            config = coerce(RAGGED, {**first, "NUM_SPLITS": splits, "merge": merge})
-            assert config == DecodeConfig(16, 8, splits, "last", 1, 2)
-            assert why_invalid(RAGGED, config, H200) is None
+    many = replace(RAGGED, many_queries=True)
+    for spec, merges in ((RAGGED, ("last", "kernel")), (many, ("last",))):
+        assert [knob.values for knob in knobs_of(spec) if knob.name == "merge"] == [merges]
+        first = {knob.name: knob.values[0] for knob in KNOBS["decode"]}
+        for splits in (1, 4):
+            for merge in ("none", "last", "kernel"):
+                config = coerce(spec, {**first, "NUM_SPLITS": splits, "merge": merge})
+                assert config == DecodeConfig(16, 8, splits, merge if merge in merges else "last", 1, 2)
+                assert why_invalid(spec, config, H200) is None
 
 
 def test_many_queries_fill_tiles_that_a_group_of_heads_does_not() -> None:
