@@ -18,14 +18,7 @@ if TYPE_CHECKING:
 CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
-def check_cached(
-    asked: CacheRequest,
-    max_seqlen_q: int | None,
-    length: int | None,
-    k_scale: Tensor | float | None,
-    v_scale: Tensor | float | None,
-    out: Tensor | None,
-) -> None:
+def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) -> None:
     """Whether it can be attended so. Raises ArgumentError at the first argument that won't do.
 
     length  cache_seqlens, where it is an int
@@ -33,6 +26,7 @@ def check_cached(
     _check_tensors(asked)
     q, k = asked.q, asked.k_cache
     packed, paged = asked.cu_seqlens_q is not None, asked.page_table is not None
+    max_seqlen_q = asked.max_seqlen_q
     if packed:
         _check_ints("cu_seqlens_q", asked.cu_seqlens_q, None, q)
         if not is_int(max_seqlen_q) or max_seqlen_q < 0:  # type: ignore[operator]
@@ -53,7 +47,7 @@ def check_cached(
             _check_ints(name, lengths, batch, q)
     if paged:
         _check_pages(asked, batch)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, scale in (("k_scale", asked.k_scale), ("v_scale", asked.v_scale)):
         if scale is not None:
             _check_cache_scale(name, scale, asked)
     check_out(out, q)

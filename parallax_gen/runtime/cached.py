@@ -32,9 +32,9 @@ class CacheRequest(NamedTuple):
     page_table: Tensor | None
     cache_leftpad: Tensor | None
     cu_seqlens_q: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    max_seqlen_q: int
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    max_seqlen_q: int | None
     causal: bool
     window_size: int | None
     softmax_scale: float | None
@@ -173,34 +173,32 @@ def _planned(
     return_state: bool,
 ) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
     """The request, with tensors for all that the kernel reads, and its plan."""
-    check_flag("return_state", return_state)
-    check_numbers_of(causal, window_size, softmax_scale)
     length = None
     if isinstance(cache_seqlens, int):
         length, cache_seqlens = cache_seqlens, None
     asked = CacheRequest(
-        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, None, None,
-        0 if max_seqlen_q is None else max_seqlen_q, causal, window_size, softmax_scale,
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
+        max_seqlen_q, causal, window_size, softmax_scale,
     )  # fmt: skip
-    key = None
+    key = plan = None
     try:
-        scales = [x if isinstance(x, Tensor) else None for x in (k_scale, v_scale)]
-        # With their types, for True is 1 as a key.
-        numbers = [(type(x), x) for x in (max_seqlen_q, length, k_scale, v_scale) if not isinstance(x, Tensor)]
-        key = (key_of(*asked[:8], out, *scales), asked[11:], *numbers, return_state, rounds_to_tf32(q))
+        numbers = (*asked[10:], length, return_state)
+        key = (key_of(*asked[:8], out), numbers, *map(type, numbers), rounds_to_tf32(q))  # True is 1 as a key
+        if k_scale is not None or v_scale is not None:
+            key = (*key, *(key_of(x) if isinstance(x, Tensor) else (type(x), x) for x in (k_scale, v_scale)))
         plan = _plans[key]
     except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
-        check_cached(asked, max_seqlen_q, length, k_scale, v_scale, out)
-        plan = None
+        check_flag("return_state", return_state)
+        check_numbers_of(causal, window_size, softmax_scale)
+        check_cached(asked, length, out)
     if length is not None:
         asked = asked._replace(k_cache=k_cache[:, :length], v_cache=v_cache[:, :length])
     if k_cache.dtype in CACHE_DTYPE_NAMES:
-        k_scale, v_scale = (1.0 if x is None else x for x in (k_scale, v_scale))
         asked = asked._replace(k_scale=_on_device(k_scale, asked), v_scale=_on_device(v_scale, asked))
     if plan is None:
         plan = _plan(asked, return_state)
         _plans.remember(key, plan)
-    if isinstance(plan, LaunchPlan) and plan.ragged and cache_seqlens is None:
+    if cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.ragged:
         batch, seqlen = asked.k_cache.shape[:2]
         lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=q.device)
         asked = asked._replace(cache_seqlens=lengths)
@@ -211,7 +209,7 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     q, k = asked.q, asked.k_cache
     page_size = 0 if asked.page_table is None else k.shape[1]
     seqlen = k.shape[1] if asked.page_table is None else page_size * asked.page_table.shape[1]
-    batch, seqlen_q = (k.shape[0], q.shape[1]) if asked.cu_seqlens_q is None else (0, asked.max_seqlen_q)
+    batch, seqlen_q = (k.shape[0], q.shape[1]) if asked.max_seqlen_q is None else (0, asked.max_seqlen_q)
     if asked.cu_seqlens_q is not None:
         batch = len(asked.cu_seqlens_q) - 1
     elif asked.page_table is not None:
@@ -251,13 +249,14 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
 
 def _tensors_of(asked: CacheRequest, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """In the order of the kernel's `launch`."""
-    others = (
-        asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table, asked.k_scale, asked.v_scale
-    )  # fmt: skip
-    k, v = asked.k_cache, asked.v_cache
-    if asked.k_scale is not None:
-        k, v = in_pairs(k), in_pairs(v)
-    return (asked.q, asked.r, k, v, *found, *[x for x in others if x is not None])
+    given = [*asked[:4], *found]
+    given += [
+        x for x in (asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table) if x is not None
+    ]
+    if isinstance(asked.k_scale, Tensor) and isinstance(asked.v_scale, Tensor):
+        given[2:4] = [in_pairs(asked.k_cache), in_pairs(asked.v_cache)]
+        given += [asked.k_scale, asked.v_scale]
+    return tuple(given)
 
 
 def _options(asked: CacheRequest) -> dict[str, Any]:
@@ -267,9 +266,9 @@ def _options(asked: CacheRequest) -> dict[str, Any]:
 _NOT_OF_THE_REFERENCE: frozenset[Hashable] = frozenset(("q", "r", "k_cache", "v_cache", "max_seqlen_q"))
 
 
-def _on_device(scale: Tensor | float, asked: CacheRequest) -> Tensor:
+def _on_device(scale: Tensor | float | None, asked: CacheRequest) -> Tensor:
     """One for every kv head, whichever way it was given: k_scale and v_scale are of one size."""
     kv_heads, device = asked.k_cache.shape[2], asked.q.device
     if not isinstance(scale, Tensor):
-        return torch.full((kv_heads,), scale, dtype=torch.float32, device=device)
+        return torch.full((kv_heads,), 1.0 if scale is None else scale, dtype=torch.float32, device=device)
     return scale if scale.shape[0] == kv_heads else scale.expand(kv_heads).contiguous()
