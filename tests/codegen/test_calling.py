@@ -66,6 +66,9 @@ def test_a_ragged_launch_has_a_slot_for_every_program(
     assert grid_of(spec, config, shape) == (programs,)
     found = scratch_of(spec, config, shape.batch, shape.kv_heads, shape.seqlen_q)
     assert found == Scratch(partials=programs * rows * (2 * spec.head_dim + 4), arrived=programs)
+    if not spec.many_queries:  # which a second kernel may merge: it counts nothing
+        config = replace(config, merge="kernel")
+        assert scratch_of(spec, config, shape.batch, shape.kv_heads) == replace(found, arrived=0)
 
 
 def test_what_is_prepared_is_what_is_needed() -> None:

@@ -67,10 +67,8 @@ def check(spec: KernelSpec, config: DecodeConfig, parts: list[Part], *, window: 
     source = render(spec, config, GPU)
     layout = {} if before is None else {"before": before}
     call = verify.poisoned(spec, config, inputs_of(spec, parts, window, **layout))
-    partials, arrived = call.scratch
-    around = partials.new_full((partials.numel() + 64,), 7.0), arrived.new_full((arrived.numel() + 64,), 7)
-    around[1][:-64] = 0
-    call.scratch = around[0][:-64].fill_(float("nan")), around[1][:-64]
+    around = tuple(torch.cat([x, x.new_full((64,), 7)]) for x in call.scratch)
+    call.scratch = tuple(x[:-64] for x in around)
     launch(source, call)
     assert verify.judge(call, expected_of(spec, parts, window)).wrong is None
     parts = parts[::-1]
@@ -79,7 +77,7 @@ def check(spec: KernelSpec, config: DecodeConfig, parts: list[Part], *, window: 
         tensor.fill_(float("nan"))
     launch(source, call)
     assert verify.judge(call, expected_of(spec, parts, window)).wrong is None
-    assert not call.scratch[1].any()
+    assert len(call.scratch) == 1 + (config.merge == "last")
     assert all((x[-64:] == 7).all() for x in around)  # what lies behind the scratch is nobody's
 
 
@@ -88,6 +86,19 @@ def test_one_long_sequence_among_short_ones(splits: int, page_size: int) -> None
     spec = replace(ONE, page_size=page_size)
     parts = parts_of(spec, SKEWED)
     check(spec, replace(CONFIG, NUM_SPLITS=splits), of_one_kv_head(parts) if splits > 3 else parts)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"causal": True, "window": True}, {"leftpad": True, "page_size": 48}], ids=["", "window", "padding"]
+)
+def test_a_second_kernel_merges(more: dict[str, Any]) -> None:
+    """With one split a sequence on the average, and with several."""
+    spec = replace(ONE, **more)
+    parts = of_one_kv_head(parts_of(spec, SKEWED))
+    before = (0, 3, 50, 7, 100) if spec.leftpad else None
+    for splits in (1, 6):
+        config = replace(CONFIG, NUM_SPLITS=splits, merge="kernel")
+        check(spec, config, parts, window=200 * spec.window, before=before)
 
 
 def test_a_long_sequence_has_many_programs_and_short_ones_have_one_each() -> None:
