@@ -21,6 +21,9 @@ class Scratch:
     arrived: int = 0
 
 
+SPARE = 8  # of ragged decode, as in _schedule.j2
+
+
 def scratch_of(spec: KernelSpec, config: KernelConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
     """What a launch at this size needs; nothing where every program finishes its own rows.
 
@@ -32,7 +35,7 @@ def scratch_of(spec: KernelSpec, config: KernelConfig, batch: int, kv_heads: int
         rows = config.BLOCK_H if spec.many_queries else min(spec.group, config.BLOCK_H)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
         many, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
-        slots = groups * (many * config.NUM_SPLITS + -(-many // 8)) * kv_heads
+        slots = groups * (many * config.NUM_SPLITS + -(-many // SPARE)) * kv_heads
         return Scratch(slots * rows * (2 * spec.head_dim + 4), slots if config.merge == "last" else 0)
     # Per query head and split: o1 and o2, and m, d1, d2 padded to four numbers.
     partials = batch * kv_heads * spec.group * config.NUM_SPLITS * (2 * spec.head_dim + 4)

@@ -43,13 +43,7 @@ def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: b
         check_request(asked, packed, out)
         plan = _plan_forward(asked, stats)
         _forwards.remember(key, plan)
-    q = asked.q
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    found: tuple[Tensor, ...] = (out,)
-    if stats:
-        lse, t_mean = (torch.empty(stats_shape(q), dtype=torch.float32, device=q.device) for _ in range(2))
-        found = (out, lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
+    found = room_for(asked.q, out, stats)
     if isinstance(plan, LaunchPlan):
         plan.launch((*inputs_of(asked), *found, *starts_of(asked)))
     elif plan.nothing_seen:
@@ -121,6 +115,16 @@ class BackwardPlan:
 
 _forwards: Plans[LaunchPlan | HostPlan] = Plans()
 _backwards: Plans[BackwardPlan | HostPlan] = Plans()
+
+
+def room_for(q: Tensor, out: Tensor | None, stats: bool) -> tuple[Tensor, ...]:
+    """What is to be written: out, made if not given, and with stats also lse, t̄ and v̄."""
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not stats:
+        return (out,)
+    lse, t_mean = (torch.empty(stats_shape(q), dtype=torch.float32, device=q.device) for _ in range(2))
+    return out, lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
 
 
 def stats_shape(q: Tensor) -> tuple[int, ...]:

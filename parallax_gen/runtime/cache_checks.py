@@ -53,6 +53,13 @@ def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) ->
     check_out(out, q)
 
 
+def check_pairs(asked: CacheRequest) -> None:
+    """Whether caches in eight bits can be taken two numbers at a time: in every call, for plans know no offsets."""
+    for name, cache in (("k_cache", asked.k_cache), ("v_cache", asked.v_cache)):
+        if cache.storage_offset() % 2 or any(stride % 2 for stride in _strides(cache)[:-1]):
+            raise ArgumentError(name, f"strides {cache.stride()} from {cache.storage_offset()}", "even ones, in 8 bits")
+
+
 def check_workspace(workspace: object, needed: int, q: Tensor) -> None:
     """Whether it can be a launch's scratch of so many bytes."""
     allowed = f"a contiguous uint8 tensor of {needed} bytes or more, zeros at first, on {q.device}"
@@ -101,10 +108,6 @@ def _check_tensors(asked: CacheRequest) -> None:
         raise ArgumentError("v_cache", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k_cache")
     if paged and _strides(v) != _strides(k):
         raise ArgumentError("v_cache", f"strides {v.stride()}", f"{k.stride()}, as k_cache has, with a page_table")
-    for name, cache in (("k_cache", k), ("v_cache", v)):
-        odd = any(stride % 2 for stride in _strides(cache)[:-1]) or cache.storage_offset() % 2
-        if cache.dtype in CACHE_DTYPE_NAMES and odd:  # kernels take its numbers two by two
-            raise ArgumentError(name, f"strides {cache.stride()} from {cache.storage_offset()}", "even ones, in 8 bits")
 
 
 def _strides(x: Tensor) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,9 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.cached import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.attention import copy_into, fill_unseen, rounds_to_tf32, stats_shape
-from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, check_workspace
-from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
+from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
+from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, check_pairs, check_workspace
+from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of, records_gradients
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 from parallax_gen.runtime.states import State
 from parallax_gen.runtime.workspace import bytes_of
@@ -72,7 +71,8 @@ def parallax_attn_with_kvcache(
                       for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
                       of length 0 gives 0
     page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
-                      order; entries behind its length may be anything. Needs cache_seqlens, a tensor
+                      order; entries behind its length may be anything. Needs cache_seqlens, a tensor, and v_cache
+                      in k_cache's strides
     cache_leftpad     (batch,) int32 on the same device: each sequence's first key, which cache_seqlens counts from 0
                       all the same. What lies before is never read
     cu_seqlens_q      (batch + 1,) int32 on the same device: sequence b has the rows cu_seqlens_q[b] up to
@@ -98,19 +98,12 @@ def parallax_attn_with_kvcache(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
         window_size, softmax_scale, k_scale, v_scale, out, return_state,
     )  # fmt: skip
-    if torch.is_grad_enabled() and (
-        q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-    ):
+    if records_gradients(q, r, k_cache, v_cache):
         named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
         name = next(name for name, x in named if x.requires_grad)
         allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
         raise ArgumentError(name, "a tensor that needs gradients", allowed)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    found: tuple[Tensor, ...] = (out,)
-    if return_state:
-        lse, t_mean = (torch.empty(stats_shape(q), dtype=torch.float32, device=q.device) for _ in range(2))
-        found = (out, lse, t_mean, torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
+    found = room_for(q, out, return_state)
     if isinstance(plan, LaunchPlan):
         if workspace is not None:
             check_workspace(workspace, bytes_of(plan.scratch), q)
@@ -119,7 +112,7 @@ def parallax_attn_with_kvcache(
         fill_unseen(found)
     else:
         copy_into(found, reference_cached_forward(*asked[:4], **_options(asked)))
-    return State(*found) if return_state else out
+    return State(*found) if return_state else found[0]
 
 
 def kvcache_workspace_size(
@@ -194,7 +187,8 @@ def _planned(
     if length is not None:
         asked = asked._replace(k_cache=k_cache[:, :length], v_cache=v_cache[:, :length])
     if k_cache.dtype in CACHE_DTYPE_NAMES:
-        asked = asked._replace(k_scale=_on_device(k_scale, asked), v_scale=_on_device(v_scale, asked))
+        check_pairs(asked)
+        asked = _with_scales(asked)
     if plan is None:
         plan = _plan(asked, return_state)
         _plans.remember(key, plan)
@@ -209,16 +203,15 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     q, k = asked.q, asked.k_cache
     page_size = 0 if asked.page_table is None else k.shape[1]
     seqlen = k.shape[1] if asked.page_table is None else page_size * asked.page_table.shape[1]
-    batch, seqlen_q = (k.shape[0], q.shape[1]) if asked.max_seqlen_q is None else (0, asked.max_seqlen_q)
+    batch, seqlen_q = q.shape[0], q.shape[1]
+    packed = asked.cu_seqlens_q is not None
     if asked.cu_seqlens_q is not None:
-        batch = len(asked.cu_seqlens_q) - 1
-    elif asked.page_table is not None:
-        batch = q.shape[0]
-    host = HostPlan(nothing_seen=True) if 0 in (seqlen, seqlen_q) else host_plan(q, k)
+        assert asked.max_seqlen_q is not None
+        batch, seqlen_q = len(asked.cu_seqlens_q) - 1, asked.max_seqlen_q
+    host = HostPlan(nothing_seen=True) if 0 in (batch, seqlen, seqlen_q) else host_plan(q, k)
     if host is not None:
         return host
     heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
-    packed = asked.cu_seqlens_q is not None
     many = packed or seqlen_q > 1
     # A window that holds all keys is none: no kernel of its own.
     window = 0 if asked.window_size is None or asked.window_size >= seqlen else asked.window_size
@@ -263,12 +256,17 @@ def _options(asked: CacheRequest) -> dict[str, Any]:
     return {name: value for name, value in asked._asdict().items() if name not in _NOT_OF_THE_REFERENCE}
 
 
-_NOT_OF_THE_REFERENCE: frozenset[Hashable] = frozenset(("q", "r", "k_cache", "v_cache", "max_seqlen_q"))
+_NOT_OF_THE_REFERENCE = ("q", "r", "k_cache", "v_cache", "max_seqlen_q")
 
 
-def _on_device(scale: Tensor | float | None, asked: CacheRequest) -> Tensor:
-    """One for every kv head, whichever way it was given: k_scale and v_scale are of one size."""
-    kv_heads, device = asked.k_cache.shape[2], asked.q.device
-    if not isinstance(scale, Tensor):
-        return torch.full((kv_heads,), 1.0 if scale is None else scale, dtype=torch.float32, device=device)
-    return scale if scale.shape[0] == kv_heads else scale.expand(kv_heads).contiguous()
+def _with_scales(asked: CacheRequest) -> CacheRequest:
+    """With tensors of one size for both scales: of a number each, or where either has more of one for every kv head."""
+    scales = [
+        x
+        if isinstance(x, Tensor)
+        else torch.full((1,), 1.0 if x is None else x, dtype=torch.float32, device=asked.q.device)
+        for x in (asked.k_scale, asked.v_scale)
+    ]
+    size = max(len(x) for x in scales)
+    k_scale, v_scale = (x if len(x) == size else x.repeat(size) for x in scales)
+    return asked._replace(k_scale=k_scale, v_scale=v_scale)

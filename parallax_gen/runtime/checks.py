@@ -82,14 +82,7 @@ def check_request(asked: Request, packed: bool, out: Tensor | None = None) -> No
     check_out(out, q)
 
 
-def check_inputs(
-    q: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    packed: bool = False,
-) -> None:
+def check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
     """Whether the inputs fit each other. Raises ArgumentError at the first that does not."""
     layout = ("total", "heads", "head_dim") if packed else ("batch", "seqlen", "heads", "head_dim")
     for name, tensor in zip("qrkv", (q, r, k, v), strict=True):
@@ -132,6 +125,10 @@ def check_out(out: Tensor | None, q: Tensor) -> None:
         got = f"shape {tuple(out.shape)}, {out.dtype}, strides {out.stride()}, on {out.device}"
         allowed = f"shape {tuple(q.shape)}, {q.dtype}, on {q.device}, the last dimension contiguous"
         raise ArgumentError("out", got, allowed)
+
+
+def records_gradients(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or r.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def check_flag(name: str, flag: bool) -> None:

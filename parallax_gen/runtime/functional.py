@@ -15,6 +15,7 @@ from parallax_gen.runtime.checks import (
     check_numbers,
     check_request,
     inputs_of,
+    records_gradients,
 )
 
 Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
@@ -110,12 +111,12 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     found: tuple[Tensor, ...]
     if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
         check_request(asked, packed, out)
-        if _records_gradients(*inputs_of(asked)):
+        if records_gradients(*inputs_of(asked)):
             found = _attend_with_gradients(asked, out, recompute_v_mean)
         else:
             found = attend_without_gradients(asked, stats=return_stats)
             found = found if out is None else (out.copy_(found[0]), *found[1:])
-    elif _records_gradients(*inputs_of(asked)):
+    elif records_gradients(*inputs_of(asked)):
         check_request(asked, packed, out)
         found = _attend_with_gradients(asked, out, recompute_v_mean)
     else:
@@ -127,10 +128,6 @@ def _attend_with_gradients(asked: Request, out: Tensor | None, recompute_v_mean:
     if out is not None:
         raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
     return attend(asked, recompute_v_mean=recompute_v_mean)
-
-
-def _records_gradients(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or r.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _under_autocast(asked: Request) -> Request:

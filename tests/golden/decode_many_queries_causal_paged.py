@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, fp16, GQA 2:1, causal, stats, ragged, many queries, pages of 16
 config     BLOCK_N=32 BLOCK_H=16 NUM_SPLITS=8 merge=last num_warps=4 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 78c0a0d7c802
+generator  parallax_gen 0.1.0, templates a0272f4baf9a
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -17,6 +17,7 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 NUM_SPLITS = 8  # programs that share a tile's keys, on the average
+SPARE = 8  # one program in so many tiles is there for long ones alone
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def ragged_kernel(
     BLOCK_N: tl.constexpr = 32  # keys a program takes a step
     PAGE_SIZE: tl.constexpr = 16  # keys a page of the cache
     NUM_SPLITS: tl.constexpr = 8
-    SPARE: tl.constexpr = 8  # one program in so many tiles is there for long ones alone
+    SPARE: tl.constexpr = 8
     ROWS: tl.constexpr = 16  # that a tile's partial state has
     SLOT: tl.constexpr = ROWS * (2 * HEAD_DIM + 4)  # floats of it; 4, not 3, keeps it 16-byte aligned
     LN_2: tl.constexpr = 0.6931471805599453
@@ -320,7 +321,7 @@ def launch(
     """
     batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
     tiles = batch * triton.cdiv(q.shape[1] * 2, 16)
-    slots = tiles * NUM_SPLITS + triton.cdiv(tiles, 8)  # at the most
+    slots = tiles * NUM_SPLITS + triton.cdiv(tiles, SPARE)  # at the most
     ragged_kernel[(slots * kv_heads,)](
         q,
         r,

@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 8:1, ragged, pages of 64, e4m3 cache
 config     BLOCK_N=64 BLOCK_H=8 NUM_SPLITS=4 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 78c0a0d7c802
+generator  parallax_gen 0.1.0, templates a0272f4baf9a
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -17,6 +17,7 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 NUM_SPLITS = 4  # programs that share a sequence's keys, on the average
+SPARE = 8  # one program in so many sequences is there for long ones alone
 
 
 @triton.jit
@@ -148,7 +149,7 @@ def ragged_kernel(
     BLOCK_N: tl.constexpr = 64  # keys a program takes a step
     PAGE_SIZE: tl.constexpr = 64  # keys a page of the cache
     NUM_SPLITS: tl.constexpr = 4
-    SPARE: tl.constexpr = 8  # one program in so many sequences is there for long ones alone
+    SPARE: tl.constexpr = 8
     ROWS: tl.constexpr = 8  # that a tile's partial state has
     SLOT: tl.constexpr = ROWS * (2 * HEAD_DIM + 4)  # floats of it; 4, not 3, keeps it 16-byte aligned
     SEQUENCES: tl.constexpr = 32  # looked at a time: each warp can do that by itself
@@ -303,7 +304,7 @@ def launch(
     arrived           int32 scratch of slots * kv_heads numbers, 0 at first and again after every launch
     """
     batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
-    slots = batch * NUM_SPLITS + triton.cdiv(batch, 8)  # at the most
+    slots = batch * NUM_SPLITS + triton.cdiv(batch, SPARE)  # at the most
     ragged_kernel[(slots * kv_heads,)](
         q,
         r,

@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 12:1, stats, ragged
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=16 merge=kernel num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 78c0a0d7c802
+generator  parallax_gen 0.1.0, templates a0272f4baf9a
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -17,6 +17,7 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 NUM_SPLITS = 16  # programs that share a sequence's keys, on the average
+SPARE = 8  # one program in so many sequences is there for long ones alone
 
 
 @triton.jit
@@ -128,7 +129,7 @@ def ragged_kernel(
     BLOCK_H: tl.constexpr = 8  # of which one program serves so many
     BLOCK_N: tl.constexpr = 32  # keys a program takes a step
     NUM_SPLITS: tl.constexpr = 16
-    SPARE: tl.constexpr = 8  # one program in so many sequences is there for long ones alone
+    SPARE: tl.constexpr = 8
     ROWS: tl.constexpr = 8  # that a tile's partial state has
     SLOT: tl.constexpr = ROWS * (2 * HEAD_DIM + 4)  # floats of it; 4, not 3, keeps it 16-byte aligned
     LN_2: tl.constexpr = 0.6931471805599453
@@ -262,8 +263,8 @@ def merge_kernel(
 ):
     """Join the splits of one query head of one sequence, where there is more than one."""
     HEAD_DIM: tl.constexpr = 128
-    GROUP: tl.constexpr = 12
-    BLOCK_N: tl.constexpr = 32
+    GROUP: tl.constexpr = 12  # query heads that share a kv head
+    BLOCK_N: tl.constexpr = 32  # what follows is as in ragged_kernel, which left the states
     NUM_SPLITS: tl.constexpr = 16
     SPARE: tl.constexpr = 8
     ROWS: tl.constexpr = 8
@@ -273,6 +274,8 @@ def merge_kernel(
     BLOCK_H: tl.constexpr = 8
     TILES: tl.constexpr = 2
     LN_2: tl.constexpr = 0.6931471805599453
+
+    # -- which query head of which sequence
     head = tl.program_id(0) % GROUP
     kv_head = tl.program_id(0) // GROUP % kv_heads
     seq = tl.program_id(0) // GROUP // kv_heads
@@ -336,7 +339,7 @@ def launch(
     partials          fp32 scratch of slots * kv_heads * 2080 numbers, slots as below
     """
     batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
-    slots = 2 * (batch * NUM_SPLITS + triton.cdiv(batch, 8))  # at the most
+    slots = 2 * (batch * NUM_SPLITS + triton.cdiv(batch, SPARE))  # at the most
     ragged_kernel[(slots * kv_heads,)](
         q,
         r,

@@ -1,4 +1,4 @@
-"""Specs, shapes, buckets and the work that a call means."""
+"""Specs, shapes and buckets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import together
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.shapes import MATMULS, SHORTEST, Bucket, Shape, bucket_of, representative, work_of
+from parallax_gen.problem.shapes import SHORTEST, Bucket, Shape, bucket_of, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, RAGGED_ONLY, KernelSpec
 
 SIZE = st.integers(1, 2**30)
@@ -349,119 +349,3 @@ def test_the_group_is_the_specs_and_not_the_buckets(shape: Shape, group: int) ->
 )
 def test_buckets(shape: Shape, bucket: Bucket) -> None:
     assert bucket_of(shape) == bucket
-
-
-@pytest.mark.parametrize(
-    ("spec", "shape", "flops", "size"),
-    [
-        # 8·B·H·L²·D FLOP; q, r, k, v and o once each
-        (
-            KernelSpec("forward", 128, "bf16"),
-            Shape(4, 16, 16, 4096, 4096),
-            8 * 4 * 16 * 4096**2 * 128,
-            5 * 2 * 4 * 16 * 4096 * 128,
-        ),
-        # half of it, and v̄ (bf16), lse and t̄ (fp32) written too
-        (
-            KernelSpec("forward", 128, "bf16", causal=True, stats=True),
-            Shape(4, 16, 16, 4096, 4096),
-            4 * 4 * 16 * 4096**2 * 128,
-            6 * 2 * 4 * 16 * 4096 * 128 + 2 * 4 * 4 * 16 * 4096,
-        ),
-        # queries at the end of a longer cache: a rectangle and a triangle
-        (
-            KernelSpec("forward", 64, "fp16", causal=True),
-            Shape(1, 1, 1, 10, 100),
-            8 * 64 * (10 * 90 + 10 * 10 / 2),
-            2 * 64 * (3 * 10 + 2 * 100),
-        ),
-        # more queries than keys: the first ninety see none
-        (
-            KernelSpec("forward", 64, "fp32", causal=True),
-            Shape(1, 1, 1, 100, 10),
-            8 * 64 * 10 * 10 / 2,
-            4 * 64 * (3 * 100 + 2 * 10),
-        ),
-        # decode with 4 query heads a kv head: k and v are read once for the group
-        (
-            KernelSpec("decode", 128, "bf16", group=4),
-            Shape(2, 32, 8, 1, 8192),
-            8 * 2 * 32 * 8192 * 128,
-            2 * (2 * 2 * 8 * 8192 * 128 + 3 * 2 * 32 * 128),
-        ),
-        # preprocess: two sums of products a row; do, o and v̄, lse and t̄ read, four fp32 numbers written
-        (
-            KernelSpec("preprocess", 96, "bf16"),
-            Shape(2, 8, 8, 1000, 1000),
-            2 * 2 * 2 * 8 * 1000 * 96,
-            2 * 8 * 1000 * (3 * 2 * 96 + 2 * 4 + 4 * 4),
-        ),
-        # dkdv: six matmuls; q, r, do and preprocess' four numbers a row, k, v, dk and dv
-        (
-            KernelSpec("dkdv", 128, "bf16", group=4),
-            Shape(2, 32, 8, 1000, 3000),
-            6 * 2 * 2 * 32 * 1000 * 3000 * 128,
-            2 * 128 * (3 * 2 * 32 * 1000 + 4 * 2 * 8 * 3000) + 16 * 2 * 32 * 1000,
-        ),
-        # dqdr: five; q, r, do, dq, dr and the four numbers a row, k and v
-        (
-            KernelSpec("dqdr", 128, "tf32", group=4, causal=True),
-            Shape(2, 32, 8, 4096, 4096),
-            5 * 2 * 2 * 32 * 4096**2 / 2 * 128,
-            4 * 128 * (5 * 2 * 32 * 4096 + 2 * 2 * 8 * 4096) + 16 * 2 * 32 * 4096,
-        ),
-        # a window of 1000 leaves out the triangle of those further away
-        (
-            KernelSpec("forward", 64, "bf16", causal=True, window=True),
-            Shape(1, 1, 1, 4096, 4096, 1000),
-            8 * 64 * (4096**2 - (4096 - 1000) ** 2) / 2,
-            5 * 2 * 64 * 4096,
-        ),
-        # a window of all keys leaves out nothing
-        (
-            KernelSpec("forward", 64, "bf16", causal=True, window=True),
-            Shape(1, 1, 1, 4096, 4096, 4096),
-            8 * 64 * 4096**2 / 2,
-            5 * 2 * 64 * 4096,
-        ),
-        # a cache in eight bits: a byte each for k and v
-        (
-            KernelSpec("decode", 128, "bf16", group=4, ragged=True, cache_dtype="e4m3"),
-            Shape(2, 8, 2, 1, 4096),
-            8 * 2 * 8 * 128 * 4096,
-            2 * 2 * 2 * 4096 * 128 + 2 * 3 * 2 * 8 * 128,
-        ),
-        # of a cache a window's queries see its last keys: 4 queries those of 100 keys and three more
-        (
-            KernelSpec("decode", 128, "bf16", group=4, ragged=True, causal=True, window=True, many_queries=True),
-            Shape(2, 8, 2, 4, 4096, 100),
-            8 * 2 * 8 * 128 * 4 * 100,
-            2 * (2 * 2 * 2 * 103 * 128 + 2 * 4 * 3 * 8 * 128),
-        ),
-    ],
-)
-def test_work(spec: KernelSpec, shape: Shape, flops: float, size: float) -> None:
-    work = work_of(spec, shape)
-    assert (work.flops, work.bytes) == (flops, size)
-
-
-LENGTH = st.integers(1, 40)
-
-
-@UNHURRIED
-@given(st.sampled_from(sorted(MATMULS)), st.booleans(), LENGTH, LENGTH, st.just(0) | st.integers(1, 50))
-def test_flops_against_a_count_of_the_pairs_that_see_each_other(
-    op: str, causal: bool, seqlen_q: int, seqlen_kv: int, window: int
-) -> None:
-    """Pair by pair, but that the last key of a row that the window does not cut counts half: as the diagonal does."""
-    window *= causal
-    of_decode = {"ragged": True, "many_queries": True} if op == "decode" else {}
-    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0, **of_decode)
-    pairs = 0.0
-    for i in range(seqlen_q):
-        last = seqlen_kv - seqlen_q + i if causal else seqlen_kv - 1
-        first = max(0, last - window + 1) if window else 0
-        seen = [j for j in range(seqlen_kv) if first <= j <= last]
-        pairs += len(seen) - 0.5 * (causal and seen != [] and first == last + 1 - len(seen) == 0)
-    work = work_of(spec, Shape(3, 4, 2, seqlen_q, seqlen_kv, window))
-    assert work.flops == MATMULS[op] * 2 * 64 * 3 * 4 * pairs
