@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="a CUDA device is here: tests/gpu runs the same cases on it"))
 
 
+def pytest_runtest_setup() -> None:
+    """torch's draws begin alike in every test, for hypothesis's reason above: a bound that one draw in thousands
+    passes by rounding fails for everyone or for no one."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _home_untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Kernels, results and Triton's programs go to a folder of this session, in child processes too.
