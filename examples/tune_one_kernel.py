@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.dispatch import gpu_of_device
 from parallax_gen.tuning.tune import Job, Progress, Tuner
 
 

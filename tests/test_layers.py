@@ -175,3 +175,10 @@ def test_what_runs_kernels_loads_no_tuner() -> None:
     modules, _ = look_at("parallax_gen.runtime.functional")
     assert "parallax_gen.codegen.render" in modules
     assert not [name for name in modules if name.startswith(("optuna", "parallax_gen.tuning", "parallax_gen.cli"))]
+
+
+def test_the_process_that_tunes_never_meets_a_gpu() -> None:
+    """Its children do: a CUDA context of its own would die with the first illegal access, and take the tune along."""
+    modules, _ = look_at("parallax_gen.tuning.tune")
+    assert "parallax_gen.tuning.worker" in modules
+    assert not {"torch", "triton"} & modules

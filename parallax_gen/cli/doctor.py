@@ -154,7 +154,7 @@ def _compile() -> Iterator[tuple[str, str]]:
     gpu = card_here() or gpu_by_name(COMPILE_FOR)
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
     trial = Trial(spec, default_config(spec, shape, gpu), shape, gpu)
-    with closing(Worker(with_device=False)) as worker:
+    with closing(Worker(device=None)) as worker:
         outcome = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
     if outcome.kind != "ok":
         raise BuildError(f"a small kernel for {gpu.name}: {outcome.kind}: {outcome.detail}")

@@ -12,10 +12,11 @@ import torch
 from parallax_gen.cli.peers import ours_cached
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import prepare
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.dispatch import default_dispatcher, gpu_of_device
+from parallax_gen.runtime.dispatch import default_dispatcher
 from parallax_gen.tuning.verify import random_inputs_of, softmax_scale
 
 CALLS, ROUNDS = 100, 40  # the queue of launches is emptied between rounds, so that none waits for a place in it

@@ -188,6 +188,11 @@ def _stacked(command: Command, options: tuple[Callable[[Command], Command], ...]
 
 def gpu_named(name: str | None) -> Gpu:
     """The GPU that --gpu means; where it is left out, the card that is there. Raises UnknownGpuError."""
+    return gpu_meant(name, card_here)
+
+
+def gpu_meant(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
+    """As `gpu_named`, of a card that is asked for in another way."""
     if name is None:
         card = card_here()
         if card is None:
@@ -206,6 +211,6 @@ def card_here() -> Gpu | None:
     """The GPU that CUDA's first device is; None where there is none."""
     import torch
 
-    from parallax_gen.runtime.dispatch import gpu_of_device
+    from parallax_gen.codegen.device import gpu_of_device
 
     return gpu_of_device(0) if torch.cuda.is_available() else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -13,22 +15,30 @@ from parallax_gen.cli.text import brief, counted, time_and_rate
 from parallax_gen.memory.results import Result
 
 if TYPE_CHECKING:
-    from parallax_gen.tuning.tune import Job, Progress
+    from parallax_gen.tuning.job import Job, Progress
 
 QUIET_S = 15.0  # without a terminal: no longer than this without a line
 
 
 class View:
-    """A context. `begin` a job, `update` after every trial, `end` the job."""
+    """A context and a tuner's watcher. `begin` a job, `update` after every trial, `end` the job; several may run.
 
-    def __init__(self, console: Console, total: int, trials: int, time_budget_s: float):
+    after_update is called when all is shown.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        trials: int,
+        time_budget_s: float,
+        after_update: Callable[[], None] = lambda: None,
+    ):
         self._console = console
         self._total, self._trials, self._budget_s = total, trials, time_budget_s
-        self._number = 0
-        self._title = ""
-        self._start = self._last_line = 0.0
-        self._progress: Progress | None = None
-        self._told_best: Result | None = None
+        self._after_update = after_update
+        self._begun = 0
+        self._running: dict[Job, _Running] = {}
         self._live = Live(console=console, get_renderable=self._panel, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> View:
@@ -41,45 +51,63 @@ class View:
             self._live.stop()
 
     def begin(self, job: Job) -> None:
-        self._number += 1
-        self._title = f"[{self._number}/{self._total}] {job.gpu.name}: {job.spec}; {job.bucket}"
-        self._start = self._last_line = time.monotonic()
-        self._progress = self._told_best = None
-        self._say(self._title)
+        self._begun += 1
+        self._running[job] = _Running(self._begun, time.monotonic() + self._budget_s)
+        self._say(f"[{self._begun}/{self._total}] {job.gpu.name}: {job.spec}; {job.bucket}")
 
     def update(self, progress: Progress) -> None:
-        first = self._progress is None
-        self._progress = progress
+        running = self._running[progress.job]
+        first, running.progress = running.progress is None, progress
         if first and progress.known:
-            self._say(f"  {progress.known} configs are known from earlier runs: going on from there")
-        if self._live is None and progress.done and self._worth_a_line(progress):
-            self._last_line, self._told_best = time.monotonic(), progress.best
-            self._say(f"  trial {progress.done}, {self._seconds_left():.0f} s left: {best_of(progress)}")
+            self._say(f"{self._mark(running)}{progress.known} configs are known from earlier runs: going on from there")
+        if self._live is None and progress.done and running.worth_a_line(progress):
+            running.last_line, running.told_best = time.monotonic(), progress.best
+            left = running.seconds_left()
+            self._say(f"{self._mark(running)}trial {progress.done}, {left:.0f} s left: {best_of(progress)}")
+        self._after_update()
 
     def end(self, progress: Progress) -> None:
+        mark = self._mark(self._running.pop(progress.job))
         outcomes = counted(progress.kinds) or "no config left to try"
-        self._say(f"  {progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_of(progress)}")
+        self._say(f"{mark}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_of(progress)}")
 
-    def _worth_a_line(self, progress: Progress) -> bool:
-        return progress.best != self._told_best or time.monotonic() - self._last_line > QUIET_S
+    def _mark(self, running: _Running) -> str:
+        """What a line begins with: the job's number where several run."""
+        return "  " if len(self._running) < 2 else f"  [{running.number}] "
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
 
-    def _seconds_left(self) -> float:
-        return max(0.0, self._start + self._budget_s - time.monotonic())
-
     def _panel(self) -> Group:
         """Drawn some times a second, so that the seconds run."""
-        progress = self._progress
-        kinds = counted(progress.kinds) if progress else ""
-        done = progress.done if progress else 0
-        lines = [
-            f"  trials {done}/{self._trials}  {kinds}",
-            f"  {best_of(progress) if progress else 'compiling the first configs'}",
-            f"  {self._seconds_left():.0f} of {self._budget_s:.0f} s left",
-        ]
+        lines = []
+        for running in list(self._running.values()):
+            progress, mark = running.progress, self._mark(running)
+            kinds = counted(progress.kinds) if progress else ""
+            done = progress.done if progress else 0
+            lines += [
+                f"{mark}trials {done}/{self._trials}  {kinds}",
+                f"{mark}{best_of(progress) if progress else 'compiling the first configs'}",
+                f"{mark}{running.seconds_left():.0f} of {self._budget_s:.0f} s left",
+            ]
         return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+
+
+@dataclass
+class _Running:
+    """A job under way, and what was said of it."""
+
+    number: int
+    deadline: float
+    last_line: float = field(default_factory=time.monotonic)
+    told_best: Result | None = None
+    progress: Progress | None = None
+
+    def seconds_left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    def worth_a_line(self, progress: Progress) -> bool:
+        return progress.best != self.told_best or time.monotonic() - self.last_line > QUIET_S
 
 
 def best_of(progress: Progress) -> str:

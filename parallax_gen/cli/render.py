@@ -56,7 +56,7 @@ def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -
 
     from parallax_gen.tuning.worker import Compile, Trial, Worker
 
-    with closing(Worker(with_device=False)) as worker:
+    with closing(Worker(device=None)) as worker:
         outcome = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
     if outcome.resources is None:
         raise BuildError(f"compiling for {gpu.title}: {outcome.kind}: {outcome.detail}")

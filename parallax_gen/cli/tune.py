@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from parallax_gen.cli.devices import benches_of, card_to_tune, devices_option
 from parallax_gen.cli.options import (
     Sizes,
-    card_here,
     check_flags,
     flag_options,
-    gpu_named,
     gpu_option,
     head_dim_of,
     json_option,
@@ -29,7 +28,7 @@ from parallax_gen.cli.text import (
     rate,
     rate_unit,
 )
-from parallax_gen.errors import MeasureError, UnknownGpuError
+from parallax_gen.errors import MeasureError
 from parallax_gen.problem.config import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
@@ -39,8 +38,8 @@ from parallax_gen.tuning.usual import WORK, Flags
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from parallax_gen.memory.store import Store
-    from parallax_gen.tuning.tune import Job, Progress
+    from parallax_gen.tuning.job import Job, Progress
+    from parallax_gen.tuning.tune import Tuner
 
 SUCCESSES = ("ok", "predicted")
 
@@ -71,6 +70,7 @@ SUCCESSES = ("ok", "predicted")
     "--time-budget", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True, help="Seconds a job."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one a core.")
+@devices_option
 @json_option
 def tune(
     gpu: str | None,
@@ -83,6 +83,7 @@ def tune(
     trials: int,
     time_budget: float,
     workers: int | None,
+    devices: tuple[int, ...],
     as_json: bool,
 ) -> None:
     """Find the best kernels for a GPU, and remember them.
@@ -106,6 +107,7 @@ def tune(
       parallax-gen tune --gpu h200 --grid serving --page-size 16
     """
     from parallax_gen.memory.store import Store
+    from parallax_gen.tuning.tune import Tuner
     from parallax_gen.tuning.worklist import ALL_WORK, of_grid, worklist
 
     if grid and (shapes or ops not in ((), ("decode",))):
@@ -113,17 +115,19 @@ def tune(
     ops = ("decode",) if grid else ops or ALL_WORK
     check_flags(flags, ops)
     asked = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
-    card, measure = _card_to_tune(gpu)
     dtypes = dtypes or ("bf16",)
-    if grid:
-        jobs = of_grid(card, GRIDS[grid], head_dims, dtypes, flags)
-    else:
-        jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=asked, flags=flags)
-    if not jobs:
-        raise click.UsageError("no usual shape has that --head-dim: say which --shape is meant")
-    with Store() as store:
-        done = _tune_all(jobs, store, measure, trials, time_budget, workers)
-        path = store.path
+    with benches_of(devices) as benches:
+        card, measure = card_to_tune(gpu, benches)
+        if grid:
+            jobs = of_grid(card, GRIDS[grid], head_dims, dtypes, flags)
+        else:
+            jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=asked, flags=flags)
+        if not jobs:
+            raise click.UsageError("no usual shape has that --head-dim: say which --shape is meant")
+        with Store() as store:
+            path = store.path
+            with Tuner(store, measure=measure, benches=benches, compilers=workers) as tuner:
+                done = _tune_all(tuner, jobs, measure, trials, time_budget, path)
     if as_json:
         print_json(_to_json(done, card, measure, path))
     else:
@@ -134,44 +138,22 @@ def tune(
         raise MeasureError("no config worked in any job: parallax-gen show says why each one failed")
 
 
-def _card_to_tune(name: str | None) -> tuple[Gpu, bool]:
-    """The GPU to tune for, and whether it is there to measure on. Raises UnknownGpuError where another one is."""
-    wanted, here = gpu_named(name), card_here()
-    if here is not None and here.name != wanted.name:
-        raise UnknownGpuError(
-            f"--gpu says {wanted.name}, but the card here is {here.name} ({here.title}): "
-            "tune where the card is, or choose the device with CUDA_VISIBLE_DEVICES"
-        )
-    return wanted, here is not None
-
-
 def _tune_all(
-    jobs: list[Job], store: Store, measure: bool, trials: int, time_budget: float, workers: int | None
+    tuner: Tuner, jobs: list[Job], measure: bool, trials: int, time_budget: float, path: Path
 ) -> list[Progress]:
     from parallax_gen.cli.interrupt import Interrupt
     from parallax_gen.cli.progress import View
-    from parallax_gen.tuning.tune import Tuner
 
     if not measure:
         click.echo("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)
-    done = []
-    view, interrupt = View(console(stderr=True), len(jobs), trials, time_budget), Interrupt()
-
-    def on_progress(progress: Progress) -> None:
-        view.update(progress)
-        interrupt.check()
-
+    interrupt = Interrupt()
+    view = View(console(stderr=True), len(jobs), trials, time_budget, after_update=interrupt.check)
     try:
-        with Tuner(store, measure=measure, compilers=workers) as tuner, view, interrupt:
-            for job in jobs:
-                view.begin(job)
-                progress = tuner.tune(job, trials=trials, time_budget_s=time_budget, on_progress=on_progress)
-                view.end(progress)
-                done.append(progress)
+        with view, interrupt:
+            return tuner.tune_all(jobs, trials=trials, time_budget_s=time_budget, watcher=view)
     except KeyboardInterrupt:
-        click.echo(f"stopped: all finished trials are kept in {store.path}; run again to go on", err=True)
+        click.echo(f"stopped: all finished trials are kept in {path}; run again to go on", err=True)
         raise
-    return done
 
 
 def _print(done: list[Progress], path: Path) -> None:

@@ -6,7 +6,6 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render, templates_hash
@@ -16,7 +15,7 @@ from parallax_gen.memory.results import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig
-from parallax_gen.problem.hardware import Gpu, recognise
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.space import why_invalid
@@ -72,19 +71,3 @@ def default_dispatcher() -> Dispatcher:
         warnings.warn(f"{error} Only shipped records and defaults are used.", stacklevel=2)
         store = None
     return Dispatcher(Memory(store))
-
-
-@cache
-def gpu_of_device(index: int) -> Gpu:
-    """The GPU that CUDA device `index` is."""
-    import torch
-
-    device: Any = torch.cuda.get_device_properties(index)  # torch's stub of it lacks fields
-    return recognise(
-        device.name,
-        (device.major, device.minor),
-        device.multi_processor_count,
-        device.total_memory,
-        shared_per_block=device.shared_memory_per_block_optin,
-        l2_bytes=device.L2_cache_size,
-    )

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from parallax_gen.codegen.calling import Scratch, scratch_of
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.dispatch import default_dispatcher, gpu_of_device
+from parallax_gen.runtime.dispatch import default_dispatcher
 from parallax_gen.runtime.replay import Launched, aligned, record, replay
 from parallax_gen.runtime.workspace import Workspace, parts_of
 

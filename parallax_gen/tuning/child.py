@@ -6,18 +6,23 @@ import dataclasses
 import os
 import pickle
 import random
+import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from parallax_gen.codegen.build import compile_for, load
 from parallax_gen.codegen.calling import Inputs, prepare
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import BuildError, ConfigError
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.worker import Compile, Measure, Outcome
+from parallax_gen.tuning.worker import Compile, Identify, Measure, Outcome, Rematch, Request, Trial
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.verify import Expected
@@ -33,10 +38,29 @@ def serve() -> None:
             request = pickle.load(requests)
         except EOFError:  # the parent is done, or gone
             return
-        start = time.monotonic()
-        outcome = compile_trial(request) if isinstance(request, Compile) else measure_trial(request)
-        pickle.dump(dataclasses.replace(outcome, seconds=time.monotonic() - start), replies)
+        pickle.dump(answer(request), replies)
         replies.flush()
+
+
+def answer(request: Request | Identify) -> Outcome | Gpu | None:
+    """The reply to a request."""
+    start = time.monotonic()
+    if isinstance(request, Identify):
+        return identify()
+    if isinstance(request, Compile):
+        outcome = compile_trial(request)
+    elif isinstance(request, Measure):
+        outcome = measure_trial(request)
+    else:
+        outcome = time_again(request)
+    return dataclasses.replace(outcome, seconds=time.monotonic() - start)
+
+
+def identify() -> Gpu | None:
+    """The GPU that this process sees; None for none."""
+    import torch
+
+    return gpu_of_device(0) if torch.cuda.is_available() else None
 
 
 def compile_trial(request: Compile) -> Outcome:
@@ -72,10 +96,8 @@ def measure_trial(request: Measure) -> Outcome:
         found = verify.run(source, spec, config, inputs, expected)
         if found.wrong:
             return Outcome("wrong", f"at {shape}: {found.wrong}", error=found.error)
-        launch = load(source).launch
-        arguments = prepare(spec, config, inputs).arguments(verify.softmax_scale(spec))
         timing = time_call(
-            lambda: launch(*arguments),
+            _call(trial, inputs),
             timed_ms=request.timed_ms,
             give_up_us=request.give_up_us,
             from_rest=request.from_rest,
@@ -86,6 +108,26 @@ def measure_trial(request: Measure) -> Outcome:
         return Outcome("resources", str(error).splitlines()[0])
     kind = "slow" if timing.median_us > request.give_up_us else "ok"
     return Outcome(kind, timing=timing, error=found.error)
+
+
+def time_again(request: Rematch) -> Outcome:
+    """Time trials that passed their checks, in turns, at their shape."""
+    from parallax_gen.tuning.measure import time_in_turns
+
+    first = request.trials[0]
+    inputs, _ = _inputs_and_oracle(first.spec, first.shape)
+    calls = [_call(trial, inputs) for trial in request.trials]
+    timings = time_in_turns(calls, timed_ms=request.timed_ms, from_rest=request.from_rest)
+    return Outcome("ok", timings=tuple(timings))
+
+
+def _call(trial: Trial, inputs: Inputs) -> Callable[[], object]:
+    """A trial's launch on inputs."""
+    from parallax_gen.tuning import verify
+
+    launch = load(render(trial.spec, trial.config, trial.gpu)).launch
+    arguments = prepare(trial.spec, trial.config, inputs).arguments(verify.softmax_scale(trial.spec))
+    return lambda: launch(*arguments)
 
 
 @lru_cache(maxsize=1)
@@ -101,11 +143,24 @@ def wake_device() -> None:
     """Make the CUDA context, which takes seconds, while nobody waits for it."""
     import torch
 
-    torch.cuda.init()
-    torch.zeros(1, device="cuda")
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+
+
+def die_with_parent() -> None:
+    """End this process and what it started once its parent is gone, whatever it is in the middle of."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(0, signal.SIGKILL)
+
+    Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
+    die_with_parent()
     if "--device" in sys.argv[1:]:
         wake_device()
     serve()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
+
+from parallax_gen.tuning.worker import Timing
 
 # Protocol 1: a CUDA graph of several calls on one set of random inputs is replayed; each replay is timed with events
 # and divided by its calls; the median counts. L2 is warm: it holds what fits of the inputs. Replays before the timed
@@ -23,17 +24,7 @@ GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph wi
 WARM_MS = 10.0
 REST_S = 0.2
 FEWEST_REPLAYS, MOST_REPLAYS = 7, 200
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds a call: median, and the 20th and 80th percentile over `replays` replays of a graph."""
-
-    median_us: float
-    p20_us: float
-    p80_us: float
-    calls_a_graph: int
-    replays: int
+TURNS = 3
 
 
 def time_call(
@@ -43,34 +34,72 @@ def time_call(
 
     A call that takes longer than give_up_us is replayed a few times only: it has lost already.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # compile and allocate outside the graph
-        rough_us = _elapsed_us(call)
-        calls = max(1, min(CALLS_A_GRAPH, int(GRAPH_US / max(rough_us, 1.0))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                call()
-        graph.replay()
-        replay_us = _elapsed_us(graph.replay)
-        if from_rest:
-            time.sleep(REST_S)
-        for _ in range(max(1, int(WARM_MS * 1000 / replay_us))):
-            graph.replay()
-        lost = min(replay_us, _elapsed_us(graph.replay)) / calls > give_up_us
-        replays = FEWEST_REPLAYS if lost else int(timed_ms * 1000 / replay_us)
-        replays = max(FEWEST_REPLAYS, min(MOST_REPLAYS, replays))
+    graph = _Graph(call)
+    if from_rest:
+        time.sleep(REST_S)
+    graph.warm()
+    replays = FEWEST_REPLAYS if graph.call_us > give_up_us else int(timed_ms * 1000 / graph.replay_us)
+    replays = max(FEWEST_REPLAYS, min(MOST_REPLAYS, replays))
+    return graph.timing(graph.times(replays))
+
+
+def time_in_turns(calls: Sequence[Callable[[], object]], *, timed_ms: float, from_rest: bool = False) -> list[Timing]:
+    """Time calls such as `time_call`'s, each for about timed_ms in TURNS parts: A B C, A B C, A B C."""
+    graphs = [_Graph(call) for call in calls]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(TURNS):
+        for graph, its_times in zip(graphs, times, strict=True):
+            if from_rest:
+                time.sleep(REST_S)
+            graph.warm()
+            replays = int(timed_ms * 1000 / graph.replay_us / TURNS)
+            its_times += graph.times(max(FEWEST_REPLAYS, min(MOST_REPLAYS, replays)))
+    return [graph.timing(its_times) for graph, its_times in zip(graphs, times, strict=True)]
+
+
+class _Graph:
+    """Several calls captured in a CUDA graph, on a stream of its own."""
+
+    def __init__(self, call: Callable[[], object]):
+        self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            call()  # compile and allocate outside the graph
+            rough_us = _elapsed_us(call)
+            self._calls = max(1, min(CALLS_A_GRAPH, int(GRAPH_US / max(rough_us, 1.0))))
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                for _ in range(self._calls):
+                    call()
+            self._graph.replay()
+            self.replay_us = _elapsed_us(self._graph.replay)
+
+    @property
+    def call_us(self) -> float:
+        """Of one call, by the fastest replay that was looked at so far."""
+        return self.replay_us / self._calls
+
+    def warm(self) -> None:
+        """Bring the clocks up, and look once more how long a replay takes."""
+        with torch.cuda.stream(self._stream):
+            for _ in range(max(1, int(WARM_MS * 1000 / self.replay_us))):
+                self._graph.replay()
+            self.replay_us = min(self.replay_us, _elapsed_us(self._graph.replay))
+
+    def times(self, replays: int) -> list[float]:
+        """Microseconds a call, of each of so many replays."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            graph.replay()
-            mark.record()
-        stream.synchronize()
-    times = sorted(a.elapsed_time(b) * 1000 / calls for a, b in itertools.pairwise(marks))
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return Timing(statistics.median(times), fifths[0], fifths[3], calls, replays)
+        with torch.cuda.stream(self._stream):
+            marks[0].record()
+            for mark in marks[1:]:
+                self._graph.replay()
+                mark.record()
+            self._stream.synchronize()
+        return [a.elapsed_time(b) * 1000 / self._calls for a, b in itertools.pairwise(marks)]
+
+    def timing(self, times: list[float]) -> Timing:
+        fifths = statistics.quantiles(times, n=5, method="inclusive")
+        return Timing(statistics.median(times), fifths[0], fifths[3], self._calls, len(times))
 
 
 def _elapsed_us(call: Callable[[], object]) -> float:

@@ -2,285 +2,181 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
-from parallax_gen.codegen.render import templates_hash
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result, now
-from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import KernelConfig
-from parallax_gen.problem.hardware import GPUS, Gpu
-from parallax_gen.problem.heuristics import promising_configs
-from parallax_gen.problem.shapes import Bucket, Shape, representative
-from parallax_gen.problem.space import neighbours
-from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.model import bound_by_matmuls, predict_us
-from parallax_gen.tuning.search import Search
-from parallax_gen.tuning.worker import Compile, Measure, Outcome, Trial, Worker
+from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
+from parallax_gen.tuning.job import Job, Progress, proven_configs
+from parallax_gen.tuning.pool import Answer, AnyWorker, Pool
+from parallax_gen.tuning.run import MOST_SPILLS, Run
+from parallax_gen.tuning.worker import Compile, Worker
 
-COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds; a worker's start is in it
-MEASURE_TIMEOUT_S = 120.0  # the oracle of the largest shapes is in it
-MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
-GIVE_UP = 1.5  # a call this many times slower than the best has lost
-FINALISTS, FINALIST_MS = 8, 80.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
+__all__ = ["FINALISTS", "FINALIST_MS", "MOST_SPILLS", "Job", "Progress", "Tuner", "Watcher", "proven_configs"]
+
+IDLE_S = 0.5  # while nothing happens, a watcher is called as often
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to tune: one spec in one bucket on one GPU."""
+class Watcher(Protocol):
+    """Who is told how jobs stand. What it raises ends the tune: every finished trial is stored by then."""
 
-    spec: KernelSpec
-    bucket: Bucket
-    gpu: Gpu
+    def begin(self, job: Job) -> None:
+        """A device has begun with a job."""
 
-    @property
-    def key(self) -> Key:
-        return Key.here(self.gpu.name, self.spec, self.bucket, templates_hash(self.spec))
+    def update(self, progress: Progress) -> None:
+        """A trial of a job has ended; or some time passed without one."""
 
-    @property
-    def shape(self) -> Shape:
-        """The sizes it is tuned at."""
-        return representative(self.bucket, self.spec.group)
+    def end(self, progress: Progress) -> None:
+        """A job is done."""
 
 
-def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
-    """What was fastest for the job's spec on GPUs of the same capability, of the records that ship.
-
-    All that are known of its bucket, then the best of each other one. Of any template and Triton: to begin with, not
-    to believe.
-    """
-    alike = [gpu.name for gpu in GPUS.values() if gpu.capability == job.gpu.capability]
-    records = [r for name in alike for r in load_shipped(name, folder) if r.key.spec == job.spec]
-    here = [r.config for r in records if r.key.bucket == job.bucket]
-    best = {r.key.bucket: r.config for r in reversed(records)}  # a file has each key's fastest first
-    return list(dict.fromkeys([*here, *best.values()]))
-
-
-@dataclass
-class Progress:
-    """How a job stands. `kinds` counts this run's outcomes; `known` those that earlier runs left."""
-
-    job: Job
-    known: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    best: Result | None = None
-    seconds: float = 0.0
-
-    @property
-    def done(self) -> int:
-        return sum(self.kinds.values())
+def start_benches(devices: Sequence[int]) -> dict[int, Worker]:
+    """Children that measure, one a device of those that this process may use; for a Tuner, or to ask for their GPU."""
+    benches = {device: Worker(device=device) for device in devices}
+    for bench in benches.values():
+        bench.start()
+    return benches
 
 
 class Tuner:
-    """Tunes jobs on one GPU. A context: it owns the child processes, and leaving it ends them.
+    """Tunes jobs, one a device at a time. A context: it owns the child processes, and leaving it ends them.
 
-    measure=False compiles and predicts only, and needs no GPU. compilers: how many processes compile, by default
-    one a core but for one, which is left to the process that measures.
+    measure=False compiles and predicts only, and needs no GPU. benches: the children that measure, by the index of
+    their device; the first device's where none are given. The tuner owns them from then on. compilers: how many
+    processes compile, by default one a core but for one a device, which is left to the process that measures.
     """
 
-    def __init__(self, store: Store, *, measure: bool, compilers: int | None = None):
-        self._store = store
-        self._measure = measure
-        self._compilers = _Compilers(compilers or max(1, (os.cpu_count() or 2) - 1))
-        self._bench = Worker(with_device=True)
-        if measure:
-            self._bench.start()
+    def __init__(
+        self,
+        store: Store,
+        *,
+        measure: bool,
+        benches: Mapping[int, AnyWorker] | None = None,
+        compilers: int | None = None,
+    ):
+        self._store, self._measure = store, measure
+        self._benches = dict(benches or start_benches([0])) if measure else {}
+        spare = (os.cpu_count() or 2) - max(1, len(self._benches))
+        self._pool = Pool(self._benches, [Worker(device=None) for _ in range(compilers or max(1, spare))])
+        self._runs = 0  # of all calls so far: an answer names its run by number
 
     def __enter__(self) -> Tuner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._compilers.close()
-        self._bench.close()
+        self._pool.close()
 
     def tune(self, job: Job, *, trials: int, time_budget_s: float, on_progress: Callable[[Progress], None]) -> Progress:
-        """Try configs until there were `trials` of them, or the seconds are spent, or none is left.
+        """As `tune_all`, of one job. on_progress is called after each trial, twice a second without one, and last."""
+        (progress,) = self.tune_all([job], trials=trials, time_budget_s=time_budget_s, watcher=_Calls(on_progress))
+        return progress
 
-        Every outcome is stored as it comes: an interrupt loses nothing, and the next run goes on from there.
-        on_progress is called after each, and twice a second while none is ready.
+    def tune_all(self, jobs: Sequence[Job], *, trials: int, time_budget_s: float, watcher: Watcher) -> list[Progress]:
+        """Try configs of every job until there were `trials` of them, or its seconds are spent, or none is left.
+
+        Each device takes a job at a time, and the seconds count from then; where there are fewer jobs than devices,
+        several share one. While a job is measured, the next one's configs are compiled. Every outcome is stored as it
+        comes: an interrupt loses nothing, and the next tune goes on from there.
         """
-        run = _Run(job, self._store, self._measure, deadline=time.monotonic() + time_budget_s)
-        asked = waiting = 0
-        while not run.spent:
-            # Twice the compilers: the next ones are ready while this thread times.
-            while waiting < 2 * self._compilers.width and asked < trials:
-                config = run.search.ask()
-                if config is None:
-                    break
-                self._compilers.submit(Compile(run.trial(config)))
-                asked, waiting = asked + 1, waiting + 1
-            if not waiting:
-                break
-            compiled = self._compilers.next(timeout_s=0.5)
-            if compiled is not None and not run.spent:
-                waiting -= 1
-                run.note(self._judge(run, *compiled))
-            on_progress(run.progress)  # also while nothing is ready: a caller may want to stop
-        self._compilers.drop_waiting()
-        if self._measure:
-            self._time_finalists_again(run)
-        on_progress(run.progress)
-        return run.progress
-
-    def _judge(self, run: _Run, config: KernelConfig, compiled: Outcome) -> Result:
-        """What comes of a config that was compiled: pruned, measured, or predicted."""
-        if compiled.kind != "ok" or compiled.resources is None:
-            return run.result(config, compiled, compiled)
-        if compiled.resources.spills > MOST_SPILLS:
-            detail = f"spills {compiled.resources.spills} bytes a thread, over {MOST_SPILLS}"
-            return run.result(config, compiled, Outcome("resources", detail))
-        job = run.progress.job
-        if compiled.resources.shared_bytes > job.gpu.shared_per_block:
-            detail = f"needs {compiled.resources.shared_bytes} bytes of shared memory, over {job.gpu.shared_per_block}"
-            return run.result(config, compiled, Outcome("resources", detail))
-        if not self._measure:
-            estimate = predict_us(job.spec, config, job.shape, job.gpu, compiled.resources)
-            return run.result(config, compiled, Outcome("predicted"), predicted_us=estimate)
-        give_up_us = GIVE_UP * run.best_us
-        outcome = self._bench.ask(Measure(run.trial(config), give_up_us), MEASURE_TIMEOUT_S)
-        return run.result(config, compiled, outcome)
-
-    def _time_finalists_again(self, run: _Run) -> None:
-        """Time the best once more until the best is one that was: a lucky short timing does not win."""
-        again: set[KernelConfig] = set()
-        while len(again) < FINALISTS:
-            best = self._store.best(run.key)
-            if best is None or best.config in again:
-                break
-            from_rest = bound_by_matmuls(best.key.spec.op)
-            request = Measure(run.trial(best.config), timed_ms=FINALIST_MS, from_rest=from_rest)
-            self._store.record(run.result_again(best, self._bench.ask(request, MEASURE_TIMEOUT_S)))
-            again.add(best.config)
-        run.progress.best = self._store.best(run.key)
+        numbers = itertools.count(self._runs)
+        self._runs += len(jobs)
+        # Made when they are needed: what is known of a key is read from the store then.
+        runs = ((next(numbers), Run(job, self._store, measure=self._measure, trials=trials)) for job in jobs)
+        return _Floor(self._pool, runs, list(self._benches)).work(time_budget_s, watcher)
 
 
-class _Run:
-    """One job being tuned: what is known, what to try next, how it stands."""
+class _Floor:
+    """Where runs and devices meet: which run has which device, and which is next."""
 
-    def __init__(self, job: Job, store: Store, measure: bool, deadline: float):
-        self.key = job.key
-        self._store = store
-        self._wanted = "ok" if measure else "predicted"
-        self._start, self._deadline = time.monotonic(), deadline
-        known = [r for r in store.results(self.key) if not (measure and r.outcome == "predicted")]
-        best = next((r for r in known if r.outcome == self._wanted), None)
-        default, *promising = promising_configs(job.spec, job.shape, job.gpu)
-        proven = proven_configs(job)
-        around = best.config if best else default
-        near = neighbours(job.spec, around, job.gpu)
-        self.search = Search(job.spec, job.gpu, first=[default, *proven, *promising, *near])
-        for result in known:
-            self.search.tell(result.config, result.time_us)
-        self.progress = Progress(job, known=len(known), best=best)
+    def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int]):
+        self._pool, self._to_come = pool, runs
+        self._measure = bool(devices)
+        self._ahead: deque[tuple[int, Run]] = deque()  # no device has them yet; their configs are compiled
+        self._running: dict[int, Run] = {}
+        self._done: dict[int, Progress] = {}
+        self._run_of: dict[int | None, int | None] = dict.fromkeys(devices or (None,))
+        self._busy: set[int] = set()
 
-    @property
-    def spent(self) -> bool:
-        return time.monotonic() >= self._deadline
+    def work(self, time_budget_s: float, watcher: Watcher) -> list[Progress]:
+        while True:
+            self._give_devices_runs(time_budget_s, watcher)
+            self._compile_ahead()
+            self._give_devices_work()
+            if self._end_runs(watcher):
+                continue
+            if not self._running:
+                return [self._done[number] for number in sorted(self._done)]
+            answer = self._pool.next(IDLE_S)
+            if answer is None:
+                for run in self._running.values():
+                    watcher.update(run.progress)
+            elif self._take(answer) and answer.owner in self._running:
+                watcher.update(self._running[answer.owner].progress)
 
-    @property
-    def best_us(self) -> float:
-        best = self.progress.best
-        return best.time_us if best is not None and best.time_us is not None else float("inf")
+    def _give_devices_runs(self, seconds: float, watcher: Watcher) -> None:
+        """Every device that has no run gets the next one; the last ones are shared."""
+        for device in [device for device, run in self._run_of.items() if run is None]:
+            number, run = self._ahead.popleft() if self._ahead else next(self._to_come, (None, None))
+            if number is not None and run is not None:
+                self._running[number] = run
+                run.begin(seconds)
+                watcher.begin(run.job)
+            else:
+                hands = list(self._run_of.values())
+                number = min((n for n, run in self._running.items() if run.searching), key=hands.count, default=None)
+            self._run_of[device] = number
 
-    def trial(self, config: KernelConfig) -> Trial:
-        return Trial(self.progress.job.spec, config, self.progress.job.shape, self.progress.job.gpu)
+    def _give_devices_work(self) -> None:
+        for device, number in self._run_of.items():
+            if device is not None and number is not None and device not in self._busy:
+                request = self._running[number].next_request()
+                if request is not None:
+                    self._busy.add(device)
+                    self._pool.measure(number, device, request)
 
-    def note(self, result: Result) -> None:
-        """Store a result, tell the search, and keep the best."""
-        self._store.record(result)
-        succeeded = result.outcome in ("ok", "slow", "predicted")
-        self.search.tell(result.config, result.time_us if succeeded else None)
-        if result.outcome == self._wanted and result.time_us is not None and result.time_us < self.best_us:
-            self.progress.best = result
-        self.progress.kinds[result.outcome] = self.progress.kinds.get(result.outcome, 0) + 1
-        self.progress.seconds = time.monotonic() - self._start
+    def _end_runs(self, watcher: Watcher) -> bool:
+        """Whether a run was over."""
+        over = [number for number, run in self._running.items() if run.over]
+        for number in over:
+            run = self._running.pop(number)
+            self._pool.forget(number)
+            self._done[number] = run.progress
+            self._run_of.update({device: None for device, its in self._run_of.items() if its == number})
+            watcher.end(run.progress)
+        return bool(over)
 
-    def result(
-        self, config: KernelConfig, compiled: Outcome, outcome: Outcome, *, predicted_us: float | None = None
-    ) -> Result:
-        resources, timing = compiled.resources, outcome.timing
-        return Result(
-            key=self.key,
-            config=config,
-            outcome=outcome.kind,
-            shape=self.progress.job.shape,
-            time_us=timing.median_us if timing else predicted_us,
-            time_us_p20=timing.p20_us if timing else None,
-            time_us_p80=timing.p80_us if timing else None,
-            error=outcome.error,
-            registers=resources.registers if resources else None,
-            spills=resources.spills if resources else None,
-            shared_bytes=resources.shared_bytes if resources else None,
-            compile_s=compiled.seconds,
-            detail=outcome.detail,
-            source=f"{'measured on' if timing else 'compiled for'} {self.progress.job.gpu.title}",
-        )
+    def _compile_ahead(self) -> None:
+        """Keep twice as many configs of each run under way as there are compilers; also of the devices' next runs."""
+        if self._measure and len(self._ahead) < len(self._run_of):
+            self._ahead.extend(itertools.islice(self._to_come, 1))
+        for number, run in [*self._running.items(), *self._ahead]:
+            while run.waiting < 2 * self._pool.compilers and (asked := run.ask()) is not None:
+                self._pool.compile(number, *asked)
 
-    def result_again(self, before: Result, outcome: Outcome) -> Result:
-        """A result measured once more: the newer times, the same resources."""
-        timing = outcome.timing
-        return replace(
-            before,
-            outcome=outcome.kind,
-            time_us=timing.median_us if timing else None,
-            time_us_p20=timing.p20_us if timing else None,
-            time_us_p80=timing.p80_us if timing else None,
-            error=outcome.error,
-            detail=outcome.detail,
-            created_at=now(),
-        )
+    def _take(self, answer: Answer) -> bool:
+        """Pass an answer on. Whether a trial has ended with it."""
+        if answer.device is not None:
+            self._busy.remove(answer.device)
+        run = self._running.get(answer.owner) or dict(self._ahead)[answer.owner]
+        if isinstance(answer.request, Compile):
+            return run.compiled(answer.request.trial.config, answer.outcome)
+        return run.measured(answer.request, answer.outcome)
 
 
-class _Compilers:
-    """Worker processes that compile, each asked by a thread of its own; what comes of it waits in a queue."""
+class _Calls:
+    """A watcher of one job that calls a function."""
 
-    def __init__(self, width: int):
-        self.width = width
-        self._requests: SimpleQueue[tuple[int, Compile] | None] = SimpleQueue()
-        self._outcomes: SimpleQueue[tuple[int, KernelConfig, Outcome]] = SimpleQueue()
-        self._job = 0  # outcomes of earlier jobs are dropped
-        self._workers = [Worker(with_device=False) for _ in range(width)]
-        self._threads = [Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, on_progress: Callable[[Progress], None]):
+        self._on_progress = on_progress
 
-    def submit(self, request: Compile) -> None:
-        self._requests.put((self._job, request))
+    def begin(self, job: Job) -> None:
+        pass
 
-    def next(self, timeout_s: float) -> tuple[KernelConfig, Outcome] | None:
-        """A config and what came of compiling it; None if nothing is ready in time."""
-        try:
-            job, config, outcome = self._outcomes.get(timeout=timeout_s)
-        except Empty:
-            return None
-        return (config, outcome) if job == self._job else None
+    def update(self, progress: Progress) -> None:
+        self._on_progress(progress)
 
-    def drop_waiting(self) -> None:
-        """Forget what was submitted: a job's time is spent."""
-        self._job += 1
-        with contextlib.suppress(Empty):
-            while True:
-                self._requests.get_nowait()
-
-    def close(self) -> None:
-        self.drop_waiting()
-        for _ in self._threads:
-            self._requests.put(None)
-        for worker in self._workers:
-            worker.kill()  # a thread that waits for it gets a crash, then the None
-        for thread in self._threads:
-            thread.join()
-
-    def _serve(self, worker: Worker) -> None:
-        while (item := self._requests.get()) is not None:
-            job, request = item
-            self._outcomes.put((job, request.trial.config, worker.ask(request, COMPILE_TIMEOUT_S)))
-        worker.close()
+    def end(self, progress: Progress) -> None:
+        self._on_progress(progress)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of
-from parallax_gen.tuning.tune import Job
+from parallax_gen.tuning.job import Job
 from parallax_gen.tuning.usual import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual
 
 # Everything: inference, then training.

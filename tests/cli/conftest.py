@@ -23,8 +23,9 @@ def shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("options", "tune", "doctor"):
+    for module in ("options", "doctor"):
         monkeypatch.setattr(f"parallax_gen.cli.{module}.card_here", lambda: None)
+    monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

@@ -16,9 +16,8 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.tuning import tune as tuning
-from parallax_gen.tuning.measure import Timing
-from parallax_gen.tuning.tune import Job, Progress
-from parallax_gen.tuning.worker import Compile, Measure, Outcome
+from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.worker import Compile, Measure, Outcome, Timing
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
@@ -31,7 +30,7 @@ class FakeWorker:
 
     measured = 0
 
-    def __init__(self, *, with_device: bool):
+    def __init__(self, *, device: int | None):
         pass
 
     def start(self) -> None:
@@ -58,8 +57,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H200 in this machine."""
     FakeWorker.measured = 0
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
-    for module in ("options", "tune"):
-        monkeypatch.setattr(f"parallax_gen.cli.{module}.card_here", lambda: H200)
+    monkeypatch.setattr("parallax_gen.cli.options.card_here", lambda: H200)
+    monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: H200)
 
 
 def test_without_a_gpu_it_compiles_ranks_says_so_and_goes_on(store: Store) -> None:

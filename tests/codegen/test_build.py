@@ -224,7 +224,7 @@ def outcomes(jobs: list[Job]) -> dict[str, Outcome]:
     lock = threading.Lock()
 
     def work() -> None:
-        with closing(Worker(with_device=False)) as worker:
+        with closing(Worker(device=None)) as worker:
             while True:
                 with lock:
                     job = next(waiting, None)
@@ -295,7 +295,7 @@ def test_a_child_that_dies_or_hangs_is_an_outcome() -> None:
     kernel = GOLDEN["decode_unsplit"]
     job = Job("", kernel, "h200", shape_of(kernel)).request
     invalid = DecodeConfig(32, 8, 4, "none", 1, 2)
-    with closing(Worker(with_device=False)) as worker:
+    with closing(Worker(device=None)) as worker:
 
         def kill() -> None:
             while worker._child is None:

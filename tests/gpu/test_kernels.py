@@ -17,6 +17,7 @@ from triton.runtime.errors import OutOfResources
 
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import Call, Inputs, Saved
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.problem.accuracy import why_wrong
 from parallax_gen.problem.config import (
@@ -31,7 +32,6 @@ from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
-from parallax_gen.runtime.dispatch import gpu_of_device
 from parallax_gen.tuning import verify
 
 pytestmark = pytest.mark.gpu

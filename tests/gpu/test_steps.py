@@ -11,8 +11,8 @@ import steps
 import strategies
 from triton.runtime.errors import OutOfResources
 
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.problem.spec import DTYPES
-from parallax_gen.runtime.dispatch import gpu_of_device
 
 pytestmark = pytest.mark.gpu
 

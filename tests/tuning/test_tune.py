@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import FINE, Machine, timed
 
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.keys import Environment, Key
@@ -22,14 +22,12 @@ from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import tune as tuning
-from parallax_gen.tuning.measure import Timing
 from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
-from parallax_gen.tuning.worker import Compile, Measure, Outcome
+from parallax_gen.tuning.worker import Outcome
 
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
 SMALL = Job(KernelSpec("forward", 128, "fp32"), Bucket(8, 128, 128), GPUS["rtx4090"])  # 21 configs
-FINE = Resources(registers=100, spills=0, shared_bytes=1000)
 
 
 def ignore(_: Progress) -> None:
@@ -40,52 +38,6 @@ def ignore(_: Progress) -> None:
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store(tmp_path / "tuning.db") as store:
         yield store
-
-
-@dataclass
-class Machine:
-    """What the fake workers do. Each is given the config and how often its kind was asked before."""
-
-    compile: Callable[[KernelConfig, int], Outcome] = lambda config, n: Outcome("ok", resources=FINE, seconds=0.5)
-    measure: Callable[[KernelConfig, int], Outcome] = lambda config, n: timed(100.0 + n)
-    compiled: list[KernelConfig] = field(default_factory=list)
-    measured: list[Measure] = field(default_factory=list)
-    open_workers: int = 0
-
-    def worker(self, *, with_device: bool) -> FakeWorker:
-        self.open_workers += 1
-        return FakeWorker(self, with_device)
-
-
-class FakeWorker:
-    """As `Worker`, without a child."""
-
-    def __init__(self, machine: Machine, with_device: bool):
-        self._machine, self._with_device = machine, with_device
-
-    def start(self) -> None:
-        assert self._with_device
-
-    def ask(self, request: Compile | Measure, timeout_s: float) -> Outcome:
-        assert timeout_s > 0
-        config = request.trial.config
-        if isinstance(request, Compile):
-            assert not self._with_device
-            self._machine.compiled.append(config)
-            return self._machine.compile(config, len(self._machine.compiled) - 1)
-        assert self._with_device
-        self._machine.measured.append(request)
-        return self._machine.measure(config, len(self._machine.measured) - 1)
-
-    def kill(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._machine.open_workers -= 1
-
-
-def timed(us: float, kind: str = "ok") -> Outcome:
-    return Outcome(kind, timing=Timing(us, us - 1, us + 1, 20, 50), error=1e-3)
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""The finals of a job: a lucky short timing does not win. The best are timed again, and the nearest in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from parallax_gen.memory.keys import Key
+from parallax_gen.memory.results import Result, now
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.tuning.model import bound_by_matmuls
+from parallax_gen.tuning.worker import Measure, Outcome, Rematch, Request, Timing, Trial
+
+FINALISTS, FINALIST_MS = 8, 80.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
+CLOSE, IN_TURNS = 1.02, 3  # of them at most so many, within this of the best, are timed once more, in turns
+
+
+class Finals:
+    """What is to be measured after a job's trials, one request at a time.
+
+    The best is timed once more until the best is one that was; then it is timed in turns with those that come close,
+    so that clocks and heat are the same for all of them. Every time replaces the one before in the store. Those of the
+    turns are put to the scale of the best's time before: they decide among those who took part, and a card that
+    meanwhile runs faster or slower does not decide between them and the others.
+    """
+
+    def __init__(self, store: Store, key: Key, trial: Callable[[KernelConfig], Trial]):
+        self._store, self._key, self._trial = store, key, trial
+        self._from_rest = bound_by_matmuls(key.spec.op)
+        self._again: set[KernelConfig] = set()
+        self.over = False
+
+    def next_request(self) -> Request | None:
+        """What to measure next; None once all is done."""
+        best = None if self.over else self._store.best(self._key)
+        if best is not None and best.config not in self._again and len(self._again) < FINALISTS:
+            self._again.add(best.config)
+            return Measure(self._trial(best.config), timed_ms=FINALIST_MS, from_rest=self._from_rest)
+        close = [] if self.over else self._close()
+        self.over = True  # but for the rematch's answer
+        if len(close) > 1:
+            return Rematch(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._from_rest)
+        return None
+
+    def measured(self, request: Request, outcome: Outcome) -> None:
+        """Store what came of a request."""
+        before = {r.config: r for r in self._store.results(self._key)}
+        if isinstance(request, Rematch):
+            if outcome.kind == "ok":
+                was = before[request.trials[0].config].time_us
+                assert was is not None
+                scale = was / outcome.timings[0].median_us
+                for trial, timing in zip(request.trials, outcome.timings, strict=True):
+                    self._store.record(_timed(before[trial.config], timing, scale))
+        else:
+            old = before[request.trial.config]
+            again = replace(old, outcome=outcome.kind, error=outcome.error, detail=outcome.detail, created_at=now())
+            self._store.record(_timed(again, outcome.timing))
+
+    def _close(self) -> list[Result]:
+        """The best and those within CLOSE of it, if the best was timed again."""
+        measured = [(r, r.time_us) for r in self._store.results(self._key) if r.measured and r.time_us is not None]
+        if not measured or measured[0][0].config not in self._again:
+            return []
+        most = CLOSE * measured[0][1]
+        return [r for r, time_us in measured if time_us <= most and r.config in self._again][:IN_TURNS]
+
+
+def _timed(result: Result, timing: Timing | None, scale: float = 1.0) -> Result:
+    return replace(
+        result,
+        time_us=timing.median_us * scale if timing else None,
+        time_us_p20=timing.p20_us * scale if timing else None,
+        time_us_p80=timing.p80_us * scale if timing else None,
+        created_at=now(),
+    )

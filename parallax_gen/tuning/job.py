@@ -1,0 +1,61 @@
+"""What there is to tune, where to begin, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from parallax_gen.codegen.render import templates_hash
+from parallax_gen.memory.keys import Key
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.shipped import load_shipped
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import GPUS, Gpu
+from parallax_gen.problem.shapes import Bucket, Shape, representative
+from parallax_gen.problem.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tune: one spec in one bucket on one GPU."""
+
+    spec: KernelSpec
+    bucket: Bucket
+    gpu: Gpu
+
+    @property
+    def key(self) -> Key:
+        return Key.here(self.gpu.name, self.spec, self.bucket, templates_hash(self.spec))
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes it is tuned at."""
+        return representative(self.bucket, self.spec.group)
+
+
+def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
+    """What was fastest for the job's spec on GPUs of the same capability, of the records that ship.
+
+    All that are known of its bucket, then the best of each other one. Of any template and Triton: to begin with, not
+    to believe.
+    """
+    alike = [gpu.name for gpu in GPUS.values() if gpu.capability == job.gpu.capability]
+    records = [r for name in alike for r in load_shipped(name, folder) if r.key.spec == job.spec]
+    here = [r.config for r in records if r.key.bucket == job.bucket]
+    best = {r.key.bucket: r.config for r in reversed(records)}  # a file has each key's fastest first
+    return list(dict.fromkeys([*here, *best.values()]))
+
+
+@dataclass
+class Progress:
+    """How a job stands. `kinds` counts this run's outcomes; `known` those that earlier runs left."""
+
+    job: Job
+    known: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    best: Result | None = None
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> int:
+        return sum(self.kinds.values())

@@ -1,0 +1,174 @@
+"""One job being tuned: what is known, what to try next, what came of it, and when it is over."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from parallax_gen.codegen.render import render
+from parallax_gen.errors import ConfigError
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import KernelConfig, config_to_json
+from parallax_gen.problem.heuristics import promising_configs
+from parallax_gen.problem.space import neighbours
+from parallax_gen.tuning.finals import Finals
+from parallax_gen.tuning.job import Job, Progress, proven_configs
+from parallax_gen.tuning.model import predict_us
+from parallax_gen.tuning.search import Search
+from parallax_gen.tuning.worker import Compile, Measure, Outcome, Request, Trial
+
+MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
+GIVE_UP = 1.5  # a call this many times slower than the best has lost
+
+
+class Run:
+    """A job's trials, from the first config that is asked for to the last finalist.
+
+    The loop takes configs to compile (`ask`), says what came of them (`compiled`), takes what a device is to measure
+    (`next_request`), and says what came of that (`measured`), until the run is `over`. Every outcome is stored as it
+    comes. With measure=False a compiled config is predicted, and there is nothing to measure.
+    """
+
+    def __init__(self, job: Job, store: Store, *, measure: bool, trials: int):
+        self.job, self.key = job, job.key
+        self._store, self._measure, self._trials = store, measure, trials
+        self._wanted = "ok" if measure else "predicted"
+        known = [r for r in store.results(self.key) if not (measure and r.outcome == "predicted")]
+        best = next((r for r in known if r.outcome == self._wanted), None)
+        default, *promising = promising_configs(job.spec, job.shape, job.gpu)
+        near = neighbours(job.spec, best.config if best else default, job.gpu)
+        self._search = Search(job.spec, job.gpu, first=[default, *proven_configs(job), *promising, *near])
+        for result in known:
+            self._search.tell(result.config, result.time_us)
+        self.progress = Progress(job, known=len(known), best=best)
+        self._asked = self._compiling = self._measuring = 0
+        self._ready: deque[tuple[KernelConfig, Outcome]] = deque()  # compiled, and not yet measured
+        self._compiled: dict[KernelConfig, Outcome] = {}  # of those that are being measured
+        self._finals = Finals(store, self.key, self._trial)
+        self._start, self._deadline = time.monotonic(), float("inf")
+
+    def begin(self, seconds: float) -> None:
+        """Start its clock: a device is free for it."""
+        self._start = time.monotonic()
+        self._deadline = self._start + seconds
+
+    @property
+    def waiting(self) -> int:
+        """How many configs were asked for and are not done."""
+        return self._compiling + len(self._ready) + len(self._compiled)
+
+    @property
+    def searching(self) -> bool:
+        """Whether trials are under way or to come."""
+        return time.monotonic() < self._deadline and (self._asked < self._trials or self.waiting > 0)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do. What compiles for it still is not waited for."""
+        return not self.searching and not self._measuring and (self._finals.over or not self._measure)
+
+    def ask(self) -> tuple[str, Compile] | None:
+        """A config to compile, behind what names its source; None when as many as allowed are out, or none is left."""
+        config = self._search.ask() if self._asked < self._trials else None
+        if config is None:
+            self._trials = self._asked
+            return None
+        self._asked += 1
+        self._compiling += 1
+        return self._source_of(config), Compile(self._trial(config))
+
+    def compiled(self, config: KernelConfig, outcome: Outcome) -> bool:
+        """What came of compiling a config. True if its trial has ended with it: failed, pruned or predicted."""
+        self._compiling -= 1
+        ended = self._ended_by(outcome)
+        if ended is None and self._measure:
+            self._ready.append((config, outcome))
+            return False
+        estimate = None
+        if ended is None:
+            assert outcome.resources is not None
+            ended = Outcome("predicted")
+            estimate = predict_us(self.job.spec, config, self.job.shape, self.job.gpu, outcome.resources)
+        self._note(self._result(config, outcome, ended, predicted_us=estimate))
+        return True
+
+    def next_request(self) -> Request | None:
+        """What a device that is free should measure; None for nothing at present, or at all."""
+        request: Request | None = None
+        if self.searching:
+            if self._ready:
+                config, self._compiled[config] = self._ready.popleft()
+                request = Measure(self._trial(config), GIVE_UP * self._best_us)
+        elif self._measure and not self._measuring:
+            request = self._finals.next_request()
+        self._measuring += request is not None
+        return request
+
+    def measured(self, request: Request, outcome: Outcome) -> bool:
+        """What came of measuring. True if a trial has ended with it, False of finals."""
+        self._measuring -= 1
+        if isinstance(request, Measure) and request.trial.config in self._compiled:
+            config = request.trial.config
+            self._note(self._result(config, self._compiled.pop(config), outcome))
+            return True
+        self._finals.measured(request, outcome)
+        self.progress.best = self._store.best(self.key)
+        return False
+
+    def _ended_by(self, compiled: Outcome) -> Outcome | None:
+        """What ends a trial that was compiled: a failure, spills, too much shared memory; None for nothing."""
+        resources, most = compiled.resources, self.job.gpu.shared_per_block
+        if compiled.kind != "ok" or resources is None:
+            return compiled
+        if resources.spills > MOST_SPILLS:
+            return Outcome("resources", f"spills {resources.spills} bytes a thread, over {MOST_SPILLS}")
+        if resources.shared_bytes > most:
+            return Outcome("resources", f"needs {resources.shared_bytes} bytes of shared memory, over {most}")
+        return None
+
+    @property
+    def _best_us(self) -> float:
+        best = self.progress.best
+        return best.time_us if best is not None and best.time_us is not None else float("inf")
+
+    def _trial(self, config: KernelConfig) -> Trial:
+        return Trial(self.job.spec, config, self.job.shape, self.job.gpu)
+
+    def _source_of(self, config: KernelConfig) -> str:
+        """What is the same for configs, of any bucket, that render alike."""
+        try:
+            return render(self.job.spec, config, self.job.gpu).sha256
+        except ConfigError:  # the child will say so too, and its answer is recorded
+            return f"{self.key.digest} {config_to_json(config)}"
+
+    def _note(self, result: Result) -> None:
+        """Store a result, tell the search, and keep the best."""
+        self._store.record(result)
+        succeeded = result.outcome in ("ok", "slow", "predicted")
+        self._search.tell(result.config, result.time_us if succeeded else None)
+        if result.outcome == self._wanted and result.time_us is not None and result.time_us < self._best_us:
+            self.progress.best = result
+        self.progress.kinds[result.outcome] = self.progress.kinds.get(result.outcome, 0) + 1
+        self.progress.seconds = time.monotonic() - self._start
+
+    def _result(
+        self, config: KernelConfig, compiled: Outcome, outcome: Outcome, *, predicted_us: float | None = None
+    ) -> Result:
+        resources, timing = compiled.resources, outcome.timing
+        return Result(
+            key=self.key,
+            config=config,
+            outcome=outcome.kind,
+            shape=self.job.shape,
+            time_us=timing.median_us if timing else predicted_us,
+            time_us_p20=timing.p20_us if timing else None,
+            time_us_p80=timing.p80_us if timing else None,
+            error=outcome.error,
+            registers=resources.registers if resources else None,
+            spills=resources.spills if resources else None,
+            shared_bytes=resources.shared_bytes if resources else None,
+            compile_s=compiled.seconds,
+            detail=outcome.detail,
+            source=f"{'measured on' if timing else 'compiled for'} {self.job.gpu.title}",
+        )

@@ -1,0 +1,76 @@
+"""A made-up machine for the tuner: workers without children, that do as a test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.tuning.worker import Compile, Measure, Outcome, Rematch, Request, Timing
+
+FINE = Resources(registers=100, spills=0, shared_bytes=1000)
+
+
+def timed(us: float, kind: str = "ok") -> Outcome:
+    return Outcome(kind, timing=timing(us), error=1e-3)
+
+
+def timing(us: float) -> Timing:
+    return Timing(us, us - 1, us + 1, 20, 50)
+
+
+@dataclass
+class Machine:
+    """What the fake workers do. Each is given the config and how often its kind was asked before."""
+
+    compile: Callable[[KernelConfig, int], Outcome] = lambda config, n: Outcome("ok", resources=FINE, seconds=0.5)
+    measure: Callable[[KernelConfig, int], Outcome] = lambda config, n: timed(100.0 + n)
+    rematch: Callable[[Rematch], Outcome] = lambda request: Outcome("crash", "nothing is timed in turns")
+    compiled: list[KernelConfig] = field(default_factory=list)
+    measured: list[Measure] = field(default_factory=list)
+    rematches: list[Rematch] = field(default_factory=list)
+    on: list[tuple[int, Request]] = field(default_factory=list)  # what each device was asked, as it came
+    open_workers: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def worker(self, *, device: int | None) -> FakeWorker:
+        self.open_workers += 1
+        return FakeWorker(self, device)
+
+
+class FakeWorker:
+    """As `Worker`, without a child."""
+
+    def __init__(self, machine: Machine, device: int | None):
+        self._machine, self._device = machine, device
+
+    def start(self) -> None:
+        assert self._device is not None
+
+    def ask(self, request: Request, timeout_s: float) -> Outcome:
+        assert timeout_s > 0
+        machine = self._machine
+        if isinstance(request, Compile):
+            assert self._device is None
+            with machine.lock:
+                machine.compiled.append(request.trial.config)
+                n = len(machine.compiled) - 1
+            return machine.compile(request.trial.config, n)
+        assert self._device is not None
+        with machine.lock:
+            machine.on.append((self._device, request))
+            if isinstance(request, Measure):
+                machine.measured.append(request)
+            else:
+                machine.rematches.append(request)
+            n = len(machine.measured) - 1
+        return machine.rematch(request) if isinstance(request, Rematch) else machine.measure(request.trial.config, n)
+
+    def kill(self) -> None:
+        pass
+
+    def close(self) -> None:
+        with self._machine.lock:
+            self._machine.open_workers -= 1

@@ -1,0 +1,205 @@
+"""Several jobs on several devices, on a made-up machine: who does what, side by side, and what a rematch decides."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from machines import FINE, Machine, timed, timing
+
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.space import every_config
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning.finals import CLOSE, IN_TURNS
+from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.tune import Tuner
+from parallax_gen.tuning.worker import Measure, Outcome, Rematch
+
+GPU = GPUS["h200"]
+JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(5)]
+
+
+@dataclass
+class Notes:
+    """A watcher that remembers what it was told, in order."""
+
+    begun: list[Job] = field(default_factory=list)
+    ended: list[Progress] = field(default_factory=list)
+
+    def begin(self, job: Job) -> None:
+        self.begun.append(job)
+
+    def update(self, progress: Progress) -> None:
+        assert progress.job in self.begun
+        assert progress not in self.ended
+
+    def end(self, progress: Progress) -> None:
+        self.ended.append(progress)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "tuning.db") as store:
+        yield store
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(tuning, "Worker", machine.worker)
+    return machine
+
+
+def tune_all(
+    store: Store, machine: Machine, jobs: list[Job], devices: int, *, trials: int = 6, compilers: int = 2
+) -> tuple[list[Progress], Notes]:
+    notes = Notes()
+    benches = {device: machine.worker(device=device) for device in range(devices)}
+    with Tuner(store, measure=True, benches=benches, compilers=compilers) as tuner:
+        done = tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=notes)
+    assert machine.open_workers == 0
+    return done, notes
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_every_job_gets_its_trials_whatever_the_number_of_devices(store: Store, machine: Machine, devices: int) -> None:
+    done, notes = tune_all(store, machine, JOBS, devices)
+    assert [progress.job for progress in done] == notes.begun == JOBS
+    assert [progress.done for progress in done] == [6] * len(JOBS)
+    assert sorted(map(id, done)) == sorted(map(id, notes.ended))
+    for progress in done:
+        assert len(store.results(progress.job.key)) == 6
+        assert progress.best == store.best(progress.job.key)
+
+
+def test_devices_work_at_the_same_time_each_on_its_own_job(store: Store, machine: Machine) -> None:
+    together = threading.Barrier(2, timeout=20)  # broken, unless two measure at a time
+
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        together.wait()
+        return timed(100.0)
+
+    machine.measure = measure
+    done, _ = tune_all(store, machine, JOBS[:2], 2, trials=4)
+    assert [progress.kinds for progress in done] == [{"ok": 4}] * 2
+    shapes = {
+        device: {r.trial.shape for d, r in machine.on if d == device and isinstance(r, Measure)} for device in (0, 1)
+    }
+    assert shapes == {0: {JOBS[0].shape}, 1: {JOBS[1].shape}}
+
+
+def test_devices_without_a_job_help_with_one_that_is_under_way(store: Store, machine: Machine) -> None:
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        time.sleep(0.02)
+        return timed(100.0 + n)
+
+    machine.measure = measure
+    done, notes = tune_all(store, machine, JOBS[:1], 3, trials=30)
+    assert notes.begun == JOBS[:1]
+    assert done[0].done == 30
+    trials = [(device, r.trial.config) for device, r in machine.on if isinstance(r, Measure)][:30]
+    assert len({config for _, config in trials}) == 30  # none twice
+    assert min(Counter(device for device, _ in trials).values()) >= 5
+
+
+def test_the_next_jobs_configs_are_compiled_while_one_is_measured(store: Store, machine: Machine) -> None:
+    ahead = threading.Event()
+    second: list[KernelConfig] = []
+
+    def compile(config: KernelConfig, n: int) -> Outcome:
+        if n == 4:  # the first job has but four
+            ahead.set()
+        second.append(config)
+        return Outcome("ok", resources=FINE)
+
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        assert n > 0 or ahead.wait(20)
+        return timed(100.0 + n)
+
+    machine.compile, machine.measure = compile, measure
+    done, _ = tune_all(store, machine, JOBS[:2], 1, trials=4)
+    assert [progress.kinds for progress in done] == [{"ok": 4}] * 2
+
+
+def test_one_source_is_compiled_once_at_a_time(store: Store, machine: Machine) -> None:
+    """Buckets of one spec have configs in common, which render alike: the second is left to Triton's cache."""
+    at_work: Counter[KernelConfig] = Counter()
+    most: Counter[KernelConfig] = Counter()
+
+    def compile(config: KernelConfig, n: int) -> Outcome:
+        with machine.lock:
+            at_work[config] += 1
+            most[config] = max(most[config], at_work[config])
+        time.sleep(0.01)
+        with machine.lock:
+            at_work[config] -= 1
+        return Outcome("ok", resources=FINE)
+
+    machine.compile = compile
+    tune_all(store, machine, JOBS, len(JOBS), trials=12, compilers=8)
+    assert max(Counter(machine.compiled).values()) > 1
+    assert max(most.values()) == 1
+
+
+def test_a_trial_that_fails_costs_no_other(store: Store, machine: Machine) -> None:
+    bad = {config for n, config in enumerate(every_config(JOBS[0].spec, GPU)) if n % 2}
+    machine.measure = lambda config, n: Outcome("crash", "fell off the bus") if config in bad else timed(100.0 + n)
+    done, _ = tune_all(store, machine, JOBS[:2], 2, trials=20)
+    for progress in done:
+        results = store.results(progress.job.key)
+        assert len(results) == progress.done == 20
+        assert {r.config for r in results if r.outcome == "crash"} == {r.config for r in results} & bad
+        assert len(progress.kinds) == 2
+
+
+# -- finals in turns
+
+
+def finals(store: Store, machine: Machine, long: list[float]) -> list[Rematch]:
+    """One job of as many configs; in a long timing each takes what is said, in a short one less by as much."""
+    configs = machine.compiled
+
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        us = long[configs.index(config)]
+        return timed(us if machine.measured[n].timed_ms > 40 else us - 20)
+
+    machine.measure = measure
+    tune_all(store, machine, JOBS[:1], 1, trials=len(long), compilers=1)
+    return machine.rematches
+
+
+def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: Machine) -> None:
+    times = {0: 110.0, 2: 109.0, 3: 108.0}
+    machine.rematch = lambda request: Outcome(
+        "ok", timings=tuple(timing(times[machine.compiled.index(trial.config)]) for trial in request.trials)
+    )
+    (rematch,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
+    assert [machine.compiled.index(trial.config) for trial in rematch.trials] == [0, 2, 3]
+    found = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].key)]
+    # The card ran slower by a tenth meanwhile: that is nothing to those who took no part.
+    assert [n for n, _ in found] == [3, 2, 0, 4, 1]
+    assert [us for _, us in found] == pytest.approx([100 * 108 / 110, 100 * 109 / 110, 100.0, 103.0, 130.0])
+
+
+def test_a_rematch_that_fails_changes_nothing(store: Store, machine: Machine) -> None:
+    (rematch,) = finals(store, machine, [100.0, 101.0])
+    assert len(rematch.trials) == 2
+    assert [r.time_us for r in store.results(JOBS[0].key)] == [100.0, 101.0]
+
+
+def test_one_that_is_far_ahead_is_not_timed_in_turns(store: Store, machine: Machine) -> None:
+    assert finals(store, machine, [100.0, 100.0 * CLOSE + 0.5, 150.0]) == []
+
+
+def test_no_more_than_a_few_are_timed_in_turns(store: Store, machine: Machine) -> None:
+    (rematch,) = finals(store, machine, [100.0 + n / 100 for n in range(8)])
+    assert len(rematch.trials) == IN_TURNS

@@ -1,0 +1,52 @@
+"""kill -9 of a tune at any moment: what was finished is there, the database is whole, and the next tune goes on."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+from sqlite_utils import Database
+
+from parallax_gen.memory.store import Store
+
+PROGRAM = Path(__file__).with_name("endless_tune.py")
+AT_ONCE, ROUNDS = 5, 10  # 50 kills
+
+
+def test_fifty_kills_lose_no_finished_trial_and_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.db"
+    chance = random.Random(0)
+    told: Counter[str] = Counter()  # the most trials of a key that a process had recorded or found
+    went_on = 0
+    for round_ in range(ROUNDS):
+        outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
+        processes = [
+            subprocess.Popen([sys.executable, str(PROGRAM), str(path), str(100 * round_ + n)], stdout=output.open("w"))
+            for n, output in enumerate(outputs)
+        ]
+        while not all(output.stat().st_size for output in outputs):  # every one is at work
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        for process in processes:
+            time.sleep(chance.uniform(0.0, 0.05))
+            process.kill()
+        for process in processes:
+            assert process.wait() == -9
+        for output in outputs:
+            lines = [line.split() for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            went_on += any(int(first) > 1 and key in told for key, first in lines[:1])
+            for key, count in lines:
+                told[key] = max(told[key], int(count))
+        with closing(Database(path)) as database:
+            assert next(iter(database.query("PRAGMA integrity_check"))) == {"integrity_check": "ok"}
+    with Store(path) as store:
+        kept = Counter(result.key.digest for result in store.all())
+        assert store.unreadable == 0
+    assert sum(told.values()) > AT_ONCE * ROUNDS
+    assert went_on
+    assert {key: count for key, count in told.items() if kept[key] < count} == {}

@@ -1,0 +1,145 @@
+"""The child that compiles and measures: what it sees of the GPUs, and that nothing of it outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from parallax_gen.errors import MeasureError
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.worker import Compile, Trial, Worker
+
+TRIAL = Trial(
+    KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPUS["h200"]
+)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "seen"),
+    [
+        (None, None, ""),
+        (None, 0, "0"),
+        (None, 3, "3"),
+        ("4,5", 1, "5"),
+        (" GPU-a , MIG-b", 1, "MIG-b"),
+        ("4,5", 2, ""),
+        ("", 0, ""),
+        ("4", None, ""),
+    ],
+)
+def test_a_child_sees_one_device(
+    visible: str | None, device: int | None, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index is among those that the parent may use."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    environment = Worker(device=device)._environment()
+    assert environment["CUDA_VISIBLE_DEVICES"] == seen
+    assert "TRITON_INTERPRET" not in environment
+
+
+def test_without_a_gpu_a_child_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with closing(Worker(device=0)) as worker:
+        assert worker.identify() is None
+
+
+def test_a_child_that_does_not_say_which_gpu_it_has_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with (
+        closing(Worker(device=2)) as worker,
+        pytest.raises(MeasureError, match="device 2 cannot be used: exit status 1"),
+    ):
+        worker.identify()
+
+
+@pytest.fixture
+def hanging_ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ptxas that tells its version and otherwise never ends; the file that its process id goes to."""
+    import triton
+
+    real = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    pid, script = tmp_path / "pid", tmp_path / "ptxas"
+    version = f'case "$*" in *--version*) exec "{real}" "$@";; esac'
+    script.write_text(f"#!/bin/sh\n{version}\necho $$ > {pid}\nexec sleep 600\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    for name in ("PTXAS", "PTXAS_BLACKWELL"):  # later Tritons take the second one for all but the oldest cards
+        monkeypatch.setenv(f"TRITON_{name}_PATH", str(script))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # nothing of it is compiled yet
+    return pid
+
+
+def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> None:
+    """As a timeout kills it, though not after as long."""
+    with closing(Worker(device=None)) as worker, ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(worker.ask, Compile(TRIAL), 120.0)
+        assert wait_for(lambda: hanging_ptxas.exists() and hanging_ptxas.read_text().strip() != "")
+        ptxas = int(hanging_ptxas.read_text())
+        assert alive(ptxas)
+        worker.kill()
+        assert waiting.result().kind == "crash"
+        assert wait_for(lambda: not alive(ptxas))
+
+
+def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path) -> None:
+    """kill -9 of a tune leaves no process that holds a GPU."""
+    code = textwrap.dedent(f"""
+        from parallax_gen.problem.config import *
+        from parallax_gen.problem.hardware import GPUS
+        from parallax_gen.problem.shapes import Shape
+        from parallax_gen.problem.spec import KernelSpec
+        from parallax_gen.tuning.worker import Compile, Trial, Worker
+        spec, shape = {TRIAL.spec!r}, {TRIAL.shape!r}
+        worker = Worker(device=None)
+        worker.start()
+        print(worker._child.pid, flush=True)
+        worker.ask(Compile(Trial(spec, {TRIAL.config!r}, shape, GPUS["h200"])), timeout_s=60.0)
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert wait_for(lambda: hanging_ptxas.exists() and hanging_ptxas.read_text().strip() != "")
+        ptxas = int(hanging_ptxas.read_text())
+        assert alive(child)
+        assert alive(ptxas)
+        os.kill(parent.pid, signal.SIGKILL)
+        assert wait_for(lambda: not alive(child) and not alive(ptxas))
+    finally:
+        parent.kill()
+        parent.communicate()
