@@ -41,7 +41,8 @@ ONLY_IN = {
     "jinja2": "codegen/render.py",
     "sqlite3": "memory/store.py",
     "sqlite_utils": "memory/store.py",
-    "optuna": "tuning/search.py",
+    "optuna": "tuning/",  # search.py proposes, board.py shares through its storages
+    "sqlalchemy": "tuning/board.py",  # comes with Optuna's storages, whose errors it explains
     "click": "cli/",
     "rich": "cli/",
 }

@@ -69,6 +69,8 @@ class View:
     def end(self, progress: Progress) -> None:
         mark = self._mark(self._running.pop(progress.job))
         outcomes = counted(progress.kinds) or "no config left to try"
+        if progress.elsewhere:
+            outcomes += f", and {progress.elsewhere} by other workers"
         self._say(f"{mark}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_of(progress)}")
 
     def _mark(self, running: _Running) -> str:

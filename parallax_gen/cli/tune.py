@@ -71,6 +71,11 @@ SUCCESSES = ("ok", "predicted")
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one a core.")
 @devices_option
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="Share the jobs with workers elsewhere: postgresql://user@host/name, or journal:FILE on a shared disk.",
+)
 @json_option
 def tune(
     gpu: str | None,
@@ -84,6 +89,7 @@ def tune(
     time_budget: float,
     workers: int | None,
     devices: tuple[int, ...],
+    storage: str | None,
     as_json: bool,
 ) -> None:
     """Find the best kernels for a GPU, and remember them.
@@ -105,8 +111,10 @@ def tune(
       parallax-gen tune --gpu h200 --op decode --shape 32,32/8,8192
       parallax-gen tune --gpu h200 --op training --shape 8,32/8,4096 --window 1024
       parallax-gen tune --gpu h200 --grid serving --page-size 16
+      parallax-gen tune --devices 0,1,2,3 --storage postgresql://tuner@host/kernels
     """
     from parallax_gen.memory.store import Store
+    from parallax_gen.tuning.board import Storage
     from parallax_gen.tuning.tune import Tuner
     from parallax_gen.tuning.worklist import ALL_WORK, of_grid, worklist
 
@@ -126,7 +134,8 @@ def tune(
             raise click.UsageError("no usual shape has that --head-dim: say which --shape is meant")
         with Store() as store:
             path = store.path
-            with Tuner(store, measure=measure, benches=benches, compilers=workers) as tuner:
+            place = None if storage is None else Storage(storage)
+            with Tuner(store, measure=measure, benches=benches, compilers=workers, storage=place) as tuner:
                 done = _tune_all(tuner, jobs, measure, trials, time_budget, path)
     if as_json:
         print_json(_to_json(done, card, measure, path))
@@ -206,6 +215,7 @@ def _job_to_json(progress: Progress) -> dict[str, Any]:
         "rate_unit": rate_unit(job.spec.op),
         "trials": progress.done,
         "known": progress.known,
+        "elsewhere": progress.elsewhere,
         "failures": _failures(progress),
         "seconds": progress.seconds,
     }

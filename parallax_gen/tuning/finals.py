@@ -43,20 +43,20 @@ class Finals:
             return Rematch(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._from_rest)
         return None
 
-    def measured(self, request: Request, outcome: Outcome) -> None:
-        """Store what came of a request."""
+    def measured(self, request: Request, outcome: Outcome) -> list[Result]:
+        """What to record of what came of a request."""
         before = {r.config: r for r in self._store.results(self._key)}
-        if isinstance(request, Rematch):
-            if outcome.kind == "ok":
-                was = before[request.trials[0].config].time_us
-                assert was is not None
-                scale = was / outcome.timings[0].median_us
-                for trial, timing in zip(request.trials, outcome.timings, strict=True):
-                    self._store.record(_timed(before[trial.config], timing, scale))
-        else:
+        if not isinstance(request, Rematch):
             old = before[request.trial.config]
-            again = replace(old, outcome=outcome.kind, error=outcome.error, detail=outcome.detail, created_at=now())
-            self._store.record(_timed(again, outcome.timing))
+            again = replace(old, outcome=outcome.kind, error=outcome.error, detail=outcome.detail)
+            return [_timed(again, outcome.timing)]
+        if outcome.kind != "ok":
+            return []
+        was = before[request.trials[0].config].time_us
+        assert was is not None
+        scale = was / outcome.timings[0].median_us
+        timings = zip(request.trials, outcome.timings, strict=True)
+        return [_timed(before[trial.config], timing, scale) for trial, timing in timings]
 
     def _close(self) -> list[Result]:
         """The best and those within CLOSE of it, if the best was timed again."""

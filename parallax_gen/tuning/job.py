@@ -48,13 +48,17 @@ def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
 
 @dataclass
 class Progress:
-    """How a job stands. `kinds` counts this run's outcomes; `known` those that earlier runs left."""
+    """How a job stands. `kinds` counts this run's outcomes, `known` those that earlier runs left.
+
+    elsewhere  how many configs other workers tried meanwhile, where the job is shared
+    """
 
     job: Job
     known: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     best: Result | None = None
     seconds: float = 0.0
+    elsewhere: int = 0
 
     @property
     def done(self) -> int:

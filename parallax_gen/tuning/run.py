@@ -12,6 +12,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig, config_to_json
 from parallax_gen.problem.heuristics import promising_configs
 from parallax_gen.problem.space import neighbours
+from parallax_gen.tuning.board import Board
 from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress, proven_configs
 from parallax_gen.tuning.model import predict_us
@@ -19,6 +20,7 @@ from parallax_gen.tuning.search import Search
 from parallax_gen.tuning.worker import Compile, Measure, Outcome, Request, Trial
 
 MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
+SUCCEEDED = ("ok", "slow", "predicted")  # outcomes with a time
 GIVE_UP = 1.5  # a call this many times slower than the best has lost
 
 
@@ -28,11 +30,14 @@ class Run:
     The loop takes configs to compile (`ask`), says what came of them (`compiled`), takes what a device is to measure
     (`next_request`), and says what came of that (`measured`), until the run is `over`. Every outcome is stored as it
     comes. With measure=False a compiled config is predicted, and there is nothing to measure.
+
+    With a board, the job is shared with workers elsewhere: a config is tried by one of them, all know what came of it,
+    the trials of all of them count, and the last one to be done times the finalists again.
     """
 
-    def __init__(self, job: Job, store: Store, *, measure: bool, trials: int):
+    def __init__(self, job: Job, store: Store, *, measure: bool, trials: int, board: Board | None = None):
         self.job, self.key = job, job.key
-        self._store, self._measure, self._trials = store, measure, trials
+        self._store, self._measure, self._trials, self._board = store, measure, trials, board
         self._wanted = "ok" if measure else "predicted"
         known = [r for r in store.results(self.key) if not (measure and r.outcome == "predicted")]
         best = next((r for r in known if r.outcome == self._wanted), None)
@@ -46,6 +51,11 @@ class Run:
         self._ready: deque[tuple[KernelConfig, Outcome]] = deque()  # compiled, and not yet measured
         self._compiled: dict[KernelConfig, Outcome] = {}  # of those that are being measured
         self._finals = Finals(store, self.key, self._trial)
+        self._elsewhere: list[KernelConfig] = []  # claimed by others when they were proposed
+        self._heard: set[KernelConfig] = set()  # what others found
+        self._heard_before = 0
+        self._hear()
+        self._heard_before, self.progress.elsewhere = len(self._heard), 0
         self._start, self._deadline = time.monotonic(), float("inf")
 
     def begin(self, seconds: float) -> None:
@@ -68,11 +78,23 @@ class Run:
         """Whether nothing is left to do. What compiles for it still is not waited for."""
         return not self.searching and not self._measuring and (self._finals.over or not self._measure)
 
+    def keep_up(self) -> None:
+        """To be called every second or so: tells workers elsewhere that this one is there."""
+        if self._board is not None:
+            self._board.beat()
+
+    def close(self) -> None:
+        """Leave what is not finished to others, and take in what they found."""
+        if self._board is not None:
+            self._board.release()
+            self._hear()
+
     def ask(self) -> tuple[str, Compile] | None:
         """A config to compile, behind what names its source; None when as many as allowed are out, or none is left."""
-        config = self._search.ask() if self._asked < self._trials else None
+        config = self._next_config() if self._asked < self._trials else None
         if config is None:
-            self._trials = self._asked
+            if not self._elsewhere:
+                self._trials = self._asked
             return None
         self._asked += 1
         self._compiling += 1
@@ -101,6 +123,7 @@ class Run:
                 config, self._compiled[config] = self._ready.popleft()
                 request = Measure(self._trial(config), GIVE_UP * self._best_us)
         elif self._measure and not self._measuring:
+            self._finals.over |= self._board is not None and self._board.others_at_work()
             request = self._finals.next_request()
         self._measuring += request is not None
         return request
@@ -112,9 +135,45 @@ class Run:
             config = request.trial.config
             self._note(self._result(config, self._compiled.pop(config), outcome))
             return True
-        self._finals.measured(request, outcome)
+        for result in self._finals.measured(request, outcome):
+            self._store.record(result)
+            if self._board is not None:
+                self._board.publish(result)
         self.progress.best = self._store.best(self.key)
         return False
+
+    def _next_config(self) -> KernelConfig | None:
+        """What the search proposes, and of a shared job, nobody else tries or has tried."""
+        if self._board is None:
+            return self._search.ask()
+        self._hear()
+        if self._asked + self.progress.elsewhere >= self._trials:
+            self._elsewhere.clear()
+            return None
+        while (config := self._search.ask()) is not None:
+            if self._board.claim(config):
+                return config
+            self._elsewhere.append(config)
+        # What others claimed may be free again, if they are gone; until it is known, the job is not done.
+        self._elsewhere = [config for config in self._elsewhere if config not in self._heard]
+        free = next((config for config in self._elsewhere if self._board.claim(config)), None)
+        if free is not None:
+            self._elsewhere.remove(free)
+        return free
+
+    def _hear(self) -> None:
+        """Take in what workers elsewhere found since this was last done."""
+        if self._board is None:
+            return
+        for result in self._board.news():
+            self._store.record(result)
+            if result.config not in self._heard:
+                self._heard.add(result.config)
+                self._search.tell(result.config, result.time_us if result.outcome in SUCCEEDED else None)
+        best = self._store.best(self.key)
+        if self._measure and best is not None:
+            self.progress.best = best
+        self.progress.elsewhere = len(self._heard) - self._heard_before
 
     def _ended_by(self, compiled: Outcome) -> Outcome | None:
         """What ends a trial that was compiled: a failure, spills, too much shared memory; None for nothing."""
@@ -145,8 +204,9 @@ class Run:
     def _note(self, result: Result) -> None:
         """Store a result, tell the search, and keep the best."""
         self._store.record(result)
-        succeeded = result.outcome in ("ok", "slow", "predicted")
-        self._search.tell(result.config, result.time_us if succeeded else None)
+        if self._board is not None:
+            self._board.finish(result)
+        self._search.tell(result.config, result.time_us if result.outcome in SUCCEEDED else None)
         if result.outcome == self._wanted and result.time_us is not None and result.time_us < self._best_us:
             self.progress.best = result
         self.progress.kinds[result.outcome] = self.progress.kinds.get(result.outcome, 0) + 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from parallax_gen.memory.store import Store
+from parallax_gen.tuning.board import Storage
 from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
 from parallax_gen.tuning.job import Job, Progress, proven_configs
 from parallax_gen.tuning.pool import Answer, AnyWorker, Pool
@@ -56,8 +57,9 @@ class Tuner:
         measure: bool,
         benches: Mapping[int, AnyWorker] | None = None,
         compilers: int | None = None,
+        storage: Storage | None = None,
     ):
-        self._store, self._measure = store, measure
+        self._store, self._measure, self._storage = store, measure, storage
         self._benches = dict(benches or start_benches([0])) if measure else {}
         spare = (os.cpu_count() or 2) - max(1, len(self._benches))
         self._pool = Pool(self._benches, [Worker(device=None) for _ in range(compilers or max(1, spare))])
@@ -84,8 +86,12 @@ class Tuner:
         numbers = itertools.count(self._runs)
         self._runs += len(jobs)
         # Made when they are needed: what is known of a key is read from the store then.
-        runs = ((next(numbers), Run(job, self._store, measure=self._measure, trials=trials)) for job in jobs)
+        runs = ((next(numbers), self._run(job, trials)) for job in jobs)
         return _Floor(self._pool, runs, list(self._benches)).work(time_budget_s, watcher)
+
+    def _run(self, job: Job, trials: int) -> Run:
+        board = self._storage.board(job.key) if self._storage is not None else None
+        return Run(job, self._store, measure=self._measure, trials=trials, board=board)
 
 
 class _Floor:
@@ -101,20 +107,30 @@ class _Floor:
         self._busy: set[int] = set()
 
     def work(self, time_budget_s: float, watcher: Watcher) -> list[Progress]:
-        while True:
-            self._give_devices_runs(time_budget_s, watcher)
-            self._compile_ahead()
-            self._give_devices_work()
-            if self._end_runs(watcher):
-                continue
-            if not self._running:
-                return [self._done[number] for number in sorted(self._done)]
-            answer = self._pool.next(IDLE_S)
-            if answer is None:
-                for run in self._running.values():
-                    watcher.update(run.progress)
-            elif self._take(answer) and answer.owner in self._running:
-                watcher.update(self._running[answer.owner].progress)
+        try:
+            while True:
+                self._give_devices_runs(time_budget_s, watcher)
+                self._compile_ahead()
+                self._give_devices_work()
+                if self._end_runs(watcher):
+                    continue
+                if not self._running:
+                    return [self._done[number] for number in sorted(self._done)]
+                self._wait(watcher)
+        finally:
+            for run in self._running.values():
+                run.close()
+
+    def _wait(self, watcher: Watcher) -> None:
+        """Until something happened, or for a moment."""
+        answer = self._pool.next(IDLE_S)
+        if answer is None:
+            for run in self._running.values():
+                watcher.update(run.progress)
+        elif self._take(answer) and answer.owner in self._running:
+            watcher.update(self._running[answer.owner].progress)
+        for run in [*self._running.values(), *(run for _, run in self._ahead)]:
+            run.keep_up()
 
     def _give_devices_runs(self, seconds: float, watcher: Watcher) -> None:
         """Every device that has no run gets the next one; the last ones are shared."""
@@ -142,6 +158,7 @@ class _Floor:
         over = [number for number, run in self._running.items() if run.over]
         for number in over:
             run = self._running.pop(number)
+            run.close()
             self._pool.forget(number)
             self._done[number] = run.progress
             self._run_of.update({device: None for device, its in self._run_of.items() if its == number})

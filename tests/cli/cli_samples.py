@@ -57,9 +57,9 @@ def known_dkdv(time_us: float | None = 900.0, outcome: str = "ok", stages: int =
     return results.Result(config=config, outcome=outcome, time_us=time_us, **(values | fields))
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object, env: dict[str, str] | None = None) -> Result:
     """The command in this process."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner(env=env).invoke(main, [str(argument) for argument in arguments])
 
 
 def run_json(*arguments: object) -> Any:

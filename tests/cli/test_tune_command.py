@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from cli_samples import CALL, H200, KEY, config, known, process, run
@@ -181,6 +182,69 @@ def test_everything_is_tuned_where_nothing_is_said(card: None) -> None:
     kernels = [(job["spec"]["op"], job["spec"]["stats"]) for job in json.loads(result.stdout)["jobs"]]
     step = [("forward", True), ("preprocess", False), ("dkdv", False), ("dqdr", False)]
     assert kernels == [("forward", False), ("decode", False), *step]
+
+
+# Several devices, several hosts
+
+
+def cards(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> None:
+    """These GPUs are in this machine, in this order."""
+    here = iter([name and gpu_by_name(name) for name in names])
+    monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: next(here))
+
+
+def test_several_devices_share_the_jobs(card: None, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards(monkeypatch, "h200", "h200", "h200")
+    result = run("tune", "--op", "training", "--shape", "1,8,1024", *FEW, "--devices", "0,2,3")
+    assert result.exit_code == 0, result.output
+    assert "[4/4] h200: dqdr" in result.stderr
+    assert "\n  [1] " in result.stderr  # lines say whose they are
+    assert len({r.key for r in store.all()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("h200", None), "error: --devices: there is no CUDA device 1 here"),
+        ((None, "h200"), "error: there is no CUDA device here: say which GPU is meant"),
+        (("h200", "h100"), "error: --devices: 1 is h100, and not h200 as the first of them"),
+    ],
+)
+def test_devices_must_be_there_and_alike(
+    names: tuple[str | None, ...], said: str, card: None, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards(monkeypatch, *names)
+    result = run("tune", *FEW, "--devices", "0,1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(said)
+    assert store.all() == []
+
+
+@pytest.mark.parametrize("devices", ["", "a", "0,0", "-1", "0;1"])
+def test_devices_are_different_indices(devices: str) -> None:
+    result = run("tune", *CALL, "--devices", devices)
+    assert result.exit_code == 2
+    assert "indices" in result.stderr
+
+
+def test_a_second_worker_takes_what_the_first_found(card: None, store: Store, tmp_path: Path) -> None:
+    """In a database of its own, and without measuring it again."""
+    storage = ("--storage", f"journal:{tmp_path / 'journal'}")
+    run("tune", *CALL, *FEW, *storage)
+    first = {r.config for r in store.results(KEY)}
+    assert len(first) == 4
+    result = run("tune", *CALL, *FEW, *storage, env={"PARALLAX_GEN_DB": str(tmp_path / "other.db")})
+    assert result.exit_code == 0, result.output
+    with Store(tmp_path / "other.db") as other:
+        both = {r.config for r in other.results(KEY)}
+    assert first < both
+    assert len(both) == 8
+
+
+def test_a_storage_that_is_none_is_an_error(card: None, store: Store) -> None:
+    result = run("tune", *CALL, *FEW, "--storage", "somewhere")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the storage is no journal:FILE and no URL")
 
 
 def test_ctrl_c_keeps_what_is_finished(store: Store) -> None:

@@ -1,0 +1,55 @@
+"""A program for tests of shared storages: one of several workers that tune a job together, on a made-up machine.
+
+usage: shared_tune.py DATABASE STORAGE SEED     prints every config that it measures, before it does
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+
+from machines import FINE, Machine, timed
+
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import KernelConfig, config_to_json
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning.board import Storage
+from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.tune import Tuner
+from parallax_gen.tuning.worker import Outcome
+
+LEASE_S = 3.0
+JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])
+
+
+def cost(config: KernelConfig) -> float:
+    """The same for every worker."""
+    return random.Random(config_to_json(config)).uniform(50.0, 500.0)
+
+
+def main() -> None:
+    database, storage, seed = sys.argv[1:]
+    chance = random.Random(int(seed))
+
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        if machine.measured[n].timed_ms == 40.0:  # no finalist
+            print(config_to_json(config), flush=True)
+        time.sleep(chance.uniform(0.1, 0.3))
+        return timed(cost(config)) if cost(config) > 100 else Outcome("crash", "made up")
+
+    def ignore(_: Progress) -> None:
+        pass
+
+    machine = Machine(compile=lambda config, n: Outcome("ok", resources=FINE), measure=measure)
+    tuning.Worker = machine.worker  # type: ignore[assignment, misc]
+    place = Storage(storage, lease_s=LEASE_S)
+    with Store(database) as store, Tuner(store, measure=True, compilers=1, storage=place) as tuner:
+        tuner.tune(JOB, trials=10_000, time_budget_s=60.0, on_progress=ignore)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Several workers share a job through Optuna's storages: a real PostgreSQL, and a journal file."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from shared_tune import JOB, cost
+
+from parallax_gen.errors import StoreError
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import config_to_json
+from parallax_gen.problem.space import every_config
+from parallax_gen.tuning.board import Board, Storage
+
+PROGRAM = Path(__file__).with_name("shared_tune.py")
+CONFIGS = list(every_config(JOB.spec, JOB.gpu))
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[str]:
+    """The URL of a server of its own, which nobody else uses."""
+    folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ["PATH"].split(os.pathsep))]
+    bin = next((folder for folder in folders if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
+    if bin is None:
+        pytest.skip("PostgreSQL's server is not installed")
+    user = pwd.getpwuid(os.getuid()).pw_name
+    if os.getuid() == 0:  # which PostgreSQL refuses
+        user = next((each.pw_name for each in pwd.getpwall() if each.pw_name in ("postgres", "nobody")), "")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # near the root: the path of a Unix socket must be short
+    shutil.chown(folder, user)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = str(folder / "data")
+    subprocess.run(
+        [bin / "initdb", "-D", data, "-A", "trust", "-U", "tuner"],
+        user=user,
+        check=True,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+    )
+    options = ["-D", data, "-p", str(port), "-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+    server = subprocess.Popen([bin / "postgres", *options], user=user, cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        while subprocess.run([bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]).returncode:
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield f"postgresql://tuner@127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGINT)  # without waiting for its clients
+        server.wait(30)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["postgresql", "journal"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty storage."""
+    if request.param == "journal":
+        return f"journal:{tmp_path / 'journal'}"
+    server = request.getfixturevalue("postgresql")
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    return f"{server}/{name}"
+
+
+def work(folder: Path, url: str, number: int) -> subprocess.Popen[str]:
+    arguments = [sys.executable, str(PROGRAM), str(folder / f"{number}.db"), url, str(number)]
+    return subprocess.Popen(arguments, stdout=(folder / f"{number}.txt").open("w"), text=True)
+
+
+def measured(folder: Path, number: int) -> list[str]:
+    return (folder / f"{number}.txt").read_text().splitlines()
+
+
+def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: Path) -> None:
+    """All find all that was found, also what the killed one had finished; what it was at is tried by another."""
+    workers = {number: work(tmp_path, url, number) for number in range(4)}
+    while len(measured(tmp_path, 0)) < 2:
+        assert workers[0].poll() is None
+        time.sleep(0.01)
+    workers[0].kill()
+    for number, worker in workers.items():
+        assert worker.wait(100) == (-9 if number == 0 else 0)
+    tried = Counter(config for number in workers for config in measured(tmp_path, number))
+    assert set(tried) == {config_to_json(config) for config in CONFIGS}
+    unfinished = {measured(tmp_path, 0)[-1]}
+    assert {config for config, count in tried.items() if count > 1} <= unfinished
+    assert min(len(measured(tmp_path, number)) for number in workers) > 0
+    longest = max(workers, key=lambda number: (tmp_path / f"{number}.db").stat().st_mtime)
+    with Store(tmp_path / f"{longest}.db") as store:
+        results = store.results(JOB.key)
+    assert {r.config for r in results} == set(CONFIGS)
+    for result in results:
+        if cost(result.config) > 100:
+            assert result.outcome in ("ok", "slow")
+            assert result.time_us == cost(result.config)
+        else:
+            assert (result.outcome, result.detail) == ("crash", "made up")
+
+
+def boards(url: str, count: int, lease_s: float = 60.0) -> list[Board]:
+    return [Storage(url, lease_s=lease_s).board(JOB.key) for _ in range(count)]
+
+
+def ok(number: int, time_us: float = 10.0) -> Result:
+    return Result(JOB.key, CONFIGS[number], "ok", time_us=time_us)
+
+
+def test_claims_and_news(url: str) -> None:
+    first, second = boards(url, 2)
+    assert first.claim(CONFIGS[0])
+    assert not first.claim(CONFIGS[0])
+    assert not second.claim(CONFIGS[0])
+    assert second.claim(CONFIGS[1])
+    assert first.others_at_work()
+    first.finish(ok(0))
+    second.finish(Result(JOB.key, CONFIGS[1], "wrong", error=float("inf"), detail="row 3"))
+    assert not first.others_at_work()
+    assert [r.config for r in second.news()] == [CONFIGS[0]]
+    (told,) = first.news()
+    assert (told.config, told.outcome, told.error, told.detail) == (CONFIGS[1], "wrong", float("inf"), "row 3")
+    assert second.news() == first.news() == []
+    assert not second.claim(CONFIGS[0])  # it was tried
+    first.publish(ok(0, 12.0))
+    assert [r.time_us for r in second.news()] == [12.0]
+    assert len(boards(url, 1)[0].news()) == 3
+
+
+def test_what_a_worker_lets_go_of_is_free(url: str) -> None:
+    first, second = boards(url, 2)
+    assert first.claim(CONFIGS[2])
+    first.release()
+    assert second.claim(CONFIGS[2])
+    second.release()
+
+
+def test_what_a_worker_had_that_is_gone_is_free(url: str) -> None:
+    gone, second = boards(url, 2, lease_s=1.0)
+    assert gone.claim(CONFIGS[3])
+    assert not second.claim(CONFIGS[3])
+    time.sleep(1.1)
+    second.beat()
+    assert second.claim(CONFIGS[3])
+    gone.finish(ok(3, 1.0))  # it was only late: its result does no harm, and its claim is another's
+    assert not gone.claim(CONFIGS[3])
+    second.finish(ok(3))
+    assert 10.0 in [r.time_us for r in boards(url, 1)[0].news()]
+
+
+def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
+    first, second = boards(url, 2)
+    assert first.claim(CONFIGS[4])
+    trial = first._claims[config_to_json(CONFIGS[4])]
+    first._storage.set_trial_user_attr(trial, "result", '{"outcome": "ok"}')
+    first.release()
+    assert CONFIGS[4] not in [r.config for r in second.news()]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("tuning", "the storage is no journal:FILE and no URL"),
+        ("journal:/nowhere/at/all", "cannot use the storage journal:/nowhere/at/all: "),
+        ("oracle://u:secret@host/name", "the storage oracle://u:.*@host/name needs a driver that is not installed"),
+        ("nonsense://host/name", "the storage nonsense://host/name needs a driver"),
+        ("postgresql://u:secret@127.0.0.1:1/name", "cannot use the storage postgresql://u:.*@127.0.0.1:1/name: "),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(bad: str, said: str) -> None:
+    with pytest.raises(StoreError, match=said) as caught:
+        Storage(bad).board(JOB.key)
+    assert "secret" not in str(caught.value)
