@@ -70,6 +70,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     import triton
 
     import parallax_gen
+    from parallax_gen.memory.toolchain import cuda_version
 
     yield "ok", f"parallax_gen {parallax_gen.__version__}, Python {platform.python_version()}, {platform.machine()}"
     optuna = metadata.version("optuna")
@@ -77,6 +78,8 @@ def _versions() -> Iterator[tuple[str, str]]:
         "ok",
         f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton.__version__}, Optuna {optuna}",
     )
+    release = cuda_version()
+    yield "ok" if release else "broken", f"ptxas {release or 'none'}: what Triton's programs are assembled by"
 
 
 def _device() -> Iterator[tuple[str, str]]:

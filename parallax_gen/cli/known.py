@@ -8,7 +8,7 @@ from typing import Any
 from parallax_gen.cli.text import rate, rate_unit
 from parallax_gen.codegen.render import templates_hash
 from parallax_gen.errors import UnknownGpuError
-from parallax_gen.memory.keys import Key
+from parallax_gen.memory.keys import Key, Scalar
 from parallax_gen.memory.results import Diff, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
@@ -60,8 +60,9 @@ def unlike_here(key: Key) -> Diff:
 
 
 def differences(diff: Diff) -> list[str]:
-    """For people: `triton 3.8 (here 3.9)`, field by field; what one side lacks is none."""
-    told = {name: ["none" if value is None else value for value in values] for name, values in diff.items()}
+    """For people: `triton 3.8 (here 3.9)`, field by field; none is what one side lacks, unknown what no one wrote."""
+    words: dict[Scalar | None, str] = {None: "none", "": "unknown"}
+    told = {name: [words.get(value, value) for value in values] for name, values in diff.items()}
     return [f"{name.rpartition('.')[2]} {there} (here {here})" for name, (here, there) in told.items()]
 
 

@@ -64,13 +64,14 @@ class Result:
 
     def __post_init__(self) -> None:
         environment = self.key.environment
-        texts = {"gpu": self.key.gpu, "templates": environment.templates, "triton": environment.triton}
+        texts = {"gpu": self.key.gpu} | {n: getattr(environment, n) for n in ("templates", "triton", "cuda")}
         texts |= {name: getattr(self, name) for name in ("detail", "created_at", "source")}
         for name, value in texts.items():
             if not isinstance(value, str):
                 raise ArgumentError(name, repr(value), "text")
-        if type(environment.protocol) is not int:
-            raise ArgumentError("protocol", repr(environment.protocol), "an int")
+        for name in ("protocol", "space"):
+            if type(getattr(environment, name)) is not int:
+                raise ArgumentError(name, repr(getattr(environment, name)), "an int")
         if type(self.config) is not CONFIG_OF_OP[self.key.spec.op]:
             raise ArgumentError("config", self.config, f"a config of op {self.key.spec.op!r}")
         if self.outcome not in OUTCOMES:

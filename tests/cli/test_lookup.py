@@ -191,6 +191,23 @@ def test_explain_near_misses_by_the_field_that_differs(store: Store) -> None:
     assert f"triton 3.4 (here {KEY.environment.triton})" in run("explain", *CALL).stdout
 
 
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({"cuda": "11.8"}, f"cuda 11.8 (here {KEY.environment.cuda})"),
+        ({"cuda": ""}, f"cuda unknown (here {KEY.environment.cuda})"),  # from before it was recorded
+        ({"space": 7}, f"space 7 (here {KEY.environment.space})"),
+        (
+            {"protocol": 7, "triton": "3.4"},
+            f"triton 3.4 (here {KEY.environment.triton}), protocol 7 (here {KEY.environment.protocol})",
+        ),
+    ],
+)
+def test_explain_says_which_field_of_the_environment_differs(store: Store, there: dict[str, object], told: str) -> None:
+    store.record(known(100.0, key=elsewhere(**there)))
+    assert told in run("explain", *CALL).stdout
+
+
 def test_explain_another_bucket(store: Store) -> None:
     store.record(known(50.0, key=OTHER_BUCKET))
     assert "seqlen_kv 16384 (here 8192)" in run("explain", *CALL).stdout

@@ -9,7 +9,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, config, result
+from memory_samples import ENVIRONMENT, KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, config, result
 from strategies import random_spec
 
 from parallax_gen.errors import ArgumentError, ConfigError
@@ -28,7 +28,7 @@ from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 
 powers = st.integers(0, 20).map(lambda n: 1 << n)
 specs = st.builds(lambda draw, op: random_spec(draw, op, DTYPES), st.randoms(), st.sampled_from(OPS))
-environments = st.builds(Environment, st.text(), st.text(), st.integers(0))
+environments = st.builds(Environment, st.text(), st.text(), st.integers(0), st.text(), st.integers(0))
 buckets = st.builds(Bucket, powers, powers, powers, st.just(0) | powers)
 keys = st.builds(Key, st.text(), specs, buckets, environments)
 
@@ -60,12 +60,22 @@ def test_diff_is_empty_only_for_equal_keys(one: Key, other: Key) -> None:
 
 
 CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
-LATER = ("spec.window", "spec.varlen", *CACHES, "bucket.window")
+TOOLS = ("environment.cuda", "environment.space")
+# Fields that came after records were first written, and their defaults.
+LATER = {
+    **dict.fromkeys(("spec.window", "spec.varlen", *CACHES), False),
+    "spec.page_size": 0,
+    "spec.cache_dtype": "",
+    "bucket.window": 0,
+    "environment.cuda": "",
+    "environment.space": 1,
+}
 LATEST = dataclasses.replace(
     KEY,
     spec=dataclasses.replace(KEY.spec, window=True, varlen=True),
     bucket=dataclasses.replace(KEY.bucket, window=1024),
 )
+TODAYS = dataclasses.replace(LATEST, environment=dataclasses.replace(ENVIRONMENT, cuda="12.8/12.9", space=2))
 PAGED = dataclasses.replace(
     KEY,
     spec=KernelSpec(
@@ -78,9 +88,10 @@ def test_every_field_counts() -> None:
     """A field added to a key's parts must reach its text, or two different keys would share results."""
     parts = {"spec": KEY.spec, "bucket": KEY.bucket, "environment": KEY.environment}
     names = ["gpu", *(f"{part}.{f.name}" for part, value in parts.items() for f in dataclasses.fields(value))]
-    assert list(LATEST.flat()) == [name for name in names if name not in CACHES]
+    assert list(TODAYS.flat()) == [name for name in names if name not in CACHES]
+    assert list(LATEST.flat()) == [name for name in names if name not in (*CACHES, *TOOLS)]
     assert list(PAGED.flat()) == [name for name in names if name not in LATER or name in CACHES]
-    assert list(PAGED.every_field()) == list(LATEST.every_field()) == list(KEY.every_field()) == names
+    assert list(PAGED.every_field()) == list(TODAYS.every_field()) == list(KEY.every_field()) == names
     assert list(KEY.flat()) == [name for name in names if name not in LATER]
 
 
@@ -88,16 +99,25 @@ def test_every_field_counts() -> None:
 def test_a_field_is_left_out_only_at_the_default_of_a_later_one(key: Key) -> None:
     flat, every = key.flat(), key.every_field()
     assert {name: value for name, value in every.items() if name in flat} == flat
-    assert {name for name in every if name not in flat} == {name for name in LATER if not every[name]}
+    assert {name for name in every if name not in flat} == {n for n, default in LATER.items() if every[n] == default}
 
 
-@pytest.mark.parametrize(("name", "value"), [("spec.window", True), ("spec.varlen", True), ("bucket.window", 256)])
-def test_later_fields_make_other_keys(name: str, value: bool | int) -> None:
+@pytest.mark.parametrize(
+    ("name", "told", "value"),
+    [
+        ("spec.window", None, True),
+        ("spec.varlen", None, True),
+        ("bucket.window", None, 256),
+        ("environment.cuda", "", "12.8/12.9"),
+        ("environment.space", 1, 2),
+    ],
+)
+def test_later_fields_make_other_keys(name: str, told: object, value: object) -> None:
     part, _, field = name.partition(".")
     other = dataclasses.replace(KEY, **{part: dataclasses.replace(getattr(KEY, part), **{field: value})})
     assert other.digest != KEY.digest
-    assert KEY.diff(other) == {name: (None, value)}
-    assert other.diff(KEY) == {name: (value, None)}
+    assert KEY.diff(other) == {name: (told, value)}
+    assert other.diff(KEY) == {name: (value, told)}
 
 
 def test_diff_names_the_fields() -> None:
@@ -110,6 +130,7 @@ def test_digest_stays() -> None:
     """A digest that moves makes everybody's rows unused: to be done knowingly."""
     assert KEY.digest == "b9978288d8e3dee0538c82a2ef842fa8"
     assert LATEST.digest == "d4443e6f4a1c80f0500e484e7c787b18"
+    assert TODAYS.digest == "2c8ea3e292e965f75e943365a7c8d56f"
 
 
 # As records were written before windows, packed sequences and heads in pieces.

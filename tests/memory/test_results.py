@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,14 @@ from hypothesis import strategies as st
 from memory_samples import KEY, SHAPE, config, result
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError
+from parallax_gen.memory.keys import Key
 from parallax_gen.memory.results import OUTCOMES, Result, supersedes
 from parallax_gen.problem.config import DecodeConfig
 from parallax_gen.problem.shapes import Bucket
+
+
+def in_environment(**fields: Any) -> Key:
+    return dataclasses.replace(KEY, environment=dataclasses.replace(KEY.environment, **fields))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,9 @@ from parallax_gen.problem.shapes import Bucket
         {"detail": None},
         {"created_at": "2026-01-01T00:00:00"},
         {"config": DecodeConfig(64, 8, 4, "last", 4, 2)},
+        {"key": in_environment(cuda=12.8)},
+        {"key": in_environment(space=True)},
+        {"key": in_environment(space="1")},
     ],
 )
 def test_a_result_checks_itself(wrong: dict[str, object]) -> None:
@@ -48,11 +57,13 @@ LATER = {
     ("key", "spec.window"): False,
     ("key", "spec.varlen"): False,
     ("key", "bucket.window"): 0,
+    ("key", "environment.cuda"): "",
+    ("key", "environment.space"): 1,
     ("shape", "window"): 0,
     ("config", "HEAD_DIM_AS"): "whole",
 }
 PLACES = [(name, None) for name in GOOD] + [(p, name) for p in ("key", "config", "shape") for name in GOOD[p]]
-likely = st.sampled_from([False, True, 0, 1, 128, "whole", "pieces"])
+likely = st.sampled_from([False, True, 0, 1, 128, "", "whole", "pieces"])
 
 
 @given(st.sampled_from([*PLACES, *LATER]), json_values | likely)

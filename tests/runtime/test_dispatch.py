@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from parallax_gen.codegen.render import templates_hash
+from parallax_gen.memory import keys
 from parallax_gen.memory.keys import Key
 from parallax_gen.memory.results import Result
 from parallax_gen.memory.shipped import Memory, write_shipped
@@ -58,6 +59,9 @@ def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_
         replace(KEY, environment=replace(KEY.environment, triton="2.0")),
         replace(KEY, environment=replace(KEY.environment, templates="0" * 12)),
         replace(KEY, environment=replace(KEY.environment, protocol=0)),
+        replace(KEY, environment=replace(KEY.environment, cuda="11.0")),
+        replace(KEY, environment=replace(KEY.environment, cuda="")),  # from before it was recorded
+        replace(KEY, environment=replace(KEY.environment, space=0)),
     ],
 )
 def test_a_record_of_anything_else_is_not(store: Store, tmp_path: Path, other: Key) -> None:
@@ -74,6 +78,23 @@ def test_only_what_was_measured_counts(store: Store, tmp_path: Path, outcome: st
 def test_a_shipped_record_is_used(tmp_path: Path) -> None:
     write_shipped([known()], "h200", tmp_path)
     assert choose(SPEC, SHAPE, GPU, Memory(None, tmp_path)).config == CONFIG
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_what_ships_is_used_with_the_triton_that_it_was_measured_with(
+    monkeypatch: pytest.MonkeyPatch, gpu: str
+) -> None:
+    """Triton 3.6 and the assemblers in its wheel, ptxas 12.8 and ptxas-blackwell 12.9, whatever is installed here."""
+    monkeypatch.setattr(keys, "triton_version", lambda: "3.6")
+    monkeypatch.setattr(keys, "cuda_version", lambda: "12.8/12.9")
+    memory = Memory(None)
+    records = [r for r in memory.all(gpu) if r.key.environment.templates == templates_hash(r.key.spec)]
+    assert records
+    for record in records:
+        shape = representative(record.key.bucket, record.key.spec.group)
+        choice = choose(record.key.spec, shape, gpu_by_name(gpu), memory)
+        assert choice.key == record.key
+        assert choice.record is not None
 
 
 def test_a_record_that_the_space_no_longer_holds_is_passed_over(store: Store, tmp_path: Path) -> None:

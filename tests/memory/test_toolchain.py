@@ -1,0 +1,85 @@
+"""The versions of Triton and its ptxas: the same as Triton's own answer, and without importing it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from parallax_gen.memory import toolchain
+
+cuda_version = toolchain.cuda_version.__wrapped__  # as in a new process
+
+
+def assembler(path: Path, release: str, *, status: int = 0) -> Path:
+    """A stand-in for a ptxas: it says of itself what a ptxas says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = f"Copyright (c) 2005-2026\nCuda compilation tools, release {release}, V{release}.93\nBuild cuda_{release}"
+    path.write_text(f"#!/bin/sh\ncat <<.\n{told}\n.\nexit {status}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an installed Triton's assemblers."""
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path / "triton")])
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: package if name == "triton" else None)
+    return tmp_path / "triton" / "backends" / "nvidia" / "bin"
+
+
+def test_it_is_what_triton_itself_finds() -> None:
+    from triton import knobs
+
+    tools = [getattr(knobs.nvidia, name) for name in ("ptxas", "ptxas_blackwell") if hasattr(knobs.nvidia, name)]
+    assert cuda_version() == "/".join(tool.version for tool in tools)
+
+
+def test_each_assembler_is_named(triton: Path) -> None:
+    assert cuda_version() == ""
+    assembler(triton / "ptxas", "12.8")
+    assert cuda_version() == "12.8"  # as in Triton 3.5
+    assembler(triton / "ptxas-blackwell", "13.1")
+    assert cuda_version() == "12.8/13.1"
+
+
+def test_another_that_the_environment_names_counts(
+    triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembler(triton / "ptxas", "12.8")
+    assembler(triton / "ptxas-blackwell", "13.1")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(assembler(tmp_path / "mine", "13.0")))
+    assert cuda_version() == "13.0/13.1"
+    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", str(tmp_path / "mine"))
+    assert cuda_version() == "13.0/13.0"
+
+
+def test_one_that_does_not_run_is_passed_over_as_triton_does(
+    triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembler(triton / "ptxas", "12.8")
+    for path in (tmp_path / "missing", tmp_path, assembler(tmp_path / "failing", "13.0", status=1)):
+        monkeypatch.setenv("TRITON_PTXAS_PATH", str(path))
+        assert cuda_version() == "12.8"
+
+
+def test_no_triton_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    assert cuda_version() == ""
+
+
+def test_finding_out_imports_no_triton() -> None:
+    program = """
+import sys
+from parallax_gen.memory.keys import Environment
+print(Environment.here("abc").cuda, sorted({"torch", "triton"} & set(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"{toolchain.cuda_version()} []\n"
