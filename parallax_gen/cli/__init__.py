@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "parallax_gen.cli.export:export",
     "bench": "parallax_gen.cli.bench:bench",
     "ship": "parallax_gen.cli.ship:ship",
+    "db": "parallax_gen.cli.db:db",
     "doctor": "parallax_gen.cli.doctor:doctor",
 }
 

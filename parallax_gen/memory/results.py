@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.memory.keys import Key, Scalar
+from parallax_gen.memory.keys import Environment, Key, Scalar
 from parallax_gen.problem.config import (
     CONFIG_OF_OP,
     KernelConfig,
@@ -87,12 +87,16 @@ class Result:
                 raise ArgumentError(name, repr(value), "None or an int of 0 or more")
         if self.outcome in ("ok", "predicted") and not self.time_us:
             raise ArgumentError("time_us", self.time_us, f"more than 0 when the outcome is {self.outcome!r}")
-        if datetime.fromisoformat(self.created_at).utcoffset() != timedelta(0):
+        if self.created.utcoffset() != timedelta(0):
             raise ArgumentError("created_at", self.created_at, "a time in UTC, such as 2026-01-31T12:00:00+00:00")
 
     @property
     def measured(self) -> bool:
         return self.outcome == "ok"
+
+    @property
+    def created(self) -> datetime:
+        return datetime.fromisoformat(self.created_at)
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -140,7 +144,7 @@ def supersedes(new: Result, old: Result) -> bool:
 
     def weight(result: Result) -> tuple[int, datetime]:
         tells = {"predicted": 0, "timeout": 1, "crash": 1}.get(result.outcome, 2)
-        return tells, datetime.fromisoformat(result.created_at)
+        return tells, result.created
 
     return weight(new) >= weight(old)
 
@@ -149,6 +153,21 @@ def reading_order(result: Result) -> tuple[Any, ...]:
     """Sorts by key field by field, then the measured from fast to slow, then the predicted, then the failed."""
     group = {"ok": 0, "predicted": 1}.get(result.outcome, 2)
     return (*result.key.every_field().values(), group, result.time_us or 0.0, config_to_json(result.config))
+
+
+def newest_environment_first(results: Iterable[Result]) -> list[Result]:
+    """Environment by environment, that of the newest result first, and in each of them in reading order.
+
+    Results of two environments never stand in each other's place, so there is nothing to choose between them: the
+    order is for whoever reads, and begins with what most likely counts.
+    """
+    ordered = sorted(results, key=reading_order)
+    newest: dict[Environment, datetime] = {}
+    for result in ordered:
+        environment = result.key.environment
+        newest[environment] = max(result.created, newest.get(environment, result.created))
+    rank = {e: n for n, e in enumerate(sorted(newest, key=lambda e: (newest[e], astuple(e)), reverse=True))}
+    return sorted(ordered, key=lambda result: rank[result.key.environment])
 
 
 def near_misses(key: Key, results: Iterable[Result]) -> list[tuple[Result, Diff]]:

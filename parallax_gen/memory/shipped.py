@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import groupby, islice
@@ -12,6 +10,7 @@ from pathlib import Path
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
 from parallax_gen.memory.keys import Key
+from parallax_gen.memory.lines import from_line, write_lines
 from parallax_gen.memory.results import Diff, Result, near_misses, reading_order, supersedes
 from parallax_gen.memory.store import Store
 
@@ -47,7 +46,7 @@ def write_shipped(results: Iterable[Result], gpu: str, folder: Path | None = Non
     measured = sorted((r for r in merged.values() if r.measured), key=reading_order)
     best = [r for _, group in groupby(measured, key=lambda r: r.key) for r in islice(group, keep)]
     path = _path(gpu, folder)
-    _replace(path, "".join(json.dumps(r.to_dict()) + "\n" for r in best))
+    write_lines(path, best)
     return path
 
 
@@ -106,8 +105,8 @@ def _parse(path: Path, gpu: str, stamp: tuple[int, ...]) -> tuple[Result, ...]:
     results = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            result = Result.from_dict(json.loads(line))
-        except (ParallaxGenError, ValueError, RecursionError) as error:
+            result = from_line(line)
+        except (ParallaxGenError, ValueError) as error:
             raise StoreError(f"{path}, line {number}: not a record: {error}") from error
         if result.key.gpu != gpu or not result.measured:
             raise StoreError(f"{path}, line {number}: {result.outcome} of {result.key.gpu}, not measured on {gpu}")
@@ -119,17 +118,3 @@ def _rounded(result: Result) -> Result:
     """With numbers to six digits: more than a timing is worth, and few enough to be read."""
     data = result.to_dict()
     return Result.from_dict({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in data.items()})
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that anyone who reads it finds the old one or the new one, whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error}") from error

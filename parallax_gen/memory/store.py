@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 from sqlite_utils import Database
@@ -25,6 +25,12 @@ __all__ = ["OUTCOMES", "Diff", "Result", "Store", "default_path"]
 # Says that a SQLite file is ours: "PXTG", in its header.
 APPLICATION_ID = 0x50585447
 
+# What a row raises that is not as `_to_row` wrote it, and how much of that is told.
+UNREADABLE = (ParallaxGenError, ValueError, RecursionError)
+LONGEST_REASON = 200
+
+SAME = "key_digest = :digest and config_json = :config"  # the arguments are `_identity`'s
+
 # How long to wait for other processes; each holds the database for milliseconds.
 BUSY_SECONDS = 60.0
 
@@ -33,6 +39,14 @@ def default_path() -> Path:
     """The user's database: $PARALLAX_GEN_DB, else tuning.db in the user's data folder."""
     path = os.environ.get("PARALLAX_GEN_DB")
     return Path(path).expanduser() if path else Path(platformdirs.user_data_dir("parallax_gen")) / "tuning.db"
+
+
+class Merged(NamedTuple):
+    """How many results were new to the database, took the place of others, or were no better than what was there."""
+
+    new: int
+    replaced: int
+    kept: int
 
 
 class Store:
@@ -75,13 +89,37 @@ class Store:
 
     def record(self, result: Result) -> None:
         """Remember a result, unless what is there for its key and config is worth more (see `supersedes`)."""
-        if self.read_only:
-            raise StoreError(f"{self.path} was opened to be read: nothing can be recorded in it")
-        digest, config = result.identity
-        with self._explained(), self._transaction():
-            old = self._select("key_digest = :digest and config_json = :config", digest=digest, config=config)
-            if all(supersedes(result, row) for row in old):
-                self._db.table("results").upsert(_to_row(result), pk=("key_digest", "config_json"))
+        with self._writing():
+            old = self._same(result)
+            if old is None or supersedes(result, old):
+                self._put(result)
+
+    def merge(self, results: Iterable[Result]) -> Merged:
+        """Remember results from elsewhere, all of them or, if anything fails, none.
+
+        One takes the place of what is here for its key and config if it tells more or is newer (see `supersedes`).
+        What tells as much and is as old does not: to merge the same results again changes nothing.
+        """
+        new = replaced = kept = 0
+        with self._writing():
+            for result in results:
+                old = self._same(result)
+                if old is not None and supersedes(old, result):
+                    kept += 1
+                    continue
+                self._put(result)
+                new, replaced = (new + 1, replaced) if old is None else (new, replaced + 1)
+        return Merged(new, replaced, kept)
+
+    def delete(self, results: Iterable[Result]) -> int:
+        """Forget these results, but those that were replaced since they were read. Returns how many it were."""
+        deleted = 0
+        with self._writing():
+            for result in results:
+                if self._same(result) == result:
+                    self._db.execute(f"DELETE FROM results WHERE {SAME}", _identity(result))
+                    deleted += 1
+        return deleted
 
     def results(self, key: Key) -> list[Result]:
         """All that is known under `key`, the measured first, from fast to slow."""
@@ -99,6 +137,29 @@ class Store:
         """Every row, or those of a GPU or an op, sorted by key and then from fast to slow."""
         wanted = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
         return self._read(" and ".join(f"{name} = :{name}" for name in wanted) or "true", **wanted)
+
+    @property
+    def schema(self) -> int:
+        """The version of its tables: the last migration's number, 0 of a database that is not made yet."""
+        with self._explained():
+            return self._version()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the file, in a sentence each. Raises StoreError where it is too damaged to be read."""
+        with self._explained():
+            told = [row[0] for row in self._db.execute("PRAGMA integrity_check(20)")]
+        return [f"integrity: {line}" for line in told if line != "ok"] + self.unreadable_rows()
+
+    def unreadable_rows(self) -> list[str]:
+        """Of each row that is passed over where it stands, and why: no `Result`, or not under its key's digest."""
+        found = []
+        with self._explained():
+            for row in self._db.query("SELECT rowid AS number, * FROM results") if self._version() else ():
+                try:
+                    _from_row(row)
+                except UNREADABLE as error:
+                    found.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
+        return found
 
     def near_misses(self, key: Key) -> list[tuple[Result, Diff]]:
         """What explains that nothing was found under `key`: see `results.near_misses`."""
@@ -184,6 +245,20 @@ class Store:
                 "Move it away and a new one is made, or set PARALLAX_GEN_DB to another file."
             ) from error
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self.read_only:
+            raise StoreError(f"{self.path} was opened to be read: nothing can be changed in it")
+        with self._explained(), self._transaction():
+            yield
+
+    def _same(self, result: Result) -> Result | None:
+        """What is here for the key and config of a result."""
+        return next(iter(self._select(SAME, **_identity(result))), None)
+
+    def _put(self, result: Result) -> None:
+        self._db.table("results").upsert(_to_row(result), pk=("key_digest", "config_json"))
+
     def _read(self, where: str, **arguments: str) -> list[Result]:
         with self._explained():
             return sorted(self._select(where, **arguments), key=reading_order)
@@ -194,7 +269,7 @@ class Store:
         for row in self._db.table("results").rows_where(where, arguments):
             try:
                 found.append(_from_row(row))
-            except (ParallaxGenError, ValueError, RecursionError):
+            except UNREADABLE:
                 self._unreadable.add((row["key_digest"], row["config_json"]))
         return found
 
@@ -220,6 +295,11 @@ def _migrations() -> list[tuple[int, Path]]:
 
 
 _PLAIN = [f.name for f in fields(Result) if f.name not in ("key", "config", "shape")]
+
+
+def _identity(result: Result) -> dict[str, str]:
+    digest, config = result.identity
+    return {"digest": digest, "config": config}
 
 
 def _to_row(result: Result) -> dict[str, object]:

@@ -19,7 +19,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.tuning.usual import TRAINING, Flags
 
-COMMANDS = ("tune", "list", "show", "explain", "render", "export", "bench", "ship", "doctor")
+COMMANDS = ("tune", "list", "show", "explain", "render", "export", "bench", "ship", "db", "doctor")
 
 
 def test_help_imports_nothing_heavy() -> None:

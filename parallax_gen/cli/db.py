@@ -1,0 +1,356 @@
+"""`parallax-gen db`: the tuning database itself: what it holds, to carry it elsewhere, to clear it up."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parallax_gen.cli.options import json_option
+from parallax_gen.cli.text import counted, print_json, print_table
+from parallax_gen.errors import StoreError
+from parallax_gen.problem.spec import OPS
+
+if TYPE_CHECKING:
+    from parallax_gen.memory.lines import Found
+    from parallax_gen.memory.results import Result
+    from parallax_gen.memory.store import Store
+
+TOLD = 5  # of bad lines, so many are shown
+
+gpu_filter = click.option("--gpu", metavar="NAME", help="Only rows of this GPU, such as h100.")
+op_filter = click.option("--op", type=click.Choice(OPS), help="Only rows of this op.")
+
+
+@click.group()
+def db() -> None:
+    """Look into the tuning database, carry it elsewhere, clear it up.
+
+    It holds your own results. Those that ship are files of the package: see parallax-gen list.
+
+    \b
+    Example
+      parallax-gen db stats
+    """
+
+
+@db.command()
+@json_option
+def path(as_json: bool) -> None:
+    """Say where the database is.
+
+    The path alone is on standard output.
+
+    \b
+    Example
+      parallax-gen db path
+    """
+    from parallax_gen.memory.store import default_path
+
+    where, said = default_path(), os.environ.get("PARALLAX_GEN_DB")
+    if as_json:
+        print_json({"path": str(where), "exists": where.exists(), "PARALLAX_GEN_DB": said or None})
+        return
+    click.echo(where)
+    why = f"PARALLAX_GEN_DB says {said}" if said else "PARALLAX_GEN_DB is not set, so this is the default"
+    click.echo(why + ("" if where.exists() else "; not yet made"), err=True)
+
+
+@db.command()
+@json_option
+def stats(as_json: bool) -> None:
+    """Count what it holds.
+
+    By GPU, op and outcome, and by environment, with its size.
+
+    An environment is used here if its templates, Triton, ptxas (cuda), timing protocol and space of configs are those
+    of this process.
+
+    \b
+    Example
+      parallax-gen db stats
+    """
+    from rich.filesize import decimal
+
+    from parallax_gen.memory.store import Store
+
+    with Store(read_only=True) as store:
+        results = store.all()
+        found: dict[str, Any] = {
+            "path": str(store.path),
+            "exists": store.path.exists(),
+            "bytes": _bytes_of(store),
+            "schema": store.schema,
+            "rows": len(results),
+            "unreadable": store.unreadable,
+            "kernels": _by_kernel(results),
+            "environments": _by_environment(results),
+        }
+    if as_json:
+        print_json(found)
+        return
+    click.echo(f"{found['path']}: {_rows(len(results))}, {decimal(found['bytes'])}, schema {found['schema']}")
+    if found["unreadable"]:
+        click.echo(f"{_rows(found['unreadable'])} cannot be read: parallax-gen db check says why")
+    for gpu in dict.fromkeys(kernel["gpu"] for kernel in found["kernels"]):
+        click.echo(f"\n{gpu}")
+        of_gpu = [kernel for kernel in found["kernels"] if kernel["gpu"] == gpu]
+        table = [(kernel["op"], str(kernel["rows"]), counted(kernel["outcomes"])) for kernel in of_gpu]
+        print_table(("op", "rows", "outcomes"), table, right=("rows",))
+    if results:
+        click.echo("\nenvironments, the newest first")
+        print_table(
+            ("newest", "rows", "ops", "used here"), map(_environment_row, found["environments"]), right=("rows",)
+        )
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def _bytes_of(store: Store) -> int:
+    """Of the file and what is still in its write-ahead log."""
+    files = (store.path, Path(f"{store.path}-wal"))
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+def _by_kernel(results: list[Result]) -> list[dict[str, Any]]:
+    outcomes: dict[tuple[str, str], Counter[str]] = {}
+    for result in results:
+        outcomes.setdefault((result.key.gpu, result.key.spec.op), Counter())[result.outcome] += 1
+    return [
+        {"gpu": gpu, "op": op, "rows": kinds.total(), "outcomes": dict(kinds)} for (gpu, op), kinds in outcomes.items()
+    ]
+
+
+def _by_environment(results: list[Result]) -> list[dict[str, Any]]:
+    """The newest first. Each op has a template of its own; what is alike but for that is counted together."""
+    from dataclasses import asdict, replace
+
+    from parallax_gen.cli.known import differences, unlike_here
+    from parallax_gen.memory.results import newest_environment_first
+
+    groups: dict[Any, list[Result]] = {}
+    for result in newest_environment_first(results):
+        alike = replace(result.key.environment, templates="")
+        groups.setdefault((alike, *unlike_here(result.key).items()), []).append(result)
+    return [
+        {
+            **asdict(rows[0].key.environment),
+            "templates": sorted({row.key.environment.templates for row in rows}),
+            "ops": sorted({row.key.spec.op for row in rows}, key=OPS.index),
+            "rows": len(rows),
+            "newest": max(rows, key=lambda row: row.created).created_at,
+            "used": not unlike_here(rows[0].key),
+            "unlike_here": differences(unlike_here(rows[0].key)),
+        }
+        for rows in groups.values()
+    ]
+
+
+def _environment_row(found: dict[str, Any]) -> tuple[str, ...]:
+    used = "yes" if found["used"] else f"no: {', '.join(found['unlike_here'])}"
+    return found["newest"][:10], str(found["rows"]), ", ".join(found["ops"]), used
+
+
+@db.command("export")
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+@gpu_filter
+@op_filter
+@click.option("--measured", is_flag=True, help="Only what was measured: no failures, no predictions.")
+def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> None:
+    """Write your results to a file, as lines of JSON.
+
+    FILE - is standard output. The newest environment comes first. parallax-gen db import reads it again, on any
+    machine.
+
+    \b
+    Example
+      parallax-gen db export mine.jsonl --gpu h200 --measured
+    """
+    from parallax_gen.memory.lines import is_database, to_line, write_lines
+    from parallax_gen.memory.results import newest_environment_first
+    from parallax_gen.memory.store import Store
+
+    if is_database(file):
+        raise StoreError(f"{file} is a database: it is left as it is; name another file for the lines")
+    with Store(read_only=True) as store:
+        results = [r for r in _of(store.all(), gpu, op) if r.measured or not measured]
+        unreadable = store.unreadable
+    to_stdout = str(file) == "-"
+    if to_stdout:
+        for result in newest_environment_first(results):
+            click.echo(to_line(result), nl=False)
+    else:
+        write_lines(file, newest_environment_first(results))
+    click.echo(f"{'standard output' if to_stdout else file}: {_rows(len(results))}", err=to_stdout)
+    if unreadable:
+        click.echo(f"{_rows(unreadable)} cannot be read, and left out: parallax-gen db check says why", err=True)
+
+
+def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
+    """The results of a GPU and an op. Raises UnknownGpuError for one that nothing is known by."""
+    from parallax_gen.cli.known import name_in_records
+
+    name = None if gpu is None else name_in_records(gpu, results)
+    return [r for r in results if name in (None, r.key.gpu) and op in (None, r.key.spec.op)]
+
+
+@db.command("import")
+@click.argument(
+    "files",
+    metavar="FILE...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out what is no result, instead of importing nothing.")
+def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
+    """Add results from elsewhere to yours.
+
+    FILE is what db export wrote, - for standard input, or another database. All is checked before any is added. Of two
+    results for one config under one key that stays which tells more (a time or a verdict before a crash, a crash
+    before a prediction), else the newer one. Results of other environments stand beside yours, and are used where
+    theirs is. To import a file again changes nothing.
+
+    \b
+    Example
+      parallax-gen db import colleague.jsonl old/tuning.db
+    """
+    from parallax_gen.cli.known import unlike_here
+    from parallax_gen.memory.results import newest_environment_first
+    from parallax_gen.memory.store import Store
+
+    sources = [_read(file) for file in files]
+    results = newest_environment_first(result for source in sources for result in source.results)
+    bad = [problem for source in sources for problem in source.bad]
+    if bad:
+        _tell_bad(bad)
+        if not skip_bad:
+            told = f"{len(bad)} of {len(bad) + len(results)} are no results"
+            raise StoreError(f"nothing was imported: {told}; --skip-bad leaves them out")
+    with Store() as store:
+        merged = store.merge(results)
+    skipped = f", {len(bad)} skipped" if bad else ""
+    click.echo(f"{store.path}: {merged.new} new, {merged.replaced} replaced, {merged.kept} kept{skipped}")
+    unused = sum(bool(unlike_here(result.key)) for result in results)
+    if unused:
+        click.echo(f"{unused} of another environment, unused here: parallax-gen db stats says what differs")
+
+
+def _read(file: Path) -> Found:
+    from parallax_gen.memory.lines import read_file, read_lines
+
+    if str(file) != "-":
+        return read_file(file)
+    with click.open_file("-", "rb") as lines:
+        return read_lines("standard input", lines)
+
+
+def _tell_bad(bad: list[str]) -> None:
+    for problem in bad[:TOLD]:
+        click.echo(problem, err=True)
+    if len(bad) > TOLD:
+        click.echo(f"and {len(bad) - TOLD} more", err=True)
+
+
+@db.command()
+@click.option("--other-environments", is_flag=True, help="Rows that are not used here, as db stats tells.")
+@click.option("--failures", is_flag=True, help="Configs that failed; they may be tried again.")
+@click.option("--predicted", is_flag=True, help="Configs that were never run.")
+@click.option("--older-than", type=click.IntRange(min=0), metavar="DAYS", help="Only rows so old.")
+@gpu_filter
+@op_filter
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def prune(
+    other_environments: bool,
+    failures: bool,
+    predicted: bool,
+    older_than: int | None,
+    gpu: str | None,
+    op: str | None,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Delete the rows you name, and keep a copy.
+
+    Rows of any of the kinds that are named; where only --older-than is, of every kind. They are first written to a file
+    beside the database, from which db import brings them back.
+
+    \b
+    Example
+      parallax-gen db prune --other-environments --older-than 90 --dry-run
+    """
+    from parallax_gen.cli.known import unlike_here
+    from parallax_gen.memory.lines import write_lines
+    from parallax_gen.memory.store import Store, default_path
+
+    kinds = other_environments or failures or predicted
+    if not kinds and older_than is None:
+        raise click.UsageError("say what: --other-environments, --failures, --predicted or --older-than DAYS")
+    now = datetime.now(timezone.utc)
+
+    def named(row: Result) -> bool:
+        if older_than is not None and now - row.created <= timedelta(days=older_than):
+            return False
+        return (
+            not kinds
+            or (other_environments and bool(unlike_here(row.key)))
+            or (failures and row.outcome not in ("ok", "predicted"))
+            or (predicted and row.outcome == "predicted")
+        )
+
+    if not default_path().exists():
+        raise StoreError(f"{default_path()} is not yet made: there is nothing to delete")
+    with Store(read_only=dry_run) as store:
+        rows = store.all()
+        doomed = [row for row in _of(rows, gpu, op) if named(row)]
+        if not doomed:
+            click.echo(f"{store.path}: there is no such row among its {len(rows)}")
+            return
+        told = f"{len(doomed)} of {_rows(len(rows))} ({counted(Counter(row.outcome for row in doomed))})"
+        if dry_run:
+            click.echo(f"{store.path}: {told} would be deleted")
+            return
+        if not yes:
+            click.confirm(f"{store.path}: delete {told}?", abort=True)
+        backup = store.path.with_name(f"{store.path.name}.pruned-{now:%Y%m%dT%H%M%S}-{os.getpid()}.jsonl")
+        write_lines(backup, doomed)
+        deleted = store.delete(doomed)
+    click.echo(f"{store.path}: {_rows(deleted)} deleted; they are in {backup}")
+
+
+@db.command()
+@json_option
+@click.pass_context
+def check(ctx: click.Context, as_json: bool) -> None:
+    """Check that the database is sound.
+
+    Its file, its schema and every row. The exit status is 1 if anything is wrong. A row that cannot be read is never
+    used.
+
+    \b
+    Example
+      parallax-gen db check
+    """
+    from parallax_gen.memory.store import Store, default_path
+
+    where, schema, rows = default_path(), 0, 0
+    try:
+        with Store(read_only=True) as store:
+            schema, problems, rows = store.schema, store.problems(), len(store.all())
+    except StoreError as error:
+        problems = [" ".join(str(error).split())]
+    if as_json:
+        print_json({"path": str(where), "sound": not problems, "schema": schema, "rows": rows, "problems": problems})
+    else:
+        state = f"{len(problems)} wrong" if problems else "sound" if where.exists() else "not yet made"
+        click.echo(f"{where}: {state}, schema {schema}, {_rows(rows)} to be read")
+        for problem in problems:
+            click.echo(f"  {problem}")
+    ctx.exit(1 if problems else 0)

@@ -1,0 +1,357 @@
+"""db: where the database is, what it holds, and that nothing is lost or let in on its way elsewhere and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from cli_samples import DKDV_KEY, KEY, elsewhere, known, known_dkdv, run, run_json
+from click.testing import CliRunner
+
+from parallax_gen.cli import main
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.store import Store
+
+OTHER = elsewhere(triton="3.4", cuda="")
+ROWS = [
+    known(250.0),
+    known(None, "wrong", splits=1, detail="row 7 is NaN", error=float("inf")),
+    known(90.0, "predicted", splits=4),
+    known(260.0, key=OTHER, created_at="2025-06-01T00:00:00+00:00"),
+    known_dkdv(900.0),
+    known_dkdv(None, "crash", stages=3, created_at="2025-06-01T00:00:00+00:00"),
+]
+
+
+def filled(store: Store) -> list[Result]:
+    store.merge(ROWS)
+    assert len(store.all()) == len(ROWS)
+    return store.all()
+
+
+@pytest.mark.parametrize("command", ["path", "stats", "export", "import", "prune", "check"])
+def test_every_command_has_an_example(command: str) -> None:
+    text = run("db", command, "--help").output
+    assert "Example\n    parallax-gen db " + command in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "..." not in run("db", "--help").output.partition("Commands")[2]  # the summaries fit
+
+
+# path
+
+
+def test_path_alone_is_on_standard_output(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = run("db", "path")
+    assert result.stdout == f"{store.path}\n"
+    assert result.stderr == f"PARALLAX_GEN_DB says {store.path}\n"
+    assert run_json("db", "path") == {"path": str(store.path), "exists": True, "PARALLAX_GEN_DB": str(store.path)}
+    monkeypatch.delenv("PARALLAX_GEN_DB")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    result = run("db", "path")
+    assert result.stdout == f"{tmp_path}/data/parallax_gen/tuning.db\n"
+    assert result.stderr == "PARALLAX_GEN_DB is not set, so this is the default; not yet made\n"
+    assert not (tmp_path / "data").exists()
+
+
+# stats
+
+
+def test_stats_count_everything(store: Store) -> None:
+    filled(store)
+    found = run_json("db", "stats")
+    assert (found["rows"], found["schema"], found["unreadable"]) == (6, 1, 0)
+    assert found["bytes"] >= store.path.stat().st_size > 0
+    assert found["kernels"] == [
+        {"gpu": "h200", "op": "decode", "rows": 4, "outcomes": {"ok": 2, "wrong": 1, "predicted": 1}},
+        {"gpu": "h200", "op": "dkdv", "rows": 2, "outcomes": {"ok": 1, "crash": 1}},
+    ]
+    environments = [(e["ops"], e["rows"], e["used"], e["newest"][:10]) for e in found["environments"]]
+    assert environments == [(["dkdv", "decode"], 5, True, "2026-01-01"), (["decode"], 1, False, "2025-06-01")]
+    here = KEY.environment
+    assert found["environments"][0]["templates"] == sorted({here.templates, DKDV_KEY.environment.templates})
+    assert found["environments"][1]["unlike_here"] == [
+        f"triton 3.4 (here {here.triton})",
+        f"cuda unknown (here {here.cuda})",
+    ]
+    assert (found["environments"][1]["triton"], found["environments"][1]["cuda"]) == ("3.4", "")
+
+
+def test_stats_as_a_table(store: Store) -> None:
+    filled(store)
+    store.record(known(key=dataclasses.replace(KEY, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
+    out = run("db", "stats").stdout
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert out.startswith(f"{store.path}: 7 rows, ")
+    assert "decode     4  2 ok, 1 predicted, 1 wrong" in out
+    assert f"no: triton 3.4 (here {KEY.environment.triton})" in out
+    assert out.index("yes") < out.index("no: triton")
+
+
+def test_stats_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
+    found = run_json("db", "stats")
+    assert (found["exists"], found["rows"], found["bytes"], found["schema"]) == (False, 0, 0, 0)
+    assert run("db", "stats").stdout == f"{tmp_path}/none.db: 0 rows, 0 bytes, schema 0\n"
+    assert not (tmp_path / "none.db").exists()
+
+
+# export and import
+
+
+def test_what_is_exported_is_imported(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows, file = filled(store), tmp_path / "mine.jsonl"
+    assert run("db", "export", file).stdout == f"{file}: 6 rows\n"
+    assert run("db", "export", "-").stdout == file.read_text()
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "other.db"))
+    result = run("db", "import", file)
+    assert f"{tmp_path}/other.db: 6 new, 0 replaced, 0 kept\n" in result.stdout
+    assert "1 of another environment, unused here" in result.stdout
+    with Store(tmp_path / "other.db", read_only=True) as other:
+        assert other.all() == rows
+    assert "0 new, 0 replaced, 12 kept" in run("db", "import", file, file).stdout
+
+
+def test_export_begins_with_the_newest_environment(store: Store) -> None:
+    filled(store)
+    rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
+    assert rows[-1]["key"]["environment.triton"] == "3.4"
+    store.record(known(260.0, key=OTHER, splits=8, created_at="2026-05-01T00:00:00+00:00"))
+    rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
+    assert [row["key"]["environment.triton"] == "3.4" for row in rows] == [True, True] + [False] * 5
+
+
+def test_export_of_some(store: Store) -> None:
+    filled(store)
+    store.record(known(key=dataclasses.replace(KEY, gpu="h100")))
+
+    def exported(*options: str) -> list[tuple[str, str, str]]:
+        rows = [json.loads(line) for line in run("db", "export", "-", *options).stdout.splitlines()]
+        return sorted((row["key"]["gpu"], row["key"]["spec.op"], row["outcome"]) for row in rows)
+
+    assert exported("--measured", "--gpu", "H200") == [("h200", "decode", "ok")] * 2 + [("h200", "dkdv", "ok")]
+    assert exported("--op", "dkdv") == [("h200", "dkdv", "crash"), ("h200", "dkdv", "ok")]
+    assert exported("--gpu", "NVIDIA H100 80GB HBM3") == [("h100", "decode", "ok")]
+    assert exported("--gpu", "b200") == []
+    assert run("db", "export", "-", "--gpu", "b2000").exit_code == 1
+
+
+def test_export_writes_over_no_database(store: Store) -> None:
+    rows = filled(store)
+    result = run("db", "export", store.path)
+    assert result.exit_code == 1
+    assert "is a database: it is left as it is" in result.stderr
+    assert store.all() == rows
+    assert run("db", "export", store.path.parent / "file" / "x.jsonl").exit_code == 0  # the folder is made
+    (store.path.parent / "plain").touch()
+    assert "cannot write" in run("db", "export", store.path.parent / "plain" / "x.jsonl").stderr
+
+
+def test_import_of_what_tells_more_or_is_newer(store: Store, tmp_path: Path) -> None:
+    def later(result: Result) -> Result:
+        return dataclasses.replace(result, created_at="2026-02-01T00:00:00+00:00")
+
+    mine = [known(10.0, splits=1), known(None, "crash", splits=2), later(known(10.0, splits=3)), known(10.0, splits=4)]
+    theirs = [later(known(20.0, splits=1)), known(20.0, splits=2), known(20.0, splits=3), known(20.0, splits=4)]
+    store.merge(mine)
+    with Store(tmp_path / "theirs.db") as other:
+        other.merge(theirs)
+    for _ in range(2):
+        result = run("db", "import", tmp_path / "theirs.db")
+        assert store.all() == sorted([mine[2], mine[3], theirs[0], theirs[1]], key=lambda r: (r.time_us, str(r.config)))
+    assert "0 new, 0 replaced, 4 kept" in result.stdout
+    with Store(tmp_path / "theirs.db", read_only=True) as other:
+        assert len(other.all()) == 4  # only read
+
+
+BAD = [
+    "{",
+    "[]",
+    "7",
+    "[" * 100_000,
+    json.dumps(known().to_dict() | {"outcome": "great"}),
+    json.dumps(known().to_dict() | {"config": {"BLOCK_N": "__import__('os')"}}),
+    json.dumps({name: value for name, value in known().to_dict().items() if name != "key"}),
+    json.dumps(known(splits=7).to_dict() | {"key": KEY.flat() | {"environment.color": "red"}}),
+]
+
+
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:20])
+def test_a_bad_line_is_named_and_nothing_is_imported(store: Store, tmp_path: Path, line: str) -> None:
+    file = tmp_path / "theirs.jsonl"
+    good = json.dumps(known().to_dict())
+    file.write_text(f"{good}\n\n{line}\n")  # an empty line is none
+    result = run("db", "import", file)
+    assert result.exit_code == 1
+    assert f"{file}, line 3: not a record: " in result.stderr
+    assert "error: nothing was imported: 1 of 2 are no results" in result.stderr
+    assert store.all() == []
+    result = run("db", "import", file, "--skip-bad")
+    assert result.exit_code == 0
+    assert "1 new, 0 replaced, 0 kept, 1 skipped" in result.stdout
+    assert store.all() == [known()]
+
+
+def test_import_from_standard_input(store: Store) -> None:
+    lines = "".join(json.dumps(row.to_dict()) + "\n" for row in ROWS)
+    result = CliRunner().invoke(main, ["db", "import", "-"], input=lines)
+    assert "6 new" in result.stdout
+    result = CliRunner().invoke(main, ["db", "import", "-"], input=b"\xff\xfe\n" * 9)
+    assert "standard input, line 1: not a record" in result.stderr
+    assert "and 4 more" in result.stderr
+
+
+def test_import_of_a_database_with_a_bad_row(store: Store, tmp_path: Path) -> None:
+    with Store(tmp_path / "theirs.db") as other:
+        other.merge(ROWS[:3])
+    with sqlite3.connect(tmp_path / "theirs.db") as connection:
+        connection.execute("UPDATE results SET time_us = 'fast' WHERE outcome = 'ok'")
+    result = run("db", "import", tmp_path / "theirs.db")
+    assert result.exit_code == 1
+    assert "theirs.db, row 1: time_us: got 'fast'" in result.stderr
+    assert "2 new, 0 replaced, 0 kept, 1 skipped" in run("db", "import", "--skip-bad", tmp_path / "theirs.db").stdout
+    assert len(store.all()) == 2
+
+
+def test_import_of_another_programs_database(store: Store, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("CREATE TABLE results (a)")
+    result = run("db", "import", tmp_path / "other.db")
+    assert result.exit_code == 1
+    assert "another program" in result.stderr
+    assert run("db", "import", tmp_path / "missing.jsonl").exit_code == 2
+
+
+# prune
+
+
+def copies(store: Store) -> list[Path]:
+    return sorted(store.path.parent.glob("tuning.db.pruned-*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        (("--failures",), [1, 5]),
+        (("--predicted",), [2]),
+        (("--other-environments",), [3]),
+        (("--failures", "--predicted"), [1, 2, 5]),
+        (("--older-than", "1"), [0, 1, 2, 3, 4, 5]),
+        (("--failures", "--op", "dkdv"), [5]),
+        (("--failures", "--older-than", "100000"), []),
+        (("--failures", "--gpu", "h100"), []),
+    ],
+)
+def test_prune_deletes_what_is_named_and_keeps_a_copy(store: Store, options: tuple[str, ...], gone: list[int]) -> None:
+    rows = filled(store)
+    assert run("db", "prune", *options, "--dry-run").exit_code == 0
+    assert (store.all(), copies(store)) == (rows, [])
+    result = run("db", "prune", *options, "--yes")
+    assert result.exit_code == 0, result.output
+    assert store.all() == [row for row in rows if row not in [ROWS[n] for n in gone]]
+    if not gone:
+        assert "there is no such row among its 6" in result.stdout
+        assert copies(store) == []
+        return
+    (copy,) = copies(store)
+    assert f"deleted; they are in {copy}\n" in result.stdout
+    assert f"{len(gone)} new" in run("db", "import", copy).stdout
+    assert store.all() == rows
+
+
+def test_prune_asks_first(store: Store) -> None:
+    rows = filled(store)
+    result = CliRunner().invoke(main, ["db", "prune", "--failures"], input="n\n")
+    assert result.exit_code == 1
+    assert "delete 2 of 6 rows (1 crash, 1 wrong)? [y/N]" in result.output
+    assert (store.all(), copies(store)) == (rows, [])
+    assert CliRunner().invoke(main, ["db", "prune", "--failures"], input="y\n").exit_code == 0
+    assert len(store.all()) == 4
+
+
+def test_prune_of_nothing_in_particular_is_a_usage_error(store: Store) -> None:
+    for options in ((), ("--yes",), ("--gpu", "h200")):
+        result = run("db", "prune", *options)
+        assert result.exit_code == 2
+        assert "say what" in result.stderr
+
+
+def test_prune_without_a_place_for_the_copy_deletes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallax_gen.errors import StoreError
+    from parallax_gen.memory import lines
+
+    def full(*_: object) -> None:
+        raise StoreError("cannot write: No space left on device")
+
+    rows = filled(store)
+    monkeypatch.setattr(lines, "write_lines", full)
+    assert run("db", "prune", "--failures", "--yes").exit_code == 1
+    assert store.all() == rows
+
+
+def test_prune_makes_no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
+    result = run("db", "prune", "--failures")
+    assert result.exit_code == 1
+    assert "not yet made" in result.stderr
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_row_that_was_replaced_meanwhile_is_not_deleted(store: Store) -> None:
+    filled(store)
+    again = dataclasses.replace(ROWS[1], outcome="ok", time_us=1.0, created_at="2026-02-01T00:00:00+00:00")
+    store.record(again)
+    assert store.delete([ROWS[1], ROWS[2]]) == 1
+    assert again in store.all()
+
+
+# check
+
+
+def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    filled(store)
+    result = run("db", "check")
+    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 1, 6 rows to be read\n")
+    assert run_json("db", "check")["sound"]
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
+    assert "not yet made" in run("db", "check").stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("time_us = 'fast'", "row 1: time_us: got 'fast'"),
+        ("key_digest = 'abc'", f"row 1: key_digest: got abc; allowed: that of its key, {KEY.digest}"),
+        ("key_json = '{}'", "row 1: key: got {}"),
+        ("config_json = '" + "[" * 100_000 + "'", "row 1: "),
+        ("config_json = '[\"" + "a" * 5000 + "\"]'", "row 1: config"),
+    ],
+)
+def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, says: str) -> None:
+    filled(store)
+    with sqlite3.connect(store.path) as connection:
+        connection.execute(f"UPDATE results SET {damage} WHERE rowid = 1")
+    result = run("db", "check")
+    assert result.exit_code == 1
+    assert f"{store.path}: 1 wrong, schema 1, 5 rows to be read\n  {says}" in result.stdout
+    assert len(result.stdout) < 500 + len(str(store.path))
+    assert "1 row cannot be read" in run("db", "stats").stdout
+    assert "1 row cannot be read, and left out" in run("db", "export", "-").stderr
+
+
+def test_check_of_a_damaged_file(store: Store) -> None:
+    for n in range(200):
+        store.record(known(100.0 + n, splits=n + 2))
+    store.close()
+    content = store.path.read_bytes()
+    store.path.write_bytes(content[: len(content) // 2])
+    result = run("db", "check")
+    assert result.exit_code == 1
+    assert "wrong" in result.stdout
+    found = json.loads(run("db", "check", "--json").stdout)
+    assert not found["sound"]
+    assert found["problems"]
+    store.path.write_bytes(b"not a database at all" * 1000)
+    assert "is damaged or not a tuning database" in run("db", "check").stdout
