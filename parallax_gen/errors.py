@@ -33,3 +33,7 @@ class MeasureError(ParallaxGenError):
 
 class StoreError(ParallaxGenError):
     """The tuning database or a file of records cannot be used."""
+
+
+class DistributedError(ParallaxGenError):
+    """Ranks of a process group that must choose alike do not."""

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "memory": BELOW | {"problem"},
     "tuning": BELOW | {"problem", "codegen", "memory"},
     "runtime": BELOW | {"problem", "codegen", "memory"},
-    "distributed": BELOW | {"problem", "runtime"},
+    "distributed": BELOW | {"problem", "codegen", "memory", "runtime"},
     "cli": BELOW | {"problem", "codegen", "memory", "tuning", "runtime"},
 }
 # Outside packages, and the only files or wings that use them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -68,15 +68,19 @@ class Memory:
 
     def results(self, key: Key) -> list[Result]:
         """All that is known under `key`, the measured first, from fast to slow."""
-        own = self.store.results(key) if self.store else []
+        own = self.own(lambda store: store.results(key))
         return _merge(own, (r for r in load_shipped(key.gpu, self.folder) if r.key == key))
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Everything, or that of a GPU or an op, sorted by key and then from fast to slow."""
-        own = self.store.all(gpu, op) if self.store else []
+        own = self.own(lambda store: store.all(gpu, op))
         gpus = [path.stem for path in _folder(self.folder).glob("*.jsonl")] if gpu is None else [gpu]
         shipped = (r for name in gpus for r in load_shipped(name, self.folder))
         return _merge(own, (r for r in shipped if op is None or r.key.spec.op == op))
+
+    def own(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
+        """What the user's database answers; nothing where there is none."""
+        return ask(self.store) if self.store else []
 
     def near_misses(self, key: Key) -> list[tuple[Result, Diff]]:
         """What explains that nothing was found under `key`: see `results.near_misses`."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
+from pathlib import Path
 from types import ModuleType
 
 from parallax_gen.codegen.build import load
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render, templates_hash
 from parallax_gen.errors import StoreError
-from parallax_gen.memory.keys import Key
+from parallax_gen.memory.keys import Environment, Key
 from parallax_gen.memory.results import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
+from parallax_gen.memory.table import Known
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.heuristics import default_config
@@ -31,7 +36,7 @@ class Choice:
     record: Result | None
 
 
-def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> Choice:
+def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known) -> Choice:
     """The best config measured under the call's key, else the default of its bucket.
 
     A record of another bucket, GPU, Triton or template is not used: `Memory.near_misses` finds those.
@@ -47,9 +52,14 @@ def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> Choice:
 class Dispatcher:
     """Chooses and loads kernels, each once: `memory` is asked on the first call of a bucket only."""
 
-    def __init__(self, memory: Memory):
+    def __init__(self, memory: Known):
         self._memory = memory
         self._kernels: dict[Key, tuple[Choice, ModuleType]] = {}
+
+    def use(self, memory: Known) -> None:
+        """Ask another memory from now on, for what was chosen before too."""
+        self._memory = memory
+        self._kernels.clear()
 
     def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[Choice, ModuleType]:
         """What was chosen for a call, and the module to launch."""
@@ -62,12 +72,53 @@ class Dispatcher:
         return found
 
 
+class RuntimeMemory(Memory):
+    """The user's database over the shipped records. One that cannot be used stops no training and no serving: it is
+    passed over, with a warning, and from then on only what ships counts.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__(None, folder)
+        try:
+            self.store = Store(read_only=True)
+        except StoreError as error:
+            _warn_of(error)
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+    def own(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
+        try:
+            return super().own(ask)
+        except StoreError as error:
+            self.store = None
+            _warn_of(error)
+            return []
+
+
+def _warn_of(error: StoreError) -> None:
+    warnings.warn(f"{error} Only shipped records and defaults are used.", stacklevel=3)
+
+
 @cache
 def default_dispatcher() -> Dispatcher:
-    """The process's own, over the user's database and the shipped records. A broken database is passed over."""
-    try:
-        store = Store(read_only=True)
-    except StoreError as error:
-        warnings.warn(f"{error} Only shipped records and defaults are used.", stacklevel=2)
-        store = None
-    return Dispatcher(Memory(store))
+    """The process's own."""
+    return Dispatcher(RuntimeMemory())
+
+
+def records_here(memory: Memory, gpu: str) -> list[Result]:
+    """The record of each key of a GPU that counts in this process's environment: what choices can rest on."""
+    counts = (
+        record
+        for record in memory.all(gpu)  # sorted: of each key the fastest comes first
+        if record.measured and record.key.environment == Environment.here(templates_hash(record.key.spec))
+    )
+    return [next(records) for _, records in groupby(counts, key=lambda record: record.key)]
+
+
+def gpu_here() -> Gpu | None:
+    """The GPU that the current CUDA device is; None where there is none."""
+    import torch
+
+    return gpu_of_device(torch.cuda.current_device()) if torch.cuda.is_available() else None

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ Plan = TypeVar("Plan")
 
 class Plans(dict[Hashable, Plan]):
     """Plans by everything that they were checked for: see `key_of`."""
+
+    _everyone: ClassVar[list[Plans[Any]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._everyone.append(self)
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """For when calls are to launch what is chosen from other records. What a CUDA graph captured stays in it."""
+        for plans in cls._everyone:
+            plans.clear()
 
     def remember(self, key: Hashable, plan: Plan) -> None:
         if len(self) >= MOST_PLANS:

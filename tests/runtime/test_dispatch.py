@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.dispatch import Dispatcher, choose
+from parallax_gen.runtime.dispatch import Dispatcher, RuntimeMemory, choose, records_here
 
 GPU = gpu_by_name("h200")
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
@@ -117,3 +119,74 @@ def test_memory_is_asked_once_a_bucket(tmp_path: Path) -> None:
     assert first == again
     assert memory.asked == 1
     assert callable(first[1].launch)
+
+
+# A user's database that cannot be used
+
+
+def unusable(path: Path, how: str) -> None:
+    if how == "corrupt":
+        path.write_bytes(b"these are not the bytes you are looking for" * 100)
+    elif how == "foreign":
+        with sqlite3.connect(path) as connection:
+            connection.execute("CREATE TABLE results (a)")
+    elif how == "newer":
+        Store(path).close()
+        with sqlite3.connect(path) as connection:
+            connection.execute("PRAGMA user_version = 999")
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("how", ["corrupt", "foreign", "newer", "a folder"])
+def test_one_that_cannot_be_opened_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    path = tmp_path / "mine.db"
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
+    unusable(path, how)
+    write_shipped([known()], "h200", tmp_path)
+    with pytest.warns(UserWarning, match=r"mine\.db.* Only shipped records and defaults are used\.$"):
+        memory = RuntimeMemory(tmp_path)
+    assert Dispatcher(memory).kernel(SPEC, SHAPE, GPU)[0].config == CONFIG
+    assert records_here(memory, "h200") == [known()]
+
+
+def test_one_that_is_damaged_later_is_passed_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.db"
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
+    with Store(path) as store:
+        store.merge(known(config=replace(CONFIG, NUM_SPLITS=n)) for n in range(1, 200))
+    write_shipped([known()], "h200", tmp_path)
+    memory = RuntimeMemory(tmp_path)
+    dispatcher = Dispatcher(memory)
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    with pytest.warns(UserWarning, match=r"mine\.db is damaged.* Only shipped records and defaults are used\.$"):
+        assert dispatcher.kernel(SPEC, SHAPE, GPU)[0].config == CONFIG
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatcher.kernel(SPEC, replace(SHAPE, batch=64), GPU)[0].record is None
+        assert memory.all() == [known()]
+
+
+def test_a_missing_one_and_a_home_that_cannot_be_written_are_no_reason_to_warn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none.db", Path("/proc/none/tuning.db"), tmp_path / "file" / "tuning.db"):
+        monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose(SPEC, SHAPE, GPU, RuntimeMemory(tmp_path)).config == DEFAULT
+
+
+def test_records_that_count_here_are_the_best_of_their_keys(tmp_path: Path) -> None:
+    other_triton = replace(KEY, environment=replace(KEY.environment, triton="2.0"))
+    longer = replace(KEY, bucket=bucket_of(replace(SHAPE, seqlen_kv=16384)))
+    slower = replace(CONFIG, NUM_SPLITS=12)
+    rows = [known(), known(config=slower, time_us=11.0), known(key=other_triton), known(key=longer)]
+    write_shipped(rows, "h200", tmp_path)
+    with Store(tmp_path / "mine.db") as store:
+        store.merge(
+            [known(config=replace(CONFIG, NUM_SPLITS=48), outcome="wrong"), known(key=replace(KEY, gpu="h100"))]
+        )
+        assert records_here(Memory(store, tmp_path), "h200") == [known(), known(key=longer)]

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from parallax_gen.distributed import _Ring, gather_sequence, ring_attn_func, shard_sequence
+from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
+from parallax_gen.distributed.ring import _Ring
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.accuracy import assert_close, errors, gradient_sizes
 from parallax_gen.problem.reference import reference_backward, reference_forward

@@ -1,12 +1,4 @@
-"""Context parallelism: one sequence's queries and keys spread over the ranks of a torch.distributed group.
-
-    from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
-
-    q, r, k, v = (shard_sequence(x, causal=True) for x in (q, r, k, v))
-    out = ring_attn_func(q, r, k, v, causal=True)
-
-Keys and values go round the ring: while a rank attends to those it holds, the next ones arrive.
-"""
+"""Ring attention: keys and values go round the ranks, and while a rank attends to those it holds, the next arrive."""
 
 from __future__ import annotations
 
@@ -16,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallax_gen.distributed.group import members
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved, backward, forward
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
@@ -104,12 +97,8 @@ class _Ring(NamedTuple):
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> _Ring:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ArgumentError("group", "no group", "one of torch.distributed: call init_process_group first")
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        if rank < 0:
-            raise ArgumentError("group", "a group without this rank", "one that this rank is in")
-        everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
+        rank, everyone = members(group)
+        ranks = len(everyone)
         return cls(group, rank, ranks, everyone[(rank + 1) % ranks], everyone[(rank - 1) % ranks])
 
     def pass_on(self, *tensors: Tensor) -> _Passing:

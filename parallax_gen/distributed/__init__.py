@@ -1,0 +1,23 @@
+"""What is for the ranks of a torch.distributed group.
+
+Context parallelism: one sequence's queries and keys spread over the ranks.
+
+    from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
+
+    q, r, k, v = (shard_sequence(x, causal=True) for x in (q, r, k, v))
+    out = ring_attn_func(q, r, k, v, causal=True)
+
+And one table of tuned kernels for all of them:
+
+    from parallax_gen.distributed import share_tuning
+
+    torch.distributed.init_process_group()
+    share_tuning()
+"""
+
+from __future__ import annotations
+
+from parallax_gen.distributed.ring import gather_sequence, ring_attn_func, shard_sequence
+from parallax_gen.distributed.tuning import share_tuning
+
+__all__ = ["gather_sequence", "ring_attn_func", "shard_sequence", "share_tuning"]

@@ -1,0 +1,181 @@
+"""One table of tuned kernels for all ranks: rank 0 sends it, and every rank says what it makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import closing
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import parallax_gen
+from parallax_gen.codegen.render import templates_hash
+from parallax_gen.distributed.group import members
+from parallax_gen.errors import DistributedError, ParallaxGenError
+from parallax_gen.memory.keys import Environment
+from parallax_gen.memory.lines import read_lines, to_line
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.table import Table
+from parallax_gen.problem.config import config_to_json
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import representative
+from parallax_gen.problem.spec import OPS, KernelSpec
+from parallax_gen.runtime.dispatch import RuntimeMemory, choose, default_dispatcher, gpu_here, records_here
+from parallax_gen.runtime.plan import Plans
+
+# One spec of every template.
+SPECS = (*(KernelSpec(op, 64, "bf16") for op in OPS), KernelSpec("decode", 64, "bf16", ragged=True))
+
+PROBLEM = "problem"  # where a rank's statement has it, it could not go on
+
+
+def share_tuning(group: dist.ProcessGroup | None = None) -> int:
+    """Let all ranks of a group choose kernels from rank 0's records from now on. All its ranks must make this call.
+
+    Each rank's own choice rests on the database of its host, and two hosts may know different records: then ranks run
+    kernels of different speed, and results differ in their last bits from rank to rank. Here rank 0 reads its database
+    and what ships, and sends what counts on its GPU: once, as text, checked on arrival like a user's input. Then every
+    rank says which kernels it would choose, and all must say the same.
+
+    It is a call of its own, to be made after init_process_group and torch.cuda.set_device, because only there all ranks
+    are known to take part. Inside an attention call it would wait forever wherever ranks differ in what they call: in
+    pipelines, where one rank has an uneven batch, where one evaluates and the others do not.
+
+    No rank ever tunes. What was chosen before is chosen anew; a CUDA graph that was captured keeps its kernels. Without
+    a CUDA device there is nothing to choose, and ranks only compare versions. A later call shares what rank 0 knows by
+    then.
+
+    group  the default group if not given. Ranks with different GPUs need a group each
+
+    Returns how many kernels and buckets the table holds. Raises DistributedError, alike on all ranks and naming those
+    that differ, where GPU, Triton, ptxas, templates or versions differ, or a rank could not go on; ArgumentError where
+    there is no such group. Then every rank chooses as it did before.
+    """
+    rank, everyone = members(group)
+    gpu, text = None, "\n"  # an empty line is no record, and no backend is asked to send nothing
+    try:
+        gpu = gpu_here()
+        said = _facts(gpu)
+        if rank == 0 and gpu is not None:
+            with closing(RuntimeMemory()) as memory:
+                text += "".join(map(to_line, records_here(memory, gpu.name)))
+    except ParallaxGenError as error:
+        said = {PROBLEM: str(error)}
+    _agree(said, group, everyone)
+
+    text = _from_first(text, group, everyone)
+    records: list[Result] = []
+    try:
+        records = _checked(text, gpu)
+        said = {"the choice of kernels": _resolved(records, gpu)}
+    except ParallaxGenError as error:
+        said = {PROBLEM: str(error)}
+    _agree(said, group, everyone)
+
+    default_dispatcher().use(Table(records))
+    Plans.forget_all()
+    return len(records)
+
+
+def _facts(gpu: Gpu | None) -> dict[str, str]:
+    """What ranks must have in common, by the words for it."""
+    templates = [templates_hash(spec) for spec in SPECS]
+    environment = Environment.here(_digest(templates))
+    return {
+        "GPU": "none" if gpu is None else gpu.name,
+        "triton": environment.triton,
+        "cuda": environment.cuda or "none",
+        "templates": environment.templates,
+        "protocol": str(environment.protocol),
+        "space": str(environment.space),
+        "parallax_gen": parallax_gen.__version__,
+    }
+
+
+def _checked(text: str, gpu: Gpu | None) -> list[Result]:
+    """The records in what rank 0 sent. Raises DistributedError on anything but measured ones of this GPU."""
+    found = read_lines("the table of rank 0", text.encode().splitlines())
+    wrong = [r for r in found.results if gpu is None or r.key.gpu != gpu.name or not r.measured]
+    if found.bad or wrong:
+        what = found.bad[0] if found.bad else f"{wrong[0].outcome} of {wrong[0].key.gpu}, not measured on this GPU"
+        raise DistributedError(what)
+    return found.results
+
+
+def _resolved(records: list[Result], gpu: Gpu | None) -> str:
+    """A digest of what this rank would launch under each key of the table: its own code has the last word."""
+    table, chosen = Table(records), []
+    for key in (record.key for record in records):
+        assert gpu is not None
+        choice = choose(key.spec, representative(key.bucket, key.spec.group), gpu, table)
+        chosen.append((choice.key.digest, config_to_json(choice.config)))
+    return _digest(chosen)
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _agree(said: dict[str, str], group: dist.ProcessGroup | None, everyone: list[int]) -> None:
+    """Raise the same DistributedError on all ranks unless all say the same and none has a problem."""
+    statements = [json.loads(text) for text in _from_everyone(json.dumps(said), group, len(everyone))]
+    by_problem: dict[str, list[int]] = {}
+    for rank, statement in zip(everyone, statements, strict=True):
+        if PROBLEM in statement:
+            by_problem.setdefault(statement[PROBLEM], []).append(rank)
+    if by_problem:
+        raise DistributedError("; ".join(f"{ranks_text(ranks)}: {problem}" for problem, ranks in by_problem.items()))
+    differing = []
+    for name in said:
+        by_value: dict[str, list[int]] = {}
+        for rank, statement in zip(everyone, statements, strict=True):
+            by_value.setdefault(statement[name], []).append(rank)
+        if len(by_value) > 1:
+            values = ", ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in by_value.items())
+            differing.append(f"{name} is {values}")
+    if differing:
+        raise DistributedError(f"the ranks would not run the same kernels: {'; '.join(differing)}")
+
+
+def ranks_text(ranks: list[int]) -> str:
+    """`rank 3`, `ranks 0-2, 4`: ascending ranks, however many."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])]
+    told = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank {told}" if len(ranks) == 1 else f"ranks {told}"
+
+
+def _from_first(text: str, group: dist.ProcessGroup | None, everyone: list[int]) -> str:
+    """The first rank's text, on all ranks."""
+    mine = _bytes(text, group)
+    size = torch.tensor([len(mine)], device=mine.device)
+    dist.broadcast(size, everyone[0], group=group)
+    sent = mine if dist.get_rank() == everyone[0] else mine.new_empty(int(size))
+    dist.broadcast(sent, everyone[0], group=group)
+    return _text(sent)
+
+
+def _from_everyone(text: str, group: dist.ProcessGroup | None, ranks: int) -> list[str]:
+    """Every rank's text, on all ranks."""
+    mine = _bytes(text, group)
+    size = torch.tensor([len(mine)], device=mine.device)
+    sizes = [torch.empty_like(size) for _ in range(ranks)]
+    dist.all_gather(sizes, size, group=group)
+    lengths = [int(size) for size in sizes]
+    padded = mine.new_zeros(max(lengths))
+    padded[: len(mine)] = mine
+    texts = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(texts, padded, group=group)
+    return [_text(text[:length]) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _bytes(text: str, group: dist.ProcessGroup | None) -> Tensor:
+    """A text as numbers, where the group's backend takes them: never as pickled objects, which run what they say."""
+    device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
+    return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+
+
+def _text(numbers: Tensor) -> str:
+    return bytes(numbers.tolist()).decode()

@@ -1,0 +1,206 @@
+"""share_tuning on several processes of this machine, over gloo, each with a database of its own."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from parallax_gen.codegen.render import templates_hash
+from parallax_gen.distributed import share_tuning, tuning
+from parallax_gen.errors import ArgumentError, DistributedError, StoreError
+from parallax_gen.memory import keys
+from parallax_gen.memory.keys import Key
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import Shape, bucket_of
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime import dispatch
+from parallax_gen.runtime.dispatch import default_dispatcher
+from parallax_gen.runtime.plan import Plans
+
+RANKS = 3
+GPU = gpu_by_name("h200")
+SPEC = KernelSpec("decode", 128, "bf16", group=4)
+SHAPE = Shape(2, 32, 8, 1, 5000)
+
+
+def config(splits: int) -> DecodeConfig:
+    return DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=splits, merge="kernel", num_warps=2, num_stages=3)
+
+
+def known(splits: int, **changes: Any) -> Result:
+    key = Key.here("h200", SPEC, bucket_of(SHAPE), templates_hash(SPEC))
+    return replace(Result(key, config(splits), "ok", time_us=float(splits)), **changes)
+
+
+def chosen() -> Any:
+    return default_dispatcher().kernel(SPEC, SHAPE, GPU)[0].config
+
+
+@contextmanager
+def patched(home: object, name: str, value: object) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(home, name, value)
+        yield
+
+
+def refused(rank: int, which: int, home: object, name: str, value: object) -> str:
+    """What share_tuning says on every rank when on one of them something is another."""
+    with patched(home, name, value if rank == which else getattr(home, name)), pytest.raises(DistributedError) as error:
+        share_tuning()
+    return str(error.value)
+
+
+def all_choose_what_rank_0_knows(rank: int) -> None:
+    """Rank 2's database knows of something faster, and of more; rank 1 has none."""
+    if rank == 0:
+        with Store() as store:
+            store.merge([known(24), known(12, outcome="wrong"), known(32, time_us=100.0)])
+    if rank == 2:
+        with Store() as store:
+            store.merge([known(8), known(24, key=replace(known(24).key, gpu="h100"))])
+    before = chosen()
+    assert before == config(8) if rank == 2 else before != config(8)
+    plans: Plans[int] = Plans()
+    plans.remember("a call", 1)
+    assert share_tuning() > 0
+    assert chosen() == config(24)
+    assert not plans  # what was chosen before is chosen anew
+    if rank == 0:
+        with Store() as store:
+            store.record(known(48, time_us=1.0))
+    assert chosen() == config(24)  # what rank 0 learns is shared by the next call
+    share_tuning()
+    assert chosen() == config(48)
+
+
+def ranks_that_differ_are_named(rank: int) -> None:
+    here = keys.triton_version(), keys.cuda_version()
+    told = refused(rank, 1, keys, "triton_version", lambda: "3.1")
+    assert told == f"the ranks would not run the same kernels: triton is {here[0]} on ranks 0, 2, 3.1 on rank 1"
+    told = refused(rank, 0, keys, "cuda_version", lambda: "11.8")
+    assert told == f"the ranks would not run the same kernels: cuda is 11.8 on rank 0, {here[1]} on ranks 1-2"
+    told = refused(rank, 2, tuning, "templates_hash", lambda spec: "0" * 12)
+    assert "templates is" in told
+    assert "on ranks 0-1" in told
+    told = refused(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
+    assert told == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
+    told = refused(rank, 1, tuning, "gpu_here", lambda: None)
+    assert "GPU is h200 on ranks 0, 2, none on rank 1" in told
+    told = refused(rank, 1, dispatch, "why_invalid", lambda *_: "another state of this package's code")
+    assert "the choice of kernels is" in told
+    assert "on ranks 0, 2" in told
+    assert chosen() == config(48)  # as before
+
+
+def a_rank_that_cannot_go_on_stops_all(rank: int) -> None:
+    def fail(*_: object) -> Any:
+        raise StoreError("h200.jsonl, line 3: not a record")
+
+    told = refused(rank, 0, tuning, "records_here", fail)
+    assert told == "rank 0: h200.jsonl, line 3: not a record"
+    for line, says in (("{}", "line 2: not a record"), ("\x80", "line 2: not a record")):
+        told = refused(rank, 0, tuning, "to_line", lambda _, line=line: line)
+        assert told.startswith("ranks 0-2: the table of rank 0, ")
+        assert says in told
+    told = refused(rank, 0, tuning, "records_here", lambda *_: [known(8, outcome="predicted")])
+    assert told == "ranks 0-2: predicted of h200, not measured on this GPU"
+
+
+def a_database_that_is_broken_is_passed_over(rank: int) -> None:
+    def fail(*_: object) -> Any:
+        raise StoreError("tuning.db is damaged.")
+
+    with patched(Store, "all", fail), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        share_tuning()
+    told = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert told == ["tuning.db is damaged. Only shipped records and defaults are used."] * (rank == 0)
+    assert chosen() not in (config(24), config(48))
+
+
+def a_group_of_some(rank: int) -> None:
+    some = dist.new_group([1, 2])
+    if rank == 0:
+        with pytest.raises(ArgumentError, match="a group without this rank"):
+            share_tuning(some)
+        return
+    with Store() as store:
+        store.merge([known(16, time_us=0.5)] if rank == 1 else [known(4, time_us=0.25)])
+    share_tuning(some)
+    assert chosen() == config(16)
+    with (
+        patched(keys, "triton_version", (lambda: "3.1") if rank == 2 else keys.triton_version),
+        pytest.raises(DistributedError, match=r"on rank 1, 3\.1 on rank 2$"),
+    ):
+        share_tuning(some)
+
+
+def without_a_device_there_is_nothing_to_choose(rank: int) -> None:
+    with patched(tuning, "gpu_here", lambda: None):
+        assert share_tuning() == 0
+
+
+CASES: tuple[Callable[[int], None], ...] = (
+    all_choose_what_rank_0_knows,
+    ranks_that_differ_are_named,
+    a_rank_that_cannot_go_on_stops_all,
+    a_database_that_is_broken_is_passed_over,
+    a_group_of_some,
+    without_a_device_there_is_nothing_to_choose,
+)
+
+
+def work(rank: int, folder: Path, failures: Any) -> None:
+    os.environ["PARALLAX_GEN_DB"] = str(folder / f"{rank}.db")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    tuning.gpu_here = lambda: GPU  # there is none here
+    try:
+        for case in CASES:
+            case(rank)
+            dist.barrier()
+    except BaseException:
+        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_share_what_rank_0_knows(tmp_path: Path) -> None:
+    context = mp.get_context("spawn")
+    failures = context.SimpleQueue()
+    processes = [context.Process(target=work, args=(rank, tmp_path, failures)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    stuck = [process for process in processes if process.is_alive()]
+    for process in stuck:
+        process.kill()
+    assert failures.empty(), failures.get()
+    assert not stuck
+    assert [process.exitcode for process in processes] == [0] * RANKS
+
+
+def test_without_a_group_it_says_so() -> None:
+    with pytest.raises(ArgumentError, match="init_process_group"):
+        share_tuning()
+
+
+def test_however_many_ranks_are_told_briefly() -> None:
+    assert tuning.ranks_text([3]) == "rank 3"
+    assert tuning.ranks_text([0, 1, 2, 4, 6, 7]) == "ranks 0-2, 4, 6-7"
