@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -127,6 +128,66 @@ def test_a_card_that_only_resembles_one_is_its_own(
     assert gpu.estimated
     assert gpu.name not in GPUS
     assert gpu.capability == capability
+
+
+# What torch.cuda.get_device_name says of cards that share a chip, or most of a name, with one of the table.
+RELATIVES = [
+    ("NVIDIA H100 NVL", (9, 0), 132, 95830 * MIB),
+    ("NVIDIA H800", (9, 0), 132, 81079 * MIB),
+    ("NVIDIA H20", (9, 0), 78, 97871 * MIB),
+    ("NVIDIA GH200 480GB", (9, 0), 132, 97871 * MIB),
+    ("NVIDIA GH200 144G HBM3e", (9, 0), 132, 146831 * MIB),
+    ("NVIDIA H200 NVL", (9, 0), 132, 143771 * MIB),
+    ("NVIDIA A100-SXM-64GB", (8, 0), 124, 65247 * MIB),
+    ("NVIDIA A800-SXM4-80GB", (8, 0), 108, 81251 * MIB),
+    ("NVIDIA A30", (8, 0), 56, 24169 * MIB),
+    ("NVIDIA A10G", (8, 6), 80, 22731 * MIB),
+    ("NVIDIA L4", (8, 9), 58, 22574 * MIB),
+    ("NVIDIA RTX 6000 Ada Generation", (8, 9), 142, 48647 * MIB),
+    ("NVIDIA GeForce RTX 4090 D", (8, 9), 114, 24203 * MIB),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 76, 15952 * MIB),
+    ("NVIDIA GeForce RTX 3090 Ti", (8, 6), 84, 24251 * MIB),
+    ("NVIDIA GB200", (10, 0), 152, 189471 * MIB),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, 97249 * MIB),
+    ("NVIDIA GB10", (12, 1), 48, 122502 * MIB),
+    # Slices, also one that is the whole card: the name says so.
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", (9, 0), 16, 9984 * MIB),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.20gb", (9, 0), 16, 20096 * MIB),
+    ("NVIDIA H100 80GB HBM3 MIG 7g.80gb", (9, 0), 132, 81090 * MIB),
+    ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", (8, 0), 42, 19968 * MIB),
+    ("NVIDIA H200 MIG 7g.141gb", (9, 0), 132, 143156 * MIB),
+    # With the name of the whole card: under MPS with a share of the threads, a process sees fewer multiprocessors.
+    ("NVIDIA H100 80GB HBM3", (9, 0), 66, 81090 * MIB),
+    ("NVIDIA A100-SXM4-80GB", (8, 0), 54, 81154 * MIB),
+]
+
+
+def test_relatives_and_slices_have_names_of_their_own() -> None:
+    named = [recognise(*reported) for reported in RELATIVES]
+    for gpu, (device_name, capability, sms, memory) in zip(named, RELATIVES, strict=True):
+        assert gpu.estimated, device_name
+        assert (gpu.capability, gpu.sms, gpu.memory_bytes) == (capability, sms, memory)
+        assert re.fullmatch(r"[a-z0-9-]+", gpu.name)  # it names a file, too
+        assert 0.1e12 < gpu.bandwidth < 10e12
+    assert len({gpu.name for gpu in named} | set(GPUS)) == len(RELATIVES) + len(GPUS)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "like", "name"),
+    [
+        ("A100-SXM4-40GB", "a100-40gb", "a100-40gb"),  # older drivers leave the maker out
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb", "a100-40gb"),
+        ("A100-SXM4-80GB", "a100", "a100"),
+        ("NVIDIA H100 PCIe", "h100-pcie", "h100-pcie"),
+        ("NVIDIA H100", "h100", "h100"),
+        ("GeForce RTX 3090", "rtx3090", "rtx3090"),
+        ("NVIDIA H100 PCIe", "h100", "nvidia-h100-pcie-132sm"),  # says one thing and is another
+        ("NVIDIA A100-SXM4-80GB", "a100-40gb", "nvidia-a100-sxm4-80gb-108sm"),
+    ],
+)
+def test_a_name_counts_with_what_the_device_says(device_name: str, like: str, name: str) -> None:
+    _, capability, sms, memory, shared = REPORTED[like]
+    assert recognise(device_name, capability, sms, memory, shared_per_block=shared).name == name
 
 
 def test_an_unknown_card_has_its_architectures_limits() -> None:
