@@ -262,7 +262,7 @@ def _tell_bad(bad: list[str]) -> None:
 @click.option("--other-environments", is_flag=True, help="Rows that are not used here, as db stats tells.")
 @click.option("--failures", is_flag=True, help="Configs that failed; they may be tried again.")
 @click.option("--predicted", is_flag=True, help="Configs that were never run.")
-@click.option("--older-than", type=click.IntRange(min=0), metavar="DAYS", help="Only rows so old.")
+@click.option("--older-than", type=click.IntRange(0, 36500), metavar="DAYS", help="Only rows so old.")
 @gpu_filter
 @op_filter
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")

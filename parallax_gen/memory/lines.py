@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallax_gen.errors import ParallaxGenError, StoreError
-from parallax_gen.memory.results import Result
+from parallax_gen.errors import StoreError
+from parallax_gen.memory.results import LONGEST_REASON, NO_RESULT, Result
 from parallax_gen.memory.store import Store
 
 
@@ -23,16 +23,13 @@ class Found:
 
 
 def to_line(result: Result) -> str:
-    """A result as one line, with its end."""
+    """A result as one line, with its end. As Python writes JSON: an error that is infinite is Infinity."""
     return json.dumps(result.to_dict()) + "\n"
 
 
 def from_line(line: bytes) -> Result:
-    """The result that `to_line` wrote. Raises ArgumentError, ConfigError or ValueError on anything else."""
-    try:
-        return Result.from_dict(json.loads(line))
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    """The result that `to_line` wrote. Raises one of NO_RESULT on anything else."""
+    return Result.from_dict(json.loads(line))
 
 
 def read_lines(name: str, lines: Iterable[bytes]) -> Found:
@@ -43,8 +40,8 @@ def read_lines(name: str, lines: Iterable[bytes]) -> Found:
             continue
         try:
             found.results.append(from_line(line))
-        except (ParallaxGenError, ValueError) as error:
-            found.bad.append(f"{name}, line {number}: not a record: {error}")
+        except NO_RESULT as error:
+            found.bad.append(f"{name}, line {number}: not a record: {str(error)[:LONGEST_REASON]}")
     return found
 
 
@@ -80,5 +77,10 @@ def write_lines(path: Path, results: Iterable[Result]) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # its name is on the disk, too
+        finally:
+            os.close(folder)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}") from error

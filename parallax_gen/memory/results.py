@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from parallax_gen.errors import ArgumentError
+from parallax_gen.errors import ArgumentError, ParallaxGenError
 from parallax_gen.memory.keys import Environment, Key, Scalar
 from parallax_gen.problem.config import (
     CONFIG_OF_OP,
@@ -20,6 +20,10 @@ from parallax_gen.problem.config import (
 from parallax_gen.problem.shapes import Shape
 
 OUTCOMES = ("ok", "invalid", "compile", "resources", "timeout", "crash", "wrong", "slow", "predicted")
+
+# What `Result.from_dict(json.loads(text))` raises for a text that is no result, and how much is told of why.
+NO_RESULT = (ParallaxGenError, ValueError, RecursionError)
+LONGEST_REASON = 200
 
 Diff = dict[str, tuple[Scalar | None, Scalar | None]]
 

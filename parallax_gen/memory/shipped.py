@@ -8,10 +8,10 @@ from itertools import groupby, islice
 from pathlib import Path
 
 from parallax_gen.data import data_dir
-from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
+from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.keys import Key
 from parallax_gen.memory.lines import from_line, write_lines
-from parallax_gen.memory.results import Diff, Result, near_misses, reading_order, supersedes
+from parallax_gen.memory.results import NO_RESULT, Diff, Result, near_misses, reading_order, supersedes
 from parallax_gen.memory.store import Store
 
 
@@ -110,7 +110,7 @@ def _parse(path: Path, gpu: str, stamp: tuple[int, ...]) -> tuple[Result, ...]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             result = from_line(line)
-        except (ParallaxGenError, ValueError) as error:
+        except NO_RESULT as error:
             raise StoreError(f"{path}, line {number}: not a record: {error}") from error
         if result.key.gpu != gpu or not result.measured:
             raise StoreError(f"{path}, line {number}: {result.outcome} of {result.key.gpu}, not measured on {gpu}")

@@ -16,18 +16,23 @@ from sqlite_utils import Database
 from sqlite_utils.utils import sqlite3  # the module that Database uses, which need not be the standard one
 
 from parallax_gen.data import data_dir
-from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
+from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import OUTCOMES, Diff, Result, near_misses, reading_order, supersedes
+from parallax_gen.memory.results import (
+    LONGEST_REASON,
+    NO_RESULT,
+    OUTCOMES,
+    Diff,
+    Result,
+    near_misses,
+    reading_order,
+    supersedes,
+)
 
 __all__ = ["OUTCOMES", "Diff", "Result", "Store", "default_path"]
 
 # Says that a SQLite file is ours: "PXTG", in its header.
 APPLICATION_ID = 0x50585447
-
-# What a row raises that is not as `_to_row` wrote it, and how much of that is told.
-UNREADABLE = (ParallaxGenError, ValueError, RecursionError)
-LONGEST_REASON = 200
 
 SAME = "key_digest = :digest and config_json = :config"  # the arguments are `_identity`'s
 
@@ -157,7 +162,7 @@ class Store:
             for row in self._db.query("SELECT rowid AS number, * FROM results") if self._version() else ():
                 try:
                     _from_row(row)
-                except UNREADABLE as error:
+                except NO_RESULT as error:
                     found.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
         return found
 
@@ -269,7 +274,7 @@ class Store:
         for row in self._db.table("results").rows_where(where, arguments):
             try:
                 found.append(_from_row(row))
-            except UNREADABLE:
+            except NO_RESULT:
                 self._unreadable.add((row["key_digest"], row["config_json"]))
         return found
 

@@ -240,7 +240,7 @@ def copies(store: Store) -> list[Path]:
         (("--failures", "--predicted"), [1, 2, 5]),
         (("--older-than", "1"), [0, 1, 2, 3, 4, 5]),
         (("--failures", "--op", "dkdv"), [5]),
-        (("--failures", "--older-than", "100000"), []),
+        (("--failures", "--older-than", "36500"), []),
         (("--failures", "--gpu", "h100"), []),
     ],
 )

@@ -13,6 +13,8 @@ from memory_samples import ENVIRONMENT, KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRIT
 from strategies import random_spec
 
 from parallax_gen.errors import ArgumentError, ConfigError
+from parallax_gen.memory import keys as keys_module
+from parallax_gen.memory import toolchain
 from parallax_gen.memory.keys import Environment, Key
 from parallax_gen.memory.results import Result, reading_order
 from parallax_gen.problem.config import (
@@ -124,6 +126,14 @@ def test_diff_names_the_fields() -> None:
     assert KEY.diff(OTHER_TRITON) == {"environment.triton": ("3.5", "3.6")}
     assert KEY.diff(OTHER_BUCKET) == {"bucket.seqlen_q": (4096, 8192), "bucket.seqlen_kv": (4096, 8192)}
     assert KEY.diff(OTHER_GPU) == {"gpu": ("h200", "h100")}
+
+
+def test_the_key_of_this_process_has_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Key.here(KEY.gpu, KEY.spec, KEY.bucket, "abc123")
+    assert (here.environment.triton, here.environment.cuda) == (toolchain.triton_version(), toolchain.cuda_version())
+    space = keys_module.SPACE
+    monkeypatch.setattr(keys_module, "SPACE", 7)
+    assert here.diff(Key.here(KEY.gpu, KEY.spec, KEY.bucket, "abc123")) == {"environment.space": (space, 7)}
 
 
 def test_digest_stays() -> None:
