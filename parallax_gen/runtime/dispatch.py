@@ -39,7 +39,7 @@ class Choice:
 def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known) -> Choice:
     """The best config measured under the call's key, else the default of its bucket.
 
-    A record of another bucket, GPU, Triton or template is not used: `Memory.near_misses` finds those.
+    A record of another bucket, GPU or environment is not used: `Memory.near_misses` finds those.
     """
     bucket = bucket_of(shape)
     key = Key.here(gpu.name, spec, bucket, templates_hash(spec))
@@ -73,8 +73,10 @@ class Dispatcher:
 
 
 class RuntimeMemory(Memory):
-    """The user's database over the shipped records. One that cannot be used stops no training and no serving: it is
-    passed over, with a warning, and from then on only what ships counts.
+    """The user's database over the shipped records.
+
+    One that cannot be used stops no training and no serving: it is passed over, with a warning, and from then on only
+    what ships counts.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
