@@ -1,7 +1,7 @@
 """Imports go one way, and each outside package has one place: read from the source, so that nothing need be imported.
 
     problem <- codegen, problem <- memory, {codegen, memory} <- tuning, {codegen, memory} <- runtime <- distributed,
-    all <- cli
+    runtime <- compat, all <- cli
 
 An import inside a function or under TYPE_CHECKING counts, and so does a module's name in a string.
 """
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "tuning": BELOW | {"problem", "codegen", "memory"},
     "runtime": BELOW | {"problem", "codegen", "memory"},
     "distributed": BELOW | {"problem", "codegen", "memory", "runtime"},
+    "compat": BELOW | {"problem", "runtime"},
     "cli": BELOW | {"problem", "codegen", "memory", "tuning", "runtime"},
 }
 # Outside packages, and the only files or wings that use them.

@@ -35,14 +35,14 @@ class GraphedDecode:
         self._kept = (k_cache, v_cache, arguments)  # alive as long as the graph is
         self._workspace = torch.zeros(needed, dtype=torch.uint8, device=q.device) if needed else None
         arguments = {**arguments, "workspace": self._workspace}
-        self._graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(q.device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # whatever the first launch compiles and allocates
                 parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self.graph):
                 self._found = parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
 
     def __call__(self, q: Tensor | None = None, r: Tensor | None = None) -> Tensor | State:
@@ -50,5 +50,5 @@ class GraphedDecode:
         for own, new in ((self.q, q), (self.r, r)):
             if new is not None:
                 own.copy_(new)
-        self._graph.replay()
+        self.graph.replay()
         return self._found

@@ -1,0 +1,105 @@
+"""The public functions as both drop-ins call them: tensors left in their dtype, any head_dim, gradients or none."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from parallax_gen.compat.checks import ArgumentTypeError, check_alike
+from parallax_gen.errors import ArgumentError
+from parallax_gen.runtime.cached import parallax_attn_with_kvcache
+from parallax_gen.runtime.checks import FURTHEST_ROW, records_gradients
+from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
+
+
+def attend(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Whole sequences (batch, seqlen, heads, head_dim), with gradients; causal is aligned to the last key.
+
+    cu_seqlens  of one batch of packed sequences, each over its own keys, always causal. The longest one's length is
+                waited for, as it is in the other packages
+    """
+    head_dim = q.shape[-1]
+    q, r, k, v = (_usable(x) for x in (q, r, k, v))
+    with _as_given(q):
+        if cu_seqlens is None:
+            out = parallax_attn_func(q, r, k, v, causal=causal, window_size=window, softmax_scale=scale)
+        else:
+            starts, longest = _packing(cu_seqlens, q)
+            packing = (starts, starts, longest, longest)
+            packed = (x[0] for x in (q, r, k, v))
+            out = parallax_attn_varlen_func(*packed, *packing, causal=True, window_size=window, softmax_scale=scale)
+    assert isinstance(out, Tensor)
+    out = out if cu_seqlens is None else out[None]
+    return out if head_dim == out.shape[-1] else out[..., :head_dim].contiguous()
+
+
+def decode(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    lengths: Tensor | None = None,
+    cache_start: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Each sequence's last queries over its cached keys, causal, without gradients. Sizes: checked.
+
+    lengths      (batch,) int32 on the same device: how many keys of each sequence count
+    cache_start  (batch,) ints, anywhere: the first of them
+    """
+    check_alike({"q": q, "r": r, "k": k, "v": v})
+    if cache_start is not None:
+        if cache_start.shape != q.shape[:1]:
+            raise ArgumentError("cache_start", f"shape {tuple(cache_start.shape)}", f"({q.shape[0]},), one a sequence")
+        cache_start = cache_start.to(q.device, torch.int32).contiguous()
+    head_dim = q.shape[-1]
+    q, r, k, v = (_usable(x) for x in (q, r, k, v))
+    if records_gradients(q, r, k, v):
+        q, r, k, v = (x.detach() for x in (q, r, k, v))
+    found = parallax_attn_with_kvcache(
+        q, r, k, v, cache_seqlens=lengths, cache_leftpad=cache_start, causal=True, window_size=window,
+        softmax_scale=scale, out=out,
+    )  # fmt: skip
+    assert isinstance(found, Tensor)
+    return found if head_dim == found.shape[-1] else found[..., :head_dim].contiguous()
+
+
+def _usable(x: Tensor) -> Tensor:
+    """With rows of a multiple of 8 numbers, zeros behind its own, which change nothing; and of strides that will do."""
+    if x.shape[-1] % 8:
+        return pad(x, (0, -x.shape[-1] % 8))
+    return x if x.stride(-1) == 1 and x.stride(-3) <= FURTHEST_ROW else x.contiguous()
+
+
+def _as_given(q: Tensor) -> AbstractContextManager[object]:
+    """Under torch.autocast our functions cast to its dtype; the other packages leave 16 bits as they are."""
+    kind = q.device.type
+    under = kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if under else nullcontext()
+
+
+def _packing(cu_seqlens: Tensor, q: Tensor) -> tuple[Tensor, int]:
+    """Where sequences begin, in int32, and the longest one's length."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ArgumentTypeError("cu_seqlens", cu_seqlens.dtype, "int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.device != q.device:
+        got = f"shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        raise ArgumentError("cu_seqlens", got, f"shape (sequences + 1,) on {q.device}")
+    starts = cu_seqlens.int().contiguous()
+    return starts, int(starts.diff().max()) if starts.shape[0] > 1 else 0
