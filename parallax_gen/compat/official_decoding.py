@@ -185,14 +185,15 @@ def _left_of(window_size: Any) -> Any:
     """The number of keys in an int or a pair such as FlashAttention's, of which each number is meant another way."""
     if window_size is None or isinstance(window_size, int):
         return window_size
-    allowed = "None, an int, or a pair (left, right) of which right is 0 or less"
+    allowed = "None, an int, or a pair (left, right) of ints, of which right is 0 or less"
     try:
         left, right = window_size
+        left, right = int(left), int(right or 0)
     except (TypeError, ValueError):
         raise ArgumentError("window_size", repr(window_size), allowed) from None
-    if right is not None and right > 0:
+    if right > 0:
         raise ArgumentError("window_size", f"right {right}", allowed)
-    return int(left)
+    return left
 
 
 def _check_lengths(name: str, lengths: Tensor, q: Tensor, k_cache: Tensor) -> None:
