@@ -1,7 +1,10 @@
 """Other Parallax packages' functions over our kernels, to the letter of their signatures: users change one import.
 
-`compat.official` stands in for parallax-kernel 0.1.1 (`import parallax`), `compat.fla` for `fla.ops.parallax` of
-fla-core 0.6.0. What those take gives the same result here, and what they refuse is refused with the same type of error,
-which is an ArgumentError too. Their limits of the machine are not kept: any card that Triton compiles for will do, and
-CPU tensors run through the slow fp64 reference.
+    compat.official         stands in for `parallax`, of parallax-kernel 0.1.1
+    compat.official_triton  for `parallax.triton`
+    compat.fla              for `fla.ops.parallax` and its `decode`, of fla-core 0.6.0
+
+What those take gives the same result here, in the same dtype and layout, but for what each module names; what they
+refuse is refused with the same type of error, which is an ArgumentError too. Their limits of the machine are not kept:
+any card that Triton compiles for will do, and CPU tensors run through the slow fp64 reference.
 """

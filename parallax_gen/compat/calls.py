@@ -32,15 +32,16 @@ def attend(
                 waited for, as it is in the other packages
     """
     head_dim = q.shape[-1]
-    q, r, k, v = (_usable(x) for x in (q, r, k, v))
+    q, r, k, v = (_in_eights(x) for x in (q, r, k, v))
     with _as_given(q):
         if cu_seqlens is None:
             out = parallax_attn_func(q, r, k, v, causal=causal, window_size=window, softmax_scale=scale)
         else:
             starts, longest = _packing(cu_seqlens, q)
-            packing = (starts, starts, longest, longest)
-            packed = (x[0] for x in (q, r, k, v))
-            out = parallax_attn_varlen_func(*packed, *packing, causal=True, window_size=window, softmax_scale=scale)
+            out = parallax_attn_varlen_func(
+                q[0], r[0], k[0], v[0], starts, starts, longest, longest, causal=True, window_size=window,
+                softmax_scale=scale,
+            )  # fmt: skip
     assert isinstance(out, Tensor)
     out = out if cu_seqlens is None else out[None]
     return out if head_dim == out.shape[-1] else out[..., :head_dim].contiguous()
@@ -69,7 +70,7 @@ def decode(
             raise ArgumentError("cache_start", f"shape {tuple(cache_start.shape)}", f"({q.shape[0]},), one a sequence")
         cache_start = cache_start.to(q.device, torch.int32).contiguous()
     head_dim = q.shape[-1]
-    q, r, k, v = (_usable(x) for x in (q, r, k, v))
+    q, r, k, v = (_in_eights(x) for x in (q, r, k, v))
     if records_gradients(q, r, k, v):
         q, r, k, v = (x.detach() for x in (q, r, k, v))
     found = parallax_attn_with_kvcache(
@@ -80,11 +81,14 @@ def decode(
     return found if head_dim == found.shape[-1] else found[..., :head_dim].contiguous()
 
 
-def _usable(x: Tensor) -> Tensor:
-    """With rows of a multiple of 8 numbers, zeros behind its own, which change nothing; and of strides that will do."""
-    if x.shape[-1] % 8:
-        return pad(x, (0, -x.shape[-1] % 8))
+def laid_out(x: Tensor) -> Tensor:
+    """(…, seqlen, heads, head_dim) of strides that our functions take: copied if need be."""
     return x if x.stride(-1) == 1 and x.stride(-3) <= FURTHEST_ROW else x.contiguous()
+
+
+def _in_eights(x: Tensor) -> Tensor:
+    """`laid_out`, with rows of a multiple of 8 numbers: the zeros behind its own change nothing."""
+    return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else laid_out(x)
 
 
 def _as_given(q: Tensor) -> AbstractContextManager[object]:

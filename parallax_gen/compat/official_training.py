@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from parallax_gen.compat.calls import attend
+from parallax_gen.compat.calls import attend, laid_out
 from parallax_gen.compat.checks import (
     HEADS_FIRST,
     HEADS_LAST,
@@ -154,7 +154,7 @@ def parallax_bwd(
     with torch.no_grad():
         lse = (m + d1.log2()) / LOG2_E
         out, v_mean, do = (_folded(x, n_rep) for x in (o, barv, grad_o))
-        lse, t_mean = (x.reshape(-1, n_rep, q.shape[1]) for x in (lse, bart))
+        lse, t_mean = (x.reshape(k.shape[0], n_rep, q.shape[1]) for x in (lse, bart))
         found = []
         for piece in _pieces(q.shape[1], k.shape[1], window):
             saved = Saved(
@@ -237,13 +237,15 @@ def _check_folded(q: Tensor, r: Tensor, k: Tensor, v: Tensor, n_rep: int) -> Non
 def _request(
     piece: _Piece, q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, n_rep: int, window: int | None
 ) -> Request:
-    inputs = piece.of(_folded(q, n_rep), _folded(r, n_rep), _folded(k, 1), _folded(v, 1))
+    groups = ((q, n_rep), (r, n_rep), (k, 1), (v, 1))
+    inputs = piece.of(*(laid_out(_folded(x, heads)) for x, heads in groups))
     return Request(*inputs, None, None, 0, 0, piece.causal, window if piece.causal else None, scale)
 
 
 def _folded(x: Tensor, n_rep: int) -> Tensor:
     """(batch * heads, seqlen, head_dim) as (batch * kv_heads, seqlen, n_rep, head_dim): a view."""
-    return x.unflatten(0, (-1, n_rep)).transpose(1, 2)
+    apart: Tensor = x.unflatten(0, (x.shape[0] // n_rep, n_rep))
+    return apart.transpose(1, 2)
 
 
 def _unfolded(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class GraphedDecode:
     Every call launches what was captured, on the current stream, and returns the same output tensors, written anew.
     It reads q, r, the caches, cache_seqlens, page_table and whatever else was given where they lie: write the next
     step's into them. Sizes stay as they are; lengths, pages and where queries begin may change from step to step. It
-    has a workspace of its own, so that several may run at once.
+    has a workspace of its own, so that several may run at once. `graph` is the CUDAGraph.
 
     An engine that captures its whole step calls `parallax_attn_with_kvcache` in its own capture instead.
     """

@@ -121,6 +121,17 @@ def test_raw_forward_and_backward(lengths: tuple[int, int], window: int, dtype: 
         assert_close(grad, want.flatten(0, 1).double(), "bf16", float(size))
 
 
+def test_raw_kernels_take_any_strides() -> None:
+    raw = folded(*heads_first())
+    strided = [x.mT.contiguous().mT for x in raw]
+    found = parallax_fwd(*raw, 0.3, 2)
+    again = parallax_fwd(*strided, 0.3, 2)
+    grad_o = torch.randn_like(found[0])
+    found += parallax_bwd(*raw, *found, grad_o, 0.3, 2)
+    again += parallax_bwd(*strided, *again, grad_o.mT.contiguous().mT, 0.3, 2)
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(found, again, strict=True))
+
+
 def test_the_backward_takes_the_official_forwards_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """There m is a row's largest score in base 2, and d1 the sum of what is left."""
     inputs = heads_first()
@@ -341,7 +352,7 @@ RAW = [
 ]
 
 
-def names_of(function: Any) -> dict[str, Any]:
+def arguments_of(function: Any) -> dict[str, Any]:
     """Arguments that it takes."""
     if function is parallax_attn_with_kvcache:
         return dict(zip(("q", "r", "k_cache", "v_cache"), cached(), strict=True))
@@ -369,7 +380,7 @@ def names_of(function: Any) -> dict[str, Any]:
     ],
 )
 def test_a_bad_argument_is_refused_as_there(function: Any, change: dict[str, Any], kind: Any, said: str) -> None:
-    given = names_of(function)
+    given = arguments_of(function)
     function(**given)
     with pytest.raises(kind, match=said) as caught:
         function(**{**given, **change})
