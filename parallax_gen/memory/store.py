@@ -166,6 +166,11 @@ class Store:
                     found.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
         return found
 
+    def in_order(self) -> list[Result]:
+        """Every row, in the order in which configs were first tried: one that is timed again keeps its place."""
+        with self._explained():
+            return self._select("true", order_by="rowid")
+
     def near_misses(self, key: Key) -> list[tuple[Result, Diff]]:
         """What explains that nothing was found under `key`: see `results.near_misses`."""
         return near_misses(key, self.all(key.gpu, key.spec.op))
@@ -268,10 +273,10 @@ class Store:
         with self._explained():
             return sorted(self._select(where, **arguments), key=reading_order)
 
-    def _select(self, where: str, **arguments: str) -> list[Result]:
+    def _select(self, where: str, order_by: str | None = None, **arguments: str) -> list[Result]:
         """The rows that match and parse. One that does not is counted, and never trusted."""
         found = []
-        for row in self._db.table("results").rows_where(where, arguments):
+        for row in self._db.table("results").rows_where(where, arguments, order_by=order_by):
             try:
                 found.append(_from_row(row))
             except NO_RESULT:

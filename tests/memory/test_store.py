@@ -81,6 +81,15 @@ def test_all_lists_by_gpu_and_op(store: Store) -> None:
     assert store.all("h100", "decode") == []
 
 
+def test_in_order_is_as_configs_were_first_tried(store: Store) -> None:
+    first, second, third = (result(time_us=time, block_n=n) for time, n in ((3.0, 64), (1.0, 16), (2.0, 32)))
+    for row in (first, second, third):
+        store.record(row)
+    again = result(time_us=4.0, block_n=64, day=2)
+    store.record(again)
+    assert store.in_order() == [again, second, third]
+
+
 def test_it_is_there_after_closing(path: Path) -> None:
     with Store(path) as store:
         store.record(result())
