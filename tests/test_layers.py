@@ -39,12 +39,13 @@ MAY_IMPORT = {
 }
 # Outside packages, and the only files or wings that use them.
 ONLY_IN: dict[str, str | tuple[str, ...]] = {
-    "jinja2": "codegen/render.py",
+    "jinja2": ("codegen/render.py", "cli/report/page.py"),  # the page escapes what it is given
     "sqlite3": "memory/store.py",
     "sqlite_utils": "memory/store.py",
     # It proposes, its storages are shared by hosts, and it says what finished trials tell of knobs.
     "optuna": ("tuning/search.py", "tuning/board.py", "tuning/importances.py"),
     "sqlalchemy": "tuning/board.py",  # comes with Optuna's storages, whose errors it explains
+    "pygments": "cli/report/sources.py",
     "click": "cli/",
     "rich": "cli/",
 }

@@ -21,6 +21,7 @@ COMMANDS = {
     "render": "parallax_gen.cli.render:render_kernel",
     "export": "parallax_gen.cli.export:export",
     "bench": "parallax_gen.cli.bench:bench",
+    "report": "parallax_gen.cli.report.command:report",
     "ship": "parallax_gen.cli.ship:ship",
     "db": "parallax_gen.cli.db:db",
     "doctor": "parallax_gen.cli.doctor:doctor",

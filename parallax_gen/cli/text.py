@@ -44,8 +44,8 @@ def brief(config: KernelConfig) -> str:
     return " ".join(f"{_LETTERS[name]}{value}" for name, value in choices.items())
 
 
-def lengths(bucket: Bucket) -> str:
-    """A bucket's sequence lengths, one where they are the same or the query is single, and its window."""
+def lengths(bucket: Bucket | Shape) -> str:
+    """A bucket's or a shape's sequence lengths, one where they are the same or the query is single, and its window."""
     alone = bucket.seqlen_q in (1, bucket.seqlen_kv)
     text = str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
     return f"{text} W{bucket.window}" if bucket.window else text

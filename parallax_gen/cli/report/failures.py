@@ -1,0 +1,71 @@
+"""What was pruned or failed, reason by reason: those that differ in their numbers alone are one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from parallax_gen.cli.text import brief
+from parallax_gen.memory.results import Result
+
+MOST_EXAMPLES = 3
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+# What the outcomes mean, the least harmful first.
+MEANINGS = {
+    "slow": "given up while it was timed",
+    "resources": "pruned once it was compiled",
+    "invalid": "not a config of this kernel",
+    "timeout": "took too long",
+    "compile": "did not compile",
+    "crash": "killed its process",
+    "wrong": "gave wrong results",
+}
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why configs were not used, how many they were, and some of them, in brief."""
+
+    outcome: str
+    text: str
+    count: int
+    examples: tuple[str, ...]
+
+
+def reasons(results: Iterable[Result]) -> list[Reason]:
+    """By outcome as in MEANINGS, then the most frequent first."""
+    alike: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if result.outcome in MEANINGS:
+            alike.setdefault((result.outcome, NUMBER.sub("#", _told(result))), []).append(result)
+    found = [
+        Reason(
+            outcome=outcome,
+            text=_one_text([_told(r) for r in group]),
+            count=len(group),
+            examples=tuple(sorted({brief(r.config) for r in group})[:MOST_EXAMPLES]),
+        )
+        for (outcome, _), group in alike.items()
+    ]
+    return sorted(found, key=lambda r: (list(MEANINGS).index(r.outcome), -r.count, r.text))
+
+
+def _told(result: Result) -> str:
+    if result.detail:
+        return result.detail
+    if result.outcome == "slow":
+        return "far slower than the best by then"
+    return "no reason was recorded"
+
+
+def _one_text(texts: Sequence[str]) -> str:
+    """Texts that differ in numbers alone as one, with the range of each number: `spills 520 to 900 bytes, over 512`."""
+    numbers = [NUMBER.findall(text) for text in texts]
+    ranges = []
+    for alike in zip(*numbers, strict=True):
+        low, high = min(alike, key=float), max(alike, key=float)
+        ranges.append(low if low == high else f"{low} to {high}")
+    between = NUMBER.split(texts[0])
+    return between[0] + "".join(number + text for number, text in zip(ranges, between[1:], strict=True))

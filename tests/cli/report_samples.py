@@ -1,0 +1,59 @@
+"""A store and bench rows with something in every section of the report, for the tests of its page."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+from cli_samples import KEY, SPEC, elsewhere, known, known_dkdv, run
+
+from parallax_gen.memory.shipped import write_shipped
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.space import every_config
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
+
+
+def fill(store: Store) -> None:
+    """Forty trials of one bucket, failures of each kind, a prediction, another card, another environment, and more
+    that ships."""
+    configs = [c for c in every_config(SPEC, gpu_by_name("h200")) if isinstance(c, DecodeConfig)]
+    for i, config in enumerate(sorted(configs, key=str)[:: len(configs) // 40]):
+        store.record(dataclasses.replace(known(200.0 + 40 * config.num_warps + i), config=config))
+    failures = ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid")
+    for splits, outcome in zip((1, 2, 3, 4, 6, 8, 12), failures, strict=True):
+        time_us = 900.0 if outcome == "slow" else None
+        bucket = dataclasses.replace(KEY, bucket=Bucket(512, 1, 8192))
+        store.record(known(time_us, outcome, splits=splits, key=bucket, detail=HOSTILE if outcome == "wrong" else ""))
+    store.record(known(90.0, "predicted", key=dataclasses.replace(KEY, bucket=Bucket(1024, 1, 8192))))
+    bucket = dataclasses.replace(elsewhere(triton="3.4"), bucket=Bucket(64, 1, 8192))
+    store.record(known(70.0, key=bucket, source=HOSTILE))
+    store.record(known(280.0, key=dataclasses.replace(KEY, gpu=HOSTILE)))
+    store.record(known_dkdv(900.0))
+    write_shipped([known(300.0, key=dataclasses.replace(KEY, gpu="h100"))], "h100")
+
+
+def write_bench(path: Path) -> None:
+    """Of three contenders at two shapes, one that does not run."""
+    row = {"gpu": "h200", "op": "decode", "head_dim": 128, "dtype": "bf16", "batch": 32, "heads": 32, "kv_heads": 8}
+    times = {"parallax_gen": 10.0, "official CuTeDSL": 14.8, HOSTILE: 9.0, "fla": ""}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*row, "seqlen_q", "seqlen_kv", "contender", "part", "time_us", "note"])
+        writer.writeheader()
+        for keys in (1024, 8192):
+            for contender, time_us in times.items():
+                sizes = {"seqlen_q": 1, "seqlen_kv": keys, "part": "decode"}
+                writer.writerow({**row, **sizes, "contender": contender, "time_us": time_us, "note": HOSTILE})
+
+
+def write_page(store: Store, folder: Path, *arguments: object) -> Path:
+    """The page of all that."""
+    fill(store)
+    write_bench(folder / "bench.csv")
+    result = run("report", "--bench", folder / "bench.csv", "--out", folder / "report.html", *arguments)
+    assert result.exit_code == 0, result.output
+    return folder / "report.html"

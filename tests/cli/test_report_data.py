@@ -1,0 +1,371 @@
+"""What the report makes of records and bench files: studies, how buckets stand, reasons, times over ours."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_samples import DKDV_KEY, KEY, SPEC, elsewhere, known, known_dkdv
+
+from parallax_gen.cli.report.benches import Timing, read_bench, times_ours
+from parallax_gen.cli.report.data import Report, collect
+from parallax_gen.cli.report.failures import reasons
+from parallax_gen.cli.report.figures import Scale, history, rooflines
+from parallax_gen.cli.report.matrices import coverage, means, speed_ups
+from parallax_gen.errors import ParallaxGenError, UnknownGpuError
+from parallax_gen.memory.shipped import Memory, write_shipped
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.spec import KernelSpec
+
+OTHER_TRITON = elsewhere(triton="3.4")
+OTHER_GPU = dataclasses.replace(KEY, gpu="h100")
+OTHER_BUCKET = dataclasses.replace(KEY, bucket=Bucket(256, 1, 16384))
+
+
+def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Timing, ...] = ()) -> Report:
+    return collect(Memory(store), gpus, list(timings), every=every)
+
+
+# studies
+
+
+def test_a_study_is_a_key_with_its_trials_in_the_order_they_were_tried(store: Store) -> None:
+    for time_us, splits in ((240.0, 3), (250.0, 1), (230.0, 2)):
+        store.record(known(time_us, splits=splits))
+    store.record(known(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00"))  # timed again: it keeps its place
+    write_shipped([known(260.0, splits=4)], "h200")
+    (study,) = report(store).shown
+    assert [trial.time_us for trial in study.trials] == [235.0, 250.0, 230.0]
+    assert [result.time_us for result in study.results] == [230.0, 235.0, 250.0, 260.0]
+    assert study.known_as == "measured"
+    assert study.state == "measured"
+    # 256 caches of 8192 keys and values, 128 wide in bf16, and 1024 rows of q, r and o; 4.8 TB/s.
+    assert study.share == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
+
+
+def test_another_environment_shows_where_there_is_nothing_of_this_one(store: Store) -> None:
+    store.record(known(100.0, key=OTHER_TRITON))
+    store.record(known(90.0, key=elsewhere(triton="3.3"), created_at="2025-01-01T00:00:00+00:00"))
+    found = report(store)
+    assert [(s.state, s.unlike) for s in found.shown] == [
+        ("elsewhere", (f"triton 3.4 (here {KEY.environment.triton})",))
+    ]
+    assert found.left_out == 1
+    both = report(store, every=True)
+    assert len(both.shown) == 2
+    assert both.standing[study_place()] == found.shown[0]
+    store.record(known(None, "wrong"))
+    assert sorted(s.state for s in report(store).shown) == ["elsewhere", "failed"]
+    assert report(store).standing[study_place()].state == "elsewhere"  # type: ignore[union-attr]
+    store.record(known(200.0, splits=1))
+    found = report(store)
+    assert [s.state for s in found.shown] == ["measured"]
+    assert found.left_out == 2
+    assert len(report(store, every=True).shown) == 3
+    assert report(store, every=True).standing[study_place()].state == "measured"  # type: ignore[union-attr]
+
+
+def study_place() -> tuple[str, KernelSpec, Bucket]:
+    return KEY.gpu, KEY.spec, KEY.bucket
+
+
+def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
+    store.record(known(90.0, "predicted"))
+    store.record(known(None, "compile", key=OTHER_BUCKET))
+    store.record(known(240.0, key=OTHER_GPU))
+    found = report(store)
+    assert found.gpus == ("h100", "h200")
+    states = {place: study and study.state for place, study in found.standing.items()}
+    assert states["h200", SPEC, KEY.bucket] == "predicted"
+    assert states["h200", SPEC, OTHER_BUCKET.bucket] == "failed"
+    assert states["h100", SPEC, KEY.bucket] == "measured"
+    assert states["h100", SPEC, OTHER_BUCKET.bucket] is None  # tried on the other card
+    assert {spec.op for _, spec, _ in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ones
+    counts, share = found.summary()["decode"]["h100"]
+    assert counts["measured"] == 1
+    assert counts.total() == sum(gpu == "h100" and spec.op == "decode" for gpu, spec, _ in states)
+    assert share == found.shown[0].share
+    only = report(store, "H200 SXM")
+    assert only.gpus == ("h200",)
+    assert {gpu for gpu, _, _ in only.standing} == {"h200"}
+
+
+def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_error(store: Store) -> None:
+    found = report(store, "b200")
+    assert found.standing
+    assert not any(found.standing.values())
+    with pytest.raises(UnknownGpuError, match="unknown GPU 'b300'"):
+        report(store, "b300")
+
+
+def test_a_card_without_a_table_has_times_but_no_bound(store: Store) -> None:
+    store.record(known(240.0, key=dataclasses.replace(KEY, gpu="nvidia-rtx-a6000-84sm")))
+    (study,) = report(store).shown
+    assert study.share is None
+    assert study.rate == pytest.approx(4477, rel=0.01)
+    assert rooflines([study]) == []
+    ((cell,),) = [row for _, row in coverage(report(store).standing)["decode"]["nvidia-rtx-a6000-84sm"][0].rows]
+    assert cell is not None
+    assert (cell.text, cell.kind) == ("✓", "known")
+
+
+# reasons
+
+
+def test_reasons_that_differ_in_numbers_are_one() -> None:
+    failed = [
+        known(None, "resources", splits=1, detail="spills 900 bytes a thread, over 512"),
+        known(None, "resources", splits=2, detail="spills 1024 bytes a thread, over 512"),
+        known(None, "resources", splits=3, detail="needs 9 bytes of shared memory"),
+        known(None, "wrong", splits=4, detail="row 7 is NaN"),
+        known(900.0, "slow", splits=6),
+        known(None, "crash", splits=8),
+        known(100.0),
+        known(100.0, "predicted"),
+    ]
+    assert [(r.outcome, r.count, r.text) for r in reasons(failed)] == [
+        ("slow", 1, "far slower than the best by then"),
+        ("resources", 2, "spills 900 to 1024 bytes a thread, over 512"),
+        ("resources", 1, "needs 9 bytes of shared memory"),
+        ("crash", 1, "no reason was recorded"),
+        ("wrong", 1, "row 7 is NaN"),
+    ]
+    assert reasons(failed)[1].examples == ("N32 H8 S1 w1 s4", "N32 H8 S2 last w1 s4")
+
+
+# figures
+
+
+def test_a_scale_is_logarithmic_and_ends_where_it_ends() -> None:
+    scale = Scale(1.0, 100.0, 50.0, 250.0)
+    assert [scale(value) for value in (1.0, 10.0, 100.0, 1000.0, 0.1)] == [50.0, 150.0, 250.0, 250.0, 50.0]
+    assert scale.ticks((0.5, 1, 10, 200)) == [(50.0, "1"), (150.0, "10")]
+
+
+def test_a_roofline_has_a_point_a_measured_study_under_its_roof(store: Store) -> None:
+    store.record(known(240.0))
+    store.record(known_dkdv(900.0))
+    store.record(known(None, "wrong", key=OTHER_BUCKET))
+    (chart,) = rooflines(report(store).shown)
+    assert [point.op for point in chart.points] == ["decode", "dkdv"]
+    decode = chart.points[0]
+    intensity = 8 * 4 * 256 * 8192 * 128 / ((2 * 256 * 8192 + 3 * 1024) * 128 * 2)  # FLOP a byte
+    assert decode.x == chart.x(intensity)
+    assert decode.y > chart.y(4.8 * intensity)  # pixels count downwards: below the bandwidth's slope
+    assert chart.roofs[0].flat == "989.4 TFLOP/s, bf16"
+    assert "240.0 µs" in decode.tip
+
+
+def test_a_history_shows_every_trial_and_the_best_by_then(store: Store) -> None:
+    for splits, time_us, outcome in ((1, 300.0, "ok"), (2, 400.0, "ok"), (3, 900.0, "slow"), (4, 200.0, "ok")):
+        store.record(known(time_us, outcome, splits=splits))
+    store.record(known(None, "wrong", splits=6))
+    (study,) = report(store).shown
+    drawn = history(study)
+    assert drawn is not None
+    assert (drawn.trials, drawn.best) == (5, "200.0 µs")
+    assert (drawn.timed.count("M"), drawn.slow.count("M"), drawn.failed.count("M")) == (3, 1, 1)
+    assert [point.tip.partition("\n")[0] for point in drawn.better] == [
+        "trial 1: 300.0 µs, 1.50 times the best",
+        "trial 4: 200.0 µs, 1.00 times the best",
+    ]
+    assert drawn.better[1].y == drawn.y(1.0)
+
+
+def test_what_ships_has_no_history(store: Store) -> None:
+    write_shipped([known(250.0)], "h200")
+    (study,) = report(store).shown
+    assert study.known_as == "shipped"
+    assert history(study) is None
+
+
+def test_costs_are_over_the_best_of_their_own_bucket(store: Store) -> None:
+    for splits, time_us in ((1, 200.0), (2, 300.0)):
+        store.record(known(time_us, splits=splits))
+        store.record(known(10 * time_us, splits=splits, key=OTHER_BUCKET))
+    store.record(known(90.0, "predicted", splits=3))
+    (kernel,) = report(store).kernels
+    assert sorted(cost for _, cost in kernel.costs) == [1.0, 1.0, 1.5, 1.5]
+    assert kernel.importances == {}  # of four trials nothing can be told
+
+
+# bench files
+
+ROW: dict[str, Any] = {
+    "op": "decode",
+    "head_dim": 128,
+    "dtype": "bf16",
+    "batch": 2,
+    "heads": 32,
+    "kv_heads": 8,
+    "seqlen_q": 1,
+    "seqlen_kv": 4096,
+    "contender": "parallax_gen",
+    "part": "decode",
+    "time_us": 10.0,
+}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_bench_file_needs_few_columns_and_may_have_more(tmp_path: Path) -> None:
+    peer = ROW | {"contender": "other", "time_us": 15.0, "gpu": "NVIDIA H200", "p80_us": 16, "error": 0.002}
+    absent = ROW | {"contender": "absent", "time_us": "", "note": "not installed"}
+    ours, other, nobody = read_bench(write(tmp_path / "a.csv", ROW, peer, absent))
+    assert (ours.file, ours.gpu, ours.spec, ours.shape) == ("a.csv", "", SPEC, Shape(2, 32, 8, 1, 4096))
+    assert (other.gpu, other.error) == ("h200", 0.002)
+    assert (nobody.time_us, nobody.error, nobody.note) == (None, None, "not installed")
+
+
+def test_what_bench_writes_is_read(tmp_path: Path) -> None:
+    """Rows of both kinds, through bench's own writers: a training step has a window, and is the forward's by spec."""
+    from parallax_gen.cli.compare import Row
+    from parallax_gen.cli.rows import to_json, write_csv
+
+    step = KernelSpec("forward", 96, "bf16", 2, causal=True, stats=True, window=True)
+    paged = KernelSpec("decode", 128, "fp16", 4, ragged=True, page_size=16, cache_dtype="e4m3")
+    rows = [
+        Row("parallax_gen", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), 10.0, 1.0, 0.002),
+        Row("fla", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), None, None, None, "not installed"),
+        Row("parallax_gen", "decode", "decode", paged, Shape(2, 32, 8, 1, 4096), 5.0, 2.0, math.inf),
+    ]
+    write_csv(tmp_path / "a.csv", rows)
+    document = {"gpu": "h200", "torch": "2.11", "rows": [{**to_json(row), "error": None} for row in rows]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    for name, gpu in (("a.csv", ""), ("a.json", "h200")):
+        found = read_bench(tmp_path / name)
+        assert [(t.contender, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
+            (r.contender, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows
+        ]
+        assert {t.gpu for t in found} == {gpu}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", r"a\.csv, line 1: got no columns; allowed: a CSV file of parallax-gen bench, with op, part, .*seqlen_kv$"),
+        ("op,part\ndecode,decode\n", r"line 1: got the columns op, part; allowed: .* with contender, head_dim"),
+        ("{", r"a\.csv: not JSON: "),
+        ('{"rows": 3}', r"a\.csv, rows: got 3; allowed: a list"),
+        ('{"rows": [{"spec": {}}]}', r"a\.csv, row 1: got .*; allowed: an object with a spec and a shape"),
+        ('{"rows": [{"spec": {}, "shape": {}}]}', r"a\.csv, row 1: got an object without op, part"),
+    ],
+)
+def test_what_is_no_bench_file_is_an_error_that_names_it(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ParallaxGenError, match=told):
+        read_bench(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number of more than 0, or nothing"),
+        ({"time_us": -1}, "line 3: time_us: got '-1'; allowed"),
+        ({"batch": "2.5"}, "line 3: batch: got '2.5'; allowed: an int"),
+        ({"batch": 0}, "line 3: batch: got 0; allowed: an int of 1 or more"),
+        ({"kv_heads": 5}, "line 3: heads: got 32; allowed: a multiple of kv_heads"),
+        ({"head_dim": 100}, "line 3: head_dim: got 100; allowed: a multiple of 8"),
+        ({"op": "sort"}, "line 3: op: got 'sort'; allowed"),
+        ({"causal": "maybe"}, "line 3: causal: got 'maybe'; allowed: True or False"),
+    ],
+)
+def test_a_wrong_cell_is_an_error_that_names_its_line_and_column(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ParallaxGenError, match=rf"a\.csv, {told}"):
+        read_bench(write(tmp_path / "a.csv", {"causal": False, **ROW}, {"causal": False, **ROW} | change))
+
+
+def test_a_line_with_too_few_cells_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", ROW)
+    path.write_text(path.read_text() + "decode,128\n")
+    with pytest.raises(ParallaxGenError, match=r"a\.csv, line 3: got another number of cells; allowed: 11"):
+        read_bench(path)
+
+
+# speed-ups
+
+
+def timing(contender: str, time_us: float | None, file: str = "a.csv", **fields: Any) -> Timing:
+    values: dict[str, Any] = {"gpu": "h200", "op": "decode", "part": "decode", "spec": SPEC, "note": ""}
+    return Timing(file=file, contender=contender, time_us=time_us, error=None, **({"shape": ONE} | values | fields))
+
+
+ONE, TWO, LONG = Shape(1, 32, 8, 1, 1024), Shape(2, 16, 4, 1, 1024), Shape(1, 32, 8, 1, 4096)  # two of one size
+
+
+def test_contenders_are_compared_within_a_file_and_the_least_is_shown() -> None:
+    ratios = times_ours(
+        [
+            *(timing("parallax_gen", 10.0, shape=shape) for shape in (ONE, TWO, LONG)),
+            timing("parallax_gen", 20.0, "b.csv"),
+            timing("other", 20.0),
+            timing("other", 15.0, shape=TWO),
+            timing("other", 60.0, "b.csv"),
+            timing("other", None, shape=LONG, note="not supported: long"),
+            timing("other", 99.0, "c.csv"),  # nothing of ours beside it
+        ]
+    )
+    assert [ratio for _, ratio in ratios] == [2.0, 1.5, 3.0, None, None]
+    ((matrix,),) = speed_ups(ratios)["h200", "decode"].values()
+    assert matrix.columns == ("1024", "4096")
+    ((label, cells),) = matrix.rows
+    assert label == "8"
+    assert [cell and cell.text for cell in cells] == ["1.50", "–"]
+    assert "not supported: long" in cells[1].tip  # type: ignore[union-attr]
+    mean, least, count = means(ratios)["h200", "decode", "decode", "other"]
+    assert (mean, least, count) == (pytest.approx(9 ** (1 / 3)), 1.5, 3)
+
+
+def test_what_was_taken_under_other_conditions_is_not_compared_and_the_last_counts(tmp_path: Path) -> None:
+    rows = [
+        ROW | {"torch": "2.11", "command": "parallax-gen bench"},
+        ROW | {"torch": "2.11", "contender": "other", "time_us": 99.0},
+        ROW | {"torch": "2.11", "contender": "other", "time_us": 15.0},
+        ROW | {"torch": "2.12", "contender": "other", "time_us": 20.0},
+    ]
+    timings = read_bench(write(tmp_path / "a.csv", *rows))
+    assert [timing.taken for timing in timings] == ["torch 2.11"] * 3 + ["torch 2.12"]
+    assert timings[0].command == "parallax-gen bench"
+    assert [ratio for _, ratio in times_ours(timings)] == [1.5, None]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kind"), [(0.5, 0), (0.9, 1), (0.96, 2), (1.04, 2), (1.1, 3), (1.3, 4), (1.6, 5), (3.0, 6), (30.0, 7)]
+)
+def test_colours_are_grey_where_both_are_as_fast(ratio: float, kind: int) -> None:
+    ratios = times_ours([timing("parallax_gen", 10.0), timing("other", 10.0 * ratio)])
+    ((matrix,),) = speed_ups(ratios)["h200", "decode"].values()
+    assert matrix.rows[0][1][0].kind == f"ratio{kind}"  # type: ignore[union-attr]
+
+
+def test_a_training_steps_parts_are_of_the_kernels_that_do_them(store: Store) -> None:
+    spec = KernelSpec("forward", 128, "bf16", causal=True, stats=True)
+    shape = Shape(4, 16, 16, 4096, 4096)
+    fields = {"op": "training", "spec": spec, "shape": shape}
+    timings = [
+        timing(name, 10.0, part=part, **fields) for name in ("parallax_gen", "fla") for part in ("forward", "step")
+    ]
+    found = speed_ups(times_ours(timings))["h200", "training"]
+    assert found["forward", "fla"][0].ops == ("forward",)
+    assert found["step", "fla"][0].ops == ("forward", "preprocess", "dkdv", "dqdr")
+
+
+def test_timings_of_other_cards_are_left_out_when_a_card_is_asked_for(store: Store) -> None:
+    write_shipped([known_dkdv(900.0, key=DKDV_KEY)], "h200")
+    timings = tuple(timing("other", 10.0, gpu=gpu) for gpu in ("h200", "h100", ""))
+    assert [t.gpu for t, _ in report(store, "h200", timings=timings).ratios] == ["", "h200"]
+    assert [t.gpu for t, _ in report(store, timings=timings).ratios] == ["", "h100", "h200"]

@@ -1,0 +1,206 @@
+"""`report`: the page as a parser sees it, and what the command says."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from cli_samples import KEY, SPEC, config, known, run, run_json
+from report_samples import HOSTILE, fill, write_bench, write_page
+
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import gpu_by_name
+
+SECTIONS = ["tuned", "speed", "roofline", "studies", "knobs", "failures", "kernels"]
+VOID = {"meta", "link", "input", "br", "img", "path", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, and the text of each section; what is opened must be closed."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: dict[str, str] = {}
+        self._open: list[str] = []
+        self._section = ""
+        self.feed(path.read_text())
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "section":
+            self._section = attributes["id"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open.pop() == tag
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._section:
+            self.texts[self._section] = self.texts.get(self._section, "") + data
+
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str]]:
+        return [a for t, a in self.elements if t == tag and all(a.get(n) == v for n, v in attributes.items())]
+
+    def of_class(self, name: str) -> list[dict[str, str]]:
+        return [a for _, a in self.elements if name in a.get("class", "").split()]
+
+
+@pytest.fixture
+def page(store: Store, tmp_path: Path) -> Page:
+    return Page(write_page(store, tmp_path))
+
+
+def test_every_section_has_its_figures(page: Page) -> None:
+    assert [a["id"] for a in page.all("section")] == SECTIONS
+    assert page.of_class("empty") == []
+    for state in ("untuned", "predicted", "failed", "elsewhere"):
+        assert page.of_class(state), state
+    assert len(page.of_class("roofline")) == 2  # a card each; that of a name in no table has no peaks
+    assert len(page.of_class("history")) == 5  # of those with a time, on every card
+    assert "num_warps" in page.texts["knobs"]
+    assert "1.48" in page.texts["speed"]
+    for outcome in ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid"):
+        assert outcome in page.texts["failures"]
+    assert "no reason was recorded" in page.texts["failures"]
+
+
+def test_links_lead_to_what_is_there(page: Page) -> None:
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    links = {a["href"].removeprefix("#") for a in page.all("a")}
+    assert links - set(ids) == set()
+    assert len([a for a in page.of_class("cell") if "href" in a]) == 7  # a study each
+
+
+def test_what_records_and_files_say_stays_text(page: Page) -> None:
+    """No element, no attribute, no script comes of it; the policy would let no script run but the page's own."""
+    assert len(page.all("script")) == 2
+    assert page.all("img") == []
+    assert not [name for _, a in page.elements for name in a if name.startswith("on") or name == "style"]
+    assert HOSTILE in page.texts["failures"]
+    assert HOSTILE in page.texts["speed"]
+    assert any(HOSTILE in a.get("data-tip", "") for _, a in page.elements)
+
+
+def test_the_page_loads_nothing(page: Page, tmp_path: Path) -> None:
+    addresses = [a[n] for _, a in page.elements for n in ("src", "href", "action", "data", "poster") if n in a]
+    assert {address[0] for address in addresses} == {"#", "d"}  # within the page, and the icon that is none
+    assert [a["href"] for a in page.all("link")] == ["data:,"]
+    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert str(tmp_path) not in text  # nor does it tell where it was made
+
+
+def test_the_same_input_gives_the_same_bytes(store: Store, tmp_path: Path) -> None:
+    first = write_page(store, tmp_path).read_bytes()
+    run("report", "--bench", tmp_path / "bench.csv", "--out", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == first
+
+
+def test_a_kernels_source_is_what_render_gives(store: Store, tmp_path: Path) -> None:
+    store.record(known(240.0))
+    run("report", "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    packed = re.search(r'id="sources">([^<]+)<', page)
+    assert packed
+    sources = json.loads(zlib.decompress(base64.b64decode(packed[1])))
+    ((kinds, texts),) = [(source[::2], source[1::2]) for source in sources]
+    assert "".join(texts) == render(SPEC, config(2), gpu_by_name("h200")).text
+    assert set(kinds) == {"", "c", "s", "k", "n", "d", "f"}
+
+
+def test_a_page_of_nothing_says_what_to_do(tmp_path: Path) -> None:
+    result = run("report", "--out", tmp_path / "report.html")
+    assert result.stdout.startswith(f"{tmp_path / 'report.html'}: 0 measured buckets on no GPU, ")
+    page = Page(tmp_path / "report.html")
+    assert len(page.of_class("empty")) == len(SECTIONS)
+    assert "parallax-gen tune" in page.texts["tuned"]
+    assert page.all("figure") == []
+
+
+def test_a_page_of_what_ships_says_where_trials_would_be(store: Store, tmp_path: Path) -> None:
+    from parallax_gen.memory.shipped import write_shipped
+
+    write_shipped([known(250.0)], "h200")
+    run("report", "--out", tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert len(page.of_class("empty")) == 4  # speed-ups, studies, knobs, failures
+    assert "the three fastest of each bucket" in page.texts["studies"]
+    assert "shipped" in page.texts["kernels"]
+
+
+def test_what_is_left_out_is_said(store: Store, tmp_path: Path) -> None:
+    from cli_samples import elsewhere
+
+    store.record(known(240.0))
+    store.record(known(230.0, key=elsewhere(triton="3.4")))
+    result = run("report", "--out", tmp_path / "report.html")
+    assert "left out: 1 studies of other environments; --all-environments shows them" in result.stdout
+    assert "elsewhere" not in Page(tmp_path / "report.html").texts["kernels"]
+    assert "left out" not in run("report", "--all-environments", "--out", tmp_path / "report.html").stdout
+    page = Page(tmp_path / "report.html")
+    assert "measured, elsewhere" in page.texts["kernels"]
+    assert any("triton 3.4 (here " in a.get("data-tip", "") for _, a in page.elements)
+
+
+def test_json_has_what_the_figures_show(store: Store, tmp_path: Path) -> None:
+    fill(store)
+    write_bench(tmp_path / "bench.csv")
+    found = run_json("report", "--bench", tmp_path / "bench.csv", "--gpu", "h200")
+    assert found["gpus"] == ["h200"]
+    assert sorted(study["state"] for study in found["studies"]) == [
+        "elsewhere",
+        "failed",
+        "measured",
+        "measured",
+        "predicted",
+    ]
+    here = next(study for study in found["studies"] if study["key"] == KEY.flat())
+    assert here["trials"] == here["outcomes"]["ok"] > 40
+    assert here["best"]["rate_unit"] == "GB/s"
+    decode = next(kernel for kernel in found["kernels"] if kernel["spec"]["op"] == "decode")
+    assert sum(decode["importances"].values()) == pytest.approx(1)
+    assert {reason["outcome"] for reason in decode["reasons"]} > {"slow", "wrong"}
+    assert found["times_ours"][0]["mean"] == pytest.approx(1.48)
+    assert found["untuned"]
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--gpu", "b300"), "error: unknown GPU 'b300'"),
+        (("--bench", "empty.csv"), "empty.csv, line 1: got no columns"),
+        (("--out", "missing/report.html"), "error: cannot write missing/report.html"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.csv").write_text("\r\n")
+    result = run("report", *arguments)
+    assert result.exit_code == 1
+    assert told in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not Path("report.html").exists()
