@@ -14,8 +14,9 @@ from parallax_gen.cli.report.benches import Timing, times_ours
 from parallax_gen.cli.report.failures import Reason, reasons
 from parallax_gen.cli.report.matrices import means
 from parallax_gen.cli.report.studies import Place, Study, of_most_use, standing, studies_of
-from parallax_gen.memory.keys import Key, triton_version
+from parallax_gen.memory.keys import Key
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.importances import LEAST_TRIALS, importances

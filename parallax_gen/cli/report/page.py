@@ -22,7 +22,7 @@ from parallax_gen.cli.report.matrices import KERNELS_OF, RATIOS, SHARES, coverag
 from parallax_gen.cli.report.sources import Sources
 from parallax_gen.cli.report.studies import STATES, Study
 from parallax_gen.cli.text import LEGEND, brief, lengths, number, rate_unit
-from parallax_gen.memory.keys import triton_version
+from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.problem.spec import OPS
 from parallax_gen.tuning.importances import LEAST_TRIALS
 
