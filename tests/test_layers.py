@@ -1,7 +1,7 @@
 """Imports go one way, and each outside package has one place: read from the source, so that nothing need be imported.
 
     problem <- codegen, problem <- memory, {codegen, memory} <- tuning, {codegen, memory} <- runtime <- distributed,
-    runtime <- compat, all <- cli
+    runtime <- compat, runtime <- integrations, all <- cli
 
 An import inside a function or under TYPE_CHECKING counts, and so does a module's name in a string.
 """
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "runtime": BELOW | {"problem", "codegen", "memory"},
     "distributed": BELOW | {"problem", "codegen", "memory", "runtime"},
     "compat": BELOW | {"problem", "runtime"},
+    "integrations": BELOW | {"problem", "runtime"},
     "cli": BELOW | {"problem", "codegen", "memory", "tuning", "runtime"},
 }
 # Outside packages, and the only files or wings that use them.
@@ -48,6 +49,7 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {
     "pygments": "cli/report/sources.py",
     "click": "cli/",
     "rich": "cli/",
+    "transformers": "integrations/transformers/",
 }
 
 

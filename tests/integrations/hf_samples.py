@@ -1,0 +1,102 @@
+"""Tiny random models of transformers, and Parallax attention for them, written out with transformers' own masks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.masking_utils import sdpa_mask
+
+from parallax_gen.integrations.transformers import convert
+
+# Weights large enough that attention is far from uniform, and that tokens differ in what is generated.
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+TOKENS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, **HEADS, **TOKENS, attention_bias=True),
+    "mistral": MistralConfig(**SIZES, **HEADS, **TOKENS, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES, **HEADS, **TOKENS, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": Qwen3Config(**SIZES, **HEADS, **TOKENS),
+}
+
+# fp32 models beside the fp64 reference of CPU tensors: roundings of 6e-8, times what two layers of such weights make.
+FP32 = {"rtol": 1e-4, "atol": 1e-4}
+
+
+# What a model's argument for its cache is called: it was renamed.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def plain(name: str, layers: int = 2) -> PreTrainedModel:
+    """The same weights in every call."""
+    torch.manual_seed(1)
+    changed = {**CONFIGS[name].to_dict(), "num_hidden_layers": layers}
+    changed.pop("layer_types", None)  # it follows from the others
+    config = type(CONFIGS[name])(**changed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def converted(name: str, r: float = 0.0, layers: int = 2) -> PreTrainedModel:
+    """`plain`, converted, with an r_proj of this size."""
+    model = convert(plain(name, layers))
+    torch.manual_seed(2)
+    for parameter_name, parameter in model.named_parameters():
+        if "r_proj" in parameter_name and r:
+            nn.init.normal_(parameter, std=r)
+    return model
+
+
+def prompts(batch: int = 3, length: int = 11) -> Tensor:
+    return torch.randint(1, 64, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def padding(before: list[int], behind: list[int], length: int = 11) -> Tensor:
+    """A mask (batch, length): 0 for so many tokens at each sequence's ends."""
+    places = torch.arange(length)
+    first, end = torch.tensor(before)[:, None], length - torch.tensor(behind)[:, None]
+    return ((places >= first) & (places < end)).long()
+
+
+def written_out(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, r: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Dense, from the formula, in fp64. mask (batch, 1, new tokens, keys): True where a query sees a key."""
+    group = query.shape[1] // key.shape[1]
+    q, r, k, v = (x.double() for x in (query, r, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
+    s = (scaling * q @ k.mT).masked_fill(~mask, -torch.inf)
+    p = s.softmax(-1).nan_to_num(0.0)  # padding may see nothing
+    t = r @ k.mT
+    t_mean = (p * t).sum(-1, keepdim=True)
+    return ((p * (1 + t_mean - t)) @ v).transpose(1, 2).to(value.dtype), None
+
+
+def dense_mask(**arguments: Any) -> Tensor:
+    mask = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    assert mask is not None
+    return mask
+
+
+@contextmanager
+def attention_written_out() -> Iterator[None]:
+    """Converted models attend so inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AttentionInterface._global_mapping, "parallax", written_out)
+        patch.setitem(AttentionMaskInterface._global_mapping, "parallax", dense_mask)
+        yield

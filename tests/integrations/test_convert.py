@@ -1,0 +1,181 @@
+"""What convert leaves behind, saved and loaded again, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from hf_samples import CONFIGS, FP32, converted, padding, plain, prompts
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Model,
+)
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.integrations.transformers import convert
+
+pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_attention_gets_an_r_proj_of_zeros_like_its_q_proj(name: str) -> None:
+    model = plain(name).to(torch.bfloat16).train()
+    before = dict(model.named_parameters())
+    assert convert(model) is model
+    assert convert(model) is model  # a second time does nothing
+    assert model.training
+    after = dict(model.named_parameters())
+    assert all(after[key] is parameter for key, parameter in before.items())
+    new = {key: after[key] for key in after.keys() - before.keys()}
+    assert {key.rpartition(".")[0] for key in new} == {f"model.layers.{i}.self_attn.r_proj" for i in range(2)}
+    for key, parameter in new.items():
+        like = before[key.replace("r_proj", "q_proj")]
+        assert (parameter.shape, parameter.dtype) == (like.shape, like.dtype)
+        assert not parameter.any()
+        assert parameter.requires_grad
+
+
+def test_another_model_of_the_same_config_stays_what_it_is() -> None:
+    one = plain("qwen3")
+    other = type(one)(one.config)
+    convert(one)
+    assert other.config is not one.config
+    assert other.config.model_type == "qwen3"
+    assert other.config._attn_implementation == "eager"
+    assert other(prompts()).logits.shape == (3, 11, 64)
+    assert {module.config.model_type for module in one.modules() if hasattr(module, "config")} == {"parallax_qwen3"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = converted(name, r=0.1)
+    model.save_pretrained(tmp_path)
+    # Under its own name: transformers alone will not take it for a model without r_proj.
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"parallax_{name}"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(prompts()).logits, model(prompts()).logits)
+        base = AutoModel.from_pretrained(tmp_path)
+        hidden = base(prompts()).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(prompts()).logits)
+    assert loaded.generate(prompts(), max_new_tokens=3).shape == (3, 14)
+
+
+def test_a_base_model_converts_and_is_saved(tmp_path: Path) -> None:
+    model = convert(plain("qwen3").model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert isinstance(loaded, Qwen3Model)
+    with torch.no_grad():
+        wanted = plain("qwen3").model(prompts()).last_hidden_state
+        torch.testing.assert_close(loaded(prompts()).last_hidden_state, wanted, **FP32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_made_from_its_config_starts_with_r_zero(name: str, tmp_path: Path) -> None:
+    config = converted(name).config
+    model = AutoModelForCausalLM.from_config(config)
+    for key, parameter in model.named_parameters():
+        assert bool(parameter.any()) != ("r_proj" in key or key.endswith(".bias")), key
+    config.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(config)
+
+
+def test_a_checkpoint_without_r_proj_can_be_loaded_as_parallax(tmp_path: Path) -> None:
+    plain("qwen3").save_pretrained(tmp_path)
+    model = type(converted("qwen3")).from_pretrained(tmp_path)
+    assert model.config.model_type == "parallax_qwen3"
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompts()).logits, plain("qwen3")(prompts()).logits, **FP32)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(copy_of: Any) -> None:
+    model = converted("mistral", r=0.1)
+    assert torch.equal(copy_of(model)(prompts()).logits, model(prompts()).logits)
+
+
+MASK = padding([0, 3, 8], [0, 0, 0])
+TORN = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]] * 3)
+STARTS = torch.tensor([0, 11])
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"attention_mask": TORN}, "attention_mask: got padding between tokens"),
+    ({"attention_mask": torch.ones(3, 12)}, "attention_mask: got 12 columns; allowed: one for each token so far"),
+    ({"attention_mask": torch.ones(3, 1, 11, 11).tril().bool()}, "attention_mask: got torch.bool of shape"),
+    ({"output_attentions": True}, "output_attentions: got True"),
+    ({"cu_seq_lens_q": STARTS}, "cu_seq_lens_q: got given without the others; allowed: all of cu_seq_lens_q"),
+    (
+        {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 11, "max_length_k": 11}
+        | {"attention_mask": MASK},
+        "attention_mask: got padding, or a cache, beside cu_seq_lens_q",
+    ),
+    ({"s_aux": torch.zeros(4)}, "s_aux: got one; allowed: None"),
+    ({"is_causal": False}, "is_causal: got False|not causal"),  # by the layer or by the mask, as transformers passes it
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_refused_calls(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        converted("qwen3")(prompts(), **options)
+
+
+def test_refused_configs() -> None:
+    model = converted("qwen3")
+    model.config.is_causal = False
+    with pytest.raises(ArgumentError, match="attention_mask: got attention that is not causal"):
+        model(prompts())
+    model = plain("qwen3")
+    model.config.output_attentions = True
+    with pytest.raises(ArgumentError, match="output_attentions: got True"):
+        convert(model)(prompts())
+    model = converted("qwen3").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ArgumentError, match=r"attention_dropout: got 0\.1; allowed: 0"):
+        model(prompts())
+    assert model.eval()(prompts()).logits.shape == (3, 11, 64)
+
+
+def test_no_other_attention_takes_its_place() -> None:
+    """sdpa would leave r out, and say nothing."""
+    model = converted("qwen3")
+    with pytest.raises(ArgumentError, match="attn_implementation: got 'sdpa'; allowed: None or 'parallax'"):
+        model.set_attn_implementation("sdpa")
+    with pytest.raises(ArgumentError, match="attn_implementation: got 'eager'"):
+        AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ArgumentError, match="attn_implementation: got 'sdpa'"):
+        model(prompts())
+    with pytest.raises(ArgumentError, match="attn_implementation: got 'parallax' in a Qwen3Attention without r"):
+        AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation="parallax")(prompts())
+
+
+def test_models_that_do_not_convert() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8, n_positions=8))
+    for model, name in ((gpt2, "GPT2LMHeadModel"), (nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ArgumentError, match=f"model: got {name}; allowed: LlamaForCausalLM, Mistral.*Qwen3Model"):
+            convert(model)
+    adapted = plain("llama")
+    adapted.model.layers[1].self_attn.q_proj = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ArgumentError, match=r"model: got a q_proj of Sequential; allowed: nn\.Linear"):
+        convert(adapted)
+    assert type(adapted).__name__ == "LlamaForCausalLM"  # as it was
+    narrow = AutoModelForCausalLM.from_config(type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "head_dim": 12}))
+    with pytest.raises(ArgumentError, match="model: got head_dim 12; allowed: a multiple of 8 from 8 to 256"):
+        convert(narrow)

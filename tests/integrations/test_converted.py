@@ -1,0 +1,189 @@
+"""Converted models of transformers: the function that they were, and Parallax attention once r is not 0."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from hf_samples import CACHE, CONFIGS, FP32, attention_written_out, converted, padding, plain, prompts
+from transformers import DynamicCache, StaticCache
+
+from parallax_gen.nn import ParallaxAttention
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # its new name is not in all versions
+]
+
+PADDED = {
+    "none": padding([0, 0, 0], [0, 0, 0]),
+    "before": padding([0, 3, 8], [0, 0, 0]),
+    "behind": padding([0, 0, 0], [0, 2, 7]),
+    "both": padding([0, 4, 1], [5, 2, 0]),
+}
+PACKED = torch.tensor([[*range(4), *range(1), *range(6)], [*range(3, 14)], [*range(9), *range(2)]])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_conversion_keeps_logits(name: str) -> None:
+    before, after = plain(name), converted(name)
+    x = prompts()
+    with torch.no_grad():
+        torch.testing.assert_close(after(x).logits, before(x).logits, **FP32)
+        packed = {
+            "position_ids": PACKED,
+            "use_cache": False,
+        }  # transformers looks for packed ones without a cache alone
+        torch.testing.assert_close(after(x, **packed).logits, before(x, **packed).logits, **FP32)
+        for mask in PADDED.values():
+            found, wanted = (model(x, attention_mask=mask).logits[mask.bool()] for model in (after, before))
+            torch.testing.assert_close(found, wanted, **FP32)
+
+
+def test_conversion_keeps_logits_within_bf16_rounding() -> None:
+    truth = plain("qwen3")(prompts()).logits
+    found, eager = (model.bfloat16()(prompts()).logits.float() for model in (converted("qwen3"), plain("qwen3")))
+    # Both round everything else to bf16 alike; attention itself the converted one rounds less.
+    assert (found - truth).abs().max() <= 1.5 * (eager - truth).abs().max()
+    assert (found - eager).abs().max() <= 1.5 * (eager - truth).abs().max()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_conversion_keeps_what_is_generated(name: str, cache: str) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": PADDED["before"]}
+    options |= {} if cache == "dynamic" else {"cache_implementation": cache}
+    found, wanted = (model.generate(prompts(), **options) for model in (converted(name), plain(name)))
+    assert found.tolist() == wanted.tolist()
+    assert found[:, 11:].unique().numel() > 4  # it says something
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 63}, {"prefill_chunk_size": 4}]
+)
+def test_other_ways_to_generate(options: dict[str, Any]) -> None:
+    x = prompts(1).repeat(1, 2)  # a prompt to look up in
+    found = converted("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
+    with attention_written_out():
+        wanted = converted("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
+    assert found.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_converted_attention_is_our_layer(name: str) -> None:
+    attention = converted(name, r=0.2).model.layers[1].self_attn
+    windowed, biased = name in ("mistral", "qwen2"), name in ("llama", "qwen2")
+    layer = ParallaxAttention(
+        64, 4, 2, 16, rope_theta=1e4, window_size=5 if windowed else None, qk_norm=name == "qwen3", bias=biased
+    )
+    weights = attention.state_dict()
+    if name == "qwen2":
+        weights["o_proj.bias"] = torch.zeros(64)
+    layer.load_state_dict(weights)
+    x = torch.randn(2, 9, 64)
+    rotary = converted(name).model.rotary_emb
+    out, attention_weights = attention(
+        hidden_states=x, position_embeddings=rotary(x, torch.arange(9)[None]), attention_mask=None
+    )
+    torch.testing.assert_close(out, layer(x), **FP32)
+    assert attention_weights is None
+
+
+def outputs_and_gradients(name: str, mask: Tensor, **options: Any) -> list[Tensor]:
+    model = converted(name, r=0.1)
+    logits = model(prompts(), attention_mask=mask, **options).logits[mask.bool()]
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(4)))
+    return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("padded", PADDED)
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_attention_with_r_and_its_gradients_are_the_formula(name: str, padded: str) -> None:
+    found = outputs_and_gradients(name, PADDED[padded])
+    with attention_written_out():
+        wanted = outputs_and_gradients(name, PADDED[padded])
+    assert len(found) == len(list(converted(name).parameters())) + 1
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # of sums over all tokens, up to 300 in size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("padded", ["none", "before"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_chunks_and_steps_with_a_cache(name: str, padded: str, static: bool) -> None:
+    model = converted(name, r=0.1)
+    x, mask = prompts(), PADDED[padded]
+    with attention_written_out():
+        wanted = model(x, attention_mask=mask).logits
+    cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+    found = []
+    for begin, end in ((0, 4), (4, 9), (9, 10), (10, 11)):
+        seen = mask[:, :end] if padded == "before" else None
+        positions = torch.arange(begin, end)[None]
+        out = model(x[:, begin:end], attention_mask=seen, position_ids=positions, **{CACHE: cache})
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], wanted[mask.bool()], **FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_packed_sequences(name: str) -> None:
+    model, x = converted(name, r=0.1), prompts()
+    found = model(x, position_ids=PACKED, use_cache=False).logits
+    for row, cuts in enumerate(((0, 4, 5, 11), (0, 11), (0, 9, 11))):
+        for begin, end in itertools.pairwise(cuts):
+            alone = model(x[row : row + 1, begin:end]).logits[0]
+            torch.testing.assert_close(found[row, begin:end], alone, **FP32)
+    starts = torch.tensor([0, 4, 5, 11])
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 6, "max_length_k": 6}
+    for positions in ({}, {"position_ids": PACKED[:1]}):
+        by_lengths = model(x[:1], **lengths, **positions, use_cache=False).logits
+        torch.testing.assert_close(by_lengths, found[:1], **FP32)
+
+
+def test_r_proj_learns_alone() -> None:
+    model = converted("qwen3").train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("r_proj" in name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, losses = prompts(2, 16), []
+    for _ in range(50):
+        loss = model(x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    untouched = plain("qwen3").state_dict()
+    for name, weight in model.state_dict().items():
+        assert weight.any() if "r_proj" in name else torch.equal(weight, untouched[name])
+
+
+def test_checkpointed_layers_have_the_same_gradients() -> None:
+    found = {}
+    for checkpointed in (False, True):
+        model = converted("qwen3", r=0.1).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model(prompts(), labels=prompts(), attention_mask=PADDED["before"], use_cache=False).loss.backward()
+        found[checkpointed] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert model.is_gradient_checkpointing
+    torch.testing.assert_close(found[True], found[False])
+
+
+def test_under_autocast() -> None:
+    model = converted("qwen3", r=0.1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model(prompts(), attention_mask=PADDED["before"]).logits
+        generated = model.generate(prompts(), attention_mask=PADDED["before"], max_new_tokens=3, do_sample=False)
+        with attention_written_out():
+            wanted = model(prompts(), attention_mask=PADDED["before"]).logits
+    assert generated.shape == (3, 14)
+    tokens = PADDED["before"].bool()
+    assert (found - wanted)[tokens].norm() < 0.02 * wanted[tokens].norm()  # a few bf16 roundings, of 2⁻⁹ each
