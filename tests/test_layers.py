@@ -177,6 +177,15 @@ def test_importing_the_package_loads_nothing() -> None:
     assert opened == []
 
 
+def test_the_integrations_together_load_no_library() -> None:
+    modules, _ = look_at("parallax_gen.integrations")
+    assert {name for name in modules if name.startswith("parallax_gen")} == {
+        "parallax_gen",
+        "parallax_gen.integrations",
+    }
+    assert not {"torch", "transformers"} & modules
+
+
 def test_what_runs_kernels_loads_no_tuner() -> None:
     modules, _ = look_at("parallax_gen.runtime.functional")
     assert "parallax_gen.codegen.render" in modules

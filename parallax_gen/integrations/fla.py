@@ -1,0 +1,119 @@
+"""Parallax layers of fla (flash-linear-attention 0.6) as `parallax_gen.nn.ParallaxAttention`, and back, by names.
+
+Nothing of fla is imported: a state dict and what its config.json says are enough.
+
+    state = safetensors.torch.load_file("model.safetensors")
+    layers = attentions_from_fla(state, json.loads(Path("config.json").read_text()))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.nn import ParallaxAttention
+
+# What fla's ParallaxConfig, and its layer, take where nothing is said.
+DEFAULTS = {"num_kv_heads": None, "qkv_bias": False, "qk_norm": False, "window_size": None, "rope_theta": 10_000.0}
+IN_A_MODEL = re.compile(r"(?:model\.)?layers\.(\d+)\.attn\.(.+)")
+
+
+def attention_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> ParallaxAttention:
+    """fla's layer with these weights, as ours: in their dtype, on their device, each a copy.
+
+    state   of fla's `Parallax` layer: q_proj.weight and so on
+    config  what the layer was made with, or its model's config.json: hidden_size and num_heads; num_kv_heads, qkv_bias,
+            window_size and rope_theta, by default as fla has them. What has no bearing on attention is left alone
+
+    Raises ArgumentError for names that are missing, unknown or of another shape, and for qk_norm: fla norms r too, our
+    layer does not.
+    """
+    layer = _made_for(config, state)
+    wanted = {name: weight.shape for name, weight in layer.state_dict().items() if name != "o_proj.bias"}
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unknown:
+        got = ", ".join([*(f"no {name}" for name in missing), *unknown])
+        raise ArgumentError("state", got, f"{', '.join(wanted)} for this config")
+    for name, shape in wanted.items():
+        if state[name].shape != shape:
+            raise ArgumentError(
+                "state", f"{name} of shape {tuple(state[name].shape)}", f"{tuple(shape)} for this config"
+            )
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(state[name]) if name in state else parameter.zero_()  # fla's o_proj never has a bias
+    return layer
+
+
+def attentions_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[ParallaxAttention]:
+    """`attention_from_fla` of every layer of fla's `ParallaxModel` or `ParallaxForCausalLM`, the first one first.
+
+    state   of the model; what is not an attention's is left alone
+    config  its config.json, with num_hidden_layers
+    """
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, weight in state.items():
+        if match := IN_A_MODEL.fullmatch(name):
+            parts.setdefault(int(match[1]), {})[match[2]] = weight
+    count = _of(config, "num_hidden_layers")
+    if sorted(parts) != list(range(count)):
+        got = f"attention in layers {', '.join(map(str, sorted(parts)))}" if parts else "no layers.0.attn.q_proj.weight"
+        raise ArgumentError("state", got, f"layers 0 to {count - 1}, as num_hidden_layers says")
+    return [attention_from_fla(parts[i], config) for i in range(count)]
+
+
+def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `attention_from_fla` would make the layer of: fla's weights, the layer's own, and its layer's arguments.
+
+    Raises ArgumentError for what fla's layer lacks: attention that is not causal, norms of q and k but not of r, no
+    rotation, another softmax_scale, a head_dim that is not hidden_size / num_heads, an output bias.
+    """
+    weights = dict(layer.state_dict())
+    output_bias = weights.pop("o_proj.bias", None)
+    width = layer.q_proj.in_features
+    lacking = {
+        "causal": not layer.causal,
+        "qk_norm": "q_norm.weight" in weights,
+        "rope_theta": layer.rope_theta is None,
+        "softmax_scale": layer.softmax_scale not in (None, layer.head_dim**-0.5),
+        "head_dim": layer.head_dim * layer.num_heads != width,
+        "bias": output_bias is not None and bool(output_bias.any()),
+    }
+    for name, is_so in lacking.items():
+        if is_so:
+            allowed = "causal, rotated, without norms, of head_dim hidden_size / num_heads, o_proj without a bias"
+            raise ArgumentError("layer", f"another {name} than fla has", allowed)
+    config = {"hidden_size": width, "num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
+    config |= {"qkv_bias": output_bias is not None, "window_size": layer.window_size, "rope_theta": layer.rope_theta}
+    return weights, config
+
+
+def _made_for(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ParallaxAttention:
+    if config.get("model_type", "parallax") != "parallax":
+        raise ArgumentError("config", f"model_type {config['model_type']!r}", "'parallax'")
+    if _of(config, "qk_norm"):
+        raise ArgumentError("config", "qk_norm", "none: fla norms r too, and ParallaxAttention has no norm of r")
+    like = next(iter(state.values()), None)
+    return ParallaxAttention(
+        _of(config, "hidden_size"),
+        _of(config, "num_heads"),
+        _of(config, "num_kv_heads"),
+        window_size=_of(config, "window_size"),
+        rope_theta=_of(config, "rope_theta"),
+        bias=_of(config, "qkv_bias"),
+        device=None if like is None else like.device,
+        dtype=None if like is None else like.dtype,
+    )
+
+
+def _of(config: Mapping[str, Any], name: str) -> Any:
+    if name in config:
+        return config[name]
+    if name in DEFAULTS:
+        return DEFAULTS[name]
+    raise ArgumentError("config", f"no {name}", "fla's config.json, or the arguments of its layer")
