@@ -136,7 +136,6 @@ def _runs(first: Tensor, end: Tensor, place: int | Tensor, q_length: int, kv_len
     """
     keys = torch.stack((torch.zeros_like(first), first, end))
     queries = (keys - place).clamp(0, q_length)
-    queries[0] = 0
     rows = torch.arange(len(first), device=first.device)
     starts = torch.stack((queries + rows * q_length, keys + rows * kv_length))
     totals = starts.new_tensor([[q_length], [kv_length]]) * len(first)

@@ -1,0 +1,112 @@
+"""Our masks say what transformers' own do, of every token that is not padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.integrations.transformers import parallax_mask
+from parallax_gen.integrations.transformers.masks import keys_of, starts_of
+
+
+def of_runs(starts_q: Tensor, starts_k: Tensor, batch: int, q_length: int, kv_length: int) -> Tensor:
+    """(batch, q_length, kv_length): what causal attention of runs sees, aligned to each run's end."""
+    seen = torch.zeros(batch * q_length, batch * kv_length, dtype=torch.bool)
+    for q, q_end, k, k_end in zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True):
+        rows, columns = torch.arange(q_end - q)[:, None], torch.arange(k_end - k)
+        seen[q:q_end, k:k_end] = columns <= rows + (k_end - k) - (q_end - q)
+    blocks = seen.view(batch, q_length, batch, kv_length)
+    rows = torch.arange(batch)
+    assert blocks.sum() == blocks[rows, :, rows].sum()  # no sequence sees another
+    return blocks[rows, :, rows]
+
+
+def of_cached(first: Tensor, end: Tensor, q_length: int, kv_length: int) -> Tensor:
+    columns, last = torch.arange(kv_length), end[:, None] - q_length + torch.arange(q_length)
+    return (columns >= first[:, None, None]) & (columns <= last[..., None])
+
+
+@given(st.data())
+def test_padding_and_caches(data: st.DataObject) -> None:
+    def draw(least: int, most: int) -> int:
+        return data.draw(st.integers(least, most))
+
+    batch, q_length, past = draw(1, 3), draw(1, 5), draw(0, 6)
+    dropped = draw(0, past) if draw(0, 1) else 0  # by the cache of a window
+    room = draw(0, 3)  # behind the last key, in a static cache
+    tokens = past + q_length
+    kv_length = tokens - dropped + room
+    attention_mask = None
+    if draw(0, 3):
+        first = torch.tensor([draw(0, tokens) for _ in range(batch)])[:, None]
+        end = torch.tensor([draw(0, tokens) if draw(0, 1) else tokens for _ in range(batch)])[:, None]
+        attention_mask = (torch.arange(tokens) >= first) & (torch.arange(tokens) < end)
+    asked: dict[str, Any] = {
+        "batch_size": batch,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": torch.tensor(past) if room else past,
+        "kv_offset": dropped,
+        "mask_function": causal_mask_function,
+        "attention_mask": attention_mask,
+        "allow_is_causal_skip": bool(draw(0, 1)),
+    }
+    wanted = sdpa_mask(**{**asked, "allow_is_causal_skip": False})[:, 0]
+    mask = parallax_mask(**asked)
+    if mask is None:
+        found = of_cached(torch.zeros(batch), torch.full((batch,), kv_length), q_length, kv_length)
+    else:
+        assert (mask.dtype, mask.dim()) == (torch.int32, 4)  # so it passes through transformers as it is
+        starts = starts_of(mask, q_length, kv_length)
+        assert starts is not None
+        found = of_runs(*starts, batch, q_length, kv_length)
+    real = torch.ones(batch, q_length) if attention_mask is None else attention_mask[:, past:]
+    assert torch.equal(found[real.bool()], wanted[real.bool()])
+    keys = keys_of(mask)
+    if keys is not None:
+        assert torch.equal(of_cached(*keys, q_length, kv_length)[real.bool()], wanted[real.bool()])
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3), st.booleans())
+def test_packed_sequences(lengths: list[list[int]], longer: bool) -> None:
+    total = max(map(sum, lengths))
+    rows = [[*row, total - sum(row)] if sum(row) < total else row for row in lengths]
+    positions = torch.stack([torch.cat([torch.arange(n) + 7 * longer for n in row]) for row in rows])
+    packed = find_packed_sequence_indices(positions)
+    asked: dict[str, Any] = {"batch_size": len(rows), "q_length": total, "kv_length": total}
+    if packed is None:
+        asked["mask_function"] = causal_mask_function
+    else:
+        joined = and_masks(causal_mask_function, packed_sequence_mask_function(packed))
+        asked |= {"mask_function": joined, "allow_is_causal_skip": False}
+    wanted = sdpa_mask(**{**asked, "allow_is_causal_skip": False})[:, 0]
+    mask = parallax_mask(**asked)
+    assert (mask is None) == (packed is None)
+    if mask is not None:
+        starts = starts_of(mask, total, total)
+        assert starts is not None
+        assert len(starts[0]) == sum(map(len, rows)) + 1
+        assert torch.equal(of_runs(*starts, len(rows), total, total), wanted)
+
+
+def test_what_is_not_causal_is_refused() -> None:
+    asked: dict[str, Any] = {"batch_size": 2, "q_length": 4, "kv_length": 4, "allow_is_causal_skip": False}
+    for function in (lambda b, h, q, k: (q >= 0) & (k >= 0), lambda b, h, q, k: (k <= q) | ((k < 2) & (q < 2))):
+        with pytest.raises(ArgumentError, match="attention_mask: got attention that is not causal"):
+            parallax_mask(**asked, mask_function=function)
