@@ -88,7 +88,7 @@ def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[
         if is_so:
             allowed = "causal, rotated, without norms, of head_dim hidden_size / num_heads, o_proj without a bias"
             raise ArgumentError("layer", f"another {name} than fla has", allowed)
-    config = {"hidden_size": width, "num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
+    config: dict[str, Any] = {"hidden_size": width, "num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
     config |= {"qkv_bias": output_bias is not None, "window_size": layer.window_size, "rope_theta": layer.rope_theta}
     return weights, config
 

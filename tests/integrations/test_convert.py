@@ -32,11 +32,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tens
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_attention_gets_an_r_proj_of_zeros_like_its_q_proj(name: str) -> None:
-    model = plain(name).to(torch.bfloat16).train()
+    model = plain(name).to(torch.bfloat16)
     before = dict(model.named_parameters())
     assert convert(model) is model
     assert convert(model) is model  # a second time does nothing
-    assert model.training
     after = dict(model.named_parameters())
     assert all(after[key] is parameter for key, parameter in before.items())
     new = {key: after[key] for key in after.keys() - before.keys()}
@@ -46,6 +45,7 @@ def test_every_attention_gets_an_r_proj_of_zeros_like_its_q_proj(name: str) -> N
         assert (parameter.shape, parameter.dtype) == (like.shape, like.dtype)
         assert not parameter.any()
         assert parameter.requires_grad
+    assert all(module.training == model.training for module in model.modules())
 
 
 def test_another_model_of_the_same_config_stays_what_it_is() -> None:
@@ -102,6 +102,22 @@ def test_a_checkpoint_without_r_proj_can_be_loaded_as_parallax(tmp_path: Path) -
     assert model.config.model_type == "parallax_qwen3"
     with torch.no_grad():
         torch.testing.assert_close(model(prompts()).logits, plain("qwen3")(prompts()).logits, **FP32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_are_still_recorded(name: str, tmp_path: Path) -> None:
+    model = converted(name)
+    model.save_pretrained(tmp_path)
+    wanted = plain(name)(prompts(), output_hidden_states=True).hidden_states
+    for each in (model, model.model, convert(plain(name).model), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        torch.testing.assert_close(each(prompts(), output_hidden_states=True).hidden_states, wanted, **FP32)
+
+
+def test_r_proj_is_split_over_ranks_like_q_proj() -> None:
+    for name in CONFIGS:
+        plan = converted(name).config.base_model_tp_plan
+        assert plan["layers.*.self_attn.r_proj"] == plan["layers.*.self_attn.q_proj"]
+        assert "layers.*.self_attn.r_proj" not in CONFIGS[name].base_model_tp_plan
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -176,6 +192,11 @@ def test_models_that_do_not_convert() -> None:
     with pytest.raises(ArgumentError, match=r"model: got a q_proj of Sequential; allowed: nn\.Linear"):
         convert(adapted)
     assert type(adapted).__name__ == "LlamaForCausalLM"  # as it was
+    spread = plain("llama")
+    attention = spread.model.layers[0].self_attn
+    attention.forward = attention.forward  # as accelerate's hooks are put there
+    with pytest.raises(ArgumentError, match="model: got an attention whose forward was replaced, as device_map does"):
+        convert(spread)
     narrow = AutoModelForCausalLM.from_config(type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "head_dim": 12}))
     with pytest.raises(ArgumentError, match="model: got head_dim 12; allowed: a multiple of 8 from 8 to 256"):
         convert(narrow)

@@ -6,7 +6,14 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.llama import configuration_llama, modeling_llama
 from transformers.models.mistral import configuration_mistral, modeling_mistral
 from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
@@ -27,7 +34,7 @@ class ProbeProjection(nn.Linear):
 
 
 class WithProbes:
-    """Before an attention class of transformers: r is projected like q, rotated like q, and handed on with q.
+    """Goes before an attention class of transformers: r is projected like q, rotated like q, and handed on with q.
 
     r has no norm, though q may have one: at r = 0 the norm's gradient would be without bound.
     """
@@ -41,6 +48,7 @@ class WithProbes:
         like: nn.Linear = self.q_proj  # type: ignore[attr-defined]
         bias, device, dtype = like.bias is not None, like.weight.device, like.weight.dtype
         self.r_proj = ProbeProjection(like.in_features, like.out_features, bias, device=device, dtype=dtype)
+        self.r_proj.train(like.training)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **others: Any) -> Any:
         if self.config._attn_implementation != NAME:
@@ -51,7 +59,7 @@ class WithProbes:
 
 
 class Converted:
-    """Before a model class of transformers: its attention has probes, and is Parallax."""
+    """Goes before a model class of transformers: its attention has probes, and is Parallax."""
 
     def __init__(self, config: Any, *inputs: Any, **others: Any):
         super().__init__(config, *inputs, **others)  # type: ignore[call-arg]
@@ -154,7 +162,7 @@ def convert(model: Any) -> Any:
     Its other weights stay the tensors that they are, and its results the same, up to rounding, until r_proj is trained.
     Its class and its config become those of this module, such as ParallaxQwen3ForCausalLM: a config of its own, for
     other models may share the old one. Raises ArgumentError for another class, a head_dim that Parallax does not have,
-    and projections that are quantised or have adapters: convert first.
+    and what is to be done after: quantising, adding adapters, spreading over devices.
     """
     if isinstance(model, Converted):
         return model
@@ -179,6 +187,9 @@ def change_classes(model: Any) -> None:
         if getattr(module, "config", None) is old:
             module.config = config
         module.__class__ = CONVERTED.get(type(module), type(module))
+        if isinstance(module, Converted):
+            # transformers learns of a class, and of what output_hidden_states records in it, when one is made.
+            PreTrainedModel.__init__(type(module).__new__(type(module)), config)
     for attention in attentions:
         attention.add_probes()
 
@@ -190,11 +201,16 @@ def check_attention(attention: Any) -> None:
     if type(attention.q_proj) is not nn.Linear:
         got = f"a q_proj of {type(attention.q_proj).__name__}"
         raise ArgumentError("model", got, "nn.Linear: convert before quantising, and before adding adapters")
+    if "forward" in vars(attention):
+        got = "an attention whose forward was replaced, as device_map does"
+        raise ArgumentError("model", got, "its class's own: convert, save, and load what was saved with a device_map")
 
 
 AttentionInterface.register(NAME, parallax_attention)
 AttentionMaskInterface.register(NAME, parallax_mask)
 for _config, _model, _causal_model in zip(CONFIGS, MODELS, CAUSAL_MODELS, strict=True):
+    # Over the ranks of tensor parallelism r is split as q is, by heads.
+    _config.base_model_tp_plan = {**_config.base_model_tp_plan, "layers.*.self_attn.r_proj": "colwise"}
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_model)
