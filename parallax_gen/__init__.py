@@ -8,6 +8,7 @@ Importing it touches no GPU, disk or database, and imports neither torch nor tri
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ __all__ = [
     "parallax_attn_varlen_func",
     "parallax_attn_with_kvcache",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants to know which kernel runs adds their own
 
 _HOMES = {
     "parallax_attn_func": "parallax_gen.runtime.functional",

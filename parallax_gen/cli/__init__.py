@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -25,6 +26,7 @@ COMMANDS = {
     "ship": "parallax_gen.cli.ship:ship",
     "db": "parallax_gen.cli.db:db",
     "doctor": "parallax_gen.cli.doctor:doctor",
+    "completion": "parallax_gen.cli.completion:completion",
 }
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -44,6 +46,16 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        name = args[0]
+        if not ctx.resilient_parsing and name not in names and not name.startswith("-"):
+            near = get_close_matches(name, names)
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -56,7 +68,9 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(parallax_gen.__version__, prog_name="parallax-gen")
-def main() -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Say on standard error which kernel is used, and why.")
+@click.pass_context
+def main(ctx: click.Context, verbose: bool) -> None:
     """Specialised, tuned Triton kernels for Parallax attention: generate, tune, remember, launch.
 
     \b
@@ -64,4 +78,12 @@ def main() -> None:
       parallax-gen doctor            is everything there that is needed?
       parallax-gen tune --gpu h200   find the best kernels for the usual shapes
       parallax-gen list              what is known
+
+    \b
+    Exit status
+      0 done, 1 an error (told in one line), 2 wrong usage, 130 Ctrl-C
     """
+    if verbose:
+        from parallax_gen.cli.logs import show_logs
+
+        ctx.call_on_close(show_logs())

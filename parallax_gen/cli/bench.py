@@ -81,9 +81,9 @@ def bench(
     picture: Path | None,
     as_json: bool,
 ) -> None:
-    """Time ours against softmax attention and other Parallax kernels, in one process on the same inputs.
+    """Time ours against other Parallax kernels and softmax.
 
-    Softmax is what torch has (SDPA flash and cuDNN): half the matmuls of Parallax. The official kernels and fla's are
+    In one process, on the same inputs.     Softmax is what torch has (SDPA flash and cuDNN): half the matmuls of Parallax. The official kernels and fla's are
     compared with where they can be imported. Errors are against an fp64 oracle. Of --op training the forward, the
     backward and both together are timed, through torch's autograd.
 

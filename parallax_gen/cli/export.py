@@ -6,15 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, kernel_options, shape_option
+from parallax_gen.cli.options import (
+    Asked,
+    Sizes,
+    gpu_named,
+    gpu_option,
+    json_option,
+    kernel_options,
+    shape_option,
+)
 from parallax_gen.cli.readme import read_sections, section, write_sections
-from parallax_gen.cli.text import time_and_rate
+from parallax_gen.cli.text import print_json, time_and_rate
 from parallax_gen.errors import ParallaxGenError
-from parallax_gen.problem.config import KernelConfig, describe
+from parallax_gen.problem.config import KernelConfig, config_to_dict, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
@@ -49,8 +57,9 @@ class Pick:
 @kernel_options
 @shape_option(multiple=True, more_help="Repeatable. Default: every one that a record is known for.")
 @click.option("-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), required=True)
-def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Path) -> None:
-    """Write the best kernels as files that need torch and triton only.
+@json_option
+def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Path, as_json: bool) -> None:
+    """Write the best kernels as files for torch and triton alone.
 
     One file a known best record of the kernel, of any group and sizes or of each --shape, and a README.md that says
     how to call them. A record of another Triton version counts too, where there is none of this one's: the source is
@@ -67,7 +76,7 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
     picks = picked(asked, shapes, card, open_memory())
     readme = folder / "README.md"
     sections = read_sections(readme)
-    written = []
+    written: list[tuple[Path, Pick]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for pick in picks:
@@ -75,11 +84,25 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
             path = folder / pick.file_name(source)
             path.write_text(source.text, encoding="utf-8")
             sections[path.name] = section(source.text, f"{pick.spec}; {pick.bucket}", card.title, pick.provenance)
-            written.append(f"{path}\n    {describe(pick.config)}\n    {pick.provenance}")
+            written.append((path, pick))
         write_sections(readme, sections)
     except OSError as error:
         raise ParallaxGenError(f"cannot write to {folder}: {error}") from error
-    click.echo("\n".join(written))
+    if as_json:
+        print_json({"gpu": card.name, "readme": str(readme), "kernels": [_to_json(*each) for each in written]})
+        return
+    for path, pick in written:
+        click.echo(f"{path}\n    {describe(pick.config)}\n    {pick.provenance}")
+
+
+def _to_json(path: Path, pick: Pick) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "spec": pick.spec.to_dict(),
+        "bucket": pick.bucket.to_dict(),
+        "config": config_to_dict(pick.config),
+        "from": pick.provenance,
+    }
 
 
 def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[Pick]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import json_option
+from parallax_gen.cli.options import complete_gpu, json_option
 from parallax_gen.cli.text import LEGEND, brief, lengths, number, print_json, print_table, rate, rate_unit
 from parallax_gen.problem.spec import OPS
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("list")
-@click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: all.")
+@click.option("--gpu", metavar="NAME", shell_complete=complete_gpu, help="Such as h100 or h200. Default: all.")
 @click.option("--op", type=click.Choice(OPS), help="Default: all.")
 @click.option("--all", "every", is_flag=True, help="Every config that was tried, not just the best of each bucket.")
 @json_option

@@ -12,7 +12,7 @@ import click
 
 from parallax_gen.errors import ArgumentError, UnknownGpuError
 from parallax_gen.memory.keys import Key
-from parallax_gen.problem.hardware import Gpu, gpu_by_name
+from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 from parallax_gen.tuning.usual import NO_FLAGS, USUAL_HEAD_DIM, WORK, Flags, kernels, spec_for, takes, usual
@@ -99,7 +99,17 @@ def head_dim_of(text: str | int) -> int:
     return head_dim
 
 
-gpu_option = click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: the card in this machine.")
+def complete_gpu(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For a shell: the names that begin so."""
+    return [name for name in GPUS if name.startswith(incomplete.lower())]
+
+
+gpu_option = click.option(
+    "--gpu",
+    metavar="NAME",
+    shell_complete=complete_gpu,
+    help="Such as h100 or h200. Default: the card in this machine.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 
 SHAPE_HELP = (

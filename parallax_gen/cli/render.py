@@ -6,9 +6,18 @@ import json
 
 import click
 
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, kernel_options, shape_option
+from parallax_gen.cli.options import (
+    Asked,
+    Sizes,
+    gpu_named,
+    gpu_option,
+    json_option,
+    kernel_options,
+    shape_option,
+)
+from parallax_gen.cli.text import print_json
 from parallax_gen.errors import BuildError
-from parallax_gen.problem.config import KernelConfig, config_from_dict
+from parallax_gen.problem.config import KernelConfig, config_from_dict, config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -22,7 +31,10 @@ COMPILE_TIMEOUT_S = 120.0
 @shape_option(more_help="Default: the first of the op's usual shapes.")
 @click.option("--config", "config_json", metavar="JSON", help="Every field of a config. Default: what a call gets.")
 @click.option("--resources", is_flag=True, help="Compile it too, and print registers, spills, shared memory to stderr.")
-def render_kernel(gpu: str | None, asked: Asked, shape: Sizes | None, config_json: str | None, resources: bool) -> None:
+@json_option
+def render_kernel(
+    gpu: str | None, asked: Asked, shape: Sizes | None, config_json: str | None, resources: bool, as_json: bool
+) -> None:
     """Print the source of a kernel: to the letter what is launched.
 
     \b
@@ -35,7 +47,12 @@ def render_kernel(gpu: str | None, asked: Asked, shape: Sizes | None, config_jso
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
     config = choose(spec, sizes, card, open_memory()).config if config_json is None else _config(asked.op, config_json)
-    click.echo(render(spec, config, card).text, nl=False)
+    source = render(spec, config, card)
+    if as_json:
+        named = {"name": source.name, "sha256": source.sha256, "source": source.text}
+        print_json({"gpu": card.name, "spec": spec.to_dict(), "config": config_to_dict(config), **named})
+    else:
+        click.echo(source.text, nl=False)
     if resources:
         click.echo(_resources(spec, config, sizes, card), err=True)
 

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 
+from parallax_gen.cli.options import complete_gpu, json_option
+from parallax_gen.cli.text import print_json
 from parallax_gen.errors import StoreError
 
 
 @click.command()
-@click.option("--gpu", metavar="NAME", required=True, help="Such as h100 or h200.")
+@click.option("--gpu", metavar="NAME", required=True, shell_complete=complete_gpu, help="Such as h100 or h200.")
 @click.option(
     "--to", "folder", type=click.Path(path_type=Path, file_okay=False), help="Default: the package's tuning_db."
 )
-def ship(gpu: str, folder: Path | None) -> None:
+@json_option
+def ship(gpu: str, folder: Path | None, as_json: bool) -> None:
     """For maintainers: make your best results those that ship.
 
     Merges the best that were measured in this environment into tuning_db/GPU.jsonl.
@@ -36,8 +39,11 @@ def ship(gpu: str, folder: Path | None) -> None:
         before = set(load_shipped(name, folder))
         path = write_shipped(results, name, folder)  # failures too: they take out what does not work any more
     after = set(load_shipped(name, folder))
-    keys = len({r.key for r in after})
+    keys, new, gone = len({r.key for r in after}), len(after - before), len(before - after)
+    if as_json:
+        counts = {"records": len(after), "keys": keys, "new_or_changed": new, "replaced_or_dropped": gone}
+        print_json({"gpu": name, "file": str(path), **counts})
+        return
     click.echo(
-        f"{path}: {len(after)} records of {keys} kernels and buckets; {len(after - before)} new or changed, "
-        f"{len(before - after)} replaced or dropped"
+        f"{path}: {len(after)} records of {keys} kernels and buckets; {new} new or changed, {gone} replaced or dropped"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +78,21 @@ def counted(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in most_first)
 
 
-def console(*, stderr: bool = False) -> Console:
+PIPE_WIDTH = 10_000  # for programs: a row is a line, however long
+
+
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
     """Of rich: text is taken as it is, and colours are for terminals alone."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print a table without lines; where it is too wide its last column is folded. Those in `right` hold numbers."""
+    """Print a table without lines; where it is too wide its last column is folded. Those in `right` hold numbers.
+
+    In a pipe or a file nothing is folded, unless COLUMNS says how wide it should be.
+    """
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -94,7 +101,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=not last)
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    screen = console()
+    if not screen.is_terminal and "COLUMNS" not in os.environ:
+        screen = console(width=PIPE_WIDTH)
+    with screen.capture() as captured:
+        screen.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from parallax_gen.memory.results import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.table import Known
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.config import KernelConfig, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import KernelSpec
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,12 @@ def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known) -> Choice:
     key = Key.here(gpu.name, spec, bucket, templates_hash(spec))
     record = memory.best(key)
     if record is not None and why_invalid(spec, record.config, gpu) is None:
-        return Choice(key, record.config, record)
-    return Choice(key, default_config(spec, representative(bucket, spec.group), gpu), None)
+        choice, why = Choice(key, record.config, record), f"a record, {record.time_us} us, {record.created_at}"
+    else:
+        choice = Choice(key, default_config(spec, representative(bucket, spec.group), gpu), None)
+        why = "the default, for want of a valid record"
+    _LOG.info("%s; %s, on %s: %s: %s", spec, bucket, gpu.name, why, describe(choice.config))
+    return choice
 
 
 class Dispatcher:
@@ -69,6 +76,7 @@ class Dispatcher:
             choice = choose(spec, shape, gpu, self._memory)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[key] = found
+            _LOG.info("%s; %s: runs %s", spec, key.bucket, found[1].__file__)
         return found
 
 

@@ -19,7 +19,9 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.tuning.usual import TRAINING, Flags
 
-COMMANDS = ("tune", "list", "show", "explain", "render", "export", "bench", "ship", "db", "doctor")
+COMMANDS = (
+    *("tune", "list", "show", "explain", "render", "export", "bench", "report", "ship", "db", "doctor", "completion"),
+)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -29,7 +31,7 @@ from click.testing import CliRunner
 from parallax_gen.cli import COMMANDS, main
 for arguments in (["--help"], ["--version"], *([name, "--help"] for name in main.list_commands(None))):
     assert CliRunner().invoke(main, arguments).exit_code == 0, arguments
-print([name for name in ("torch", "triton", "optuna", "sqlite_utils", "jinja2") if name in sys.modules])
+print([name for name in ("torch", "triton", "numpy", "optuna", "sqlite_utils", "jinja2") if name in sys.modules])
 """
     out, err = python("-c", code).communicate(timeout=60)
     assert out.strip() == "[]", err

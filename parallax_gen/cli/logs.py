@@ -1,0 +1,29 @@
+"""`parallax-gen --verbose`: the package's log lines, on standard error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import click
+
+LOGGER = logging.getLogger("parallax_gen")
+
+
+class _ToStandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
+
+
+def show_logs() -> Callable[[], None]:
+    """Show lines of level INFO and above from here on. Returns what ends it."""
+    handler, before = _ToStandardError(), LOGGER.level
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+
+    def end() -> None:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(before)
+
+    return end

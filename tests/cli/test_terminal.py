@@ -1,0 +1,190 @@
+"""How the command line meets shells, pipes and people: completion, suggestions, log lines, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_samples import CALL, KEY, config, known, process, run, run_json
+from click.shell_completion import ShellComplete
+
+import parallax_gen
+from parallax_gen.cli import main
+from parallax_gen.cli.completion import SHELLS
+from parallax_gen.cli.text import print_table
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.spec import DTYPES, OPS
+from parallax_gen.runtime.dispatch import Dispatcher
+from parallax_gen.tuning.grids import GRIDS
+
+WIDE = ("column", "note"), [("c" * 70, "one two three " * 9), ("short", "four")]
+
+
+def completed(*words: str) -> list[str]:
+    """What a shell offers for the last word."""
+    return [item.value for item in ShellComplete(main, {}, "", "").get_completions(list(words[:-1]), words[-1])]
+
+
+# completion
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("tune", "--gpu", ""), list(GPUS)),
+        (("list", "--gpu", "H2"), ["h200"]),
+        (("ship", "--gpu", "h1"), ["h100", "h100-pcie"]),
+        (("explain", "--op", ""), list(OPS)),
+        (("show", "--dtype", ""), list(DTYPES)),
+        (("bench", "--grid", ""), list(GRIDS)),
+        (("completion", ""), list(SHELLS)),
+        (("ex",), ["explain", "export"]),
+    ],
+)
+def test_values_are_completed(words: tuple[str, ...], offered: list[str]) -> None:
+    assert completed(*words) == offered
+
+
+def test_a_script_for_each_shell_asks_this_program() -> None:
+    for shell in SHELLS:
+        script = run("completion", shell).stdout
+        assert f"_PARALLAX_GEN_COMPLETE={shell}_complete" in script
+        assert "parallax-gen" in script
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("explian",), "No such command 'explian'. Did you mean 'explain'?"),
+        (("tunes",), "Did you mean 'tune'?"),
+        (("xyzzy",), "No such command 'xyzzy'."),
+        (("bench", "--gird", "official"), "No such option '--gird'. Did you mean '--grid'?"),
+        (("list", "--op", "decod"), "'decod' is not one of"),
+    ],
+)
+def test_a_mistyped_word_is_a_usage_error_with_the_nearest(arguments: tuple[str, ...], says: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert says in " ".join(done.stderr.split()).replace("No such option: --gird", "No such option '--gird'.")
+    assert "Traceback" not in done.output
+
+
+def test_exit_codes_are_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "0 done, 1 an error (told in one line), 2 wrong usage, 130 Ctrl-C" in run("--help").stdout
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert (run("list").exit_code, run("list", "--gpu", "h2000").exit_code, run("list", "--x").exit_code) == (0, 1, 2)
+    monkeypatch.setattr("parallax_gen.cli.known.open_memory", interrupted)
+    assert run("list").exit_code == 130
+
+
+def test_help_says_all_of_what_each_command_does() -> None:
+    text = run("--help").stdout
+    assert "..." not in text.partition("Commands:")[2]
+    assert max(map(len, text.splitlines())) <= 80
+
+
+# pipes
+
+
+def test_a_pipe_gets_whole_lines_without_colours(store: Store) -> None:
+    store.record(known(250.0))
+    child = process("-m", "parallax_gen.cli", "list")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert "\x1b" not in out
+    assert "…" not in out
+    assert not any(line != line.rstrip() for line in out.splitlines())
+
+
+def test_a_row_is_a_line_in_a_pipe_and_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table(*WIDE)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].split() == ["c" * 70, *["one", "two", "three"] * 9]
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(*WIDE)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()).count("three") == 9
+
+
+def test_a_reader_that_leaves_is_no_error(store: Store) -> None:
+    store.record(known(250.0))
+    child = process("-m", "parallax_gen.cli", "list")
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.stderr is not None
+    assert child.stderr.read() == ""
+    child.wait(timeout=60)
+
+
+# log lines
+
+
+def test_verbose_says_which_config_and_why(store: Store) -> None:
+    said = run("-v", "render", *CALL).stderr
+    assert "decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192, on h200: the default" in said
+    store.record(known(200.0, splits=3))
+    said = run("--verbose", "render", *CALL).stderr
+    assert f"a record, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in said
+    assert "NUM_SPLITS=3" in said
+    assert run("render", *CALL).stderr == ""  # the handler went with its command
+
+
+def test_the_dispatcher_logs_once_a_bucket_and_names_the_file(caplog: pytest.LogCaptureFixture) -> None:
+    from parallax_gen.memory.shipped import Memory
+    from parallax_gen.problem.shapes import Shape
+
+    caplog.set_level(logging.INFO, "parallax_gen")
+    dispatcher, gpu = Dispatcher(Memory(None)), GPUS["h200"]
+    modules = [dispatcher.kernel(KEY.spec, Shape(32, 32, 8, 1, keys), gpu)[1] for keys in (8192, 8000)]
+    chosen, runs = caplog.messages
+    assert "the default, for want of a valid record" in chosen
+    assert runs == f"{KEY.spec}; {KEY.bucket}: runs {modules[0].__file__}"
+
+
+def test_the_library_is_silent_by_itself() -> None:
+    code = "import logging, parallax_gen; logging.getLogger('parallax_gen').error('x')"
+    folder = Path(parallax_gen.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    assert done.stderr == ""
+
+
+# JSON
+
+
+def test_render_and_export_and_ship_have_json(store: Store, tmp_path: Path) -> None:
+    store.record(known(200.0, splits=3))
+    rendered = run_json("render", *CALL)
+    assert rendered["source"] == run("render", *CALL).stdout
+    assert rendered["config"]["NUM_SPLITS"] == 3
+    exported = run_json("export", *CALL, "-o", tmp_path / "out")
+    (kernel,) = exported["kernels"]
+    assert Path(kernel["file"]).read_text() == rendered["source"]
+    assert kernel["config"] == rendered["config"]
+    shipped = run_json("ship", "--gpu", "h200", "--to", tmp_path / "db")
+    assert (shipped["records"], shipped["new_or_changed"]) == (1, 1)
+    assert Path(shipped["file"]).exists()
+
+
+def test_a_folder_that_cannot_be_is_an_error_of_one_line(store: Store, tmp_path: Path) -> None:
+    store.record(known(200.0, splits=3))
+    (tmp_path / "file").write_text("")
+    for arguments in (("ship", "--gpu", "h200", "--to"), ("export", *CALL, "-o")):
+        done = run(*arguments, tmp_path / "file" / "db")
+        assert done.exit_code == 1
+        assert done.stderr.startswith("error: cannot ")
+        assert done.stderr.count("\n") == 1
