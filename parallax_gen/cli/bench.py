@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-import parallax_gen
+from parallax_gen.cli.ledger import Ledger
 from parallax_gen.cli.options import (
     Sizes,
     card_here,
@@ -18,52 +19,57 @@ from parallax_gen.cli.options import (
     json_option,
     shape_option,
 )
-from parallax_gen.cli.pictures import draw
-from parallax_gen.cli.rows import print_means, print_rows, title, to_json, write_csv
-from parallax_gen.cli.text import console, number, print_json, print_table
+from parallax_gen.cli.pictures import check_picture, draw
+from parallax_gen.cli.rows import A_GRID, CONTENDERS, QUICK, WITH_CARE, Conditions, Row, to_json
+from parallax_gen.cli.sweep import USUAL, cases_of, fewer, sweep
+from parallax_gen.cli.tables import print_means, print_rows
+from parallax_gen.cli.text import number, print_json, print_table
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.tuning.grids import GRIDS
-from parallax_gen.tuning.usual import TRAINING, USUAL_HEAD_DIM, USUAL_TRAINING, Flags, kernels
+from parallax_gen.tuning.grids import SWEEPS
+from parallax_gen.tuning.usual import USUAL_HEAD_DIM, Flags, kernels
 
-if TYPE_CHECKING:
-    from parallax_gen.cli.compare import Row
-
+QUICKLY = ", quick: not to be quoted"
+PROGRAM = "parallax-gen"
 HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time shows
-
-_TRAINED = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
-
-# (head_dim, shape): from few bytes to many, alone and in a batch, MHA and GQA; a training step and a long prompt.
-USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
-    "forward": tuple((128, shape) for shape in _TRAINED),
-    "decode": (
-        *((128, Shape(batch, 8, 8, 1, keys)) for batch in (1, 32) for keys in (512, 1024, 4096, 16384)),
-        (128, Shape(1, 32, 8, 1, 16384)),
-        (128, Shape(32, 32, 8, 1, 8192)),
-        (64, Shape(8, 16, 16, 1, 4096)),
-    ),
-    TRAINING: (
-        *((128, shape) for shape in _TRAINED),
-        *((dim, shape) for dim, shapes in USUAL_TRAINING.items() for shape in shapes if shape not in _TRAINED),
-    ),
-}
 
 
 @click.command()
 @click.option(
-    "--op", "ops", type=click.Choice(tuple(USUAL)), multiple=True, help="Repeatable. Default: forward and decode."
+    "--op",
+    "ops",
+    type=click.Choice(tuple(USUAL)),
+    multiple=True,
+    help="Repeatable. Default: forward and decode; a grid's own.",
 )
 @click.option(
     "--head-dim", type=head_dim_of, metavar="N", help="Of every --shape, 128 by default; of the usual ones those of it."
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True)
 @shape_option(multiple=True, more_help="Repeatable. Default: the usual ones.")
-@click.option("--grid", type=click.Choice(tuple(GRIDS)), help="Of decode shapes, instead of --shape.")
+@click.option(
+    "--grid",
+    type=click.Choice(tuple(SWEEPS)),
+    help="Instead of --shape. paper: batch 1 to 2048, 128 to 32768 keys, decode and training; others: decode.",
+)
 @flag_options
-@click.option("--only", multiple=True, metavar="NAME", help="Repeatable: contenders by name, such as 'SDPA cuDNN'.")
+@click.option("--only", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: these alone.")
+@click.option("--skip", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: without these.")
+@click.option("--quick", is_flag=True, help="Fewer shapes, timed shortly: to look at, not to quote.")
+@click.option(
+    "--oracle",
+    type=click.Choice(("whole", "sample", "none")),
+    help="What errors are of: every result, those of the first and last sequence and kv head, or nothing. "
+    "Default: sample with --grid or --quick, else whole.",
+)
 @click.option("--host", is_flag=True, help="Instead: the host's time of a decode step, and of the launches below it.")
-@click.option("--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows there.")
+@click.option(
+    "--csv",
+    "csv_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Add the rows to this file as they come; what it already has is not timed again.",
+)
 @click.option(
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Also draw decode's speed-ups there (PNG, SVG)."
 )
@@ -76,6 +82,9 @@ def bench(
     grid: str | None,
     flags: Flags,
     only: tuple[str, ...],
+    skip: tuple[str, ...],
+    quick: bool,
+    oracle: str | None,
     host: bool,
     csv_file: Path | None,
     picture: Path | None,
@@ -83,24 +92,41 @@ def bench(
 ) -> None:
     """Time ours against other Parallax kernels and softmax.
 
-    In one process, on the same inputs.     Softmax is what torch has (SDPA flash and cuDNN): half the matmuls of Parallax. The official kernels and fla's are
-    compared with where they can be imported. Errors are against an fp64 oracle. Of --op training the forward, the
-    backward and both together are timed, through torch's autograd.
+    In one process, on the same inputs; errors are against an fp64 oracle. Of --op training the forward, the backward
+    and both together are timed, through torch's autograd. Softmax is half the matmuls of Parallax. Contenders that are
+    not installed, or have no such kernel, say so.
 
-    The official Triton kernels tune themselves for minutes at each new training shape: --only leaves them out.
+    A shape that the card's memory does not hold is skipped. Stopped with Ctrl-C, the same command with the same --csv
+    goes on: rows of the same card, versions, kernels and settings are not timed again.
+
+    With --grid or --quick, peers that take three times as long as ours are timed with few calls, and the official
+    Triton kernels tune themselves with few calls a config; else that takes minutes a training shape. The official
+    Helion kernels are not tuned unless HELION_AUTOTUNE_EFFORT says how: "full" takes minutes a shape.
+
+    \b
+    Contenders
+      SDPA flash, SDPA cuDNN, flash-attn 2, flash-attn 3, flash-attn 4,
+      official CuTeDSL, official Triton, official Helion, fla, parallax_gen
 
     \b
     Example
       parallax-gen bench --op decode --shape 32,8,4096 --shape 1,32/8,16384
       parallax-gen bench --op training --shape 4,16,4096 --window 1024
-      parallax-gen bench --grid serving --csv serving.csv --picture serving.png
+      parallax-gen bench --grid paper --csv paper.csv
+      parallax-gen bench --grid serving --skip fla --picture serving.png
     """
-    ops = ("decode",) if host else ops or (("decode",) if grid else ("forward", "decode"))
+    ops = ("decode",) if host else ops or (tuple(SWEEPS[grid]) if grid else ("forward", "decode"))
     check_flags(flags, ops)
-    if grid and (shapes or ops != ("decode",)):
-        raise click.UsageError("--grid: of --op decode alone, without --shape")
-    if picture and ops != ("decode",):
-        raise click.UsageError("--picture: of --op decode alone")
+    if grid and (shapes or not set(ops) <= set(SWEEPS[grid])):
+        raise click.UsageError(f"--grid {grid}: of --op {' or '.join(SWEEPS[grid])}, without --shape")
+    if picture is not None:
+        if ops != ("decode",):
+            raise click.UsageError("--picture: of --op decode alone")
+        check_picture(picture)
+    cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags))
+    names = [name for name in only or CONTENDERS if name not in skip]
+    if not names:
+        raise click.UsageError("--only and --skip leave nobody to time")
     card = card_here()
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
@@ -108,66 +134,49 @@ def bench(
         shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
         _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], as_json)
         return
+    from parallax_gen.cli.versions import conditions
+
+    effort = QUICK if quick else A_GRID if grid else WITH_CARE
+    how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))
     rows: list[Row] = []
-    for op, spec, shape in list(_cases(ops, head_dim, dtype, shapes, grid, flags)):
-        found = _compare(op, spec, shape, only)
-        rows += found
-        if found and not as_json:
-            print_rows(found)
-        if csv_file is not None:  # after every shape: a long run that is stopped has what it timed
-            write_csv(csv_file, rows)
+    try:
+        for found in sweep(fewer(cases, card) if quick else cases, names, card, how, Ledger(csv_file)):
+            rows += found
+            if found and not as_json:
+                print_rows(found)
+    except KeyboardInterrupt:
+        if csv_file is not None:
+            click.echo(f"stopped: what was timed is in {csv_file}, and the same command goes on from there", err=True)
+        raise
     if picture is not None:
-        draw(picture, rows, f"{card.title}, {', '.join(f'{name} {version}' for name, version in _versions().items())}")
+        draw(picture, rows, f"{how.card}, {how.versions}")
     if as_json:
-        print_json({"gpu": card.name, **_versions(), "rows": [to_json(row) for row in rows]})
+        print_json({**how.flat(), "rows": [to_json(row) for row in rows]})
     else:
         print_means(rows)
-        versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
-        click.echo(f"{card.title}, {versions}")
-        click.echo("medians of CUDA graph replays, warm L2")
+        _print_conditions(how, rows)
+
+
+def _print_conditions(how: Conditions, rows: list[Row]) -> None:
+    """Where and how the figures above were taken."""
+    click.echo(f"{how.card}\n{how.versions}")
+    for name, package in {row.contender: row.package for row in rows if row.time_us and row.package}.items():
+        click.echo(f"{name}: {package}")
+    effort = how.effort
+    rounds = "1 round" if effort.rounds == 1 else f"{effort.rounds} rounds"
+    click.echo(f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms" + QUICKLY * effort.quick)
+    if effort.oracle == "sample":
+        click.echo("errors are of the first and the last sequence and kv head")
+    click.echo(how.command)
 
 
 def _bench_host(spec: KernelSpec, shape: Shape, as_json: bool) -> None:
     from parallax_gen.cli.host import host_times
+    from parallax_gen.cli.versions import versions
 
     times = host_times(spec, shape)
     if as_json:
-        print_json({"spec": spec.to_dict(), "shape": shape.to_dict(), **_versions(), "host_us": times})
+        print_json({"spec": spec.to_dict(), "shape": shape.to_dict(), **versions(), "host_us": times})
         return
     click.echo(f"{spec}: {shape}")
     print_table(("", "host us a call"), [(name, number(time_us)) for name, time_us in times.items()])
-
-
-def _cases(
-    ops: tuple[str, ...], head_dim: int | None, dtype: str, shapes: tuple[Sizes, ...], grid: str | None, flags: Flags
-) -> Iterator[tuple[str, KernelSpec, Shape]]:
-    """What is compared: of a training step the forward's spec stands for all. Raises UsageError."""
-    for op in ops:
-        if shapes:
-            asked = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
-        else:
-            asked = [(dim, shape) for dim, shape in (GRIDS[grid] if grid else USUAL[op]) if head_dim in (None, dim)]
-        if not asked:
-            raise click.UsageError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
-        # Windows that are not asked for, or asked for at many shapes, make some of them the same.
-        cases = {kernels(op, dim, dtype, shape, flags)[0]: None for dim, shape in asked}
-        for spec, shape in cases:
-            yield op, spec, shape
-
-
-def _compare(op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...]) -> list[Row]:
-    from parallax_gen.cli.compare import compare
-
-    with console(stderr=True).status(title(op, spec, shape)):
-        return compare(op, spec, shape, only)
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import triton
-
-    return {
-        "torch": str(torch.__version__),
-        "triton": str(triton.__version__),
-        "parallax_gen": parallax_gen.__version__,
-    }

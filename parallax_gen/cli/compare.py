@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from parallax_gen.cli.contenders import OURS, Contender, Prepared, contenders
+from parallax_gen.cli.contenders import Contender, Prepared, contenders
+from parallax_gen.cli.expected import Judge, random_case
+from parallax_gen.cli.peers import hasty_autotuners
+from parallax_gen.cli.rows import OURS, WITH_CARE, Effort, Row
 from parallax_gen.cli.text import rate
-from parallax_gen.codegen.calling import Inputs
-from parallax_gen.problem.accuracy import errors, gradient_sizes
+from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.measure import time_call
+from parallax_gen.tuning.measure import Timing, time_call
 from parallax_gen.tuning.model import bound_by_matmuls
 from parallax_gen.tuning.usual import TRAINING
-from parallax_gen.tuning.verify import Expected, oracle, random_inputs_of
 
-ROUNDS = 3  # each contender is timed so often, in turn: what drifts, drifts for all
-TIMED_MS = 60.0
+DEVICE = "cuda"
 EAGER_CALLS = 20  # of what no CUDA graph can capture
+SLOW = 3.0  # times as long as ours: in haste, timed no more than needed
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
 
@@ -54,70 +53,55 @@ PARTS: dict[str, dict[str, Part]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender at one shape, and one part of what it does there.
+def compare(op: str, spec: KernelSpec, shape: Shape, only: Sequence[str] = (), effort: Effort = WITH_CARE) -> list[Row]:
+    """Every contender, or those in `only`, on fresh random inputs of a shape; ours first. spec: as of Row.
 
-    op        "forward", "decode" or TRAINING
-    part      of PARTS[op]
-    spec      the forward's or the decode's
-    time_us   median of the rounds' medians, by tuning/measure.py's protocol; None where it does not run
-    rate      TFLOP/s, GB/s for decode, of the work of Parallax (of softmax for a softmax peer)
-    error     ||found - oracle|| / ||oracle|| of the output, or the largest of the gradients'; None for softmax peers
-    note      why there is no time, or what is unlike others in how it was timed
+    Where the card's memory does not hold the inputs or what ours needs, that is every row's note. Raises MeasureError
+    where a peer leaves the device so that nothing runs any more.
     """
-
-    contender: str
-    op: str
-    part: str
-    spec: KernelSpec
-    shape: Shape
-    time_us: float | None = None
-    rate: float | None = None
-    error: float | None = None
-    note: str = ""
+    chosen = [contender for contender in contenders(op) if not only or contender.name in only]
+    try:
+        with _precision(spec), hasty_autotuners() if effort.hasty else nullcontext():
+            return _compare(op, spec, shape, chosen, effort)
+    except torch.OutOfMemoryError:
+        return [Row(c.name, op, part, spec, shape, note="skipped: out of memory") for c in chosen for part in PARTS[op]]
+    finally:
+        torch.cuda.empty_cache()
 
 
-def compare(op: str, spec: KernelSpec, shape: Shape, only: Sequence[str] = ()) -> list[Row]:
-    """Every contender, or those in `only`, on fresh random inputs of a shape; ours first. spec: as of Row."""
-    inputs, expected = _inputs_and_oracle(op, spec, shape)
+def _compare(op: str, spec: KernelSpec, shape: Shape, chosen: list[Contender], effort: Effort) -> list[Row]:
+    inputs = random_case(op, spec, shape, DEVICE)
+    judge = Judge(op, spec, shape, inputs, effort.oracle)
     ready: dict[str, Prepared] = {}
     found: list[Row] = []
-    chosen = [contender for contender in contenders(op) if not only or contender.name in only]
-    with _precision(spec):
-        for contender in chosen:
-            rows = [Row(contender.name, op, part, spec, shape) for part in PARTS[op]]
-            try:
-                prepared = contender.prepare(spec, inputs)
-                results = prepared.results()  # also of softmax, whose errors are no matter: does it run?
-                wrong = _errors(results, expected, inputs) if contender.parallax else {}
-            except Exception as failure:  # a peer's failure, of whatever type, is a result of the comparison
-                if contender.name == OURS:
-                    raise
-                found += [replace(row, note=_why_not(failure)) for row in rows]
-            else:
-                ready[contender.name] = prepared
-                found += [replace(row, error=_error(PARTS[op][row.part], wrong)) for row in rows]
-        times = _times(ready, from_rest=bound_by_matmuls(spec.op))
-    torch.cuda.empty_cache()
+    for contender in chosen:
+        rows = [Row(contender.name, op, part, spec, shape) for part in PARTS[op]]
+        try:
+            prepared = contender.prepare(spec, inputs)
+            results = prepared.results()  # also of softmax, whose errors are no matter: does it run?
+            torch.cuda.synchronize()
+            wrong = judge.errors(results) if contender.parallax else {}
+        except Exception as failure:  # a peer's failure, of whatever type, is a result of the comparison
+            if contender.name == OURS:
+                raise
+            _check_device(contender.name, failure)
+            found += [replace(row, note=_why_not(failure)) for row in rows]
+        else:
+            ready[contender.name] = prepared
+            checked = judge.rows if contender.parallax else 0
+            found += [replace(row, error=_error(PARTS[op][row.part], wrong), checked=checked) for row in rows]
+    times = _times(ready, effort, from_rest=bound_by_matmuls(spec.op))
     return [_timed(row, chosen, times) for row in found]
 
 
-def _inputs_and_oracle(op: str, spec: KernelSpec, shape: Shape, device: str = "cuda") -> tuple[Inputs, Expected]:
-    of_inputs = spec.of("dqdr") if op == TRAINING else spec
-    inputs = random_inputs_of(of_inputs, shape, seed=random.randrange(2**31), device=device, full=True)
-    expected = {"out": oracle(spec, inputs)["out"]}
-    if op == TRAINING:
-        expected |= oracle(spec.of("dqdr"), inputs) | oracle(spec.of("dkdv"), inputs)
-    return inputs, expected
-
-
-def _errors(results: dict[str, Tensor], expected: Expected, x: Inputs) -> dict[str, float]:
-    """Of each result the relative error, by name."""
-    sizes: dict[str, float] = {}
-    if x.do is not None:
-        sizes = {n: float(size) for n, size in gradient_sizes(x.q, x.r, x.k, x.v, x.do)._asdict().items()}
-    return {name: errors(found, expected[name], sizes.get(name)).relative for name, found in results.items()}
+def _check_device(name: str, failure: Exception) -> None:
+    """After a fault on the device every later call fails, whoever makes it. Raises MeasureError."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        raise MeasureError(
+            f"{name} left the device unusable ({_why_not(failure)}): run again with --skip {name!r}"
+        ) from failure
 
 
 def _error(part: Part, wrong: dict[str, float]) -> float | None:
@@ -129,26 +113,57 @@ def _why_not(failure: Exception) -> str:
         return "not installed"
     if isinstance(failure, NotImplementedError):
         return f"not supported: {failure}"
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "out of memory"
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
 
 
-def _times(ready: dict[str, Prepared], *, from_rest: bool) -> dict[tuple[str, str], tuple[float, str]]:
-    """By contender and part: the median of the rounds, and a note on how it was timed."""
+# By contender and part: its time, None where it has none, and a note on how it was timed.
+Times = dict[tuple[str, str], tuple[Timing | None, str]]
+
+
+def _times(ready: dict[str, Prepared], effort: Effort, *, from_rest: bool) -> Times:
     calls = {(name, part): call for name, prepared in ready.items() for part, call in prepared.parts.items()}
-    rounds = [{which: _time(call, from_rest) for which, call in calls.items()} for _ in range(ROUNDS)]
-    return {which: (statistics.median(r[which][0] for r in rounds), rounds[-1][which][1]) for which in calls}
+    slowest: dict[str, float] = {}  # by part, what a peer may take and still be timed with care
+    rounds: list[Times] = []
+    for _ in range(effort.rounds):
+        this: Times = {}
+        for (name, part), call in calls.items():
+            limit = float("inf") if name == OURS else slowest.get(part, float("inf"))
+            before = rounds[0][name, part] if rounds else None
+            if before is not None and (before[0] is None or before[0].median_us > limit):
+                continue
+            timing, note = _time(call, effort, limit, from_rest)
+            if timing is not None and timing.median_us > limit:
+                note = "; ".join(filter(None, (note, "slow: few calls timed")))
+            if effort.hasty and name == OURS and timing is not None:
+                slowest.setdefault(part, SLOW * timing.median_us)
+            this[name, part] = timing, note
+        rounds.append(this)
+    return {which: _over_rounds([each[which] for each in rounds if which in each]) for which in calls}
 
 
-def _time(call: Callable[[], object], from_rest: bool) -> tuple[float, str]:
+def _over_rounds(rounds: list[tuple[Timing | None, str]]) -> tuple[Timing | None, str]:
+    """Medians of medians and of percentiles."""
+    timings = [timing for timing, _ in rounds if timing is not None]
+    if not timings:
+        return None, rounds[0][1]
+    median, p20, p80 = (statistics.median(getattr(t, f) for t in timings) for f in ("median_us", "p20_us", "p80_us"))
+    return replace(timings[-1], median_us=median, p20_us=p20, p80_us=p80), rounds[-1][1]
+
+
+def _time(call: Callable[[], object], effort: Effort, give_up_us: float, from_rest: bool) -> tuple[Timing | None, str]:
     try:
-        return time_call(call, timed_ms=TIMED_MS, from_rest=from_rest).median_us, ""
+        return time_call(call, timed_ms=effort.timed_ms, give_up_us=give_up_us, from_rest=from_rest), ""
+    except torch.OutOfMemoryError:
+        return None, "out of memory"
     except RuntimeError:  # it ran before: a CUDA graph cannot capture it
         torch.cuda.synchronize()
         return _time_eagerly(call), "without a CUDA graph"
 
 
-def _time_eagerly(call: Callable[[], object]) -> float:
-    """Microseconds a call, the host's time in it where that is longer."""
+def _time_eagerly(call: Callable[[], object]) -> Timing:
+    """A call as Python makes it, the host's time in it where that is longer."""
     call()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(EAGER_CALLS + 1)]
     marks[0].record()
@@ -156,19 +171,20 @@ def _time_eagerly(call: Callable[[], object]) -> float:
         call()
         mark.record()
     torch.cuda.synchronize()
-    times: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    return 1000 * statistics.median(times)
+    times: list[float] = [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), fifths[0], fifths[3], 1, EAGER_CALLS)
 
 
-def _timed(row: Row, chosen: list[Contender], times: dict[tuple[str, str], tuple[float, str]]) -> Row:
-    timing = times.get((row.contender, row.part))
+def _timed(row: Row, chosen: list[Contender], times: Times) -> Row:
+    timing, note = times.get((row.contender, row.part), (None, row.note))
     if timing is None:
-        return row
-    time_us, note = timing
+        return replace(row, note=note)
     parallax = next(contender.parallax for contender in chosen if contender.name == row.contender)
     part = PARTS[row.op][row.part]
     work = part.parallax if parallax else part.softmax
-    return replace(row, time_us=time_us, rate=work * rate(row.spec, row.shape, time_us), note=note)
+    found = {"time_us": timing.median_us, "p20_us": timing.p20_us, "p80_us": timing.p80_us, "note": note}
+    return replace(row, rate=work * rate(row.spec, row.shape, timing.median_us), **found)
 
 
 @contextmanager

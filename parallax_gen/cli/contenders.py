@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from parallax_gen.cli import peers, steps
+from parallax_gen.cli.flash import FLASH
 from parallax_gen.cli.peers import Call
+from parallax_gen.cli.rows import CONTENDERS, OURS, SOFTMAX
 from parallax_gen.codegen.calling import Inputs
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
-
-OURS = "parallax_gen"
 
 
 class Prepared(Protocol):
@@ -46,47 +51,95 @@ class Single:
 class Contender:
     """One implementation. `parallax` is False for plain softmax attention: less work, so no error to compare.
 
-    prepare  on given inputs; raises ImportError where it is not installed, NotImplementedError where it has no such
-             kernel, and anything where it cannot
+    prepare   on given inputs; raises ImportError where it is not installed, NotImplementedError where it has no such
+              kernel, and anything where it cannot
+    packages  the distributions it comes from, of torch's and our own none
+    setting   what else its time depends on
     """
 
     name: str
     parallax: bool
     prepare: Callable[[KernelSpec, Inputs], Prepared]
+    packages: tuple[str, ...] = ()
+    setting: str = ""
+
+    def package(self) -> str:
+        """`parallax-kernel 0.1.1, helion 1.2.0, HELION_AUTOTUNE_EFFORT=none`; without what is not installed."""
+        found = []
+        for name in self.packages:
+            with suppress(metadata.PackageNotFoundError):
+                found.append(f"{name} {metadata.version(name)}")
+        return ", ".join([*found, *filter(None, [self.setting])])
 
 
 def contenders(op: str) -> list[Contender]:
-    """Ours first. op: "forward", "decode" or TRAINING."""
-    if op == TRAINING:
-        return [
-            Contender(OURS, True, steps.ours_step),
-            Contender("SDPA flash", False, lambda spec, x: steps.sdpa_step(SDPBackend.FLASH_ATTENTION, spec, x)),
-            Contender("SDPA cuDNN", False, lambda spec, x: steps.sdpa_step(SDPBackend.CUDNN_ATTENTION, spec, x)),
-            Contender("official Triton", True, steps.official_triton_step),
-            Contender("fla", True, steps.fla_step),
-        ]
-
-    def single(name: str, call: Callable[[KernelSpec, Inputs], Call], *, parallax: bool = True) -> Contender:
-        return Contender(name, parallax, lambda spec, x: Single(op, call(spec, x)))
-
-    def flash(spec: KernelSpec, x: Inputs) -> Call:
-        return peers.sdpa(SDPBackend.FLASH_ATTENTION, spec, x.q, x.k, x.v)
-
-    def cudnn(spec: KernelSpec, x: Inputs) -> Call:
-        return peers.sdpa(SDPBackend.CUDNN_ATTENTION, spec, x.q, x.k, x.v)
-
-    softmax = [single("SDPA flash", flash, parallax=False), single("SDPA cuDNN", cudnn, parallax=False)]
-    if op == "decode":
-        return [
-            single(OURS, peers.ours_decode),
-            *softmax,
-            single("official CuTeDSL", peers.official_cutedsl_decode),
-            single("official Triton", peers.official_triton_decode),
-            single("fla", peers.fla_decode),
-        ]
+    """In the order of rows.CONTENDERS: ours first. op: "forward", "decode" or TRAINING."""
+    able = _STEPS if op == TRAINING else {name: _single(op, call) for name, call in _CALLS[op].items()}
     return [
-        single(OURS, peers.ours_forward),
-        *softmax,
-        single("official Triton", peers.official_triton_forward),
-        single("fla", peers.fla_forward),
+        Contender(name, name not in SOFTMAX, able[name], PACKAGES.get(name, ()), _setting(name))
+        for name in CONTENDERS
+        if name in able
     ]
+
+
+PACKAGES = {
+    "flash-attn 2": ("flash-attn",),
+    "flash-attn 3": ("flash-attn-3",),
+    "flash-attn 4": ("flash-attn-4",),
+    "official CuTeDSL": ("parallax-kernel", "nvidia-cutlass-dsl"),
+    "official Triton": ("parallax-kernel",),
+    "official Helion": ("parallax-kernel", "helion"),
+    "fla": ("fla-core",),
+}
+
+SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+_STEPS: dict[str, Callable[[KernelSpec, Inputs], Prepared]] = {
+    OURS: steps.ours_step,
+    **{name: partial(steps.sdpa_step, backend) for name, backend in SDPA.items()},
+    **{name: partial(steps.flash_step, name) for name in FLASH},
+    "official Triton": steps.official_triton_step,
+    "official Helion": steps.official_helion_step,
+    "fla": steps.fla_step,
+}
+
+
+def _sdpa(backend: SDPBackend, spec: KernelSpec, x: Inputs) -> Call:
+    return peers.sdpa(backend, spec, x.q, x.k, x.v)
+
+
+def _flash(name: str, spec: KernelSpec, x: Inputs) -> Call:
+    return FLASH[name].dense(spec, x.q, x.k, x.v, x.window_size)
+
+
+_CALLS: dict[str, dict[str, Callable[[KernelSpec, Inputs], Call]]] = {
+    "forward": {
+        OURS: peers.ours_forward,
+        **{name: partial(_sdpa, backend) for name, backend in SDPA.items()},
+        **{name: partial(_flash, name) for name in FLASH},
+        "official Triton": peers.official_triton_forward,
+        "official Helion": peers.official_helion_forward,
+        "fla": peers.fla_forward,
+    },
+    "decode": {
+        OURS: peers.ours_decode,
+        **{name: partial(_sdpa, backend) for name, backend in SDPA.items()},
+        **{name: flash.decode for name, flash in FLASH.items()},
+        "official CuTeDSL": peers.official_cutedsl_decode,
+        "official Triton": peers.official_triton_decode,
+        "official Helion": peers.official_helion_decode,
+        "fla": peers.fla_decode,
+    },
+}
+
+
+def _single(op: str, call: Callable[[KernelSpec, Inputs], Call]) -> Callable[[KernelSpec, Inputs], Prepared]:
+    return lambda spec, x: Single(op, call(spec, x))
+
+
+def _setting(name: str) -> str:
+    if name == "SDPA cuDNN":
+        return f"cuDNN {torch.backends.cudnn.version()}"
+    if name == "official Helion":
+        return f"{peers.HELION_EFFORT}={os.environ.get(peers.HELION_EFFORT, 'none')}"
+    return ""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,6 +20,10 @@ from parallax_gen.runtime.cached import parallax_attn_with_kvcache
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 
 Call = Callable[[], Tensor]  # -> like q
+
+# How long Helion tunes each new shape: minutes with "full", its own default, not at all with "none", ours.
+HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
+HASTY_CALLS = 3
 
 
 def ours(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, stats: bool = False) -> Call:
@@ -126,6 +134,32 @@ def official_triton_forward(spec: KernelSpec, x: Inputs) -> Call:
     return call
 
 
+def official_helion() -> ModuleType:
+    """Its kernels take the effort of tuning from the environment when they are imported."""
+    os.environ.setdefault(HELION_EFFORT, "none")
+    return importlib.import_module("parallax.helion")
+
+
+def official_helion_decode(spec: KernelSpec, x: Inputs) -> Call:
+    official = official_helion()
+    if spec.ragged:
+        raise NotImplementedError("it has no lengths a sequence")
+    return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
+
+
+def official_helion_forward(spec: KernelSpec, x: Inputs) -> Call:
+    official = official_helion()
+    check_dense_causal(spec)
+    # Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed.
+    q, r, k, v = (heads_first(t) for t in (x.q, x.r, x.k, x.v))
+
+    def call() -> Tensor:
+        out: Tensor = official.parallax_fwd(q, r, k, v, window_size_left=x.window_size or -1)[0]
+        return out.transpose(1, 2)
+
+    return call
+
+
 def fla_forward(spec: KernelSpec, x: Inputs) -> Call:
     fla = importlib.import_module("fla.ops.parallax.parallel")
     check_dense_causal(spec)
@@ -152,6 +186,38 @@ def in_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
+def heads_first(x: Tensor) -> Tensor:
+    """(batch, seqlen, heads, head_dim) as (batch, heads, seqlen, head_dim), contiguous."""
+    return x.transpose(1, 2).contiguous()
+
+
 def from_heads(x: Tensor, batch: int) -> Tensor:
     """What `in_heads` made, as it was."""
     return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
+
+
+@contextmanager
+def hasty_autotuners() -> Iterator[None]:
+    """In here Triton's autotuners try each config with a few calls, not for an eighth of a second."""
+    from triton.runtime.autotuner import Autotuner
+
+    before = vars(Autotuner)["do_bench"]
+    Autotuner.do_bench = property(lambda self: _few_calls)
+    try:
+        yield
+    finally:
+        Autotuner.do_bench = before
+
+
+def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+    """Milliseconds: the median, for every quantile that is asked for."""
+    call()
+    times: list[float] = []
+    for _ in range(HASTY_CALLS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return [statistics.median(times)] * len(quantiles)

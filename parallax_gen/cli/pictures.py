@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from parallax_gen.cli.rows import OURS
+from parallax_gen.cli.rows import OURS, Row
+from parallax_gen.errors import ParallaxGenError
 from parallax_gen.problem.shapes import work_of
-
-if TYPE_CHECKING:
-    from parallax_gen.cli.compare import Row
 
 # (kv rows, keys) -> times ours
 Ratios = dict[tuple[int, int], float]
 
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Before anything is timed: can `draw` do it? Raises UsageError."""
+    if find_spec("matplotlib") is None:
+        raise click.UsageError("--picture needs matplotlib: pip install 'parallax-gen[pictures]'")
+    if path.suffix.lower() not in SUFFIXES:
+        raise click.UsageError(f"--picture: {path} ends in none of {', '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise click.UsageError(f"--picture: {path.absolute().parent} is no folder")
+
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
-    """A heat map a contender, of its time over ours, and one plot of bandwidths. Raises UsageError without matplotlib.
+    """A heat map a contender, of its time over ours, and one plot of bandwidths. Raises ParallaxGenError.
 
     Of shapes that share a size the slowest ratio is shown.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise click.UsageError("--picture needs matplotlib: pip install 'parallax-gen[pictures]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -37,8 +46,12 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
         _heat_map(ax, name, of_sizes)
     _bandwidths(axes[0][-1], rows)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ParallaxGenError(f"--picture: {path} cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)
 
 
 def ratios_of(rows: list[Row]) -> dict[str, Ratios]:

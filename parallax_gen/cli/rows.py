@@ -1,126 +1,136 @@
-"""How `bench`'s rows are put: tables for people, CSV and JSON for programs, and what they come to over all shapes."""
+"""`bench`'s rows: one contender at one shape, and where and how its figures were taken; to text, and back."""
 
 from __future__ import annotations
 
-import csv
-import math
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-import click
-
-from parallax_gen.cli.text import number, print_table, rate_unit
+from parallax_gen.cli.text import rate_unit
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
 
-if TYPE_CHECKING:
-    from parallax_gen.cli.compare import Row
-
 OURS = "parallax_gen"
+SOFTMAX = ("SDPA flash", "SDPA cuDNN", "flash-attn 2", "flash-attn 3", "flash-attn 4")
+CONTENDERS = (OURS, *SOFTMAX, "official CuTeDSL", "official Triton", "official Helion", "fla")
 
 
-def title(op: str, spec: KernelSpec, shape: Shape) -> str:
-    """What is compared: of a training step what its kernels have in common."""
-    what = f"{TRAINING}, {str(spec.of('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
-    return f"{what}: {shape}"
+@dataclass(frozen=True)
+class Effort:
+    """How much time is spent on figures.
+
+    rounds    each contender is timed so often, in turn: what drifts, drifts for all
+    timed_ms  about so long in each round
+    oracle    "whole": errors are of everything; "sample": of the first and last sequence and kv head; "none"
+    hasty     slow peers are timed once, with few calls, and Triton's autotuners try each config with a few calls
+    quick     fewer shapes: figures to look at, not to quote
+    """
+
+    rounds: int = 3
+    timed_ms: float = 60.0
+    oracle: str = "whole"
+    hasty: bool = False
+    quick: bool = False
 
 
-def print_rows(rows: list[Row]) -> None:
-    """A table of one op at one shape, a line a contender."""
-    first = rows[0]
-    click.echo(title(first.op, first.spec, first.shape))
-    if first.op == TRAINING:
-        _print_steps(rows)
-    else:
-        _print_calls(rows)
-    click.echo()
+WITH_CARE = Effort()
+A_GRID = Effort(rounds=1, timed_ms=30.0, oracle="sample", hasty=True)
+QUICK = Effort(rounds=1, timed_ms=10.0, oracle="sample", hasty=True, quick=True)
 
 
-def _print_calls(rows: list[Row]) -> None:
-    ours = next((row.time_us for row in rows if row.contender == OURS), None)
-    columns = ("", "time us", rate_unit(rows[0].op), "time / ours", "error", "note")
-    table = []
-    for row in rows:
-        times = f"{row.time_us / ours:.2f}" if ours and row.time_us else "-"
-        table.append((row.contender, _number(row.time_us), _number(row.rate), times, _error(row), row.note))
-    print_table(columns, table, right=columns[1:5])
+@dataclass(frozen=True)
+class Conditions:
+    """Where and how figures were taken. An old figure stands for a new one where all but the command is the same."""
+
+    gpu: str
+    card: str
+    parallax_gen: str
+    torch: str
+    triton: str
+    cuda: str
+    effort: Effort
+    command: str = field(default="", compare=False)
+
+    @property
+    def versions(self) -> str:
+        return f"parallax_gen {self.parallax_gen}, torch {self.torch}, Triton {self.triton}, CUDA {self.cuda}"
+
+    def flat(self) -> dict[str, Any]:
+        """Every field in one level, the effort's among them."""
+        return {**{name: value for name, value in vars(self).items() if name != "effort"}, **asdict(self.effort)}
 
 
-def _print_steps(rows: list[Row]) -> None:
-    """Three times and rates, the output's error and the largest of the gradients'; notes below, they may be long."""
-    of: dict[str, list[Row]] = {}
-    for row in rows:
-        of.setdefault(row.contender, []).append(row)
-    columns = [""]
-    for part in ("forward", "backward", "step"):
-        columns += [{"forward": "fwd", "backward": "bwd"}.get(part, part) + " ms", "TF/s"]
-    columns += ["err out", "grads"]
-    table = []
-    for name, parts in of.items():
-        cells = [name]
-        for row in parts:
-            cells += [_number(row.time_us and row.time_us / 1000), _number(row.rate)]
-        table.append((*cells, *(_error(row) for row in parts[:2])))
-    print_table(columns, table, right=columns[1:])
-    for name, parts in of.items():
-        for note in dict.fromkeys(row.note for row in parts if row.note):
-            noted = [row.part for row in parts if row.note == note]
-            click.echo(f"{name}: {note}" if len(noted) == len(parts) else f"{name}, {' and '.join(noted)}: {note}")
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape, and one part of what it does there.
+
+    op             "forward", "decode" or TRAINING
+    part           what was timed, of compare.PARTS[op]
+    spec           the forward's or the decode's
+    time_us        median of the rounds' medians, by tuning/measure.py's protocol; None where it does not run
+    p20_us, p80_us likewise, of the rounds' 20th and 80th percentiles
+    rate           TFLOP/s, GB/s for decode, of the work of Parallax (of softmax for a softmax peer)
+    error          ||found - oracle|| / ||oracle|| of the output, or the largest of the gradients'; None for softmax
+                   peers, and where none was asked for
+    checked        pairs of a sequence and a kv head that the error is of
+    note           why there is no time, or what is unlike others in how it was timed
+    package        the contender's packages and their versions; of ours the kernels' hash
+    conditions     None while they are not yet known
+    """
+
+    contender: str
+    op: str
+    part: str
+    spec: KernelSpec
+    shape: Shape
+    time_us: float | None = None
+    rate: float | None = None
+    error: float | None = None
+    note: str = ""
+    p20_us: float | None = None
+    p80_us: float | None = None
+    checked: int = 0
+    package: str = ""
+    conditions: Conditions | None = None
 
 
-def _number(value: float | None) -> str:
-    return number(value) if value else "-"
-
-
-def _error(row: Row) -> str:
-    if row.time_us is None:
-        return "-"
-    return "softmax" if row.error is None else f"{row.error:.1e}"
-
-
-def print_means(rows: list[Row]) -> None:
-    """How many times ours each contender takes, part by part, over all shapes where both run."""
-    ours = {(row.op, row.part, row.spec, row.shape): row.time_us for row in rows if row.contender == OURS}
-    ratios: dict[tuple[str, str], dict[str, list[float]]] = {(row.op, row.part): {} for row in rows}
-    for row in rows:
-        mine = ours.get((row.op, row.part, row.spec, row.shape))
-        if mine and row.time_us and row.contender != OURS:
-            ratios[row.op, row.part].setdefault(row.contender, []).append(row.time_us / mine)
-    for (op, part), of_contender in ratios.items():
-        what = op if op == part else f"{op} {part}"
-        for name, values in of_contender.items():
-            mean = math.exp(sum(map(math.log, values)) / len(values))
-            told = f"geometric mean of {len(values)}, least {min(values):.2f}"
-            click.echo(f"{what}: {name} takes {mean:.2f} times ours ({told})")
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        documents = [_flat(row) for row in rows]
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for flat in documents for name in flat)))
-        writer.writeheader()
-        writer.writerows(documents)
+_OWN = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions")]  # not nested
 
 
 def to_json(row: Row) -> dict[str, Any]:
-    return {
-        "contender": row.contender,
-        "op": row.op,
-        "part": row.part,
-        "spec": row.spec.to_dict(),
-        "shape": row.shape.to_dict(),
-        "time_us": row.time_us,
-        "rate": row.rate,
-        "rate_unit": rate_unit(row.spec.op),
-        "error": row.error,
-        "note": row.note,
-    }
+    conditions = {} if row.conditions is None else row.conditions.flat()
+    own = {name: getattr(row, name) for name in _OWN}
+    sizes = {"spec": row.spec.to_dict(), "shape": row.shape.to_dict()}
+    return {**own, **sizes, "rate_unit": rate_unit(row.spec.op), **conditions}
 
 
-def _flat(row: Row) -> dict[str, Any]:
-    """In one level, every field there: the window is a number, that of the shape."""
+def to_flat(row: Row) -> dict[str, Any]:
+    """In one level, with every field in every row. The window is a number, that of the shape; op is the row's."""
     document = to_json(row)
     del document["spec"], document["shape"]
     return {**asdict(row.spec), **asdict(row.shape), **document}
+
+
+_READ = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "float | None": lambda text: float(text) if text else None,
+    "bool": lambda text: {"True": True, "False": False}[text],
+}
+
+
+def from_flat(texts: Mapping[str, str]) -> Row:
+    """The row that `to_flat` wrote, from its fields as text. Raises KeyError, ValueError or TypeError."""
+
+    def read(kind: type[Any], **known: Any) -> Any:
+        """The fields that are not nested in others, each by its type; `known` are those that need no reading."""
+        simple = {f.name: f.type for f in fields(kind) if f.name not in known and f.type in _READ}
+        return kind(**{name: _READ[of_type](texts[name]) for name, of_type in simple.items()}, **known)
+
+    shape = read(Shape)
+    op = "forward" if texts["op"] == TRAINING else texts["op"]
+    spec = read(KernelSpec, op=op, window=shape.window > 0)
+    row: Row = read(Row, spec=spec, shape=shape, conditions=read(Conditions, effort=read(Effort)))
+    return row

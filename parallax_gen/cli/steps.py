@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from parallax_gen.cli.peers import check_dense_causal, from_heads, in_heads, ours, sdpa
+from parallax_gen.cli.flash import FLASH
+from parallax_gen.cli.peers import (
+    check_dense_causal,
+    from_heads,
+    heads_first,
+    in_heads,
+    official_helion,
+    ours,
+    sdpa,
+)
 from parallax_gen.codegen.calling import Inputs
 from parallax_gen.problem.spec import KernelSpec
 
@@ -63,6 +72,24 @@ def ours_step(spec: KernelSpec, x: Inputs) -> Step:
 def sdpa_step(backend: SDPBackend, spec: KernelSpec, x: Inputs) -> Step:
     q, k, v = _leaves(x.q, x.k, x.v)
     return Step(sdpa(backend, spec, q, k, v), (q, k, v), _do(x))
+
+
+def flash_step(name: str, spec: KernelSpec, x: Inputs) -> Step:
+    q, k, v = _leaves(x.q, x.k, x.v)
+    return Step(FLASH[name].dense(spec, q, k, v, x.window_size), (q, k, v), _do(x))
+
+
+def official_helion_step(spec: KernelSpec, x: Inputs) -> Step:
+    """Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed."""
+    official = official_helion()
+    check_dense_causal(spec)
+    q, r, k, v = _leaves(*(heads_first(t) for t in (x.q, x.r, x.k, x.v)))
+
+    def attend() -> Tensor:
+        out: Tensor = official.parallax_func(q, r, k, v, window_size_left=x.window_size or -1)
+        return out
+
+    return Step(attend, (q, r, k, v), heads_first(_do(x)), lambda t: t.transpose(1, 2))
 
 
 def official_triton_step(spec: KernelSpec, x: Inputs) -> Step:

@@ -1,8 +1,9 @@
-"""Grids of decode shapes: what other kernels are quoted at, and what serving asks for."""
+"""Grids of shapes: what other kernels are quoted at, and what serving asks for."""
 
 from __future__ import annotations
 
 from parallax_gen.problem.shapes import Shape
+from parallax_gen.tuning.usual import TRAINING
 
 # The official kernels' own benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
 _HEADS = tuple(2**n for n in range(12))
@@ -28,3 +29,18 @@ SERVING = tuple(
 )
 
 GRIDS = {"official": OFFICIAL, "serving": SERVING}
+
+# The sweep of Parallax's paper, by op: batches of 1 to 2048 sequences over 128 to 32768 keys. Decode is of 8 heads, as
+# the official kernels are quoted, and whole: its largest caches take 275 GB, and who runs it leaves out what does not
+# fit. Training is of 16 heads, and of at most 2**18 tokens a step.
+_BATCHES = tuple(2**n for n in range(12))
+_MOST_TOKENS = 2**18
+PAPER = {
+    "decode": tuple((128, Shape(batch, 8, 8, 1, keys)) for batch in _BATCHES for keys in _KEYS),
+    TRAINING: tuple(
+        (128, Shape(batch, 16, 16, keys, keys)) for batch in _BATCHES for keys in _KEYS if batch * keys <= _MOST_TOKENS
+    ),
+}
+
+# What is compared: grid -> op -> (head_dim, shape).
+SWEEPS = {**{name: {"decode": shapes} for name, shapes in GRIDS.items()}, "paper": PAPER}

@@ -11,8 +11,10 @@ import torch
 from cli_samples import run, run_json
 
 from parallax_gen.cli import bench as bench_module
-from parallax_gen.cli.compare import PARTS, Row
+from parallax_gen.cli import sweep as sweep_module
+from parallax_gen.cli.compare import PARTS
 from parallax_gen.cli.contenders import contenders
+from parallax_gen.cli.rows import Effort, Row
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -52,13 +54,14 @@ def test_without_a_gpu_it_says_so() -> None:
 def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     asked.clear()
 
-    def compare(op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...]) -> list[Row]:
+    def compare(op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort) -> list[Row]:
         asked.append((op, spec, shape))
         found = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
         return [row for row in found if not only or row.contender in only]
 
     monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
-    monkeypatch.setattr(bench_module, "_compare", compare)
+    monkeypatch.setattr(sweep_module, "_compare", compare)
+    monkeypatch.setattr("sys.argv", ["parallax-gen", "bench", "--csv", "a file"])
 
 
 @pytest.mark.usefixtures("_on_a_card")
@@ -104,7 +107,7 @@ def test_a_training_step_is_a_line_a_contender() -> None:
 
 @pytest.mark.usefixtures("_on_a_card")
 def test_means_are_of_each_part(capsys: pytest.CaptureFixture[str]) -> None:
-    from parallax_gen.cli.rows import print_means
+    from parallax_gen.cli.tables import print_means
 
     other = [row for row in STEP_ROWS if row.contender in ("parallax_gen", "SDPA cuDNN")]
     longer = [
@@ -197,6 +200,6 @@ def test_contenders_are_named_once_and_ours_is_first() -> None:
 def test_json_of_an_error_that_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row("fla", "decode", "decode", SPEC, SHAPE, 5.0, 1.0, float("inf"))
     monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
-    monkeypatch.setattr(bench_module, "_compare", lambda *_: [row])
+    monkeypatch.setattr(sweep_module, "_compare", lambda *_: [row])
     document = json.loads(run("bench", "--op", "decode", "--shape", "1,8,4096", "--json").stdout)
     assert document["rows"][0]["error"] is None

@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 
 from parallax_gen.cli import compare as comparing
-from parallax_gen.cli.compare import PARTS, Row, compare
+from parallax_gen.cli.compare import PARTS, compare
 from parallax_gen.cli.contenders import Contender, contenders
+from parallax_gen.cli.expected import Judge, random_case
+from parallax_gen.cli.rows import Effort, Row
+from parallax_gen.errors import MeasureError
 from parallax_gen.problem.accuracy import tolerance
 from parallax_gen.problem.reference import reference_forward
 from parallax_gen.problem.shapes import Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.measure import Timing
 from parallax_gen.tuning.usual import TRAINING
 
 STEP = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True)
 SHAPE = Shape(2, 4, 2, 40, 40)
 WINDOWED = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True, window=True)
 WINDOW_SHAPE = Shape(2, 4, 2, 40, 40, 9)
-
-oracle_on = comparing._inputs_and_oracle
 
 
 class Clock:
@@ -36,12 +38,12 @@ class Clock:
         self.uncapturable: set[str] = set()
         self.rested: list[bool] = []
 
-    def time_call(self, call: Callable[[], object], *, timed_ms: float, from_rest: bool) -> Any:
+    def time_call(self, call: Callable[[], object], *, timed_ms: float, give_up_us: float, from_rest: bool) -> Timing:
         call()
         self.rested.append(from_rest)
         if getattr(call, "__name__", "") in self.uncapturable:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return SimpleNamespace(median_us=self.us)
+        return Timing(self.us, self.us - 1, self.us + 2, 20, 7)
 
 
 @pytest.fixture
@@ -49,9 +51,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Everything on the CPU."""
     clock = Clock()
     monkeypatch.setattr(comparing, "time_call", clock.time_call)
-    monkeypatch.setattr(comparing, "_time_eagerly", lambda call: 300.0)
+    monkeypatch.setattr(comparing, "_time_eagerly", lambda call: Timing(300.0, 290.0, 310.0, 1, 20))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(comparing, "_inputs_and_oracle", lambda *given: oracle_on(*given, "cpu"))
+    monkeypatch.setattr(comparing, "DEVICE", "cpu")
     return clock
 
 
@@ -136,9 +138,9 @@ def test_ours_may_be_packed_and_peers_say_that_they_are_not(clock: Clock, varlen
 
 
 def test_rounding_of_a_gradient_that_is_zero_is_no_error() -> None:
-    x, expected = oracle_on(TRAINING, STEP, SHAPE, "cpu")
-    zeros = torch.zeros_like(expected["dq"])
-    assert comparing._errors({"dq": zeros + 1e-6}, {**expected, "dq": zeros}, x)["dq"] < 1e-4
+    judge = Judge(TRAINING, STEP, SHAPE, random_case(TRAINING, STEP, SHAPE, "cpu"), "whole")
+    judge._expected["dq"] = zeros = torch.zeros_like(judge._expected["dq"])
+    assert judge.errors({"dq": zeros + 1e-6})["dq"] < 1e-4
 
 
 def test_rates_count_the_work_of_each_part(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -217,3 +219,86 @@ def test_tf32_is_what_torch_is_told() -> None:
         with comparing._precision(KernelSpec("forward", 64, dtype)):
             assert matmul.fp32_precision == says
         assert matmul.fp32_precision == before
+
+
+# little time for what is slow, and what goes wrong on a card
+
+
+def fakes(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
+    """Contenders like ours, by name; returns how often each one's time was asked for."""
+    ours, asked = contenders("decode")[0], dict.fromkeys(names, 0)
+    monkeypatch.setattr(comparing, "contenders", lambda op: [Contender(name, True, ours.prepare) for name in names])
+    return asked
+
+
+DECODE, DECODE_SHAPE = KernelSpec("decode", 64, "bf16", group=2), Shape(2, 4, 2, 1, 300)
+
+
+@pytest.mark.parametrize(("hasty", "times"), [(True, 1), (False, 3)])
+def test_in_haste_what_is_slow_is_timed_once(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, hasty: bool, times: int
+) -> None:
+    asked = fakes(monkeypatch, "parallax_gen", "quick one", "slow one")
+    limits: list[float] = []
+    takes = iter([100.0, 250.0, 350.0] + [100.0, 250.0] * 2 if hasty else [100.0, 250.0, 350.0] * 3)
+
+    def time_call(call: object, *, timed_ms: float, give_up_us: float, from_rest: bool) -> Timing:
+        limits.append(give_up_us)
+        us = next(takes)
+        asked[{100.0: "parallax_gen", 250.0: "quick one", 350.0: "slow one"}[us]] += 1
+        return Timing(us, us, us, 1, 7)
+
+    monkeypatch.setattr(comparing, "time_call", time_call)
+    rows = compare("decode", DECODE, DECODE_SHAPE, effort=Effort(rounds=3, hasty=hasty))
+    assert asked == {"parallax_gen": 3, "quick one": 3, "slow one": times}
+    assert [row.time_us for row in rows] == [100.0, 250.0, 350.0]
+    assert rows[2].note == ("slow: few calls timed" if hasty else "")
+    assert limits[0] == float("inf")
+    assert limits[1] == (300.0 if hasty else float("inf"))
+
+
+def test_medians_and_percentiles_are_medians_over_rounds(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    fakes(monkeypatch, "parallax_gen")
+    takes = iter([(10.0, 9.0, 13.0), (30.0, 20.0, 40.0), (11.0, 8.0, 12.0)])
+    monkeypatch.setattr(comparing, "time_call", lambda *_, **__: Timing(*next(takes), 20, 7))
+    (row,) = compare("decode", DECODE, DECODE_SHAPE)
+    assert (row.time_us, row.p20_us, row.p80_us) == (11.0, 9.0, 13.0)
+
+
+def test_ours_out_of_memory_is_a_skipped_shape_and_a_peer_s_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    def too_large(*_: object, **__: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    ours = contenders("decode")[0]
+    pair = [ours, Contender("peer", True, too_large)]
+    monkeypatch.setattr(comparing, "contenders", lambda op: pair)
+    rows = compare("decode", DECODE, DECODE_SHAPE)
+    assert [(row.time_us, row.note) for row in rows] == [(100.0, ""), (None, "out of memory")]
+    pair[0] = Contender("parallax_gen", True, too_large)
+    assert {row.note for row in compare("decode", DECODE, DECODE_SHAPE)} == {"skipped: out of memory"}
+    pair[:] = [ours]
+    monkeypatch.setattr(comparing, "time_call", too_large)  # a graph's memory is its own
+    (row,) = compare("decode", DECODE, DECODE_SHAPE)
+    assert (row.time_us, row.note) == (None, "out of memory")
+
+
+def test_a_peer_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    def fail(*_: object) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(comparing, "contenders", lambda op: [Contender("fla", True, fail)])
+    (row,) = compare("decode", DECODE, DECODE_SHAPE)
+    assert row.note == "RuntimeError: an illegal memory access was encountered"
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(MeasureError, match=r"fla left the device unusable .*illegal.*: run again with --skip 'fla'"):
+        compare("decode", DECODE, DECODE_SHAPE)
+
+
+def test_how_much_is_checked_is_said(clock: Clock) -> None:
+    spec, shape = KernelSpec("decode", 64, "bf16"), Shape(5, 4, 4, 1, 30)
+    for extent, checked in (("whole", 20), ("sample", 4), ("none", 0)):
+        (row,) = compare("decode", spec, shape, ("parallax_gen",), Effort(oracle=extent))
+        assert row.checked == checked
+        assert (row.error is None) is (extent == "none")

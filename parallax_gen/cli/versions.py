@@ -1,0 +1,42 @@
+"""Where figures are taken: the card and the versions of what is measured and what measures."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import triton
+
+import parallax_gen
+from parallax_gen.cli.known import open_memory
+from parallax_gen.cli.rows import Conditions, Effort
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.dispatch import choose
+from parallax_gen.tuning.usual import STEP, TRAINING, Flags, sizes_for
+
+
+def conditions(card: Gpu, effort: Effort, command: str) -> Conditions:
+    return Conditions(card.name, card.title, **versions(), effort=effort, command=command)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "parallax_gen": parallax_gen.__version__,
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory | None = None) -> str:
+    """`kernels 1a2b3c4d`, of the sources that a call gets: tuning anew may change them. spec: as of rows.Row."""
+    memory = open_memory() if memory is None else memory
+    names = STEP if op == TRAINING else (spec.op,)
+    seen = Flags(causal=spec.causal, window=shape.window or None)
+    chosen = [(spec.of(name) if op == TRAINING else spec, sizes_for(name, shape, seen)) for name in names]
+    sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in chosen]
+    return f"kernels {hashlib.sha256(''.join(sources).encode()).hexdigest()[:8]}"

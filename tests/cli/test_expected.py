@@ -1,0 +1,77 @@
+"""The sample of sequences and kv heads that errors are of: a call of its own, which tells what the whole would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen.cli.expected import Judge, Sample, random_case
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.tuning.verify import oracle
+
+STEP = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True)
+SHAPE = Shape(4, 6, 3, 40, 40)
+DECODE = Shape(5, 6, 3, 1, 70)
+
+
+@pytest.mark.parametrize(
+    ("op", "spec", "shape"),
+    [
+        ("forward", STEP, SHAPE),
+        ("forward", KernelSpec("forward", 64, "fp16", group=2, causal=True, varlen=True), SHAPE),
+        ("decode", KernelSpec("decode", 64, "fp16", group=2), DECODE),
+        ("decode", KernelSpec("decode", 64, "fp16", group=2, ragged=True, leftpad=True, page_size=16), DECODE),
+        ("decode", KernelSpec("decode", 64, "fp16", group=2, ragged=True, cache_dtype="e4m3"), DECODE),
+    ],
+    ids=["dense", "packed", "decode", "paged", "eight bits"],
+)
+def test_the_oracle_of_a_sample_is_the_sample_of_the_oracle(op: str, spec: KernelSpec, shape: Shape) -> None:
+    x, sample = random_case(op, spec, shape, "cpu"), Sample.of_ends(spec, shape)
+    if spec.cache_dtype:
+        x.k_scale, x.v_scale = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 3.0, 0.5])
+    whole, part = oracle(spec, x)["out"], oracle(spec, sample.of(spec, x))["out"]
+    assert part.numel() * 3 < whole.numel() * 2 + 1  # two of three heads, and of dense sequences two
+    assert torch.equal(sample.queries(whole, spec.group), part)
+
+
+def results(spec: KernelSpec, shape: Shape) -> tuple[Judge, Judge, dict[str, Tensor]]:
+    """The judges of all and of a sample, and the right results of a training step."""
+    x = random_case(TRAINING, spec, shape, "cpu")
+    right = {name: oracle(spec.of(op), x)[name] for name, op in (("out", "forward"), ("dq", "dqdr"), ("dr", "dqdr"))}
+    right |= oracle(spec.of("dkdv"), x)
+    judges = [Judge(TRAINING, spec, shape, x, extent) for extent in ("whole", "sample")]
+    return judges[0], judges[1], {name: tensor.half() for name, tensor in right.items()}
+
+
+def test_errors_of_a_sample_are_those_of_the_whole_but_for_chance() -> None:
+    whole, sample, right = results(STEP, SHAPE)
+    assert (whole.rows, sample.rows) == (12, 4)
+    of_whole, of_sample = whole.errors(right), sample.errors(right)
+    assert set(of_whole) == set(of_sample) == {"out", "dq", "dr", "dk", "dv"}
+    for name, error in of_whole.items():
+        assert 1e-4 < error < 1e-3  # of rounding to fp16, 2^-12 at the most an element
+        assert of_sample[name] == pytest.approx(error, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["out", "dq", "dr", "dk", "dv"])
+def test_what_is_wrong_at_the_last_of_all_is_seen_in_a_sample(name: str) -> None:
+    _, sample, found = results(STEP, SHAPE)
+    found[name] = found[name].clone()
+    found[name][-1, :, -1] = 0
+    errors = sample.errors(found)
+    assert errors.pop(name) > 0.1
+    assert max(errors.values()) < 1e-3
+
+
+def test_a_small_call_is_its_own_sample() -> None:
+    assert Sample.of_ends(STEP, Shape(1, 2, 1, 9, 9)) == Sample((0,), (0,))
+    assert Sample.of_ends(STEP, Shape(2, 4, 2, 9, 9)).rows(Shape(2, 4, 2, 9, 9)) == 4
+
+
+def test_no_oracle_no_errors() -> None:
+    judge = Judge("forward", STEP, SHAPE, random_case("forward", STEP, SHAPE, "cpu"), "none")
+    assert judge.rows == 0
+    assert judge.errors({"out": torch.zeros(4, 40, 6, 64)}) == {}

@@ -1,0 +1,276 @@
+"""Peers that are not installed here, played by their definitions in their layouts and conventions."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen.cli import peers
+from parallax_gen.cli.contenders import contenders
+from parallax_gen.cli.expected import random_case
+from parallax_gen.cli.flash import FLASH
+from parallax_gen.cli.rows import CONTENDERS, SOFTMAX
+from parallax_gen.codegen.calling import Inputs
+from parallax_gen.problem.reference import reference_forward
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.tuning.verify import attend
+
+CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True)
+WINDOWED = KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True)
+FULL = KernelSpec("forward", 64, "fp16", group=2)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int | None, int | None], lengths: list[int]
+) -> Tensor:
+    """As flash-attn documents it: query i, counted from the end of the keys, sees i - left to i + right."""
+    group, (left, right) = q.shape[2] // k.shape[2], window_size
+    found = torch.zeros(q.shape, dtype=torch.float64)
+    for b, length in enumerate(lengths):
+        keys, values = (x[b, :length].double().repeat_interleave(group, dim=1) for x in (k, v))
+        s = torch.einsum("qhd,khd->hqk", q[b].double(), keys) / math.sqrt(q.shape[-1])
+        i = torch.arange(q.shape[1])[:, None] + length - q.shape[1]
+        j = torch.arange(length)
+        hidden = (j > i) if causal else torch.zeros_like(i + j, dtype=torch.bool)
+        if left not in (None, -1):
+            hidden = hidden | (j < i - left)
+        if right not in (None, -1):
+            hidden = hidden | (j > i + right)
+        p = s.masked_fill(hidden, -math.inf).softmax(-1)
+        found[b] = torch.einsum("hqk,khd->qhd", p, values)
+    return found.to(q.dtype)
+
+
+def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Installs one of the three; returns what its functions will have been given by name."""
+    of, module, given = FLASH[name], ModuleType(FLASH[name].module), []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **options: Any) -> Any:
+        given.append(options)
+        if options.get("num_splits") == 0 and module.__dict__.get("no_splits"):
+            raise AssertionError("SplitKV not supported")
+        window = options.get("window_size", (of.boundless, of.boundless))
+        out = flash_attention(q, k, v, causal, window, [k.shape[1]] * len(q))
+        return (out, None) if name == "flash-attn 4" else out
+
+    def flash_attn_with_kvcache(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        cache_seqlens: Tensor | None = None,
+        cache_leftpad: Tensor | None = None,
+        causal: bool,
+        window_size: tuple[int, int],
+        **pages: Tensor | None,
+    ) -> Tensor:
+        given.append(pages)
+        lengths = [k_cache.shape[1]] * len(q) if cache_seqlens is None else cache_seqlens.tolist()
+        return flash_attention(q, k_cache, v_cache, causal, window_size, lengths)
+
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    if of.pages:
+        module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, of.module, module)
+    return given
+
+
+def prepared(name: str, op: str, spec: KernelSpec, x: Inputs) -> Any:
+    return next(c for c in contenders(op) if c.name == name).prepare(spec, x)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """fp16's rounding, of numbers around 1."""
+    return torch.allclose(found.double(), expected, atol=2e-3, rtol=2e-3)
+
+
+# flash-attn
+
+
+@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (CAUSAL, Shape(2, 4, 2, 40, 40)),
+        (CAUSAL, Shape(2, 4, 2, 10, 40)),
+        (WINDOWED, Shape(2, 4, 2, 40, 40, 9)),
+        (FULL, Shape(2, 4, 2, 10, 40)),
+    ],
+    ids=["causal", "chunk", "window", "full"],
+)
+def test_flash_attention_is_softmax_under_our_mask(
+    name: str, spec: KernelSpec, shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_module(name, monkeypatch)
+    x = random_case("forward", spec, shape, "cpu")
+    assert close(prepared(name, "forward", spec, x).results()["out"], attend(spec, x).v_mean)
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_module(name, monkeypatch)
+    spec = CAUSAL.of("forward")
+    x = random_case(TRAINING, spec, Shape(1, 4, 2, 24, 24), "cpu")
+    found = prepared(name, TRAINING, spec, x).results()
+    q, k, v = (t.double().requires_grad_() for t in (x.q, x.k, x.v))
+    out = reference_forward(q, torch.zeros_like(q), k, v, causal=True).out
+    assert x.do is not None
+    expected = torch.autograd.grad(out, (q, k, v), x.do.double())
+    assert close(found["out"], out)
+    for grad, reference in zip((found["dq"], found["dk"], found["dv"]), expected, strict=True):
+        assert torch.allclose(grad.double(), reference, atol=1e-2, rtol=1e-2)  # do and p in fp16
+
+
+@pytest.mark.parametrize("name", ["flash-attn 2", "flash-attn 3"])
+def test_flash_attention_decodes_with_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = flash_module(name, monkeypatch)
+    spec = KernelSpec("decode", 64, "fp16", group=2, ragged=True)
+    x = random_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
+    x.cache_seqlens = torch.tensor([50, 7, 20], dtype=torch.int32)
+    assert close(prepared(name, "decode", spec, x).results()["out"], attend(spec, x).v_mean)
+    assert given == [{FLASH[name].pages: None}]
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_flash_attention_4_decodes_split_where_it_can(splits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = flash_module("flash-attn 4", monkeypatch)
+    sys.modules["flash_attn.cute"].no_splits = not splits  # type: ignore[attr-defined]
+    spec = KernelSpec("decode", 64, "fp16", group=2)
+    x = random_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
+    single = prepared("flash-attn 4", "decode", spec, x)
+    given.clear()
+    assert close(single.results()["out"], attend(spec, x).v_mean)
+    assert given == [{"num_splits": 0} if splits else {}]
+
+
+def test_what_flash_attention_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(1, 4, 2, 24, 24)
+    for name in FLASH:
+        monkeypatch.setitem(sys.modules, FLASH[name].module, ModuleType("empty"))  # as a package of namespaces is
+        x = random_case("forward", CAUSAL, shape, "cpu")
+        with pytest.raises(ImportError, match="has no flash_attn_func"):
+            prepared(name, "forward", CAUSAL, x)
+        flash_module(name, monkeypatch)
+        for spec in (
+            KernelSpec("forward", 64, "fp32", group=2, causal=True),
+            KernelSpec("forward", 64, "fp16", group=2, causal=True, varlen=True),
+        ):
+            with pytest.raises(NotImplementedError):
+                prepared(name, "forward", spec, random_case("forward", spec, shape, "cpu"))
+    decode = KernelSpec("decode", 64, "fp16", group=2, ragged=True, cache_dtype="e4m3")
+    for name in FLASH:
+        with pytest.raises(NotImplementedError):
+            prepared(name, "decode", decode, random_case("decode", decode, Shape(1, 4, 2, 1, 24), "cpu"))
+
+
+# the official Helion kernels
+
+
+@pytest.fixture
+def _helion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their layouts: (batch, heads, seqlen, head_dim), of decode as ours."""
+
+    def parallax_func(
+        q: Tensor, r: Tensor, k: Tensor, v: Tensor, qk_scale: float | None = None, window_size_left: int = -1
+    ) -> Tensor:
+        assert all(x.is_contiguous() for x in (q, r, k, v))
+        window = None if window_size_left == -1 else window_size_left
+        given = (x.transpose(1, 2) for x in (q, r, k, v))
+        return reference_forward(*given, causal=True, window_size=window).out.to(q.dtype).transpose(1, 2)
+
+    module = ModuleType("parallax.helion")
+    module.parallax_func = parallax_func  # type: ignore[attr-defined]
+    module.parallax_fwd = lambda *x, **options: (parallax_func(*x, **options),)  # type: ignore[attr-defined]
+    module.parallax_decode = lambda *x: reference_forward(*x).out.to(x[0].dtype)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "parallax.helion", module)
+    monkeypatch.setenv(peers.HELION_EFFORT, "quick")
+
+
+@pytest.mark.usefixtures("_helion")
+@pytest.mark.parametrize(("spec", "window"), [(CAUSAL, 0), (WINDOWED, 9)])
+def test_official_helion(spec: KernelSpec, window: int) -> None:
+    from parallax_gen.cli.expected import Judge
+
+    shape = Shape(2, 4, 2, 40, 40, window)
+    for op in ("forward", TRAINING):
+        x = random_case(op, spec, shape, "cpu")
+        errors = Judge(op, spec, shape, x, "whole").errors(prepared("official Helion", op, spec, x).results())
+        assert len(errors) == (1 if op == "forward" else 5)
+        assert max(errors.values()) < 1.25e-3  # what rounding to fp16 explains
+    decode = KernelSpec("decode", 64, "fp16", group=2)
+    x = random_case("decode", decode, Shape(2, 4, 2, 1, 40), "cpu")
+    assert close(prepared("official Helion", "decode", decode, x).results()["out"], attend(decode, x).out)
+
+
+@pytest.mark.usefixtures("_helion")
+def test_how_helion_was_tuned_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    helion = next(c for c in contenders("decode") if c.name == "official Helion")
+    assert helion.package().endswith("HELION_AUTOTUNE_EFFORT=quick")
+    monkeypatch.delenv(peers.HELION_EFFORT)
+    helion = next(c for c in contenders("decode") if c.name == "official Helion")
+    assert helion.package().endswith("HELION_AUTOTUNE_EFFORT=none")
+    peers.official_helion()
+    assert os.environ[peers.HELION_EFFORT] == "none"
+
+
+# who there is
+
+
+def test_contenders_have_names_that_can_be_asked_for() -> None:
+    named = {contender.name: contender for op in ("forward", "decode", TRAINING) for contender in contenders(op)}
+    assert set(named) == set(CONTENDERS)
+    assert {name for name, contender in named.items() if not contender.parallax} == set(SOFTMAX)
+    assert "official CuTeDSL" not in {contender.name for contender in contenders(TRAINING)}
+
+
+def test_packages_are_said_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    there = {"parallax-kernel": "0.1.1"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    packages = {contender.name: contender.package() for contender in contenders("decode")}
+    assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1"
+    assert packages["fla"] == ""
+    there["nvidia-cutlass-dsl"] = "4.1.0"
+    packages = {contender.name: contender.package() for contender in contenders("decode")}
+    assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1, nvidia-cutlass-dsl 4.1.0"
+
+
+# haste
+
+
+def test_autotuners_are_hasty_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, _: object) -> float:
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    tuner, calls = Autotuner.__new__(Autotuner), []
+    tuner._do_bench = careful = lambda *_, **__: [1.0]
+    with peers.hasty_autotuners():
+        assert tuner.do_bench(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8)) == [0.5] * 3
+    assert len(calls) == 1 + peers.HASTY_CALLS
+    assert tuner.do_bench is careful

@@ -1,0 +1,302 @@
+"""`bench --csv`: what is known is not timed again, nothing recorded is lost, and each figure says where it is from."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_samples import run, run_json
+
+from parallax_gen.cli import bench as bench_module
+from parallax_gen.cli import sweep as sweep_module
+from parallax_gen.cli.ledger import COLUMNS, Ledger
+from parallax_gen.cli.options import Sizes
+from parallax_gen.cli.rows import A_GRID, CONTENDERS, QUICK, WITH_CARE, Conditions, Effort, Row, from_flat, to_flat
+from parallax_gen.cli.sweep import bytes_needed, cases_of, fewer
+from parallax_gen.errors import ParallaxGenError
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.usual import NO_FLAGS, TRAINING, Flags
+
+H200 = gpu_by_name("h200")
+HOW = Conditions("h200", "NVIDIA H200", "0.1.0", "2.11.0", "3.6.0", "13.0", A_GRID, "parallax-gen bench")
+ROW = Row(
+    "fla",
+    TRAINING,
+    "backward",
+    KernelSpec("forward", 96, "bf16", group=4, causal=True, stats=True, window=True),
+    Shape(1, 32, 8, 4096, 4096, 512),
+    1 / 3,
+    2.5,
+    3e-3,
+    'a note, with "quotes"',
+    0.3,
+    0.4,
+    4,
+    "fla-core 0.6.0",
+    HOW,
+)
+PAGED = KernelSpec("decode", 64, "fp16", 2, ragged=True, page_size=16, cache_dtype="e4m3", leftpad=True)
+FAILED = Row("SDPA flash", "decode", "decode", PAGED, Shape(2, 4, 2, 1, 99), note="not supported: x", conditions=HOW)
+
+DECODE = ("bench", "--op", "decode")
+SHAPES = ("--shape", "1,8,1024", "--shape", "2,8,1024")
+
+
+class Card:
+    """Instead of a card: says what was asked of it, and takes 10 us for everything."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Shape, str]] = []
+        self.efforts: list[Effort] = []
+        self.on_compare: Callable[[], None] = lambda: None
+
+    def compare(self, op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort) -> list[Row]:
+        self.on_compare()
+        self.asked += [(op, shape, name) for name in only]
+        self.efforts.append(effort)
+        parts = ("forward", "backward", "step") if op == TRAINING else (op,)
+        return [Row(name, op, part, spec, shape, 10.0, 1.0) for name in only for part in parts]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    monkeypatch.setattr(bench_module, "card_here", lambda: H200)
+    monkeypatch.setattr(sweep_module, "_compare", card.compare)
+    return card
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# a row as text
+
+
+@pytest.mark.parametrize("row", [ROW, FAILED], ids=["training", "decode"])
+def test_a_row_is_read_as_it_was_written(row: Row) -> None:
+    texts = {name: "" if value is None else str(value) for name, value in to_flat(row).items()}
+    assert from_flat(texts) == row
+    assert from_flat(texts).conditions.command == "parallax-gen bench"  # type: ignore[union-attr]
+
+
+def test_a_figure_says_card_versions_and_command(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["parallax-gen", "bench", "--csv", "my rows"])
+    run(*DECODE, *SHAPES, "--csv", tmp_path / "rows")
+    lines = lines_of(tmp_path / "rows")
+    assert len(lines) == 2 * 10
+    for line in lines:
+        assert line["card"] == H200.title
+        assert all(line[name] for name in ("gpu", "parallax_gen", "torch", "triton", "cuda"))
+        assert line["command"] == "parallax-gen bench --csv 'my rows'"
+        assert (line["rounds"], line["timed_ms"], line["oracle"], line["quick"]) == ("3", "60.0", "whole", "False")
+    assert lines[0]["package"].startswith("kernels ")
+    document = run_json(*DECODE, *SHAPES)
+    assert document["card"] == H200.title
+    assert all(row["command"] == document["command"] and row["torch"] for row in document["rows"])
+
+
+# resuming
+
+
+def test_what_is_known_is_not_timed_again(card: Card, tmp_path: Path) -> None:
+    first = run(*DECODE, *SHAPES, "--csv", tmp_path / "rows", "--only", "fla")
+    assert [(shape.batch, name) for _, shape, name in card.asked] == [(1, "fla"), (2, "fla")]
+    card.asked.clear()
+    again = run(*DECODE, *SHAPES, "--csv", tmp_path / "rows", "--only", "fla")
+    assert card.asked == []
+    assert again.stdout == first.stdout
+    run(*DECODE, "--shape", "1,8,1024", "--csv", tmp_path / "rows", "--only", "fla", "--only", "SDPA flash")
+    assert [name for _, _, name in card.asked] == ["SDPA flash"]
+    assert len(lines_of(tmp_path / "rows")) == 3
+
+
+def test_an_interrupted_run_goes_on(card: Card, tmp_path: Path) -> None:
+    def interrupt_at_the_second() -> None:
+        if card.asked:
+            raise KeyboardInterrupt
+
+    card.on_compare = interrupt_at_the_second
+    stopped = run(*DECODE, *SHAPES, "--csv", tmp_path / "rows")
+    assert stopped.exit_code == 130
+    assert stopped.stderr == (
+        f"stopped: what was timed is in {tmp_path / 'rows'}, and the same command goes on from there\n"
+    )
+    assert {line["batch"] for line in lines_of(tmp_path / "rows")} == {"1"}
+    card.on_compare = lambda: None
+    card.asked.clear()
+    assert run(*DECODE, *SHAPES, "--csv", tmp_path / "rows").exit_code == 0
+    assert {shape.batch for _, shape, _ in card.asked} == {2}
+    assert {line["batch"] for line in lines_of(tmp_path / "rows")} == {"1", "2"}
+
+
+@pytest.mark.parametrize("changed", ["card", "torch", "effort", "package"])
+def test_other_cards_versions_and_settings_are_timed_and_kept_beside(changed: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "rows")
+    ledger.add([ROW])
+    if changed == "package":
+        other = dataclasses.replace(ROW, package="fla-core 0.7.0")
+    else:
+        value = QUICK if changed == "effort" else "other"
+        other = dataclasses.replace(ROW, conditions=dataclasses.replace(HOW, **{changed: value}))
+    assert Ledger(tmp_path / "rows").known(ROW) == ROW
+    assert Ledger(tmp_path / "rows").known(other) is None
+    ledger.add([other])
+    read = Ledger(tmp_path / "rows")
+    assert (read.known(ROW), read.known(other)) == (ROW, other)
+
+
+def test_the_command_may_be_another(tmp_path: Path) -> None:
+    Ledger(tmp_path / "rows").add([ROW])
+    asked = dataclasses.replace(ROW, time_us=None, conditions=dataclasses.replace(HOW, command="another"))
+    assert Ledger(tmp_path / "rows").known(asked) == ROW
+
+
+def test_tuning_anew_times_ours_anew(card: Card, tmp_path: Path, store: Store) -> None:
+    from cli_samples import SHAPE, known
+
+    ours = (*DECODE, "--shape", SHAPE, "--csv", tmp_path / "rows", "--only", "parallax_gen")
+    run(*ours)
+    run(*ours)
+    assert len(card.asked) == 1
+    store.record(known(200.0, splits=3))
+    run(*ours)
+    assert len(card.asked) == 2
+
+
+def test_a_torn_line_is_passed_over_and_its_row_timed_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    Ledger(path).add([ROW, FAILED])
+    path.write_text(path.read_text()[:-40])
+    read = Ledger(path)
+    assert read.unreadable == 1
+    assert (read.known(ROW), read.known(FAILED)) == (ROW, None)
+    read.add([FAILED])
+    assert Ledger(path).known(FAILED) == FAILED
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "no table at all", ",".join(COLUMNS[:-1]) + "\n"])
+def test_another_s_file_is_left_alone(card: Card, text: str, tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text(text)
+    done = run(*DECODE, "--csv", tmp_path / "rows")
+    assert done.exit_code == 1
+    assert done.stderr.count("\n") == 1
+    assert "has other columns than bench writes: name another file" in done.stderr
+    assert (tmp_path / "rows").read_text() == text
+    assert card.asked == []
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(card: Card, tmp_path: Path) -> None:
+    done = run(*DECODE, "--csv", tmp_path / "no folder" / "rows")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: --csv: ")
+    assert done.stderr.count("\n") == 1
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert run(*DECODE, "--csv", tmp_path / "bytes").exit_code == 1
+    assert card.asked == []
+
+
+def test_without_a_file_nothing_is_kept() -> None:
+    ledger = Ledger()
+    ledger.add([ROW])
+    assert ledger.known(ROW) == ROW
+
+
+# what is gone through
+
+
+def test_a_shape_that_does_not_fit_is_skipped_and_said_so(card: Card, tmp_path: Path) -> None:
+    shapes = ("--shape", "2048,8,32768", "--shape", "1,8,1024")
+    done = run(*DECODE, *shapes, "--csv", tmp_path / "rows", "--only", "parallax_gen", "--only", "fla")
+    assert "skipped: inputs and results take 275 GB, and the card has 151\n" in done.stdout
+    assert {shape.batch for _, shape, _ in card.asked} == {1}
+    skipped = lines_of(tmp_path / "rows")[:2]
+    assert all(line["note"].startswith("skipped: ") and line["time_us"] == "" for line in skipped)
+
+
+def test_bytes_needed() -> None:
+    caches, queries = 2 * 4 * 8 * 1024 * 128 * 2, 3 * 4 * 8 * 128 * 2
+    assert bytes_needed("decode", KernelSpec("decode", 128, "bf16"), Shape(4, 8, 8, 1, 1024)) == caches + queries
+    step = KernelSpec("forward", 128, "bf16", causal=True, stats=True)
+    row = 8 * 1024 * 128 * 2
+    needed = bytes_needed(TRAINING, step, Shape(1, 8, 8, 1024, 1024))
+    assert 11 * row < needed < 14 * row  # q r k v o do, four gradients and v_mean; and numbers of rows
+    windowed = dataclasses.replace(step, window=True)
+    assert bytes_needed(TRAINING, windowed, Shape(1, 8, 8, 1024, 1024, 64)) == needed
+
+
+def test_the_paper_s_grid_is_of_decode_and_training(card: Card) -> None:
+    run("bench", "--grid", "paper", "--only", "parallax_gen")
+    for op in ("decode", TRAINING):
+        shapes = [shape for of, shape, _ in card.asked if of == op]
+        assert (min(s.batch for s in shapes), max(s.batch for s in shapes)) == (1, 2048)
+        assert (min(s.seqlen_kv for s in shapes), max(s.seqlen_kv for s in shapes)) == (128, 32768)
+    assert set(card.efforts) == {A_GRID}
+    card.asked.clear()
+    run("bench", "--grid", "paper", "--op", "training", "--only", "fla")
+    assert {op for op, _, _ in card.asked} == {TRAINING}
+
+
+def test_quick_is_fewer_shapes_shorter_and_says_so_in_every_row(card: Card, tmp_path: Path) -> None:
+    done = run("bench", "--grid", "paper", "--quick", "--csv", tmp_path / "rows")
+    assert set(card.efforts) == {QUICK}
+    assert QUICK.rounds * QUICK.timed_ms < WITH_CARE.rounds * WITH_CARE.timed_ms
+    assert len({(op, shape) for op, shape, _ in card.asked}) == 2 * sweep_module.QUICK_SHAPES
+    assert {line["quick"] for line in lines_of(tmp_path / "rows")} == {"True"}
+    tables = [line for line in done.stdout.splitlines() if ": batch " in line]
+    assert len(tables) == 12
+    assert all(line.endswith("(quick)") for line in tables)
+    assert "quick: not to be quoted" in done.stdout
+
+
+def test_fewer_shapes_are_spread_over_those_that_fit() -> None:
+    cases = list(cases_of(("decode", TRAINING), None, "bf16", (), "paper", NO_FLAGS))
+    few = [shape for op, _, shape in fewer(cases, H200) if op == "decode"]
+    assert few[0] == Shape(1, 8, 8, 1, 128)
+    assert few[-1] == Shape(2048, 8, 8, 1, 16384)
+    assert len(set(few)) == len(few) == sweep_module.QUICK_SHAPES
+    one = list(cases_of(("decode",), None, "bf16", (Sizes(1, 8, 8, None, 64),), None, Flags()))
+    assert fewer(one, H200) == one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--grid", "serving", "--op", "training"), "--grid serving: of --op decode, without --shape"),
+        (("--grid", "paper", "--op", "forward"), "--grid paper: of --op decode or training, without --shape"),
+        (("--grid", "paper", "--shape", "1,8,64"), "without --shape"),
+        (("--only", "FA2"), "'FA2' is not one of"),
+        (("--only", "fla", "--skip", "fla"), "--only and --skip leave nobody to time"),
+        (("--picture", "a.png"), "--picture: of --op decode alone"),
+    ],
+)
+def test_mistakes_are_usage_errors_before_anything_is_timed(card: Card, arguments: tuple[str, ...], says: str) -> None:
+    done = run("bench", *arguments)
+    assert done.exit_code == 2
+    assert says in " ".join(done.stderr.split())
+    assert card.asked == []
+
+
+def test_skip_and_oracle(card: Card) -> None:
+    done = run(*DECODE, "--shape", "1,8,64", "--skip", "fla", "--oracle", "sample", "--json")
+    assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [n for n in CONTENDERS if n != "fla"]
+    assert card.efforts == [dataclasses.replace(WITH_CARE, oracle="sample")]
+
+
+def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path / "rows")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ledger, "_append", full)
+    with pytest.raises(ParallaxGenError, match=r"cannot be written: .*No space left"):
+        ledger.add([ROW])
