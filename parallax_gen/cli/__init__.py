@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -64,6 +65,11 @@ class LazyGroup(click.Group):
             ctx.exit(1)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # of any file, standard output among them; click sees to EPIPE
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -20,7 +20,7 @@ from parallax_gen.cli.options import (
     shape_option,
 )
 from parallax_gen.cli.pictures import check_picture, draw
-from parallax_gen.cli.rows import A_GRID, CONTENDERS, QUICK, WITH_CARE, Conditions, Row, to_json
+from parallax_gen.cli.rows import A_GRID, CONTENDERS, OURS, QUICK, WITH_CARE, Conditions, Row, to_json
 from parallax_gen.cli.sweep import USUAL, cases_of, fewer, sweep
 from parallax_gen.cli.tables import print_means, print_rows
 from parallax_gen.cli.text import number, print_json, print_table
@@ -160,7 +160,8 @@ def bench(
 def _print_conditions(how: Conditions, rows: list[Row]) -> None:
     """Where and how the figures above were taken."""
     click.echo(f"{how.card}\n{how.versions}")
-    for name, package in {row.contender: row.package for row in rows if row.time_us and row.package}.items():
+    peers = {row.contender: row.package for row in rows if row.time_us and row.package and row.contender != OURS}
+    for name, package in peers.items():
         click.echo(f"{name}: {package}")
     effort = how.effort
     rounds = "1 round" if effort.rounds == 1 else f"{effort.rounds} rounds"

@@ -183,8 +183,14 @@ def _timed(row: Row, chosen: list[Contender], times: Times) -> Row:
     parallax = next(contender.parallax for contender in chosen if contender.name == row.contender)
     part = PARTS[row.op][row.part]
     work = part.parallax if parallax else part.softmax
-    found = {"time_us": timing.median_us, "p20_us": timing.p20_us, "p80_us": timing.p80_us, "note": note}
-    return replace(row, rate=work * rate(row.spec, row.shape, timing.median_us), **found)
+    return replace(
+        row,
+        time_us=timing.median_us,
+        p20_us=timing.p20_us,
+        p80_us=timing.p80_us,
+        rate=work * rate(row.spec, row.shape, timing.median_us),
+        note=note,
+    )
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def contenders(op: str) -> list[Contender]:
 
 PACKAGES = {
     "flash-attn 2": ("flash-attn",),
-    "flash-attn 3": ("flash-attn-3",),
+    "flash-attn 3": ("flash-attn-3", "flashattn-hopper"),  # one of these names
     "flash-attn 4": ("flash-attn-4",),
     "official CuTeDSL": ("parallax-kernel", "nvidia-cutlass-dsl"),
     "official Triton": ("parallax-kernel",),

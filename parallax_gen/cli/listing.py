@@ -69,7 +69,8 @@ def _print(results: Iterable[Result], origins: Origins) -> None:
         print_table((*numbers, "config", "known as"), [_row(r, origins) for r in rows], right=numbers)
         click.echo()
     click.echo(LEGEND)
-    click.echo("known as: measured here, shipped (measured elsewhere), predicted (never used), or how it failed")
+    click.echo("known as: measured here, shipped (measured elsewhere), predicted (never used),")
+    click.echo("or how it failed")
 
 
 def _row(result: Result, origins: Origins) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -112,7 +112,7 @@ def to_flat(row: Row) -> dict[str, Any]:
     return {**asdict(row.spec), **asdict(row.shape), **document}
 
 
-_READ = {
+_READ: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": int,
     "float": float,
@@ -126,7 +126,7 @@ def from_flat(texts: Mapping[str, str]) -> Row:
 
     def read(kind: type[Any], **known: Any) -> Any:
         """The fields that are not nested in others, each by its type; `known` are those that need no reading."""
-        simple = {f.name: f.type for f in fields(kind) if f.name not in known and f.type in _READ}
+        simple = {f.name: str(f.type) for f in fields(kind) if f.name not in known}
         return kind(**{name: _READ[of_type](texts[name]) for name, of_type in simple.items()}, **known)
 
     shape = read(Shape)

@@ -65,11 +65,15 @@ def _print_steps(rows: list[Row]) -> None:
 
 
 def _print_notes(of: dict[str, list[Row]]) -> None:
-    """Below the table: they may be long."""
+    """Below the table, for they may be long; whoever shares a note shares its line."""
+    noted: dict[str, list[str]] = {}
     for name, parts in of.items():
         for note in dict.fromkeys(row.note for row in parts if row.note):
-            noted = [row.part for row in parts if row.note == note]
-            click.echo(f"{name}: {note}" if len(noted) == len(parts) else f"{name}, {' and '.join(noted)}: {note}")
+            which = [row.part for row in parts if row.note == note]
+            who = name if len(which) == len(parts) else f"{name}, {' and '.join(which)}"
+            noted.setdefault(note, []).append(who)
+    for note, names in noted.items():
+        click.echo(f"{'; '.join(names)}: {note}")
 
 
 def _number(value: float | None) -> str:

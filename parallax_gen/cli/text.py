@@ -98,7 +98,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         last = name == columns[-1]
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=not last)
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=not last, overflow="fold")
     for row in rows:
         table.add_row(*row)
     screen = console()
