@@ -41,8 +41,9 @@ class Flash:
         _check(spec)
         if spec.cache_dtype:
             raise NotImplementedError("its caches in eight bits are not compared")
-        given: dict[str, Any] = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad}
-        given |= {self.pages: x.page_table, "causal": spec.causal, "window_size": self._window(x.window_size)}
+        given: dict[str, Any] = {"causal": spec.causal, "window_size": self._window(x.window_size)}
+        cache = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad, self.pages: x.page_table}
+        given |= {name: tensor for name, tensor in cache.items() if tensor is not None}  # older versions lack some
         return lambda: _first(attend(x.q, x.k, x.v, **given))
 
     def _decode_without_cache(self, spec: KernelSpec, x: Inputs) -> Call:

@@ -80,16 +80,16 @@ def sweep(cases: list[Case], names: Sequence[str], card: Gpu, how: Conditions, l
     memory, started, timed = open_memory(), time.monotonic(), 0
     for i, (op, spec, shape) in enumerate(cases):
         asked = _asked(op, spec, shape, names, card, memory, how)
-        known = [row for row in map(ledger.known, asked) if row is not None]
-        missing = [row for row in asked if ledger.known(row) is None]
-        if missing:
+        unknown = {row.contender for row in asked if ledger.known(row) is None}  # who lacks a part is timed whole
+        rows = [row for row in map(ledger.known, asked) if row is not None and row.contender not in unknown]
+        if unknown:
             left = f", {(time.monotonic() - started) / timed * (len(cases) - i):.0f} s left" if timed else ""
             with console(stderr=True).status(f"[{i + 1}/{len(cases)}{left}] {title(op, spec, shape)}"):
-                new = _timed(op, spec, shape, missing, card, how)
+                new = _timed(op, spec, shape, [row for row in asked if row.contender in unknown], card, how)
             ledger.add(new)
-            known += new
+            rows += new
             timed += 1
-        yield sorted(known, key=lambda row: CONTENDERS.index(row.contender))  # stable: parts stay in order
+        yield sorted(rows, key=lambda row: CONTENDERS.index(row.contender))  # stable: parts stay in order
 
 
 def _asked(

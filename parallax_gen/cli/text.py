@@ -107,7 +107,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     with screen.capture() as captured:
         screen.print(table)
     for line in captured.get().splitlines():
-        click.echo(line.rstrip())
+        click.echo(line.rstrip(), color=True)  # rich knows whether they are wanted
 
 
 def print_json(document: Mapping[str, Any]) -> None:

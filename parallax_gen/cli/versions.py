@@ -8,7 +8,6 @@ import torch
 import triton
 
 import parallax_gen
-from parallax_gen.cli.known import open_memory
 from parallax_gen.cli.rows import Conditions, Effort
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.shipped import Memory
@@ -16,7 +15,7 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import choose
-from parallax_gen.tuning.usual import STEP, TRAINING, Flags, sizes_for
+from parallax_gen.tuning.usual import NO_FLAGS, STEP, TRAINING, sizes_for
 
 
 def conditions(card: Gpu, effort: Effort, command: str) -> Conditions:
@@ -32,11 +31,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory | None = None) -> str:
+def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> str:
     """`kernels 1a2b3c4d`, of the sources that a call gets: tuning anew may change them. spec: as of rows.Row."""
-    memory = open_memory() if memory is None else memory
-    names = STEP if op == TRAINING else (spec.op,)
-    seen = Flags(causal=spec.causal, window=shape.window or None)
-    chosen = [(spec.of(name) if op == TRAINING else spec, sizes_for(name, shape, seen)) for name in names]
-    sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in chosen]
+    called = [(spec, shape)]
+    if op == TRAINING:
+        called = [(spec.of(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]
+    sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in called]
     return f"kernels {hashlib.sha256(''.join(sources).encode()).hexdigest()[:8]}"

@@ -1,0 +1,38 @@
+"""`parallax-gen bench` on a card, as briefly as it can be: what it times, what it checks, and that it goes on."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from parallax_gen.cli import main
+from parallax_gen.problem.accuracy import tolerance
+
+pytestmark = pytest.mark.gpu
+
+WHO = ("--only", "parallax_gen", "--only", "SDPA flash", "--quick")
+WHAT = ("--op", "decode", "--op", "training", "--shape", "2,8/4,512")
+
+
+def test_bench_times_and_checks_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    first = CliRunner().invoke(main, ["bench", *WHAT, *WHO, "--csv", str(path)])
+    assert first.exit_code == 0, first.output
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (1 + 3)
+    for row in rows:
+        assert 0 < float(row["p20_us"]) <= float(row["time_us"]) <= float(row["p80_us"]), row
+        if row["contender"] == "parallax_gen":
+            assert float(row["error"]) < tolerance("bf16")
+    again = CliRunner().invoke(main, ["bench", *WHAT, *WHO, "--csv", str(path)])
+    assert again.stdout == first.stdout
+
+
+def test_a_shape_that_does_not_fit_is_skipped() -> None:
+    done = CliRunner().invoke(main, ["bench", "--op", "decode", "--shape", "2048,64,131072", *WHO])
+    assert done.exit_code == 0, done.output
+    assert "skipped: inputs and results take " in done.stdout
