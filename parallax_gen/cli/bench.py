@@ -130,14 +130,14 @@ def bench(
     card = card_here()
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
-    if host:
-        shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
-        _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], as_json)
-        return
     from parallax_gen.cli.versions import conditions
 
     effort = QUICK if quick else A_GRID if grid else WITH_CARE
     how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))
+    if host:
+        shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
+        _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], how, as_json)
+        return
     rows: list[Row] = []
     try:
         for found in sweep(fewer(cases, card) if quick else cases, names, card, how, Ledger(csv_file)):
@@ -149,7 +149,7 @@ def bench(
             click.echo(f"stopped: what was timed is in {csv_file}, and the same command goes on from there", err=True)
         raise
     if picture is not None:
-        draw(picture, rows, f"{how.card}, {how.versions}")
+        draw(picture, rows, f"{how.card}, {how.versions}\n{how.command}")
     if as_json:
         print_json({**how.flat(), "rows": [to_json(row) for row in rows]})
     else:
@@ -171,13 +171,14 @@ def _print_conditions(how: Conditions, rows: list[Row]) -> None:
     click.echo(how.command)
 
 
-def _bench_host(spec: KernelSpec, shape: Shape, as_json: bool) -> None:
+def _bench_host(spec: KernelSpec, shape: Shape, how: Conditions, as_json: bool) -> None:
     from parallax_gen.cli.host import host_times
-    from parallax_gen.cli.versions import versions
 
     times = host_times(spec, shape)
     if as_json:
-        print_json({"spec": spec.to_dict(), "shape": shape.to_dict(), **versions(), "host_us": times})
+        where = {name: value for name, value in vars(how).items() if name != "effort"}
+        print_json({"spec": spec.to_dict(), "shape": shape.to_dict(), **where, "host_us": times})
         return
     click.echo(f"{spec}: {shape}")
     print_table(("", "host us a call"), [(name, number(time_us)) for name, time_us in times.items()])
+    click.echo(f"{how.card}\n{how.versions}\n{how.command}")

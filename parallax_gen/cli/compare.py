@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,7 @@ from parallax_gen.tuning.model import bound_by_matmuls
 from parallax_gen.tuning.usual import TRAINING
 
 DEVICE = "cuda"
-EAGER_CALLS = 20  # of what no CUDA graph can capture
+EAGER_CALLS, HASTY_CALLS = 20, 5  # of what no CUDA graph can capture
 SLOW = 3.0  # times as long as ours: in haste, timed no more than needed
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
@@ -124,23 +125,26 @@ Times = dict[tuple[str, str], tuple[Timing | None, str]]
 
 def _times(ready: dict[str, Prepared], effort: Effort, *, from_rest: bool) -> Times:
     calls = {(name, part): call for name, prepared in ready.items() for part, call in prepared.parts.items()}
-    slowest: dict[str, float] = {}  # by part, what a peer may take and still be timed with care
+    limits: dict[str, float] = {}  # by part: a peer that takes longer is timed once
     rounds: list[Times] = []
     for _ in range(effort.rounds):
         this: Times = {}
         for (name, part), call in calls.items():
-            limit = float("inf") if name == OURS else slowest.get(part, float("inf"))
-            before = rounds[0][name, part] if rounds else None
-            if before is not None and (before[0] is None or before[0].median_us > limit):
+            limit = math.inf if name == OURS else limits.get(part, math.inf)
+            if rounds and _beyond(limit, rounds[0][name, part][0]):
                 continue
             timing, note = _time(call, effort, limit, from_rest)
             if timing is not None and timing.median_us > limit:
                 note = "; ".join(filter(None, (note, "slow: few calls timed")))
             if effort.hasty and name == OURS and timing is not None:
-                slowest.setdefault(part, SLOW * timing.median_us)
+                limits.setdefault(part, SLOW * timing.median_us)
             this[name, part] = timing, note
         rounds.append(this)
     return {which: _over_rounds([each[which] for each in rounds if which in each]) for which in calls}
+
+
+def _beyond(limit: float, timing: Timing | None) -> bool:
+    return timing is None or timing.median_us > limit
 
 
 def _over_rounds(rounds: list[tuple[Timing | None, str]]) -> tuple[Timing | None, str]:
@@ -159,13 +163,13 @@ def _time(call: Callable[[], object], effort: Effort, give_up_us: float, from_re
         return None, "out of memory"
     except RuntimeError:  # it ran before: a CUDA graph cannot capture it
         torch.cuda.synchronize()
-        return _time_eagerly(call), "without a CUDA graph"
+        return _time_eagerly(call, HASTY_CALLS if effort.hasty else EAGER_CALLS), "without a CUDA graph"
 
 
-def _time_eagerly(call: Callable[[], object]) -> Timing:
+def _time_eagerly(call: Callable[[], object], calls: int) -> Timing:
     """A call as Python makes it, the host's time in it where that is longer."""
     call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(EAGER_CALLS + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     marks[0].record()
     for mark in marks[1:]:
         call()
@@ -173,7 +177,7 @@ def _time_eagerly(call: Callable[[], object]) -> Timing:
     torch.cuda.synchronize()
     times: list[float] = [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return Timing(statistics.median(times), fifths[0], fifths[3], 1, EAGER_CALLS)
+    return Timing(statistics.median(times), fifths[0], fifths[3], 1, calls)
 
 
 def _timed(row: Row, chosen: list[Contender], times: Times) -> Row:

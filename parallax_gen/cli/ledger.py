@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,62 +22,70 @@ COLUMNS = list(to_flat(replace(_ANY, conditions=Conditions("", "", "", "", "", "
 class Ledger:
     """Rows by what they are of. Without a path it begins empty and keeps nothing.
 
-    Rows are only ever added, a shape's at a time. A line that is not whole, from a machine that went down, is passed
-    over.
+    Rows are only ever added, a shape's at a time. Of a line that is not whole, from a machine that went down, nothing
+    is kept.
     """
 
     def __init__(self, path: Path | None = None):
         """Raises ParallaxGenError if the file is another's, or cannot be read and written."""
         self._path = path
         self._rows: dict[object, Row] = {}
-        self.unreadable = 0
         if path is not None:
             try:
-                self._open(path)
+                for row in _opened(path):
+                    self._rows[_identity(row)] = row
             except (OSError, UnicodeDecodeError, csv.Error) as error:
                 raise ParallaxGenError(f"--csv: {path} cannot be used: {error}") from error
-
-    def _open(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if not text:
-            self._append([COLUMNS])
-            return
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if reader.fieldnames != COLUMNS:
-            raise ParallaxGenError(f"--csv: {path} has other columns than bench writes: name another file")
-        for line in reader:
-            try:
-                self._remember(from_flat(line))
-            except (KeyError, ValueError, TypeError):  # None for a field that is missing
-                self.unreadable += 1
-        self._append([], after="" if text.endswith("\n") else "\n")  # also: can it be written?
 
     def known(self, row: Row) -> Row | None:
         """What the file has of the same contender, part, spec, shape, package and conditions."""
         return self._rows.get(_identity(row))
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def add(self, rows: Sequence[Row]) -> None:
         """Raises ParallaxGenError where the file cannot be written any more."""
-        rows = list(rows)
         if self._path is not None:
             try:
-                self._append([[*to_flat(row).values()] for row in rows])
+                _append(self._path, _as_text(to_flat(row).values() for row in rows))
             except OSError as error:
                 raise ParallaxGenError(f"--csv: {self._path} cannot be written: {error}") from error
-        for row in rows:
-            self._remember(row)
-
-    def _remember(self, row: Row) -> None:
-        self._rows[_identity(row)] = row
-
-    def _append(self, lines: list[list[object]] | list[list[str]], after: str = "") -> None:
-        text = io.StringIO(after, newline="")
-        text.seek(0, os.SEEK_END)
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        assert self._path is not None
-        with self._path.open("a", encoding="utf-8", newline="") as file:  # in one piece
-            file.write(text.getvalue())
+        self._rows.update((_identity(row), row) for row in rows)
 
 
 def _identity(row: Row) -> object:
     return row.contender, row.op, row.part, row.spec, row.shape, row.package, row.conditions
+
+
+def _opened(path: Path) -> list[Row]:
+    """The rows of a file, which is made where there is none, and mended: its last line is whole."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not text:
+        text = _as_text([COLUMNS])
+        _append(path, text)
+    if next(csv.reader([text.partition("\n")[0]]), []) != COLUMNS:
+        raise ParallaxGenError(f"--csv: {path} has other columns than bench writes: name another file")
+    whole, _, tail = text.rpartition("\n")
+    if whole and tail and not _rows([tail]):
+        os.truncate(path, len(whole.encode()) + 1)  # what follows an open quotation mark would be lost
+        text, tail = f"{whole}\n", ""
+    _append(path, "\n" if tail else "")  # and thereby: can it be written?
+    return _rows(io.StringIO(text.partition("\n")[2], newline=""))
+
+
+def _rows(lines: Iterable[str]) -> list[Row]:
+    """Those that can be read: someone may have had a hand in the file."""
+    found = []
+    for line in csv.DictReader(lines, COLUMNS):
+        with suppress(KeyError, ValueError, TypeError):  # None for a field that is missing
+            found.append(from_flat(line))
+    return found
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def _as_text(lines: Iterable[Iterable[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()

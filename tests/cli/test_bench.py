@@ -14,7 +14,7 @@ from parallax_gen.cli import bench as bench_module
 from parallax_gen.cli import sweep as sweep_module
 from parallax_gen.cli.compare import PARTS
 from parallax_gen.cli.contenders import contenders
-from parallax_gen.cli.rows import Effort, Row
+from parallax_gen.cli.rows import CONTENDERS, Effort, Row
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -188,6 +188,11 @@ def test_what_cannot_be_compared_is_a_usage_error(arguments: tuple[str, ...], sa
     assert done.exit_code == 2
     assert says in " ".join(done.stderr.split())
     assert asked == []
+
+
+def test_help_names_all_who_can_be_asked_for() -> None:
+    text = " ".join(run("bench", "--help").stdout.split())
+    assert all(name in text for name in CONTENDERS)
 
 
 def test_contenders_are_named_once_and_ours_is_first() -> None:

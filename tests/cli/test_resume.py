@@ -172,15 +172,28 @@ def test_tuning_anew_times_ours_anew(card: Card, tmp_path: Path, store: Store) -
     assert len(card.asked) == 2
 
 
-def test_a_torn_line_is_passed_over_and_its_row_timed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [2, 30, 60, 400])
+def test_a_torn_line_takes_no_other_with_it(lost: int, tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    Ledger(path).add([ROW, FAILED])
-    path.write_text(path.read_text()[:-40])
+    quoted = dataclasses.replace(FAILED, conditions=dataclasses.replace(HOW, command='bench --csv "a, b"'))
+    Ledger(path).add([ROW, quoted])
+    path.write_text(path.read_text()[:-lost])
     read = Ledger(path)
-    assert read.unreadable == 1
-    assert (read.known(ROW), read.known(FAILED)) == (ROW, None)
+    assert (read.known(ROW), read.known(FAILED)) == (None if lost == 400 else ROW, None)
     read.add([FAILED])
-    assert Ledger(path).known(FAILED) == FAILED
+    again = Ledger(path)
+    assert (again.known(ROW), again.known(FAILED)) == (read.known(ROW), FAILED)
+
+
+def test_a_last_line_without_its_end_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    Ledger(path).add([ROW])
+    path.write_text(path.read_text().rstrip("\n"))
+    Ledger(path).add([FAILED])
+    assert (Ledger(path).known(ROW), Ledger(path).known(FAILED)) == (ROW, FAILED)
+    path.write_text(",".join(COLUMNS))
+    Ledger(path).add([ROW])
+    assert Ledger(path).known(ROW) == ROW
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "no table at all", ",".join(COLUMNS[:-1]) + "\n"])
@@ -297,6 +310,6 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ledger, "_append", full)
+    monkeypatch.setattr("parallax_gen.cli.ledger._append", full)
     with pytest.raises(ParallaxGenError, match=r"cannot be written: .*No space left"):
         ledger.add([ROW])
