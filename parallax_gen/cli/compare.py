@@ -25,6 +25,7 @@ from parallax_gen.tuning.usual import TRAINING
 
 DEVICE = "cuda"
 EAGER_CALLS, HASTY_CALLS = 20, 5  # of what no CUDA graph can capture
+MOST_SAID = 200  # characters of why someone does not run
 SLOW = 3.0  # times as long as ours: in haste, timed no more than needed
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
@@ -112,11 +113,10 @@ def _error(part: Part, wrong: dict[str, float]) -> float | None:
 def _why_not(failure: Exception) -> str:
     if isinstance(failure, ImportError):
         return "not installed"
-    if isinstance(failure, NotImplementedError):
-        return f"not supported: {failure}"
     if isinstance(failure, torch.OutOfMemoryError):
         return "out of memory"
-    return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+    kind = "not supported" if isinstance(failure, NotImplementedError) else type(failure).__name__
+    return f"{kind}: {failure}".splitlines()[0][:MOST_SAID]
 
 
 # By contender and part: its time, None where it has none, and a note on how it was timed.

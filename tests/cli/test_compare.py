@@ -296,6 +296,13 @@ def test_a_peer_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch,
         compare("decode", DECODE, DECODE_SHAPE)
 
 
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
+def test_why_someone_does_not_run_is_a_line_of_no_great_length(kind: type[Exception]) -> None:
+    said = comparing._why_not(kind("so long " * 100 + "\nand more"))
+    assert len(said) == comparing.MOST_SAID
+    assert "\n" not in said
+
+
 def test_how_much_is_checked_is_said(clock: Clock) -> None:
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(5, 4, 4, 1, 30)
     for extent, checked in (("whole", 20), ("sample", 4), ("none", 0)):
