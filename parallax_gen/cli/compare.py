@@ -19,9 +19,10 @@ from parallax_gen.cli.text import rate
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.measure import Timing, time_call
+from parallax_gen.tuning.measure import time_call
 from parallax_gen.tuning.model import bound_by_matmuls
 from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.tuning.worker import Timing
 
 DEVICE = "cuda"
 EAGER_CALLS, HASTY_CALLS = 20, 5  # of what no CUDA graph can capture

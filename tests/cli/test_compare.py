@@ -21,8 +21,8 @@ from parallax_gen.problem.accuracy import tolerance
 from parallax_gen.problem.reference import reference_forward
 from parallax_gen.problem.shapes import Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.measure import Timing
 from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.tuning.worker import Timing
 
 STEP = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True)
 SHAPE = Shape(2, 4, 2, 40, 40)
