@@ -111,7 +111,7 @@ def tune(
       parallax-gen tune --gpu h200 --op decode --shape 32,32/8,8192
       parallax-gen tune --gpu h200 --op training --shape 8,32/8,4096 --window 1024
       parallax-gen tune --gpu h200 --grid serving --page-size 16
-      parallax-gen tune --devices 0,1,2,3 --storage postgresql://tuner@host/kernels
+      parallax-gen tune --devices 0,1,2,3 --storage postgresql://me@host/tuning
     """
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.board import Storage

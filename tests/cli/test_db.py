@@ -82,7 +82,7 @@ def test_stats_count_everything(store: Store) -> None:
 def test_stats_as_a_table(store: Store) -> None:
     filled(store)
     store.record(known(key=dataclasses.replace(KEY, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
-    out = run("db", "stats").stdout
+    out = run("db", "stats", env={"COLUMNS": "80"}).stdout
     assert max(map(len, out.splitlines()[1:])) <= 80
     assert out.startswith(f"{store.path}: 7 rows, ")
     assert "decode     4  2 ok, 1 predicted, 1 wrong" in out

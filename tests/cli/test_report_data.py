@@ -231,20 +231,21 @@ def test_a_bench_file_needs_few_columns_and_may_have_more(tmp_path: Path) -> Non
 
 def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     """Rows of both kinds, through bench's own writers: a training step has a window, and is the forward's by spec."""
-    from parallax_gen.cli.compare import Row
-    from parallax_gen.cli.rows import to_json, write_csv
+    from parallax_gen.cli.ledger import Ledger
+    from parallax_gen.cli.rows import WITH_CARE, Conditions, Row, to_json
 
     step = KernelSpec("forward", 96, "bf16", 2, causal=True, stats=True, window=True)
     paged = KernelSpec("decode", 128, "fp16", 4, ragged=True, page_size=16, cache_dtype="e4m3")
+    how = Conditions("h200", "NVIDIA H200 SXM", "0.1", "2.11", "3.6", "13.0", WITH_CARE, "parallax-gen bench")
     rows = [
-        Row("parallax_gen", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), 10.0, 1.0, 0.002),
-        Row("fla", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), None, None, None, "not installed"),
-        Row("parallax_gen", "decode", "decode", paged, Shape(2, 32, 8, 1, 4096), 5.0, 2.0, math.inf),
+        Row("parallax_gen", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), 10.0, 1.0, 0.002, conditions=how),
+        Row("fla", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), note="not installed", conditions=how),
+        Row("parallax_gen", "decode", "decode", paged, Shape(2, 32, 8, 1, 4096), 5.0, 2.0, math.inf, conditions=how),
     ]
-    write_csv(tmp_path / "a.csv", rows)
+    Ledger(tmp_path / "a.csv").add(rows)
     document = {"gpu": "h200", "torch": "2.11", "rows": [{**to_json(row), "error": None} for row in rows]}
     (tmp_path / "a.json").write_text(json.dumps(document))
-    for name, gpu in (("a.csv", ""), ("a.json", "h200")):
+    for name, gpu in (("a.csv", "h200"), ("a.json", "h200")):
         found = read_bench(tmp_path / name)
         assert [(t.contender, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
             (r.contender, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows

@@ -48,8 +48,8 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
 
     \b
     Example
-      parallax-gen bench --grid serving --csv serving.csv
       parallax-gen report --gpu h200 --bench serving.csv --out h200.html
+      with a file that `parallax-gen bench --grid serving --csv serving.csv` wrote
     """
     from parallax_gen.cli.known import open_memory
     from parallax_gen.cli.report.benches import read_bench
