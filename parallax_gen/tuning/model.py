@@ -1,7 +1,8 @@
 """A static model of a kernel's time, from what compiling shows: it ranks configs where nothing can be measured.
 
-A roofline, and what usually keeps a kernel from it. The factors were set by hand to sweeps on an H200, and each says
-what it stands for; they order configs, and are no promise of a time.
+A roofline, and what usually keeps a kernel from it. The factors were set by hand to partial sweeps on an H200, of
+tiles at head_dim 64 and 256, of decode at 128, and each says what it stands for; they order configs, and are no promise
+of a time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from parallax_gen.problem.shapes import MATMULS, SCORES, Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
 
 LAUNCH_US = 2.0  # launch, first loads, last stores
-LATENCY_US = 0.8  # a load from device memory under load; a step of a loop that waits for one
+LATENCY_US = 0.8  # a load from device memory under load
+ROUND_US = 1.5  # a program's begin and end, when others wait for its place
 SPILL_BYTES = 1000  # of stack a thread that double the time
+DECODE_SPILL_BYTES = 200  # of decode, whose step is short and spills each time
 
 # Of the tensor cores' peak, what the best configs reach. A backward's element takes more operations beside the
 # matmuls; dkdv's statistics of rows lie along its tiles' columns, and cost it registers.
@@ -38,7 +41,8 @@ def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, r
         time = _preprocess_us(spec, config, shape, gpu, blocks)
     else:
         time = _decode_us(spec, config, shape, gpu, blocks)
-    return LAUNCH_US + time * (1 + resources.spills / SPILL_BYTES)
+    of_spills = DECODE_SPILL_BYTES if isinstance(config, DecodeConfig) else SPILL_BYTES
+    return LAUNCH_US + time * (1 + resources.spills / of_spills)
 
 
 def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int:
@@ -61,30 +65,45 @@ def _tiles_us(spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, bloc
     # What a program owns, and what it steps over: query rows and keys, for dkdv keys and query rows.
     owned, step = (config.BLOCK_N, config.BLOCK_M) if dkdv else (config.BLOCK_M, config.BLOCK_N)
     rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if dkdv else (shape.heads, shape.seqlen_q)
-    rate = REACHED[spec.op] * gpu.peak(spec.dtype)
-    warps = blocks * config.num_warps
-    rate *= min(1.0, 0.3 + 0.7 * warps / 8)  # someone must multiply while others do their softmax
-    rate *= {16: 0.5, 32: 0.7, 64: 0.9}.get(owned, 1.0)  # every owned tile reads all that it steps over
-    rate *= {16: 0.75, 32: 0.87}.get(step, 1.0)  # narrow matmuls
-    rate *= {1: 0.7, 2: 0.88}.get(config.num_stages, 1.0)  # loads are late
-    heads = config.HEAD_GROUP or shape.batch * rows
+    halves = config.HEAD_DIM_AS == "halves"
+    of_head = (2 if halves else 1) * math.ceil(owned_length / owned)
+    programs = shape.batch * rows * of_head
+    rate = REACHED[spec.op] * gpu.peak(spec.dtype) * _matmul_share(spec, config, gpu, owned, step)
+    # Someone must multiply while others do their softmax: the warps of one program wait for each other.
+    together = min(blocks, math.ceil(programs / gpu.sms))
+    rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(together, 1.13)
+    rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # loads are late
+    heads = min(config.HEAD_GROUP or shape.batch * rows, shape.batch * rows)
     # What tiles share, q, r and do of a group's heads or k and v, falls out of L2 before all of them have read it.
     shared = 3 * shape.seqlen_q * heads * spec.group if dkdv else 2 * shape.seqlen_kv * max(1, heads // spec.group)
-    rate *= 0.97 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
-    rate *= 0.98 if heads < 4 else 1.0  # few heads at a time spread the triangle unevenly
-    widths = [piece.width for piece in scored_and_summed(spec.op, spec.head_dim, config.HEAD_DIM_AS)[0]]
-    rate *= spec.head_dim / sum(widths)  # what is padded is multiplied too
-    halves = config.HEAD_DIM_AS == "halves"
-    rate *= 1.0 if len(widths) == 1 or halves else 0.95  # narrow matmuls
-    if halves:  # both programs of a tile find its scores
-        rate *= MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
-    if shape.window:  # blocks that the window's edges cross are multiplied whole
-        rate *= shape.window / (shape.window + owned + step)
+    rate *= 0.95 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
+    # Best are heads that fill the card twice: fewer spread the triangle unevenly, more share less at a time.
+    rate *= 1 - 0.012 * abs(math.log2(heads * of_head / (2 * gpu.sms * blocks)))
+    if spec.causal:  # blocks that the diagonal, or a window's two edges, cross are multiplied whole
+        seen = work.flops / (2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q)
+        rate *= seen / (seen + (owned + step) / (1 if shape.window else 2))
     # The last wave is as long as the others, however few programs it has; causal ones end with short rows.
-    programs = (2 if halves else 1) * shape.batch * rows * math.ceil(owned_length / owned)
     waves = programs / (gpu.sms * blocks)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
+
+
+def _matmul_share(spec: KernelSpec, config: TileConfig, gpu: Gpu, owned: int, step: int) -> float:
+    """What is left of the rate for the matmuls' forms."""
+    share = {16: 0.75, 32: 0.87, 128: 1.03}.get(step, 1.0)  # narrow matmuls
+    share *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all that it steps over
+    if spec.dtype == "fp32":  # no tensor cores
+        share *= {16: 0.58, 32: 0.78}.get(owned, 1.0)
+    else:
+        if owned < 64 and gpu.capability[0] >= 9:
+            share *= 0.85  # the matmuls of Hopper and Blackwell, which run on while the program does, take 64 rows
+        # With less than 16 rows each, warps share rows: each finds its columns, and they join maxima and sums.
+        share *= 0.55 ** max(0.0, math.log2(16 * config.num_warps / owned))
+    widths = [piece.width for piece in scored_and_summed(spec.op, spec.head_dim, config.HEAD_DIM_AS)[0]]
+    share *= spec.head_dim / sum(widths)  # what is padded is multiplied too
+    if config.HEAD_DIM_AS == "halves":  # both programs of a tile find its scores
+        return share * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
+    return share if len(widths) == 1 else 0.95 * share  # narrow matmuls
 
 
 def _preprocess_us(spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
@@ -99,20 +118,33 @@ def _preprocess_us(spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu
 
 def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
     """Bound by memory, at a rate that needs enough loads in flight on every multiprocessor; then the merge."""
-    head_blocks = math.ceil(spec.group / config.BLOCK_H)
-    programs = shape.batch * shape.kv_heads * head_blocks * config.NUM_SPLITS
-    kv_row = 2 * spec.head_dim * spec.bytes_per_element
-    busiest = math.ceil(programs / gpu.sms)  # programs on the multiprocessor that has the most
-    resident = min(blocks, busiest)
-    in_flight = resident * (config.num_stages - 1) * config.BLOCK_N * kv_row
-    share = 0.94 * gpu.bandwidth / gpu.sms
-    rate = min(share, in_flight / (LATENCY_US * 1e-6))
-    steps = math.ceil(shape.seqlen_kv / config.NUM_SPLITS / config.BLOCK_N)
-    stream = busiest * steps * config.BLOCK_N * kv_row / rate * 1e6
-    if config.merge == "none":
-        return stream + LATENCY_US
-    vectors = config.NUM_SPLITS * 2 * spec.head_dim * 4  # bytes of partials a query head
+    steps = math.ceil(shape.seqlen_kv / config.BLOCK_N)
+    longest = math.ceil(steps / config.NUM_SPLITS)
+    splits = math.ceil(steps / longest) if spec.ragged else config.NUM_SPLITS  # there, none has less than its share
+    tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
+    step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
+    # Keys of a warp: few make many sums across threads, many take registers. A step's own chain of operations.
+    keys = config.BLOCK_N / config.num_warps
+    chain_us = 0.5 + 0.2 * keys / 32 + 0.1 * math.log2(config.num_warps)
+
+    def stream_us(programs: float) -> float:
+        """Of so many programs side by side on a multiprocessor, each with its split."""
+        share = 0.94 * gpu.bandwidth / gpu.sms / 1e6  # bytes a microsecond
+        in_flight = programs * (config.num_stages - 1) * step_bytes
+        rate = min(share * -math.expm1(-in_flight / (LATENCY_US * share)), programs * step_bytes / chain_us)
+        return programs * steps / splits * step_bytes / rate
+
+    each = tiles * splits / gpu.sms
+    rounds, left = divmod(each, blocks)
+    stream = rounds * stream_us(blocks) + (stream_us(max(1.0, left)) if left else 0.0)
+    stream *= 1 + 0.02 * abs(math.log2(keys / 32))
+    stream += ROUND_US * math.ceil(each / blocks)
+    if config.merge == "none" or (spec.ragged and splits == 1):
+        return stream
+    vectors = splits * 2 * spec.head_dim * 4  # bytes of partials a query head, written and read
+    stream += 2 * shape.batch * shape.heads * shape.seqlen_q * vectors / gpu.bandwidth * 1e6
     if config.merge == "kernel":
-        return stream + LATENCY_US + LAUNCH_US
-    heads = min(spec.group, config.BLOCK_H)  # merged one after the other by the last split
-    return stream + 2 * LATENCY_US + heads * (0.2 + vectors / 80e3)  # one program loads some 80 KB a microsecond
+        return stream + LAUNCH_US
+    # Merged one after the other by the last split. One program loads some 40 KB a microsecond, with loops less.
+    heads = min(spec.group * shape.seqlen_q, config.BLOCK_H)
+    return stream + LATENCY_US + heads * (0.2 + vectors / (30e3 if spec.ragged else 40e3))
