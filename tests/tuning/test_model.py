@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
+from sweep_samples import RECORDED
 
 from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.results import Result
 from parallax_gen.problem.config import (
     DecodeConfig,
     DkDvConfig,
@@ -21,6 +24,7 @@ from parallax_gen.problem.shapes import Shape, work_of
 from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.tuning.model import bound_by_matmuls, predict_us, resident_blocks
+from parallax_gen.tuning.sweep import read_sweep
 
 H200 = GPUS["h200"]
 FORWARD, DECODE = KernelSpec("forward", 128, "bf16", causal=True), KernelSpec("decode", 128, "bf16", group=4)
@@ -148,3 +152,40 @@ def test_a_preprocess_of_small_programs_waits_for_memory() -> None:
     one = Resources(255, 0, H200.shared_per_block)  # a single program at a time on a multiprocessor
     times = [predict(spec, PreprocessConfig(m, 4), TRAINED, one) for m in (128, 16, 4)]
     assert times == sorted(set(times))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_the_best_that_was_measured_is_in_the_first_fifth(path: Path) -> None:
+    sweep = read_sweep(path)
+    timed = [r for r in sweep.results if r.outcome in ("ok", "slow")]
+
+    def predicted(result: Result) -> float:
+        assert result.registers is not None
+        assert result.spills is not None
+        assert result.shared_bytes is not None
+        resources = Resources(result.registers, result.spills, result.shared_bytes)
+        return predict_us(sweep.key.spec, result.config, sweep.shape, GPUS[sweep.key.gpu], resources)
+
+    order = sorted(timed, key=predicted)
+    best = min(timed, key=lambda r: r.time_us or math.inf)
+    assert order.index(best) < len(order) / 5
+    measured = sorted(timed, key=lambda r: r.time_us or math.inf)
+    places = {r.config: place for place, r in enumerate(measured)}
+    off = sum((place - places[r.config]) ** 2 for place, r in enumerate(order))
+    n = len(order)
+    assert 1 - 6 * off / (n * (n * n - 1)) > 0.75  # Spearman's rank correlation; 0.84 to 0.93 when written
+
+
+def test_warps_without_rows_of_their_own_wait_for_each_other() -> None:
+    """A tile of 64 rows is for 4 warps, 16 each: with 8, two join what each pair of rows comes to."""
+    small = dataclasses.replace(TILE, BLOCK_M=64, BLOCK_N=128)
+    assert predict(FORWARD, dataclasses.replace(small, num_warps=4), TRAINED) < 0.8 * predict(FORWARD, small, TRAINED)
+
+
+def test_large_tiles_waste_more_of_short_sequences() -> None:
+    def gain(seqlen: int) -> float:
+        shape = Shape(16384 // seqlen * 16, 16, 16, seqlen, seqlen)
+        small, large = (dataclasses.replace(TILE, BLOCK_N=n) for n in (64, 128))
+        return predict(FORWARD, small, shape) / predict(FORWARD, large, shape)
+
+    assert gain(512) < gain(2048) < gain(16384)

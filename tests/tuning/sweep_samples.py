@@ -1,0 +1,41 @@
+"""Recorded sweeps for tests: real ones, partial, and a whole one that is made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parallax_gen.memory.keys import Environment, Key
+from parallax_gen.memory.results import Result
+from parallax_gen.problem.config import TileConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.space import every_config
+from parallax_gen.problem.spec import KernelSpec
+
+RECORDED = sorted((Path(__file__).parents[1] / "data" / "sweeps").glob("*.jsonl*"))
+
+# A few dozen configs.
+CARD = GPUS["rtx4090"]
+SPEC = KernelSpec("forward", 128, "fp32")
+KEY = Key(CARD.name, SPEC, Bucket(8, 4096, 4096), Environment("abc123", "3.6", 1))
+SHAPE = Shape(1, 8, 8, 4096, 4096)
+
+
+def made_up() -> list[Result]:
+    """A result of every config: some fail, some are slow, and the time is a function of the config."""
+    results = []
+    for number, config in enumerate(every_config(SPEC, CARD)):
+        assert isinstance(config, TileConfig)
+        common = {
+            "key": KEY,
+            "config": config,
+            "shape": SHAPE,
+            "created_at": f"2026-01-01T{number // 60:02}:{number % 60:02}:00+00:00",
+        }
+        if number % 5 == 4:
+            results.append(Result(outcome="resources", spills=600, **common))
+            continue
+        time_us = 1234.56789 * 32 / config.BLOCK_M + 10 * number
+        outcome = "slow" if number % 5 == 3 else "ok"
+        results.append(Result(outcome=outcome, time_us=time_us, registers=168, spills=0, compile_s=1.0, **common))
+    return results

@@ -1,0 +1,164 @@
+"""Recorded sweeps: what was measured comes back from the file, and what is not a sweep is refused by line."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_samples import CARD, KEY, RECORDED, SHAPE, made_up
+
+from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import config_to_dict
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.space import KNOBS, every_config, why_invalid
+from parallax_gen.tuning.sweep import COLUMNS, read_sweep, sweep_of, write_sweep
+
+
+@pytest.mark.parametrize("name", ["sweep.jsonl", "sweep.jsonl.gz"])
+def test_a_sweep_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+    sweep = sweep_of(made_up(), CARD)
+    write_sweep(sweep, tmp_path / name)
+    again = read_sweep(tmp_path / name)
+    assert (again.key, again.shape, again.whole) == (KEY, SHAPE, True)
+    assert {r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in again.results} == {
+        r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in made_up()
+    }
+    for config, cost in again.costs.items():
+        assert cost == pytest.approx(sweep.costs[config], rel=1e-4)  # five digits
+    assert again.best_us == pytest.approx(min(r.time_us for r in made_up() if r.time_us), rel=1e-4)
+
+
+def test_the_same_sweep_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name, results in (("a.jsonl.gz", made_up()), ("b.jsonl.gz", made_up()[::-1])):
+        write_sweep(sweep_of(results, CARD), tmp_path / name)
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
+def test_a_whole_sweep_of_the_largest_space_is_small(tmp_path: Path) -> None:
+    spec, gpu = dataclasses.replace(KEY.spec, head_dim=256, dtype="bf16", causal=True), GPUS["h200"]
+    key = dataclasses.replace(KEY, spec=spec, gpu=gpu.name)
+    first = made_up()[0]
+    results = [
+        dataclasses.replace(first, key=key, config=config, time_us=1000.0 + 0.37 * n, registers=n % 255)
+        for n, config in enumerate(every_config(spec, gpu))
+    ]
+    write_sweep(sweep_of(results, gpu), tmp_path / "sweep.jsonl.gz")
+    assert len(results) > 1500
+    assert (tmp_path / "sweep.jsonl.gz").stat().st_size < 40_000
+
+
+def test_it_is_whole_when_every_config_was_tried() -> None:
+    assert sweep_of(made_up(), CARD).whole
+    assert not sweep_of(made_up()[1:], CARD).whole
+    predicted = dataclasses.replace(made_up()[0], outcome="predicted", time_us=1.0)
+    sweep = sweep_of([predicted, *made_up()[1:]], CARD)  # as good as not tried
+    assert not sweep.whole
+    assert predicted.config not in sweep.costs
+
+
+def test_a_store_s_results_make_a_sweep(tmp_path: Path) -> None:
+    with Store(tmp_path / "tuning.db") as store:
+        for result in made_up():
+            store.record(result)
+        assert sweep_of(store.results(KEY), CARD) == sweep_of(made_up(), CARD)
+
+
+def test_rows_that_say_no_shape_are_of_the_one_that_their_bucket_is_tuned_at() -> None:
+    assert sweep_of([dataclasses.replace(r, shape=None) for r in made_up()], CARD).shape == SHAPE
+
+
+def test_a_failure_has_no_cost_and_a_slow_one_has() -> None:
+    costs = sweep_of(made_up(), CARD).costs
+    for result in made_up():
+        assert (costs[result.config] is None) == (result.outcome == "resources")
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ([], "none of them timed"),
+        ([r for r in made_up() if r.outcome == "resources"], "none of them timed"),
+        ([*made_up(), dataclasses.replace(made_up()[0], key=dataclasses.replace(KEY, gpu="h100"))], "2 values of key"),
+        ([dataclasses.replace(made_up()[0], shape=Shape(2, 8, 8, 4096, 4096)), *made_up()[1:]], "2 values of shape"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(results: list[Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        sweep_of(results, CARD)
+
+
+def _header(**fields: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda lines: [lines[0] | fields, *lines[1:]]
+
+
+def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
+    at = [knob.name for knob in KNOBS["forward"]].index(name) if name.isupper() or name not in COLUMNS else None
+    place = len(KNOBS["forward"]) + COLUMNS.index(name) if at is None else at
+
+    def spoil(lines: list[Any]) -> list[Any]:
+        lines[2][place] = value
+        return lines
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda lines: [], "line 1: not of a sweep"),
+        (lambda lines: lines[1:], "line 1: not of a sweep"),
+        (_header(format=2), "line 1: .*format"),
+        (_header(whole=1), "line 1: .*whole"),
+        (_header(columns=["time_us"]), "line 1: .*columns"),
+        (_header(key={"gpu": "h200"}), "line 1: .*spec: got"),
+        (_header(shape={"batch": 1}), "line 1: .*shape"),
+        (_header(configs=20), f"{len(made_up())} lines of configs.*line 1 says 20"),
+        (lambda lines: [*lines[:-1], lines[-2]], "some perhaps twice"),
+        (lambda lines: [*lines[:4], "x", *lines[5:]], "line 5: not of a sweep"),
+        (lambda lines: [*lines[:4], lines[4][:-1], *lines[5:]], "line 5: .*a list of"),
+        (_column("BLOCK_M", "__import__('os')"), "line 3: .*BLOCK_M"),
+        (_column("outcome", "fast"), "line 3: .*outcome"),
+        (_column("time_us", -1.0), "line 3: .*time_us"),
+        (_column("time_us", "1"), "line 3: .*time_us"),
+    ],
+)
+def test_a_spoilt_file_is_refused_by_line(spoil: Callable[[list[Any]], list[Any]], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    write_sweep(sweep_of(made_up(), CARD), path)
+    lines = spoil([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(StoreError, match=said) as refused:
+        read_sweep(path)
+    assert str(path) in str(refused.value)
+
+
+def test_what_cannot_be_read_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(b"x" * 1000)[:-9])
+    for path in (tmp_path / "missing.jsonl", tmp_path, torn):
+        with pytest.raises(StoreError, match=str(path)):
+            read_sweep(path)
+    with pytest.raises(StoreError, match="cannot write"):
+        write_sweep(sweep_of(made_up(), CARD), tmp_path / "no" / "such" / "folder.jsonl")
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_recorded_sweeps_are_what_they_say(path: Path) -> None:
+    sweep = read_sweep(path)
+    spec, gpu = sweep.key.spec, GPUS[sweep.key.gpu]
+    every = set(every_config(spec, gpu))
+    assert sweep.whole == (every <= set(sweep.costs))
+    for result in sweep.results:
+        assert why_invalid(spec, result.config, gpu) is None, config_to_dict(result.config)
+    assert path.stat().st_size < 100_000
+
+
+def test_there_are_recorded_sweeps() -> None:
+    assert len(RECORDED) >= 3
