@@ -1,0 +1,114 @@
+"""Samplers beside the usual one: each asks for all there is, once; a guess helps, and is put right where it is off."""
+
+from __future__ import annotations
+
+import pytest
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.config import KernelConfig, TileConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.space import every_config, why_invalid
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import search as search_module
+from parallax_gen.tuning.estimate import guess_us
+from parallax_gen.tuning.search import SAMPLERS, Search, missing_package
+
+H200 = GPUS["h200"]
+FORWARD = KernelSpec("forward", 128, "bf16", causal=True)
+SMALL = (KernelSpec("forward", 128, "fp32"), GPUS["rtx4090"])  # 21 configs
+TRAINED = Shape(4, 16, 16, 4096, 4096)
+
+
+def guess(config: KernelConfig) -> float:
+    return guess_us(FORWARD, config, TRAINED, H200)
+
+
+def wrong(config: KernelConfig) -> float:
+    """Times that differ from the guess by a factor for each of two knobs' values."""
+    assert isinstance(config, TileConfig)
+    return guess(config) * {1: 1.0, 2: 1.6, 3: 1.9, 4: 2.1}[config.num_stages] * {4: 1.0, 8: 1.7}[config.num_warps]
+
+
+def tried(search: Search, trials: int) -> list[float]:
+    found = []
+    for _ in range(trials):
+        config = search.ask()
+        assert config is not None
+        found.append(wrong(config))
+        search.tell(config, found[-1])
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["model", "corrected", "random"])
+def test_all_is_asked_for_once(sampler: str) -> None:
+    spec, gpu = SMALL
+    every = list(every_config(spec, gpu))
+    search = Search(spec, gpu, seed=0, sampler=sampler, guess=lambda c: guess_us(spec, c, TRAINED, gpu))
+    asked = []
+    while (config := search.ask()) is not None:
+        asked.append(config)
+        search.tell(config, None if len(asked) % 4 == 0 else 100.0 + len(asked))
+    assert len(asked) == len(every)
+    assert set(asked) == set(every)
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s not in ("model", "corrected", "random")])
+def test_optuna_s_samplers_ask_for_what_is_valid_and_new(sampler: str) -> None:
+    if missing_package(sampler):
+        pytest.skip(f"{missing_package(sampler)} is not installed")
+    search = Search(FORWARD, H200, seed=0, sampler=sampler)
+    asked = []
+    for n in range(18):  # of which the first 16 are drawn by chance
+        config = search.ask()
+        assert config is not None
+        assert why_invalid(FORWARD, config, H200) is None
+        asked.append(config)
+        search.tell(config, None if n % 4 == 0 else 10.0 + n)
+    assert len(set(asked)) == len(asked)
+
+
+def test_a_guess_alone_is_followed_in_its_order() -> None:
+    search = Search(FORWARD, H200, guess=guess, sampler="model")
+    asked = [search.ask() for _ in range(30)]
+    best = sorted(map(guess, every_config(FORWARD, H200)))[:30]
+    assert [guess(config) for config in asked if config is not None] == best
+
+
+def test_a_wrong_guess_is_put_right() -> None:
+    best = min(map(wrong, every_config(FORWARD, H200)))
+    corrected, blind = (
+        next(
+            n
+            for n, cost in enumerate(tried(Search(FORWARD, H200, guess=guess, sampler=sampler), 400))
+            if cost <= 1.02 * best
+        )
+        for sampler in ("corrected", "model")
+    )
+    assert corrected < blind / 2
+
+
+def test_with_a_guess_it_is_put_right_by_default_and_without_one_it_is_optuna() -> None:
+    by_default, named = (Search(FORWARD, H200, guess=guess, sampler=s) for s in (None, "corrected"))
+    assert tried(by_default, 15) == tried(named, 15)
+    by_default, named = (Search(FORWARD, H200, seed=3, sampler=s) for s in (None, "tpe"))
+    assert tried(by_default, 20) == tried(named, 20)
+
+
+def test_only_what_there_is_is_asked_for() -> None:
+    few = list(every_config(FORWARD, H200))[::100]
+    for sampler in ("corrected", "tpe"):
+        search = Search(FORWARD, H200, first=every_config(FORWARD, H200), among=few, guess=guess, sampler=sampler)
+        asked = [search.ask() for _ in few]
+        assert set(asked) == set(few)
+        assert search.ask() is None
+
+
+def test_what_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="'best'; allowed: model, corrected, tpe"):
+        Search(FORWARD, H200, sampler="best")
+    with pytest.raises(ArgumentError, match="'model' without a guess"):
+        Search(FORWARD, H200, sampler="model")
+    monkeypatch.setattr(search_module, "find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match="pip install cmaes"):
+        Search(FORWARD, H200, sampler="cma")
