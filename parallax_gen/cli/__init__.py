@@ -24,6 +24,8 @@ COMMANDS = {
     "export": "parallax_gen.cli.export:export",
     "bench": "parallax_gen.cli.bench:bench",
     "report": "parallax_gen.cli.report.command:report",
+    "sweep": "parallax_gen.cli.recorded:sweep",
+    "replay": "parallax_gen.cli.replay:replay",
     "ship": "parallax_gen.cli.ship:ship",
     "db": "parallax_gen.cli.db:db",
     "doctor": "parallax_gen.cli.doctor:doctor",

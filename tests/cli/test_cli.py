@@ -21,6 +21,7 @@ from parallax_gen.tuning.usual import TRAINING, Flags
 
 COMMANDS = (
     *("tune", "list", "show", "explain", "render", "export", "bench", "report", "ship", "db", "doctor", "completion"),
+    *("sweep", "replay"),
 )
 
 

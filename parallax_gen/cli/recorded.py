@@ -1,0 +1,79 @@
+"""`parallax-gen sweep`: what every config of a kernel came to, in files that searches are replayed on."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from parallax_gen.cli.text import lengths, number, print_table
+from parallax_gen.errors import StoreError
+from parallax_gen.problem.spec import OPS
+
+if TYPE_CHECKING:
+    from parallax_gen.memory.keys import Key
+    from parallax_gen.tuning.sweep import Sweep
+
+
+@click.command()
+@click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: all.")
+@click.option("--op", type=click.Choice(OPS), help="Default: all.")
+@click.option(
+    "--partial",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also those that are not whole, of N tried configs at the least; their files say so.",
+)
+@click.option("--plain", is_flag=True, help="As text, and not gzipped.")
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("sweeps"), show_default=True
+)
+def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, folder: Path) -> None:
+    """For maintainers: write the database's whole sweeps to files, one a kernel and bucket.
+
+    A sweep is whole when every valid config was tried: tune with --trials 9999 and a --time-budget of an hour does
+    that. Samplers are judged on it without a GPU: parallax-gen replay.
+
+    \b
+    Example
+      parallax-gen sweep --gpu h200 --op forward --to sweeps
+    """
+    from parallax_gen.cli.known import name_in_records
+    from parallax_gen.memory.store import Store
+    from parallax_gen.problem.hardware import GPUS
+    from parallax_gen.tuning.sweep import TIMED, sweep_of, write_sweep
+
+    with Store(read_only=True) as store:
+        results = store.all(name_in_records(gpu, store.all()) if gpu else None, op)
+    written = []
+    for key, group in groupby(results, key=lambda result: result.key):
+        tried = [result for result in group if result.outcome != "predicted"]
+        if key.gpu not in GPUS or not any(result.outcome in TIMED for result in tried):
+            continue
+        found = sweep_of(tried, GPUS[key.gpu])
+        if found.whole or (partial is not None and len(tried) >= partial):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{file_name(key)}.jsonl{'' if plain else '.gz'}"
+            write_sweep(found, path)
+            written.append((path, found))
+    if not written:
+        raise StoreError(f"{store.path} holds no whole sweep of these: tune with more --trials, or say --partial N")
+    _print(written)
+    click.echo(f"in {folder}")
+
+
+def file_name(key: Key) -> str:
+    """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim and bucket; of all else, a part of the hash."""
+    sizes = f"{key.bucket.kv_rows}x{lengths(key.bucket).replace(' ', '-')}"
+    return f"{key.gpu}-{key.spec.op}-{key.spec.head_dim}-{sizes}-{key.digest[:8]}"
+
+
+def _print(written: list[tuple[Path, Sweep]]) -> None:
+    columns = ("configs", "whole", "best us", "file")
+    rows = [
+        (str(len(found.results)), "yes" if found.whole else "no", number(found.best_us), path.name)
+        for path, found in written
+    ]
+    print_table(columns, rows, right=("configs", "best us"))

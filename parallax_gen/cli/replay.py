@@ -1,0 +1,193 @@
+"""`parallax-gen replay`: which sampler finds the best soonest, on recorded sweeps, without a GPU."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parallax_gen.cli.options import json_option
+from parallax_gen.cli.text import console, print_json, print_table
+
+if TYPE_CHECKING:
+    from parallax_gen.tuning.replay import Curve
+    from parallax_gen.tuning.sweep import Sweep
+
+SHARES = (0.02, 0.05, 0.1, 0.2)  # of a sweep's configs, at which regrets are printed
+SLOW = ("gp",)  # takes minutes a seed: only where it is asked for
+
+Found = list[tuple[str, "Sweep", "list[Curve]"]]  # of each sweep its name and every contender's curve
+
+
+@click.command()
+@click.argument("sweeps", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--sampler", "samplers", multiple=True, metavar="NAME", help="Repeatable. Default: all but gp.")
+@click.option("--seeds", type=click.IntRange(min=1), default=20, show_default=True, help="Searches a sampler.")
+@click.option(
+    "--share",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.2,
+    show_default=True,
+    help="Of a sweep's configs that a search may try.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. Default: one a core.")
+@click.option(
+    "--out",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Also write regrets.csv there, and regrets.png if matplotlib is there.",
+)
+@json_option
+def replay(
+    sweeps: tuple[Path, ...],
+    samplers: tuple[str, ...],
+    seeds: int,
+    share: float,
+    workers: int | None,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Replay searches on recorded sweeps: how soon each sampler comes near the best config.
+
+    The very search that the tuner uses asks for configs, and is told what they took when the sweep was recorded.
+    Regret is what the best so far takes longer than the sweep's best; of all seeds, the median and quartiles.
+
+    \b
+    Samplers
+      ours            as the tuner has it: the default, then the default sampler
+      model           as the static model ranks, before anything is compiled
+      corrected       the same, put right knob by knob by what was found
+      tpe             Optuna's, as are tpe-univariate, cma (with the package
+                      cmaes) and gp (with scipy)
+      random
+
+    \b
+    Example
+      parallax-gen replay sweeps/*.jsonl.gz --seeds 20 --out replayed
+    """
+    from parallax_gen.tuning.replay import CONTENDERS, curves
+    from parallax_gen.tuning.search import missing_package
+    from parallax_gen.tuning.sweep import read_sweep
+
+    for name in samplers:
+        if name not in CONTENDERS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(CONTENDERS)}", param_hint="--sampler")
+    usual = [name for name in CONTENDERS if name not in SLOW and missing_package(name) is None]
+    found: Found = []
+    for path in sweeps:
+        sweep = read_sweep(path)
+        trials = max(1, math.ceil(share * len(sweep.results)))
+        with console(stderr=True).status(f"{path.name}: {seeds} seeds, {trials} trials"):
+            found.append(
+                (_name(path), sweep, curves(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers))
+            )
+        if not as_json:
+            _print(*found[-1])
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_csv(folder / "regrets.csv", found)
+        _draw(folder / "regrets.png", found)
+    if as_json:
+        print_json({"sweeps": [_to_json(*one) for one in found]})
+
+
+def _name(path: Path) -> str:
+    return path.name.partition(".jsonl")[0]
+
+
+def _title(name: str, sweep: Sweep) -> str:
+    whole = "every config" if sweep.whole else "PARTIAL: not every config that there is"
+    return f"{name}: {sweep.key.spec}; {sweep.key.bucket}\n{len(sweep.results)} configs, {whole}"
+
+
+def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
+    """A line a contender: trials until within 2 %, then regrets as the search goes on; medians, quartiles beside."""
+    click.echo(_title(name, sweep))
+    configs = len(sweep.results)
+    shown = [(share, math.ceil(share * configs)) for share in SHARES]
+    shown = [(share, n) for share, n in shown if n <= len(curves[0].median)]
+    columns = ("", "trials to 2 %", "of all", *(f"at {share:.0%}" for share, _ in shown))
+    rows = []
+    for curve in curves:
+        first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
+        of_all = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
+        regrets = [_percent(curve.median[n - 1]) for _, n in shown]
+        rows.append((curve.contender, f"{second} ({first} to {third})", of_all, *regrets))
+    print_table(columns, rows, right=columns[1:])
+    click.echo()
+
+
+def _percent(regret: float) -> str:
+    return f"{100 * regret:.1f} %" if math.isfinite(regret) else "-"
+
+
+def _write_csv(path: Path, found: Found) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("sweep", "whole", "configs", "sampler", "trial", "regret", "regret_p25", "regret_p75"))
+        for name, sweep, curves in found:
+            for curve in curves:
+                for trial, regrets in enumerate(zip(curve.median, curve.lower, curve.upper, strict=True), start=1):
+                    rounded = [f"{regret:.5f}" for regret in regrets]
+                    writer.writerow((name, sweep.whole, len(sweep.results), curve.contender, trial, *rounded))
+
+
+def _draw(path: Path, found: Found) -> None:
+    """A plot a sweep of regret over trials: medians as lines, quartiles as bands."""
+    try:
+        import matplotlib
+    except ImportError:
+        click.echo("no picture: it needs matplotlib, pip install 'parallax-gen[pictures]'", err=True)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    across = min(3, len(found))
+    down = math.ceil(len(found) / across)
+    figure, axes = pyplot.subplots(
+        down, across, figsize=(5.2 * across, 3.8 * down), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat[len(found) :]:
+        ax.set_visible(False)
+    for ax, (name, sweep, curves) in zip(axes.flat, found, strict=False):
+        _plot(ax, name, sweep, curves)
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _plot(ax: Any, name: str, sweep: Sweep, curves: list[Curve]) -> None:
+    for curve in curves:
+        trials = range(1, len(curve.median) + 1)
+        (line,) = ax.plot(trials, [100 * regret for regret in curve.median], label=curve.contender, linewidth=1.2)
+        lower, upper = ([100 * regret for regret in side] for side in (curve.lower, curve.upper))
+        ax.fill_between(trials, lower, upper, alpha=0.12, color=line.get_color())
+    ax.axhline(2, color="grey", linewidth=0.6, linestyle="--")
+    ax.set_yscale("symlog", linthresh=1)  # a regret is 0 in the end
+    ax.set_ylim(0, 300)
+    ax.set_xlabel(f"trials, of {len(sweep.results)} configs{'' if sweep.whole else ' (partial sweep)'}")
+    ax.set_ylabel("regret, %")
+    ax.set_title(name, fontsize=9)
+
+
+def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
+    return {
+        "sweep": name,
+        "key": sweep.key.flat(),
+        "whole": sweep.whole,
+        "configs": len(sweep.results),
+        "best_us": sweep.best_us,
+        "samplers": [
+            {
+                "sampler": curve.contender,
+                "trials_to_2_percent": dict(zip(("p25", "median", "p75"), curve.near_after, strict=True)),
+                "regret": curve.median,
+                "regret_p25": curve.lower,
+                "regret_p75": curve.upper,
+            }
+            for curve in curves
+        ],
+    }

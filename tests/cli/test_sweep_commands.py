@@ -1,0 +1,114 @@
+"""`sweep` and `replay`: from the database to files, and from files to tables, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from cli_samples import KEY, config, known, run, run_json
+
+from parallax_gen.memory.results import Result
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import representative
+from parallax_gen.problem.space import every_config
+from parallax_gen.tuning.sweep import read_sweep
+
+SHAPE = representative(KEY.bucket, KEY.spec.group)
+FEW = ("--sampler", "ours", "--sampler", "random", "--seeds", 3, "--workers", 1)
+
+
+def record(store: Store, splits: tuple[int, ...]) -> None:
+    for number, split in enumerate(splits):
+        store.record(known(250.0 + number, splits=split, shape=SHAPE))
+
+
+@pytest.fixture
+def partial(store: Store, tmp_path: Path) -> Path:
+    """The file of a partial sweep of ten configs."""
+    record(store, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
+    assert run("sweep", "--partial", 10, "--to", tmp_path / "sweeps").exit_code == 0
+    (path,) = (tmp_path / "sweeps").iterdir()
+    return path
+
+
+def test_a_whole_sweep_is_written(store: Store, tmp_path: Path) -> None:
+    for number, each in enumerate(every_config(KEY.spec, gpu_by_name("h200"))):
+        store.record(Result(key=KEY, config=each, outcome="ok", time_us=100.0 + number, shape=SHAPE))
+        if number % 97 == 0:
+            store.record(known(300.0, splits=2, key=KEY.__class__("h100", KEY.spec, KEY.bucket, KEY.environment)))
+    done = run("sweep", "--to", tmp_path / "sweeps")
+    assert done.exit_code == 0, done.output
+    (path,) = (tmp_path / "sweeps").iterdir()  # the other key is not whole
+    assert path.name.startswith("h200-decode-128-256x8192-")
+    assert path.name in done.output
+    sweep = read_sweep(path)
+    assert sweep.whole
+    assert sweep.key == KEY
+
+
+def test_what_is_not_whole_is_written_only_when_asked_for(store: Store, tmp_path: Path, partial: Path) -> None:
+    assert not read_sweep(partial).whole
+    assert config(2) in read_sweep(partial).costs
+    for arguments in ((), ("--partial", 11), ("--gpu", "h100", "--partial", 1), ("--op", "forward", "--partial", 1)):
+        refused = run("sweep", *arguments, "--to", tmp_path / "none")
+        assert refused.exit_code == 1
+        assert "--partial N" in refused.output
+    assert not (tmp_path / "none").exists()
+    assert run("sweep", "--partial", 1, "--plain", "--to", tmp_path / "plain").exit_code == 0
+    (plain,) = (tmp_path / "plain").iterdir()
+    assert read_sweep(plain) == read_sweep(partial)
+    assert json.loads(plain.read_text().splitlines()[0])["key"]["spec.op"] == "decode"
+
+
+def test_a_replay_prints_a_line_a_sampler_and_says_that_a_sweep_is_partial(partial: Path) -> None:
+    done = run("replay", partial, *FEW)
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert "10 configs, PARTIAL" in done.output
+    assert [line.split()[0] for line in lines if line.startswith(("ours", "random", "tpe"))] == ["ours", "random"]
+
+
+def test_a_replay_writes_csv_and_json(partial: Path, tmp_path: Path) -> None:
+    document = run_json("replay", partial, *FEW, "--share", 1.0, "--out", tmp_path / "out")
+    (sweep,) = document["sweeps"]
+    assert (sweep["whole"], sweep["configs"], sweep["best_us"]) == (False, 10, 250.0)
+    with (tmp_path / "out" / "regrets.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 10
+    for found in sweep["samplers"]:
+        mine = [row for row in rows if row["sampler"] == found["sampler"]]
+        assert [float(row["regret"]) for row in mine] == pytest.approx(found["regret"], abs=1e-5)
+        assert float(mine[-1]["regret"]) == 0.0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_a_replay_draws_a_picture(partial: Path, tmp_path: Path) -> None:
+    assert run("replay", partial, partial, *FEW, "--out", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / "regrets.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_a_table_all_the_same(
+    partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run("replay", partial, *FEW, "--out", tmp_path / "out")
+    assert done.exit_code == 0
+    assert "pip install 'parallax-gen[pictures]'" in done.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["regrets.csv"]
+
+
+def test_what_cannot_be_replayed_is_an_error_of_one_line(partial: Path, tmp_path: Path) -> None:
+    spoilt = tmp_path / "spoilt.jsonl"
+    spoilt.write_text("{}\n")
+    refused = run("replay", spoilt, *FEW)
+    assert refused.exit_code == 1
+    assert "spoilt.jsonl, line 1: not of a sweep" in refused.output
+    assert run("replay", tmp_path / "missing.jsonl").exit_code == 2
+    unknown = run("replay", partial, "--sampler", "best")
+    assert unknown.exit_code == 2
+    assert "ours, model, corrected, tpe" in " ".join(unknown.output.split())

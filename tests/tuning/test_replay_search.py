@@ -1,0 +1,65 @@
+"""Replays: regret is counted right, a search sees only costs, and the tuner's own finds the best soon."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from sweep_samples import CARD, RECORDED, made_up
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.tuning.replay import OURS, curves, regrets
+from parallax_gen.tuning.sweep import read_sweep, sweep_of
+
+SWEEP = sweep_of(made_up(), CARD)
+
+
+@pytest.mark.parametrize("contender", [OURS, "model", "corrected", "random"])
+def test_regret_falls_to_nothing_when_all_was_tried(contender: str) -> None:
+    found = regrets(SWEEP, contender, seed=0, trials=1000)
+    assert len(found) == len(SWEEP.results)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 0.0
+    assert regrets(SWEEP, contender, seed=0, trials=5) == found[:5]
+
+
+def test_optuna_s_samplers_are_replayed_too() -> None:
+    found = [regrets(SWEEP, contender, seed=0, trials=10) for contender in ("tpe", "tpe-univariate")]
+    assert [len(regret) for regret in found] == [10, 10]
+    assert found[0] == regrets(SWEEP, "tpe", seed=0, trials=10)
+
+
+def test_quartiles_are_those_of_the_seeds() -> None:
+    (curve,) = curves(SWEEP, ["random"], seeds=5, trials=len(SWEEP.results), workers=1)
+    each = [regrets(SWEEP, "random", seed, trials=1000) for seed in range(5)]
+    assert curve.median == [sorted(of_trial)[2] for of_trial in zip(*each, strict=True)]
+    assert all(a <= b <= c for a, b, c in zip(curve.lower, curve.median, curve.upper, strict=True))
+    near = sorted(next(n for n, regret in enumerate(run, 1) if regret <= 0.02) for run in each)
+    assert curve.near_after[1] == near[2]
+
+
+def test_what_is_not_reached_is_none() -> None:
+    """One trial each: some of the seeds draw a failure, most of them nothing near the best."""
+    (curve,) = curves(SWEEP, ["random"], seeds=20, trials=1, workers=1)
+    each = [regrets(SWEEP, "random", seed, trials=1)[0] for seed in range(20)]
+    assert math.inf in each
+    assert curve.near_after == (None, None, None)
+    assert curve.upper == [sorted(each)[15]]
+
+
+def test_processes_give_what_one_gives() -> None:
+    one, two = (curves(SWEEP, ["corrected", "random"], seeds=2, trials=9, workers=n) for n in (1, 2))
+    assert one == two
+
+
+def test_an_unknown_contender_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="sampler: got 'best'"):
+        regrets(SWEEP, "best", seed=0, trials=1)
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_ours_is_within_2_percent_of_the_best_in_a_tenth_of_the_trials(path: Path) -> None:
+    sweep = read_sweep(path)
+    found = regrets(sweep, OURS, seed=0, trials=len(sweep.results) // 10)
+    assert found[-1] <= 0.02
