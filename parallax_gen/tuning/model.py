@@ -131,7 +131,7 @@ def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, b
         """Of so many programs side by side on a multiprocessor, each with its split."""
         share = 0.94 * gpu.bandwidth / gpu.sms / 1e6  # bytes a microsecond
         in_flight = programs * (config.num_stages - 1) * step_bytes
-        rate = min(share * -math.expm1(-in_flight / (LATENCY_US * share)), programs * step_bytes / chain_us)
+        rate = min(share * math.tanh(in_flight / (LATENCY_US * share)), programs * step_bytes / chain_us)
         return programs * steps / splits * step_bytes / rate
 
     each = tiles * splits / gpu.sms
