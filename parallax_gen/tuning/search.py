@@ -20,7 +20,8 @@ from parallax_gen.problem.space import coerce, every_config, knobs_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.samplers import Chance, Corrected, Guess, Order, Sampler
 
-# Asking Optuna this often in vain for a config that is new and valid means that few are left: then take any.
+# Asking Optuna this often in vain for a config that is new and valid means that few are left: then take any, and ask
+# half as often the next time.
 FUTILE_ASKS = 40
 STARTUP = 16  # trials by chance before Optuna's samplers trust what they learnt
 
@@ -129,18 +130,21 @@ class _Optuna:
         self._study = optuna.create_study(sampler=sampler)
         self._asked: dict[KernelConfig, optuna.Trial] = {}
         self._worst: float | None = None
+        self._patience = FUTILE_ASKS
 
     def propose(self, left: Collection[KernelConfig]) -> KernelConfig | None:
-        for _ in range(FUTILE_ASKS):
+        for _ in range(self._patience):
             trial = self._study.ask(self._distributions)
             values = {n: self._choices[n][v] if self._ordered else v for n, v in trial.params.items()}
             config = coerce(self._spec, values)
             if config in left:
                 self._asked[config] = trial
+                self._patience = min(FUTILE_ASKS, 2 * self._patience)
                 return config
             # A failure teaches nothing: those that would ask for the same again are told that it is bad.
             bad = self._worst if self._ordered else None
             self._study.tell(trial, bad, state=TrialState.FAIL if bad is None else None)
+        self._patience = max(1, self._patience // 2)
         return None
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
