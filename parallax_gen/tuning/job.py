@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +46,22 @@ def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
     here = [r.config for r in records if r.key.bucket == job.bucket]
     best = {r.key.bucket: r.config for r in reversed(records)}  # a file has each key's fastest first
     return list(dict.fromkeys([*here, *best.values()]))
+
+
+def nearby_configs(job: Job, known: Iterable[Result]) -> list[KernelConfig]:
+    """The fastest of each of the two nearest buckets of the job's spec that were measured; sizes by ratio."""
+    best: dict[Bucket, Result] = {}
+    for result in known:
+        if result.measured and result.key.spec == job.spec and result.key.bucket != job.bucket:
+            other = best.get(result.key.bucket)
+            if other is None or (result.time_us or 0.0) < (other.time_us or 0.0):
+                best[result.key.bucket] = result
+
+    def distance(bucket: Bucket) -> float:
+        sizes = zip(bucket.to_dict().items(), job.bucket.to_dict().items(), strict=True)
+        return sum(abs(math.log2(max(one, 1) / max(other, 1))) for (_, one), (_, other) in sizes)
+
+    return list(dict.fromkeys(best[bucket].config for bucket in sorted(best, key=distance)[:2]))
 
 
 @dataclass

@@ -13,8 +13,9 @@ from parallax_gen.problem.config import KernelConfig, config_to_json
 from parallax_gen.problem.heuristics import promising_configs
 from parallax_gen.problem.space import neighbours
 from parallax_gen.tuning.board import Board
+from parallax_gen.tuning.estimate import guess_us
 from parallax_gen.tuning.finals import Finals
-from parallax_gen.tuning.job import Job, Progress, proven_configs
+from parallax_gen.tuning.job import Job, Progress, nearby_configs, proven_configs
 from parallax_gen.tuning.model import predict_us
 from parallax_gen.tuning.search import Search
 from parallax_gen.tuning.worker import Compile, Measure, Outcome, Request, Trial
@@ -41,9 +42,7 @@ class Run:
         self._wanted = "ok" if measure else "predicted"
         known = [r for r in store.results(self.key) if not (measure and r.outcome == "predicted")]
         best = next((r for r in known if r.outcome == self._wanted), None)
-        default, *promising = promising_configs(job.spec, job.shape, job.gpu)
-        near = neighbours(job.spec, best.config if best else default, job.gpu)
-        self._search = Search(job.spec, job.gpu, first=[default, *proven_configs(job), *promising, *near])
+        self._search = Search(job.spec, job.gpu, self._first(best), guess=self._guess_us)
         for result in known:
             self._search.tell(result.config, result.time_us)
         self.progress = Progress(job, known=len(known), best=best)
@@ -141,6 +140,20 @@ class Run:
                 self._board.publish(result)
         self.progress.best = self._store.best(self.key)
         return False
+
+    def _first(self, best: Result | None) -> list[KernelConfig]:
+        """What to try before the search proposes: the default, what was fast elsewhere, and what is near the best.
+
+        The guess that the search begins with may be wrong where nothing like it was ever compiled: these are not.
+        """
+        job = self.job
+        default, *promising = promising_configs(job.spec, job.shape, job.gpu)
+        nearby = nearby_configs(job, self._store.all(job.gpu.name, job.spec.op))
+        near = neighbours(job.spec, best.config, job.gpu) if best else []
+        return [default, *proven_configs(job), *nearby, *promising, *near]
+
+    def _guess_us(self, config: KernelConfig) -> float:
+        return guess_us(self.job.spec, config, self.job.shape, self.job.gpu)
 
     def _next_config(self) -> KernelConfig | None:
         """What the search proposes, and of a shared job, nobody else tries or has tried."""

@@ -18,6 +18,7 @@ Guess = Callable[[KernelConfig], float]
 
 SHRINK = 3.0  # as many observations of no error: what is seen once is believed to a quarter
 HOPE = 0.1  # a value that was not seen is hoped to be so much faster than it is guessed to be
+FAILED = math.log(4.0)  # a config that fails counts as so much slower than it was guessed to be, as may those like it
 SWEEPS = 3  # of the fit over all knobs; each follows the others' last
 
 
@@ -68,6 +69,7 @@ class Corrected:
         self._guess = cache(lambda config: math.log(guess(config)))
         self._knobs = cache(lambda config: tuple(asdict(config).items()))
         self._errors: dict[KernelConfig, float] = {}
+        self._failed: set[KernelConfig] = set()
         self._terms: dict[tuple[str, Value], float] = {}
         self._seen: Counter[tuple[str, Value]] = Counter()
         self._fitted = True
@@ -78,10 +80,12 @@ class Corrected:
         return min(left, key=lambda config: self._guess(config) + self._correction(config) - self._hope(config))
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
-        if cost is not None:
+        if cost is None:
+            self._failed.add(config)
+        else:
             self._errors[config] = math.log(cost) - self._guess(config)
-            self._fitted = False
-            self._seen.update(self._knobs(config))
+        self._fitted = False
+        self._seen.update(self._knobs(config))
 
     def _correction(self, config: KernelConfig) -> float:
         return sum(self._terms.get(knob, 0.0) for knob in self._knobs(config))
@@ -90,10 +94,11 @@ class Corrected:
         return sum(HOPE / math.sqrt(1 + self._seen[knob]) for knob in self._knobs(config))
 
     def _fit(self) -> None:
-        mean = sum(self._errors.values()) / len(self._errors)
-        left = {config: error - mean - self._correction(config) for config, error in self._errors.items()}
+        mean = sum(self._errors.values()) / max(1, len(self._errors))  # the guess may be off for all
+        off = {config: error - mean for config, error in self._errors.items()} | dict.fromkeys(self._failed, FAILED)
+        left = {config: error - self._correction(config) for config, error in off.items()}
         having: dict[tuple[str, Value], list[KernelConfig]] = defaultdict(list)
-        for config in self._errors:
+        for config in off:
             for knob in self._knobs(config):
                 having[knob].append(config)
         for _ in range(SWEEPS):

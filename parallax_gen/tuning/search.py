@@ -54,7 +54,7 @@ class Search:
     """Configs to try, each once: first the `first` ones in their order, then what a sampler proposes.
 
     What is known already is told with `tell` before the first `ask`. A cost is any positive number, less being
-    better; None is a failure, which the sampler learns nothing from.
+    better; None is a failure, which Optuna's samplers learn nothing from.
 
     sampler  one of SAMPLERS; by default "corrected" with a guess, "tpe" without one
     guess    what a config should cost, as well as can be said before it is tried (tuning/estimate.py); "model" and

@@ -88,6 +88,20 @@ def test_a_wrong_guess_is_put_right() -> None:
     assert corrected < blind / 2
 
 
+def test_what_fails_is_soon_left_alone() -> None:
+    """The guess likes these configs best, and none of them compiles: the search soon turns to others."""
+    doomed = {c for c in every_config(FORWARD, H200) if isinstance(c, TileConfig) and c.num_stages == 4}
+
+    def too_good(config: KernelConfig) -> float:
+        return guess(config) / (1.5 if config in doomed else 1.0)
+
+    search, failures = Search(FORWARD, H200, guess=too_good), 0
+    while (config := search.ask()) in doomed:
+        search.tell(config, None)
+        failures += 1
+    assert 1 <= failures <= 20 < len(doomed)
+
+
 def test_with_a_guess_it_is_put_right_by_default_and_without_one_it_is_optuna() -> None:
     by_default, named = (Search(FORWARD, H200, guess=guess, sampler=s) for s in (None, "corrected"))
     assert tried(by_default, 15) == tried(named, 15)

@@ -22,6 +22,7 @@ from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning.job import nearby_configs
 from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
 from parallax_gen.tuning.worker import Outcome
 
@@ -314,6 +315,28 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
     assert proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)[:2] == [second, first]
     assert set(proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)) == {second, first, third}
     assert proven_configs(Job(spec, here, GPUS["rtx4090"]), tmp_path) == []
+
+
+def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store, machine: Machine) -> None:
+    """Two of them, of the spec, measured, by their ratio; in any environment."""
+    spec = KernelSpec("forward", 40, "fp16")
+    configs = list(every_config(spec, GPU))[:6]
+    job = Job(spec, Bucket(64, 4096, 4096), GPU)
+    found = [
+        (Bucket(64, 8192, 8192), configs[0], "ok", 5.0),
+        (Bucket(64, 8192, 8192), configs[1], "ok", 4.0),
+        (Bucket(128, 4096, 4096), configs[2], "ok", 9.0),
+        (Bucket(64, 1024, 1024), configs[3], "ok", 1.0),
+        (Bucket(32, 4096, 4096), configs[4], "predicted", 1.0),
+        (Bucket(64, 4096, 4096), configs[5], "ok", 1.0),
+    ]
+    old = Environment("an old template", "3.5", 1)
+    results = [Result(Key("h200", spec, bucket, old), config, kind, time_us=us) for bucket, config, kind, us in found]
+    assert nearby_configs(job, results) == [configs[2], configs[1]]
+    for result in results:
+        store.record(result)
+    tune(store, job, trials=3)
+    assert machine.compiled == [default_config(spec, job.shape, GPU), configs[2], configs[1]]
 
 
 def test_proven_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
