@@ -27,7 +27,7 @@ from parallax_gen.problem.config import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config, most_shared_bytes
 from parallax_gen.problem.shapes import Bucket, Shape, representative
-from parallax_gen.problem.space import why_invalid
+from parallax_gen.problem.space import shared_bytes, why_invalid
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.tune import MOST_SPILLS
 from parallax_gen.tuning.worker import Compile, Outcome, Trial, Worker
@@ -273,6 +273,18 @@ def test_kernels_compile_for_every_generation() -> None:
     fitting = found["decode_unsplit for h200"].resources
     assert fitting is not None
     assert fitting.spills == 0
+
+
+def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
+    """Where Triton does not pipeline a loop, its loads go to registers, and are missing from shared memory."""
+    jobs = [
+        Job(name, kernel, "h200", shape_of(kernel)) for name, kernel in GOLDEN.items() if kernel.spec.op == "decode"
+    ]
+    found = outcomes(jobs)
+    for job in jobs:
+        resources = found[job.name].resources
+        assert resources is not None
+        assert resources.shared_bytes >= shared_bytes(job.kernel.spec, job.kernel.config, GPU), job.name
 
 
 def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:

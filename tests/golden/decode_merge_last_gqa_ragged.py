@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 12:1, ragged
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=6 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates a0272f4baf9a
+generator  parallax_gen 0.1.0, templates 765c34f2b1c2
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -204,7 +204,9 @@ def ragged_kernel(
     k_offsets = near * stride_kn + dims[None, :]
     v_offsets = near * stride_vn + dims[None, :]
     last_block = tl.maximum(length - BLOCK_N, 0)
-    for n in tl.range(start, end, BLOCK_N):
+    # (From Triton 3.7 on, a loop that begins at a number found behind an early return is not pipelined.)
+    for i in tl.range(0, end - start, BLOCK_N):
+        n = start + i
         first = tl.minimum(n, last_block)
         k = tl.load(k_ptr + first * stride_kn64 + k_offsets)  # [BLOCK_N, HEAD_DIM]
         v = tl.load(v_ptr + first * stride_vn64 + v_offsets)

@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 4:1, ragged, pages of 64
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates a0272f4baf9a
+generator  parallax_gen 0.1.0, templates 765c34f2b1c2
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -199,7 +199,9 @@ def ragged_kernel(
     page_table_ptr += seq64 * stride_tableb
     last_key = tl.maximum(length - 1, 0)
     page = tl.load(page_table_ptr + tl.minimum(start, last_key) // PAGE_SIZE)  # of the whole block
-    for n in tl.range(start, end, BLOCK_N):
+    # (From Triton 3.7 on, a loop that begins at a number found behind an early return is not pipelined.)
+    for i in tl.range(0, end - start, BLOCK_N):
+        n = start + i
         cols = n + keys
         at = tl.minimum(cols, last_key)
         block = page.to(tl.int64) * stride_p + n % PAGE_SIZE * stride_n64
