@@ -1,0 +1,277 @@
+"""Every code block of the pages runs, in a temporary folder, as a reader would run it; what is not run says why.
+
+A comment on the line before a block's fence says what is not as a reader has it:
+
+    <!-- needs: gpu -->       run beside a GPU only; its syntax is checked everywhere
+    <!-- stands in: NAME -->  something of STAND_INS is there first, or in place of what the block says
+    <!-- not run: REASON -->  one of NOT_RUN; that its commands are right is checked all the same
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from parallax_gen.cli import main
+
+TOP = Path(__file__).parents[1]
+PAGES = sorted([TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob("*.md")])
+ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
+NEEDS = {"convert_and_finetune": "transformers"}  # pages
+
+NOT_RUN = ("it installs", "it takes minutes", "it needs a server", "it writes to the checkout")
+
+# Python that comes before a block, in its own namespace.
+TENSORS = """
+import torch, warnings
+warnings.filterwarnings("ignore", message="parallax_gen: these are CPU tensors")
+device = "cuda" if torch.cuda.is_available() else "cpu"
+def normal(*size):
+    return torch.randn(size, device=device, dtype=torch.float16)
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+"""
+STAND_INS = {
+    "q, r, k, v": TENSORS + "q, r, k, v = (normal(2, 24, heads, 16).requires_grad_() for heads in (4, 4, 2, 2))",
+    "packed q, r, k, v": TENSORS
+    + "q, r, k, v = (normal(24, heads, 16) for heads in (4, 4, 2, 2)); starts, longest = ints(0, 10, 24), 14",
+    "a cache": TENSORS
+    + "q, r = normal(2, 1, 4, 16), normal(2, 1, 4, 16); lengths = ints(5, 30)\n"
+    + "k_cache, v_cache = normal(2, 32, 2, 16), normal(2, 32, 2, 16)\n"
+    + "k_pages, v_pages, table = normal(8, 8, 2, 16), normal(8, 8, 2, 16), ints(*range(8)).view(2, 4)",
+    "a packed step": "q, r, starts = normal(3, 4, 16), normal(3, 4, 16), ints(0, 2, 3)",
+    "one rank": TENSORS
+    + "import torch.distributed as dist\n"
+    + "dist.init_process_group('gloo', init_method='file://' + __file__ + '.ranks', rank=0, world_size=1)\n"
+    + "q, r, k, v = (normal(1, 24, heads, 16) for heads in (4, 4, 2, 2))",
+    # A folder of the model's name is where from_pretrained looks before it asks the network.
+    "a tiny random model of that name": TENSORS
+    + "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+    + "Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,\n"
+    + "    num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained('Qwen/Qwen3-0.6B')\n"
+    + "tokens = torch.randint(64, (2, 16)); batches = [tokens] * 3",
+    # This checkout is what was before. Here is one whose forward has another hash, and renders the same.
+    "a checkout of before": "import os, shutil, parallax_gen\n"
+    + "top = os.path.dirname(os.path.dirname(parallax_gen.__file__)); os.symlink(top, '../before')\n"
+    + "for name in ('parallax_gen', 'templates'): shutil.copytree(os.path.join(top, name), name)\n"
+    + "with open('templates/forward.py.j2', 'a') as file: file.write('{% set later = 1 %}')",
+    "one trial a job": "",  # see `steps_of`
+}
+
+# Runs a page's blocks from top to bottom, Python in one namespace, as a notebook would.
+DRIVER = """
+import json, subprocess, sys
+page, steps = json.load(sys.stdin)
+namespace = {"__name__": "__main__", "__file__": page}
+for language, line, code in steps:
+    if language == "python":
+        exec(compile("\\n" * line + code, page, "exec"), namespace)
+    else:
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], stdin=subprocess.DEVNULL)
+        if done.returncode:
+            sys.exit(f"{page}, line {line}: exit status {done.returncode}")
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the line of its fence, counted from 1, and the marker before it, ("", "") for none."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    marker: tuple[str, str]
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(TOP)}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        return self.language in ("python", "sh") and self.marker[0] != "not run" and (ON_A_GPU or not self.needs_gpu)
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.marker == ("needs", "gpu")
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found, lines = [], page.read_text(encoding="utf-8").splitlines()
+    opened: int | None = None
+    for n, line in enumerate(lines):
+        if not line.lstrip().startswith("```"):
+            continue
+        if opened is None:
+            opened = n
+            continue
+        marker = re.fullmatch(r"<!-- ([a-z ]+): (.+) -->", lines[opened - 1])
+        code = "\n".join(lines[opened + 1 : n]) + "\n"
+        pair = (marker[1], marker[2]) if marker else ("", "")
+        found.append(Block(page, opened + 1, lines[opened].lstrip()[3:].strip(), code, pair))
+        opened = None
+    assert opened is None, f"{page.name}, line {opened}: a block without an end"
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def ids(value: object) -> str:
+    return value.where if isinstance(value, Block) else str(Path(str(value)).relative_to(TOP))
+
+
+def steps_of(page: Path) -> list[tuple[str, int, str]]:
+    """What runs of a page: language, line and code, stand-ins included."""
+    steps = []
+    for block in blocks_of(page):
+        if not block.runs:
+            continue
+        code = block.code
+        if block.marker[0] == "stands in":
+            if block.marker[1] == "one trial a job":
+                code = re.sub(r"--trials \d+", "--trials 1", code)
+            else:
+                steps.append(("python", 0, STAND_INS[block.marker[1]]))
+        if block.language == "sh":
+            code = without_installing(code)
+            code = code if block.needs_gpu else f"export CUDA_VISIBLE_DEVICES=\n{code}"
+        steps.append((block.language, block.line, code))
+    return steps
+
+
+def without_installing(code: str) -> str:
+    """A line's `pip install X && rest` as rest: what it installs is checked apart."""
+    return re.sub(r"^pip install .*?(&& |$)", "", code, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if steps_of(page)], ids=ids)
+def test_a_page_runs(page: Path, tmp_path: Path) -> None:
+    if page.stem in NEEDS:
+        pytest.importorskip(NEEDS[page.stem])
+    programs, folder = tmp_path / "programs", tmp_path / "here"
+    for path in (programs, folder):
+        path.mkdir()
+    for name, runs in (("python", ""), ("parallax-gen", "-m parallax_gen.cli")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {runs} "$@"\n')
+        (programs / name).chmod(0o755)
+    shutil.copytree(TOP / "tuning_db", folder / "tuning_db")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(TOP)}
+    environment |= {"PARALLAX_GEN_DB": str(tmp_path / "tuning.db"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps([str(folder / page.name), steps_of(page)]),
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{page.name}:\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=ids)
+def test_a_block_is_accounted_for(block: Block) -> None:
+    kind, value = block.marker
+    assert block.language in ("python", "sh", "text"), "of no known language"
+    known = {"": ("",), "needs": ("gpu",), "stands in": tuple(STAND_INS), "not run": NOT_RUN}
+    assert value in known.get(kind, ()), f"no such marker: {kind}: {value}"
+    if block.language == "python":
+        assert kind != "not run"
+        compile(block.code, block.where, "exec")
+    elif block.language == "sh":
+        subprocess.run(["bash", "-n", "-c", block.code], check=True, timeout=20)
+        for command in commands_of(block.code) if kind == "not run" else ():
+            check(command)
+    if block.needs_gpu and not ON_A_GPU:
+        pytest.skip("needs a CUDA device: its syntax alone was checked")
+
+
+def commands_of(code: str) -> list[list[str]]:
+    """The commands of shell code, in words, without what is piped and redirected."""
+    code = code.replace("\\\n", " ")
+    lines = [line for line in code.splitlines() if line and not line.startswith("#")]
+    parts = [part for line in lines for part in re.split(r"&&|\|\||[|;]", line)]
+    return [shlex.split(re.sub(r"\d?>.*", "", part), comments=True) for part in parts if part.strip()]
+
+
+def check(words: list[str]) -> None:
+    """That a command is one which can be given: its options, its extras, its files."""
+    while "=" in words[0]:  # a variable for this command
+        words = words[1:]
+    if words[0] == "parallax-gen":
+        parse(words[1:])
+    elif words[:2] == ["pip", "install"]:
+        for extras in re.findall(r"\[(.+)\]", " ".join(words)):
+            assert set(extras.split(",")) <= extras_of_the_package(), words
+    elif words[0] in ("python", "torchrun") or words[0].endswith(".py"):
+        files = [word for word in words if re.match(r"(examples|tests)/", word)]
+        assert all((TOP / file).exists() for file in files), words
+    else:
+        assert words[0] in ("bash", "cat", "cd", "cp", "diff", "export", "git", "ls", "mypy", "ruff", "source"), words
+
+
+def extras_of_the_package() -> set[str]:
+    text = (TOP / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return set(re.findall(r"^(\w+) = \[", section, flags=re.MULTILINE))
+
+
+def parse(words: list[str]) -> None:
+    """As the command line would, without doing it. Click raises what it would say."""
+    context: click.Context = main.make_context("parallax-gen", list(words))
+    while isinstance(context.command, click.Group):
+        name, command, words = context.command.resolve_command(context, context._protected_args + context.args)
+        assert command is not None
+        context = command.make_context(name, list(words), parent=context)
+
+
+@pytest.mark.parametrize("page", [*PAGES, TOP / "CHANGELOG.md"], ids=ids)
+def test_commands_named_in_text_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for said in re.findall(r"`parallax-gen ([^`]+)`", text):
+        command: click.Command | None = main
+        words = said.split()
+        while isinstance(command, click.Group) and words and re.fullmatch(r"[a-z]+", words[0]):
+            command = command.get_command(click.Context(command), words.pop(0))
+            assert command is not None, said
+        assert command is not None
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= options | {"--help"}, said
+
+
+@pytest.mark.parametrize("page", [*PAGES, TOP / "templates" / "README.md"], ids=ids)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if page.name != "README.md" and f"{page.name})" not in text] == []
+
+
+def test_the_two_commands_are_two_commands() -> None:
+    install, test = (block for block in blocks_of(TOP / "README.md") if block.code.startswith("pip install"))
+    assert all(block.code.count("\n") == 1 for block in (install, test))
+    assert [words[0] for words in commands_of(install.code)] == ["pip", "parallax-gen", "parallax-gen"]
+    assert [words[:3] for words in commands_of(test.code)] == [["pip", "install", "-e"], ["python", "-m", "pytest"]]
