@@ -31,35 +31,15 @@ NEEDS = {"convert_and_finetune": "transformers"}  # pages
 
 NOT_RUN = ("it installs", "it takes minutes", "it needs a server", "it writes to the checkout")
 
-# Python that comes before a block, in its own namespace.
-TENSORS = """
-import torch, warnings
-warnings.filterwarnings("ignore", message="parallax_gen: these are CPU tensors")
-device = "cuda" if torch.cuda.is_available() else "cpu"
-def normal(*size):
-    return torch.randn(size, device=device, dtype=torch.float16)
-def ints(*numbers):
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
-"""
+# Python that comes before a block, in its page's own namespace.
 STAND_INS = {
-    "q, r, k, v": TENSORS + "q, r, k, v = (normal(2, 24, heads, 16).requires_grad_() for heads in (4, 4, 2, 2))",
-    "packed q, r, k, v": TENSORS
-    + "q, r, k, v = (normal(24, heads, 16) for heads in (4, 4, 2, 2)); starts, longest = ints(0, 10, 24), 14",
-    "a cache": TENSORS
-    + "q, r = normal(2, 1, 4, 16), normal(2, 1, 4, 16); lengths = ints(5, 30)\n"
-    + "k_cache, v_cache = normal(2, 32, 2, 16), normal(2, 32, 2, 16)\n"
-    + "k_pages, v_pages, table = normal(8, 8, 2, 16), normal(8, 8, 2, 16), ints(*range(8)).view(2, 4)",
-    "a packed step": "q, r, starts = normal(3, 4, 16), normal(3, 4, 16), ints(0, 2, 3)",
-    "one rank": TENSORS
-    + "import torch.distributed as dist\n"
-    + "dist.init_process_group('gloo', init_method='file://' + __file__ + '.ranks', rank=0, world_size=1)\n"
-    + "q, r, k, v = (normal(1, 24, heads, 16) for heads in (4, 4, 2, 2))",
+    "one rank": "import torch, torch.distributed as dist\n"
+    + "dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo',\n"
+    + "    init_method='file://' + __file__ + '.ranks', rank=0, world_size=1)\n",
     # A folder of the model's name is where from_pretrained looks before it asks the network.
-    "a tiny random model of that name": TENSORS
-    + "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+    "a tiny random model of that name": "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
     + "Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,\n"
-    + "    num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained('Qwen/Qwen3-0.6B')\n"
-    + "tokens = torch.randint(64, (2, 16)); batches = [tokens] * 3",
+    + "    num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained('Qwen/Qwen3-0.6B')",
     # This checkout is what was before. Here is one whose forward has another hash, and renders the same.
     "a checkout of before": "import os, shutil, parallax_gen\n"
     + "top = os.path.dirname(os.path.dirname(parallax_gen.__file__)); os.symlink(top, '../before')\n"
