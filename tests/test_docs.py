@@ -36,6 +36,8 @@ STAND_INS = {
     "one rank": "import torch, torch.distributed as dist\n"
     + "dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo',\n"
     + "    init_method='file://' + __file__ + '.ranks', rank=0, world_size=1)\n",
+    "Triton's interpreter": "import os, torch\n"
+    + "if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'",
     # A folder of the model's name is where from_pretrained looks before it asks the network.
     "a tiny random model of that name": "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
     + "Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,\n"
@@ -161,6 +163,18 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, f"{page.name}:\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_fence_and_marker_is_seen(page: Path) -> None:
+    """A marker that is not on the line before a fence would mark nothing."""
+    text = page.read_text(encoding="utf-8")
+    assert "~~~" not in text
+    assert text.count("<!--") == sum(block.marker != ("", "") for block in blocks_of(page))
+
+
+def test_every_stand_in_is_used() -> None:
+    assert {block.marker[1] for block in BLOCKS if block.marker[0] == "stands in"} == set(STAND_INS)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=ids)
 def test_a_block_is_accounted_for(block: Block) -> None:
     kind, value = block.marker
@@ -210,23 +224,27 @@ def extras_of_the_package() -> set[str]:
 
 def parse(words: list[str]) -> None:
     """As the command line would, without doing it. Click raises what it would say."""
-    context: click.Context = main.make_context("parallax-gen", list(words))
-    while isinstance(context.command, click.Group):
-        name, command, words = context.command.resolve_command(context, context._protected_args + context.args)
-        assert command is not None
-        context = command.make_context(name, list(words), parent=context)
+    command, words = command_of(words)
+    command.make_context(command.name, words)
+
+
+def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that words begin with, of whatever depth, and the words behind its name."""
+    command: click.Command = main
+    while isinstance(command, click.Group) and words and re.fullmatch(r"-v|[a-z]+", words[0]):
+        name, *words = words
+        if name != "-v":
+            found = command.get_command(click.Context(command), name)
+            assert found is not None, f"no command {name!r}"
+            command = found
+    return command, words
 
 
 @pytest.mark.parametrize("page", [*PAGES, TOP / "CHANGELOG.md"], ids=ids)
 def test_commands_named_in_text_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for said in re.findall(r"`parallax-gen ([^`]+)`", text):
-        command: click.Command | None = main
-        words = said.split()
-        while isinstance(command, click.Group) and words and re.fullmatch(r"[a-z]+", words[0]):
-            command = command.get_command(click.Context(command), words.pop(0))
-            assert command is not None, said
-        assert command is not None
+        command, words = command_of(said.split())
         options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in words if word.startswith("--")} <= options | {"--help"}, said
 
