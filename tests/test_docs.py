@@ -148,6 +148,7 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {runs} "$@"\n')
         (programs / name).chmod(0o755)
     shutil.copytree(TOP / "tuning_db", folder / "tuning_db")
+    (folder / "tests").symlink_to(TOP / "tests")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(TOP)}
     environment |= {"PARALLAX_GEN_DB": str(tmp_path / "tuning.db"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
