@@ -55,7 +55,7 @@ class LazyGroup(click.Group):
         names = self.list_commands(ctx)
         name = args[0]
         if not ctx.resilient_parsing and name not in names and not name.startswith("-"):
-            near = get_close_matches(name, names)
+            near = get_close_matches(name, names, cutoff=0.7)
             ctx.fail(f"No such command {name!r}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else ""))
         return super().resolve_command(ctx, args)
 

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     "--to", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("sweeps"), show_default=True
 )
 def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, folder: Path) -> None:
-    """For maintainers: write the database's whole sweeps to files, one a kernel and bucket.
+    """For maintainers: write the database's sweeps to files.
 
-    A sweep is whole when every valid config was tried: tune with --trials 9999 and a --time-budget of an hour does
-    that. Samplers are judged on it without a GPU: parallax-gen replay.
+    One file a kernel and bucket. A sweep is whole when every valid config was tried: tune with --trials 9999 and a
+    --time-budget of an hour does that. Samplers are judged on it without a GPU: parallax-gen replay.
 
     \b
     Example

@@ -50,7 +50,7 @@ def replay(
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Replay searches on recorded sweeps: how soon each sampler comes near the best config.
+    """Replay searches on recorded sweeps, to judge samplers.
 
     The very search that the tuner uses asks for configs, and is told what they took when the sweep was recorded.
     Regret is what the best so far takes longer than the sweep's best; of all seeds, the median and quartiles.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import shlex
 import subprocess
@@ -80,12 +81,16 @@ def test_a_mistyped_word_is_a_usage_error_with_the_nearest(arguments: tuple[str,
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_examples_in_help_parse(name: str) -> None:
+def test_examples_in_help_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("sweeps/h200.jsonl.gz", "colleague.jsonl", "old/tuning.db"):  # that examples name must be there
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
     lines = [line.strip() for line in run(name, "--help").stdout.splitlines()]
     examples = [line for line in lines if line.startswith(f"parallax-gen {name} ") or line == f"parallax-gen {name}"]
     assert examples
     for example in examples:
-        words = shlex.split(example.partition(" >")[0])
+        words = [found for word in shlex.split(example.partition(" >")[0]) for found in glob.glob(word) or [word]]
         context = main.make_context("parallax-gen", words[1:])
         command = main.get_command(context, name)
         assert command is not None
