@@ -1,0 +1,205 @@
+"""What ships: sdist and wheel hold what git has, and the wheel runs with nothing beside it but what it declares."""
+
+from __future__ import annotations
+
+import email
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from collections.abc import Callable, Iterable
+from email.message import Message
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from test_layers import IMPORTS
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"convert_model"})  # that needs an extra
+SHORT = {"train_language_model": "--device cpu --steps 1 --layers 1 --width 32 --head-dim 16 --seqlen 32 --batch 1"}
+PEERS = {"fla", "parallax"}  # imported where they are installed
+HELP_S = 0.5
+
+
+def run(*command: object, cwd: Path, **variables: str) -> str:
+    """What a program prints that sees nothing of the checkout, and keeps what it writes to `cwd`."""
+    hidden = ("PYTHONPATH", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"OMP_NUM_THREADS": "1", "PARALLAX_GEN_DB": "tuning.db", "PARALLAX_GEN_CACHE_DIR": "cache"}
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# what is in them
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    for needed in ("build", "hatchling"):
+        pytest.importorskip(needed)
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def declared(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+@pytest.fixture(scope="module")
+def tracked() -> set[str]:
+    """The paths that git has or would add."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    return {name for name in listed.split("\0") if (ROOT / name).is_file()}
+
+
+def test_the_wheel_holds_the_package_and_its_data(wheel: Path, tracked: set[str]) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        about = {name.partition(".dist-info/")[2] for name in archive.namelist()} - {""}
+    package = {name for name in tracked if name.startswith("parallax_gen/")}
+    data = {f"parallax_gen/{name}" for name in tracked if name.startswith(("templates/", "tuning_db/"))}
+    assert held == package | data
+    assert {Path(name).suffix for name in held} >= {".py", ".typed", ".j2", ".css", ".js", ".jsonl", ".sql"}
+    assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+
+
+def test_the_sdist_holds_what_git_has(dist: Path, tracked: set[str]) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert held == {name for name in tracked if not name.startswith(".ci/")} | {"PKG-INFO"}
+    assert held >= {"LICENSE", "README.md", "CHANGELOG.md", "tests/test_packaging.py"}
+
+
+def test_what_is_imported_is_declared_and_what_is_needed_is_imported(declared: Message) -> None:
+    outside = {name.split(".")[0] for names in IMPORTS.values() for name in names}
+    imported = {canonicalize_name(name) for name in outside - sys.stdlib_module_names - {"parallax_gen"}}
+    requirements = [Requirement(line) for line in declared.get_all("Requires-Dist", [])]
+    assert imported - PEERS <= {canonicalize_name(each.name) for each in requirements}
+    assert {canonicalize_name(each.name) for each in requirements if "extra" not in str(each.marker)} <= imported
+
+
+# what it does
+
+
+def closure(requirements: Iterable[str]) -> Iterable[metadata.Distribution]:
+    """The distributions installed here that the requirements bring."""
+    found: dict[str, metadata.Distribution] = {}
+    waiting = [Requirement(line) for line in requirements]
+    while waiting:
+        each = waiting.pop()
+        if each.name not in found and (each.marker is None or each.marker.evaluate({"extra": ""})):
+            found[each.name] = metadata.distribution(each.name)
+            waiting += map(Requirement, found[each.name].requires or [])
+    return found.values()
+
+
+@pytest.fixture(scope="module")
+def programs(wheel: Path, declared: Message, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment that holds the wheel and what it declares without extras, linked from here."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for distribution in closure(declared.get_all("Requires-Dist", [])):
+        for name in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(distribution.locate_file(name))
+    python = folder / "bin" / "python"
+    # Without an index pip refuses what it finds no requirement of.
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel, cwd=folder)
+    return folder / "bin"
+
+
+@pytest.fixture
+def shell(programs: Path, tmp_path: Path) -> Callable[[str], str]:
+    """Runs a line in a folder of its own, where the environment's programs come first."""
+    return lambda line: run("sh", "-c", line, cwd=tmp_path, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
+
+
+# Where the package is, and which of its modules lack another package, with that one's name.
+IMPORT_ALL = """
+import importlib, json, pkgutil, parallax_gen
+lacking = {}
+for module in pkgutil.walk_packages(parallax_gen.__path__, "parallax_gen."):
+    try:
+        if not module.name.endswith(".__main__"):
+            importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        lacking[module.name] = error.name
+print(json.dumps([parallax_gen.__file__, lacking]))
+"""
+
+# What was imported for the help, in the last line.
+HELP = "import sys; from parallax_gen.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+
+
+def test_every_module_imports_without_extras_but_those_that_are_for_one(
+    programs: Path, shell: Callable[[str], str]
+) -> None:
+    where, lacking = json.loads(shell(f"python -c '{IMPORT_ALL}'"))
+    assert Path(where).is_relative_to(programs.parent)
+    assert lacking == {"parallax_gen.integrations.transformers": "transformers"}
+
+
+def test_help_comes_at_once(shell: Callable[[str], str]) -> None:
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        assert "tune" in shell("parallax-gen --help")
+        after = os.times()
+        # The processor's time, since it waits for nothing: the clock would tell how busy the other tests are.
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+    assert min(seconds) < HELP_S
+
+
+def test_help_imports_nothing_heavy(shell: Callable[[str], str]) -> None:
+    modules = set(shell(f'python -c "{HELP}"').splitlines()[-1].split())
+    assert "click" in modules
+    assert not modules & {"torch", "triton", "numpy", "optuna", "sqlite3", "rich"}
+
+
+def test_both_ways_to_start_say_the_version(shell: Callable[[str], str], declared: Message) -> None:
+    said = shell("parallax-gen --version")
+    assert said == shell("python -m parallax_gen --version")
+    assert said.split()[-1] == declared["Version"]
+
+
+def test_doctor_finds_nothing_broken(shell: Callable[[str], str]) -> None:
+    assert re.search(r"h200: \d+ of [1-9]\d* records", shell("parallax-gen doctor"))
+
+
+def test_the_main_job(shell: Callable[[str], str], tmp_path: Path) -> None:
+    """README's first command, with fewer trials."""
+    shell("parallax-gen tune --gpu h200 --op decode --head-dim 128 --shape 1,32/8,4096 --trials 2")
+    shell("parallax-gen export --gpu h200 --op decode --head-dim 128 --dtype bf16 -o kernels")
+    assert len(list((tmp_path / "kernels").glob("decode_d128_bf16_*.py"))) > 1
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_run_without_extras(shell: Callable[[str], str], tmp_path: Path, example: str) -> None:
+    shutil.copy(ROOT / "examples" / f"{example}.py", tmp_path)
+    assert shell(f"python {example}.py {SHORT.get(example, '')}").strip()
