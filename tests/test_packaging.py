@@ -47,7 +47,7 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, and the wheel that was built from it."""
-    for needed in ("build", "hatchling"):
+    for needed in ("build.__main__", "hatchling.build"):
         pytest.importorskip(needed)
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
