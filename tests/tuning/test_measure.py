@@ -1,0 +1,155 @@
+"""The timing protocol, on a made-up device whose clock stands still but for the work that is launched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from parallax_gen.tuning import measure
+from parallax_gen.tuning.measure import CALLS_A_GRAPH, FEWEST_REPLAYS, MOST_REPLAYS, REST_S, TURNS
+
+
+class Device:
+    """What measure.py uses of torch.cuda. A call takes as long as it says, in order of launch."""
+
+    def __init__(self) -> None:
+        self.now_us = 0.0
+        self.captured: list[Callable[[], None]] | None = None
+        self.replays: list[str] = []  # of whose graph
+        self.rests: list[float] = []
+
+    def work(self, name: str, us: Callable[[], float]) -> Callable[[], None]:
+        """A call that launches some work."""
+
+        def call() -> None:
+            if self.captured is None:
+                self.now_us += us()
+            else:
+                self.captured.append(call)
+
+        call.__name__ = name
+        return call
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at_us = device.now_us
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at_us - self.at_us) / 1000
+
+    class Graph:
+        calls: list[Callable[[], None]]
+
+        def replay(self) -> None:
+            device.replays.append(self.calls[0].__name__)
+            for call in self.calls:
+                call()
+
+    @contextmanager
+    def capturing(graph: Graph, stream: Stream) -> Iterator[None]:
+        device.captured = []
+        yield
+        graph.calls, device.captured = device.captured, None
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        yield
+
+    for name, value in {
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": capturing,
+        "stream": on,
+        "current_stream": Stream,
+    }.items():
+        monkeypatch.setattr(measure.torch.cuda, name, value)
+    monkeypatch.setattr(measure.time, "sleep", device.rests.append)
+    return device
+
+
+@pytest.mark.parametrize(
+    ("us", "calls", "replays"),
+    [
+        (5.0, CALLS_A_GRAPH, MOST_REPLAYS),  # 40 ms would hold 400
+        (50.0, CALLS_A_GRAPH, 40),
+        (500.0, 4, 20),
+        (9000.0, 1, FEWEST_REPLAYS),  # 40 ms would hold four
+    ],
+)
+def test_calls_share_graphs_that_are_replayed_for_so_long(device: Device, us: float, calls: int, replays: int) -> None:
+    timing = measure.time_call(device.work("a", lambda: us), timed_ms=40.0)
+    assert (timing.calls_a_graph, timing.replays) == (calls, replays)
+    assert (timing.median_us, timing.p20_us, timing.p80_us) == pytest.approx((us, us, us))
+    assert device.rests == []
+
+
+def test_the_median_and_the_fifths_are_of_replays(device: Device) -> None:
+    chance, took = random.Random(0), []
+
+    def cost() -> float:
+        took.append(chance.uniform(3000.0, 4000.0))  # too long for two to share a graph
+        return took[-1]
+
+    timing = measure.time_call(device.work("a", cost), timed_ms=110.0)
+    timed = torch.tensor(took[-timing.replays :], dtype=torch.float64)
+    assert timing.calls_a_graph == 1
+    assert len(timed) > 20
+    expected = torch.quantile(timed, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    assert [timing.median_us, timing.p20_us, timing.p80_us] == pytest.approx(expected)
+
+
+def test_what_has_lost_is_replayed_a_few_times_only(device: Device) -> None:
+    assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=99.0).replays == FEWEST_REPLAYS
+    assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=101.0).replays == 20
+
+
+def test_from_rest_is_after_a_rest(device: Device) -> None:
+    measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, from_rest=True)
+    assert device.rests == [REST_S]
+
+
+def test_in_turns_a_drift_is_shared(device: Device) -> None:
+    """The card slows with every call: one after the other, the second would seem the slower one by half a percent."""
+    drift = 1.0
+
+    def slowing(us: float) -> Callable[[], float]:
+        def cost() -> float:
+            nonlocal drift
+            drift *= 1.00002
+            return us * drift
+
+        return cost
+
+    works = [device.work("a", slowing(101.0)), device.work("b", slowing(100.0))]
+    first, second = (measure.time_call(work, timed_ms=60.0) for work in works)
+    assert first.median_us < second.median_us
+    device.replays.clear()
+    timings = measure.time_in_turns(works, timed_ms=60.0, from_rest=True)
+    assert timings[1].median_us < timings[0].median_us
+    assert device.rests == [REST_S] * 2 * TURNS
+    assert [timing.replays for timing in timings] == [timings[0].replays] * 2
+    turns = [name for n, name in enumerate(device.replays) if n == 0 or device.replays[n - 1] != name]
+    assert turns[-2 * TURNS :] == ["a", "b"] * TURNS
