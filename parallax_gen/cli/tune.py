@@ -126,6 +126,8 @@ def tune(
     dtypes = dtypes or ("bf16",)
     with benches_of(devices) as benches:
         card, measure = card_to_tune(gpu, benches)
+        if storage is not None and not measure:
+            raise MeasureError("--storage: there is no CUDA device here, and what is only predicted is not shared")
         if grid:
             jobs = of_grid(card, GRIDS[grid], head_dims, dtypes, flags)
         else:

@@ -90,7 +90,8 @@ class Tuner:
         return _Floor(self._pool, runs, list(self._benches)).work(time_budget_s, watcher)
 
     def _run(self, job: Job, trials: int) -> Run:
-        board = self._storage.board(job.key) if self._storage is not None else None
+        # A prediction would keep those who can measure from the config.
+        board = self._storage.board(job.key) if self._storage is not None and self._measure else None
         return Run(job, self._store, measure=self._measure, trials=trials, board=board)
 
 

@@ -241,6 +241,15 @@ def test_a_second_worker_takes_what_the_first_found(card: None, store: Store, tm
     assert len(both) == 8
 
 
+def test_predictions_are_not_shared(store: Store, tmp_path: Path) -> None:
+    """Others would take what was only compiled for tried."""
+    result = run("tune", *CALL, *FEW, "--storage", f"journal:{tmp_path / 'journal'}")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --storage: there is no CUDA device here")
+    assert not (tmp_path / "journal").exists()
+    assert store.all() == []
+
+
 def test_a_storage_that_is_none_is_an_error(card: None, store: Store) -> None:
     result = run("tune", *CALL, *FEW, "--storage", "somewhere")
     assert result.exit_code == 1

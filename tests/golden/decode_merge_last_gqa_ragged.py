@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 12:1, ragged
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=6 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 765c34f2b1c2
+generator  parallax_gen 0.1.0, templates b66c7f380133
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -139,7 +139,7 @@ def ragged_kernel(
     all_blocks = tl.zeros([SEQUENCES], tl.int32)
     for first in range(0, batch, SEQUENCES):
         seqs = first + tl.arange(0, SEQUENCES)
-        length, len_q, blocks = _sizes(seqs, seqs < batch, cache_seqlens_ptr, seqlen_kv, BLOCK_N)
+        _, _, blocks = _sizes(seqs, seqs < batch, cache_seqlens_ptr, seqlen_kv, BLOCK_N)
         all_blocks += blocks
     programs = batch * (NUM_SPLITS - 1) + tl.cdiv(batch, SPARE)
     share = tl.maximum(tl.cdiv(tl.sum(all_blocks, 0), programs), LEAST)
@@ -152,7 +152,7 @@ def ragged_kernel(
     all_slots = 0
     for first in range(0, batch, SEQUENCES):
         seqs = first + tl.arange(0, SEQUENCES)
-        length, len_q, blocks = _sizes(seqs, seqs < batch, cache_seqlens_ptr, seqlen_kv, BLOCK_N)
+        _, len_q, blocks = _sizes(seqs, seqs < batch, cache_seqlens_ptr, seqlen_kv, BLOCK_N)
         tiles = len_q * TILES
         slots = tiles * tl.maximum(tl.cdiv(blocks, share), 1)
         ends = all_slots + tl.cumsum(slots, 0)

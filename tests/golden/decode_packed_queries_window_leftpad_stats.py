@@ -3,7 +3,7 @@
 spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, ragged, leftpad, many queries
 config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 765c34f2b1c2
+generator  parallax_gen 0.1.0, templates b66c7f380133
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -158,7 +158,7 @@ def ragged_kernel(
     all_tiles = tl.zeros([SEQUENCES], tl.int32)
     for first in range(0, batch, SEQUENCES):
         seqs = first + tl.arange(0, SEQUENCES)
-        length, lower, len_q, blocks = _sizes(
+        _, _, len_q, blocks = _sizes(
             seqs, seqs < batch, cache_seqlens_ptr, cache_leftpad_ptr, cu_seqlens_q_ptr, seqlen_kv, window, BLOCK_N
         )
         tiles = tl.cdiv(len_q * GROUP, BLOCK_H)
@@ -176,7 +176,7 @@ def ragged_kernel(
     all_slots = 0
     for first in range(0, batch, SEQUENCES):
         seqs = first + tl.arange(0, SEQUENCES)
-        length, lower, len_q, blocks = _sizes(
+        _, _, len_q, blocks = _sizes(
             seqs, seqs < batch, cache_seqlens_ptr, cache_leftpad_ptr, cu_seqlens_q_ptr, seqlen_kv, window, BLOCK_N
         )
         tiles = tl.cdiv(len_q * GROUP, BLOCK_H)

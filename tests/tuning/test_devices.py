@@ -5,9 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from machines import FINE, Machine, timed, timing
@@ -18,7 +16,6 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import tune as tuning
 from parallax_gen.tuning.finals import CLOSE, IN_TURNS
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tune import Tuner
@@ -44,19 +41,6 @@ class Notes:
 
     def end(self, progress: Progress) -> None:
         self.ended.append(progress)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "tuning.db") as store:
-        yield store
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    machine = Machine()
-    monkeypatch.setattr(tuning, "Worker", machine.worker)
-    return machine
 
 
 def tune_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import tune as tuning
 from parallax_gen.tuning.job import nearby_configs
 from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
 from parallax_gen.tuning.worker import Outcome
@@ -33,19 +31,6 @@ SMALL = Job(KernelSpec("forward", 128, "fp32"), Bucket(8, 128, 128), GPUS["rtx40
 
 def ignore(_: Progress) -> None:
     pass
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "tuning.db") as store:
-        yield store
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    machine = Machine()
-    monkeypatch.setattr(tuning, "Worker", machine.worker)
-    return machine
 
 
 def tune(store: Store, job: Job = JOB, *, measure: bool = True, trials: int = 8, **others: Any) -> Progress:

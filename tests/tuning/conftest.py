@@ -1,0 +1,25 @@
+"""A database of its own, and a made-up machine in place of children, for the tests of the tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machines import Machine
+
+from parallax_gen.memory.store import Store
+from parallax_gen.tuning import tune as tuning
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "tuning.db") as store:
+        yield store
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(tuning, "Worker", machine.worker)
+    return machine
