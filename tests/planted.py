@@ -64,7 +64,8 @@ def tune_planted(folder: Path) -> tuple[dict[str, Any], list[Result]]:
     pool.write_text("".join(lines))
     database = folder / "tuning.db"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(folder), "PARALLAX_GEN_DB": str(database)}
+    paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": paths, "PARALLAX_GEN_DB": str(database)}
     arguments = ["--gpu", "h200"] if "CUDA_VISIBLE_DEVICES" in os.environ else []
     call = ["tune", *arguments, "--op", "preprocess", "--shape", "1,4,512", "--time-budget", "400", "--json"]
     done = subprocess.run(

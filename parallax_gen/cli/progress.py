@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from parallax_gen.cli.known import shape_of
 from parallax_gen.cli.text import brief, counted, time_and_rate
 from parallax_gen.memory.results import Result
 
@@ -117,5 +118,5 @@ def best_of(progress: Progress) -> str:
     best = progress.best
     if best is None or best.time_us is None:
         return "none works so far"
-    told = f"{time_and_rate(best.key.spec, progress.job.shape, best.time_us)}, {brief(best.config)}"
+    told = f"{time_and_rate(best.key.spec, shape_of(best), best.time_us)}, {brief(best.config)}"
     return f"best {told}" if best.measured else f"best predicted {told}"

@@ -64,10 +64,14 @@ def cases_of(
 
 
 def fewer(cases: list[Case], card: Gpu) -> list[Case]:
-    """Of each op at most QUICK_SHAPES that fit, spread over all of them, the first and the last among them."""
+    """Of each op at most QUICK_SHAPES that fit, spread over all of them, the first and the last among them.
+
+    Where none fits, of all: the table says of each that it was skipped.
+    """
     found = []
     for op in dict.fromkeys(op for op, _, _ in cases):
-        fitting = [case for case in cases if case[0] == op and bytes_needed(*case) <= card.memory_bytes]
+        of_op = [case for case in cases if case[0] == op]
+        fitting = [case for case in of_op if bytes_needed(*case) <= card.memory_bytes] or of_op
         count = min(QUICK_SHAPES, len(fitting))
         found += [fitting[i * (len(fitting) - 1) // max(1, count - 1)] for i in range(count)]
     return found

@@ -182,10 +182,12 @@ def _print(done: list[Progress], path: Path) -> None:
 
 
 def _row(progress: Progress) -> tuple[str, ...]:
+    from parallax_gen.cli.known import shape_of
+
     job, best = progress.job, progress.best
     found = ("-", "-", "-")
     if best is not None and best.time_us is not None:
-        found = number(best.time_us), number(rate(job.spec, job.shape, best.time_us)), brief(best.config)
+        found = number(best.time_us), number(rate(job.spec, shape_of(best), best.time_us)), brief(best.config)
     failures = counted(_failures(progress)) or "none"
     return str(job.bucket.kv_rows), lengths(job.bucket), *found, str(progress.done), failures
 
@@ -204,6 +206,8 @@ def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict
 
 
 def _job_to_json(progress: Progress) -> dict[str, Any]:
+    from parallax_gen.cli.known import shape_of
+
     job, best = progress.job, progress.best
     time_us = best.time_us if best else None
     return {
@@ -213,7 +217,7 @@ def _job_to_json(progress: Progress) -> dict[str, Any]:
         "outcome": best.outcome if best else None,
         "config": config_to_dict(best.config) if best else None,
         "time_us": time_us,
-        "rate": rate(job.spec, job.shape, time_us) if time_us else None,
+        "rate": rate(job.spec, shape_of(best), time_us) if best and time_us else None,
         "rate_unit": rate_unit(job.spec.op),
         "trials": progress.done,
         "known": progress.known,

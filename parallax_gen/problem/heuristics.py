@@ -138,11 +138,14 @@ def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCon
         block_h = 64  # a prompt's rows: as many as there are registers for
     programs = shape.batch * shape.kv_heads * -(-rows // block_h)
     block_n = 32
-    wanted = max(1, 2 * gpu.sms // programs)  # more would hide no more latency, and cost merging
+    # More would hide no more latency, and cost merging. Of sequences with their own lengths few have all of theirs.
+    by_length = spec.ragged and not spec.many_queries
+    wanted = max(1, (3 if by_length else 2) * gpu.sms // programs)
     splits = _floor_of(min(wanted, -(-shape.seqlen_kv // block_n)), "decode", "NUM_SPLITS")
     # Past so many partial states one program is slower to join them than a kernel more, of a program for each head.
     merge = "none" if splits == 1 else "last" if splits * min(spec.group, block_h) <= 128 else "kernel"
-    merge = "last" if spec.ragged else merge
+    if spec.ragged:  # a long sequence among short ones gets most programs, whatever their average
+        merge = "kernel" if by_length and splits > 1 else "last"
     tiles = [(block_n, block_h, w, s) for w, s in ((1, 4), (2, 3), (2, 2))]
     if block_h == 64:
         tiles = [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 2), *((n, 16, w, s) for n, _, w, s in tiles)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
@@ -135,6 +135,28 @@ def representative(bucket: Bucket, group: int) -> Shape:
         seqlen_kv=bucket.seqlen_kv,
         window=bucket.window,
     )
+
+
+SHORTEST_SHARE = 32
+
+
+def timed_lengths(spec: KernelSpec, shape: Shape) -> tuple[int, ...]:
+    """The keys of each sequence that a kernel is timed at: all of them as many as the shape says.
+
+    But where every sequence of a decode has its own, they differ: from all keys down to a 32nd of them, in even ratios.
+    A cache has room for the longest, and a config that is fast for equal lengths alone may leave one program to join
+    what many found of a long one.
+    """
+    if not spec.ragged or spec.many_queries or shape.batch == 1:
+        return (shape.seqlen_kv,) * shape.batch
+    shares = (SHORTEST_SHARE ** -(i / (shape.batch - 1)) for i in range(shape.batch))
+    return tuple(max(1, round(shape.seqlen_kv * share)) for share in shares)
+
+
+def timed_shape(spec: KernelSpec, shape: Shape) -> Shape:
+    """The shape of equal lengths that is as much work as `timed_lengths`."""
+    lengths = timed_lengths(spec, shape)
+    return replace(shape, seqlen_kv=round(sum(lengths) / len(lengths)))
 
 
 @dataclass(frozen=True)

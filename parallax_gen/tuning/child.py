@@ -20,7 +20,7 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import BuildError, ConfigError
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.shapes import Shape, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.worker import Compile, Identify, Measure, Outcome, Rematch, Request, Trial
 
@@ -135,7 +135,8 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
     """Inputs drawn afresh in every child, and what must come out: costly, so once for all configs of a bucket."""
     from parallax_gen.tuning import verify
 
-    inputs = verify.random_inputs_of(spec, shape, seed=random.randrange(2**31), device="cuda", full=True)
+    seed, lengths = random.randrange(2**31), timed_lengths(spec, shape)
+    inputs = verify.random_inputs_of(spec, shape, seed=seed, device="cuda", full=True, lengths=lengths)
     return inputs, verify.oracle(spec, inputs)
 
 

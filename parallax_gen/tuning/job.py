@@ -13,7 +13,7 @@ from parallax_gen.memory.results import Result
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu
-from parallax_gen.problem.shapes import Bucket, Shape, representative
+from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_shape
 from parallax_gen.problem.spec import KernelSpec
 
 
@@ -33,6 +33,11 @@ class Job:
     def shape(self) -> Shape:
         """The sizes it is tuned at."""
         return representative(self.bucket, self.spec.group)
+
+    @property
+    def timed_shape(self) -> Shape:
+        """As much work as what is timed: where sequences have their own lengths, most are shorter than the shape's."""
+        return timed_shape(self.spec, self.shape)
 
 
 def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:

@@ -110,7 +110,7 @@ class Run:
         if ended is None:
             assert outcome.resources is not None
             ended = Outcome("predicted")
-            estimate = predict_us(self.job.spec, config, self.job.shape, self.job.gpu, outcome.resources)
+            estimate = predict_us(self.job.spec, config, self.job.timed_shape, self.job.gpu, outcome.resources)
         self._note(self._result(config, outcome, ended, predicted_us=estimate))
         return True
 
@@ -153,7 +153,7 @@ class Run:
         return [default, *proven_configs(job), *nearby, *promising, *near]
 
     def _guess_us(self, config: KernelConfig) -> float:
-        return guess_us(self.job.spec, config, self.job.shape, self.job.gpu)
+        return guess_us(self.job.spec, config, self.job.timed_shape, self.job.gpu)
 
     def _next_config(self) -> KernelConfig | None:
         """What the search proposes, and of a shared job, nobody else tries or has tried."""
@@ -233,7 +233,7 @@ class Run:
             key=self.key,
             config=config,
             outcome=outcome.kind,
-            shape=self.job.shape,
+            shape=self.job.timed_shape,
             time_us=timing.median_us if timing else predicted_us,
             time_us_p20=timing.p20_us if timing else None,
             time_us_p80=timing.p80_us if timing else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +50,19 @@ def awkward_shape(spec: KernelSpec, config: KernelConfig, kv_heads: int = 3) -> 
     return Shape(batch, kv_heads * spec.group, kv_heads, 2 * config.BLOCK_M + 11, 3 * config.BLOCK_N + 5, window)
 
 
-def random_inputs_of(spec: KernelSpec, shape: Shape, *, seed: int, device: str, full: bool = False) -> Inputs:
+def random_inputs_of(
+    spec: KernelSpec,
+    shape: Shape,
+    *,
+    seed: int,
+    device: str,
+    full: bool = False,
+    lengths: Sequence[int] | None = None,
+) -> Inputs:
     """Random inputs of a kernel, and what kernels before it would have left.
 
-    Ragged and packed sequences are from 0 up to the shape's lengths long (`full`: all as long as that); NaN lies
-    behind the end of a ragged one.
+    Ragged and packed sequences are from 0 up to the shape's lengths long (`full`: all as long as that; `lengths`: a
+    ragged one's keys); NaN lies behind the end of a ragged one.
     """
     inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device), window_size=shape.window)
     if spec.cache_dtype:
@@ -62,9 +71,11 @@ def random_inputs_of(spec: KernelSpec, shape: Shape, *, seed: int, device: str, 
         draw = torch.Generator().manual_seed(seed)
         inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
     if spec.ragged:
-        lengths = _lengths(shape.seqlen_kv, shape.batch, seed, full)
-        hidden = (torch.arange(shape.seqlen_kv) >= lengths[:, None]).to(device)
-        inputs.cache_seqlens = lengths.to(device)
+        keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
+        if lengths is not None:
+            keys = torch.tensor(lengths, dtype=torch.int32)
+        hidden = (torch.arange(shape.seqlen_kv) >= keys[:, None]).to(device)
+        inputs.cache_seqlens = keys.to(device)
         if spec.leftpad:
             pads = _lengths(shape.seqlen_kv // 2 + 1, shape.batch, seed + 3, full=False) * (not full)
             hidden |= (torch.arange(shape.seqlen_kv) < pads[:, None]).to(device)

@@ -278,6 +278,8 @@ def test_fewer_shapes_are_spread_over_those_that_fit() -> None:
     assert len(set(few)) == len(few) == sweep_module.QUICK_SHAPES
     one = list(cases_of(("decode",), None, "bf16", (Sizes(1, 8, 8, None, 64),), None, Flags()))
     assert fewer(one, H200) == one
+    huge = list(cases_of(("decode",), None, "bf16", (Sizes(2048, 64, 64, None, 131072),), None, Flags()))
+    assert fewer(huge, H200) == huge  # to be told that it was skipped
 
 
 @pytest.mark.parametrize(

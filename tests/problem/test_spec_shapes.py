@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from strategies import together
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.shapes import SHORTEST, Bucket, Shape, bucket_of, representative
+from parallax_gen.problem.shapes import (
+    SHORTEST,
+    Bucket,
+    Shape,
+    bucket_of,
+    representative,
+    timed_lengths,
+    timed_shape,
+    work_of,
+)
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, RAGGED_ONLY, KernelSpec
 
 SIZE = st.integers(1, 2**30)
@@ -349,3 +358,16 @@ def test_the_group_is_the_specs_and_not_the_buckets(shape: Shape, group: int) ->
 )
 def test_buckets(shape: Shape, bucket: Bucket) -> None:
     assert bucket_of(shape) == bucket
+
+
+def test_sequences_of_their_own_lengths_are_timed_at_different_ones() -> None:
+    ragged, sizes = KernelSpec("decode", 128, "bf16", ragged=True), Shape(6, 8, 8, 1, 4096)
+    lengths = timed_lengths(ragged, sizes)
+    assert lengths == (4096, 2048, 1024, 512, 256, 128)
+    assert timed_shape(ragged, sizes) == replace(sizes, seqlen_kv=1344)
+    assert work_of(ragged, timed_shape(ragged, sizes)).flops == 4 * 2 * 8 * 128 * sum(lengths)
+    even, many = KernelSpec("decode", 128, "bf16"), replace(ragged, many_queries=True)
+    for spec, shape in ((even, sizes), (many, replace(sizes, seqlen_q=128)), (ragged, replace(sizes, batch=1))):
+        assert timed_lengths(spec, shape) == (4096,) * shape.batch
+        assert timed_shape(spec, shape) == shape
+    assert min(timed_lengths(ragged, Shape(2, 1, 1, 1, 3))) == 1

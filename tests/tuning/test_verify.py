@@ -11,7 +11,7 @@ import torch
 from parallax_gen.codegen.calling import empty_inputs
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
-from parallax_gen.problem.shapes import Bucket, representative
+from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.verify import awkward_shape, oracle, random_inputs_of
 
@@ -78,3 +78,14 @@ def test_scales_are_one_for_all_heads_or_one_for_each(cache_dtype: str) -> None:
 
 
 CONFIG = default_config(RAGGED, representative(Bucket(32, 1, 4096), 2), GPUS["h200"])
+
+
+def test_lengths_can_be_given() -> None:
+    """Those that a kernel is timed at, of a cache in pages too: what they leave over is poisoned."""
+    spec, shape = replace(RAGGED, page_size=16), Shape(3, 4, 2, 1, 64)
+    inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=timed_lengths(spec, shape))
+    assert inputs.cache_seqlens is not None
+    assert inputs.page_table is not None
+    assert inputs.cache_seqlens.tolist() == [64, 11, 2]
+    assert (inputs.page_table < len(inputs.k)).sum(1).tolist() == [4, 1, 1]
+    assert oracle(spec, inputs)["out"].isfinite().all()
