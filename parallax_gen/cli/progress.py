@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class View:
 
     def begin(self, job: Job) -> None:
         self._begun += 1
-        self._running[job] = _Running(self._begun, time.monotonic() + self._budget_s)
+        self._running[job] = _Running(self._begun, self._budget_s)
         self._say(f"[{self._begun}/{self._total}] {job.gpu.name}: {job.spec}; {job.bucket}")
 
     def update(self, progress: Progress) -> None:
@@ -101,13 +102,15 @@ class _Running:
     """A job under way, and what was said of it."""
 
     number: int
-    deadline: float
+    budget_s: float
     last_line: float = field(default_factory=time.monotonic)
     told_best: Result | None = None
     progress: Progress | None = None
 
     def seconds_left(self) -> float:
-        return max(0.0, self.deadline - time.monotonic())
+        if self.progress is None or math.isinf(self.progress.deadline):  # nothing to measure yet
+            return self.budget_s
+        return max(0.0, self.progress.deadline - time.monotonic())
 
     def worth_a_line(self, progress: Progress) -> bool:
         return progress.best != self.told_best or time.monotonic() - self.last_line > QUIET_S

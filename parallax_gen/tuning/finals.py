@@ -12,7 +12,7 @@ from parallax_gen.problem.config import KernelConfig
 from parallax_gen.tuning.model import bound_by_matmuls
 from parallax_gen.tuning.worker import Measure, Outcome, Rematch, Request, Timing, Trial
 
-FINALISTS, FINALIST_MS = 8, 80.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
+FINALISTS, FINALIST_MS = 8, 60.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
 CLOSE, IN_TURNS = 1.02, 3  # of them at most so many, within this of the best, are timed once more, in turns
 
 

@@ -74,6 +74,7 @@ class Progress:
     """How a job stands. `kinds` counts this run's outcomes, `known` those that earlier runs left.
 
     elsewhere  how many configs other workers tried meanwhile, where the job is shared
+    deadline   when its seconds are spent, on time.monotonic's clock; math.inf before they count
     """
 
     job: Job
@@ -82,6 +83,7 @@ class Progress:
     best: Result | None = None
     seconds: float = 0.0
     elsewhere: int = 0
+    deadline: float = math.inf
 
     @property
     def done(self) -> int:

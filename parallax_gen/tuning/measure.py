@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,14 +16,16 @@ from parallax_gen.tuning.worker import Timing
 # and divided by its calls; the median counts. L2 is warm: it holds what fits of the inputs. Replays before the timed
 # ones bring the clocks up.
 #
-# Where times are compared with each other's, the timing of what is bound by matmuls (tuning/model.py) starts from
-# rest: a card that was just busy with matmuls is at its power limit and runs slower, and whoever comes second would
-# pay for it. What is bound by memory, decode and preprocess, does not: it is far from that limit, and its few
+# Where times are compared with each other's, the timing of what is bound by matmuls (tuning/model.py) is in short
+# bursts, each from rest. A card that is busy with matmuls for longer meets its power limit: an H100 after 30 to 90 ms,
+# at random, and from then on it runs 5 to 12 % slower, in steps. Until then the same kernel takes the same time within
+# 0.5 %. What is bound by memory, decode and preprocess, does not rest: it is far from that limit, and its few
 # microseconds suffer from clocks that fell in the rest.
 CALLS_A_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
-WARM_MS = 10.0
+WARM_MS = 5.0
 REST_S = 0.2
+BURST_MS = 20.0
 FEWEST_REPLAYS, MOST_REPLAYS = 7, 200
 TURNS = 3
 
@@ -34,13 +37,16 @@ def time_call(
 
     A call that takes longer than give_up_us is replayed a few times only: it has lost already.
     """
-    graph = _Graph(call)
-    if from_rest:
-        time.sleep(REST_S)
-    graph.warm()
-    replays = FEWEST_REPLAYS if graph.call_us > give_up_us else int(timed_ms * 1000 / graph.replay_us)
-    replays = max(FEWEST_REPLAYS, min(MOST_REPLAYS, replays))
-    return graph.timing(graph.times(replays))
+    graph, rest_s = _Graph(call), REST_S if from_rest else 0.0
+    graph.warm(rest_s)
+    if graph.call_us > give_up_us:
+        return graph.timing(graph.times(FEWEST_REPLAYS))
+    bursts = math.ceil(timed_ms / BURST_MS) if from_rest else 1
+    times = graph.times_of_burst(timed_ms, bursts)
+    for _ in range(1, bursts):
+        graph.warm(rest_s)
+        times += graph.times_of_burst(timed_ms, bursts)
+    return graph.timing(times)
 
 
 def time_in_turns(calls: Sequence[Callable[[], object]], *, timed_ms: float, from_rest: bool = False) -> list[Timing]:
@@ -49,11 +55,8 @@ def time_in_turns(calls: Sequence[Callable[[], object]], *, timed_ms: float, fro
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(TURNS):
         for graph, its_times in zip(graphs, times, strict=True):
-            if from_rest:
-                time.sleep(REST_S)
-            graph.warm()
-            replays = int(timed_ms * 1000 / graph.replay_us / TURNS)
-            its_times += graph.times(max(FEWEST_REPLAYS, min(MOST_REPLAYS, replays)))
+            graph.warm(REST_S if from_rest else 0.0)
+            its_times += graph.times_of_burst(timed_ms, TURNS)
     return [graph.timing(its_times) for graph, its_times in zip(graphs, times, strict=True)]
 
 
@@ -79,12 +82,19 @@ class _Graph:
         """Of one call, by the fastest replay that was looked at so far."""
         return self.replay_us / self._calls
 
-    def warm(self) -> None:
-        """Bring the clocks up, and look once more how long a replay takes."""
+    def warm(self, rest_s: float) -> None:
+        """Rest, bring the clocks up, and look once more how long a replay takes."""
+        if rest_s:
+            time.sleep(rest_s)
         with torch.cuda.stream(self._stream):
             for _ in range(max(1, int(WARM_MS * 1000 / self.replay_us))):
                 self._graph.replay()
             self.replay_us = min(self.replay_us, _elapsed_us(self._graph.replay))
+
+    def times_of_burst(self, timed_ms: float, bursts: int) -> list[float]:
+        """One of so many bursts that take timed_ms together."""
+        replays = int(timed_ms / bursts * 1000 / self.replay_us)
+        return self.times(max(math.ceil(FEWEST_REPLAYS / bursts), min(MOST_REPLAYS, replays)))
 
     def times(self, replays: int) -> list[float]:
         """Microseconds a call, of each of so many replays."""

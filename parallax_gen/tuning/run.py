@@ -55,12 +55,14 @@ class Run:
         self._heard_before = 0
         self._hear()
         self._heard_before, self.progress.elsewhere = len(self._heard), 0
-        self._start, self._deadline = time.monotonic(), float("inf")
+        self._some_compiled, self._seconds = False, float("inf")
+        self._start = time.monotonic()
 
     def begin(self, seconds: float) -> None:
-        """Start its clock: a device is free for it."""
-        self._start = time.monotonic()
-        self._deadline = self._start + seconds
+        """A device is free for it. Its seconds count from now, or from when there is something to measure."""
+        self._start, self._seconds = time.monotonic(), seconds
+        if self._some_compiled:
+            self.progress.deadline = self._start + seconds
 
     @property
     def waiting(self) -> int:
@@ -70,7 +72,7 @@ class Run:
     @property
     def searching(self) -> bool:
         """Whether trials are under way or to come."""
-        return time.monotonic() < self._deadline and (self._asked < self._trials or self.waiting > 0)
+        return time.monotonic() < self.progress.deadline and (self._asked < self._trials or self.waiting > 0)
 
     @property
     def over(self) -> bool:
@@ -102,6 +104,9 @@ class Run:
     def compiled(self, config: KernelConfig, outcome: Outcome) -> bool:
         """What came of compiling a config. True if its trial has ended with it: failed, pruned or predicted."""
         self._compiling -= 1
+        if not self._some_compiled:  # compilers start up before the first: a short budget is not for that
+            self._some_compiled = True
+            self.progress.deadline = time.monotonic() + self._seconds
         ended = self._ended_by(outcome)
         if ended is None and self._measure:
             self._ready.append((config, outcome))

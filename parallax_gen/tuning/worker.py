@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from parallax_gen.codegen.resources import Resources
 
 DIES_S = 30.0  # how long a killed child may take to be gone: a driver tears its context down first
+TRIAL_MS = 20.0  # that a config is timed for at first
 WAKES_S = 120.0  # how long a child may take to say which GPU it has: imports, on a busy machine
 
 
@@ -54,7 +55,7 @@ class Measure:
 
     trial: Trial
     give_up_us: float = float("inf")
-    timed_ms: float = 40.0
+    timed_ms: float = TRIAL_MS
     from_rest: bool = False
 
 
@@ -63,7 +64,7 @@ class Rematch:
     """Time trials that passed already, of one spec and shape, in turns: what drifts meanwhile drifts for all."""
 
     trials: tuple[Trial, ...]
-    timed_ms: float = 40.0
+    timed_ms: float = TRIAL_MS
     from_rest: bool = False
 
 

@@ -19,7 +19,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import CLOSE, IN_TURNS
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tune import Tuner
-from parallax_gen.tuning.worker import Measure, Outcome, Rematch
+from parallax_gen.tuning.worker import TRIAL_MS, Measure, Outcome, Rematch
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(5)]
@@ -154,7 +154,7 @@ def finals(store: Store, machine: Machine, long: list[float]) -> list[Rematch]:
 
     def measure(config: KernelConfig, n: int) -> Outcome:
         us = long[configs.index(config)]
-        return timed(us if machine.measured[n].timed_ms > 40 else us - 20)
+        return timed(us if machine.measured[n].timed_ms > TRIAL_MS else us - 20)
 
     machine.measure = measure
     tune_all(store, machine, JOBS[:1], 1, trials=len(long), compilers=1)

@@ -21,6 +21,7 @@ from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import nearby_configs
+from parallax_gen.tuning.run import Run
 from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
 from parallax_gen.tuning.worker import Outcome
 
@@ -256,6 +257,22 @@ def test_no_longer_than_allowed(store: Store, machine: Machine) -> None:
     assert time.monotonic() - start < 5.0  # with the finalists, and slack for a busy machine
     assert 0 < progress.done < 20
     assert progress.best is not None
+
+
+def test_time_counts_from_when_there_is_something_to_measure(store: Store) -> None:
+    """Compilers take seconds to start: a short budget was spent before its second trial."""
+    run = Run(JOB, store, measure=True, trials=3)
+    run.begin(0.2)
+    asked = [run.ask() for _ in range(2)]
+    time.sleep(0.3)
+    assert run.searching
+    for source in asked:
+        assert source is not None
+        run.compiled(source[1].trial.config, Outcome("ok", resources=FINE))
+    assert run.searching
+    assert run.progress.deadline == pytest.approx(time.monotonic() + 0.2, abs=0.1)
+    time.sleep(0.3)
+    assert not run.searching
 
 
 def test_an_interrupt_keeps_what_is_finished(store: Store, machine: Machine) -> None:
