@@ -45,6 +45,19 @@ def benches_of(devices: tuple[int, ...]) -> Iterator[dict[int, Worker]]:
             bench.close()
 
 
+@contextmanager
+def compilers_of(count: int | None, devices: tuple[int, ...]) -> Iterator[list[Worker]]:
+    """The children that compile, started: importing torch takes them as long as it takes a GPU to be looked at."""
+    from parallax_gen.tuning.tune import start_compilers
+
+    compilers = start_compilers(count, len(devices))
+    try:
+        yield compilers
+    finally:
+        for compiler in compilers:
+            compiler.close()
+
+
 def card_of(bench: Worker) -> Gpu | None:
     """The GPU that a measuring child has; None for none."""
     return bench.identify()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.devices import benches_of, card_to_tune, devices_option
+from parallax_gen.cli.devices import benches_of, card_to_tune, compilers_of, devices_option
 from parallax_gen.cli.options import (
     Sizes,
     check_flags,
@@ -124,7 +124,7 @@ def tune(
     check_flags(flags, ops)
     asked = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     dtypes = dtypes or ("bf16",)
-    with benches_of(devices) as benches:
+    with benches_of(devices) as benches, compilers_of(workers, devices) as compilers:
         card, measure = card_to_tune(gpu, benches)
         if storage is not None and not measure:
             raise MeasureError("--storage: there is no CUDA device here, and what is only predicted is not shared")
@@ -137,7 +137,7 @@ def tune(
         with Store() as store:
             path = store.path
             place = None if storage is None else Storage(storage)
-            with Tuner(store, measure=measure, benches=benches, compilers=workers, storage=place) as tuner:
+            with Tuner(store, measure=measure, benches=benches, compilers=compilers, storage=place) as tuner:
                 done = _tune_all(tuner, jobs, measure, trials, time_budget, path)
     if as_json:
         print_json(_to_json(done, card, measure, path))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
@@ -92,13 +93,18 @@ class Key:
         """As `flat`, with no field left out: the same fields in the same order for every key, to sort keys by."""
         return self._flat(asdict(self.spec), asdict(self.bucket), asdict(self.environment))
 
+    @cached_property
+    def order(self) -> tuple[Scalar, ...]:
+        """The values of `every_field`, of which a sort asks for again and again."""
+        return tuple(self.every_field().values())
+
     def _flat(self, spec: dict[str, Any], bucket: dict[str, Any], environment: dict[str, Any]) -> dict[str, Scalar]:
         flat: dict[str, Scalar] = {"gpu": self.gpu}
         for part, values in (("spec", spec), ("bucket", bucket), ("environment", environment)):
             flat.update({f"{part}.{name}": value for name, value in values.items()})
         return flat
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hex digits of the SHA-256 of the fields in clear."""
         text = json.dumps(self.flat(), sort_keys=True)

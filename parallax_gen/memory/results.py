@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -118,23 +118,33 @@ class Result:
 
     @classmethod
     def from_dict(cls, data: object) -> Result:
-        """The result that `to_dict` wrote. Raises ArgumentError, ConfigError or ValueError on anything else."""
+        """The result that `to_dict` wrote. Raises ArgumentError, ConfigError or ValueError on anything else.
+
+        The key may be one already.
+        """
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or set(data) != set(names):
             raise ArgumentError("record", data, f"an object of exactly {names}")
         parts = {name: data[name] for name in ("key", "config", "shape")}
         for name, part in parts.items():
-            if not isinstance(part, dict) and not (name == "shape" and part is None):
+            known = isinstance(part, Key) if name == "key" else part is None and name == "shape"
+            if not (known or isinstance(part, dict)):
                 raise ArgumentError(name, repr(part), "an object of its fields")
-        try:
-            key = Key.from_flat(parts["key"])
-        except KeyError as missing:
-            raise ArgumentError("key", parts["key"], f"every field of a key, in clear ({missing})") from missing
-        if key.flat() != parts["key"]:
-            raise ArgumentError("key", parts["key"], f"no fields beside {list(key.flat())}")
+        key = parts["key"] if isinstance(parts["key"], Key) else key_from_dict(parts["key"])
         config = config_from_dict(key.spec.op, parts["config"])
         shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
         return cls(**(data | {"key": key, "config": config, "shape": shape}))
+
+
+def key_from_dict(data: Mapping[str, Any]) -> Key:
+    """The key that `Key.flat` wrote. Raises ArgumentError on anything else."""
+    try:
+        key = Key.from_flat(data)
+    except KeyError as missing:
+        raise ArgumentError("key", data, f"every field of a key, in clear ({missing})") from missing
+    if key.flat() != data:
+        raise ArgumentError("key", data, f"no fields beside {list(key.flat())}")
+    return key
 
 
 def supersedes(new: Result, old: Result) -> bool:
@@ -156,7 +166,7 @@ def supersedes(new: Result, old: Result) -> bool:
 def reading_order(result: Result) -> tuple[Any, ...]:
     """Sorts by key field by field, then the measured from fast to slow, then the predicted, then the failed."""
     group = {"ok": 0, "predicted": 1}.get(result.outcome, 2)
-    return (*result.key.every_field().values(), group, result.time_us or 0.0, config_to_json(result.config))
+    return (*result.key.order, group, result.time_us or 0.0, config_to_json(result.config))
 
 
 def newest_environment_first(results: Iterable[Result]) -> list[Result]:

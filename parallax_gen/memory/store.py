@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from parallax_gen.memory.results import (
     OUTCOMES,
     Diff,
     Result,
+    key_from_dict,
     near_misses,
     reading_order,
     supersedes,
@@ -132,11 +134,11 @@ class Store:
 
     def best(self, key: Key) -> Result | None:
         """The fastest config measured under `key`."""
-        return next(iter(self._read("key_digest = :digest and outcome = 'ok'", digest=key.digest)), None)
+        return self._fastest(key, "ok")
 
     def predicted_best(self, key: Key) -> Result | None:
         """The config predicted to be the fastest under `key`, of those not tried."""
-        return next(iter(self._read("key_digest = :digest and outcome = 'predicted'", digest=key.digest)), None)
+        return self._fastest(key, "predicted")
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Every row, or those of a GPU or an op, sorted by key and then from fast to slow."""
@@ -169,7 +171,7 @@ class Store:
     def in_order(self) -> list[Result]:
         """Every row, in the order in which configs were first tried: one that is timed again keeps its place."""
         with self._explained():
-            return self._select("true", order_by="rowid")
+            return list(self._select("true", order_by="rowid"))
 
     def near_misses(self, key: Key) -> list[tuple[Result, Diff]]:
         """What explains that nothing was found under `key`: see `results.near_misses`."""
@@ -264,7 +266,7 @@ class Store:
 
     def _same(self, result: Result) -> Result | None:
         """What is here for the key and config of a result."""
-        return next(iter(self._select(SAME, **_identity(result))), None)
+        return next(self._select(SAME, **_identity(result)), None)
 
     def _put(self, result: Result) -> None:
         self._db.table("results").upsert(_to_row(result), pk=("key_digest", "config_json"))
@@ -273,15 +275,19 @@ class Store:
         with self._explained():
             return sorted(self._select(where, **arguments), key=reading_order)
 
-    def _select(self, where: str, order_by: str | None = None, **arguments: str) -> list[Result]:
+    def _fastest(self, key: Key, outcome: str) -> Result | None:
+        where = "key_digest = :digest and outcome = :outcome"
+        with self._explained():
+            rows = self._select(where, order_by="time_us, config_json", digest=key.digest, outcome=outcome)
+            return next(rows, None)
+
+    def _select(self, where: str, order_by: str | None = None, **arguments: str) -> Iterator[Result]:
         """The rows that match and parse. One that does not is counted, and never trusted."""
-        found = []
         for row in self._db.table("results").rows_where(where, arguments, order_by=order_by):
             try:
-                found.append(_from_row(row))
+                yield _from_row(row)
             except NO_RESULT:
                 self._unreadable.add((row["key_digest"], row["config_json"]))
-        return found
 
 
 def _connect(path: Path, mode: str) -> Database:
@@ -328,10 +334,20 @@ def _to_row(result: Result) -> dict[str, object]:
 
 def _from_row(row: Mapping[str, Any]) -> Result:
     data = {name: row[name] for name in _PLAIN}
-    for name in ("key", "config", "shape"):
+    data["key"] = _key_from(row["key_json"])
+    for name in ("config", "shape"):
         text = row[f"{name}_json"]
         data[name] = None if text is None else json.loads(text)
     result = Result.from_dict(data)
     if result.key.digest != row["key_digest"]:
         raise ArgumentError("key_digest", row["key_digest"], f"that of its key, {result.key.digest}")
     return result
+
+
+@lru_cache(maxsize=1024)
+def _key_from(text: str) -> Key:
+    """Many rows are of one key, and a key has many fields."""
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ArgumentError("key", repr(data), "an object of its fields")
+    return key_from_dict(data)

@@ -42,12 +42,20 @@ def start_benches(devices: Sequence[int]) -> dict[int, Worker]:
     return benches
 
 
+def start_compilers(count: int | None, devices: int) -> list[Worker]:
+    """Children that compile, for a Tuner: by default one a core but for one a device, left to those that measure."""
+    compilers = [Worker(device=None) for _ in range(count or max(1, (os.cpu_count() or 2) - max(1, devices)))]
+    for compiler in compilers:
+        compiler.start()
+    return compilers
+
+
 class Tuner:
     """Tunes jobs, one a device at a time. A context: it owns the child processes, and leaving it ends them.
 
     measure=False compiles and predicts only, and needs no GPU. benches: the children that measure, by the index of
-    their device; the first device's where none are given. The tuner owns them from then on. compilers: how many
-    processes compile, by default one a core but for one a device, which is left to the process that measures.
+    their device; the first device's where none are given. compilers: those that compile, or how many to start. The
+    tuner owns all of them from then on.
     """
 
     def __init__(
@@ -56,13 +64,14 @@ class Tuner:
         *,
         measure: bool,
         benches: Mapping[int, AnyWorker] | None = None,
-        compilers: int | None = None,
+        compilers: Sequence[AnyWorker] | int | None = None,
         storage: Storage | None = None,
     ):
         self._store, self._measure, self._storage = store, measure, storage
         self._benches = dict(benches or start_benches([0])) if measure else {}
-        spare = (os.cpu_count() or 2) - max(1, len(self._benches))
-        self._pool = Pool(self._benches, [Worker(device=None) for _ in range(compilers or max(1, spare))])
+        if compilers is None or isinstance(compilers, int):
+            compilers = start_compilers(compilers, len(self._benches))
+        self._pool = Pool(self._benches, compilers)
         self._runs = 0  # of all calls so far: an answer names its run by number
 
     def __enter__(self) -> Tuner:

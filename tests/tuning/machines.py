@@ -44,10 +44,10 @@ class FakeWorker:
     """As `Worker`, without a child."""
 
     def __init__(self, machine: Machine, device: int | None):
-        self._machine, self._device = machine, device
+        self._machine, self._device, self._open = machine, device, True
 
     def start(self) -> None:
-        assert self._device is not None
+        assert self._open
 
     def ask(self, request: Request, timeout_s: float) -> Outcome:
         assert timeout_s > 0
@@ -73,4 +73,5 @@ class FakeWorker:
 
     def close(self) -> None:
         with self._machine.lock:
-            self._machine.open_workers -= 1
+            self._machine.open_workers -= self._open
+            self._open = False
