@@ -145,6 +145,12 @@ class Store:
         wanted = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
         return self._read(" and ".join(f"{name} = :{name}" for name in wanted) or "true", **wanted)
 
+    def fastest(self, gpu: str, op: str) -> list[Result]:
+        """The fastest measured config of each key of a GPU and an op, in any order: few of what may be many rows."""
+        chosen = "SELECT *, min(time_us) FROM results WHERE gpu = ? AND op = ? AND outcome = 'ok' GROUP BY key_digest"
+        with self._explained():
+            return list(self._parsed(self._db.query(chosen, (gpu, op)) if self._version() else ()))
+
     @property
     def schema(self) -> int:
         """The version of its tables: the last migration's number, 0 of a database that is not made yet."""
@@ -282,8 +288,12 @@ class Store:
             return next(rows, None)
 
     def _select(self, where: str, order_by: str | None = None, **arguments: str) -> Iterator[Result]:
-        """The rows that match and parse. One that does not is counted, and never trusted."""
-        for row in self._db.table("results").rows_where(where, arguments, order_by=order_by):
+        """The rows that match and parse."""
+        return self._parsed(self._db.table("results").rows_where(where, arguments, order_by=order_by))
+
+    def _parsed(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
+        """Those that parse. One that does not is counted, and never trusted."""
+        for row in rows:
             try:
                 yield _from_row(row)
             except NO_RESULT:

@@ -70,6 +70,21 @@ def test_best_is_the_fastest_measured(store: Store) -> None:
     assert [r.time_us for r in store.results(KEY)] == [80.0, 90.0, 1.0, 2.0, None]
 
 
+def test_fastest_is_the_best_of_each_key_of_a_gpu_and_an_op(store: Store) -> None:
+    for sent in (
+        result("ok", 90.0, block_n=64),
+        result("ok", 80.0, block_n=128),
+        result("predicted", 1.0, block_n=16),
+        result("ok", 30.0, key=OTHER_BUCKET),
+        result("slow", 20.0, key=OTHER_TRITON),
+        result("ok", 1.0, key=OTHER_GPU),
+    ):
+        store.record(sent)
+    found = store.fastest(KEY.gpu, KEY.spec.op)
+    assert sorted(found, key=lambda r: r.time_us or 0) == [store.best(OTHER_BUCKET), store.best(KEY)]
+    assert store.fastest(KEY.gpu, "decode") == []
+
+
 def test_all_lists_by_gpu_and_op(store: Store) -> None:
     decode = dataclasses.replace(KEY, spec=dataclasses.replace(KEY.spec, op="decode", causal=False))
     rows = [result(key=OTHER_GPU), result(key=KEY), result(key=decode, config=DecodeConfig(64, 8, 4, "last", 4, 2))]
