@@ -53,11 +53,13 @@ def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) ->
     check_out(out, q)
 
 
-def check_pairs(asked: CacheRequest) -> None:
-    """Whether caches in eight bits can be taken two numbers at a time: in every call, for plans know no offsets."""
+def check_fours(asked: CacheRequest) -> None:
+    """Whether caches in eight bits can be taken four numbers at a time: in every call, for plans know no offsets."""
     for name, cache in (("k_cache", asked.k_cache), ("v_cache", asked.v_cache)):
-        if cache.storage_offset() % 2 or any(stride % 2 for stride in _strides(cache)[:-1]):
-            raise ArgumentError(name, f"strides {cache.stride()} from {cache.storage_offset()}", "even ones, in 8 bits")
+        if cache.storage_offset() % 4 or any(stride % 4 for stride in _strides(cache)[:-1]):
+            raise ArgumentError(
+                name, f"strides {cache.stride()} from {cache.storage_offset()}", "multiples of 4, in 8 bits"
+            )
 
 
 def check_workspace(workspace: object, needed: int, q: Tensor) -> None:

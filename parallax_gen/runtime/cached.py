@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.calling import in_pairs, sizes_of
+from parallax_gen.codegen.calling import in_fours, sizes_of
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.cached import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
-from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, check_pairs, check_workspace
+from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, check_fours, check_workspace
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of, records_gradients
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 from parallax_gen.runtime.states import State
@@ -187,7 +187,7 @@ def _planned(
     if length is not None:
         asked = asked._replace(k_cache=k_cache[:, :length], v_cache=v_cache[:, :length])
     if k_cache.dtype in CACHE_DTYPE_NAMES:
-        check_pairs(asked)
+        check_fours(asked)
         asked = _with_scales(asked)
     if plan is None:
         plan = _plan(asked, return_state)
@@ -247,7 +247,7 @@ def _tensors_of(asked: CacheRequest, found: tuple[Tensor, ...]) -> tuple[Tensor,
         x for x in (asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table) if x is not None
     ]
     if isinstance(asked.k_scale, Tensor) and isinstance(asked.v_scale, Tensor):
-        given[2:4] = [in_pairs(asked.k_cache), in_pairs(asked.v_cache)]
+        given[2:4] = [in_fours(asked.k_cache), in_fours(asked.v_cache)]
         given += [asked.k_scale, asked.v_scale]
     return tuple(given)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Scratch, empty_inputs, in_pairs, prepare, scratch_of
+from parallax_gen.codegen.calling import Scratch, empty_inputs, in_fours, prepare, scratch_of
 from parallax_gen.codegen.render import render
 from parallax_gen.problem.config import DecodeConfig, ForwardConfig
 from parallax_gen.problem.hardware import GPUS
@@ -88,18 +88,18 @@ def test_a_launch_that_merges_nothing_needs_no_scratch() -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
-def test_a_cache_in_eight_bits_is_taken_two_by_two(name: str, dtype: torch.dtype) -> None:
+def test_a_cache_in_eight_bits_is_taken_four_by_four(name: str, dtype: torch.dtype) -> None:
     spec = replace(RAGGED, cache_dtype=name)
     inputs = empty_inputs(spec, Shape(3, 2, 2, 1, 5), "cpu")
     assert inputs.k.dtype == inputs.v.dtype == dtype
     q, r, k, v, *_ = prepare(spec, CONFIG, inputs).arguments(1.0)
     assert q.dtype == r.dtype == torch.float16  # type: ignore[attr-defined]
-    assert k.dtype == v.dtype == torch.int16  # type: ignore[attr-defined]
-    assert k.shape == (3, 5, 2, 32)  # type: ignore[attr-defined]
+    assert k.dtype == v.dtype == torch.int32  # type: ignore[attr-defined]
+    assert k.shape == (3, 5, 2, 16)  # type: ignore[attr-defined]
     assert k.data_ptr() == inputs.k.data_ptr()  # type: ignore[attr-defined]
 
 
-def test_the_first_of_a_pair_is_the_lower_byte() -> None:
+def test_the_first_of_four_is_the_lowest_byte() -> None:
     numbers = torch.tensor([1.0, -2.0, 0.5, 448.0]).to(torch.float8_e4m3fn)
     bits = numbers.view(torch.uint8).tolist()
-    assert [pair & 0xFFFF for pair in in_pairs(numbers).tolist()] == [bits[0] + 256 * bits[1], bits[2] + 256 * bits[3]]
+    assert [word & 0xFFFFFFFF for word in in_fours(numbers).tolist()] == [int.from_bytes(bits, "little")]

@@ -209,7 +209,7 @@ def test_left_padding_past_the_end_leaves_no_key(page_size: int) -> None:
 @pytest.mark.parametrize("cache", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("spec", [ONE, replace(ONE, page_size=16), WINDOW], ids=["one query", "pages", "window"])
 def test_caches_in_eight_bits(spec: KernelSpec, cache: str) -> None:
-    """head_dim 16, which tiles of pairs pad to 32; a scale for each kv head."""
+    """head_dim 16, which tiles of fours pad to 64; a scale for each kv head."""
     spec = replace(spec, cache_dtype=cache)
     parts = parts_of(spec, (200, 9, 17, 0), (3, 1, 0, 5) if spec.varlen else 1)
     check(spec, replace(CONFIG, NUM_SPLITS=2), parts, window=20 if spec.window else 0)
@@ -256,7 +256,7 @@ PLANTED = [
     (WINDOW, "(behind < window)", "(behind <= window)", "a key too many"),
     (WINDOW, "GROUP + 1 - window", "GROUP + 2 - window", "a key too few"),
     (replace(ONE, leftpad=True), "tl.load(cache_leftpad_ptr", "0 * tl.load(cache_leftpad_ptr", "padding seen"),
-    (replace(ONE, cache_dtype="e4m3"), "o2 *= k_scale * v_scale", "o2 *= v_scale", "a scale left out"),
+    (replace(ONE, cache_dtype="e4m3"), "* k_scale * v_scale", "* v_scale", "a scale left out"),
     (replace(ONE, cache_dtype="e4m3"), "scale_log2 * k_scale", "scale_log2", "scores not scaled"),
     (replace(ONE, cache_dtype="e4m3"), "d2 *= k_scale", "d2 *= 1.0", "r·k not scaled"),
 ]

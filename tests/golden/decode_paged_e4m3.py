@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 8:1, ragged, pages of 64, e4m3 cache
 config     BLOCK_N=64 BLOCK_H=8 NUM_SPLITS=4 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates b66c7f380133
+generator  parallax_gen 0.1.0, templates f61edfcadd61
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -35,42 +35,50 @@ def _sizes(
 
 
 @triton.jit
-def _widen(pair):
-    """The two e4m3 numbers in each int16 as bf16: the lower byte's, then the upper's.
+def _widen(word):
+    """The four e4m3 numbers in each int32 as bf16, the lowest byte's first.
 
-    Sign, exponent and digits go where bf16 has them; 2^120 makes up for the difference of the exponents'
-    biases. Of what is not finite comes a large number.
+    Two at a time, sign, exponent and digits go where bf16 has them. The exponents' biases differ: what stands there
+    is the number in units of 2^-120. Of what is not finite comes a large number.
     """
-    upper = pair.to(tl.uint16, bitcast=True)
-    lower = upper << 8
-    upper = (upper & 0x8000) | ((upper & 0x7F00) >> 4)
-    lower = (lower & 0x8000) | ((lower & 0x7F00) >> 4)
-    scale = tl.full([], 2.0**120, tl.bfloat16)
-    return lower.to(tl.bfloat16, bitcast=True) * scale, upper.to(tl.bfloat16, bitcast=True) * scale
+    word = word.to(tl.uint32, bitcast=True)
+    even = ((word << 8) & 0x80008000) | ((word << 4) & 0x07F007F0)
+    odd = (word & 0x80008000) | ((word >> 4) & 0x07F007F0)
+    x_0 = even.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    x_1 = odd.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    x_2 = (even >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    x_3 = (odd >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x_0, x_1, x_2, x_3
 
 
 @triton.jit
-def _step(qr_even, qr_odd, k, v, visible, scale_log2, m, d1, d2, o_even, o_odd):
-    """Take a block of keys and values [BLOCK_N, HEAD_DIM/2], of two numbers each, into the rows' state."""
+def _step(qr_0, qr_1, qr_2, qr_3, k, v, visible, scale_log2, m, d1, d2, o_0, o_1, o_2, o_3):
+    """Take a block of keys and values [BLOCK_N, HEAD_DIM/4], of four numbers each, into the rows' state."""
     BLOCK_N: tl.constexpr = k.shape[0]
-    k_even, k_odd = _widen(k)
-    st = tl.dot(qr_even, tl.trans(k_even))
-    st = tl.dot(qr_odd, tl.trans(k_odd), acc=st)
-    s, t = tl.split(tl.permute(tl.reshape(st, [2, 8, BLOCK_N]), [1, 2, 0]))  # [8, BLOCK_N] each
+    k_0, k_1, k_2, k_3 = _widen(k)
+    st = tl.dot(qr_0, tl.trans(k_0))
+    st = tl.dot(qr_1, tl.trans(k_1), acc=st)
+    st = tl.dot(qr_2, tl.trans(k_2), acc=st)
+    st = tl.dot(qr_3, tl.trans(k_3), acc=st)
+    st = tl.reshape(st, [2, 8, BLOCK_N])
+    s, _ = tl.split(tl.permute(st, [1, 2, 0]))  # [8, BLOCK_N]
     s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2 - 64.0)
     alpha = tl.exp2(m - m_new)
     p = tl.exp2(s * scale_log2 - m_new[:, None])
-    pt = p * t
-    d1 = d1 * alpha + tl.sum(p, 1)
-    d2 = d2 * alpha + tl.sum(pt, 1)
-    v_even, v_odd = _widen(v)
-    both = tl.join(p.to(v_even.dtype), pt.to(v_even.dtype))
-    both = tl.reshape(tl.permute(both, [2, 0, 1]), [16, BLOCK_N])  # stacked again, as qr is
+    is_query = (tl.arange(0, 2) == 0)[:, None, None]
+    both = p[None, :, :] * tl.where(is_query, 1.0, st)  # p and p·t, stacked again as qr is
+    sum1, sum2 = tl.split(tl.trans(tl.sum(both, 2)))
+    d1 = d1 * alpha + sum1
+    d2 = d2 * alpha + sum2
+    v_0, v_1, v_2, v_3 = _widen(v)
+    both = tl.reshape(both, [16, BLOCK_N]).to(v_0.dtype)
     alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), [1, 0]), [16])
-    o_even = tl.dot(both, v_even, acc=o_even * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM/2]
-    o_odd = tl.dot(both, v_odd, acc=o_odd * alpha[:, None])
-    return m_new, d1, d2, o_even, o_odd
+    o_0 = tl.dot(both, v_0, acc=o_0 * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM/4]
+    o_1 = tl.dot(both, v_1, acc=o_1 * alpha[:, None])
+    o_2 = tl.dot(both, v_2, acc=o_2 * alpha[:, None])
+    o_3 = tl.dot(both, v_3, acc=o_3 * alpha[:, None])
+    return m_new, d1, d2, o_0, o_1, o_2, o_3
 
 
 @triton.jit
@@ -204,9 +212,10 @@ def ragged_kernel(
     q = tl.load(q_rows[:, None] + dims[None, :], mask=(in_tile & is_query)[:, None], other=0.0)
     r = tl.load(r_rows[:, None] + dims[None, :], mask=(in_tile & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: one of the two is 0 in every row
+    qr = (qr.to(tl.float32) * 2.0**96).to(qr.dtype)  # keys will come in units of 2^-120
     k_scale = tl.load(k_scale_ptr + kv_head * stride_scale)
     v_scale = tl.load(v_scale_ptr + kv_head * stride_scale)
-    k_scale_log2 = scale_log2 * k_scale
+    k_scale_log2 = 2.0**24 * scale_log2 * k_scale
     heads = tl.arange(0, BLOCK_H)
     in_tile = heads < GROUP
 
@@ -215,10 +224,14 @@ def ragged_kernel(
     m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: rows without keys must not give NaN
     d1 = tl.zeros([BLOCK_H], tl.float32)
     d2 = tl.zeros([BLOCK_H], tl.float32)
-    qr_even, qr_odd = tl.split(tl.reshape(qr, [2 * BLOCK_H, 64, 2]))
-    o_even = tl.zeros([2 * BLOCK_H, 64], tl.float32)
-    o_odd = tl.zeros([2 * BLOCK_H, 64], tl.float32)
-    pairs = tl.arange(0, 64)
+    qr_even, qr_odd = tl.split(tl.reshape(qr, [2 * BLOCK_H, 32, 2, 2]))
+    qr_0, qr_2 = tl.split(qr_even)
+    qr_1, qr_3 = tl.split(qr_odd)
+    o_0 = tl.zeros([2 * BLOCK_H, 32], tl.float32)
+    o_1 = tl.zeros([2 * BLOCK_H, 32], tl.float32)
+    o_2 = tl.zeros([2 * BLOCK_H, 32], tl.float32)
+    o_3 = tl.zeros([2 * BLOCK_H, 32], tl.float32)
+    words = tl.arange(0, 32)
 
     # -- stream the keys, page by page. Past a sequence's end its last key is read again, and masked: what lies there,
     #    in the cache or in its page table, may be anything. A block's pages are looked up a step ahead: to load keys
@@ -234,21 +247,23 @@ def ragged_kernel(
         cols = n + keys
         at = tl.minimum(cols, last_key)
         block = page.to(tl.int64) * stride_p + n % PAGE_SIZE * stride_n64
-        offsets = (at - n)[:, None] * stride_n + pairs[None, :]
+        offsets = (at - n)[:, None] * stride_n + words[None, :]
         k = tl.load(k_ptr + block + offsets)
         v = tl.load(v_ptr + block + offsets)
         page = tl.load(page_table_ptr + tl.minimum(n + BLOCK_N, last_key) // PAGE_SIZE)
         visible = cols < end
-        m, d1, d2, o_even, o_odd = _step(
-            qr_even, qr_odd, k, v, visible[None, :], k_scale_log2, m, d1, d2, o_even, o_odd
+        m, d1, d2, o_0, o_1, o_2, o_3 = _step(
+            qr_0, qr_1, qr_2, qr_3, k, v, visible[None, :], k_scale_log2, m, d1, d2, o_0, o_1, o_2, o_3
         )
-    o = tl.reshape(tl.join(o_even, o_odd), [2 * BLOCK_H, 128])
+    o = tl.reshape(tl.join(tl.join(o_0, o_2), tl.join(o_1, o_3)), [2 * BLOCK_H, 128])
 
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, 128]), [1, 2, 0]))  # [8, HEAD_DIM] each
-    # what was summed in the cache's own units; r·k, too, is in those of k
-    d2 *= k_scale
-    o1 *= v_scale
-    o2 *= k_scale * v_scale
+    # sums out of their units: of q and r, of p, and of keys and values, which have scales besides
+    m += 64.0
+    d1 *= 2.0**-64
+    d2 *= 2.0**-40 * k_scale
+    o1 *= 2.0**56 * v_scale
+    o2 *= 2.0**80 * k_scale * v_scale
     o_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
     if splits == 1:
         # -- nobody else has keys of this tile
@@ -298,7 +313,7 @@ def launch(
     """Write the attention of each sequence's queries over its cached keys to out, on the current stream.
 
     q, r, out         (batch, 1, kv_heads*8, 128) bf16, any strides with a contiguous last dimension
-    k_cache, v_cache  (pages, 64, kv_heads, 64) int16, two e4m3 numbers in each, the same strides likewise
+    k_cache, v_cache  (pages, 64, kv_heads, 32) int32, four e4m3 numbers in each, the same strides likewise
     cache_seqlens     (batch,) int32: keys in each sequence, 0 to what its pages hold; what lies behind is never read
     page_table        (batch, pages of a sequence at the most) int32: each sequence's pages, in order
     k_scale, v_scale  (1,) or (kv_heads,) fp32, of the same size: what stored keys and values are to be multiplied by

@@ -332,13 +332,13 @@ def test_every_message_is_of_what_was_changed(given: Any) -> None:
     assert torch.isfinite(parallax_attn_with_kvcache(**given())).all()
 
 
-def test_an_odd_offset_in_eight_bits_is_refused_in_every_call() -> None:
+def test_an_offset_in_eight_bits_that_fours_do_not_have_is_refused_in_every_call() -> None:
     """Also where the plan of such sizes and strides is known already: it knows no offsets."""
-    cache = torch.zeros(2, 7, 2, 18).to(torch.float8_e4m3fn)
+    cache = torch.zeros(2, 7, 2, 20).to(torch.float8_e4m3fn)
     q = torch.zeros(2, 1, 4, 16, dtype=torch.bfloat16)
     parallax_attn_with_kvcache(q, q, cache[..., :16], cache[..., :16])
-    with pytest.raises(ArgumentError, match=r"k_cache: got strides .* from 1; allowed: even ones"):
-        parallax_attn_with_kvcache(q, q, cache[..., 1:17], cache[..., :16])
+    with pytest.raises(ArgumentError, match=r"k_cache: got strides .* from 2; allowed: multiples of 4"):
+        parallax_attn_with_kvcache(q, q, cache[..., 2:18], cache[..., :16])
 
 
 def test_a_batch_of_no_sequences_gives_zeros_to_rows_of_none() -> None:
