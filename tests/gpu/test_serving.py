@@ -94,6 +94,23 @@ def test_every_number_of_eight_bits_is_read_as_it_is(dtype: str, cache_dtype: st
     assert torch.equal(out[:, 0, 0, 0], out[:, 0, 0, 127])
 
 
+@pytest.mark.parametrize("cache_dtype", ["e4m3", "e5m2"])
+def test_subnormal_keys_and_values_alone(cache_dtype: str) -> None:
+    """Tensor cores are given those of e4m3 as subnormal numbers of bf16; scales make the smallest 1/4."""
+    torch_dtype = torch.float8_e4m3fn if cache_dtype == "e4m3" else torch.float8_e5m2
+    generator = torch.Generator("cuda").manual_seed(0)
+    digits = torch.randint(8 if cache_dtype == "e4m3" else 4, (2, 3, 700, 2, 128), device="cuda", generator=generator)
+    signs = torch.randint(2, digits.shape, device="cuda", generator=generator) * 128
+    k, v = (digits + signs).to(torch.uint8).view(torch_dtype)
+    q, r = torch.randn(2, 3, 1, 8, 128, device="cuda", generator=generator).bfloat16() / 4
+    scale = torch.full((1,), 2.0**7 if cache_dtype == "e4m3" else 2.0**14, device="cuda")
+    given = {"q": q, "r": r, "k_cache": k, "v_cache": v, "k_scale": scale, "v_scale": scale}
+    given["cache_seqlens"] = torch.tensor([700, 64, 3], dtype=torch.int32, device="cuda")
+    out = parallax_attn_with_kvcache(**given)
+    assert isinstance(out, Tensor)
+    assert_close(out, expected(given), "bf16")
+
+
 @pytest.mark.parametrize("num_splits", [1, 3, 16])
 @pytest.mark.parametrize("batch", [8, 31, 33, 200])
 def test_many_sequences_of_very_different_lengths(batch: int, num_splits: int) -> None:
