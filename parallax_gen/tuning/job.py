@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from parallax_gen.codegen.render import templates_hash
@@ -43,14 +43,26 @@ class Job:
 def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
     """What was fastest for the job's spec on GPUs of the same capability, of the records that ship.
 
-    All that are known of its bucket, then the best of each other one. Of any template and Triton: to begin with, not
-    to believe.
+    All that are known of its bucket, then the best of its kin there, then the best of each other bucket. Of any
+    template and Triton: to begin with, not to believe.
     """
     alike = [gpu.name for gpu in GPUS.values() if gpu.capability == job.gpu.capability]
-    records = [r for name in alike for r in load_shipped(name, folder) if r.key.spec == job.spec]
+    shipped = [r for name in alike for r in load_shipped(name, folder)]
+    records = [r for r in shipped if r.key.spec == job.spec]
     here = [r.config for r in records if r.key.bucket == job.bucket]
-    best = {r.key.bucket: r.config for r in reversed(records)}  # a file has each key's fastest first
-    return list(dict.fromkeys([*here, *best.values()]))
+    # A file has each key's fastest first.
+    of_kin = {r.key: r.config for r in reversed(shipped) if r.key.bucket == job.bucket and _kin(r.key.spec, job.spec)}
+    best = {r.key.bucket: r.config for r in reversed(records)}
+    return list(dict.fromkeys([*here, *of_kin.values(), *best.values()]))
+
+
+HOW_KEPT = ("page_size", "cache_dtype", "leftpad", "stats")
+
+
+def _kin(one: KernelSpec, other: KernelSpec) -> bool:
+    """Whether two kernels of decode differ in no more than how a cache is kept, and what else is written."""
+    names = [f.name for f in fields(KernelSpec) if f.name not in HOW_KEPT]
+    return one.op == "decode" and one != other and all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def nearby_configs(job: Job, known: Iterable[Result]) -> list[KernelConfig]:

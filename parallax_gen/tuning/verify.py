@@ -123,13 +123,15 @@ def _page(inputs: Inputs, page_size: int, seed: int) -> None:
     places = places[: batch * pages]
 
     def paged(x: Tensor) -> Tensor:
-        found = _full_of_poison(x, batch * pages + 2, page_size)
-        whole = _full_of_poison(x, batch, pages * page_size)
-        whole[:, :seqlen] = x
+        found, whole = _full_of_poison(x, batch * pages + 2, page_size), x
+        if seqlen % page_size:
+            whole = _full_of_poison(x, batch, pages * page_size)
+            whole[:, :seqlen] = x
         found[places] = whole.view(batch * pages, page_size, *x.shape[2:])
         return found
 
-    inputs.k, inputs.v = paged(inputs.k), paged(inputs.v)
+    inputs.k = paged(inputs.k)  # one after the other: a large cache is not there three times
+    inputs.v = paged(inputs.v)
     behind = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
     table = places.view(batch, pages).to(torch.int32)
     if inputs.cache_leftpad is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from parallax_gen.memory.keys import Environment, Key
 from parallax_gen.memory.results import Result
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.config import DecodeConfig, KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket
@@ -339,6 +340,23 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
         store.record(result)
     tune(store, job, trials=3)
     assert machine.compiled == [default_config(spec, job.shape, GPU), configs[2], configs[1]]
+
+
+def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tmp_path: Path) -> None:
+    """Behind what was fast for the very spec, before what was in other buckets."""
+    dense = KernelSpec("decode", 128, "bf16", group=4, ragged=True)
+    paged, bucket = dataclasses.replace(dense, page_size=64), Bucket(64, 1, 4096)
+    specs = (dense, paged, dataclasses.replace(paged, cache_dtype="e4m3"), dataclasses.replace(dense, group=8))
+    configs = [DecodeConfig(32, 8, splits, "kernel", 1, 3) for splits in (2, 3, 4, 6, 8)]
+    environment = Environment("t", "3.6.0", 1, "", 1)
+    keys = [Key("h100", spec, bucket, environment) for spec in specs]
+    keys.append(Key("h100", paged, Bucket(8, 1, 4096), environment))
+    results = [Result(key, config, "ok", time_us=10.0) for key, config in zip(keys, configs, strict=True)]
+    write_shipped(results, "h100", tmp_path)
+    first, *kin, elsewhere = proven_configs(Job(paged, bucket, GPUS["h200"]), tmp_path)
+    assert first == configs[1]
+    assert set(kin) == {configs[0], configs[2]}
+    assert elsewhere == configs[4]
 
 
 def test_proven_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
