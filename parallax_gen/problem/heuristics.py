@@ -138,9 +138,10 @@ def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCon
         block_h = 64  # a prompt's rows: as many as there are registers for
     programs = shape.batch * shape.kv_heads * -(-rows // block_h)
     block_n = 32
-    # More would hide no more latency, and cost merging. Of sequences with their own lengths few have all of theirs.
+    wanted = max(1, 2 * gpu.sms // programs)  # more would hide no more latency, and cost merging
     by_length = spec.ragged and not spec.many_queries
-    wanted = max(1, (3 if by_length else 2) * gpu.sms // programs)
+    if by_length:  # few sequences have as many keys as the longest, and those are to be shared too
+        wanted = max(4, 3 * gpu.sms // programs)
     splits = _floor_of(min(wanted, -(-shape.seqlen_kv // block_n)), "decode", "NUM_SPLITS")
     # Past so many partial states one program is slower to join them than a kernel more, of a program for each head.
     merge = "none" if splits == 1 else "last" if splits * min(spec.group, block_h) <= 128 else "kernel"

@@ -140,23 +140,25 @@ def representative(bucket: Bucket, group: int) -> Shape:
 SHORTEST_SHARE = 32
 
 
-def timed_lengths(spec: KernelSpec, shape: Shape) -> tuple[int, ...]:
-    """The keys of each sequence that a kernel is timed at: all of them as many as the shape says.
+def timed_lengths(spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
+    """The keys of each sequence in the batches that a kernel is timed at: in one batch, as many as the shape says.
 
-    But where every sequence of a decode has its own, they differ: from all keys down to a 32nd of them, in even ratios.
-    A cache has room for the longest, and a config that is fast for equal lengths alone may leave one program to join
-    what many found of a long one.
+    But where every sequence of a decode has its own, in two: from all keys down to a 32nd of them, in even ratios; and
+    one that has them all among others with a 32nd. A cache has room for the longest, and a config that is fast for
+    equal lengths alone may leave one program to join what many found of a long one. The first batch's lengths are
+    nowhere shorter.
     """
     if not spec.ragged or spec.many_queries or shape.batch == 1:
-        return (shape.seqlen_kv,) * shape.batch
-    shares = (SHORTEST_SHARE ** -(i / (shape.batch - 1)) for i in range(shape.batch))
-    return tuple(max(1, round(shape.seqlen_kv * share)) for share in shares)
+        return ((shape.seqlen_kv,) * shape.batch,)
+    shares = [SHORTEST_SHARE ** -(i / (shape.batch - 1)) for i in range(shape.batch)]
+    spread = tuple(max(1, round(shape.seqlen_kv * share)) for share in shares)
+    return spread, (shape.seqlen_kv, *(spread[-1:] * (shape.batch - 1)))
 
 
 def timed_shape(spec: KernelSpec, shape: Shape) -> Shape:
-    """The shape of equal lengths that is as much work as `timed_lengths`."""
-    lengths = timed_lengths(spec, shape)
-    return replace(shape, seqlen_kv=round(sum(lengths) / len(lengths)))
+    """The shape of equal lengths that is as much work as a batch of `timed_lengths` on the average."""
+    batches = timed_lengths(spec, shape)
+    return replace(shape, seqlen_kv=max(1, round(sum(map(sum, batches)) / (len(batches) * shape.batch))))
 
 
 @dataclass(frozen=True)

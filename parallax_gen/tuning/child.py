@@ -96,12 +96,13 @@ def measure_trial(request: Measure) -> Outcome:
         found = verify.run(source, spec, config, inputs, expected)
         if found.wrong:
             return Outcome("wrong", f"at {shape}: {found.wrong}", error=found.error)
+        batches = _batches(trial, inputs)
         timing = time_call(
-            _call(trial, inputs),
+            _call(trial, batches),
             timed_ms=request.timed_ms,
-            give_up_us=request.give_up_us,
+            give_up_us=request.give_up_us * len(batches),
             from_rest=request.from_rest,
-        )
+        ).a_part(len(batches))
     except BuildError as error:
         return Outcome("compile", str(error))
     except (OutOfResources, torch.cuda.OutOfMemoryError) as error:
@@ -116,18 +117,29 @@ def time_again(request: Rematch) -> Outcome:
 
     first = request.trials[0]
     inputs, _ = _inputs_and_oracle(first.spec, first.shape)
-    calls = [_call(trial, inputs) for trial in request.trials]
+    batches = _batches(first, inputs)
+    calls = [_call(trial, batches) for trial in request.trials]
     timings = time_in_turns(calls, timed_ms=request.timed_ms, from_rest=request.from_rest)
-    return Outcome("ok", timings=tuple(timings))
+    return Outcome("ok", timings=tuple(timing.a_part(len(batches)) for timing in timings))
 
 
-def _call(trial: Trial, inputs: Inputs) -> Callable[[], object]:
-    """A trial's launch on inputs."""
+def _batches(trial: Trial, inputs: Inputs) -> list[Inputs]:
+    """What a trial is timed on: the inputs, and once more with each of the other lengths."""
+    import torch
+
+    _, *others = timed_lengths(trial.spec, trial.shape)
+    lengths = (torch.tensor(each, dtype=torch.int32, device=inputs.q.device) for each in others)
+    return [inputs, *(dataclasses.replace(inputs, cache_seqlens=each) for each in lengths)]
+
+
+def _call(trial: Trial, batches: list[Inputs]) -> Callable[[], object]:
+    """A trial's launch on each of the batches."""
     from parallax_gen.tuning import verify
 
     launch = load(render(trial.spec, trial.config, trial.gpu)).launch
-    arguments = prepare(trial.spec, trial.config, inputs).arguments(verify.softmax_scale(trial.spec))
-    return lambda: launch(*arguments)
+    scale = verify.softmax_scale(trial.spec)
+    arguments = [prepare(trial.spec, trial.config, inputs).arguments(scale) for inputs in batches]
+    return lambda: [launch(*each) for each in arguments]
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +147,7 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
     """Inputs drawn afresh in every child, and what must come out: costly, so once for all configs of a bucket."""
     from parallax_gen.tuning import verify
 
-    seed, lengths = random.randrange(2**31), timed_lengths(spec, shape)
+    seed, (lengths, *_) = random.randrange(2**31), timed_lengths(spec, shape)
     inputs = verify.random_inputs_of(spec, shape, seed=seed, device="cuda", full=True, lengths=lengths)
     return inputs, verify.oracle(spec, inputs)
 

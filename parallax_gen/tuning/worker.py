@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from parallax_gen.errors import MeasureError
@@ -82,6 +82,10 @@ class Timing:
     p80_us: float
     calls_a_graph: int
     replays: int
+
+    def a_part(self, parts: int) -> Timing:
+        """Of a call that was so many launches: of one of them, on the average."""
+        return replace(self, median_us=self.median_us / parts, p20_us=self.p20_us / parts, p80_us=self.p80_us / parts)
 
 
 @dataclass(frozen=True)

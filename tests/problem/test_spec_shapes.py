@@ -362,12 +362,24 @@ def test_buckets(shape: Shape, bucket: Bucket) -> None:
 
 def test_sequences_of_their_own_lengths_are_timed_at_different_ones() -> None:
     ragged, sizes = KernelSpec("decode", 128, "bf16", ragged=True), Shape(6, 8, 8, 1, 4096)
-    lengths = timed_lengths(ragged, sizes)
-    assert lengths == (4096, 2048, 1024, 512, 256, 128)
-    assert timed_shape(ragged, sizes) == replace(sizes, seqlen_kv=1344)
-    assert work_of(ragged, timed_shape(ragged, sizes)).flops == 4 * 2 * 8 * 128 * sum(lengths)
+    spread, skewed = timed_lengths(ragged, sizes)
+    assert spread == (4096, 2048, 1024, 512, 256, 128)
+    assert skewed == (4096, 128, 128, 128, 128, 128)
+    assert timed_shape(ragged, sizes) == replace(sizes, seqlen_kv=1067)
+    both = 4 * 2 * 8 * 128 * sum(spread + skewed)
+    assert 2 * work_of(ragged, timed_shape(ragged, sizes)).flops == pytest.approx(both, rel=1e-3)
     even, many = KernelSpec("decode", 128, "bf16"), replace(ragged, many_queries=True)
     for spec, shape in ((even, sizes), (many, replace(sizes, seqlen_q=128)), (ragged, replace(sizes, batch=1))):
-        assert timed_lengths(spec, shape) == (4096,) * shape.batch
+        assert timed_lengths(spec, shape) == ((4096,) * shape.batch,)
         assert timed_shape(spec, shape) == shape
-    assert min(timed_lengths(ragged, Shape(2, 1, 1, 1, 3))) == 1
+
+
+@given(batch=st.integers(1, 200), seqlen_kv=SIZE)
+@UNHURRIED
+def test_the_first_batch_of_lengths_is_nowhere_shorter(batch: int, seqlen_kv: int) -> None:
+    """Behind it the caches are poisoned."""
+    first, *others = timed_lengths(KernelSpec("decode", 128, "bf16", ragged=True), Shape(batch, 1, 1, 1, seqlen_kv))
+    for lengths in (first, *others):
+        assert len(lengths) == batch
+        assert max(lengths) == seqlen_kv
+        assert all(1 <= length <= longest for length, longest in zip(lengths, first, strict=True))

@@ -83,7 +83,7 @@ CONFIG = default_config(RAGGED, representative(Bucket(32, 1, 4096), 2), GPUS["h2
 def test_lengths_can_be_given() -> None:
     """Those that a kernel is timed at, of a cache in pages too: what they leave over is poisoned."""
     spec, shape = replace(RAGGED, page_size=16), Shape(3, 4, 2, 1, 64)
-    inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=timed_lengths(spec, shape))
+    inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=timed_lengths(spec, shape)[0])
     assert inputs.cache_seqlens is not None
     assert inputs.page_table is not None
     assert inputs.cache_seqlens.tolist() == [64, 11, 2]

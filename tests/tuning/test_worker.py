@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ import pytest
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.config import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Shape, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.worker import Compile, Trial, Worker
+from parallax_gen.tuning import child
+from parallax_gen.tuning.verify import random_inputs_of
+from parallax_gen.tuning.worker import Compile, Timing, Trial, Worker
 
 TRIAL = Trial(
     KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPUS["h200"]
@@ -143,3 +147,23 @@ def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path
     finally:
         parent.kill()
         parent.communicate()
+
+
+def test_what_has_lengths_of_its_own_is_timed_on_each_batch_of_them() -> None:
+    spec, shape = KernelSpec("decode", 64, "bf16", ragged=True), Shape(4, 2, 2, 1, 320)
+    trial = Trial(spec, default_config(spec, shape, GPUS["h200"]), shape, GPUS["h200"])
+    spread, *_ = timed_lengths(spec, shape)
+    inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=spread)
+    batches = child._batches(trial, inputs)
+    assert [batch.cache_seqlens.tolist() for batch in batches if batch.cache_seqlens is not None] == [
+        [320, 101, 32, 10],
+        [320, 10, 10, 10],
+    ]
+    assert batches[0] is inputs
+    assert batches[1].k is inputs.k
+    even = replace(trial, spec=replace(spec, ragged=False))
+    assert child._batches(even, inputs) == [inputs]
+
+
+def test_a_part_of_what_was_timed_together() -> None:
+    assert Timing(30.0, 20.0, 40.0, 5, 7).a_part(2) == Timing(15.0, 10.0, 20.0, 5, 7)
