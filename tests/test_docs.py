@@ -210,7 +210,7 @@ def check(words: list[str]) -> None:
     elif words[:2] == ["pip", "install"]:
         for extras in re.findall(r"\[(.+)\]", " ".join(words)):
             assert set(extras.split(",")) <= extras_of_the_package(), words
-    elif words[0] in ("python", "torchrun") or words[0].endswith(".py"):
+    elif words[0] in ("python", "torchrun", "compute-sanitizer") or words[0].endswith(".py"):
         files = [word for word in words if re.match(r"(examples|tests)/", word)]
         assert all((TOP / file).exists() for file in files), words
     else:

@@ -1,0 +1,60 @@
+"""One kernel of each kind, small and at awkward sizes, for compute-sanitizer to watch; each is checked against float64.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/memcheck.py
+
+Without caching every tensor is an allocation of its own, so that what reaches past its end is seen. It takes a minute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parallax_gen.codegen.device import gpu_of_device
+from parallax_gen.codegen.render import render
+from parallax_gen.problem.config import DecodeConfig, KernelConfig
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import verify
+
+EVEN, RAGGED = {"group": 4}, {"group": 4, "ragged": True}
+PROMPT = {"many_queries": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **RAGGED}
+DECODE: list[tuple[int, str, dict[str, Any], KernelConfig]] = [
+    (128, "bf16", EVEN, DecodeConfig(32, 8, 4, "last", 1, 4)),
+    (96, "fp16", EVEN, DecodeConfig(32, 8, 6, "kernel", 2, 3)),
+    (128, "bf16", RAGGED, DecodeConfig(32, 8, 6, "kernel", 1, 3)),
+    (128, "bf16", RAGGED, DecodeConfig(64, 8, 4, "last", 2, 3)),
+    (128, "bf16", {"page_size": 16, "stats": True, **RAGGED}, DecodeConfig(32, 8, 6, "kernel", 1, 3)),
+    (64, "bf16", {"page_size": 1, "leftpad": True, **RAGGED}, DecodeConfig(32, 8, 2, "last", 1, 3)),
+    (128, "bf16", {"page_size": 64, "cache_dtype": "e4m3", **RAGGED}, DecodeConfig(64, 8, 3, "kernel", 2, 3)),
+    (
+        96,
+        "fp16",
+        {"cache_dtype": "e5m2", "window": True, "causal": True, **RAGGED},
+        DecodeConfig(32, 8, 2, "last", 1, 3),
+    ),
+    (128, "bf16", PROMPT, DecodeConfig(64, 64, 2, "last", 8, 2)),
+]
+TRAINING = [
+    KernelSpec("dkdv", 128, "bf16", causal=True),
+    KernelSpec("dkdv", 96, "fp16", group=2, causal=True, window=True, varlen=True),
+]
+STEP = ("forward", "preprocess", "dkdv", "dqdr")
+
+
+def main() -> None:
+    gpu, shape = gpu_of_device(0), Shape(1, 4, 4, 256, 256)
+    cases = [(KernelSpec("decode", head_dim, dtype, **more), config) for head_dim, dtype, more, config in DECODE]
+    specs = [spec.of(op) for spec in TRAINING for op in STEP]
+    cases += [(spec, default_config(spec, shape, gpu)) for spec in specs]
+    for spec, config in cases:
+        source = render(spec, config, gpu)
+        for seed in range(3):
+            small = verify.awkward_shape(spec, config)
+            found = verify.check(source, spec, config, small, seed=seed, device="cuda")
+            assert not found.wrong, (spec, config, found.wrong)
+        print(f"{spec}: right", flush=True)
+
+
+if __name__ == "__main__":
+    main()
