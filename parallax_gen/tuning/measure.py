@@ -21,6 +21,11 @@ from parallax_gen.tuning.worker import Timing
 # at random, and from then on it runs 5 to 12 % slower, in steps. Until then the same kernel takes the same time within
 # 0.5 %. What is bound by memory, decode and preprocess, does not rest: it is far from that limit, and its few
 # microseconds suffer from clocks that fell in the rest.
+#
+# Of ragged decode a call launches on each of the batches of `shapes.timed_lengths`, and its mean counts.
+#
+# Neither of these two raised the version: a tune begins with the configs that ship for its bucket, and its finals time
+# whoever leads again, so that no time of before decides against one of now.
 CALLS_A_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
 WARM_MS = 5.0

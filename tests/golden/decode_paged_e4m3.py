@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 8:1, ragged, pages of 64, e4m3 cache
 config     BLOCK_N=64 BLOCK_H=8 NUM_SPLITS=4 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates f61edfcadd61
+generator  parallax_gen 0.1.0, templates 3777b2b79af3
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -63,7 +63,7 @@ def _step(qr_0, qr_1, qr_2, qr_3, k, v, visible, scale_log2, m, d1, d2, o_0, o_1
     st = tl.reshape(st, [2, 8, BLOCK_N])
     s, _ = tl.split(tl.permute(st, [1, 2, 0]))  # [8, BLOCK_N]
     s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2 - 64.0)
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2 - 64.0)  # p is up to 2^64
     alpha = tl.exp2(m - m_new)
     p = tl.exp2(s * scale_log2 - m_new[:, None])
     is_query = (tl.arange(0, 2) == 0)[:, None, None]
@@ -212,10 +212,10 @@ def ragged_kernel(
     q = tl.load(q_rows[:, None] + dims[None, :], mask=(in_tile & is_query)[:, None], other=0.0)
     r = tl.load(r_rows[:, None] + dims[None, :], mask=(in_tile & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: one of the two is 0 in every row
-    qr = (qr.to(tl.float32) * 2.0**96).to(qr.dtype)  # keys will come in units of 2^-120
+    qr = (qr.to(tl.float32) * 2.0**96).to(qr.dtype)  # keys come in units of 2^-120: too small for fp32
     k_scale = tl.load(k_scale_ptr + kv_head * stride_scale)
     v_scale = tl.load(v_scale_ptr + kv_head * stride_scale)
-    k_scale_log2 = 2.0**24 * scale_log2 * k_scale
+    k_scale_log2 = 2.0**24 * scale_log2 * k_scale  # the rest of 2^120
     heads = tl.arange(0, BLOCK_H)
     in_tile = heads < GROUP
 
@@ -258,7 +258,8 @@ def ragged_kernel(
     o = tl.reshape(tl.join(tl.join(o_0, o_2), tl.join(o_1, o_3)), [2 * BLOCK_H, 128])
 
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, 128]), [1, 2, 0]))  # [8, HEAD_DIM] each
-    # sums out of their units: of q and r, of p, and of keys and values, which have scales besides
+    # sums out of their units: q and r were taken 2^96 times, p 2^64 times; keys and values come in
+    # 2^-120, and have scales besides
     m += 64.0
     d1 *= 2.0**-64
     d2 *= 2.0**-40 * k_scale
