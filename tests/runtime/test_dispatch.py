@@ -143,11 +143,12 @@ def test_one_that_cannot_be_opened_is_passed_over(tmp_path: Path, monkeypatch: p
     path = tmp_path / "mine.db"
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     unusable(path, how)
-    write_shipped([known()], "h200", tmp_path)
+    sent = known()  # once: it bears the second in which it was made
+    write_shipped([sent], "h200", tmp_path)
     with pytest.warns(UserWarning, match=r"mine\.db.* Only shipped records and defaults are used\.$"):
         memory = RuntimeMemory(tmp_path)
     assert Dispatcher(memory).kernel(SPEC, SHAPE, GPU)[0].config == CONFIG
-    assert records_here(memory, "h200") == [known()]
+    assert records_here(memory, "h200") == [sent]
 
 
 def test_one_that_is_damaged_later_is_passed_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
