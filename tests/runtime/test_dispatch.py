@@ -156,7 +156,8 @@ def test_one_that_is_damaged_later_is_passed_over_once(tmp_path: Path, monkeypat
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     with Store(path) as store:
         store.merge(known(config=replace(CONFIG, NUM_SPLITS=n)) for n in range(1, 200))
-    write_shipped([known()], "h200", tmp_path)
+    sent = known()
+    write_shipped([sent], "h200", tmp_path)
     memory = RuntimeMemory(tmp_path)
     dispatcher = Dispatcher(memory)
     content = path.read_bytes()
@@ -166,7 +167,7 @@ def test_one_that_is_damaged_later_is_passed_over_once(tmp_path: Path, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatcher.kernel(SPEC, replace(SHAPE, batch=64), GPU)[0].record is None
-        assert memory.all() == [known()]
+        assert memory.all() == [sent]
 
 
 def test_a_missing_one_and_a_home_that_cannot_be_written_are_no_reason_to_warn(
