@@ -51,7 +51,8 @@ HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time show
 @click.option(
     "--grid",
     type=click.Choice(tuple(SWEEPS)),
-    help="Instead of --shape. paper: batch 1 to 2048, 128 to 32768 keys, decode and training; others: decode.",
+    help="Instead of --shape. official, serving: decode. training: the usual steps of every head_dim. "
+    "paper: batch 1 to 2048, 128 to 32768 keys, decode and training.",
 )
 @flag_options
 @click.option("--only", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: these alone.")

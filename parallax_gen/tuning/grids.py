@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.tuning.usual import TRAINING, USUAL_TRAINING
 
 # The official kernels' own benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
 _HEADS = tuple(2**n for n in range(12))
@@ -42,5 +42,12 @@ PAPER = {
     ),
 }
 
+# The steps that are in real use, of every head_dim.
+STEPS = tuple((head_dim, shape) for head_dim, shapes in USUAL_TRAINING.items() for shape in shapes)
+
 # What is compared: grid -> op -> (head_dim, shape).
-SWEEPS = {**{name: {"decode": shapes} for name, shapes in GRIDS.items()}, "paper": PAPER}
+SWEEPS = {
+    **{name: {"decode": shapes} for name, shapes in GRIDS.items()},
+    TRAINING: {TRAINING: STEPS},
+    "paper": PAPER,
+}

@@ -1,8 +1,8 @@
 """A static model of a kernel's time, from what compiling shows: it ranks configs where nothing can be measured.
 
 A roofline, and what usually keeps a kernel from it. The factors were set by hand to partial sweeps on an H200, of
-tiles at head_dim 64 and 256, of decode at 128, and each says what it stands for; they order configs, and are no promise
-of a time.
+tiles at head_dim 64 and 256, of decode at 128, that of shared rows later to whole sweeps of tiles on an H100, and each
+says what it stands for; they order configs, and are no promise of a time.
 """
 
 from __future__ import annotations
@@ -97,8 +97,10 @@ def _matmul_share(spec: KernelSpec, config: TileConfig, gpu: Gpu, owned: int, st
     else:
         if owned < 64 and gpu.capability[0] >= 9:
             share *= 0.85  # the matmuls of Hopper and Blackwell, which run on while the program does, take 64 rows
-        # With less than 16 rows each, warps share rows: each finds its columns, and they join maxima and sums.
-        share *= 0.55 ** max(0.0, math.log2(16 * config.num_warps / owned))
+        # With less than 16 rows each, warps share rows: each finds its columns, and they join maxima and sums. Two of
+        # them cost most; more share what there is to wait for.
+        shared_by = max(0.0, math.log2(16 * config.num_warps / owned))
+        share *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
     widths = [piece.width for piece in scored_and_summed(spec.op, spec.head_dim, config.HEAD_DIM_AS)[0]]
     share *= spec.head_dim / sum(widths)  # what is padded is multiplied too
     if config.HEAD_DIM_AS == "halves":  # both programs of a tile find its scores
