@@ -143,6 +143,10 @@ GOLDEN = {
         KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
     ),
+    "decode_small_pages_leftpad": Kernel(
+        KernelSpec("decode", 128, "bf16", group=4, ragged=True, leftpad=True, page_size=16),
+        DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=3),
+    ),
     "decode_ragged_merge_kernel": Kernel(
         KernelSpec("decode", 128, "bf16", group=12, ragged=True, stats=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=16, merge="kernel", num_warps=2, num_stages=4),

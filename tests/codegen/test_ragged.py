@@ -206,6 +206,33 @@ def test_left_padding_past_the_end_leaves_no_key(page_size: int) -> None:
     assert (call.written["lse"] == -torch.inf).all()
 
 
+# Of pages of 8: ends within one, at a page's and at a block's, a key past it; no key; more blocks than a program's.
+PAGE_ENDS = (0, 1, 8, 9, 13, 16, 24, 31, 32, 33, 64, 65, 203)
+
+
+@pytest.mark.parametrize("block_n", [16, 32, 64], ids=lambda n: f"{n // 8} pages")
+@pytest.mark.parametrize("cache", ["", "e4m3"])
+def test_blocks_of_a_few_whole_pages(cache: str, block_n: int) -> None:
+    """What lies past an end, in the last page and in the table, is poison."""
+    spec = replace(ONE, page_size=8, cache_dtype=cache)
+    config = replace(CONFIG, BLOCK_N=block_n, NUM_SPLITS=2)
+    assert "page_1 = " in render(spec, config, GPU).text
+    check(spec, config, of_one_kv_head(parts_of(spec, PAGE_ENDS)) if not cache else parts_of(spec, PAGE_ENDS))
+
+
+@pytest.mark.parametrize("block_n", [16, 64], ids=lambda n: f"{n // 8} pages")
+@pytest.mark.parametrize("spec", [ONE, replace(ONE, causal=True, window=True), PACKED, WINDOW])
+def test_blocks_of_a_few_whole_pages_that_begin_anywhere(spec: KernelSpec, block_n: int) -> None:
+    """All that there is may lie in the page that it begins in, with poison on both sides."""
+    spec = replace(spec, leftpad=True, page_size=8)
+    config = replace(CONFIG, BLOCK_N=block_n, NUM_SPLITS=2)
+    assert "page_1 = " in render(spec, config, GPU).text
+    queries = [1 + b % 4 for b in range(len(PAGE_ENDS))] if spec.varlen else 1
+    before = [5 * b % 23 for b in range(len(PAGE_ENDS))]
+    parts = of_one_kv_head(parts_of(spec, PAGE_ENDS, queries))
+    check(spec, config, parts, before=before, window=20 if spec.window else 0)
+
+
 @pytest.mark.parametrize("cache", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("spec", [ONE, replace(ONE, page_size=16), WINDOW], ids=["one query", "pages", "window"])
 def test_caches_in_eight_bits(spec: KernelSpec, cache: str) -> None:
@@ -256,6 +283,15 @@ PLANTED = [
     (WINDOW, "(behind < window)", "(behind <= window)", "a key too many"),
     (WINDOW, "GROUP + 1 - window", "GROUP + 2 - window", "a key too few"),
     (replace(ONE, leftpad=True), "tl.load(cache_leftpad_ptr", "0 * tl.load(cache_leftpad_ptr", "padding seen"),
+    (replace(ONE, page_size=8), "at = tl.minimum(row, most)", "at = row", "keys behind the end of a page read"),
+    (replace(ONE, page_size=8), "nth == 1, page_1, page_0", "nth == 1, page_0, page_1", "a block's pages swapped"),
+    (replace(ONE, page_size=8, leftpad=True), "tl.maximum(row, least)", "row", "keys before the first read"),
+    (
+        replace(ONE, page_size=8, leftpad=True),
+        "< left, 0, last_row",
+        "< left, 0, 0",
+        "poison for want of a second page",
+    ),
     (replace(ONE, cache_dtype="e4m3"), "* k_scale * v_scale", "* v_scale", "a scale left out"),
     (replace(ONE, cache_dtype="e4m3"), "scale_log2 * k_scale", "scale_log2", "scores not scaled"),
     (replace(ONE, cache_dtype="e4m3"), "d2 *= k_scale", "d2 *= 1.0", "r·k not scaled"),
@@ -274,5 +310,5 @@ def test_a_wrong_kernel_is_seen(spec: KernelSpec, right: str, planted: str) -> N
     parts = parts_of(spec, lengths, queries if spec.varlen else 1)
     parts = of_one_kv_head(parts) if spec.varlen else parts
     window = 20 if spec.window else 0
-    inputs = inputs_of(spec, parts, window, **({"before": (5, 31, 0, 7, 3)} if spec.leftpad else {}))
+    inputs = inputs_of(spec, parts, window, **({"before": (5, 31, 0, 1, 3)} if spec.leftpad else {}))
     assert verify.run(source, spec, config, inputs, expected_of(spec, parts, window)).wrong is not None

@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, fp16, GQA 2:1, causal, stats, ragged, many queries, pages of 16
 config     BLOCK_N=32 BLOCK_H=16 NUM_SPLITS=8 merge=last num_warps=4 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 3777b2b79af3
+generator  parallax_gen 0.1.0, templates bd9d7233222f
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -138,6 +138,7 @@ def ragged_kernel(
     BLOCK_H: tl.constexpr = 16  # (query, head) pairs that a tile has
     BLOCK_N: tl.constexpr = 32  # keys a program takes a step
     PAGE_SIZE: tl.constexpr = 16  # keys a page of the cache
+    PAGES: tl.constexpr = BLOCK_N // PAGE_SIZE  # that a block of keys falls into
     NUM_SPLITS: tl.constexpr = 8
     SPARE: tl.constexpr = 8
     ROWS: tl.constexpr = 16  # that a tile's partial state has
@@ -219,25 +220,35 @@ def ragged_kernel(
     d2 = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, 128], tl.float32)
 
-    # -- stream the keys, page by page. Past a sequence's end its last key is read again, and masked: what lies there,
-    #    in the cache or in its page table, may be anything. A block's pages are looked up a step ahead: to load keys
-    #    from where a load of the same step points to would leave fewer of them in flight
+    # -- stream the keys, whole pages at a time. Past a sequence's end keys that it has are read again, and masked: what
+    #    lies there, in the cache or in its page table, may be anything. A block's pages are looked up a step ahead: to
+    #    load keys from where a load of the same step points to would leave fewer of them in flight
     k_ptr += kv_head * stride_h
     v_ptr += kv_head * stride_h
     page_table_ptr += seq64 * stride_tableb
     last_key = tl.maximum(length - 1, 0)
-    pages = tl.load(page_table_ptr + tl.minimum(start + keys, last_key).to(tl.uint32) // PAGE_SIZE)  # [BLOCK_N]
+    last_row = last_key % PAGE_SIZE
+    nth = keys // PAGE_SIZE  # of the block's pages: the one that a key lies in
+    row = keys % PAGE_SIZE
+    page_0 = tl.load(page_table_ptr + tl.minimum(start, last_key) // PAGE_SIZE)
+    page_1 = tl.load(page_table_ptr + tl.minimum(start + PAGE_SIZE, last_key) // PAGE_SIZE)
+    next_pages_ptr = page_table_ptr + start // PAGE_SIZE + PAGES
     # (From Triton 3.7 on, a loop that begins at a number found behind an early return is not pipelined.)
     for i in tl.range(0, end - start, BLOCK_N):
         n = start + i
+        page = tl.where(nth == 1, page_1, page_0)  # [BLOCK_N]
+        left = length - n
+        most = tl.where((nth + 1) * PAGE_SIZE <= last_key - n, PAGE_SIZE - 1, last_row)
+        at = tl.minimum(row, most)
+        block = page.to(tl.uint32).to(tl.int64) * stride_p
+        offsets = at[:, None] * stride_n + dims[None, :]  # within a page they fit 32 bits
+        k = tl.load((k_ptr + block)[:, None] + offsets)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load((v_ptr + block)[:, None] + offsets)
+        ahead = next_pages_ptr + i // PAGE_SIZE  # where the sequence has no more pages, those of this block stay
+        page_0 = tl.load(ahead, mask=BLOCK_N < left, other=page_0)
+        page_1 = tl.load(ahead + 1, mask=BLOCK_N + PAGE_SIZE < left, other=page_1)
         cols = n + keys
-        at = tl.minimum(cols, last_key)
-        in_page = (at.to(tl.uint32) % PAGE_SIZE).to(tl.int64)
-        offsets = (pages.to(tl.uint32).to(tl.int64) * stride_p + in_page * stride_n)[:, None] + dims[None, :]
-        k = tl.load(k_ptr + offsets)  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(v_ptr + offsets)
-        pages = tl.load(page_table_ptr + tl.minimum(cols + BLOCK_N, last_key).to(tl.uint32) // PAGE_SIZE)
-        visible = cols < end
+        visible = keys < end - n
         visible = visible[None, :] & (cols[None, :] <= positions[:, None])
         m, d1, d2, o = _step(qr, k, v, visible, scale_log2, m, d1, d2, o)
 

@@ -1,0 +1,322 @@
+"""Parallax attention of queries against a KV cache, each sequence of its own length.
+
+spec       decode, head_dim 128, bf16, GQA 4:1, ragged, leftpad, pages of 16
+config     BLOCK_N=64 BLOCK_H=8 NUM_SPLITS=4 merge=last num_warps=2 num_stages=3
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, templates bd9d7233222f
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
+log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+NUM_SPLITS = 4  # programs that share a sequence's keys, on the average
+SPARE = 8  # one program in so many sequences is there for long ones alone
+
+
+@triton.jit
+def _sizes(
+    seq,
+    there,
+    cache_seqlens_ptr,
+    cache_leftpad_ptr,
+    seqlen_kv,
+    BLOCK_N: tl.constexpr,
+):
+    """Of sequences: their keys, the first that any query sees, their queries, and how many blocks of keys they see."""
+    length = tl.minimum(tl.load(cache_seqlens_ptr + seq, mask=there, other=0), seqlen_kv)  # never past the cache
+    len_q = tl.where(there, 1, 0)
+    lower = tl.maximum(tl.load(cache_leftpad_ptr + seq, mask=there, other=0), 0)
+    blocks = tl.cdiv(tl.maximum(length - lower, 0), BLOCK_N)
+    return length, lower, len_q, blocks
+
+
+@triton.jit
+def _step(qr, k, v, visible, scale_log2, m, d1, d2, o):
+    """Take a block of keys and values [BLOCK_N, HEAD_DIM] into the rows' state."""
+    BLOCK_N: tl.constexpr = k.shape[0]
+    st = tl.dot(qr, tl.trans(k))
+    s, t = tl.split(tl.permute(tl.reshape(st, [2, 8, BLOCK_N]), [1, 2, 0]))  # [8, BLOCK_N] each
+    s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    pt = p * t
+    d1 = d1 * alpha + tl.sum(p, 1)
+    d2 = d2 * alpha + tl.sum(pt, 1)
+    both = tl.join(p.to(v.dtype), pt.to(v.dtype))
+    both = tl.reshape(tl.permute(both, [2, 0, 1]), [16, BLOCK_N])  # stacked again, as qr is
+    alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), [1, 0]), [16])
+    o = tl.dot(both, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
+    return m_new, d1, d2, o
+
+
+@triton.jit
+def _join(d1, d2, o1, o2):
+    """o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row without keys."""
+    inv = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+    return o1 * (inv * (1.0 + d2 * inv)) - o2 * inv
+
+
+@triton.jit
+def _merge(partials, stride, splits, row):
+    """Join a row's splits, `stride` floats apart: rescale every state to the largest m, and add."""
+    HEAD_DIM: tl.constexpr = 128
+    ROWS: tl.constexpr = 4
+    dims = tl.arange(0, 128)
+    m = -3.0e38
+    d1 = 0.0
+    d2 = 0.0
+    o1 = tl.zeros([128], tl.float32)
+    o2 = tl.zeros([128], tl.float32)
+    for first in range(0, splits, 32):  # as many vectors at a time as registers hold
+        split = first + tl.arange(0, 32)
+        there = split < splits  # what is not there has the lowest m, and weighs nothing
+        parts = partials + split.to(tl.int64) * stride
+        stats = parts + ROWS * 2 * HEAD_DIM + row
+        m_part = tl.load(stats, mask=there, other=-3.0e38, cache_modifier=".cg")
+        d1_part = tl.load(stats + ROWS, mask=there, other=0.0, cache_modifier=".cg")
+        d2_part = tl.load(stats + 2 * ROWS, mask=there, other=0.0, cache_modifier=".cg")
+        vectors = parts[:, None] + row * (2 * HEAD_DIM) + dims[None, :]
+        in_row = there[:, None]
+        v1 = tl.load(vectors, mask=in_row, other=0.0, cache_modifier=".cg")  # [splits, HEAD_DIM]
+        v2 = tl.load(vectors + HEAD_DIM, mask=in_row, other=0.0, cache_modifier=".cg")
+        m_new = tl.maximum(m, tl.max(m_part, 0))
+        alpha = tl.exp2(m - m_new)
+        weight = tl.exp2(m_part - m_new)
+        d1 = d1 * alpha + tl.sum(weight * d1_part, 0)
+        d2 = d2 * alpha + tl.sum(weight * d2_part, 0)
+        o1 = o1 * alpha + tl.sum(weight[:, None] * v1, 0)
+        o2 = o2 * alpha + tl.sum(weight[:, None] * v2, 0)
+        m = m_new
+    return m, d1, d2, o1, o2
+
+
+@triton.jit(do_not_specialize=["kv_heads", "batch", "seqlen_kv", "stride_tableb"])
+def ragged_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    cache_seqlens_ptr,
+    cache_leftpad_ptr,
+    page_table_ptr,
+    partials_ptr,
+    arrived_ptr,
+    stride_qb,
+    stride_qh,
+    stride_rb,
+    stride_rh,
+    stride_tableb,
+    stride_p,
+    stride_n,
+    stride_h,
+    stride_ob,
+    stride_oh,
+    scale_log2,
+    batch,
+    kv_heads,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 128
+    GROUP: tl.constexpr = 4  # query heads that share a kv head
+    BLOCK_H: tl.constexpr = 8  # of which one program serves so many
+    BLOCK_N: tl.constexpr = 64  # keys a program takes a step
+    PAGE_SIZE: tl.constexpr = 16  # keys a page of the cache
+    PAGES: tl.constexpr = BLOCK_N // PAGE_SIZE  # that a block of keys falls into
+    NUM_SPLITS: tl.constexpr = 4
+    SPARE: tl.constexpr = 8
+    ROWS: tl.constexpr = 4  # that a tile's partial state has
+    SLOT: tl.constexpr = ROWS * (2 * HEAD_DIM + 4)  # floats of it; 4, not 3, keeps it 16-byte aligned
+    SEQUENCES: tl.constexpr = 32  # looked at a time: each warp can do that by itself
+    LEAST: tl.constexpr = 1  # blocks that are worth a program of their own
+
+    # -- an even share of all sequences' blocks: a long sequence gets many programs, a short one gets one. To round up
+    #    takes one more of each sequence: so many shares that the launch has slots for them
+    all_blocks = tl.zeros([SEQUENCES], tl.int32)
+    for first in range(0, batch, SEQUENCES):
+        seqs = first + tl.arange(0, SEQUENCES)
+        _, _, _, blocks = _sizes(seqs, seqs < batch, cache_seqlens_ptr, cache_leftpad_ptr, seqlen_kv, BLOCK_N)
+        all_blocks += blocks
+    programs = batch * (NUM_SPLITS - 1) + tl.cdiv(batch, SPARE)
+    share = tl.maximum(tl.cdiv(tl.sum(all_blocks, 0), programs), LEAST)
+
+    # -- which sequence this program's slot falls to: sequences have tiles * splits slots, one after the other
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    slot = tl.program_id(0) // kv_heads
+    seq = 0
+    first_slot = 0
+    all_slots = 0
+    for first in range(0, batch, SEQUENCES):
+        seqs = first + tl.arange(0, SEQUENCES)
+        _, _, len_q, blocks = _sizes(seqs, seqs < batch, cache_seqlens_ptr, cache_leftpad_ptr, seqlen_kv, BLOCK_N)
+        tiles = len_q
+        slots = tiles * tl.maximum(tl.cdiv(blocks, share), 1)
+        ends = all_slots + tl.cumsum(slots, 0)
+        before = (ends <= slot) & (seqs < batch)
+        seq += tl.sum(before.to(tl.int32), 0)
+        first_slot = tl.maximum(first_slot, tl.max(tl.where(before, ends, 0), 0))
+        all_slots += tl.sum(slots, 0)
+    if slot >= all_slots:
+        return
+
+    # -- which tile of its rows, and which split of the tile's keys
+    length, lower, len_q, blocks = _sizes(seq, True, cache_seqlens_ptr, cache_leftpad_ptr, seqlen_kv, BLOCK_N)
+    splits = tl.maximum(tl.cdiv(blocks, share), 1)
+    split = slot - first_slot
+    lower_block = lower // PAGE_SIZE * PAGE_SIZE  # blocks begin where pages do
+    blocks = tl.where(lower < length, tl.cdiv(length - lower_block, BLOCK_N), 0)
+    mine = tl.cdiv(blocks, splits) * BLOCK_N
+    start = lower_block + split * mine
+    end = tl.minimum(start + mine, length)
+
+    # -- one tile of queries and probes: 8 of each in turn
+    stacked = tl.arange(0, 2 * BLOCK_H)
+    heads = stacked % 8
+    is_query = stacked < 8
+    in_tile = heads < GROUP
+    dims = tl.arange(0, 128)
+    seq64 = seq.to(tl.int64)
+    q_rows = q_ptr + seq64 * stride_qb + (kv_head * GROUP + heads) * stride_qh
+    r_rows = r_ptr + seq64 * stride_rb + (kv_head * GROUP + heads) * stride_rh
+    q = tl.load(q_rows[:, None] + dims[None, :], mask=(in_tile & is_query)[:, None], other=0.0)
+    r = tl.load(r_rows[:, None] + dims[None, :], mask=(in_tile & ~is_query)[:, None], other=0.0)
+    qr = q + r  # [2*BLOCK_H, HEAD_DIM]: one of the two is 0 in every row
+    heads = tl.arange(0, BLOCK_H)
+    in_tile = heads < GROUP
+
+    keys = tl.arange(0, BLOCK_N)
+    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: rows without keys must not give NaN
+    d1 = tl.zeros([BLOCK_H], tl.float32)
+    d2 = tl.zeros([BLOCK_H], tl.float32)
+    o = tl.zeros([2 * BLOCK_H, 128], tl.float32)
+
+    # -- stream the keys, whole pages at a time. Past a sequence's end keys that it has are read again, and masked: what
+    #    lies there, in the cache or in its page table, may be anything. A block's pages are looked up a step ahead: to
+    #    load keys from where a load of the same step points to would leave fewer of them in flight
+    k_ptr += kv_head * stride_h
+    v_ptr += kv_head * stride_h
+    page_table_ptr += seq64 * stride_tableb
+    last_key = tl.maximum(length - 1, 0)
+    last_row = last_key % PAGE_SIZE
+    nth = keys // PAGE_SIZE  # of the block's pages: the one that a key lies in
+    row = keys % PAGE_SIZE
+    page_0 = tl.load(page_table_ptr + tl.minimum(start, last_key) // PAGE_SIZE)
+    page_1 = tl.load(page_table_ptr + tl.minimum(start + PAGE_SIZE, last_key) // PAGE_SIZE)
+    page_2 = tl.load(page_table_ptr + tl.minimum(start + 2 * PAGE_SIZE, last_key) // PAGE_SIZE)
+    page_3 = tl.load(page_table_ptr + tl.minimum(start + 3 * PAGE_SIZE, last_key) // PAGE_SIZE)
+    next_pages_ptr = page_table_ptr + start // PAGE_SIZE + PAGES
+    # (From Triton 3.7 on, a loop that begins at a number found behind an early return is not pipelined.)
+    for i in tl.range(0, end - start, BLOCK_N):
+        n = start + i
+        page = tl.where(nth == 1, page_1, page_0)  # [BLOCK_N]
+        page = tl.where(nth == 2, page_2, page)
+        page = tl.where(nth == 3, page_3, page)
+        left = length - n
+        most = tl.where((nth + 1) * PAGE_SIZE <= last_key - n, PAGE_SIZE - 1, last_row)
+        least = tl.where(nth == 0, lower - n, tl.where(nth * PAGE_SIZE < left, 0, last_row))
+        at = tl.minimum(tl.maximum(row, least), most)
+        block = page.to(tl.uint32).to(tl.int64) * stride_p
+        offsets = at[:, None] * stride_n + dims[None, :]  # within a page they fit 32 bits
+        k = tl.load((k_ptr + block)[:, None] + offsets)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load((v_ptr + block)[:, None] + offsets)
+        ahead = next_pages_ptr + i // PAGE_SIZE  # where the sequence has no more pages, those of this block stay
+        page_0 = tl.load(ahead, mask=BLOCK_N < left, other=page_0)
+        page_1 = tl.load(ahead + 1, mask=BLOCK_N + PAGE_SIZE < left, other=page_1)
+        page_2 = tl.load(ahead + 2, mask=BLOCK_N + 2 * PAGE_SIZE < left, other=page_2)
+        page_3 = tl.load(ahead + 3, mask=BLOCK_N + 3 * PAGE_SIZE < left, other=page_3)
+        visible = (keys >= lower - n) & (keys < end - n)
+        m, d1, d2, o = _step(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
+
+    o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, 128]), [1, 2, 0]))  # [8, HEAD_DIM] each
+    o_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
+    if splits == 1:
+        # -- nobody else has keys of this tile
+        rows_at = heads * stride_oh
+        out = _join(d1[:, None], d2[:, None], o1, o2)
+        o_ptrs = o_ptr + rows_at[:, None] + dims[None, :]
+        tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=in_tile[:, None])
+    else:
+        # -- leave this split's state: [ROWS, 2, HEAD_DIM], then [3, ROWS]
+        local = tl.arange(0, BLOCK_H)
+        partials = partials_ptr + tl.program_id(0).to(tl.int64) * SLOT
+        vector_ptrs = partials + local[:, None] * (2 * HEAD_DIM) + dims[None, :]
+        tl.store(vector_ptrs, o1, mask=in_tile[:, None])
+        tl.store(vector_ptrs + HEAD_DIM, o2, mask=in_tile[:, None])
+        stat_ptrs = partials + ROWS * 2 * HEAD_DIM + local
+        tl.store(stat_ptrs, m, mask=in_tile)
+        tl.store(stat_ptrs + ROWS, d1, mask=in_tile)
+        tl.store(stat_ptrs + 2 * ROWS, d2, mask=in_tile)
+
+        # -- the last split to arrive joins them all, and sets the counter back for the next launch
+        tl.debug_barrier()
+        first_split = (slot - split) * kv_heads + kv_head
+        if tl.atomic_add(arrived_ptr + first_split, 1, sem="acq_rel") == splits - 1:
+            tl.store(arrived_ptr + first_split, 0)
+            partials = partials_ptr + first_split.to(tl.int64) * SLOT
+            for head in range(GROUP):
+                row_at = head * stride_oh
+                _, d1_row, d2_row, o1_row, o2_row = _merge(partials, kv_heads * SLOT, splits, head)
+                out_row = _join(d1_row, d2_row, o1_row, o2_row)
+                tl.store(o_ptr + row_at + dims, out_row.to(o_ptr.dtype.element_ty))
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor,
+    page_table: torch.Tensor,
+    partials: torch.Tensor,
+    arrived: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Write the attention of each sequence's queries over its cached keys to out, on the current stream.
+
+    q, r, out         (batch, 1, kv_heads*4, 128) bf16, any strides with a contiguous last dimension
+    k_cache, v_cache  (pages, 16, kv_heads, 128) bf16, the same strides likewise
+    cache_seqlens     (batch,) int32: keys in each sequence, 0 to what its pages hold; what lies behind is never read
+    cache_leftpad     (batch,) int32: each sequence's first key; what lies before is never read
+    page_table        (batch, pages of a sequence at the most) int32: each sequence's pages, in order
+    partials          fp32 scratch of slots * kv_heads * 1040 numbers, slots as below
+    arrived           int32 scratch of slots * kv_heads numbers, 0 at first and again after every launch
+    """
+    batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
+    slots = batch * NUM_SPLITS + triton.cdiv(batch, SPARE)  # at the most
+    ragged_kernel[(slots * kv_heads,)](
+        q,
+        r,
+        k_cache,
+        v_cache,
+        out,
+        cache_seqlens,
+        cache_leftpad,
+        page_table,
+        partials,
+        arrived,
+        q.stride(0),
+        q.stride(2),
+        r.stride(0),
+        r.stride(2),
+        page_table.stride(0),
+        *k_cache.stride()[:3],
+        out.stride(0),
+        out.stride(2),
+        softmax_scale * LOG2_E,
+        batch,
+        kv_heads,
+        page_table.shape[1] * 16,
+        num_warps=2,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
