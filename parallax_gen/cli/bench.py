@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
 
 from parallax_gen.cli.ledger import Ledger
+from parallax_gen.cli.lengths import Lengths, lengths_of
 from parallax_gen.cli.options import (
     Sizes,
     card_here,
@@ -54,7 +56,15 @@ HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time show
     help="Instead of --shape. official, serving: decode. training: the usual steps of every head_dim. "
     "paper: batch 1 to 2048, 128 to 32768 keys, decode and training.",
 )
-@flag_options
+@partial(flag_options, layouts=True)
+@click.option(
+    "--lengths",
+    type=lengths_of,
+    metavar="LENGTHS",
+    help="Of --op decode alone, and brings --ragged along: each sequence's keys, such as 4096,7x128, in caches that "
+    "hold the shape's. Or, of every shape, spread: from all keys down to a 32nd; skewed: one with all, the others "
+    "with a 32nd.",
+)
 @click.option("--only", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: these alone.")
 @click.option("--skip", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: without these.")
 @click.option("--quick", is_flag=True, help="Fewer shapes, timed shortly: to look at, not to quote.")
@@ -82,6 +92,8 @@ def bench(
     shapes: tuple[Sizes, ...],
     grid: str | None,
     flags: Flags,
+    page_sizes: tuple[int, ...],
+    lengths: Lengths | None,
     only: tuple[str, ...],
     skip: tuple[str, ...],
     quick: bool,
@@ -115,16 +127,22 @@ def bench(
       parallax-gen bench --op training --shape 4,16,4096 --window 1024
       parallax-gen bench --grid paper --csv paper.csv
       parallax-gen bench --grid serving --skip fla --picture serving.png
+      parallax-gen bench --shape 8,32/8,4096 --lengths 4096,7x128
+      parallax-gen bench --grid serving --ragged --page-size 0 --page-size 16
     """
+    if lengths is not None:
+        ops, flags = ops or ("decode",), replace(flags, ragged=True)
+        if host or ops != ("decode",):
+            raise click.UsageError("--lengths: of --op decode alone, without --host")
     ops = ("decode",) if host else ops or (tuple(SWEEPS[grid]) if grid else ("forward", "decode"))
-    check_flags(flags, ops)
+    check_flags(replace(flags, page_size=max(page_sizes, default=0)), ops)
     if grid and (shapes or not set(ops) <= set(SWEEPS[grid])):
         raise click.UsageError(f"--grid {grid}: of --op {' or '.join(SWEEPS[grid])}, without --shape")
     if picture is not None:
         if ops != ("decode",):
             raise click.UsageError("--picture: of --op decode alone")
         check_picture(picture)
-    cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags))
+    cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags, page_sizes, lengths))
     names = [name for name in only or CONTENDERS if name not in skip]
     if not names:
         raise click.UsageError("--only and --skip leave nobody to time")
@@ -137,6 +155,7 @@ def bench(
     how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))
     if host:
         shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
+        flags = replace(flags, page_size=page_sizes[0] if page_sizes else 0)
         _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], how, as_json)
         return
     rows: list[Row] = []

@@ -56,29 +56,38 @@ PARTS: dict[str, dict[str, Part]] = {
 }
 
 
-def compare(op: str, spec: KernelSpec, shape: Shape, only: Sequence[str] = (), effort: Effort = WITH_CARE) -> list[Row]:
-    """Every contender, or those in `only`, on fresh random inputs of a shape; ours first. spec: as of Row.
+def compare(
+    op: str,
+    spec: KernelSpec,
+    shape: Shape,
+    only: Sequence[str] = (),
+    effort: Effort = WITH_CARE,
+    lengths: tuple[int, ...] = (),
+) -> list[Row]:
+    """Every contender, or those in `only`, on fresh random inputs of a shape; ours first. spec, lengths: as of Row.
 
     Where the card's memory does not hold the inputs or what ours needs, that is every row's note. Raises MeasureError
     where a peer leaves the device so that nothing runs any more.
     """
     chosen = [contender for contender in contenders(op) if not only or contender.name in only]
+    asked = [Row(contender.name, op, part, spec, shape, lengths=lengths) for contender in chosen for part in PARTS[op]]
     try:
         with _precision(spec), hasty_autotuners() if effort.hasty else nullcontext():
-            return _compare(op, spec, shape, chosen, effort)
+            return _compare(asked, chosen, effort)
     except torch.OutOfMemoryError:
-        return [Row(c.name, op, part, spec, shape, note="skipped: out of memory") for c in chosen for part in PARTS[op]]
+        return [replace(row, note="skipped: out of memory") for row in asked]
     finally:
         torch.cuda.empty_cache()
 
 
-def _compare(op: str, spec: KernelSpec, shape: Shape, chosen: list[Contender], effort: Effort) -> list[Row]:
-    inputs = random_case(op, spec, shape, DEVICE)
+def _compare(asked: list[Row], chosen: list[Contender], effort: Effort) -> list[Row]:
+    op, spec, shape = asked[0].op, asked[0].spec, asked[0].shape
+    inputs = random_case(op, spec, shape, DEVICE, asked[0].lengths)
     judge = Judge(op, spec, shape, inputs, effort.oracle)
     ready: dict[str, Prepared] = {}
     found: list[Row] = []
     for contender in chosen:
-        rows = [Row(contender.name, op, part, spec, shape) for part in PARTS[op]]
+        rows = [row for row in asked if row.contender == contender.name]
         try:
             prepared = contender.prepare(spec, inputs)
             results = prepared.results()  # also of softmax, whose errors are no matter: does it run?
@@ -193,7 +202,7 @@ def _timed(row: Row, chosen: list[Contender], times: Times) -> Row:
         time_us=timing.median_us,
         p20_us=timing.p20_us,
         p80_us=timing.p80_us,
-        rate=work * rate(row.spec, row.shape, timing.median_us),
+        rate=work * rate(row.spec, row.shape, timing.median_us, row.lengths),
         note=note,
     )
 

@@ -70,9 +70,14 @@ def _take(x: Tensor, dim: int, indices: Sequence[int] | None) -> Tensor:
     return x if indices is None else x.index_select(dim, torch.tensor(indices, device=x.device))
 
 
-def random_case(op: str, spec: KernelSpec, shape: Shape, device: str) -> Inputs:
-    """Fresh random inputs; of a training step with the output's gradient."""
+def random_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
+    """Fresh random inputs; of a training step with the output's gradient. lengths: as of Row.
+
+    Behind a sequence's length lie numbers like those before it: a peer may multiply them by 0, as it may in use.
+    """
     inputs = random_inputs_of(spec, shape, seed=random.randrange(2**31), device=device, full=True)
+    if lengths:
+        inputs.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     if op == TRAINING:
         inputs.do = torch.randn_like(inputs.q)
     return inputs

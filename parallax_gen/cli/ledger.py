@@ -17,13 +17,14 @@ from parallax_gen.problem.spec import KernelSpec
 
 _ANY = Row("", "decode", "", KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 1))
 COLUMNS = list(to_flat(replace(_ANY, conditions=Conditions("", "", "", "", "", "", Effort()))))
+WITHOUT_LENGTHS = [name for name in COLUMNS if name != "lengths"]  # of files from before there were any
 
 
 class Ledger:
     """Rows by what they are of. Without a path it begins empty and keeps nothing.
 
     Rows are only ever added, a shape's at a time. Of a line that is not whole, from a machine that went down, nothing
-    is kept.
+    is kept. A file from before sequences had lengths is written anew, with their column.
     """
 
     def __init__(self, path: Path | None = None):
@@ -52,7 +53,7 @@ class Ledger:
 
 
 def _identity(row: Row) -> object:
-    return row.contender, row.op, row.part, row.spec, row.shape, row.package, row.conditions
+    return row.contender, row.what, row.package, row.conditions
 
 
 def _opened(path: Path) -> list[Row]:
@@ -61,22 +62,43 @@ def _opened(path: Path) -> list[Row]:
     if not text:
         text = _as_text([COLUMNS])
         _append(path, text)
-    if next(csv.reader([text.partition("\n")[0]]), []) != COLUMNS:
+    columns = next(csv.reader([text.partition("\n")[0]]), [])
+    if columns not in (COLUMNS, WITHOUT_LENGTHS):
         raise ParallaxGenError(f"--csv: {path} has other columns than bench writes: name another file")
     whole, _, tail = text.rpartition("\n")
-    if whole and tail and not _rows([tail]):
+    if whole and tail and not _rows([tail], columns):
         os.truncate(path, len(whole.encode()) + 1)  # what follows an open quotation mark would be lost
         text, tail = f"{whole}\n", ""
     _append(path, "\n" if tail else "")  # and thereby: can it be written?
-    return _rows(io.StringIO(text.partition("\n")[2], newline=""))
+    if columns == WITHOUT_LENGTHS:
+        _replace(path, _widened(text))
+    return _rows(io.StringIO(text.partition("\n")[2], newline=""), columns)
 
 
-def _rows(lines: Iterable[str]) -> list[Row]:
+def _widened(text: str) -> str:
+    """A file's text with an empty cell for lengths in every row."""
+    at = COLUMNS.index("lengths")
+    _, *lines = csv.reader(io.StringIO(text, newline=""))
+    return _as_text([COLUMNS, *([*line[:at], "", *line[at:]] for line in lines)])
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whoever reads the file finds the old text or the new one, whole."""
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8", newline="")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:
     """Those that can be read: someone may have had a hand in the file."""
     found = []
-    for line in csv.DictReader(lines, COLUMNS):
+    for line in csv.DictReader(lines, columns):
         with suppress(KeyError, ValueError, TypeError):  # None for a field that is missing
-            found.append(from_flat(line))
+            found.append(from_flat({"lengths": ""} | line))
     return found
 
 

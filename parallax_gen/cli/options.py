@@ -139,15 +139,31 @@ _OPTIONS = {
 }
 
 
-def flag_options(command: Command) -> Command:
-    """The options of kernels' flags; the command gets them as one argument, `flags`."""
+def flag_options(command: Command, *, layouts: bool = False) -> Command:
+    """The options of kernels' flags; the command gets them as one argument, `flags`.
+
+    layouts  --page-size is repeatable, with 0 for no pages: the command gets them as `page_sizes`, and flags have none
+    """
 
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
         named = {name: given.pop(name) for name in _OPTIONS}
-        flags = Flags(page_size=given.pop("page_size") or 0, cache_dtype=given.pop("cache_dtype") or "", **named)
+        page_size = 0 if layouts else given.pop("page_size") or 0
+        flags = Flags(page_size=page_size, cache_dtype=given.pop("cache_dtype") or "", **named)
         return command(flags=flags, **given)
 
+    page_size = click.option(
+        "--page-size", type=click.IntRange(min=1), metavar="N", help="Decode only: pages of N keys."
+    )
+    if layouts:
+        page_size = click.option(
+            "--page-size",
+            "page_sizes",
+            type=click.IntRange(min=0),
+            multiple=True,
+            metavar="N",
+            help="Decode only: pages of N keys, 0 for none. Repeatable: each shape with one after the other.",
+        )
     options = (
         click.option("--causal/--full", default=None, help="Causal, the default, or every key."),
         click.option("--window", type=click.IntRange(min=1), metavar="N", help="A query sees N keys; causal only."),
@@ -155,7 +171,7 @@ def flag_options(command: Command) -> Command:
         click.option("--stats", is_flag=True, help="Forward and decode: with lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
         click.option("--leftpad", is_flag=True, help="Decode only: every sequence has its own first key."),
-        click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="Decode only: pages of N keys."),
+        page_size,
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: a cache in eight bits."),
     )
     return _stacked(collect, options)  # type: ignore[return-value]

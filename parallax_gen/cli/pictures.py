@@ -10,7 +10,7 @@ import click
 
 from parallax_gen.cli.rows import OURS, Row
 from parallax_gen.errors import ParallaxGenError
-from parallax_gen.problem.shapes import work_of
+from parallax_gen.problem.shapes import work_of_lengths
 
 # (kv rows, keys) -> times ours
 Ratios = dict[tuple[int, int], float]
@@ -56,10 +56,10 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 
 def ratios_of(rows: list[Row]) -> dict[str, Ratios]:
     """Each contender's time over ours by size, the least where several shapes have it; of those that ran at all."""
-    ours = {(row.spec, row.shape): row.time_us for row in rows if row.contender == OURS}
+    ours = {row.what: row.time_us for row in rows if row.contender == OURS}
     found: dict[str, Ratios] = {}
     for row in rows:
-        mine = ours.get((row.spec, row.shape))
+        mine = ours.get(row.what)
         if row.contender == OURS or not mine or not row.time_us:
             continue
         size = row.shape.batch * row.shape.kv_heads, row.shape.seqlen_kv
@@ -90,7 +90,7 @@ def _bandwidths(ax: Any, rows: list[Row]) -> None:
     of: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.time_us:
-            size = work_of(row.spec, row.shape).bytes
+            size = work_of_lengths(row.spec, row.shape, row.lengths).bytes
             of.setdefault(row.contender, []).append((size / 1e6, size / row.time_us / 1e3))
     for name, points in of.items():
         sizes, rates = zip(*sorted(points), strict=True)

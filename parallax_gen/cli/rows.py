@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from parallax_gen.cli.lengths import from_text, to_text
 from parallax_gen.cli.text import rate_unit
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -77,6 +78,7 @@ class Row:
     note           why there is no time, or what is unlike others in how it was timed
     package        the contender's packages and their versions; of ours the kernels' hash
     conditions     None while they are not yet known
+    lengths        of ragged decode, the keys of each sequence; () where all have as many as the shape says
     """
 
     contender: str
@@ -93,6 +95,12 @@ class Row:
     checked: int = 0
     package: str = ""
     conditions: Conditions | None = None
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def what(self) -> tuple[object, ...]:
+        """What contenders are compared at."""
+        return self.op, self.part, self.spec, self.shape, self.lengths
 
 
 _OWN = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions")]  # not nested
@@ -100,7 +108,7 @@ _OWN = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditio
 
 def to_json(row: Row) -> dict[str, Any]:
     conditions = {} if row.conditions is None else row.conditions.flat()
-    own = {name: getattr(row, name) for name in _OWN}
+    own = {name: getattr(row, name) for name in _OWN} | {"lengths": to_text(row.lengths)}
     sizes = {"spec": row.spec.to_dict(), "shape": row.shape.to_dict()}
     return {**own, **sizes, "rate_unit": rate_unit(row.spec.op), **conditions}
 
@@ -117,6 +125,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "float | None": lambda text: float(text) if text else None,
+    "tuple[int, ...]": from_text,
     "bool": lambda text: {"True": True, "False": False}[text],
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from parallax_gen.cli.ledger import Ledger
+from parallax_gen.cli.lengths import Lengths
 from parallax_gen.cli.options import Sizes
 from parallax_gen.cli.rows import CONTENDERS, OURS, Conditions, Effort, Row
 from parallax_gen.cli.tables import title
@@ -42,13 +43,32 @@ USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
 
 QUICK_SHAPES = 6  # of each op
 
-Case = tuple[str, KernelSpec, Shape]
+
+class Case(NamedTuple):
+    """What contenders are compared at, with fields as of Row."""
+
+    op: str
+    spec: KernelSpec
+    shape: Shape
+    lengths: tuple[int, ...] = ()
 
 
 def cases_of(
-    ops: tuple[str, ...], head_dim: int | None, dtype: str, shapes: tuple[Sizes, ...], grid: str | None, flags: Flags
+    ops: tuple[str, ...],
+    head_dim: int | None,
+    dtype: str,
+    shapes: tuple[Sizes, ...],
+    grid: str | None,
+    flags: Flags,
+    page_sizes: tuple[int, ...] = (),
+    lengths: Lengths | None = None,
 ) -> Iterator[Case]:
-    """What is compared: of a training step the forward's spec stands for all. Raises UsageError."""
+    """What is compared: of a training step the forward's spec stands for all. Raises UsageError.
+
+    page_sizes  of each shape, one after the other, 0 for no pages; () for the flags' own
+    lengths     of ragged decode alone
+    """
+    layouts = [replace(flags, page_size=page_size) for page_size in page_sizes] or [flags]
     for op in ops:
         if shapes:
             asked = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
@@ -58,22 +78,30 @@ def cases_of(
         if not asked:
             raise click.UsageError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
         # Windows that are not asked for, or asked for at many shapes, make some of them the same.
-        cases = {kernels(op, dim, dtype, shape, flags)[0]: None for dim, shape in asked}
+        cases = {kernels(op, dim, dtype, shape, layout)[0]: None for dim, shape in asked for layout in layouts}
         for spec, shape in cases:
-            yield op, spec, shape
+            yield Case(op, spec, shape, lengths.of(shape) if lengths else ())
 
 
 def fewer(cases: list[Case], card: Gpu) -> list[Case]:
     """Of each op at most QUICK_SHAPES that fit, spread over all of them, the first and the last among them.
 
-    Where none fits, of all: the table says of each that it was skipped.
+    Of a shape with pages of several sizes all stay. Where no shape fits, of all: the table says of each that it was
+    skipped.
     """
     found = []
-    for op in dict.fromkeys(op for op, _, _ in cases):
-        of_op = [case for case in cases if case[0] == op]
-        fitting = [case for case in of_op if bytes_needed(*case) <= card.memory_bytes] or of_op
+    for op in dict.fromkeys(case.op for case in cases):
+        of_op: dict[tuple[int, Shape], list[Case]] = {}
+        for case in cases:
+            if case.op == op:
+                of_op.setdefault((case.spec.head_dim, case.shape), []).append(case)
+        alike = list(of_op.values())
+        fitting = [
+            each for each in alike if bytes_needed(op, each[0].spec, each[0].shape) <= card.memory_bytes
+        ] or alike
         count = min(QUICK_SHAPES, len(fitting))
-        found += [fitting[i * (len(fitting) - 1) // max(1, count - 1)] for i in range(count)]
+        for i in range(count):
+            found += fitting[i * (len(fitting) - 1) // max(1, count - 1)]
     return found
 
 
@@ -82,53 +110,55 @@ def sweep(cases: list[Case], names: Sequence[str], card: Gpu, how: Conditions, l
     from parallax_gen.cli.known import open_memory
 
     memory, started, timed = open_memory(), time.monotonic(), 0
-    for i, (op, spec, shape) in enumerate(cases):
-        asked = _asked(op, spec, shape, names, card, memory, how)
+    for i, case in enumerate(cases):
+        asked = _asked(case, names, card, memory, how)
         unknown = {row.contender for row in asked if ledger.known(row) is None}  # who lacks a part is timed whole
         rows = [row for row in map(ledger.known, asked) if row is not None and row.contender not in unknown]
         if unknown:
             left = f", {(time.monotonic() - started) / timed * (len(cases) - i):.0f} s left" if timed else ""
-            with console(stderr=True).status(f"[{i + 1}/{len(cases)}{left}] {title(op, spec, shape)}"):
-                new = _timed(op, spec, shape, [row for row in asked if row.contender in unknown], card, how)
+            with console(stderr=True).status(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
+                new = _timed(case, [row for row in asked if row.contender in unknown], card, how)
             ledger.add(new)
             rows += new
             timed += 1
         yield sorted(rows, key=lambda row: CONTENDERS.index(row.contender))  # stable: parts stay in order
 
 
-def _asked(
-    op: str, spec: KernelSpec, shape: Shape, names: Sequence[str], card: Gpu, memory: Memory, how: Conditions
-) -> list[Row]:
+def _asked(case: Case, names: Sequence[str], card: Gpu, memory: Memory, how: Conditions) -> list[Row]:
     """The rows of a shape, without figures."""
     from parallax_gen.cli.compare import PARTS
     from parallax_gen.cli.contenders import contenders
     from parallax_gen.cli.versions import our_kernels
 
+    op, spec, shape, lengths = case
     found = []
     for contender in contenders(op):
         if contender.name in names:
             ours = contender.name == OURS
             package = our_kernels(op, spec, shape, card, memory) if ours else contender.package()
-            rows = [Row(contender.name, op, part, spec, shape, package=package, conditions=how) for part in PARTS[op]]
-            found += rows
+            row = Row(contender.name, op, "", spec, shape, package=package, conditions=how, lengths=lengths)
+            found += [replace(row, part=part) for part in PARTS[op]]
     return found
 
 
-def _timed(op: str, spec: KernelSpec, shape: Shape, asked: list[Row], card: Gpu, how: Conditions) -> list[Row]:
+def _timed(case: Case, asked: list[Row], card: Gpu, how: Conditions) -> list[Row]:
     """The rows that are asked for, with figures, or with what keeps them from any."""
+    op, spec, shape, lengths = case
     needed, there = bytes_needed(op, spec, shape), card.memory_bytes
     if needed > there:
         note = f"skipped: inputs and results take {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f}"
         return [replace(row, note=note) for row in asked]
     packages = {row.contender: row.package for row in asked}
-    found = _compare(op, spec, shape, tuple(packages), how.effort)
+    found = _compare(op, spec, shape, tuple(packages), how.effort, lengths)
     return [replace(row, package=packages[row.contender], conditions=how) for row in found]
 
 
-def _compare(op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort) -> list[Row]:
+def _compare(
+    op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
+) -> list[Row]:
     from parallax_gen.cli.compare import compare
 
-    return compare(op, spec, shape, only, effort)
+    return compare(op, spec, shape, only, effort, lengths)
 
 
 def bytes_needed(op: str, spec: KernelSpec, shape: Shape) -> float:

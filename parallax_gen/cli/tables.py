@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import click
 
+from parallax_gen.cli.lengths import with_lengths
 from parallax_gen.cli.rows import OURS, SOFTMAX, Row
 from parallax_gen.cli.text import number, print_table, rate_unit
 from parallax_gen.problem.shapes import Shape
@@ -13,17 +15,17 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
 
 
-def title(op: str, spec: KernelSpec, shape: Shape) -> str:
+def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:
     """What is compared: of a training step what its kernels have in common."""
     what = f"{TRAINING}, {str(spec.of('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
-    return f"{what}: {shape}"
+    return f"{what}: {with_lengths(shape, lengths)}"
 
 
 def print_rows(rows: list[Row]) -> None:
     """A table of one op at one shape, a line a contender."""
     first, notes = rows[0], {row.note for row in rows}
     quick = first.conditions is not None and first.conditions.effort.quick
-    click.echo(title(first.op, first.spec, first.shape) + " (quick)" * quick)
+    click.echo(title(first.op, first.spec, first.shape, first.lengths) + " (quick)" * quick)
     if len(notes) == 1 and not any(row.time_us for row in rows):
         click.echo(first.note)
     elif first.op == TRAINING:
@@ -90,10 +92,10 @@ def _error(row: Row) -> str:
 
 def print_means(rows: list[Row]) -> None:
     """How many times ours each contender takes, part by part, over all shapes where both run."""
-    ours = {(row.op, row.part, row.spec, row.shape): row.time_us for row in rows if row.contender == OURS}
+    ours = {row.what: row.time_us for row in rows if row.contender == OURS}
     ratios: dict[tuple[str, str], dict[str, list[float]]] = {(row.op, row.part): {} for row in rows}
     for row in rows:
-        mine = ours.get((row.op, row.part, row.spec, row.shape))
+        mine = ours.get(row.what)
         if mine and row.time_us and row.contender != OURS:
             ratios[row.op, row.part].setdefault(row.contender, []).append(row.time_us / mine)
     for (op, part), of_contender in ratios.items():

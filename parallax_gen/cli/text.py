@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.problem.config import DecodeConfig, KernelConfig, config_to_dict
-from parallax_gen.problem.shapes import Bucket, Shape, work_of
+from parallax_gen.problem.shapes import Bucket, Shape, work_of_lengths
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.model import bound_by_matmuls
 
@@ -57,9 +57,9 @@ def rate_unit(op: str) -> str:
     return "TFLOP/s" if bound_by_matmuls(op) else "GB/s"
 
 
-def rate(spec: KernelSpec, shape: Shape, time_us: float) -> float:
-    """How much of the work that must be done is done a second, in `rate_unit`."""
-    work = work_of(spec, shape)
+def rate(spec: KernelSpec, shape: Shape, time_us: float, lengths: Sequence[int] = ()) -> float:
+    """How much of the work that must be done is done a second, in `rate_unit`; `lengths` as of `work_of_lengths`."""
+    work = work_of_lengths(spec, shape, lengths)
     return work.flops / time_us / 1e6 if bound_by_matmuls(spec.op) else work.bytes / time_us / 1e3
 
 

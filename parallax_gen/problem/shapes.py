@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -150,9 +151,18 @@ def timed_lengths(spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]
     """
     if not spec.ragged or spec.many_queries or shape.batch == 1:
         return ((shape.seqlen_kv,) * shape.batch,)
-    shares = [SHORTEST_SHARE ** -(i / (shape.batch - 1)) for i in range(shape.batch)]
-    spread = tuple(max(1, round(shape.seqlen_kv * share)) for share in shares)
-    return spread, (shape.seqlen_kv, *(spread[-1:] * (shape.batch - 1)))
+    return spread_lengths(shape), skewed_lengths(shape)
+
+
+def spread_lengths(shape: Shape) -> tuple[int, ...]:
+    """From all keys down to a 32nd of them, in even ratios; of one sequence all."""
+    shares = [SHORTEST_SHARE ** -(i / max(1, shape.batch - 1)) for i in range(shape.batch)]
+    return tuple(max(1, round(shape.seqlen_kv * share)) for share in shares)
+
+
+def skewed_lengths(shape: Shape) -> tuple[int, ...]:
+    """The first sequence has all keys, every other a 32nd of them."""
+    return (shape.seqlen_kv, *[max(1, round(shape.seqlen_kv / SHORTEST_SHARE))] * (shape.batch - 1))
 
 
 def timed_shape(spec: KernelSpec, shape: Shape) -> Shape:
@@ -192,6 +202,15 @@ def work_of(spec: KernelSpec, shape: Shape) -> Work:
         q_wide, row_bytes = 4, 8  # v̄ beside o; lse and t̄
     moved = (q_rows * q_wide * spec.bytes_per_element + kv_rows * kv_wide * spec.cache_bytes) * spec.head_dim
     return Work(flops=float(flops), bytes=float(moved + q_rows * row_bytes))
+
+
+def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> Work:
+    """`work_of` where each sequence has its own keys, of which there may be fewer than the shape says; () is all."""
+    if not lengths:
+        return work_of(spec, shape)
+    batches = [replace(shape, batch=count, seqlen_kv=keys) for keys, count in Counter(lengths).items()]
+    works = [work_of(spec, batch) for batch in batches]
+    return Work(sum(work.flops for work in works), sum(work.bytes for work in works))
 
 
 def _visible(spec: KernelSpec, shape: Shape) -> float:

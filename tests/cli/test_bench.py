@@ -54,7 +54,9 @@ def test_without_a_gpu_it_says_so() -> None:
 def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     asked.clear()
 
-    def compare(op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort) -> list[Row]:
+    def compare(
+        op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
+    ) -> list[Row]:
         asked.append((op, spec, shape))
         found = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
         return [row for row in found if not only or row.contender in only]

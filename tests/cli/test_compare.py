@@ -212,6 +212,42 @@ def test_decode(clock: Clock) -> None:
     assert not any(clock.rested)
 
 
+LENGTHS = (300, 9, 40)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_lengths_are_given_checked_and_counted(clock: Clock, monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
+    given: list[Tensor] = []
+
+    def attend(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor, out: Tensor) -> Tensor:
+        given.append(seqused_k)
+        assert not k.isnan().any()
+        for i, keys in enumerate(seqused_k.tolist()):
+            row = (q[i : i + 1], r[i : i + 1], k[i : i + 1, :keys], v[i : i + 1, :keys])
+            out[i] = reference_forward(*row, causal=False).out[0].to(q.dtype)
+        return out
+
+    official = ModuleType("parallax.cute")
+    official.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "parallax.cute", official)
+    spec = KernelSpec("decode", 64, "bf16", group=2, ragged=True, page_size=page_size)
+    shape, names = Shape(3, 4, 2, 1, 300), ("parallax_gen", "SDPA flash", "official CuTeDSL")
+    ours, softmax, peer = compare("decode", spec, shape, names, lengths=LENGTHS)
+    assert {row.lengths for row in (ours, softmax, peer)} == {LENGTHS}
+    moved = 2 * 64 * (2 * 2 * sum(LENGTHS) + 3 * 3 * 4)
+    assert ours.rate == pytest.approx(moved / 100.0 / 1e3)
+    assert ours.error is not None
+    assert ours.error < tolerance("bf16")
+    assert softmax.note == "not supported: it has no lengths a sequence"
+    if page_size:
+        assert peer.note == "not supported: it has no pages"
+        return
+    assert {tuple(lengths.tolist()) for lengths in given} == {LENGTHS}
+    assert peer.error is not None
+    assert peer.error < tolerance("bf16")
+    assert peer.rate == ours.rate
+
+
 def test_tf32_is_what_torch_is_told() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -32,6 +33,15 @@ ROWS = [
 
 def test_ratios_are_by_size_the_least_of_each_and_of_those_that_ran() -> None:
     assert ratios_of(ROWS) == {"other": {(8, 1024): 1.5, (8, 4096): 3.0}}
+
+
+def test_only_batches_of_the_same_lengths_are_compared() -> None:
+    short, shape = (1024, 32), Shape(2, 8, 8, 1, 1024)
+    ours, peer, elsewhere = (
+        row(name, shape, time) for name, time in (("parallax_gen", 10.0), ("other", 25.0), ("b", 3.0))
+    )
+    rows = [replace(ours, lengths=short), replace(peer, lengths=short), elsewhere]
+    assert ratios_of(rows) == {"other": {(16, 1024): 2.5}}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")

@@ -242,6 +242,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
         Row("fla", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), note="not installed", conditions=how),
         Row("parallax_gen", "decode", "decode", paged, Shape(2, 32, 8, 1, 4096), 5.0, 2.0, math.inf, conditions=how),
     ]
+    rows.append(dataclasses.replace(rows[-1], lengths=(4096, 128)))
     Ledger(tmp_path / "a.csv").add(rows)
     document = {"gpu": "h200", "torch": "2.11", "rows": [{**to_json(row), "error": None} for row in rows]}
     (tmp_path / "a.json").write_text(json.dumps(document))
@@ -250,6 +251,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
         assert [(t.contender, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
             (r.contender, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows
         ]
+        assert [t.lengths for t in found] == [(), (), (), (4096, 128)]
         assert {t.gpu for t in found} == {gpu}
 
 
@@ -270,6 +272,9 @@ def test_what_is_no_bench_file_is_an_error_that_names_it(tmp_path: Path, text: s
         read_bench(tmp_path / "a.csv")
 
 
+BASE = {"causal": False, "lengths": ""}  # columns that a file may lack
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -280,6 +285,7 @@ def test_what_is_no_bench_file_is_an_error_that_names_it(tmp_path: Path, text: s
         ({"kv_heads": 5}, "line 3: heads: got 32; allowed: a multiple of kv_heads"),
         ({"head_dim": 100}, "line 3: head_dim: got 100; allowed: a multiple of 8"),
         ({"op": "sort"}, "line 3: op: got 'sort'; allowed"),
+        ({"lengths": "4096 128"}, "line 3: lengths: got '4096 128'; allowed: keys of each sequence, such as"),
         ({"causal": "maybe"}, "line 3: causal: got 'maybe'; allowed: True or False"),
     ],
 )
@@ -287,7 +293,7 @@ def test_a_wrong_cell_is_an_error_that_names_its_line_and_column(
     tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ParallaxGenError, match=rf"a\.csv, {told}"):
-        read_bench(write(tmp_path / "a.csv", {"causal": False, **ROW}, {"causal": False, **ROW} | change))
+        read_bench(write(tmp_path / "a.csv", BASE | ROW, BASE | ROW | change))
 
 
 def test_a_line_with_too_few_cells_is_an_error(tmp_path: Path) -> None:
@@ -329,6 +335,20 @@ def test_contenders_are_compared_within_a_file_and_the_least_is_shown() -> None:
     assert "not supported: long" in cells[1].tip  # type: ignore[union-attr]
     mean, least, count = means(ratios)["h200", "decode", "decode", "other"]
     assert (mean, least, count) == (pytest.approx(9 ** (1 / 3)), 1.5, 3)
+
+
+def test_contenders_are_compared_at_the_same_lengths_which_the_cell_tells() -> None:
+    two = Shape(2, 32, 8, 1, 1024)
+    ratios = times_ours(
+        [
+            timing("parallax_gen", 10.0, shape=two),
+            timing("parallax_gen", 8.0, shape=two, lengths=(1024, 32)),
+            timing("other", 16.0, shape=two, lengths=(1024, 32)),
+        ]
+    )
+    assert [ratio for _, ratio in ratios] == [2.0]
+    ((matrix,),) = speed_ups(ratios)["h200", "decode"].values()
+    assert "seqlen 1x1024, lengths 1024,32: 16.00 µs, 8.000 ours" in matrix.rows[0][1][0].tip  # type: ignore[union-attr]
 
 
 def test_what_was_taken_under_other_conditions_is_not_compared_and_the_last_counts(tmp_path: Path) -> None:

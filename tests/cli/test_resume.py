@@ -44,6 +44,7 @@ ROW = Row(
 )
 PAGED = KernelSpec("decode", 64, "fp16", 2, ragged=True, page_size=16, cache_dtype="e4m3", leftpad=True)
 FAILED = Row("SDPA flash", "decode", "decode", PAGED, Shape(2, 4, 2, 1, 99), note="not supported: x", conditions=HOW)
+RAGGED = dataclasses.replace(FAILED, lengths=(99, 3), time_us=7.0)
 
 DECODE = ("bench", "--op", "decode")
 SHAPES = ("--shape", "1,8,1024", "--shape", "2,8,1024")
@@ -57,12 +58,14 @@ class Card:
         self.efforts: list[Effort] = []
         self.on_compare: Callable[[], None] = lambda: None
 
-    def compare(self, op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort) -> list[Row]:
+    def compare(
+        self, op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
+    ) -> list[Row]:
         self.on_compare()
         self.asked += [(op, shape, name) for name in only]
         self.efforts.append(effort)
         parts = ("forward", "backward", "step") if op == TRAINING else (op,)
-        return [Row(name, op, part, spec, shape, 10.0, 1.0) for name in only for part in parts]
+        return [Row(name, op, part, spec, shape, 10.0, 1.0, lengths=lengths) for name in only for part in parts]
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 # a row as text
 
 
-@pytest.mark.parametrize("row", [ROW, FAILED], ids=["training", "decode"])
+@pytest.mark.parametrize("row", [ROW, FAILED, RAGGED], ids=["training", "decode", "lengths"])
 def test_a_row_is_read_as_it_was_written(row: Row) -> None:
     texts = {name: "" if value is None else str(value) for name, value in to_flat(row).items()}
     assert from_flat(texts) == row
@@ -207,6 +210,33 @@ def test_another_s_file_is_left_alone(card: Card, text: str, tmp_path: Path) -> 
     assert card.asked == []
 
 
+def as_before_lengths(path: Path) -> None:
+    """The file without the column, as earlier releases wrote it."""
+    lines = lines_of(path)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, [c for c in COLUMNS if c != "lengths"], extrasaction="ignore", lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3, 30])
+def test_a_file_from_before_lengths_goes_on_and_gets_their_column(lost: int, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    Ledger(path).add([ROW, FAILED])
+    as_before_lengths(path)
+    path.write_text(path.read_text()[: -lost or None])
+    read, whole = Ledger(path), lost <= 1
+    assert (read.known(ROW), read.known(FAILED), read.known(RAGGED)) == (ROW, FAILED if whole else None, None)
+    read.add([RAGGED])
+    again = Ledger(path)
+    assert (again.known(ROW), again.known(FAILED), again.known(RAGGED)) == (ROW, FAILED if whole else None, RAGGED)
+    assert [line["lengths"] for line in lines_of(path)] == ["", *[""] * whole, "99,3"]
+    assert all(line["quick"] == "False" for line in lines_of(path))
+    assert not list(tmp_path.glob(".rows*"))
+
+
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(card: Card, tmp_path: Path) -> None:
     done = run(*DECODE, "--csv", tmp_path / "no folder" / "rows")
     assert done.exit_code == 1
@@ -272,7 +302,7 @@ def test_quick_is_fewer_shapes_shorter_and_says_so_in_every_row(card: Card, tmp_
 
 def test_fewer_shapes_are_spread_over_those_that_fit() -> None:
     cases = list(cases_of(("decode", TRAINING), None, "bf16", (), "paper", NO_FLAGS))
-    few = [shape for op, _, shape in fewer(cases, H200) if op == "decode"]
+    few = [case.shape for case in fewer(cases, H200) if case.op == "decode"]
     assert few[0] == Shape(1, 8, 8, 1, 128)
     assert few[-1] == Shape(2048, 8, 8, 1, 16384)
     assert len(set(few)) == len(few) == sweep_module.QUICK_SHAPES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def test_bench_times_and_checks_and_goes_on(tmp_path: Path) -> None:
             assert float(row["error"]) < tolerance("bf16")
     again = CliRunner().invoke(main, ["bench", *WHAT, *WHO, "--csv", str(path)])
     assert again.stdout == first.stdout
+
+
+def test_lengths_that_differ_in_caches_of_each_layout() -> None:
+    who = ("--only", "parallax_gen", "--quick", "--oracle", "whole", "--json")
+    what = ("--shape", "8,32/8,4096", "--lengths", "4096,7x128", "--page-size", "0", "--page-size", "16")
+    done = CliRunner().invoke(main, ["bench", *what, *who])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["spec"].get("page_size", 0) for row in rows] == [0, 16]
+    for row in rows:
+        assert (row["lengths"], row["checked"]) == ("4096,7x128", 64)
+        assert row["error"] < tolerance("bf16")
+        moved = 2 * 128 * (2 * 8 * (4096 + 7 * 128) + 3 * 8 * 32)
+        assert row["rate"] == pytest.approx(moved / row["time_us"] / 1e3)
 
 
 def test_a_shape_that_does_not_fit_is_skipped() -> None:

@@ -16,9 +16,12 @@ from parallax_gen.problem.shapes import (
     Shape,
     bucket_of,
     representative,
+    skewed_lengths,
+    spread_lengths,
     timed_lengths,
     timed_shape,
     work_of,
+    work_of_lengths,
 )
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, RAGGED_ONLY, KernelSpec
 
@@ -372,6 +375,23 @@ def test_sequences_of_their_own_lengths_are_timed_at_different_ones() -> None:
     for spec, shape in ((even, sizes), (many, replace(sizes, seqlen_q=128)), (ragged, replace(sizes, batch=1))):
         assert timed_lengths(spec, shape) == ((4096,) * shape.batch,)
         assert timed_shape(spec, shape) == shape
+
+
+def test_the_work_of_lengths_is_that_of_the_keys_that_are_there() -> None:
+    ragged, sizes = KernelSpec("decode", 128, "bf16", 4, ragged=True), Shape(3, 32, 8, 1, 4096)
+    work = work_of_lengths(ragged, sizes, (4096, 128, 128))
+    assert work.flops == 2 * 4 * 32 * 128 * (4096 + 128 + 128)
+    assert work.bytes == 2 * 128 * (2 * 8 * (4096 + 128 + 128) + 3 * 3 * 32)
+    assert work_of_lengths(ragged, sizes, ()) == work_of_lengths(ragged, sizes, (4096,) * 3) == work_of(ragged, sizes)
+    windowed, seen = replace(ragged, causal=True, window=True), replace(sizes, window=1000)
+    assert work_of_lengths(windowed, seen, (4096, 128, 128)).bytes == 2 * 128 * (2 * 8 * 1256 + 3 * 3 * 32)
+
+
+def test_batches_of_lengths_by_name() -> None:
+    assert spread_lengths(Shape(6, 1, 1, 1, 4096)) == (4096, 2048, 1024, 512, 256, 128)
+    assert skewed_lengths(Shape(8, 1, 1, 1, 4096)) == (4096, *[128] * 7)
+    assert spread_lengths(Shape(1, 1, 1, 1, 7)) == skewed_lengths(Shape(1, 1, 1, 1, 7)) == (7,)
+    assert skewed_lengths(Shape(2, 1, 1, 1, 3)) == (3, 1)
 
 
 @given(batch=st.integers(1, 200), seqlen_kv=SIZE)

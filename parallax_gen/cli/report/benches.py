@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from parallax_gen.cli.lengths import from_text
 from parallax_gen.cli.rows import OURS
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.problem.hardware import gpu_by_name
@@ -39,6 +40,7 @@ class Timing:
     error     against the fp64 oracle; None for softmax, and for what did not run
     taken     where and how, in words: what the file has of CONDITIONS
     command   that took it, if the file has it
+    lengths   of ragged decode, the keys of each sequence; () where all have as many as the shape says
     """
 
     file: str
@@ -53,11 +55,12 @@ class Timing:
     note: str
     taken: str = ""
     command: str = ""
+    lengths: tuple[int, ...] = ()
 
     @property
     def what(self) -> tuple[Any, ...]:
         """What contenders are compared at."""
-        return self.file, self.gpu, self.taken, self.op, self.part, self.spec, self.shape
+        return self.file, self.gpu, self.taken, self.op, self.part, self.spec, self.shape, self.lengths
 
 
 def read_bench(path: Path) -> list[Timing]:
@@ -156,6 +159,7 @@ def _timing(path: Path, where: str, row: Mapping[str, str]) -> Timing:
         note=row.get("note", ""),
         taken=", ".join(f"{name} {row[name]}" for name in CONDITIONS if row.get(name)),
         command=row.get("command", ""),
+        lengths=_lengths(at, row.get("lengths", "")),
     )
 
 
@@ -175,6 +179,13 @@ def _flag(at: str, name: str, text: str) -> Any:
     if text not in _TRUTH:
         raise ArgumentError(f"{at}: {name}", repr(text), "True or False")
     return _TRUTH[text]
+
+
+def _lengths(at: str, text: str) -> tuple[int, ...]:
+    try:
+        return from_text(text)
+    except ValueError as error:
+        raise ArgumentError(f"{at}: lengths", repr(text), "keys of each sequence, such as 4096,7x128") from error
 
 
 def _int(at: str, name: str, text: str) -> int:

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from parallax_gen.cli.lengths import with_lengths
 from parallax_gen.cli.report.benches import Timing
 from parallax_gen.cli.report.studies import Place, Study, order_of
 from parallax_gen.cli.text import brief, lengths, number, rate_unit
@@ -139,18 +140,19 @@ def _standing(place: Place, study: Study | None) -> Cell:
 
 
 def _ratio(timed: list[tuple[Timing, float | None]]) -> Cell:
-    told = []
+    lines = []
     for timing, ratio in timed:
+        at = with_lengths(timing.shape, timing.lengths)
         if ratio is not None and timing.time_us is not None:
-            line = f"{timing.shape}: {number(timing.time_us)} µs, {number(timing.time_us / ratio)} ours"
-            told.append(f"{line}; {timing.note}" if timing.note else line)
+            line = f"{at}: {number(timing.time_us)} µs, {number(timing.time_us / ratio)} ours"
+            lines.append(f"{line}; {timing.note}" if timing.note else line)
         else:
-            told.append(f"{timing.shape}: {timing.note or 'not timed beside ours'}")
+            lines.append(f"{at}: {timing.note or 'not timed beside ours'}")
     ratios = [ratio for _, ratio in timed if ratio is not None]
-    told.insert(0, timed[0][0].contender)
+    lines.insert(0, timed[0][0].contender)
     if not ratios:
-        return Cell("–", "\n".join(told), "untimed")
-    return Cell(_two_digits(min(ratios)), "\n".join(told), f"ratio{bisect_right(RATIOS, min(ratios))}")
+        return Cell("–", "\n".join(lines), "untimed")
+    return Cell(_two_digits(min(ratios)), "\n".join(lines), f"ratio{bisect_right(RATIOS, min(ratios))}")
 
 
 def _two_digits(ratio: float) -> str:

@@ -1,0 +1,156 @@
+"""`bench --lengths` and `--page-size` of several: what they mean, what is timed, and what rows and titles say."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from cli_samples import run, run_json
+
+from parallax_gen.cli import bench as bench_module
+from parallax_gen.cli import sweep as sweep_module
+from parallax_gen.cli.lengths import Lengths, from_text, lengths_of, to_text, with_lengths
+from parallax_gen.cli.rows import Effort, Row
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+SHAPE = Shape(8, 32, 8, 1, 4096)
+SKEWED = (4096, *[128] * 7)
+BENCH = ("bench", "--only", "parallax_gen", "--shape", "8,32/8,4096")
+
+Asked = tuple[KernelSpec, Shape, tuple[int, ...]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """Instead of a card: what was asked of it, each of which took 10 us."""
+    asked: list[Asked] = []
+
+    def compare(
+        op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
+    ) -> list[Row]:
+        asked.append((spec, shape, lengths))
+        return [Row(name, op, op, spec, shape, 10.0, 1.0, lengths=lengths) for name in only]
+
+    monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
+    monkeypatch.setattr(sweep_module, "_compare", compare)
+    return asked
+
+
+# what is typed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4096,128,128,128,128,128,128,128", SKEWED),
+        ("4096, 7x128", SKEWED),
+        ("skewed", SKEWED),
+        ("spread", tuple(round(2 ** (12 - 5 * i / 7)) for i in range(8))),
+        ("7x4096,1", (*[4096] * 7, 1)),
+        ("8x9", (9,) * 8),  # in caches with more room
+        ("8x4096", ()),
+    ],
+)
+def test_what_a_text_means_of_a_shape(text: str, expected: tuple[int, ...]) -> None:
+    assert lengths_of(text).of(SHAPE) == expected
+
+
+def test_of_one_sequence_a_named_batch_is_all_its_keys() -> None:
+    assert [Lengths(named=name).of(Shape(1, 8, 8, 1, 4096)) for name in ("spread", "skewed")] == [(), ()]
+
+
+@pytest.mark.parametrize("lengths", [(), (5,), (5, 5), SKEWED, (1, 2, 2, 1), (7, 11, 11, 11)])
+def test_lengths_are_read_as_they_were_written(lengths: tuple[int, ...]) -> None:
+    assert from_text(to_text(lengths)) == lengths
+
+
+def test_a_title_is_short() -> None:
+    assert with_lengths(SHAPE, ()) == str(SHAPE)
+    assert with_lengths(SHAPE, SKEWED) == f"{SHAPE}, lengths 4096,7x128"
+    assert with_lengths(SHAPE, range(1, 4097)) == f"{SHAPE}, lengths 1 to 4096, 2048 on the average"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--lengths", "4096,,128"), "--lengths': '4096,,128' is neither spread nor skewed nor the keys of each"),
+        (("--lengths", "0,7x128"), "--lengths': '0,7x128' is neither"),
+        (("--lengths", "even"), "--lengths': 'even' is neither"),
+        (("--lengths", ""), "--lengths': '' is neither"),
+        (("--lengths", "4096,6x128"), "--lengths: 7 sequences of up to 4096 keys, not those of --shape batch 8"),
+        (("--lengths", "7x128,4097"), "--lengths: 8 sequences of up to 4097 keys, not those of --shape batch 8"),
+        (("--lengths", "99999999999x1"), "--lengths: 99999999999 sequences of up to 1 keys, not"),
+        (("--lengths", "spread", "--op", "forward"), "--lengths: of --op decode alone, without --host"),
+        (("--lengths", "spread", "--op", "decode", "--op", "training"), "--lengths: of --op decode alone"),
+        (("--lengths", "spread", "--host"), "--lengths: of --op decode alone, without --host"),
+        (("--page-size", "-1"), "--page-size': -1 is not in the range x>=0"),
+        (("--page-size", "0", "--page-size", "16", "--op", "forward"), "--page-size: of --op decode, not of forward"),
+    ],
+)
+def test_mistakes_are_one_usage_error_that_names_the_option(
+    asked: list[Asked], options: tuple[str, ...], says: str
+) -> None:
+    done = run(*BENCH, *options)
+    assert done.exit_code == 2
+    assert says in " ".join(done.stderr.split())
+    assert done.stderr.count("Error: ") == 1
+    assert asked == []
+
+
+# what is timed
+
+
+def test_a_batch_is_ragged_decode_and_told(asked: list[Asked], tmp_path: Path) -> None:
+    arguments = (*BENCH, "--lengths", "4096,7x128", "--csv", tmp_path / "rows")
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert asked == [(KernelSpec("decode", 128, "bf16", 4, ragged=True), SHAPE, SKEWED)]
+    title = "decode, head_dim 128, bf16, GQA 4:1, ragged: batch 8, heads 32/8, seqlen 1x4096, lengths 4096,7x128"
+    assert done.stdout.splitlines()[0] == title
+    with (tmp_path / "rows").open(newline="") as file:
+        assert [(row["ragged"], row["lengths"]) for row in csv.DictReader(file)] == [("True", "4096,7x128")]
+    assert run(*arguments).stdout == done.stdout
+    assert [row["lengths"] for row in run_json(*BENCH, "--lengths", "skewed")["rows"]] == ["4096,7x128"]
+
+
+def test_other_lengths_are_timed_and_kept_beside(asked: list[Asked], tmp_path: Path) -> None:
+    for options in (("--lengths", "skewed"), ("--lengths", "spread"), ("--op", "decode", "--ragged")):
+        run(*BENCH, *options, "--csv", tmp_path / "rows")
+    assert len(asked) == len(set(asked)) == 3
+    for options in (("--lengths", "4096,7x128"), ("--lengths", "8x4096")):  # the first and the third, typed otherwise
+        run(*BENCH, *options, "--csv", tmp_path / "rows")
+    assert len(asked) == 3
+
+
+def test_a_named_batch_is_of_every_shape_of_a_grid(asked: list[Asked]) -> None:
+    run("bench", "--grid", "paper", "--lengths", "skewed", "--only", "parallax_gen")
+    assert {spec.op for spec, _, _ in asked} == {"decode"}
+    assert all(spec.ragged for spec, _, _ in asked)
+    for _, shape, lengths in asked:
+        expected = (shape.seqlen_kv, *[shape.seqlen_kv // 32] * (shape.batch - 1)) if shape.batch > 1 else ()
+        assert lengths == expected
+
+
+# layouts of the cache
+
+
+def test_each_shape_is_timed_with_each_page_size_in_turn(asked: list[Asked]) -> None:
+    sizes = ("--page-size", "0", "--page-size", "16", "--page-size", "64", "--page-size", "16")
+    run(*BENCH, "--shape", "1,8,1024", "--ragged", "--op", "decode", *sizes)
+    assert [(shape.batch, spec.page_size) for spec, shape, _ in asked] == [
+        (batch, page_size) for batch in (8, 1) for page_size in (0, 16, 64)
+    ]
+    assert all(spec.ragged for spec, _, _ in asked)
+    asked.clear()
+    run(*BENCH, "--page-size", "16", "--op", "decode")
+    run(*BENCH, "--op", "decode")
+    assert [spec.page_size for spec, _, _ in asked] == [16, 0]
+
+
+def test_in_haste_every_shape_keeps_all_its_page_sizes(asked: list[Asked]) -> None:
+    run("bench", "--grid", "serving", "--ragged", "--quick", "--page-size", "0", "--page-size", "16")
+    assert len({shape for _, shape, _ in asked}) == sweep_module.QUICK_SHAPES
+    assert [spec.page_size for spec, _, _ in asked] == [0, 16] * sweep_module.QUICK_SHAPES
