@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,18 @@ def test_graphed_decodes_do_not_disturb_each_other() -> None:
 
 
 @pytest.fixture(scope="module")
-def parallax() -> Any:
+def untuned() -> Iterator[None]:
+    """In here Triton's autotuners take their first config: what theirs would choose is not asked, and takes minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    before = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda self, *_: self.configs[:1]
+    yield
+    Autotuner.prune_configs = before
+
+
+@pytest.fixture(scope="module")
+def parallax(untuned: None) -> Any:
     package = pytest.importorskip("parallax")
     if not hasattr(tl, "make_block_ptr"):
         pytest.skip("the official kernels need block pointers, which this Triton has not")
@@ -181,7 +193,7 @@ def parallax() -> Any:
 
 
 @pytest.fixture(scope="module")
-def parallax_fla() -> Any:
+def parallax_fla(untuned: None) -> Any:
     return pytest.importorskip("fla.ops.parallax")
 
 
