@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +77,8 @@ def compare(
     except torch.OutOfMemoryError:
         return [replace(row, note="skipped: out of memory") for row in asked]
     finally:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a device that a peer left unusable, which is told of as that
+            torch.cuda.empty_cache()
 
 
 def _compare(asked: list[Row], chosen: list[Contender], effort: Effort) -> list[Row]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
 
 from parallax_gen.codegen.render import templates_hash
 from parallax_gen.memory.keys import Key
@@ -15,6 +16,8 @@ from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_shape
 from parallax_gen.problem.spec import KernelSpec
+
+_Which = TypeVar("_Which", KernelSpec, Bucket)
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,31 @@ def _kin(one: KernelSpec, other: KernelSpec) -> bool:
 
 
 def nearby_configs(job: Job, known: Iterable[Result]) -> list[KernelConfig]:
-    """The fastest of each of the two nearest buckets of the job's spec that were measured; sizes by ratio."""
+    """What was fastest where it was measured: of the job's kin in its bucket, of its spec in the two nearest others.
+
+    Sizes are compared by ratio.
+    """
+    kin: dict[KernelSpec, Result] = {}
     best: dict[Bucket, Result] = {}
-    for result in known:
-        if result.measured and result.key.spec == job.spec and result.key.bucket != job.bucket:
-            other = best.get(result.key.bucket)
-            if other is None or (result.time_us or 0.0) < (other.time_us or 0.0):
-                best[result.key.bucket] = result
+    for result in filter(lambda r: r.measured, known):
+        here = result.key.bucket == job.bucket
+        if here and _kin(result.key.spec, job.spec):
+            _keep_faster(kin, result.key.spec, result)
+        elif not here and result.key.spec == job.spec:
+            _keep_faster(best, result.key.bucket, result)
 
     def distance(bucket: Bucket) -> float:
         sizes = zip(bucket.to_dict().items(), job.bucket.to_dict().items(), strict=True)
         return sum(abs(math.log2(max(one, 1) / max(other, 1))) for (_, one), (_, other) in sizes)
 
-    return list(dict.fromkeys(best[bucket].config for bucket in sorted(best, key=distance)[:2]))
+    nearest = [best[bucket].config for bucket in sorted(best, key=distance)[:2]]
+    return list(dict.fromkeys([*(result.config for result in kin.values()), *nearest]))
+
+
+def _keep_faster(best: dict[_Which, Result], which: _Which, result: Result) -> None:
+    other = best.get(which)
+    if other is None or (result.time_us or 0.0) < (other.time_us or 0.0):
+        best[which] = result
 
 
 @dataclass

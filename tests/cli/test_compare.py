@@ -327,7 +327,8 @@ def test_a_peer_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(comparing, "contenders", lambda op: [Contender("fla", True, fail)])
     (row,) = compare("decode", DECODE, DECODE_SHAPE)
     assert row.note == "RuntimeError: an illegal memory access was encountered"
-    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    for nothing_runs in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, nothing_runs, fail)
     with pytest.raises(MeasureError, match=r"fla left the device unusable .*illegal.*: run again with --skip 'fla'"):
         compare("decode", DECODE, DECODE_SHAPE)
 

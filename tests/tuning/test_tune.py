@@ -357,6 +357,9 @@ def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tm
     assert first == configs[1]
     assert set(kin) == {configs[0], configs[2]}
     assert elsewhere == configs[4]
+    # So it does with what is in one's own database: of each kin the fastest.
+    slower = Result(keys[0], configs[3], "ok", time_us=11.0)
+    assert nearby_configs(Job(paged, bucket, GPUS["h200"]), [slower, *results]) == [configs[0], configs[2], configs[4]]
 
 
 def test_proven_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
