@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import statistics
@@ -77,6 +78,7 @@ def compare(
     except torch.OutOfMemoryError:
         return [replace(row, note="skipped: out of memory") for row in asked]
     finally:
+        gc.collect()  # of peers whose objects refer to each other, and hold a cache of many GB
         with suppress(RuntimeError):  # of a device that a peer left unusable, which is told of as that
             torch.cuda.empty_cache()
 
