@@ -61,7 +61,7 @@ class Search:
              "corrected" need it
     among    what there is to be tried, by default every valid config
 
-    The default is by evidence, `parallax-gen replay tests/data/sweeps/*`: partial sweeps of 136 to 158 configs, 20
+    The default is by evidence, `parallax-gen replay tests/data/sweeps/h200*`: partial sweeps of 136 to 158 configs, 20
     seeds. To come within 2 % of the best, the default config and then "corrected" took 1, 5 and 2 trials, "model" alone
     1, 2 and 1; "tpe" 30 in one and more than a fifth of all in two, chance in all three. The model's factors were set
     to sweeps of which these are some, so that they flatter it. Where a guess is off by a knob, "corrected" finds out
