@@ -98,6 +98,14 @@ GOLDEN = {
         KernelSpec("forward", 96, "bf16", group=2, causal=True, window=True, varlen=True),
         ForwardConfig(128, 64, HEAD_GROUP=8, num_warps=8, num_stages=3, HEAD_DIM_AS="pieces"),
     ),
+    "forward_first_narrow": Kernel(
+        KernelSpec("forward", 64, "bf16", causal=True, stats=True),
+        ForwardConfig(64, 64, HEAD_GROUP=32, num_warps=4, num_stages=3, maxnreg=168, ROW_MAX="first"),
+    ),
+    "forward_first_window_varlen": Kernel(
+        KernelSpec("forward", 128, "bf16", group=2, causal=True, window=True, varlen=True),
+        ForwardConfig(128, 64, HEAD_GROUP=1, num_warps=8, num_stages=3, ROW_MAX="first"),
+    ),
     "preprocess": Kernel(KernelSpec("preprocess", 128, "bf16"), PreprocessConfig(BLOCK_M=32, num_warps=4)),
     "dkdv_causal": Kernel(
         KernelSpec("dkdv", 128, "bf16", causal=True),
@@ -118,6 +126,14 @@ GOLDEN = {
     "forward_halves": Kernel(
         KernelSpec("forward", 256, "bf16", group=2, causal=True, stats=True),
         ForwardConfig(128, 64, HEAD_GROUP=4, num_warps=8, num_stages=2, HEAD_DIM_AS="halves"),
+    ),
+    "dkdv_numbers_together": Kernel(
+        KernelSpec("dkdv", 64, "bf16", causal=True),
+        DkDvConfig(64, 64, HEAD_GROUP=16, num_warps=4, num_stages=3, MASK="scores", ROW_NUMBERS="together"),
+    ),
+    "dqdr_masked_scores": Kernel(
+        KernelSpec("dqdr", 64, "bf16", causal=True),
+        DqDrConfig(64, 64, HEAD_GROUP=32, num_warps=4, num_stages=3, MASK="scores"),
     ),
     "dkdv_narrow_maxnreg": Kernel(
         KernelSpec("dkdv", 64, "bf16", causal=True),

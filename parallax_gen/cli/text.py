@@ -29,6 +29,9 @@ _LETTERS = {
     "num_stages": "s",
     "HEAD_DIM_AS": "",
     "maxnreg": "r",
+    "MASK": "",
+    "ROW_MAX": "",
+    "ROW_NUMBERS": "",
 }
 
 LEGEND = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,7 +48,7 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
         .render(
             spec=spec,
             config=config,
-            config_text=describe(config),
+            config_text=_wrapped(describe(config)),
             pieces=pieces,
             summed=summed,
             halves=form == "halves",
@@ -111,6 +112,11 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length()
     return environment
+
+
+def _wrapped(text: str) -> str:
+    """Of the header, where a line begins with what it is of."""
+    return "\n".join(textwrap.wrap(text, 105, subsequent_indent=" " * 11))
 
 
 def _name(spec: KernelSpec) -> str:

@@ -16,7 +16,7 @@ from parallax_gen.errors import BuildError
 
 @dataclass(frozen=True)
 class Resources:
-    """Of the most demanding kernel of a file.
+    """Of the kernel that does a launch's work: its first. Those behind it join, or seldom have anything to do.
 
     registers     32-bit registers a thread
     spills        bytes a thread keeps on its stack for want of registers
@@ -29,11 +29,10 @@ class Resources:
 
 
 def resources_of(compiled: Sequence[Any]) -> Resources:
-    """Of Triton's compiled kernels, read from their machine code."""
+    """Of a launch's compiled kernels in order, read from the machine code."""
     if not compiled:
         raise BuildError("nothing was compiled")
-    each = [(*_usage(kernel.asm["cubin"]), int(kernel.metadata.shared)) for kernel in compiled]
-    return Resources(*(max(values) for values in zip(*each, strict=True)))
+    return Resources(*_usage(compiled[0].asm["cubin"]), int(compiled[0].metadata.shared))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

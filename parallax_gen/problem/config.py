@@ -36,19 +36,43 @@ class TileConfig:
     maxnreg: int = 0
 
 
+@dataclass(frozen=True)
 class ForwardConfig(TileConfig):
-    """The forward: a program owns BLOCK_M query rows and steps over keys."""
+    """The forward: a program owns BLOCK_M query rows and steps over keys.
+
+    ROW_MAX  what a row's scores are measured against: "running", the largest so far, which its sums are scaled to in
+             every step; "first", the score of a key that it sees, from begin to end: a second kernel does those tiles
+             again, with a running maximum, whose sums ran over
+    """
+
+    ROW_MAX: str = "running"
 
 
+@dataclass(frozen=True)
 class DqDrConfig(TileConfig):
-    """The gradients of q and r: a program owns BLOCK_M query rows and steps over keys."""
+    """The gradients of q and r: a program owns BLOCK_M query rows and steps over keys.
+
+    MASK  what a causal mask is put on: "weights", in every block, or in those that a window's edge or the diagonal
+          crosses; "scores", before the exponential, in those blocks alone
+    """
+
+    MASK: str = "weights"
 
 
+@dataclass(frozen=True)
 class DkDvConfig(TileConfig):
     """The gradients of k and v: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
 
     HEAD_GROUP counts kv heads here.
+
+    MASK         what a causal mask is put on, in the blocks that the diagonal or a window's edge crosses: "weights",
+                 or, before the exponential, "scores"
+    ROW_NUMBERS  how a step loads the four numbers of each query row: "apart", where each is used, which takes fewer
+                 registers, or "together", which takes fewer instructions
     """
+
+    MASK: str = "weights"
+    ROW_NUMBERS: str = "apart"
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from parallax_gen.errors import ConfigError
-from parallax_gen.problem.config import TILED, DecodeConfig, KernelConfig, PreprocessConfig, TileConfig
+from parallax_gen.problem.config import (
+    TILED,
+    DecodeConfig,
+    DkDvConfig,
+    ForwardConfig,
+    KernelConfig,
+    PreprocessConfig,
+    TileConfig,
+)
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import KNOBS, block_bytes, forms_of, shared_bytes, why_invalid
@@ -30,6 +38,7 @@ def promising_configs(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCo
         found += [replace(default, merge=merge) for merge in ("last", "kernel")]
         found += [replace(default, merge="kernel", num_warps=2, num_stages=3, BLOCK_N=64)]
     if isinstance(default, TileConfig):
+        found += [_plain(c) if c != _plain(c) else _lean(c) for c in found[:3] if isinstance(c, TileConfig)]
         found += [replace(default, HEAD_GROUP=together) for together in (1, 4, 16, 0)]
         found += [replace(default, HEAD_DIM_AS=form) for form in forms_of(spec.head_dim)]
         # Three programs of 4 warps on a multiprocessor, not two, at the price of some spills.
@@ -124,10 +133,36 @@ def _tile_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfi
     wide = spec.head_dim > 128 and "padded" in forms and (spec.op == "forward" or spec.head_dim % 64 > 0)
     form = "padded" if wide else forms[0]
     halves = _HALVES_TILES[spec.op] if "halves" in forms and spec.bytes_per_element == 2 else ()
-    return [
+    found = [
         *(kind(m, n, head_group, w, s, "halves") for m, n, w, s in halves),
         *(kind(m, n, head_group, w, s, form) for m, n, w, s in (*tiles, *_SMALLEST)),
     ]
+    return [_lean(config) if _pays_to_be_lean(spec, config, gpu) else config for config in found]
+
+
+def _lean(config: TileConfig) -> TileConfig:
+    """With fewer instructions beside the matmuls, and of the backward's with more registers."""
+    if isinstance(config, ForwardConfig):
+        return replace(config, ROW_MAX="first")
+    if isinstance(config, DkDvConfig):
+        return replace(config, MASK="scores", ROW_NUMBERS="together")
+    return replace(config, MASK="scores")
+
+
+def _plain(config: TileConfig) -> TileConfig:
+    """Without."""
+    return type(config)(*(getattr(config, f.name) for f in fields(TileConfig)))
+
+
+def _pays_to_be_lean(spec: KernelSpec, config: TileConfig, gpu: Gpu) -> bool:
+    """Whether it did on an H100, in bf16 at head_dim 64, 96 and 128. Elsewhere nothing is known."""
+    if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_AS == "halves" or spec.head_dim > 128:
+        return False
+    if isinstance(config, ForwardConfig):
+        return not spec.window  # of 513 keys none is so cheap that one's own, looked at first, is not missed
+    if isinstance(config, DkDvConfig):  # registers there were just enough
+        return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_AS == "whole"
+    return spec.causal and not spec.window and spec.head_dim < 128
 
 
 def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:

@@ -10,6 +10,9 @@ from parallax_gen.problem.config import (
     CONFIG_OF_OP,
     TILED,
     DecodeConfig,
+    DkDvConfig,
+    DqDrConfig,
+    ForwardConfig,
     KernelConfig,
     PreprocessConfig,
     TileConfig,
@@ -46,11 +49,13 @@ _TILES = (
     Knob("maxnreg", (0, 168, 128)),
 )
 
+_MASK = Knob("MASK", ("weights", "scores"))
+
 KNOBS: dict[str, tuple[Knob, ...]] = {
-    "forward": _TILES,
+    "forward": (*_TILES, Knob("ROW_MAX", ("running", "first"))),
     "preprocess": (Knob("BLOCK_M", (4, 8, 16, 32, 64, 128)), Knob("num_warps", (1, 2, 4, 8))),
-    "dkdv": _TILES,
-    "dqdr": _TILES,
+    "dkdv": (*_TILES, _MASK, Knob("ROW_NUMBERS", ("apart", "together"))),
+    "dqdr": (*_TILES, _MASK),
     "decode": (
         Knob("BLOCK_N", (16, 32, 64, 128)),
         Knob("BLOCK_H", (8, 16, 32, 64)),
@@ -168,6 +173,8 @@ def _usable(spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         return ("last",) if spec.many_queries else ("last", "kernel")
     if knob.name == "HEAD_DIM_AS":
         return forms_of(spec.head_dim)
+    if (knob.name == "MASK" and not spec.causal) or (knob.name == "ROW_MAX" and spec.dtype == "fp16"):
+        return knob.values[:1]
     if knob.name == "BLOCK_N" and spec.op in TILED and spec.bytes_per_element == 2:
         return tuple(v for v in knob.values if v != 16)  # tensor cores want more keys at a time
     return knob.values
@@ -195,6 +202,13 @@ def _half_empty(spec: KernelSpec, block_h: int) -> bool:
 
 def _why_tiles_invalid(spec: KernelSpec, config: TileConfig, gpu: Gpu) -> str | None:
     tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
+    if isinstance(config, DkDvConfig | DqDrConfig) and config.MASK == "scores" and not spec.causal:
+        return "MASK 'scores' does not go with full attention: it has no mask"
+    if isinstance(config, ForwardConfig) and config.ROW_MAX == "first":
+        if spec.dtype == "fp16":
+            return "ROW_MAX 'first' does not go with fp16: weights that are not scaled soon pass its largest number"
+        if config.HEAD_DIM_AS == "halves":
+            return "ROW_MAX 'first' does not go with HEAD_DIM_AS 'halves'"
     if config.HEAD_DIM_AS not in forms_of(spec.head_dim):
         return f"HEAD_DIM_AS {config.HEAD_DIM_AS!r} does not go with head_dim {spec.head_dim}"
     head_dim = _width(spec.head_dim, config.HEAD_DIM_AS)

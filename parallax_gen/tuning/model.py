@@ -11,7 +11,16 @@ import math
 
 from parallax_gen.codegen.pieces import scored_and_summed
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.problem.config import TILED, DecodeConfig, KernelConfig, PreprocessConfig, TileConfig
+from parallax_gen.problem.config import (
+    TILED,
+    DecodeConfig,
+    DkDvConfig,
+    DqDrConfig,
+    ForwardConfig,
+    KernelConfig,
+    PreprocessConfig,
+    TileConfig,
+)
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import MATMULS, SCORES, Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
@@ -69,6 +78,7 @@ def _tiles_us(spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, bloc
     of_head = (2 if halves else 1) * math.ceil(owned_length / owned)
     programs = shape.batch * rows * of_head
     rate = REACHED[spec.op] * gpu.peak(spec.dtype) * _matmul_share(spec, config, gpu, owned, step)
+    rate *= _instructions_share(spec, config)
     # Someone must multiply while others do their softmax: the warps of one program wait for each other.
     together = min(blocks, math.ceil(programs / gpu.sms))
     rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(together, 1.13)
@@ -106,6 +116,22 @@ def _matmul_share(spec: KernelSpec, config: TileConfig, gpu: Gpu, owned: int, st
     if config.HEAD_DIM_AS == "halves":  # both programs of a tile find its scores
         return share * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
     return share if len(widths) == 1 else 0.95 * share  # narrow matmuls
+
+
+def _instructions_share(spec: KernelSpec, config: TileConfig) -> float:
+    """What fewer instructions beside the matmuls are worth: more to narrow heads, which have less to multiply.
+
+    From one H100, at head_dim 64 and 128. What more registers cost shows in spills.
+    """
+    narrow = spec.head_dim <= 64
+    if isinstance(config, ForwardConfig) and config.ROW_MAX == "first":
+        return 1.08 if narrow else 1.06
+    share = 1.0
+    if isinstance(config, DqDrConfig) and config.MASK == "scores":
+        share *= 1.035 if narrow else 0.99
+    if isinstance(config, DkDvConfig) and config.ROW_NUMBERS == "together":
+        share *= 1.07 if narrow else 0.95
+    return share
 
 
 def _preprocess_us(spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:

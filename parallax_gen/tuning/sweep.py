@@ -11,7 +11,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
 from parallax_gen.memory.keys import Key
 from parallax_gen.memory.results import Result
-from parallax_gen.problem.config import KernelConfig, config_from_dict
+from parallax_gen.problem.config import CONFIG_OF_OP, KernelConfig, config_from_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, representative
 from parallax_gen.problem.space import KNOBS, every_config
@@ -33,7 +33,7 @@ TIMED = ("ok", "slow")  # a slow one has the median of a few replays
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was tried of one key. whole: every config that there is. Results are of one key and shape."""
+    """What was tried of one key. whole: every config that there was then. Results are of one key and shape."""
 
     results: tuple[Result, ...]
     whole: bool
@@ -153,7 +153,10 @@ def _header(data: object) -> dict[str, Any]:
         key = Key.from_flat(data["key"])
     except KeyError as missing:
         raise ArgumentError("key", data["key"], f"every field of a key, in clear ({missing})") from missing
-    if data["columns"] != [*_names(key), *COLUMNS]:
+    # A file from before a knob came has no column for it, and its configs have the knob's default.
+    needed = {f.name for f in fields(CONFIG_OF_OP[key.spec.op]) if f.default is MISSING}
+    knobs = [name for name in _names(key) if name in needed or name in data["columns"]]
+    if data["columns"] != [*knobs, *COLUMNS]:
         raise ArgumentError("columns", data["columns"], str([*_names(key), *COLUMNS]))
     return {**data, "key": key, "shape": Shape.from_dict(data["shape"])}
 
@@ -163,6 +166,6 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
     if not isinstance(data, list) or len(data) != len(columns):
         raise ArgumentError("line", repr(data)[:80], f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
-    config = config_from_dict(key.spec.op, {name: values.pop(name) for name in _names(key)})
+    config = config_from_dict(key.spec.op, {name: values.pop(name) for name in _names(key) if name in values})
     common = {name: header[name] for name in ("key", "shape", "source", "created_at")}
     return Result(config=config, **common, **values)

@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, MHA, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates f42d51d8717f
+generator  parallax_gen 0.1.0, templates 2d1f56d1bbd4
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -82,8 +82,8 @@ def forward_kernel(
     seen_by_all = row0 + shift + 1
     end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
 
-    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and t_mean
-    #    alike, and o is what is left of their difference: it must not be rounded
+    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and
+    #    t_mean alike, and o is what is left of their difference: it must not be rounded
     k0 = tl.load(k_ptr + dims).to(tl.float32)
     v0 = tl.load(v_ptr + dims).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)

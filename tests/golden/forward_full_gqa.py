@@ -3,7 +3,7 @@
 spec       forward, head_dim 64, fp16, GQA 4:1, full
 config     BLOCK_M=64 BLOCK_N=64 HEAD_GROUP=8 num_warps=4 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates f42d51d8717f
+generator  parallax_gen 0.1.0, templates 2d1f56d1bbd4
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -77,8 +77,8 @@ def forward_kernel(
     k_offsets = keys[:, None] * stride_kn + dims[None, :]
     v_offsets = keys[:, None] * stride_vn + dims[None, :]
 
-    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and t_mean
-    #    alike, and o is what is left of their difference: it must not be rounded
+    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and
+    #    t_mean alike, and o is what is left of their difference: it must not be rounded
     k0 = tl.load(k_ptr + dims).to(tl.float32)
     v0 = tl.load(v_ptr + dims).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)

@@ -3,7 +3,7 @@
 spec       forward, head_dim 96, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=8 num_warps=8 num_stages=3 HEAD_DIM_AS=pieces
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates f42d51d8717f
+generator  parallax_gen 0.1.0, templates 2d1f56d1bbd4
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -87,8 +87,8 @@ def forward_kernel(
     v_offsets_0 = keys[:, None] * stride_vn + dims_0[None, :]
     v_offsets_1 = keys[:, None] * stride_vn + dims_1[None, :]
 
-    # -- keys: row i sees window_size of them, up to i + shift. Blocks that reach past the first row's last key, or
-    #    begin before the last row's first one, need a mask
+    # -- keys: row i sees window_size of them, up to i + shift. Blocks that reach past the first row's last key,
+    #    or begin before the last row's first one, need a mask
     shift = seqlen_kv - seqlen_q
     last = rows + shift
     seen_by_all = row0 + shift + 1
@@ -96,8 +96,8 @@ def forward_kernel(
     start = tl.maximum(row0 + shift - window_size + 1, 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
 
-    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and t_mean
-    #    alike, and o is what is left of their difference: it must not be rounded
+    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and
+    #    t_mean alike, and o is what is left of their difference: it must not be rounded
     first_key = start.to(tl.int64)
     first_dims = tl.minimum(seqlen_kv, 1) * 96  # none of a sequence without keys
     k0_0 = tl.load(k_ptr + first_key * stride_kn + dims_0, mask=dims_0 < first_dims, other=0.0).to(tl.float32)

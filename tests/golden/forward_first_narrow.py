@@ -1,0 +1,329 @@
+"""Parallax attention, forward.
+
+spec       forward, head_dim 64, bf16, MHA, causal, stats
+config     BLOCK_M=64 BLOCK_N=64 HEAD_GROUP=32 num_warps=4 num_stages=3 maxnreg=168 ROW_MAX=first
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, templates 2d1f56d1bbd4
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij.
+A row's state while keys stream by is (d1, d2, o1, o2), the sums of 2^(s - m) times 1, t, v and t v, where s is
+log2(e) softmax_scale q.k, and m that of the first key. Where others are so much larger that sums run over, a second
+kernel does the tile again with m the running maximum.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["batch_heads", "heads", "seqlen_q", "seqlen_kv"])
+def forward_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    v_mean_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_rb,
+    stride_rm,
+    stride_rh,
+    stride_kb,
+    stride_kn: tl.constexpr,
+    stride_kh,
+    stride_vb,
+    stride_vn: tl.constexpr,
+    stride_vh,
+    stride_ob,
+    stride_om,
+    stride_oh,
+    scale_log2,
+    batch_heads,
+    heads,
+    seqlen_q,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 64
+    BLOCK_M: tl.constexpr = 64  # query rows a program owns
+    BLOCK_N: tl.constexpr = 64  # keys it takes a step
+    HEAD_GROUP: tl.constexpr = 32  # query heads whose tiles run together
+
+    # -- which tile of which head: the longest rows first
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    first = pid // (tiles * HEAD_GROUP) * HEAD_GROUP
+    together = tl.minimum(HEAD_GROUP, batch_heads - first)  # the last group may be smaller
+    tile = (pid - first * tiles) // together
+    bh = first + (pid - first * tiles) % together
+    tile = tiles - 1 - tile
+    batch = (bh // heads).to(tl.int64)
+    head = (bh % heads).to(tl.int64)
+    row0 = tile * BLOCK_M
+    rows = row0 + tl.arange(0, BLOCK_M)
+    in_q = rows < seqlen_q
+    keys = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, HEAD_DIM)
+
+    # -- load the queries and probes this program owns
+    at = rows[:, None].to(tl.int64)
+    q_offsets = batch * stride_qb + head * stride_qh + at * stride_qm + dims[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+    r_offsets = batch * stride_rb + head * stride_rh + at * stride_rm + dims[None, :]
+    r = tl.load(r_ptr + r_offsets, mask=in_q[:, None], other=0.0)
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    k_offsets = keys[:, None] * stride_kn + dims[None, :]
+    v_offsets = keys[:, None] * stride_vn + dims[None, :]
+
+    # -- keys: row i sees those up to i + shift; blocks that reach past the first row's last one need a mask
+    shift = seqlen_kv - seqlen_q
+    last = rows + shift
+    seen_by_all = row0 + shift + 1
+    end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
+
+    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and
+    #    t_mean alike, and o is what is left of their difference: it must not be rounded
+    k0 = tl.load(k_ptr + dims).to(tl.float32)
+    v0 = tl.load(v_ptr + dims).to(tl.float32)
+    s0 = tl.sum(q * k0[None, :], 1)
+    t0 = tl.sum(r * k0[None, :], 1)
+    sees = last >= 0
+    m = s0 * scale_log2
+    d1 = tl.where(sees, 1.0, 0.0)
+    d2 = tl.where(sees, t0, 0.0)
+    o1 = tl.where(sees[:, None], v0[None, :], 0.0)
+    o2 = d2[:, None] * o1
+
+    # -- the other keys, block by block; the last one may reach past the end
+    for n in tl.range(1, end, BLOCK_N):
+        cols = n + keys
+        in_kv = cols < seqlen_kv
+        k_block = k_ptr + tl.cast(n, tl.int64) * stride_kn
+        v_block = v_ptr + tl.cast(n, tl.int64) * stride_vn
+        k = tl.load(k_block + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_block + v_offsets, mask=in_kv[:, None], other=0.0)
+
+        # -- take them into the rows' state
+        s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        if n + BLOCK_N > seen_by_all:
+            s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+        t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * scale_log2 - m[:, None])
+        pt = p * t
+        d1 += tl.sum(p, 1)
+        d2 += tl.sum(pt, 1)
+        p = p.to(v.dtype)
+        pt = pt.to(v.dtype)
+        o1 = tl.dot(p, v, acc=o1)
+        o2 = tl.dot(pt, v, acc=o2)
+
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+    inv = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+    MOST: tl.constexpr = 1.8446744e19  # 2^64: from there on sums might run over
+    inv = tl.where(tl.max(d1) > MOST, float("nan"), inv)  # again_kernel does such tiles once more
+    t_mean = d2 * inv
+    v_mean = o1 * inv[:, None]
+    o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv[:, None]
+    o_offsets = batch * stride_ob + head * stride_oh + at * stride_om + dims[None, :]
+    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q[:, None])
+    tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_q[:, None])
+    LN_2: tl.constexpr = 0.6931471805599453
+    stats = bh.to(tl.int64) * seqlen_q + rows
+    tl.store(lse_ptr + stats, (m + tl.log2(d1)) * LN_2, mask=in_q)
+    tl.store(t_mean_ptr + stats, t_mean, mask=in_q)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "heads", "seqlen_q", "seqlen_kv"])
+def again_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    v_mean_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_rb,
+    stride_rm,
+    stride_rh,
+    stride_kb,
+    stride_kn: tl.constexpr,
+    stride_kh,
+    stride_vb,
+    stride_vn: tl.constexpr,
+    stride_vh,
+    stride_ob,
+    stride_om,
+    stride_oh,
+    scale_log2,
+    batch_heads,
+    heads,
+    seqlen_q,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 64
+    BLOCK_M: tl.constexpr = 64  # query rows a program owns
+    BLOCK_N: tl.constexpr = 64  # keys it takes a step
+    HEADS: tl.constexpr = 16  # of so many a program looks after one tile each
+
+    # -- which of them ran over: forward_kernel left NaN where they begin
+    groups = tl.cdiv(batch_heads, HEADS)
+    tile = tl.program_id(0) // groups
+    bh0 = tl.program_id(0) % groups * HEADS
+    each = tl.arange(0, HEADS)
+    there = bh0 + each < batch_heads
+    its_batch = ((bh0 + each) // heads).to(tl.int64)
+    its_head = ((bh0 + each) % heads).to(tl.int64)
+    begins = its_batch * stride_ob + its_head * stride_oh + tl.cast(tile * BLOCK_M, tl.int64) * stride_om
+    mark = tl.load(o_ptr + begins, mask=there, other=0.0).to(tl.float32)
+    again = tl.where(tl.abs(mark) < float("inf"), 0, 1)
+
+    while tl.max(again) > 0:
+        i = tl.argmax(again, 0)
+        again = tl.where(each == i, 0, again)
+        bh = bh0 + i
+        batch = (bh // heads).to(tl.int64)
+        head = (bh % heads).to(tl.int64)
+        row0 = tile * BLOCK_M
+        rows = row0 + tl.arange(0, BLOCK_M)
+        in_q = rows < seqlen_q
+        keys = tl.arange(0, BLOCK_N)
+        dims = tl.arange(0, HEAD_DIM)
+
+        # -- load the queries and probes this program owns
+        at = rows[:, None].to(tl.int64)
+        q_offsets = batch * stride_qb + head * stride_qh + at * stride_qm + dims[None, :]
+        q = tl.load(q_ptr + q_offsets, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+        r_offsets = batch * stride_rb + head * stride_rh + at * stride_rm + dims[None, :]
+        r = tl.load(r_ptr + r_offsets, mask=in_q[:, None], other=0.0)
+        k_head = k_ptr + batch * stride_kb + head * stride_kh
+        v_head = v_ptr + batch * stride_vb + head * stride_vh
+        k_offsets = keys[:, None] * stride_kn + dims[None, :]
+        v_offsets = keys[:, None] * stride_vn + dims[None, :]
+
+        # -- keys: row i sees those up to i + shift; blocks that reach past the first row's last one need a mask
+        shift = seqlen_kv - seqlen_q
+        last = rows + shift
+        seen_by_all = row0 + shift + 1
+        end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
+
+        # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and
+        #    t_mean alike, and o is what is left of their difference: it must not be rounded
+        k0 = tl.load(k_head + dims).to(tl.float32)
+        v0 = tl.load(v_head + dims).to(tl.float32)
+        s0 = tl.sum(q * k0[None, :], 1)
+        t0 = tl.sum(r * k0[None, :], 1)
+        sees = last >= 0
+        m = tl.where(sees, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+        d1 = tl.where(sees, 1.0, 0.0)
+        d2 = tl.where(sees, t0, 0.0)
+        o1 = tl.where(sees[:, None], v0[None, :], 0.0)
+        o2 = d2[:, None] * o1
+
+        # -- the other keys, block by block; the last one may reach past the end
+        for n in tl.range(1, end, BLOCK_N):
+            cols = n + keys
+            in_kv = cols < seqlen_kv
+            k_block = k_head + tl.cast(n, tl.int64) * stride_kn
+            v_block = v_head + tl.cast(n, tl.int64) * stride_vn
+            k = tl.load(k_block + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+            v = tl.load(v_block + v_offsets, mask=in_kv[:, None], other=0.0)
+
+            # -- take them into the rows' state
+            s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+            if n + BLOCK_N > seen_by_all:
+                s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+            t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+            m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+            alpha = tl.exp2(m - m_new)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            pt = p * t
+            d1 = d1 * alpha + tl.sum(p, 1)
+            d2 = d2 * alpha + tl.sum(pt, 1)
+            p = p.to(v.dtype)
+            pt = pt.to(v.dtype)
+            o1 = tl.dot(p, v, acc=o1 * alpha[:, None])
+            o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
+            m = m_new
+
+        # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+        inv = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+        t_mean = d2 * inv
+        v_mean = o1 * inv[:, None]
+        o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv[:, None]
+        o_offsets = batch * stride_ob + head * stride_oh + at * stride_om + dims[None, :]
+        tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q[:, None])
+        tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_q[:, None])
+        LN_2: tl.constexpr = 0.6931471805599453
+        stats = bh.to(tl.int64) * seqlen_q + rows
+        tl.store(lse_ptr + stats, (m + tl.log2(d1)) * LN_2, mask=in_q)
+        tl.store(t_mean_ptr + stats, t_mean, mask=in_q)
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    t_mean: torch.Tensor,
+    v_mean: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Write the attention of q and r over k and v to out, on the current stream.
+
+    q, r, out    (batch, seqlen_q, heads, 64) bf16, any strides with a contiguous last dimension
+    k, v         (batch, seqlen_kv, heads, 64) bf16, likewise
+    lse, t_mean  (batch, heads, seqlen_q) fp32, contiguous: log(sum_j exp(softmax_scale q.k_j)) and t_mean
+    v_mean       like out, with its strides: plain softmax attention
+    """
+    batch, seqlen_q, heads, _ = q.shape
+    tiles = -(-seqlen_q // 64)
+    arguments = (
+        q,
+        r,
+        k,
+        v,
+        out,
+        lse,
+        t_mean,
+        v_mean,
+        *q.stride()[:3],
+        *r.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        softmax_scale * LOG2_E,
+    )
+    forward_kernel[(tiles * batch * heads,)](
+        *arguments,
+        batch * heads,
+        heads,
+        seqlen_q,
+        k.shape[1],
+        num_warps=4,
+        num_stages=3,
+        maxnreg=168,
+        enable_fp_fusion=True,
+    )
+    again_kernel[(tiles * -(-batch * heads // 16),)](
+        *arguments,
+        batch * heads,
+        heads,
+        seqlen_q,
+        k.shape[1],
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
