@@ -9,6 +9,7 @@ from parallax_gen.problem.config import (
     TILED,
     DecodeConfig,
     DkDvConfig,
+    DqDrConfig,
     ForwardConfig,
     KernelConfig,
     PreprocessConfig,
@@ -18,6 +19,8 @@ from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import KNOBS, block_bytes, forms_of, shared_bytes, why_invalid
 from parallax_gen.problem.spec import KernelSpec
+
+Tiled = ForwardConfig | DqDrConfig | DkDvConfig
 
 
 def default_config(spec: KernelSpec, shape: Shape, gpu: Gpu) -> KernelConfig:
@@ -140,26 +143,27 @@ def _tile_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfi
     return [_lean(config) if _pays_to_be_lean(spec, config, gpu) else config for config in found]
 
 
-def _lean(config: TileConfig) -> TileConfig:
+def _lean(config: Tiled) -> Tiled:
     """With fewer instructions beside the matmuls, and of the backward's with more registers."""
     if isinstance(config, ForwardConfig):
         return replace(config, ROW_MAX="first")
     if isinstance(config, DkDvConfig):
         return replace(config, MASK="scores", ROW_NUMBERS="together")
+    assert isinstance(config, DqDrConfig)
     return replace(config, MASK="scores")
 
 
-def _plain(config: TileConfig) -> TileConfig:
+def _plain(config: Tiled) -> Tiled:
     """Without."""
     return type(config)(*(getattr(config, f.name) for f in fields(TileConfig)))
 
 
-def _pays_to_be_lean(spec: KernelSpec, config: TileConfig, gpu: Gpu) -> bool:
+def _pays_to_be_lean(spec: KernelSpec, config: Tiled, gpu: Gpu) -> bool:
     """Whether it did on an H100, in bf16 at head_dim 64, 96 and 128. Elsewhere nothing is known."""
     if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_AS == "halves" or spec.head_dim > 128:
         return False
     if isinstance(config, ForwardConfig):
-        return not spec.window  # of 513 keys none is so cheap that one's own, looked at first, is not missed
+        return not spec.window  # there each row's own key is read first, which 513 keys do not repay
     if isinstance(config, DkDvConfig):  # registers there were just enough
         return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_AS == "whole"
     return spec.causal and not spec.window and spec.head_dim < 128
