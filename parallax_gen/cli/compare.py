@@ -14,7 +14,7 @@ import torch
 
 from parallax_gen.cli.contenders import Contender, Prepared, contenders
 from parallax_gen.cli.expected import Judge, random_case
-from parallax_gen.cli.peers import hasty_autotuners
+from parallax_gen.cli.peers import forget_inputs, hasty_autotuners
 from parallax_gen.cli.rows import OURS, WITH_CARE, Effort, Row
 from parallax_gen.cli.text import rate
 from parallax_gen.errors import MeasureError
@@ -78,6 +78,7 @@ def compare(
     except torch.OutOfMemoryError:
         return [replace(row, note="skipped: out of memory") for row in asked]
     finally:
+        forget_inputs()
         gc.collect()  # of peers whose objects refer to each other, and hold a cache of many GB
         with suppress(RuntimeError):  # of a device that a peer left unusable, which is told of as that
             torch.cuda.empty_cache()

@@ -346,3 +346,24 @@ def test_how_much_is_checked_is_said(clock: Clock) -> None:
         (row,) = compare("decode", spec, shape, ("parallax_gen",), Effort(oracle=extent))
         assert row.checked == checked
         assert (row.error is None) is (extent == "none")
+
+
+def test_a_peer_that_keeps_its_inputs_is_made_to_forget_them(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """The official CuTeDSL decode keeps each tensor that it was given: after a few large shapes none would fit."""
+    kept: dict[int, Tensor] = {}
+    official = ModuleType("parallax.cute")
+    official.parallax_decode = ModuleType("parallax.cute.parallax_decode")  # type: ignore[attr-defined]
+    official.parallax_decode._cute_input_cache = kept  # type: ignore[attr-defined]
+    most: list[int] = []
+
+    def attend(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor | None, out: Tensor) -> Tensor:
+        kept.update({id(x): x for x in (q, r, k, v)})
+        most.append(len(kept))
+        return out.copy_(reference_forward(q, r, k, v).out)
+
+    official.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "parallax.cute", official)
+    monkeypatch.setitem(sys.modules, "parallax.cute.parallax_decode", official.parallax_decode)
+    compare("decode", KernelSpec("decode", 64, "bf16"), Shape(2, 2, 2, 1, 40), ("official CuTeDSL",))
+    assert set(most) == {4}
+    assert not kept
