@@ -10,12 +10,15 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-from parallax_gen.runtime.checks import DTYPE_NAMES, FURTHEST_ROW, check_out, is_int
+from parallax_gen.runtime.checks import DTYPE_NAMES, check_out, is_int
 
 if TYPE_CHECKING:
     from parallax_gen.runtime.cached import CacheRequest
 
 CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+
+# The most keys that a kernel takes at a time.
+LARGEST_BLOCK = 128
 
 
 def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) -> None:
@@ -51,6 +54,10 @@ def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) ->
         if scale is not None:
             _check_cache_scale(name, scale, asked)
     check_out(out, q)
+    if out is not None:
+        # Heads of many queries are counted within a group; those of one all together, where a kernel merges splits.
+        many = packed or q.shape[1] > 1
+        _check_heads(out, q.shape[-2] // k.shape[2] if many else q.shape[-2])
 
 
 def check_fours(asked: CacheRequest) -> None:
@@ -91,8 +98,6 @@ def _check_tensors(asked: CacheRequest) -> None:
             raise ArgumentError(name, f"on {tensor.device}", f"on {q.device}, where q is")
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ArgumentError(name, f"strides {tensor.stride()}", "a contiguous last dimension (stride 1)")
-        if tensor.stride(-3) > FURTHEST_ROW:
-            raise ArgumentError(name, f"{tensor.stride(-3)} elements from row to row", f"at most {FURTHEST_ROW}")
     if q.device.type not in ("cuda", "cpu"):
         raise ArgumentError("q", f"on {q.device}", "a CUDA or CPU tensor")
     _check_dtypes(asked)
@@ -110,6 +115,28 @@ def _check_tensors(asked: CacheRequest) -> None:
         raise ArgumentError("v_cache", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k_cache")
     if paged and _strides(v) != _strides(k):
         raise ArgumentError("v_cache", f"strides {v.stride()}", f"{k.stride()}, as k_cache has, with a page_table")
+    for name, cache in (("k_cache", k), ("v_cache", v)):
+        _check_keys(name, cache, paged)
+
+
+def _check_keys(name: str, cache: Tensor, paged: bool) -> None:
+    """Whether keys lie near enough: kernels add up offsets within a block of them in 32 bits, all others in 64.
+
+    A block lies in one page, or takes whole pages and counts within each; where it does neither, each key's has 64.
+    """
+    at_once = math.gcd(cache.shape[1], LARGEST_BLOCK) if paged else min(cache.shape[1], LARGEST_BLOCK)
+    reach = 2**31 * (4 if cache.dtype in CACHE_DTYPE_NAMES else 1)  # eight bits are counted in fours
+    head_dim = cache.shape[3]
+    if at_once > 1 and (at_once - 1) * cache.stride(1) + head_dim > reach:
+        furthest = (reach - head_dim) // (at_once - 1)
+        raise ArgumentError(name, f"{cache.stride(1)} elements from key to key", f"at most {furthest}")
+
+
+def _check_heads(out: Tensor, heads: int) -> None:
+    """Whether its heads lie near enough: so many are counted in 32 bits. All rows, and q's and r's heads, have 64."""
+    if heads > 1 and (heads - 1) * out.stride(-2) >= 2**31:
+        furthest = (2**31 - 1) // (heads - 1)
+        raise ArgumentError("out", f"{out.stride(-2)} elements from head to head", f"at most {furthest}")
 
 
 def _strides(x: Tensor) -> list[int]:

@@ -19,6 +19,7 @@ from parallax_gen.codegen.calling import Call, Inputs
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.problem.config import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify
 
@@ -259,6 +260,58 @@ def test_every_number_of_eight_bits_is_read_as_it_is(cache: str) -> None:
     call = verify.poisoned(spec, CONFIG, inputs)
     launch(render(spec, CONFIG, GPU), call)
     assert torch.equal(call.out.flatten().float(), v.float())
+
+
+def far_apart(x: Tensor, dim: int, stride: int) -> Tensor:
+    """x with `stride` elements from place to place of `dim`: gigabytes are reserved, and only the pages used taken."""
+    strides = list(torch.empty([1 if d == dim else size for d, size in enumerate(x.shape)], device="meta").stride())
+    strides[dim] = stride
+    reach = 1 + sum((size - 1) * step for size, step in zip(x.shape, strides, strict=True))
+    return torch.empty(reach, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize(
+    ("spec", "block", "at_once"),
+    [
+        pytest.param(KernelSpec("decode", 16, "fp16", group=2), 128, 128, id="even"),
+        pytest.param(ONE, 128, 128, id="ragged"),
+        pytest.param(replace(ONE, page_size=256), 128, 128, id="a block in a page"),
+        pytest.param(replace(ONE, page_size=48), 16, 16, id="a block in a page of 48"),
+        pytest.param(replace(ONE, page_size=16), 128, 16, id="pages in a block"),
+        pytest.param(replace(ONE, page_size=3), 16, 1, id="neither"),
+        pytest.param(replace(ONE, cache_dtype="e4m3"), 64, 64, id="e4m3"),
+        pytest.param(replace(ONE, cache_dtype="e5m2", page_size=16), 32, 16, id="pages of e5m2"),
+    ],
+)
+def test_keys_as_far_apart_as_is_allowed(spec: KernelSpec, block: int, at_once: int) -> None:
+    """One element more, and 32 bits would not reach the last of the keys whose offsets they are: `at_once` of them."""
+    inputs = verify.random_inputs_of(spec, Shape(2, 4, 2, 1, 150), seed=1, device="cpu", full=True)
+    expected = verify.oracle(spec, inputs)
+    reach = 2**33 if spec.cache_dtype else 2**31
+    stride = (reach - spec.head_dim) // (at_once - 1) // 4 * 4 if at_once > 1 else 2**30
+    inputs.k, inputs.v = (far_apart(x, 1, stride) for x in (inputs.k, inputs.v))
+    config = replace(CONFIG, BLOCK_N=block)
+    assert verify.run(render(spec, config, GPU), spec, config, inputs, expected).wrong is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "merge", "dim", "stride"),
+    [
+        pytest.param(ONE, "kernel", 2, (2**31 - 1) // 3, id="heads of one query"),
+        pytest.param(MANY, "last", 2, 2**31 - 1, id="heads of a group of two"),
+        pytest.param(MANY, "last", 1, 2**30, id="rows"),
+    ],
+)
+def test_outputs_as_far_apart_as_is_allowed(spec: KernelSpec, merge: str, dim: int, stride: int) -> None:
+    """And queries, which may lie further apart. Four heads in two groups."""
+    inputs = verify.random_inputs_of(spec, Shape(1, 4, 2, 5 if spec.many_queries else 1, 150), seed=1, device="cpu")
+    config, expected = replace(CONFIG, merge=merge), verify.oracle(spec, inputs)
+    inputs.q, inputs.r = (far_apart(x, dim, stride) for x in (inputs.q, inputs.r))
+    call = verify.poisoned(spec, config, inputs)
+    for name in ("out", "v_mean"):
+        call.written[name] = far_apart(call.written[name], dim, stride)
+    launch(render(spec, config, GPU), call)
+    assert verify.judge(call, expected).wrong is None
 
 
 # Wrong kernels, to see that the checks above can fail: what to change, in which kernel, on which sequences.
