@@ -79,7 +79,9 @@ def random_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: S
     if lengths:
         inputs.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     if op == TRAINING:
-        inputs.do = torch.randn_like(inputs.q)
+        # Not of the device's own generator: where a graph failed to capture a peer, that is left unusable.
+        generator = torch.Generator(device).manual_seed(random.randrange(2**31))
+        inputs.do = torch.randn(inputs.q.shape, device=device, generator=generator).to(inputs.q.dtype)
     return inputs
 
 

@@ -51,10 +51,11 @@ def parallax_attn_func(
                       like q. They have no gradients
     recompute_v_mean  keep less for the backward, which then runs the forward once more
 
-    Any strides do that keep the last dimension contiguous. On CUDA tensors this launches one kernel on the current
-    stream and waits for nothing; on CPU tensors it runs the fp64 reference. fp32 matmuls round to TF32 where torch's
-    own may (torch.backends.cuda.matmul.fp32_precision, torch.set_float32_matmul_precision). Under torch.autocast
-    q, r, k and v are cast to its dtype. Under torch.compile this is one operator.
+    Any strides do that keep the last dimension contiguous. On CUDA tensors this launches one kernel, or one and
+    another that seldom has anything to do, on the current stream and waits for nothing; on CPU tensors it runs the
+    fp64 reference. fp32 matmuls round to TF32 where torch's own may (torch.backends.cuda.matmul.fp32_precision,
+    torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype. Under torch.compile
+    this is one operator.
 
     Gradients: first derivatives of out, with respect to q, r, k and v, the same in every run. Kept for them, besides
     the inputs and out, are 8 bytes a query and head (lse and t̄), and v̄, as large as out: for bf16 and head_dim 128

@@ -75,3 +75,14 @@ def test_no_oracle_no_errors() -> None:
     judge = Judge("forward", STEP, SHAPE, random_case("forward", STEP, SHAPE, "cpu"), "none")
     assert judge.rows == 0
     assert judge.errors({"out": torch.zeros(4, 40, 6, 64)}) == {}
+
+
+def test_random_cases_leave_torch_s_own_generator_alone() -> None:
+    """A CUDA graph that fails to capture a peer leaves the device's in a state in which it draws no more."""
+    spec, shape = KernelSpec("forward", 64, "bf16", causal=True, stats=True), Shape(1, 2, 2, 20, 20)
+    before = torch.get_rng_state()
+    first, second = (random_case(TRAINING, spec, shape, "cpu").do for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first is not None
+    assert second is not None
+    assert not torch.equal(first, second)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from parallax_gen.cli import steps
 from parallax_gen.codegen.calling import Inputs
+from parallax_gen.codegen.device import gpu_of_device
+from parallax_gen.codegen.render import render
 from parallax_gen.problem.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.problem.config import ForwardConfig
 from parallax_gen.problem.reference import Gradients, reference_backward, reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -124,3 +127,18 @@ def test_peers_and_ours_agree(module: str, group: int) -> None:
     assert ours.keys() == theirs.keys() == {"out", "dq", "dr", "dk", "dv"}
     for name, its in theirs.items():
         assert errors(ours[name], its).relative <= tolerance("bf16"), name
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("window", [0, 300])
+def test_tiles_that_run_over_are_done_again(head_dim: int, window: int) -> None:
+    """Rows whose keys outweigh the one that they are measured against, with ROW_MAX "first", by e^45 and more."""
+    spec = KernelSpec("forward", head_dim, "bf16", causal=True, stats=True, window=window > 0)
+    form = "pieces" if head_dim == 96 else "whole"
+    config = ForwardConfig(64, 64, 4, num_warps=4, num_stages=2, HEAD_DIM_AS=form, ROW_MAX="first")
+    inputs = verify.random_inputs_of(spec, Shape(2, 20, 20, 500, 600, window), seed=7, device="cuda")
+    inputs.q[:, 100:110, 3] *= 20
+    inputs.q[1, 400, 19] *= 20
+    source = render(spec, config, gpu_of_device(0))
+    verdict = verify.run(source, spec, config, inputs, verify.oracle(spec, inputs))
+    assert verdict.wrong is None
