@@ -81,7 +81,7 @@ def random_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: S
     if op == TRAINING:
         # Not of the device's own generator: where a graph failed to capture a peer, that is left unusable.
         generator = torch.Generator(device).manual_seed(random.randrange(2**31))
-        inputs.do = torch.randn(inputs.q.shape, device=device, generator=generator).to(inputs.q.dtype)
+        inputs.do = torch.randn(inputs.q.shape, dtype=inputs.q.dtype, device=device, generator=generator)
     return inputs
 
 

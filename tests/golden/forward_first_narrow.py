@@ -3,7 +3,7 @@
 spec       forward, head_dim 64, bf16, MHA, causal, stats
 config     BLOCK_M=64 BLOCK_N=64 HEAD_GROUP=32 num_warps=4 num_stages=3 maxnreg=168 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 2d1f56d1bbd4
+generator  parallax_gen 0.1.0, templates cf7506ad0f8a
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -188,6 +188,7 @@ def again_kernel(
     mark = tl.load(o_ptr + begins, mask=there, other=0.0).to(tl.float32)
     again = tl.where(tl.abs(mark) < float("inf"), 0, 1)
 
+    # -- each of those, with a running maximum
     while tl.max(again) > 0:
         i = tl.argmax(again, 0)
         again = tl.where(each == i, 0, again)
@@ -317,6 +318,7 @@ def launch(
         maxnreg=168,
         enable_fp_fusion=True,
     )
+    # One program for each tile of 16 heads: HEADS
     again_kernel[(tiles * -(-batch * heads // 16),)](
         *arguments,
         batch * heads,
