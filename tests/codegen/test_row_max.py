@@ -84,6 +84,18 @@ def test_usual_scores_need_no_second_kernel(spec: KernelSpec) -> None:
         assert torch.equal(once.written[name], written), name
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.causal], ids=str)
+def test_few_keys_are_measured_against_the_largest(spec: KernelSpec) -> None:
+    """Keys of the first rows outweigh the one that longer rows are measured against by e^45 and more: nothing runs
+    over, since they weigh 1."""
+    source, inputs = render(spec, config_of(spec), GPUS["h200"]), inputs_of(spec)
+    inputs.q[..., :5 if spec.varlen else 10, :, :] *= 20
+    once = launched(without_second_kernel(source), spec, inputs)
+    assert once.out.isfinite().all()
+    verdict = verify.run(source, spec, config_of(spec), inputs, verify.oracle(spec, inputs))
+    assert verdict.wrong is None
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_scores_far_from_zero(sign: float) -> None:
     """As of a running maximum; here those of the first key and the others differ by twice as much."""

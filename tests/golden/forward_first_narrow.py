@@ -3,7 +3,7 @@
 spec       forward, head_dim 64, bf16, MHA, causal, stats
 config     BLOCK_M=64 BLOCK_N=64 HEAD_GROUP=32 num_warps=4 num_stages=3 maxnreg=168 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates cf7506ad0f8a
+generator  parallax_gen 0.1.0, templates 33244d0e8a45
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -94,12 +94,22 @@ def forward_kernel(
     v0 = tl.load(v_ptr + dims).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
-    sees = last >= 0
+
+    # -- m, which scores are measured against: that of the first key. Where rows
+    #    see few keys it is the largest: that key then weighs 1, and is not rounded
     m = s0 * scale_log2
-    d1 = tl.where(sees, 1.0, 0.0)
-    d2 = tl.where(sees, t0, 0.0)
-    o1 = tl.where(sees[:, None], v0[None, :], 0.0)
-    o2 = d2[:, None] * o1
+    if row0 + shift < BLOCK_N:
+        in_kv = keys < seqlen_kv
+        k = tl.load(k_ptr + k_offsets, mask=in_kv[:, None], other=0.0)
+        s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        s = tl.where(keys[None, :] <= last[:, None], s, float("-inf"))
+        m = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    sees = last >= 0
+    w0 = tl.where(sees, tl.exp2(s0 * scale_log2 - m), 0.0)
+    d1 = w0
+    d2 = w0 * t0
+    o1 = w0[:, None] * v0[None, :]
+    o2 = t0[:, None] * o1
 
     # -- the other keys, block by block; the last one may reach past the end
     for n in tl.range(1, end, BLOCK_N):

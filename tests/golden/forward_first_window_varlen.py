@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates cf7506ad0f8a
+generator  parallax_gen 0.1.0, templates 33244d0e8a45
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -88,12 +88,6 @@ def forward_kernel(
     start = tl.maximum(row0 + shift - window_size + 1, 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
 
-    # -- what a row's scores are measured against: that of its own key, which it sees for certain
-    own = tl.maximum(last, 0)[:, None].to(tl.int64)
-    k_own = tl.load(k_ptr + own * stride_kn + dims[None, :], mask=((last >= 0) & in_q)[:, None], other=0.0)
-    s_own = tl.sum(q.to(tl.float32) * k_own, 1)
-    m = s_own * scale_log2
-
     # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and
     #    t_mean alike, and o is what is left of their difference: it must not be rounded
     first_key = start.to(tl.int64)
@@ -102,6 +96,20 @@ def forward_kernel(
     v0 = tl.load(v_ptr + first_key * stride_vn + dims, mask=dims < first_dims, other=0.0).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
+
+    # -- m, which scores are measured against: that of a row's own key, the last that it sees. Where rows
+    #    see few keys it is the largest: that key then weighs 1, and is not rounded
+    own = tl.maximum(last, 0)[:, None].to(tl.int64)
+    k_own = tl.load(k_ptr + own * stride_kn + dims[None, :], mask=((last >= 0) & in_q)[:, None], other=0.0)
+    s_own = tl.sum(q.to(tl.float32) * k_own, 1)
+    m = s_own * scale_log2
+    if row0 + shift < BLOCK_N:
+        in_kv = keys < seqlen_kv
+        k = tl.load(k_ptr + k_offsets, mask=in_kv[:, None], other=0.0)
+        s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        visible = (keys[None, :] <= last[:, None]) & (keys[None, :] > last[:, None] - window_size)
+        s = tl.where(visible, s, float("-inf"))
+        m = tl.maximum(m, tl.max(s, 1) * scale_log2)
     sees = (start <= last) & (start > last - window_size)
     w0 = tl.where(sees, tl.exp2(s0 * scale_log2 - m), 0.0)
     d1 = w0
