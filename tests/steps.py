@@ -22,6 +22,7 @@ from parallax_gen.problem.reference import Gradients, reference_backward, refere
 from parallax_gen.tuning import verify
 
 STEPS = 500
+FEW_KEYS = 16
 
 
 def seeds() -> range:
@@ -63,6 +64,21 @@ def gradients(case: StepCase, inputs: Inputs) -> Gradients:
     return reference_backward(x.q, x.r, x.k, x.v, x.do, **mask)
 
 
+def keys_seen(case: StepCase, inputs: Inputs) -> torch.Tensor:
+    """How many keys each query sees: (total_q,), or (seqlen_q,) of every sequence."""
+    spec, shape = case.spec, case.shape
+    if spec.varlen:
+        lengths = zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_k.diff().tolist(), strict=True)
+    else:
+        lengths = iter([(shape.seqlen_q, shape.seqlen_kv)])
+    most = shape.window or shape.seqlen_kv
+    seen = [
+        (torch.arange(queries) + keys - queries + 1).clamp(0, most) if spec.causal else torch.full((queries,), keys)
+        for queries, keys in lengths
+    ]
+    return torch.cat(seen)
+
+
 def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor]) -> str | None:
     """What of a step is further from float64 than rounding explains; None when nothing is."""
     x, dtype = inputs, case.spec.dtype
@@ -71,12 +87,16 @@ def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor
     # Where queries see few keys nearly all of a gradient cancels, and what is left is rounding: of the output in T =
     # do·o, off by |t| roundings, and of tf32's a, which nothing else rounds alike. Largest rows have |t| of 4 and do·v
     # of 3 times its mean: 12 of a gradient's natural size. And a key's gradients add up those of all its queries.
+    few = keys_seen(case, x).to(x.q.device) < FEW_KEYS
     shape = case.shape
-    if min(shape.window or shape.seqlen_kv, shape.seqlen_kv) < 16:
+    for name in ("dq", "dr"):
+        sizes[name] = torch.where(few, 12.0, 1.0)[:, None] * sizes[name]
+    if min(shape.window or shape.seqlen_kv, shape.seqlen_kv) < FEW_KEYS:
         queries = max(1.0, shape.seqlen_q * shape.group / shape.seqlen_kv)
-        sizes = {name: 12 * size * (queries**0.5 if name in ("dk", "dv") else 1.0) for name, size in sizes.items()}
+        for name in ("dk", "dv"):
+            sizes[name] = 12 * queries**0.5 * sizes[name]
     for name, expected in gradients(case, x)._asdict().items():
-        reasons[name] = why_wrong(found[name], expected, dtype, float(sizes[name]))
+        reasons[name] = why_wrong(found[name], expected, dtype, sizes[name])
     return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or None
 
 

@@ -26,17 +26,19 @@ class Errors:
     maximum: float
 
 
-def errors(out: Tensor, ref: Tensor, natural: float | None = None) -> Errors:
+def errors(out: Tensor, ref: Tensor, natural: float | Tensor | None = None) -> Errors:
     """The errors of `out` against `ref`, in float64. Infinities that agree are no error, and 0 / 0 is none.
 
-    natural  of a gradient: the size of a row's terms, see `gradient_sizes`
+    natural  of a gradient: the size of a row's terms, see `gradient_sizes`; of every row, or each row's own
     """
     difference, expected = _difference(out, ref)
     if difference.numel() == 0:
         return Errors(0.0, 0.0, 0.0)
     size = expected.norm()
-    if natural is not None and size < 1e-3 * natural * (rows := expected.numel() / expected.shape[-1]) ** 0.5:
-        size = size.new_tensor(0.2 * natural * rows**0.5)  # all that is left is rounding
+    if natural is not None:
+        whole = torch.as_tensor(natural, dtype=size.dtype, device=size.device).expand(expected.shape[:-1]).norm()
+        if size < 1e-3 * whole:
+            size = 0.2 * whole  # all that is left is rounding
     return Errors(
         relative=_ratio(difference.norm(), size).item(),
         worst=_row_errors(difference, expected, natural).max().item(),
@@ -79,7 +81,7 @@ def tolerance(dtype: str) -> float:
     return _TOLERANCE[dtype]
 
 
-def why_wrong(out: Tensor, ref: Tensor, dtype: str, natural: float | None = None) -> str | None:
+def why_wrong(out: Tensor, ref: Tensor, dtype: str, natural: float | Tensor | None = None) -> str | None:
     """How and where `out` is further from `ref` than rounding explains; None when it is not. natural as of `errors`."""
     found, allowed = errors(out, ref, natural), tolerance(dtype)
     allowed_row = _WORST_ROW * allowed
@@ -97,7 +99,7 @@ def why_wrong(out: Tensor, ref: Tensor, dtype: str, natural: float | None = None
     )
 
 
-def assert_close(out: Tensor, ref: Tensor, dtype: str, natural: float | None = None) -> None:
+def assert_close(out: Tensor, ref: Tensor, dtype: str, natural: float | Tensor | None = None) -> None:
     """Raises AssertionError with what `why_wrong` says, if anything."""
     reason = why_wrong(out, ref, dtype, natural)
     if reason is not None:
@@ -114,7 +116,7 @@ def _difference(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
     return difference.masked_fill(difference.isnan(), math.inf), expected.masked_fill(agree, 0.0)
 
 
-def _row_errors(difference: Tensor, expected: Tensor, natural: float | None = None) -> Tensor:
+def _row_errors(difference: Tensor, expected: Tensor, natural: float | Tensor | None = None) -> Tensor:
     """Each row's relative error; a row far smaller than the others is measured against a tenth of their size.
 
     The tenth is for rows that happen to be near zero, such as a single t̄. A row of zeros must be zeros, but of a
@@ -123,7 +125,8 @@ def _row_errors(difference: Tensor, expected: Tensor, natural: float | None = No
     sizes = expected.norm(dim=-1)
     mean = sizes.square().mean().sqrt()
     if natural is not None:
-        return _ratio(difference.norm(dim=-1), sizes.maximum(mean).clamp(min=0.05 * natural))
+        least = 0.05 * torch.as_tensor(natural, dtype=sizes.dtype, device=sizes.device)
+        return _ratio(difference.norm(dim=-1), sizes.maximum(mean).maximum(least))
     floor = mean / 10
     return _ratio(difference.norm(dim=-1), torch.where(sizes == 0, sizes, sizes.maximum(floor)))
 

@@ -89,7 +89,7 @@ def test_few_keys_are_measured_against_the_largest(spec: KernelSpec) -> None:
     """Keys of the first rows outweigh the one that longer rows are measured against by e^45 and more: nothing runs
     over, since they weigh 1."""
     source, inputs = render(spec, config_of(spec), GPUS["h200"]), inputs_of(spec)
-    inputs.q[..., :5 if spec.varlen else 10, :, :] *= 20
+    inputs.q[..., : 5 if spec.varlen else 10, :, :] *= 20
     once = launched(without_second_kernel(source), spec, inputs)
     assert once.out.isfinite().all()
     verdict = verify.run(source, spec, config_of(spec), inputs, verify.oracle(spec, inputs))

@@ -1,0 +1,41 @@
+"""How errors are measured: of rows whose terms cancel, against the size of the terms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallax_gen.problem.accuracy import errors, why_wrong
+
+
+@pytest.fixture
+def ref() -> torch.Tensor:
+    """Four rows of norm 1 but for the first, in which nearly all has cancelled."""
+    rows = torch.eye(4, 8, dtype=torch.float64)
+    rows[0] *= 1e-3
+    return rows
+
+
+def test_a_natural_size_of_all_rows_is_that_of_each(ref: torch.Tensor) -> None:
+    out = ref + 1e-3
+    assert errors(out, ref, 3.0) == errors(out, ref, torch.full((4,), 3.0, dtype=torch.float64))
+
+
+def test_a_row_of_larger_terms_may_err_by_more(ref: torch.Tensor) -> None:
+    out, natural = ref.clone(), torch.tensor([100.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    out[0, 1] = 0.2
+    assert errors(out, ref, 1.0).worst == pytest.approx(0.2 / (3 / 4) ** 0.5, rel=1e-3)  # beside the rows' mean
+    assert errors(out, ref, natural).worst == pytest.approx(0.2 / 5, rel=1e-3)  # beside a 20th of its terms
+    out[0, 1], out[1, 1] = 0.0, 0.2  # the others not
+    assert errors(out, ref, natural).worst == errors(out, ref, 1.0).worst
+
+
+def test_a_gradient_that_is_all_rounding(ref: torch.Tensor) -> None:
+    """Its size is then a fifth of that of its terms, row by row."""
+    nothing, natural = 0 * ref, torch.tensor([4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
+    out = nothing.clone()
+    out[0, 0] = 0.06
+    assert errors(out, nothing, natural).relative == pytest.approx(0.06 / (0.2 * 6))
+    assert why_wrong(out, nothing, "bf16", natural) is not None  # by five times what it may
+    out[0, 0] = 0.009
+    assert why_wrong(out, nothing, "bf16", natural) is None
