@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from parallax_gen.tuning import measure
-from parallax_gen.tuning.measure import BURST_MS, CALLS_A_GRAPH, FEWEST_REPLAYS, MOST_REPLAYS, REST_S, TURNS, WARM_MS
+from parallax_gen.tuning.measure import (
+    BURST_MS,
+    CALLS_A_GRAPH,
+    FEWEST_REPLAYS,
+    MOST_REPLAYS,
+    MUCH_FREED,
+    REST_S,
+    SETTLE_S,
+    TURNS,
+    WARM_MS,
+)
 
 
 class Device:
@@ -22,6 +32,7 @@ class Device:
         self.replays: list[str] = []  # of whose graph
         self.rests: list[float] = []
         self.rested_at_us = 0.0
+        self.freed = 0  # bytes given back to the driver so far
 
     def rest(self, seconds: float) -> None:
         self.rests.append(seconds)
@@ -89,9 +100,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         "graph": capturing,
         "stream": on,
         "current_stream": Stream,
+        "memory_stats": lambda: {"reserved_bytes.all.freed": device.freed},
     }.items():
         monkeypatch.setattr(measure.torch.cuda, name, value)
     monkeypatch.setattr(measure.time, "sleep", device.rest)
+    monkeypatch.setattr(measure._Settled, "freed", 0)
     return device
 
 
@@ -124,6 +137,19 @@ def test_the_median_and_the_fifths_are_of_replays(device: Device) -> None:
     assert len(timed) > 20
     expected = torch.quantile(timed, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
     assert [timing.median_us, timing.p20_us, timing.p80_us] == pytest.approx(expected)
+
+
+def test_a_timing_waits_until_freed_memory_is_cleared(device: Device) -> None:
+    call = device.work("call", lambda: 100.0)
+    device.freed = MUCH_FREED
+    measure.time_call(call, timed_ms=1.0)
+    assert device.rests == [SETTLE_S]
+    device.freed += MUCH_FREED // 2
+    measure.time_call(call, timed_ms=1.0)
+    assert device.rests == [SETTLE_S]
+    device.freed += MUCH_FREED
+    measure.time_in_turns([call, call], timed_ms=1.0)
+    assert device.rests == 2 * [SETTLE_S]
 
 
 def test_what_has_lost_is_replayed_a_few_times_only(device: Device) -> None:
