@@ -3,13 +3,13 @@
 spec       forward, head_dim 128, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 33244d0e8a45
+generator  parallax_gen 0.1.0, templates 15f6a72088be
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
 A row's state while keys stream by is (d1, d2, o1, o2), the sums of 2^(s - m) times 1, t, v and t v, where s is
-log2(e) softmax_scale q.k, and m that of its own key. Where others are so much larger that sums run over, a second
-kernel does the tile again with m the running maximum.
+log2(e) softmax_scale q.k, and m that of its own key, or where it sees few keys, the largest. Where sums run over,
+since other keys' s are so much larger, a second kernel does the tile again with m the running maximum.
 """
 
 import torch
