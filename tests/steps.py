@@ -68,9 +68,9 @@ def keys_seen(case: StepCase, inputs: Inputs) -> torch.Tensor:
     """How many keys each query sees: (total_q,), or (seqlen_q,) of every sequence."""
     spec, shape = case.spec, case.shape
     if spec.varlen:
-        lengths = zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_k.diff().tolist(), strict=True)
+        lengths = list(zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_k.diff().tolist(), strict=True))
     else:
-        lengths = iter([(shape.seqlen_q, shape.seqlen_kv)])
+        lengths = [(shape.seqlen_q, shape.seqlen_kv)]
     most = shape.window or shape.seqlen_kv
     seen = [
         (torch.arange(queries) + keys - queries + 1).clamp(0, most) if spec.causal else torch.full((queries,), keys)

@@ -3,7 +3,7 @@
 spec       forward, head_dim 64, bf16, MHA, causal, stats
 config     BLOCK_M=64 BLOCK_N=64 HEAD_GROUP=32 num_warps=4 num_stages=3 maxnreg=168 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 15f6a72088be
+generator  parallax_gen 0.1.0, templates b81caa5d5816
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -95,8 +95,8 @@ def forward_kernel(
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
 
-    # -- m, which scores are measured against: that of the first key. Where rows
-    #    see few keys it is the largest: that key then weighs 1, and is not rounded
+    # -- m, which scores are measured against: that of the first key.
+    #    Where rows see few keys, the largest: that key then weighs 1, and is not rounded
     m = s0 * scale_log2
     if row0 + shift < BLOCK_N:
         in_kv = keys < seqlen_kv

@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 15f6a72088be
+generator  parallax_gen 0.1.0, templates b81caa5d5816
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -97,8 +97,8 @@ def forward_kernel(
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
 
-    # -- m, which scores are measured against: that of a row's own key, the last that it sees. Where rows
-    #    see few keys it is the largest: that key then weighs 1, and is not rounded
+    # -- m, which scores are measured against: that of a row's own key, the last that it sees.
+    #    Where rows see few keys, the largest: that key then weighs 1, and is not rounded
     own = tl.maximum(last, 0)[:, None].to(tl.int64)
     k_own = tl.load(k_ptr + own * stride_kn + dims[None, :], mask=((last >= 0) & in_q)[:, None], other=0.0)
     s_own = tl.sum(q.to(tl.float32) * k_own, 1)
