@@ -16,7 +16,7 @@ from strategies import SAME_NUMBERS, StepCase
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.calling import Call, Inputs, Saved
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.accuracy import gradient_sizes, why_wrong
+from parallax_gen.problem.accuracy import why_wrong
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.reference import Gradients, reference_backward, reference_varlen_backward
 from parallax_gen.tuning import verify
@@ -67,8 +67,10 @@ def gradients(case: StepCase, inputs: Inputs) -> Gradients:
 def keys_seen(case: StepCase, inputs: Inputs) -> torch.Tensor:
     """How many keys each query sees: (total_q,), or (seqlen_q,) of every sequence."""
     spec, shape = case.spec, case.shape
+    before = behind = 0  # rows that no sequence has
     if spec.varlen:
         lengths = list(zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_k.diff().tolist(), strict=True))
+        before, behind = int(inputs.cu_seqlens_q[0]), len(inputs.q) - int(inputs.cu_seqlens_q[-1])
     else:
         lengths = [(shape.seqlen_q, shape.seqlen_kv)]
     most = shape.window or shape.seqlen_kv
@@ -76,14 +78,14 @@ def keys_seen(case: StepCase, inputs: Inputs) -> torch.Tensor:
         (torch.arange(queries) + keys - queries + 1).clamp(0, most) if spec.causal else torch.full((queries,), keys)
         for queries, keys in lengths
     ]
-    return torch.cat(seen)
+    return torch.cat([torch.zeros(before), *seen, torch.zeros(behind)])
 
 
 def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor]) -> str | None:
     """What of a step is further from float64 than rounding explains; None when nothing is."""
     x, dtype = inputs, case.spec.dtype
     reasons = {"out": why_wrong(found["out"], verify.attend(case.spec, x).out, dtype)}
-    sizes = gradient_sizes(x.q, x.r, x.k, x.v, x.do)._asdict()
+    sizes = verify.natural_sizes(x)._asdict()
     # Where queries see few keys nearly all of a gradient cancels, and what is left is rounding: of the output in T =
     # do·o, off by |t| roundings, and of tf32's a, which nothing else rounds alike. Largest rows have |t| of 4 and do·v
     # of 3 times its mean: 12 of a gradient's natural size. And a key's gradients add up those of all its queries.

@@ -26,6 +26,8 @@ def reference_cached_forward(
 ) -> Reference:
     """`reference_forward` of each sequence's queries over its own keys, from cache_leftpad up to cache_seqlens.
 
+    A length under 0 counts as 0, one past the cache as the cache's.
+
     Arguments as of `runtime.functional.parallax_attn_with_kvcache`. Of packed queries out and v_mean are like q, and
     lse and t_mean (heads, total_q), -inf and 0 where no sequence has a query.
     """
@@ -38,7 +40,7 @@ def reference_cached_forward(
     ends = (None if x is None else x.tolist() for x in (cache_seqlens, cache_leftpad, cu_seqlens_q))
     lengths, starts, cuts = ends
     for b in range(batch):
-        length = k_cache.shape[1] if lengths is None else min(lengths[b], k_cache.shape[1])
+        length = k_cache.shape[1] if lengths is None else max(min(lengths[b], k_cache.shape[1]), 0)
         keys = slice(min(max(starts[b], 0), length) if starts is not None else 0, length)
         rows = slice(None) if cuts is None else slice(cuts[b], cuts[b + 1])
         at = (b,) if cuts is None else ()

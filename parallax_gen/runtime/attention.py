@@ -182,8 +182,9 @@ def _plan_backward(asked: Request, dqdr: bool, dkdv: bool) -> BackwardPlan | Hos
 
 
 def _host_plan(asked: Request) -> HostPlan | None:
-    nothing = bool(starts_of(asked)) and (asked.max_seqlen_q == 0 or asked.max_seqlen_k == 0)
-    return HostPlan(nothing_seen=True) if nothing else host_plan(asked.q, asked.k)
+    if asked.cu_seqlens_q is not None and 0 in (len(asked.cu_seqlens_q) - 1, asked.max_seqlen_q, asked.max_seqlen_k):
+        return HostPlan(nothing_seen=True)
+    return host_plan(asked.q, asked.k)
 
 
 def _plan(spec: KernelSpec, shape: Shape, asked: Request) -> LaunchPlan:

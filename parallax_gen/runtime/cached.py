@@ -69,14 +69,15 @@ def parallax_attn_with_kvcache(
                       float8_e5m2 beside bf16 or fp16 queries
     cache_seqlens     (batch,) int32 on the same device: how many keys of each sequence count, 0 to seqlen; an int
                       for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
-                      of length 0 gives 0
+                      of length 0 gives 0, and a length below 0 in a tensor counts as 0
     page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
                       order; entries behind its length may be anything. Needs cache_seqlens, a tensor, and v_cache
                       in k_cache's strides
     cache_leftpad     (batch,) int32 on the same device: each sequence's first key, which cache_seqlens counts from 0
                       all the same. What lies before is never read
     cu_seqlens_q      (batch + 1,) int32 on the same device: sequence b has the rows cu_seqlens_q[b] up to
-                      cu_seqlens_q[b + 1] of q and r, and may have none. Rows past the last are not written
+                      cu_seqlens_q[b + 1] of q and r, and may have none. In rows that no sequence has out is 0, lse
+                      is -inf, and t̄ and v̄ are 0
     max_seqlen_q      with cu_seqlens_q: at least the longest sequence's queries, and not much more
     causal            of many queries, each sees keys up to its own position. A single query sees them all, either way
     window_size       with causal: a query sees this many keys at the most, its position's and those right before

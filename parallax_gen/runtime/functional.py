@@ -90,8 +90,10 @@ def parallax_attn_varlen_func(
     q, r          (total_q, heads, head_dim)
     k, v          (total_k, kv_heads, head_dim)
     cu_seqlens_q  (batch + 1,) int32, on the same device, from 0 to total_q: sequence b has the rows cu_seqlens_q[b] up
-                  to cu_seqlens_q[b + 1] of q and r. A sequence may be empty. Rows past the last are not written
-    cu_seqlens_k  likewise of k and v
+                  to cu_seqlens_q[b + 1] of q and r. A sequence may be empty, and there may be none. Rows that no
+                  sequence has, before the first or behind the last, are not read: out and all gradients are 0 there,
+                  lse is -inf, and t̄ and v̄ are 0
+    cu_seqlens_k  likewise of k and v, whose gradients are 0 in rows that no sequence has
     max_seqlen_q  at least the longest sequence's queries, and not much more: programs are launched for them
     max_seqlen_k  likewise of keys
 

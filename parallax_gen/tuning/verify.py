@@ -17,6 +17,7 @@ from parallax_gen.problem.accuracy import errors, gradient_sizes, why_wrong
 from parallax_gen.problem.cached import reference_cached_forward
 from parallax_gen.problem.config import DecodeConfig, KernelConfig, PreprocessConfig
 from parallax_gen.problem.reference import (
+    Gradients,
     Reference,
     random_inputs,
     reference_backward,
@@ -62,7 +63,8 @@ def random_inputs_of(
     """Random inputs of a kernel, and what kernels before it would have left.
 
     Ragged and packed sequences are from 0 up to the shape's lengths long (`full`: all as long as that; `lengths`: a
-    ragged one's keys); NaN lies behind the end of a ragged one.
+    ragged one's keys). NaN lies behind the end of a ragged one, whose length may be negative, and in the rows before
+    the first and behind the last of packed ones.
     """
     inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device), window_size=shape.window)
     if spec.cache_dtype:
@@ -72,6 +74,8 @@ def random_inputs_of(
         inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
     if spec.ragged:
         keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
+        if seed % 3 == 0 and not full:  # as engines fill places that no sequence has
+            keys = torch.where(keys == 0, -1 if seed % 2 else -shape.seqlen_kv, keys)
         if lengths is not None:
             keys = torch.tensor(lengths, dtype=torch.int32)
         hidden = (torch.arange(shape.seqlen_kv) >= keys[:, None]).to(device)
@@ -90,6 +94,8 @@ def random_inputs_of(
         generator = torch.Generator(device=device).manual_seed(seed + 1)
         do = torch.randn(inputs.q.shape, device=device, generator=generator)
         inputs.do = do.to(inputs.q.dtype)
+        if inputs.cu_seqlens_q is not None:
+            _poison_padding(inputs.do, inputs.cu_seqlens_q)
         # A preprocess has no mask of its own: the rows of causal attention, of which some may see no key.
         causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
         forward = causal if spec.op == "preprocess" else spec
@@ -153,19 +159,26 @@ def _full_of_poison(like: Tensor, *size: int) -> Tensor:
 
 
 def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
-    """The batch's sequences, each cut to a length of its own, one after the other; in decode their queries alone."""
+    """The batch's sequences, each cut to a length of its own, one after the other; in decode their queries alone.
+
+    Some rows before the first and behind the last are no sequence's, and hold NaN: none if `full`.
+    """
     lengths_q = _lengths(shape.seqlen_q, shape.batch, seed, full)
     if inputs.cache_seqlens is not None:  # how many keys there are is said otherwise
         lengths_k = torch.zeros_like(lengths_q)
     else:
         lengths_k = _lengths(shape.seqlen_kv, shape.batch, seed + 7, full)
 
+    before, behind = (0, 0) if full else (seed % 3, seed % 5 * 7)
+
     def packed(x: Tensor, lengths: Tensor) -> Tensor:
-        return torch.cat([x[b, :length] for b, length in enumerate(lengths.tolist())])
+        rows = [x[b, :length] for b, length in enumerate(lengths.tolist())]
+        padding = x.new_full((before + behind, *x.shape[2:]), POISON)
+        return torch.cat([padding[:before], *rows, padding[before:]])
 
     def ends(lengths: Tensor) -> Tensor:
-        found = torch.zeros(shape.batch + 1, dtype=torch.int32)
-        found[1:] = lengths.cumsum(0)
+        found = torch.full((shape.batch + 1,), before, dtype=torch.int32)
+        found[1:] += lengths.cumsum(0)
         return found.to(inputs.q.device)
 
     inputs.q, inputs.r = packed(inputs.q, lengths_q), packed(inputs.r, lengths_q)
@@ -174,6 +187,12 @@ def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
     if inputs.cache_seqlens is None:
         inputs.k, inputs.v = packed(inputs.k, lengths_k), packed(inputs.v, lengths_k)
         inputs.cu_seqlens_k = ends(lengths_k)
+
+
+def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
+    """NaN into the rows of a packed tensor that no sequence has."""
+    x[: cu_seqlens[0]] = POISON
+    x[cu_seqlens[-1] :] = POISON
 
 
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
@@ -279,9 +298,7 @@ def judge(call: Call, expected: Expected) -> Verdict:
     x, found, reasons = call.inputs, 0.0, []
     sizes: dict[str, float] = {}
     if call.spec.op in ("dkdv", "dqdr"):
-        assert x.do is not None
-        natural = gradient_sizes(x.q, x.r, x.k, x.v, x.do)
-        sizes = {name: float(size) for name, size in natural._asdict().items()}
+        sizes = {name: float(size) for name, size in natural_sizes(x)._asdict().items()}
     for name, (out, ref) in _compared(call.written, expected).items():
         dtype = "fp32" if call.spec.op == "preprocess" else call.spec.dtype  # fp32 sums of products
         if why := why_wrong(out, ref, dtype, sizes.get(name)):
@@ -291,6 +308,15 @@ def judge(call: Call, expected: Expected) -> Verdict:
     if len(call.scratch) == 2 and bool(call.scratch[1].any()):
         reasons.append("its counters are not back at 0 for the next launch")
     return Verdict(found, "; ".join(reasons) or None)
+
+
+def natural_sizes(x: Inputs) -> Gradients:
+    """`gradient_sizes` of the rows that sequences have."""
+    assert x.do is not None
+    rows, keys = (
+        slice(None) if ends is None else slice(int(ends[0]), int(ends[-1])) for ends in (x.cu_seqlens_q, x.cu_seqlens_k)
+    )
+    return gradient_sizes(x.q[rows], x.r[rows], x.k[keys], x.v[keys], x.do[rows])
 
 
 def _compared(written: dict[str, Tensor], expected: Expected) -> dict[str, tuple[Tensor, Tensor]]:

@@ -147,18 +147,35 @@ def test_no_sequence_has_a_query() -> None:
     assert call.scratch[0].isnan().all()
 
 
-def test_rows_past_the_last_sequence_are_not_written() -> None:
+def test_rows_that_no_sequence_has_are_filled() -> None:
+    """Two before the first, and so many behind the last that every program fills some."""
     parts = parts_of(PACKED, (300, 9), (3, 2))
     inputs = inputs_of(PACKED, parts)
     for name in ("q", "r"):
-        setattr(inputs, name, torch.cat([getattr(inputs, name), torch.ones(4, 4, 16, dtype=torch.float16)]))
+        padding = torch.full((90, 4, 16), torch.nan, dtype=torch.float16)
+        setattr(inputs, name, torch.cat([padding[:2], getattr(inputs, name), padding[2:]]))
+    assert inputs.cu_seqlens_q is not None
+    inputs.cu_seqlens_q += 2
     call = verify.poisoned(PACKED, CONFIG, inputs)
     launch(render(PACKED, CONFIG, GPU), call)
-    assert call.out[5:].isnan().all()
-    assert call.written["lse"][:, 5:].isnan().all()
+    for name, x in call.written.items():
+        by_row = x.transpose(0, 1) if name in ("lse", "t_mean") else x
+        filled = torch.cat([by_row[:2], by_row[7:]])
+        assert torch.equal(filled, torch.full_like(filled, -torch.inf if name == "lse" else 0.0)), name
     expected = expected_of(PACKED, parts)
-    call.written = {name: x[..., :5] if name in ("lse", "t_mean") else x[:5] for name, x in call.written.items()}
+    call.written = {name: x[..., 2:7] if name in ("lse", "t_mean") else x[2:7] for name, x in call.written.items()}
     assert verify.judge(call, expected).wrong is None
+
+
+@pytest.mark.parametrize("spec", [ONE, PACKED], ids=["one query", "packed"])
+def test_a_length_below_0_counts_as_0(spec: KernelSpec) -> None:
+    """However far below: sequences are shared out by how many blocks of keys all have together."""
+    parts = parts_of(spec, (300, 0, 40, 0), (2, 1, 1, 3) if spec.varlen else (1, 1, 1, 1))
+    inputs = inputs_of(spec, parts)
+    inputs.cache_seqlens = torch.tensor([300, -(2**31), 40, -1], dtype=torch.int32)
+    call = verify.poisoned(spec, CONFIG, inputs)
+    launch(render(spec, CONFIG, GPU), call)
+    assert verify.judge(call, expected_of(spec, parts)).wrong is None
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["causal", "full"])

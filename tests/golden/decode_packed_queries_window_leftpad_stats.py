@@ -3,7 +3,7 @@
 spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, ragged, leftpad, many queries
 config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates a4119519043d
+generator  parallax_gen 0.1.0, templates cf8f116f9f19
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -32,9 +32,10 @@ def _sizes(
     BLOCK_N: tl.constexpr,
 ):
     """Of sequences: their keys, the first that any query sees, their queries, and how many blocks of keys they see."""
-    length = tl.minimum(tl.load(cache_seqlens_ptr + seq, mask=there, other=0), seqlen_kv)  # never past the cache
+    length = tl.load(cache_seqlens_ptr + seq, mask=there, other=0)
+    length = tl.maximum(tl.minimum(length, seqlen_kv), 0)  # never past the cache; below 0 is an empty place's
     start_q = tl.load(cu_seqlens_q_ptr + seq, mask=there, other=0)
-    len_q = tl.load(cu_seqlens_q_ptr + seq + 1, mask=there, other=0) - start_q
+    len_q = tl.maximum(tl.load(cu_seqlens_q_ptr + seq + 1, mask=there, other=0) - start_q, 0)
     lower = tl.maximum(tl.load(cache_leftpad_ptr + seq, mask=there, other=0), 0)
     lower = tl.maximum(lower, length - window - len_q + 1)
     blocks = tl.cdiv(tl.maximum(length - lower, 0), BLOCK_N)
@@ -106,7 +107,27 @@ def _merge(partials, stride, splits, row):
     return m, d1, d2, o1, o2
 
 
-@triton.jit(do_not_specialize=["kv_heads", "batch", "seqlen_kv", "window", "stride_lseh"])
+@triton.jit
+def fill_padding(
+    ptr, value, stride_row, stride_head, heads, begin, end, total, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """Fill the rows of a packed tensor that no sequence has: those before `begin`, and those from `end` on.
+
+    A row has `heads` vectors of WIDTH numbers, PADDED being the next power of 2. All programs of the launch share them.
+    """
+    VECTORS: tl.constexpr = 16  # a program fills so many a step
+    vectors = (total - end + begin) * heads
+    dims = tl.arange(0, PADDED)
+    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
+        vector = i + tl.arange(0, VECTORS)
+        row = end + vector // heads
+        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        at = row * stride_row + vector % heads * stride_head
+        there = (vector < vectors)[:, None] & (dims < WIDTH)[None, :]
+        tl.store(ptr + at[:, None] + dims[None, :], value, mask=there)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "batch", "seqlen_kv", "window", "total_q"])
 def ragged_kernel(
     q_ptr,
     r_ptr,
@@ -133,10 +154,10 @@ def ragged_kernel(
     stride_vh,
     stride_on,
     stride_oh,
-    stride_lseh,
     scale_log2,
     batch,
     kv_heads,
+    total_q,
     seqlen_kv,
     window,
 ):
@@ -151,6 +172,8 @@ def ragged_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     SEQUENCES: tl.constexpr = 32  # looked at a time: each warp can do that by itself
     LEAST: tl.constexpr = 1  # blocks that are worth a program of their own
+    packed_begin = tl.load(cu_seqlens_q_ptr).to(tl.int64)
+    packed_end = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
 
     # -- an even share of all sequences' blocks: a long sequence gets many programs, a short one gets one. To round up
     #    takes one more of each tile: so many shares that the launch has slots for them
@@ -186,6 +209,12 @@ def ragged_kernel(
         seq += tl.sum(before.to(tl.int32), 0)
         first_slot = tl.maximum(first_slot, tl.max(tl.where(before, ends, 0), 0))
         all_slots += tl.sum(slots, 0)
+
+    # -- rows that no sequence has
+    fill_padding(o_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, packed_begin, packed_end, total_q, 96, 128)
+    fill_padding(v_mean_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, packed_begin, packed_end, total_q, 96, 128)
+    fill_padding(lse_ptr, float("-inf"), 1, total_q, kv_heads * GROUP, packed_begin, packed_end, total_q, 1, 1)
+    fill_padding(t_mean_ptr, 0.0, 1, total_q, kv_heads * GROUP, packed_begin, packed_end, total_q, 1, 1)
     if slot >= all_slots:
         return
 
@@ -260,8 +289,8 @@ def ragged_kernel(
     o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, 128, 2]))  # [BLOCK_H, HEAD_DIM] each
     o_ptr += start_q * stride_on + kv_head * GROUP * stride_oh
     v_mean_ptr += start_q * stride_on + kv_head * GROUP * stride_oh
-    lse_ptr += start_q + kv_head * GROUP * stride_lseh
-    t_mean_ptr += start_q + kv_head * GROUP * stride_lseh
+    lse_ptr += start_q + kv_head * GROUP * total_q
+    t_mean_ptr += start_q + kv_head * GROUP * total_q
     if splits == 1:
         # -- nobody else has keys of this tile
         rows_at = queries * stride_on + heads * stride_oh
@@ -272,7 +301,7 @@ def ragged_kernel(
         v_mean_ptrs = v_mean_ptr + rows_at[:, None] + dims[None, :]
         v_mean = o1 * inv[:, None]
         tl.store(v_mean_ptrs, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_tile[:, None] & in_head[None, :])
-        stats_at = queries + heads * stride_lseh
+        stats_at = queries + heads * total_q
         lse = tl.where(d1 > 0.0, LN_2 * (m + tl.log2(d1)), float("-inf"))
         tl.store(lse_ptr + stats_at, lse, mask=in_tile)
         tl.store(t_mean_ptr + stats_at, d2 * inv, mask=in_tile)
@@ -304,7 +333,7 @@ def ragged_kernel(
                 inv_row = tl.where(d1_row > 0.0, 1.0 / d1_row, 0.0)
                 v_mean_row = o1_row * inv_row
                 tl.store(v_mean_ptr + row_at + dims, v_mean_row.to(v_mean_ptr.dtype.element_ty), mask=in_head)
-                stat_at = query + head * stride_lseh
+                stat_at = query + head * total_q
                 lse_row = tl.where(d1_row > 0.0, LN_2 * (m_row + tl.log2(d1_row)), float("-inf"))
                 tl.store(lse_ptr + stat_at, lse_row)
                 tl.store(t_mean_ptr + stat_at, d2_row * inv_row)
@@ -364,10 +393,10 @@ def launch(
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         *out.stride()[:2],
-        lse.stride(0),
         softmax_scale * LOG2_E,
         batch,
         kv_heads,
+        q.shape[0],
         k_cache.shape[1],
         window_size,
         num_warps=4,

@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 80, fp16, GQA 4:1, window, varlen
 config     BLOCK_M=64 BLOCK_N=128 HEAD_GROUP=1 num_warps=8 num_stages=2 HEAD_DIM_AS=padded
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates dd67d96e1140
+generator  parallax_gen 0.1.0, templates a192f99559d8
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -19,7 +19,27 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["kv_heads", "window_size", "max_seqlen"])
+@triton.jit
+def fill_padding(
+    ptr, value, stride_row, stride_head, heads, begin, end, total, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """Fill the rows of a packed tensor that no sequence has: those before `begin`, and those from `end` on.
+
+    A row has `heads` vectors of WIDTH numbers, PADDED being the next power of 2. All programs of the launch share them.
+    """
+    VECTORS: tl.constexpr = 16  # a program fills so many a step
+    vectors = (total - end + begin) * heads
+    dims = tl.arange(0, PADDED)
+    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
+        vector = i + tl.arange(0, VECTORS)
+        row = end + vector // heads
+        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        at = row * stride_row + vector % heads * stride_head
+        there = (vector < vectors)[:, None] & (dims < WIDTH)[None, :]
+        tl.store(ptr + at[:, None] + dims[None, :], value, mask=there)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "kv_heads", "window_size", "total_k", "max_seqlen"])
 def dkdv_kernel(
     q_ptr,
     r_ptr,
@@ -49,8 +69,10 @@ def dkdv_kernel(
     stride_rowsh,
     softmax_scale,
     scale_log2,
+    batch_heads,
     kv_heads,
     window_size,
+    total_k,
     max_seqlen,
 ):
     HEAD_DIM: tl.constexpr = 80
@@ -70,6 +92,12 @@ def dkdv_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
+    packed_begin = tl.load(cu_seqlens_k_ptr).to(tl.int64)
+    packed_end = tl.load(cu_seqlens_k_ptr + batch_heads // kv_heads).to(tl.int64)
+
+    # -- rows that no sequence has
+    fill_padding(dk_ptr, 0.0, stride_dkn, stride_dkh, kv_heads, packed_begin, packed_end, total_k, 80, 128)
+    fill_padding(dv_ptr, 0.0, stride_dvn, stride_dvh, kv_heads, packed_begin, packed_end, total_k, 80, 128)
     if n0 >= seqlen_kv:  # this sequence is shorter than the longest
         return
     cols = n0 + tl.arange(0, BLOCK_N)
@@ -196,8 +224,10 @@ def launch(
         *rows.stride()[:2],
         softmax_scale,
         softmax_scale * LOG2_E,
+        batch * kv_heads,
         kv_heads,
         window_size,
+        k.shape[0],
         max_seqlen_k,
         num_warps=8,
         num_stages=2,

@@ -3,7 +3,7 @@
 spec       dqdr, head_dim 256, fp16, GQA 2:1, full, varlen
 config     BLOCK_M=64 BLOCK_N=32 HEAD_GROUP=1 num_warps=4 num_stages=2 HEAD_DIM_AS=halves
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 32995f6afadb
+generator  parallax_gen 0.1.0, templates cf3749131d7c
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -19,7 +19,25 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["heads", "max_seqlen"])
+@triton.jit
+def fill_padding(ptr, value, stride_row, stride_head, heads, begin, end, total, WIDTH: tl.constexpr):
+    """Fill the rows of a packed tensor that no sequence has: those before `begin`, and those from `end` on.
+
+    A row has `heads` vectors of WIDTH numbers. All programs of the launch share them.
+    """
+    VECTORS: tl.constexpr = 16  # a program fills so many a step
+    vectors = (total - end + begin) * heads
+    dims = tl.arange(0, WIDTH)
+    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
+        vector = i + tl.arange(0, VECTORS)
+        row = end + vector // heads
+        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        at = row * stride_row + vector % heads * stride_head
+        there = (vector < vectors)[:, None]
+        tl.store(ptr + at[:, None] + dims[None, :], value, mask=there)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "heads", "total_q", "max_seqlen"])
 def dqdr_kernel(
     q_ptr,
     r_ptr,
@@ -49,7 +67,9 @@ def dqdr_kernel(
     stride_rowsh,
     softmax_scale,
     scale_log2,
+    batch_heads,
     heads,
+    total_q,
     max_seqlen,
 ):
     HALF: tl.constexpr = 128  # of a head's dimensions a program sums so many: two share each tile
@@ -70,6 +90,12 @@ def dqdr_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
+    packed_begin = tl.load(cu_seqlens_q_ptr).to(tl.int64)
+    packed_end = tl.load(cu_seqlens_q_ptr + batch_heads // heads).to(tl.int64)
+
+    # -- rows that no sequence has
+    fill_padding(dq_ptr, 0.0, stride_dqm, stride_dqh, heads, packed_begin, packed_end, total_q, 256)
+    fill_padding(dr_ptr, 0.0, stride_drm, stride_drh, heads, packed_begin, packed_end, total_q, 256)
     if row0 >= seqlen_q:  # this sequence is shorter than the longest
         return
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -186,7 +212,9 @@ def launch(
         *rows.stride()[:2],
         softmax_scale,
         softmax_scale * LOG2_E,
+        batch * heads,
         heads,
+        q.shape[0],
         max_seqlen_q,
         num_warps=4,
         num_stages=2,

@@ -3,7 +3,7 @@
 spec       forward, head_dim 96, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=8 num_warps=8 num_stages=3 HEAD_DIM_AS=pieces
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates b81caa5d5816
+generator  parallax_gen 0.1.0, templates 22801ddb715e
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -17,7 +17,27 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["batch_heads", "heads", "window_size", "max_seqlen"])
+@triton.jit
+def fill_padding(
+    ptr, value, stride_row, stride_head, heads, begin, end, total, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """Fill the rows of a packed tensor that no sequence has: those before `begin`, and those from `end` on.
+
+    A row has `heads` vectors of WIDTH numbers, PADDED being the next power of 2. All programs of the launch share them.
+    """
+    VECTORS: tl.constexpr = 16  # a program fills so many a step
+    vectors = (total - end + begin) * heads
+    dims = tl.arange(0, PADDED)
+    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
+        vector = i + tl.arange(0, VECTORS)
+        row = end + vector // heads
+        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        at = row * stride_row + vector % heads * stride_head
+        there = (vector < vectors)[:, None] & (dims < WIDTH)[None, :]
+        tl.store(ptr + at[:, None] + dims[None, :], value, mask=there)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "heads", "window_size", "total_q", "max_seqlen"])
 def forward_kernel(
     q_ptr,
     r_ptr,
@@ -40,6 +60,7 @@ def forward_kernel(
     batch_heads,
     heads,
     window_size,
+    total_q,
     max_seqlen,
 ):
     BLOCK_M: tl.constexpr = 128  # query rows a program owns
@@ -62,6 +83,11 @@ def forward_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
+    packed_begin = tl.load(cu_seqlens_q_ptr).to(tl.int64)
+    packed_end = tl.load(cu_seqlens_q_ptr + batch_heads // heads).to(tl.int64)
+
+    # -- rows that no sequence has
+    fill_padding(o_ptr, 0.0, stride_om, stride_oh, heads, packed_begin, packed_end, total_q, 96, 128)
     if row0 >= seqlen_q:  # this sequence is shorter than the longest
         return
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -198,6 +224,7 @@ def launch(
         batch * heads,
         heads,
         window_size,
+        q.shape[0],
         max_seqlen_q,
         num_warps=8,
         num_stages=3,

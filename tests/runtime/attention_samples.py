@@ -39,3 +39,15 @@ def packed(dtype: torch.dtype = torch.float32) -> Sample:
     starts_q = torch.tensor([0, 2, 2, 2, 4, 9], dtype=torch.int32)
     starts_k = torch.tensor([0, 3, 4, 4, 4, 11], dtype=torch.int32)
     return Sample(inputs_of((9,), (11,), dtype), (starts_q, starts_k, 5, 7))
+
+
+def padded(dtype: torch.dtype = torch.float32) -> Sample:
+    """`packed` between rows that no sequence has: of q and r one and 12, of k and v two and 9. They hold NaN."""
+    inputs, (starts_q, starts_k, *longest) = packed(dtype)
+    padding = ((1, 12), (1, 12), (2, 9), (2, 9))
+    wider = (
+        torch.nn.functional.pad(x.detach(), (0, 0, 0, 0, *sides), value=torch.nan)
+        for x, sides in zip(inputs, padding, strict=True)
+    )
+    q, r, k, v = (x.requires_grad_() for x in wider)
+    return Sample((q, r, k, v), (starts_q + 1, starts_k + 2, *longest))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_samples import Sample, dense, packed
+from attention_samples import Sample, dense, packed, padded
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
@@ -81,6 +81,8 @@ def attend(sample: Sample, **options: Any) -> Any:
         (dense, True, {"causal": True, "window_size": 2, "softmax_scale": 0.4}),
         (packed, False, {"causal": True}),
         (packed, True, {"causal": True, "window_size": 3}),
+        (padded, False, {"causal": True}),
+        (padded, True, {}),
     ],
 )
 def test_kernels_give_the_definition_and_its_gradients(
@@ -177,6 +179,17 @@ def test_tensors_without_elements_launch_nothing(noted: list[Launch]) -> None:
         attend(dense(*sizes)).sum().backward()
     inputs, (starts, *_) = packed()
     attend(Sample(inputs, (starts, torch.zeros_like(starts), 5, 0))).sum().backward()
+    assert noted == []
+
+
+def test_a_batch_of_no_sequences_launches_nothing(noted: list[Launch]) -> None:
+    """cu_seqlens of one number, over rows that are all padding: as those behind any last sequence."""
+    inputs, (starts, *_) = packed()
+    found = attend(Sample(inputs, (starts[:1], starts[:1], 5, 7)), return_stats=True)
+    for name, x, filled in zip(("out", "lse", "t_mean", "v_mean"), found, (0, -torch.inf, 0, 0), strict=True):
+        assert torch.equal(x, torch.full_like(x, filled)), name
+    for grad in torch.autograd.grad(found[0].sum(), inputs):
+        assert not grad.any()
     assert noted == []
 
 

@@ -347,6 +347,16 @@ def test_a_batch_of_no_sequences_gives_zeros_to_rows_of_none() -> None:
     assert torch.equal(parallax_attn_with_kvcache(**given), torch.zeros(rows))
 
 
+@pytest.mark.parametrize("layout", [{}, {"page_size": 4}], ids=["dense", "paged"])
+@pytest.mark.parametrize("lowest", [-1, -(2**31)])
+def test_a_length_below_0_counts_as_0(lowest: int, layout: dict[str, Any]) -> None:
+    given = put_together(cut(LENGTHS, 1), **layout)
+    given["cache_seqlens"] = torch.tensor([lowest, *LENGTHS[1:]], dtype=torch.int32)
+    wanted = given | {"cache_seqlens": given["cache_seqlens"].clamp(min=0)}
+    for x, y in zip(*(parallax_attn_with_kvcache(**x, return_state=True) for x in (given, wanted)), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_a_head_dim_of_no_kernel_says_which_are() -> None:
     x = torch.zeros(1, 3, 2, 264)
     with pytest.raises(ArgumentError, match="q: got head_dim 264; allowed: a multiple of 8 from 8 to 256"):
