@@ -3,7 +3,7 @@
 spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, ragged, leftpad, many queries
 config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates cf8f116f9f19
+generator  parallax_gen 0.1.0, templates 44d744848b13
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -33,7 +33,7 @@ def _sizes(
 ):
     """Of sequences: their keys, the first that any query sees, their queries, and how many blocks of keys they see."""
     length = tl.load(cache_seqlens_ptr + seq, mask=there, other=0)
-    length = tl.maximum(tl.minimum(length, seqlen_kv), 0)  # never past the cache; below 0 is an empty place's
+    length = tl.maximum(tl.minimum(length, seqlen_kv), 0)  # never past the cache; below 0 counts as 0
     start_q = tl.load(cu_seqlens_q_ptr + seq, mask=there, other=0)
     len_q = tl.maximum(tl.load(cu_seqlens_q_ptr + seq + 1, mask=there, other=0) - start_q, 0)
     lower = tl.maximum(tl.load(cache_leftpad_ptr + seq, mask=there, other=0), 0)
@@ -172,8 +172,8 @@ def ragged_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     SEQUENCES: tl.constexpr = 32  # looked at a time: each warp can do that by itself
     LEAST: tl.constexpr = 1  # blocks that are worth a program of their own
-    packed_begin = tl.load(cu_seqlens_q_ptr).to(tl.int64)
-    packed_end = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
+    begin_q = tl.load(cu_seqlens_q_ptr).to(tl.int64)
+    end_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
 
     # -- an even share of all sequences' blocks: a long sequence gets many programs, a short one gets one. To round up
     #    takes one more of each tile: so many shares that the launch has slots for them
@@ -211,10 +211,11 @@ def ragged_kernel(
         all_slots += tl.sum(slots, 0)
 
     # -- rows that no sequence has
-    fill_padding(o_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, packed_begin, packed_end, total_q, 96, 128)
-    fill_padding(v_mean_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, packed_begin, packed_end, total_q, 96, 128)
-    fill_padding(lse_ptr, float("-inf"), 1, total_q, kv_heads * GROUP, packed_begin, packed_end, total_q, 1, 1)
-    fill_padding(t_mean_ptr, 0.0, 1, total_q, kv_heads * GROUP, packed_begin, packed_end, total_q, 1, 1)
+    if end_q - begin_q < total_q:
+        fill_padding(o_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, begin_q, end_q, total_q, 96, 128)
+        fill_padding(v_mean_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, begin_q, end_q, total_q, 96, 128)
+        fill_padding(lse_ptr, float("-inf"), 1, total_q, kv_heads * GROUP, begin_q, end_q, total_q, 1, 1)
+        fill_padding(t_mean_ptr, 0.0, 1, total_q, kv_heads * GROUP, begin_q, end_q, total_q, 1, 1)
     if slot >= all_slots:
         return
 

@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 80, fp16, GQA 4:1, window, varlen
 config     BLOCK_M=64 BLOCK_N=128 HEAD_GROUP=1 num_warps=8 num_stages=2 HEAD_DIM_AS=padded
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates a192f99559d8
+generator  parallax_gen 0.1.0, templates 6a96ee927eca
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -92,12 +92,13 @@ def dkdv_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
-    packed_begin = tl.load(cu_seqlens_k_ptr).to(tl.int64)
-    packed_end = tl.load(cu_seqlens_k_ptr + batch_heads // kv_heads).to(tl.int64)
+    begin_k = tl.load(cu_seqlens_k_ptr).to(tl.int64)
+    end_k = tl.load(cu_seqlens_k_ptr + batch_heads // kv_heads).to(tl.int64)
 
     # -- rows that no sequence has
-    fill_padding(dk_ptr, 0.0, stride_dkn, stride_dkh, kv_heads, packed_begin, packed_end, total_k, 80, 128)
-    fill_padding(dv_ptr, 0.0, stride_dvn, stride_dvh, kv_heads, packed_begin, packed_end, total_k, 80, 128)
+    if end_k - begin_k < total_k:
+        fill_padding(dk_ptr, 0.0, stride_dkn, stride_dkh, kv_heads, begin_k, end_k, total_k, 80, 128)
+        fill_padding(dv_ptr, 0.0, stride_dvn, stride_dvh, kv_heads, begin_k, end_k, total_k, 80, 128)
     if n0 >= seqlen_kv:  # this sequence is shorter than the longest
         return
     cols = n0 + tl.arange(0, BLOCK_N)

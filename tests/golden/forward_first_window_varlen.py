@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 22801ddb715e
+generator  parallax_gen 0.1.0, templates 90b3821c332f
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -81,11 +81,12 @@ def forward_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
-    packed_begin = tl.load(cu_seqlens_q_ptr).to(tl.int64)
-    packed_end = tl.load(cu_seqlens_q_ptr + batch_heads // heads).to(tl.int64)
+    begin_q = tl.load(cu_seqlens_q_ptr).to(tl.int64)
+    end_q = tl.load(cu_seqlens_q_ptr + batch_heads // heads).to(tl.int64)
 
     # -- rows that no sequence has
-    fill_padding(o_ptr, 0.0, stride_om, stride_oh, heads, packed_begin, packed_end, total_q, 128)
+    if end_q - begin_q < total_q:
+        fill_padding(o_ptr, 0.0, stride_om, stride_oh, heads, begin_q, end_q, total_q, 128)
     if row0 >= seqlen_q:  # this sequence is shorter than the longest
         return
     rows = row0 + tl.arange(0, BLOCK_M)
