@@ -3,7 +3,7 @@
 spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, ragged, leftpad, many queries
 config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 44d744848b13
+generator  parallax_gen 0.1.0, templates 20c0a7a491aa
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -108,23 +108,27 @@ def _merge(partials, stride, splits, row):
 
 
 @triton.jit
-def fill_padding(
-    ptr, value, stride_row, stride_head, heads, begin, end, total, WIDTH: tl.constexpr, PADDED: tl.constexpr
-):
-    """Fill the rows of a packed tensor that no sequence has: those before `begin`, and those from `end` on.
+def fill_padding(o_ptr, v_mean_ptr, lse_ptr, t_mean_ptr, stride_on, stride_oh, heads, begin, end, total):
+    """Fill the rows of packed tensors that no sequence has: those before `begin`, and those from `end` on.
 
-    A row has `heads` vectors of WIDTH numbers, PADDED being the next power of 2. All programs of the launch share them.
+    All programs of the launch share them.
     """
-    VECTORS: tl.constexpr = 16  # a program fills so many a step
+    HEAD_DIM: tl.constexpr = 96
+    VECTORS: tl.constexpr = 16  # (row, head) pairs that a program fills a step
     vectors = (total - end + begin) * heads
-    dims = tl.arange(0, PADDED)
+    dims = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
         vector = i + tl.arange(0, VECTORS)
         row = end + vector // heads
         row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
-        at = row * stride_row + vector % heads * stride_head
-        there = (vector < vectors)[:, None] & (dims < WIDTH)[None, :]
-        tl.store(ptr + at[:, None] + dims[None, :], value, mask=there)
+        head = vector % heads
+        there = vector < vectors
+        in_rows = there[:, None] & (dims < HEAD_DIM)[None, :]
+        o_offsets = (row * stride_on + head * stride_oh)[:, None] + dims[None, :]
+        tl.store(o_ptr + o_offsets, 0.0, mask=in_rows)
+        tl.store(v_mean_ptr + o_offsets, 0.0, mask=in_rows)
+        tl.store(lse_ptr + head * total + row, float("-inf"), mask=there)
+        tl.store(t_mean_ptr + head * total + row, 0.0, mask=there)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "batch", "seqlen_kv", "window", "total_q"])
@@ -212,10 +216,9 @@ def ragged_kernel(
 
     # -- rows that no sequence has
     if end_q - begin_q < total_q:
-        fill_padding(o_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, begin_q, end_q, total_q, 96, 128)
-        fill_padding(v_mean_ptr, 0.0, stride_on, stride_oh, kv_heads * GROUP, begin_q, end_q, total_q, 96, 128)
-        fill_padding(lse_ptr, float("-inf"), 1, total_q, kv_heads * GROUP, begin_q, end_q, total_q, 1, 1)
-        fill_padding(t_mean_ptr, 0.0, 1, total_q, kv_heads * GROUP, begin_q, end_q, total_q, 1, 1)
+        fill_padding(
+            o_ptr, v_mean_ptr, lse_ptr, t_mean_ptr, stride_on, stride_oh, kv_heads * GROUP, begin_q, end_q, total_q
+        )
     if slot >= all_slots:
         return
 

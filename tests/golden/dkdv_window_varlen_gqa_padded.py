@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 80, fp16, GQA 4:1, window, varlen
 config     BLOCK_M=64 BLOCK_N=128 HEAD_GROUP=1 num_warps=8 num_stages=2 HEAD_DIM_AS=padded
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 6a96ee927eca
+generator  parallax_gen 0.1.0, templates b067418f91e6
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -20,23 +20,26 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def fill_padding(
-    ptr, value, stride_row, stride_head, heads, begin, end, total, WIDTH: tl.constexpr, PADDED: tl.constexpr
-):
-    """Fill the rows of a packed tensor that no sequence has: those before `begin`, and those from `end` on.
+def fill_padding(dk_ptr, dv_ptr, stride_dkn, stride_dkh, stride_dvn, stride_dvh, heads, begin, end, total):
+    """Fill the rows of packed tensors that no sequence has: those before `begin`, and those from `end` on.
 
-    A row has `heads` vectors of WIDTH numbers, PADDED being the next power of 2. All programs of the launch share them.
+    All programs of the launch share them.
     """
-    VECTORS: tl.constexpr = 16  # a program fills so many a step
+    HEAD_DIM: tl.constexpr = 80
+    VECTORS: tl.constexpr = 16  # (row, head) pairs that a program fills a step
     vectors = (total - end + begin) * heads
-    dims = tl.arange(0, PADDED)
+    dims = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
         vector = i + tl.arange(0, VECTORS)
         row = end + vector // heads
         row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
-        at = row * stride_row + vector % heads * stride_head
-        there = (vector < vectors)[:, None] & (dims < WIDTH)[None, :]
-        tl.store(ptr + at[:, None] + dims[None, :], value, mask=there)
+        head = vector % heads
+        there = vector < vectors
+        in_rows = there[:, None] & (dims < HEAD_DIM)[None, :]
+        dk_offsets = (row * stride_dkn + head * stride_dkh)[:, None] + dims[None, :]
+        tl.store(dk_ptr + dk_offsets, 0.0, mask=in_rows)
+        dv_offsets = (row * stride_dvn + head * stride_dvh)[:, None] + dims[None, :]
+        tl.store(dv_ptr + dv_offsets, 0.0, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["batch_heads", "kv_heads", "window_size", "total_k", "max_seqlen"])
@@ -97,8 +100,7 @@ def dkdv_kernel(
 
     # -- rows that no sequence has
     if end_k - begin_k < total_k:
-        fill_padding(dk_ptr, 0.0, stride_dkn, stride_dkh, kv_heads, begin_k, end_k, total_k, 80, 128)
-        fill_padding(dv_ptr, 0.0, stride_dvn, stride_dvh, kv_heads, begin_k, end_k, total_k, 80, 128)
+        fill_padding(dk_ptr, dv_ptr, stride_dkn, stride_dkh, stride_dvn, stride_dvh, kv_heads, begin_k, end_k, total_k)
     if n0 >= seqlen_kv:  # this sequence is shorter than the longest
         return
     cols = n0 + tl.arange(0, BLOCK_N)

@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 90b3821c332f
+generator  parallax_gen 0.1.0, templates 494d67296f10
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -20,21 +20,24 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def fill_padding(ptr, value, stride_row, stride_head, heads, begin, end, total, WIDTH: tl.constexpr):
-    """Fill the rows of a packed tensor that no sequence has: those before `begin`, and those from `end` on.
+def fill_padding(o_ptr, stride_om, stride_oh, heads, begin, end, total):
+    """Fill the rows of packed tensors that no sequence has: those before `begin`, and those from `end` on.
 
-    A row has `heads` vectors of WIDTH numbers. All programs of the launch share them.
+    All programs of the launch share them.
     """
-    VECTORS: tl.constexpr = 16  # a program fills so many a step
+    HEAD_DIM: tl.constexpr = 128
+    VECTORS: tl.constexpr = 16  # (row, head) pairs that a program fills a step
     vectors = (total - end + begin) * heads
-    dims = tl.arange(0, WIDTH)
+    dims = tl.arange(0, HEAD_DIM)
     for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
         vector = i + tl.arange(0, VECTORS)
         row = end + vector // heads
         row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
-        at = row * stride_row + vector % heads * stride_head
-        there = (vector < vectors)[:, None]
-        tl.store(ptr + at[:, None] + dims[None, :], value, mask=there)
+        head = vector % heads
+        there = vector < vectors
+        in_rows = there[:, None]
+        o_offsets = (row * stride_om + head * stride_oh)[:, None] + dims[None, :]
+        tl.store(o_ptr + o_offsets, 0.0, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["batch_heads", "heads", "window_size", "total_q", "max_seqlen"])
@@ -86,7 +89,7 @@ def forward_kernel(
 
     # -- rows that no sequence has
     if end_q - begin_q < total_q:
-        fill_padding(o_ptr, 0.0, stride_om, stride_oh, heads, begin_q, end_q, total_q, 128)
+        fill_padding(o_ptr, stride_om, stride_oh, heads, begin_q, end_q, total_q)
     if row0 >= seqlen_q:  # this sequence is shorter than the longest
         return
     rows = row0 + tl.arange(0, BLOCK_M)
