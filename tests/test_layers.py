@@ -23,11 +23,12 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# errors.py and data.py lie under all, and so does the version in parallax_gen itself.
-BELOW = {"errors", "data"}
+# errors.py, data.py and machine.py lie under all, and so does the version in parallax_gen itself.
+BELOW = {"errors", "data", "machine"}
 MAY_IMPORT = {
     "errors": set(),
     "data": {"errors"},
+    "machine": {"errors"},
     "problem": BELOW,
     "codegen": BELOW | {"problem"},
     "memory": BELOW | {"problem"},

@@ -20,7 +20,8 @@ import platformdirs
 from parallax_gen.codegen.calling import empty_inputs, prepare
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.codegen.resources import Resources, resources_of
-from parallax_gen.errors import BuildError
+from parallax_gen.errors import BuildError, MachineError
+from parallax_gen.machine import gist, machine_error
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -43,7 +44,7 @@ def cache_dir() -> Path:
         fallback = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
         fallback.mkdir(mode=0o700, exist_ok=True)
         if fallback.stat().st_uid != os.getuid():  # somebody else's: what lies there is not ours to import
-            raise BuildError(f"cannot write kernels to {wanted} ({error}), and {fallback} is not yours") from error
+            raise MachineError(f"cannot write kernels to {wanted} ({error}), and {fallback} is not yours") from error
         warnings.warn(f"cannot write kernels to {wanted} ({error}); using {fallback}", stacklevel=2)
         return fallback
 
@@ -65,7 +66,7 @@ def write(source: KernelSource) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise BuildError(f"cannot write the kernel {path}: {error}") from error
+        raise MachineError(f"cannot write the kernel {path}: {error}") from error
     return path
 
 
@@ -83,7 +84,7 @@ def load(source: KernelSource) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever it raised: it does not import
         del sys.modules[name]
-        raise BuildError(f"{path} does not import: {error}") from error
+        raise machine_error(error) or BuildError(f"{path} does not import: {error}") from error
     return module
 
 
@@ -91,7 +92,8 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
     """Compile every kernel of the source for `gpu`, which need not be there, and say what it needs.
 
     The launch is run on tensors that have sizes but no memory, with launching switched off: what Triton
-    compiles, and puts in its cache, is what the same call compiles on the GPU. Raises BuildError.
+    compiles, and puts in its cache, is what the same call compiles on the GPU. Raises BuildError where this config has
+    no program, and MachineError where this machine cannot compile.
     """
     import triton
 
@@ -103,7 +105,7 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
         try:
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
-            raise BuildError(_gist(error)) from error
+            raise machine_error(error) or BuildError(gist(error)) from error
     return resources_of(compiled)
 
 
@@ -156,10 +158,3 @@ def _launching_switched_off(module: ModuleType, compiled: list[Any]) -> Iterator
     finally:
         for kernel in kernels:
             del kernel.run  # the method shows again
-
-
-def _gist(error: BaseException) -> str:
-    """The error's type, and its first and last line: Triton says where first, and what last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ends = lines if len(lines) < 3 else [lines[0], lines[-1]]
-    return f"{type(error).__name__}: {' '.join(ends)}"
