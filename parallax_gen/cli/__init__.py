@@ -32,6 +32,11 @@ COMMANDS = {
     "completion": "parallax_gen.cli.completion:completion",
 }
 
+# What a disk or a limit of the system says, and no mistake of a program's.
+OF_THE_DISK = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
+)
+
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
@@ -68,7 +73,7 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except OSError as error:
-            if error.errno != errno.ENOSPC:  # of any file, standard output among them; click sees to EPIPE
+            if error.errno not in OF_THE_DISK:  # of any file, standard output among them; click sees to EPIPE
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
