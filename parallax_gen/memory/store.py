@@ -193,7 +193,7 @@ class Store:
             version = self._version()
             for number, script in _migrations():
                 if number > version:
-                    self._db.executescript(script.read_text())
+                    self._db.executescript(script.read_text(encoding="utf-8"))
                     self._db.execute(f"PRAGMA user_version = {number}")
                     self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         deadline = time.monotonic() + BUSY_SECONDS

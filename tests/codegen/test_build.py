@@ -66,7 +66,7 @@ def forget() -> None:
 def test_kernels_lie_where_the_variable_says(cache: Path) -> None:
     path = write(SAMPLE)
     assert path == cache / "kernels" / f"sample_{SAMPLE.sha256[:16]}.py"
-    assert path.read_text() == SAMPLE.text
+    assert path.read_text(encoding="utf-8") == SAMPLE.text
     assert load(SAMPLE).ANSWER == 42
 
 
@@ -83,7 +83,7 @@ def test_a_file_appears_whole_and_once(cache: Path, monkeypatch: pytest.MonkeyPa
     rename = os.replace
 
     def watched(old: str, new: Path) -> None:
-        renamed.append((Path(old).parent == new.parent, Path(old).read_text(), new.exists()))
+        renamed.append((Path(old).parent == new.parent, Path(old).read_text(encoding="utf-8"), new.exists()))
         rename(old, new)
 
     monkeypatch.setattr(os, "replace", watched)
@@ -101,7 +101,7 @@ def test_other_texts_are_other_modules(cache: Path) -> None:
 def test_a_damaged_entry_is_repaired(cache: Path, damage: bytes) -> None:
     write(SAMPLE).write_bytes(damage)
     assert load(SAMPLE).ANSWER == 42
-    assert write(SAMPLE).read_text() == SAMPLE.text
+    assert write(SAMPLE).read_text(encoding="utf-8") == SAMPLE.text
 
 
 def test_a_rename_that_fails_leaves_no_entry(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_rename_that_fails_leaves_no_entry(cache: Path, monkeypatch: pytest.Mo
 
 def below_a_file(folder: Path) -> Path:
     """A directory that not even root can make."""
-    (folder / "file").write_text("")
+    (folder / "file").write_text("", encoding="utf-8")
     return folder / "file" / "cache"
 
 
@@ -139,11 +139,18 @@ def test_somebody_elses_directory_is_not_used(cache: Path, tmp_path: Path, monke
         write(SAMPLE)
 
 
-@pytest.mark.parametrize("text", ["import no_such_module\n", "def launch(:\n", "raise ValueError\n"])
-def test_a_file_that_does_not_import(cache: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "error", "told"),
+    [
+        ("def launch(:\n", BuildError, "does not import"),
+        ("raise ValueError\n", BuildError, "does not import"),
+        ("import no_such_module\n", MachineError, "No module named 'no_such_module'"),  # such as triton
+    ],
+)
+def test_a_file_that_does_not_import(cache: Path, text: str, error: type[Exception], told: str) -> None:
     source = source_of(text)
     before = set(sys.modules)
-    with pytest.raises(BuildError, match="does not import"):
+    with pytest.raises(error, match=told):
         load(source)
     assert not [name for name in set(sys.modules) - before if name.startswith("parallax_gen_kernels")]
 
@@ -192,7 +199,7 @@ def test_a_kernel_that_does_not_compile_is_a_build_error_and_leaves_nothing_behi
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", WRONG_THEN_RIGHT], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WRONG_THEN_RIGHT], env=environment, capture_output=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == 0, done.stderr
     wrong, right = done.stdout.splitlines()
