@@ -7,12 +7,16 @@ The calls are read from the source of the package, the tests and the examples. r
 from __future__ import annotations
 
 import ast
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from parallax_gen.cli import main
 
 TOP = Path(__file__).parents[1]
 FILES = [path for folder in ("parallax_gen", "tests", "examples") for path in sorted((TOP / folder).rglob("*.py"))]
@@ -92,17 +96,31 @@ def test_no_text_is_left_to_the_locale() -> None:
     assert found == []
 
 
-# Where Python's preferred encoding is ASCII, what a command reads, writes and prints is the same.
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+RENDER = ["render", "--gpu", "h200", "--op", "decode", "--head-dim", "128", "--ragged", "--cache-dtype", "e4m3"]
 
 
-def printed(arguments: list[str], **variables: str) -> bytes:
-    command = [sys.executable, "-m", "parallax_gen", *arguments]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, cwd=TOP)
+@pytest.fixture
+def kernel() -> bytes:
+    done = CliRunner().invoke(main, RENDER)
+    assert done.exit_code == 0
+    assert not done.stdout.isascii()  # a Greek letter is in it
+    return done.stdout_bytes
+
+
+def test_a_kernel_is_the_same_file_where_the_locale_is_ascii(kernel: bytes) -> None:
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "parallax_gen", *RENDER]
+    done = subprocess.run(command, env=os.environ | ascii_alone, capture_output=True, cwd=TOP)
     assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
+    assert done.stdout == kernel
 
 
-def test_a_kernel_is_the_same_file_where_the_locale_is_ascii() -> None:
-    arguments = ["render", "--gpu", "h200", "--op", "decode", "--head-dim", "128", "--ragged"]
-    assert printed(arguments, **ASCII) == printed(arguments)
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_command_prints_utf8_whatever_its_output_is_in(
+    encoding: str, kernel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+    main.main(RENDER, standalone_mode=False)
+    sys.stdout.flush()
+    assert output.getvalue() == kernel

@@ -43,7 +43,9 @@ def _usage(cubin: bytes) -> tuple[int, int]:
             file.write(cubin)
             file.flush()
             command = [str(cuobjdump()), "-res-usage", file.name]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=60)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60
+            )
     except (OSError, subprocess.SubprocessError) as error:
         raise machine_error(error) or MachineError(gist(error)) from error
     report = done.stdout
