@@ -20,7 +20,7 @@ def main() -> None:
     gpu = gpu_by_name("h200")
     source = render(spec, default_config(spec, Shape(4, 16, 16, 4096, 4096), gpu), gpu)
     path = folder / f"{source.name}.py"
-    path.write_text(source.text)
+    path.write_text(source.text, encoding="utf-8")
     print(f"{path}: {len(source.text.splitlines())} lines")
 
     module_spec = importlib.util.spec_from_file_location(source.name, path)

@@ -240,7 +240,7 @@ def train(name: str, model: LanguageModel, text: Tensor, held_out: Tensor, setti
 
 
 def write_table(path: Path, curves: dict[str, Curve], settings: Settings) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(("model", "split", "step", "tokens", "loss"))
         for name, curve in curves.items():

@@ -1,10 +1,12 @@
-"""Where the files lie that are not Python: the templates and the tuning database that ships."""
+"""Where the files lie that are not Python: the templates and the tuning database that ships, and the user's own."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from parallax_gen.errors import ParallaxGenError
+from parallax_gen.errors import MachineError, ParallaxGenError
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -20,3 +22,19 @@ def data_dir(name: str) -> Path:
             return folder
     looked = " or ".join(map(str, places))
     raise ParallaxGenError(f"the data folder {name!r} is missing: not at {looked}; install parallax-gen again")
+
+
+def user_path(variable: str, default: Callable[[], str]) -> Path:
+    """The path that an environment variable names, `~` expanded; else the default, such as one of platformdirs'.
+
+    Raises MachineError, which names the variable, where that takes a home folder and there is none: a user without HOME
+    and without an entry in passwd, as in many containers.
+    """
+    said = os.environ.get(variable)
+    try:
+        path = Path(said or default()).expanduser()
+    except RuntimeError as error:
+        raise MachineError(
+            f"this user has no home folder{f' for {said}' if said else ''}: set {variable} to an absolute path"
+        ) from error
+    return path

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+_Error = TypeVar("_Error", bound="ParallaxGenError")
+
 
 class ParallaxGenError(Exception):
-    """Root of the tree. The command line prints these without a traceback and exits non-zero."""
+    """Root of the tree. The command line prints these without a traceback and exits non-zero.
+
+    Every error below it pickles and copies with its fields and notes, whatever its constructor takes: it may be raised
+    in a child process. As with all exceptions of Python, its cause and its traceback stay behind.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python would call the constructor with `args`, which holds the message alone.
+        return _restored, (type(self), self.args), self.__dict__ or None
+
+
+def _restored(cls: type[_Error], arguments: tuple[Any, ...]) -> _Error:
+    """An error as it was after its constructor, without calling that; pickle and copy add its fields."""
+    return cls.__new__(cls, *arguments)
 
 
 class ArgumentError(ParallaxGenError, ValueError):
@@ -25,6 +42,17 @@ class ConfigError(ParallaxGenError):
 
 class BuildError(ParallaxGenError):
     """A rendered kernel did not compile."""
+
+
+class MachineError(ParallaxGenError):
+    """The machine is at fault, not a kernel: a full disk, a missing assembler, a lost device (see `machine`).
+
+    It ends what it happens to, and nothing is stored of the config that was tried.
+    """
+
+
+class MemoryTakenError(MachineError):
+    """Others hold the memory, of the GPU or of the host, that a trial needs. It may work once they are done."""
 
 
 class MeasureError(ParallaxGenError):

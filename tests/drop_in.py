@@ -16,7 +16,7 @@ MODULES = {
 
 def run(program: Path, device: str, *, ours: bool = True) -> None:
     """Raises what the program does, AssertionError where its results differ. ours: not with the package itself."""
-    text = program.read_text()
+    text = program.read_text(encoding="utf-8")
     if ours:
         theirs = "|".join(map(re.escape, MODULES))
         text, changed = re.subn(rf"^from ({theirs})(?= import)", _ours, text, flags=re.MULTILINE)

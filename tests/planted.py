@@ -51,17 +51,17 @@ def tune_planted(folder: Path) -> tuple[dict[str, Any], list[Result]]:
     for name in ("templates", "tuning_db"):
         shutil.copytree(data_dir(name), folder / name, dirs_exist_ok=True)
     template = folder / "templates" / "preprocess.py.j2"
-    text = template.read_text()
+    text = template.read_text(encoding="utf-8")
     for old, new in (("\n    tl.store(rows_ptr + rows, lse)\n", IN_KERNEL), ("\n@triton.jit(", BEFORE_KERNEL)):
         assert text.count(old) == 1
         text = text.replace(old, new)
-    template.write_text(text)
+    template.write_text(text, encoding="utf-8")
     pool = folder / "parallax_gen" / "tuning" / "pool.py"
-    lines = pool.read_text().splitlines(keepends=True)
+    lines = pool.read_text(encoding="utf-8").splitlines(keepends=True)
     for name, seconds in SHORTER.items():
         (at,) = [n for n, line in enumerate(lines) if line.startswith(f"{name} = ")]
         lines[at] = f"{name} = {seconds}\n"
-    pool.write_text("".join(lines))
+    pool.write_text("".join(lines), encoding="utf-8")
     database = folder / "tuning.db"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -73,7 +73,7 @@ def tune_planted(folder: Path) -> tuple[dict[str, Any], list[Result]]:
         cwd=folder,
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=500,
     )
     assert done.returncode == 0, done.stderr

@@ -145,7 +145,7 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
     for path in (programs, folder):
         path.mkdir()
     for name, runs in (("python", ""), ("parallax-gen", "-m parallax_gen.cli")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {runs} "$@"\n')
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {runs} "$@"\n', encoding="utf-8")
         (programs / name).chmod(0o755)
     shutil.copytree(TOP / "tuning_db", folder / "tuning_db")
     (folder / "tests").symlink_to(TOP / "tests")
@@ -158,7 +158,7 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
         env=environment,
         cwd=folder,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=240,
     )
     assert done.returncode == 0, f"{page.name}:\n{done.stdout}\n{done.stderr}"

@@ -30,7 +30,7 @@ def run(example: Path, folder: Path, *arguments: str) -> str:
         [sys.executable, str(example), *arguments],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=240,
         cwd=folder,
     )
@@ -53,7 +53,7 @@ def test_both_models_learn(tmp_path: Path) -> None:
     steps = 30
     tiny = f"--device cpu --steps {steps} --layers 1 --width 32 --head-dim 16 --seqlen 32 --batch 8"
     printed = run(TRAINING, tmp_path, *tiny.split(), "--learning-rate", "0.01", "--out", str(tmp_path / "out"))
-    with (tmp_path / "out" / "losses.csv").open(newline="") as file:
+    with (tmp_path / "out" / "losses.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {"softmax", "parallax"}
     starts = set()

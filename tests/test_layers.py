@@ -23,11 +23,12 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# errors.py and data.py lie under all, and so does the version in parallax_gen itself.
-BELOW = {"errors", "data"}
+# errors.py, data.py and machine.py lie under all, and so does the version in parallax_gen itself.
+BELOW = {"errors", "data", "machine"}
 MAY_IMPORT = {
     "errors": set(),
     "data": {"errors"},
+    "machine": {"errors"},
     "problem": BELOW,
     "codegen": BELOW | {"problem"},
     "memory": BELOW | {"problem"},
@@ -80,7 +81,7 @@ def wing_of(name: str) -> str | None:
     return parts[1] if parts[1] != "nn" and f"parallax_gen.{parts[1]}" in MODULES else "runtime"
 
 
-IMPORTS = {module: imports_of(path.read_text(), module) for module, path in MODULES.items()}
+IMPORTS = {module: imports_of(path.read_text(encoding="utf-8"), module) for module, path in MODULES.items()}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_problem_asks_no_device_and_no_disk() -> None:
     for module, names in IMPORTS.items():
         if wing_of(module) == "problem":
             assert not forbidden & {name.split(".")[0] for name in names}, module
-            for node in ast.walk(ast.parse(MODULES[module].read_text())):
+            for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
                 assert not (isinstance(node, ast.Name) and node.id == "open"), module
                 assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"), module
             assert not [name for name in names if name.startswith("torch.cuda")], module
@@ -162,7 +163,7 @@ def look_at(module: str) -> tuple[set[str], list[str]]:
         [sys.executable, "-B", "-c", LOOK.replace("{module}", module)],
         cwd=PACKAGE.parent,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
         timeout=60,
     )

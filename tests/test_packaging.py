@@ -35,7 +35,7 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"OMP_NUM_THREADS": "1", "PARALLAX_GEN_DB": "tuning.db", "PARALLAX_GEN_CACHE_DIR": "cache"}
     done = subprocess.run(
-        [*map(str, command)], cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=240
+        [*map(str, command)], cwd=cwd, env=environment | variables, capture_output=True, encoding="utf-8", timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -89,7 +89,7 @@ def test_the_wheel_holds_the_package_and_its_data(wheel: Path, tracked: set[str]
 
 def test_the_sdist_holds_what_git_has(dist: Path, tracked: set[str]) -> None:
     (path,) = dist.glob("*.tar.gz")
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, encoding="utf-8") as archive:
         held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     assert held == {name for name in tracked if not name.startswith(".ci/")} | {"PKG-INFO"}
     assert held >= {"LICENSE", "README.md", "CHANGELOG.md", "tests/test_packaging.py"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
+import sys
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,11 +35,20 @@ COMMANDS = {
     "completion": "parallax_gen.cli.completion:completion",
 }
 
+# What a disk or a limit of the system says, and no mistake of a program's.
+OF_THE_DISK = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
+)
+
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are needed, and whose errors are one line each."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _speak_utf8()
+        return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for name, home in COMMANDS.items() if find_spec(home.partition(":")[0])]
@@ -68,10 +80,17 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except OSError as error:
-            if error.errno != errno.ENOSPC:  # of any file, standard output among them; click sees to EPIPE
+            if error.errno not in OF_THE_DISK:  # of any file, standard output among them; click sees to EPIPE
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
+
+
+def _speak_utf8() -> None:
+    """Have what is printed be UTF-8 in every locale: kernels and records are files of it, redirected or not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

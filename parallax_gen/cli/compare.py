@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import math
@@ -17,7 +18,8 @@ from parallax_gen.cli.expected import Judge, random_case
 from parallax_gen.cli.peers import forget_inputs, hasty_autotuners
 from parallax_gen.cli.rows import OURS, WITH_CARE, Effort, Row
 from parallax_gen.cli.text import rate
-from parallax_gen.errors import MeasureError
+from parallax_gen.errors import MeasureError, MemoryTakenError
+from parallax_gen.machine import machine_error
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.measure import time_call
@@ -68,14 +70,16 @@ def compare(
     """Every contender, or those in `only`, on fresh random inputs of a shape; ours first. spec, lengths: as of Row.
 
     Where the card's memory does not hold the inputs or what ours needs, that is every row's note. Raises MeasureError
-    where a peer leaves the device so that nothing runs any more.
+    where a peer leaves the device so that nothing runs any more, and MachineError where the disk is full or another
+    process holds the memory: that is nobody's result.
     """
     chosen = [contender for contender in contenders(op) if not only or contender.name in only]
     asked = [Row(contender.name, op, part, spec, shape, lengths=lengths) for contender in chosen for part in PARTS[op]]
     try:
         with _precision(spec), hasty_autotuners() if effort.hasty else nullcontext():
             return _compare(asked, chosen, effort)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as failure:
+        _check_machine(failure)
         return [replace(row, note="skipped: out of memory") for row in asked]
     finally:
         forget_inputs()
@@ -100,6 +104,7 @@ def _compare(asked: list[Row], chosen: list[Contender], effort: Effort) -> list[
         except Exception as failure:  # a peer's failure, of whatever type, is a result of the comparison
             if contender.name == OURS:
                 raise
+            _check_machine(failure)
             _check_device(contender.name, failure)
             found += [replace(row, note=_why_not(failure)) for row in rows]
         else:
@@ -108,6 +113,13 @@ def _compare(asked: list[Row], chosen: list[Contender], effort: Effort) -> list[
             found += [replace(row, error=_error(PARTS[op][row.part], wrong), checked=checked) for row in rows]
     times = _times(ready, effort, from_rest=bound_by_matmuls(spec.op))
     return [_timed(row, chosen, times) for row in found]
+
+
+def _check_machine(failure: Exception) -> None:
+    """Raise MachineError where the machine failed. A package or a tool that is not there is the peer's own affair."""
+    fault, its_own = machine_error(failure), not isinstance(failure, OSError) or failure.errno == errno.ENOENT
+    if fault is not None and (isinstance(fault, MemoryTakenError) or not its_own):
+        raise fault from failure
 
 
 def _check_device(name: str, failure: Exception) -> None:
@@ -173,7 +185,8 @@ def _over_rounds(rounds: list[tuple[Timing | None, str]]) -> tuple[Timing | None
 def _time(call: Callable[[], object], effort: Effort, give_up_us: float, from_rest: bool) -> tuple[Timing | None, str]:
     try:
         return time_call(call, timed_ms=effort.timed_ms, give_up_us=give_up_us, from_rest=from_rest), ""
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as failure:
+        _check_machine(failure)
         return None, "out of memory"
     except RuntimeError:  # it ran before: a CUDA graph cannot capture it
         torch.cuda.synchronize()

@@ -112,7 +112,10 @@ def _database() -> Iterator[tuple[str, str]]:
     from parallax_gen.memory.store import Store, default_path
 
     path = default_path()
-    there = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        there = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
+    except PermissionError as error:  # of a home that is somebody else's
+        raise StoreError(f"{path} cannot be read ({error}); PARALLAX_GEN_DB can name a file elsewhere") from error
     if not os.access(there, os.W_OK) or not os.access(there if there.is_dir() else path.parent, os.W_OK):
         raise StoreError(f"{path} cannot be written: nothing can be tuned; PARALLAX_GEN_DB can name a file elsewhere")
     with Store(read_only=True) as store:

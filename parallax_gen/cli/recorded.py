@@ -43,13 +43,13 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     from parallax_gen.cli.known import name_in_records
     from parallax_gen.memory.store import Store
     from parallax_gen.problem.hardware import GPUS
-    from parallax_gen.tuning.sweep import TIMED, sweep_of, write_sweep
+    from parallax_gen.tuning.sweep import TIMED, sweep_of, tells, write_sweep
 
     with Store(read_only=True) as store:
         results = store.all(name_in_records(gpu, store.all()) if gpu else None, op)
     written = []
     for key, group in groupby(results, key=lambda result: result.key):
-        tried = [result for result in group if result.outcome != "predicted"]
+        tried = [result for result in group if tells(result)]
         if key.gpu not in GPUS or not any(result.outcome in TIMED for result in tried):
             continue
         found = sweep_of(tried, GPUS[key.gpu])

@@ -125,7 +125,7 @@ def _percent(regret: float) -> str:
 
 
 def _write_csv(path: Path, found: Found) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("sweep", "whole", "configs", "sampler", "trial", "regret", "regret_p25", "regret_p75"))
         for name, sweep, curves in found:

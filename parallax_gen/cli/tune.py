@@ -28,7 +28,7 @@ from parallax_gen.cli.text import (
     rate,
     rate_unit,
 )
-from parallax_gen.errors import MeasureError
+from parallax_gen.errors import MachineError, MeasureError
 from parallax_gen.problem.config import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
@@ -69,7 +69,7 @@ SUCCESSES = ("ok", "predicted")
 @click.option(
     "--time-budget", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True, help="Seconds a job."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one a core.")
+@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one a CPU that it may use.")
 @devices_option
 @click.option(
     "--storage",
@@ -165,6 +165,9 @@ def _tune_all(
     except KeyboardInterrupt:
         click.echo(f"stopped: all finished trials are kept in {path}; run again to go on", err=True)
         raise
+    except MachineError as error:
+        told = "no config's fault, and not stored: once it is mended, run again to go on"
+        raise MachineError(f"{error}: {told}") from error
 
 
 def _print(done: list[Progress], path: Path) -> None:

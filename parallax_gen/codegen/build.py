@@ -20,7 +20,9 @@ import platformdirs
 from parallax_gen.codegen.calling import empty_inputs, prepare
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.codegen.resources import Resources, resources_of
-from parallax_gen.errors import BuildError
+from parallax_gen.data import user_path
+from parallax_gen.errors import BuildError, MachineError
+from parallax_gen.machine import gist, machine_error
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -31,28 +33,79 @@ from parallax_gen.problem.spec import KernelSpec
 def cache_dir() -> Path:
     """Where rendered kernels are kept: $PARALLAX_GEN_CACHE_DIR, else the user's cache directory.
 
-    Where that cannot be written, a directory of this user's under the system's temporary one, with a warning.
+    Where that cannot be written, or there is none, a directory of this user's under the system's temporary one, with a
+    warning. Raises MachineError where that cannot be written either.
     """
-    chosen = os.environ.get("PARALLAX_GEN_CACHE_DIR")
-    wanted = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("parallax_gen"))
     try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=wanted):
-            return wanted
+        wanted = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
+    except MachineError as error:
+        return _fallback(f"kernels cannot be kept: {error}", error)
+    try:
+        _try_to_write(wanted / "kernels")
+        return wanted
     except OSError as error:
+        return _fallback(f"cannot write kernels to {wanted} ({error})", error)
+
+
+@cache
+def give_triton_a_cache() -> None:
+    """See to it that Triton can keep what it compiles: without a folder for it, it compiles nothing.
+
+    Where its own cannot be written, or lies in a home folder and there is none, $TRITON_CACHE_DIR is set to one in the
+    directory that `cache_dir` falls back to, with a warning. For calls on tensors; a command says what is wrong.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret or triton.knobs.cache.manager_class is not None:
+        return
+    try:
+        _try_to_write(_triton_cache())
+    except (MachineError, OSError) as error:
+        told = f"Triton cannot keep its programs: {error}"
+        os.environ["TRITON_CACHE_DIR"] = str(_fallback(told, error) / "triton")
+
+
+def _triton_cache() -> Path:
+    """Triton's folder. Raises MachineError where it lies in a home folder, and there is none."""
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    if folder.parts[:1] == ("~",):  # not expanded: Triton would make a folder of this name wherever the process is
+        raise MachineError("this user has no home folder: set TRITON_CACHE_DIR to an absolute path")
+    return folder
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raises OSError where a folder cannot be made or written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _fallback(why: str, error: Exception) -> Path:
+    """A directory of this user's under the system's temporary one, with a warning that says why."""
+    try:
         fallback = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
         fallback.mkdir(mode=0o700, exist_ok=True)
-        if fallback.stat().st_uid != os.getuid():  # somebody else's: what lies there is not ours to import
-            raise BuildError(f"cannot write kernels to {wanted} ({error}), and {fallback} is not yours") from error
-        warnings.warn(f"cannot write kernels to {wanted} ({error}); using {fallback}", stacklevel=2)
-        return fallback
+        owner = fallback.stat().st_uid
+        if owner == os.getuid():
+            _try_to_write(fallback)
+    except OSError as other:
+        raise MachineError(f"{why}, nor to a temporary folder ({other})") from error
+    if owner != os.getuid():  # somebody else's: what lies there is not ours to import
+        raise MachineError(f"{why}, and {fallback} is not yours") from error
+    warnings.warn(f"{why}; using {fallback}", stacklevel=3)
+    return fallback
 
 
 def write(source: KernelSource) -> Path:
-    """The file that holds the source, written if it is not there: named by its content, so never stale."""
+    """The file that holds the source, written if it is not there: named by its content, so never stale.
+
+    Raises MachineError where it cannot be written.
+    """
     path = cache_dir() / "kernels" / f"{source.name}_{source.sha256[:16]}.py"
     try:
-        if path.read_text() == source.text:
+        if path.read_text(encoding="utf-8") == source.text:
             return path
     except (OSError, UnicodeDecodeError):
         pass  # missing or damaged: write it
@@ -60,12 +113,12 @@ def write(source: KernelSource) -> Path:
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(source.text)
+        temporary.write_text(source.text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise BuildError(f"cannot write the kernel {path}: {error}") from error
+        raise MachineError(f"cannot write the kernel {path}: {error}") from error
     return path
 
 
@@ -83,7 +136,7 @@ def load(source: KernelSource) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever it raised: it does not import
         del sys.modules[name]
-        raise BuildError(f"{path} does not import: {error}") from error
+        raise machine_error(error) or BuildError(f"{path} does not import: {error}") from error
     return module
 
 
@@ -91,19 +144,22 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
     """Compile every kernel of the source for `gpu`, which need not be there, and say what it needs.
 
     The launch is run on tensors that have sizes but no memory, with launching switched off: what Triton
-    compiles, and puts in its cache, is what the same call compiles on the GPU. Raises BuildError.
+    compiles, and puts in its cache, is what the same call compiles on the GPU. Raises BuildError where this config has
+    no program, and MachineError where this machine cannot compile.
     """
     import triton
 
     if triton.knobs.runtime.interpret:
         raise BuildError("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    if triton.knobs.cache.manager_class is None:
+        _triton_cache()
     module = load(source)
     compiled: list[Any] = []
     with _driver_without_device(gpu), _launching_switched_off(module, compiled):
         try:
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
-            raise BuildError(_gist(error)) from error
+            raise machine_error(error) or BuildError(gist(error)) from error
     return resources_of(compiled)
 
 
@@ -156,10 +212,3 @@ def _launching_switched_off(module: ModuleType, compiled: list[Any]) -> Iterator
     finally:
         for kernel in kernels:
             del kernel.run  # the method shows again
-
-
-def _gist(error: BaseException) -> str:
-    """The error's type, and its first and last line: Triton says where first, and what last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ends = lines if len(lines) < 3 else [lines[0], lines[-1]]
-    return f"{type(error).__name__}: {' '.join(ends)}"

@@ -78,7 +78,7 @@ def templates_hash(spec: KernelSpec) -> str:
 def _hash_of(template: str) -> str:
     digest = hashlib.sha256()
     for path in _closure(template):
-        digest.update(_without_comments(path.read_text()).encode())
+        digest.update(_without_comments(path.read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:12]
 
 
@@ -91,7 +91,7 @@ def _closure(name: str) -> list[Path]:
         name = waiting.pop()
         if name not in found:
             found[name] = folder / name
-            tree = environment.parse(found[name].read_text())
+            tree = environment.parse(found[name].read_text(encoding="utf-8"))
             waiting += sorted(n for n in meta.find_referenced_templates(tree) if n is not None)
     return list(found.values())
 

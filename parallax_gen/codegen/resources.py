@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from parallax_gen.errors import BuildError
+from parallax_gen.errors import BuildError, MachineError
+from parallax_gen.machine import gist, machine_error
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Resources:
 
 
 def resources_of(compiled: Sequence[Any]) -> Resources:
-    """Of a launch's compiled kernels in order, read from the machine code."""
+    """Of a launch's compiled kernels in order, read from the machine code. Raises MachineError where it cannot be."""
     if not compiled:
         raise BuildError("nothing was compiled")
     return Resources(*_usage(compiled[0].asm["cubin"]), int(compiled[0].metadata.shared))
@@ -37,15 +38,20 @@ def resources_of(compiled: Sequence[Any]) -> Resources:
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """(registers, stack bytes) a thread, as cuobjdump reports them: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run(
-            [cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60
-        ).stdout
+    try:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            command = [str(cuobjdump()), "-res-usage", file.name]
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60
+            )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise machine_error(error) or MachineError(gist(error)) from error
+    report = done.stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+)", report)
     if not found:
-        raise BuildError(f"cuobjdump said nothing of registers: {report.strip()!r}")
+        raise MachineError(f"cuobjdump said nothing of registers: {report.strip()!r}")
     return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)
 
 
@@ -56,5 +62,5 @@ def cuobjdump() -> Path:
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not path.exists():
-        raise BuildError(f"Triton's cuobjdump is missing: {path}")
+        raise MachineError(f"Triton's cuobjdump is missing: {path}")
     return path

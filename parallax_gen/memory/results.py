@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError
+from parallax_gen.machine import stored_of_machine
 from parallax_gen.memory.keys import Environment, Key, Scalar
 from parallax_gen.problem.config import (
     CONFIG_OF_OP,
@@ -99,6 +100,11 @@ class Result:
         return self.outcome == "ok"
 
     @property
+    def of_machine(self) -> bool:
+        """Whether it is a fault of the machine that an earlier version stored as the config's own: it tells nothing."""
+        return stored_of_machine(self.outcome, self.detail)
+
+    @property
     def created(self) -> datetime:
         return datetime.fromisoformat(self.created_at)
 
@@ -150,14 +156,14 @@ def key_from_dict(data: Mapping[str, Any]) -> Key:
 def supersedes(new: Result, old: Result) -> bool:
     """Whether `new` takes the place of `old`, a row of the same key and config.
 
-    First by how much a row tells. A prediction tells least: it never replaces anything that was tried. A
-    "timeout" or a "crash" may be the machine's fault (a busy or lost GPU, a killed child), so it does not erase
-    a verdict, above all not a measured time: nothing found is lost to a bad rerun. Of rows that tell as much the
-    newer counts, so that the same row remains whichever process happens to write last.
+    First by how much a row tells. One that the machine failed (`of_machine`) tells nothing. A prediction tells little:
+    it never replaces anything that was tried. A "timeout" or a "crash" may be the machine's fault (a busy GPU), so it
+    does not erase a verdict, above all not a measured time: nothing found is lost to a bad rerun. Of rows that tell as
+    much the newer counts, so that the same row remains whichever process happens to write last.
     """
 
     def weight(result: Result) -> tuple[int, datetime]:
-        tells = {"predicted": 0, "timeout": 1, "crash": 1}.get(result.outcome, 2)
+        tells = -1 if result.of_machine else {"predicted": 0, "timeout": 1, "crash": 1}.get(result.outcome, 2)
         return tells, result.created
 
     return weight(new) >= weight(old)

@@ -54,7 +54,8 @@ class Memory:
     """All that is known: the user's own records, and under them those that ship.
 
     A config that was tried here, whether it was fast, wrong or crashed, hides the shipped record of it. One that
-    was only predicted does not: what was measured elsewhere on the same GPU tells more.
+    was only predicted does not, nor one that the machine failed: what was measured elsewhere on the same GPU tells
+    more.
     """
 
     def __init__(self, store: Store | None = None, folder: Path | None = None) -> None:
@@ -89,9 +90,10 @@ class Memory:
 
 def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
     """One result a (key, config): the user's own if it was tried, else the shipped one, else the prediction."""
-    merged = {r.identity: r for r in own if r.outcome == "predicted"}
+    tried = {r.identity: r for r in own if r.outcome != "predicted" and not r.of_machine}
+    merged = {r.identity: r for r in own if r.identity not in tried}
     merged |= {r.identity: r for r in shipped}
-    merged |= {r.identity: r for r in own if r.outcome != "predicted"}
+    merged |= tried
     return sorted(merged.values(), key=reading_order)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,8 +15,8 @@ import platformdirs
 from sqlite_utils import Database
 from sqlite_utils.utils import sqlite3  # the module that Database uses, which need not be the standard one
 
-from parallax_gen.data import data_dir
-from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.data import data_dir, user_path
+from parallax_gen.errors import ArgumentError, MachineError, StoreError
 from parallax_gen.memory.keys import Key
 from parallax_gen.memory.results import (
     LONGEST_REASON,
@@ -43,9 +42,14 @@ BUSY_SECONDS = 60.0
 
 
 def default_path() -> Path:
-    """The user's database: $PARALLAX_GEN_DB, else tuning.db in the user's data folder."""
-    path = os.environ.get("PARALLAX_GEN_DB")
-    return Path(path).expanduser() if path else Path(platformdirs.user_data_dir("parallax_gen")) / "tuning.db"
+    """The user's database: $PARALLAX_GEN_DB, else tuning.db in the user's data folder.
+
+    Raises StoreError where there is no such folder.
+    """
+    try:
+        return user_path("PARALLAX_GEN_DB", lambda: f"{platformdirs.user_data_dir('parallax_gen')}/tuning.db")
+    except MachineError as error:
+        raise StoreError(f"no place for the tuning database: {error}") from error
 
 
 class Merged(NamedTuple):
@@ -189,7 +193,7 @@ class Store:
             version = self._version()
             for number, script in _migrations():
                 if number > version:
-                    self._db.executescript(script.read_text())
+                    self._db.executescript(script.read_text(encoding="utf-8"))
                     self._db.execute(f"PRAGMA user_version = {number}")
                     self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         deadline = time.monotonic() + BUSY_SECONDS

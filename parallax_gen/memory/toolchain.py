@@ -44,7 +44,9 @@ def _release(assembler: str) -> str | None:
     bundled = [str(Path(folder, "backends", "nvidia", "bin", assembler)) for folder in folders or ()]
     for path in ([named] if named else []) + bundled:
         try:
-            told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+            told = subprocess.run(
+                [path, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=True
+            ).stdout
         except (OSError, subprocess.CalledProcessError):
             continue
         if found := re.search(r"release (\d+\.\d+)", told):

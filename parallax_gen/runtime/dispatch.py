@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
-from parallax_gen.codegen.build import load
+from parallax_gen.codegen.build import give_triton_a_cache, load
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render, templates_hash
 from parallax_gen.errors import StoreError
@@ -73,6 +73,7 @@ class Dispatcher:
         key = Key.here(gpu.name, spec, bucket_of(shape), templates_hash(spec))
         found = self._kernels.get(key)
         if found is None:
+            give_triton_a_cache()
             choice = choose(spec, shape, gpu, self._memory)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[key] = found

@@ -172,7 +172,11 @@ class Board:
         self._claims.clear()
 
     def news(self) -> list[Result]:
-        """What others finished since this was last asked. What does not read as a result of this key is passed over."""
+        """What others finished since this was last asked.
+
+        What does not read as a result of this key is passed over, and so are faults of a worker's machine that an
+        earlier version has put there.
+        """
         found = []
         with self._explained():
             trials = self._storage.get_all_trials(self._study, deepcopy=False)
@@ -191,7 +195,7 @@ class Board:
             if trial.user_attrs.get("config") != text or trial.number == but:
                 continue
             if trial.state.is_finished():
-                if "result" in trial.user_attrs:
+                if "result" in trial.user_attrs and not self._failed_elsewhere(trial):
                     return True
             elif self._there(trial, beats):
                 return True
@@ -209,12 +213,22 @@ class Board:
         with contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_state_values(trial, state, None if value is None else [value])
 
+    def _failed_elsewhere(self, trial: FrozenTrial) -> bool:
+        """Whether a trial holds a fault of its worker's machine: the config is free."""
+        result = _parsed(trial) if trial.state == TrialState.FAIL else None
+        return result is not None and result.of_machine
+
     def _result_of(self, trial: FrozenTrial) -> Result | None:
-        try:
-            result = Result.from_dict(json.loads(trial.user_attrs["result"]))
-        except (KeyError, TypeError, ValueError, RecursionError, ParallaxGenError):
-            return None
-        return result if result.key == self._key else None
+        result = _parsed(trial)
+        return None if result is None or result.of_machine or result.key != self._key else result
+
+
+def _parsed(trial: FrozenTrial) -> Result | None:
+    """The result that a trial holds; None where there is none that reads."""
+    try:
+        return Result.from_dict(json.loads(trial.user_attrs["result"]))
+    except (KeyError, TypeError, ValueError, RecursionError, ParallaxGenError):
+        return None
 
 
 def _beat_of(worker: str | None) -> str:

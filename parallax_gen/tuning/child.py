@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -10,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -18,32 +19,51 @@ from parallax_gen.codegen.build import compile_for, load
 from parallax_gen.codegen.calling import Inputs, prepare
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.errors import BuildError, ConfigError
+from parallax_gen.errors import BuildError, ConfigError, MemoryTakenError
+from parallax_gen.machine import CONTEXT_BYTES, OUT_OF_MEMORY, SUSPECTS, machine_error, taken_by_others
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.worker import Compile, Identify, Measure, Outcome, Rematch, Request, Trial
+from parallax_gen.tuning.worker import Compile, Identify, Measure, Outcome, Ready, Rematch, Request, Trial
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.verify import Expected
 
 
-def serve() -> None:
-    """Answer requests until there are no more. An error that is no outcome ends the child: its parent sees a crash."""
+def serve(*, device: bool) -> None:
+    """Say that this child is ready, then answer requests until there are no more.
+
+    A fault of the machine is a reply of its own, which the parent raises. Any other error that is no outcome ends the
+    child: its parent sees a crash.
+    """
     requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the replies
+
+    def reply(ask: Callable[[], object]) -> None:
+        try:
+            told = ask()
+        except SUSPECTS as error:
+            fault = machine_error(error)
+            if fault is None:
+                raise
+            if isinstance(fault, MemoryTakenError):
+                forget_inputs()
+            told = fault
+        pickle.dump(told, replies)
+        replies.flush()
+
+    reply(lambda: Ready(wake_device() if device else False))
     while True:
         try:
             request = pickle.load(requests)
         except EOFError:  # the parent is done, or gone
             return
-        pickle.dump(answer(request), replies)
-        replies.flush()
+        reply(partial(answer, request))
 
 
 def answer(request: Request | Identify) -> Outcome | Gpu | None:
-    """The reply to a request."""
+    """The reply to a request. Raises what `machine_error` knows where the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
         return identify()
@@ -78,7 +98,6 @@ def compile_trial(request: Compile) -> Outcome:
 
 def measure_trial(request: Measure) -> Outcome:
     """Check at an awkward shape and at the trial's own, then time at the trial's own."""
-    import torch
     from triton.runtime.errors import OutOfResources
 
     from parallax_gen.tuning import verify
@@ -105,10 +124,29 @@ def measure_trial(request: Measure) -> Outcome:
         ).a_part(len(batches))
     except BuildError as error:
         return Outcome("compile", str(error))
-    except (OutOfResources, torch.cuda.OutOfMemoryError) as error:
+    except OutOfResources as error:
         return Outcome("resources", str(error).splitlines()[0])
+    except RuntimeError as error:
+        if not OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _out_of_memory(error)
     kind = "slow" if timing.median_us > request.give_up_us else "ok"
     return Outcome(kind, timing=timing, error=found.error)
+
+
+def _out_of_memory(error: RuntimeError) -> Outcome:
+    """Of a trial that the card has no memory for. Raises MemoryTakenError where others hold what it lacks."""
+    import torch
+
+    told = str(error).splitlines()[0]
+    if not isinstance(error, torch.OutOfMemoryError):  # the driver's, which tells no sizes
+        free, total = torch.cuda.mem_get_info()
+        others = total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES
+        if others > 0:
+            raise MemoryTakenError(f"{told} (other processes hold {others / 2**30:.1f} GiB of the card)") from error
+    elif taken_by_others(told):
+        raise error
+    return Outcome("resources", f"needs more memory than the card has: {told}")
 
 
 def time_again(request: Rematch) -> Outcome:
@@ -152,12 +190,24 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
     return inputs, verify.oracle(spec, inputs)
 
 
-def wake_device() -> None:
-    """Make the CUDA context, which takes seconds, while nobody waits for it."""
+def forget_inputs() -> None:
+    """Give back what a device's memory holds for later requests: whoever lacked memory asks again in a while."""
     import torch
 
+    _inputs_and_oracle.cache_clear()
     if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")
+        with contextlib.suppress(RuntimeError):  # of a device that is lost
+            torch.cuda.empty_cache()
+
+
+def wake_device() -> bool:
+    """Make the CUDA context, which takes seconds, while nobody waits for it. Whether there is a device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    torch.zeros(1, device="cuda")
+    return True
 
 
 def die_with_parent() -> None:
@@ -174,6 +224,4 @@ def die_with_parent() -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    if "--device" in sys.argv[1:]:
-        wake_device()
-    serve()
+    serve(device="--device" in sys.argv[1:])

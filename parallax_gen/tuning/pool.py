@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Protocol
 
+from parallax_gen.errors import MemoryTakenError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.worker import Compile, Outcome, Rematch, Request
 
-COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds; a worker's start is in it
+_LOG = logging.getLogger(__name__)
+
+COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds
 MEASURE_TIMEOUT_S = 120.0  # the oracle of the largest shapes is in it
 AGAIN_TIMEOUT_S = 30.0  # once the oracle's results lie there: what takes longer hangs
+MEMORY_WAITS_S = (2.0, 8.0, 20.0)  # between attempts where others hold the memory that one needs
 
 
 class AnyWorker(Protocol):
@@ -57,13 +62,14 @@ class Pool:
 
     def __init__(self, benches: Mapping[int, AnyWorker], compilers: Sequence[AnyWorker]):
         self.compilers = len(compilers)
-        self._answers: SimpleQueue[tuple[Answer, str]] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[Answer, str] | BaseException] = SimpleQueue()
         self._to_compile: SimpleQueue[_Compilation | None] = SimpleQueue()
         self._to_measure: dict[int, SimpleQueue[tuple[int, Request] | None]] = {d: SimpleQueue() for d in benches}
         self._held: dict[str, deque[_Compilation]] = {}  # behind each source that is being compiled
         self._forgotten: set[int] = set()
         self._workers: list[AnyWorker] = []
         self._threads: list[Thread] = []
+        self._closing = Event()
         for device, bench in benches.items():
             bench.start()
             self._begin(bench, self._measure_all, bench, device)
@@ -84,11 +90,17 @@ class Pool:
         self._to_measure[device].put((owner, request))
 
     def next(self, timeout_s: float) -> Answer | None:
-        """An answer, as they come; None if none does in time, or one that nobody waits for any more."""
+        """An answer, as they come; None if none does in time, or one that nobody waits for any more.
+
+        Raises MachineError where the machine is at fault, and whatever else a worker raises.
+        """
         try:
-            answer, source = self._answers.get(timeout=timeout_s)
+            found = self._answers.get(timeout=timeout_s)
         except Empty:
             return None
+        if isinstance(found, BaseException):
+            raise found
+        answer, source = found
         if source:
             if self._held[source]:
                 self._to_compile.put(self._held[source].popleft())
@@ -102,6 +114,7 @@ class Pool:
 
     def close(self) -> None:
         """Kill all children and wait for the threads."""
+        self._closing.set()
         _empty(self._to_compile)
         for _ in range(self.compilers):
             self._to_compile.put(None)
@@ -114,15 +127,35 @@ class Pool:
 
     def _begin(self, worker: AnyWorker, serve: Callable[..., None], *arguments: object) -> None:
         self._workers.append(worker)
-        self._threads.append(Thread(target=serve, args=arguments, daemon=True))
+        self._threads.append(Thread(target=self._guarded, args=(worker, serve, *arguments), daemon=True))
         self._threads[-1].start()
+
+    def _guarded(self, worker: AnyWorker, serve: Callable[..., None], *arguments: object) -> None:
+        """Serve, and hand what that raises to whoever waits for an answer: a thread that ends alone would hang them."""
+        try:
+            serve(*arguments)
+        except BaseException as error:  # noqa: BLE001 - raised again in `next`
+            self._answers.put(error)
+        finally:
+            worker.close()
+
+    def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> Outcome:
+        """A worker's outcome. Where others hold the memory for it, they are waited for, some times, and a while."""
+        for wait_s in MEMORY_WAITS_S:
+            try:
+                return worker.ask(request, timeout_s)
+            except MemoryTakenError as error:
+                _LOG.warning("%s; once more in %.0f s", error, wait_s)
+                if self._closing.wait(wait_s):
+                    raise
+                timeout_s = max(timeout_s, MEASURE_TIMEOUT_S)  # what the child held for later requests is gone
+        return worker.ask(request, timeout_s)
 
     def _compile_all(self, worker: AnyWorker) -> None:
         while (each := self._to_compile.get()) is not None:
             given_up = each.owner in self._forgotten
-            outcome = Outcome("crash", "given up") if given_up else worker.ask(each.request, COMPILE_TIMEOUT_S)
+            outcome = Outcome("crash", "given up") if given_up else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
             self._answers.put((Answer(each.owner, each.request, outcome), each.source))
-        worker.close()
 
     def _measure_all(self, worker: AnyWorker, device: int) -> None:
         at: tuple[KernelSpec, Shape] | None = None  # whose oracle the child holds
@@ -130,10 +163,9 @@ class Pool:
             owner, request = item
             trial = request.trials[0] if isinstance(request, Rematch) else request.trial
             place = trial.spec, trial.shape
-            outcome = worker.ask(request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
+            outcome = self._ask(worker, request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
             at = None if outcome.kind in ("timeout", "crash") else place
             self._answers.put((Answer(owner, request, outcome, device), ""))
-        worker.close()
 
 
 def _empty(queue: SimpleQueue[Any]) -> None:

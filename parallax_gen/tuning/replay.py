@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +10,7 @@ from functools import partial
 from multiprocessing import get_context
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.machine import usable_cpus
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.tuning.estimate import guess_us
@@ -40,13 +40,16 @@ class Curve:
 def curves(
     sweep: Sweep, contenders: Sequence[str], *, seeds: int, trials: int, workers: int | None = None
 ) -> list[Curve]:
-    """Each contender's curve over so many trials. Seeds are shared out over processes, by default one a core."""
+    """Each contender's curve over so many trials.
+
+    Seeds are shared out over processes, by default one a CPU that this one may use.
+    """
     runs = [(name, seed) for name in contenders for seed in range(seeds)]
     of_run = partial(_regrets_of, sweep, trials)
     if workers == 1:
         found = list(map(of_run, runs))
     else:
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers or usable_cpus(), mp_context=get_context("spawn")) as pool:
             found = list(pool.map(of_run, runs))
     of_name = {name: found[at * seeds : (at + 1) * seeds] for at, name in enumerate(contenders)}
     return [_curve(name, regrets) for name, regrets in of_name.items()]

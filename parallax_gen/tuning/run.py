@@ -40,7 +40,7 @@ class Run:
         self.job, self.key = job, job.key
         self._store, self._measure, self._trials, self._board = store, measure, trials, board
         self._wanted = "ok" if measure else "predicted"
-        known = [r for r in store.results(self.key) if not (measure and r.outcome == "predicted")]
+        known = [r for r in store.results(self.key) if not (r.of_machine or (measure and r.outcome == "predicted"))]
         best = next((r for r in known if r.outcome == self._wanted), None)
         self._search = Search(job.spec, job.gpu, self._first(best), guess=self._guess_us)
         for result in known:

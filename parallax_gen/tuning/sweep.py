@@ -56,12 +56,17 @@ class Sweep:
         return min(time_us for time_us in self.costs.values() if time_us is not None)
 
 
+def tells(result: Result) -> bool:
+    """Whether its config was tried, which one that was only predicted, or that the machine failed, was not."""
+    return result.outcome != "predicted" and not result.of_machine
+
+
 def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
-    """The sweep that a key's results are, such as `store.results(key)`: what was only predicted is left out.
+    """The sweep that a key's results are, such as `store.results(key)`: only what `tells` is in it.
 
     Raises ArgumentError where they are of several keys or shapes, or nothing was timed.
     """
-    tried = tuple(sorted((r for r in results if r.outcome != "predicted"), key=_knobs))
+    tried = tuple(sorted((r for r in results if tells(r)), key=_knobs))
     if not any(r.outcome in TIMED and r.time_us for r in tried):
         raise ArgumentError("results", f"{len(tried)} that were tried, none of them timed", "those of a key's tune")
     for name, values in (("key", {r.key for r in tried}), ("shape", {_shape_of(r) for r in tried})):

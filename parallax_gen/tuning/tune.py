@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from parallax_gen.machine import usable_cpus
 from parallax_gen.memory.store import Store
 from parallax_gen.tuning.board import Storage
 from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
@@ -43,8 +43,8 @@ def start_benches(devices: Sequence[int]) -> dict[int, Worker]:
 
 
 def start_compilers(count: int | None, devices: int) -> list[Worker]:
-    """Children that compile, for a Tuner: by default one a core but for one a device, left to those that measure."""
-    compilers = [Worker(device=None) for _ in range(count or max(1, (os.cpu_count() or 2) - max(1, devices)))]
+    """Children that compile, for a Tuner: by default one a CPU that this process may use, but for one a device."""
+    compilers = [Worker(device=None) for _ in range(count or max(1, usable_cpus() - max(1, devices)))]
     for compiler in compilers:
         compiler.start()
     return compilers
@@ -90,7 +90,8 @@ class Tuner:
 
         Each device takes a job at a time, and the seconds count from then; where there are fewer jobs than devices,
         several share one. While a job is measured, the next one's configs are compiled. Every outcome is stored as it
-        comes: an interrupt loses nothing, and the next tune goes on from there.
+        comes: an interrupt loses nothing, and the next tune goes on from there. Raises MachineError where the machine
+        is at fault; what failed by it is not stored, and tried again by the next tune.
         """
         numbers = itertools.count(self._runs)
         self._runs += len(jobs)
@@ -128,7 +129,7 @@ class _Floor:
                     return [self._done[number] for number in sorted(self._done)]
                 self._wait(watcher)
         finally:
-            for run in self._running.values():
+            for run in [*self._running.values(), *(run for _, run in self._ahead)]:
                 run.close()
 
     def _wait(self, watcher: Watcher) -> None:

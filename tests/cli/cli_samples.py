@@ -74,6 +74,6 @@ def process(*command: object) -> subprocess.Popen[str]:
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         cwd=Path(parallax_gen.__file__).parents[1],
     )

@@ -41,7 +41,7 @@ def write_bench(path: Path) -> None:
     """Of three contenders at two shapes, one that does not run."""
     row = {"gpu": "h200", "op": "decode", "head_dim": 128, "dtype": "bf16", "batch": 32, "heads": 32, "kv_heads": 8}
     times = {"parallax_gen": 10.0, "official CuTeDSL": 14.8, HOSTILE: 9.0, "fla": ""}
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*row, "seqlen_q", "seqlen_kv", "contender", "part", "time_us", "note"])
         writer.writeheader()
         for keys in (1024, 8192):

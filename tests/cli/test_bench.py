@@ -74,7 +74,7 @@ def test_table_means_and_csv(tmp_path: Path) -> None:
     assert "not installed" in done.stdout
     assert "decode: SDPA flash takes 2.00 times ours (geometric mean of 1, least 2.00)" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    with (tmp_path / "rows").open() as file:
+    with (tmp_path / "rows").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["contender"] for row in rows] == [row.contender for row in ROWS]
     assert rows[0]["seqlen_kv"] == "4096"
@@ -131,7 +131,7 @@ def test_means_are_of_each_part(capsys: pytest.CaptureFixture[str]) -> None:
 def test_training_rows_as_csv_and_json(tmp_path: Path) -> None:
     arguments = ("bench", "--op", "training", "--shape", "1,32/8,16384")
     run(*arguments, "--csv", tmp_path / "rows")
-    with (tmp_path / "rows").open() as file:
+    with (tmp_path / "rows").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["part"] for row in rows] == ["forward", "backward", "step"] * 4
     assert {row["op"] for row in rows} == {"training"}
@@ -147,7 +147,7 @@ def test_training_rows_as_csv_and_json(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_on_a_card")
 def test_rows_of_several_ops_go_into_one_csv(tmp_path: Path) -> None:
     run("bench", "--op", "decode", "--op", "training", "--shape", "1,8,4096", "--csv", tmp_path / "rows")
-    with (tmp_path / "rows").open() as file:
+    with (tmp_path / "rows").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["window"] for row in rows] == ["0"] * 3 + ["4096"] * 12
 

@@ -61,7 +61,7 @@ def test_errors_are_one_line_in_a_real_process() -> None:
 
 def test_a_database_that_cannot_be_used_is_an_error_of_one_line(store: Store) -> None:
     store.close()
-    store.path.write_text("not a database, but long enough to be taken for one by SQLite" * 20)
+    store.path.write_text("not a database, but long enough to be taken for one by SQLite" * 20, encoding="utf-8")
     result = run("list")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {store.path} is damaged")

@@ -104,7 +104,7 @@ def test_stats_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_what_is_exported_is_imported(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows, file = filled(store), tmp_path / "mine.jsonl"
     assert run("db", "export", file).stdout == f"{file}: 6 rows\n"
-    assert run("db", "export", "-").stdout == file.read_text()
+    assert run("db", "export", "-").stdout == file.read_text(encoding="utf-8")
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "other.db"))
     result = run("db", "import", file)
     assert f"{tmp_path}/other.db: 6 new, 0 replaced, 0 kept\n" in result.stdout
@@ -182,7 +182,7 @@ BAD = [
 def test_a_bad_line_is_named_and_nothing_is_imported(store: Store, tmp_path: Path, line: str) -> None:
     file = tmp_path / "theirs.jsonl"
     good = json.dumps(known().to_dict())
-    file.write_text(f"{good}\n\n{line}\n")  # an empty line is none
+    file.write_text(f"{good}\n\n{line}\n", encoding="utf-8")  # an empty line is none
     result = run("db", "import", file)
     assert result.exit_code == 1
     assert f"{file}, line 3: not a record: " in result.stderr

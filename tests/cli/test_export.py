@@ -100,9 +100,9 @@ def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     names = ["README.md", FILE, "decode_d128_bf16_g4_rows8_kv16384.py"]
     assert sorted(p.name for p in tmp_path.glob("*.*") if p.suffix != ".db" and "db-" not in p.name) == names
-    assert (tmp_path / FILE).read_text() == render(SPEC, config(2), H200).text
-    assert (tmp_path / names[2]).read_text() == render(SPEC, config(32), H200).text
-    readme = (tmp_path / "README.md").read_text()
+    assert (tmp_path / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
+    assert (tmp_path / names[2]).read_text(encoding="utf-8") == render(SPEC, config(32), H200).text
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "launch(q, r, k_cache, v_cache, out, partials, arrived, softmax_scale)" in readme
     assert "partials" in readme
     for text in (readme, result.stdout):
@@ -127,7 +127,7 @@ def test_export_of_a_shape_without_a_record_is_the_default(store: Store, tmp_pat
     files = sorted(p.name for p in (tmp_path / "out").glob("*.py"))
     assert files == [FILE, "decode_d128_bf16_g4_rows8_kv1024.py"]
     default = default_config(SPEC, Shape(1, 32, 8, 1, 1024), H200)
-    assert (tmp_path / "out" / files[1]).read_text() == render(SPEC, default, H200).text
+    assert (tmp_path / "out" / files[1]).read_text(encoding="utf-8") == render(SPEC, default, H200).text
     assert "the default config: no record is known" in result.stdout
 
 
@@ -151,8 +151,8 @@ def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
     name = "dkdv_d96_bf16_g4_causal_window_rows16_q4096_kv4096_w512.py"
     files = sorted(p.name for p in (tmp_path / "a").glob("*.py"))
     assert files == ["dkdv_d96_bf16_g4_causal_window_rows16_q16384_kv16384_w512.py", name]
-    assert (tmp_path / "a" / name).read_text() == render(DKDV_SPEC, known_dkdv().config, H200).text
-    assert "window_size" in (tmp_path / "a" / "README.md").read_text()
+    assert (tmp_path / "a" / name).read_text(encoding="utf-8") == render(DKDV_SPEC, known_dkdv().config, H200).text
+    assert "window_size" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     run(*call, tmp_path / "b")
     assert [p.name for p in (tmp_path / "b").glob("*.py")] == ["dkdv_d96_bf16_g4_causal_rows16_q512_kv512.py"]
     run("export", *DKDV_CALL, "-o", tmp_path / "c")
@@ -170,11 +170,11 @@ def test_export_prefers_this_environment_then_the_newest(store: Store, tmp_path:
     store.record(known(120.0, splits=2, key=new, created_at="2026-03-01T00:00:00+00:00"))
     store.record(known(10.0, splits=4, key=elsewhere(templates="0" * 12)))
     result = run(*EXPORT, tmp_path / "out")
-    assert (tmp_path / "out" / FILE).read_text() == render(SPEC, config(2), H200).text
+    assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
     assert f"in another environment: triton 3.4 (here {KEY.environment.triton})" in result.stdout
     store.record(known(150.0, splits=3))
     run(*EXPORT, tmp_path / "out")
-    assert (tmp_path / "out" / FILE).read_text() == render(SPEC, config(3), H200).text
+    assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
 
 
 def test_export_leaves_a_record_of_other_templates(store: Store, tmp_path: Path) -> None:
@@ -190,18 +190,18 @@ def test_export_says_what_ships(tmp_path: Path) -> None:
 def test_a_later_export_keeps_what_the_readme_says_of_other_files(tmp_path: Path) -> None:
     run(*EXPORT, tmp_path / "out", "--shape", "1,8,1024")
     run(*EXPORT, tmp_path / "out", "--shape", "1,8,4096")
-    readme = (tmp_path / "out" / "README.md").read_text()
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert readme.count("## decode_d128_bf16_g1") == 2
     run(*EXPORT, tmp_path / "out", "--shape", "1,8,4096")
-    assert (tmp_path / "out" / "README.md").read_text() == readme
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == readme
 
 
 def test_export_writes_over_no_readme_of_others(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# Mine\n")
+    (tmp_path / "README.md").write_text("# Mine\n", encoding="utf-8")
     result = run(*EXPORT, tmp_path)
     assert result.exit_code == 1
     assert "is not from an export" in result.stderr
-    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# Mine\n"
     assert not list(tmp_path.glob("*.py"))
 
 

@@ -110,7 +110,7 @@ def test_a_batch_is_ragged_decode_and_told(asked: list[Asked], tmp_path: Path) -
     assert asked == [(KernelSpec("decode", 128, "bf16", 4, ragged=True), SHAPE, SKEWED)]
     title = "decode, head_dim 128, bf16, GQA 4:1, ragged: batch 8, heads 32/8, seqlen 1x4096, lengths 4096,7x128"
     assert done.stdout.splitlines()[0] == title
-    with (tmp_path / "rows").open(newline="") as file:
+    with (tmp_path / "rows").open(newline="", encoding="utf-8") as file:
         assert [(row["ragged"], row["lengths"]) for row in csv.DictReader(file)] == [("True", "4096,7x128")]
     assert run(*arguments).stdout == done.stdout
     assert [row["lengths"] for row in run_json(*BENCH, "--lengths", "skewed")["rows"]] == ["4096,7x128"]

@@ -164,7 +164,7 @@ def test_explain_a_record_and_its_runners_up(store: Store) -> None:
     found = run_json("explain", *CALL)
     assert found["from"] == "yours"
     assert found["config"] == config_to_dict(config(1))
-    assert Path(found["file"]).read_text() == render(SPEC, config(1), H200).text
+    assert Path(found["file"]).read_text(encoding="utf-8") == render(SPEC, config(1), H200).text
     assert [r["time_us"] for r in found["runners_up"]] == [202.0, 203.0, 204.0]
     assert [r["time_us"] for r in found["predicted"]] == [90.0]
     text = run("explain", *CALL).stdout
@@ -244,7 +244,7 @@ def test_explain_a_kernel_with_a_window(store: Store) -> None:
     assert found["record"]["rate"] == pytest.approx(
         2 * 6 * 2 * 32 * 96 * (4096**2 / 2 - (4096 - 512) ** 2 / 2) / 900.0 / 1e6
     )  # at the bucket's own sizes
-    assert Path(found["file"]).read_text() == render(DKDV_SPEC, known_dkdv().config, H200).text
+    assert Path(found["file"]).read_text(encoding="utf-8") == render(DKDV_SPEC, known_dkdv().config, H200).text
 
 
 @pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr", "decode"])

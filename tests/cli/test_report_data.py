@@ -213,7 +213,7 @@ ROW: dict[str, Any] = {
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -245,7 +245,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     rows.append(dataclasses.replace(rows[-1], lengths=(4096, 128)))
     Ledger(tmp_path / "a.csv").add(rows)
     document = {"gpu": "h200", "torch": "2.11", "rows": [{**to_json(row), "error": None} for row in rows]}
-    (tmp_path / "a.json").write_text(json.dumps(document))
+    (tmp_path / "a.json").write_text(json.dumps(document), encoding="utf-8")
     for name, gpu in (("a.csv", "h200"), ("a.json", "h200")):
         found = read_bench(tmp_path / name)
         assert [(t.contender, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
@@ -267,7 +267,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_bench_file_is_an_error_that_names_it(tmp_path: Path, text: str, told: str) -> None:
-    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ParallaxGenError, match=told):
         read_bench(tmp_path / "a.csv")
 
@@ -298,7 +298,7 @@ def test_a_wrong_cell_is_an_error_that_names_its_line_and_column(
 
 def test_a_line_with_too_few_cells_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", ROW)
-    path.write_text(path.read_text() + "decode,128\n")
+    path.write_text(path.read_text(encoding="utf-8") + "decode,128\n", encoding="utf-8")
     with pytest.raises(ParallaxGenError, match=r"a\.csv, line 3: got another number of cells; allowed: 11"):
         read_bench(path)
 

@@ -30,7 +30,7 @@ class Page(HTMLParser):
         self.texts: dict[str, str] = {}
         self._open: list[str] = []
         self._section = ""
-        self.feed(path.read_text())
+        self.feed(path.read_text(encoding="utf-8"))
         self.close()
         assert self._open == []
 
@@ -106,7 +106,7 @@ def test_the_page_loads_nothing(page: Page, tmp_path: Path) -> None:
     policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
-    text = (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", text)
     assert str(tmp_path) not in text  # nor does it tell where it was made
 
@@ -120,7 +120,7 @@ def test_the_same_input_gives_the_same_bytes(store: Store, tmp_path: Path) -> No
 def test_a_kernels_source_is_what_render_gives(store: Store, tmp_path: Path) -> None:
     store.record(known(240.0))
     run("report", "--out", tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     packed = re.search(r'id="sources">([^<]+)<', page)
     assert packed
     sources = json.loads(zlib.decompress(base64.b64decode(packed[1])))
@@ -198,7 +198,7 @@ def test_errors_are_one_line(
     arguments: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("empty.csv").write_text("\r\n")
+    Path("empty.csv").write_text("\r\n", encoding="utf-8")
     result = run("report", *arguments)
     assert result.exit_code == 1
     assert told in result.stderr

@@ -77,7 +77,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
 
 def lines_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -180,7 +180,7 @@ def test_a_torn_line_takes_no_other_with_it(lost: int, tmp_path: Path) -> None:
     path = tmp_path / "rows"
     quoted = dataclasses.replace(FAILED, conditions=dataclasses.replace(HOW, command='bench --csv "a, b"'))
     Ledger(path).add([ROW, quoted])
-    path.write_text(path.read_text()[:-lost])
+    path.write_text(path.read_text(encoding="utf-8")[:-lost], encoding="utf-8")
     read = Ledger(path)
     assert (read.known(ROW), read.known(FAILED)) == (None if lost == 400 else ROW, None)
     read.add([FAILED])
@@ -191,29 +191,29 @@ def test_a_torn_line_takes_no_other_with_it(lost: int, tmp_path: Path) -> None:
 def test_a_last_line_without_its_end_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     Ledger(path).add([ROW])
-    path.write_text(path.read_text().rstrip("\n"))
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     Ledger(path).add([FAILED])
     assert (Ledger(path).known(ROW), Ledger(path).known(FAILED)) == (ROW, FAILED)
-    path.write_text(",".join(COLUMNS))
+    path.write_text(",".join(COLUMNS), encoding="utf-8")
     Ledger(path).add([ROW])
     assert Ledger(path).known(ROW) == ROW
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "no table at all", ",".join(COLUMNS[:-1]) + "\n"])
 def test_another_s_file_is_left_alone(card: Card, text: str, tmp_path: Path) -> None:
-    (tmp_path / "rows").write_text(text)
+    (tmp_path / "rows").write_text(text, encoding="utf-8")
     done = run(*DECODE, "--csv", tmp_path / "rows")
     assert done.exit_code == 1
     assert done.stderr.count("\n") == 1
     assert "has other columns than bench writes: name another file" in done.stderr
-    assert (tmp_path / "rows").read_text() == text
+    assert (tmp_path / "rows").read_text(encoding="utf-8") == text
     assert card.asked == []
 
 
 def as_before_lengths(path: Path) -> None:
     """The file without the column, as earlier releases wrote it."""
     lines = lines_of(path)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
             file, [c for c in COLUMNS if c != "lengths"], extrasaction="ignore", lineterminator="\n"
         )
@@ -226,7 +226,7 @@ def test_a_file_from_before_lengths_goes_on_and_gets_their_column(lost: int, tmp
     path = tmp_path / "rows"
     Ledger(path).add([ROW, FAILED])
     as_before_lengths(path)
-    path.write_text(path.read_text()[: -lost or None])
+    path.write_text(path.read_text(encoding="utf-8")[: -lost or None], encoding="utf-8")
     read, whole = Ledger(path), lost <= 1
     assert (read.known(ROW), read.known(FAILED), read.known(RAGGED)) == (ROW, FAILED if whole else None, None)
     read.add([RAGGED])

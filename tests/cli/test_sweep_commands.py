@@ -62,7 +62,7 @@ def test_what_is_not_whole_is_written_only_when_asked_for(store: Store, tmp_path
     assert run("sweep", "--partial", 1, "--plain", "--to", tmp_path / "plain").exit_code == 0
     (plain,) = (tmp_path / "plain").iterdir()
     assert read_sweep(plain) == read_sweep(partial)
-    assert json.loads(plain.read_text().splitlines()[0])["key"]["spec.op"] == "decode"
+    assert json.loads(plain.read_text(encoding="utf-8").splitlines()[0])["key"]["spec.op"] == "decode"
 
 
 def test_a_replay_prints_a_line_a_sampler_and_says_that_a_sweep_is_partial(partial: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_replay_writes_csv_and_json(partial: Path, tmp_path: Path) -> None:
     document = run_json("replay", partial, *FEW, "--share", 1.0, "--out", tmp_path / "out")
     (sweep,) = document["sweeps"]
     assert (sweep["whole"], sweep["configs"], sweep["best_us"]) == (False, 10, 250.0)
-    with (tmp_path / "out" / "regrets.csv").open() as file:
+    with (tmp_path / "out" / "regrets.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 10
     for found in sweep["samplers"]:
@@ -104,7 +104,7 @@ def test_without_matplotlib_there_is_a_table_all_the_same(
 
 def test_what_cannot_be_replayed_is_an_error_of_one_line(partial: Path, tmp_path: Path) -> None:
     spoilt = tmp_path / "spoilt.jsonl"
-    spoilt.write_text("{}\n")
+    spoilt.write_text("{}\n", encoding="utf-8")
     refused = run("replay", spoilt, *FEW)
     assert refused.exit_code == 1
     assert "spoilt.jsonl, line 1: not of a sweep" in refused.output

@@ -144,10 +144,10 @@ def test_a_row_is_a_line_in_a_pipe_and_fits_a_terminal(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_an_error_of_one_line() -> None:
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         command = [sys.executable, "-m", "parallax_gen.cli", "list", "--gpu", "h200"]
         folder = Path(parallax_gen.__file__).parents[1]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=folder)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=60, cwd=folder)
     assert done.returncode == 1
     assert done.stderr == "error: [Errno 28] No space left on device\n"
 
@@ -190,7 +190,7 @@ def test_the_dispatcher_logs_once_a_bucket_and_names_the_file(caplog: pytest.Log
 def test_the_library_is_silent_by_itself() -> None:
     code = "import logging, parallax_gen; logging.getLogger('parallax_gen').error('x')"
     folder = Path(parallax_gen.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=folder)
     assert done.stderr == ""
 
 
@@ -204,7 +204,7 @@ def test_render_and_export_and_ship_have_json(store: Store, tmp_path: Path) -> N
     assert rendered["config"]["NUM_SPLITS"] == 3
     exported = run_json("export", *CALL, "-o", tmp_path / "out")
     (kernel,) = exported["kernels"]
-    assert Path(kernel["file"]).read_text() == rendered["source"]
+    assert Path(kernel["file"]).read_text(encoding="utf-8") == rendered["source"]
     assert kernel["config"] == rendered["config"]
     shipped = run_json("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert (shipped["records"], shipped["new_or_changed"]) == (1, 1)
@@ -213,7 +213,7 @@ def test_render_and_export_and_ship_have_json(store: Store, tmp_path: Path) -> N
 
 def test_a_folder_that_cannot_be_is_an_error_of_one_line(store: Store, tmp_path: Path) -> None:
     store.record(known(200.0, splits=3))
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for arguments in (("ship", "--gpu", "h200", "--to"), ("export", *CALL, "-o")):
         done = run(*arguments, tmp_path / "file" / "db")
         assert done.exit_code == 1

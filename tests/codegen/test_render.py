@@ -43,8 +43,8 @@ EVERY_TEXT = {**GOLDEN, **{f"random_{i}": kernel for i, kernel in enumerate(rand
 def test_golden(name: str, request: pytest.FixtureRequest) -> None:
     path = TESTS / "golden" / f"{name}.py"
     if request.config.getoption("--regenerate-golden"):
-        path.write_text(text_of(GOLDEN[name]))
-    assert text_of(GOLDEN[name]) == path.read_text()
+        path.write_text(text_of(GOLDEN[name]), encoding="utf-8")
+    assert text_of(GOLDEN[name]) == path.read_text(encoding="utf-8")
 
 
 def test_no_golden_file_is_left_over() -> None:
@@ -54,11 +54,13 @@ def test_no_golden_file_is_left_over() -> None:
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed: pip install parallax-gen[lint]")
 def test_ruff_has_nothing_to_say(tmp_path: Path) -> None:
     for name, kernel in EVERY_TEXT.items():
-        (tmp_path / f"{name}.py").write_text(text_of(kernel))
+        (tmp_path / f"{name}.py").write_text(text_of(kernel), encoding="utf-8")
     ours = ["--config", str(TESTS.parent / "pyproject.toml")]
     for arguments in (["check", *ours], ["check", "--isolated"], ["format", "--check", *ours]):
         done = subprocess.run(
-            [sys.executable, "-m", "ruff", *arguments, "--no-cache", str(tmp_path)], capture_output=True, text=True
+            [sys.executable, "-m", "ruff", *arguments, "--no-cache", str(tmp_path)],
+            capture_output=True,
+            encoding="utf-8",
         )
         assert done.returncode == 0, f"ruff {' '.join(arguments)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
@@ -188,7 +190,7 @@ def test_every_template_has_a_spec_here() -> None:
 def test_an_unknown_variable_is_an_error(templates: Path) -> None:
     kernel = GOLDEN["decode_unsplit"]
     for unknown in ("{{ no_such_name }}", "{{ config.NO_SUCH_KNOB }}", "{% if spec.no_such_field %}{% endif %}"):
-        (templates / "decode.py.j2").write_text(unknown)
+        (templates / "decode.py.j2").write_text(unknown, encoding="utf-8")
         forget()
         with pytest.raises(jinja2.UndefinedError, match=r"no_such_|NO_SUCH_"):
             render(kernel.spec, kernel.config, GPU)
@@ -197,21 +199,21 @@ def test_an_unknown_variable_is_an_error(templates: Path) -> None:
 def test_comments_and_blank_lines_leave_the_hash(templates: Path) -> None:
     before = hashes()
     for path in templates.glob("*.j2"):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         text = text.replace(
             "    pid = tl.program_id(0)\n", "    pid = tl.program_id(0)  # which program\n\n    # -- ours\n"
         )
-        path.write_text(f"{{#- About\n  this. -#}}\n{text}")
+        path.write_text(f"{{#- About\n  this. -#}}\n{text}", encoding="utf-8")
     assert hashes() == before
 
 
 def changed(path: Path, old: str, new: str) -> set[str]:
     """The templates whose hash changes with `old`, which is there, made `new`."""
-    before, text = hashes(), path.read_text()
+    before, text = hashes(), path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
     after = hashes()
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return {name for name in SPEC_OF if before[name] != after[name]}
 
 

@@ -22,7 +22,7 @@ def test_bench_times_and_checks_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     first = CliRunner().invoke(main, ["bench", *WHAT, *WHO, "--csv", str(path)])
     assert first.exit_code == 0, first.output
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (1 + 3)
     for row in rows:

@@ -20,7 +20,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "ring_attention.py"
 
 def run(*arguments: str, database: Path) -> str:
     environment = os.environ | {"PARALLAX_GEN_DB": str(database), "NCCL_NVLS_ENABLE": "0"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, encoding="utf-8", timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -64,7 +64,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = converted(name, r=0.1)
     model.save_pretrained(tmp_path)
     # Under its own name: transformers alone will not take it for a model without r_proj.
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"parallax_{name}"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == f"parallax_{name}"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     with torch.no_grad():

@@ -34,7 +34,7 @@ def test_what_is_written_comes_back_in_order(tmp_path: Path) -> None:
     assert path == tmp_path / "h200.jsonl"
     assert load_shipped("h200", tmp_path) == [fast, slow, other]  # 4096 before 8192, then by time
     assert load_shipped("h100", tmp_path) == []
-    first = json.loads(path.read_text().splitlines()[0])
+    first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     assert first["key"] == KEY.flat()
     assert first["config"]["BLOCK_M"] == 128
     assert [p.name for p in tmp_path.iterdir()] == ["h200.jsonl"]
@@ -59,10 +59,10 @@ def test_merging_keeps_what_counts(tmp_path: Path) -> None:
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
     results = [result(time_us=100 / 3 + n * 1e-7, block_n=n) for n in (2, 1, 3)]
     path = write_shipped(results, "h200", tmp_path)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert "33.3333," in text
     write_shipped(results[::-1], "h200", tmp_path)
-    assert path.read_text() == text
+    assert path.read_text(encoding="utf-8") == text
 
 
 def test_results_of_another_gpu_are_refused(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_results_of_another_gpu_are_refused(tmp_path: Path) -> None:
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path = write_shipped([result()], "h200", tmp_path)
-    path.write_text(path.read_text() + line + "\n")
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
         load_shipped("h200", tmp_path)
     with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):

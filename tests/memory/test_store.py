@@ -370,7 +370,7 @@ with Store(pathlib.Path(sys.argv[1])) as store:
 
 def test_what_was_recorded_outlives_a_kill(path: Path) -> None:
     command = [sys.executable, "-c", RECORD_FOREVER, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=CHILD_ENVIRONMENT) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=CHILD_ENVIRONMENT) as child:
         assert child.stdout is not None
         printed = [child.stdout.readline() for _ in range(40)]
         os.kill(child.pid, signal.SIGKILL)
@@ -391,6 +391,6 @@ import parallax_gen.memory.keys, parallax_gen.memory.shipped, parallax_gen.memor
 print(sorted({"torch", "triton", "optuna", "jinja2"} & set(sys.modules)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=CHILD_ENVIRONMENT
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True, env=CHILD_ENVIRONMENT
     )
     assert done.stdout == "[]\n"

@@ -19,7 +19,7 @@ def assembler(path: Path, release: str, *, status: int = 0) -> Path:
     """A stand-in for a ptxas: it says of itself what a ptxas says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     told = f"Copyright (c) 2005-2026\nCuda compilation tools, release {release}, V{release}.93\nBuild cuda_{release}"
-    path.write_text(f"#!/bin/sh\ncat <<.\n{told}\n.\nexit {status}\n")
+    path.write_text(f"#!/bin/sh\ncat <<.\n{told}\n.\nexit {status}\n", encoding="utf-8")
     path.chmod(0o755)
     return path
 
@@ -81,5 +81,7 @@ from parallax_gen.memory.keys import Environment
 print(Environment.here("abc").cuda, sorted({"torch", "triton"} & set(sys.modules)))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True, env=environment
+    )
     assert done.stdout == f"{toolchain.cuda_version()} []\n"

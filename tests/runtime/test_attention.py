@@ -214,5 +214,5 @@ def test_fp32_rounds_to_tf32_where_torch_lets_it() -> None:
     lines += ["from parallax_gen.runtime.attention import rounds_to_tf32"]
     for switch in SWITCHES:
         lines += [switch, "print(*[rounds_to_tf32(S(dtype=d, is_cuda=True)) for d in (torch.float32, torch.half)])"]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines() == [f"{rounds} False" for rounds in SWITCHES.values()]

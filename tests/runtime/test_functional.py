@@ -214,5 +214,5 @@ with warnings.catch_warnings(record=True) as caught:
     parallax_attn_func(x, x, x[:, :2], x[:, :2])
 print(len([w for w in caught if "CPU tensors" in str(w.message)]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "1"

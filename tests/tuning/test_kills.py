@@ -26,7 +26,10 @@ def test_fifty_kills_lose_no_finished_trial_and_no_database(tmp_path: Path) -> N
     for round_ in range(ROUNDS):
         outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
         processes = [
-            subprocess.Popen([sys.executable, str(PROGRAM), str(path), str(100 * round_ + n)], stdout=output.open("w"))
+            subprocess.Popen(
+                [sys.executable, str(PROGRAM), str(path), str(100 * round_ + n)],
+                stdout=output.open("w", encoding="utf-8"),
+            )
             for n, output in enumerate(outputs)
         ]
         while not all(output.stat().st_size for output in outputs):  # every one is at work
@@ -38,7 +41,11 @@ def test_fifty_kills_lose_no_finished_trial_and_no_database(tmp_path: Path) -> N
         for process in processes:
             assert process.wait() == -9
         for output in outputs:
-            lines = [line.split() for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = [
+                line.split()
+                for line in output.read_text(encoding="utf-8").splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
             went_on += any(int(first) > 1 and key in told for key, first in lines[:1])
             for key, count in lines:
                 told[key] = max(told[key], int(count))

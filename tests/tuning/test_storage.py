@@ -81,11 +81,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def work(folder: Path, url: str, number: int) -> subprocess.Popen[str]:
     arguments = [sys.executable, str(PROGRAM), str(folder / f"{number}.db"), url, str(number)]
-    return subprocess.Popen(arguments, stdout=(folder / f"{number}.txt").open("w"), text=True)
+    return subprocess.Popen(arguments, stdout=(folder / f"{number}.txt").open("w", encoding="utf-8"), encoding="utf-8")
 
 
 def measured(folder: Path, number: int) -> list[str]:
-    return (folder / f"{number}.txt").read_text().splitlines()
+    return (folder / f"{number}.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: Path) -> None:

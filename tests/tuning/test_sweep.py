@@ -136,8 +136,8 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
 def test_a_spoilt_file_is_refused_by_line(spoil: Callable[[list[Any]], list[Any]], said: str, tmp_path: Path) -> None:
     path = tmp_path / "sweep.jsonl"
     write_sweep(sweep_of(made_up(), CARD), path)
-    lines = spoil([json.loads(line) for line in path.read_text().splitlines()])
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = spoil([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     with pytest.raises(StoreError, match=said) as refused:
         read_sweep(path)
     assert str(path) in str(refused.value)

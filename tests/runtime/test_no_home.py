@@ -1,0 +1,164 @@
+"""A user without HOME and without an entry in passwd, as in containers: calls go on, commands say what to set."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from parallax_gen.cli import main
+from parallax_gen.codegen import build
+from parallax_gen.codegen.build import cache_dir, give_triton_a_cache, load
+from parallax_gen.codegen.render import KernelSource
+from parallax_gen.data import user_path
+from parallax_gen.errors import MachineError, StoreError
+from parallax_gen.memory.store import default_path
+from parallax_gen.runtime.dispatch import RuntimeMemory
+
+VARIABLES = ("HOME", "PARALLAX_GEN_DB", "PARALLAX_GEN_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME")
+CACHED = (cache_dir, give_triton_a_cache, load)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    for function in CACHED:
+        function.cache_clear()
+    yield
+    for function in CACHED:
+        function.cache_clear()
+
+
+@pytest.fixture
+def fallback(tmp_path: Path) -> Path:
+    return tmp_path / "tmp" / f"parallax_gen-{os.getuid()}"
+
+
+def nobody(uid: int) -> pwd.struct_passwd:
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize("said", [None, "~/there"])
+def test_without_a_home_calls_find_their_kernels(
+    said: str | None, fallback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if said is not None:
+        monkeypatch.setenv("PARALLAX_GEN_DB", said)
+        monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", said)
+    with pytest.warns(UserWarning, match=r"no home folder.*set PARALLAX_GEN_DB .*Only shipped records"):
+        assert RuntimeMemory().store is None
+    with pytest.warns(UserWarning, match=r"no home folder.*set PARALLAX_GEN_CACHE_DIR .*using"):
+        assert cache_dir() == fallback
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once a process
+        assert load(KernelSource("sample", "ANSWER = 42\n", 16 * "0")).ANSWER == 42
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_a_command_says_what_to_set() -> None:
+    for arguments in (["list"], ["db", "path"], ["db", "stats"], ["db", "prune", "--failures"]):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 1
+        assert done.stderr.count("\n") == 1
+        assert "set PARALLAX_GEN_DB to an absolute path" in done.stderr
+        assert "Traceback" not in done.stderr
+    with pytest.raises(StoreError, match="no home folder"):
+        default_path()
+
+
+@pytest.mark.parametrize("home", ["", "/nowhere/at/all", "file"])
+def test_a_home_that_cannot_be_written(
+    home: str, tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / home) if home != "/nowhere/at/all" else "/proc/nowhere")
+    with pytest.warns(UserWarning, match="cannot write kernels to"):
+        assert cache_dir() == fallback
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        RuntimeMemory().close()  # a database that is not there is an empty one
+
+
+def test_paths_of_the_environment_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", "~/kernels of mine")
+    monkeypatch.setenv("PARALLAX_GEN_DB", "~/mine.db")
+    assert cache_dir() == tmp_path / "kernels of mine"
+    assert default_path() == tmp_path / "mine.db"
+    monkeypatch.setenv("PARALLAX_GEN_DB", "~nobody-of-this-name/mine.db")
+    with pytest.raises(MachineError, match=r"no home folder for ~nobody-of-this-name/mine.db: set PARALLAX_GEN_DB"):
+        user_path("PARALLAX_GEN_DB", str)
+
+
+def test_kernels_that_another_user_made_the_folder_of(
+    tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder itself can be written, and what is in it cannot; here it is not even a folder."""
+    (tmp_path / "kernels").write_text("", encoding="utf-8")
+    monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(tmp_path))
+    with pytest.warns(UserWarning, match="cannot write kernels"):
+        assert cache_dir() == fallback
+
+
+def test_without_any_folder_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(MachineError, match="nor to a temporary folder"):
+        cache_dir()
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that compiles, which one with the interpreter does not."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_triton_gets_a_cache_where_its_own_cannot_be_written(
+    tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    give_triton_a_cache()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    give_triton_a_cache.cache_clear()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "triton"))
+    with pytest.warns(UserWarning, match="Triton cannot keep its programs"):
+        give_triton_a_cache()
+    assert triton.knobs.cache.dir == str(fallback / "triton")
+
+
+@pytest.mark.usefixtures("compiling", "no_home")
+def test_triton_gets_a_cache_where_there_is_no_home(fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "home_dir", "~/")  # as it reads it once, when it is imported
+    monkeypatch.setenv("TRITON_CACHE_DIR", "to be put back")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    with pytest.raises(MachineError, match="set TRITON_CACHE_DIR"):
+        build._triton_cache()
+    with pytest.warns(UserWarning, match="no home folder: set TRITON_CACHE_DIR"):
+        give_triton_a_cache()
+    assert triton.knobs.cache.dir == str(fallback / "triton")

@@ -1,0 +1,224 @@
+"""Which failures are the machine's and not a config's, by type and by text; and how many CPUs there are to use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from parallax_gen import machine
+from parallax_gen.errors import BuildError, MachineError, MemoryTakenError
+from parallax_gen.machine import (
+    ended_from_outside,
+    gist,
+    machine_error,
+    stored_of_machine,
+    taken_by_others,
+    usable_cpus,
+)
+
+# -- CPUs
+
+
+def test_as_many_cpus_as_the_affinity_allows() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def put(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("membership", "groups", "cpus"),
+    [
+        ("0::/\n", {".": {"cpu__max": "max 100000\n"}}, 16),
+        ("0::/\n", {".": {"cpu__max": "250000 100000\n"}}, 3),  # two and a half
+        ("0::/\n", {".": {"cpu__max": "10000 100000\n"}}, 1),
+        ("0::/pod/me\n", {"pod": {"cpu__max": "200000 100000\n"}, "pod/me": {"cpu__max": "max 100000\n"}}, 2),
+        ("0::/of/the/host\n", {".": {"cpu__max": "400000 100000\n"}}, 4),
+        (
+            "5:memory:/m\n4:cpu,cpuacct:/me\n0::/\n",
+            {"cpu,cpuacct/me": {"cpu__cfs_quota_us": "300000\n", "cpu__cfs_period_us": "100000\n"}},
+            3,
+        ),
+        ("1:cpu:/\n", {"cpu": {"cpu__cfs_quota_us": "-1\n", "cpu__cfs_period_us": "100000\n"}}, 16),
+        ("0::/\n", {".": {"cpu__max": "no number\n"}}, 16),
+        (None, {}, 16),
+    ],
+)
+def test_as_many_cpus_as_the_containers_quota_allows(
+    membership: str | None,
+    groups: dict[str, dict[str, str]],
+    cpus: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for folder, files in groups.items():
+        put(tmp_path / "cgroup" / folder, **files)
+    if membership is not None:
+        put(tmp_path, self=membership)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "self")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+    assert usable_cpus() == cpus
+
+
+# -- faults
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate {} GiB. GPU 0 has a total capacity of 79.11 GiB of which {} GiB is free. "
+    "Including non-PyTorch memory, this process has 40.90 GiB memory in use. Of the allocated memory {} GiB is "
+    "allocated by PyTorch, and 45.32 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is "
+    "large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+)
+WITH_OTHERS = OUT_OF_MEMORY.format("20.00", "4.19", "40.00")  # others have 34 GiB
+ALONE = OUT_OF_MEMORY.format("20.00", "4.19", "74.00")
+FAR_TOO_MUCH = OUT_OF_MEMORY.format("90.00", "4.19", "40.00")
+
+MEMORY: list[BaseException] = [
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # of a fork
+    RuntimeError("can't start new thread"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError(WITH_OTHERS),
+    RuntimeError("PTXAS error: `ptxas` failed with error code -9\n`ptxas` stderr:\n\nRepro command: ptxas x.ptx"),
+]
+MACHINE: list[BaseException] = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError(errno.EMFILE, "Too many open files"),
+    PermissionError(errno.EACCES, "Permission denied", "/cache"),
+    NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/cache"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "/opt/ptxas"),
+    OSError(errno.ENOEXEC, "Exec format error", "/opt/ptxas"),
+    subprocess.CalledProcessError(127, ["/opt/ptxas", "--version"]),
+    ModuleNotFoundError("No module named 'redis'"),
+    RuntimeError("Cannot find ptxas-blackwell"),
+    RuntimeError(
+        "PTXAS error: `ptxas` failed with error code 255\n`ptxas` stderr:\n"
+        "ptxas /tmp/x.ptx, line 5; fatal   : Unsupported .version 8.8; current version is '8.4'\nRepro command: ptxas"
+    ),
+    RuntimeError(
+        "PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\n"
+        "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\nRepro command: ptxas"
+    ),
+    RuntimeError("PTXAS error: `ptxas` failed with error code 127\n`ptxas` stderr:\n"),
+    RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be"),
+    RuntimeError("CUDA error: no CUDA-capable device is detected"),
+    RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    RuntimeError("CUDA error: unknown error"),
+    RuntimeError("No CUDA GPUs are available"),
+    RuntimeError("0 active drivers ([]). There should only be one."),
+]
+CONFIGS: list[BaseException] = [
+    RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: misaligned address"),
+    RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("Triton Error [CUDA]: invalid argument"),
+    RuntimeError("PassManager::run failed"),
+    RuntimeError(
+        "PTXAS error: `ptxas` failed with error code 255\n`ptxas` stderr:\n"
+        "ptxas error   : Entry function 'k' uses too much shared data (0x40000 bytes, 0x38c00 max)\nRepro command: x"
+    ),
+    RuntimeError("PTXAS error: `ptxas` raised SIGSEGV"),
+    RuntimeError(ALONE),
+    RuntimeError(FAR_TOO_MUCH),
+    ValueError("cannot make tensors of so many elements"),
+    BuildError("nothing was compiled"),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=repr)
+def test_memory_that_others_hold(error: BaseException) -> None:
+    assert type(machine_error(error)) is MemoryTakenError
+
+
+@pytest.mark.parametrize("error", MACHINE, ids=repr)
+def test_faults_of_the_machine(error: BaseException) -> None:
+    found = machine_error(error)
+    assert type(found) is MachineError
+    assert str(found).startswith(gist(error))
+    assert len(str(found).splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", CONFIGS, ids=repr)
+def test_faults_of_a_config(error: BaseException) -> None:
+    assert machine_error(error) is None
+
+
+def test_what_an_error_was_raised_from_counts_and_what_was_handled_before_does_not() -> None:
+    wrapped = BuildError("at 3:4")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert isinstance(machine_error(wrapped), MachineError)
+    handled = BuildError("at 3:4")
+    handled.__context__ = FileNotFoundError("a cache that has it not yet")
+    assert machine_error(handled) is None
+    told = MachineError("as a child said")
+    assert machine_error(told) is told
+
+
+def test_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "TRITON_CACHE_DIR" in str(machine_error(OSError(errno.ENOSPC, "No space left on device")))
+    assert "ulimit -n" in str(machine_error(OSError(errno.EMFILE, "Too many open files")))
+    assert "--workers" in str(machine_error(MemoryError()))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    assert "(which TRITON_PTXAS_PATH names)" in str(machine_error(PermissionError(errno.EACCES, "denied", "")))
+    fatal = str(machine_error(MACHINE[10]))
+    assert "Unsupported .version 8.8" in fatal  # and not only that ptxas failed
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "kind"),
+    [
+        (-9, "no message", MemoryTakenError),
+        (-15, "no message", MachineError),
+        (-2, "KeyboardInterrupt", MachineError),
+        (-11, "Segmentation fault", None),
+        (-6, "LLVM ERROR: Cannot select: intrinsic", None),
+        (1, "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.", None),
+        (1, "OSError: [Errno 28] No space left on device", MachineError),
+    ],
+)
+def test_why_a_child_ended(status: int, words: str, kind: type[MachineError] | None) -> None:
+    found = ended_from_outside(status, words)
+    assert (None if found is None else type(found)) is kind
+
+
+def test_what_earlier_versions_stored() -> None:
+    """As `gist`, a child's last words or a message's first line."""
+    for error in [*MEMORY[:5], *MEMORY[-1:], *MACHINE[:10], *MACHINE[12:]]:
+        assert stored_of_machine("compile", gist(error)), error
+    for error in CONFIGS:
+        assert not stored_of_machine("compile", gist(error)), error
+        assert not stored_of_machine("crash", f"exit status 1: {gist(error)}"), error
+    assert stored_of_machine("compile", "cannot write the kernel /cache/x.py: [Errno 28] No space left on device")
+    assert stored_of_machine("compile", "Triton's cuobjdump is missing: /triton/bin/cuobjdump")
+    assert stored_of_machine("crash", "exit status -9: no message")
+    assert stored_of_machine("crash", "exit status 1: ImportError: libcudart.so.12: cannot open shared object file")
+    assert stored_of_machine("resources", WITH_OTHERS)
+    assert not stored_of_machine("resources", ALONE)
+    assert not stored_of_machine("resources", f"needs more memory than the card has: {MEMORY[5]}")
+    assert not stored_of_machine("crash", "exit status -11: no message")
+    assert not stored_of_machine("timeout", "no answer in 120 s")
+    for outcome in ("ok", "wrong", "invalid", "predicted"):
+        assert not stored_of_machine(outcome, "OSError: [Errno 28] No space left on device")
+
+
+def test_a_message_without_sizes_blames_nobody() -> None:
+    assert taken_by_others(WITH_OTHERS)
+    assert not taken_by_others("CUDA out of memory.")

@@ -1,0 +1,126 @@
+"""Text is UTF-8 wherever it is read or written, whatever the locale: no call leaves the encoding to it.
+
+The calls are read from the source of the package, the tests and the examples. ruff's rule for this (PLW1514) sees no
+`text=True` of subprocess, and no method of a path whose type it cannot tell.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from parallax_gen.cli import main
+
+TOP = Path(__file__).parents[1]
+FILES = [path for folder in ("parallax_gen", "tests", "examples") for path in sorted((TOP / folder).rglob("*.py"))]
+
+MODULES = {"io", "gzip", "codecs", "click"}  # whose `open` takes a file before the mode; a path's own does not
+NO_FILES = {"os", "webbrowser", "Image"}  # whose `open` is another thing
+BINARY_BY_DEFAULT = {"gzip.open", "NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile"}
+ENCODING_AT = {"read_text": 0, "write_text": 1}
+
+
+def leaves_it_to_the_locale(call: ast.Call) -> bool:
+    """Whether a call reads or writes text and does not say in which encoding."""
+    function, owner = call.func, ""
+    if isinstance(function, ast.Attribute):
+        name, owner = function.attr, ast.unparse(function.value)
+    else:
+        name = ast.unparse(function)
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in named or owner in NO_FILES - {"os"} or (owner, name) == ("os", "open"):
+        return False
+    if any(ast.unparse(named[flag]) == "True" for flag in ("text", "universal_newlines") if flag in named):
+        return True
+    if name in ENCODING_AT:
+        return len(call.args) <= ENCODING_AT[name]
+    if name not in ("open", "open_file", "fdopen", "NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile"):
+        return False
+    at = {"NamedTemporaryFile": 0, "TemporaryFile": 0}.get(name, int(not owner or owner in MODULES or name != "open"))
+    mode = named.get("mode", call.args[at] if len(call.args) > at else None)
+    if mode is None:
+        return not {name, f"{owner}.{name}"} & BINARY_BY_DEFAULT
+    return "t" in ast.unparse(mode) if owner == "gzip" else "b" not in ast.unparse(mode)
+
+
+@pytest.mark.parametrize(
+    ("text", "leaves"),
+    [
+        ("path.read_text()", True),
+        ("path.read_text(encoding='utf-8')", False),
+        ("path.read_text('utf-8')", False),
+        ("path.write_text(text)", True),
+        ("path.write_text(text, 'utf-8')", False),
+        ("open(path)", True),
+        ("open(path, 'w')", True),
+        ("open(path, 'rb')", False),
+        ("open(path, mode='wb')", False),
+        ("path.open()", True),
+        ("path.open('a')", True),
+        ("path.open('rb')", False),
+        ("io.open(path, 'w')", True),
+        ("click.open_file('-', 'rb')", False),
+        ("gzip.open(path)", False),
+        ("gzip.open(path, 'wt')", True),
+        ("os.fdopen(3, 'w')", True),
+        ("os.fdopen(3, 'wb')", False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("tempfile.NamedTemporaryFile()", False),
+        ("tempfile.NamedTemporaryFile('w')", True),
+        ("subprocess.run(command, text=True)", True),
+        ("subprocess.run(command, encoding='utf-8')", False),
+        ("subprocess.Popen(command, universal_newlines=True)", True),
+        ("subprocess.run(command)", False),
+    ],
+)
+def test_every_kind_of_call_is_seen(text: str, leaves: bool) -> None:
+    (statement,) = ast.parse(text).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Call)
+    assert leaves_it_to_the_locale(statement.value) is leaves
+
+
+def test_no_text_is_left_to_the_locale() -> None:
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Call) and leaves_it_to_the_locale(node):
+                found.append(f"{path.relative_to(TOP)}:{node.lineno}: {ast.unparse(node)[:80]}")
+    assert found == []
+
+
+RENDER = ["render", "--gpu", "h200", "--op", "decode", "--head-dim", "128", "--ragged", "--cache-dtype", "e4m3"]
+
+
+@pytest.fixture
+def kernel() -> bytes:
+    done = CliRunner().invoke(main, RENDER)
+    assert done.exit_code == 0
+    assert not done.stdout.isascii()  # a Greek letter is in it
+    return done.stdout_bytes
+
+
+def test_a_kernel_is_the_same_file_where_the_locale_is_ascii(kernel: bytes) -> None:
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "parallax_gen", *RENDER]
+    done = subprocess.run(command, env=os.environ | ascii_alone, capture_output=True, cwd=TOP)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == kernel
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_command_prints_utf8_whatever_its_output_is_in(
+    encoding: str, kernel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+    main.main(RENDER, standalone_mode=False)
+    sys.stdout.flush()
+    assert output.getvalue() == kernel

@@ -1,0 +1,247 @@
+"""What the machine fails ends a tune with one error, is stored nowhere, and is tried again, by others too."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from machines import FINE, Machine, timed
+
+from parallax_gen.errors import MachineError, MemoryTakenError
+from parallax_gen.memory.results import Result, supersedes
+from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import DecodeConfig, KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.space import every_config
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning import pool, worker
+from parallax_gen.tuning.board import Storage
+from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.sweep import sweep_of
+from parallax_gen.tuning.tune import Tuner
+from parallax_gen.tuning.worker import Compile, Outcome, Trial, Worker
+
+GPU = GPUS["h200"]
+JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(3)]
+JOB = JOBS[0]
+CONFIGS = list(every_config(JOB.spec, GPU))
+FULL = "OSError: [Errno 28] No space left on device"
+
+
+class Silent:
+    def begin(self, job: Job) -> None: ...
+
+    def update(self, progress: Progress) -> None: ...
+
+    def end(self, progress: Progress) -> None: ...
+
+
+def tune(store: Store, jobs: list[Job], storage: Storage | None = None, trials: int = 4) -> list[Progress]:
+    with Tuner(store, measure=True, compilers=1, storage=storage) as tuner:
+        return tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=Silent())
+
+
+def failing(config: KernelConfig, n: int) -> Outcome:
+    if n == 1:
+        raise MachineError(FULL)
+    return Outcome("ok", resources=FINE)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> str:
+    return f"journal:{tmp_path / 'journal'}"
+
+
+@pytest.mark.parametrize("where", ["compile", "measure"])
+def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, machine: Machine, where: str) -> None:
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        failing(config, n)
+        return timed(100.0)
+
+    if where == "compile":
+        machine.compile = failing
+    else:
+        machine.measure = measure
+    with pytest.raises(MachineError, match="No space left"):
+        tune(store, JOBS)
+    assert machine.open_workers == 0
+    faulty = machine.compiled[1] if where == "compile" else machine.measured[1].trial.config
+    stored = store.results(JOB.key)
+    assert faulty not in {r.config for r in stored}
+    assert all(r.measured for r in stored)
+    machine.compile, machine.measure = (
+        (lambda config, n: Outcome("ok", resources=FINE)),
+        (lambda c, n: timed(100.0 + n)),
+    )
+    tune(store, [JOB], trials=8)
+    assert faulty in {r.config for r in store.results(JOB.key)}  # among the first, as before
+
+
+def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine, journal: str) -> None:
+    """Also what was claimed for the jobs that no device had yet."""
+    machine.compile = failing
+    with pytest.raises(MachineError):
+        tune(store, JOBS, Storage(journal))
+    other = Storage(journal)
+    for job in JOBS:
+        board = other.board(job.key)
+        assert not board.others_at_work()
+        done = {r.config for r in store.results(job.key)}
+        assert {r.config for r in board.news()} <= done
+        free = [config for config in machine.compiled if config not in done]
+        assert board.claim(free[0])
+
+
+def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "MEMORY_WAITS_S", (0.01, 0.01))
+    asked: list[KernelConfig] = []
+
+    def measure(config: KernelConfig, n: int) -> Outcome:
+        asked.append(config)
+        if asked.count(config) < 3 and config == asked[0]:
+            raise MemoryTakenError("CUDA out of memory")
+        return timed(100.0 + n)
+
+    machine.measure = measure
+    (progress,) = tune(store, [JOB])
+    assert progress.kinds == {"ok": 4}
+    assert asked[:3] == [asked[0]] * 3
+
+    def never(config: KernelConfig, n: int) -> Outcome:
+        raise MemoryTakenError("CUDA out of memory")
+
+    machine.measure = never
+    with pytest.raises(MemoryTakenError):
+        tune(store, JOBS[1:])
+    assert store.results(JOBS[1].key) == []
+
+
+def test_a_mistake_in_a_worker_does_not_hang_the_tune(store: Store, machine: Machine) -> None:
+    machine.compile = lambda config, n: {}[config]  # a programming error
+    with pytest.raises(KeyError):
+        tune(store, [JOB])
+
+
+# -- what databases hold of it
+
+
+def row(config: KernelConfig, outcome: str = "compile", detail: str = FULL, hours: int = 0) -> Result:
+    result = Result(JOB.key, config, outcome, detail=detail, time_us=9.0 if outcome in ("ok", "predicted") else None)
+    return replace(result, created_at=(result.created + timedelta(hours=hours)).isoformat())
+
+
+def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Machine) -> None:
+    default = default_config(JOB.spec, JOB.shape, GPU)
+    wrong = next(config for config in CONFIGS if config != default)
+    store.record(row(default))
+    store.record(row(wrong, "compile", "CompilationError: at 3:4"))
+    (progress,) = tune(store, [JOB])
+    assert progress.known == 1
+    assert default in machine.compiled
+    assert wrong not in machine.compiled
+    assert {r.config: r.outcome for r in store.results(JOB.key)}[default] == "ok"
+
+
+@pytest.mark.parametrize("outcome", ["ok", "wrong", "crash", "timeout", "predicted"])
+def test_any_other_row_takes_its_place_and_it_takes_no_others(store: Store, outcome: str) -> None:
+    fault, told = row(CONFIGS[0], hours=1), row(CONFIGS[0], outcome, "" if outcome in ("ok", "predicted") else "told")
+    assert fault.of_machine
+    assert not told.of_machine
+    assert supersedes(told, fault)
+    assert not supersedes(fault, told)
+    store.record(fault)
+    assert store.results(JOB.key) == [fault]  # it is kept
+    assert store.merge([told]).replaced == 1
+    assert store.merge([fault]).kept == 1
+    assert store.results(JOB.key) == [told]
+
+
+def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_path: Path) -> None:
+    shipped = row(CONFIGS[0], "ok", "", hours=-1)
+    folder = tmp_path / "shipped"
+    write_shipped([shipped], "h200", folder)
+    store.record(row(CONFIGS[0]))
+    store.record(row(CONFIGS[1]))
+    known = Memory(store, folder)
+    assert [r.outcome for r in known.results(JOB.key)] == ["ok", "compile"]
+    best = known.best(JOB.key)
+    assert best is not None
+    assert best.config == CONFIGS[0]
+    write_shipped(store.all(), "h200", folder)
+    assert [r.config for r in load_shipped("h200", folder)] == [CONFIGS[0]]
+    sweep = sweep_of([shipped, row(CONFIGS[1]), row(CONFIGS[2], "wrong", "row 3")], GPU)
+    assert [r.outcome for r in sweep.results if r.config != CONFIGS[0]] == ["wrong"]
+
+
+def test_what_an_earlier_version_told_others_is_passed_over(journal: str) -> None:
+    first, second = (Storage(journal).board(JOB.key) for _ in range(2))
+    assert first.claim(CONFIGS[0])
+    assert first.claim(CONFIGS[1])
+    first.finish(row(CONFIGS[0]))
+    first.finish(row(CONFIGS[1], "wrong", "row 3"))
+    assert [r.config for r in second.news()] == [CONFIGS[1]]
+    assert not second.claim(CONFIGS[1])
+    assert second.claim(CONFIGS[0])
+
+
+# -- children
+
+TRIAL = Trial(KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPU)
+
+
+def test_a_child_says_what_its_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a folder that cannot be made; the same child goes on when it is asked again."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "triton"))
+    with closing(Worker(device=None)) as child:
+        for _ in range(2):
+            with pytest.raises(MachineError, match=r"NotADirectoryError: .*file/triton.*TRITON_CACHE_DIR"):
+                child.ask(Compile(TRIAL), timeout_s=60.0)
+
+
+def test_a_child_that_does_not_start_is_no_configs_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with closing(Worker(device=None)) as child, pytest.raises(MachineError, match="does not start: exit status 1"):
+        child.ask(Compile(TRIAL), timeout_s=60.0)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with closing(Worker(device=None)) as child, pytest.raises(MachineError, match="FileNotFoundError"):
+        child.ask(Compile(TRIAL), timeout_s=60.0)
+
+
+# A child that dies of the first request that it gets; the second one finds no device any more.
+DIES = """#!{python}
+import os, pickle, sys
+sys.path.insert(0, {top!r})
+from parallax_gen.tuning.worker import Ready
+first = not os.path.exists({marker!r})
+open({marker!r}, "w").close()
+pickle.dump(Ready(first or {stays}), sys.stdout.buffer)
+sys.stdout.buffer.flush()
+pickle.load(sys.stdin.buffer)
+sys.exit("an illegal memory access")
+"""
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_crash_is_the_configs_where_the_device_is_still_there(
+    stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, top = tmp_path / "python", str(Path(worker.__file__).parents[2])
+    text = DIES.format(python=sys.executable, top=top, marker=str(tmp_path / "marker"), stays=stays)
+    script.write_text(text, encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with closing(Worker(device=0)) as child:
+        if stays:
+            outcome = child.ask(Compile(TRIAL), timeout_s=60.0)
+            assert (outcome.kind, outcome.detail) == ("crash", "exit status 1: an illegal memory access")
+        else:
+            with pytest.raises(MachineError, match="device 0 is lost"):
+                child.ask(Compile(TRIAL), timeout_s=60.0)
