@@ -22,15 +22,8 @@ from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.transformers.attention import NAME, parallax_attention
 from parallax_gen.integrations.transformers.masks import parallax_mask
+from parallax_gen.nn import ZeroInitLinear
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-
-
-class ProbeProjection(nn.Linear):
-    """r_proj: zeros at first, where Parallax is softmax attention. Gradients reach it from the first step."""
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
 
 
 class WithProbes:
@@ -41,13 +34,13 @@ class WithProbes:
 
     rotate: Any  # the model's own apply_rotary_pos_emb
     head_dim: int
-    r_proj: ProbeProjection
+    r_proj: ZeroInitLinear
     config: Any
 
     def add_probes(self) -> None:
         like: nn.Linear = self.q_proj  # type: ignore[attr-defined]
         bias, device, dtype = like.bias is not None, like.weight.device, like.weight.dtype
-        self.r_proj = ProbeProjection(like.in_features, like.out_features, bias, device=device, dtype=dtype)
+        self.r_proj = ZeroInitLinear(like.in_features, like.out_features, bias, device=device, dtype=dtype)
         self.r_proj.train(like.training)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **others: Any) -> Any:
@@ -71,7 +64,7 @@ class Converted:
         return NAME
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ProbeProjection):
+        if isinstance(module, ZeroInitLinear):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
