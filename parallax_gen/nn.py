@@ -14,6 +14,18 @@ from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_va
 NORM_EPS = 1e-6  # torch's default, the dtype's own epsilon, is as large as 1/128 in bf16
 
 
+class ZeroInitLinear(nn.Linear):
+    """nn.Linear that starts at zero: an r_proj with which Parallax attention begins as softmax attention.
+
+    The zeros are its own reset_parameters, so they survive every way of initialising modules: FSDP's of modules made on
+    "meta", in any order of parents and children, and loops of one's own.
+    """
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class ParallaxAttention(nn.Module):
     """Self-attention with probes: q, r, k and v are projections of x, and so is the output of the heads' outputs.
 
@@ -29,7 +41,8 @@ class ParallaxAttention(nn.Module):
                    (i, i + head_dim/2) of a head; None for no rotation
     bias           the projections have one
     zero_init_r    start with r = 0, as softmax attention: with the other weights of a trained Transformer the layer
-                   gives what that gave. Gradients reach r_proj from the first step
+                   gives what that gave. Gradients reach r_proj from the first step. r_proj is a `ZeroInitLinear`,
+                   whose reset_parameters sets zeros; code that draws every nn.Linear by itself must leave it out
     softmax_scale  of q·k; 1/√head_dim by default
 
     Submodules: q_proj, r_proj (hidden_size -> num_heads * head_dim), k_proj, v_proj (-> num_kv_heads * head_dim),
@@ -80,26 +93,25 @@ class ParallaxAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.zero_init_r = zero_init_r
 
-        def linear(wide_in: int, wide_out: int) -> nn.Linear:
-            return nn.Linear(wide_in, wide_out, bias=bias, device=device, dtype=dtype)
+        def linear(wide_in: int, wide_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+            return kind(wide_in, wide_out, bias=bias, device=device, dtype=dtype)
 
         def norm() -> nn.Module:
             return nn.RMSNorm(head_dim, NORM_EPS, device=device, dtype=dtype) if qk_norm else nn.Identity()
 
         self.q_proj = linear(hidden_size, num_heads * self.head_dim)
-        self.r_proj = linear(hidden_size, num_heads * self.head_dim)
+        r_kind = ZeroInitLinear if zero_init_r else nn.Linear
+        self.r_proj = linear(hidden_size, num_heads * self.head_dim, r_kind)
         self.k_proj = linear(hidden_size, num_kv_heads * self.head_dim)
         self.v_proj = linear(hidden_size, num_kv_heads * self.head_dim)
         self.o_proj = linear(num_heads * self.head_dim, hidden_size)
         self.q_norm, self.k_norm = norm(), norm()
-        self._zero_r()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Draw all weights anew; with zero_init_r those of r_proj are zeros."""
         for module in self.children():
             if isinstance(module, nn.Linear | nn.RMSNorm):
                 module.reset_parameters()
-        self._zero_r()
 
     def forward(
         self,
@@ -143,11 +155,6 @@ class ParallaxAttention(nn.Module):
     def extra_repr(self) -> str:
         names = ("num_heads", "num_kv_heads", "head_dim", "causal", "window_size", "rope_theta")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-    def _zero_r(self) -> None:
-        if self.zero_init_r:
-            for parameter in self.r_proj.parameters():
-                nn.init.zeros_(parameter)
 
 
 def _normed(norm: nn.Module, heads: Tensor) -> Tensor:

@@ -73,10 +73,11 @@ def decode(
     q, r, k, v = (_in_eights(x) for x in (q, r, k, v))
     if records_gradients(q, r, k, v):
         q, r, k, v = (x.detach() for x in (q, r, k, v))
-    found = parallax_attn_with_kvcache(
-        q, r, k, v, cache_seqlens=lengths, cache_leftpad=cache_start, causal=True, window_size=window,
-        softmax_scale=scale, out=out,
-    )  # fmt: skip
+    with _as_given(q):
+        found = parallax_attn_with_kvcache(
+            q, r, k, v, cache_seqlens=lengths, cache_leftpad=cache_start, causal=True, window_size=window,
+            softmax_scale=scale, out=out,
+        )  # fmt: skip
     assert isinstance(found, Tensor)
     return found if head_dim == found.shape[-1] else found[..., :head_dim].contiguous()
 
@@ -92,7 +93,7 @@ def _in_eights(x: Tensor) -> Tensor:
 
 
 def _as_given(q: Tensor) -> AbstractContextManager[object]:
-    """Under torch.autocast our functions cast to its dtype; the other packages leave 16 bits as they are."""
+    """Under torch.autocast our functions cast to its dtype; the other packages leave all tensors as they are."""
     kind = q.device.type
     under = kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if under else nullcontext()

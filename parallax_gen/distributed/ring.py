@@ -11,6 +11,7 @@ from torch import Tensor
 from parallax_gen.distributed.group import members
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved, backward, forward
+from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
 from parallax_gen.runtime.states import State, absorb
 
@@ -64,9 +65,11 @@ def ring_attn_func(
 
     Returns out, like q: this rank's part. Parts are joined in fp32. Every rank holds its own part and one more of k and
     v, and in the backward their gradients in fp32. For the backward it keeps q, r, k, v, out, v̄, lse and t̄ of its own
-    part. Raises ArgumentError, naming the argument.
+    part. Under torch.autocast q, r, k and v are cast to its dtype, and are sent in it. Raises ArgumentError, naming the
+    argument.
     """
     ring = _Ring.of(group)
+    q, r, k, v = cast_inputs(q, r, k, v)
     asked = Request(q, r, k, v, None, None, 0, 0, causal, None, softmax_scale)
     check_flag("causal", causal)
     check_numbers(asked)

@@ -13,6 +13,7 @@ from parallax_gen.problem.cached import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
+from parallax_gen.runtime.autocast import cast_to_cache
 from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, check_fours, check_workspace
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of, records_gradients
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
@@ -92,9 +93,13 @@ def parallax_attn_with_kvcache(
 
     Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
     for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
-    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula. Raises
-    ArgumentError, naming the argument.
+    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
+
+    Under torch.autocast q and r are cast to the caches' dtype where that is bf16 or fp16, else to autocast's; caches in
+    fp32 are cast too, which copies all of them at every call, and caches in eight bits stay. With `out` the dtype is
+    out's. Raises ArgumentError, naming the argument.
     """
+    q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
     asked, plan = _planned(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
         window_size, softmax_scale, k_scale, v_scale, out, return_state,
@@ -132,15 +137,17 @@ def kvcache_workspace_size(
     softmax_scale: float | None = None,
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
+    out: Tensor | None = None,
     return_state: bool = False,
 ) -> int:
     """Bytes of workspace that `parallax_attn_with_kvcache` needs with these arguments; 0 where it needs none.
 
     It depends on the tensors' sizes, never on what they hold. Raises ArgumentError, as that does.
     """
+    q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
     _, plan = _planned(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
-        window_size, softmax_scale, k_scale, v_scale, None, return_state,
+        window_size, softmax_scale, k_scale, v_scale, out, return_state,
     )  # fmt: skip
     return bytes_of(plan.scratch) if isinstance(plan, LaunchPlan) else 0
 

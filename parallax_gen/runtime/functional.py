@@ -7,9 +7,9 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
+from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.autograd import attend, attend_without_gradients, plain
 from parallax_gen.runtime.checks import (
-    DTYPE_NAMES,
     Request,
     check_flag,
     check_numbers,
@@ -54,8 +54,8 @@ def parallax_attn_func(
     Any strides do that keep the last dimension contiguous. On CUDA tensors this launches one kernel, or one and
     another that seldom has anything to do, on the current stream and waits for nothing; on CPU tensors it runs the
     fp64 reference. fp32 matmuls round to TF32 where torch's own may (torch.backends.cuda.matmul.fp32_precision,
-    torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype. Under torch.compile
-    this is one operator.
+    torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype, or to that of `out`.
+    Under torch.compile this is one operator.
 
     Gradients: first derivatives of out, with respect to q, r, k and v, the same in every run. Kept for them, besides
     the inputs and out, are 8 bytes a query and head (lse and t̄), and v̄, as large as out: for bf16 and head_dim 128
@@ -97,8 +97,8 @@ def parallax_attn_varlen_func(
     max_seqlen_q  at least the longest sequence's queries, and not much more: programs are launched for them
     max_seqlen_k  likewise of keys
 
-    The rest, and gradients, as of parallax_attn_func; lse and t̄ are (heads, total_q). On CUDA tensors the lengths are
-    read by the kernels alone: nothing waits for them, and a new packing compiles nothing.
+    The rest, gradients and autocast, as of parallax_attn_func; lse and t̄ are (heads, total_q). On CUDA tensors the
+    lengths are read by the kernels alone: nothing waits for them, and a new packing compiles nothing.
     """
     asked = Request(
         q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale
@@ -110,7 +110,8 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     check_flag("return_stats", return_stats)
     check_flag("recompute_v_mean", recompute_v_mean)
     check_numbers(asked)
-    asked = _under_autocast(asked)
+    q, r, k, v = cast_inputs(*inputs_of(asked), out)
+    asked = asked._replace(q=q, r=r, k=k, v=v)
     found: tuple[Tensor, ...]
     if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
         check_request(asked, packed, out)
@@ -131,16 +132,3 @@ def _attend_with_gradients(asked: Request, out: Tensor | None, recompute_v_mean:
     if out is not None:
         raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
     return attend(asked, recompute_v_mean=recompute_v_mean)
-
-
-def _under_autocast(asked: Request) -> Request:
-    """What torch's own attention does under torch.autocast: everything is cast to its dtype."""
-    q = asked.q
-    if not isinstance(q, Tensor) or not (q.is_cuda or q.is_cpu):
-        return asked
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
-        return asked
-    dtype = torch.get_autocast_dtype(kind)
-    q, r, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPE_NAMES else x for x in inputs_of(asked))
-    return asked._replace(q=q, r=r, k=k, v=v)

@@ -27,8 +27,7 @@ class GraphedDecode:
         """arguments: those of `parallax_attn_with_kvcache`, but for workspace. Raises ArgumentError, as that does."""
         if "workspace" in arguments:
             raise ArgumentError("workspace", "a tensor", "none: a GraphedDecode has its own")
-        sizes = {name: value for name, value in arguments.items() if name != "out"}
-        needed = kvcache_workspace_size(q, r, k_cache, v_cache, **sizes)
+        needed = kvcache_workspace_size(q, r, k_cache, v_cache, **arguments)
         if not q.is_cuda:
             raise ArgumentError("q", f"on {q.device}", "a CUDA tensor: graphs are of CUDA launches")
         self.q, self.r = q, r

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -48,15 +49,20 @@ def test_every_attention_gets_an_r_proj_of_zeros_like_its_q_proj(name: str) -> N
     assert all(module.training == model.training for module in model.modules())
 
 
-def test_another_model_of_the_same_config_stays_what_it_is() -> None:
+def test_another_model_of_the_same_config_stays_the_function_that_it_is(tmp_path: Path) -> None:
     one = plain("qwen3")
-    other = type(one)(one.config)
+    other = type(one)(one.config).eval()
+    before = other(prompts()).logits
     convert(one)
     assert other.config is not one.config
-    assert other.config.model_type == "qwen3"
     assert other.config._attn_implementation == "eager"
-    assert other(prompts()).logits.shape == (3, 11, 64)
+    assert torch.equal(other(prompts()).logits, before)
     assert {module.config.model_type for module in one.modules() if hasattr(module, "config")} == {"parallax_qwen3"}
+    # A model around `one` may have the config of both: what that saves must not be taken for a model without r_proj.
+    assert other.config.model_type == "parallax_qwen3"
+    other.save_pretrained(tmp_path)
+    for each in (AutoModelForCausalLM, Qwen3ForCausalLM):
+        torch.testing.assert_close(each.from_pretrained(tmp_path)(prompts()).logits, before, **FP32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -185,7 +191,8 @@ def test_no_other_attention_takes_its_place() -> None:
 def test_models_that_do_not_convert() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8, n_positions=8))
     for model, name in ((gpt2, "GPT2LMHeadModel"), (nn.Linear(2, 2), "Linear")):
-        with pytest.raises(ArgumentError, match=f"model: got {name}; allowed: LlamaForCausalLM, Mistral.*Qwen3Model"):
+        message = f"model: got {name}; allowed: LlamaForCausalLM, Mistral.*Qwen3Model, or with another head$"
+        with pytest.raises(ArgumentError, match=message):
             convert(model)
     adapted = plain("llama")
     adapted.model.layers[1].self_attn.q_proj = nn.Sequential(nn.Linear(64, 64))

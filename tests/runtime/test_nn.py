@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 import parallax_gen
@@ -104,12 +110,78 @@ def test_positions_are_relative_and_may_begin_anywhere() -> None:
     torch.testing.assert_close(whole, layer(x.reshape(1, 14, 32))[0], rtol=1e-4, atol=1e-5)
 
 
-def test_drawing_weights_anew_keeps_r_at_zero() -> None:
-    layer = ParallaxAttention(32, 4, bias=True, zero_init_r=True)
-    before = layer.q_proj.weight.clone()
-    layer.reset_parameters()
-    assert not torch.equal(before, layer.q_proj.weight)
-    assert not any(p.any() for p in layer.r_proj.parameters())
+def reset(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def parents_first(layer: nn.Module) -> nn.Module:
+    for module in layer.modules():
+        reset(module)
+    return layer
+
+
+def children_first(layer: nn.Module) -> nn.Module:
+    for module in reversed(list(layer.modules())):
+        reset(module)
+    return layer
+
+
+def fsdp(layer: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def fsdp2(layer: nn.Module) -> nn.Module:
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    return parents_first(layer.to_empty(device="cpu"))
+
+
+INITIALISED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "its own": lambda layer: [layer, layer.reset_parameters()][0],
+    "parents first": parents_first,
+    "children first": children_first,
+    "apply": lambda layer: layer.apply(reset),
+    "to_empty, parents first": lambda layer: parents_first(layer.to_empty(device="cpu")),
+    "to_empty, children first": lambda layer: children_first(layer.to_empty(device="cpu")),
+    "FSDP": fsdp,
+    "FSDP2": fsdp2,
+}
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("way", INITIALISED)
+def test_r_is_zero_however_the_layer_is_initialised(way: str) -> None:
+    from_meta = way.startswith(("to_empty", "FSDP"))
+    with torch.device("meta" if from_meta else "cpu"):
+        layer = ParallaxAttention(32, 4, 2, bias=True, qk_norm=True, zero_init_r=True)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(7.0)
+    assert isinstance(layer.r_proj, nn.Linear)  # for adapters and quantisers
+    for name, parameter in INITIALISED[way](layer).named_parameters():
+        values = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if "r_proj" in name:
+            assert not values.any()
+        elif "norm" in name:
+            assert (values == 1).all()
+        else:
+            assert 0 < values.abs().max() < 1, name
+
+
+def test_an_r_proj_that_starts_at_zero_has_the_names_of_one_that_does_not() -> None:
+    zero, drawn = (ParallaxAttention(32, 4, bias=True, zero_init_r=zero) for zero in (True, False))
+    assert drawn.r_proj.weight.any()
+    drawn.reset_parameters()
+    assert drawn.r_proj.weight.any()
+    zero.load_state_dict(drawn.state_dict())
+    assert torch.equal(zero.r_proj.weight, drawn.r_proj.weight)
 
 
 def test_dtype_and_submodules() -> None:

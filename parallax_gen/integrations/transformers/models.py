@@ -10,10 +10,9 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.llama import configuration_llama, modeling_llama
 from transformers.models.mistral import configuration_mistral, modeling_mistral
 from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
@@ -22,15 +21,30 @@ from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.transformers.attention import NAME, parallax_attention
 from parallax_gen.integrations.transformers.masks import parallax_mask
+from parallax_gen.nn import ZeroInitLinear
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 
+# What saved configs name as their quantisation, for transformers to ask `loading.ProbeLoader` how to load them.
+LOADER = "parallax_gen"
 
-class ProbeProjection(nn.Linear):
-    """r_proj: zeros at first, where Parallax is softmax attention. Gradients reach it from the first step."""
 
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+class SavedAsParallax:
+    """Goes before a config class of transformers: what is saved is never taken for a model without r_proj.
+
+    A stock class, such as LlamaForCausalLM, does not look at the model_type that is saved. Two more entries are for it:
+    quantization_config has `loading.ProbeLoader` convert the model before its weights are read; attn_implementation is
+    unknown to transformers where this package was not imported, which raises there.
+    """
+
+    def __post_init__(self, **others: Any) -> None:
+        others.setdefault("attn_implementation", NAME)
+        if (others.get("quantization_config") or {}).get("quant_method") == LOADER:
+            del others["quantization_config"]  # models made from this config have their r_proj: nothing is to be done
+        super().__post_init__(**others)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        saved: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {"quantization_config": {"quant_method": LOADER}, **saved, "attn_implementation": NAME}
 
 
 class WithProbes:
@@ -41,13 +55,13 @@ class WithProbes:
 
     rotate: Any  # the model's own apply_rotary_pos_emb
     head_dim: int
-    r_proj: ProbeProjection
+    r_proj: ZeroInitLinear
     config: Any
 
     def add_probes(self) -> None:
         like: nn.Linear = self.q_proj  # type: ignore[attr-defined]
         bias, device, dtype = like.bias is not None, like.weight.device, like.weight.dtype
-        self.r_proj = ProbeProjection(like.in_features, like.out_features, bias, device=device, dtype=dtype)
+        self.r_proj = ZeroInitLinear(like.in_features, like.out_features, bias, device=device, dtype=dtype)
         self.r_proj.train(like.training)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **others: Any) -> Any:
@@ -71,13 +85,13 @@ class Converted:
         return NAME
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ProbeProjection):
+        if isinstance(module, ZeroInitLinear):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-class ParallaxLlamaConfig(configuration_llama.LlamaConfig):
+class ParallaxLlamaConfig(SavedAsParallax, configuration_llama.LlamaConfig):
     model_type = "parallax_llama"
 
 
@@ -93,7 +107,7 @@ class ParallaxLlamaForCausalLM(Converted, modeling_llama.LlamaForCausalLM):
     config_class = ParallaxLlamaConfig
 
 
-class ParallaxMistralConfig(configuration_mistral.MistralConfig):
+class ParallaxMistralConfig(SavedAsParallax, configuration_mistral.MistralConfig):
     model_type = "parallax_mistral"
 
 
@@ -109,7 +123,7 @@ class ParallaxMistralForCausalLM(Converted, modeling_mistral.MistralForCausalLM)
     config_class = ParallaxMistralConfig
 
 
-class ParallaxQwen2Config(configuration_qwen2.Qwen2Config):
+class ParallaxQwen2Config(SavedAsParallax, configuration_qwen2.Qwen2Config):
     model_type = "parallax_qwen2"
 
 
@@ -125,7 +139,7 @@ class ParallaxQwen2ForCausalLM(Converted, modeling_qwen2.Qwen2ForCausalLM):
     config_class = ParallaxQwen2Config
 
 
-class ParallaxQwen3Config(configuration_qwen3.Qwen3Config):
+class ParallaxQwen3Config(SavedAsParallax, configuration_qwen3.Qwen3Config):
     model_type = "parallax_qwen3"
 
 
@@ -143,55 +157,79 @@ class ParallaxQwen3ForCausalLM(Converted, modeling_qwen3.Qwen3ForCausalLM):
 
 CONFIGS: tuple[Any, ...] = (ParallaxLlamaConfig, ParallaxMistralConfig, ParallaxQwen2Config, ParallaxQwen3Config)
 ATTENTIONS = (ParallaxLlamaAttention, ParallaxMistralAttention, ParallaxQwen2Attention, ParallaxQwen3Attention)
-MODELS = (ParallaxLlamaModel, ParallaxMistralModel, ParallaxQwen2Model, ParallaxQwen3Model)
-CAUSAL_MODELS = (
+MODELS: tuple[Any, ...] = (ParallaxLlamaModel, ParallaxMistralModel, ParallaxQwen2Model, ParallaxQwen3Model)
+CAUSAL_MODELS: tuple[Any, ...] = (
     ParallaxLlamaForCausalLM,
     ParallaxMistralForCausalLM,
     ParallaxQwen2ForCausalLM,
     ParallaxQwen3ForCausalLM,
 )
-CONVERTED: dict[type, type] = {new.__bases__[-1]: new for new in (*CONFIGS, *ATTENTIONS, *MODELS, *CAUSAL_MODELS)}
+CONVERTED: dict[type, Any] = {new.__bases__[-1]: new for new in (*CONFIGS, *ATTENTIONS, *MODELS, *CAUSAL_MODELS)}
 
 
 def convert(model: Any) -> Any:
     """Give a model Parallax attention, in place: every attention gets an r_proj of zeros. Returns the model.
 
-    model  LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, or the base model of one, such as
-           LlamaModel, on any device, in fp32, bf16 or fp16; one that is converted already stays as it is
+    model  Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
+           LlamaForSequenceClassification, on any device, in fp32, bf16 or fp16; or a base model, such as LlamaModel, by
+           itself or inside another model. One that is converted already stays as it is
 
     Its other weights stay the tensors that they are, and its results the same, up to rounding, until r_proj is trained.
-    Its class and its config become those of this module, such as ParallaxQwen3ForCausalLM: a config of its own, for
-    other models may share the old one. Raises ArgumentError for another class, a head_dim that Parallax does not have,
-    and what is to be done after: quantising, adding adapters, spreading over devices.
+    Its class and its config become those of this module, such as ParallaxQwen3ForCausalLM. A model with a head gets a
+    config of its own; a base model keeps its config object, which the model around it shares, and changes it: another
+    base model of that object raises ArgumentError until it is converted too. Either way all models that share the old
+    config object save as Parallax models, and one of them without r_proj loads with r = 0, the function that it was.
+
+    Adapters that are added later do not name the checkpoint that the model was loaded from as theirs: it lacks r_proj.
+    Save the converted model, and add adapters to what is loaded from there.
+
+    Raises ArgumentError for another class, a head_dim that Parallax does not have, and what is to be done after:
+    quantising, adding adapters, spreading over devices.
     """
     if isinstance(model, Converted):
         return model
     if type(model) not in CONVERTED:
-        names = ", ".join(new.__bases__[-1].__name__ for new in (*CAUSAL_MODELS, *MODELS))
-        raise ArgumentError("model", type(model).__name__, names)
+        allowed = ", ".join(new.__bases__[-1].__name__ for new in (*CAUSAL_MODELS, *MODELS)) + ", or with another head"
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        if inside := next((name for name, module in modules if CONVERTED.get(type(module)) in MODELS), None):
+            allowed += f"; or the base model in this one, model.{inside}"
+        raise ArgumentError("model", type(model).__name__, allowed)
     change_classes(model)
+    model.name_or_path = ""  # adapters save it as the base model to load
     return model
 
 
 def change_classes(model: Any) -> None:
-    """Make all modules and their config what `CONVERTED` says, and give attention its probes."""
+    """Make all modules and their configs what `CONVERTED` says, and give attention its probes."""
     attentions = [module for module in model.modules() if CONVERTED.get(type(module)) in ATTENTIONS]
     for attention in attentions:
         check_attention(attention)
-    old = model.config
-    config = copy.deepcopy(old) if type(old) in CONVERTED else old
-    config.__class__ = CONVERTED.get(type(old), type(old))
-    vars(config).pop("model_type", None)  # one that was loaded has the old name as its own attribute, too
-    config._attn_implementation = NAME
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = config
+    shares = CONVERTED.get(type(model)) in MODELS
+    changed: dict[int, Any] = {}  # by the id of the config before
+    for module in list(model.modules()):
+        old = getattr(module, "config", None)
+        if id(old) not in changed and (type(old) in CONVERTED or type(old) in CONFIGS):
+            changed[id(old)] = change_config(old, shares)
+        if id(old) in changed:
+            module.config = changed[id(old)]
         module.__class__ = CONVERTED.get(type(module), type(module))
         if isinstance(module, Converted):
             # transformers learns of a class, and of what output_hidden_states records in it, when one is made.
-            PreTrainedModel.__init__(type(module).__new__(type(module)), config)
+            PreTrainedModel.__init__(type(module).__new__(type(module)), module.config)  # type: ignore[attr-defined]
+        if plan := vars(module).get("_tp_plan"):  # a copy of the config's, which had no r_proj
+            plan |= {name.replace("q_proj", "r_proj"): style for name, style in plan.items() if "q_proj" in name}
     for attention in attentions:
         attention.add_probes()
+
+
+def change_config(old: Any, shares: bool) -> Any:
+    """The config of a converted model: this one, or a copy of it that is not shared. Both are saved as Parallax."""
+    config = old if shares or old._attn_implementation == NAME else copy.deepcopy(old)
+    for each in (old, config):
+        each.__class__ = CONVERTED.get(type(each), type(each))
+        vars(each).pop("model_type", None)  # one that was loaded has the old name as its own attribute, too
+    config._attn_implementation = NAME
+    return config
 
 
 def check_attention(attention: Any) -> None:
@@ -206,11 +244,31 @@ def check_attention(attention: Any) -> None:
         raise ArgumentError("model", got, "its class's own: convert, save, and load what was saved with a device_map")
 
 
+def add_heads(modeling: Any, config: Any) -> None:
+    """A converted class for every other head that transformers has for this family, in this module, as pickle needs."""
+    for stock in [getattr(modeling, name) for name in modeling.__all__]:
+        abstract = stock.__name__.endswith("PreTrainedModel")
+        if issubclass(stock, PreTrainedModel) and not abstract and stock not in CONVERTED:
+            new = type(
+                f"Parallax{stock.__name__}", (Converted, stock), {"config_class": config, "__module__": __name__}
+            )
+            CONVERTED[stock] = globals()[new.__name__] = new
+
+
+def register(config: Any) -> None:
+    """Have AutoConfig, and every Auto class that knows the config's stock class, take the converted ones."""
+    AutoConfig.register(config.model_type, config)
+    stock = config.__bases__[-1]
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is not None and stock in mapping and mapping[stock] in CONVERTED:
+            auto.register(config, CONVERTED[mapping[stock]])
+
+
 AttentionInterface.register(NAME, parallax_attention)
 AttentionMaskInterface.register(NAME, parallax_mask)
-for _config, _model, _causal_model in zip(CONFIGS, MODELS, CAUSAL_MODELS, strict=True):
+for _modeling, _config in zip((modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3), CONFIGS, strict=True):
     # Over the ranks of tensor parallelism r is split as q is, by heads.
     _config.base_model_tp_plan = {**_config.base_model_tp_plan, "layers.*.self_attn.r_proj": "colwise"}
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    AutoModelForCausalLM.register(_config, _causal_model)
+    add_heads(_modeling, _config)
+    register(_config)
