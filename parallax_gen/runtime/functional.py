@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
-from parallax_gen.runtime.autograd import attend, attend_without_gradients, plain
+from parallax_gen.runtime.autograd import attend, attend_under_transforms, attend_without_gradients, plain
 from parallax_gen.runtime.checks import (
     DTYPE_NAMES,
     Request,
@@ -17,6 +17,7 @@ from parallax_gen.runtime.checks import (
     inputs_of,
     records_gradients,
 )
+from parallax_gen.runtime.transforms import breaks_graph, transformed, under_a_mode, without_odd_strides
 
 Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -110,7 +111,16 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     check_numbers(asked)
     asked = _under_autocast(asked)
     found: tuple[Tensor, ...]
-    if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
+    compiling = torch.compiler.is_compiling()
+    if compiling and breaks_graph(asked.q):
+        torch._dynamo.graph_break(msg="transforms of torch.func other than vmap see Parallax attention in eager calls")
+    if not compiling and transformed(*asked[:6]):
+        asked = without_odd_strides(asked)
+        check_request(asked, packed)
+        if out is not None:
+            raise ArgumentError("out", "a tensor, under a transform of torch.func or beside tangents", "None")
+        found = attend_under_transforms(asked, stats=return_stats, recompute_v_mean=recompute_v_mean)
+    elif compiling or under_a_mode() or not plain(*inputs_of(asked)):
         check_request(asked, packed, out)
         if records_gradients(*inputs_of(asked)):
             found = _attend_with_gradients(asked, out, recompute_v_mean)
