@@ -11,8 +11,10 @@ from torch import Tensor
 from parallax_gen.distributed.group import members
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved, backward, forward
+from parallax_gen.runtime.autograd import first_derivatives
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
 from parallax_gen.runtime.states import State, absorb
+from parallax_gen.runtime.transforms import refuse_transforms
 
 
 def shard_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -66,6 +68,7 @@ def ring_attn_func(
     v, and in the backward their gradients in fp32. For the backward it keeps q, r, k, v, out, v̄, lse and t̄ of its own
     part. Raises ArgumentError, naming the argument.
     """
+    refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
     asked = Request(q, r, k, v, None, None, 0, 0, causal, None, softmax_scale)
     check_flag("causal", causal)
@@ -167,6 +170,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("ring_attn_func", do=do)
         q, r, k, v, *state = ctx.saved_tensors
         causal, softmax_scale, ring = ctx.options
         do = do.contiguous()
@@ -192,7 +196,8 @@ class _RingAttention(torch.autograd.Function):
                 keys, values = passing.arrived()
         if coming is not None:
             dk, dv = coming.arrived()
-        return *(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True)), None, None, None
+        grads = tuple(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True))
+        return *first_derivatives(grads, (q, r, k, v, do)), None, None, None
 
 
 def _of_part(part: _Part, q: Tensor, r: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Request:

@@ -26,7 +26,7 @@ from parallax_gen.runtime.transforms import (
     primal_of,
     refuse_batched,
     refuse_tangents,
-    transformed,
+    under_a_transform,
 )
 
 _REQUEST = (
@@ -107,7 +107,7 @@ def _gradients(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     operator: Any = _attention_backward
     if do is not None:
         refuse_batched(do)
-        operator = _AttentionBackward.apply if transformed(do) else operator
+        operator = _AttentionBackward.apply if under_a_transform() else operator
     return _gradients_by(operator, ctx, do)
 
 
@@ -172,6 +172,24 @@ _attention_backward.register_autograd(_refuse)
 
 _OPS = torch.ops.parallax_gen
 flops.register(_OPS.attention, _OPS.attention_with_stats, _OPS.attention_backward)
+
+
+def first_derivatives(grads: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A backward's results, which refuse to be differentiated where they are recorded (create_graph).
+
+    of  all that they depend on
+    """
+    if not torch.is_grad_enabled():
+        return grads
+    return _FirstDerivatives.apply(len(grads), *grads, *of)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    backward = staticmethod(_refuse)
 
 
 def _over_samples(function: Any, info: Any, in_dims: tuple[int | None, ...], given: tuple[Any, ...]) -> Any:

@@ -17,6 +17,7 @@ from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, c
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of, records_gradients
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 from parallax_gen.runtime.states import State
+from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 from parallax_gen.runtime.workspace import bytes_of
 
 
@@ -94,6 +95,8 @@ def parallax_attn_with_kvcache(
     that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula. Raises
     ArgumentError, naming the argument.
     """
+    if under_a_transform():
+        refuse_transforms("parallax_attn_with_kvcache", q=q, r=r, k_cache=k_cache, v_cache=v_cache)
     asked, plan = _planned(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
         window_size, softmax_scale, k_scale, v_scale, out, return_state,

@@ -17,7 +17,13 @@ from parallax_gen.runtime.checks import (
     inputs_of,
     records_gradients,
 )
-from parallax_gen.runtime.transforms import breaks_graph, transformed, under_a_mode, without_odd_strides
+from parallax_gen.runtime.transforms import (
+    breaks_graph,
+    transformed,
+    under_a_mode,
+    under_a_transform,
+    without_odd_strides,
+)
 
 Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -114,7 +120,7 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     compiling = torch.compiler.is_compiling()
     if compiling and breaks_graph(asked.q):
         torch._dynamo.graph_break(msg="transforms of torch.func other than vmap see Parallax attention in eager calls")
-    if not compiling and transformed(*asked[:6]):
+    if not compiling and under_a_transform() and (transformed(*asked[:6]) or under_a_mode()):
         asked = without_odd_strides(asked)
         check_request(asked, packed)
         if out is not None:

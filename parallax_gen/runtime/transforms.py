@@ -50,16 +50,24 @@ def refuse_batched(x: Tensor) -> None:
         raise ArgumentError("is_grads_batched, or jacobian's vectorize", True, allowed)
 
 
+def under_a_transform() -> bool:
+    """Whether any transform of torch.func is active, or forward-mode AD entered: seldom, and cheap to know."""
+    return _transforms_are_active() or forward_ad._current_level >= 0
+
+
 def under_a_mode() -> bool:
     """Whether a TorchDispatchMode, such as FlopCounterMode, is to see each operator."""
     return _len_of_mode_stack() > 0
 
 
 def refuse_transforms(function: str, **inputs: Tensor | None) -> None:
-    """For functions without derivatives, or where others are not supported. Raises ArgumentError."""
+    """For functions that would drop a tangent, or fail in a kernel's launch. Raises ArgumentError.
+
+    inputs  by the names that the caller has for them
+    """
     for name, x in inputs.items():
         if transformed(x):
-            got = "a tensor with a tangent (forward-mode AD), or under a transform of torch.func"
+            got = "a tensor under a transform of torch.func, or with a tangent (forward-mode AD)"
             allowed = f"a plain tensor: {function} supports neither (parallax_attn_func does)"
             raise ArgumentError(name, got, allowed)
 
