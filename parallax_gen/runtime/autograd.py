@@ -26,7 +26,7 @@ from parallax_gen.runtime.transforms import (
     primal_of,
     refuse_batched,
     refuse_tangents,
-    under_a_transform,
+    transforms_see,
 )
 
 _REQUEST = (
@@ -103,23 +103,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.numbers = asked[6:]
 
 
-def _gradients(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    operator: Any = _attention_backward
-    if do is not None:
-        refuse_batched(do)
-        operator = _AttentionBackward.apply if under_a_transform() else operator
-    return _gradients_by(operator, ctx, do)
-
-
-def _gradients_by(operator: Any, ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     dqdr, dkdv = needs[0] or needs[1], needs[2] or needs[3]
     grads: list[Tensor | None] = [None] * len(needs)
     if do is not None:
+        if operator is None:
+            operator = _AttentionBackward.apply if transforms_see(do) else _attention_backward
         saved = ctx.saved_tensors
         found = operator(*saved[:6], *ctx.numbers, do, *saved[6:], dqdr, dkdv)
-        for place in (0, 1) * dqdr + (2, 3) * dkdv:
-            grads[place] = found[place if dqdr else place - 2]
+        grads[0 if dqdr else 2 : 4 if dkdv else 2] = found
     return tuple(grads)
 
 
@@ -141,7 +134,7 @@ class _Attention(torch.autograd.Function):
         return _attention_with_stats(*given)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_save)
-    backward = staticmethod(_gradients)
+    backward = staticmethod(_gradients)  # type: ignore[assignment]
 
 
 def _run_backward(*given: Any) -> list[Tensor]:
@@ -254,7 +247,7 @@ class _TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return _gradients_by(_AttentionBackward.apply, ctx, do)
+        return _gradients(ctx, do, operator=_AttentionBackward.apply)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:

@@ -92,8 +92,9 @@ def parallax_attn_with_kvcache(
 
     Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
     for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
-    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula. Raises
-    ArgumentError, naming the argument.
+    that one graph serves every step. There are no gradients: inputs that need them, have a tangent (forward-mode AD) or
+    are under a transform of torch.func are refused. See `parallax_attn_func` for the formula. Raises ArgumentError,
+    naming the argument.
     """
     if under_a_transform():
         refuse_transforms("parallax_attn_with_kvcache", q=q, r=r, k_cache=k_cache, v_cache=v_cache)

@@ -55,6 +55,12 @@ def under_a_transform() -> bool:
     return _transforms_are_active() or forward_ad._current_level >= 0
 
 
+def transforms_see(do: Tensor) -> bool:
+    """`under_a_transform`, in a backward: do, the gradient of out, may be batched by autograd. Raises ArgumentError."""
+    refuse_batched(do)
+    return _transforms_are_active() or forward_ad._current_level >= 0
+
+
 def under_a_mode() -> bool:
     """Whether a TorchDispatchMode, such as FlopCounterMode, is to see each operator."""
     return _len_of_mode_stack() > 0
