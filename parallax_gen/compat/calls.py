@@ -13,6 +13,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.cached import parallax_attn_with_kvcache
 from parallax_gen.runtime.checks import FURTHEST_ROW, records_gradients
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 
 
 def attend(
@@ -64,6 +65,8 @@ def decode(
     lengths      (batch,) int32 on the same device: how many keys of each sequence count
     cache_start  (batch,) ints, anywhere: the first of them
     """
+    if under_a_transform():
+        refuse_transforms("decoding", q=q, r=r, k=k, v=v)
     check_alike({"q": q, "r": r, "k": k, "v": v})
     if cache_start is not None:
         if cache_start.shape != q.shape[:1]:

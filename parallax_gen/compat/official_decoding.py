@@ -20,6 +20,7 @@ from parallax_gen.compat.checks import (
 )
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime import graphed
+from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 
 GROUPS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 128)
@@ -166,6 +167,8 @@ class GraphedDecode:
         cache_seqlens  a length for all sequences, or one each, 1 to max_kv_len; of no effect with kv_len. Raises
                        ValueError, an ArgumentError, for others
         """
+        if under_a_transform():
+            refuse_transforms("GraphedDecode", q=q, r=r, k=k, v=v)
         for own, given in ((self.q, q), (self.r, r), (self.k, k), (self.v, v)):
             if given is not None:
                 own.copy_(given)

@@ -12,8 +12,10 @@ from parallax_gen.distributed.group import members
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved, backward, forward
 from parallax_gen.runtime.autocast import cast_inputs
+from parallax_gen.runtime.autograd import first_derivatives
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
 from parallax_gen.runtime.states import State, absorb
+from parallax_gen.runtime.transforms import refuse_transforms
 
 
 def shard_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -65,9 +67,10 @@ def ring_attn_func(
 
     Returns out, like q: this rank's part. Parts are joined in fp32. Every rank holds its own part and one more of k and
     v, and in the backward their gradients in fp32. For the backward it keeps q, r, k, v, out, v̄, lse and t̄ of its own
-    part. Under torch.autocast q, r, k and v are cast to its dtype, and are sent in it. Raises ArgumentError, naming the
-    argument.
+    part. Gradients are first derivatives; tangents and transforms of torch.func are refused. Under torch.autocast q, r,
+    k and v are cast to its dtype, and are sent in it. Raises ArgumentError, naming the argument.
     """
+    refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
     q, r, k, v = cast_inputs(q, r, k, v)
     asked = Request(q, r, k, v, None, None, 0, 0, causal, None, softmax_scale)
@@ -170,6 +173,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms("ring_attn_func", do=do)
         q, r, k, v, *state = ctx.saved_tensors
         causal, softmax_scale, ring = ctx.options
         do = do.contiguous()
@@ -195,7 +199,8 @@ class _RingAttention(torch.autograd.Function):
                 keys, values = passing.arrived()
         if coming is not None:
             dk, dv = coming.arrived()
-        return *(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True)), None, None, None
+        grads = tuple(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True))
+        return *first_derivatives(grads, (q, r, k, v, do)), None, None, None
 
 
 def _of_part(part: _Part, q: Tensor, r: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Request:

@@ -67,12 +67,12 @@ def reference_forward(
     softmax_scale  of q·k; 1 / sqrt(head_dim) when None
     cache_seqlens  (batch,), each sequence's length, 0 to seqlen_kv; keys from there on do not exist and are not read
     """
-    batch, seqlen_q, heads, head_dim = _check_shapes(q, r, k, v)
+    batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
     lengths = _check_lengths(cache_seqlens, batch, k.shape[1])
     found = _empty(q.new_zeros((batch, seqlen_q, heads, head_dim), dtype=torch.float64))
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     for b, length in enumerate(lengths):
-        for block in _blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size):
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size):
             out, lse, t_mean, v_mean = _attend(q[b], r[b], k[b], v[b], scale, block)
             found.out[b, block.rows, block.of_group] = out
             found.v_mean[b, block.rows, block.of_group] = v_mean
@@ -96,13 +96,13 @@ def reference_backward(
 
     Arguments and shapes as `reference_forward`'s; do is like q. Block by block: needs no more memory than it.
     """
-    batch, seqlen_q, heads, head_dim = _check_shapes(q, r, k, v)
+    batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
     if do.shape != q.shape:
         raise ArgumentError("do", tuple(do.shape), f"{tuple(q.shape)}, the shape of q")
     found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     for b in range(batch):
-        for block in _blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
             at = (block.rows, block.of_group)
             leaves = [x[b].detach().double() for x in (q, r, k, v)]
             leaves = [leaves[0][at], leaves[1][at], leaves[2][:, block.kv_head], leaves[3][:, block.kv_head]]
@@ -138,7 +138,7 @@ def reference_varlen_forward(
     Returns out and v_mean like q, and lse and t_mean (heads, total_q).
     """
     packed = _empty(q.new_zeros((1, *q.shape), dtype=torch.float64))
-    for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
+    for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
         given = (x[None] for x in (q[rows], r[rows], k[keys], v[keys]))
         one = reference_forward(*given, causal=causal, window_size=window_size, softmax_scale=softmax_scale)
         for whole, part in zip(packed, one, strict=True):
@@ -164,14 +164,14 @@ def reference_varlen_backward(
 ) -> Gradients:
     """`reference_backward` of packed sequences: shapes as of `reference_varlen_forward`, do like q."""
     found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
-    for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
+    for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
         given = (x[None] for x in (q[rows], r[rows], k[keys], v[keys], do[rows]))
         one = reference_backward(*given, causal=causal, window_size=window_size, softmax_scale=softmax_scale)
         found.dq[rows], found.dr[rows], found.dk[keys], found.dv[keys] = (x[0] for x in one)
     return found
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Some rows of the query heads of one kv head, and the keys of their sequence.
 
     offset  a causal row i sees keys up to i + offset; None where every row sees all
@@ -186,9 +186,9 @@ class _Block(NamedTuple):
     window: int | None
 
 
-def _blocks(
+def blocks(
     group: int, kv_heads: int, seqlen_q: int, length: int, causal: bool, window_size: int | None
-) -> Iterator[_Block]:
+) -> Iterator[Block]:
     """One sequence's work in blocks of _SCORES_AT_ONCE scores; nothing where there are no keys."""
     if length == 0:
         return
@@ -200,11 +200,11 @@ def _blocks(
         of_group = slice(kv_head * group, (kv_head + 1) * group)
         for first in range(0, seqlen_q, step):
             rows = slice(first, min(first + step, seqlen_q))
-            yield _Block(rows, of_group, kv_head, length, offset, window_size)
+            yield Block(rows, of_group, kv_head, length, offset, window_size)
 
 
 def _attend(
-    q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, block: _Block
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, block: Block
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_attend_rows` on a block of one sequence's tensors (seqlen, heads, head_dim)."""
     at, keys = (block.rows, block.of_group), (slice(block.length), block.kv_head)
@@ -212,10 +212,23 @@ def _attend(
 
 
 def _attend_rows(
-    q: Tensor, r: Tensor, keys: Tensor, values: Tensor, scale: float, block: _Block
+    q: Tensor, r: Tensor, keys: Tensor, values: Tensor, scale: float, block: Block
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition. q, r (rows, group, head_dim); keys, values (length, head_dim) -> out, lse, t_mean, v_mean."""
-    s = scale * q.transpose(0, 1) @ keys.T  # (group, rows, keys)
+    s, t, sees_any = masked_scores(q, r, keys, scale, block)
+    p = s.softmax(dim=-1) * sees_any
+    t_bar = (p * t).sum(dim=-1, keepdim=True)
+    out = (p * (1 + t_bar - t) @ values).transpose(0, 1)
+    lse = s.logsumexp(dim=-1).masked_fill(~sees_any[:, 0], -math.inf)
+    return out, lse, t_bar[..., 0], (p @ values).transpose(0, 1)
+
+
+def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """s and t, (group, rows, keys), with s -inf where a row does not see a key; and which rows see any, (rows, 1).
+
+    A row that sees no key has finite scores: softmax gives no NaN there, nor do gradients. Multiply p by the third.
+    """
+    s = scale * q.transpose(0, 1) @ keys.T
     t = r.transpose(0, 1) @ keys.T
     sees_any = torch.ones(s.shape[1], 1, dtype=torch.bool, device=q.device)
     if block.offset is not None:
@@ -225,13 +238,8 @@ def _attend_rows(
         if block.window is not None:
             visible &= key > last - block.window
         sees_any = visible.any(dim=1, keepdim=True)
-        # A row that sees nothing gets finite scores here and zeros below: no NaN, in gradients either.
         s = s.masked_fill(~visible & sees_any, -math.inf)
-    p = s.softmax(dim=-1) * sees_any
-    t_bar = (p * t).sum(dim=-1, keepdim=True)
-    out = (p * (1 + t_bar - t) @ values).transpose(0, 1)
-    lse = s.logsumexp(dim=-1).masked_fill(~sees_any[:, 0], -math.inf)
-    return out, lse, t_bar[..., 0], (p @ values).transpose(0, 1)
+    return s, t, sees_any
 
 
 def _empty(out: Tensor) -> Reference:
@@ -241,7 +249,9 @@ def _empty(out: Tensor) -> Reference:
     return Reference(out, torch.full_like(t_mean, -math.inf), t_mean, torch.zeros_like(out))
 
 
-def _sequences(cu_seqlens_q: Tensor | Sequence[int], cu_seqlens_k: Tensor | Sequence[int]) -> list[tuple[slice, slice]]:
+def sequences_of(
+    cu_seqlens_q: Tensor | Sequence[int], cu_seqlens_k: Tensor | Sequence[int]
+) -> list[tuple[slice, slice]]:
     """Where each packed sequence's queries and keys lie."""
     ends_q, ends_k = (torch.as_tensor(x).tolist() for x in (cu_seqlens_q, cu_seqlens_k))
     if len(ends_q) != len(ends_k):
@@ -290,7 +300,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
-def _check_shapes(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+def check_shapes(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     if q.dim() != 4:
         raise ArgumentError("q", tuple(q.shape), "4 dimensions: (batch, seqlen_q, heads, head_dim)")
     batch, seqlen_q, heads, head_dim = q.shape

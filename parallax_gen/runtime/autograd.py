@@ -10,14 +10,24 @@ outside a kernel, and a new length or packing makes no new graph.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.tangents import reference_tangent, reference_varlen_tangent
+from parallax_gen.runtime import flops
 from parallax_gen.runtime.attention import Saved, backward, forward, stats_shape
 from parallax_gen.runtime.checks import Request, inputs_of, starts_of
+from parallax_gen.runtime.transforms import (
+    functionalized,
+    over_samples,
+    primal_of,
+    refuse_batched,
+    refuse_tangents,
+    transforms_see,
+)
 
 _REQUEST = (
     "Tensor q, Tensor r, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -32,6 +42,16 @@ def attend(asked: Request, *, recompute_v_mean: bool) -> tuple[Tensor, Tensor, T
     return _Attention.apply(*asked, recompute_v_mean)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def attend_under_transforms(asked: Request, *, stats: bool, recompute_v_mean: bool) -> tuple[Tensor, ...]:
+    """`attend` where a transform of torch.func or forward-mode AD is to see it. asked: checked.
+
+    stats  whether the caller wants lse, t̄ and v̄, which have no tangents
+    """
+    if functionalized(*inputs_of(asked)):
+        return _attention_with_stats(*asked, recompute_v_mean)  # type: ignore[no-any-return]
+    return _TransformedAttention.apply(*asked, recompute_v_mean, stats)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def attend_without_gradients(asked: Request, *, stats: bool) -> tuple[Tensor, ...]:
     """out, and with stats lse, t̄ and v̄: by operators, which a compiler can trace. asked: checked."""
     return _attention_with_stats(*asked, False) if stats else (_attention(*asked),)
@@ -39,15 +59,20 @@ def attend_without_gradients(asked: Request, *, stats: bool) -> tuple[Tensor, ..
 
 def plain(*inputs: Tensor) -> bool:
     """Whether these are tensors of memory, not stand-ins such as torch's fake tensors, which operators alone take."""
-    return all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in inputs)
+    return _PLAIN.issuperset(map(type, inputs))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _run(*asked: Any) -> Tensor:
     request = Request(*asked)
+    refuse_tangents()
     return forward(request, packed=bool(starts_of(request)))[0]
 
 
 def _fake(*asked: Any) -> Tensor:
+    refuse_tangents()
     q = Request(*asked).q
     return q.new_empty(q.shape)
 
@@ -58,10 +83,12 @@ _attention.register_fake(_fake)
 
 def _run_with_stats(*given: Any) -> tuple[Tensor, ...]:
     request = Request(*given[:-1])
+    refuse_tangents()
     return forward(request, packed=bool(starts_of(request)), stats=True)
 
 
 def _fake_with_stats(*given: Any) -> tuple[Tensor, ...]:
+    refuse_tangents()
     q = Request(*given[:-1]).q
     lse, t_mean = (q.new_empty(stats_shape(q), dtype=torch.float32) for _ in range(2))
     return q.new_empty(q.shape), lse, t_mean, q.new_empty(q.shape)
@@ -76,15 +103,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.numbers = asked[6:]
 
 
-def _gradients(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     dqdr, dkdv = needs[0] or needs[1], needs[2] or needs[3]
     grads: list[Tensor | None] = [None] * len(needs)
     if do is not None:
+        if operator is None:
+            operator = _AttentionBackward.apply if transforms_see(do) else _attention_backward
         saved = ctx.saved_tensors
-        found = _attention_backward(*saved[:6], *ctx.numbers, do, *saved[6:], dqdr, dkdv)
-        for place in (0, 1) * dqdr + (2, 3) * dkdv:
-            grads[place] = found[place if dqdr else place - 2]
+        found = operator(*saved[:6], *ctx.numbers, do, *saved[6:], dqdr, dkdv)
+        grads[0 if dqdr else 2 : 4 if dkdv else 2] = found
     return tuple(grads)
 
 
@@ -106,20 +134,22 @@ class _Attention(torch.autograd.Function):
         return _attention_with_stats(*given)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_save)
-    backward = staticmethod(_gradients)
+    backward = staticmethod(_gradients)  # type: ignore[assignment]
 
 
 def _run_backward(*given: Any) -> list[Tensor]:
     *asked, do, out, lse, t_mean, v_mean, dqdr, dkdv = given
+    refuse_tangents()
     return [*backward(do, Request(*asked), Saved(out, lse, t_mean, v_mean), dqdr=dqdr, dkdv=dkdv)]
 
 
 def _fake_backward(*given: Any) -> list[Tensor]:
+    refuse_tangents()
     q, r, k, v, *_, dqdr, dkdv = given
     return [x.new_empty(x.shape) for x in (q, r) * dqdr + (k, v) * dkdv]
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
+def _refuse(ctx: Any, *_: Any) -> NoReturn:
     raise ArgumentError("create_graph", "a gradient of Parallax attention's gradients", "first derivatives only")
 
 
@@ -132,3 +162,104 @@ _attention_backward = torch.library.custom_op(
 )
 _attention_backward.register_fake(_fake_backward)
 _attention_backward.register_autograd(_refuse)
+
+_OPS = torch.ops.parallax_gen
+flops.register(_OPS.attention, _OPS.attention_with_stats, _OPS.attention_backward)
+
+
+def first_derivatives(grads: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A backward's results, which refuse to be differentiated where they are recorded (create_graph).
+
+    of  all that they depend on
+    """
+    if not torch.is_grad_enabled():
+        return grads
+    return _FirstDerivatives.apply(len(grads), *grads, *of)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    backward = staticmethod(_refuse)
+
+
+def _over_samples(function: Any, info: Any, in_dims: tuple[int | None, ...], given: tuple[Any, ...]) -> Any:
+    """A function's vmap rule. Where torch.compile traces it by itself, after a graph break, it takes the operators."""
+    apply = function.forward if torch.compiler.is_compiling() else function.apply
+    return over_samples(apply, info.batch_size, in_dims, given)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """`_attention_backward` for transforms of torch.func, which differentiate and batch Functions, not operators."""
+
+    @staticmethod
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        return tuple(_attention_backward(*given))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept for a derivative that is refused."""
+
+    backward = staticmethod(_refuse)
+    jvp = staticmethod(_refuse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
+        return _over_samples(_AttentionBackward, info, in_dims, given)
+
+
+class _AttentionTangent(torch.autograd.Function):
+    """The tangent of out, from an operator's arguments and the tangents of q, r, k and v: by the fp64 formula."""
+
+    @staticmethod
+    def forward(*given: Any) -> tuple[Tensor]:
+        asked = Request(*given[:11])
+        options = {"causal": asked.causal, "window_size": asked.window_size, "softmax_scale": asked.softmax_scale}
+        oracle: Any = reference_varlen_tangent if starts_of(asked) else reference_tangent
+        return (oracle(*inputs_of(asked), given[11:], *starts_of(asked), **options).to(asked.q.dtype),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept for a derivative that is refused."""
+
+    backward = staticmethod(_refuse)
+    jvp = staticmethod(_refuse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
+        return _over_samples(_AttentionTangent, info, in_dims, given)
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """`_Attention` for transforms of torch.func and for forward-mode AD, at a few times the host's time."""
+
+    @staticmethod
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        return _attention_with_stats(*given[:-1])  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *given, ctx.stats = inputs
+        _save(ctx, tuple(given), output)
+        ctx.save_for_forward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, do, operator=_AttentionBackward.apply)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        if ctx.stats:
+            allowed = "False: statistics have no tangents"
+            raise ArgumentError("return_stats", "True, beside a tangent (forward-mode AD)", allowed)
+        for tangent in tangents[:4]:
+            if tangent is not None:
+                refuse_batched(tangent)
+        given = (*map(primal_of, ctx.saved_tensors[:6]), *ctx.numbers, *tangents[:4])
+        return *_AttentionTangent.apply(*given), None, None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
+        return _over_samples(_TransformedAttention, info, in_dims, given)

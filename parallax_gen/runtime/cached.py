@@ -18,6 +18,7 @@ from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, c
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of, records_gradients
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 from parallax_gen.runtime.states import State
+from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 from parallax_gen.runtime.workspace import bytes_of
 
 
@@ -93,12 +94,15 @@ def parallax_attn_with_kvcache(
 
     Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
     for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
-    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
+    that one graph serves every step. There are no gradients: inputs that need them, have a tangent (forward-mode AD) or
+    are under a transform of torch.func are refused. See `parallax_attn_func` for the formula.
 
     Under torch.autocast q and r are cast to the caches' dtype where that is bf16 or fp16, else to autocast's; caches in
     fp32 are cast too, which copies all of them at every call, and caches in eight bits stay. With `out` the dtype is
     out's. Raises ArgumentError, naming the argument.
     """
+    if under_a_transform():
+        refuse_transforms("parallax_attn_with_kvcache", q=q, r=r, k_cache=k_cache, v_cache=v_cache)
     q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
     asked, plan = _planned(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,

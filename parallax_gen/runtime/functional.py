@@ -8,7 +8,7 @@ from torch import Tensor
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
 from parallax_gen.runtime.autocast import cast_inputs
-from parallax_gen.runtime.autograd import attend, attend_without_gradients, plain
+from parallax_gen.runtime.autograd import attend, attend_under_transforms, attend_without_gradients, plain
 from parallax_gen.runtime.checks import (
     Request,
     check_flag,
@@ -16,6 +16,13 @@ from parallax_gen.runtime.checks import (
     check_request,
     inputs_of,
     records_gradients,
+)
+from parallax_gen.runtime.transforms import (
+    breaks_graph,
+    transformed,
+    under_a_mode,
+    under_a_transform,
+    without_odd_strides,
 )
 
 Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
@@ -62,6 +69,13 @@ def parallax_attn_func(
     that is 264 bytes a query and head, and 8 with recompute_v_mean. The backward takes another 16 while it runs, of
     each sequence's queries rounded up to a multiple of 128. Without gradients recorded nothing is kept.
 
+    torch.func: grad, vjp, jacrev, functional_call, vmap (of samples: one larger batch) and vmap of grad, for per-sample
+    gradients. Forward-mode AD (dual numbers, jvp, jacfwd, linearize) is right and slow: a tangent of out is found in
+    plain torch, in fp64, on the inputs' device; statistics have none, and return_stats is refused beside one. Second
+    derivatives, of whichever modes, raise ArgumentError. In torch.compile's graphs vmap is traced, around other
+    transforms they break, and dual numbers are refused. torch.utils.flop_counter counts 8 · head_dim FLOP for each
+    query, head and visible key, and in the backward twice as much for all gradients.
+
     Raises ArgumentError, naming the argument.
     """
     asked = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale)
@@ -98,7 +112,9 @@ def parallax_attn_varlen_func(
     max_seqlen_k  likewise of keys
 
     The rest, gradients and autocast, as of parallax_attn_func; lse and t̄ are (heads, total_q). On CUDA tensors the
-    lengths are read by the kernels alone: nothing waits for them, and a new packing compiles nothing.
+    lengths are read by the kernels alone: nothing waits for them, and a new packing compiles nothing. But vmap attends
+    its samples one after the other, and forward-mode AD and a count of FLOPs read cu_seqlens, which waits for the
+    device; where these are a compiler's stand-ins, each sequence counts as the longest.
     """
     asked = Request(
         q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale
@@ -113,14 +129,24 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     q, r, k, v = cast_inputs(*inputs_of(asked), out)
     asked = asked._replace(q=q, r=r, k=k, v=v)
     found: tuple[Tensor, ...]
-    if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
+    inputs = inputs_of(asked)
+    compiling = torch.compiler.is_compiling()
+    if compiling and breaks_graph(asked.q):
+        torch._dynamo.graph_break(msg="transforms of torch.func other than vmap see Parallax attention in eager calls")
+    if not compiling and under_a_transform() and (transformed(*asked[:6]) or under_a_mode()):
+        asked = without_odd_strides(asked)
+        check_request(asked, packed)
+        if out is not None:
+            raise ArgumentError("out", "a tensor, under a transform of torch.func or beside tangents", "None")
+        found = attend_under_transforms(asked, stats=return_stats, recompute_v_mean=recompute_v_mean)
+    elif compiling or under_a_mode() or not plain(*inputs):
         check_request(asked, packed, out)
-        if records_gradients(*inputs_of(asked)):
+        if records_gradients(*inputs):
             found = _attend_with_gradients(asked, out, recompute_v_mean)
         else:
             found = attend_without_gradients(asked, stats=return_stats)
             found = found if out is None else (out.copy_(found[0]), *found[1:])
-    elif records_gradients(*inputs_of(asked)):
+    elif records_gradients(*inputs):
         check_request(asked, packed, out)
         found = _attend_with_gradients(asked, out, recompute_v_mean)
     else:

@@ -10,6 +10,7 @@ from torch import Tensor
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.cached import kvcache_workspace_size, parallax_attn_with_kvcache
 from parallax_gen.runtime.states import State
+from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 
 
 class GraphedDecode:
@@ -46,6 +47,8 @@ class GraphedDecode:
 
     def __call__(self, q: Tensor | None = None, r: Tensor | None = None) -> Tensor | State:
         """The output, or State, of the next step. q, r: copied to where the graph reads them; None: they are there."""
+        if under_a_transform():
+            refuse_transforms("GraphedDecode", q=q, r=r)
         for own, new in ((self.q, q), (self.r, r)):
             if new is not None:
                 own.copy_(new)

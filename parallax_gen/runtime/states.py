@@ -38,7 +38,8 @@ def merge_states(*states: State | tuple[Tensor, Tensor, Tensor, Tensor]) -> Stat
         out = Σ w_i (out_i + (t̄ - t̄_i) v̄_i),
 
     since out_i = v̄_i (1 + t̄_i) - Σ_j p_ij t_ij v_j. The sums are in fp32; out and v̄ come back in the dtypes of the
-    first state's. Raises ArgumentError.
+    first state's. There are no gradients by way of states that our functions return, whose
+    lse, t̄ and v̄ have none: one whose out needs gradients is refused. Raises ArgumentError.
     """
     if not states:
         raise ArgumentError("states", "none", "one state or more")
@@ -79,6 +80,9 @@ def _check(parts: list[State]) -> None:
         raise ArgumentError("states", "one of something else than tensors", "(out, lse, t_mean, v_mean) each")
     rows = (*first.out.shape[:-3], first.out.shape[-2], first.out.shape[-3]) if first.out.dim() > 2 else None
     for i, part in enumerate(parts):
+        if torch.is_grad_enabled() and part.out.requires_grad and not part.lse.requires_grad:
+            allowed = "one without, or no_grad: its lse, t̄ and v̄ have none, which out alone would get wrong"
+            raise ArgumentError(f"states[{i}]", "an out that needs gradients", allowed)
         if part.out.shape != first.out.shape or part.v_mean.shape != first.out.shape:
             got = f"out {tuple(part.out.shape)} and v_mean {tuple(part.v_mean.shape)}"
             raise ArgumentError(f"states[{i}]", got, f"{tuple(first.out.shape)} of both, as states[0] has")

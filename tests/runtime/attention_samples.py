@@ -51,3 +51,31 @@ def padded(dtype: torch.dtype = torch.float32) -> Sample:
     )
     q, r, k, v = (x.requires_grad_() for x in wider)
     return Sample((q, r, k, v), (starts_q + 1, starts_k + 2, *longest))
+
+
+def formula(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *starts: Tensor, causal: bool = False, window_size: int | None = None
+) -> Tensor:
+    """out in float64 by one line of algebra, for torch's own derivatives: independent of the package's oracle.
+
+    starts  cu_seqlens_q and cu_seqlens_k of packed sequences
+    """
+    if starts:
+        ends = zip(*(zip(x.tolist(), x.tolist()[1:], strict=False) for x in starts), strict=True)
+        parts = [(slice(*rows), slice(*keys)) for rows, keys in ends]
+        found = [
+            formula(q[rows][None], r[rows][None], k[keys][None], v[keys][None], causal=causal, window_size=window_size)
+            for rows, keys in parts
+        ]
+        rest = q[starts[0][-1] :].double() * 0
+        return torch.cat([*(x[0] for x in found), rest])
+    q, r, k, v = (x.double() for x in (q, r, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    position = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+    key = torch.arange(k.shape[1])
+    seen = (key <= position) if causal else (key >= 0).expand(q.shape[1], -1)
+    seen = seen & (key > position - window_size) if window_size else seen
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(q.shape[-1] ** -0.5).exp() * seen
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    t = torch.einsum("bqhd,bkhd->bhqk", r, k)
+    return torch.einsum("bhqk,bkhd->bqhd", weights * (1 + (weights * t).sum(-1, keepdim=True) - t), v)

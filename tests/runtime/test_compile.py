@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_samples import normal
+import torch.autograd.forward_ad as fw
+from attention_samples import formula, normal
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -104,3 +105,30 @@ def test_under_autocast() -> None:
     torch.testing.assert_close(found, wanted)
     found.sum().backward()
     assert x.grad is not None
+
+
+def test_tangents_and_transforms_in_a_graph() -> None:
+    """An operator sees no tangent: a graph that would drop one is refused, and one that need not be whole is not."""
+    q, d = normal(2, 5, 4, 16), normal(2, 5, 4, 16)
+
+    def attend(x: Tensor) -> Tensor:
+        out: Tensor = parallax_attn_func(x, q / 4, q, q, causal=True)  # type: ignore[assignment]
+        return out
+
+    def wanted(x: Tensor) -> Tensor:
+        return formula(x, q / 4, q, q, causal=True)
+
+    call, _ = compiled(attend, "aot_eager")
+    with fw.dual_level(), pytest.raises(Exception, match=r"forward-mode AD: got under torch\.compile"):
+        call(fw.make_dual(q, d))
+    call, _ = compiled(lambda x: torch.func.jvp(attend, (x,), (d,))[1], "aot_eager")
+    with pytest.raises(Exception, match=r"transforms of torch\.func other than vmap"):
+        call(q)
+    batched, _ = compiled(torch.func.vmap(attend), "aot_eager")
+    torch.testing.assert_close(batched(q[None])[0].double(), wanted(q), rtol=1e-5, atol=1e-5)
+    broken = torch.compile(lambda x: torch.func.jvp(attend, (x,), (d,))[1], backend="aot_eager")
+    tangent = torch.func.jvp(wanted, (q.double(),), (d.double(),))[1]
+    torch.testing.assert_close(broken(q).double(), tangent, rtol=1e-5, atol=1e-5)
+    per_sample = torch.compile(torch.func.vmap(torch.func.grad(lambda x: (attend(x) ** 2).sum())), backend="aot_eager")
+    gradient = torch.func.grad(lambda x: (wanted(x) ** 2).sum())(q.double())
+    torch.testing.assert_close(per_sample(q[None])[0].double(), gradient, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fw
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
@@ -124,3 +125,22 @@ def test_without_a_group_it_says_so() -> None:
     x = torch.zeros(1, 4, 2, 16)
     with pytest.raises(ArgumentError, match="init_process_group"):
         ring_attn_func(x, x, x, x)
+
+
+def test_a_ring_refuses_what_it_would_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tangents, transforms of torch.func, and a gradient of its gradients."""
+    monkeypatch.setattr(_Ring, "of", staticmethod(lambda group: _Ring(group, 0, 1, 0, 0)))
+    inputs = [x.requires_grad_() for x in whole(4, 2, 4, 2, torch.float32)[:4]]
+    q, *rest = inputs
+    out = ring_attn_func(*inputs, causal=True)
+    for grad in torch.autograd.grad(out.sum(), inputs, create_graph=True):
+        with pytest.raises(ArgumentError, match=r"create_graph: .* first derivatives only"):
+            torch.autograd.grad(grad.sum(), q, retain_graph=True)
+    with pytest.raises(ArgumentError, match=r"k: got a tensor under a transform"):
+        torch.func.grad(lambda k: ring_attn_func(q, rest[0], k, rest[2]).sum())(rest[1])
+    with fw.dual_level():
+        with pytest.raises(ArgumentError, match=r"q: got .*with a tangent"):
+            ring_attn_func(fw.make_dual(q, q), *rest)
+        out = ring_attn_func(*inputs, causal=True)
+        with pytest.raises(ArgumentError, match=r"do: got .*with a tangent"):
+            torch.autograd.grad(out, q, fw.make_dual(torch.ones_like(q), torch.ones_like(q)))

@@ -12,6 +12,7 @@ from parallax_gen.integrations.transformers.masks import keys_of, starts_of
 from parallax_gen.runtime.cached import parallax_attn_with_kvcache
 from parallax_gen.runtime.checks import records_gradients
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.runtime.transforms import under_a_transform
 
 NAME = "parallax"  # among transformers' attention implementations
 
@@ -53,7 +54,7 @@ def parallax_attention(
     q_length, kv_length = q.shape[1], k.shape[1]
     lengths, keys = _given_lengths(attention_mask, others), keys_of(attention_mask)
     from_cache = q_length < kv_length and lengths is None and (attention_mask is None or keys is not None)
-    if from_cache and not records_gradients(q, r, k, v):
+    if from_cache and not (records_gradients(q, r, k, v) or under_a_transform()):
         attend = _cached_attention if torch.compiler.is_compiling() else _attend_to_cache
         first, end = keys or (None, None)
         return attend(q, r, k, v, first, end, sliding_window, scaling), None

@@ -1,0 +1,65 @@
+"""The formula of the forward derivative, against torch's own forward-mode AD through the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallax_gen.problem import reference
+from parallax_gen.problem.reference import reference_forward, reference_varlen_forward
+from parallax_gen.problem.tangents import reference_tangent, reference_varlen_tangent
+
+MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"causal": True, "window_size": 2, "softmax_scale": 0.4}]
+
+
+def normal(*size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)), dtype=torch.float64)
+
+
+def inputs(rows: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """4 query heads and 2 kv heads of width 8; q and r differ, and so do k and v."""
+    return normal(*rows, 4, 8), normal(*rows, 5, 8)[..., 1:, :], normal(*keys, 2, 8), normal(*keys, 3, 8)[..., 1:, :]
+
+
+@pytest.mark.parametrize("options", MASKS, ids=["full", "causal", "window"])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), [(5, 7), (7, 4), (3, 0)])
+def test_the_formula_is_the_definitions_derivative(
+    seqlen_q: int, seqlen_kv: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 45)  # several blocks a head
+    given = inputs((1, seqlen_q), (1, seqlen_kv))
+    changes = tuple(torch.randn_like(x) for x in given)
+    wanted = torch.func.jvp(lambda *x: reference_forward(*x, **options).out, given, changes)[1]
+    torch.testing.assert_close(reference_tangent(*given, changes, **options), wanted)
+
+
+def test_inputs_that_do_not_change() -> None:
+    given = inputs((1, 3), (1, 4))
+    changes = tuple(torch.randn_like(x) for x in given)
+    for place in range(4):
+        one = [changes[i] if i == place else None for i in range(4)]
+        zeros = [torch.zeros_like(x) if d is None else d for x, d in zip(given, one, strict=True)]
+        torch.testing.assert_close(reference_tangent(*given, one), reference_tangent(*given, zeros))
+
+
+@pytest.mark.parametrize("options", MASKS, ids=["full", "causal", "window"])
+def test_packed_sequences(options: dict[str, Any]) -> None:
+    """One has no queries, one no keys, and rows at the end belong to none."""
+    starts = (torch.tensor([0, 2, 2, 4, 8]), torch.tensor([0, 3, 4, 4, 9]))
+    given = inputs((10,), (12,))
+    changes = tuple(torch.randn_like(x) for x in given)
+    wanted = torch.func.jvp(lambda *x: reference_varlen_forward(*x, *starts, **options).out, given, changes)[1]
+    found = reference_varlen_tangent(*given, changes, *starts, **options)
+    torch.testing.assert_close(found, wanted)
+    assert not found[8:].any()
+
+
+def test_no_sequences() -> None:
+    given = inputs((0, 5), (0, 7))
+    assert reference_tangent(*given, given).shape == (0, 5, 4, 8)
+    given = inputs((3,), (4,))
+    starts = torch.zeros(1, dtype=torch.int32)
+    assert not reference_varlen_tangent(*given, given, starts, starts).any()

@@ -1,0 +1,91 @@
+"""FlopCounterMode counts attention as problem.shapes does: eager with and without gradients, transformed, fake."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_samples import dense, packed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.problem.shapes import Shape, work_of
+from parallax_gen.problem.spec import KernelSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # that these are CPU tensors, and torch's own
+
+OPS = torch.ops.parallax_gen
+FORWARD = 8 * 2 * 4 * 5 * 7 * 16  # of dense(): two sequences, four heads, 5 queries, 7 keys, width 16
+
+
+def counted(call: Any) -> dict[Any, int]:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_flop_counts().get("Global", {})
+
+
+def test_a_forward_without_gradients() -> None:
+    q, r, k, v = (x.detach() for x in dense().inputs)
+    assert counted(lambda: parallax_attn_func(q, r, k, v)) == {OPS.attention: FORWARD}
+    assert counted(lambda: parallax_attn_func(q, r, k, v, return_stats=True)) == {OPS.attention_with_stats: FORWARD}
+    out = torch.empty_like(q)
+    assert counted(lambda: parallax_attn_func(q, r, k, v, out=out)) == {OPS.attention: FORWARD}
+    torch.testing.assert_close(out, parallax_attn_func(q, r, k, v))
+    inputs = dense().inputs
+    with torch.no_grad():
+        assert counted(lambda: parallax_attn_func(*inputs)) == {OPS.attention: FORWARD}
+
+
+@pytest.mark.parametrize(("needed", "matmuls"), [((0, 1, 2, 3), 8), ((0,), 5), ((1,), 5), ((3,), 6), ((1, 2), 8)])
+def test_a_backward_by_the_gradients_that_are_wanted(needed: tuple[int, ...], matmuls: int) -> None:
+    inputs = tuple(x.requires_grad_(i in needed) for i, x in enumerate(dense().inputs))
+    every = counted(lambda: parallax_attn_func(*inputs).sum().backward())
+    assert every == {OPS.attention_with_stats: FORWARD, OPS.attention_backward: FORWARD // 4 * matmuls}
+    out = parallax_attn_func(*inputs, recompute_v_mean=True).sum()
+    assert counted(out.backward) == {OPS.attention_backward: FORWARD // 4 * (matmuls + 4)}
+
+
+@pytest.mark.parametrize("seqlens", [(8, 8), (5, 7), (7, 4)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_masks_count_as_in_work_of(seqlens: tuple[int, int], window: int | None) -> None:
+    inputs = [x.detach() for x in dense(*seqlens).inputs]
+    found = counted(lambda: parallax_attn_func(*inputs, causal=True, window_size=window))
+    spec = KernelSpec("forward", 16, "fp32", group=2, causal=True, window=window is not None)
+    assert found == {OPS.attention: work_of(spec, Shape(2, 4, 2, *seqlens, window or 0)).flops}
+
+
+def test_packed_sequences_count_their_own_lengths() -> None:
+    inputs, (starts_q, starts_k, *longest) = packed()
+    pairs = sum(a * b for a, b in zip(starts_q.diff().tolist(), starts_k.diff().tolist(), strict=True))
+    found = counted(lambda: parallax_attn_varlen_func(*inputs, starts_q, starts_k, *longest).sum().backward())
+    assert found == {OPS.attention_with_stats: 8 * 4 * 16 * pairs, OPS.attention_backward: 16 * 4 * 16 * pairs}
+
+
+def test_stand_ins_of_packed_sequences_count_as_the_longest() -> None:
+    with FakeTensorMode():
+        q, k, starts = torch.empty(9, 4, 16), torch.empty(11, 2, 16), torch.zeros(6, dtype=torch.int32)
+        found = counted(lambda: parallax_attn_varlen_func(q, q, k, k, starts, starts, 5, 7))
+    assert found == {OPS.attention: 8 * 4 * 16 * 5 * (5 * 7)}
+
+
+def test_without_any_key_nothing_is_counted() -> None:
+    q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 0, 2, 16)
+    assert sum(counted(lambda: parallax_attn_func(q, q, k, k, causal=True)).values()) == 0
+
+
+def test_transforms_are_counted() -> None:
+    inputs = [x.detach()[None] for x in dense().inputs]
+    per_sample = torch.func.vmap(torch.func.grad(lambda *x: parallax_attn_func(*x).sum(), (0, 1, 2, 3)))
+    found = counted(lambda: per_sample(*inputs))
+    assert found == {OPS.attention_with_stats: FORWARD, OPS.attention_backward: 2 * FORWARD}
+
+
+def test_compiled_calls_are_counted() -> None:
+    call = torch.compile(parallax_attn_func, backend="aot_eager")
+    inputs = dense().inputs
+    call(*inputs)
+    found = counted(lambda: call(*inputs).sum().backward())
+    assert found == {OPS.attention_with_stats: FORWARD, OPS.attention_backward: 2 * FORWARD}
+    torch._dynamo.reset()
