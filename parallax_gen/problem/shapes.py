@@ -214,17 +214,22 @@ def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> W
 
 
 def _visible(spec: KernelSpec, shape: Shape) -> float:
-    """(query, key) pairs that are seen, of one head of one sequence.
+    """(query, key) pairs that are seen, of one head of one sequence."""
+    return visible_pairs(shape.seqlen_q, shape.seqlen_kv, spec.causal, shape.window)
+
+
+def visible_pairs(seqlen_q: int, seqlen_kv: int, causal: bool, window: int = 0) -> float:
+    """(query, key) pairs that are seen, of one head of one sequence. window: 0 for none.
 
     Row i of a causal call sees max(0, seqlen_kv - seqlen_q + i + 1) keys. Counted as the area of the triangle or
     trapezium, half when square: the usual convention for quoting causal rates. A window cuts off a corner of it.
     """
-    if not spec.causal:
-        return shape.seqlen_q * shape.seqlen_kv
-    rows = min(shape.seqlen_q, shape.seqlen_kv)
-    seen = rows * (shape.seqlen_kv - rows) + rows * rows / 2
-    if 0 < shape.window < shape.seqlen_kv:
-        shortest, longest = max(0, shape.seqlen_kv - rows - shape.window), shape.seqlen_kv - shape.window
+    if not causal:
+        return seqlen_q * seqlen_kv
+    rows = min(seqlen_q, seqlen_kv)
+    seen = rows * (seqlen_kv - rows) + rows * rows / 2
+    if 0 < window < seqlen_kv:
+        shortest, longest = max(0, seqlen_kv - rows - window), seqlen_kv - window
         seen -= (longest**2 - shortest**2) / 2
     return seen
 
