@@ -24,6 +24,7 @@ from parallax_gen.runtime.cache_checks import (
 from parallax_gen.runtime.cached_operators import laid_out, needs_operator, operators_of, refuse_tangents
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
+from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
 from parallax_gen.runtime.states import State
 from parallax_gen.runtime.workspace import bytes_of
 
@@ -161,13 +162,39 @@ def _attend_by_operator(
     refuse_gradients(*asked[:4])
     if workspace is not None:
         check_workspace_type(workspace, asked.q)
+    if is_sharded(*asked[:4]):
+        found = _attend_shards(asked, length, state)
+        return found if out is None else (out.copy_(found[0]), *found[1:])
     if asked.k_cache.dtype in CACHE_DTYPE_NAMES:
         check_fours(asked)
         asked = _with_scales(asked)
     if length is not None:
         asked = asked._replace(k_cache=asked.k_cache[:, :length], v_cache=asked.v_cache[:, :length])
-    found: tuple[Tensor, ...] = _attention_with_state(*asked) if state else (_attention(*asked),)
+    found = _attention_with_state(*asked) if state else (_attention(*asked),)
     return found if out is None else (out.copy_(found[0]), *found[1:])
+
+
+def _attend_shards(asked: CacheRequest, length: int | None, state: bool) -> tuple[Tensor, ...]:
+    """`_attend` of DTensors."""
+
+    def attend(*local: Any) -> tuple[Tensor, ...]:
+        one = CacheRequest(*local)._asdict()
+        if length is not None:
+            one["cache_seqlens"] = length
+        found = parallax_attn_with_kvcache(**one, return_state=state)
+        return found if isinstance(found, tuple) else (found,)
+
+    rows, keys = DENSE if asked.cu_seqlens_q is None else PACKED, DENSE if asked.page_table is None else PAGES
+    scales = (_dims_of_scale(x, asked.k_cache.shape[2]) for x in (asked.k_scale, asked.v_scale))
+    lengths = OF_ALL if asked.cu_seqlens_q is not None else OF_SEQUENCES
+    dims = (rows, rows, keys, keys, lengths, lengths, lengths, OF_ALL, *scales, *[None] * 4)
+    return over_shards(attend, asked, dims, asked._fields[:4])
+
+
+def _dims_of_scale(scale: Tensor | float | None, kv_heads: int) -> Dims | None:
+    if not isinstance(scale, Tensor):
+        return None
+    return Dims(None, 0) if len(scale) == kv_heads > 1 else OF_ALL
 
 
 def _run(*given: Any, state: bool) -> tuple[Tensor, ...]:

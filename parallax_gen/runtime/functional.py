@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from parallax_gen.runtime.checks import (
     inputs_of,
     records_gradients,
 )
+from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
 
 Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -112,7 +115,9 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     found: tuple[Tensor, ...]
     if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
         check_request(asked, packed, out)
-        if records_gradients(*inputs_of(asked)):
+        if is_sharded(*inputs_of(asked)):
+            found = _attend_shards(asked, packed, out, return_stats, recompute_v_mean)
+        elif records_gradients(*inputs_of(asked)):
             found = _attend_with_gradients(asked, out, recompute_v_mean)
         else:
             found = attend_without_gradients(asked, stats=return_stats)
@@ -129,6 +134,23 @@ def _attend_with_gradients(asked: Request, out: Tensor | None, recompute_v_mean:
     if out is not None:
         raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
     return attend(asked, recompute_v_mean=recompute_v_mean)
+
+
+def _attend_shards(
+    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+) -> tuple[Tensor, ...]:
+    """`_attend` of DTensors."""
+    if out is not None and records_gradients(*inputs_of(asked)):
+        raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
+
+    def attend(*local: Any) -> tuple[Tensor, ...]:
+        found = _attend(Request(*local), packed, None, return_stats, recompute_v_mean)
+        return found if isinstance(found, tuple) else (found,)
+
+    starts = OF_ALL if packed else None
+    dims = (*[PACKED if packed else DENSE] * 4, starts, starts, *[None] * 5)
+    found = over_shards(attend, asked, dims)
+    return found if out is None else (out.copy_(found[0]), *found[1:])
 
 
 def _under_autocast(asked: Request) -> Request:
