@@ -81,8 +81,15 @@ def parallax_attn_with_kvcache(
 
     Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
     for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
-    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula. Raises
-    ArgumentError, naming the argument.
+    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
+
+    Under torch.compile and torch.export this is one operator, of any lengths and sizes. It takes no `workspace`, which
+    is only checked: its scratch is the library's own; and what it returns is copied to `out`. Under torch.func.vmap
+    samples with dense caches of their own are one launch, others one each. DTensors are sharded on sequences or on
+    heads, or are redistributed so; what is a plain tensor beside them, lengths and tables, is taken to be whole and
+    the same on every rank.
+
+    Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD).
     """
     if needs_operator(q, r, k_cache, v_cache):
         length = cache_seqlens if isinstance(cache_seqlens, (int, torch.SymInt)) else None

@@ -169,11 +169,13 @@ def flops(*given: Any, out_val: Any = None) -> int:
     """
     asked = CacheRequest(*given)
     heads, head_dim = asked.q.shape[-2:]
-    window = 0 if asked.window_size is None else asked.window_size
+    window = asked.window_size or 0
     pairs = 0.0
     for rows, keys in zip(*_lengths(asked), strict=True):
-        # A single query sees all keys, causal or not, and none before its window.
-        pairs += visible_pairs(rows, keys, window > 0 or (asked.causal and rows > 1), window)
+        if rows == 1:  # it sees all keys, causal or not, of its window
+            pairs += min(keys, window or keys)
+        else:
+            pairs += visible_pairs(rows, keys, asked.causal, window)
     return int(2 * MATMULS["decode"] * heads * head_dim * pairs)
 
 

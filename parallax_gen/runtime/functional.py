@@ -60,6 +60,9 @@ def parallax_attn_func(
     torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype. Under torch.compile
     this is one operator.
 
+    DTensors, all four of them on one mesh, are attended by each rank for its own sequences or kv heads (where those
+    can be divided evenly), and nothing is sent where they are sharded alike; else they are redistributed first.
+
     Gradients: first derivatives of out, with respect to q, r, k and v, the same in every run. Kept for them, besides
     the inputs and out, are 8 bytes a query and head (lse and t̄), and v̄, as large as out: for bf16 and head_dim 128
     that is 264 bytes a query and head, and 8 with recompute_v_mean. The backward takes another 16 while it runs, of

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -210,7 +208,7 @@ class Placed(NamedTuple):
             6,
             (Shard(2), Shard(2)),
             ["heads", "batch"],
-        ),  # 6 kv heads in 4 parts would part them from their queries
+        ),  # 6 kv heads are not divisible by 4
         ((2, 2), 8, (Shard(2), Shard(2)), ["heads", "heads"]),
         ((8,), 2, (Shard(1),), ["batch"]),  # all to all, where gathering sends more
         ((16,), 16, (Shard(1),), ["heads"]),  # 8 sequences are too few
@@ -231,17 +229,6 @@ def test_packed_sequences_are_not_parted() -> None:
     inputs = [Placed((8, heads, 16), (Shard(0),)) for heads in (4, 4, 2, 2)]
     assert _kinds(Mesh((2,)), inputs, [PACKED] * 4) == ["heads"]  # type: ignore[arg-type]
     assert _kinds(Mesh((8,)), inputs, [PACKED] * 4) == [""]  # type: ignore[arg-type]
-
-
-def test_no_import_for_tensors_without_shards() -> None:
-    """torch.distributed.tensor is loaded by those who make DTensors."""
-    code = (
-        "import sys, torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
-        "from parallax_gen import parallax_attn_func\n"
-        "with FakeTensorMode(): parallax_attn_func(*[torch.empty(1, 2, 2, 16) for _ in range(4)])\n"
-        "assert 'torch.distributed.tensor' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.fixture
