@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-from parallax_gen.runtime.checks import DTYPE_NAMES, check_out, is_int
-
-if TYPE_CHECKING:
-    from parallax_gen.runtime.cached import CacheRequest
+from parallax_gen.runtime.checks import DTYPE_NAMES, check_out, is_int, records_gradients
 
 CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 # The most keys that a kernel takes at a time.
 LARGEST_BLOCK = 128
+
+
+class CacheRequest(NamedTuple):
+    """Attention against a cache, as a caller asks for it: arguments of `parallax_attn_with_kvcache`."""
+
+    q: Tensor
+    r: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_seqlens: Tensor | None
+    page_table: Tensor | None
+    cache_leftpad: Tensor | None
+    cu_seqlens_q: Tensor | None
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    max_seqlen_q: int | None
+    causal: bool
+    window_size: int | None
+    softmax_scale: float | None
 
 
 def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) -> None:
@@ -61,7 +77,12 @@ def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) ->
 
 
 def check_fours(asked: CacheRequest) -> None:
-    """Whether caches in eight bits can be taken four numbers at a time: in every call, for plans know no offsets."""
+    """Whether caches in eight bits can be taken four numbers at a time: in every call, for plans know no offsets.
+
+    torch.compile traces no offsets either: the operator looks at them when it runs.
+    """
+    if torch.compiler.is_compiling():
+        return
     for name, cache in (("k_cache", asked.k_cache), ("v_cache", asked.v_cache)):
         if cache.storage_offset() % 4 or any(stride % 4 for stride in _strides(cache)[:-1]):
             raise ArgumentError(
@@ -71,13 +92,36 @@ def check_fours(asked: CacheRequest) -> None:
 
 def check_workspace(workspace: object, needed: int, q: Tensor) -> None:
     """Whether it can be a launch's scratch of so many bytes."""
-    allowed = f"a contiguous uint8 tensor of {needed} bytes or more, zeros at first, on {q.device}"
+    check_workspace_type(workspace, q, needed)
+    assert isinstance(workspace, Tensor)
+    if workspace.data_ptr() % 16:
+        _refuse_workspace(workspace, needed, q)
+
+
+def check_workspace_type(workspace: object, q: Tensor, needed: int = 0) -> None:
+    """`check_workspace`, but for its address."""
     if not isinstance(workspace, Tensor):
-        raise ArgumentError("workspace", type(workspace).__name__, allowed)
+        raise ArgumentError("workspace", type(workspace).__name__, _workspace_allowed(needed, q))
     right = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.device == q.device
-    if not right or workspace.numel() < needed or workspace.data_ptr() % 16:
-        got = f"{workspace.dtype} of shape {tuple(workspace.shape)} on {workspace.device}"
-        raise ArgumentError("workspace", got, allowed)
+    if not right or workspace.numel() < needed:
+        _refuse_workspace(workspace, needed, q)
+
+
+def _refuse_workspace(workspace: Tensor, needed: int, q: Tensor) -> NoReturn:
+    got = f"{workspace.dtype} of shape {tuple(workspace.shape)} on {workspace.device}"
+    raise ArgumentError("workspace", got, _workspace_allowed(needed, q))
+
+
+def _workspace_allowed(needed: int, q: Tensor) -> str:
+    return f"a contiguous uint8 tensor of {needed} bytes or more, zeros at first, on {q.device}"
+
+
+def refuse_gradients(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    if records_gradients(q, r, k_cache, v_cache):
+        named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
+        name = next(name for name, x in named if x.requires_grad)
+        allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
+        raise ArgumentError(name, "a tensor that needs gradients", allowed)
 
 
 def _check_tensors(asked: CacheRequest) -> None:
@@ -115,8 +159,9 @@ def _check_tensors(asked: CacheRequest) -> None:
         raise ArgumentError("v_cache", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k_cache")
     if paged and _strides(v) != _strides(k):
         raise ArgumentError("v_cache", f"strides {v.stride()}", f"{k.stride()}, as k_cache has, with a page_table")
-    for name, cache in (("k_cache", k), ("v_cache", v)):
-        _check_keys(name, cache, paged)
+    if not torch.compiler.is_compiling():  # it traces no gcd of sizes, and the operator looks at them when it runs
+        for name, cache in (("k_cache", k), ("v_cache", v)):
+            _check_keys(name, cache, paged)
 
 
 def _check_keys(name: str, cache: Tensor, paged: bool) -> None:
@@ -173,27 +218,37 @@ def _check_cache_scale(name: str, scale: Tensor | float, asked: CacheRequest) ->
         raise ArgumentError(name, f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}", allowed)
 
 
+# What is allowed is put into words where it is raised: torch.compile takes a size that stands in a text for a constant.
+
+
 def _check_pages(asked: CacheRequest, batch: int) -> None:
     page_table, q = asked.page_table, asked.q
-    allowed = f"an int32 tensor of shape ({batch}, pages of a sequence at the most) on {q.device}"
     if not isinstance(page_table, Tensor):
-        raise ArgumentError("page_table", type(page_table).__name__, allowed)
+        raise ArgumentError("page_table", type(page_table).__name__, _allowed_pages(batch, q))
     right = page_table.dtype == torch.int32 and page_table.dim() == 2 and page_table.shape[0] == batch
     if not right or page_table.device != q.device or page_table.stride(1) != 1:
         got = f"{page_table.dtype} of shape {tuple(page_table.shape)}, strides {page_table.stride()}"
-        raise ArgumentError("page_table", f"{got}, on {page_table.device}", f"{allowed}, its rows contiguous")
+        raise ArgumentError("page_table", f"{got}, on {page_table.device}", _allowed_pages(batch, q))
     if asked.cache_seqlens is None:
         raise ArgumentError("cache_seqlens", "None with a page_table", "each sequence's length, a tensor")
 
 
+def _allowed_pages(batch: int, q: Tensor) -> str:
+    shape = f"({batch}, pages of a sequence at the most)"
+    return f"an int32 tensor of shape {shape} on {q.device}, its rows contiguous"
+
+
 def _check_ints(name: str, given: object, size: int | None, q: Tensor) -> None:
-    shape = "(batch + 1,)" if size is None else f"({size},)"
-    allowed = (
-        "an int, or " * (name == "cache_seqlens")
-    ) + f"an int32 tensor of shape {shape}, contiguous, on {q.device}"
     if not isinstance(given, Tensor):
-        raise ArgumentError(name, type(given).__name__, allowed)
-    right = given.dtype == torch.int32 and given.dim() == 1 and given.shape[0] > 0
-    right = right and (size is None or given.shape[0] == size)
-    if (not right and size != 0) or not given.is_contiguous() or given.device != q.device:
-        raise ArgumentError(name, f"{given.dtype} of shape {tuple(given.shape)} on {given.device}", allowed)
+        raise ArgumentError(name, type(given).__name__, _allowed_ints(name, size, q))
+    right = given.dtype == torch.int32 and given.dim() == 1
+    right = right and (given.shape[0] > 0 if size is None else given.shape[0] == size)
+    if not right or not given.is_contiguous() or given.device != q.device:
+        got = f"{given.dtype} of shape {tuple(given.shape)} on {given.device}"
+        raise ArgumentError(name, got, _allowed_ints(name, size, q))
+
+
+def _allowed_ints(name: str, size: int | None, q: Tensor) -> str:
+    shape = "(batch + 1,)" if size is None else f"({size},)"
+    one = "an int, or " if name == "cache_seqlens" else ""
+    return f"{one}an int32 tensor of shape {shape}, contiguous, on {q.device}"

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallax_gen.codegen.calling import in_fours, sizes_of
-from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.cached import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
 from parallax_gen.runtime.autocast import cast_to_cache
-from parallax_gen.runtime.cache_checks import CACHE_DTYPE_NAMES, check_cached, check_fours, check_workspace
-from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of, records_gradients
+from parallax_gen.runtime.cache_checks import (
+    CACHE_DTYPE_NAMES,
+    CacheRequest,
+    check_cached,
+    check_fours,
+    check_workspace,
+    check_workspace_type,
+    refuse_gradients,
+)
+from parallax_gen.runtime.cached_operators import laid_out, needs_operator, operators_of, refuse_tangents
+from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
+from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
 from parallax_gen.runtime.states import State
-from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 from parallax_gen.runtime.workspace import bytes_of
-
-
-class CacheRequest(NamedTuple):
-    """Attention against a cache, as a caller asks for it: arguments of `parallax_attn_with_kvcache`."""
-
-    q: Tensor
-    r: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    cache_seqlens: Tensor | None
-    page_table: Tensor | None
-    cache_leftpad: Tensor | None
-    cu_seqlens_q: Tensor | None
-    k_scale: Tensor | float | None
-    v_scale: Tensor | float | None
-    max_seqlen_q: int | None
-    causal: bool
-    window_size: int | None
-    softmax_scale: float | None
 
 
 def parallax_attn_with_kvcache(
@@ -94,34 +83,36 @@ def parallax_attn_with_kvcache(
 
     Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
     for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
-    that one graph serves every step. There are no gradients: inputs that need them, have a tangent (forward-mode AD) or
-    are under a transform of torch.func are refused. See `parallax_attn_func` for the formula.
+    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
+
+    Under torch.compile and torch.export this is one operator, of any lengths and sizes. It takes no `workspace`, which
+    is only checked: its scratch is the library's own; and what it returns is copied to `out`. Under torch.func.vmap
+    samples with dense caches of their own are one launch, others one each. DTensors are sharded on sequences or on
+    heads, or are redistributed so; what is a plain tensor beside them, lengths and tables, is taken to be whole and
+    the same on every rank.
 
     Under torch.autocast q and r are cast to the caches' dtype where that is bf16 or fp16, else to autocast's; caches in
     fp32 are cast too, which copies all of them at every call, and caches in eight bits stay. With `out` the dtype is
-    out's. Raises ArgumentError, naming the argument.
+    out's.
+
+    Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD).
     """
-    if under_a_transform():
-        refuse_transforms("parallax_attn_with_kvcache", q=q, r=r, k_cache=k_cache, v_cache=v_cache)
     q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
-    asked, plan = _planned(
-        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
-        window_size, softmax_scale, k_scale, v_scale, out, return_state,
-    )  # fmt: skip
-    if records_gradients(q, r, k_cache, v_cache):
-        named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
-        name = next(name for name, x in named if x.requires_grad)
-        allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
-        raise ArgumentError(name, "a tensor that needs gradients", allowed)
-    found = room_for(q, out, return_state)
-    if isinstance(plan, LaunchPlan):
-        if workspace is not None:
-            check_workspace(workspace, bytes_of(plan.scratch), q)
-        plan.launch(_tensors_of(asked, found), workspace=workspace)
-    elif plan.nothing_seen:
-        fill_unseen(found)
+    if needs_operator(q, r, k_cache, v_cache):
+        length = cache_seqlens if isinstance(cache_seqlens, (int, torch.SymInt)) else None
+        lengths = None if isinstance(cache_seqlens, (int, torch.SymInt)) else cache_seqlens
+        asked = CacheRequest(
+            q, r, k_cache, v_cache, lengths, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
+            max_seqlen_q, causal, window_size, softmax_scale,
+        )  # fmt: skip
+        found = _attend_by_operator(asked, length, out, return_state, workspace)
     else:
-        copy_into(found, reference_cached_forward(*asked[:4], **_options(asked)))
+        asked, plan = _planned(
+            q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
+            window_size, softmax_scale, k_scale, v_scale, out, return_state,
+        )  # fmt: skip
+        refuse_gradients(q, r, k_cache, v_cache)
+        found = _attend(asked, plan, out, return_state, workspace)
     return State(*found) if return_state else found[0]
 
 
@@ -155,6 +146,84 @@ def kvcache_workspace_size(
     )  # fmt: skip
     return bytes_of(plan.scratch) if isinstance(plan, LaunchPlan) else 0
 
+
+def _attend(
+    asked: CacheRequest, plan: LaunchPlan | HostPlan, out: Tensor | None, state: bool, workspace: Tensor | None
+) -> tuple[Tensor, ...]:
+    """out, and with `state` lse, t̄ and v̄."""
+    found = room_for(asked.q, out, state)
+    if isinstance(plan, LaunchPlan):
+        if workspace is not None:
+            check_workspace(workspace, bytes_of(plan.scratch), asked.q)
+        plan.launch(_tensors_of(asked, found), workspace=workspace)
+    elif plan.nothing_seen:
+        fill_unseen(found)
+    else:
+        copy_into(found, reference_cached_forward(*asked[:4], **_options(asked)))
+    return found
+
+
+def _attend_by_operator(
+    asked: CacheRequest, length: int | None, out: Tensor | None, state: bool, workspace: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`_attend` where a tracer, a mode, a transform or a tensor subclass is to see one operator.
+
+    length  cache_seqlens, where it is an int
+    """
+    check_flag("return_state", state)
+    check_numbers_of(asked.causal, asked.window_size, asked.softmax_scale)
+    asked = laid_out(asked)
+    check_cached(asked, length, out)
+    refuse_tangents(*asked[:4])
+    refuse_gradients(*asked[:4])
+    if workspace is not None:
+        check_workspace_type(workspace, asked.q)
+    if is_sharded(*asked[:4]):
+        found = _attend_shards(asked, length, state)
+        return found if out is None else (out.copy_(found[0]), *found[1:])
+    if asked.k_cache.dtype in CACHE_DTYPE_NAMES:
+        check_fours(asked)
+        asked = _with_scales(asked)
+    if length is not None:
+        asked = asked._replace(k_cache=asked.k_cache[:, :length], v_cache=asked.v_cache[:, :length])
+    found = _attention_with_state(*asked) if state else (_attention(*asked),)
+    return found if out is None else (out.copy_(found[0]), *found[1:])
+
+
+def _attend_shards(asked: CacheRequest, length: int | None, state: bool) -> tuple[Tensor, ...]:
+    """`_attend` of DTensors."""
+
+    def attend(*local: Any) -> tuple[Tensor, ...]:
+        one = CacheRequest(*local)._asdict()
+        if length is not None:
+            one["cache_seqlens"] = length
+        found = parallax_attn_with_kvcache(**one, return_state=state)
+        return found if isinstance(found, tuple) else (found,)
+
+    rows, keys = DENSE if asked.cu_seqlens_q is None else PACKED, DENSE if asked.page_table is None else PAGES
+    scales = (_dims_of_scale(x, asked.k_cache.shape[2]) for x in (asked.k_scale, asked.v_scale))
+    lengths = OF_ALL if asked.cu_seqlens_q is not None else OF_SEQUENCES
+    dims = (rows, rows, keys, keys, lengths, lengths, lengths, OF_ALL, *scales, *[None] * 4)
+    return over_shards(attend, asked, dims, asked._fields[:4])
+
+
+def _dims_of_scale(scale: Tensor | float | None, kv_heads: int) -> Dims | None:
+    if not isinstance(scale, Tensor):
+        return None
+    return Dims(None, 0) if len(scale) == kv_heads > 1 else OF_ALL
+
+
+def _run(*given: Any, state: bool) -> tuple[Tensor, ...]:
+    """What the operators do."""
+    asked = CacheRequest(*given)
+    asked, plan = _planned(
+        *asked[:8], asked.max_seqlen_q, asked.causal, asked.window_size, asked.softmax_scale, asked.k_scale,
+        asked.v_scale, None, state,
+    )  # fmt: skip
+    return _attend(asked, plan, None, state, None)
+
+
+_attention, _attention_with_state = operators_of(_run)
 
 _plans: Plans[LaunchPlan | HostPlan] = Plans()
 

@@ -142,7 +142,8 @@ def _check_scale(softmax_scale: float | None) -> None:
 
 
 def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an int, or a symbol that torch.export traces one by."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _check_packing(asked: Request) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from parallax_gen.runtime.checks import (
     inputs_of,
     records_gradients,
 )
+from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
 from parallax_gen.runtime.transforms import (
     breaks_graph,
     transformed,
@@ -63,6 +66,9 @@ def parallax_attn_func(
     fp64 reference. fp32 matmuls round to TF32 where torch's own may (torch.backends.cuda.matmul.fp32_precision,
     torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype, or to that of `out`.
     Under torch.compile this is one operator.
+
+    DTensors, all four of them on one mesh, are attended by each rank for its own sequences or kv heads (where those
+    can be divided evenly), and nothing is sent where they are sharded alike; else they are redistributed first.
 
     Gradients: first derivatives of out, with respect to q, r, k and v, the same in every run. Kept for them, besides
     the inputs and out, are 8 bytes a query and head (lse and t̄), and v̄, as large as out: for bf16 and head_dim 128
@@ -141,7 +147,9 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
         found = attend_under_transforms(asked, stats=return_stats, recompute_v_mean=recompute_v_mean)
     elif compiling or under_a_mode() or not plain(*inputs):
         check_request(asked, packed, out)
-        if records_gradients(*inputs):
+        if is_sharded(*inputs):
+            found = _attend_shards(asked, packed, out, return_stats, recompute_v_mean)
+        elif records_gradients(*inputs):
             found = _attend_with_gradients(asked, out, recompute_v_mean)
         else:
             found = attend_without_gradients(asked, stats=return_stats)
@@ -158,3 +166,20 @@ def _attend_with_gradients(asked: Request, out: Tensor | None, recompute_v_mean:
     if out is not None:
         raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
     return attend(asked, recompute_v_mean=recompute_v_mean)
+
+
+def _attend_shards(
+    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+) -> tuple[Tensor, ...]:
+    """`_attend` of DTensors."""
+    if out is not None and records_gradients(*inputs_of(asked)):
+        raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
+
+    def attend(*local: Any) -> tuple[Tensor, ...]:
+        found = _attend(Request(*local), packed, None, return_stats, recompute_v_mean)
+        return found if isinstance(found, tuple) else (found,)
+
+    starts = OF_ALL if packed else None
+    dims = (*[PACKED if packed else DENSE] * 4, starts, starts, *[None] * 5)
+    found = over_shards(attend, asked, dims)
+    return found if out is None else (out.copy_(found[0]), *found[1:])

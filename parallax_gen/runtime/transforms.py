@@ -18,8 +18,8 @@ from parallax_gen.runtime.checks import FURTHEST_ROW, Request
 
 Outputs = tuple[Tensor, ...]
 
-_transforms_are_active = torch._C._are_functorch_transforms_active
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+transforms_are_active = torch._C._are_functorch_transforms_active
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_batchedtensor
 _is_functional = torch._C._functorch.is_functionaltensor
 _is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
@@ -28,14 +28,14 @@ _len_of_mode_stack = torch._C._len_torch_dispatch_stack
 
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of torch.func (grad, vjp, vmap, jvp) or forward-mode AD is to see what is done to these."""
-    if _transforms_are_active() and any(isinstance(x, Tensor) and _is_wrapped(x) for x in tensors):
+    if transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in tensors):
         return True
     return forward_ad._current_level >= 0 and _any_tangent(tensors)
 
 
 def breaks_graph(q: Tensor) -> bool:
     """Whether torch.compile, which is tracing, cannot take q's transforms into its graph: it can vmap alone."""
-    return _transforms_are_active() and not _is_batched(q)
+    return transforms_are_active() and not _is_batched(q)
 
 
 def functionalized(*tensors: Tensor | None) -> bool:
@@ -52,13 +52,13 @@ def refuse_batched(x: Tensor) -> None:
 
 def under_a_transform() -> bool:
     """Whether any transform of torch.func is active, or forward-mode AD entered: seldom, and cheap to know."""
-    return _transforms_are_active() or forward_ad._current_level >= 0
+    return transforms_are_active() or forward_ad._current_level >= 0
 
 
 def transforms_see(do: Tensor) -> bool:
     """`under_a_transform`, in a backward: do, the gradient of out, may be batched by autograd. Raises ArgumentError."""
     refuse_batched(do)
-    return _transforms_are_active() or forward_ad._current_level >= 0
+    return transforms_are_active() or forward_ad._current_level >= 0
 
 
 def under_a_mode() -> bool:

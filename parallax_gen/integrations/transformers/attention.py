@@ -53,12 +53,12 @@ def parallax_attention(
     q, r, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, r, key, value))
     q_length, kv_length = q.shape[1], k.shape[1]
     lengths, keys = _given_lengths(attention_mask, others), keys_of(attention_mask)
+    options: dict[str, Any] = {"causal": True, "window_size": sliding_window, "softmax_scale": scaling}
     from_cache = q_length < kv_length and lengths is None and (attention_mask is None or keys is not None)
     if from_cache and not (records_gradients(q, r, k, v) or under_a_transform()):
-        attend = _cached_attention if torch.compiler.is_compiling() else _attend_to_cache
         first, end = keys or (None, None)
-        return attend(q, r, k, v, first, end, sliding_window, scaling), None
-    options: dict[str, Any] = {"causal": True, "window_size": sliding_window, "softmax_scale": scaling}
+        found = parallax_attn_with_kvcache(q, r, k, v, cache_seqlens=end, cache_leftpad=first, **options)
+        return cast("Tensor", found), None
     if lengths is None and attention_mask is not None:
         starts = starts_of(attention_mask, q_length, kv_length)
         lengths = starts and (*starts, q_length, kv_length)
@@ -96,28 +96,3 @@ def _refuse(module: nn.Module, mask: Tensor | None, dropout: float, others: dict
     for name in ("softcap", "s_aux"):
         if others.get(name) is not None:
             raise ArgumentError(name, "one", "None: Parallax attention has no soft caps and no sinks")
-
-
-def _attend_to_cache(
-    q: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor | None,
-    end: Tensor | None,
-    window_size: int | None,
-    softmax_scale: float | None,
-) -> Tensor:
-    options: dict[str, Any] = {"causal": True, "window_size": window_size, "softmax_scale": softmax_scale}
-    return cast("Tensor", parallax_attn_with_kvcache(q, r, k, v, cache_seqlens=end, cache_leftpad=first, **options))
-
-
-# As an operator for torch.compile, which does not trace how decode's kernels are launched.
-_cached_attention = torch.library.custom_op(
-    "parallax_gen::cached_attention",
-    _attend_to_cache,
-    mutates_args=(),
-    schema="(Tensor q, Tensor r, Tensor k, Tensor v, Tensor? first, Tensor? end, SymInt? window_size, "
-    "float? softmax_scale) -> Tensor",
-)
-_cached_attention.register_fake(lambda q, *_: q.new_empty(q.shape))

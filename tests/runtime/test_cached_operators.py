@@ -1,0 +1,277 @@
+"""Attention against a KV cache where it is traced, counted, batched or differentiated: one operator, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from caches import HEAD_DIM, HEADS, KV_HEADS, cut, put_together
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from parallax_gen import State, parallax_attn_varlen_func, parallax_attn_with_kvcache
+from parallax_gen.errors import ArgumentError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own, of what it compiles with
+
+LENGTHS = (9, 0, 5, 1)
+BEFORE = (0, 4, 7, 2)
+F8 = torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, backend: str = "aot_eager") -> tuple[Any, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+def operators(graphs: list[Any]) -> set[str]:
+    names = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    return {name for name in names if name.startswith("parallax_gen")}
+
+
+def same(found: Any, wanted: Any) -> None:
+    assert type(found) is type(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dense(batch: int, seqlen: int, queries: int = 1) -> tuple[Tensor, Tensor]:
+    """q, and a cache that serves as keys and values."""
+    draw = torch.Generator().manual_seed(seqlen)
+    q = torch.randn(batch, queries, HEADS, HEAD_DIM, generator=draw)
+    return q, torch.randn(batch, seqlen, KV_HEADS, HEAD_DIM, generator=draw)
+
+
+# torch.compile
+
+
+GIVEN = [
+    pytest.param(put_together(cut(LENGTHS, 3)), {"causal": True, "window_size": 2}, id="window"),
+    pytest.param(put_together(cut(LENGTHS), before=BEFORE), {"softmax_scale": 0.3}, id="left padding"),
+    pytest.param(put_together(cut(LENGTHS, 3), before=BEFORE, page_size=3), {"causal": True}, id="pages"),
+    pytest.param(put_together(cut(LENGTHS, (4, 2, 7, 0)), packed=True, page_size=3), {"causal": True}, id="packed"),
+    pytest.param(
+        put_together(cut(LENGTHS, 2, torch.bfloat16, F8), page_size=4),
+        {"k_scale": 0.5, "v_scale": torch.tensor([3.0, 0.25])},
+        id="eight bits",
+    ),
+    pytest.param({**put_together(cut((9, 9), 2)), "cache_seqlens": 8}, {"causal": True}, id="an int"),
+    pytest.param({**put_together(cut((9, 9))), "cache_seqlens": None}, {}, id="all keys"),
+]
+
+
+@pytest.mark.parametrize(("given", "options"), GIVEN)
+def test_one_graph(given: dict[str, Any], options: dict[str, Any]) -> None:
+    call, counter = compiled(lambda q: parallax_attn_with_kvcache(**{**given, "q": q}, **options, return_state=True))
+    found = call(given["q"])
+    assert isinstance(found, State)
+    wanted = parallax_attn_with_kvcache(**given, **options, return_state=True)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)  # of keys without a length
+    assert operators(counter.graphs) == {"parallax_gen.attention_with_kvcache_state.default"}
+
+
+def test_out_is_written_and_a_workspace_is_checked() -> None:
+    given = put_together(cut(LENGTHS))
+    call, counter = compiled(lambda out, space: parallax_attn_with_kvcache(**given, out=out, workspace=space))
+    out = torch.full((4, 1, HEADS, HEAD_DIM), float("nan"))
+    assert call(out, torch.zeros(64, dtype=torch.uint8)) is out
+    torch.testing.assert_close(out, parallax_attn_with_kvcache(**given))
+    assert operators(counter.graphs) == {"parallax_gen.attention_with_kvcache.default"}
+    with pytest.raises(ArgumentError, match=r"^workspace: got torch.int8"):
+        torch.compile(parallax_attn_with_kvcache, backend="eager")(**given, workspace=torch.zeros(64, dtype=torch.int8))
+
+
+def test_a_cache_that_grows_is_one_graph() -> None:
+    call, counter = compiled(lambda q, k: parallax_attn_with_kvcache(q, q / 4, k, k, causal=True))
+    for batch, seqlen, queries in ((2, 5, 3), (2, 6, 3), (3, 9, 2), (5, 31, 4)):
+        q, k = dense(batch, seqlen, queries)
+        for x, dims in ((q, (0, 1)), (k, (0, 1))):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(x, dim)
+        torch.testing.assert_close(call(q, k), parallax_attn_with_kvcache(q, q / 4, k, k, causal=True))
+    assert counter.frame_count == 1
+
+
+def test_lengths_and_tables_of_any_batch_are_one_graph() -> None:
+    """No size stands in a text that is put together where nothing is refused: torch would take it for a constant."""
+    call, counter = compiled(
+        lambda q, k, n, pages: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n, page_table=pages)
+    )
+    for batch, columns, page_size in ((2, 3, 4), (3, 2, 6), (5, 4, 8)):
+        q, k = dense(batch, 1)[0], dense(9, page_size)[1]
+        lengths, pages = ints(*range(batch)), torch.arange(batch * columns).view(batch, columns).int() % 9
+        for x, dims in ((q, (0,)), (k, (0, 1)), (lengths, (0,)), (pages, (0, 1))):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(x, dim)
+        wanted = parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=lengths, page_table=pages)
+        torch.testing.assert_close(call(q, k, lengths, pages), wanted)
+    assert counter.frame_count == 1
+
+
+def test_an_int_and_the_longest_sequence_become_symbols() -> None:
+    q, k = dense(2, 9)
+    call, counter = compiled(lambda n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))
+    for length in (3, 5, 7, 8):
+        torch.testing.assert_close(call(length), parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=length))
+    assert counter.frame_count <= 2  # torch takes the first for a constant, the second for any
+    given = put_together(cut(LENGTHS, (4, 2, 7, 0)), packed=True)
+    del given["max_seqlen_q"]
+    call, counter = compiled(lambda n: parallax_attn_with_kvcache(**given, max_seqlen_q=n))
+    for longest in (7, 8, 9, 12):
+        torch.testing.assert_close(call(longest), parallax_attn_with_kvcache(**given, max_seqlen_q=longest))
+    assert counter.frame_count <= 2
+
+
+def test_inductor() -> None:
+    q, k = dense(2, 9, 3)
+    call, _ = compiled(lambda q, n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n), "inductor")
+    lengths = ints(5, 9)  # nothing else is in the graph: to compile C++ takes seconds
+    torch.testing.assert_close(call(q, lengths), parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=lengths))
+
+
+def test_what_is_refused_is_refused_while_tracing() -> None:
+    q, k = dense(2, 9)
+    call = torch.compile(parallax_attn_with_kvcache, backend="eager")
+    with pytest.raises(ArgumentError, match=r"^k_cache: got 3 kv heads; allowed: a divisor of q's 4 heads"):
+        call(q, q, torch.zeros(2, 9, 3, HEAD_DIM), k)
+    with pytest.raises(ArgumentError, match=r"^cache_seqlens: got torch.int32 of shape \(3,\)"):
+        call(q, q, k, k, cache_seqlens=ints(1, 2, 3))
+    with pytest.raises(ArgumentError, match=r"^q: got a tensor that needs gradients"):
+        call(q.clone().requires_grad_(), q, k, k)
+
+
+# torch.export
+
+
+class Step(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, lengths: Tensor) -> State:
+        found = parallax_attn_with_kvcache(q, q / 4, k, k, cache_seqlens=lengths, causal=True, return_state=True)
+        assert isinstance(found, State)
+        return found
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_step_serves_other_sizes(strict: bool) -> None:
+    batch, seqlen = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("seqlen", min=2, max=4096)
+    sizes = ({0: batch}, {0: batch, 1: seqlen}, {0: batch})
+    program = torch.export.export(Step(), (*dense(3, 9, 2), ints(2, 9, 5)), dynamic_shapes=sizes, strict=strict)
+    assert operators([program.graph_module]) == {"parallax_gen.attention_with_kvcache_state.default"}
+    given = (*dense(4, 30, 2), ints(30, 0, 7, 2))
+    same([*program.module()(*given)], [*Step()(*given)])
+
+
+class Packed(nn.Module):
+    def forward(self, q: Tensor, starts: Tensor) -> Tensor:
+        longest = q.shape[0]
+        one = parallax_attn_varlen_func(q, q, q, q, starts, starts, longest, longest)
+        keys = {"k_cache": q[None], "v_cache": q[None], "cu_seqlens_q": starts, "max_seqlen_q": longest}
+        two = parallax_attn_with_kvcache(q, q, **keys)
+        assert isinstance(one, Tensor)
+        assert isinstance(two, Tensor)
+        return one + two
+
+
+def test_a_size_is_an_int_where_it_is_exported() -> None:
+    """Where no frame is traced but Python runs, sizes are SymInts, which are no ints."""
+    rows = torch.export.Dim("rows", min=2, max=64)
+    given = torch.randn(5, HEADS, HEAD_DIM), ints(0, 5)
+    program = torch.export.export(Packed(), given, dynamic_shapes=({0: rows}, None), strict=False)
+    given = torch.randn(7, HEADS, HEAD_DIM), ints(0, 7)
+    torch.testing.assert_close(program.module()(*given), Packed()(*given))
+
+
+def test_the_operators_keep_their_promises() -> None:
+    q, k = dense(2, 9)
+    given = (q, q, k, k, ints(3, 9), *[None] * 6, True, 3, None)
+    for name in ("attention_with_kvcache", "attention_with_kvcache_state"):
+        torch.library.opcheck(getattr(torch.ops.parallax_gen, name).default, given)
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "pairs"),
+    [
+        (put_together(cut(LENGTHS, 3)), {}, 3 * 15),
+        (put_together(cut(LENGTHS), before=BEFORE), {"causal": True}, 15),
+        (put_together(cut(LENGTHS), page_size=3), {"causal": True, "window_size": 4}, 4 + 0 + 4 + 1),
+        (put_together(cut((9, 4), (2, 3)), packed=True), {}, 2 * 9 + 3 * 4),
+        (put_together(cut((9, 4), 4)), {"causal": True, "return_state": True}, 4 * 5 + 4 * 4 / 2 + 4 * 4 / 2),
+    ],
+    ids=["lengths", "left padding", "window in pages", "packed", "causal"],
+)
+def test_flops(given: dict[str, Any], options: dict[str, Any], pairs: float) -> None:
+    """4 matmuls, of a multiply and an add; half a square where causal."""
+    with FlopCounterMode(display=False) as counter:
+        found = parallax_attn_with_kvcache(**given, **options)
+    assert counter.get_total_flops() == 4 * 2 * HEADS * HEAD_DIM * pairs
+    same([*found], [*parallax_attn_with_kvcache(**given, **options)])
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "dims"),
+    [
+        ({}, {"q": 0, "r": 1, "k_cache": 0, "v_cache": 2, "cache_seqlens": 0}),
+        ({"before": BEFORE}, {"q": 4, "k_cache": 0, "v_cache": 0}),
+        ({}, {"q": 0, "r": 0}),
+        ({"page_size": 3}, {"q": 0, "page_table": 0, "cache_seqlens": 1}),
+    ],
+    ids=["all", "some", "one cache for all", "pages"],
+)
+def test_vmap(layout: dict[str, Any], dims: dict[str, int], state: bool) -> None:
+    samples = [put_together(cut(lengths, 2), **layout) for lengths in (LENGTHS, (9, 7, 5, 1))]
+    samples = [{name: x.nan_to_num(1.0) for name, x in sample.items()} for sample in samples]
+    samples[1] |= {name: x for name, x in samples[0].items() if name not in dims}
+    names = list(samples[0])
+    args = [torch.stack([s[n] for s in samples], dims[n]) if n in dims else samples[0][n] for n in names]
+
+    def attend(*given: Tensor) -> Any:
+        return parallax_attn_with_kvcache(**dict(zip(names, given, strict=True)), causal=True, return_state=state)
+
+    found = torch.func.vmap(attend, in_dims=tuple(dims.get(name) for name in names))(*args)
+    each = [attend(*sample.values()) for sample in samples]
+    wanted = [torch.stack(parts) for parts in zip(*each, strict=True)] if state else torch.stack(each)
+    same([*found], [*wanted])
+
+
+def test_derivatives_are_refused() -> None:
+    q, k = dense(2, 9)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(k, k)
+        with pytest.raises(ArgumentError, match=r"^v_cache: got a tensor with a tangent \(forward-mode AD\)"):
+            parallax_attn_with_kvcache(q, q, k, dual)
+        with (
+            FlopCounterMode(display=False),
+            pytest.raises(ArgumentError, match=r"^k_cache: got a tensor with a tangent"),
+        ):
+            parallax_attn_with_kvcache(q, q, dual, k)
+        assert parallax_attn_with_kvcache(q, q, k, k).shape == q.shape
+        call = torch.compile(lambda k: parallax_attn_with_kvcache(q, q, k, k), backend="eager")
+        with pytest.raises(ArgumentError, match=r"^q: got a call inside of forward-mode AD, under torch.compile"):
+            call(dual)
+    assert call(k).shape == q.shape
+    with pytest.raises(ArgumentError, match=r"^q: got a tensor with a tangent"):
+        torch.func.jvp(lambda q: parallax_attn_with_kvcache(q, q, k, k), (q,), (q,))
+    with pytest.raises(ArgumentError, match=r"^q: got a tensor that needs gradients"):
+        torch.func.grad(lambda q: parallax_attn_with_kvcache(q, q, k, k).sum())(q)

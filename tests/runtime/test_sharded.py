@@ -1,0 +1,258 @@
+"""DTensors, over gloo: sharded on sequences, heads or in any other way, they give what whole tensors give."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
+from parallax_gen.errors import ArgumentError
+from parallax_gen.runtime.sharded import DENSE, PACKED, _kinds
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own
+
+FP32 = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def draw(*sizes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, generator=generator) for size in sizes]
+
+
+def dense(kv_heads: int = 2, batch: int = 2) -> list[Tensor]:
+    """q, r, k, v and the output's gradient: 4 query heads of width 16."""
+    rows, keys = (batch, 4, 4, 16), (batch, 6, kv_heads, 16)
+    return draw(rows, rows, keys, keys, rows)
+
+
+def sharded(mesh: DeviceMesh, tensors: list[Tensor], placements: list[Any]) -> list[DTensor]:
+    """One placement for each tensor."""
+    pairs = zip(tensors, placements, strict=True)
+    return [distribute_tensor(x, mesh, [place], src_data_rank=None) for x, place in pairs]  # all ranks have all of x
+
+
+def same(found: Any, wanted: Any) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.full_tensor(), b, **FP32)
+
+
+def attends(mesh: DeviceMesh, placements: list[Any], out: Any, sent: bool, kv_heads: int = 2, batch: int = 2) -> None:
+    """Outputs and gradients. out: how it is sharded; sent: whether the forward has anything to send."""
+    *inputs, do = dense(kv_heads, batch)
+    leaves = [x.requires_grad_() for x in inputs]
+    wanted = parallax_attn_func(*leaves, causal=True, return_stats=True)
+    gradients = torch.autograd.grad(wanted[0], leaves, do)
+    mine = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], placements)]
+    with CommDebugMode() as talk:
+        found = parallax_attn_func(*mine, causal=True, return_stats=True)
+    assert (talk.get_total_counts() > 0) == (sent and mesh.size() > 1)
+    stats = {Shard(2): Shard(1)}.get(out, out)  # (batch, heads, seqlen_q)
+    assert [x.placements for x in found] == [(out,), (stats,), (stats,), (out,)]
+    same(found, wanted)
+    grads = torch.autograd.grad(found[0], mine, distribute_tensor(do, mesh, [out]))
+    assert [x.placements for x in grads] == [x.placements for x in mine]
+    same(grads, gradients)
+    with torch.no_grad():
+        room = distribute_tensor(torch.zeros_like(do), mesh, [Shard(1)])
+        assert parallax_attn_func(*mine, causal=True, out=room) is room
+        same([room], wanted[:1])
+
+
+def every_way(mesh: DeviceMesh) -> None:
+    both = mesh.size() == 2
+    for place in (Shard(0), Shard(2), Replicate()):
+        attends(mesh, [place] * 4, place, sent=False)
+    attends(mesh, [Shard(1)] * 4, Shard(0), sent=True)
+    attends(mesh, [Shard(3)] * 4, Shard(0), sent=True)
+    attends(mesh, [Shard(1)] * 4, Shard(2), sent=True, batch=3) if both else None
+    attends(mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Shard(2), sent=False)
+    attends(mesh, [Shard(0)] * 4, Shard(0), sent=False, batch=3)  # two on the first rank, one on the second
+    if both:  # neither one kv head nor one sequence can be sharded: the query heads are gathered
+        attends(mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Replicate(), sent=True, kv_heads=1, batch=1)
+
+
+def packed_ones(mesh: DeviceMesh) -> None:
+    *inputs, do = draw((7, 4, 16), (7, 4, 16), (9, 2, 16), (9, 2, 16), (7, 4, 16))
+    starts = [torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 7], [0, 5, 9])]
+    leaves = [x.requires_grad_() for x in inputs]
+    wanted = parallax_attn_varlen_func(*leaves, *starts, 4, 5, causal=True, return_stats=True)
+    gradients = torch.autograd.grad(wanted[0], leaves, do)
+    for place in (Shard(1), Shard(0)):
+        mine = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], [place] * 4)]
+        given = starts if place == Shard(1) else sharded(mesh, starts, [Replicate()] * 2)
+        found = parallax_attn_varlen_func(*mine, *given, 4, 5, causal=True, return_stats=True)
+        assert [x.placements for x in found] == [(Shard(1),), (Shard(0),), (Shard(0),), (Shard(1),)]
+        same(found, wanted)
+        same(torch.autograd.grad(found[0], mine, distribute_tensor(do, mesh, [place])), gradients)
+
+
+def caches(mesh: DeviceMesh) -> None:
+    q, r, k, v = dense()[:4]
+    pages = [x.reshape(6, 2, 2, 16) for x in (k, v)]
+    ints = {"cache_seqlens": torch.tensor([5, 2], dtype=torch.int32)}
+    table = {**ints, "page_table": torch.tensor([[3, 1, 0], [5, 2, 4]], dtype=torch.int32)}
+    eight = {**ints, "k_scale": torch.tensor([0.5, 2.0]), "v_scale": 2.0}
+    starts = {**ints, "cu_seqlens_q": torch.tensor([0, 3, 8], dtype=torch.int32), "max_seqlen_q": 5}
+    float8 = [x.to(torch.float8_e4m3fn) for x in (k, v)]
+    half = [x.bfloat16() for x in (q, r)]
+    whole, heads = [Shard(0)] * 4, [Shard(2)] * 4
+    pool = [Shard(0), Shard(0), Replicate(), Replicate()]
+    rows = [Shard(1), Shard(1), Shard(2), Shard(2)]
+    for tensors, placements, options in (
+        ([q, r, k, v], whole, ints),
+        ([q, r, k, v], heads, {**ints, "cache_leftpad": torch.tensor([1, 0], dtype=torch.int32)}),
+        ([q, r, k, v], heads, {"cache_seqlens": 4}),
+        ([q, r, *pages], heads, table),
+        ([q, r, *pages], pool, table),
+        ([*half, *float8], heads, eight),
+        ([q.flatten(0, 1), r.flatten(0, 1), k, v], rows, starts),
+    ):
+        mine = sharded(mesh, tensors, placements)
+        wanted = parallax_attn_with_kvcache(*tensors, causal=True, return_state=True, **options)
+        with CommDebugMode() as talk:
+            found = parallax_attn_with_kvcache(*mine, causal=True, return_state=True, **options)
+        assert talk.get_total_counts() == 0
+        assert found[0].placements == (placements[0],)
+        same(found, wanted)
+    mine = sharded(mesh, [q, r, k, v], whole)
+    given = {"cache_seqlens": distribute_tensor(ints["cache_seqlens"], mesh, [Shard(0)])}
+    room = distribute_tensor(torch.zeros_like(q), mesh, [Replicate()])
+    assert parallax_attn_with_kvcache(*mine, **given, out=room) is room
+    same([room], [parallax_attn_with_kvcache(q, r, k, v, **ints)])
+
+
+def refused(mesh: DeviceMesh) -> None:
+    inputs = dense()[:4]
+    mine = sharded(mesh, inputs, [Shard(2)] * 4)
+    for function, name in ((parallax_attn_func, "k"), (parallax_attn_with_kvcache, "k_cache")):
+        with pytest.raises(ArgumentError, match=rf"^{name}: got a plain tensor beside DTensors; allowed: a DTensor"):
+            function(*mine[:2], *inputs[2:])  # type: ignore[operator]
+    with pytest.raises(ArgumentError, match=r"^out: got a tensor, where gradients are recorded"):
+        parallax_attn_func(*[x.requires_grad_() for x in mine], out=mine[0].detach())
+
+
+def work(rank: int, ranks: int, port: int, failures: Any) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
+    try:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for each in (every_way, packed_ones, caches, refused):
+            each(mesh)
+    except Exception:
+        failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks() -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor.debug", "parallax_gen.runtime.cached", "pytest"])
+    failures = context.SimpleQueue()
+    processes = [context.Process(target=work, args=(rank, 2, port, failures)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    stuck = [process for process in processes if process.is_alive()]
+    for process in stuck:
+        process.kill()
+    assert failures.empty(), failures.get()
+    assert not stuck
+
+
+class Mesh(NamedTuple):
+    """Stands in for a DeviceMesh of these sizes."""
+
+    sizes: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.sizes)
+
+    def size(self, at: int) -> int:
+        return self.sizes[at]
+
+
+class Placed(NamedTuple):
+    """Stands in for a DTensor."""
+
+    shape: tuple[int, ...]
+    placements: tuple[Any, ...]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads", "places", "kinds"),
+    [
+        ((2, 4), 4, (Shard(0), Shard(2)), ["batch", "heads"]),
+        ((2, 4), 4, (Replicate(), Shard(2)), ["", "heads"]),  # replicas stay that
+        (
+            (2, 2),
+            6,
+            (Shard(2), Shard(2)),
+            ["heads", "batch"],
+        ),  # 6 kv heads are not divisible by 4
+        ((2, 2), 8, (Shard(2), Shard(2)), ["heads", "heads"]),
+        ((8,), 2, (Shard(1),), ["batch"]),  # all to all, where gathering sends more
+        ((16,), 16, (Shard(1),), ["heads"]),  # 8 sequences are too few
+        ((16,), 3, (Shard(1),), [""]),
+        ((16,), 3, (Shard(0),), ["batch"]),  # some ranks have none already
+        ((2,), 2, (Partial(),), ["batch"]),
+    ],
+)
+def test_what_each_mesh_dimension_shards(
+    sizes: tuple[int, ...], kv_heads: int, places: tuple[Any, ...], kinds: list[str]
+) -> None:
+    shapes = [(8, 5, 48, 16)] * 2 + [(8, 7, kv_heads, 16)] * 2
+    inputs = [Placed(shape, places) for shape in shapes]
+    assert _kinds(Mesh(sizes), inputs, [DENSE] * 4) == kinds  # type: ignore[arg-type]
+
+
+def test_packed_sequences_are_not_parted() -> None:
+    inputs = [Placed((8, heads, 16), (Shard(0),)) for heads in (4, 4, 2, 2)]
+    assert _kinds(Mesh((2,)), inputs, [PACKED] * 4) == ["heads"]  # type: ignore[arg-type]
+    assert _kinds(Mesh((8,)), inputs, [PACKED] * 4) == [""]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("each", [every_way, packed_ones, caches, refused])
+def test_one_rank(one_rank: DeviceMesh, each: Any) -> None:
+    each(one_rank)
+
+
+def test_compiled(one_rank: DeviceMesh) -> None:
+    inputs = dense()[:4]
+    mine = [x.requires_grad_() for x in sharded(one_rank, inputs, [Shard(2)] * 4)]
+    torch._dynamo.reset()
+    call = torch.compile(lambda *x: parallax_attn_func(*x, causal=True), backend="aot_eager", fullgraph=True)
+    found, wanted = call(*mine), parallax_attn_func(*mine, causal=True)
+    same([found], [wanted.full_tensor()])
+    gradients = (torch.autograd.grad(out.sum(), mine) for out in (found, wanted))
+    same(next(gradients), [x.full_tensor() for x in next(gradients)])
+    cached = torch.compile(parallax_attn_with_kvcache, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        same([cached(*mine)], [parallax_attn_with_kvcache(*inputs)])
+    torch._dynamo.reset()
