@@ -293,7 +293,6 @@ def without_derivatives() -> dict[str, Callable[[Tensor], object]]:
     q = normal(1, 1, 4, 64).half()
     folded, rows = q[0].transpose(0, 1), torch.ones(4, 1, 1)
     return {
-        "kvcache": lambda x: parallax_attn_with_kvcache(x, q, q, q),
         "official kvcache": lambda x: official_decoding.parallax_attn_with_kvcache(x, q, q, q),
         "official decode": lambda x: official_decoding.parallax_decode(x, q, q, q, 0.1),
         "official graph": lambda x: official_decoding.GraphedDecode(1, 4, 8, 64, dtype=q.dtype, device="cpu")(q=x),
@@ -320,6 +319,15 @@ def test_functions_without_derivatives_refuse(name: str) -> None:
     for transform in (vmap(function), grad(lambda y: function(y[0]).sum())):  # type: ignore[attr-defined]
         with pytest.raises(ArgumentError, match="a tensor under a transform"):
             transform(x[None])
+
+
+def test_attention_against_a_cache_has_no_derivatives() -> None:
+    """vmap it has: test_cached_operators.py."""
+    x = normal(1, 1, 4, 64).half()
+    with fw.dual_level(), pytest.raises(ArgumentError, match="a tensor with a tangent"):
+        parallax_attn_with_kvcache(fw.make_dual(x, x), x, x, x)
+    with pytest.raises(ArgumentError, match="a tensor that needs gradients"):
+        grad(lambda y: parallax_attn_with_kvcache(y, x, x, x).sum())(x)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
