@@ -275,3 +275,11 @@ def test_a_converted_model_has_another_name_and_another_plan_for_ranks() -> None
     assert not hasattr(model.generation_config, "quantization_config")
     assert not hasattr(model.generation_config, "attn_implementation")
     assert SIZES["hidden_size"] == model.config.hidden_size
+
+
+def test_a_quantiser_of_ones_own_is_saved_in_the_loaders_place() -> None:
+    config = convert(plain("llama", "ForCausalLM").model).config
+    assert type(config)(**config.to_dict()).to_dict() == config.to_dict()
+    asked = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    saved = type(config)(**config.to_dict() | {"quantization_config": asked}).to_dict()
+    assert (saved["quantization_config"]["load_in_8bit"], saved["attn_implementation"]) == (True, "parallax")

@@ -38,7 +38,7 @@ class SavedAsParallax:
 
     def __post_init__(self, **others: Any) -> None:
         others.setdefault("attn_implementation", NAME)
-        if (others.get("quantization_config") or {}).get("quant_method") == LOADER:
+        if others.get("quantization_config") == {"quant_method": LOADER}:
             del others["quantization_config"]  # models made from this config have their r_proj: nothing is to be done
         super().__post_init__(**others)  # type: ignore[misc]
 
