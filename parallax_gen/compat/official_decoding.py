@@ -47,8 +47,8 @@ def parallax_attn_with_kvcache(
                       other head_dims, ratios of heads and more queries
     seqused_k         (batch,) int32 on the same device: how many keys of each sequence count, 1 to seqlen, its last
                       query being at the last of them; all keys by default. It is looked at, which waits for the device,
-                      but not where a CUDA graph is captured: in a replay more than seqlen count as seqlen, and none
-                      give 0. What lies behind the end may be NaN
+                      but not where a CUDA graph is captured or torch.compile traces: there more than seqlen count as
+                      seqlen, and none give 0. What lies behind the end may be NaN
     window_size       the keys that a query sees at the most: an int, or (left, right) of which left counts and right
                       is no more than 0; None or a negative number for no limit
     scale             of q·k; 1/√head_dim by default
@@ -206,7 +206,7 @@ def _check_lengths(name: str, lengths: Tensor, q: Tensor, k_cache: Tensor) -> No
         raise ArgumentError(name, f"shape {tuple(lengths.shape)}", f"{name} must have shape ({q.shape[0]},)")
     if lengths.device != q.device:
         raise ArgumentError(name, f"on {lengths.device}", f"on {q.device}, where q is")
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     low, high = _ends(lengths)
     allowed = f"1 to {k_cache.shape[1]}"

@@ -230,6 +230,15 @@ def test_kvcache_attends_as_many_keys_as_are_used() -> None:
     assert_close(out, torch.cat(expected), "bf16")
 
 
+def test_kvcache_compiles_to_one_graph() -> None:
+    given, used = cached(), torch.tensor([9, 1, 4], dtype=torch.int32)
+    torch._dynamo.reset()
+    call = torch.compile(parallax_attn_with_kvcache, fullgraph=True, backend="aot_eager")
+    found = call(*given, seqused_k=used, window_size=(3, 0))
+    torch._dynamo.reset()
+    assert torch.equal(found, parallax_attn_with_kvcache(*given, seqused_k=used, window_size=(3, 0)))
+
+
 def test_decoding_gives_tensors_of_its_own_without_gradients() -> None:
     given = [x.requires_grad_() for x in cached()]
     first, second = (parallax_attn_with_kvcache(*given) for _ in range(2))

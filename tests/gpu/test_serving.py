@@ -205,3 +205,29 @@ def test_scales_of_a_cache_in_eight_bits(scale: Any) -> None:
     elif scale is not None:
         given |= {"k_scale": scale, "v_scale": 2 * scale}
     assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_a_compiled_step_is_captured_and_waits_for_nothing(page_size: int) -> None:
+    """mode="reduce-overhead": a CUDA graph, of which lengths and queries change from step to step."""
+    torch._dynamo.reset()
+    given = asked(page_size=page_size)
+    for name in ("k_cache", "v_cache"):
+        torch._dynamo.mark_static_address(given[name])
+
+    def step(q: Tensor, lengths: Tensor) -> Tensor:
+        out = parallax_attn_with_kvcache(**{**given, "q": q, "cache_seqlens": lengths})
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for n in range(6):
+        q, lengths = given["q"] * (1 + n), given["cache_seqlens"] - (given["cache_seqlens"] > n).int() * n
+        torch.cuda.set_sync_debug_mode("error" if n > 3 else "default")  # the first compile, warm up and capture
+        try:
+            found = compiled(q, lengths)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found, step(q, lengths))
+    torch._dynamo.reset()
