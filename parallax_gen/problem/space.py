@@ -117,10 +117,10 @@ def shared_bytes(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> int:
 def _decode_shared_bytes(spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> int:
     """What Triton allocates for decode: key blocks in flight, the tile of queries and probes, operands of matmuls.
 
-    From compiling 435 kernels for sm_89, sm_90 and sm_100 with Triton 3.9, and some of them with 3.6, which gives the
-    same numbers. None took more. Of the 404 whose head_dim is a multiple of 16, 401 took 1 KiB less at the most, which
-    is what `scratch` and `pages` come to, and three 8 to 32 KiB less. Other head_dims of 16-bit numbers may take much
-    less: their loads are asynchronous only where strides happen to be multiples of 16.
+    From compiling 538 kernels for sm_89, sm_90 and sm_100 with Triton 3.9, and some of them with 3.6, which gives the
+    same numbers. None took more. Of the 507 whose head_dim is a multiple of 16, 505 took 1 KiB less at the most, which
+    is what `scratch` and `pages` come to, and two 8 KiB less. Other head_dims of 16-bit numbers may take much less:
+    their loads are asynchronous only where strides happen to be multiples of 16.
     """
     rows, keys = 2 * config.BLOCK_H, config.BLOCK_N
     width = _width(max(spec.head_dim, 64) if spec.cache_dtype else spec.head_dim, "padded")
@@ -130,14 +130,13 @@ def _decode_shared_bytes(spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> in
     scratch = 4 * rows  # of a row's sum or factor, passed between warps
     pages = 8 * keys if spec.page_size else 0  # passed between threads where each key has its own page
     asynchronous = rows >= 64 and config.num_warps >= 4 and spec.dtype != "fp32"
-    if asynchronous and gpu.capability[0] == 9:  # wgmma: one block more is in flight, or k or v widened from 8 bits
-        return owned + pair * spec.cache_bytes
-    if asynchronous and gpu.capability[0] == 10:  # tcgen05: likewise; fp32's v is transposed besides, and weights stay
-        if spec.cache_dtype or spec.dtype == "tf32":
-            weights = weights if rows == 128 else 0
-            transposed = pair // 2 if spec.dtype == "tf32" else 0
-            return owned + (pair + transposed) * spec.bytes_per_element + weights + 64
-        return owned + pair * spec.bytes_per_element + weights + scratch + 64
+    if asynchronous and gpu.capability[0] in (9, 10):
+        # wgmma and tcgen05 take k and v from shared memory: one block more is in flight, or k or v widened from 8 bits.
+        owned += (pair // 2 if spec.cache_dtype else pair) * spec.bytes_per_element
+        if gpu.capability[0] == 9:
+            return owned
+        twice = spec.cache_dtype or spec.dtype == "tf32"  # how often tcgen05 has the weights there
+        return owned + (2 * weights if twice else weights + scratch) + 64
     # One warp has all weights that its rows need. So has each of several where both matmuls of an 8-bit cache, which
     # sum a fourth of head_dim each, are split by rows.
     passed = config.num_warps > 1 and not (spec.cache_dtype and rows >= width // 4)
