@@ -29,7 +29,14 @@ PAGES = sorted([TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob
 ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 NEEDS = {"convert_and_finetune": "transformers"}  # pages
 
-NOT_RUN = ("it installs", "it takes minutes", "it needs a server", "it needs several GPUs", "it writes to the checkout")
+NOT_RUN = (
+    "it installs",
+    "it takes minutes",
+    "it takes hours",
+    "it needs a server",
+    "it needs several GPUs",
+    "it writes to the checkout",
+)
 
 # Python that comes before a block, in its page's own namespace.
 STAND_INS = {

@@ -188,7 +188,13 @@ def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCon
         merge = "kernel" if by_length and splits > 1 else "last"
     tiles = [(block_n, block_h, w, s) for w, s in ((1, 4), (2, 3), (2, 2))]
     if block_h == 64:
-        tiles = [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 2), *((n, 16, w, s) for n, _, w, s in tiles)]
+        tiles = [
+            (64, 64, 8, 3),
+            (64, 64, 8, 2),
+            (64, 32, 4, 2),
+            (32, 32, 4, 2),
+            *((n, 16, w, s) for n, _, w, s in tiles),
+        ]
     elif spec.cache_dtype and spec.head_dim <= 64:
         pass  # from compiling: of so narrow heads each of two warps would widen all numbers
     elif spec.page_size or spec.cache_dtype:  # more is done for each key: two warps share it

@@ -1,0 +1,141 @@
+"""What kernels need of a card's shared and tensor memory, without machine code: several times faster than compiling.
+
+Run as a program it reads pickled jobs and writes a line of JSON for each. A program of its own, since it changes Triton
+for good, and since the tests' own runs kernels in the interpreter. What it leaves in Triton's cache is no kernel: its
+folder must be used by nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to lower for a GPU at a shape."""
+
+    spec: KernelSpec
+    config: KernelConfig
+    gpu: Gpu
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The most that a kernel of the launch takes.
+
+    shared_bytes    shared memory a block
+    tensor_columns  of Blackwell's tensor memory
+    error           why there is no such kernel, in a line; else empty
+    """
+
+    shared_bytes: int
+    tensor_columns: int
+    error: str
+
+
+def needs(jobs: Sequence[Job], folder: Path) -> Iterator[Needs]:
+    """What each job needs, one after the other, from a process whose files lie in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "PARALLAX_GEN_CACHE_DIR": str(folder / "kernels"),
+    }
+    with subprocess.Popen(
+        [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        pickle.dump([(job.spec, job.config, job.gpu, job.shape) for job in jobs], child.stdin)
+        child.stdin.close()
+        for line in child.stdout:
+            yield Needs(**json.loads(line))
+    assert child.returncode == 0
+
+
+class _Placed(BaseException):
+    """Raised where Triton would go on from placed shared memory; carries the passes up to there."""
+
+    def __init__(self, passes: Any):
+        self.passes = passes
+
+
+def stop_once_memory_is_placed() -> None:
+    """From now on Triton's compiler runs its passes up to the placing of shared memory, and makes no machine code."""
+    from triton.backends.nvidia import compiler
+
+    backend, lowering = compiler.CUDABackend, compiler.nvidia.passes.ttgpuir
+    whole, go_on = backend.make_llir, lowering.add_to_llvmir
+
+    def stop(passes: Any, *_: Any) -> None:
+        raise _Placed(passes)
+
+    def make_llir(self: Any, src: Any, metadata: dict[str, Any], options: Any, capability: int) -> str:
+        lowering.add_to_llvmir = stop
+        try:
+            whole(self, src, metadata, options, capability)
+        except _Placed as placed:
+            try:
+                placed.passes.run(src, "make_llir")
+            except TypeError:  # Triton 3.5 names no stage
+                placed.passes.run(src)
+        finally:
+            lowering.add_to_llvmir = go_on
+        metadata["shared"] = src.get_int_attr("ttg.shared")
+        metadata["tmem_size"] = src.get_int_attr("ttg.tensor_memory_size")
+        metadata["name"] = "lowered"
+        return ""
+
+    backend.make_llir = make_llir
+    backend.make_ptx = lambda *_: ""
+    backend.make_cubin = lambda *_: b""
+
+
+def main() -> None:
+    from parallax_gen.codegen import build
+    from parallax_gen.codegen.render import render
+    from parallax_gen.codegen.resources import Resources
+    from parallax_gen.errors import BuildError
+
+    stop_once_memory_is_placed()
+
+    def most(compiled: Sequence[Any]) -> Resources:
+        found.update(
+            shared_bytes=max(kernel.metadata.shared for kernel in compiled),
+            tensor_columns=max(kernel.metadata.tmem_size or 0 for kernel in compiled),
+        )
+        return Resources(0, 0, 0)
+
+    build.resources_of = most
+    known: dict[tuple[str, Gpu], dict[str, Any]] = {}
+    for spec, config, gpu, shape in pickle.load(sys.stdin.buffer):
+        source = render(spec, config, gpu)
+        body = source.text.split('"' * 3, 2)[2]  # what is before is prose
+        found = known.setdefault((body, gpu), {"shared_bytes": 0, "tensor_columns": 0, "error": ""})
+        if not found["shared_bytes"] and not found["error"]:
+            try:
+                build.compile_for(source, spec, config, shape, gpu)
+            except BuildError as error:
+                found["error"] = str(error)
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
