@@ -66,7 +66,8 @@ def ring_attn_func(
 
     Returns out, like q: this rank's part. Parts are joined in fp32. Every rank holds its own part and one more of k and
     v, and in the backward their gradients in fp32. For the backward it keeps q, r, k, v, out, v̄, lse and t̄ of its own
-    part. Gradients are first derivatives; tangents and transforms of torch.func are refused. Raises ArgumentError, naming the argument.
+    part. Gradients are first derivatives; tangents and transforms of torch.func are refused. Raises ArgumentError,
+    naming the argument.
     """
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
