@@ -57,7 +57,8 @@ def under_a_transform() -> bool:
 
 def transforms_see(do: Tensor) -> bool:
     """`under_a_transform`, in a backward: do, the gradient of out, may be batched by autograd. Raises ArgumentError."""
-    refuse_batched(do)
+    if not torch.compiler.is_compiling():
+        refuse_batched(do)
     return transforms_are_active() or forward_ad._current_level >= 0
 
 
@@ -116,8 +117,9 @@ def over_samples(
         folded = [x.contiguous() if isinstance(x, Tensor) and i > 3 else x for i, x in enumerate(folded)]
         found = tuple(x.unflatten(0, (size, batch)) for x in apply(*folded))
         return found, (0,) * len(found)
-    each = [apply(*(_sample(x, dim, i) for x, dim in given)) for i in range(size)]
-    found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    # Of no samples one that is empty tells the outputs' sizes.
+    each = [apply(*(_sample(x, dim, i) for x, dim in given)) for i in range(size) or (None,)]
+    found = tuple(torch.stack(parts)[:size] for parts in zip(*each, strict=True))
     return found, (0,) * len(found)
 
 
@@ -127,8 +129,10 @@ def _folded(x: Tensor, dim: int | None, size: int) -> Tensor:
     return _laid_out(every.flatten(0, 1))
 
 
-def _sample(x: Any, dim: int | None, i: int) -> Any:
-    return x if dim is None else x.select(dim, i).contiguous()
+def _sample(x: Any, dim: int | None, i: int | None) -> Any:
+    if dim is None:
+        return x
+    return x.sum(dim, dtype=x.dtype) if i is None else x.select(dim, i).contiguous()
 
 
 def _laid_out(x: Tensor) -> Tensor:

@@ -132,3 +132,17 @@ def test_tangents_and_transforms_in_a_graph() -> None:
     per_sample = torch.compile(torch.func.vmap(torch.func.grad(lambda x: (attend(x) ** 2).sum())), backend="aot_eager")
     gradient = torch.func.grad(lambda x: (wanted(x) ** 2).sum())(q.double())
     torch.testing.assert_close(per_sample(q[None])[0].double(), gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_autograd_traces_the_backward() -> None:
+    from torch._dynamo import compiled_autograd
+
+    inputs = [normal(2, 5, heads, 16).requires_grad_() for heads in (4, 4, 2, 2)]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(parallax_attn_func(*inputs).sum(), inputs)  # type: ignore[union-attr]
+
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        found = gradients()
+    for a, b in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -100,6 +100,13 @@ def test_vmap(case: Case) -> None:
     close(nested(q, r, k[0], v), torch.stack(each))
 
 
+def test_no_samples(case: Case) -> None:
+    q, r, k, v = (x[:0] for x in case.many)
+    assert vmap(case.ours)(q, r, k, v).shape == (0, *case.inputs[0].shape)
+    found = vmap(grad(squares(case.ours), EVERY))(q, r, k, v)
+    assert [x.shape for x in found] == [(0, *x.shape) for x in case.inputs]
+
+
 def test_per_sample_gradients(case: Case) -> None:
     per_sample = vmap(grad(squares(case.ours), EVERY), in_dims=(0, 0, None, 0))
     q, r, k, v = case.many
