@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallax_gen import State, parallax_attn_varlen_func, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
+from parallax_gen.runtime import cached
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own, of what it compiles with
 
@@ -201,6 +202,19 @@ def test_the_operators_keep_their_promises() -> None:
     given = (q, q, k, k, ints(3, 9), *[None] * 6, True, 3, None)
     for name in ("attention_with_kvcache", "attention_with_kvcache_state"):
         torch.library.opcheck(getattr(torch.ops.parallax_gen, name).default, given)
+
+
+def test_an_eager_call_goes_through_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(cached, "_attention", refuse)
+    q, k = dense(2, 9)
+    with forward_ad.dual_level(), torch.inference_mode():
+        parallax_attn_with_kvcache(q, q, k, nn.Parameter(k, requires_grad=False))
+    torch.func.vmap(lambda _: parallax_attn_with_kvcache(q, q, k, k))(q)  # that has no samples
+    with pytest.raises(AssertionError), FlopCounterMode(display=False):
+        parallax_attn_with_kvcache(q, q, k, k)
 
 
 # FLOPs
