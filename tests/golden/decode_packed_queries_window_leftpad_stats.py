@@ -3,7 +3,7 @@
 spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, ragged, leftpad, many queries
 config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 20c0a7a491aa
+generator  parallax_gen 0.1.0, templates 0a3df025e6c1
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -114,21 +114,20 @@ def fill_padding(o_ptr, v_mean_ptr, lse_ptr, t_mean_ptr, stride_on, stride_oh, h
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 96
-    VECTORS: tl.constexpr = 16  # (row, head) pairs that a program fills a step
-    vectors = (total - end + begin) * heads
+    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
     dims = tl.arange(0, 128)
-    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
-        vector = i + tl.arange(0, VECTORS)
-        row = end + vector // heads
+    for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
+        row = (end + i).to(tl.int64)
         row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
-        head = vector % heads
-        there = vector < vectors
-        in_rows = there[:, None] & (dims < HEAD_DIM)[None, :]
-        o_offsets = (row * stride_on + head * stride_oh)[:, None] + dims[None, :]
-        tl.store(o_ptr + o_offsets, 0.0, mask=in_rows)
-        tl.store(v_mean_ptr + o_offsets, 0.0, mask=in_rows)
-        tl.store(lse_ptr + head * total + row, float("-inf"), mask=there)
-        tl.store(t_mean_ptr + head * total + row, 0.0, mask=there)
+        for first in tl.range(0, heads, HEADS):
+            head = (first + tl.arange(0, HEADS)).to(tl.int64)
+            there = head < heads
+            in_row = there[:, None] & (dims < HEAD_DIM)[None, :]
+            o_offsets = row * stride_on + (head * stride_oh)[:, None] + dims[None, :]
+            tl.store(o_ptr + o_offsets, 0.0, mask=in_row)
+            tl.store(v_mean_ptr + o_offsets, 0.0, mask=in_row)
+            tl.store(lse_ptr + head * total + row, float("-inf"), mask=there)
+            tl.store(t_mean_ptr + head * total + row, 0.0, mask=there)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "batch", "seqlen_kv", "window", "total_q"])
@@ -176,8 +175,8 @@ def ragged_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     SEQUENCES: tl.constexpr = 32  # looked at a time: each warp can do that by itself
     LEAST: tl.constexpr = 1  # blocks that are worth a program of their own
-    begin_q = tl.load(cu_seqlens_q_ptr).to(tl.int64)
-    end_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
+    begin_q = tl.load(cu_seqlens_q_ptr)
+    end_q = tl.load(cu_seqlens_q_ptr + batch)
 
     # -- an even share of all sequences' blocks: a long sequence gets many programs, a short one gets one. To round up
     #    takes one more of each tile: so many shares that the launch has slots for them

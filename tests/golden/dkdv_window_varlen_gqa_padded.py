@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 80, fp16, GQA 4:1, window, varlen
 config     BLOCK_M=64 BLOCK_N=128 HEAD_GROUP=1 num_warps=8 num_stages=2 HEAD_DIM_AS=padded
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates b067418f91e6
+generator  parallax_gen 0.1.0, templates aa40be65268e
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -26,23 +26,22 @@ def fill_padding(dk_ptr, dv_ptr, stride_dkn, stride_dkh, stride_dvn, stride_dvh,
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 80
-    VECTORS: tl.constexpr = 16  # (row, head) pairs that a program fills a step
-    vectors = (total - end + begin) * heads
+    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
     dims = tl.arange(0, 128)
-    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
-        vector = i + tl.arange(0, VECTORS)
-        row = end + vector // heads
+    for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
+        row = (end + i).to(tl.int64)
         row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
-        head = vector % heads
-        there = vector < vectors
-        in_rows = there[:, None] & (dims < HEAD_DIM)[None, :]
-        dk_offsets = (row * stride_dkn + head * stride_dkh)[:, None] + dims[None, :]
-        tl.store(dk_ptr + dk_offsets, 0.0, mask=in_rows)
-        dv_offsets = (row * stride_dvn + head * stride_dvh)[:, None] + dims[None, :]
-        tl.store(dv_ptr + dv_offsets, 0.0, mask=in_rows)
+        for first in tl.range(0, heads, HEADS):
+            head = (first + tl.arange(0, HEADS)).to(tl.int64)
+            there = head < heads
+            in_row = there[:, None] & (dims < HEAD_DIM)[None, :]
+            dk_offsets = row * stride_dkn + (head * stride_dkh)[:, None] + dims[None, :]
+            tl.store(dk_ptr + dk_offsets, 0.0, mask=in_row)
+            dv_offsets = row * stride_dvn + (head * stride_dvh)[:, None] + dims[None, :]
+            tl.store(dv_ptr + dv_offsets, 0.0, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "kv_heads", "window_size", "total_k", "max_seqlen"])
+@triton.jit(do_not_specialize=["kv_heads", "window_size", "sequences", "total_k", "max_seqlen"])
 def dkdv_kernel(
     q_ptr,
     r_ptr,
@@ -72,9 +71,9 @@ def dkdv_kernel(
     stride_rowsh,
     softmax_scale,
     scale_log2,
-    batch_heads,
     kv_heads,
     window_size,
+    sequences,
     total_k,
     max_seqlen,
 ):
@@ -95,8 +94,8 @@ def dkdv_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
-    begin_k = tl.load(cu_seqlens_k_ptr).to(tl.int64)
-    end_k = tl.load(cu_seqlens_k_ptr + batch_heads // kv_heads).to(tl.int64)
+    begin_k = tl.load(cu_seqlens_k_ptr)
+    end_k = tl.load(cu_seqlens_k_ptr + sequences)
 
     # -- rows that no sequence has
     if end_k - begin_k < total_k:
@@ -227,9 +226,9 @@ def launch(
         *rows.stride()[:2],
         softmax_scale,
         softmax_scale * LOG2_E,
-        batch * kv_heads,
         kv_heads,
         window_size,
+        batch,
         k.shape[0],
         max_seqlen_k,
         num_warps=8,

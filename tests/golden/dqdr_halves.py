@@ -3,7 +3,7 @@
 spec       dqdr, head_dim 256, fp16, GQA 2:1, full, varlen
 config     BLOCK_M=64 BLOCK_N=32 HEAD_GROUP=1 num_warps=4 num_stages=2 HEAD_DIM_AS=halves
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 78127d68af8d
+generator  parallax_gen 0.1.0, templates dfc31b3a7302
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -26,23 +26,22 @@ def fill_padding(dq_ptr, dr_ptr, stride_dqm, stride_dqh, stride_drm, stride_drh,
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 256
-    VECTORS: tl.constexpr = 16  # (row, head) pairs that a program fills a step
-    vectors = (total - end + begin) * heads
+    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
     dims = tl.arange(0, HEAD_DIM)
-    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
-        vector = i + tl.arange(0, VECTORS)
-        row = end + vector // heads
+    for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
+        row = (end + i).to(tl.int64)
         row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
-        head = vector % heads
-        there = vector < vectors
-        in_rows = there[:, None]
-        dq_offsets = (row * stride_dqm + head * stride_dqh)[:, None] + dims[None, :]
-        tl.store(dq_ptr + dq_offsets, 0.0, mask=in_rows)
-        dr_offsets = (row * stride_drm + head * stride_drh)[:, None] + dims[None, :]
-        tl.store(dr_ptr + dr_offsets, 0.0, mask=in_rows)
+        for first in tl.range(0, heads, HEADS):
+            head = (first + tl.arange(0, HEADS)).to(tl.int64)
+            there = head < heads
+            in_row = there[:, None]
+            dq_offsets = row * stride_dqm + (head * stride_dqh)[:, None] + dims[None, :]
+            tl.store(dq_ptr + dq_offsets, 0.0, mask=in_row)
+            dr_offsets = row * stride_drm + (head * stride_drh)[:, None] + dims[None, :]
+            tl.store(dr_ptr + dr_offsets, 0.0, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "heads", "total_q", "max_seqlen"])
+@triton.jit(do_not_specialize=["heads", "sequences", "total_q", "max_seqlen"])
 def dqdr_kernel(
     q_ptr,
     r_ptr,
@@ -72,8 +71,8 @@ def dqdr_kernel(
     stride_rowsh,
     softmax_scale,
     scale_log2,
-    batch_heads,
     heads,
+    sequences,
     total_q,
     max_seqlen,
 ):
@@ -95,8 +94,8 @@ def dqdr_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
-    begin_q = tl.load(cu_seqlens_q_ptr).to(tl.int64)
-    end_q = tl.load(cu_seqlens_q_ptr + batch_heads // heads).to(tl.int64)
+    begin_q = tl.load(cu_seqlens_q_ptr)
+    end_q = tl.load(cu_seqlens_q_ptr + sequences)
 
     # -- rows that no sequence has
     if end_q - begin_q < total_q:
@@ -217,8 +216,8 @@ def launch(
         *rows.stride()[:2],
         softmax_scale,
         softmax_scale * LOG2_E,
-        batch * heads,
         heads,
+        batch,
         q.shape[0],
         max_seqlen_q,
         num_warps=4,

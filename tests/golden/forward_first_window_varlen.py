@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 494d67296f10
+generator  parallax_gen 0.1.0, templates bd1736cfe871
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -26,21 +26,20 @@ def fill_padding(o_ptr, stride_om, stride_oh, heads, begin, end, total):
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 128
-    VECTORS: tl.constexpr = 16  # (row, head) pairs that a program fills a step
-    vectors = (total - end + begin) * heads
+    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
     dims = tl.arange(0, HEAD_DIM)
-    for i in tl.range(tl.program_id(0).to(tl.int64) * VECTORS, vectors, tl.num_programs(0) * VECTORS):
-        vector = i + tl.arange(0, VECTORS)
-        row = end + vector // heads
+    for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
+        row = (end + i).to(tl.int64)
         row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
-        head = vector % heads
-        there = vector < vectors
-        in_rows = there[:, None]
-        o_offsets = (row * stride_om + head * stride_oh)[:, None] + dims[None, :]
-        tl.store(o_ptr + o_offsets, 0.0, mask=in_rows)
+        for first in tl.range(0, heads, HEADS):
+            head = (first + tl.arange(0, HEADS)).to(tl.int64)
+            there = head < heads
+            in_row = there[:, None]
+            o_offsets = row * stride_om + (head * stride_oh)[:, None] + dims[None, :]
+            tl.store(o_ptr + o_offsets, 0.0, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "heads", "window_size", "total_q", "max_seqlen"])
+@triton.jit(do_not_specialize=["heads", "window_size", "sequences", "total_q", "max_seqlen"])
 def forward_kernel(
     q_ptr,
     r_ptr,
@@ -60,9 +59,9 @@ def forward_kernel(
     stride_om,
     stride_oh,
     scale_log2,
-    batch_heads,
     heads,
     window_size,
+    sequences,
     total_q,
     max_seqlen,
 ):
@@ -84,8 +83,8 @@ def forward_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
-    begin_q = tl.load(cu_seqlens_q_ptr).to(tl.int64)
-    end_q = tl.load(cu_seqlens_q_ptr + batch_heads // heads).to(tl.int64)
+    begin_q = tl.load(cu_seqlens_q_ptr)
+    end_q = tl.load(cu_seqlens_q_ptr + sequences)
 
     # -- rows that no sequence has
     if end_q - begin_q < total_q:
@@ -350,9 +349,9 @@ def launch(
     )
     forward_kernel[(tiles * batch * heads,)](
         *arguments,
-        batch * heads,
         heads,
         window_size,
+        batch,
         q.shape[0],
         max_seqlen_q,
         num_warps=8,
