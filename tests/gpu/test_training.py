@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import JITFunction
 
@@ -152,6 +152,31 @@ def test_tf32() -> None:
 def test_packed_sequences(options: dict[str, Any]) -> None:
     lengths_q, lengths_k = [300, 0, 1, 257, 0, 31, 100, 0], [300, 7, 5, 130, 0, 200, 0, 0]
     check_packed(leaves((sum(lengths_q),), (sum(lengths_k),)), lengths_q, lengths_k, 300, **options)
+
+
+@pytest.mark.parametrize("padding", [3, 700])
+def test_rows_that_no_sequence_has_are_0(padding: int) -> None:
+    """They hold NaN, torch.empty gives NaN, and all else is as without them, to the bit."""
+    lengths = [40, 0, 300]
+    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    total = sum(lengths)
+    inputs = leaves((total,), (total,))
+    do = torch.randn_like(inputs[0])
+    wanted = parallax_attn_varlen_func(*inputs, starts, starts, 300, 300, causal=True, return_stats=True)
+    wanted = (*wanted, *torch.autograd.grad(wanted[0], inputs, do))
+    wider = [pad(x.detach(), (0, 0, 0, 0, 0, padding), value=torch.nan) for x in (*inputs, do)]
+    for x in wider[:4]:
+        x.requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = parallax_attn_varlen_func(*wider[:4], starts, starts, 300, 300, causal=True, return_stats=True)
+        found = (*found, *torch.autograd.grad(found[0], wider[:4], wider[4]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, x, y in zip(("out", "lse", "t_mean", "v_mean", "dq", "dr", "dk", "dv"), found, wanted, strict=True):
+        by_row, expected = (z.transpose(0, 1) if name in ("lse", "t_mean") else z for z in (x, y))
+        assert torch.equal(by_row[:total], expected), name
+        assert (by_row[total:] == (-torch.inf if name == "lse" else 0)).all(), name
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
