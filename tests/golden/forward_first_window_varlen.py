@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3 ROW_MAX=first
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates bd1736cfe871
+generator  parallax_gen 0.1.0, templates 4596e7e379e1
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -39,7 +39,7 @@ def fill_padding(o_ptr, stride_om, stride_oh, heads, begin, end, total):
             tl.store(o_ptr + o_offsets, 0.0, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["heads", "window_size", "sequences", "total_q", "max_seqlen"])
+@triton.jit(do_not_specialize=["heads", "window_size", "max_seqlen"])
 def forward_kernel(
     q_ptr,
     r_ptr,
@@ -61,8 +61,6 @@ def forward_kernel(
     scale_log2,
     heads,
     window_size,
-    sequences,
-    total_q,
     max_seqlen,
 ):
     HEAD_DIM: tl.constexpr = 128
@@ -83,12 +81,6 @@ def forward_kernel(
     seqlen_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - start_q).to(tl.int32)
     start_k = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64)
     seqlen_kv = (tl.load(cu_seqlens_k_ptr + batch + 1) - start_k).to(tl.int32)
-    begin_q = tl.load(cu_seqlens_q_ptr)
-    end_q = tl.load(cu_seqlens_q_ptr + sequences)
-
-    # -- rows that no sequence has
-    if end_q - begin_q < total_q:
-        fill_padding(o_ptr, stride_om, stride_oh, heads, begin_q, end_q, total_q)
     if row0 >= seqlen_q:  # this sequence is shorter than the longest
         return
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -179,7 +171,7 @@ def forward_kernel(
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q[:, None])
 
 
-@triton.jit(do_not_specialize=["batch_heads", "heads", "window_size"])
+@triton.jit(do_not_specialize=["batch_heads", "heads", "window_size", "sequences", "total_q"])
 def again_kernel(
     q_ptr,
     r_ptr,
@@ -202,12 +194,20 @@ def again_kernel(
     batch_heads,
     heads,
     window_size,
+    sequences,
+    total_q,
 ):
     HEAD_DIM: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 128  # query rows a program owns
     BLOCK_N: tl.constexpr = 64  # keys it takes a step
     GROUP: tl.constexpr = 2  # query heads that share a kv head
     HEADS: tl.constexpr = 16  # of so many a program looks after one tile each
+    begin_q = tl.load(cu_seqlens_q_ptr)
+    end_q = tl.load(cu_seqlens_q_ptr + sequences)
+
+    # -- rows that no sequence has
+    if end_q - begin_q < total_q:
+        fill_padding(o_ptr, stride_om, stride_oh, heads, begin_q, end_q, total_q)
 
     # -- which of them ran over: forward_kernel left NaN where they begin
     groups = tl.cdiv(batch_heads, HEADS)
@@ -351,8 +351,6 @@ def launch(
         *arguments,
         heads,
         window_size,
-        batch,
-        q.shape[0],
         max_seqlen_q,
         num_warps=8,
         num_stages=3,
@@ -364,6 +362,8 @@ def launch(
         batch * heads,
         heads,
         window_size,
+        batch,
+        q.shape[0],
         num_warps=8,
         num_stages=1,
         enable_fp_fusion=True,
