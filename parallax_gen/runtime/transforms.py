@@ -84,7 +84,7 @@ def refuse_tangents() -> None:
 
     Raises ArgumentError where forward-mode AD is entered, and not seen to by a Function.
     """
-    if forward_ad._current_level >= 0 and forward_ad._is_fwd_grad_enabled():
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
         got = "under torch.compile, a dispatch mode, or as an operator"
         raise ArgumentError("forward-mode AD", got, "in eager calls of parallax_attn_func or parallax_attn_varlen_func")
 
@@ -142,6 +142,6 @@ def _laid_out(x: Tensor) -> Tensor:
 
 def _any_tangent(tensors: Sequence[Tensor | None]) -> bool:
     """Of a level of forward-mode AD that is entered, and not switched off: for a Function's forward, say."""
-    if torch.is_inference_mode_enabled() or not forward_ad._is_fwd_grad_enabled():
+    if torch.is_inference_mode_enabled() or not torch._C._is_fwd_grad_enabled():
         return False
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
