@@ -67,10 +67,8 @@ def gradients(case: StepCase, inputs: Inputs) -> Gradients:
 def keys_seen(case: StepCase, inputs: Inputs) -> torch.Tensor:
     """How many keys each query sees: (total_q,), or (seqlen_q,) of every sequence."""
     spec, shape = case.spec, case.shape
-    before = behind = 0  # rows that no sequence has
     if spec.varlen:
         lengths = list(zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_k.diff().tolist(), strict=True))
-        before, behind = int(inputs.cu_seqlens_q[0]), len(inputs.q) - int(inputs.cu_seqlens_q[-1])
     else:
         lengths = [(shape.seqlen_q, shape.seqlen_kv)]
     most = shape.window or shape.seqlen_kv
@@ -78,18 +76,28 @@ def keys_seen(case: StepCase, inputs: Inputs) -> torch.Tensor:
         (torch.arange(queries) + keys - queries + 1).clamp(0, most) if spec.causal else torch.full((queries,), keys)
         for queries, keys in lengths
     ]
-    return torch.cat([torch.zeros(before), *seen, torch.zeros(behind)])
+    return torch.cat(seen)
+
+
+def why_apart(
+    x: Inputs, name: str, found: torch.Tensor, expected: torch.Tensor, dtype: str, natural: torch.Tensor | None = None
+) -> str | None:
+    """`why_wrong` of the rows that sequences have; the others must be right to the bit."""
+    (own, padding), (ref, ref_padding) = (verify.of_sequences(x, name, y) for y in (found, expected))
+    if not torch.equal(padding.double(), ref_padding):
+        return "rows that no sequence has are not as they should be"
+    return why_wrong(own, ref, dtype, natural)
 
 
 def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor]) -> str | None:
     """What of a step is further from float64 than rounding explains; None when nothing is."""
     x, dtype = inputs, case.spec.dtype
-    reasons = {"out": why_wrong(found["out"], verify.attend(case.spec, x).out, dtype)}
+    reasons = {"out": why_apart(x, "out", found["out"], verify.attend(case.spec, x).out, dtype)}
     sizes = verify.natural_sizes(x)._asdict()
     # Where queries see few keys nearly all of a gradient cancels, and what is left is rounding: of the output in T =
     # do·o, off by |t| roundings, and of tf32's a, which nothing else rounds alike. Largest rows have |t| of 4 and do·v
     # of 3 times its mean: 12 of a gradient's natural size. And a key's gradients add up those of all its queries.
-    few = keys_seen(case, x).to(x.q.device) < FEW_KEYS
+    few = keys_seen(case, x).to(x.q.device) < FEW_KEYS  # of the rows that sequences have
     shape = case.shape
     for name in ("dq", "dr"):
         sizes[name] = torch.where(few, 12.0, 1.0)[:, None] * sizes[name]
@@ -98,7 +106,7 @@ def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor
         for name in ("dk", "dv"):
             sizes[name] = 12 * queries**0.5 * sizes[name]
     for name, expected in gradients(case, x)._asdict().items():
-        reasons[name] = why_wrong(found[name], expected, dtype, sizes[name])
+        reasons[name] = why_apart(x, name, found[name], expected, dtype, sizes[name])
     return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or None
 
 

@@ -27,7 +27,7 @@ from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_o
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
 from parallax_gen.runtime.states import State
-from parallax_gen.runtime.workspace import bytes_of
+from parallax_gen.runtime.workspace import bytes_of, of_one_launch
 
 
 def parallax_attn_with_kvcache(
@@ -86,7 +86,7 @@ def parallax_attn_with_kvcache(
     that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
 
     Under torch.compile and torch.export this is one operator, of any lengths and sizes. It takes no `workspace`, which
-    is only checked: its scratch is the library's own; and what it returns is copied to `out`. Under torch.func.vmap
+    is only checked: each call makes its own scratch; and what it returns is copied to `out`. Under torch.func.vmap
     samples with dense caches of their own are one launch, others one each. DTensors are sharded on sequences or on
     heads, or are redistributed so; what is a plain tensor beside them, lengths and tables, is taken to be whole and
     the same on every rank.
@@ -220,7 +220,8 @@ def _run(*given: Any, state: bool) -> tuple[Tensor, ...]:
         *asked[:8], asked.max_seqlen_q, asked.causal, asked.window_size, asked.softmax_scale, asked.k_scale,
         asked.v_scale, None, state,
     )  # fmt: skip
-    return _attend(asked, plan, None, state, None)
+    workspace = of_one_launch(plan.scratch, asked.q.device) if isinstance(plan, LaunchPlan) else None
+    return _attend(asked, plan, None, state, workspace)
 
 
 _attention, _attention_with_state = operators_of(_run)

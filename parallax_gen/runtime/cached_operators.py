@@ -3,8 +3,8 @@
     parallax_gen::attention_with_kvcache        out alone
     parallax_gen::attention_with_kvcache_state  out, lse, t̄ and v̄
 
-Their arguments are `CacheRequest`'s, with tensors for scales. They write to no argument, and their scratch is the
-library's own. An eager call of plain tensors does not go through them.
+Their arguments are `CacheRequest`'s, with tensors for scales. They write to no argument, and each call has scratch of
+its own. An eager call of plain tensors does not go through them.
 """
 
 from __future__ import annotations

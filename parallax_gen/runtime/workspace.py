@@ -28,6 +28,18 @@ def parts_of(workspace: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     return partials, workspace[: 4 * scratch.arrived].view(torch.int32)
 
 
+def of_one_launch(scratch: Scratch, device: torch.device) -> Tensor | None:
+    """A workspace that nobody keeps, for a launch within a compiled graph: None where it needs none, or is captured.
+
+    Inductor's CUDA graphs run their calls in a memory pool of their own, of which nothing may outlive a call.
+    """
+    if not scratch.partials or torch.cuda.is_current_stream_capturing():
+        return None
+    workspace = torch.empty(bytes_of(scratch), dtype=torch.uint8, device=device)
+    workspace[: _counter_bytes(scratch)].zero_()
+    return workspace
+
+
 def _counter_bytes(scratch: Scratch) -> int:
     return -(-scratch.arrived // 4) * 16  # what lies behind begins at a multiple of 16 bytes, as kernels may assume
 

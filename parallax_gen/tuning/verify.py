@@ -301,6 +301,10 @@ def judge(call: Call, expected: Expected) -> Verdict:
         sizes = {name: float(size) for name, size in natural_sizes(x)._asdict().items()}
     for name, (out, ref) in _compared(call.written, expected).items():
         dtype = "fp32" if call.spec.op == "preprocess" else call.spec.dtype  # fp32 sums of products
+        if call.spec.op != "preprocess":
+            (out, padding), (ref, ref_padding) = (of_sequences(x, name, t) for t in (out, ref))
+            if not torch.equal(padding.double(), ref_padding):
+                reasons.append(f"{name}: not {ref_padding.flatten()[0].item()} in rows that no sequence has")
         if why := why_wrong(out, ref, dtype, sizes.get(name)):
             reasons.append(f"{name}: {why}")
         if name == "out" or call.spec.op != "forward":
@@ -308,6 +312,17 @@ def judge(call: Call, expected: Expected) -> Verdict:
     if len(call.scratch) == 2 and bool(call.scratch[1].any()):
         reasons.append("its counters are not back at 0 for the next launch")
     return Verdict(found, "; ".join(reasons) or None)
+
+
+def of_sequences(x: Inputs, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what a launch writes the rows that sequences have, and those that none has: none but of packed sequences."""
+    ends = x.cu_seqlens_k if name in ("dk", "dv") else x.cu_seqlens_q
+    if ends is None:
+        return tensor, tensor[:0]
+    begin, end = int(ends[0]), int(ends[-1])
+    if tensor.dim() == 3:
+        return tensor[begin:end], torch.cat([tensor[:begin], tensor[end:]])
+    return tensor[:, begin:end], torch.cat([tensor[:, :begin], tensor[:, end:]], dim=1)
 
 
 def natural_sizes(x: Inputs) -> Gradients:
