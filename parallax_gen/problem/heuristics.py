@@ -188,13 +188,14 @@ def _decode_defaults(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelCon
         merge = "kernel" if by_length and splits > 1 else "last"
     tiles = [(block_n, block_h, w, s) for w, s in ((1, 4), (2, 3), (2, 2))]
     if block_h == 64:
-        tiles = [
-            (64, 64, 8, 3),
-            (64, 64, 8, 2),
-            (64, 32, 4, 2),
-            (32, 32, 4, 2),
-            *((n, 16, w, s) for n, _, w, s in tiles),
-        ]
+        tall = [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
+        # From compiling, of heads wider than 128: 64 keys widened from 8 bits at a time spill up to a kilobyte, and 32
+        # of them 200 bytes; asynchronous matmuls in tf32 spill 900, of 16 rows 320.
+        if spec.head_dim > 128 and spec.cache_dtype:
+            tall = [tall[0], tall[-1]]
+        elif spec.head_dim > 128 and spec.dtype == "tf32" and gpu.capability[0] in (9, 10):
+            tall.pop()
+        tiles = [*tall, *((n, 16, w, s) for n, _, w, s in tiles)]
     elif spec.cache_dtype and spec.head_dim <= 64:
         pass  # from compiling: of so narrow heads each of two warps would widen all numbers
     elif spec.page_size or spec.cache_dtype:  # more is done for each key: two warps share it

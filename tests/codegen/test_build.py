@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -311,10 +311,15 @@ def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:
 def test_no_default_for_a_chunk_of_a_prompt_spills_by_the_kilobyte() -> None:
     """Those that are chosen where a larger tile has no room in shared memory."""
     jobs = []
-    for gpu, head_dim, dtype in (("rtx4090", 128, "bf16"), ("rtx4090", 256, "bf16"), ("rtx4090", 128, "tf32")):
-        spec = KernelSpec("decode", head_dim, dtype, 4, ragged=True, causal=True, many_queries=True)
+    chunk = KernelSpec("decode", 256, "bf16", 4, ragged=True, causal=True, many_queries=True)
+    for gpu, spec in (
+        ("rtx4090", replace(chunk, head_dim=128)),
+        ("rtx4090", chunk),
+        ("rtx4090", replace(chunk, cache_dtype="e4m3")),
+        ("h200", replace(chunk, dtype="tf32")),
+    ):
         shape = representative(Bucket(16, 512, 4096), 4)
-        jobs.append(Job(f"{head_dim} {dtype}", Kernel(spec, default_config(spec, shape, GPUS[gpu])), gpu, shape))
+        jobs.append(Job(f"{spec} for {gpu}", Kernel(spec, default_config(spec, shape, GPUS[gpu])), gpu, shape))
     fit_without_many_spills(jobs)
 
 
