@@ -110,4 +110,4 @@ def _packing(cu_seqlens: Tensor, q: Tensor) -> tuple[Tensor, int]:
         got = f"shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         raise ArgumentError("cu_seqlens", got, f"shape (sequences + 1,) on {q.device}")
     starts = cu_seqlens.int().contiguous()
-    return starts, int(starts.diff().max()) if starts.shape[0] > 1 else 0
+    return starts, max(0, int(starts.diff().max())) if starts.shape[0] > 1 else 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_out, is_int, records_gradients
+from parallax_gen.runtime.transforms import differentiated, transforms_are_active
 
 CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
@@ -117,9 +118,10 @@ def _workspace_allowed(needed: int, q: Tensor) -> str:
 
 
 def refuse_gradients(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    if records_gradients(q, r, k_cache, v_cache):
-        named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
-        name = next(name for name, x in named if x.requires_grad)
+    named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
+    transforms = not torch.compiler.is_compiling() and transforms_are_active() and torch.is_grad_enabled()
+    if records_gradients(q, r, k_cache, v_cache) or (transforms and any(differentiated(x) for _, x in named)):
+        name = next(name for name, x in named if x.requires_grad or differentiated(x))
         allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
         raise ArgumentError(name, "a tensor that needs gradients", allowed)
 

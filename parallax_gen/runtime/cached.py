@@ -66,9 +66,9 @@ def parallax_attn_with_kvcache(
                       in k_cache's strides
     cache_leftpad     (batch,) int32 on the same device: each sequence's first key, which cache_seqlens counts from 0
                       all the same. What lies before is never read
-    cu_seqlens_q      (batch + 1,) int32 on the same device: sequence b has the rows cu_seqlens_q[b] up to
-                      cu_seqlens_q[b + 1] of q and r, and may have none. In rows that no sequence has out is 0, lse
-                      is -inf, and t̄ and v̄ are 0
+    cu_seqlens_q      (batch + 1,) int32 on the same device, none less than the one before: sequence b has the rows
+                      cu_seqlens_q[b] up to cu_seqlens_q[b + 1] of q and r, and may have none. In rows that no sequence
+                      has out is 0, lse is -inf, and t̄ and v̄ are 0
     max_seqlen_q      with cu_seqlens_q: at least the longest sequence's queries, and not much more
     causal            of many queries, each sees keys up to its own position. A single query sees them all, either way
     window_size       with causal: a query sees this many keys at the most, its position's and those right before
@@ -95,10 +95,12 @@ def parallax_attn_with_kvcache(
     fp32 are cast too, which copies all of them at every call, and caches in eight bits stay. With `out` the dtype is
     out's.
 
-    Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD).
+    Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD),
+    or that a transform of torch.func differentiates by.
     """
     q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
-    if needs_operator(q, r, k_cache, v_cache):
+    others = (cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale)
+    if needs_operator(q, r, k_cache, v_cache, *others):
         length = cache_seqlens if isinstance(cache_seqlens, (int, torch.SymInt)) else None
         lengths = None if isinstance(cache_seqlens, (int, torch.SymInt)) else cache_seqlens
         asked = CacheRequest(

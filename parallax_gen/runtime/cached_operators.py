@@ -23,7 +23,7 @@ from parallax_gen.problem.shapes import MATMULS, visible_pairs
 from parallax_gen.runtime.attention import stats_shape
 from parallax_gen.runtime.autograd import plain
 from parallax_gen.runtime.cache_checks import CacheRequest
-from parallax_gen.runtime.transforms import is_wrapped, transforms_are_active, under_a_mode
+from parallax_gen.runtime.transforms import differentiated, is_wrapped, transforms_are_active, under_a_mode
 
 _ARGUMENTS = (
     "(Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
@@ -32,8 +32,10 @@ _ARGUMENTS = (
 )
 
 
-def needs_operator(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+def needs_operator(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> bool:
     """Whether anything is to see what is done to these: a tracer, a dispatch mode, vmap, or a tensor subclass.
+
+    others  lengths, tables and scales, which vmap may have samples of, too
 
     Raises ArgumentError for a tensor with a tangent of forward-mode AD.
     """
@@ -45,7 +47,8 @@ def needs_operator(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> bo
         return True
     if forward_ad._current_level >= 0:
         refuse_tangents(q, r, k_cache, v_cache)
-    return transforms_are_active() and any(map(is_wrapped, (q, r, k_cache, v_cache)))
+    given = (q, r, k_cache, v_cache, *others)
+    return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in given)
 
 
 def refuse_tangents(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -59,7 +62,8 @@ def refuse_tangents(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> N
     if torch.compiler.is_compiling():
         raise ArgumentError("q", "a call inside of forward-mode AD, under torch.compile", allowed)
     for name, x in (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if forward_ad.unpack_dual(x).tangent is not None:
+        # Of a transform's tensor the innermost level shows its own tangent alone.
+        if differentiated(x) or (not is_wrapped(x) and forward_ad.unpack_dual(x).tangent is not None):
             raise ArgumentError(name, "a tensor with a tangent (forward-mode AD)", allowed)
 
 
@@ -139,11 +143,21 @@ def _over_samples(
         batch = folded[0].shape[0] // size
         found = _tuple(operator(*folded))
         return tuple(x.unflatten(0, (size, batch)) for x in found), (0,) * len(found)
+    if size == 0:  # what one of zeros has, but none of it
+        one = (x if dim is None else x.new_zeros(_without(x.shape, dim)) for x, dim in zip(given, in_dims, strict=True))
+        nothing = tuple(x[None][:0] for x in _tuple(operator(*one)))
+        return nothing, (0,) * len(nothing)
     each = []
     for i in range(size):
         sample = (x if dim is None else _contiguous(x.select(dim, i)) for x, dim in zip(given, in_dims, strict=True))
         each.append(_tuple(operator(*sample)))
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
+
+
+def _without(shape: torch.Size, dim: int) -> list[int]:
+    sizes = list(shape)
+    del sizes[dim]
+    return sizes
 
 
 def _folded(x: Tensor, dim: int | None, size: int) -> Tensor:

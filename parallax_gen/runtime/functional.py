@@ -109,10 +109,10 @@ def parallax_attn_varlen_func(
 
     q, r          (total_q, heads, head_dim)
     k, v          (total_k, kv_heads, head_dim)
-    cu_seqlens_q  (batch + 1,) int32, on the same device, from 0 to total_q: sequence b has the rows cu_seqlens_q[b] up
-                  to cu_seqlens_q[b + 1] of q and r. A sequence may be empty, and there may be none. Rows that no
-                  sequence has, before the first or behind the last, are not read: out and all gradients are 0 there,
-                  lse is -inf, and t̄ and v̄ are 0
+    cu_seqlens_q  (batch + 1,) int32, on the same device, from 0 to total_q, none less than the one before: sequence b
+                  has the rows cu_seqlens_q[b] up to cu_seqlens_q[b + 1] of q and r. A sequence may be empty, and there
+                  may be none. Rows that no sequence has, before the first or behind the last, are not read: out and
+                  all gradients are 0 there, lse is -inf, and t̄ and v̄ are 0
     cu_seqlens_k  likewise of k and v, whose gradients are 0 in rows that no sequence has
     max_seqlen_q  at least the longest sequence's queries, and not much more: programs are launched for them
     max_seqlen_k  likewise of keys
@@ -139,7 +139,11 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     compiling = torch.compiler.is_compiling()
     if compiling and breaks_graph(asked.q):
         torch._dynamo.graph_break(msg="transforms of torch.func other than vmap see Parallax attention in eager calls")
-    if not compiling and under_a_transform() and (transformed(*asked[:6]) or under_a_mode()):
+    if (
+        not compiling
+        and under_a_transform()
+        and (transformed(*asked[:6]) or under_a_mode() or records_gradients(*inputs))
+    ):
         asked = without_odd_strides(asked)
         check_request(asked, packed)
         if out is not None:

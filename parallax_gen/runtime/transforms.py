@@ -20,6 +20,7 @@ Outputs = tuple[Tensor, ...]
 
 transforms_are_active = torch._C._are_functorch_transforms_active
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_differentiated = torch._C._functorch.is_gradtrackingtensor
 _is_batched = torch._C._functorch.is_batchedtensor
 _is_functional = torch._C._functorch.is_functionaltensor
 _is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
@@ -48,6 +49,15 @@ def refuse_batched(x: Tensor) -> None:
     if _is_batched_by_autograd(x):
         allowed = "False, or torch.func.jacrev, jacfwd, or vmap of torch.func.vjp's function"
         raise ArgumentError("is_grads_batched, or jacobian's vectorize", True, allowed)
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether grad, vjp or jvp of torch.func, at any depth, differentiates by a tensor, or by what it came of."""
+    while is_wrapped(x):
+        if _is_differentiated(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def under_a_transform() -> bool:

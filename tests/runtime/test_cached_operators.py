@@ -269,6 +269,16 @@ def test_vmap(layout: dict[str, Any], dims: dict[str, int], state: bool) -> None
     same([*found], [*wanted])
 
 
+def test_samples_of_lengths_alone_and_no_samples() -> None:
+    q, k = dense(2, 9)
+    lengths = ints(9, 4, 1, 0, 2, 7).view(3, 2)
+    found = torch.func.vmap(lambda n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))(lengths)
+    for one, n in zip(found, lengths, strict=True):
+        torch.testing.assert_close(one, parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))
+    nothing = torch.func.vmap(lambda q: parallax_attn_with_kvcache(q, q, k, k))(q[None][:0])
+    assert nothing.shape == (0, *q.shape)
+
+
 def test_derivatives_are_refused() -> None:
     q, k = dense(2, 9)
     with forward_ad.dual_level():

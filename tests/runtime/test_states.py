@@ -126,3 +126,13 @@ def test_partial_gradients_add_up(causal: bool) -> None:
     torch.testing.assert_close(early.dr + late.dr, wanted.dr)
     torch.testing.assert_close(torch.cat([early.dk, late.dk], 1), wanted.dk)
     torch.testing.assert_close(torch.cat([early.dv, late.dv], 1), wanted.dv)
+
+
+def test_states_of_samples_beside_one_of_none() -> None:
+    q, r, k, v = sample(3, 9)
+    first, second = attend(q, r, k[:, :4], v[:, :4]), [attend(q, r, k[:, 4:], n * v[:, 4:]) for n in (1, 2)]
+    stacked = (torch.stack(x) for x in zip(*second, strict=True))
+    found = torch.func.vmap(lambda *part: tuple(merge_states(first, part)))(*stacked)
+    for n, part in enumerate(second):
+        for x, wanted in zip(found, merge_states(first, part), strict=True):
+            torch.testing.assert_close(x[n], wanted)

@@ -328,9 +328,35 @@ def test_functions_without_derivatives_refuse(name: str) -> None:
             transform(x[None])
 
 
+def test_inputs_that_need_gradients_under_a_vmap_of_another() -> None:
+    case = Case(dense)
+    q, r, k, v = case.inputs
+    q = q.clone().requires_grad_()
+    found = vmap(lambda x: x * case.ours(q, r, k, v).sum())(torch.ones(3))
+    (of_q,) = torch.autograd.grad(found.sum(), q)
+    (wanted,) = torch.autograd.grad(3 * case.formula(q, r, k, v).sum(), q)
+    torch.testing.assert_close(of_q, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_against_a_cache_has_no_derivatives() -> None:
-    """vmap it has: test_cached_operators.py."""
+    """vmap it has: test_cached_operators.py. At whatever depth a transform differentiates, nothing is dropped."""
     x = normal(1, 1, 4, 64).half()
+
+    def ours(q: Tensor) -> Tensor:
+        out = parallax_attn_with_kvcache(q, x, x, x)
+        assert isinstance(out, Tensor)
+        return out
+
+    nested = (
+        lambda a: jvp(lambda b: ours(a) * b, (x,), (x,))[0],
+        lambda a: grad(lambda b: (ours(a) * b).sum())(x),
+        lambda a: vmap(ours)(a[None]),
+    )
+    for function in nested:
+        with pytest.raises(ArgumentError, match=r"^q: got a tensor"):
+            jvp(function, (x,), (x,))
+    with pytest.raises(ArgumentError, match="a tensor that needs gradients"):
+        grad(lambda a: vmap(ours)(a).sum())(x[None])
     with fw.dual_level(), pytest.raises(ArgumentError, match="a tensor with a tangent"):
         parallax_attn_with_kvcache(fw.make_dual(x, x), x, x, x)
     with pytest.raises(ArgumentError, match="a tensor that needs gradients"):
