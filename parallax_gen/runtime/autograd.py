@@ -191,7 +191,18 @@ def _over_samples(function: Any, info: Any, in_dims: tuple[int | None, ...], giv
     return over_samples(apply, info.batch_size, in_dims, given)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _WithoutDerivatives(torch.autograd.Function):
+    """A derivative, which has none of its own: nothing is kept for one that is refused."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_refuse)
+    jvp = staticmethod(_refuse)
+
+
+class _AttentionBackward(_WithoutDerivatives):
     """`_attention_backward` for transforms of torch.func, which differentiate and batch Functions, not operators."""
 
     @staticmethod
@@ -199,18 +210,11 @@ class _AttentionBackward(torch.autograd.Function):
         return tuple(_attention_backward(*given))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept for a derivative that is refused."""
-
-    backward = staticmethod(_refuse)
-    jvp = staticmethod(_refuse)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
         return _over_samples(_AttentionBackward, info, in_dims, given)
 
 
-class _AttentionTangent(torch.autograd.Function):
+class _AttentionTangent(_WithoutDerivatives):
     """The tangent of out, from an operator's arguments and the tangents of q, r, k and v: by the fp64 formula."""
 
     @staticmethod
@@ -219,13 +223,6 @@ class _AttentionTangent(torch.autograd.Function):
         options = {"causal": asked.causal, "window_size": asked.window_size, "softmax_scale": asked.softmax_scale}
         oracle: Any = reference_varlen_tangent if starts_of(asked) else reference_tangent
         return (oracle(*inputs_of(asked), given[11:], *starts_of(asked), **options).to(asked.q.dtype),)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept for a derivative that is refused."""
-
-    backward = staticmethod(_refuse)
-    jvp = staticmethod(_refuse)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:

@@ -22,7 +22,7 @@ from parallax_gen.runtime.cache_checks import (
     check_workspace_type,
     refuse_gradients,
 )
-from parallax_gen.runtime.cached_operators import laid_out, needs_operator, operators_of, refuse_tangents
+from parallax_gen.runtime.cached_operators import laid_out, needs_operator, operators_of, refuse_tangents_of
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
@@ -176,7 +176,7 @@ def _attend_by_operator(
     check_numbers_of(asked.causal, asked.window_size, asked.softmax_scale)
     asked = laid_out(asked)
     check_cached(asked, length, out)
-    refuse_tangents(*asked[:4])
+    refuse_tangents_of(*asked[:4])
     refuse_gradients(*asked[:4])
     if workspace is not None:
         check_workspace_type(workspace, asked.q)

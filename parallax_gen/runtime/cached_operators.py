@@ -46,12 +46,12 @@ def needs_operator(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *othe
     if not tensors and not plain(q, r, k_cache, v_cache):
         return True
     if forward_ad._current_level >= 0:
-        refuse_tangents(q, r, k_cache, v_cache)
+        refuse_tangents_of(q, r, k_cache, v_cache)
     given = (q, r, k_cache, v_cache, *others)
     return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in given)
 
 
-def refuse_tangents(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def refuse_tangents_of(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     """Raises ArgumentError for a tensor with a tangent: there are no derivatives, and an operator would drop it.
 
     A tracer shows no tangents. Where one is at work, every call inside of forward-mode AD is refused.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.runtime.transforms import under_a_transform
 
 
 class State(NamedTuple):
@@ -46,20 +47,16 @@ def merge_states(*states: State | tuple[Tensor, Tensor, Tensor, Tensor]) -> Stat
     parts = [State(*state) for state in states]
     first = parts[0]
     _check(parts)
-    total = State(*(x.float() for x in first))
+    total = State(*(x.to(torch.float32, copy=True) for x in first))
     for part in parts[1:]:
-        total = _joined(total, part)
+        if under_a_transform():  # vmap writes samples in place only to what has samples itself
+            total = State(*(x + torch.zeros_like(y) for x, y in zip(total, part, strict=True)))
+        absorb(total, part)
     return total._replace(out=total.out.to(first.out.dtype), v_mean=total.v_mean.to(first.v_mean.dtype))
 
 
 def absorb(total: State, part: State) -> None:
-    """Join a part into `total`, in place: all of it fp32, any strides."""
-    for x, joined in zip(total, _joined(total, part), strict=True):
-        x.copy_(joined)
-
-
-def _joined(total: State, part: State) -> State:
-    """`total`, in fp32, with a part. Nothing is written in place: under vmap one of the two may have no samples.
+    """Join a part into `total`, in place: all of it fp32, any strides.
 
     Of two weights that add up to 1 the formula of `merge_states` is
     out = (1 - w) out_1 + w out_2 + w (1 - w) (t̄_2 - t̄_1) (v̄_1 - v̄_2).
@@ -69,8 +66,10 @@ def _joined(total: State, part: State) -> State:
     weight = (part.lse - lse.masked_fill(lse.isneginf(), 0.0)).exp()
     of_rows, apart = _of_rows(weight), _of_rows(weight * (1 - weight) * (part.t_mean - total.t_mean))
     v_mean = part.v_mean.float()
-    out = torch.addcmul(total.out.lerp(part.out.float(), of_rows), apart, total.v_mean - v_mean)
-    return State(out, lse, total.t_mean.lerp(part.t_mean, weight), total.v_mean.lerp(v_mean, of_rows))
+    total.out.lerp_(part.out.float(), of_rows).addcmul_(apart, total.v_mean - v_mean)
+    total.v_mean.lerp_(v_mean, of_rows)
+    total.t_mean.lerp_(part.t_mean, weight)
+    total.lse.copy_(lse)
 
 
 def _of_rows(x: Tensor) -> Tensor:
