@@ -3,7 +3,7 @@
 spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, ragged, leftpad, many queries
 config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 0a3df025e6c1
+generator  parallax_gen 0.1.0, templates 5a31e45e6396
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -109,12 +109,12 @@ def _merge(partials, stride, splits, row):
 
 @triton.jit
 def fill_padding(o_ptr, v_mean_ptr, lse_ptr, t_mean_ptr, stride_on, stride_oh, heads, begin, end, total):
-    """Fill the rows of packed tensors that no sequence has: those before `begin`, and those from `end` on.
+    """Write 0, and -inf to lse, to the rows that no sequence has: those before `begin`, and those from `end` on.
 
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 96
-    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
+    HEADS: tl.constexpr = 16  # heads of a row that a program fills a step
     dims = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
         row = (end + i).to(tl.int64)
@@ -366,7 +366,8 @@ def launch(
     lse, t_mean       (kv_heads*4, total_q) fp32, contiguous
     v_mean            like out, with its strides
     k_cache, v_cache  (batch, seqlen, kv_heads, 96) bf16, any strides likewise
-    cu_seqlens_q      (batch + 1,) int32: where each sequence's queries begin
+    cu_seqlens_q      (batch + 1,) int32: where each sequence's queries begin, and where the last one's end. In rows
+                      that no sequence has out is 0, lse -inf, and t_mean and v_mean 0
     cache_seqlens     (batch,) int32: keys in each sequence, 0 to seqlen; what lies behind is never read
     cache_leftpad     (batch,) int32: each sequence's first key; what lies before is never read
     partials          fp32 scratch of slots * kv_heads * 6272 numbers, slots as below

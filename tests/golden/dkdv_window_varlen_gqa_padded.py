@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 80, fp16, GQA 4:1, window, varlen
 config     BLOCK_M=64 BLOCK_N=128 HEAD_GROUP=1 num_warps=8 num_stages=2 HEAD_DIM_AS=padded
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates aeb448b1e6a1
+generator  parallax_gen 0.1.0, templates 96ea5e70a299
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -21,12 +21,12 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def fill_padding(dk_ptr, dv_ptr, stride_dkn, stride_dkh, stride_dvn, stride_dvh, heads, begin, end, total):
-    """Fill the rows of packed tensors that no sequence has: those before `begin`, and those from `end` on.
+    """Write 0 to the rows that no sequence has: those before `begin`, and those from `end` on.
 
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 80
-    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
+    HEADS: tl.constexpr = 16  # heads of a row that a program fills a step
     dims = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
         row = (end + i).to(tl.int64)
@@ -200,6 +200,7 @@ def launch(
     k, v, dk, dv  (total_k, kv_heads, 80) fp16, likewise
     rows          (4, heads, padded) fp32, contiguous: what preprocess wrote
     cu_seqlens    (batch + 1,) int32: where each sequence begins in q and in k, and where the last one ends
+                  dk and dv are 0 in rows that no sequence has
     max_seqlen_k  at least the length of the longest sequence
     window_size   the keys that a query sees at the most, 1 or more
     """

@@ -3,7 +3,7 @@
 spec       dqdr, head_dim 256, fp16, GQA 2:1, full, varlen
 config     BLOCK_M=64 BLOCK_N=32 HEAD_GROUP=1 num_warps=4 num_stages=2 HEAD_DIM_AS=halves
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 24ffad811609
+generator  parallax_gen 0.1.0, templates 75c6b9f971b5
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -21,12 +21,12 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def fill_padding(dq_ptr, dr_ptr, stride_dqm, stride_dqh, stride_drm, stride_drh, heads, begin, end, total):
-    """Fill the rows of packed tensors that no sequence has: those before `begin`, and those from `end` on.
+    """Write 0 to the rows that no sequence has: those before `begin`, and those from `end` on.
 
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 256
-    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
+    HEADS: tl.constexpr = 16  # heads of a row that a program fills a step
     dims = tl.arange(0, HEAD_DIM)
     for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
         row = (end + i).to(tl.int64)
@@ -34,11 +34,10 @@ def fill_padding(dq_ptr, dr_ptr, stride_dqm, stride_dqh, stride_drm, stride_drh,
         for first in tl.range(0, heads, HEADS):
             head = (first + tl.arange(0, HEADS)).to(tl.int64)
             there = head < heads
-            in_row = there[:, None]
             dq_offsets = row * stride_dqm + (head * stride_dqh)[:, None] + dims[None, :]
-            tl.store(dq_ptr + dq_offsets, 0.0, mask=in_row)
+            tl.store(dq_ptr + dq_offsets, 0.0, mask=there[:, None])
             dr_offsets = row * stride_drm + (head * stride_drh)[:, None] + dims[None, :]
-            tl.store(dr_ptr + dr_offsets, 0.0, mask=in_row)
+            tl.store(dr_ptr + dr_offsets, 0.0, mask=there[:, None])
 
 
 @triton.jit(do_not_specialize=["heads", "sequences", "total_q", "max_seqlen"])
@@ -191,6 +190,7 @@ def launch(
     k, v              (total_k, kv_heads, 256) fp16, likewise
     rows              (4, heads, padded) fp32, contiguous: what preprocess wrote
     cu_seqlens        (batch + 1,) int32: where each sequence begins in q and in k, and where the last one ends
+                      dq and dr are 0 in rows that no sequence has
     max_seqlen_q      at least the length of the longest sequence
     """
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]

@@ -3,7 +3,7 @@
 spec       forward, head_dim 96, bf16, GQA 2:1, window, varlen
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=8 num_warps=8 num_stages=3 HEAD_DIM_AS=pieces
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 4596e7e379e1
+generator  parallax_gen 0.1.0, templates 7c01cbe51c52
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
@@ -19,12 +19,12 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def fill_padding(o_ptr, stride_om, stride_oh, heads, begin, end, total):
-    """Fill the rows of packed tensors that no sequence has: those before `begin`, and those from `end` on.
+    """Write 0 to the rows that no sequence has: those before `begin`, and those from `end` on.
 
     All programs of the launch share them.
     """
     HEAD_DIM: tl.constexpr = 96
-    HEADS: tl.constexpr = 16  # that a program fills a step, of one row
+    HEADS: tl.constexpr = 16  # heads of a row that a program fills a step
     dims = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0), total - end + begin, tl.num_programs(0)):
         row = (end + i).to(tl.int64)
@@ -204,6 +204,7 @@ def launch(
     q, r, out    (total_q, kv_heads*2, 96) bf16, any strides with a contiguous last dimension
     k, v         (total_k, kv_heads, 96) bf16, likewise
     cu_seqlens   (batch + 1,) int32: where each sequence begins in q and in k, and where the last one ends
+                 out is 0 in rows that no sequence has
     max_seqlen_q at least the length of the longest sequence
     window_size  the keys that a query sees at the most, 1 or more
     """
