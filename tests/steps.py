@@ -1,7 +1,7 @@
 """Whole training steps by rendered kernels: forward, preprocess, dkdv and dqdr, each on what those before it wrote.
 
 Tests run STEPS random ones, see `strategies.step_case`, in portions. PARALLAX_GEN_STEPS says which, "first/stride" of
-their seeds; "0/5" where it is not set: every fifth, from the first.
+their seeds; where it is not set, every fifth on a card, and every tenth in the interpreter, from the first.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ STEPS = 500
 FEW_KEYS = 16
 
 
-def seeds() -> range:
-    """The portion of the steps that this run takes."""
-    first, stride = map(int, os.environ.get("PARALLAX_GEN_STEPS", "0/5").split("/"))
+def seeds(every: int) -> range:
+    """The portion of the steps that this run takes, where it is not told which."""
+    first, stride = map(int, os.environ.get("PARALLAX_GEN_STEPS", f"0/{every}").split("/"))
     return range(first, STEPS, stride)
 
 

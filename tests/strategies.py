@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +29,11 @@ GROUPS = (1, 2, 3, 4, 7, 8, 12, 16)
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
 WINDOWS = (1, 97, 200, 256, 257, 513)
 LONGEST = 200
+
+
+def examples(count: int) -> settings:
+    """Of a test whose examples take a second each: so many, and with --hypothesis-profile=explore 16 times as many."""
+    return settings(max_examples=count * settings.default.max_examples // 60)
 
 
 @dataclass(frozen=True)

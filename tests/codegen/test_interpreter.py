@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import strategies
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, Kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -67,19 +67,19 @@ def launched(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     return call
 
 
-@settings(max_examples=100)
+@strategies.examples(50)
 @given(case=strategies.cases("forward", DTYPES, GPU, MOST_PROGRAMS))
 def test_any_forward_kernel_agrees_with_the_oracle(case: Case) -> None:
     assert wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
-@settings(max_examples=100)
+@strategies.examples(50)
 @given(case=strategies.cases("decode", DTYPES, GPU, MOST_PROGRAMS))
 def test_any_decode_kernel_agrees_with_the_oracle(case: Case) -> None:
     assert wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
-@settings(max_examples=40)
+@strategies.examples(20)
 @given(data=st.data())
 @pytest.mark.parametrize("op", ["preprocess", "dkdv", "dqdr"])
 def test_any_backward_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None:
@@ -88,7 +88,7 @@ def test_any_backward_kernel_agrees_with_the_oracle(op: str, data: st.DataObject
 
 
 @pytest.mark.parametrize("op", ["forward", "decode", "dkdv", "dqdr"])
-@settings(max_examples=20)
+@strategies.examples(10)
 @given(data=st.data())
 def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> None:
     case = data.draw(strategies.cases(op, ["fp32"], GPU, MOST_PROGRAMS // 2))
