@@ -28,8 +28,12 @@ class ArgumentError(ParallaxGenError, ValueError):
     """An argument of a public function or command is not usable: names it, what came and what is allowed."""
 
     def __init__(self, argument: str, got: object, allowed: str):
-        super().__init__(f"{argument}: got {got}; allowed: {allowed}")
+        # No call of super().__init__: torch.compile cannot trace one, and up to 2.11 failed itself where this was
+        # raised. `args` is what `__new__` was given.
         self.argument, self.got, self.allowed = argument, got, allowed
+
+    def __str__(self) -> str:
+        return f"{self.argument}: got {self.got}; allowed: {self.allowed}"
 
 
 class UnknownGpuError(ParallaxGenError):
@@ -65,3 +69,7 @@ class StoreError(ParallaxGenError):
 
 class DistributedError(ParallaxGenError):
     """Ranks of a process group that must choose alike do not."""
+
+
+class UntunedError(ParallaxGenError):
+    """A call's kernel was not measured on this GPU with this Triton, and PARALLAX_GEN_STRICT=1 allows no other."""

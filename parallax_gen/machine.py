@@ -89,9 +89,10 @@ _MEMORY_TEXT = re.compile(
 )
 # ... where something is full, missing or too old, ...
 _BROKEN_TEXT = re.compile(
-    r"No space left on device|Disk quota exceeded|Read-only file system|Too many open files|Input/output error"
+    r"No space left on device|Disk quota exceeded|database or disk is full|disk I/O error|Read-only file system"
+    r"|Too many open files|Input/output error"
     r"|Stale file handle|error while loading shared libraries|Cannot find ptxas|cuobjdump is missing"
-    r"|`ptxas` failed with error code (126|127|-15|143)\b|ptxas fatal\s*: (Could not|Cannot) open"
+    r"|`ptxas` failed with error code (126|127|-7|135|-15|143|-25|153)\b|ptxas fatal\s*: (Could not|Cannot) open"
     r"|Unsupported \.version|is not defined for option 'gpu-name'"
     r"|cannot write (the kernel|kernels to) "  # as earlier versions said it
 )
@@ -101,11 +102,11 @@ _DEVICE_TEXT = re.compile(
     r"\bCUDA\b.*(busy or unavailable|no CUDA-capable device|invalid device ordinal|uncorrectable|unknown error"
     r"|GPU is lost|fallen off the bus|device is unavailable|driver shutting down|system not yet initialized"
     r"|initialization error|initialization failed|driver version is insufficient|unsupported display driver)"
-    r"|No CUDA GPUs are available|Found no NVIDIA driver|driver/library version mismatch|0 active drivers"
-    r"|NVML_SUCCESS =="
+    r"|No CUDA GPUs are available|Found no NVIDIA driver|[Dd]river/library version mismatch|0 active drivers"
+    r"|CUDA_ERROR_ECC_UNCORRECTABLE|MPS client failed to connect|NVML_SUCCESS =="
 )
 # The driver's own words for a card whose memory is taken; torch's tell sizes.
-_DRIVER_MEMORY_TEXT = re.compile(r"([\w.]+: )?(CUDA error|Triton Error \[CUDA\]): out of memory")
+_DRIVER_MEMORY_TEXT = re.compile(r"([\w.]+: )?(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory")
 OUT_OF_MEMORY = re.compile(r"\bout of memory\b")
 
 # As `gist` and a child's last words begin, where earlier versions stored an error of _TYPES.

@@ -93,6 +93,7 @@ MEMORY: list[BaseException] = [
     RuntimeError("can't start new thread"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA driver error: out of memory"),  # of memory that torch maps by itself
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError(WITH_OTHERS),
     RuntimeError("PTXAS error: `ptxas` failed with error code -9\n`ptxas` stderr:\n\nRepro command: ptxas x.ptx"),
@@ -117,6 +118,12 @@ MACHINE: list[BaseException] = [
         "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\nRepro command: ptxas"
     ),
     RuntimeError("PTXAS error: `ptxas` failed with error code 127\n`ptxas` stderr:\n"),
+    RuntimeError("PTXAS error: `ptxas` failed with error code -7\n`ptxas` stderr:\n"),  # of a file system in memory
+    RuntimeError("PTXAS error: `ptxas` failed with error code -25\n`ptxas` stderr:\n"),  # of a limit on files
+    RuntimeError("database or disk is full"),
+    RuntimeError("Failed to initialize NVML: Driver/library version mismatch"),
+    RuntimeError("CUDA_ERROR_ECC_UNCORRECTABLE"),
+    RuntimeError("CUDA error: MPS client failed to connect to the MPS control daemon"),
     RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be"),
     RuntimeError("CUDA error: no CUDA-capable device is detected"),
     RuntimeError("CUDA error: uncorrectable ECC error encountered"),

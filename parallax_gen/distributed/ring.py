@@ -15,7 +15,7 @@ from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.autograd import first_derivatives
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
 from parallax_gen.runtime.states import State, absorb
-from parallax_gen.runtime.transforms import refuse_transforms
+from parallax_gen.runtime.transforms import refuse_batched, refuse_transforms
 
 
 def shard_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -173,6 +173,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batched(do)
         refuse_transforms("ring_attn_func", do=do)
         q, r, k, v, *state = ctx.saved_tensors
         causal, softmax_scale, ring = ctx.options

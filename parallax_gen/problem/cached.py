@@ -64,7 +64,10 @@ def in_order(pages: Tensor, page_table: Tensor) -> Tensor:
 
     page_table  (batch, pages a sequence): the pages of each; one that is not there gives any other
     """
-    return pages[page_table.long().clamp(0, pages.shape[0] - 1)].flatten(1, 2)
+    at = page_table.long().clamp(0, pages.shape[0] - 1)
+    if pages.element_size() == 1:  # torch 2.9 indexes no float8 on the CPU
+        return pages.view(torch.uint8)[at].view(pages.dtype).flatten(1, 2)
+    return pages[at].flatten(1, 2)
 
 
 def _scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:

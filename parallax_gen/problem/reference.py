@@ -253,7 +253,7 @@ def sequences_of(
     cu_seqlens_q: Tensor | Sequence[int], cu_seqlens_k: Tensor | Sequence[int]
 ) -> list[tuple[slice, slice]]:
     """Where each packed sequence's queries and keys lie."""
-    ends_q, ends_k = (torch.as_tensor(x).tolist() for x in (cu_seqlens_q, cu_seqlens_k))
+    ends_q, ends_k = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (cu_seqlens_q, cu_seqlens_k))
     if len(ends_q) != len(ends_k):
         raise ArgumentError("cu_seqlens_k", f"{len(ends_k)} numbers", f"{len(ends_q)}, as cu_seqlens_q has")
     starts = zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True)

@@ -104,7 +104,7 @@ class BackwardPlan:
         v_mean = saved.v_mean
         if v_mean is None:
             v_mean = forward(asked, packed=bool(starts_of(asked)), stats=True)[3]
-        sequences = 0 if asked.cu_seqlens_q is None else len(asked.cu_seqlens_q) - 1
+        sequences = 0 if asked.cu_seqlens_q is None else asked.cu_seqlens_q.shape[0] - 1
         rows = rows_like(saved.lse, sequences)
         self.preprocess.launch((do, saved.out, v_mean, saved.lse, saved.t_mean, rows, *starts_of(asked)[:1]))
         if self.dkdv is not None:
@@ -182,7 +182,11 @@ def _plan_backward(asked: Request, dqdr: bool, dkdv: bool) -> BackwardPlan | Hos
 
 
 def _host_plan(asked: Request) -> HostPlan | None:
-    if asked.cu_seqlens_q is not None and 0 in (len(asked.cu_seqlens_q) - 1, asked.max_seqlen_q, asked.max_seqlen_k):
+    if asked.cu_seqlens_q is not None and 0 in (
+        asked.cu_seqlens_q.shape[0] - 1,
+        asked.max_seqlen_q,
+        asked.max_seqlen_k,
+    ):
         return HostPlan(nothing_seen=True)
     return host_plan(asked.q, asked.k)
 
@@ -200,7 +204,7 @@ def _problem(asked: Request) -> tuple[KernelSpec, Shape]:
     if asked.cu_seqlens_q is None:
         batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     else:
-        batch, seqlen_q, seqlen_k = len(asked.cu_seqlens_q) - 1, asked.max_seqlen_q, asked.max_seqlen_k
+        batch, seqlen_q, seqlen_k = asked.cu_seqlens_q.shape[0] - 1, asked.max_seqlen_q, asked.max_seqlen_k
     # A window that holds all keys is none: no kernel of its own.
     window = 0 if asked.window_size is None or asked.window_size >= seqlen_k else asked.window_size
     spec = KernelSpec(

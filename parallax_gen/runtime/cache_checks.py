@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-from parallax_gen.runtime.checks import DTYPE_NAMES, check_out, is_int, records_gradients
+from parallax_gen.runtime.checks import DTYPE_NAMES, check_out, is_int, needs_gradients, records_gradients
 from parallax_gen.runtime.transforms import differentiated, transforms_are_active
 
 CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -52,10 +52,10 @@ def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) ->
         if not is_int(max_seqlen_q) or max_seqlen_q < 0:  # type: ignore[operator]
             raise ArgumentError("max_seqlen_q", repr(max_seqlen_q), "an int of 0 or more, with cu_seqlens_q")
         assert asked.cu_seqlens_q is not None
-        batch = len(asked.cu_seqlens_q) - 1
+        batch = asked.cu_seqlens_q.shape[0] - 1  # an export keeps it open, which len does not
     else:
         if max_seqlen_q is not None:
-            raise ArgumentError("max_seqlen_q", max_seqlen_q, "None, but with cu_seqlens_q")
+            raise ArgumentError("max_seqlen_q", repr(max_seqlen_q), "None, but with cu_seqlens_q")
         batch = q.shape[0]
     if not paged and k.shape[0] != batch:
         raise ArgumentError("k_cache", f"{k.shape[0]} sequences", f"{batch}, as q has")
@@ -117,11 +117,17 @@ def _workspace_allowed(needed: int, q: Tensor) -> str:
     return f"a contiguous uint8 tensor of {needed} bytes or more, zeros at first, on {q.device}"
 
 
-def refuse_gradients(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def refuse_gradients(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *scales: Tensor | float | None) -> None:
+    """Raises ArgumentError for one that needs gradients. scales: k_scale and v_scale, as the caller gave them."""
+    for name, scale in zip(("k_scale", "v_scale"), scales, strict=False):
+        if isinstance(scale, Tensor) and torch.is_grad_enabled() and needs_gradients(scale):
+            raise ArgumentError(
+                name, "a tensor that needs gradients", "one without, or no_grad: it is not learned here"
+            )
     named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
     transforms = not torch.compiler.is_compiling() and transforms_are_active() and torch.is_grad_enabled()
     if records_gradients(q, r, k_cache, v_cache) or (transforms and any(differentiated(x) for _, x in named)):
-        name = next(name for name, x in named if x.requires_grad or differentiated(x))
+        name = next(name for name, x in named if needs_gradients(x) or differentiated(x))
         allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
         raise ArgumentError(name, "a tensor that needs gradients", allowed)
 

@@ -113,7 +113,7 @@ def parallax_attn_with_kvcache(
             q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
             window_size, softmax_scale, k_scale, v_scale, out, return_state,
         )  # fmt: skip
-        refuse_gradients(q, r, k_cache, v_cache)
+        refuse_gradients(q, r, k_cache, v_cache, k_scale, v_scale)
         found = _attend(asked, plan, out, return_state, workspace)
     return State(*found) if return_state else found[0]
 
@@ -176,8 +176,8 @@ def _attend_by_operator(
     check_numbers_of(asked.causal, asked.window_size, asked.softmax_scale)
     asked = laid_out(asked)
     check_cached(asked, length, out)
-    refuse_tangents_of(*asked[:4])
-    refuse_gradients(*asked[:4])
+    refuse_tangents_of(*asked[:4], asked.k_scale, asked.v_scale)
+    refuse_gradients(*asked[:4], asked.k_scale, asked.v_scale)
     if workspace is not None:
         check_workspace_type(workspace, asked.q)
     if is_sharded(*asked[:4]):
@@ -291,7 +291,7 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     packed = asked.cu_seqlens_q is not None
     if asked.cu_seqlens_q is not None:
         assert asked.max_seqlen_q is not None
-        batch, seqlen_q = len(asked.cu_seqlens_q) - 1, asked.max_seqlen_q
+        batch, seqlen_q = asked.cu_seqlens_q.shape[0] - 1, asked.max_seqlen_q
     host = HostPlan(nothing_seen=True) if 0 in (batch, seqlen, seqlen_q) else host_plan(q, k)
     if host is not None:
         return host

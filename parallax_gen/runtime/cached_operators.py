@@ -46,12 +46,12 @@ def needs_operator(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *othe
     if not tensors and not plain(q, r, k_cache, v_cache):
         return True
     if forward_ad._current_level >= 0:
-        refuse_tangents_of(q, r, k_cache, v_cache)
+        refuse_tangents_of(q, r, k_cache, v_cache, *others[-2:])
     given = (q, r, k_cache, v_cache, *others)
     return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in given)
 
 
-def refuse_tangents_of(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def refuse_tangents_of(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *scales: Any) -> None:
     """Raises ArgumentError for a tensor with a tangent: there are no derivatives, and an operator would drop it.
 
     A tracer shows no tangents. Where one is at work, every call inside of forward-mode AD is refused.
@@ -61,7 +61,12 @@ def refuse_tangents_of(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor) -
     allowed = "a tensor without: decoding has no derivatives (parallax_attn_func has)"
     if torch.compiler.is_compiling():
         raise ArgumentError("q", "a call inside of forward-mode AD, under torch.compile", allowed)
-    for name, x in (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache)):
+    given = dict(
+        zip(("q", "r", "k_cache", "v_cache", "k_scale", "v_scale"), (q, r, k_cache, v_cache, *scales), strict=False)
+    )
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            continue
         # Of a transform's tensor the innermost level shows its own tangent alone.
         if differentiated(x) or (not is_wrapped(x) and forward_ad.unpack_dual(x).tangent is not None):
             raise ArgumentError(name, "a tensor with a tangent (forward-mode AD)", allowed)

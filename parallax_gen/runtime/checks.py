@@ -128,7 +128,20 @@ def check_out(out: Tensor | None, q: Tensor) -> None:
 
 
 def records_gradients(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or r.requires_grad or k.requires_grad or v.requires_grad)
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or r.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return torch._C._are_functorch_transforms_active() and any(map(needs_gradients, (q, r, k, v)))
+
+
+def needs_gradients(x: Tensor) -> bool:
+    """Whether autograd is to see what is done to a tensor. One that vmap batches does not say so itself."""
+    if x.requires_grad or torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return x.requires_grad
+    while torch._C._functorch.is_functorch_wrapped_tensor(x) and not x.requires_grad:
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def check_flag(name: str, flag: bool) -> None:

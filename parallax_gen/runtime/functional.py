@@ -143,6 +143,7 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
         not compiling
         and under_a_transform()
         and (transformed(*asked[:6]) or under_a_mode() or records_gradients(*inputs))
+        and not is_sharded(*inputs)  # what each rank has of these comes here by itself
     ):
         asked = without_odd_strides(asked)
         check_request(asked, packed)

@@ -80,11 +80,13 @@ def over_shards(
     rows, stats = dims[0], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
     assert rows is not None
     shapes = (q.shape, stats_shape(q), stats_shape(q), q.shape)
+    found = attend(*local)
+    each = (rows, stats, stats, rows)[: len(found)]  # torch.compile of torch 2.9 takes any zip to be strict
     return tuple(
         DTensor.from_local(
             x, mesh, _placements(kinds, of), run_check=False, shape=torch.Size(shape), stride=_contiguous_strides(shape)
         )
-        for x, of, shape in zip(attend(*local), (rows, stats, stats, rows), shapes, strict=False)
+        for x, of, shape in zip(found, each, shapes[: len(found)], strict=True)
     )
 
 
@@ -117,7 +119,10 @@ def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims | None])
                 possible.append("batch")
         if kv_heads % (shards["heads"] * size) == 0:
             possible.append("heads")
-        costs = [sum(_cost(x, at, kind, of) for x, of in zip(inputs, dims, strict=False)) for kind in possible]
+        costs = [0] * len(possible)
+        for i, kind in enumerate(possible):  # torch.compile of torch 2.9 has no sum of a generator
+            for x, of in zip(inputs, dims[: len(inputs)], strict=True):
+                costs[i] += _cost(x, at, kind, of)
         kind = possible[costs.index(min(costs))]
         if kind:
             shards[kind] *= size

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.runtime.checks import needs_gradients
 from parallax_gen.runtime.transforms import under_a_transform
 
 
@@ -83,7 +84,7 @@ def _check(parts: list[State]) -> None:
         raise ArgumentError("states", "one of something else than tensors", "(out, lse, t_mean, v_mean) each")
     rows = (*first.out.shape[:-3], first.out.shape[-2], first.out.shape[-3]) if first.out.dim() > 2 else None
     for i, part in enumerate(parts):
-        if torch.is_grad_enabled() and part.out.requires_grad and not part.lse.requires_grad:
+        if torch.is_grad_enabled() and needs_gradients(part.out) and not needs_gradients(part.lse):
             allowed = "one without, or no_grad: its lse, t̄ and v̄ have none, which out alone would get wrong"
             raise ArgumentError(f"states[{i}]", "an out that needs gradients", allowed)
         if part.out.shape != first.out.shape or part.v_mean.shape != first.out.shape:

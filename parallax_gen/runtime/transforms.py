@@ -1,7 +1,7 @@
 """Transforms of torch.func, tangents of forward-mode AD and dispatch modes: whether a call is under one, and vmap.
 
 The checks cost an eager call of plain tensors a few look-ups in C. They use names that torch keeps to itself, which
-torch 2.11 and 2.13 were seen to have.
+torch 2.9 to 2.13 were seen to have.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ def formula(
     starts  cu_seqlens_q and cu_seqlens_k of packed sequences
     """
     if starts:
-        ends = zip(*(zip(x.tolist(), x.tolist()[1:], strict=False) for x in starts), strict=True)
+        # Not tolist, which torch 2.9 has not under a transform.
+        ends = zip(*(pairwise(map(int, x)) for x in starts), strict=True)
         parts = [(slice(*rows), slice(*keys)) for rows, keys in ends]
         found = [
             formula(q[rows][None], r[rows][None], k[keys][None], v[keys][None], causal=causal, window_size=window_size)

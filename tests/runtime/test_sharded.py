@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -57,7 +58,8 @@ def attends(mesh: DeviceMesh, placements: list[Any], out: Any, sent: bool, kv_he
     mine = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], placements)]
     with CommDebugMode() as talk:
         found = parallax_attn_func(*mine, causal=True, return_stats=True)
-    assert (talk.get_total_counts() > 0) == (sent and mesh.size() > 1)
+    if not sent or mesh.size() > 1:  # what a mesh of one rank sends to itself is torch's own: 2.9 does
+        assert (talk.get_total_counts() > 0) == sent
     stats = {Shard(2): Shard(1)}.get(out, out)  # (batch, heads, seqlen_q)
     assert [x.placements for x in found] == [(out,), (stats,), (stats,), (out,)]
     same(found, wanted)
@@ -256,3 +258,14 @@ def test_compiled(one_rank: DeviceMesh) -> None:
     with torch.no_grad():
         same([cached(*mine)], [parallax_attn_with_kvcache(*inputs)])
     torch._dynamo.reset()
+
+
+def test_tangents_of_something_else_are_none_of_theirs(one_rank: DeviceMesh) -> None:
+    """(Inside of torch.func.grad torch has no gradients of DTensors at all.)"""
+    *inputs, do = dense()
+    leaves = [x.requires_grad_() for x in inputs]
+    wanted = torch.autograd.grad(parallax_attn_func(*leaves, causal=True), leaves, do)
+    mine = [x.requires_grad_() for x in sharded(one_rank, [x.detach() for x in inputs], [Shard(0)] * 4)]
+    with forward_ad.dual_level():
+        out = parallax_attn_func(*mine, causal=True)
+        same(torch.autograd.grad(out, mine, distribute_tensor(do, one_rank, [Shard(0)])), wanted)

@@ -136,3 +136,19 @@ def test_states_of_samples_beside_one_of_none() -> None:
     for n, part in enumerate(second):
         for x, wanted in zip(found, merge_states(first, part), strict=True):
             torch.testing.assert_close(x[n], wanted)
+
+
+def test_states_of_samples_that_need_gradients_are_refused() -> None:
+    """A tensor that vmap batches does not say itself that it needs gradients."""
+    r, k, v = (torch.randn(2, 4, 2, 8) for _ in range(3))
+
+    def joined(q: torch.Tensor) -> torch.Tensor:
+        parts = [parallax_attn_func(q, r, k + i, v, return_stats=True) for i in range(2)]
+        return merge_states(*parts).out
+
+    samples = torch.randn(3, 2, 4, 2, 8)
+    with pytest.raises(ArgumentError, match="an out that needs gradients"):
+        torch.vmap(joined)(samples.clone().requires_grad_())
+    with pytest.raises(ArgumentError, match="an out that needs gradients"):
+        torch.func.grad(lambda q: torch.vmap(joined)(q).sum())(samples)
+    assert torch.vmap(joined)(samples).isfinite().all()
