@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parallax_gen.data import PACKAGE, data_dir
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
 
 # By BLOCK_M and num_warps: what is planted into the kernel's template, and the outcomes on a GPU and without one.

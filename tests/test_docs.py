@@ -49,11 +49,6 @@ STAND_INS = {
     "a tiny random model of that name": "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
     + "Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,\n"
     + "    num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained('Qwen/Qwen3-0.6B')",
-    # This checkout is what was before. Here is one whose forward has another hash, and renders the same.
-    "a checkout of before": "import os, shutil, parallax_gen\n"
-    + "top = os.path.dirname(os.path.dirname(parallax_gen.__file__)); os.symlink(top, '../before')\n"
-    + "for name in ('parallax_gen', 'templates'): shutil.copytree(os.path.join(top, name), name)\n"
-    + "with open('templates/forward.py.j2', 'a') as file: file.write('{% set later = 1 %}')",
     "one trial a job": "",  # see `steps_of`
 }
 

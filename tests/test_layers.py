@@ -1,7 +1,9 @@
 """Imports go one way, and each outside package has one place: read from the source, so that nothing need be imported.
 
-    problem <- codegen, problem <- memory, {codegen, memory} <- tuning, {codegen, memory} <- runtime <- distributed,
-    runtime <- compat, runtime <- integrations, all <- cli
+    problem <- codegen <- memory <- tuning, memory <- runtime <- distributed, runtime <- compat,
+    runtime <- integrations, all <- cli
+
+A wing may import those that lie further to the left too; compat and integrations see no more than problem and runtime.
 
 An import inside a function or under TYPE_CHECKING counts, and so does a module's name in a string.
 """
@@ -31,7 +33,7 @@ MAY_IMPORT = {
     "machine": {"errors"},
     "problem": BELOW,
     "codegen": BELOW | {"problem"},
-    "memory": BELOW | {"problem"},
+    "memory": BELOW | {"problem", "codegen"},
     "tuning": BELOW | {"problem", "codegen", "memory"},
     "runtime": BELOW | {"problem", "codegen", "memory"},
     "distributed": BELOW | {"problem", "codegen", "memory", "runtime"},

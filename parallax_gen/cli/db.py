@@ -17,7 +17,7 @@ from parallax_gen.problem.spec import OPS
 
 if TYPE_CHECKING:
     from parallax_gen.memory.lines import Found
-    from parallax_gen.memory.results import Result
+    from parallax_gen.memory.result import Result
     from parallax_gen.memory.store import Store
 
 TOLD = 5  # of bad lines, so many are shown
@@ -65,10 +65,9 @@ def path(as_json: bool) -> None:
 def stats(as_json: bool) -> None:
     """Count what it holds.
 
-    By GPU, op and outcome, and by environment, with its size.
+    By GPU, op and outcome, and by toolchain, with its size.
 
-    An environment is used here if its templates, Triton, ptxas (cuda), timing protocol and space of configs are those
-    of this process.
+    Rows of another Triton or ptxas are used where this one has nothing, if their kernels are still rendered.
 
     \b
     Example
@@ -88,7 +87,7 @@ def stats(as_json: bool) -> None:
             "rows": len(results),
             "unreadable": store.unreadable,
             "kernels": _by_kernel(results),
-            "environments": _by_environment(results),
+            "toolchains": _by_toolchain(results),
         }
     if as_json:
         print_json(found)
@@ -102,10 +101,9 @@ def stats(as_json: bool) -> None:
         table = [(kernel["op"], str(kernel["rows"]), counted(kernel["outcomes"])) for kernel in of_gpu]
         print_table(("op", "rows", "outcomes"), table, right=("rows",))
     if results:
-        click.echo("\nenvironments, the newest first")
-        print_table(
-            ("newest", "rows", "ops", "used here"), map(_environment_row, found["environments"]), right=("rows",)
-        )
+        click.echo("\ntoolchains, the newest first")
+        columns = ("newest", "rows", "of today's kernels", "ops", "toolchain")
+        print_table(columns, map(_toolchain_row, found["toolchains"]), right=("rows", "of today's kernels"))
 
 
 def _rows(count: int) -> str:
@@ -121,40 +119,41 @@ def _bytes_of(store: Store) -> int:
 def _by_kernel(results: list[Result]) -> list[dict[str, Any]]:
     outcomes: dict[tuple[str, str], Counter[str]] = {}
     for result in results:
-        outcomes.setdefault((result.key.gpu, result.key.spec.op), Counter())[result.outcome] += 1
+        outcomes.setdefault((result.place.gpu, result.place.spec.op), Counter())[result.outcome] += 1
     return [
         {"gpu": gpu, "op": op, "rows": kinds.total(), "outcomes": dict(kinds)} for (gpu, op), kinds in outcomes.items()
     ]
 
 
-def _by_environment(results: list[Result]) -> list[dict[str, Any]]:
-    """The newest first. Each op has a template of its own; what is alike but for that is counted together."""
-    from dataclasses import asdict, replace
-
-    from parallax_gen.cli.known import differences, unlike_here
-    from parallax_gen.memory.results import newest_environment_first
+def _by_toolchain(results: list[Result]) -> list[dict[str, Any]]:
+    """The newest first."""
+    from parallax_gen.cli.known import card_of
+    from parallax_gen.memory.ranking import is_rendered
+    from parallax_gen.memory.result import PROTOCOL, newest_toolchain_first
+    from parallax_gen.memory.toolchain import Toolchain
 
     groups: dict[Any, list[Result]] = {}
-    for result in newest_environment_first(results):
-        alike = replace(result.key.environment, templates="")
-        groups.setdefault((alike, *unlike_here(result.key).items()), []).append(result)
+    for result in newest_toolchain_first(results):
+        groups.setdefault((result.evidence.toolchain, result.evidence.protocol), []).append(result)
     return [
         {
-            **asdict(rows[0].key.environment),
-            "templates": sorted({row.key.environment.templates for row in rows}),
-            "ops": sorted({row.key.spec.op for row in rows}, key=OPS.index),
+            "triton": toolchain.triton,
+            "cuda": toolchain.cuda,
+            "protocol": protocol,
+            "ops": sorted({row.place.spec.op for row in rows}, key=OPS.index),
             "rows": len(rows),
+            "of_todays_kernels": sum(is_rendered(row, card_of(row.place)) for row in rows),
             "newest": max(rows, key=lambda row: row.created).created_at,
-            "used": not unlike_here(rows[0].key),
-            "unlike_here": differences(unlike_here(rows[0].key)),
+            "here": toolchain.like(Toolchain.here()) and protocol == PROTOCOL,
         }
-        for rows in groups.values()
+        for (toolchain, protocol), rows in groups.items()
     ]
 
 
-def _environment_row(found: dict[str, Any]) -> tuple[str, ...]:
-    used = "yes" if found["used"] else f"no: {', '.join(found['unlike_here'])}"
-    return found["newest"][:10], str(found["rows"]), ", ".join(found["ops"]), used
+def _toolchain_row(found: dict[str, Any]) -> tuple[str, ...]:
+    told = f"Triton {found['triton']}, ptxas {found['cuda'] or 'unknown'}{' (this one)' if found['here'] else ''}"
+    counts = str(found["rows"]), str(found["of_todays_kernels"])
+    return found["newest"][:10], *counts, ", ".join(found["ops"]), told
 
 
 @db.command("export")
@@ -165,7 +164,7 @@ def _environment_row(found: dict[str, Any]) -> tuple[str, ...]:
 def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> None:
     """Write your results to a file, as lines of JSON.
 
-    FILE - is standard output. The newest environment comes first. parallax-gen db import reads it again, on any
+    FILE - is standard output. The newest toolchain comes first. parallax-gen db import reads it again, on any
     machine.
 
     \b
@@ -173,7 +172,7 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
       parallax-gen db export mine.jsonl --gpu h200 --measured
     """
     from parallax_gen.memory.lines import is_database, to_line, write_lines
-    from parallax_gen.memory.results import newest_environment_first
+    from parallax_gen.memory.result import newest_toolchain_first
     from parallax_gen.memory.store import Store
 
     if is_database(file):
@@ -183,10 +182,10 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
         unreadable = store.unreadable
     to_stdout = str(file) == "-"
     if to_stdout:
-        for result in newest_environment_first(results):
+        for result in newest_toolchain_first(results):
             click.echo(to_line(result), nl=False)
     else:
-        write_lines(file, newest_environment_first(results))
+        write_lines(file, newest_toolchain_first(results))
     click.echo(f"{'standard output' if to_stdout else file}: {_rows(len(results))}", err=to_stdout)
     if unreadable:
         click.echo(f"{_rows(unreadable)} cannot be read, and left out: parallax-gen db check says why", err=True)
@@ -197,7 +196,7 @@ def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
     from parallax_gen.cli.known import name_in_records
 
     name = None if gpu is None else name_in_records(gpu, results)
-    return [r for r in results if name in (None, r.key.gpu) and op in (None, r.key.spec.op)]
+    return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.op)]
 
 
 @db.command("import")
@@ -213,20 +212,21 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     """Add results from elsewhere to yours.
 
     FILE is what db export wrote, - for standard input, or another database. All is checked before any is added. Of two
-    results for one config under one key that stays which tells more (a time or a verdict before a crash, a crash
-    before a prediction), else the newer one. Results of other environments stand beside yours, and are used where
-    theirs is. To import a file again changes nothing.
+    results for one config of one kernel that stays which tells more (a time or a verdict before a crash, a crash
+    before a prediction), else the newer one. Results of other toolchains stand beside yours, and are used where this
+    one has nothing. To import a file again changes nothing.
 
     \b
     Example
       parallax-gen db import colleague.jsonl old/tuning.db
     """
-    from parallax_gen.cli.known import unlike_here
-    from parallax_gen.memory.results import newest_environment_first
+    from parallax_gen.cli.known import card_of
+    from parallax_gen.memory.ranking import is_rendered
+    from parallax_gen.memory.result import newest_toolchain_first
     from parallax_gen.memory.store import Store
 
     sources = [_read(file) for file in files]
-    results = newest_environment_first(result for source in sources for result in source.results)
+    results = newest_toolchain_first(result for source in sources for result in source.results)
     bad = [problem for source in sources for problem in source.bad]
     if bad:
         _tell_bad(bad)
@@ -237,9 +237,9 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
         merged = store.merge(results)
     skipped = f", {len(bad)} skipped" if bad else ""
     click.echo(f"{store.path}: {merged.new} new, {merged.replaced} replaced, {merged.kept} kept{skipped}")
-    unused = sum(bool(unlike_here(result.key)) for result in results)
+    unused = sum(not is_rendered(result, card_of(result.place)) for result in results)
     if unused:
-        click.echo(f"{unused} of another environment, unused here: parallax-gen db stats says what differs")
+        click.echo(f"{unused} of kernels that are rendered otherwise today: hints for parallax-gen tune, not used")
 
 
 def _read(file: Path) -> Found:
@@ -259,7 +259,11 @@ def _tell_bad(bad: list[str]) -> None:
 
 
 @db.command()
-@click.option("--other-environments", is_flag=True, help="Rows that are not used here, as db stats tells.")
+@click.option(
+    "--other-environments",
+    is_flag=True,
+    help="Rows of another toolchain, which calls may use, or not of today's kernels.",
+)
 @click.option("--failures", is_flag=True, help="Configs that failed; they may be tried again.")
 @click.option("--predicted", is_flag=True, help="Configs that were never run.")
 @click.option("--older-than", type=click.IntRange(0, 36500), metavar="DAYS", help="Only rows so old.")
@@ -300,7 +304,7 @@ def prune(
             return False
         return (
             not kinds
-            or (other_environments and bool(unlike_here(row.key)))
+            or (other_environments and bool(unlike_here(row)))
             or (failures and row.outcome not in ("ok", "predicted"))
             or (predicted and row.outcome == "predicted")
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ def _device() -> Iterator[tuple[str, str]]:
 def _cache() -> Iterator[tuple[str, str]]:
     import warnings
 
-    from parallax_gen.codegen.build import cache_dir
+    from parallax_gen.codegen.folders import cache_dir
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -120,31 +121,28 @@ def _database() -> Iterator[tuple[str, str]]:
         raise StoreError(f"{path} cannot be written: nothing can be tuned; PARALLAX_GEN_DB can name a file elsewhere")
     with Store(read_only=True) as store:
         results = store.all()
-        used = sum(not unlike_here(r.key) for r in results)
-        yield (
-            "ok",
-            f"{path}: {len(results)} rows, {used} of this environment" if path.exists() else f"{path}: not yet made",
-        )
+        used = sum(not unlike_here(r) for r in results)
+        told = f"{len(results)} rows, {used} of today's kernels and this toolchain"
+        yield "ok", f"{path}: {told if path.exists() else 'not yet made'}"
         if store.unreadable:
             yield "note", f"{store.unreadable} rows cannot be read, and are passed over"
 
 
 def _shipped() -> Iterator[tuple[str, str]]:
-    from parallax_gen.cli.known import differences, unlike_here
+    from parallax_gen.cli.known import chosen, standing
     from parallax_gen.data import data_dir
-    from parallax_gen.memory.shipped import load_shipped
+    from parallax_gen.memory.shipped import Memory
 
     folder = data_dir("tuning_db")
     names = sorted(path.stem for path in folder.glob("*.jsonl"))
     if not names:
         yield "note", f"no records in {folder}"
+    memory = Memory()
     for name in names:
-        records = load_shipped(name)
-        unlike = [differences(unlike_here(record.key)) for record in records]
-        reasons = sorted({reason for each in unlike for reason in each})
-        usable = sum(not each for each in unlike)
-        why = f"; others have {', '.join(reasons)}" if reasons else ""
-        yield "ok" if usable else "note", f"{name}: {usable} of {len(records)} records are usable here{why}"
+        places = dict.fromkeys(record.place for record in memory.all(name))
+        by = Counter(standing(chosen(place, memory), place) for place in places)
+        told = ", ".join(f"{count} by {what}" for what, count in by.most_common())
+        yield "ok", f"{name}: {len(places)} kernels and sizes, of which calls get {told}"
 
 
 def cuobjdump() -> Iterator[tuple[str, str]]:

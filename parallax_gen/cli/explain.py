@@ -17,7 +17,8 @@ from parallax_gen.problem.spec import KernelSpec
 
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
-    from parallax_gen.memory.results import Diff, Result
+    from parallax_gen.memory.ranking import Candidate
+    from parallax_gen.memory.result import Result
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.runtime.dispatch import Choice
 
@@ -30,9 +31,9 @@ class Explanation:
 
     origin       "yours", "shipped" or "default"
     reason       why that one, in a sentence
-    runners_up   the next best measured under the same key
-    predicted    what was only predicted under it, the best first
-    near_misses  measured under another key, with the fields that differ (here, there)
+    runners_up   what it would get next, the best first
+    predicted    what was only predicted of the place, the best first
+    unused       measured of the place, and never what a call gets, with why not
     """
 
     spec: KernelSpec
@@ -41,9 +42,9 @@ class Explanation:
     file: Path
     origin: str
     reason: str
-    runners_up: list[Result]
+    runners_up: list[Candidate]
     predicted: list[Result]
-    near_misses: list[tuple[Result, Diff]]
+    unused: list[tuple[Result, str]]
 
 
 @click.command()
@@ -54,8 +55,8 @@ class Explanation:
 def explain(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     """Explain which kernel a call gets, and why not another.
 
-    Its config and file, where they come from, the runners-up, what was only predicted, and what was measured
-    under a key that differs.
+    Its config and file, what they rest on (measured here, by another toolchain, on a sibling card, or the default),
+    the runners-up, what was only predicted, and what was measured and is not used.
 
     \b
     Example
@@ -65,7 +66,7 @@ def explain(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
     memory = open_memory()
-    origins = Origins(memory, card.name)
+    origins = Origins(memory)
     found = explanation(spec, sizes, card, memory, origins)
     if as_json:
         print_json(_to_json(found, origins))
@@ -77,53 +78,73 @@ def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origin
     """What dispatch chooses for a call, and what else there is."""
     from parallax_gen.codegen.build import write
     from parallax_gen.codegen.render import render
+    from parallax_gen.memory.ranking import ranked
     from parallax_gen.runtime.dispatch import choose
 
     choice = choose(spec, shape, gpu, memory)
-    results = memory.results(choice.key)
+    results = memory.results(choice.place)
+    candidates = [c for c in ranked(choice.place, gpu, memory) if c != choice.candidate]
+    used = {c.record for c in (choice.candidate, *candidates)}
     return Explanation(
         spec=spec,
         shape=shape,
         choice=choice,
         file=write(render(spec, choice.config, gpu)),
         origin="default" if choice.record is None else origins.of(choice.record),
-        reason=_reason(choice, results, gpu),
-        runners_up=[r for r in results if r.measured and r != choice.record][:MOST],
+        reason=_reason(choice, results, candidates),
+        runners_up=candidates[:MOST],
         predicted=[r for r in results if r.outcome == "predicted"][:MOST],
-        near_misses=_one_a_difference(memory.near_misses(choice.key)),
+        unused=[(r, _why_unused(r)) for r in results if r.measured and r not in used][:MOST],
     )
 
 
-def _reason(choice: Choice, results: list[Result], gpu: Gpu) -> str:
-    from parallax_gen.problem.space import why_invalid
+def _reason(choice: Choice, results: list[Result], candidates: list[Candidate]) -> str:
+    from parallax_gen.memory.ranking import Tier
+    from parallax_gen.memory.toolchain import Toolchain
 
-    if choice.record is not None:
-        measured = sum(r.measured for r in results)
-        return f"the fastest of {measured} measured under this call's key" if measured > 1 else "the only one measured"
+    candidate, record = choice.candidate, choice.record
+    if record is not None:
+        rivals = [c.record for c in candidates if c.tier == candidate.tier and c.record is not None]
+        alike = 1 + sum((r.place, r.evidence.toolchain) == (record.place, record.evidence.toolchain) for r in rivals)
+        fastest = f"the fastest of {alike}" if alike > 1 else "the only one"
+        if candidate.tier == Tier.MEASURED_HERE:
+            return f"{fastest} measured of this kernel with {Toolchain.here()}"
+        of = f"{fastest} with {record.evidence.toolchain}"
+        if candidate.tier == Tier.OTHER_TOOLCHAIN:
+            return f"{of}; nothing that counts was measured with {Toolchain.here()}"
+        return (
+            f"{of} on {record.place.gpu}, a card of the same capability; nothing that counts was measured on this one"
+        )
     if not results:
-        return "nothing is known under this call's key"
-    if results[0].measured:
-        return f"the fastest record is not valid any more: {why_invalid(choice.key.spec, results[0].config, gpu)}"
+        return "nothing is known of this place"
+    measured = [r for r in results if r.measured]
+    if measured:
+        none = "the only record does not count" if len(measured) == 1 else f"of {len(measured)} records none counts"
+        return f"{none}: {_why_unused(measured[0])}"
     kinds: dict[str, int] = {}
     for result in results:
         kinds[result.outcome] = kinds.get(result.outcome, 0) + 1
-    return f"nothing was measured under this call's key, only: {counted(kinds)}"
+    return f"nothing was measured of this place, only: {counted(kinds)}"
 
 
-def _one_a_difference(misses: list[tuple[Result, Diff]]) -> list[tuple[Result, Diff]]:
-    """The fastest of those that differ in the same way, the nearest first."""
-    found: dict[tuple[Any, ...], tuple[Result, Diff]] = {}
-    for result, diff in misses:
-        found.setdefault(tuple(diff.items()), (result, diff))
-    return list(found.values())[:MOST]
+def _why_unused(result: Result) -> str:
+    """Of a measured one that is no candidate."""
+    from parallax_gen.cli.known import ANOTHER_KERNEL, card_of, unlike_here
+    from parallax_gen.problem.space import why_invalid
+
+    if reason := why_invalid(result.place.spec, result.config, card_of(result.place)):
+        return f"not valid any more: {reason}"
+    if ANOTHER_KERNEL in unlike_here(result):
+        return ANOTHER_KERNEL
+    return "its search did not know a knob that today's default uses"
 
 
 def _print(found: Explanation, origins: Origins) -> None:
-    from parallax_gen.cli.known import differences
+    from parallax_gen.cli.known import standing
 
-    key, record = found.choice.key, found.choice.record
-    click.echo(f"call    {found.spec}; {found.shape}; on {key.gpu}")
-    click.echo(f"bucket  {key.bucket}")
+    place, record = found.choice.place, found.choice.record
+    click.echo(f"call    {found.spec}; {found.shape}; on {place.gpu}")
+    click.echo(f"bucket  {place.bucket}")
     click.echo(f"config  {describe(found.choice.config)}")
     click.echo(f"file    {found.file}")
     if record is None:
@@ -132,17 +153,17 @@ def _print(found: Explanation, origins: Origins) -> None:
         whose = {"yours": "your record", "shipped": "a shipped record"}[found.origin]
         click.echo(f"from    {whose}, {found.reason}:")
         click.echo(f"        {_told(record)}, {record.source or 'measured'}, {record.created_at}")
-    _section("runners-up, measured under the same key", [_line(r, origins.status(r)) for r in found.runners_up])
+    runners_up = [(c.record, standing(c, place)) for c in found.runners_up if c.record is not None]
+    _section("runners-up", [_line(r, f"{origins.status(r)}, {by}") for r, by in runners_up])
     _section("only predicted, so not used", [_line(r, "model's estimate") for r in found.predicted])
-    near = [_line(r, ", ".join(differences(diff))) for r, diff in found.near_misses]
-    _section("near misses: measured under another key, so not used", near)
+    _section("measured, and not used", [_line(r, why) for r, why in found.unused])
 
 
 def _told(result: Result) -> str:
     from parallax_gen.cli.known import shape_of
 
     assert result.time_us is not None
-    return time_and_rate(result.key.spec, shape_of(result), result.time_us)
+    return time_and_rate(result.place.spec, shape_of(result), result.time_us)
 
 
 def _line(result: Result, remark: str) -> str:
@@ -157,24 +178,21 @@ def _section(title: str, lines: list[str]) -> None:
 
 
 def _to_json(found: Explanation, origins: Origins) -> dict[str, Any]:
-    key, record = found.choice.key, found.choice.record
+    place, record = found.choice.place, found.choice.record
     return {
-        "gpu": key.gpu,
+        "gpu": place.gpu,
         "spec": found.spec.to_dict(),
         "shape": found.shape.to_dict(),
-        "bucket": key.bucket.to_dict(),
+        "bucket": place.bucket.to_dict(),
         "config": config_to_dict(found.choice.config),
         "file": str(found.file),
         "from": found.origin,
+        "tier": found.choice.candidate.tier.words,
         "reason": found.reason,
         "record": None if record is None else origins.to_json(record),
-        "runners_up": [origins.to_json(r) for r in found.runners_up],
-        "predicted": [origins.to_json(r) for r in found.predicted],
-        "near_misses": [
-            {
-                "differs": {name: {"here": here, "there": there} for name, (here, there) in diff.items()},
-                "record": origins.to_json(result),
-            }
-            for result, diff in found.near_misses
+        "runners_up": [
+            {"tier": c.tier.words, "record": origins.to_json(c.record)} for c in found.runners_up if c.record
         ],
+        "predicted": [origins.to_json(r) for r in found.predicted],
+        "unused": [{"why": why, "record": origins.to_json(result)} for result, why in found.unused],
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,8 @@ from parallax_gen.problem.spec import KernelSpec
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
     from parallax_gen.codegen.render import KernelSource
-    from parallax_gen.memory.results import Result
+    from parallax_gen.memory.place import Place
+    from parallax_gen.memory.ranking import Candidate
     from parallax_gen.memory.shipped import Memory
 
 
@@ -62,8 +62,8 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
     """Write the best kernels as files for torch and triton alone.
 
     One file a known best record of the kernel, of any group and sizes or of each --shape, and a README.md that says
-    how to call them. A record of another Triton version counts too, where there is none of this one's: the source is
-    for use elsewhere. Where no record is known the config is the default one.
+    how to call them. They are the kernels that calls get: see parallax-gen explain. Where no record counts the config
+    is the default one.
 
     \b
     Example
@@ -108,56 +108,38 @@ def _to_json(path: Path, pick: Pick) -> dict[str, Any]:
 def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[Pick]:
     """One kernel a shape; of no shapes, one a bucket that is known, else one for the op's first usual shape."""
     from parallax_gen.cli.known import Origins
+    from parallax_gen.memory.place import Place
+    from parallax_gen.memory.ranking import best
     from parallax_gen.problem.shapes import bucket_of
 
-    best, origins = _best_records(asked, gpu, memory), Origins(memory, gpu.name)
-    if not shapes and best:
-        return [_from_record(record, origins) for record in best.values()]
-    picks = {}
-    for sizes in shapes or (None,):
-        spec, shape = asked.kernel(sizes)
-        bucket = bucket_of(shape)
-        record = best.get((spec, bucket))
-        picks[spec, bucket] = _default(spec, bucket, gpu) if record is None else _from_record(record, origins)
-    return list(picks.values())
+    origins = Origins(memory)
+    kernels = [asked.kernel(sizes) for sizes in shapes]
+    places = [Place(gpu.name, spec, bucket_of(shape)) for spec, shape in kernels]
+    if not shapes:
+        places = [r.place for r in memory.all(gpu.name, asked.op) if r.measured and asked.holds(r.place)]
+    choices = {place: best(place, gpu, memory) for place in places}
+    if not shapes:
+        choices = {place: choice for place, choice in choices.items() if choice.record is not None}
+    if not choices:
+        spec, shape = asked.kernel(None)
+        place = Place(gpu.name, spec, bucket_of(shape))
+        choices = {place: best(place, gpu, memory)}
+    return [_pick(place, choice, origins) for place, choice in choices.items()]
 
 
-def _best_records(asked: Asked, gpu: Gpu, memory: Memory) -> dict[tuple[KernelSpec, Bucket], Result]:
-    """Of each spec and bucket the fastest in this environment, else in the newest other one of the same templates."""
-    from parallax_gen.cli.known import unlike_here
-    from parallax_gen.memory.results import reading_order
-    from parallax_gen.problem.space import why_invalid
+def _pick(place: Place, choice: Candidate, origins: Origins) -> Pick:
+    from parallax_gen.cli.known import shape_of, unlike_here
 
-    def usable(record: Result) -> bool:
-        same_templates = "environment.templates" not in unlike_here(record.key)
-        asked_for = record.measured and asked.holds(record.key)
-        return asked_for and same_templates and why_invalid(record.key.spec, record.config, gpu) is None
-
-    records = filter(usable, memory.all(gpu.name, asked.op))  # sorted: of each key the fastest comes first
-    fastest = [next(group) for _, group in groupby(records, key=lambda r: r.key)]
-    fastest.sort(key=lambda r: r.created_at, reverse=True)
-    fastest.sort(key=lambda r: bool(unlike_here(r.key)))  # stable: the newest stay first among those of elsewhere
-    best: dict[tuple[KernelSpec, Bucket], Result] = {}
-    for record in fastest:
-        best.setdefault((record.key.spec, record.key.bucket), record)
-    return {(r.key.spec, r.key.bucket): r for r in sorted(best.values(), key=reading_order)}
-
-
-def _from_record(record: Result, origins: Origins) -> Pick:
-    from parallax_gen.cli.known import differences, shape_of, unlike_here
-
-    key, shape = record.key, shape_of(record)
+    record = choice.record
+    if record is None:
+        told = "the default config: no record of it counts, so it was not measured"
+        return Pick(place.spec, place.bucket, choice.config, told)
     assert record.time_us is not None
     whose = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
-    parts = [whose, record.source, record.created_at, f"{time_and_rate(key.spec, shape, record.time_us)} at {shape}"]
-    if unlike := differences(unlike_here(key)):
-        parts.append(f"in another environment: {', '.join(unlike)}")
-    return Pick(key.spec, key.bucket, record.config, "; ".join(part for part in parts if part))
-
-
-def _default(spec: KernelSpec, bucket: Bucket, gpu: Gpu) -> Pick:
-    from parallax_gen.problem.heuristics import default_config
-    from parallax_gen.problem.shapes import representative
-
-    config = default_config(spec, representative(bucket, spec.group), gpu)
-    return Pick(spec, bucket, config, "the default config: no record is known, so it was not measured")
+    if record.place != place:
+        whose += f", measured on {record.place.gpu}"
+    timed = f"{time_and_rate(place.spec, shape_of(record), record.time_us)} at {shape_of(record)}"
+    parts = [whose, record.source, record.created_at, timed]
+    if unlike := unlike_here(record):
+        parts.append(", ".join(unlike))
+    return Pick(place.spec, place.bucket, choice.config, "; ".join(part for part in parts if part))

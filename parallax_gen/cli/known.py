@@ -1,19 +1,26 @@
-"""What the commands that look things up share: the memory, where a result comes from, whether it counts here."""
+"""What the commands that look things up share: the memory, where a result comes from, what it counts for here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
+from parallax_gen.cli.options import gpu_named
 from parallax_gen.cli.text import rate, rate_unit
-from parallax_gen.codegen.render import templates_hash
 from parallax_gen.errors import UnknownGpuError
-from parallax_gen.memory.keys import Key, Scalar
-from parallax_gen.memory.results import Diff, Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Candidate, Tier, best, is_rendered
+from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.memory.table import Known
+from parallax_gen.memory.toolchain import Toolchain, minor
+from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
+
+ANOTHER_KERNEL = "another kernel than today's"
+AS_HERE = "this Triton"  # with this ptxas, and of today's kernel
 
 
 def open_memory() -> Memory:
@@ -38,12 +45,13 @@ class Origins:
 
     def to_json(self, result: Result) -> dict[str, Any]:
         """Every field of a result, and what is worked out from them."""
-        spec, time_us = result.key.spec, result.time_us
+        spec, time_us = result.place.spec, result.time_us
+        unlike = unlike_here(result)
         return {
             **result.to_dict(),
             "origin": self.of(result),
-            "used": not unlike_here(result.key),
-            "unlike_here": differences(unlike_here(result.key)),
+            "used": not unlike,
+            "unlike_here": list(unlike),
             "rate": rate(spec, shape_of(result), time_us) if time_us else None,
             "rate_unit": rate_unit(spec.op),
         }
@@ -51,19 +59,51 @@ class Origins:
 
 def shape_of(result: Result) -> Shape:
     """The sizes its time is of."""
-    return result.shape or representative(result.key.bucket, result.key.spec.group)
+    return result.shape or representative(result.place.bucket, result.place.spec.group)
 
 
-def unlike_here(key: Key) -> Diff:
-    """What keeps records of a key from being used in this environment: field -> (here, there). Empty if nothing."""
-    return Key.here(key.gpu, key.spec, key.bucket, templates_hash(key.spec)).diff(key)
+def unlike_here(result: Result) -> tuple[str, ...]:
+    """What of a result is not as in this process, for people: `triton 3.8 (here 3.9)`. Empty if nothing."""
+    evidence, here = result.evidence, Toolchain.here()
+    told = () if is_rendered(result, card_of(result.place)) else (ANOTHER_KERNEL,)
+    pairs = {
+        "triton": (minor(evidence.triton), minor(here.triton)),
+        "cuda": (evidence.cuda or "unknown", here.cuda or "none"),
+        "protocol": (evidence.protocol, PROTOCOL),
+    }
+    return (*told, *(f"{name} {there} (here {mine})" for name, (there, mine) in pairs.items() if there != mine))
 
 
-def differences(diff: Diff) -> list[str]:
-    """For people: `triton 3.8 (here 3.9)`, field by field; none is what one side lacks, unknown what no one wrote."""
-    words: dict[Scalar | None, str] = {None: "none", "": "unknown"}
-    told = {name: [words.get(value, value) for value in values] for name, values in diff.items()}
-    return [f"{name.rpartition('.')[2]} {there} (here {here})" for name, (here, there) in told.items()]
+def chosen(place: Place, known: Known) -> Candidate:
+    """What a call at a place gets."""
+    return best(place, card_of(place), known)
+
+
+def standing(candidate: Candidate, place: Place) -> str:
+    """What a choice rests on, in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6 on h100`."""
+    record = candidate.record
+    if record is None:
+        return "the default"
+    evidence, here, toolchain = record.evidence, Toolchain.here(), AS_HERE
+    if minor(evidence.triton) != minor(here.triton):
+        toolchain = f"Triton {minor(evidence.triton)}"
+    elif not evidence.toolchain.like(here):
+        toolchain = f"ptxas {evidence.cuda or 'unknown'}"
+    return f"{toolchain} on {record.place.gpu}" if candidate.tier == Tier.SIBLING_CARD else toolchain
+
+
+def card_of(place: Place) -> Gpu:
+    """The card that a place's name stands for; of one that is neither in the table nor in this machine, a stand-in."""
+    return card_named(place.gpu) or GPUS["h200"]
+
+
+@cache
+def card_named(name: str) -> Gpu | None:
+    """The GPU that records go by, if it is in the table or in this machine."""
+    try:
+        return gpu_named(name)
+    except UnknownGpuError:
+        return None
 
 
 def name_in_records(gpu: str, results: Iterable[Result]) -> str:
@@ -71,6 +111,6 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
     try:
         return gpu_by_name(gpu).name
     except UnknownGpuError:
-        if any(result.key.gpu == gpu for result in results):
+        if any(result.place.gpu == gpu for result in results):
             return gpu
         raise

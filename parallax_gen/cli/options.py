@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from parallax_gen.errors import ArgumentError, UnknownGpuError
-from parallax_gen.memory.keys import Key
+from parallax_gen.memory.place import Place
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
@@ -80,12 +80,12 @@ class Asked:
         ((spec, seen),) = kernels(self.op, self.head_dim, self.dtype, shape, self.flags)
         return spec, seen
 
-    def holds(self, key: Key) -> bool:
-        """Whether a key is of this kernel, with any group and in any bucket of its window."""
+    def holds(self, place: Place) -> bool:
+        """Whether a place is of this kernel, with any group and in any bucket of its window."""
         window = bucket_of(Shape(1, 1, 1, 1, 1, self.flags.window or 0)).window
-        shape = representative(key.bucket, key.spec.group)
+        shape = representative(place.bucket, place.spec.group)
         spec = spec_for(self.op, self.head_dim, self.dtype, shape, self.flags)
-        return key.bucket.window == window and key.spec == spec
+        return place.bucket.window == window and place.spec == spec
 
 
 def head_dim_of(text: str | int) -> int:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from parallax_gen.cli.known import shape_of
 from parallax_gen.cli.text import brief, counted, time_and_rate
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Result
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.job import Job, Progress
@@ -121,5 +121,5 @@ def best_of(progress: Progress) -> str:
     best = progress.best
     if best is None or best.time_us is None:
         return "none works so far"
-    told = f"{time_and_rate(best.key.spec, shape_of(best), best.time_us)}, {brief(best.config)}"
+    told = f"{time_and_rate(best.place.spec, shape_of(best), best.time_us)}, {brief(best.config)}"
     return f"best {told}" if best.measured else f"best predicted {told}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import OPS
 
 if TYPE_CHECKING:
-    from parallax_gen.memory.keys import Key
+    from parallax_gen.memory.place import Place
+    from parallax_gen.memory.result import Result
+    from parallax_gen.memory.toolchain import Toolchain
     from parallax_gen.tuning.sweep import Sweep
 
 
@@ -48,14 +50,16 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     with Store(read_only=True) as store:
         results = store.all(name_in_records(gpu, store.all()) if gpu else None, op)
     written = []
-    for key, group in groupby(results, key=lambda result: result.key):
-        tried = [result for result in group if tells(result)]
-        if key.gpu not in GPUS or not any(result.outcome in TIMED for result in tried):
+    together: dict[tuple[Place, Toolchain], list[Result]] = {}
+    for result in filter(tells, results):
+        together.setdefault((result.place, result.evidence.toolchain), []).append(result)
+    for (place, toolchain), tried in together.items():
+        if place.gpu not in GPUS or not any(result.outcome in TIMED for result in tried):
             continue
-        found = sweep_of(tried, GPUS[key.gpu])
+        found = sweep_of(tried, GPUS[place.gpu])
         if found.whole or (partial is not None and len(tried) >= partial):
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{file_name(key)}.jsonl{'' if plain else '.gz'}"
+            path = folder / f"{file_name(place, toolchain)}.jsonl{'' if plain else '.gz'}"
             write_sweep(found, path)
             written.append((path, found))
     if not written:
@@ -64,10 +68,11 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     click.echo(f"in {folder}")
 
 
-def file_name(key: Key) -> str:
-    """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim and bucket; of all else, a part of the hash."""
-    sizes = f"{key.bucket.kv_rows}x{lengths(key.bucket).replace(' ', '-')}"
-    return f"{key.gpu}-{key.spec.op}-{key.spec.head_dim}-{sizes}-{key.digest[:8]}"
+def file_name(place: Place, toolchain: Toolchain) -> str:
+    """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim and bucket; of all else, a part of a hash."""
+    sizes = f"{place.bucket.kv_rows}x{lengths(place.bucket).replace(' ', '-')}"
+    rest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
+    return f"{place.gpu}-{place.spec.op}-{place.spec.head_dim}-{sizes}-{rest}"
 
 
 def _print(written: list[tuple[Path, Sweep]]) -> None:

@@ -100,7 +100,7 @@ def _name(path: Path) -> str:
 
 def _title(name: str, sweep: Sweep) -> str:
     whole = "every config" if sweep.whole else "PARTIAL: not every config that there is"
-    return f"{name}: {sweep.key.spec}; {sweep.key.bucket}\n{len(sweep.results)} configs, {whole}"
+    return f"{name}: {sweep.place.spec}; {sweep.place.bucket}\n{len(sweep.results)} configs, {whole}"
 
 
 def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
@@ -176,7 +176,7 @@ def _plot(ax: Any, name: str, sweep: Sweep, curves: list[Curve]) -> None:
 def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
     return {
         "sweep": name,
-        "key": sweep.key.flat(),
+        "place": sweep.place.flat(),
         "whole": sweep.whole,
         "configs": len(sweep.results),
         "best_us": sweep.best_us,

@@ -11,7 +11,7 @@ from parallax_gen.cli.text import LEGEND, brief, number, print_json, print_table
 
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
-    from parallax_gen.memory.results import Result
+    from parallax_gen.memory.result import Result
 
 
 @click.command()
@@ -22,45 +22,49 @@ if TYPE_CHECKING:
 def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     """Show all that is known of one kernel at one shape.
 
-    Fast to slow, then what failed and why: all results of the bucket of sizes that the shape falls in.
+    Fast to slow, then what failed and why: all results of the bucket of sizes that the shape falls in, those of another
+    toolchain and of other kernels than today's too, which are marked.
 
     \b
     Example
       parallax-gen show --gpu h200 --op decode --shape 32,32/8,8192
     """
     from parallax_gen.cli.known import Origins, open_memory
-    from parallax_gen.codegen.render import templates_hash
-    from parallax_gen.memory.keys import Key
+    from parallax_gen.memory.place import Place
     from parallax_gen.problem.shapes import bucket_of
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
-    key = Key.here(card.name, spec, bucket_of(sizes), templates_hash(spec))
+    place = Place(card.name, spec, bucket_of(sizes))
     memory = open_memory()
-    results = memory.results(key)
+    results = memory.results(place)
     origins = Origins(memory, card.name)
     if as_json:
-        print_json({"key": key.flat(), "results": [origins.to_json(r) for r in results]})
+        print_json({"place": place.flat(), "results": [origins.to_json(r) for r in results]})
         return
-    click.echo(f"{card.name}: {key.spec}; {key.bucket}")
+    click.echo(f"{card.name}: {place.spec}; {place.bucket}")
     if not results:
-        click.echo("nothing is known under this key: parallax-gen explain says what is used, and what came near")
+        click.echo("nothing is known of this place: parallax-gen explain says what is used")
         return
     _print_timed([r for r in results if r.outcome in ("ok", "predicted")], origins)
     _print_failed([r for r in results if r.outcome not in ("ok", "predicted")])
     click.echo(LEGEND)
+    click.echo("unlike: what of it is not as here, if anything: kernel, Triton, ptxas (cuda), timing protocol")
 
 
 def _print_timed(results: list[Result], origins: Origins) -> None:
     if not results:
         return
     numbers = ("time us", "regs", "spills", "shared", "error")
-    print_table((*numbers, "config", "known as"), [_row(r, origins) for r in results], right=numbers)
+    print_table((*numbers, "config", "known as", "unlike"), [_row(r, origins) for r in results], right=numbers)
     click.echo()
 
 
 def _row(result: Result, origins: Origins) -> tuple[str, ...]:
+    from parallax_gen.cli.known import unlike_here
+
     assert result.time_us is not None
-    return number(result.time_us), *_resources(result), brief(result.config), origins.status(result)
+    told = ", ".join(unlike_here(result))
+    return number(result.time_us), *_resources(result), brief(result.config), origins.status(result), told
 
 
 def _print_failed(results: list[Result]) -> None:

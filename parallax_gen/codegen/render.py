@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import textwrap
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, lru_cache
 
 import jinja2
-from jinja2 import meta
 
 import parallax_gen
+from parallax_gen.codegen.identity import identify
 from parallax_gen.codegen.pieces import scored_and_summed
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ConfigError
@@ -26,16 +24,25 @@ from parallax_gen.problem.spec import FLAGS, KernelSpec
 class KernelSource:
     """A rendered kernel: one Python file that needs torch and triton only.
 
-    name    a readable module name, for files and traces
-    text    the file
-    sha256  of the text, in hex: the same text is the same kernel
+    name       a readable module name, for files and traces
+    text       the file
+    sha256     of the text, in hex: the same text is the same kernel
+    kernel     its fingerprint: what it does is the same where this is
+    text_hash  of the text below its header
     """
 
     name: str
     text: str
     sha256: str
+    kernel: str = ""
+    text_hash: str = ""
 
 
+# Stands where the header says which kernel it is until the rest is there to be identified.
+_UNKNOWN = "0" * 12
+
+
+@lru_cache(maxsize=256)
 def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
     """The kernel of `spec` done as `config` says, for `gpu`. Raises ConfigError where that cannot be."""
     if reason := why_invalid(spec, config, gpu):
@@ -54,52 +61,18 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
             halves=form == "halves",
             gpu_title=gpu.title,
             version=parallax_gen.__version__,
-            templates_hash=templates_hash(spec),
+            kernel=_UNKNOWN,
         )
     )
+    kernel, text_hash = identify(text)
+    text = text.replace(f"kernel {_UNKNOWN}", f"kernel {kernel[:12]}", 1)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return KernelSource(name=_name(spec), text=text, sha256=sha256)
+    return KernelSource(_name(spec), text, sha256, kernel, text_hash)
 
 
 def template_of(spec: KernelSpec) -> str:
     """The template that renders it: an op's own, and of decode another where sequences have their own lengths."""
     return "ragged.py.j2" if spec.ragged else f"{spec.op}.py.j2"
-
-
-def templates_hash(spec: KernelSpec) -> str:
-    """12 hex digits over the spec's template and all that it imports, comments and blank lines aside.
-
-    Part of every key: a changed template leaves old results unused.
-    """
-    return _hash_of(template_of(spec))
-
-
-@cache
-def _hash_of(template: str) -> str:
-    digest = hashlib.sha256()
-    for path in _closure(template):
-        digest.update(_without_comments(path.read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()[:12]
-
-
-def _closure(name: str) -> list[Path]:
-    """The template and every template it refers to, each once, in a fixed order."""
-    environment, folder = _environment(), data_dir("templates")
-    found: dict[str, Path] = {}
-    waiting = [name]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found[name] = folder / name
-            tree = environment.parse(found[name].read_text(encoding="utf-8"))
-            waiting += sorted(n for n in meta.find_referenced_templates(tree) if n is not None)
-    return list(found.values())
-
-
-def _without_comments(text: str) -> str:
-    text = re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
-    lines = (re.sub(r"(^|\s)# .*$", "", line).rstrip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
 
 
 @cache

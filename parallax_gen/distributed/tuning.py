@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -12,21 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallax_gen
-from parallax_gen.codegen.render import templates_hash
+from parallax_gen.codegen.render import render
 from parallax_gen.distributed.group import members
 from parallax_gen.errors import DistributedError, ParallaxGenError
-from parallax_gen.memory.keys import Environment
 from parallax_gen.memory.lines import read_lines, to_line
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import best, default_of, shown_by, siblings
+from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.table import Table
+from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import config_to_json
-from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import representative
+from parallax_gen.problem.hardware import GPUS, Gpu
+from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.runtime.dispatch import RuntimeMemory, choose, default_dispatcher, gpu_here, records_here
+from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher, gpu_here, records_here
 from parallax_gen.runtime.plan import Plans
 
-# One spec of every template.
+# A kernel of every template: where ranks render these alike, they render all alike.
 SPECS = (*(KernelSpec(op, 64, "bf16") for op in OPS), KernelSpec("decode", 64, "bf16", ragged=True))
 
 PROBLEM = "problem"  # where a rank's statement has it, it could not go on
@@ -51,7 +54,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     group  the default group if not given. Ranks with different GPUs need a group each
 
     Returns how many kernels and buckets the table holds. Raises DistributedError, alike on all ranks and naming those
-    that differ, where GPU, Triton, ptxas, templates or versions differ, or a rank could not go on; ArgumentError where
+    that differ, where GPU, Triton, ptxas, kernels or versions differ, or a rank could not go on; ArgumentError where
     there is no such group. Then every rank chooses as it did before.
     """
     rank, everyone = members(group)
@@ -61,7 +64,8 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
         said = _facts(gpu)
         if rank == 0 and gpu is not None:
             with closing(RuntimeMemory()) as memory:
-                text += "".join(map(to_line, records_here(memory, gpu.name)))
+                shown = [r for record in records_here(memory, gpu) for r in shown_by(record, memory)]
+                text += "".join(map(to_line, shown))
     except ParallaxGenError as error:
         said = {PROBLEM: str(error)}
     _agree(said, group, everyone)
@@ -77,42 +81,42 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
 
     default_dispatcher().use(Table(records))
     Plans.forget_all()
-    return len(records)
+    return len({record.place for record in records})
 
 
 def _facts(gpu: Gpu | None) -> dict[str, str]:
     """What ranks must have in common, by the words for it."""
-    templates = [templates_hash(spec) for spec in SPECS]
-    environment = Environment.here(_digest(templates))
+    card = GPUS["h100"]
+    places = [Place(card.name, spec, Bucket(8, 1 if spec.op == "decode" else 1024, 1024)) for spec in SPECS]
+    here = Toolchain.here()
     return {
         "GPU": "none" if gpu is None else gpu.name,
-        "triton": environment.triton,
-        "cuda": environment.cuda or "none",
-        "templates": environment.templates,
-        "protocol": str(environment.protocol),
-        "space": str(environment.space),
+        "triton": here.triton,
+        "cuda": here.cuda or "none",
+        "kernels": _digest([render(place.spec, default_of(place, card), card).kernel for place in places]),
+        "protocol": str(PROTOCOL),
         "parallax_gen": parallax_gen.__version__,
     }
 
 
 def _checked(text: str, gpu: Gpu | None) -> list[Result]:
-    """The records in what rank 0 sent. Raises DistributedError on anything but measured ones of this GPU."""
+    """The records in what rank 0 sent. Raises DistributedError on anything but what this GPU's choices may rest on."""
     found = read_lines("the table of rank 0", text.encode().splitlines())
-    wrong = [r for r in found.results if gpu is None or r.key.gpu != gpu.name or not r.measured]
+    cards = () if gpu is None else (gpu.name, *siblings(gpu))
+    wrong = [r for r in found.results if r.place.gpu not in cards or not r.measured]
     if found.bad or wrong:
-        what = found.bad[0] if found.bad else f"{wrong[0].outcome} of {wrong[0].key.gpu}, not measured on this GPU"
+        what = found.bad[0] if found.bad else f"{wrong[0].outcome} of {wrong[0].place.gpu}, not measured on this GPU"
         raise DistributedError(what)
     return found.results
 
 
 def _resolved(records: list[Result], gpu: Gpu | None) -> str:
-    """A digest of what this rank would launch under each key of the table: its own code has the last word."""
-    table, chosen = Table(records), []
-    for key in (record.key for record in records):
-        assert gpu is not None
-        choice = choose(key.spec, representative(key.bucket, key.spec.group), gpu, table)
-        chosen.append((choice.key.digest, config_to_json(choice.config)))
-    return _digest(chosen)
+    """A digest of what this rank would launch at each place of the table: its own code has the last word."""
+    if gpu is None:
+        return _digest([])
+    table = Table(records)
+    places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
+    return _digest([(place.digest, config_to_json(best(place, gpu, table).config)) for place in places])
 
 
 def _digest(parts: object) -> str:

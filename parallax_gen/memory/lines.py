@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallax_gen.errors import StoreError
-from parallax_gen.memory.results import LONGEST_REASON, NO_RESULT, Result
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Result
 from parallax_gen.memory.store import Store
 
 

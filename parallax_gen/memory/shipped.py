@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
-from itertools import groupby, islice
 from pathlib import Path
 
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ArgumentError, StoreError
-from parallax_gen.memory.keys import Key
 from parallax_gen.memory.lines import from_line, write_lines
-from parallax_gen.memory.results import NO_RESULT, Diff, Result, near_misses, reading_order, supersedes
+from parallax_gen.memory.place import Place, Scalar
+from parallax_gen.memory.result import NO_RESULT, Result, reading_order, supersedes
 from parallax_gen.memory.store import Store
 
 
@@ -20,32 +21,42 @@ def load_shipped(gpu: str, folder: Path | None = None) -> list[Result]:
 
     Raises StoreError, naming file and line, on a line that is not a measured result of that GPU.
     """
-    path = _path(gpu, folder)
-    try:
-        stat = path.stat()
-        return list(_parse(path, gpu, (stat.st_mtime_ns, stat.st_size, stat.st_ino)))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
+    path, stamp = _file(gpu, folder)
+    return [] if stamp is None else [r for text in _lines(path, stamp) for r in _results(path, gpu, stamp, text)]
 
 
-def write_shipped(results: Iterable[Result], gpu: str, folder: Path | None = None, keep: int = 3) -> Path:
-    """Merge results of a GPU into its file, keep the fastest `keep` measured ones a key, and return its path.
+def write_shipped(
+    results: Iterable[Result],
+    gpu: str,
+    folder: Path | None = None,
+    keep: int = 3,
+    kept_too: Callable[[Result], bool] = lambda result: False,
+    group: Callable[[Result], Hashable] = lambda result: result.evidence.toolchain,
+) -> Path:
+    """Merge results of a GPU into its file, keep the best of each place, and return the file's path.
 
-    A result replaces the one of the same key and config in the file as it would in the database: a config that
-    now fails is dropped. The file is replaced as a whole, or not at all.
+    A result replaces the one of the same identity in the file as it would in the database: a config that now fails is
+    dropped. The file is replaced as a whole, or not at all.
+
+    keep      so many are kept of each place and group, the fastest measured ones
+    kept_too  says of what else is kept
+    group     of those that one may stand for the other: by default what one toolchain compiled
     """
-    merged: dict[tuple[str, str], Result] = {}
+    merged: dict[tuple[Scalar, ...], Result] = {}
     for result in [*load_shipped(gpu, folder), *map(_rounded, results)]:
-        if result.key.gpu != gpu:
-            raise ArgumentError("results", f"one of {result.key.gpu!r}", f"results of {gpu!r}")
+        if result.place.gpu != gpu:
+            raise ArgumentError("results", f"one of {result.place.gpu!r}", f"results of {gpu!r}")
         old = merged.get(result.identity)
         if old is None or supersedes(result, old):
             merged[result.identity] = result
-    measured = sorted((r for r in merged.values() if r.measured), key=reading_order)
-    best = [r for _, group in groupby(measured, key=lambda r: r.key) for r in islice(group, keep)]
-    path = _path(gpu, folder)
+    seen: Counter[tuple[Place, Hashable]] = Counter()
+    best = []
+    for result in sorted((r for r in merged.values() if r.measured), key=reading_order):
+        which = result.place, group(result)
+        seen[which] += 1
+        if seen[which] <= keep or kept_too(result):
+            best.append(result)
+    path, _ = _file(gpu, folder)
     write_lines(path, best)
     return path
 
@@ -63,33 +74,25 @@ class Memory:
         self.store = store
         self.folder = folder
 
-    def best(self, key: Key) -> Result | None:
-        """The fastest config measured under `key`, here or, of configs not tried here, where the records ship from."""
-        return next((r for r in self.results(key) if r.measured), None)
-
-    def results(self, key: Key) -> list[Result]:
-        """All that is known under `key`, the measured first, from fast to slow."""
-        own = self.own(lambda store: store.results(key))
-        return _merge(own, (r for r in load_shipped(key.gpu, self.folder) if r.key == key))
+    def results(self, place: Place) -> list[Result]:
+        """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
+        own = self.own(lambda store: store.results(place))
+        return _merge(own, _shipped_of(place, self.folder))
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
-        """Everything, or that of a GPU or an op, sorted by key and then from fast to slow."""
+        """Everything, or that of a GPU or an op, sorted by place and then from fast to slow."""
         own = self.own(lambda store: store.all(gpu, op))
         gpus = [path.stem for path in _folder(self.folder).glob("*.jsonl")] if gpu is None else [gpu]
         shipped = (r for name in gpus for r in load_shipped(name, self.folder))
-        return _merge(own, (r for r in shipped if op is None or r.key.spec.op == op))
+        return _merge(own, (r for r in shipped if op is None or r.place.spec.op == op))
 
     def own(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
         """What the user's database answers; nothing where there is none."""
         return ask(self.store) if self.store else []
 
-    def near_misses(self, key: Key) -> list[tuple[Result, Diff]]:
-        """What explains that nothing was found under `key`: see `results.near_misses`."""
-        return near_misses(key, self.all(key.gpu, key.spec.op))
-
 
 def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
-    """One result a (key, config): the user's own if it was tried, else the shipped one, else the prediction."""
+    """One result an identity: the user's own if it was tried, else the shipped one, else the prediction."""
     tried = {r.identity: r for r in own if r.outcome != "predicted" and not r.of_machine}
     merged = {r.identity: r for r in own if r.identity not in tried}
     merged |= {r.identity: r for r in shipped}
@@ -97,25 +100,58 @@ def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
     return sorted(merged.values(), key=reading_order)
 
 
+def _shipped_of(place: Place, folder: Path | None) -> tuple[Result, ...]:
+    """What ships for a place. Of all else in the file, which a call has no time for, only how lines begin is read."""
+    path, stamp = _file(place.gpu, folder)
+    if stamp is None:
+        return ()
+    wanted = json.dumps(place.flat()).encode()
+    of_place = [text for text in _lines(path, stamp) if text in (wanted, b"")]
+    results = (result for text in of_place for result in _results(path, place.gpu, stamp, text))
+    return tuple(result for result in results if result.place == place)
+
+
+def _file(gpu: str, folder: Path | None) -> tuple[Path, tuple[int, ...] | None]:
+    """A GPU's file, and its time, size and inode: once it changes, it is another entry of the caches. None for none."""
+    path = _folder(folder) / f"{gpu}.jsonl"
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return path, None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+    return path, (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
 def _folder(folder: Path | None) -> Path:
     return data_dir("tuning_db") if folder is None else folder
 
 
-def _path(gpu: str, folder: Path | None) -> Path:
-    return _folder(folder) / f"{gpu}.jsonl"
-
-
 @lru_cache(maxsize=16)
-def _parse(path: Path, gpu: str, stamp: tuple[int, ...]) -> tuple[Result, ...]:
-    """The file of that time, size and inode: once it changes, it is another entry of the cache."""
+def _lines(path: Path, stamp: tuple[int, ...]) -> dict[bytes, list[tuple[int, bytes]]]:
+    """A file's lines and their numbers, by the text of their places; under "" those that do not begin with one."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+    found: dict[bytes, list[tuple[int, bytes]]] = {}
+    for number, line in enumerate(lines, start=1):
+        place, rest, _ = line.removeprefix(b'{"place": ').partition(b', "evidence": ')
+        found.setdefault(place if rest and place != line else b"", []).append((number, line))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _results(path: Path, gpu: str, stamp: tuple[int, ...], text: bytes) -> tuple[Result, ...]:
+    """Those of a place's text, in the file of that time, size and inode."""
     results = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in _lines(path, stamp)[text]:
         try:
             result = from_line(line)
         except NO_RESULT as error:
             raise StoreError(f"{path}, line {number}: not a record: {error}") from error
-        if result.key.gpu != gpu or not result.measured:
-            raise StoreError(f"{path}, line {number}: {result.outcome} of {result.key.gpu}, not measured on {gpu}")
+        if result.place.gpu != gpu or not result.measured:
+            raise StoreError(f"{path}, line {number}: {result.outcome} of {result.place.gpu}, not measured on {gpu}")
         results.append(result)
     return tuple(results)
 

@@ -1,4 +1,4 @@
-"""The tuning database: what was measured here, one row a (key, config), failures too. The only user of SQLite."""
+"""The tuning database: one row a place, config and kernel, failures too. The only user of SQLite."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from sqlite_utils.utils import sqlite3  # the module that Database uses, which n
 
 from parallax_gen.data import data_dir, user_path
 from parallax_gen.errors import ArgumentError, MachineError, StoreError
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import (
+from parallax_gen.memory.place import Place, Scalar
+from parallax_gen.memory.result import (
     LONGEST_REASON,
     NO_RESULT,
     OUTCOMES,
-    Diff,
+    Evidence,
     Result,
-    key_from_dict,
-    near_misses,
     reading_order,
     supersedes,
 )
 
-__all__ = ["OUTCOMES", "Diff", "Result", "Store", "default_path"]
+__all__ = ["OUTCOMES", "Result", "Store", "default_path"]
 
 # Says that a SQLite file is ours: "PXTG", in its header.
 APPLICATION_ID = 0x50585447
 
-SAME = "key_digest = :digest and config_json = :config"  # the arguments are `_identity`'s
+IDENTITY = ("place_json", "config_json", "kernel", "templates", "triton", "cuda", "protocol")  # of `Result.identity`
+SAME = " and ".join(f"{name} = :{name}" for name in IDENTITY)
 
 # How long to wait for other processes; each holds the database for milliseconds.
 BUSY_SECONDS = 60.0
@@ -72,7 +71,7 @@ class Store:
     def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:
         self.path = default_path() if path is None else Path(path)
         self.read_only = read_only
-        self._unreadable: set[tuple[object, object]] = set()
+        self._unreadable: set[tuple[object, ...]] = set()
         with self._explained(), ExitStack() as undo:
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +98,7 @@ class Store:
         return len(self._unreadable)
 
     def record(self, result: Result) -> None:
-        """Remember a result, unless what is there for its key and config is worth more (see `supersedes`)."""
+        """Remember a result, unless what is there for its identity is worth more (see `supersedes`)."""
         with self._writing():
             old = self._same(result)
             if old is None or supersedes(result, old):
@@ -108,7 +107,7 @@ class Store:
     def merge(self, results: Iterable[Result]) -> Merged:
         """Remember results from elsewhere, all of them or, if anything fails, none.
 
-        One takes the place of what is here for its key and config if it tells more or is newer (see `supersedes`).
+        One takes the place of what is here for its identity if it tells more or is newer (see `supersedes`).
         What tells as much and is as old does not: to merge the same results again changes nothing.
         """
         new = replaced = kept = 0
@@ -128,30 +127,24 @@ class Store:
         with self._writing():
             for result in results:
                 if self._same(result) == result:
-                    self._db.execute(f"DELETE FROM results WHERE {SAME}", _identity(result))
+                    self._db.execute(f"DELETE FROM measurements WHERE {SAME}", _identity(result))
                     deleted += 1
         return deleted
 
-    def results(self, key: Key) -> list[Result]:
-        """All that is known under `key`, the measured first, from fast to slow."""
-        return self._read("key_digest = :digest", digest=key.digest)
-
-    def best(self, key: Key) -> Result | None:
-        """The fastest config measured under `key`."""
-        return self._fastest(key, "ok")
-
-    def predicted_best(self, key: Key) -> Result | None:
-        """The config predicted to be the fastest under `key`, of those not tried."""
-        return self._fastest(key, "predicted")
+    def results(self, place: Place) -> list[Result]:
+        """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
+        return self._read("place_json = :place", place=place.text)
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
-        """Every row, or those of a GPU or an op, sorted by key and then from fast to slow."""
+        """Every row, or those of a GPU or an op, sorted by place and then from fast to slow."""
         wanted = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
         return self._read(" and ".join(f"{name} = :{name}" for name in wanted) or "true", **wanted)
 
     def fastest(self, gpu: str, op: str) -> list[Result]:
-        """The fastest measured config of each key of a GPU and an op, in any order: few of what may be many rows."""
-        chosen = "SELECT *, min(time_us) FROM results WHERE gpu = ? AND op = ? AND outcome = 'ok' GROUP BY key_digest"
+        """The fastest measured config of each place of a GPU and an op, in any order: few of what may be many rows."""
+        chosen = (
+            "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = 'ok' GROUP BY place_json"
+        )
         with self._explained():
             return list(self._parsed(self._db.query(chosen, (gpu, op)) if self._version() else ()))
 
@@ -168,10 +161,12 @@ class Store:
         return [f"integrity: {line}" for line in told if line != "ok"] + self.unreadable_rows()
 
     def unreadable_rows(self) -> list[str]:
-        """Of each row that is passed over where it stands, and why: no `Result`, or not under its key's digest."""
+        """Of each row that is passed over where it stands, and why: it is no `Result`, or was none before."""
         found = []
         with self._explained():
             for row in self._db.query("SELECT rowid AS number, * FROM results") if self._version() else ():
+                found.append(f"row {row['number']} of before fingerprints: no record, or one twice")
+            for row in self._db.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
                 try:
                     _from_row(row)
                 except NO_RESULT as error:
@@ -183,19 +178,9 @@ class Store:
         with self._explained():
             return list(self._select("true", order_by="rowid"))
 
-    def near_misses(self, key: Key) -> list[tuple[Result, Diff]]:
-        """What explains that nothing was found under `key`: see `results.near_misses`."""
-        return near_misses(key, self.all(key.gpu, key.spec.op))
-
     def _prepare_to_write(self) -> None:
         """Bring the schema up to date and switch to write-ahead mode."""
-        with self._transaction():  # of many processes that open a new file, one at a time gets in here
-            version = self._version()
-            for number, script in _migrations():
-                if number > version:
-                    self._db.executescript(script.read_text(encoding="utf-8"))
-                    self._db.execute(f"PRAGMA user_version = {number}")
-                    self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        self._migrate()
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
@@ -220,7 +205,23 @@ class Store:
             self._db = _connect(self.path, "immutable=1")
             version = self._version()
         if 0 < version < _migrations()[-1][0]:  # 0 is a file that is missing or being made: empty
-            raise StoreError(f"{self.path} is of an older version ({version}): open it once for writing")
+            # To read is not to change: an older parallax_gen may be using the file. What is read is a copy.
+            copy = _connect(Path(":memory:"), "mode=ro")
+            self._db.conn.backup(copy.conn)
+            self._db.close()
+            self._db = copy
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """Bring the schema up to date, all or nothing."""
+        with self._transaction():  # of many processes that open a new file, one at a time gets in here
+            version = self._version()
+            for number, script in _migrations():
+                if number > version:
+                    for statement in _statements(script.read_text(encoding="utf-8")):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {number}")
+                    self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
     def _version(self) -> int:
         """The file's schema version, 0 if it is new. Raises StoreError if it is not ours or later than we know."""
@@ -275,25 +276,21 @@ class Store:
             yield
 
     def _same(self, result: Result) -> Result | None:
-        """What is here for the key and config of a result."""
-        return next(self._select(SAME, **_identity(result)), None)
+        """What is here for the identity of a result."""
+        return next(self._select(SAME, arguments=_identity(result)), None)
 
     def _put(self, result: Result) -> None:
-        self._db.table("results").upsert(_to_row(result), pk=("key_digest", "config_json"))
+        self._db.table("measurements").upsert(_to_row(result), pk=IDENTITY)
 
-    def _read(self, where: str, **arguments: str) -> list[Result]:
+    def _read(self, where: str, **arguments: Scalar) -> list[Result]:
         with self._explained():
-            return sorted(self._select(where, **arguments), key=reading_order)
+            return sorted(self._select(where, arguments=arguments), key=reading_order)
 
-    def _fastest(self, key: Key, outcome: str) -> Result | None:
-        where = "key_digest = :digest and outcome = :outcome"
-        with self._explained():
-            rows = self._select(where, order_by="time_us, config_json", digest=key.digest, outcome=outcome)
-            return next(rows, None)
-
-    def _select(self, where: str, order_by: str | None = None, **arguments: str) -> Iterator[Result]:
+    def _select(
+        self, where: str, order_by: str | None = None, arguments: Mapping[str, Scalar] | None = None
+    ) -> Iterator[Result]:
         """The rows that match and parse."""
-        return self._parsed(self._db.table("results").rows_where(where, arguments, order_by=order_by))
+        return self._parsed(self._db.table("measurements").rows_where(where, dict(arguments or {}), order_by=order_by))
 
     def _parsed(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
         """Those that parse. One that does not is counted, and never trusted."""
@@ -301,7 +298,7 @@ class Store:
             try:
                 yield _from_row(row)
             except NO_RESULT:
-                self._unreadable.add((row["key_digest"], row["config_json"]))
+                self._unreadable.add(tuple(row[name] for name in IDENTITY))
 
 
 def _connect(path: Path, mode: str) -> Database:
@@ -318,50 +315,59 @@ def _decode(raw: bytes) -> str:
     return raw.decode(errors="replace")
 
 
+def _statements(script: str) -> Iterator[str]:
+    """Those of a script one by one: to run it as a whole would end the transaction that it is to be part of."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
 def _migrations() -> list[tuple[int, Path]]:
     """(number, file), ascending."""
     files = sorted((data_dir("tuning_db") / "migrations").glob("[0-9][0-9][0-9][0-9]_*.sql"))
     return [(int(file.name[:4]), file) for file in files]
 
 
-_PLAIN = [f.name for f in fields(Result) if f.name not in ("key", "config", "shape")]
+_PLAIN = [f.name for f in fields(Result) if f.name not in ("place", "evidence", "config", "shape")]
+_EVIDENCE = [f.name for f in fields(Evidence)]
 
 
-def _identity(result: Result) -> dict[str, str]:
-    digest, config = result.identity
-    return {"digest": digest, "config": config}
+def _identity(result: Result) -> dict[str, Scalar]:
+    return dict(zip(IDENTITY, result.identity, strict=True))
 
 
 def _to_row(result: Result) -> dict[str, object]:
     data = result.to_dict()
-    digest, config_json = result.identity
     return {
-        "key_digest": digest,
-        "config_json": config_json,
-        "key_json": json.dumps(data["key"]),
-        "gpu": result.key.gpu,
-        "op": result.key.spec.op,
+        **_identity(result),
+        "gpu": result.place.gpu,
+        "op": result.place.spec.op,
+        "text": result.evidence.text,
         "shape_json": data["shape"] and json.dumps(data["shape"]),
         **{name: data[name] for name in _PLAIN},
     }
 
 
 def _from_row(row: Mapping[str, Any]) -> Result:
-    data = {name: row[name] for name in _PLAIN}
-    data["key"] = _key_from(row["key_json"])
+    data: dict[str, Any] = {name: row[name] for name in _PLAIN}
+    data["place"] = _place_from(row["place_json"])
+    data["evidence"] = {name: row[name] for name in _EVIDENCE if name != "templates" or row[name]}
     for name in ("config", "shape"):
         text = row[f"{name}_json"]
         data[name] = None if text is None else json.loads(text)
     result = Result.from_dict(data)
-    if result.key.digest != row["key_digest"]:
-        raise ArgumentError("key_digest", row["key_digest"], f"that of its key, {result.key.digest}")
+    if (result.place.gpu, result.place.spec.op) != (row["gpu"], row["op"]):
+        raise ArgumentError("gpu and op", (row["gpu"], row["op"]), "those of the place")
     return result
 
 
 @lru_cache(maxsize=1024)
-def _key_from(text: str) -> Key:
-    """Many rows are of one key, and a key has many fields."""
+def _place_from(text: str) -> Place:
+    """Many rows are of one place, and a place has many fields."""
     data = json.loads(text)
     if not isinstance(data, dict):
-        raise ArgumentError("key", repr(data), "an object of its fields")
-    return key_from_dict(data)
+        raise ArgumentError("place", repr(data), "an object of its fields")
+    return Place.from_flat(data)

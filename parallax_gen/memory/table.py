@@ -1,26 +1,28 @@
-"""What dispatch asks for the best record of a key: the memory, or a table that was taken from one."""
+"""What the ranking asks for the records of a place: the memory, or a table that was taken from one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Protocol
 
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Result
 
 
 class Known(Protocol):
     """Where records are looked up."""
 
-    def best(self, key: Key) -> Result | None:
-        """The fastest config measured under `key`."""
+    def results(self, place: Place) -> list[Result]:
+        """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
 
 
 class Table:
-    """Records, one a key, with no file behind them: what processes have that must all choose alike."""
+    """Records with no file behind them: what processes have that must all choose alike."""
 
     def __init__(self, records: Iterable[Result]) -> None:
-        self._records = {record.key: record for record in records}
+        self._records: dict[Place, list[Result]] = {}
+        for record in records:
+            self._records.setdefault(record.place, []).append(record)
 
-    def best(self, key: Key) -> Result | None:
-        return self._records.get(key)
+    def results(self, place: Place) -> list[Result]:
+        return self._records.get(place, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -14,16 +15,44 @@ from pathlib import Path
 ASSEMBLERS = ("ptxas", "ptxas-blackwell")
 
 
+@dataclass(frozen=True)
+class Toolchain:
+    """What compiled a kernel.
+
+    triton  its full version; of old records major.minor alone
+    cuda    releases of its ptxas, which allocates registers and schedules: see `cuda_version`. "" where not known
+    """
+
+    triton: str
+    cuda: str
+
+    @classmethod
+    def here(cls) -> Toolchain:
+        """That of this process."""
+        return cls(triton_version(), cuda_version())
+
+    def like(self, other: Toolchain) -> bool:
+        """Whether both make the same programs: Triton's code generation changes with major.minor, ptxas with any."""
+        return minor(self.triton) == minor(other.triton) and self.cuda == other.cuda != ""
+
+    def __str__(self) -> str:
+        return f"Triton {minor(self.triton)}, ptxas {self.cuda or 'unknown'}"
+
+
+def minor(version: str) -> str:
+    """major.minor of a version."""
+    return ".".join(version.split(".")[:2])
+
+
 @cache
 def triton_version() -> str:
-    """major.minor of the installed Triton, read without importing it where it was installed under its name."""
+    """Of the installed Triton, read without importing it where it was installed under its name."""
     try:
-        full = metadata.version("triton")
+        return metadata.version("triton")
     except metadata.PackageNotFoundError:  # a build of torch's or a vendor's own
         import triton
 
-        full = str(triton.__version__)
-    return ".".join(full.split(".")[:2])
+        return str(triton.__version__)
 
 
 @cache

@@ -1,58 +1,59 @@
-"""Chooses the kernel of a call: a record of its bucket, else the heuristics' default. Never tunes."""
+"""Chooses the kernel of a call: what the memory ranks first for its place. Never tunes."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
-from parallax_gen.codegen.build import give_triton_a_cache, load
+from parallax_gen.codegen.build import load
 from parallax_gen.codegen.device import gpu_of_device
-from parallax_gen.codegen.render import render, templates_hash
+from parallax_gen.codegen.folders import give_triton_a_cache
+from parallax_gen.codegen.render import render
 from parallax_gen.errors import StoreError
-from parallax_gen.memory.keys import Environment, Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Candidate, best, siblings
+from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.table import Known
 from parallax_gen.problem.config import KernelConfig, describe
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.heuristics import default_config
-from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.space import why_invalid
+from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime import advice
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The config that a call gets. record is what it rests on; None where it is the default, for want of one."""
+    """The config that a call gets, and what it rests on."""
 
-    key: Key
-    config: KernelConfig
-    record: Result | None
+    place: Place
+    candidate: Candidate
+
+    @property
+    def config(self) -> KernelConfig:
+        return self.candidate.config
+
+    @property
+    def record(self) -> Result | None:
+        """What it rests on; None where it is the default, for want of one."""
+        return self.candidate.record
 
 
 def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known) -> Choice:
-    """The best config measured under the call's key, else the default of its bucket.
-
-    A record of another bucket, GPU or environment is not used: `Memory.near_misses` finds those.
-    """
-    bucket = bucket_of(shape)
-    key = Key.here(gpu.name, spec, bucket, templates_hash(spec))
-    record = memory.best(key)
-    if record is not None and why_invalid(spec, record.config, gpu) is None:
-        choice, why = Choice(key, record.config, record), f"a record, {record.time_us} us, {record.created_at}"
-    else:
-        choice = Choice(key, default_config(spec, representative(bucket, spec.group), gpu), None)
-        why = "the default, for want of a valid record"
-    _LOG.info("%s; %s, on %s: %s: %s", spec, bucket, gpu.name, why, describe(choice.config))
+    """What a call gets: see memory/ranking.py."""
+    place = Place(gpu.name, spec, bucket_of(shape))
+    choice = Choice(place, best(place, gpu, memory))
+    record, why = choice.record, choice.candidate.tier.words
+    told = why if record is None else f"{why}, {record.time_us} us, {record.created_at}"
+    _LOG.info("%s; %s, on %s: %s: %s", spec, place.bucket, gpu.name, told, describe(choice.config))
     return choice
 
 
@@ -61,7 +62,8 @@ class Dispatcher:
 
     def __init__(self, memory: Known):
         self._memory = memory
-        self._kernels: dict[Key, tuple[Choice, ModuleType]] = {}
+        self._kernels: dict[Place, tuple[Choice, ModuleType]] = {}
+        self._told = False
 
     def use(self, memory: Known) -> None:
         """Ask another memory from now on, for what was chosen before too."""
@@ -69,15 +71,20 @@ class Dispatcher:
         self._kernels.clear()
 
     def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[Choice, ModuleType]:
-        """What was chosen for a call, and the module to launch."""
-        key = Key.here(gpu.name, spec, bucket_of(shape), templates_hash(spec))
-        found = self._kernels.get(key)
+        """What was chosen for a call, and the module to launch.
+
+        Says once when that rests on less than a measurement of it here. Raises UntunedError where that is not allowed:
+        see runtime/advice.py.
+        """
+        place = Place(gpu.name, spec, bucket_of(shape))
+        found = self._kernels.get(place)
         if found is None:
             give_triton_a_cache()
             choice = choose(spec, shape, gpu, self._memory)
+            self._told |= advice.check(place, choice.candidate, warn=not self._told)
             found = (choice, load(render(spec, choice.config, gpu)))
-            self._kernels[key] = found
-            _LOG.info("%s; %s: runs %s", spec, key.bucket, found[1].__file__)
+            self._kernels[place] = found
+            _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
         return found
 
 
@@ -118,14 +125,12 @@ def default_dispatcher() -> Dispatcher:
     return Dispatcher(RuntimeMemory())
 
 
-def records_here(memory: Memory, gpu: str) -> list[Result]:
-    """The record of each key of a GPU that counts in this process's environment: what choices can rest on."""
-    counts = (
-        record
-        for record in memory.all(gpu)  # sorted: of each key the fastest comes first
-        if record.measured and record.key.environment == Environment.here(templates_hash(record.key.spec))
-    )
-    return [next(records) for _, records in groupby(counts, key=lambda record: record.key)]
+def records_here(memory: Memory, gpu: Gpu) -> list[Result]:
+    """The record that each place's choice rests on, of all places of a GPU of which one is known."""
+    names = (gpu.name, *siblings(gpu))
+    places = {replace(record.place, gpu=gpu.name): None for name in names for record in memory.all(name)}
+    chosen = (best(place, gpu, memory).record for place in places)
+    return [record for record in chosen if record is not None]
 
 
 def gpu_here() -> Gpu | None:

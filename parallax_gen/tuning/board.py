@@ -8,6 +8,7 @@ of the hosts must agree to within some seconds.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import time
@@ -26,8 +27,8 @@ from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from parallax_gen.errors import ParallaxGenError, StoreError
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Result
 from parallax_gen.problem.config import KernelConfig, config_to_json
 
 LEASE_S = 60.0  # a worker that has not been heard of for so long is gone
@@ -52,9 +53,9 @@ class Storage:
         else:
             self._storage = self._database(url)
 
-    def board(self, key: Key) -> Board:
-        """The board of a key: workers of another environment have another one."""
-        return Board(self._storage, key, self.worker, self._lease_s, self._explained)
+    def board(self, place: Place, program: str) -> Board:
+        """The board of a place: workers that would compile other programs, which `program` tells, have another one."""
+        return Board(self._storage, place, program, self.worker, self._lease_s, self._explained)
 
     def _database(self, text: str) -> BaseStorage:
         try:
@@ -91,27 +92,29 @@ class Storage:
 
 
 class Board:
-    """One key's claims and results, as one worker sees them."""
+    """One place's claims and results, as one worker sees them."""
 
     def __init__(
         self,
         storage: BaseStorage,
-        key: Key,
+        place: Place,
+        program: str,
         worker: str,
         lease_s: float,
         explained: Callable[[], AbstractContextManager[None]],
     ):
-        self._storage, self._key, self._worker, self._lease_s = storage, key, worker, lease_s
+        self._storage, self._place, self._worker, self._lease_s = storage, place, worker, lease_s
         self._explained = explained
         self._claims: dict[str, int] = {}  # mine, by the config's text: the id of a trial
         self._seen: set[int] = set()
         self._last_beat = -float("inf")
         with explained():
-            name = f"parallax_gen {key.digest}"
+            name = f"parallax_gen {hashlib.sha256(f'{place.text} {program}'.encode()).hexdigest()[:32]}"
             optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             self._study = storage.get_study_id_from_name(name)
-            if not storage.get_study_user_attrs(self._study).get("key"):
-                storage.set_study_user_attr(self._study, "key", key.flat())  # in clear, for who looks into it
+            if not storage.get_study_user_attrs(self._study).get("place"):
+                in_clear = place.flat() | {"program": program}  # for who looks into it
+                storage.set_study_user_attr(self._study, "place", in_clear)
             self.beat()
 
     def beat(self) -> None:
@@ -174,7 +177,7 @@ class Board:
     def news(self) -> list[Result]:
         """What others finished since this was last asked.
 
-        What does not read as a result of this key is passed over, and so are faults of a worker's machine that an
+        What does not read as a result of this place is passed over, and so are faults of a worker's machine that an
         earlier version has put there.
         """
         found = []
@@ -220,7 +223,7 @@ class Board:
 
     def _result_of(self, trial: FrozenTrial) -> Result | None:
         result = _parsed(trial)
-        return None if result is None or result.of_machine or result.key != self._key else result
+        return None if result is None or result.of_machine or result.place != self._place else result
 
 
 def _parsed(trial: FrozenTrial) -> Result | None:

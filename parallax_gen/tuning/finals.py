@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result, now
-from parallax_gen.memory.store import Store
+from parallax_gen.memory.result import Result, now
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.tuning.model import bound_by_matmuls
 from parallax_gen.tuning.worker import Measure, Outcome, Rematch, Request, Timing, Trial
@@ -25,15 +23,16 @@ class Finals:
     meanwhile runs faster or slower does not decide between them and the others.
     """
 
-    def __init__(self, store: Store, key: Key, trial: Callable[[KernelConfig], Trial]):
-        self._store, self._key, self._trial = store, key, trial
-        self._from_rest = bound_by_matmuls(key.spec.op)
+    def __init__(self, op: str, known: Callable[[], list[Result]], trial: Callable[[KernelConfig], Trial]):
+        """`known`: what is known of the job's kernels as they are today, the measured first, from fast to slow."""
+        self._known, self._trial = known, trial
+        self._from_rest = bound_by_matmuls(op)
         self._again: set[KernelConfig] = set()
         self.over = False
 
     def next_request(self) -> Request | None:
         """What to measure next; None once all is done."""
-        best = None if self.over else self._store.best(self._key)
+        best = None if self.over else next((r for r in self._known() if r.measured), None)
         if best is not None and best.config not in self._again and len(self._again) < FINALISTS:
             self._again.add(best.config)
             return Measure(self._trial(best.config), timed_ms=FINALIST_MS, from_rest=self._from_rest)
@@ -45,7 +44,7 @@ class Finals:
 
     def measured(self, request: Request, outcome: Outcome) -> list[Result]:
         """What to record of what came of a request."""
-        before = {r.config: r for r in self._store.results(self._key)}
+        before = {r.config: r for r in self._known()}
         if not isinstance(request, Rematch):
             old = before[request.trial.config]
             again = replace(old, outcome=outcome.kind, error=outcome.error, detail=outcome.detail)
@@ -60,7 +59,7 @@ class Finals:
 
     def _close(self) -> list[Result]:
         """The best and those within CLOSE of it, if the best was timed again."""
-        measured = [(r, r.time_us) for r in self._store.results(self._key) if r.measured and r.time_us is not None]
+        measured = [(r, r.time_us) for r in self._known() if r.measured and r.time_us is not None]
         if not measured or measured[0][0].config not in self._again:
             return []
         most = CLOSE * measured[0][1]

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
-from parallax_gen.codegen.render import templates_hash
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import default_of
+from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.shipped import load_shipped
+from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_shape
@@ -29,8 +31,8 @@ class Job:
     gpu: Gpu
 
     @property
-    def key(self) -> Key:
-        return Key.here(self.gpu.name, self.spec, self.bucket, templates_hash(self.spec))
+    def place(self) -> Place:
+        return Place(self.gpu.name, self.spec, self.bucket)
 
     @property
     def shape(self) -> Shape:
@@ -43,6 +45,12 @@ class Job:
         return timed_shape(self.spec, self.shape)
 
 
+def program_of(job: Job) -> str:
+    """What workers that share a job must have in common: the kernels that they render, and what compiles them."""
+    kernel = render(job.spec, default_of(job.place, job.gpu), job.gpu).kernel
+    return f"{kernel}, {Toolchain.here()}, protocol {PROTOCOL}"
+
+
 def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
     """What was fastest for the job's spec on GPUs of the same capability, of the records that ship.
 
@@ -51,11 +59,13 @@ def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
     """
     alike = [gpu.name for gpu in GPUS.values() if gpu.capability == job.gpu.capability]
     shipped = [r for name in alike for r in load_shipped(name, folder)]
-    records = [r for r in shipped if r.key.spec == job.spec]
-    here = [r.config for r in records if r.key.bucket == job.bucket]
-    # A file has each key's fastest first.
-    of_kin = {r.key: r.config for r in reversed(shipped) if r.key.bucket == job.bucket and _kin(r.key.spec, job.spec)}
-    best = {r.key.bucket: r.config for r in reversed(records)}
+    records = [r for r in shipped if r.place.spec == job.spec]
+    here = [r.config for r in records if r.place.bucket == job.bucket]
+    # A file has each place's fastest first.
+    of_kin = {
+        r.place: r.config for r in reversed(shipped) if r.place.bucket == job.bucket and _kin(r.place.spec, job.spec)
+    }
+    best = {r.place.bucket: r.config for r in reversed(records)}
     return list(dict.fromkeys([*here, *of_kin.values(), *best.values()]))
 
 
@@ -76,11 +86,11 @@ def nearby_configs(job: Job, known: Iterable[Result]) -> list[KernelConfig]:
     kin: dict[KernelSpec, Result] = {}
     best: dict[Bucket, Result] = {}
     for result in filter(lambda r: r.measured, known):
-        here = result.key.bucket == job.bucket
-        if here and _kin(result.key.spec, job.spec):
-            _keep_faster(kin, result.key.spec, result)
-        elif not here and result.key.spec == job.spec:
-            _keep_faster(best, result.key.bucket, result)
+        here = result.place.bucket == job.bucket
+        if here and _kin(result.place.spec, job.spec):
+            _keep_faster(kin, result.place.spec, result)
+        elif not here and result.place.spec == job.spec:
+            _keep_faster(best, result.place.bucket, result)
 
     def distance(bucket: Bucket) -> float:
         sizes = zip(bucket.to_dict().items(), job.bucket.to_dict().items(), strict=True)

@@ -1,4 +1,4 @@
-"""How a kernel is timed. The protocol has a version, `memory.keys.PROTOCOL`: a change here raises it."""
+"""How a kernel is timed. The protocol has a version, `memory.result.PROTOCOL`: a change here raises it."""
 
 from __future__ import annotations
 

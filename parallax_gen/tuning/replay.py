@@ -59,16 +59,16 @@ def regrets(sweep: Sweep, contender: str, seed: int, trials: int) -> list[float]
     """The regret after each trial of one search, which sees nothing of the sweep but the costs of what it asks for."""
     if contender not in CONTENDERS:
         raise ArgumentError("sampler", repr(contender), ", ".join(CONTENDERS))
-    key, shape, costs, best_us = sweep.key, sweep.shape, sweep.costs, sweep.best_us
-    gpu = GPUS.get(key.gpu)
+    place, shape, costs, best_us = sweep.place, sweep.shape, sweep.costs, sweep.best_us
+    gpu = GPUS.get(place.gpu)
     if gpu is None:
-        raise ArgumentError("gpu", repr(key.gpu), ", ".join(GPUS))
+        raise ArgumentError("gpu", repr(place.gpu), ", ".join(GPUS))
     search = Search(
-        key.spec,
+        place.spec,
         gpu,
-        first=[default_config(key.spec, shape, gpu)] if contender == OURS else [],
+        first=[default_config(place.spec, shape, gpu)] if contender == OURS else [],
         seed=seed,
-        guess=lambda config: guess_us(key.spec, config, shape, gpu),
+        guess=lambda config: guess_us(place.spec, config, shape, gpu),
         sampler=None if contender == OURS else contender,
         among=costs,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from parallax_gen.codegen.render import render
+from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.ranking import evidence_of, is_current
+from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig, config_to_json
 from parallax_gen.problem.heuristics import promising_configs
@@ -37,10 +38,11 @@ class Run:
     """
 
     def __init__(self, job: Job, store: Store, *, measure: bool, trials: int, board: Board | None = None):
-        self.job, self.key = job, job.key
+        self.job = job
         self._store, self._measure, self._trials, self._board = store, measure, trials, board
         self._wanted = "ok" if measure else "predicted"
-        known = [r for r in store.results(self.key) if not (r.of_machine or (measure and r.outcome == "predicted"))]
+        self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
+        known = [r for r in self._known() if not (r.of_machine or (measure and r.outcome == "predicted"))]
         best = next((r for r in known if r.outcome == self._wanted), None)
         self._search = Search(job.spec, job.gpu, self._first(best), guess=self._guess_us)
         for result in known:
@@ -49,7 +51,7 @@ class Run:
         self._asked = self._compiling = self._measuring = 0
         self._ready: deque[tuple[KernelConfig, Outcome]] = deque()  # compiled, and not yet measured
         self._compiled: dict[KernelConfig, Outcome] = {}  # of those that are being measured
-        self._finals = Finals(store, self.key, self._trial)
+        self._finals = Finals(job.spec.op, self._known, self._trial)
         self._elsewhere: list[KernelConfig] = []  # claimed by others when they were proposed
         self._heard: set[KernelConfig] = set()  # what others found
         self._heard_before = 0
@@ -143,7 +145,7 @@ class Run:
             self._store.record(result)
             if self._board is not None:
                 self._board.publish(result)
-        self.progress.best = self._store.best(self.key)
+        self.progress.best = self._best_measured
         return False
 
     def _first(self, best: Result | None) -> list[KernelConfig]:
@@ -156,6 +158,25 @@ class Run:
         nearby = nearby_configs(job, self._store.fastest(job.gpu.name, job.spec.op))
         near = neighbours(job.spec, best.config, job.gpu) if best else []
         return [default, *proven_configs(job), *nearby, *promising, *near]
+
+    def _known(self) -> list[Result]:
+        """What is known of the job's kernels as they are today, compiled as here: the measured first, fast to slow."""
+        return [r for r in self._store.results(self.job.place) if self._is_current(r)]
+
+    def _is_current(self, result: Result) -> bool:
+        """Whether it is of the kernel that its config renders today, or of none, and of this process's toolchain."""
+        evidence, which = result.evidence, (result.config, result.evidence)
+        if which not in self._current:
+            same = is_current(result, self.job.gpu)
+            # Of a config that has no kernel, or where no ptxas is found. Kernels are rendered for few of the others.
+            if not same and evidence.identity == Evidence.here(evidence.kernel, evidence.text).identity:
+                same = evidence.identity == self._evidence_of(result.config).identity
+            self._current[which] = same
+        return self._current[which]
+
+    @property
+    def _best_measured(self) -> Result | None:
+        return next((r for r in self._known() if r.measured), None)
 
     def _guess_us(self, config: KernelConfig) -> float:
         return guess_us(self.job.spec, config, self.job.timed_shape, self.job.gpu)
@@ -183,13 +204,14 @@ class Run:
         """Take in what workers elsewhere found since this was last done."""
         if self._board is None:
             return
-        for result in self._board.news():
+        news = self._board.news()
+        for result in news:
             self._store.record(result)
             if result.config not in self._heard:
                 self._heard.add(result.config)
                 self._search.tell(result.config, result.time_us if result.outcome in SUCCEEDED else None)
-        best = self._store.best(self.key)
-        if self._measure and best is not None:
+        best = self._best_measured if news and self._measure else None
+        if best is not None:
             self.progress.best = best
         self.progress.elsewhere = len(self._heard) - self._heard_before
 
@@ -212,12 +234,21 @@ class Run:
     def _trial(self, config: KernelConfig) -> Trial:
         return Trial(self.job.spec, config, self.job.shape, self.job.gpu)
 
+    def _source(self, config: KernelConfig) -> KernelSource | None:
+        try:
+            return render(self.job.spec, config, self.job.gpu)
+        except ConfigError:  # the child will say so too, and its answer is recorded
+            return None
+
     def _source_of(self, config: KernelConfig) -> str:
         """What is the same for configs, of any bucket, that render alike."""
-        try:
-            return render(self.job.spec, config, self.job.gpu).sha256
-        except ConfigError:  # the child will say so too, and its answer is recorded
-            return f"{self.key.digest} {config_to_json(config)}"
+        source = self._source(config)
+        return f"{self.job.place.digest} {config_to_json(config)}" if source is None else source.sha256
+
+    def _evidence_of(self, config: KernelConfig) -> Evidence:
+        """What a result of a config is of; of a config that has no kernel, no kernel."""
+        source = self._source(config)
+        return Evidence.here("", "") if source is None else evidence_of(source)
 
     def _note(self, result: Result) -> None:
         """Store a result, tell the search, and keep the best."""
@@ -235,7 +266,8 @@ class Run:
     ) -> Result:
         resources, timing = compiled.resources, outcome.timing
         return Result(
-            key=self.key,
+            place=self.job.place,
+            evidence=self._evidence_of(config),
             config=config,
             outcome=outcome.kind,
             shape=self.job.timed_shape,

@@ -1,8 +1,8 @@
-"""Recorded sweeps: what every config of one key came to, in one small file, for searches to be replayed on.
+"""Recorded sweeps: what every config of one place came to, in one small file, for searches to be replayed on.
 
-A file is lines of JSON, gzipped where its name ends in .gz. The first has what all have in common: the key in clear,
-the shape, where and when it was measured, whether it is whole, and the columns. Each of the others is one config: its
-knobs in their order, then outcome, time and resources.
+A file is lines of JSON, gzipped where its name ends in .gz. The first has what all have in common: the place in clear,
+the toolchain, the shape, where and when it was measured, whether it is whole, and the columns. Each of the others is
+one config: its knobs in their order, then outcome, time and resources.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Evidence, Result, of_before
 from parallax_gen.problem.config import CONFIG_OF_OP, KernelConfig, config_from_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, representative
@@ -26,21 +26,21 @@ from parallax_gen.problem.space import KNOBS, every_config
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2  # 1 had, for the place and the toolchain, the key of records from before fingerprints
 COLUMNS = ("outcome", "time_us", "registers", "spills", "shared_bytes", "compile_s")
 TIMED = ("ok", "slow")  # a slow one has the median of a few replays
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was tried of one key. whole: every config that there was then. Results are of one key and shape."""
+    """What was tried of one place. whole: every config that there was then. Results are of one shape and toolchain."""
 
     results: tuple[Result, ...]
     whole: bool
 
     @property
-    def key(self) -> Key:
-        return self.results[0].key
+    def place(self) -> Place:
+        return self.results[0].place
 
     @property
     def shape(self) -> Shape:
@@ -62,17 +62,23 @@ def tells(result: Result) -> bool:
 
 
 def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
-    """The sweep that a key's results are, such as `store.results(key)`: only what `tells` is in it.
+    """The sweep that a place's results are: only what `tells` is in it, and of each config the newest.
 
-    Raises ArgumentError where they are of several keys or shapes, or nothing was timed.
+    Raises ArgumentError where they are of several places, toolchains or shapes, or nothing was timed.
     """
-    tried = tuple(sorted((r for r in results if tells(r)), key=_knobs))
+    told = sorted((r for r in results if tells(r)), key=lambda r: r.created)
+    tried = tuple(sorted({r.config: r for r in told}.values(), key=_knobs))
     if not any(r.outcome in TIMED and r.time_us for r in tried):
-        raise ArgumentError("results", f"{len(tried)} that were tried, none of them timed", "those of a key's tune")
-    for name, values in (("key", {r.key for r in tried}), ("shape", {_shape_of(r) for r in tried})):
+        raise ArgumentError("results", f"{len(tried)} that were tried, none of them timed", "those of a place's tune")
+    common: dict[str, set[object]] = {
+        "place": {r.place for r in told},
+        "toolchain": {r.evidence.toolchain for r in told},
+        "shape": {_shape_of(r) for r in tried},
+    }
+    for name, values in common.items():
         if len(values) > 1:
             raise ArgumentError("results", f"{len(values)} values of {name}", f"those of one {name}")
-    return Sweep(tried, whole=set(every_config(tried[0].key.spec, gpu)) <= {r.config for r in tried})
+    return Sweep(tried, whole=set(every_config(tried[0].place.spec, gpu)) <= {r.config for r in tried})
 
 
 def write_sweep(sweep: Sweep, path: Path) -> None:
@@ -80,13 +86,16 @@ def write_sweep(sweep: Sweep, path: Path) -> None:
     newest = max(sweep.results, key=lambda r: r.created_at)
     header = {
         "format": FORMAT,
-        "key": sweep.key.flat(),
+        "place": sweep.place.flat(),
+        "triton": newest.evidence.triton,
+        "cuda": newest.evidence.cuda,
+        "protocol": newest.evidence.protocol,
         "shape": sweep.shape.to_dict(),
         "source": newest.source,
         "created_at": newest.created_at,
         "whole": sweep.whole,
         "configs": len(sweep.results),
-        "columns": [*_names(sweep.key), *COLUMNS],
+        "columns": [*_names(sweep.place), *COLUMNS],
     }
     lines = [json.dumps(header), *(json.dumps(_to_line(r), separators=(",", ":")) for r in sweep.results)]
     data = ("\n".join(lines) + "\n").encode()
@@ -119,7 +128,7 @@ def read_sweep(path: Path) -> Sweep:
 
 def _shape_of(result: Result) -> Shape:
     """The sizes it was timed at: those that its bucket is tuned at where the row does not say."""
-    return result.shape or representative(result.key.bucket, result.key.spec.group)
+    return result.shape or representative(result.place.bucket, result.place.spec.group)
 
 
 def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) -> T:
@@ -129,8 +138,8 @@ def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) 
         raise StoreError(f"{path}, line {number}: not of a sweep: {error}") from error
 
 
-def _names(key: Key) -> list[str]:
-    return [knob.name for knob in KNOBS[key.spec.op]]
+def _names(place: Place) -> list[str]:
+    return [knob.name for knob in KNOBS[place.spec.op]]
 
 
 def _knobs(result: Result) -> list[tuple[str, Any]]:
@@ -138,15 +147,17 @@ def _knobs(result: Result) -> list[tuple[str, Any]]:
 
 
 def _to_line(result: Result) -> list[Any]:
-    values = [getattr(result.config, name) for name in _names(result.key)]
+    values = [getattr(result.config, name) for name in _names(result.place)]
     values += [getattr(result, name) for name in COLUMNS]
     return [float(f"{value:.5g}") if isinstance(value, float) else value for value in values]
 
 
 def _header(data: object) -> dict[str, Any]:
-    """The first line, with key and shape as objects. Raises ArgumentError."""
-    kinds = {"format": int, "key": dict, "shape": dict, "source": str, "created_at": str}
-    kinds |= {"whole": bool, "configs": int, "columns": list}
+    """The first line, with place, evidence and shape as objects. Raises ArgumentError."""
+    if isinstance(data, dict) and data.get("format") == 1:
+        data = _of_format_1(data)
+    kinds = {"format": int, "place": dict, "triton": str, "cuda": str, "protocol": int}
+    kinds |= {"shape": dict, "source": str, "created_at": str, "whole": bool, "configs": int, "columns": list}
     if not isinstance(data, dict) or set(data) != set(kinds):
         raise ArgumentError("line", repr(data)[:80], f"an object of exactly {sorted(kinds)}")
     for name, kind in kinds.items():
@@ -154,23 +165,28 @@ def _header(data: object) -> dict[str, Any]:
             raise ArgumentError(name, repr(data[name]), kind.__name__)
     if data["format"] != FORMAT:
         raise ArgumentError("format", data["format"], str(FORMAT))
-    try:
-        key = Key.from_flat(data["key"])
-    except KeyError as missing:
-        raise ArgumentError("key", data["key"], f"every field of a key, in clear ({missing})") from missing
+    place = Place.from_flat(data["place"])
     # A file from before a knob came has no column for it, and its configs have the knob's default.
-    needed = {f.name for f in fields(CONFIG_OF_OP[key.spec.op]) if f.default is MISSING}
-    knobs = [name for name in _names(key) if name in needed or name in data["columns"]]
+    needed = {f.name for f in fields(CONFIG_OF_OP[place.spec.op]) if f.default is MISSING}
+    knobs = [name for name in _names(place) if name in needed or name in data["columns"]]
     if data["columns"] != [*knobs, *COLUMNS]:
-        raise ArgumentError("columns", data["columns"], str([*_names(key), *COLUMNS]))
-    return {**data, "key": key, "shape": Shape.from_dict(data["shape"])}
+        raise ArgumentError("columns", data["columns"], str([*_names(place), *COLUMNS]))
+    evidence = Evidence("", "", data["triton"], data["cuda"], data["protocol"])
+    return {**data, "place": place, "evidence": evidence, "shape": Shape.from_dict(data["shape"])}
+
+
+def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
+    record = of_before({"key": data.get("key")})
+    evidence = {name: record["evidence"][name] for name in ("triton", "cuda", "protocol")}
+    rest = {name: value for name, value in data.items() if name != "key"}
+    return rest | {"format": FORMAT, "place": record["place"]} | evidence
 
 
 def _from_line(header: dict[str, Any], data: object) -> Result:
-    key, columns = header["key"], header["columns"]
+    place, columns = header["place"], header["columns"]
     if not isinstance(data, list) or len(data) != len(columns):
         raise ArgumentError("line", repr(data)[:80], f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
-    config = config_from_dict(key.spec.op, {name: values.pop(name) for name in _names(key) if name in values})
-    common = {name: header[name] for name in ("key", "shape", "source", "created_at")}
+    config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
+    common = {name: header[name] for name in ("place", "evidence", "shape", "source", "created_at")}
     return Result(config=config, **common, **values)

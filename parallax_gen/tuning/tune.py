@@ -11,7 +11,7 @@ from parallax_gen.machine import usable_cpus
 from parallax_gen.memory.store import Store
 from parallax_gen.tuning.board import Storage
 from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
-from parallax_gen.tuning.job import Job, Progress, proven_configs
+from parallax_gen.tuning.job import Job, Progress, program_of, proven_configs
 from parallax_gen.tuning.pool import Answer, AnyWorker, Pool
 from parallax_gen.tuning.run import MOST_SPILLS, Run
 from parallax_gen.tuning.worker import Compile, Worker
@@ -95,13 +95,13 @@ class Tuner:
         """
         numbers = itertools.count(self._runs)
         self._runs += len(jobs)
-        # Made when they are needed: what is known of a key is read from the store then.
+        # Made when they are needed: what is known of a place is read from the store then.
         runs = ((next(numbers), self._run(job, trials)) for job in jobs)
         return _Floor(self._pool, runs, list(self._benches)).work(time_budget_s, watcher)
 
     def _run(self, job: Job, trials: int) -> Run:
         # A prediction would keep those who can measure from the config.
-        board = self._storage.board(job.key) if self._storage is not None and self._measure else None
+        board = self._storage.board(job.place, program_of(job)) if self._storage is not None and self._measure else None
         return Run(job, self._store, measure=self._measure, trials=trials, board=board)
 
 

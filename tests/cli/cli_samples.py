@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from click.testing import CliRunner, Result
 
 import parallax_gen
 from parallax_gen.cli import main
-from parallax_gen.codegen.render import templates_hash
-from parallax_gen.memory import results
-from parallax_gen.memory.keys import Environment, Key
-from parallax_gen.problem.config import DecodeConfig, DkDvConfig
+from parallax_gen.cli.known import card_of
+from parallax_gen.codegen.render import render
+from parallax_gen.errors import ConfigError
+from parallax_gen.memory import ranking, result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Evidence
+from parallax_gen.problem.config import DecodeConfig, DkDvConfig, KernelConfig
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
@@ -25,18 +29,26 @@ H200 = gpu_by_name("h200")
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
 SHAPE = "32,32/8,8192"
 CALL = ("--gpu", "h200", "--op", "decode", "--shape", SHAPE)
-KEY = Key.here("h200", SPEC, Bucket(256, 1, 8192), templates_hash(SPEC))
+PLACE = Place("h200", SPEC, Bucket(256, 1, 8192))
 
 # A kernel of the backward, with a window.
 DKDV_SPEC = KernelSpec("dkdv", 96, "bf16", group=4, causal=True, window=True)
 DKDV_CALL = ("--gpu", "h200", "--op", "dkdv", "--head-dim", "96", "--window", "513", "--shape", "2,32/8,4096")
-DKDV_KEY = Key.here("h200", DKDV_SPEC, Bucket(16, 4096, 4096, 512), templates_hash(DKDV_SPEC))
+DKDV_PLACE = Place("h200", DKDV_SPEC, Bucket(16, 4096, 4096, 512))
+
+# What of its evidence can differ: the kernel is rendered otherwise today, or something else compiled it.
+OTHER_KERNEL = {"kernel": "0" * 32, "text": "0" * 32}
+OTHER_TOOLCHAIN = {"triton": "3.5.1", "cuda": "12.8"}
+NOTHING: Mapping[str, Any] = {}
 
 
-def elsewhere(**fields: Any) -> Key:
-    """KEY in an environment that differs in these fields."""
-    environment: Environment = dataclasses.replace(KEY.environment, **fields)
-    return dataclasses.replace(KEY, environment=environment)
+def evidence(place: Place, config: KernelConfig, **unlike: Any) -> Evidence:
+    """That of today's kernel of a config, measured by this process but for the fields that are given."""
+    try:
+        here = ranking.evidence_of(render(place.spec, config, card_of(place)))
+    except ConfigError:  # a config that is not valid any more has no kernel today
+        here = Evidence.here(**OTHER_KERNEL)
+    return dataclasses.replace(here, **unlike)
 
 
 def config(splits: int) -> DecodeConfig:
@@ -44,17 +56,40 @@ def config(splits: int) -> DecodeConfig:
     return DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=splits, merge=merge, num_warps=1, num_stages=4)
 
 
-def known(time_us: float | None = 250.0, outcome: str = "ok", splits: int = 2, **fields: Any) -> results.Result:
-    """A result of KEY; give `key=` for another's."""
-    values: dict[str, Any] = {"key": KEY, "created_at": "2026-01-01T00:00:00+00:00", "registers": 168, "spills": 0}
-    return results.Result(config=config(splits), outcome=outcome, time_us=time_us, **(values | fields))
+def dkdv_config(stages: int = 2) -> DkDvConfig:
+    return DkDvConfig(64, 128, HEAD_GROUP=4, num_warps=8, num_stages=stages, HEAD_DIM_AS="pieces")
 
 
-def known_dkdv(time_us: float | None = 900.0, outcome: str = "ok", stages: int = 2, **fields: Any) -> results.Result:
-    """A result of DKDV_KEY."""
-    config = DkDvConfig(64, 128, HEAD_GROUP=4, num_warps=8, num_stages=stages, HEAD_DIM_AS="pieces")
-    values: dict[str, Any] = {"key": DKDV_KEY, "created_at": "2026-01-01T00:00:00+00:00"}
-    return results.Result(config=config, outcome=outcome, time_us=time_us, **(values | fields))
+def known(
+    time_us: float | None = 250.0,
+    outcome: str = "ok",
+    splits: int = 2,
+    unlike: Mapping[str, Any] = NOTHING,
+    **fields: Any,
+) -> result.Result:
+    """A result of PLACE; give `place=` for another's. `unlike`: what of its evidence is not as here."""
+    return _known(
+        time_us, outcome, unlike, {"place": PLACE, "config": config(splits), "registers": 168, "spills": 0} | fields
+    )
+
+
+def known_dkdv(
+    time_us: float | None = 900.0,
+    outcome: str = "ok",
+    stages: int = 2,
+    unlike: Mapping[str, Any] = NOTHING,
+    **fields: Any,
+) -> result.Result:
+    """A result of DKDV_PLACE."""
+    return _known(time_us, outcome, unlike, {"place": DKDV_PLACE, "config": dkdv_config(stages)} | fields)
+
+
+def _known(time_us: float | None, outcome: str, unlike: Mapping[str, Any], fields: dict[str, Any]) -> result.Result:
+    found = {
+        "evidence": evidence(fields["place"], fields["config"], **unlike),
+        "created_at": "2026-01-01T00:00:00+00:00",
+    }
+    return result.Result(outcome=outcome, time_us=time_us, **(found | fields))
 
 
 def run(*arguments: object, env: dict[str, str] | None = None) -> Result:

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 from pathlib import Path
 
-from cli_samples import KEY, SPEC, elsewhere, known, known_dkdv, run
+from cli_samples import OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv, run
 
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
@@ -19,22 +19,23 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
 
 
 def fill(store: Store) -> None:
-    """Forty trials of one bucket, failures of each kind, a prediction, another card, another environment, and more
+    """Forty trials of one bucket, failures of each kind, a prediction, another card, another toolchain, and more
     that ships."""
     configs = [c for c in every_config(SPEC, gpu_by_name("h200")) if isinstance(c, DecodeConfig)]
     for i, config in enumerate(sorted(configs, key=str)[:: len(configs) // 40]):
-        store.record(dataclasses.replace(known(200.0 + 40 * config.num_warps + i), config=config))
+        time_us = 200.0 + 40 * config.num_warps + i
+        store.record(known(time_us, config=config))
     failures = ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid")
     for splits, outcome in zip((1, 2, 3, 4, 6, 8, 12), failures, strict=True):
         time_us = 900.0 if outcome == "slow" else None
-        bucket = dataclasses.replace(KEY, bucket=Bucket(512, 1, 8192))
-        store.record(known(time_us, outcome, splits=splits, key=bucket, detail=HOSTILE if outcome == "wrong" else ""))
-    store.record(known(90.0, "predicted", key=dataclasses.replace(KEY, bucket=Bucket(1024, 1, 8192))))
-    bucket = dataclasses.replace(elsewhere(triton="3.4"), bucket=Bucket(64, 1, 8192))
-    store.record(known(70.0, key=bucket, source=HOSTILE))
-    store.record(known(280.0, key=dataclasses.replace(KEY, gpu=HOSTILE)))
+        place = dataclasses.replace(PLACE, bucket=Bucket(512, 1, 8192))
+        store.record(known(time_us, outcome, splits=splits, place=place, detail=HOSTILE if outcome == "wrong" else ""))
+    store.record(known(90.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))))
+    place = dataclasses.replace(PLACE, bucket=Bucket(64, 1, 8192))
+    store.record(known(70.0, place=place, unlike=OTHER_TOOLCHAIN, source=HOSTILE))
+    store.record(known(280.0, place=dataclasses.replace(PLACE, gpu=HOSTILE)))
     store.record(known_dkdv(900.0))
-    write_shipped([known(300.0, key=dataclasses.replace(KEY, gpu="h100"))], "h100")
+    write_shipped([known(300.0, place=dataclasses.replace(PLACE, gpu="h100"))], "h100")
 
 
 def write_bench(path: Path) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import click
 import pytest
-from cli_samples import CALL, run, run_json
+from cli_samples import CALL, OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, known, run, run_json
 from cli_samples import process as python
 
 import parallax_gen.cli
 from parallax_gen.cli.options import Asked, check_flags, gpu_named, sizes_of
 from parallax_gen.errors import UnknownGpuError
+from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.tuning.usual import TRAINING, Flags
 
@@ -274,3 +275,24 @@ def test_doctor_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(doctor.CHECKS, "compile")
     assert "not yet made" in run("doctor").stdout
     assert not path.parent.exists()
+
+
+def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from parallax_gen.cli import doctor
+
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("database", "shipped")})
+    store.merge([known(), known(splits=3, unlike=OTHER_KERNEL), known(splits=3, unlike=OTHER_TOOLCHAIN)])
+    found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
+    assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
+    longer, wider = (replace(PLACE, bucket=Bucket(256, 1, keys)) for keys in (16384, 32768))
+    folder = store.path.parent / "shipped"
+    write_shipped(
+        [known(), known(unlike=OTHER_TOOLCHAIN, place=longer), known(unlike=OTHER_KERNEL, place=wider)], "h200", folder
+    )
+    monkeypatch.setattr("parallax_gen.data.data_dir", lambda name: folder)  # which the check looks into
+    found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
+    assert found["shipped"] == (
+        "h200: 3 kernels and sizes, of which calls get 1 by this Triton, 1 by Triton 3.5, 1 by the default"
+    )

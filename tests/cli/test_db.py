@@ -8,19 +8,19 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from cli_samples import DKDV_KEY, KEY, elsewhere, known, known_dkdv, run, run_json
+from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, known, known_dkdv, run, run_json
 from click.testing import CliRunner
 
 from parallax_gen.cli import main
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
+from parallax_gen.memory.toolchain import Toolchain
 
-OTHER = elsewhere(triton="3.4", cuda="")
 ROWS = [
     known(250.0),
     known(None, "wrong", splits=1, detail="row 7 is NaN", error=float("inf")),
     known(90.0, "predicted", splits=4),
-    known(260.0, key=OTHER, created_at="2025-06-01T00:00:00+00:00"),
+    known(260.0, unlike=OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"),
     known_dkdv(900.0),
     known_dkdv(None, "crash", stages=3, created_at="2025-06-01T00:00:00+00:00"),
 ]
@@ -62,32 +62,38 @@ def test_path_alone_is_on_standard_output(store: Store, monkeypatch: pytest.Monk
 def test_stats_count_everything(store: Store) -> None:
     filled(store)
     found = run_json("db", "stats")
-    assert (found["rows"], found["schema"], found["unreadable"]) == (6, 1, 0)
+    assert (found["rows"], found["schema"], found["unreadable"]) == (6, 2, 0)
     assert found["bytes"] >= store.path.stat().st_size > 0
     assert found["kernels"] == [
         {"gpu": "h200", "op": "decode", "rows": 4, "outcomes": {"ok": 2, "wrong": 1, "predicted": 1}},
         {"gpu": "h200", "op": "dkdv", "rows": 2, "outcomes": {"ok": 1, "crash": 1}},
     ]
-    environments = [(e["ops"], e["rows"], e["used"], e["newest"][:10]) for e in found["environments"]]
-    assert environments == [(["dkdv", "decode"], 5, True, "2026-01-01"), (["decode"], 1, False, "2025-06-01")]
-    here = KEY.environment
-    assert found["environments"][0]["templates"] == sorted({here.templates, DKDV_KEY.environment.templates})
-    assert found["environments"][1]["unlike_here"] == [
-        f"triton 3.4 (here {here.triton})",
-        f"cuda unknown (here {here.cuda})",
-    ]
-    assert (found["environments"][1]["triton"], found["environments"][1]["cuda"]) == ("3.4", "")
+    toolchains = [(t["ops"], t["rows"], t["here"], t["newest"][:10]) for t in found["toolchains"]]
+    assert toolchains == [(["dkdv", "decode"], 5, True, "2026-01-01"), (["decode"], 1, False, "2025-06-01")]
+    here = Toolchain.here()
+    assert [(t["triton"], t["cuda"]) for t in found["toolchains"]] == [(here.triton, here.cuda), ("3.5.1", "12.8")]
+    assert [t["protocol"] for t in found["toolchains"]] == [1, 1]
+
+
+def test_stats_count_rows_of_todays_kernels(store: Store) -> None:
+    """Beside their toolchains: another one's row may be of a kernel that is still rendered, and this one's of none."""
+    filled(store)
+    store.record(known(240.0, splits=3, unlike=OTHER_KERNEL))
+    store.record(known(240.0, splits=3, unlike=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"))
+    found = run_json("db", "stats")["toolchains"]
+    assert [(t["rows"], t["of_todays_kernels"]) for t in found] == [(6, 5), (2, 1)]
 
 
 def test_stats_as_a_table(store: Store) -> None:
     filled(store)
-    store.record(known(key=dataclasses.replace(KEY, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
+    store.record(known(place=dataclasses.replace(PLACE, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
     out = run("db", "stats", env={"COLUMNS": "80"}).stdout
     assert max(map(len, out.splitlines()[1:])) <= 80
     assert out.startswith(f"{store.path}: 7 rows, ")
     assert "decode     4  2 ok, 1 predicted, 1 wrong" in out
-    assert f"no: triton 3.4 (here {KEY.environment.triton})" in out
-    assert out.index("yes") < out.index("no: triton")
+    here = f"Triton {Toolchain.here().triton}, ptxas {Toolchain.here().cuda} (this one)"
+    assert here in " ".join(out.split())
+    assert out.index("(this one)") < out.index("Triton 3.5.1, ptxas 12.8\n")
 
 
 def test_stats_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,28 +114,51 @@ def test_what_is_exported_is_imported(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "other.db"))
     result = run("db", "import", file)
     assert f"{tmp_path}/other.db: 6 new, 0 replaced, 0 kept\n" in result.stdout
-    assert "1 of another environment, unused here" in result.stdout
+    assert "rendered otherwise" not in result.stdout  # the other toolchain's is of a kernel that is rendered today
     with Store(tmp_path / "other.db", read_only=True) as other:
         assert other.all() == rows
     assert "0 new, 0 replaced, 12 kept" in run("db", "import", file, file).stdout
 
 
-def test_export_begins_with_the_newest_environment(store: Store) -> None:
+def test_import_says_how_much_is_of_kernels_that_are_rendered_otherwise(store: Store, tmp_path: Path) -> None:
+    with Store(tmp_path / "theirs.db") as other:
+        other.merge([known(240.0, splits=3, unlike=OTHER_KERNEL), known(260.0, unlike=OTHER_TOOLCHAIN)])
+    result = run("db", "import", tmp_path / "theirs.db")
+    assert "2 new" in result.stdout
+    assert "1 of kernels that are rendered otherwise today: hints for parallax-gen tune, not used\n" in result.stdout
+
+
+def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path) -> None:
+    """With the hash of the templates that their kernel was rendered from, which stands for it."""
+    row = known().to_dict()
+    place, _ = row.pop("place"), row.pop("evidence")
+    before = {"environment.templates": "255dd79780b8", "environment.triton": "3.5", "environment.protocol": 1}
+    gone = before | {"environment.templates": "0" * 12, "environment.cuda": "12.8", "environment.space": 1}
+    lines = [json.dumps({"key": place | environment} | row) for environment in (before, gone)]
+    (tmp_path / "old.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    result = run("db", "import", tmp_path / "old.jsonl")
+    assert "2 new" in result.stdout
+    assert "1 of kernels that are rendered otherwise today" in result.stdout
+    found = {r.evidence.templates: (r.place, r.evidence.triton, r.evidence.cuda) for r in store.all()}
+    assert found == {"255dd79780b8": (PLACE, "3.5", ""), "0" * 12: (PLACE, "3.5", "12.8")}
+
+
+def test_export_begins_with_the_newest_toolchain(store: Store) -> None:
     filled(store)
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
-    assert rows[-1]["key"]["environment.triton"] == "3.4"
-    store.record(known(260.0, key=OTHER, splits=8, created_at="2026-05-01T00:00:00+00:00"))
+    assert rows[-1]["evidence"]["triton"] == "3.5.1"
+    store.record(known(260.0, unlike=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
-    assert [row["key"]["environment.triton"] == "3.4" for row in rows] == [True, True] + [False] * 5
+    assert [row["evidence"]["triton"] == "3.5.1" for row in rows] == [True, True] + [False] * 5
 
 
 def test_export_of_some(store: Store) -> None:
     filled(store)
-    store.record(known(key=dataclasses.replace(KEY, gpu="h100")))
+    store.record(known(place=dataclasses.replace(PLACE, gpu="h100")))
 
     def exported(*options: str) -> list[tuple[str, str, str]]:
         rows = [json.loads(line) for line in run("db", "export", "-", *options).stdout.splitlines()]
-        return sorted((row["key"]["gpu"], row["key"]["spec.op"], row["outcome"]) for row in rows)
+        return sorted((row["place"]["gpu"], row["place"]["spec.op"], row["outcome"]) for row in rows)
 
     assert exported("--measured", "--gpu", "H200") == [("h200", "decode", "ok")] * 2 + [("h200", "dkdv", "ok")]
     assert exported("--op", "dkdv") == [("h200", "dkdv", "crash"), ("h200", "dkdv", "ok")]
@@ -173,8 +202,11 @@ BAD = [
     "[" * 100_000,
     json.dumps(known().to_dict() | {"outcome": "great"}),
     json.dumps(known().to_dict() | {"config": {"BLOCK_N": "__import__('os')"}}),
-    json.dumps({name: value for name, value in known().to_dict().items() if name != "key"}),
-    json.dumps(known(splits=7).to_dict() | {"key": KEY.flat() | {"environment.color": "red"}}),
+    json.dumps({name: value for name, value in known().to_dict().items() if name != "place"}),
+    json.dumps({name: value for name, value in known().to_dict().items() if name != "evidence"}),
+    json.dumps(known(splits=7).to_dict() | {"place": PLACE.flat() | {"environment.color": "red"}}),
+    json.dumps(known().to_dict() | {"evidence": known().evidence.to_dict() | {"kernel": "red"}}),
+    json.dumps(known().to_dict() | {"evidence": known().evidence.to_dict() | {"color": "red"}}),
 ]
 
 
@@ -207,7 +239,7 @@ def test_import_of_a_database_with_a_bad_row(store: Store, tmp_path: Path) -> No
     with Store(tmp_path / "theirs.db") as other:
         other.merge(ROWS[:3])
     with sqlite3.connect(tmp_path / "theirs.db") as connection:
-        connection.execute("UPDATE results SET time_us = 'fast' WHERE outcome = 'ok'")
+        connection.execute("UPDATE measurements SET time_us = 'fast' WHERE outcome = 'ok'")
     result = run("db", "import", tmp_path / "theirs.db")
     assert result.exit_code == 1
     assert "theirs.db, row 1: time_us: got 'fast'" in result.stderr
@@ -259,6 +291,14 @@ def test_prune_deletes_what_is_named_and_keeps_a_copy(store: Store, options: tup
     assert f"deleted; they are in {copy}\n" in result.stdout
     assert f"{len(gone)} new" in run("db", "import", copy).stdout
     assert store.all() == rows
+
+
+def test_prune_takes_rows_of_kernels_that_are_rendered_otherwise_for_others(store: Store) -> None:
+    rows = filled(store)
+    store.record(known(240.0, splits=3, unlike=OTHER_KERNEL))
+    assert "2 of 7 rows (2 ok)" in run("db", "prune", "--other-environments", "--yes", "--dry-run").stdout
+    run("db", "prune", "--other-environments", "--yes")
+    assert store.all() == [row for row in rows if row != ROWS[3]]
 
 
 def test_prune_asks_first(store: Store) -> None:
@@ -313,7 +353,7 @@ def test_a_row_that_was_replaced_meanwhile_is_not_deleted(store: Store) -> None:
 def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     filled(store)
     result = run("db", "check")
-    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 1, 6 rows to be read\n")
+    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 2, 6 rows to be read\n")
     assert run_json("db", "check")["sound"]
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
     assert "not yet made" in run("db", "check").stdout
@@ -323,8 +363,9 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
     ("damage", "says"),
     [
         ("time_us = 'fast'", "row 1: time_us: got 'fast'"),
-        ("key_digest = 'abc'", f"row 1: key_digest: got abc; allowed: that of its key, {KEY.digest}"),
-        ("key_json = '{}'", "row 1: key: got {}"),
+        ("kernel = 'abc'", "row 1: kernel: got 'abc'; allowed: 32 hex digits, or nothing"),
+        ("place_json = '{}'", "row 1: gpu: got None"),
+        ("gpu = 'h100'", "row 1: gpu and op: got ('h100', 'decode'); allowed: those of the place"),
         ("config_json = '" + "[" * 100_000 + "'", "row 1: "),
         ("config_json = '[\"" + "a" * 5000 + "\"]'", "row 1: config"),
     ],
@@ -332,10 +373,10 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
 def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, says: str) -> None:
     filled(store)
     with sqlite3.connect(store.path) as connection:
-        connection.execute(f"UPDATE results SET {damage} WHERE rowid = 1")
+        connection.execute(f"UPDATE measurements SET {damage} WHERE rowid = 1")
     result = run("db", "check")
     assert result.exit_code == 1
-    assert f"{store.path}: 1 wrong, schema 1, 5 rows to be read\n  {says}" in result.stdout
+    assert f"{store.path}: 1 wrong, schema 2, 5 rows to be read\n  {says}" in result.stdout
     assert len(result.stdout) < 500 + len(str(store.path))
     assert "1 row cannot be read" in run("db", "stats").stdout
     assert "1 row cannot be read, and left out" in run("db", "export", "-").stderr

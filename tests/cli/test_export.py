@@ -11,13 +11,14 @@ import pytest
 from cli_samples import (
     CALL,
     DKDV_CALL,
-    DKDV_KEY,
+    DKDV_PLACE,
     DKDV_SPEC,
     H200,
-    KEY,
+    OTHER_KERNEL,
+    OTHER_TOOLCHAIN,
+    PLACE,
     SPEC,
     config,
-    elsewhere,
     known,
     known_dkdv,
     process,
@@ -27,6 +28,7 @@ from cli_samples import (
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
+from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.config import config_to_json
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -86,14 +88,14 @@ def test_render_says_what_a_kernel_takes() -> None:
 
 
 def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
-    long = dataclasses.replace(KEY, bucket=Bucket(8, 1, 16384))
-    other_kernel = dataclasses.replace(KEY, spec=dataclasses.replace(SPEC, head_dim=64))
+    long = dataclasses.replace(PLACE, bucket=Bucket(8, 1, 16384))
+    other_kernel = dataclasses.replace(PLACE, spec=dataclasses.replace(SPEC, head_dim=64))
     for result in (
         known(200.0, splits=2),
         known(210.0, splits=3),
-        known(20.0, splits=32, key=long, source="measured on a card"),
-        known(5.0, key=other_kernel),
-        known(1.0, "predicted", key=dataclasses.replace(KEY, bucket=Bucket(1, 1, 128))),
+        known(20.0, splits=32, place=long, source="measured on a card"),
+        known(5.0, place=other_kernel),
+        known(1.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1, 1, 128))),
     ):
         store.record(result)
     result = run(*EXPORT, tmp_path)
@@ -128,7 +130,7 @@ def test_export_of_a_shape_without_a_record_is_the_default(store: Store, tmp_pat
     assert files == [FILE, "decode_d128_bf16_g4_rows8_kv1024.py"]
     default = default_config(SPEC, Shape(1, 32, 8, 1, 1024), H200)
     assert (tmp_path / "out" / files[1]).read_text(encoding="utf-8") == render(SPEC, default, H200).text
-    assert "the default config: no record is known" in result.stdout
+    assert "the default config: no record of it counts" in result.stdout
 
 
 def test_export_where_nothing_is_known_is_one_default(tmp_path: Path) -> None:
@@ -139,13 +141,13 @@ def test_export_where_nothing_is_known_is_one_default(tmp_path: Path) -> None:
 
 def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
     """Of the window that is asked for, and of no other: nor of kernels without one."""
-    longer = dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 16384, 16384, 512))
-    for key in (DKDV_KEY, longer, dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 4096, 4096, 1024))):
-        store.record(known_dkdv(key=key))
+    longer = dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 16384, 16384, 512))
+    for place in (DKDV_PLACE, longer, dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))):
+        store.record(known_dkdv(place=place))
     whole = dataclasses.replace(
-        DKDV_KEY, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(16, 512, 512)
+        DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(16, 512, 512)
     )
-    store.record(known_dkdv(key=whole))
+    store.record(known_dkdv(place=whole))
     call = ("export", *DKDV_CALL[:6], "-o")
     assert run(*call, tmp_path / "a", *DKDV_CALL[6:8]).exit_code == 0
     name = "dkdv_d96_bf16_g4_causal_window_rows16_q4096_kv4096_w512.py"
@@ -164,22 +166,34 @@ def test_export_of_preprocess_knows_no_keys(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "out").glob("*.py")] == ["preprocess_d128_bf16_g1_rows64_q4096.py"]
 
 
-def test_export_prefers_this_environment_then_the_newest(store: Store, tmp_path: Path) -> None:
-    old, new = elsewhere(triton="3.3"), elsewhere(triton="3.4")
-    store.record(known(100.0, splits=1, key=old))
-    store.record(known(120.0, splits=2, key=new, created_at="2026-03-01T00:00:00+00:00"))
-    store.record(known(10.0, splits=4, key=elsewhere(templates="0" * 12)))
+def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: Path) -> None:
+    old, new = {"triton": "3.3"}, {"triton": "3.4"}
+    store.record(known(100.0, splits=1, unlike=old))
+    store.record(known(120.0, splits=2, unlike=new, created_at="2026-03-01T00:00:00+00:00"))
+    store.record(known(10.0, splits=4, unlike=OTHER_KERNEL))
     result = run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
-    assert f"in another environment: triton 3.4 (here {KEY.environment.triton})" in result.stdout
+    assert f"; triton 3.4 (here {minor(Toolchain.here().triton)})\n" in result.stdout
     store.record(known(150.0, splits=3))
     run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
 
 
-def test_export_leaves_a_record_of_other_templates(store: Store, tmp_path: Path) -> None:
-    store.record(known(10.0, splits=4, key=elsewhere(templates="0" * 12)))
+def test_export_of_what_calls_get_from_a_sibling_card(store: Store, tmp_path: Path) -> None:
+    sibling = dataclasses.replace(PLACE, gpu="h100")
+    store.record(known(100.0, splits=3, place=sibling, unlike=OTHER_TOOLCHAIN))
+    result = run("export", *CALL, "-o", tmp_path / "out")
+    assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
+    assert "your record, measured on h100; " in result.stdout
+    assert "; triton 3.5 (here " in result.stdout
+    assert run("render", *CALL).stdout == render(SPEC, config(3), H200).text
+
+
+def test_export_leaves_a_record_of_another_kernel(store: Store, tmp_path: Path) -> None:
+    store.record(known(10.0, splits=4, unlike=OTHER_KERNEL))
     assert "the default config" in run(*EXPORT, tmp_path / "out", "--shape", "32,32/8,8192").stdout
+    run(*EXPORT, tmp_path / "all")
+    assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor is its bucket one that is known
 
 
 def test_export_says_what_ships(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import pytest
 from cli_samples import (
     CALL,
     DKDV_CALL,
-    DKDV_KEY,
+    DKDV_PLACE,
     DKDV_SPEC,
     H200,
-    KEY,
+    OTHER_KERNEL,
+    OTHER_TOOLCHAIN,
+    PLACE,
     SPEC,
     config,
-    elsewhere,
     known,
     known_dkdv,
     run,
@@ -27,11 +28,15 @@ from cli_samples import (
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.shipped import load_shipped, write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import config_to_dict
-from parallax_gen.problem.shapes import Bucket
+from parallax_gen.memory.toolchain import Toolchain, minor
+from parallax_gen.problem.config import DkDvConfig, config_to_dict
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import Bucket, Shape
 
-OTHER_TRITON = elsewhere(triton="3.4")
-OTHER_BUCKET = dataclasses.replace(KEY, bucket=Bucket(256, 1, 16384))
+HERE = Toolchain.here()
+TRITON_HERE = minor(HERE.triton)
+OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
+SIBLING = dataclasses.replace(PLACE, gpu="h100")
 
 # list
 
@@ -41,7 +46,7 @@ def test_list_of_nothing() -> None:
     assert run_json("list") == {"records": []}
 
 
-def test_list_has_the_best_of_each_key(store: Store) -> None:
+def test_list_has_the_best_of_each_place(store: Store) -> None:
     for result in (known(250.0), known(240.0, splits=1), known(None, "wrong", splits=3), known(90.0, "predicted", 4)):
         store.record(result)
     records = run_json("list")["records"]
@@ -59,18 +64,40 @@ def test_list_has_the_best_of_each_key(store: Store) -> None:
 
 
 def test_list_marks_what_is_unused_and_what_ships(store: Store) -> None:
-    store.record(known(100.0, key=OTHER_TRITON))
-    store.record(known(300.0, "predicted", key=OTHER_BUCKET))
+    store.record(known(100.0, unlike=OTHER_KERNEL))
+    store.record(known(300.0, "predicted", place=OTHER_BUCKET))
     write_shipped([known(250.0)], "h200")
     records = run_json("list")["records"]
-    here = KEY.environment.triton
-    assert sorted((r["origin"], r["outcome"], r["used"]) for r in records) == [
-        ("shipped", "ok", True),
-        ("yours", "ok", False),
-        ("yours", "predicted", True),
+    assert sorted((r["origin"], r["outcome"], r["used"], r["counts_as"]) for r in records) == [
+        ("shipped", "ok", True, "this Triton"),
+        ("yours", "predicted", True, "never measured"),
     ]
-    table = run("list").stdout
-    assert table.index("shipped") < table.index(f"unused here: triton 3.4 (here {here})") < table.index("measured\n")
+    lines = run("list").stdout.splitlines()
+    assert any(line.endswith("shipped    this Triton") for line in lines)
+    assert any(line.endswith("predicted  never measured") for line in lines)
+    assert {"this Triton: 1, never measured: 1", "never measured: 1, this Triton: 1"} & set(lines)
+    table = run("list", "--all").stdout
+    assert table.index("another kernel than today's\n") < table.index("shipped") < table.index("predicted")
+
+
+def test_list_says_what_a_call_rests_on(store: Store) -> None:
+    """Of each place the record that a call gets, be it of another toolchain or of a sibling card."""
+    longer = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 32768))
+    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.record(known(110.0, splits=3, unlike=OTHER_TOOLCHAIN))
+    store.record(known(200.0, place=dataclasses.replace(SIBLING, bucket=OTHER_BUCKET.bucket)))
+    store.record(known(None, "wrong", splits=3, place=OTHER_BUCKET))
+    store.record(known(50.0, place=longer, unlike=OTHER_KERNEL))
+    records = run_json("list", "--gpu", "h200")["records"]
+    assert [(r["time_us"], r["place"]["gpu"], r["of_place"]["gpu"], r["counts_as"], r["used"]) for r in records] == [
+        (100.0, "h200", "h200", "Triton 3.5", False),
+        (200.0, "h100", "h200", "this Triton on h100", True),
+        (50.0, "h200", "h200", "not used", False),
+    ]
+    table = run("list", "--gpu", "h200").stdout
+    assert "measured  Triton 3.5\n" in table
+    assert "measured  this Triton on h100\n" in table
+    assert "measured  not used\n" in table
 
 
 def test_tables_fit_and_have_no_colours(store: Store) -> None:
@@ -88,16 +115,16 @@ def test_tables_fit_and_have_no_colours(store: Store) -> None:
 
 def test_list_of_kernels_with_flags_and_without(store: Store) -> None:
     """Records lack the fields that are at their default: what they are sorted and grouped by is all there."""
-    whole = dataclasses.replace(DKDV_KEY, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(1, 1, 128))
-    packed = dataclasses.replace(DKDV_KEY, spec=dataclasses.replace(DKDV_SPEC, varlen=True))
-    here = DKDV_KEY.environment
-    keys = [whole, DKDV_KEY, packed, dataclasses.replace(whole, environment=dataclasses.replace(here, triton="3.4"))]
-    for key in keys:
-        store.record(known_dkdv(key=key))
+    spec, bucket = dataclasses.replace(DKDV_SPEC, window=False), Bucket(1, 1, 128)
+    whole = dataclasses.replace(DKDV_PLACE, spec=spec, bucket=bucket)
+    packed = dataclasses.replace(DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, varlen=True))
+    longer = dataclasses.replace(whole, bucket=Bucket(1, 1, 256))
+    for place in (whole, DKDV_PLACE, packed, longer):
+        store.record(known_dkdv(place=place))
     text = run("list").stdout
     titles = [line for line in text.splitlines() if line.startswith("h200: ")]
     kernel = "h200: dkdv, head_dim 96, bf16, GQA 4:1, "
-    assert sorted(titles) == [f"{kernel}{flags}" for flags in ("causal", "causal", "window", "window, varlen")]
+    assert sorted(titles) == [f"{kernel}{flags}" for flags in ("causal", "window", "window, varlen")]
     assert "4096 W512" in text
     assert "M64 N128 G4 w8 s2 pieces  measured" in text
     assert run_json("list")["records"][0]["rate_unit"] == "TFLOP/s"
@@ -106,14 +133,14 @@ def test_list_of_kernels_with_flags_and_without(store: Store) -> None:
 # show
 
 
-def test_show_has_everything_of_one_key(store: Store) -> None:
+def test_show_has_everything_of_one_place(store: Store) -> None:
     timed = [known(250.0, error=2e-3), known(240.0, splits=1), known(90.0, "predicted", splits=4)]
     failed = [
         known(None, "wrong", splits=3, detail="row 7 is NaN", error=math.inf),
         known(None, "resources", splits=6, detail="spills 900 bytes"),
         known(900.0, "slow", splits=8),
     ]
-    for result in [*timed, *failed, known(1.0, key=OTHER_BUCKET)]:
+    for result in [*timed, *failed, known(1.0, place=OTHER_BUCKET)]:
         store.record(result)
     lines = run("show", *CALL).stdout.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["240.0", "250.0", "90.00"]
@@ -127,22 +154,34 @@ def test_show_has_everything_of_one_key(store: Store) -> None:
     assert next(r for r in records if r["outcome"] == "wrong")["error"] is None  # JSON has no infinity
 
 
+def test_show_says_of_each_result_what_is_not_as_here(store: Store) -> None:
+    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.record(known(120.0, unlike=OTHER_KERNEL))
+    store.record(known(130.0))
+    store.record(known(140.0, place=SIBLING))
+    lines = run("show", *CALL).stdout.splitlines()
+    assert lines[2].endswith(f"measured  triton 3.5 (here {TRITON_HERE}), cuda 12.8 (here {HERE.cuda})")
+    assert lines[3].endswith("measured  another kernel than today's")
+    assert lines[4].endswith("  measured")
+    assert len(run_json("show", *CALL)["results"]) == 3  # of this card
+
+
 def test_show_of_nothing() -> None:
-    assert "nothing is known under this key" in run("show", *CALL).stdout
+    assert "nothing is known of this place" in run("show", *CALL).stdout
     assert run_json("show", *CALL)["results"] == []
 
 
 def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     store.record(known_dkdv())
     store.record(known_dkdv(None, "crash", stages=3, detail="exit status -11"))
-    store.record(known_dkdv(1.0, key=dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 4096, 4096, 1024))))
+    store.record(known_dkdv(1.0, place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))))
     text = run("show", *DKDV_CALL).stdout
     assert text.startswith("h200: dkdv, head_dim 96, bf16, GQA 4:1, window; 16 kv rows, seqlen 4096, window 512\n")
     assert "M64 N128 G4 w8 s2 pieces  measured" in text
     assert "crash: M64 N128 G4 w8 s3 pieces" in text
     found = run_json("show", *DKDV_CALL)
     assert len(found["results"]) == 2
-    assert found["key"]["bucket.window"] == 512
+    assert found["place"]["bucket.window"] == 512
 
 
 # explain
@@ -152,8 +191,9 @@ def test_explain_a_default_that_nothing_is_known_of() -> None:
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["record"] is None
-    assert found["reason"] == "nothing is known under this call's key"
-    assert found["near_misses"] == found["runners_up"] == found["predicted"] == []
+    assert found["reason"] == "nothing is known of this place"
+    assert found["tier"] == "the default"
+    assert found["unused"] == found["runners_up"] == found["predicted"] == []
     assert "from    the default config: nothing is known" in run("explain", *CALL).stdout
 
 
@@ -165,10 +205,12 @@ def test_explain_a_record_and_its_runners_up(store: Store) -> None:
     assert found["from"] == "yours"
     assert found["config"] == config_to_dict(config(1))
     assert Path(found["file"]).read_text(encoding="utf-8") == render(SPEC, config(1), H200).text
-    assert [r["time_us"] for r in found["runners_up"]] == [202.0, 203.0, 204.0]
+    assert found["tier"] == "measured here"
+    assert [r["record"]["time_us"] for r in found["runners_up"]] == [202.0, 203.0, 204.0]
+    assert {r["tier"] for r in found["runners_up"]} == {"measured here"}
     assert [r["time_us"] for r in found["predicted"]] == [90.0]
     text = run("explain", *CALL).stdout
-    assert "from    your record, the fastest of 5 measured under this call's key:" in text
+    assert f"from    your record, the fastest of 5 measured of this kernel with {HERE}:" in text
     assert "2026-01-01" in text
     assert "only predicted, so not used\n  BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=8" in text
 
@@ -176,41 +218,108 @@ def test_explain_a_record_and_its_runners_up(store: Store) -> None:
 def test_explain_a_shipped_record() -> None:
     write_shipped([known(250.0)], "h200")
     assert run_json("explain", *CALL)["from"] == "shipped"
-    assert "from    a shipped record, the only one measured" in run("explain", *CALL).stdout
+    assert (
+        f"from    a shipped record, the only one measured of this kernel with {HERE}:" in run("explain", *CALL).stdout
+    )
 
 
-def test_explain_near_misses_by_the_field_that_differs(store: Store) -> None:
-    store.record(known(110.0, key=OTHER_TRITON))
-    store.record(known(100.0, splits=1, key=OTHER_TRITON))
-    store.record(known(50.0, key=OTHER_BUCKET))
+def test_explain_a_record_of_another_toolchain(store: Store) -> None:
+    store.record(known(110.0, unlike=OTHER_TOOLCHAIN))
+    store.record(known(100.0, splits=3, unlike=OTHER_TOOLCHAIN))
     found = run_json("explain", *CALL)
-    assert found["from"] == "default"
-    (miss,) = found["near_misses"]  # of those that differ in the same way the fastest; no other bucket beside them
-    assert miss["differs"] == {"environment.triton": {"here": KEY.environment.triton, "there": "3.4"}}
-    assert miss["record"]["time_us"] == 100.0
-    assert f"triton 3.4 (here {KEY.environment.triton})" in run("explain", *CALL).stdout
+    assert (found["from"], found["tier"]) == ("yours", "another toolchain")
+    assert found["config"] == config_to_dict(config(3))
+    assert found["record"]["unlike_here"] == [f"triton 3.5 (here {TRITON_HERE})", f"cuda 12.8 (here {HERE.cuda})"]
+    text = run("explain", *CALL).stdout
+    told = f"the fastest of 2 with Triton 3.5, ptxas 12.8; nothing that counts was measured with {HERE}:"
+    assert f"from    your record, {told}\n" in text
+    assert "runners-up" in text
+    assert "110.0 us" in text.partition("runners-up")[2]
+    assert text.endswith("measured, Triton 3.5\n")
+    store.record(known(90.0, splits=6, unlike={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
+    assert f"from    your record, {told}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
+    store.record(known(300.0, splits=4))
+    found = run_json("explain", *CALL)
+    assert (found["tier"], found["record"]["time_us"]) == ("measured here", 300.0)
+    assert [(r["tier"], r["record"]["time_us"]) for r in found["runners_up"]] == [
+        ("another toolchain", 100.0),
+        ("another toolchain", 110.0),
+        ("another toolchain", 90.0),
+    ]
+    assert found["unused"] == []
+
+
+def test_explain_a_sibling_cards_record(store: Store) -> None:
+    store.record(known(100.0, splits=3, place=SIBLING))
+    store.record(known(50.0, place=SIBLING, unlike=OTHER_KERNEL))
+    found = run_json("explain", *CALL)
+    assert (found["from"], found["tier"]) == ("yours", "a sibling card")
+    assert found["config"] == config_to_dict(config(3))
+    text = run("explain", *CALL).stdout
+    told = f"the only one with {HERE} on h100, a card of the same capability"
+    assert f"from    your record, {told}; nothing that counts was measured on this one:\n" in text
+    store.record(known(200.0, unlike=OTHER_TOOLCHAIN))
+    assert run_json("explain", *CALL)["tier"] == "another toolchain"
+    assert text_of_runners_up().endswith("measured, this Triton on h100\n")
+
+
+def text_of_runners_up() -> str:
+    return run("explain", *CALL).stdout.partition("runners-up\n")[2]
 
 
 @pytest.mark.parametrize(
     ("there", "told"),
     [
-        ({"cuda": "11.8"}, f"cuda 11.8 (here {KEY.environment.cuda})"),
-        ({"cuda": ""}, f"cuda unknown (here {KEY.environment.cuda})"),  # from before it was recorded
-        ({"space": 7}, f"space 7 (here {KEY.environment.space})"),
-        (
-            {"protocol": 7, "triton": "3.4"},
-            f"triton 3.4 (here {KEY.environment.triton}), protocol 7 (here {KEY.environment.protocol})",
-        ),
+        ({"cuda": "11.8"}, f"cuda 11.8 (here {HERE.cuda})"),
+        ({"cuda": ""}, f"cuda unknown (here {HERE.cuda})"),  # from before it was recorded
+        ({"protocol": 7, "triton": "3.4"}, f"triton 3.4 (here {TRITON_HERE}), protocol 7 (here 1)"),
+        (OTHER_KERNEL, "another kernel than today's"),
+        (OTHER_KERNEL | {"triton": "3.4"}, f"another kernel than today's, triton 3.4 (here {TRITON_HERE})"),
+        ({"kernel": "", "text": "", "templates": "0" * 12}, "another kernel than today's"),
     ],
 )
-def test_explain_says_which_field_of_the_environment_differs(store: Store, there: dict[str, object], told: str) -> None:
-    store.record(known(100.0, key=elsewhere(**there)))
-    assert told in run("explain", *CALL).stdout
+def test_show_says_what_of_the_evidence_differs(store: Store, there: dict[str, object], told: str) -> None:
+    store.record(known(100.0, unlike=there))
+    assert f"measured  {told}\n" in run("show", *CALL).stdout
+    (found,) = run_json("show", *CALL)["results"]
+    assert ", ".join(found["unlike_here"]) == told
+    assert not found["used"]
 
 
-def test_explain_another_bucket(store: Store) -> None:
-    store.record(known(50.0, key=OTHER_BUCKET))
-    assert "seqlen_kv 16384 (here 8192)" in run("explain", *CALL).stdout
+def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
+    store.record(known(100.0, unlike=OTHER_KERNEL))
+    store.record(known(120.0, splits=3, unlike=OTHER_KERNEL))
+    found = run_json("explain", *CALL)
+    assert (found["from"], found["runners_up"]) == ("default", [])
+    assert found["reason"] == "of 2 records none counts: another kernel than today's"
+    assert [(u["why"], u["record"]["time_us"]) for u in found["unused"]] == [
+        ("another kernel than today's", 100.0),
+        ("another kernel than today's", 120.0),
+    ]
+    text = run("explain", *CALL).stdout
+    assert "from    the default config: of 2 records none counts: another kernel than today's\n" in text
+    assert "\nmeasured, and not used\n" in text
+
+
+def test_explain_a_search_from_before_a_knob_that_the_default_uses(store: Store) -> None:
+    before = DkDvConfig(64, 128, HEAD_GROUP=4, num_warps=8, num_stages=2)  # whose HEAD_DIM_AS is "whole"
+    place = dataclasses.replace(DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, head_dim=128))
+    call = [*DKDV_CALL[:4], "--head-dim", "128", *DKDV_CALL[6:]]
+    default = default_config(place.spec, Shape(2, 32, 8, 4096, 4096, 512), H200)
+    assert isinstance(default, DkDvConfig)
+    assert default.MASK != "weights" or default.ROW_NUMBERS != "apart" or default.maxnreg, "the test is of another"
+    store.record(known_dkdv(500.0, config=before, place=place))
+    found = run_json("explain", *call)
+    assert found["tier"] == "the default"
+    assert found["reason"] == "the only record does not count: its search did not know a knob that today's default uses"
+    store.record(known_dkdv(600.0, config=default, place=place))
+    assert run_json("explain", *call)["config"] == config_to_dict(before)
+
+
+def test_explain_does_not_look_at_other_buckets(store: Store) -> None:
+    store.record(known(50.0, place=OTHER_BUCKET))
+    found = run_json("explain", *CALL)
+    assert (found["from"], found["reason"], found["unused"]) == ("default", "nothing is known of this place", [])
 
 
 def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
@@ -218,25 +327,24 @@ def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
     store.record(known(None, "wrong", splits=3))
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
-    assert found["reason"] == "nothing was measured under this call's key, only: 1 predicted, 1 wrong"
+    assert found["reason"] == "nothing was measured of this place, only: 1 predicted, 1 wrong"
 
 
 def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
     store.record(known(90.0, splits=5))  # no value of the knob
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
-    assert found["reason"].startswith("the fastest record is not valid any more: NUM_SPLITS is 5")
+    assert found["reason"].startswith("the only record does not count: not valid any more: NUM_SPLITS is 5")
 
 
 def test_explain_a_kernel_with_a_window(store: Store) -> None:
-    other = dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 4096, 4096, 1024))
-    store.record(known_dkdv(500.0, key=other))
+    other = dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))
+    store.record(known_dkdv(500.0, place=other))
     text = run("explain", *DKDV_CALL).stdout
     assert "seqlen 4096, window 513; on h200" in text
     assert "from    the default config: nothing is known" in text
-    assert "window 1024 (here 512)" in text
     unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
-    assert "near misses" not in run("explain", *unwindowed).stdout  # another kernel
+    assert "from    the default config: nothing is known" in run("explain", *unwindowed).stdout  # another kernel
     store.record(known_dkdv(900.0))
     found = run_json("explain", *DKDV_CALL)
     assert found["from"] == "yours"
@@ -260,7 +368,8 @@ def test_explain_has_an_answer_for_every_op(op: str) -> None:
 def test_ship_merges_what_was_measured_here(store: Store, tmp_path: Path) -> None:
     for splits in (1, 2, 3, 4):
         store.record(known(200.0 + splits, splits=splits))
-    store.record(known(100.0, key=OTHER_TRITON))
+    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.record(known(110.0, unlike=OTHER_KERNEL))
     store.record(known(90.0, "predicted", splits=6))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 0, result.output
@@ -272,17 +381,22 @@ def test_ship_merges_what_was_measured_here(store: Store, tmp_path: Path) -> Non
 
 
 def test_ship_takes_every_op(store: Store, tmp_path: Path) -> None:
-    for result in (known(), known_dkdv(), known_dkdv(key=dataclasses.replace(DKDV_KEY, bucket=Bucket(16, 512, 512)))):
+    for result in (
+        known(),
+        known_dkdv(),
+        known_dkdv(place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 512, 512))),
+    ):
         store.record(result)
     assert run("ship", "--gpu", "h200", "--to", tmp_path / "db").exit_code == 0
-    assert {r.key for r in load_shipped("h200", tmp_path / "db")} == {r.key for r in store.all()}
+    assert {r.place for r in load_shipped("h200", tmp_path / "db")} == {r.place for r in store.all()}
 
 
 def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
-    store.record(known(100.0, key=OTHER_TRITON))
+    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.record(known(110.0, unlike=OTHER_KERNEL))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 1
-    assert "nothing that was measured on h200 in this environment" in result.stderr
+    assert "nothing that was measured on h200 of today's kernels with this toolchain" in result.stderr
     assert not (tmp_path / "db").exists()
 
 

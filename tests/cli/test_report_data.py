@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_samples import DKDV_KEY, KEY, SPEC, elsewhere, known, known_dkdv
+from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv
 
 from parallax_gen.cli.report.benches import Timing, read_bench, times_ours
 from parallax_gen.cli.report.data import Report, collect
@@ -20,12 +20,13 @@ from parallax_gen.cli.report.matrices import coverage, means, speed_ups
 from parallax_gen.errors import ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
+from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 
-OTHER_TRITON = elsewhere(triton="3.4")
-OTHER_GPU = dataclasses.replace(KEY, gpu="h100")
-OTHER_BUCKET = dataclasses.replace(KEY, bucket=Bucket(256, 1, 16384))
+HERE = Toolchain.here()
+OTHER_GPU = dataclasses.replace(PLACE, gpu="h100")
+OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
 
 
 def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Timing, ...] = ()) -> Report:
@@ -35,7 +36,7 @@ def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Timing,
 # studies
 
 
-def test_a_study_is_a_key_with_its_trials_in_the_order_they_were_tried(store: Store) -> None:
+def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: Store) -> None:
     for time_us, splits in ((240.0, 3), (250.0, 1), (230.0, 2)):
         store.record(known(time_us, splits=splits))
     store.record(known(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00"))  # timed again: it keeps its place
@@ -49,51 +50,58 @@ def test_a_study_is_a_key_with_its_trials_in_the_order_they_were_tried(store: St
     assert study.share == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
 
 
-def test_another_environment_shows_where_there_is_nothing_of_this_one(store: Store) -> None:
-    store.record(known(100.0, key=OTHER_TRITON))
-    store.record(known(90.0, key=elsewhere(triton="3.3"), created_at="2025-01-01T00:00:00+00:00"))
+def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store) -> None:
+    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.record(known(90.0, unlike={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
     found = report(store)
-    assert [(s.state, s.unlike) for s in found.shown] == [
-        ("elsewhere", (f"triton 3.4 (here {KEY.environment.triton})",))
-    ]
+    told = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
+    assert [(s.state, s.unlike) for s in found.shown] == [("elsewhere", told)]
     assert found.left_out == 1
     both = report(store, every=True)
     assert len(both.shown) == 2
-    assert both.standing[study_place()] == found.shown[0]
+    assert both.standing[PLACE] == found.shown[0]
     store.record(known(None, "wrong"))
     assert sorted(s.state for s in report(store).shown) == ["elsewhere", "failed"]
-    assert report(store).standing[study_place()].state == "elsewhere"  # type: ignore[union-attr]
+    assert report(store).standing[PLACE].state == "elsewhere"  # type: ignore[union-attr]
     store.record(known(200.0, splits=1))
     found = report(store)
     assert [s.state for s in found.shown] == ["measured"]
     assert found.left_out == 2
     assert len(report(store, every=True).shown) == 3
-    assert report(store, every=True).standing[study_place()].state == "measured"  # type: ignore[union-attr]
+    assert report(store, every=True).standing[PLACE].state == "measured"  # type: ignore[union-attr]
 
 
-def study_place() -> tuple[str, KernelSpec, Bucket]:
-    return KEY.gpu, KEY.spec, KEY.bucket
+def test_another_kernel_is_another_study(store: Store) -> None:
+    store.record(known(100.0, unlike=OTHER_KERNEL))
+    store.record(known(90.0, splits=3, unlike=OTHER_KERNEL))
+    (study,) = report(store).shown
+    assert (study.state, study.unlike) == ("elsewhere", ("another kernel than today's",))
+    assert [trial.time_us for trial in study.trials] == [100.0, 90.0]
+    store.record(known(240.0))
+    found = report(store)
+    assert [(s.state, s.unlike) for s in found.shown] == [("measured", ())]
+    assert found.left_out == 1
 
 
 def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
     store.record(known(90.0, "predicted"))
-    store.record(known(None, "compile", key=OTHER_BUCKET))
-    store.record(known(240.0, key=OTHER_GPU))
+    store.record(known(None, "compile", place=OTHER_BUCKET))
+    store.record(known(240.0, place=OTHER_GPU))
     found = report(store)
     assert found.gpus == ("h100", "h200")
     states = {place: study and study.state for place, study in found.standing.items()}
-    assert states["h200", SPEC, KEY.bucket] == "predicted"
-    assert states["h200", SPEC, OTHER_BUCKET.bucket] == "failed"
-    assert states["h100", SPEC, KEY.bucket] == "measured"
-    assert states["h100", SPEC, OTHER_BUCKET.bucket] is None  # tried on the other card
-    assert {spec.op for _, spec, _ in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ones
+    assert states[PLACE] == "predicted"
+    assert states[OTHER_BUCKET] == "failed"
+    assert states[OTHER_GPU] == "measured"
+    assert states[dataclasses.replace(OTHER_BUCKET, gpu="h100")] is None  # tried on the other card
+    assert {place.spec.op for place in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ones
     counts, share = found.summary()["decode"]["h100"]
     assert counts["measured"] == 1
-    assert counts.total() == sum(gpu == "h100" and spec.op == "decode" for gpu, spec, _ in states)
+    assert counts.total() == sum((place.gpu, place.spec.op) == ("h100", "decode") for place in states)
     assert share == found.shown[0].share
     only = report(store, "H200 SXM")
     assert only.gpus == ("h200",)
-    assert {gpu for gpu, _, _ in only.standing} == {"h200"}
+    assert {place.gpu for place in only.standing} == {"h200"}
 
 
 def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_error(store: Store) -> None:
@@ -105,7 +113,7 @@ def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_err
 
 
 def test_a_card_without_a_table_has_times_but_no_bound(store: Store) -> None:
-    store.record(known(240.0, key=dataclasses.replace(KEY, gpu="nvidia-rtx-a6000-84sm")))
+    store.record(known(240.0, place=dataclasses.replace(PLACE, gpu="nvidia-rtx-a6000-84sm")))
     (study,) = report(store).shown
     assert study.share is None
     assert study.rate == pytest.approx(4477, rel=0.01)
@@ -151,7 +159,7 @@ def test_a_scale_is_logarithmic_and_ends_where_it_ends() -> None:
 def test_a_roofline_has_a_point_a_measured_study_under_its_roof(store: Store) -> None:
     store.record(known(240.0))
     store.record(known_dkdv(900.0))
-    store.record(known(None, "wrong", key=OTHER_BUCKET))
+    store.record(known(None, "wrong", place=OTHER_BUCKET))
     (chart,) = rooflines(report(store).shown)
     assert [point.op for point in chart.points] == ["decode", "dkdv"]
     decode = chart.points[0]
@@ -188,7 +196,7 @@ def test_what_ships_has_no_history(store: Store) -> None:
 def test_costs_are_over_the_best_of_their_own_bucket(store: Store) -> None:
     for splits, time_us in ((1, 200.0), (2, 300.0)):
         store.record(known(time_us, splits=splits))
-        store.record(known(10 * time_us, splits=splits, key=OTHER_BUCKET))
+        store.record(known(10 * time_us, splits=splits, place=OTHER_BUCKET))
     store.record(known(90.0, "predicted", splits=3))
     (kernel,) = report(store).kernels
     assert sorted(cost for _, cost in kernel.costs) == [1.0, 1.0, 1.5, 1.5]
@@ -386,7 +394,7 @@ def test_a_training_steps_parts_are_of_the_kernels_that_do_them(store: Store) ->
 
 
 def test_timings_of_other_cards_are_left_out_when_a_card_is_asked_for(store: Store) -> None:
-    write_shipped([known_dkdv(900.0, key=DKDV_KEY)], "h200")
+    write_shipped([known_dkdv(900.0)], "h200")
     timings = tuple(timing("other", 10.0, gpu=gpu) for gpu in ("h200", "h100", ""))
     assert [t.gpu for t, _ in report(store, "h200", timings=timings).ratios] == ["", "h200"]
     assert [t.gpu for t, _ in report(store, timings=timings).ratios] == ["", "h100", "h200"]

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from cli_samples import KEY, SPEC, config, known, run, run_json
+from cli_samples import OTHER_TOOLCHAIN, PLACE, SPEC, config, known, run, run_json
 from report_samples import HOSTILE, fill, write_bench, write_page
 
 from parallax_gen.codegen.render import render
@@ -150,17 +150,15 @@ def test_a_page_of_what_ships_says_where_trials_would_be(store: Store, tmp_path:
 
 
 def test_what_is_left_out_is_said(store: Store, tmp_path: Path) -> None:
-    from cli_samples import elsewhere
-
     store.record(known(240.0))
-    store.record(known(230.0, key=elsewhere(triton="3.4")))
+    store.record(known(230.0, unlike=OTHER_TOOLCHAIN))
     result = run("report", "--out", tmp_path / "report.html")
-    assert "left out: 1 studies of other environments; --all-environments shows them" in result.stdout
+    assert "left out: 1 studies of other toolchains and kernels; --all-environments shows them" in result.stdout
     assert "elsewhere" not in Page(tmp_path / "report.html").texts["kernels"]
     assert "left out" not in run("report", "--all-environments", "--out", tmp_path / "report.html").stdout
     page = Page(tmp_path / "report.html")
     assert "measured, elsewhere" in page.texts["kernels"]
-    assert any("triton 3.4 (here " in a.get("data-tip", "") for _, a in page.elements)
+    assert any("triton 3.5 (here " in a.get("data-tip", "") for _, a in page.elements)
 
 
 def test_json_has_what_the_figures_show(store: Store, tmp_path: Path) -> None:
@@ -175,7 +173,7 @@ def test_json_has_what_the_figures_show(store: Store, tmp_path: Path) -> None:
         "measured",
         "predicted",
     ]
-    here = next(study for study in found["studies"] if study["key"] == KEY.flat())
+    here = next(study for study in found["studies"] if study["place"] == PLACE.flat())
     assert here["trials"] == here["outcomes"]["ok"] > 40
     assert here["best"]["rate_unit"] == "GB/s"
     decode = next(kernel for kernel in found["kernels"] if kernel["spec"]["op"] == "decode")

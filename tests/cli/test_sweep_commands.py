@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from cli_samples import KEY, config, known, run, run_json
+from cli_samples import PLACE, config, known, run, run_json
 
-from parallax_gen.memory.results import Result
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import representative
 from parallax_gen.problem.space import every_config
 from parallax_gen.tuning.sweep import read_sweep
 
-SHAPE = representative(KEY.bucket, KEY.spec.group)
+SHAPE = representative(PLACE.bucket, PLACE.spec.group)
 FEW = ("--sampler", "ours", "--sampler", "random", "--seeds", 3, "--workers", 1)
 
 
@@ -37,18 +37,18 @@ def partial(store: Store, tmp_path: Path) -> Path:
 
 
 def test_a_whole_sweep_is_written(store: Store, tmp_path: Path) -> None:
-    for number, each in enumerate(every_config(KEY.spec, gpu_by_name("h200"))):
-        store.record(Result(key=KEY, config=each, outcome="ok", time_us=100.0 + number, shape=SHAPE))
+    for number, each in enumerate(every_config(PLACE.spec, gpu_by_name("h200"))):
+        store.record(known(100.0 + number, config=each, shape=SHAPE))
         if number % 97 == 0:
-            store.record(known(300.0, splits=2, key=KEY.__class__("h100", KEY.spec, KEY.bucket, KEY.environment)))
+            store.record(known(300.0, splits=2, place=dataclasses.replace(PLACE, gpu="h100")))
     done = run("sweep", "--to", tmp_path / "sweeps")
     assert done.exit_code == 0, done.output
-    (path,) = (tmp_path / "sweeps").iterdir()  # the other key is not whole
+    (path,) = (tmp_path / "sweeps").iterdir()  # the other place is not whole
     assert path.name.startswith("h200-decode-128-256x8192-")
     assert path.name in done.output
     sweep = read_sweep(path)
     assert sweep.whole
-    assert sweep.key == KEY
+    assert sweep.place == PLACE
 
 
 def test_what_is_not_whole_is_written_only_when_asked_for(store: Store, tmp_path: Path, partial: Path) -> None:
@@ -62,7 +62,7 @@ def test_what_is_not_whole_is_written_only_when_asked_for(store: Store, tmp_path
     assert run("sweep", "--partial", 1, "--plain", "--to", tmp_path / "plain").exit_code == 0
     (plain,) = (tmp_path / "plain").iterdir()
     assert read_sweep(plain) == read_sweep(partial)
-    assert json.loads(plain.read_text(encoding="utf-8").splitlines()[0])["key"]["spec.op"] == "decode"
+    assert json.loads(plain.read_text(encoding="utf-8").splitlines()[0])["place"]["spec.op"] == "decode"
 
 
 def test_a_replay_prints_a_line_a_sampler_and_says_that_a_sweep_is_partial(partial: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_samples import CALL, KEY, config, known, process, run, run_json
+from cli_samples import CALL, PLACE, config, known, process, run, run_json
 from click.shell_completion import ShellComplete
 
 import parallax_gen
@@ -170,21 +170,24 @@ def test_verbose_says_which_config_and_why(store: Store) -> None:
     assert "decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192, on h200: the default" in said
     store.record(known(200.0, splits=3))
     said = run("--verbose", "render", *CALL).stderr
-    assert f"a record, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in said
+    assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in said
     assert "NUM_SPLITS=3" in said
     assert run("render", *CALL).stderr == ""  # the handler went with its command
 
 
-def test_the_dispatcher_logs_once_a_bucket_and_names_the_file(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_dispatcher_logs_once_a_bucket_and_names_the_file(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.problem.shapes import Shape
 
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")  # runtime/advice.py has a line of its own to say
     caplog.set_level(logging.INFO, "parallax_gen")
     dispatcher, gpu = Dispatcher(Memory(None)), GPUS["h200"]
-    modules = [dispatcher.kernel(KEY.spec, Shape(32, 32, 8, 1, keys), gpu)[1] for keys in (8192, 8000)]
+    modules = [dispatcher.kernel(PLACE.spec, Shape(32, 32, 8, 1, keys), gpu)[1] for keys in (8192, 8000)]
     chosen, runs = caplog.messages
-    assert "the default, for want of a valid record" in chosen
-    assert runs == f"{KEY.spec}; {KEY.bucket}: runs {modules[0].__file__}"
+    assert ": the default: BLOCK_N=" in chosen
+    assert runs == f"{PLACE.spec}; {PLACE.bucket}: runs {modules[0].__file__}"
 
 
 def test_the_library_is_silent_by_itself() -> None:

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from cli_samples import CALL, H200, KEY, config, known, process, run
+from cli_samples import CALL, H200, PLACE, config, known, process, run
 from rich.console import Console
 
 from parallax_gen.cli.interrupt import Interrupt
@@ -74,14 +74,14 @@ def test_without_a_gpu_it_compiles_ranks_says_so_and_goes_on(store: Store) -> No
     assert lines[0] == "no CUDA device here: compiling and ranking only, nothing will be measured (predicted)"
     assert lines[1] == "[1/1] h200: decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192"
     assert lines[-1].startswith("nothing was measured: these times are predicted")
-    results = store.results(KEY)
+    results = store.results(PLACE)
     assert [r.outcome for r in results] == ["predicted"] * 4
     assert job["time_us"] == results[0].time_us
 
     again = run("tune", *CALL, *FEW, "--trials", "1")
     assert again.exit_code == 0, again.output
     assert "4 configs are known from earlier runs" in again.stderr
-    assert len(store.results(KEY)) == 5
+    assert len(store.results(PLACE)) == 5
     assert f"database: {store.path}" in again.stdout
     assert "\x1b" not in again.output
 
@@ -90,8 +90,8 @@ def test_on_a_gpu_it_measures(card: None, store: Store) -> None:
     result = run("tune", *CALL, *FEW)
     assert result.exit_code == 0, result.output
     assert "nothing was measured" not in result.stderr
-    best = store.best(KEY)
-    assert best is not None
+    best = store.results(PLACE)[0]
+    assert best.time_us is not None
     assert f"{best.time_us:.1f}" in result.stdout
     assert "1 wrong" in result.stdout
     assert "3 ok, 1 wrong; best " in result.stderr
@@ -150,11 +150,11 @@ def test_a_training_step(card: None, store: Store) -> None:
     arguments = ("--op", "training", "--head-dim", "96", "--shape", "2,32/8,4096", "--window", "513", "--trials", "2")
     result = run("tune", *arguments)
     assert result.exit_code == 0, result.output
-    known = {r.key.spec.op: r.key for r in store.all()}
+    known = {r.place.spec.op: r.place for r in store.all()}
     assert list(known) == ["dkdv", "dqdr", "forward", "preprocess"]
-    for op, key in known.items():
-        assert key.spec.head_dim == 96
-        assert key.bucket.window == (0 if op == "preprocess" else 512)
+    for op, place in known.items():
+        assert place.spec.head_dim == 96
+        assert place.bucket.window == (0 if op == "preprocess" else 512)
     assert known["forward"].spec.stats
     blocks = result.stdout.split("\n\n")
     assert [block.splitlines()[0].split(",")[0] for block in blocks[:4]] == [
@@ -199,7 +199,7 @@ def test_several_devices_share_the_jobs(card: None, store: Store, monkeypatch: p
     assert result.exit_code == 0, result.output
     assert "[4/4] h200: dqdr" in result.stderr
     assert "\n  [1] " in result.stderr  # lines say whose they are
-    assert len({r.key for r in store.all()}) == 4
+    assert len({r.place for r in store.all()}) == 4
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_a_second_worker_takes_what_the_first_found(card: None, store: Store, tm
     """In a database of its own, and without measuring it again."""
     storage = ("--storage", f"journal:{tmp_path / 'journal'}")
     run("tune", *CALL, *FEW, *storage)
-    first = {r.config for r in store.results(KEY)}
+    first = {r.config for r in store.results(PLACE)}
     assert len(first) == 4
     result = run("tune", *CALL, *FEW, *storage, env={"PARALLAX_GEN_DB": str(tmp_path / "other.db")})
     assert result.exit_code == 0, result.output
     with Store(tmp_path / "other.db") as other:
-        both = {r.config for r in other.results(KEY)}
+        both = {r.config for r in other.results(PLACE)}
     assert first < both
     assert len(both) == 8
 
@@ -268,7 +268,7 @@ def test_ctrl_c_keeps_what_is_finished(store: Store) -> None:
     assert child.returncode == 130
     assert out == ""
     assert err.splitlines()[-1] == f"stopped: all finished trials are kept in {store.path}; run again to go on"
-    assert store.results(KEY)
+    assert store.results(PLACE)
 
 
 def test_the_second_ctrl_c_does_not_wait() -> None:
@@ -294,7 +294,7 @@ def test_the_second_ctrl_c_does_not_wait() -> None:
 
 def test_a_terminal_sees_it_live() -> None:
     screen = io.StringIO()
-    job = Job(KEY.spec, KEY.bucket, H200)
+    job = Job(PLACE.spec, PLACE.bucket, H200)
     with View(
         Console(file=screen, force_terminal=True, width=100, markup=False, highlight=False),
         3,
@@ -315,7 +315,7 @@ def test_a_terminal_sees_it_live() -> None:
 def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallax_gen.cli.progress.QUIET_S", 1e9)
     pipe = io.StringIO()
-    job = Job(KEY.spec, KEY.bucket, gpu_by_name("h200"))
+    job = Job(PLACE.spec, PLACE.bucket, gpu_by_name("h200"))
     with View(Console(file=pipe, width=80, markup=False, highlight=False), 1, trials=96, time_budget_s=45) as view:
         view.begin(job)
         progress = Progress(job)

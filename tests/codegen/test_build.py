@@ -20,7 +20,8 @@ import platformdirs
 import pytest
 from strategies import GOLDEN, Kernel, random_kernels
 
-from parallax_gen.codegen.build import cache_dir, compile_for, load, write
+from parallax_gen.codegen.build import compile_for, load, write
+from parallax_gen.codegen.folders import cache_dir
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import BuildError, MachineError, MemoryTakenError
 from parallax_gen.problem.config import DecodeConfig

@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 4:1, ragged, leftpad, pages of 16
 config     BLOCK_N=64 BLOCK_H=8 NUM_SPLITS=4 merge=last num_warps=2 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 5a31e45e6396
+generator  parallax_gen 0.1.0, kernel be409737d0b8
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of

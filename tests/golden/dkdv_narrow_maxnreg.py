@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 64, bf16, MHA, causal
 config     BLOCK_M=32 BLOCK_N=64 HEAD_GROUP=32 num_warps=4 num_stages=3 maxnreg=168
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 96ea5e70a299
+generator  parallax_gen 0.1.0, kernel 5f3781bc1179
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.

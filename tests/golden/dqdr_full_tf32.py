@@ -3,7 +3,7 @@
 spec       dqdr, head_dim 64, tf32, GQA 2:1, full
 config     BLOCK_M=64 BLOCK_N=32 HEAD_GROUP=0 num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 75c6b9f971b5
+generator  parallax_gen 0.1.0, kernel a774f1f97e12
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.

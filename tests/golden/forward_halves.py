@@ -3,7 +3,7 @@
 spec       forward, head_dim 256, bf16, GQA 2:1, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=4 num_warps=8 num_stages=2 HEAD_DIM_AS=halves
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 7c01cbe51c52
+generator  parallax_gen 0.1.0, kernel 96217d2678c4
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of

@@ -3,7 +3,7 @@
 spec       preprocess, head_dim 128, bf16
 config     BLOCK_M=32 num_warps=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, templates 37195abe0d1f
+generator  parallax_gen 0.1.0, kernel f5661074c886
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.

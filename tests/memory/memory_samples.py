@@ -1,23 +1,24 @@
-"""Keys and results for the tests of the memory wing; processes that the tests start import this too."""
+"""Places and results for the tests of the memory wing; processes that the tests start import this too."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from parallax_gen.memory.keys import Environment, Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.problem.config import ForwardConfig
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 
 SPEC = KernelSpec("forward", 128, "bf16", group=4, causal=True)
-ENVIRONMENT = Environment(templates="abc123", triton="3.5", protocol=1)
-KEY = Key("h200", SPEC, Bucket(8, 4096, 4096), ENVIRONMENT)
+PLACE = Place("h200", SPEC, Bucket(8, 4096, 4096))
+EVIDENCE = Evidence(kernel="0123456789abcdef" * 2, text="fedcba9876543210" * 2, triton="3.5.1", cuda="12.8", protocol=1)
 SHAPE = Shape(batch=1, heads=32, kv_heads=8, seqlen_q=4096, seqlen_kv=4096)
 
-OTHER_TRITON = dataclasses.replace(KEY, environment=dataclasses.replace(ENVIRONMENT, triton="3.6"))
-OTHER_BUCKET = dataclasses.replace(KEY, bucket=Bucket(8, 8192, 8192))
-OTHER_GPU = dataclasses.replace(KEY, gpu="h100")
+OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(8, 8192, 8192))
+OTHER_GPU = dataclasses.replace(PLACE, gpu="h100")
+OTHER_TRITON = dataclasses.replace(EVIDENCE, triton="3.6.0")
+OTHER_KERNEL = dataclasses.replace(EVIDENCE, kernel="f" * 32, text="e" * 32)
 
 
 def config(block_n: int = 64) -> ForwardConfig:
@@ -27,8 +28,9 @@ def config(block_n: int = 64) -> ForwardConfig:
 def result(
     outcome: str = "ok", time_us: float | None = 100.0, day: int = 1, block_n: int = 64, **fields: object
 ) -> Result:
-    """A result of KEY; give `key=` for another's. `day` says how new it is."""
+    """A result of PLACE; give `place=` for another's. `day` says how new it is."""
     created_at = f"2026-01-{day:02}T00:00:00+00:00"
     timed = time_us if outcome in ("ok", "predicted") else None
-    values: dict[str, object] = {"key": KEY, "config": config(block_n), "time_us": timed, "created_at": created_at}
+    values: dict[str, object] = {"place": PLACE, "evidence": EVIDENCE, "config": config(block_n)}
+    values |= {"time_us": timed, "created_at": created_at}
     return Result(outcome=outcome, **(values | fields))  # type: ignore[arg-type]

@@ -12,15 +12,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from memory_samples import KEY, result
+from memory_samples import PLACE, result
 
 from parallax_gen.errors import StoreError
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
 
 COMMON = """
 import os, pathlib, random, signal, sys, time
-from memory_samples import KEY, config, result
+from memory_samples import PLACE, config, result
 from parallax_gen.memory.store import Store
 
 folder = pathlib.Path(sys.argv[1])
@@ -92,13 +92,13 @@ for database in range(10):
         for n in numbers(text + pipe.read()):
             wanted |= {config(n + i) for i in range(MANY if many else 1)}
         with Store(path, read_only=True) as reader:
-            there = {r.config for r in reader.results(KEY)}
+            there = {r.config for r in reader.results(PLACE)}
             assert reader.problems() == []
         assert wanted <= there, (path, len(wanted - there))
         assert len([c for c in there if c.BLOCK_N // MOST == MERGES]) % MANY == 0
     with Store(path) as store:  # the next run goes on
         store.record(result(block_n=7, time_us=1.0, day=2))
-        assert store.best(KEY) == result(block_n=7, time_us=1.0, day=2)
+        assert store.results(PLACE)[0] == result(block_n=7, time_us=1.0, day=2)
     kept += len(wanted)
 print(killed, kept)
 """
@@ -117,11 +117,11 @@ def use(pipe, path, process):
         for n in range(8):
             mine = 100 * process + n
             store.record(result(block_n=mine, time_us=100.0 + mine))
-            rows = reader.results(KEY)  # on the connection that dispatch has
+            rows = reader.results(PLACE)  # on the connection that dispatch has
             assert config(mine) in {r.config for r in rows}
             assert len(rows) >= seen, "a row is gone"
             seen = len(rows)
-            best, later = reader.best(KEY), reader.results(KEY)  # between which others record faster ones
+            best, later = reader.results(PLACE)[0], reader.results(PLACE)  # between which others record faster ones
             assert best in later and later[0].time_us <= best.time_us <= rows[0].time_us
             assert reader.unreadable == 0
 
@@ -153,7 +153,7 @@ def fill(pipe, path):
                 os.write(pipe, b"%d\\n" % n)
         except StoreError as error:
             assert str(path) in str(error) and "PARALLAX_GEN_DB" in str(error), error
-            assert len(store.results(KEY)) == n  # it can still be read
+            assert len(store.results(PLACE)) == n  # it can still be read
             return
         raise AssertionError("the disk was never full")
 
@@ -203,4 +203,4 @@ def test_reading_can_go_on_while_another_process_writes(store: Store) -> None:
     """A transaction that is not finished, as of a process that was stopped in it, is not waited for."""
     store.record(result())
     with Store(store.path, read_only=True) as reader, store._transaction():
-        assert reader.best(KEY) == result()
+        assert reader.results(PLACE) == [result()]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, result
+from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, result
 
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ArgumentError, StoreError
-from parallax_gen.memory.results import reading_order
+from parallax_gen.memory.result import Result, reading_order
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS
@@ -29,13 +29,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def test_what_is_written_comes_back_in_order(tmp_path: Path) -> None:
     fast, slow = result(time_us=12.5, shape=SHAPE, error=1e-3, source="shipped"), result(time_us=20.0, block_n=32)
-    other = result(key=OTHER_BUCKET, time_us=5.0)
+    other = result(place=OTHER_BUCKET, time_us=5.0)
     path = write_shipped([other, slow, fast], "h200", tmp_path)
     assert path == tmp_path / "h200.jsonl"
     assert load_shipped("h200", tmp_path) == [fast, slow, other]  # 4096 before 8192, then by time
     assert load_shipped("h100", tmp_path) == []
     first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
-    assert first["key"] == KEY.flat()
+    assert first["place"] == PLACE.flat()
     assert first["config"]["BLOCK_M"] == 128
     assert [p.name for p in tmp_path.iterdir()] == ["h200.jsonl"]
 
@@ -46,6 +46,18 @@ def test_the_fastest_few_measured_ones_are_kept(tmp_path: Path) -> None:
     assert load_shipped("h200", tmp_path) == results[:3]
     write_shipped([], "h200", tmp_path, keep=1)
     assert load_shipped("h200", tmp_path) == results[:1]
+
+
+def test_those_that_stand_for_nothing_else_are_kept_beside_them(tmp_path: Path) -> None:
+    """Of another toolchain, or, as whoever ships says, the default or of another kernel."""
+    results = [result(time_us=10.0 + n, block_n=n) for n in range(4)]
+    others = [result(time_us=20.0, evidence=OTHER_TRITON), result(time_us=30.0, evidence=OTHER_KERNEL)]
+    write_shipped([*results, *others], "h200", tmp_path, keep=1)
+    assert load_shipped("h200", tmp_path) == [results[0], others[0]]
+    write_shipped(results, "h200", tmp_path, keep=1, kept_too=lambda r: r.config == results[3].config)
+    assert load_shipped("h200", tmp_path) == [results[0], results[3], others[0]]
+    write_shipped(others, "h200", tmp_path, keep=1, group=lambda r: r.evidence.kernel)
+    assert load_shipped("h200", tmp_path) == [results[0], others[1]]
 
 
 def test_merging_keeps_what_counts(tmp_path: Path) -> None:
@@ -67,7 +79,7 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
 
 def test_results_of_another_gpu_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="h100"):
-        write_shipped([result(key=OTHER_GPU)], "h200", tmp_path)
+        write_shipped([result(place=OTHER_GPU)], "h200", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,7 +94,7 @@ def test_results_of_another_gpu_are_refused(tmp_path: Path) -> None:
         '"\\ud800"',
         json.dumps(result().to_dict() | {"color": "blue"}),
         json.dumps(result().to_dict() | {"time_us": 10**400, "config": None}),
-        json.dumps(result(key=OTHER_GPU).to_dict()),
+        json.dumps(result(place=OTHER_GPU).to_dict()),
         json.dumps(result("predicted").to_dict()),
     ],
 )
@@ -91,8 +103,9 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
         load_shipped("h200", tmp_path)
-    with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
-        Memory(None, tmp_path).best(KEY)
+    if '"gpu": "h100"' not in line:  # a call reads what is of its place, and what is of none
+        with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
+            best_of(Memory(None, tmp_path))
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
@@ -109,20 +122,24 @@ def test_our_own_files_are_sound() -> None:
 # Under the user's own
 
 
+def best_of(memory: Memory) -> Result | None:
+    return next((r for r in memory.results(PLACE) if r.measured), None)
+
+
 def test_the_fastest_counts_and_the_users_own_time_of_a_config(store: Store, tmp_path: Path) -> None:
     memory = Memory(store, tmp_path)
-    assert memory.best(KEY) is None
+    assert best_of(memory) is None
     shipped = result(time_us=10.0, source="shipped")
     write_shipped([shipped], "h200", tmp_path)
-    assert memory.best(KEY) == Memory(None, tmp_path).best(KEY) == shipped
+    assert best_of(memory) == best_of(Memory(None, tmp_path)) == shipped
     own = result(time_us=12.0, block_n=32, source="here")
     store.record(own)
-    assert memory.best(KEY) == shipped  # one slow trial of the user's does not hide what ships
-    assert memory.results(KEY) == [shipped, own]
+    assert best_of(memory) == shipped  # one slow trial of the user's does not hide what ships
+    assert memory.results(PLACE) == [shipped, own]
     again = result(time_us=13.0, source="here")
     store.record(again)
-    assert memory.best(KEY) == own
-    assert memory.results(KEY) == [own, again]
+    assert best_of(memory) == own
+    assert memory.results(PLACE) == [own, again]
 
 
 @pytest.mark.parametrize(("outcome", "hides"), [("wrong", True), ("crash", True), ("predicted", False)])
@@ -132,20 +149,18 @@ def test_what_was_tried_here_hides_what_ships(store: Store, tmp_path: Path, outc
     own = result(outcome)
     store.record(own)
     memory = Memory(store, tmp_path)
-    assert memory.best(KEY) == (second if hides else first)
-    assert memory.results(KEY) == ([second, own] if hides else [first, second])
-    assert memory.all() == memory.results(KEY)
+    assert best_of(memory) == (second if hides else first)
+    assert memory.results(PLACE) == ([second, own] if hides else [first, second])
+    assert memory.all() == memory.results(PLACE)
 
 
-def test_all_and_near_misses_join_both(store: Store, tmp_path: Path) -> None:
+def test_all_joins_both(store: Store, tmp_path: Path) -> None:
     memory = Memory(store, tmp_path)
-    store.record(result(key=OTHER_BUCKET))
-    assert [r for r, _ in memory.near_misses(KEY)] == [result(key=OTHER_BUCKET)]
-    write_shipped([result(key=OTHER_TRITON)], "h200", tmp_path)
-    write_shipped([result(key=OTHER_GPU)], "h100", tmp_path)
-    assert memory.near_misses(KEY) == [(result(key=OTHER_TRITON), {"environment.triton": ("3.5", "3.6")})]
-    assert memory.all() == [result(key=key) for key in (OTHER_GPU, OTHER_TRITON, OTHER_BUCKET)]
-    assert memory.all(gpu="h100") == [result(key=OTHER_GPU)]
+    store.record(result(place=OTHER_BUCKET))
+    write_shipped([result(evidence=OTHER_TRITON)], "h200", tmp_path)
+    write_shipped([result(place=OTHER_GPU)], "h100", tmp_path)
+    assert memory.all() == [result(place=OTHER_GPU), result(evidence=OTHER_TRITON), result(place=OTHER_BUCKET)]
+    assert memory.all(gpu="h100") == [result(place=OTHER_GPU)]
     assert memory.all(op="decode") == []
 
 
@@ -162,4 +177,4 @@ def test_what_ships_is_sorted_measured_and_valid(path: Path) -> None:
         assert row.measured
         assert row.error is not None
         assert row.error < 1e-2
-        assert why_invalid(row.key.spec, row.config, GPUS[path.stem]) is None
+        assert why_invalid(row.place.spec, row.config, GPUS[path.stem]) is None

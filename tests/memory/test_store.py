@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -12,16 +13,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from memory_samples import KEY, OTHER_BUCKET, OTHER_GPU, OTHER_TRITON, SHAPE, config, result
+from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
 
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ParallaxGenError, StoreError
-from parallax_gen.memory.results import OUTCOMES, near_misses
-from parallax_gen.memory.store import Store, default_path
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.memory import store as store_module
+from parallax_gen.memory.result import OUTCOMES, Result
+from parallax_gen.memory.store import APPLICATION_ID, Store, default_path
+from parallax_gen.problem.config import DecodeConfig, config_to_json
 
 
 @pytest.fixture
@@ -44,53 +47,57 @@ def test_a_result_comes_back_as_it_was(store: Store, outcome: str) -> None:
     more = {"shape": SHAPE, "shared_bytes": 98304, "compile_s": 2.5, "detail": "naïve\n✓", "source": "here"}
     sent = result(outcome, **full, **more)
     store.record(sent)
-    assert store.results(KEY) == [sent]
+    assert store.results(PLACE) == [sent]
     assert store.all() == [sent]
     assert sent.measured == (outcome == "ok")
 
 
 def test_an_infinite_error_is_kept(store: Store) -> None:
     store.record(result("wrong", error=float("inf")))
-    assert [r.error for r in store.results(KEY)] == [float("inf")]
+    assert [r.error for r in store.results(PLACE)] == [float("inf")]
 
 
-def test_best_is_the_fastest_measured(store: Store) -> None:
-    assert store.best(KEY) is store.predicted_best(KEY) is None
+def best_of(store: Store) -> Result | None:
+    return next((r for r in store.results(PLACE) if r.measured), None)
+
+
+def test_results_of_a_place_are_of_any_kernel_and_toolchain_the_measured_first(store: Store) -> None:
     for sent in (
         result("predicted", 1.0, block_n=16),
         result("predicted", 2.0, block_n=32),
         result("ok", 90.0, block_n=64),
         result("ok", 80.0, block_n=128),
+        result("ok", 85.0, block_n=128, evidence=OTHER_TRITON),
+        result("ok", 95.0, block_n=128, evidence=OTHER_KERNEL),
         result("slow", block_n=256),
-        result("ok", 1.0, key=OTHER_GPU),
+        result("ok", 1.0, place=OTHER_GPU),
     ):
         store.record(sent)
-    assert store.best(KEY) == result("ok", 80.0, block_n=128)
-    assert store.predicted_best(KEY) == result("predicted", 1.0, block_n=16)
-    assert [r.time_us for r in store.results(KEY)] == [80.0, 90.0, 1.0, 2.0, None]
+    assert best_of(store) == result("ok", 80.0, block_n=128)
+    assert [r.time_us for r in store.results(PLACE)] == [80.0, 85.0, 90.0, 95.0, 1.0, 2.0, None]
 
 
-def test_fastest_is_the_best_of_each_key_of_a_gpu_and_an_op(store: Store) -> None:
+def test_fastest_is_the_best_of_each_place_of_a_gpu_and_an_op(store: Store) -> None:
     for sent in (
         result("ok", 90.0, block_n=64),
         result("ok", 80.0, block_n=128),
         result("predicted", 1.0, block_n=16),
-        result("ok", 30.0, key=OTHER_BUCKET),
-        result("slow", 20.0, key=OTHER_TRITON),
-        result("ok", 1.0, key=OTHER_GPU),
+        result("ok", 30.0, place=OTHER_BUCKET),
+        result("slow", 20.0, evidence=OTHER_TRITON),
+        result("ok", 1.0, place=OTHER_GPU),
     ):
         store.record(sent)
-    found = store.fastest(KEY.gpu, KEY.spec.op)
-    assert sorted(found, key=lambda r: r.time_us or 0) == [store.best(OTHER_BUCKET), store.best(KEY)]
-    assert store.fastest(KEY.gpu, "decode") == []
+    found = store.fastest(PLACE.gpu, PLACE.spec.op)
+    assert sorted(found, key=lambda r: r.time_us or 0) == [*store.results(OTHER_BUCKET), best_of(store)]
+    assert store.fastest(PLACE.gpu, "decode") == []
 
 
 def test_all_lists_by_gpu_and_op(store: Store) -> None:
-    decode = dataclasses.replace(KEY, spec=dataclasses.replace(KEY.spec, op="decode", causal=False))
-    rows = [result(key=OTHER_GPU), result(key=KEY), result(key=decode, config=DecodeConfig(64, 8, 4, "last", 4, 2))]
+    decode = dataclasses.replace(PLACE, spec=dataclasses.replace(PLACE.spec, op="decode", causal=False))
+    rows = [result(place=OTHER_GPU), result(), result(place=decode, config=DecodeConfig(64, 8, 4, "last", 4, 2))]
     for row in rows:
         store.record(row)
-    assert store.all() == [rows[0], rows[2], rows[1]]  # by key
+    assert store.all() == [rows[0], rows[2], rows[1]]  # by place
     assert store.all(gpu="h200") == [rows[2], rows[1]]
     assert store.all(op="forward") == [rows[0], rows[1]]
     assert store.all("h100", "decode") == []
@@ -109,9 +116,9 @@ def test_it_is_there_after_closing(path: Path) -> None:
     with Store(path) as store:
         store.record(result())
     with Store(path) as store, Store(path, read_only=True) as reader:
-        assert store.best(KEY) == reader.best(KEY) == result()
+        assert best_of(store) == best_of(reader) == result()
     with pytest.raises(sqlite3.ProgrammingError):
-        store.best(KEY)  # a mistake of the program's, not of the file's
+        best_of(store)  # a mistake of the program's, not of the file's
 
 
 def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,35 +157,15 @@ REMAINS = [
 def test_what_replaces_what(store: Store, there: str, day: int, comes: str, later: int, remains: str) -> None:
     store.record(result(there, day=day))
     store.record(result(comes, day=later))
-    assert [r.outcome for r in store.results(KEY)] == [remains]
+    assert [r.outcome for r in store.results(PLACE)] == [remains]
 
 
 def test_the_newer_measurement_counts_in_any_order(store: Store) -> None:
     store.record(result(time_us=50.0, day=2))
     store.record(result(time_us=40.0, day=1))
-    assert store.best(KEY) == result(time_us=50.0, day=2)
+    assert best_of(store) == result(time_us=50.0, day=2)
     store.record(result(time_us=60.0, day=2))
-    assert store.best(KEY) == result(time_us=60.0, day=2)
-
-
-# What explains a miss
-
-
-def test_near_misses(store: Store) -> None:
-    store.record(result(key=OTHER_BUCKET))
-    store.record(result(key=OTHER_GPU))
-    (miss,) = store.near_misses(KEY)
-    assert miss == (result(key=OTHER_BUCKET), KEY.diff(OTHER_BUCKET))
-
-    both = dataclasses.replace(OTHER_TRITON, environment=dataclasses.replace(OTHER_TRITON.environment, protocol=2))
-    for key, time_us in ((both, 1.0), (OTHER_TRITON, 9.0), (KEY, 2.0)):
-        store.record(result(key=key, time_us=time_us))
-    store.record(result("crash", key=OTHER_TRITON, block_n=32))
-    assert [list(diff) for _, diff in store.near_misses(KEY)] == [
-        ["environment.triton"],
-        ["environment.triton", "environment.protocol"],
-    ]
-    assert near_misses(KEY, []) == []
+    assert best_of(store) == result(time_us=60.0, day=2)
 
 
 # Rows that are not what they should be
@@ -190,10 +177,14 @@ def test_near_misses(store: Store) -> None:
         'config_json = \'{"BLOCK_M": __import__("os")}\'',
         "config_json = '[]'",
         "config_json = '" + "[" * 100_000 + "'",
-        "key_json = '{}'",
-        "key_json = replace(key_json, 'h200', 'h300')",
-        "key_json = replace(key_json, '\"3.5\"', '3.5')",
-        "key_digest = key_digest, outcome = 'ok', time_us = null",
+        "place_json = '{}'",
+        "place_json = replace(place_json, 'h200', 'h300')",
+        "place_json = replace(place_json, '128', '\"128\"')",
+        "op = 'decode'",
+        "kernel = 'a kernel'",
+        "text = 7",
+        "protocol = 'one'",
+        "outcome = 'ok', time_us = null",
         "time_us = -1",
         "time_us = 'fast'",
         "time_us = 9e999",
@@ -202,20 +193,99 @@ def test_near_misses(store: Store) -> None:
         "detail = x'ff00'",
         "created_at = 'yesterday'",
         "created_at = '2026-01-01T00:00:00+02:00'",
-        "source = cast(x'ff22' as text), key_json = cast(x'ff22' as text)",
+        "source = cast(x'ff22' as text), place_json = cast(x'ff22' as text)",
     ],
 )
 def test_a_row_that_does_not_parse_is_passed_over(path: Path, damage: str) -> None:
     with Store(path) as store:
         store.record(result(time_us=1.0, block_n=16))
         with sqlite3.connect(path) as connection:
-            connection.execute(f"UPDATE results SET {damage}")
+            connection.execute(f"UPDATE measurements SET {damage}")
         store.record(result(time_us=2.0, block_n=32))
-        assert store.best(KEY) == result(time_us=2.0, block_n=32)
-        assert len(store.results(KEY)) == len(store.all()) == 1
+        assert best_of(store) == result(time_us=2.0, block_n=32)
+        assert len(store.results(PLACE)) == len(store.all()) == 1
         assert store.unreadable == 1  # met three times, counted once
         store.record(result(time_us=1.0, block_n=16))
-        assert store.best(KEY) == result(time_us=1.0, block_n=16)
+        assert best_of(store) == result(time_us=1.0, block_n=16)
+
+
+# Databases from before fingerprints
+
+KEY = PLACE.flat() | {"environment.templates": "abc123", "environment.triton": "3.6", "environment.protocol": 1}
+OF_BEFORE = {
+    "gpu": PLACE.gpu,
+    "op": PLACE.spec.op,
+    "config_json": config_to_json(config()),
+    "outcome": "ok",
+    "time_us": 12.5,
+    "error": float("inf"),
+    "detail": "",
+    "created_at": "2026-01-01T00:00:00+00:00",
+    "source": "here",
+}
+
+
+def database_of_before(path: Path) -> None:
+    """With two good rows of one config, of two toolchains, a failure, and three that are of no use."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    newer = json.dumps(KEY | {"environment.cuda": "12.8/12.9"})
+    rows: list[dict[str, object]] = [
+        {"key_digest": "1", "key_json": json.dumps(KEY)},
+        {"key_digest": "2", "key_json": newer, "time_us": 11.5},
+        {"key_digest": "2", "key_json": newer, "config_json": config_to_json(config(32)), "outcome": "crash"},
+        {"key_digest": "3", "key_json": "{"},
+        {"key_digest": "4", "key_json": json.dumps(KEY | {"environment.triton": 3.6})},
+        {"key_digest": "5", "key_json": json.dumps(KEY), "created_at": "2026-01-02T00:00:00+00:00"},  # one twice
+    ]
+    with closing(sqlite3.connect(path)) as old, old:
+        old.executescript((data_dir("tuning_db") / "migrations" / "0001_results.sql").read_text(encoding="utf-8"))
+        old.execute("PRAGMA user_version = 1")
+        old.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        for row in (OF_BEFORE | row for row in rows):
+            marks = ", ".join("?" * len(row))
+            old.execute(f"INSERT INTO results ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["written to", "read"])
+def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: Path, read_only: bool) -> None:
+    database_of_before(path)
+    before = path.read_bytes()
+    with Store(path, read_only=read_only) as store:
+        found = store.results(PLACE)
+        assert [(r.outcome, r.time_us, r.config, r.evidence.cuda) for r in found] == [
+            ("ok", 11.5, config(), "12.8/12.9"),
+            ("ok", 12.5, config(), ""),
+            ("crash", 12.5, config(32), "12.8/12.9"),
+        ]
+        assert {(r.evidence.templates, r.evidence.kernel, r.evidence.triton) for r in found} == {("abc123", "", "3.6")}
+        assert {r.error for r in found} == {float("inf")}
+        assert store.in_order()[0] == found[1]
+        assert store.schema == 2
+        assert len(store.unreadable_rows()) == 3  # they are where they were
+    if read_only:
+        assert path.read_bytes() == before  # an older version may be using it
+    with Store(path) as store:
+        store.record(result(day=2))
+        assert len(store.results(PLACE)) == 4
+    with Store(path, read_only=True) as store:
+        assert len(store.results(PLACE)) == 4
+        assert len(store.problems()) == 3
+
+
+def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database_of_before(path)
+    statements = store_module._statements
+
+    def cut_off(script: str) -> Iterator[str]:
+        yield from list(statements(script))[:-1]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_statements", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            Store(path)
+    with Store(path) as store:
+        assert len(store.results(PLACE)) == 3
 
 
 # Files and folders that are not what they should be
@@ -223,7 +293,7 @@ def test_a_row_that_does_not_parse_is_passed_over(path: Path, damage: str) -> No
 
 def test_read_only(path: Path) -> None:
     with Store(path, read_only=True) as reader:
-        assert reader.best(KEY) is None
+        assert best_of(reader) is None
         assert reader.all() == []
         assert not path.parent.exists()
         with pytest.raises(StoreError, match="opened to be read"):
@@ -234,10 +304,10 @@ def test_any_thread_may_read(store: Store, path: Path) -> None:
     for n in range(50):
         store.record(result(block_n=n))
     with Store(path, read_only=True) as reader, ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: len(reader.results(KEY)), range(40)))
+        found = list(threads.map(lambda _: len(reader.results(PLACE)), range(40)))
         assert found == [50] * 40
         with pytest.raises(sqlite3.ProgrammingError, match="thread"):
-            threads.submit(store.best, KEY).result()
+            threads.submit(store.results, PLACE).result()
 
 
 def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
@@ -247,7 +317,7 @@ def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
         assert reader.all() == []
     with Store(path) as store:
         store.record(result())
-        assert store.best(KEY)
+        assert best_of(store)
 
 
 @pytest.fixture
@@ -269,7 +339,7 @@ def locked_folder() -> Iterator[Path]:
 
 def test_a_database_that_may_only_be_read(locked_folder: Path) -> None:
     with Store(locked_folder / "tuning.db", read_only=True) as reader:
-        assert reader.best(KEY) == result()
+        assert best_of(reader) == result()
     for name in ("tuning.db", "new.db"):
         with pytest.raises(StoreError, match=f"{name}.*PARALLAX_GEN_DB"):
             Store(locked_folder / name)
@@ -298,7 +368,7 @@ def test_a_file_that_was_cut_and_overwritten(path: Path) -> None:
     path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
     with Store(path) as store:
         with pytest.raises(StoreError, match="damaged"):
-            store.best(KEY)
+            best_of(store)
         with pytest.raises(StoreError, match="damaged"):
             store.record(result())
 
@@ -354,7 +424,9 @@ def test_eight_processes_make_and_fill_one_database(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * 8
     for path in paths:
         with Store(path) as store:
-            assert {r.config for r in store.results(KEY)} == {config(100 * p + n) for p in range(8) for n in range(25)}
+            assert {r.config for r in store.results(PLACE)} == {
+                config(100 * p + n) for p in range(8) for n in range(25)
+            }
 
 
 RECORD_FOREVER = """
@@ -381,13 +453,13 @@ def test_what_was_recorded_outlives_a_kill(path: Path) -> None:
         assert recorded <= {r.config for r in reader.all()}
     with Store(path) as store:
         store.record(result(time_us=1.0, block_n=1))
-        assert store.best(KEY) == result(time_us=1.0, block_n=1)
+        assert best_of(store) == result(time_us=1.0, block_n=1)
 
 
 def test_memory_needs_no_gpu_library() -> None:
     program = """
 import sys
-import parallax_gen.memory.keys, parallax_gen.memory.shipped, parallax_gen.memory.store
+import parallax_gen.memory.place, parallax_gen.memory.shipped, parallax_gen.memory.store
 print(sorted({"torch", "triton", "optuna", "jinja2"} & set(sys.modules)))
 """
     done = subprocess.run(

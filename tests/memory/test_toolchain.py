@@ -77,11 +77,33 @@ def test_no_triton_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_finding_out_imports_no_triton() -> None:
     program = """
 import sys
-from parallax_gen.memory.keys import Environment
-print(Environment.here("abc").cuda, sorted({"torch", "triton"} & set(sys.modules)))
+from parallax_gen.memory.toolchain import Toolchain
+print(Toolchain.here().cuda, sorted({"torch", "triton"} & set(sys.modules)))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True, env=environment
     )
     assert done.stdout == f"{toolchain.cuda_version()} []\n"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "like"),
+    [
+        (("3.9.0", "13.4"), ("3.9.1", "13.4"), True),
+        (("3.9.0", "13.4"), ("3.9", "13.4"), True),  # of records that held no more
+        (("3.9.0", "13.4"), ("3.10.0", "13.4"), False),
+        (("3.9.0", "13.4"), ("3.9.0", "13.3"), False),
+        (("3.9.0", ""), ("3.9.0", ""), False),  # whose ptxas nobody knows
+    ],
+)
+def test_what_makes_the_same_programs(one: tuple[str, str], other: tuple[str, str], like: bool) -> None:
+    assert toolchain.Toolchain(*one).like(toolchain.Toolchain(*other)) == like
+
+
+def test_the_toolchain_of_this_process() -> None:
+    from triton import __version__
+
+    here = toolchain.Toolchain.here()
+    assert here.triton.split("+")[0] == __version__.split("+")[0]
+    assert here.like(here)

@@ -1,37 +1,57 @@
-"""Which config a call gets: a record under its key, else the default; and nothing from elsewhere."""
+"""Which config a call gets: a record of the kernel that it would run, else the default; and nothing from elsewhere."""
 
 from __future__ import annotations
 
+import random
 import sqlite3
+import time
 import warnings
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from strategies import random_spec
 
-from parallax_gen.codegen.render import templates_hash
-from parallax_gen.memory import keys
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result
+from parallax_gen.codegen.render import render
+from parallax_gen.memory import toolchain
+from parallax_gen.memory.legacy import SAME, same_programs
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Tier, default_of, evidence_of, is_rendered, shown_by, siblings
+from parallax_gen.memory.result import OUTCOMES, PROTOCOL, Evidence, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig
-from parallax_gen.problem.hardware import gpu_by_name
-from parallax_gen.problem.heuristics import default_config
-from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.memory.table import Table
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
+from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
+from parallax_gen.problem.space import coerce, knobs_of, why_invalid
+from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 from parallax_gen.runtime.dispatch import Dispatcher, RuntimeMemory, choose, records_here
 
 GPU = gpu_by_name("h200")
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
 SHAPE = Shape(2, 32, 8, 1, 5000)
-KEY = Key.here("h200", SPEC, bucket_of(SHAPE), templates_hash(SPEC))
+PLACE = Place("h200", SPEC, bucket_of(SHAPE))
 CONFIG = DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=24, merge="kernel", num_warps=2, num_stages=3)
-DEFAULT = default_config(SPEC, representative(bucket_of(SHAPE), 4), GPU)
+DEFAULT = default_of(PLACE, GPU)
+UNKNOWN = Evidence.here("0123456789abcdef" * 2, "fedcba9876543210" * 2)  # of a kernel that nothing renders
 
 
-def known(**changes: object) -> Result:
-    return replace(Result(KEY, CONFIG, "ok", time_us=10.0), **changes)  # type: ignore[arg-type]
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of a choice that was not measured here is test_advice.py's."""
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")
+
+
+def known(config: KernelConfig = CONFIG, place: Place = PLACE, **changes: Any) -> Result:
+    """Measured here, of today's kernel, but for what is said."""
+    if "evidence" not in changes:
+        changes["evidence"] = evidence_of(render(place.spec, config, GPU))
+    values: dict[str, Any] = {"outcome": "ok", "time_us": 10.0} | changes
+    return Result(place=place, config=config, **values)
 
 
 @pytest.fixture
@@ -41,7 +61,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_nothing_known_gives_the_default(tmp_path: Path) -> None:
     choice = choose(SPEC, SHAPE, GPU, Memory(None, tmp_path))
-    assert (choice.config, choice.record, choice.key) == (DEFAULT, None, KEY)
+    assert (choice.config, choice.record, choice.place) == (DEFAULT, None, PLACE)
     assert DEFAULT != CONFIG
 
 
@@ -54,21 +74,46 @@ def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [
-        replace(KEY, gpu="h100"),
-        replace(KEY, spec=replace(SPEC, ragged=True)),
-        replace(KEY, environment=replace(KEY.environment, triton="2.0")),
-        replace(KEY, environment=replace(KEY.environment, templates="0" * 12)),
-        replace(KEY, environment=replace(KEY.environment, protocol=0)),
-        replace(KEY, environment=replace(KEY.environment, cuda="11.0")),
-        replace(KEY, environment=replace(KEY.environment, cuda="")),  # from before it was recorded
-        replace(KEY, environment=replace(KEY.environment, space=0)),
+        {"place": replace(PLACE, gpu="a100")},
+        {"place": replace(PLACE, spec=replace(SPEC, ragged=True))},
+        {"place": replace(PLACE, bucket=bucket_of(replace(SHAPE, seqlen_kv=16384)))},
+        {"evidence": UNKNOWN},
+        {"evidence": Evidence.here("", "")},  # of a config that no kernel was rendered of
+        {"evidence": replace(Evidence.here("", ""), templates="0" * 12)},  # of before fingerprints
     ],
 )
-def test_a_record_of_anything_else_is_not(store: Store, tmp_path: Path, other: Key) -> None:
-    store.record(known(key=other))
+def test_a_record_of_anything_else_is_not(store: Store, tmp_path: Path, changes: dict[str, Any]) -> None:
+    store.record(known(**changes))
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "toolchain", "tier"),
+    [
+        ("h200", {}, Tier.MEASURED_HERE),
+        ("h200", {"triton": "2.0.0"}, Tier.OTHER_TOOLCHAIN),
+        ("h200", {"protocol": 0}, Tier.OTHER_TOOLCHAIN),
+        ("h200", {"cuda": "11.0"}, Tier.OTHER_TOOLCHAIN),
+        ("h200", {"cuda": ""}, Tier.OTHER_TOOLCHAIN),  # from before it was recorded
+        ("h100", {}, Tier.SIBLING_CARD),
+        ("h100", {"triton": "2.0.0"}, Tier.SIBLING_CARD),
+    ],
+)
+def test_a_record_of_the_kernel_is_used_whatever_compiled_it_and_on_a_card_alike(
+    store: Store, tmp_path: Path, gpu: str, toolchain: dict[str, Any], tier: Tier
+) -> None:
+    found = known()
+    found = replace(found, place=replace(PLACE, gpu=gpu), evidence=replace(found.evidence, **toolchain))
+    store.record(found)
+    choice = choose(SPEC, SHAPE, GPU, Memory(store, tmp_path))
+    assert (choice.config, choice.record, choice.candidate.tier) == (CONFIG, found, tier)
+    # One that was measured here goes before it, however slow.
+    slower = known(replace(CONFIG, NUM_SPLITS=12), time_us=99.0)
+    store.record(slower)
+    expected = found if tier == Tier.MEASURED_HERE else slower
+    assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record == expected
 
 
 @pytest.mark.parametrize("outcome", ["predicted", "wrong", "slow", "crash"])
@@ -82,42 +127,115 @@ def test_a_shipped_record_is_used(tmp_path: Path) -> None:
     assert choose(SPEC, SHAPE, GPU, Memory(None, tmp_path)).config == CONFIG
 
 
+TRITONS = {"3.6.0": "12.8/12.9", "3.9.0": "13.0/13.1"}  # what shipped records are of, and one that none is of
+
+
 @pytest.mark.parametrize("gpu", ["h100", "h200"])
-def test_what_ships_is_used_with_the_triton_that_it_was_measured_with(
-    monkeypatch: pytest.MonkeyPatch, gpu: str
-) -> None:
-    """Triton 3.6 and the assemblers in its wheel, ptxas 12.8 and ptxas-blackwell 12.9, whatever is installed here."""
-    monkeypatch.setattr(keys, "triton_version", lambda: "3.6")
-    monkeypatch.setattr(keys, "cuda_version", lambda: "12.8/12.9")
-    memory = Memory(None)
-    records = [r for r in memory.all(gpu) if r.key.environment.templates == templates_hash(r.key.spec)]
-    assert records
-    for record in records:
-        shape = representative(record.key.bucket, record.key.spec.group)
-        choice = choose(record.key.spec, shape, gpu_by_name(gpu), memory)
-        assert choice.key == record.key
-        assert choice.record is not None
+def test_what_ships_is_used_with_any_triton(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+    """Of every place that has a record of a kernel that is still rendered, its own or a card's alike, one is chosen.
+
+    But where the searches that they are left of did not know a knob of the default: then it is the default.
+    """
+    memory, card = Memory(None), gpu_by_name(gpu)
+    places = list(dict.fromkeys(record.place for record in memory.all(gpu)))
+    assert len(places) > 100
+    defaults = 0
+    for place in places:
+        chosen = []
+        for triton, cuda in TRITONS.items():
+            monkeypatch.setattr(toolchain, "triton_version", lambda triton=triton: triton)
+            monkeypatch.setattr(toolchain, "cuda_version", lambda cuda=cuda: cuda)
+            shape = representative(place.bucket, place.spec.group)
+            choice = choose(place.spec, shape, card, memory)
+            assert choice.place == place
+            chosen.append(choice.config)
+            if choice.record is None:
+                assert choice.config == default_of(place, card)
+                assert all(not_for(place, card, choice.config, memory))
+                defaults += 1
+                continue
+            assert is_rendered(choice.record, card)
+            assert choice.config == choice.record.config
+            same_card = choice.record.place == place
+            assert same_card or choice.record.place in of_siblings(place, card)
+            here = Tier.MEASURED_HERE if choice.record.evidence.toolchain.triton[:3] == triton[:3] else None
+            own = here or Tier.OTHER_TOOLCHAIN
+            assert choice.candidate.tier == (own if same_card else Tier.SIBLING_CARD)
+        assert chosen[0] == chosen[1], place  # there is one toolchain's: nothing to choose between
+    assert defaults <= len(places) * len(TRITONS) / 50
+
+
+def of_siblings(place: Place, card: Gpu) -> list[Place]:
+    return [replace(place, gpu=name) for name in siblings(card)]
+
+
+def not_for(place: Place, card: Gpu, default: KernelConfig, memory: Memory) -> Iterator[bool]:
+    """Of each card's records of a place, whether they are of other kernels, or of a search that did not know all that
+    the default is made of: a knob that came later has another value in it than in all of them."""
+    later = [f for f in fields(default) if f.default not in (MISSING, getattr(default, f.name))]
+    for of_card in (place, *of_siblings(place, card)):
+        records = memory.results(of_card)
+        configs = [r.config for r in records]
+        unknown = [f for f in later if getattr(default, f.name) not in [getattr(c, f.name) for c in configs]]
+        yield not any(is_rendered(r, card) for r in records) or (bool(unknown) and default not in configs)
+
+
+def test_a_siblings_record_is_used_where_what_ships_of_the_card_is_of_another_kernel() -> None:
+    """On an H200 most of decode with lengths of its own."""
+    memory, card = Memory(None), gpu_by_name("h200")
+    places = {r.place: None for r in memory.all("h200", "decode") if r.place.spec.ragged}
+    old = [place for place in places if not any(is_rendered(r, card) for r in memory.results(place))]
+    with_sibling = [place for place in old if memory.results(replace(place, gpu="h100"))]
+    assert with_sibling
+    for place in with_sibling:
+        choice = choose(place.spec, representative(place.bucket, place.spec.group), card, memory)
+        assert choice.candidate.tier == Tier.SIBLING_CARD
+        assert choice.record in memory.results(replace(place, gpu="h100"))
 
 
 def test_a_record_that_the_space_no_longer_holds_is_passed_over(store: Store, tmp_path: Path) -> None:
-    store.record(known(config=replace(CONFIG, num_warps=32)))
+    store.record(known(replace(CONFIG, num_warps=32), evidence=UNKNOWN, time_us=1.0))
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).config == DEFAULT
+    second = known()
+    store.record(second)
+    assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record == second
+
+
+def test_the_second_best_is_used_where_a_card_cannot_run_the_best(store: Store, tmp_path: Path) -> None:
+    """A smaller card's limits, under the name of the card that was measured: drivers can leave a program less."""
+    spec = KernelSpec("forward", 128, "bf16", causal=True)
+    shape = Shape(1, 8, 8, 4096, 4096)
+    place = Place("h200", spec, bucket_of(shape))
+    large = default_of(place, GPU)
+    assert isinstance(large, ForwardConfig)
+    small = replace(large, BLOCK_N=32, num_stages=2)
+    smaller = replace(GPU, shared_per_block=100_000)
+    assert why_invalid(spec, large, GPU) is None is why_invalid(spec, small, smaller)
+    assert why_invalid(spec, large, smaller)
+    best, second = known(large, place, time_us=1.0), known(small, place, time_us=2.0)
+    for record in (best, second):
+        store.record(record)
+    memory = Memory(store, tmp_path)
+    assert choose(spec, shape, GPU, memory).record == best
+    assert choose(spec, shape, smaller, memory).record == second
 
 
 def test_memory_is_asked_once_a_bucket(tmp_path: Path) -> None:
     class Counting(Memory):
-        asked = 0
+        def __init__(self, folder: Path) -> None:
+            super().__init__(None, folder)
+            self.asked: Counter[Place] = Counter()
 
-        def best(self, key: Key) -> Result | None:
-            self.asked += 1
-            return super().best(key)
+        def results(self, place: Place) -> list[Result]:
+            self.asked[place] += 1
+            return super().results(place)
 
-    memory = Counting(None, tmp_path)
+    memory = Counting(tmp_path)
     dispatcher = Dispatcher(memory)
     first = dispatcher.kernel(SPEC, SHAPE, GPU)
     again = dispatcher.kernel(SPEC, replace(SHAPE, seqlen_kv=4097), GPU)
     assert first == again
-    assert memory.asked == 1
+    assert memory.asked == dict.fromkeys((PLACE, *of_siblings(PLACE, GPU)), 1)
     assert callable(first[1].launch)
 
 
@@ -148,14 +266,14 @@ def test_one_that_cannot_be_opened_is_passed_over(tmp_path: Path, monkeypatch: p
     with pytest.warns(UserWarning, match=r"mine\.db.* Only shipped records and defaults are used\.$"):
         memory = RuntimeMemory(tmp_path)
     assert Dispatcher(memory).kernel(SPEC, SHAPE, GPU)[0].config == CONFIG
-    assert records_here(memory, "h200") == [sent]
+    assert records_here(memory, GPU) == [sent]
 
 
 def test_one_that_is_damaged_later_is_passed_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.db"
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     with Store(path) as store:
-        store.merge(known(config=replace(CONFIG, NUM_SPLITS=n)) for n in range(1, 200))
+        store.merge(replace(known(), config=replace(CONFIG, NUM_SPLITS=n)) for n in range(1, 200))
     sent = known()
     write_shipped([sent], "h200", tmp_path)
     memory = RuntimeMemory(tmp_path)
@@ -181,14 +299,86 @@ def test_a_missing_one_and_a_home_that_cannot_be_written_are_no_reason_to_warn(
             assert choose(SPEC, SHAPE, GPU, RuntimeMemory(tmp_path)).config == DEFAULT
 
 
-def test_records_that_count_here_are_the_best_of_their_keys(tmp_path: Path) -> None:
-    other_triton = replace(KEY, environment=replace(KEY.environment, triton="2.0"))
-    longer = replace(KEY, bucket=bucket_of(replace(SHAPE, seqlen_kv=16384)))
-    slower = replace(CONFIG, NUM_SPLITS=12)
-    rows = [known(), known(config=slower, time_us=11.0), known(key=other_triton), known(key=longer)]
+def test_records_that_count_here_are_the_best_of_their_places(tmp_path: Path) -> None:
+    first = known()
+    longer, paged = (
+        replace(PLACE, bucket=bucket_of(replace(SHAPE, seqlen_kv=16384))),
+        replace(PLACE, spec=replace(SPEC, ragged=True, page_size=64)),
+    )
+    old = replace(first, evidence=replace(first.evidence, triton="2.0.0"), time_us=1.0)
+    elsewhere = known(place=replace(paged, gpu="h100"))
+    rows = [first, known(replace(CONFIG, NUM_SPLITS=12), time_us=11.0), old, known(place=longer)]
+    rows += [known(place=replace(PLACE, bucket=Bucket(64, 1, 4096)), evidence=UNKNOWN)]
     write_shipped(rows, "h200", tmp_path)
     with Store(tmp_path / "mine.db") as store:
-        store.merge(
-            [known(config=replace(CONFIG, NUM_SPLITS=48), outcome="wrong"), known(key=replace(KEY, gpu="h100"))]
-        )
-        assert records_here(Memory(store, tmp_path), "h200") == [known(), known(key=longer)]
+        store.merge([known(replace(CONFIG, NUM_SPLITS=48), outcome="wrong"), elsewhere])
+        found = records_here(Memory(store, tmp_path), GPU)
+    assert {(r.place, r.config, r.evidence) for r in found} == {
+        (r.place, r.config, r.evidence) for r in (first, known(place=longer), elsewhere)
+    }
+
+
+# Whatever a memory holds
+
+
+def any_config(draw: random.Random, spec: KernelSpec) -> KernelConfig:
+    """Any that the knobs can be put to, also one that no card can run."""
+    return coerce(spec, {knob.name: draw.choice(knob.values) for knob in knobs_of(spec)})
+
+
+def any_result(draw: random.Random, place: Place, configs: Sequence[KernelConfig]) -> Result:
+    """Of a config of the place's, of any evidence: today's kernel or another, of here, of elsewhere, of long ago."""
+    card, config = GPUS.get(place.gpu, GPU), draw.choice(configs)
+    kernel, text = (f"{draw.getrandbits(128):032x}" for _ in range(2))
+    evidence = Evidence.here(kernel, draw.choice(("", text)))
+    if why_invalid(place.spec, config, card) is None and draw.random() < 0.5:
+        evidence = evidence_of(render(place.spec, config, card))
+    if draw.random() < 0.2:
+        evidence = replace(evidence, kernel="", text="", templates=draw.choice(("abc", *SAME)))
+    if draw.random() < 0.4:
+        triton = draw.choice(("3.6", "3.6.1", "3.9.0", "4.0.0", "", "main"))
+        evidence = replace(evidence, triton=triton, cuda=draw.choice(("", "12.8/12.9", "13.0")))
+    evidence = replace(evidence, protocol=draw.choice((0, PROTOCOL, PROTOCOL, PROTOCOL)))
+    outcome = draw.choice(("ok", "ok", "ok", *OUTCOMES))
+    created_at = f"2026-{draw.randint(1, 12):02}-01T00:00:00+00:00"
+    return Result(place, evidence, config, outcome, time_us=draw.uniform(1.0, 99.0), created_at=created_at)
+
+
+def test_whatever_a_memory_holds_what_is_chosen_can_be_run() -> None:
+    """1,000 places and memories. Few kernels: each is rendered, though but once."""
+    draw = random.Random(0)
+    kernels: dict[KernelSpec, list[KernelConfig]] = {}
+    for op in (*OPS, "decode", "forward", "decode"):
+        spec = random_spec(draw, op, DTYPES)
+        valid = [default_of(Place("h200", spec, Bucket(8, 1024, 1024)), GPU)]
+        while len(valid) < 4:
+            config = any_config(draw, spec)
+            valid += [config] if why_invalid(spec, config, GPU) is None else []
+        kernels[spec] = [*valid, *(any_config(draw, spec) for _ in range(4))]
+    tiers: Counter[Tier] = Counter()
+    took = 0.0
+    for _ in range(1000):
+        spec = draw.choice(list(kernels))
+        seqlen_q = 1 if spec.op == "decode" and not spec.many_queries else 2 ** draw.randint(7, 12)
+        window = draw.choice((128, 1024)) if spec.window else 0
+        place = Place("", spec, Bucket(2 ** draw.randint(0, 8), seqlen_q, 2 ** draw.randint(7, 14), window))
+        card = GPUS[draw.choice(("h200", "h200", "h100", "h100-pcie", "a100", "rtx4090"))]
+        names = (card.name, card.name, *siblings(card), *GPUS, "a card that nobody knows")
+        places = [replace(place, gpu=draw.choice(names)) for _ in range(draw.randint(0, 8))]
+        table = Table([any_result(draw, of, kernels[spec]) for of in places])
+        start = time.process_time()
+        choice = choose(spec, representative(place.bucket, spec.group), card, table)
+        took += time.process_time() - start
+        tiers[choice.candidate.tier] += 1
+        assert why_invalid(spec, choice.config, card) is None
+        record = choice.record
+        if record is None:
+            assert choice.config == default_of(choice.place, card)
+            continue
+        assert (record.config, record.outcome) == (choice.config, "ok")
+        assert record.place in (choice.place, *of_siblings(choice.place, card))
+        kernel, templates = record.evidence.kernel, record.evidence.templates
+        assert choose(spec, representative(place.bucket, spec.group), card, Table(shown_by(record, table))) == choice
+        assert same_programs(templates, spec) if templates else render(spec, record.config, card).kernel == kernel
+    assert min(tiers[tier] for tier in Tier) > 20, tiers
+    assert took < 5.0  # of the processor: half of a call's hundredth of a second, and kernels are rendered in it

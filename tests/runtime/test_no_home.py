@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from parallax_gen.cli import main
-from parallax_gen.codegen import build
-from parallax_gen.codegen.build import cache_dir, give_triton_a_cache, load
+from parallax_gen.codegen import folders
+from parallax_gen.codegen.build import load
+from parallax_gen.codegen.folders import cache_dir, give_triton_a_cache
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.data import user_path
 from parallax_gen.errors import MachineError, StoreError
@@ -158,7 +159,7 @@ def test_triton_gets_a_cache_where_there_is_no_home(fallback: Path, monkeypatch:
     monkeypatch.setenv("TRITON_CACHE_DIR", "to be put back")
     monkeypatch.delenv("TRITON_CACHE_DIR")
     with pytest.raises(MachineError, match="set TRITON_CACHE_DIR"):
-        build._triton_cache()
+        folders.triton_cache()
     with pytest.warns(UserWarning, match="no home folder: set TRITON_CACHE_DIR"):
         give_triton_a_cache()
     assert triton.knobs.cache.dir == str(fallback / "triton")

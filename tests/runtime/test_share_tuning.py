@@ -16,18 +16,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from parallax_gen.codegen.render import templates_hash
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.data import data_dir
 from parallax_gen.distributed import share_tuning, tuning
 from parallax_gen.errors import ArgumentError, DistributedError, StoreError
-from parallax_gen.memory import keys
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory import ranking, shipped, toolchain
+from parallax_gen.memory.lines import read_file, write_lines
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import default_of, evidence_of
+from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime import dispatch
 from parallax_gen.runtime.dispatch import default_dispatcher
 from parallax_gen.runtime.plan import Plans
 
@@ -42,8 +44,9 @@ def config(splits: int) -> DecodeConfig:
 
 
 def known(splits: int, **changes: Any) -> Result:
-    key = Key.here("h200", SPEC, bucket_of(SHAPE), templates_hash(SPEC))
-    return replace(Result(key, config(splits), "ok", time_us=float(splits)), **changes)
+    evidence = evidence_of(render(SPEC, config(splits), GPU))
+    place = Place("h200", SPEC, bucket_of(SHAPE))
+    return replace(Result(place, evidence, config(splits), "ok", time_us=float(splits)), **changes)
 
 
 def chosen() -> Any:
@@ -71,7 +74,7 @@ def all_choose_what_rank_0_knows(rank: int) -> None:
             store.merge([known(24), known(12, outcome="wrong"), known(32, time_us=100.0)])
     if rank == 2:
         with Store() as store:
-            store.merge([known(8), known(24, key=replace(known(24).key, gpu="h100"))])
+            store.merge([known(8), known(24, place=replace(known(24).place, gpu="h100"))])
     before = chosen()
     assert before == config(8) if rank == 2 else before != config(8)
     plans: Plans[int] = Plans()
@@ -87,20 +90,45 @@ def all_choose_what_rank_0_knows(rank: int) -> None:
     assert chosen() == config(48)
 
 
+def all_know_what_rank_0s_search_knew(rank: int) -> None:
+    """A kernel without a knob of the default was fastest, in a search that knew the knob: it is everybody's."""
+    spec, shape = KernelSpec("forward", 128, "bf16", causal=True), Shape(1, 8, 8, 4096, 4096)
+    place = Place("h200", spec, bucket_of(shape))
+    default = default_of(place, GPU)
+    assert isinstance(default, ForwardConfig)
+    assert default.ROW_MAX == "first"
+    fast, slow = replace(default, ROW_MAX="running"), replace(default, HEAD_GROUP=2)
+    if rank == 0:
+        with Store() as store:
+            for one, time_us in ((fast, 1.0), (slow, 2.0)):
+                store.record(Result(place, evidence_of(render(spec, one, GPU)), one, "ok", time_us=time_us))
+    share_tuning()
+    assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
+
+
+def a_siblings_record_is_everybodys(rank: int) -> None:
+    place = Place("h200", SPEC, bucket_of(replace(SHAPE, seqlen_kv=70_000)))
+    if rank == 0:
+        with Store() as store:
+            store.record(known(6, place=replace(place, gpu="h100")))
+    share_tuning()
+    assert default_dispatcher().kernel(SPEC, replace(SHAPE, seqlen_kv=70_000), GPU)[0].config == config(6)
+
+
 def ranks_that_differ_are_named(rank: int) -> None:
-    here = keys.triton_version(), keys.cuda_version()
-    told = refused(rank, 1, keys, "triton_version", lambda: "3.1")
+    here = toolchain.triton_version(), toolchain.cuda_version()
+    told = refused(rank, 1, toolchain, "triton_version", lambda: "3.1")
     assert told == f"the ranks would not run the same kernels: triton is {here[0]} on ranks 0, 2, 3.1 on rank 1"
-    told = refused(rank, 0, keys, "cuda_version", lambda: "11.8")
+    told = refused(rank, 0, toolchain, "cuda_version", lambda: "11.8")
     assert told == f"the ranks would not run the same kernels: cuda is 11.8 on rank 0, {here[1]} on ranks 1-2"
-    told = refused(rank, 2, tuning, "templates_hash", lambda spec: "0" * 12)
-    assert "templates is" in told
+    told = refused(rank, 2, tuning, "render", lambda *_: KernelSource("", "", "", "0" * 32))
+    assert "kernels is" in told
     assert "on ranks 0-1" in told
     told = refused(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
     assert told == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
     told = refused(rank, 1, tuning, "gpu_here", lambda: None)
     assert "GPU is h200 on ranks 0, 2, none on rank 1" in told
-    told = refused(rank, 1, dispatch, "why_invalid", lambda *_: "another state of this package's code")
+    told = refused(rank, 1, ranking, "why_invalid", lambda *_: "another state of this package's code")
     assert "the choice of kernels is" in told
     assert "on ranks 0, 2" in told
     assert chosen() == config(48)  # as before
@@ -143,7 +171,7 @@ def a_group_of_some(rank: int) -> None:
     share_tuning(some)
     assert chosen() == config(16)
     with (
-        patched(keys, "triton_version", (lambda: "3.1") if rank == 2 else keys.triton_version),
+        patched(toolchain, "triton_version", (lambda: "3.1") if rank == 2 else toolchain.triton_version),
         pytest.raises(DistributedError, match=r"on rank 1, 3\.1 on rank 2$"),
     ):
         share_tuning(some)
@@ -156,6 +184,8 @@ def without_a_device_there_is_nothing_to_choose(rank: int) -> None:
 
 CASES: tuple[Callable[[int], None], ...] = (
     all_choose_what_rank_0_knows,
+    all_know_what_rank_0s_search_knew,
+    a_siblings_record_is_everybodys,
     ranks_that_differ_are_named,
     a_rank_that_cannot_go_on_stops_all,
     a_database_that_is_broken_is_passed_over,
@@ -166,9 +196,11 @@ CASES: tuple[Callable[[int], None], ...] = (
 
 def work(rank: int, folder: Path, failures: Any) -> None:
     os.environ["PARALLAX_GEN_DB"] = str(folder / f"{rank}.db")
+    os.environ["PARALLAX_GEN_QUIET"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     tuning.gpu_here = lambda: GPU  # there is none here
+    shipped._folder = lambda _: folder / "shipped"
     try:
         for case in CASES:
             case(rank)
@@ -181,6 +213,10 @@ def work(rank: int, folder: Path, failures: Any) -> None:
 
 
 def test_ranks_share_what_rank_0_knows(tmp_path: Path) -> None:
+    """Beside a few of the records that ship: every kernel of a table is rendered on every rank."""
+    for gpu in ("h100", "h200"):
+        records = read_file(data_dir("tuning_db") / f"{gpu}.jsonl").results
+        write_lines(tmp_path / "shipped" / f"{gpu}.jsonl", records[::200])
     context = mp.get_context("spawn")
     failures = context.SimpleQueue()
     processes = [context.Process(target=work, args=(rank, tmp_path, failures)) for rank in range(RANKS)]

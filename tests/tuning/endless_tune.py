@@ -36,7 +36,7 @@ class Printer:
     def update(self, progress: Progress) -> None:
         if progress.done > self.done[progress.job]:
             self.done[progress.job] = progress.done
-            print(progress.job.key.digest, progress.known + progress.done, flush=True)
+            print(progress.job.place.digest, progress.known + progress.done, flush=True)
 
     def end(self, progress: Progress) -> None:
         pass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parallax_gen.memory.keys import Environment, Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.problem.config import TileConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -17,7 +17,8 @@ RECORDED = sorted((Path(__file__).parents[1] / "data" / "sweeps").glob("*.jsonl*
 # A few dozen configs.
 CARD = GPUS["rtx4090"]
 SPEC = KernelSpec("forward", 128, "fp32")
-KEY = Key(CARD.name, SPEC, Bucket(8, 4096, 4096), Environment("abc123", "3.6", 1))
+PLACE = Place(CARD.name, SPEC, Bucket(8, 4096, 4096))
+TEXT = "fedcba9876543210" * 2
 SHAPE = Shape(1, 8, 8, 4096, 4096)
 
 
@@ -27,7 +28,8 @@ def made_up() -> list[Result]:
     for number, config in enumerate(every_config(SPEC, CARD)):
         assert isinstance(config, TileConfig)
         common = {
-            "key": KEY,
+            "place": PLACE,
+            "evidence": Evidence(f"{number:032x}", TEXT, "3.6.0", "12.8/12.9", 1),
             "config": config,
             "shape": SHAPE,
             "created_at": f"2026-01-01T{number // 60:02}:{number % 60:02}:00+00:00",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from machines import FINE, Machine, timed, timing
 
+from parallax_gen.memory.ranking import best
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS
@@ -61,8 +62,8 @@ def test_every_job_gets_its_trials_whatever_the_number_of_devices(store: Store, 
     assert [progress.done for progress in done] == [6] * len(JOBS)
     assert sorted(map(id, done)) == sorted(map(id, notes.ended))
     for progress in done:
-        assert len(store.results(progress.job.key)) == 6
-        assert progress.best == store.best(progress.job.key)
+        assert len(store.results(progress.job.place)) == 6
+        assert progress.best == best(progress.job.place, GPU, store).record
 
 
 def test_devices_work_at_the_same_time_each_on_its_own_job(store: Store, machine: Machine) -> None:
@@ -139,7 +140,7 @@ def test_a_trial_that_fails_costs_no_other(store: Store, machine: Machine) -> No
     machine.measure = lambda config, n: Outcome("crash", "fell off the bus") if config in bad else timed(100.0 + n)
     done, _ = tune_all(store, machine, JOBS[:2], 2, trials=20)
     for progress in done:
-        results = store.results(progress.job.key)
+        results = store.results(progress.job.place)
         assert len(results) == progress.done == 20
         assert {r.config for r in results if r.outcome == "crash"} == {r.config for r in results} & bad
         assert len(progress.kinds) == 2
@@ -168,7 +169,7 @@ def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: 
     )
     (rematch,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
     assert [machine.compiled.index(trial.config) for trial in rematch.trials] == [0, 2, 3]
-    found = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].key)]
+    found = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].place)]
     # The card ran slower by a tenth meanwhile: that is nothing to those who took no part.
     assert [n for n, _ in found] == [3, 2, 0, 4, 1]
     assert [us for _, us in found] == pytest.approx([100 * 108 / 110, 100 * 109 / 110, 100.0, 103.0, 130.0])
@@ -177,7 +178,7 @@ def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: 
 def test_a_rematch_that_fails_changes_nothing(store: Store, machine: Machine) -> None:
     (rematch,) = finals(store, machine, [100.0, 101.0])
     assert len(rematch.trials) == 2
-    assert [r.time_us for r in store.results(JOBS[0].key)] == [100.0, 101.0]
+    assert [r.time_us for r in store.results(JOBS[0].place)] == [100.0, 101.0]
 
 
 def test_one_that_is_far_ahead_is_not_timed_in_turns(store: Store, machine: Machine) -> None:

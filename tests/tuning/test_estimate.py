@@ -60,7 +60,7 @@ def test_resources_are_near_those_of_compiled_kernels(path: Path) -> None:
     for result in sweep.results:
         assert result.registers is not None
         assert result.spills is not None
-        guessed = guess_resources(sweep.key.spec, result.config, GPUS[sweep.key.gpu])
+        guessed = guess_resources(sweep.place.spec, result.config, GPUS[sweep.place.gpu])
         off.append(abs(guessed.registers - result.registers))
         (spilled if result.spills > 200 else kept if result.spills == 0 else []).append(guessed.spills)
     assert statistics.mean(off) < 25  # of 255
@@ -72,6 +72,6 @@ def test_resources_are_near_those_of_compiled_kernels(path: Path) -> None:
 def test_the_best_are_among_the_first_fifth(path: Path) -> None:
     """Of what was recorded, and so of what those who recorded it thought worth a trial."""
     sweep = read_sweep(path)
-    order = ranked(sweep.key.spec, sweep.shape, GPUS[sweep.key.gpu], sweep.costs)
+    order = ranked(sweep.place.spec, sweep.shape, GPUS[sweep.place.gpu], sweep.costs)
     best = min(sweep.costs, key=lambda config: sweep.costs[config] or float("inf"))
     assert order.index(best) < len(order) / 5

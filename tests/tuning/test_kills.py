@@ -21,7 +21,7 @@ AT_ONCE, ROUNDS = 5, 10  # 50 kills
 def test_fifty_kills_lose_no_finished_trial_and_no_database(tmp_path: Path) -> None:
     path = tmp_path / "tuning.db"
     chance = random.Random(0)
-    told: Counter[str] = Counter()  # the most trials of a key that a process had recorded or found
+    told: Counter[str] = Counter()  # the most trials of a place that a process had recorded or found
     went_on = 0
     for round_ in range(ROUNDS):
         outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
@@ -46,14 +46,14 @@ def test_fifty_kills_lose_no_finished_trial_and_no_database(tmp_path: Path) -> N
                 for line in output.read_text(encoding="utf-8").splitlines(keepends=True)
                 if line.endswith("\n")
             ]
-            went_on += any(int(first) > 1 and key in told for key, first in lines[:1])
-            for key, count in lines:
-                told[key] = max(told[key], int(count))
+            went_on += any(int(first) > 1 and place in told for place, first in lines[:1])
+            for place, count in lines:
+                told[place] = max(told[place], int(count))
         with closing(Database(path)) as database:
             assert next(iter(database.query("PRAGMA integrity_check"))) == {"integrity_check": "ok"}
     with Store(path) as store:
-        kept = Counter(result.key.digest for result in store.all())
+        kept = Counter(result.place.digest for result in store.all())
         assert store.unreadable == 0
     assert sum(told.values()) > AT_ONCE * ROUNDS
     assert went_on
-    assert {key: count for key, count in told.items() if kept[key] < count} == {}
+    assert {place: count for place, count in told.items() if kept[place] < count} == {}

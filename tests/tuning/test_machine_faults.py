@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from machines import FINE, Machine, timed
 
+from parallax_gen.codegen.render import render
 from parallax_gen.errors import MachineError, MemoryTakenError
-from parallax_gen.memory.results import Result, supersedes
+from parallax_gen.memory.ranking import best, evidence_of
+from parallax_gen.memory.result import Result, supersedes
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import DecodeConfig, KernelConfig
@@ -23,7 +25,7 @@ from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import pool, worker
 from parallax_gen.tuning.board import Storage
-from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.job import Job, Progress, program_of
 from parallax_gen.tuning.sweep import sweep_of
 from parallax_gen.tuning.tune import Tuner
 from parallax_gen.tuning.worker import Compile, Outcome, Trial, Worker
@@ -73,7 +75,7 @@ def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, ma
         tune(store, JOBS)
     assert machine.open_workers == 0
     faulty = machine.compiled[1] if where == "compile" else machine.measured[1].trial.config
-    stored = store.results(JOB.key)
+    stored = store.results(JOB.place)
     assert faulty not in {r.config for r in stored}
     assert all(r.measured for r in stored)
     machine.compile, machine.measure = (
@@ -81,7 +83,7 @@ def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, ma
         (lambda c, n: timed(100.0 + n)),
     )
     tune(store, [JOB], trials=8)
-    assert faulty in {r.config for r in store.results(JOB.key)}  # among the first, as before
+    assert faulty in {r.config for r in store.results(JOB.place)}  # among the first, as before
 
 
 def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine, journal: str) -> None:
@@ -91,9 +93,9 @@ def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine,
         tune(store, JOBS, Storage(journal))
     other = Storage(journal)
     for job in JOBS:
-        board = other.board(job.key)
+        board = other.board(job.place, program_of(job))
         assert not board.others_at_work()
-        done = {r.config for r in store.results(job.key)}
+        done = {r.config for r in store.results(job.place)}
         assert {r.config for r in board.news()} <= done
         free = [config for config in machine.compiled if config not in done]
         assert board.claim(free[0])
@@ -120,7 +122,7 @@ def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, m
     machine.measure = never
     with pytest.raises(MemoryTakenError):
         tune(store, JOBS[1:])
-    assert store.results(JOBS[1].key) == []
+    assert store.results(JOBS[1].place) == []
 
 
 def test_a_mistake_in_a_worker_does_not_hang_the_tune(store: Store, machine: Machine) -> None:
@@ -133,7 +135,9 @@ def test_a_mistake_in_a_worker_does_not_hang_the_tune(store: Store, machine: Mac
 
 
 def row(config: KernelConfig, outcome: str = "compile", detail: str = FULL, hours: int = 0) -> Result:
-    result = Result(JOB.key, config, outcome, detail=detail, time_us=9.0 if outcome in ("ok", "predicted") else None)
+    evidence = evidence_of(render(JOB.spec, config, GPU))
+    time_us = 9.0 if outcome in ("ok", "predicted") else None
+    result = Result(JOB.place, evidence, config, outcome, detail=detail, time_us=time_us)
     return replace(result, created_at=(result.created + timedelta(hours=hours)).isoformat())
 
 
@@ -146,7 +150,7 @@ def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Ma
     assert progress.known == 1
     assert default in machine.compiled
     assert wrong not in machine.compiled
-    assert {r.config: r.outcome for r in store.results(JOB.key)}[default] == "ok"
+    assert {r.config: r.outcome for r in store.results(JOB.place)}[default] == "ok"
 
 
 @pytest.mark.parametrize("outcome", ["ok", "wrong", "crash", "timeout", "predicted"])
@@ -157,10 +161,10 @@ def test_any_other_row_takes_its_place_and_it_takes_no_others(store: Store, outc
     assert supersedes(told, fault)
     assert not supersedes(fault, told)
     store.record(fault)
-    assert store.results(JOB.key) == [fault]  # it is kept
+    assert store.results(JOB.place) == [fault]  # it is kept
     assert store.merge([told]).replaced == 1
     assert store.merge([fault]).kept == 1
-    assert store.results(JOB.key) == [told]
+    assert store.results(JOB.place) == [told]
 
 
 def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_path: Path) -> None:
@@ -170,10 +174,8 @@ def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_pat
     store.record(row(CONFIGS[0]))
     store.record(row(CONFIGS[1]))
     known = Memory(store, folder)
-    assert [r.outcome for r in known.results(JOB.key)] == ["ok", "compile"]
-    best = known.best(JOB.key)
-    assert best is not None
-    assert best.config == CONFIGS[0]
+    assert [r.outcome for r in known.results(JOB.place)] == ["ok", "compile"]
+    assert best(JOB.place, GPU, known).config == CONFIGS[0]
     write_shipped(store.all(), "h200", folder)
     assert [r.config for r in load_shipped("h200", folder)] == [CONFIGS[0]]
     sweep = sweep_of([shipped, row(CONFIGS[1]), row(CONFIGS[2], "wrong", "row 3")], GPU)
@@ -181,7 +183,7 @@ def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_pat
 
 
 def test_what_an_earlier_version_told_others_is_passed_over(journal: str) -> None:
-    first, second = (Storage(journal).board(JOB.key) for _ in range(2))
+    first, second = (Storage(journal).board(JOB.place, program_of(JOB)) for _ in range(2))
     assert first.claim(CONFIGS[0])
     assert first.claim(CONFIGS[1])
     first.finish(row(CONFIGS[0]))

@@ -10,7 +10,7 @@ import pytest
 from sweep_samples import RECORDED
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Result
 from parallax_gen.problem.config import (
     DecodeConfig,
     DkDvConfig,
@@ -164,7 +164,7 @@ def test_the_best_that_was_measured_is_in_the_first_fifth(path: Path) -> None:
         assert result.spills is not None
         assert result.shared_bytes is not None
         resources = Resources(result.registers, result.spills, result.shared_bytes)
-        return predict_us(sweep.key.spec, result.config, sweep.shape, GPUS[sweep.key.gpu], resources)
+        return predict_us(sweep.place.spec, result.config, sweep.shape, GPUS[sweep.place.gpu], resources)
 
     order = sorted(timed, key=predicted)
     best = min(timed, key=lambda r: r.time_us or math.inf)

@@ -21,14 +21,16 @@ import pytest
 from shared_tune import JOB, cost
 
 from parallax_gen.errors import StoreError
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import config_to_json
 from parallax_gen.problem.space import every_config
 from parallax_gen.tuning.board import Board, Storage
+from parallax_gen.tuning.job import program_of
 
 PROGRAM = Path(__file__).with_name("shared_tune.py")
 CONFIGS = list(every_config(JOB.spec, JOB.gpu))
+EVIDENCE = Evidence.here("0123456789abcdef" * 2, "fedcba9876543210" * 2)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: 
     assert min(len(measured(tmp_path, number)) for number in workers) > 0
     longest = max(workers, key=lambda number: (tmp_path / f"{number}.db").stat().st_mtime)
     with Store(tmp_path / f"{longest}.db") as store:
-        results = store.results(JOB.key)
+        results = store.results(JOB.place)
     assert {r.config for r in results} == set(CONFIGS)
     for result in results:
         if cost(result.config) > 100:
@@ -115,11 +117,11 @@ def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: 
 
 
 def boards(url: str, count: int, lease_s: float = 60.0) -> list[Board]:
-    return [Storage(url, lease_s=lease_s).board(JOB.key) for _ in range(count)]
+    return [Storage(url, lease_s=lease_s).board(JOB.place, program_of(JOB)) for _ in range(count)]
 
 
 def ok(number: int, time_us: float = 10.0) -> Result:
-    return Result(JOB.key, CONFIGS[number], "ok", time_us=time_us)
+    return Result(JOB.place, EVIDENCE, CONFIGS[number], "ok", time_us=time_us)
 
 
 def test_claims_and_news(url: str) -> None:
@@ -130,7 +132,7 @@ def test_claims_and_news(url: str) -> None:
     assert second.claim(CONFIGS[1])
     assert first.others_at_work()
     first.finish(ok(0))
-    second.finish(Result(JOB.key, CONFIGS[1], "wrong", error=float("inf"), detail="row 3"))
+    second.finish(Result(JOB.place, EVIDENCE, CONFIGS[1], "wrong", error=float("inf"), detail="row 3"))
     assert not first.others_at_work()
     assert [r.config for r in second.news()] == [CONFIGS[0]]
     (told,) = first.news()
@@ -140,6 +142,15 @@ def test_claims_and_news(url: str) -> None:
     first.publish(ok(0, 12.0))
     assert [r.time_us for r in second.news()] == [12.0]
     assert len(boards(url, 1)[0].news()) == 3
+
+
+def test_who_compiles_other_programs_has_a_board_of_its_own(url: str) -> None:
+    (first,) = boards(url, 1)
+    other = Storage(url).board(JOB.place, "another kernel, Triton 9.9")
+    assert first.claim(CONFIGS[0])
+    assert other.claim(CONFIGS[0])
+    first.finish(ok(0))
+    assert other.news() == []
 
 
 def test_what_a_worker_lets_go_of_is_free(url: str) -> None:
@@ -184,5 +195,5 @@ def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
 )
 def test_a_storage_that_cannot_be_used_is_named_without_its_password(bad: str, said: str) -> None:
     with pytest.raises(StoreError, match=said) as caught:
-        Storage(bad).board(JOB.key)
+        Storage(bad).board(JOB.place, "")
     assert "secret" not in str(caught.value)

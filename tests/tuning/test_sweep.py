@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_samples import CARD, KEY, RECORDED, SHAPE, made_up
+from sweep_samples import CARD, PLACE, RECORDED, SHAPE, made_up
 
 from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import config_to_dict
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import KNOBS, every_config, why_invalid
-from parallax_gen.tuning.sweep import COLUMNS, read_sweep, sweep_of, write_sweep
+from parallax_gen.tuning.sweep import COLUMNS, FORMAT, read_sweep, sweep_of, write_sweep
 
 
 @pytest.mark.parametrize("name", ["sweep.jsonl", "sweep.jsonl.gz"])
@@ -26,7 +27,10 @@ def test_a_sweep_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
     sweep = sweep_of(made_up(), CARD)
     write_sweep(sweep, tmp_path / name)
     again = read_sweep(tmp_path / name)
-    assert (again.key, again.shape, again.whole) == (KEY, SHAPE, True)
+    assert (again.place, again.shape, again.whole) == (PLACE, SHAPE, True)
+    assert {r.evidence for r in again.results} == {
+        Evidence("", "", "3.6.0", "12.8/12.9", 1)
+    }  # which kernel is left out
     assert {r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in again.results} == {
         r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in made_up()
     }
@@ -46,11 +50,11 @@ def test_the_same_sweep_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_whole_sweep_of_the_largest_space_is_small(tmp_path: Path) -> None:
-    spec, gpu = dataclasses.replace(KEY.spec, head_dim=256, dtype="bf16", causal=True), GPUS["h200"]
-    key = dataclasses.replace(KEY, spec=spec, gpu=gpu.name)
+    spec, gpu = dataclasses.replace(PLACE.spec, head_dim=256, dtype="bf16", causal=True), GPUS["h200"]
+    place = dataclasses.replace(PLACE, spec=spec, gpu=gpu.name)
     first = made_up()[0]
     results = [
-        dataclasses.replace(first, key=key, config=config, time_us=1000.0 + 0.37 * n, registers=n % 255)
+        dataclasses.replace(first, place=place, config=config, time_us=1000.0 + 0.37 * n, registers=n % 255)
         for n, config in enumerate(every_config(spec, gpu))
     ]
     write_sweep(sweep_of(results, gpu), tmp_path / "sweep.jsonl.gz")
@@ -71,7 +75,17 @@ def test_a_store_s_results_make_a_sweep(tmp_path: Path) -> None:
     with Store(tmp_path / "tuning.db") as store:
         for result in made_up():
             store.record(result)
-        assert sweep_of(store.results(KEY), CARD) == sweep_of(made_up(), CARD)
+        assert sweep_of(store.results(PLACE), CARD) == sweep_of(made_up(), CARD)
+
+
+def test_of_a_config_whose_kernel_has_changed_the_newest_row_counts() -> None:
+    first = made_up()[0]
+    later = changed(evidence=dataclasses.replace(first.evidence, kernel="f" * 32), time_us=1.0)
+    earlier = dataclasses.replace(later, created_at="2025-01-01T00:00:00+00:00")
+    later = dataclasses.replace(later, created_at="2027-01-01T00:00:00+00:00")
+    for results, time_us in (([later, *made_up()], 1.0), ([*made_up(), earlier], first.time_us)):
+        sweep = sweep_of(results, CARD)
+        assert (sweep.whole, sweep.costs[first.config]) == (True, time_us)
 
 
 def test_rows_that_say_no_shape_are_of_the_one_that_their_bucket_is_tuned_at() -> None:
@@ -84,13 +98,21 @@ def test_a_failure_has_no_cost_and_a_slow_one_has() -> None:
         assert (costs[result.config] is None) == (result.outcome == "resources")
 
 
+def changed(**fields: Any) -> Result:
+    """The first of the made-up ones, with other values."""
+    return dataclasses.replace(made_up()[0], **fields)
+
+
 @pytest.mark.parametrize(
     ("results", "said"),
     [
         ([], "none of them timed"),
         ([r for r in made_up() if r.outcome == "resources"], "none of them timed"),
-        ([*made_up(), dataclasses.replace(made_up()[0], key=dataclasses.replace(KEY, gpu="h100"))], "2 values of key"),
-        ([dataclasses.replace(made_up()[0], shape=Shape(2, 8, 8, 4096, 4096)), *made_up()[1:]], "2 values of shape"),
+        ([*made_up(), changed(place=dataclasses.replace(PLACE, gpu="h100"))], "2 values of place"),
+        ([changed(place=dataclasses.replace(PLACE, gpu="h100")), *made_up()], "2 values of place"),
+        ([*made_up(), changed(evidence=Evidence("", "", "3.9.0", "12.8/12.9", 1))], "2 values of toolchain"),
+        ([*made_up(), changed(evidence=Evidence("", "", "3.6.0", "13.0", 1))], "2 values of toolchain"),
+        ([changed(shape=Shape(2, 8, 8, 4096, 4096)), *made_up()[1:]], "2 values of shape"),
     ],
 )
 def test_what_is_no_sweep_is_refused(results: list[Any], said: str) -> None:
@@ -118,10 +140,15 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
     [
         (lambda lines: [], "line 1: not of a sweep"),
         (lambda lines: lines[1:], "line 1: not of a sweep"),
-        (_header(format=2), "line 1: .*format"),
+        (_header(format=3), "line 1: .*format"),
+        (_header(format=1), "line 1: .*key"),
+        (_header(key={}), "line 1: .*exactly"),
         (_header(whole=1), "line 1: .*whole"),
         (_header(columns=["time_us"]), "line 1: .*columns"),
-        (_header(key={"gpu": "h200"}), "line 1: .*spec: got"),
+        (_header(place={"gpu": "h200"}), "line 1: .*spec: got"),
+        (_header(place={**PLACE.flat(), "environment.triton": "3.6"}), "line 1: .*place: got"),
+        (_header(triton=3.6), "line 1: .*triton"),
+        (_header(protocol="1"), "line 1: .*protocol"),
         (_header(shape={"batch": 1}), "line 1: .*shape"),
         (_header(configs=20), f"{len(made_up())} lines of configs.*line 1 says 20"),
         (lambda lines: [*lines[:-1], lines[-2]], "some perhaps twice"),
@@ -156,7 +183,7 @@ def test_what_cannot_be_read_is_an_error_that_names_the_file(tmp_path: Path) -> 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
 def test_recorded_sweeps_are_what_they_say(path: Path) -> None:
     sweep = read_sweep(path)
-    spec, gpu = sweep.key.spec, GPUS[sweep.key.gpu]
+    spec, gpu = sweep.place.spec, GPUS[sweep.place.gpu]
     later = {"MASK", "ROW_MAX", "ROW_NUMBERS"}  # knobs that came after these files: all at their defaults there
     every = {config for config in every_config(spec, gpu) if not later & set(config_to_dict(config))}
     assert sweep.whole == (every <= set(sweep.costs))
@@ -167,3 +194,53 @@ def test_recorded_sweeps_are_what_they_say(path: Path) -> None:
 
 def test_there_are_recorded_sweeps() -> None:
     assert len(RECORDED) >= 3
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_a_file_of_format_1_reads_as_it_does_when_it_is_written_anew(path: Path, tmp_path: Path) -> None:
+    """Its key was the place and the environment; knobs that came later are written at their defaults."""
+    old = header_of(path)
+    assert old["format"] == 1
+    sweep = read_sweep(path)
+    prefix = "environment."
+    assert {name: value for name, value in old["key"].items() if not name.startswith(prefix)} == sweep.place.flat()
+    triton, cuda, protocol = (old["key"].get(f"{prefix}{name}", "") for name in ("triton", "cuda", "protocol"))
+    assert {r.evidence for r in sweep.results} == {Evidence("", "", triton, cuda, protocol)}
+    assert (sweep.shape.to_dict(), sweep.whole, len(sweep.results)) == (old["shape"], old["whole"], old["configs"])
+    assert {(r.source, r.created_at) for r in sweep.results} == {(old["source"], old["created_at"])}
+    write_sweep(sweep, tmp_path / path.name)
+    assert header_of(tmp_path / path.name)["format"] == FORMAT == 2
+    assert read_sweep(tmp_path / path.name) == sweep
+
+
+def test_what_was_read_is_written_to_the_letter(tmp_path: Path) -> None:
+    write_sweep(sweep_of(made_up(), CARD), tmp_path / "first.jsonl")
+    write_sweep(read_sweep(tmp_path / "first.jsonl"), tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "first.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"environment.templates": ""}, "templates"),
+        ({"environment.space": 2}, "key"),
+        ({"environment.python": "3.12"}, "key"),
+        ({"environment.triton": 3}, "triton"),
+        ({"environment.protocol": True}, "protocol"),
+        ({"spec.op": "backward"}, "op"),
+        ({"bucket.depth": 3}, "depth"),
+    ],
+)
+def test_a_spoilt_key_of_format_1_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    plain = next(path for path in RECORDED if path.suffix == ".jsonl")
+    first, *lines = plain.read_text(encoding="utf-8").splitlines(keepends=True)
+    header = json.loads(first)
+    header["key"] |= fields
+    (tmp_path / "sweep.jsonl").write_text("".join([json.dumps(header) + "\n", *lines]), encoding="utf-8")
+    with pytest.raises(StoreError, match=f"line 1: .*{said}"):
+        read_sweep(tmp_path / "sweep.jsonl")
+
+
+def header_of(path: Path) -> Any:
+    data = path.read_bytes()
+    return json.loads((gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()[0])

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import FINE, Machine, timed
 
+from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.memory.keys import Environment, Key
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import best, evidence_of
+from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig, KernelConfig
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import every_config
+from parallax_gen.problem.space import every_config, why_invalid
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import nearby_configs
 from parallax_gen.tuning.run import Run
@@ -29,6 +31,7 @@ from parallax_gen.tuning.worker import Outcome
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
 SMALL = Job(KernelSpec("forward", 128, "fp32"), Bucket(8, 128, 128), GPUS["rtx4090"])  # 21 configs
+OLD = Evidence("0123456789abcdef" * 2, "fedcba9876543210" * 2, "3.5.0", "12.8", 1)  # of a kernel that nothing renders
 
 
 def ignore(_: Progress) -> None:
@@ -47,7 +50,7 @@ def tune(store: Store, job: Job = JOB, *, measure: bool = True, trials: int = 8,
 def test_compiling_and_ranking_for_a_gpu_that_is_not_there(store: Store) -> None:
     progress = tune(store, measure=False, trials=3)
     assert progress.kinds == {"predicted": 3}
-    results = store.results(JOB.key)
+    results = store.results(JOB.place)
     assert len(results) == 3
     for result in results:
         assert result.outcome == "predicted"
@@ -56,11 +59,10 @@ def test_compiling_and_ranking_for_a_gpu_that_is_not_there(store: Store) -> None
         assert result.shared_bytes
         assert result.compile_s
         assert result.source == "compiled for NVIDIA H200 SXM"
-    best = store.predicted_best(JOB.key)
-    assert best == results[0]
+        assert result.evidence == evidence_of(render(JOB.spec, result.config, GPU))
     assert progress.best is not None
-    assert progress.best.time_us == best.time_us  # of those predicted alike, any
-    assert store.best(JOB.key) is None
+    assert progress.best.time_us == results[0].time_us  # of those predicted alike, any
+    assert best(JOB.place, GPU, store).record is None
     assert default_config(JOB.spec, JOB.shape, GPU) in [r.config for r in results]
 
 
@@ -69,9 +71,9 @@ def test_a_kernel_of_the_backward_is_compiled_and_ranked_too(store: Store) -> No
     job = Job(spec, Bucket(4, 512, 512, 256), GPU)
     progress = tune(store, job, measure=False, trials=2)
     assert progress.kinds == {"predicted": 2}
-    results = store.results(job.key)
+    results = store.results(job.place)
     assert default_config(spec, job.shape, GPU) in [r.config for r in results]
-    assert all(r.key.bucket.window == r.shape.window == 256 for r in results if r.shape)
+    assert all(r.place.bucket.window == r.shape.window == 256 for r in results if r.shape)
     assert all(r.registers and r.shared_bytes and r.time_us for r in results)
 
 
@@ -108,7 +110,7 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
         "wrong": 1,
         "slow": 1,
     }
-    results = store.results(JOB.key)
+    results = store.results(JOB.place)
     assert len(results) == progress.done == 13
     of = {config: next(r for r in results if r.config == config) for config in machine.compiled}
     kinds = [of[config].outcome for config in machine.compiled]
@@ -137,10 +139,10 @@ def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Mac
     again = machine.measured[6:]
     assert [machine.compiled.index(request.trial.config) for request in again] == [3, 1]
     assert {request.timed_ms for request in again} == {FINALIST_MS}
-    assert progress.best == store.best(JOB.key)
+    assert progress.best == best(JOB.place, GPU, store).record
     assert progress.best is not None
     assert (progress.best.config, progress.best.time_us) == (machine.compiled[1], 61.0)
-    assert [r.time_us for r in store.results(JOB.key)] == [61.0, 65.0, 70.0, 80.0, 90.0, 100.0]
+    assert [r.time_us for r in store.results(JOB.place)] == [61.0, 65.0, 70.0, 80.0, 90.0, 100.0]
 
 
 @pytest.mark.parametrize(
@@ -207,13 +209,13 @@ def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) 
     measured = tune(store, trials=6)
     assert measured.known == 0  # what was only predicted is tried
     assert measured.best is not None
-    assert measured.best == store.best(JOB.key)
+    assert measured.best == best(JOB.place, GPU, store).record
     assert measured.best.outcome == "ok"
     config = measured.best.config
     tune(store, measure=False, trials=6)
-    kept = next(r for r in store.results(JOB.key) if r.config == config)
+    kept = next(r for r in store.results(JOB.place) if r.config == config)
     assert kept.outcome == "ok"
-    assert store.best(JOB.key) == measured.best
+    assert best(JOB.place, GPU, store).record == measured.best
 
 
 # -- running again, budgets, interrupts
@@ -226,7 +228,7 @@ def test_running_again_asks_for_nothing_that_is_known(store: Store, machine: Mac
     assert (first.known, second.known) == (0, 10)
     assert len(set(machine.compiled)) == len(machine.compiled) == 20
     assert second.best is not None
-    assert second.best.time_us == min(r.time_us for r in store.results(JOB.key) if r.time_us)
+    assert second.best.time_us == min(r.time_us for r in store.results(JOB.place) if r.time_us)
 
 
 def test_a_space_that_is_exhausted_ends_the_job(store: Store, machine: Machine) -> None:
@@ -234,7 +236,29 @@ def test_a_space_that_is_exhausted_ends_the_job(store: Store, machine: Machine) 
     assert tune(store, SMALL, trials=1000).done == every
     again = tune(store, SMALL, trials=1000)
     assert (again.done, again.known) == (0, every)
-    assert again.best == store.best(SMALL.key)
+    assert again.best == best(SMALL.place, SMALL.gpu, store).record
+
+
+def test_known_are_results_of_todays_kernels_and_of_this_toolchain(store: Store, machine: Machine) -> None:
+    configs = list(every_config(SMALL.spec, SMALL.gpu))
+    today = [evidence_of(render(SMALL.spec, config, SMALL.gpu)) for config in configs[:8]]
+    evidence = [
+        today[0],
+        replace(today[1], text="e" * 32),  # other words for the same kernel
+        replace(today[2], kernel="", text="", templates="7c01cbe51c52"),  # of before fingerprints, and the same
+        Evidence.here("", ""),  # nothing was rendered, though it can be
+        replace(today[4], kernel="", text="", templates="abc"),
+        replace(today[5], kernel="f" * 32, text="e" * 32),
+        replace(today[6], triton="2.0.0"),
+        replace(today[7], protocol=0),
+    ]
+    for config, its in zip(configs, evidence, strict=False):
+        store.record(Result(SMALL.place, its, config, "wrong", detail="told"))
+    invalid = ForwardConfig(512, 512, HEAD_GROUP=0, num_warps=4, num_stages=4)
+    assert why_invalid(SMALL.spec, invalid, SMALL.gpu)
+    store.record(Result(SMALL.place, Evidence.here("", ""), invalid, "invalid"))
+    assert tune(store, SMALL, trials=1000).known == 4
+    assert set(machine.compiled) == set(configs[3:])
 
 
 def test_results_of_another_job_are_not_known(store: Store, machine: Machine) -> None:
@@ -283,7 +307,7 @@ def test_an_interrupt_keeps_what_is_finished(store: Store, machine: Machine) -> 
 
     with pytest.raises(KeyboardInterrupt):
         tune(store, trials=50, on_progress=interrupt)
-    assert len(store.results(JOB.key)) == 5
+    assert len(store.results(JOB.place)) == 5
     assert machine.open_workers == 0
     again = tune(store, trials=3)
     assert (again.known, again.done) == (5, 3)
@@ -304,10 +328,9 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
     """On a card alike: its own bucket's first, fast to slow, then the best of each other bucket; nothing else's."""
     spec = KernelSpec("dqdr", 128, "bf16", causal=True)
     first, second, third, fourth = list(every_config(spec, GPU))[:4]
-    old = Environment("an old template", "3.5", 1)
 
     def shipped(of: KernelSpec, bucket: Bucket, config: KernelConfig, time_us: float) -> Result:
-        return Result(Key("h200", of, bucket, old), config, "ok", time_us=time_us)
+        return Result(Place("h200", of, bucket), OLD, config, "ok", time_us=time_us)
 
     here, there = Bucket(64, 4096, 4096), Bucket(16, 8192, 8192)
     records = [shipped(spec, here, first, 20.0), shipped(spec, here, second, 10.0)]
@@ -321,7 +344,7 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
 
 
 def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store, machine: Machine) -> None:
-    """Two of them, of the spec, measured, by their ratio; in any environment."""
+    """Two of them, of the spec, measured, by their ratio; of any kernel and toolchain."""
     spec = KernelSpec("forward", 40, "fp16")
     configs = list(every_config(spec, GPU))[:6]
     job = Job(spec, Bucket(64, 4096, 4096), GPU)
@@ -333,8 +356,7 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
         (Bucket(32, 4096, 4096), configs[4], "predicted", 1.0),
         (Bucket(64, 4096, 4096), configs[5], "ok", 1.0),
     ]
-    old = Environment("an old template", "3.5", 1)
-    results = [Result(Key("h200", spec, bucket, old), config, kind, time_us=us) for bucket, config, kind, us in found]
+    results = [Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in found]
     assert nearby_configs(job, results) == [configs[2], configs[1]]
     for result in results:
         store.record(result)
@@ -345,20 +367,18 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
 def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tmp_path: Path) -> None:
     """Behind what was fast for the very spec, before what was in other buckets."""
     dense = KernelSpec("decode", 128, "bf16", group=4, ragged=True)
-    paged, bucket = dataclasses.replace(dense, page_size=64), Bucket(64, 1, 4096)
-    specs = (dense, paged, dataclasses.replace(paged, cache_dtype="e4m3"), dataclasses.replace(dense, group=8))
+    paged, bucket = replace(dense, page_size=64), Bucket(64, 1, 4096)
+    specs = (dense, paged, replace(paged, cache_dtype="e4m3"), replace(dense, group=8))
     configs = [DecodeConfig(32, 8, splits, "kernel", 1, 3) for splits in (2, 3, 4, 6, 8)]
-    environment = Environment("t", "3.6.0", 1, "", 1)
-    keys = [Key("h100", spec, bucket, environment) for spec in specs]
-    keys.append(Key("h100", paged, Bucket(8, 1, 4096), environment))
-    results = [Result(key, config, "ok", time_us=10.0) for key, config in zip(keys, configs, strict=True)]
+    places = [*(Place("h100", spec, bucket) for spec in specs), Place("h100", paged, Bucket(8, 1, 4096))]
+    results = [Result(place, OLD, config, "ok", time_us=10.0) for place, config in zip(places, configs, strict=True)]
     write_shipped(results, "h100", tmp_path)
     first, *kin, elsewhere = proven_configs(Job(paged, bucket, GPUS["h200"]), tmp_path)
     assert first == configs[1]
     assert set(kin) == {configs[0], configs[2]}
     assert elsewhere == configs[4]
     # So it does with what is in one's own database: of each kin the fastest.
-    slower = Result(keys[0], configs[3], "ok", time_us=11.0)
+    slower = Result(places[0], OLD, configs[3], "ok", time_us=11.0)
     assert nearby_configs(Job(paged, bucket, GPUS["h200"]), [slower, *results]) == [configs[0], configs[2], configs[4]]
 
 

@@ -50,7 +50,7 @@ TRAINED = [
 def test_the_usual_jobs_of_inference() -> None:
     jobs = worklist(GPU, ops=INFERENCE)
     assert len(jobs) == len(set(jobs)) == 12
-    assert len({job.key for job in jobs}) == 12
+    assert len({job.place for job in jobs}) == 12
     assert [job.spec.op for job in jobs] == ["forward"] * 4 + ["decode"] * 8
     for job in jobs:
         assert job.gpu == GPU
@@ -93,7 +93,7 @@ def test_a_training_step_is_four_kernels_at_the_sizes_that_each_sees() -> None:
 
 def test_the_jobs_of_training_are_each_there_once() -> None:
     jobs = worklist(GPU, ops=(TRAINING,))
-    assert len({job.key for job in jobs}) == len(jobs)
+    assert len({job.place for job in jobs}) == len(jobs)
     wanted = {
         (op, dim, 1 if op == "preprocess" else heads // kv_heads, n, 0 if op == "preprocess" else window)
         for dim, _, heads, kv_heads, n, window in TRAINED
@@ -187,7 +187,7 @@ def test_a_step_in_tf32_has_a_preprocess_in_fp32() -> None:
     assert [job.spec.dtype for job in jobs] == ["tf32", "fp32", "tf32", "tf32"]
 
 
-def test_a_key_is_tuned_once() -> None:
+def test_a_place_is_tuned_once() -> None:
     shapes = {"forward": [Shape(4, 16, 16, 4096, 4096), Shape(8, 8, 8, 4000, 4100), Shape(4, 16, 16, 4096, 4096)]}
     (job,) = worklist(GPU, ops=("forward", "forward"), dtypes=("bf16", "bf16"), shapes=shapes)
     assert job.bucket == Bucket(64, 4096, 4096)

@@ -33,7 +33,7 @@ from parallax_gen.errors import ParallaxGenError
     "--all-environments",
     "every",
     is_flag=True,
-    help="Also what was measured with other templates or another Triton where there is something of this one's.",
+    help="Also what was measured with another toolchain, or of another kernel, where there is something of this one's.",
 )
 @json_option
 def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
@@ -43,8 +43,8 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
     went, which knobs mattered, what failed and why; each best kernel's source. With --bench also how much faster than
     others ours is. The page is one file that loads nothing: it can be mailed, or read from a disk.
 
-    Of each bucket what was measured in this environment is shown; where nothing was, the newest from elsewhere, which
-    is marked: it is not used here.
+    Of each bucket what was measured of today's kernels with this toolchain is shown; where nothing was, the newest
+    from elsewhere, which is marked.
 
     \b
     Example
@@ -70,7 +70,7 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
     measured = sum(study is not None and study.best is not None for study in found.standing.values())
     click.echo(f"{out}: {measured} measured buckets on {', '.join(found.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
     if found.left_out:
-        click.echo(f"left out: {found.left_out} studies of other environments; --all-environments shows them")
+        click.echo(f"left out: {found.left_out} studies of other toolchains and kernels; --all-environments shows them")
 
 
 def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], every: bool) -> str:

@@ -13,8 +13,8 @@ from parallax_gen.cli.known import Origins, name_in_records
 from parallax_gen.cli.report.benches import Timing, times_ours
 from parallax_gen.cli.report.failures import Reason, reasons
 from parallax_gen.cli.report.matrices import means
-from parallax_gen.cli.report.studies import Place, Study, of_most_use, standing, studies_of
-from parallax_gen.memory.keys import Key
+from parallax_gen.cli.report.studies import Study, of_most_use, standing, studies_of
+from parallax_gen.memory.place import Place
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.problem.config import KernelConfig
@@ -24,7 +24,7 @@ from parallax_gen.tuning.importances import LEAST_TRIALS, importances
 
 @dataclass(frozen=True)
 class Kernel:
-    """The studies of one kernel on one GPU, of this environment and, of others, those that are shown."""
+    """The studies of one kernel on one GPU, as in this process and, of others, those that are shown."""
 
     gpu: str
     spec: KernelSpec
@@ -32,7 +32,7 @@ class Kernel:
 
     @property
     def buckets(self) -> int:
-        return len({study.key.bucket for study in self.studies})
+        return len({study.place.bucket for study in self.studies})
 
     @property
     def percents(self) -> str:
@@ -51,7 +51,7 @@ class Kernel:
         """Whether the user has tried configs of it, rather than predicted how they would do."""
         return bool(set(self.outcomes) - {"predicted"})
 
-    def has_any(self, keys: Container[Key]) -> bool:
+    def has_any(self, keys: Container[object]) -> bool:
         return any(study.key in keys for study in self.studies)
 
     @property
@@ -80,8 +80,8 @@ class Report:
     """What the page shows.
 
     gpus      by name
-    shown     studies, sorted by key
-    left_out  how many studies of other environments are not shown
+    shown     studies, sorted by place
+    left_out  how many studies of other toolchains and kernels are not shown
     standing  every bucket that could be tuned, with the study that says most about it
     ratios    other contenders' timings, with their time over ours
     benches   names of the files that these are from, and how each was taken: (file, conditions, command)
@@ -99,8 +99,8 @@ class Report:
         """In the order of `standing`: op by op."""
         of: dict[tuple[str, KernelSpec], list[Study]] = {}
         for study in self.shown:
-            of.setdefault((study.key.gpu, study.key.spec), []).append(study)
-        order = dict.fromkeys((gpu, spec) for gpu, spec, _ in self.standing)
+            of.setdefault((study.place.gpu, study.place.spec), []).append(study)
+        order = dict.fromkeys((place.gpu, place.spec) for place in self.standing)
         return [Kernel(gpu, spec, tuple(of[gpu, spec])) for gpu, spec in order if (gpu, spec) in of]
 
     @property
@@ -111,8 +111,8 @@ class Report:
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
         """By op and GPU: how many buckets are in each state, and the median share of the bound of those measured."""
         found: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
-        for (gpu, spec, _), study in self.standing.items():
-            states, shares = found.setdefault(spec.op, {}).setdefault(gpu, (Counter(), []))
+        for place, study in self.standing.items():
+            states, shares = found.setdefault(place.spec.op, {}).setdefault(place.gpu, (Counter(), []))
             states[study.state if study else "untuned"] += 1
             if study is not None and study.share is not None:
                 shares.append(study.share)
@@ -123,15 +123,15 @@ class Report:
 
 
 def collect(memory: Memory, gpus: Sequence[str], timings: list[Timing], *, every: bool) -> Report:
-    """Of the GPUs that people name, or of all; `every`: of every environment, not the studies of most use alone.
+    """Of the GPUs that people name, or of all; `every`: of every toolchain and kernel, not those of most use alone.
 
     Raises UnknownGpuError for a GPU that nothing is known by.
     """
     results = memory.all()
     asked = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
-    found = studies_of(memory, (r for r in results if not asked or r.key.gpu in asked))
+    found = studies_of(memory, (r for r in results if not asked or r.place.gpu in asked))
     shown = found if every else of_most_use(found)
-    names = asked or tuple(sorted({study.key.gpu for study in found}))
+    names = asked or tuple(sorted({study.place.gpu for study in found}))
     kept = [timing for timing in timings if not asked or timing.gpu in (*asked, "")]
     return Report(
         gpus=names,
@@ -154,7 +154,7 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
         "left_out": report.left_out,
         "studies": [
             {
-                "key": study.key.flat(),
+                "place": study.place.flat(),
                 "state": study.state,
                 "unlike_here": study.unlike,
                 "outcomes": study.outcomes,
@@ -165,8 +165,8 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
             for study in report.shown
         ],
         "untuned": [
-            {"gpu": gpu, "spec": spec.to_dict(), "bucket": bucket.to_dict()}
-            for (gpu, spec, bucket), study in report.standing.items()
+            {"gpu": place.gpu, "spec": place.spec.to_dict(), "bucket": place.bucket.to_dict()}
+            for place, study in report.standing.items()
             if study is None
         ],
         "kernels": [

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from parallax_gen.cli.text import brief
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Result
 
 MOST_EXAMPLES = 3
 NUMBER = re.compile(r"\d+(?:\.\d+)?")

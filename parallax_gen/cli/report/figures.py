@@ -96,10 +96,10 @@ def rooflines(studies: Iterable[Study]) -> list[Roofline]:
     of: dict[Gpu, list[tuple[Study, float, float]]] = {}
     for study in studies:
         if study.best is not None and study.best.time_us is not None and study.gpu is not None:
-            work = work_of(study.key.spec, shape_of(study.best))
+            work = work_of(study.place.spec, shape_of(study.best))
             achieved = study, work.flops / work.bytes, work.flops / study.best.time_us / 1e6
             of.setdefault(study.gpu, []).append(achieved)
-    dtypes = {gpu: sorted({study.key.spec.dtype for study, _, _ in found}) for gpu, found in of.items()}
+    dtypes = {gpu: sorted({study.place.spec.dtype for study, _, _ in found}) for gpu, found in of.items()}
     tops = {gpu: {dtype: gpu.peak(dtype) / 1e12 for dtype in dtypes[gpu]} for gpu in of}
     intensities = [intensity for found in of.values() for _, intensity, _ in found]
     intensities += [1e12 * top / gpu.bandwidth for gpu, peaks in tops.items() for top in peaks.values()]
@@ -117,7 +117,7 @@ def rooflines(studies: Iterable[Study]) -> list[Roofline]:
             x=x,
             y=y,
             roofs=tuple(_roof(gpu, dtype, top, x, y) for dtype, top in tops[gpu].items()),
-            points=tuple(Point(x(i), y(r), _achieved(study), study.key.spec.op) for study, i, r in found),
+            points=tuple(Point(x(i), y(r), _achieved(study), study.place.spec.op) for study, i, r in found),
         )
         for gpu, found in of.items()
     ]
@@ -143,11 +143,11 @@ def _roof(gpu: Gpu, dtype: str, top: float, x: Scale, y: Scale) -> Roof:
 def _achieved(study: Study) -> str:
     assert study.best is not None
     assert study.best.time_us is not None
-    op = study.key.spec.op
-    told = [f"{study.key.gpu}: {study.key.spec}", str(study.key.bucket)]
+    op = study.place.spec.op
+    told = [f"{study.place.gpu}: {study.place.spec}", str(study.place.bucket)]
     told.append(f"{number(study.best.time_us)} µs, {number(study.rate or 0)} {rate_unit(op)}")
     told += [f"{study.share:.0%} of the bound"] if study.share is not None else []
-    told += [f"of another environment: {', '.join(study.unlike)}"] if study.unlike else []
+    told += [f"{', '.join(study.unlike)}"] if study.unlike else []
     return "\n".join([*told, brief(study.best.config)])
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from parallax_gen.cli.lengths import with_lengths
 from parallax_gen.cli.report.benches import Timing
-from parallax_gen.cli.report.studies import Place, Study, order_of
+from parallax_gen.cli.report.studies import Study, order_of
 from parallax_gen.cli.text import brief, lengths, number, rate_unit
-from parallax_gen.memory.keys import Key
+from parallax_gen.memory.place import Place
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
@@ -37,7 +37,7 @@ class Cell:
     text: str
     tip: str
     kind: str
-    key: Key | None = None
+    key: tuple[Place, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def coverage(standing: Mapping[Place, Study | None]) -> dict[str, dict[str, list
     """By op and GPU: a matrix a kernel, of every bucket that is or could be tuned."""
     of: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
     for place, study in standing.items():
-        gpu, spec, bucket = place
-        of.setdefault((spec.op, gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
+        spec, bucket = place.spec, place.bucket
+        of.setdefault((spec.op, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
     found: dict[str, dict[str, list[Matrix]]] = {}
     for (op, gpu, spec), cells in of.items():
         found.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
@@ -122,8 +122,8 @@ def _sizes(of: Bucket | Shape) -> Sizes:
 
 
 def _standing(place: Place, study: Study | None) -> Cell:
-    gpu, spec, bucket = place
-    told = [f"{gpu}: {spec}", str(bucket)]
+    spec = place.spec
+    told = [f"{place.gpu}: {spec}", str(place.bucket)]
     if study is None:
         return Cell("", "\n".join([*told, "not tuned: the default config is used"]), "untuned")
     best, share = study.best, study.share
@@ -133,7 +133,7 @@ def _standing(place: Place, study: Study | None) -> Cell:
     told.append(f"{number(best.time_us)} µs, {number(study.rate or 0)} {rate_unit(spec.op)}")
     told += [f"{share:.0%} of the roofline's bound"] if share is not None else []
     told.append(brief(best.config))
-    told += [f"of another environment: {', '.join(study.unlike)}"] if study.unlike else []
+    told += [f"{', '.join(study.unlike)}"] if study.unlike else []
     kind = "known" if share is None else f"share{bisect_right(SHARES, share)}"
     text = "✓" if share is None else f"{100 * share:.0f}"
     return Cell(text, "\n".join(told), f"{kind} elsewhere" if study.unlike else kind, study.key)

@@ -12,7 +12,7 @@ from pygments.token import Comment, Keyword, Name, Number, String, _TokenType
 
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ConfigError
-from parallax_gen.memory.results import Result
+from parallax_gen.memory.result import Result
 from parallax_gen.problem.hardware import Gpu
 
 # What is coloured, and the class it has in the page.
@@ -35,7 +35,7 @@ class Sources:
     def place(self, result: Result, gpu: Gpu) -> int | None:
         """Of the kernel that a result's config gives with today's templates; None where it is not valid any more."""
         try:
-            text = render(result.key.spec, result.config, gpu).text
+            text = render(result.place.spec, result.config, gpu).text
         except ConfigError:
             return None
         return self._places.setdefault(text, len(self._places))

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_samples import KEY, SHAPE, config, result
+from memory_samples import EVIDENCE, PLACE, SHAPE, config, result
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError
-from parallax_gen.memory.keys import Key
-from parallax_gen.memory.results import OUTCOMES, Result, supersedes
+from parallax_gen.memory.result import OUTCOMES, Evidence, Result, supersedes
 from parallax_gen.problem.config import DecodeConfig
 from parallax_gen.problem.shapes import Bucket
 
 
-def in_environment(**fields: Any) -> Key:
-    return dataclasses.replace(KEY, environment=dataclasses.replace(KEY.environment, **fields))
+def evidence(**fields: Any) -> Evidence:
+    return dataclasses.replace(EVIDENCE, **fields)
 
 
 @pytest.mark.parametrize(
@@ -36,9 +35,13 @@ def in_environment(**fields: Any) -> Key:
         {"detail": None},
         {"created_at": "2026-01-01T00:00:00"},
         {"config": DecodeConfig(64, 8, 4, "last", 4, 2)},
-        {"key": in_environment(cuda=12.8)},
-        {"key": in_environment(space=True)},
-        {"key": in_environment(space="1")},
+        {"evidence": evidence(cuda=12.8)},
+        {"evidence": evidence(protocol=True)},
+        {"evidence": evidence(protocol="1")},
+        {"evidence": evidence(kernel="0123")},
+        {"evidence": evidence(kernel="G" * 32)},
+        {"evidence": evidence(text=None)},
+        {"place": dataclasses.replace(PLACE, gpu=7)},
     ],
 )
 def test_a_result_checks_itself(wrong: dict[str, object]) -> None:
@@ -54,15 +57,15 @@ json_values = st.recursive(
 GOOD = result(shape=SHAPE).to_dict()
 # Fields that came after records were first written: left out at these values.
 LATER = {
-    ("key", "spec.window"): False,
-    ("key", "spec.varlen"): False,
-    ("key", "bucket.window"): 0,
-    ("key", "environment.cuda"): "",
-    ("key", "environment.space"): 1,
+    ("place", "spec.window"): False,
+    ("place", "spec.varlen"): False,
+    ("place", "bucket.window"): 0,
     ("shape", "window"): 0,
     ("config", "HEAD_DIM_AS"): "whole",
 }
-PLACES = [(name, None) for name in GOOD] + [(p, name) for p in ("key", "config", "shape") for name in GOOD[p]]
+PLACES = [(name, None) for name in GOOD] + [
+    (p, name) for p in ("place", "evidence", "config", "shape") for name in GOOD[p]
+]
 likely = st.sampled_from([False, True, 0, 1, 128, "", "whole", "pieces"])
 
 
@@ -80,23 +83,22 @@ def test_no_value_anywhere_does_more_than_be_refused(place: tuple[str, str | Non
         assert json.dumps(Result.from_dict(written).to_dict()) == json.dumps(back.to_dict())
 
 
-@pytest.mark.parametrize("name", [name for part, name in LATER if part == "key"])
-def test_a_key_has_one_text(name: str) -> None:
-    data = GOOD | {"key": GOOD["key"] | {name: LATER["key", name]}}
+@pytest.mark.parametrize("name", [name for part, name in LATER if part == "place"])
+def test_a_place_has_one_text(name: str) -> None:
+    data = GOOD | {"place": GOOD["place"] | {name: LATER["place", name]}}
     with pytest.raises(ArgumentError, match="no fields beside"):
         Result.from_dict(data)
 
 
 def test_a_result_of_a_window_comes_back() -> None:
-    key = dataclasses.replace(
-        KEY, spec=dataclasses.replace(KEY.spec, window=True, varlen=True), bucket=Bucket(8, 4096, 4096, 1024)
-    )
+    spec = dataclasses.replace(PLACE.spec, window=True, varlen=True)
+    place = dataclasses.replace(PLACE, spec=spec, bucket=Bucket(8, 4096, 4096, 1024))
     shape = dataclasses.replace(SHAPE, window=1000)
-    sent = result(key=key, shape=shape, config=dataclasses.replace(config(), HEAD_DIM_AS="pieces"))
+    sent = result(place=place, shape=shape, config=dataclasses.replace(config(), HEAD_DIM_AS="pieces"))
     data = json.loads(json.dumps(sent.to_dict()))
     assert Result.from_dict(data) == sent
-    assert (data["key"]["spec.window"], data["key"]["spec.varlen"]) == (True, True)
-    assert (data["key"]["bucket.window"], data["shape"]["window"]) == (1024, 1000)
+    assert (data["place"]["spec.window"], data["place"]["spec.varlen"]) == (True, True)
+    assert (data["place"]["bucket.window"], data["shape"]["window"]) == (1024, 1000)
     assert data["config"]["HEAD_DIM_AS"] == "pieces"
 
 

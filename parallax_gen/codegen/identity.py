@@ -1,0 +1,53 @@
+"""Fingerprints by the hash of a kernel's text, so that no text is parsed twice: what is known is kept in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import uuid
+from pathlib import Path
+
+from parallax_gen.codegen.fingerprint import DIGITS, VERSION, fingerprint, text_hash
+from parallax_gen.codegen.folders import cache_dir
+from parallax_gen.errors import MachineError
+
+_KNOWN: dict[str, str] = {}  # by the text's hash; what it holds is true of the text wherever it comes from
+
+
+def remember(text: str, kernel: str) -> None:
+    """Take a record's word for the fingerprint of a text of this hash."""
+    if text and kernel:
+        _KNOWN.setdefault(text, kernel)
+
+
+def identify(text: str) -> tuple[str, str]:
+    """The fingerprint of a kernel's file, and the hash of its text below the header."""
+    hashed = text_hash(text)
+    if hashed not in _KNOWN:
+        _KNOWN[hashed] = _kept(hashed) or _keep(hashed, fingerprint(text))
+    return _KNOWN[hashed], hashed
+
+
+def _path(hashed: str) -> Path:
+    return cache_dir() / f"fingerprints-{VERSION}" / hashed
+
+
+def _kept(hashed: str) -> str | None:
+    """What an earlier process found; None where none did, or what is there is damaged."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, MachineError):
+        kept = _path(hashed).read_text(encoding="utf-8")
+        if re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", kept):
+            return kept
+    return None
+
+
+def _keep(hashed: str, kernel: str) -> str:
+    """For later processes; where there is no room for it, they find it out again."""
+    with contextlib.suppress(OSError, MachineError):
+        path = _path(hashed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        part.write_text(kernel, encoding="utf-8")
+        os.replace(part, path)
+    return kernel

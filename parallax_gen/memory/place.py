@@ -1,0 +1,72 @@
+"""What a call looks up: which kernel, in which bucket of sizes, on which GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.spec import KernelSpec
+
+Scalar = str | int | bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """One kernel in one bucket of sizes on one GPU: what is measured of it decides between configs.
+
+    gpu  by the name that records go by, such as h200
+    """
+
+    gpu: str
+    spec: KernelSpec
+    bucket: Bucket
+
+    def flat(self) -> dict[str, Scalar]:
+        """Every field in clear, as `gpu`, `spec.op`, `bucket.seqlen_kv`, ...
+
+        Those that came after records were first written only where they are not at their default: older records
+        keep their text.
+        """
+        return self._flat(self.spec.to_dict(), self.bucket.to_dict())
+
+    @cached_property
+    def text(self) -> str:
+        """`flat` as JSON: the same place has the same text."""
+        return json.dumps(self.flat(), separators=(",", ":"))
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits of the SHA-256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+    @cached_property
+    def order(self) -> tuple[Scalar, ...]:
+        """The values of all fields, none left out, to sort places by."""
+        return tuple(self._flat(asdict(self.spec), asdict(self.bucket)).values())
+
+    def _flat(self, spec: dict[str, Any], bucket: dict[str, Any]) -> dict[str, Scalar]:
+        flat: dict[str, Scalar] = {"gpu": self.gpu}
+        for part, values in (("spec", spec), ("bucket", bucket)):
+            flat.update({f"{part}.{name}": value for name, value in values.items()})
+        return flat
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Place:
+        """The place that `flat` wrote. Raises ArgumentError on anything else."""
+        parts: dict[str, dict[str, Any]] = {"spec": {}, "bucket": {}}
+        for name, value in flat.items():
+            part, dot, field = name.partition(".")
+            if dot and part in parts:
+                parts[part][field] = value
+        if not isinstance(flat.get("gpu"), str):
+            raise ArgumentError("gpu", repr(flat.get("gpu")), "text")
+        place = cls(flat["gpu"], KernelSpec.from_dict(parts["spec"]), Bucket.from_dict(parts["bucket"]))
+        if place.flat() != flat:
+            raise ArgumentError("place", flat, f"no fields beside {list(place.flat())}")
+        return place

@@ -1,0 +1,185 @@
+"""The only ranker: which config a call gets, of all that is known, for dispatch, tuner, export and reports alike.
+
+Evidence is of a program: a record counts where today's templates still render the kernel that was measured, whatever
+has compiled it. Tiers, the best first:
+
+1. measured here: the same GPU, kernel and toolchain
+2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
+3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200
+4. default: the heuristics
+
+Within a tier the same toolchain goes first, then the newest; times are compared where one card took them with one
+toolchain. Records of a search from before a knob that today's default has, or that a sibling's newer best has, are
+passed over: what they won against did not have it. Records whose kernel is no longer rendered are hints for the tuner,
+and never a choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields, replace
+from enum import IntEnum
+from functools import cached_property
+
+from parallax_gen.codegen.identity import remember
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.memory.legacy import same_programs
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import PROTOCOL, Evidence, Result
+from parallax_gen.memory.table import Known
+from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import GPUS, Gpu
+from parallax_gen.problem.heuristics import default_config
+from parallax_gen.problem.shapes import representative
+from parallax_gen.problem.space import why_invalid
+
+
+class Tier(IntEnum):
+    """How near the evidence for a choice is to a measurement of it."""
+
+    MEASURED_HERE = 1
+    OTHER_TOOLCHAIN = 2
+    SIBLING_CARD = 3
+    DEFAULT = 5
+
+    @property
+    def words(self) -> str:
+        return {1: "measured here", 2: "another toolchain", 3: "a sibling card", 5: "the default"}[self]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A config, and the record that speaks for it: None of the default."""
+
+    tier: Tier
+    config: KernelConfig
+    record: Result | None
+
+
+def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
+    """What a call at a place can get, the best first; the default is the last. Looks at no more than is asked for.
+
+    gpu  the card that the place's name stands for
+    """
+    default = default_of(place, gpu)
+    own = _searches(known.results(place))
+    others = [
+        search
+        for name in siblings(gpu)
+        for search in _searches(known.results(replace(place, gpu=name)))
+        if search.knew(default)
+    ]
+    others.sort(key=lambda search: search.like_here, reverse=True)
+    for search in own:
+        newer = (other.best(gpu) for other in others if other.newest > search.newest)
+        if search.knew(default) and all(rival is None or search.knew(rival.config) for rival in newer):
+            tier = Tier.MEASURED_HERE if search.like_here else Tier.OTHER_TOOLCHAIN
+            yield from (Candidate(tier, r.config, r) for r in search.measured if is_rendered(r, gpu))
+    for search in others:
+        yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if is_rendered(r, gpu))
+    yield Candidate(Tier.DEFAULT, default, None)
+
+
+def best(place: Place, gpu: Gpu, known: Known) -> Candidate:
+    """What a call at a place gets."""
+    return next(ranked(place, gpu, known))
+
+
+def default_of(place: Place, gpu: Gpu) -> KernelConfig:
+    """What a call at a place gets where nothing is known."""
+    return default_config(place.spec, representative(place.bucket, place.spec.group), gpu)
+
+
+def siblings(gpu: Gpu) -> list[str]:
+    """Names of the other cards that run the same programs at a like speed."""
+    return [other.name for other in GPUS.values() if other.capability == gpu.capability and other.name != gpu.name]
+
+
+def is_rendered(result: Result, gpu: Gpu) -> bool:
+    """Whether today's templates render, for a card, the kernel that a result is of."""
+    place, evidence = result.place, result.evidence
+    if why_invalid(place.spec, result.config, gpu) is not None:
+        return False
+    if evidence.templates:
+        return same_programs(evidence.templates, place.spec)
+    remember(evidence.text, evidence.kernel)
+    return render(place.spec, result.config, gpu).kernel == evidence.kernel
+
+
+def is_current(result: Result, gpu: Gpu) -> bool:
+    """Whether a result, of any outcome, is of today's kernel, this process's toolchain and the timing protocol."""
+    evidence = result.evidence
+    like = evidence.toolchain.like(Toolchain.here()) and evidence.protocol == PROTOCOL
+    return like and is_rendered(result, gpu)
+
+
+def shown_by(record: Result, known: Known) -> list[Result]:
+    """A record, and as few others of its search as show what that knew: with them alone it is chosen as with all."""
+    searches = _searches(known.results(record.place))
+    search = next((search.measured for search in searches if record in search.measured), [])
+    shown = [record]
+    for f in fields(record.config):
+        for result in search if f.default is not MISSING else ():
+            if all(getattr(result.config, f.name) != getattr(other.config, f.name) for other in shown):
+                shown.append(result)
+    return shown
+
+
+def evidence_of(source: KernelSource) -> Evidence:
+    """That of a kernel that this process measures."""
+    return Evidence.here(source.kernel, source.text_hash)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What is known of one place by one toolchain and timing protocol.
+
+    measured  fast to slow
+    tried     those that failed too, but not what was only predicted, or what the machine failed
+    """
+
+    measured: list[Result]
+    tried: list[KernelConfig]
+
+    @cached_property
+    def like_here(self) -> bool:
+        """Whether this process would compile and time alike."""
+        evidence = self.measured[0].evidence
+        return evidence.toolchain.like(Toolchain.here()) and evidence.protocol == PROTOCOL
+
+    @cached_property
+    def newest(self) -> str:
+        return max(result.created_at for result in self.measured)
+
+    def best(self, gpu: Gpu) -> Result | None:
+        """The fastest of a kernel that is still rendered."""
+        return next((result for result in self.measured if is_rendered(result, gpu)), None)
+
+    def knew(self, rival: KernelConfig) -> bool:
+        """Whether it knew all that another config is made of.
+
+        Knobs that came later than records have a default value, which configs from before them have. Where the rival
+        has another one, and nothing that was tried has, the search did not know the knob.
+        """
+        if rival in self.tried:
+            return True
+        for f in fields(rival):
+            value = getattr(rival, f.name)
+            if f.default not in (MISSING, value) and all(getattr(config, f.name) != value for config in self.tried):
+                return False
+        return True
+
+
+def _searches(results: Iterable[Result]) -> list[_Search]:
+    """By toolchain and protocol, those that measured anything: this process's first, then the newest."""
+    tried: dict[tuple[str, str, int], list[Result]] = {}
+    for result in results:
+        if result.outcome != "predicted" and not result.of_machine:
+            evidence = result.evidence
+            tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
+    found = []
+    for group in tried.values():
+        if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
+            found.append(_Search(measured, [result.config for result in group]))
+    return sorted(found, key=lambda search: (search.like_here, search.newest), reverse=True)

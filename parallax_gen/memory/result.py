@@ -1,0 +1,267 @@
+"""One row of what is known, checked like a user's input, and which of two rows counts. Pure data, no database."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from parallax_gen.errors import ArgumentError, ParallaxGenError
+from parallax_gen.machine import stored_of_machine
+from parallax_gen.memory.place import Place, Scalar
+from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.problem.config import (
+    CONFIG_OF_OP,
+    KernelConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_json,
+)
+from parallax_gen.problem.shapes import Shape
+
+# Version of the timing protocol (tuning/measure.py says what it is): times of two protocols are not compared.
+PROTOCOL = 1
+
+OUTCOMES = ("ok", "invalid", "compile", "resources", "timeout", "crash", "wrong", "slow", "predicted")
+
+# What `Result.from_dict(json.loads(text))` raises for a text that is no result, and how much is told of why.
+NO_RESULT = (ParallaxGenError, ValueError, RecursionError)
+LONGEST_REASON = 200
+
+
+def now() -> str:
+    """The time of day in UTC, as `Result.created_at` holds it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured, and how: the program, not the source of its source.
+
+    kernel     fingerprint of the rendered kernel (codegen/fingerprint.py); "" where it is not known
+    text       hash of the kernel's text below its header: where it is equal, so is the fingerprint. "" likewise
+    triton     its full version
+    cuda       releases of Triton's ptxas: see `toolchain.cuda_version`; "" where not known
+    protocol   version of the timing protocol
+    templates  of rows from before fingerprints, the hash of the templates that the kernel was rendered from
+    """
+
+    kernel: str
+    text: str
+    triton: str
+    cuda: str
+    protocol: int
+    templates: str = ""
+
+    @classmethod
+    def here(cls, kernel: str, text: str) -> Evidence:
+        """Of a kernel that this process measures."""
+        here = Toolchain.here()
+        return cls(kernel, text, here.triton, here.cuda, PROTOCOL)
+
+    @property
+    def toolchain(self) -> Toolchain:
+        return Toolchain(self.triton, self.cuda)
+
+    @property
+    def identity(self) -> tuple[Scalar, ...]:
+        """What two measurements have in common that stand in each other's place."""
+        return self.kernel, self.templates, self.triton, self.cuda, self.protocol
+
+    def to_dict(self) -> dict[str, Scalar]:
+        """Every field; `templates` where it is set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "templates" or self.templates}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one config at one place: measured, predicted or failed.
+
+    evidence      the kernel and what compiled it
+    outcome       one of OUTCOMES: "ok" was measured, "predicted" is a model's guess, the rest are failures
+    shape         the sizes that were timed
+    time_us       median; of a predicted row, the estimate; beside it the 20th and 80th percentiles
+    error         relative error against the oracle; inf if the output was not finite
+    registers, spills, shared_bytes   what the compiled kernel takes: a thread, bytes a thread, bytes a program
+    compile_s     seconds it took to compile
+    detail        why it failed; "" otherwise
+    created_at    ISO 8601, UTC
+    source        where it comes from, such as "measured on NVIDIA H200"
+
+    Raises ArgumentError on values of another kind: rows that were read are checked like a user's input.
+    """
+
+    place: Place
+    evidence: Evidence
+    config: KernelConfig
+    outcome: str
+    shape: Shape | None = None
+    time_us: float | None = None
+    time_us_p20: float | None = None
+    time_us_p80: float | None = None
+    error: float | None = None
+    registers: int | None = None
+    spills: int | None = None
+    shared_bytes: int | None = None
+    compile_s: float | None = None
+    detail: str = ""
+    created_at: str = field(default_factory=now)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        evidence = self.evidence
+        texts = {name: getattr(evidence, name) for name in ("kernel", "text", "triton", "cuda", "templates")}
+        texts |= {name: getattr(self, name) for name in ("detail", "created_at", "source")} | {"gpu": self.place.gpu}
+        for name, value in texts.items():
+            if not isinstance(value, str):
+                raise ArgumentError(name, repr(value), "text")
+        for name in ("kernel", "text"):
+            if not re.fullmatch("([0-9a-f]{32})?", texts[name]):
+                raise ArgumentError(name, repr(texts[name]), "32 hex digits, or nothing")
+        if type(evidence.protocol) is not int:
+            raise ArgumentError("protocol", repr(evidence.protocol), "an int")
+        if type(self.config) is not CONFIG_OF_OP[self.place.spec.op]:
+            raise ArgumentError("config", self.config, f"a config of op {self.place.spec.op!r}")
+        if self.outcome not in OUTCOMES:
+            raise ArgumentError("outcome", repr(self.outcome), ", ".join(OUTCOMES))
+        for name in ("time_us", "time_us_p20", "time_us_p80", "compile_s", "error"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and (0 <= value < math.inf or (name, value) == ("error", math.inf))):
+                raise ArgumentError(name, repr(value), "None or a number of 0 or more")
+        for name in ("registers", "spills", "shared_bytes"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 0):
+                raise ArgumentError(name, repr(value), "None or an int of 0 or more")
+        if self.outcome in ("ok", "predicted") and not self.time_us:
+            raise ArgumentError("time_us", self.time_us, f"more than 0 when the outcome is {self.outcome!r}")
+        if self.created.utcoffset() != timedelta(0):
+            raise ArgumentError("created_at", self.created_at, "a time in UTC, such as 2026-01-31T12:00:00+00:00")
+
+    @property
+    def measured(self) -> bool:
+        return self.outcome == "ok"
+
+    @property
+    def of_machine(self) -> bool:
+        """Whether it is a fault of the machine that an earlier version stored as the config's own: it tells nothing."""
+        return stored_of_machine(self.outcome, self.detail)
+
+    @property
+    def created(self) -> datetime:
+        return datetime.fromisoformat(self.created_at)
+
+    @property
+    def identity(self) -> tuple[Scalar, ...]:
+        """What there is one row of: the place, the config, and the evidence's identity."""
+        return self.place.text, config_to_json(self.config), *self.evidence.identity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it."""
+        parts = {
+            "place": self.place.flat(),
+            "config": config_to_dict(self.config),
+            "evidence": self.evidence.to_dict(),
+            "shape": self.shape and self.shape.to_dict(),
+        }
+        return {f.name: parts[f.name] if f.name in parts else getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Result:
+        """The result that `to_dict` wrote, of this version or before fingerprints.
+
+        Raises ArgumentError, ConfigError or ValueError on anything else. The place may be one already.
+        """
+        names = [f.name for f in fields(cls)]
+        if isinstance(data, dict) and "key" in data and "place" not in data:
+            data = of_before(data)
+        if not isinstance(data, dict) or set(data) != set(names):
+            raise ArgumentError("record", data, f"an object of exactly {names}")
+        parts = {name: data[name] for name in ("place", "evidence", "config", "shape")}
+        for name, part in parts.items():
+            known = isinstance(part, Place) if name == "place" else part is None and name == "shape"
+            if not (known or isinstance(part, dict)):
+                raise ArgumentError(name, repr(part), "an object of its fields")
+        place = parts["place"] if isinstance(parts["place"], Place) else Place.from_flat(parts["place"])
+        config = config_from_dict(place.spec.op, parts["config"])
+        shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
+        evidence = _evidence_from(parts["evidence"])
+        return cls(**(data | {"place": place, "evidence": evidence, "config": config, "shape": shape}))
+
+
+def _evidence_from(data: Mapping[str, Any]) -> Evidence:
+    names = [f.name for f in fields(Evidence)]
+    if not set(names) - {"templates"} <= set(data) <= set(names) or data.get("templates") == "":
+        raise ArgumentError("evidence", data, f"an object of {names}, templates only where it is set")
+    return Evidence(**data)
+
+
+# Of a record's environment before fingerprints: "cuda" and "space" came later than the others.
+_ENVIRONMENT = {"templates", "triton", "protocol"}
+
+
+def of_before(data: dict[str, Any]) -> dict[str, Any]:
+    """A record from before fingerprints in today's form: the hash of its templates stands for its kernel.
+
+    `space` said what a config's knobs mean; no record ever had another one than 1.
+    """
+    key = data["key"]
+    if not isinstance(key, dict):
+        raise ArgumentError("key", repr(key), "an object of its fields")
+    prefix = "environment."
+    environment = {name.removeprefix(prefix): value for name, value in key.items() if name.startswith(prefix)}
+    if not _ENVIRONMENT <= set(environment) <= _ENVIRONMENT | {"cuda", "space"} or environment.get("space", 1) != 1:
+        raise ArgumentError("key", key, f"environment.* of {sorted(_ENVIRONMENT)}, and cuda")
+    templates = environment["templates"]
+    if not isinstance(templates, str) or not templates:
+        raise ArgumentError("environment.templates", repr(templates), "text")
+    evidence = {
+        "kernel": "",
+        "text": "",
+        "triton": environment["triton"],
+        "cuda": environment.get("cuda", ""),
+        "protocol": environment["protocol"],
+        "templates": templates,
+    }
+    place = {name: value for name, value in key.items() if not name.startswith(prefix)}
+    return {name: value for name, value in data.items() if name != "key"} | {"place": place, "evidence": evidence}
+
+
+def supersedes(new: Result, old: Result) -> bool:
+    """Whether `new` takes the place of `old`, a row of the same identity.
+
+    First by how much a row tells. One that the machine failed (`of_machine`) tells nothing. A prediction tells little:
+    it never replaces anything that was tried. A "timeout" or a "crash" may be the machine's fault (a busy GPU), so it
+    does not erase a verdict, above all not a measured time: nothing found is lost to a bad rerun. Of rows that tell as
+    much the newer counts, so that the same row remains whichever process happens to write last.
+    """
+
+    def weight(result: Result) -> tuple[int, datetime]:
+        tells = -1 if result.of_machine else {"predicted": 0, "timeout": 1, "crash": 1}.get(result.outcome, 2)
+        return tells, result.created
+
+    return weight(new) >= weight(old)
+
+
+def reading_order(result: Result) -> tuple[Any, ...]:
+    """Sorts by place field by field, then the measured from fast to slow, then the predicted, then the failed."""
+    group = {"ok": 0, "predicted": 1}.get(result.outcome, 2)
+    return *result.place.order, group, result.time_us or 0.0, config_to_json(result.config), result.evidence.identity
+
+
+def newest_toolchain_first(results: Iterable[Result]) -> list[Result]:
+    """Toolchain by toolchain, that of the newest result first, and in each of them in reading order.
+
+    Results of two toolchains never stand in each other's place, so there is nothing to choose between them: the
+    order is for whoever reads, and begins with what most likely counts.
+    """
+    ordered = sorted(results, key=reading_order)
+    newest: dict[Toolchain, datetime] = {}
+    for result in ordered:
+        toolchain = result.evidence.toolchain
+        newest[toolchain] = max(result.created, newest.get(toolchain, result.created))
+    rank = {t: n for n, t in enumerate(sorted(newest, key=lambda t: (newest[t], t.triton, t.cuda), reverse=True))}
+    return sorted(ordered, key=lambda result: rank[result.evidence.toolchain])

@@ -1,0 +1,213 @@
+"""A place and a record go to text and back, those of earlier versions too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_samples import EVIDENCE, PLACE, SHAPE, config, result
+from strategies import random_spec
+
+from parallax_gen.errors import ArgumentError, ConfigError
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Evidence, Result, reading_order
+from parallax_gen.problem.config import (
+    TILED,
+    DecodeConfig,
+    PreprocessConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_json,
+)
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
+
+powers = st.integers(0, 20).map(lambda n: 1 << n)
+specs = st.builds(lambda draw, op: random_spec(draw, op, DTYPES), st.randoms(), st.sampled_from(OPS))
+buckets = st.builds(Bucket, powers, powers, powers, st.just(0) | powers)
+places = st.builds(Place, st.text(), specs, buckets)
+
+numbers = st.integers(0, 1024)
+tile_configs = {
+    op: st.builds(kind, *5 * [numbers], st.sampled_from(["whole", "pieces", "padded"])) for op, kind in TILED.items()
+}
+configs = {
+    **tile_configs,
+    "preprocess": st.builds(PreprocessConfig, numbers, numbers),
+    "decode": st.builds(
+        DecodeConfig, numbers, numbers, numbers, st.sampled_from(["none", "last", "kernel"]), numbers, numbers
+    ),
+}
+
+
+@given(places, places)
+def test_a_place_survives_json_and_has_one_text(place: Place, other: Place) -> None:
+    back = Place.from_flat(json.loads(place.text))
+    assert back == place
+    assert (back.text, back.digest) == (place.text, place.digest)
+    assert (place.text == other.text) == (place == other) == (place.digest == other.digest)
+
+
+CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
+# Fields that came after records were first written, and their defaults.
+LATER = {
+    **dict.fromkeys(("spec.window", "spec.varlen", *CACHES), False),
+    "spec.page_size": 0,
+    "spec.cache_dtype": "",
+    "bucket.window": 0,
+}
+LATEST = dataclasses.replace(
+    PLACE,
+    spec=dataclasses.replace(PLACE.spec, window=True, varlen=True),
+    bucket=dataclasses.replace(PLACE.bucket, window=1024),
+)
+PAGED = dataclasses.replace(
+    PLACE,
+    spec=KernelSpec(
+        "decode", 64, "bf16", ragged=True, page_size=16, leftpad=True, many_queries=True, cache_dtype="e4m3"
+    ),
+)
+PARTS = {"spec": PLACE.spec, "bucket": PLACE.bucket}
+NAMES = ["gpu", *(f"{part}.{f.name}" for part, value in PARTS.items() for f in dataclasses.fields(value))]
+
+
+def test_every_field_counts() -> None:
+    """A field added to a place's parts must reach its text, or two different places would share results."""
+    assert list(LATEST.flat()) == [name for name in NAMES if name not in CACHES]
+    assert list(PAGED.flat()) == [name for name in NAMES if name not in LATER or name in CACHES]
+    assert list(PLACE.flat()) == [name for name in NAMES if name not in LATER]
+    assert len(PAGED.order) == len(LATEST.order) == len(PLACE.order) == len(NAMES)
+
+
+@given(places)
+def test_a_field_is_left_out_only_at_the_default_of_a_later_one(place: Place) -> None:
+    flat, every = place.flat(), dict(zip(NAMES, place.order, strict=True))
+    assert {name: value for name, value in every.items() if name in flat} == flat
+    assert {name for name in every if name not in flat} == {n for n, default in LATER.items() if every[n] == default}
+
+
+def test_the_digest_stays() -> None:
+    """One that moves makes boards and files of sweeps others: to be done knowingly."""
+    assert PLACE.digest == "8138ee0510583c6cc4663c87159ccf60"
+    assert LATEST.digest == "561560cebb4251a71379a913ae096de0"
+
+
+# As records were written before fingerprints, windows, packed sequences and heads in pieces.
+EARLIER = """{
+    "key": {
+        "gpu": "h200", "spec.op": "forward", "spec.head_dim": 128, "spec.dtype": "bf16", "spec.group": 4,
+        "spec.causal": true, "spec.stats": false, "spec.ragged": false,
+        "bucket.kv_rows": 8, "bucket.seqlen_q": 4096, "bucket.seqlen_kv": 4096,
+        "environment.templates": "abc123", "environment.triton": "3.5", "environment.protocol": 1
+    },
+    "config": {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3},
+    "outcome": "ok",
+    "shape": {"batch": 1, "heads": 32, "kv_heads": 8, "seqlen_q": 4096, "seqlen_kv": 4096},
+    "time_us": 100.0, "time_us_p20": 99.0, "time_us_p80": 101.0, "error": 0.0023, "registers": 168, "spills": 0,
+    "shared_bytes": 98304, "compile_s": 0.7, "detail": "", "created_at": "2026-01-01T00:00:00+00:00", "source": ""
+}"""
+
+
+def earlier(**environment: object) -> dict[str, object]:
+    """EARLIER with other fields of its environment."""
+    data = json.loads(EARLIER)
+    return data | {"key": data["key"] | {f"environment.{name}": value for name, value in environment.items()}}
+
+
+def test_records_from_before_fingerprints_read() -> None:
+    """The hash of their templates stands for the kernel that they are of."""
+    found = Result.from_dict(earlier())
+    assert found.place == PLACE
+    assert (found.config, found.shape, found.time_us, found.registers) == (config(), SHAPE, 100.0, 168)
+    assert found.evidence == Evidence("", "", "3.5", "", 1, templates="abc123")
+    assert Result.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    later = Result.from_dict(earlier(cuda="12.8/12.9", space=1))
+    assert later.evidence == dataclasses.replace(found.evidence, cuda="12.8/12.9")
+    assert later.identity != found.identity
+
+
+@pytest.mark.parametrize(
+    "environment", [{"space": 2}, {"color": 1}, {"templates": ""}, {"templates": None}, {"triton": 3.5}, {"cuda": 12}]
+)
+def test_other_environments_than_records_had_are_refused(environment: dict[str, object]) -> None:
+    with pytest.raises(ArgumentError):
+        Result.from_dict(earlier(**environment))
+
+
+def test_what_two_measurements_stand_for_each_other_by() -> None:
+    """All evidence but the text: another layout of the same kernel is the same kernel."""
+    one = result()
+    for name, value in {"kernel": "1" * 32, "triton": "3.5.2", "cuda": "13.0", "protocol": 2, "templates": "a"}.items():
+        other = dataclasses.replace(one, evidence=dataclasses.replace(EVIDENCE, **{name: value}))
+        assert other.identity != one.identity, name
+    assert dataclasses.replace(one, evidence=dataclasses.replace(EVIDENCE, text="")).identity == one.identity
+    assert "templates" not in one.to_dict()["evidence"]
+
+
+CONFIG_OF = {
+    **{op: kind(128, 64, 1, 8, 3) for op, kind in TILED.items()},
+    "preprocess": PreprocessConfig(32, 4),
+    "decode": DecodeConfig(64, 8, 4, "last", 4, 2),
+}
+
+
+@given(places, places)
+def test_places_sort_field_by_field_whichever_they_leave_out(one: Place, other: Place) -> None:
+    rows = [result(place=place, config=CONFIG_OF[place.spec.op]) for place in (one, other, one)]
+    first, second, third = sorted(rows, key=reading_order)
+    assert second.place in (first.place, third.place)  # rows of one place stay together
+    fields = [row.place.order for row in (first, second, third)]
+    assert fields == sorted(fields)
+
+
+def test_places_that_leave_out_different_fields_sort() -> None:
+    spec = dataclasses.replace(PLACE.spec, window=True)
+    windowed = dataclasses.replace(PLACE, spec=spec, bucket=Bucket(128, 128, 128))
+    plain = dataclasses.replace(PLACE, bucket=Bucket(1, 128, 128))
+    rows = [result(place=place) for place in (windowed, plain)]
+    assert sorted(rows, key=reading_order) == rows[::-1]
+
+
+@pytest.mark.parametrize("name", [*PLACE.flat()], ids="without {}".format)
+def test_missing_field_is_refused(name: str) -> None:
+    flat = PLACE.flat()
+    del flat[name]
+    with pytest.raises(ArgumentError):
+        Place.from_flat(flat)
+
+
+@pytest.mark.parametrize("name", ["spec.color", "bucket.color", "environment.color", "color.of", "color"])
+def test_unknown_field_is_refused(name: str) -> None:
+    with pytest.raises(ArgumentError):
+        Place.from_flat({**PLACE.flat(), name: 1})
+
+
+@pytest.mark.parametrize("op", OPS)
+@given(st.data())
+def test_config_survives_json(op: str, data: st.DataObject) -> None:
+    config = data.draw(configs[op])
+    text = config_to_json(config)
+    assert config_from_dict(op, json.loads(text)) == config
+    assert config_to_json(config_from_dict(op, dict(reversed(config_to_dict(config).items())))) == text
+
+
+@pytest.mark.parametrize("op", TILED)
+def test_a_head_in_one_piece_is_not_written_as_it_was_not_in_earlier_records(op: str) -> None:
+    earlier = {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3}
+    whole = TILED[op](128, 64, 0, 8, 3)
+    assert config_from_dict(op, earlier) == whole == TILED[op](128, 64, 0, 8, 3, "whole")
+    assert config_to_json(whole) == json.dumps(earlier, sort_keys=True)
+    assert config_to_dict(TILED[op](128, 64, 0, 8, 3, "pieces")) == earlier | {"HEAD_DIM_AS": "pieces"}
+    assert config_from_dict(op, earlier | {"HEAD_DIM_AS": "pieces"}) == TILED[op](128, 64, 0, 8, 3, "pieces")
+
+
+@pytest.mark.parametrize(
+    "change", [{"BLOCK_M": "128"}, {"BLOCK_M": True}, {"BLOCK_M": 128.0}, {"color": 1}, {"HEAD_DIM_AS": 1}]
+)
+def test_config_of_wrong_fields_is_refused(change: dict[str, object]) -> None:
+    data = {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3}
+    with pytest.raises(ConfigError):
+        config_from_dict("forward", data | change)

@@ -1,0 +1,202 @@
+"""What a call gets of all that is known: by tiers, and only of kernels that are still rendered."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from parallax_gen.codegen.render import render
+from parallax_gen.memory import legacy, ranking
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of, is_current, is_rendered, ranked, siblings
+from parallax_gen.memory.result import Evidence, Result
+from parallax_gen.memory.table import Table
+from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.problem.config import ForwardConfig, KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.spec import KernelSpec
+
+GPU = GPUS["h200"]
+SPEC = KernelSpec("forward", 128, "bf16", causal=True)
+PLACE = Place(GPU.name, SPEC, Bucket(8, 4096, 4096))
+ON_SIBLING = dataclasses.replace(PLACE, gpu="h100")
+DEFAULT = default_of(PLACE, GPU)
+HERE = Toolchain("3.9.0", "13.4")
+OLD = {"triton": "3.6.0", "cuda": "12.8/12.9"}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toolchain, "here", classmethod(lambda cls: HERE))
+
+
+def other_config(**fields: Any) -> ForwardConfig:
+    """One that knows all that the default does."""
+    assert isinstance(DEFAULT, ForwardConfig)
+    return dataclasses.replace(DEFAULT, **({"HEAD_GROUP": 2} | fields))
+
+
+def record(
+    time_us: float = 100.0, config: KernelConfig | None = None, place: Place = PLACE, day: int = 1, **evidence: Any
+) -> Result:
+    """Of today's kernel and the toolchain that is here, but for what `evidence` says."""
+    config = other_config() if config is None else config
+    found = dataclasses.replace(evidence_of(render(place.spec, config, GPU)), **evidence)
+    return Result(place, found, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
+
+
+def choices(*records: Result) -> list[tuple[Tier, KernelConfig]]:
+    known = sorted(records, key=lambda r: r.time_us or 0.0)
+    return [(c.tier, c.config) for c in ranked(PLACE, GPU, Table(known))]
+
+
+LAST = (Tier.DEFAULT, DEFAULT)
+
+
+def test_where_nothing_is_known_it_is_the_default() -> None:
+    assert choices() == [LAST]
+    assert choices(record(place=dataclasses.replace(PLACE, bucket=Bucket(16, 4096, 4096)))) == [LAST]
+
+
+def test_tiers_go_before_times() -> None:
+    one, two, three = (other_config(HEAD_GROUP=n) for n in (2, 4, 8))
+    slow, faster, fastest = record(9.0, one), record(2.0, two, **OLD), record(1.0, three, ON_SIBLING)
+    here, elsewhere, sibling = ((t, c) for t, c in zip([*Tier][:3], (one, two, three), strict=True))
+    assert choices(slow, faster, fastest) == [here, elsewhere, sibling, LAST]
+    assert choices(faster, fastest) == [elsewhere, sibling, LAST]
+    assert choices(fastest) == [sibling, LAST]
+
+
+def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None:
+    one, two, three = (other_config(HEAD_GROUP=n) for n in (2, 4, 8))
+    assert [c for _, c in choices(record(2.0, one), record(1.0, two), record(3.0, three))] == [two, one, three, DEFAULT]
+    old, older = {"triton": "3.8.0", "cuda": "13.0"}, OLD
+    found = choices(record(9.0, one, day=2, **old), record(1.0, two, day=1, **older), record(8.0, three, day=2, **old))
+    assert [c for _, c in found] == [three, one, two, DEFAULT]
+
+
+def test_a_siblings_with_this_toolchain_goes_before_another_of_its() -> None:
+    one, two = other_config(), other_config(HEAD_GROUP=4)
+    found = choices(record(1.0, one, ON_SIBLING, day=9, **OLD), record(2.0, two, ON_SIBLING))
+    assert [c for _, c in found] == [two, one, DEFAULT]
+    assert siblings(GPU) == ["h100", "h100-pcie"]
+    assert "h200" in siblings(GPUS["h100"])
+    assert not {"h100", "h200"} & set(siblings(GPUS["a100"]))
+
+
+@pytest.mark.parametrize(
+    "evidence", [{"kernel": "f" * 32, "text": "f" * 32}, {"kernel": "", "text": ""}, {"kernel": "", "templates": "abc"}]
+)
+def test_another_kernel_than_todays_is_never_chosen(evidence: dict[str, str]) -> None:
+    assert choices(record(**evidence), record(place=ON_SIBLING, **evidence)) == [LAST]
+    assert not is_rendered(record(**evidence), GPU)
+
+
+def test_another_text_of_the_same_kernel_is_the_same_kernel() -> None:
+    assert choices(record(text="e" * 32))[0] == (Tier.MEASURED_HERE, other_config())
+    assert choices(record(text=""))[0] == (Tier.MEASURED_HERE, other_config())
+
+
+def test_the_second_best_where_the_best_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = record(1.0, other_config(HEAD_GROUP=4)), record(2.0)
+    reason = lambda spec, config, gpu: "not today" if config == fast.config else None  # noqa: E731
+    monkeypatch.setattr(ranking, "why_invalid", reason)
+    assert choices(fast, slow) == [(Tier.MEASURED_HERE, slow.config), LAST]
+
+
+def test_only_what_was_measured_is_chosen() -> None:
+    failed = dataclasses.replace(record(1.0), outcome="wrong")
+    guessed = dataclasses.replace(record(1.0, other_config(HEAD_GROUP=4)), outcome="predicted")
+    assert choices(failed, guessed) == [LAST]
+
+
+def test_another_protocols_times_are_not_of_this_one() -> None:
+    one, two = other_config(), other_config(HEAD_GROUP=4)
+    found = choices(record(1.0, one, protocol=0), record(2.0, two))
+    assert found == [(Tier.MEASURED_HERE, two), (Tier.OTHER_TOOLCHAIN, one), LAST]
+
+
+def test_a_search_that_did_not_know_a_knob_of_the_default_is_passed_over() -> None:
+    """Its records say nothing of what the default has gained since."""
+    assert isinstance(DEFAULT, ForwardConfig)
+    assert DEFAULT.ROW_MAX == "first"
+    before = other_config(ROW_MAX="running")
+    assert choices(record(1.0, before)) == [LAST]
+    assert choices(record(1.0, before), record(2.0, place=ON_SIBLING)) == [(Tier.SIBLING_CARD, other_config()), LAST]
+    # Beside one that has the knob, or the default's own time, it was slower than what it is compared with.
+    assert choices(record(1.0, before), record(2.0))[0] == (Tier.MEASURED_HERE, before)
+    assert choices(record(1.0, before), record(2.0, DEFAULT))[0] == (Tier.MEASURED_HERE, before)
+    # Or where those failed: a default that was tried and is wrong is no better for that.
+    failed = dataclasses.replace(record(2.0, DEFAULT), outcome="wrong")
+    assert choices(record(1.0, before), failed)[0] == (Tier.MEASURED_HERE, before)
+    guessed = dataclasses.replace(record(2.0, DEFAULT), outcome="predicted")
+    assert choices(record(1.0, before), guessed) == [LAST]
+    # Each toolchain's search by itself.
+    assert choices(record(1.0, before), record(2.0, **OLD)) == [(Tier.OTHER_TOOLCHAIN, other_config()), LAST]
+
+
+def test_a_search_that_did_not_know_a_knob_of_a_siblings_newer_best_is_passed_over() -> None:
+    windowed = dataclasses.replace(
+        PLACE, spec=dataclasses.replace(SPEC, window=True), bucket=Bucket(8, 4096, 4096, 1024)
+    )
+    default = default_of(windowed, GPU)
+    assert isinstance(default, ForwardConfig)
+    assert default.ROW_MAX == "running"
+    first = dataclasses.replace(default, ROW_MAX="first")
+    sibling = dataclasses.replace(windowed, gpu="h100")
+
+    def chosen(*records: Result) -> KernelConfig:
+        return best(windowed, GPU, Table(records)).config
+
+    own = record(2.0, default, windowed, day=2)
+    assert chosen(own, record(1.0, first, sibling, day=3)) == first
+    assert chosen(own, record(1.0, first, sibling, day=1)) == default  # known by then: it lost
+    assert chosen(own, record(9.0, first, windowed, day=2), record(1.0, first, sibling, day=3)) == default
+    assert chosen(own, record(1.0, first, sibling, day=3, kernel="f" * 32, text="")) == default  # no rival any more
+
+
+def test_current_is_of_any_outcome() -> None:
+    failed = dataclasses.replace(record(), outcome="wrong")
+    assert is_current(failed, GPU)
+    assert is_current(record(triton="3.9.7"), GPU)
+    assert not is_current(record(**OLD), GPU)
+    assert not is_current(record(protocol=0), GPU)
+    assert not is_current(record(kernel="f" * 32, text=""), GPU)
+
+
+@pytest.mark.parametrize(
+    ("templates", "spec", "same"),
+    [
+        ("7c01cbe51c52", SPEC, True),
+        ("b81caa5d5816", SPEC, True),
+        ("b81caa5d5816", dataclasses.replace(SPEC, varlen=True), False),  # whose padding was not written then
+        ("7c01cbe51c52", dataclasses.replace(SPEC, varlen=True), True),
+        ("255dd79780b8", SPEC, False),  # decode's
+        ("a4119519043d", KernelSpec("decode", 128, "bf16", ragged=True), False),
+        ("", SPEC, False),
+    ],
+)
+def test_records_from_before_fingerprints(templates: str, spec: KernelSpec, same: bool) -> None:
+    assert legacy.same_programs(templates, spec) == same
+    place = dataclasses.replace(PLACE, spec=spec)
+    config = default_of(place, GPU)
+    old = Result(place, Evidence("", "", "3.6", "12.8", 1, templates), config, "ok", time_us=1.0)
+    assert is_rendered(old, GPU) == same
+    assert best(place, GPU, Table([old])).tier == (Tier.OTHER_TOOLCHAIN if same else Tier.DEFAULT)
+
+
+def test_no_more_is_rendered_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[KernelConfig] = []
+
+    def watched(spec: KernelSpec, config: KernelConfig, gpu: Any) -> Any:
+        rendered.append(config)
+        return render(spec, config, gpu)
+
+    records: Iterable[Result] = [record(1.0), record(2.0, other_config(HEAD_GROUP=4)), record(0.5, place=ON_SIBLING)]
+    monkeypatch.setattr(ranking, "render", watched)
+    assert best(PLACE, GPU, Table(records)).tier == Tier.MEASURED_HERE
+    assert rendered == [other_config()]

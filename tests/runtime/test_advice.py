@@ -1,0 +1,126 @@
+"""What is said where a call's kernel was not measured here, how often, and what PARALLAX_GEN_STRICT refuses."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shlex
+import warnings
+from dataclasses import replace
+
+import click
+import pytest
+import torch.distributed as dist
+from strategies import random_spec
+
+from parallax_gen.cli.tune import tune
+from parallax_gen.codegen.render import render
+from parallax_gen.errors import UntunedError
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import default_of, evidence_of
+from parallax_gen.memory.result import Result
+from parallax_gen.memory.table import Table
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket, representative
+from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
+from parallax_gen.runtime.advice import UntunedWarning, tune_command
+from parallax_gen.runtime.dispatch import Dispatcher
+from parallax_gen.tuning.usual import Flags, kernels
+
+pytestmark = pytest.mark.interpreter
+
+GPU = GPUS["h200"]
+SPEC = KernelSpec("preprocess", 64, "bf16")
+PLACE = Place("h200", SPEC, Bucket(8, 1024, 1024))
+OTHER = replace(PLACE, bucket=Bucket(16, 1024, 1024))
+
+
+def record(**evidence: str) -> Result:
+    config = default_of(PLACE, GPU)
+    found = replace(evidence_of(render(SPEC, config, GPU)), **evidence)
+    return Result(PLACE, found, config, "ok", time_us=5.0)
+
+
+def called(dispatcher: Dispatcher, *places: Place) -> list[str]:
+    """What is warned of in calls of places, one after the other."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for place in places:
+            dispatcher.kernel(place.spec, representative(place.bucket, place.spec.group), GPU)
+    assert all(issubclass(warning.category, UntunedWarning) for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_it_is_said_once_with_the_command_that_mends_it(caplog: pytest.LogCaptureFixture) -> None:
+    dispatcher = Dispatcher(Table([]))
+    with caplog.at_level(logging.WARNING):
+        (told,) = called(dispatcher, PLACE, PLACE, OTHER)
+    assert "its default config is used" in told
+    assert f"`{tune_command(PLACE)}` makes one. " in told
+    assert [r.getMessage() for r in caplog.records] == [told]
+    assert called(dispatcher, replace(PLACE, bucket=Bucket(32, 1024, 1024))) == []
+
+
+def test_nothing_is_said_of_what_was_measured_here() -> None:
+    assert called(Dispatcher(Table([record()])), PLACE) == []
+
+
+def test_what_another_toolchain_or_card_measured_is_named() -> None:
+    (told,) = called(Dispatcher(Table([record(triton="3.1.0", cuda="12.4")])), PLACE)
+    assert "a record of h200 with Triton 3.1, ptxas 12.4 is used" in told
+    on_sibling = replace(record(), place=replace(PLACE, gpu="h100"))
+    (told,) = called(Dispatcher(Table([on_sibling])), PLACE)
+    assert "a record of h100 with " in told
+
+
+def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")
+    assert called(Dispatcher(Table([])), PLACE) == []
+
+
+def test_of_many_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    assert called(Dispatcher(Table([])), PLACE) == []
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    assert len(called(Dispatcher(Table([])), PLACE)) == 1
+
+
+def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_STRICT", "1")
+    assert called(Dispatcher(Table([record()])), PLACE) == []
+    for known in ([], [record(triton="3.1.0")], [replace(record(), place=replace(PLACE, gpu="h100"))]):
+        dispatcher = Dispatcher(Table(known))
+        for _ in range(2):  # a call that was refused is refused again
+            with pytest.raises(
+                UntunedError, match=r"^PARALLAX_GEN_STRICT=1, and no measurement .*`parallax-gen tune .*` makes one\.$"
+            ):
+                called(dispatcher, PLACE)
+
+
+def test_the_command_tunes_the_place() -> None:
+    """The kernel that the command's own parser makes of it is the one that it is given for."""
+    draw = random.Random(3)
+    for _ in range(300):
+        spec = random_spec(draw, draw.choice(OPS), DTYPES)
+        sizes = [2 ** draw.randint(0, 6), 2 ** draw.randint(7, 14), 2 ** draw.randint(7, 14)]
+        if spec.op == "preprocess":
+            sizes[2] = sizes[1]
+            spec = replace(spec, group=1)
+        if spec.op == "decode" and not spec.many_queries:
+            sizes[1] = 1
+        window = min(sizes[2] // 2, 2 ** draw.randint(7, 10)) if spec.window else 0
+        if spec.window and window < 128:
+            continue
+        place = Place("h200", spec, Bucket(*sizes, window))
+        words = shlex.split(tune_command(place))
+        assert words[:2] == ["parallax-gen", "tune"]
+        with click.Context(tune) as context:
+            tune.parse_args(context, words[2:])
+            given = context.params
+        names = ("causal", "stats", "ragged", "window", "varlen", "leftpad")
+        cache = {"page_size": given["page_size"] or 0, "cache_dtype": given["cache_dtype"] or ""}
+        flags = Flags(**{name: given[name] for name in names}, **cache)
+        (shape,) = given["shapes"]
+        found = kernels(*given["ops"], *given["head_dims"], *given["dtypes"], shape.for_op(spec.op), flags)
+        assert [s for s, _ in found] == [spec], words
