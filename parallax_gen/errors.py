@@ -35,6 +35,9 @@ class ArgumentError(ParallaxGenError, ValueError):
     def __str__(self) -> str:
         return f"{self.argument}: got {self.got}; allowed: {self.allowed}"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"  # which torch.compile tells of it
+
 
 class UnknownGpuError(ParallaxGenError):
     """A GPU name that the table does not hold, or a GPU that is not the one asked for."""

@@ -25,6 +25,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.reference import reference_forward
 from parallax_gen.runtime.attention import Saved, backward, forward
 from parallax_gen.runtime.checks import Request
+from parallax_gen.runtime.sharded import refuse_shards
 from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 
 LOG2_E = math.log2(math.e)
@@ -107,6 +108,7 @@ def parallax_fwd(
     """
     if under_a_transform():
         refuse_transforms("parallax_fwd", q=q, r=r, k=k, v=v)
+    refuse_shards("parallax_fwd", q=q, r=r, k=k, v=v)
     _check_folded(q, r, k, v, n_rep)
     scale, window = scale_of("qk_scale", qk_scale, q.shape[-1]), window_of("window_size_left", window_size_left)
     pieces = _pieces(q.shape[1], k.shape[1], window)
@@ -147,6 +149,7 @@ def parallax_bwd(
     """
     if under_a_transform():
         refuse_transforms("parallax_bwd", q=q, r=r, k=k, v=v, o=o, barv=barv, bart=bart, m=m, grad_o=grad_o)
+    refuse_shards("parallax_bwd", q=q, r=r, k=k, v=v, grad_o=grad_o)
     _check_folded(q, r, k, v, n_rep)
     of_rows = (*q.shape[:2], 1)
     for name, x, shape in (

@@ -14,6 +14,7 @@ from parallax_gen.runtime.attention import Saved, backward, forward
 from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.autograd import first_derivatives
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
+from parallax_gen.runtime.sharded import refuse_shards
 from parallax_gen.runtime.states import State, absorb
 from parallax_gen.runtime.transforms import refuse_batched, refuse_transforms
 
@@ -71,6 +72,7 @@ def ring_attn_func(
     k and v are cast to its dtype, and are sent in it. Raises ArgumentError, naming the argument.
     """
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
+    refuse_shards("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
     q, r, k, v = cast_inputs(q, r, k, v)
     asked = Request(q, r, k, v, None, None, 0, 0, causal, None, softmax_scale)

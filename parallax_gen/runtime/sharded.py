@@ -50,6 +50,15 @@ def is_sharded(*inputs: Tensor) -> bool:
     return any(isinstance(x, DTensor) for x in inputs)
 
 
+def refuse_shards(function: str, **inputs: Tensor) -> None:
+    """For functions that know no DTensors. Raises ArgumentError, by the names that the caller has for them."""
+    for name, x in inputs.items():
+        if isinstance(x, Tensor) and is_sharded(x):
+            raise ArgumentError(
+                name, "a DTensor", f"a plain tensor: {function} takes no other (parallax_attn_func does)"
+            )
+
+
 def over_shards(
     attend: Callable[..., Sequence[Tensor]],
     tensors: Sequence[Any],

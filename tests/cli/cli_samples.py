@@ -93,8 +93,9 @@ def _known(time_us: float | None, outcome: str, unlike: Mapping[str, Any], field
 
 
 def run(*arguments: object, env: dict[str, str] | None = None) -> Result:
-    """The command in this process."""
-    return CliRunner(env=env).invoke(main, [str(argument) for argument in arguments])
+    """The command in this process, in a pipe that nobody gave a width: pytest-xdist gives its workers one."""
+    variables: dict[str, str | None] = {"COLUMNS": None, **(env or {})}
+    return CliRunner(env=variables).invoke(main, [str(argument) for argument in arguments])
 
 
 def run_json(*arguments: object) -> Any:

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
+from parallax_gen.compat.official_triton import parallax_fwd
+from parallax_gen.distributed import ring_attn_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.sharded import DENSE, PACKED, _kinds
 
@@ -141,6 +143,9 @@ def refused(mesh: DeviceMesh) -> None:
     for function, name in ((parallax_attn_func, "k"), (parallax_attn_with_kvcache, "k_cache")):
         with pytest.raises(ArgumentError, match=rf"^{name}: got a plain tensor beside DTensors; allowed: a DTensor"):
             function(*mine[:2], *inputs[2:])  # type: ignore[operator]
+    for other in (ring_attn_func, lambda *x: parallax_fwd(*x, 1.0, 1)):
+        with pytest.raises(ArgumentError, match=r"^q: got a DTensor; allowed: a plain tensor: "):
+            other(*mine)
     with pytest.raises(ArgumentError, match=r"^out: got a tensor, where gradients are recorded"):
         parallax_attn_func(*[x.requires_grad_() for x in mine], out=mine[0].detach())
 
