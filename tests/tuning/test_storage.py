@@ -162,10 +162,10 @@ def test_what_a_worker_lets_go_of_is_free(url: str) -> None:
 
 
 def test_what_a_worker_had_that_is_gone_is_free(url: str) -> None:
-    gone, second = boards(url, 2, lease_s=1.0)
+    gone, second = boards(url, 2, lease_s=4.0)
     assert gone.claim(CONFIGS[3])
     assert not second.claim(CONFIGS[3])
-    time.sleep(1.1)
+    time.sleep(4.1)
     second.beat()
     assert second.claim(CONFIGS[3])
     gone.finish(ok(3, 1.0))  # it was only late: its result does no harm, and its claim is another's
