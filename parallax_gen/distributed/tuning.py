@@ -93,7 +93,7 @@ def _facts(gpu: Gpu | None) -> dict[str, str]:
         "GPU": "none" if gpu is None else gpu.name,
         "triton": here.triton,
         "cuda": here.cuda or "none",
-        "kernels": _digest([render(place.spec, default_of(place, card), card).kernel for place in places]),
+        "kernels": _digest([render(place.spec, default_of(place, card), card).text_hash for place in places]),
         "protocol": str(PROTOCOL),
         "parallax_gen": parallax_gen.__version__,
     }

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.identity import remember
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.memory.legacy import same_programs
@@ -58,7 +59,7 @@ class Candidate:
 
 
 def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
-    """What a call at a place can get, the best first; the default is the last. Looks at no more than is asked for.
+    """What a call at a place can get, the best first; the default is the last. Renders no more than is asked for.
 
     gpu  the card that the place's name stands for
     """
@@ -104,7 +105,9 @@ def is_rendered(result: Result, gpu: Gpu) -> bool:
     if evidence.templates:
         return same_programs(evidence.templates, place.spec)
     remember(evidence.text, evidence.kernel)
-    return render(place.spec, result.config, gpu).kernel == evidence.kernel
+    source = render(place.spec, result.config, gpu)
+    # By its text first: another record, from anywhere, may have told a false fingerprint of it.
+    return source.text_hash == evidence.text or source.kernel == evidence.kernel
 
 
 def is_current(result: Result, gpu: Gpu) -> bool:
@@ -127,8 +130,11 @@ def shown_by(record: Result, known: Known) -> list[Result]:
 
 
 def evidence_of(source: KernelSource) -> Evidence:
-    """That of a kernel that this process measures."""
-    return Evidence.here(source.kernel, source.text_hash)
+    """That of a kernel that this process measures: no record's word is taken for its fingerprint."""
+    return Evidence.here(_fingerprint(source.text), source.text_hash)
+
+
+_fingerprint = lru_cache(maxsize=256)(fingerprint)  # a tune asks for that of a config more than once
 
 
 @dataclass(frozen=True)

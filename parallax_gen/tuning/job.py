@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of
+from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.memory.toolchain import Toolchain
@@ -47,7 +47,7 @@ class Job:
 
 def program_of(job: Job) -> str:
     """What workers that share a job must have in common: the kernels that they render, and what compiles them."""
-    kernel = render(job.spec, default_of(job.place, job.gpu), job.gpu).kernel
+    kernel = evidence_of(render(job.spec, default_of(job.place, job.gpu), job.gpu)).kernel
     return f"{kernel}, {Toolchain.here()}, protocol {PROTOCOL}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from parallax_gen.codegen import identity
 from parallax_gen.codegen.render import render
 from parallax_gen.memory import legacy, ranking
 from parallax_gen.memory.place import Place
@@ -99,6 +100,24 @@ def test_another_kernel_than_todays_is_never_chosen(evidence: dict[str, str]) ->
 def test_another_text_of_the_same_kernel_is_the_same_kernel() -> None:
     assert choices(record(text="e" * 32))[0] == (Tier.MEASURED_HERE, other_config())
     assert choices(record(text=""))[0] == (Tier.MEASURED_HERE, other_config())
+
+
+def test_a_false_fingerprint_of_a_text_hides_no_other_record() -> None:
+    """Whoever made the record that is looked at first; what is measured next holds the true one, too."""
+    config = other_config(HEAD_GROUP=16)
+    true = record(2.0, config)
+    render.cache_clear()
+    identity._KNOWN.pop(true.evidence.text, None)
+    false = record(1.0, config, ON_SIBLING, kernel="f" * 32)
+    try:
+        assert is_rendered(false, GPU)
+        render.cache_clear()
+        assert is_rendered(true, GPU)
+        ranking._fingerprint.cache_clear()
+        assert evidence_of(render(SPEC, config, GPU)) == true.evidence
+    finally:
+        render.cache_clear()
+        identity._KNOWN.pop(true.evidence.text, None)
 
 
 def test_the_second_best_where_the_best_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
