@@ -22,7 +22,6 @@ from parallax_gen.problem.reference import Gradients, reference_backward, refere
 from parallax_gen.tuning import verify
 
 STEPS = 500
-FEW_KEYS = 16
 
 
 def seeds(every: int) -> range:
@@ -64,21 +63,6 @@ def gradients(case: StepCase, inputs: Inputs) -> Gradients:
     return reference_backward(x.q, x.r, x.k, x.v, x.do, **mask)
 
 
-def keys_seen(case: StepCase, inputs: Inputs) -> torch.Tensor:
-    """How many keys each query sees: (total_q,), or (seqlen_q,) of every sequence."""
-    spec, shape = case.spec, case.shape
-    if spec.varlen:
-        lengths = list(zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_k.diff().tolist(), strict=True))
-    else:
-        lengths = [(shape.seqlen_q, shape.seqlen_kv)]
-    most = shape.window or shape.seqlen_kv
-    seen = [
-        (torch.arange(queries) + keys - queries + 1).clamp(0, most) if spec.causal else torch.full((queries,), keys)
-        for queries, keys in lengths
-    ]
-    return torch.cat(seen)
-
-
 def why_apart(
     x: Inputs, name: str, found: torch.Tensor, expected: torch.Tensor, dtype: str, natural: torch.Tensor | None = None
 ) -> str | None:
@@ -93,18 +77,7 @@ def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor
     """What of a step is further from float64 than rounding explains; None when nothing is."""
     x, dtype = inputs, case.spec.dtype
     reasons = {"out": why_apart(x, "out", found["out"], verify.attend(case.spec, x).out, dtype)}
-    sizes = verify.natural_sizes(x)._asdict()
-    # Where queries see few keys nearly all of a gradient cancels, and what is left is rounding: of the output in T =
-    # do·o, off by |t| roundings, and of tf32's a, which nothing else rounds alike. Largest rows have |t| of 4 and do·v
-    # of 3 times its mean: 12 of a gradient's natural size. And a key's gradients add up those of all its queries.
-    few = keys_seen(case, x).to(x.q.device) < FEW_KEYS  # of the rows that sequences have
-    shape = case.shape
-    for name in ("dq", "dr"):
-        sizes[name] = torch.where(few, 12.0, 1.0)[:, None] * sizes[name]
-    if min(shape.window or shape.seqlen_kv, shape.seqlen_kv) < FEW_KEYS:
-        queries = max(1.0, shape.seqlen_q * shape.group / shape.seqlen_kv)
-        for name in ("dk", "dv"):
-            sizes[name] = 12 * queries**0.5 * sizes[name]
+    sizes = verify.natural_sizes(case.spec, x)._asdict()
     for name, expected in gradients(case, x)._asdict().items():
         reasons[name] = why_apart(x, name, found[name], expected, dtype, sizes[name])
     return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or None

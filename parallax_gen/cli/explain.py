@@ -105,6 +105,9 @@ def _reason(choice: Choice, results: list[Result], candidates: list[Candidate]) 
     candidate, record = choice.candidate, choice.record
     if record is not None:
         rivals = [c.record for c in candidates if c.tier == candidate.tier and c.record is not None]
+        if candidate.tier == Tier.NEIGHBOUR:
+            of = record.evidence.toolchain
+            return f"measured with {of} at {record.place.bucket}; nothing that counts was measured of this bucket"
         alike = 1 + sum((r.place, r.evidence.toolchain) == (record.place, record.evidence.toolchain) for r in rivals)
         fastest = f"the fastest of {alike}" if alike > 1 else "the only one"
         if candidate.tier == Tier.MEASURED_HERE:

@@ -89,6 +89,8 @@ def standing(candidate: Candidate, place: Place) -> str:
         toolchain = f"Triton {minor(evidence.triton)}"
     elif not evidence.toolchain.like(here):
         toolchain = f"ptxas {evidence.cuda or 'unknown'}"
+    if candidate.tier == Tier.NEIGHBOUR:
+        return f"{toolchain} at {record.place.bucket}"
     return f"{toolchain} on {record.place.gpu}" if candidate.tier == Tier.SIBLING_CARD else toolchain
 
 

@@ -6,7 +6,9 @@ has compiled it. Tiers, the best first:
 1. measured here: the same GPU, kernel and toolchain
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
 3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200
-4. default: the heuristics
+4. neighbour: the same kernel at a near bucket, along keys before rows; of those decode kernels alone that evidence has
+   ahead of the default there (docs/architecture.md)
+5. default: the heuristics
 
 Within a tier the same toolchain goes first, then the newest; times are compared where one card took them with one
 toolchain. Records of a search from before a knob that today's default has, or that a sibling's newer best has, are
@@ -32,7 +34,7 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.heuristics import default_config
-from parallax_gen.problem.shapes import representative
+from parallax_gen.problem.shapes import SHORTEST, representative
 from parallax_gen.problem.space import why_invalid
 
 
@@ -42,11 +44,13 @@ class Tier(IntEnum):
     MEASURED_HERE = 1
     OTHER_TOOLCHAIN = 2
     SIBLING_CARD = 3
+    NEIGHBOUR = 4
     DEFAULT = 5
 
     @property
     def words(self) -> str:
-        return {1: "measured here", 2: "another toolchain", 3: "a sibling card", 5: "the default"}[self]
+        words = ("measured here", "another toolchain", "a sibling card", "a near bucket", "the default")
+        return dict(zip(Tier, words, strict=True))[self]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
             yield from (Candidate(tier, r.config, r) for r in search.measured if is_rendered(r, gpu))
     for search in others:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if is_rendered(r, gpu))
+    for near in neighbours(place):
+        for search in _searches(known.results(near)):
+            found = search.best(gpu) if search.knew(default) else None
+            if found is not None:
+                yield Candidate(Tier.NEIGHBOUR, found.config, found)
     yield Candidate(Tier.DEFAULT, default, None)
 
 
@@ -90,6 +99,21 @@ def best(place: Place, gpu: Gpu, known: Known) -> Candidate:
 def default_of(place: Place, gpu: Gpu) -> KernelConfig:
     """What a call at a place gets where nothing is known."""
     return default_config(place.spec, representative(place.bucket, place.spec.group), gpu)
+
+
+def neighbours(place: Place) -> Iterator[Place]:
+    """Near buckets of a place, the nearest first, where what is fast there is better than the default here.
+
+    A decode of equal lengths is: what limits it, and how it is shared out, changes slowly along keys and rows.
+    """
+    spec, bucket = place.spec, place.bucket
+    if spec.op != "decode" or spec.ragged:
+        return
+    for name, factor in (("seqlen_kv", 2), ("kv_rows", 2), ("seqlen_kv", 4)):
+        size = getattr(bucket, name)
+        for near in (size * factor, size // factor):
+            if near >= (1 if name == "kv_rows" else SHORTEST):
+                yield replace(place, bucket=replace(bucket, **{name: near}))
 
 
 def siblings(gpu: Gpu) -> list[str]:

@@ -44,7 +44,8 @@ def _told(place: Place, candidate: Candidate) -> str:
     if record is None:
         instead = "its default config is used"
     else:
-        instead = f"a record of {record.place.gpu} with {record.evidence.toolchain} is used"
+        of = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
+        instead = f"a record of {of} with {record.evidence.toolchain} is used"
     return (
         f"no measurement counts of {place.spec}; {place.bucket} on {place.gpu} with {Toolchain.here()}: {instead}. "
         f"`{tune_command(place)}` makes one."

@@ -12,7 +12,17 @@ from parallax_gen.codegen import identity
 from parallax_gen.codegen.render import render
 from parallax_gen.memory import legacy, ranking
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of, is_current, is_rendered, ranked, siblings
+from parallax_gen.memory.ranking import (
+    Tier,
+    best,
+    default_of,
+    evidence_of,
+    is_current,
+    is_rendered,
+    neighbours,
+    ranked,
+    siblings,
+)
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
@@ -70,6 +80,40 @@ def test_tiers_go_before_times() -> None:
     assert choices(slow, faster, fastest) == [here, elsewhere, sibling, LAST]
     assert choices(faster, fastest) == [elsewhere, sibling, LAST]
     assert choices(fastest) == [sibling, LAST]
+
+
+DECODE = Place(GPU.name, KernelSpec("decode", 128, "bf16", group=4), Bucket(8, 1, 4096))
+
+
+def near(kv_rows: int, seqlen_kv: int) -> Place:
+    return dataclasses.replace(DECODE, bucket=Bucket(kv_rows, 1, seqlen_kv))
+
+
+def test_a_near_bucket_of_a_decode_goes_before_the_default_along_keys_first() -> None:
+    default = default_of(DECODE, GPU)
+    config = dataclasses.replace(default, num_stages=5 - default.num_stages % 2)
+    order = [near(8, 8192), near(8, 2048), near(16, 4096), near(4, 4096), near(8, 16384), near(8, 1024)]
+    known = [record(9.0 - n, config, place) for n, place in enumerate(order)]  # the fastest is not the nearest
+    found = list(ranked(DECODE, GPU, Table(known)))
+    assert [c.tier for c in found] == [Tier.NEIGHBOUR] * len(order) + [Tier.DEFAULT]
+    assert [c.record.place for c in found[:-1] if c.record] == order
+    own = record(99.0, config, DECODE, **OLD)
+    assert best(DECODE, GPU, Table([*known, own])).record == own
+    further = [near(8, 32768), near(32, 4096), dataclasses.replace(near(8, 2048), gpu="h100")]
+    assert best(DECODE, GPU, Table(record(1.0, config, place) for place in further)).record is None
+
+
+@pytest.mark.parametrize("spec", [SPEC, KernelSpec("decode", 128, "bf16", group=4, ragged=True)])
+def test_a_near_bucket_of_other_kernels_is_not_ahead_of_the_default(spec: KernelSpec) -> None:
+    place = Place(GPU.name, spec, Bucket(8, 1 if spec.op == "decode" else 4096, 4096))
+    bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
+    there = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
+    assert best(place, GPU, Table([there])).record is None
+
+
+def test_the_smallest_buckets_have_neighbours_too() -> None:
+    smallest = near(1, 128)
+    assert [p.bucket for p in neighbours(smallest)] == [Bucket(1, 1, 256), Bucket(2, 1, 128), Bucket(1, 1, 512)]
 
 
 def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None:
