@@ -106,8 +106,8 @@ def _reason(choice: Choice, results: list[Result], candidates: list[Candidate]) 
     if record is not None:
         rivals = [c.record for c in candidates if c.tier == candidate.tier and c.record is not None]
         if candidate.tier == Tier.NEIGHBOUR:
-            of = record.evidence.toolchain
-            return f"measured with {of} at {record.place.bucket}; nothing that counts was measured of this bucket"
+            there = f"with {record.evidence.toolchain} at {record.place.bucket}"
+            return f"the best measured {there}; nothing that counts was measured of this bucket"
         alike = 1 + sum((r.place, r.evidence.toolchain) == (record.place, record.evidence.toolchain) for r in rivals)
         fastest = f"the fastest of {alike}" if alike > 1 else "the only one"
         if candidate.tier == Tier.MEASURED_HERE:

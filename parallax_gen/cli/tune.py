@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,11 +35,12 @@ from parallax_gen.problem.config import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
 from parallax_gen.tuning.grids import GRIDS
-from parallax_gen.tuning.usual import WORK, Flags
+from parallax_gen.tuning.usual import NO_FLAGS, STEP, TRAINING, WORK, Flags
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from parallax_gen.memory.place import Place
     from parallax_gen.tuning.job import Job, Progress
     from parallax_gen.tuning.tune import Tuner
 
@@ -63,6 +66,7 @@ SUCCESSES = ("ok", "predicted")
 )
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Repeatable. Default: bf16.")
 @shape_option(multiple=True, more_help="Repeatable, and taken for every op. Default: the usual ones.")
+@click.option("--refresh", is_flag=True, help="Time again what is known, and search no further.")
 @click.option("--grid", type=click.Choice(tuple(GRIDS)), help="Of decode shapes, instead of --op and --shape.")
 @flag_options
 @click.option("--trials", type=click.IntRange(min=1), default=64, show_default=True, help="Configs a job.")
@@ -83,6 +87,7 @@ def tune(
     head_dims: tuple[int, ...],
     dtypes: tuple[str, ...],
     shapes: tuple[Sizes, ...],
+    refresh: bool,
     grid: str | None,
     flags: Flags,
     trials: int,
@@ -96,6 +101,10 @@ def tune(
 
     Every finished trial is kept: Ctrl-C loses none, and running again goes on. Without a CUDA device, configs are
     compiled and ranked by a model, and nothing is measured.
+
+    --refresh is for a new Triton, driver or template: of each kernel and bucket that is known (of --op, --head-dim and
+    --dtype, or those that --shape, --grid and flags mean) the few best of all records and the default are timed again,
+    in a second or two.
 
     \b
     Usual shapes, as batch,heads,seqlen
@@ -111,34 +120,55 @@ def tune(
       parallax-gen tune --gpu h200 --op decode --shape 32,32/8,8192
       parallax-gen tune --gpu h200 --op training --shape 8,32/8,4096 --window 1024
       parallax-gen tune --gpu h200 --grid serving --page-size 16
+      parallax-gen tune --gpu h200 --refresh --op decode
       parallax-gen tune --devices 0,1,2,3 --storage postgresql://me@host/tuning
     """
+    from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.board import Storage
+    from parallax_gen.tuning.refresh import MOST, known_jobs
     from parallax_gen.tuning.tune import Tuner
     from parallax_gen.tuning.worklist import ALL_WORK, of_grid, worklist
 
     if grid and (shapes or ops not in ((), ("decode",))):
         raise click.UsageError("--grid: of --op decode alone, without --shape")
+    if refresh and storage is not None:
+        raise click.UsageError("--refresh: one process times again what it knows, without --storage")
+    all_known = refresh and not (grid or shapes or flags != NO_FLAGS)
+    wanted = functools.partial(_is_wanted, ops=ops, head_dims=head_dims, dtypes=dtypes)
     ops = ("decode",) if grid else ops or ALL_WORK
     check_flags(flags, ops)
     asked = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     dtypes = dtypes or ("bf16",)
-    with benches_of(devices) as benches, compilers_of(workers, devices) as compilers:
+    with benches_of(devices) as benches, compilers_of(workers, devices) as compilers, Store() as store:
         card, measure = card_to_tune(gpu, benches)
-        if storage is not None and not measure:
-            raise MeasureError("--storage: there is no CUDA device here, and what is only predicted is not shared")
-        if grid:
+        if not measure and (storage is not None or refresh):
+            raise MeasureError(
+                "--refresh: there is no CUDA device here to time it on"
+                if refresh
+                else "--storage: there is no CUDA device here, and what is only predicted is not shared"
+            )
+        if all_known:
+            jobs = known_jobs(Memory(store), card, wanted)
+        elif grid:
             jobs = of_grid(card, GRIDS[grid], head_dims, dtypes, flags)
         else:
             jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=asked, flags=flags)
+        if not jobs and all_known:
+            raise MeasureError(f"--refresh: nothing is known of these kernels on {card.name}: tune them")
         if not jobs:
             raise click.UsageError("no usual shape has that --head-dim: say which --shape is meant")
-        with Store() as store:
-            path = store.path
-            place = None if storage is None else Storage(storage)
-            with Tuner(store, measure=measure, benches=benches, compilers=compilers, storage=place) as tuner:
-                done = _tune_all(tuner, jobs, measure, trials, time_budget, path)
+        tuner = Tuner(
+            store,
+            measure=measure,
+            benches=benches,
+            compilers=compilers,
+            storage=None if storage is None else Storage(storage),
+            refresh=Memory(store) if refresh else None,
+        )
+        with tuner:
+            done = _tune_all(tuner, jobs, measure, min(trials, MOST) if refresh else trials, time_budget, store.path)
+    path = store.path
     if as_json:
         print_json(_to_json(done, card, measure, path))
     else:
@@ -147,6 +177,17 @@ def tune(
         click.echo("nothing was measured: these times are predicted, and dispatch does not use them", err=True)
     if all(progress.best is None for progress in done):
         raise MeasureError("no config worked in any job: parallax-gen show says why each one failed")
+
+
+def _is_wanted(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
+    """Whether a place is one of those that are asked for; all are of which nothing is said."""
+    spec = place.spec
+    of_step = spec.op in STEP and (spec.op != "forward" or spec.stats)
+    return (
+        (not ops or spec.op in ops or (TRAINING in ops and of_step))
+        and (not head_dims or spec.head_dim in head_dims)
+        and (not dtypes or spec.dtype in dtypes)
+    )
 
 
 def _tune_all(

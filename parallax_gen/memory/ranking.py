@@ -83,7 +83,7 @@ def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
             yield from (Candidate(tier, r.config, r) for r in search.measured if is_rendered(r, gpu))
     for search in others:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if is_rendered(r, gpu))
-    for near in neighbours(place):
+    for near in near_buckets(place) if _is_near_better(place) else ():
         for search in _searches(known.results(near)):
             found = search.best(gpu) if search.knew(default) else None
             if found is not None:
@@ -101,19 +101,20 @@ def default_of(place: Place, gpu: Gpu) -> KernelConfig:
     return default_config(place.spec, representative(place.bucket, place.spec.group), gpu)
 
 
-def neighbours(place: Place) -> Iterator[Place]:
-    """Near buckets of a place, the nearest first, where what is fast there is better than the default here.
-
-    A decode of equal lengths is: what limits it, and how it is shared out, changes slowly along keys and rows.
-    """
-    spec, bucket = place.spec, place.bucket
-    if spec.op != "decode" or spec.ragged:
-        return
-    for name, factor in (("seqlen_kv", 2), ("kv_rows", 2), ("seqlen_kv", 4)):
-        size = getattr(bucket, name)
+def near_buckets(place: Place) -> Iterator[Place]:
+    """The same kernel at near sizes, the nearest first: along keys before rows."""
+    bucket = place.bucket
+    lengths = ("seqlen_q", "seqlen_kv") if bucket.seqlen_q == bucket.seqlen_kv else ("seqlen_kv",)
+    for names, least, factor in ((lengths, SHORTEST, 2), (("kv_rows",), 1, 2), (lengths, SHORTEST, 4)):
+        size = getattr(bucket, names[0])
         for near in (size * factor, size // factor):
-            if near >= (1 if name == "kv_rows" else SHORTEST):
-                yield replace(place, bucket=replace(bucket, **{name: near}))
+            if near >= least:
+                yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
+
+
+def _is_near_better(place: Place) -> bool:
+    """Whether what is fast at near sizes is ahead of the default, by evidence: in a decode of equal lengths."""
+    return place.spec.op == "decode" and not place.spec.ragged
 
 
 def siblings(gpu: Gpu) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
-from parallax_gen.memory.ranking import evidence_of, is_current
+from parallax_gen.memory.ranking import default_of, evidence_of, is_current
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig, config_to_json
@@ -35,23 +36,38 @@ class Run:
 
     With a board, the job is shared with workers elsewhere: a config is tried by one of them, all know what came of it,
     the trials of all of them count, and the last one to be done times the finalists again.
+
+    With `again`, these configs are all that is tried, whatever is known of them.
     """
 
-    def __init__(self, job: Job, store: Store, *, measure: bool, trials: int, board: Board | None = None):
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        *,
+        measure: bool,
+        trials: int,
+        board: Board | None = None,
+        again: Sequence[KernelConfig] | None = None,
+    ):
         self.job = job
         self._store, self._measure, self._trials, self._board = store, measure, trials, board
         self._wanted = "ok" if measure else "predicted"
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
+        self._default = default_of(job.place, job.gpu)
         known = [r for r in self._known() if not (r.of_machine or (measure and r.outcome == "predicted"))]
+        if again is not None:
+            known = []
         best = next((r for r in known if r.outcome == self._wanted), None)
-        self._search = Search(job.spec, job.gpu, self._first(best), guess=self._guess_us)
+        first = self._first(best) if again is None else again
+        self._search = Search(job.spec, job.gpu, first, guess=self._guess_us, among=again)
         for result in known:
             self._search.tell(result.config, result.time_us)
         self.progress = Progress(job, known=len(known), best=best)
         self._asked = self._compiling = self._measuring = 0
         self._ready: deque[tuple[KernelConfig, Outcome]] = deque()  # compiled, and not yet measured
         self._compiled: dict[KernelConfig, Outcome] = {}  # of those that are being measured
-        self._finals = Finals(job.spec.op, self._known, self._trial)
+        self._finals = Finals(job.spec.op, self._known, self._trial, self._default, again or ())
         self._elsewhere: list[KernelConfig] = []  # claimed by others when they were proposed
         self._heard: set[KernelConfig] = set()  # what others found
         self._heard_before = 0
@@ -127,7 +143,9 @@ class Run:
         if self.searching:
             if self._ready:
                 config, self._compiled[config] = self._ready.popleft()
-                request = Measure(self._trial(config), GIVE_UP * self._best_us)
+                # The default is never given up: what tuning is worth is told by its time.
+                give_up_us = float("inf") if config == self._default else GIVE_UP * self._best_us
+                request = Measure(self._trial(config), give_up_us)
         elif self._measure and not self._measuring:
             self._finals.over |= self._board is not None and self._board.others_at_work()
             request = self._finals.next_request()

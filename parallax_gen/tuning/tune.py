@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from parallax_gen.machine import usable_cpus
+from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.tuning.board import Storage
 from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
 from parallax_gen.tuning.job import Job, Progress, program_of, proven_configs
 from parallax_gen.tuning.pool import Answer, AnyWorker, Pool
+from parallax_gen.tuning.refresh import known_configs
 from parallax_gen.tuning.run import MOST_SPILLS, Run
 from parallax_gen.tuning.worker import Compile, Worker
 
@@ -55,7 +57,7 @@ class Tuner:
 
     measure=False compiles and predicts only, and needs no GPU. benches: the children that measure, by the index of
     their device; the first device's where none are given. compilers: those that compile, or how many to start. The
-    tuner owns all of them from then on.
+    tuner owns all of them from then on. refresh: what is known, where that alone is timed again (tuning/refresh.py).
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class Tuner:
         benches: Mapping[int, AnyWorker] | None = None,
         compilers: Sequence[AnyWorker] | int | None = None,
         storage: Storage | None = None,
+        refresh: Memory | None = None,
     ):
-        self._store, self._measure, self._storage = store, measure, storage
+        self._store, self._measure, self._storage, self._refresh = store, measure, storage, refresh
         self._benches = dict(benches or start_benches([0])) if measure else {}
         if compilers is None or isinstance(compilers, int):
             compilers = start_compilers(compilers, len(self._benches))
@@ -97,9 +100,14 @@ class Tuner:
         self._runs += len(jobs)
         # Made when they are needed: what is known of a place is read from the store then.
         runs = ((next(numbers), self._run(job, trials)) for job in jobs)
-        return _Floor(self._pool, runs, list(self._benches)).work(time_budget_s, watcher)
+        # Of a refresh few configs are compiled a job: the compilers have work from several.
+        ahead = max(len(self._benches), self._pool.compilers // 2 if self._refresh else 1)
+        return _Floor(self._pool, runs, list(self._benches), ahead).work(time_budget_s, watcher)
 
     def _run(self, job: Job, trials: int) -> Run:
+        if self._refresh is not None:
+            again = known_configs(job, self._refresh)[:trials]
+            return Run(job, self._store, measure=self._measure, trials=len(again), again=again)
         # A prediction would keep those who can measure from the config.
         board = self._storage.board(job.place, program_of(job)) if self._storage is not None and self._measure else None
         return Run(job, self._store, measure=self._measure, trials=trials, board=board)
@@ -108,8 +116,9 @@ class Tuner:
 class _Floor:
     """Where runs and devices meet: which run has which device, and which is next."""
 
-    def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int]):
-        self._pool, self._to_come = pool, runs
+    def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int], ahead: int):
+        """`ahead`: of so many runs that no device has yet the configs are compiled."""
+        self._pool, self._to_come, self._most_ahead = pool, runs, ahead
         self._measure = bool(devices)
         self._ahead: deque[tuple[int, Run]] = deque()  # no device has them yet; their configs are compiled
         self._running: dict[int, Run] = {}
@@ -178,7 +187,7 @@ class _Floor:
 
     def _compile_ahead(self) -> None:
         """Keep twice as many configs of each run under way as there are compilers; also of the devices' next runs."""
-        if self._measure and len(self._ahead) < len(self._run_of):
+        if self._measure and len(self._ahead) < self._most_ahead:
             self._ahead.extend(itertools.islice(self._to_come, 1))
         for number, run in [*self._running.items(), *self._ahead]:
             while run.waiting < 2 * self._pool.compilers and (asked := run.ask()) is not None:

@@ -19,7 +19,7 @@ from parallax_gen.memory.ranking import (
     evidence_of,
     is_current,
     is_rendered,
-    neighbours,
+    near_buckets,
     ranked,
     siblings,
 )
@@ -111,9 +111,10 @@ def test_a_near_bucket_of_other_kernels_is_not_ahead_of_the_default(spec: Kernel
     assert best(place, GPU, Table([there])).record is None
 
 
-def test_the_smallest_buckets_have_neighbours_too() -> None:
-    smallest = near(1, 128)
-    assert [p.bucket for p in neighbours(smallest)] == [Bucket(1, 1, 256), Bucket(2, 1, 128), Bucket(1, 1, 512)]
+def test_the_smallest_buckets_have_near_ones_too() -> None:
+    smallest = [p.bucket for p in near_buckets(near(1, 128))]
+    assert smallest == [Bucket(1, 1, 256), Bucket(2, 1, 128), Bucket(1, 1, 512)]
+    assert next(near_buckets(PLACE)).bucket == Bucket(8, 8192, 8192)  # self-attention's lengths go together
 
 
 def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None:

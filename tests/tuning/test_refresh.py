@@ -1,0 +1,161 @@
+"""What is known is timed again: of each place the few best of all records, and today's default, in turns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from machines import Machine, timed, timing
+
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of
+from parallax_gen.memory.result import Evidence, Result
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.space import every_config
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.refresh import MOST, known_configs, known_jobs
+from parallax_gen.tuning.tune import Job, Progress, Tuner
+from parallax_gen.tuning.worker import Measure, Outcome, Rematch
+
+GPU = GPUS["h200"]
+SPEC = KernelSpec("decode", 64, "bf16")
+JOB = Job(SPEC, Bucket(8, 1, 4096), GPU)
+DEFAULT = default_of(JOB.place, GPU)
+OTHERS = [config for config in every_config(SPEC, GPU) if config != DEFAULT][:10]
+OLD = {"triton": "2.0.0", "cuda": "11.0"}
+LOST = {"kernel": "f" * 32, "text": "e" * 32}  # of a kernel that nothing renders
+
+
+def record(config: KernelConfig, time_us: float, place: Place = JOB.place, **evidence: str) -> Result:
+    found: Evidence = replace(evidence_of(render(place.spec, config, GPU)), **evidence)  # type: ignore[arg-type]
+    return Result(place, found, config, "ok", time_us=time_us, created_at="2026-01-01T00:00:00+00:00")
+
+
+def memory_of(store: Store, folder: Path, *records: Result) -> Memory:
+    for result in records:
+        store.record(result)
+    return Memory(store, folder)
+
+
+def refresh(memory: Memory, *jobs: Job) -> list[Progress]:
+    class Watcher:
+        def begin(self, job: Job) -> None: ...
+        def update(self, progress: Progress) -> None: ...
+        def end(self, progress: Progress) -> None: ...
+
+    assert memory.store is not None
+    with Tuner(memory.store, measure=True, compilers=2, refresh=memory) as tuner:
+        return tuner.tune_all(jobs, trials=64, time_budget_s=60.0, watcher=Watcher())
+
+
+def test_of_each_place_the_best_of_every_kind_of_evidence(store: Store, tmp_path: Path) -> None:
+    near = replace(JOB.place, bucket=Bucket(8, 1, 8192))
+    sibling = replace(JOB.place, gpu="h100")
+    memory = memory_of(
+        store,
+        tmp_path,
+        *(record(config, 10.0 + n) for n, config in enumerate(OTHERS[:3])),
+        record(OTHERS[3], 1.0, sibling),
+        record(OTHERS[4], 2.0, near),
+        record(OTHERS[5], 0.5, **LOST),
+    )
+    assert known_configs(JOB, memory) == [DEFAULT, *OTHERS[:2], OTHERS[3], OTHERS[4], OTHERS[5]]
+    assert MOST == 6
+
+
+def test_where_nothing_is_known_the_default_alone(store: Store, tmp_path: Path) -> None:
+    assert known_configs(JOB, memory_of(store, tmp_path)) == [DEFAULT]
+
+
+def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) -> None:
+    alive, older, lost = (replace(JOB.place, bucket=Bucket(rows, 1, 128)) for rows in (1, 64, 4096))
+    other = replace(JOB.place, gpu="h100", bucket=Bucket(2, 1, 512))
+    memory = memory_of(
+        store,
+        tmp_path,
+        record(OTHERS[0], 1.0, alive),
+        record(OTHERS[0], 1.0, older, **OLD),
+        record(OTHERS[0], 1.0, lost, **LOST),
+        record(OTHERS[0], 1.0, other),
+    )
+    assert [job.place for job in known_jobs(memory, GPU)] == [lost, older, alive]
+    assert [job.place for job in known_jobs(memory, GPU, lambda place: place.bucket.kv_rows > 1)] == [lost, older]
+    (of_sibling,) = known_jobs(memory, GPUS["h100"])
+    assert of_sibling.place == other
+    unknown = replace(GPU, name="a card alike")
+    assert {job.bucket for job in known_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
+    assert known_jobs(memory, GPUS["rtx4090"]) == []
+
+
+def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
+    store: Store, machine: Machine, tmp_path: Path
+) -> None:
+    us = {DEFAULT: 20.0, OTHERS[0]: 10.0, OTHERS[1]: 10.4, OTHERS[2]: 10.6}
+    machine.measure = lambda config, n: timed(us[config])
+    machine.rematch = lambda request: Outcome("ok", timings=tuple(timing(us[t.config] / 2) for t in request.trials))
+    memory = memory_of(
+        store,
+        tmp_path,
+        record(OTHERS[0], 1.0),
+        record(OTHERS[1], 1.0, **OLD),
+        record(OTHERS[2], 1.0, replace(JOB.place, gpu="h100")),
+    )
+    (progress,) = refresh(memory, JOB)
+    assert progress.kinds == {"ok": 4}
+    assert {request.trial.config for request in machine.measured} == set(us)
+    (turns,) = machine.rematches
+    assert [trial.config for trial in turns.trials] == [OTHERS[0], OTHERS[1], DEFAULT]  # 10.6 is not within 5 %
+    found = {r.config: r.time_us for r in store.results(JOB.place) if r.evidence.triton != "2.0.0"}
+    assert found == {OTHERS[0]: 5.0, OTHERS[1]: 5.2, DEFAULT: 10.0, OTHERS[2]: 10.6}
+    assert len(store.results(JOB.place)) == 5  # what the other Triton measured is still there
+    choice = best(JOB.place, GPU, memory)
+    assert (choice.tier, choice.config) == (Tier.MEASURED_HERE, OTHERS[0])
+
+
+def test_an_old_time_that_nothing_timed_again_does_not_win(store: Store, machine: Machine, tmp_path: Path) -> None:
+    """Of a long search some rows remain: the best of them is timed too, until the best is one that was."""
+    machine.measure = lambda config, n: timed(30.0)
+    memory = memory_of(store, tmp_path, *(record(config, 20.0 + n) for n, config in enumerate(OTHERS[:4])))
+    refresh(memory, JOB)
+    again = {request.trial.config for request in machine.measured}
+    assert again == {DEFAULT, *OTHERS[:4]}
+    assert all(r.time_us == 30.0 for r in store.results(JOB.place))
+
+
+def test_what_fails_now_counts_no_more(store: Store, machine: Machine, tmp_path: Path) -> None:
+    machine.measure = lambda config, n: timed(9.0) if config == DEFAULT else Outcome("wrong", "NaN", error=1.0)
+    refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
+    assert best(JOB.place, GPU, store).config == DEFAULT
+    assert not machine.rematches
+
+
+def test_many_places_at_once(store: Store, machine: Machine, tmp_path: Path) -> None:
+    places = [replace(JOB.place, bucket=Bucket(rows, 1, keys)) for rows in (1, 8, 64) for keys in (256, 2048)]
+    memory = memory_of(store, tmp_path, *(record(OTHERS[n], 5.0, place) for n, place in enumerate(places)))
+    done = refresh(memory, *known_jobs(memory, GPU))
+    assert {progress.job.place for progress in done} == set(places)
+    for place in places:
+        assert default_of(place, GPU) in {r.config for r in store.results(place)}
+
+
+def test_the_default_is_never_given_up(store: Store, machine: Machine, tmp_path: Path) -> None:
+    """Its time tells what tuning is worth, however slow it is; the others are given up at half more than the best."""
+    refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
+    limits = {r.trial.config: r.give_up_us for _, r in machine.on if isinstance(r, Measure)}
+    assert limits[DEFAULT] == float("inf")
+    assert not any(isinstance(r, Rematch) and len(r.trials) < 2 for _, r in machine.on)
+
+
+@pytest.mark.parametrize("op", ["forward", "dkdv"])
+def test_ops_without_neighbours_in_the_ranking_try_those_too(op: str, store: Store, tmp_path: Path) -> None:
+    spec = KernelSpec(op, 64, "bf16", causal=True)
+    job = Job(spec, Bucket(8, 2048, 2048), GPU)
+    config = next(c for c in every_config(spec, GPU) if c != default_of(job.place, GPU))
+    memory = memory_of(store, tmp_path, record(config, 1.0, replace(job.place, bucket=Bucket(8, 1024, 1024))))
+    assert known_configs(job, memory) == [default_of(job.place, GPU), config]
