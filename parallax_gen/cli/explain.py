@@ -83,8 +83,9 @@ def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origin
 
     choice = choose(spec, shape, gpu, memory)
     results = memory.results(choice.place)
-    candidates = [c for c in ranked(choice.place, gpu, memory) if c != choice.candidate]
-    used = {c.record for c in (choice.candidate, *candidates)}
+    refused = [candidate for candidate, _ in choice.refused]
+    candidates = [c for c in ranked(choice.place, gpu, memory) if c not in (choice.candidate, *refused)]
+    used = {c.record for c in (choice.candidate, *refused, *candidates)}
     return Explanation(
         spec=spec,
         shape=shape,
@@ -118,6 +119,8 @@ def _reason(choice: Choice, results: list[Result], candidates: list[Candidate]) 
         return (
             f"{of} on {record.place.gpu}, a card of the same capability; nothing that counts was measured on this one"
         )
+    if choice.refused:
+        return "what is borrowed elsewhere compiles badly here"
     if not results:
         return "nothing is known of this place"
     measured = [r for r in results if r.measured]
@@ -143,7 +146,7 @@ def _why_unused(result: Result) -> str:
 
 
 def _print(found: Explanation, origins: Origins) -> None:
-    from parallax_gen.cli.known import standing
+    from parallax_gen.cli.known import NOT_CHECKED, standing
 
     place, record = found.choice.place, found.choice.record
     click.echo(f"call    {found.spec}; {found.shape}; on {place.gpu}")
@@ -156,6 +159,10 @@ def _print(found: Explanation, origins: Origins) -> None:
         whose = {"yours": "your record", "shipped": "a shipped record"}[found.origin]
         click.echo(f"from    {whose}, {found.reason}:")
         click.echo(f"        {_told(record)}, {record.source or 'measured'}, {record.created_at}")
+    for candidate, why in found.choice.refused:
+        click.echo(f"not     {describe(candidate.config)}: {why}")
+    if not found.choice.checked:
+        click.echo(f"        {NOT_CHECKED}")
     runners_up = [(c.record, standing(c, place)) for c in found.runners_up if c.record is not None]
     _section("runners-up", [_line(r, f"{origins.status(r)}, {by}") for r, by in runners_up])
     _section("only predicted, so not used", [_line(r, "model's estimate") for r in found.predicted])
@@ -192,6 +199,8 @@ def _to_json(found: Explanation, origins: Origins) -> dict[str, Any]:
         "from": found.origin,
         "tier": found.choice.candidate.tier.words,
         "reason": found.reason,
+        "checked": found.choice.checked,
+        "refused": [{"why": why, "config": config_to_dict(c.config)} for c, why in found.choice.refused],
         "record": None if record is None else origins.to_json(record),
         "runners_up": [
             {"tier": c.tier.words, "record": origins.to_json(c.record)} for c in found.runners_up if c.record

@@ -29,8 +29,8 @@ from parallax_gen.problem.spec import KernelSpec
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
     from parallax_gen.codegen.render import KernelSource
+    from parallax_gen.memory.guard import Guarded
     from parallax_gen.memory.place import Place
-    from parallax_gen.memory.ranking import Candidate
     from parallax_gen.memory.shipped import Memory
 
 
@@ -108,8 +108,8 @@ def _to_json(path: Path, pick: Pick) -> dict[str, Any]:
 def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[Pick]:
     """One kernel a shape; of no shapes, one a bucket that is known, else one for the op's first usual shape."""
     from parallax_gen.cli.known import Origins
+    from parallax_gen.memory.guard import guarded
     from parallax_gen.memory.place import Place
-    from parallax_gen.memory.ranking import best
     from parallax_gen.problem.shapes import bucket_of
 
     origins = Origins(memory)
@@ -117,29 +117,32 @@ def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> l
     places = [Place(gpu.name, spec, bucket_of(shape)) for spec, shape in kernels]
     if not shapes:
         places = [r.place for r in memory.all(gpu.name, asked.op) if r.measured and asked.holds(r.place)]
-    choices = {place: best(place, gpu, memory) for place in places}
+    choices = {place: guarded(place, gpu, memory) for place in places}
     if not shapes:
-        choices = {place: choice for place, choice in choices.items() if choice.record is not None}
+        choices = {place: choice for place, choice in choices.items() if choice.candidate.record}
     if not choices:
         spec, shape = asked.kernel(None)
         place = Place(gpu.name, spec, bucket_of(shape))
-        choices = {place: best(place, gpu, memory)}
+        choices = {place: guarded(place, gpu, memory)}
     return [_pick(place, choice, origins) for place, choice in choices.items()]
 
 
-def _pick(place: Place, choice: Candidate, origins: Origins) -> Pick:
-    from parallax_gen.cli.known import shape_of, unlike_here
+def _pick(place: Place, choice: Guarded, origins: Origins) -> Pick:
+    from parallax_gen.cli.known import NOT_CHECKED, shape_of, unlike_here
 
-    record = choice.record
+    config, record = choice.candidate.config, choice.candidate.record
     if record is None:
         told = "the default config: no record of it counts, so it was not measured"
-        return Pick(place.spec, place.bucket, choice.config, told)
+        return Pick(place.spec, place.bucket, config, told)
     assert record.time_us is not None
     whose = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
     if record.place != place:
         whose += f", measured on {record.place.gpu}"
+        whose += f" at {record.place.bucket}" if record.place.bucket != place.bucket else ""
     timed = f"{time_and_rate(place.spec, shape_of(record), record.time_us)} at {shape_of(record)}"
     parts = [whose, record.source, record.created_at, timed]
     if unlike := unlike_here(record):
         parts.append(", ".join(unlike))
-    return Pick(place.spec, place.bucket, choice.config, "; ".join(part for part in parts if part))
+    if not choice.checked:
+        parts.append(NOT_CHECKED)
+    return Pick(place.spec, place.bucket, config, "; ".join(part for part in parts if part))

@@ -9,8 +9,9 @@ from typing import Any
 from parallax_gen.cli.options import gpu_named
 from parallax_gen.cli.text import rate, rate_unit
 from parallax_gen.errors import UnknownGpuError
+from parallax_gen.memory.guard import guarded
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Tier, best, is_rendered
+from parallax_gen.memory.ranking import Candidate, Tier, is_rendered
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
@@ -20,6 +21,7 @@ from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
 
 ANOTHER_KERNEL = "another kernel than today's"
+NOT_CHECKED = "not yet checked: a first call compiles it here, and passes it over where it spills"
 AS_HERE = "this Triton"  # with this ptxas, and of today's kernel
 
 
@@ -75,8 +77,8 @@ def unlike_here(result: Result) -> tuple[str, ...]:
 
 
 def chosen(place: Place, known: Known) -> Candidate:
-    """What a call at a place gets."""
-    return best(place, card_of(place), known)
+    """What a call at a place gets, as far as it was checked here."""
+    return guarded(place, card_of(place), known).candidate
 
 
 def standing(candidate: Candidate, place: Place) -> str:

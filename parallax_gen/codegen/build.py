@@ -52,17 +52,23 @@ def write(source: KernelSource) -> Path:
 @cache
 def load(source: KernelSource) -> ModuleType:
     """The imported kernel file. Its `launch` compiles on first use, through Triton's own cache."""
-    path = write(source)
+    return _imported(write(source))
+
+
+def _imported(path: Path, *, alone: bool = False) -> ModuleType:
+    """A kernel file as a module, under its name; `alone`: one of its own that nobody else gets to see."""
     name = f"parallax_gen_kernels_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    if not alone:
+        sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever it raised: it does not import
-        del sys.modules[name]
+        if not alone:
+            del sys.modules[name]
         raise machine_error(error) or BuildError(f"{path} does not import: {error}") from error
     return module
 
@@ -88,6 +94,24 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
             raise machine_error(error) or BuildError(gist(error)) from error
     return resources_of(compiled)
+
+
+def compile_here(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape) -> Resources:
+    """Compile what the same call compiles on the current device, launch nothing, and say what the driver makes of it.
+
+    Needs a CUDA device. Triton keeps the program, so that the call compiles no more. Raises BuildError where the config
+    has no program or the device refuses it, and MachineError where the machine is at fault.
+    """
+    module = _imported(write(source), alone=True)  # launching is switched off in it: no call may have the same
+    compiled: list[Any] = []
+    with _launching_switched_off(module, compiled):
+        try:
+            module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
+            first = compiled[0]
+            first.run  # noqa: B018 - loads it, and with that finds out
+        except Exception as error:  # Triton's stages raise many types; any of them means: no program
+            raise machine_error(error) or BuildError(gist(error)) from error
+    return Resources(int(first.n_regs), 4 * int(first.n_spills), int(first.metadata.shared))
 
 
 class _DriverWithoutDevice:

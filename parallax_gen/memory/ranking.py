@@ -5,9 +5,10 @@ has compiled it. Tiers, the best first:
 
 1. measured here: the same GPU, kernel and toolchain
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
-3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200
-4. neighbour: the same kernel at a near bucket, along keys before rows; of those decode kernels alone that evidence has
-   ahead of the default there (docs/architecture.md)
+3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; but for
+   preprocess, which moves rows at the speed of its own card's memory
+4. neighbour: the same kernel at a near bucket, along keys before rows; of decode of equal lengths alone, where evidence
+   (docs/borrowing.md) has it ahead of the default
 5. default: the heuristics
 
 Within a tier the same toolchain goes first, then the newest; times are compared where one card took them with one
@@ -71,7 +72,7 @@ def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
     own = _searches(known.results(place))
     others = [
         search
-        for name in siblings(gpu)
+        for name in (siblings(gpu) if _is_sibling_better(place) else ())
         for search in _searches(known.results(replace(place, gpu=name)))
         if search.knew(default)
     ]
@@ -110,6 +111,11 @@ def near_buckets(place: Place) -> Iterator[Place]:
         for near in (size * factor, size // factor):
             if near >= least:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
+
+
+def _is_sibling_better(place: Place) -> bool:
+    """Whether what is fast on a card alike is ahead of the default, by evidence: all but what only moves rows."""
+    return place.spec.op != "preprocess"
 
 
 def _is_near_better(place: Place) -> bool:

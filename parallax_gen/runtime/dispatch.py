@@ -10,11 +10,13 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from parallax_gen.codegen.build import load
+from parallax_gen.codegen.build import compile_here, load
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.folders import give_triton_a_cache
 from parallax_gen.codegen.render import render
+from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import StoreError
+from parallax_gen.memory.guard import Compiled, guarded, keep, kept
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, best, siblings
 from parallax_gen.memory.result import Result
@@ -32,10 +34,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The config that a call gets, and what it rests on."""
+    """The config that a call gets, and what it rests on.
+
+    checked, refused  as of memory/guard.py
+    """
 
     place: Place
     candidate: Candidate
+    checked: bool = True
+    refused: tuple[tuple[Candidate, str], ...] = ()
 
     @property
     def config(self) -> KernelConfig:
@@ -47,10 +54,13 @@ class Choice:
         return self.candidate.record
 
 
-def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known) -> Choice:
-    """What a call gets: see memory/ranking.py."""
+def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known, compiled: Compiled | None = None) -> Choice:
+    """What a call gets: see memory/ranking.py and memory/guard.py."""
     place = Place(gpu.name, spec, bucket_of(shape))
-    choice = Choice(place, best(place, gpu, memory))
+    found = guarded(place, gpu, memory, compiled)
+    choice = Choice(place, found.candidate, found.checked, found.refused)
+    for refused, why in found.refused:
+        _LOG.info("%s; %s: not %s, for %s", spec, place.bucket, describe(refused.config), why)
     record, why = choice.record, choice.candidate.tier.words
     told = why if record is None else f"{why}, {record.time_us} us, {record.created_at}"
     _LOG.info("%s; %s, on %s: %s: %s", spec, place.bucket, gpu.name, told, describe(choice.config))
@@ -80,12 +90,31 @@ class Dispatcher:
         found = self._kernels.get(place)
         if found is None:
             give_triton_a_cache()
-            choice = choose(spec, shape, gpu, self._memory)
+            choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
             self._told |= advice.check(place, choice.candidate, warn=not self._told)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[place] = found
             _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
         return found
+
+
+def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> Compiled | None:
+    """Finds out what borrowed kernels of a call need, each once a machine; None where there is no device to ask."""
+    import torch
+    import triton
+
+    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+        return None
+
+    def compiled(config: KernelConfig) -> Resources | None:
+        source = render(spec, config, gpu)
+        resources = kept(source, gpu)
+        if resources is None:
+            resources = compile_here(source, spec, config, shape)
+            keep(source, gpu, resources)
+        return resources
+
+    return compiled
 
 
 class RuntimeMemory(Memory):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from parallax_gen import data
-from parallax_gen.memory import shipped
+from parallax_gen.memory import guard, shipped
 from parallax_gen.memory.store import Store
 
 
@@ -19,6 +19,12 @@ def shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(shipped, "data_dir", lambda name: folder if name == "tuning_db" else data.data_dir(name))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine's calls compiled is not in the folder."""
+    monkeypatch.setattr(guard, "cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ from cli_samples import (
 )
 
 from parallax_gen.codegen.render import render
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.guard import keep
 from parallax_gen.memory.shipped import load_shipped, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
@@ -35,7 +37,7 @@ from parallax_gen.problem.shapes import Bucket, Shape
 
 HERE = Toolchain.here()
 TRITON_HERE = minor(HERE.triton)
-OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
+OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))  # not near
 SIBLING = dataclasses.replace(PLACE, gpu="h100")
 
 # list
@@ -82,7 +84,7 @@ def test_list_marks_what_is_unused_and_what_ships(store: Store) -> None:
 
 def test_list_says_what_a_call_rests_on(store: Store) -> None:
     """Of each place the record that a call gets, be it of another toolchain or of a sibling card."""
-    longer = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 32768))
+    longer = dataclasses.replace(PLACE, bucket=Bucket(4096, 1, 8192))
     store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
     store.record(known(110.0, splits=3, unlike=OTHER_TOOLCHAIN))
     store.record(known(200.0, place=dataclasses.replace(SIBLING, bucket=OTHER_BUCKET.bucket)))
@@ -322,6 +324,31 @@ def test_explain_does_not_look_at_other_buckets(store: Store) -> None:
     assert (found["from"], found["reason"], found["unused"]) == ("default", "nothing is known of this place", [])
 
 
+def test_explain_a_near_bucket(store: Store) -> None:
+    near = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
+    store.record(known(50.0, place=near))
+    found = run_json("explain", *CALL)
+    assert (found["from"], found["tier"], found["checked"], found["refused"]) == ("yours", "a near bucket", False, [])
+    text = run("explain", *CALL).stdout
+    assert f"the best measured with {Toolchain.here()} at 256 kv rows, seqlen 1x16384; nothing that counts" in text
+    assert "not yet checked: a first call compiles it here" in text
+
+
+def test_explain_what_compiles_badly_here(store: Store) -> None:
+    store.record(known(50.0, splits=3, unlike=OTHER_TOOLCHAIN))
+    store.record(known(60.0, splits=4, unlike=OTHER_TOOLCHAIN))
+    for splits, spills in ((3, 500), (4, 0)):
+        keep(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
+    found = run_json("explain", *CALL)
+    assert (found["record"]["time_us"], found["checked"]) == (60.0, True)
+    assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in found["refused"]] == [
+        (3, "it spills 500 bytes a thread as compiled here, the default 0")
+    ]
+    assert "\nnot     BLOCK_N=32" in run("explain", *CALL).stdout
+    keep(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
+    assert run_json("explain", *CALL)["reason"] == "what is borrowed elsewhere compiles badly here"
+
+
 def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
     store.record(known(90.0, "predicted"))
     store.record(known(None, "wrong", splits=3))
@@ -403,7 +430,7 @@ def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
 def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:
     from cli_samples import process
 
-    store.record(known(250.0))
+    store.record(known(2.5))
     out, err = process("-m", "parallax_gen.cli", "list", "--json").communicate(timeout=60)
-    assert 250.0 in [record["time_us"] for record in json.loads(out)["records"]]  # beside what really ships
+    assert 2.5 in [record["time_us"] for record in json.loads(out)["records"]]  # beside what really ships
     assert err == ""

@@ -82,6 +82,12 @@ def test_tiers_go_before_times() -> None:
     assert choices(fastest) == [sibling, LAST]
 
 
+def test_a_siblings_preprocess_is_not_ahead_of_the_default() -> None:
+    place = Place(GPU.name, KernelSpec("preprocess", 128, "bf16"), Bucket(8, 4096, 4096))
+    sibling = dataclasses.replace(place, gpu="h100")
+    assert best(place, GPU, Table([record(config=default_of(place, GPU), place=sibling)])).record is None
+
+
 DECODE = Place(GPU.name, KernelSpec("decode", 128, "bf16", group=4), Bucket(8, 1, 4096))
 
 

@@ -1,0 +1,119 @@
+"""Keeps a call from a borrowed kernel that compiles badly here: what a call gets, of what the ranking has.
+
+A kernel that was measured with another Triton or on another card may keep its registers there and spill them here. So
+one that is borrowed is compiled before its first launch, and passed over where it spills far more than the default,
+does not fit the card, or does not compile. What compiling showed is kept in the cache folder, so that commands that
+compile nothing name the same kernel, or say that it was not checked yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from parallax_gen.codegen.folders import cache_dir
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.errors import BuildError, MachineError
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Candidate, Tier, default_of, ranked
+from parallax_gen.memory.table import Known
+from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import Gpu
+
+# Bytes a thread that a borrowed kernel may spill more than the default. Of the 62 places in docs/architecture.md, under
+# Triton 3.9, kernels that spilled 64 and 112 bytes more were 7 and 17 % faster than the default all the same; those of
+# 216 and 272 were 21 and 6 % slower.
+MOST_MORE_SPILLS = 128
+MOST_CHECKED = 2  # borrowed kernels a place: each may take seconds to compile
+FORMAT = 1  # of what is kept
+
+# What a config's kernel needs as compiled here; None where that is not known. Raises BuildError where it does not
+# compile.
+Compiled = Callable[[KernelConfig], Resources | None]
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What a call gets.
+
+    checked  whether its kernel need not be compiled first to know that it is the one: False of a borrowed one that was
+             not compiled here yet
+    refused  borrowed ones that rank higher, each with why it is not used
+    """
+
+    candidate: Candidate
+    checked: bool
+    refused: tuple[tuple[Candidate, str], ...] = ()
+
+
+def guarded(place: Place, gpu: Gpu, known: Known, compiled: Compiled | None = None) -> Guarded:
+    """What a call at a place gets. compiled: by default, what was kept of earlier checks."""
+    compiled = compiled or (lambda config: kept(render(place.spec, config, gpu), gpu))
+    refused: list[tuple[Candidate, str]] = []
+    for candidate in ranked(place, gpu, known):
+        if candidate.tier in (Tier.MEASURED_HERE, Tier.DEFAULT):
+            return Guarded(candidate, True, tuple(refused))
+        try:
+            resources = compiled(candidate.config)
+            if resources is None:
+                return Guarded(candidate, False, tuple(refused))
+            why = _why_refused(resources, place, gpu, compiled)
+        except BuildError as error:
+            why = f"it does not compile here: {error}"
+        if why is None:
+            return Guarded(candidate, True, tuple(refused))
+        refused.append((candidate, why))
+        if len(refused) == MOST_CHECKED:
+            break
+    return Guarded(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
+
+
+def _why_refused(resources: Resources, place: Place, gpu: Gpu, compiled: Compiled) -> str | None:
+    """Why a borrowed kernel is not used; None where it is. The default is only compiled where that decides."""
+    if resources.shared_bytes > gpu.shared_per_block:
+        return f"it needs {resources.shared_bytes} bytes of shared memory, over {gpu.shared_per_block}"
+    if resources.spills <= MOST_MORE_SPILLS:
+        return None
+    try:
+        default = compiled(default_of(place, gpu))
+    except BuildError:
+        return None
+    spilled = 0 if default is None else default.spills
+    if resources.spills <= spilled + MOST_MORE_SPILLS:
+        return None
+    return f"it spills {resources.spills} bytes a thread as compiled here, the default {spilled}"
+
+
+def kept(source: KernelSource, gpu: Gpu) -> Resources | None:
+    """What an earlier check found of a kernel as compiled here; None where none did, or what is there is damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError, MachineError, RecursionError):
+        found = json.loads(_path(source, gpu).read_text(encoding="utf-8"))
+        resources = Resources(**found)
+        if all(type(number) is int and number >= 0 for number in asdict(resources).values()):
+            return resources
+    return None
+
+
+def keep(source: KernelSource, gpu: Gpu, resources: Resources) -> None:
+    """For later processes; where there is no room for it, they find it out again."""
+    with contextlib.suppress(OSError, MachineError):
+        path = _path(source, gpu)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        part.write_text(json.dumps(asdict(resources)), encoding="utf-8")
+        os.replace(part, path)
+
+
+def _path(source: KernelSource, gpu: Gpu) -> Path:
+    """By the kernel's text, what compiles it, and for which capability."""
+    here = Toolchain.here()
+    which = f"{source.text_hash} {here.triton} {here.cuda} {gpu.capability}"
+    return cache_dir() / f"resources-{FORMAT}" / hashlib.sha256(which.encode()).hexdigest()[:32]

@@ -1,0 +1,167 @@
+"""A borrowed kernel is used where it compiles well here; what compiling showed is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from parallax_gen.codegen.render import render
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.errors import BuildError
+from parallax_gen.memory import guard
+from parallax_gen.memory.guard import MOST_MORE_SPILLS, guarded, keep, kept
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Tier, default_of, evidence_of
+from parallax_gen.memory.result import Result
+from parallax_gen.memory.table import Table
+from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.space import every_config
+from parallax_gen.problem.spec import KernelSpec
+
+GPU = GPUS["h200"]
+SPEC = KernelSpec("forward", 64, "bf16", causal=True)
+PLACE = Place(GPU.name, SPEC, Bucket(8, 4096, 4096))
+DEFAULT = default_of(PLACE, GPU)
+FIRST, SECOND, THIRD = [config for config in every_config(SPEC, GPU) if config != DEFAULT][:3]
+FINE = Resources(200, 0, 1000)
+SPILLS = Resources(255, MOST_MORE_SPILLS + 8, 1000)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(guard, "cache_dir", lambda: tmp_path)
+    return tmp_path
+
+
+def record(config: KernelConfig, time_us: float, triton: str = "2.0.0") -> Result:
+    evidence = dataclasses.replace(evidence_of(render(SPEC, config, GPU)), triton=triton)
+    return Result(PLACE, evidence, config, "ok", time_us=time_us)
+
+
+BORROWED = Table([record(FIRST, 1.0), record(SECOND, 2.0), record(THIRD, 3.0)])
+
+
+class Compiler:
+    """Says what each config's kernel needs, and remembers what it was asked."""
+
+    def __init__(self, **needs: Resources | Exception | None) -> None:
+        self.needs, self.asked = needs, []  # type: ignore[var-annotated]
+
+    def __call__(self, config: KernelConfig) -> Resources | None:
+        name = {FIRST: "first", SECOND: "second", THIRD: "third", DEFAULT: "default"}[config]
+        self.asked.append(name)
+        found = self.needs.get(name)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.mark.parametrize("resources", [FINE, Resources(255, MOST_MORE_SPILLS, GPU.shared_per_block)])
+def test_one_that_compiles_well_is_used_and_nothing_else_compiled(resources: Resources) -> None:
+    compiler = Compiler(first=resources)
+    found = guarded(PLACE, GPU, BORROWED, compiler)
+    assert (found.candidate.config, found.checked, found.refused) == (FIRST, True, ())
+    assert compiler.asked == ["first"]
+
+
+def test_one_that_spills_far_more_than_the_default_is_passed_over() -> None:
+    compiler = Compiler(first=SPILLS, second=FINE, default=Resources(255, 7, 1000))
+    found = guarded(PLACE, GPU, BORROWED, compiler)
+    assert (found.candidate.config, found.checked) == (SECOND, True)
+    ((refused, why),) = found.refused
+    assert refused.config == FIRST
+    assert why == "it spills 136 bytes a thread as compiled here, the default 7"
+    assert compiler.asked == ["first", "default", "second"]
+    # Where the default spills as well, it is no reason.
+    alike = Compiler(first=SPILLS, default=Resources(255, 8, 1000))
+    assert guarded(PLACE, GPU, BORROWED, alike).candidate.config == FIRST
+
+
+@pytest.mark.parametrize(
+    ("needs", "why"),
+    [
+        (BuildError("no such instruction"), "it does not compile here: no such instruction"),
+        (Resources(100, 0, GPU.shared_per_block + 1), "bytes of shared memory, over"),
+    ],
+)
+def test_one_that_does_not_compile_or_fit_is_passed_over(needs: Resources | Exception, why: str) -> None:
+    found = guarded(PLACE, GPU, BORROWED, Compiler(first=needs, second=FINE))
+    assert found.candidate.config == SECOND
+    assert why in found.refused[0][1]
+
+
+def test_of_two_at_the_most_else_the_default() -> None:
+    compiler = Compiler(first=SPILLS, second=SPILLS, third=FINE, default=FINE)
+    found = guarded(PLACE, GPU, BORROWED, compiler)
+    assert (found.candidate.tier, found.candidate.config, found.checked) == (Tier.DEFAULT, DEFAULT, True)
+    assert [candidate.config for candidate, _ in found.refused] == [FIRST, SECOND]
+    assert "third" not in compiler.asked
+
+
+def test_where_the_default_does_not_compile_the_borrowed_one_is_used() -> None:
+    found = guarded(PLACE, GPU, BORROWED, Compiler(first=SPILLS, default=BuildError("no")))
+    assert found.candidate.config == FIRST
+
+
+def test_what_was_measured_here_is_not_compiled_to_be_checked() -> None:
+    compiler = Compiler()
+    here = Toolchain.here().triton
+    known = Table([record(config, 9.0, here) for config in (FIRST, SECOND, THIRD)])
+    assert guarded(PLACE, GPU, known, compiler).checked
+    assert guarded(PLACE, GPU, Table([]), compiler).candidate.config == DEFAULT
+    assert compiler.asked == []
+
+
+def test_what_was_not_compiled_yet_is_said_to_be_unchecked() -> None:
+    found = guarded(PLACE, GPU, BORROWED)
+    assert (found.candidate.config, found.checked) == (FIRST, False)
+    keep(render(SPEC, FIRST, GPU), GPU, SPILLS)
+    assert guarded(PLACE, GPU, BORROWED).candidate.config == SECOND  # the default's spills are not known: taken for 0
+    keep(render(SPEC, DEFAULT, GPU), GPU, SPILLS)
+    found = guarded(PLACE, GPU, BORROWED)
+    assert (found.candidate.config, found.checked) == (FIRST, True)
+
+
+def test_what_is_kept_is_of_a_kernel_a_toolchain_and_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = render(SPEC, FIRST, GPU)
+    keep(source, GPU, FINE)
+    assert kept(source, GPU) == kept(source, GPUS["h100"]) == FINE
+    assert kept(render(SPEC, SECOND, GPU), GPU) is None
+    assert kept(source, GPUS["b200"]) is None
+    monkeypatch.setattr(Toolchain, "here", classmethod(lambda cls: Toolchain("9.9.9", "99.9")))
+    assert kept(source, GPU) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"registers": 1}',
+        '{"registers": 1, "spills": -1, "shared_bytes": 0}',
+        '{"registers": "1", "spills": 0, "shared_bytes": 0}',
+        '{"registers": 1, "spills": 0, "shared_bytes": true}',
+    ],
+)
+def test_a_damaged_note_is_none(cache: Path, text: str) -> None:
+    source = render(SPEC, FIRST, GPU)
+    keep(source, GPU, FINE)
+    (path,) = (cache / f"resources-{guard.FORMAT}").iterdir()
+    path.write_text(text, encoding="utf-8")
+    assert kept(source, GPU) is None
+
+
+def test_without_a_folder_it_is_found_out_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(guard, "cache_dir", lambda: tmp_path / "file")
+    source = render(SPEC, FIRST, GPU)
+    keep(source, GPU, FINE)
+    assert kept(source, GPU) is None
