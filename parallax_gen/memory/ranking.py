@@ -58,17 +58,18 @@ class Candidate:
     record: Result | None
 
 
-def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
+def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) -> Iterator[Candidate]:
     """What a call at a place can get, the best first; the default is the last. Renders no more than is asked for.
 
-    gpu  the card that the place's name stands for
+    gpu   the card that the place's name stands for
+    here  the toolchain that would compile it: by default this process's
     """
     default = default_of(place, gpu)
-    own = _searches(known.results(place))
+    own = _searches(known.results(place), here)
     others = [
         search
         for name in siblings(gpu)
-        for search in _searches(known.results(replace(place, gpu=name)))
+        for search in _searches(known.results(replace(place, gpu=name)), here)
         if search.knew(default)
     ]
     others.sort(key=lambda search: search.like_here, reverse=True)
@@ -82,9 +83,9 @@ def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
     yield Candidate(Tier.DEFAULT, default, None)
 
 
-def best(place: Place, gpu: Gpu, known: Known) -> Candidate:
-    """What a call at a place gets."""
-    return next(ranked(place, gpu, known))
+def best(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) -> Candidate:
+    """What a call at a place gets; `here` as of `ranked`."""
+    return next(ranked(place, gpu, known, here))
 
 
 def default_of(place: Place, gpu: Gpu) -> KernelConfig:
@@ -143,16 +144,18 @@ class _Search:
 
     measured  fast to slow
     tried     those that failed too, but not what was only predicted, or what the machine failed
+    here      the toolchain that a call's kernels are compiled by
     """
 
     measured: list[Result]
     tried: list[KernelConfig]
+    here: Toolchain
 
     @cached_property
     def like_here(self) -> bool:
-        """Whether this process would compile and time alike."""
+        """Whether a call's kernels would be compiled and timed alike."""
         evidence = self.measured[0].evidence
-        return evidence.toolchain.like(Toolchain.here()) and evidence.protocol == PROTOCOL
+        return evidence.toolchain.like(self.here) and evidence.protocol == PROTOCOL
 
     @cached_property
     def newest(self) -> str:
@@ -177,15 +180,16 @@ class _Search:
         return True
 
 
-def _searches(results: Iterable[Result]) -> list[_Search]:
-    """By toolchain and protocol, those that measured anything: this process's first, then the newest."""
+def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:
+    """By toolchain and protocol, those that measured anything: those like `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
         if result.outcome != "predicted" and not result.of_machine:
             evidence = result.evidence
             tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
     found = []
+    here = here or Toolchain.here()
     for group in tried.values():
         if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
-            found.append(_Search(measured, [result.config for result in group]))
+            found.append(_Search(measured, [result.config for result in group], here))
     return sorted(found, key=lambda search: (search.like_here, search.newest), reverse=True)
