@@ -1,29 +1,39 @@
-"""`parallax-gen replay`: which sampler finds the best soonest, on recorded sweeps, without a GPU."""
+"""`parallax-gen replay`: on what was recorded, which sampler finds the best soonest, and what borrowed records lose."""
 
 from __future__ import annotations
 
 import csv
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import console, print_json, print_table
+from parallax_gen.problem.config import config_to_dict
 
 if TYPE_CHECKING:
+    from parallax_gen.tuning.borrowing import Borrowed, Summary
     from parallax_gen.tuning.replay import Curve
     from parallax_gen.tuning.sweep import Sweep
 
 SHARES = (0.02, 0.05, 0.1, 0.2)  # of a sweep's configs, at which regrets are printed
 SLOW = ("gp",)  # takes minutes a seed: only where it is asked for
 
+OF_SEARCHES = {name: f"--{name}" for name in ("seeds", "share", "workers")} | {
+    "samplers": "--sampler",
+    "folder": "--out",
+}
+
 Found = list[tuple[str, "Sweep", "list[Curve]"]]  # of each sweep its name and every contender's curve
 
 
 @click.command()
-@click.argument("sweeps", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--borrow", is_flag=True, help="Judge what calls would borrow, and not samplers.")
 @click.option("--sampler", "samplers", multiple=True, metavar="NAME", help="Repeatable. Default: all but gp.")
 @click.option("--seeds", type=click.IntRange(min=1), default=20, show_default=True, help="Searches a sampler.")
 @click.option(
@@ -41,8 +51,11 @@ Found = list[tuple[str, "Sweep", "list[Curve]"]]  # of each sweep its name and e
     help="Also write regrets.csv there, and regrets.png if matplotlib is there.",
 )
 @json_option
+@click.pass_context
 def replay(
-    sweeps: tuple[Path, ...],
+    context: click.Context,
+    files: tuple[Path, ...],
+    borrow: bool,
     samplers: tuple[str, ...],
     seeds: int,
     share: float,
@@ -64,10 +77,23 @@ def replay(
                       cmaes) and gp (with scipy)
       random
 
+    With --borrow no search is replayed: the ranking is asked what a call would get where ever more of what is known
+    were not there, and what was measured says what that would lose. FILES are sweeps, or records as `parallax-gen db
+    export` writes them; without any, what ships and your database are judged by themselves.
+
     \b
     Example
       parallax-gen replay sweeps/*.jsonl.gz --seeds 20 --out replayed
+      parallax-gen replay --borrow
     """
+    if borrow:
+        given = [name for name in OF_SEARCHES if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+        if given:
+            raise click.UsageError(f"--borrow replays no searches: leave out {OF_SEARCHES[given[0]]}")
+        _judge(files, as_json)
+        return
+    if not files:
+        raise click.UsageError("name the files of the sweeps, or say --borrow")
     from parallax_gen.tuning.replay import CONTENDERS, curves
     from parallax_gen.tuning.search import missing_package
     from parallax_gen.tuning.sweep import read_sweep
@@ -77,7 +103,7 @@ def replay(
             raise click.BadParameter(f"{name!r} is not one of {', '.join(CONTENDERS)}", param_hint="--sampler")
     usual = [name for name in CONTENDERS if name not in SLOW and missing_package(name) is None]
     found: Found = []
-    for path in sweeps:
+    for path in files:
         sweep = read_sweep(path)
         trials = max(1, math.ceil(share * len(sweep.results)))
         with console(stderr=True).status(f"{path.name}: {seeds} seeds, {trials} trials"):
@@ -190,4 +216,47 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
             }
             for curve in curves
         ],
+    }
+
+
+def _judge(files: tuple[Path, ...], as_json: bool) -> None:
+    """Print what the memory has calls borrow, by what files say was measured, or by itself."""
+    from parallax_gen.cli.known import open_memory
+    from parallax_gen.memory.ranking import is_rendered
+    from parallax_gen.problem.hardware import GPUS
+    from parallax_gen.tuning.borrowing import borrowed, measured_together, read_measured, summarise
+
+    told = [result for path in files for result in read_measured(path)]
+    known = open_memory().all()
+    if not files:
+        told = [r for r in known if r.place.gpu in GPUS and is_rendered(r, GPUS[r.place.gpu])]
+    sets = measured_together(told)
+    with console(stderr=True).status(f"{len(sets)} sets of times"):
+        choices = [choice for measured in sets for choice in borrowed(measured, known)]
+    lines = summarise(choices)
+    if as_json:
+        print_json({"summaries": [asdict(line) for line in lines], "choices": [_choice(choice) for choice in choices]})
+        return
+    columns = ("op", "choice", "places", "unmeasured", "mean", "worst", "default's mean", "worst")
+    print_table(columns, map(_row, lines), right=columns[2:])
+    click.echo(f"\nlosses are over the fastest of a set, means geometric; sets of times: {len(sets)}")
+
+
+def _row(line: Summary) -> tuple[str, ...]:
+    losses = (line.mean, line.worst, line.default_mean, line.default_worst)
+    of_losses = ("-" if loss is None else f"{loss:.3f}" for loss in losses)
+    return (line.kind, line.choice, str(line.places), str(line.unmeasured), *of_losses)
+
+
+def _choice(choice: Borrowed) -> dict[str, Any]:
+    measured = choice.measured
+    return {
+        "place": measured.place.flat(),
+        "triton": measured.toolchain.triton,
+        "cuda": measured.toolchain.cuda,
+        "left_out": choice.left_out,
+        "choice": choice.choice,
+        "config": config_to_dict(choice.config),
+        "loss": choice.loss,
+        "default_loss": choice.default_loss,
     }

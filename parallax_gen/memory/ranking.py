@@ -63,17 +63,18 @@ class Candidate:
     record: Result | None
 
 
-def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
+def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) -> Iterator[Candidate]:
     """What a call at a place can get, the best first; the default is the last. Renders no more than is asked for.
 
-    gpu  the card that the place's name stands for
+    gpu   the card that the place's name stands for
+    here  the toolchain that would compile it: by default this process's
     """
     default = default_of(place, gpu)
-    own = _searches(known.results(place))
+    own = _searches(known.results(place), here)
     others = [
         search
         for name in (siblings(gpu) if _is_sibling_better(place) else ())
-        for search in _searches(known.results(replace(place, gpu=name)))
+        for search in _searches(known.results(replace(place, gpu=name)), here)
         if search.knew(default)
     ]
     others.sort(key=lambda search: search.like_here, reverse=True)
@@ -85,16 +86,16 @@ def ranked(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
     for search in others:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if is_rendered(r, gpu))
     for near in near_buckets(place) if _is_near_better(place) else ():
-        for search in _searches(known.results(near)):
+        for search in _searches(known.results(near), here):
             found = search.best(gpu) if search.knew(default) else None
             if found is not None:
                 yield Candidate(Tier.NEIGHBOUR, found.config, found)
     yield Candidate(Tier.DEFAULT, default, None)
 
 
-def best(place: Place, gpu: Gpu, known: Known) -> Candidate:
-    """What a call at a place gets."""
-    return next(ranked(place, gpu, known))
+def best(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) -> Candidate:
+    """What a call at a place gets; `here` as of `ranked`."""
+    return next(ranked(place, gpu, known, here))
 
 
 def default_of(place: Place, gpu: Gpu) -> KernelConfig:
@@ -106,7 +107,7 @@ def near_buckets(place: Place) -> Iterator[Place]:
     """The same kernel at near sizes, the nearest first: along keys before rows."""
     bucket = place.bucket
     lengths = ("seqlen_q", "seqlen_kv") if bucket.seqlen_q == bucket.seqlen_kv else ("seqlen_kv",)
-    for names, least, factor in ((lengths, SHORTEST, 2), (("kv_rows",), 1, 2), (lengths, SHORTEST, 4)):
+    for names, least, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
         size = getattr(bucket, names[0])
         for near in (size * factor, size // factor):
             if near >= least:
@@ -174,16 +175,18 @@ class _Search:
 
     measured  fast to slow
     tried     those that failed too, but not what was only predicted, or what the machine failed
+    here      the toolchain that a call's kernels are compiled by
     """
 
     measured: list[Result]
     tried: list[KernelConfig]
+    here: Toolchain
 
     @cached_property
     def like_here(self) -> bool:
-        """Whether this process would compile and time alike."""
+        """Whether a call's kernels would be compiled and timed alike."""
         evidence = self.measured[0].evidence
-        return evidence.toolchain.like(Toolchain.here()) and evidence.protocol == PROTOCOL
+        return evidence.toolchain.like(self.here) and evidence.protocol == PROTOCOL
 
     @cached_property
     def newest(self) -> str:
@@ -208,15 +211,16 @@ class _Search:
         return True
 
 
-def _searches(results: Iterable[Result]) -> list[_Search]:
-    """By toolchain and protocol, those that measured anything: this process's first, then the newest."""
+def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:
+    """By toolchain and protocol, those that measured anything: those like `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
         if result.outcome != "predicted" and not result.of_machine:
             evidence = result.evidence
             tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
     found = []
+    here = here or Toolchain.here()
     for group in tried.values():
         if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
-            found.append(_Search(measured, [result.config for result in group]))
+            found.append(_Search(measured, [result.config for result in group], here))
     return sorted(found, key=lambda search: (search.like_here, search.newest), reverse=True)

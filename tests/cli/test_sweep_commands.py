@@ -1,4 +1,4 @@
-"""`sweep` and `replay`: from the database to files, and from files to tables, CSV and a picture."""
+"""`sweep` and `replay`: from the database to files, and from files or records to tables, CSV and a picture."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_samples import PLACE, config, known, run, run_json
+from cli_samples import OTHER_TOOLCHAIN, PLACE, config, known, run, run_json
 
+from parallax_gen.memory.ranking import default_of
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import representative
@@ -112,3 +113,53 @@ def test_what_cannot_be_replayed_is_an_error_of_one_line(partial: Path, tmp_path
     unknown = run("replay", partial, "--sampler", "best")
     assert unknown.exit_code == 2
     assert "ours, model, corrected, tpe" in " ".join(unknown.output.split())
+
+
+def tuned(store: Store) -> None:
+    """What this Triton and another one found, and the default's time."""
+    default = default_of(PLACE, gpu_by_name("h200"))
+    store.record(known(200.0, splits=2))
+    store.record(known(220.0, splits=4))
+    store.record(known(300.0, config=default))
+    store.record(known(1.0, splits=4, unlike=OTHER_TOOLCHAIN))
+
+
+def test_what_ships_and_the_database_are_judged_by_themselves(store: Store) -> None:
+    tuned(store)
+    document = run_json("replay", "--borrow")
+    found = {line["choice"]: line for line in document["summaries"]}
+    here, there = found["measured here"], found["another toolchain"]
+    assert (here["kind"], here["places"], here["mean"], here["default_mean"]) == ("decode", 1, 1.0, 1.5)
+    assert (there["mean"], there["worst"], there["default_worst"]) == (pytest.approx(1.1), pytest.approx(1.1), 1.5)
+    assert [choice["left_out"] for choice in document["choices"]][:2] == ["nothing", "this toolchain"]
+    done = run("replay", "--borrow")
+    assert done.exit_code == 0
+    (line,) = (line for line in done.output.splitlines() if "another toolchain" in line)
+    assert line.split()[-6:] == ["1", "0", "1.100", "1.100", "1.500", "1.500"]
+    assert "sets of times: 1\n" in done.output
+
+
+def test_files_judge_what_the_memory_has(store: Store, partial: Path, tmp_path: Path) -> None:
+    tuned(store)
+    exported = tmp_path / "exported.jsonl"
+    assert run("db", "export", exported).exit_code == 0
+    for row in store.all():
+        store.delete([row])
+    found = run_json("replay", "--borrow", exported, partial)
+    assert {line["choice"] for line in found["summaries"]} == {"the default"}
+
+
+def test_what_cannot_be_judged_is_an_error_of_one_line(tmp_path: Path) -> None:
+    nothing = run("replay", "--borrow")
+    assert (nothing.exit_code, nothing.output.count("\n")) == (1, 1)
+    assert "two configs of a place, by one toolchain" in nothing.output
+    spoilt = tmp_path / "spoilt.jsonl"
+    spoilt.write_text("{}\n", encoding="utf-8")
+    refused = run("replay", "--borrow", spoilt)
+    assert refused.exit_code == 1
+    assert "spoilt.jsonl, line 1: not a record" in refused.output
+    for option in (("--sampler", "tpe"), ("--seeds", 20), ("--out", tmp_path)):
+        refused = run("replay", "--borrow", *option)
+        assert refused.exit_code == 2
+        assert f"leave out {option[0]}" in refused.output
+    assert "say --borrow" in run("replay").output
