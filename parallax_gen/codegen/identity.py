@@ -12,21 +12,28 @@ from parallax_gen.codegen.fingerprint import DIGITS, VERSION, fingerprint, text_
 from parallax_gen.codegen.folders import cache_dir
 from parallax_gen.errors import MachineError
 
-_KNOWN: dict[str, str] = {}  # by the text's hash; what it holds is true of the text wherever it comes from
+# By the text's hash: what this process or an earlier one found, and what records say.
+_FOUND: dict[str, str] = {}
+_SAID: dict[str, str] = {}
 
 
 def remember(text: str, kernel: str) -> None:
-    """Take a record's word for the fingerprint of a text of this hash."""
+    """Take a record's word for the fingerprint of a text of this hash, where nothing else tells it."""
     if text and kernel:
-        _KNOWN.setdefault(text, kernel)
+        _SAID.setdefault(text, kernel)
 
 
 def identify(text: str) -> tuple[str, str]:
     """The fingerprint of a kernel's file, and the hash of its text below the header."""
     hashed = text_hash(text)
-    if hashed not in _KNOWN:
-        _KNOWN[hashed] = _kept(hashed) or _keep(hashed, fingerprint(text))
-    return _KNOWN[hashed], hashed
+    return _FOUND.get(hashed) or _SAID.get(hashed) or found(text, hashed), hashed
+
+
+def found(text: str, hashed: str) -> str:
+    """The fingerprint of a kernel's file, by the hash of its text: no record's word is taken for it."""
+    if hashed not in _FOUND:
+        _FOUND[hashed] = _kept(hashed) or _keep(hashed, fingerprint(text))
+    return _FOUND[hashed]
 
 
 def _path(hashed: str) -> Path:

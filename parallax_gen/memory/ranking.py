@@ -22,10 +22,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from parallax_gen.codegen.fingerprint import fingerprint
-from parallax_gen.codegen.identity import remember
+from parallax_gen.codegen.identity import found, remember
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.memory.legacy import same_programs
 from parallax_gen.memory.place import Place
@@ -87,9 +86,9 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if is_rendered(r, gpu))
     for near in near_buckets(place) if _is_near_better(place) else ():
         for search in _searches(known.results(near), here):
-            found = search.best(gpu) if search.knew(default) else None
-            if found is not None:
-                yield Candidate(Tier.NEIGHBOUR, found.config, found)
+            record = search.best(gpu) if search.knew(default) else None
+            if record is not None:
+                yield Candidate(Tier.NEIGHBOUR, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
 
 
@@ -163,10 +162,7 @@ def shown_by(record: Result, known: Known) -> list[Result]:
 
 def evidence_of(source: KernelSource) -> Evidence:
     """That of a kernel that this process measures: no record's word is taken for its fingerprint."""
-    return Evidence.here(_fingerprint(source.text), source.text_hash)
-
-
-_fingerprint = lru_cache(maxsize=256)(fingerprint)  # a tune asks for that of a config more than once
+    return Evidence.here(found(source.text, source.text_hash), source.text_hash)
 
 
 @dataclass(frozen=True)
@@ -218,9 +214,9 @@ def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[
         if result.outcome != "predicted" and not result.of_machine:
             evidence = result.evidence
             tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
-    found = []
+    searches = []
     here = here or Toolchain.here()
     for group in tried.values():
         if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
-            found.append(_Search(measured, [result.config for result in group], here))
-    return sorted(found, key=lambda search: (search.like_here, search.newest), reverse=True)
+            searches.append(_Search(measured, [result.config for result in group], here))
+    return sorted(searches, key=lambda search: (search.like_here, search.newest), reverse=True)

@@ -158,17 +158,16 @@ def test_a_false_fingerprint_of_a_text_hides_no_other_record() -> None:
     config = other_config(HEAD_GROUP=16)
     true = record(2.0, config)
     render.cache_clear()
-    identity._KNOWN.pop(true.evidence.text, None)
+    identity._FOUND.pop(true.evidence.text)
     false = record(1.0, config, ON_SIBLING, kernel="f" * 32)
     try:
         assert is_rendered(false, GPU)
         render.cache_clear()
         assert is_rendered(true, GPU)
-        ranking._fingerprint.cache_clear()
         assert evidence_of(render(SPEC, config, GPU)) == true.evidence
     finally:
         render.cache_clear()
-        identity._KNOWN.pop(true.evidence.text, None)
+        identity._SAID.pop(true.evidence.text)
 
 
 def test_the_second_best_where_the_best_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from parallax_gen.problem.spec import KernelSpec
 
 RECORDED = sorted((Path(__file__).parents[1] / "data" / "sweeps").glob("*.jsonl*"))
 
-# A few dozen configs.
+# Some 140 configs.
 CARD = GPUS["rtx4090"]
-SPEC = KernelSpec("forward", 128, "fp32")
+SPEC = KernelSpec("dqdr", 256, "fp32")
 PLACE = Place(CARD.name, SPEC, Bucket(8, 4096, 4096))
 TEXT = "fedcba9876543210" * 2
 SHAPE = Shape(1, 8, 8, 4096, 4096)

@@ -10,20 +10,22 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from sqlite_utils import Database
 
 from parallax_gen.memory.store import Store
 
 PROGRAM = Path(__file__).with_name("endless_tune.py")
-AT_ONCE, ROUNDS = 5, 10  # 50 kills
+AT_ONCE = 5
 
 
-def test_fifty_kills_lose_no_finished_trial_and_no_database(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: int) -> None:
     path = tmp_path / "tuning.db"
     chance = random.Random(0)
     told: Counter[str] = Counter()  # the most trials of a place that a process had recorded or found
     went_on = 0
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
         processes = [
             subprocess.Popen(
@@ -54,6 +56,6 @@ def test_fifty_kills_lose_no_finished_trial_and_no_database(tmp_path: Path) -> N
     with Store(path) as store:
         kept = Counter(result.place.digest for result in store.all())
         assert store.unreadable == 0
-    assert sum(told.values()) > AT_ONCE * ROUNDS
+    assert sum(told.values()) > AT_ONCE * rounds
     assert went_on
     assert {place: count for place, count in told.items() if kept[place] < count} == {}

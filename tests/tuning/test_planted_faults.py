@@ -21,4 +21,4 @@ def test_a_compilation_that_hangs_costs_its_own_trial(tmp_path: Path, monkeypatc
     (job,) = said["jobs"]
     assert job["failures"] == {"timeout": 1}
     (hung,) = [r for r in results if r.outcome == "timeout"]
-    assert hung.detail == "no answer in 40 s"
+    assert hung.detail == "no answer in 25 s"

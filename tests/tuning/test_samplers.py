@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import pytest
 
 from parallax_gen.errors import ArgumentError
@@ -16,7 +19,7 @@ from parallax_gen.tuning.search import SAMPLERS, Search, missing_package
 
 H200 = GPUS["h200"]
 FORWARD = KernelSpec("forward", 128, "bf16", causal=True)
-SMALL = (KernelSpec("forward", 128, "fp32"), GPUS["rtx4090"])  # 21 configs
+SMALL = (KernelSpec("preprocess", 64, "fp32"), GPUS["rtx4090"])  # 21 configs
 TRAINED = Shape(4, 16, 16, 4096, 4096)
 
 
@@ -30,14 +33,14 @@ def wrong(config: KernelConfig) -> float:
     return guess(config) * {1: 1.0, 2: 1.6, 3: 1.9, 4: 2.1}[config.num_stages] * {4: 1.0, 8: 1.7}[config.num_warps]
 
 
+def costs(search: Search) -> Iterator[float]:
+    while (config := search.ask()) is not None:
+        yield wrong(config)
+        search.tell(config, wrong(config))
+
+
 def tried(search: Search, trials: int) -> list[float]:
-    found = []
-    for _ in range(trials):
-        config = search.ask()
-        assert config is not None
-        found.append(wrong(config))
-        search.tell(config, found[-1])
-    return found
+    return list(islice(costs(search), trials))
 
 
 @pytest.mark.parametrize("sampler", ["model", "corrected", "random"])
@@ -80,7 +83,7 @@ def test_a_wrong_guess_is_put_right() -> None:
     corrected, blind = (
         next(
             n
-            for n, cost in enumerate(tried(Search(FORWARD, H200, guess=guess, sampler=sampler), 400))
+            for n, cost in enumerate(costs(Search(FORWARD, H200, guess=guess, sampler=sampler)))
             if cost <= 1.02 * best
         )
         for sampler in ("corrected", "model")

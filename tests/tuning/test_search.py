@@ -21,7 +21,7 @@ from parallax_gen.tuning.search import Search
 H200 = GPUS["h200"]
 DECODE = KernelSpec("decode", 128, "bf16", group=4)
 FORWARD = KernelSpec("forward", 128, "bf16", causal=True)
-SMALL = (KernelSpec("forward", 128, "fp32"), GPUS["rtx4090"])  # 21 configs
+SMALL = (KernelSpec("preprocess", 64, "fp32"), GPUS["rtx4090"])  # 21 configs
 
 
 def cost(config: KernelConfig) -> float:

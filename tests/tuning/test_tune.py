@@ -17,7 +17,7 @@ from parallax_gen.memory.ranking import best, evidence_of
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.config import DecodeConfig, KernelConfig, PreprocessConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket
@@ -30,7 +30,7 @@ from parallax_gen.tuning.worker import Outcome
 
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
-SMALL = Job(KernelSpec("forward", 128, "fp32"), Bucket(8, 128, 128), GPUS["rtx4090"])  # 21 configs
+SMALL = Job(KernelSpec("preprocess", 64, "fp32"), Bucket(8, 128, 128), GPUS["rtx4090"])  # 21 configs
 OLD = Evidence("0123456789abcdef" * 2, "fedcba9876543210" * 2, "3.5.0", "12.8", 1)  # of a kernel that nothing renders
 
 
@@ -245,7 +245,7 @@ def test_known_are_results_of_todays_kernels_and_of_this_toolchain(store: Store,
     evidence = [
         today[0],
         replace(today[1], text="e" * 32),  # other words for the same kernel
-        replace(today[2], kernel="", text="", templates="7c01cbe51c52"),  # of before fingerprints, and the same
+        replace(today[2], kernel="", text="", templates="37195abe0d1f"),  # of before fingerprints, and the same
         Evidence.here("", ""),  # nothing was rendered, though it can be
         replace(today[4], kernel="", text="", templates="abc"),
         replace(today[5], kernel="f" * 32, text="e" * 32),
@@ -254,7 +254,7 @@ def test_known_are_results_of_todays_kernels_and_of_this_toolchain(store: Store,
     ]
     for config, its in zip(configs, evidence, strict=False):
         store.record(Result(SMALL.place, its, config, "wrong", detail="told"))
-    invalid = ForwardConfig(512, 512, HEAD_GROUP=0, num_warps=4, num_stages=4)
+    invalid = PreprocessConfig(BLOCK_M=3, num_warps=4)
     assert why_invalid(SMALL.spec, invalid, SMALL.gpu)
     store.record(Result(SMALL.place, Evidence.here("", ""), invalid, "invalid"))
     assert tune(store, SMALL, trials=1000).known == 4
