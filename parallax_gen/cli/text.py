@@ -71,6 +71,11 @@ def number(value: float) -> str:
     return f"{value:.{max(0, min(3, 3 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
 
 
+def gain_text(gain: float | None) -> str:
+    """What is gained over the default, `1.12x`; "-" where that is not known."""
+    return "-" if gain is None else f"{gain:.2f}x"
+
+
 def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
     return f"{number(time_us)} us, {number(rate(spec, shape, time_us))} {rate_unit(spec.op)}"
 
