@@ -131,12 +131,11 @@ def _database() -> Iterator[tuple[str, str]]:
 def _shipped() -> Iterator[tuple[str, str]]:
     from parallax_gen.cli.known import chosen, standing
     from parallax_gen.data import data_dir
-    from parallax_gen.memory.shipped import Memory
+    from parallax_gen.memory.shipped import Memory, shipped_gpus
 
-    folder = data_dir("tuning_db")
-    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    names = shipped_gpus()
     if not names:
-        yield "note", f"no records in {folder}"
+        yield "note", f"no records in {data_dir('tuning_db')}"
     memory = Memory()
     for name in names:
         places = dict.fromkeys(record.place for record in memory.all(name))

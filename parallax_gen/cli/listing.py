@@ -4,33 +4,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
-from parallax_gen.cli.text import LEGEND, brief, lengths, number, print_json, print_table, rate, rate_unit
+from parallax_gen.cli.text import LEGEND, brief, gain_text, lengths, number, print_json, print_table, rate, rate_unit
 from parallax_gen.problem.spec import OPS
 
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
     from parallax_gen.memory.place import Place
     from parallax_gen.memory.result import Result
-    from parallax_gen.memory.shipped import Memory
+    from parallax_gen.memory.table import Known
 
 
 @dataclass(frozen=True)
 class Row:
     """A result that is listed for a place, and what it counts for there.
 
-    tier  what a call at the place rests on, where the row is what it gets; else why the row is not used
+    tier     what a call at the place rests on, where the row is what it gets; else why the row is not used
+    default  the place's default config, timed as the result was; None where it was not, or the row is not used
     """
 
     place: Place
     result: Result
     tier: str
+    default: Result | None = None
+
+    @property
+    def gain(self) -> float | None:
+        from parallax_gen.memory.gains import gain
+
+        return gain(self.result, self.default)
 
 
 @click.command("list")
@@ -46,19 +54,20 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
       parallax-gen list --gpu h200 --op decode
     """
     from parallax_gen.cli.known import Origins, name_in_records, open_memory
+    from parallax_gen.memory.table import Table
 
     memory = open_memory()
     results = memory.all()
+    known = Table(results)
     if gpu is not None:
         name = name_in_records(gpu, results)
         results = [r for r in results if r.place.gpu == name]
     if op is not None:
         results = [r for r in results if r.place.spec.op == op]
-    rows = _every(results) if every else _of_places(results, memory)
+    rows = _every(results) if every else _of_places(results, known)
     origins = Origins(memory)
     if as_json:
-        told = [origins.to_json(row.result) | {"of_place": row.place.flat(), "counts_as": row.tier} for row in rows]
-        print_json({"records": told})
+        print_json({"records": [_to_json(row, origins) for row in rows]})
     elif rows:
         _print(rows, origins)
         if not every:
@@ -68,38 +77,55 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
         click.echo("nothing is known yet: parallax-gen tune finds out; until then kernels get default configs")
 
 
-def _of_places(results: list[Result], memory: Memory) -> list[Row]:
+def _of_places(results: list[Result], known: Known) -> list[Row]:
     """What calls get at each place; where that is the default, the best of what is known and not used."""
-    from parallax_gen.cli.known import chosen, standing
+    from parallax_gen.cli.known import card_of, chosen, standing
+    from parallax_gen.memory.gains import default_beside
+    from parallax_gen.memory.ranking import default_of
 
     rows = []
     for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
-        choice, first = chosen(place, memory), next(group)
-        tier = standing(choice, place) if choice.record else "not used" if first.measured else "never measured"
-        rows.append(Row(place, choice.record or first, tier))
+        choice, first = chosen(place, known), next(group)
+        record = choice.record
+        if record is None:
+            rows.append(Row(place, first, "not used" if first.measured else "never measured"))
+        else:
+            default = default_beside(record, default_of(place, card_of(place)), card_of(record.place), known)
+            rows.append(Row(place, record, standing(choice, place), default))
     return rows
 
 
 def _every(results: list[Result]) -> list[Row]:
-    from parallax_gen.cli.known import AS_HERE, unlike_here
+    from parallax_gen.cli.known import ANOTHER_KERNEL, AS_HERE, card_of, unlike_here
+    from parallax_gen.memory.gains import default_beside
+    from parallax_gen.memory.ranking import default_of
+    from parallax_gen.memory.table import Table
 
-    return [Row(r.place, r, ", ".join(unlike_here(r)) or AS_HERE) for r in results]
+    rows = []
+    for place, of_place in groupby(results, key=lambda r: r.place):
+        card, group = card_of(place), list(of_place)
+        default = default_of(place, card)
+        defaults = Table(r for r in group if r.config == default)
+        for result in group:
+            unlike = unlike_here(result)
+            used = result.measured and ANOTHER_KERNEL not in unlike
+            beside = default_beside(result, default, card, defaults) if used else None
+            rows.append(Row(place, result, ", ".join(unlike) or AS_HERE, beside))
+    return rows
 
 
 def _print(rows: Iterable[Row], origins: Origins) -> None:
     """A table a kernel."""
 
-    def table(row: Row) -> tuple[Any, ...]:
-        return row.place.gpu, *asdict(row.place.spec).values()
-
-    for (gpu, *_), group in groupby(rows, key=table):
+    for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
         of_kernel = list(group)
-        spec = of_kernel[0].place.spec
         click.echo(f"{gpu}: {spec}")
-        numbers = ("kv rows", "seqlen", "time us", rate_unit(spec.op))
+        numbers = ("rows", "seqlen", "us", rate_unit(spec.op), "gain")
         print_table((*numbers, "config", "known as", "by"), [_row(row, origins) for row in of_kernel], right=numbers)
         click.echo()
     click.echo(LEGEND)
+    click.echo("rows: batch times kv heads; us: the time in microseconds;")
+    click.echo("gain: the default's time over this one, where both were timed with one Triton;")
     click.echo("known as: measured here, shipped (measured elsewhere), predicted (never used), or how it failed;")
     click.echo("by: the Triton that it was measured with, and the card where it is a sibling;")
     click.echo("parallax-gen explain says why that is what calls get")
@@ -111,5 +137,14 @@ def _row(row: Row, origins: Origins) -> tuple[str, ...]:
     result, timing = row.result, ("-", "-")
     if result.time_us:
         timing = number(result.time_us), number(rate(result.place.spec, shape_of(result), result.time_us))
-    bucket = row.place.bucket
-    return str(bucket.kv_rows), lengths(bucket), *timing, brief(result.config), origins.status(result), row.tier
+    bucket, config, known_as = row.place.bucket, brief(result.config), origins.status(result)
+    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, known_as, row.tier
+
+
+def _to_json(row: Row, origins: Origins) -> dict[str, Any]:
+    return origins.to_json(row.result) | {
+        "of_place": row.place.flat(),
+        "counts_as": row.tier,
+        "default_us": row.default and row.default.time_us,
+        "gain": row.gain,
+    }

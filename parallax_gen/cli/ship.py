@@ -1,32 +1,58 @@
-"""`parallax-gen ship`: for maintainers, the user's records become those that ship."""
+"""`parallax-gen ship`: for maintainers, the user's records become those that ship; and what those lack."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
-from parallax_gen.cli.text import print_json
+from parallax_gen.cli.text import gain_text, number, print_json, print_table
 from parallax_gen.errors import StoreError
+
+if TYPE_CHECKING:
+    from parallax_gen.memory.gains import Standing
+
+NO_DEFAULT, SLOWER = "no time of the default", "slower than the default"
 
 
 @click.command()
-@click.option("--gpu", metavar="NAME", required=True, shell_complete=complete_gpu, help="Such as h100 or h200.")
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    shell_complete=complete_gpu,
+    help="Such as h100 or h200. Default with --check: all.",
+)
 @click.option(
     "--to", "folder", type=click.Path(path_type=Path, file_okay=False), help="Default: the package's tuning_db."
 )
+@click.option("--check", is_flag=True, help="Write nothing: check that what ships is no slower than the default.")
 @json_option
-def ship(gpu: str, folder: Path | None, as_json: bool) -> None:
+@click.pass_context
+def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, as_json: bool) -> None:
     """For maintainers: make your best results those that ship.
 
     Merges the best that were measured of today's kernels with this toolchain, and beside them the default's own time,
     into tuning_db/GPU.jsonl.
 
+    With --check, lists the kernels and sizes of which that file has no time of today's default, or whose best is slower
+    than it, toolchain by toolchain. The exit status is 1 if there are any.
+
     \b
     Example
       parallax-gen ship --gpu h200
+      parallax-gen ship --check
     """
+    if check:
+        ctx.exit(1 if _check(gpu, folder, as_json) else 0)
+    if gpu is None:
+        raise click.UsageError("say which card's records: --gpu NAME")
+    _ship(gpu, folder, as_json)
+
+
+def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
     from parallax_gen.cli.known import card_of, name_in_records, unlike_here
     from parallax_gen.memory.ranking import default_of, is_rendered
     from parallax_gen.memory.shipped import load_shipped, write_shipped
@@ -56,3 +82,69 @@ def ship(gpu: str, folder: Path | None, as_json: bool) -> None:
         return
     changes = f"{new} new or changed, {gone} replaced or dropped"
     click.echo(f"{path}: {len(after)} records of {places} kernels and buckets; {changes}")
+
+
+def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
+    """Tell what of the shipped records may lose to not tuning, and return how many places and toolchains it is of."""
+    from parallax_gen.cli.known import card_named, name_in_records
+    from parallax_gen.memory.gains import standings_of
+    from parallax_gen.memory.shipped import load_shipped, shipped_gpus
+    from parallax_gen.problem.hardware import GPUS
+
+    names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]
+    cards = []
+    for name in names:
+        records = load_shipped(name, folder)
+        if not records:
+            raise StoreError(f"nothing ships for {name}")
+        standings = standings_of(records, card_named(name) or GPUS["h200"])
+        wrong = [(standing, what) for standing in standings if (what := _finding(standing))]
+        places = len({r.place for r in records}), len({s.place for s in standings})
+        cards.append((name, *places, wrong))
+    if as_json:
+        print_json({"cards": [_card_to_json(*card) for card in cards]})
+    else:
+        for card in cards:
+            _print_card(*card)
+    return sum(len(wrong) for *_, wrong in cards)
+
+
+def _finding(standing: Standing) -> str:
+    """What is wrong with it; "" where nothing is."""
+    return NO_DEFAULT if standing.default is None else SLOWER if standing.slower else ""
+
+
+def _counts(wrong: list[tuple[Standing, str]]) -> dict[str, int]:
+    kinds = Counter(what for _, what in wrong)
+    return {what: kinds[what] for what in (NO_DEFAULT, SLOWER)}
+
+
+def _print_card(name: str, places: int, alive: int, wrong: list[tuple[Standing, str]]) -> None:
+    if wrong:
+        numbers = ("best us", "default us", "gain")
+        print_table((*numbers, "with", name), [_row(standing) for standing, _ in wrong], right=numbers)
+    told = ", ".join(f"{count} {what}" for what, count in _counts(wrong).items())
+    click.echo(f"{name}: {places} kernels and sizes, {alive} of them with records of today's kernels: {told}")
+
+
+def _row(standing: Standing) -> tuple[str, ...]:
+    from parallax_gen.memory.toolchain import minor
+
+    best, default, place = standing.chosen, standing.default, standing.place
+    times = (number(r.time_us) if r is not None and r.time_us else "-" for r in (best, default))
+    where = f"{place.spec}; {place.bucket}"
+    return *times, gain_text(standing.gain), f"Triton {minor(best.evidence.triton)}", where
+
+
+def _card_to_json(name: str, places: int, alive: int, wrong: list[tuple[Standing, str]]) -> dict[str, Any]:
+    counts = {what.replace(" ", "_"): count for what, count in _counts(wrong).items()}
+    findings = [
+        {
+            "finding": what,
+            "best": standing.chosen.to_dict(),
+            "default_us": standing.default and standing.default.time_us,
+            "gain": standing.gain,
+        }
+        for standing, what in wrong
+    ]
+    return {"gpu": name, "places": places, "of_todays_kernels": alive, **counts, "findings": findings}

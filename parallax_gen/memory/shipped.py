@@ -16,6 +16,11 @@ from parallax_gen.memory.result import NO_RESULT, Result, reading_order, superse
 from parallax_gen.memory.store import Store
 
 
+def shipped_gpus(folder: Path | None = None) -> list[str]:
+    """The names of the GPUs for which anything ships."""
+    return sorted(path.stem for path in _folder(folder).glob("*.jsonl"))
+
+
 def load_shipped(gpu: str, folder: Path | None = None) -> list[Result]:
     """What ships for a GPU, in reading order; nothing for a GPU without a file.
 
@@ -82,7 +87,7 @@ class Memory:
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Everything, or that of a GPU or an op, sorted by place and then from fast to slow."""
         own = self.own(lambda store: store.all(gpu, op))
-        gpus = [path.stem for path in _folder(self.folder).glob("*.jsonl")] if gpu is None else [gpu]
+        gpus = shipped_gpus(self.folder) if gpu is None else [gpu]
         shipped = (r for name in gpus for r in load_shipped(name, self.folder))
         return _merge(own, (r for r in shipped if op is None or r.place.spec.op == op))
 

@@ -1,9 +1,8 @@
-"""list, show, explain and ship, over results made by hand."""
+"""list, show and explain, over results made by hand."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from cli_samples import (
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.guard import keep
-from parallax_gen.memory.shipped import load_shipped, write_shipped
+from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.config import DkDvConfig, config_to_dict
@@ -100,6 +99,35 @@ def test_list_says_what_a_call_rests_on(store: Store) -> None:
     assert "measured  Triton 3.5\n" in table
     assert "measured  this Triton on h100\n" in table
     assert "measured  not used\n" in table
+
+
+def test_list_says_what_is_gained_over_the_default(store: Store) -> None:
+    """Of each place by its own toolchain and card."""
+    default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
+    assert default not in (config(2), config(3))
+    store.record(known(100.0))
+    store.record(known(112.0, config=default))
+    store.record(known(200.0, place=OTHER_BUCKET))
+    store.record(known(150.0, place=OTHER_BUCKET, config=default, unlike=OTHER_TOOLCHAIN))
+    store.record(known(None, "wrong", splits=3))
+    records = run_json("list")["records"]
+    assert [(r["time_us"], r["default_us"], r["gain"]) for r in records] == [(100.0, 112.0, 1.12), (200.0, None, None)]
+    lines = run("list").stdout.splitlines()
+    assert [line.split()[4] for line in lines[1:4]] == ["gain", "1.12x", "-"]
+    every = {(r["time_us"], r["gain"]) for r in run_json("list", "--all")["records"]}
+    assert every == {(100.0, 1.12), (112.0, 1.0), (None, None), (200.0, None), (150.0, 1.0)}
+
+
+def test_list_compares_a_sibling_cards_record_with_the_default_there(store: Store) -> None:
+    default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
+    store.record(known(100.0, place=SIBLING))
+    store.record(known(130.0, place=SIBLING, config=default))
+    store.record(known(50.0, unlike=OTHER_KERNEL))
+    store.record(known(60.0, unlike=OTHER_KERNEL, config=default))
+    (record,) = run_json("list", "--gpu", "h200")["records"]
+    assert (record["place"]["gpu"], record["default_us"], record["gain"]) == ("h100", 130.0, 1.3)
+    gains = [r["gain"] for r in run_json("list", "--all", "--gpu", "h200")["records"]]
+    assert gains == [None, None]  # of kernels that no call gets
 
 
 def test_tables_fit_and_have_no_colours(store: Store) -> None:
@@ -387,50 +415,3 @@ def test_explain_has_an_answer_for_every_op(op: str) -> None:
     found = run_json("explain", "--gpu", "h200", "--op", op, "--head-dim", "64", "--shape", "2,32/8,4096")
     assert found["spec"]["op"] == op
     assert found["bucket"]["kv_rows"] == (64 if op == "preprocess" else 16)
-
-
-# ship
-
-
-def test_ship_merges_what_was_measured_here(store: Store, tmp_path: Path) -> None:
-    for splits in (1, 2, 3, 4):
-        store.record(known(200.0 + splits, splits=splits))
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(110.0, unlike=OTHER_KERNEL))
-    store.record(known(90.0, "predicted", splits=6))
-    result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
-    assert result.exit_code == 0, result.output
-    assert [r.time_us for r in load_shipped("h200", tmp_path / "db")] == [201.0, 202.0, 203.0]
-    assert "3 records of 1 kernels and buckets; 3 new or changed" in result.stdout
-    store.record(known(None, "wrong", splits=1, created_at="2026-02-01T00:00:00+00:00"))
-    run("ship", "--gpu", "h200", "--to", tmp_path / "db")
-    assert [r.time_us for r in load_shipped("h200", tmp_path / "db")] == [202.0, 203.0, 204.0]
-
-
-def test_ship_takes_every_op(store: Store, tmp_path: Path) -> None:
-    for result in (
-        known(),
-        known_dkdv(),
-        known_dkdv(place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 512, 512))),
-    ):
-        store.record(result)
-    assert run("ship", "--gpu", "h200", "--to", tmp_path / "db").exit_code == 0
-    assert {r.place for r in load_shipped("h200", tmp_path / "db")} == {r.place for r in store.all()}
-
-
-def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(110.0, unlike=OTHER_KERNEL))
-    result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
-    assert result.exit_code == 1
-    assert "nothing that was measured on h200 of today's kernels with this toolchain" in result.stderr
-    assert not (tmp_path / "db").exists()
-
-
-def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:
-    from cli_samples import process
-
-    store.record(known(2.5))
-    out, err = process("-m", "parallax_gen.cli", "list", "--json").communicate(timeout=60)
-    assert 2.5 in [record["time_us"] for record in json.loads(out)["records"]]  # beside what really ships
-    assert err == ""

@@ -13,7 +13,7 @@ import pytest
 from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv
 
 from parallax_gen.cli.report.benches import Timing, read_bench, times_ours
-from parallax_gen.cli.report.data import Report, collect
+from parallax_gen.cli.report.data import Report, collect, to_json
 from parallax_gen.cli.report.failures import reasons
 from parallax_gen.cli.report.figures import Scale, history, rooflines
 from parallax_gen.cli.report.matrices import coverage, means, speed_ups
@@ -21,6 +21,8 @@ from parallax_gen.errors import ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -48,6 +50,20 @@ def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: 
     assert study.state == "measured"
     # 256 caches of 8192 keys and values, 128 wide in bf16, and 1024 rows of q, r and o; 4.8 TB/s.
     assert study.share == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
+
+
+def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
+    default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), gpu_by_name("h200"))
+    store.record(known(100.0))
+    store.record(known(125.0, config=default))
+    store.record(known(100.0, place=OTHER_BUCKET))
+    store.record(known(100.0, place=OTHER_GPU, unlike=OTHER_KERNEL))
+    store.record(known(125.0, place=OTHER_GPU, unlike=OTHER_KERNEL, config=default))
+    found = report(store)
+    gains = {study.place: study.gain for study in found.shown}
+    assert gains == {PLACE: 1.25, OTHER_BUCKET: None, OTHER_GPU: None}
+    told = {tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(found, Memory(store))["studies"]}
+    assert told[tuple(PLACE.flat().values())] == (125.0, 1.25)
 
 
 def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store) -> None:

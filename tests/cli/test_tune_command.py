@@ -18,7 +18,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.tuning import tune as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.worker import Compile, Measure, Outcome, Timing
+from parallax_gen.tuning.worker import Compile, Measure, Outcome, Rematch, Timing
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
@@ -37,9 +37,11 @@ class FakeWorker:
     def start(self) -> None:
         pass
 
-    def ask(self, request: Compile | Measure, timeout_s: float) -> Outcome:
+    def ask(self, request: Compile | Measure | Rematch, timeout_s: float) -> Outcome:
         if isinstance(request, Compile):
             return Outcome("ok", resources=Resources(100, 0, 1000))
+        if isinstance(request, Rematch):
+            return Outcome("crash", "nothing is timed in turns")
         FakeWorker.measured += 1
         if FakeWorker.measured == 2:
             return Outcome("wrong", "NaN")

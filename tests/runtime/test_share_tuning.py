@@ -115,6 +115,17 @@ def a_siblings_record_is_everybodys(rank: int) -> None:
     assert default_dispatcher().kernel(SPEC, replace(SHAPE, seqlen_kv=70_000), GPU)[0].config == config(6)
 
 
+def only_rank_0_renders_the_table(rank: int) -> None:
+    """Whatever the others launch they render when it is called."""
+
+    def fail(*_: object) -> Any:
+        raise AssertionError("rendered")
+
+    with patched(ranking, "render", fail if rank else render):
+        assert share_tuning() > 0
+    assert chosen() == config(48)
+
+
 def ranks_that_differ_are_named(rank: int) -> None:
     here = toolchain.triton_version(), toolchain.cuda_version()
     told = refused(rank, 1, toolchain, "triton_version", lambda: "3.1")
@@ -124,6 +135,8 @@ def ranks_that_differ_are_named(rank: int) -> None:
     told = refused(rank, 2, tuning, "render", lambda *_: KernelSource("", "", "", "0" * 32))
     assert "kernels is" in told
     assert "on ranks 0-1" in told
+    told = refused(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
+    assert "kernels is" in told
     told = refused(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
     assert told == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
     told = refused(rank, 1, tuning, "gpu_here", lambda: None)
@@ -186,6 +199,7 @@ CASES: tuple[Callable[[int], None], ...] = (
     all_choose_what_rank_0_knows,
     all_know_what_rank_0s_search_knew,
     a_siblings_record_is_everybodys,
+    only_rank_0_renders_the_table,
     ranks_that_differ_are_named,
     a_rank_that_cannot_go_on_stops_all,
     a_database_that_is_broken_is_passed_over,
@@ -213,7 +227,7 @@ def work(rank: int, folder: Path, failures: Any) -> None:
 
 
 def test_ranks_share_what_rank_0_knows(tmp_path: Path) -> None:
-    """Beside a few of the records that ship: every kernel of a table is rendered on every rank."""
+    """Beside a few of the records that ship: rank 0 renders every kernel of the table."""
     for gpu in ("h100", "h200"):
         records = read_file(data_dir("tuning_db") / f"{gpu}.jsonl").results
         write_lines(tmp_path / "shipped" / f"{gpu}.jsonl", records[::200])

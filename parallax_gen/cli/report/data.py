@@ -160,6 +160,8 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
                 "outcomes": study.outcomes,
                 "trials": len(study.trials),
                 "share_of_bound": study.share,
+                "default_us": study.default and study.default.time_us,
+                "gain": study.gain,
                 "best": origins.to_json(study.best) if study.best else None,
             }
             for study in report.shown

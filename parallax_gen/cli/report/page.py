@@ -21,7 +21,7 @@ from parallax_gen.cli.report.figures import DECADES, history, rooflines
 from parallax_gen.cli.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, means, speed_ups
 from parallax_gen.cli.report.sources import Sources
 from parallax_gen.cli.report.studies import STATES, Study
-from parallax_gen.cli.text import LEGEND, brief, lengths, number, rate_unit
+from parallax_gen.cli.text import LEGEND, brief, gain_text, lengths, number, rate_unit
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.problem.spec import OPS
 from parallax_gen.tuning.importances import LEAST_TRIALS
@@ -102,6 +102,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, brief=brief, lengths=lengths, rate_unit=rate_unit, kernel_name=kernel_name, percent=_percent
+        number=number,
+        brief=brief,
+        lengths=lengths,
+        rate_unit=rate_unit,
+        kernel_name=kernel_name,
+        percent=_percent,
+        gain=gain_text,
     )
     return environment

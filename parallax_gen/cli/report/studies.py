@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallax_gen.cli.known import Origins, card_named, shape_of, unlike_here
+from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_named, card_of, shape_of, unlike_here
 from parallax_gen.cli.text import rate
+from parallax_gen.memory.gains import default_beside, gain
 from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import default_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.table import Table
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, work_of
 from parallax_gen.problem.spec import OPS, KernelSpec
@@ -30,6 +33,7 @@ class Study:
     trials   those of them that are the user's own, in the order in which they were first tried
     unlike   what of them is not as in this process, for people: toolchain, kernel; empty where nothing is
     known_as the first result in one word: measured (by the user), shipped, predicted, or how it failed
+    default  today's default config, timed as the best was; None where it was not, or the best is of another kernel
     """
 
     place: Place
@@ -38,6 +42,7 @@ class Study:
     trials: tuple[Result, ...]
     unlike: tuple[str, ...]
     known_as: str
+    default: Result | None = None
 
     @property
     def key(self) -> tuple[Place, tuple[str, ...]]:
@@ -68,6 +73,11 @@ class Study:
         """Of the best, as `cli.text.rate_unit` counts it."""
         time_us = self.best and self.best.time_us
         return rate(self.place.spec, shape_of(self.results[0]), time_us) if time_us else None
+
+    @property
+    def gain(self) -> float | None:
+        """The default's time over the best's."""
+        return gain(self.results[0], self.default)
 
     @property
     def share(self) -> float | None:
@@ -102,9 +112,18 @@ def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
                     trials=tuple(own),
                     unlike=unlike,
                     known_as=origins.status(of_study[0]),
+                    default=_default(of_study, unlike),
                 )
             )
     return found
+
+
+def _default(results: list[Result], unlike: tuple[str, ...]) -> Result | None:
+    best = results[0]
+    if not best.measured or ANOTHER_KERNEL in unlike:
+        return None
+    card = card_of(best.place)
+    return default_beside(best, default_of(best.place, card), card, Table(results))
 
 
 def of_most_use(studies: Iterable[Study]) -> list[Study]:
