@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +117,8 @@ def _every(results: list[Result]) -> list[Row]:
 def _print(rows: Iterable[Row], origins: Origins) -> None:
     """A table a kernel."""
 
-    def table(row: Row) -> tuple[Any, ...]:
-        return row.place.gpu, *asdict(row.place.spec).values()
-
-    for (gpu, *_), group in groupby(rows, key=table):
+    for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
         of_kernel = list(group)
-        spec = of_kernel[0].place.spec
         click.echo(f"{gpu}: {spec}")
         numbers = ("rows", "seqlen", "us", rate_unit(spec.op), "gain")
         print_table((*numbers, "config", "known as", "by"), [_row(row, origins) for row in of_kernel], right=numbers)

@@ -41,7 +41,7 @@ def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, 
     than it, toolchain by toolchain. The exit status is 1 if there are any.
 
     \b
-    Examples
+    Example
       parallax-gen ship --gpu h200
       parallax-gen ship --check
     """

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -86,14 +89,15 @@ def counted(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in most_first)
 
 
-PIPE_WIDTH = 10_000  # for programs: a row is a line, however long
-
-
-def console(*, stderr: bool = False, width: int | None = None) -> Console:
+def console(*, stderr: bool = False) -> Console:
     """Of rich: text is taken as it is, and colours are for terminals alone."""
     from rich.console import Console
 
-    return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+GAP = "  "  # between columns
+LEAST_WIDTH = 8  # of a column that is folded
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
@@ -101,21 +105,17 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
 
     In a pipe or a file nothing is folded, unless COLUMNS says how wide it should be.
     """
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        last = name == columns[-1]
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=not last, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    screen = console()
-    if not screen.is_terminal and "COLUMNS" not in os.environ:
-        screen = console(width=PIPE_WIDTH)
-    with screen.capture() as captured:
-        screen.print(table)
-    for line in captured.get().splitlines():
-        click.echo(line.rstrip(), color=True)  # rich knows whether they are wanted
+    table = [columns, *rows]
+    widths = [max(1, *map(len, cells)) for cells in zip(*table, strict=True)]
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        others = sum(width + len(GAP) for width in widths[:-1])
+        widths[-1] = min(widths[-1], max(get_terminal_size().columns - others, LEAST_WIDTH))
+    justify = [str.rjust if name in right else str.ljust for name in columns]
+    for row, (*before, last) in enumerate(table):
+        for line, part in enumerate(wrap(last, widths[-1]) or [""]):
+            cells = (*(cell if line == 0 else "" for cell in before), part)
+            placed = (place(cell, width) for place, cell, width in zip(justify, cells, widths, strict=True))
+            click.secho(GAP.join(placed).rstrip(), bold=row == 0)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

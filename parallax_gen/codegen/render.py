@@ -79,6 +79,7 @@ def template_of(spec: KernelSpec) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(data_dir("templates")),
+        auto_reload=False,  # no look at the files for every macro that is imported: they stay as they are
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,  # the output is Python, not HTML

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -48,13 +48,12 @@ class Place:
     @cached_property
     def order(self) -> tuple[Scalar, ...]:
         """The values of all fields, none left out, to sort places by."""
-        return tuple(self._flat(asdict(self.spec), asdict(self.bucket)).values())
+        return tuple(self._flat(vars(self.spec), vars(self.bucket)).values())
 
-    def _flat(self, spec: dict[str, Any], bucket: dict[str, Any]) -> dict[str, Scalar]:
+    def _flat(self, spec: Mapping[str, Any], bucket: Mapping[str, Any]) -> dict[str, Scalar]:
         flat: dict[str, Scalar] = {"gpu": self.gpu}
-        for part, values in (("spec", spec), ("bucket", bucket)):
-            flat.update({f"{part}.{name}": value for name, value in values.items()})
-        return flat
+        flat |= {f"spec.{name}": value for name, value in spec.items()}
+        return flat | {f"bucket.{name}": value for name, value in bucket.items()}
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Place:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from parallax_gen.errors import ConfigError
@@ -120,8 +121,7 @@ CONFIG_OF_OP: dict[str, type[KernelConfig]] = {**TILED, "preprocess": Preprocess
 
 def config_to_dict(config: KernelConfig) -> dict[str, Any]:
     """Every field but those at a default: fields have one that came after records were first written."""
-    values = asdict(config)
-    return {f.name: values[f.name] for f in fields(config) if values[f.name] != f.default}
+    return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
 
 
 def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
@@ -137,6 +137,7 @@ def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
     return kind(**data)
 
 
+@lru_cache(maxsize=4096)
 def config_to_json(config: KernelConfig) -> str:
     """One line, keys sorted: the same config always gives the same text."""
     return json.dumps(config_to_dict(config), sort_keys=True)

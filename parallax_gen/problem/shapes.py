@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
@@ -100,7 +100,7 @@ LATER = ("window",)
 
 def _to_dict(sizes: Shape | Bucket) -> dict[str, int]:
     """Every field; those of LATER where they are not at their default."""
-    return {name: value for name, value in asdict(sizes).items() if value or name not in LATER}
+    return {name: value for name, value in vars(sizes).items() if value or name not in LATER}
 
 
 def _check_names(what: str, data: Mapping[str, Any], kind: type[Shape] | type[Bucket]) -> None:

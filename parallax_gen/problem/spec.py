@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
@@ -129,7 +129,7 @@ class KernelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field; those of LATER where they are not at their default."""
-        return {name: value for name, value in asdict(self).items() if value or name not in LATER}
+        return {name: value for name, value in vars(self).items() if value or name not in LATER}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KernelSpec:

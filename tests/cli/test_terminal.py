@@ -142,6 +142,21 @@ def test_a_row_is_a_line_in_a_pipe_and_fits_a_terminal(
     assert " ".join(" ".join(lines).split()).count("three") == 9
 
 
+def test_the_last_column_is_folded_under_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "22")
+    print_table(("time", "name", "why"), [("9.5", "a", "it spills registers"), ("10", "bc", "")], right=("time",))
+    assert capsys.readouterr().out.splitlines() == [
+        "time  name  why",
+        " 9.5  a     it spills",
+        "            registers",
+        "  10  bc",
+    ]
+    print_table(("a", "b"), [])
+    assert capsys.readouterr().out == "a  b\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_an_error_of_one_line() -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
