@@ -14,11 +14,12 @@ from torch import Tensor
 
 import parallax_gen
 from parallax_gen.codegen.render import render
+from parallax_gen.data import data_dir
 from parallax_gen.distributed.group import members
 from parallax_gen.errors import DistributedError, ParallaxGenError
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import best, default_of, shown_by, siblings
+from parallax_gen.memory.ranking import default_of, is_valid, shown_by, siblings
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
@@ -29,7 +30,7 @@ from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher, gpu_here, records_here
 from parallax_gen.runtime.plan import Plans
 
-# A kernel of every template: where ranks render these alike, they render all alike.
+# A kernel of every template: where ranks have the same templates and render these alike, they render all alike.
 SPECS = (*(KernelSpec(op, 64, "bf16") for op in OPS), KernelSpec("decode", 64, "bf16", ragged=True))
 
 PROBLEM = "problem"  # where a rank's statement has it, it could not go on
@@ -41,7 +42,8 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     Each rank's own choice rests on the database of its host, and two hosts may know different records: then ranks run
     kernels of different speed, and results differ in their last bits from rank to rank. Here rank 0 reads its database
     and what ships, and sends what counts on its GPU: once, as text, checked on arrival like a user's input. Then every
-    rank says which kernels it would choose, and all must say the same.
+    rank says what its choices of these will rest on, and all must say the same; each renders a kernel when it is
+    called.
 
     It is a call of its own, to be made after init_process_group and torch.cuda.set_device, because only there all ranks
     are known to take part. Inside an attention call it would wait forever wherever ranks differ in what they call: in
@@ -74,7 +76,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     records: list[Result] = []
     try:
         records = _checked(text, gpu)
-        said = {"the choice of kernels": _resolved(records, gpu)}
+        said = {"the choice of kernels": _choice(records, gpu)}
     except ParallaxGenError as error:
         said = {PROBLEM: str(error)}
     _agree(said, group, everyone)
@@ -88,12 +90,14 @@ def _facts(gpu: Gpu | None) -> dict[str, str]:
     """What ranks must have in common, by the words for it."""
     card = GPUS["h100"]
     places = [Place(card.name, spec, Bucket(8, 1 if spec.op == "decode" else 1024, 1024)) for spec in SPECS]
+    rendered = [render(place.spec, default_of(place, card), card).text_hash for place in places]
+    templates = [path.read_text(encoding="utf-8") for path in sorted(data_dir("templates").glob("*.j2"))]
     here = Toolchain.here()
     return {
         "GPU": "none" if gpu is None else gpu.name,
         "triton": here.triton,
         "cuda": here.cuda or "none",
-        "kernels": _digest([render(place.spec, default_of(place, card), card).text_hash for place in places]),
+        "kernels": _digest([rendered, templates]),
         "protocol": str(PROTOCOL),
         "parallax_gen": parallax_gen.__version__,
     }
@@ -110,13 +114,17 @@ def _checked(text: str, gpu: Gpu | None) -> list[Result]:
     return found.results
 
 
-def _resolved(records: list[Result], gpu: Gpu | None) -> str:
-    """A digest of what this rank would launch at each place of the table: its own code has the last word."""
+def _choice(records: list[Result], gpu: Gpu | None) -> str:
+    """A digest of what the ranking makes of the table here: its own code has the last word.
+
+    Where ranks agree on which records are valid and on each place's default, they choose alike: toolchain and templates
+    are the same, and so is which records are of kernels that are rendered. So nothing needs to be rendered for it.
+    """
     if gpu is None:
         return _digest([])
-    table = Table(records)
     places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
-    return _digest([(place.digest, config_to_json(best(place, gpu, table).config)) for place in places])
+    defaults = [(place.digest, config_to_json(default_of(place, gpu))) for place in places]
+    return _digest([defaults, [is_valid(record, gpu) for record in records]])
 
 
 def _digest(parts: object) -> str:

@@ -97,10 +97,15 @@ def siblings(gpu: Gpu) -> list[str]:
     return [other.name for other in GPUS.values() if other.capability == gpu.capability and other.name != gpu.name]
 
 
+def is_valid(result: Result, gpu: Gpu) -> bool:
+    """Whether a result's config can serve its place on a card, which says nothing of what is rendered for it."""
+    return why_invalid(result.place.spec, result.config, gpu) is None
+
+
 def is_rendered(result: Result, gpu: Gpu) -> bool:
     """Whether today's templates render, for a card, the kernel that a result is of."""
     place, evidence = result.place, result.evidence
-    if why_invalid(place.spec, result.config, gpu) is not None:
+    if not is_valid(result, gpu):
         return False
     if evidence.templates:
         return same_programs(evidence.templates, place.spec)

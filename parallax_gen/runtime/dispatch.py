@@ -20,7 +20,7 @@ from parallax_gen.memory.ranking import Candidate, best, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.memory.table import Known
+from parallax_gen.memory.table import Known, Table
 from parallax_gen.problem.config import KernelConfig, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of
@@ -127,9 +127,10 @@ def default_dispatcher() -> Dispatcher:
 
 def records_here(memory: Memory, gpu: Gpu) -> list[Result]:
     """The record that each place's choice rests on, of all places of a GPU of which one is known."""
-    names = (gpu.name, *siblings(gpu))
-    places = {replace(record.place, gpu=gpu.name): None for name in names for record in memory.all(name)}
-    chosen = (best(place, gpu, memory).record for place in places)
+    records = [record for name in (gpu.name, *siblings(gpu)) for record in memory.all(name)]
+    known = Table(records)  # so that the memory is asked once, not at every place
+    places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
+    chosen = (best(place, gpu, known).record for place in places)
     return [record for record in chosen if record is not None]
 
 

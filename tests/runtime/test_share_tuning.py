@@ -124,6 +124,8 @@ def ranks_that_differ_are_named(rank: int) -> None:
     told = refused(rank, 2, tuning, "render", lambda *_: KernelSource("", "", "", "0" * 32))
     assert "kernels is" in told
     assert "on ranks 0-1" in told
+    told = refused(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
+    assert "kernels is" in told
     told = refused(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
     assert told == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
     told = refused(rank, 1, tuning, "gpu_here", lambda: None)
@@ -213,7 +215,7 @@ def work(rank: int, folder: Path, failures: Any) -> None:
 
 
 def test_ranks_share_what_rank_0_knows(tmp_path: Path) -> None:
-    """Beside a few of the records that ship: every kernel of a table is rendered on every rank."""
+    """Beside a few of the records that ship: rank 0 renders every kernel of the table."""
     for gpu in ("h100", "h200"):
         records = read_file(data_dir("tuning_db") / f"{gpu}.jsonl").results
         write_lines(tmp_path / "shipped" / f"{gpu}.jsonl", records[::200])
