@@ -115,6 +115,17 @@ def a_siblings_record_is_everybodys(rank: int) -> None:
     assert default_dispatcher().kernel(SPEC, replace(SHAPE, seqlen_kv=70_000), GPU)[0].config == config(6)
 
 
+def only_rank_0_renders_the_table(rank: int) -> None:
+    """Whatever the others launch they render when it is called."""
+
+    def fail(*_: object) -> Any:
+        raise AssertionError("rendered")
+
+    with patched(ranking, "render", fail if rank else render):
+        assert share_tuning() > 0
+    assert chosen() == config(48)
+
+
 def ranks_that_differ_are_named(rank: int) -> None:
     here = toolchain.triton_version(), toolchain.cuda_version()
     told = refused(rank, 1, toolchain, "triton_version", lambda: "3.1")
@@ -188,6 +199,7 @@ CASES: tuple[Callable[[int], None], ...] = (
     all_choose_what_rank_0_knows,
     all_know_what_rank_0s_search_knew,
     a_siblings_record_is_everybodys,
+    only_rank_0_renders_the_table,
     ranks_that_differ_are_named,
     a_rank_that_cannot_go_on_stops_all,
     a_database_that_is_broken_is_passed_over,
