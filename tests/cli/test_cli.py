@@ -286,7 +286,7 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     store.merge([known(), known(splits=3, unlike=OTHER_KERNEL), known(splits=3, unlike=OTHER_TOOLCHAIN)])
     found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
     assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
-    longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (4096, 1024))  # none near another
+    longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # none near another
     folder = store.path.parent / "shipped"
     write_shipped(
         [known(), known(unlike=OTHER_TOOLCHAIN, place=longer), known(unlike=OTHER_KERNEL, place=wider)], "h200", folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cli_samples import (
     config,
     known,
     known_dkdv,
+    process,
     run,
     run_json,
 )
@@ -415,3 +417,10 @@ def test_explain_has_an_answer_for_every_op(op: str) -> None:
     found = run_json("explain", "--gpu", "h200", "--op", op, "--head-dim", "64", "--shape", "2,32/8,4096")
     assert found["spec"]["op"] == op
     assert found["bucket"]["kv_rows"] == (64 if op == "preprocess" else 16)
+
+
+def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:
+    store.record(known(250.0))
+    out, err = process("-m", "parallax_gen.cli", "show", *CALL, "--json").communicate(timeout=60)
+    assert 250.0 in [record["time_us"] for record in json.loads(out)["results"]]  # beside what really ships
+    assert err == ""
