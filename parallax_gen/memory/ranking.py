@@ -103,12 +103,12 @@ def default_of(place: Place, gpu: Gpu) -> KernelConfig:
 
 
 def near_buckets(place: Place) -> Iterator[Place]:
-    """The same kernel at near sizes, the nearest first: along keys before rows."""
+    """The same kernel at near sizes, the nearest first: along keys before rows, the smaller before the larger."""
     bucket = place.bucket
     lengths = ("seqlen_q", "seqlen_kv") if bucket.seqlen_q == bucket.seqlen_kv else ("seqlen_kv",)
     for names, least, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
         size = getattr(bucket, names[0])
-        for near in (size * factor, size // factor):
+        for near in (size // factor, size * factor):
             if near >= least:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
 

@@ -19,8 +19,9 @@ from parallax_gen.tuning.worker import Timing
 # Where times are compared with each other's, the timing of what is bound by matmuls (tuning/model.py) is in short
 # bursts, each from rest. A card that is busy with matmuls for longer meets its power limit: an H100 after 30 to 90 ms,
 # at random, and from then on it runs 5 to 12 % slower, in steps. Until then the same kernel takes the same time within
-# 0.5 %. What is bound by memory, decode and preprocess, does not rest: it is far from that limit, and its few
-# microseconds suffer from clocks that fell in the rest.
+# 0.5 %. A tenth of a second of rest is enough: on an H200 the forward, dkdv and dqdr took as long after 0.05, 0.1 and
+# 0.2 s of it, within 0.3 %. What is bound by memory, decode and preprocess, does not rest: it is far from that limit,
+# and its few microseconds suffer from clocks that fell in the rest.
 #
 # Of ragged decode a call launches on each of the batches of `shapes.timed_lengths`, and its mean counts.
 #
@@ -32,7 +33,7 @@ from parallax_gen.tuning.worker import Timing
 CALLS_A_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
 WARM_MS = 5.0
-REST_S = 0.2
+REST_S = 0.1
 BURST_MS = 20.0
 FEWEST_REPLAYS, MOST_REPLAYS = 7, 200
 TURNS = 3
