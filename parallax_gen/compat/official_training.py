@@ -23,7 +23,8 @@ from parallax_gen.compat.checks import (
 )
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.reference import reference_forward
-from parallax_gen.runtime.attention import Saved, backward, forward
+from parallax_gen.runtime.attention import Saved
+from parallax_gen.runtime.autograd import backward_of_part, forward_of_part
 from parallax_gen.runtime.checks import Request
 from parallax_gen.runtime.sharded import refuse_shards
 from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
@@ -113,9 +114,7 @@ def parallax_fwd(
     scale, window = scale_of("qk_scale", qk_scale, q.shape[-1]), window_of("window_size_left", window_size_left)
     pieces = _pieces(q.shape[1], k.shape[1], window)
     with torch.no_grad():
-        found = [
-            forward(_request(piece, q, r, k, v, scale, n_rep, window), packed=False, stats=True) for piece in pieces
-        ]
+        found = [forward_of_part(_request(piece, q, r, k, v, scale, n_rep, window)) for piece in pieces]
         out, lse, t_mean, v_mean = (
             _joined(parts, dim) for parts, dim in zip(zip(*found, strict=True), (1, 2, 2, 1), strict=True)
         )
@@ -172,7 +171,7 @@ def parallax_bwd(
                 v_mean[:, piece.rows].contiguous(),
             )
             asked = _request(piece, q, r, k, v, scale, n_rep, window)
-            found.append(backward(do[:, piece.rows], asked, saved, dqdr=True, dkdv=True))
+            found.append(backward_of_part(do[:, piece.rows], asked, saved))
         dq, dr, dk, dv = zip(*found, strict=True)
         of_queries = (_unfolded(_joined(parts, 1)) for parts in (dq, dr))
         of_keys = (_unfolded(_added(parts, k.shape[1])) for parts in (dk, dv))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from parallax_gen.distributed.group import members
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.attention import Saved, backward, forward
+from parallax_gen.runtime.attention import Saved
 from parallax_gen.runtime.autocast import cast_inputs
-from parallax_gen.runtime.autograd import first_derivatives
+from parallax_gen.runtime.autograd import backward_of_part, first_derivatives, forward_of_part
 from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
 from parallax_gen.runtime.sharded import refuse_shards
 from parallax_gen.runtime.states import State, absorb
@@ -160,7 +160,7 @@ class _RingAttention(torch.autograd.Function):
             passing = ring.pass_on(keys, values) if step + 1 < ring.ranks else None
             part = ring.part(step, q.shape[1], causal)
             asked = _of_part(part, q, r, keys, values, softmax_scale)
-            here = State(*forward(asked, packed=False, stats=True))
+            here = State(*forward_of_part(asked))
             if found is None:  # of its own keys, which all queries see some of
                 found = here._replace(out=here.out.float(), v_mean=here.v_mean.float())
             else:
@@ -190,7 +190,7 @@ class _RingAttention(torch.autograd.Function):
             part = ring.part(step, q.shape[1], causal)
             asked = _of_part(part, q, r, keys, values, softmax_scale)
             saved = Saved(*(x.contiguous() for x in _rows_of(State(*state), part.rows)))
-            grads = backward(do[:, part.rows], asked, saved, dqdr=True, dkdv=True, some_keys=True)
+            grads = backward_of_part(do[:, part.rows], asked, saved, some_keys=True)
             if coming is not None:
                 dk, dv = coming.arrived()
             sums = (dq[:, part.rows], dr[:, part.rows], dk[:, part.keys], dv[:, part.keys])

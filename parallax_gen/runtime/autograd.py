@@ -27,6 +27,7 @@ from parallax_gen.runtime.transforms import (
     refuse_batched,
     refuse_tangents,
     transforms_see,
+    under_a_mode,
 )
 
 _REQUEST = (
@@ -55,6 +56,21 @@ def attend_under_transforms(asked: Request, *, stats: bool, recompute_v_mean: bo
 def attend_without_gradients(asked: Request, *, stats: bool) -> tuple[Tensor, ...]:
     """out, and with stats lse, t̄ and v̄: by operators, which a compiler can trace. asked: checked."""
     return _attention_with_stats(*asked, False) if stats else (_attention(*asked),)
+
+
+def forward_of_part(asked: Request) -> tuple[Tensor, ...]:
+    """out, lse, t̄ and v̄, for functions that have gradients of their own: by an operator where a mode is to see it."""
+    if under_a_mode():
+        return _attention_with_stats(*asked, False)  # type: ignore[no-any-return]
+    return forward(asked, packed=False, stats=True)
+
+
+def backward_of_part(do: Tensor, asked: Request, saved: Saved, *, some_keys: bool = False) -> tuple[Tensor, ...]:
+    """All gradients, as `forward_of_part`; some_keys as of `attention.backward`."""
+    if under_a_mode():
+        kept = saved.out, saved.lse, saved.t_mean, saved.v_mean
+        return tuple(_attention_backward(*asked, do, *kept, True, True, some_keys))
+    return backward(do, asked, saved, dqdr=True, dkdv=True, some_keys=some_keys)
 
 
 def plain(*inputs: Tensor) -> bool:
@@ -138,14 +154,16 @@ class _Attention(torch.autograd.Function):
 
 
 def _run_backward(*given: Any) -> list[Tensor]:
-    *asked, do, out, lse, t_mean, v_mean, dqdr, dkdv = given
+    asked, (do, *saved) = Request(*given[:11]), given[11:16]
+    dqdr, dkdv, *some_keys = given[16:]  # which is left out where it is False
     refuse_tangents()
-    return [*backward(do, Request(*asked), Saved(out, lse, t_mean, v_mean), dqdr=dqdr, dkdv=dkdv)]
+    return [*backward(do, asked, Saved(*saved), dqdr=dqdr, dkdv=dkdv, some_keys=bool(some_keys and some_keys[0]))]
 
 
 def _fake_backward(*given: Any) -> list[Tensor]:
     refuse_tangents()
-    q, r, k, v, *_, dqdr, dkdv = given
+    q, r, k, v = given[:4]
+    dqdr, dkdv = given[16:18]
     return [x.new_empty(x.shape) for x in (q, r) * dqdr + (k, v) * dkdv]
 
 
@@ -157,8 +175,8 @@ _attention_backward = torch.library.custom_op(
     "parallax_gen::attention_backward",
     _run_backward,
     mutates_args=(),
-    schema=f"({_REQUEST}, Tensor do, Tensor out, Tensor lse, Tensor t_mean, Tensor? v_mean, bool dqdr, bool dkdv)"
-    " -> Tensor[]",
+    schema=f"({_REQUEST}, Tensor do, Tensor out, Tensor lse, Tensor t_mean, Tensor? v_mean, bool dqdr, bool dkdv, "
+    "bool some_keys=False) -> Tensor[]",
 )
 _attention_backward.register_fake(_fake_backward)
 _attention_backward.register_autograd(_refuse)

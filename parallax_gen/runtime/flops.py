@@ -34,7 +34,7 @@ def backward_flops(*given: Any, out_val: Any = None) -> int:
     Two kernels that make all of them find the scores twice; that is not counted.
     """
     asked = Request(*given[:_OF_REQUEST])
-    *_, v_mean, dqdr, dkdv = given
+    v_mean, dqdr, dkdv = given[_OF_REQUEST + 4 : _OF_REQUEST + 7]
     matmuls = MATMULS["dqdr"] * dqdr + MATMULS["dkdv"] * dkdv - SCORES["dqdr"] * (dqdr and dkdv)
     return _flops(matmuls + MATMULS["forward"] * (v_mean is None), asked)
 

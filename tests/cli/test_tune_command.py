@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import signal
 from pathlib import Path
 
 import pytest
-from cli_samples import CALL, H200, PLACE, config, known, process, run
+from cli_samples import CALL, H200, PLACE, config, known, known_dkdv, process, run
 from rich.console import Console
 
 from parallax_gen.cli.interrupt import Interrupt
@@ -16,6 +17,7 @@ from parallax_gen.cli.progress import View
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning import tune as tuning
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.worker import Compile, Measure, Outcome, Rematch, Timing
@@ -330,3 +332,48 @@ def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -
     assert lines[3].strip().startswith("4 trials in 0 s: 4 ok; best 250.0 us")
     assert len(lines) == 4
     assert config(1) == known(splits=1).config
+
+
+# -- what is known, again
+
+
+def test_refresh_times_what_is_known_again(card: None, store: Store) -> None:
+    other = dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))
+    for place in (PLACE, other):
+        store.record(known(splits=3, place=place))
+    summary = json.loads(run("tune", "--refresh", "--workers", "1", "--json").stdout)
+    assert {(job["bucket"]["kv_rows"], job["outcome"]) for job in summary["jobs"]} == {(256, "ok"), (1024, "ok")}
+    assert all(job["trials"] == 2 and job["known"] == 0 for job in summary["jobs"])  # the default, and its own
+    assert len(store.results(PLACE)) == 2
+
+    one = json.loads(run("tune", "--refresh", *CALL, "--workers", "1", "--json").stdout)
+    assert [job["bucket"]["kv_rows"] for job in one["jobs"]] == [256]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--op", "forward"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
+        (("--dtype", "fp16"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
+        (("--storage", "journal:file"), "--refresh: one process times again what it knows, without --storage"),
+    ],
+)
+def test_refresh_says_what_it_cannot_do(card: None, store: Store, asked: tuple[str, ...], told: str) -> None:
+    store.record(known())
+    result = run("tune", "--refresh", *asked, "--workers", "1")
+    assert result.exit_code != 0
+    assert told in result.stderr
+
+
+def test_refresh_needs_a_device(store: Store) -> None:
+    store.record(known())
+    result = run("tune", "--gpu", "h200", "--refresh", "--workers", "1")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: --refresh: there is no CUDA device here to time it on"
+
+
+def test_refresh_of_training_is_of_a_step_s_kernels(card: None, store: Store) -> None:
+    store.record(known())
+    store.record(known_dkdv())
+    (job,) = json.loads(run("tune", "--refresh", "--op", "training", "--workers", "1", "--json").stdout)["jobs"]
+    assert job["spec"]["op"] == "dkdv"

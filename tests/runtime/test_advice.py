@@ -30,7 +30,7 @@ from parallax_gen.tuning.usual import Flags, kernels
 pytestmark = pytest.mark.interpreter
 
 GPU = GPUS["h200"]
-SPEC = KernelSpec("preprocess", 64, "bf16")
+SPEC = KernelSpec("forward", 64, "bf16", causal=True)
 PLACE = Place("h200", SPEC, Bucket(8, 1024, 1024))
 OTHER = replace(PLACE, bucket=Bucket(16, 1024, 1024))
 
@@ -71,6 +71,12 @@ def test_what_another_toolchain_or_card_measured_is_named() -> None:
     on_sibling = replace(record(), place=replace(PLACE, gpu="h100"))
     (told,) = called(Dispatcher(Table([on_sibling])), PLACE)
     assert "a record of h100 with " in told
+    decode = Place("h200", KernelSpec("decode", 64, "bf16"), Bucket(8, 1, 1024))
+    near = replace(decode, bucket=Bucket(8, 1, 2048))
+    config = default_of(near, GPU)
+    of_near = Result(near, evidence_of(render(near.spec, config, GPU)), config, "ok", time_us=5.0)
+    (told,) = called(Dispatcher(Table([of_near])), decode)
+    assert "a record of 8 kv rows, seqlen 1x2048 with " in told
 
 
 def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch) -> None:

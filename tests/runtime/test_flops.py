@@ -11,6 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.compat.official_training import parallax_bwd, parallax_fwd
+from parallax_gen.distributed import ring_attn_func
+from parallax_gen.distributed.ring import _Ring
 from parallax_gen.problem.shapes import Shape, work_of
 from parallax_gen.problem.spec import KernelSpec
 
@@ -89,3 +92,27 @@ def test_compiled_calls_are_counted() -> None:
     found = counted(lambda: call(*inputs).sum().backward())
     assert found == {OPS.attention_with_stats: FORWARD, OPS.attention_backward: 2 * FORWARD}
     torch._dynamo.reset()
+
+
+def test_a_ring_s_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Ring, "of", staticmethod(lambda group: _Ring(group, 0, 1, 0, 0)))
+    inputs = dense(6, 6).inputs
+    found = counted(lambda: ring_attn_func(*inputs).sum().backward())
+    every = 8 * 2 * 4 * 6 * 6 * 16
+    assert found == {OPS.attention_with_stats: every, OPS.attention_backward: 2 * every}
+    grads = [x.grad for x in inputs]
+    expected = dense(6, 6).inputs
+    ring_attn_func(*expected).sum().backward()  # without a counter: by no operator
+    for grad, x in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, x.grad)
+
+
+def test_the_official_forward_and_backward_are_counted() -> None:
+    q, r, k, v = (x.detach().transpose(1, 2).flatten(0, 1).bfloat16() for x in dense(8, 8).inputs)
+    kept: list[torch.Tensor] = []
+    square = 8 * 2 * 4 * 8 * 8 * 16 // 2  # causal
+    assert counted(lambda: kept.extend(parallax_fwd(q, r, k, v, 0.25, 2))) == {OPS.attention_with_stats: square}
+    found = counted(lambda: kept.extend(parallax_bwd(q, r, k, v, *kept, kept[0], 0.25, 2)))
+    assert found == {OPS.attention_backward: 2 * square}
+    for counter, plain in zip(kept[5:], parallax_bwd(q, r, k, v, *kept[:5], kept[0], 0.25, 2), strict=True):
+        torch.testing.assert_close(counter, plain)
