@@ -84,8 +84,10 @@ def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origin
     choice = choose(spec, shape, gpu, memory)
     results = memory.results(choice.place)
     refused = [candidate for candidate, _ in choice.refused]
-    candidates = [c for c in ranked(choice.place, gpu, memory) if c not in (choice.candidate, *refused)]
-    used = {c.record for c in (choice.candidate, *refused, *candidates)}
+    passed = {c.config for c in refused}
+    ranking = list(ranked(choice.place, gpu, memory))
+    candidates = [c for c in ranking if c != choice.candidate and c.config not in passed]
+    used = {c.record for c in ranking}
     return Explanation(
         spec=spec,
         shape=shape,

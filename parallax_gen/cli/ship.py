@@ -92,6 +92,8 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     from parallax_gen.problem.hardware import GPUS
 
     names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]
+    if not names:
+        raise StoreError(f"no records in {folder}")
     cards = []
     for name in names:
         records = load_shipped(name, folder)

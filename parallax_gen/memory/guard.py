@@ -61,6 +61,8 @@ def guarded(place: Place, gpu: Gpu, known: Known, compiled: Compiled | None = No
     for candidate in ranked(place, gpu, known):
         if candidate.tier in (Tier.MEASURED_HERE, Tier.DEFAULT):
             return Guarded(candidate, True, tuple(refused))
+        if any(candidate.config == other.config for other, _ in refused):
+            continue  # the same kernel, by another record
         try:
             resources = compiled(candidate.config)
             if resources is None:

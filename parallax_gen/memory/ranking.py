@@ -28,7 +28,7 @@ from parallax_gen.codegen.identity import found, remember
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.memory.legacy import same_programs
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import PROTOCOL, Evidence, Result
+from parallax_gen.memory.result import PROTOCOL, Evidence, Result, supersedes
 from parallax_gen.memory.table import Known
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import KernelConfig
@@ -69,7 +69,13 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
     here  the toolchain that would compile it: by default this process's
     """
     default = default_of(place, gpu)
-    own = _searches(known.results(place), here)
+    results = known.results(place)
+    found_here = [r for r in results if r.outcome != "predicted" and not r.of_machine and _is_like(r.evidence, here)]
+
+    def stands(record: Result) -> bool:
+        return is_rendered(record, gpu) and not _is_overruled(record, found_here, gpu)
+
+    own = _searches(results, here)
     others = [
         search
         for name in (siblings(gpu) if _is_sibling_better(place) else ())
@@ -81,12 +87,12 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
         newer = (other.best(gpu) for other in others if other.newest > search.newest)
         if search.knew(default) and all(rival is None or search.knew(rival.config) for rival in newer):
             tier = Tier.MEASURED_HERE if search.like_here else Tier.OTHER_TOOLCHAIN
-            yield from (Candidate(tier, r.config, r) for r in search.measured if is_rendered(r, gpu))
+            yield from (Candidate(tier, r.config, r) for r in search.measured if stands(r))
     for search in others:
-        yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if is_rendered(r, gpu))
+        yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if stands(r))
     for near in near_buckets(place) if _is_near_better(place) else ():
         for search in _searches(known.results(near), here):
-            record = search.best(gpu) if search.knew(default) else None
+            record = next(filter(stands, search.measured), None) if search.knew(default) else None
             if record is not None:
                 yield Candidate(Tier.NEIGHBOUR, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
@@ -111,6 +117,26 @@ def near_buckets(place: Place) -> Iterator[Place]:
         for near in (size // factor, size * factor):
             if near >= least:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
+
+
+def _is_like(evidence: Evidence, here: Toolchain | None) -> bool:
+    """Whether this process, or that of the toolchain `here`, would compile and time alike."""
+    return evidence.toolchain.like(here or Toolchain.here()) and evidence.protocol == PROTOCOL
+
+
+def _is_overruled(record: Result, found_here: Iterable[Result], gpu: Gpu) -> bool:
+    """Whether what was found of a record's config here says otherwise: that it failed, or another time since.
+
+    found_here  what was tried at the place with this toolchain. Nothing is rendered where none is of the config
+    """
+    verdict: Result | None = None
+    of_config = [result for result in found_here if result.config == record.config]
+    if of_config in ([], [record]):
+        return False
+    for result in of_config:
+        if (verdict is None or supersedes(result, verdict)) and is_rendered(result, gpu):
+            verdict = result
+    return verdict is not None and (not verdict.measured or (record in of_config and record != verdict))
 
 
 def _is_sibling_better(place: Place) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import platformdirs
 from sqlite_utils import Database
+from sqlite_utils.db import NoTable
 from sqlite_utils.utils import sqlite3  # the module that Database uses, which need not be the standard one
 
 from parallax_gen.data import data_dir, user_path
@@ -169,7 +170,7 @@ class Store:
             for row in self._db.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
                 try:
                     _from_row(row)
-                except NO_RESULT as error:
+                except (*NO_RESULT, KeyError) as error:
                     found.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
         return found
 
@@ -262,7 +263,7 @@ class Store:
             raise StoreError(
                 f"cannot use the tuning database {self.path}: {error}. PARALLAX_GEN_DB can name a file elsewhere."
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, NoTable, UnicodeDecodeError) as error:  # what SQLite says may be no text either
             raise StoreError(
                 f"{self.path} is damaged or not a tuning database: {error}. "
                 "Move it away and a new one is made, or set PARALLAX_GEN_DB to another file."
@@ -297,8 +298,8 @@ class Store:
         for row in rows:
             try:
                 yield _from_row(row)
-            except NO_RESULT:
-                self._unreadable.add(tuple(row[name] for name in IDENTITY))
+            except (*NO_RESULT, KeyError):  # of a column that is not there
+                self._unreadable.add(tuple(row.get(name) for name in IDENTITY))
 
 
 def _connect(path: Path, mode: str) -> Database:

@@ -121,7 +121,7 @@ class RuntimeMemory(Memory):
     """The user's database over the shipped records.
 
     One that cannot be used stops no training and no serving: it is passed over, with a warning, and from then on only
-    what ships counts.
+    what ships counts. So is a file of shipped records.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -135,6 +135,13 @@ class RuntimeMemory(Memory):
         if self.store is not None:
             self.store.close()
 
+    def results(self, place: Place) -> list[Result]:
+        try:
+            return super().results(place)
+        except StoreError as error:  # of a file that ships
+            _warn_of(error, "Only your own records and defaults are used.")
+            return self.own(lambda store: store.results(place))
+
     def own(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
         try:
             return super().own(ask)
@@ -144,8 +151,8 @@ class RuntimeMemory(Memory):
             return []
 
 
-def _warn_of(error: StoreError) -> None:
-    warnings.warn(f"{error} Only shipped records and defaults are used.", stacklevel=3)
+def _warn_of(error: StoreError, instead: str = "Only shipped records and defaults are used.") -> None:
+    warnings.warn(f"{error} {instead}", stacklevel=3)
 
 
 @cache

@@ -21,28 +21,27 @@ HINTS = 1  # of kernels that are not rendered any more
 
 
 def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
-    """Every place of a card that anything was measured at; where nothing was on it, those of cards like it.
+    """Every place that anything was measured at, on a card or on one like it.
 
     Calls that rest on the least come first, so that a refresh that is stopped has done the most.
     """
-    for names in ([gpu.name], siblings(gpu)):
-        measured = (result.place for name in names for result in memory.all(name) if result.measured)
-        places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
-        if places:
-            break
+    names = (gpu.name, *siblings(gpu))
+    measured = (result.place for name in names for result in memory.all(name) if result.measured)
+    places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
     chosen = {place: best(place, gpu, memory) for place in places if wanted(place)}
     order = sorted(chosen, key=lambda place: chosen[place].tier, reverse=True)
     return [Job(place.spec, place.bucket, gpu) for place in order]
 
 
 def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:
-    """Of a job's place what may be fastest by all that is known, today's default first.
+    """Of a job's place what may be fastest by all that is known.
 
-    Of each tier of the ranking a few; the best of the nearest bucket; and of what is not rendered any more, or was
-    found by a search that did not know a knob, the fastest.
+    First what calls get now: a refresh that is stopped there leaves them that. Then today's default; of each tier of
+    the ranking a few; the best of the nearest bucket; and of what is not rendered any more, or was found by a search
+    that did not know a knob, the fastest.
     """
     place, gpu = job.place, job.gpu
-    found = {default_of(place, gpu): None}
+    found: dict[KernelConfig, None] = {default_of(place, gpu): None}
     taken: Counter[Tier] = Counter()
     for candidate in ranked(place, gpu, memory):
         if candidate.config not in found and taken[candidate.tier] < OF_A_TIER:
@@ -55,7 +54,7 @@ def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:
             break
     hints = (result for name in siblings(gpu) for result in memory.results(replace(place, gpu=name)))
     found |= dict.fromkeys(_fastest(hints, job, HINTS))
-    return list(found)[:MOST]
+    return list(dict.fromkeys([best(place, gpu, memory).config, *found]))[:MOST]
 
 
 def _fastest(results: Iterable[Result], job: Job, count: int) -> Sequence[KernelConfig]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
+from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of, is_current
-from parallax_gen.memory.result import Evidence, Result
+from parallax_gen.memory.result import Evidence, Result, reading_order, supersedes
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.config import KernelConfig, config_to_json
 from parallax_gen.problem.heuristics import promising_configs
@@ -49,8 +51,11 @@ class Run:
         trials: int,
         board: Board | None = None,
         again: Sequence[KernelConfig] | None = None,
+        results: Callable[[Place], list[Result]] | None = None,
     ):
+        """results: where they are looked up; by default in the store, into which they are written."""
         self.job = job
+        self._results = results or store.results
         self._store, self._measure, self._trials, self._board = store, measure, trials, board
         self._wanted = "ok" if measure else "predicted"
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
@@ -160,6 +165,7 @@ class Run:
             self._note(self._result(config, self._compiled.pop(config), outcome))
             return True
         for result in self._finals.measured(request, outcome):
+            result = replace(result, evidence=self._evidence_of(result.config))  # an old row may have another
             self._store.record(result)
             if self._board is not None:
                 self._board.publish(result)
@@ -178,8 +184,17 @@ class Run:
         return [default, *proven_configs(job), *nearby, *promising, *near]
 
     def _known(self) -> list[Result]:
-        """What is known of the job's kernels as they are today, compiled as here: the measured first, fast to slow."""
-        return [r for r in self._store.results(self.job.place) if self._is_current(r)]
+        """What is known of the job's kernels as they are today, compiled as here: the measured first, fast to slow.
+
+        Of each config one: what tells the most, and the newest of that. An old row of it may be of another patch
+        release of Triton, or from before fingerprints.
+        """
+        found: dict[KernelConfig, Result] = {}
+        for result in self._results(self.job.place):
+            if self._is_current(result):
+                old = found.get(result.config)
+                found[result.config] = result if old is None or supersedes(result, old) else old
+        return sorted(found.values(), key=reading_order)
 
     def _is_current(self, result: Result) -> bool:
         """Whether it is of the kernel that its config renders today, or of none, and of this process's toolchain."""

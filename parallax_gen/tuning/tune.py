@@ -107,7 +107,8 @@ class Tuner:
     def _run(self, job: Job, trials: int) -> Run:
         if self._refresh is not None:
             again = known_configs(job, self._refresh)[:trials]
-            return Run(job, self._store, measure=self._measure, trials=len(again), again=again)
+            results = self._refresh.results
+            return Run(job, self._store, measure=self._measure, trials=len(again), again=again, results=results)
         # A prediction would keep those who can measure from the config.
         board = self._storage.board(job.place, program_of(job)) if self._storage is not None and self._measure else None
         return Run(job, self._store, measure=self._measure, trials=trials, board=board)

@@ -103,6 +103,14 @@ def test_of_two_at_the_most_else_the_default() -> None:
     assert "third" not in compiler.asked
 
 
+def test_one_kernel_of_two_records_is_compiled_and_counted_once() -> None:
+    known = Table([record(FIRST, 1.0), record(FIRST, 1.0, "1.9.0"), record(SECOND, 2.0), record(SECOND, 2.0, "1.9.0")])
+    known = Table([*known.results(PLACE), record(THIRD, 3.0), record(THIRD, 3.0, "1.9.0")])
+    found = guarded(PLACE, GPU, known, Compiler(first=SPILLS, second=FINE, default=FINE))
+    assert found.candidate.config == SECOND
+    assert len(found.refused) == 1
+
+
 def test_where_the_default_does_not_compile_the_borrowed_one_is_used() -> None:
     found = guarded(PLACE, GPU, BORROWED, Compiler(first=SPILLS, default=BuildError("no")))
     assert found.candidate.config == FIRST

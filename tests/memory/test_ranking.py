@@ -228,6 +228,25 @@ def test_a_search_that_did_not_know_a_knob_of_a_siblings_newer_best_is_passed_ov
     assert chosen(own, record(1.0, first, sibling, day=3, kernel="f" * 32, text="")) == default  # no rival any more
 
 
+@pytest.mark.parametrize("outcome", ["wrong", "crash", "compile", "timeout", "resources", "slow"])
+@pytest.mark.parametrize("where", [{}, {"place": ON_SIBLING}])
+def test_what_failed_here_is_not_borrowed(outcome: str, where: dict[str, Place]) -> None:
+    elsewhere = record(1.0, **where, **OLD)
+    failed = dataclasses.replace(record(), outcome=outcome, time_us=9.0 if outcome == "slow" else None)
+    assert choices(elsewhere) != [LAST]
+    assert choices(elsewhere, failed) == [LAST]
+    lost = dataclasses.replace(failed, evidence=dataclasses.replace(failed.evidence, kernel="f" * 32, text="e" * 32))
+    assert choices(elsewhere, lost) != [LAST]  # it was another kernel that failed
+
+
+def test_of_one_kernel_and_toolchain_the_newest_time_counts() -> None:
+    old = record(1.0, day=1, triton="3.9.1")
+    assert choices(old, record(5.0, day=2)) == [(Tier.MEASURED_HERE, other_config()), LAST]
+    faster = record(3.0, other_config(HEAD_GROUP=4))
+    assert choices(old, record(5.0, day=2), faster)[0] == (Tier.MEASURED_HERE, faster.config)
+    assert choices(old, dataclasses.replace(record(day=2), outcome="wrong", time_us=None)) == [LAST]
+
+
 def test_current_is_of_any_outcome() -> None:
     failed = dataclasses.replace(record(), outcome="wrong")
     assert is_current(failed, GPU)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,44 @@ def test_records_that_count_here_are_the_best_of_their_places(tmp_path: Path) ->
     assert {(r.place, r.config, r.evidence) for r in found} == {
         (r.place, r.config, r.evidence) for r in (first, known(place=longer), elsewhere)
     }
+
+
+@pytest.mark.parametrize("card", ["h200", "h100"])
+@pytest.mark.parametrize("rest", [b"\n", b"garbage\n", b"\xff\n", b'{"place": {}}\n'])
+def test_a_damaged_file_of_shipped_records_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: str, rest: bytes
+) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "mine.db"))
+    with Store() as store:
+        store.record(known())
+    write_shipped([known(place=replace(PLACE, gpu=card))], card, tmp_path)
+    with (tmp_path / f"{card}.jsonl").open("ab") as file:
+        file.write(rest)
+    with closing(RuntimeMemory(tmp_path)) as memory, pytest.warns(UserWarning, match="Only your own records"):
+        assert choose(SPEC, SHAPE, GPU, memory).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "ALTER TABLE measurements RENAME COLUMN detail TO other",
+        "ALTER TABLE measurements DROP COLUMN spills",
+        "ALTER TABLE measurements RENAME TO other",
+        "ALTER TABLE measurements RENAME TO other; CREATE VIEW measurements AS SELECT * FROM other",
+    ],
+)
+def test_a_database_with_another_schema_stops_no_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "mine.db"))
+    with Store() as store:
+        store.record(known())
+    with closing(sqlite3.connect(tmp_path / "mine.db")) as database:
+        database.executescript(damage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with closing(RuntimeMemory(tmp_path)) as memory:
+            assert choose(SPEC, SHAPE, GPU, memory).config in (CONFIG, DEFAULT)
 
 
 # Whatever a memory holds

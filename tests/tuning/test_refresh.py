@@ -12,8 +12,9 @@ from parallax_gen.codegen.render import render
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of
 from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
+from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
@@ -29,6 +30,7 @@ JOB = Job(SPEC, Bucket(8, 1, 4096), GPU)
 DEFAULT = default_of(JOB.place, GPU)
 OTHERS = [config for config in every_config(SPEC, GPU) if config != DEFAULT][:10]
 OLD = {"triton": "2.0.0", "cuda": "11.0"}
+TEMPLATES = "255dd79780b8"  # of before fingerprints: decode is the same program
 LOST = {"kernel": "f" * 32, "text": "e" * 32}  # of a kernel that nothing renders
 
 
@@ -65,7 +67,7 @@ def test_of_each_place_the_best_of_every_kind_of_evidence(store: Store, tmp_path
         record(OTHERS[4], 2.0, near),
         record(OTHERS[5], 0.5, **LOST),
     )
-    assert known_configs(JOB, memory) == [DEFAULT, *OTHERS[:2], OTHERS[3], OTHERS[4], OTHERS[5]]
+    assert known_configs(JOB, memory) == [OTHERS[0], DEFAULT, OTHERS[1], OTHERS[3], OTHERS[4], OTHERS[5]]
     assert MOST == 6
 
 
@@ -84,10 +86,10 @@ def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) 
         record(OTHERS[0], 1.0, lost, **LOST),
         record(OTHERS[0], 1.0, other),
     )
-    assert [job.place for job in known_jobs(memory, GPU)] == [lost, older, alive]
-    assert [job.place for job in known_jobs(memory, GPU, lambda place: place.bucket.kv_rows > 1)] == [lost, older]
-    (of_sibling,) = known_jobs(memory, GPUS["h100"])
-    assert of_sibling.place == other
+    here = replace(other, gpu=GPU.name)
+    assert [job.place for job in known_jobs(memory, GPU)] == [lost, here, older, alive]
+    assert [job.place for job in known_jobs(memory, GPU, lambda place: place.bucket.kv_rows > 2)] == [lost, older]
+    assert len(known_jobs(memory, GPUS["h100"])) == 4
     unknown = replace(GPU, name="a card alike")
     assert {job.bucket for job in known_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
     assert known_jobs(memory, GPUS["rtx4090"]) == []
@@ -159,3 +161,37 @@ def test_ops_without_neighbours_in_the_ranking_try_those_too(op: str, store: Sto
     config = next(c for c in every_config(spec, GPU) if c != default_of(job.place, GPU))
     memory = memory_of(store, tmp_path, record(config, 1.0, replace(job.place, bucket=Bucket(8, 1024, 1024))))
     assert known_configs(job, memory) == [default_of(job.place, GPU), config]
+
+
+@pytest.mark.parametrize(
+    "old", [{"triton": f"{Toolchain.here().triton}.9"}, {"kernel": "", "text": "", "templates": TEMPLATES}]
+)
+def test_a_config_with_an_old_row_that_fails_now_or_is_slower_counts_as_it_is_now(
+    old: dict[str, str], store: Store, machine: Machine, tmp_path: Path
+) -> None:
+    """Of another patch release, or from before fingerprints: the old row is of the same kernel and toolchain."""
+    memory = memory_of(store, tmp_path, record(OTHERS[0], 1.0, **old), record(OTHERS[1], 5.0))
+    machine.measure = lambda config, n: Outcome("wrong", "NaN") if config == OTHERS[0] else timed(9.0)
+    machine.rematch = lambda request: Outcome("ok", timings=tuple(timing(9.0) for _ in request.trials))
+    (progress,) = refresh(memory, JOB)
+    assert progress.best is not None
+    assert (progress.best.config != OTHERS[0], progress.best.time_us) == (True, 9.0)
+    assert best(JOB.place, GPU, memory).config != OTHERS[0]
+    machine.measure = lambda config, n: timed(20.0 if config == OTHERS[0] else 9.0)
+    (progress,) = refresh(memory, JOB)
+    assert progress.best is not None
+    assert progress.best.time_us == 9.0
+    assert best(JOB.place, GPU, memory).config != OTHERS[0]
+
+
+def test_what_ships_and_was_not_timed_does_not_outlast_a_refresh(
+    store: Store, machine: Machine, tmp_path: Path
+) -> None:
+    write_shipped([record(config, 5.0 + n / 10) for n, config in enumerate(OTHERS[:3])], GPU.name, tmp_path)
+    machine.measure = lambda config, n: timed(6.0)
+    machine.rematch = lambda request: Outcome("ok", timings=tuple(timing(6.0) for _ in request.trials))
+    memory = memory_of(store, tmp_path)
+    refresh(memory, JOB)
+    chosen = best(JOB.place, GPU, memory).record
+    assert chosen is not None
+    assert chosen.time_us == 6.0
