@@ -93,7 +93,7 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
 
     names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]
     if not names:
-        raise StoreError(f"no records in {folder}")
+        raise StoreError("nothing ships" if folder is None else f"no records in {folder}")
     cards = []
     for name in names:
         records = load_shipped(name, folder)

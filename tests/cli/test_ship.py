@@ -116,6 +116,6 @@ def test_check_of_a_card_that_nothing_ships_for_is_an_error() -> None:
     result = run("ship", "--check", "--gpu", "h200")
     assert result.exit_code == 1
     assert "nothing ships for h200" in result.stderr
-    assert run("ship", "--check").exit_code == 0
+    assert run("ship", "--check").exit_code == 1
     assert run("ship").exit_code == 2
     assert "--gpu NAME" in run("ship").stderr
