@@ -139,9 +139,11 @@ def test_the_backward_takes_the_official_forwards_statistics(monkeypatch: pytest
     o, barv, d1, bart, m = parallax_fwd(*raw, 0.3, 2)
     largest = m - torch.rand_like(m)
     saved: list[Any] = []
-    backward = official_training.backward
+    backward = official_training.backward_of_part
     monkeypatch.setattr(
-        official_training, "backward", lambda *args, **options: saved.append(args[2]) or backward(*args, **options)
+        official_training,
+        "backward_of_part",
+        lambda *args, **options: saved.append(args[2]) or backward(*args, **options),
     )
     for given in ((d1, m), ((m - largest).exp2(), largest)):
         parallax_bwd(*raw, o, barv, given[0], bart, given[1], torch.ones_like(o), 0.3, 2)
