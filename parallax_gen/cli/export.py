@@ -133,6 +133,8 @@ def _pick(place: Place, choice: Guarded, origins: Origins) -> Pick:
     config, record = choice.candidate.config, choice.candidate.record
     if record is None:
         told = "the default config: no record of it counts, so it was not measured"
+        if choice.refused:
+            told = "the default config: what was measured elsewhere compiles badly here"
         return Pick(place.spec, place.bucket, config, told)
     assert record.time_us is not None
     whose = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]

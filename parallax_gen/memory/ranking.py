@@ -212,8 +212,7 @@ class _Search:
     @cached_property
     def like_here(self) -> bool:
         """Whether a call's kernels would be compiled and timed alike."""
-        evidence = self.measured[0].evidence
-        return evidence.toolchain.like(self.here) and evidence.protocol == PROTOCOL
+        return _is_like(self.measured[0].evidence, self.here)
 
     @cached_property
     def newest(self) -> str:

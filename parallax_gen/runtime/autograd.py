@@ -154,10 +154,12 @@ class _Attention(torch.autograd.Function):
 
 
 def _run_backward(*given: Any) -> list[Tensor]:
-    asked, (do, *saved) = Request(*given[:11]), given[11:16]
-    dqdr, dkdv, *some_keys = given[16:]  # which is left out where it is False
+    of_request = len(Request._fields)
+    asked, (do, out, lse, t_mean, v_mean, dqdr, dkdv, *some_keys) = Request(*given[:of_request]), given[of_request:]
+    saved = Saved(out, lse, t_mean, v_mean)
     refuse_tangents()
-    return [*backward(do, asked, Saved(*saved), dqdr=dqdr, dkdv=dkdv, some_keys=bool(some_keys and some_keys[0]))]
+    # torch leaves some_keys out where it is False.
+    return [*backward(do, asked, saved, dqdr=dqdr, dkdv=dkdv, some_keys=any(some_keys))]
 
 
 def _fake_backward(*given: Any) -> list[Tensor]:
