@@ -74,10 +74,10 @@ def reference_forward(
     for b, length in enumerate(lengths):
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size):
             out, lse, t_mean, v_mean = _attend(q[b], r[b], k[b], v[b], scale, block)
-            found.out[b, block.rows, block.of_group] = out
-            found.v_mean[b, block.rows, block.of_group] = v_mean
-            found.t_mean[b, block.of_group, block.rows] = t_mean
-            found.lse[b, block.of_group, block.rows] = lse
+            found.out[b, block.rows, block.heads] = out
+            found.v_mean[b, block.rows, block.heads] = v_mean
+            found.t_mean[b, block.heads, block.rows] = t_mean
+            found.lse[b, block.heads, block.rows] = lse
     return found
 
 
@@ -103,16 +103,17 @@ def reference_backward(
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     for b in range(batch):
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
-            at = (block.rows, block.of_group)
-            leaves = [x[b].detach().double() for x in (q, r, k, v)]
-            leaves = [leaves[0][at], leaves[1][at], leaves[2][:, block.kv_head], leaves[3][:, block.kv_head]]
+            at, keys = (block.rows, block.heads), (slice(None), block.kv_heads)
+            of_block = (
+                x[b][here].detach().double() for x, here in zip((q, r, k, v), (at, at, keys, keys), strict=True)
+            )
             with torch.enable_grad():
-                queries, probes, keys, values = (x.requires_grad_() for x in leaves)
-                out = _attend_rows(queries, probes, keys, values, scale, block)[0]
-                grads = torch.autograd.grad(out, (queries, probes, keys, values), do[b][at].double())
+                leaves = [x.requires_grad_() for x in of_block]
+                out = _attend_rows(*leaves, scale, block)[0]
+                grads = torch.autograd.grad(out, leaves, do[b][at].double())
             found.dq[b][at], found.dr[b][at] = grads[0], grads[1]
-            found.dk[b, :, block.kv_head] += grads[2]
-            found.dv[b, :, block.kv_head] += grads[3]
+            found.dk[b][keys] += grads[2]
+            found.dv[b][keys] += grads[3]
     return found
 
 
@@ -172,15 +173,16 @@ def reference_varlen_backward(
 
 
 class Block(NamedTuple):
-    """Some rows of the query heads of one kv head, and the keys of their sequence.
+    """Some rows of the query heads of one or more kv heads, and the keys of their sequence.
 
+    heads   the query heads that read kv_heads
     offset  a causal row i sees keys up to i + offset; None where every row sees all
     window  and of those the last `window`; None for no limit
     """
 
     rows: slice
-    of_group: slice
-    kv_head: int
+    heads: slice
+    kv_heads: slice
     length: int
     offset: int | None
     window: int | None
@@ -189,47 +191,49 @@ class Block(NamedTuple):
 def blocks(
     group: int, kv_heads: int, seqlen_q: int, length: int, causal: bool, window_size: int | None
 ) -> Iterator[Block]:
-    """One sequence's work in blocks of _SCORES_AT_ONCE scores; nothing where there are no keys."""
+    """One sequence's work in blocks of _SCORES_AT_ONCE scores, head by head; nothing where there are no keys."""
     if length == 0:
         return
     if window_size is not None and (not causal or window_size < 1):
         raise ArgumentError("window_size", window_size, "None, or 1 or more with causal=True")
-    step = max(1, _SCORES_AT_ONCE // (group * length))
+    rows_at_once = max(1, _SCORES_AT_ONCE // (group * length))
+    heads_at_once = max(1, rows_at_once // max(1, seqlen_q))  # of kv heads, where all rows of several fit
     offset = length - seqlen_q if causal else None
-    for kv_head in range(kv_heads):
-        of_group = slice(kv_head * group, (kv_head + 1) * group)
-        for first in range(0, seqlen_q, step):
-            rows = slice(first, min(first + step, seqlen_q))
-            yield Block(rows, of_group, kv_head, length, offset, window_size)
+    for head in range(0, kv_heads, heads_at_once):
+        last = min(head + heads_at_once, kv_heads)
+        of_kv, of_query = slice(head, last), slice(head * group, last * group)
+        for first in range(0, seqlen_q, rows_at_once):
+            rows = slice(first, min(first + rows_at_once, seqlen_q))
+            yield Block(rows, of_query, of_kv, length, offset, window_size)
 
 
 def _attend(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, block: Block
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_attend_rows` on a block of one sequence's tensors (seqlen, heads, head_dim)."""
-    at, keys = (block.rows, block.of_group), (slice(block.length), block.kv_head)
+    at, keys = (block.rows, block.heads), (slice(block.length), block.kv_heads)
     return _attend_rows(q[at].double(), r[at].double(), k[keys].double(), v[keys].double(), scale, block)
 
 
 def _attend_rows(
     q: Tensor, r: Tensor, keys: Tensor, values: Tensor, scale: float, block: Block
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition. q, r (rows, group, head_dim); keys, values (length, head_dim) -> out, lse, t_mean, v_mean."""
+    """The definition. q, r (rows, heads, d); keys, values (length, kv_heads, d) -> out, lse, t_mean, v_mean."""
     s, t, sees_any = masked_scores(q, r, keys, scale, block)
     p = s.softmax(dim=-1) * sees_any
     t_bar = (p * t).sum(dim=-1, keepdim=True)
-    out = (p * (1 + t_bar - t) @ values).transpose(0, 1)
+    out = weighted_sums(p * (1 + t_bar - t), values)
     lse = s.logsumexp(dim=-1).masked_fill(~sees_any[:, 0], -math.inf)
-    return out, lse, t_bar[..., 0], (p @ values).transpose(0, 1)
+    return out, lse, t_bar[..., 0], weighted_sums(p, values)
 
 
 def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """s and t, (group, rows, keys), with s -inf where a row does not see a key; and which rows see any, (rows, 1).
+    """s and t, (heads, rows, keys), with s -inf where a row does not see a key; and which rows see any, (rows, 1).
 
     A row that sees no key has finite scores: softmax gives no NaN there, nor do gradients. Multiply p by the third.
     """
-    s = scale * q.transpose(0, 1) @ keys.T
-    t = r.transpose(0, 1) @ keys.T
+    s = scale * dot_products(q, keys)
+    t = dot_products(r, keys)
     sees_any = torch.ones(s.shape[1], 1, dtype=torch.bool, device=q.device)
     if block.offset is not None:
         last = torch.arange(block.rows.start, block.rows.stop, device=q.device)[:, None] + block.offset
@@ -240,6 +244,20 @@ def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block
         sees_any = visible.any(dim=1, keepdim=True)
         s = s.masked_fill(~visible & sees_any, -math.inf)
     return s, t, sees_any
+
+
+def dot_products(q: Tensor, keys: Tensor) -> Tensor:
+    """Of each query (rows, heads, d) with the keys (length, kv_heads, d) of its kv head: (heads, rows, length)."""
+    (rows, heads, head_dim), (length, kv_heads, _) = q.shape, keys.shape
+    of_kv_head = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, head_dim)
+    return (of_kv_head @ keys.permute(1, 2, 0)).reshape(heads, rows, length)
+
+
+def weighted_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """Of the values (length, kv_heads, d) by weights (heads, rows, length): (rows, heads, d)."""
+    (heads, rows, length), (_, kv_heads, head_dim) = weights.shape, values.shape
+    of_kv_head = weights.reshape(kv_heads, heads // kv_heads * rows, length)
+    return (of_kv_head @ values.transpose(0, 1)).reshape(heads, rows, head_dim).transpose(0, 1)
 
 
 def _empty(out: Tensor) -> Reference:

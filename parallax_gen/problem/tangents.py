@@ -18,7 +18,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallax_gen.problem.reference import Block, Inputs, blocks, check_shapes, masked_scores, sequences_of
+from parallax_gen.problem.reference import (
+    Block,
+    Inputs,
+    blocks,
+    check_shapes,
+    dot_products,
+    masked_scores,
+    sequences_of,
+    weighted_sums,
+)
 
 Tangents = Sequence[Tensor | None]  # of q, r, k and v, each like its input; None for one that does not change
 
@@ -48,11 +57,12 @@ def reference_tangent(
     )
     found = []
     for b in range(q.shape[0]):
-        of_blocks = [
-            _tangent_of_rows(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
-            for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size)
-        ]
-        found.append(_joined(of_blocks, q[b], k.shape[2]))
+        of_heads: dict[int, list[Tensor]] = {}
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
+            of_block = _tangent_of_rows(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
+            of_heads.setdefault(block.heads.start, []).append(of_block)
+        whole = [torch.cat(of_rows) for of_rows in of_heads.values()]
+        found.append(torch.cat(whole, dim=1) if whole else q.new_zeros(q.shape[1:], dtype=torch.float64))
     return torch.stack(found) if found else q.new_zeros(q.shape, dtype=torch.float64)
 
 
@@ -84,26 +94,18 @@ def reference_varlen_tangent(
 
 
 def _of_block(x: Inputs, b: int, block: Block) -> Inputs:
-    """A block's queries and probes (rows, group, head_dim), keys and values (length, head_dim), in float64."""
-    rows, keys = (block.rows, block.of_group), (slice(None), block.kv_head)
+    """What a block reads, in float64: q and r (rows, heads, head_dim), k and v (length, kv_heads, head_dim)."""
+    rows, keys = (block.rows, block.heads), (slice(None), block.kv_heads)
     return Inputs(x.q[b][rows].double(), x.r[b][rows].double(), x.k[b][keys].double(), x.v[b][keys].double())
-
-
-def _joined(of_blocks: Sequence[Tensor], q: Tensor, kv_heads: int) -> Tensor:
-    """One sequence's (seqlen_q, heads, head_dim), from what was found of each kv head's blocks, in their order."""
-    if not of_blocks:
-        return q.new_zeros(q.shape, dtype=torch.float64)
-    each = len(of_blocks) // kv_heads
-    return torch.cat([torch.cat(list(of_blocks[i : i + each])) for i in range(0, len(of_blocks), each)], dim=1)
 
 
 def _tangent_of_rows(x: Inputs, change: Inputs, scale: float, block: Block) -> Tensor:
     """δo of a block."""
     s, t, sees_any = masked_scores(x.q, x.r, x.k, scale, block)
     p = s.softmax(dim=-1) * sees_any
-    ds = scale * (change.q.transpose(0, 1) @ x.k.T + x.q.transpose(0, 1) @ change.k.T)
-    dt = change.r.transpose(0, 1) @ x.k.T + x.r.transpose(0, 1) @ change.k.T
+    ds = scale * (dot_products(change.q, x.k) + dot_products(x.q, change.k))
+    dt = dot_products(change.r, x.k) + dot_products(x.r, change.k)
     dp = p * (ds - (p * ds).sum(dim=-1, keepdim=True))
     u = 1 + (p * t).sum(dim=-1, keepdim=True) - t
     dw = dp * u + p * ((dp * t + p * dt).sum(dim=-1, keepdim=True) - dt)
-    return (dw @ x.v + (p * u) @ change.v).transpose(0, 1)
+    return weighted_sums(dw, x.v) + weighted_sums(p * u, change.v)
