@@ -20,6 +20,7 @@ from parallax_gen.problem.accuracy import why_wrong
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.reference import Gradients, reference_backward, reference_varlen_backward
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import attend, random_inputs_of, softmax_scale
 
 STEPS = 500
 
@@ -32,7 +33,7 @@ def seeds(every: int) -> range:
 
 def inputs_of(case: StepCase, device: str) -> Inputs:
     """q, r, k, v and the gradient of the output, laid out in any way; packed sequences are of any length, 0 too."""
-    inputs = verify.random_inputs_of(case.spec, case.shape, seed=case.seed, device=device)
+    inputs = random_inputs_of(case.spec, case.shape, seed=case.seed, device=device)
     generator = torch.Generator(device).manual_seed(case.seed + 1)
     do = torch.randn(inputs.q.shape, device=device, generator=generator)
     layout = random.Random(case.seed).choice((lambda contiguous: contiguous, *SAME_NUMBERS))
@@ -45,7 +46,7 @@ def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
     def launch(op: str, given: Inputs) -> Call:
         spec, config = case.spec.of(op), case.configs[op]
         call = verify.poisoned(spec, config, given)
-        load(render(spec, config, gpu)).launch(*call.arguments(verify.softmax_scale(spec)))
+        load(render(spec, config, gpu)).launch(*call.arguments(softmax_scale(spec)))
         return call
 
     step = launch("forward", inputs).written
@@ -76,7 +77,7 @@ def why_apart(
 def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor]) -> str | None:
     """What of a step is further from float64 than rounding explains; None when nothing is."""
     x, dtype = inputs, case.spec.dtype
-    reasons = {"out": why_apart(x, "out", found["out"], verify.attend(case.spec, x).out, dtype)}
+    reasons = {"out": why_apart(x, "out", found["out"], attend(case.spec, x).out, dtype)}
     sizes = verify.natural_sizes(case.spec, x)._asdict()
     for name, expected in gradients(case, x)._asdict().items():
         reasons[name] = why_apart(x, name, found[name], expected, dtype, sizes[name])

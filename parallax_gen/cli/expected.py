@@ -18,8 +18,9 @@ from parallax_gen.codegen.calling import Inputs
 from parallax_gen.problem.accuracy import errors, gradient_sizes
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.inputs import random_inputs_of
 from parallax_gen.tuning.usual import TRAINING
-from parallax_gen.tuning.verify import Expected, oracle, random_inputs_of
+from parallax_gen.tuning.verify import Expected, oracle
 
 OF_KEYS = ("dk", "dv")
 

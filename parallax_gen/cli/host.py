@@ -17,7 +17,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher
-from parallax_gen.tuning.verify import random_inputs_of, softmax_scale
+from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 CALLS, ROUNDS = 100, 40  # the queue of launches is emptied between rounds, so that none waits for a place in it
 

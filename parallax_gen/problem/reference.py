@@ -109,7 +109,7 @@ def reference_backward(
             )
             with torch.enable_grad():
                 leaves = [x.requires_grad_() for x in of_block]
-                out = _attend_rows(*leaves, scale, block)[0]
+                out = _attend_rows(leaves[0], leaves[1], leaves[2], leaves[3], scale, block)[0]
                 grads = torch.autograd.grad(out, leaves, do[b][at].double())
             found.dq[b][at], found.dr[b][at] = grads[0], grads[1]
             found.dk[b][keys] += grads[2]

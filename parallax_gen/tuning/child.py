@@ -21,13 +21,16 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import BuildError, ConfigError, MemoryTakenError
 from parallax_gen.machine import CONTEXT_BYTES, OUT_OF_MEMORY, SUSPECTS, machine_error, taken_by_others
+from parallax_gen.problem.config import TILED
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.job import step_of
+from parallax_gen.tuning.model import bound_by_matmuls
 from parallax_gen.tuning.worker import Compile, Identify, Measure, Outcome, Ready, Rematch, Request, Trial
 
 if TYPE_CHECKING:
-    from parallax_gen.tuning.verify import Expected
+    from parallax_gen.tuning.verify import Expected, TrainingStep
 
 
 def serve(*, device: bool) -> None:
@@ -101,13 +104,14 @@ def measure_trial(request: Measure) -> Outcome:
     from triton.runtime.errors import OutOfResources
 
     from parallax_gen.tuning import verify
+    from parallax_gen.tuning.inputs import awkward_shape
     from parallax_gen.tuning.measure import time_call
 
     trial = request.trial
     spec, config, shape = trial.spec, trial.config, trial.shape
     try:
         source = render(spec, config, trial.gpu)
-        small = verify.awkward_shape(spec, config, shape.kv_heads)
+        small = awkward_shape(spec, config, shape.kv_heads)
         found = verify.check(source, spec, config, small, seed=random.randrange(2**31), device="cuda")
         if found.wrong:
             return Outcome("wrong", f"at {small}: {found.wrong}", error=found.error)
@@ -121,6 +125,7 @@ def measure_trial(request: Measure) -> Outcome:
             timed_ms=request.timed_ms,
             give_up_us=request.give_up_us * len(batches),
             from_rest=request.from_rest,
+            by_memory=not bound_by_matmuls(spec.op),
         ).a_part(len(batches))
     except BuildError as error:
         return Outcome("compile", str(error))
@@ -157,7 +162,8 @@ def time_again(request: Rematch) -> Outcome:
     inputs, _ = _inputs_and_oracle(first.spec, first.shape)
     batches = _batches(first, inputs)
     calls = [_call(trial, batches) for trial in request.trials]
-    timings = time_in_turns(calls, timed_ms=request.timed_ms, from_rest=request.from_rest)
+    by_memory = not bound_by_matmuls(first.spec.op)
+    timings = time_in_turns(calls, timed_ms=request.timed_ms, from_rest=request.from_rest, by_memory=by_memory)
     return Outcome("ok", timings=tuple(timing.a_part(len(batches)) for timing in timings))
 
 
@@ -172,21 +178,41 @@ def _batches(trial: Trial, inputs: Inputs) -> list[Inputs]:
 
 def _call(trial: Trial, batches: list[Inputs]) -> Callable[[], object]:
     """A trial's launch on each of the batches."""
-    from parallax_gen.tuning import verify
+    from parallax_gen.tuning.inputs import softmax_scale
 
     launch = load(render(trial.spec, trial.config, trial.gpu)).launch
-    scale = verify.softmax_scale(trial.spec)
+    scale = softmax_scale(trial.spec)
     arguments = [prepare(trial.spec, trial.config, inputs).arguments(scale) for inputs in batches]
     return lambda: [launch(*each) for each in arguments]
 
 
-@lru_cache(maxsize=1)
 def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected]:
-    """Inputs drawn afresh in every child, and what must come out: costly, so once for all configs of a bucket."""
-    from parallax_gen.tuning import verify
+    """Inputs drawn afresh in every child, and what must come out: costly, so once for all configs of a bucket.
 
+    And once for the kernels of a training step that are measured one after the other.
+    """
+    if spec.op not in TILED:
+        return _inputs_and_oracle_of_one(spec, shape)
+    step = _training_step(step_of(spec), shape)
+    return step.inputs, step.expected(spec)
+
+
+@lru_cache(maxsize=1)
+def _training_step(spec: KernelSpec, shape: Shape) -> TrainingStep:
+    from parallax_gen.tuning.verify import TrainingStep
+
+    _inputs_and_oracle_of_one.cache_clear()  # a device's memory is for one of them
+    return TrainingStep(spec, shape, seed=random.randrange(2**31), device="cuda")
+
+
+@lru_cache(maxsize=1)
+def _inputs_and_oracle_of_one(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected]:
+    from parallax_gen.tuning import verify
+    from parallax_gen.tuning.inputs import random_inputs_of
+
+    _training_step.cache_clear()
     seed, (lengths, *_) = random.randrange(2**31), timed_lengths(spec, shape)
-    inputs = verify.random_inputs_of(spec, shape, seed=seed, device="cuda", full=True, lengths=lengths)
+    inputs = random_inputs_of(spec, shape, seed=seed, device="cuda", full=True, lengths=lengths)
     return inputs, verify.oracle(spec, inputs)
 
 
@@ -194,7 +220,8 @@ def forget_inputs() -> None:
     """Give back what a device's memory holds for later requests: whoever lacked memory asks again in a while."""
     import torch
 
-    _inputs_and_oracle.cache_clear()
+    _training_step.cache_clear()
+    _inputs_and_oracle_of_one.cache_clear()
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # of a device that is lost
             torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.config import TILED, KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_shape
 from parallax_gen.problem.spec import KernelSpec
@@ -43,6 +43,11 @@ class Job:
     def timed_shape(self) -> Shape:
         """As much work as what is timed: where sequences have their own lengths, most are shorter than the shape's."""
         return timed_shape(self.spec, self.shape)
+
+
+def step_of(spec: KernelSpec) -> KernelSpec:
+    """What the kernels of a training step have in common that take the same inputs; any other spec as it is."""
+    return replace(spec, op="dqdr", stats=False) if spec.op in TILED else spec
 
 
 def program_of(job: Job) -> str:

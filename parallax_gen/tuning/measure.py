@@ -19,21 +19,22 @@ from parallax_gen.tuning.worker import Timing
 # Where times are compared with each other's, the timing of what is bound by matmuls (tuning/model.py) is in short
 # bursts, each from rest. A card that is busy with matmuls for longer meets its power limit: an H100 after 30 to 90 ms,
 # at random, and from then on it runs 5 to 12 % slower, in steps. Until then the same kernel takes the same time within
-# 0.5 %. A tenth of a second of rest is enough: on an H200 the forward, dkdv and dqdr took as long after 0.05, 0.1 and
-# 0.2 s of it, within 0.3 %. What is bound by memory, decode and preprocess, does not rest: it is far from that limit,
-# and its few microseconds suffer from clocks that fell in the rest.
+# 0.5 %. A twentieth of a second of rest is enough: on an H200 the forward, dkdv and dqdr took as long after 0.05, 0.1
+# and 0.2 s of it, within 0.3 %. What is bound by memory, decode and preprocess, does not rest: it is far from that
+# limit, and its few microseconds suffer from clocks that fell in the rest.
 #
 # Of ragged decode a call launches on each of the batches of `shapes.timed_lengths`, and its mean counts.
 #
 # Memory that is given back to the driver is cleared in the background: for 50 to 100 ms after 10 to 30 GB of it, what
-# is bound by memory took a fifth longer on an H100. So where much was, a timing waits.
+# is bound by memory took a fifth longer on an H100. The capture of a graph gives back what the check before it took. So
+# where much was, the timing of what is bound by memory waits.
 #
 # None of these three raised the version: a tune begins with the configs that ship for its bucket, and its finals time
 # whoever leads again, so that no time of before decides against one of now.
 CALLS_A_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
 WARM_MS = 5.0
-REST_S = 0.1
+REST_S = 0.05
 BURST_MS = 20.0
 FEWEST_REPLAYS, MOST_REPLAYS = 7, 200
 TURNS = 3
@@ -42,14 +43,21 @@ SETTLE_S = 0.3
 
 
 def time_call(
-    call: Callable[[], object], *, timed_ms: float, give_up_us: float = float("inf"), from_rest: bool = False
+    call: Callable[[], object],
+    *,
+    timed_ms: float,
+    give_up_us: float = float("inf"),
+    from_rest: bool = False,
+    by_memory: bool = True,
 ) -> Timing:
     """Time a call that launches work on the current stream and never synchronises, for about timed_ms.
 
-    A call that takes longer than give_up_us is replayed a few times only: it has lost already.
+    A call that takes longer than give_up_us is replayed a few times only: it has lost already. by_memory: whether
+    memory bounds it.
     """
-    _settle()
     graph, rest_s = _Graph(call), REST_S if from_rest else 0.0
+    if by_memory:
+        _settle()
     graph.warm(rest_s)
     if graph.call_us > give_up_us:
         return graph.timing(graph.times(FEWEST_REPLAYS))
@@ -61,10 +69,13 @@ def time_call(
     return graph.timing(times)
 
 
-def time_in_turns(calls: Sequence[Callable[[], object]], *, timed_ms: float, from_rest: bool = False) -> list[Timing]:
+def time_in_turns(
+    calls: Sequence[Callable[[], object]], *, timed_ms: float, from_rest: bool = False, by_memory: bool = True
+) -> list[Timing]:
     """Time calls such as `time_call`'s, each for about timed_ms in TURNS parts: A B C, A B C, A B C."""
-    _settle()
     graphs = [_Graph(call) for call in calls]
+    if by_memory:
+        _settle()
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(TURNS):
         for graph, its_times in zip(graphs, times, strict=True):

@@ -12,8 +12,10 @@ from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.space import why_invalid
-from parallax_gen.tuning.job import Job
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.job import Job, step_of
 
 MOST = 6  # configs of a place
 OF_A_TIER = 2  # at most so many rest on evidence alike: the fastest two of a search differ by less than a timing
@@ -23,14 +25,18 @@ HINTS = 1  # of kernels that are not rendered any more
 def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
     """Every place that anything was measured at, on a card or on one like it.
 
-    Calls that rest on the least come first, so that a refresh that is stopped has done the most.
+    Calls that rest on the least come first, so that a refresh that is stopped has done the most; but the kernels of
+    a training step stay together, as they are checked on the same inputs.
     """
     names = (gpu.name, *siblings(gpu))
     measured = (result.place for name in names for result in memory.all(name) if result.measured)
     places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
     chosen = {place: best(place, gpu, memory) for place in places if wanted(place)}
-    order = sorted(chosen, key=lambda place: chosen[place].tier, reverse=True)
-    return [Job(place.spec, place.bucket, gpu) for place in order]
+    together: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
+    for place in chosen:
+        together.setdefault((step_of(place.spec), place.bucket), []).append(place)
+    order = sorted(together.values(), key=lambda of_step: max(chosen[place].tier for place in of_step), reverse=True)
+    return [Job(place.spec, place.bucket, gpu) for of_step in order for place in of_step]
 
 
 def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:

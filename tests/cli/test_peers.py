@@ -21,8 +21,8 @@ from parallax_gen.codegen.calling import Inputs
 from parallax_gen.problem.reference import reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.inputs import attend
 from parallax_gen.tuning.usual import TRAINING
-from parallax_gen.tuning.verify import attend
 
 CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True)
 WINDOWED = KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True)

@@ -33,6 +33,7 @@ from parallax_gen.problem.reference import reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 # The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
@@ -57,13 +58,13 @@ def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | No
 
 
 def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
-    return verify.random_inputs_of(spec, shape, seed=seed, device="cpu")
+    return random_inputs_of(spec, shape, seed=seed, device="cpu")
 
 
 def launched(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     """The call after one launch."""
     call = verify.poisoned(spec, config, inputs)
-    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     return call
 
 
@@ -266,7 +267,7 @@ def test_only_the_output_is_written(merge: str) -> None:
     call.written["out"] = out
     if spec.stats:
         call.written["v_mean"] = v_mean
-    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     assert verify.judge(call, verify.oracle(spec, inputs)).wrong is None
     out.fill_(7.0)
     v_mean.fill_(7.0)
@@ -296,7 +297,7 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
     inputs.q, inputs.r = strategies.far_apart(inputs.q, inputs.r, 1, 1 << 25)
     call = verify.poisoned(spec, config, inputs)
     call.written["out"], call.written["v_mean"] = strategies.far_apart(call.out, call.written["v_mean"], 1, 1 << 25)
-    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     assert verify.judge(call, expected).wrong is None
 
 
@@ -316,7 +317,7 @@ def test_the_numbers_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> N
         call.written["rows"] = far
     else:
         inputs.rows = far
-    load(render(spec, config, GPU)).launch(*call.arguments(verify.softmax_scale(spec)))
+    load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     assert verify.judge(call, expected).wrong is None
 
 
@@ -328,10 +329,10 @@ def test_scratch_serves_again(merge: str) -> None:
     shape = Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=75)
     call = verify.poisoned(spec, config, inputs_of(spec, shape, seed=1))
     launch = load(render(spec, config, GPU)).launch
-    launch(*call.arguments(verify.softmax_scale(spec)))
+    launch(*call.arguments(softmax_scale(spec)))
     call.inputs = inputs_of(spec, shape, seed=2)
     call.out.fill_(float("nan"))
-    launch(*call.arguments(verify.softmax_scale(spec)))
+    launch(*call.arguments(softmax_scale(spec)))
     assert why_wrong(call.out, verify.oracle(spec, call.inputs)["out"], spec.dtype) is None
     if merge != "kernel":
         assert not call.scratch[1].any()

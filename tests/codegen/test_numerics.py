@@ -22,6 +22,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import attend, random_inputs_of, softmax_scale
 
 # The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
@@ -57,7 +58,7 @@ def outputs(spec: KernelSpec, inputs: Inputs, *, first_in_fp32: bool) -> dict[st
         text = without_first_key(source.text)
         source = KernelSource("plain", text, hashlib.sha256(text.encode()).hexdigest())
     call = verify.poisoned(spec, CONFIG, inputs)
-    load(source).launch(*call.arguments(verify.softmax_scale(spec)))
+    load(source).launch(*call.arguments(softmax_scale(spec)))
     return call.written
 
 
@@ -77,14 +78,14 @@ def without_first_key(text: str) -> str:
 
 def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> Inputs:
     shape = Shape(2, 4, 2, 150, 150, window=41 if spec.window else 0)
-    inputs = verify.random_inputs_of(spec, shape, seed=seed, device="cpu", full=True)
+    inputs = random_inputs_of(spec, shape, seed=seed, device="cpu", full=True)
     prepare(inputs)
     return inputs
 
 
 def errors_of_out(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
     """As it is, and without the first key in fp32."""
-    expected = verify.attend(spec, inputs).out
+    expected = attend(spec, inputs).out
     ours, plain = (errors(outputs(spec, inputs, first_in_fp32=way)["out"], expected).relative for way in (True, False))
     return ours, plain
 
@@ -109,7 +110,7 @@ def test_nothing_is_lost_elsewhere(spec: KernelSpec, prepare: Callable[[Inputs],
 def test_the_stats_are_right(spec: KernelSpec, prepare: Callable[[Inputs], None]) -> None:
     """Of fp16 inputs sums in fp32 are what errs in t_mean, as in fp32."""
     inputs = inputs_of(spec, prepare, seed=3)
-    found, expected = outputs(spec, inputs, first_in_fp32=True), verify.attend(spec, inputs)
+    found, expected = outputs(spec, inputs, first_in_fp32=True), attend(spec, inputs)
     assert why_wrong(found["t_mean"], expected.t_mean, "fp32") is None
     assert why_wrong(found["lse"].exp(), expected.lse.exp(), "fp32") is None
     assert why_wrong(found["v_mean"], expected.v_mean, "fp16") is None

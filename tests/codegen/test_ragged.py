@@ -22,6 +22,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 # The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
@@ -57,7 +58,7 @@ def expected_of(spec: KernelSpec, parts: list[Part], window: int = 0) -> dict[st
 
 
 def launch(source: KernelSource, call: Call) -> None:
-    load(source).launch(*call.arguments(verify.softmax_scale(call.spec)))
+    load(source).launch(*call.arguments(softmax_scale(call.spec)))
 
 
 def check(spec: KernelSpec, config: DecodeConfig, parts: list[Part], *, window: int = 0, before: Any = None) -> None:
@@ -303,7 +304,7 @@ def far_apart(x: Tensor, dim: int, stride: int) -> Tensor:
 )
 def test_keys_as_far_apart_as_is_allowed(spec: KernelSpec, block: int, at_once: int) -> None:
     """One element more, and 32 bits would not reach the last of the keys whose offsets they are: `at_once` of them."""
-    inputs = verify.random_inputs_of(spec, Shape(2, 4, 2, 1, 150), seed=1, device="cpu", full=True)
+    inputs = random_inputs_of(spec, Shape(2, 4, 2, 1, 150), seed=1, device="cpu", full=True)
     expected = verify.oracle(spec, inputs)
     reach = 2**33 if spec.cache_dtype else 2**31
     stride = (reach - spec.head_dim) // (at_once - 1) // 4 * 4 if at_once > 1 else 2**30
@@ -322,7 +323,7 @@ def test_keys_as_far_apart_as_is_allowed(spec: KernelSpec, block: int, at_once: 
 )
 def test_outputs_as_far_apart_as_is_allowed(spec: KernelSpec, merge: str, dim: int, stride: int) -> None:
     """And queries, which may lie further apart. Four heads in two groups."""
-    inputs = verify.random_inputs_of(spec, Shape(1, 4, 2, 5 if spec.many_queries else 1, 150), seed=1, device="cpu")
+    inputs = random_inputs_of(spec, Shape(1, 4, 2, 5 if spec.many_queries else 1, 150), seed=1, device="cpu")
     config, expected = replace(CONFIG, merge=merge), verify.oracle(spec, inputs)
     inputs.q, inputs.r = (far_apart(x, dim, stride) for x in (inputs.q, inputs.r))
     call = verify.poisoned(spec, config, inputs)

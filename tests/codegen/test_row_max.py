@@ -15,6 +15,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 # What the GPU does silently: it divides by zero and takes log2 of it where a row sees no key, and runs over.
 pytestmark = [
@@ -44,12 +45,12 @@ def config_of(spec: KernelSpec) -> ForwardConfig:
 
 def inputs_of(spec: KernelSpec) -> Inputs:
     shape = Shape(2, HEADS, HEADS // spec.group, 70, 90, window=41 if spec.window else 0)
-    return verify.random_inputs_of(spec, shape, seed=7, device="cpu")
+    return random_inputs_of(spec, shape, seed=7, device="cpu")
 
 
 def launched(source: KernelSource, spec: KernelSpec, inputs: Inputs) -> Call:
     call = prepare(spec, config_of(spec), inputs)
-    load(source).launch(*call.arguments(verify.softmax_scale(spec)))
+    load(source).launch(*call.arguments(softmax_scale(spec)))
     return call
 
 

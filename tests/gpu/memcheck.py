@@ -16,6 +16,7 @@ from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import awkward_shape
 
 EVEN, RAGGED = {"group": 4}, {"group": 4, "ragged": True}
 PROMPT = {"many_queries": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **RAGGED}
@@ -50,7 +51,7 @@ def main() -> None:
     for spec, config in cases:
         source = render(spec, config, gpu)
         for seed in range(3):
-            small = verify.awkward_shape(spec, config)
+            small = awkward_shape(spec, config)
             found = verify.check(source, spec, config, small, seed=seed, device="cuda")
             assert not found.wrong, (spec, config, found.wrong)
         print(f"{spec}: right", flush=True)

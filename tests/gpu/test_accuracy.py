@@ -21,6 +21,7 @@ from parallax_gen.problem.reference import Gradients, reference_backward, refere
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import random_inputs_of
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +53,7 @@ HARD = (normal, large_probes, sink, sink_of_large_probes)
 
 
 def inputs_of(spec: KernelSpec, shape: Shape, prepare: Prepare) -> Inputs:
-    inputs = verify.random_inputs_of(spec, shape, seed=5, device="cuda")
+    inputs = random_inputs_of(spec, shape, seed=5, device="cuda")
     prepare(inputs)
     generator = torch.Generator("cuda").manual_seed(6)
     inputs.do = torch.randn(inputs.q.shape, device="cuda", generator=generator).to(inputs.q.dtype)
@@ -136,7 +137,7 @@ def test_tiles_that_run_over_are_done_again(head_dim: int, window: int) -> None:
     spec = KernelSpec("forward", head_dim, "bf16", causal=True, stats=True, window=window > 0)
     form = "pieces" if head_dim == 96 else "whole"
     config = ForwardConfig(64, 64, 4, num_warps=4, num_stages=2, HEAD_DIM_AS=form, ROW_MAX="first")
-    inputs = verify.random_inputs_of(spec, Shape(2, 20, 20, 500, 600, window), seed=7, device="cuda")
+    inputs = random_inputs_of(spec, Shape(2, 20, 20, 500, 600, window), seed=7, device="cuda")
     inputs.q[:, 100:110, 3] *= 20
     inputs.q[1, 400, 19] *= 20
     source = render(spec, config, gpu_of_device(0))

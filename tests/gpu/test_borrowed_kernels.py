@@ -21,7 +21,7 @@ from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfi
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import Dispatcher
-from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 pytestmark = pytest.mark.gpu
 
@@ -55,8 +55,8 @@ def test_the_driver_says_what_the_machine_code_does_and_the_launch_compiles_no_m
     found = compile_here(source, spec, config, shape)
     programs = sorted(cache.rglob("*.cubin"))
     assert programs
-    inputs = verify.random_inputs_of(spec, shape, seed=1, device="cuda", full=True)
-    load(source).launch(*prepare(spec, config, inputs).arguments(verify.softmax_scale(spec)))
+    inputs = random_inputs_of(spec, shape, seed=1, device="cuda", full=True)
+    load(source).launch(*prepare(spec, config, inputs).arguments(softmax_scale(spec)))
     torch.cuda.synchronize()
     assert sorted(cache.rglob("*.cubin")) == programs
     assert found == compile_for(source, spec, config, shape, gpu)

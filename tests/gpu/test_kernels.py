@@ -33,6 +33,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import POISON, awkward_shape, random_inputs_of, softmax_scale
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +49,7 @@ SPLITS = [replace(DECODE, NUM_SPLITS=splits) for splits in (1, 6, 48)]
 
 
 def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
-    return verify.random_inputs_of(spec, shape, seed=seed, device="cuda")
+    return random_inputs_of(spec, shape, seed=seed, device="cuda")
 
 
 def wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -> str | None:
@@ -60,7 +61,7 @@ def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | No
 
 
 def launcher(spec: KernelSpec, config: KernelConfig, call: Call) -> Callable[[], None]:
-    launch, arguments = load(render(spec, config, gpu_of_device(0))).launch, call.arguments(verify.softmax_scale(spec))
+    launch, arguments = load(render(spec, config, gpu_of_device(0))).launch, call.arguments(softmax_scale(spec))
     return lambda: launch(*arguments)
 
 
@@ -100,7 +101,7 @@ def test_golden_kernels(kernel: Kernel) -> None:
     spec, config = kernel.spec, kernel.config
     if reason := why_invalid(spec, config, gpu_of_device(0)):
         pytest.skip(reason)
-    assert wrong(spec, config, verify.awkward_shape(spec, config)) is None
+    assert wrong(spec, config, awkward_shape(spec, config)) is None
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -229,7 +230,7 @@ KERNELS = [
 
 def poison(call: Call) -> None:
     for tensor in call.written.values():
-        tensor.fill_(verify.POISON)
+        tensor.fill_(POISON)
 
 
 def copy_into(held: Inputs | Saved, fresh: Inputs | Saved) -> None:

@@ -22,6 +22,7 @@ from parallax_gen.problem.reference import torch_dtype as torch_dtype_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
 from parallax_gen.tuning import verify
+from parallax_gen.tuning.inputs import random_inputs_of
 
 pytestmark = pytest.mark.gpu
 
@@ -70,7 +71,7 @@ def test_any_ragged_kernel_agrees_with_the_oracle(data: st.DataObject) -> None:
             lambda case: case.spec.ragged and (case.spec.dtype != "fp32" or case.spec.head_dim <= 128)
         )
     )
-    inputs = verify.random_inputs_of(case.spec, case.shape, seed=case.seed, device="cuda")
+    inputs = random_inputs_of(case.spec, case.shape, seed=case.seed, device="cuda")
     source = render(case.spec, case.config, gpu)
     try:
         assert verify.run(source, case.spec, case.config, inputs, verify.oracle(case.spec, inputs)).wrong is None
@@ -116,7 +117,7 @@ def test_subnormal_keys_and_values_alone(cache_dtype: str) -> None:
 def test_many_sequences_of_very_different_lengths(batch: int, num_splits: int) -> None:
     spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16)
     config = DecodeConfig(32, 8, num_splits, "last", num_warps=2, num_stages=4)
-    inputs = verify.random_inputs_of(spec, Shape(batch, 8, 2, 1, 2048), seed=batch, device="cuda")
+    inputs = random_inputs_of(spec, Shape(batch, 8, 2, 1, 2048), seed=batch, device="cuda")
     source = render(spec, config, gpu_of_device(0))
     assert verify.run(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is None
 

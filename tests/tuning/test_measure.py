@@ -152,6 +152,25 @@ def test_a_timing_waits_until_freed_memory_is_cleared(device: Device) -> None:
     assert device.rests == 2 * [SETTLE_S]
 
 
+def test_so_does_one_whose_own_capture_frees_memory(device: Device) -> None:
+    """As torch does: it gives back to the driver what it holds and does not use."""
+
+    def cost() -> float:
+        device.freed = MUCH_FREED
+        return 100.0
+
+    measure.time_call(device.work("call", cost), timed_ms=1.0)
+    assert device.rests == [SETTLE_S]
+
+
+def test_what_tensor_cores_bound_does_not_wait_for_memory(device: Device) -> None:
+    call = device.work("call", lambda: 100.0)
+    device.freed = MUCH_FREED
+    measure.time_call(call, timed_ms=1.0, by_memory=False)
+    measure.time_in_turns([call, call], timed_ms=1.0, by_memory=False)
+    assert device.rests == []
+
+
 def test_what_has_lost_is_replayed_a_few_times_only(device: Device) -> None:
     assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=99.0).replays == FEWEST_REPLAYS
     assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=101.0).replays == 20

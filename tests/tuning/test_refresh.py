@@ -95,6 +95,21 @@ def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) 
     assert known_jobs(memory, GPUS["rtx4090"]) == []
 
 
+def test_the_kernels_of_a_training_step_stay_together(store: Store, tmp_path: Path) -> None:
+    def place(op: str, rows: int, **more: bool) -> Place:
+        return Place(GPU.name, KernelSpec(op, 64, "bf16", causal=True, **more), Bucket(rows, 512, 512))
+
+    small = [place("forward", 1), place("forward", 1, stats=True), place("dkdv", 1), place("dqdr", 1)]
+    large = [place("forward", 64), place("dkdv", 64)]
+    alive = [small[0], large[0], small[1], small[2], large[1]]
+    records = [record(default_of(where, GPU), 1.0, where) for where in alive]
+    lost = record(default_of(small[3], GPU), 1.0, small[3], **LOST)
+    memory = memory_of(store, tmp_path, *records, lost)
+    order = [job.place for job in known_jobs(memory, GPU)]
+    assert set(order[:4]) == set(small)
+    assert set(order[4:]) == set(large)
+
+
 def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
     store: Store, machine: Machine, tmp_path: Path
 ) -> None:

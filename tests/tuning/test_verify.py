@@ -13,7 +13,9 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.verify import FEW_KEYS, awkward_shape, natural_sizes, oracle, random_inputs_of
+from parallax_gen.tuning.inputs import awkward_shape, random_inputs_of
+from parallax_gen.tuning.job import step_of
+from parallax_gen.tuning.verify import FEW_KEYS, TrainingStep, natural_sizes, oracle
 
 
 @pytest.mark.parametrize("varlen", [False, True])
@@ -29,6 +31,20 @@ def test_the_small_check_compiles_no_kernel_of_its_own(op: str, varlen: bool) ->
     checked, timed = (empty_inputs(spec, sizes, "meta") for sizes in (small, shape))
     assert checked.q.stride(-3) == timed.q.stride(-3)
     assert checked.k.stride(-3) == timed.k.stride(-3)
+
+
+@pytest.mark.parametrize("more", [{}, {"causal": True, "window": True}, {"causal": True, "varlen": True}])
+def test_a_training_step_asks_the_oracle_once_for_its_kernels(more: dict[str, bool]) -> None:
+    """All of them get the same inputs, and must write what the oracle says of each by itself."""
+    shape = Shape(2, 4, 2, 33, 33, 7 if "window" in more else 0)
+    specs = [KernelSpec(op, 16, "fp32", group=2, **more) for op in ("forward", "dkdv", "dqdr")]
+    assert len({step_of(spec) for spec in specs}) == 1
+    step = TrainingStep(step_of(specs[0]), shape, seed=3, device="cpu")
+    for spec in (*specs, replace(specs[0], stats=True)):
+        expected, found = oracle(spec, step.inputs), step.expected(spec)
+        assert list(found) == list(expected)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0.0, atol=0.0)
 
 
 RAGGED = KernelSpec("decode", 96, "bf16", group=2, ragged=True, stats=True)

@@ -24,7 +24,7 @@ from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import child
-from parallax_gen.tuning.verify import random_inputs_of
+from parallax_gen.tuning.inputs import random_inputs_of
 from parallax_gen.tuning.worker import Compile, Timing, Trial, Worker
 
 TRIAL = Trial(
