@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import pickle
 import random
@@ -57,6 +58,8 @@ def serve(*, device: bool) -> None:
         replies.flush()
 
     reply(lambda: Ready(wake_device() if device else False))
+    if device:
+        Thread(target=import_what_gradients_need, daemon=True).start()
     while True:
         try:
             request = pickle.load(requests)
@@ -235,6 +238,12 @@ def wake_device() -> bool:
         return False
     torch.zeros(1, device="cuda")
     return True
+
+
+def import_what_gradients_need() -> None:
+    """Import, while the first configs compile, what torch would import at its first gradient: sympy, for seconds."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.fx.experimental.symbolic_shapes")
 
 
 def die_with_parent() -> None:
