@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
+from parallax_gen.environment import QUIET, STRICT, is_on
 from parallax_gen.errors import UntunedError
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Tier
@@ -13,8 +13,6 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.shapes import representative
 
 _LOG = logging.getLogger(__name__)
-
-STRICT, QUIET = "PARALLAX_GEN_STRICT", "PARALLAX_GEN_QUIET"
 
 
 class UntunedWarning(UserWarning):
@@ -25,13 +23,15 @@ def check(place: Place, candidate: Candidate, *, warn: bool) -> bool:
     """Whether it was told, by Python's warnings and the log, that a call's kernel was not measured here.
 
     Silent where `warn` is not asked for, with PARALLAX_GEN_QUIET=1, and in all processes of torch.distributed but rank
-    0. Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here.
+    0. Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here, and
+    ArgumentError where one of the two is neither on nor off, whatever the call's kernel rests on.
     """
+    strict, quiet = is_on(STRICT), is_on(QUIET)
     if candidate.tier == Tier.MEASURED_HERE:
         return False
-    if os.environ.get(STRICT) == "1":
-        raise UntunedError(f"{STRICT}=1, and {_told(place, candidate)}")
-    if not warn or os.environ.get(QUIET) == "1" or not _first_rank():
+    if strict:
+        raise UntunedError(f"{STRICT} is on, and {_told(place, candidate)}")
+    if not warn or quiet or not _first_rank():
         return False
     told = f"{_told(place, candidate)} This is said once a process; {QUIET}=1 silences it."
     _LOG.warning("%s", told)

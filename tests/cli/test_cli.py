@@ -60,6 +60,16 @@ def test_errors_are_one_line_in_a_real_process() -> None:
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("variable", ["PARALLAX_GEN_QUIET", "PARALLAX_GEN_STRICT"])
+def test_a_switch_that_is_neither_on_nor_off_is_an_error_of_one_line(variable: str) -> None:
+    result = run("list", env={variable: "2"})
+    assert (result.exit_code, result.stdout) == (1, "")
+    told = f"error: {variable}: got '2'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
+    assert result.stderr == f"{told}\n"
+    assert run("list", env={variable: "TRUE"}).exit_code == 0
+    assert run("--help", env={variable: "2"}).exit_code == 0
+
+
 def test_a_database_that_cannot_be_used_is_an_error_of_one_line(store: Store) -> None:
     store.close()
     store.path.write_text("not a database, but long enough to be taken for one by SQLite" * 20, encoding="utf-8")

@@ -15,7 +15,7 @@ from strategies import random_spec
 
 from parallax_gen.cli.tune import tune
 from parallax_gen.codegen.render import render
-from parallax_gen.errors import UntunedError
+from parallax_gen.errors import ArgumentError, UntunedError
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import Result
@@ -79,9 +79,34 @@ def test_what_another_toolchain_or_card_measured_is_named() -> None:
     assert "a record of 8 kv rows, seqlen 1x2048 with " in told
 
 
-def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")
+ON, OFF = ("1", "true", "True", "YES", "on"), ("0", "false", "No", "OFF", "")
+
+
+@pytest.mark.parametrize("value", ON)
+def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
     assert called(Dispatcher(Table([])), PLACE) == []
+
+
+@pytest.mark.parametrize("value", OFF)
+def test_switches_that_are_off_are_as_if_not_set(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
+    monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
+    assert len(called(Dispatcher(Table([])), PLACE)) == 1
+
+
+@pytest.mark.parametrize("variable", ["PARALLAX_GEN_QUIET", "PARALLAX_GEN_STRICT"])
+@pytest.mark.parametrize("known", [[], [0]])
+def test_a_switch_that_is_neither_on_nor_off_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, variable: str, known: list[int]
+) -> None:
+    """At the first call, of a kernel that was measured here too."""
+    monkeypatch.setenv(variable, "maybe")
+    dispatcher = Dispatcher(Table([record() for _ in known]))
+    told = f"{variable}: got 'maybe'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=f"^{told}$"):
+            called(dispatcher, PLACE)
 
 
 def test_of_many_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,14 +117,16 @@ def test_of_many_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(called(Dispatcher(Table([])), PLACE)) == 1
 
 
-def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARALLAX_GEN_STRICT", "1")
+@pytest.mark.parametrize("value", ON)
+def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
     assert called(Dispatcher(Table([record()])), PLACE) == []
     for known in ([], [record(triton="3.1.0")], [replace(record(), place=replace(PLACE, gpu="h100"))]):
         dispatcher = Dispatcher(Table(known))
         for _ in range(2):  # a call that was refused is refused again
             with pytest.raises(
-                UntunedError, match=r"^PARALLAX_GEN_STRICT=1, and no measurement .*`parallax-gen tune .*` makes one\.$"
+                UntunedError,
+                match=r"^PARALLAX_GEN_STRICT is on, and no measurement .*`parallax-gen tune .*` makes one\.$",
             ):
                 called(dispatcher, PLACE)
 
