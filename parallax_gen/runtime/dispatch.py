@@ -27,7 +27,7 @@ from parallax_gen.problem.config import KernelConfig, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime import advice
+from parallax_gen.runtime.advice import Adviser, level_of_user
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Dispatcher:
     def __init__(self, memory: Known):
         self._memory = memory
         self._kernels: dict[Place, tuple[Choice, ModuleType]] = {}
-        self._told = False
+        self._adviser = Adviser()
 
     def use(self, memory: Known) -> None:
         """Ask another memory from now on, for what was chosen before too."""
@@ -91,7 +91,7 @@ class Dispatcher:
         if found is None:
             give_triton_a_cache()
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
-            self._told |= advice.check(place, choice.candidate, warn=not self._told)
+            self._adviser.check(place, choice.candidate)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[place] = found
             _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
@@ -152,7 +152,7 @@ class RuntimeMemory(Memory):
 
 
 def _warn_of(error: StoreError, instead: str = "Only shipped records and defaults are used.") -> None:
-    warnings.warn(f"{error} {instead}", stacklevel=3)
+    warnings.warn(f"{error} {instead}", stacklevel=level_of_user())
 
 
 @cache

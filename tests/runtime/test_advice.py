@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import random
 import shlex
+import threading
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -23,7 +29,7 @@ from parallax_gen.memory.table import Table
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
-from parallax_gen.runtime.advice import UntunedWarning, tune_command
+from parallax_gen.runtime.advice import UntunedWarning, level_of_user, tune_command
 from parallax_gen.runtime.dispatch import Dispatcher
 from parallax_gen.tuning.usual import Flags, kernels
 
@@ -32,6 +38,7 @@ pytestmark = pytest.mark.interpreter
 GPU = GPUS["h200"]
 SPEC = KernelSpec("forward", 64, "bf16", causal=True)
 PLACE = Place("h200", SPEC, Bucket(8, 1024, 1024))
+SHAPE = representative(PLACE.bucket, SPEC.group)
 OTHER = replace(PLACE, bucket=Bucket(16, 1024, 1024))
 
 
@@ -59,6 +66,53 @@ def test_it_is_said_once_with_the_command_that_mends_it(caplog: pytest.LogCaptur
     assert f"`{tune_command(PLACE)}` makes one. " in told
     assert [r.getMessage() for r in caplog.records] == [told]
     assert called(dispatcher, replace(PLACE, bucket=Bucket(32, 1024, 1024))) == []
+
+
+def test_where_warnings_are_errors_it_is_raised_once() -> None:
+    dispatcher = Dispatcher(Table([]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UntunedWarning, match="its default config is used"):
+            dispatcher.kernel(SPEC, SHAPE, GPU)
+        dispatcher.kernel(SPEC, SHAPE, GPU)
+    assert called(dispatcher, OTHER) == []
+
+
+# Between the user's line and the dispatcher: modules of this package and of torch, and code that torch generates.
+BETWEEN = ["parallax_gen.runtime.attention", "torch._library.custom_ops", "torch", None]
+
+
+def through(modules: Sequence[str | None], call: Callable[[], object]) -> Callable[[], object]:
+    """A call that goes through a frame of each module, the last one the innermost."""
+    for name in reversed(modules):
+        module: dict[str, Any] = {"call": call} | ({} if name is None else {"__name__": name})
+        exec("def through():\n    return call()", module)
+        call = module["through"]
+    return call
+
+
+@pytest.mark.parametrize("modules", [[], *([name] for name in BETWEEN), BETWEEN])
+def test_it_names_the_line_outside_this_package_and_torch(modules: list[str | None]) -> None:
+    call = through(modules, partial(Dispatcher(Table([])).kernel, SPEC, SHAPE, GPU))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()  # here
+    (warning,) = caught
+    assert Path(warning.filename) == Path(__file__)
+    assert Path(__file__).read_text(encoding="utf-8").splitlines()[warning.lineno - 1].endswith("call()  # here")
+
+
+def test_where_no_line_is_the_users_it_is_the_outermost() -> None:
+    """As on autograd's threads."""
+    levels: list[int] = []
+    told = threading.Event()
+    level = through(["torch.autograd", "parallax_gen.runtime.autograd"], level_of_user)
+    source = "def outermost():\n    levels.append(level())\n    told.set()"
+    module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": told}
+    exec(source, module)
+    _thread.start_new_thread(module["outermost"], ())
+    assert told.wait(10.0)
+    assert levels == [3]
 
 
 def test_nothing_is_said_of_what_was_measured_here() -> None:
