@@ -21,7 +21,7 @@ from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
 
 ANOTHER_KERNEL = "another kernel than today's"
-NOT_CHECKED = "not yet checked: a first call compiles it here, and passes it over where it spills"
+NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it where it spills far more than the default"
 AS_HERE = "this Triton"  # with this ptxas, and of today's kernel
 
 

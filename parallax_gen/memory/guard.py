@@ -44,8 +44,8 @@ Compiled = Callable[[KernelConfig], Resources | None]
 class Guarded:
     """What a call gets.
 
-    checked  whether its kernel need not be compiled first to know that it is the one: False of a borrowed one that was
-             not compiled here yet
+    checked  whether nothing need be compiled first to know that it is the one: False of a borrowed one that was not
+             compiled here yet, or spills where the default was not
     refused  borrowed ones that rank higher, each with why it is not used
     """
 
@@ -63,35 +63,39 @@ def guarded(place: Place, gpu: Gpu, known: Known, compiled: Compiled | None = No
             return Guarded(candidate, True, tuple(refused))
         if any(candidate.config == other.config for other, _ in refused):
             continue  # the same kernel, by another record
-        try:
-            resources = compiled(candidate.config)
-            if resources is None:
-                return Guarded(candidate, False, tuple(refused))
-            why = _why_refused(resources, place, gpu, compiled)
-        except BuildError as error:
-            why = f"it does not compile here: {error}"
-        if why is None:
-            return Guarded(candidate, True, tuple(refused))
+        why = _why_refused(candidate.config, place, gpu, compiled)
+        if not why:
+            return Guarded(candidate, why is not None, tuple(refused))
         refused.append((candidate, why))
         if len(refused) == MOST_CHECKED:
             break
     return Guarded(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
 
 
-def _why_refused(resources: Resources, place: Place, gpu: Gpu, compiled: Compiled) -> str | None:
-    """Why a borrowed kernel is not used; None where it is. The default is only compiled where that decides."""
+def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compiled) -> str | None:
+    """Why a borrowed kernel is not used, "" where it is; None where what decides that was not compiled yet.
+
+    The default is only compiled where that decides.
+    """
+    try:
+        resources = compiled(config)
+    except BuildError as error:
+        return f"it does not compile here: {error}"
+    if resources is None:
+        return None
     if resources.shared_bytes > gpu.shared_per_block:
         return f"it needs {resources.shared_bytes} bytes of shared memory, over {gpu.shared_per_block}"
     if resources.spills <= MOST_MORE_SPILLS:
-        return None
+        return ""
     try:
         default = compiled(default_of(place, gpu))
     except BuildError:
+        return ""
+    if default is None:
         return None
-    spilled = 0 if default is None else default.spills
-    if resources.spills <= spilled + MOST_MORE_SPILLS:
-        return None
-    return f"it spills {resources.spills} bytes a thread as compiled here, the default {spilled}"
+    if resources.spills <= default.spills + MOST_MORE_SPILLS:
+        return ""
+    return f"it spills {resources.spills} bytes a thread as compiled here, the default {default.spills}"
 
 
 def kept(source: KernelSource, gpu: Gpu) -> Resources | None:

@@ -370,9 +370,15 @@ def test_explain_what_compiles_badly_here(store: Store) -> None:
     for splits, spills in ((3, 500), (4, 0)):
         keep(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
     found = run_json("explain", *CALL)
+    assert (found["record"]["time_us"], found["checked"], found["refused"]) == (50.0, False, [])
+    text = run("explain", *CALL).stdout
+    assert "not yet checked: a first call compiles it here, and drops it where it spills far more" in text
+    default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
+    keep(render(SPEC, default, H200), H200, Resources(255, 16, 1000))
+    found = run_json("explain", *CALL)
     assert (found["record"]["time_us"], found["checked"]) == (60.0, True)
     assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in found["refused"]] == [
-        (3, "it spills 500 bytes a thread as compiled here, the default 0")
+        (3, "it spills 500 bytes a thread as compiled here, the default 16")
     ]
     assert "\nnot     BLOCK_N=32" in run("explain", *CALL).stdout
     keep(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
