@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from parallax_gen.problem.hardware import Gpu
 # 216 and 272 were 21 and 6 % slower.
 MOST_MORE_SPILLS = 128
 MOST_CHECKED = 2  # borrowed kernels a place: each may take seconds to compile
+UNCHECKED = (Tier.MEASURED_HERE, Tier.DEFAULT)  # not borrowed
 FORMAT = 1  # of what is kept
 
 # What a config's kernel needs as compiled here; None where that is not known. Raises BuildError where it does not
@@ -58,18 +59,28 @@ def guarded(place: Place, gpu: Gpu, known: Known, compiled: Compiled | None = No
     """What a call at a place gets. compiled: by default, what was kept of earlier checks."""
     compiled = compiled or (lambda config: kept(render(place.spec, config, gpu), gpu))
     refused: list[tuple[Candidate, str]] = []
-    for candidate in ranked(place, gpu, known):
-        if candidate.tier in (Tier.MEASURED_HERE, Tier.DEFAULT):
-            return Guarded(candidate, True, tuple(refused))
-        if any(candidate.config == other.config for other, _ in refused):
-            continue  # the same kernel, by another record
-        why = _why_refused(candidate.config, place, gpu, compiled)
+    for candidate in looked_at(place, gpu, known):
+        borrowed = candidate.tier not in UNCHECKED
+        why = _why_refused(candidate.config, place, gpu, compiled) if borrowed else ""
         if not why:
             return Guarded(candidate, why is not None, tuple(refused))
         refused.append((candidate, why))
-        if len(refused) == MOST_CHECKED:
-            break
     return Guarded(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
+
+
+def looked_at(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
+    """What a call at a place may look at, the best first: borrowed kernels, each once and no more than are checked.
+
+    One that is not borrowed is the last. Renders no more than is asked for.
+    """
+    borrowed: list[KernelConfig] = []
+    for candidate in ranked(place, gpu, known):
+        if candidate.config in borrowed:
+            continue  # the same kernel, by another record
+        yield candidate
+        borrowed.append(candidate.config)
+        if candidate.tier in UNCHECKED or len(borrowed) == MOST_CHECKED:
+            break
 
 
 def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compiled) -> str | None:

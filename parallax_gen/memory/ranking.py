@@ -20,9 +20,10 @@ and never a choice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import Any
 
 from parallax_gen.codegen.identity import found, remember
 from parallax_gen.codegen.render import KernelSource, render
@@ -70,7 +71,7 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
     """
     default = default_of(place, gpu)
     results = known.results(place)
-    found_here = [r for r in results if r.outcome != "predicted" and not r.of_machine and _is_like(r.evidence, here)]
+    found_here = [r for r in results if counts(r) and _is_like(r.evidence, here)]
 
     def stands(record: Result) -> bool:
         return is_rendered(record, gpu) and not _is_overruled(record, found_here, gpu)
@@ -78,8 +79,8 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
     own = _searches(results, here)
     others = [
         search
-        for name in (siblings(gpu) if _is_sibling_better(place) else ())
-        for search in _searches(known.results(replace(place, gpu=name)), here)
+        for sibling in sibling_places(place, gpu)
+        for search in _searches(known.results(sibling), here)
         if search.knew(default)
     ]
     others.sort(key=lambda search: search.like_here, reverse=True)
@@ -90,7 +91,7 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
             yield from (Candidate(tier, r.config, r) for r in search.measured if stands(r))
     for search in others:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if stands(r))
-    for near in near_buckets(place) if _is_near_better(place) else ():
+    for near in near_places(place):
         for search in _searches(known.results(near), here):
             record = next(filter(stands, search.measured), None) if search.knew(default) else None
             if record is not None:
@@ -139,14 +140,17 @@ def _is_overruled(record: Result, found_here: Iterable[Result], gpu: Gpu) -> boo
     return verdict is not None and (not verdict.measured or (record in of_config and record != verdict))
 
 
-def _is_sibling_better(place: Place) -> bool:
-    """Whether what is fast on a card alike is ahead of the default, by evidence: all but what only moves rows."""
-    return place.spec.op != "preprocess"
+def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
+    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess."""
+    return [] if place.spec.op == "preprocess" else [replace(place, gpu=name) for name in siblings(gpu)]
 
 
-def _is_near_better(place: Place) -> bool:
-    """Whether what is fast at near sizes is ahead of the default, by evidence: in a decode of equal lengths."""
-    return place.spec.op == "decode" and not place.spec.ragged
+def near_places(place: Place) -> list[Place]:
+    """The same at near sizes, where what is fast there is ahead of the default, by evidence: decode of equal lengths.
+
+    A place is near to those that are near to it.
+    """
+    return list(near_buckets(place)) if place.spec.op == "decode" and not place.spec.ragged else []
 
 
 def siblings(gpu: Gpu) -> list[str]:
@@ -179,14 +183,19 @@ def is_current(result: Result, gpu: Gpu) -> bool:
     return like and is_rendered(result, gpu)
 
 
+def counts(result: Result) -> bool:
+    """Whether a result says anything of its config: it was tried, and no fault of the machine's."""
+    return result.outcome != "predicted" and not result.of_machine
+
+
 def shown_by(record: Result, known: Known) -> list[Result]:
-    """A record, and as few others of its search as show what that knew: with them alone it is chosen as with all."""
-    searches = _searches(known.results(record.place))
-    search = next((search.measured for search in searches if record in search.measured), [])
-    shown = [record]
-    for f in fields(record.config):
-        for result in search if f.default is not MISSING else ():
-            if all(getattr(result.config, f.name) != getattr(other.config, f.name) for other in shown):
+    """A record, and as few others of its search as show what that knew, and how new it is."""
+    search = next(search for search in _searches(known.results(record.place)) if record in search.measured)
+    shown = [record, max(search.measured, key=lambda result: result.created_at)]
+    for f in _later_knobs(record.config):
+        for result in search.tried:
+            value = getattr(result.config, f.name)
+            if value != f.default and all(getattr(other.config, f.name) != value for other in shown):
                 shown.append(result)
     return shown
 
@@ -201,12 +210,12 @@ class _Search:
     """What is known of one place by one toolchain and timing protocol.
 
     measured  fast to slow
-    tried     those that failed too, but not what was only predicted, or what the machine failed
+    tried     those that failed too, of what counts
     here      the toolchain that a call's kernels are compiled by
     """
 
     measured: list[Result]
-    tried: list[KernelConfig]
+    tried: list[Result]
     here: Toolchain
 
     @cached_property
@@ -225,28 +234,31 @@ class _Search:
     def knew(self, rival: KernelConfig) -> bool:
         """Whether it knew all that another config is made of.
 
-        Knobs that came later than records have a default value, which configs from before them have. Where the rival
-        has another one, and nothing that was tried has, the search did not know the knob.
+        Where the rival has another value of a later knob than its default, and nothing that was tried has, the search
+        did not know the knob.
         """
-        if rival in self.tried:
-            return True
-        for f in fields(rival):
+        for f in _later_knobs(rival):
             value = getattr(rival, f.name)
-            if f.default not in (MISSING, value) and all(getattr(config, f.name) != value for config in self.tried):
+            if value != f.default and all(getattr(result.config, f.name) != value for result in self.tried):
                 return False
         return True
+
+
+def _later_knobs(config: KernelConfig) -> list[Field[Any]]:
+    """Those that came later than records: configs from before them have their default values."""
+    return [f for f in fields(config) if f.default is not MISSING]
 
 
 def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:
     """By toolchain and protocol, those that measured anything: those like `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
-        if result.outcome != "predicted" and not result.of_machine:
+        if counts(result):
             evidence = result.evidence
             tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
     searches = []
     here = here or Toolchain.here()
     for group in tried.values():
         if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
-            searches.append(_Search(measured, [result.config for result in group], here))
+            searches.append(_Search(measured, group, here))
     return sorted(searches, key=lambda search: (search.like_here, search.newest), reverse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +18,11 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.guard import Compiled, guarded, keep, kept
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, best, siblings
+from parallax_gen.memory.ranking import Candidate
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.memory.table import Known, Table
+from parallax_gen.memory.table import Known
 from parallax_gen.problem.config import KernelConfig, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of
@@ -159,15 +159,6 @@ def _warn_of(error: StoreError, instead: str = "Only shipped records and default
 def default_dispatcher() -> Dispatcher:
     """The process's own."""
     return Dispatcher(RuntimeMemory())
-
-
-def records_here(memory: Memory, gpu: Gpu) -> list[Result]:
-    """The record that each place's choice rests on, of all places of a GPU of which one is known."""
-    records = [record for name in (gpu.name, *siblings(gpu)) for record in memory.all(name)]
-    known = Table(records)  # so that the memory is asked once, not at every place
-    places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
-    chosen = (best(place, gpu, known).record for place in places)
-    return [record for record in chosen if record is not None]
 
 
 def gpu_here() -> Gpu | None:
