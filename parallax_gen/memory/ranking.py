@@ -71,29 +71,21 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
     """
     default = default_of(place, gpu)
     results = known.results(place)
-    found_here = [r for r in results if counts(r) and _is_like(r.evidence, here)]
+    found_here = _found_here(results, here)
 
     def stands(record: Result) -> bool:
-        return is_rendered(record, gpu) and not _is_overruled(record, found_here, gpu)
+        return is_rendered(record, gpu) and _overruling(record, found_here, gpu) is None
 
-    own = _searches(results, here)
-    others = [
-        search
-        for sibling in sibling_places(place, gpu)
-        for search in _searches(known.results(sibling), here)
-        if search.knew(default)
-    ]
-    others.sort(key=lambda search: search.like_here, reverse=True)
-    for search in own:
-        newer = (other.best(gpu) for other in others if other.newest > search.newest)
-        if search.knew(default) and all(rival is None or search.knew(rival.config) for rival in newer):
+    others = _of_siblings(place, gpu, known, here)
+    for search in _searches(results, here):
+        if not _why_passed_over(search, default, others, gpu):
             tier = Tier.MEASURED_HERE if search.like_here else Tier.OTHER_TOOLCHAIN
             yield from (Candidate(tier, r.config, r) for r in search.measured if stands(r))
     for search in others:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if stands(r))
     for near in near_places(place):
         for search in _searches(known.results(near), here):
-            record = next(filter(stands, search.measured), None) if search.knew(default) else None
+            record = None if search.unknown(default) else next(filter(stands, search.measured), None)
             if record is not None:
                 yield Candidate(Tier.NEIGHBOUR, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
@@ -120,24 +112,66 @@ def near_buckets(place: Place) -> Iterator[Place]:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
 
 
-def _is_like(evidence: Evidence, here: Toolchain | None) -> bool:
+def is_like(evidence: Evidence, here: Toolchain | None = None) -> bool:
     """Whether this process, or that of the toolchain `here`, would compile and time alike."""
     return evidence.toolchain.like(here or Toolchain.here()) and evidence.protocol == PROTOCOL
 
 
-def _is_overruled(record: Result, found_here: Iterable[Result], gpu: Gpu) -> bool:
-    """Whether what was found of a record's config here says otherwise: that it failed, or another time since.
+def _found_here(results: Iterable[Result], here: Toolchain | None) -> list[Result]:
+    """Of a place's results those that this process, or that of the toolchain `here`, would find alike."""
+    return [result for result in results if counts(result) and is_like(result.evidence, here)]
+
+
+def _overruling(record: Result, found_here: Iterable[Result], gpu: Gpu) -> Result | None:
+    """What was found of a record's config here and says otherwise: that it failed, or another time since.
 
     found_here  what was tried at the place with this toolchain. Nothing is rendered where none is of the config
     """
     verdict: Result | None = None
     of_config = [result for result in found_here if result.config == record.config]
     if of_config in ([], [record]):
-        return False
+        return None
     for result in of_config:
         if (verdict is None or supersedes(result, verdict)) and is_rendered(result, gpu):
             verdict = result
-    return verdict is not None and (not verdict.measured or (record in of_config and record != verdict))
+    if verdict is not None and (not verdict.measured or (record in of_config and record != verdict)):
+        return verdict
+    return None
+
+
+def _of_siblings(place: Place, gpu: Gpu, known: Known, here: Toolchain | None) -> list[_Search]:
+    """The searches on cards alike that count at a place: those with the same toolchain first."""
+    default = default_of(place, gpu)
+    searches = [s for where in sibling_places(place, gpu) for s in _searches(known.results(where), here)]
+    counting = (search for search in searches if not search.unknown(default))
+    return sorted(counting, key=lambda search: search.like_here, reverse=True)
+
+
+def _why_passed_over(search: _Search, default: KernelConfig, others: Iterable[_Search], gpu: Gpu) -> str:
+    """Why none of a place's search counts there, though its kernels are rendered; "" where they do.
+
+    others  the searches on cards alike
+    """
+    if unknown := search.unknown(default):
+        return f"its search did not try {unknown}, which today's default has"
+    for other in others:
+        rival = other.best(gpu) if other.newest > search.newest else None
+        if rival is not None and (unknown := search.unknown(rival.config)):
+            return f"its search did not try {unknown}, which the best of a newer search on {rival.place.gpu} has"
+    return ""
+
+
+def why_not_chosen(record: Result, gpu: Gpu, known: Known, here: Toolchain | None = None) -> str:
+    """Why a measured record of a valid kernel that is still rendered is no choice at its own place; "" where it is."""
+    results = known.results(record.place)
+    verdict = _overruling(record, _found_here(results, here), gpu)
+    if verdict is not None and not verdict.measured:
+        return f"its kernel failed here: {verdict.outcome}"
+    if verdict is not None:
+        return f"its kernel was timed again: {verdict.time_us} us, {verdict.created_at}"
+    others = _of_siblings(record.place, gpu, known, here)
+    search = next(search for search in _searches(results, here) if record in search.measured)
+    return _why_passed_over(search, default_of(record.place, gpu), others, gpu)
 
 
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
@@ -178,9 +212,7 @@ def is_rendered(result: Result, gpu: Gpu) -> bool:
 
 def is_current(result: Result, gpu: Gpu) -> bool:
     """Whether a result, of any outcome, is of today's kernel, this process's toolchain and the timing protocol."""
-    evidence = result.evidence
-    like = evidence.toolchain.like(Toolchain.here()) and evidence.protocol == PROTOCOL
-    return like and is_rendered(result, gpu)
+    return is_like(result.evidence) and is_rendered(result, gpu)
 
 
 def counts(result: Result) -> bool:
@@ -221,7 +253,7 @@ class _Search:
     @cached_property
     def like_here(self) -> bool:
         """Whether a call's kernels would be compiled and timed alike."""
-        return _is_like(self.measured[0].evidence, self.here)
+        return is_like(self.measured[0].evidence, self.here)
 
     @cached_property
     def newest(self) -> str:
@@ -231,8 +263,8 @@ class _Search:
         """The fastest of a kernel that is still rendered."""
         return next((result for result in self.measured if is_rendered(result, gpu)), None)
 
-    def knew(self, rival: KernelConfig) -> bool:
-        """Whether it knew all that another config is made of.
+    def unknown(self, rival: KernelConfig) -> str:
+        """What another config is made of and this search did not know, such as `ROW_MAX=first`; "" where it knew all.
 
         Where the rival has another value of a later knob than its default, and nothing that was tried has, the search
         did not know the knob.
@@ -240,8 +272,8 @@ class _Search:
         for f in _later_knobs(rival):
             value = getattr(rival, f.name)
             if value != f.default and all(getattr(result.config, f.name) != value for result in self.tried):
-                return False
-        return True
+                return f"{f.name}={value}"
+        return ""
 
 
 def _later_knobs(config: KernelConfig) -> list[Field[Any]]:

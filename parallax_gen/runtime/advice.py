@@ -70,7 +70,7 @@ def _told(place: Place, candidate: Candidate) -> str:
         instead = "its default config is used"
     else:
         of = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
-        instead = f"a record of {of} with {record.evidence.toolchain} is used"
+        instead = f"a record of {of} with {record.evidence.measured_with} is used"
     return (
         f"no measurement counts of {place.spec}; {place.bucket} on {place.gpu} with {Toolchain.here()}: {instead}. "
         f"`{tune_command(place)}` makes one."

@@ -26,6 +26,7 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.table import Table
+from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
@@ -122,6 +123,9 @@ def test_nothing_is_said_of_what_was_measured_here() -> None:
 def test_what_another_toolchain_or_card_measured_is_named() -> None:
     (told,) = called(Dispatcher(Table([record(triton="3.1.0", cuda="12.4")])), PLACE)
     assert "a record of h200 with Triton 3.1, ptxas 12.4 is used" in told
+    of_protocol = replace(record(), evidence=replace(record().evidence, protocol=0))
+    (told,) = called(Dispatcher(Table([of_protocol])), PLACE)
+    assert f"a record of h200 with {Toolchain.here()} by timing protocol 0 (today's is 1) is used" in told
     on_sibling = replace(record(), place=replace(PLACE, gpu="h100"))
     (told,) = called(Dispatcher(Table([on_sibling])), PLACE)
     assert "a record of h100 with " in told
