@@ -75,4 +75,4 @@ class DistributedError(ParallaxGenError):
 
 
 class UntunedError(ParallaxGenError):
-    """A call's kernel was not measured on this GPU with this Triton, and PARALLAX_GEN_STRICT=1 allows no other."""
+    """A call's kernel was not measured on this GPU with this Triton, and PARALLAX_GEN_STRICT allows no other."""

@@ -25,11 +25,12 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# errors.py, data.py and machine.py lie under all, and so does the version in parallax_gen itself.
-BELOW = {"errors", "data", "machine"}
+# errors.py, data.py, environment.py and machine.py lie under all, and so does the version in parallax_gen itself.
+BELOW = {"errors", "data", "environment", "machine"}
 MAY_IMPORT = {
     "errors": set(),
     "data": {"errors"},
+    "environment": {"errors"},
     "machine": {"errors"},
     "problem": BELOW,
     "codegen": BELOW | {"problem"},

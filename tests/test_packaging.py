@@ -189,7 +189,10 @@ def test_both_ways_to_start_say_the_version(shell: Callable[[str], str], declare
 
 
 def test_doctor_finds_nothing_broken(shell: Callable[[str], str]) -> None:
-    assert re.search(r"h200: [1-9]\d* kernels and sizes, of which calls get [1-9]", shell("parallax-gen doctor"))
+    assert re.search(
+        r"h200: [1-9]\d* kernels and sizes in your database and what ships, of which calls get [1-9]",
+        shell("parallax-gen doctor"),
+    )
 
 
 def test_the_main_job(shell: Callable[[str], str], tmp_path: Path) -> None:

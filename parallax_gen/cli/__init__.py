@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import parallax_gen
+from parallax_gen.environment import SWITCHES, is_on
 from parallax_gen.errors import ParallaxGenError
 
 # Where each command is. The files import torch, Triton, Optuna and the database inside their functions, so that
@@ -110,6 +111,8 @@ def main(ctx: click.Context, verbose: bool) -> None:
     Exit status
       0 done, 1 an error (told in one line), 2 wrong usage, 130 Ctrl-C
     """
+    for variable in SWITCHES:
+        is_on(variable)  # says what is wrong before a command has begun, whichever of its calls would ask
     if verbose:
         from parallax_gen.cli.logs import show_logs
 

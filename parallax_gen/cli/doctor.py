@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +20,9 @@ from parallax_gen.errors import BuildError, ParallaxGenError, StoreError
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from parallax_gen.memory.result import Result
 
 COMPILE_TIMEOUT_S = 120.0
 COMPILE_FOR = "h100"  # where no card is there
@@ -128,20 +132,33 @@ def _database() -> Iterator[tuple[str, str]]:
             yield "note", f"{store.unreadable} rows cannot be read, and are passed over"
 
 
-def _shipped() -> Iterator[tuple[str, str]]:
+def _records() -> Iterator[tuple[str, str]]:
     from parallax_gen.cli.known import chosen, standing
     from parallax_gen.data import data_dir
-    from parallax_gen.memory.shipped import Memory, shipped_gpus
+    from parallax_gen.memory.shipped import shipped_gpus
+    from parallax_gen.memory.table import Table
 
-    names = shipped_gpus()
-    if not names:
+    if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
-    memory = Memory()
-    for name in names:
-        places = dict.fromkeys(record.place for record in memory.all(name))
-        by = Counter(standing(chosen(place, memory), place) for place in places)
+    results, whose = _seen_by_calls()
+    known = Table(results)
+    places = dict.fromkeys(record.place for record in results)
+    for name in sorted({place.gpu for place in places}):
+        of_card = [place for place in places if place.gpu == name]
+        by = Counter(standing(chosen(place, known), place) for place in of_card)
         told = ", ".join(f"{count} by {what}" for what, count in by.most_common())
-        yield "ok", f"{name}: {len(places)} kernels and sizes, of which calls get {told}"
+        yield "ok", f"{name}: {len(of_card)} kernels and sizes in {whose}, of which calls get {told}"
+
+
+def _seen_by_calls() -> tuple[list[Result], str]:
+    """All that calls choose from, and what that is: without the user's database where that cannot be used."""
+    from parallax_gen.cli.known import open_memory
+    from parallax_gen.memory.shipped import Memory
+
+    try:
+        return open_memory().all(), "your database and what ships"
+    except StoreError:  # which the check of the database tells; if it is of a file that ships, it is raised again
+        return Memory().all(), "what ships alone"
 
 
 def cuobjdump() -> Iterator[tuple[str, str]]:
@@ -169,7 +186,7 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "device": _device,
     "cache": _cache,
     "database": _database,
-    "shipped": _shipped,
+    "records": _records,
     "cuobjdump": cuobjdump,
     "compile": _compile,
 }

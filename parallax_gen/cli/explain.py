@@ -88,63 +88,92 @@ def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origin
     ranking = list(ranked(choice.place, gpu, memory))
     candidates = [c for c in ranking if c != choice.candidate and c.config not in passed]
     used = {c.record for c in ranking}
+    unused = [(r, _why_unused(r, gpu, memory)) for r in results if r.measured and r not in used]
     return Explanation(
         spec=spec,
         shape=shape,
         choice=choice,
         file=write(render(spec, choice.config, gpu)),
         origin="default" if choice.record is None else origins.of(choice.record),
-        reason=_reason(choice, results, candidates),
+        reason=_reason(choice, results, candidates, unused),
         runners_up=candidates[:MOST],
         predicted=[r for r in results if r.outcome == "predicted"][:MOST],
-        unused=[(r, _why_unused(r)) for r in results if r.measured and r not in used][:MOST],
+        unused=unused[:MOST],
     )
 
 
-def _reason(choice: Choice, results: list[Result], candidates: list[Candidate]) -> str:
+def _reason(
+    choice: Choice, results: list[Result], candidates: list[Candidate], unused: list[tuple[Result, str]]
+) -> str:
     from parallax_gen.memory.ranking import Tier
     from parallax_gen.memory.toolchain import Toolchain
 
     candidate, record = choice.candidate, choice.record
     if record is not None:
         rivals = [c.record for c in candidates if c.tier == candidate.tier and c.record is not None]
-        if candidate.tier == Tier.NEIGHBOUR:
-            there = f"with {record.evidence.toolchain} at {record.place.bucket}"
-            return f"the best measured {there}; nothing that counts was measured of this bucket"
-        alike = 1 + sum((r.place, r.evidence.toolchain) == (record.place, record.evidence.toolchain) for r in rivals)
+        alike = 1 + sum(_comparable(r, record) for r in rivals)
         fastest = f"the fastest of {alike}" if alike > 1 else "the only one"
         if candidate.tier == Tier.MEASURED_HERE:
             return f"{fastest} measured of this kernel with {Toolchain.here()}"
-        of = f"{fastest} with {record.evidence.toolchain}"
-        if candidate.tier == Tier.OTHER_TOOLCHAIN:
-            return f"{of}; nothing that counts was measured with {Toolchain.here()}"
-        return (
-            f"{of} on {record.place.gpu}, a card of the same capability; nothing that counts was measured on this one"
-        )
+        if candidate.tier == Tier.NEIGHBOUR:
+            found = f"the best measured with {record.evidence.measured_with} at {record.place.bucket}"
+        else:
+            found = f"{fastest} with {record.evidence.measured_with}"
+        if candidate.tier == Tier.SIBLING_CARD:
+            found += f" on {record.place.gpu}, a card of the same capability"
+        return f"{found}; {_why_nothing_nearer(choice, record, unused)}"
     if choice.refused:
         return "what is borrowed elsewhere compiles badly here"
     if not results:
         return "nothing is known of this place"
-    measured = [r for r in results if r.measured]
-    if measured:
-        none = "the only record does not count" if len(measured) == 1 else f"of {len(measured)} records none counts"
-        return f"{none}: {_why_unused(measured[0])}"
+    if unused:
+        return _none_counts(unused, "")
     kinds: dict[str, int] = {}
     for result in results:
         kinds[result.outcome] = kinds.get(result.outcome, 0) + 1
     return f"nothing was measured of this place, only: {counted(kinds)}"
 
 
-def _why_unused(result: Result) -> str:
+def _comparable(one: Result, other: Result) -> bool:
+    """Whether two times may be compared: of one card and size, with one toolchain, by one timing protocol."""
+    evidences = (one.evidence, other.evidence)
+    return one.place == other.place and len({(e.toolchain, e.protocol) for e in evidences}) == 1
+
+
+def _why_nothing_nearer(choice: Choice, record: Result, unused: list[tuple[Result, str]]) -> str:
+    """Why what is chosen is borrowed: what there is of nearer tiers, and why that does not count."""
+    from parallax_gen.memory.ranking import Tier, is_like
+    from parallax_gen.memory.toolchain import Toolchain
+
+    if choice.refused:
+        return "what ranks higher compiles badly here"
+    here, tier = Toolchain.here(), choice.candidate.tier
+    if tier == Tier.OTHER_TOOLCHAIN:
+        if nearer := [(r, why) for r, why in unused if is_like(r.evidence)]:
+            return _none_counts(nearer, f" with {here}")
+        if record.evidence.toolchain.like(here):
+            return "nothing was timed by today's, and times of two protocols are not compared"
+        return f"nothing that counts was measured with {here}"
+    where = "of this bucket" if tier == Tier.NEIGHBOUR else "on this one"
+    return _none_counts(unused, f" {where}") if unused else f"nothing that counts was measured {where}"
+
+
+def _none_counts(unused: list[tuple[Result, str]], of_what: str) -> str:
+    none = f"the only record{of_what} does not count"
+    if len(unused) > 1:
+        none = f"of {len(unused)} records{of_what} none counts"
+    return f"{none}: {'; '.join(dict.fromkeys(why for _, why in unused))}"
+
+
+def _why_unused(result: Result, gpu: Gpu, memory: Memory) -> str:
     """Of a measured one that is no candidate."""
-    from parallax_gen.cli.known import ANOTHER_KERNEL, card_of, unlike_here
+    from parallax_gen.cli.known import ANOTHER_KERNEL
+    from parallax_gen.memory.ranking import is_rendered, why_not_chosen
     from parallax_gen.problem.space import why_invalid
 
-    if reason := why_invalid(result.place.spec, result.config, card_of(result.place)):
+    if reason := why_invalid(result.place.spec, result.config, gpu):
         return f"not valid any more: {reason}"
-    if ANOTHER_KERNEL in unlike_here(result):
-        return ANOTHER_KERNEL
-    return "its search did not know a knob that today's default uses"
+    return why_not_chosen(result, gpu, memory) if is_rendered(result, gpu) else ANOTHER_KERNEL
 
 
 def _print(found: Explanation, origins: Origins) -> None:

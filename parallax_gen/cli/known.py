@@ -21,7 +21,7 @@ from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
 
 ANOTHER_KERNEL = "another kernel than today's"
-NOT_CHECKED = "not yet checked: a first call compiles it here, and passes it over where it spills"
+NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it where it spills far more than the default"
 AS_HERE = "this Triton"  # with this ptxas, and of today's kernel
 
 
@@ -82,7 +82,7 @@ def chosen(place: Place, known: Known) -> Candidate:
 
 
 def standing(candidate: Candidate, place: Place) -> str:
-    """What a choice rests on, in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6 on h100`."""
+    """What a choice rests on, in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
     record = candidate.record
     if record is None:
         return "the default"
@@ -91,6 +91,8 @@ def standing(candidate: Candidate, place: Place) -> str:
         toolchain = f"Triton {minor(evidence.triton)}"
     elif not evidence.toolchain.like(here):
         toolchain = f"ptxas {evidence.cuda or 'unknown'}"
+    if evidence.protocol != PROTOCOL:
+        toolchain += f", protocol {evidence.protocol}"
     if candidate.tier == Tier.NEIGHBOUR:
         return f"{toolchain} at {record.place.bucket}"
     return f"{toolchain} on {record.place.gpu}" if candidate.tier == Tier.SIBLING_CARD else toolchain

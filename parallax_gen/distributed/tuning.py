@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import closing
-from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -19,15 +18,16 @@ from parallax_gen.distributed.group import members
 from parallax_gen.errors import DistributedError, ParallaxGenError
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, is_valid, shown_by, siblings
+from parallax_gen.memory.ranking import counts, default_of, is_valid, siblings
 from parallax_gen.memory.result import PROTOCOL, Result
+from parallax_gen.memory.sharing import places_served, records_shared
 from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import config_to_json
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher, gpu_here, records_here
+from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher, gpu_here
 from parallax_gen.runtime.plan import Plans
 
 # A kernel of every template: where ranks have the same templates and render these alike, they render all alike.
@@ -41,9 +41,9 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
 
     Each rank's own choice rests on the database of its host, and two hosts may know different records: then ranks run
     kernels of different speed, and results differ in their last bits from rank to rank. Here rank 0 reads its database
-    and what ships, and sends what counts on its GPU: once, as text, checked on arrival like a user's input. Then every
-    rank says what its choices of these will rest on, and all must say the same; each renders a kernel when it is
-    called.
+    and what ships, and sends what the choices of its GPU's calls rest on (memory/sharing.py): once, as text, checked on
+    arrival like a user's input. Then every rank says what its choices will rest on, and all must say the same; each
+    ranks a place, and renders its kernel, when that is called.
 
     It is a call of its own, to be made after init_process_group and torch.cuda.set_device, because only there all ranks
     are known to take part. Inside an attention call it would wait forever wherever ranks differ in what they call: in
@@ -66,8 +66,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
         said = _facts(gpu)
         if rank == 0 and gpu is not None:
             with closing(RuntimeMemory()) as memory:
-                shown = [r for record in records_here(memory, gpu) for r in shown_by(record, memory)]
-                text += "".join(map(to_line, shown))
+                text += "".join(map(to_line, records_shared(memory, gpu)))
     except ParallaxGenError as error:
         said = {PROBLEM: str(error)}
     _agree(said, group, everyone)
@@ -107,9 +106,9 @@ def _checked(text: str, gpu: Gpu | None) -> list[Result]:
     """The records in what rank 0 sent. Raises DistributedError on anything but what this GPU's choices may rest on."""
     found = read_lines("the table of rank 0", text.encode().splitlines())
     cards = () if gpu is None else (gpu.name, *siblings(gpu))
-    wrong = [r for r in found.results if r.place.gpu not in cards or not r.measured]
+    wrong = [r for r in found.results if r.place.gpu not in cards or not counts(r)]
     if found.bad or wrong:
-        what = found.bad[0] if found.bad else f"{wrong[0].outcome} of {wrong[0].place.gpu}, not measured on this GPU"
+        what = found.bad[0] if found.bad else f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here rests on it"
         raise DistributedError(what)
     return found.results
 
@@ -122,7 +121,7 @@ def _choice(records: list[Result], gpu: Gpu | None) -> str:
     """
     if gpu is None:
         return _digest([])
-    places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
+    places = places_served(records, gpu)
     defaults = [(place.digest, config_to_json(default_of(place, gpu))) for place in places]
     return _digest([defaults, [is_valid(record, gpu) for record in records]])
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from parallax_gen.problem.hardware import Gpu
 # 216 and 272 were 21 and 6 % slower.
 MOST_MORE_SPILLS = 128
 MOST_CHECKED = 2  # borrowed kernels a place: each may take seconds to compile
+UNCHECKED = (Tier.MEASURED_HERE, Tier.DEFAULT)  # not borrowed
 FORMAT = 1  # of what is kept
 
 # What a config's kernel needs as compiled here; None where that is not known. Raises BuildError where it does not
@@ -44,8 +45,8 @@ Compiled = Callable[[KernelConfig], Resources | None]
 class Guarded:
     """What a call gets.
 
-    checked  whether its kernel need not be compiled first to know that it is the one: False of a borrowed one that was
-             not compiled here yet
+    checked  whether nothing need be compiled first to know that it is the one: False of a borrowed one that was not
+             compiled here yet, or spills where the default was not
     refused  borrowed ones that rank higher, each with why it is not used
     """
 
@@ -58,40 +59,54 @@ def guarded(place: Place, gpu: Gpu, known: Known, compiled: Compiled | None = No
     """What a call at a place gets. compiled: by default, what was kept of earlier checks."""
     compiled = compiled or (lambda config: kept(render(place.spec, config, gpu), gpu))
     refused: list[tuple[Candidate, str]] = []
-    for candidate in ranked(place, gpu, known):
-        if candidate.tier in (Tier.MEASURED_HERE, Tier.DEFAULT):
-            return Guarded(candidate, True, tuple(refused))
-        if any(candidate.config == other.config for other, _ in refused):
-            continue  # the same kernel, by another record
-        try:
-            resources = compiled(candidate.config)
-            if resources is None:
-                return Guarded(candidate, False, tuple(refused))
-            why = _why_refused(resources, place, gpu, compiled)
-        except BuildError as error:
-            why = f"it does not compile here: {error}"
-        if why is None:
-            return Guarded(candidate, True, tuple(refused))
+    for candidate in looked_at(place, gpu, known):
+        borrowed = candidate.tier not in UNCHECKED
+        why = _why_refused(candidate.config, place, gpu, compiled) if borrowed else ""
+        if not why:
+            return Guarded(candidate, why is not None, tuple(refused))
         refused.append((candidate, why))
-        if len(refused) == MOST_CHECKED:
-            break
     return Guarded(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
 
 
-def _why_refused(resources: Resources, place: Place, gpu: Gpu, compiled: Compiled) -> str | None:
-    """Why a borrowed kernel is not used; None where it is. The default is only compiled where that decides."""
+def looked_at(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
+    """What a call at a place may look at, the best first: borrowed kernels, each once and no more than are checked.
+
+    One that is not borrowed is the last. Renders no more than is asked for.
+    """
+    borrowed: list[KernelConfig] = []
+    for candidate in ranked(place, gpu, known):
+        if candidate.config in borrowed:
+            continue  # the same kernel, by another record
+        yield candidate
+        borrowed.append(candidate.config)
+        if candidate.tier in UNCHECKED or len(borrowed) == MOST_CHECKED:
+            break
+
+
+def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compiled) -> str | None:
+    """Why a borrowed kernel is not used, "" where it is; None where what decides that was not compiled yet.
+
+    The default is only compiled where that decides.
+    """
+    try:
+        resources = compiled(config)
+    except BuildError as error:
+        return f"it does not compile here: {error}"
+    if resources is None:
+        return None
     if resources.shared_bytes > gpu.shared_per_block:
         return f"it needs {resources.shared_bytes} bytes of shared memory, over {gpu.shared_per_block}"
     if resources.spills <= MOST_MORE_SPILLS:
-        return None
+        return ""
     try:
         default = compiled(default_of(place, gpu))
     except BuildError:
+        return ""
+    if default is None:
         return None
-    spilled = 0 if default is None else default.spills
-    if resources.spills <= spilled + MOST_MORE_SPILLS:
-        return None
-    return f"it spills {resources.spills} bytes a thread as compiled here, the default {spilled}"
+    if resources.spills <= default.spills + MOST_MORE_SPILLS:
+        return ""
+    return f"it spills {resources.spills} bytes a thread as compiled here, the default {default.spills}"
 
 
 def kept(source: KernelSource, gpu: Gpu) -> Resources | None:

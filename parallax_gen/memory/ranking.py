@@ -20,9 +20,10 @@ and never a choice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import Any
 
 from parallax_gen.codegen.identity import found, remember
 from parallax_gen.codegen.render import KernelSource, render
@@ -70,29 +71,21 @@ def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) 
     """
     default = default_of(place, gpu)
     results = known.results(place)
-    found_here = [r for r in results if r.outcome != "predicted" and not r.of_machine and _is_like(r.evidence, here)]
+    found_here = _found_here(results, here)
 
     def stands(record: Result) -> bool:
-        return is_rendered(record, gpu) and not _is_overruled(record, found_here, gpu)
+        return is_rendered(record, gpu) and _overruling(record, found_here, gpu) is None
 
-    own = _searches(results, here)
-    others = [
-        search
-        for name in (siblings(gpu) if _is_sibling_better(place) else ())
-        for search in _searches(known.results(replace(place, gpu=name)), here)
-        if search.knew(default)
-    ]
-    others.sort(key=lambda search: search.like_here, reverse=True)
-    for search in own:
-        newer = (other.best(gpu) for other in others if other.newest > search.newest)
-        if search.knew(default) and all(rival is None or search.knew(rival.config) for rival in newer):
+    others = _of_siblings(place, gpu, known, here)
+    for search in _searches(results, here):
+        if not _why_passed_over(search, default, others, gpu):
             tier = Tier.MEASURED_HERE if search.like_here else Tier.OTHER_TOOLCHAIN
             yield from (Candidate(tier, r.config, r) for r in search.measured if stands(r))
     for search in others:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if stands(r))
-    for near in near_buckets(place) if _is_near_better(place) else ():
+    for near in near_places(place):
         for search in _searches(known.results(near), here):
-            record = next(filter(stands, search.measured), None) if search.knew(default) else None
+            record = None if search.unknown(default) else next(filter(stands, search.measured), None)
             if record is not None:
                 yield Candidate(Tier.NEIGHBOUR, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
@@ -119,34 +112,79 @@ def near_buckets(place: Place) -> Iterator[Place]:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
 
 
-def _is_like(evidence: Evidence, here: Toolchain | None) -> bool:
+def is_like(evidence: Evidence, here: Toolchain | None = None) -> bool:
     """Whether this process, or that of the toolchain `here`, would compile and time alike."""
     return evidence.toolchain.like(here or Toolchain.here()) and evidence.protocol == PROTOCOL
 
 
-def _is_overruled(record: Result, found_here: Iterable[Result], gpu: Gpu) -> bool:
-    """Whether what was found of a record's config here says otherwise: that it failed, or another time since.
+def _found_here(results: Iterable[Result], here: Toolchain | None) -> list[Result]:
+    """Of a place's results those that this process, or that of the toolchain `here`, would find alike."""
+    return [result for result in results if counts(result) and is_like(result.evidence, here)]
+
+
+def _overruling(record: Result, found_here: Iterable[Result], gpu: Gpu) -> Result | None:
+    """What was found of a record's config here and says otherwise: that it failed, or another time since.
 
     found_here  what was tried at the place with this toolchain. Nothing is rendered where none is of the config
     """
     verdict: Result | None = None
     of_config = [result for result in found_here if result.config == record.config]
     if of_config in ([], [record]):
-        return False
+        return None
     for result in of_config:
         if (verdict is None or supersedes(result, verdict)) and is_rendered(result, gpu):
             verdict = result
-    return verdict is not None and (not verdict.measured or (record in of_config and record != verdict))
+    if verdict is not None and (not verdict.measured or (record in of_config and record != verdict)):
+        return verdict
+    return None
 
 
-def _is_sibling_better(place: Place) -> bool:
-    """Whether what is fast on a card alike is ahead of the default, by evidence: all but what only moves rows."""
-    return place.spec.op != "preprocess"
+def _of_siblings(place: Place, gpu: Gpu, known: Known, here: Toolchain | None) -> list[_Search]:
+    """The searches on cards alike that count at a place: those with the same toolchain first."""
+    default = default_of(place, gpu)
+    searches = [s for where in sibling_places(place, gpu) for s in _searches(known.results(where), here)]
+    counting = (search for search in searches if not search.unknown(default))
+    return sorted(counting, key=lambda search: search.like_here, reverse=True)
 
 
-def _is_near_better(place: Place) -> bool:
-    """Whether what is fast at near sizes is ahead of the default, by evidence: in a decode of equal lengths."""
-    return place.spec.op == "decode" and not place.spec.ragged
+def _why_passed_over(search: _Search, default: KernelConfig, others: Iterable[_Search], gpu: Gpu) -> str:
+    """Why none of a place's search counts there, though its kernels are rendered; "" where they do.
+
+    others  the searches on cards alike
+    """
+    if unknown := search.unknown(default):
+        return f"its search did not try {unknown}, which today's default has"
+    for other in others:
+        rival = other.best(gpu) if other.newest > search.newest else None
+        if rival is not None and (unknown := search.unknown(rival.config)):
+            return f"its search did not try {unknown}, which the best of a newer search on {rival.place.gpu} has"
+    return ""
+
+
+def why_not_chosen(record: Result, gpu: Gpu, known: Known, here: Toolchain | None = None) -> str:
+    """Why a measured record of a valid kernel that is still rendered is no choice at its own place; "" where it is."""
+    results = known.results(record.place)
+    verdict = _overruling(record, _found_here(results, here), gpu)
+    if verdict is not None and not verdict.measured:
+        return f"its kernel failed here: {verdict.outcome}"
+    if verdict is not None:
+        return f"its kernel was timed again: {verdict.time_us} us, {verdict.created_at}"
+    others = _of_siblings(record.place, gpu, known, here)
+    search = next(search for search in _searches(results, here) if record in search.measured)
+    return _why_passed_over(search, default_of(record.place, gpu), others, gpu)
+
+
+def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
+    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess."""
+    return [] if place.spec.op == "preprocess" else [replace(place, gpu=name) for name in siblings(gpu)]
+
+
+def near_places(place: Place) -> list[Place]:
+    """The same at near sizes, where what is fast there is ahead of the default, by evidence: decode of equal lengths.
+
+    A place is near to those that are near to it.
+    """
+    return list(near_buckets(place)) if place.spec.op == "decode" and not place.spec.ragged else []
 
 
 def siblings(gpu: Gpu) -> list[str]:
@@ -174,19 +212,22 @@ def is_rendered(result: Result, gpu: Gpu) -> bool:
 
 def is_current(result: Result, gpu: Gpu) -> bool:
     """Whether a result, of any outcome, is of today's kernel, this process's toolchain and the timing protocol."""
-    evidence = result.evidence
-    like = evidence.toolchain.like(Toolchain.here()) and evidence.protocol == PROTOCOL
-    return like and is_rendered(result, gpu)
+    return is_like(result.evidence) and is_rendered(result, gpu)
+
+
+def counts(result: Result) -> bool:
+    """Whether a result says anything of its config: it was tried, and no fault of the machine's."""
+    return result.outcome != "predicted" and not result.of_machine
 
 
 def shown_by(record: Result, known: Known) -> list[Result]:
-    """A record, and as few others of its search as show what that knew: with them alone it is chosen as with all."""
-    searches = _searches(known.results(record.place))
-    search = next((search.measured for search in searches if record in search.measured), [])
-    shown = [record]
-    for f in fields(record.config):
-        for result in search if f.default is not MISSING else ():
-            if all(getattr(result.config, f.name) != getattr(other.config, f.name) for other in shown):
+    """A record, and as few others of its search as show what that knew, and how new it is."""
+    search = next(search for search in _searches(known.results(record.place)) if record in search.measured)
+    shown = [record, max(search.measured, key=lambda result: result.created_at)]
+    for f in _later_knobs(record.config):
+        for result in search.tried:
+            value = getattr(result.config, f.name)
+            if value != f.default and all(getattr(other.config, f.name) != value for other in shown):
                 shown.append(result)
     return shown
 
@@ -201,18 +242,18 @@ class _Search:
     """What is known of one place by one toolchain and timing protocol.
 
     measured  fast to slow
-    tried     those that failed too, but not what was only predicted, or what the machine failed
+    tried     those that failed too, of what counts
     here      the toolchain that a call's kernels are compiled by
     """
 
     measured: list[Result]
-    tried: list[KernelConfig]
+    tried: list[Result]
     here: Toolchain
 
     @cached_property
     def like_here(self) -> bool:
         """Whether a call's kernels would be compiled and timed alike."""
-        return _is_like(self.measured[0].evidence, self.here)
+        return is_like(self.measured[0].evidence, self.here)
 
     @cached_property
     def newest(self) -> str:
@@ -222,31 +263,34 @@ class _Search:
         """The fastest of a kernel that is still rendered."""
         return next((result for result in self.measured if is_rendered(result, gpu)), None)
 
-    def knew(self, rival: KernelConfig) -> bool:
-        """Whether it knew all that another config is made of.
+    def unknown(self, rival: KernelConfig) -> str:
+        """What another config is made of and this search did not know, such as `ROW_MAX=first`; "" where it knew all.
 
-        Knobs that came later than records have a default value, which configs from before them have. Where the rival
-        has another one, and nothing that was tried has, the search did not know the knob.
+        Where the rival has another value of a later knob than its default, and nothing that was tried has, the search
+        did not know the knob.
         """
-        if rival in self.tried:
-            return True
-        for f in fields(rival):
+        for f in _later_knobs(rival):
             value = getattr(rival, f.name)
-            if f.default not in (MISSING, value) and all(getattr(config, f.name) != value for config in self.tried):
-                return False
-        return True
+            if value != f.default and all(getattr(result.config, f.name) != value for result in self.tried):
+                return f"{f.name}={value}"
+        return ""
+
+
+def _later_knobs(config: KernelConfig) -> list[Field[Any]]:
+    """Those that came later than records: configs from before them have their default values."""
+    return [f for f in fields(config) if f.default is not MISSING]
 
 
 def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:
     """By toolchain and protocol, those that measured anything: those like `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
-        if result.outcome != "predicted" and not result.of_machine:
+        if counts(result):
             evidence = result.evidence
             tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
     searches = []
     here = here or Toolchain.here()
     for group in tried.values():
         if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
-            searches.append(_Search(measured, [result.config for result in group], here))
+            searches.append(_Search(measured, group, here))
     return sorted(searches, key=lambda search: (search.like_here, search.newest), reverse=True)

@@ -67,6 +67,12 @@ class Evidence:
         return Toolchain(self.triton, self.cuda)
 
     @property
+    def measured_with(self) -> str:
+        """The toolchain, and the timing protocol where that is not today's, for people."""
+        other = "" if self.protocol == PROTOCOL else f" by timing protocol {self.protocol} (today's is {PROTOCOL})"
+        return f"{self.toolchain}{other}"
+
+    @property
     def identity(self) -> tuple[Scalar, ...]:
         """What two measurements have in common that stand in each other's place."""
         return self.kernel, self.templates, self.triton, self.cuda, self.protocol

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 import warnings
+from types import FrameType
 
+from parallax_gen.environment import QUIET, STRICT, is_on
 from parallax_gen.errors import UntunedError
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Tier
@@ -14,29 +16,52 @@ from parallax_gen.problem.shapes import representative
 
 _LOG = logging.getLogger(__name__)
 
-STRICT, QUIET = "PARALLAX_GEN_STRICT", "PARALLAX_GEN_QUIET"
-
 
 class UntunedWarning(UserWarning):
     """A call runs a kernel that was not measured on this GPU with this Triton."""
 
 
-def check(place: Place, candidate: Candidate, *, warn: bool) -> bool:
-    """Whether it was told, by Python's warnings and the log, that a call's kernel was not measured here.
+class Adviser:
+    """Says it once, of the first such kernel: one for each dispatcher."""
 
-    Silent where `warn` is not asked for, with PARALLAX_GEN_QUIET=1, and in all processes of torch.distributed but rank
-    0. Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here.
+    def __init__(self) -> None:
+        self._told = False
+
+    def check(self, place: Place, candidate: Candidate) -> None:
+        """Tell, by Python's warnings and the log, that a call's kernel was not measured here.
+
+        Silent with PARALLAX_GEN_QUIET=1, and in all processes of torch.distributed but rank 0. Raises UntunedError with
+        PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here, and ArgumentError where one of
+        the two is neither on nor off, whatever the call's kernel rests on.
+        """
+        strict, quiet = is_on(STRICT), is_on(QUIET)
+        if candidate.tier == Tier.MEASURED_HERE:
+            return
+        if strict:
+            raise UntunedError(f"{STRICT} is on, and {_told(place, candidate)}")
+        if self._told or quiet or not _first_rank():
+            return
+        self._told = True  # before it is told: where warnings are errors, the next call runs
+        told = f"{_told(place, candidate)} This is said once a process; {QUIET}=1 silences it."
+        _LOG.warning("%s", told)
+        warnings.warn(told, UntunedWarning, stacklevel=level_of_user())
+
+
+def level_of_user() -> int:
+    """The stacklevel with which a warning of the function that asks names the user's line.
+
+    That is the innermost one outside this package and torch. Code that torch generates may lie between: it is of a
+    module of torch's, or of none. On autograd's threads there may be no such line; then it is the outermost.
     """
-    if candidate.tier == Tier.MEASURED_HERE:
-        return False
-    if os.environ.get(STRICT) == "1":
-        raise UntunedError(f"{STRICT}=1, and {_told(place, candidate)}")
-    if not warn or os.environ.get(QUIET) == "1" or not _first_rank():
-        return False
-    told = f"{_told(place, candidate)} This is said once a process; {QUIET}=1 silences it."
-    _LOG.warning("%s", told)
-    warnings.warn(told, UntunedWarning, stacklevel=2)
-    return True
+    frame: FrameType | None = sys._getframe(1)
+    level = 0
+    while frame is not None:
+        level += 1
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("", "parallax_gen", "torch"):
+            break
+        frame = frame.f_back
+    return level
 
 
 def _told(place: Place, candidate: Candidate) -> str:
@@ -45,7 +70,7 @@ def _told(place: Place, candidate: Candidate) -> str:
         instead = "its default config is used"
     else:
         of = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
-        instead = f"a record of {of} with {record.evidence.toolchain} is used"
+        instead = f"a record of {of} with {record.evidence.measured_with} is used"
     return (
         f"no measurement counts of {place.spec}; {place.bucket} on {place.gpu} with {Toolchain.here()}: {instead}. "
         f"`{tune_command(place)}` makes one."

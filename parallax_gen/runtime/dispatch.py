@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,16 +18,16 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.guard import Compiled, guarded, keep, kept
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, best, siblings
+from parallax_gen.memory.ranking import Candidate
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.memory.table import Known, Table
+from parallax_gen.memory.table import Known
 from parallax_gen.problem.config import KernelConfig, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime import advice
+from parallax_gen.runtime.advice import Adviser, level_of_user
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Dispatcher:
     def __init__(self, memory: Known):
         self._memory = memory
         self._kernels: dict[Place, tuple[Choice, ModuleType]] = {}
-        self._told = False
+        self._adviser = Adviser()
 
     def use(self, memory: Known) -> None:
         """Ask another memory from now on, for what was chosen before too."""
@@ -91,7 +91,7 @@ class Dispatcher:
         if found is None:
             give_triton_a_cache()
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
-            self._told |= advice.check(place, choice.candidate, warn=not self._told)
+            self._adviser.check(place, choice.candidate)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[place] = found
             _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
@@ -152,22 +152,13 @@ class RuntimeMemory(Memory):
 
 
 def _warn_of(error: StoreError, instead: str = "Only shipped records and defaults are used.") -> None:
-    warnings.warn(f"{error} {instead}", stacklevel=3)
+    warnings.warn(f"{error} {instead}", stacklevel=level_of_user())
 
 
 @cache
 def default_dispatcher() -> Dispatcher:
     """The process's own."""
     return Dispatcher(RuntimeMemory())
-
-
-def records_here(memory: Memory, gpu: Gpu) -> list[Result]:
-    """The record that each place's choice rests on, of all places of a GPU of which one is known."""
-    records = [record for name in (gpu.name, *siblings(gpu)) for record in memory.all(name)]
-    known = Table(records)  # so that the memory is asked once, not at every place
-    places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
-    chosen = (best(place, gpu, known).record for place in places)
-    return [record for record in chosen if record is not None]
 
 
 def gpu_here() -> Gpu | None:

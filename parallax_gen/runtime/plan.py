@@ -16,6 +16,7 @@ from parallax_gen.codegen.calling import Scratch, scratch_of
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.advice import level_of_user
 from parallax_gen.runtime.dispatch import default_dispatcher
 from parallax_gen.runtime.replay import Launched, aligned, record, replay
 from parallax_gen.runtime.workspace import Workspace, parts_of
@@ -135,7 +136,8 @@ def workspace_of(device: int) -> Workspace:
 @cache
 def _warn_of_cpu() -> None:
     """Once a process."""
-    warnings.warn("parallax_gen: these are CPU tensors; they run through the slow fp64 reference", stacklevel=5)
+    told = "parallax_gen: these are CPU tensors; they run through the slow fp64 reference"
+    warnings.warn(told, stacklevel=level_of_user())
 
 
 def _raw_stream(device: int) -> int:

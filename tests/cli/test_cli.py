@@ -60,6 +60,16 @@ def test_errors_are_one_line_in_a_real_process() -> None:
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("variable", ["PARALLAX_GEN_QUIET", "PARALLAX_GEN_STRICT"])
+def test_a_switch_that_is_neither_on_nor_off_is_an_error_of_one_line(variable: str) -> None:
+    result = run("list", env={variable: "2"})
+    assert (result.exit_code, result.stdout) == (1, "")
+    told = f"error: {variable}: got '2'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
+    assert result.stderr == f"{told}\n"
+    assert run("list", env={variable: "TRUE"}).exit_code == 0
+    assert run("--help", env={variable: "2"}).exit_code == 0
+
+
 def test_a_database_that_cannot_be_used_is_an_error_of_one_line(store: Store) -> None:
     store.close()
     store.path.write_text("not a database, but long enough to be taken for one by SQLite" * 20, encoding="utf-8")
@@ -243,7 +253,7 @@ def test_doctor_finds_nothing_broken() -> None:
     report = run_json("doctor")
     assert not report["broken"]
     found = {finding["check"]: finding for finding in report["findings"]}
-    assert list(found) == ["versions", "device", "cache", "database", "shipped", "cuobjdump", "compile"]
+    assert list(found) == ["versions", "device", "cache", "database", "records", "cuobjdump", "compile"]
     assert found["device"]["status"] == "note"
     assert "a small kernel for h100" in found["compile"]["text"]
 
@@ -282,17 +292,34 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
 
     from parallax_gen.cli import doctor
 
-    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("database", "shipped")})
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("database", "records")})
     store.merge([known(), known(splits=3, unlike=OTHER_KERNEL), known(splits=3, unlike=OTHER_TOOLCHAIN)])
     found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
     assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
+    assert found["records"] == (
+        "h200: 1 kernels and sizes in your database and what ships, of which calls get 1 by this Triton"
+    )
     longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # none near another
     folder = store.path.parent / "shipped"
     write_shipped(
-        [known(), known(unlike=OTHER_TOOLCHAIN, place=longer), known(unlike=OTHER_KERNEL, place=wider)], "h200", folder
+        [known(unlike=OTHER_TOOLCHAIN, place=longer), known(unlike=OTHER_KERNEL, place=wider)], "h200", folder
     )
     monkeypatch.setattr("parallax_gen.data.data_dir", lambda name: folder)  # which the check looks into
-    found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
-    assert found["shipped"] == (
-        "h200: 3 kernels and sizes, of which calls get 1 by this Triton, 1 by Triton 3.5, 1 by the default"
+    store.record(known(place=replace(PLACE, gpu="a100")))  # of which nothing ships
+    found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
+    counted = "kernels and sizes in your database and what ships, of which calls get"
+    assert found == [
+        f"a100: 1 {counted} 1 by this Triton",
+        f"h200: 3 {counted} 1 by this Triton, 1 by Triton 3.5, 1 by the default",
+    ]
+    store.record(known(place=longer))
+    found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
+    assert found[1] == f"h200: 3 {counted} 2 by this Triton, 1 by the default"
+    broken = store.path.with_name("broken.db")
+    broken.write_bytes(b"\0" * 5000)
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(broken))
+    findings = json.loads(run("doctor", "--json").stdout)["findings"]
+    assert [(f["check"], f["status"]) for f in findings] == [("database", "broken"), ("records", "ok")]
+    assert findings[1]["text"] == (
+        "h200: 2 kernels and sizes in what ships alone, of which calls get 1 by Triton 3.5, 1 by the default"
     )

@@ -26,6 +26,8 @@ from cli_samples import (
 )
 
 from parallax_gen.codegen.render import render
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.guard import keep
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
@@ -173,7 +175,13 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
     store.record(known(10.0, splits=4, unlike=OTHER_KERNEL))
     result = run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
-    assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); not yet checked: a first call" in result.stdout
+    unchecked = "not checked here: the file launches it as it is, even where it spills far more than the default"
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for text in (result.stdout, " ".join(readme.split())):
+        assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); {unchecked}" in text
+        assert "not yet checked" not in text  # nothing in a file checks anything
+    keep(render(SPEC, config(2), H200), H200, Resources(168, 0, 1000))
+    assert unchecked not in run(*EXPORT, tmp_path / "out").stdout
     store.record(known(150.0, splits=3))
     run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text

@@ -1,11 +1,10 @@
-"""list, show and explain, over results made by hand."""
+"""list and show, over results made by hand."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import pytest
 from cli_samples import (
@@ -26,13 +25,9 @@ from cli_samples import (
     run_json,
 )
 
-from parallax_gen.codegen.render import render
-from parallax_gen.codegen.resources import Resources
-from parallax_gen.memory.guard import keep
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
-from parallax_gen.problem.config import DkDvConfig, config_to_dict
 from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 
@@ -216,89 +211,6 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     assert found["place"]["bucket.window"] == 512
 
 
-# explain
-
-
-def test_explain_a_default_that_nothing_is_known_of() -> None:
-    found = run_json("explain", *CALL)
-    assert found["from"] == "default"
-    assert found["record"] is None
-    assert found["reason"] == "nothing is known of this place"
-    assert found["tier"] == "the default"
-    assert found["unused"] == found["runners_up"] == found["predicted"] == []
-    assert "from    the default config: nothing is known" in run("explain", *CALL).stdout
-
-
-def test_explain_a_record_and_its_runners_up(store: Store) -> None:
-    for splits in (1, 2, 3, 4, 6):
-        store.record(known(200.0 + splits, splits=splits))
-    store.record(known(90.0, "predicted", splits=8))
-    found = run_json("explain", *CALL)
-    assert found["from"] == "yours"
-    assert found["config"] == config_to_dict(config(1))
-    assert Path(found["file"]).read_text(encoding="utf-8") == render(SPEC, config(1), H200).text
-    assert found["tier"] == "measured here"
-    assert [r["record"]["time_us"] for r in found["runners_up"]] == [202.0, 203.0, 204.0]
-    assert {r["tier"] for r in found["runners_up"]} == {"measured here"}
-    assert [r["time_us"] for r in found["predicted"]] == [90.0]
-    text = run("explain", *CALL).stdout
-    assert f"from    your record, the fastest of 5 measured of this kernel with {HERE}:" in text
-    assert "2026-01-01" in text
-    assert "only predicted, so not used\n  BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=8" in text
-
-
-def test_explain_a_shipped_record() -> None:
-    write_shipped([known(250.0)], "h200")
-    assert run_json("explain", *CALL)["from"] == "shipped"
-    assert (
-        f"from    a shipped record, the only one measured of this kernel with {HERE}:" in run("explain", *CALL).stdout
-    )
-
-
-def test_explain_a_record_of_another_toolchain(store: Store) -> None:
-    store.record(known(110.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(100.0, splits=3, unlike=OTHER_TOOLCHAIN))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["tier"]) == ("yours", "another toolchain")
-    assert found["config"] == config_to_dict(config(3))
-    assert found["record"]["unlike_here"] == [f"triton 3.5 (here {TRITON_HERE})", f"cuda 12.8 (here {HERE.cuda})"]
-    text = run("explain", *CALL).stdout
-    told = f"the fastest of 2 with Triton 3.5, ptxas 12.8; nothing that counts was measured with {HERE}:"
-    assert f"from    your record, {told}\n" in text
-    assert "runners-up" in text
-    assert "110.0 us" in text.partition("runners-up")[2]
-    assert text.endswith("measured, Triton 3.5\n")
-    store.record(known(90.0, splits=6, unlike={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
-    assert f"from    your record, {told}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
-    store.record(known(300.0, splits=4))
-    found = run_json("explain", *CALL)
-    assert (found["tier"], found["record"]["time_us"]) == ("measured here", 300.0)
-    assert [(r["tier"], r["record"]["time_us"]) for r in found["runners_up"]] == [
-        ("another toolchain", 100.0),
-        ("another toolchain", 110.0),
-        ("another toolchain", 90.0),
-    ]
-    assert found["unused"] == []
-
-
-def test_explain_a_sibling_cards_record(store: Store) -> None:
-    store.record(known(100.0, splits=3, place=SIBLING))
-    store.record(known(50.0, place=SIBLING, unlike=OTHER_KERNEL))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["tier"]) == ("yours", "a sibling card")
-    assert found["config"] == config_to_dict(config(3))
-    text = run("explain", *CALL).stdout
-    told = f"the only one with {HERE} on h100, a card of the same capability"
-    assert f"from    your record, {told}; nothing that counts was measured on this one:\n" in text
-    store.record(known(200.0, unlike=OTHER_TOOLCHAIN))
-    assert run_json("explain", *CALL)["tier"] == "another toolchain"
-    assert text_of_runners_up().endswith("measured, this Triton on h100\n")
-
-
-def text_of_runners_up() -> str:
-    return run("explain", *CALL).stdout.partition("runners-up\n")[2]
-
-
 @pytest.mark.parametrize(
     ("there", "told"),
     [
@@ -316,107 +228,6 @@ def test_show_says_what_of_the_evidence_differs(store: Store, there: dict[str, o
     (found,) = run_json("show", *CALL)["results"]
     assert ", ".join(found["unlike_here"]) == told
     assert not found["used"]
-
-
-def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
-    store.record(known(100.0, unlike=OTHER_KERNEL))
-    store.record(known(120.0, splits=3, unlike=OTHER_KERNEL))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["runners_up"]) == ("default", [])
-    assert found["reason"] == "of 2 records none counts: another kernel than today's"
-    assert [(u["why"], u["record"]["time_us"]) for u in found["unused"]] == [
-        ("another kernel than today's", 100.0),
-        ("another kernel than today's", 120.0),
-    ]
-    text = run("explain", *CALL).stdout
-    assert "from    the default config: of 2 records none counts: another kernel than today's\n" in text
-    assert "\nmeasured, and not used\n" in text
-
-
-def test_explain_a_search_from_before_a_knob_that_the_default_uses(store: Store) -> None:
-    before = DkDvConfig(64, 128, HEAD_GROUP=4, num_warps=8, num_stages=2)  # whose HEAD_DIM_AS is "whole"
-    place = dataclasses.replace(DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, head_dim=128))
-    call = [*DKDV_CALL[:4], "--head-dim", "128", *DKDV_CALL[6:]]
-    default = default_config(place.spec, Shape(2, 32, 8, 4096, 4096, 512), H200)
-    assert isinstance(default, DkDvConfig)
-    assert default.MASK != "weights" or default.ROW_NUMBERS != "apart" or default.maxnreg, "the test is of another"
-    store.record(known_dkdv(500.0, config=before, place=place))
-    found = run_json("explain", *call)
-    assert found["tier"] == "the default"
-    assert found["reason"] == "the only record does not count: its search did not know a knob that today's default uses"
-    store.record(known_dkdv(600.0, config=default, place=place))
-    assert run_json("explain", *call)["config"] == config_to_dict(before)
-
-
-def test_explain_does_not_look_at_other_buckets(store: Store) -> None:
-    store.record(known(50.0, place=OTHER_BUCKET))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["reason"], found["unused"]) == ("default", "nothing is known of this place", [])
-
-
-def test_explain_a_near_bucket(store: Store) -> None:
-    near = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
-    store.record(known(50.0, place=near))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["tier"], found["checked"], found["refused"]) == ("yours", "a near bucket", False, [])
-    text = run("explain", *CALL).stdout
-    assert f"the best measured with {Toolchain.here()} at 256 kv rows, seqlen 1x16384; nothing that counts" in text
-    assert "not yet checked: a first call compiles it here" in text
-
-
-def test_explain_what_compiles_badly_here(store: Store) -> None:
-    store.record(known(50.0, splits=3, unlike=OTHER_TOOLCHAIN))
-    store.record(known(60.0, splits=4, unlike=OTHER_TOOLCHAIN))
-    for splits, spills in ((3, 500), (4, 0)):
-        keep(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
-    found = run_json("explain", *CALL)
-    assert (found["record"]["time_us"], found["checked"]) == (60.0, True)
-    assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in found["refused"]] == [
-        (3, "it spills 500 bytes a thread as compiled here, the default 0")
-    ]
-    assert "\nnot     BLOCK_N=32" in run("explain", *CALL).stdout
-    keep(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
-    assert run_json("explain", *CALL)["reason"] == "what is borrowed elsewhere compiles badly here"
-
-
-def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
-    store.record(known(90.0, "predicted"))
-    store.record(known(None, "wrong", splits=3))
-    found = run_json("explain", *CALL)
-    assert found["from"] == "default"
-    assert found["reason"] == "nothing was measured of this place, only: 1 predicted, 1 wrong"
-
-
-def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
-    store.record(known(90.0, splits=5))  # no value of the knob
-    found = run_json("explain", *CALL)
-    assert found["from"] == "default"
-    assert found["reason"].startswith("the only record does not count: not valid any more: NUM_SPLITS is 5")
-
-
-def test_explain_a_kernel_with_a_window(store: Store) -> None:
-    other = dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))
-    store.record(known_dkdv(500.0, place=other))
-    text = run("explain", *DKDV_CALL).stdout
-    assert "seqlen 4096, window 513; on h200" in text
-    assert "from    the default config: nothing is known" in text
-    unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
-    assert "from    the default config: nothing is known" in run("explain", *unwindowed).stdout  # another kernel
-    store.record(known_dkdv(900.0))
-    found = run_json("explain", *DKDV_CALL)
-    assert found["from"] == "yours"
-    assert found["shape"]["window"] == 513
-    assert found["record"]["rate"] == pytest.approx(
-        2 * 6 * 2 * 32 * 96 * (4096**2 / 2 - (4096 - 512) ** 2 / 2) / 900.0 / 1e6
-    )  # at the bucket's own sizes
-    assert Path(found["file"]).read_text(encoding="utf-8") == render(DKDV_SPEC, known_dkdv().config, H200).text
-
-
-@pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr", "decode"])
-def test_explain_has_an_answer_for_every_op(op: str) -> None:
-    found = run_json("explain", "--gpu", "h200", "--op", op, "--head-dim", "64", "--shape", "2,32/8,4096")
-    assert found["spec"]["op"] == op
-    assert found["bucket"]["kv_rows"] == (64 if op == "preprocess" else 16)
 
 
 def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,10 +130,24 @@ def test_what_was_not_compiled_yet_is_said_to_be_unchecked() -> None:
     found = guarded(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked) == (FIRST, False)
     keep(render(SPEC, FIRST, GPU), GPU, SPILLS)
-    assert guarded(PLACE, GPU, BORROWED).candidate.config == SECOND  # the default's spills are not known: taken for 0
+    found = guarded(PLACE, GPU, BORROWED)
+    assert (found.candidate.config, found.checked, found.refused) == (
+        FIRST,
+        False,
+        (),
+    )  # what the default spills decides
     keep(render(SPEC, DEFAULT, GPU), GPU, SPILLS)
     found = guarded(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked) == (FIRST, True)
+    keep(render(SPEC, DEFAULT, GPU), GPU, FINE)
+    assert guarded(PLACE, GPU, BORROWED).refused[0][0].config == FIRST
+
+
+@pytest.mark.parametrize("needs", [Resources(255, 0, GPU.shared_per_block + 1), BuildError("no")])
+def test_what_is_refused_whatever_the_default_needs_is_refused_before_that_is_compiled(needs: Any) -> None:
+    compiler = Compiler(first=needs, second=FINE)
+    assert guarded(PLACE, GPU, BORROWED, compiler).candidate.config == SECOND
+    assert compiler.asked == ["first", "second"]
 
 
 def test_what_is_kept_is_of_a_kernel_a_toolchain_and_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:

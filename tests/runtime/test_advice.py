@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import random
 import shlex
+import threading
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -15,15 +21,16 @@ from strategies import random_spec
 
 from parallax_gen.cli.tune import tune
 from parallax_gen.codegen.render import render
-from parallax_gen.errors import UntunedError
+from parallax_gen.errors import ArgumentError, UntunedError
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.table import Table
+from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
-from parallax_gen.runtime.advice import UntunedWarning, tune_command
+from parallax_gen.runtime.advice import UntunedWarning, level_of_user, tune_command
 from parallax_gen.runtime.dispatch import Dispatcher
 from parallax_gen.tuning.usual import Flags, kernels
 
@@ -32,6 +39,7 @@ pytestmark = pytest.mark.interpreter
 GPU = GPUS["h200"]
 SPEC = KernelSpec("forward", 64, "bf16", causal=True)
 PLACE = Place("h200", SPEC, Bucket(8, 1024, 1024))
+SHAPE = representative(PLACE.bucket, SPEC.group)
 OTHER = replace(PLACE, bucket=Bucket(16, 1024, 1024))
 
 
@@ -61,6 +69,53 @@ def test_it_is_said_once_with_the_command_that_mends_it(caplog: pytest.LogCaptur
     assert called(dispatcher, replace(PLACE, bucket=Bucket(32, 1024, 1024))) == []
 
 
+def test_where_warnings_are_errors_it_is_raised_once() -> None:
+    dispatcher = Dispatcher(Table([]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UntunedWarning, match="its default config is used"):
+            dispatcher.kernel(SPEC, SHAPE, GPU)
+        dispatcher.kernel(SPEC, SHAPE, GPU)
+    assert called(dispatcher, OTHER) == []
+
+
+# Between the user's line and the dispatcher: modules of this package and of torch, and code that torch generates.
+BETWEEN = ["parallax_gen.runtime.attention", "torch._library.custom_ops", "torch", None]
+
+
+def through(modules: Sequence[str | None], call: Callable[[], object]) -> Callable[[], object]:
+    """A call that goes through a frame of each module, the last one the innermost."""
+    for name in reversed(modules):
+        module: dict[str, Any] = {"call": call} | ({} if name is None else {"__name__": name})
+        exec("def through():\n    return call()", module)
+        call = module["through"]
+    return call
+
+
+@pytest.mark.parametrize("modules", [[], *([name] for name in BETWEEN), BETWEEN])
+def test_it_names_the_line_outside_this_package_and_torch(modules: list[str | None]) -> None:
+    call = through(modules, partial(Dispatcher(Table([])).kernel, SPEC, SHAPE, GPU))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()  # here
+    (warning,) = caught
+    assert Path(warning.filename) == Path(__file__)
+    assert Path(__file__).read_text(encoding="utf-8").splitlines()[warning.lineno - 1].endswith("call()  # here")
+
+
+def test_where_no_line_is_the_users_it_is_the_outermost() -> None:
+    """As on autograd's threads."""
+    levels: list[int] = []
+    told = threading.Event()
+    level = through(["torch.autograd", "parallax_gen.runtime.autograd"], level_of_user)
+    source = "def outermost():\n    levels.append(level())\n    told.set()"
+    module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": told}
+    exec(source, module)
+    _thread.start_new_thread(module["outermost"], ())
+    assert told.wait(10.0)
+    assert levels == [3]
+
+
 def test_nothing_is_said_of_what_was_measured_here() -> None:
     assert called(Dispatcher(Table([record()])), PLACE) == []
 
@@ -68,6 +123,9 @@ def test_nothing_is_said_of_what_was_measured_here() -> None:
 def test_what_another_toolchain_or_card_measured_is_named() -> None:
     (told,) = called(Dispatcher(Table([record(triton="3.1.0", cuda="12.4")])), PLACE)
     assert "a record of h200 with Triton 3.1, ptxas 12.4 is used" in told
+    of_protocol = replace(record(), evidence=replace(record().evidence, protocol=0))
+    (told,) = called(Dispatcher(Table([of_protocol])), PLACE)
+    assert f"a record of h200 with {Toolchain.here()} by timing protocol 0 (today's is 1) is used" in told
     on_sibling = replace(record(), place=replace(PLACE, gpu="h100"))
     (told,) = called(Dispatcher(Table([on_sibling])), PLACE)
     assert "a record of h100 with " in told
@@ -79,9 +137,34 @@ def test_what_another_toolchain_or_card_measured_is_named() -> None:
     assert "a record of 8 kv rows, seqlen 1x2048 with " in told
 
 
-def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")
+ON, OFF = ("1", "true", "True", "YES", "on"), ("0", "false", "No", "OFF", "")
+
+
+@pytest.mark.parametrize("value", ON)
+def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
     assert called(Dispatcher(Table([])), PLACE) == []
+
+
+@pytest.mark.parametrize("value", OFF)
+def test_switches_that_are_off_are_as_if_not_set(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
+    monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
+    assert len(called(Dispatcher(Table([])), PLACE)) == 1
+
+
+@pytest.mark.parametrize("variable", ["PARALLAX_GEN_QUIET", "PARALLAX_GEN_STRICT"])
+@pytest.mark.parametrize("known", [[], [0]])
+def test_a_switch_that_is_neither_on_nor_off_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, variable: str, known: list[int]
+) -> None:
+    """At the first call, of a kernel that was measured here too."""
+    monkeypatch.setenv(variable, "maybe")
+    dispatcher = Dispatcher(Table([record() for _ in known]))
+    told = f"{variable}: got 'maybe'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=f"^{told}$"):
+            called(dispatcher, PLACE)
 
 
 def test_of_many_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,14 +175,16 @@ def test_of_many_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(called(Dispatcher(Table([])), PLACE)) == 1
 
 
-def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARALLAX_GEN_STRICT", "1")
+@pytest.mark.parametrize("value", ON)
+def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
     assert called(Dispatcher(Table([record()])), PLACE) == []
     for known in ([], [record(triton="3.1.0")], [replace(record(), place=replace(PLACE, gpu="h100"))]):
         dispatcher = Dispatcher(Table(known))
         for _ in range(2):  # a call that was refused is refused again
             with pytest.raises(
-                UntunedError, match=r"^PARALLAX_GEN_STRICT=1, and no measurement .*`parallax-gen tune .*` makes one\.$"
+                UntunedError,
+                match=r"^PARALLAX_GEN_STRICT is on, and no measurement .*`parallax-gen tune .*` makes one\.$",
             ):
                 called(dispatcher, PLACE)
 

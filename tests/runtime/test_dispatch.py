@@ -7,31 +7,31 @@ import sqlite3
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from strategies import random_spec
+from any_memory import any_memory, some_kernels
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory import toolchain
-from parallax_gen.memory.legacy import SAME, same_programs
+from parallax_gen.memory.legacy import same_programs
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, default_of, evidence_of, is_rendered, near_buckets, shown_by, siblings
-from parallax_gen.memory.result import OUTCOMES, PROTOCOL, Evidence, Result
+from parallax_gen.memory.ranking import Tier, default_of, evidence_of, is_rendered, near_buckets, siblings
+from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
-from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
-from parallax_gen.problem.space import coerce, knobs_of, why_invalid
-from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
-from parallax_gen.runtime.dispatch import Dispatcher, RuntimeMemory, choose, records_here
+from parallax_gen.problem.shapes import Shape, bucket_of, representative
+from parallax_gen.problem.space import why_invalid
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.dispatch import Dispatcher, RuntimeMemory, choose
 
 GPU = gpu_by_name("h200")
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
@@ -265,7 +265,7 @@ def test_one_that_cannot_be_opened_is_passed_over(tmp_path: Path, monkeypatch: p
     with pytest.warns(UserWarning, match=r"mine\.db.* Only shipped records and defaults are used\.$"):
         memory = RuntimeMemory(tmp_path)
     assert Dispatcher(memory).kernel(SPEC, SHAPE, GPU)[0].config == CONFIG
-    assert records_here(memory, GPU) == [sent]
+    assert memory.all() == [sent]
 
 
 def test_one_that_is_damaged_later_is_passed_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,25 +296,6 @@ def test_a_missing_one_and_a_home_that_cannot_be_written_are_no_reason_to_warn(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert choose(SPEC, SHAPE, GPU, RuntimeMemory(tmp_path)).config == DEFAULT
-
-
-def test_records_that_count_here_are_the_best_of_their_places(tmp_path: Path) -> None:
-    first = known()
-    longer, paged = (
-        replace(PLACE, bucket=bucket_of(replace(SHAPE, seqlen_kv=16384))),
-        replace(PLACE, spec=replace(SPEC, ragged=True, page_size=64)),
-    )
-    old = replace(first, evidence=replace(first.evidence, triton="2.0.0"), time_us=1.0)
-    elsewhere = known(place=replace(paged, gpu="h100"))
-    rows = [first, known(replace(CONFIG, NUM_SPLITS=12), time_us=11.0), old, known(place=longer)]
-    rows += [known(place=replace(PLACE, bucket=Bucket(64, 1, 4096)), evidence=UNKNOWN)]
-    write_shipped(rows, "h200", tmp_path)
-    with Store(tmp_path / "mine.db") as store:
-        store.merge([known(replace(CONFIG, NUM_SPLITS=48), outcome="wrong"), elsewhere])
-        found = records_here(Memory(store, tmp_path), GPU)
-    assert {(r.place, r.config, r.evidence) for r in found} == {
-        (r.place, r.config, r.evidence) for r in (first, known(place=longer), elsewhere)
-    }
 
 
 @pytest.mark.parametrize("card", ["h200", "h100"])
@@ -355,56 +336,15 @@ def test_a_database_with_another_schema_stops_no_call(
             assert choose(SPEC, SHAPE, GPU, memory).config in (CONFIG, DEFAULT)
 
 
-# Whatever a memory holds
-
-
-def any_config(draw: random.Random, spec: KernelSpec) -> KernelConfig:
-    """Any that the knobs can be put to, also one that no card can run."""
-    return coerce(spec, {knob.name: draw.choice(knob.values) for knob in knobs_of(spec)})
-
-
-def any_result(draw: random.Random, place: Place, configs: Sequence[KernelConfig]) -> Result:
-    """Of a config of the place's, of any evidence: today's kernel or another, of here, of elsewhere, of long ago."""
-    card, config = GPUS.get(place.gpu, GPU), draw.choice(configs)
-    kernel, text = (f"{draw.getrandbits(128):032x}" for _ in range(2))
-    evidence = Evidence.here(kernel, draw.choice(("", text)))
-    if why_invalid(place.spec, config, card) is None and draw.random() < 0.5:
-        evidence = evidence_of(render(place.spec, config, card))
-    if draw.random() < 0.2:
-        evidence = replace(evidence, kernel="", text="", templates=draw.choice(("abc", *SAME)))
-    if draw.random() < 0.4:
-        triton = draw.choice(("3.6", "3.6.1", "3.9.0", "4.0.0", "", "main"))
-        evidence = replace(evidence, triton=triton, cuda=draw.choice(("", "12.8/12.9", "13.0")))
-    evidence = replace(evidence, protocol=draw.choice((0, PROTOCOL, PROTOCOL, PROTOCOL)))
-    outcome = draw.choice(("ok", "ok", "ok", *OUTCOMES))
-    created_at = f"2026-{draw.randint(1, 12):02}-01T00:00:00+00:00"
-    return Result(place, evidence, config, outcome, time_us=draw.uniform(1.0, 99.0), created_at=created_at)
-
-
 def test_whatever_a_memory_holds_what_is_chosen_can_be_run() -> None:
-    """1,000 places and memories. Few kernels: each is rendered, though but once."""
+    """1,000 places and memories."""
     draw = random.Random(0)
-    kernels: dict[KernelSpec, list[KernelConfig]] = {}
-    for op in (*OPS, "decode", "forward", "decode"):
-        spec = random_spec(draw, op, DTYPES)
-        valid = [default_of(Place("h200", spec, Bucket(8, 1024, 1024)), GPU)]
-        while len(valid) < 4:
-            config = any_config(draw, spec)
-            valid += [config] if why_invalid(spec, config, GPU) is None else []
-        kernels[spec] = [*valid, *(any_config(draw, spec) for _ in range(4))]
-    kernels |= {spec: [DEFAULT, CONFIG] for spec in (SPEC, replace(SPEC, group=2))}
+    kernels = some_kernels(draw) | {spec: [DEFAULT, CONFIG] for spec in (SPEC, replace(SPEC, group=2))}
     tiers: Counter[Tier] = Counter()
     took = 0.0
     for _ in range(1000):
-        spec = draw.choice(list(kernels))
-        seqlen_q = 1 if spec.op == "decode" and not spec.many_queries else 2 ** draw.randint(7, 12)
-        window = draw.choice((128, 1024)) if spec.window else 0
-        place = Place("", spec, Bucket(2 ** draw.randint(0, 8), seqlen_q, 2 ** draw.randint(7, 14), window))
-        card = GPUS[draw.choice(("h200", "h200", "h100", "h100-pcie", "a100", "rtx4090"))]
-        names = (card.name, card.name, *siblings(card), *GPUS, "a card that nobody knows")
-        around = (*[place] * 8, *near_buckets(place))
-        places = [replace(draw.choice(around), gpu=draw.choice(names)) for _ in range(draw.randint(0, 8))]
-        table = Table([any_result(draw, of, kernels[spec]) for of in places])
+        place, results = any_memory(draw, kernels, most=8)
+        spec, card, table = place.spec, GPUS[place.gpu], Table(results)
         start = time.process_time()
         choice = choose(spec, representative(place.bucket, spec.group), card, table)
         took += time.process_time() - start
@@ -420,7 +360,6 @@ def test_whatever_a_memory_holds_what_is_chosen_can_be_run() -> None:
         else:
             assert record.place in (choice.place, *of_siblings(choice.place, card))
         kernel, templates = record.evidence.kernel, record.evidence.templates
-        assert choose(spec, representative(place.bucket, spec.group), card, Table(shown_by(record, table))) == choice
         assert same_programs(templates, spec) if templates else render(spec, record.config, card).kernel == kernel
     assert min(tiers[tier] for tier in Tier) > 10, tiers
     assert took < 5.0  # of the processor: half of a call's hundredth of a second, and kernels are rendered in it

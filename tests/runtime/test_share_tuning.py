@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.codegen.resources import Resources
 from parallax_gen.data import data_dir
 from parallax_gen.distributed import share_tuning, tuning
 from parallax_gen.errors import ArgumentError, DistributedError, StoreError
@@ -30,7 +31,7 @@ from parallax_gen.problem.config import DecodeConfig, ForwardConfig
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.dispatch import default_dispatcher
+from parallax_gen.runtime.dispatch import choose, default_dispatcher
 from parallax_gen.runtime.plan import Plans
 
 RANKS = 3
@@ -106,6 +107,36 @@ def all_know_what_rank_0s_search_knew(rank: int) -> None:
     assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
 
 
+def all_know_what_rank_0s_search_knew_by_what_failed(rank: int) -> None:
+    spec, shape = KernelSpec("forward", 128, "bf16", causal=True), Shape(1, 8, 8, 8192, 8192)
+    place = Place("h200", spec, bucket_of(shape))
+    default = default_of(place, GPU)
+    assert isinstance(default, ForwardConfig)
+    fast, failed = replace(default, ROW_MAX="running"), replace(default, HEAD_GROUP=2)
+    if rank == 0:
+        with Store() as store:
+            store.record(Result(place, evidence_of(render(spec, fast, GPU)), fast, "ok", time_us=1.0))
+            store.record(Result(place, evidence_of(render(spec, failed, GPU)), failed, "wrong"))
+    share_tuning()
+    assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
+
+
+def all_have_the_second_where_the_first_is_refused(rank: int) -> None:
+    shape = replace(SHAPE, batch=2048)
+    place = Place("h200", SPEC, bucket_of(shape))
+    if rank == 0:
+        with Store() as store:
+            for splits in (12, 24):
+                found = known(splits, place=place)
+                store.record(replace(found, evidence=replace(found.evidence, triton="2.0.0")))
+    share_tuning()
+
+    def spills(config: Any) -> Resources:
+        return Resources(255, 1000 if config.NUM_SPLITS == 12 else 0, 1000)
+
+    assert choose(SPEC, shape, GPU, default_dispatcher()._memory, spills).config == config(24)
+
+
 def a_siblings_record_is_everybodys(rank: int) -> None:
     place = Place("h200", SPEC, bucket_of(replace(SHAPE, seqlen_kv=70_000)))
     if rank == 0:
@@ -151,14 +182,14 @@ def a_rank_that_cannot_go_on_stops_all(rank: int) -> None:
     def fail(*_: object) -> Any:
         raise StoreError("h200.jsonl, line 3: not a record")
 
-    told = refused(rank, 0, tuning, "records_here", fail)
+    told = refused(rank, 0, tuning, "records_shared", fail)
     assert told == "rank 0: h200.jsonl, line 3: not a record"
     for line, says in (("{}", "line 2: not a record"), ("\x80", "line 2: not a record")):
         told = refused(rank, 0, tuning, "to_line", lambda _, line=line: line)
         assert told.startswith("ranks 0-2: the table of rank 0, ")
         assert says in told
-    told = refused(rank, 0, tuning, "records_here", lambda *_: [known(8, outcome="predicted")])
-    assert told == "ranks 0-2: predicted of h200, not measured on this GPU"
+    told = refused(rank, 0, tuning, "records_shared", lambda *_: [known(8, outcome="predicted")])
+    assert told == "ranks 0-2: predicted of h200: no choice here rests on it"
 
 
 def a_database_that_is_broken_is_passed_over(rank: int) -> None:
@@ -198,6 +229,8 @@ def without_a_device_there_is_nothing_to_choose(rank: int) -> None:
 CASES: tuple[Callable[[int], None], ...] = (
     all_choose_what_rank_0_knows,
     all_know_what_rank_0s_search_knew,
+    all_know_what_rank_0s_search_knew_by_what_failed,
+    all_have_the_second_where_the_first_is_refused,
     a_siblings_record_is_everybodys,
     only_rank_0_renders_the_table,
     ranks_that_differ_are_named,

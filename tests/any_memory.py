@@ -1,0 +1,74 @@
+"""Random memories: results of few kernels and of any evidence, at random places, their neighbours and sibling cards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from strategies import random_spec
+
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.legacy import SAME
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import default_of, evidence_of, near_buckets, siblings
+from parallax_gen.memory.result import OUTCOMES, PROTOCOL, Evidence, Result
+from parallax_gen.problem.config import KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.space import coerce, knobs_of, why_invalid
+from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
+
+GPU = GPUS["h200"]
+
+
+def any_config(draw: random.Random, spec: KernelSpec) -> KernelConfig:
+    """Any that the knobs can be put to, also one that no card can run."""
+    return coerce(spec, {knob.name: draw.choice(knob.values) for knob in knobs_of(spec)})
+
+
+def any_result(draw: random.Random, place: Place, configs: Sequence[KernelConfig]) -> Result:
+    """Of a config of the place's, of any evidence: today's kernel or another, of here, of elsewhere, of long ago."""
+    card, config = GPUS.get(place.gpu, GPU), draw.choice(configs)
+    kernel, text = (f"{draw.getrandbits(128):032x}" for _ in range(2))
+    evidence = Evidence.here(kernel, draw.choice(("", text)))
+    if why_invalid(place.spec, config, card) is None and draw.random() < 0.5:
+        evidence = evidence_of(render(place.spec, config, card))
+    if draw.random() < 0.2:
+        evidence = replace(evidence, kernel="", text="", templates=draw.choice(("abc", *SAME)))
+    if draw.random() < 0.4:
+        triton = draw.choice(("3.6", "3.6.1", "3.9.0", "4.0.0", "", "main"))
+        evidence = replace(evidence, triton=triton, cuda=draw.choice(("", "12.8/12.9", "13.0")))
+    evidence = replace(evidence, protocol=draw.choice((0, PROTOCOL, PROTOCOL, PROTOCOL)))
+    outcome = draw.choice(("ok", "ok", "ok", *OUTCOMES))
+    created_at = f"2026-{draw.randint(1, 12):02}-01T00:00:00+00:00"
+    return Result(place, evidence, config, outcome, time_us=draw.uniform(1.0, 99.0), created_at=created_at)
+
+
+def some_kernels(draw: random.Random) -> dict[KernelSpec, list[KernelConfig]]:
+    """Configs by spec, half of them valid. Few: each kernel is rendered, though but once."""
+    kernels: dict[KernelSpec, list[KernelConfig]] = {}
+    for op in (*OPS, "decode", "forward", "decode"):
+        spec = random_spec(draw, op, DTYPES)
+        valid = [default_of(Place("h200", spec, Bucket(8, 1024, 1024)), GPU)]
+        while len(valid) < 4:
+            config = any_config(draw, spec)
+            valid += [config] if why_invalid(spec, config, GPU) is None else []
+        kernels[spec] = [*valid, *(any_config(draw, spec) for _ in range(4))]
+    return kernels
+
+
+def any_memory(
+    draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig]], most: int
+) -> tuple[Place, list[Result]]:
+    """A place, and so many results at the most of it and of those around it."""
+    spec = draw.choice(list(kernels))
+    seqlen_q = 1 if spec.op == "decode" and not spec.many_queries else 2 ** draw.randint(7, 12)
+    window = draw.choice((128, 1024)) if spec.window else 0
+    bucket = Bucket(2 ** draw.randint(0, 8), seqlen_q, 2 ** draw.randint(7, 14), window)
+    card = GPUS[draw.choice(("h200", "h200", "h100", "h100-pcie", "a100", "rtx4090"))]
+    place = Place(card.name, spec, bucket)
+    names = (card.name, card.name, *siblings(card), *GPUS, "a card that nobody knows")
+    around = (*[place] * 8, *near_buckets(place))
+    places = [replace(draw.choice(around), gpu=draw.choice(names)) for _ in range(draw.randint(0, most))]
+    return place, [any_result(draw, of, kernels[spec]) for of in places]

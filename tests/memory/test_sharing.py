@@ -1,0 +1,176 @@
+"""What ranks send each other: calls look at the same kernels, in the same order, as with all that is known."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+import pytest
+from any_memory import any_config, any_memory, any_result, some_kernels
+
+from parallax_gen.codegen.render import render
+from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.guard import UNCHECKED, Compiled, guarded, looked_at
+from parallax_gen.memory.lines import read_lines, to_line
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Tier, default_of, evidence_of, near_places, shown_by
+from parallax_gen.memory.result import Result, reading_order
+from parallax_gen.memory.sharing import places_served, records_shared
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.table import Table
+from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.space import why_invalid
+from parallax_gen.problem.spec import KernelSpec
+
+GPU = GPUS["h200"]
+FORWARD = Place("h200", KernelSpec("forward", 128, "bf16", causal=True), Bucket(8, 4096, 4096))
+DECODE = Place("h200", KernelSpec("decode", 128, "bf16", group=4), Bucket(16, 1, 4096))
+OLD = {"triton": "2.0.0", "cuda": "11.0"}
+
+
+class Held(Memory):
+    """A memory without files."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        super().__init__()
+        self.held = sorted({r.identity: r for r in results}.values(), key=reading_order)
+
+    def results(self, place: Place) -> list[Result]:
+        return [r for r in self.held if r.place == place]
+
+    def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
+        return [r for r in self.held if gpu in (None, r.place.gpu)]
+
+
+def received(shared: Iterable[Result]) -> Table:
+    """As another rank has it."""
+    found = read_lines("sent", "".join(map(to_line, shared)).encode().splitlines())
+    assert found.bad == []
+    return Table(found.results)
+
+
+def known(config: KernelConfig, place: Place, time_us: float = 10.0, outcome: str = "ok", **evidence: str) -> Result:
+    found = replace(evidence_of(render(place.spec, config, GPU)), **evidence)
+    return Result(place, found, config, outcome, time_us=time_us if outcome == "ok" else None)
+
+
+def compiler(draw: random.Random) -> Compiled:
+    """Half of the kernels spill."""
+    salt = draw.random()
+    return lambda config: Resources(255, random.Random(f"{salt} {config}").choice((0, 1000)), 1000)
+
+
+def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig]]) -> tuple[Place, list[Result]]:
+    """A place of the card, and results of few kernels, most of them today's, there, near it and on a card alike."""
+    place = Place("h200", draw.choice(list(kernels)), Bucket(8, 1, 4096))
+    if place.spec.op != "decode":
+        place = replace(place, bucket=Bucket(8, 4096, 4096))
+    around = [replace(p, gpu=gpu) for p in (place, place, *near_places(place)[:3]) for gpu in ("h200", "h200", "h100")]
+    results = [any_result(draw, draw.choice(around), kernels[place.spec]) for _ in range(draw.randint(0, 16))]
+    today = [
+        replace(known(r.config, r.place).evidence, triton=r.evidence.triton, cuda=r.evidence.cuda) for r in results
+    ]
+    return place, [replace(r, evidence=e) if draw.random() < 0.8 else r for r, e in zip(results, today, strict=True)]
+
+
+def valid_kernels(draw: random.Random) -> dict[KernelSpec, list[KernelConfig]]:
+    """Of the kernels whose knobs came one by one, and of those that borrow from near sizes."""
+    found: dict[KernelSpec, list[KernelConfig]] = {}
+    for spec in (FORWARD.spec, replace(FORWARD.spec, op="dkdv"), DECODE.spec, replace(DECODE.spec, head_dim=64)):
+        default = default_of(replace(DECODE, spec=spec), GPU)
+        others = {
+            config for config in (any_config(draw, spec) for _ in range(200)) if not why_invalid(spec, config, GPU)
+        }
+        before = [config for config in others if all(getattr(config, f.name) == f.default for f in later(config))]
+        found[spec] = [default, *sorted(others, key=str)[:4], *sorted(before, key=str)[:2]]
+    return found
+
+
+def later(config: KernelConfig) -> list[Any]:
+    return [f for f in fields(config) if f.default is not MISSING]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_whatever_a_memory_holds_both_sides_rank_alike(full: bool) -> None:
+    draw = random.Random(1)
+    kernels = valid_kernels(draw) if full else some_kernels(draw)
+    seen: Counter[str] = Counter()
+    for _ in range(300):
+        place, results = full_memory(draw, kernels) if full else any_memory(draw, kernels, most=40)
+        card, memory = GPUS[place.gpu], Held(results)
+        shared = records_shared(memory, card)
+        there = received(shared)
+        seen["sent"] += len(shared)
+        seen["held"] += len(memory.held)
+        places = dict.fromkeys([place, *near_places(place), *places_served(memory.held, card)])
+        chosen = {place: list(looked_at(place, card, memory)) for place in places}
+        for place, expected in chosen.items():
+            assert list(looked_at(place, card, there)) == expected
+            compiled = compiler(draw)
+            assert guarded(place, card, there, compiled) == guarded(place, card, memory, compiled)
+            seen[f"{len(expected)} of {expected[0].tier.words}"] += 1
+        bests = [choice[0].record for choice in chosen.values() if choice[0].record]
+        for name, some in (("bests", bests), ("bests and what their searches knew", known_of(bests, memory))):
+            table = Table(sorted(set(some), key=reading_order))
+            seen[f"not enough: {name}"] += any(list(looked_at(p, card, table)) != chosen[p] for p in places)
+    assert seen["sent"] < 0.7 * seen["held"]
+    if full:
+        several = [f"2 of {tier.words}" for tier in Tier if tier not in UNCHECKED]
+        less = [name for name in seen if name.startswith("not enough")]
+        assert len(less) == 2
+        assert min(seen[name] for name in (*several, *less, "1 of measured here", "1 of the default")) > 20, seen
+
+
+def known_of(records: Iterable[Result], memory: Memory) -> list[Result]:
+    return [shown for record in records for shown in shown_by(record, memory)]
+
+
+def test_the_second_that_a_call_may_look_at_is_sent() -> None:
+    configs = [DecodeConfig(64, 8, NUM_SPLITS=n, merge="kernel", num_warps=2, num_stages=3) for n in (6, 12, 24)]
+    results = [known(config, DECODE, 10.0 + n, **OLD) for n, config in enumerate(configs)]
+    shared = records_shared(Held(results), GPU)
+    assert [r.config for r in shared] == configs[:2]
+    refused = guarded(DECODE, GPU, received(shared), lambda c: Resources(255, 1000 * (c == configs[0]), 1000))
+    assert refused.candidate.config == configs[1]
+
+
+def test_what_a_search_knew_by_a_failed_trial_alone_is_sent() -> None:
+    default = default_of(FORWARD, GPU)
+    assert isinstance(default, ForwardConfig)
+    assert default.ROW_MAX == "first"
+    fast = known(replace(default, ROW_MAX="running"), FORWARD)
+    failed = known(replace(default, HEAD_GROUP=2), FORWARD, outcome="wrong")
+    useless = known(replace(default, HEAD_GROUP=4), FORWARD, outcome="wrong")
+    shared = records_shared(Held([fast, failed, useless]), GPU)
+    assert len(shared) == 2
+    assert next(looked_at(FORWARD, GPU, received(shared))).record == fast
+
+
+def test_what_failed_here_is_not_borrowed_there() -> None:
+    config = DecodeConfig(64, 8, NUM_SPLITS=6, merge="kernel", num_warps=2, num_stages=3)
+    near = replace(DECODE, bucket=Bucket(16, 1, 8192))
+    shared = records_shared(Held([known(config, near), known(config, DECODE, outcome="wrong")]), GPU)
+    assert len(shared) == 2
+    assert next(looked_at(DECODE, GPU, received(shared))).tier == Tier.DEFAULT
+    assert next(looked_at(replace(DECODE, bucket=Bucket(16, 1, 16384)), GPU, received(shared))).tier == Tier.NEIGHBOUR
+
+
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_of_what_ships_a_third_is_sent(name: str) -> None:
+    memory, card = Memory(), GPUS[name]
+    shared = records_shared(memory, card)
+    table = received(shared)
+    everything = memory.all()
+    assert len(shared) < len(everything) / 2
+    known = Table(everything)
+    for place in places_served(everything, card)[::7]:
+        assert list(looked_at(place, card, table)) == list(looked_at(place, card, known))
+
+
+def test_nothing_is_sent_where_nothing_is_known() -> None:
+    assert records_shared(Held([]), GPU) == []
