@@ -24,9 +24,10 @@ from parallax_gen.runtime.cache_checks import (
 )
 from parallax_gen.runtime.cached_operators import laid_out, needs_operator, operators_of, refuse_tangents_of
 from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
-from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, key_of_inputs, plan_launch
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
 from parallax_gen.runtime.states import State
+from parallax_gen.runtime.transforms import nothing_intervenes
 from parallax_gen.runtime.workspace import bytes_of, of_one_launch
 
 
@@ -98,23 +99,29 @@ def parallax_attn_with_kvcache(
     Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD),
     or that a transform of torch.func differentiates by.
     """
-    q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
-    others = (cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale)
-    if needs_operator(q, r, k_cache, v_cache, *others):
-        length = cache_seqlens if isinstance(cache_seqlens, (int, torch.SymInt)) else None
-        lengths = None if isinstance(cache_seqlens, (int, torch.SymInt)) else cache_seqlens
-        asked = CacheRequest(
-            q, r, k_cache, v_cache, lengths, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
-            max_seqlen_q, causal, window_size, softmax_scale,
-        )  # fmt: skip
-        found = _attend_by_operator(asked, length, out, return_state, workspace)
-    else:
-        asked, plan = _planned(
-            q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
-            window_size, softmax_scale, k_scale, v_scale, out, return_state,
-        )  # fmt: skip
+    # Each type by itself takes a third of the time of a loop.
+    bare = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
+    bare = bare and nothing_intervenes()
+    if not bare:
+        q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
+        others = (cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale)
+        if needs_operator(q, r, k_cache, v_cache, *others):
+            length = cache_seqlens if isinstance(cache_seqlens, (int, torch.SymInt)) else None
+            lengths = None if isinstance(cache_seqlens, (int, torch.SymInt)) else cache_seqlens
+            asked = CacheRequest(
+                q, r, k_cache, v_cache, lengths, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
+                max_seqlen_q, causal, window_size, softmax_scale,
+            )  # fmt: skip
+            found = _attend_by_operator(asked, length, out, return_state, workspace)
+            return State(*found) if return_state else found[0]
+    asked, plan = _planned(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
+        window_size, softmax_scale, k_scale, v_scale, out, return_state,
+    )  # fmt: skip
+    learned = q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    if learned or not bare or k_scale is not None or v_scale is not None:
         refuse_gradients(q, r, k_cache, v_cache, k_scale, v_scale)
-        found = _attend(asked, plan, out, return_state, workspace)
+    found = _attend(asked, plan, out, return_state, workspace)
     return State(*found) if return_state else found[0]
 
 
@@ -259,8 +266,10 @@ def _planned(
     )  # fmt: skip
     key = plan = None
     try:
-        numbers = (*asked[10:], length, return_state)
-        key = (key_of(*asked[:8], out), numbers, *map(type, numbers), rounds_to_tf32(q))  # True is 1 as a key
+        numbers = (max_seqlen_q, causal, window_size, softmax_scale, length, return_state)
+        # True is 1 as a key: types are part of it.
+        inputs = key_of_inputs(q, r, k_cache, v_cache)
+        key = (inputs, key_of(*asked[4:8], out), numbers, *map(type, numbers), rounds_to_tf32(q))
         if k_scale is not None or v_scale is not None:
             key = (*key, *(key_of(x) if isinstance(x, Tensor) else (type(x), x) for x in (k_scale, v_scale)))
         plan = _plans[key]

@@ -22,6 +22,7 @@ from parallax_gen.runtime.checks import (
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
 from parallax_gen.runtime.transforms import (
     breaks_graph,
+    nothing_intervenes,
     transformed,
     under_a_mode,
     under_a_transform,
@@ -132,6 +133,26 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
     check_flag("return_stats", return_stats)
     check_flag("recompute_v_mean", recompute_v_mean)
     check_numbers(asked)
+    if nothing_intervenes() and plain(*inputs_of(asked)):
+        found = _attend_eagerly(asked, packed, out, return_stats, recompute_v_mean)
+    else:
+        found = _attend_where_seen(asked, packed, out, return_stats, recompute_v_mean)
+    return found if return_stats else found[0]  # type: ignore[return-value]
+
+
+def _attend_eagerly(
+    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+) -> tuple[Tensor, ...]:
+    if records_gradients(*inputs_of(asked)):
+        check_request(asked, packed, out)
+        return _attend_with_gradients(asked, out, recompute_v_mean)
+    return forward(asked, packed=packed, out=out, stats=return_stats)
+
+
+def _attend_where_seen(
+    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+) -> tuple[Tensor, ...]:
+    """`_attend` where a tracer, mode, transform or tensor subclass is to see what is done, or autocast casts."""
     q, r, k, v = cast_inputs(*inputs_of(asked), out)
     asked = asked._replace(q=q, r=r, k=k, v=v)
     found: tuple[Tensor, ...]
@@ -159,12 +180,9 @@ def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool
         else:
             found = attend_without_gradients(asked, stats=return_stats)
             found = found if out is None else (out.copy_(found[0]), *found[1:])
-    elif records_gradients(*inputs):
-        check_request(asked, packed, out)
-        found = _attend_with_gradients(asked, out, recompute_v_mean)
     else:
-        found = forward(asked, packed=packed, out=out, stats=return_stats)
-    return found if return_stats else found[0]  # type: ignore[return-value]
+        found = _attend_eagerly(asked, packed, out, return_stats, recompute_v_mean)
+    return found
 
 
 def _attend_with_gradients(asked: Request, out: Tensor | None, recompute_v_mean: bool) -> tuple[Tensor, ...]:

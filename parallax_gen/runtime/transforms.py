@@ -25,6 +25,21 @@ _is_batched = torch._C._functorch.is_batchedtensor
 _is_functional = torch._C._functorch.is_functionaltensor
 _is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 _len_of_mode_stack = torch._C._len_torch_dispatch_stack
+_autocasts = torch._C._is_any_autocast_enabled
+
+
+def nothing_intervenes() -> bool:
+    """Whether a call is eager and nothing else: no tracer, dispatch mode, transform, forward-mode AD or autocast.
+
+    One answer for all that seldom is there: a decode step's host time is some ten microseconds.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _len_of_mode_stack()
+        or transforms_are_active()
+        or forward_ad._current_level >= 0
+        or _autocasts()
+    )
 
 
 def transformed(*tensors: Tensor | None) -> bool:
