@@ -13,6 +13,8 @@ from parallax_gen.problem.spec import KernelSpec
 
 # Shorter sequences fill less than one tile of any config: they share a bucket.
 SHORTEST = 128
+# More than any card holds, and little enough that what is worked out of sizes is a float.
+LARGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Shape:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "window" else 1
-            if type(value) is not int or value < least:
-                raise ArgumentError(field.name, repr(value), f"an int of {least} or more")
+            if type(value) is not int or not least <= value <= LARGEST:
+                raise ArgumentError(field.name, f"{value!r:.80}", f"an int of {least} or more, at most {LARGEST}")
         if self.heads % self.kv_heads:
             raise ArgumentError("heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})")
 
@@ -77,8 +79,8 @@ class Bucket:
         for field in fields(self):
             value = getattr(self, field.name)
             none = field.name == "window" and value == 0
-            if type(value) is not int or (not none and (value < 1 or value & (value - 1))):
-                raise ArgumentError(field.name, repr(value), "a power of two")
+            if type(value) is not int or (not none and (not 1 <= value <= LARGEST or value & (value - 1))):
+                raise ArgumentError(field.name, f"{value!r:.80}", f"a power of two, at most {LARGEST}")
 
     def to_dict(self) -> dict[str, int]:
         return _to_dict(self)

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
+from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import Evidence, Result, of_before
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result, of_before
 from parallax_gen.problem.config import CONFIG_OF_OP, KernelConfig, config_from_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, representative
@@ -134,8 +134,8 @@ def _shape_of(result: Result) -> Shape:
 def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) -> T:
     try:
         return parsed(json.loads(line))
-    except (ParallaxGenError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path}, line {number}: not of a sweep: {error}") from error
+    except NO_RESULT as error:
+        raise StoreError(f"{path}, line {number}: not of a sweep: {str(error)[:LONGEST_REASON]}") from error
 
 
 def _names(place: Place) -> list[str]:
