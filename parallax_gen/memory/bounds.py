@@ -35,13 +35,13 @@ _DIGEST = re.compile("([0-9a-f]{32})?")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?\+00:00")
 
 _shown = reprlib.Repr()
-_shown.maxdict = _shown.maxlist = 20
-_shown.maxstring = _shown.maxlong = _shown.maxother = 80
+_shown.maxstring = _shown.maxlong = _shown.maxother = LONGEST_SHOWN = 80
 
 
 def shown(value: object) -> str:
     """A value for an error's text: however long or deep it is, a few words of it."""
-    return _shown.repr(value)
+    text = _shown.repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def check_text(name: str, value: object) -> None:

@@ -21,6 +21,7 @@ from parallax_gen.codegen.folders import cache_dir
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError, MachineError
+from parallax_gen.memory.bounds import check_int
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Tier, default_of, ranked
 from parallax_gen.memory.table import Known
@@ -99,8 +100,9 @@ def kept(source: KernelSource, gpu: Gpu) -> Resources | None:
     with contextlib.suppress(OSError, ValueError, TypeError, MachineError, RecursionError):
         found = json.loads(_path(source, gpu).read_text(encoding="utf-8"))
         resources = Resources(**found)
-        if all(type(number) is int and number >= 0 for number in asdict(resources).values()):
-            return resources
+        for name, number in asdict(resources).items():
+            check_int(name, number)
+        return resources
     return None
 
 
