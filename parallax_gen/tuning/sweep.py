@@ -189,5 +189,9 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
         raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
     config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
+    for knob in KNOBS[place.spec.op]:  # a value that is none any more may be there, but no tile of nothing
+        value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
+        if isinstance(value, int) and value < least:
+            raise ArgumentError(knob.name, value, f"an int of {least} or more")
     common = {name: header[name] for name in ("place", "evidence", "shape", "source", "created_at")}
     return Result(config=config, **common, **values)

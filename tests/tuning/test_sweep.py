@@ -164,6 +164,7 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
         (_column("time_us", 1e-320), "line 3: .*time_us"),
         (_column("registers", 2**70), "line 3: .*registers"),
         (_column("BLOCK_M", 2**2000), "line 3: .*BLOCK_M"),
+        *((_column(name, 0), f"line 3: .*{name}: got 0") for name in ("BLOCK_M", "num_warps", "num_stages")),
         (_header(source="\ud800"), "line 2: .*source"),
         (_header(columns=DEEP), "line 1: .*columns"),
         (_header(place={**PLACE.flat(), "x": DEEP}), "line 1: .*place"),
