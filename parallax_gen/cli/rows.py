@@ -11,7 +11,7 @@ from parallax_gen.cli.lengths import from_text, to_text
 from parallax_gen.cli.text import rate_unit
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.bounds import check_number
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
 
@@ -144,7 +144,7 @@ def from_flat(texts: Mapping[str, str]) -> Row:
         simple = {f.name: str(f.type) for f in fields(kind) if f.name not in known}
         return kind(**{name: _READ[of_type](texts[name]) for name, of_type in simple.items()}, **known)
 
-    shape = read(Shape)
+    shape = within_bounds(read(Shape))
     op = "forward" if texts["op"] == TRAINING else texts["op"]
     spec = read(KernelSpec, op=op, window=shape.window > 0)
     row: Row = read(Row, spec=spec, shape=shape, conditions=read(Conditions, effort=read(Effort)))

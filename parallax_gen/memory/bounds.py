@@ -28,8 +28,8 @@ NUMBERS = {
     "error": (0.0, math.inf),
 }
 
-# As this version names cards. It is part of the name of a file that is looked up.
-_GPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+# It is part of the name of a file that is looked up: no path, and no more than a file's name may have.
+_GPU = re.compile("[A-Za-z0-9][ -.0-~]{0,99}")
 _DIGEST = re.compile("([0-9a-f]{32})?")
 # As `datetime.isoformat` writes it: so that of two such texts the later time is the greater one.
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?\+00:00")
@@ -51,7 +51,7 @@ def check_text(name: str, value: object) -> None:
     if name in ("kernel", "text") and not _DIGEST.fullmatch(value):
         raise ArgumentError(name, shown(value), "32 hex digits, or nothing")
     if name == "gpu" and not _GPU.fullmatch(value):
-        raise ArgumentError(name, shown(value), "a name of letters, digits and . _ + -, such as h200")
+        raise ArgumentError(name, shown(value), "a name of at most 100 ASCII characters and without /, such as h200")
     if name == "created_at" and not _TIME.fullmatch(value):
         raise ArgumentError(name, shown(value), "a time in UTC, such as 2026-01-31T12:00:00+00:00")
     if name == "detail":

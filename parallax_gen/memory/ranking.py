@@ -33,7 +33,7 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.heuristics import default_config
-from parallax_gen.problem.shapes import LARGEST, SHORTEST, representative
+from parallax_gen.problem.shapes import SHORTEST, representative
 from parallax_gen.problem.space import why_invalid
 
 
@@ -114,7 +114,7 @@ def near_buckets(place: Place) -> Iterator[Place]:
     for names, least, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
         size = getattr(bucket, names[0])
         for near in (size // factor, size * factor):
-            if least <= near <= LARGEST:
+            if near >= least:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
 
 

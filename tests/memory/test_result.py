@@ -62,7 +62,7 @@ NONSENSE: list[tuple[str, str | None, object, str]] = [
     *(("compile_s", None, value, "compile_s") for value in (1e10, 2**70, math.inf)),
     *(("error", None, value, "error") for value in (10**300, math.nan, False)),
     *((name, None, value, name) for name in ("registers", "spills", "shared_bytes") for value in (2**31, 1.0, True)),
-    *(("shape", "batch", value, "batch") for value in (2**2000, 2**31 + 1, 1.0, True)),
+    *(("shape", "batch", value, "batch") for value in (2**2000, 2**62 + 1, 1.0, True)),
     *(("place", f"bucket.{name}", 2**2000, name) for name in ("kv_rows", "seqlen_q", "seqlen_kv")),
     ("place", "spec.group", 2**70, "group"),
     ("place", "spec.page_size", 2**70, "page_size"),

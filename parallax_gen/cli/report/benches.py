@@ -16,7 +16,7 @@ from parallax_gen.cli.rows import OURS
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.bounds import NUMBERS, shown
 from parallax_gen.problem.hardware import gpu_by_name
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
 
@@ -27,7 +27,7 @@ CARD = ("gpu", "card")  # a column or a JSON field that says which card it was
 # Where and how figures were taken, as far as a file says so: those of two such conditions are not compared.
 CONDITIONS = ("card", "parallax_gen", "torch", "triton", "cuda", "rounds", "timed_ms", "oracle", "hasty", "quick")
 FLAGS = tuple(f.name for f in fields(KernelSpec) if f.name not in ("op", "head_dim", "dtype", "group", "window"))
-MOST_DIGITS = 18  # of an int
+MOST_DIGITS = 20  # of an int
 _TRUTH = {"True": True, "False": False}
 
 
@@ -139,7 +139,7 @@ def _timing(path: Path, where: str, row: Mapping[str, str]) -> Timing:
     """Raises ArgumentError, naming file, line and column."""
     at = f"{path}, {where}"
     try:
-        shape = Shape(**{name: _int(at, name, row.get(name) or "0") for name in SIZES})
+        shape = within_bounds(Shape(**{name: _int(at, name, row.get(name) or "0") for name in SIZES}))
         flags = {name: _flag(at, name, row[name]) for name in FLAGS if row.get(name)}
         spec = KernelSpec(
             op="forward" if row["op"] == TRAINING else row["op"],
