@@ -112,6 +112,7 @@ OUT_OF_MEMORY = re.compile(r"\bout of memory\b")
 # As `gist` and a child's last words begin, where earlier versions stored an error of _TYPES.
 _STORED_TYPE = re.compile(rf"(exit status \d+: )?({'|'.join(_TYPE_NAMES)})\b")
 _STORED_SIGNAL = re.compile(r"exit status -(1|2|9|15): ")
+_LOOKED_AT = 1000  # characters at each end of what a row tells: `gist` has two lines
 _STORED_OUTCOMES = ("compile", "resources", "crash")
 
 CONTEXT_BYTES = 2**30  # of a card, what a process has that torch does not count: CUDA's context, kernels, their stacks
@@ -153,6 +154,8 @@ def stored_of_machine(outcome: str, detail: str) -> bool:
     """Whether a row of a database, as earlier versions stored it, holds a fault of the machine as its config's own."""
     if outcome not in _STORED_OUTCOMES or not detail:
         return False
+    if len(detail) > 2 * _LOOKED_AT:  # the time that some patterns take grows with the square of it
+        detail = f"{detail[:_LOOKED_AT]}\n{detail[-_LOOKED_AT:]}"
     return bool(_STORED_TYPE.match(detail) or _STORED_SIGNAL.match(detail) or _from_text(detail, detail))
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import click
 
-from parallax_gen.problem.shapes import Shape, skewed_lengths, spread_lengths
+from parallax_gen.problem.shapes import LARGEST, Shape, skewed_lengths, spread_lengths
 
 NAMED = {"spread": spread_lengths, "skewed": skewed_lengths}
 
 _RUN = r"(?:[1-9]\d*x)?[1-9]\d*"
 _TEXT = re.compile(rf"{_RUN}(?:,{_RUN})*")
 _LONGEST_TOLD = 40  # characters
+MOST_SEQUENCES = 2**20  # of a batch in a file
 
 Runs = tuple[tuple[int, int], ...]  # (sequences, keys of each), in the batch's order
 
@@ -61,8 +62,12 @@ def to_text(lengths: Sequence[int]) -> str:
 
 
 def from_text(text: str) -> tuple[int, ...]:
-    """What `to_text` wrote. Raises ValueError."""
-    return _expanded(_runs(text)) if text else ()
+    """What `to_text` wrote. Raises ValueError, also of more sequences or keys than a batch can have."""
+    runs = _runs(text) if text else ()
+    right = all(count >= 1 and 1 <= keys <= LARGEST for count, keys in runs)
+    if not right or sum(count for count, _ in runs) > MOST_SEQUENCES:
+        raise ValueError(f"{text!r:.80}: not the keys, 1 or more, of at most {MOST_SEQUENCES} sequences")
+    return _expanded(runs)
 
 
 def with_lengths(shape: Shape, lengths: Sequence[int]) -> str:

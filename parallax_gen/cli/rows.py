@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from parallax_gen.cli.lengths import from_text, to_text
 from parallax_gen.cli.text import rate_unit
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.errors import ArgumentError
+from parallax_gen.memory.bounds import check_number
+from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
 
@@ -131,15 +134,23 @@ _READ: dict[str, Callable[[str], Any]] = {
 
 
 def from_flat(texts: Mapping[str, str]) -> Row:
-    """The row that `to_flat` wrote, from its fields as text. Raises KeyError, ValueError or TypeError."""
+    """The row that `to_flat` wrote, from its fields as text. Raises KeyError, ValueError or TypeError.
+
+    Times are within the bounds of memory/bounds.py, so that rates and ratios of them are numbers.
+    """
 
     def read(kind: type[Any], **known: Any) -> Any:
         """The fields that are not nested in others, each by its type; `known` are those that need no reading."""
         simple = {f.name: str(f.type) for f in fields(kind) if f.name not in known}
         return kind(**{name: _READ[of_type](texts[name]) for name, of_type in simple.items()}, **known)
 
-    shape = read(Shape)
+    shape = within_bounds(read(Shape))
     op = "forward" if texts["op"] == TRAINING else texts["op"]
     spec = read(KernelSpec, op=op, window=shape.window > 0)
     row: Row = read(Row, spec=spec, shape=shape, conditions=read(Conditions, effort=read(Effort)))
+    for time_us in (row.time_us, row.p20_us, row.p80_us):
+        if time_us is not None:
+            check_number("time_us", time_us)
+    if row.rate is not None and not 0 <= row.rate < math.inf:
+        raise ArgumentError("rate", row.rate, "a number of 0 or more")
     return row

@@ -8,29 +8,16 @@ import re
 import uuid
 from pathlib import Path
 
-from parallax_gen.codegen.fingerprint import DIGITS, VERSION, fingerprint, text_hash
+from parallax_gen.codegen.fingerprint import DIGITS, VERSION, fingerprint
 from parallax_gen.codegen.folders import cache_dir
 from parallax_gen.errors import MachineError
 
-# By the text's hash: what this process or an earlier one found, and what records say.
+# By the text's hash: what this process or an earlier one found.
 _FOUND: dict[str, str] = {}
-_SAID: dict[str, str] = {}
-
-
-def remember(text: str, kernel: str) -> None:
-    """Take a record's word for the fingerprint of a text of this hash, where nothing else tells it."""
-    if text and kernel:
-        _SAID.setdefault(text, kernel)
-
-
-def identify(text: str) -> tuple[str, str]:
-    """The fingerprint of a kernel's file, and the hash of its text below the header."""
-    hashed = text_hash(text)
-    return _FOUND.get(hashed) or _SAID.get(hashed) or found(text, hashed), hashed
 
 
 def found(text: str, hashed: str) -> str:
-    """The fingerprint of a kernel's file, by the hash of its text: no record's word is taken for it."""
+    """The fingerprint of a kernel's file, whose text below the header has this hash."""
     if hashed not in _FOUND:
         _FOUND[hashed] = _kept(hashed) or _keep(hashed, fingerprint(text))
     return _FOUND[hashed]

@@ -10,7 +10,8 @@ from functools import cache, lru_cache
 import jinja2
 
 import parallax_gen
-from parallax_gen.codegen.identity import identify
+from parallax_gen.codegen.fingerprint import text_hash
+from parallax_gen.codegen.identity import found
 from parallax_gen.codegen.pieces import scored_and_summed
 from parallax_gen.data import data_dir
 from parallax_gen.errors import ConfigError
@@ -44,7 +45,24 @@ _UNKNOWN = "0" * 12
 
 @lru_cache(maxsize=256)
 def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
-    """The kernel of `spec` done as `config` says, for `gpu`. Raises ConfigError where that cannot be."""
+    """The kernel of `spec` done as `config` says, for `gpu`. Raises ConfigError where that cannot be.
+
+    The fingerprint in its header is that of its text, whatever records say of that.
+    """
+    text, hashed = _unnamed(spec, config, gpu)
+    kernel = found(text, hashed)
+    text = text.replace(f"kernel {_UNKNOWN}", f"kernel {kernel[:12]}", 1)
+    return KernelSource(_name(spec), text, hashlib.sha256(text.encode()).hexdigest(), kernel, hashed)
+
+
+def text_hash_of(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str:
+    """The `text_hash` of what `render` gives, sooner: a text needs no parsing for it."""
+    return _unnamed(spec, config, gpu)[1]
+
+
+@lru_cache(maxsize=256)
+def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str]:
+    """A kernel's text, which does not say yet which kernel it is, and the hash of it below the header."""
     if reason := why_invalid(spec, config, gpu):
         raise ConfigError(f"{describe(config)}: {reason}")
     form = config.HEAD_DIM_AS if isinstance(config, TileConfig) else "whole"
@@ -64,10 +82,7 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
             kernel=_UNKNOWN,
         )
     )
-    kernel, text_hash = identify(text)
-    text = text.replace(f"kernel {_UNKNOWN}", f"kernel {kernel[:12]}", 1)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return KernelSource(_name(spec), text, sha256, kernel, text_hash)
+    return text, text_hash(text)
 
 
 def template_of(spec: KernelSpec) -> str:

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parallax_gen.codegen.folders import cache_dir
-from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.codegen.render import KernelSource, text_hash_of
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError, MachineError
+from parallax_gen.memory.bounds import check_int
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Tier, default_of, ranked
 from parallax_gen.memory.table import Known
@@ -57,7 +58,7 @@ class Guarded:
 
 def guarded(place: Place, gpu: Gpu, known: Known, compiled: Compiled | None = None) -> Guarded:
     """What a call at a place gets. compiled: by default, what was kept of earlier checks."""
-    compiled = compiled or (lambda config: kept(render(place.spec, config, gpu), gpu))
+    compiled = compiled or (lambda config: _kept(text_hash_of(place.spec, config, gpu), gpu))
     refused: list[tuple[Candidate, str]] = []
     for candidate in looked_at(place, gpu, known):
         borrowed = candidate.tier not in UNCHECKED
@@ -111,26 +112,31 @@ def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compile
 
 def kept(source: KernelSource, gpu: Gpu) -> Resources | None:
     """What an earlier check found of a kernel as compiled here; None where none did, or what is there is damaged."""
+    return _kept(source.text_hash, gpu)
+
+
+def _kept(text_hash: str, gpu: Gpu) -> Resources | None:
     with contextlib.suppress(OSError, ValueError, TypeError, MachineError, RecursionError):
-        found = json.loads(_path(source, gpu).read_text(encoding="utf-8"))
+        found = json.loads(_path(text_hash, gpu).read_text(encoding="utf-8"))
         resources = Resources(**found)
-        if all(type(number) is int and number >= 0 for number in asdict(resources).values()):
-            return resources
+        for name, number in asdict(resources).items():
+            check_int(name, number)
+        return resources
     return None
 
 
 def keep(source: KernelSource, gpu: Gpu, resources: Resources) -> None:
     """For later processes; where there is no room for it, they find it out again."""
     with contextlib.suppress(OSError, MachineError):
-        path = _path(source, gpu)
+        path = _path(source.text_hash, gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         part.write_text(json.dumps(asdict(resources)), encoding="utf-8")
         os.replace(part, path)
 
 
-def _path(source: KernelSource, gpu: Gpu) -> Path:
+def _path(text_hash: str, gpu: Gpu) -> Path:
     """By the kernel's text, what compiles it, and for which capability."""
     here = Toolchain.here()
-    which = f"{source.text_hash} {here.triton} {here.cuda} {gpu.capability}"
+    which = f"{text_hash} {here.triton} {here.cuda} {gpu.capability}"
     return cache_dir() / f"resources-{FORMAT}" / hashlib.sha256(which.encode()).hexdigest()[:32]

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.memory.bounds import shown
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 
@@ -64,8 +65,8 @@ class Place:
             if dot and part in parts:
                 parts[part][field] = value
         if not isinstance(flat.get("gpu"), str):
-            raise ArgumentError("gpu", repr(flat.get("gpu")), "text")
+            raise ArgumentError("gpu", shown(flat.get("gpu")), "text")
         place = cls(flat["gpu"], KernelSpec.from_dict(parts["spec"]), Bucket.from_dict(parts["bucket"]))
         if place.flat() != flat:
-            raise ArgumentError("place", flat, f"no fields beside {list(place.flat())}")
+            raise ArgumentError("place", shown(flat), f"no fields beside {list(place.flat())}")
         return place

@@ -25,8 +25,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
-from parallax_gen.codegen.identity import found, remember
-from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.codegen.render import KernelSource, render, text_hash_of
 from parallax_gen.memory.legacy import same_programs
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import PROTOCOL, Evidence, Result, supersedes
@@ -204,10 +203,9 @@ def is_rendered(result: Result, gpu: Gpu) -> bool:
         return False
     if evidence.templates:
         return same_programs(evidence.templates, place.spec)
-    remember(evidence.text, evidence.kernel)
-    source = render(place.spec, result.config, gpu)
-    # By its text first: another record, from anywhere, may have told a false fingerprint of it.
-    return source.text_hash == evidence.text or source.kernel == evidence.kernel
+    if text_hash_of(place.spec, result.config, gpu) == evidence.text:
+        return True  # and nothing has to be parsed
+    return render(place.spec, result.config, gpu).kernel == evidence.kernel
 
 
 def is_current(result: Result, gpu: Gpu) -> bool:
@@ -233,8 +231,8 @@ def shown_by(record: Result, known: Known) -> list[Result]:
 
 
 def evidence_of(source: KernelSource) -> Evidence:
-    """That of a kernel that this process measures: no record's word is taken for its fingerprint."""
-    return Evidence.here(found(source.text, source.text_hash), source.text_hash)
+    """That of a kernel that this process measures."""
+    return Evidence.here(source.kernel, source.text_hash)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError
 from parallax_gen.machine import stored_of_machine
+from parallax_gen.memory.bounds import INTS, NUMBERS, check_flat, check_int, check_number, check_text, shown
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.config import (
@@ -97,7 +96,8 @@ class Result:
     created_at    ISO 8601, UTC
     source        where it comes from, such as "measured on NVIDIA H200"
 
-    Raises ArgumentError on values of another kind: rows that were read are checked like a user's input.
+    Raises ArgumentError on values of another kind, or beyond the bounds of memory/bounds.py: rows that were read are
+    checked like a user's input.
     """
 
     place: Place
@@ -121,31 +121,23 @@ class Result:
         evidence = self.evidence
         texts = {name: getattr(evidence, name) for name in ("kernel", "text", "triton", "cuda", "templates")}
         texts |= {name: getattr(self, name) for name in ("detail", "created_at", "source")} | {"gpu": self.place.gpu}
-        for name, value in texts.items():
-            if not isinstance(value, str):
-                raise ArgumentError(name, repr(value), "text")
-        for name in ("kernel", "text"):
-            if not re.fullmatch("([0-9a-f]{32})?", texts[name]):
-                raise ArgumentError(name, repr(texts[name]), "32 hex digits, or nothing")
-        if type(evidence.protocol) is not int:
-            raise ArgumentError("protocol", repr(evidence.protocol), "an int")
+        for name, text in texts.items():
+            check_text(name, text)
+        check_int("protocol", evidence.protocol)
         if type(self.config) is not CONFIG_OF_OP[self.place.spec.op]:
             raise ArgumentError("config", self.config, f"a config of op {self.place.spec.op!r}")
         if self.outcome not in OUTCOMES:
-            raise ArgumentError("outcome", repr(self.outcome), ", ".join(OUTCOMES))
-        for name in ("time_us", "time_us_p20", "time_us_p80", "compile_s", "error"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and (0 <= value < math.inf or (name, value) == ("error", math.inf))):
-                raise ArgumentError(name, repr(value), "None or a number of 0 or more")
-        for name in ("registers", "spills", "shared_bytes"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 0):
-                raise ArgumentError(name, repr(value), "None or an int of 0 or more")
-        if self.outcome in ("ok", "predicted") and not self.time_us:
-            raise ArgumentError("time_us", self.time_us, f"more than 0 when the outcome is {self.outcome!r}")
-        if self.created.utcoffset() != timedelta(0):
-            raise ArgumentError("created_at", self.created_at, "a time in UTC, such as 2026-01-31T12:00:00+00:00")
+            raise ArgumentError("outcome", shown(self.outcome), ", ".join(OUTCOMES))
+        for names, check in ((NUMBERS, check_number), (INTS, check_int)):
+            for name in names:
+                if (value := getattr(self, name)) is not None:
+                    check(name, value)
+        if self.outcome in ("ok", "predicted") and self.time_us is None:
+            raise ArgumentError("time_us", self.time_us, f"a number when the outcome is {self.outcome!r}")
+        try:
+            self.created  # noqa: B018 - of the right form, and yet there may be no such day
+        except ValueError as error:
+            raise ArgumentError("created_at", shown(self.created_at), f"a time that there is ({error})") from error
 
     @property
     def measured(self) -> bool:
@@ -185,12 +177,14 @@ class Result:
         if isinstance(data, dict) and "key" in data and "place" not in data:
             data = of_before(data)
         if not isinstance(data, dict) or set(data) != set(names):
-            raise ArgumentError("record", data, f"an object of exactly {names}")
+            raise ArgumentError("record", shown(data), f"an object of exactly {names}")
         parts = {name: data[name] for name in ("place", "evidence", "config", "shape")}
         for name, part in parts.items():
             known = isinstance(part, Place) if name == "place" else part is None and name == "shape"
             if not (known or isinstance(part, dict)):
-                raise ArgumentError(name, repr(part), "an object of its fields")
+                raise ArgumentError(name, shown(part), "an object of its fields")
+            check_flat(name, {} if part is None or isinstance(part, Place) else part)
+        check_flat("record", {name: value for name, value in data.items() if name not in parts})
         place = parts["place"] if isinstance(parts["place"], Place) else Place.from_flat(parts["place"])
         config = config_from_dict(place.spec.op, parts["config"])
         shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
@@ -201,7 +195,7 @@ class Result:
 def _evidence_from(data: Mapping[str, Any]) -> Evidence:
     names = [f.name for f in fields(Evidence)]
     if not set(names) - {"templates"} <= set(data) <= set(names) or data.get("templates") == "":
-        raise ArgumentError("evidence", data, f"an object of {names}, templates only where it is set")
+        raise ArgumentError("evidence", shown(data), f"an object of {names}, templates only where it is set")
     return Evidence(**data)
 
 
@@ -216,14 +210,15 @@ def of_before(data: dict[str, Any]) -> dict[str, Any]:
     """
     key = data["key"]
     if not isinstance(key, dict):
-        raise ArgumentError("key", repr(key), "an object of its fields")
+        raise ArgumentError("key", shown(key), "an object of its fields")
+    check_flat("key", key)
     prefix = "environment."
     environment = {name.removeprefix(prefix): value for name, value in key.items() if name.startswith(prefix)}
     if not _ENVIRONMENT <= set(environment) <= _ENVIRONMENT | {"cuda", "space"} or environment.get("space", 1) != 1:
-        raise ArgumentError("key", key, f"environment.* of {sorted(_ENVIRONMENT)}, and cuda")
+        raise ArgumentError("key", shown(key), f"environment.* of {sorted(_ENVIRONMENT)}, and cuda")
     templates = environment["templates"]
     if not isinstance(templates, str) or not templates:
-        raise ArgumentError("environment.templates", repr(templates), "text")
+        raise ArgumentError("environment.templates", shown(templates), "text")
     evidence = {
         "kernel": "",
         "text": "",

@@ -12,7 +12,7 @@ from parallax_gen.data import data_dir
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.lines import from_line, write_lines
 from parallax_gen.memory.place import Place, Scalar
-from parallax_gen.memory.result import NO_RESULT, Result, reading_order, supersedes
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Result, reading_order, supersedes
 from parallax_gen.memory.store import Store
 
 
@@ -154,7 +154,7 @@ def _results(path: Path, gpu: str, stamp: tuple[int, ...], text: bytes) -> tuple
         try:
             result = from_line(line)
         except NO_RESULT as error:
-            raise StoreError(f"{path}, line {number}: not a record: {error}") from error
+            raise StoreError(f"{path}, line {number}: not a record: {str(error)[:LONGEST_REASON]}") from error
         if result.place.gpu != gpu or not result.measured:
             raise StoreError(f"{path}, line {number}: {result.outcome} of {result.place.gpu}, not measured on {gpu}")
         results.append(result)

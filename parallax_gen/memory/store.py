@@ -18,6 +18,7 @@ from sqlite_utils.utils import sqlite3  # the module that Database uses, which n
 
 from parallax_gen.data import data_dir, user_path
 from parallax_gen.errors import ArgumentError, MachineError, StoreError
+from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.result import (
     LONGEST_REASON,
@@ -354,15 +355,22 @@ def _to_row(result: Result) -> dict[str, object]:
 
 def _from_row(row: Mapping[str, Any]) -> Result:
     data: dict[str, Any] = {name: row[name] for name in _PLAIN}
-    data["place"] = _place_from(row["place_json"])
+    data["place"] = _place_from(_text("place_json", row["place_json"]))
     data["evidence"] = {name: row[name] for name in _EVIDENCE if name != "templates" or row[name]}
     for name in ("config", "shape"):
         text = row[f"{name}_json"]
-        data[name] = None if text is None else json.loads(text)
+        data[name] = None if text is None else json.loads(_text(f"{name}_json", text))
     result = Result.from_dict(data)
     if (result.place.gpu, result.place.spec.op) != (row["gpu"], row["op"]):
         raise ArgumentError("gpu and op", (row["gpu"], row["op"]), "those of the place")
     return result
+
+
+def _text(name: str, value: object) -> str:
+    """A column's value: of a file that others wrote it may be of any of SQLite's types."""
+    if not isinstance(value, str):
+        raise ArgumentError(name, shown(value), "text")
+    return value
 
 
 @lru_cache(maxsize=1024)
@@ -370,5 +378,6 @@ def _place_from(text: str) -> Place:
     """Many rows are of one place, and a place has many fields."""
     data = json.loads(text)
     if not isinstance(data, dict):
-        raise ArgumentError("place", repr(data), "an object of its fields")
+        raise ArgumentError("place", shown(data), "an object of its fields")
+    check_flat("place", data)
     return Place.from_flat(data)

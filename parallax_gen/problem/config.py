@@ -119,13 +119,20 @@ TILED: dict[str, type[ForwardConfig] | type[DqDrConfig] | type[DkDvConfig]] = {
 CONFIG_OF_OP: dict[str, type[KernelConfig]] = {**TILED, "preprocess": PreprocessConfig, "decode": DecodeConfig}
 
 
+LARGEST = 2**31 - 1  # of a number in a config, and
+LONGEST = 64  # characters of a word: far beyond any knob's values
+
+
 def config_to_dict(config: KernelConfig) -> dict[str, Any]:
     """Every field but those at a default: fields have one that came after records were first written."""
     return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
 
 
 def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
-    """The config of `op` that `config_to_dict` wrote. Raises ConfigError on a wrong field or type."""
+    """The config of `op` that `config_to_dict` wrote. Raises ConfigError on a wrong field or type.
+
+    Values need not be those of today's knobs, which `problem.space.why_invalid` knows; numbers and words are bounded.
+    """
     kind = CONFIG_OF_OP[op]
     expected = {f.name: f.type for f in fields(kind)}
     needed = {f.name for f in fields(kind) if f.default is MISSING}
@@ -133,7 +140,13 @@ def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
         raise ConfigError(f"a {op} config has the fields {sorted(expected)}, not {sorted(data)}")
     for name, value in data.items():
         if type(value).__name__ != expected[name]:
-            raise ConfigError(f"{op} config field {name} is {value!r}; it must be of type {expected[name]}")
+            raise ConfigError(f"{op} config field {name} is {value!r:.80}; it must be of type {expected[name]}")
+        if isinstance(value, int) and not 0 <= value <= LARGEST:
+            raise ConfigError(f"{op} config field {name} is {value!r:.80}; it must be from 0 to {LARGEST}")
+        if isinstance(value, str) and not (value.isprintable() and len(value) <= LONGEST):
+            raise ConfigError(
+                f"{op} config field {name} is {value!r:.80}; it must be a word of at most {LONGEST} letters"
+            )
     return kind(**data)
 
 

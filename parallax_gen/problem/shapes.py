@@ -6,13 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import KernelSpec
 
 # Shorter sequences fill less than one tile of any config: they share a bucket.
 SHORTEST = 128
+# Of sizes that were read: more than any card holds, and so few that what is worked out of them is a float.
+LARGEST = 2**62
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Shape:
             value = getattr(self, field.name)
             least = 0 if field.name == "window" else 1
             if type(value) is not int or value < least:
-                raise ArgumentError(field.name, repr(value), f"an int of {least} or more")
+                raise ArgumentError(field.name, f"{value!r:.80}", f"an int of {least} or more")
         if self.heads % self.kv_heads:
             raise ArgumentError("heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})")
 
@@ -49,7 +51,7 @@ class Shape:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Shape:
         _check_names("shape", data, cls)
-        return cls(**data)
+        return within_bounds(cls(**data))
 
     def __str__(self) -> str:
         heads = str(self.heads) if self.group == 1 else f"{self.heads}/{self.kv_heads}"
@@ -78,7 +80,7 @@ class Bucket:
             value = getattr(self, field.name)
             none = field.name == "window" and value == 0
             if type(value) is not int or (not none and (value < 1 or value & (value - 1))):
-                raise ArgumentError(field.name, repr(value), "a power of two")
+                raise ArgumentError(field.name, f"{value!r:.80}", "a power of two")
 
     def to_dict(self) -> dict[str, int]:
         return _to_dict(self)
@@ -86,13 +88,15 @@ class Bucket:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Bucket:
         _check_names("bucket", data, cls)
-        return cls(**data)
+        return within_bounds(cls(**data))
 
     def __str__(self) -> str:
         lengths = str(self.seqlen_kv) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}x{self.seqlen_kv}"
         window = f", window {self.window}" if self.window else ""
         return f"{self.kv_rows} kv rows, seqlen {lengths}{window}"
 
+
+Sizes = TypeVar("Sizes", Shape, Bucket)
 
 # Fields that came after records were first written: absent from a record, they are at their default there.
 LATER = ("window",)
@@ -107,6 +111,14 @@ def _check_names(what: str, data: Mapping[str, Any], kind: type[Shape] | type[Bu
     names = {f.name for f in fields(kind)}
     if not names - set(LATER) <= set(data) <= names:
         raise ArgumentError(what, sorted(data), f"the fields {sorted(names)}")
+
+
+def within_bounds(sizes: Sizes) -> Sizes:
+    """Sizes that were read from a file, which may be anyone's. Raises ArgumentError where no card could hold them."""
+    for name, value in vars(sizes).items():
+        if value > LARGEST:
+            raise ArgumentError(name, f"{value!r:.80}", f"at most {LARGEST}")
+    return sizes
 
 
 def bucket_of(shape: Shape) -> Bucket:

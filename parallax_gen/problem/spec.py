@@ -11,6 +11,7 @@ from parallax_gen.errors import ArgumentError
 OPS = ("forward", "preprocess", "dkdv", "dqdr", "decode")
 DTYPES = ("bf16", "fp16", "fp32", "tf32")
 LARGEST_HEAD_DIM = 256
+LARGEST_READ = {"group": 2**16, "page_size": 2**31}  # of what was read from a file, which may be anyone's
 CACHE_DTYPES = ("", "e4m3", "e5m2")
 
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
@@ -77,10 +78,10 @@ class KernelSpec:
     def __post_init__(self) -> None:
         _one_of("op", self.op, OPS)
         if type(self.head_dim) is not int or self.head_dim % 8 or not 0 < self.head_dim <= LARGEST_HEAD_DIM:
-            raise ArgumentError("head_dim", repr(self.head_dim), f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
+            raise ArgumentError("head_dim", f"{self.head_dim!r:.80}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
         _one_of("dtype", self.dtype, DTYPES[:3] if self.op == "preprocess" else DTYPES)
         if type(self.group) is not int or self.group < 1:
-            raise ArgumentError("group", self.group, "an int of 1 or more (query heads per kv head)")
+            raise ArgumentError("group", f"{self.group!r:.80}", "an int of 1 or more (query heads per kv head)")
         if self.op == "preprocess" and self.group != 1:
             raise ArgumentError("group", self.group, "1 with op 'preprocess', which sees no keys")
         for name, ops in FLAGS.items():
@@ -90,7 +91,7 @@ class KernelSpec:
             if value and self.op not in ops:
                 raise ArgumentError(name, f"True with op {self.op!r}", f"True with op {' or '.join(ops)} only")
         if type(self.page_size) is not int or self.page_size < 0:
-            raise ArgumentError("page_size", repr(self.page_size), "an int of 1 or more, or 0 for no pages")
+            raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         if self.cache_dtype and (self.op != "decode" or self.bytes_per_element != 2):
             raise ArgumentError("cache_dtype", self.cache_dtype, "'', but with op 'decode' and dtype bf16 or fp16")
@@ -133,11 +134,15 @@ class KernelSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KernelSpec:
-        """The spec that `to_dict` wrote. Raises ArgumentError on unknown or missing fields."""
+        """The spec that `to_dict` wrote. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
         names = {f.name for f in fields(cls)}
         if not names - set(LATER) <= set(data) <= names:
             raise ArgumentError("spec", sorted(data), f"the fields {sorted(names)}")
-        return cls(**data)
+        spec = cls(**data)
+        for name, largest in LARGEST_READ.items():
+            if getattr(spec, name) > largest:
+                raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")
+        return spec
 
     def __str__(self) -> str:
         words = [self.op, f"head_dim {self.head_dim}", self.dtype]
@@ -154,4 +159,4 @@ class KernelSpec:
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed or type(value) is not type(allowed[0]):
-        raise ArgumentError(name, repr(value), ", ".join(map(str, allowed)))
+        raise ArgumentError(name, f"{value!r:.80}", ", ".join(map(str, allowed)))

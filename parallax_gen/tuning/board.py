@@ -26,9 +26,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from parallax_gen.errors import ParallaxGenError, StoreError
+from parallax_gen.errors import StoreError
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import Result
+from parallax_gen.memory.result import NO_RESULT, Result
 from parallax_gen.problem.config import KernelConfig, config_to_json
 
 LEASE_S = 60.0  # a worker that has not been heard of for so long is gone
@@ -209,8 +209,9 @@ class Board:
         return False
 
     def _there(self, trial: FrozenTrial, beats: dict[str, Any]) -> bool:
-        """Whether the worker of a claim was heard of lately."""
-        return bool(time.time() - beats.get(_beat_of(trial.user_attrs.get("worker")), 0.0) < self._lease_s)
+        """Whether the worker of a claim was heard of lately: no time that is yet to come says so."""
+        beat = beats.get(_beat_of(trial.user_attrs.get("worker")))
+        return isinstance(beat, int | float) and abs(time.time() - beat) < self._lease_s
 
     def _end(self, trial: int, state: TrialState, value: float | None = None) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
@@ -230,7 +231,7 @@ def _parsed(trial: FrozenTrial) -> Result | None:
     """The result that a trial holds; None where there is none that reads."""
     try:
         return Result.from_dict(json.loads(trial.user_attrs["result"]))
-    except (KeyError, TypeError, ValueError, RecursionError, ParallaxGenError):
+    except (*NO_RESULT, KeyError, TypeError):  # of an attribute that is not there, or no text
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.result import Result, now
 from parallax_gen.problem.config import KernelConfig
 from parallax_gen.tuning.model import bound_by_matmuls
@@ -60,7 +61,7 @@ class Finals:
         before = {r.config: r for r in self._known()}
         if not isinstance(request, Rematch):
             old = before[request.trial.config]
-            again = replace(old, outcome=outcome.kind, error=outcome.error, detail=outcome.detail)
+            again = replace(old, outcome=outcome.kind, error=outcome.error, detail=fitting_detail(outcome.detail))
             return [_timed(again, outcome.timing)]
         if outcome.kind != "ok":
             return []

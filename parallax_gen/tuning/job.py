@@ -98,8 +98,8 @@ def nearby_configs(job: Job, known: Iterable[Result]) -> list[KernelConfig]:
             _keep_faster(best, result.place.bucket, result)
 
     def distance(bucket: Bucket) -> float:
-        sizes = zip(bucket.to_dict().items(), job.bucket.to_dict().items(), strict=True)
-        return sum(abs(math.log2(max(one, 1) / max(other, 1))) for (_, one), (_, other) in sizes)
+        sizes = zip(vars(bucket).values(), vars(job.bucket).values(), strict=True)
+        return sum(abs(math.log2(max(one, 1) / max(other, 1))) for one, other in sizes)
 
     nearest = [best[bucket].config for bucket in sorted(best, key=distance)[:2]]
     return list(dict.fromkeys([*(result.config for result in kin.values()), *nearest]))

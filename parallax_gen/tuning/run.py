@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
+from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of, is_current
 from parallax_gen.memory.result import Evidence, Result, reading_order, supersedes
@@ -312,6 +313,6 @@ class Run:
             spills=resources.spills if resources else None,
             shared_bytes=resources.shared_bytes if resources else None,
             compile_s=compiled.seconds,
-            detail=outcome.detail,
+            detail=fitting_detail(outcome.detail),
             source=f"{'measured on' if timing else 'compiled for'} {self.job.gpu.title}",
         )

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from parallax_gen.errors import ArgumentError, ParallaxGenError, StoreError
+from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import Evidence, Result, of_before
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result, of_before
 from parallax_gen.problem.config import CONFIG_OF_OP, KernelConfig, config_from_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, representative
@@ -134,8 +135,8 @@ def _shape_of(result: Result) -> Shape:
 def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) -> T:
     try:
         return parsed(json.loads(line))
-    except (ParallaxGenError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path}, line {number}: not of a sweep: {error}") from error
+    except NO_RESULT as error:
+        raise StoreError(f"{path}, line {number}: not of a sweep: {str(error)[:LONGEST_REASON]}") from error
 
 
 def _names(place: Place) -> list[str]:
@@ -159,10 +160,10 @@ def _header(data: object) -> dict[str, Any]:
     kinds = {"format": int, "place": dict, "triton": str, "cuda": str, "protocol": int}
     kinds |= {"shape": dict, "source": str, "created_at": str, "whole": bool, "configs": int, "columns": list}
     if not isinstance(data, dict) or set(data) != set(kinds):
-        raise ArgumentError("line", repr(data)[:80], f"an object of exactly {sorted(kinds)}")
+        raise ArgumentError("line", shown(data), f"an object of exactly {sorted(kinds)}")
     for name, kind in kinds.items():
         if type(data[name]) is not kind:
-            raise ArgumentError(name, repr(data[name]), kind.__name__)
+            raise ArgumentError(name, shown(data[name]), kind.__name__)
     if data["format"] != FORMAT:
         raise ArgumentError("format", data["format"], str(FORMAT))
     place = Place.from_flat(data["place"])
@@ -170,7 +171,7 @@ def _header(data: object) -> dict[str, Any]:
     needed = {f.name for f in fields(CONFIG_OF_OP[place.spec.op]) if f.default is MISSING}
     knobs = [name for name in _names(place) if name in needed or name in data["columns"]]
     if data["columns"] != [*knobs, *COLUMNS]:
-        raise ArgumentError("columns", data["columns"], str([*_names(place), *COLUMNS]))
+        raise ArgumentError("columns", shown(data["columns"]), str([*_names(place), *COLUMNS]))
     evidence = Evidence("", "", data["triton"], data["cuda"], data["protocol"])
     return {**data, "place": place, "evidence": evidence, "shape": Shape.from_dict(data["shape"])}
 
@@ -185,8 +186,12 @@ def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
 def _from_line(header: dict[str, Any], data: object) -> Result:
     place, columns = header["place"], header["columns"]
     if not isinstance(data, list) or len(data) != len(columns):
-        raise ArgumentError("line", repr(data)[:80], f"a list of {len(columns)}, one a column")
+        raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
     config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
+    for knob in KNOBS[place.spec.op]:  # a value that is none any more may be there, but no tile of nothing
+        value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
+        if isinstance(value, int) and value < least:
+            raise ArgumentError(knob.name, value, f"an int of {least} or more")
     common = {name: header[name] for name in ("place", "evidence", "shape", "source", "created_at")}
     return Result(config=config, **common, **values)

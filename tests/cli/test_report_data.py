@@ -286,6 +286,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
         ("op,part\ndecode,decode\n", r"line 1: got the columns op, part; allowed: .* with contender, head_dim"),
         ("{", r"a\.csv: not JSON: "),
         ('{"rows": 3}', r"a\.csv, rows: got 3; allowed: a list"),
+        (f'{{"rows": {"[" * 900}{"]" * 900}}}', r"a\.csv, row 1: got .*; allowed: an object with a spec and a shape"),
         ('{"rows": [{"spec": {}}]}', r"a\.csv, row 1: got .*; allowed: an object with a spec and a shape"),
         ('{"rows": [{"spec": {}, "shape": {}}]}', r"a\.csv, row 1: got an object without op, part"),
     ],
@@ -302,8 +303,13 @@ BASE = {"causal": False, "lengths": ""}  # columns that a file may lack
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number of more than 0, or nothing"),
+        ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number from 0.001 to 1e\\+12, or nothing"),
         ({"time_us": -1}, "line 3: time_us: got '-1'; allowed"),
+        *(({"time_us": text}, f"line 3: time_us: got '{text}'; allowed") for text in ("1e-320", "1e308", "inf", "nan")),
+        ({"batch": "9" * 5000}, "line 3: batch: got '999.*'; allowed: an int of 0 or more, of at most"),
+        ({"batch": 2**62 + 1}, "line 3: batch: got 4611686018427387905; allowed: at most"),
+        ({"lengths": "99999999999x4096"}, "line 3: lengths: got '99999999999x4096'; allowed: keys"),
+        ({"lengths": f"4x{'9' * 5000}"}, "line 3: lengths: got '4x9.*'; allowed: keys"),
         ({"batch": "2.5"}, "line 3: batch: got '2.5'; allowed: an int"),
         ({"batch": 0}, "line 3: batch: got 0; allowed: an int of 1 or more"),
         ({"kv_heads": 5}, "line 3: heads: got 32; allowed: a multiple of kv_heads"),

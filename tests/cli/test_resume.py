@@ -107,6 +107,30 @@ def test_a_figure_says_card_versions_and_command(card: Card, tmp_path: Path, mon
     assert all(row["command"] == document["command"] and row["torch"] for row in document["rows"])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"time_us": text} for text in ("1e-320", "1e308", "inf", "nan", "-1.0")),
+        {"p80_us": "1e-320"},
+        {"rate": "inf"},
+        {"batch": str(2**70)},
+        {"batch": "9" * 5000},
+        {"lengths": "99999999999x128"},
+        {"lengths": f"2x{2**70}"},
+    ],
+)
+def test_a_row_that_cannot_be_is_passed_over(wrong: dict[str, str], tmp_path: Path) -> None:
+    """Someone may have had a hand in the file: what cannot have been timed is timed again."""
+    path = tmp_path / "rows"
+    Ledger(path).add([RAGGED, ROW])
+    lines = lines_of(path)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([lines[0] | wrong, lines[1]])
+    assert (Ledger(path).known(RAGGED), Ledger(path).known(ROW)) == (None, ROW)
+
+
 # resuming
 
 

@@ -171,8 +171,8 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def forget() -> None:
-    render_module._environment.cache_clear()
-    render.cache_clear()
+    for remembering in (render_module._environment, render_module._unnamed, render):
+        remembering.cache_clear()
 
 
 # A spec of each template, by its name.

@@ -172,6 +172,9 @@ def test_what_is_kept_is_of_a_kernel_a_toolchain_and_a_capability(monkeypatch: p
         '{"registers": 1, "spills": -1, "shared_bytes": 0}',
         '{"registers": "1", "spills": 0, "shared_bytes": 0}',
         '{"registers": 1, "spills": 0, "shared_bytes": true}',
+        '{"registers": 1, "spills": 1e3, "shared_bytes": 0}',
+        f'{{"registers": 1, "spills": {2**2000}, "shared_bytes": 0}}',
+        '{"registers": 1, "spills": "\\ud800", "shared_bytes": 0}',
     ],
 )
 def test_a_damaged_note_is_none(cache: Path, text: str) -> None:

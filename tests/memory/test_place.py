@@ -28,7 +28,8 @@ from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 powers = st.integers(0, 20).map(lambda n: 1 << n)
 specs = st.builds(lambda draw, op: random_spec(draw, op, DTYPES), st.randoms(), st.sampled_from(OPS))
 buckets = st.builds(Bucket, powers, powers, powers, st.just(0) | powers)
-places = st.builds(Place, st.text(), specs, buckets)
+cards = st.from_regex("[A-Za-z0-9][ -.0-~]{0,20}", fullmatch=True)
+places = st.builds(Place, cards, specs, buckets)
 
 numbers = st.integers(0, 1024)
 tile_configs = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from typing import Any
 
 import pytest
@@ -11,10 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_samples import EVIDENCE, PLACE, SHAPE, config, result
 
-from parallax_gen.errors import ArgumentError, ParallaxGenError
+from parallax_gen.errors import ArgumentError, ConfigError, ParallaxGenError
+from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.result import OUTCOMES, Evidence, Result, supersedes
 from parallax_gen.problem.config import DecodeConfig
 from parallax_gen.problem.shapes import Bucket
+
+GOOD = result(shape=SHAPE).to_dict()
+DEEP: list[Any] = json.loads("[" * 900 + "]" * 900)
 
 
 def evidence(**fields: Any) -> Evidence:
@@ -49,12 +55,81 @@ def test_a_result_checks_itself(wrong: dict[str, object]) -> None:
         result(**({"outcome": "ok"} | wrong))  # type: ignore[arg-type]
 
 
+# What a line of JSON may hold, by the field that is named.
+NONSENSE: list[tuple[str, str | None, object, str]] = [
+    *(("time_us", None, value, "time_us") for value in (1e-320, 1e308, math.inf, math.nan, -1.0, 10**400, True, "1")),
+    *((name, None, 1e-320, name) for name in ("time_us_p20", "time_us_p80")),
+    *(("compile_s", None, value, "compile_s") for value in (1e10, 2**70, math.inf)),
+    *(("error", None, value, "error") for value in (10**300, math.nan, False)),
+    *((name, None, value, name) for name in ("registers", "spills", "shared_bytes") for value in (2**31, 1.0, True)),
+    *(("shape", "batch", value, "batch") for value in (2**2000, 2**62 + 1, 1.0, True)),
+    *(("place", f"bucket.{name}", 2**2000, name) for name in ("kv_rows", "seqlen_q", "seqlen_kv")),
+    ("place", "spec.group", 2**70, "group"),
+    ("place", "spec.page_size", 2**70, "page_size"),
+    ("evidence", "protocol", 2**63, "protocol"),
+    ("evidence", "protocol", -1, "protocol"),
+    ("config", "BLOCK_M", 2**70, "BLOCK_M"),
+    ("config", "BLOCK_M", -128, "BLOCK_M"),
+    ("config", "ROW_MAX", "\ud800", "ROW_MAX"),
+    ("config", "ROW_MAX", "x" * 1000, "ROW_MAX"),
+    *((name, None, "a\ud800", name) for name in ("detail", "source", "created_at")),
+    *(("evidence", name, "\udfff", name) for name in ("kernel", "text", "triton", "cuda")),
+    *(("place", "gpu", name, "gpu") for name in ("\ud800", "a\0", "../../h200", "", "a" * 101)),
+    ("detail", None, "x" * 1_000_000, "detail"),
+    ("source", None, "here\n## another.py", "source"),
+    ("source", None, "x" * 1000, "source"),
+    *(("created_at", None, f"{day}T00:00:00+00:00", "created_at") for day in ("2026-02-30", "0000-01-01", "20260101")),
+    *((part, name, DEEP, name or part) for part, name in (("detail", None), ("place", "x"), ("evidence", "x"))),
+    *((name, None, DEEP, name) for name in ("place", "evidence", "config", "shape")),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value", "says"), NONSENSE)
+def test_nonsense_is_refused_by_its_name(part: str, name: str | None, value: object, says: str) -> None:
+    data = GOOD | {part: value if name is None else GOOD[part] | {name: value}}
+    with pytest.raises((ArgumentError, ConfigError)) as raised:
+        Result.from_dict(data)
+    told = str(raised.value)
+    told.encode()  # to be printed
+    assert says in told
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"time_us": value} for value in (1, 0.001, 1e12)),
+        *({"error": value} for value in (0, 1e300, math.inf)),
+        {"time_us": 5.0, "time_us_p20": 7.0, "time_us_p80": 6.0},
+        {"registers": 2**31 - 1, "compile_s": 0},
+        {"detail": "line 1\nligne 2: \N{SNOWMAN}" + "x" * 40_000},
+        {"created_at": "2026-01-01T00:00:00.123456+00:00"},
+    ],
+)
+def test_what_may_have_been_measured_is_taken(change: dict[str, object]) -> None:
+    assert Result.from_dict(GOOD | change).to_dict() == GOOD | change
+
+
+def test_what_a_compiler_said_is_made_to_fit() -> None:
+    said = "\udc80 " + "x" * 1_000_000
+    detail = fitting_detail(said)
+    assert result("compile", detail=detail).detail.startswith("\\udc80 xxx")
+
+
+def test_a_long_text_is_soon_looked_through() -> None:
+    """For words of the machine's: the time that it takes grows with the square of what is looked at."""
+    started = time.monotonic()
+    assert not result("crash", detail="CUDA " * 10_000).of_machine
+    assert result("crash", detail="OSError: " + "x" * 40_000).of_machine
+    assert result("crash", detail="x" * 40_000 + "\nNo space left on device").of_machine
+    assert time.monotonic() - started < 2
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-GOOD = result(shape=SHAPE).to_dict()
 # Fields that came after records were first written: left out at these values.
 LATER = {
     ("place", "spec.window"): False,

@@ -94,6 +94,8 @@ def test_results_of_another_gpu_are_refused(tmp_path: Path) -> None:
         '"\\ud800"',
         json.dumps(result().to_dict() | {"color": "blue"}),
         json.dumps(result().to_dict() | {"time_us": 10**400, "config": None}),
+        json.dumps(result().to_dict() | {"time_us": 1e-320}),
+        json.dumps(result().to_dict() | {"source": "\ud800"}),
         json.dumps(result(place=OTHER_GPU).to_dict()),
         json.dumps(result("predicted").to_dict()),
     ],

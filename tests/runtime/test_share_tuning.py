@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.codegen.render import KernelSource, render, text_hash_of
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.data import data_dir
 from parallax_gen.distributed import share_tuning, tuning
@@ -152,7 +152,8 @@ def only_rank_0_renders_the_table(rank: int) -> None:
     def fail(*_: object) -> Any:
         raise AssertionError("rendered")
 
-    with patched(ranking, "render", fail if rank else render):
+    rendering, hashing = (fail, fail) if rank else (render, text_hash_of)
+    with patched(ranking, "render", rendering), patched(ranking, "text_hash_of", hashing):
         assert share_tuning() > 0
     assert chosen() == config(48)
 

@@ -174,6 +174,16 @@ def test_what_a_worker_had_that_is_gone_is_free(url: str) -> None:
     assert 10.0 in [r.time_us for r in boards(url, 1)[0].news()]
 
 
+@pytest.mark.parametrize("beat", ["soon", None, [], 1e308, time.time() + 1e6, -1e308])
+def test_a_worker_that_says_nonsense_of_when_it_was_there_is_gone(url: str, beat: object) -> None:
+    gone, second = boards(url, 2)
+    assert gone.claim(CONFIGS[5])
+    gone._storage.set_study_user_attr(gone._study, f"worker {gone._worker}", beat)
+    assert not second.others_at_work()
+    assert second.claim(CONFIGS[5])
+    second.release()
+
+
 def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
     first, second = boards(url, 2)
     assert first.claim(CONFIGS[4])

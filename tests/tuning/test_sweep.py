@@ -120,6 +120,9 @@ def test_what_is_no_sweep_is_refused(results: list[Any], said: str) -> None:
         sweep_of(results, CARD)
 
 
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
 def _header(**fields: Any) -> Callable[[list[Any]], list[Any]]:
     return lambda lines: [lines[0] | fields, *lines[1:]]
 
@@ -158,6 +161,14 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
         (_column("outcome", "fast"), "line 3: .*outcome"),
         (_column("time_us", -1.0), "line 3: .*time_us"),
         (_column("time_us", "1"), "line 3: .*time_us"),
+        (_column("time_us", 1e-320), "line 3: .*time_us"),
+        (_column("registers", 2**70), "line 3: .*registers"),
+        (_column("BLOCK_M", 2**2000), "line 3: .*BLOCK_M"),
+        *((_column(name, 0), f"line 3: .*{name}: got 0") for name in ("BLOCK_M", "num_warps", "num_stages")),
+        (_header(source="\ud800"), "line 2: .*source"),
+        (_header(columns=DEEP), "line 1: .*columns"),
+        (_header(place={**PLACE.flat(), "x": DEEP}), "line 1: .*place"),
+        (lambda lines: [*lines[:4], DEEP, *lines[5:]], "line 5: .*a list of"),
     ],
 )
 def test_a_spoilt_file_is_refused_by_line(spoil: Callable[[list[Any]], list[Any]], said: str, tmp_path: Path) -> None:

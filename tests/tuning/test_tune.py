@@ -358,6 +358,8 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
     ]
     results = [Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in found]
     assert nearby_configs(job, results) == [configs[2], configs[1]]
+    odd = replace(results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512)))  # a window that the spec has not
+    assert nearby_configs(job, [odd, *results]) == [configs[2], configs[1]]
     for result in results:
         store.record(result)
     tune(store, job, trials=3)

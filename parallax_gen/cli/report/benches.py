@@ -14,8 +14,9 @@ from typing import Any
 from parallax_gen.cli.lengths import from_text
 from parallax_gen.cli.rows import OURS
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
+from parallax_gen.memory.bounds import NUMBERS, shown
 from parallax_gen.problem.hardware import gpu_by_name
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.usual import TRAINING
 
@@ -26,6 +27,7 @@ CARD = ("gpu", "card")  # a column or a JSON field that says which card it was
 # Where and how figures were taken, as far as a file says so: those of two such conditions are not compared.
 CONDITIONS = ("card", "parallax_gen", "torch", "triton", "cuda", "rounds", "timed_ms", "oracle", "hasty", "quick")
 FLAGS = tuple(f.name for f in fields(KernelSpec) if f.name not in ("op", "head_dim", "dtype", "group", "window"))
+MOST_DIGITS = 20  # of an int
 _TRUTH = {"True": True, "False": False}
 
 
@@ -116,23 +118,28 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ParallaxGenError(f"{path}: not JSON: {error}") from error
     rows = document.get("rows")
     if not isinstance(rows, list):
-        raise ArgumentError(f"{path}, rows", repr(rows)[:80], "a list, as parallax-gen bench --json writes it")
+        raise ArgumentError(f"{path}, rows", shown(rows), "a list, as parallax-gen bench --json writes it")
     of_all = {name: document[name] for name in (*CARD, *CONDITIONS) if name in document}
     for number, row in enumerate(rows, start=1):
         where = f"row {number}"
         if not isinstance(row, dict) or not all(isinstance(row.get(part), dict) for part in ("spec", "shape")):
-            raise ArgumentError(f"{path}, {where}", repr(row)[:80], "an object with a spec and a shape")
+            raise ArgumentError(f"{path}, {where}", shown(row), "an object with a spec and a shape")
         flat = {**of_all, **row["spec"], "window": 0, **row["shape"], **row}
         if missing := [name for name in NEEDED if name not in flat]:
             raise ArgumentError(f"{path}, {where}", f"an object without {', '.join(missing)}", "a row of bench --json")
-        yield where, {name: "" if value is None else str(value) for name, value in flat.items()}
+        yield where, {name: "" if value is None else _as_text(value) for name, value in flat.items()}
+
+
+def _as_text(value: object) -> str:
+    """A number or a flag as CSV has it. What a row holds beside them is not looked at, and may be of any depth."""
+    return value if isinstance(value, str) else shown(value) if isinstance(value, dict | list) else str(value)
 
 
 def _timing(path: Path, where: str, row: Mapping[str, str]) -> Timing:
     """Raises ArgumentError, naming file, line and column."""
     at = f"{path}, {where}"
     try:
-        shape = Shape(**{name: _int(at, name, row.get(name) or "0") for name in SIZES})
+        shape = within_bounds(Shape(**{name: _int(at, name, row.get(name) or "0") for name in SIZES}))
         flags = {name: _flag(at, name, row[name]) for name in FLAGS if row.get(name)}
         spec = KernelSpec(
             op="forward" if row["op"] == TRAINING else row["op"],
@@ -185,12 +192,12 @@ def _lengths(at: str, text: str) -> tuple[int, ...]:
     try:
         return from_text(text)
     except ValueError as error:
-        raise ArgumentError(f"{at}: lengths", repr(text), "keys of each sequence, such as 4096,7x128") from error
+        raise ArgumentError(f"{at}: lengths", shown(text), "keys of each sequence, such as 4096,7x128") from error
 
 
 def _int(at: str, name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise ArgumentError(f"{at}: {name}", repr(text), "an int of 0 or more")
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
+        raise ArgumentError(f"{at}: {name}", shown(text), f"an int of 0 or more, of at most {MOST_DIGITS} digits")
     return int(text)
 
 
@@ -199,6 +206,7 @@ def _positive(at: str, name: str, text: str) -> float | None:
         value = float(text) if text else None
     except ValueError:
         value = math.nan
-    if value is not None and not 0 < value < math.inf and not (name == "error" and value in (0.0, math.inf)):
-        raise ArgumentError(f"{at}: {name}", repr(text), "a number of more than 0, or nothing")
+    least, most = NUMBERS[name]
+    if value is not None and not least <= value <= most:
+        raise ArgumentError(f"{at}: {name}", shown(text), f"a number from {least:g} to {most:g}, or nothing")
     return value

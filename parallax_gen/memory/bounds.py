@@ -1,0 +1,93 @@
+"""What the values of a record may be: it may come from anyone's file or database, and is believed within bounds alone.
+
+The bounds are wide: of what was ever measured nothing is near them. Beyond them a value is a mistake or a lie, and much
+that reads records cannot take it: SQLite has integers of 64 bits, and a time of 1e-320 us makes a rate infinite.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+
+from parallax_gen.errors import ArgumentError
+
+LEAST_US, MOST_US = 1e-3, 1e12  # from a nanosecond to eleven days
+MOST_SECONDS = 1e9
+MOST_INT = 2**31 - 1
+LONGEST_LINE, LONGEST_DETAIL = 500, 50_000  # characters
+
+INTS = ("registers", "spills", "shared_bytes")  # fields of a record, as are the following
+# By the field: the least and the most. An error is infinite where an output was not finite.
+NUMBERS = {
+    "time_us": (LEAST_US, MOST_US),
+    "time_us_p20": (LEAST_US, MOST_US),
+    "time_us_p80": (LEAST_US, MOST_US),
+    "compile_s": (0.0, MOST_SECONDS),
+    "error": (0.0, math.inf),
+}
+
+# It is part of the name of a file that is looked up: no path, and no more than a file's name may have.
+_GPU = re.compile("[A-Za-z0-9][ -.0-~]{0,99}")
+_DIGEST = re.compile("([0-9a-f]{32})?")
+# As `datetime.isoformat` writes it: so that of two such texts the later time is the greater one.
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?\+00:00")
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxlong = _shown.maxother = LONGEST_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """A value for an error's text: however long or deep it is, a few words of it."""
+    text = _shown.repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
+def check_text(name: str, value: object) -> None:
+    """Raises ArgumentError unless a field's value is the text that it may be."""
+    if not isinstance(value, str):
+        raise ArgumentError(name, shown(value), "text")
+    if name in ("kernel", "text") and not _DIGEST.fullmatch(value):
+        raise ArgumentError(name, shown(value), "32 hex digits, or nothing")
+    if name == "gpu" and not _GPU.fullmatch(value):
+        raise ArgumentError(name, shown(value), "a name of at most 100 ASCII characters and without /, such as h200")
+    if name == "created_at" and not _TIME.fullmatch(value):
+        raise ArgumentError(name, shown(value), "a time in UTC, such as 2026-01-31T12:00:00+00:00")
+    if name == "detail":
+        if len(value) > LONGEST_DETAIL or not _is_unicode(value):
+            raise ArgumentError(name, shown(value), f"at most {LONGEST_DETAIL} characters of Unicode")
+    elif len(value) > LONGEST_LINE or not value.isprintable():
+        raise ArgumentError(name, shown(value), f"one line of at most {LONGEST_LINE} printable characters")
+
+
+def check_int(name: str, value: object) -> None:
+    """Raises ArgumentError unless a field's value is an int from 0 to MOST_INT."""
+    if type(value) is not int or not 0 <= value <= MOST_INT:
+        raise ArgumentError(name, shown(value), f"an int from 0 to {MOST_INT}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ArgumentError unless a field's value is a number between those of NUMBERS."""
+    least, most = NUMBERS[name]
+    # An int that no float holds has no place in a column of SQLite's, whatever the most is.
+    number = value if isinstance(value, float) or (type(value) is int and value <= MOST_US) else math.nan
+    if not least <= number <= most:
+        raise ArgumentError(name, shown(value), f"a number from {least:g} to {most:g}")
+
+
+def check_flat(name: str, data: Mapping[str, object]) -> None:
+    """Raises ArgumentError where a field of a part of a record is an object or a list: none is."""
+    for field, value in data.items():
+        if isinstance(value, dict | list):
+            raise ArgumentError(f"{name}'s {shown(field)}", shown(value), "a number, a text, true, false or null")
+
+
+def fitting_detail(text: str) -> str:
+    """Why something failed, as a record can hold it: a compiler may have said anything, at any length."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")[:LONGEST_DETAIL]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, as JSON may: no file and no database takes one."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

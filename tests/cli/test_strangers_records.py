@@ -1,0 +1,135 @@
+"""Records of anyone's: no command ends in a traceback for them, and none believes what cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_samples import CALL, PLACE, SPEC, config, evidence, known, known_dkdv, run, run_json
+
+from parallax_gen.cli import doctor
+from parallax_gen.codegen.fingerprint import fingerprint
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.bounds import LEAST_US, LONGEST_DETAIL, LONGEST_LINE, MOST_INT, MOST_US
+from parallax_gen.memory.store import Store
+from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.shapes import LARGEST, Bucket, Shape
+from parallax_gen.problem.spec import LARGEST_READ, KernelSpec
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+NONSENSE: list[dict[str, Any]] = [
+    {"shape": {"batch": 2**2000, "heads": 32, "kv_heads": 8, "seqlen_q": 1, "seqlen_kv": 8192}},
+    *({"time_us": value} for value in (1e-320, 1e308, math.nan, math.inf, -1.0, True, 10**400)),
+    {"registers": 2**64},
+    {"detail": "\ud800"},
+    {"source": "\ud800"},
+    {"place": PLACE.flat() | {"gpu": "\ud800"}},
+    {"place": PLACE.flat() | {"bucket.kv_rows": 2**2000}},
+    {"evidence": DEEP},
+    {"detail": DEEP},
+]
+COMMANDS = (
+    ("list",),
+    ("list", "--all"),
+    ("list", "--json"),
+    ("show", *CALL),
+    ("explain", *CALL),
+    ("explain", *CALL, "--json"),
+    ("db", "stats"),
+    ("db", "export", "-"),
+    ("doctor",),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what doctor checks only what it reads."""
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("database", "shipped")})
+
+
+def every_command(folder: Path) -> None:
+    files = ("export", *CALL, "-o", folder / "kernels"), ("report", "--out", folder / "report.html")
+    for command in (*COMMANDS, *files, ("replay", "--borrow")):
+        done = run(*command)
+        assert done.exception is None, (command, done.output)
+
+
+@pytest.mark.parametrize("wrong", NONSENSE, ids=lambda wrong: next(iter(wrong)))
+def test_a_line_that_cannot_be_is_told_and_not_imported(wrong: dict[str, Any], store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.jsonl"
+    good = known().to_dict()
+    file.write_text("\n".join(json.dumps(line) for line in (good, good | wrong)), encoding="utf-8")
+    done = run("db", "import", file)
+    assert (done.exit_code, store.all()) == (1, [])
+    first, second = done.stderr.splitlines()
+    assert first.startswith(f"{file}, line 2: not a record: ")
+    assert second == "error: nothing was imported: 1 of 2 are no results; --skip-bad leaves them out"
+    assert "1 new, 0 replaced, 0 kept, 1 skipped" in run("db", "import", "--skip-bad", file).stdout
+    assert store.all() == [known()]
+    assert run("replay", "--borrow", file).stderr.startswith(f"error: {file}, line 2: not a record: ")
+
+
+def test_what_is_at_the_bounds_is_read_by_every_command(store: Store, tmp_path: Path) -> None:
+    """Of a card, a kernel and sizes that nobody has, and of those that calls ask for."""
+    ints = dict.fromkeys(("registers", "spills", "shared_bytes"), MOST_INT)
+    texts = {"detail": "\n\x1b[31m" + "CUDA " * (LONGEST_DETAIL // 6), "source": "x" * LONGEST_LINE}
+    paged = KernelSpec("decode", 256, "bf16", ragged=True, **LARGEST_READ)
+    sizes = Bucket(LARGEST, LARGEST, LARGEST)
+    strange = DecodeConfig(2**31 - 1, 0, 7, "x" * 64, 0, 2**31 - 1)
+    rows = [
+        known(LEAST_US, shape=Shape(LARGEST, LARGEST, LARGEST, LARGEST, LARGEST), error=1e308, compile_s=1e9),
+        known(MOST_US, splits=4, time_us_p20=MOST_US, time_us_p80=LEAST_US, **ints, **texts),
+        known(None, "crash", splits=6, **ints, **texts),
+        known(1.0, "predicted", splits=8, created_at="9999-12-31T23:59:59+00:00"),
+        known_dkdv(LEAST_US, created_at="0001-01-01T00:00:00+00:00"),
+    ]
+    rows += [known(time, place=place(gpu, paged, sizes)) for gpu in ("h200", "nobodys") for time in (1.0,)]
+    rows += [known(1.0, place=PLACE, config=strange), known(1.0, place=place("nobodys", SPEC, PLACE.bucket))]
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("".join(json.dumps(row.to_dict()) + "\n" for row in rows), encoding="utf-8")
+    assert f"{len(rows)} new" in run("db", "import", file).stdout
+    every_command(tmp_path)
+
+
+def place(gpu: str, spec: KernelSpec, bucket: Bucket) -> Any:
+    return type(PLACE)(gpu, spec, bucket)
+
+
+def test_rows_that_cannot_be_are_passed_over_by_every_command(store: Store, tmp_path: Path) -> None:
+    changes = [
+        "time_us = 1e-320",
+        "registers = 1 << 40",
+        "detail = x'ff'",
+        "place_json = 7",
+        "config_json = '[[]]'",
+        "shape_json = '{\"batch\": 1e999}'",
+        "created_at = 'now'",
+    ]
+    store.merge(known(10.0, unlike={"triton": f"9.{number}"}) for number in range(len(changes)))
+    store.merge([known(250.0), known(260.0, splits=4)])
+    with closing(sqlite3.connect(store.path)) as connection, connection:
+        for number, change in enumerate(changes):
+            connection.execute(f"UPDATE measurements SET {change} WHERE triton = '9.{number}'")
+    every_command(tmp_path)
+    assert (len(store.all()), len(store.unreadable_rows())) == (2, len(changes))
+    assert run_json("explain", *CALL)["record"]["time_us"] == 250.0
+
+
+def test_the_fingerprint_in_a_header_is_the_programs(store: Store, tmp_path: Path) -> None:
+    """And not what a record says of it that has the program's text and another's fingerprint."""
+    false = known(1.0, splits=3, unlike={"kernel": "f" * 32})
+    assert evidence(PLACE, config(3)).text == false.evidence.text
+    store.record(false)
+    render.cache_clear()
+    assert run("export", *CALL, "-o", tmp_path).exit_code == 0
+    (file,) = tmp_path.glob("decode*.py")
+    text = file.read_text(encoding="utf-8")
+    assert text == render(SPEC, config(3), GPUS["h200"]).text
+    assert f"kernel {fingerprint(text)[:12]}" in text
+    assert "f" * 12 not in text
