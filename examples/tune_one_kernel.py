@@ -9,7 +9,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.tune import Job, Progress, Tuner
+from parallax_gen.tuning.tuner import Job, Progress, Tuner
 
 
 def main() -> None:

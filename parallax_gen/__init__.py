@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallax_gen import nn
-    from parallax_gen.runtime.cached import kvcache_workspace_size, parallax_attn_with_kvcache
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
     from parallax_gen.runtime.graphed import GraphedDecode
+    from parallax_gen.runtime.kvcache import kvcache_workspace_size, parallax_attn_with_kvcache
     from parallax_gen.runtime.states import State, merge_states
 
 __version__ = "0.1.0"
@@ -38,8 +38,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants to kn
 _HOMES = {
     "parallax_attn_func": "parallax_gen.runtime.functional",
     "parallax_attn_varlen_func": "parallax_gen.runtime.functional",
-    "parallax_attn_with_kvcache": "parallax_gen.runtime.cached",
-    "kvcache_workspace_size": "parallax_gen.runtime.cached",
+    "parallax_attn_with_kvcache": "parallax_gen.runtime.kvcache",
+    "kvcache_workspace_size": "parallax_gen.runtime.kvcache",
     "GraphedDecode": "parallax_gen.runtime.graphed",
     "State": "parallax_gen.runtime.states",
     "merge_states": "parallax_gen.runtime.states",

@@ -9,14 +9,14 @@ from dataclasses import replace
 from strategies import random_spec
 
 from parallax_gen.codegen.render import render
-from parallax_gen.memory.legacy import SAME
+from parallax_gen.memory.old import SAME
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of, near_buckets, siblings
 from parallax_gen.memory.result import OUTCOMES, PROTOCOL, Evidence, Result
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.space import coerce, knobs_of, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import coerce, knobs_of, why_invalid
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 
 GPU = GPUS["h200"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallax_gen.problem.reference import Reference, reference_forward
+from parallax_gen.oracle.reference import Reference, reference_forward
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 NO_PAGE = 1 << 30  # what a page table has where there is no page

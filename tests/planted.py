@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from parallax_gen.data import PACKAGE, data_dir
+from parallax_gen.files import PACKAGE, data_dir
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
 
@@ -56,7 +56,7 @@ def tune_planted(folder: Path) -> tuple[dict[str, Any], list[Result]]:
         assert text.count(old) == 1
         text = text.replace(old, new)
     template.write_text(text, encoding="utf-8")
-    pool = folder / "parallax_gen" / "tuning" / "pool.py"
+    pool = folder / "parallax_gen" / "tuning" / "workers" / "pool.py"
     lines = pool.read_text(encoding="utf-8").splitlines(keepends=True)
     for name, seconds in SHORTER.items():
         (at,) = [n for n, line in enumerate(lines) if line.startswith(f"{name} = ")]

@@ -13,14 +13,14 @@ from dataclasses import replace
 import torch
 from strategies import SAME_NUMBERS, StepCase
 
+from parallax_gen.codegen.abi import Call, Inputs, Saved
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Call, Inputs, Saved
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.accuracy import why_wrong
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.accuracy import why_wrong
+from parallax_gen.oracle.inputs import attend, random_inputs_of, softmax_scale
+from parallax_gen.oracle.reference import Gradients, reference_backward, reference_varlen_backward
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.reference import Gradients, reference_backward, reference_varlen_backward
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import attend, random_inputs_of, softmax_scale
 
 STEPS = 500
 

@@ -11,18 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallax_gen.codegen.calling import Inputs
-from parallax_gen.problem.config import (
-    DecodeConfig,
-    DkDvConfig,
-    DqDrConfig,
-    ForwardConfig,
-    KernelConfig,
-    PreprocessConfig,
-)
+from parallax_gen.codegen.abi import Inputs
+from parallax_gen.ops.base import DecodeConfig, DkDvConfig, DqDrConfig, ForwardConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.space import coerce, knobs_of, why_invalid
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.space import coerce, knobs_of, why_invalid
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, OPS, RAGGED_ONLY, KernelSpec
 
 GROUPS = (1, 2, 3, 4, 7, 8, 12, 16)

@@ -25,33 +25,38 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# errors.py, data.py, environment.py and machine.py lie under all, and so does the version in parallax_gen itself.
-BELOW = {"errors", "data", "environment", "machine"}
+# errors.py, files.py and describe.py lie under all, and so does the version in parallax_gen itself.
+BELOW = {"errors", "environment", "files"}
+# Imports that later steps of issue 20 take away again.
+FOR_NOW = {"bench": {"cli"}, "report": {"cli"}}
 MAY_IMPORT = {
     "errors": set(),
-    "data": {"errors"},
     "environment": {"errors"},
-    "machine": {"errors"},
+    "files": {"errors"},
     "problem": BELOW,
-    "codegen": BELOW | {"problem"},
-    "memory": BELOW | {"problem", "codegen"},
-    "tuning": BELOW | {"problem", "codegen", "memory"},
-    "runtime": BELOW | {"problem", "codegen", "memory"},
-    "distributed": BELOW | {"problem", "codegen", "memory", "runtime"},
-    "compat": BELOW | {"problem", "runtime"},
-    "integrations": BELOW | {"problem", "runtime"},
-    "cli": BELOW | {"problem", "codegen", "memory", "tuning", "runtime"},
+    "ops": BELOW | {"problem"},
+    "codegen": BELOW | {"problem", "ops"},
+    "oracle": BELOW | {"problem", "ops", "codegen"},
+    "memory": BELOW | {"problem", "ops", "codegen"},
+    "tuning": BELOW | {"problem", "ops", "codegen", "oracle", "memory"},
+    "runtime": BELOW | {"problem", "ops", "codegen", "oracle", "memory"},
+    "distributed": BELOW | {"problem", "ops", "codegen", "oracle", "memory", "runtime"},
+    "integrations": BELOW | {"problem", "oracle", "runtime"},
+    "compat": {"integrations"},
+    "bench": BELOW | {"problem", "ops", "codegen", "oracle", "memory", "tuning", "runtime"},
+    "report": BELOW | {"problem", "ops", "codegen", "memory", "tuning", "bench"},
+    "cli": BELOW | {"problem", "ops", "codegen", "memory", "tuning", "runtime", "bench", "report"},
 }
 # Outside packages, and the only files or wings that use them.
 ONLY_IN: dict[str, str | tuple[str, ...]] = {
-    "jinja2": ("codegen/render.py", "cli/report/page.py"),  # the page escapes what it is given
+    "jinja2": ("codegen/render.py", "report/page.py"),  # the page escapes what it is given
     "sqlite3": "memory/store.py",
     "sqlite_utils": "memory/store.py",
     # It proposes, its storages are shared by hosts, and it says what finished trials tell of knobs.
-    "optuna": ("tuning/search.py", "tuning/board.py", "tuning/importances.py"),
-    "sqlalchemy": "tuning/board.py",  # comes with Optuna's storages, whose errors it explains
-    "pygments": "cli/report/sources.py",
-    "click": "cli/",
+    "optuna": ("tuning/search/search.py", "tuning/claims.py", "tuning/search/importances.py"),
+    "sqlalchemy": "tuning/claims.py",  # comes with Optuna's storages, whose errors it explains
+    "pygments": "report/sources.py",
+    "click": ("cli/", "bench/"),  # bench/: for now
     "rich": "cli/",
     "transformers": "integrations/transformers/",
 }
@@ -98,7 +103,7 @@ IMPORTS = {module: imports_of(path.read_text(encoding="utf-8"), module) for modu
         ("def f():\n    import a", {"a"}),
         ("if TYPE_CHECKING:\n    import a", {"a"}),
         ("try:\n    import a\nexcept ImportError:\n    a = None", {"a"}),
-        ("load('parallax_gen.tuning.tune')", {"parallax_gen.tuning.tune"}),
+        ("load('parallax_gen.tuning.tuner')", {"parallax_gen.tuning.tuner"}),
         ("'see parallax_gen.tuning'", set()),
     ],
 )
@@ -112,7 +117,7 @@ def test_every_module_has_a_place() -> None:
 
 @pytest.mark.parametrize("wing", MAY_IMPORT)
 def test_imports_go_one_way(wing: str) -> None:
-    allowed = MAY_IMPORT[wing] | {wing, None}
+    allowed = MAY_IMPORT[wing] | FOR_NOW.get(wing, set()) | {wing, None}
     wrong = [
         f"{module} imports {name}"
         for module, names in IMPORTS.items()
@@ -193,11 +198,17 @@ def test_the_integrations_together_load_no_library() -> None:
 def test_what_runs_kernels_loads_no_tuner() -> None:
     modules, _ = look_at("parallax_gen.runtime.functional")
     assert "parallax_gen.codegen.render" in modules
-    assert not [name for name in modules if name.startswith(("optuna", "parallax_gen.tuning", "parallax_gen.cli"))]
+    assert not [
+        name
+        for name in modules
+        if name.startswith(
+            ("optuna", "parallax_gen.tuning", "parallax_gen.bench", "parallax_gen.report", "parallax_gen.cli")
+        )
+    ]
 
 
 def test_the_process_that_tunes_never_meets_a_gpu() -> None:
     """Its children do: a CUDA context of its own would die with the first illegal access, and take the tune along."""
-    modules, _ = look_at("parallax_gen.tuning.tune")
-    assert "parallax_gen.tuning.worker" in modules
+    modules, _ = look_at("parallax_gen.tuning.tuner")
+    assert "parallax_gen.tuning.workers.worker" in modules
     assert not {"torch", "triton"} & modules

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from parallax_gen import machine
-from parallax_gen.errors import BuildError, MachineError, MemoryTakenError
-from parallax_gen.machine import (
+from parallax_gen import errors as machine
+from parallax_gen.errors import (
+    BuildError,
+    MachineError,
+    MemoryTakenError,
     ended_from_outside,
     gist,
     machine_error,

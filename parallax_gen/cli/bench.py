@@ -10,27 +10,17 @@ from pathlib import Path
 
 import click
 
-from parallax_gen.cli.ledger import Ledger
+from parallax_gen.bench.cases import USUAL, cases_of, fewer, sweep
+from parallax_gen.bench.plots import check_picture, draw
+from parallax_gen.bench.rows import A_GRID, CONTENDERS, OURS, QUICK, WITH_CARE, Conditions, Ledger, Row, to_json
 from parallax_gen.cli.lengths import Lengths, lengths_of
-from parallax_gen.cli.options import (
-    Sizes,
-    card_here,
-    check_flags,
-    flag_options,
-    head_dim_of,
-    json_option,
-    shape_option,
-)
-from parallax_gen.cli.pictures import check_picture, draw
-from parallax_gen.cli.rows import A_GRID, CONTENDERS, OURS, QUICK, WITH_CARE, Conditions, Row, to_json
-from parallax_gen.cli.sweep import USUAL, cases_of, fewer, sweep
+from parallax_gen.cli.options import Sizes, card_here, check_flags, flag_options, head_dim_of, json_option, shape_option
 from parallax_gen.cli.tables import print_means, print_rows
 from parallax_gen.cli.text import number, print_json, print_table
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.tuning.grids import SWEEPS
-from parallax_gen.tuning.usual import USUAL_HEAD_DIM, Flags, kernels
+from parallax_gen.problem.workloads import SWEEPS, USUAL_HEAD_DIM, Flags, kernels
 
 QUICKLY = ", quick: not to be quoted"
 PROGRAM = "parallax-gen"
@@ -149,7 +139,7 @@ def bench(
     card = card_here()
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
-    from parallax_gen.cli.versions import conditions
+    from parallax_gen.bench.conditions import conditions
 
     effort = QUICK if quick else A_GRID if grid else WITH_CARE
     how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))
@@ -192,7 +182,7 @@ def _print_conditions(how: Conditions, rows: list[Row]) -> None:
 
 
 def _bench_host(spec: KernelSpec, shape: Shape, how: Conditions, as_json: bool) -> None:
-    from parallax_gen.cli.host import host_times
+    from parallax_gen.bench.host import host_times
 
     times = host_times(spec, shape)
     if as_json:

@@ -13,7 +13,7 @@ from parallax_gen.errors import UnknownGpuError
 from parallax_gen.problem.hardware import Gpu
 
 if TYPE_CHECKING:
-    from parallax_gen.tuning.worker import Worker
+    from parallax_gen.tuning.workers.worker import Worker
 
 
 def devices_of(text: str) -> tuple[int, ...]:
@@ -35,7 +35,7 @@ devices_option = click.option(
 @contextmanager
 def benches_of(devices: tuple[int, ...]) -> Iterator[dict[int, Worker]]:
     """The children that measure, started: they, and not this process, look at the GPUs."""
-    from parallax_gen.tuning.tune import start_benches
+    from parallax_gen.tuning.tuner import start_benches
 
     benches = start_benches(devices)
     try:
@@ -48,7 +48,7 @@ def benches_of(devices: tuple[int, ...]) -> Iterator[dict[int, Worker]]:
 @contextmanager
 def compilers_of(count: int | None, devices: tuple[int, ...]) -> Iterator[list[Worker]]:
     """The children that compile, started: importing torch takes them as long as it takes a GPU to be looked at."""
-    from parallax_gen.tuning.tune import start_compilers
+    from parallax_gen.tuning.tuner import start_compilers
 
     compilers = start_compilers(count, len(devices))
     try:

@@ -99,7 +99,7 @@ def _device() -> Iterator[tuple[str, str]]:
 def _cache() -> Iterator[tuple[str, str]]:
     import warnings
 
-    from parallax_gen.codegen.folders import cache_dir
+    from parallax_gen.files import cache_dir
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -134,9 +134,9 @@ def _database() -> Iterator[tuple[str, str]]:
 
 def _records() -> Iterator[tuple[str, str]]:
     from parallax_gen.cli.known import chosen, standing
-    from parallax_gen.data import data_dir
+    from parallax_gen.files import data_dir
+    from parallax_gen.memory.ranking import Table
     from parallax_gen.memory.shipped import shipped_gpus
-    from parallax_gen.memory.table import Table
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
@@ -168,8 +168,8 @@ def cuobjdump() -> Iterator[tuple[str, str]]:
 
 
 def _compile() -> Iterator[tuple[str, str]]:
-    from parallax_gen.problem.heuristics import default_config
-    from parallax_gen.tuning.worker import Compile, Trial, Worker
+    from parallax_gen.ops.defaults import default_config
+    from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
 
     gpu = card_here() or gpu_by_name(COMPILE_FOR)
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)

@@ -10,7 +10,7 @@ import click
 
 from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import counted, print_json, time_and_rate
-from parallax_gen.problem.config import config_to_dict, describe
+from parallax_gen.ops.base import config_to_dict, describe
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -169,7 +169,7 @@ def _why_unused(result: Result, gpu: Gpu, memory: Memory) -> str:
     """Of a measured one that is no candidate."""
     from parallax_gen.cli.known import ANOTHER_KERNEL
     from parallax_gen.memory.ranking import is_rendered, why_not_chosen
-    from parallax_gen.problem.space import why_invalid
+    from parallax_gen.ops.space import why_invalid
 
     if reason := why_invalid(result.place.spec, result.config, gpu):
         return f"not valid any more: {reason}"

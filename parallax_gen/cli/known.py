@@ -11,11 +11,10 @@ from parallax_gen.cli.text import rate, rate_unit
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.guard import guarded
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Tier, is_rendered
+from parallax_gen.memory.ranking import Candidate, Known, Tier, is_rendered
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.memory.table import Known
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative

@@ -17,8 +17,8 @@ from parallax_gen.problem.spec import OPS
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
     from parallax_gen.memory.place import Place
+    from parallax_gen.memory.ranking import Known
     from parallax_gen.memory.result import Result
-    from parallax_gen.memory.table import Known
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
       parallax-gen list --gpu h200 --op decode
     """
     from parallax_gen.cli.known import Origins, name_in_records, open_memory
-    from parallax_gen.memory.table import Table
+    from parallax_gen.memory.ranking import Table
 
     memory = open_memory()
     results = memory.all()
@@ -98,8 +98,7 @@ def _of_places(results: list[Result], known: Known) -> list[Row]:
 def _every(results: list[Result]) -> list[Row]:
     from parallax_gen.cli.known import ANOTHER_KERNEL, AS_HERE, card_of, unlike_here
     from parallax_gen.memory.gains import default_beside
-    from parallax_gen.memory.ranking import default_of
-    from parallax_gen.memory.table import Table
+    from parallax_gen.memory.ranking import Table, default_of
 
     rows = []
     for place, of_place in groupby(results, key=lambda r: r.place):

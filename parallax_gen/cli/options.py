@@ -15,7 +15,7 @@ from parallax_gen.memory.place import Place
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
-from parallax_gen.tuning.usual import NO_FLAGS, USUAL_HEAD_DIM, WORK, Flags, kernels, spec_for, takes, usual
+from parallax_gen.problem.workloads import NO_FLAGS, USUAL_HEAD_DIM, WORK, Flags, kernels, spec_for, takes, usual
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -6,18 +6,10 @@ import json
 
 import click
 
-from parallax_gen.cli.options import (
-    Asked,
-    Sizes,
-    gpu_named,
-    gpu_option,
-    json_option,
-    kernel_options,
-    shape_option,
-)
+from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json
 from parallax_gen.errors import BuildError
-from parallax_gen.problem.config import KernelConfig, config_from_dict, config_to_dict
+from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -71,7 +63,7 @@ def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -
     """What a child compiled says: in a process of its own, a compiler that crashes is an error like others."""
     from contextlib import closing
 
-    from parallax_gen.tuning.worker import Compile, Trial, Worker
+    from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
 
     with closing(Worker(device=None)) as worker:
         outcome = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)

@@ -13,12 +13,11 @@ from click.core import ParameterSource
 
 from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import console, print_json, print_table
-from parallax_gen.problem.config import config_to_dict
+from parallax_gen.ops.base import config_to_dict
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.borrowing import Borrowed, Summary
-    from parallax_gen.tuning.replay import Curve
-    from parallax_gen.tuning.sweep import Sweep
+    from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
 SHARES = (0.02, 0.05, 0.1, 0.2)  # of a sweep's configs, at which regrets are printed
 SLOW = ("gp",)  # takes minutes a seed: only where it is asked for
@@ -94,9 +93,8 @@ def replay(
         return
     if not files:
         raise click.UsageError("name the files of the sweeps, or say --borrow")
-    from parallax_gen.tuning.replay import CONTENDERS, curves
-    from parallax_gen.tuning.search import missing_package
-    from parallax_gen.tuning.sweep import read_sweep
+    from parallax_gen.tuning.search.recorded_sweep import CONTENDERS, curves, read_sweep
+    from parallax_gen.tuning.search.search import missing_package
 
     for name in samplers:
         if name not in CONTENDERS:

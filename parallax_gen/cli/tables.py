@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import click
 
+from parallax_gen.bench.rows import OURS, SOFTMAX, Row
 from parallax_gen.cli.lengths import with_lengths
-from parallax_gen.cli.rows import OURS, SOFTMAX, Row
 from parallax_gen.cli.text import number, print_table, rate_unit
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.problem.workloads import TRAINING
 
 
 def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.problem.config import DecodeConfig, KernelConfig, config_to_dict
-from parallax_gen.problem.shapes import Bucket, Shape, work_of_lengths
+from parallax_gen.ops.base import DecodeConfig, KernelConfig, config_to_dict
+from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.model import bound_by_matmuls
+from parallax_gen.problem.work import work_of_lengths
+from parallax_gen.tuning.search.cost_model import bound_by_matmuls
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -31,18 +31,17 @@ from parallax_gen.cli.text import (
     rate_unit,
 )
 from parallax_gen.errors import MachineError, MeasureError
-from parallax_gen.problem.config import config_to_dict
+from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.tuning.grids import GRIDS
-from parallax_gen.tuning.usual import NO_FLAGS, STEP, TRAINING, WORK, Flags
+from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, STEP, TRAINING, WORK, Flags
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from parallax_gen.memory.place import Place
     from parallax_gen.tuning.job import Job, Progress
-    from parallax_gen.tuning.tune import Tuner
+    from parallax_gen.tuning.tuner import Tuner
 
 SUCCESSES = ("ok", "predicted")
 
@@ -125,10 +124,9 @@ def tune(
     """
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
-    from parallax_gen.tuning.board import Storage
-    from parallax_gen.tuning.refresh import MOST, known_jobs
-    from parallax_gen.tuning.tune import Tuner
-    from parallax_gen.tuning.worklist import ALL_WORK, of_grid, worklist
+    from parallax_gen.tuning.claims import Storage
+    from parallax_gen.tuning.job import ALL_WORK, known_jobs, of_grid, worklist
+    from parallax_gen.tuning.tuner import Tuner
 
     if grid and (shapes or ops not in ((), ("decode",))):
         raise click.UsageError("--grid: of --op decode alone, without --shape")
@@ -167,7 +165,8 @@ def tune(
             refresh=Memory(store) if refresh else None,
         )
         with tuner:
-            done = _tune_all(tuner, jobs, measure, min(trials, MOST) if refresh else trials, time_budget, store.path)
+            most = min(trials, MOST_REFRESHED) if refresh else trials
+            done = _tune_all(tuner, jobs, measure, most, time_budget, store.path)
     path = store.path
     if as_json:
         print_json(_to_json(done, card, measure, path))
@@ -193,8 +192,7 @@ def _is_wanted(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dt
 def _tune_all(
     tuner: Tuner, jobs: list[Job], measure: bool, trials: int, time_budget: float, path: Path
 ) -> list[Progress]:
-    from parallax_gen.cli.interrupt import Interrupt
-    from parallax_gen.cli.progress import View
+    from parallax_gen.cli.progress import Interrupt, View
 
     if not measure:
         click.echo("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)

@@ -13,13 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from parallax_gen.codegen.calling import empty_inputs, prepare
-from parallax_gen.codegen.folders import cache_dir, triton_cache
+from parallax_gen.codegen.abi import empty_inputs, prepare
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.codegen.resources import Resources, resources_of
-from parallax_gen.errors import BuildError, MachineError
-from parallax_gen.machine import gist, machine_error
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.errors import BuildError, MachineError, gist, machine_error
+from parallax_gen.files import cache_dir, triton_cache
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -10,14 +10,13 @@ from functools import cache, lru_cache
 import jinja2
 
 import parallax_gen
-from parallax_gen.codegen.fingerprint import text_hash
-from parallax_gen.codegen.identity import found
-from parallax_gen.codegen.pieces import scored_and_summed
-from parallax_gen.data import data_dir
+from parallax_gen.codegen.fingerprint import found, text_hash
 from parallax_gen.errors import ConfigError
-from parallax_gen.problem.config import KernelConfig, TileConfig, describe
+from parallax_gen.files import data_dir
+from parallax_gen.ops.base import KernelConfig, TileConfig, describe
+from parallax_gen.ops.space import why_invalid
+from parallax_gen.ops.tiles import scored_and_summed
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import FLAGS, KernelSpec
 
 

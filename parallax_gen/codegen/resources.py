@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from parallax_gen.errors import BuildError, MachineError
-from parallax_gen.machine import gist, machine_error
+from parallax_gen.errors import BuildError, MachineError, gist, machine_error
 
 
 @dataclass(frozen=True)

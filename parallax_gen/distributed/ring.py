@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallax_gen.distributed.group import members
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved
 from parallax_gen.runtime.autocast import cast_inputs
@@ -215,3 +214,16 @@ def _rows_of(state: State, rows: slice) -> State:
     """Some of its queries: views."""
     out, lse, t_mean, v_mean = state
     return State(out[:, rows], lse[..., rows], t_mean[..., rows], v_mean[:, rows])
+
+
+# -- Who is in a process group.
+
+
+def members(group: dist.ProcessGroup | None) -> tuple[int, list[int]]:
+    """This process's rank in a group, and of all its members their ranks among all processes. Raises ArgumentError."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ArgumentError("group", "no group", "one of torch.distributed: call init_process_group first")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ArgumentError("group", "a group without this rank", "one that this rank is in")
+    return rank, dist.get_process_group_ranks(group or dist.group.WORLD)

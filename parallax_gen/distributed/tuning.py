@@ -13,17 +13,16 @@ from torch import Tensor
 
 import parallax_gen
 from parallax_gen.codegen.render import render
-from parallax_gen.data import data_dir
-from parallax_gen.distributed.group import members
+from parallax_gen.distributed.ring import members
 from parallax_gen.errors import DistributedError, ParallaxGenError
+from parallax_gen.files import data_dir
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import counts, default_of, is_valid, siblings
+from parallax_gen.memory.ranking import Table, counts, default_of, is_valid, siblings
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.sharing import places_served, records_shared
-from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import config_to_json
+from parallax_gen.ops.base import config_to_json
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import OPS, KernelSpec

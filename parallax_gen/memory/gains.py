@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import best, default_of, is_rendered
+from parallax_gen.memory.ranking import Known, Table, best, default_of, is_rendered
 from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.memory.table import Known, Table
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 
 

@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parallax_gen.codegen.folders import cache_dir
 from parallax_gen.codegen.render import KernelSource, text_hash_of
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError, MachineError
+from parallax_gen.files import cache_dir
 from parallax_gen.memory.bounds import check_int
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Tier, default_of, ranked
-from parallax_gen.memory.table import Known
+from parallax_gen.memory.ranking import Candidate, Known, Tier, default_of, ranked
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 
 # Bytes a thread that a borrowed kernel may spill more than the default. Of the 62 places in docs/architecture.md, under

@@ -23,19 +23,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from parallax_gen.codegen.render import KernelSource, render, text_hash_of
-from parallax_gen.memory.legacy import same_programs
+from parallax_gen.memory.old import same_programs
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import PROTOCOL, Evidence, Result, supersedes
-from parallax_gen.memory.table import Known
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import SHORTEST, representative
-from parallax_gen.problem.space import why_invalid
 
 
 class Tier(IntEnum):
@@ -292,3 +291,25 @@ def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[
         if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
             searches.append(_Search(measured, group, here))
     return sorted(searches, key=lambda search: (search.like_here, search.newest), reverse=True)
+
+
+# -- What the ranking asks for the records of a place: the memory, or a table that was taken from one.
+
+
+class Known(Protocol):
+    """Where records are looked up."""
+
+    def results(self, place: Place) -> list[Result]:
+        """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
+
+
+class Table:
+    """Records with no file behind them: what processes have that must all choose alike."""
+
+    def __init__(self, records: Iterable[Result]) -> None:
+        self._records: dict[Place, list[Result]] = {}
+        for record in records:
+            self._records.setdefault(record.place, []).append(record)
+
+    def results(self, place: Place) -> list[Result]:
+        return self._records.get(place, [])

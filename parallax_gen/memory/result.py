@@ -7,21 +7,14 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
-from parallax_gen.errors import ArgumentError, ParallaxGenError
-from parallax_gen.machine import stored_of_machine
+from parallax_gen.errors import ArgumentError, ParallaxGenError, stored_of_machine
 from parallax_gen.memory.bounds import INTS, NUMBERS, check_flat, check_int, check_number, check_text, shown
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import (
-    CONFIG_OF_OP,
-    KernelConfig,
-    config_from_dict,
-    config_to_dict,
-    config_to_json,
-)
+from parallax_gen.ops.base import CONFIG_OF_OP, KernelConfig, config_from_dict, config_to_dict, config_to_json
 from parallax_gen.problem.shapes import Shape
 
-# Version of the timing protocol (tuning/measure.py says what it is): times of two protocols are not compared.
+# Version of the timing protocol (tuning/workers/measure.py says what it is): times of two protocols are not compared.
 PROTOCOL = 1
 
 OUTCOMES = ("ok", "invalid", "compile", "resources", "timeout", "crash", "wrong", "slow", "predicted")

@@ -12,10 +12,9 @@ from dataclasses import replace
 
 from parallax_gen.memory.guard import looked_at
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import counts, near_places, shown_by, sibling_places, siblings
+from parallax_gen.memory.ranking import Table, counts, near_places, shown_by, sibling_places, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.memory.table import Table
 from parallax_gen.problem.hardware import Gpu
 
 

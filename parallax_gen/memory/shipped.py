@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from parallax_gen.data import data_dir
 from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.files import data_dir
 from parallax_gen.memory.lines import from_line, write_lines
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Result, reading_order, supersedes

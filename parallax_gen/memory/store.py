@@ -16,19 +16,11 @@ from sqlite_utils import Database
 from sqlite_utils.db import NoTable
 from sqlite_utils.utils import sqlite3  # the module that Database uses, which need not be the standard one
 
-from parallax_gen.data import data_dir, user_path
 from parallax_gen.errors import ArgumentError, MachineError, StoreError
+from parallax_gen.files import data_dir, user_path
 from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.memory.place import Place, Scalar
-from parallax_gen.memory.result import (
-    LONGEST_REASON,
-    NO_RESULT,
-    OUTCOMES,
-    Evidence,
-    Result,
-    reading_order,
-    supersedes,
-)
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, OUTCOMES, Evidence, Result, reading_order, supersedes
 
 __all__ = ["OUTCOMES", "Result", "Store", "default_path"]
 

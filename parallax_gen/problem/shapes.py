@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -181,69 +180,6 @@ def timed_shape(spec: KernelSpec, shape: Shape) -> Shape:
     """The shape of equal lengths that is as much work as a batch of `timed_lengths` on the average."""
     batches = timed_lengths(spec, shape)
     return replace(shape, seqlen_kv=max(1, round(sum(map(sum, batches)) / (len(batches) * shape.batch))))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a call must do at the least: floating-point operations, and bytes of device memory moved."""
-
-    flops: float
-    bytes: float
-
-
-# Matmuls of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and two for dk;
-# dqdr s, t, a, dq, dr.
-MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4}
-SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of them, those that find s, t and a; the others sum what comes of them
-
-
-def work_of(spec: KernelSpec, shape: Shape) -> Work:
-    """The op's matmuls over the visible pairs; each input read and each output written once."""
-    q_rows = shape.batch * shape.heads * shape.seqlen_q
-    keys = min(shape.seqlen_kv, shape.window + shape.seqlen_q - 1) if shape.window else shape.seqlen_kv
-    kv_rows = shape.batch * shape.kv_heads * keys
-    if spec.op == "preprocess":
-        # Reads do, o and v̄ (D wide), lse and t̄; writes four numbers a row; a product and a sum for b and for T.
-        return Work(4.0 * q_rows * spec.head_dim, float(q_rows * (3 * spec.head_dim * spec.bytes_per_element + 24)))
-    flops = 2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
-    q_wide, kv_wide, row_bytes = 3, 2, 0  # q, r, o; k, v
-    if spec.op in ("dkdv", "dqdr"):
-        q_wide, kv_wide = (3, 4) if spec.op == "dkdv" else (5, 2)  # q, r, do and dq, dr; k, v and dk, dv
-        row_bytes = 16
-    elif spec.stats:
-        q_wide, row_bytes = 4, 8  # v̄ beside o; lse and t̄
-    moved = (q_rows * q_wide * spec.bytes_per_element + kv_rows * kv_wide * spec.cache_bytes) * spec.head_dim
-    return Work(flops=float(flops), bytes=float(moved + q_rows * row_bytes))
-
-
-def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> Work:
-    """`work_of` where each sequence has its own keys, of which there may be fewer than the shape says; () is all."""
-    if not lengths:
-        return work_of(spec, shape)
-    batches = [replace(shape, batch=count, seqlen_kv=keys) for keys, count in Counter(lengths).items()]
-    works = [work_of(spec, batch) for batch in batches]
-    return Work(sum(work.flops for work in works), sum(work.bytes for work in works))
-
-
-def _visible(spec: KernelSpec, shape: Shape) -> float:
-    """(query, key) pairs that are seen, of one head of one sequence."""
-    return visible_pairs(shape.seqlen_q, shape.seqlen_kv, spec.causal, shape.window)
-
-
-def visible_pairs(seqlen_q: int, seqlen_kv: int, causal: bool, window: int = 0) -> float:
-    """(query, key) pairs that are seen, of one head of one sequence. window: 0 for none.
-
-    Row i of a causal call sees max(0, seqlen_kv - seqlen_q + i + 1) keys. Counted as the area of the triangle or
-    trapezium, half when square: the usual convention for quoting causal rates. A window cuts off a corner of it.
-    """
-    if not causal:
-        return seqlen_q * seqlen_kv
-    rows = min(seqlen_q, seqlen_kv)
-    seen = rows * (seqlen_kv - rows) + rows * rows / 2
-    if 0 < window < seqlen_kv:
-        shortest, longest = max(0, seqlen_kv - rows - window), seqlen_kv - window
-        seen -= (longest**2 - shortest**2) / 2
-    return seen
 
 
 def _nearest_power_of_two(size: int) -> int:

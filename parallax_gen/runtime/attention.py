@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.calling import rows_like, sizes_of
-from parallax_gen.problem.partial import partial_backward
-from parallax_gen.problem.reference import (
+from parallax_gen.codegen.abi import rows_like, sizes_of
+from parallax_gen.oracle.partial import partial_backward
+from parallax_gen.oracle.reference import (
     Gradients,
     Reference,
     reference_backward,

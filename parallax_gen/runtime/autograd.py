@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.tangents import reference_tangent, reference_varlen_tangent
+from parallax_gen.oracle.partial import reference_tangent, reference_varlen_tangent
 from parallax_gen.runtime import flops
 from parallax_gen.runtime.attention import Saved, backward, forward, stats_shape
 from parallax_gen.runtime.checks import Request, inputs_of, starts_of

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from parallax_gen.problem.shapes import MATMULS, SCORES, visible_pairs
+from parallax_gen.problem.work import MATMULS, SCORES, visible_pairs
 from parallax_gen.runtime.checks import Request
 
 _OF_REQUEST = len(Request._fields)

@@ -11,14 +11,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
 from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.autograd import attend, attend_under_transforms, attend_without_gradients, plain
-from parallax_gen.runtime.checks import (
-    Request,
-    check_flag,
-    check_numbers,
-    check_request,
-    inputs_of,
-    records_gradients,
-)
+from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request, inputs_of, records_gradients
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
 from parallax_gen.runtime.transforms import (
     breaks_graph,

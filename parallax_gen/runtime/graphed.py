@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.cached import kvcache_workspace_size, parallax_attn_with_kvcache
+from parallax_gen.runtime.kvcache import kvcache_workspace_size, parallax_attn_with_kvcache
 from parallax_gen.runtime.states import State
 from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.calling import Scratch, scratch_of
+from parallax_gen.codegen.abi import Scratch, scratch_of
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.advice import level_of_user
 from parallax_gen.runtime.dispatch import default_dispatcher
-from parallax_gen.runtime.replay import Launched, aligned, record, replay
+from parallax_gen.runtime.launch_replay import Launched, aligned, record, replay
 from parallax_gen.runtime.workspace import Workspace, parts_of
 
 # A cache that grows by a key each step makes a plan each step: past this many, start over.

@@ -16,15 +16,14 @@ from pathlib import Path
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.lines import is_database, read_file
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, best, default_of, siblings
+from parallax_gen.memory.ranking import Table, Tier, best, default_of, siblings
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain, minor
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.sweep import TIMED, read_sweep
+from parallax_gen.tuning.search.recorded_sweep import TIMED, read_sweep
 
 NEAREST = "the nearest bucket"  # whose best record is judged for every op, whether or not the ranking has that tier
 CHOICES = (*(tier.words for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.words)  # the best first

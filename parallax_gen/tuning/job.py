@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, evidence_of
+from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of, near_buckets, ranked, siblings
 from parallax_gen.memory.result import PROTOCOL, Result
-from parallax_gen.memory.shipped import load_shipped
+from parallax_gen.memory.shipped import Memory, load_shipped
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import TILED, KernelConfig
+from parallax_gen.ops.base import TILED, KernelConfig
+from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
-from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_shape
+from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative, timed_shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual
 
 _Which = TypeVar("_Which", KernelSpec, Bucket)
 
@@ -130,3 +133,110 @@ class Progress:
     @property
     def done(self) -> int:
         return sum(self.kinds.values())
+
+
+# -- The jobs that a tune has to do.
+
+# Everything: inference, then training.
+ALL_WORK = ("forward", "decode", TRAINING)
+
+
+def worklist(
+    gpu: Gpu,
+    *,
+    ops: Sequence[str] = ALL_WORK,
+    head_dims: Sequence[int] = (),
+    dtypes: Sequence[str] = ("bf16",),
+    shapes: Mapping[str, Sequence[Shape]] | None = None,
+    flags: Flags = NO_FLAGS,
+) -> list[Job]:
+    """Every combination as a job, op by op in the order given; those of the same key once.
+
+    ops        of OPS, or TRAINING for the four kernels of a training step
+    head_dims  by default 128 of the shapes given, else the usual ones
+    shapes     an op's, by default the usual ones; each one's heads are its jobs' group
+    flags      each goes to the ops that have it
+    """
+    jobs: dict[Job, None] = {}  # a set that keeps the order
+    for op in ops:
+        if shapes is None:
+            sizes = usual(op, tuple(head_dims))
+        else:
+            sizes = {head_dim: tuple(shapes[op]) for head_dim in head_dims or (USUAL_HEAD_DIM,)}
+        for head_dim, its_shapes in sizes.items():
+            for dtype in dtypes:
+                for shape in its_shapes:
+                    for spec, seen in kernels(op, head_dim, dtype, shape, flags):
+                        jobs[Job(spec, bucket_of(seen), gpu)] = None
+    return list(jobs)
+
+
+def of_grid(
+    gpu: Gpu,
+    grid: Sequence[tuple[int, Shape]],
+    head_dims: Sequence[int] = (),
+    dtypes: Sequence[str] = ("bf16",),
+    flags: Flags = NO_FLAGS,
+) -> list[Job]:
+    """A grid's decode jobs, those of the same key once; of some of its head_dims, if given."""
+    jobs: dict[Job, None] = {}
+    for head_dim, shape in grid:
+        for dtype in dtypes:
+            if not head_dims or head_dim in head_dims:
+                ((spec, seen),) = kernels("decode", head_dim, dtype, shape, flags)
+                jobs[Job(spec, bucket_of(seen), gpu)] = None
+    return list(jobs)
+
+
+# -- What is worth timing again where something is known already: places, and of each of them a few configs.
+
+MOST_REFRESHED = 6  # configs of a place
+OF_A_TIER = 2  # at most so many rest on evidence alike: the fastest two of a search differ by less than a timing
+HINTS = 1  # of kernels that are not rendered any more
+
+
+def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
+    """Every place that anything was measured at, on a card or on one like it.
+
+    Calls that rest on the least come first, so that a refresh that is stopped has done the most; but the kernels of
+    a training step stay together, as they are checked on the same inputs.
+    """
+    names = (gpu.name, *siblings(gpu))
+    measured = (result.place for name in names for result in memory.all(name) if result.measured)
+    places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
+    chosen = {place: best(place, gpu, memory) for place in places if wanted(place)}
+    together: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
+    for place in chosen:
+        together.setdefault((step_of(place.spec), place.bucket), []).append(place)
+    order = sorted(together.values(), key=lambda of_step: max(chosen[place].tier for place in of_step), reverse=True)
+    return [Job(place.spec, place.bucket, gpu) for of_step in order for place in of_step]
+
+
+def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:
+    """Of a job's place what may be fastest by all that is known.
+
+    First what calls get now: a refresh that is stopped there leaves them that. Then today's default; of each tier of
+    the ranking a few; the best of the nearest bucket; and of what is not rendered any more, or was found by a search
+    that did not know a knob, the fastest.
+    """
+    place, gpu = job.place, job.gpu
+    found: dict[KernelConfig, None] = {default_of(place, gpu): None}
+    taken: Counter[Tier] = Counter()
+    for candidate in ranked(place, gpu, memory):
+        if candidate.config not in found and taken[candidate.tier] < OF_A_TIER:
+            taken[candidate.tier] += 1
+            found[candidate.config] = None
+    found |= dict.fromkeys(_fastest(memory.results(place), job, 1))
+    for near in near_buckets(place):
+        if there := _fastest(memory.results(near), job, 1):
+            found |= dict.fromkeys(there)
+            break
+    hints = (result for name in siblings(gpu) for result in memory.results(replace(place, gpu=name)))
+    found |= dict.fromkeys(_fastest(hints, job, HINTS))
+    return list(dict.fromkeys([best(place, gpu, memory).config, *found]))[:MOST_REFRESHED]
+
+
+def _fastest(results: Iterable[Result], job: Job, count: int) -> Sequence[KernelConfig]:
+    """Configs of the fastest that were measured and are valid today."""
+    measured = sorted((r for r in results if r.measured), key=lambda r: r.time_us or 0.0)
+    return [r.config for r in measured if why_invalid(job.spec, r.config, job.gpu) is None][:count]

@@ -14,16 +14,15 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of, is_current
 from parallax_gen.memory.result import Evidence, Result, reading_order, supersedes
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import KernelConfig, config_to_json
-from parallax_gen.problem.heuristics import promising_configs
-from parallax_gen.problem.space import neighbours
-from parallax_gen.tuning.board import Board
-from parallax_gen.tuning.estimate import guess_us
+from parallax_gen.ops.base import KernelConfig, config_to_json
+from parallax_gen.ops.defaults import promising_configs
+from parallax_gen.ops.space import neighbours
+from parallax_gen.tuning.claims import Board
 from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress, nearby_configs, proven_configs
-from parallax_gen.tuning.model import predict_us
-from parallax_gen.tuning.search import Search
-from parallax_gen.tuning.worker import Compile, Measure, Outcome, Request, Trial
+from parallax_gen.tuning.search.cost_model import guess_us, predict_us
+from parallax_gen.tuning.search.search import Search
+from parallax_gen.tuning.workers.worker import Compile, Measure, Outcome, Request, Trial
 
 MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
 SUCCEEDED = ("ok", "slow", "predicted")  # outcomes with a time

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parallax_gen import data
+from parallax_gen import files as data
 from parallax_gen.memory import guard, shipped
 from parallax_gen.memory.store import Store
 

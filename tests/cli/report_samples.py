@@ -10,10 +10,10 @@ from cli_samples import OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv, run
 
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import every_config
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
 
@@ -33,7 +33,7 @@ def fill(store: Store) -> None:
     store.record(known(90.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))))
     place = dataclasses.replace(PLACE, bucket=Bucket(64, 1, 8192))
     store.record(known(70.0, place=place, unlike=OTHER_TOOLCHAIN, source=HOSTILE))
-    store.record(known(280.0, place=dataclasses.replace(PLACE, gpu=HOSTILE)))
+    store.record(known(280.0, place=dataclasses.replace(PLACE, gpu=HOSTILE.replace("/", ""))))
     store.record(known_dkdv(900.0))
     write_shipped([known(300.0, place=dataclasses.replace(PLACE, gpu="h100"))], "h100")
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from cli_samples import run, run_json
 
+from parallax_gen.bench import cases as sweep_module
+from parallax_gen.bench.baselines.contenders import contenders
+from parallax_gen.bench.rows import CONTENDERS, Effort, Row
+from parallax_gen.bench.run import PARTS
 from parallax_gen.cli import bench as bench_module
-from parallax_gen.cli import sweep as sweep_module
-from parallax_gen.cli.compare import PARTS
-from parallax_gen.cli.contenders import contenders
-from parallax_gen.cli.rows import CONTENDERS, Effort, Row
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.problem.workloads import TRAINING
 
 SPEC, SHAPE = KernelSpec("decode", 128, "bf16"), Shape(1, 8, 8, 1, 4096)
 ROWS = [

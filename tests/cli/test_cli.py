@@ -18,7 +18,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.tuning.usual import TRAINING, Flags
+from parallax_gen.problem.workloads import TRAINING, Flags
 
 COMMANDS = (
     *("tune", "list", "show", "explain", "render", "export", "bench", "report", "ship", "db", "doctor", "completion"),
@@ -304,7 +304,7 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     write_shipped(
         [known(unlike=OTHER_TOOLCHAIN, place=longer), known(unlike=OTHER_KERNEL, place=wider)], "h200", folder
     )
-    monkeypatch.setattr("parallax_gen.data.data_dir", lambda name: folder)  # which the check looks into
+    monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # which the check looks into
     store.record(known(place=replace(PLACE, gpu="a100")))  # of which nothing ships
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     counted = "kernels and sizes in your database and what ships, of which calls get"

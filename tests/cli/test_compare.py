@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.cli import compare as comparing
-from parallax_gen.cli.compare import PARTS, compare
-from parallax_gen.cli.contenders import Contender, contenders
-from parallax_gen.cli.expected import Judge, random_case
-from parallax_gen.cli.rows import Effort, Row
+from parallax_gen.bench import run as comparing
+from parallax_gen.bench.baselines.contenders import Contender, contenders
+from parallax_gen.bench.judge import Judge, random_case
+from parallax_gen.bench.rows import Effort, Row
+from parallax_gen.bench.run import PARTS, compare
 from parallax_gen.errors import MeasureError
-from parallax_gen.problem.accuracy import tolerance
-from parallax_gen.problem.reference import reference_forward
-from parallax_gen.problem.shapes import Shape, work_of
+from parallax_gen.oracle.accuracy import tolerance
+from parallax_gen.oracle.reference import reference_forward
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.usual import TRAINING
-from parallax_gen.tuning.worker import Timing
+from parallax_gen.problem.work import work_of
+from parallax_gen.problem.workloads import TRAINING
+from parallax_gen.tuning.workers.worker import Timing
 
 STEP = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True)
 SHAPE = Shape(2, 4, 2, 40, 40)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.cli.expected import Judge, Sample, random_case
+from parallax_gen.bench.judge import Judge, Sample, random_case
+from parallax_gen.oracle.verify import oracle
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.usual import TRAINING
-from parallax_gen.tuning.verify import oracle
+from parallax_gen.problem.workloads import TRAINING
 
 STEP = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True)
 SHAPE = Shape(4, 6, 3, 40, 40)

@@ -31,8 +31,8 @@ from parallax_gen.memory.guard import keep
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
-from parallax_gen.problem.config import config_to_json
-from parallax_gen.problem.heuristics import default_config
+from parallax_gen.ops.base import config_to_json
+from parallax_gen.ops.defaults import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 
 EXPORT = ("export", "--gpu", "h200", "--op", "decode", "-o")

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.cli import peers
-from parallax_gen.cli.contenders import contenders
-from parallax_gen.cli.expected import random_case
-from parallax_gen.cli.flash import FLASH
-from parallax_gen.cli.rows import CONTENDERS, SOFTMAX
-from parallax_gen.codegen.calling import Inputs
-from parallax_gen.problem.reference import reference_forward
+from parallax_gen.bench.baselines import peers
+from parallax_gen.bench.baselines.contenders import contenders
+from parallax_gen.bench.baselines.flash_attn import FLASH
+from parallax_gen.bench.judge import random_case
+from parallax_gen.bench.rows import CONTENDERS, SOFTMAX
+from parallax_gen.codegen.abi import Inputs
+from parallax_gen.oracle.inputs import attend
+from parallax_gen.oracle.reference import reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.inputs import attend
-from parallax_gen.tuning.usual import TRAINING
+from parallax_gen.problem.workloads import TRAINING
 
 CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True)
 WINDOWED = KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True)
@@ -201,7 +201,7 @@ def _helion(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_helion")
 @pytest.mark.parametrize(("spec", "window"), [(CAUSAL, 0), (WINDOWED, 9)])
 def test_official_helion(spec: KernelSpec, window: int) -> None:
-    from parallax_gen.cli.expected import Judge
+    from parallax_gen.bench.judge import Judge
 
     shape = Shape(2, 4, 2, 40, 40, window)
     for op in ("forward", TRAINING):

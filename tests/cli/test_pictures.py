@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 import pytest
 
-from parallax_gen.cli.pictures import check_picture, draw, ratios_of
-from parallax_gen.cli.rows import Row
+from parallax_gen.bench.plots import check_picture, draw, ratios_of
+from parallax_gen.bench.rows import Row
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv
 
-from parallax_gen.cli.report.benches import Timing, read_bench, times_ours
-from parallax_gen.cli.report.data import Report, collect, to_json
-from parallax_gen.cli.report.failures import reasons
-from parallax_gen.cli.report.figures import Scale, history, rooflines
-from parallax_gen.cli.report.matrices import coverage, means, speed_ups
 from parallax_gen.errors import ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
+from parallax_gen.ops.defaults import default_config
 from parallax_gen.problem.hardware import gpu_by_name
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.report.benches import Timing, read_bench, times_ours
+from parallax_gen.report.charts import Scale, history, rooflines
+from parallax_gen.report.data import Report, collect, to_json
+from parallax_gen.report.failures import reasons
+from parallax_gen.report.matrices import coverage, means, speed_ups
 
 HERE = Toolchain.here()
 OTHER_GPU = dataclasses.replace(PLACE, gpu="h100")
@@ -255,8 +255,7 @@ def test_a_bench_file_needs_few_columns_and_may_have_more(tmp_path: Path) -> Non
 
 def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     """Rows of both kinds, through bench's own writers: a training step has a window, and is the forward's by spec."""
-    from parallax_gen.cli.ledger import Ledger
-    from parallax_gen.cli.rows import WITH_CARE, Conditions, Row, to_json
+    from parallax_gen.bench.rows import WITH_CARE, Conditions, Ledger, Row, to_json
 
     step = KernelSpec("forward", 96, "bf16", 2, causal=True, stats=True, window=True)
     paged = KernelSpec("decode", 128, "fp16", 4, ragged=True, page_size=16, cache_dtype="e4m3")

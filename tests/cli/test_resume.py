@@ -11,18 +11,29 @@ from pathlib import Path
 import pytest
 from cli_samples import run, run_json
 
+from parallax_gen.bench import cases as sweep_module
+from parallax_gen.bench.cases import bytes_needed, cases_of, fewer
+from parallax_gen.bench.rows import (
+    A_GRID,
+    COLUMNS,
+    CONTENDERS,
+    QUICK,
+    WITH_CARE,
+    Conditions,
+    Effort,
+    Ledger,
+    Row,
+    from_flat,
+    to_flat,
+)
 from parallax_gen.cli import bench as bench_module
-from parallax_gen.cli import sweep as sweep_module
-from parallax_gen.cli.ledger import COLUMNS, Ledger
 from parallax_gen.cli.options import Sizes
-from parallax_gen.cli.rows import A_GRID, CONTENDERS, QUICK, WITH_CARE, Conditions, Effort, Row, from_flat, to_flat
-from parallax_gen.cli.sweep import bytes_needed, cases_of, fewer
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.usual import NO_FLAGS, TRAINING, Flags
+from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, Flags
 
 H200 = gpu_by_name("h200")
 HOW = Conditions("h200", "NVIDIA H200", "0.1.0", "2.11.0", "3.6.0", "13.0", A_GRID, "parallax-gen bench")
@@ -366,6 +377,6 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("parallax_gen.cli.ledger._append", full)
+    monkeypatch.setattr("parallax_gen.bench.rows._append", full)
     with pytest.raises(ParallaxGenError, match=r"cannot be written: .*No space left"):
         ledger.add([ROW])

@@ -14,10 +14,10 @@ from cli_samples import OTHER_TOOLCHAIN, PLACE, config, known, run, run_json
 
 from parallax_gen.memory.ranking import default_of
 from parallax_gen.memory.store import Store
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import representative
-from parallax_gen.problem.space import every_config
-from parallax_gen.tuning.sweep import read_sweep
+from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 SHAPE = representative(PLACE.bucket, PLACE.spec.group)
 FEW = ("--sampler", "ours", "--sampler", "random", "--seeds", 3, "--workers", 1)

@@ -20,8 +20,8 @@ from parallax_gen.cli.text import print_table
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import DTYPES, OPS
+from parallax_gen.problem.workloads import GRIDS, SWEEPS
 from parallax_gen.runtime.dispatch import Dispatcher
-from parallax_gen.tuning.grids import GRIDS, SWEEPS
 
 WIDE = ("column", "note"), [("c" * 70, "one two three " * 9), ("short", "four")]
 

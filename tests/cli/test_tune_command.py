@@ -12,15 +12,14 @@ import pytest
 from cli_samples import CALL, H200, PLACE, config, known, known_dkdv, process, run
 from rich.console import Console
 
-from parallax_gen.cli.interrupt import Interrupt
-from parallax_gen.cli.progress import View
+from parallax_gen.cli.progress import Interrupt, View
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.worker import Compile, Measure, Outcome, Rematch, Timing
+from parallax_gen.tuning.workers.worker import Compile, Measure, Outcome, Rematch, Timing
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 

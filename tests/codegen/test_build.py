@@ -21,17 +21,17 @@ import pytest
 from strategies import GOLDEN, Kernel, random_kernels
 
 from parallax_gen.codegen.build import compile_for, load, write
-from parallax_gen.codegen.folders import cache_dir
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import BuildError, MachineError, MemoryTakenError
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.files import cache_dir
+from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.defaults import default_config, most_shared_bytes
+from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config, most_shared_bytes
 from parallax_gen.problem.shapes import Bucket, Shape, representative
-from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.tune import MOST_SPILLS
-from parallax_gen.tuning.worker import Compile, Outcome, Trial, Worker
+from parallax_gen.tuning.tuner import MOST_SPILLS
+from parallax_gen.tuning.workers.worker import Compile, Outcome, Trial, Worker
 
 ROOT = Path(__file__).parents[2]
 GPU = GPUS["h200"]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from parallax_gen.codegen.abi import Scratch, empty_inputs, in_fours, prepare, scratch_of
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Scratch, empty_inputs, in_fours, prepare, scratch_of
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig
+from parallax_gen.ops.base import DecodeConfig, ForwardConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from lowering import Job, needs
 
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import coerce, knobs_of, shared_bytes, why_invalid
 from parallax_gen.problem.hardware import GIB, GPUS, Gpu, recognise
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, representative
-from parallax_gen.problem.space import coerce, knobs_of, shared_bytes, why_invalid
 from parallax_gen.problem.spec import KernelSpec
 
 CARDS: dict[str, Gpu] = {

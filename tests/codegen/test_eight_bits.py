@@ -15,13 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.calling import Inputs
+from parallax_gen.codegen.abi import Inputs, torch_dtype
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.oracle import verify
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.reference import torch_dtype
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import verify
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
 

@@ -13,16 +13,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from parallax_gen.codegen.abi import Inputs
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Inputs
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.problem.accuracy import errors, tolerance, why_wrong
-from parallax_gen.problem.config import ForwardConfig
+from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.accuracy import errors, tolerance, why_wrong
+from parallax_gen.oracle.inputs import attend, random_inputs_of, softmax_scale
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import attend, random_inputs_of, softmax_scale
 
 # The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]

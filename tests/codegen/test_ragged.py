@@ -14,15 +14,15 @@ import torch
 from caches import Part, attended, cut, of_one_kv_head, put_together, whole
 from torch import Tensor
 
+from parallax_gen.codegen.abi import Call, Inputs
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Call, Inputs
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 # The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]

@@ -22,9 +22,9 @@ from strategies import GOLDEN, Kernel, random_kernels
 from parallax_gen.codegen import render as render_module
 from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.render import render, template_of
-from parallax_gen.data import data_dir
 from parallax_gen.errors import ConfigError
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig
+from parallax_gen.files import data_dir
+from parallax_gen.ops.base import DecodeConfig, ForwardConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import OPS, KernelSpec
 

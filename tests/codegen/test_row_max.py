@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from parallax_gen.codegen.abi import Call, Inputs, prepare
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Call, Inputs, prepare
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.problem.config import ForwardConfig
+from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 # What the GPU does silently: it divides by zero and takes log2 of it where a row sees no key, and runs over.
 pytestmark = [

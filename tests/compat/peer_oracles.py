@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from parallax_gen.problem.accuracy import assert_close, gradient_sizes
+from parallax_gen.oracle.accuracy import assert_close, gradient_sizes
 
 
 def attended(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallax_gen.compat.fla import naive_parallax, parallax_decode, parallax_decode_one_step, parallel_parallax
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.accuracy import assert_close
+from parallax_gen.oracle.accuracy import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 

@@ -10,7 +10,6 @@ import torch
 from peer_oracles import attended, causal, check_gradients, normal, packed
 from torch import Tensor
 
-from parallax_gen.compat import official_training
 from parallax_gen.compat.official import (
     GraphedDecode,
     parallax_attn_with_kvcache,
@@ -23,7 +22,8 @@ from parallax_gen.compat.official import (
 )
 from parallax_gen.compat.official_triton import parallax_decode as triton_decode
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.accuracy import assert_close, gradient_sizes
+from parallax_gen.integrations.drop_in import official_training
+from parallax_gen.oracle.accuracy import assert_close, gradient_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 

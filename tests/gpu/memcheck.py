@@ -11,12 +11,12 @@ from typing import Any
 
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.config import DecodeConfig, KernelConfig
-from parallax_gen.problem.heuristics import default_config
+from parallax_gen.ops.base import DecodeConfig, KernelConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.inputs import awkward_shape
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import awkward_shape
 
 EVEN, RAGGED = {"group": 4}, {"group": 4, "ragged": True}
 PROMPT = {"many_queries": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **RAGGED}

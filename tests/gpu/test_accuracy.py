@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.cli import steps
-from parallax_gen.codegen.calling import Inputs
+from parallax_gen.bench.baselines import steps
+from parallax_gen.codegen.abi import Inputs
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.accuracy import assert_close, errors, gradient_sizes, tolerance
-from parallax_gen.problem.config import ForwardConfig
-from parallax_gen.problem.reference import Gradients, reference_backward, reference_forward
+from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.oracle.inputs import random_inputs_of
+from parallax_gen.oracle.reference import Gradients, reference_backward, reference_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import random_inputs_of
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from parallax_gen.cli import main
-from parallax_gen.problem.accuracy import tolerance
+from parallax_gen.oracle.accuracy import tolerance
 
 pytestmark = pytest.mark.gpu
 

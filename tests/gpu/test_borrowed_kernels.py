@@ -8,20 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallax_gen.codegen.abi import prepare
 from parallax_gen.codegen.build import compile_for, compile_here, load
-from parallax_gen.codegen.calling import prepare
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.memory import guard
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, default_of, evidence_of
+from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.table import Table
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.base import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import Dispatcher
-from parallax_gen.tuning.inputs import random_inputs_of, softmax_scale
 
 pytestmark = pytest.mark.gpu
 

@@ -13,9 +13,9 @@ from drop_in import PROGRAMS, run
 from torch import Tensor
 
 from parallax_gen.compat import fla, official, official_triton
-from parallax_gen.problem.accuracy import assert_close, errors, gradient_sizes, tolerance
-from parallax_gen.problem.cached import reference_cached_forward
-from parallax_gen.problem.reference import reference_backward, reference_forward, reference_varlen_forward
+from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.oracle.kvcache import reference_cached_forward
+from parallax_gen.oracle.reference import reference_backward, reference_forward, reference_varlen_forward
 
 pytestmark = pytest.mark.gpu
 

@@ -15,25 +15,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.errors import OutOfResources
 
+from parallax_gen.codegen.abi import Call, Inputs, Saved
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.calling import Call, Inputs, Saved
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.accuracy import why_wrong
-from parallax_gen.problem.config import (
-    DecodeConfig,
-    DkDvConfig,
-    DqDrConfig,
-    ForwardConfig,
-    KernelConfig,
-    PreprocessConfig,
-)
-from parallax_gen.problem.heuristics import default_config
+from parallax_gen.ops.base import DecodeConfig, DkDvConfig, DqDrConfig, ForwardConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import why_invalid
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.accuracy import why_wrong
+from parallax_gen.oracle.inputs import POISON, awkward_shape, random_inputs_of, softmax_scale
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import POISON, awkward_shape, random_inputs_of, softmax_scale
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from parallax_gen import State, merge_states, parallax_attn_func, parallax_attn_with_kvcache
-from parallax_gen.problem.accuracy import assert_close, errors, tolerance
-from parallax_gen.problem.reference import reference_backward, reference_forward
+from parallax_gen.oracle.accuracy import assert_close, errors, tolerance
+from parallax_gen.oracle.reference import reference_backward, reference_forward
 from parallax_gen.runtime.attention import Saved, backward
 from parallax_gen.runtime.checks import Request
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
-from parallax_gen.problem.accuracy import assert_close
-from parallax_gen.problem.reference import reference_forward
+from parallax_gen.oracle.accuracy import assert_close
+from parallax_gen.oracle.reference import reference_forward
 
 pytestmark = pytest.mark.gpu
 

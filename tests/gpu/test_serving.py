@@ -13,16 +13,16 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from parallax_gen import GraphedDecode, State, kvcache_workspace_size, merge_states, parallax_attn_with_kvcache
+from parallax_gen.codegen.abi import torch_dtype as torch_dtype_of
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.problem.accuracy import assert_close
-from parallax_gen.problem.cached import reference_cached_forward
-from parallax_gen.problem.config import DecodeConfig
-from parallax_gen.problem.reference import torch_dtype as torch_dtype_of
+from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.oracle import verify
+from parallax_gen.oracle.accuracy import assert_close
+from parallax_gen.oracle.inputs import random_inputs_of
+from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.tuning import verify
-from parallax_gen.tuning.inputs import random_inputs_of
 
 pytestmark = pytest.mark.gpu
 

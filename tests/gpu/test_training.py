@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.nn import ParallaxAttention
-from parallax_gen.problem.accuracy import assert_close, errors, gradient_sizes, tolerance
-from parallax_gen.problem.reference import (
+from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.oracle.reference import (
     reference_backward,
     reference_forward,
     reference_varlen_backward,

@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.transformers import parallax_mask
-from parallax_gen.integrations.transformers.masks import keys_of, starts_of
+from parallax_gen.integrations.transformers.attention import keys_of, starts_of
 
 
 def of_runs(starts_q: Tensor, starts_k: Tensor, batch: int, q_length: int, kv_length: int) -> Tensor:

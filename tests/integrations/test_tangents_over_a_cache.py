@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from parallax_gen.integrations.transformers.attention import parallax_attention
-from parallax_gen.problem.reference import reference_forward
+from parallax_gen.oracle.reference import reference_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 

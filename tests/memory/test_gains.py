@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from parallax_gen.codegen.render import render
-from parallax_gen.data import data_dir
+from parallax_gen.files import data_dir
 from parallax_gen.memory.gains import default_beside, gain, standings, standings_of
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, evidence_of
+from parallax_gen.memory.ranking import Table, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import load_shipped
-from parallax_gen.memory.table import Table
-from parallax_gen.problem.config import ForwardConfig, KernelConfig
+from parallax_gen.ops.base import ForwardConfig, KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec

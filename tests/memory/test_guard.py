@@ -14,14 +14,13 @@ from parallax_gen.errors import BuildError
 from parallax_gen.memory import guard
 from parallax_gen.memory.guard import MOST_MORE_SPILLS, guarded, keep, kept
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, default_of, evidence_of
+from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 
 GPU = GPUS["h200"]

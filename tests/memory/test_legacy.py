@@ -9,7 +9,7 @@ import pytest
 from strategies import GOLDEN
 
 from parallax_gen.codegen.render import render
-from parallax_gen.memory.legacy import SAME, same_programs
+from parallax_gen.memory.old import SAME, same_programs
 from parallax_gen.problem.hardware import GPUS
 
 # Fingerprints of golden kernels when fingerprints were introduced. Not to be written anew: where one of an op differs,

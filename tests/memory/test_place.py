@@ -14,7 +14,7 @@ from strategies import random_spec
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence, Result, reading_order
-from parallax_gen.problem.config import (
+from parallax_gen.ops.base import (
     TILED,
     DecodeConfig,
     PreprocessConfig,

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from parallax_gen.codegen import identity
+from parallax_gen.codegen import fingerprint as identity
 from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.render import render, text_hash_of
-from parallax_gen.memory import legacy, ranking
+from parallax_gen.memory import old as legacy
+from parallax_gen.memory import ranking
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import (
+    Table,
     Tier,
     best,
     default_of,
@@ -25,9 +27,8 @@ from parallax_gen.memory.ranking import (
     siblings,
 )
 from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import ForwardConfig, KernelConfig
+from parallax_gen.ops.base import ForwardConfig, KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec

@@ -16,15 +16,14 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.guard import UNCHECKED, Compiled, guarded, looked_at
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, default_of, evidence_of, near_places, shown_by
+from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of, near_places, shown_by
 from parallax_gen.memory.result import Result, reading_order
 from parallax_gen.memory.sharing import places_served, records_shared
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.memory.table import Table
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.base import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import KernelSpec
 
 GPU = GPUS["h200"]

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, result
 
-from parallax_gen.data import data_dir
 from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.files import data_dir
 from parallax_gen.memory.result import Result, reading_order
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
+from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.space import why_invalid
 
 
 @pytest.fixture

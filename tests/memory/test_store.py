@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
 
-from parallax_gen.data import data_dir
 from parallax_gen.errors import ParallaxGenError, StoreError
+from parallax_gen.files import data_dir
 from parallax_gen.memory import store as store_module
 from parallax_gen.memory.result import OUTCOMES, Result
 from parallax_gen.memory.store import APPLICATION_ID, Store, default_path
-from parallax_gen.problem.config import DecodeConfig, config_to_json
+from parallax_gen.ops.base import DecodeConfig, config_to_json
 
 
 @pytest.fixture

@@ -25,13 +25,13 @@ from parallax_gen.errors import StoreError
 from parallax_gen.memory.bounds import LEAST_US, MOST_US
 from parallax_gen.memory.gains import standings
 from parallax_gen.memory.lines import from_line, read_file, to_line
+from parallax_gen.memory.ranking import Table
 from parallax_gen.memory.result import Result, newest_toolchain_first
 from parallax_gen.memory.shipped import Memory, load_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.memory.table import Table
+from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import LARGEST, representative
-from parallax_gen.problem.space import why_invalid
 from parallax_gen.runtime.dispatch import choose
 
 MORE = int(os.environ.get("PARALLAX_GEN_FUZZ", "1"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from caches import KV_HEADS, Part, attended, put_together, whole
 
-from parallax_gen.problem.cached import in_order, reference_cached_forward
-from parallax_gen.problem.reference import reference_forward
+from parallax_gen.oracle.kvcache import in_order, reference_cached_forward
+from parallax_gen.oracle.reference import reference_forward
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # both sides are float64
 LENGTHS = (9, 0, 5, 1)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import shared_bytes, why_invalid
 from parallax_gen.problem.hardware import GPUS, KIB
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, representative
-from parallax_gen.problem.space import shared_bytes, why_invalid
 from parallax_gen.problem.spec import KernelSpec
 
 RAGGED = KernelSpec("decode", 128, "bf16", ragged=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallax_gen.problem.accuracy import errors, why_wrong
+from parallax_gen.oracle.accuracy import errors, why_wrong
 
 
 @pytest.fixture

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallax_gen.codegen.abi import torch_dtype
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem import reference
-from parallax_gen.problem.accuracy import Errors, assert_close, errors, tolerance, why_wrong
-from parallax_gen.problem.reference import (
+from parallax_gen.oracle import reference
+from parallax_gen.oracle.accuracy import Errors, assert_close, errors, tolerance, why_wrong
+from parallax_gen.oracle.reference import (
     random_inputs,
     reference_backward,
     reference_forward,
     reference_varlen_backward,
     reference_varlen_forward,
-    torch_dtype,
 )
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec

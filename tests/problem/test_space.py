@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import together
 
-from parallax_gen.codegen.pieces import pieces_of, scored_and_summed
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.config import (
+from parallax_gen.ops.base import (
     TILED,
     DecodeConfig,
     DkDvConfig,
@@ -22,10 +21,8 @@ from parallax_gen.problem.config import (
     PreprocessConfig,
     config_from_dict,
 )
-from parallax_gen.problem.hardware import GIB, GPUS, KIB, recognise
-from parallax_gen.problem.heuristics import default_config, promising_configs
-from parallax_gen.problem.shapes import Bucket, representative
-from parallax_gen.problem.space import (
+from parallax_gen.ops.defaults import default_config, promising_configs
+from parallax_gen.ops.space import (
     KNOBS,
     block_bytes,
     coerce,
@@ -36,6 +33,9 @@ from parallax_gen.problem.space import (
     shared_bytes,
     why_invalid,
 )
+from parallax_gen.ops.tiles import pieces_of, scored_and_summed
+from parallax_gen.problem.hardware import GIB, GPUS, KIB, recognise
+from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 
 H200 = GPUS["h200"]

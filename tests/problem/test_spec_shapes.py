@@ -20,10 +20,9 @@ from parallax_gen.problem.shapes import (
     spread_lengths,
     timed_lengths,
     timed_shape,
-    work_of,
-    work_of_lengths,
 )
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, RAGGED_ONLY, KernelSpec
+from parallax_gen.problem.work import work_of, work_of_lengths
 
 SIZE = st.integers(1, 2**30)
 GROUP = st.integers(1, 64)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.problem import reference
-from parallax_gen.problem.reference import reference_forward, reference_varlen_forward
-from parallax_gen.problem.tangents import reference_tangent, reference_varlen_tangent
+from parallax_gen.oracle import reference
+from parallax_gen.oracle.partial import reference_tangent, reference_varlen_tangent
+from parallax_gen.oracle.reference import reference_forward, reference_varlen_forward
 
 MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"causal": True, "window_size": 2, "softmax_scale": 0.4}]
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallax_gen.problem.shapes import MATMULS, Shape, work_of
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import MATMULS, work_of
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 

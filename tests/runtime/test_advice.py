@@ -23,16 +23,15 @@ from parallax_gen.cli.tune import tune
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError, UntunedError
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, evidence_of
+from parallax_gen.memory.ranking import Table, default_of, evidence_of
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
+from parallax_gen.problem.workloads import Flags, kernels
 from parallax_gen.runtime.advice import UntunedWarning, level_of_user, tune_command
 from parallax_gen.runtime.dispatch import Dispatcher
-from parallax_gen.tuning.usual import Flags, kernels
 
 pytestmark = pytest.mark.interpreter
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.accuracy import assert_close
-from parallax_gen.problem.reference import reference_forward, reference_varlen_forward
+from parallax_gen.oracle.accuracy import assert_close
+from parallax_gen.oracle.reference import reference_forward, reference_varlen_forward
 from parallax_gen.runtime import autograd
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallax_gen import kvcache_workspace_size, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.space import KNOBS
+from parallax_gen.ops.space import KNOBS
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.cache_checks import LARGEST_BLOCK, CacheRequest, check_cached
 from parallax_gen.runtime.checks import FURTHEST_ROW

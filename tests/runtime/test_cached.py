@@ -11,8 +11,8 @@ from torch import Tensor
 
 from parallax_gen import GraphedDecode, State, kvcache_workspace_size, merge_states, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.accuracy import assert_close
-from parallax_gen.problem.reference import Reference, reference_forward
+from parallax_gen.oracle.accuracy import assert_close
+from parallax_gen.oracle.reference import Reference, reference_forward
 from parallax_gen.runtime.cache_checks import check_workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")

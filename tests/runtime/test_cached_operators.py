@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallax_gen import State, parallax_attn_varlen_func, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime import cached
+from parallax_gen.runtime import kvcache as cached
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own, of what it compiles with
 

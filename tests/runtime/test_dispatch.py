@@ -18,18 +18,17 @@ from any_memory import any_memory, some_kernels
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory import toolchain
-from parallax_gen.memory.legacy import same_programs
+from parallax_gen.memory.old import same_programs
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, default_of, evidence_of, is_rendered, near_buckets, siblings
+from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of, is_rendered, near_buckets, siblings
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.memory.table import Table
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.base import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.space import why_invalid
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import Dispatcher, RuntimeMemory, choose
 

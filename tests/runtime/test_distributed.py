@@ -17,8 +17,8 @@ from torch import Tensor
 from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
 from parallax_gen.distributed.ring import _Ring
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.accuracy import assert_close, errors, gradient_sizes
-from parallax_gen.problem.reference import reference_backward, reference_forward
+from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes
+from parallax_gen.oracle.reference import reference_backward, reference_forward
 
 # (causal, queries a chunk, heads, kv heads, dtype, its name): chunks of one query, too.
 CASES = [

@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
-from parallax_gen.compat.official_training import parallax_bwd, parallax_fwd
 from parallax_gen.distributed import ring_attn_func
 from parallax_gen.distributed.ring import _Ring
-from parallax_gen.problem.shapes import Shape, work_of
+from parallax_gen.integrations.drop_in.official_training import parallax_bwd, parallax_fwd
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import work_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # that these are CPU tensors, and torch's own
 

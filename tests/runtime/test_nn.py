@@ -18,7 +18,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 import parallax_gen
 from parallax_gen.errors import ArgumentError
 from parallax_gen.nn import ParallaxAttention
-from parallax_gen.problem.reference import reference_forward
+from parallax_gen.oracle.reference import reference_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from parallax_gen import files as folders
 from parallax_gen.cli import main
-from parallax_gen.codegen import folders
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.folders import cache_dir, give_triton_a_cache
 from parallax_gen.codegen.render import KernelSource
-from parallax_gen.data import user_path
 from parallax_gen.errors import MachineError, StoreError
+from parallax_gen.files import cache_dir, give_triton_a_cache, user_path
 from parallax_gen.memory.store import default_path
 from parallax_gen.runtime.dispatch import RuntimeMemory
 

@@ -10,7 +10,7 @@ import torch
 import triton.compiler
 import triton.runtime.jit
 
-from parallax_gen.runtime.replay import aligned, record, replay
+from parallax_gen.runtime.launch_replay import aligned, record, replay
 
 Noted = list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
 

@@ -171,7 +171,7 @@ def test_two_ranks() -> None:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor.debug", "parallax_gen.runtime.cached", "pytest"])
+    context.set_forkserver_preload(["torch.distributed.tensor.debug", "parallax_gen.runtime.kvcache", "pytest"])
     failures = context.SimpleQueue()
     processes = [context.Process(target=work, args=(rank, 2, port, failures)) for rank in range(2)]
     for process in processes:

@@ -18,16 +18,16 @@ import torch.multiprocessing as mp
 
 from parallax_gen.codegen.render import KernelSource, render, text_hash_of
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.data import data_dir
 from parallax_gen.distributed import share_tuning, tuning
 from parallax_gen.errors import ArgumentError, DistributedError, StoreError
+from parallax_gen.files import data_dir
 from parallax_gen.memory import ranking, shipped, toolchain
 from parallax_gen.memory.lines import read_file, write_lines
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig, ForwardConfig
+from parallax_gen.ops.base import DecodeConfig, ForwardConfig
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec

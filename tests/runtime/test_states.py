@@ -10,9 +10,9 @@ from torch import Tensor
 
 from parallax_gen import State, merge_states, parallax_attn_func
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.accuracy import assert_close
-from parallax_gen.problem.partial import partial_backward
-from parallax_gen.problem.reference import reference_backward, reference_forward
+from parallax_gen.oracle.accuracy import assert_close
+from parallax_gen.oracle.partial import partial_backward
+from parallax_gen.oracle.reference import reference_backward, reference_forward
 from parallax_gen.runtime.states import absorb
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")

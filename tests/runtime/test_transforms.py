@@ -14,8 +14,9 @@ from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, j
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parallax_gen import merge_states, parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
-from parallax_gen.compat import fla, official_decoding, official_training
+from parallax_gen.compat import fla
 from parallax_gen.errors import ArgumentError
+from parallax_gen.integrations.drop_in import official_decoding, official_training
 from parallax_gen.nn import ParallaxAttention
 from parallax_gen.runtime import attention, transforms
 

@@ -9,7 +9,7 @@ import pytest
 from machines import Machine
 
 from parallax_gen.memory.store import Store
-from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning import tuner as tuning
 
 
 @pytest.fixture

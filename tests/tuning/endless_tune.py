@@ -12,14 +12,14 @@ import time
 from machines import FINE, Machine, timed
 
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import tune as tuning
+from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.tune import Tuner
-from parallax_gen.tuning.worker import Outcome
+from parallax_gen.tuning.tuner import Tuner
+from parallax_gen.tuning.workers.worker import Outcome
 
 JOBS = [Job(KernelSpec("decode", head_dim, "bf16"), Bucket(8, 1, 1024), GPUS["h200"]) for head_dim in range(8, 257, 8)]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.problem.config import KernelConfig
-from parallax_gen.tuning.worker import Compile, Measure, Outcome, Rematch, Request, Timing
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.tuning.workers.worker import Compile, Measure, Outcome, Rematch, Request, Timing
 
 FINE = Resources(registers=100, spills=0, shared_bytes=1000)
 

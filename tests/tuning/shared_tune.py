@@ -12,15 +12,15 @@ import time
 from machines import FINE, Machine, timed
 
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import KernelConfig, config_to_json
+from parallax_gen.ops.base import KernelConfig, config_to_json
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import tune as tuning
-from parallax_gen.tuning.board import Storage
+from parallax_gen.tuning import tuner as tuning
+from parallax_gen.tuning.claims import Storage
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.tune import Tuner
-from parallax_gen.tuning.worker import TRIAL_MS, Outcome
+from parallax_gen.tuning.tuner import Tuner
+from parallax_gen.tuning.workers.worker import TRIAL_MS, Outcome
 
 LEASE_S = 10.0  # four workers share two cores: one may hear nothing for seconds
 JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.problem.config import TileConfig
+from parallax_gen.ops.base import TileConfig
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 
 RECORDED = sorted((Path(__file__).parents[1] / "data" / "sweeps").glob("*.jsonl*"))

@@ -18,7 +18,7 @@ from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
@@ -32,7 +32,7 @@ from parallax_gen.tuning.borrowing import (
     read_measured,
     summarise,
 )
-from parallax_gen.tuning.sweep import read_sweep
+from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 GPU = GPUS["h200"]
 SPEC = KernelSpec("forward", 128, "bf16", causal=True)

@@ -12,15 +12,15 @@ from machines import FINE, Machine, timed, timing
 
 from parallax_gen.memory.ranking import best
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import CLOSE, IN_TURNS
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.tune import Tuner
-from parallax_gen.tuning.worker import TRIAL_MS, Measure, Outcome, Rematch
+from parallax_gen.tuning.tuner import Tuner
+from parallax_gen.tuning.workers.worker import TRIAL_MS, Measure, Outcome, Rematch
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(5)]

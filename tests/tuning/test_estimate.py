@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from strategies import specs
 from sweep_samples import RECORDED
 
-from parallax_gen.problem.config import ForwardConfig
+from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import every_config, shared_bytes
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape, representative
-from parallax_gen.problem.space import every_config, shared_bytes
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.tuning.estimate import guess_resources, guess_us, ranked
-from parallax_gen.tuning.sweep import read_sweep
+from parallax_gen.tuning.search.cost_model import guess_resources, guess_us, ranked
+from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 H200 = GPUS["h200"]
 FORWARD = KernelSpec("forward", 128, "bf16", causal=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import bucket_of
-from parallax_gen.tuning.grids import GRIDS, OFFICIAL, SERVING
-from parallax_gen.tuning.usual import Flags
-from parallax_gen.tuning.worklist import of_grid
+from parallax_gen.problem.workloads import GRIDS, OFFICIAL, SERVING, Flags
+from parallax_gen.tuning.job import of_grid
 
 
 def test_the_official_grid_is_that_of_216_shapes_less_those_over_2_gib() -> None:

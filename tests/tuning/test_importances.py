@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from parallax_gen.problem.config import DecodeConfig, KernelConfig
+from parallax_gen.ops.base import DecodeConfig, KernelConfig
+from parallax_gen.ops.space import every_config, knobs_of
 from parallax_gen.problem.hardware import gpu_by_name
-from parallax_gen.problem.space import every_config, knobs_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.importances import LEAST_TRIALS, importances
+from parallax_gen.tuning.search.importances import LEAST_TRIALS, importances
 
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
 CONFIGS = sorted(every_config(SPEC, gpu_by_name("h200")), key=str)

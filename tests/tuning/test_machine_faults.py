@@ -17,18 +17,18 @@ from parallax_gen.memory.ranking import best, evidence_of
 from parallax_gen.memory.result import Result, supersedes
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig, KernelConfig
+from parallax_gen.ops.base import DecodeConfig, KernelConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import pool, worker
-from parallax_gen.tuning.board import Storage
+from parallax_gen.tuning.claims import Storage
 from parallax_gen.tuning.job import Job, Progress, program_of
-from parallax_gen.tuning.sweep import sweep_of
-from parallax_gen.tuning.tune import Tuner
-from parallax_gen.tuning.worker import Compile, Outcome, Trial, Worker
+from parallax_gen.tuning.search.recorded_sweep import sweep_of
+from parallax_gen.tuning.tuner import Tuner
+from parallax_gen.tuning.workers import pool, worker
+from parallax_gen.tuning.workers.worker import Compile, Outcome, Trial, Worker
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(3)]
@@ -221,7 +221,7 @@ def test_a_child_that_does_not_start_is_no_configs_fault(monkeypatch: pytest.Mon
 DIES = """#!{python}
 import os, pickle, sys
 sys.path.insert(0, {top!r})
-from parallax_gen.tuning.worker import Ready
+from parallax_gen.tuning.workers.worker import Ready
 first = not os.path.exists({marker!r})
 open({marker!r}, "w").close()
 pickle.dump(Ready(first or {stays}), sys.stdout.buffer)

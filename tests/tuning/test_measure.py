@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from parallax_gen.tuning import measure
-from parallax_gen.tuning.measure import (
+from parallax_gen.tuning.workers import measure
+from parallax_gen.tuning.workers.measure import (
     BURST_MS,
     CALLS_A_GRAPH,
     FEWEST_REPLAYS,

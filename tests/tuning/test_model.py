@@ -11,20 +11,14 @@ from sweep_samples import RECORDED
 
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.result import Result
-from parallax_gen.problem.config import (
-    DecodeConfig,
-    DkDvConfig,
-    DqDrConfig,
-    ForwardConfig,
-    KernelConfig,
-    PreprocessConfig,
-)
+from parallax_gen.ops.base import DecodeConfig, DkDvConfig, DqDrConfig, ForwardConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Shape, work_of
-from parallax_gen.problem.space import every_config
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.tuning.model import bound_by_matmuls, predict_us, resident_blocks
-from parallax_gen.tuning.sweep import read_sweep
+from parallax_gen.problem.work import work_of
+from parallax_gen.tuning.search.cost_model import bound_by_matmuls, predict_us, resident_blocks
+from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 H200 = GPUS["h200"]
 FORWARD, DECODE = KernelSpec("forward", 128, "bf16", causal=True), KernelSpec("decode", 128, "bf16", group=4)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from planted import PLANTED, outcomes, tune_planted
 
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
 
 

@@ -15,14 +15,14 @@ from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import every_config
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.refresh import MOST, known_configs, known_jobs
-from parallax_gen.tuning.tune import Job, Progress, Tuner
-from parallax_gen.tuning.worker import Measure, Outcome, Rematch
+from parallax_gen.tuning.job import MOST_REFRESHED, known_configs, known_jobs
+from parallax_gen.tuning.tuner import Job, Progress, Tuner
+from parallax_gen.tuning.workers.worker import Measure, Outcome, Rematch
 
 GPU = GPUS["h200"]
 SPEC = KernelSpec("decode", 64, "bf16")
@@ -68,7 +68,7 @@ def test_of_each_place_the_best_of_every_kind_of_evidence(store: Store, tmp_path
         record(OTHERS[5], 0.5, **LOST),
     )
     assert known_configs(JOB, memory) == [OTHERS[0], DEFAULT, OTHERS[1], OTHERS[3], OTHERS[4], OTHERS[5]]
-    assert MOST == 6
+    assert MOST_REFRESHED == 6
 
 
 def test_where_nothing_is_known_the_default_alone(store: Store, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 from sweep_samples import CARD, RECORDED, made_up
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.tuning.replay import OURS, curves, regrets
-from parallax_gen.tuning.sweep import read_sweep, sweep_of
+from parallax_gen.tuning.search.recorded_sweep import OURS, curves, read_sweep, regrets, sweep_of
 
 SWEEP = sweep_of(made_up(), CARD)
 

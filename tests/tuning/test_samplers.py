@@ -8,14 +8,14 @@ from itertools import islice
 import pytest
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.config import KernelConfig, TileConfig
+from parallax_gen.ops.base import KernelConfig, TileConfig
+from parallax_gen.ops.space import every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.space import every_config, why_invalid
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import search as search_module
-from parallax_gen.tuning.estimate import guess_us
-from parallax_gen.tuning.search import SAMPLERS, Search, missing_package
+from parallax_gen.tuning.search import search as search_module
+from parallax_gen.tuning.search.cost_model import guess_us
+from parallax_gen.tuning.search.search import SAMPLERS, Search, missing_package
 
 H200 = GPUS["h200"]
 FORWARD = KernelSpec("forward", 128, "bf16", causal=True)

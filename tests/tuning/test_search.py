@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import specs
 
-from parallax_gen.problem.config import DecodeConfig, KernelConfig, config_to_dict
+from parallax_gen.ops.base import DecodeConfig, KernelConfig, config_to_dict
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import every_config, knobs_of, neighbours, why_invalid
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.space import every_config, knobs_of, neighbours, why_invalid
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.search import Search
+from parallax_gen.tuning.search.search import Search
 
 H200 = GPUS["h200"]
 DECODE = KernelSpec("decode", 128, "bf16", group=4)

@@ -23,9 +23,9 @@ from shared_tune import JOB, cost
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import config_to_json
-from parallax_gen.problem.space import every_config
-from parallax_gen.tuning.board import Board, Storage
+from parallax_gen.ops.base import config_to_json
+from parallax_gen.ops.space import every_config
+from parallax_gen.tuning.claims import Board, Storage
 from parallax_gen.tuning.job import program_of
 
 PROGRAM = Path(__file__).with_name("shared_tune.py")
@@ -174,7 +174,7 @@ def test_what_a_worker_had_that_is_gone_is_free(url: str) -> None:
     assert 10.0 in [r.time_us for r in boards(url, 1)[0].news()]
 
 
-@pytest.mark.parametrize("beat", ["soon", None, [], 1e308, time.time() + 1e6, -1e308])
+@pytest.mark.parametrize("beat", ["soon", None, [], 1e308, 9e9, -1e308])
 def test_a_worker_that_says_nonsense_of_when_it_was_there_is_gone(url: str, beat: object) -> None:
     gone, second = boards(url, 2)
     assert gone.claim(CONFIGS[5])

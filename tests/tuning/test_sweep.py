@@ -15,11 +15,11 @@ from sweep_samples import CARD, PLACE, RECORDED, SHAPE, made_up
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import config_to_dict
+from parallax_gen.ops.base import config_to_dict
+from parallax_gen.ops.space import KNOBS, every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.space import KNOBS, every_config, why_invalid
-from parallax_gen.tuning.sweep import COLUMNS, FORMAT, read_sweep, sweep_of, write_sweep
+from parallax_gen.tuning.search.recorded_sweep import COLUMNS, FORMAT, read_sweep, sweep_of, write_sweep
 
 
 @pytest.mark.parametrize("name", ["sweep.jsonl", "sweep.jsonl.gz"])

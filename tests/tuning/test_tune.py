@@ -17,16 +17,16 @@ from parallax_gen.memory.ranking import best, evidence_of
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.problem.config import DecodeConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.base import DecodeConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.space import every_config, why_invalid
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import nearby_configs
 from parallax_gen.tuning.run import Run
-from parallax_gen.tuning.tune import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
-from parallax_gen.tuning.worker import Outcome
+from parallax_gen.tuning.tuner import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
+from parallax_gen.tuning.workers.worker import Outcome
 
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)

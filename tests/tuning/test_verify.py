@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from parallax_gen.codegen.calling import empty_inputs
+from parallax_gen.codegen.abi import empty_inputs
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.oracle.inputs import awkward_shape, random_inputs_of
+from parallax_gen.oracle.verify import FEW_KEYS, TrainingStep, natural_sizes, oracle
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.inputs import awkward_shape, random_inputs_of
 from parallax_gen.tuning.job import step_of
-from parallax_gen.tuning.verify import FEW_KEYS, TrainingStep, natural_sizes, oracle
 
 
 @pytest.mark.parametrize("varlen", [False, True])

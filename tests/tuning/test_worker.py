@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from parallax_gen.errors import MeasureError
-from parallax_gen.problem.config import DecodeConfig
+from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.oracle.inputs import random_inputs_of
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Shape, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning import child
-from parallax_gen.tuning.inputs import random_inputs_of
-from parallax_gen.tuning.worker import Compile, Timing, Trial, Worker
+from parallax_gen.tuning.workers import child
+from parallax_gen.tuning.workers.worker import Compile, Timing, Trial, Worker
 
 TRIAL = Trial(
     KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPUS["h200"]
@@ -123,11 +123,11 @@ def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> Non
 def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path) -> None:
     """kill -9 of a tune leaves no process that holds a GPU."""
     code = textwrap.dedent(f"""
-        from parallax_gen.problem.config import *
+        from parallax_gen.ops.base import *
         from parallax_gen.problem.hardware import GPUS
         from parallax_gen.problem.shapes import Shape
         from parallax_gen.problem.spec import KernelSpec
-        from parallax_gen.tuning.worker import Compile, Trial, Worker
+        from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
         spec, shape = {TRIAL.spec!r}, {TRIAL.shape!r}
         worker = Worker(device=None)
         worker.start()

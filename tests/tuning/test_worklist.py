@@ -8,12 +8,11 @@ import pytest
 
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError
+from parallax_gen.ops.defaults import default_config
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.tuning.tune import Job
-from parallax_gen.tuning.usual import (
+from parallax_gen.problem.workloads import (
     NO_FLAGS,
     STEP,
     TRAINING,
@@ -24,7 +23,8 @@ from parallax_gen.tuning.usual import (
     takes,
     usual,
 )
-from parallax_gen.tuning.worklist import ALL_WORK, worklist
+from parallax_gen.tuning.job import ALL_WORK, worklist
+from parallax_gen.tuning.tuner import Job
 
 GPU = GPUS["h200"]
 INFERENCE = ("forward", "decode")

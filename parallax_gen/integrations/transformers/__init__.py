@@ -18,9 +18,7 @@ attention weights, masks of four dimensions and padding between tokens are refus
 
 from __future__ import annotations
 
-from parallax_gen.integrations.transformers.attention import parallax_attention
-from parallax_gen.integrations.transformers.loading import ProbeLoader
-from parallax_gen.integrations.transformers.masks import parallax_mask
-from parallax_gen.integrations.transformers.models import convert
+from parallax_gen.integrations.transformers.attention import parallax_attention, parallax_mask
+from parallax_gen.integrations.transformers.models import ProbeLoader, convert
 
 __all__ = ["ProbeLoader", "convert", "parallax_attention", "parallax_mask"]

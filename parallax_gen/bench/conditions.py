@@ -1,0 +1,40 @@
+"""Where figures are taken: the card and the versions of what is measured and what measures."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import triton
+
+import parallax_gen
+from parallax_gen.bench.rows import Conditions, Effort
+from parallax_gen.codegen.render import render
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.workloads import NO_FLAGS, STEP, TRAINING, sizes_for
+from parallax_gen.runtime.dispatch import choose
+
+
+def conditions(card: Gpu, effort: Effort, command: str) -> Conditions:
+    return Conditions(card.name, card.title, **versions(), effort=effort, command=command)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "parallax_gen": parallax_gen.__version__,
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> str:
+    """`kernels 1a2b3c4d`, of the sources that a call gets: tuning anew may change them. spec: as of rows.Row."""
+    called = [(spec, shape)]
+    if op == TRAINING:
+        called = [(spec.of(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]
+    sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in called]
+    return f"kernels {hashlib.sha256(''.join(sources).encode()).hexdigest()[:8]}"

@@ -1,0 +1,83 @@
+"""`parallax-gen report`: one page on what is known."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from parallax_gen.cli.options import json_option
+from parallax_gen.cli.text import print_json
+from parallax_gen.errors import ParallaxGenError
+
+
+@click.command()
+@click.option("--gpu", "gpus", metavar="NAME", multiple=True, help="Repeatable: such as h100 or h200. Default: all.")
+@click.option(
+    "--bench",
+    "benches",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    multiple=True,
+    help="Repeatable: what bench --csv or bench --json wrote, for the comparison with other kernels.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    metavar="FILE",
+)
+@click.option(
+    "--all-environments",
+    "every",
+    is_flag=True,
+    help="Also what was measured with another toolchain, or of another kernel, where there is something of this one's.",
+)
+@json_option
+def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
+    """Write one HTML page on what is tuned, how fast it is and why.
+
+    Of your records and those that ship: which buckets are tuned and which are not, on a roofline too; how each study
+    went, which knobs mattered, what failed and why; each best kernel's source. With --bench also how much faster than
+    others ours is. The page is one file that loads nothing: it can be mailed, or read from a disk.
+
+    Of each bucket what was measured of today's kernels with this toolchain is shown; where nothing was, the newest
+    from elsewhere, which is marked.
+
+    \b
+    Example
+      parallax-gen report --gpu h200 --bench serving.csv --out h200.html
+      with a file that `parallax-gen bench --grid serving --csv serving.csv` wrote
+    """
+    from parallax_gen.cli.known import open_memory
+    from parallax_gen.report.benches import read_bench
+    from parallax_gen.report.data import collect, to_json
+    from parallax_gen.report.page import html
+
+    timings = [timing for path in benches for timing in read_bench(path)]
+    memory = open_memory()
+    found = collect(memory, gpus, timings, every=every)
+    if as_json:
+        print_json(to_json(found, memory))
+        return
+    page = html(found, _command(gpus, benches, every)).encode()
+    try:
+        out.write_bytes(page)
+    except OSError as error:
+        raise ParallaxGenError(f"cannot write {out}: {error}") from error
+    measured = sum(study is not None and study.best is not None for study in found.standing.values())
+    click.echo(f"{out}: {measured} measured buckets on {', '.join(found.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
+    if found.left_out:
+        click.echo(f"left out: {found.left_out} studies of other toolchains and kernels; --all-environments shows them")
+
+
+def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], every: bool) -> str:
+    """What gives the page again, without the folders of the machine that it was made on."""
+    words = ["parallax-gen", "report"]
+    for gpu in gpus:
+        words += ["--gpu", gpu]
+    for path in benches:
+        words += ["--bench", path.name]
+    return shlex.join(words + ["--all-environments"] * every)

@@ -1,0 +1,117 @@
+"""Where the files lie that are not Python: the templates and the tuning database that ships, and the user's own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+
+from parallax_gen.errors import MachineError, ParallaxGenError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def data_dir(name: str) -> Path:
+    """The folder `name` ("templates", "tuning_db"): inside the package of a wheel, beside it in a checkout.
+
+    Raises ParallaxGenError if it is in neither place.
+    """
+    places = (PACKAGE / name, PACKAGE.parent / name)
+    for folder in places:
+        if folder.is_dir():
+            return folder
+    looked = " or ".join(map(str, places))
+    raise ParallaxGenError(f"the data folder {name!r} is missing: not at {looked}; install parallax-gen again")
+
+
+def user_path(variable: str, default: Callable[[], str]) -> Path:
+    """The path that an environment variable names, `~` expanded; else the default, such as one of platformdirs'.
+
+    Raises MachineError, which names the variable, where that takes a home folder and there is none: a user without HOME
+    and without an entry in passwd, as in many containers.
+    """
+    said = os.environ.get(variable)
+    try:
+        path = Path(said or default()).expanduser()
+    except RuntimeError as error:
+        raise MachineError(
+            f"this user has no home folder{f' for {said}' if said else ''}: set {variable} to an absolute path"
+        ) from error
+    return path
+
+
+# -- Where kernels and what Triton compiles of them are kept: the user's folders, else temporary ones.
+
+
+@cache
+def cache_dir() -> Path:
+    """Where rendered kernels are kept: $PARALLAX_GEN_CACHE_DIR, else the user's cache directory.
+
+    Where that cannot be written, or there is none, a directory of this user's under the system's temporary one, with a
+    warning. Raises MachineError where that cannot be written either.
+    """
+    try:
+        wanted = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
+    except MachineError as error:
+        return _fallback(f"kernels cannot be kept: {error}", error)
+    try:
+        _try_to_write(wanted / "kernels")
+        return wanted
+    except OSError as error:
+        return _fallback(f"cannot write kernels to {wanted} ({error})", error)
+
+
+@cache
+def give_triton_a_cache() -> None:
+    """See to it that Triton can keep what it compiles: without a folder for it, it compiles nothing.
+
+    Where its own cannot be written, or lies in a home folder and there is none, $TRITON_CACHE_DIR is set to one in the
+    directory that `cache_dir` falls back to, with a warning. For calls on tensors; a command says what is wrong.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret or triton.knobs.cache.manager_class is not None:
+        return
+    try:
+        _try_to_write(triton_cache())
+    except (MachineError, OSError) as error:
+        told = f"Triton cannot keep its programs: {error}"
+        os.environ["TRITON_CACHE_DIR"] = str(_fallback(told, error) / "triton")
+
+
+def triton_cache() -> Path:
+    """Triton's folder. Raises MachineError where it lies in a home folder, and there is none."""
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    if folder.parts[:1] == ("~",):  # not expanded: Triton would make a folder of this name wherever the process is
+        raise MachineError("this user has no home folder: set TRITON_CACHE_DIR to an absolute path")
+    return folder
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raises OSError where a folder cannot be made or written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _fallback(why: str, error: Exception) -> Path:
+    """A directory of this user's under the system's temporary one, with a warning that says why."""
+    try:
+        fallback = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        owner = fallback.stat().st_uid
+        if owner == os.getuid():
+            _try_to_write(fallback)
+    except OSError as other:
+        raise MachineError(f"{why}, nor to a temporary folder ({other})") from error
+    if owner != os.getuid():  # somebody else's: what lies there is not ours to import
+        raise MachineError(f"{why}, and {fallback} is not yours") from error
+    warnings.warn(f"{why}; using {fallback}", stacklevel=3)
+    return fallback

@@ -1,0 +1,117 @@
+"""`fla.ops.parallax` and `fla.ops.parallax.decode` of fla-core 0.6.0, over our kernels.
+
+    from parallax_gen.compat.fla import naive_parallax, parallax_decode, parallax_decode_one_step, parallel_parallax
+
+Tensors are (batch, seqlen, heads, head_dim). A window of `window_size` keys is a query's own and those right before it;
+None or a negative number is none, and 0 is refused. `scale` is of q·k alone, greater than 0, 1/√head_dim by default.
+head_dim is anything up to 256: where it is no multiple of 8, inputs are copied with zeros behind them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.integrations.drop_in.calls import attend, decode
+from parallax_gen.integrations.drop_in.checks import (
+    HEADS_LAST,
+    ArgumentAssertionError,
+    check_half,
+    check_sizes,
+    scale_of,
+    window_of,
+)
+from parallax_gen.oracle.reference import reference_forward
+
+__all__ = ["naive_parallax", "parallax_decode", "parallax_decode_one_step", "parallel_parallax"]
+
+
+def parallel_parallax(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Causal Parallax attention of whole sequences, with gradients.
+
+    q, r        (batch, seqlen, heads, head_dim), bf16 or fp16
+    k, v        (batch, seqlen, kv_heads, head_dim), of q's dtype; heads is a multiple of kv_heads
+    cu_seqlens  (sequences + 1,) int64 or int32 on the same device: sequence n has the rows cu_seqlens[n] up to
+                cu_seqlens[n + 1] of a batch of 1. The call waits for the longest one's length;
+                `parallax_gen.parallax_attn_varlen_func`, which is told it, does not
+
+    Returns out, like q and contiguous. Raises TypeError for other dtypes, ValueError for sizes that do not fit: both
+    ArgumentErrors.
+    """
+    check_half(q)
+    check_sizes(q, r, k, v, HEADS_LAST, same_length=True)
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ArgumentError("q", f"a batch of {q.shape[0]}", "a batch of 1, with cu_seqlens")
+    scale, window = scale_of("scale", scale, q.shape[-1]), window_of("window_size", window_size)
+    return attend(q, r, k, v, scale=scale, window=window, cu_seqlens=cu_seqlens)
+
+
+def naive_parallax(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    window_size: int | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Parallax attention from its definition, on any device; differentiable. Computed in fp64, fla's own in fp32.
+
+    Sizes as of `parallel_parallax`, of any dtype. Without causal, window_size says nothing, and k and v may be of
+    another length. Returns out, like q. Raises ValueError, an ArgumentError.
+    """
+    check_sizes(q, r, k, v, HEADS_LAST, same_length=causal)
+    window = window_of("window_size", window_size) if causal else None
+    return reference_forward(q, r, k, v, causal=causal, window_size=window, softmax_scale=scale).out.to(q.dtype)
+
+
+def parallax_decode(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    window_size: int | None = None,
+    cache_start: Tensor | None = None,
+) -> Tensor:
+    """Sequences' last queries over their cached keys, causal: a decode step, a chunk of a prompt, or all of it.
+
+    q, r         (batch, seqlen_q, heads, head_dim), bf16, fp16 or fp32: query i is at key seqlen_kv − seqlen_q + i
+    k, v         (batch, seqlen_kv, kv_heads, head_dim), of q's dtype; seqlen_kv is seqlen_q or more
+    cache_start  (batch,) ints: each sequence's first key, those before it being padding. A query that sees no key
+                 gives 0
+
+    Returns out, like q and contiguous, without gradients. Raises AssertionError where there are more queries than
+    keys, ValueError for other sizes that do not fit: both ArgumentErrors.
+    """
+    check_sizes(q, r, k, v, HEADS_LAST)
+    if k.shape[1] < q.shape[1]:
+        allowed = f"{q.shape[1]} or more: Cached KV length must cover query length"
+        raise ArgumentAssertionError("k", f"{k.shape[1]} keys", allowed)
+    scale, window = scale_of("scale", scale, q.shape[-1]), window_of("window_size", window_size)
+    return decode(q, r, k, v, scale=scale, window=window, cache_start=cache_start)
+
+
+def parallax_decode_one_step(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    window_size: int | None = None,
+    cache_start: Tensor | None = None,
+) -> Tensor:
+    """`parallax_decode` of one query a sequence, (batch, 1, heads, head_dim). Raises ValueError for more."""
+    check_sizes(q, r, k, v, HEADS_LAST)
+    if q.shape[1] != 1:
+        raise ArgumentError("q", f"{q.shape[1]} queries a sequence", "1 (parallax_decode takes more)")
+    scale, window = scale_of("scale", scale, q.shape[-1]), window_of("window_size", window_size)
+    return decode(q, r, k, v, scale=scale, window=window, cache_start=cache_start)

@@ -1,0 +1,260 @@
+"""The official package's decoding: one query a sequence over dense caches, and a captured step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.integrations.drop_in.calls import decode
+from parallax_gen.integrations.drop_in.checks import (
+    ArgumentAssertionError,
+    ArgumentTypeError,
+    NotOfferedError,
+    check_alike,
+    check_heads,
+    scale_of,
+    window_of,
+)
+from parallax_gen.runtime import graphed
+from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
+
+GROUPS = (1, 2, 4, 8)
+HEAD_DIMS = (64, 128)
+ELSEWHERE = "parallax_gen.parallax_attn_with_kvcache"
+
+
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    window_size: Any = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One new query a sequence over its cached keys, its own among them: nothing is written to the caches.
+
+    q, r              (batch, 1, heads, head_dim), bf16 or fp16, contiguous; head_dim 64 or 128
+    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), likewise; heads / kv_heads is 1, 2, 4 or 8
+    page_table        None: the official package has no pages. `parallax_gen.parallax_attn_with_kvcache` has, as it has
+                      other head_dims, ratios of heads and more queries
+    seqused_k         (batch,) int32 on the same device: how many keys of each sequence count, 1 to seqlen, its last
+                      query being at the last of them; all keys by default. It is looked at, which waits for the device,
+                      but not where a CUDA graph is captured or torch.compile traces: there more than seqlen count as
+                      seqlen, and none give 0. What lies behind the end may be NaN
+    window_size       the keys that a query sees at the most: an int, or (left, right) of which left counts and right
+                      is no more than 0; None or a negative number for no limit
+    scale             of q·k; 1/√head_dim by default
+    out               where to write, like q; made if not given
+
+    Returns out. There are no gradients. Raises TypeError, ValueError, AssertionError and NotImplementedError where the
+    official package does, all of them ArgumentErrors.
+    """
+    if page_table is not None:
+        raise NotOfferedError("page_table", "a tensor", f"None. Paged caches are for {ELSEWHERE}")
+    _check(q, r, out, k_cache=k_cache, v_cache=v_cache)
+    if seqused_k is not None:
+        _check_lengths("seqused_k", seqused_k, q, k_cache)
+    window = window_of("window_size", _left_of(window_size))
+    scale = scale_of("scale", scale, q.shape[-1])
+    return decode(q, r, k_cache, v_cache, scale=scale, window=window, lengths=seqused_k, out=out)
+
+
+def parallax_decode(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_scale: float,
+    *,
+    window_size_left: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The same over whole caches: deprecated in the official package, for `parallax_attn_with_kvcache`."""
+    window = window_of("window_size_left", window_size_left)
+    _check(q, r, out, k=k, v=v)
+    return decode(q, r, k, v, scale=scale_of("qk_scale", qk_scale, q.shape[-1]), window=window, out=out)
+
+
+class GraphedDecode:
+    """A decode step of fixed sizes as a CUDA graph, with tensors of its own to write each step's inputs into.
+
+        step = GraphedDecode(B=1, H=32, H_kv=8, max_kv_len=16384)
+        step.k[:, t - 1], step.v[:, t - 1] = k_t, v_t
+        out = step(q=q_t, r=r_t, cache_seqlens=t)  # or write to q, r and cache_seqlens, and replay()
+
+    B, H, H_kv     sequences, query heads, and kv heads, H by default
+    max_kv_len     keys that k and v have room for
+    kv_len         instead of max_kv_len: all of so many keys are attended, and there is no cache_seqlens
+    head_dim, dtype, window_size, scale  as of `parallax_attn_with_kvcache`
+    device         on a CPU there is no graph: a replay attends anew, by the reference
+    warmup         how often to launch before the capture, in the official package; nothing depends on it here
+
+    q, r, out          (B, 1, H, head_dim)
+    k, v               (B, max_kv_len, H_kv, head_dim). What lies behind a sequence's end may be anything
+    cache_seqlens      (B,) int32, max_kv_len at first; None with kv_len
+    graph              the CUDAGraph; None on a CPU
+
+    Raises ValueError, AssertionError and NotImplementedError where the official one does, all ArgumentErrors.
+    """
+
+    def __init__(
+        self,
+        B: int,
+        H: int,
+        max_kv_len: int | None = None,
+        head_dim: int = 128,
+        *,
+        H_kv: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        window_size: Any = None,
+        scale: float | None = None,
+        device: torch.device | str = "cuda",
+        warmup: int = 3,
+        kv_len: int | None = None,
+    ):
+        seqlen = kv_len if max_kv_len is None else max_kv_len
+        if seqlen is None or None not in (max_kv_len, kv_len):
+            got = "neither it nor kv_len" if seqlen is None else f"{max_kv_len} and kv_len {kv_len}"
+            raise ArgumentError("max_kv_len", got, "exactly one of the two")
+        kv_heads = H if H_kv is None else H_kv
+        check_heads("H_kv", H, kv_heads)
+        self.q, self.r, self.out = (torch.empty(B, 1, H, head_dim, device=device, dtype=dtype) for _ in range(3))
+        self.k, self.v = (torch.empty(B, seqlen, kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2))
+        self.max_kv_len = seqlen
+        self.cache_seqlens: Tensor | None = None
+        if kv_len is None:
+            self.cache_seqlens = torch.full((B,), seqlen, dtype=torch.int32, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        window = window_of("window_size", _left_of(window_size))
+        scale = scale_of("scale", scale, head_dim)
+        _check(self.q, self.r, self.out, k=self.k, v=self.v)
+        self._step: Callable[[], object]
+        if self.q.is_cuda:
+            step = graphed.GraphedDecode(
+                self.q, self.r, self.k, self.v, cache_seqlens=self.cache_seqlens, causal=True, window_size=window,
+                softmax_scale=scale, out=self.out,
+            )  # fmt: skip
+            self._step, self.graph = step, step.graph
+        else:
+            self._step = lambda: decode(
+                self.q, self.r, self.k, self.v, scale=scale, window=window, lengths=self.cache_seqlens, out=self.out
+            )
+
+    def replay(self) -> Tensor:
+        """Attend over what the tensors hold now. Returns out, written anew."""
+        self._step()
+        return self.out
+
+    def __call__(
+        self,
+        *,
+        q: Tensor | None = None,
+        r: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        cache_seqlens: Tensor | Sequence[int] | int | None = None,
+    ) -> Tensor:
+        """Copy what is given to where the graph reads it, then replay.
+
+        cache_seqlens  a length for all sequences, or one each, 1 to max_kv_len; of no effect with kv_len. Raises
+                       ValueError, an ArgumentError, for others
+        """
+        if under_a_transform():
+            refuse_transforms("GraphedDecode", q=q, r=r, k=k, v=v)
+        for own, given in ((self.q, q), (self.r, r), (self.k, k), (self.v, v)):
+            if given is not None:
+                own.copy_(given)
+        if cache_seqlens is not None and self.cache_seqlens is not None:
+            lengths = torch.as_tensor(cache_seqlens)
+            low, high = _ends(lengths)
+            if low < 1 or high > self.max_kv_len:
+                raise ArgumentError("cache_seqlens", f"{low} to {high}, out of range", f"1 to {self.max_kv_len}")
+            if lengths.dim() == 0:
+                self.cache_seqlens.fill_(low)
+            else:
+                self.cache_seqlens.copy_(lengths)
+        return self.replay()
+
+
+def _left_of(window_size: Any) -> Any:
+    """The number of keys in an int or a pair such as FlashAttention's, of which each number is meant another way."""
+    if window_size is None or isinstance(window_size, int):
+        return window_size
+    allowed = "None, an int, or a pair (left, right) of ints, of which right is 0 or less"
+    try:
+        left, right = window_size
+        left, right = int(left), int(right or 0)
+    except (TypeError, ValueError):
+        raise ArgumentError("window_size", repr(window_size), allowed) from None
+    if right > 0:
+        raise ArgumentError("window_size", f"right {right}", allowed)
+    return left
+
+
+def _check_lengths(name: str, lengths: Tensor, q: Tensor, k_cache: Tensor) -> None:
+    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int32:
+        raise ArgumentTypeError(name, getattr(lengths, "dtype", type(lengths).__name__), "a tensor in int32")
+    if lengths.shape != q.shape[:1]:
+        raise ArgumentError(name, f"shape {tuple(lengths.shape)}", f"{name} must have shape ({q.shape[0]},)")
+    if lengths.device != q.device:
+        raise ArgumentError(name, f"on {lengths.device}", f"on {q.device}, where q is")
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    low, high = _ends(lengths)
+    allowed = f"1 to {k_cache.shape[1]}"
+    if high > k_cache.shape[1]:
+        raise ArgumentError(name, f"{high}, which exceeds k_cache.shape[1]", allowed)
+    if low < 1:
+        raise ArgumentError(name, f"{low}, and values < 1 are no lengths", allowed)
+
+
+def _ends(lengths: Tensor) -> tuple[int, int]:
+    """The shortest and the longest; 1 and 1 of none. One copy from the device."""
+    values = lengths.flatten().tolist() or [1]
+    return min(values), max(values)
+
+
+def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
+    """What the official package takes, and no more: another shape is refused as it is there.
+
+    caches  keys and values, by the names that the caller has for them
+    """
+    named = {"q": q, "r": r, **caches}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(name, type(x).__name__, "a tensor")
+        if not x.is_contiguous():
+            raise ArgumentAssertionError(name, f"strides {x.stride()}", "a contiguous tensor")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ArgumentAssertionError("q", q.dtype, "bf16 or fp16")
+    if q.dim() != 4 or q.shape[1] != 1:
+        raise ArgumentAssertionError("q", f"shape {tuple(q.shape)}", "(batch, 1, heads, head_dim)")
+    batch, _, heads, head_dim = q.shape
+    if r.shape != q.shape:
+        raise ArgumentAssertionError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
+    (of_keys, k), (of_values, v) = caches.items()
+    if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, head_dim):
+        fitting = f"({batch}, seqlen, kv_heads, {head_dim}), to go with q"
+        raise ArgumentAssertionError(of_keys, f"shape {tuple(k.shape)}", fitting)
+    kv_heads = k.shape[2]
+    check_heads(of_keys, heads, kv_heads)
+    if heads // kv_heads not in GROUPS:
+        allowed = f"a pack_n of {', '.join(map(str, GROUPS))}. {ELSEWHERE} takes any"
+        raise NotOfferedError(of_keys, f"{kv_heads} kv heads to {heads} heads", allowed)
+    if v.shape != k.shape:
+        raise ArgumentAssertionError(of_values, f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of {of_keys}")
+    if head_dim not in HEAD_DIMS:
+        allowed = f"{' or '.join(map(str, HEAD_DIMS))}. {ELSEWHERE} takes others"
+        raise ArgumentAssertionError("q", f"head_dim {head_dim}", allowed)
+    check_alike(named)
+    if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
+        got = f"{out.dtype} of shape {tuple(out.shape)}"
+        raise ArgumentAssertionError("out", got, f"{q.dtype} of shape {tuple(q.shape)}, as q is")

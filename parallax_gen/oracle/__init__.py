@@ -1,0 +1,1 @@
+"""The fp64 truth, and what is checked against it."""

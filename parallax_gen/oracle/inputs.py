@@ -1,0 +1,239 @@
+"""Random inputs of a kernel, with what kernels before it would have left; NaN lies where nothing is to be read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallax_gen.codegen.abi import ROWS, Inputs, Saved, cache_dtype, rows_like
+from parallax_gen.ops.base import DecodeConfig, KernelConfig, PreprocessConfig
+from parallax_gen.oracle.kvcache import reference_cached_forward
+from parallax_gen.oracle.reference import Reference, random_inputs, reference_forward, reference_varlen_forward
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+POISON = float("nan")
+
+
+def awkward_shape(spec: KernelSpec, config: KernelConfig, kv_heads: int = 3) -> Shape:
+    """A small shape that no tile of `config` divides: tails, a last group of heads, splits without keys.
+
+    kv_heads  as many as elsewhere, where the kernel should not be compiled once more for other strides
+    """
+    if isinstance(config, DecodeConfig):
+        blocks = min(2 * config.NUM_SPLITS + 1, 40)
+        seqlen_q = config.BLOCK_H // spec.group + 3 if spec.many_queries else 1
+        window = config.BLOCK_N + 9 if spec.window else 0
+        return Shape(4, kv_heads * spec.group, kv_heads, seqlen_q, blocks * config.BLOCK_N - 7, window)
+    if isinstance(config, PreprocessConfig):
+        return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)
+    window = config.BLOCK_N + 9 if spec.window else 0
+    batch = 3 if spec.varlen else 1
+    return Shape(batch, kv_heads * spec.group, kv_heads, 2 * config.BLOCK_M + 11, 3 * config.BLOCK_N + 5, window)
+
+
+def random_inputs_of(
+    spec: KernelSpec,
+    shape: Shape,
+    *,
+    seed: int,
+    device: str,
+    full: bool = False,
+    lengths: Sequence[int] | None = None,
+) -> Inputs:
+    """Random inputs of a kernel, and what kernels before it would have left.
+
+    Ragged and packed sequences are from 0 up to the shape's lengths long (`full`: all as long as that; `lengths`: a
+    ragged one's keys). NaN lies behind the end of a ragged one, whose length may be negative, and in the rows before
+    the first and behind the last of packed ones.
+    """
+    return inputs_and_forward(spec, shape, seed=seed, device=device, full=full, lengths=lengths)[0]
+
+
+def inputs_and_forward(
+    spec: KernelSpec, shape: Shape, *, seed: int, device: str, full: bool, lengths: Sequence[int] | None = None
+) -> tuple[Inputs, Reference | None]:
+    """`random_inputs_of`, and for a kernel of the backward the forward that it goes on from, in float64."""
+    inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device), window_size=shape.window)
+    if spec.cache_dtype:
+        inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
+        heads = shape.kv_heads if seed % 2 else 1  # a number for each head, or one for all
+        draw = torch.Generator().manual_seed(seed)
+        inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
+    if spec.ragged:
+        keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
+        if seed % 3 == 0 and not full:  # as engines fill places that no sequence has
+            keys = torch.where(keys == 0, -1 if seed % 2 else -shape.seqlen_kv, keys)
+        if lengths is not None:
+            keys = torch.tensor(lengths, dtype=torch.int32)
+        hidden = (torch.arange(shape.seqlen_kv) >= keys[:, None]).to(device)
+        inputs.cache_seqlens = keys.to(device)
+        if spec.leftpad:
+            pads = _lengths(shape.seqlen_kv // 2 + 1, shape.batch, seed + 3, full=False) * (not full)
+            hidden |= (torch.arange(shape.seqlen_kv) < pads[:, None]).to(device)
+            inputs.cache_leftpad = pads.to(device)
+        _poison(inputs.k, hidden)
+        _poison(inputs.v, hidden)
+    if spec.page_size:
+        _page(inputs, spec.page_size, seed)
+    if spec.varlen:
+        _pack(inputs, shape, seed, full)
+    if spec.op not in ("preprocess", "dkdv", "dqdr"):
+        return inputs, None
+    generator = torch.Generator(device=device).manual_seed(seed + 1)
+    do = torch.randn(inputs.q.shape, device=device, generator=generator)
+    inputs.do = do.to(inputs.q.dtype)
+    if inputs.cu_seqlens_q is not None:
+        _poison_padding(inputs.do, inputs.cu_seqlens_q)
+    # A preprocess has no mask of its own: the rows of causal attention, of which some may see no key.
+    causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
+    forward = causal if spec.op == "preprocess" else spec
+    found = attend(forward, inputs)
+    if spec.op == "preprocess":
+        out, v_mean = (x.to(inputs.q.dtype) for x in (found.out, found.v_mean))
+        inputs.saved = Saved(out, found.lse.float(), found.t_mean.float(), v_mean)
+    else:
+        rows = rows_of(spec, inputs, Saved(found.out, found.lse, found.t_mean, found.v_mean))
+        inputs.rows = rows.float()
+    return inputs, found
+
+
+def _lengths(longest: int, batch: int, seed: int, full: bool) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (batch,), generator=draw, dtype=torch.int32)
+    shorter = torch.rand(batch, generator=draw) < 0.5  # than a block of keys, often
+    lengths = torch.where(shorter, lengths % 32, lengths)
+    lengths[seed % batch] = longest * (seed % 2)  # the two ends come up often
+    if full:
+        lengths.fill_(longest)
+    return lengths
+
+
+def _page(inputs: Inputs, page_size: int, seed: int) -> None:
+    """The caches in pages, in any order, among others that are not used. Where no keys are, tables point nowhere."""
+    assert inputs.cache_seqlens is not None
+    batch, seqlen, device = *inputs.k.shape[:2], inputs.k.device
+    pages = -(-seqlen // page_size)
+    places = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(seed)).to(device)
+    places = places[: batch * pages]
+
+    def paged(x: Tensor) -> Tensor:
+        found, whole = _full_of_poison(x, batch * pages + 2, page_size), x
+        if seqlen % page_size:
+            whole = _full_of_poison(x, batch, pages * page_size)
+            whole[:, :seqlen] = x
+        found[places] = whole.view(batch * pages, page_size, *x.shape[2:])
+        return found
+
+    inputs.k = paged(inputs.k)  # one after the other: a large cache is not there three times
+    inputs.v = paged(inputs.v)
+    behind = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
+    table = places.view(batch, pages).to(torch.int32)
+    if inputs.cache_leftpad is not None:
+        behind |= (torch.arange(1, pages + 1, device=device) * page_size) <= inputs.cache_leftpad[:, None]
+    inputs.page_table = table.masked_fill(behind, 2**30)
+
+
+def _poison(x: Tensor, at: Tensor) -> None:
+    if x.element_size() > 1:
+        x[at] = POISON
+    else:
+        x.view(torch.uint8)[at] = 0x7F  # NaN, in either kind of eight bits
+
+
+def _full_of_poison(like: Tensor, *size: int) -> Tensor:
+    found = torch.zeros((*size, *like.shape[2:]), dtype=like.dtype, device=like.device)
+    _poison(found, torch.ones(size, dtype=torch.bool, device=like.device))
+    return found
+
+
+def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
+    """The batch's sequences, each cut to a length of its own, one after the other; in decode their queries alone.
+
+    Some rows before the first and behind the last are no sequence's, and hold NaN: none if `full`.
+    """
+    lengths_q = _lengths(shape.seqlen_q, shape.batch, seed, full)
+    if inputs.cache_seqlens is not None:  # how many keys there are is said otherwise
+        lengths_k = torch.zeros_like(lengths_q)
+    else:
+        lengths_k = _lengths(shape.seqlen_kv, shape.batch, seed + 7, full)
+
+    before, behind = (0, 0) if full else (seed % 3, seed % 5 * 7)
+
+    def packed(x: Tensor, lengths: Tensor) -> Tensor:
+        rows = [x[b, :length] for b, length in enumerate(lengths.tolist())]
+        padding = x.new_full((before + behind, *x.shape[2:]), POISON)
+        return torch.cat([padding[:before], *rows, padding[before:]])
+
+    def ends(lengths: Tensor) -> Tensor:
+        found = torch.full((shape.batch + 1,), before, dtype=torch.int32)
+        found[1:] += lengths.cumsum(0)
+        return found.to(inputs.q.device)
+
+    inputs.q, inputs.r = packed(inputs.q, lengths_q), packed(inputs.r, lengths_q)
+    inputs.cu_seqlens_q = ends(lengths_q)
+    inputs.max_seqlen_q, inputs.max_seqlen_k = shape.seqlen_q, shape.seqlen_kv
+    if inputs.cache_seqlens is None:
+        inputs.k, inputs.v = packed(inputs.k, lengths_k), packed(inputs.v, lengths_k)
+        inputs.cu_seqlens_k = ends(lengths_k)
+
+
+def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
+    """NaN into the rows of a packed tensor that no sequence has."""
+    x[: cu_seqlens[0]] = POISON
+    x[cu_seqlens[-1] :] = POISON
+
+
+def attend(spec: KernelSpec, x: Inputs) -> Reference:
+    """The forward of these inputs under the spec's mask, in float64."""
+    scale, window = softmax_scale(spec), x.window_size if spec.window else None
+    given = (x.q, x.r, x.k, x.v)
+    if spec.op == "decode":
+        return reference_cached_forward(
+            *given,
+            cache_seqlens=x.cache_seqlens,
+            cache_leftpad=x.cache_leftpad,
+            page_table=x.page_table,
+            cu_seqlens_q=x.cu_seqlens_q,
+            k_scale=x.k_scale,
+            v_scale=x.v_scale,
+            causal=spec.causal,
+            window_size=window,
+            softmax_scale=scale,
+        )
+    if spec.varlen:
+        assert x.cu_seqlens_q is not None
+        assert x.cu_seqlens_k is not None
+        ends = (x.cu_seqlens_q, x.cu_seqlens_k)
+        return reference_varlen_forward(*given, *ends, causal=spec.causal, window_size=window, softmax_scale=scale)
+    return reference_forward(*given, causal=spec.causal, window_size=window, softmax_scale=scale)
+
+
+def rows_of(spec: KernelSpec, x: Inputs, saved: Saved) -> Tensor:
+    """What preprocess is to write, in float64: see `calling.rows_like`. NaN where nothing is written."""
+    assert x.do is not None
+    scale = softmax_scale(spec)
+    do, out, v_mean = x.do.double(), saved.out.double(), saved.v_mean.double()
+    b = (do * v_mean).sum(-1).transpose(-1, -2)
+    c = (do * (v_mean - out)).sum(-1).transpose(-1, -2)
+    lse = saved.lse.double() / math.log(2)
+    found = torch.stack(
+        [torch.where(lse == -math.inf, math.inf, lse), scale * (1 + saved.t_mean.double()), b, scale * c]
+    )
+    ends = [0, found.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
+    rows = rows_like(saved.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
+    for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
+        first = (start + sequence * ROWS) // ROWS * ROWS
+        padded = -(-(end - start) // ROWS) * ROWS
+        behind = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=rows.device)
+        rows[..., first : first + padded] = behind.view(4, *[1] * (rows.dim() - 1))
+        rows[..., first : first + end - start] = found[..., start:end]
+    return rows
+
+
+def softmax_scale(spec: KernelSpec) -> float:
+    return float(spec.head_dim**-0.5)

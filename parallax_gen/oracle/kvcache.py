@@ -1,0 +1,77 @@
+"""The oracle against a KV cache: each sequence's keys are picked out first, then attended as any others are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallax_gen.oracle.reference import Reference, reference_forward
+
+
+def reference_cached_forward(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+) -> Reference:
+    """`reference_forward` of each sequence's queries over its own keys, from cache_leftpad up to cache_seqlens.
+
+    A length under 0 counts as 0, one past the cache as the cache's.
+
+    Arguments as of `runtime.functional.parallax_attn_with_kvcache`. Of packed queries out and v_mean are like q, and
+    lse and t_mean (heads, total_q), -inf and 0 where no sequence has a query.
+    """
+    if page_table is not None:
+        k_cache, v_cache = in_order(k_cache, page_table), in_order(v_cache, page_table)
+    heads, batch = q.shape[-2], k_cache.shape[0]
+    out = q.new_zeros(q.shape, dtype=torch.float64)
+    lse = out.new_full((*q.shape[:-3], heads, q.shape[-3]), -torch.inf)
+    found = Reference(out, lse, torch.zeros_like(lse), torch.zeros_like(out))
+    ends = (None if x is None else x.tolist() for x in (cache_seqlens, cache_leftpad, cu_seqlens_q))
+    lengths, starts, cuts = ends
+    for b in range(batch):
+        length = k_cache.shape[1] if lengths is None else max(min(lengths[b], k_cache.shape[1]), 0)
+        keys = slice(min(max(starts[b], 0), length) if starts is not None else 0, length)
+        rows = slice(None) if cuts is None else slice(cuts[b], cuts[b + 1])
+        at = (b,) if cuts is None else ()
+        k, v = (_scaled(x[b, keys], scale) for x, scale in ((k_cache, k_scale), (v_cache, v_scale)))
+        queries, probes = (x[at][rows][None] for x in (q, r))
+        if queries.shape[1] == 0:
+            continue
+        one = reference_forward(
+            queries, probes, k[None], v[None], causal=causal, window_size=window_size, softmax_scale=softmax_scale
+        )
+        for whole, part in zip(found, one, strict=True):
+            if part.dim() == 4:
+                whole[at][rows] = part[0]
+            else:
+                whole[at][..., rows] = part[0]
+    return found
+
+
+def in_order(pages: Tensor, page_table: Tensor) -> Tensor:
+    """A paged cache (pages, page_size, kv_heads, head_dim) as (batch, seqlen, kv_heads, head_dim).
+
+    page_table  (batch, pages a sequence): the pages of each; one that is not there gives any other
+    """
+    at = page_table.long().clamp(0, pages.shape[0] - 1)
+    if pages.element_size() == 1:  # torch 2.9 indexes no float8 on the CPU
+        return pages.view(torch.uint8)[at].view(pages.dtype).flatten(1, 2)
+    return pages[at].flatten(1, 2)
+
+
+def _scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
+    """(keys, kv_heads, head_dim) times a number, one number or one for each head."""
+    if scale is None:
+        return x.double()
+    return x.double() * torch.as_tensor(scale, device=x.device).double().reshape(-1, 1)

@@ -1,0 +1,158 @@
+"""Gradients over some of the keys, in float64: what ring attention adds up where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallax_gen.oracle.reference import (
+    Block,
+    Gradients,
+    Inputs,
+    blocks,
+    check_shapes,
+    dot_products,
+    masked_scores,
+    sequences_of,
+    weighted_sums,
+)
+
+
+def partial_backward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    t_mean: Tensor,
+    v_mean: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> Gradients:
+    """What these keys add to the gradients, given what attention over all keys, of which they are some, has found.
+
+    q, r, do, out, v_mean  (batch, seqlen_q, heads, head_dim)
+    k, v                   (batch, seqlen_kv, kv_heads, head_dim)
+    lse, t_mean            (batch, heads, seqlen_q)
+    causal                 aligned to the end of these keys
+
+    With p = exp(s - lse), a = do·v, b = do·v_mean and T = do·out:  gt = p (b - a) is the gradient of t, and
+    gs = p (a - T) - (t_mean - t) gt that of s; the rest are their products with q, r and k, and dv is the sum of
+    p (1 + t_mean - t) do. Whole scores at a time: for sizes that tests have.
+    """
+    heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    q, r, do, out, v_mean, k, v = (x.double().transpose(1, 2) for x in (q, r, do, out, v_mean, k, v))
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    s, t, a = scale * q @ k.mT, r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
+    seen = ~lse.isneginf()
+    p = (s - lse.double().masked_fill(~seen, 0.0)[..., None]).exp() * seen[..., None]
+    if causal:
+        queries, keys = s.shape[-2:]
+        p = p.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(keys - queries + 1), 0.0)
+    w = 1 + t_mean.double()[..., None] - t
+    gt = p * ((do * v_mean).sum(-1, keepdim=True) - a)
+    gs = p * (a - (do * out).sum(-1, keepdim=True)) - (w - 1) * gt
+    dk = scale * gs.mT @ q + gt.mT @ r
+    dv = (p * w).mT @ do
+    dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
+    return Gradients(*(x.transpose(1, 2) for x in (scale * gs @ k, gt @ k, dk, dv)))
+
+
+# -- The oracle's forward derivative: what `out` changes by where the inputs change, in float64, from its formula.
+#
+# With the reference's scores s and t, its weights p and its mean t̄, and δ for a change:
+#
+#     δs = scale (δq·k + q·δk)            δt = δr·k + r·δk
+#     δp = p (δs − Σ p δs)                δt̄ = Σ (δp t + p δt)
+#     w = p (1 + t̄ − t)                   δw = δp (1 + t̄ − t) + p (δt̄ − δt)
+#     δo = Σ (δw v + w δv)
+#
+# Masked pairs have p = 0, and so δp = 0.
+
+Tangents = Sequence[Tensor | None]  # of q, r, k and v, each like its input; None for one that does not change
+
+
+def reference_tangent(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tangents: Tangents,
+    *,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """The tangent of `reference_forward`'s out, like q, in float64: δo. The rest as of `reference_forward`.
+
+    Block by block, in a few times its memory. Nothing is written in place: torch.func.linearize traces this, and takes
+    a tensor that is made here for a constant.
+    """
+    _, seqlen_q, heads, _ = check_shapes(q, r, k, v)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    inputs = Inputs(q, r, k, v)
+    # A tangent that is not there is a zero that takes no memory.
+    changes = Inputs(
+        *(x.new_zeros(()).expand(x.shape) if d is None else d for x, d in zip(inputs, tangents, strict=True))
+    )
+    found = []
+    for b in range(q.shape[0]):
+        of_heads: dict[int, list[Tensor]] = {}
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
+            of_block = _tangent_of_rows(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
+            of_heads.setdefault(block.heads.start, []).append(of_block)
+        whole = [torch.cat(of_rows) for of_rows in of_heads.values()]
+        found.append(torch.cat(whole, dim=1) if whole else q.new_zeros(q.shape[1:], dtype=torch.float64))
+    return torch.stack(found) if found else q.new_zeros(q.shape, dtype=torch.float64)
+
+
+def reference_varlen_tangent(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tangents: Tangents,
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    *,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """`reference_tangent` of packed sequences: shapes as of `reference_varlen_forward`. 0 in rows of no sequence."""
+    found, places = [torch.zeros_like(q[:0], dtype=torch.float64)], [torch.arange(0, device=q.device)]
+    for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
+        of_sequence = reference_tangent(
+            q[rows][None], r[rows][None], k[keys][None], v[keys][None],
+            [None if d is None else d[at][None] for d, at in zip(tangents, (rows, rows, keys, keys), strict=True)],
+            causal=causal, window_size=window_size, softmax_scale=softmax_scale,
+        )[0]  # fmt: skip
+        found.append(of_sequence)
+        places.append(torch.arange(rows.start, rows.start + len(of_sequence), device=q.device))
+    everything = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    return everything.index_copy(0, torch.cat(places), torch.cat(found))
+
+
+def _of_block(x: Inputs, b: int, block: Block) -> Inputs:
+    """What a block reads, in float64: q and r (rows, heads, head_dim), k and v (length, kv_heads, head_dim)."""
+    rows, keys = (block.rows, block.heads), (slice(None), block.kv_heads)
+    return Inputs(x.q[b][rows].double(), x.r[b][rows].double(), x.k[b][keys].double(), x.v[b][keys].double())
+
+
+def _tangent_of_rows(x: Inputs, change: Inputs, scale: float, block: Block) -> Tensor:
+    """δo of a block."""
+    s, t, sees_any = masked_scores(x.q, x.r, x.k, scale, block)
+    p = s.softmax(dim=-1) * sees_any
+    ds = scale * (dot_products(change.q, x.k) + dot_products(x.q, change.k))
+    dt = dot_products(change.r, x.k) + dot_products(x.r, change.k)
+    dp = p * (ds - (p * ds).sum(dim=-1, keepdim=True))
+    u = 1 + (p * t).sum(dim=-1, keepdim=True) - t
+    dw = dp * u + p * ((dp * t + p * dt).sum(dim=-1, keepdim=True) - dt)
+    return weighted_sums(dw, x.v) + weighted_sums(p * u, change.v)

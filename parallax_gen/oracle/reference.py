@@ -1,0 +1,337 @@
+"""The oracle: Parallax attention in float64, from its definition.
+
+Independent of what the kernels do: softmax over whole rows, scores written out, no running state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallax_gen.codegen.abi import torch_dtype
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+# Scores written out at a time: each of the few arrays of this many float64 takes 128 MiB.
+_SCORES_AT_ONCE = 1 << 24
+
+
+class Reference(NamedTuple):
+    """What `reference_forward` finds, in float64.
+
+    out     (batch, seqlen_q, heads, head_dim), o
+    lse     (batch, heads, seqlen_q), natural logarithm of the sum of exp(scale * q·k) over the visible keys
+    t_mean  (batch, heads, seqlen_q), t̄
+    v_mean  (batch, seqlen_q, heads, head_dim), v̄, which is softmax attention
+
+    A row that sees no key has out, t_mean and v_mean 0, and lse -inf.
+    """
+
+    out: Tensor
+    lse: Tensor
+    t_mean: Tensor
+    v_mean: Tensor
+
+
+class Gradients(NamedTuple):
+    """What `reference_backward` finds, in float64, each like the tensor it is the gradient of."""
+
+    dq: Tensor
+    dr: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def reference_forward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+    cache_seqlens: Tensor | Sequence[int] | None = None,
+) -> Reference:
+    """Parallax attention of whole sequences, on the device where the inputs are; differentiable.
+
+    q, r           (batch, seqlen_q, heads, head_dim)
+    k, v           (batch, seqlen_kv, kv_heads, head_dim); query head h reads kv head h // (heads // kv_heads)
+    causal         query i sees keys up to length - seqlen_q + i, where length is its sequence's
+    window_size    with causal: the keys that a query sees at the most, the last ones; None for no limit
+    softmax_scale  of q·k; 1 / sqrt(head_dim) when None
+    cache_seqlens  (batch,), each sequence's length, 0 to seqlen_kv; keys from there on do not exist and are not read
+    """
+    batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
+    lengths = _check_lengths(cache_seqlens, batch, k.shape[1])
+    found = _empty(q.new_zeros((batch, seqlen_q, heads, head_dim), dtype=torch.float64))
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    for b, length in enumerate(lengths):
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size):
+            out, lse, t_mean, v_mean = _attend(q[b], r[b], k[b], v[b], scale, block)
+            found.out[b, block.rows, block.heads] = out
+            found.v_mean[b, block.rows, block.heads] = v_mean
+            found.t_mean[b, block.heads, block.rows] = t_mean
+            found.lse[b, block.heads, block.rows] = lse
+    return found
+
+
+def reference_backward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    *,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+) -> Gradients:
+    """The gradients of q, r, k and v for the output's gradient `do`, by torch's autograd through the definition.
+
+    Arguments and shapes as `reference_forward`'s; do is like q. Block by block: needs no more memory than it.
+    """
+    batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
+    if do.shape != q.shape:
+        raise ArgumentError("do", tuple(do.shape), f"{tuple(q.shape)}, the shape of q")
+    found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    for b in range(batch):
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
+            at, keys = (block.rows, block.heads), (slice(None), block.kv_heads)
+            of_block = (
+                x[b][here].detach().double() for x, here in zip((q, r, k, v), (at, at, keys, keys), strict=True)
+            )
+            with torch.enable_grad():
+                leaves = [x.requires_grad_() for x in of_block]
+                out = _attend_rows(leaves[0], leaves[1], leaves[2], leaves[3], scale, block)[0]
+                grads = torch.autograd.grad(out, leaves, do[b][at].double())
+            found.dq[b][at], found.dr[b][at] = grads[0], grads[1]
+            found.dk[b][keys] += grads[2]
+            found.dv[b][keys] += grads[3]
+    return found
+
+
+def reference_varlen_forward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    *,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+) -> Reference:
+    """`reference_forward` of packed sequences; differentiable.
+
+    q, r          (total_q, heads, head_dim): one sequence's queries after the other's
+    k, v          (total_k, kv_heads, head_dim), likewise
+    cu_seqlens_q  (batch + 1,): sequence b has the rows cu_seqlens_q[b] up to cu_seqlens_q[b + 1]
+    cu_seqlens_k  (batch + 1,), likewise of k and v
+
+    Returns out and v_mean like q, and lse and t_mean (heads, total_q).
+    """
+    packed = _empty(q.new_zeros((1, *q.shape), dtype=torch.float64))
+    for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
+        given = (x[None] for x in (q[rows], r[rows], k[keys], v[keys]))
+        one = reference_forward(*given, causal=causal, window_size=window_size, softmax_scale=softmax_scale)
+        for whole, part in zip(packed, one, strict=True):
+            if whole.dim() == 4:
+                whole[:, rows] = part
+            else:
+                whole[..., rows] = part
+    return Reference(*(x[0] for x in packed))
+
+
+def reference_varlen_backward(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    *,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+) -> Gradients:
+    """`reference_backward` of packed sequences: shapes as of `reference_varlen_forward`, do like q."""
+    found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
+    for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
+        given = (x[None] for x in (q[rows], r[rows], k[keys], v[keys], do[rows]))
+        one = reference_backward(*given, causal=causal, window_size=window_size, softmax_scale=softmax_scale)
+        found.dq[rows], found.dr[rows], found.dk[keys], found.dv[keys] = (x[0] for x in one)
+    return found
+
+
+class Block(NamedTuple):
+    """Some rows of the query heads of one or more kv heads, and the keys of their sequence.
+
+    heads   the query heads that read kv_heads
+    offset  a causal row i sees keys up to i + offset; None where every row sees all
+    window  and of those the last `window`; None for no limit
+    """
+
+    rows: slice
+    heads: slice
+    kv_heads: slice
+    length: int
+    offset: int | None
+    window: int | None
+
+
+def blocks(
+    group: int, kv_heads: int, seqlen_q: int, length: int, causal: bool, window_size: int | None
+) -> Iterator[Block]:
+    """One sequence's work in blocks of _SCORES_AT_ONCE scores, head by head; nothing where there are no keys."""
+    if length == 0:
+        return
+    if window_size is not None and (not causal or window_size < 1):
+        raise ArgumentError("window_size", window_size, "None, or 1 or more with causal=True")
+    rows_at_once = max(1, _SCORES_AT_ONCE // (group * length))
+    heads_at_once = max(1, rows_at_once // max(1, seqlen_q))  # of kv heads, where all rows of several fit
+    offset = length - seqlen_q if causal else None
+    for head in range(0, kv_heads, heads_at_once):
+        last = min(head + heads_at_once, kv_heads)
+        of_kv, of_query = slice(head, last), slice(head * group, last * group)
+        for first in range(0, seqlen_q, rows_at_once):
+            rows = slice(first, min(first + rows_at_once, seqlen_q))
+            yield Block(rows, of_query, of_kv, length, offset, window_size)
+
+
+def _attend(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, block: Block
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_attend_rows` on a block of one sequence's tensors (seqlen, heads, head_dim)."""
+    at, keys = (block.rows, block.heads), (slice(block.length), block.kv_heads)
+    return _attend_rows(q[at].double(), r[at].double(), k[keys].double(), v[keys].double(), scale, block)
+
+
+def _attend_rows(
+    q: Tensor, r: Tensor, keys: Tensor, values: Tensor, scale: float, block: Block
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition. q, r (rows, heads, d); keys, values (length, kv_heads, d) -> out, lse, t_mean, v_mean."""
+    s, t, sees_any = masked_scores(q, r, keys, scale, block)
+    p = s.softmax(dim=-1) * sees_any
+    t_bar = (p * t).sum(dim=-1, keepdim=True)
+    out = weighted_sums(p * (1 + t_bar - t), values)
+    lse = s.logsumexp(dim=-1).masked_fill(~sees_any[:, 0], -math.inf)
+    return out, lse, t_bar[..., 0], weighted_sums(p, values)
+
+
+def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """s and t, (heads, rows, keys), with s -inf where a row does not see a key; and which rows see any, (rows, 1).
+
+    A row that sees no key has finite scores: softmax gives no NaN there, nor do gradients. Multiply p by the third.
+    """
+    s = scale * dot_products(q, keys)
+    t = dot_products(r, keys)
+    sees_any = torch.ones(s.shape[1], 1, dtype=torch.bool, device=q.device)
+    if block.offset is not None:
+        last = torch.arange(block.rows.start, block.rows.stop, device=q.device)[:, None] + block.offset
+        key = torch.arange(block.length, device=q.device)
+        visible = key <= last
+        if block.window is not None:
+            visible &= key > last - block.window
+        sees_any = visible.any(dim=1, keepdim=True)
+        s = s.masked_fill(~visible & sees_any, -math.inf)
+    return s, t, sees_any
+
+
+def dot_products(q: Tensor, keys: Tensor) -> Tensor:
+    """Of each query (rows, heads, d) with the keys (length, kv_heads, d) of its kv head: (heads, rows, length)."""
+    (rows, heads, head_dim), (length, kv_heads, _) = q.shape, keys.shape
+    of_kv_head = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, head_dim)
+    return (of_kv_head @ keys.permute(1, 2, 0)).reshape(heads, rows, length)
+
+
+def weighted_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """Of the values (length, kv_heads, d) by weights (heads, rows, length): (rows, heads, d)."""
+    (heads, rows, length), (_, kv_heads, head_dim) = weights.shape, values.shape
+    of_kv_head = weights.reshape(kv_heads, heads // kv_heads * rows, length)
+    return (of_kv_head @ values.transpose(0, 1)).reshape(heads, rows, head_dim).transpose(0, 1)
+
+
+def _empty(out: Tensor) -> Reference:
+    """What rows without keys have, for an output like `out`, which is 0."""
+    batch, seqlen_q, heads, _ = out.shape
+    t_mean = out.new_zeros((batch, heads, seqlen_q))
+    return Reference(out, torch.full_like(t_mean, -math.inf), t_mean, torch.zeros_like(out))
+
+
+def sequences_of(
+    cu_seqlens_q: Tensor | Sequence[int], cu_seqlens_k: Tensor | Sequence[int]
+) -> list[tuple[slice, slice]]:
+    """Where each packed sequence's queries and keys lie."""
+    ends_q, ends_k = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (cu_seqlens_q, cu_seqlens_k))
+    if len(ends_q) != len(ends_k):
+        raise ArgumentError("cu_seqlens_k", f"{len(ends_k)} numbers", f"{len(ends_q)}, as cu_seqlens_q has")
+    starts = zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True)
+    return [(slice(*of_q), slice(*of_k)) for of_q, of_k in starts]
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call; in this order, arguments of `reference_forward` and of the kernels."""
+
+    q: Tensor
+    r: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: torch.device | str | None = None) -> Inputs:
+    """Normal q, k and v of unit variance, and r so small that t is of unit variance too; in the spec's dtype.
+
+    The same seed gives the same numbers on the same kind of device (torch's default one when None).
+    """
+    if shape.group != spec.group:
+        raise ArgumentError("shape", f"{shape.group} query heads a kv head", f"the spec's {spec.group}")
+    if spec.op == "decode" and shape.seqlen_q != 1 and not spec.many_queries:
+        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
+    where = torch.get_default_device() if device is None else torch.device(device)
+    generator = torch.Generator(device=where).manual_seed(seed)
+
+    def normal(seqlen: int, heads: int) -> Tensor:
+        size = (shape.batch, seqlen, heads, spec.head_dim)
+        return torch.randn(size, dtype=torch_dtype(spec.dtype), device=where, generator=generator)
+
+    q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
+    k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
+    return Inputs(q, r * spec.head_dim**-0.5, k, v)
+
+
+def check_shapes(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    if q.dim() != 4:
+        raise ArgumentError("q", tuple(q.shape), "4 dimensions: (batch, seqlen_q, heads, head_dim)")
+    batch, seqlen_q, heads, head_dim = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ArgumentError("k", tuple(k.shape), f"({batch}, seqlen_kv, kv_heads, {head_dim}), as q's shape implies")
+    if k.shape[2] < 1 or heads % k.shape[2]:
+        raise ArgumentError("k", f"{k.shape[2]} kv heads", f"a divisor of q's {heads} heads")
+    for name, tensor, of, other in (("r", r, "q", q), ("v", v, "k", k)):
+        if tensor.shape != other.shape:
+            raise ArgumentError(name, tuple(tensor.shape), f"{tuple(other.shape)}, the shape of {of}")
+    return batch, seqlen_q, heads, head_dim
+
+
+def _check_lengths(cache_seqlens: Tensor | Sequence[int] | None, batch: int, seqlen_kv: int) -> list[int]:
+    if cache_seqlens is None:
+        return [seqlen_kv] * batch
+    given = torch.as_tensor(cache_seqlens)
+    if given.dtype not in (torch.int32, torch.int64) or given.shape != (batch,):
+        raise ArgumentError(
+            "cache_seqlens", f"{given.dtype} of shape {tuple(given.shape)}", f"ints of shape ({batch},)"
+        )
+    lengths: list[int] = given.tolist()
+    if not all(0 <= length <= seqlen_kv for length in lengths):
+        raise ArgumentError("cache_seqlens", lengths, f"0 to {seqlen_kv}")
+    return lengths

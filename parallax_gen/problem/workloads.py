@@ -1,0 +1,179 @@
+"""What is tuned and timed when little is said: the usual shapes, and the kernels that a shape and flags mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import FLAGS, OPS, RAGGED_ONLY, KernelSpec
+
+# A training step's kernels, in the order in which they run; all of them together go by the name TRAINING.
+STEP = ("forward", "preprocess", "dkdv", "dqdr")
+TRAINING = "training"
+WORK = (*OPS, TRAINING)
+
+USUAL_HEAD_DIM = 128
+
+# Forward: a training step, a long prompt, many short sequences and what lies between, each of about as much work.
+# Decode: alone and in a batch, over short and long caches; and with four query heads a kv head (GQA).
+USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "forward": (
+        Shape(4, 16, 16, 4096, 4096),
+        Shape(1, 16, 16, 16384, 16384),
+        Shape(16, 16, 16, 1024, 1024),
+        Shape(8, 16, 16, 2048, 2048),
+    ),
+    "decode": (
+        *(Shape(batch, 8, 8, 1, keys) for batch in (1, 32) for keys in (1024, 4096, 16384)),
+        *(Shape(batch, 32, 8, 1, 8192) for batch in (1, 32)),
+    ),
+}
+
+# Of training steps, by head_dim, with the windows that they are run with.
+USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
+    128: (
+        Shape(32, 6, 6, 2048, 2048),  # nanochat, 12 layers
+        Shape(32, 6, 6, 2048, 2048, 513),
+        Shape(32, 10, 10, 2048, 2048),  # 20 layers
+        Shape(16, 12, 12, 2048, 2048),  # 24 layers
+        Shape(16, 12, 12, 2048, 2048, 513),
+        Shape(4, 16, 8, 4096, 4096),  # like Qwen3-0.6B and 1.7B
+        Shape(2, 32, 8, 8192, 8192),  # of 8 billion parameters, with GQA
+        Shape(4, 16, 16, 4096, 4096),  # what kernels are compared at
+        Shape(1, 16, 16, 16384, 16384),  # a long context
+        Shape(1, 16, 16, 16384, 16384, 4096),
+    ),
+    64: (Shape(8, 32, 32, 2048, 2048),),  # fla's default
+    96: (Shape(4, 32, 32, 4096, 4096),),
+    256: (Shape(2, 8, 4, 4096, 4096),),
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is asked of kernels besides op, head_dim, dtype and sizes. An op that has no such flag goes without.
+
+    causal  None where nothing is said: causal
+    window  keys that a query sees; None where nothing is said: a shape's own window
+    page_size  of decode's cache, keys; 0 for none
+    ragged  of decode; what needs it brings it along. Many queries come with a shape that has them, or with varlen
+    others  as KernelSpec's
+    """
+
+    causal: bool | None = None
+    stats: bool = False
+    ragged: bool = False
+    window: int | None = None
+    varlen: bool = False
+    page_size: int = 0
+    leftpad: bool = False
+    cache_dtype: str = ""
+
+    def on(self, shape: Shape) -> Shape:
+        """The shape with the window that is asked for. One that holds all keys is none, as at run time."""
+        window = shape.window if self.window is None else self.window
+        if self.causal is False and self.window is None:
+            window = 0
+        return replace(shape, window=window if window < shape.seqlen_kv else 0)
+
+
+NO_FLAGS = Flags()
+
+
+def takes(op: str, flag: str) -> bool:
+    """Whether an op, or TRAINING, has a flag of KernelSpec's: the forward of a training step always has statistics."""
+    return ("dkdv" if op == TRAINING else op) in FLAGS[flag]
+
+
+def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
+    """The usual shapes of an op, or of TRAINING, by head_dim: of those given, else of all that are usual."""
+    if op in USUAL_SHAPES:
+        return dict.fromkeys(head_dims or (USUAL_HEAD_DIM,), USUAL_SHAPES[op])
+    return {
+        head_dim: USUAL_TRAINING[head_dim] for head_dim in head_dims or USUAL_TRAINING if head_dim in USUAL_TRAINING
+    }
+
+
+def sizes_for(op: str, shape: Shape, flags: Flags) -> Shape:
+    """What the op's kernel sees of a step's shape: preprocess sees rows alone."""
+    if op == "preprocess":
+        return Shape(shape.batch, shape.heads, shape.heads, shape.seqlen_q, shape.seqlen_q)
+    return flags.on(shape) if takes(op, "window") else shape
+
+
+def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> KernelSpec:
+    """The kernel of an op that serves a shape of `sizes_for`. Raises ArgumentError where there is none."""
+    asked = {
+        "causal": flags.causal is not False,
+        "stats": flags.stats,
+        "window": shape.window > 0,
+        "varlen": flags.varlen,
+        "leftpad": flags.leftpad,
+    }
+    taken: dict[str, Any] = {name: on for name, on in asked.items() if takes(op, name)}
+    if op == "decode":
+        many = shape.seqlen_q > 1 or flags.varlen
+        taken["causal"] = asked["window"] or (many and asked["causal"])
+        taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
+        taken["ragged"] = flags.ragged or any(taken[name] for name in RAGGED_ONLY)
+    return KernelSpec(op, head_dim, dtype, shape.group, **taken)
+
+
+def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:
+    """The kernels that an op, or TRAINING, means at a shape, each with the sizes that it sees."""
+    if op != TRAINING:
+        sizes = sizes_for(op, shape, flags)
+        return [(spec_for(op, head_dim, dtype, sizes, flags), sizes)]
+    whole = spec_for("dkdv", head_dim, dtype, sizes_for("dkdv", shape, flags), flags)
+    return [(whole.of(kernel), sizes_for(kernel, shape, flags)) for kernel in STEP]
+
+
+# -- Grids of shapes: what other kernels are quoted at, and what serving asks for.
+
+# The official kernels' own benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
+_HEADS = tuple(2**n for n in range(12))
+_KEYS = tuple(2**n for n in range(7, 16))
+_LARGEST = 2**31  # bytes of bf16 keys
+OFFICIAL = tuple(
+    (head_dim, Shape(1, heads, heads, 1, keys))
+    for head_dim in (64, 128)
+    for heads in _HEADS
+    for keys in _KEYS
+    if 2 * heads * keys * head_dim <= _LARGEST
+)
+
+# A model of 8 billion parameters, 32 query heads over 8 kv heads, whole and as each of 2, 4 and 8 GPUs has it. Left
+# out: caches that no card of 80 GB holds.
+_MOST_KEYS = 2**26  # (sequence, kv head, key) triples: 34 GB of bf16 keys and values
+SERVING = tuple(
+    (128, Shape(batch, heads, kv_heads, 1, keys))
+    for heads, kv_heads in ((32, 8), (16, 4), (8, 2), (4, 1))
+    for batch in (1, 8, 32, 64, 128)
+    for keys in (1024, 4096, 16384, 65536)
+    if batch * kv_heads * keys <= _MOST_KEYS
+)
+
+GRIDS = {"official": OFFICIAL, "serving": SERVING}
+
+# The sweep of Parallax's paper, by op: batches of 1 to 2048 sequences over 128 to 32768 keys. Decode is of 8 heads, as
+# the official kernels are quoted, and whole: its largest caches take 275 GB, and who runs it leaves out what does not
+# fit. Training is of 16 heads, and of at most 2**18 tokens a step.
+_BATCHES = tuple(2**n for n in range(12))
+_MOST_TOKENS = 2**18
+PAPER = {
+    "decode": tuple((128, Shape(batch, 8, 8, 1, keys)) for batch in _BATCHES for keys in _KEYS),
+    TRAINING: tuple(
+        (128, Shape(batch, 16, 16, keys, keys)) for batch in _BATCHES for keys in _KEYS if batch * keys <= _MOST_TOKENS
+    ),
+}
+
+# The steps that are in real use, of every head_dim.
+STEPS = tuple((head_dim, shape) for head_dim, shapes in USUAL_TRAINING.items() for shape in shapes)
+
+# What is compared: grid -> op -> (head_dim, shape).
+SWEEPS = {
+    **{name: {"decode": shapes} for name, shapes in GRIDS.items()},
+    TRAINING: {TRAINING: STEPS},
+    "paper": PAPER,
+}

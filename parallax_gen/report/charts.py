@@ -1,0 +1,193 @@
+"""Where things are drawn: scales, the roofline with its points, and the course of a study, in pixels of an SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from parallax_gen.cli.known import shape_of
+from parallax_gen.cli.text import brief, number, rate_unit
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.work import work_of
+from parallax_gen.report.studies import Study
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A logarithmic axis: from `low` at pixel `start` to `high` at pixel `end`. Values beyond it lie at its ends."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 1)
+
+    def ticks(self, values: Sequence[float]) -> list[tuple[float, str]]:
+        """(pixel, label) of those values that are on the axis."""
+        return [(self(value), f"{value:g}") for value in values if self.low <= value <= self.high]
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    tip: str
+    op: str = ""
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The bound of one dtype: a path, and what its two parts are."""
+
+    dtype: str
+    path: str
+    slope: str
+    flat: str
+    ridge: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Of one card: FLOP/s over FLOP/byte, with a point a study."""
+
+    gpu: Gpu
+    width: int
+    height: int
+    x: Scale
+    y: Scale
+    roofs: tuple[Roof, ...]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """The course of one study: time over the best found, trial by trial, and the best by then as a line.
+
+    timed, slow, failed  paths of dots
+    better               the trials that were the best by then
+    """
+
+    width: int
+    height: int
+    y: Scale
+    left: float
+    right: float
+    trials: int
+    best: str
+    timed: str
+    slow: str
+    failed: str
+    line: str
+    better: tuple[Point, ...]
+
+
+DECADES = tuple(10.0**n for n in range(-4, 6))
+WIDTH, HEIGHT = 580, 380
+SMALL_WIDTH, SMALL_HEIGHT = 264, 136
+MOST_TIMES = 10.0  # the best: slower trials lie at the upper edge
+
+
+def rooflines(studies: Iterable[Study]) -> list[Roofline]:
+    """One a card, of its studies that have a measured best and peaks to compare with; all with the same axes."""
+    of: dict[Gpu, list[tuple[Study, float, float]]] = {}
+    for study in studies:
+        if study.best is not None and study.best.time_us is not None and study.gpu is not None:
+            work = work_of(study.place.spec, shape_of(study.best))
+            achieved = study, work.flops / work.bytes, work.flops / study.best.time_us / 1e6
+            of.setdefault(study.gpu, []).append(achieved)
+    dtypes = {gpu: sorted({study.place.spec.dtype for study, _, _ in found}) for gpu, found in of.items()}
+    tops = {gpu: {dtype: gpu.peak(dtype) / 1e12 for dtype in dtypes[gpu]} for gpu in of}
+    intensities = [intensity for found in of.values() for _, intensity, _ in found]
+    intensities += [1e12 * top / gpu.bandwidth for gpu, peaks in tops.items() for top in peaks.values()]
+    rates = [rate for found in of.values() for _, _, rate in found]
+    if not rates:
+        return []
+    x = Scale(_decade(min(intensities), math.floor), _decade(max(intensities), math.ceil), 58, WIDTH - 20)
+    highest = max(top for peaks in tops.values() for top in peaks.values())
+    y = Scale(_decade(min(rates), math.floor), 2.5 * highest, HEIGHT - 46, 16)
+    return [
+        Roofline(
+            gpu=gpu,
+            width=WIDTH,
+            height=HEIGHT,
+            x=x,
+            y=y,
+            roofs=tuple(_roof(gpu, dtype, top, x, y) for dtype, top in tops[gpu].items()),
+            points=tuple(Point(x(i), y(r), _achieved(study), study.place.spec.op) for study, i, r in found),
+        )
+        for gpu, found in of.items()
+    ]
+
+
+def _decade(value: float, rounded: Callable[[float], int]) -> float:
+    return 10.0 ** rounded(math.log10(value))
+
+
+def _roof(gpu: Gpu, dtype: str, top: float, x: Scale, y: Scale) -> Roof:
+    slope = gpu.bandwidth / 1e12  # TFLOP/s a FLOP/byte
+    left = max(x.low, y.low / slope)
+    ridge = x(top / slope), y(top)
+    return Roof(
+        dtype=dtype,
+        path=f"M{x(left)} {y(slope * left)}L{ridge[0]} {ridge[1]}H{x(x.high)}",
+        slope=f"{slope:g} TB/s",
+        flat=f"{top:g} TFLOP/s, {dtype}",
+        ridge=ridge,
+    )
+
+
+def _achieved(study: Study) -> str:
+    assert study.best is not None
+    assert study.best.time_us is not None
+    op = study.place.spec.op
+    told = [f"{study.place.gpu}: {study.place.spec}", str(study.place.bucket)]
+    told.append(f"{number(study.best.time_us)} µs, {number(study.rate or 0)} {rate_unit(op)}")
+    told += [f"{study.share:.0%} of the bound"] if study.share is not None else []
+    told += [f"{', '.join(study.unlike)}"] if study.unlike else []
+    return "\n".join([*told, brief(study.best.config)])
+
+
+def history(study: Study) -> History | None:
+    """Of the user's own trials; None where none was timed. A trial that was timed again has its last time."""
+    timed = [trial.time_us for trial in study.trials if trial.outcome in ("ok", "slow") and trial.time_us]
+    if not timed:
+        return None
+    least = min(timed)
+    most = min(MOST_TIMES, max(2.0, max(timed) / least))
+    left, right, top, bottom = 32.0, SMALL_WIDTH - 8.0, 10.0, SMALL_HEIGHT - 24.0
+    y = Scale(1.0, most, bottom - 4, top + 12)
+    apart = (right - left - 8) / max(1, len(study.trials) - 1)
+    dots: dict[str, list[str]] = {"timed": [], "slow": [], "failed": []}
+    line, better, best = "", [], math.inf
+    for i, trial in enumerate(study.trials):
+        x = round(left + 4 + i * apart, 1)
+        if trial.outcome == "ok" and trial.time_us:
+            at = y(trial.time_us / least)
+            dots["timed"].append(f"M{x} {at}h0")
+            if trial.time_us < best:
+                line += f"M{x} {at}" if not line else f"H{x}V{at}"
+                best = trial.time_us
+                told = f"trial {i + 1}: {number(best)} µs, {best / least:.2f} times the best\n{brief(trial.config)}"
+                better.append(Point(x, at, told))
+        elif trial.outcome == "slow" and trial.time_us:
+            dots["slow"].append(f"M{x} {y(trial.time_us / least)}h0")
+        elif trial.outcome != "predicted":
+            dots["failed"].append(f"M{x - 2.5} {top - 2.5}l5 5m0 -5l-5 5")
+    return History(
+        width=SMALL_WIDTH,
+        height=SMALL_HEIGHT,
+        y=y,
+        left=left,
+        right=right,
+        trials=len(study.trials),
+        best=f"{number(least)} µs",
+        timed="".join(dots["timed"]),
+        slow="".join(dots["slow"]),
+        failed="".join(dots["failed"]),
+        line=f"{line}H{right}" if line else "",
+        better=tuple(better),
+    )

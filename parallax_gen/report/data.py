@@ -1,0 +1,189 @@
+"""All that the report shows, worked out from the memory and the bench files, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import parallax_gen
+from parallax_gen.cli.known import Origins, name_in_records
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.toolchain import triton_version
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.report.benches import Timing, times_ours
+from parallax_gen.report.failures import Reason, reasons
+from parallax_gen.report.matrices import means
+from parallax_gen.report.studies import Study, of_most_use, standing, studies_of
+from parallax_gen.tuning.search.importances import LEAST_TRIALS, importances
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The studies of one kernel on one GPU, as in this process and, of others, those that are shown."""
+
+    gpu: str
+    spec: KernelSpec
+    studies: tuple[Study, ...]
+
+    @property
+    def buckets(self) -> int:
+        return len({study.place.bucket for study in self.studies})
+
+    @property
+    def percents(self) -> str:
+        """Of the bound, from the least to the most that its studies reach: `36 to 54`, `45`; "" if nothing is known."""
+        shares = [study.share for study in self.studies if study.share is not None]
+        ends = [f"{100 * end:.0f}" for end in (min(shares), max(shares))] if shares else []
+        return " to ".join(dict.fromkeys(ends))
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Of the user's own trials."""
+        return Counter(trial.outcome for study in self.studies for trial in study.trials)
+
+    @property
+    def tried(self) -> bool:
+        """Whether the user has tried configs of it, rather than predicted how they would do."""
+        return bool(set(self.outcomes) - {"predicted"})
+
+    def has_any(self, keys: Container[object]) -> bool:
+        return any(study.key in keys for study in self.studies)
+
+    @property
+    def reasons(self) -> list[Reason]:
+        return reasons(trial for study in self.studies for trial in study.trials)
+
+    @property
+    def costs(self) -> list[tuple[KernelConfig, float]]:
+        """The user's own trials that were timed: a config, and its time over the best of its study."""
+        found = []
+        for study in self.studies:
+            timed = [(trial.config, trial.time_us) for trial in study.trials if trial.outcome in ("ok", "slow")]
+            times = [(config, time_us) for config, time_us in timed if time_us]
+            least = min((time_us for _, time_us in times), default=0.0)
+            found += [(config, time_us / least) for config, time_us in times if len(times) > 1]
+        return found
+
+    @property
+    def importances(self) -> dict[str, float]:
+        """Of knobs; empty where the trials are too few to tell."""
+        return importances(self.spec, self.costs)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows.
+
+    gpus      by name
+    shown     studies, sorted by place
+    left_out  how many studies of other toolchains and kernels are not shown
+    standing  every bucket that could be tuned, with the study that says most about it
+    ratios    other contenders' timings, with their time over ours
+    benches   names of the files that these are from, and how each was taken: (file, conditions, command)
+    """
+
+    gpus: tuple[str, ...]
+    shown: tuple[Study, ...]
+    left_out: int
+    standing: dict[Place, Study | None]
+    ratios: list[tuple[Timing, float | None]]
+    benches: tuple[tuple[str, str, str], ...]
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """In the order of `standing`: op by op."""
+        of: dict[tuple[str, KernelSpec], list[Study]] = {}
+        for study in self.shown:
+            of.setdefault((study.place.gpu, study.place.spec), []).append(study)
+        order = dict.fromkeys((place.gpu, place.spec) for place in self.standing)
+        return [Kernel(gpu, spec, tuple(of[gpu, spec])) for gpu, spec in order if (gpu, spec) in of]
+
+    @property
+    def newest(self) -> str:
+        """When the newest of the results shown was made, ISO 8601 in UTC; "" where there are none."""
+        return max((study.newest for study in self.shown), default="")
+
+    def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
+        """By op and GPU: how many buckets are in each state, and the median share of the bound of those measured."""
+        found: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
+        for place, study in self.standing.items():
+            states, shares = found.setdefault(place.spec.op, {}).setdefault(place.gpu, (Counter(), []))
+            states[study.state if study else "untuned"] += 1
+            if study is not None and study.share is not None:
+                shares.append(study.share)
+        return {
+            op: {gpu: (states, median(shares) if shares else None) for gpu, (states, shares) in of.items()}
+            for op, of in found.items()
+        }
+
+
+def collect(memory: Memory, gpus: Sequence[str], timings: list[Timing], *, every: bool) -> Report:
+    """Of the GPUs that people name, or of all; `every`: of every toolchain and kernel, not those of most use alone.
+
+    Raises UnknownGpuError for a GPU that nothing is known by.
+    """
+    results = memory.all()
+    asked = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
+    found = studies_of(memory, (r for r in results if not asked or r.place.gpu in asked))
+    shown = found if every else of_most_use(found)
+    names = asked or tuple(sorted({study.place.gpu for study in found}))
+    kept = [timing for timing in timings if not asked or timing.gpu in (*asked, "")]
+    return Report(
+        gpus=names,
+        shown=tuple(shown),
+        left_out=len(found) - len(shown),
+        standing=standing(shown, names),
+        ratios=sorted(times_ours(kept), key=lambda ratio: (ratio[0].gpu, ratio[0].op)),
+        benches=tuple(dict.fromkeys((timing.file, timing.taken, timing.command) for timing in kept)),
+    )
+
+
+def to_json(report: Report, memory: Memory) -> dict[str, Any]:
+    """Everything that the page's figures are made of, but for the trials: `parallax-gen list --all --json` has them."""
+    origins = Origins(memory)
+    return {
+        "parallax_gen": parallax_gen.__version__,
+        "triton": triton_version(),
+        "gpus": report.gpus,
+        "newest": report.newest,
+        "left_out": report.left_out,
+        "studies": [
+            {
+                "place": study.place.flat(),
+                "state": study.state,
+                "unlike_here": study.unlike,
+                "outcomes": study.outcomes,
+                "trials": len(study.trials),
+                "share_of_bound": study.share,
+                "default_us": study.default and study.default.time_us,
+                "gain": study.gain,
+                "best": origins.to_json(study.best) if study.best else None,
+            }
+            for study in report.shown
+        ],
+        "untuned": [
+            {"gpu": place.gpu, "spec": place.spec.to_dict(), "bucket": place.bucket.to_dict()}
+            for place, study in report.standing.items()
+            if study is None
+        ],
+        "kernels": [
+            {
+                "gpu": kernel.gpu,
+                "spec": kernel.spec.to_dict(),
+                "outcomes": kernel.outcomes,
+                "importances": kernel.importances,
+                "reasons": [vars(reason) for reason in kernel.reasons],
+            }
+            for kernel in report.kernels
+        ],
+        "least_trials": LEAST_TRIALS,
+        "times_ours": [
+            {"gpu": gpu, "op": op, "part": part, "contender": contender, "mean": mean, "least": least, "shapes": count}
+            for (gpu, op, part, contender), (mean, least, count) in means(report.ratios).items()
+        ],
+    }

@@ -1,0 +1,159 @@
+"""The two heat maps as tables of cells: how far each bucket is, and how many times ours each peer takes."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from parallax_gen.cli.lengths import with_lengths
+from parallax_gen.cli.text import brief, lengths, number, rate_unit
+from parallax_gen.memory.place import Place
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.workloads import TRAINING
+from parallax_gen.report.benches import Timing
+from parallax_gen.report.studies import Study, order_of
+
+# Where a class of colour ends and the next begins: shares of the bound, and times over ours, 1 in the middle of its.
+SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+RATIOS = (0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
+
+# The kernels whose times are in a part of a training step.
+KERNELS_OF = {
+    "forward": ("forward",),
+    "backward": ("preprocess", "dkdv", "dqdr"),
+    "step": ("forward", "preprocess", "dkdv", "dqdr"),
+}
+
+Sizes = tuple[int, int, int]  # seqlen_q, seqlen_kv, window
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text and tip are for people; kind is the class of its colour; key is that of the study that it leads to."""
+
+    text: str
+    tip: str
+    kind: str
+    key: tuple[Place, tuple[str, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Cells of one kernel: a row a number of kv rows, a column a length; None where there is nothing to say.
+
+    gpu, ops   what it is filtered by
+    rows       (label, a cell a column)
+    """
+
+    gpu: str
+    ops: tuple[str, ...]
+    name: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+
+def kernel_name(spec: KernelSpec) -> str:
+    """A kernel but for its op, which is said elsewhere."""
+    return str(spec).partition(", ")[2].replace(", ", " · ")
+
+
+def coverage(standing: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
+    """By op and GPU: a matrix a kernel, of every bucket that is or could be tuned."""
+    of: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
+    for place, study in standing.items():
+        spec, bucket = place.spec, place.bucket
+        of.setdefault((spec.op, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
+    found: dict[str, dict[str, list[Matrix]]] = {}
+    for (op, gpu, spec), cells in of.items():
+        found.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
+    return found
+
+
+def speed_ups(
+    ratios: Iterable[tuple[Timing, float | None]],
+) -> dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]]:
+    """By (GPU, op) and (part, contender): a matrix a kernel, of its time over ours.
+
+    Of shapes that share a size, and of files that have the same shape, the least is shown.
+    """
+    of: dict[tuple[str, str, str, str, KernelSpec], dict[tuple[int, Sizes], list[tuple[Timing, float | None]]]] = {}
+    for timing, ratio in ratios:
+        shape = timing.shape
+        which = timing.gpu, timing.op, timing.part, timing.contender, timing.spec
+        size = shape.batch * shape.kv_heads, _sizes(shape)
+        of.setdefault(which, {}).setdefault(size, []).append((timing, ratio))
+    found: dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]] = {}
+    for (gpu, op, part, contender, spec), sizes in sorted(
+        of.items(), key=lambda item: (*item[0][:2], *order_of(item[0][-1]))
+    ):
+        ops = KERNELS_OF.get(part, (op,)) if op == TRAINING else (op,)
+        cells = {size: _ratio(timed) for size, timed in sizes.items()}
+        matrices = found.setdefault((gpu, op), {}).setdefault((part, contender), [])
+        matrices.append(_matrix(gpu, ops, kernel_name(spec), cells))
+    return found
+
+
+def means(ratios: Iterable[tuple[Timing, float | None]]) -> dict[tuple[str, str, str, str], tuple[float, float, int]]:
+    """By (GPU, op, part, contender): the geometric mean of its time over ours, the least, and of how many."""
+    of: dict[tuple[str, str, str, str], list[float]] = {}
+    for timing, ratio in ratios:
+        if ratio is not None:
+            of.setdefault((timing.gpu, timing.op, timing.part, timing.contender), []).append(ratio)
+    return {which: (math.exp(sum(map(math.log, r)) / len(r)), min(r), len(r)) for which, r in of.items()}
+
+
+def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int, Sizes], Cell]) -> Matrix:
+    heights = sorted({height for height, _ in cells})
+    widths = sorted({sizes for _, sizes in cells}, key=lambda sizes: (sizes[1], sizes[0], sizes[2]))
+    return Matrix(
+        gpu=gpu,
+        ops=ops,
+        name=name,
+        columns=tuple(lengths(Shape(1, 1, 1, *sizes)) for sizes in widths),
+        rows=tuple((str(height), tuple(cells.get((height, sizes)) for sizes in widths)) for height in heights),
+    )
+
+
+def _sizes(of: Bucket | Shape) -> Sizes:
+    return of.seqlen_q, of.seqlen_kv, of.window
+
+
+def _standing(place: Place, study: Study | None) -> Cell:
+    spec = place.spec
+    told = [f"{place.gpu}: {spec}", str(place.bucket)]
+    if study is None:
+        return Cell("", "\n".join([*told, "not tuned: the default config is used"]), "untuned")
+    best, share = study.best, study.share
+    if best is None or best.time_us is None:
+        tried = f"{len(study.results)} tried, none measured: the default config is used"
+        return Cell("", "\n".join([*told, tried]), study.state, study.key)
+    told.append(f"{number(best.time_us)} µs, {number(study.rate or 0)} {rate_unit(spec.op)}")
+    told += [f"{share:.0%} of the roofline's bound"] if share is not None else []
+    told.append(brief(best.config))
+    told += [f"{', '.join(study.unlike)}"] if study.unlike else []
+    kind = "known" if share is None else f"share{bisect_right(SHARES, share)}"
+    text = "✓" if share is None else f"{100 * share:.0f}"
+    return Cell(text, "\n".join(told), f"{kind} elsewhere" if study.unlike else kind, study.key)
+
+
+def _ratio(timed: list[tuple[Timing, float | None]]) -> Cell:
+    lines = []
+    for timing, ratio in timed:
+        at = with_lengths(timing.shape, timing.lengths)
+        if ratio is not None and timing.time_us is not None:
+            line = f"{at}: {number(timing.time_us)} µs, {number(timing.time_us / ratio)} ours"
+            lines.append(f"{line}; {timing.note}" if timing.note else line)
+        else:
+            lines.append(f"{at}: {timing.note or 'not timed beside ours'}")
+    ratios = [ratio for _, ratio in timed if ratio is not None]
+    lines.insert(0, timed[0][0].contender)
+    if not ratios:
+        return Cell("–", "\n".join(lines), "untimed")
+    return Cell(_two_digits(min(ratios)), "\n".join(lines), f"ratio{bisect_right(RATIOS, min(ratios))}")
+
+
+def _two_digits(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"

@@ -1,0 +1,113 @@
+"""Puts the report on one HTML page that needs no network.
+
+The figures are plain SVG and tables from a Jinja template: text is escaped there and nowhere else, themes are CSS, and
+a page stays some hundred KB. Plotly's smallest bundle is 1 MB and has no heat map, Vega's compiles its charts at run
+time, which a content policy without eval forbids; for four kinds of figures either costs more than it saves.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+import parallax_gen
+from parallax_gen.cli.text import LEGEND, brief, gain_text, lengths, number, rate_unit
+from parallax_gen.memory.toolchain import triton_version
+from parallax_gen.problem.spec import OPS
+from parallax_gen.report.charts import DECADES, history, rooflines
+from parallax_gen.report.data import Report
+from parallax_gen.report.failures import MEANINGS
+from parallax_gen.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, means, speed_ups
+from parallax_gen.report.sources import Sources
+from parallax_gen.report.studies import STATES, Study
+from parallax_gen.tuning.search.importances import LEAST_TRIALS
+
+WEB = Path(__file__).parent / "web"
+
+
+def html(report: Report, command: str) -> str:
+    """The page. command: what was typed, to be shown."""
+    sources = Sources()
+    kernels = report.kernels
+    summary, tried = report.summary(), [kernel for kernel in kernels if kernel.tried]
+    drawn = {study.key: course for study in report.shown if (course := history(study))}
+    places = {study.key: _source_of(study, sources) for kernel in kernels for study in kernel.studies}
+    style, script = (Markup((WEB / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            command=command,
+            version=parallax_gen.__version__,
+            triton=triton_version(),
+            style=style,
+            script=script,
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+            ops=[op for op in OPS if op in summary],
+            summary=summary,
+            states_in_order=STATES,
+            states_found={study.state if study else "untuned" for study in report.standing.values()},
+            outcome_order=("ok", *MEANINGS),
+            outcomes_found={outcome for kernel in tried for outcome in kernel.outcomes},
+            tried=tried,
+            importances=[(kernel, shares) for kernel in tried if (shares := kernel.importances)],
+            any_unlike=any(study.unlike for study in report.shown),
+            means=means(report.ratios),
+            coverage=coverage(report.standing),
+            speed_ups=speed_ups(report.ratios),
+            rooflines=rooflines(report.shown),
+            kernels=kernels,
+            histories=drawn,
+            first_drawn=next((i for i, kernel in enumerate(kernels) if kernel.has_any(drawn)), None),
+            ids={key: f"k{i}" for i, key in enumerate(places)},
+            sources=places,
+            packed=sources.packed(),
+            share_bounds=[round(100 * bound) for bound in SHARES],
+            ratio_bounds=RATIOS,
+            decades=DECADES,
+            kernels_of=KERNELS_OF,
+            meanings=MEANINGS,
+            least_trials=LEAST_TRIALS,
+            legend=LEGEND,
+            files=list(dict.fromkeys(file for file, _, _ in report.benches)),
+        )
+    )
+
+
+def _source_of(study: Study, sources: Sources) -> int | None:
+    return sources.place(study.best, study.gpu) if study.best and study.gpu else None
+
+
+def _hash(text: str) -> str:
+    """As a content policy names a script or a style that may run: no other does, whatever a record says."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(WEB),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number,
+        brief=brief,
+        lengths=lengths,
+        rate_unit=rate_unit,
+        kernel_name=kernel_name,
+        percent=_percent,
+        gain=gain_text,
+    )
+    return environment

@@ -1,0 +1,186 @@
+"""What is known, study by study: one kernel in one bucket on one GPU, and what was tried of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_named, card_of, shape_of, unlike_here
+from parallax_gen.cli.text import rate
+from parallax_gen.memory.gains import default_beside, gain
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Table, default_of
+from parallax_gen.memory.result import Result
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.spec import OPS, KernelSpec
+from parallax_gen.problem.work import work_of
+from parallax_gen.tuning.job import worklist
+
+# How a bucket stands, the best first.
+STATES = ("measured", "elsewhere", "predicted", "failed", "untuned")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One kernel in one bucket on one GPU: what of it is as in this process, or differs from it in the same way.
+
+    gpu      what is known of the card; None for one that is neither in the table nor in this machine
+    results  the measured from fast to slow, then the predicted, then the failed
+    trials   those of them that are the user's own, in the order in which they were first tried
+    unlike   what of them is not as in this process, for people: toolchain, kernel; empty where nothing is
+    known_as the first result in one word: measured (by the user), shipped, predicted, or how it failed
+    default  today's default config, timed as the best was; None where it was not, or the best is of another kernel
+    """
+
+    place: Place
+    gpu: Gpu | None
+    results: tuple[Result, ...]
+    trials: tuple[Result, ...]
+    unlike: tuple[str, ...]
+    known_as: str
+    default: Result | None = None
+
+    @property
+    def key(self) -> tuple[Place, tuple[str, ...]]:
+        """What tells it from other studies."""
+        return self.place, self.unlike
+
+    @property
+    def best(self) -> Result | None:
+        return self.results[0] if self.results[0].measured else None
+
+    @property
+    def state(self) -> str:
+        """One of STATES: "elsewhere" was measured with another toolchain, or of another kernel than today's."""
+        if self.best is not None:
+            return "elsewhere" if self.unlike else "measured"
+        return "predicted" if self.results[0].outcome == "predicted" else "failed"
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        return Counter(result.outcome for result in self.results)
+
+    @property
+    def newest(self) -> str:
+        return max(result.created_at for result in self.results)
+
+    @property
+    def rate(self) -> float | None:
+        """Of the best, as `cli.text.rate_unit` counts it."""
+        time_us = self.best and self.best.time_us
+        return rate(self.place.spec, shape_of(self.results[0]), time_us) if time_us else None
+
+    @property
+    def gain(self) -> float | None:
+        """The default's time over the best's."""
+        return gain(self.results[0], self.default)
+
+    @property
+    def share(self) -> float | None:
+        """Of the roofline's bound that the best reaches, from 0 to 1; None where the card's peaks are not known."""
+        if self.best is None or self.best.time_us is None or self.gpu is None:
+            return None
+        return bound_us(self.place.spec, shape_of(self.best), self.gpu) / self.best.time_us
+
+
+def bound_us(spec: KernelSpec, shape: Shape, gpu: Gpu) -> float:
+    """Microseconds that a call takes at the least: its work at the card's peak, or its bytes at its bandwidth."""
+    work = work_of(spec, shape)
+    return 1e6 * max(work.flops / gpu.peak(spec.dtype), work.bytes / gpu.bandwidth)
+
+
+def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
+    """The studies that results of a memory are of; the results, and so the studies, are sorted by place."""
+    origins = Origins(memory)
+    trials: dict[Result, int] = {trial: i for i, trial in enumerate(memory.store.in_order() if memory.store else ())}
+    found = []
+    for place, group in groupby(results, key=lambda r: r.place):
+        alike: dict[tuple[str, ...], list[Result]] = {}
+        for result in group:
+            alike.setdefault(unlike_here(result), []).append(result)
+        for unlike, of_study in alike.items():
+            own = sorted((r for r in of_study if r in trials), key=trials.__getitem__)
+            found.append(
+                Study(
+                    place=place,
+                    gpu=card_named(place.gpu),
+                    results=tuple(of_study),
+                    trials=tuple(own),
+                    unlike=unlike,
+                    known_as=origins.status(of_study[0]),
+                    default=_default(of_study, unlike),
+                )
+            )
+    return found
+
+
+def _default(results: list[Result], unlike: tuple[str, ...]) -> Result | None:
+    best = results[0]
+    if not best.measured or ANOTHER_KERNEL in unlike:
+        return None
+    card = card_of(best.place)
+    return default_beside(best, default_of(best.place, card), card, Table(results))
+
+
+def of_most_use(studies: Iterable[Study]) -> list[Study]:
+    """Of each place its study as in this process; where nothing was measured so, beside it the best elsewhere.
+
+    The best elsewhere is the newest that was measured, else the newest.
+    """
+    found: list[Study] = []
+    for _, group in groupby(studies, key=lambda study: study.place):  # sorted by place: a place's studies come together
+        alike = list(group)
+        here = [study for study in alike if not study.unlike]
+        others = sorted((s for s in alike if s.unlike), key=lambda s: (s.best is not None, s.newest))
+        found += here
+        if others and not any(study.best for study in here):
+            found.append(others[-1])
+    return found
+
+
+def standing(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study | None]:
+    """Every place that could be tuned, op by op, with the study that says most about it, None where there is none.
+
+    Those are what `parallax-gen tune` tunes when it is asked for nothing in particular, and what was tried on any of
+    the GPUs.
+    """
+    best: dict[Place, Study | None] = {}
+    tried: dict[tuple[KernelSpec, Bucket], None] = {}
+    for study in studies:
+        tried[study.place.spec, study.place.bucket] = None
+        known = best.get(study.place)
+        if known is None or _weight(study) > _weight(known):
+            best[study.place] = study
+    for gpu in gpus:
+        card = card_named(gpu)
+        usual = [(job.spec, job.bucket) for job in worklist(card)] if card else []
+        for spec, bucket in (*usual, *tried):
+            best.setdefault(Place(gpu, spec, bucket), None)
+    return dict(sorted(best.items(), key=lambda item: _order(item[0])))
+
+
+def _weight(study: Study) -> tuple[int, str]:
+    """How much a study says of its place; of those that say as much the newer counts."""
+    return -STATES.index(study.state), study.newest
+
+
+def _order(place: Place) -> tuple[object, ...]:
+    spec, bucket = place.spec, place.bucket
+    return (
+        OPS.index(spec.op),
+        place.gpu,
+        *order_of(spec),
+        bucket.kv_rows,
+        bucket.seqlen_q,
+        bucket.seqlen_kv,
+        bucket.window,
+    )
+
+
+def order_of(spec: KernelSpec) -> tuple[object, ...]:
+    """Sorts kernels of an op as people would."""
+    return spec.head_dim, spec.dtype, spec.group, str(spec)

@@ -1,0 +1,365 @@
+"""Attention against a KV cache, as an inference engine calls it: on CUDA by one kernel, on the CPU by the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallax_gen.codegen.abi import in_fours, sizes_of
+from parallax_gen.oracle.kvcache import reference_cached_forward
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
+from parallax_gen.runtime.autocast import cast_to_cache
+from parallax_gen.runtime.cache_checks import (
+    CACHE_DTYPE_NAMES,
+    CacheRequest,
+    check_cached,
+    check_fours,
+    check_workspace,
+    check_workspace_type,
+    refuse_gradients,
+)
+from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
+from parallax_gen.runtime.kvcache_operators import laid_out, needs_operator, operators_of, refuse_tangents_of
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, key_of_inputs, plan_launch
+from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
+from parallax_gen.runtime.states import State
+from parallax_gen.runtime.transforms import nothing_intervenes
+from parallax_gen.runtime.workspace import bytes_of, of_one_launch
+
+
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    out: Tensor | None = None,
+    return_state: bool = False,
+    workspace: Tensor | None = None,
+) -> Tensor | State:
+    """Parallax attention of new queries over their sequences' cached keys: a decode step, or a prompt's next chunk.
+
+    q, r              (batch, seqlen_q, heads, head_dim), bf16, fp16 or fp32; head_dim a multiple of 8 up to 256. With
+                      cu_seqlens_q (total_q, heads, head_dim). The keys of these very tokens are in the cache already:
+                      a sequence's last query is at its last key
+    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), or (pages, page_size, kv_heads, head_dim) with a page_table,
+                      of any page_size; heads is a multiple of kv_heads. Of q's dtype, or both float8_e4m3fn or both
+                      float8_e5m2 beside bf16 or fp16 queries
+    cache_seqlens     (batch,) int32 on the same device: how many keys of each sequence count, 0 to seqlen; an int
+                      for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
+                      of length 0 gives 0, and a length below 0 in a tensor counts as 0
+    page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
+                      order; entries behind its length may be anything. Needs cache_seqlens, a tensor, and v_cache
+                      in k_cache's strides
+    cache_leftpad     (batch,) int32 on the same device: each sequence's first key, which cache_seqlens counts from 0
+                      all the same. What lies before is never read
+    cu_seqlens_q      (batch + 1,) int32 on the same device, none less than the one before: sequence b has the rows
+                      cu_seqlens_q[b] up to cu_seqlens_q[b + 1] of q and r, and may have none. In rows that no sequence
+                      has out is 0, lse is -inf, and t̄ and v̄ are 0
+    max_seqlen_q      with cu_seqlens_q: at least the longest sequence's queries, and not much more
+    causal            of many queries, each sees keys up to its own position. A single query sees them all, either way
+    window_size       with causal: a query sees this many keys at the most, its position's and those right before
+    softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    k_scale, v_scale  of caches in eight bits: what stored numbers are to be multiplied by, (1,) or (kv_heads,) fp32 on
+                      the same device, or a number; 1 by default
+    out               where to write, like q; made if not given
+    return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` joins with that over other keys
+    workspace         scratch of at least `kvcache_workspace_size` bytes: torch.zeros(bytes, dtype=torch.uint8) on the
+                      same device, which each launch leaves as it found it where it matters. One for every stream that
+                      runs by itself. By default it is the library's own: one a stream, and one a captured launch
+
+    Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
+    for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
+    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
+
+    Under torch.compile and torch.export this is one operator, of any lengths and sizes. It takes no `workspace`, which
+    is only checked: each call makes its own scratch; and what it returns is copied to `out`. Under torch.func.vmap
+    samples with dense caches of their own are one launch, others one each. DTensors are sharded on sequences or on
+    heads, or are redistributed so; what is a plain tensor beside them, lengths and tables, is taken to be whole and
+    the same on every rank.
+
+    Under torch.autocast q and r are cast to the caches' dtype where that is bf16 or fp16, else to autocast's; caches in
+    fp32 are cast too, which copies all of them at every call, and caches in eight bits stay. With `out` the dtype is
+    out's.
+
+    Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD),
+    or that a transform of torch.func differentiates by.
+    """
+    # Each type by itself takes a third of the time of a loop.
+    bare = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
+    bare = bare and nothing_intervenes()
+    if not bare:
+        q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
+        others = (cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale)
+        if needs_operator(q, r, k_cache, v_cache, *others):
+            length = cache_seqlens if isinstance(cache_seqlens, (int, torch.SymInt)) else None
+            lengths = None if isinstance(cache_seqlens, (int, torch.SymInt)) else cache_seqlens
+            asked = CacheRequest(
+                q, r, k_cache, v_cache, lengths, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
+                max_seqlen_q, causal, window_size, softmax_scale,
+            )  # fmt: skip
+            found = _attend_by_operator(asked, length, out, return_state, workspace)
+            return State(*found) if return_state else found[0]
+    asked, plan = _planned(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
+        window_size, softmax_scale, k_scale, v_scale, out, return_state,
+    )  # fmt: skip
+    learned = q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    if learned or not bare or k_scale is not None or v_scale is not None:
+        refuse_gradients(q, r, k_cache, v_cache, k_scale, v_scale)
+    found = _attend(asked, plan, out, return_state, workspace)
+    return State(*found) if return_state else found[0]
+
+
+def kvcache_workspace_size(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = False,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    out: Tensor | None = None,
+    return_state: bool = False,
+) -> int:
+    """Bytes of workspace that `parallax_attn_with_kvcache` needs with these arguments; 0 where it needs none.
+
+    It depends on the tensors' sizes, never on what they hold. Raises ArgumentError, as that does.
+    """
+    q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
+    _, plan = _planned(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
+        window_size, softmax_scale, k_scale, v_scale, out, return_state,
+    )  # fmt: skip
+    return bytes_of(plan.scratch) if isinstance(plan, LaunchPlan) else 0
+
+
+def _attend(
+    asked: CacheRequest, plan: LaunchPlan | HostPlan, out: Tensor | None, state: bool, workspace: Tensor | None
+) -> tuple[Tensor, ...]:
+    """out, and with `state` lse, t̄ and v̄."""
+    found = room_for(asked.q, out, state)
+    if isinstance(plan, LaunchPlan):
+        if workspace is not None:
+            check_workspace(workspace, bytes_of(plan.scratch), asked.q)
+        plan.launch(_tensors_of(asked, found), workspace=workspace)
+    elif plan.nothing_seen:
+        fill_unseen(found)
+    else:
+        copy_into(found, reference_cached_forward(*asked[:4], **_options(asked)))
+    return found
+
+
+def _attend_by_operator(
+    asked: CacheRequest, length: int | None, out: Tensor | None, state: bool, workspace: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`_attend` where a tracer, a mode, a transform or a tensor subclass is to see one operator.
+
+    length  cache_seqlens, where it is an int
+    """
+    check_flag("return_state", state)
+    check_numbers_of(asked.causal, asked.window_size, asked.softmax_scale)
+    asked = laid_out(asked)
+    check_cached(asked, length, out)
+    refuse_tangents_of(*asked[:4], asked.k_scale, asked.v_scale)
+    refuse_gradients(*asked[:4], asked.k_scale, asked.v_scale)
+    if workspace is not None:
+        check_workspace_type(workspace, asked.q)
+    if is_sharded(*asked[:4]):
+        found = _attend_shards(asked, length, state)
+        return found if out is None else (out.copy_(found[0]), *found[1:])
+    if asked.k_cache.dtype in CACHE_DTYPE_NAMES:
+        check_fours(asked)
+        asked = _with_scales(asked)
+    if length is not None:
+        asked = asked._replace(k_cache=asked.k_cache[:, :length], v_cache=asked.v_cache[:, :length])
+    found = _attention_with_state(*asked) if state else (_attention(*asked),)
+    return found if out is None else (out.copy_(found[0]), *found[1:])
+
+
+def _attend_shards(asked: CacheRequest, length: int | None, state: bool) -> tuple[Tensor, ...]:
+    """`_attend` of DTensors."""
+
+    def attend(*local: Any) -> tuple[Tensor, ...]:
+        one = CacheRequest(*local)._asdict()
+        if length is not None:
+            one["cache_seqlens"] = length
+        found = parallax_attn_with_kvcache(**one, return_state=state)
+        return found if isinstance(found, tuple) else (found,)
+
+    rows, keys = DENSE if asked.cu_seqlens_q is None else PACKED, DENSE if asked.page_table is None else PAGES
+    scales = (_dims_of_scale(x, asked.k_cache.shape[2]) for x in (asked.k_scale, asked.v_scale))
+    lengths = OF_ALL if asked.cu_seqlens_q is not None else OF_SEQUENCES
+    dims = (rows, rows, keys, keys, lengths, lengths, lengths, OF_ALL, *scales, *[None] * 4)
+    return over_shards(attend, asked, dims, asked._fields[:4])
+
+
+def _dims_of_scale(scale: Tensor | float | None, kv_heads: int) -> Dims | None:
+    if not isinstance(scale, Tensor):
+        return None
+    return Dims(None, 0) if len(scale) == kv_heads > 1 else OF_ALL
+
+
+def _run(*given: Any, state: bool) -> tuple[Tensor, ...]:
+    """What the operators do."""
+    asked = CacheRequest(*given)
+    asked, plan = _planned(
+        *asked[:8], asked.max_seqlen_q, asked.causal, asked.window_size, asked.softmax_scale, asked.k_scale,
+        asked.v_scale, None, state,
+    )  # fmt: skip
+    workspace = of_one_launch(plan.scratch, asked.q.device) if isinstance(plan, LaunchPlan) else None
+    return _attend(asked, plan, None, state, workspace)
+
+
+_attention, _attention_with_state = operators_of(_run)
+
+_plans: Plans[LaunchPlan | HostPlan] = Plans()
+
+
+def _planned(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int | None,
+    page_table: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+    causal: bool,
+    window_size: int | None,
+    softmax_scale: float | None,
+    k_scale: Tensor | float | None,
+    v_scale: Tensor | float | None,
+    out: Tensor | None,
+    return_state: bool,
+) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
+    """The request, with tensors for all that the kernel reads, and its plan."""
+    length = None
+    if isinstance(cache_seqlens, int):
+        length, cache_seqlens = cache_seqlens, None
+    asked = CacheRequest(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
+        max_seqlen_q, causal, window_size, softmax_scale,
+    )  # fmt: skip
+    key = plan = None
+    try:
+        numbers = (max_seqlen_q, causal, window_size, softmax_scale, length, return_state)
+        # True is 1 as a key: types are part of it.
+        inputs = key_of_inputs(q, r, k_cache, v_cache)
+        key = (inputs, key_of(*asked[4:8], out), numbers, *map(type, numbers), rounds_to_tf32(q))
+        if k_scale is not None or v_scale is not None:
+            key = (*key, *(key_of(x) if isinstance(x, Tensor) else (type(x), x) for x in (k_scale, v_scale)))
+        plan = _plans[key]
+    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
+        check_flag("return_state", return_state)
+        check_numbers_of(causal, window_size, softmax_scale)
+        check_cached(asked, length, out)
+    if length is not None:
+        asked = asked._replace(k_cache=k_cache[:, :length], v_cache=v_cache[:, :length])
+    if k_cache.dtype in CACHE_DTYPE_NAMES:
+        check_fours(asked)
+        asked = _with_scales(asked)
+    if plan is None:
+        plan = _plan(asked, return_state)
+        _plans.remember(key, plan)
+    if cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.ragged:
+        batch, seqlen = asked.k_cache.shape[:2]
+        lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=q.device)
+        asked = asked._replace(cache_seqlens=lengths)
+    return asked, plan
+
+
+def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
+    q, k = asked.q, asked.k_cache
+    page_size = 0 if asked.page_table is None else k.shape[1]
+    seqlen = k.shape[1] if asked.page_table is None else page_size * asked.page_table.shape[1]
+    batch, seqlen_q = q.shape[0], q.shape[1]
+    packed = asked.cu_seqlens_q is not None
+    if asked.cu_seqlens_q is not None:
+        assert asked.max_seqlen_q is not None
+        batch, seqlen_q = asked.cu_seqlens_q.shape[0] - 1, asked.max_seqlen_q
+    host = HostPlan(nothing_seen=True) if 0 in (batch, seqlen, seqlen_q) else host_plan(q, k)
+    if host is not None:
+        return host
+    heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
+    many = packed or seqlen_q > 1
+    # A window that holds all keys is none: no kernel of its own.
+    window = 0 if asked.window_size is None or asked.window_size >= seqlen else asked.window_size
+    spec = KernelSpec(
+        "decode",
+        head_dim,
+        "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype],
+        group=heads // kv_heads,
+        causal=window > 0 or (many and asked.causal),
+        stats=state,
+        ragged=many
+        or state
+        or window > 0
+        or k.dtype in CACHE_DTYPE_NAMES
+        or asked.cache_seqlens is not None
+        or asked.cache_leftpad is not None,
+        window=window > 0,
+        varlen=packed,
+        page_size=page_size,
+        leftpad=asked.cache_leftpad is not None,
+        many_queries=many,
+        cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
+    )
+    scale = head_dim**-0.5 if asked.softmax_scale is None else asked.softmax_scale
+    numbers = (scale, *sizes_of(spec, window, seqlen_q, 0))
+    return plan_launch(spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen, window), numbers, q.device.index)
+
+
+def _tensors_of(asked: CacheRequest, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In the order of the kernel's `launch`."""
+    given = [*asked[:4], *found]
+    given += [
+        x for x in (asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table) if x is not None
+    ]
+    if isinstance(asked.k_scale, Tensor) and isinstance(asked.v_scale, Tensor):
+        given[2:4] = [in_fours(asked.k_cache), in_fours(asked.v_cache)]
+        given += [asked.k_scale, asked.v_scale]
+    return tuple(given)
+
+
+def _options(asked: CacheRequest) -> dict[str, Any]:
+    return {name: value for name, value in asked._asdict().items() if name not in _NOT_OF_THE_REFERENCE}
+
+
+_NOT_OF_THE_REFERENCE = ("q", "r", "k_cache", "v_cache", "max_seqlen_q")
+
+
+def _with_scales(asked: CacheRequest) -> CacheRequest:
+    """With tensors of one size for both scales: of a number each, or where either has more of one for every kv head."""
+    scales = [
+        x
+        if isinstance(x, Tensor)
+        else torch.full((1,), 1.0 if x is None else x, dtype=torch.float32, device=asked.q.device)
+        for x in (asked.k_scale, asked.v_scale)
+    ]
+    size = max(len(x) for x in scales)
+    k_scale, v_scale = (x if len(x) == size else x.repeat(size) for x in scales)
+    return asked._replace(k_scale=k_scale, v_scale=v_scale)

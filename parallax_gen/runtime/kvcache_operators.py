@@ -1,0 +1,218 @@
+"""Attention against a KV cache as torch operators: what torch.compile, torch.export, dispatch modes and vmap see.
+
+    parallax_gen::attention_with_kvcache        out alone
+    parallax_gen::attention_with_kvcache_state  out, lse, t̄ and v̄
+
+Their arguments are `CacheRequest`'s, with tensors for scales. They write to no argument, and each call has scratch of
+its own. An eager call of plain tensors does not go through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.work import MATMULS, visible_pairs
+from parallax_gen.runtime.attention import stats_shape
+from parallax_gen.runtime.autograd import plain
+from parallax_gen.runtime.cache_checks import CacheRequest
+from parallax_gen.runtime.transforms import differentiated, is_wrapped, transforms_are_active, under_a_mode
+
+_ARGUMENTS = (
+    "(Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
+    "Tensor? cache_leftpad, Tensor? cu_seqlens_q, Tensor? k_scale, Tensor? v_scale, SymInt? max_seqlen_q, "
+    "bool causal, SymInt? window_size, float? softmax_scale)"
+)
+
+
+def needs_operator(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> bool:
+    """Whether anything is to see what is done to these: a tracer, a dispatch mode, vmap, or a tensor subclass.
+
+    others  lengths, tables and scales, which vmap may have samples of, too
+
+    Raises ArgumentError for a tensor with a tangent of forward-mode AD.
+    """
+    if torch.compiler.is_compiling() or under_a_mode():
+        return True
+    if not plain(q, r, k_cache, v_cache):
+        return True
+    if forward_ad._current_level >= 0:
+        refuse_tangents_of(q, r, k_cache, v_cache, *others[-2:])
+    given = (q, r, k_cache, v_cache, *others)
+    return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in given)
+
+
+def refuse_tangents_of(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *scales: Any) -> None:
+    """Raises ArgumentError for a tensor with a tangent: there are no derivatives, and an operator would drop it.
+
+    A tracer shows no tangents. Where one is at work, every call inside of forward-mode AD is refused.
+    """
+    if forward_ad._current_level < 0:
+        return
+    allowed = "a tensor without: decoding has no derivatives (parallax_attn_func has)"
+    if torch.compiler.is_compiling():
+        raise ArgumentError("q", "a call inside of forward-mode AD, under torch.compile", allowed)
+    given = dict(
+        zip(("q", "r", "k_cache", "v_cache", "k_scale", "v_scale"), (q, r, k_cache, v_cache, *scales), strict=False)
+    )
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            continue
+        # Of a transform's tensor the innermost level shows its own tangent alone.
+        if differentiated(x) or (not is_wrapped(x) and forward_ad.unpack_dual(x).tangent is not None):
+            raise ArgumentError(name, "a tensor with a tangent (forward-mode AD)", allowed)
+
+
+def laid_out(asked: CacheRequest) -> CacheRequest:
+    """With a contiguous last dimension under vmap, where the caller does not choose the strides of one sample."""
+    if torch.compiler.is_compiling() or not transforms_are_active():
+        return asked
+    return CacheRequest(*(_contiguous(x) for x in asked))
+
+
+def operators_of(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, Any]:
+    """attention_with_kvcache and attention_with_kvcache_state.
+
+    run  what they do: takes their arguments, and `state`, which says whether it is to give all of a State
+    """
+
+    def run_alone(*given: Any) -> Tensor:
+        return run(*given, state=False)[0]
+
+    def run_with_state(*given: Any) -> tuple[Tensor, ...]:
+        return run(*given, state=True)
+
+    alone = torch.library.custom_op(
+        "parallax_gen::attention_with_kvcache", run_alone, mutates_args=(), schema=f"{_ARGUMENTS} -> Tensor"
+    )
+    with_state = torch.library.custom_op(
+        "parallax_gen::attention_with_kvcache_state",
+        run_with_state,
+        mutates_args=(),
+        schema=f"{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    alone.register_fake(_fake)
+    with_state.register_fake(_fake_with_state)
+    for operator in (alone, with_state):
+        operator.register_vmap(_vmap_rule(operator))
+    packets = [torch.ops.parallax_gen.attention_with_kvcache, torch.ops.parallax_gen.attention_with_kvcache_state]
+    register_flop_formula(packets, get_raw=True)(flops)
+    return alone, with_state
+
+
+def _fake(*given: Any) -> Tensor:
+    q = CacheRequest(*given).q
+    return q.new_empty(q.shape)
+
+
+def _fake_with_state(*given: Any) -> tuple[Tensor, ...]:
+    q = CacheRequest(*given).q
+    lse, t_mean = (q.new_empty(stats_shape(q), dtype=torch.float32) for _ in range(2))
+    return q.new_empty(q.shape), lse, t_mean, q.new_empty(q.shape)
+
+
+def _vmap_rule(operator: Any) -> Callable[..., Any]:
+    def attend(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
+        found, out_dims = _over_samples(operator, info.batch_size, in_dims, given)
+        return (found, out_dims) if len(found) > 1 else (found[0], out_dims[0])
+
+    return attend
+
+
+def _over_samples(
+    operator: Any, size: int, in_dims: tuple[int | None, ...], given: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The operator's outputs for all samples of vmap, and their samples' dimension.
+
+    Samples that have caches of their own, neither packed nor in pages, are one larger batch. Others are attended one
+    after the other: folded into one they would need copies of a cache that they share.
+    """
+    asked, dims = CacheRequest(*given), CacheRequest(*in_dims)  # type: ignore[arg-type]
+    own = dims.k_cache is not None and dims.v_cache is not None
+    scaled_alike = dims.k_scale is None and dims.v_scale is None
+    if own and scaled_alike and asked.page_table is None and asked.cu_seqlens_q is None:
+        scales = ("k_scale", "v_scale")
+        folded = [
+            _folded(x, dim, size) if isinstance(x, Tensor) and name not in scales else x
+            for name, x, dim in zip(asked._fields, given, in_dims, strict=True)
+        ]
+        batch = folded[0].shape[0] // size
+        found = _tuple(operator(*folded))
+        return tuple(x.unflatten(0, (size, batch)) for x in found), (0,) * len(found)
+    if size == 0:  # what one of zeros has, but none of it
+        one = (x if dim is None else x.new_zeros(_without(x.shape, dim)) for x, dim in zip(given, in_dims, strict=True))
+        nothing = tuple(x[None][:0] for x in _tuple(operator(*one)))
+        return nothing, (0,) * len(nothing)
+    each = []
+    for i in range(size):
+        sample = (x if dim is None else _contiguous(x.select(dim, i)) for x, dim in zip(given, in_dims, strict=True))
+        each.append(_tuple(operator(*sample)))
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
+
+
+def _without(shape: torch.Size, dim: int) -> list[int]:
+    sizes = list(shape)
+    del sizes[dim]
+    return sizes
+
+
+def _folded(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """(batch, ...) of all samples: (size * batch, ...), copied where it has to be. dim: the samples', None for one."""
+    every = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    folded: Tensor = _contiguous(every.flatten(0, 1))
+    return folded
+
+
+def _contiguous(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, Tensor) and x.dim() > 0 and x.stride(-1) != 1 else x
+
+
+def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def flops(*given: Any, out_val: Any = None) -> int:
+    """For FlopCounterMode: 2 a multiply and add of the 4 matmuls, over the pairs of a query and a key that it sees.
+
+    Lengths are read, which waits for the device; where they hold no numbers, or a CUDA graph is captured, every
+    sequence counts as long as its cache, or as max_seqlen_q.
+    """
+    asked = CacheRequest(*given)
+    heads, head_dim = asked.q.shape[-2:]
+    window = asked.window_size or 0
+    pairs = 0.0
+    for rows, keys in zip(*_lengths(asked), strict=True):
+        if rows == 1:  # it sees all keys, causal or not, of its window
+            pairs += min(keys, window or keys)
+        else:
+            pairs += visible_pairs(rows, keys, asked.causal, window)
+    return int(2 * MATMULS["decode"] * heads * head_dim * pairs)
+
+
+def _lengths(asked: CacheRequest) -> tuple[list[int], list[int]]:
+    """Each sequence's queries and keys."""
+    starts = asked.cu_seqlens_q
+    if starts is None:
+        rows = [asked.q.shape[1]] * asked.q.shape[0]
+    else:
+        ends = _numbers_of(starts) or [(asked.max_seqlen_q or 0) * b for b in range(len(starts))]
+        rows = [max(0, end - first) for first, end in pairwise(ends)]
+    table = asked.page_table
+    room = asked.k_cache.shape[1] * (1 if table is None else table.shape[1])
+    lengths = _numbers_of(asked.cache_seqlens) or [room] * len(rows)
+    pads = _numbers_of(asked.cache_leftpad) or [0] * len(rows)
+    return rows, [max(0, min(end, room) - max(0, pad)) for end, pad in zip(lengths, pads, strict=True)]
+
+
+def _numbers_of(x: Tensor | None) -> list[int] | None:
+    """What it holds; None where that cannot be looked at."""
+    if x is None or type(x) is not Tensor or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return [int(number) for number in x.tolist()]

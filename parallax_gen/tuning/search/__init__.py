@@ -1,0 +1,1 @@
+"""Which config to try next, and how well such searches do on recorded sweeps."""

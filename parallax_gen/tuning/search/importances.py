@@ -1,0 +1,45 @@
+"""Which knobs decide whether a config is among the fastest, by Optuna's PED-ANOVA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import create_trial
+
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.space import knobs_of
+from parallax_gen.problem.spec import KernelSpec
+
+LEAST_TRIALS = 20  # of fewer, a quarter is less than the five that Optuna asks for
+FASTEST, FEWEST = 0.1, 5  # what "among the fastest" means: a tenth of the trials, but five at the least
+
+
+def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -> dict[str, float]:
+    """Of each knob that has a choice its share, the largest first; they add up to 1. Empty where nothing can be told.
+
+    costs  of one kernel, comparable with each other: times over the best of their bucket, say. Those of configs that
+           are not in the space any more are left out.
+
+    PED-ANOVA (arXiv:2304.10255) compares how a knob's values are spread over the fastest trials with how they are over
+    all. It sees each knob alone, and says nothing of values that were never tried; unlike fANOVA it needs no
+    scikit-learn, and does not spend itself on telling slow configs from very slow ones.
+    """
+    knobs = {knob.name: knob.values for knob in knobs_of(spec) if len(knob.values) > 1}
+    choices: dict[str, BaseDistribution] = {name: CategoricalDistribution(values) for name, values in knobs.items()}
+    trials = []
+    for config, cost in costs:
+        values = {name: value for name, value in asdict(config).items() if name in knobs}
+        if all(value in knobs[name] for name, value in values.items()):
+            trials.append(create_trial(params=values, distributions=choices, value=cost))
+    if len(trials) < LEAST_TRIALS or len({trial.value for trial in trials}) == 1:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    study.add_trials(trials)
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(FASTEST, FEWEST / len(trials)))
+    shares = get_param_importances(study, evaluator=evaluator)
+    return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))

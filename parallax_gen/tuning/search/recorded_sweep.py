@@ -1,0 +1,293 @@
+"""Recorded sweeps: what every config of one place came to, in one small file, for searches to be replayed on.
+
+A file is lines of JSON, gzipped where its name ends in .gz. The first has what all have in common: the place in clear,
+the toolchain, the shape, where and when it was measured, whether it is whole, and the columns. Each of the others is
+one config: its knobs in their order, then outcome, time and resources.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from parallax_gen.errors import ArgumentError, StoreError, usable_cpus
+from parallax_gen.memory.bounds import shown
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result, of_before
+from parallax_gen.ops.base import CONFIG_OF_OP, KernelConfig, config_from_dict
+from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import KNOBS, every_config
+from parallax_gen.problem.hardware import GPUS, Gpu
+from parallax_gen.problem.shapes import Shape, representative
+from parallax_gen.tuning.search.cost_model import guess_us
+from parallax_gen.tuning.search.search import SAMPLERS, Search
+
+T = TypeVar("T")
+
+FORMAT = 2  # 1 had, for the place and the toolchain, the key of records from before fingerprints
+COLUMNS = ("outcome", "time_us", "registers", "spills", "shared_bytes", "compile_s")
+TIMED = ("ok", "slow")  # a slow one has the median of a few replays
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was tried of one place. whole: every config that there was then. Results are of one shape and toolchain."""
+
+    results: tuple[Result, ...]
+    whole: bool
+
+    @property
+    def place(self) -> Place:
+        return self.results[0].place
+
+    @property
+    def shape(self) -> Shape:
+        return _shape_of(self.results[0])
+
+    @property
+    def costs(self) -> dict[KernelConfig, float | None]:
+        """Microseconds of each config, None of one that failed."""
+        return {r.config: r.time_us if r.outcome in TIMED else None for r in self.results}
+
+    @property
+    def best_us(self) -> float:
+        return min(time_us for time_us in self.costs.values() if time_us is not None)
+
+
+def tells(result: Result) -> bool:
+    """Whether its config was tried, which one that was only predicted, or that the machine failed, was not."""
+    return result.outcome != "predicted" and not result.of_machine
+
+
+def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
+    """The sweep that a place's results are: only what `tells` is in it, and of each config the newest.
+
+    Raises ArgumentError where they are of several places, toolchains or shapes, or nothing was timed.
+    """
+    told = sorted((r for r in results if tells(r)), key=lambda r: r.created)
+    tried = tuple(sorted({r.config: r for r in told}.values(), key=_knobs))
+    if not any(r.outcome in TIMED and r.time_us for r in tried):
+        raise ArgumentError("results", f"{len(tried)} that were tried, none of them timed", "those of a place's tune")
+    common: dict[str, set[object]] = {
+        "place": {r.place for r in told},
+        "toolchain": {r.evidence.toolchain for r in told},
+        "shape": {_shape_of(r) for r in tried},
+    }
+    for name, values in common.items():
+        if len(values) > 1:
+            raise ArgumentError("results", f"{len(values)} values of {name}", f"those of one {name}")
+    return Sweep(tried, whole=set(every_config(tried[0].place.spec, gpu)) <= {r.config for r in tried})
+
+
+def write_sweep(sweep: Sweep, path: Path) -> None:
+    """Write a sweep's file. Times are kept to five digits: more than a timing is worth."""
+    newest = max(sweep.results, key=lambda r: r.created_at)
+    header = {
+        "format": FORMAT,
+        "place": sweep.place.flat(),
+        "triton": newest.evidence.triton,
+        "cuda": newest.evidence.cuda,
+        "protocol": newest.evidence.protocol,
+        "shape": sweep.shape.to_dict(),
+        "source": newest.source,
+        "created_at": newest.created_at,
+        "whole": sweep.whole,
+        "configs": len(sweep.results),
+        "columns": [*_names(sweep.place), *COLUMNS],
+    }
+    lines = [json.dumps(header), *(json.dumps(_to_line(r), separators=(",", ":")) for r in sweep.results)]
+    data = ("\n".join(lines) + "\n").encode()
+    try:
+        # Without the time of day in it, the same sweep always gives the same file.
+        path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error}") from error
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep that `write_sweep` wrote. Raises StoreError, naming file and line, on anything else."""
+    try:
+        data = path.read_bytes()
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()
+    except (OSError, EOFError, zlib.error) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+    header = _parse(path, 1, lines[0] if lines else b"", _header)
+    from_line = partial(_from_line, header)
+    results = [_parse(path, number, line, from_line) for number, line in enumerate(lines[1:], start=2)]
+    if len(results) != header["configs"] or len({r.config for r in results}) != len(results):
+        raise StoreError(
+            f"{path}: {len(results)} lines of configs, some perhaps twice; line 1 says {header['configs']}"
+        )
+    sweep = Sweep(tuple(results), header["whole"])
+    if not any(sweep.costs.values()):
+        raise StoreError(f"{path}: none of its configs was timed")
+    return sweep
+
+
+def _shape_of(result: Result) -> Shape:
+    """The sizes it was timed at: those that its bucket is tuned at where the row does not say."""
+    return result.shape or representative(result.place.bucket, result.place.spec.group)
+
+
+def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) -> T:
+    try:
+        return parsed(json.loads(line))
+    except NO_RESULT as error:
+        raise StoreError(f"{path}, line {number}: not of a sweep: {str(error)[:LONGEST_REASON]}") from error
+
+
+def _names(place: Place) -> list[str]:
+    return [knob.name for knob in KNOBS[place.spec.op]]
+
+
+def _knobs(result: Result) -> list[tuple[str, Any]]:
+    return sorted(asdict(result.config).items())
+
+
+def _to_line(result: Result) -> list[Any]:
+    values = [getattr(result.config, name) for name in _names(result.place)]
+    values += [getattr(result, name) for name in COLUMNS]
+    return [float(f"{value:.5g}") if isinstance(value, float) else value for value in values]
+
+
+def _header(data: object) -> dict[str, Any]:
+    """The first line, with place, evidence and shape as objects. Raises ArgumentError."""
+    if isinstance(data, dict) and data.get("format") == 1:
+        data = _of_format_1(data)
+    kinds = {"format": int, "place": dict, "triton": str, "cuda": str, "protocol": int}
+    kinds |= {"shape": dict, "source": str, "created_at": str, "whole": bool, "configs": int, "columns": list}
+    if not isinstance(data, dict) or set(data) != set(kinds):
+        raise ArgumentError("line", shown(data), f"an object of exactly {sorted(kinds)}")
+    for name, kind in kinds.items():
+        if type(data[name]) is not kind:
+            raise ArgumentError(name, shown(data[name]), kind.__name__)
+    if data["format"] != FORMAT:
+        raise ArgumentError("format", data["format"], str(FORMAT))
+    place = Place.from_flat(data["place"])
+    # A file from before a knob came has no column for it, and its configs have the knob's default.
+    needed = {f.name for f in fields(CONFIG_OF_OP[place.spec.op]) if f.default is MISSING}
+    knobs = [name for name in _names(place) if name in needed or name in data["columns"]]
+    if data["columns"] != [*knobs, *COLUMNS]:
+        raise ArgumentError("columns", shown(data["columns"]), str([*_names(place), *COLUMNS]))
+    evidence = Evidence("", "", data["triton"], data["cuda"], data["protocol"])
+    return {**data, "place": place, "evidence": evidence, "shape": Shape.from_dict(data["shape"])}
+
+
+def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
+    record = of_before({"key": data.get("key")})
+    evidence = {name: record["evidence"][name] for name in ("triton", "cuda", "protocol")}
+    rest = {name: value for name, value in data.items() if name != "key"}
+    return rest | {"format": FORMAT, "place": record["place"]} | evidence
+
+
+def _from_line(header: dict[str, Any], data: object) -> Result:
+    place, columns = header["place"], header["columns"]
+    if not isinstance(data, list) or len(data) != len(columns):
+        raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
+    values = dict(zip(columns, data, strict=True))
+    config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
+    for knob in KNOBS[place.spec.op]:  # a value that is none any more may be there, but no tile of nothing
+        value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
+        if isinstance(value, int) and value < least:
+            raise ArgumentError(knob.name, value, f"an int of {least} or more")
+    common = {name: header[name] for name in ("place", "evidence", "shape", "source", "created_at")}
+    return Result(config=config, **common, **values)
+
+
+# -- Searches replayed on recorded sweeps, without a GPU: how soon each sampler comes near the best that there is.
+
+OURS = "ours"  # as the tuner has it: the default first, then the default sampler
+CONTENDERS = (OURS, *SAMPLERS)
+NEAR = 0.02  # of the best's time: what two measurements of one config differ by
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How one contender fared on one sweep: after each trial the regret, what its best so far takes longer than the
+    sweep's best, as a share of that; of all seeds the median and quartiles. Infinite until a config works.
+
+    near_after  trials until it came within NEAR; of all seeds the quartiles, None where it did not
+    """
+
+    contender: str
+    median: list[float]
+    lower: list[float]
+    upper: list[float]
+    near_after: tuple[int | None, int | None, int | None]
+
+
+def curves(
+    sweep: Sweep, contenders: Sequence[str], *, seeds: int, trials: int, workers: int | None = None
+) -> list[Curve]:
+    """Each contender's curve over so many trials.
+
+    Seeds are shared out over processes, by default one a CPU that this one may use.
+    """
+    runs = [(name, seed) for name in contenders for seed in range(seeds)]
+    of_run = partial(_regrets_of, sweep, trials)
+    if workers == 1:
+        found = list(map(of_run, runs))
+    else:
+        with ProcessPoolExecutor(workers or usable_cpus(), mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(of_run, runs))
+    of_name = {name: found[at * seeds : (at + 1) * seeds] for at, name in enumerate(contenders)}
+    return [_curve(name, regrets) for name, regrets in of_name.items()]
+
+
+def regrets(sweep: Sweep, contender: str, seed: int, trials: int) -> list[float]:
+    """The regret after each trial of one search, which sees nothing of the sweep but the costs of what it asks for."""
+    if contender not in CONTENDERS:
+        raise ArgumentError("sampler", repr(contender), ", ".join(CONTENDERS))
+    place, shape, costs, best_us = sweep.place, sweep.shape, sweep.costs, sweep.best_us
+    gpu = GPUS.get(place.gpu)
+    if gpu is None:
+        raise ArgumentError("gpu", repr(place.gpu), ", ".join(GPUS))
+    search = Search(
+        place.spec,
+        gpu,
+        first=[default_config(place.spec, shape, gpu)] if contender == OURS else [],
+        seed=seed,
+        guess=lambda config: guess_us(place.spec, config, shape, gpu),
+        sampler=None if contender == OURS else contender,
+        among=costs,
+    )
+    found: list[float] = []
+    best = float("inf")
+    while len(found) < trials and (config := search.ask()) is not None:
+        cost = costs[config]
+        search.tell(config, cost)
+        best = min(best, float("inf") if cost is None else cost)
+        found.append(best / best_us - 1)
+    return found
+
+
+def _regrets_of(sweep: Sweep, trials: int, run: tuple[str, int]) -> list[float]:
+    contender, seed = run
+    return regrets(sweep, contender, seed, trials)
+
+
+def _curve(name: str, found: Iterable[list[float]]) -> Curve:
+    found = list(found)
+    quartiles = [_quartiles(of_trial) for of_trial in zip(*found, strict=True)]
+    lower, median, upper = ([three[at] for three in quartiles] for at in range(3))
+    never = float("inf")
+    near = [next((n for n, regret in enumerate(run, start=1) if regret <= NEAR), never) for run in found]
+    first, second, third = (None if n == never else round(n) for n in _quartiles(near))
+    return Curve(name, median, lower, upper, (first, second, third))
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Each of them one of the values, or halfway between two: infinite ones do not make a NaN."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    lower, upper = ordered[: half or 1], ordered[-(half or 1) :]
+    return statistics.median_low(lower), statistics.median(ordered), statistics.median_high(upper)

@@ -1,0 +1,1 @@
+"""Killable child processes that compile, check and time."""

@@ -1,0 +1,174 @@
+"""The tuner's child processes, beside its loop: some compile, one a device measures, answers come in one queue."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import Any, Protocol
+
+from parallax_gen.errors import MemoryTakenError
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.tuning.workers.worker import Compile, Outcome, Rematch, Request
+
+_LOG = logging.getLogger(__name__)
+
+COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds
+MEASURE_TIMEOUT_S = 120.0  # the oracle of the largest shapes is in it
+AGAIN_TIMEOUT_S = 30.0  # once the oracle's results lie there: what takes longer hangs
+MEMORY_WAITS_S = (2.0, 8.0, 20.0)  # between attempts where others hold the memory that one needs
+
+
+class AnyWorker(Protocol):
+    """What the pool needs of `worker.Worker`."""
+
+    def start(self) -> None: ...
+
+    def ask(self, request: Request, timeout_s: float) -> Outcome: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Compilation:
+    owner: int
+    source: str
+    request: Compile
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request of `owner`; device is None for a compilation."""
+
+    owner: int
+    request: Request
+    outcome: Outcome
+    device: int | None = None
+
+
+class Pool:
+    """Children that compile, and one for each device, which measures. It owns them: closing it kills them.
+
+    No two compile the same source at a time: the second is held until the first is done, and then finds the program in
+    Triton's cache. All methods are for the thread that made the pool.
+    """
+
+    def __init__(self, benches: Mapping[int, AnyWorker], compilers: Sequence[AnyWorker]):
+        self.compilers = len(compilers)
+        self._answers: SimpleQueue[tuple[Answer, str] | BaseException] = SimpleQueue()
+        self._to_compile: SimpleQueue[_Compilation | None] = SimpleQueue()
+        self._to_measure: dict[int, SimpleQueue[tuple[int, Request] | None]] = {d: SimpleQueue() for d in benches}
+        self._held: dict[str, deque[_Compilation]] = {}  # behind each source that is being compiled
+        self._forgotten: set[int] = set()
+        self._workers: list[AnyWorker] = []
+        self._threads: list[Thread] = []
+        self._closing = Event()
+        for device, bench in benches.items():
+            bench.start()
+            self._begin(bench, self._measure_all, bench, device)
+        for compiler in compilers:
+            self._begin(compiler, self._compile_all, compiler)
+
+    def compile(self, owner: int, source: str, request: Compile) -> None:
+        """Have a trial compiled; `source` is the same for those that render alike."""
+        compilation = _Compilation(owner, source, request)
+        if source in self._held:
+            self._held[source].append(compilation)
+        else:
+            self._held[source] = deque()
+            self._to_compile.put(compilation)
+
+    def measure(self, owner: int, device: int, request: Request) -> None:
+        """Have a device measure; it does one thing at a time."""
+        self._to_measure[device].put((owner, request))
+
+    def next(self, timeout_s: float) -> Answer | None:
+        """An answer, as they come; None if none does in time, or one that nobody waits for any more.
+
+        Raises MachineError where the machine is at fault, and whatever else a worker raises.
+        """
+        try:
+            found = self._answers.get(timeout=timeout_s)
+        except Empty:
+            return None
+        if isinstance(found, BaseException):
+            raise found
+        answer, source = found
+        if source:
+            if self._held[source]:
+                self._to_compile.put(self._held[source].popleft())
+            else:
+                del self._held[source]
+        return None if answer.device is None and answer.owner in self._forgotten else answer
+
+    def forget(self, owner: int) -> None:
+        """Compile no more for an owner."""
+        self._forgotten.add(owner)
+
+    def close(self) -> None:
+        """Kill all children and wait for the threads."""
+        self._closing.set()
+        _empty(self._to_compile)
+        for _ in range(self.compilers):
+            self._to_compile.put(None)
+        for queue in self._to_measure.values():
+            queue.put(None)  # behind one request at the most
+        for worker in self._workers:
+            worker.kill()  # a thread that waits for it gets a crash, then the None
+        for thread in self._threads:
+            thread.join()
+
+    def _begin(self, worker: AnyWorker, serve: Callable[..., None], *arguments: object) -> None:
+        self._workers.append(worker)
+        self._threads.append(Thread(target=self._guarded, args=(worker, serve, *arguments), daemon=True))
+        self._threads[-1].start()
+
+    def _guarded(self, worker: AnyWorker, serve: Callable[..., None], *arguments: object) -> None:
+        """Serve, and hand what that raises to whoever waits for an answer: a thread that ends alone would hang them."""
+        try:
+            serve(*arguments)
+        except BaseException as error:  # noqa: BLE001 - raised again in `next`
+            self._answers.put(error)
+        finally:
+            worker.close()
+
+    def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> Outcome:
+        """A worker's outcome. Where others hold the memory for it, they are waited for, some times, and a while."""
+        for wait_s in MEMORY_WAITS_S:
+            try:
+                return worker.ask(request, timeout_s)
+            except MemoryTakenError as error:
+                _LOG.warning("%s; once more in %.0f s", error, wait_s)
+                if self._closing.wait(wait_s):
+                    raise
+                timeout_s = max(timeout_s, MEASURE_TIMEOUT_S)  # what the child held for later requests is gone
+        return worker.ask(request, timeout_s)
+
+    def _compile_all(self, worker: AnyWorker) -> None:
+        while (each := self._to_compile.get()) is not None:
+            given_up = each.owner in self._forgotten
+            outcome = Outcome("crash", "given up") if given_up else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
+            self._answers.put((Answer(each.owner, each.request, outcome), each.source))
+
+    def _measure_all(self, worker: AnyWorker, device: int) -> None:
+        at: tuple[KernelSpec, Shape] | None = None  # whose oracle the child holds
+        while (item := self._to_measure[device].get()) is not None:
+            owner, request = item
+            trial = request.trials[0] if isinstance(request, Rematch) else request.trial
+            place = trial.spec, trial.shape
+            outcome = self._ask(worker, request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
+            at = None if outcome.kind in ("timeout", "crash") else place
+            self._answers.put((Answer(owner, request, outcome, device), ""))
+
+
+def _empty(queue: SimpleQueue[Any]) -> None:
+    with contextlib.suppress(Empty):
+        while True:
+            queue.get_nowait()
