@@ -1,0 +1,513 @@
+"""What must stay the same when files move and ops are reshaped, worked out anew for test_same.py to compare.
+
+Each topic is a file of tests/data/same, whose lines are pairs of JSON: what is asked, in the words that records are
+stored in, and what came of it. The names at the top are all that this module has of the package: where they move, no
+more than these lines need to change. When an answer changes on purpose, read the difference after
+
+    python tests/same_samples.py --write [TOPIC ...]
+
+which draws the same questions again and answers them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import optuna
+
+import parallax_gen
+from parallax_gen.cli import main as command
+from parallax_gen.cli.export import Pick
+from parallax_gen.cli.text import brief
+from parallax_gen.codegen.fingerprint import below_header, fingerprint
+from parallax_gen.codegen.render import render
+from parallax_gen.errors import ArgumentError, ConfigError
+from parallax_gen.memory.lines import from_line, read_file, to_line
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import best, default_of, is_rendered
+from parallax_gen.memory.result import Result
+from parallax_gen.memory.shipped import Memory, load_shipped
+from parallax_gen.memory.store import Store
+from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.problem.config import KernelConfig, config_from_dict, config_to_dict
+from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.heuristics import default_config, most_shared_bytes, promising_configs
+from parallax_gen.problem.shapes import Shape, bucket_of, timed_lengths, work_of
+from parallax_gen.problem.space import coerce, every_config, knobs_of, neighbours, shared_bytes, why_invalid
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.advice import tune_command
+from parallax_gen.tuning.board import Board
+from parallax_gen.tuning.estimate import guess_us
+from parallax_gen.tuning.job import Job, nearby_configs, program_of, proven_configs
+
+__all__ = ["Store", "command", "from_line", "to_line"]
+
+FOLDER = Path(__file__).parent / "data" / "same"
+LONGEST = 64_000  # bytes of a file that is not compressed
+TUNING_DB = Path(__file__).parents[1] / "tuning_db"
+
+# Those that results are looked up with, whichever Triton is installed: two that records have, and one that none has.
+TOOLCHAINS = {name: Toolchain(name, cuda) for name, cuda in {"3.6": "12.8/12.9", "3.9": "12.9/13.4", "3.5": ""}.items()}
+FIXED = Toolchain("3.9.0", "12.9/13.4")
+
+# What records always have, at what it is where nothing is asked.
+OFF = {"group": 1, "causal": False, "stats": False, "ragged": False}
+
+Json = Any
+Line = tuple[Json, Json]
+
+
+# -- the stored forms, which stay, in today's terms
+
+
+def spec_from(stored: Json) -> KernelSpec:
+    """The spec that records have as `stored`, where flags that are off may be left out."""
+    order = ("op", "head_dim", "dtype", *OFF)
+    whole = {name: stored.get(name, OFF.get(name)) for name in order}
+    whole |= {name: value for name, value in stored.items() if name not in whole}
+    flat = {"gpu": "h200"} | {f"spec.{name}": value for name, value in whole.items()}
+    sizes = {"kv_rows": 8, "seqlen_q": 1, "seqlen_kv": 128}
+    return Place.from_flat(flat | {f"bucket.{name}": size for name, size in sizes.items()}).spec
+
+
+def stored_spec(place: Place) -> Json:
+    """What `spec_from` makes the place's spec of, with no flag that is off."""
+    whole = {name.removeprefix("spec."): value for name, value in place.flat().items() if name.startswith("spec.")}
+    return {name: value for name, value in whole.items() if name not in OFF or OFF[name] != value}
+
+
+def kind_of(place: Place) -> str:
+    stored = stored_spec(place)
+    return "ragged" if stored.get("ragged") else str(stored["op"])
+
+
+def config_from(spec: KernelSpec, stored: Json) -> KernelConfig:
+    return config_from_dict(spec.op, stored)
+
+
+def changes(default: KernelConfig, config: KernelConfig) -> Json:
+    """What of a config is another than of the default, as stored; None for what is stored there alone."""
+    one, other = config_to_dict(default), config_to_dict(config)
+    changed = {name: value for name, value in other.items() if name not in one or one[name] != value}
+    return changed | {name: None for name in one if name not in other}
+
+
+def job_of(place: Place) -> Job:
+    return Job(place.spec, place.bucket, GPUS[place.gpu])
+
+
+def study_of(place: Place, program: str) -> str:
+    """The name of the study that workers on several hosts share of a place."""
+    storage = optuna.storages.InMemoryStorage()
+    Board(storage, place, program, "me", 60.0, nullcontext)
+    (study,) = storage.get_all_studies()
+    return str(study.study_name)
+
+
+def text(value: Json) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def digest(value: str) -> str:
+    return hashlib.sha256(value.encode()).hexdigest()[:32]
+
+
+# -- what is asked: specs and shapes by chance, but the same in every run
+
+KINDS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "ragged")  # ragged: decode with own lengths
+FLAGS = ("causal", "stats", "window", "varlen", "leftpad", "many_queries")
+ORDER = ("causal", "stats", "ragged", "window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
+CARDS = ("h100", "h200", "b200", "a100", "l40s", "rtx3090", "rtx5090")
+
+
+def draw_spec(draw: random.Random, kind: str) -> Json:
+    """A spec of the kind, as records have it."""
+    while True:
+        dtype = draw.choice(("bf16", "bf16", "fp16", "fp32", "tf32"))
+        head_dim = draw.choice((8, 40, 64, 64, 80, 96, 128, 128, 128, 192, 256))
+        group = 1 if kind == "preprocess" else draw.choice((1, 1, 2, 4, 7, 8))
+        flags: dict[str, Json] = {"ragged": kind == "ragged"} | {name: draw.random() < 0.45 for name in FLAGS}
+        if kind == "ragged":
+            flags["page_size"] = draw.choice((0, 0, 0, 1, 16, 64, 256))
+            flags["cache_dtype"] = draw.choice(("", "", "", "e4m3", "e5m2"))
+        op = "decode" if kind == "ragged" else kind
+        stored = {"op": op, "head_dim": head_dim, "dtype": dtype, "group": group}
+        stored |= {name: flags[name] for name in ORDER if flags.get(name)}
+        try:
+            spec_from(stored)
+        except ArgumentError:  # flags that do not go together
+            continue
+        return stored
+
+
+def draw_shape(draw: random.Random, stored: Json) -> Json:
+    kv_heads = draw.choice((1, 2, 4, 8, 16))
+    lengths = (100, 128, 777, 2048, 4096, 16384)
+    many = stored["op"] != "decode" or stored.get("many_queries", False)
+    seqlen_q = draw.choice(lengths) if many else 1
+    seqlen_kv = seqlen_q if many and draw.random() < 0.6 else draw.choice((*lengths, 131072))
+    window = draw.choice((1, 128, 513, 4096)) if stored.get("window") else 0
+    return [draw.choice((1, 2, 3, 8, 32)), kv_heads * stored["group"], kv_heads, seqlen_q, seqlen_kv, window]
+
+
+def draw_cases(seed: int, each: int) -> Iterator[tuple[str, Json, Json]]:
+    """(gpu, spec, shape): so many of each kind, and twice as many of decode with own lengths, which has most flags."""
+    draw = random.Random(seed)
+    for kind in (*KINDS, "ragged"):
+        for _ in range(each):
+            stored = draw_spec(draw, kind)
+            yield draw.choice(CARDS), stored, draw_shape(draw, stored)
+
+
+def draw_config(draw: random.Random, spec: KernelSpec) -> Json:
+    """Any value of each knob of the op, whether or not they go together, and now and then one that is none."""
+    config = config_to_dict(default_config(spec, Shape(1, spec.group, 1, 1, 128), GPUS["h200"]))
+    for knob in knobs_of(spec):
+        values = (
+            *knob.values,
+            *{"merge": ("none", "last", "kernel"), "MASK": ("scores",), "ROW_MAX": ("first",)}.get(knob.name, ()),
+        )
+        config[knob.name] = draw.choice(values)
+    if draw.random() < 0.2:
+        config["num_warps"] = 3
+    if draw.random() < 0.2 and "BLOCK_H" in config:
+        config["BLOCK_H"] = 64
+    if draw.random() < 0.2 and "HEAD_DIM_AS" in config:
+        config["HEAD_DIM_AS"] = draw.choice(("whole", "pieces", "halves"))
+    return config_to_dict(config_from(spec, config))
+
+
+def by_chance(line: str) -> str:
+    """Sorts lines in an order that has nothing to do with them."""
+    return hashlib.sha256(line.encode()).hexdigest()
+
+
+# -- the topics
+
+
+def ask_kernels() -> list[Json]:
+    return [list(case) for case in draw_cases(1, 9)]
+
+
+def kernels(asked: Json) -> Json:
+    """The default kernel of a spec: its file's name, its fingerprint, its text below the header, and its whole file."""
+    gpu, stored, sizes = asked
+    spec, shape = spec_from(stored), Shape(*sizes)
+    config = default_config(spec, shape, GPUS[gpu])
+    found = render(spec, config, GPUS[gpu])
+    name = Pick(spec, bucket_of(shape), config, "").file_name(found)
+    of_any_version = found.text.replace(f"parallax_gen {parallax_gen.__version__}", "parallax_gen", 1)
+    return [name, fingerprint(found.text), digest(below_header(found.text)), digest(of_any_version)]
+
+
+def ask_shipped_kernels() -> list[Json]:
+    """25 of each kind, of all that ship."""
+    kinds: dict[str, set[str]] = {}
+    for path in sorted(TUNING_DB.glob("*.jsonl")):
+        for result in read_file(path).results:
+            asked = text([result.place.gpu, stored_spec(result.place), config_to_dict(result.config)])
+            kinds.setdefault(kind_of(result.place), set()).add(asked)
+    return [json.loads(asked) for _, lines in sorted(kinds.items()) for asked in sorted(lines, key=by_chance)[:25]]
+
+
+def shipped_kernels(asked: Json) -> Json:
+    """The text below the header of a kernel that ships."""
+    gpu, stored, config = asked
+    spec = spec_from(stored)
+    return digest(below_header(render(spec, config_from(spec, config), GPUS[gpu]).text))
+
+
+def ask_configs() -> list[Json]:
+    return [list(case) for case in draw_cases(2, 29)]
+
+
+def configs(asked: Json) -> Json:
+    """Where a search begins, and what a config takes: the default, what else is promising, work, bytes, a guess."""
+    gpu, stored, sizes = asked
+    spec, shape, card = spec_from(stored), Shape(*sizes), GPUS[gpu]
+    try:
+        default = default_config(spec, shape, card)
+    except ConfigError as error:
+        return str(error)
+    work = work_of(spec, shape)
+    return {
+        "default": config_to_dict(default),
+        "promising": [changes(default, config) for config in promising_configs(spec, shape, card)],
+        "shared": [shared_bytes(spec, default, card), most_shared_bytes(spec, default, card)],
+        "work": [work.flops, work.bytes],
+        "lengths": digest(text(timed_lengths(spec, shape)))[:8],
+        "us": f"{guess_us(spec, default, shape, card):.5g}",  # the last digits may be the machine's
+        "shown": brief(default),
+    }
+
+
+def ask_spaces() -> list[Json]:
+    """A spec of each kind, narrow enough to be done soon; of decode with own lengths, one query and many."""
+    plain = {"head_dim": 128, "dtype": "bf16", "group": 4}
+    own = {"op": "decode", **plain, "ragged": True}
+    return [
+        ["h100", {"op": "forward", **plain, "head_dim": 64, "dtype": "fp32"}],
+        ["h200", {"op": "preprocess", **plain, "group": 1}],
+        ["b200", {"op": "dkdv", **plain, "head_dim": 256, "causal": True}],
+        ["a100", {"op": "dqdr", **plain, "head_dim": 96}],
+        ["h200", {"op": "decode", **plain}],
+        ["h200", own],
+        ["l40s", own | {"causal": True, "many_queries": True, "cache_dtype": "e4m3"}],
+    ]
+
+
+def spaces(asked: Json) -> Json:
+    """Knobs, and all valid configs, in the order that samplers and seeds see."""
+    gpu, stored = asked
+    spec, card = spec_from(stored), GPUS[gpu]
+    lines = [text(config_to_dict(config)) for config in every_config(spec, card)]
+    default = default_config(spec, Shape(4, 4 * spec.group, 4, 1, 4096), card)
+    return {
+        "knobs": [[knob.name, list(knob.values)] for knob in knobs_of(spec)],
+        "count": len(lines),
+        "sha256": digest("\n".join(lines)),
+        "neighbours": [changes(default, config) for config in neighbours(spec, default, card)],
+    }
+
+
+def ask_refusals() -> list[Json]:
+    """Configs that are refused, and some that are not: of each kind one for each reason, whatever its numbers."""
+    draw = random.Random(3)
+    found: dict[str, Json] = {}
+    for gpu, stored, _ in draw_cases(4, 60):
+        for _ in range(8):
+            asked = [gpu, stored, draw_config(draw, spec_from(stored))]
+            reason = refusals(asked)["why"] or "none"
+            kind = f"{stored['op']} {stored.get('ragged')}: "
+            found.setdefault(kind + "".join(c for c in reason if not c.isdigit()), asked)
+    return list(found.values())
+
+
+def refusals(asked: Json) -> Json:
+    """Why a config cannot be tried, and the nearest whose knobs agree."""
+    gpu, stored, choices = asked
+    spec = spec_from(stored)
+    config = config_from(spec, choices)
+    every = {knob.name: getattr(config, knob.name) for knob in knobs_of(spec)}
+    return {"why": why_invalid(spec, config, GPUS[gpu]), "coerced": changes(config, coerce(spec, every))}
+
+
+def ask_places() -> list[Json]:
+    return [list(case) for case in draw_cases(6, 7)]
+
+
+def places(asked: Json) -> Json:
+    """All that records, look-ups, studies and people name a place by."""
+    gpu, stored, sizes = asked
+    place = Place(gpu, spec_from(stored), bucket_of(Shape(*sizes)))
+    assert Place.from_flat(json.loads(place.text)) == place
+    return {
+        "text": place.text,
+        "digest": place.digest,
+        "order": list(place.order),
+        "spec": str(place.spec),
+        "bucket": str(place.bucket),
+        "study": study_of(place, "a program"),
+        "tune": tune_command(place),
+    }
+
+
+def ask_standings() -> list[Json]:
+    """The places of the sample."""
+    stored = {text(r.place.flat()) for name in ("h100", "h200") for r in load_shipped(name, sample())}
+    return [json.loads(flat) for flat in sorted(stored, key=by_chance)]
+
+
+def standings(asked: Json) -> Json:
+    """What a call gets, from which tier and whose record, of the sample of shipped records.
+
+    By each toolchain; on a sibling card, and at twice the keys, which nothing may be known of.
+    """
+    elsewhere = {"h100-pcie": {"gpu": "h100-pcie"}, "twice": {"bucket.seqlen_kv": 2 * asked["bucket.seqlen_kv"]}}
+    cases = {name: (Place.from_flat(asked), name) for name in TOOLCHAINS}
+    cases |= {name: (Place.from_flat(asked | other), "3.6") for name, other in elsewhere.items()}
+    answers = {}
+    for name, (place, toolchain) in cases.items():
+        found = best(place, GPUS[place.gpu], Memory(folder=sample()), TOOLCHAINS[toolchain])
+        whose = found.record and found.record.place.digest[:8]
+        answers[name] = [int(found.tier), whose, changes(default_of(place, GPUS[place.gpu]), found.config)]
+    return answers
+
+
+def ask_seeds() -> list[Json]:
+    """Some of the sample's places, and others of twice the keys."""
+    flats = ask_standings()
+    return flats[::2] + [flat | {"bucket.seqlen_kv": 2 * flat["bucket.seqlen_kv"]} for flat in flats[1::3]]
+
+
+def seeds(asked: Json) -> Json:
+    """Where a tune begins by the sample of shipped records, and which of its workers on other hosts it meets."""
+    place = Place.from_flat(asked)
+    job = job_of(place)
+    default = default_config(job.spec, job.shape, job.gpu)
+    with patch.object(Toolchain, "here", lambda: FIXED):
+        program = program_of(job)
+    return {
+        "program": program,
+        "study": study_of(place, program),
+        "proven": [changes(default, config) for config in proven_configs(job, sample())],
+        "nearby": [changes(default, config) for config in nearby_configs(job, Memory(folder=sample()).all(place.gpu))],
+    }
+
+
+TOPICS: dict[str, tuple[Callable[[], list[Json]], Callable[[Json], Json]]] = {
+    "kernels": (ask_kernels, kernels),
+    "shipped_kernels": (ask_shipped_kernels, shipped_kernels),
+    "configs": (ask_configs, configs),
+    "spaces": (ask_spaces, spaces),
+    "refusals": (ask_refusals, refusals),
+    "places": (ask_places, places),
+    "standings": (ask_standings, standings),
+    "seeds": (ask_seeds, seeds),
+}
+
+
+# -- what ships: a sample that stays, and all of it
+
+
+@cache
+def sample() -> Path:
+    """A folder of some shipped records, as they were when this was written: later ones change nothing here."""
+    folder = Path(tempfile.mkdtemp(prefix="parallax_gen_same_"))
+    atexit.register(shutil.rmtree, folder)
+    for path in (FOLDER / "shipped").glob("*.jsonl.gz"):
+        (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    return folder
+
+
+def write_sample() -> None:
+    """All records, on both cards, of five kernels and buckets of each kind."""
+    lines: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for path in sorted(TUNING_DB.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            place = {name: value for name, value in json.loads(line)["place"].items() if name != "gpu"}
+            kind = lines.setdefault("ragged" if place["spec.ragged"] else place["spec.op"], {})
+            kind.setdefault(text(place), []).append((path.name, line))
+    kept = [one for kind in lines.values() for place in sorted(kind, key=by_chance)[:5] for one in kind[place]]
+    for name in sorted({name for name, _ in kept}):
+        whole = "".join(line for its, line in kept if its == name)
+        path = FOLDER / "shipped" / f"{name}.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(whole.encode(), mtime=0))
+    sample.cache_clear()
+
+
+def write_results() -> None:
+    """Some results of each kind and of all outcomes, in the order that an export has."""
+    places: dict[str, list[Result]] = {}
+    for name in ("h100", "h200"):
+        for result in load_shipped(name, sample()):
+            places.setdefault(f"{name} {kind_of(result.place)}", []).append(result)
+    results = [result for _, found in sorted(places.items()) for result in (found[0], found[-1])]
+    results += read_file(FOLDER / "of_431f796.jsonl").results
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"PARALLAX_GEN_DB": f"{folder}/tuning.db"}):
+        with Store() as store:
+            store.merge(results)
+        command.main(["db", "export", str(FOLDER / "results.jsonl")], standalone_mode=False)
+
+
+def of_before(name: str = "of_431f796.jsonl") -> list[Line]:
+    """Whether each result of a file of commit 431f796 counts, and what it is today."""
+    found = read_file(FOLDER / name)
+    assert found.bad == []
+    return [(is_rendered(result, GPUS[result.place.gpu]), result.to_dict()) for result in found.results]
+
+
+def of_all() -> Json:
+    """Of all that ships, by card and kind of kernel: tiers by toolchain, and one hash of kernels and one of seeds."""
+    memory = Memory()
+    counts: dict[str, dict[str, int]] = {}
+    told: dict[str, list[str]] = {}
+    for gpu in ("h100", "h200"):
+        results, card = memory.all(gpu), GPUS[gpu]
+        for place in dict.fromkeys(result.place for result in results):
+            which, job = f"{gpu} {kind_of(place)}", job_of(place)
+            for name, toolchain in TOOLCHAINS.items():
+                tier = f"{name} {best(place, card, memory, toolchain).tier.name}"
+                counts.setdefault(which, {}).setdefault(tier, 0)
+                counts[which][tier] += 1
+            begin = [*proven_configs(job), *nearby_configs(job, results)]
+            told.setdefault(f"{which}: seeds", []).append(text([place.flat(), *map(config_to_dict, begin)]))
+        for result in results:
+            spec, config = result.place.spec, result.config
+            kernel = why_invalid(spec, config, card) or digest(below_header(render(spec, config, card).text))
+            counted = is_rendered(result, card)
+            which = f"{gpu} {kind_of(result.place)}"
+            counts[which]["records"] = counts[which].get("records", 0) + 1
+            counts[which]["records that count"] = counts[which].get("records that count", 0) + counted
+            told.setdefault(f"{which}: kernels", []).append(f"{kernel} {counted} {to_line(result)}")
+    return {"counts": counts, "sha256": {which: digest("".join(lines)) for which, lines in told.items()}}
+
+
+def shipped_now() -> str:
+    """A hash of all that ships."""
+    return digest("".join(path.read_text(encoding="utf-8") for path in sorted(TUNING_DB.glob("*.jsonl"))))
+
+
+# -- reading and writing
+
+
+def lines_of(topic: str) -> list[Line]:
+    """The stored questions of a topic, with the answers that they had."""
+    path = FOLDER / f"{topic}.jsonl"
+    stored = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
+    return [(asked, answer) for asked, answer in map(json.loads, stored.splitlines())]
+
+
+def write(topic: str) -> None:
+    """A long file is compressed."""
+    ask, answer = TOPICS[topic]
+    found = "".join(text([asked, answer(asked)]) + "\n" for asked in ask()).encode()
+    plain = FOLDER / f"{topic}.jsonl"
+    packed = Path(f"{plain}.gz")
+    for path in (plain, packed):
+        path.unlink(missing_ok=True)
+    if len(found) > LONGEST:
+        packed.write_bytes(gzip.compress(found, mtime=0))
+    else:
+        plain.write_bytes(found)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] != ["--write"]:
+        sys.exit(__doc__)
+    topics = arguments[1:] or ["sample", "results", "of_431f796_today", *TOPICS, "of_all"]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["PARALLAX_GEN_CACHE_DIR"] = cache
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        for topic in topics:
+            if topic == "sample":
+                write_sample()
+            elif topic == "results":
+                write_results()
+            elif topic == "of_431f796_today":
+                lines = [text(line) + "\n" for line in of_before()]
+                (FOLDER / "of_431f796_today.jsonl").write_text("".join(lines), encoding="utf-8")
+            elif topic == "of_all":
+                stored = json.dumps({"shipped": shipped_now(), **of_all()}, indent=1) + "\n"
+                (FOLDER / "of_all.json").write_text(stored, encoding="utf-8")
+            else:
+                write(topic)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

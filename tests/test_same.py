@@ -1,0 +1,115 @@
+"""What must not change when files move and ops are reshaped: kernels, configs, names, what counts, old files.
+
+The answers in tests/data/same are of the package as it was; same_samples.py says how they came about, and how they are
+written anew where they change on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import same_samples as same
+from click.testing import CliRunner
+
+TOLD = 5  # of lines that differ, so many are shown
+
+RESULTS = same.FOLDER / "results.jsonl"
+
+
+def difference(topic: str, before: same.Json, now: same.Json) -> list[str]:
+    """What two answers differ in, part by part where both have parts."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return [line for name in names for line in difference(f"{topic}.{name}", before.get(name), now.get(name))]
+    return [f"  {topic} was {same.text(before)}", f"  {topic} is  {same.text(now)}"]
+
+
+def test_a_difference_names_what_differs() -> None:
+    assert difference("a", {"b": 1, "c": {"d": [2], "e": 3}}, {"b": 1, "c": {"d": [4], "e": 3}}) == [
+        "  a.c.d was [2]",
+        "  a.c.d is  [4]",
+    ]
+
+
+@pytest.mark.parametrize("topic", same.TOPICS)
+def test_answers_are_the_same(topic: str) -> None:
+    _, answer = same.TOPICS[topic]
+    lines, wrong = same.lines_of(topic), []
+    for asked, before in lines:
+        now = answer(asked)
+        if same.text(now) != same.text(before):  # the order of fields counts
+            told = difference(topic, before, json.loads(same.text(now))) or [f"  the order of fields: {same.text(now)}"]
+            wrong.append("\n".join([same.text(asked), *told]))
+    shown = "\n".join(wrong[:TOLD])
+    assert not wrong, f"{len(wrong)} of {len(lines)} answers differ, such as\n{shown}"
+
+
+@pytest.mark.parametrize("topic", ["kernels", "configs", "places"])
+def test_every_kind_and_flag_is_asked_for(topic: str) -> None:
+    found: dict[str, set[str]] = {}
+    for (_, stored, *_), _ in same.lines_of(topic):
+        found.setdefault("ragged" if stored.get("ragged") else stored["op"], set()).update(stored)
+    of_tiles = {"causal", "window", "varlen"}
+    wanted = {"forward": of_tiles | {"stats"}, "preprocess": {"varlen"}, "dkdv": of_tiles, "dqdr": of_tiles}
+    wanted |= {"decode": set(), "ragged": set(same.ORDER)}
+    assert set(found) == set(wanted)
+    assert {kind: flags & set(same.ORDER) for kind, flags in found.items()} == wanted
+
+
+def test_an_export_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order is in which results are recorded."""
+    wanted = RESULTS.read_bytes().splitlines(keepends=True)
+    path = tmp_path / "tuning.db"
+    monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
+    with same.Store(path) as store:
+        for line in sorted(wanted, key=lambda line: same.by_chance(line.decode())):
+            store.record(same.from_line(line))
+    assert exported() == wanted
+    of_decode = [line for line in wanted if b'"gpu": "h100"' in line and b'"spec.op": "decode"' in line]
+    measured = [line for line in of_decode if b'"outcome": "ok"' in line]
+    assert exported("--gpu", "h100", "--op", "decode") == of_decode
+    assert exported("--gpu", "h100", "--op", "decode", "--measured") == measured
+    assert len(wanted) > len(of_decode) > len(measured) > 0
+
+
+def exported(*arguments: str) -> list[bytes]:
+    done = CliRunner().invoke(same.command, ["db", "export", "-", *arguments])
+    assert done.exit_code == 0, done.stderr
+    return done.stdout_bytes.splitlines(keepends=True)
+
+
+def test_lines_of_431f796_are_read() -> None:
+    """They count where they did, and are in today's form what they were."""
+    wanted = same.lines_of("of_431f796_today")
+    assert len(wanted) == 19
+    assert [same.text([*line]) for line in same.of_before()] == [same.text([*line]) for line in wanted]
+    assert {counts for counts, _ in wanted} == {True, False}
+
+
+def test_a_database_of_431f796_is_read(tmp_path: Path) -> None:
+    """As its lines are: first to be read only, which changes nothing in it, then to be written to."""
+    path = tmp_path / "tuning.db"
+    shutil.copy(same.FOLDER / "of_431f796.db", path)
+    before = path.read_bytes()
+    wanted = sorted(same.text(result) for _, result in same.lines_of("of_431f796_today"))
+    with same.Store(path, read_only=True) as store:
+        assert sorted(same.text(result.to_dict()) for result in store.all()) == wanted
+    assert path.read_bytes() == before
+    with same.Store(path) as store:
+        assert sorted(same.text(result.to_dict()) for result in store.all()) == wanted
+        assert (store.problems(), store.unreadable) == ([], 0)
+
+
+@pytest.mark.slow
+def test_all_that_ships_is_the_same() -> None:
+    """Kernels, whether they count, what calls get of them and where tunes begin. Takes a minute."""
+    wanted = json.loads((same.FOLDER / "of_all.json").read_text(encoding="utf-8"))
+    if wanted.pop("shipped") != same.shipped_now():
+        pytest.skip(
+            "other records ship since: python tests/same_samples.py --write of_all, before what is to be proved"
+        )
+    now = same.of_all()
+    assert now == wanted, "\n".join(difference("all", wanted, now))
