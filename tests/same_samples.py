@@ -43,16 +43,17 @@ from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory, load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.problem.config import KernelConfig, config_from_dict, config_to_dict
+from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
+from parallax_gen.ops.defaults import default_config, most_shared_bytes, promising_configs
+from parallax_gen.ops.space import coerce, every_config, knobs_of, neighbours, shared_bytes, why_invalid
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.heuristics import default_config, most_shared_bytes, promising_configs
-from parallax_gen.problem.shapes import Shape, bucket_of, timed_lengths, work_of
-from parallax_gen.problem.space import coerce, every_config, knobs_of, neighbours, shared_bytes, why_invalid
+from parallax_gen.problem.shapes import Shape, bucket_of, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import work_of
 from parallax_gen.runtime.advice import tune_command
-from parallax_gen.tuning.board import Board
-from parallax_gen.tuning.estimate import guess_us
+from parallax_gen.tuning.claims import Board
 from parallax_gen.tuning.job import Job, nearby_configs, program_of, proven_configs
+from parallax_gen.tuning.search.cost_model import guess_us
 
 __all__ = ["Store", "command", "from_line", "to_line"]
 

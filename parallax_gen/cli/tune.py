@@ -125,7 +125,7 @@ def tune(
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.claims import Storage
-    from parallax_gen.tuning.job import ALL_WORK, known_jobs, of_grid, worklist
+    from parallax_gen.tuning.job import ALL_WORK, MOST_REFRESHED, known_jobs, of_grid, worklist
     from parallax_gen.tuning.tuner import Tuner
 
     if grid and (shapes or ops not in ((), ("decode",))):
