@@ -33,7 +33,7 @@ def fill(store: Store) -> None:
     store.record(known(90.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))))
     place = dataclasses.replace(PLACE, bucket=Bucket(64, 1, 8192))
     store.record(known(70.0, place=place, unlike=OTHER_TOOLCHAIN, source=HOSTILE))
-    store.record(known(280.0, place=dataclasses.replace(PLACE, gpu=HOSTILE.replace("/", ""))))
+    store.record(known(280.0, place=dataclasses.replace(PLACE, gpu=f"a {HOSTILE}".replace("/", ""))))
     store.record(known_dkdv(900.0))
     write_shipped([known(300.0, place=dataclasses.replace(PLACE, gpu="h100"))], "h100")
 
