@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -43,6 +44,32 @@ def user_path(variable: str, default: Callable[[], str]) -> Path:
             f"this user has no home folder{f' for {said}' if said else ''}: set {variable} to an absolute path"
         ) from error
     return path
+
+
+def replace_file(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a file so that whoever reads it finds the old text or the new one, whole. Makes its folder.
+
+    durable  it is on the disk when this returns, and so is its name
+
+    Raises OSError, and leaves nothing behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 # -- Where kernels and what Triton compiles of them are kept: the user's folders, else temporary ones.

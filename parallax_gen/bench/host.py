@@ -13,6 +13,7 @@ from parallax_gen.bench.baselines.peers import ours_cached
 from parallax_gen.codegen.abi import prepare
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.device import gpu_of_device
+from parallax_gen.codegen.intercept import Launch, watching
 from parallax_gen.codegen.render import render
 from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.shapes import Shape
@@ -33,41 +34,20 @@ def host_times(spec: KernelSpec, shape: Shape) -> dict[str, float]:
     assert module is load(render(spec, choice.config, gpu))
     inputs = random_inputs_of(spec, shape, seed=0, device="cuda", full=True)
     call = prepare(spec, choice.config, inputs)
-    grid, arguments, options, compiled = _watched(module, call.arguments(softmax_scale(spec)))
-    whole_grid = (*grid, 1, 1)
-    run = compiled[whole_grid]
+    launches: list[Launch] = []
+    with watching(module, launches.append):
+        module.launch(*call.arguments(softmax_scale(spec)))
+    over_keys = launches[0]  # and behind it, of some configs, the merge of the splits
+    whole_grid = (*over_keys.grid, 1, 1)
+    run = over_keys.compiled[whole_grid]
 
     calls: dict[str, Callable[[], Any]] = {
         "public function": lambda: ours_cached(spec, inputs, call.out),
         "and an output": lambda: ours_cached(spec, inputs, None),
-        "Triton's launch": lambda: kernel_of(module)[grid](*arguments, **options),
-        "compiled kernel": lambda: run(*arguments),
+        "Triton's launch": lambda: over_keys.kernel[over_keys.grid](*over_keys.arguments, **over_keys.options),
+        "compiled kernel": lambda: run(*over_keys.arguments),
     }
     return {name: _median_us(call) for name, call in calls.items()}
-
-
-def _watched(module: Any, launch_arguments: tuple[object, ...]) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
-    """The grid, arguments, options and compiled kernel of its kernel in one launch."""
-    kernel = kernel_of(module)
-    run, seen = kernel.run, []
-
-    def watch(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = run(*arguments, grid=grid, warmup=warmup, **options)
-        seen.append((grid, arguments, options, compiled))
-        return compiled
-
-    kernel.run = watch
-    try:
-        module.launch(*launch_arguments)
-    finally:
-        del kernel.run
-    grid, arguments, options, compiled = seen[0]
-    return grid, arguments, options, compiled
-
-
-def kernel_of(module: Any) -> Any:
-    """A decode module's kernel over the keys."""
-    return getattr(module, "ragged_kernel", None) or module.decode_kernel
 
 
 def _median_us(call: Callable[[], Any]) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 from parallax_gen.cli.lengths import from_text, to_text
 from parallax_gen.cli.text import rate_unit
 from parallax_gen.errors import ArgumentError, ParallaxGenError
+from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import check_number
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
@@ -219,7 +220,7 @@ def _opened(path: Path) -> list[Row]:
         text, tail = f"{whole}\n", ""
     _append(path, "\n" if tail else "")  # and thereby: can it be written?
     if columns == WITHOUT_LENGTHS:
-        _replace(path, _widened(text))
+        replace_file(path.resolve(), _widened(text))  # a link stays one
     return _rows(io.StringIO(text.partition("\n")[2], newline=""), columns)
 
 
@@ -228,17 +229,6 @@ def _widened(text: str) -> str:
     at = COLUMNS.index("lengths")
     _, *lines = csv.reader(io.StringIO(text, newline=""))
     return _as_text([COLUMNS, *([*line[:at], "", *line[at:]] for line in lines)])
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whoever reads the file finds the old text or the new one, whole."""
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import sys
-import uuid
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,10 +12,11 @@ from types import ModuleType
 from typing import Any
 
 from parallax_gen.codegen.abi import empty_inputs, prepare
+from parallax_gen.codegen.intercept import Launch, watching
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.codegen.resources import Resources, resources_of
 from parallax_gen.errors import BuildError, MachineError, gist, machine_error
-from parallax_gen.files import cache_dir, triton_cache
+from parallax_gen.files import cache_dir, replace_file, triton_cache
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -35,15 +34,9 @@ def write(source: KernelSource) -> Path:
             return path
     except (OSError, UnicodeDecodeError):
         pass  # missing or damaged: write it
-    # A temporary file renamed into place: a reader sees all of it or nothing.
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(source.text, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, source.text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise MachineError(f"cannot write the kernel {path}: {error}") from error
     return path
 
@@ -86,13 +79,13 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
     if triton.knobs.cache.manager_class is None:
         triton_cache()
     module = load(source)
-    compiled: list[Any] = []
-    with _driver_without_device(gpu), _launching_switched_off(module, compiled):
+    launches: list[Launch] = []
+    with _driver_without_device(gpu), watching(module, launches.append, compile_only=True):
         try:
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
             raise machine_error(error) or BuildError(gist(error)) from error
-    return resources_of(compiled)
+    return resources_of([launch.compiled for launch in launches])
 
 
 def compile_here(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape) -> Resources:
@@ -102,11 +95,11 @@ def compile_here(source: KernelSource, spec: KernelSpec, config: KernelConfig, s
     has no program or the device refuses it, and MachineError where the machine is at fault.
     """
     module = _imported(write(source), alone=True)  # launching is switched off in it: no call may have the same
-    compiled: list[Any] = []
-    with _launching_switched_off(module, compiled):
+    launches: list[Launch] = []
+    with watching(module, launches.append, compile_only=True):
         try:
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
-            first = compiled[0]
+            first = launches[0].compiled
             first.run  # noqa: B018 - loads it, and with that finds out
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
             raise machine_error(error) or BuildError(gist(error)) from error
@@ -144,21 +137,3 @@ def _driver_without_device(gpu: Gpu) -> Iterator[None]:
         yield
     finally:
         driver.set_active(before)
-
-
-@contextlib.contextmanager
-def _launching_switched_off(module: ModuleType, compiled: list[Any]) -> Iterator[None]:
-    from triton.runtime.jit import JITFunction
-
-    kernels = [value for value in vars(module).values() if isinstance(value, JITFunction)]
-    for kernel in kernels:
-
-        def compile_only(*args: Any, grid: Any, warmup: bool, run: Any = kernel.run, **options: Any) -> None:
-            compiled.append(run(*args, grid=grid, warmup=True, **options))
-
-        kernel.run = compile_only
-    try:
-        yield
-    finally:
-        for kernel in kernels:
-            del kernel.run  # the method shows again

@@ -13,9 +13,7 @@ import ast
 import contextlib
 import hashlib
 import json
-import os
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from parallax_gen.errors import MachineError
-from parallax_gen.files import cache_dir
+from parallax_gen.files import cache_dir, replace_file
 
 # Raised when the serialisation changes: fingerprints of two versions are not compared.
 VERSION = 1
@@ -322,9 +320,5 @@ def _kept(hashed: str) -> str | None:
 def _keep(hashed: str, kernel: str) -> str:
     """For later processes; where there is no room for it, they find it out again."""
     with contextlib.suppress(OSError, MachineError):
-        path = _path(hashed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        part.write_text(kernel, encoding="utf-8")
-        os.replace(part, path)
+        replace_file(_path(hashed), kernel)
     return kernel

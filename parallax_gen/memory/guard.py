@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from pathlib import Path
 from parallax_gen.codegen.render import KernelSource, text_hash_of
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError, MachineError
-from parallax_gen.files import cache_dir
+from parallax_gen.files import cache_dir, replace_file
 from parallax_gen.memory.bounds import check_int
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Known, Tier, default_of, ranked
@@ -127,11 +125,7 @@ def _kept(text_hash: str, gpu: Gpu) -> Resources | None:
 def keep(source: KernelSource, gpu: Gpu, resources: Resources) -> None:
     """For later processes; where there is no room for it, they find it out again."""
     with contextlib.suppress(OSError, MachineError):
-        path = _path(source.text_hash, gpu)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        part.write_text(json.dumps(asdict(resources)), encoding="utf-8")
-        os.replace(part, path)
+        replace_file(_path(source.text_hash, gpu), json.dumps(asdict(resources)))
 
 
 def _path(text_hash: str, gpu: Gpu) -> Path:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from parallax_gen.errors import StoreError
+from parallax_gen.files import replace_file
 from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Result
 from parallax_gen.memory.store import Store
 
@@ -66,21 +66,7 @@ def is_database(path: Path) -> bool:
 
 def write_lines(path: Path, results: Iterable[Result]) -> None:
     """Write a file so that anyone who reads it finds the old one or the new one, whole. Raises StoreError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.writelines(map(to_line, results))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # its name is on the disk, too
-        finally:
-            os.close(folder)
+        replace_file(path, "".join(map(to_line, results)), durable=True)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}") from error

@@ -91,8 +91,8 @@ def tune_command(place: Place) -> str:
     lengths = f"{shape.seqlen_kv}" if one_length else f"{shape.seqlen_q}x{shape.seqlen_kv}"
     words = ["parallax-gen", "tune", "--op", spec.op]
     words += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
-    if spec.window:
-        words += ["--window", f"{shape.window}"]
+    if spec.window:  # one of all keys would be none; a key less rounds to the same bucket
+        words += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
     elif not spec.causal and (spec.many_queries or spec.op in ("forward", "dkdv", "dqdr")):
         words.append("--full")
     words += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad") if getattr(spec, name)]

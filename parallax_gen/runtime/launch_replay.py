@@ -7,13 +7,14 @@ and later ones hand their tensors to the compiled kernels it used, with the same
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
+
+from parallax_gen.codegen.intercept import Launch, watching
 
 ALIGNMENT = 16  # bytes: what Triton's code may assume of a pointer that had it when it compiled
 
@@ -33,44 +34,25 @@ def record(module: ModuleType, tensors: Sequence[Tensor], numbers: Sequence[floa
     None if that cannot be replayed.
     """
     from triton.compiler import CompiledKernel
-    from triton.runtime.jit import JITFunction
 
     given = [tensor.detach() for tensor in tensors]  # an object a place, also where one tensor was passed twice
     places = {id(tensor): place for place, tensor in enumerate(given)}
-    here = threading.get_ident()
     seen: list[Launched | None] = []
-    kernels = [value for value in vars(module).values() if isinstance(value, JITFunction)]
 
-    def watch(kernel: Any) -> Callable[..., Any]:
-        run = kernel.run
+    def watch(launch: Launch) -> None:
+        arguments = launch.arguments
+        count = sum(isinstance(argument, Tensor) for argument in arguments)
+        known = all(id(argument) in places for argument in arguments[:count])
+        if not (isinstance(launch.compiled, CompiledKernel) and known):
+            seen.append(None)
+            return
+        slots = tuple(places[id(argument)] for argument in arguments[:count])
+        whole_grid = (*launch.grid, 1, 1)[:3]
+        seen.append(Launched(launch.compiled[whole_grid], slots, arguments[count:]))
 
-        def watched(*args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
-            compiled = run(*args, grid=grid, warmup=warmup, **options)
-            if threading.get_ident() == here:
-                count = sum(isinstance(arg, Tensor) for arg in args)
-                known = all(id(arg) in places for arg in args[:count])
-                if isinstance(compiled, CompiledKernel) and known:
-                    slots = tuple(places[id(arg)] for arg in args[:count])
-                    whole_grid = (*grid, 1, 1)[:3]
-                    seen.append(Launched(compiled[whole_grid], slots, args[count:]))
-                else:
-                    seen.append(None)
-            return compiled
-
-        return watched
-
-    with _WATCHING:
-        for kernel in kernels:
-            kernel.run = watch(kernel)
-        try:
-            module.launch(*given, *numbers)
-        finally:
-            for kernel in kernels:
-                del kernel.run  # the method shows again
+    with watching(module, watch):
+        module.launch(*given, *numbers)
     return None if not seen or None in seen else tuple(launched for launched in seen if launched is not None)
-
-
-_WATCHING = threading.Lock()
 
 
 def replay(launched: tuple[Launched, ...], tensors: Sequence[Tensor], stream: int) -> None:

@@ -105,7 +105,7 @@ class Tuner:
 
     def _run(self, job: Job, trials: int) -> Run:
         if self._refresh is not None:
-            again = known_configs(job, self._refresh)[:trials]
+            again = known_configs(job, self._refresh)[: max(trials, 2)]  # what calls get now, and the default
             results = self._refresh.results
             return Run(job, self._store, measure=self._measure, trials=len(again), again=again, results=results)
         # A prediction would keep those who can measure from the config.

@@ -45,7 +45,7 @@ def memory_of(store: Store, folder: Path, *records: Result) -> Memory:
     return Memory(store, folder)
 
 
-def refresh(memory: Memory, *jobs: Job) -> list[Progress]:
+def refresh(memory: Memory, *jobs: Job, trials: int = 64) -> list[Progress]:
     class Watcher:
         def begin(self, job: Job) -> None: ...
         def update(self, progress: Progress) -> None: ...
@@ -53,7 +53,7 @@ def refresh(memory: Memory, *jobs: Job) -> list[Progress]:
 
     assert memory.store is not None
     with Tuner(memory.store, measure=True, compilers=2, refresh=memory) as tuner:
-        return tuner.tune_all(jobs, trials=64, time_budget_s=60.0, watcher=Watcher())
+        return tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=Watcher())
 
 
 def test_of_each_place_the_best_of_every_kind_of_evidence(store: Store, tmp_path: Path) -> None:
@@ -167,6 +167,12 @@ def test_the_default_is_never_given_up(store: Store, machine: Machine, tmp_path:
     limits = {r.trial.config: r.give_up_us for _, r in machine.on if isinstance(r, Measure)}
     assert limits[DEFAULT] == float("inf")
     assert not any(isinstance(r, Rematch) and len(r.trials) < 2 for _, r in machine.on)
+
+
+def test_with_one_trial_the_default_is_timed_all_the_same(store: Store, machine: Machine, tmp_path: Path) -> None:
+    memory = memory_of(store, tmp_path, *(record(config, 1.0 + n) for n, config in enumerate(OTHERS[:3])))
+    refresh(memory, JOB, trials=1)
+    assert {DEFAULT, OTHERS[0]} <= {request.trial.config for request in machine.measured}
 
 
 @pytest.mark.parametrize("op", ["forward", "dkdv"])
