@@ -19,7 +19,7 @@ from parallax_gen.codegen.render import KernelSource, text_hash_of
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError, MachineError
 from parallax_gen.files import cache_dir, replace_file
-from parallax_gen.memory.bounds import check_int
+from parallax_gen.memory.bounds import LONGEST_LINE, check_int, check_text
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Known, Tier, default_of, ranked
 from parallax_gen.memory.toolchain import Toolchain
@@ -108,13 +108,19 @@ def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compile
 
 
 def kept(source: KernelSource, gpu: Gpu) -> Resources | None:
-    """What an earlier check found of a kernel as compiled here; None where none did, or what is there is damaged."""
+    """What an earlier check found of a kernel as compiled here; None where none did, or what is there is damaged.
+
+    Raises BuildError where it found that the kernel does not compile.
+    """
     return _kept(source.text_hash, gpu)
 
 
 def _kept(text_hash: str, gpu: Gpu) -> Resources | None:
     with contextlib.suppress(OSError, ValueError, TypeError, MachineError, RecursionError):
         found = json.loads(_path(text_hash, gpu).read_text(encoding="utf-8"))
+        if isinstance(found, str):
+            check_text("failure", found)
+            raise BuildError(found)
         resources = Resources(**found)
         for name, number in asdict(resources).items():
             check_int(name, number)
@@ -122,10 +128,12 @@ def _kept(text_hash: str, gpu: Gpu) -> Resources | None:
     return None
 
 
-def keep(source: KernelSource, gpu: Gpu, resources: Resources) -> None:
+def keep(source: KernelSource, gpu: Gpu, found: Resources | BuildError) -> None:
     """For later processes; where there is no room for it, they find it out again."""
     with contextlib.suppress(OSError, MachineError):
-        replace_file(_path(source.text_hash, gpu), json.dumps(asdict(resources)))
+        failure = " ".join(str(found).split())[:LONGEST_LINE]
+        note = json.dumps(failure if isinstance(found, BuildError) else asdict(found))
+        replace_file(_path(source.text_hash, gpu), note)
 
 
 def _path(text_hash: str, gpu: Gpu) -> Path:

@@ -14,7 +14,7 @@ from parallax_gen.codegen.build import compile_here, load
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.errors import StoreError
+from parallax_gen.errors import BuildError, StoreError
 from parallax_gen.files import give_triton_a_cache
 from parallax_gen.memory.guard import Compiled, guarded, keep, kept
 from parallax_gen.memory.place import Place
@@ -109,7 +109,11 @@ def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> Compiled | None:
         source = render(spec, config, gpu)
         resources = kept(source, gpu)
         if resources is None:
-            resources = compile_here(source, spec, config, shape)
+            try:
+                resources = compile_here(source, spec, config, shape)
+            except BuildError as error:
+                keep(source, gpu, error)
+                raise
             keep(source, gpu, resources)
         return resources
 

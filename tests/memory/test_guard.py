@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
-from parallax_gen.codegen.render import render
+from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError
 from parallax_gen.memory import guard
@@ -20,8 +21,9 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime import dispatch
 
 GPU = GPUS["h200"]
 SPEC = KernelSpec("forward", 64, "bf16", causal=True)
@@ -142,6 +144,16 @@ def test_what_was_not_compiled_yet_is_said_to_be_unchecked() -> None:
     assert guarded(PLACE, GPU, BORROWED).refused[0][0].config == FIRST
 
 
+def test_that_one_does_not_compile_here_is_kept() -> None:
+    """So that commands name what calls launch, and no later process compiles it again."""
+    keep(render(SPEC, FIRST, GPU), GPU, BuildError("ptxas: no\nregisters left"))
+    found = guarded(PLACE, GPU, BORROWED)
+    assert [why for _, why in found.refused] == ["it does not compile here: ptxas: no registers left"]
+    assert (found.candidate.config, found.checked) == (SECOND, False)
+    with pytest.raises(BuildError, match="no registers left"):
+        kept(render(SPEC, FIRST, GPU), GPU)
+
+
 @pytest.mark.parametrize("needs", [Resources(255, 0, GPU.shared_per_block + 1), BuildError("no")])
 def test_what_is_refused_whatever_the_default_needs_is_refused_before_that_is_compiled(needs: Any) -> None:
     compiler = Compiler(first=needs, second=FINE)
@@ -190,3 +202,22 @@ def test_without_a_folder_it_is_found_out_each_time(monkeypatch: pytest.MonkeyPa
     source = render(SPEC, FIRST, GPU)
     keep(source, GPU, FINE)
     assert kept(source, GPU) is None
+
+
+def test_a_call_compiles_what_does_not_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever calls next, in whichever process, and whoever explains reads what was kept."""
+    asked: list[KernelConfig] = []
+
+    def fail(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape) -> Resources:
+        asked.append(config)
+        raise BuildError("no registers left")
+
+    monkeypatch.setattr(dispatch, "compile_here", fail)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    shape = representative(PLACE.bucket, SPEC.group)
+    for _ in range(2):
+        compiled = dispatch._compiler(SPEC, shape, GPU)
+        assert guarded(PLACE, GPU, BORROWED, compiled).candidate.config == DEFAULT
+    assert asked == [FIRST, SECOND]
+    assert guarded(PLACE, GPU, BORROWED).candidate.config == DEFAULT
