@@ -1,4 +1,4 @@
-"""Every error that parallax_gen raises on purpose descends from `ParallaxGenError`."""
+"""Every error raised on purpose descends from `ParallaxGenError`; and which failures are the machine's."""
 
 from __future__ import annotations
 
@@ -88,11 +88,9 @@ class UntunedError(ParallaxGenError):
 
 # -- What the machine gives and where it fails: the CPUs that this process may use, and faults that are no kernel's.
 #
-# A config is remembered as failed only where it would fail again on a sound machine. Which failures are the
-#   machine's is
-# decided here alone, by the type of an error where it has one, and by its text where only text is left: in a
-#   RuntimeError
-# of torch's or Triton's, in the last words of a child, in rows that earlier versions stored.
+# A config is remembered as failed only where it would fail again on a sound machine. Which failures are the machine's
+# is decided here alone: by the type of an error where it has one, and by its text where only text is left, in a
+# RuntimeError of torch's or Triton's, in the last words of a child, in rows that earlier versions stored.
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")

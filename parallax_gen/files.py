@@ -1,4 +1,4 @@
-"""Where the files lie that are not Python: the templates and the tuning database that ships, and the user's own."""
+"""Where files lie that are not Python (templates, records that ship, the user's own), and how one is replaced."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 
-# Bytes a thread that a borrowed kernel may spill more than the default. Of the 62 places in docs/architecture.md, under
+# Bytes a thread that a borrowed kernel may spill more than the default. Of the 62 places in docs/borrowing.md, under
 # Triton 3.9, kernels that spilled 64 and 112 bytes more were 7 and 17 % faster than the default all the same; those of
 # 216 and 272 were 21 and 6 % slower.
 MOST_MORE_SPILLS = 128

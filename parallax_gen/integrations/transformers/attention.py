@@ -98,24 +98,19 @@ def _refuse(module: nn.Module, mask: Tensor | None, dropout: float, others: dict
             raise ArgumentError(name, "one", "None: Parallax attention has no soft caps and no sinks")
 
 
-# -- transformers' masks as our functions take them: where each sequence's keys begin and end, not a square of
-#   booleans.
+# -- transformers' masks as our functions take them: where each sequence's keys begin and end, not a square of booleans.
 #
-# A mask is None, where every query sees all keys up to its own, or an int32 tensor. transformers leaves it alone
-#   on its
+# A mask is None, where every query sees all keys up to its own, or an int32 tensor. transformers leaves it alone on its
 # way to the layers because it has four dimensions; which of them is long says what it is:
 #
 #     cached  (2, 1, 1, batch)        each sequence's first key, and its end; its last query is at its last key
-#     padded  (1, 1, 2, 3 batch + 1)  where runs of queries and of keys begin, in all sequences one after the
-#   other: what
-#                                     lies before a sequence, the sequence, and what lies behind it, each a run by
-#   itself
+#     padded  (1, 1, 2, 3 batch + 1)  where runs of queries and of keys begin, in all sequences one after the other:
+#                                     what lies before a sequence, the sequence, and what lies behind it, each a run
 #     packed  (1, 1, 1, runs + 1)     where packed sequences begin, their queries as well as their keys
 #     single  (1, 1, 1, 1)            whether nothing is packed, which torch.compile does not know before it runs
 #
-# Padding attends to padding so: that takes time where there is much of it, and spares all gathering and
-#   scattering. Its
-# results are finite, and nobody's.
+# So padding attends to padding: that takes time where there is much of it, and spares all gathering and scattering.
+# Its results are finite, and nobody's.
 
 NOT_CAUSAL = ("attention_mask", "attention that is not causal", "causal attention, with windows and padding")
 

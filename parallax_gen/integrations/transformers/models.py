@@ -278,12 +278,9 @@ for _modeling, _config in zip((modeling_llama, modeling_mistral, modeling_qwen2,
 
 # -- How a stock class of transformers, such as LlamaForCausalLM, loads what a converted model saved.
 #
-# from_pretrained of a class makes that class, whatever model_type was saved, and drops weights that it does not
-#   know:
-# r_proj would be lost. Quantisers are how transformers lets others change a model between its making and the
-#   reading of
-# its weights, so the saved config names one. It quantises nothing, and nothing of it is left on the model
-#   afterwards.
+# from_pretrained of a class makes that class, whatever model_type was saved, and drops weights that it does not know:
+# r_proj would be lost. Quantisers are how transformers lets others change a model between its making and the reading of
+# its weights, so the saved config names one. It quantises nothing, and nothing of it is left on the model afterwards.
 
 
 @register_quantization_config(LOADER)

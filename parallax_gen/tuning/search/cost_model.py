@@ -184,8 +184,7 @@ def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, b
 # -- What compiling would show, guessed: so that what the model likes is compiled first.
 #
 # From compiling some 900 tiles, and decode's whole space twice, for Hopper in bf16 with Triton 3.6: registers are
-#   guessed
-# to 20 of 255 or so, spills to a factor of two. That ranks all but as well as what was compiled does.
+# guessed to 20 of 255 or so, spills to a factor of two. That ranks nearly as well as what was compiled does.
 
 # Bytes spilled for each register a thread lacks. The forward can do one score after the other; a backward holds more
 # tiles of scores at a time, and dkdv's rows of numbers beside them.
