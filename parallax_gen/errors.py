@@ -187,7 +187,6 @@ OUT_OF_MEMORY = re.compile(r"\bout of memory\b")
 _STORED_TYPE = re.compile(rf"(exit status \d+: )?({'|'.join(_TYPE_NAMES)})\b")
 _STORED_SIGNAL = re.compile(r"exit status -(1|2|9|15): ")
 _LOOKED_AT = 1000  # characters at each end of what a row tells: `gist` has two lines
-_STORED_OUTCOMES = ("compile", "resources", "crash")
 
 CONTEXT_BYTES = 2**30  # of a card, what a process has that torch does not count: CUDA's context, kernels, their stacks
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -224,9 +223,9 @@ def ended_from_outside(status: int, words: str) -> MachineError | None:
     return _from_text(words, told) if status > 0 else None
 
 
-def stored_of_machine(outcome: str, detail: str) -> bool:
-    """Whether a row of a database, as earlier versions stored it, holds a fault of the machine as its config's own."""
-    if outcome not in _STORED_OUTCOMES or not detail:
+def stored_of_machine(detail: str) -> bool:
+    """Whether a row's detail, as earlier versions stored it, tells of a fault of the machine as its config's own."""
+    if not detail:
         return False
     if len(detail) > 2 * _LOOKED_AT:  # the time that some patterns take grows with the square of it
         detail = f"{detail[:_LOOKED_AT]}\n{detail[-_LOOKED_AT:]}"

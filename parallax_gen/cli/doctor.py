@@ -176,7 +176,7 @@ def _compile() -> Iterator[tuple[str, str]]:
     trial = Trial(spec, default_config(spec, shape, gpu), shape, gpu)
     with closing(Worker(device=None)) as worker:
         outcome = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
-    if outcome.kind != "ok":
+    if outcome.kind.failed:
         raise BuildError(f"a small kernel for {gpu.name}: {outcome.kind}: {outcome.detail}")
     yield "ok", f"a small kernel for {gpu.name}, in a child process, in {outcome.seconds:.1f} s"
 

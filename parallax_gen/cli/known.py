@@ -41,7 +41,7 @@ class Origins:
     def status(self, result: Result) -> str:
         """One word: measured (by the user), shipped, predicted, or how it failed."""
         if not result.measured:
-            return result.outcome
+            return result.outcome.value
         return "measured" if result in self._own else "shipped"
 
     def to_json(self, result: Result) -> dict[str, Any]:

@@ -40,10 +40,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from parallax_gen.memory.place import Place
+    from parallax_gen.memory.result import Outcome
     from parallax_gen.tuning.job import Job, Progress
     from parallax_gen.tuning.tuner import Tuner
-
-SUCCESSES = ("ok", "predicted")
 
 
 @click.command()
@@ -234,8 +233,8 @@ def _row(progress: Progress) -> tuple[str, ...]:
     return str(job.bucket.kv_rows), lengths(job.bucket), *found, str(progress.done), failures
 
 
-def _failures(progress: Progress) -> dict[str, int]:
-    return {kind: count for kind, count in progress.kinds.items() if kind not in SUCCESSES}
+def _failures(progress: Progress) -> dict[Outcome, int]:
+    return {kind: count for kind, count in progress.kinds.items() if kind.failed}
 
 
 def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def _job_to_json(progress: Progress) -> dict[str, Any]:
         "spec": job.spec.to_dict(),
         "bucket": job.bucket.to_dict(),
         "shape": job.shape.to_dict(),
-        "outcome": best.outcome if best else None,
+        "outcome": best.outcome.value if best else None,
         "config": config_to_dict(best.config) if best else None,
         "time_us": time_us,
         "rate": rate(job.spec, shape_of(best), time_us) if best and time_us else None,

@@ -117,7 +117,7 @@ def is_like(evidence: Evidence, here: Toolchain | None = None) -> bool:
 
 def _found_here(results: Iterable[Result], here: Toolchain | None) -> list[Result]:
     """Of a place's results those that this process, or that of the toolchain `here`, would find alike."""
-    return [result for result in results if counts(result) and is_like(result.evidence, here)]
+    return [result for result in results if result.counts and is_like(result.evidence, here)]
 
 
 def _overruling(record: Result, found_here: Iterable[Result], gpu: Gpu) -> Result | None:
@@ -212,11 +212,6 @@ def is_current(result: Result, gpu: Gpu) -> bool:
     return is_like(result.evidence) and is_rendered(result, gpu)
 
 
-def counts(result: Result) -> bool:
-    """Whether a result says anything of its config: it was tried, and no fault of the machine's."""
-    return result.outcome != "predicted" and not result.of_machine
-
-
 def shown_by(record: Result, known: Known) -> list[Result]:
     """A record, and as few others of its search as show what that knew, and how new it is."""
     search = next(search for search in _searches(known.results(record.place)) if record in search.measured)
@@ -282,7 +277,7 @@ def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[
     """By toolchain and protocol, those that measured anything: those like `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
-        if counts(result):
+        if result.counts:
             evidence = result.evidence
             tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
     searches = []

@@ -98,7 +98,7 @@ class Memory:
 
 def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
     """One result an identity: the user's own if it was tried, else the shipped one, else the prediction."""
-    tried = {r.identity: r for r in own if r.outcome != "predicted" and not r.of_machine}
+    tried = {r.identity: r for r in own if r.counts}
     merged = {r.identity: r for r in own if r.identity not in tried}
     merged |= {r.identity: r for r in shipped}
     merged |= tried

@@ -12,7 +12,7 @@ from parallax_gen.cli.text import rate
 from parallax_gen.memory.gains import default_beside, gain
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Table, default_of
-from parallax_gen.memory.result import Result
+from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -58,10 +58,10 @@ class Study:
         """One of STATES: "elsewhere" was measured with another toolchain, or of another kernel than today's."""
         if self.best is not None:
             return "elsewhere" if self.unlike else "measured"
-        return "predicted" if self.results[0].outcome == "predicted" else "failed"
+        return "predicted" if self.results[0].outcome is Outcome.PREDICTED else "failed"
 
     @property
-    def outcomes(self) -> Counter[str]:
+    def outcomes(self) -> Counter[Outcome]:
         return Counter(result.outcome for result in self.results)
 
     @property

@@ -23,7 +23,7 @@ from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.search.recorded_sweep import TIMED, read_sweep
+from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 NEAREST = "the nearest bucket"  # whose best record is judged for every op, whether or not the ranking has that tier
 CHOICES = (*(tier.words for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.words)  # the best first
@@ -112,7 +112,7 @@ def measured_together(results: Iterable[Result]) -> list[Measured]:
     """
     together: dict[tuple[Place, Toolchain, int], dict[KernelConfig, float]] = {}
     for result in sorted(results, key=lambda result: result.created):
-        if result.outcome in TIMED and result.time_us and result.place.gpu in GPUS:
+        if result.outcome.timed and result.time_us and result.place.gpu in GPUS:
             of_place = result.place, _toolchain(result), result.evidence.protocol
             together.setdefault(of_place, {})[result.config] = result.time_us
     found = [Measured(*of_place, times) for of_place, times in together.items() if len(times) > 1]

@@ -9,7 +9,7 @@ from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.tuning.search.cost_model import bound_by_matmuls
-from parallax_gen.tuning.workers.worker import Measure, Outcome, Rematch, Request, Timing, Trial
+from parallax_gen.tuning.workers.worker import Measure, Rematch, Request, Timing, Trial, TrialResult
 
 FINALISTS, FINALIST_MS = 8, 60.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
 CLOSE, IN_TURNS = 1.02, 3  # of them at most so many, within this of the best, are timed once more, in turns
@@ -56,14 +56,14 @@ class Finals:
             return Rematch(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._from_rest)
         return None
 
-    def measured(self, request: Request, outcome: Outcome) -> list[Result]:
+    def measured(self, request: Request, outcome: TrialResult) -> list[Result]:
         """What to record of what came of a request."""
         before = {r.config: r for r in self._known()}
         if not isinstance(request, Rematch):
             old = before[request.trial.config]
             again = replace(old, outcome=outcome.kind, error=outcome.error, detail=fitting_detail(outcome.detail))
             return [_timed(again, outcome.timing)]
-        if outcome.kind != "ok":
+        if outcome.kind.failed:
             return []
         was = before[request.trials[0].config].time_us
         assert was is not None

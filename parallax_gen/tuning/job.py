@@ -12,7 +12,7 @@ from typing import TypeVar
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of, near_buckets, ranked, siblings
-from parallax_gen.memory.result import PROTOCOL, Result
+from parallax_gen.memory.result import PROTOCOL, Outcome, Result
 from parallax_gen.memory.shipped import Memory, load_shipped
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import TILED, KernelConfig
@@ -124,7 +124,7 @@ class Progress:
 
     job: Job
     known: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
+    kinds: dict[Outcome, int] = field(default_factory=dict)
     best: Result | None = None
     seconds: float = 0.0
     elsewhere: int = 0

@@ -14,7 +14,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import best, evidence_of
-from parallax_gen.memory.result import Evidence, Result
+from parallax_gen.memory.result import Evidence, Outcome, Result
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import DecodeConfig, KernelConfig, PreprocessConfig
@@ -26,7 +26,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import nearby_configs
 from parallax_gen.tuning.run import Run
 from parallax_gen.tuning.tuner import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
-from parallax_gen.tuning.workers.worker import Outcome
+from parallax_gen.tuning.workers.worker import TrialResult
 
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
@@ -82,22 +82,22 @@ def test_a_kernel_of_the_backward_is_compiled_and_ranked_too(store: Store) -> No
 
 def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Machine) -> None:
     compiles = {
-        0: Outcome("compile", "no such instruction", seconds=2.0),
-        1: Outcome("timeout", "no answer in 120 s"),
-        2: Outcome("crash", "exit status -11: no message"),
-        3: Outcome("invalid", "cannot be"),
-        4: Outcome("ok", resources=Resources(255, MOST_SPILLS + 1, 1000)),
-        5: Outcome("ok", resources=Resources(255, 0, GPU.shared_per_block + 1)),
+        0: TrialResult(Outcome.COMPILE, "no such instruction", seconds=2.0),
+        1: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
+        2: TrialResult(Outcome.CRASH, "exit status -11: no message"),
+        3: TrialResult(Outcome.INVALID, "cannot be"),
+        4: TrialResult(Outcome.OK, resources=Resources(255, MOST_SPILLS + 1, 1000)),
+        5: TrialResult(Outcome.OK, resources=Resources(255, 0, GPU.shared_per_block + 1)),
     }
     measures = {
         0: timed(100.0),
-        1: Outcome("wrong", "row 3 is NaN", error=float("inf")),
-        2: timed(900.0, "slow"),
-        3: Outcome("timeout", "no answer in 120 s"),
-        4: Outcome("crash", "an illegal memory access"),
-        5: Outcome("resources", "out of memory"),
+        1: TrialResult(Outcome.WRONG, "row 3 is NaN", error=float("inf")),
+        2: timed(900.0, Outcome.SLOW),
+        3: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
+        4: TrialResult(Outcome.CRASH, "an illegal memory access"),
+        5: TrialResult(Outcome.RESOURCES, "out of memory"),
     }
-    machine.compile = lambda config, n: compiles.get(n, Outcome("ok", resources=FINE))
+    machine.compile = lambda config, n: compiles.get(n, TrialResult(Outcome.OK, resources=FINE))
     machine.measure = lambda config, n: measures.get(n, timed(50.0))
     progress = tune(store, trials=13)
     assert progress.kinds == {
@@ -129,7 +129,7 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
 def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Machine) -> None:
     short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth was lucky at first
 
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         return timed(short[n] if n < 6 else long[machine.compiled.index(config)])
 
     machine.measure = measure
@@ -179,21 +179,21 @@ def test_slow_ones_are_given_up_on(store: Store, machine: Machine) -> None:
 
 
 def test_a_finalist_that_turns_out_wrong_is_no_best(store: Store, machine: Machine) -> None:
-    machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else Outcome("wrong", "this time")
+    machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else TrialResult(Outcome.WRONG, "this time")
     progress = tune(store, trials=3)
     assert progress.best is not None
     assert progress.best.config == machine.compiled[1]
 
 
 def test_a_finalist_that_crashes_keeps_its_time(store: Store, machine: Machine) -> None:
-    machine.measure = lambda config, n: timed(100.0 + n) if n < 3 else Outcome("crash", "the GPU fell off")
+    machine.measure = lambda config, n: timed(100.0 + n) if n < 3 else TrialResult(Outcome.CRASH, "the GPU fell off")
     progress = tune(store, trials=3)
     assert progress.best is not None
     assert progress.best.time_us == 100.0
 
 
 def test_where_nothing_works_there_is_no_best(store: Store, machine: Machine) -> None:
-    machine.compile = lambda config, n: Outcome("crash", "out of luck")
+    machine.compile = lambda config, n: TrialResult(Outcome.CRASH, "out of luck")
     progress = tune(store, trials=5)
     assert progress.best is None
     assert progress.kinds == {"crash": 5}
@@ -222,7 +222,9 @@ def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) 
 
 
 def test_running_again_asks_for_nothing_that_is_known(store: Store, machine: Machine) -> None:
-    machine.compile = lambda config, n: Outcome("ok", resources=FINE) if n % 3 else Outcome("compile", "no")
+    machine.compile = lambda config, n: (
+        TrialResult(Outcome.OK, resources=FINE) if n % 3 else TrialResult(Outcome.COMPILE, "no")
+    )
     first = tune(store, trials=10)
     second = tune(store, trials=10)
     assert (first.known, second.known) == (0, 10)
@@ -272,7 +274,7 @@ def test_no_more_trials_than_allowed(store: Store, machine: Machine, trials: int
 
 
 def test_no_longer_than_allowed(store: Store, machine: Machine) -> None:
-    def slowly(config: KernelConfig, n: int) -> Outcome:
+    def slowly(config: KernelConfig, n: int) -> TrialResult:
         time.sleep(0.05)
         return timed(100.0)
 
@@ -294,7 +296,7 @@ def test_time_counts_from_when_there_is_something_to_measure(store: Store) -> No
     before = time.monotonic()
     for source in asked:
         assert source is not None
-        run.compiled(source[1].trial.config, Outcome("ok", resources=FINE))
+        run.compiled(source[1].trial.config, TrialResult(Outcome.OK, resources=FINE))
     assert before + 0.2 <= run.progress.deadline <= time.monotonic() + 0.2
     time.sleep(0.3)
     assert not run.searching

@@ -12,9 +12,10 @@ from threading import Event, Thread
 from typing import Any, Protocol
 
 from parallax_gen.errors import MemoryTakenError
+from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.workers.worker import Compile, Outcome, Rematch, Request
+from parallax_gen.tuning.workers.worker import Compile, Rematch, Request, TrialResult
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class AnyWorker(Protocol):
 
     def start(self) -> None: ...
 
-    def ask(self, request: Request, timeout_s: float) -> Outcome: ...
+    def ask(self, request: Request, timeout_s: float) -> TrialResult: ...
 
     def kill(self) -> None: ...
 
@@ -49,7 +50,7 @@ class Answer:
 
     owner: int
     request: Request
-    outcome: Outcome
+    outcome: TrialResult
     device: int | None = None
 
 
@@ -139,7 +140,7 @@ class Pool:
         finally:
             worker.close()
 
-    def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> Outcome:
+    def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> TrialResult:
         """A worker's outcome. Where others hold the memory for it, they are waited for, some times, and a while."""
         for wait_s in MEMORY_WAITS_S:
             try:
@@ -154,7 +155,11 @@ class Pool:
     def _compile_all(self, worker: AnyWorker) -> None:
         while (each := self._to_compile.get()) is not None:
             given_up = each.owner in self._forgotten
-            outcome = Outcome("crash", "given up") if given_up else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
+            outcome = (
+                TrialResult(Outcome.CRASH, "given up")
+                if given_up
+                else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
+            )
             self._answers.put((Answer(each.owner, each.request, outcome), each.source))
 
     def _measure_all(self, worker: AnyWorker, device: int) -> None:
@@ -164,7 +169,7 @@ class Pool:
             trial = request.trials[0] if isinstance(request, Rematch) else request.trial
             place = trial.spec, trial.shape
             outcome = self._ask(worker, request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
-            at = None if outcome.kind in ("timeout", "crash") else place
+            at = None if outcome.kind.inconclusive else place
             self._answers.put((Answer(owner, request, outcome, device), ""))
 
 
