@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
-from parallax_gen.cli.options import gpu_named
 from parallax_gen.cli.text import rate, rate_unit
+from parallax_gen.codegen.device import card_named
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.guard import guarded
 from parallax_gen.memory.place import Place
@@ -100,15 +99,6 @@ def standing(candidate: Candidate, place: Place) -> str:
 def card_of(place: Place) -> Gpu:
     """The card that a place's name stands for; of one that is neither in the table nor in this machine, a stand-in."""
     return card_named(place.gpu) or GPUS["h200"]
-
-
-@cache
-def card_named(name: str) -> Gpu | None:
-    """The GPU that records go by, if it is in the table or in this machine."""
-    try:
-        return gpu_named(name)
-    except UnknownGpuError:
-        return None
 
 
 def name_in_records(gpu: str, results: Iterable[Result]) -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallax_gen
+from parallax_gen.codegen.device import gpu_here
 from parallax_gen.codegen.render import render
 from parallax_gen.distributed.ring import members
 from parallax_gen.errors import DistributedError, ParallaxGenError
@@ -26,7 +27,7 @@ from parallax_gen.ops.base import config_to_json
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher, gpu_here
+from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher
 from parallax_gen.runtime.plan import Plans
 
 # A kernel of every template: where ranks have the same templates and render these alike, they render all alike.

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_named, card_of, shape_of, unlike_here
+from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
 from parallax_gen.cli.text import rate
+from parallax_gen.codegen.device import card_named
 from parallax_gen.memory.gains import default_beside, gain
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Table, default_of

@@ -29,8 +29,7 @@ def no_kernels_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("options", "doctor"):
-        monkeypatch.setattr(f"parallax_gen.cli.{module}.card_here", lambda: None)
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: None)
     monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 

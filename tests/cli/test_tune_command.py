@@ -62,7 +62,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H200 in this machine."""
     FakeWorker.measured = 0
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
-    monkeypatch.setattr("parallax_gen.cli.options.card_here", lambda: H200)
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
     monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: H200)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from parallax_gen.codegen.abi import Inputs, prepare
 from parallax_gen.codegen.build import compile_for, load
-from parallax_gen.codegen.device import gpu_of_device
+from parallax_gen.codegen.device import gpu_here
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import (
     CONTEXT_BYTES,
@@ -81,7 +81,7 @@ def answer(request: Request | Identify) -> TrialResult | Gpu | None:
     """The reply to a request. Raises what `machine_error` knows where the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
-        return identify()
+        return gpu_here(0)
     if isinstance(request, Compile):
         outcome = compile_trial(request)
     elif isinstance(request, Measure):
@@ -89,13 +89,6 @@ def answer(request: Request | Identify) -> TrialResult | Gpu | None:
     else:
         outcome = time_again(request)
     return dataclasses.replace(outcome, seconds=time.monotonic() - start)
-
-
-def identify() -> Gpu | None:
-    """The GPU that this process sees; None for none."""
-    import torch
-
-    return gpu_of_device(0) if torch.cuda.is_available() else None
 
 
 def compile_trial(request: Compile) -> TrialResult:
