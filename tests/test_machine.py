@@ -1,15 +1,12 @@
-"""Which failures are the machine's and not a config's, by type and by text; and how many CPUs there are to use."""
+"""Which failures are the machine's and not a config's, by type and by text."""
 
 from __future__ import annotations
 
 import errno
-import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from parallax_gen import errors as machine
 from parallax_gen.errors import (
     BuildError,
     MachineError,
@@ -19,64 +16,7 @@ from parallax_gen.errors import (
     machine_error,
     stored_of_machine,
     taken_by_others,
-    usable_cpus,
 )
-
-# -- CPUs
-
-
-def test_as_many_cpus_as_the_affinity_allows() -> None:
-    before = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(before)})
-        assert usable_cpus() == 1
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def put(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("membership", "groups", "cpus"),
-    [
-        ("0::/\n", {".": {"cpu__max": "max 100000\n"}}, 16),
-        ("0::/\n", {".": {"cpu__max": "250000 100000\n"}}, 3),  # two and a half
-        ("0::/\n", {".": {"cpu__max": "10000 100000\n"}}, 1),
-        ("0::/pod/me\n", {"pod": {"cpu__max": "200000 100000\n"}, "pod/me": {"cpu__max": "max 100000\n"}}, 2),
-        ("0::/of/the/host\n", {".": {"cpu__max": "400000 100000\n"}}, 4),
-        (
-            "5:memory:/m\n4:cpu,cpuacct:/me\n0::/\n",
-            {"cpu,cpuacct/me": {"cpu__cfs_quota_us": "300000\n", "cpu__cfs_period_us": "100000\n"}},
-            3,
-        ),
-        ("1:cpu:/\n", {"cpu": {"cpu__cfs_quota_us": "-1\n", "cpu__cfs_period_us": "100000\n"}}, 16),
-        ("0::/\n", {".": {"cpu__max": "no number\n"}}, 16),
-        (None, {}, 16),
-    ],
-)
-def test_as_many_cpus_as_the_containers_quota_allows(
-    membership: str | None,
-    groups: dict[str, dict[str, str]],
-    cpus: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for folder, files in groups.items():
-        put(tmp_path / "cgroup" / folder, **files)
-    if membership is not None:
-        put(tmp_path, self=membership)
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "self")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.delattr(os, "process_cpu_count", raising=False)
-    assert usable_cpus() == cpus
-
-
-# -- faults
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate {} GiB. GPU 0 has a total capacity of 79.11 GiB of which {} GiB is free. "

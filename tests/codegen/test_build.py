@@ -30,7 +30,7 @@ from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.tuner import MOST_SPILLS
+from parallax_gen.tuning.run import MOST_SPILLS
 from parallax_gen.tuning.workers.worker import Compile, Trial, TrialResult, Worker
 
 ROOT = Path(__file__).parents[2]

@@ -49,8 +49,8 @@ def tune_all(
     store: Store, machine: Machine, jobs: list[Job], devices: int, *, trials: int = 6, compilers: int = 2
 ) -> tuple[list[Progress], Notes]:
     notes = Notes()
-    benches = {device: machine.worker(device=device) for device in range(devices)}
-    with Tuner(store, measure=True, benches=benches, compilers=compilers) as tuner:
+    measuring = {device: machine.worker(device=device) for device in range(devices)}
+    with Tuner(store, measure=True, measuring=measuring, compilers=compilers) as tuner:
         done = tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=notes)
     assert machine.open_workers == 0
     return done, notes

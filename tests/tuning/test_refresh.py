@@ -20,8 +20,8 @@ from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.job import MOST_REFRESHED, known_configs, known_jobs
-from parallax_gen.tuning.tuner import Job, Progress, Tuner
+from parallax_gen.tuning.job import MOST_REFRESHED, Job, Progress, known_configs, known_jobs
+from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.worker import Measure, Rematch, TrialResult
 
 GPU = GPUS["h200"]

@@ -23,9 +23,10 @@ from parallax_gen.ops.space import every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.job import nearby_configs
-from parallax_gen.tuning.run import Run
-from parallax_gen.tuning.tuner import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
+from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
+from parallax_gen.tuning.job import Job, Progress, nearby_configs, proven_configs
+from parallax_gen.tuning.run import MOST_SPILLS, Run
+from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.worker import TrialResult
 
 GPU = GPUS["h200"]

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from parallax_gen.errors import ArgumentError, StoreError, usable_cpus
+from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result, of_before
@@ -30,6 +30,7 @@ from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Shape, representative
 from parallax_gen.tuning.search.cost_model import guess_us
 from parallax_gen.tuning.search.search import SAMPLERS, Search
+from parallax_gen.tuning.workers.pool import usable_cpus
 
 T = TypeVar("T")
 
