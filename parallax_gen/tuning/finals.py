@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from parallax_gen.memory.bounds import fitting_detail
+from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.tuning.search.cost_model import bound_by_matmuls
@@ -46,7 +47,7 @@ class Finals:
 
     def next_request(self) -> Request | None:
         """What to measure next; None once all is done."""
-        best = None if self.over else next((r for r in self._known() if r.measured), None)
+        best = None if self.over else next(iter(fastest(self._known())), None)
         if best is not None and best.config not in self._again and len(self._again) < self._most:
             self._again.add(best.config)
             return Measure(self._trial(best.config), timed_ms=FINALIST_MS, from_rest=self._from_rest)
@@ -73,7 +74,7 @@ class Finals:
 
     def _close(self) -> list[Result]:
         """The best and those within CLOSE of it, if the best was timed again; and the default, if it was measured."""
-        measured = [(r, r.time_us) for r in self._known() if r.measured and r.time_us is not None]
+        measured = [(r, r.time_us) for r in fastest(self._known()) if r.time_us is not None]
         if not measured or measured[0][0].config not in self._again:
             return []
         most = (CLOSE_BRIEFLY if self._briefly else CLOSE) * measured[0][1]

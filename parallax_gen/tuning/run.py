@@ -11,15 +11,16 @@ from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
 from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, evidence_of, is_current
+from parallax_gen.memory.ranking import default_of, evidence_of, fastest, is_current, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Evidence, Outcome, Result, reading_order, supersedes
+from parallax_gen.memory.shipped import load_alike
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig, config_to_json
 from parallax_gen.ops.defaults import promising_configs
 from parallax_gen.ops.space import neighbours
 from parallax_gen.tuning.claims import Board
 from parallax_gen.tuning.finals import Finals
-from parallax_gen.tuning.job import Job, Progress, nearby_configs, proven_configs
+from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
 from parallax_gen.tuning.workers.worker import Compile, Measure, Request, Trial, TrialResult
@@ -178,9 +179,10 @@ class Run:
         """
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
-        nearby = nearby_configs(job, self._store.fastest(job.gpu.name, job.spec.op))
+        shipped = shipped_seeds(job.place, load_alike(job.gpu))
+        nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.op))
         near = neighbours(job.spec, best.config, job.gpu) if best else []
-        return [default, *proven_configs(job), *nearby, *promising, *near]
+        return [default, *shipped, *nearby, *promising, *near]
 
     def _known(self) -> list[Result]:
         """What is known of the job's kernels as they are today, compiled as here: the measured first, fast to slow.
@@ -208,7 +210,7 @@ class Run:
 
     @property
     def _best_measured(self) -> Result | None:
-        return next((r for r in self._known() if r.measured), None)
+        return next(iter(fastest(self._known())), None)
 
     def _guess_us(self, config: KernelConfig) -> float:
         return guess_us(self.job.spec, config, self.job.timed_shape, self.job.gpu)

@@ -13,9 +13,9 @@ from machines import FINE, Machine, timed
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import best, evidence_of
+from parallax_gen.memory.ranking import best, evidence_of, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Evidence, Outcome, Result
-from parallax_gen.memory.shipped import write_shipped
+from parallax_gen.memory.shipped import load_alike, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import DecodeConfig, KernelConfig, PreprocessConfig
 from parallax_gen.ops.defaults import default_config
@@ -24,7 +24,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
-from parallax_gen.tuning.job import Job, Progress, nearby_configs, proven_configs
+from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.run import MOST_SPILLS, Run
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.worker import TrialResult
@@ -341,9 +341,9 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
     records += [shipped(spec.of("dqdr"), Bucket(16, 4096, 4096), second, 7.0)]
     records += [shipped(KernelSpec("dqdr", 64, "bf16", causal=True), here, fourth, 1.0)]
     write_shipped(records, "h200", tmp_path)
-    assert proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)[:2] == [second, first]
-    assert set(proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)) == {second, first, third}
-    assert proven_configs(Job(spec, here, GPUS["rtx4090"]), tmp_path) == []
+    assert shipped_seeds(Place("h100", spec, here), load_alike(GPUS["h100"], tmp_path))[:2] == [second, first]
+    assert set(shipped_seeds(Place("h100", spec, here), load_alike(GPUS["h100"], tmp_path))) == {second, first, third}
+    assert shipped_seeds(Place("rtx4090", spec, here), load_alike(GPUS["rtx4090"], tmp_path)) == []
 
 
 def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store, machine: Machine) -> None:
@@ -360,9 +360,9 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
         (Bucket(64, 4096, 4096), configs[5], "ok", 1.0),
     ]
     results = [Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in found]
-    assert nearby_configs(job, results) == [configs[2], configs[1]]
+    assert nearby_seeds(job.place, results) == [configs[2], configs[1]]
     odd = replace(results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512)))  # a window that the spec has not
-    assert nearby_configs(job, [odd, *results]) == [configs[2], configs[1]]
+    assert nearby_seeds(job.place, [odd, *results]) == [configs[2], configs[1]]
     for result in results:
         store.record(result)
     tune(store, job, trials=3)
@@ -378,18 +378,22 @@ def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tm
     places = [*(Place("h100", spec, bucket) for spec in specs), Place("h100", paged, Bucket(8, 1, 4096))]
     results = [Result(place, OLD, config, "ok", time_us=10.0) for place, config in zip(places, configs, strict=True)]
     write_shipped(results, "h100", tmp_path)
-    first, *kin, elsewhere = proven_configs(Job(paged, bucket, GPUS["h200"]), tmp_path)
+    first, *kin, elsewhere = shipped_seeds(Place("h200", paged, bucket), load_alike(GPUS["h200"], tmp_path))
     assert first == configs[1]
     assert set(kin) == {configs[0], configs[2]}
     assert elsewhere == configs[4]
     # So it does with what is in one's own database: of each kin the fastest.
     slower = Result(places[0], OLD, configs[3], "ok", time_us=11.0)
-    assert nearby_configs(Job(paged, bucket, GPUS["h200"]), [slower, *results]) == [configs[0], configs[2], configs[4]]
+    assert nearby_seeds(Place("h200", paged, bucket), [slower, *results]) == [configs[0], configs[2], configs[4]]
 
 
 def test_proven_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
     job = Job(KernelSpec("dkdv", 128, "bf16", causal=True), Bucket(32, 8192, 8192), GPUS["h100"])
-    proven = [config for config in proven_configs(job) if config != default_config(job.spec, job.shape, job.gpu)]
+    proven = [
+        config
+        for config in shipped_seeds(job.place, load_alike(job.gpu))
+        if config != default_config(job.spec, job.shape, job.gpu)
+    ]
     assert proven  # the H200's records ship
     tune(store, job, trials=len(proven) + 1)
     assert machine.compiled == [default_config(job.spec, job.shape, job.gpu), *proven]
