@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import TRAINING
 from parallax_gen.tuning.search.cost_model import bound_by_matmuls
-from parallax_gen.tuning.workers.measure import time_call
+from parallax_gen.tuning.workers.measure import time_call, time_eagerly
 from parallax_gen.tuning.workers.worker import Timing
 
 DEVICE = "cuda"
@@ -189,21 +188,7 @@ def _time(call: Callable[[], object], effort: Effort, give_up_us: float, from_re
         return None, "out of memory"
     except RuntimeError:  # it ran before: a CUDA graph cannot capture it
         torch.cuda.synchronize()
-        return _time_eagerly(call, HASTY_CALLS if effort.hasty else EAGER_CALLS), "without a CUDA graph"
-
-
-def _time_eagerly(call: Callable[[], object], calls: int) -> Timing:
-    """A call as Python makes it, the host's time in it where that is longer."""
-    call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    times: list[float] = [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return Timing(statistics.median(times), fifths[0], fifths[3], 1, calls)
+        return time_eagerly(call, HASTY_CALLS if effort.hasty else EAGER_CALLS), "without a CUDA graph"
 
 
 def _timed(row: Row, chosen: list[Contender], times: Times) -> Row:

@@ -52,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Everything on the CPU."""
     clock = Clock()
     monkeypatch.setattr(comparing, "time_call", clock.time_call)
-    monkeypatch.setattr(comparing, "_time_eagerly", lambda call, calls: Timing(300.0, 290.0, 310.0, 1, calls))
+    monkeypatch.setattr(comparing, "time_eagerly", lambda call, calls: Timing(300.0, 290.0, 310.0, 1, calls))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(comparing, "DEVICE", "cpu")
     return clock

@@ -19,6 +19,7 @@ from parallax_gen.codegen.abi import Inputs
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
+from parallax_gen.tuning.workers.measure import marks_us
 
 Call = Callable[[], Tensor]  # -> like q
 
@@ -221,12 +222,5 @@ def hasty_autotuners() -> Iterator[None]:
 def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
     """Milliseconds: the median, for every quantile that is asked for."""
     call()
-    times: list[float] = []
-    for _ in range(HASTY_CALLS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return [statistics.median(times)] * len(quantiles)
+    times = [us for _ in range(HASTY_CALLS) for us in marks_us(call, 1)]
+    return [statistics.median(times) / 1000] * len(quantiles)
