@@ -26,6 +26,7 @@ from parallax_gen.oracle.reference import (
 )
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import scale_or_default
 from parallax_gen.runtime.checks import DTYPE_NAMES, FURTHEST_ROW, Request, check_request, inputs_of, starts_of
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, key_of_inputs, plan_launch
 
@@ -192,7 +193,7 @@ def _host_plan(asked: Request) -> HostPlan | None:
 
 
 def _plan(spec: KernelSpec, shape: Shape, asked: Request) -> LaunchPlan:
-    scale = spec.head_dim**-0.5 if asked.softmax_scale is None else asked.softmax_scale
+    scale = scale_or_default(asked.softmax_scale, spec.head_dim)
     sizes = sizes_of(spec, shape.window, shape.seqlen_q, shape.seqlen_kv)
     return plan_launch(spec, shape, (scale, *sizes), asked.q.device.index)
 

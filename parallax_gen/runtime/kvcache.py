@@ -11,6 +11,7 @@ from parallax_gen.codegen.abi import in_fours, sizes_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import scale_or_default
 from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
 from parallax_gen.runtime.autocast import cast_to_cache
 from parallax_gen.runtime.cache_checks import (
@@ -328,7 +329,7 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         many_queries=many,
         cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
     )
-    scale = head_dim**-0.5 if asked.softmax_scale is None else asked.softmax_scale
+    scale = scale_or_default(asked.softmax_scale, head_dim)
     numbers = (scale, *sizes_of(spec, window, seqlen_q, 0))
     return plan_launch(spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen, window), numbers, q.device.index)
 

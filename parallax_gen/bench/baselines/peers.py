@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import default_scale
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
 from parallax_gen.tuning.workers.measure import marks_us
@@ -138,7 +139,7 @@ def official_triton_forward(spec: KernelSpec, x: Inputs) -> Call:
     options = {"n_rep": spec.group, "window_size_left": x.window_size or -1}
 
     def call() -> Tensor:
-        out: Tensor = official.parallax_fwd(q, r, k, v, spec.head_dim**-0.5, **options)[0]
+        out: Tensor = official.parallax_fwd(q, r, k, v, default_scale(spec.head_dim), **options)[0]
         return from_heads(out, batch)
 
     return call

@@ -22,6 +22,7 @@ from parallax_gen.bench.baselines.peers import (
 )
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import default_scale
 
 
 @dataclass
@@ -96,7 +97,7 @@ def official_triton_step(spec: KernelSpec, x: Inputs) -> Step:
     """Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed."""
     official = importlib.import_module("parallax.triton")
     check_dense_causal(spec)
-    batch, scale, window = x.q.shape[0], spec.head_dim**-0.5, x.window_size or -1
+    batch, scale, window = x.q.shape[0], default_scale(spec.head_dim), x.window_size or -1
     q, r, k, v = _leaves(*(in_heads(t) for t in (x.q, x.r, x.k, x.v)))
 
     def attend() -> Tensor:
