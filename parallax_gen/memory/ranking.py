@@ -173,8 +173,12 @@ def why_not_chosen(record: Result, gpu: Gpu, known: Known, here: Toolchain | Non
 
 
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
-    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess."""
-    return [] if place.spec.op == "preprocess" else [replace(place, gpu=name) for name in siblings(gpu)]
+    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess.
+
+    None of a card that `gpu` only stands in for: what that is like is not known.
+    """
+    alike = siblings(gpu) if gpu.name == place.gpu and place.spec.op != "preprocess" else []
+    return [replace(place, gpu=name) for name in alike]
 
 
 def near_places(place: Place) -> list[Place]:
