@@ -17,7 +17,7 @@ from parallax_gen.problem.spec import OPS
 
 if TYPE_CHECKING:
     from parallax_gen.memory.lines import Found
-    from parallax_gen.memory.result import Result
+    from parallax_gen.memory.result import Outcome, Result
     from parallax_gen.memory.store import Store
 
 TOLD = 5  # of bad lines, so many are shown
@@ -117,7 +117,7 @@ def _bytes_of(store: Store) -> int:
 
 
 def _by_kernel(results: list[Result]) -> list[dict[str, Any]]:
-    outcomes: dict[tuple[str, str], Counter[str]] = {}
+    outcomes: dict[tuple[str, str], Counter[Outcome]] = {}
     for result in results:
         outcomes.setdefault((result.place.gpu, result.place.spec.op), Counter())[result.outcome] += 1
     return [
@@ -305,8 +305,8 @@ def prune(
         return (
             not kinds
             or (other_environments and bool(unlike_here(row)))
-            or (failures and row.outcome not in ("ok", "predicted"))
-            or (predicted and row.outcome == "predicted")
+            or (failures and row.outcome.failed)
+            or (predicted and not row.outcome.tried)
         )
 
     if not default_path().exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origin
         origin="default" if choice.record is None else origins.of(choice.record),
         reason=_reason(choice, results, candidates, unused),
         runners_up=candidates[:MOST],
-        predicted=[r for r in results if r.outcome == "predicted"][:MOST],
+        predicted=[r for r in results if not r.outcome.tried][:MOST],
         unused=unused[:MOST],
     )
 
@@ -128,10 +129,8 @@ def _reason(
         return "nothing is known of this place"
     if unused:
         return _none_counts(unused, "")
-    kinds: dict[str, int] = {}
-    for result in results:
-        kinds[result.outcome] = kinds.get(result.outcome, 0) + 1
-    return f"nothing was measured of this place, only: {counted(kinds)}"
+    kinds = counted(Counter(result.outcome for result in results))
+    return f"nothing was measured of this place, only: {kinds}"
 
 
 def _comparable(one: Result, other: Result) -> bool:

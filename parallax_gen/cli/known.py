@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
-from parallax_gen.cli.options import gpu_named
 from parallax_gen.cli.text import rate, rate_unit
+from parallax_gen.codegen.device import card_named
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.guard import Guarded, guarded
 from parallax_gen.memory.place import Place
@@ -41,7 +40,7 @@ class Origins:
     def status(self, result: Result) -> str:
         """One word: measured (by the user), shipped, predicted, or how it failed."""
         if not result.measured:
-            return result.outcome
+            return result.outcome.value
         return "measured" if result in self._own else "shipped"
 
     def to_json(self, result: Result) -> dict[str, Any]:
@@ -109,15 +108,6 @@ def rests_on(candidate: Candidate, place: Place) -> str:
 def card_of(place: Place) -> Gpu:
     """The card that a place's name stands for; of one that is neither in the table nor in this machine, a stand-in."""
     return card_named(place.gpu) or GPUS["h200"]
-
-
-@cache
-def card_named(name: str) -> Gpu | None:
-    """The GPU that records go by, if it is in the table or in this machine."""
-    try:
-        return gpu_named(name)
-    except UnknownGpuError:
-        return None
 
 
 def name_in_records(gpu: str, results: Iterable[Result]) -> str:

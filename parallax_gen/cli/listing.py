@@ -88,8 +88,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
 def _of_places(results: list[Result], known: Known) -> list[Row]:
     """What calls get at each place; where that is the default, the best of what is known and not used."""
     from parallax_gen.cli.known import card_of, chosen, rests_on
-    from parallax_gen.memory.gains import default_beside
-    from parallax_gen.memory.ranking import default_of
+    from parallax_gen.memory.ranking import default_beside, default_of
 
     rows = []
     for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
@@ -105,8 +104,7 @@ def _of_places(results: list[Result], known: Known) -> list[Row]:
 
 def _every(results: list[Result]) -> list[Row]:
     from parallax_gen.cli.known import ANOTHER_KERNEL, AS_HERE, card_of, unlike_here
-    from parallax_gen.memory.gains import default_beside
-    from parallax_gen.memory.ranking import Table, default_of
+    from parallax_gen.memory.ranking import Table, default_beside, default_of
 
     rows = []
     for place, of_place in groupby(results, key=lambda r: r.place):

@@ -86,7 +86,8 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     """Tell what of the shipped records may lose to not tuning, and return how many places and toolchains it is of."""
-    from parallax_gen.cli.known import card_named, name_in_records
+    from parallax_gen.cli.known import name_in_records
+    from parallax_gen.codegen.device import card_named
     from parallax_gen.memory.gains import standings_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
     from parallax_gen.problem.hardware import GPUS

@@ -45,8 +45,8 @@ def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     if not results:
         click.echo("nothing is known of this place: parallax-gen explain says what is used")
         return
-    _print_timed([r for r in results if r.outcome in ("ok", "predicted")], origins)
-    _print_failed([r for r in results if r.outcome not in ("ok", "predicted")])
+    _print_timed([r for r in results if not r.outcome.failed], origins)
+    _print_failed([r for r in results if r.outcome.failed])
     click.echo(LEGEND)
     click.echo("unlike: what of it is not as here, if anything: kernel, Triton, ptxas (cuda), timing protocol")
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from shutil import get_terminal_size
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +21,8 @@ from parallax_gen.tuning.search.cost_model import bound_by_matmuls
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_Text = TypeVar("_Text", bound=str)
 
 _LETTERS = {
     "BLOCK_M": "M",
@@ -84,7 +86,7 @@ def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
     return f"{number(time_us)} us, {number(rate(spec, shape, time_us))} {rate_unit(spec.op)}"
 
 
-def counted(kinds: Mapping[str, int]) -> str:
+def counted(kinds: Mapping[_Text, int]) -> str:
     """`13 resources, 2 wrong`, the most first."""
     most_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind}" for kind, count in most_first)

@@ -20,9 +20,7 @@ from parallax_gen.errors import ArgumentError, MachineError, StoreError
 from parallax_gen.files import data_dir, user_path
 from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.memory.place import Place, Scalar
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, OUTCOMES, Evidence, Result, reading_order, supersedes
-
-__all__ = ["OUTCOMES", "Result", "Store", "default_path"]
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Outcome, Result, reading_order, supersedes
 
 # Says that a SQLite file is ours: "PXTG", in its header.
 APPLICATION_ID = 0x50585447
@@ -140,11 +138,10 @@ class Store:
 
     def fastest(self, gpu: str, op: str) -> list[Result]:
         """The fastest measured config of each place of a GPU and an op, in any order: few of what may be many rows."""
-        chosen = (
-            "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = 'ok' GROUP BY place_json"
-        )
+        chosen = "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = ? GROUP BY place_json"
         with self._explained():
-            return list(self._parsed(self._tables.query(chosen, (gpu, op)) if self._version() else ()))
+            rows = self._tables.query(chosen, (gpu, op, Outcome.OK.value)) if self._version() else ()
+            return list(self._parsed(rows))
 
     @property
     def schema(self) -> int:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_named, card_of, shape_of, unlike_here
+from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
 from parallax_gen.cli.text import rate
-from parallax_gen.memory.gains import default_beside, gain
+from parallax_gen.codegen.device import card_named
+from parallax_gen.memory.gains import gain
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, default_of
-from parallax_gen.memory.result import Result
+from parallax_gen.memory.ranking import Table, default_beside, default_of
+from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -58,10 +59,10 @@ class Study:
         """One of STATES: "elsewhere" was measured with another toolchain, or of another kernel than today's."""
         if self.best is not None:
             return "elsewhere" if self.unlike else "measured"
-        return "predicted" if self.results[0].outcome == "predicted" else "failed"
+        return "predicted" if self.results[0].outcome is Outcome.PREDICTED else "failed"
 
     @property
-    def outcomes(self) -> Counter[str]:
+    def outcomes(self) -> Counter[Outcome]:
         return Counter(result.outcome for result in self.results)
 
     @property

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 from parallax_gen.codegen.build import compile_here, load
-from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError, StoreError
@@ -163,10 +162,3 @@ def _warn_of(error: StoreError, instead: str = "Only shipped records and default
 def default_dispatcher() -> Dispatcher:
     """The process's own."""
     return Dispatcher(RuntimeMemory())
-
-
-def gpu_here() -> Gpu | None:
-    """The GPU that the current CUDA device is; None where there is none."""
-    import torch
-
-    return gpu_of_device(torch.cuda.current_device()) if torch.cuda.is_available() else None

@@ -104,7 +104,7 @@ def test_a_card_that_the_table_does_not_hold_goes_by_its_own_name(monkeypatch: p
     from dataclasses import replace
 
     card = replace(gpu_by_name("h100"), name="nvidia-h100-mig-16sm")
-    monkeypatch.setattr("parallax_gen.cli.options.card_here", lambda: card)
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: card)
     assert gpu_named(None) == gpu_named(card.name) == card
     with pytest.raises(UnknownGpuError, match="unknown GPU"):
         gpu_named("nvidia-h100-mig-32sm")

@@ -22,7 +22,7 @@ from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, 
 from parallax_gen.errors import ParallaxGenError, StoreError
 from parallax_gen.files import data_dir
 from parallax_gen.memory import store as store_module
-from parallax_gen.memory.result import OUTCOMES, Result
+from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.store import APPLICATION_ID, Store, default_path
 from parallax_gen.ops.base import DecodeConfig, config_to_json
 
@@ -41,7 +41,7 @@ def store(path: Path) -> Iterator[Store]:
 # What is kept
 
 
-@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("outcome", Outcome)
 def test_a_result_comes_back_as_it_was(store: Store, outcome: str) -> None:
     full = {"time_us_p20": 99.0, "time_us_p80": 101.5, "error": 1e-3, "registers": 168, "spills": 0}
     more = {"shape": SHAPE, "shared_bytes": 98304, "compile_s": 2.5, "detail": "naïve\n✓", "source": "here"}
