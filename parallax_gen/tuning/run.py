@@ -15,8 +15,7 @@ from parallax_gen.memory.ranking import default_of, evidence_of, is_current
 from parallax_gen.memory.result import Evidence, Result, reading_order, supersedes
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig, config_to_json
-from parallax_gen.ops.defaults import promising_configs
-from parallax_gen.ops.space import neighbours
+from parallax_gen.ops.space import neighbours, promising_configs
 from parallax_gen.tuning.claims import Board
 from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress, nearby_configs, proven_configs
