@@ -9,15 +9,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import Inputs, cache_dtype, rows_like
+from parallax_gen.codegen.abi import Inputs, cache_dtype, rows_like, torch_dtype
+from parallax_gen.errors import ArgumentError
 from parallax_gen.ops.base import Layout, op_of
 from parallax_gen.ops.preprocess import ROWS
 from parallax_gen.oracle.kvcache import reference_cached_forward
-from parallax_gen.oracle.reference import Reference, random_inputs, reference_forward, reference_varlen_forward
+from parallax_gen.oracle.reference import Reference, reference_forward, reference_varlen_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 POISON = float("nan")
+
+
+def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> Inputs:
+    """Normal q, k and v of unit variance, and r so small that t is of unit variance too; in the spec's dtype.
+
+    The same seed gives the same numbers on the same kind of device.
+    """
+    if shape.group != spec.group:
+        raise ArgumentError("shape", f"{shape.group} query heads a kv head", f"the spec's {spec.group}")
+    if op_of(spec).layout is Layout.CACHE and shape.seqlen_q != 1 and not spec.many_queries:
+        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(seqlen: int, heads: int) -> Tensor:
+        size = (shape.batch, seqlen, heads, spec.head_dim)
+        return torch.randn(size, dtype=torch_dtype(spec.dtype), device=device, generator=generator)
+
+    q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
+    k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
+    return Inputs(q, r * spec.head_dim**-0.5, k, v, window_size=shape.window)
 
 
 def random_inputs_of(
@@ -43,7 +64,7 @@ def inputs_and_forward(
 ) -> tuple[Inputs, Reference | None]:
     """`random_inputs_of`, and for a kernel of the backward the forward that it goes on from, in float64."""
     op = op_of(spec)
-    inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device), window_size=shape.window)
+    inputs = random_inputs(spec, shape, seed=seed, device=device)
     if spec.cache_dtype:
         inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
         heads = shape.kv_heads if seed % 2 else 1  # a number for each head, or one for all
