@@ -31,9 +31,8 @@ from parallax_gen.memory.old import same_programs
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import PROTOCOL, Evidence, Result, supersedes
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import KernelConfig
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import why_invalid
+from parallax_gen.ops.base import KernelConfig, op_of
+from parallax_gen.ops.space import default_config, why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import SHORTEST, Bucket, representative
 from parallax_gen.problem.spec import KernelSpec
@@ -200,7 +199,7 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
 
     None of a card that `gpu` only stands in for: what that is like is not known.
     """
-    alike = siblings(gpu) if gpu.name == place.gpu and place.spec.op != "preprocess" else []
+    alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).sibling_counts else []
     return [replace(place, gpu=name) for name in alike]
 
 
@@ -209,7 +208,7 @@ def near_places(place: Place) -> list[Place]:
 
     A place is near to those that are near to it.
     """
-    return list(near_buckets(place)) if place.spec.op == "decode" and not place.spec.ragged else []
+    return list(near_buckets(place)) if op_of(place.spec).near_counts else []
 
 
 def siblings(gpu: Gpu) -> list[str]:

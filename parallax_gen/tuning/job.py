@@ -23,9 +23,10 @@ from parallax_gen.memory.ranking import (
 from parallax_gen.memory.result import PROTOCOL, Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import TILED, KernelConfig
+from parallax_gen.ops.base import KernelConfig, Layout, op_of
+from parallax_gen.ops.space import timed_shape
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative, timed_shape
+from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual
@@ -56,7 +57,7 @@ class Job:
 
 def step_of(spec: KernelSpec) -> KernelSpec:
     """What the kernels of a training step have in common that take the same inputs; any other spec as it is."""
-    return replace(spec, op="dqdr", stats=False) if spec.op in TILED else spec
+    return replace(spec, op="dqdr", stats=False) if op_of(spec).layout is Layout.TILES else spec
 
 
 def program_of(job: Job) -> str:

@@ -321,5 +321,6 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     findings = json.loads(run("doctor", "--json").stdout)["findings"]
     assert [(f["check"], f["status"]) for f in findings] == [("database", "broken"), ("records", "ok")]
     assert findings[1]["text"] == (
-        "h200: 2 kernels and sizes in what ships alone, of which calls get 1 by Triton 3.5 (not yet checked), 1 by the default"
+        "h200: 2 kernels and sizes in what ships alone, of which calls get "
+        "1 by Triton 3.5 (not yet checked), 1 by the default"
     )

@@ -28,7 +28,8 @@ from parallax_gen.memory.ranking import (
 )
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import ForwardConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec

@@ -24,7 +24,8 @@ from parallax_gen.files import data_dir
 from parallax_gen.memory import store as store_module
 from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.store import APPLICATION_ID, Store, default_path
-from parallax_gen.ops.base import DecodeConfig, config_to_json
+from parallax_gen.ops.base import config_to_json
+from parallax_gen.ops.decode import DecodeConfig
 
 
 @pytest.fixture
