@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import default_config
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -44,10 +44,20 @@ from parallax_gen.memory.shipped import Memory, load_alike, load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
-from parallax_gen.ops.defaults import default_config, most_shared_bytes, promising_configs
-from parallax_gen.ops.space import coerce, every_config, knobs_of, neighbours, shared_bytes, why_invalid
+from parallax_gen.ops.space import (
+    coerce,
+    default_config,
+    every_config,
+    knobs_of,
+    most_shared_bytes,
+    neighbours,
+    promising_configs,
+    shared_bytes,
+    timed_lengths,
+    why_invalid,
+)
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Shape, bucket_of, timed_lengths
+from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.runtime.advice import tune_command

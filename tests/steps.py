@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from strategies import SAME_NUMBERS, StepCase
 
-from parallax_gen.codegen.abi import Call, Inputs, Saved
+from parallax_gen.codegen.abi import Call, Inputs
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
 from parallax_gen.oracle import verify
@@ -50,8 +50,7 @@ def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
         return call
 
     step = launch("forward", inputs).written
-    saved = Saved(*(step[name] for name in Saved.__annotations__))
-    given = replace(inputs, rows=launch("preprocess", replace(inputs, saved=saved)).written["rows"])
+    given = replace(inputs, rows=launch("preprocess", replace(inputs, **step)).written["rows"])
     return {**step, **launch("dkdv", given).written, **launch("dqdr", given).written}
 
 

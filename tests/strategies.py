@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallax_gen.codegen.abi import Inputs
-from parallax_gen.ops.base import DecodeConfig, DkDvConfig, DqDrConfig, ForwardConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.dkdv import DkDvConfig
+from parallax_gen.ops.dqdr import DqDrConfig
+from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.space import coerce, knobs_of, why_invalid
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -355,10 +360,9 @@ def far_apart(x: Tensor, y: Tensor, dim: int, stride: int) -> tuple[Tensor, Tens
 
 def _each(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
     q, r, k, v = (layout(x) for x in (inputs.q, inputs.r, inputs.k, inputs.v))
-    do, saved = inputs.do, inputs.saved
-    if saved is not None:
-        saved = replace(saved, out=layout(saved.out), v_mean=layout(saved.v_mean))
-    return replace(inputs, q=q, r=r, k=k, v=v, do=None if do is None else layout(do), saved=saved)
+    others = {name: getattr(inputs, name) for name in ("do", "out", "v_mean")}
+    there = {name: layout(x) for name, x in others.items() if x is not None}
+    return replace(inputs, q=q, r=r, k=k, v=v, **there)
 
 
 def _side_by_side(*tensors: Tensor) -> Sequence[Tensor]:

@@ -169,7 +169,7 @@ def cuobjdump() -> Iterator[tuple[str, str]]:
 
 
 def _compile() -> Iterator[tuple[str, str]]:
-    from parallax_gen.ops.defaults import default_config
+    from parallax_gen.ops.space import default_config
     from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
 
     gpu = device.gpu_here(0) or gpu_by_name(COMPILE_FOR)

@@ -176,7 +176,7 @@ def _why_unused(result: Result, gpu: Gpu, memory: Memory) -> str:
 
 
 def _print(found: Explanation, origins: Origins) -> None:
-    from parallax_gen.cli.known import NOT_CHECKED, standing
+    from parallax_gen.cli.known import NOT_CHECKED, rests_on
 
     place, record = found.choice.place, found.choice.record
     click.echo(f"call    {found.spec}; {found.shape}; on {place.gpu}")
@@ -193,7 +193,7 @@ def _print(found: Explanation, origins: Origins) -> None:
         click.echo(f"not     {describe(candidate.config)}: {why}")
     if not found.choice.checked:
         click.echo(f"        {NOT_CHECKED}")
-    runners_up = [(c.record, standing(c, place)) for c in found.runners_up if c.record is not None]
+    runners_up = [(c.record, rests_on(c, place)) for c in found.runners_up if c.record is not None]
     _section("runners-up", [_line(r, f"{origins.status(r)}, {by}") for r, by in runners_up])
     _section("only predicted, so not used", [_line(r, "model's estimate") for r in found.predicted])
     _section("measured, and not used", [_line(r, why) for r, why in found.unused])

@@ -13,7 +13,7 @@ from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_o
 from parallax_gen.cli.readme import read_sections, section, write_sections
 from parallax_gen.cli.text import print_json, time_and_rate
 from parallax_gen.errors import ParallaxGenError
-from parallax_gen.ops.base import KernelConfig, config_to_dict, describe
+from parallax_gen.ops.base import KernelConfig, config_to_dict, describe, op_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
@@ -41,10 +41,9 @@ class Pick:
     def file_name(self, source: KernelSource) -> str:
         """Such as decode_d128_bf16_g4_rows256_kv8192.py: a module that can be imported."""
         bucket = self.bucket
-        queries = "" if self.spec.op == "decode" and not self.spec.many_queries else f"_q{bucket.seqlen_q}"
-        keys = "" if self.spec.op == "preprocess" else f"_kv{bucket.seqlen_kv}"
+        lengths = op_of(self.spec).bucket_words(self.spec, bucket)
         window = f"_w{bucket.window}" if bucket.window else ""
-        return f"{source.name}_rows{bucket.kv_rows}{queries}{keys}{window}.py"
+        return f"{source.name}_rows{bucket.kv_rows}{lengths}{window}.py"
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import Any
 from parallax_gen.cli.text import rate, rate_unit
 from parallax_gen.codegen.device import card_named
 from parallax_gen.errors import UnknownGpuError
-from parallax_gen.memory.guard import guarded
+from parallax_gen.memory.guard import Guarded, guarded
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Known, Tier, is_rendered
 from parallax_gen.memory.result import PROTOCOL, Result
@@ -74,12 +74,21 @@ def unlike_here(result: Result) -> tuple[str, ...]:
     return (*told, *(f"{name} {there} (here {mine})" for name, (there, mine) in pairs.items() if there != mine))
 
 
-def chosen(place: Place, known: Known) -> Candidate:
+def chosen(place: Place, known: Known) -> Guarded:
     """What a call at a place gets, as far as it was checked here."""
-    return guarded(place, card_of(place), known).candidate
+    return guarded(place, card_of(place), known)
 
 
-def standing(candidate: Candidate, place: Place) -> str:
+def standing(choice: Guarded, place: Place) -> str:
+    """As `rests_on`, and whether that was `not yet checked`: a first call may drop it."""
+    return as_checked(rests_on(choice.candidate, place), choice.checked)
+
+
+def as_checked(what: str, checked: bool) -> str:
+    return what if checked else f"{what} (not yet checked)"
+
+
+def rests_on(candidate: Candidate, place: Place) -> str:
     """What a choice rests on, in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
     record = candidate.record
     if record is None:

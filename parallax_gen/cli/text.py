@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from parallax_gen.ops.base import DecodeConfig, KernelConfig, config_to_dict
+from parallax_gen.ops.base import KernelConfig, config_to_dict
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of_lengths

@@ -13,9 +13,8 @@ import parallax_gen
 from parallax_gen.codegen.fingerprint import found, text_hash
 from parallax_gen.errors import ConfigError
 from parallax_gen.files import data_dir
-from parallax_gen.ops.base import KernelConfig, TileConfig, describe
+from parallax_gen.ops.base import KernelConfig, describe, op_of
 from parallax_gen.ops.space import why_invalid
-from parallax_gen.ops.tiles import scored_and_summed
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import FLAGS, KernelSpec
 
@@ -64,11 +63,11 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     """A kernel's text, which does not say yet which kernel it is, and the hash of it below the header."""
     if reason := why_invalid(spec, config, gpu):
         raise ConfigError(f"{describe(config)}: {reason}")
-    form = config.HEAD_DIM_AS if isinstance(config, TileConfig) else "whole"
-    pieces, summed = scored_and_summed(spec.op, spec.head_dim, form)
+    op, form = op_of(spec), getattr(config, "HEAD_DIM_AS", "whole")
+    pieces, summed = op.scored_and_summed(spec.head_dim, form)
     text = (
         _environment()
-        .get_template(template_of(spec))
+        .get_template(op.template)
         .render(
             spec=spec,
             config=config,
@@ -82,11 +81,6 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
         )
     )
     return text, text_hash(text)
-
-
-def template_of(spec: KernelSpec) -> str:
-    """The template that renders it: an op's own, and of decode another where sequences have their own lengths."""
-    return "ragged.py.j2" if spec.ragged else f"{spec.op}.py.j2"
 
 
 @cache

@@ -31,9 +31,8 @@ from parallax_gen.memory.old import same_programs
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import PROTOCOL, Evidence, Result, supersedes
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import KernelConfig
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import why_invalid
+from parallax_gen.ops.base import KernelConfig, op_of
+from parallax_gen.ops.space import default_config, why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import SHORTEST, Bucket, representative
 from parallax_gen.problem.spec import KernelSpec
@@ -196,8 +195,12 @@ def why_not_chosen(record: Result, gpu: Gpu, known: Known, here: Toolchain | Non
 
 
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
-    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess."""
-    return [] if place.spec.op == "preprocess" else [replace(place, gpu=name) for name in siblings(gpu)]
+    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess.
+
+    None of a card that `gpu` only stands in for: what that is like is not known.
+    """
+    alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).sibling_counts else []
+    return [replace(place, gpu=name) for name in alike]
 
 
 def near_places(place: Place) -> list[Place]:
@@ -205,7 +208,7 @@ def near_places(place: Place) -> list[Place]:
 
     A place is near to those that are near to it.
     """
-    return list(near_buckets(place)) if place.spec.op == "decode" and not place.spec.ragged else []
+    return list(near_buckets(place)) if op_of(place.spec).near_counts else []
 
 
 def siblings(gpu: Gpu) -> list[str]:
@@ -297,8 +300,7 @@ def _later_knobs(config: KernelConfig) -> list[Field[Any]]:
 
 
 def _search_of(result: Result) -> tuple[str, str, int]:
-    evidence = result.evidence
-    return evidence.triton, evidence.cuda, evidence.protocol
+    return result.evidence.triton, result.evidence.cuda, result.evidence.protocol
 
 
 def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:

@@ -12,7 +12,7 @@ from parallax_gen.errors import ArgumentError, ParallaxGenError, stored_of_machi
 from parallax_gen.memory.bounds import INTS, NUMBERS, check_flat, check_int, check_number, check_text, shown
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import CONFIG_OF_OP, KernelConfig, config_from_dict, config_to_dict, config_to_json
+from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict, config_to_json, op_of
 from parallax_gen.problem.shapes import Shape
 
 # Version of the timing protocol (tuning/workers/measure.py says what it is): times of two protocols are not compared.
@@ -182,7 +182,7 @@ class Result:
         for name, text in texts.items():
             check_text(name, text)
         check_int("protocol", evidence.protocol)
-        if type(self.config) is not CONFIG_OF_OP[self.place.spec.op]:
+        if type(self.config) is not op_of(self.place.spec).config:
             raise ArgumentError("config", self.config, f"a config of op {self.place.spec.op!r}")
         try:
             object.__setattr__(self, "outcome", Outcome(self.outcome))

@@ -1,126 +1,213 @@
-"""How a kernel is done: the choices that change its speed and never its result. JSON both ways."""
+"""What an op is to the rest of the package: one object that says how its kernels are configured, launched, checked."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum, auto
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from parallax_gen.errors import ConfigError
+from parallax_gen.ops.pieces import Piece, pieces_of
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.spec import KernelSpec
 
+Value = int | str
 
-@dataclass(frozen=True)
-class TileConfig:
-    """Choices of a kernel that owns a block of rows or of keys, and steps over blocks of the other.
-
-    BLOCK_M      query rows a tile
-    BLOCK_N      keys a tile
-    HEAD_GROUP   heads whose tiles are launched together, those with most work first: fewer keep what they share in
-                 L2, more spread the causal triangle evenly; 0 is all heads at once
-    num_warps    warps a program
-    num_stages   blocks in flight
-    HEAD_DIM_AS  what a row of head_dim numbers is to the tensor cores: "whole", a power of two; "pieces", powers of
-                 two side by side (96 = 64 + 32); "padded", the next power of two, filled with zeros; "halves", for wide
-                 heads: two programs share a tile, find all scores each, and sum one half of the dimensions each
-    maxnreg      registers a thread at the most, so that more programs run on a multiprocessor; 0 for as many as it
-                 takes
-    """
-
-    BLOCK_M: int
-    BLOCK_N: int
-    HEAD_GROUP: int
-    num_warps: int
-    num_stages: int
-    HEAD_DIM_AS: str = "whole"
-    maxnreg: int = 0
-
-
-@dataclass(frozen=True)
-class ForwardConfig(TileConfig):
-    """The forward: a program owns BLOCK_M query rows and steps over keys.
-
-    ROW_MAX  what a row's scores are measured against: "running", the largest so far, which its sums are scaled to in
-             every step; "first", the score of a key that it sees, from begin to end: a second kernel does those tiles
-             again, with a running maximum, whose sums ran over
-    """
-
-    ROW_MAX: str = "running"
-
-
-@dataclass(frozen=True)
-class DqDrConfig(TileConfig):
-    """The gradients of q and r: a program owns BLOCK_M query rows and steps over keys.
-
-    MASK  what a causal mask is put on: "weights", in every block, or in those that a window's edge or the diagonal
-          crosses; "scores", before the exponential, in those blocks alone
-    """
-
-    MASK: str = "weights"
-
-
-@dataclass(frozen=True)
-class DkDvConfig(TileConfig):
-    """The gradients of k and v: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
-
-    HEAD_GROUP counts kv heads here.
-
-    MASK         what a causal mask is put on, in the blocks that the diagonal or a window's edge crosses: "weights",
-                 or, before the exponential, "scores"
-    ROW_NUMBERS  how a step loads the four numbers of each query row: "apart", where each is used, which takes fewer
-                 registers, or "together", which takes fewer instructions
-    """
-
-    MASK: str = "weights"
-    ROW_NUMBERS: str = "apart"
-
-
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """Choices of the backward's first kernel, which is bound by memory.
-
-    BLOCK_M      query rows a program owns
-    num_warps    warps a program
-    """
-
-    BLOCK_M: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Choices of decode.
-
-    BLOCK_N      keys a program takes a step
-    BLOCK_H      query heads a program serves, or (query, head) pairs: their queries and probes fill one tile of
-                 2*BLOCK_H rows
-    NUM_SPLITS   programs that share one sequence's keys; on the average where each has its own length
-    merge        who joins the splits: "none" (one split), "last" (the last to arrive), "kernel" (a second kernel)
-    num_warps    warps a program
-    num_stages   key blocks in flight
-    """
-
-    BLOCK_N: int
-    BLOCK_H: int
-    NUM_SPLITS: int
-    merge: str
-    num_warps: int
-    num_stages: int
-
-
-KernelConfig = ForwardConfig | DqDrConfig | DkDvConfig | PreprocessConfig | DecodeConfig
-
-TILED: dict[str, type[ForwardConfig] | type[DqDrConfig] | type[DkDvConfig]] = {
-    "forward": ForwardConfig,
-    "dqdr": DqDrConfig,
-    "dkdv": DkDvConfig,
-}
-CONFIG_OF_OP: dict[str, type[KernelConfig]] = {**TILED, "preprocess": PreprocessConfig, "decode": DecodeConfig}
-
-
+MOST_REGISTERS = 255  # a thread
 LARGEST = 2**31 - 1  # of a number in a config, and
 LONGEST = 64  # characters of a word: far beyond any knob's values
+
+
+class KernelConfig:
+    """How a kernel is done: the choices that change its speed and never its result. Every op's is a frozen dataclass.
+
+    num_warps  warps a program
+    """
+
+    num_warps: int
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+C = TypeVar("C", bound=KernelConfig)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One field of a config: the values it may take, in the order in which they are neighbours."""
+
+    name: str
+    values: tuple[Value, ...]
+
+    def neighbours(self, value: Value) -> tuple[Value, ...]:
+        """The values one step away from `value`."""
+        at = self.values.index(value)
+        return self.values[max(0, at - 1) : at] + self.values[at + 1 : at + 2]
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Numbers of scratch that a launch needs: fp32 `partials` and int32 `arrived` counters (0 before and after)."""
+
+    partials: int = 0
+    arrived: int = 0
+
+
+class Layout(Enum):
+    """What a program of an op owns, and with that what bounds its time: matmuls those of TILES, memory the others."""
+
+    TILES = auto()
+    ROWS = auto()
+    CACHE = auto()
+
+
+@dataclass(frozen=True)
+class CostHints:
+    """What the cost model knows of an op.
+
+    reached         of the tensor cores' peak, what the best configs reach
+    spilled         bytes spilled for each register that a thread lacks
+    spill_bytes     of stack a thread that double the time
+    merge_bytes_us  bytes of partial states that one program loads a microsecond
+    """
+
+    reached: float = 0.0
+    spilled: float = 0.0
+    spill_bytes: int = 1000
+    merge_bytes_us: float = 0.0
+
+
+class Op(ABC, Generic[C]):
+    """One op. There is one instance of each, in `OPS_BY_NAME`.
+
+    config          its frozen dataclass
+    knobs           of the config's fields, in their order
+    template        the file that renders it
+    sibling_counts  whether what is fast on cards alike is ahead of the default, by evidence
+    near_counts     whether what is fast at near sizes is, by evidence
+    own_lengths     whether a launch takes each sequence's length
+    stats_in_error  whether the error that a trial is recorded with is of statistics too
+    """
+
+    name: ClassVar[str]
+    config: type[C]
+    knobs: ClassVar[tuple[Knob, ...]]
+    template: ClassVar[str]
+    layout: ClassVar[Layout]
+    costs: ClassVar[CostHints]
+    sibling_counts: ClassVar[bool] = True
+    near_counts: ClassVar[bool] = False
+    own_lengths: ClassVar[bool] = False
+    stats_in_error: ClassVar[bool] = True
+
+    # -- which configs there are
+
+    def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
+        """The knob's values without those that no config of this spec can use."""
+        return knob.values
+
+    def coerce(self, spec: KernelSpec, choices: dict[str, Value]) -> dict[str, Value]:
+        """The choices nearest to these that agree with each other."""
+        return choices
+
+    @abstractmethod
+    def why_invalid(self, spec: KernelSpec, config: C, gpu: Gpu) -> str | None:
+        """What `space.why_invalid` says of a config whose knobs each have one of their values, and which fits."""
+
+    @abstractmethod
+    def shared_bytes(self, spec: KernelSpec, config: C, gpu: Gpu) -> int:
+        """Shared memory that a kernel needs, at the least."""
+
+    def room_bytes(self, spec: KernelSpec, config: C, gpu: Gpu) -> int:
+        """How much more shared memory it may turn out to take."""
+        return 0
+
+    @abstractmethod
+    def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[C]:
+        """Candidates for the default config, the best first; some may be invalid."""
+
+    def promising(self, spec: KernelSpec, found: list[C]) -> list[C]:
+        """What else was fast somewhere, beside `found`: the default, then all candidates for it."""
+        return []
+
+    def floor_of(self, knob_name: str, size: int) -> int:
+        """The knob's largest value that is at most `size`."""
+        values = next(knob.values for knob in self.knobs if knob.name == knob_name)
+        return max(v for v in values if isinstance(v, int) and 0 < v <= size)
+
+    def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
+        """What a program needs of a head to find scores, and the dimensions that it sums, of the form HEAD_DIM_AS."""
+        pieces = pieces_of(head_dim, form)
+        return pieces, pieces
+
+    # -- what a launch takes, in this order: given, written, lengths, scratch, the softmax scale, sizes. The names are
+    # those of `codegen.abi.Inputs`.
+
+    @abstractmethod
+    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Tensors that are read."""
+
+    @abstractmethod
+    def written(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Tensors that are written."""
+
+    def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Tensors that say where sequences begin and end, where their keys are, and what those are scaled by."""
+        return ()
+
+    def sizes(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Numbers: the window, and the longest sequence of those that are tiled."""
+        return ("window_size",) * spec.window + ("max_seqlen_q",) * spec.varlen
+
+    def scratch(self, spec: KernelSpec, config: C, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
+        """What a launch at this size needs; nothing where every program finishes its own rows.
+
+        seqlen_q  of decode with many queries: the longest sequence's
+        """
+        return Scratch()
+
+    # -- how it is checked, timed and shown
+
+    @abstractmethod
+    def awkward_shape(self, spec: KernelSpec, config: C, kv_heads: int = 3) -> Shape:
+        """A small shape that no tile of `config` divides: tails, a last group of heads, splits without keys.
+
+        kv_heads  as many as elsewhere, where the kernel should not be compiled once more for other strides
+        """
+
+    def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
+        """The keys of each sequence in the batches that a kernel is timed at: in one, as many as the shape says."""
+        return ((shape.seqlen_kv,) * shape.batch,)
+
+    def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
+        """What an exported file's name says of a bucket's lengths."""
+        return f"_q{bucket.seqlen_q}_kv{bucket.seqlen_kv}"
+
+    def instructions_share(self, spec: KernelSpec, config: C) -> float:
+        """What fewer instructions beside the matmuls are worth."""
+        return 1.0
+
+
+# Filled when the package `ops` is imported.
+OPS_BY_NAME: dict[str, Op[Any]] = {}
+
+
+def register(op: Op[Any]) -> None:
+    """Each op's file calls it: a knob that is missing or misnamed shows at import, not in a tune."""
+    assert [knob.name for knob in op.knobs] == [f.name for f in fields(op.config)], op.name
+    OPS_BY_NAME[op.name] = op
+
+
+def op_of(spec: KernelSpec) -> Op[Any]:
+    """The op of a spec."""
+    return OPS_BY_NAME["decode_varlen" if spec.ragged else spec.op]
+
+
+# -- configs as JSON, both ways
 
 
 def config_to_dict(config: KernelConfig) -> dict[str, Any]:
@@ -131,9 +218,9 @@ def config_to_dict(config: KernelConfig) -> dict[str, Any]:
 def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
     """The config of `op` that `config_to_dict` wrote. Raises ConfigError on a wrong field or type.
 
-    Values need not be those of today's knobs, which `problem.space.why_invalid` knows; numbers and words are bounded.
+    Values need not be those of today's knobs, which `space.why_invalid` knows; numbers and words are bounded.
     """
-    kind = CONFIG_OF_OP[op]
+    kind = OPS_BY_NAME[op].config
     expected = {f.name: f.type for f in fields(kind)}
     needed = {f.name for f in fields(kind) if f.default is MISSING}
     if not needed <= set(data) <= set(expected):
@@ -147,7 +234,8 @@ def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
             raise ConfigError(
                 f"{op} config field {name} is {value!r:.80}; it must be a word of at most {LONGEST} letters"
             )
-    return kind(**data)
+    config: KernelConfig = kind(**data)
+    return config
 
 
 @lru_cache(maxsize=4096)

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import ROWS, Inputs, Saved, cache_dtype, rows_like
-from parallax_gen.ops.base import DecodeConfig, KernelConfig, PreprocessConfig
+from parallax_gen.codegen.abi import Inputs, cache_dtype, rows_like, torch_dtype
+from parallax_gen.errors import ArgumentError
+from parallax_gen.ops.base import Layout, op_of
+from parallax_gen.ops.preprocess import ROWS
 from parallax_gen.oracle.kvcache import reference_cached_forward
-from parallax_gen.oracle.reference import Reference, random_inputs, reference_forward, reference_varlen_forward
+from parallax_gen.oracle.reference import Reference, reference_forward, reference_varlen_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import default_scale
@@ -20,21 +22,24 @@ from parallax_gen.problem.work import default_scale
 POISON = float("nan")
 
 
-def awkward_shape(spec: KernelSpec, config: KernelConfig, kv_heads: int = 3) -> Shape:
-    """A small shape that no tile of `config` divides: tails, a last group of heads, splits without keys.
+def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> Inputs:
+    """Normal q, k and v of unit variance, and r so small that t is of unit variance too; in the spec's dtype.
 
-    kv_heads  as many as elsewhere, where the kernel should not be compiled once more for other strides
+    The same seed gives the same numbers on the same kind of device.
     """
-    if isinstance(config, DecodeConfig):
-        blocks = min(2 * config.NUM_SPLITS + 1, 40)
-        seqlen_q = config.BLOCK_H // spec.group + 3 if spec.many_queries else 1
-        window = config.BLOCK_N + 9 if spec.window else 0
-        return Shape(4, kv_heads * spec.group, kv_heads, seqlen_q, blocks * config.BLOCK_N - 7, window)
-    if isinstance(config, PreprocessConfig):
-        return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)
-    window = config.BLOCK_N + 9 if spec.window else 0
-    batch = 3 if spec.varlen else 1
-    return Shape(batch, kv_heads * spec.group, kv_heads, 2 * config.BLOCK_M + 11, 3 * config.BLOCK_N + 5, window)
+    if shape.group != spec.group:
+        raise ArgumentError("shape", f"{shape.group} query heads a kv head", f"the spec's {spec.group}")
+    if op_of(spec).layout is Layout.CACHE and shape.seqlen_q != 1 and not spec.many_queries:
+        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(seqlen: int, heads: int) -> Tensor:
+        size = (shape.batch, seqlen, heads, spec.head_dim)
+        return torch.randn(size, dtype=torch_dtype(spec.dtype), device=device, generator=generator)
+
+    q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
+    k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
+    return Inputs(q, r * spec.head_dim**-0.5, k, v, window_size=shape.window)
 
 
 def random_inputs_of(
@@ -59,13 +64,14 @@ def inputs_and_forward(
     spec: KernelSpec, shape: Shape, *, seed: int, device: str, full: bool, lengths: Sequence[int] | None = None
 ) -> tuple[Inputs, Reference | None]:
     """`random_inputs_of`, and for a kernel of the backward the forward that it goes on from, in float64."""
-    inputs = Inputs(*random_inputs(spec, shape, seed=seed, device=device), window_size=shape.window)
+    op = op_of(spec)
+    inputs = random_inputs(spec, shape, seed=seed, device=device)
     if spec.cache_dtype:
         inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
         heads = shape.kv_heads if seed % 2 else 1  # a number for each head, or one for all
         draw = torch.Generator().manual_seed(seed)
         inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
-    if spec.ragged:
+    if op.own_lengths:
         keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
         if seed % 3 == 0 and not full:  # as engines fill places that no sequence has
             keys = torch.where(keys == 0, -1 if seed % 2 else -shape.seqlen_kv, keys)
@@ -83,7 +89,8 @@ def inputs_and_forward(
         _page(inputs, spec.page_size, seed)
     if spec.varlen:
         _pack(inputs, shape, seed, full)
-    if spec.op not in ("preprocess", "dkdv", "dqdr"):
+    given = op.given(spec)
+    if "do" not in given:
         return inputs, None
     generator = torch.Generator(device=device).manual_seed(seed + 1)
     do = torch.randn(inputs.q.shape, device=device, generator=generator)
@@ -92,14 +99,12 @@ def inputs_and_forward(
         _poison_padding(inputs.do, inputs.cu_seqlens_q)
     # A preprocess has no mask of its own: the rows of causal attention, of which some may see no key.
     causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
-    forward = causal if spec.op == "preprocess" else spec
-    found = attend(forward, inputs)
-    if spec.op == "preprocess":
-        out, v_mean = (x.to(inputs.q.dtype) for x in (found.out, found.v_mean))
-        inputs.saved = Saved(out, found.lse.float(), found.t_mean.float(), v_mean)
+    found = attend(spec if "rows" in given else causal, inputs)
+    if "rows" in given:
+        inputs.rows = rows_of(spec, inputs, found).float()
     else:
-        rows = rows_of(spec, inputs, Saved(found.out, found.lse, found.t_mean, found.v_mean))
-        inputs.rows = rows.float()
+        inputs.out, inputs.v_mean = (x.to(inputs.q.dtype) for x in (found.out, found.v_mean))
+        inputs.lse, inputs.t_mean = found.lse.float(), found.t_mean.float()
     return inputs, found
 
 
@@ -193,7 +198,7 @@ def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
     scale, window = softmax_scale(spec), x.window_size if spec.window else None
     given = (x.q, x.r, x.k, x.v)
-    if spec.op == "decode":
+    if op_of(spec).layout is Layout.CACHE:
         return reference_cached_forward(
             *given,
             cache_seqlens=x.cache_seqlens,
@@ -214,8 +219,8 @@ def attend(spec: KernelSpec, x: Inputs) -> Reference:
     return reference_forward(*given, causal=spec.causal, window_size=window, softmax_scale=scale)
 
 
-def rows_of(spec: KernelSpec, x: Inputs, saved: Saved) -> Tensor:
-    """What preprocess is to write, in float64: see `calling.rows_like`. NaN where nothing is written."""
+def rows_of(spec: KernelSpec, x: Inputs, saved: Reference) -> Tensor:
+    """What preprocess is to write of what a forward left, in float64: see `abi.rows_like`. NaN where nothing is."""
     assert x.do is not None
     scale = softmax_scale(spec)
     do, out, v_mean = x.do.double(), saved.out.double(), saved.v_mean.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from parallax_gen.oracle.reference import (
     Block,
     Gradients,
-    Inputs,
     blocks,
     check_shapes,
     dot_products,
@@ -97,9 +97,9 @@ def reference_tangent(
     """
     _, seqlen_q, heads, _ = check_shapes(q, r, k, v)
     scale = scale_or_default(softmax_scale, q.shape[-1])
-    inputs = Inputs(q, r, k, v)
+    inputs = _Tensors(q, r, k, v)
     # A tangent that is not there is a zero that takes no memory.
-    changes = Inputs(
+    changes = _Tensors(
         *(x.new_zeros(()).expand(x.shape) if d is None else d for x, d in zip(inputs, tangents, strict=True))
     )
     found = []
@@ -140,13 +140,22 @@ def reference_varlen_tangent(
     return everything.index_copy(0, torch.cat(places), torch.cat(found))
 
 
-def _of_block(x: Inputs, b: int, block: Block) -> Inputs:
+class _Tensors(NamedTuple):
+    """Of a call, or how they change."""
+
+    q: Tensor
+    r: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _of_block(x: _Tensors, b: int, block: Block) -> _Tensors:
     """What a block reads, in float64: q and r (rows, heads, head_dim), k and v (length, kv_heads, head_dim)."""
     rows, keys = (block.rows, block.heads), (slice(None), block.kv_heads)
-    return Inputs(x.q[b][rows].double(), x.r[b][rows].double(), x.k[b][keys].double(), x.v[b][keys].double())
+    return _Tensors(x.q[b][rows].double(), x.r[b][rows].double(), x.k[b][keys].double(), x.v[b][keys].double())
 
 
-def _tangent_of_rows(x: Inputs, change: Inputs, scale: float, block: Block) -> Tensor:
+def _tangent_of_rows(x: _Tensors, change: _Tensors, scale: float, block: Block) -> Tensor:
     """δo of a block."""
     s, t, sees_any = masked_scores(x.q, x.r, x.k, scale, block)
     p = s.softmax(dim=-1) * sees_any

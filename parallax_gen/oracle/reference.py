@@ -13,10 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import torch_dtype
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
 
 # Scores written out at a time: each of the few arrays of this many float64 takes 128 MiB.
@@ -278,36 +275,6 @@ def sequences_of(
         raise ArgumentError("cu_seqlens_k", f"{len(ends_k)} numbers", f"{len(ends_q)}, as cu_seqlens_q has")
     starts = zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True)
     return [(slice(*of_q), slice(*of_k)) for of_q, of_k in starts]
-
-
-class Inputs(NamedTuple):
-    """The tensors of one call; in this order, arguments of `reference_forward` and of the kernels."""
-
-    q: Tensor
-    r: Tensor
-    k: Tensor
-    v: Tensor
-
-
-def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: torch.device | str | None = None) -> Inputs:
-    """Normal q, k and v of unit variance, and r so small that t is of unit variance too; in the spec's dtype.
-
-    The same seed gives the same numbers on the same kind of device (torch's default one when None).
-    """
-    if shape.group != spec.group:
-        raise ArgumentError("shape", f"{shape.group} query heads a kv head", f"the spec's {spec.group}")
-    if spec.op == "decode" and shape.seqlen_q != 1 and not spec.many_queries:
-        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
-    where = torch.get_default_device() if device is None else torch.device(device)
-    generator = torch.Generator(device=where).manual_seed(seed)
-
-    def normal(seqlen: int, heads: int) -> Tensor:
-        size = (shape.batch, seqlen, heads, spec.head_dim)
-        return torch.randn(size, dtype=torch_dtype(spec.dtype), device=where, generator=generator)
-
-    q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
-    k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
-    return Inputs(q, r * spec.head_dim**-0.5, k, v)
 
 
 def check_shapes(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from parallax_gen.codegen.abi import Call, Inputs, prepare
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import KernelSource
-from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.oracle.accuracy import errors, gradient_sizes, why_wrong
 from parallax_gen.oracle.inputs import POISON, attend, inputs_and_forward, random_inputs_of, rows_of, softmax_scale
 from parallax_gen.oracle.reference import Gradients, Reference, reference_backward, reference_varlen_backward
@@ -26,13 +26,14 @@ Expected = dict[str, Tensor]
 
 def oracle(spec: KernelSpec, x: Inputs) -> Expected:
     """What a launch on these inputs must write."""
-    if spec.op == "preprocess":
-        assert x.do is not None
-        assert x.saved is not None
-        return {"rows": rows_of(spec, x, x.saved)}
-    if spec.op in ("dkdv", "dqdr"):
-        return _gradients_of(spec, _gradients(spec, x))
-    return _outputs_of(spec, attend(spec, x))
+    written = op_of(spec).written(spec)
+    if "rows" in written:
+        assert x.out is not None
+        assert x.lse is not None
+        assert x.t_mean is not None
+        assert x.v_mean is not None
+        return {"rows": rows_of(spec, x, Reference(x.out, x.lse, x.t_mean, x.v_mean))}
+    return _written_of(spec, attend(spec, x) if "out" in written else _gradients(spec, x))
 
 
 class TrainingStep:
@@ -48,24 +49,18 @@ class TrainingStep:
 
     def expected(self, spec: KernelSpec) -> Expected:
         """What a launch of one of the step's kernels must write."""
-        if spec.op == "forward":
+        if "out" in op_of(spec).written(spec):
             assert self._forward is not None
-            return _outputs_of(spec, self._forward)
-        return _gradients_of(spec, self._both_gradients)
+            return _written_of(spec, self._forward)
+        return _written_of(spec, self._both_gradients)
 
     @cached_property
     def _both_gradients(self) -> Gradients:
         return _gradients(self._spec, self.inputs)
 
 
-def _outputs_of(spec: KernelSpec, found: Reference) -> Expected:
-    if not spec.stats:
-        return {"out": found.out}
-    return {"out": found.out, "lse": found.lse, "t_mean": found.t_mean, "v_mean": found.v_mean}
-
-
-def _gradients_of(spec: KernelSpec, found: Gradients) -> Expected:
-    return {"dk": found.dk, "dv": found.dv} if spec.op == "dkdv" else {"dq": found.dq, "dr": found.dr}
+def _written_of(spec: KernelSpec, found: Reference | Gradients) -> Expected:
+    return {name: getattr(found, name) for name in op_of(spec).written(spec)}
 
 
 def _gradients(spec: KernelSpec, x: Inputs) -> Gradients:
@@ -107,16 +102,17 @@ def run(source: KernelSource, spec: KernelSpec, config: KernelConfig, inputs: In
 def judge(call: Call, expected: Expected) -> Verdict:
     """What a launched call wrote, against what it was to write."""
     x, found, reasons = call.inputs, 0.0, []
-    sizes = natural_sizes(call.spec, x)._asdict() if call.spec.op in ("dkdv", "dqdr") else {}
+    sizes = natural_sizes(call.spec, x)._asdict() if set(Gradients._fields) & set(call.written) else {}
+    of_rows = "rows" in call.written
     for name, (out, ref) in _compared(call.written, expected).items():
-        dtype = "fp32" if call.spec.op == "preprocess" else call.spec.dtype  # fp32 sums of products
-        if call.spec.op != "preprocess":
+        dtype = "fp32" if of_rows else call.spec.dtype  # fp32 sums of products
+        if not of_rows:
             (out, padding), (ref, ref_padding) = (of_sequences(x, name, t) for t in (out, ref))
             if not torch.equal(padding.double(), ref_padding):
                 reasons.append(f"{name}: not {ref_padding.flatten()[0].item()} in rows that no sequence has")
         if why := why_wrong(out, ref, dtype, sizes.get(name)):
             reasons.append(f"{name}: {why}")
-        if name == "out" or call.spec.op != "forward":
+        if name == "out" or op_of(call.spec).stats_in_error:
             found = max(found, errors(out, ref, sizes.get(name)).relative)
     if len(call.scratch) == 2 and bool(call.scratch[1].any()):
         reasons.append("its counters are not back at 0 for the next launch")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.problem.spec import KernelSpec
 
 # Shorter sequences fill less than one tile of any config: they share a bucket.
 SHORTEST = 128
@@ -152,19 +151,6 @@ def representative(bucket: Bucket, group: int) -> Shape:
 SHORTEST_SHARE = 32
 
 
-def timed_lengths(spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
-    """The keys of each sequence in the batches that a kernel is timed at: in one batch, as many as the shape says.
-
-    But where every sequence of a decode has its own, in two: from all keys down to a 32nd of them, in even ratios; and
-    one that has them all among others with a 32nd. A cache has room for the longest, and a config that is fast for
-    equal lengths alone may leave one program to join what many found of a long one. The first batch's lengths are
-    nowhere shorter.
-    """
-    if not spec.ragged or spec.many_queries or shape.batch == 1:
-        return ((shape.seqlen_kv,) * shape.batch,)
-    return spread_lengths(shape), skewed_lengths(shape)
-
-
 def spread_lengths(shape: Shape) -> tuple[int, ...]:
     """From all keys down to a 32nd of them, in even ratios; of one sequence all."""
     shares = [SHORTEST_SHARE ** -(i / max(1, shape.batch - 1)) for i in range(shape.batch)]
@@ -174,12 +160,6 @@ def spread_lengths(shape: Shape) -> tuple[int, ...]:
 def skewed_lengths(shape: Shape) -> tuple[int, ...]:
     """The first sequence has all keys, every other a 32nd of them."""
     return (shape.seqlen_kv, *[max(1, round(shape.seqlen_kv / SHORTEST_SHARE))] * (shape.batch - 1))
-
-
-def timed_shape(spec: KernelSpec, shape: Shape) -> Shape:
-    """The shape of equal lengths that is as much work as a batch of `timed_lengths` on the average."""
-    batches = timed_lengths(spec, shape)
-    return replace(shape, seqlen_kv=max(1, round(sum(map(sum, batches)) / (len(batches) * shape.batch))))
 
 
 def _nearest_power_of_two(size: int) -> int:

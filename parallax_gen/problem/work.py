@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -21,9 +22,32 @@ class Work:
 # Matmuls of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and two for dk;
 # dqdr s, t, a, dq, dr.
 MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4}
-
-
 SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of them, those that find s, t and a; the others sum what comes of them
+
+
+class Moved(NamedTuple):
+    """What each query row and each row of keys moves at the least.
+
+    q_wide     of a query row, numbers a dimension of the head
+    kv_wide    of a row of keys
+    row_bytes  of a query row, beside those
+    flops      of a query row, a dimension, beside matmuls
+    """
+
+    q_wide: int
+    kv_wide: int
+    row_bytes: int = 0
+    flops: int = 0
+
+
+MOVED = {
+    "forward": Moved(3, 2),  # q, r, o; k, v
+    "preprocess": Moved(3, 0, 24, 4),  # do, o and v̄; lse, t̄ and four numbers a row; a product and a sum for b and for T
+    "dkdv": Moved(3, 4, 16),  # q, r, do; k, v and dk, dv
+    "dqdr": Moved(5, 2, 16),  # q, r, do and dq, dr; k, v
+    "decode": Moved(3, 2),
+}
+OF_STATS = Moved(1, 0, 8)  # v̄ beside o; lse and t̄
 
 
 def work_of(spec: KernelSpec, shape: Shape) -> Work:
@@ -31,18 +55,12 @@ def work_of(spec: KernelSpec, shape: Shape) -> Work:
     q_rows = shape.batch * shape.heads * shape.seqlen_q
     keys = min(shape.seqlen_kv, shape.window + shape.seqlen_q - 1) if shape.window else shape.seqlen_kv
     kv_rows = shape.batch * shape.kv_heads * keys
-    if spec.op == "preprocess":
-        # Reads do, o and v̄ (D wide), lse and t̄; writes four numbers a row; a product and a sum for b and for T.
-        return Work(4.0 * q_rows * spec.head_dim, float(q_rows * (3 * spec.head_dim * spec.bytes_per_element + 24)))
-    flops = 2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
-    q_wide, kv_wide, row_bytes = 3, 2, 0  # q, r, o; k, v
-    if spec.op in ("dkdv", "dqdr"):
-        q_wide, kv_wide = (3, 4) if spec.op == "dkdv" else (5, 2)  # q, r, do and dq, dr; k, v and dk, dv
-        row_bytes = 16
-    elif spec.stats:
-        q_wide, row_bytes = 4, 8  # v̄ beside o; lse and t̄
-    moved = (q_rows * q_wide * spec.bytes_per_element + kv_rows * kv_wide * spec.cache_bytes) * spec.head_dim
-    return Work(flops=float(flops), bytes=float(moved + q_rows * row_bytes))
+    moved = MOVED[spec.op]
+    q_wide, row_bytes = moved.q_wide + spec.stats * OF_STATS.q_wide, moved.row_bytes + spec.stats * OF_STATS.row_bytes
+    flops = 2 * MATMULS.get(spec.op, 0) * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
+    flops += moved.flops * q_rows * spec.head_dim
+    of_head = q_rows * q_wide * spec.bytes_per_element + kv_rows * moved.kv_wide * spec.cache_bytes
+    return Work(flops=float(flops), bytes=float(of_head * spec.head_dim + q_rows * row_bytes))
 
 
 def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> Work:

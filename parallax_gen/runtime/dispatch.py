@@ -88,8 +88,9 @@ class Dispatcher:
         found = self._kernels.get(place)
         if found is None:
             give_triton_a_cache()
+            self._adviser.check(place, gpu, self._memory)
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
-            self._adviser.check(place, choice.candidate)
+            self._adviser.tell(place, choice.candidate)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[place] = found
             _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)

@@ -286,7 +286,7 @@ def _planned(
     if plan is None:
         plan = _plan(asked, return_state)
         _plans.remember(key, plan)
-    if cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.ragged:
+    if cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.own_lengths:
         batch, seqlen = asked.k_cache.shape[:2]
         lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=q.device)
         asked = asked._replace(cache_seqlens=lengths)

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import Scratch, scratch_of
 from parallax_gen.codegen.device import gpu_of_device
+from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.advice import level_of_user
@@ -73,14 +73,20 @@ class HostPlan:
 class LaunchPlan:
     """Launches a rendered module. `tensors` are always of the sizes and strides that the plan was made for.
 
-    numbers  what the module's `launch` takes behind its tensors
-    ragged   whether it wants each sequence's length
+    numbers      what the module's `launch` takes behind its tensors
+    own_lengths  whether it wants each sequence's length
     """
 
     def __init__(
-        self, module: ModuleType, numbers: tuple[float, ...], device: int, scratch: Scratch, *, ragged: bool = False
+        self,
+        module: ModuleType,
+        numbers: tuple[float, ...],
+        device: int,
+        scratch: Scratch,
+        *,
+        own_lengths: bool = False,
     ):
-        self.ragged = ragged
+        self.own_lengths = own_lengths
         self._module = module
         self._numbers = numbers
         self._device = device
@@ -123,8 +129,9 @@ class LaunchPlan:
 def plan_launch(spec: KernelSpec, shape: Shape, numbers: tuple[float, ...], device: int) -> LaunchPlan:
     """The plan to launch the best kernel known for `spec` at `shape`, with the numbers behind its tensors."""
     choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(device))
-    scratch = scratch_of(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
-    return LaunchPlan(module, numbers, device, scratch, ragged=spec.ragged)
+    op = op_of(spec)
+    scratch = op.scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
+    return LaunchPlan(module, numbers, device, scratch, own_lengths=op.own_lengths)
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:

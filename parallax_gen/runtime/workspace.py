@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import Scratch
+from parallax_gen.ops.base import Scratch
 
 # Counters that captured launches get slices of, each for good: zeroed before the capture, so that a graph needs no
 # memset. A launch that merges has a few dozen; when all are taken, graphs zero their own.

@@ -23,10 +23,12 @@ from parallax_gen.memory.ranking import (
 from parallax_gen.memory.result import PROTOCOL, Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import TILED, KernelConfig
+from parallax_gen.ops.base import KernelConfig, Layout, op_of
+from parallax_gen.ops.space import timed_shape
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative, timed_shape
+from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import work_of
 from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual
 
 
@@ -55,7 +57,7 @@ class Job:
 
 def step_of(spec: KernelSpec) -> KernelSpec:
     """What the kernels of a training step have in common that take the same inputs; any other spec as it is."""
-    return replace(spec, op="dqdr", stats=False) if spec.op in TILED else spec
+    return replace(spec, op="dqdr", stats=False) if op_of(spec).layout is Layout.TILES else spec
 
 
 def program_of(job: Job) -> str:
@@ -146,7 +148,7 @@ HINTS = 1  # of kernels that are not rendered any more
 
 
 def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
-    """Every place that anything was measured at, on a card or on one like it.
+    """Every place that anything was measured at, on a card or on one like it, and whose inputs the card can hold.
 
     Calls that rest on the least come first, so that a refresh that is stopped has done the most; but the kernels of
     a training step stay together, as they are checked on the same inputs.
@@ -154,12 +156,18 @@ def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambd
     names = (gpu.name, *siblings(gpu))
     measured = (result.place for name in names for result in memory.all(name) if result.measured)
     places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
-    chosen = {place: best(place, gpu, memory) for place in places if wanted(place)}
+    chosen = {place: best(place, gpu, memory) for place in places if wanted(place) and _fits(place, gpu)}
     together: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
     for place in chosen:
         together.setdefault((step_of(place.spec), place.bucket), []).append(place)
     order = sorted(together.values(), key=lambda of_step: max(chosen[place].tier for place in of_step), reverse=True)
     return [Job(place.spec, place.bucket, gpu) for of_step in order for place in of_step]
+
+
+def _fits(place: Place, gpu: Gpu) -> bool:
+    """A record from elsewhere may be of sizes that nobody has memory for."""
+    whole = replace(representative(place.bucket, place.spec.group), window=0)  # a window reads less of as much
+    return work_of(place.spec, whole).bytes <= gpu.memory_bytes
 
 
 def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:

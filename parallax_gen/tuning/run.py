@@ -16,8 +16,7 @@ from parallax_gen.memory.result import Evidence, Outcome, Result, reading_order,
 from parallax_gen.memory.shipped import load_alike
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig, config_to_json
-from parallax_gen.ops.defaults import promising_configs
-from parallax_gen.ops.space import neighbours
+from parallax_gen.ops.space import neighbours, promising_configs
 from parallax_gen.tuning.claims import Board
 from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress

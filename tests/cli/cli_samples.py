@@ -20,7 +20,9 @@ from parallax_gen.errors import ConfigError
 from parallax_gen.memory import ranking, result
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence
-from parallax_gen.ops.base import DecodeConfig, DkDvConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.dkdv import DkDvConfig
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec

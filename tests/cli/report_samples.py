@@ -10,7 +10,7 @@ from cli_samples import OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv, run
 
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket

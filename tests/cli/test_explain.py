@@ -31,8 +31,10 @@ from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
-from parallax_gen.ops.base import DkDvConfig, ForwardConfig, config_to_dict
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.base import config_to_dict
+from parallax_gen.ops.dkdv import DkDvConfig
+from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.space import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 

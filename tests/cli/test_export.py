@@ -32,7 +32,7 @@ from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import config_to_json
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 
 EXPORT = ("export", "--gpu", "h200", "--op", "decode", "-o")

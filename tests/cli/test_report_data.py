@@ -16,7 +16,7 @@ from parallax_gen.errors import ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import default_config
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -21,7 +21,7 @@ from cli_samples import (
 from parallax_gen.memory.shipped import load_shipped, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import default_config
 from parallax_gen.problem.shapes import Bucket, Shape
 
 TRITON_HERE = minor(Toolchain.here().triton)

@@ -17,7 +17,7 @@ from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.bounds import LEAST_US, LONGEST_DETAIL, LONGEST_LINE, MOST_INT, MOST_US
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import LARGEST, Bucket, Shape
 from parallax_gen.problem.spec import LARGEST_READ, KernelSpec

@@ -24,9 +24,8 @@ from parallax_gen.codegen.build import compile_for, load, write
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import BuildError, MachineError, MemoryTakenError
 from parallax_gen.files import cache_dir
-from parallax_gen.ops.base import DecodeConfig
-from parallax_gen.ops.defaults import default_config, most_shared_bytes
-from parallax_gen.ops.space import why_invalid
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.space import default_config, most_shared_bytes, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from parallax_gen.codegen.abi import Scratch, empty_inputs, in_fours, prepare, scratch_of
+from parallax_gen.codegen.abi import empty_inputs, in_fours, prepare
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.base import DecodeConfig, ForwardConfig
+from parallax_gen.ops.base import KernelConfig, Scratch, op_of
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -28,6 +30,10 @@ class Seen:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.grid = grid
         return lambda *_, **__: None
+
+
+def scratch_of(spec: KernelSpec, config: KernelConfig, *sizes: int) -> Scratch:
+    return op_of(spec).scratch(spec, config, *sizes)
 
 
 def grid_of(spec: KernelSpec, config: DecodeConfig, shape: Shape) -> tuple[int, ...]:

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from lowering import Job, needs
 
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import coerce, knobs_of, shared_bytes, why_invalid
+from parallax_gen.ops.space import coerce, default_config, knobs_of, shared_bytes, why_invalid
 from parallax_gen.problem.hardware import GIB, GPUS, Gpu, recognise
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import KernelSpec

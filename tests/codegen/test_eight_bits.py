@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallax_gen.codegen.abi import Inputs, torch_dtype
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.oracle import verify
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import KernelSpec

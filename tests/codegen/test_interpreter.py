@@ -19,7 +19,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from parallax_gen.codegen.abi import Call, Inputs
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.ops.base import DecodeConfig, DkDvConfig, DqDrConfig, ForwardConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.dkdv import DkDvConfig
+from parallax_gen.ops.dqdr import DqDrConfig
+from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import errors, tolerance, why_wrong
 from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale

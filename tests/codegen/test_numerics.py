@@ -16,7 +16,7 @@ import torch
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import errors, tolerance, why_wrong
 from parallax_gen.oracle.inputs import attend, random_inputs_of, softmax_scale

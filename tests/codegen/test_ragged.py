@@ -17,7 +17,7 @@ from torch import Tensor
 from parallax_gen.codegen.abi import Call, Inputs
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.hardware import GPUS

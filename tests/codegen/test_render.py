@@ -21,10 +21,12 @@ from strategies import GOLDEN, Kernel, random_kernels
 
 from parallax_gen.codegen import render as render_module
 from parallax_gen.codegen.fingerprint import fingerprint
-from parallax_gen.codegen.render import render, template_of
+from parallax_gen.codegen.render import render
 from parallax_gen.errors import ConfigError
 from parallax_gen.files import data_dir
-from parallax_gen.ops.base import DecodeConfig, ForwardConfig
+from parallax_gen.ops.base import op_of
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import OPS, KernelSpec
 
@@ -184,13 +186,13 @@ def kernels() -> dict[str, list[str]]:
     forget()
     found: dict[str, list[str]] = {name: [] for name in SPEC_OF}
     for kernel in GOLDEN.values():
-        name = template_of(kernel.spec).removesuffix(".py.j2")
+        name = op_of(kernel.spec).template.removesuffix(".py.j2")
         found[name].append(render(kernel.spec, kernel.config, GPU).kernel)
     return found
 
 
 def test_every_template_has_a_spec_here() -> None:
-    assert {template_of(spec): name for name, spec in SPEC_OF.items()} == {
+    assert {op_of(spec).template: name for name, spec in SPEC_OF.items()} == {
         path.name: path.name.removesuffix(".py.j2") for path in data_dir("templates").glob("*.py.j2")
     }
 

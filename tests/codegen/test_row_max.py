@@ -10,7 +10,7 @@ import torch
 from parallax_gen.codegen.abi import Call, Inputs, prepare
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.hardware import GPUS

@@ -11,10 +11,10 @@ from typing import Any
 
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.base import DecodeConfig, KernelConfig
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.base import KernelConfig, op_of
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.space import default_config
 from parallax_gen.oracle import verify
-from parallax_gen.oracle.inputs import awkward_shape
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -51,7 +51,7 @@ def main() -> None:
     for spec, config in cases:
         source = render(spec, config, gpu)
         for seed in range(3):
-            small = awkward_shape(spec, config)
+            small = op_of(spec).awkward_shape(spec, config)
             found = verify.check(source, spec, config, small, seed=seed, device="cuda")
             assert not found.wrong, (spec, config, found.wrong)
         print(f"{spec}: right", flush=True)

@@ -15,7 +15,7 @@ from parallax_gen.bench.baselines import steps
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes, tolerance
 from parallax_gen.oracle.inputs import random_inputs_of

@@ -16,7 +16,9 @@ from parallax_gen.memory import guard
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of
 from parallax_gen.memory.result import Result
-from parallax_gen.ops.base import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec

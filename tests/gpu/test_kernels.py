@@ -15,16 +15,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.errors import OutOfResources
 
-from parallax_gen.codegen.abi import Call, Inputs, Saved
+from parallax_gen.codegen.abi import Call, Inputs
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.base import DecodeConfig, DkDvConfig, DqDrConfig, ForwardConfig, KernelConfig, PreprocessConfig
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import why_invalid
+from parallax_gen.ops.base import KernelConfig, op_of
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.dkdv import DkDvConfig
+from parallax_gen.ops.dqdr import DqDrConfig
+from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.preprocess import PreprocessConfig
+from parallax_gen.ops.space import default_config, why_invalid
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import why_wrong
-from parallax_gen.oracle.inputs import POISON, awkward_shape, random_inputs_of, softmax_scale
+from parallax_gen.oracle.inputs import POISON, random_inputs_of, softmax_scale
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 
@@ -94,7 +98,7 @@ def test_golden_kernels(kernel: Kernel) -> None:
     spec, config = kernel.spec, kernel.config
     if reason := why_invalid(spec, config, gpu_of_device(0)):
         pytest.skip(reason)
-    assert wrong(spec, config, awkward_shape(spec, config)) is None
+    assert wrong(spec, config, op_of(spec).awkward_shape(spec, config)) is None
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -226,14 +230,12 @@ def poison(call: Call) -> None:
         tensor.fill_(POISON)
 
 
-def copy_into(held: Inputs | Saved, fresh: Inputs | Saved) -> None:
+def copy_into(held: Inputs, fresh: Inputs) -> None:
     """Every tensor of `fresh` into the same memory as before; sizes and lengths that are ints are the same."""
     for name, value in vars(fresh).items():
         before = getattr(held, name)
         if isinstance(value, Tensor):
             before.copy_(value)
-        elif isinstance(value, Saved):
-            copy_into(before, value)
         else:
             assert before == value, name
 

@@ -16,7 +16,7 @@ from parallax_gen import GraphedDecode, State, kvcache_workspace_size, merge_sta
 from parallax_gen.codegen.abi import torch_dtype as torch_dtype_of
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.inputs import random_inputs_of

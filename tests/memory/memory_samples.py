@@ -6,7 +6,7 @@ import dataclasses
 
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.ops.base import ForwardConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 

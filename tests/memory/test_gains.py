@@ -15,7 +15,8 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Table, default_beside, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import load_shipped
-from parallax_gen.ops.base import ForwardConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec

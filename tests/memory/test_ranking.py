@@ -28,7 +28,8 @@ from parallax_gen.memory.ranking import (
 )
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import ForwardConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
@@ -82,6 +83,13 @@ def test_tiers_go_before_times() -> None:
     assert choices(slow, faster, fastest) == [here, elsewhere, sibling, LAST]
     assert choices(faster, fastest) == [elsewhere, sibling, LAST]
     assert choices(fastest) == [sibling, LAST]
+
+
+def test_a_card_that_another_stands_in_for_has_no_siblings() -> None:
+    """Of a card that is neither in the table nor here nobody knows what it is like."""
+    sibling = record(place=dataclasses.replace(PLACE, gpu="h100"))
+    assert best(PLACE, GPU, Table([sibling])).tier == Tier.SIBLING_CARD
+    assert best(dataclasses.replace(PLACE, gpu="nvidia-x-1sm"), GPU, Table([sibling])).tier == Tier.DEFAULT
 
 
 def test_a_siblings_preprocess_is_not_ahead_of_the_default() -> None:

@@ -16,7 +16,7 @@ from memory_samples import EVIDENCE, PLACE, SHAPE, config, result
 from parallax_gen.errors import ArgumentError, ConfigError, ParallaxGenError
 from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.result import Evidence, Outcome, Result, supersedes
-from parallax_gen.ops.base import DecodeConfig
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.shapes import Bucket
 
 GOOD = result(shape=SHAPE).to_dict()

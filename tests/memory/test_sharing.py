@@ -20,7 +20,9 @@ from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of, ne
 from parallax_gen.memory.result import Result, reading_order
 from parallax_gen.memory.sharing import places_served, records_shared
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.ops.base import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket

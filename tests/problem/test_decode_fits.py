@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from parallax_gen.ops.base import DecodeConfig
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import shared_bytes, why_invalid
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.space import default_config, shared_bytes, why_invalid
 from parallax_gen.problem.hardware import GPUS, KIB
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import KernelSpec

@@ -12,8 +12,8 @@ from parallax_gen.codegen.abi import torch_dtype
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle import reference
 from parallax_gen.oracle.accuracy import Errors, assert_close, errors, tolerance, why_wrong
+from parallax_gen.oracle.inputs import random_inputs
 from parallax_gen.oracle.reference import (
-    random_inputs,
     reference_backward,
     reference_forward,
     reference_varlen_backward,
@@ -277,6 +277,11 @@ def to_tf32(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & ~((1 << 13) - 1)).view(torch.float32)
 
 
+def tensors_of(spec: KernelSpec, shape: Shape, *, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = random_inputs(spec, shape, seed=seed, device="cpu")
+    return x.q, x.r, x.k, x.v
+
+
 def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor, dtype: str) -> Tensor:
     """Causal Parallax of one head with p, p·t and o rounded to the input dtype, and all else in fp32.
 
@@ -297,7 +302,7 @@ def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor, dtype: str) -
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_stays_within_the_tolerance_and_a_wrong_row_does_not(dtype: str) -> None:
     spec, shape = KernelSpec("forward", 64, dtype, causal=True), Shape(1, 1, 1, 512, 512)
-    call = random_inputs(spec, shape, seed=0)
+    call = tensors_of(spec, shape, seed=0)
     ref = reference_forward(*call, causal=True).out
     out = as_a_kernel_rounds(*(x[0, :, 0] for x in call), dtype)[None, :, None]
     found = errors(out, ref)
@@ -313,7 +318,7 @@ def test_rounding_stays_within_the_tolerance_and_a_wrong_row_does_not(dtype: str
 
 def test_tf32_does_not_pass_for_fp32() -> None:
     spec, shape = KernelSpec("forward", 64, "tf32", causal=True), Shape(1, 1, 1, 512, 512)
-    call = random_inputs(spec, shape, seed=0)
+    call = tensors_of(spec, shape, seed=0)
     ref = reference_forward(*call, causal=True).out
     out = as_a_kernel_rounds(*(x[0, :, 0] for x in call), "tf32")[None, :, None]
     assert tolerance("fp32") < errors(out, ref).relative < tolerance("tf32")
@@ -341,25 +346,24 @@ def test_a_row_near_zero_is_measured_against_the_others() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_inputs(dtype: str) -> None:
     spec, shape = KernelSpec("forward", 128, dtype, group=2), Shape(2, 4, 2, 64, 96)
-    call = random_inputs(spec, shape, seed=3)
+    call = tensors_of(spec, shape, seed=3)
     assert [tuple(x.shape) for x in call] == [(2, 64, 4, 128)] * 2 + [(2, 96, 2, 128)] * 2
     assert {x.dtype for x in call} == {torch_dtype(dtype)}
-    for x in (call.q, call.k, call.v):
+    q, r, k, v = call
+    for x in (q, k, v):
         assert x.float().std().item() == pytest.approx(1, abs=0.05)
-    t = torch.einsum("bihd,bjhd->bhij", call.r[:, :, :2].double(), call.k.double())
+    t = torch.einsum("bihd,bjhd->bhij", r[:, :, :2].double(), k.double())
     assert t.std().item() == pytest.approx(1, abs=0.1)
-    for mine, again, other in zip(
-        call, random_inputs(spec, shape, seed=3), random_inputs(spec, shape, seed=4), strict=True
-    ):
+    for mine, again, other in zip(call, tensors_of(spec, shape, seed=3), tensors_of(spec, shape, seed=4), strict=True):
         assert torch.equal(mine, again)
         assert not torch.equal(mine, other)
 
 
 def test_random_inputs_want_a_shape_of_the_spec() -> None:
     with pytest.raises(ArgumentError, match="1 query heads a kv head; allowed: the spec's 4"):
-        random_inputs(KernelSpec("forward", 64, "bf16", group=4), Shape(1, 4, 4, 8, 8), seed=0)
+        tensors_of(KernelSpec("forward", 64, "bf16", group=4), Shape(1, 4, 4, 8, 8), seed=0)
     with pytest.raises(ArgumentError, match="seqlen_q 1 for decode"):
-        random_inputs(KernelSpec("decode", 64, "bf16"), Shape(1, 4, 4, 8, 8), seed=0)
+        tensors_of(KernelSpec("decode", 64, "bf16"), Shape(1, 4, 4, 8, 8), seed=0)
 
 
 @pytest.mark.parametrize("of_dtype", [tolerance, torch_dtype])

@@ -11,29 +11,23 @@ from hypothesis import strategies as st
 from strategies import together
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import (
-    TILED,
-    DecodeConfig,
-    DkDvConfig,
-    DqDrConfig,
-    ForwardConfig,
-    KernelConfig,
-    PreprocessConfig,
-    config_from_dict,
-)
-from parallax_gen.ops.defaults import default_config, promising_configs
+from parallax_gen.ops.base import OPS_BY_NAME, KernelConfig, Layout, config_from_dict
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.dkdv import DkDvConfig
+from parallax_gen.ops.dqdr import DqDrConfig
+from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.pieces import forms_of, pieces_of
+from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.space import (
-    KNOBS,
-    block_bytes,
     coerce,
+    default_config,
     every_config,
-    forms_of,
     knobs_of,
     neighbours,
+    promising_configs,
     shared_bytes,
     why_invalid,
 )
-from parallax_gen.ops.tiles import pieces_of, scored_and_summed
 from parallax_gen.problem.hardware import GIB, GPUS, KIB, recognise
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
@@ -132,8 +126,8 @@ def test_every_config_is_valid_and_comes_once(op: str, dtype: str, head_dim: int
         return
     spec = KernelSpec(op, head_dim, dtype)
     found = list(every_config(spec, H200))
-    every = itertools.product(*(knob.values for knob in KNOBS[op]))
-    names = [knob.name for knob in KNOBS[op]]
+    every = itertools.product(*(knob.values for knob in OPS_BY_NAME[op].knobs))
+    names = [knob.name for knob in OPS_BY_NAME[op].knobs]
     valid = {config_from_dict(op, dict(zip(names, values, strict=True))) for values in every}
     assert set(found) == {config for config in valid if why_invalid(spec, config, H200) is None}
     assert len(set(found)) == len(found) > (10 if op == "preprocess" else 20)
@@ -148,7 +142,7 @@ def test_knobs_leave_out_what_a_spec_cannot_use() -> None:
     assert 16 not in values(KernelSpec("forward", 128, "bf16"), "BLOCK_N")
     assert 16 in values(KernelSpec("forward", 128, "fp32"), "BLOCK_N")
     assert 16 in values(KernelSpec("forward", 128, "tf32"), "BLOCK_N")
-    for op in TILED:
+    for op in (name for name, op in OPS_BY_NAME.items() if op.layout is Layout.TILES):
         assert values(KernelSpec(op, 128, "bf16"), "HEAD_DIM_AS") == ("whole",)
         assert values(KernelSpec(op, 96, "bf16"), "HEAD_DIM_AS") == ("pieces", "padded")
         assert values(KernelSpec(op, 8, "bf16"), "HEAD_DIM_AS") == ("padded",)
@@ -256,10 +250,12 @@ def test_scores_that_change_hands_count() -> None:
 def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
     for form in forms_of(head_dim):
         for op, owned, block in (("forward", 2 * 64, 32), ("dqdr", 3 * 64, 2 * 32), ("dkdv", 2 * 32, 3 * 64)):
-            spec, config = KernelSpec(op, head_dim, "fp16"), TILED[op](64, 32, 1, 4, 3, form)
-            scored, summed = (sum(piece.width for piece in part) for part in scored_and_summed(op, head_dim, form))
+            spec, config = KernelSpec(op, head_dim, "fp16"), OPS_BY_NAME[op].config(64, 32, 1, 4, 3, form)
+            scored, summed = (
+                sum(piece.width for piece in part) for part in OPS_BY_NAME[op].scored_and_summed(head_dim, form)
+            )
             in_a_block = block * scored + (32 * summed if op == "forward" else 0)  # its values are summed alone
-            assert block_bytes(spec, config) == in_a_block * 2
+            assert OPS_BY_NAME[op].block_bytes(spec, config) == in_a_block * 2
             assert shared_bytes(spec, config, H200) == (owned * scored + 2 * in_a_block) * 2
 
 
@@ -351,7 +347,7 @@ def test_ragged_splits_are_always_merged() -> None:
     many = replace(RAGGED, many_queries=True)
     for spec, merges in ((RAGGED, ("last", "kernel")), (many, ("last",))):
         assert [knob.values for knob in knobs_of(spec) if knob.name == "merge"] == [merges]
-        first = {knob.name: knob.values[0] for knob in KNOBS["decode"]}
+        first = {knob.name: knob.values[0] for knob in OPS_BY_NAME["decode"].knobs}
         for splits in (1, 4):
             for merge in ("none", "last", "kernel"):
                 config = coerce(spec, {**first, "NUM_SPLITS": splits, "merge": merge})
@@ -375,6 +371,6 @@ def test_shared_memory_is_the_gpus() -> None:
 
 def test_one_split_has_nothing_to_merge() -> None:
     spec = KernelSpec("decode", 128, "bf16")
-    first = {knob.name: knob.values[0] for knob in KNOBS["decode"]}
+    first = {knob.name: knob.values[0] for knob in OPS_BY_NAME["decode"].knobs}
     assert coerce(spec, {**first, "NUM_SPLITS": 1, "merge": "kernel"}) == coerce(spec, {**first, "merge": "none"})
     assert coerce(spec, {**first, "NUM_SPLITS": 4, "merge": "none"}).merge == "last"  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import together
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.ops.space import timed_lengths, timed_shape
 from parallax_gen.problem.shapes import (
     SHORTEST,
     Bucket,
@@ -18,8 +19,6 @@ from parallax_gen.problem.shapes import (
     representative,
     skewed_lengths,
     spread_lengths,
-    timed_lengths,
-    timed_shape,
 )
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, RAGGED_ONLY, KernelSpec
 from parallax_gen.problem.work import work_of, work_of_lengths

@@ -13,10 +13,10 @@ from attention_samples import Sample, dense, packed, padded
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
-from parallax_gen.codegen.abi import Scratch
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.base import Scratch
+from parallax_gen.ops.space import default_config
 from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.reference import reference_forward, reference_varlen_forward
 from parallax_gen.problem.hardware import GPUS

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallax_gen import kvcache_workspace_size, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.space import KNOBS
+from parallax_gen.ops.base import OPS_BY_NAME
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.cache_checks import LARGEST_BLOCK, CacheRequest, check_cached
 from parallax_gen.runtime.checks import FURTHEST_ROW
@@ -72,6 +72,6 @@ def test_heads_of_out_that_32_bits_do_not_reach_are_refused(queries: int, counte
 
 def test_no_block_is_larger_than_strides_are_checked_for() -> None:
     """Of keys in a cache, or of whole sequences' rows."""
-    blocks = [knob.values for op in KNOBS.values() for knob in op if knob.name in ("BLOCK_M", "BLOCK_N")]
+    blocks = [knob.values for op in OPS_BY_NAME.values() for knob in op.knobs if knob.name in ("BLOCK_M", "BLOCK_N")]
     assert {max(sizes) for sizes in blocks} == {LARGEST_BLOCK}
     assert (LARGEST_BLOCK - 1) * FURTHEST_ROW + LARGEST_HEAD_DIM <= 2**31

@@ -25,7 +25,9 @@ from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import DecodeConfig, ForwardConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative

@@ -27,7 +27,8 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import DecodeConfig, ForwardConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallax_gen.codegen.abi import Scratch
+from parallax_gen.ops.base import Scratch
 from parallax_gen.runtime.workspace import bytes_of, parts_of
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.ops.base import TileConfig
 from parallax_gen.ops.space import every_config
+from parallax_gen.ops.tiles import TileConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from strategies import specs
 from sweep_samples import RECORDED
 
-from parallax_gen.ops.base import ForwardConfig
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import every_config, shared_bytes
+from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.space import default_config, every_config, shared_bytes
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import OPS, KernelSpec

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from parallax_gen.ops.base import DecodeConfig, KernelConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.space import every_config, knobs_of
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.spec import KernelSpec

@@ -17,9 +17,9 @@ from parallax_gen.memory.ranking import best, evidence_of
 from parallax_gen.memory.result import Outcome, Result, supersedes
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import DecodeConfig, KernelConfig
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import every_config
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.space import default_config, every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -11,7 +11,12 @@ from sweep_samples import RECORDED
 
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.result import Result
-from parallax_gen.ops.base import DecodeConfig, DkDvConfig, DqDrConfig, ForwardConfig, KernelConfig, PreprocessConfig
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.dkdv import DkDvConfig
+from parallax_gen.ops.dqdr import DqDrConfig
+from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape

@@ -93,6 +93,7 @@ def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) 
     unknown = replace(GPU, name="a card alike")
     assert {job.bucket for job in known_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
     assert known_jobs(memory, GPUS["rtx4090"]) == []
+    assert known_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # of sizes that it has no memory for
 
 
 def test_the_kernels_of_a_training_step_stay_together(store: Store, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from itertools import islice
 import pytest
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import KernelConfig, TileConfig
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import every_config, why_invalid
+from parallax_gen.ops.tiles import TileConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

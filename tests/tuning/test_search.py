@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import specs
 
-from parallax_gen.ops.base import DecodeConfig, KernelConfig, config_to_dict
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import every_config, knobs_of, neighbours, why_invalid
+from parallax_gen.ops.base import KernelConfig, config_to_dict
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.space import default_config, every_config, knobs_of, neighbours, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -15,8 +15,8 @@ from sweep_samples import CARD, PLACE, RECORDED, SHAPE, made_up
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import config_to_dict
-from parallax_gen.ops.space import KNOBS, every_config, why_invalid
+from parallax_gen.ops.base import OPS_BY_NAME, config_to_dict
+from parallax_gen.ops.space import every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.tuning.search.recorded_sweep import COLUMNS, FORMAT, read_sweep, sweep_of, write_sweep
@@ -128,8 +128,8 @@ def _header(**fields: Any) -> Callable[[list[Any]], list[Any]]:
 
 
 def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
-    at = [knob.name for knob in KNOBS["forward"]].index(name) if name.isupper() or name not in COLUMNS else None
-    place = len(KNOBS["forward"]) + COLUMNS.index(name) if at is None else at
+    knobs = [knob.name for knob in OPS_BY_NAME["forward"].knobs]
+    place = knobs.index(name) if name.isupper() or name not in COLUMNS else len(knobs) + COLUMNS.index(name)
 
     def spoil(lines: list[Any]) -> list[Any]:
         lines[2][place] = value

@@ -17,9 +17,10 @@ from parallax_gen.memory.ranking import best, evidence_of, nearby_seeds, shipped
 from parallax_gen.memory.result import Evidence, Outcome, Result
 from parallax_gen.memory.shipped import load_alike, write_shipped
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import DecodeConfig, KernelConfig, PreprocessConfig
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import every_config, why_invalid
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.preprocess import PreprocessConfig
+from parallax_gen.ops.space import default_config, every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec

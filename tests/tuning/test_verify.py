@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from parallax_gen.codegen.abi import empty_inputs
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.oracle.inputs import awkward_shape, random_inputs_of
+from parallax_gen.ops.base import op_of
+from parallax_gen.ops.space import default_config, timed_lengths
+from parallax_gen.oracle.inputs import random_inputs_of
 from parallax_gen.oracle.verify import FEW_KEYS, TrainingStep, natural_sizes, oracle
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Bucket, Shape, representative, timed_lengths
+from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import step_of
 
@@ -25,7 +26,7 @@ def test_the_small_check_compiles_no_kernel_of_its_own(op: str, varlen: bool) ->
     spec = KernelSpec(op, 96, "bf16", group=2, causal=True, varlen=varlen)
     shape = representative(Bucket(32, 4096, 4096), spec.group)
     config = default_config(spec, shape, GPUS["h200"])
-    small = awkward_shape(spec, config, shape.kv_heads)
+    small = op_of(spec).awkward_shape(spec, config, shape.kv_heads)
     assert small.seqlen_q % config.BLOCK_M
     assert small.seqlen_kv % config.BLOCK_N
     checked, timed = (empty_inputs(spec, sizes, "meta") for sizes in (small, shape))
@@ -66,7 +67,7 @@ def test_caches_are_poisoned_where_no_key_is_seen(more: dict[str, Any]) -> None:
     """And nowhere else: what is expected is finite, and moves with every key that is left."""
     spec = replace(RAGGED, **more)
     config = default_config(spec, representative(Bucket(32, 128 if spec.many_queries else 1, 4096), 2), GPUS["h200"])
-    shape = awkward_shape(spec, config)
+    shape = op_of(spec).awkward_shape(spec, config)
     assert shape.seqlen_kv % config.BLOCK_N  # type: ignore[union-attr]
     assert not spec.many_queries or shape.seqlen_q * spec.group > config.BLOCK_H  # type: ignore[union-attr]
     inputs = random_inputs_of(spec, shape, seed=1, device="cpu")
@@ -85,7 +86,7 @@ def test_scales_are_one_for_all_heads_or_one_for_each(cache_dtype: str) -> None:
     spec = replace(RAGGED, cache_dtype=cache_dtype)
     sizes = set()
     for seed in range(4):
-        inputs = random_inputs_of(spec, awkward_shape(spec, CONFIG), seed=seed, device="cpu")
+        inputs = random_inputs_of(spec, op_of(spec).awkward_shape(spec, CONFIG), seed=seed, device="cpu")
         assert inputs.k_scale is not None
         assert inputs.v_scale is not None
         assert inputs.k_scale.shape == inputs.v_scale.shape

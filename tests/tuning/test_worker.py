@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from parallax_gen.errors import MeasureError
-from parallax_gen.ops.base import DecodeConfig
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.space import default_config, timed_lengths
 from parallax_gen.oracle.inputs import random_inputs_of
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Shape, timed_lengths
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.workers import child
 from parallax_gen.tuning.workers.worker import Compile, Timing, Trial, Worker
@@ -123,7 +123,7 @@ def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> Non
 def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path) -> None:
     """kill -9 of a tune leaves no process that holds a GPU."""
     code = textwrap.dedent(f"""
-        from parallax_gen.ops.base import *
+        from parallax_gen.ops.decode import DecodeConfig
         from parallax_gen.problem.hardware import GPUS
         from parallax_gen.problem.shapes import Shape
         from parallax_gen.problem.spec import KernelSpec

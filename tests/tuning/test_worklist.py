@@ -8,7 +8,7 @@ import pytest
 
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.defaults import default_config
+from parallax_gen.ops.space import default_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import OPS, KernelSpec

@@ -8,21 +8,14 @@ says what it stands for; they order configs, and are no promise of a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.ops.base import (
-    TILED,
-    DecodeConfig,
-    DkDvConfig,
-    DqDrConfig,
-    ForwardConfig,
-    KernelConfig,
-    PreprocessConfig,
-    TileConfig,
-)
-from parallax_gen.ops.space import MOST_REGISTERS, block_bytes, shared_bytes
-from parallax_gen.ops.tiles import scored_and_summed
+from parallax_gen.ops.base import MOST_REGISTERS, OPS_BY_NAME, KernelConfig, Layout, Op, op_of
+from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.preprocess import PreprocessConfig
+from parallax_gen.ops.tiles import TileConfig, TiledOp
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -31,30 +24,18 @@ from parallax_gen.problem.work import MATMULS, SCORES, work_of
 LAUNCH_US = 2.0  # launch, first loads, last stores
 LATENCY_US = 0.8  # a load from device memory under load
 ROUND_US = 1.5  # a program's begin and end, when others wait for its place
-SPILL_BYTES = 1000  # of stack a thread that double the time
-DECODE_SPILL_BYTES = 200  # of decode, whose step is short and spills each time
-
-# Of the tensor cores' peak, what the best configs reach. A backward's element takes more operations beside the
-# matmuls; dkdv's statistics of rows lie along its tiles' columns, and cost it registers.
-REACHED = {"forward": 0.6, "dqdr": 0.65, "dkdv": 0.5}
 
 
 def bound_by_matmuls(op: str) -> bool:
     """Whether the tensor cores bound an op's time. Memory does that of decode and preprocess."""
-    return op in TILED
+    return OPS_BY_NAME[op].layout is Layout.TILES
 
 
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:
     """Microseconds that a call should take."""
-    blocks = resident_blocks(config, gpu, resources)
-    if isinstance(config, TileConfig):
-        time = _tiles_us(spec, config, shape, gpu, blocks)
-    elif isinstance(config, PreprocessConfig):
-        time = _preprocess_us(spec, config, shape, gpu, blocks)
-    else:
-        time = _decode_us(spec, config, shape, gpu, blocks)
-    of_spills = DECODE_SPILL_BYTES if isinstance(config, DecodeConfig) else SPILL_BYTES
-    return LAUNCH_US + time * (1 + resources.spills / of_spills)
+    op, blocks = op_of(spec), resident_blocks(config, gpu, resources)
+    time = _TIMES[op.layout](op, spec, config, shape, gpu, blocks)
+    return LAUNCH_US + time * (1 + resources.spills / op.costs.spill_bytes)
 
 
 def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int:
@@ -71,24 +52,25 @@ def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int
     )
 
 
-def _tiles_us(spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
+def _tiles_us(
+    op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, blocks: int
+) -> float:
     """Bound by the matmuls, at a rate that shrinks with whatever keeps the tensor cores waiting."""
-    work, dkdv = work_of(spec, shape), spec.op == "dkdv"
-    # What a program owns, and what it steps over: query rows and keys, for dkdv keys and query rows.
-    owned, step = (config.BLOCK_N, config.BLOCK_M) if dkdv else (config.BLOCK_M, config.BLOCK_N)
-    rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if dkdv else (shape.heads, shape.seqlen_q)
+    work, (owned, step) = work_of(spec, shape), op.owned_and_step(config)
+    rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
     halves = config.HEAD_DIM_AS == "halves"
     of_head = (2 if halves else 1) * math.ceil(owned_length / owned)
     programs = shape.batch * rows * of_head
-    rate = REACHED[spec.op] * gpu.peak(spec.dtype) * _matmul_share(spec, config, gpu, owned, step)
-    rate *= _instructions_share(spec, config)
+    rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_share(op, spec, config, gpu)
+    rate *= op.instructions_share(spec, config)
     # Someone must multiply while others do their softmax: the warps of one program wait for each other.
     together = min(blocks, math.ceil(programs / gpu.sms))
     rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(together, 1.13)
     rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # loads are late
     heads = min(config.HEAD_GROUP or shape.batch * rows, shape.batch * rows)
     # What tiles share, q, r and do of a group's heads or k and v, falls out of L2 before all of them have read it.
-    shared = 3 * shape.seqlen_q * heads * spec.group if dkdv else 2 * shape.seqlen_kv * max(1, heads // spec.group)
+    of_rows, of_keys = 3 * shape.seqlen_q * heads * spec.group, 2 * shape.seqlen_kv * max(1, heads // spec.group)
+    shared = of_rows if op.owns_keys else of_keys
     rate *= 0.95 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
     # Best are heads that fill the card twice: fewer spread the triangle unevenly, more share less at a time.
     rate *= 1 - 0.012 * abs(math.log2(heads * of_head / (2 * gpu.sms * blocks)))
@@ -101,8 +83,9 @@ def _tiles_us(spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, bloc
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
 
 
-def _matmul_share(spec: KernelSpec, config: TileConfig, gpu: Gpu, owned: int, step: int) -> float:
+def _matmul_share(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> float:
     """What is left of the rate for the matmuls' forms."""
+    owned, step = op.owned_and_step(config)
     share = {16: 0.75, 32: 0.87, 128: 1.06}.get(step, 1.0)  # narrow matmuls
     share *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all that it steps over
     if spec.dtype == "fp32":  # no tensor cores
@@ -114,30 +97,16 @@ def _matmul_share(spec: KernelSpec, config: TileConfig, gpu: Gpu, owned: int, st
         # them cost most; more share what there is to wait for.
         shared_by = max(0.0, math.log2(16 * config.num_warps / owned))
         share *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
-    widths = [piece.width for piece in scored_and_summed(spec.op, spec.head_dim, config.HEAD_DIM_AS)[0]]
+    widths = [piece.width for piece in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_AS)[0]]
     share *= spec.head_dim / sum(widths)  # what is padded is multiplied too
     if config.HEAD_DIM_AS == "halves":  # both programs of a tile find its scores
         return share * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
     return share if len(widths) == 1 else 0.95 * share  # narrow matmuls
 
 
-def _instructions_share(spec: KernelSpec, config: TileConfig) -> float:
-    """What fewer instructions beside the matmuls are worth: more to narrow heads, which have less to multiply.
-
-    From one H100, at head_dim 64 and 128. What more registers cost shows in spills.
-    """
-    narrow = spec.head_dim <= 64
-    if isinstance(config, ForwardConfig) and config.ROW_MAX == "first":
-        return 1.08 if narrow else 1.06
-    share = 1.0
-    if isinstance(config, DqDrConfig) and config.MASK == "scores":
-        share *= 1.035 if narrow else 0.99
-    if isinstance(config, DkDvConfig) and config.ROW_NUMBERS == "together":
-        share *= 1.07 if narrow else 0.95
-    return share
-
-
-def _preprocess_us(spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
+def _rows_us(
+    op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, blocks: int
+) -> float:
     """Bound by memory, at a rate that needs enough loads in flight: each program loads its rows once."""
     work = work_of(spec, shape)
     programs = shape.batch * shape.heads * math.ceil(shape.seqlen_q / config.BLOCK_M)
@@ -147,11 +116,14 @@ def _preprocess_us(spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu
     return busiest * of_program / rate * 1e6
 
 
-def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, blocks: int) -> float:
+def _cache_us(
+    op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, blocks: int
+) -> float:
     """Bound by memory, at a rate that needs enough loads in flight on every multiprocessor; then the merge."""
     steps = math.ceil(shape.seqlen_kv / config.BLOCK_N)
     longest = math.ceil(steps / config.NUM_SPLITS)
-    splits = math.ceil(steps / longest) if spec.ragged else config.NUM_SPLITS  # there, none has less than its share
+    # Of own lengths, none has less than its share.
+    splits = math.ceil(steps / longest) if op.own_lengths else config.NUM_SPLITS
     tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
     step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
     # Keys of a warp: few make many sums across threads, many take registers. A step's own chain of operations.
@@ -170,7 +142,7 @@ def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, b
     stream = rounds * stream_us(blocks) + (stream_us(max(1.0, left)) if left else 0.0)
     stream *= 1 + 0.02 * abs(math.log2(keys / 32))
     stream += ROUND_US * math.ceil(each / blocks)
-    if config.merge == "none" or (spec.ragged and splits == 1):
+    if config.merge == "none" or (op.own_lengths and splits == 1):
         return stream
     vectors = splits * 2 * spec.head_dim * 4  # bytes of partials a query head, written and read
     stream += 2 * shape.batch * shape.heads * shape.seqlen_q * vectors / gpu.bandwidth * 1e6
@@ -178,7 +150,14 @@ def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, b
         return stream + LAUNCH_US
     # Merged one after the other by the last split. One program loads some 40 KB a microsecond, with loops less.
     heads = min(spec.group * shape.seqlen_q, config.BLOCK_H)
-    return stream + LATENCY_US + heads * (0.2 + vectors / (30e3 if spec.ragged else 40e3))
+    return stream + LATENCY_US + heads * (0.2 + vectors / op.costs.merge_bytes_us)
+
+
+_TIMES: dict[Layout, Callable[[Any, KernelSpec, Any, Shape, Gpu, int], float]] = {
+    Layout.TILES: _tiles_us,
+    Layout.ROWS: _rows_us,
+    Layout.CACHE: _cache_us,
+}
 
 
 # -- What compiling would show, guessed: so that what the model likes is compiled first.
@@ -186,9 +165,6 @@ def _decode_us(spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, b
 # From compiling some 900 tiles, and decode's whole space twice, for Hopper in bf16 with Triton 3.6: registers are
 # guessed to 20 of 255 or so, spills to a factor of two. That ranks nearly as well as what was compiled does.
 
-# Bytes spilled for each register a thread lacks. The forward can do one score after the other; a backward holds more
-# tiles of scores at a time, and dkdv's rows of numbers beside them.
-SPILLED = {"forward": 0.4, "dqdr": 1.5, "dkdv": 3.0}
 POSTPONED = 100  # registers of decode's keys and values that are loaded later where they do not fit
 
 
@@ -204,23 +180,27 @@ def ranked(spec: KernelSpec, shape: Shape, gpu: Gpu, configs: Iterable[KernelCon
 
 def guess_resources(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> Resources:
     """Registers, spills and shared memory that a valid config should take."""
-    shared = shared_bytes(spec, config, gpu)
-    if isinstance(config, TileConfig):
-        return _of_tiles(spec, config, gpu, shared)
-    if isinstance(config, DecodeConfig):
-        # Two sums and two scores of each head, and keys or values on their way from shared memory, two to a register,
-        # with where they come from.
-        sums = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N)
-        needed = 40 + (sums + config.BLOCK_N * spec.head_dim) // (32 * config.num_warps)
-        spills = 4 * max(0, needed - MOST_REGISTERS - POSTPONED)
-        return Resources(min(MOST_REGISTERS, needed), spills, shared)
-    return Resources(64, 0, shared)  # of preprocess: nothing that bounds it
+    op = op_of(spec)
+    return _GUESSES[op.layout](op, spec, config, gpu)
 
 
-def _of_tiles(spec: KernelSpec, config: TileConfig, gpu: Gpu, shared: int) -> Resources:
-    owned, step = (config.BLOCK_N, config.BLOCK_M) if spec.op == "dkdv" else (config.BLOCK_M, config.BLOCK_N)
+def _of_rows(op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> Resources:
+    return Resources(64, 0, op.shared_bytes(spec, config, gpu))  # nothing that bounds it
+
+
+def _of_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> Resources:
+    # Two sums and two scores of each head, and keys or values on their way from shared memory, two to a register, with
+    # where they come from.
+    sums = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N)
+    needed = 40 + (sums + config.BLOCK_N * spec.head_dim) // (32 * config.num_warps)
+    spills = 4 * max(0, needed - MOST_REGISTERS - POSTPONED)
+    return Resources(min(MOST_REGISTERS, needed), spills, op.shared_bytes(spec, config, gpu))
+
+
+def _of_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
+    owned, step = op.owned_and_step(config)
     scored, summed = (
-        sum(p.width for p in pieces) for pieces in scored_and_summed(spec.op, spec.head_dim, config.HEAD_DIM_AS)
+        sum(p.width for p in pieces) for pieces in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_AS)
     )
     # Two sums of what is owned, some three tiles of scores, a block on its way to the matmuls, and addresses; where
     # tiles are too small for matmuls that read shared memory, the operands too.
@@ -228,6 +208,14 @@ def _of_tiles(spec: KernelSpec, config: TileConfig, gpu: Gpu, shared: int) -> Re
     needed = 25 + a_thread + (45 if owned < 64 else 0)
     most = config.maxnreg or MOST_REGISTERS
     lacking = max(0.0, needed - most) * (2 if config.maxnreg else 1)  # held down, the innermost spill too
+    shared = op.shared_bytes(spec, config, gpu)
     if owned >= 64 and config.num_stages > 1 and gpu.capability[0] >= 9:
-        shared += block_bytes(spec, config)  # those matmuls run on while the next block is loaded
-    return Resources(int(min(needed, most)), int(SPILLED[spec.op] * lacking), shared)
+        shared += op.block_bytes(spec, config)  # those matmuls run on while the next block is loaded
+    return Resources(int(min(needed, most)), int(op.costs.spilled * lacking), shared)
+
+
+_GUESSES: dict[Layout, Callable[[Any, KernelSpec, Any, Gpu], Resources]] = {
+    Layout.TILES: _of_tiles,
+    Layout.ROWS: _of_rows,
+    Layout.CACHE: _of_cache,
+}

@@ -23,9 +23,8 @@ from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result, of_before
-from parallax_gen.ops.base import CONFIG_OF_OP, KernelConfig, config_from_dict
-from parallax_gen.ops.defaults import default_config
-from parallax_gen.ops.space import KNOBS, every_config
+from parallax_gen.ops.base import KernelConfig, config_from_dict, op_of
+from parallax_gen.ops.space import default_config, every_config
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Shape, representative
 from parallax_gen.tuning.search.cost_model import guess_us
@@ -141,7 +140,7 @@ def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) 
 
 
 def _names(place: Place) -> list[str]:
-    return [knob.name for knob in KNOBS[place.spec.op]]
+    return [knob.name for knob in op_of(place.spec).knobs]
 
 
 def _knobs(result: Result) -> list[tuple[str, Any]]:
@@ -169,7 +168,7 @@ def _header(data: object) -> dict[str, Any]:
         raise ArgumentError("format", data["format"], str(FORMAT))
     place = Place.from_flat(data["place"])
     # A file from before a knob came has no column for it, and its configs have the knob's default.
-    needed = {f.name for f in fields(CONFIG_OF_OP[place.spec.op]) if f.default is MISSING}
+    needed = {f.name for f in fields(op_of(place.spec).config) if f.default is MISSING}
     knobs = [name for name in _names(place) if name in needed or name in data["columns"]]
     if data["columns"] != [*knobs, *COLUMNS]:
         raise ArgumentError("columns", shown(data["columns"]), str([*_names(place), *COLUMNS]))
@@ -190,7 +189,7 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
         raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
     config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
-    for knob in KNOBS[place.spec.op]:  # a value that is none any more may be there, but no tile of nothing
+    for knob in op_of(place.spec).knobs:  # a value that is none any more may be there, but no tile of nothing
         value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
         if isinstance(value, int) and value < least:
             raise ArgumentError(knob.name, value, f"an int of {least} or more")

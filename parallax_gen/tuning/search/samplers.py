@@ -10,8 +10,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Protocol
 
-from parallax_gen.ops.base import KernelConfig
-from parallax_gen.ops.space import Value
+from parallax_gen.ops.base import KernelConfig, Value
 
 # What a config should cost, in the unit of its cost.
 Guess = Callable[[KernelConfig], float]

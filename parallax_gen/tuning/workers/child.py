@@ -31,9 +31,10 @@ from parallax_gen.errors import (
     taken_by_others,
 )
 from parallax_gen.memory.result import Outcome
-from parallax_gen.ops.base import TILED
+from parallax_gen.ops.base import Layout, op_of
+from parallax_gen.ops.space import timed_lengths
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape, timed_lengths
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import step_of
 from parallax_gen.tuning.search.cost_model import bound_by_matmuls
@@ -109,14 +110,13 @@ def measure_trial(request: Measure) -> TrialResult:
     from triton.runtime.errors import OutOfResources
 
     from parallax_gen.oracle import verify
-    from parallax_gen.oracle.inputs import awkward_shape
     from parallax_gen.tuning.workers.measure import time_call
 
     trial = request.trial
     spec, config, shape = trial.spec, trial.config, trial.shape
     try:
         source = render(spec, config, trial.gpu)
-        small = awkward_shape(spec, config, shape.kv_heads)
+        small = op_of(spec).awkward_shape(spec, config, shape.kv_heads)
         found = verify.check(source, spec, config, small, seed=random.randrange(2**31), device="cuda")
         if found.wrong:
             return TrialResult(Outcome.WRONG, f"at {small}: {found.wrong}", error=found.error)
@@ -196,7 +196,7 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
 
     And once for the kernels of a training step that are measured one after the other.
     """
-    if spec.op not in TILED:
+    if op_of(spec).layout is not Layout.TILES:
         return _inputs_and_oracle_of_one(spec, shape)
     step = _training_step(step_of(spec), shape)
     return step.inputs, step.expected(spec)

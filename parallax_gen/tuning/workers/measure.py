@@ -23,7 +23,7 @@ from parallax_gen.tuning.workers.worker import Timing
 # and 0.2 s of it, within 0.3 %. What is bound by memory, decode and preprocess, does not rest: it is far from that
 # limit, and its few microseconds suffer from clocks that fell in the rest.
 #
-# Of ragged decode a call launches on each of the batches of `shapes.timed_lengths`, and its mean counts.
+# Of ragged decode a call launches on each of the batches of `ops.space.timed_lengths`, and its mean counts.
 #
 # Memory that is given back to the driver is cleared in the background: for 50 to 100 ms after 10 to 30 GB of it, what
 # is bound by memory took a fifth longer on an H100. The capture of a graph gives back what the check before it took. So

@@ -1,0 +1,217 @@
+"""Queries against a KV cache: what decode with one length for all and with own lengths share, and the former."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+from parallax_gen.ops.base import MOST_REGISTERS, CostHints, KernelConfig, Knob, Layout, Op, Scratch, Value, register
+from parallax_gen.ops.pieces import width_of
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class DecodeConfig(KernelConfig):
+    """Choices of decode.
+
+    BLOCK_N      keys a program takes a step
+    BLOCK_H      query heads a program serves, or (query, head) pairs: their queries and probes fill one tile of
+                 2*BLOCK_H rows
+    NUM_SPLITS   programs that share one sequence's keys; on the average where each has its own length
+    merge        who joins the splits: "none" (one split), "last" (the last to arrive), "kernel" (a second kernel)
+    num_warps    warps a program
+    num_stages   key blocks in flight
+    """
+
+    BLOCK_N: int
+    BLOCK_H: int
+    NUM_SPLITS: int
+    merge: str
+    num_warps: int
+    num_stages: int
+
+
+class CacheOp(Op[DecodeConfig]):
+    """What both kinds of decode share."""
+
+    config = DecodeConfig
+    knobs = (
+        Knob("BLOCK_N", (16, 32, 64, 128)),
+        Knob("BLOCK_H", (8, 16, 32, 64)),
+        Knob("NUM_SPLITS", (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
+        Knob("merge", ("none", "last", "kernel")),
+        Knob("num_warps", (1, 2, 4, 8)),
+        Knob("num_stages", (2, 3, 4, 5, 6)),
+    )
+    layout = Layout.CACHE
+
+    # -- which configs there are
+
+    def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
+        if knob.name == "BLOCK_H":
+            return tuple(v for v in knob.values if isinstance(v, int) and not _half_empty(spec, v))
+        return knob.values
+
+    def why_invalid(self, spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> str | None:
+        if _half_empty(spec, config.BLOCK_H):
+            return f"BLOCK_H {config.BLOCK_H} would be half empty for {spec.group} query heads a kv head"
+        if reason := self.why_not_merged(spec, config):
+            return reason
+        if config.BLOCK_N < 8 * config.num_warps:
+            return f"{config.num_warps} warps have less than 8 of {config.BLOCK_N} keys each"
+        width = width_of(spec.head_dim, "padded")
+        if spec.dtype == "fp32" and config.BLOCK_H * config.BLOCK_N * width**2 > max(
+            config.num_warps << 21, 8 * 16 * width**2
+        ):
+            # As of the other kernels: without tensor cores a thread holds its share of the operands too.
+            return f"{config.BLOCK_H} heads of fp32 at head_dim {width} are too many for the registers of its warps"
+        a_thread = 2 * config.BLOCK_H * (width + config.BLOCK_N) // (32 * config.num_warps)
+        if a_thread > MOST_REGISTERS:
+            return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+        return None
+
+    @abstractmethod
+    def why_not_merged(self, spec: KernelSpec, config: DecodeConfig) -> str | None:
+        """Why a config's splits cannot be joined as it says."""
+
+    def shared_bytes(self, spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> int:
+        """What Triton allocates: key blocks in flight, the tile of queries and probes, operands of matmuls.
+
+        From compiling 538 kernels for sm_89, sm_90 and sm_100 with Triton 3.9, and some of them with 3.6, which gives
+        the same numbers. None took more. Of the 507 whose head_dim is a multiple of 16, 505 took 1 KiB less at the
+        most, which is what `scratch` and `pages` come to, and two 8 KiB less. Other head_dims of 16-bit numbers may
+        take much less: their loads are asynchronous only where strides happen to be multiples of 16.
+        """
+        rows, keys = 2 * config.BLOCK_H, config.BLOCK_N
+        width = width_of(max(spec.head_dim, 64) if spec.cache_dtype else spec.head_dim, "padded")
+        pair = 2 * keys * width  # numbers of a block of k and v
+        owned = (config.num_stages - 1) * pair * spec.cache_bytes + rows * width * spec.bytes_per_element
+        weights = rows * keys * spec.bytes_per_element
+        scratch = 4 * rows  # of a row's sum or factor, passed between warps
+        pages = 8 * keys if spec.page_size else 0  # passed between threads where each key has its own page
+        asynchronous = rows >= 64 and config.num_warps >= 4 and spec.dtype != "fp32"
+        if asynchronous and gpu.capability[0] in (9, 10):
+            # wgmma and tcgen05 take k and v from shared memory: one block more is in flight, or k or v widened from 8
+            # bits.
+            owned += (pair // 2 if spec.cache_dtype else pair) * spec.bytes_per_element
+            if gpu.capability[0] == 9:
+                return owned
+            twice = spec.cache_dtype or spec.dtype == "tf32"  # how often tcgen05 has the weights there
+            return owned + (2 * weights if twice else weights + scratch) + 64
+        # One warp has all weights that its rows need. So has each of several where both matmuls of an 8-bit cache,
+        # which sum a fourth of head_dim each, are split by rows.
+        passed = config.num_warps > 1 and not (spec.cache_dtype and rows >= width // 4)
+        return owned + max(weights + scratch if passed else 0, pages)
+
+    # -- where a search begins
+
+    def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[DecodeConfig]:
+        """Small programs, several on each multiprocessor, and as many splits as it takes to have them."""
+        rows = spec.group * shape.seqlen_q
+        block_h = 16 if rows > 8 else 8
+        if rows > 64 and spec.dtype != "fp32":
+            block_h = 64  # a prompt's rows: as many as there are registers for
+        programs = shape.batch * shape.kv_heads * -(-rows // block_h)
+        wanted = self.splits_wanted(spec, programs, gpu)
+        splits = self.floor_of("NUM_SPLITS", min(wanted, -(-shape.seqlen_kv // 32)))
+        merge = self.merge_of(spec, splits, min(spec.group, block_h))
+        tiles = _default_tiles(spec, block_h, gpu)
+        return [DecodeConfig(n, h, splits, merge, num_warps=w, num_stages=s) for n, h, w, s in tiles]
+
+    def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
+        """Into how many parts a sequence is split where there are so many programs without."""
+        return max(1, 2 * gpu.sms // programs)  # more would hide no more latency, and cost merging
+
+    @abstractmethod
+    def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
+        """Who joins the splits by default; `heads` are a program's query heads."""
+
+    def promising(self, spec: KernelSpec, found: list[DecodeConfig]) -> list[DecodeConfig]:
+        default = found[0]
+        if default.NUM_SPLITS == 1:
+            return []
+        return [
+            *(replace(default, merge=merge) for merge in ("last", "kernel")),
+            replace(default, merge="kernel", num_warps=2, num_stages=3, BLOCK_N=64),
+        ]
+
+    # -- how it is launched and checked
+
+    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("q", "r", "k", "v")
+
+    def written(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
+
+    def awkward_shape(self, spec: KernelSpec, config: DecodeConfig, kv_heads: int = 3) -> Shape:
+        blocks = min(2 * config.NUM_SPLITS + 1, 40)
+        seqlen_q = config.BLOCK_H // spec.group + 3 if spec.many_queries else 1
+        window = config.BLOCK_N + 9 if spec.window else 0
+        return Shape(4, kv_heads * spec.group, kv_heads, seqlen_q, blocks * config.BLOCK_N - 7, window)
+
+
+class DecodeOp(CacheOp):
+    """One query a sequence, and all sequences of one length."""
+
+    name = "decode"
+    template = "decode.py.j2"
+    costs = CostHints(spill_bytes=200, merge_bytes_us=40e3)  # its step is short, and spills each time
+    near_counts = True
+
+    def coerce(self, spec: KernelSpec, choices: dict[str, Value]) -> dict[str, Value]:
+        """One split has nothing to merge."""
+        if choices["NUM_SPLITS"] == 1:
+            return {**choices, "merge": "none"}
+        return {**choices, "merge": "last"} if choices["merge"] == "none" else choices
+
+    def why_not_merged(self, spec: KernelSpec, config: DecodeConfig) -> str | None:
+        if (config.NUM_SPLITS == 1) != (config.merge == "none"):
+            return f"merge {config.merge!r} does not go with NUM_SPLITS {config.NUM_SPLITS}"
+        return None
+
+    def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
+        # Past so many partial states one program is slower to join them than a kernel more, of a program for each head.
+        return "none" if splits == 1 else "last" if splits * heads <= 128 else "kernel"
+
+    def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
+        if config.NUM_SPLITS == 1:
+            return Scratch()
+        # Per query head and split: o1 and o2, and m, d1, d2 padded to four numbers.
+        partials = batch * kv_heads * spec.group * config.NUM_SPLITS * (2 * spec.head_dim + 4)
+        head_blocks = -(-spec.group // config.BLOCK_H)
+        return Scratch(partials, batch * kv_heads * head_blocks if config.merge == "last" else 0)
+
+    def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
+        return f"_kv{bucket.seqlen_kv}"
+
+
+def _half_empty(spec: KernelSpec, block_h: int) -> bool:
+    """Whether a tile taller than need be, 8, has rows for twice the heads of a group or more: mostly padding."""
+    return block_h > 8 and block_h >= 2 * spec.group and not spec.many_queries
+
+
+def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, int, int, int]]:
+    """(BLOCK_N, BLOCK_H, num_warps, num_stages), the best first."""
+    tiles = [(32, block_h, w, s) for w, s in ((1, 4), (2, 3), (2, 2))]
+    if block_h == 64:
+        tall = [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
+        # From compiling, of heads wider than 128: 64 keys widened from 8 bits at a time spill up to a kilobyte, and 32
+        # of them 200 bytes; asynchronous matmuls in tf32 spill 900, of 16 rows 320.
+        if spec.head_dim > 128 and spec.cache_dtype:
+            tall = [tall[0], tall[-1]]
+        elif spec.head_dim > 128 and spec.dtype == "tf32" and gpu.capability[0] in (9, 10):
+            tall.pop()
+        tiles = [*tall, *((n, 16, w, s) for n, _, w, s in tiles)]
+    elif spec.cache_dtype and spec.head_dim <= 64:
+        pass  # from compiling: of so narrow heads each of two warps would widen all numbers
+    elif spec.page_size or spec.cache_dtype:  # more is done for each key: two warps share it
+        tiles = [(64, block_h, 2, 3), *tiles]
+    elif spec.many_queries:
+        tiles = [(32, block_h, 2, 4), *tiles]
+    # Where head_dim is so wide, or its numbers are, that none of them fits.
+    return [*tiles, (32, 8, 2, 2), (16, 8, 1, 2), (16, 8, 2, 2)]
+
+
+register(DecodeOp())

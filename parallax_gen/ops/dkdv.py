@@ -1,0 +1,89 @@
+"""The gradients of k and v: a program owns keys and steps over query rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from parallax_gen.ops.base import CostHints, Knob, register
+from parallax_gen.ops.tiles import MASK, TILE_KNOBS, GradientOp, MaskedConfig, Tiles, row_bytes
+from parallax_gen.problem.hardware import KIB, Gpu
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class DkDvConfig(MaskedConfig):
+    """The gradients of k and v: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
+
+    HEAD_GROUP counts kv heads here.
+
+    MASK         what a causal mask is put on, in the blocks that the diagonal or a window's edge crosses: "weights",
+                 or, before the exponential, "scores"
+    ROW_NUMBERS  how a step loads the four numbers of each query row: "apart", where each is used, which takes fewer
+                 registers, or "together", which takes fewer instructions
+    """
+
+    ROW_NUMBERS: str = "apart"
+
+
+class DkDvOp(GradientOp[DkDvConfig]):
+    """q, r, k, v, do and preprocess's rows in; dk and dv out."""
+
+    name = "dkdv"
+    config = DkDvConfig
+    knobs = (*TILE_KNOBS, MASK, Knob("ROW_NUMBERS", ("apart", "together")))
+    template = "dkdv.py.j2"
+    # Its statistics of rows lie along its tiles' columns, and cost it registers; it holds rows of numbers beside the
+    # backward's tiles of scores.
+    costs = CostHints(reached=0.5, spilled=3.0)
+    owns_keys = True
+    tiles = Tiles(
+        usual=((32, 64, 4, 3), (32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+        narrow=((64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)),
+        wide=((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 2)),
+        halves=((32, 128, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
+        fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
+    )
+
+    def owned_rows(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
+        owned = 2 * config.BLOCK_N
+        if gpu.capability[0] == 10:
+            # From compiling: there, tensor cores take p w, gt and gs and what is transposed from shared memory.
+            owned += (8 if spec.dtype == "tf32" else 7) * config.BLOCK_M
+        return owned
+
+    def block_bytes(self, spec: KernelSpec, config: DkDvConfig) -> int:
+        """q, r and do."""
+        return 3 * config.BLOCK_M * row_bytes(spec, config)
+
+    def room_bytes(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
+        """What matmuls keep in flight on Blackwell is counted already."""
+        if gpu.capability[0] == 10:
+            return 2 * KIB  # one of rows' numbers
+        return super().room_bytes(spec, config, gpu)
+
+    def together(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
+        """Of kv heads: what they share are the rows that each one reads."""
+        a_head = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
+        return max(1, gpu.l2_bytes // 2 // a_head)
+
+    def lean(self, config: DkDvConfig) -> DkDvConfig:
+        return replace(config, MASK="scores", ROW_NUMBERS="together")
+
+    def pays_to_be_lean(self, spec: KernelSpec, config: DkDvConfig) -> bool:
+        return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_AS == "whole"  # registers were just enough
+
+    def instructions_share(self, spec: KernelSpec, config: DkDvConfig) -> float:
+        """From one H100, at head_dim 64 and 128: more to narrow heads. What more registers cost shows in spills."""
+        if config.ROW_NUMBERS != "together":
+            return 1.0
+        return 1.07 if spec.head_dim <= 64 else 0.95
+
+    def written(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("dk", "dv")
+
+    def sizes(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("window_size",) * spec.window + ("max_seqlen_k",) * spec.varlen
+
+
+register(DkDvOp())

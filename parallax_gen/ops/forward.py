@@ -1,0 +1,86 @@
+"""The forward: a program owns query rows and steps over keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from parallax_gen.ops.base import CostHints, Knob, Value, register
+from parallax_gen.ops.pieces import Piece, pieces_of
+from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, Tiles, programs_a_head, row_bytes
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class ForwardConfig(TileConfig):
+    """The forward: a program owns BLOCK_M query rows and steps over keys.
+
+    ROW_MAX  what a row's scores are measured against: "running", the largest so far, which its sums are scaled to in
+             every step; "first", the score of a key that it sees, from begin to end: a second kernel does those tiles
+             again, with a running maximum, whose sums ran over
+    """
+
+    ROW_MAX: str = "running"
+
+
+class ForwardOp(TiledOp[ForwardConfig]):
+    """q, r, k and v in; out, and with stats what the backward and joining of parts need."""
+
+    name = "forward"
+    config = ForwardConfig
+    knobs = (*TILE_KNOBS, Knob("ROW_MAX", ("running", "first")))
+    template = "forward.py.j2"
+    costs = CostHints(reached=0.6, spilled=0.4)  # it can do one score after the other
+    stats_in_error = False
+    pads_wide = True
+    fp32_shift = 20
+    tiles = Tiles(
+        usual=((128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        narrow=((64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+        wide=((64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)),
+        halves=((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
+        fp32=((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+    )
+
+    def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
+        return knob.values[:1] if knob.name == "ROW_MAX" and spec.dtype == "fp16" else super().usable(spec, knob)
+
+    def why_invalid(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> str | None:
+        if config.ROW_MAX == "first":
+            if spec.dtype == "fp16":
+                return "ROW_MAX 'first' does not go with fp16: weights that are not scaled soon pass its largest number"
+            if config.HEAD_DIM_AS == "halves":
+                return "ROW_MAX 'first' does not go with HEAD_DIM_AS 'halves'"
+        return super().why_invalid(spec, config, gpu)
+
+    def owned_rows(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> int:
+        return 2 * config.BLOCK_M
+
+    def block_bytes(self, spec: KernelSpec, config: ForwardConfig) -> int:
+        """k, and of v what it sums."""
+        a_row = row_bytes(spec, config)
+        return config.BLOCK_N * (a_row + a_row // programs_a_head(config))
+
+    def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
+        if form != "halves":
+            return super().scored_and_summed(head_dim, form)
+        width = head_dim // 2
+        return pieces_of(head_dim, "whole"), [Piece("", 0, width, width, "mine")]
+
+    def lean(self, config: ForwardConfig) -> ForwardConfig:
+        return replace(config, ROW_MAX="first")
+
+    def pays_to_be_lean(self, spec: KernelSpec, config: ForwardConfig) -> bool:
+        return not spec.window  # there each row's own key is read first, which 513 keys do not repay
+
+    def instructions_share(self, spec: KernelSpec, config: ForwardConfig) -> float:
+        """From one H100, at head_dim 64 and 128: more to narrow heads, which have less to multiply."""
+        if config.ROW_MAX != "first":
+            return 1.0
+        return 1.08 if spec.head_dim <= 64 else 1.06
+
+    def written(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
+
+
+register(ForwardOp())

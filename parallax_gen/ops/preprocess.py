@@ -1,0 +1,69 @@
+"""The backward's first kernel: what dkdv and dqdr need of each query row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallax_gen.ops.base import MOST_REGISTERS, CostHints, KernelConfig, Knob, Layout, Op, register
+from parallax_gen.ops.pieces import width_of
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.spec import KernelSpec
+
+# Rows of a sequence are padded to a multiple of this where kernels step over them: every block of them is whole, and
+# begins where wide loads may. The largest BLOCK_M.
+ROWS = 128
+
+
+@dataclass(frozen=True)
+class PreprocessConfig(KernelConfig):
+    """Choices of the backward's first kernel, which is bound by memory.
+
+    BLOCK_M      query rows a program owns
+    num_warps    warps a program
+    """
+
+    BLOCK_M: int
+    num_warps: int
+
+
+class PreprocessOp(Op[PreprocessConfig]):
+    """do and what the forward left in; four numbers a query row out."""
+
+    name = "preprocess"
+    config = PreprocessConfig
+    knobs = (Knob("BLOCK_M", (4, 8, 16, 32, 64, 128)), Knob("num_warps", (1, 2, 4, 8)))
+    template = "preprocess.py.j2"
+    layout = Layout.ROWS
+    costs = CostHints()
+    sibling_counts = False
+
+    def why_invalid(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> str | None:
+        a_thread = 3 * config.BLOCK_M * width_of(spec.head_dim, "padded") // (32 * config.num_warps)
+        if a_thread > MOST_REGISTERS:
+            return f"its rows need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+        return None
+
+    def shared_bytes(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> int:
+        return 0
+
+    def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[PreprocessConfig]:
+        return [PreprocessConfig(BLOCK_M=m, num_warps=4) for m in (16, 32, 8)]
+
+    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("do", "out", "v_mean", "lse", "t_mean")
+
+    def written(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("rows",)
+
+    def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
+        return ("cu_seqlens_q",) if spec.varlen else ()
+
+    def awkward_shape(self, spec: KernelSpec, config: PreprocessConfig, kv_heads: int = 3) -> Shape:
+        return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)
+
+    def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
+        return f"_q{bucket.seqlen_q}"
+
+
+register(PreprocessOp())
