@@ -176,10 +176,10 @@ def _compile() -> Iterator[tuple[str, str]]:
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
     trial = Trial(spec, default_config(spec, shape, gpu), shape, gpu)
     with closing(Worker(device=None)) as worker:
-        outcome = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
-    if outcome.kind.failed:
-        raise BuildError(f"a small kernel for {gpu.name}: {outcome.kind}: {outcome.detail}")
-    yield "ok", f"a small kernel for {gpu.name}, in a child process, in {outcome.seconds:.1f} s"
+        reply = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
+    if reply.outcome.failed:
+        raise BuildError(f"a small kernel for {gpu.name}: {reply.outcome}: {reply.detail}")
+    yield "ok", f"a small kernel for {gpu.name}, in a child process, in {reply.seconds:.1f} s"
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {

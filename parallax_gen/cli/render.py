@@ -66,11 +66,11 @@ def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -
     from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
 
     with closing(Worker(device=None)) as worker:
-        outcome = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
-    if outcome.resources is None:
-        raise BuildError(f"compiling for {gpu.title}: {outcome.kind}: {outcome.detail}")
-    needs = outcome.resources
+        reply = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
+    if reply.resources is None:
+        raise BuildError(f"compiling for {gpu.title}: {reply.outcome}: {reply.detail}")
+    needs = reply.resources
     return (
         f"{gpu.title}: {needs.registers} registers a thread, {needs.spills} bytes spilled, "
-        f"{needs.shared_bytes} bytes of shared memory; compiled in {outcome.seconds:.1f} s"
+        f"{needs.shared_bytes} bytes of shared memory; compiled in {reply.seconds:.1f} s"
     )
