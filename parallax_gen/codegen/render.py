@@ -11,9 +11,10 @@ import jinja2
 
 import parallax_gen
 from parallax_gen.codegen.fingerprint import found, text_hash
+from parallax_gen.describe import describe
 from parallax_gen.errors import ConfigError
 from parallax_gen.files import data_dir
-from parallax_gen.ops.base import KernelConfig, TileConfig, describe
+from parallax_gen.ops.base import KernelConfig, TileConfig
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.ops.tiles import scored_and_summed
 from parallax_gen.problem.hardware import Gpu

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.ops.base import (
-    TILED,
     DecodeConfig,
     DkDvConfig,
     DqDrConfig,
@@ -37,11 +36,6 @@ DECODE_SPILL_BYTES = 200  # of decode, whose step is short and spills each time
 # Of the tensor cores' peak, what the best configs reach. A backward's element takes more operations beside the
 # matmuls; dkdv's statistics of rows lie along its tiles' columns, and cost it registers.
 REACHED = {"forward": 0.6, "dqdr": 0.65, "dkdv": 0.5}
-
-
-def bound_by_matmuls(op: str) -> bool:
-    """Whether the tensor cores bound an op's time. Memory does that of decode and preprocess."""
-    return op in TILED
 
 
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:

@@ -34,8 +34,8 @@ from parallax_gen.ops.base import TILED
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, timed_lengths
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import bound_by_matmuls
 from parallax_gen.tuning.job import step_of
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls
 from parallax_gen.tuning.workers.worker import Compile, Identify, Measure, Outcome, Ready, Rematch, Request, Trial
 
 if TYPE_CHECKING:
