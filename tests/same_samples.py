@@ -32,9 +32,9 @@ import optuna
 import parallax_gen
 from parallax_gen.cli import main as command
 from parallax_gen.cli.export import Pick
-from parallax_gen.cli.text import brief
 from parallax_gen.codegen.fingerprint import below_header, fingerprint
 from parallax_gen.codegen.render import render
+from parallax_gen.describe import brief
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.lines import from_line, read_file, to_line
 from parallax_gen.memory.place import Place

@@ -16,8 +16,9 @@ from parallax_gen.bench.rows import A_GRID, CONTENDERS, OURS, QUICK, WITH_CARE, 
 from parallax_gen.cli.lengths import Lengths, lengths_of
 from parallax_gen.cli.options import Sizes, check_flags, flag_options, head_dim_of, json_option, shape_option
 from parallax_gen.cli.tables import print_means, print_rows
-from parallax_gen.cli.text import number, print_json, print_table
+from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.codegen import device
+from parallax_gen.describe import number
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec

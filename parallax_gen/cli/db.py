@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import json_option
-from parallax_gen.cli.text import counted, print_json, print_table
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.describe import counted
 from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import OPS
 

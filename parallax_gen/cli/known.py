@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from parallax_gen.cli.text import rate, rate_unit
 from parallax_gen.codegen.device import card_named
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.guard import Guarded, guarded
@@ -17,6 +16,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
+from parallax_gen.problem.work import rate, rate_unit
 
 ANOTHER_KERNEL = "another kernel than today's"
 NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it where it spills far more than the default"

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
-from parallax_gen.cli.text import LEGEND, brief, gain_text, lengths, number, print_json, print_table, rate, rate_unit
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
 from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins

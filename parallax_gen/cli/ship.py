@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
-from parallax_gen.cli.text import gain_text, number, print_json, print_table
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.describe import gain_text, number
 from parallax_gen.errors import StoreError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.text import lengths, number, print_table
+from parallax_gen.cli.text import print_table
+from parallax_gen.describe import lengths, number
 from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import OPS
 

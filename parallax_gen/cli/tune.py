@@ -18,22 +18,13 @@ from parallax_gen.cli.options import (
     json_option,
     shape_option,
 )
-from parallax_gen.cli.text import (
-    LEGEND,
-    brief,
-    console,
-    counted,
-    lengths,
-    number,
-    print_json,
-    print_table,
-    rate,
-    rate_unit,
-)
+from parallax_gen.cli.text import console, print_json, print_table
+from parallax_gen.describe import LEGEND, brief, counted, lengths, number
 from parallax_gen.errors import MachineError, MeasureError
 from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.problem.work import rate, rate_unit
 from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, STEP, TRAINING, WORK, Flags
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from parallax_gen.cli.known import shape_of
-from parallax_gen.cli.text import brief, number, rate_unit
+from parallax_gen.describe import brief, number
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.work import work_of
+from parallax_gen.problem.work import rate_unit, work_of
 from parallax_gen.report.studies import Study
 
 

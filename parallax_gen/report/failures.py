@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from parallax_gen.cli.text import brief
+from parallax_gen.describe import brief
 from parallax_gen.memory.result import Outcome, Result
 
 MOST_EXAMPLES = 3

@@ -15,10 +15,11 @@ import jinja2
 from markupsafe import Markup
 
 import parallax_gen
-from parallax_gen.cli.text import LEGEND, brief, gain_text, lengths, number, rate_unit
+from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
 from parallax_gen.report.failures import HARM

@@ -13,6 +13,7 @@ from types import ModuleType
 from parallax_gen.codegen.build import compile_here, load
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
+from parallax_gen.describe import describe
 from parallax_gen.errors import BuildError, StoreError
 from parallax_gen.files import give_triton_a_cache
 from parallax_gen.memory.guard import Compiled, guarded, keep, kept
@@ -21,7 +22,7 @@ from parallax_gen.memory.ranking import Candidate, Known
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import KernelConfig, describe
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec

@@ -9,7 +9,7 @@ from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls
+from parallax_gen.problem.work import bound_by_matmuls
 from parallax_gen.tuning.workers.worker import Measure, Rematch, Request, Timing, Trial, TrialResult
 
 FINALISTS, FINALIST_MS = 8, 60.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %

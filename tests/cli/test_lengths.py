@@ -10,7 +10,8 @@ from cli_samples import run, run_json
 
 from parallax_gen.bench import cases as sweep_module
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.cli.lengths import Lengths, from_text, lengths_of, to_text, with_lengths
+from parallax_gen.cli.lengths import Lengths, lengths_of
+from parallax_gen.describe import from_text, to_text, with_lengths
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -36,8 +36,8 @@ from parallax_gen.ops.space import timed_lengths
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import bound_by_matmuls
 from parallax_gen.tuning.job import step_of
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls
 from parallax_gen.tuning.workers.worker import Compile, Identify, Measure, Ready, Rematch, Request, Trial, TrialResult
 
 if TYPE_CHECKING:
