@@ -72,7 +72,7 @@ def replace_file(path: Path, text: str, *, durable: bool = False) -> None:
             os.close(folder)
 
 
-# -- Where kernels and what Triton compiles of them are kept: the user's folders, else temporary ones.
+# -- Where kernels are kept: the user's folder, else a temporary one.
 
 
 @cache
@@ -85,60 +85,32 @@ def cache_dir() -> Path:
     try:
         wanted = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
     except MachineError as error:
-        return _fallback(f"kernels cannot be kept: {error}", error)
+        return fallback_dir(f"kernels cannot be kept: {error}", error)
     try:
-        _try_to_write(wanted / "kernels")
+        try_to_write(wanted / "kernels")
         return wanted
     except OSError as error:
-        return _fallback(f"cannot write kernels to {wanted} ({error})", error)
+        return fallback_dir(f"cannot write kernels to {wanted} ({error})", error)
 
 
-@cache
-def give_triton_a_cache() -> None:
-    """See to it that Triton can keep what it compiles: without a folder for it, it compiles nothing.
-
-    Where its own cannot be written, or lies in a home folder and there is none, $TRITON_CACHE_DIR is set to one in the
-    directory that `cache_dir` falls back to, with a warning. For calls on tensors; a command says what is wrong.
-    """
-    import triton
-
-    if triton.knobs.runtime.interpret or triton.knobs.cache.manager_class is not None:
-        return
-    try:
-        _try_to_write(triton_cache())
-    except (MachineError, OSError) as error:
-        told = f"Triton cannot keep its programs: {error}"
-        os.environ["TRITON_CACHE_DIR"] = str(_fallback(told, error) / "triton")
-
-
-def triton_cache() -> Path:
-    """Triton's folder. Raises MachineError where it lies in a home folder, and there is none."""
-    import triton
-
-    folder = Path(triton.knobs.cache.dir)
-    if folder.parts[:1] == ("~",):  # not expanded: Triton would make a folder of this name wherever the process is
-        raise MachineError("this user has no home folder: set TRITON_CACHE_DIR to an absolute path")
-    return folder
-
-
-def _try_to_write(folder: Path) -> None:
+def try_to_write(folder: Path) -> None:
     """Raises OSError where a folder cannot be made or written."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
-def _fallback(why: str, error: Exception) -> Path:
+def fallback_dir(why: str, error: Exception) -> Path:
     """A directory of this user's under the system's temporary one, with a warning that says why."""
     try:
-        fallback = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
-        fallback.mkdir(mode=0o700, exist_ok=True)
-        owner = fallback.stat().st_uid
+        folder = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owner = folder.stat().st_uid
         if owner == os.getuid():
-            _try_to_write(fallback)
+            try_to_write(folder)
     except OSError as other:
         raise MachineError(f"{why}, nor to a temporary folder ({other})") from error
     if owner != os.getuid():  # somebody else's: what lies there is not ours to import
-        raise MachineError(f"{why}, and {fallback} is not yours") from error
-    warnings.warn(f"{why}; using {fallback}", stacklevel=3)
-    return fallback
+        raise MachineError(f"{why}, and {folder} is not yours") from error
+    warnings.warn(f"{why}; using {folder}", stacklevel=3)
+    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -16,7 +17,7 @@ from parallax_gen.codegen.intercept import Launch, watching
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.codegen.resources import Resources, resources_of
 from parallax_gen.errors import BuildError, MachineError, gist, machine_error
-from parallax_gen.files import cache_dir, replace_file, triton_cache
+from parallax_gen.files import cache_dir, fallback_dir, replace_file, try_to_write
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -137,3 +138,31 @@ def _driver_without_device(gpu: Gpu) -> Iterator[None]:
         yield
     finally:
         driver.set_active(before)
+
+
+@cache
+def give_triton_a_cache() -> None:
+    """See to it that Triton can keep what it compiles: without a folder for it, it compiles nothing.
+
+    Where its own cannot be written, or lies in a home folder and there is none, $TRITON_CACHE_DIR is set to one in the
+    directory that `cache_dir` falls back to, with a warning. For calls on tensors; a command says what is wrong.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret or triton.knobs.cache.manager_class is not None:
+        return
+    try:
+        try_to_write(triton_cache())
+    except (MachineError, OSError) as error:
+        told = f"Triton cannot keep its programs: {error}"
+        os.environ["TRITON_CACHE_DIR"] = str(fallback_dir(told, error) / "triton")
+
+
+def triton_cache() -> Path:
+    """Triton's folder. Raises MachineError where it lies in a home folder, and there is none."""
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    if folder.parts[:1] == ("~",):  # not expanded: Triton would make a folder of this name wherever the process is
+        raise MachineError("this user has no home folder: set TRITON_CACHE_DIR to an absolute path")
+    return folder

@@ -10,12 +10,11 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from parallax_gen.codegen.build import compile_here, load
+from parallax_gen.codegen.build import compile_here, give_triton_a_cache, load
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.describe import describe
 from parallax_gen.errors import BuildError, StoreError
-from parallax_gen.files import give_triton_a_cache
 from parallax_gen.memory.guard import Compiled, guarded, keep, kept
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Known

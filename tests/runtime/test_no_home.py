@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from parallax_gen import files as folders
 from parallax_gen.cli import main
-from parallax_gen.codegen.build import load
+from parallax_gen.codegen.build import give_triton_a_cache, load, triton_cache
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.errors import MachineError, StoreError
-from parallax_gen.files import cache_dir, give_triton_a_cache, user_path
+from parallax_gen.files import cache_dir, user_path
 from parallax_gen.memory.store import default_path
 from parallax_gen.runtime.dispatch import RuntimeMemory
 
@@ -158,7 +157,7 @@ def test_triton_gets_a_cache_where_there_is_no_home(fallback: Path, monkeypatch:
     monkeypatch.setenv("TRITON_CACHE_DIR", "to be put back")
     monkeypatch.delenv("TRITON_CACHE_DIR")
     with pytest.raises(MachineError, match="set TRITON_CACHE_DIR"):
-        folders.triton_cache()
+        triton_cache()
     with pytest.warns(UserWarning, match="no home folder: set TRITON_CACHE_DIR"):
         give_triton_a_cache()
     assert triton.knobs.cache.dir == str(fallback / "triton")
