@@ -16,7 +16,7 @@ from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OPS, KernelSpec
+from parallax_gen.problem.spec import FAMILIES, KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.tuning.job import worklist
 
@@ -171,7 +171,7 @@ def _weight(study: Study) -> tuple[int, str]:
 def _order(place: Place) -> tuple[object, ...]:
     spec, bucket = place.spec, place.bucket
     return (
-        OPS.index(spec.op),
+        FAMILIES.index(spec.family),
         place.gpu,
         *order_of(spec),
         bucket.kv_rows,

@@ -83,7 +83,7 @@ HOW_KEPT = ("page_size", "cache_dtype", "leftpad", "stats")
 def _kin(one: KernelSpec, other: KernelSpec) -> bool:
     """Whether two kernels of decode differ in no more than how a cache is kept, and what else is written."""
     names = [f.name for f in fields(KernelSpec) if f.name not in HOW_KEPT]
-    return one.op == "decode" and one != other and all(getattr(one, name) == getattr(other, name) for name in names)
+    return op_of(one).own_lengths and one != other and all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def nearby_configs(job: Job, known: Iterable[Result]) -> list[KernelConfig]:

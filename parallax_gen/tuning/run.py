@@ -178,7 +178,7 @@ class Run:
         """
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
-        nearby = nearby_configs(job, self._store.fastest(job.gpu.name, job.spec.op))
+        nearby = nearby_configs(job, self._store.fastest(job.gpu.name, job.spec.family))
         near = neighbours(job.spec, best.config, job.gpu) if best else []
         return [default, *proven_configs(job), *nearby, *promising, *near]
 
