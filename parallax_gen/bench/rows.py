@@ -16,6 +16,7 @@ from parallax_gen.describe import from_text, to_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError
 from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import check_number
+from parallax_gen.memory.old import op_named
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
@@ -126,7 +127,7 @@ def to_flat(row: Row) -> dict[str, Any]:
     """In one level, with every field in every row. The window is a number, that of the shape; op is the row's."""
     document = to_json(row)
     del document["spec"], document["shape"]
-    return {**asdict(row.spec), **asdict(row.shape), **document}
+    return {**row.spec.flat(), **asdict(row.shape), **document}
 
 
 _READ: dict[str, Callable[[str], Any]] = {
@@ -151,7 +152,7 @@ def from_flat(texts: Mapping[str, str]) -> Row:
         return kind(**{name: _READ[of_type](texts[name]) for name, of_type in simple.items()}, **known)
 
     shape = within_bounds(read(Shape))
-    op = "forward" if texts["op"] == TRAINING else texts["op"]
+    op = "forward" if texts["op"] == TRAINING else op_named(texts["op"], _READ["bool"](texts["ragged"]))
     spec = read(KernelSpec, op=op, window=shape.window > 0)
     row: Row = read(Row, spec=spec, shape=shape, conditions=read(Conditions, effort=read(Effort)))
     for time_us in (row.time_us, row.p20_us, row.p80_us):

@@ -14,7 +14,7 @@ from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import counted
 from parallax_gen.errors import StoreError
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import FAMILIES
 
 if TYPE_CHECKING:
     from parallax_gen.memory.lines import Found
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TOLD = 5  # of bad lines, so many are shown
 
 gpu_filter = click.option("--gpu", metavar="NAME", help="Only rows of this GPU, such as h100.")
-op_filter = click.option("--op", type=click.Choice(OPS), help="Only rows of this op.")
+op_filter = click.option("--op", type=click.Choice(FAMILIES), help="Only rows of this op.")
 
 
 @click.group()
@@ -120,7 +120,7 @@ def _bytes_of(store: Store) -> int:
 def _by_kernel(results: list[Result]) -> list[dict[str, Any]]:
     outcomes: dict[tuple[str, str], Counter[Outcome]] = {}
     for result in results:
-        outcomes.setdefault((result.place.gpu, result.place.spec.op), Counter())[result.outcome] += 1
+        outcomes.setdefault((result.place.gpu, result.place.spec.family), Counter())[result.outcome] += 1
     return [
         {"gpu": gpu, "op": op, "rows": kinds.total(), "outcomes": dict(kinds)} for (gpu, op), kinds in outcomes.items()
     ]
@@ -141,7 +141,7 @@ def _by_toolchain(results: list[Result]) -> list[dict[str, Any]]:
             "triton": toolchain.triton,
             "cuda": toolchain.cuda,
             "protocol": protocol,
-            "ops": sorted({row.place.spec.op for row in rows}, key=OPS.index),
+            "ops": sorted({row.place.spec.family for row in rows}, key=FAMILIES.index),
             "rows": len(rows),
             "of_todays_kernels": sum(is_rendered(row, card_of(row.place)) for row in rows),
             "newest": max(rows, key=lambda row: row.created).created_at,
@@ -197,7 +197,7 @@ def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
     from parallax_gen.cli.known import name_in_records
 
     name = None if gpu is None else name_in_records(gpu, results)
-    return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.op)]
+    return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.family)]
 
 
 @db.command("import")

@@ -13,7 +13,7 @@ import click
 from parallax_gen.cli.options import complete_gpu, json_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Row:
 
 @click.command("list")
 @click.option("--gpu", metavar="NAME", shell_complete=complete_gpu, help="Such as h100 or h200. Default: all.")
-@click.option("--op", type=click.Choice(OPS), help="Default: all.")
+@click.option("--op", type=click.Choice(FAMILIES), help="Default: all.")
 @click.option("--all", "every", is_flag=True, help="Every config that was tried, not just what calls get.")
 @json_option
 def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> None:
@@ -73,7 +73,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
         name = name_in_records(gpu, results)
         results = [r for r in results if r.place.gpu == name]
     if op is not None:
-        results = [r for r in results if r.place.spec.op == op]
+        results = [r for r in results if r.place.spec.family == op]
     rows = _every(results) if every else _of_places(results, known)
     origins = Origins(memory)
     if as_json:
@@ -127,7 +127,7 @@ def _print(rows: Iterable[Row], origins: Origins) -> None:
     for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
         of_kernel = list(group)
         click.echo(f"{gpu}: {spec}")
-        numbers = ("rows", "seqlen", "us", rate_unit(spec.op), "gain")
+        numbers = ("rows", "seqlen", "us", rate_unit(spec.family), "gain")
         print_table((*numbers, "config", "known as", "by"), [_row(row, origins) for row in of_kernel], right=numbers)
         click.echo()
     click.echo(LEGEND)

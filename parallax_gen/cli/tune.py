@@ -171,9 +171,9 @@ def tune(
 def _is_wanted(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
     """Whether a place is one of those that are asked for; all are of which nothing is said."""
     spec = place.spec
-    of_step = spec.op in STEP and (spec.op != "forward" or spec.stats)
+    of_step = spec.family in STEP and (spec.stats or spec.family != "forward")
     return (
-        (not ops or spec.op in ops or (TRAINING in ops and of_step))
+        (not ops or spec.family in ops or (TRAINING in ops and of_step))
         and (not head_dims or spec.head_dim in head_dims)
         and (not dtypes or spec.dtype in dtypes)
     )

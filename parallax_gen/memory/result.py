@@ -183,7 +183,7 @@ class Result:
             check_text(name, text)
         check_int("protocol", evidence.protocol)
         if type(self.config) is not op_of(self.place.spec).config:
-            raise ArgumentError("config", self.config, f"a config of op {self.place.spec.op!r}")
+            raise ArgumentError("config", self.config, f"a config of op {self.place.spec.family!r}")
         try:
             object.__setattr__(self, "outcome", Outcome(self.outcome))
         except ValueError as error:
@@ -252,7 +252,7 @@ class Result:
             check_flat(name, {} if part is None or isinstance(part, Place) else part)
         check_flat("record", {name: value for name, value in data.items() if name not in parts})
         place = parts["place"] if isinstance(parts["place"], Place) else Place.from_flat(parts["place"])
-        config = config_from_dict(place.spec.op, parts["config"])
+        config = config_from_dict(place.spec.family, parts["config"])
         shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
         evidence = _evidence_from(parts["evidence"])
         return cls(**(data | {"place": place, "evidence": evidence, "config": config, "shape": shape}))

@@ -204,7 +204,7 @@ def register(op: Op[Any]) -> None:
 
 def op_of(spec: KernelSpec) -> Op[Any]:
     """The op of a spec."""
-    return OPS_BY_NAME["decode_varlen" if spec.ragged else spec.op]
+    return OPS_BY_NAME[spec.op]
 
 
 # -- configs as JSON, both ways

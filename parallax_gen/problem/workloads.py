@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import FLAGS, OPS, RAGGED_ONLY, KernelSpec
+from parallax_gen.problem.spec import FAMILIES, FLAGS, KernelSpec, family_of
 
 # A training step's kernels, in the order in which they run; all of them together go by the name TRAINING.
 STEP = ("forward", "preprocess", "dkdv", "dqdr")
 TRAINING = "training"
-WORK = (*OPS, TRAINING)
+WORK = (*FAMILIES, TRAINING)
 
 USUAL_HEAD_DIM = 128
 
@@ -80,10 +80,17 @@ class Flags:
 
 NO_FLAGS = Flags()
 
+# Of the flags that are on or off, which ops take them, by what users call those.
+TAKERS = {
+    f.name: {family_of(op) for op in FLAGS.get(f.name, ("decode_varlen",))}
+    for f in fields(Flags)
+    if f.name in FLAGS or f.name == "ragged"
+}
+
 
 def takes(op: str, flag: str) -> bool:
-    """Whether an op, or TRAINING, has a flag of KernelSpec's: the forward of a training step always has statistics."""
-    return ("dkdv" if op == TRAINING else op) in FLAGS[flag]
+    """Whether an op, or TRAINING, has a flag of TAKERS: the forward of a training step always has statistics."""
+    return ("dkdv" if op == TRAINING else op) in TAKERS[flag]
 
 
 def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
@@ -116,7 +123,8 @@ def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> 
         many = shape.seqlen_q > 1 or flags.varlen
         taken["causal"] = asked["window"] or (many and asked["causal"])
         taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
-        taken["ragged"] = flags.ragged or any(taken[name] for name in RAGGED_ONLY)
+        if flags.ragged or any(taken.values()):
+            op = "decode_varlen"
     return KernelSpec(op, head_dim, dtype, shape.group, **taken)
 
 

@@ -15,6 +15,7 @@ from parallax_gen.bench.rows import OURS
 from parallax_gen.describe import from_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.bounds import NUMBERS, shown
+from parallax_gen.memory.old import op_named
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
@@ -26,7 +27,8 @@ NEEDED = ("op", "part", "contender", "head_dim", "dtype", "time_us", *(name for 
 CARD = ("gpu", "card")  # a column or a JSON field that says which card it was
 # Where and how figures were taken, as far as a file says so: those of two such conditions are not compared.
 CONDITIONS = ("card", "parallax_gen", "torch", "triton", "cuda", "rounds", "timed_ms", "oracle", "hasty", "quick")
-FLAGS = tuple(f.name for f in fields(KernelSpec) if f.name not in ("op", "head_dim", "dtype", "group", "window"))
+NO_FLAGS = ("op", "head_dim", "dtype", "group", "window")
+FLAGS = [name for name in KernelSpec("forward", 128, "bf16").flat() if name not in NO_FLAGS]
 MOST_DIGITS = 20  # of an int
 _TRUTH = {"True": True, "False": False}
 
@@ -142,7 +144,7 @@ def _timing(path: Path, where: str, row: Mapping[str, str]) -> Timing:
         shape = within_bounds(Shape(**{name: _int(at, name, row.get(name) or "0") for name in SIZES}))
         flags = {name: _flag(at, name, row[name]) for name in FLAGS if row.get(name)}
         spec = KernelSpec(
-            op="forward" if row["op"] == TRAINING else row["op"],
+            op=op_named("forward" if row["op"] == TRAINING else row["op"], flags.pop("ragged", False)),
             head_dim=_int(at, "head_dim", row["head_dim"]),
             dtype=row["dtype"],
             group=shape.group,

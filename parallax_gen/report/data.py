@@ -113,7 +113,7 @@ class Report:
         """By op and GPU: how many buckets are in each state, and the median share of the bound of those measured."""
         found: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
         for place, study in self.standing.items():
-            states, shares = found.setdefault(place.spec.op, {}).setdefault(place.gpu, (Counter(), []))
+            states, shares = found.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
             states[study.state if study else "untuned"] += 1
             if study is not None and study.share is not None:
                 shares.append(study.share)

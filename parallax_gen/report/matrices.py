@@ -65,7 +65,7 @@ def coverage(standing: Mapping[Place, Study | None]) -> dict[str, dict[str, list
     of: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
     for place, study in standing.items():
         spec, bucket = place.spec, place.bucket
-        of.setdefault((spec.op, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
+        of.setdefault((spec.family, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
     found: dict[str, dict[str, list[Matrix]]] = {}
     for (op, gpu, spec), cells in of.items():
         found.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))

@@ -309,19 +309,21 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     many = packed or seqlen_q > 1
     # A window that holds all keys is none: no kernel of its own.
     window = 0 if asked.window_size is None or asked.window_size >= seqlen else asked.window_size
+    own_lengths = (
+        many
+        or state
+        or window > 0
+        or k.dtype in CACHE_DTYPE_NAMES
+        or asked.cache_seqlens is not None
+        or asked.cache_leftpad is not None
+    )
     spec = KernelSpec(
-        "decode",
+        "decode_varlen" if own_lengths else "decode",
         head_dim,
         "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype],
         group=heads // kv_heads,
         causal=window > 0 or (many and asked.causal),
         stats=state,
-        ragged=many
-        or state
-        or window > 0
-        or k.dtype in CACHE_DTYPE_NAMES
-        or asked.cache_seqlens is not None
-        or asked.cache_leftpad is not None,
         window=window > 0,
         varlen=packed,
         page_size=page_size,

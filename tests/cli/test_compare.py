@@ -231,7 +231,7 @@ def test_lengths_are_given_checked_and_counted(clock: Clock, monkeypatch: pytest
     official = ModuleType("parallax.cute")
     official.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "parallax.cute", official)
-    spec = KernelSpec("decode", 64, "bf16", group=2, ragged=True, page_size=page_size)
+    spec = KernelSpec("decode_varlen", 64, "bf16", group=2, page_size=page_size)
     shape, names = Shape(3, 4, 2, 1, 300), ("parallax_gen", "SDPA flash", "official CuTeDSL")
     ours, softmax, peer = compare("decode", spec, shape, names, lengths=LENGTHS)
     assert {row.lengths for row in (ours, softmax, peer)} == {LENGTHS}

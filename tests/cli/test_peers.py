@@ -133,7 +133,7 @@ def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["flash-attn 2", "flash-attn 3"])
 def test_flash_attention_decodes_with_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = flash_module(name, monkeypatch)
-    spec = KernelSpec("decode", 64, "fp16", group=2, ragged=True)
+    spec = KernelSpec("decode_varlen", 64, "fp16", group=2)
     x = random_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     x.cache_seqlens = torch.tensor([50, 7, 20], dtype=torch.int32)
     assert close(prepared(name, "decode", spec, x).results()["out"], attend(spec, x).v_mean)
@@ -169,7 +169,7 @@ def test_what_flash_attention_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -
         ):
             with pytest.raises(NotImplementedError):
                 prepared(name, "forward", spec, random_case("forward", spec, shape, "cpu"))
-    decode = KernelSpec("decode", 64, "fp16", group=2, ragged=True, cache_dtype="e4m3")
+    decode = KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3")
     for name in FLASH:
         with pytest.raises(NotImplementedError):
             prepared(name, "decode", decode, random_case("decode", decode, Shape(1, 4, 2, 1, 24), "cpu"))

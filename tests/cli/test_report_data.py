@@ -258,7 +258,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     from parallax_gen.bench.rows import WITH_CARE, Conditions, Ledger, Row, to_json
 
     step = KernelSpec("forward", 96, "bf16", 2, causal=True, stats=True, window=True)
-    paged = KernelSpec("decode", 128, "fp16", 4, ragged=True, page_size=16, cache_dtype="e4m3")
+    paged = KernelSpec("decode_varlen", 128, "fp16", 4, page_size=16, cache_dtype="e4m3")
     how = Conditions("h200", "NVIDIA H200 SXM", "0.1", "2.11", "3.6", "13.0", WITH_CARE, "parallax-gen bench")
     rows = [
         Row("parallax_gen", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), 10.0, 1.0, 0.002, conditions=how),

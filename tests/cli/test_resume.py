@@ -52,7 +52,7 @@ ROW = Row(
     "fla-core 0.6.0",
     HOW,
 )
-PAGED = KernelSpec("decode", 64, "fp16", 2, ragged=True, page_size=16, cache_dtype="e4m3", leftpad=True)
+PAGED = KernelSpec("decode_varlen", 64, "fp16", 2, page_size=16, cache_dtype="e4m3", leftpad=True)
 FAILED = Row("SDPA flash", "decode", "decode", PAGED, Shape(2, 4, 2, 1, 99), note="not supported: x", conditions=HOW)
 RAGGED = dataclasses.replace(FAILED, lengths=(99, 3), time_us=7.0)
 

@@ -19,7 +19,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 GPU = GPUS["h200"]
-RAGGED = KernelSpec("decode", 64, "fp16", ragged=True)
+RAGGED = KernelSpec("decode_varlen", 64, "fp16")
 MANY = replace(RAGGED, many_queries=True, group=3)
 CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
 

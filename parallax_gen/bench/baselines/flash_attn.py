@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallax_gen.bench.baselines.peers import Call
 from parallax_gen.codegen.abi import Inputs
+from parallax_gen.ops.base import op_of
 from parallax_gen.problem.spec import KernelSpec
 
 
@@ -50,7 +51,7 @@ class Flash:
         """As a forward over few queries: split where that is supported."""
         attend = self._function("flash_attn_func")
         _check(spec)
-        if spec.ragged:
+        if op_of(spec).own_lengths:
             raise NotImplementedError("it has no lengths a sequence in what is compared")
         try:
             _first(attend(x.q, x.k, x.v, num_splits=0))

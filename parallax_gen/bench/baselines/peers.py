@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from parallax_gen.codegen.abi import Inputs
+from parallax_gen.ops.base import op_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import default_scale
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
@@ -81,7 +82,7 @@ def ours_cached(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Tensor:
 
 def sdpa(backend: SDPBackend, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> Call:
     """Softmax attention of torch's, of (batch, seqlen, heads, head_dim). Raises NotImplementedError."""
-    if spec.ragged or spec.varlen:
+    if op_of(spec).own_lengths or spec.varlen:
         raise NotImplementedError("it has no lengths a sequence")
     if spec.window:
         raise NotImplementedError("it has no window")
@@ -125,7 +126,7 @@ def forget_inputs() -> None:
 
 def official_triton_decode(spec: KernelSpec, x: Inputs) -> Call:
     official = importlib.import_module("parallax.triton")
-    if spec.ragged:
+    if op_of(spec).own_lengths:
         raise NotImplementedError("it has no lengths a sequence")
     return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
 
@@ -153,7 +154,7 @@ def official_helion() -> ModuleType:
 
 def official_helion_decode(spec: KernelSpec, x: Inputs) -> Call:
     official = official_helion()
-    if spec.ragged:
+    if op_of(spec).own_lengths:
         raise NotImplementedError("it has no lengths a sequence")
     return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
 
@@ -179,7 +180,7 @@ def fla_forward(spec: KernelSpec, x: Inputs) -> Call:
 
 def fla_decode(spec: KernelSpec, x: Inputs) -> Call:
     fla = importlib.import_module("fla.ops.parallax.decode")
-    if spec.ragged:
+    if op_of(spec).own_lengths:
         raise NotImplementedError("it has no lengths a sequence")
     return lambda: fla.parallax_decode_one_step(x.q, x.r, x.k, x.v)
 
