@@ -197,6 +197,11 @@ def test_the_integrations_together_load_no_library() -> None:
     assert not {"torch", "transformers"} & modules
 
 
+def test_baselines_can_be_named_without_torch() -> None:
+    modules, _ = look_at("parallax_gen.bench.baselines")
+    assert not {"torch", "triton", "flash_attn", "parallax", "fla"} & modules
+
+
 def test_what_runs_kernels_loads_no_tuner() -> None:
     modules, _ = look_at("parallax_gen.runtime.functional")
     assert "parallax_gen.codegen.render" in modules

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from parallax_gen.bench.rows import CONTENDERS, OURS, Conditions, Effort, Ledger, Row
+from parallax_gen.bench.baselines import BASELINES, OURS, baselines_of
+from parallax_gen.bench.rows import Conditions, Effort, Ledger, Row
 from parallax_gen.cli.lengths import Lengths
 from parallax_gen.cli.options import Sizes
 from parallax_gen.cli.tables import title
@@ -44,7 +45,7 @@ QUICK_SHAPES = 6  # of each op
 
 
 class Case(NamedTuple):
-    """What contenders are compared at, with fields as of Row."""
+    """What baselines are compared at, with fields as of Row."""
 
     op: str
     spec: KernelSpec
@@ -120,22 +121,21 @@ def sweep(cases: list[Case], names: Sequence[str], card: Gpu, how: Conditions, l
             ledger.add(new)
             rows += new
             timed += 1
-        yield sorted(rows, key=lambda row: CONTENDERS.index(row.contender))  # stable: parts stay in order
+        yield sorted(rows, key=lambda row: list(BASELINES).index(row.contender))  # stable: parts stay in order
 
 
 def _asked(case: Case, names: Sequence[str], card: Gpu, memory: Memory, how: Conditions) -> list[Row]:
     """The rows of a shape, without figures."""
-    from parallax_gen.bench.baselines.contenders import contenders
     from parallax_gen.bench.conditions import our_kernels
     from parallax_gen.bench.run import PARTS
 
     op, spec, shape, lengths = case
     found = []
-    for contender in contenders(op):
-        if contender.name in names:
-            ours = contender.name == OURS
-            package = our_kernels(op, spec, shape, card, memory) if ours else contender.package()
-            row = Row(contender.name, op, "", spec, shape, package=package, conditions=how, lengths=lengths)
+    for baseline in baselines_of(op):
+        if baseline.name in names:
+            ours = baseline.name == OURS
+            package = our_kernels(op, spec, shape, card, memory) if ours else baseline.package()
+            row = Row(baseline.name, op, "", spec, shape, package=package, conditions=how, lengths=lengths)
             found += [replace(row, part=part) for part in PARTS[op]]
     return found
 

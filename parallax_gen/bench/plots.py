@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from parallax_gen.bench.rows import OURS, Row
+from parallax_gen.bench.baselines import OURS
+from parallax_gen.bench.rows import Row
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.problem.work import work_of_lengths
 
@@ -29,7 +30,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
-    """A heat map a contender, of its time over ours, and one plot of bandwidths. Raises ParallaxGenError.
+    """A heat map a baseline, of its time over ours, and one plot of bandwidths. Raises ParallaxGenError.
 
     Of shapes that share a size the slowest ratio is shown.
     """
@@ -55,7 +56,7 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 
 
 def ratios_of(rows: list[Row]) -> dict[str, Ratios]:
-    """Each contender's time over ours by size, the least where several shapes have it; of those that ran at all."""
+    """Each baseline's time over ours by size, the least where several shapes have it; of those that ran at all."""
     ours = {row.what: row.time_us for row in rows if row.contender == OURS}
     found: dict[str, Ratios] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""`bench`'s rows: one contender at one shape, and where and how its figures were taken; to text, and back."""
+"""`bench`'s rows: one baseline at one shape, and where and how its figures were taken; to text, and back."""
 
 from __future__ import annotations
 
@@ -21,16 +21,12 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
 
-OURS = "parallax_gen"
-SOFTMAX = ("SDPA flash", "SDPA cuDNN", "flash-attn 2", "flash-attn 3", "flash-attn 4")
-CONTENDERS = (OURS, *SOFTMAX, "official CuTeDSL", "official Triton", "official Helion", "fla")
-
 
 @dataclass(frozen=True)
 class Effort:
     """How much time is spent on figures.
 
-    rounds    each contender is timed so often, in turn: what drifts, drifts for all
+    rounds    each baseline is timed so often, in turn: what drifts, drifts for all
     timed_ms  about so long in each round
     oracle    "whole": errors are of everything; "sample": of the first and last sequence and kv head; "none"
     hasty     slow peers are timed once, with few calls, and Triton's autotuners try each config with a few calls
@@ -73,7 +69,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one shape, and one part of what it does there.
+    """One baseline at one shape, and one part of what it does there.
 
     op             "forward", "decode" or TRAINING
     part           what was timed, of compare.PARTS[op]
@@ -85,7 +81,7 @@ class Row:
                    peers, and where none was asked for
     checked        pairs of a sequence and a kv head that the error is of
     note           why there is no time, or what is unlike others in how it was timed
-    package        the contender's packages and their versions; of ours the kernels' hash
+    package        its packages and their versions; of ours the kernels' hash
     conditions     None while they are not yet known
     lengths        of ragged decode, the keys of each sequence; () where all have as many as the shape says
     """
@@ -108,7 +104,7 @@ class Row:
 
     @property
     def what(self) -> tuple[object, ...]:
-        """What contenders are compared at."""
+        """What baselines are compared at."""
         return self.op, self.part, self.spec, self.shape, self.lengths
 
 
@@ -188,7 +184,7 @@ class Ledger:
                 raise ParallaxGenError(f"--csv: {path} cannot be used: {error}") from error
 
     def known(self, row: Row) -> Row | None:
-        """What the file has of the same contender, part, spec, shape, package and conditions."""
+        """What the file has of the same baseline, part, spec, shape, package and conditions."""
         return self._rows.get(_identity(row))
 
     def add(self, rows: Sequence[Row]) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from parallax_gen.bench.baselines.contenders import Contender, Prepared, contenders
-from parallax_gen.bench.baselines.peers import forget_inputs, hasty_autotuners
+from parallax_gen.bench.baselines import OURS, baselines_of
+from parallax_gen.bench.baselines.base import Baseline, Prepared
+from parallax_gen.bench.baselines.parallax_kernel import forget_inputs, hasty_autotuners
 from parallax_gen.bench.judge import Judge, random_case
-from parallax_gen.bench.rows import OURS, WITH_CARE, Effort, Row
+from parallax_gen.bench.rows import WITH_CARE, Effort, Row
 from parallax_gen.errors import MeasureError, MemoryTakenError, machine_error
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -65,14 +66,14 @@ def compare(
     effort: Effort = WITH_CARE,
     lengths: tuple[int, ...] = (),
 ) -> list[Row]:
-    """Every contender, or those in `only`, on fresh random inputs of a shape; ours first. spec, lengths: as of Row.
+    """Every baseline, or those in `only`, on fresh random inputs of a shape; ours first. spec, lengths: as of Row.
 
     Where the card's memory does not hold the inputs or what ours needs, that is every row's note. Raises MeasureError
     where a peer leaves the device so that nothing runs any more, and MachineError where the disk is full or another
     process holds the memory: that is nobody's result.
     """
-    chosen = [contender for contender in contenders(op) if not only or contender.name in only]
-    asked = [Row(contender.name, op, part, spec, shape, lengths=lengths) for contender in chosen for part in PARTS[op]]
+    chosen = [baseline for baseline in baselines_of(op) if not only or baseline.name in only]
+    asked = [Row(baseline.name, op, part, spec, shape, lengths=lengths) for baseline in chosen for part in PARTS[op]]
     try:
         with _precision(spec), hasty_autotuners() if effort.hasty else nullcontext():
             return _compare(asked, chosen, effort)
@@ -86,28 +87,28 @@ def compare(
             torch.cuda.empty_cache()
 
 
-def _compare(asked: list[Row], chosen: list[Contender], effort: Effort) -> list[Row]:
+def _compare(asked: list[Row], chosen: list[Baseline], effort: Effort) -> list[Row]:
     op, spec, shape = asked[0].op, asked[0].spec, asked[0].shape
     inputs = random_case(op, spec, shape, DEVICE, asked[0].lengths)
     judge = Judge(op, spec, shape, inputs, effort.oracle)
     ready: dict[str, Prepared] = {}
     found: list[Row] = []
-    for contender in chosen:
-        rows = [row for row in asked if row.contender == contender.name]
+    for baseline in chosen:
+        rows = [row for row in asked if row.contender == baseline.name]
         try:
-            prepared = contender.prepare(spec, inputs)
+            prepared = baseline.prepare(op, spec, inputs)
             results = prepared.results()  # also of softmax, whose errors are no matter: does it run?
             torch.cuda.synchronize()
-            wrong = judge.errors(results) if contender.parallax else {}
+            wrong = {} if baseline.softmax else judge.errors(results)
         except Exception as failure:  # a peer's failure, of whatever type, is a result of the comparison
-            if contender.name == OURS:
+            if baseline.name == OURS:
                 raise
             _check_machine(failure)
-            _check_device(contender.name, failure)
+            _check_device(baseline.name, failure)
             found += [replace(row, note=_why_not(failure)) for row in rows]
         else:
-            ready[contender.name] = prepared
-            checked = judge.rows if contender.parallax else 0
+            ready[baseline.name] = prepared
+            checked = 0 if baseline.softmax else judge.rows
             found += [replace(row, error=_error(PARTS[op][row.part], wrong), checked=checked) for row in rows]
     times = _times(ready, effort, from_rest=bound_by_matmuls(spec.op))
     return [_timed(row, chosen, times) for row in found]
@@ -143,7 +144,7 @@ def _why_not(failure: Exception) -> str:
     return f"{kind}: {failure}".splitlines()[0][:MOST_SAID]
 
 
-# By contender and part: its time, None where it has none, and a note on how it was timed.
+# By baseline and part: its time, None where it has none, and a note on how it was timed.
 Times = dict[tuple[str, str], tuple[Timing | None, str]]
 
 
@@ -205,13 +206,13 @@ def _time_eagerly(call: Callable[[], object], calls: int) -> Timing:
     return Timing(statistics.median(times), fifths[0], fifths[3], 1, calls)
 
 
-def _timed(row: Row, chosen: list[Contender], times: Times) -> Row:
+def _timed(row: Row, chosen: list[Baseline], times: Times) -> Row:
     timing, note = times.get((row.contender, row.part), (None, row.note))
     if timing is None:
         return replace(row, note=note)
-    parallax = next(contender.parallax for contender in chosen if contender.name == row.contender)
+    softmax = next(baseline.softmax for baseline in chosen if baseline.name == row.contender)
     part = PARTS[row.op][row.part]
-    work = part.parallax if parallax else part.softmax
+    work = part.softmax if softmax else part.parallax
     return replace(
         row,
         time_us=timing.median_us,

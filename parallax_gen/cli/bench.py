@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 
+from parallax_gen.bench.baselines import BASELINES, OURS
 from parallax_gen.bench.cases import USUAL, cases_of, fewer, sweep
 from parallax_gen.bench.plots import check_picture, draw
-from parallax_gen.bench.rows import A_GRID, CONTENDERS, OURS, QUICK, WITH_CARE, Conditions, Ledger, Row, to_json
+from parallax_gen.bench.rows import A_GRID, QUICK, WITH_CARE, Conditions, Ledger, Row, to_json
 from parallax_gen.cli.lengths import Lengths, lengths_of
 from parallax_gen.cli.options import Sizes, check_flags, flag_options, head_dim_of, json_option, shape_option
 from parallax_gen.cli.tables import print_means, print_rows
@@ -57,8 +58,12 @@ HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time show
     "hold the shape's. Or, of every shape, spread: from all keys down to a 32nd; skewed: one with all, the others "
     "with a 32nd.",
 )
-@click.option("--only", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: these alone.")
-@click.option("--skip", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: without these.")
+@click.option(
+    "--only", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: these alone."
+)
+@click.option(
+    "--skip", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: without these."
+)
 @click.option("--quick", is_flag=True, help="Fewer shapes, timed shortly: to look at, not to quote.")
 @click.option(
     "--oracle",
@@ -135,7 +140,7 @@ def bench(
             raise click.UsageError("--picture: of --op decode alone")
         check_picture(picture)
     cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags, page_sizes, lengths))
-    names = [name for name in only or CONTENDERS if name not in skip]
+    names = [name for name in only or BASELINES if name not in skip]
     if not names:
         raise click.UsageError("--only and --skip leave nobody to time")
     card = device.gpu_here(0)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import click
 
-from parallax_gen.bench.rows import OURS, SOFTMAX, Row
+from parallax_gen.bench.baselines import BASELINES, OURS
+from parallax_gen.bench.rows import Row
 from parallax_gen.cli.text import print_table
 from parallax_gen.describe import number, with_lengths
 from parallax_gen.problem.shapes import Shape
@@ -87,7 +88,7 @@ def _error(row: Row) -> str:
     if row.time_us is None:
         return "-"
     if row.error is None:
-        return "softmax" if row.contender in SOFTMAX else "-"
+        return "softmax" if BASELINES[row.contender].softmax else "-"
     return f"{row.error:.1e}"
 
 

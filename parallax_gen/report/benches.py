@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from parallax_gen.bench.rows import OURS
+from parallax_gen.bench.baselines import OURS
 from parallax_gen.describe import from_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.bounds import NUMBERS, shown

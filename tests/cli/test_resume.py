@@ -12,11 +12,11 @@ import pytest
 from cli_samples import run, run_json
 
 from parallax_gen.bench import cases as sweep_module
+from parallax_gen.bench.baselines import BASELINES
 from parallax_gen.bench.cases import bytes_needed, cases_of, fewer
 from parallax_gen.bench.rows import (
     A_GRID,
     COLUMNS,
-    CONTENDERS,
     QUICK,
     WITH_CARE,
     Conditions,
@@ -366,7 +366,7 @@ def test_mistakes_are_usage_errors_before_anything_is_timed(card: Card, argument
 
 def test_skip_and_oracle(card: Card) -> None:
     done = run(*DECODE, "--shape", "1,8,64", "--skip", "fla", "--oracle", "sample", "--json")
-    assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [n for n in CONTENDERS if n != "fla"]
+    assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [n for n in BASELINES if n != "fla"]
     assert card.efforts == [dataclasses.replace(WITH_CARE, oracle="sample")]
 
 
