@@ -7,18 +7,24 @@ import gc
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
 
-from parallax_gen.bench.baselines import OURS, baselines_of
+from parallax_gen.bench.baselines import BASELINES, OURS, baselines_of
 from parallax_gen.bench.baselines.base import Baseline, Prepared
 from parallax_gen.bench.baselines.parallax_kernel import forget_inputs, hasty_autotuners
+from parallax_gen.bench.cases import Case, bytes_needed
+from parallax_gen.bench.conditions import our_kernels
 from parallax_gen.bench.judge import Judge, random_case
-from parallax_gen.bench.rows import WITH_CARE, Effort, Row
+from parallax_gen.bench.rows import WITH_CARE, Conditions, Effort, Ledger, Row
+from parallax_gen.bench.summary import title
 from parallax_gen.errors import MeasureError, MemoryTakenError, machine_error
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls, rate
@@ -56,6 +62,60 @@ PARTS: dict[str, dict[str, Part]] = {
         "step": Part(("out", *GRADIENTS), 3.0, 1.75),
     },
 }
+
+
+def sweep(
+    cases: list[Case],
+    names: Sequence[str],
+    card: Gpu,
+    how: Conditions,
+    ledger: Ledger,
+    memory: Memory,
+    under_way: Callable[[str], AbstractContextManager[object]],
+) -> Iterator[list[Row]]:
+    """A shape's rows at a time: those that the ledger has, and those that are timed now.
+
+    memory     what calls of ours choose from
+    under_way  tells in words what is being timed while it is
+    """
+    started, timed = time.monotonic(), 0
+    for i, case in enumerate(cases):
+        asked = _asked(case, names, card, memory, how)
+        unknown = {row.contender for row in asked if ledger.known(row) is None}  # who lacks a part is timed whole
+        rows = [row for row in map(ledger.known, asked) if row is not None and row.contender not in unknown]
+        if unknown:
+            left = f", {(time.monotonic() - started) / timed * (len(cases) - i):.0f} s left" if timed else ""
+            with under_way(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
+                new = _measured(case, [row for row in asked if row.contender in unknown], card, how)
+            ledger.add(new)
+            rows += new
+            timed += 1
+        yield sorted(rows, key=lambda row: list(BASELINES).index(row.contender))  # stable: parts stay in order
+
+
+def _asked(case: Case, names: Sequence[str], card: Gpu, memory: Memory, how: Conditions) -> list[Row]:
+    """The rows of a shape, without figures."""
+    op, spec, shape, lengths = case
+    found = []
+    for baseline in baselines_of(op):
+        if baseline.name in names:
+            ours = baseline.name == OURS
+            package = our_kernels(op, spec, shape, card, memory) if ours else baseline.package()
+            row = Row(baseline.name, op, "", spec, shape, package=package, conditions=how, lengths=lengths)
+            found += [replace(row, part=part) for part in PARTS[op]]
+    return found
+
+
+def _measured(case: Case, asked: list[Row], card: Gpu, how: Conditions) -> list[Row]:
+    """The rows that are asked for, with figures, or with what keeps them from any."""
+    op, spec, shape, lengths = case
+    needed, there = bytes_needed(op, spec, shape), card.memory_bytes
+    if needed > there:
+        note = f"skipped: inputs and results take {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f}"
+        return [replace(row, note=note) for row in asked]
+    packages = {row.contender: row.package for row in asked}
+    found = compare(op, spec, shape, tuple(packages), how.effort, lengths)
+    return [replace(row, package=packages[row.contender], conditions=how) for row in found]
 
 
 def compare(

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import LEGEND, brief, number
+from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
