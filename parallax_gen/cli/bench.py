@@ -159,7 +159,7 @@ def bench(
         raise MeasureError("there is no CUDA device here: nothing can be timed")
     from parallax_gen.bench.conditions import conditions
     from parallax_gen.bench.run import sweep
-    from parallax_gen.cli.known import open_memory
+    from parallax_gen.memory.standing import open_memory
 
     effort = QUICK if quick else A_GRID if grid else WITH_CARE
     how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))

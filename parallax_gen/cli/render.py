@@ -34,8 +34,8 @@ def render_kernel(
     Example
       parallax-gen render --gpu h200 --op forward --resources > kernel.py
     """
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.codegen.render import render
+    from parallax_gen.memory.standing import open_memory
     from parallax_gen.runtime.dispatch import choose
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)

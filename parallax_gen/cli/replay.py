@@ -171,8 +171,8 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
 
 def _judge(files: tuple[Path, ...], as_json: bool) -> None:
     """Print what the memory has calls borrow, by what files say was measured, or by itself."""
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.memory.ranking import is_rendered
+    from parallax_gen.memory.standing import open_memory
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.borrowing import borrowed, measured_together, read_measured, summarise
 

@@ -11,10 +11,10 @@ from typing import Any
 import parallax_gen
 from parallax_gen.bench.rows import Row
 from parallax_gen.bench.summary import Mean, means, times_ours
-from parallax_gen.cli.known import Origins, name_in_records
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.standing import Origins, name_in_records
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.spec import KernelSpec
