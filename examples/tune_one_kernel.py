@@ -9,7 +9,8 @@ from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.tuner import Job, Progress, Tuner
+from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.tuner import Tuner
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-from pathlib import Path
 from typing import Any, TypeVar
 
 _Error = TypeVar("_Error", bound="ParallaxGenError")
@@ -86,63 +85,11 @@ class UntunedError(ParallaxGenError):
     """A call's kernel was not measured on this GPU with this Triton, and PARALLAX_GEN_STRICT allows no other."""
 
 
-# -- What the machine gives and where it fails: the CPUs that this process may use, and faults that are no kernel's.
+# -- Where the machine fails: faults that are no kernel's.
 #
 # A config is remembered as failed only where it would fail again on a sound machine. Which failures are the machine's
 # is decided here alone: by the type of an error where it has one, and by its text where only text is left, in a
 # RuntimeError of torch's or Triton's, in the last words of a child, in rows that earlier versions stored.
-
-CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
-
-# -- CPUs
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may keep busy: its affinity, and at most the quota of its container; 1 at least."""
-    return max(1, math.ceil(min(_affinity(), _quota())))
-
-
-def _affinity() -> int:
-    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on; it heeds -X cpu_count too
-        return os.process_cpu_count() or 1
-    return len(os.sched_getaffinity(0))
-
-
-def _quota() -> float:
-    """CPUs' worth of time that control groups allow: the least of this process's group and those above it."""
-    try:
-        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return math.inf
-    quotas = [math.inf]
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # In a container the group's path may be that of the host: then its files lie at the top of the mount.
-        for top in (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS,):
-            inner = top / group.lstrip("/")
-            quotas += [_quota_of(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
-    return min(quotas)
-
-
-def _quota_of(folder: Path) -> float:
-    """That of one control group, of version 2 or 1."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-        else:
-            quota, period = (
-                (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8").strip() for name in ("quota", "period")
-            )
-        return math.inf if quota == "max" or int(quota) <= 0 else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or none that says anything
-        return math.inf
-
-
-# -- faults
 
 # Errors that no kernel raises: to compile and launch one is to write files and to start programs.
 _TYPES = (OSError, MemoryError, ImportError, subprocess.SubprocessError)
@@ -187,7 +134,6 @@ OUT_OF_MEMORY = re.compile(r"\bout of memory\b")
 _STORED_TYPE = re.compile(rf"(exit status \d+: )?({'|'.join(_TYPE_NAMES)})\b")
 _STORED_SIGNAL = re.compile(r"exit status -(1|2|9|15): ")
 _LOOKED_AT = 1000  # characters at each end of what a row tells: `gist` has two lines
-_STORED_OUTCOMES = ("compile", "resources", "crash")
 
 CONTEXT_BYTES = 2**30  # of a card, what a process has that torch does not count: CUDA's context, kernels, their stacks
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -224,9 +170,9 @@ def ended_from_outside(status: int, words: str) -> MachineError | None:
     return _from_text(words, told) if status > 0 else None
 
 
-def stored_of_machine(outcome: str, detail: str) -> bool:
-    """Whether a row of a database, as earlier versions stored it, holds a fault of the machine as its config's own."""
-    if outcome not in _STORED_OUTCOMES or not detail:
+def stored_of_machine(detail: str) -> bool:
+    """Whether a row's detail, as earlier versions stored it, tells of a fault of the machine as its config's own."""
+    if not detail:
         return False
     if len(detail) > 2 * _LOOKED_AT:  # the time that some patterns take grows with the square of it
         detail = f"{detail[:_LOOKED_AT]}\n{detail[-_LOOKED_AT:]}"

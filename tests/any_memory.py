@@ -12,7 +12,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.memory.old import SAME
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of, near_buckets, siblings
-from parallax_gen.memory.result import OUTCOMES, PROTOCOL, Evidence, Result
+from parallax_gen.memory.result import PROTOCOL, Evidence, Outcome, Result
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import coerce, knobs_of, why_invalid
 from parallax_gen.problem.hardware import GPUS
@@ -40,7 +40,7 @@ def any_result(draw: random.Random, place: Place, configs: Sequence[KernelConfig
         triton = draw.choice(("3.6", "3.6.1", "3.9.0", "4.0.0", "", "main"))
         evidence = replace(evidence, triton=triton, cuda=draw.choice(("", "12.8/12.9", "13.0")))
     evidence = replace(evidence, protocol=draw.choice((0, PROTOCOL, PROTOCOL, PROTOCOL)))
-    outcome = draw.choice(("ok", "ok", "ok", *OUTCOMES))
+    outcome = draw.choice(("ok", "ok", "ok", *Outcome))
     created_at = f"2026-{draw.randint(1, 12):02}-01T00:00:00+00:00"
     return Result(place, evidence, config, outcome, time_us=draw.uniform(1.0, 99.0), created_at=created_at)
 

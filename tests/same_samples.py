@@ -32,15 +32,15 @@ import optuna
 import parallax_gen
 from parallax_gen.cli import main as command
 from parallax_gen.cli.export import Pick
-from parallax_gen.cli.text import brief
 from parallax_gen.codegen.fingerprint import below_header, fingerprint
 from parallax_gen.codegen.render import render
+from parallax_gen.describe import brief
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.lines import from_line, read_file, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import best, default_of, is_rendered
+from parallax_gen.memory.ranking import best, default_of, is_rendered, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.shipped import Memory, load_shipped
+from parallax_gen.memory.shipped import Memory, load_alike, load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
@@ -62,7 +62,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.runtime.advice import tune_command
 from parallax_gen.tuning.claims import Board
-from parallax_gen.tuning.job import Job, nearby_configs, program_of, proven_configs
+from parallax_gen.tuning.job import Job, program_of
 from parallax_gen.tuning.search.cost_model import guess_us
 
 __all__ = ["Store", "command", "from_line", "to_line"]
@@ -375,8 +375,8 @@ def seeds(asked: Json) -> Json:
     return {
         "program": program,
         "study": study_of(place, program),
-        "proven": [changes(default, config) for config in proven_configs(job, sample())],
-        "nearby": [changes(default, config) for config in nearby_configs(job, Memory(folder=sample()).all(place.gpu))],
+        "proven": [changes(default, config) for config in shipped_seeds(place, load_alike(job.gpu, sample()))],
+        "nearby": [changes(default, config) for config in nearby_seeds(place, Memory(folder=sample()).all(place.gpu))],
     }
 
 
@@ -456,7 +456,7 @@ def of_all() -> Json:
                 tier = f"{name} {best(place, card, memory, toolchain).tier.name}"
                 counts.setdefault(which, {}).setdefault(tier, 0)
                 counts[which][tier] += 1
-            begin = [*proven_configs(job), *nearby_configs(job, results)]
+            begin = [*shipped_seeds(place, load_alike(job.gpu)), *nearby_seeds(place, results)]
             told.setdefault(f"{which}: seeds", []).append(text([place.flat(), *map(config_to_dict, begin)]))
         for result in results:
             spec, config = result.place.spec, result.config

@@ -12,7 +12,7 @@ import torch
 from parallax_gen.bench.baselines.peers import ours_cached
 from parallax_gen.codegen.abi import prepare
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.device import gpu_of_device
+from parallax_gen.codegen.device import gpu_here
 from parallax_gen.codegen.intercept import Launch, watching
 from parallax_gen.codegen.render import render
 from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
@@ -29,7 +29,8 @@ def host_times(spec: KernelSpec, shape: Shape) -> dict[str, float]:
     "public function" with a given `out`; "and an output" when it makes one. Below it: "Triton's launch", which is
     `kernel[grid](...)` on the arguments of the rendered `launch`; "compiled kernel", Triton's innermost launcher.
     """
-    gpu = gpu_of_device(torch.cuda.current_device())
+    gpu = gpu_here()
+    assert gpu is not None
     choice, module = default_dispatcher().kernel(spec, shape, gpu)
     assert module is load(render(spec, choice.config, gpu))
     inputs = random_inputs_of(spec, shape, seed=0, device="cuda", full=True)

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from parallax_gen.cli.lengths import from_text, to_text
-from parallax_gen.cli.text import rate_unit
+from parallax_gen.describe import from_text, to_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError
 from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import check_number
 from parallax_gen.memory.old import op_named
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
 
 OURS = "parallax_gen"

@@ -17,12 +17,11 @@ from parallax_gen.bench.baselines.contenders import Contender, Prepared, contend
 from parallax_gen.bench.baselines.peers import forget_inputs, hasty_autotuners
 from parallax_gen.bench.judge import Judge, random_case
 from parallax_gen.bench.rows import OURS, WITH_CARE, Effort, Row
-from parallax_gen.cli.text import rate
 from parallax_gen.errors import MeasureError, MemoryTakenError, machine_error
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import bound_by_matmuls, rate
 from parallax_gen.problem.workloads import TRAINING
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls
 from parallax_gen.tuning.workers.measure import time_call
 from parallax_gen.tuning.workers.worker import Timing
 

@@ -14,9 +14,11 @@ from parallax_gen.bench.cases import USUAL, cases_of, fewer, sweep
 from parallax_gen.bench.plots import check_picture, draw
 from parallax_gen.bench.rows import A_GRID, CONTENDERS, OURS, QUICK, WITH_CARE, Conditions, Ledger, Row, to_json
 from parallax_gen.cli.lengths import Lengths, lengths_of
-from parallax_gen.cli.options import Sizes, card_here, check_flags, flag_options, head_dim_of, json_option, shape_option
+from parallax_gen.cli.options import Sizes, check_flags, flag_options, head_dim_of, json_option, shape_option
 from parallax_gen.cli.tables import print_means, print_rows
-from parallax_gen.cli.text import number, print_json, print_table
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.codegen import device
+from parallax_gen.describe import number
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
@@ -136,7 +138,7 @@ def bench(
     names = [name for name in only or CONTENDERS if name not in skip]
     if not names:
         raise click.UsageError("--only and --skip leave nobody to time")
-    card = card_here()
+    card = device.gpu_here(0)
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
     from parallax_gen.bench.conditions import conditions

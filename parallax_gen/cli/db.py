@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import json_option
-from parallax_gen.cli.text import counted, print_json, print_table
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.describe import counted
 from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import FAMILIES
 
 if TYPE_CHECKING:
     from parallax_gen.memory.lines import Found
-    from parallax_gen.memory.result import Result
+    from parallax_gen.memory.result import Outcome, Result
     from parallax_gen.memory.store import Store
 
 TOLD = 5  # of bad lines, so many are shown
@@ -117,7 +118,7 @@ def _bytes_of(store: Store) -> int:
 
 
 def _by_kernel(results: list[Result]) -> list[dict[str, Any]]:
-    outcomes: dict[tuple[str, str], Counter[str]] = {}
+    outcomes: dict[tuple[str, str], Counter[Outcome]] = {}
     for result in results:
         outcomes.setdefault((result.place.gpu, result.place.spec.family), Counter())[result.outcome] += 1
     return [
@@ -305,8 +306,8 @@ def prune(
         return (
             not kinds
             or (other_environments and bool(unlike_here(row)))
-            or (failures and row.outcome not in ("ok", "predicted"))
-            or (predicted and row.outcome == "predicted")
+            or (failures and row.outcome.failed)
+            or (predicted and not row.outcome.tried)
         )
 
     if not default_path().exists():

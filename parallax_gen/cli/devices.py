@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -32,43 +31,17 @@ devices_option = click.option(
 )
 
 
-@contextmanager
-def benches_of(devices: tuple[int, ...]) -> Iterator[dict[int, Worker]]:
-    """The children that measure, started: they, and not this process, look at the GPUs."""
-    from parallax_gen.tuning.tuner import start_benches
-
-    benches = start_benches(devices)
-    try:
-        yield benches
-    finally:
-        for bench in benches.values():
-            bench.close()
+def card_of(worker: Worker) -> Gpu | None:
+    """The GPU that a measuring worker has; None for none."""
+    return worker.identify()
 
 
-@contextmanager
-def compilers_of(count: int | None, devices: tuple[int, ...]) -> Iterator[list[Worker]]:
-    """The children that compile, started: importing torch takes them as long as it takes a GPU to be looked at."""
-    from parallax_gen.tuning.tuner import start_compilers
-
-    compilers = start_compilers(count, len(devices))
-    try:
-        yield compilers
-    finally:
-        for compiler in compilers:
-            compiler.close()
-
-
-def card_of(bench: Worker) -> Gpu | None:
-    """The GPU that a measuring child has; None for none."""
-    return bench.identify()
-
-
-def card_to_tune(name: str | None, benches: Mapping[int, Worker]) -> tuple[Gpu, bool]:
+def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu, bool]:
     """The GPU to tune for, and whether it is there to measure on, as every device is.
 
     Raises UnknownGpuError where a device is missing, or is another GPU than the first one or than `name`.
     """
-    cards = {device: card_of(bench) for device, bench in benches.items()}
+    cards = {device: card_of(worker) for device, worker in measuring.items()}
     first = next(iter(cards.values()))
     wanted = gpu_meant(name, lambda: first)
     if first is None and tuple(cards) == (0,):  # nobody asked for a device in particular

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.options import card_here, json_option
+from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import print_json
+from parallax_gen.codegen import device
 from parallax_gen.errors import BuildError, ParallaxGenError, StoreError
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
@@ -88,7 +89,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _device() -> Iterator[tuple[str, str]]:
-    card = card_here()
+    card = device.gpu_here(0)
     if card is None:
         yield "note", "no CUDA device: kernels can be rendered, compiled and ranked, but not run or measured"
     else:
@@ -171,12 +172,12 @@ def _compile() -> Iterator[tuple[str, str]]:
     from parallax_gen.ops.space import default_config
     from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
 
-    gpu = card_here() or gpu_by_name(COMPILE_FOR)
+    gpu = device.gpu_here(0) or gpu_by_name(COMPILE_FOR)
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
     trial = Trial(spec, default_config(spec, shape, gpu), shape, gpu)
     with closing(Worker(device=None)) as worker:
         outcome = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
-    if outcome.kind != "ok":
+    if outcome.kind.failed:
         raise BuildError(f"a small kernel for {gpu.name}: {outcome.kind}: {outcome.detail}")
     yield "ok", f"a small kernel for {gpu.name}, in a child process, in {outcome.seconds:.1f} s"
 

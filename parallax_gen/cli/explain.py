@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
-from parallax_gen.cli.text import counted, print_json, time_and_rate
-from parallax_gen.ops.base import config_to_dict, describe
+from parallax_gen.cli.text import print_json
+from parallax_gen.describe import counted, describe, time_and_rate
+from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -97,7 +99,7 @@ def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origin
         origin="default" if choice.record is None else origins.of(choice.record),
         reason=_reason(choice, results, candidates, unused),
         runners_up=candidates[:MOST],
-        predicted=[r for r in results if r.outcome == "predicted"][:MOST],
+        predicted=[r for r in results if not r.outcome.tried][:MOST],
         unused=unused[:MOST],
     )
 
@@ -128,10 +130,8 @@ def _reason(
         return "nothing is known of this place"
     if unused:
         return _none_counts(unused, "")
-    kinds: dict[str, int] = {}
-    for result in results:
-        kinds[result.outcome] = kinds.get(result.outcome, 0) + 1
-    return f"nothing was measured of this place, only: {counted(kinds)}"
+    kinds = counted(Counter(result.outcome for result in results))
+    return f"nothing was measured of this place, only: {kinds}"
 
 
 def _comparable(one: Result, other: Result) -> bool:
@@ -177,7 +177,7 @@ def _why_unused(result: Result, gpu: Gpu, memory: Memory) -> str:
 
 
 def _print(found: Explanation, origins: Origins) -> None:
-    from parallax_gen.cli.known import NOT_CHECKED, standing
+    from parallax_gen.cli.known import NOT_CHECKED, rests_on
 
     place, record = found.choice.place, found.choice.record
     click.echo(f"call    {found.spec}; {found.shape}; on {place.gpu}")
@@ -194,7 +194,7 @@ def _print(found: Explanation, origins: Origins) -> None:
         click.echo(f"not     {describe(candidate.config)}: {why}")
     if not found.choice.checked:
         click.echo(f"        {NOT_CHECKED}")
-    runners_up = [(c.record, standing(c, place)) for c in found.runners_up if c.record is not None]
+    runners_up = [(c.record, rests_on(c, place)) for c in found.runners_up if c.record is not None]
     _section("runners-up", [_line(r, f"{origins.status(r)}, {by}") for r, by in runners_up])
     _section("only predicted, so not used", [_line(r, "model's estimate") for r in found.predicted])
     _section("measured, and not used", [_line(r, why) for r, why in found.unused])

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
-from parallax_gen.cli.readme import read_sections, section, write_sections
-from parallax_gen.cli.text import print_json, time_and_rate
+from parallax_gen.cli.text import print_json
+from parallax_gen.codegen.exported import read_sections, section, write_sections
+from parallax_gen.describe import describe, time_and_rate
 from parallax_gen.errors import ParallaxGenError
-from parallax_gen.ops.base import KernelConfig, config_to_dict, describe, op_of
+from parallax_gen.ops.base import KernelConfig, config_to_dict, op_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec

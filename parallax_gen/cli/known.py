@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
-from parallax_gen.cli.options import gpu_named
-from parallax_gen.cli.text import rate, rate_unit
+from parallax_gen.codegen.device import card_named
 from parallax_gen.errors import UnknownGpuError
-from parallax_gen.memory.guard import guarded
+from parallax_gen.memory.guard import Guarded, guarded
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, Known, Tier, is_rendered
 from parallax_gen.memory.result import PROTOCOL, Result
@@ -18,6 +16,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
+from parallax_gen.problem.work import rate, rate_unit
 
 ANOTHER_KERNEL = "another kernel than today's"
 NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it where it spills far more than the default"
@@ -41,7 +40,7 @@ class Origins:
     def status(self, result: Result) -> str:
         """One word: measured (by the user), shipped, predicted, or how it failed."""
         if not result.measured:
-            return result.outcome
+            return result.outcome.value
         return "measured" if result in self._own else "shipped"
 
     def to_json(self, result: Result) -> dict[str, Any]:
@@ -75,12 +74,21 @@ def unlike_here(result: Result) -> tuple[str, ...]:
     return (*told, *(f"{name} {there} (here {mine})" for name, (there, mine) in pairs.items() if there != mine))
 
 
-def chosen(place: Place, known: Known) -> Candidate:
+def chosen(place: Place, known: Known) -> Guarded:
     """What a call at a place gets, as far as it was checked here."""
-    return guarded(place, card_of(place), known).candidate
+    return guarded(place, card_of(place), known)
 
 
-def standing(candidate: Candidate, place: Place) -> str:
+def standing(choice: Guarded, place: Place) -> str:
+    """As `rests_on`, and whether that was `not yet checked`: a first call may drop it."""
+    return as_checked(rests_on(choice.candidate, place), choice.checked)
+
+
+def as_checked(what: str, checked: bool) -> str:
+    return what if checked else f"{what} (not yet checked)"
+
+
+def rests_on(candidate: Candidate, place: Place) -> str:
     """What a choice rests on, in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
     record = candidate.record
     if record is None:
@@ -100,15 +108,6 @@ def standing(candidate: Candidate, place: Place) -> str:
 def card_of(place: Place) -> Gpu:
     """The card that a place's name stands for; of one that is neither in the table nor in this machine, a stand-in."""
     return card_named(place.gpu) or GPUS["h200"]
-
-
-@cache
-def card_named(name: str) -> Gpu | None:
-    """The GPU that records go by, if it is in the table or in this machine."""
-    try:
-        return gpu_named(name)
-    except UnknownGpuError:
-        return None
 
 
 def name_in_records(gpu: str, results: Iterable[Result]) -> str:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
-from parallax_gen.cli.text import LEGEND, brief, gain_text, lengths, number, print_json, print_table, rate, rate_unit
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
 from parallax_gen.problem.spec import FAMILIES
+from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
@@ -26,6 +28,7 @@ class Row:
     """A result that is listed for a place, and what it counts for there.
 
     tier     what a call at the place rests on, where the row is what it gets; else why the row is not used
+    checked  False where it is borrowed, and a first call may still drop it: see memory/guard.py
     default  the place's default config, timed as the result was; None where it was not, or the row is not used
     """
 
@@ -33,6 +36,13 @@ class Row:
     result: Result
     tier: str
     default: Result | None = None
+    checked: bool = True
+
+    @property
+    def by(self) -> str:
+        from parallax_gen.cli.known import as_checked
+
+        return as_checked(self.tier, self.checked)
 
     @property
     def gain(self) -> float | None:
@@ -71,7 +81,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
     elif rows:
         _print(rows, origins)
         if not every:
-            by = Counter(row.tier for row in rows).most_common()
+            by = Counter(row.by for row in rows).most_common()
             click.echo(", ".join(f"{tier}: {count}" for tier, count in by))
     else:
         click.echo("nothing is known yet: parallax-gen tune finds out; until then kernels get default configs")
@@ -79,26 +89,24 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
 
 def _of_places(results: list[Result], known: Known) -> list[Row]:
     """What calls get at each place; where that is the default, the best of what is known and not used."""
-    from parallax_gen.cli.known import card_of, chosen, standing
-    from parallax_gen.memory.gains import default_beside
-    from parallax_gen.memory.ranking import default_of
+    from parallax_gen.cli.known import card_of, chosen, rests_on
+    from parallax_gen.memory.ranking import default_beside, default_of
 
     rows = []
     for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
         choice, first = chosen(place, known), next(group)
-        record = choice.record
+        record = choice.candidate.record
         if record is None:
             rows.append(Row(place, first, "not used" if first.measured else "never measured"))
         else:
             default = default_beside(record, default_of(place, card_of(place)), card_of(record.place), known)
-            rows.append(Row(place, record, standing(choice, place), default))
+            rows.append(Row(place, record, rests_on(choice.candidate, place), default, choice.checked))
     return rows
 
 
 def _every(results: list[Result]) -> list[Row]:
     from parallax_gen.cli.known import ANOTHER_KERNEL, AS_HERE, card_of, unlike_here
-    from parallax_gen.memory.gains import default_beside
-    from parallax_gen.memory.ranking import Table, default_of
+    from parallax_gen.memory.ranking import Table, default_beside, default_of
 
     rows = []
     for place, of_place in groupby(results, key=lambda r: r.place):
@@ -126,7 +134,8 @@ def _print(rows: Iterable[Row], origins: Origins) -> None:
     click.echo("rows: batch times kv heads; us: the time in microseconds;")
     click.echo("gain: the default's time over this one, where both were timed with one Triton;")
     click.echo("known as: measured here, shipped (measured elsewhere), predicted (never used), or how it failed;")
-    click.echo("by: the Triton that it was measured with, and the card where it is a sibling;")
+    click.echo("by: the Triton that it was measured with, and the card where it is a sibling; not yet checked:")
+    click.echo("a first call compiles it here, and drops it where it spills far more than the default;")
     click.echo("parallax-gen explain says why that is what calls get")
 
 
@@ -137,13 +146,14 @@ def _row(row: Row, origins: Origins) -> tuple[str, ...]:
     if result.time_us:
         timing = number(result.time_us), number(rate(result.place.spec, shape_of(result), result.time_us))
     bucket, config, known_as = row.place.bucket, brief(result.config), origins.status(result)
-    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, known_as, row.tier
+    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, known_as, row.by
 
 
 def _to_json(row: Row, origins: Origins) -> dict[str, Any]:
     return origins.to_json(row.result) | {
         "of_place": row.place.flat(),
         "counts_as": row.tier,
+        "checked": row.checked,
         "default_us": row.default and row.default.time_us,
         "gain": row.gain,
     }

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from parallax_gen.codegen import device
 from parallax_gen.errors import ArgumentError, UnknownGpuError
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
@@ -222,7 +223,7 @@ def _stacked(command: Command, options: tuple[Callable[[Command], Command], ...]
 
 def gpu_named(name: str | None) -> Gpu:
     """The GPU that --gpu means; where it is left out, the card that is there. Raises UnknownGpuError."""
-    return gpu_meant(name, card_here)
+    return gpu_meant(name, lambda: device.gpu_here(0))
 
 
 def gpu_meant(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
@@ -239,12 +240,3 @@ def gpu_meant(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
         if card is not None and card.name == name:
             return card
         raise
-
-
-def card_here() -> Gpu | None:
-    """The GPU that CUDA's first device is; None where there is none."""
-    import torch
-
-    from parallax_gen.codegen.device import gpu_of_device
-
-    return gpu_of_device(0) if torch.cuda.is_available() else None

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from parallax_gen.cli.known import shape_of
-from parallax_gen.cli.text import brief, counted, time_and_rate
+from parallax_gen.describe import brief, counted, time_and_rate
 from parallax_gen.memory.result import Result
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
-from parallax_gen.cli.text import gain_text, number, print_json, print_table
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.describe import gain_text, number
 from parallax_gen.errors import StoreError
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     """Tell what of the shipped records may lose to not tuning, and return how many places and toolchains it is of."""
-    from parallax_gen.cli.known import card_named, name_in_records
+    from parallax_gen.cli.known import name_in_records
+    from parallax_gen.codegen.device import card_named
     from parallax_gen.memory.gains import standings_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
     from parallax_gen.problem.hardware import GPUS

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
-from parallax_gen.cli.text import LEGEND, brief, number, print_json, print_table
+from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.describe import LEGEND, brief, number
 
 if TYPE_CHECKING:
     from parallax_gen.cli.known import Origins
@@ -45,8 +46,8 @@ def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     if not results:
         click.echo("nothing is known of this place: parallax-gen explain says what is used")
         return
-    _print_timed([r for r in results if r.outcome in ("ok", "predicted")], origins)
-    _print_failed([r for r in results if r.outcome not in ("ok", "predicted")])
+    _print_timed([r for r in results if not r.outcome.failed], origins)
+    _print_failed([r for r in results if r.outcome.failed])
     click.echo(LEGEND)
     click.echo("unlike: what of it is not as here, if anything: kernel, Triton, ptxas (cuda), timing protocol")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.text import lengths, number, print_table
+from parallax_gen.cli.text import print_table
+from parallax_gen.describe import lengths, number
 from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import FAMILIES
 
@@ -45,16 +46,18 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     from parallax_gen.cli.known import name_in_records
     from parallax_gen.memory.store import Store
     from parallax_gen.problem.hardware import GPUS
-    from parallax_gen.tuning.search.recorded_sweep import TIMED, sweep_of, tells, write_sweep
+    from parallax_gen.tuning.search.recorded_sweep import sweep_of, write_sweep
 
     with Store(read_only=True) as store:
         results = store.all(name_in_records(gpu, store.all()) if gpu else None, op)
     written = []
     together: dict[tuple[Place, Toolchain], list[Result]] = {}
-    for result in filter(tells, results):
+    for result in results:
+        if not result.counts:
+            continue
         together.setdefault((result.place, result.evidence.toolchain), []).append(result)
     for (place, toolchain), tried in together.items():
-        if place.gpu not in GPUS or not any(result.outcome in TIMED for result in tried):
+        if place.gpu not in GPUS or not any(result.outcome.timed for result in tried):
             continue
         found = sweep_of(tried, GPUS[place.gpu])
         if found.whole or (partial is not None and len(tried) >= partial):

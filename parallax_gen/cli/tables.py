@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import click
 
 from parallax_gen.bench.rows import OURS, SOFTMAX, Row
-from parallax_gen.cli.lengths import with_lengths
-from parallax_gen.cli.text import number, print_table, rate_unit
+from parallax_gen.cli.text import print_table
+from parallax_gen.describe import number, with_lengths
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
 
 

@@ -13,82 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.ops.base import KernelConfig, config_to_dict
-from parallax_gen.ops.decode import DecodeConfig
-from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.problem.work import work_of_lengths
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls
-
 if TYPE_CHECKING:
     from rich.console import Console
-
-_LETTERS = {
-    "BLOCK_M": "M",
-    "BLOCK_N": "N",
-    "BLOCK_H": "H",
-    "HEAD_GROUP": "G",
-    "NUM_SPLITS": "S",
-    "merge": "",
-    "num_warps": "w",
-    "num_stages": "s",
-    "HEAD_DIM_AS": "",
-    "maxnreg": "r",
-    "MASK": "",
-    "ROW_MAX": "",
-    "ROW_NUMBERS": "",
-}
-
-LEGEND = (
-    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages,\n"
-    "r maxnreg; seqlen: W is a window's"
-)
-
-
-def brief(config: KernelConfig) -> str:
-    """A config short enough for a table: `M128 N64 G8 w8 s3 pieces`, `N32 H8 S16 last w1 s4`."""
-    choices = config_to_dict(config)
-    if isinstance(config, DecodeConfig) and config.merge == "none":
-        del choices["merge"]  # one split: nothing to merge
-    return " ".join(f"{_LETTERS[name]}{value}" for name, value in choices.items())
-
-
-def lengths(bucket: Bucket | Shape) -> str:
-    """A bucket's or a shape's sequence lengths, one where they are the same or the query is single, and its window."""
-    alone = bucket.seqlen_q in (1, bucket.seqlen_kv)
-    text = str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
-    return f"{text} W{bucket.window}" if bucket.window else text
-
-
-def rate_unit(op: str) -> str:
-    """What the rate of an op is counted in: what bounds its time, matmuls or memory."""
-    return "TFLOP/s" if bound_by_matmuls(op) else "GB/s"
-
-
-def rate(spec: KernelSpec, shape: Shape, time_us: float, lengths: Sequence[int] = ()) -> float:
-    """How much of the work that must be done is done a second, in `rate_unit`; `lengths` as of `work_of_lengths`."""
-    work = work_of_lengths(spec, shape, lengths)
-    return work.flops / time_us / 1e6 if bound_by_matmuls(spec.op) else work.bytes / time_us / 1e3
-
-
-def number(value: float) -> str:
-    """Four digits, and those before the point: 1234, 512.3, 8.123."""
-    return f"{value:.{max(0, min(3, 3 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
-
-
-def gain_text(gain: float | None) -> str:
-    """What is gained over the default, `1.12x`; "-" where that is not known."""
-    return "-" if gain is None else f"{gain:.2f}x"
-
-
-def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
-    return f"{number(time_us)} us, {number(rate(spec, shape, time_us))} {rate_unit(spec.op)}"
-
-
-def counted(kinds: Mapping[str, int]) -> str:
-    """`13 resources, 2 wrong`, the most first."""
-    most_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} {kind}" for kind, count in most_first)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.devices import benches_of, card_to_tune, compilers_of, devices_option
+from parallax_gen.cli.devices import card_to_tune, devices_option
 from parallax_gen.cli.options import (
     Sizes,
     check_flags,
@@ -18,32 +18,22 @@ from parallax_gen.cli.options import (
     json_option,
     shape_option,
 )
-from parallax_gen.cli.text import (
-    LEGEND,
-    brief,
-    console,
-    counted,
-    lengths,
-    number,
-    print_json,
-    print_table,
-    rate,
-    rate_unit,
-)
+from parallax_gen.cli.text import console, print_json, print_table
+from parallax_gen.describe import LEGEND, brief, counted, lengths, number
 from parallax_gen.errors import MachineError, MeasureError
 from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
+from parallax_gen.problem.work import rate, rate_unit
 from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, STEP, TRAINING, WORK, Flags
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from parallax_gen.memory.place import Place
+    from parallax_gen.memory.result import Outcome
     from parallax_gen.tuning.job import Job, Progress
     from parallax_gen.tuning.tuner import Tuner
-
-SUCCESSES = ("ok", "predicted")
 
 
 @click.command()
@@ -126,7 +116,7 @@ def tune(
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.claims import Storage
     from parallax_gen.tuning.job import ALL_WORK, MOST_REFRESHED, known_jobs, of_grid, worklist
-    from parallax_gen.tuning.tuner import Tuner
+    from parallax_gen.tuning.tuner import Tuner, children
 
     if grid and (shapes or ops not in ((), ("decode",))):
         raise click.UsageError("--grid: of --op decode alone, without --shape")
@@ -138,8 +128,8 @@ def tune(
     check_flags(flags, ops)
     asked = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     dtypes = dtypes or ("bf16",)
-    with benches_of(devices) as benches, compilers_of(workers, devices) as compilers, Store() as store:
-        card, measure = card_to_tune(gpu, benches)
+    with children(devices, workers) as (measuring, compilers), Store() as store:
+        card, measure = card_to_tune(gpu, measuring)
         if not measure and (storage is not None or refresh):
             raise MeasureError(
                 "--refresh: there is no CUDA device here to time it on"
@@ -159,7 +149,7 @@ def tune(
         tuner = Tuner(
             store,
             measure=measure,
-            benches=benches,
+            measuring=measuring,
             compilers=compilers,
             storage=None if storage is None else Storage(storage),
             refresh=Memory(store) if refresh else None,
@@ -234,8 +224,8 @@ def _row(progress: Progress) -> tuple[str, ...]:
     return str(job.bucket.kv_rows), lengths(job.bucket), *found, str(progress.done), failures
 
 
-def _failures(progress: Progress) -> dict[str, int]:
-    return {kind: count for kind, count in progress.kinds.items() if kind not in SUCCESSES}
+def _failures(progress: Progress) -> dict[Outcome, int]:
+    return {kind: count for kind, count in progress.kinds.items() if kind.failed}
 
 
 def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict[str, Any]:
@@ -256,7 +246,7 @@ def _job_to_json(progress: Progress) -> dict[str, Any]:
         "spec": job.spec.to_dict(),
         "bucket": job.bucket.to_dict(),
         "shape": job.shape.to_dict(),
-        "outcome": best.outcome if best else None,
+        "outcome": best.outcome.value if best else None,
         "config": config_to_dict(best.config) if best else None,
         "time_us": time_us,
         "rate": rate(job.spec, shape_of(best), time_us) if best and time_us else None,

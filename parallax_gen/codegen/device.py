@@ -1,11 +1,12 @@
-"""Which GPU a CUDA device is: asked of torch, in a process that may touch CUDA."""
+"""Which GPUs are here: asked of torch, in a process that may touch CUDA."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
-from parallax_gen.problem.hardware import Gpu, recognise
+from parallax_gen.errors import UnknownGpuError
+from parallax_gen.problem.hardware import Gpu, gpu_by_name, recognise
 
 
 @cache
@@ -22,3 +23,22 @@ def gpu_of_device(index: int) -> Gpu:
         shared_per_block=device.shared_memory_per_block_optin,
         l2_bytes=device.L2_cache_size,
     )
+
+
+def gpu_here(index: int | None = None) -> Gpu | None:
+    """The GPU that CUDA device `index` is, or the current device; None where CUDA finds none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return gpu_of_device(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def card_named(name: str) -> Gpu | None:
+    """The GPU that records go by, if it is in the table or CUDA's first device."""
+    try:
+        return gpu_by_name(name)
+    except UnknownGpuError:
+        card = gpu_here(0)
+        return card if card is not None and card.name == name else None

@@ -11,9 +11,10 @@ import jinja2
 
 import parallax_gen
 from parallax_gen.codegen.fingerprint import found, text_hash
+from parallax_gen.describe import describe
 from parallax_gen.errors import ConfigError
 from parallax_gen.files import data_dir
-from parallax_gen.ops.base import KernelConfig, describe, op_of
+from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallax_gen
+from parallax_gen.codegen.device import gpu_here
 from parallax_gen.codegen.render import render
 from parallax_gen.distributed.ring import members
 from parallax_gen.errors import DistributedError, ParallaxGenError
 from parallax_gen.files import data_dir
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, counts, default_of, is_valid, siblings
+from parallax_gen.memory.ranking import Table, default_of, is_valid, siblings
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.sharing import places_served, records_shared
 from parallax_gen.memory.toolchain import Toolchain
@@ -26,7 +27,7 @@ from parallax_gen.ops.base import Layout, config_to_json, op_of
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher, gpu_here
+from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher
 from parallax_gen.runtime.plan import Plans
 
 # A kernel of every template: where ranks have the same templates and render these alike, they render all alike.
@@ -107,7 +108,7 @@ def _checked(text: str, gpu: Gpu | None) -> list[Result]:
     """The records in what rank 0 sent. Raises DistributedError on anything but what this GPU's choices may rest on."""
     found = read_lines("the table of rank 0", text.encode().splitlines())
     cards = () if gpu is None else (gpu.name, *siblings(gpu))
-    wrong = [r for r in found.results if r.place.gpu not in cards or not counts(r)]
+    wrong = [r for r in found.results if r.place.gpu not in cards or not r.counts]
     if found.bad or wrong:
         what = found.bad[0] if found.bad else f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here rests on it"
         raise DistributedError(what)

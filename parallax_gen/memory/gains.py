@@ -10,36 +10,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Known, Table, best, default_of, is_rendered
-from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.ops.base import KernelConfig
+from parallax_gen.memory.ranking import Table, best, default_beside, default_of, is_rendered, timed_alike
+from parallax_gen.memory.result import Result
 from parallax_gen.problem.hardware import Gpu
-
-
-def default_beside(record: Result, default: KernelConfig, gpu: Gpu, known: Known) -> Result | None:
-    """The default's own record of a record's place, timed as that was, of today's kernel; None where there is none.
-
-    default  today's default config of the call, at the record's place or at a sibling card's
-    gpu      the record's card
-    """
-    timed = [
-        result
-        for result in known.results(record.place)
-        if result.config == default and result.measured and timed_alike(result.evidence, record.evidence)
-    ]
-    timed.sort(key=lambda result: (_search(result.evidence) == _search(record.evidence), result.created), reverse=True)
-    return next((result for result in timed if is_rendered(result, gpu)), None)
 
 
 def gain(record: Result, default: Result | None) -> float | None:
     """The default's time over a record's: 1.1 where the default takes 10 % longer. None without the default's."""
     return default.time_us / record.time_us if default and default.time_us and record.time_us else None
-
-
-def timed_alike(one: Evidence, other: Evidence) -> bool:
-    """Whether times of one card may be compared: the same toolchain, as far as programs go, and the same protocol."""
-    same = one.toolchain == other.toolchain or one.toolchain.like(other.toolchain)
-    return same and one.protocol == other.protocol
 
 
 @dataclass(frozen=True)
@@ -85,7 +63,3 @@ def standings_of(results: Iterable[Result], gpu: Gpu) -> list[Standing]:
     """Those of all places of a card. results: sorted by place, as what ships is."""
     places = groupby(results, key=lambda result: result.place)
     return [standing for place, group in places for standing in standings(place, gpu, group)]
-
-
-def _search(evidence: Evidence) -> tuple[str, str, int]:
-    return evidence.triton, evidence.cuda, evidence.protocol

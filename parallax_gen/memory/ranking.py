@@ -19,11 +19,12 @@ and never a choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from parallax_gen.codegen.render import KernelSource, render, text_hash_of
 from parallax_gen.memory.old import same_programs
@@ -33,7 +34,8 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.space import default_config, why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
-from parallax_gen.problem.shapes import SHORTEST, representative
+from parallax_gen.problem.shapes import SHORTEST, Bucket, representative
+from parallax_gen.problem.spec import KernelSpec
 
 
 class Tier(IntEnum):
@@ -93,6 +95,27 @@ def best(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) ->
     return next(ranked(place, gpu, known, here))
 
 
+def default_beside(record: Result, default: KernelConfig, gpu: Gpu, known: Known) -> Result | None:
+    """The default's own record of a record's place, timed as that was, of today's kernel; None where there is none.
+
+    default  today's default config of the call, at the record's place or at a sibling card's
+    gpu      the record's card
+    """
+    timed = [
+        result
+        for result in known.results(record.place)
+        if result.config == default and result.measured and timed_alike(result.evidence, record.evidence)
+    ]
+    timed.sort(key=lambda result: (_search_of(result) == _search_of(record), result.created), reverse=True)
+    return next((result for result in timed if is_rendered(result, gpu)), None)
+
+
+def timed_alike(one: Evidence, other: Evidence) -> bool:
+    """Whether times of one card may be compared: the same toolchain, as far as programs go, and the same protocol."""
+    same = one.toolchain == other.toolchain or one.toolchain.like(other.toolchain)
+    return same and one.protocol == other.protocol
+
+
 def default_of(place: Place, gpu: Gpu) -> KernelConfig:
     """What a call at a place gets where nothing is known."""
     return default_config(place.spec, representative(place.bucket, place.spec.group), gpu)
@@ -116,7 +139,7 @@ def is_like(evidence: Evidence, here: Toolchain | None = None) -> bool:
 
 def _found_here(results: Iterable[Result], here: Toolchain | None) -> list[Result]:
     """Of a place's results those that this process, or that of the toolchain `here`, would find alike."""
-    return [result for result in results if counts(result) and is_like(result.evidence, here)]
+    return [result for result in results if result.counts and is_like(result.evidence, here)]
 
 
 def _overruling(record: Result, found_here: Iterable[Result], gpu: Gpu) -> Result | None:
@@ -172,9 +195,12 @@ def why_not_chosen(record: Result, gpu: Gpu, known: Known, here: Toolchain | Non
 
 
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
-    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess."""
-    names = siblings(gpu) if op_of(place.spec).sibling_counts else []
-    return [replace(place, gpu=name) for name in names]
+    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess.
+
+    None of a card that `gpu` only stands in for: what that is like is not known.
+    """
+    alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).sibling_counts else []
+    return [replace(place, gpu=name) for name in alike]
 
 
 def near_places(place: Place) -> list[Place]:
@@ -210,11 +236,6 @@ def is_rendered(result: Result, gpu: Gpu) -> bool:
 def is_current(result: Result, gpu: Gpu) -> bool:
     """Whether a result, of any outcome, is of today's kernel, this process's toolchain and the timing protocol."""
     return is_like(result.evidence) and is_rendered(result, gpu)
-
-
-def counts(result: Result) -> bool:
-    """Whether a result says anything of its config: it was tried, and no fault of the machine's."""
-    return result.outcome != "predicted" and not result.of_machine
 
 
 def shown_by(record: Result, known: Known) -> list[Result]:
@@ -278,19 +299,84 @@ def _later_knobs(config: KernelConfig) -> list[Field[Any]]:
     return [f for f in fields(config) if f.default is not MISSING]
 
 
+def _search_of(result: Result) -> tuple[str, str, int]:
+    evidence = result.evidence
+    return evidence.triton, evidence.cuda, evidence.protocol
+
+
 def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:
     """By toolchain and protocol, those that measured anything: those like `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
-        if counts(result):
-            evidence = result.evidence
-            tried.setdefault((evidence.triton, evidence.cuda, evidence.protocol), []).append(result)
-    searches = []
+        if result.counts:
+            tried.setdefault(_search_of(result), []).append(result)
     here = here or Toolchain.here()
-    for group in tried.values():
-        if measured := sorted((r for r in group if r.measured), key=lambda result: result.time_us or 0.0):
-            searches.append(_Search(measured, group, here))
+    searches = [_Search(measured, group, here) for group in tried.values() if (measured := fastest(group))]
     return sorted(searches, key=lambda search: (search.like_here, search.newest), reverse=True)
+
+
+# -- By time alone, whatever kernel and toolchain: to begin a tune with, and not to believe.
+
+_Which = TypeVar("_Which", bound=Hashable)
+HOW_KEPT = ("page_size", "cache_dtype", "leftpad", "stats")  # of a spec, how a cache is kept and what else is written
+
+
+def fastest(results: Iterable[Result]) -> list[Result]:
+    """The measured ones, from fast to slow; of those as fast the order is kept."""
+    return sorted((result for result in results if result.measured), key=_time)
+
+
+def fastest_of_each(results: Iterable[Result], which: Callable[[Result], _Which]) -> dict[_Which, Result]:
+    """The fastest measured one of each kind; kinds, and of those as fast the first, in the order of the results."""
+    found: dict[_Which, Result] = {}
+    for result in results:
+        if result.measured:
+            kind = which(result)
+            found[kind] = min(found.get(kind, result), result, key=_time)
+    return found
+
+
+def _time(result: Result) -> float:
+    return result.time_us or 0.0
+
+
+def nearest_buckets(bucket: Bucket, others: Iterable[Bucket], *, rows_first: bool = False) -> list[Bucket]:
+    """Others, the nearest first, by the ratios of all their sizes, or with rows_first of rows and then the lengths."""
+
+    def distance(other: Bucket) -> tuple[float, float]:
+        ratios = {n: abs(math.log2(max(size, 1) / max(getattr(bucket, n), 1))) for n, size in vars(other).items()}
+        return ratios.pop("kv_rows") if rows_first else 0.0, sum(ratios.values())
+
+    return sorted(others, key=distance)
+
+
+def shipped_seeds(place: Place, shipped: Sequence[Result]) -> list[KernelConfig]:
+    """Of the records that ship for cards alike (`load_alike`): what was fastest for a place's kernel.
+
+    All of its bucket, then the best there of its kernel with another cache layout, then the best of each other bucket.
+    """
+    records = [r for r in shipped if r.place.spec == place.spec]
+    here = [r.config for r in records if r.place.bucket == place.bucket]
+    # A file has each place's fastest first.
+    layouts = {r.place: r.config for r in reversed(shipped) if _differs_in_layout(r.place, place)}
+    best = {r.place.bucket: r.config for r in reversed(records)}
+    return list(dict.fromkeys([*here, *layouts.values(), *best.values()]))
+
+
+def nearby_seeds(place: Place, known: Sequence[Result]) -> list[KernelConfig]:
+    """Of what is known of a card: as `shipped_seeds` of other layouts, then the best of the two nearest buckets."""
+    layouts = fastest_of_each((r for r in known if _differs_in_layout(r.place, place)), lambda r: r.place.spec)
+    of_kernel = (r for r in known if r.place.spec == place.spec and r.place.bucket != place.bucket)
+    best = fastest_of_each(of_kernel, lambda r: r.place.bucket)
+    nearest = [best[bucket] for bucket in nearest_buckets(place.bucket, best)[:2]]
+    return list(dict.fromkeys(result.config for result in (*layouts.values(), *nearest)))
+
+
+def _differs_in_layout(one: Place, other: Place) -> bool:
+    """Whether two places of decode, of one bucket, differ in no more than HOW_KEPT."""
+    names = [f.name for f in fields(KernelSpec) if f.name not in HOW_KEPT]
+    same = all(getattr(one.spec, name) == getattr(other.spec, name) for name in names)
+    return one.bucket == other.bucket and op_of(one.spec).own_lengths and one.spec != other.spec and same
 
 
 # -- What the ranking asks for the records of a place: the memory, or a table that was taken from one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
+from enum import Enum
 from typing import Any
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError, stored_of_machine
@@ -17,8 +18,6 @@ from parallax_gen.problem.shapes import Shape
 # Version of the timing protocol (tuning/workers/measure.py says what it is): times of two protocols are not compared.
 PROTOCOL = 1
 
-OUTCOMES = ("ok", "invalid", "compile", "resources", "timeout", "crash", "wrong", "slow", "predicted")
-
 # What `Result.from_dict(json.loads(text))` raises for a text that is no result, and how much is told of why.
 NO_RESULT = (ParallaxGenError, ValueError, RecursionError)
 LONGEST_REASON = 200
@@ -27,6 +26,72 @@ LONGEST_REASON = 200
 def now() -> str:
     """The time of day in UTC, as `Result.created_at` holds it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Outcome(str, Enum):
+    """How a config ended. It is a text too, and records, JSON and messages hold it as that."""
+
+    OK = "ok"
+    INVALID = "invalid"
+    COMPILE = "compile"
+    RESOURCES = "resources"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    WRONG = "wrong"
+    SLOW = "slow"
+    PREDICTED = "predicted"
+
+    # Without these an f-string says "Outcome.OK", and a dict that has the text as a key does not find the outcome.
+    __str__ = str.__str__
+    __hash__ = str.__hash__
+
+    @property
+    def timed(self) -> bool:
+        """Whether calls were timed: a slow one has the median of a few replays."""
+        return self in (Outcome.OK, Outcome.SLOW)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the config is no choice: a slow one has lost."""
+        return self not in (Outcome.OK, Outcome.PREDICTED)
+
+    @property
+    def tried(self) -> bool:
+        """Whether the config was compiled or run, rather than predicted."""
+        return self is not Outcome.PREDICTED
+
+    @property
+    def has_time(self) -> bool:
+        """Whether there is a time, be it a model's guess."""
+        return self.timed or self is Outcome.PREDICTED
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether the machine may be at fault, such as a busy GPU, so that it may end otherwise the next time."""
+        return self in (Outcome.TIMEOUT, Outcome.CRASH)
+
+    @property
+    def may_be_of_machine(self) -> bool:
+        """Whether earlier versions stored faults of the machine as this."""
+        return self in (Outcome.COMPILE, Outcome.RESOURCES, Outcome.CRASH)
+
+    @property
+    def meaning(self) -> str:
+        """What it says of the config, for people."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Outcome.OK: "timed to the end",
+    Outcome.INVALID: "not a config of this kernel",
+    Outcome.COMPILE: "did not compile",
+    Outcome.RESOURCES: "pruned once it was compiled",
+    Outcome.TIMEOUT: "took too long",
+    Outcome.CRASH: "killed its process",
+    Outcome.WRONG: "gave wrong results",
+    Outcome.SLOW: "given up while it was timed",
+    Outcome.PREDICTED: "guessed by a model",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +144,7 @@ class Result:
     """What is known of one config at one place: measured, predicted or failed.
 
     evidence      the kernel and what compiled it
-    outcome       one of OUTCOMES: "ok" was measured, "predicted" is a model's guess, the rest are failures
+    outcome       OK was measured, PREDICTED is a model's guess, the rest are failures. A row that was read has the text
     shape         the sizes that were timed
     time_us       median; of a predicted row, the estimate; beside it the 20th and 80th percentiles
     error         relative error against the oracle; inf if the output was not finite
@@ -96,7 +161,7 @@ class Result:
     place: Place
     evidence: Evidence
     config: KernelConfig
-    outcome: str
+    outcome: Outcome
     shape: Shape | None = None
     time_us: float | None = None
     time_us_p20: float | None = None
@@ -119,14 +184,16 @@ class Result:
         check_int("protocol", evidence.protocol)
         if type(self.config) is not op_of(self.place.spec).config:
             raise ArgumentError("config", self.config, f"a config of op {self.place.spec.family!r}")
-        if self.outcome not in OUTCOMES:
-            raise ArgumentError("outcome", shown(self.outcome), ", ".join(OUTCOMES))
+        try:
+            object.__setattr__(self, "outcome", Outcome(self.outcome))
+        except ValueError as error:
+            raise ArgumentError("outcome", shown(self.outcome), ", ".join(Outcome)) from error
         for names, check in ((NUMBERS, check_number), (INTS, check_int)):
             for name in names:
                 if (value := getattr(self, name)) is not None:
                     check(name, value)
-        if self.outcome in ("ok", "predicted") and self.time_us is None:
-            raise ArgumentError("time_us", self.time_us, f"a number when the outcome is {self.outcome!r}")
+        if self.time_us is None and not self.outcome.failed:
+            raise ArgumentError("time_us", self.time_us, f"a number when the outcome is {self.outcome.value!r}")
         try:
             self.created  # noqa: B018 - of the right form, and yet there may be no such day
         except ValueError as error:
@@ -134,12 +201,17 @@ class Result:
 
     @property
     def measured(self) -> bool:
-        return self.outcome == "ok"
+        return self.outcome is Outcome.OK
 
     @property
     def of_machine(self) -> bool:
         """Whether it is a fault of the machine that an earlier version stored as the config's own: it tells nothing."""
-        return stored_of_machine(self.outcome, self.detail)
+        return self.outcome.may_be_of_machine and stored_of_machine(self.detail)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it says anything of its config: that was tried, and no fault of the machine's ended it."""
+        return self.outcome.tried and not self.of_machine
 
     @property
     def created(self) -> datetime:
@@ -156,6 +228,7 @@ class Result:
             "place": self.place.flat(),
             "config": config_to_dict(self.config),
             "evidence": self.evidence.to_dict(),
+            "outcome": self.outcome.value,
             "shape": self.shape and self.shape.to_dict(),
         }
         return {f.name: parts[f.name] if f.name in parts else getattr(self, f.name) for f in fields(self)}
@@ -228,21 +301,22 @@ def supersedes(new: Result, old: Result) -> bool:
     """Whether `new` takes the place of `old`, a row of the same identity.
 
     First by how much a row tells. One that the machine failed (`of_machine`) tells nothing. A prediction tells little:
-    it never replaces anything that was tried. A "timeout" or a "crash" may be the machine's fault (a busy GPU), so it
-    does not erase a verdict, above all not a measured time: nothing found is lost to a bad rerun. Of rows that tell as
-    much the newer counts, so that the same row remains whichever process happens to write last.
+    it never replaces anything that was tried. What is inconclusive may be the machine's fault (a busy GPU), so it does
+    not erase a verdict, above all not a measured time: nothing found is lost to a bad rerun. Of rows that tell as much
+    the newer counts, so that the same row remains whichever process happens to write last.
     """
 
     def weight(result: Result) -> tuple[int, datetime]:
-        tells = -1 if result.of_machine else {"predicted": 0, "timeout": 1, "crash": 1}.get(result.outcome, 2)
-        return tells, result.created
+        if not result.counts:
+            return -1 if result.of_machine else 0, result.created
+        return 1 if result.outcome.inconclusive else 2, result.created
 
     return weight(new) >= weight(old)
 
 
 def reading_order(result: Result) -> tuple[Any, ...]:
     """Sorts by place field by field, then the measured from fast to slow, then the predicted, then the failed."""
-    group = {"ok": 0, "predicted": 1}.get(result.outcome, 2)
+    group = 0 if result.measured else 2 if result.outcome.failed else 1
     return *result.place.order, group, result.time_us or 0.0, config_to_json(result.config), result.evidence.identity
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from parallax_gen.memory.guard import looked_at
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, counts, near_places, shown_by, sibling_places, siblings
+from parallax_gen.memory.ranking import Table, near_places, shown_by, sibling_places, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
@@ -27,7 +27,7 @@ def places_served(records: Iterable[Result], gpu: Gpu) -> list[Place]:
 
 def records_shared(memory: Memory, gpu: Gpu) -> list[Result]:
     """So many of what is known that calls on a card look at the same kernels, in the same order, as with all."""
-    everything = [r for name in (gpu.name, *siblings(gpu)) for r in memory.all(name) if counts(r)]
+    everything = [r for name in (gpu.name, *siblings(gpu)) for r in memory.all(name) if r.counts]
     known = Table(everything)  # so that the memory is asked once, not at every place
     chosen = {place: list(looked_at(place, gpu, known)) for place in places_served(everything, gpu)}
     kept = {r for choice in chosen.values() for c in choice if c.record for r in shown_by(c.record, known)}

@@ -14,6 +14,7 @@ from parallax_gen.memory.lines import from_line, write_lines
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Result, reading_order, supersedes
 from parallax_gen.memory.store import Store
+from parallax_gen.problem.hardware import GPUS, Gpu
 
 
 def shipped_gpus(folder: Path | None = None) -> list[str]:
@@ -28,6 +29,12 @@ def load_shipped(gpu: str, folder: Path | None = None) -> list[Result]:
     """
     path, stamp = _file(gpu, folder)
     return [] if stamp is None else [r for text in _lines(path, stamp) for r in _results(path, gpu, stamp, text)]
+
+
+def load_alike(gpu: Gpu, folder: Path | None = None) -> list[Result]:
+    """What ships for the GPUs of a capability, card by card in the order of GPUS."""
+    names = [card.name for card in GPUS.values() if card.capability == gpu.capability]
+    return [result for name in names for result in load_shipped(name, folder)]
 
 
 def write_shipped(
@@ -98,7 +105,7 @@ class Memory:
 
 def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
     """One result an identity: the user's own if it was tried, else the shipped one, else the prediction."""
-    tried = {r.identity: r for r in own if r.outcome != "predicted" and not r.of_machine}
+    tried = {r.identity: r for r in own if r.counts}
     merged = {r.identity: r for r in own if r.identity not in tried}
     merged |= {r.identity: r for r in shipped}
     merged |= tried

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,7 @@ from parallax_gen.errors import ArgumentError, MachineError, StoreError
 from parallax_gen.files import data_dir, user_path
 from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.memory.place import Place, Scalar
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, OUTCOMES, Evidence, Result, reading_order, supersedes
-
-__all__ = ["OUTCOMES", "Result", "Store", "default_path"]
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Outcome, Result, reading_order, supersedes
 
 # Says that a SQLite file is ours: "PXTG", in its header.
 APPLICATION_ID = 0x50585447
@@ -127,26 +125,29 @@ class Store:
 
     def results(self, place: Place) -> list[Result]:
         """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
-        return self._read("place_json = :place", place=place.text)
+        with self._explained():
+            tables = self._of_before(place) if self._is_older() else self._db
+            return sorted(self._select("place_json = :place", {"place": place.text}, tables=tables), key=reading_order)
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Every row, or those of a GPU or an op, sorted by place and then from fast to slow."""
         wanted = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
-        return self._read(" and ".join(f"{name} = :{name}" for name in wanted) or "true", **wanted)
+        where = " and ".join(f"{name} = :{name}" for name in wanted) or "true"
+        with self._explained():
+            return sorted(self._select(where, wanted), key=reading_order)
 
     def fastest(self, gpu: str, op: str) -> list[Result]:
         """The fastest measured config of each place of a GPU and an op, in any order: few of what may be many rows."""
-        chosen = (
-            "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = 'ok' GROUP BY place_json"
-        )
+        chosen = "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = ? GROUP BY place_json"
         with self._explained():
-            return list(self._parsed(self._db.query(chosen, (gpu, op)) if self._version() else ()))
+            rows = self._tables.query(chosen, (gpu, op, Outcome.OK.value)) if self._version() else ()
+            return list(self._parsed(rows))
 
     @property
     def schema(self) -> int:
         """The version of its tables: the last migration's number, 0 of a database that is not made yet."""
         with self._explained():
-            return self._version()
+            return self._version(self._tables)
 
     def problems(self) -> list[str]:
         """What is wrong with the file, in a sentence each. Raises StoreError where it is too damaged to be read."""
@@ -158,9 +159,9 @@ class Store:
         """Of each row that is passed over where it stands, and why: it is no `Result`, or was none before."""
         found = []
         with self._explained():
-            for row in self._db.query("SELECT rowid AS number, * FROM results") if self._version() else ():
+            for row in self._tables.query("SELECT rowid AS number, * FROM results") if self._version() else ():
                 found.append(f"row {row['number']} of before fingerprints: no record, or one twice")
-            for row in self._db.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
+            for row in self._tables.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
                 try:
                     _from_row(row)
                 except (*NO_RESULT, KeyError) as error:
@@ -174,7 +175,7 @@ class Store:
 
     def _prepare_to_write(self) -> None:
         """Bring the schema up to date and switch to write-ahead mode."""
-        self._migrate()
+        self._migrate(self._db)
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
@@ -189,7 +190,7 @@ class Store:
     def _prepare_to_read(self) -> None:
         """Check that the file is ours; open it in another way where the first does not work."""
         try:
-            version = self._version()
+            self._version()
         except sqlite3.OperationalError:
             # Write-ahead mode puts files beside the database, even to read it. Where that is not allowed, and no
             # writer has put them there, nobody is writing, and it can be read as a file that does not change.
@@ -197,32 +198,61 @@ class Store:
                 raise
             self._db.close()
             self._db = _connect(self.path, "immutable=1")
-            version = self._version()
-        if 0 < version < _migrations()[-1][0]:  # 0 is a file that is missing or being made: empty
-            # To read is not to change: an older parallax_gen may be using the file. What is read is a copy.
-            copy = _connect(Path(":memory:"), "mode=ro")
-            self._db.conn.backup(copy.conn)
-            self._db.close()
-            self._db = copy
-            self._migrate()
+            self._version()
 
-    def _migrate(self) -> None:
-        """Bring the schema up to date, all or nothing."""
-        with self._transaction():  # of many processes that open a new file, one at a time gets in here
-            version = self._version()
+    def _is_older(self) -> bool:
+        """Whether the file has older tables, which a writer would bring up to date and a reader leaves as they are."""
+        return self.read_only and 0 < self._version() < _migrations()[-1][0]  # 0: it is missing, or being made
+
+    @property
+    def _tables(self) -> Database:
+        """What has today's tables: of a file with older ones, a copy."""
+        return self._copy if self._is_older() else self._db
+
+    @cached_property
+    def _copy(self) -> Database:
+        copy = _connect(Path(":memory:"), "mode=ro")
+        self._db.conn.backup(copy.conn)
+        self._migrate(copy)
+        return copy
+
+    def _of_before(self, place: Place) -> Database:
+        """Those rows of a file with older tables that are of a place, up to date: a call has no time for all others.
+
+        A row's key was the place's JSON, and then what measured it.
+        """
+        begin = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
+        # In the order of the file, which is twice as fast as by the index.
+        of_place = "+gpu = ? AND +op = ? AND key_json > ? AND key_json < ?"
+        bounds = (place.gpu, place.spec.family, begin, f"{begin}~")
+        found = list(self._db.execute(f"SELECT * FROM results WHERE {of_place}", bounds))
+        few = _connect(Path(":memory:"), "mode=ro")
+        if found:
+            self._migrate(few, self._version())
+            marks = ", ".join("?" * len(found[0]))
+            few.conn.executemany(f"INSERT INTO results VALUES ({marks})", found)
+            few.conn.commit()
+        self._migrate(few)
+        return few
+
+    def _migrate(self, db: Database, last: int | None = None) -> None:
+        """Bring the schema up to date, or up to the migration `last`, all or nothing."""
+        with _transaction(db):  # of many processes that open a new file, one at a time gets in here
+            version = self._version(db)
             for number, script in _migrations():
-                if number > version:
+                if version < number <= (last or number):
                     for statement in _statements(script.read_text(encoding="utf-8")):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {number}")
-                    self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {number}")
+                    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
-    def _version(self) -> int:
+    def _version(self, db: Database | None = None) -> int:
         """The file's schema version, 0 if it is new. Raises StoreError if it is not ours or later than we know."""
+        db = db or self._db
         version, application = (
-            int(self._db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("user_version", "application_id")
+            int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("user_version", "application_id")
         )
-        if application != APPLICATION_ID and (application or version or self._db.table_names()):
+        if application != APPLICATION_ID and (application or version or db.table_names()):
             raise StoreError(
                 f"{self.path} is a SQLite database of another program: it is left as it is; "
                 "set PARALLAX_GEN_DB to another file"
@@ -234,16 +264,6 @@ class Store:
                 "upgrade parallax_gen, or set PARALLAX_GEN_DB to another file"
             )
         return version
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All or nothing, and alone: IMMEDIATE takes the write lock before anything is read."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.commit()
-        finally:
-            self._db.rollback()  # does nothing after a commit
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -266,25 +286,27 @@ class Store:
     def _writing(self) -> Iterator[None]:
         if self.read_only:
             raise StoreError(f"{self.path} was opened to be read: nothing can be changed in it")
-        with self._explained(), self._transaction():
+        with self._explained(), _transaction(self._db):
             yield
 
     def _same(self, result: Result) -> Result | None:
         """What is here for the identity of a result."""
-        return next(self._select(SAME, arguments=_identity(result)), None)
+        return next(self._select(SAME, _identity(result)), None)
 
     def _put(self, result: Result) -> None:
         self._db.table("measurements").upsert(_to_row(result), pk=IDENTITY)
 
-    def _read(self, where: str, **arguments: Scalar) -> list[Result]:
-        with self._explained():
-            return sorted(self._select(where, arguments=arguments), key=reading_order)
-
     def _select(
-        self, where: str, order_by: str | None = None, arguments: Mapping[str, Scalar] | None = None
+        self,
+        where: str,
+        arguments: Mapping[str, Scalar] | None = None,
+        *,
+        order_by: str | None = None,
+        tables: Database | None = None,
     ) -> Iterator[Result]:
-        """The rows that match and parse."""
-        return self._parsed(self._db.table("measurements").rows_where(where, dict(arguments or {}), order_by=order_by))
+        """The rows that match and parse. tables: where they are, by default `_tables`."""
+        rows = (tables or self._tables).table("measurements")
+        return self._parsed(rows.rows_where(where, dict(arguments or {}), order_by=order_by))
 
     def _parsed(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
         """Those that parse. One that does not is counted, and never trusted."""
@@ -293,6 +315,17 @@ class Store:
                 yield _from_row(row)
             except (*NO_RESULT, KeyError):  # of a column that is not there
                 self._unreadable.add(tuple(row.get(name) for name in IDENTITY))
+
+
+@contextmanager
+def _transaction(db: Database) -> Iterator[None]:
+    """All or nothing, and alone: IMMEDIATE takes the write lock before anything is read."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.commit()
+    finally:
+        db.rollback()  # does nothing after a commit
 
 
 def _connect(path: Path, mode: str) -> Database:

@@ -242,8 +242,3 @@ def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
 def config_to_json(config: KernelConfig) -> str:
     """One line, keys sorted: the same config always gives the same text."""
     return json.dumps(config_to_dict(config), sort_keys=True)
-
-
-def describe(config: KernelConfig) -> str:
-    """For people: `BLOCK_M=128 BLOCK_N=64 ...`. Never parsed back."""
-    return " ".join(f"{name}={value}" for name, value in config_to_dict(config).items())

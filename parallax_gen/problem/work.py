@@ -1,4 +1,4 @@
-"""What a call must do at the least: FLOPs and bytes."""
+"""What a call must do at the least, FLOPs and bytes; the rate that a time makes of it, and the least time for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -92,3 +93,28 @@ def visible_pairs(seqlen_q: int, seqlen_kv: int, causal: bool, window: int = 0) 
         shortest, longest = max(0, seqlen_kv - rows - window), seqlen_kv - window
         seen -= (longest**2 - shortest**2) / 2
     return seen
+
+
+# -- Time and work
+
+
+def bound_by_matmuls(op: str) -> bool:
+    """Whether the tensor cores bound an op's time. Memory does that of decode and preprocess."""
+    return op in SCORES
+
+
+def rate_unit(op: str) -> str:
+    """What the rate of an op is counted in: what bounds its time, matmuls or memory."""
+    return "TFLOP/s" if bound_by_matmuls(op) else "GB/s"
+
+
+def rate(spec: KernelSpec, shape: Shape, time_us: float, lengths: Sequence[int] = ()) -> float:
+    """How much of the work that must be done is done a second, in `rate_unit`; `lengths` as of `work_of_lengths`."""
+    work = work_of_lengths(spec, shape, lengths)
+    return work.flops / time_us / 1e6 if bound_by_matmuls(spec.op) else work.bytes / time_us / 1e3
+
+
+def bound_us(spec: KernelSpec, shape: Shape, gpu: Gpu) -> float:
+    """Microseconds that a call takes at the least: its work at the card's peak, or its bytes at its bandwidth."""
+    work = work_of(spec, shape)
+    return 1e6 * max(work.flops / gpu.peak(spec.dtype), work.bytes / gpu.bandwidth)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parallax_gen.bench.rows import OURS
-from parallax_gen.cli.lengths import from_text
+from parallax_gen.describe import from_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.bounds import NUMBERS, shown
 from parallax_gen.memory.old import op_named

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from parallax_gen.cli.known import shape_of
-from parallax_gen.cli.text import brief, number, rate_unit
+from parallax_gen.describe import brief, number
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.work import work_of
+from parallax_gen.problem.work import rate_unit, work_of
 from parallax_gen.report.studies import Study
 
 
@@ -153,7 +153,7 @@ def _achieved(study: Study) -> str:
 
 def history(study: Study) -> History | None:
     """Of the user's own trials; None where none was timed. A trial that was timed again has its last time."""
-    timed = [trial.time_us for trial in study.trials if trial.outcome in ("ok", "slow") and trial.time_us]
+    timed = [trial.time_us for trial in study.trials if trial.outcome.timed and trial.time_us]
     if not timed:
         return None
     least = min(timed)
@@ -165,7 +165,7 @@ def history(study: Study) -> History | None:
     line, better, best = "", [], math.inf
     for i, trial in enumerate(study.trials):
         x = round(left + 4 + i * apart, 1)
-        if trial.outcome == "ok" and trial.time_us:
+        if trial.measured and trial.time_us:
             at = y(trial.time_us / least)
             dots["timed"].append(f"M{x} {at}h0")
             if trial.time_us < best:
@@ -173,9 +173,9 @@ def history(study: Study) -> History | None:
                 best = trial.time_us
                 told = f"trial {i + 1}: {number(best)} µs, {best / least:.2f} times the best\n{brief(trial.config)}"
                 better.append(Point(x, at, told))
-        elif trial.outcome == "slow" and trial.time_us:
+        elif trial.outcome.timed and trial.time_us:
             dots["slow"].append(f"M{x} {y(trial.time_us / least)}h0")
-        elif trial.outcome != "predicted":
+        elif trial.outcome.tried:
             dots["failed"].append(f"M{x - 2.5} {top - 2.5}l5 5m0 -5l-5 5")
     return History(
         width=SMALL_WIDTH,

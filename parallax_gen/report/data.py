@@ -11,6 +11,7 @@ from typing import Any
 import parallax_gen
 from parallax_gen.cli.known import Origins, name_in_records
 from parallax_gen.memory.place import Place
+from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.ops.base import KernelConfig
@@ -42,14 +43,14 @@ class Kernel:
         return " to ".join(dict.fromkeys(ends))
 
     @property
-    def outcomes(self) -> Counter[str]:
+    def outcomes(self) -> Counter[Outcome]:
         """Of the user's own trials."""
         return Counter(trial.outcome for study in self.studies for trial in study.trials)
 
     @property
     def tried(self) -> bool:
         """Whether the user has tried configs of it, rather than predicted how they would do."""
-        return bool(set(self.outcomes) - {"predicted"})
+        return any(outcome.tried for outcome in self.outcomes)
 
     def has_any(self, keys: Container[object]) -> bool:
         return any(study.key in keys for study in self.studies)
@@ -63,7 +64,7 @@ class Kernel:
         """The user's own trials that were timed: a config, and its time over the best of its study."""
         found = []
         for study in self.studies:
-            timed = [(trial.config, trial.time_us) for trial in study.trials if trial.outcome in ("ok", "slow")]
+            timed = [(trial.config, trial.time_us) for trial in study.trials if trial.outcome.timed]
             times = [(config, time_us) for config, time_us in timed if time_us]
             least = min((time_us for _, time_us in times), default=0.0)
             found += [(config, time_us / least) for config, time_us in times if len(times) > 1]

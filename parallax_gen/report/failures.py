@@ -6,39 +6,39 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from parallax_gen.cli.text import brief
-from parallax_gen.memory.result import Result
+from parallax_gen.describe import brief
+from parallax_gen.memory.result import Outcome, Result
 
 MOST_EXAMPLES = 3
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
-# What the outcomes mean, the least harmful first.
-MEANINGS = {
-    "slow": "given up while it was timed",
-    "resources": "pruned once it was compiled",
-    "invalid": "not a config of this kernel",
-    "timeout": "took too long",
-    "compile": "did not compile",
-    "crash": "killed its process",
-    "wrong": "gave wrong results",
-}
+# Failures, the least harmful first.
+HARM = (
+    Outcome.SLOW,
+    Outcome.RESOURCES,
+    Outcome.INVALID,
+    Outcome.TIMEOUT,
+    Outcome.COMPILE,
+    Outcome.CRASH,
+    Outcome.WRONG,
+)
 
 
 @dataclass(frozen=True)
 class Reason:
     """Why configs were not used, how many they were, and some of them, in brief."""
 
-    outcome: str
+    outcome: Outcome
     text: str
     count: int
     examples: tuple[str, ...]
 
 
 def reasons(results: Iterable[Result]) -> list[Reason]:
-    """By outcome as in MEANINGS, then the most frequent first."""
-    alike: dict[tuple[str, str], list[Result]] = {}
+    """By outcome as in HARM, then the most frequent first."""
+    alike: dict[tuple[Outcome, str], list[Result]] = {}
     for result in results:
-        if result.outcome in MEANINGS:
+        if result.outcome.failed:
             alike.setdefault((result.outcome, NUMBER.sub("#", _told(result))), []).append(result)
     found = [
         Reason(
@@ -49,13 +49,13 @@ def reasons(results: Iterable[Result]) -> list[Reason]:
         )
         for (outcome, _), group in alike.items()
     ]
-    return sorted(found, key=lambda r: (list(MEANINGS).index(r.outcome), -r.count, r.text))
+    return sorted(found, key=lambda r: (HARM.index(r.outcome), -r.count, r.text))
 
 
 def _told(result: Result) -> str:
     if result.detail:
         return result.detail
-    if result.outcome == "slow":
+    if result.outcome is Outcome.SLOW:
         return "far slower than the best by then"
     return "no reason was recorded"
 

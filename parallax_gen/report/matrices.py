@@ -7,11 +7,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from parallax_gen.cli.lengths import with_lengths
-from parallax_gen.cli.text import brief, lengths, number, rate_unit
+from parallax_gen.describe import brief, lengths, number, with_lengths
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
 from parallax_gen.report.benches import Timing
 from parallax_gen.report.studies import Study, order_of

@@ -15,12 +15,14 @@ import jinja2
 from markupsafe import Markup
 
 import parallax_gen
-from parallax_gen.cli.text import LEGEND, brief, gain_text, lengths, number, rate_unit
+from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
+from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.problem.spec import FAMILIES
+from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
-from parallax_gen.report.failures import MEANINGS
+from parallax_gen.report.failures import HARM
 from parallax_gen.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, means, speed_ups
 from parallax_gen.report.sources import Sources
 from parallax_gen.report.studies import STATES, Study
@@ -53,7 +55,7 @@ def html(report: Report, command: str) -> str:
             summary=summary,
             states_in_order=STATES,
             states_found={study.state if study else "untuned" for study in report.standing.values()},
-            outcome_order=("ok", *MEANINGS),
+            outcome_order=(Outcome.OK, *HARM),
             outcomes_found={outcome for kernel in tried for outcome in kernel.outcomes},
             tried=tried,
             importances=[(kernel, shares) for kernel in tried if (shares := kernel.importances)],
@@ -72,7 +74,6 @@ def html(report: Report, command: str) -> str:
             ratio_bounds=RATIOS,
             decades=DECADES,
             kernels_of=KERNELS_OF,
-            meanings=MEANINGS,
             least_trials=LEAST_TRIALS,
             legend=LEGEND,
             files=list(dict.fromkeys(file for file, _, _ in report.benches)),

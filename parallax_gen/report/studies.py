@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_named, card_of, shape_of, unlike_here
-from parallax_gen.cli.text import rate
-from parallax_gen.memory.gains import default_beside, gain
+from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
+from parallax_gen.codegen.device import card_named
+from parallax_gen.memory.gains import gain
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, default_of
-from parallax_gen.memory.result import Result
+from parallax_gen.memory.ranking import Table, default_beside, default_of
+from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Bucket, Shape
+from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import FAMILIES, KernelSpec
-from parallax_gen.problem.work import work_of
+from parallax_gen.problem.work import bound_us, rate
 from parallax_gen.tuning.job import worklist
 
 # How a bucket stands, the best first.
@@ -58,10 +58,10 @@ class Study:
         """One of STATES: "elsewhere" was measured with another toolchain, or of another kernel than today's."""
         if self.best is not None:
             return "elsewhere" if self.unlike else "measured"
-        return "predicted" if self.results[0].outcome == "predicted" else "failed"
+        return "predicted" if self.results[0].outcome is Outcome.PREDICTED else "failed"
 
     @property
-    def outcomes(self) -> Counter[str]:
+    def outcomes(self) -> Counter[Outcome]:
         return Counter(result.outcome for result in self.results)
 
     @property
@@ -70,7 +70,7 @@ class Study:
 
     @property
     def rate(self) -> float | None:
-        """Of the best, as `cli.text.rate_unit` counts it."""
+        """Of the best, as `problem.work.rate_unit` counts it."""
         time_us = self.best and self.best.time_us
         return rate(self.place.spec, shape_of(self.results[0]), time_us) if time_us else None
 
@@ -85,12 +85,6 @@ class Study:
         if self.best is None or self.best.time_us is None or self.gpu is None:
             return None
         return bound_us(self.place.spec, shape_of(self.best), self.gpu) / self.best.time_us
-
-
-def bound_us(spec: KernelSpec, shape: Shape, gpu: Gpu) -> float:
-    """Microseconds that a call takes at the least: its work at the card's peak, or its bytes at its bandwidth."""
-    work = work_of(spec, shape)
-    return 1e6 * max(work.flops / gpu.peak(spec.dtype), work.bytes / gpu.bandwidth)
 
 
 def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:

@@ -10,8 +10,9 @@ from types import FrameType
 from parallax_gen.environment import QUIET, STRICT, is_on
 from parallax_gen.errors import UntunedError
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Tier
+from parallax_gen.memory.ranking import Candidate, Known, Tier, best
 from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import representative
 
 _LOG = logging.getLogger(__name__)
@@ -27,22 +28,29 @@ class Adviser:
     def __init__(self) -> None:
         self._told = False
 
-    def check(self, place: Place, candidate: Candidate) -> None:
+    def check(self, place: Place, gpu: Gpu, known: Known) -> None:
+        """Refuse a call of which nothing was measured here, if that is asked for: before anything is compiled for it.
+
+        Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here, and
+        ArgumentError where that or PARALLAX_GEN_QUIET is neither on nor off, whatever is known.
+        """
+        strict, _ = is_on(STRICT), is_on(QUIET)
+        if strict and best(place, gpu, known).tier != Tier.MEASURED_HERE:
+            raise UntunedError(f"{STRICT} is on, and {_nothing_counts(place)}. {_mended_by(place)}")
+
+    def tell(self, place: Place, candidate: Candidate) -> None:
         """Tell, by Python's warnings and the log, that a call's kernel was not measured here.
 
-        Silent with PARALLAX_GEN_QUIET=1, and in all processes of torch.distributed but rank 0. Raises UntunedError with
-        PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here, and ArgumentError where one of
-        the two is neither on nor off, whatever the call's kernel rests on.
+        Silent with PARALLAX_GEN_QUIET=1, and in all processes of torch.distributed but rank 0.
         """
-        strict, quiet = is_on(STRICT), is_on(QUIET)
+        quiet = is_on(QUIET)
         if candidate.tier == Tier.MEASURED_HERE:
             return
-        if strict:
-            raise UntunedError(f"{STRICT} is on, and {_told(place, candidate)}")
         if self._told or quiet or not _first_rank():
             return
         self._told = True  # before it is told: where warnings are errors, the next call runs
-        told = f"{_told(place, candidate)} This is said once a process; {QUIET}=1 silences it."
+        told = f"{_nothing_counts(place)}: {_instead(candidate)}. {_mended_by(place)}"
+        told += f" This is said once a process; {QUIET}=1 silences it."
         _LOG.warning("%s", told)
         warnings.warn(told, UntunedWarning, stacklevel=level_of_user())
 
@@ -64,17 +72,20 @@ def level_of_user() -> int:
     return level
 
 
-def _told(place: Place, candidate: Candidate) -> str:
+def _nothing_counts(place: Place) -> str:
+    return f"no measurement counts of {place.spec}; {place.bucket} on {place.gpu} with {Toolchain.here()}"
+
+
+def _instead(candidate: Candidate) -> str:
     record = candidate.record
     if record is None:
-        instead = "its default config is used"
-    else:
-        of = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
-        instead = f"a record of {of} with {record.evidence.measured_with} is used"
-    return (
-        f"no measurement counts of {place.spec}; {place.bucket} on {place.gpu} with {Toolchain.here()}: {instead}. "
-        f"`{tune_command(place)}` makes one."
-    )
+        return "its default config is used"
+    of = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
+    return f"a record of {of} with {record.evidence.measured_with} is used"
+
+
+def _mended_by(place: Place) -> str:
+    return f"`{tune_command(place)}` makes one."
 
 
 def _first_rank() -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 from parallax_gen.codegen.build import compile_here, load
-from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
+from parallax_gen.describe import describe
 from parallax_gen.errors import BuildError, StoreError
 from parallax_gen.files import give_triton_a_cache
 from parallax_gen.memory.guard import Compiled, guarded, keep, kept
@@ -22,7 +22,7 @@ from parallax_gen.memory.ranking import Candidate, Known
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.ops.base import KernelConfig, describe
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
@@ -89,8 +89,9 @@ class Dispatcher:
         found = self._kernels.get(place)
         if found is None:
             give_triton_a_cache()
+            self._adviser.check(place, gpu, self._memory)
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
-            self._adviser.check(place, choice.candidate)
+            self._adviser.tell(place, choice.candidate)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[place] = found
             _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
@@ -162,10 +163,3 @@ def _warn_of(error: StoreError, instead: str = "Only shipped records and default
 def default_dispatcher() -> Dispatcher:
     """The process's own."""
     return Dispatcher(RuntimeMemory())
-
-
-def gpu_here() -> Gpu | None:
-    """The GPU that the current CUDA device is; None where there is none."""
-    import torch
-
-    return gpu_of_device(torch.cuda.current_device()) if torch.cuda.is_available() else None

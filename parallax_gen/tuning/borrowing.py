@@ -10,20 +10,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.lines import is_database, read_file
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, Tier, best, default_of, siblings
+from parallax_gen.memory.ranking import Table, Tier, best, default_of, nearest_buckets, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.search.recorded_sweep import TIMED, read_sweep
+from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 NEAREST = "the nearest bucket"  # whose best record is judged for every op, whether or not the ranking has that tier
 CHOICES = (*(tier.words for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.words)  # the best first
@@ -112,7 +111,7 @@ def measured_together(results: Iterable[Result]) -> list[Measured]:
     """
     together: dict[tuple[Place, Toolchain, int], dict[KernelConfig, float]] = {}
     for result in sorted(results, key=lambda result: result.created):
-        if result.outcome in TIMED and result.time_us and result.place.gpu in GPUS:
+        if result.outcome.timed and result.time_us and result.place.gpu in GPUS:
             of_place = result.place, _toolchain(result), result.evidence.protocol
             together.setdefault(of_place, {})[result.config] = result.time_us
     found = [Measured(*of_place, times) for of_place, times in together.items() if len(times) > 1]
@@ -177,15 +176,8 @@ def _nearest(measured: Measured, records: Sequence[Result]) -> KernelConfig | No
     """What a call in the nearest bucket with a usable record gets: along keys before rows."""
     place, gpu, known = measured.place, GPUS[measured.place.gpu], Table(records)
 
-    def distance(bucket: Bucket) -> tuple[float, float]:
-        steps = {
-            name: abs(math.log2(max(size, 1) / max(getattr(place.bucket, name), 1)))
-            for name, size in asdict(bucket).items()
-        }
-        return steps.pop("kv_rows"), sum(steps.values())
-
     buckets = dict.fromkeys(record.place.bucket for record in records)
-    for bucket in sorted(buckets, key=distance):
+    for bucket in nearest_buckets(place.bucket, buckets, rows_first=True):
         candidate = best(replace(place, bucket=bucket), gpu, known, measured.toolchain)
         if candidate.record is not None:
             return candidate.config

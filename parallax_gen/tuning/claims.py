@@ -149,7 +149,7 @@ class Board:
             return
         with self._explained(), contextlib.suppress(UpdateFinishedTrialError):  # another took this worker for dead
             self._storage.set_trial_user_attr(trial, "result", json.dumps(result.to_dict()))
-            fine = result.outcome in ("ok", "slow") and result.time_us is not None
+            fine = result.outcome.timed and result.time_us is not None
             self._end(trial, TrialState.COMPLETE if fine else TrialState.FAIL, result.time_us if fine else None)
 
     def publish(self, result: Result) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from parallax_gen.memory.bounds import fitting_detail
+from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls
-from parallax_gen.tuning.workers.worker import Measure, Outcome, Rematch, Request, Timing, Trial
+from parallax_gen.problem.work import bound_by_matmuls
+from parallax_gen.tuning.workers.worker import Measure, Rematch, Request, Timing, Trial, TrialResult
 
 FINALISTS, FINALIST_MS = 8, 60.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
 CLOSE, IN_TURNS = 1.02, 3  # of them at most so many, within this of the best, are timed once more, in turns
@@ -46,7 +47,7 @@ class Finals:
 
     def next_request(self) -> Request | None:
         """What to measure next; None once all is done."""
-        best = None if self.over else next((r for r in self._known() if r.measured), None)
+        best = None if self.over else next(iter(fastest(self._known())), None)
         if best is not None and best.config not in self._again and len(self._again) < self._most:
             self._again.add(best.config)
             return Measure(self._trial(best.config), timed_ms=FINALIST_MS, from_rest=self._from_rest)
@@ -56,14 +57,14 @@ class Finals:
             return Rematch(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._from_rest)
         return None
 
-    def measured(self, request: Request, outcome: Outcome) -> list[Result]:
+    def measured(self, request: Request, outcome: TrialResult) -> list[Result]:
         """What to record of what came of a request."""
         before = {r.config: r for r in self._known()}
         if not isinstance(request, Rematch):
             old = before[request.trial.config]
             again = replace(old, outcome=outcome.kind, error=outcome.error, detail=fitting_detail(outcome.detail))
             return [_timed(again, outcome.timing)]
-        if outcome.kind != "ok":
+        if outcome.kind.failed:
             return []
         was = before[request.trials[0].config].time_us
         assert was is not None
@@ -73,7 +74,7 @@ class Finals:
 
     def _close(self) -> list[Result]:
         """The best and those within CLOSE of it, if the best was timed again; and the default, if it was measured."""
-        measured = [(r, r.time_us) for r in self._known() if r.measured and r.time_us is not None]
+        measured = [(r, r.time_us) for r in fastest(self._known()) if r.time_us is not None]
         if not measured or measured[0][0].config not in self._again:
             return []
         most = (CLOSE_BRIEFLY if self._briefly else CLOSE) * measured[0][1]

@@ -1,28 +1,35 @@
-"""What there is to tune, where to begin, and how far it has come."""
+"""What there is to tune, or to time again, and how far it has come."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of, near_buckets, ranked, siblings
-from parallax_gen.memory.result import PROTOCOL, Result
-from parallax_gen.memory.shipped import Memory, load_shipped
+from parallax_gen.memory.ranking import (
+    Tier,
+    best,
+    default_of,
+    evidence_of,
+    fastest,
+    is_valid,
+    near_buckets,
+    ranked,
+    siblings,
+)
+from parallax_gen.memory.result import PROTOCOL, Outcome, Result
+from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, Layout, op_of
-from parallax_gen.ops.space import timed_shape, why_invalid
-from parallax_gen.problem.hardware import GPUS, Gpu
+from parallax_gen.ops.space import timed_shape
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import work_of
 from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual
-
-_Which = TypeVar("_Which", KernelSpec, Bucket)
 
 
 @dataclass(frozen=True)
@@ -59,61 +66,6 @@ def program_of(job: Job) -> str:
     return f"{kernel}, {Toolchain.here()}, protocol {PROTOCOL}"
 
 
-def proven_configs(job: Job, folder: Path | None = None) -> list[KernelConfig]:
-    """What was fastest for the job's spec on GPUs of the same capability, of the records that ship.
-
-    All that are known of its bucket, then the best of its kin there, then the best of each other bucket. Of any
-    template and Triton: to begin with, not to believe.
-    """
-    alike = [gpu.name for gpu in GPUS.values() if gpu.capability == job.gpu.capability]
-    shipped = [r for name in alike for r in load_shipped(name, folder)]
-    records = [r for r in shipped if r.place.spec == job.spec]
-    here = [r.config for r in records if r.place.bucket == job.bucket]
-    # A file has each place's fastest first.
-    of_kin = {
-        r.place: r.config for r in reversed(shipped) if r.place.bucket == job.bucket and _kin(r.place.spec, job.spec)
-    }
-    best = {r.place.bucket: r.config for r in reversed(records)}
-    return list(dict.fromkeys([*here, *of_kin.values(), *best.values()]))
-
-
-HOW_KEPT = ("page_size", "cache_dtype", "leftpad", "stats")
-
-
-def _kin(one: KernelSpec, other: KernelSpec) -> bool:
-    """Whether two kernels of decode differ in no more than how a cache is kept, and what else is written."""
-    names = [f.name for f in fields(KernelSpec) if f.name not in HOW_KEPT]
-    return op_of(one).own_lengths and one != other and all(getattr(one, name) == getattr(other, name) for name in names)
-
-
-def nearby_configs(job: Job, known: Iterable[Result]) -> list[KernelConfig]:
-    """What was fastest where it was measured: of the job's kin in its bucket, of its spec in the two nearest others.
-
-    Sizes are compared by ratio.
-    """
-    kin: dict[KernelSpec, Result] = {}
-    best: dict[Bucket, Result] = {}
-    for result in filter(lambda r: r.measured, known):
-        here = result.place.bucket == job.bucket
-        if here and _kin(result.place.spec, job.spec):
-            _keep_faster(kin, result.place.spec, result)
-        elif not here and result.place.spec == job.spec:
-            _keep_faster(best, result.place.bucket, result)
-
-    def distance(bucket: Bucket) -> float:
-        sizes = zip(vars(bucket).values(), vars(job.bucket).values(), strict=True)
-        return sum(abs(math.log2(max(one, 1) / max(other, 1))) for one, other in sizes)
-
-    nearest = [best[bucket].config for bucket in sorted(best, key=distance)[:2]]
-    return list(dict.fromkeys([*(result.config for result in kin.values()), *nearest]))
-
-
-def _keep_faster(best: dict[_Which, Result], which: _Which, result: Result) -> None:
-    other = best.get(which)
-    if other is None or (result.time_us or 0.0) < (other.time_us or 0.0):
-        best[which] = result
-
-
 @dataclass
 class Progress:
     """How a job stands. `kinds` counts this run's outcomes, `known` those that earlier runs left.
@@ -124,7 +76,7 @@ class Progress:
 
     job: Job
     known: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
+    kinds: dict[Outcome, int] = field(default_factory=dict)
     best: Result | None = None
     seconds: float = 0.0
     elsewhere: int = 0
@@ -196,7 +148,7 @@ HINTS = 1  # of kernels that are not rendered any more
 
 
 def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
-    """Every place that anything was measured at, on a card or on one like it.
+    """Every place that anything was measured at, on a card or on one like it, and whose inputs the card can hold.
 
     Calls that rest on the least come first, so that a refresh that is stopped has done the most; but the kernels of
     a training step stay together, as they are checked on the same inputs.
@@ -204,12 +156,18 @@ def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambd
     names = (gpu.name, *siblings(gpu))
     measured = (result.place for name in names for result in memory.all(name) if result.measured)
     places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
-    chosen = {place: best(place, gpu, memory) for place in places if wanted(place)}
+    chosen = {place: best(place, gpu, memory) for place in places if wanted(place) and _fits(place, gpu)}
     together: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
     for place in chosen:
         together.setdefault((step_of(place.spec), place.bucket), []).append(place)
     order = sorted(together.values(), key=lambda of_step: max(chosen[place].tier for place in of_step), reverse=True)
     return [Job(place.spec, place.bucket, gpu) for of_step in order for place in of_step]
+
+
+def _fits(place: Place, gpu: Gpu) -> bool:
+    """A record from elsewhere may be of sizes that nobody has memory for."""
+    whole = replace(representative(place.bucket, place.spec.group), window=0)  # a window reads less of as much
+    return work_of(place.spec, whole).bytes <= gpu.memory_bytes
 
 
 def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:
@@ -226,17 +184,16 @@ def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:
         if candidate.config not in found and taken[candidate.tier] < OF_A_TIER:
             taken[candidate.tier] += 1
             found[candidate.config] = None
-    found |= dict.fromkeys(_fastest(memory.results(place), job, 1))
+    found |= dict.fromkeys(_fastest(memory.results(place), gpu, 1))
     for near in near_buckets(place):
-        if there := _fastest(memory.results(near), job, 1):
+        if there := _fastest(memory.results(near), gpu, 1):
             found |= dict.fromkeys(there)
             break
     hints = (result for name in siblings(gpu) for result in memory.results(replace(place, gpu=name)))
-    found |= dict.fromkeys(_fastest(hints, job, HINTS))
+    found |= dict.fromkeys(_fastest(hints, gpu, HINTS))
     return list(dict.fromkeys([best(place, gpu, memory).config, *found]))[:MOST_REFRESHED]
 
 
-def _fastest(results: Iterable[Result], job: Job, count: int) -> Sequence[KernelConfig]:
-    """Configs of the fastest that were measured and are valid today."""
-    measured = sorted((r for r in results if r.measured), key=lambda r: r.time_us or 0.0)
-    return [r.config for r in measured if why_invalid(job.spec, r.config, job.gpu) is None][:count]
+def _fastest(results: Iterable[Result], gpu: Gpu, count: int) -> list[KernelConfig]:
+    """Configs of the fastest that are valid today."""
+    return [result.config for result in fastest(results) if is_valid(result, gpu)][:count]

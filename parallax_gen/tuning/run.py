@@ -11,20 +11,20 @@ from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
 from parallax_gen.memory.bounds import fitting_detail
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, evidence_of, is_current
-from parallax_gen.memory.result import Evidence, Result, reading_order, supersedes
+from parallax_gen.memory.ranking import default_of, evidence_of, fastest, is_current, nearby_seeds, shipped_seeds
+from parallax_gen.memory.result import Evidence, Outcome, Result, reading_order, supersedes
+from parallax_gen.memory.shipped import load_alike
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig, config_to_json
 from parallax_gen.ops.space import neighbours, promising_configs
 from parallax_gen.tuning.claims import Board
 from parallax_gen.tuning.finals import Finals
-from parallax_gen.tuning.job import Job, Progress, nearby_configs, proven_configs
+from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
-from parallax_gen.tuning.workers.worker import Compile, Measure, Outcome, Request, Trial
+from parallax_gen.tuning.workers.worker import Compile, Measure, Request, Trial, TrialResult
 
 MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
-SUCCEEDED = ("ok", "slow", "predicted")  # outcomes with a time
 GIVE_UP = 1.5  # a call this many times slower than the best has lost
 
 
@@ -56,21 +56,21 @@ class Run:
         self.job = job
         self._results = results or store.results
         self._store, self._measure, self._trials, self._board = store, measure, trials, board
-        self._wanted = "ok" if measure else "predicted"
+        self._wanted = Outcome.OK if measure else Outcome.PREDICTED
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
         self._default = default_of(job.place, job.gpu)
-        known = [r for r in self._known() if not (r.of_machine or (measure and r.outcome == "predicted"))]
+        known = [r for r in self._known() if not (r.of_machine or (measure and not r.outcome.tried))]
         if again is not None:
             known = []
-        best = next((r for r in known if r.outcome == self._wanted), None)
+        best = next((r for r in known if r.outcome is self._wanted), None)
         first = self._first(best) if again is None else again
         self._search = Search(job.spec, job.gpu, first, guess=self._guess_us, among=again)
         for result in known:
             self._search.tell(result.config, result.time_us)
         self.progress = Progress(job, known=len(known), best=best)
         self._asked = self._compiling = self._measuring = 0
-        self._ready: deque[tuple[KernelConfig, Outcome]] = deque()  # compiled, and not yet measured
-        self._compiled: dict[KernelConfig, Outcome] = {}  # of those that are being measured
+        self._ready: deque[tuple[KernelConfig, TrialResult]] = deque()  # compiled, and not yet measured
+        self._compiled: dict[KernelConfig, TrialResult] = {}  # of those that are being measured
         self._finals = Finals(job.spec.op, self._known, self._trial, self._default, again or ())
         self._elsewhere: list[KernelConfig] = []  # claimed by others when they were proposed
         self._heard: set[KernelConfig] = set()  # what others found
@@ -123,7 +123,7 @@ class Run:
         self._compiling += 1
         return self._source_of(config), Compile(self._trial(config))
 
-    def compiled(self, config: KernelConfig, outcome: Outcome) -> bool:
+    def compiled(self, config: KernelConfig, outcome: TrialResult) -> bool:
         """What came of compiling a config. True if its trial has ended with it: failed, pruned or predicted."""
         self._compiling -= 1
         if not self._some_compiled:  # compilers start up before the first: a short budget is not for that
@@ -136,7 +136,7 @@ class Run:
         estimate = None
         if ended is None:
             assert outcome.resources is not None
-            ended = Outcome("predicted")
+            ended = TrialResult(Outcome.PREDICTED)
             estimate = predict_us(self.job.spec, config, self.job.timed_shape, self.job.gpu, outcome.resources)
         self._note(self._result(config, outcome, ended, predicted_us=estimate))
         return True
@@ -156,7 +156,7 @@ class Run:
         self._measuring += request is not None
         return request
 
-    def measured(self, request: Request, outcome: Outcome) -> bool:
+    def measured(self, request: Request, outcome: TrialResult) -> bool:
         """What came of measuring. True if a trial has ended with it, False of finals."""
         self._measuring -= 1
         if isinstance(request, Measure) and request.trial.config in self._compiled:
@@ -178,9 +178,10 @@ class Run:
         """
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
-        nearby = nearby_configs(job, self._store.fastest(job.gpu.name, job.spec.family))
+        shipped = shipped_seeds(job.place, load_alike(job.gpu))
+        nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.family))
         near = neighbours(job.spec, best.config, job.gpu) if best else []
-        return [default, *proven_configs(job), *nearby, *promising, *near]
+        return [default, *shipped, *nearby, *promising, *near]
 
     def _known(self) -> list[Result]:
         """What is known of the job's kernels as they are today, compiled as here: the measured first, fast to slow.
@@ -208,7 +209,7 @@ class Run:
 
     @property
     def _best_measured(self) -> Result | None:
-        return next((r for r in self._known() if r.measured), None)
+        return next(iter(fastest(self._known())), None)
 
     def _guess_us(self, config: KernelConfig) -> float:
         return guess_us(self.job.spec, config, self.job.timed_shape, self.job.gpu)
@@ -241,21 +242,21 @@ class Run:
             self._store.record(result)
             if result.config not in self._heard:
                 self._heard.add(result.config)
-                self._search.tell(result.config, result.time_us if result.outcome in SUCCEEDED else None)
+                self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
         best = self._best_measured if news and self._measure else None
         if best is not None:
             self.progress.best = best
         self.progress.elsewhere = len(self._heard) - self._heard_before
 
-    def _ended_by(self, compiled: Outcome) -> Outcome | None:
+    def _ended_by(self, compiled: TrialResult) -> TrialResult | None:
         """What ends a trial that was compiled: a failure, spills, too much shared memory; None for nothing."""
         resources, most = compiled.resources, self.job.gpu.shared_per_block
-        if compiled.kind != "ok" or resources is None:
+        if compiled.kind.failed or resources is None:
             return compiled
         if resources.spills > MOST_SPILLS:
-            return Outcome("resources", f"spills {resources.spills} bytes a thread, over {MOST_SPILLS}")
+            return TrialResult(Outcome.RESOURCES, f"spills {resources.spills} bytes a thread, over {MOST_SPILLS}")
         if resources.shared_bytes > most:
-            return Outcome("resources", f"needs {resources.shared_bytes} bytes of shared memory, over {most}")
+            return TrialResult(Outcome.RESOURCES, f"needs {resources.shared_bytes} bytes of shared memory, over {most}")
         return None
 
     @property
@@ -287,14 +288,14 @@ class Run:
         self._store.record(result)
         if self._board is not None:
             self._board.finish(result)
-        self._search.tell(result.config, result.time_us if result.outcome in SUCCEEDED else None)
-        if result.outcome == self._wanted and result.time_us is not None and result.time_us < self._best_us:
+        self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
+        if result.outcome is self._wanted and result.time_us is not None and result.time_us < self._best_us:
             self.progress.best = result
         self.progress.kinds[result.outcome] = self.progress.kinds.get(result.outcome, 0) + 1
         self.progress.seconds = time.monotonic() - self._start
 
     def _result(
-        self, config: KernelConfig, compiled: Outcome, outcome: Outcome, *, predicted_us: float | None = None
+        self, config: KernelConfig, compiled: TrialResult, outcome: TrialResult, *, predicted_us: float | None = None
     ) -> Result:
         resources, timing = compiled.resources, outcome.timing
         return Result(

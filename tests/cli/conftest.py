@@ -29,9 +29,8 @@ def no_kernels_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("options", "doctor"):
-        monkeypatch.setattr(f"parallax_gen.cli.{module}.card_here", lambda: None)
-    monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: None)
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: None)
+    monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda worker: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

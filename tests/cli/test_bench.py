@@ -14,7 +14,6 @@ from parallax_gen.bench import cases as sweep_module
 from parallax_gen.bench.baselines.contenders import contenders
 from parallax_gen.bench.rows import CONTENDERS, Effort, Row
 from parallax_gen.bench.run import PARTS
-from parallax_gen.cli import bench as bench_module
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -61,7 +60,7 @@ def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         found = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
         return [row for row in found if not only or row.contender in only]
 
-    monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
     monkeypatch.setattr(sweep_module, "_compare", compare)
     monkeypatch.setattr("sys.argv", ["parallax-gen", "bench", "--csv", "a file"])
 
@@ -206,7 +205,7 @@ def test_contenders_are_named_once_and_ours_is_first() -> None:
 
 def test_json_of_an_error_that_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row("fla", "decode", "decode", SPEC, SHAPE, 5.0, 1.0, float("inf"))
-    monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
     monkeypatch.setattr(sweep_module, "_compare", lambda *_: [row])
     document = json.loads(run("bench", "--op", "decode", "--shape", "1,8,4096", "--json").stdout)
     assert document["rows"][0]["error"] is None

@@ -10,8 +10,8 @@ from cli_samples import run, run_json
 
 from parallax_gen.bench import cases as sweep_module
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.cli import bench as bench_module
-from parallax_gen.cli.lengths import Lengths, from_text, lengths_of, to_text, with_lengths
+from parallax_gen.cli.lengths import Lengths, lengths_of
+from parallax_gen.describe import from_text, to_text, with_lengths
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -34,7 +34,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
         asked.append((spec, shape, lengths))
         return [Row(name, op, op, spec, shape, 10.0, 1.0, lengths=lengths) for name in only]
 
-    monkeypatch.setattr(bench_module, "card_here", lambda: gpu_by_name("h200"))
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
     monkeypatch.setattr(sweep_module, "_compare", compare)
     return asked
 

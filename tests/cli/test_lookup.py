@@ -92,9 +92,10 @@ def test_list_says_what_a_call_rests_on(store: Store) -> None:
         (200.0, "h100", "h200", "this Triton on h100", True),
         (50.0, "h200", "h200", "not used", False),
     ]
+    assert [r["checked"] for r in records] == [False, False, True]
     table = run("list", "--gpu", "h200").stdout
-    assert "measured  Triton 3.5\n" in table
-    assert "measured  this Triton on h100\n" in table
+    assert "measured  Triton 3.5 (not yet checked)\n" in table
+    assert "measured  this Triton on h100 (not yet checked)\n" in table
     assert "measured  not used\n" in table
 
 

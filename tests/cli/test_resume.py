@@ -26,7 +26,6 @@ from parallax_gen.bench.rows import (
     from_flat,
     to_flat,
 )
-from parallax_gen.cli import bench as bench_module
 from parallax_gen.cli.options import Sizes
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.memory.store import Store
@@ -82,7 +81,7 @@ class Card:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
-    monkeypatch.setattr(bench_module, "card_here", lambda: H200)
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
     monkeypatch.setattr(sweep_module, "_compare", card.compare)
     return card
 

@@ -14,12 +14,13 @@ from rich.console import Console
 
 from parallax_gen.cli.progress import Interrupt, View
 from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.workers.worker import Compile, Measure, Outcome, Rematch, Timing
+from parallax_gen.tuning.workers.worker import Compile, Measure, Rematch, Timing, TrialResult
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
@@ -38,16 +39,16 @@ class FakeWorker:
     def start(self) -> None:
         pass
 
-    def ask(self, request: Compile | Measure | Rematch, timeout_s: float) -> Outcome:
+    def ask(self, request: Compile | Measure | Rematch, timeout_s: float) -> TrialResult:
         if isinstance(request, Compile):
-            return Outcome("ok", resources=Resources(100, 0, 1000))
+            return TrialResult(Outcome.OK, resources=Resources(100, 0, 1000))
         if isinstance(request, Rematch):
-            return Outcome("crash", "nothing is timed in turns")
+            return TrialResult(Outcome.CRASH, "nothing is timed in turns")
         FakeWorker.measured += 1
         if FakeWorker.measured == 2:
-            return Outcome("wrong", "NaN")
+            return TrialResult(Outcome.WRONG, "NaN")
         us = 300.0 - FakeWorker.measured
-        return Outcome("ok", timing=Timing(us, us, us, 20, 50), error=1e-3)
+        return TrialResult(Outcome.OK, timing=Timing(us, us, us, 20, 50), error=1e-3)
 
     def kill(self) -> None:
         pass
@@ -61,7 +62,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H200 in this machine."""
     FakeWorker.measured = 0
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
-    monkeypatch.setattr("parallax_gen.cli.options.card_here", lambda: H200)
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
     monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: H200)
 
 
@@ -113,7 +114,7 @@ def test_another_gpu_than_the_one_that_is_there_is_refused(card: None, store: St
 
 def test_where_no_config_works_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "ask", lambda *_: Outcome("compile", "nothing compiles"))
+    monkeypatch.setattr(FakeWorker, "ask", lambda *_: TrialResult(Outcome.COMPILE, "nothing compiles"))
     result = run("tune", *CALL, *FEW)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: no config worked")

@@ -29,8 +29,8 @@ from parallax_gen.ops.space import default_config, most_shared_bytes, why_invali
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.tuner import MOST_SPILLS
-from parallax_gen.tuning.workers.worker import Compile, Outcome, Trial, Worker
+from parallax_gen.tuning.run import MOST_SPILLS
+from parallax_gen.tuning.workers.worker import Compile, Trial, TrialResult, Worker
 
 ROOT = Path(__file__).parents[2]
 GPU = GPUS["h200"]
@@ -228,7 +228,7 @@ def shape_of(kernel: Kernel) -> Shape:
     return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.family == "decode" else 1000, 1000)
 
 
-def outcomes(jobs: list[Job]) -> dict[str, Outcome]:
+def outcomes(jobs: list[Job]) -> dict[str, TrialResult]:
     """What a worker on each of two cores makes of the jobs."""
     waiting, found = iter(jobs), {}
     lock = threading.Lock()

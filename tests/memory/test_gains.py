@@ -10,9 +10,9 @@ import pytest
 
 from parallax_gen.codegen.render import render
 from parallax_gen.files import data_dir
-from parallax_gen.memory.gains import default_beside, gain, standings, standings_of
+from parallax_gen.memory.gains import gain, standings, standings_of
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, default_of, evidence_of
+from parallax_gen.memory.ranking import Table, default_beside, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.ops.base import KernelConfig

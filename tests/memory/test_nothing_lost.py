@@ -16,7 +16,7 @@ from memory_samples import PLACE, result
 
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.store import Store
+from parallax_gen.memory.store import Store, _transaction
 
 COMMON = """
 import os, pathlib, random, signal, sys, time
@@ -202,5 +202,5 @@ def test_a_merge_that_fails_adds_nothing(store: Store) -> None:
 def test_reading_can_go_on_while_another_process_writes(store: Store) -> None:
     """A transaction that is not finished, as of a process that was stopped in it, is not waited for."""
     store.record(result())
-    with Store(store.path, read_only=True) as reader, store._transaction():
+    with Store(store.path, read_only=True) as reader, _transaction(store._db):
         assert reader.results(PLACE) == [result()]

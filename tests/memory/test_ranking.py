@@ -85,6 +85,13 @@ def test_tiers_go_before_times() -> None:
     assert choices(fastest) == [sibling, LAST]
 
 
+def test_a_card_that_another_stands_in_for_has_no_siblings() -> None:
+    """Of a card that is neither in the table nor here nobody knows what it is like."""
+    sibling = record(place=dataclasses.replace(PLACE, gpu="h100"))
+    assert best(PLACE, GPU, Table([sibling])).tier == Tier.SIBLING_CARD
+    assert best(dataclasses.replace(PLACE, gpu="nvidia-x-1sm"), GPU, Table([sibling])).tier == Tier.DEFAULT
+
+
 def test_a_siblings_preprocess_is_not_ahead_of_the_default() -> None:
     place = Place(GPU.name, KernelSpec("preprocess", 128, "bf16"), Bucket(8, 4096, 4096))
     sibling = dataclasses.replace(place, gpu="h100")

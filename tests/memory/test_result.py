@@ -15,7 +15,7 @@ from memory_samples import EVIDENCE, PLACE, SHAPE, config, result
 
 from parallax_gen.errors import ArgumentError, ConfigError, ParallaxGenError
 from parallax_gen.memory.bounds import fitting_detail
-from parallax_gen.memory.result import OUTCOMES, Evidence, Result, supersedes
+from parallax_gen.memory.result import Evidence, Outcome, Result, supersedes
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.shapes import Bucket
 
@@ -178,7 +178,33 @@ def test_a_result_of_a_window_comes_back() -> None:
 
 
 def test_order_of_writing_does_not_matter() -> None:
-    rows = [result(outcome, day=day) for day, outcome in enumerate(OUTCOMES, start=1)]
+    rows = [result(outcome, day=day) for day, outcome in enumerate(Outcome, start=1)]
     for one in rows:
         for other in rows:
             assert one is other or supersedes(one, other) != supersedes(other, one)
+
+
+def test_an_outcome_is_a_text_too() -> None:
+    for outcome in Outcome:
+        assert f"{outcome} {outcome:>9}" == f"{outcome.value} {outcome.value:>9}"
+        assert json.dumps({outcome: outcome}) == json.dumps({outcome.value: outcome.value})
+        assert {outcome.value: 1}[outcome] == 1
+        assert result(outcome.value).outcome is outcome
+        assert outcome.meaning
+
+
+def test_what_outcomes_say() -> None:
+    def those(what: str) -> list[str]:
+        return [outcome.value for outcome in Outcome if getattr(outcome, what)]
+
+    assert those("timed") == ["ok", "slow"]
+    assert those("has_time") == ["ok", "slow", "predicted"]
+    assert those("failed") == ["invalid", "compile", "resources", "timeout", "crash", "wrong", "slow"]
+    assert those("tried") == ["ok", "invalid", "compile", "resources", "timeout", "crash", "wrong", "slow"]
+    assert those("inconclusive") == ["timeout", "crash"]
+    full = "OSError: [Errno 28] No space left on device"
+    assert [outcome for outcome in Outcome if result(outcome, detail=full).of_machine] == [
+        "compile",
+        "resources",
+        "crash",
+    ]

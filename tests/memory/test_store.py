@@ -22,7 +22,7 @@ from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, 
 from parallax_gen.errors import ParallaxGenError, StoreError
 from parallax_gen.files import data_dir
 from parallax_gen.memory import store as store_module
-from parallax_gen.memory.result import OUTCOMES, Result
+from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.store import APPLICATION_ID, Store, default_path
 from parallax_gen.ops.base import config_to_json
 from parallax_gen.ops.decode import DecodeConfig
@@ -42,7 +42,7 @@ def store(path: Path) -> Iterator[Store]:
 # What is kept
 
 
-@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("outcome", Outcome)
 def test_a_result_comes_back_as_it_was(store: Store, outcome: str) -> None:
     full = {"time_us_p20": 99.0, "time_us_p80": 101.5, "error": 1e-3, "registers": 168, "spills": 0}
     more = {"shape": SHAPE, "shared_bytes": 98304, "compile_s": 2.5, "detail": "naïve\n✓", "source": "here"}
@@ -283,6 +283,31 @@ def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: 
     with Store(path, read_only=True) as store:
         assert len(store.results(PLACE)) == 4
         assert len(store.problems()) == 3
+
+
+def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database_of_before(path)
+    many = 5000
+    with closing(sqlite3.connect(path)) as old, old:
+        elsewhere = json.dumps(KEY | {"bucket.kv_rows": 8})
+        row = OF_BEFORE | {"key_json": elsewhere}
+        marks = ", ".join("?" * (len(row) + 1))
+        old.executemany(
+            f"INSERT INTO results ({', '.join(row)}, key_digest) VALUES ({marks})",
+            [(*row.values(), f"more {i}") for i in range(many)],
+        )
+    with Store(path, read_only=True) as store:
+        monkeypatch.setattr(Store, "_copy", property(lambda _: pytest.fail("all of it was converted")))
+        assert [r.outcome for r in store.results(PLACE)] == ["ok", "ok", "crash"]
+        assert store.results(dataclasses.replace(PLACE, gpu="h100")) == []
+    monkeypatch.undo()
+    with Store(path, read_only=True) as reader:
+        assert len(reader.results(PLACE)) == 3
+        with Store(path) as writer:  # which brings it up to date meanwhile
+            writer.record(result(day=2))
+        assert len(reader.results(PLACE)) == 4
 
 
 def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from memory_samples import PLACE, SHAPE, result
 
-from parallax_gen.cli.text import time_and_rate
+from parallax_gen.describe import time_and_rate
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.bounds import LEAST_US, MOST_US
 from parallax_gen.memory.gains import standings

@@ -30,6 +30,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, bucket_of, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 from parallax_gen.problem.workloads import Flags, kernels
+from parallax_gen.runtime import dispatch
 from parallax_gen.runtime.advice import UntunedWarning, level_of_user, tune_command
 from parallax_gen.runtime.dispatch import Dispatcher
 
@@ -186,6 +187,14 @@ def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPat
                 match=r"^PARALLAX_GEN_STRICT is on, and no measurement .*`parallax-gen tune .*` makes one\.$",
             ):
                 called(dispatcher, PLACE)
+
+
+def test_strict_refuses_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "choose", lambda *_: pytest.fail("it chose, which may compile for seconds"))
+    monkeypatch.setenv("PARALLAX_GEN_STRICT", "1")
+    with pytest.raises(UntunedError) as refused:
+        called(Dispatcher(Table([record(triton="3.1.0")])), PLACE)
+    assert " is used" not in str(refused.value)
 
 
 def test_the_command_tunes_the_place() -> None:

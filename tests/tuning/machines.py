@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from parallax_gen.codegen.resources import Resources
+from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.tuning.workers.worker import Compile, Measure, Outcome, Rematch, Request, Timing
+from parallax_gen.tuning.workers.worker import Compile, Measure, Rematch, Request, Timing, TrialResult
 
 FINE = Resources(registers=100, spills=0, shared_bytes=1000)
 
 
-def timed(us: float, kind: str = "ok") -> Outcome:
-    return Outcome(kind, timing=timing(us), error=1e-3)
+def timed(us: float, kind: Outcome = Outcome.OK) -> TrialResult:
+    return TrialResult(kind, timing=timing(us), error=1e-3)
 
 
 def timing(us: float) -> Timing:
@@ -25,9 +26,11 @@ def timing(us: float) -> Timing:
 class Machine:
     """What the fake workers do. Each is given the config and how often its kind was asked before."""
 
-    compile: Callable[[KernelConfig, int], Outcome] = lambda config, n: Outcome("ok", resources=FINE, seconds=0.5)
-    measure: Callable[[KernelConfig, int], Outcome] = lambda config, n: timed(100.0 + n)
-    rematch: Callable[[Rematch], Outcome] = lambda request: Outcome("crash", "nothing is timed in turns")
+    compile: Callable[[KernelConfig, int], TrialResult] = lambda config, n: TrialResult(
+        Outcome.OK, resources=FINE, seconds=0.5
+    )
+    measure: Callable[[KernelConfig, int], TrialResult] = lambda config, n: timed(100.0 + n)
+    rematch: Callable[[Rematch], TrialResult] = lambda request: TrialResult(Outcome.CRASH, "nothing is timed in turns")
     compiled: list[KernelConfig] = field(default_factory=list)
     measured: list[Measure] = field(default_factory=list)
     rematches: list[Rematch] = field(default_factory=list)
@@ -49,7 +52,7 @@ class FakeWorker:
     def start(self) -> None:
         assert self._open
 
-    def ask(self, request: Request, timeout_s: float) -> Outcome:
+    def ask(self, request: Request, timeout_s: float) -> TrialResult:
         assert timeout_s > 0
         machine = self._machine
         if isinstance(request, Compile):

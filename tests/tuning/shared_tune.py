@@ -11,6 +11,7 @@ import time
 
 from machines import FINE, Machine, timed
 
+from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig, config_to_json
 from parallax_gen.problem.hardware import GPUS
@@ -20,7 +21,7 @@ from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.claims import Storage
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.worker import TRIAL_MS, Outcome
+from parallax_gen.tuning.workers.worker import TRIAL_MS, TrialResult
 
 LEASE_S = 10.0  # four workers share two cores: one may hear nothing for seconds
 JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])
@@ -35,16 +36,16 @@ def main() -> None:
     database, storage, seed = sys.argv[1:]
     chance = random.Random(int(seed))
 
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         if machine.measured[n].timed_ms == TRIAL_MS:  # no finalist
             print(config_to_json(config), flush=True)
         time.sleep(chance.uniform(0.1, 0.3))
-        return timed(cost(config)) if cost(config) > 100 else Outcome("crash", "made up")
+        return timed(cost(config)) if cost(config) > 100 else TrialResult(Outcome.CRASH, "made up")
 
     def ignore(_: Progress) -> None:
         pass
 
-    machine = Machine(compile=lambda config, n: Outcome("ok", resources=FINE), measure=measure)
+    machine = Machine(compile=lambda config, n: TrialResult(Outcome.OK, resources=FINE), measure=measure)
     tuning.Worker = machine.worker  # type: ignore[assignment, misc]
     place = Storage(storage, lease_s=LEASE_S)
     with Store(database) as store, Tuner(store, measure=True, compilers=1, storage=place) as tuner:

@@ -11,6 +11,7 @@ import pytest
 from machines import FINE, Machine, timed, timing
 
 from parallax_gen.memory.ranking import best
+from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import every_config
@@ -20,7 +21,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import CLOSE, IN_TURNS
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.worker import TRIAL_MS, Measure, Outcome, Rematch
+from parallax_gen.tuning.workers.worker import TRIAL_MS, Measure, Rematch, TrialResult
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(5)]
@@ -48,8 +49,8 @@ def tune_all(
     store: Store, machine: Machine, jobs: list[Job], devices: int, *, trials: int = 6, compilers: int = 2
 ) -> tuple[list[Progress], Notes]:
     notes = Notes()
-    benches = {device: machine.worker(device=device) for device in range(devices)}
-    with Tuner(store, measure=True, benches=benches, compilers=compilers) as tuner:
+    measuring = {device: machine.worker(device=device) for device in range(devices)}
+    with Tuner(store, measure=True, measuring=measuring, compilers=compilers) as tuner:
         done = tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=notes)
     assert machine.open_workers == 0
     return done, notes
@@ -69,7 +70,7 @@ def test_every_job_gets_its_trials_whatever_the_number_of_devices(store: Store, 
 def test_devices_work_at_the_same_time_each_on_its_own_job(store: Store, machine: Machine) -> None:
     together = threading.Barrier(2, timeout=20)  # broken, unless two measure at a time
 
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         together.wait()
         return timed(100.0)
 
@@ -83,7 +84,7 @@ def test_devices_work_at_the_same_time_each_on_its_own_job(store: Store, machine
 
 
 def test_devices_without_a_job_help_with_one_that_is_under_way(store: Store, machine: Machine) -> None:
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         time.sleep(0.02)
         return timed(100.0 + n)
 
@@ -100,13 +101,13 @@ def test_the_next_jobs_configs_are_compiled_while_one_is_measured(store: Store, 
     ahead = threading.Event()
     second: list[KernelConfig] = []
 
-    def compile(config: KernelConfig, n: int) -> Outcome:
+    def compile(config: KernelConfig, n: int) -> TrialResult:
         if n == 4:  # the first job has but four
             ahead.set()
         second.append(config)
-        return Outcome("ok", resources=FINE)
+        return TrialResult(Outcome.OK, resources=FINE)
 
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         assert n > 0 or ahead.wait(20)
         return timed(100.0 + n)
 
@@ -120,14 +121,14 @@ def test_one_source_is_compiled_once_at_a_time(store: Store, machine: Machine) -
     at_work: Counter[KernelConfig] = Counter()
     most: Counter[KernelConfig] = Counter()
 
-    def compile(config: KernelConfig, n: int) -> Outcome:
+    def compile(config: KernelConfig, n: int) -> TrialResult:
         with machine.lock:
             at_work[config] += 1
             most[config] = max(most[config], at_work[config])
         time.sleep(0.01)
         with machine.lock:
             at_work[config] -= 1
-        return Outcome("ok", resources=FINE)
+        return TrialResult(Outcome.OK, resources=FINE)
 
     machine.compile = compile
     tune_all(store, machine, JOBS, len(JOBS), trials=12, compilers=8)
@@ -137,7 +138,9 @@ def test_one_source_is_compiled_once_at_a_time(store: Store, machine: Machine) -
 
 def test_a_trial_that_fails_costs_no_other(store: Store, machine: Machine) -> None:
     bad = {config for n, config in enumerate(every_config(JOBS[0].spec, GPU)) if n % 2}
-    machine.measure = lambda config, n: Outcome("crash", "fell off the bus") if config in bad else timed(100.0 + n)
+    machine.measure = lambda config, n: (
+        TrialResult(Outcome.CRASH, "fell off the bus") if config in bad else timed(100.0 + n)
+    )
     done, _ = tune_all(store, machine, JOBS[:2], 2, trials=20)
     for progress in done:
         results = store.results(progress.job.place)
@@ -153,7 +156,7 @@ def finals(store: Store, machine: Machine, long: list[float]) -> list[Rematch]:
     """One job of as many configs; in a long timing each takes what is said, in a short one less by as much."""
     configs = machine.compiled
 
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         us = long[configs.index(config)]
         return timed(us if machine.measured[n].timed_ms > TRIAL_MS else us - 20)
 
@@ -164,8 +167,8 @@ def finals(store: Store, machine: Machine, long: list[float]) -> list[Rematch]:
 
 def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: Machine) -> None:
     times = {0: 110.0, 2: 109.0, 3: 108.0}
-    machine.rematch = lambda request: Outcome(
-        "ok", timings=tuple(timing(times[machine.compiled.index(trial.config)]) for trial in request.trials)
+    machine.rematch = lambda request: TrialResult(
+        Outcome.OK, timings=tuple(timing(times[machine.compiled.index(trial.config)]) for trial in request.trials)
     )
     (rematch,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
     assert [machine.compiled.index(trial.config) for trial in rematch.trials] == [0, 2, 3]

@@ -14,7 +14,7 @@ from machines import FINE, Machine, timed
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import MachineError, MemoryTakenError
 from parallax_gen.memory.ranking import best, evidence_of
-from parallax_gen.memory.result import Result, supersedes
+from parallax_gen.memory.result import Outcome, Result, supersedes
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig
@@ -28,7 +28,7 @@ from parallax_gen.tuning.job import Job, Progress, program_of
 from parallax_gen.tuning.search.recorded_sweep import sweep_of
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers import pool, worker
-from parallax_gen.tuning.workers.worker import Compile, Outcome, Trial, Worker
+from parallax_gen.tuning.workers.worker import Compile, Trial, TrialResult, Worker
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(3)]
@@ -50,10 +50,10 @@ def tune(store: Store, jobs: list[Job], storage: Storage | None = None, trials: 
         return tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=Silent())
 
 
-def failing(config: KernelConfig, n: int) -> Outcome:
+def failing(config: KernelConfig, n: int) -> TrialResult:
     if n == 1:
         raise MachineError(FULL)
-    return Outcome("ok", resources=FINE)
+    return TrialResult(Outcome.OK, resources=FINE)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def journal(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("where", ["compile", "measure"])
 def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, machine: Machine, where: str) -> None:
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         failing(config, n)
         return timed(100.0)
 
@@ -79,7 +79,7 @@ def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, ma
     assert faulty not in {r.config for r in stored}
     assert all(r.measured for r in stored)
     machine.compile, machine.measure = (
-        (lambda config, n: Outcome("ok", resources=FINE)),
+        (lambda config, n: TrialResult(Outcome.OK, resources=FINE)),
         (lambda c, n: timed(100.0 + n)),
     )
     tune(store, [JOB], trials=8)
@@ -105,7 +105,7 @@ def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, m
     monkeypatch.setattr(pool, "MEMORY_WAITS_S", (0.01, 0.01))
     asked: list[KernelConfig] = []
 
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         asked.append(config)
         if asked.count(config) < 3 and config == asked[0]:
             raise MemoryTakenError("CUDA out of memory")
@@ -116,7 +116,7 @@ def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, m
     assert progress.kinds == {"ok": 4}
     assert asked[:3] == [asked[0]] * 3
 
-    def never(config: KernelConfig, n: int) -> Outcome:
+    def never(config: KernelConfig, n: int) -> TrialResult:
         raise MemoryTakenError("CUDA out of memory")
 
     machine.measure = never

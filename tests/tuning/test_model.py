@@ -21,8 +21,8 @@ from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.problem.work import work_of
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls, predict_us, resident_blocks
+from parallax_gen.problem.work import bound_by_matmuls, work_of
+from parallax_gen.tuning.search.cost_model import predict_us, resident_blocks
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 H200 = GPUS["h200"]

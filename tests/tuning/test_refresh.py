@@ -11,7 +11,7 @@ from machines import Machine, timed, timing
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Tier, best, default_of, evidence_of
-from parallax_gen.memory.result import Evidence, Result
+from parallax_gen.memory.result import Evidence, Outcome, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
@@ -20,9 +20,9 @@ from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.job import MOST_REFRESHED, known_configs, known_jobs
-from parallax_gen.tuning.tuner import Job, Progress, Tuner
-from parallax_gen.tuning.workers.worker import Measure, Outcome, Rematch
+from parallax_gen.tuning.job import MOST_REFRESHED, Job, Progress, known_configs, known_jobs
+from parallax_gen.tuning.tuner import Tuner
+from parallax_gen.tuning.workers.worker import Measure, Rematch, TrialResult
 
 GPU = GPUS["h200"]
 SPEC = KernelSpec("decode", 64, "bf16")
@@ -93,6 +93,7 @@ def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) 
     unknown = replace(GPU, name="a card alike")
     assert {job.bucket for job in known_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
     assert known_jobs(memory, GPUS["rtx4090"]) == []
+    assert known_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # of sizes that it has no memory for
 
 
 def test_the_kernels_of_a_training_step_stay_together(store: Store, tmp_path: Path) -> None:
@@ -115,7 +116,9 @@ def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
 ) -> None:
     us = {DEFAULT: 20.0, OTHERS[0]: 10.0, OTHERS[1]: 10.4, OTHERS[2]: 10.6}
     machine.measure = lambda config, n: timed(us[config])
-    machine.rematch = lambda request: Outcome("ok", timings=tuple(timing(us[t.config] / 2) for t in request.trials))
+    machine.rematch = lambda request: TrialResult(
+        Outcome.OK, timings=tuple(timing(us[t.config] / 2) for t in request.trials)
+    )
     memory = memory_of(
         store,
         tmp_path,
@@ -146,7 +149,9 @@ def test_an_old_time_that_nothing_timed_again_does_not_win(store: Store, machine
 
 
 def test_what_fails_now_counts_no_more(store: Store, machine: Machine, tmp_path: Path) -> None:
-    machine.measure = lambda config, n: timed(9.0) if config == DEFAULT else Outcome("wrong", "NaN", error=1.0)
+    machine.measure = lambda config, n: (
+        timed(9.0) if config == DEFAULT else TrialResult(Outcome.WRONG, "NaN", error=1.0)
+    )
     refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
     assert best(JOB.place, GPU, store).config == DEFAULT
     assert not machine.rematches
@@ -192,8 +197,8 @@ def test_a_config_with_an_old_row_that_fails_now_or_is_slower_counts_as_it_is_no
 ) -> None:
     """Of another patch release, or from before fingerprints: the old row is of the same kernel and toolchain."""
     memory = memory_of(store, tmp_path, record(OTHERS[0], 1.0, **old), record(OTHERS[1], 5.0))
-    machine.measure = lambda config, n: Outcome("wrong", "NaN") if config == OTHERS[0] else timed(9.0)
-    machine.rematch = lambda request: Outcome("ok", timings=tuple(timing(9.0) for _ in request.trials))
+    machine.measure = lambda config, n: TrialResult(Outcome.WRONG, "NaN") if config == OTHERS[0] else timed(9.0)
+    machine.rematch = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(9.0) for _ in request.trials))
     (progress,) = refresh(memory, JOB)
     assert progress.best is not None
     assert (progress.best.config != OTHERS[0], progress.best.time_us) == (True, 9.0)
@@ -210,7 +215,7 @@ def test_what_ships_and_was_not_timed_does_not_outlast_a_refresh(
 ) -> None:
     write_shipped([record(config, 5.0 + n / 10) for n, config in enumerate(OTHERS[:3])], GPU.name, tmp_path)
     machine.measure = lambda config, n: timed(6.0)
-    machine.rematch = lambda request: Outcome("ok", timings=tuple(timing(6.0) for _ in request.trials))
+    machine.rematch = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(6.0) for _ in request.trials))
     memory = memory_of(store, tmp_path)
     refresh(memory, JOB)
     chosen = best(JOB.place, GPU, memory).record

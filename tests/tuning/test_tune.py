@@ -13,9 +13,9 @@ from machines import FINE, Machine, timed
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import best, evidence_of
-from parallax_gen.memory.result import Evidence, Result
-from parallax_gen.memory.shipped import write_shipped
+from parallax_gen.memory.ranking import best, evidence_of, nearby_seeds, shipped_seeds
+from parallax_gen.memory.result import Evidence, Outcome, Result
+from parallax_gen.memory.shipped import load_alike, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
@@ -24,10 +24,11 @@ from parallax_gen.ops.space import default_config, every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.job import nearby_configs
-from parallax_gen.tuning.run import Run
-from parallax_gen.tuning.tuner import FINALIST_MS, FINALISTS, MOST_SPILLS, Job, Progress, Tuner, proven_configs
-from parallax_gen.tuning.workers.worker import Outcome
+from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
+from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.run import MOST_SPILLS, Run
+from parallax_gen.tuning.tuner import Tuner
+from parallax_gen.tuning.workers.worker import TrialResult
 
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
@@ -83,22 +84,22 @@ def test_a_kernel_of_the_backward_is_compiled_and_ranked_too(store: Store) -> No
 
 def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Machine) -> None:
     compiles = {
-        0: Outcome("compile", "no such instruction", seconds=2.0),
-        1: Outcome("timeout", "no answer in 120 s"),
-        2: Outcome("crash", "exit status -11: no message"),
-        3: Outcome("invalid", "cannot be"),
-        4: Outcome("ok", resources=Resources(255, MOST_SPILLS + 1, 1000)),
-        5: Outcome("ok", resources=Resources(255, 0, GPU.shared_per_block + 1)),
+        0: TrialResult(Outcome.COMPILE, "no such instruction", seconds=2.0),
+        1: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
+        2: TrialResult(Outcome.CRASH, "exit status -11: no message"),
+        3: TrialResult(Outcome.INVALID, "cannot be"),
+        4: TrialResult(Outcome.OK, resources=Resources(255, MOST_SPILLS + 1, 1000)),
+        5: TrialResult(Outcome.OK, resources=Resources(255, 0, GPU.shared_per_block + 1)),
     }
     measures = {
         0: timed(100.0),
-        1: Outcome("wrong", "row 3 is NaN", error=float("inf")),
-        2: timed(900.0, "slow"),
-        3: Outcome("timeout", "no answer in 120 s"),
-        4: Outcome("crash", "an illegal memory access"),
-        5: Outcome("resources", "out of memory"),
+        1: TrialResult(Outcome.WRONG, "row 3 is NaN", error=float("inf")),
+        2: timed(900.0, Outcome.SLOW),
+        3: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
+        4: TrialResult(Outcome.CRASH, "an illegal memory access"),
+        5: TrialResult(Outcome.RESOURCES, "out of memory"),
     }
-    machine.compile = lambda config, n: compiles.get(n, Outcome("ok", resources=FINE))
+    machine.compile = lambda config, n: compiles.get(n, TrialResult(Outcome.OK, resources=FINE))
     machine.measure = lambda config, n: measures.get(n, timed(50.0))
     progress = tune(store, trials=13)
     assert progress.kinds == {
@@ -130,7 +131,7 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
 def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Machine) -> None:
     short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth was lucky at first
 
-    def measure(config: KernelConfig, n: int) -> Outcome:
+    def measure(config: KernelConfig, n: int) -> TrialResult:
         return timed(short[n] if n < 6 else long[machine.compiled.index(config)])
 
     machine.measure = measure
@@ -180,21 +181,21 @@ def test_slow_ones_are_given_up_on(store: Store, machine: Machine) -> None:
 
 
 def test_a_finalist_that_turns_out_wrong_is_no_best(store: Store, machine: Machine) -> None:
-    machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else Outcome("wrong", "this time")
+    machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else TrialResult(Outcome.WRONG, "this time")
     progress = tune(store, trials=3)
     assert progress.best is not None
     assert progress.best.config == machine.compiled[1]
 
 
 def test_a_finalist_that_crashes_keeps_its_time(store: Store, machine: Machine) -> None:
-    machine.measure = lambda config, n: timed(100.0 + n) if n < 3 else Outcome("crash", "the GPU fell off")
+    machine.measure = lambda config, n: timed(100.0 + n) if n < 3 else TrialResult(Outcome.CRASH, "the GPU fell off")
     progress = tune(store, trials=3)
     assert progress.best is not None
     assert progress.best.time_us == 100.0
 
 
 def test_where_nothing_works_there_is_no_best(store: Store, machine: Machine) -> None:
-    machine.compile = lambda config, n: Outcome("crash", "out of luck")
+    machine.compile = lambda config, n: TrialResult(Outcome.CRASH, "out of luck")
     progress = tune(store, trials=5)
     assert progress.best is None
     assert progress.kinds == {"crash": 5}
@@ -223,7 +224,9 @@ def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) 
 
 
 def test_running_again_asks_for_nothing_that_is_known(store: Store, machine: Machine) -> None:
-    machine.compile = lambda config, n: Outcome("ok", resources=FINE) if n % 3 else Outcome("compile", "no")
+    machine.compile = lambda config, n: (
+        TrialResult(Outcome.OK, resources=FINE) if n % 3 else TrialResult(Outcome.COMPILE, "no")
+    )
     first = tune(store, trials=10)
     second = tune(store, trials=10)
     assert (first.known, second.known) == (0, 10)
@@ -273,7 +276,7 @@ def test_no_more_trials_than_allowed(store: Store, machine: Machine, trials: int
 
 
 def test_no_longer_than_allowed(store: Store, machine: Machine) -> None:
-    def slowly(config: KernelConfig, n: int) -> Outcome:
+    def slowly(config: KernelConfig, n: int) -> TrialResult:
         time.sleep(0.05)
         return timed(100.0)
 
@@ -295,7 +298,7 @@ def test_time_counts_from_when_there_is_something_to_measure(store: Store) -> No
     before = time.monotonic()
     for source in asked:
         assert source is not None
-        run.compiled(source[1].trial.config, Outcome("ok", resources=FINE))
+        run.compiled(source[1].trial.config, TrialResult(Outcome.OK, resources=FINE))
     assert before + 0.2 <= run.progress.deadline <= time.monotonic() + 0.2
     time.sleep(0.3)
     assert not run.searching
@@ -339,9 +342,9 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
     records += [shipped(spec.of("dqdr"), Bucket(16, 4096, 4096), second, 7.0)]
     records += [shipped(KernelSpec("dqdr", 64, "bf16", causal=True), here, fourth, 1.0)]
     write_shipped(records, "h200", tmp_path)
-    assert proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)[:2] == [second, first]
-    assert set(proven_configs(Job(spec, here, GPUS["h100"]), tmp_path)) == {second, first, third}
-    assert proven_configs(Job(spec, here, GPUS["rtx4090"]), tmp_path) == []
+    assert shipped_seeds(Place("h100", spec, here), load_alike(GPUS["h100"], tmp_path))[:2] == [second, first]
+    assert set(shipped_seeds(Place("h100", spec, here), load_alike(GPUS["h100"], tmp_path))) == {second, first, third}
+    assert shipped_seeds(Place("rtx4090", spec, here), load_alike(GPUS["rtx4090"], tmp_path)) == []
 
 
 def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store, machine: Machine) -> None:
@@ -358,9 +361,9 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
         (Bucket(64, 4096, 4096), configs[5], "ok", 1.0),
     ]
     results = [Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in found]
-    assert nearby_configs(job, results) == [configs[2], configs[1]]
+    assert nearby_seeds(job.place, results) == [configs[2], configs[1]]
     odd = replace(results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512)))  # a window that the spec has not
-    assert nearby_configs(job, [odd, *results]) == [configs[2], configs[1]]
+    assert nearby_seeds(job.place, [odd, *results]) == [configs[2], configs[1]]
     for result in results:
         store.record(result)
     tune(store, job, trials=3)
@@ -376,18 +379,22 @@ def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tm
     places = [*(Place("h100", spec, bucket) for spec in specs), Place("h100", paged, Bucket(8, 1, 4096))]
     results = [Result(place, OLD, config, "ok", time_us=10.0) for place, config in zip(places, configs, strict=True)]
     write_shipped(results, "h100", tmp_path)
-    first, *kin, elsewhere = proven_configs(Job(paged, bucket, GPUS["h200"]), tmp_path)
+    first, *kin, elsewhere = shipped_seeds(Place("h200", paged, bucket), load_alike(GPUS["h200"], tmp_path))
     assert first == configs[1]
     assert set(kin) == {configs[0], configs[2]}
     assert elsewhere == configs[4]
     # So it does with what is in one's own database: of each kin the fastest.
     slower = Result(places[0], OLD, configs[3], "ok", time_us=11.0)
-    assert nearby_configs(Job(paged, bucket, GPUS["h200"]), [slower, *results]) == [configs[0], configs[2], configs[4]]
+    assert nearby_seeds(Place("h200", paged, bucket), [slower, *results]) == [configs[0], configs[2], configs[4]]
 
 
 def test_proven_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
     job = Job(KernelSpec("dkdv", 128, "bf16", causal=True), Bucket(32, 8192, 8192), GPUS["h100"])
-    proven = [config for config in proven_configs(job) if config != default_config(job.spec, job.shape, job.gpu)]
+    proven = [
+        config
+        for config in shipped_seeds(job.place, load_alike(job.gpu))
+        if config != default_config(job.spec, job.shape, job.gpu)
+    ]
     assert proven  # the H200's records ship
     tune(store, job, trials=len(proven) + 1)
     assert machine.compiled == [default_config(job.spec, job.shape, job.gpu), *proven]

@@ -25,8 +25,7 @@ from parallax_gen.problem.workloads import (
     takes,
     usual,
 )
-from parallax_gen.tuning.job import ALL_WORK, worklist
-from parallax_gen.tuning.tuner import Job
+from parallax_gen.tuning.job import ALL_WORK, Job, worklist
 
 GPU = GPUS["h200"]
 INFERENCE = ("forward", "decode")

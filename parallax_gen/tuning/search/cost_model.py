@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.ops.base import MOST_REGISTERS, OPS_BY_NAME, KernelConfig, Layout, Op, op_of
+from parallax_gen.ops.base import MOST_REGISTERS, KernelConfig, Layout, Op, op_of
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.tiles import TileConfig, TiledOp
@@ -24,11 +24,6 @@ from parallax_gen.problem.work import MATMULS, SCORES, work_of
 LAUNCH_US = 2.0  # launch, first loads, last stores
 LATENCY_US = 0.8  # a load from device memory under load
 ROUND_US = 1.5  # a program's begin and end, when others wait for its place
-
-
-def bound_by_matmuls(op: str) -> bool:
-    """Whether the tensor cores bound an op's time. Memory does that of decode and preprocess."""
-    return OPS_BY_NAME[op].layout is Layout.TILES
 
 
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from parallax_gen.errors import ArgumentError, StoreError, usable_cpus
+from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result, of_before
@@ -29,12 +29,12 @@ from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Shape, representative
 from parallax_gen.tuning.search.cost_model import guess_us
 from parallax_gen.tuning.search.search import SAMPLERS, Search
+from parallax_gen.tuning.workers.pool import usable_cpus
 
 T = TypeVar("T")
 
 FORMAT = 2  # 1 had, for the place and the toolchain, the key of records from before fingerprints
 COLUMNS = ("outcome", "time_us", "registers", "spills", "shared_bytes", "compile_s")
-TIMED = ("ok", "slow")  # a slow one has the median of a few replays
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,21 @@ class Sweep:
     @property
     def costs(self) -> dict[KernelConfig, float | None]:
         """Microseconds of each config, None of one that failed."""
-        return {r.config: r.time_us if r.outcome in TIMED else None for r in self.results}
+        return {r.config: r.time_us if r.outcome.timed else None for r in self.results}
 
     @property
     def best_us(self) -> float:
         return min(time_us for time_us in self.costs.values() if time_us is not None)
 
 
-def tells(result: Result) -> bool:
-    """Whether its config was tried, which one that was only predicted, or that the machine failed, was not."""
-    return result.outcome != "predicted" and not result.of_machine
-
-
 def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
-    """The sweep that a place's results are: only what `tells` is in it, and of each config the newest.
+    """The sweep that a place's results are: only what counts is in it, and of each config the newest.
 
     Raises ArgumentError where they are of several places, toolchains or shapes, or nothing was timed.
     """
-    told = sorted((r for r in results if tells(r)), key=lambda r: r.created)
+    told = sorted((r for r in results if r.counts), key=lambda r: r.created)
     tried = tuple(sorted({r.config: r for r in told}.values(), key=_knobs))
-    if not any(r.outcome in TIMED and r.time_us for r in tried):
+    if not any(r.outcome.timed and r.time_us for r in tried):
         raise ArgumentError("results", f"{len(tried)} that were tried, none of them timed", "those of a place's tune")
     common: dict[str, set[object]] = {
         "place": {r.place for r in told},

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from parallax_gen.codegen.abi import Inputs, prepare
 from parallax_gen.codegen.build import compile_for, load
-from parallax_gen.codegen.device import gpu_of_device
+from parallax_gen.codegen.device import gpu_here
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import (
     CONTEXT_BYTES,
@@ -30,14 +30,15 @@ from parallax_gen.errors import (
     machine_error,
     taken_by_others,
 )
+from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import Layout, op_of
 from parallax_gen.ops.space import timed_lengths
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import bound_by_matmuls
 from parallax_gen.tuning.job import step_of
-from parallax_gen.tuning.search.cost_model import bound_by_matmuls
-from parallax_gen.tuning.workers.worker import Compile, Identify, Measure, Outcome, Ready, Rematch, Request, Trial
+from parallax_gen.tuning.workers.worker import Compile, Identify, Measure, Ready, Rematch, Request, Trial, TrialResult
 
 if TYPE_CHECKING:
     from parallax_gen.oracle.verify import Expected, TrainingStep
@@ -77,11 +78,11 @@ def serve(*, device: bool) -> None:
         reply(partial(answer, request))
 
 
-def answer(request: Request | Identify) -> Outcome | Gpu | None:
+def answer(request: Request | Identify) -> TrialResult | Gpu | None:
     """The reply to a request. Raises what `machine_error` knows where the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
-        return identify()
+        return gpu_here(0)
     if isinstance(request, Compile):
         outcome = compile_trial(request)
     elif isinstance(request, Measure):
@@ -91,27 +92,20 @@ def answer(request: Request | Identify) -> Outcome | Gpu | None:
     return dataclasses.replace(outcome, seconds=time.monotonic() - start)
 
 
-def identify() -> Gpu | None:
-    """The GPU that this process sees; None for none."""
-    import torch
-
-    return gpu_of_device(0) if torch.cuda.is_available() else None
-
-
-def compile_trial(request: Compile) -> Outcome:
+def compile_trial(request: Compile) -> TrialResult:
     """Compile for the trial's GPU. Needs no device."""
     trial = request.trial
     try:
         source = render(trial.spec, trial.config, trial.gpu)
         resources = compile_for(source, trial.spec, trial.config, trial.shape, trial.gpu)
     except ConfigError as error:
-        return Outcome("invalid", str(error))
+        return TrialResult(Outcome.INVALID, str(error))
     except BuildError as error:
-        return Outcome("compile", str(error))
-    return Outcome("ok", resources=resources)
+        return TrialResult(Outcome.COMPILE, str(error))
+    return TrialResult(Outcome.OK, resources=resources)
 
 
-def measure_trial(request: Measure) -> Outcome:
+def measure_trial(request: Measure) -> TrialResult:
     """Check at an awkward shape and at the trial's own, then time at the trial's own."""
     from triton.runtime.errors import OutOfResources
 
@@ -125,11 +119,11 @@ def measure_trial(request: Measure) -> Outcome:
         small = op_of(spec).awkward_shape(spec, config, shape.kv_heads)
         found = verify.check(source, spec, config, small, seed=random.randrange(2**31), device="cuda")
         if found.wrong:
-            return Outcome("wrong", f"at {small}: {found.wrong}", error=found.error)
+            return TrialResult(Outcome.WRONG, f"at {small}: {found.wrong}", error=found.error)
         inputs, expected = _inputs_and_oracle(spec, shape)
         found = verify.run(source, spec, config, inputs, expected)
         if found.wrong:
-            return Outcome("wrong", f"at {shape}: {found.wrong}", error=found.error)
+            return TrialResult(Outcome.WRONG, f"at {shape}: {found.wrong}", error=found.error)
         batches = _batches(trial, inputs)
         timing = time_call(
             _call(trial, batches),
@@ -139,18 +133,18 @@ def measure_trial(request: Measure) -> Outcome:
             by_memory=not bound_by_matmuls(spec.op),
         ).a_part(len(batches))
     except BuildError as error:
-        return Outcome("compile", str(error))
+        return TrialResult(Outcome.COMPILE, str(error))
     except OutOfResources as error:
-        return Outcome("resources", str(error).splitlines()[0])
+        return TrialResult(Outcome.RESOURCES, str(error).splitlines()[0])
     except RuntimeError as error:
         if not OUT_OF_MEMORY.search(str(error)):
             raise
         return _out_of_memory(error)
-    kind = "slow" if timing.median_us > request.give_up_us else "ok"
-    return Outcome(kind, timing=timing, error=found.error)
+    kind = Outcome.SLOW if timing.median_us > request.give_up_us else Outcome.OK
+    return TrialResult(kind, timing=timing, error=found.error)
 
 
-def _out_of_memory(error: RuntimeError) -> Outcome:
+def _out_of_memory(error: RuntimeError) -> TrialResult:
     """Of a trial that the card has no memory for. Raises MemoryTakenError where others hold what it lacks."""
     import torch
 
@@ -162,10 +156,10 @@ def _out_of_memory(error: RuntimeError) -> Outcome:
             raise MemoryTakenError(f"{told} (other processes hold {others / 2**30:.1f} GiB of the card)") from error
     elif taken_by_others(told):
         raise error
-    return Outcome("resources", f"needs more memory than the card has: {told}")
+    return TrialResult(Outcome.RESOURCES, f"needs more memory than the card has: {told}")
 
 
-def time_again(request: Rematch) -> Outcome:
+def time_again(request: Rematch) -> TrialResult:
     """Time trials that passed their checks, in turns, at their shape."""
     from parallax_gen.tuning.workers.measure import time_in_turns
 
@@ -175,7 +169,7 @@ def time_again(request: Rematch) -> Outcome:
     calls = [_call(trial, batches) for trial in request.trials]
     by_memory = not bound_by_matmuls(first.spec.op)
     timings = time_in_turns(calls, timed_ms=request.timed_ms, from_rest=request.from_rest, by_memory=by_memory)
-    return Outcome("ok", timings=tuple(timing.a_part(len(batches)) for timing in timings))
+    return TrialResult(Outcome.OK, timings=tuple(timing.a_part(len(batches)) for timing in timings))
 
 
 def _batches(trial: Trial, inputs: Inputs) -> list[Inputs]:

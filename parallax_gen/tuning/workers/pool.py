@@ -1,22 +1,32 @@
-"""The tuner's child processes, beside its loop: some compile, one a device measures, answers come in one queue."""
+"""The tuner's child processes, beside its loop: some compile, one a device measures, answers come in one queue.
+
+And how many CPUs there are for those that compile.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, Protocol
 
 from parallax_gen.errors import MemoryTakenError
+from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.workers.worker import Compile, Outcome, Rematch, Request
+from parallax_gen.tuning.workers.worker import Compile, Rematch, Request, TrialResult
 
 _LOG = logging.getLogger(__name__)
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds
 MEASURE_TIMEOUT_S = 120.0  # the oracle of the largest shapes is in it
@@ -29,7 +39,7 @@ class AnyWorker(Protocol):
 
     def start(self) -> None: ...
 
-    def ask(self, request: Request, timeout_s: float) -> Outcome: ...
+    def ask(self, request: Request, timeout_s: float) -> TrialResult: ...
 
     def kill(self) -> None: ...
 
@@ -49,7 +59,7 @@ class Answer:
 
     owner: int
     request: Request
-    outcome: Outcome
+    outcome: TrialResult
     device: int | None = None
 
 
@@ -60,19 +70,19 @@ class Pool:
     Triton's cache. All methods are for the thread that made the pool.
     """
 
-    def __init__(self, benches: Mapping[int, AnyWorker], compilers: Sequence[AnyWorker]):
+    def __init__(self, measuring: Mapping[int, AnyWorker], compilers: Sequence[AnyWorker]):
         self.compilers = len(compilers)
         self._answers: SimpleQueue[tuple[Answer, str] | BaseException] = SimpleQueue()
         self._to_compile: SimpleQueue[_Compilation | None] = SimpleQueue()
-        self._to_measure: dict[int, SimpleQueue[tuple[int, Request] | None]] = {d: SimpleQueue() for d in benches}
+        self._to_measure: dict[int, SimpleQueue[tuple[int, Request] | None]] = {d: SimpleQueue() for d in measuring}
         self._held: dict[str, deque[_Compilation]] = {}  # behind each source that is being compiled
         self._forgotten: set[int] = set()
         self._workers: list[AnyWorker] = []
         self._threads: list[Thread] = []
         self._closing = Event()
-        for device, bench in benches.items():
-            bench.start()
-            self._begin(bench, self._measure_all, bench, device)
+        for device, worker in measuring.items():
+            worker.start()
+            self._begin(worker, self._measure_all, worker, device)
         for compiler in compilers:
             self._begin(compiler, self._compile_all, compiler)
 
@@ -139,7 +149,7 @@ class Pool:
         finally:
             worker.close()
 
-    def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> Outcome:
+    def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> TrialResult:
         """A worker's outcome. Where others hold the memory for it, they are waited for, some times, and a while."""
         for wait_s in MEMORY_WAITS_S:
             try:
@@ -154,7 +164,11 @@ class Pool:
     def _compile_all(self, worker: AnyWorker) -> None:
         while (each := self._to_compile.get()) is not None:
             given_up = each.owner in self._forgotten
-            outcome = Outcome("crash", "given up") if given_up else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
+            outcome = (
+                TrialResult(Outcome.CRASH, "given up")
+                if given_up
+                else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
+            )
             self._answers.put((Answer(each.owner, each.request, outcome), each.source))
 
     def _measure_all(self, worker: AnyWorker, device: int) -> None:
@@ -164,7 +178,7 @@ class Pool:
             trial = request.trials[0] if isinstance(request, Rematch) else request.trial
             place = trial.spec, trial.shape
             outcome = self._ask(worker, request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
-            at = None if outcome.kind in ("timeout", "crash") else place
+            at = None if outcome.kind.inconclusive else place
             self._answers.put((Answer(owner, request, outcome, device), ""))
 
 
@@ -172,3 +186,47 @@ def _empty(queue: SimpleQueue[Any]) -> None:
     with contextlib.suppress(Empty):
         while True:
             queue.get_nowait()
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may keep busy: its affinity, and at most the quota of its container; 1 at least."""
+    return max(1, math.ceil(min(_affinity(), _quota())))
+
+
+def _affinity() -> int:
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on; it heeds -X cpu_count too
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0))
+
+
+def _quota() -> float:
+    """CPUs' worth of time that control groups allow: the least of this process's group and those above it."""
+    try:
+        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    quotas = [math.inf]
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the group's path may be that of the host: then its files lie at the top of the mount.
+        for top in (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS,):
+            inner = top / group.lstrip("/")
+            quotas += [_quota_of(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
+    return min(quotas)
+
+
+def _quota_of(folder: Path) -> float:
+    """That of one control group, of version 2 or 1."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8").strip() for name in ("quota", "period")
+            )
+        return math.inf if quota == "max" or int(quota) <= 0 else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or none that says anything
+        return math.inf

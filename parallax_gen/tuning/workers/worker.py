@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from parallax_gen.errors import MachineError, MeasureError, ended_from_outside, gist, machine_error
+from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -96,13 +97,13 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a request. kind is "ok" or a failure's: invalid, compile, resources, timeout, crash, wrong, slow.
+class TrialResult:
+    """What came of a request: every kind but PREDICTED, which no child is asked for.
 
     timings  of a Rematch, one a trial
     """
 
-    kind: str
+    kind: Outcome
     detail: str = ""
     resources: Resources | None = None
     timing: Timing | None = None
@@ -132,8 +133,8 @@ class Worker:
         """Start the child ahead of the first request: importing torch takes seconds. Raises MachineError."""
         self._running()
 
-    def ask(self, request: Request, timeout_s: float) -> Outcome:
-        """The outcome of a request; "timeout" (the child is killed) or "crash" where none came back.
+    def ask(self, request: Request, timeout_s: float) -> TrialResult:
+        """What came of a request: TIMEOUT (the child is killed) or CRASH where no reply came.
 
         timeout_s is for the request; a child that must start first has more. Raises MachineError where the machine is
         at fault: what the child says so of, a child that does not start or was ended from outside, and a device that a
@@ -144,16 +145,16 @@ class Worker:
             self._wait_until_ready()
             outcome = self._ask(request, timeout_s)
         except TimeoutError:
-            kind, detail = "timeout", f"no answer in {timeout_s:.0f} s"
+            kind, detail = Outcome.TIMEOUT, f"no answer in {timeout_s:.0f} s"
         except ChildProcessError as error:
-            kind, detail = "crash", str(error)
+            kind, detail = Outcome.CRASH, str(error)
         else:
-            assert isinstance(outcome, Outcome)
+            assert isinstance(outcome, TrialResult)
             return outcome
         seconds = time.monotonic() - start
         if self._had_device and not self._killed:
             self._wait_until_ready()  # a lost device is no config's fault
-        return Outcome(kind, detail, seconds=seconds)
+        return TrialResult(kind, detail, seconds=seconds)
 
     def identify(self) -> Gpu | None:
         """The GPU that the child sees, None for none. Raises MeasureError where the child does not say."""
@@ -166,7 +167,7 @@ class Worker:
         return gpu
 
     def kill(self) -> None:
-        """Kill the child for good, from any thread: one that waits in `ask` gets "crash"."""
+        """Kill the child for good, from any thread: one that waits in `ask` gets CRASH."""
         self._killed = True
         child = self._child
         if child is not None:

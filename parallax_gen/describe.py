@@ -1,0 +1,126 @@
+"""How things are put in words, for people: configs, lengths, numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from parallax_gen.ops.base import KernelConfig, config_to_dict
+from parallax_gen.problem.shapes import LARGEST, Bucket, Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import rate, rate_unit
+
+# -- Configs
+
+_LETTERS = {
+    "BLOCK_M": "M",
+    "BLOCK_N": "N",
+    "BLOCK_H": "H",
+    "HEAD_GROUP": "G",
+    "NUM_SPLITS": "S",
+    "merge": "",
+    "num_warps": "w",
+    "num_stages": "s",
+    "HEAD_DIM_AS": "",
+    "maxnreg": "r",
+    "MASK": "",
+    "ROW_MAX": "",
+    "ROW_NUMBERS": "",
+}
+
+LEGEND = (
+    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages,\n"
+    "r maxnreg; seqlen: W is a window's"
+)
+
+
+def describe(config: KernelConfig) -> str:
+    """A config in full: `BLOCK_M=128 BLOCK_N=64 ...`. Never parsed back."""
+    return " ".join(f"{name}={value}" for name, value in config_to_dict(config).items())
+
+
+def brief(config: KernelConfig) -> str:
+    """A config short enough for a table: `M128 N64 G8 w8 s3 pieces`, `N32 H8 S16 last w1 s4`."""
+    # "none" is a merge of one split: there is nothing to say.
+    choices = {name: value for name, value in config_to_dict(config).items() if value != "none"}
+    return " ".join(f"{_LETTERS[name]}{value}" for name, value in choices.items())
+
+
+# -- Numbers
+
+
+def number(value: float) -> str:
+    """Four digits, and those before the point: 1234, 512.3, 8.123."""
+    return f"{value:.{max(0, min(3, 3 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
+
+
+def gain_text(gain: float | None) -> str:
+    """What is gained over the default, `1.12x`; "-" where that is not known."""
+    return "-" if gain is None else f"{gain:.2f}x"
+
+
+def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
+    """`123.4 us, 512.3 TFLOP/s`."""
+    return f"{number(time_us)} us, {number(rate(spec, shape, time_us))} {rate_unit(spec.op)}"
+
+
+_Text = TypeVar("_Text", bound=str)
+
+
+def counted(kinds: Mapping[_Text, int]) -> str:
+    """`13 resources, 2 wrong`, the most first."""
+    most_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in most_first)
+
+
+# -- Lengths of sequences: of all, and of each in a batch
+
+Runs = tuple[tuple[int, int], ...]  # (sequences, keys of each), in the batch's order
+
+MOST_SEQUENCES = 2**20  # of a batch in a file
+_LONGEST_TOLD = 40  # characters
+
+
+def lengths(bucket: Bucket | Shape) -> str:
+    """A bucket's or a shape's sequence lengths, one where they are the same or the query is single, and its window."""
+    alone = bucket.seqlen_q in (1, bucket.seqlen_kv)
+    text = str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
+    return f"{text} W{bucket.window}" if bucket.window else text
+
+
+def with_lengths(shape: Shape, lengths: Sequence[int]) -> str:
+    """A shape with each sequence's length where they differ from it: all of them where that is short."""
+    if not lengths:
+        return str(shape)
+    text = to_text(lengths)
+    if len(text) > _LONGEST_TOLD:
+        text = f"{min(lengths)} to {max(lengths)}, {sum(lengths) / len(lengths):.0f} on the average"
+    return f"{shape}, lengths {text}"
+
+
+def to_text(lengths: Sequence[int]) -> str:
+    """Each sequence's length as `bench --lengths` takes them: 4096,7x128. Of none ""."""
+    runs = [(len(list(run)), keys) for keys, run in itertools.groupby(lengths)]
+    return ",".join(str(keys) if count == 1 else f"{count}x{keys}" for count, keys in runs)
+
+
+def from_text(text: str) -> tuple[int, ...]:
+    """What `to_text` wrote. Raises ValueError, also of more sequences or keys than a batch can have."""
+    runs = runs_of(text) if text else ()
+    right = all(count >= 1 and 1 <= keys <= LARGEST for count, keys in runs)
+    if not right or sum(count for count, _ in runs) > MOST_SEQUENCES:
+        raise ValueError(f"{text!r:.80}: not the keys, 1 or more, of at most {MOST_SEQUENCES} sequences")
+    return expanded(runs)
+
+
+def runs_of(text: str) -> Runs:
+    """The runs of a text such as 4096,7x128. Raises ValueError."""
+    parts = [run.rpartition("x") for run in text.split(",")]
+    return tuple((int(count or 1), int(keys)) for count, _, keys in parts)
+
+
+def expanded(runs: Runs) -> tuple[int, ...]:
+    """Each sequence's length."""
+    return tuple(keys for count, keys in runs for _ in range(count))
