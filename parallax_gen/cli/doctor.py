@@ -114,7 +114,7 @@ def _cache() -> Iterator[tuple[str, str]]:
 
 
 def _database() -> Iterator[tuple[str, str]]:
-    from parallax_gen.cli.known import unlike_here
+    from parallax_gen.memory.standing import unlike_here
     from parallax_gen.memory.store import Store, default_path
 
     path = default_path()
@@ -134,10 +134,10 @@ def _database() -> Iterator[tuple[str, str]]:
 
 
 def _records() -> Iterator[tuple[str, str]]:
-    from parallax_gen.cli.known import chosen, standing
     from parallax_gen.files import data_dir
     from parallax_gen.memory.ranking import Table
     from parallax_gen.memory.shipped import shipped_gpus
+    from parallax_gen.memory.standing import chosen, standing
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
@@ -153,8 +153,8 @@ def _records() -> Iterator[tuple[str, str]]:
 
 def _seen_by_calls() -> tuple[list[Result], str]:
     """All that calls choose from, and what that is: without the user's database where that cannot be used."""
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.memory.shipped import Memory
+    from parallax_gen.memory.standing import open_memory
 
     try:
         return open_memory().all(), "your database and what ships"
@@ -176,10 +176,10 @@ def _compile() -> Iterator[tuple[str, str]]:
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
     trial = Trial(spec, default_config(spec, shape, gpu), shape, gpu)
     with closing(Worker(device=None)) as worker:
-        outcome = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
-    if outcome.kind.failed:
-        raise BuildError(f"a small kernel for {gpu.name}: {outcome.kind}: {outcome.detail}")
-    yield "ok", f"a small kernel for {gpu.name}, in a child process, in {outcome.seconds:.1f} s"
+        reply = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
+    if reply.outcome.failed:
+        raise BuildError(f"a small kernel for {gpu.name}: {reply.outcome}: {reply.detail}")
+    yield "ok", f"a small kernel for {gpu.name}, in a child process, in {reply.seconds:.1f} s"
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {

@@ -22,6 +22,7 @@ from parallax_gen.problem.workloads import (
     USUAL_HEAD_DIM,
     WORK,
     Flags,
+    Sizes,
     kernels,
     spec_for,
     takes,
@@ -31,24 +32,6 @@ from parallax_gen.problem.workloads import (
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SHAPE_TEXT = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(?:(\d+)x)?(\d+)")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A --shape as it was typed; seqlen_q is None where one length was given for both."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    seqlen_q: int | None
-    seqlen_kv: int
-
-    def for_op(self, op: str) -> Shape:
-        """The shape that is meant for `op`: one length is that of queries and keys; of decode, of one query's keys."""
-        seqlen_q = self.seqlen_q
-        if seqlen_q is None:
-            seqlen_q = 1 if op == "decode" else self.seqlen_kv
-        return Shape(self.batch, self.heads, self.kv_heads, seqlen_q, self.seqlen_kv)
 
 
 def sizes_of(text: str) -> Sizes:

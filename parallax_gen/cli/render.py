@@ -6,13 +6,14 @@ import json
 
 import click
 
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json
 from parallax_gen.errors import BuildError
 from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.workloads import Sizes
 
 COMPILE_TIMEOUT_S = 120.0
 
@@ -33,8 +34,8 @@ def render_kernel(
     Example
       parallax-gen render --gpu h200 --op forward --resources > kernel.py
     """
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.codegen.render import render
+    from parallax_gen.memory.standing import open_memory
     from parallax_gen.runtime.dispatch import choose
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
@@ -66,11 +67,11 @@ def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -
     from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
 
     with closing(Worker(device=None)) as worker:
-        outcome = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
-    if outcome.resources is None:
-        raise BuildError(f"compiling for {gpu.title}: {outcome.kind}: {outcome.detail}")
-    needs = outcome.resources
+        reply = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
+    if reply.resources is None:
+        raise BuildError(f"compiling for {gpu.title}: {reply.outcome}: {reply.detail}")
+    needs = reply.resources
     return (
         f"{gpu.title}: {needs.registers} registers a thread, {needs.spills} bytes spilled, "
-        f"{needs.shared_bytes} bytes of shared memory; compiled in {outcome.seconds:.1f} s"
+        f"{needs.shared_bytes} bytes of shared memory; compiled in {reply.seconds:.1f} s"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.nn import ParallaxAttention
+from parallax_gen.problem.work import default_scale
 
 # What fla's ParallaxConfig, and its layer, take where nothing is said.
 DEFAULTS = {"num_kv_heads": None, "qkv_bias": False, "qk_norm": False, "window_size": None, "rope_theta": 10_000.0}
@@ -80,7 +81,7 @@ def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[
         "causal": not layer.causal,
         "qk_norm": "q_norm.weight" in weights,
         "rope_theta": layer.rope_theta is None,
-        "softmax_scale": layer.softmax_scale not in (None, layer.head_dim**-0.5),
+        "softmax_scale": layer.softmax_scale not in (None, default_scale(layer.head_dim)),
         "head_dim": layer.head_dim * layer.num_heads != width,
         "bias": output_bias is not None and bool(output_bias.any()),
     }

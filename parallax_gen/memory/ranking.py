@@ -300,8 +300,7 @@ def _later_knobs(config: KernelConfig) -> list[Field[Any]]:
 
 
 def _search_of(result: Result) -> tuple[str, str, int]:
-    evidence = result.evidence
-    return evidence.triton, evidence.cuda, evidence.protocol
+    return result.evidence.triton, result.evidence.cuda, result.evidence.protocol
 
 
 def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.reference import Gradients
+from parallax_gen.problem.work import scale_or_default
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def gradient_sizes(
     A query that sees one key has dq = dr = 0, the difference of two numbers of this size: what a kernel leaves there
     is their rounding. So errors of gradients are measured against this where the gradient itself is far smaller.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = scale_or_default(softmax_scale, q.shape[-1])
     of_q, of_r, of_k, of_v, of_do = (x.double().square().sum(-1).mean().sqrt() for x in (q, r, k, v, do))
     a = of_do * of_v / q.shape[-1] ** 0.5
     return Gradients(dq=scale * a * of_k, dr=a * of_k, dk=a * torch.maximum(scale * of_q, of_r), dv=of_do)

@@ -16,6 +16,7 @@ from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.reference import Reference, reference_forward, reference_varlen_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import default_scale
 
 POISON = float("nan")
 
@@ -240,4 +241,4 @@ def rows_of(spec: KernelSpec, x: Inputs, saved: Reference) -> Tensor:
 
 
 def softmax_scale(spec: KernelSpec) -> float:
-    return float(spec.head_dim**-0.5)
+    return default_scale(spec.head_dim)

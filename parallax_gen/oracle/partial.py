@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from parallax_gen.oracle.reference import (
     sequences_of,
     weighted_sums,
 )
+from parallax_gen.problem.work import scale_or_default
 
 
 def partial_backward(
@@ -47,7 +47,7 @@ def partial_backward(
     p (1 + t_mean - t) do. Whole scores at a time: for sizes that tests have.
     """
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
-    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    scale = scale_or_default(softmax_scale, head_dim)
     q, r, do, out, v_mean, k, v = (x.double().transpose(1, 2) for x in (q, r, do, out, v_mean, k, v))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     s, t, a = scale * q @ k.mT, r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
@@ -96,7 +96,7 @@ def reference_tangent(
     a tensor that is made here for a constant.
     """
     _, seqlen_q, heads, _ = check_shapes(q, r, k, v)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    scale = scale_or_default(softmax_scale, q.shape[-1])
     inputs = _Tensors(q, r, k, v)
     # A tangent that is not there is a zero that takes no memory.
     changes = _Tensors(

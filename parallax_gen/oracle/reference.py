@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.work import scale_or_default
 
 # Scores written out at a time: each of the few arrays of this many float64 takes 128 MiB.
 _SCORES_AT_ONCE = 1 << 24
@@ -68,7 +69,7 @@ def reference_forward(
     batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
     lengths = _check_lengths(cache_seqlens, batch, k.shape[1])
     found = _empty(q.new_zeros((batch, seqlen_q, heads, head_dim), dtype=torch.float64))
-    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    scale = scale_or_default(softmax_scale, head_dim)
     for b, length in enumerate(lengths):
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size):
             out, lse, t_mean, v_mean = _attend(q[b], r[b], k[b], v[b], scale, block)
@@ -98,7 +99,7 @@ def reference_backward(
     if do.shape != q.shape:
         raise ArgumentError("do", tuple(do.shape), f"{tuple(q.shape)}, the shape of q")
     found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
-    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    scale = scale_or_default(softmax_scale, head_dim)
     for b in range(batch):
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
             at, keys = (block.rows, block.heads), (slice(None), block.kv_heads)

@@ -74,6 +74,15 @@ def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> W
     return Work(sum(work.flops for work in works), sum(work.bytes for work in works))
 
 
+def default_scale(head_dim: int) -> float:
+    """What q·k is multiplied by where a call says nothing else."""
+    return float(head_dim**-0.5)
+
+
+def scale_or_default(given: float | None, head_dim: int) -> float:
+    return default_scale(head_dim) if given is None else given
+
+
 def _visible(spec: KernelSpec, shape: Shape) -> float:
     """(query, key) pairs that are seen, of one head of one sequence."""
     return visible_pairs(shape.seqlen_q, shape.seqlen_kv, spec.causal, shape.window)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from parallax_gen.cli.known import shape_of
 from parallax_gen.describe import brief, number
+from parallax_gen.memory.standing import shape_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.work import rate_unit, work_of
 from parallax_gen.report.studies import Study

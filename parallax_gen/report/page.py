@@ -23,7 +23,7 @@ from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
 from parallax_gen.report.failures import HARM
-from parallax_gen.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, means, speed_ups
+from parallax_gen.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, speed_ups
 from parallax_gen.report.sources import Sources
 from parallax_gen.report.studies import STATES, Study
 from parallax_gen.tuning.search.importances import LEAST_TRIALS
@@ -60,7 +60,7 @@ def html(report: Report, command: str) -> str:
             tried=tried,
             importances=[(kernel, shares) for kernel in tried if (shares := kernel.importances)],
             any_unlike=any(study.unlike for study in report.shown),
-            means=means(report.ratios),
+            means=report.means,
             coverage=coverage(report.standing),
             speed_ups=speed_ups(report.ratios),
             rooflines=rooflines(report.shown),

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
 from parallax_gen.codegen.device import card_named
 from parallax_gen.memory.gains import gain
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Table, default_beside, default_of
 from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.standing import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import FAMILIES, KernelSpec

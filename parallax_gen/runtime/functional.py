@@ -9,13 +9,14 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
-from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.autograd import attend, attend_under_transforms, attend_without_gradients, plain
-from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request, inputs_of, records_gradients
+from parallax_gen.runtime.checks import check_flag, check_request
+from parallax_gen.runtime.requests import INPUTS, Request, cast, inputs_of, tensors_of
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
 from parallax_gen.runtime.transforms import (
     breaks_graph,
     nothing_intervenes,
+    records_gradients,
     transformed,
     under_a_mode,
     under_a_transform,
@@ -125,7 +126,6 @@ def parallax_attn_varlen_func(
 def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool) -> Attended:
     check_flag("return_stats", return_stats)
     check_flag("recompute_v_mean", recompute_v_mean)
-    check_numbers(asked)
     if nothing_intervenes() and plain(*inputs_of(asked)):
         found = _attend_eagerly(asked, packed, out, return_stats, recompute_v_mean)
     else:
@@ -146,9 +146,8 @@ def _attend_where_seen(
     asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
 ) -> tuple[Tensor, ...]:
     """`_attend` where a tracer, mode, transform or tensor subclass is to see what is done, or autocast casts."""
-    q, r, k, v = cast_inputs(*inputs_of(asked), out)
-    asked = asked._replace(q=q, r=r, k=k, v=v)
     found: tuple[Tensor, ...]
+    asked = cast(asked, out)
     inputs = inputs_of(asked)
     compiling = torch.compiler.is_compiling()
     if compiling and breaks_graph(asked.q):
@@ -156,7 +155,7 @@ def _attend_where_seen(
     if (
         not compiling
         and under_a_transform()
-        and (transformed(*asked[:6]) or under_a_mode() or records_gradients(*inputs))
+        and (transformed(*tensors_of(asked)) or under_a_mode() or records_gradients(*inputs))
         and not is_sharded(*inputs)  # what each rank has of these comes here by itself
     ):
         asked = without_odd_strides(asked)
@@ -195,7 +194,7 @@ def _attend_shards(
         found = _attend(Request(*local), packed, None, return_stats, recompute_v_mean)
         return found if isinstance(found, tuple) else (found,)
 
-    starts = OF_ALL if packed else None
-    dims = (*[PACKED if packed else DENSE] * 4, starts, starts, *[None] * 5)
+    dims = dict.fromkeys(INPUTS, PACKED if packed else DENSE)
+    dims |= {"cu_seqlens_q": OF_ALL, "cu_seqlens_k": OF_ALL}
     found = over_shards(attend, asked, dims)
     return found if out is None else (out.copy_(found[0]), *found[1:])

@@ -57,19 +57,19 @@ class Finals:
             return Rematch(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._from_rest)
         return None
 
-    def measured(self, request: Request, outcome: TrialResult) -> list[Result]:
+    def measured(self, request: Request, reply: TrialResult) -> list[Result]:
         """What to record of what came of a request."""
         before = {r.config: r for r in self._known()}
         if not isinstance(request, Rematch):
             old = before[request.trial.config]
-            again = replace(old, outcome=outcome.kind, error=outcome.error, detail=fitting_detail(outcome.detail))
-            return [_timed(again, outcome.timing)]
-        if outcome.kind.failed:
+            again = replace(old, outcome=reply.outcome, error=reply.error, detail=fitting_detail(reply.detail))
+            return [_timed(again, reply.timing)]
+        if reply.outcome.failed:
             return []
         was = before[request.trials[0].config].time_us
         assert was is not None
-        scale = 1.0 if self._briefly else was / outcome.timings[0].median_us
-        timings = zip(request.trials, outcome.timings, strict=True)
+        scale = 1.0 if self._briefly else was / reply.timings[0].median_us
+        timings = zip(request.trials, reply.timings, strict=True)
         return [_timed(before[trial.config], timing, scale) for trial, timing in timings]
 
     def _close(self) -> list[Result]:

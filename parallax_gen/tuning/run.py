@@ -123,22 +123,22 @@ class Run:
         self._compiling += 1
         return self._source_of(config), Compile(self._trial(config))
 
-    def compiled(self, config: KernelConfig, outcome: TrialResult) -> bool:
+    def compiled(self, config: KernelConfig, reply: TrialResult) -> bool:
         """What came of compiling a config. True if its trial has ended with it: failed, pruned or predicted."""
         self._compiling -= 1
         if not self._some_compiled:  # compilers start up before the first: a short budget is not for that
             self._some_compiled = True
             self.progress.deadline = time.monotonic() + self._seconds
-        ended = self._ended_by(outcome)
+        ended = self._ended_by(reply)
         if ended is None and self._measure:
-            self._ready.append((config, outcome))
+            self._ready.append((config, reply))
             return False
         estimate = None
         if ended is None:
-            assert outcome.resources is not None
+            assert reply.resources is not None
             ended = TrialResult(Outcome.PREDICTED)
-            estimate = predict_us(self.job.spec, config, self.job.timed_shape, self.job.gpu, outcome.resources)
-        self._note(self._result(config, outcome, ended, predicted_us=estimate))
+            estimate = predict_us(self.job.spec, config, self.job.timed_shape, self.job.gpu, reply.resources)
+        self._note(self._result(config, reply, ended, predicted_us=estimate))
         return True
 
     def next_request(self) -> Request | None:
@@ -156,14 +156,14 @@ class Run:
         self._measuring += request is not None
         return request
 
-    def measured(self, request: Request, outcome: TrialResult) -> bool:
+    def measured(self, request: Request, reply: TrialResult) -> bool:
         """What came of measuring. True if a trial has ended with it, False of finals."""
         self._measuring -= 1
         if isinstance(request, Measure) and request.trial.config in self._compiled:
             config = request.trial.config
-            self._note(self._result(config, self._compiled.pop(config), outcome))
+            self._note(self._result(config, self._compiled.pop(config), reply))
             return True
-        for result in self._finals.measured(request, outcome):
+        for result in self._finals.measured(request, reply):
             result = replace(result, evidence=self._evidence_of(result.config))  # an old row may have another
             self._store.record(result)
             if self._board is not None:
@@ -251,7 +251,7 @@ class Run:
     def _ended_by(self, compiled: TrialResult) -> TrialResult | None:
         """What ends a trial that was compiled: a failure, spills, too much shared memory; None for nothing."""
         resources, most = compiled.resources, self.job.gpu.shared_per_block
-        if compiled.kind.failed or resources is None:
+        if compiled.outcome.failed or resources is None:
             return compiled
         if resources.spills > MOST_SPILLS:
             return TrialResult(Outcome.RESOURCES, f"spills {resources.spills} bytes a thread, over {MOST_SPILLS}")
@@ -295,23 +295,23 @@ class Run:
         self.progress.seconds = time.monotonic() - self._start
 
     def _result(
-        self, config: KernelConfig, compiled: TrialResult, outcome: TrialResult, *, predicted_us: float | None = None
+        self, config: KernelConfig, compiled: TrialResult, reply: TrialResult, *, predicted_us: float | None = None
     ) -> Result:
-        resources, timing = compiled.resources, outcome.timing
+        resources, timing = compiled.resources, reply.timing
         return Result(
             place=self.job.place,
             evidence=self._evidence_of(config),
             config=config,
-            outcome=outcome.kind,
+            outcome=reply.outcome,
             shape=self.job.timed_shape,
             time_us=timing.median_us if timing else predicted_us,
             time_us_p20=timing.p20_us if timing else None,
             time_us_p80=timing.p80_us if timing else None,
-            error=outcome.error,
+            error=reply.error,
             registers=resources.registers if resources else None,
             spills=resources.spills if resources else None,
             shared_bytes=resources.shared_bytes if resources else None,
             compile_s=compiled.seconds,
-            detail=fitting_detail(outcome.detail),
+            detail=fitting_detail(reply.detail),
             source=f"{'measured on' if timing else 'compiled for'} {self.job.gpu.title}",
         )

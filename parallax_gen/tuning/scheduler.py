@@ -115,5 +115,5 @@ class Scheduler:
             self._busy.remove(answer.device)
         run = self._running.get(answer.owner) or dict(self._ahead)[answer.owner]
         if isinstance(answer.request, Compile):
-            return run.compiled(answer.request.trial.config, answer.outcome)
-        return run.measured(answer.request, answer.outcome)
+            return run.compiled(answer.request.trial.config, answer.reply)
+        return run.measured(answer.request, answer.reply)

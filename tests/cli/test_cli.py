@@ -84,7 +84,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("parallax_gen.cli.known.open_memory", fail)
+    monkeypatch.setattr("parallax_gen.memory.standing.open_memory", fail)
     assert isinstance(run("list").exception, ZeroDivisionError)
 
 

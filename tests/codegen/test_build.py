@@ -228,7 +228,7 @@ def shape_of(kernel: Kernel) -> Shape:
     return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.family == "decode" else 1000, 1000)
 
 
-def outcomes(jobs: list[Job]) -> dict[str, TrialResult]:
+def replies(jobs: list[Job]) -> dict[str, TrialResult]:
     """What a worker on each of two cores makes of the jobs."""
     waiting, found = iter(jobs), {}
     lock = threading.Lock()
@@ -268,19 +268,19 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
         if kernel.spec.dtype != "fp32":  # these take up to a minute: kilobytes of spills
             gpu = any_gpu.choice(["a100", "h200", "b200", "rtx4090"])
             jobs.append(Job(f"{kernel} for {gpu}", kernel, gpu, shape_of(kernel)))
-    found = outcomes(jobs)
+    found = replies(jobs)
     for job in jobs:
-        outcome = found[job.name]
-        assert (outcome.kind, outcome.detail) == ("ok", ""), job.name
-        assert outcome.resources is not None
-        assert 1 <= outcome.resources.registers <= 255, job.name
+        reply = found[job.name]
+        assert (reply.outcome, reply.detail) == ("ok", ""), job.name
+        assert reply.resources is not None
+        assert 1 <= reply.resources.registers <= 255, job.name
         gpu = GPUS[job.gpu]
         most = gpu.shared_per_block
         if job.kernel not in GOLDEN.values():  # the predicate has asked of it what it takes at the least
             most = max(most, most_shared_bytes(job.kernel.spec, job.kernel.config, gpu))
-        assert outcome.resources.shared_bytes <= most, job.name
+        assert reply.resources.shared_bytes <= most, job.name
         if job.kernel.spec.op != "preprocess":  # whose rows may lie in one warp each
-            assert outcome.resources.shared_bytes > 0, job.name
+            assert reply.resources.shared_bytes > 0, job.name
     # Accumulators, s and t take 192 registers a thread, and an A100's matmul wants its operands in registers too.
     spilling = found[SPILLING].resources
     assert spilling is not None
@@ -295,7 +295,7 @@ def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
     jobs = [
         Job(name, kernel, "h200", shape_of(kernel)) for name, kernel in GOLDEN.items() if kernel.spec.family == "decode"
     ]
-    found = outcomes(jobs)
+    found = replies(jobs)
     for job in jobs:
         resources = found[job.name].resources
         assert resources is not None
@@ -332,7 +332,7 @@ def test_no_default_for_a_chunk_of_a_prompt_spills_by_the_kilobyte() -> None:
 
 
 def fit_without_many_spills(jobs: list[Job]) -> None:
-    found = outcomes(jobs)
+    found = replies(jobs)
     for job in jobs:
         resources = found[job.name].resources
         assert resources is not None, (job.name, found[job.name])
@@ -357,11 +357,11 @@ def test_a_child_that_hangs_is_an_outcome_and_one_that_is_killed_is_none() -> No
             worker.ask(job, timeout_s=60)
         killer.join()
         late = worker.ask(job, timeout_s=0.05)
-        assert late.kind == "timeout"
+        assert late.outcome == "timeout"
         assert 0.05 <= late.seconds < 60  # with its start
-        assert worker.ask(job, timeout_s=60).kind == "ok"
+        assert worker.ask(job, timeout_s=60).outcome == "ok"
         refused = worker.ask(Compile(Trial(kernel.spec, invalid, job.trial.shape, GPU)), timeout_s=60)
-        assert refused.kind == "invalid"
+        assert refused.outcome == "invalid"
         assert "merge 'none' does not go with NUM_SPLITS 4" in refused.detail
         child = worker._child
     assert child is not None

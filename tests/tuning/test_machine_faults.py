@@ -242,8 +242,8 @@ def test_a_crash_is_the_configs_where_the_device_is_still_there(
     monkeypatch.setattr(sys, "executable", str(script))
     with closing(Worker(device=0)) as child:
         if stays:
-            outcome = child.ask(Compile(TRIAL), timeout_s=60.0)
-            assert (outcome.kind, outcome.detail) == ("crash", "exit status 1: an illegal memory access")
+            reply = child.ask(Compile(TRIAL), timeout_s=60.0)
+            assert (reply.outcome, reply.detail) == ("crash", "exit status 1: an illegal memory access")
         else:
             with pytest.raises(MachineError, match="device 0 is lost"):
                 child.ask(Compile(TRIAL), timeout_s=60.0)

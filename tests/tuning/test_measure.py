@@ -218,3 +218,10 @@ def test_in_turns_a_drift_is_shared(device: Device) -> None:
     assert [timing.replays for timing in timings] == [timings[0].replays] * 2
     turns = [name for n, name in enumerate(device.replays) if n == 0 or device.replays[n - 1] != name]
     assert turns[-2 * TURNS :] == ["a", "b"] * TURNS
+
+
+def test_what_no_graph_captures_is_timed_as_it_is_called(device: Device) -> None:
+    costs = iter([900.0, 30.0, 10.0, 20.0])  # the first is to compile
+    timing = measure.time_eagerly(device.work("a", lambda: next(costs)), 3)
+    assert (timing.median_us, timing.calls_a_graph, timing.replays) == (pytest.approx(20.0), 1, 3)
+    assert device.replays == []

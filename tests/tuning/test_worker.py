@@ -116,7 +116,7 @@ def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> Non
         ptxas = int(hanging_ptxas.read_text(encoding="utf-8"))
         assert alive(ptxas)
         worker.kill()
-        assert waiting.result().kind == "crash"
+        assert waiting.result().outcome == "crash"
         assert wait_for(lambda: not alive(ptxas))
 
 

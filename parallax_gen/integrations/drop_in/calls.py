@@ -10,10 +10,10 @@ from torch.nn.functional import pad
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.drop_in.checks import ArgumentTypeError, check_alike
-from parallax_gen.runtime.checks import FURTHEST_ROW, records_gradients
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
-from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
+from parallax_gen.runtime.requests import FURTHEST_ROW
+from parallax_gen.runtime.transforms import records_gradients, refuse_transforms, under_a_transform
 
 
 def attend(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.problem.work import default_scale
 from parallax_gen.runtime.checks import is_int
 
 HEADS_LAST = ("batch", "seqlen", "heads", "head_dim")
@@ -74,7 +75,7 @@ def check_heads(name: str, heads: int, kv_heads: int) -> None:
 def scale_of(name: str, given: float | Tensor | None, head_dim: int) -> float:
     """The scale of q·k: a number greater than 0, 1/√head_dim by default."""
     if given is None:
-        return float(head_dim**-0.5)
+        return default_scale(head_dim)
     scale = float(given)
     if not 0 < scale < math.inf:
         raise ArgumentError(name, given, "a number greater than 0")

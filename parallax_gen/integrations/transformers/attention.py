@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.checks import records_gradients
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
-from parallax_gen.runtime.transforms import under_a_transform
+from parallax_gen.runtime.transforms import records_gradients, under_a_transform
 
 NAME = "parallax"  # among transformers' attention implementations
 

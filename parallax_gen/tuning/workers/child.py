@@ -84,12 +84,12 @@ def answer(request: Request | Identify) -> TrialResult | Gpu | None:
     if isinstance(request, Identify):
         return gpu_here(0)
     if isinstance(request, Compile):
-        outcome = compile_trial(request)
+        reply = compile_trial(request)
     elif isinstance(request, Measure):
-        outcome = measure_trial(request)
+        reply = measure_trial(request)
     else:
-        outcome = time_again(request)
-    return dataclasses.replace(outcome, seconds=time.monotonic() - start)
+        reply = time_again(request)
+    return dataclasses.replace(reply, seconds=time.monotonic() - start)
 
 
 def compile_trial(request: Compile) -> TrialResult:
@@ -140,8 +140,8 @@ def measure_trial(request: Measure) -> TrialResult:
         if not OUT_OF_MEMORY.search(str(error)):
             raise
         return _out_of_memory(error)
-    kind = Outcome.SLOW if timing.median_us > request.give_up_us else Outcome.OK
-    return TrialResult(kind, timing=timing, error=found.error)
+    outcome = Outcome.SLOW if timing.median_us > request.give_up_us else Outcome.OK
+    return TrialResult(outcome, timing=timing, error=found.error)
 
 
 def _out_of_memory(error: RuntimeError) -> TrialResult:

@@ -105,14 +105,14 @@ class _Graph:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             call()  # compile and allocate outside the graph
-            rough_us = _elapsed_us(call)
+            (rough_us,) = marks_us(call, 1)
             self._calls = max(1, min(CALLS_A_GRAPH, int(GRAPH_US / max(rough_us, 1.0))))
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
                 for _ in range(self._calls):
                     call()
             self._graph.replay()
-            self.replay_us = _elapsed_us(self._graph.replay)
+            (self.replay_us,) = marks_us(self._graph.replay, 1)
 
     @property
     def call_us(self) -> float:
@@ -126,7 +126,7 @@ class _Graph:
         with torch.cuda.stream(self._stream):
             for _ in range(max(1, int(WARM_MS * 1000 / self.replay_us))):
                 self._graph.replay()
-            self.replay_us = min(self.replay_us, _elapsed_us(self._graph.replay))
+            self.replay_us = min(self.replay_us, *marks_us(self._graph.replay, 1))
 
     def times_of_burst(self, timed_ms: float, bursts: int) -> list[float]:
         """One of so many bursts that take timed_ms together."""
@@ -135,24 +135,30 @@ class _Graph:
 
     def times(self, replays: int) -> list[float]:
         """Microseconds a call, of each of so many replays."""
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
         with torch.cuda.stream(self._stream):
-            marks[0].record()
-            for mark in marks[1:]:
-                self._graph.replay()
-                mark.record()
-            self._stream.synchronize()
-        return [a.elapsed_time(b) * 1000 / self._calls for a, b in itertools.pairwise(marks)]
+            return [us / self._calls for us in marks_us(self._graph.replay, replays)]
 
     def timing(self, times: list[float]) -> Timing:
-        fifths = statistics.quantiles(times, n=5, method="inclusive")
-        return Timing(statistics.median(times), fifths[0], fifths[3], self._calls, len(times))
+        return _timing(times, self._calls)
 
 
-def _elapsed_us(call: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+def time_eagerly(call: Callable[[], object], calls: int) -> Timing:
+    """Time a call that no graph can capture as Python makes it, the host's time in it where that is longer."""
     call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1000
+    return _timing(marks_us(call, calls), 1)
+
+
+def marks_us(call: Callable[[], object], count: int) -> list[float]:
+    """Microseconds of the current stream between so many calls, one behind the other."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    marks[-1].synchronize()
+    return [float(a.elapsed_time(b)) * 1000 for a, b in itertools.pairwise(marks)]
+
+
+def _timing(times: list[float], calls_a_graph: int) -> Timing:
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), fifths[0], fifths[3], calls_a_graph, len(times))

@@ -59,7 +59,7 @@ class Answer:
 
     owner: int
     request: Request
-    outcome: TrialResult
+    reply: TrialResult
     device: int | None = None
 
 
@@ -150,7 +150,7 @@ class Pool:
             worker.close()
 
     def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> TrialResult:
-        """A worker's outcome. Where others hold the memory for it, they are waited for, some times, and a while."""
+        """What a worker replies. Where others hold the memory for it, they are waited for, some times, and a while."""
         for wait_s in MEMORY_WAITS_S:
             try:
                 return worker.ask(request, timeout_s)
@@ -164,12 +164,12 @@ class Pool:
     def _compile_all(self, worker: AnyWorker) -> None:
         while (each := self._to_compile.get()) is not None:
             given_up = each.owner in self._forgotten
-            outcome = (
+            reply = (
                 TrialResult(Outcome.CRASH, "given up")
                 if given_up
                 else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
             )
-            self._answers.put((Answer(each.owner, each.request, outcome), each.source))
+            self._answers.put((Answer(each.owner, each.request, reply), each.source))
 
     def _measure_all(self, worker: AnyWorker, device: int) -> None:
         at: tuple[KernelSpec, Shape] | None = None  # whose oracle the child holds
@@ -177,9 +177,9 @@ class Pool:
             owner, request = item
             trial = request.trials[0] if isinstance(request, Rematch) else request.trial
             place = trial.spec, trial.shape
-            outcome = self._ask(worker, request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
-            at = None if outcome.kind.inconclusive else place
-            self._answers.put((Answer(owner, request, outcome, device), ""))
+            reply = self._ask(worker, request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
+            at = None if reply.outcome.inconclusive else place
+            self._answers.put((Answer(owner, request, reply, device), ""))
 
 
 def _empty(queue: SimpleQueue[Any]) -> None:

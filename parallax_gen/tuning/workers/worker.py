@@ -98,12 +98,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of a request: every kind but PREDICTED, which no child is asked for.
+    """What came of a request: any outcome but PREDICTED, which no child is asked for.
 
     timings  of a Rematch, one a trial
     """
 
-    kind: Outcome
+    outcome: Outcome
     detail: str = ""
     resources: Resources | None = None
     timing: Timing | None = None
@@ -143,18 +143,18 @@ class Worker:
         start = time.monotonic()
         try:
             self._wait_until_ready()
-            outcome = self._ask(request, timeout_s)
+            reply = self._ask(request, timeout_s)
         except TimeoutError:
-            kind, detail = Outcome.TIMEOUT, f"no answer in {timeout_s:.0f} s"
+            outcome, detail = Outcome.TIMEOUT, f"no answer in {timeout_s:.0f} s"
         except ChildProcessError as error:
-            kind, detail = Outcome.CRASH, str(error)
+            outcome, detail = Outcome.CRASH, str(error)
         else:
-            assert isinstance(outcome, TrialResult)
-            return outcome
+            assert isinstance(reply, TrialResult)
+            return reply
         seconds = time.monotonic() - start
         if self._had_device and not self._killed:
             self._wait_until_ready()  # a lost device is no config's fault
-        return TrialResult(kind, detail, seconds=seconds)
+        return TrialResult(outcome, detail, seconds=seconds)
 
     def identify(self) -> Gpu | None:
         """The GPU that the child sees, None for none. Raises MeasureError where the child does not say."""
