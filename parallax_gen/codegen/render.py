@@ -71,6 +71,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
         .get_template(op.template)
         .render(
             spec=spec,
+            op=op,
             config=config,
             config_text=_wrapped(describe(config)),
             pieces=pieces,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.memory.bounds import shown
+from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.problem.spec import FAMILIES, LATER, OPS, KernelSpec, family_of
 
 # By what a record says of its op, and of whether that is ragged: the op.
@@ -65,3 +65,35 @@ def same_programs(templates: str, spec: KernelSpec) -> bool:
     """Whether templates of a hash rendered, of a spec, the kernels that today's do."""
     op, packed = SAME.get(templates, ("", False))
     return op == spec.family and (packed or not spec.varlen)
+
+
+# Of a record's environment before fingerprints: "cuda" and "space" came later than the others.
+_ENVIRONMENT = {"templates", "triton", "protocol"}
+
+
+def of_before(data: dict[str, Any]) -> dict[str, Any]:
+    """A record from before fingerprints in today's form: the hash of its templates stands for its kernel.
+
+    `space` said what a config's knobs mean; no record ever had another one than 1.
+    """
+    key = data["key"]
+    if not isinstance(key, dict):
+        raise ArgumentError("key", shown(key), "an object of its fields")
+    check_flat("key", key)
+    prefix = "environment."
+    environment = {name.removeprefix(prefix): value for name, value in key.items() if name.startswith(prefix)}
+    if not _ENVIRONMENT <= set(environment) <= _ENVIRONMENT | {"cuda", "space"} or environment.get("space", 1) != 1:
+        raise ArgumentError("key", shown(key), f"environment.* of {sorted(_ENVIRONMENT)}, and cuda")
+    templates = environment["templates"]
+    if not isinstance(templates, str) or not templates:
+        raise ArgumentError("environment.templates", shown(templates), "text")
+    evidence = {
+        "kernel": "",
+        "text": "",
+        "triton": environment["triton"],
+        "cuda": environment.get("cuda", ""),
+        "protocol": environment["protocol"],
+        "templates": templates,
+    }
+    place = {name: value for name, value in key.items() if not name.startswith(prefix)}
+    return {name: value for name, value in data.items() if name != "key"} | {"place": place, "evidence": evidence}

@@ -224,7 +224,7 @@ class Store:
         begin = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
         # In the order of the file, which is twice as fast as by the index.
         of_place = "+gpu = ? AND +op = ? AND key_json > ? AND key_json < ?"
-        bounds = (place.gpu, place.spec.op, begin, f"{begin}~")
+        bounds = (place.gpu, place.spec.family, begin, f"{begin}~")
         found = list(self._db.execute(f"SELECT * FROM results WHERE {of_place}", bounds))
         few = _connect(Path(":memory:"), "mode=ro")
         if found:

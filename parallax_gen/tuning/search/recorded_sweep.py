@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
+from parallax_gen.memory.old import of_before
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result, of_before
+from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result
 from parallax_gen.ops.base import KernelConfig, config_from_dict, op_of
 from parallax_gen.ops.space import default_config, every_config
 from parallax_gen.problem.hardware import GPUS, Gpu
