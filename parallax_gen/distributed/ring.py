@@ -12,7 +12,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved
 from parallax_gen.runtime.autograd import backward_of_part, first_derivatives, forward_of_part
 from parallax_gen.runtime.checks import check_request
-from parallax_gen.runtime.requests import Request, cast, inputs_of
+from parallax_gen.runtime.requests import Request, cast_inputs, inputs_of
 from parallax_gen.runtime.sharded import refuse_shards
 from parallax_gen.runtime.states import State, absorb
 from parallax_gen.runtime.transforms import refuse_batched, refuse_transforms
@@ -73,7 +73,7 @@ def ring_attn_func(
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     refuse_shards("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
-    asked = cast(Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale))
+    asked = cast_inputs(Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale))
     check_request(asked, packed=False)
     q, r, k, v = inputs_of(asked)
     if causal and (q.shape[1] % 2 or q.shape[1] != k.shape[1]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
 from parallax_gen.runtime.autograd import attend, attend_under_transforms, attend_without_gradients, plain
 from parallax_gen.runtime.checks import check_flag, check_request
-from parallax_gen.runtime.requests import INPUTS, Request, cast, inputs_of, tensors_of
+from parallax_gen.runtime.requests import INPUTS, Request, cast_inputs, inputs_of, tensors_of
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
 from parallax_gen.runtime.transforms import (
     breaks_graph,
@@ -23,7 +23,38 @@ from parallax_gen.runtime.transforms import (
     without_odd_strides,
 )
 
-Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Stats = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Options(TypedDict, total=False):
+    """What the functions take by name, beside the flag that says what they return."""
+
+    causal: bool
+    window_size: int | None
+    softmax_scale: float | None
+    out: Tensor | None
+    recompute_v_mean: bool
+
+
+@overload
+def parallax_attn_func(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, return_stats: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+
+
+@overload
+def parallax_attn_func(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, return_stats: Literal[True], **options: Unpack[Options]
+) -> Stats: ...
+
+
+@overload
+def parallax_attn_func(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, return_stats: bool, **options: Unpack[Options]
+) -> Tensor | Stats: ...
 
 
 def parallax_attn_func(
@@ -38,7 +69,7 @@ def parallax_attn_func(
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
-) -> Attended:
+) -> Tensor | tuple[Tensor, ...]:
     """Parallax attention: o_i = Σ_j p_ij (1 + t̄_i − t_ij) v_j, with p = softmax(scale·q·k), t = r·k, t̄ = Σ p t.
 
     (Parallax: Parameterized Local Linear Attention for Language Modeling, arXiv 2605.29157, algorithm 1. r = 0 is
@@ -83,6 +114,54 @@ def parallax_attn_func(
     return _attend(asked, False, out, return_stats, recompute_v_mean)
 
 
+@overload
+def parallax_attn_varlen_func(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def parallax_attn_varlen_func(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[Options],
+) -> Stats: ...
+
+
+@overload
+def parallax_attn_varlen_func(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_stats: bool,
+    **options: Unpack[Options],
+) -> Tensor | Stats: ...
+
+
 def parallax_attn_varlen_func(
     q: Tensor,
     r: Tensor,
@@ -99,7 +178,7 @@ def parallax_attn_varlen_func(
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
-) -> Attended:
+) -> Tensor | tuple[Tensor, ...]:
     """`parallax_attn_func` of sequences of different lengths, packed one after the other.
 
     q, r          (total_q, heads, head_dim)
@@ -123,14 +202,16 @@ def parallax_attn_varlen_func(
     return _attend(asked, True, out, return_stats, recompute_v_mean)
 
 
-def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool) -> Attended:
+def _attend(
+    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+) -> Tensor | tuple[Tensor, ...]:
     check_flag("return_stats", return_stats)
     check_flag("recompute_v_mean", recompute_v_mean)
     if nothing_intervenes() and plain(*inputs_of(asked)):
         found = _attend_eagerly(asked, packed, out, return_stats, recompute_v_mean)
     else:
         found = _attend_where_seen(asked, packed, out, return_stats, recompute_v_mean)
-    return found if return_stats else found[0]  # type: ignore[return-value]
+    return found if return_stats else found[0]
 
 
 def _attend_eagerly(
@@ -147,7 +228,7 @@ def _attend_where_seen(
 ) -> tuple[Tensor, ...]:
     """`_attend` where a tracer, mode, transform or tensor subclass is to see what is done, or autocast casts."""
     found: tuple[Tensor, ...]
-    asked = cast(asked, out)
+    asked = cast_inputs(asked, out)
     inputs = inputs_of(asked)
     compiling = torch.compiler.is_compiling()
     if compiling and breaks_graph(asked.q):

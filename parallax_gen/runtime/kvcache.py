@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,56 @@ from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PA
 from parallax_gen.runtime.states import State
 from parallax_gen.runtime.transforms import nothing_intervenes
 from parallax_gen.runtime.workspace import bytes_of, of_one_launch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CacheOptions(TypedDict, total=False):
+    """What the function takes by name, beside the flag that says what it returns."""
+
+    cache_seqlens: Tensor | int | None
+    page_table: Tensor | None
+    cache_leftpad: Tensor | None
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: int | None
+    causal: bool
+    window_size: int | None
+    softmax_scale: float | None
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    out: Tensor | None
+    workspace: Tensor | None
+
+
+@overload
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_state: Literal[False] = False,
+    **options: Unpack[CacheOptions],
+) -> Tensor: ...
+
+
+@overload
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_state: Literal[True],
+    **options: Unpack[CacheOptions],
+) -> State: ...
+
+
+@overload
+def parallax_attn_with_kvcache(
+    q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_state: bool, **options: Unpack[CacheOptions]
+) -> Tensor | State: ...
 
 
 def parallax_attn_with_kvcache(

@@ -106,7 +106,7 @@ def length_of(asked: CacheRequest) -> int | None:
     return given if isinstance(given, (int, torch.SymInt)) else None
 
 
-def cast(asked: Request, out: Tensor | None = None) -> Request:
+def cast_inputs(asked: Request, out: Tensor | None = None) -> Request:
     """With q, r, k and v in autocast's dtype, as torch's own attention casts; as it is where autocast is off.
 
     With `out` they are cast to its dtype: torch leaves calls with out= to the dtype of out.
@@ -119,7 +119,7 @@ def cast(asked: Request, out: Tensor | None = None) -> Request:
 
 
 def cast_to_cache(asked: CacheRequest, out: Tensor | None = None) -> CacheRequest:
-    """`cast` for caches: q and r are cast to a 16-bit cache's dtype, since casting a cache copies all of it.
+    """`cast_inputs` for caches: q and r are cast to a 16-bit cache's dtype, since casting a cache copies all of it.
 
     A cache in fp32 is cast, and copied; one in eight bits never is.
     """

@@ -43,7 +43,6 @@ def attend(
                 q[0], r[0], k[0], v[0], starts, starts, longest, longest, causal=True, window_size=window,
                 softmax_scale=scale,
             )  # fmt: skip
-    assert isinstance(out, Tensor)
     out = out if cu_seqlens is None else out[None]
     return out if head_dim == out.shape[-1] else out[..., :head_dim].contiguous()
 
@@ -81,7 +80,6 @@ def decode(
             q, r, k, v, cache_seqlens=lengths, cache_leftpad=cache_start, causal=True, window_size=window,
             softmax_scale=scale, out=out,
         )  # fmt: skip
-    assert isinstance(found, Tensor)
     return found if head_dim == found.shape[-1] else found[..., :head_dim].contiguous()
 
 
