@@ -48,7 +48,7 @@ def any_result(draw: random.Random, place: Place, configs: Sequence[KernelConfig
 def some_kernels(draw: random.Random) -> dict[KernelSpec, list[KernelConfig]]:
     """Configs by spec, half of them valid. Few: each kernel is rendered, though but once."""
     kernels: dict[KernelSpec, list[KernelConfig]] = {}
-    for op in (*OPS, "decode", "forward", "decode"):
+    for op in (*OPS, "decode_varlen", "forward"):
         spec = random_spec(draw, op, DTYPES)
         valid = [default_of(Place("h200", spec, Bucket(8, 1024, 1024)), GPU)]
         while len(valid) < 4:
@@ -63,7 +63,7 @@ def any_memory(
 ) -> tuple[Place, list[Result]]:
     """A place, and so many results at the most of it and of those around it."""
     spec = draw.choice(list(kernels))
-    seqlen_q = 1 if spec.op == "decode" and not spec.many_queries else 2 ** draw.randint(7, 12)
+    seqlen_q = 1 if spec.family == "decode" and not spec.many_queries else 2 ** draw.randint(7, 12)
     window = draw.choice((128, 1024)) if spec.window else 0
     bucket = Bucket(2 ** draw.randint(0, 8), seqlen_q, 2 ** draw.randint(7, 14), window)
     card = GPUS[draw.choice(("h200", "h200", "h100", "h100-pcie", "a100", "rtx4090"))]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallax_gen.codegen.abi import Inputs
-from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.dkdv import DkDvConfig
 from parallax_gen.ops.dqdr import DqDrConfig
@@ -21,7 +21,7 @@ from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.space import coerce, knobs_of, why_invalid
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, OPS, RAGGED_ONLY, KernelSpec
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, OPS, KernelSpec
 
 GROUPS = (1, 2, 3, 4, 7, 8, 12, 16)
 HEAD_DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)
@@ -152,23 +152,23 @@ GOLDEN = {
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="none", num_warps=2, num_stages=4),
     ),
     "decode_merge_last_gqa_ragged": Kernel(
-        KernelSpec("decode", 128, "bf16", group=12, ragged=True),
+        KernelSpec("decode_varlen", 128, "bf16", group=12),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=6, merge="last", num_warps=2, num_stages=4),
     ),
     "decode_paged": Kernel(
-        KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=64),
+        KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=64),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="last", num_warps=2, num_stages=4),
     ),
     "decode_small_pages": Kernel(
-        KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16),
+        KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
     ),
     "decode_small_pages_leftpad": Kernel(
-        KernelSpec("decode", 128, "bf16", group=4, ragged=True, leftpad=True, page_size=16),
+        KernelSpec("decode_varlen", 128, "bf16", group=4, leftpad=True, page_size=16),
         DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=3),
     ),
     "decode_ragged_merge_kernel": Kernel(
-        KernelSpec("decode", 128, "bf16", group=12, ragged=True, stats=True),
+        KernelSpec("decode_varlen", 128, "bf16", group=12, stats=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=16, merge="kernel", num_warps=2, num_stages=4),
     ),
     "decode_merge_kernel": Kernel(
@@ -177,13 +177,12 @@ GOLDEN = {
     ),
     "decode_packed_queries_window_leftpad_stats": Kernel(
         KernelSpec(
-            "decode",
+            "decode_varlen",
             96,
             "bf16",
             group=4,
             causal=True,
             stats=True,
-            ragged=True,
             window=True,
             varlen=True,
             leftpad=True,
@@ -192,13 +191,11 @@ GOLDEN = {
         DecodeConfig(BLOCK_N=64, BLOCK_H=32, NUM_SPLITS=3, merge="last", num_warps=4, num_stages=2),
     ),
     "decode_paged_e4m3": Kernel(
-        KernelSpec("decode", 128, "bf16", group=8, ragged=True, page_size=64, cache_dtype="e4m3"),
+        KernelSpec("decode_varlen", 128, "bf16", group=8, page_size=64, cache_dtype="e4m3"),
         DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
     ),
     "decode_many_queries_causal_paged": Kernel(
-        KernelSpec(
-            "decode", 128, "fp16", group=2, causal=True, ragged=True, many_queries=True, page_size=16, stats=True
-        ),
+        KernelSpec("decode_varlen", 128, "fp16", group=2, causal=True, many_queries=True, page_size=16, stats=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=16, NUM_SPLITS=8, merge="last", num_warps=4, num_stages=3),
     ),
     "decode_merge_chunked": Kernel(
@@ -226,10 +223,10 @@ def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSp
     head_dim = draw.choice(HEAD_DIMS)
     dtype = draw.choice([d for d in dtypes if d != "tf32" or op != "preprocess"])
     group = 1 if op == "preprocess" else draw.choice(GROUPS)
-    if op != "decode":
+    if op != "decode_varlen":
         return KernelSpec(op, head_dim, dtype, group, **flags)
-    page_size = draw.choice((0, 1, 16, 48, 64)) if flags["ragged"] else 0
-    cache_dtype = draw.choice(CACHE_DTYPES) if dtype in ("bf16", "fp16") and flags["ragged"] else ""
+    page_size = draw.choice((0, 1, 16, 48, 64))
+    cache_dtype = draw.choice(CACHE_DTYPES) if dtype in ("bf16", "fp16") else ""
     return KernelSpec(op, head_dim, dtype, group, **flags, page_size=page_size, cache_dtype=cache_dtype)
 
 
@@ -237,10 +234,9 @@ def together(op: str, flags: dict[str, bool]) -> dict[str, bool]:
     """Those of an op's flags that go with the others; the rest off."""
     if "window" in flags:
         flags["window"] &= flags["causal"]
-    if op == "decode":
+    if op == "decode_varlen":
         flags["varlen"] &= flags["many_queries"]
         flags["causal"] &= flags["many_queries"] or flags["window"]
-        flags = {flag: on and (flags["ragged"] or flag not in RAGGED_ONLY) for flag, on in flags.items()}
     return flags
 
 
@@ -264,7 +260,7 @@ def shapes(draw: st.DrawFn, spec: KernelSpec, config: KernelConfig, most_program
     """
     a_pair = 1 if isinstance(config, DkDvConfig) else spec.group  # programs a (sequence, kv head), at the least
     if isinstance(config, DecodeConfig):
-        a_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + spec.ragged)
+        a_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + op_of(spec).own_lengths)
     pairs = max(1, most_programs // a_pair)
     batch = draw(st.integers(1, min(3, pairs)))
     kv_heads = draw(st.integers(1, min(2, pairs // batch)))

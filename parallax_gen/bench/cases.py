@@ -1,55 +1,70 @@
-"""What `bench` goes through: the shapes, who is timed at each, what the card cannot hold, and what is known already."""
+"""What `bench` goes through: the shapes, each with its lengths, and those of them that the card can hold."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import click
-
-from parallax_gen.bench.rows import CONTENDERS, OURS, Conditions, Effort, Ledger, Row
-from parallax_gen.cli.lengths import Lengths
-from parallax_gen.cli.options import Sizes
-from parallax_gen.cli.tables import title
-from parallax_gen.cli.text import console
+from parallax_gen.describe import Runs, expanded, runs_of
+from parallax_gen.errors import ParallaxGenError
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.shapes import Shape, skewed_lengths, spread_lengths
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
-from parallax_gen.problem.workloads import SWEEPS, TRAINING, USUAL_HEAD_DIM, USUAL_TRAINING, Flags, kernels
-
-if TYPE_CHECKING:
-    from parallax_gen.memory.shipped import Memory
-
-_TRAINED = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
-
-# (head_dim, shape): from few bytes to many, alone and in a batch, MHA and GQA; a training step and a long prompt.
-USUAL: dict[str, tuple[tuple[int, Shape], ...]] = {
-    "forward": tuple((128, shape) for shape in _TRAINED),
-    "decode": (
-        *((128, Shape(batch, 8, 8, 1, keys)) for batch in (1, 32) for keys in (512, 1024, 4096, 16384)),
-        (128, Shape(1, 32, 8, 1, 16384)),
-        (128, Shape(32, 32, 8, 1, 8192)),
-        (64, Shape(8, 16, 16, 1, 4096)),
-    ),
-    TRAINING: (
-        *((128, shape) for shape in _TRAINED),
-        *((dim, shape) for dim, shapes in USUAL_TRAINING.items() for shape in shapes if shape not in _TRAINED),
-    ),
-}
+from parallax_gen.problem.workloads import COMPARED, SWEEPS, TRAINING, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
 QUICK_SHAPES = 6  # of each op
 
+NAMED = {"spread": spread_lengths, "skewed": skewed_lengths}
+_RUN = r"(?:[1-9]\d*x)?[1-9]\d*"
+_TEXT = re.compile(rf"{_RUN}(?:,{_RUN})*")
+
+
+class CaseError(ParallaxGenError):
+    """What is asked for is nothing that can be compared."""
+
 
 class Case(NamedTuple):
-    """What contenders are compared at, with fields as of Row."""
+    """What baselines are compared at, with fields as of Row."""
 
     op: str
     spec: KernelSpec
     shape: Shape
     lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A --lengths as it was typed: the runs of one batch, or the name of a batch that every shape has."""
+
+    runs: Runs = ()
+    named: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Lengths:
+        """What spread, skewed or a text such as 4096,7x128 means. Raises ValueError."""
+        text = re.sub(r"\s", "", text)
+        if text in NAMED:
+            return cls(named=text)
+        if not _TEXT.fullmatch(text):
+            raise ValueError(
+                f"{text!r} is neither {' nor '.join(NAMED)} nor the keys of each sequence, 1 or more, "
+                "such as 4096,128,128 or 4096,7x128"
+            )
+        return cls(runs_of(text))
+
+    def of(self, shape: Shape) -> tuple[int, ...]:
+        """The keys of each sequence; () where all have as many as the shape says. Raises CaseError."""
+        if self.named:
+            found = NAMED[self.named](shape)
+        else:
+            count, longest = sum(count for count, _ in self.runs), max(keys for _, keys in self.runs)
+            if count != shape.batch or longest > shape.seqlen_kv:
+                raise CaseError(f"--lengths: {count} sequences of up to {longest} keys, not those of --shape {shape}")
+            found = expanded(self.runs)
+        return () if set(found) == {shape.seqlen_kv} else found
 
 
 def cases_of(
@@ -62,7 +77,7 @@ def cases_of(
     page_sizes: tuple[int, ...] = (),
     lengths: Lengths | None = None,
 ) -> Iterator[Case]:
-    """What is compared: of a training step the forward's spec stands for all. Raises UsageError.
+    """What is compared: of a training step the forward's spec stands for all. Raises CaseError.
 
     page_sizes  of each shape, one after the other, 0 for no pages; () for the flags' own
     lengths     of ragged decode alone
@@ -72,10 +87,10 @@ def cases_of(
         if shapes:
             asked = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
         else:
-            usual = SWEEPS[grid][op] if grid else USUAL[op]
+            usual = SWEEPS[grid][op] if grid else COMPARED[op]
             asked = [(dim, shape) for dim, shape in usual if head_dim in (None, dim)]
         if not asked:
-            raise click.UsageError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
+            raise CaseError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
         # Windows that are not asked for, or asked for at many shapes, make some of them the same.
         cases = {kernels(op, dim, dtype, shape, layout)[0]: None for dim, shape in asked for layout in layouts}
         for spec, shape in cases:
@@ -102,62 +117,6 @@ def fewer(cases: list[Case], card: Gpu) -> list[Case]:
         for i in range(count):
             found += fitting[i * (len(fitting) - 1) // max(1, count - 1)]
     return found
-
-
-def sweep(cases: list[Case], names: Sequence[str], card: Gpu, how: Conditions, ledger: Ledger) -> Iterator[list[Row]]:
-    """A shape's rows at a time: those that the ledger has, and those that are timed now."""
-    from parallax_gen.cli.known import open_memory
-
-    memory, started, timed = open_memory(), time.monotonic(), 0
-    for i, case in enumerate(cases):
-        asked = _asked(case, names, card, memory, how)
-        unknown = {row.contender for row in asked if ledger.known(row) is None}  # who lacks a part is timed whole
-        rows = [row for row in map(ledger.known, asked) if row is not None and row.contender not in unknown]
-        if unknown:
-            left = f", {(time.monotonic() - started) / timed * (len(cases) - i):.0f} s left" if timed else ""
-            with console(stderr=True).status(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
-                new = _timed(case, [row for row in asked if row.contender in unknown], card, how)
-            ledger.add(new)
-            rows += new
-            timed += 1
-        yield sorted(rows, key=lambda row: CONTENDERS.index(row.contender))  # stable: parts stay in order
-
-
-def _asked(case: Case, names: Sequence[str], card: Gpu, memory: Memory, how: Conditions) -> list[Row]:
-    """The rows of a shape, without figures."""
-    from parallax_gen.bench.baselines.contenders import contenders
-    from parallax_gen.bench.conditions import our_kernels
-    from parallax_gen.bench.run import PARTS
-
-    op, spec, shape, lengths = case
-    found = []
-    for contender in contenders(op):
-        if contender.name in names:
-            ours = contender.name == OURS
-            package = our_kernels(op, spec, shape, card, memory) if ours else contender.package()
-            row = Row(contender.name, op, "", spec, shape, package=package, conditions=how, lengths=lengths)
-            found += [replace(row, part=part) for part in PARTS[op]]
-    return found
-
-
-def _timed(case: Case, asked: list[Row], card: Gpu, how: Conditions) -> list[Row]:
-    """The rows that are asked for, with figures, or with what keeps them from any."""
-    op, spec, shape, lengths = case
-    needed, there = bytes_needed(op, spec, shape), card.memory_bytes
-    if needed > there:
-        note = f"skipped: inputs and results take {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f}"
-        return [replace(row, note=note) for row in asked]
-    packages = {row.contender: row.package for row in asked}
-    found = _compare(op, spec, shape, tuple(packages), how.effort, lengths)
-    return [replace(row, package=packages[row.contender], conditions=how) for row in found]
-
-
-def _compare(
-    op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
-) -> list[Row]:
-    from parallax_gen.bench.run import compare
-
-    return compare(op, spec, shape, only, effort, lengths)
 
 
 def bytes_needed(op: str, spec: KernelSpec, shape: Shape) -> float:

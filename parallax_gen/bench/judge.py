@@ -1,4 +1,4 @@
-"""What contenders are given, and what the fp64 oracle expects of them: of everything, or of a sample.
+"""What baselines are given, and what the fp64 oracle expects of them: of everything, or of a sample.
 
 Sequences and kv heads do not know of each other: a few, with the query heads that belong to them, tell how far off a
 kernel is. The oracle takes them one by one in float64, which for thousands of them takes longer than all timing. The
@@ -87,7 +87,7 @@ def random_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: S
 
 
 class Judge:
-    """The oracle's results on inputs, to compare a contender's with. spec: the forward's or the decode's."""
+    """The oracle's results on inputs, to compare a baseline's with. spec: the forward's or the decode's."""
 
     def __init__(self, op: str, spec: KernelSpec, shape: Shape, inputs: Inputs, extent: str):
         """extent: "whole", "sample" or "none", as of rows.Effort."""

@@ -1,16 +1,21 @@
-"""What `bench --picture` draws of decode: how much faster ours is at each size, and the bandwidth over size."""
+"""What `bench --picture` draws, times over ours and bandwidths by size; and `replay --out`, regrets over trials."""
 
 from __future__ import annotations
 
+import csv
+import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
-
-from parallax_gen.bench.rows import OURS, Row
+from parallax_gen.bench.baselines import OURS
+from parallax_gen.bench.rows import Row
+from parallax_gen.bench.summary import times_ours
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.problem.work import work_of_lengths
+
+if TYPE_CHECKING:
+    from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
 # (kv rows, keys) -> times ours
 Ratios = dict[tuple[int, int], float]
@@ -18,18 +23,19 @@ Ratios = dict[tuple[int, int], float]
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def check_picture(path: Path) -> None:
-    """Before anything is timed: can `draw` do it? Raises UsageError."""
+def why_not_drawn(path: Path) -> str:
+    """What keeps `draw` from making a file, known before anything is timed; "" where nothing does."""
     if find_spec("matplotlib") is None:
-        raise click.UsageError("--picture needs matplotlib: pip install 'parallax-gen[pictures]'")
+        return "--picture needs matplotlib: pip install 'parallax-gen[pictures]'"
     if path.suffix.lower() not in SUFFIXES:
-        raise click.UsageError(f"--picture: {path} ends in none of {', '.join(SUFFIXES)}")
+        return f"--picture: {path} ends in none of {', '.join(SUFFIXES)}"
     if not path.absolute().parent.is_dir():
-        raise click.UsageError(f"--picture: {path.absolute().parent} is no folder")
+        return f"--picture: {path.absolute().parent} is no folder"
+    return ""
 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
-    """A heat map a contender, of its time over ours, and one plot of bandwidths. Raises ParallaxGenError.
+    """A heat map a baseline, of its time over ours, and one plot of bandwidths. Raises ParallaxGenError.
 
     Of shapes that share a size the slowest ratio is shown.
     """
@@ -55,16 +61,13 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 
 
 def ratios_of(rows: list[Row]) -> dict[str, Ratios]:
-    """Each contender's time over ours by size, the least where several shapes have it; of those that ran at all."""
-    ours = {row.what: row.time_us for row in rows if row.contender == OURS}
+    """Each baseline's time over ours by size, the least where several shapes have it; of those that ran at all."""
     found: dict[str, Ratios] = {}
-    for row in rows:
-        mine = ours.get(row.what)
-        if row.contender == OURS or not mine or not row.time_us:
-            continue
-        size = row.shape.batch * row.shape.kv_heads, row.shape.seqlen_kv
-        of_sizes = found.setdefault(row.contender, {})
-        of_sizes[size] = min(row.time_us / mine, of_sizes.get(size, float("inf")))
+    for row, ratio in times_ours(rows):
+        if ratio is not None:
+            size = row.shape.batch * row.shape.kv_heads, row.shape.seqlen_kv
+            of_sizes = found.setdefault(row.contender, {})
+            of_sizes[size] = min(ratio, of_sizes.get(size, float("inf")))
     return found
 
 
@@ -101,3 +104,59 @@ def _bandwidths(ax: Any, rows: list[Row]) -> None:
     ax.set_title("bandwidth", fontsize=9)
     ax.legend(fontsize=7)
     ax.grid(alpha=0.3)
+
+
+# -- What `replay --out` writes: how far searches are from the best of a sweep.
+
+# Of each sweep its name and every sampler's curve.
+Replays = list[tuple[str, "Sweep", "list[Curve]"]]
+
+
+def write_regrets(path: Path, found: Replays) -> None:
+    """As CSV, a line a trial."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("sweep", "whole", "configs", "sampler", "trial", "regret", "regret_p25", "regret_p75"))
+        for name, sweep, curves in found:
+            for curve in curves:
+                for trial, regrets in enumerate(zip(curve.median, curve.lower, curve.upper, strict=True), start=1):
+                    rounded = [f"{regret:.5f}" for regret in regrets]
+                    writer.writerow((name, sweep.whole, len(sweep.results), curve.contender, trial, *rounded))
+
+
+def draw_regrets(path: Path, found: Replays) -> bool:
+    """A plot a sweep of regret over trials: medians as lines, quartiles as bands. False where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    across = min(3, len(found))
+    down = math.ceil(len(found) / across)
+    figure, axes = pyplot.subplots(
+        down, across, figsize=(5.2 * across, 3.8 * down), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat[len(found) :]:
+        ax.set_visible(False)
+    for ax, (name, sweep, curves) in zip(axes.flat, found, strict=False):
+        _regrets(ax, name, sweep, curves)
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def _regrets(ax: Any, name: str, sweep: Sweep, curves: list[Curve]) -> None:
+    for curve in curves:
+        trials = range(1, len(curve.median) + 1)
+        (line,) = ax.plot(trials, [100 * regret for regret in curve.median], label=curve.contender, linewidth=1.2)
+        lower, upper = ([100 * regret for regret in side] for side in (curve.lower, curve.upper))
+        ax.fill_between(trials, lower, upper, alpha=0.12, color=line.get_color())
+    ax.axhline(2, color="grey", linewidth=0.6, linestyle="--")
+    ax.set_yscale("symlog", linthresh=1)  # a regret is 0 in the end
+    ax.set_ylim(0, 300)
+    ax.set_xlabel(f"trials, of {len(sweep.results)} configs{'' if sweep.whole else ' (partial sweep)'}")
+    ax.set_ylabel("regret, %")
+    ax.set_title(name, fontsize=9)

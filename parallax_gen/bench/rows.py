@@ -1,36 +1,36 @@
-"""`bench`'s rows: one contender at one shape, and where and how its figures were taken; to text, and back."""
+"""`bench`'s rows: one baseline at one shape, and where and how its figures were taken; to files, and back."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from parallax_gen.describe import from_text, to_text
-from parallax_gen.errors import ArgumentError, ParallaxGenError
+from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.files import replace_file
-from parallax_gen.memory.bounds import check_number
+from parallax_gen.memory.bounds import NUMBERS, shown
+from parallax_gen.memory.old import op_named
+from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
-
-OURS = "parallax_gen"
-SOFTMAX = ("SDPA flash", "SDPA cuDNN", "flash-attn 2", "flash-attn 3", "flash-attn 4")
-CONTENDERS = (OURS, *SOFTMAX, "official CuTeDSL", "official Triton", "official Helion", "fla")
 
 
 @dataclass(frozen=True)
 class Effort:
     """How much time is spent on figures.
 
-    rounds    each contender is timed so often, in turn: what drifts, drifts for all
+    rounds    each baseline is timed so often, in turn: what drifts, drifts for all
     timed_ms  about so long in each round
     oracle    "whole": errors are of everything; "sample": of the first and last sequence and kv head; "none"
     hasty     slow peers are timed once, with few calls, and Triton's autotuners try each config with a few calls
@@ -72,8 +72,24 @@ class Conditions:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The file that a row was read from, and what that says of where and how the row was taken.
+
+    file     its name: baselines are compared within a file, where they ran in one process on the same inputs
+    gpu      the card's short name; "" where the file does not say
+    taken    in words: what the file has of TAKEN
+    command  that took it, if the file has it
+    """
+
+    file: str = ""
+    gpu: str = ""
+    taken: str = ""
+    command: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Row:
-    """One contender at one shape, and one part of what it does there.
+    """One baseline at one shape, and one part of what it does there.
 
     op             "forward", "decode" or TRAINING
     part           what was timed, of compare.PARTS[op]
@@ -85,9 +101,10 @@ class Row:
                    peers, and where none was asked for
     checked        pairs of a sequence and a kv head that the error is of
     note           why there is no time, or what is unlike others in how it was timed
-    package        the contender's packages and their versions; of ours the kernels' hash
+    package        its packages and their versions; of ours the kernels' hash
     conditions     None while they are not yet known
     lengths        of ragged decode, the keys of each sequence; () where all have as many as the shape says
+    origin         of a row that `read_rows` found
     """
 
     contender: str
@@ -105,14 +122,15 @@ class Row:
     package: str = ""
     conditions: Conditions | None = None
     lengths: tuple[int, ...] = ()
+    origin: Origin = Origin()
 
     @property
     def what(self) -> tuple[object, ...]:
-        """What contenders are compared at."""
-        return self.op, self.part, self.spec, self.shape, self.lengths
+        """What baselines are compared at."""
+        return self.origin, self.op, self.part, self.spec, self.shape, self.lengths
 
 
-_OWN = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions")]  # not nested
+_OWN = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions", "origin")]  # not nested
 
 
 def to_json(row: Row) -> dict[str, Any]:
@@ -126,40 +144,166 @@ def to_flat(row: Row) -> dict[str, Any]:
     """In one level, with every field in every row. The window is a number, that of the shape; op is the row's."""
     document = to_json(row)
     del document["spec"], document["shape"]
-    return {**asdict(row.spec), **asdict(row.shape), **document}
+    return {**row.spec.flat(), **asdict(row.shape), **document}
 
 
-_READ: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "float | None": lambda text: float(text) if text else None,
-    "tuple[int, ...]": from_text,
-    "bool": lambda text: {"True": True, "False": False}[text],
-}
+# -- From text: what a file has is checked like a user's input.
+
+# What every row must have. Other columns may be missing: of a kernel's flags those are off.
+SIZES = tuple(f.name for f in fields(Shape))
+NEEDED = ("op", "part", "contender", "head_dim", "dtype", "time_us", *(name for name in SIZES if name != "window"))
+CARD = ("gpu", "card")  # a column or a JSON field that says which card it was
+# Where and how figures were taken, as far as a file says so: those of two such conditions are not compared.
+TAKEN = ("card", "parallax_gen", "torch", "triton", "cuda", "rounds", "timed_ms", "oracle", "hasty", "quick")
+_OF_SPEC = {f.name: str(f.type) for f in fields(KernelSpec) if f.name not in ("op", "head_dim", "group", "window")}
+_OF_SPEC["ragged"] = "bool"
+_OF_ROW = {f.name: str(f.type) for f in fields(Row) if f.name in _OWN}
+_OF_CONDITIONS = {f.name: str(f.type) for f in fields(Conditions) if f.name != "effort"}
+_OF_EFFORT = {f.name: str(f.type) for f in fields(Effort)}
+_TRUTH = {"True": True, "False": False}
+_MOST_DIGITS = 20  # of an int
+_BOUNDS = {**dict.fromkeys(("time_us", "p20_us", "p80_us"), NUMBERS["time_us"]), "error": NUMBERS["error"]}
+
+
+def row_from(texts: Mapping[str, str], at: str) -> Row:
+    """The row that a line of a file is, from its cells by column, without conditions.
+
+    Raises ArgumentError that names the line, by `at`, and the column. Times are within the bounds of memory/bounds.py,
+    so that rates and ratios of them are numbers.
+    """
+    with _named(at):
+        shape = within_bounds(Shape(**{name: _int(name, texts.get(name) or "0") for name in SIZES}))
+        head_dim, others = _int("head_dim", texts["head_dim"]), _said(_OF_SPEC, texts)
+        op = op_named("forward" if texts["op"] == TRAINING else texts["op"], others.pop("ragged", False))
+        spec = KernelSpec(op, head_dim, group=shape.group, window=shape.window > 0, **others)
+        return Row(spec=spec, shape=shape, **_said(_OF_ROW, texts))
 
 
 def from_flat(texts: Mapping[str, str]) -> Row:
-    """The row that `to_flat` wrote, from its fields as text. Raises KeyError, ValueError or TypeError.
+    """The row that `to_flat` wrote, with its conditions, from its fields as text. Raises ArgumentError."""
+    of_effort, of_others = (
+        {name: _READ[of_type](name, texts[name]) for name, of_type in types.items()}
+        for types in (_OF_EFFORT, _OF_CONDITIONS)
+    )
+    return replace(row_from(texts, "the row"), conditions=Conditions(effort=Effort(**of_effort), **of_others))
 
-    Times are within the bounds of memory/bounds.py, so that rates and ratios of them are numbers.
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of `bench --csv` or `bench --json`.
+
+    Raises ParallaxGenError, naming file and line (of JSON the row), on what is not such a file.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParallaxGenError(f"cannot read {path}: {error}") from error
+    rows = _json_rows(path, text) if text.lstrip().startswith("{") else _csv_rows(path, text)
+    return [replace(row_from(texts, f"{path}, {where}"), origin=_origin(path, texts)) for where, texts in rows]
 
-    def read(kind: type[Any], **known: Any) -> Any:
-        """The fields that are not nested in others, each by its type; `known` are those that need no reading."""
-        simple = {f.name: str(f.type) for f in fields(kind) if f.name not in known}
-        return kind(**{name: _READ[of_type](texts[name]) for name, of_type in simple.items()}, **known)
 
-    shape = within_bounds(read(Shape))
-    op = "forward" if texts["op"] == TRAINING else texts["op"]
-    spec = read(KernelSpec, op=op, window=shape.window > 0)
-    row: Row = read(Row, spec=spec, shape=shape, conditions=read(Conditions, effort=read(Effort)))
-    for time_us in (row.time_us, row.p20_us, row.p80_us):
-        if time_us is not None:
-            check_number("time_us", time_us)
-    if row.rate is not None and not 0 <= row.rate < math.inf:
-        raise ArgumentError("rate", row.rate, "a number of 0 or more")
-    return row
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        names = reader.fieldnames or []
+        missing = [name for name in NEEDED if name not in names]
+        if missing:
+            came = f"the columns {', '.join(names)}" if names else "no columns"
+            raise ArgumentError(f"{path}, line 1", came, f"a CSV file of parallax-gen bench, with {', '.join(missing)}")
+        for row in reader:
+            where = f"line {reader.line_num}"
+            if None in row or None in row.values():  # more cells than columns, or fewer
+                raise ArgumentError(f"{path}, {where}", "another number of cells", f"{len(names)}, as line 1 has them")
+            yield where, dict(row)
+    except csv.Error as error:
+        raise ParallaxGenError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows as a CSV file has them: in one level, numbers and flags as text."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ParallaxGenError(f"{path}: not JSON: {error}") from error
+    rows = document.get("rows")
+    if not isinstance(rows, list):
+        raise ArgumentError(f"{path}, rows", shown(rows), "a list, as parallax-gen bench --json writes it")
+    of_all = {name: document[name] for name in (*CARD, *TAKEN) if name in document}
+    for number, row in enumerate(rows, start=1):
+        where = f"row {number}"
+        if not isinstance(row, dict) or not all(isinstance(row.get(part), dict) for part in ("spec", "shape")):
+            raise ArgumentError(f"{path}, {where}", shown(row), "an object with a spec and a shape")
+        flat = {**of_all, **row["spec"], "window": 0, **row["shape"], **row}
+        if missing := [name for name in NEEDED if name not in flat]:
+            raise ArgumentError(f"{path}, {where}", f"an object without {', '.join(missing)}", "a row of bench --json")
+        yield where, {name: "" if value is None else _value_text(value) for name, value in flat.items()}
+
+
+def _value_text(value: object) -> str:
+    """A number or a flag as CSV has it. What a row holds beside them is not looked at, and may be of any depth."""
+    return value if isinstance(value, str) else shown(value) if isinstance(value, dict | list) else str(value)
+
+
+def _origin(path: Path, texts: Mapping[str, str]) -> Origin:
+    card = next((texts[name] for name in CARD if texts.get(name)), "")
+    with suppress(UnknownGpuError):  # one that is not in the table keeps its own name
+        card = gpu_by_name(card).name if card else ""
+    taken = ", ".join(f"{name} {texts[name]}" for name in TAKEN if texts.get(name))
+    return Origin(path.name, card, taken, texts.get("command", ""))
+
+
+@contextmanager
+def _named(at: str) -> Iterator[None]:
+    """Errors of a column in here name the line too."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(f"{at}: {error.argument}", error.got, error.allowed) from error
+
+
+def _said(types: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, Any]:
+    """What is said of some fields, each read by its type: of a number or a flag an empty cell says nothing."""
+    said = {name: of_type for name, of_type in types.items() if name in texts and (texts[name] or of_type == "str")}
+    return {name: _READ[of_type](name, texts[name]) for name, of_type in said.items()}
+
+
+def _int(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
+        raise ArgumentError(name, shown(text), f"an int of 0 or more, of at most {_MOST_DIGITS} digits")
+    return int(text)
+
+
+def _bool(name: str, text: str) -> bool:
+    if text not in _TRUTH:
+        raise ArgumentError(name, repr(text), "True or False")
+    return _TRUTH[text]
+
+
+def _number(name: str, text: str) -> float:
+    least, most = _BOUNDS.get(name, (0.0, sys.float_info.max))
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise ArgumentError(name, shown(text), f"a number from {least:g} to {most:g}, or nothing")
+    return value
+
+
+def _lengths(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return from_text(text)
+    except ValueError as error:
+        raise ArgumentError(name, shown(text), "keys of each sequence, such as 4096,7x128") from error
+
+
+_READ: dict[str, Callable[[str, str], Any]] = {
+    "str": lambda _, text: text,
+    "int": _int,
+    "float": _number,
+    "float | None": _number,
+    "tuple[int, ...]": _lengths,
+    "bool": _bool,
+}
 
 
 # -- The file of `bench --csv`: what it holds is not timed again, and what is timed is added to it at once.
@@ -188,7 +332,7 @@ class Ledger:
                 raise ParallaxGenError(f"--csv: {path} cannot be used: {error}") from error
 
     def known(self, row: Row) -> Row | None:
-        """What the file has of the same contender, part, spec, shape, package and conditions."""
+        """What the file has of the same baseline, part, spec, shape, package and conditions."""
         return self._rows.get(_identity(row))
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -234,9 +378,10 @@ def _widened(text: str) -> str:
 def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:
     """Those that can be read: someone may have had a hand in the file."""
     found = []
-    for line in csv.DictReader(lines, columns):
-        with suppress(KeyError, ValueError, TypeError):  # None for a field that is missing
-            found.append(from_flat({"lengths": ""} | line))
+    for texts in csv.DictReader(lines, columns):
+        if None not in texts.values():  # for a cell that is missing
+            with suppress(ArgumentError):
+                found.append(from_flat(texts))
     return found
 
 

@@ -6,17 +6,24 @@ import errno
 import gc
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
 
-from parallax_gen.bench.baselines.contenders import Contender, Prepared, contenders
-from parallax_gen.bench.baselines.peers import forget_inputs, hasty_autotuners
+from parallax_gen.bench.baselines import BASELINES, OURS, baselines_of
+from parallax_gen.bench.baselines.base import Baseline, Prepared
+from parallax_gen.bench.baselines.parallax_kernel import forget_inputs, hasty_autotuners
+from parallax_gen.bench.cases import Case, bytes_needed
+from parallax_gen.bench.conditions import our_kernels
 from parallax_gen.bench.judge import Judge, random_case
-from parallax_gen.bench.rows import OURS, WITH_CARE, Effort, Row
+from parallax_gen.bench.rows import WITH_CARE, Conditions, Effort, Ledger, Row
+from parallax_gen.bench.summary import title
 from parallax_gen.errors import MeasureError, MemoryTakenError, machine_error
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls, rate
@@ -56,6 +63,60 @@ PARTS: dict[str, dict[str, Part]] = {
 }
 
 
+def sweep(
+    cases: list[Case],
+    names: Sequence[str],
+    card: Gpu,
+    how: Conditions,
+    ledger: Ledger,
+    memory: Memory,
+    under_way: Callable[[str], AbstractContextManager[object]],
+) -> Iterator[list[Row]]:
+    """A shape's rows at a time: those that the ledger has, and those that are timed now.
+
+    memory     what calls of ours choose from
+    under_way  tells in words what is being timed while it is
+    """
+    started, timed = time.monotonic(), 0
+    for i, case in enumerate(cases):
+        asked = _asked(case, names, card, memory, how)
+        unknown = {row.contender for row in asked if ledger.known(row) is None}  # who lacks a part is timed whole
+        rows = [row for row in map(ledger.known, asked) if row is not None and row.contender not in unknown]
+        if unknown:
+            left = f", {(time.monotonic() - started) / timed * (len(cases) - i):.0f} s left" if timed else ""
+            with under_way(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
+                new = _measured(case, [row for row in asked if row.contender in unknown], card, how)
+            ledger.add(new)
+            rows += new
+            timed += 1
+        yield sorted(rows, key=lambda row: list(BASELINES).index(row.contender))  # stable: parts stay in order
+
+
+def _asked(case: Case, names: Sequence[str], card: Gpu, memory: Memory, how: Conditions) -> list[Row]:
+    """The rows of a shape, without figures."""
+    op, spec, shape, lengths = case
+    found = []
+    for baseline in baselines_of(op):
+        if baseline.name in names:
+            ours = baseline.name == OURS
+            package = our_kernels(op, spec, shape, card, memory) if ours else baseline.package()
+            row = Row(baseline.name, op, "", spec, shape, package=package, conditions=how, lengths=lengths)
+            found += [replace(row, part=part) for part in PARTS[op]]
+    return found
+
+
+def _measured(case: Case, asked: list[Row], card: Gpu, how: Conditions) -> list[Row]:
+    """The rows that are asked for, with figures, or with what keeps them from any."""
+    op, spec, shape, lengths = case
+    needed, there = bytes_needed(op, spec, shape), card.memory_bytes
+    if needed > there:
+        note = f"skipped: inputs and results take {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f}"
+        return [replace(row, note=note) for row in asked]
+    packages = {row.contender: row.package for row in asked}
+    found = compare(op, spec, shape, tuple(packages), how.effort, lengths)
+    return [replace(row, package=packages[row.contender], conditions=how) for row in found]
+
+
 def compare(
     op: str,
     spec: KernelSpec,
@@ -64,14 +125,14 @@ def compare(
     effort: Effort = WITH_CARE,
     lengths: tuple[int, ...] = (),
 ) -> list[Row]:
-    """Every contender, or those in `only`, on fresh random inputs of a shape; ours first. spec, lengths: as of Row.
+    """Every baseline, or those in `only`, on fresh random inputs of a shape; ours first. spec, lengths: as of Row.
 
     Where the card's memory does not hold the inputs or what ours needs, that is every row's note. Raises MeasureError
     where a peer leaves the device so that nothing runs any more, and MachineError where the disk is full or another
     process holds the memory: that is nobody's result.
     """
-    chosen = [contender for contender in contenders(op) if not only or contender.name in only]
-    asked = [Row(contender.name, op, part, spec, shape, lengths=lengths) for contender in chosen for part in PARTS[op]]
+    chosen = [baseline for baseline in baselines_of(op) if not only or baseline.name in only]
+    asked = [Row(baseline.name, op, part, spec, shape, lengths=lengths) for baseline in chosen for part in PARTS[op]]
     try:
         with _precision(spec), hasty_autotuners() if effort.hasty else nullcontext():
             return _compare(asked, chosen, effort)
@@ -85,28 +146,28 @@ def compare(
             torch.cuda.empty_cache()
 
 
-def _compare(asked: list[Row], chosen: list[Contender], effort: Effort) -> list[Row]:
+def _compare(asked: list[Row], chosen: list[Baseline], effort: Effort) -> list[Row]:
     op, spec, shape = asked[0].op, asked[0].spec, asked[0].shape
     inputs = random_case(op, spec, shape, DEVICE, asked[0].lengths)
     judge = Judge(op, spec, shape, inputs, effort.oracle)
     ready: dict[str, Prepared] = {}
     found: list[Row] = []
-    for contender in chosen:
-        rows = [row for row in asked if row.contender == contender.name]
+    for baseline in chosen:
+        rows = [row for row in asked if row.contender == baseline.name]
         try:
-            prepared = contender.prepare(spec, inputs)
+            prepared = baseline.prepare(op, spec, inputs)
             results = prepared.results()  # also of softmax, whose errors are no matter: does it run?
             torch.cuda.synchronize()
-            wrong = judge.errors(results) if contender.parallax else {}
+            wrong = {} if baseline.softmax else judge.errors(results)
         except Exception as failure:  # a peer's failure, of whatever type, is a result of the comparison
-            if contender.name == OURS:
+            if baseline.name == OURS:
                 raise
             _check_machine(failure)
-            _check_device(contender.name, failure)
+            _check_device(baseline.name, failure)
             found += [replace(row, note=_why_not(failure)) for row in rows]
         else:
-            ready[contender.name] = prepared
-            checked = judge.rows if contender.parallax else 0
+            ready[baseline.name] = prepared
+            checked = 0 if baseline.softmax else judge.rows
             found += [replace(row, error=_error(PARTS[op][row.part], wrong), checked=checked) for row in rows]
     times = _times(ready, effort, from_rest=bound_by_matmuls(spec.op))
     return [_timed(row, chosen, times) for row in found]
@@ -142,7 +203,7 @@ def _why_not(failure: Exception) -> str:
     return f"{kind}: {failure}".splitlines()[0][:MOST_SAID]
 
 
-# By contender and part: its time, None where it has none, and a note on how it was timed.
+# By baseline and part: its time, None where it has none, and a note on how it was timed.
 Times = dict[tuple[str, str], tuple[Timing | None, str]]
 
 
@@ -190,13 +251,13 @@ def _time(call: Callable[[], object], effort: Effort, give_up_us: float, from_re
         return time_eagerly(call, HASTY_CALLS if effort.hasty else EAGER_CALLS), "without a CUDA graph"
 
 
-def _timed(row: Row, chosen: list[Contender], times: Times) -> Row:
+def _timed(row: Row, chosen: list[Baseline], times: Times) -> Row:
     timing, note = times.get((row.contender, row.part), (None, row.note))
     if timing is None:
         return replace(row, note=note)
-    parallax = next(contender.parallax for contender in chosen if contender.name == row.contender)
+    softmax = next(baseline.softmax for baseline in chosen if baseline.name == row.contender)
     part = PARTS[row.op][row.part]
-    work = part.parallax if parallax else part.softmax
+    work = part.softmax if softmax else part.parallax
     return replace(
         row,
         time_us=timing.median_us,

@@ -10,30 +10,38 @@ from pathlib import Path
 
 import click
 
-from parallax_gen.bench.cases import USUAL, cases_of, fewer, sweep
-from parallax_gen.bench.plots import check_picture, draw
-from parallax_gen.bench.rows import A_GRID, CONTENDERS, OURS, QUICK, WITH_CARE, Conditions, Ledger, Row, to_json
-from parallax_gen.cli.lengths import Lengths, lengths_of
-from parallax_gen.cli.options import Sizes, check_flags, flag_options, head_dim_of, json_option, shape_option
-from parallax_gen.cli.tables import print_means, print_rows
-from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.bench.baselines import BASELINES, OURS
+from parallax_gen.bench.cases import CaseError, Lengths, cases_of, fewer
+from parallax_gen.bench.plots import draw, why_not_drawn
+from parallax_gen.bench.rows import A_GRID, QUICK, WITH_CARE, Conditions, Ledger, Row, to_json
+from parallax_gen.bench.summary import notes_of, table_of, title, told_means
+from parallax_gen.cli.options import check_flags, flag_options, head_dim_of, json_option, shape_option
+from parallax_gen.cli.text import console, print_json, print_table
 from parallax_gen.codegen import device
 from parallax_gen.describe import number
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.problem.workloads import SWEEPS, USUAL_HEAD_DIM, Flags, kernels
+from parallax_gen.problem.workloads import COMPARED, SWEEPS, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
 QUICKLY = ", quick: not to be quoted"
 PROGRAM = "parallax-gen"
 HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time shows
 
 
+def lengths_of(text: str) -> Lengths:
+    """What --lengths means. Raises BadParameter."""
+    try:
+        return Lengths.parse(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @click.command()
 @click.option(
     "--op",
     "ops",
-    type=click.Choice(tuple(USUAL)),
+    type=click.Choice(tuple(COMPARED)),
     multiple=True,
     help="Repeatable. Default: forward and decode; a grid's own.",
 )
@@ -57,8 +65,12 @@ HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time show
     "hold the shape's. Or, of every shape, spread: from all keys down to a 32nd; skewed: one with all, the others "
     "with a 32nd.",
 )
-@click.option("--only", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: these alone.")
-@click.option("--skip", type=click.Choice(CONTENDERS), multiple=True, metavar="NAME", help="Repeatable: without these.")
+@click.option(
+    "--only", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: these alone."
+)
+@click.option(
+    "--skip", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: without these."
+)
 @click.option("--quick", is_flag=True, help="Fewer shapes, timed shortly: to look at, not to quote.")
 @click.option(
     "--oracle",
@@ -133,15 +145,21 @@ def bench(
     if picture is not None:
         if ops != ("decode",):
             raise click.UsageError("--picture: of --op decode alone")
-        check_picture(picture)
-    cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags, page_sizes, lengths))
-    names = [name for name in only or CONTENDERS if name not in skip]
+        if why := why_not_drawn(picture):
+            raise click.UsageError(why)
+    try:
+        cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags, page_sizes, lengths))
+    except CaseError as error:
+        raise click.UsageError(str(error)) from error
+    names = [name for name in only or BASELINES if name not in skip]
     if not names:
         raise click.UsageError("--only and --skip leave nobody to time")
     card = device.gpu_here(0)
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
     from parallax_gen.bench.conditions import conditions
+    from parallax_gen.bench.run import sweep
+    from parallax_gen.memory.standing import open_memory
 
     effort = QUICK if quick else A_GRID if grid else WITH_CARE
     how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))
@@ -151,11 +169,12 @@ def bench(
         _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], how, as_json)
         return
     rows: list[Row] = []
+    cases, ledger, under_way = fewer(cases, card) if quick else cases, Ledger(csv_file), console(stderr=True).status
     try:
-        for found in sweep(fewer(cases, card) if quick else cases, names, card, how, Ledger(csv_file)):
+        for found in sweep(cases, names, card, how, ledger, open_memory(), under_way):
             rows += found
             if found and not as_json:
-                print_rows(found)
+                _print_rows(found)
     except KeyboardInterrupt:
         if csv_file is not None:
             click.echo(f"stopped: what was timed is in {csv_file}, and the same command goes on from there", err=True)
@@ -165,8 +184,24 @@ def bench(
     if as_json:
         print_json({**how.flat(), "rows": [to_json(row) for row in rows]})
     else:
-        print_means(rows)
+        for line in told_means(rows):
+            click.echo(line)
         _print_conditions(how, rows)
+
+
+def _print_rows(rows: list[Row]) -> None:
+    """A table of one op at one shape, a line a baseline."""
+    first, notes = rows[0], {row.note for row in rows}
+    quick = first.conditions is not None and first.conditions.effort.quick
+    click.echo(title(first.op, first.spec, first.shape, first.lengths) + " (quick)" * quick)
+    if len(notes) == 1 and not any(row.time_us for row in rows):
+        click.echo(first.note)
+    else:
+        columns, lines = table_of(rows)
+        print_table(columns, lines, right=columns[1:])
+        for note in notes_of(rows):
+            click.echo(note)
+    click.echo()
 
 
 def _print_conditions(how: Conditions, rows: list[Row]) -> None:

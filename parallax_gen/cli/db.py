@@ -14,17 +14,17 @@ from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import counted
 from parallax_gen.errors import StoreError
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import FAMILIES
 
 if TYPE_CHECKING:
     from parallax_gen.memory.lines import Found
-    from parallax_gen.memory.result import Outcome, Result
+    from parallax_gen.memory.result import Result
     from parallax_gen.memory.store import Store
 
 TOLD = 5  # of bad lines, so many are shown
 
 gpu_filter = click.option("--gpu", metavar="NAME", help="Only rows of this GPU, such as h100.")
-op_filter = click.option("--op", type=click.Choice(OPS), help="Only rows of this op.")
+op_filter = click.option("--op", type=click.Choice(FAMILIES), help="Only rows of this op.")
 
 
 @click.group()
@@ -76,6 +76,7 @@ def stats(as_json: bool) -> None:
     """
     from rich.filesize import decimal
 
+    from parallax_gen.memory.standing import by_kernel, by_toolchain
     from parallax_gen.memory.store import Store
 
     with Store(read_only=True) as store:
@@ -87,8 +88,8 @@ def stats(as_json: bool) -> None:
             "schema": store.schema,
             "rows": len(results),
             "unreadable": store.unreadable,
-            "kernels": _by_kernel(results),
-            "toolchains": _by_toolchain(results),
+            "kernels": by_kernel(results),
+            "toolchains": by_toolchain(results),
         }
     if as_json:
         print_json(found)
@@ -115,40 +116,6 @@ def _bytes_of(store: Store) -> int:
     """Of the file and what is still in its write-ahead log."""
     files = (store.path, Path(f"{store.path}-wal"))
     return sum(file.stat().st_size for file in files if file.exists())
-
-
-def _by_kernel(results: list[Result]) -> list[dict[str, Any]]:
-    outcomes: dict[tuple[str, str], Counter[Outcome]] = {}
-    for result in results:
-        outcomes.setdefault((result.place.gpu, result.place.spec.op), Counter())[result.outcome] += 1
-    return [
-        {"gpu": gpu, "op": op, "rows": kinds.total(), "outcomes": dict(kinds)} for (gpu, op), kinds in outcomes.items()
-    ]
-
-
-def _by_toolchain(results: list[Result]) -> list[dict[str, Any]]:
-    """The newest first."""
-    from parallax_gen.cli.known import card_of
-    from parallax_gen.memory.ranking import is_rendered
-    from parallax_gen.memory.result import PROTOCOL, newest_toolchain_first
-    from parallax_gen.memory.toolchain import Toolchain
-
-    groups: dict[Any, list[Result]] = {}
-    for result in newest_toolchain_first(results):
-        groups.setdefault((result.evidence.toolchain, result.evidence.protocol), []).append(result)
-    return [
-        {
-            "triton": toolchain.triton,
-            "cuda": toolchain.cuda,
-            "protocol": protocol,
-            "ops": sorted({row.place.spec.op for row in rows}, key=OPS.index),
-            "rows": len(rows),
-            "of_todays_kernels": sum(is_rendered(row, card_of(row.place)) for row in rows),
-            "newest": max(rows, key=lambda row: row.created).created_at,
-            "here": toolchain.like(Toolchain.here()) and protocol == PROTOCOL,
-        }
-        for (toolchain, protocol), rows in groups.items()
-    ]
 
 
 def _toolchain_row(found: dict[str, Any]) -> tuple[str, ...]:
@@ -194,10 +161,10 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
 
 def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
     """The results of a GPU and an op. Raises UnknownGpuError for one that nothing is known by."""
-    from parallax_gen.cli.known import name_in_records
+    from parallax_gen.memory.standing import name_in_records
 
     name = None if gpu is None else name_in_records(gpu, results)
-    return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.op)]
+    return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.family)]
 
 
 @db.command("import")
@@ -221,9 +188,9 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     Example
       parallax-gen db import colleague.jsonl old/tuning.db
     """
-    from parallax_gen.cli.known import card_of
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.memory.result import newest_toolchain_first
+    from parallax_gen.memory.standing import card_of
     from parallax_gen.memory.store import Store
 
     sources = [_read(file) for file in files]
@@ -291,8 +258,8 @@ def prune(
     Example
       parallax-gen db prune --other-environments --older-than 90 --dry-run
     """
-    from parallax_gen.cli.known import unlike_here
     from parallax_gen.memory.lines import write_lines
+    from parallax_gen.memory.standing import unlike_here
     from parallax_gen.memory.store import Store, default_path
 
     kinds = other_environments or failures or predicted

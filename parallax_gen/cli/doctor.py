@@ -114,7 +114,7 @@ def _cache() -> Iterator[tuple[str, str]]:
 
 
 def _database() -> Iterator[tuple[str, str]]:
-    from parallax_gen.cli.known import unlike_here
+    from parallax_gen.memory.standing import unlike_here
     from parallax_gen.memory.store import Store, default_path
 
     path = default_path()
@@ -134,10 +134,10 @@ def _database() -> Iterator[tuple[str, str]]:
 
 
 def _records() -> Iterator[tuple[str, str]]:
-    from parallax_gen.cli.known import chosen, standing
     from parallax_gen.files import data_dir
     from parallax_gen.memory.ranking import Table
     from parallax_gen.memory.shipped import shipped_gpus
+    from parallax_gen.memory.standing import chosen, standing
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
@@ -153,8 +153,8 @@ def _records() -> Iterator[tuple[str, str]]:
 
 def _seen_by_calls() -> tuple[list[Result], str]:
     """All that calls choose from, and what that is: without the user's database where that cannot be used."""
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.memory.shipped import Memory
+    from parallax_gen.memory.standing import open_memory
 
     try:
         return open_memory().all(), "your database and what ships"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json
 from parallax_gen.codegen.exported import read_sections, section, write_sections
 from parallax_gen.describe import describe, time_and_rate
@@ -18,13 +18,14 @@ from parallax_gen.ops.base import KernelConfig, config_to_dict, op_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
-    from parallax_gen.cli.known import Origins
     from parallax_gen.codegen.render import KernelSource
     from parallax_gen.memory.guard import Guarded
     from parallax_gen.memory.place import Place
     from parallax_gen.memory.shipped import Memory
+    from parallax_gen.memory.standing import Origins
 
 # A call of this package compiles a borrowed kernel first, and may pass it over; a file has no such check.
 NOT_CHECKED = "not checked here: the file launches it as it is, even where it spills far more than the default"
@@ -64,8 +65,8 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
     Example
       parallax-gen export --gpu h200 --op decode -o kernels
     """
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.codegen.render import render
+    from parallax_gen.memory.standing import open_memory
 
     card = gpu_named(gpu)
     picks = picked(asked, shapes, card, open_memory())
@@ -102,9 +103,9 @@ def _to_json(path: Path, pick: Pick) -> dict[str, Any]:
 
 def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[Pick]:
     """One kernel a shape; of no shapes, one a bucket that is known, else one for the op's first usual shape."""
-    from parallax_gen.cli.known import Origins
     from parallax_gen.memory.guard import guarded
     from parallax_gen.memory.place import Place
+    from parallax_gen.memory.standing import Origins
     from parallax_gen.problem.shapes import bucket_of
 
     origins = Origins(memory)
@@ -123,7 +124,7 @@ def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> l
 
 
 def _pick(place: Place, choice: Guarded, origins: Origins) -> Pick:
-    from parallax_gen.cli.known import shape_of, unlike_here
+    from parallax_gen.memory.standing import shape_of, unlike_here
 
     config, record = choice.candidate.config, choice.candidate.record
     if record is None:

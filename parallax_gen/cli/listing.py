@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,47 +12,16 @@ import click
 from parallax_gen.cli.options import complete_gpu, json_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
-    from parallax_gen.cli.known import Origins
-    from parallax_gen.memory.place import Place
-    from parallax_gen.memory.ranking import Known
-    from parallax_gen.memory.result import Result
-
-
-@dataclass(frozen=True)
-class Row:
-    """A result that is listed for a place, and what it counts for there.
-
-    tier     what a call at the place rests on, where the row is what it gets; else why the row is not used
-    checked  False where it is borrowed, and a first call may still drop it: see memory/guard.py
-    default  the place's default config, timed as the result was; None where it was not, or the row is not used
-    """
-
-    place: Place
-    result: Result
-    tier: str
-    default: Result | None = None
-    checked: bool = True
-
-    @property
-    def by(self) -> str:
-        from parallax_gen.cli.known import as_checked
-
-        return as_checked(self.tier, self.checked)
-
-    @property
-    def gain(self) -> float | None:
-        from parallax_gen.memory.gains import gain
-
-        return gain(self.result, self.default)
+    from parallax_gen.memory.standing import Listed, Origins
 
 
 @click.command("list")
 @click.option("--gpu", metavar="NAME", shell_complete=complete_gpu, help="Such as h100 or h200. Default: all.")
-@click.option("--op", type=click.Choice(OPS), help="Default: all.")
+@click.option("--op", type=click.Choice(FAMILIES), help="Default: all.")
 @click.option("--all", "every", is_flag=True, help="Every config that was tried, not just what calls get.")
 @json_option
 def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> None:
@@ -63,8 +31,8 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
     Example
       parallax-gen list --gpu h200 --op decode
     """
-    from parallax_gen.cli.known import Origins, name_in_records, open_memory
     from parallax_gen.memory.ranking import Table
+    from parallax_gen.memory.standing import Origins, name_in_records, of_every_config, of_places, open_memory
 
     memory = open_memory()
     results = memory.all()
@@ -73,8 +41,8 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
         name = name_in_records(gpu, results)
         results = [r for r in results if r.place.gpu == name]
     if op is not None:
-        results = [r for r in results if r.place.spec.op == op]
-    rows = _every(results) if every else _of_places(results, known)
+        results = [r for r in results if r.place.spec.family == op]
+    rows = of_every_config(results) if every else of_places(results, known)
     origins = Origins(memory)
     if as_json:
         print_json({"records": [_to_json(row, origins) for row in rows]})
@@ -87,47 +55,13 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
         click.echo("nothing is known yet: parallax-gen tune finds out; until then kernels get default configs")
 
 
-def _of_places(results: list[Result], known: Known) -> list[Row]:
-    """What calls get at each place; where that is the default, the best of what is known and not used."""
-    from parallax_gen.cli.known import card_of, chosen, rests_on
-    from parallax_gen.memory.ranking import default_beside, default_of
-
-    rows = []
-    for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
-        choice, first = chosen(place, known), next(group)
-        record = choice.candidate.record
-        if record is None:
-            rows.append(Row(place, first, "not used" if first.measured else "never measured"))
-        else:
-            default = default_beside(record, default_of(place, card_of(place)), card_of(record.place), known)
-            rows.append(Row(place, record, rests_on(choice.candidate, place), default, choice.checked))
-    return rows
-
-
-def _every(results: list[Result]) -> list[Row]:
-    from parallax_gen.cli.known import ANOTHER_KERNEL, AS_HERE, card_of, unlike_here
-    from parallax_gen.memory.ranking import Table, default_beside, default_of
-
-    rows = []
-    for place, of_place in groupby(results, key=lambda r: r.place):
-        card, group = card_of(place), list(of_place)
-        default = default_of(place, card)
-        defaults = Table(r for r in group if r.config == default)
-        for result in group:
-            unlike = unlike_here(result)
-            used = result.measured and ANOTHER_KERNEL not in unlike
-            beside = default_beside(result, default, card, defaults) if used else None
-            rows.append(Row(place, result, ", ".join(unlike) or AS_HERE, beside))
-    return rows
-
-
-def _print(rows: Iterable[Row], origins: Origins) -> None:
+def _print(rows: Iterable[Listed], origins: Origins) -> None:
     """A table a kernel."""
 
     for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
         of_kernel = list(group)
         click.echo(f"{gpu}: {spec}")
-        numbers = ("rows", "seqlen", "us", rate_unit(spec.op), "gain")
+        numbers = ("rows", "seqlen", "us", rate_unit(spec.family), "gain")
         print_table((*numbers, "config", "known as", "by"), [_row(row, origins) for row in of_kernel], right=numbers)
         click.echo()
     click.echo(LEGEND)
@@ -139,8 +73,8 @@ def _print(rows: Iterable[Row], origins: Origins) -> None:
     click.echo("parallax-gen explain says why that is what calls get")
 
 
-def _row(row: Row, origins: Origins) -> tuple[str, ...]:
-    from parallax_gen.cli.known import shape_of
+def _row(row: Listed, origins: Origins) -> tuple[str, ...]:
+    from parallax_gen.memory.standing import shape_of
 
     result, timing = row.result, ("-", "-")
     if result.time_us:
@@ -149,7 +83,7 @@ def _row(row: Row, origins: Origins) -> tuple[str, ...]:
     return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, known_as, row.by
 
 
-def _to_json(row: Row, origins: Origins) -> dict[str, Any]:
+def _to_json(row: Listed, origins: Origins) -> dict[str, Any]:
     return origins.to_json(row.result) | {
         "of_place": row.place.flat(),
         "counts_as": row.tier,

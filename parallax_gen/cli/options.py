@@ -15,30 +15,23 @@ from parallax_gen.errors import ArgumentError, UnknownGpuError
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
-from parallax_gen.problem.workloads import NO_FLAGS, USUAL_HEAD_DIM, WORK, Flags, kernels, spec_for, takes, usual
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FAMILIES, LARGEST_HEAD_DIM, KernelSpec
+from parallax_gen.problem.workloads import (
+    NO_FLAGS,
+    TAKERS,
+    USUAL_HEAD_DIM,
+    WORK,
+    Flags,
+    Sizes,
+    kernels,
+    spec_for,
+    takes,
+    usual,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SHAPE_TEXT = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(?:(\d+)x)?(\d+)")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A --shape as it was typed; seqlen_q is None where one length was given for both."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    seqlen_q: int | None
-    seqlen_kv: int
-
-    def for_op(self, op: str) -> Shape:
-        """The shape that is meant for `op`: one length is that of queries and keys; of decode, of one query's keys."""
-        seqlen_q = self.seqlen_q
-        if seqlen_q is None:
-            seqlen_q = 1 if op == "decode" else self.seqlen_kv
-        return Shape(self.batch, self.heads, self.kv_heads, seqlen_q, self.seqlen_kv)
 
 
 def sizes_of(text: str) -> Sizes:
@@ -135,9 +128,7 @@ def shape_option(
 
 
 # The names of a flag's options, for what is said of them. Whether there are many queries, a shape says.
-_OPTIONS = {
-    name: "--causal and --full" if name == "causal" else f"--{name}" for name in FLAGS if name != "many_queries"
-}
+_OPTIONS = {name: "--causal and --full" if name == "causal" else f"--{name}" for name in TAKERS}
 
 
 def flag_options(command: Command, *, layouts: bool = False) -> Command:
@@ -200,7 +191,7 @@ def kernel_options(command: Command) -> Command:
         return command(asked=asked, **given)
 
     options = (
-        click.option("--op", type=click.Choice(OPS), required=True),
+        click.option("--op", type=click.Choice(FAMILIES), required=True),
         click.option("--head-dim", type=head_dim_of, default=USUAL_HEAD_DIM, metavar="N", show_default=True),
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True),
     )

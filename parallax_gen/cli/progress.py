@@ -12,9 +12,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from parallax_gen.cli.known import shape_of
 from parallax_gen.describe import brief, counted, time_and_rate
 from parallax_gen.memory.result import Result
+from parallax_gen.memory.standing import shape_of
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.job import Job, Progress

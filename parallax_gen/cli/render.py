@@ -6,13 +6,14 @@ import json
 
 import click
 
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json
 from parallax_gen.errors import BuildError
 from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.workloads import Sizes
 
 COMPILE_TIMEOUT_S = 120.0
 
@@ -33,8 +34,8 @@ def render_kernel(
     Example
       parallax-gen render --gpu h200 --op forward --resources > kernel.py
     """
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.codegen.render import render
+    from parallax_gen.memory.standing import open_memory
     from parallax_gen.runtime.dispatch import choose
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from parallax_gen.cli.text import console, print_json, print_table
 from parallax_gen.ops.base import config_to_dict
 
 if TYPE_CHECKING:
+    from parallax_gen.bench.plots import Replays
     from parallax_gen.tuning.borrowing import Borrowed, Summary
     from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
@@ -26,8 +26,6 @@ OF_SEARCHES = {name: f"--{name}" for name in ("seeds", "share", "workers")} | {
     "samplers": "--sampler",
     "folder": "--out",
 }
-
-Found = list[tuple[str, "Sweep", "list[Curve]"]]  # of each sweep its name and every contender's curve
 
 
 @click.command()
@@ -100,7 +98,7 @@ def replay(
         if name not in CONTENDERS:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(CONTENDERS)}", param_hint="--sampler")
     usual = [name for name in CONTENDERS if name not in SLOW and missing_package(name) is None]
-    found: Found = []
+    found: Replays = []
     for path in files:
         sweep = read_sweep(path)
         trials = max(1, math.ceil(share * len(sweep.results)))
@@ -111,9 +109,12 @@ def replay(
         if not as_json:
             _print(*found[-1])
     if folder is not None:
+        from parallax_gen.bench.plots import draw_regrets, write_regrets
+
         folder.mkdir(parents=True, exist_ok=True)
-        _write_csv(folder / "regrets.csv", found)
-        _draw(folder / "regrets.png", found)
+        write_regrets(folder / "regrets.csv", found)
+        if not draw_regrets(folder / "regrets.png", found):
+            click.echo("no picture: it needs matplotlib, pip install 'parallax-gen[pictures]'", err=True)
     if as_json:
         print_json({"sweeps": [_to_json(*one) for one in found]})
 
@@ -148,55 +149,6 @@ def _percent(regret: float) -> str:
     return f"{100 * regret:.1f} %" if math.isfinite(regret) else "-"
 
 
-def _write_csv(path: Path, found: Found) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("sweep", "whole", "configs", "sampler", "trial", "regret", "regret_p25", "regret_p75"))
-        for name, sweep, curves in found:
-            for curve in curves:
-                for trial, regrets in enumerate(zip(curve.median, curve.lower, curve.upper, strict=True), start=1):
-                    rounded = [f"{regret:.5f}" for regret in regrets]
-                    writer.writerow((name, sweep.whole, len(sweep.results), curve.contender, trial, *rounded))
-
-
-def _draw(path: Path, found: Found) -> None:
-    """A plot a sweep of regret over trials: medians as lines, quartiles as bands."""
-    try:
-        import matplotlib
-    except ImportError:
-        click.echo("no picture: it needs matplotlib, pip install 'parallax-gen[pictures]'", err=True)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    across = min(3, len(found))
-    down = math.ceil(len(found) / across)
-    figure, axes = pyplot.subplots(
-        down, across, figsize=(5.2 * across, 3.8 * down), layout="constrained", squeeze=False
-    )
-    for ax in axes.flat[len(found) :]:
-        ax.set_visible(False)
-    for ax, (name, sweep, curves) in zip(axes.flat, found, strict=False):
-        _plot(ax, name, sweep, curves)
-    axes[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _plot(ax: Any, name: str, sweep: Sweep, curves: list[Curve]) -> None:
-    for curve in curves:
-        trials = range(1, len(curve.median) + 1)
-        (line,) = ax.plot(trials, [100 * regret for regret in curve.median], label=curve.contender, linewidth=1.2)
-        lower, upper = ([100 * regret for regret in side] for side in (curve.lower, curve.upper))
-        ax.fill_between(trials, lower, upper, alpha=0.12, color=line.get_color())
-    ax.axhline(2, color="grey", linewidth=0.6, linestyle="--")
-    ax.set_yscale("symlog", linthresh=1)  # a regret is 0 in the end
-    ax.set_ylim(0, 300)
-    ax.set_xlabel(f"trials, of {len(sweep.results)} configs{'' if sweep.whole else ' (partial sweep)'}")
-    ax.set_ylabel("regret, %")
-    ax.set_title(name, fontsize=9)
-
-
 def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
     return {
         "sweep": name,
@@ -219,8 +171,8 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
 
 def _judge(files: tuple[Path, ...], as_json: bool) -> None:
     """Print what the memory has calls borrow, by what files say was measured, or by itself."""
-    from parallax_gen.cli.known import open_memory
     from parallax_gen.memory.ranking import is_rendered
+    from parallax_gen.memory.standing import open_memory
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.borrowing import borrowed, measured_together, read_measured, summarise
 

@@ -51,14 +51,14 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
       parallax-gen report --gpu h200 --bench serving.csv --out h200.html
       with a file that `parallax-gen bench --grid serving --csv serving.csv` wrote
     """
-    from parallax_gen.cli.known import open_memory
-    from parallax_gen.report.benches import read_bench
+    from parallax_gen.bench.rows import read_rows
+    from parallax_gen.memory.standing import open_memory
     from parallax_gen.report.data import collect, to_json
     from parallax_gen.report.page import html
 
-    timings = [timing for path in benches for timing in read_bench(path)]
+    rows = [row for path in benches for row in read_rows(path)]
     memory = open_memory()
-    found = collect(memory, gpus, timings, every=every)
+    found = collect(memory, gpus, rows, every=every)
     if as_json:
         print_json(to_json(found, memory))
         return

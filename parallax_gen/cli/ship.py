@@ -54,9 +54,9 @@ def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, 
 
 
 def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
-    from parallax_gen.cli.known import card_of, name_in_records, unlike_here
     from parallax_gen.memory.ranking import default_of, is_rendered
     from parallax_gen.memory.shipped import load_shipped, write_shipped
+    from parallax_gen.memory.standing import card_of, name_in_records, unlike_here
     from parallax_gen.memory.store import Store
 
     with Store(read_only=True) as store:
@@ -87,10 +87,10 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     """Tell what of the shipped records may lose to not tuning, and return how many places and toolchains it is of."""
-    from parallax_gen.cli.known import name_in_records
     from parallax_gen.codegen.device import card_named
     from parallax_gen.memory.gains import standings_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
+    from parallax_gen.memory.standing import name_in_records
     from parallax_gen.problem.hardware import GPUS
 
     names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.options import Asked, Sizes, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import LEGEND, brief, number
+from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
-    from parallax_gen.cli.known import Origins
     from parallax_gen.memory.result import Result
+    from parallax_gen.memory.standing import Origins
 
 
 @click.command()
@@ -30,8 +31,8 @@ def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     Example
       parallax-gen show --gpu h200 --op decode --shape 32,32/8,8192
     """
-    from parallax_gen.cli.known import Origins, open_memory
     from parallax_gen.memory.place import Place
+    from parallax_gen.memory.standing import Origins, open_memory
     from parallax_gen.problem.shapes import bucket_of
 
     card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
@@ -61,7 +62,7 @@ def _print_timed(results: list[Result], origins: Origins) -> None:
 
 
 def _row(result: Result, origins: Origins) -> tuple[str, ...]:
-    from parallax_gen.cli.known import unlike_here
+    from parallax_gen.memory.standing import unlike_here
 
     assert result.time_us is not None
     told = ", ".join(unlike_here(result))

@@ -11,7 +11,7 @@ import click
 from parallax_gen.cli.text import print_table
 from parallax_gen.describe import lengths, number
 from parallax_gen.errors import StoreError
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import FAMILIES
 
 if TYPE_CHECKING:
     from parallax_gen.memory.place import Place
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: all.")
-@click.option("--op", type=click.Choice(OPS), help="Default: all.")
+@click.option("--op", type=click.Choice(FAMILIES), help="Default: all.")
 @click.option(
     "--partial",
     type=click.IntRange(min=1),
@@ -43,7 +43,7 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     Example
       parallax-gen sweep --gpu h200 --op forward --to sweeps
     """
-    from parallax_gen.cli.known import name_in_records
+    from parallax_gen.memory.standing import name_in_records
     from parallax_gen.memory.store import Store
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.search.recorded_sweep import sweep_of, write_sweep
@@ -75,7 +75,7 @@ def file_name(place: Place, toolchain: Toolchain) -> str:
     """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim and bucket; of all else, a part of a hash."""
     sizes = f"{place.bucket.kv_rows}x{lengths(place.bucket).replace(' ', '-')}"
     rest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
-    return f"{place.gpu}-{place.spec.op}-{place.spec.head_dim}-{sizes}-{rest}"
+    return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{rest}"
 
 
 def _print(written: list[tuple[Path, Sweep]]) -> None:

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.devices import card_to_tune, devices_option
-from parallax_gen.cli.options import (
-    Sizes,
-    check_flags,
-    flag_options,
-    gpu_option,
-    head_dim_of,
-    json_option,
-    shape_option,
-)
+from parallax_gen.cli.options import check_flags, flag_options, gpu_option, head_dim_of, json_option, shape_option
 from parallax_gen.cli.text import console, print_json, print_table
 from parallax_gen.describe import LEGEND, brief, counted, lengths, number
 from parallax_gen.errors import MachineError, MeasureError
@@ -25,7 +17,7 @@ from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
 from parallax_gen.problem.work import rate, rate_unit
-from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, STEP, TRAINING, WORK, Flags
+from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, STEP, TRAINING, WORK, Flags, Sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,9 +163,9 @@ def tune(
 def _is_wanted(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
     """Whether a place is one of those that are asked for; all are of which nothing is said."""
     spec = place.spec
-    of_step = spec.op in STEP and (spec.op != "forward" or spec.stats)
+    of_step = spec.family in STEP and (spec.stats or spec.family != "forward")
     return (
-        (not ops or spec.op in ops or (TRAINING in ops and of_step))
+        (not ops or spec.family in ops or (TRAINING in ops and of_step))
         and (not head_dims or spec.head_dim in head_dims)
         and (not dtypes or spec.dtype in dtypes)
     )
@@ -214,7 +206,7 @@ def _print(done: list[Progress], path: Path) -> None:
 
 
 def _row(progress: Progress) -> tuple[str, ...]:
-    from parallax_gen.cli.known import shape_of
+    from parallax_gen.memory.standing import shape_of
 
     job, best = progress.job, progress.best
     found = ("-", "-", "-")
@@ -238,7 +230,7 @@ def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict
 
 
 def _job_to_json(progress: Progress) -> dict[str, Any]:
-    from parallax_gen.cli.known import shape_of
+    from parallax_gen.memory.standing import shape_of
 
     job, best = progress.job, progress.best
     time_us = best.time_us if best else None

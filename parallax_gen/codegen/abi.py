@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import KernelConfig, op_of
-from parallax_gen.ops.preprocess import ROWS
+from parallax_gen.ops.base import PADDED_TO, KernelConfig, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -92,14 +91,14 @@ def rows_like(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
     """Room for what preprocess writes, four fp32 numbers a query row: (4, batch, heads, padded).
 
     log2(e) lse, or inf for a row without keys; softmax_scale (1 + t̄); b = do·v̄; softmax_scale (b - do·o). Each
-    sequence's rows are padded to a multiple of ROWS, with inf for the first.
+    sequence's rows are padded to a multiple of PADDED_TO, with inf for the first.
 
     sequences  of packed ones, how many: (4, heads, padded), and sequence b begins at (cu_seqlens_q[b] + 128 b) // 128
                * 128, which leaves room for each one's padding
     """
     import torch
 
-    padded = -(-lse.shape[-1] // ROWS) * ROWS + sequences * ROWS
+    padded = -(-lse.shape[-1] // PADDED_TO) * PADDED_TO + sequences * PADDED_TO
     return torch.empty((4, *lse.shape[:-1], padded), dtype=torch.float32, device=lse.device)
 
 

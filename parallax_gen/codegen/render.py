@@ -17,7 +17,7 @@ from parallax_gen.files import data_dir
 from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.spec import FLAGS, KernelSpec
+from parallax_gen.problem.spec import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
         .get_template(op.template)
         .render(
             spec=spec,
+            op=op,
             config=config,
             config_text=_wrapped(describe(config)),
             pieces=pieces,
@@ -103,8 +104,8 @@ def _wrapped(text: str) -> str:
 
 
 def _name(spec: KernelSpec) -> str:
-    words = [spec.op, f"d{spec.head_dim}", spec.dtype, f"g{spec.group}"]
-    words += [flag for flag in FLAGS if getattr(spec, flag)]
+    words = [spec.family, f"d{spec.head_dim}", spec.dtype, f"g{spec.group}"]
+    words += [name for name, value in spec.flat().items() if value is True]
     words += [f"p{spec.page_size}"] * (spec.page_size > 0)
     words += [spec.cache_dtype] * (spec.cache_dtype != "")
     return "_".join(words)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import Saved
-from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.autograd import backward_of_part, first_derivatives, forward_of_part
-from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request
+from parallax_gen.runtime.checks import check_request
+from parallax_gen.runtime.requests import Request, cast_inputs, inputs_of
 from parallax_gen.runtime.sharded import refuse_shards
 from parallax_gen.runtime.states import State, absorb
 from parallax_gen.runtime.transforms import refuse_batched, refuse_transforms
@@ -73,11 +73,9 @@ def ring_attn_func(
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     refuse_shards("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
-    q, r, k, v = cast_inputs(q, r, k, v)
-    asked = Request(q, r, k, v, None, None, 0, 0, causal, None, softmax_scale)
-    check_flag("causal", causal)
-    check_numbers(asked)
+    asked = cast_inputs(Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale))
     check_request(asked, packed=False)
+    q, r, k, v = inputs_of(asked)
     if causal and (q.shape[1] % 2 or q.shape[1] != k.shape[1]):
         got = f"{q.shape[1]} queries and {k.shape[1]} keys"
         raise ArgumentError("q", got, "an even number of queries and as many keys, with causal")
@@ -207,7 +205,7 @@ class _RingAttention(torch.autograd.Function):
 
 def _of_part(part: _Part, q: Tensor, r: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Request:
     q, r = q[:, part.rows], r[:, part.rows]
-    return Request(q, r, k[:, part.keys], v[:, part.keys], None, None, 0, 0, part.causal, None, softmax_scale)
+    return Request(q, r, k[:, part.keys], v[:, part.keys], causal=part.causal, softmax_scale=softmax_scale)
 
 
 def _rows_of(state: State, rows: slice) -> State:

@@ -31,7 +31,7 @@ from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher
 from parallax_gen.runtime.plan import Plans
 
 # A kernel of every template: where ranks have the same templates and render these alike, they render all alike.
-SPECS = (*(KernelSpec(op, 64, "bf16") for op in OPS), KernelSpec("decode", 64, "bf16", ragged=True))
+SPECS = tuple(KernelSpec(op, 64, "bf16") for op in OPS)
 
 PROBLEM = "problem"  # where a rank's statement has it, it could not go on
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.bounds import shown
+from parallax_gen.memory.old import spec_from
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 
@@ -49,7 +50,7 @@ class Place:
     @cached_property
     def order(self) -> tuple[Scalar, ...]:
         """The values of all fields, none left out, to sort places by."""
-        return tuple(self._flat(vars(self.spec), vars(self.bucket)).values())
+        return tuple(self._flat(self.spec.flat(), vars(self.bucket)).values())
 
     def _flat(self, spec: Mapping[str, Any], bucket: Mapping[str, Any]) -> dict[str, Scalar]:
         flat: dict[str, Scalar] = {"gpu": self.gpu}
@@ -66,7 +67,7 @@ class Place:
                 parts[part][field] = value
         if not isinstance(flat.get("gpu"), str):
             raise ArgumentError("gpu", shown(flat.get("gpu")), "text")
-        place = cls(flat["gpu"], KernelSpec.from_dict(parts["spec"]), Bucket.from_dict(parts["bucket"]))
+        place = cls(flat["gpu"], spec_from(parts["spec"]), Bucket.from_dict(parts["bucket"]))
         if place.flat() != flat:
             raise ArgumentError("place", shown(flat), f"no fields beside {list(place.flat())}")
         return place

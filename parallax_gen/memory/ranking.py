@@ -375,7 +375,7 @@ def _differs_in_layout(one: Place, other: Place) -> bool:
     """Whether two places of decode, of one bucket, differ in no more than HOW_KEPT."""
     names = [f.name for f in fields(KernelSpec) if f.name not in HOW_KEPT]
     same = all(getattr(one.spec, name) == getattr(other.spec, name) for name in names)
-    return one.bucket == other.bucket and one.spec.op == "decode" and one.spec != other.spec and same
+    return one.bucket == other.bucket and op_of(one.spec).own_lengths and one.spec != other.spec and same
 
 
 # -- What the ranking asks for the records of a place: the memory, or a table that was taken from one.

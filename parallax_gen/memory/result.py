@@ -10,6 +10,7 @@ from typing import Any
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError, stored_of_machine
 from parallax_gen.memory.bounds import INTS, NUMBERS, check_flat, check_int, check_number, check_text, shown
+from parallax_gen.memory.old import of_before
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict, config_to_json, op_of
@@ -183,7 +184,7 @@ class Result:
             check_text(name, text)
         check_int("protocol", evidence.protocol)
         if type(self.config) is not op_of(self.place.spec).config:
-            raise ArgumentError("config", self.config, f"a config of op {self.place.spec.op!r}")
+            raise ArgumentError("config", self.config, f"a config of op {self.place.spec.family!r}")
         try:
             object.__setattr__(self, "outcome", Outcome(self.outcome))
         except ValueError as error:
@@ -252,7 +253,7 @@ class Result:
             check_flat(name, {} if part is None or isinstance(part, Place) else part)
         check_flat("record", {name: value for name, value in data.items() if name not in parts})
         place = parts["place"] if isinstance(parts["place"], Place) else Place.from_flat(parts["place"])
-        config = config_from_dict(place.spec.op, parts["config"])
+        config = config_from_dict(place.spec.family, parts["config"])
         shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
         evidence = _evidence_from(parts["evidence"])
         return cls(**(data | {"place": place, "evidence": evidence, "config": config, "shape": shape}))
@@ -263,38 +264,6 @@ def _evidence_from(data: Mapping[str, Any]) -> Evidence:
     if not set(names) - {"templates"} <= set(data) <= set(names) or data.get("templates") == "":
         raise ArgumentError("evidence", shown(data), f"an object of {names}, templates only where it is set")
     return Evidence(**data)
-
-
-# Of a record's environment before fingerprints: "cuda" and "space" came later than the others.
-_ENVIRONMENT = {"templates", "triton", "protocol"}
-
-
-def of_before(data: dict[str, Any]) -> dict[str, Any]:
-    """A record from before fingerprints in today's form: the hash of its templates stands for its kernel.
-
-    `space` said what a config's knobs mean; no record ever had another one than 1.
-    """
-    key = data["key"]
-    if not isinstance(key, dict):
-        raise ArgumentError("key", shown(key), "an object of its fields")
-    check_flat("key", key)
-    prefix = "environment."
-    environment = {name.removeprefix(prefix): value for name, value in key.items() if name.startswith(prefix)}
-    if not _ENVIRONMENT <= set(environment) <= _ENVIRONMENT | {"cuda", "space"} or environment.get("space", 1) != 1:
-        raise ArgumentError("key", shown(key), f"environment.* of {sorted(_ENVIRONMENT)}, and cuda")
-    templates = environment["templates"]
-    if not isinstance(templates, str) or not templates:
-        raise ArgumentError("environment.templates", shown(templates), "text")
-    evidence = {
-        "kernel": "",
-        "text": "",
-        "triton": environment["triton"],
-        "cuda": environment.get("cuda", ""),
-        "protocol": environment["protocol"],
-        "templates": templates,
-    }
-    place = {name: value for name, value in key.items() if not name.startswith(prefix)}
-    return {name: value for name, value in data.items() if name != "key"} | {"place": place, "evidence": evidence}
 
 
 def supersedes(new: Result, old: Result) -> bool:

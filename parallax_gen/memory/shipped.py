@@ -96,7 +96,7 @@ class Memory:
         own = self.own(lambda store: store.all(gpu, op))
         gpus = shipped_gpus(self.folder) if gpu is None else [gpu]
         shipped = (r for name in gpus for r in load_shipped(name, self.folder))
-        return _merge(own, (r for r in shipped if op is None or r.place.spec.op == op))
+        return _merge(own, (r for r in shipped if op is None or r.place.spec.family == op))
 
     def own(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
         """What the user's database answers; nothing where there is none."""

@@ -224,7 +224,7 @@ class Store:
         begin = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
         # In the order of the file, which is twice as fast as by the index.
         of_place = "+gpu = ? AND +op = ? AND key_json > ? AND key_json < ?"
-        bounds = (place.gpu, place.spec.op, begin, f"{begin}~")
+        bounds = (place.gpu, place.spec.family, begin, f"{begin}~")
         found = list(self._db.execute(f"SELECT * FROM results WHERE {of_place}", bounds))
         few = _connect(Path(":memory:"), "mode=ro")
         if found:
@@ -371,7 +371,7 @@ def _to_row(result: Result) -> dict[str, object]:
     return {
         **_identity(result),
         "gpu": result.place.gpu,
-        "op": result.place.spec.op,
+        "op": result.place.spec.family,
         "text": result.evidence.text,
         "shape_json": data["shape"] and json.dumps(data["shape"]),
         **{name: data[name] for name in _PLAIN},
@@ -386,7 +386,7 @@ def _from_row(row: Mapping[str, Any]) -> Result:
         text = row[f"{name}_json"]
         data[name] = None if text is None else json.loads(_text(f"{name}_json", text))
     result = Result.from_dict(data)
-    if (result.place.gpu, result.place.spec.op) != (row["gpu"], row["op"]):
+    if (result.place.gpu, result.place.spec.family) != (row["gpu"], row["op"]):
         raise ArgumentError("gpu and op", (row["gpu"], row["op"]), "those of the place")
     return result
 

@@ -19,6 +19,9 @@ from parallax_gen.problem.spec import KernelSpec
 Value = int | str
 
 MOST_REGISTERS = 255  # a thread
+# Rows of a sequence are padded to a multiple of this where kernels step over what preprocess left: every block of them
+# is whole, and begins where wide loads may. The largest BLOCK_M.
+PADDED_TO = 128
 LARGEST = 2**31 - 1  # of a number in a config, and
 LONGEST = 64  # characters of a word: far beyond any knob's values
 
@@ -204,7 +207,7 @@ def register(op: Op[Any]) -> None:
 
 def op_of(spec: KernelSpec) -> Op[Any]:
     """The op of a spec."""
-    return OPS_BY_NAME["decode_varlen" if spec.ragged else spec.op]
+    return OPS_BY_NAME[spec.op]
 
 
 # -- configs as JSON, both ways

@@ -8,16 +8,18 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, skewed_lengths, spread_lengths
 from parallax_gen.problem.spec import KernelSpec
 
-SPARE = 8  # as in _schedule.j2: one program in so many sequences, or tiles, is there for long ones alone
-
 
 class DecodeVarlenOp(CacheOp):
-    """Any number of queries a sequence; each sequence has its own splits, NUM_SPLITS of them on the average."""
+    """Any number of queries a sequence; each sequence has its own splits, NUM_SPLITS of them on the average.
+
+    spare  one program in so many sequences, or tiles, is there for long ones alone
+    """
 
     name = "decode_varlen"
     template = "ragged.py.j2"
     costs = CostHints(spill_bytes=200, merge_bytes_us=30e3)  # its step is short, and spills each time
     own_lengths = True
+    spare = 8
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         if knob.name == "merge":
@@ -53,7 +55,7 @@ class DecodeVarlenOp(CacheOp):
         rows = config.BLOCK_H if spec.many_queries else min(spec.group, config.BLOCK_H)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
         many, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
-        slots = groups * (many * config.NUM_SPLITS + -(-many // SPARE)) * kv_heads
+        slots = groups * (many * config.NUM_SPLITS + -(-many // self.spare)) * kv_heads
         return Scratch(slots * rows * (2 * spec.head_dim + 4), slots if config.merge == "last" else 0)
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:

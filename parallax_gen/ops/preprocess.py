@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallax_gen.ops.base import MOST_REGISTERS, CostHints, KernelConfig, Knob, Layout, Op, register
+from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, CostHints, KernelConfig, Knob, Layout, Op, register
 from parallax_gen.ops.pieces import width_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
-
-# Rows of a sequence are padded to a multiple of this where kernels step over them: every block of them is whole, and
-# begins where wide loads may. The largest BLOCK_M.
-ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,7 @@ class PreprocessConfig(KernelConfig):
 class PreprocessOp(Op[PreprocessConfig]):
     """do and what the forward left in; four numbers a query row out."""
 
+    padded_to = PADDED_TO
     name = "preprocess"
     config = PreprocessConfig
     knobs = (Knob("BLOCK_M", (4, 8, 16, 32, 64, 128)), Knob("num_warps", (1, 2, 4, 8)))

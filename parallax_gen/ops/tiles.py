@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
-from parallax_gen.ops.base import MOST_REGISTERS, KernelConfig, Knob, Layout, Op, Value
+from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
 from parallax_gen.ops.pieces import Piece, forms_of, width_of
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
@@ -259,6 +259,8 @@ M = TypeVar("M", bound=MaskedConfig)
 
 class GradientOp(TiledOp[M]):
     """dkdv and dqdr: from what preprocess wrote they find scores once more, and sum gradients."""
+
+    padded_to = PADDED_TO
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         return knob.values[:1] if knob.name == "MASK" and not spec.causal else super().usable(spec, knob)

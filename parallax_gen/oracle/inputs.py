@@ -11,8 +11,7 @@ from torch import Tensor
 
 from parallax_gen.codegen.abi import Inputs, cache_dtype, rows_like, torch_dtype
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import Layout, op_of
-from parallax_gen.ops.preprocess import ROWS
+from parallax_gen.ops.base import PADDED_TO, Layout, op_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.reference import Reference, reference_forward, reference_varlen_forward
 from parallax_gen.problem.shapes import Shape
@@ -233,8 +232,8 @@ def rows_of(spec: KernelSpec, x: Inputs, saved: Reference) -> Tensor:
     ends = [0, found.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
     rows = rows_like(saved.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
     for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
-        first = (start + sequence * ROWS) // ROWS * ROWS
-        padded = -(-(end - start) // ROWS) * ROWS
+        first = (start + sequence * PADDED_TO) // PADDED_TO * PADDED_TO
+        padded = -(-(end - start) // PADDED_TO) * PADDED_TO
         behind = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=rows.device)
         rows[..., first : first + padded] = behind.view(4, *[1] * (rows.dim() - 1))
         rows[..., first : first + end - start] = found[..., start:end]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
 
-OPS = ("forward", "preprocess", "dkdv", "dqdr", "decode")
+OPS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "decode_varlen")
+# What users and records call an op, where that is not its own name.
+_FAMILY_OF = {"decode_varlen": "decode"}
+FAMILIES = tuple(op for op in OPS if op not in _FAMILY_OF)
 DTYPES = ("bf16", "fp16", "fp32", "tf32")
 LARGEST_HEAD_DIM = 256
-LARGEST_READ = {"group": 2**16, "page_size": 2**31}  # of what was read from a file, which may be anyone's
 CACHE_DTYPES = ("", "e4m3", "e5m2")
 
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
@@ -19,19 +20,24 @@ BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 # Fields that came after records were first written: absent from a record, they are at their default there.
 LATER = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
 
+# Ops that see query rows and no keys: no groups of heads there, and no matmuls.
+ROWS_ALONE = ("preprocess",)
+OWN_LENGTHS = ("decode_varlen",)
+
 # Which ops a flag is of.
 FLAGS = {
-    "causal": ("forward", "dkdv", "dqdr", "decode"),
-    "stats": ("forward", "decode"),
-    "ragged": ("decode",),
-    "window": ("forward", "dkdv", "dqdr", "decode"),
-    "varlen": ("forward", "preprocess", "dkdv", "dqdr", "decode"),
-    "leftpad": ("decode",),
-    "many_queries": ("decode",),
+    "causal": ("forward", "dkdv", "dqdr", *OWN_LENGTHS),
+    "stats": ("forward", *OWN_LENGTHS),
+    "window": ("forward", "dkdv", "dqdr", *OWN_LENGTHS),
+    "varlen": ("forward", "preprocess", "dkdv", "dqdr", *OWN_LENGTHS),
+    "leftpad": OWN_LENGTHS,
+    "many_queries": OWN_LENGTHS,
 }
 
-# What decode knows only where every sequence has its own length.
-RAGGED_ONLY = ("causal", "stats", "window", "varlen", "leftpad", "many_queries", "page_size", "cache_dtype")
+
+def family_of(op: str) -> str:
+    """What users and records call an op: both kinds of decode are "decode" to them, one of them ragged."""
+    return _FAMILY_OF.get(op, op)
 
 
 @dataclass(frozen=True)
@@ -39,24 +45,26 @@ class KernelSpec:
     """One Parallax kernel, by meaning.
 
     op        "forward": seqlen_q queries a sequence; its backward is three kernels: "preprocess" (what dkdv and dqdr
-              need of each query row), "dkdv" and "dqdr"; "decode": queries against a KV cache, one a sequence but
-              with many_queries.
+              need of each query row), "dkdv" and "dqdr"; "decode": one query a sequence against a KV cache, whose
+              sequences all have one length; "decode_varlen": every sequence has its own, read on the device from
+              cache_seqlens, and one query but with many_queries.
     head_dim  width of q, r, k and v: any multiple of 8 up to 256.
     dtype     of inputs and outputs: "bf16", "fp16" or "fp32"; "tf32" is fp32 whose matmuls round to tf32. Sums are
               always fp32.
     group     query heads per kv head, any number from 1 (MHA) up (GQA, MQA); 1 for preprocess, which sees no keys.
     causal    query i sees keys up to seqlen_kv - seqlen_q + i (aligned to the end).
-    stats     forward and decode: also writes lse, t̄ and v̄, which the backward needs, and joining of parts.
-    ragged    decode only: every sequence has its own length, read on the device from cache_seqlens. What follows of
-              decode needs it, and so do its causal, stats, window and varlen (of queries).
+    stats     forward and decode_varlen: also writes lse, t̄ and v̄, which the backward needs, and joining of parts.
     window    causal only: a query sees the last window_size of the keys that it would see.
-    varlen    sequences are packed one after the other, and begin where cu_seqlens says; queries alone in decode.
-    page_size decode only: the cache is in pages of so many keys, which a page table puts in order; 0 for a cache in
-              one piece a sequence.
-    leftpad   decode only: a sequence's first key is where cache_leftpad says.
-    many_queries  decode only: sequences have any number of queries, the last of which is at the last key. Else one,
-              which is causal only in that a window may end at it.
-    cache_dtype  decode only: "e4m3" or "e5m2" for keys and values in eight bits; "" for those of dtype.
+    varlen    sequences are packed one after the other, and begin where cu_seqlens says; of decode_varlen the queries.
+
+    Of decode_varlen alone:
+
+    page_size     the cache is in pages of so many keys, which a page table puts in order; 0 for a cache in one piece a
+                  sequence.
+    leftpad       a sequence's first key is where cache_leftpad says.
+    many_queries  sequences have any number of queries, the last of which is at the last key. Else one, which is causal
+                  only in that a window may end at it.
+    cache_dtype   "e4m3" or "e5m2" for keys and values in eight bits; "" for those of dtype.
 
     Raises ArgumentError on any other value.
     """
@@ -67,7 +75,6 @@ class KernelSpec:
     group: int = 1
     causal: bool = False
     stats: bool = False
-    ragged: bool = False
     window: bool = False
     varlen: bool = False
     page_size: int = 0
@@ -79,11 +86,12 @@ class KernelSpec:
         _one_of("op", self.op, OPS)
         if type(self.head_dim) is not int or self.head_dim % 8 or not 0 < self.head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", f"{self.head_dim!r:.80}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
-        _one_of("dtype", self.dtype, DTYPES[:3] if self.op == "preprocess" else DTYPES)
+        rows_alone, own_lengths = self.op in ROWS_ALONE, self.op in OWN_LENGTHS
+        _one_of("dtype", self.dtype, DTYPES[:3] if rows_alone else DTYPES)
         if type(self.group) is not int or self.group < 1:
             raise ArgumentError("group", f"{self.group!r:.80}", "an int of 1 or more (query heads per kv head)")
-        if self.op == "preprocess" and self.group != 1:
-            raise ArgumentError("group", self.group, "1 with op 'preprocess', which sees no keys")
+        if rows_alone and self.group != 1:
+            raise ArgumentError("group", self.group, f"1 with op {self.op!r}, which sees no keys")
         for name, ops in FLAGS.items():
             value = getattr(self, name)
             if type(value) is not bool:
@@ -93,23 +101,22 @@ class KernelSpec:
         if type(self.page_size) is not int or self.page_size < 0:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
-        if self.cache_dtype and (self.op != "decode" or self.bytes_per_element != 2):
-            raise ArgumentError("cache_dtype", self.cache_dtype, "'', but with op 'decode' and dtype bf16 or fp16")
-        if self.page_size and self.op != "decode":
-            raise ArgumentError("page_size", self.page_size, "0, but with op 'decode' and ragged=True")
+        if self.cache_dtype and not (own_lengths and self.bytes_per_element == 2):
+            allowed = "'', but with op 'decode_varlen' and dtype bf16 or fp16"
+            raise ArgumentError("cache_dtype", self.cache_dtype, allowed)
+        if self.page_size and not own_lengths:
+            raise ArgumentError("page_size", self.page_size, "0, but with op 'decode_varlen'")
         if self.window and not self.causal:
             raise ArgumentError("window", "True without causal", "True with causal=True only")
-        if self.op == "decode":
-            self._check_decode()
-
-    def _check_decode(self) -> None:
-        for name in RAGGED_ONLY:
-            if getattr(self, name) and not self.ragged:
-                raise ArgumentError(name, f"{getattr(self, name)} with op 'decode'", "with ragged=True only")
-        if self.varlen and not self.many_queries:
-            raise ArgumentError("varlen", "True with op 'decode'", "True with many_queries=True only")
-        if self.causal and not (self.window or self.many_queries):
+        if own_lengths and self.varlen and not self.many_queries:
+            raise ArgumentError("varlen", f"True with op {self.op!r}", "True with many_queries=True only")
+        if own_lengths and self.causal and not (self.window or self.many_queries):
             raise ArgumentError("causal", "True with one query a sequence", "False, but with window or many_queries")
+
+    @property
+    def family(self) -> str:
+        """What users and records call its op."""
+        return family_of(self.op)
 
     @property
     def bytes_per_element(self) -> int:
@@ -122,35 +129,31 @@ class KernelSpec:
 
     def of(self, op: str) -> KernelSpec:
         """The spec of another kernel of the same training step: forward, preprocess, dkdv or dqdr."""
-        if op == "preprocess":
+        if op in ROWS_ALONE:
             # It multiplies no matrices and sees rows alone.
             dtype = "fp32" if self.dtype == "tf32" else self.dtype
             return KernelSpec(op, self.head_dim, dtype, varlen=self.varlen)
         return replace(self, op=op, stats=op == "forward")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every field; those of LATER where they are not at their default."""
-        return {name: value for name, value in vars(self).items() if value or name not in LATER}
+    def flat(self) -> dict[str, Any]:
+        """Every field, in the words and the order of records: an op by its family, and whether it is ragged."""
+        found = vars(self) | {"op": self.family}
+        before = ("op", "head_dim", "dtype", "group", "causal", "stats")
+        return {name: found[name] for name in before} | {"ragged": self.op in OWN_LENGTHS} | found
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> KernelSpec:
-        """The spec that `to_dict` wrote. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
-        names = {f.name for f in fields(cls)}
-        if not names - set(LATER) <= set(data) <= names:
-            raise ArgumentError("spec", sorted(data), f"the fields {sorted(names)}")
-        spec = cls(**data)
-        for name, largest in LARGEST_READ.items():
-            if getattr(spec, name) > largest:
-                raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")
-        return spec
+    def to_dict(self) -> dict[str, Any]:
+        """`flat`, but of LATER what is not at its default. `memory.old.spec_from` reads it."""
+        return {name: value for name, value in self.flat().items() if value or name not in LATER}
 
     def __str__(self) -> str:
-        words = [self.op, f"head_dim {self.head_dim}", self.dtype]
-        if self.op != "preprocess":  # which sees no keys
+        flat = self.flat()
+        words = [self.family, f"head_dim {self.head_dim}", self.dtype]
+        if self.op not in ROWS_ALONE:
             words.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
-        if self.op in FLAGS["causal"] and not (self.op == "decode" and not self.many_queries and not self.window):
+        # One query sees all keys of its window.
+        if self.op in FLAGS["causal"] and (self.op not in OWN_LENGTHS or self.many_queries or self.window):
             words.append("window" if self.window else "causal" if self.causal else "full")
-        words += [name for name in ("varlen", "stats", "ragged", "leftpad") if getattr(self, name)]
+        words += [name for name in ("varlen", "stats", "ragged", "leftpad") if flat[name]]
         words += ["many queries"] * self.many_queries
         words += [f"pages of {self.page_size}"] * (self.page_size > 0)
         words += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")

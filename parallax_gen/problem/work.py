@@ -22,7 +22,7 @@ class Work:
 
 # Matmuls of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and two for dk;
 # dqdr s, t, a, dq, dr.
-MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4}
+MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4, "decode_varlen": 4}
 SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of them, those that find s, t and a; the others sum what comes of them
 
 
@@ -47,6 +47,7 @@ MOVED = {
     "dkdv": Moved(3, 4, 16),  # q, r, do; k, v and dk, dv
     "dqdr": Moved(5, 2, 16),  # q, r, do and dq, dr; k, v
     "decode": Moved(3, 2),
+    "decode_varlen": Moved(3, 2),
 }
 OF_STATS = Moved(1, 0, 8)  # v̄ beside o; lse and t̄
 

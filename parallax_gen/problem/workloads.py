@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import FLAGS, OPS, RAGGED_ONLY, KernelSpec
+from parallax_gen.problem.spec import FAMILIES, FLAGS, KernelSpec, family_of
 
 # A training step's kernels, in the order in which they run; all of them together go by the name TRAINING.
 STEP = ("forward", "preprocess", "dkdv", "dqdr")
 TRAINING = "training"
-WORK = (*OPS, TRAINING)
+WORK = (*FAMILIES, TRAINING)
 
 USUAL_HEAD_DIM = 128
 
@@ -51,6 +51,24 @@ USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Sizes as they are typed, for any op; seqlen_q is None where one length was given for both."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int | None
+    seqlen_kv: int
+
+    def for_op(self, op: str) -> Shape:
+        """The shape that is meant for `op`: one length is that of queries and keys; of decode, of one query's keys."""
+        seqlen_q = self.seqlen_q
+        if seqlen_q is None:
+            seqlen_q = 1 if op == "decode" else self.seqlen_kv
+        return Shape(self.batch, self.heads, self.kv_heads, seqlen_q, self.seqlen_kv)
+
+
+@dataclass(frozen=True)
 class Flags:
     """What is asked of kernels besides op, head_dim, dtype and sizes. An op that has no such flag goes without.
 
@@ -80,10 +98,17 @@ class Flags:
 
 NO_FLAGS = Flags()
 
+# Of the flags that are on or off, which ops take them, by what users call those.
+TAKERS = {
+    f.name: {family_of(op) for op in FLAGS.get(f.name, ("decode_varlen",))}
+    for f in fields(Flags)
+    if f.name in FLAGS or f.name == "ragged"
+}
+
 
 def takes(op: str, flag: str) -> bool:
-    """Whether an op, or TRAINING, has a flag of KernelSpec's: the forward of a training step always has statistics."""
-    return ("dkdv" if op == TRAINING else op) in FLAGS[flag]
+    """Whether an op, or TRAINING, has a flag of TAKERS: the forward of a training step always has statistics."""
+    return ("dkdv" if op == TRAINING else op) in TAKERS[flag]
 
 
 def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
@@ -116,7 +141,8 @@ def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> 
         many = shape.seqlen_q > 1 or flags.varlen
         taken["causal"] = asked["window"] or (many and asked["causal"])
         taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
-        taken["ragged"] = flags.ragged or any(taken[name] for name in RAGGED_ONLY)
+        if flags.ragged or any(taken.values()):
+            op = "decode_varlen"
     return KernelSpec(op, head_dim, dtype, shape.group, **taken)
 
 
@@ -171,9 +197,27 @@ PAPER = {
 # The steps that are in real use, of every head_dim.
 STEPS = tuple((head_dim, shape) for head_dim, shapes in USUAL_TRAINING.items() for shape in shapes)
 
-# What is compared: grid -> op -> (head_dim, shape).
+# What is compared of a grid: grid -> op -> (head_dim, shape).
 SWEEPS = {
     **{name: {"decode": shapes} for name, shapes in GRIDS.items()},
     TRAINING: {TRAINING: STEPS},
     "paper": PAPER,
+}
+
+_TRAINED = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
+
+# What is compared when little is said: op -> (head_dim, shape), from few bytes to many, alone and in a batch, MHA and
+# GQA; a training step and a long prompt.
+COMPARED: dict[str, tuple[tuple[int, Shape], ...]] = {
+    "forward": tuple((128, shape) for shape in _TRAINED),
+    "decode": (
+        *((128, Shape(batch, 8, 8, 1, keys)) for batch in (1, 32) for keys in (512, 1024, 4096, 16384)),
+        (128, Shape(1, 32, 8, 1, 16384)),
+        (128, Shape(32, 32, 8, 1, 8192)),
+        (64, Shape(8, 16, 16, 1, 4096)),
+    ),
+    TRAINING: (
+        *((128, shape) for shape in _TRAINED),
+        *((dim, shape) for dim, shapes in USUAL_TRAINING.items() for shape in shapes if shape not in _TRAINED),
+    ),
 }

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from parallax_gen.cli.known import shape_of
 from parallax_gen.describe import brief, number
+from parallax_gen.memory.standing import shape_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.work import rate_unit, work_of
 from parallax_gen.report.studies import Study
@@ -117,7 +117,7 @@ def rooflines(studies: Iterable[Study]) -> list[Roofline]:
             x=x,
             y=y,
             roofs=tuple(_roof(gpu, dtype, top, x, y) for dtype, top in tops[gpu].items()),
-            points=tuple(Point(x(i), y(r), _achieved(study), study.place.spec.op) for study, i, r in found),
+            points=tuple(Point(x(i), y(r), _achieved(study), study.place.spec.family) for study, i, r in found),
         )
         for gpu, found in of.items()
     ]
@@ -143,7 +143,7 @@ def _roof(gpu: Gpu, dtype: str, top: float, x: Scale, y: Scale) -> Roof:
 def _achieved(study: Study) -> str:
     assert study.best is not None
     assert study.best.time_us is not None
-    op = study.place.spec.op
+    op = study.place.spec.family
     told = [f"{study.place.gpu}: {study.place.spec}", str(study.place.bucket)]
     told.append(f"{number(study.best.time_us)} µs, {number(study.rate or 0)} {rate_unit(op)}")
     told += [f"{study.share:.0%} of the bound"] if study.share is not None else []

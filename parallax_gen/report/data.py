@@ -9,16 +9,16 @@ from statistics import median
 from typing import Any
 
 import parallax_gen
-from parallax_gen.cli.known import Origins, name_in_records
+from parallax_gen.bench.rows import Row
+from parallax_gen.bench.summary import Mean, means, times_ours
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.standing import Origins, name_in_records
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.report.benches import Timing, times_ours
 from parallax_gen.report.failures import Reason, reasons
-from parallax_gen.report.matrices import means
 from parallax_gen.report.studies import Study, of_most_use, standing, studies_of
 from parallax_gen.tuning.search.importances import LEAST_TRIALS, importances
 
@@ -84,7 +84,7 @@ class Report:
     shown     studies, sorted by place
     left_out  how many studies of other toolchains and kernels are not shown
     standing  every bucket that could be tuned, with the study that says most about it
-    ratios    other contenders' timings, with their time over ours
+    ratios    other baselines' rows of bench files, with their time over ours
     benches   names of the files that these are from, and how each was taken: (file, conditions, command)
     """
 
@@ -92,7 +92,7 @@ class Report:
     shown: tuple[Study, ...]
     left_out: int
     standing: dict[Place, Study | None]
-    ratios: list[tuple[Timing, float | None]]
+    ratios: list[tuple[Row, float | None]]
     benches: tuple[tuple[str, str, str], ...]
 
     @property
@@ -109,11 +109,16 @@ class Report:
         """When the newest of the results shown was made, ISO 8601 in UTC; "" where there are none."""
         return max((study.newest for study in self.shown), default="")
 
+    @property
+    def means(self) -> dict[tuple[str, str, str, str], Mean]:
+        """Of each card, op, part of it and baseline, over all shapes where both ran."""
+        return means(self.ratios, key=lambda row: (row.origin.gpu, row.op, row.part, row.contender))
+
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
         """By op and GPU: how many buckets are in each state, and the median share of the bound of those measured."""
         found: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
         for place, study in self.standing.items():
-            states, shares = found.setdefault(place.spec.op, {}).setdefault(place.gpu, (Counter(), []))
+            states, shares = found.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
             states[study.state if study else "untuned"] += 1
             if study is not None and study.share is not None:
                 shares.append(study.share)
@@ -123,7 +128,7 @@ class Report:
         }
 
 
-def collect(memory: Memory, gpus: Sequence[str], timings: list[Timing], *, every: bool) -> Report:
+def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, every: bool) -> Report:
     """Of the GPUs that people name, or of all; `every`: of every toolchain and kernel, not those of most use alone.
 
     Raises UnknownGpuError for a GPU that nothing is known by.
@@ -133,14 +138,14 @@ def collect(memory: Memory, gpus: Sequence[str], timings: list[Timing], *, every
     found = studies_of(memory, (r for r in results if not asked or r.place.gpu in asked))
     shown = found if every else of_most_use(found)
     names = asked or tuple(sorted({study.place.gpu for study in found}))
-    kept = [timing for timing in timings if not asked or timing.gpu in (*asked, "")]
+    kept = [row for row in rows if not asked or row.origin.gpu in (*asked, "")]
     return Report(
         gpus=names,
         shown=tuple(shown),
         left_out=len(found) - len(shown),
         standing=standing(shown, names),
-        ratios=sorted(times_ours(kept), key=lambda ratio: (ratio[0].gpu, ratio[0].op)),
-        benches=tuple(dict.fromkeys((timing.file, timing.taken, timing.command) for timing in kept)),
+        ratios=sorted(times_ours(kept), key=lambda ratio: (ratio[0].origin.gpu, ratio[0].op)),
+        benches=tuple(dict.fromkeys((row.origin.file, row.origin.taken, row.origin.command) for row in kept)),
     )
 
 
@@ -185,6 +190,6 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
         "least_trials": LEAST_TRIALS,
         "times_ours": [
             {"gpu": gpu, "op": op, "part": part, "contender": contender, "mean": mean, "least": least, "shapes": count}
-            for (gpu, op, part, contender), (mean, least, count) in means(report.ratios).items()
+            for (gpu, op, part, contender), (mean, least, count) in report.means.items()
         ],
     }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from parallax_gen.bench.rows import Row
 from parallax_gen.describe import brief, lengths, number, with_lengths
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
-from parallax_gen.report.benches import Timing
 from parallax_gen.report.studies import Study, order_of
 
 # Where a class of colour ends and the next begins: shares of the bound, and times over ours, 1 in the middle of its.
@@ -65,7 +64,7 @@ def coverage(standing: Mapping[Place, Study | None]) -> dict[str, dict[str, list
     of: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
     for place, study in standing.items():
         spec, bucket = place.spec, place.bucket
-        of.setdefault((spec.op, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
+        of.setdefault((spec.family, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
     found: dict[str, dict[str, list[Matrix]]] = {}
     for (op, gpu, spec), cells in of.items():
         found.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
@@ -73,18 +72,18 @@ def coverage(standing: Mapping[Place, Study | None]) -> dict[str, dict[str, list
 
 
 def speed_ups(
-    ratios: Iterable[tuple[Timing, float | None]],
+    ratios: Iterable[tuple[Row, float | None]],
 ) -> dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]]:
-    """By (GPU, op) and (part, contender): a matrix a kernel, of its time over ours.
+    """By (GPU, op) and (part, baseline): a matrix a kernel, of its time over ours.
 
     Of shapes that share a size, and of files that have the same shape, the least is shown.
     """
-    of: dict[tuple[str, str, str, str, KernelSpec], dict[tuple[int, Sizes], list[tuple[Timing, float | None]]]] = {}
-    for timing, ratio in ratios:
-        shape = timing.shape
-        which = timing.gpu, timing.op, timing.part, timing.contender, timing.spec
+    of: dict[tuple[str, str, str, str, KernelSpec], dict[tuple[int, Sizes], list[tuple[Row, float | None]]]] = {}
+    for row, ratio in ratios:
+        shape = row.shape
+        which = row.origin.gpu, row.op, row.part, row.contender, row.spec
         size = shape.batch * shape.kv_heads, _sizes(shape)
-        of.setdefault(which, {}).setdefault(size, []).append((timing, ratio))
+        of.setdefault(which, {}).setdefault(size, []).append((row, ratio))
     found: dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]] = {}
     for (gpu, op, part, contender, spec), sizes in sorted(
         of.items(), key=lambda item: (*item[0][:2], *order_of(item[0][-1]))
@@ -94,15 +93,6 @@ def speed_ups(
         matrices = found.setdefault((gpu, op), {}).setdefault((part, contender), [])
         matrices.append(_matrix(gpu, ops, kernel_name(spec), cells))
     return found
-
-
-def means(ratios: Iterable[tuple[Timing, float | None]]) -> dict[tuple[str, str, str, str], tuple[float, float, int]]:
-    """By (GPU, op, part, contender): the geometric mean of its time over ours, the least, and of how many."""
-    of: dict[tuple[str, str, str, str], list[float]] = {}
-    for timing, ratio in ratios:
-        if ratio is not None:
-            of.setdefault((timing.gpu, timing.op, timing.part, timing.contender), []).append(ratio)
-    return {which: (math.exp(sum(map(math.log, r)) / len(r)), min(r), len(r)) for which, r in of.items()}
 
 
 def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int, Sizes], Cell]) -> Matrix:
@@ -139,15 +129,15 @@ def _standing(place: Place, study: Study | None) -> Cell:
     return Cell(text, "\n".join(told), f"{kind} elsewhere" if study.unlike else kind, study.key)
 
 
-def _ratio(timed: list[tuple[Timing, float | None]]) -> Cell:
+def _ratio(timed: list[tuple[Row, float | None]]) -> Cell:
     lines = []
-    for timing, ratio in timed:
-        at = with_lengths(timing.shape, timing.lengths)
-        if ratio is not None and timing.time_us is not None:
-            line = f"{at}: {number(timing.time_us)} µs, {number(timing.time_us / ratio)} ours"
-            lines.append(f"{line}; {timing.note}" if timing.note else line)
+    for row, ratio in timed:
+        at = with_lengths(row.shape, row.lengths)
+        if ratio is not None and row.time_us is not None:
+            line = f"{at}: {number(row.time_us)} µs, {number(row.time_us / ratio)} ours"
+            lines.append(f"{line}; {row.note}" if row.note else line)
         else:
-            lines.append(f"{at}: {timing.note or 'not timed beside ours'}")
+            lines.append(f"{at}: {row.note or 'not timed beside ours'}")
     ratios = [ratio for _, ratio in timed if ratio is not None]
     lines.insert(0, timed[0][0].contender)
     if not ratios:

@@ -18,12 +18,12 @@ import parallax_gen
 from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.toolchain import triton_version
-from parallax_gen.problem.spec import OPS
+from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
 from parallax_gen.report.failures import HARM
-from parallax_gen.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, means, speed_ups
+from parallax_gen.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, speed_ups
 from parallax_gen.report.sources import Sources
 from parallax_gen.report.studies import STATES, Study
 from parallax_gen.tuning.search.importances import LEAST_TRIALS
@@ -51,7 +51,7 @@ def html(report: Report, command: str) -> str:
             script=script,
             style_hash=_hash(style),
             script_hash=_hash(script),
-            ops=[op for op in OPS if op in summary],
+            ops=[op for op in FAMILIES if op in summary],
             summary=summary,
             states_in_order=STATES,
             states_found={study.state if study else "untuned" for study in report.standing.values()},
@@ -60,7 +60,7 @@ def html(report: Report, command: str) -> str:
             tried=tried,
             importances=[(kernel, shares) for kernel in tried if (shares := kernel.importances)],
             any_unlike=any(study.unlike for study in report.shown),
-            means=means(report.ratios),
+            means=report.means,
             coverage=coverage(report.standing),
             speed_ups=speed_ups(report.ratios),
             rooflines=rooflines(report.shown),

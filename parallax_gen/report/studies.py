@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from parallax_gen.cli.known import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
 from parallax_gen.codegen.device import card_named
 from parallax_gen.memory.gains import gain
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Table, default_beside, default_of
 from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.standing import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.spec import OPS, KernelSpec
+from parallax_gen.problem.spec import FAMILIES, KernelSpec
 from parallax_gen.problem.work import bound_us, rate
 from parallax_gen.tuning.job import worklist
 
@@ -165,7 +165,7 @@ def _weight(study: Study) -> tuple[int, str]:
 def _order(place: Place) -> tuple[object, ...]:
     spec, bucket = place.spec, place.bucket
     return (
-        OPS.index(spec.op),
+        FAMILIES.index(spec.family),
         place.gpu,
         *order_of(spec),
         bucket.kv_rows,

@@ -98,15 +98,15 @@ def tune_command(place: Place) -> str:
     """The command that tunes a place on the card that it runs on."""
     spec, shape = place.spec, representative(place.bucket, place.spec.group)
     heads = f"{shape.heads}" if spec.group == 1 else f"{shape.heads}/{shape.kv_heads}"
-    one_length = shape.seqlen_q == (1 if spec.op == "decode" else shape.seqlen_kv)
+    one_length = shape.seqlen_q == (1 if spec.family == "decode" else shape.seqlen_kv)
     lengths = f"{shape.seqlen_kv}" if one_length else f"{shape.seqlen_q}x{shape.seqlen_kv}"
-    words = ["parallax-gen", "tune", "--op", spec.op]
+    words = ["parallax-gen", "tune", "--op", spec.family]
     words += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
     if spec.window:  # one of all keys would be none; a key less rounds to the same bucket
         words += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
-    elif not spec.causal and (spec.many_queries or spec.op in ("forward", "dkdv", "dqdr")):
+    elif not spec.causal and (spec.many_queries or spec.family in ("forward", "dkdv", "dqdr")):
         words.append("--full")
-    words += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad") if getattr(spec, name)]
+    words += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad") if spec.flat()[name]]
     words += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
     words += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
     return " ".join(words)

@@ -6,7 +6,7 @@ What is asked is checked once for its sizes, strides and types, when its plan is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,9 @@ from parallax_gen.oracle.reference import (
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
-from parallax_gen.runtime.checks import DTYPE_NAMES, FURTHEST_ROW, Request, check_request, inputs_of, starts_of
-from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, key_of_inputs, plan_launch
+from parallax_gen.runtime.checks import check_request
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
+from parallax_gen.runtime.requests import DTYPE_NAMES, FURTHEST_ROW, Request, inputs_of, starts_of
 
 
 def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: bool = False) -> tuple[Tensor, ...]:
@@ -36,11 +37,9 @@ def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: b
 
     packed  whether the sequences are; asked shows it too, once it has been checked
     """
-    key = None
-    try:
-        key = (_key(asked, out), packed, stats)
-        plan = _forwards[key]
-    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
+    key = key_of(*asked, out, packed, stats, rounds_to_tf32(asked.q))
+    plan = _forwards.get(key)
+    if plan is None:
         check_request(asked, packed, out)
         plan = _plan_forward(asked, stats)
         _forwards.remember(key, plan)
@@ -74,7 +73,7 @@ def backward(
     """
     if do.stride(-1) != 1 or do.stride(-3) > FURTHEST_ROW:  # as the gradient of a sum is, one number everywhere
         do = do.contiguous()
-    key = (_key(asked, do), dqdr, dkdv)
+    key = key_of(*asked, do, dqdr, dkdv, rounds_to_tf32(asked.q))
     plan = _backwards.get(key)
     if plan is None:
         check_request(asked, packed=bool(starts_of(asked)))
@@ -145,12 +144,6 @@ def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Into each tensor its value, rounded to its dtype. There may be more values."""
     for tensor, value in zip(tensors, values, strict=False):
         tensor.copy_(value)
-
-
-def _key(asked: Request, other: Tensor | None) -> Hashable:
-    """All that a plan depends on: the tensors' sizes, strides and types, the numbers, and torch's switch."""
-    tensors = (key_of_inputs(*inputs_of(asked)), key_of(asked.cu_seqlens_q, asked.cu_seqlens_k, other))
-    return tensors, asked[6:], rounds_to_tf32(asked.q)
 
 
 def rounds_to_tf32(q: Tensor) -> bool:

@@ -14,12 +14,22 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.partial import reference_tangent, reference_varlen_tangent
-from parallax_gen.runtime import flops
+from parallax_gen.problem.work import MATMULS, SCORES, visible_pairs
 from parallax_gen.runtime.attention import Saved, backward, forward, stats_shape
-from parallax_gen.runtime.checks import Request, inputs_of, starts_of
+from parallax_gen.runtime.requests import (
+    INPUTS,
+    TENSORS,
+    Request,
+    inputs_of,
+    numbers_of,
+    parted,
+    starts_of,
+    tensors_of,
+)
 from parallax_gen.runtime.transforms import (
     functionalized,
     over_samples,
@@ -98,25 +108,25 @@ _attention.register_fake(_fake)
 
 
 def _run_with_stats(*given: Any) -> tuple[Tensor, ...]:
-    request = Request(*given[:-1])
+    request, _ = parted(given)
     refuse_tangents()
     return forward(request, packed=bool(starts_of(request)), stats=True)
 
 
 def _fake_with_stats(*given: Any) -> tuple[Tensor, ...]:
     refuse_tangents()
-    q = Request(*given[:-1]).q
+    q = parted(given)[0].q
     lse, t_mean = (q.new_empty(stats_shape(q), dtype=torch.float32) for _ in range(2))
     return q.new_empty(q.shape), lse, t_mean, q.new_empty(q.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *asked, recompute_v_mean = inputs
+    asked, (recompute_v_mean,) = parted(inputs)
     out, lse, t_mean, v_mean = output
     ctx.mark_non_differentiable(lse, t_mean, v_mean)
     ctx.set_materialize_grads(False)  # nobody needs zeros for the statistics' gradients
-    ctx.save_for_backward(*asked[:6], out, lse, t_mean, None if recompute_v_mean else v_mean)
-    ctx.numbers = asked[6:]
+    ctx.save_for_backward(*tensors_of(asked), out, lse, t_mean, None if recompute_v_mean else v_mean)
+    ctx.numbers = numbers_of(asked)
 
 
 def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
@@ -126,8 +136,8 @@ def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> t
     if do is not None:
         if operator is None:
             operator = _AttentionBackward.apply if transforms_see(do) else _attention_backward
-        saved = ctx.saved_tensors
-        found = operator(*saved[:6], *ctx.numbers, do, *saved[6:], dqdr, dkdv)
+        saved, count = ctx.saved_tensors, len(TENSORS)
+        found = operator(*saved[:count], *ctx.numbers, do, *saved[count:], dqdr, dkdv)
         grads[0 if dqdr else 2 : 4 if dkdv else 2] = found
     return tuple(grads)
 
@@ -154,8 +164,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _run_backward(*given: Any) -> list[Tensor]:
-    of_request = len(Request._fields)
-    asked, (do, out, lse, t_mean, v_mean, dqdr, dkdv, *some_keys) = Request(*given[:of_request]), given[of_request:]
+    asked, (do, out, lse, t_mean, v_mean, dqdr, dkdv, *some_keys) = parted(given)
     saved = Saved(out, lse, t_mean, v_mean)
     refuse_tangents()
     # torch leaves some_keys out where it is False.
@@ -164,9 +173,8 @@ def _run_backward(*given: Any) -> list[Tensor]:
 
 def _fake_backward(*given: Any) -> list[Tensor]:
     refuse_tangents()
-    q, r, k, v = given[:4]
-    dqdr, dkdv = given[16:18]
-    return [x.new_empty(x.shape) for x in (q, r) * dqdr + (k, v) * dkdv]
+    asked, (_do, _out, _lse, _t_mean, _v_mean, dqdr, dkdv, *_) = parted(given)
+    return [x.new_empty(x.shape) for x in (asked.q, asked.r) * dqdr + (asked.k, asked.v) * dkdv]
 
 
 def _refuse(ctx: Any, *_: Any) -> NoReturn:
@@ -182,9 +190,6 @@ _attention_backward = torch.library.custom_op(
 )
 _attention_backward.register_fake(_fake_backward)
 _attention_backward.register_autograd(_refuse)
-
-_OPS = torch.ops.parallax_gen
-flops.register(_OPS.attention, _OPS.attention_with_stats, _OPS.attention_backward)
 
 
 def first_derivatives(grads: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -239,10 +244,10 @@ class _AttentionTangent(_WithoutDerivatives):
 
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor]:
-        asked = Request(*given[:11])
+        asked, tangents = parted(given)
         options = {"causal": asked.causal, "window_size": asked.window_size, "softmax_scale": asked.softmax_scale}
         oracle: Any = reference_varlen_tangent if starts_of(asked) else reference_tangent
-        return (oracle(*inputs_of(asked), given[11:], *starts_of(asked), **options).to(asked.q.dtype),)
+        return (oracle(*inputs_of(asked), tangents, *starts_of(asked), **options).to(asked.q.dtype),)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
@@ -260,7 +265,7 @@ class _TransformedAttention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *given, ctx.stats = inputs
         _save(ctx, tuple(given), output)
-        ctx.save_for_forward(*inputs[:6])
+        ctx.save_for_forward(*tensors_of(parted(inputs)[0]))
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -271,12 +276,63 @@ class _TransformedAttention(torch.autograd.Function):
         if ctx.stats:
             allowed = "False: statistics have no tangents"
             raise ArgumentError("return_stats", "True, beside a tangent (forward-mode AD)", allowed)
-        for tangent in tangents[:4]:
+        of_inputs = tangents[: len(INPUTS)]
+        for tangent in of_inputs:
             if tangent is not None:
                 refuse_batched(tangent)
-        given = (*map(primal_of, ctx.saved_tensors[:6]), *ctx.numbers, *tangents[:4])
+        given = (*map(primal_of, ctx.saved_tensors[: len(TENSORS)]), *ctx.numbers, *of_inputs)
         return *_AttentionTangent.apply(*given), None, None, None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
         return _over_samples(_TransformedAttention, info, in_dims, given)
+
+
+# -- What torch.utils.flop_counter.FlopCounterMode counts for the operators, as `problem.work.work_of` does: 2 FLOP for
+# each multiply and add of the matmuls, over the pairs of a query and a key that it sees. A causal square is half a one.
+
+
+def forward_flops(*given: Any, out_val: Any = None) -> int:
+    """4 matmuls: 8 · batch · heads · seqlen_q · seqlen_kv · head_dim where every query sees every key."""
+    return _flops(MATMULS["forward"], parted(given)[0])
+
+
+def backward_flops(*given: Any, out_val: Any = None) -> int:
+    """8 matmuls for all gradients, 5 for those of q and r, 6 for those of k and v; and v̄'s, where it is found anew.
+
+    Two kernels that make all of them find the scores twice; that is not counted.
+    """
+    asked, (_do, _out, _lse, _t_mean, v_mean, dqdr, dkdv, *_) = parted(given)
+    matmuls = MATMULS["dqdr"] * dqdr + MATMULS["dkdv"] * dkdv - SCORES["dqdr"] * (dqdr and dkdv)
+    return _flops(matmuls + MATMULS["forward"] * (v_mean is None), asked)
+
+
+def _flops(matmuls: int, asked: Request) -> int:
+    heads, head_dim = asked.q.shape[-2:]
+    return int(2 * matmuls * heads * head_dim * _pairs(asked))
+
+
+def _pairs(asked: Request) -> float:
+    """(query, key) pairs that are seen, of one head of all sequences.
+
+    Of packed ones cu_seqlens are read, which waits for the device; a stand-in for them holds no numbers, and then each
+    sequence counts as the longest one.
+    """
+    window = 0 if asked.window_size is None else asked.window_size
+    if asked.cu_seqlens_q is None or asked.cu_seqlens_k is None:
+        return asked.q.shape[0] * visible_pairs(asked.q.shape[1], asked.k.shape[1], asked.causal, window)
+    rows = _lengths(asked.cu_seqlens_q, asked.max_seqlen_q)
+    keys = _lengths(asked.cu_seqlens_k, asked.max_seqlen_k)
+    return sum(visible_pairs(*lengths, asked.causal, window) for lengths in zip(rows, keys, strict=True))
+
+
+def _lengths(starts: Tensor, longest: int) -> list[int]:
+    if type(starts) is not Tensor:
+        return [longest] * (starts.shape[0] - 1)
+    lengths: list[int] = starts.diff().clamp(min=0).tolist()
+    return lengths
+
+
+_OPS = torch.ops.parallax_gen
+register_flop_formula([_OPS.attention, _OPS.attention_with_stats], get_raw=True)(forward_flops)
+register_flop_formula(_OPS.attention_backward, get_raw=True)(backward_flops)

@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-from parallax_gen.runtime.checks import DTYPE_NAMES, check_out, is_int, needs_gradients, records_gradients
-from parallax_gen.runtime.transforms import differentiated, transforms_are_active
-
-CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-# The most keys that a kernel takes at a time.
-LARGEST_BLOCK = 128
-
-
-class CacheRequest(NamedTuple):
-    """Attention against a cache, as a caller asks for it: arguments of `parallax_attn_with_kvcache`."""
-
-    q: Tensor
-    r: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    cache_seqlens: Tensor | None
-    page_table: Tensor | None
-    cache_leftpad: Tensor | None
-    cu_seqlens_q: Tensor | None
-    k_scale: Tensor | float | None
-    v_scale: Tensor | float | None
-    max_seqlen_q: int | None
-    causal: bool
-    window_size: int | None
-    softmax_scale: float | None
+from parallax_gen.runtime.checks import check_flag, check_numbers, check_out, is_int
+from parallax_gen.runtime.requests import (
+    CACHE_DTYPE_NAMES,
+    CACHED_INPUTS,
+    DTYPE_NAMES,
+    LARGEST_BLOCK,
+    CacheRequest,
+    cached_inputs_of,
+    length_of,
+)
+from parallax_gen.runtime.transforms import (
+    differentiated,
+    is_wrapped,
+    needs_gradients,
+    records_gradients,
+    transforms_are_active,
+)
 
 
-def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) -> None:
-    """Whether it can be attended so. Raises ArgumentError at the first argument that won't do.
-
-    length  cache_seqlens, where it is an int
-    """
+def check_cached(asked: CacheRequest, out: Tensor | None, return_state: bool) -> None:
+    """Whether it can be attended so. Raises ArgumentError at the first argument that won't do."""
+    check_flag("return_state", return_state)
+    check_numbers(asked.causal, asked.window_size, asked.softmax_scale)
     _check_tensors(asked)
     q, k = asked.q, asked.k_cache
     packed, paged = asked.cu_seqlens_q is not None, asked.page_table is not None
@@ -59,12 +50,14 @@ def check_cached(asked: CacheRequest, length: int | None, out: Tensor | None) ->
         batch = q.shape[0]
     if not paged and k.shape[0] != batch:
         raise ArgumentError("k_cache", f"{k.shape[0]} sequences", f"{batch}, as q has")
+    length = length_of(asked)
     if length is not None and (paged or isinstance(length, bool) or not 0 <= length <= k.shape[1]):
         allowed = "a tensor of each one's length" if paged else f"0 to {k.shape[1]}, the keys in k_cache"
         raise ArgumentError("cache_seqlens", f"{length} with a page_table" if paged else length, allowed)
-    for name, lengths in (("cache_seqlens", asked.cache_seqlens), ("cache_leftpad", asked.cache_leftpad)):
-        if lengths is not None:
-            _check_ints(name, lengths, batch, q)
+    if asked.cache_seqlens is not None and length is None:
+        _check_ints("cache_seqlens", asked.cache_seqlens, batch, q)
+    if asked.cache_leftpad is not None:
+        _check_ints("cache_leftpad", asked.cache_leftpad, batch, q)
     if paged:
         _check_pages(asked, batch)
     for name, scale in (("k_scale", asked.k_scale), ("v_scale", asked.v_scale)):
@@ -117,19 +110,39 @@ def _workspace_allowed(needed: int, q: Tensor) -> str:
     return f"a contiguous uint8 tensor of {needed} bytes or more, zeros at first, on {q.device}"
 
 
-def refuse_gradients(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *scales: Tensor | float | None) -> None:
-    """Raises ArgumentError for one that needs gradients. scales: k_scale and v_scale, as the caller gave them."""
-    for name, scale in zip(("k_scale", "v_scale"), scales, strict=False):
+def refuse_gradients(asked: CacheRequest) -> None:
+    """Raises ArgumentError for a tensor that needs gradients: there is no backward."""
+    for name, scale in (("k_scale", asked.k_scale), ("v_scale", asked.v_scale)):
         if isinstance(scale, Tensor) and torch.is_grad_enabled() and needs_gradients(scale):
             raise ArgumentError(
                 name, "a tensor that needs gradients", "one without, or no_grad: it is not learned here"
             )
-    named = (("q", q), ("r", r), ("k_cache", k_cache), ("v_cache", v_cache))
+    inputs = cached_inputs_of(asked)
     transforms = not torch.compiler.is_compiling() and transforms_are_active() and torch.is_grad_enabled()
-    if records_gradients(q, r, k_cache, v_cache) or (transforms and any(differentiated(x) for _, x in named)):
+    if records_gradients(*inputs) or (transforms and any(map(differentiated, inputs))):
+        named = zip(CACHED_INPUTS, inputs, strict=True)
         name = next(name for name, x in named if needs_gradients(x) or differentiated(x))
         allowed = "tensors without, or no_grad: decoding has no backward (parallax_attn_func has)"
         raise ArgumentError(name, "a tensor that needs gradients", allowed)
+
+
+def refuse_tangents_of(asked: CacheRequest) -> None:
+    """Raises ArgumentError for a tensor with a tangent: there are no derivatives, and an operator would drop it.
+
+    A tracer shows no tangents. Where one is at work, every call inside of forward-mode AD is refused.
+    """
+    if forward_ad._current_level < 0:
+        return
+    allowed = "a tensor without: decoding has no derivatives (parallax_attn_func has)"
+    if torch.compiler.is_compiling():
+        raise ArgumentError("q", "a call inside of forward-mode AD, under torch.compile", allowed)
+    for name in (*CACHED_INPUTS, "k_scale", "v_scale"):
+        x = getattr(asked, name)
+        if not isinstance(x, Tensor):
+            continue
+        # Of a transform's tensor the innermost level shows its own tangent alone.
+        if differentiated(x) or (not is_wrapped(x) and forward_ad.unpack_dual(x).tangent is not None):
+            raise ArgumentError(name, "a tensor with a tangent (forward-mode AD)", allowed)
 
 
 def _check_tensors(asked: CacheRequest) -> None:

@@ -6,61 +6,16 @@ Written so that torch.compile can trace it: sizes that are symbols there are com
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-# Kernels add up offsets within a block of rows or keys, of 128 at the most, in 32 bits; from block to block in 64.
-FURTHEST_ROW = 2**24 - 1
+from parallax_gen.runtime.requests import DTYPE_NAMES, FURTHEST_ROW, INPUTS, Request, inputs_of
 
 
-class Request(NamedTuple):
-    """Attention of whole sequences, as a caller asks for it: in this order the arguments of the ops, too.
-
-    Dense: q, r (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_kv, kv_heads, head_dim), no cu_seqlens.
-    Packed: (total_q, heads, head_dim) and (total_k, kv_heads, head_dim), and where each sequence begins.
-    """
-
-    q: Tensor
-    r: Tensor
-    k: Tensor
-    v: Tensor
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
-    causal: bool
-    window_size: int | None
-    softmax_scale: float | None
-
-
-# Functions, not properties: torch.compile of torch 2.9 traces no property of a NamedTuple.
-
-
-def inputs_of(asked: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return asked.q, asked.r, asked.k, asked.v
-
-
-def starts_of(asked: Request) -> tuple[Tensor, ...]:
-    """cu_seqlens_q and cu_seqlens_k of packed sequences."""
-    return () if asked.cu_seqlens_q is None or asked.cu_seqlens_k is None else (asked.cu_seqlens_q, asked.cu_seqlens_k)
-
-
-def check_numbers(asked: Request) -> None:
-    """Whether all but the tensors will do: in every call, for a plan's key takes True for 1."""
-    check_numbers_of(asked.causal, asked.window_size, asked.softmax_scale)
-    for name, longest in (("max_seqlen_q", asked.max_seqlen_q), ("max_seqlen_k", asked.max_seqlen_k)):
-        if not is_int(longest) or longest < 0:
-            raise ArgumentError(name, repr(longest), "an int of 0 or more")
-
-
-def check_numbers_of(causal: bool, window: int | None, softmax_scale: float | None) -> None:
+def check_numbers(causal: bool, window: int | None, softmax_scale: float | None) -> None:
     """Whether these go together."""
     check_flag("causal", causal)
     if window is not None:
@@ -72,7 +27,11 @@ def check_numbers_of(causal: bool, window: int | None, softmax_scale: float | No
 
 
 def check_request(asked: Request, packed: bool, out: Tensor | None = None) -> None:
-    """Whether its tensors fit. Raises ArgumentError at the first that does not."""
+    """Whether it can be attended so. Raises ArgumentError at the first argument that won't do."""
+    check_numbers(asked.causal, asked.window_size, asked.softmax_scale)
+    for name, longest in (("max_seqlen_q", asked.max_seqlen_q), ("max_seqlen_k", asked.max_seqlen_k)):
+        if not is_int(longest) or longest < 0:
+            raise ArgumentError(name, repr(longest), "an int of 0 or more")
     q = asked.q
     check_inputs(*inputs_of(asked), packed=packed)
     if q.shape[-1] % 8 or not 0 < q.shape[-1] <= LARGEST_HEAD_DIM:
@@ -85,7 +44,7 @@ def check_request(asked: Request, packed: bool, out: Tensor | None = None) -> No
 def check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
     """Whether the inputs fit each other. Raises ArgumentError at the first that does not."""
     layout = ("total", "heads", "head_dim") if packed else ("batch", "seqlen", "heads", "head_dim")
-    for name, tensor in zip("qrkv", (q, r, k, v), strict=True):
+    for name, tensor in zip(INPUTS, (q, r, k, v), strict=True):
         if not isinstance(tensor, Tensor):
             raise ArgumentError(name, type(tensor).__name__, "a tensor")
         if tensor.dim() != len(layout):
@@ -125,23 +84,6 @@ def check_out(out: Tensor | None, q: Tensor) -> None:
         got = f"shape {tuple(out.shape)}, {out.dtype}, strides {out.stride()}, on {out.device}"
         allowed = f"shape {tuple(q.shape)}, {q.dtype}, on {q.device}, the last dimension contiguous"
         raise ArgumentError("out", got, allowed)
-
-
-def records_gradients(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    if q.requires_grad or r.requires_grad or k.requires_grad or v.requires_grad:
-        return True
-    return torch._C._are_functorch_transforms_active() and any(map(needs_gradients, (q, r, k, v)))
-
-
-def needs_gradients(x: Tensor) -> bool:
-    """Whether autograd is to see what is done to a tensor. One that vmap batches does not say so itself."""
-    if x.requires_grad or torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return x.requires_grad
-    while torch._C._functorch.is_functorch_wrapped_tensor(x) and not x.requires_grad:
-        x = torch._C._functorch.get_unwrapped(x)
-    return x.requires_grad
 
 
 def check_flag(name: str, flag: bool) -> None:

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
-from parallax_gen.runtime.autocast import cast_inputs
 from parallax_gen.runtime.autograd import attend, attend_under_transforms, attend_without_gradients, plain
-from parallax_gen.runtime.checks import Request, check_flag, check_numbers, check_request, inputs_of, records_gradients
+from parallax_gen.runtime.checks import check_flag, check_request
+from parallax_gen.runtime.requests import INPUTS, Request, cast_inputs, inputs_of, tensors_of
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
 from parallax_gen.runtime.transforms import (
     breaks_graph,
     nothing_intervenes,
+    records_gradients,
     transformed,
     under_a_mode,
     under_a_transform,
     without_odd_strides,
 )
 
-Attended = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Stats = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Options(TypedDict, total=False):
+    """What the functions take by name, beside the flag that says what they return."""
+
+    causal: bool
+    window_size: int | None
+    softmax_scale: float | None
+    out: Tensor | None
+    recompute_v_mean: bool
+
+
+@overload
+def parallax_attn_func(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, return_stats: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+
+
+@overload
+def parallax_attn_func(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, return_stats: Literal[True], **options: Unpack[Options]
+) -> Stats: ...
+
+
+@overload
+def parallax_attn_func(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, return_stats: bool, **options: Unpack[Options]
+) -> Tensor | Stats: ...
 
 
 def parallax_attn_func(
@@ -37,7 +69,7 @@ def parallax_attn_func(
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
-) -> Attended:
+) -> Tensor | tuple[Tensor, ...]:
     """Parallax attention: o_i = Σ_j p_ij (1 + t̄_i − t_ij) v_j, with p = softmax(scale·q·k), t = r·k, t̄ = Σ p t.
 
     (Parallax: Parameterized Local Linear Attention for Language Modeling, arXiv 2605.29157, algorithm 1. r = 0 is
@@ -82,6 +114,54 @@ def parallax_attn_func(
     return _attend(asked, False, out, return_stats, recompute_v_mean)
 
 
+@overload
+def parallax_attn_varlen_func(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def parallax_attn_varlen_func(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[Options],
+) -> Stats: ...
+
+
+@overload
+def parallax_attn_varlen_func(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_stats: bool,
+    **options: Unpack[Options],
+) -> Tensor | Stats: ...
+
+
 def parallax_attn_varlen_func(
     q: Tensor,
     r: Tensor,
@@ -98,7 +178,7 @@ def parallax_attn_varlen_func(
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
-) -> Attended:
+) -> Tensor | tuple[Tensor, ...]:
     """`parallax_attn_func` of sequences of different lengths, packed one after the other.
 
     q, r          (total_q, heads, head_dim)
@@ -122,15 +202,16 @@ def parallax_attn_varlen_func(
     return _attend(asked, True, out, return_stats, recompute_v_mean)
 
 
-def _attend(asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool) -> Attended:
+def _attend(
+    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+) -> Tensor | tuple[Tensor, ...]:
     check_flag("return_stats", return_stats)
     check_flag("recompute_v_mean", recompute_v_mean)
-    check_numbers(asked)
     if nothing_intervenes() and plain(*inputs_of(asked)):
         found = _attend_eagerly(asked, packed, out, return_stats, recompute_v_mean)
     else:
         found = _attend_where_seen(asked, packed, out, return_stats, recompute_v_mean)
-    return found if return_stats else found[0]  # type: ignore[return-value]
+    return found if return_stats else found[0]
 
 
 def _attend_eagerly(
@@ -146,9 +227,8 @@ def _attend_where_seen(
     asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
 ) -> tuple[Tensor, ...]:
     """`_attend` where a tracer, mode, transform or tensor subclass is to see what is done, or autocast casts."""
-    q, r, k, v = cast_inputs(*inputs_of(asked), out)
-    asked = asked._replace(q=q, r=r, k=k, v=v)
     found: tuple[Tensor, ...]
+    asked = cast_inputs(asked, out)
     inputs = inputs_of(asked)
     compiling = torch.compiler.is_compiling()
     if compiling and breaks_graph(asked.q):
@@ -156,7 +236,7 @@ def _attend_where_seen(
     if (
         not compiling
         and under_a_transform()
-        and (transformed(*asked[:6]) or under_a_mode() or records_gradients(*inputs))
+        and (transformed(*tensors_of(asked)) or under_a_mode() or records_gradients(*inputs))
         and not is_sharded(*inputs)  # what each rank has of these comes here by itself
     ):
         asked = without_odd_strides(asked)
@@ -195,7 +275,7 @@ def _attend_shards(
         found = _attend(Request(*local), packed, None, return_stats, recompute_v_mean)
         return found if isinstance(found, tuple) else (found,)
 
-    starts = OF_ALL if packed else None
-    dims = (*[PACKED if packed else DENSE] * 4, starts, starts, *[None] * 5)
+    dims = dict.fromkeys(INPUTS, PACKED if packed else DENSE)
+    dims |= {"cu_seqlens_q": OF_ALL, "cu_seqlens_k": OF_ALL}
     found = over_shards(attend, asked, dims)
     return found if out is None else (out.copy_(found[0]), *found[1:])

@@ -43,7 +43,7 @@ class GraphedDecode:
                 parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
             torch.cuda.current_stream().wait_stream(aside)
             with torch.cuda.graph(self.graph):
-                self._found = parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
+                self._found: Tensor | State = parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
 
     def __call__(self, q: Tensor | None = None, r: Tensor | None = None) -> Tensor | State:
         """The output, or State, of the next step. q, r: copied to where the graph reads them; None: they are there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -13,23 +13,86 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
 from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
-from parallax_gen.runtime.autocast import cast_to_cache
+from parallax_gen.runtime.autograd import plain
 from parallax_gen.runtime.cache_checks import (
-    CACHE_DTYPE_NAMES,
-    CacheRequest,
     check_cached,
     check_fours,
     check_workspace,
     check_workspace_type,
     refuse_gradients,
+    refuse_tangents_of,
 )
-from parallax_gen.runtime.checks import DTYPE_NAMES, check_flag, check_numbers_of
-from parallax_gen.runtime.kvcache_operators import laid_out, needs_operator, operators_of, refuse_tangents_of
-from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, key_of_inputs, plan_launch
+from parallax_gen.runtime.kvcache_operators import laid_out, needs_operator, operators_of
+from parallax_gen.runtime.plan import (
+    HostPlan,
+    LaunchPlan,
+    Plans,
+    host_plan,
+    key_of,
+    plan_launch,
+)
+from parallax_gen.runtime.requests import (
+    CACHE_DTYPE_NAMES,
+    CACHED_INPUTS,
+    DTYPE_NAMES,
+    CacheRequest,
+    cached_inputs_of,
+    cast_to_cache,
+)
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
 from parallax_gen.runtime.states import State
 from parallax_gen.runtime.transforms import nothing_intervenes
 from parallax_gen.runtime.workspace import bytes_of, of_one_launch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CacheOptions(TypedDict, total=False):
+    """What the function takes by name, beside the flag that says what it returns."""
+
+    cache_seqlens: Tensor | int | None
+    page_table: Tensor | None
+    cache_leftpad: Tensor | None
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: int | None
+    causal: bool
+    window_size: int | None
+    softmax_scale: float | None
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    out: Tensor | None
+    workspace: Tensor | None
+
+
+@overload
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_state: Literal[False] = False,
+    **options: Unpack[CacheOptions],
+) -> Tensor: ...
+
+
+@overload
+def parallax_attn_with_kvcache(
+    q: Tensor,
+    r: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_state: Literal[True],
+    **options: Unpack[CacheOptions],
+) -> State: ...
+
+
+@overload
+def parallax_attn_with_kvcache(
+    q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_state: bool, **options: Unpack[CacheOptions]
+) -> Tensor | State: ...
 
 
 def parallax_attn_with_kvcache(
@@ -100,29 +163,23 @@ def parallax_attn_with_kvcache(
     Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD),
     or that a transform of torch.func differentiates by.
     """
+    asked = CacheRequest(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
+        max_seqlen_q, causal, window_size, softmax_scale,
+    )  # fmt: skip
     # Each type by itself takes a third of the time of a loop.
     bare = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
     bare = bare and nothing_intervenes()
     if not bare:
-        q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
-        others = (cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale)
-        if needs_operator(q, r, k_cache, v_cache, *others):
-            length = cache_seqlens if isinstance(cache_seqlens, (int, torch.SymInt)) else None
-            lengths = None if isinstance(cache_seqlens, (int, torch.SymInt)) else cache_seqlens
-            asked = CacheRequest(
-                q, r, k_cache, v_cache, lengths, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
-                max_seqlen_q, causal, window_size, softmax_scale,
-            )  # fmt: skip
-            found = _attend_by_operator(asked, length, out, return_state, workspace)
+        asked = cast_to_cache(asked, out)
+        if needs_operator(asked):
+            found = _attend_by_operator(asked, out, return_state, workspace)
             return State(*found) if return_state else found[0]
-    asked, plan = _planned(
-        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
-        window_size, softmax_scale, k_scale, v_scale, out, return_state,
-    )  # fmt: skip
+    ready, plan = _planned(asked, out, return_state)
     learned = q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
     if learned or not bare or k_scale is not None or v_scale is not None:
-        refuse_gradients(q, r, k_cache, v_cache, k_scale, v_scale)
-    found = _attend(asked, plan, out, return_state, workspace)
+        refuse_gradients(asked)
+    found = _attend(ready, plan, out, return_state, workspace)
     return State(*found) if return_state else found[0]
 
 
@@ -149,11 +206,14 @@ def kvcache_workspace_size(
 
     It depends on the tensors' sizes, never on what they hold. Raises ArgumentError, as that does.
     """
-    q, r, k_cache, v_cache = cast_to_cache(q, r, k_cache, v_cache, out)
-    _, plan = _planned(
-        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal,
-        window_size, softmax_scale, k_scale, v_scale, out, return_state,
+    asked = CacheRequest(
+        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
+        max_seqlen_q, causal, window_size, softmax_scale,
     )  # fmt: skip
+    asked = cast_to_cache(asked, out)
+    if not plain(q, r, k_cache, v_cache):  # they may have no key
+        check_cached(asked, out, return_state)
+    _, plan = _planned(asked, out, return_state)
     return bytes_of(plan.scratch) if isinstance(plan, LaunchPlan) else 0
 
 
@@ -169,67 +229,49 @@ def _attend(
     elif plan.nothing_seen:
         fill_unseen(found)
     else:
-        copy_into(found, reference_cached_forward(*asked[:4], **_options(asked)))
+        options = {name: getattr(asked, name) for name in _OPTIONS}
+        copy_into(found, reference_cached_forward(*cached_inputs_of(asked), **options))
     return found
 
 
 def _attend_by_operator(
-    asked: CacheRequest, length: int | None, out: Tensor | None, state: bool, workspace: Tensor | None
+    asked: CacheRequest, out: Tensor | None, state: bool, workspace: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """`_attend` where a tracer, a mode, a transform or a tensor subclass is to see one operator.
-
-    length  cache_seqlens, where it is an int
-    """
-    check_flag("return_state", state)
-    check_numbers_of(asked.causal, asked.window_size, asked.softmax_scale)
+    """`_attend` where a tracer, a mode, a transform or a tensor subclass is to see one operator."""
     asked = laid_out(asked)
-    check_cached(asked, length, out)
-    refuse_tangents_of(*asked[:4], asked.k_scale, asked.v_scale)
-    refuse_gradients(*asked[:4], asked.k_scale, asked.v_scale)
+    check_cached(asked, out, state)
+    refuse_tangents_of(asked)
+    refuse_gradients(asked)
     if workspace is not None:
         check_workspace_type(workspace, asked.q)
-    if is_sharded(*asked[:4]):
-        found = _attend_shards(asked, length, state)
-        return found if out is None else (out.copy_(found[0]), *found[1:])
-    if asked.k_cache.dtype in CACHE_DTYPE_NAMES:
-        check_fours(asked)
-        asked = _with_scales(asked)
-    if length is not None:
-        asked = asked._replace(k_cache=asked.k_cache[:, :length], v_cache=asked.v_cache[:, :length])
-    found = _attention_with_state(*asked) if state else (_attention(*asked),)
+    if is_sharded(*cached_inputs_of(asked)):
+        found = _attend_shards(asked, state)
+    else:
+        asked = _ready(asked)
+        found = _attention_with_state(*asked) if state else (_attention(*asked),)
     return found if out is None else (out.copy_(found[0]), *found[1:])
 
 
-def _attend_shards(asked: CacheRequest, length: int | None, state: bool) -> tuple[Tensor, ...]:
+def _attend_shards(asked: CacheRequest, state: bool) -> tuple[Tensor, ...]:
     """`_attend` of DTensors."""
 
     def attend(*local: Any) -> tuple[Tensor, ...]:
-        one = CacheRequest(*local)._asdict()
-        if length is not None:
-            one["cache_seqlens"] = length
-        found = parallax_attn_with_kvcache(**one, return_state=state)
+        found = parallax_attn_with_kvcache(**CacheRequest(*local)._asdict(), return_state=state)
         return found if isinstance(found, tuple) else (found,)
 
     rows, keys = DENSE if asked.cu_seqlens_q is None else PACKED, DENSE if asked.page_table is None else PAGES
-    scales = (_dims_of_scale(x, asked.k_cache.shape[2]) for x in (asked.k_scale, asked.v_scale))
-    lengths = OF_ALL if asked.cu_seqlens_q is not None else OF_SEQUENCES
-    dims = (rows, rows, keys, keys, lengths, lengths, lengths, OF_ALL, *scales, *[None] * 4)
-    return over_shards(attend, asked, dims, asked._fields[:4])
-
-
-def _dims_of_scale(scale: Tensor | float | None, kv_heads: int) -> Dims | None:
-    if not isinstance(scale, Tensor):
-        return None
-    return Dims(None, 0) if len(scale) == kv_heads > 1 else OF_ALL
+    dims = {"q": rows, "r": rows, "k_cache": keys, "v_cache": keys, "cu_seqlens_q": OF_ALL}
+    for name in ("cache_seqlens", "page_table", "cache_leftpad"):
+        dims[name] = OF_SEQUENCES if asked.cu_seqlens_q is None else OF_ALL
+    for name in ("k_scale", "v_scale"):
+        scale, kv_heads = getattr(asked, name), asked.k_cache.shape[2]
+        dims[name] = Dims(None, 0) if isinstance(scale, Tensor) and len(scale) == kv_heads > 1 else OF_ALL
+    return over_shards(attend, asked, dims, CACHED_INPUTS)
 
 
 def _run(*given: Any, state: bool) -> tuple[Tensor, ...]:
     """What the operators do."""
-    asked = CacheRequest(*given)
-    asked, plan = _planned(
-        *asked[:8], asked.max_seqlen_q, asked.causal, asked.window_size, asked.softmax_scale, asked.k_scale,
-        asked.v_scale, None, state,
-    )  # fmt: skip
+    asked, plan = _planned(CacheRequest(*given), None, state)
     workspace = of_one_launch(plan.scratch, asked.q.device) if isinstance(plan, LaunchPlan) else None
     return _attend(asked, plan, None, state, workspace)
 
@@ -239,58 +281,33 @@ _attention, _attention_with_state = operators_of(_run)
 _plans: Plans[LaunchPlan | HostPlan] = Plans()
 
 
-def _planned(
-    q: Tensor,
-    r: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor | int | None,
-    page_table: Tensor | None,
-    cache_leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | None,
-    causal: bool,
-    window_size: int | None,
-    softmax_scale: float | None,
-    k_scale: Tensor | float | None,
-    v_scale: Tensor | float | None,
-    out: Tensor | None,
-    return_state: bool,
-) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
+def _planned(asked: CacheRequest, out: Tensor | None, return_state: bool) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
     """The request, with tensors for all that the kernel reads, and its plan."""
-    length = None
-    if isinstance(cache_seqlens, int):
-        length, cache_seqlens = cache_seqlens, None
-    asked = CacheRequest(
-        q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
-        max_seqlen_q, causal, window_size, softmax_scale,
-    )  # fmt: skip
-    key = plan = None
-    try:
-        numbers = (max_seqlen_q, causal, window_size, softmax_scale, length, return_state)
-        # True is 1 as a key: types are part of it.
-        inputs = key_of_inputs(q, r, k_cache, v_cache)
-        key = (inputs, key_of(*asked[4:8], out), numbers, *map(type, numbers), rounds_to_tf32(q))
-        if k_scale is not None or v_scale is not None:
-            key = (*key, *(key_of(x) if isinstance(x, Tensor) else (type(x), x) for x in (k_scale, v_scale)))
-        plan = _plans[key]
-    except (KeyError, TypeError, AttributeError):  # new sizes, or arguments that are no tensors
-        check_flag("return_state", return_state)
-        check_numbers_of(causal, window_size, softmax_scale)
-        check_cached(asked, length, out)
-    if length is not None:
-        asked = asked._replace(k_cache=k_cache[:, :length], v_cache=v_cache[:, :length])
-    if k_cache.dtype in CACHE_DTYPE_NAMES:
-        check_fours(asked)
-        asked = _with_scales(asked)
+    key = key_of(*asked, out, return_state, rounds_to_tf32(asked.q))
+    plan = _plans.get(key)
+    if plan is None:
+        check_cached(asked, out, return_state)
+    asked = _ready(asked)
     if plan is None:
         plan = _plan(asked, return_state)
         _plans.remember(key, plan)
-    if cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.own_lengths:
+    if asked.cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.own_lengths:
         batch, seqlen = asked.k_cache.shape[:2]
-        lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=q.device)
+        lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=asked.q.device)
         asked = asked._replace(cache_seqlens=lengths)
     return asked, plan
+
+
+def _ready(asked: CacheRequest) -> CacheRequest:
+    """With tensors for all that the kernel reads. asked: checked, but for what a plan does not know."""
+    length = asked.cache_seqlens
+    if length is not None and not isinstance(length, Tensor):
+        k_cache, v_cache = asked.k_cache.narrow(1, 0, length), asked.v_cache.narrow(1, 0, length)
+        asked = asked._replace(k_cache=k_cache, v_cache=v_cache, cache_seqlens=None)
+    if asked.k_cache.dtype in CACHE_DTYPE_NAMES:
+        check_fours(asked)
+        asked = _with_scales(asked)
+    return asked
 
 
 def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
@@ -309,19 +326,21 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     many = packed or seqlen_q > 1
     # A window that holds all keys is none: no kernel of its own.
     window = 0 if asked.window_size is None or asked.window_size >= seqlen else asked.window_size
+    own_lengths = (
+        many
+        or state
+        or window > 0
+        or k.dtype in CACHE_DTYPE_NAMES
+        or asked.cache_seqlens is not None
+        or asked.cache_leftpad is not None
+    )
     spec = KernelSpec(
-        "decode",
+        "decode_varlen" if own_lengths else "decode",
         head_dim,
         "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype],
         group=heads // kv_heads,
         causal=window > 0 or (many and asked.causal),
         stats=state,
-        ragged=many
-        or state
-        or window > 0
-        or k.dtype in CACHE_DTYPE_NAMES
-        or asked.cache_seqlens is not None
-        or asked.cache_leftpad is not None,
         window=window > 0,
         varlen=packed,
         page_size=page_size,
@@ -336,21 +355,20 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
 
 def _tensors_of(asked: CacheRequest, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """In the order of the kernel's `launch`."""
-    given = [*asked[:4], *found]
-    given += [
-        x for x in (asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table) if x is not None
-    ]
-    if isinstance(asked.k_scale, Tensor) and isinstance(asked.v_scale, Tensor):
+    given: list[Any] = [*cached_inputs_of(asked), *found]
+    lengths = asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table
+    given += [x for x in lengths if x is not None]
+    if asked.k_scale is not None:
         given[2:4] = [in_fours(asked.k_cache), in_fours(asked.v_cache)]
         given += [asked.k_scale, asked.v_scale]
     return tuple(given)
 
 
-def _options(asked: CacheRequest) -> dict[str, Any]:
-    return {name: value for name, value in asked._asdict().items() if name not in _NOT_OF_THE_REFERENCE}
-
-
-_NOT_OF_THE_REFERENCE = ("q", "r", "k_cache", "v_cache", "max_seqlen_q")
+# Of what is asked, and the reference takes by these names.
+_OPTIONS = (
+    "cache_seqlens", "page_table", "cache_leftpad", "cu_seqlens_q", "k_scale", "v_scale", "causal", "window_size",
+    "softmax_scale",
+)  # fmt: skip
 
 
 def _with_scales(asked: CacheRequest) -> CacheRequest:

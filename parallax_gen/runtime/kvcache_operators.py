@@ -3,7 +3,7 @@
     parallax_gen::attention_with_kvcache        out alone
     parallax_gen::attention_with_kvcache_state  out, lse, t̄ and v̄
 
-Their arguments are `CacheRequest`'s, with tensors for scales. They write to no argument, and each call has scratch of
+Their arguments are `CacheRequest`'s. They write to no argument, and each call has scratch of
 its own. An eager call of plain tensors does not go through them.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.work import MATMULS, visible_pairs
 from parallax_gen.runtime.attention import stats_shape
 from parallax_gen.runtime.autograd import plain
-from parallax_gen.runtime.cache_checks import CacheRequest
-from parallax_gen.runtime.transforms import differentiated, is_wrapped, transforms_are_active, under_a_mode
+from parallax_gen.runtime.cache_checks import refuse_tangents_of
+from parallax_gen.runtime.requests import CacheRequest, cached_inputs_of
+from parallax_gen.runtime.transforms import is_wrapped, transforms_are_active, under_a_mode
 
 _ARGUMENTS = (
     "(Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
@@ -32,42 +32,18 @@ _ARGUMENTS = (
 )
 
 
-def needs_operator(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> bool:
-    """Whether anything is to see what is done to these: a tracer, a dispatch mode, vmap, or a tensor subclass.
-
-    others  lengths, tables and scales, which vmap may have samples of, too
+def needs_operator(asked: CacheRequest) -> bool:
+    """Whether anything is to see what is done: a tracer, a dispatch mode, vmap, or a tensor subclass.
 
     Raises ArgumentError for a tensor with a tangent of forward-mode AD.
     """
     if torch.compiler.is_compiling() or under_a_mode():
         return True
-    if not plain(q, r, k_cache, v_cache):
+    if not plain(*cached_inputs_of(asked)):
         return True
     if forward_ad._current_level >= 0:
-        refuse_tangents_of(q, r, k_cache, v_cache, *others[-2:])
-    given = (q, r, k_cache, v_cache, *others)
-    return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in given)
-
-
-def refuse_tangents_of(q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, *scales: Any) -> None:
-    """Raises ArgumentError for a tensor with a tangent: there are no derivatives, and an operator would drop it.
-
-    A tracer shows no tangents. Where one is at work, every call inside of forward-mode AD is refused.
-    """
-    if forward_ad._current_level < 0:
-        return
-    allowed = "a tensor without: decoding has no derivatives (parallax_attn_func has)"
-    if torch.compiler.is_compiling():
-        raise ArgumentError("q", "a call inside of forward-mode AD, under torch.compile", allowed)
-    given = dict(
-        zip(("q", "r", "k_cache", "v_cache", "k_scale", "v_scale"), (q, r, k_cache, v_cache, *scales), strict=False)
-    )
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            continue
-        # Of a transform's tensor the innermost level shows its own tangent alone.
-        if differentiated(x) or (not is_wrapped(x) and forward_ad.unpack_dual(x).tangent is not None):
-            raise ArgumentError(name, "a tensor with a tangent (forward-mode AD)", allowed)
+        refuse_tangents_of(asked)
+    return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in asked)
 
 
 def laid_out(asked: CacheRequest) -> CacheRequest:
@@ -211,7 +187,7 @@ def _lengths(asked: CacheRequest) -> tuple[list[int], list[int]]:
     return rows, [max(0, min(end, room) - max(0, pad)) for end, pad in zip(lengths, pads, strict=True)]
 
 
-def _numbers_of(x: Tensor | None) -> list[int] | None:
+def _numbers_of(x: Tensor | int | None) -> list[int] | None:
     """What it holds; None where that cannot be looked at."""
     if x is None or type(x) is not Tensor or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None

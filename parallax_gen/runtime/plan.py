@@ -48,19 +48,28 @@ class Plans(dict[Hashable, Plan]):
         self[key] = plan
 
 
-def key_of(*tensors: Tensor | None) -> tuple[Hashable, ...]:
-    """Everything that a plan is checked for: a call with the same key needs no further look at its tensors."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
+_NUMBERS = frozenset((bool, int, float))
 
 
-def key_of_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[Hashable, ...]:
-    """`key_of` of tensors that are all there, in two thirds of the time: no loop."""
-    return (
-        q.shape, q.stride(), q.dtype, q.get_device(),
-        r.shape, r.stride(), r.dtype, r.get_device(),
-        k.shape, k.stride(), k.dtype, k.get_device(),
-        v.shape, v.stride(), v.dtype, v.get_device(),
-    )  # fmt: skip
+def key_of(*given: Tensor | float | None) -> Hashable:
+    """Everything that a plan is checked for: a call with the same key needs no further look at what was given.
+
+    Of tensors their sizes, strides and types, of numbers all, with their types: True is 1 as a key.
+    """
+    return tuple([
+        x if x is None
+        else (x.shape, x.stride(), x.dtype, x.get_device()) if type(x) is Tensor
+        else (type(x), x) if type(x) in _NUMBERS
+        else _key_of_other(x)
+        for x in given
+    ])  # fmt: skip
+
+
+def _key_of_other(x: object) -> Hashable:
+    """Of a tensor or number by another name, and of anything else, that is like nothing else: checks are to name it."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.get_device()
+    return (type(x), x) if isinstance(x, (int, float)) else object()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ all that shard them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import stats_shape
 from parallax_gen.runtime.autograd import plain
+from parallax_gen.runtime.requests import INPUTS, CacheRequest, Request
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -36,7 +37,6 @@ PACKED, STATS_OF_PACKED = Dims(None, 1), Dims(None, 0)
 DENSE, STATS_OF_DENSE = Dims(0, 2), Dims(0, 1)
 PAGES = Dims(None, 2)  # any sequence's, wherever its queries are
 OF_SEQUENCES, OF_ALL = Dims(0, None), Dims(None, None)
-INPUTS = ("q", "r", "k", "v")
 
 
 def is_sharded(*inputs: Tensor) -> bool:
@@ -61,33 +61,32 @@ def refuse_shards(function: str, **inputs: Tensor) -> None:
 
 def over_shards(
     attend: Callable[..., Sequence[Tensor]],
-    tensors: Sequence[Any],
-    dims: Sequence[Dims | None],
+    asked: Request | CacheRequest,
+    dims: Mapping[str, Dims],
     names: Sequence[str] = INPUTS,
 ) -> tuple[Tensor, ...]:
-    """out, or out, lse, t̄ and v̄, as DTensors: what `attend` gives for this rank's part of the tensors.
+    """out, or out, lse, t̄ and v̄, as DTensors: what `attend` gives for this rank's part of what is asked.
 
-    tensors  q, r, k and v, DTensors on one mesh; behind them others, or None. One that is no DTensor is taken to be the
-             same on every rank, and whole
-    dims     of each, OF_ALL where nothing of it is sharded; None for what is no tensor
-    names    of the first four, for errors
+    asked  a tensor that is no DTensor is taken to be the same on every rank, and whole
+    dims   of each that may be a tensor, OF_ALL where nothing of it is sharded
+    names  of the inputs, which are DTensors on one mesh
 
     Raises ArgumentError.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = _mesh_of(tensors[:4], names)
-    kinds = _kinds(mesh, tensors[:4], dims)
+    inputs: list[Any] = [getattr(asked, name) for name in names]
+    mesh = _mesh_of(inputs, names)
+    kinds = _kinds(mesh, inputs, [dims[name] for name in names])
     local = []
-    for x, of in zip(tensors, dims, strict=True):
-        if of is not None and x is not None:
+    for name, x in zip(asked._fields, asked, strict=True):
+        if isinstance(x, Tensor):
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            x = x.redistribute(mesh, _placements(kinds, of)).to_local()
+            x = x.redistribute(mesh, _placements(kinds, dims[name])).to_local()
         local.append(x)
-    q = tensors[0]
-    rows, stats = dims[0], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
-    assert rows is not None
+    q = asked.q
+    rows, stats = dims["q"], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
     shapes = (q.shape, stats_shape(q), stats_shape(q), q.shape)
     found = attend(*local)
     each = (rows, stats, stats, rows)[: len(found)]  # torch.compile of torch 2.9 takes any zip to be strict
@@ -111,7 +110,7 @@ def _mesh_of(inputs: Sequence[Tensor], names: Sequence[str]) -> DeviceMesh:
     return mesh  # type: ignore[no-any-return]
 
 
-def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims | None]) -> list[str]:
+def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims]) -> list[str]:
     """Of each mesh dimension what it shards, a field of Dims or "": what the least has to be sent for."""
     q, k = inputs[0], inputs[2]
     batch, kv_heads = q.shape[0], k.shape[-2]
@@ -120,7 +119,6 @@ def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims | None])
     for at in range(mesh.ndim):
         size = mesh.size(at)
         possible = [""]
-        assert dims[0] is not None
         if dims[0].batch is not None:
             # Sequences that do not come out even stay where they are, but none are moved to be so.
             even = batch % (shards["batch"] * size) == 0
@@ -130,7 +128,7 @@ def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims | None])
             possible.append("heads")
         costs = [0] * len(possible)
         for i, kind in enumerate(possible):  # torch.compile of torch 2.9 has no sum of a generator
-            for x, of in zip(inputs, dims[: len(inputs)], strict=True):
+            for x, of in zip(inputs, dims, strict=True):
                 costs[i] += _cost(x, at, kind, of)
         kind = possible[costs.index(min(costs))]
         if kind:
@@ -139,9 +137,9 @@ def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims | None])
     return kinds
 
 
-def _cost(x: Any, at: int, kind: str, dims: Dims | None) -> int:
+def _cost(x: Any, at: int, kind: str, dims: Dims) -> int:
     """How much of x must be sent for a mesh dimension to shard it so, in parts of it that are about right."""
-    now, then = x.placements[at], _placements([kind], dims or OF_ALL)[0]
+    now, then = x.placements[at], _placements([kind], dims)[0]
     if now == then or now.is_replicate():
         return 0
     return (1 if then.is_shard() else 4) * (2 if now.is_partial() else 1)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.checks import needs_gradients
-from parallax_gen.runtime.transforms import under_a_transform
+from parallax_gen.runtime.transforms import needs_gradients, under_a_transform
 
 
 class State(NamedTuple):

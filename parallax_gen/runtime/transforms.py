@@ -1,4 +1,4 @@
-"""Transforms of torch.func, tangents of forward-mode AD and dispatch modes: whether a call is under one, and vmap.
+"""Whether a call records gradients, or is under torch.func, forward-mode AD or a dispatch mode; and vmap's rule.
 
 The checks cost an eager call of plain tensors a few look-ups in C. They use names that torch keeps to itself, which
 torch 2.9 to 2.13 were seen to have.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.checks import FURTHEST_ROW, Request
+from parallax_gen.runtime.requests import FURTHEST_ROW, INPUTS, Request, inputs_of, parted, starts_of
 
 Outputs = tuple[Tensor, ...]
 
@@ -24,6 +24,7 @@ _is_differentiated = torch._C._functorch.is_gradtrackingtensor
 _is_batched = torch._C._functorch.is_batchedtensor
 _is_functional = torch._C._functorch.is_functionaltensor
 _is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
+_is_compiling = torch.compiler.is_compiling
 _len_of_mode_stack = torch._C._len_torch_dispatch_stack
 _autocasts = torch._C._is_any_autocast_enabled
 
@@ -34,12 +35,29 @@ def nothing_intervenes() -> bool:
     One answer for all that seldom is there: a decode step's host time is some ten microseconds.
     """
     return not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _len_of_mode_stack()
         or transforms_are_active()
         or forward_ad._current_level >= 0
         or _autocasts()
     )
+
+
+def records_gradients(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or r.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return transforms_are_active() and any(map(needs_gradients, (q, r, k, v)))
+
+
+def needs_gradients(x: Tensor) -> bool:
+    """Whether autograd is to see what is done to a tensor. One that vmap batches does not say so itself."""
+    if x.requires_grad or torch.compiler.is_compiling() or not transforms_are_active():
+        return x.requires_grad
+    while is_wrapped(x) and not x.requires_grad:
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def transformed(*tensors: Tensor | None) -> bool:
@@ -121,8 +139,10 @@ def primal_of(x: Tensor | None) -> Tensor | None:
 
 def without_odd_strides(asked: Request) -> Request:
     """With copies of tensors whose strides our functions do not take: under vmap a caller does not choose them."""
-    q, r, k, v = (_laid_out(x) if isinstance(x, Tensor) else x for x in asked[:4])
-    starts_q, starts_k = (x.contiguous() if isinstance(x, Tensor) else x for x in asked[4:6])
+    q, r, k, v = (_laid_out(x) if isinstance(x, Tensor) else x for x in inputs_of(asked))
+    starts_q, starts_k = (
+        x.contiguous() if isinstance(x, Tensor) else x for x in (asked.cu_seqlens_q, asked.cu_seqlens_k)
+    )
     return asked._replace(q=q, r=r, k=k, v=v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
 
 
@@ -135,11 +155,11 @@ def over_samples(
     theirs cannot be packed once more: they are attended one after the other.
     """
     given = list(zip(args, in_dims, strict=True))
-    if args[4] is None:
+    if not starts_of(parted(args)[0]):
         batch = args[0].shape[1 if in_dims[0] == 0 else 0]  # of one sample
         folded = [_folded(x, dim, size) if isinstance(x, Tensor) else x for x, dim in given]
         # Kernels read inputs of many strides, and what a forward left for a backward of one.
-        folded = [x.contiguous() if isinstance(x, Tensor) and i > 3 else x for i, x in enumerate(folded)]
+        folded = [x.contiguous() if isinstance(x, Tensor) and i >= len(INPUTS) else x for i, x in enumerate(folded)]
         found = tuple(x.unflatten(0, (size, batch)) for x in apply(*folded))
         return found, (0,) * len(found)
     # Of no samples one that is empty tells the outputs' sizes.

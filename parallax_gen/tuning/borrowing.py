@@ -19,7 +19,7 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Table, Tier, best, default_of, nearest_buckets, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain, minor
-from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
@@ -155,7 +155,7 @@ def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
 
 def kind_of(spec: KernelSpec) -> str:
     """The op, and of decode what about its cache decides its speed."""
-    return f"{spec.op}{', ragged' if spec.ragged else ''}{', paged' if spec.page_size else ''}"
+    return f"{spec.family}{', ragged' if op_of(spec).own_lengths else ''}{', paged' if spec.page_size else ''}"
 
 
 def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:

@@ -179,7 +179,7 @@ class Run:
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
         shipped = shipped_seeds(job.place, load_alike(job.gpu))
-        nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.op))
+        nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.family))
         near = neighbours(job.spec, best.config, job.gpu) if best else []
         return [default, *shipped, *nearby, *promising, *near]
 

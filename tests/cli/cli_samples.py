@@ -14,12 +14,12 @@ from click.testing import CliRunner, Result
 
 import parallax_gen
 from parallax_gen.cli import main
-from parallax_gen.cli.known import card_of
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ConfigError
 from parallax_gen.memory import ranking, result
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence
+from parallax_gen.memory.standing import card_of
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.dkdv import DkDvConfig

@@ -13,11 +13,12 @@ from cli_samples import process as python
 import parallax_gen.cli
 from parallax_gen.cli.options import Asked, check_flags, gpu_named, sizes_of
 from parallax_gen.errors import UnknownGpuError
+from parallax_gen.memory.old import spec_from
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OPS, KernelSpec
+from parallax_gen.problem.spec import FAMILIES, KernelSpec
 from parallax_gen.problem.workloads import TRAINING, Flags
 
 COMMANDS = (
@@ -83,7 +84,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("parallax_gen.cli.known.open_memory", fail)
+    monkeypatch.setattr("parallax_gen.memory.standing.open_memory", fail)
     assert isinstance(run("list").exception, ZeroDivisionError)
 
 
@@ -156,14 +157,14 @@ def test_the_kernel_that_is_asked_for() -> None:
     assert not spec.causal
     assert shape == Shape(2, 32, 8, 1, 4096)
     spec, shape = Asked("decode", 96, "tf32").kernel(sizes_of("2,32/8,16x4096"))
-    assert (spec.many_queries, spec.causal, spec.ragged) == (True, True, True)
+    assert (spec.many_queries, spec.causal, spec.op) == (True, True, "decode_varlen")
     assert shape == Shape(2, 32, 8, 16, 4096)
     assert not Asked("decode", 96, "tf32", Flags(causal=False)).kernel(sizes_of("2,32/8,16x4096"))[0].causal
     spec, shape = Asked("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
     assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
     spec, shape = Asked("preprocess", 72, "fp32").kernel(sizes)
     assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # it sees rows alone
-    for op in OPS:
+    for op in FAMILIES:
         assert Asked(op, 64, "bf16").kernel(None)[0].op == op  # of the first usual shape
 
 
@@ -240,9 +241,9 @@ def test_a_kernel_that_cannot_be_is_an_error_of_one_line(arguments: tuple[str, .
     ],
 )
 def test_options_of_decode(shape: str, options: tuple[str, ...], says: str, expected: dict[str, object]) -> None:
-    spec = KernelSpec("decode", 96, "bf16", 4, ragged=True, **expected)  # type: ignore[arg-type]
+    spec = KernelSpec("decode_varlen", 96, "bf16", 4, **expected)  # type: ignore[arg-type]
     asked = ("--gpu", "h200", "--op", "decode", "--head-dim", "96", "--shape", shape, *options)
-    assert KernelSpec.from_dict(run_json("explain", *asked)["spec"]) == spec
+    assert spec_from(run_json("explain", *asked)["spec"]) == spec
     assert f"decode, head_dim 96, bf16, {says}" in run("show", *asked).output
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from parallax_gen.bench import run as comparing
-from parallax_gen.bench.baselines.contenders import Contender, contenders
+from parallax_gen.bench.baselines import BASELINES, OURS
+from parallax_gen.bench.baselines.base import Baseline
 from parallax_gen.bench.judge import Judge, random_case
 from parallax_gen.bench.rows import Effort, Row
 from parallax_gen.bench.run import PARTS, compare
@@ -145,9 +146,9 @@ def test_rounding_of_a_gradient_that_is_zero_is_no_error() -> None:
 
 
 def test_rates_count_the_work_of_each_part(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    ours, softmax = contenders(TRAINING)[0], contenders(TRAINING)[0]
-    softmax = Contender("softmax", False, ours.prepare)
-    monkeypatch.setattr(comparing, "contenders", lambda op: [ours, softmax])
+    ours = BASELINES[OURS]
+    softmax = Baseline("softmax", step=ours.step, softmax=True)
+    monkeypatch.setattr(comparing, "baselines_of", lambda op: [ours, softmax])
     rows = compare(TRAINING, STEP, SHAPE)
     pairs = 2 * 4 * 40 * 40 / 2 * 64  # batch, heads, half a square of visible pairs, head_dim
     assert work_of(STEP, SHAPE).flops == 8 * pairs
@@ -174,7 +175,7 @@ def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(monkeypatch: pytest.Mon
     assert {row.note for row in rows_of(rows, "official Triton").values()} == {"ValueError: out of luck"}
     assert {row.note for row in rows_of(rows, "fla").values()} == {"not installed"}
     assert not any(row.time_us for row in rows)
-    monkeypatch.setattr(comparing, "contenders", lambda op: [Contender("parallax_gen", True, fail)])
+    monkeypatch.setattr(comparing, "baselines_of", lambda op: [Baseline("parallax_gen", step=fail)])
     with pytest.raises(ValueError, match="out of luck"):
         compare(TRAINING, STEP, SHAPE)
 
@@ -231,7 +232,7 @@ def test_lengths_are_given_checked_and_counted(clock: Clock, monkeypatch: pytest
     official = ModuleType("parallax.cute")
     official.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "parallax.cute", official)
-    spec = KernelSpec("decode", 64, "bf16", group=2, ragged=True, page_size=page_size)
+    spec = KernelSpec("decode_varlen", 64, "bf16", group=2, page_size=page_size)
     shape, names = Shape(3, 4, 2, 1, 300), ("parallax_gen", "SDPA flash", "official CuTeDSL")
     ours, softmax, peer = compare("decode", spec, shape, names, lengths=LENGTHS)
     assert {row.lengths for row in (ours, softmax, peer)} == {LENGTHS}
@@ -262,9 +263,9 @@ def test_tf32_is_what_torch_is_told() -> None:
 
 
 def fakes(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
-    """Contenders like ours, by name; returns how often each one's time was asked for."""
-    ours, asked = contenders("decode")[0], dict.fromkeys(names, 0)
-    monkeypatch.setattr(comparing, "contenders", lambda op: [Contender(name, True, ours.prepare) for name in names])
+    """Baselines like ours, by name; returns how often each one's time was asked for."""
+    ours, asked = BASELINES[OURS], dict.fromkeys(names, 0)
+    monkeypatch.setattr(comparing, "baselines_of", lambda op: [Baseline(name, decode=ours.decode) for name in names])
     return asked
 
 
@@ -308,12 +309,12 @@ def test_ours_out_of_memory_is_a_skipped_shape_and_a_peer_s_is_a_note(
     def too_large(*_: object, **__: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
-    ours = contenders("decode")[0]
-    pair = [ours, Contender("peer", True, too_large)]
-    monkeypatch.setattr(comparing, "contenders", lambda op: pair)
+    ours = BASELINES[OURS]
+    pair = [ours, Baseline("peer", decode=too_large)]
+    monkeypatch.setattr(comparing, "baselines_of", lambda op: pair)
     rows = compare("decode", DECODE, DECODE_SHAPE)
     assert [(row.time_us, row.note) for row in rows] == [(100.0, ""), (None, "out of memory")]
-    pair[0] = Contender("parallax_gen", True, too_large)
+    pair[0] = Baseline("parallax_gen", decode=too_large)
     assert {row.note for row in compare("decode", DECODE, DECODE_SHAPE)} == {"skipped: out of memory"}
     pair[:] = [ours]
     monkeypatch.setattr(comparing, "time_call", too_large)  # a graph's memory is its own
@@ -325,7 +326,7 @@ def test_a_peer_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch,
     def fail(*_: object) -> Any:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(comparing, "contenders", lambda op: [Contender("fla", True, fail)])
+    monkeypatch.setattr(comparing, "baselines_of", lambda op: [Baseline("fla", decode=fail)])
     (row,) = compare("decode", DECODE, DECODE_SHAPE)
     assert row.note == "RuntimeError: an illegal memory access was encountered"
     for nothing_runs in ("synchronize", "empty_cache"):

@@ -23,8 +23,8 @@ DECODE = Shape(5, 6, 3, 1, 70)
         ("forward", STEP, SHAPE),
         ("forward", KernelSpec("forward", 64, "fp16", group=2, causal=True, varlen=True), SHAPE),
         ("decode", KernelSpec("decode", 64, "fp16", group=2), DECODE),
-        ("decode", KernelSpec("decode", 64, "fp16", group=2, ragged=True, leftpad=True, page_size=16), DECODE),
-        ("decode", KernelSpec("decode", 64, "fp16", group=2, ragged=True, cache_dtype="e4m3"), DECODE),
+        ("decode", KernelSpec("decode_varlen", 64, "fp16", group=2, leftpad=True, page_size=16), DECODE),
+        ("decode", KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3"), DECODE),
     ],
     ids=["dense", "packed", "decode", "paged", "eight bits"],
 )

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from cli_samples import run, run_json
 
-from parallax_gen.bench import cases as sweep_module
+from parallax_gen.bench import run as running
+from parallax_gen.bench.cases import QUICK_SHAPES, Lengths
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.cli.lengths import Lengths, lengths_of
 from parallax_gen.describe import from_text, to_text, with_lengths
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
         return [Row(name, op, op, spec, shape, 10.0, 1.0, lengths=lengths) for name in only]
 
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
-    monkeypatch.setattr(sweep_module, "_compare", compare)
+    monkeypatch.setattr(running, "compare", compare)
     return asked
 
 
@@ -55,7 +55,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
     ],
 )
 def test_what_a_text_means_of_a_shape(text: str, expected: tuple[int, ...]) -> None:
-    assert lengths_of(text).of(SHAPE) == expected
+    assert Lengths.parse(text).of(SHAPE) == expected
 
 
 def test_of_one_sequence_a_named_batch_is_all_its_keys() -> None:
@@ -107,7 +107,7 @@ def test_a_batch_is_ragged_decode_and_told(asked: list[Asked], tmp_path: Path) -
     arguments = (*BENCH, "--lengths", "4096,7x128", "--csv", tmp_path / "rows")
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert asked == [(KernelSpec("decode", 128, "bf16", 4, ragged=True), SHAPE, SKEWED)]
+    assert asked == [(KernelSpec("decode_varlen", 128, "bf16", 4), SHAPE, SKEWED)]
     title = "decode, head_dim 128, bf16, GQA 4:1, ragged: batch 8, heads 32/8, seqlen 1x4096, lengths 4096,7x128"
     assert done.stdout.splitlines()[0] == title
     with (tmp_path / "rows").open(newline="", encoding="utf-8") as file:
@@ -127,8 +127,7 @@ def test_other_lengths_are_timed_and_kept_beside(asked: list[Asked], tmp_path: P
 
 def test_a_named_batch_is_of_every_shape_of_a_grid(asked: list[Asked]) -> None:
     run("bench", "--grid", "paper", "--lengths", "skewed", "--only", "parallax_gen")
-    assert {spec.op for spec, _, _ in asked} == {"decode"}
-    assert all(spec.ragged for spec, _, _ in asked)
+    assert {spec.op for spec, _, _ in asked} == {"decode_varlen"}
     for _, shape, lengths in asked:
         expected = (shape.seqlen_kv, *[shape.seqlen_kv // 32] * (shape.batch - 1)) if shape.batch > 1 else ()
         assert lengths == expected
@@ -143,7 +142,7 @@ def test_each_shape_is_timed_with_each_page_size_in_turn(asked: list[Asked]) -> 
     assert [(shape.batch, spec.page_size) for spec, shape, _ in asked] == [
         (batch, page_size) for batch in (8, 1) for page_size in (0, 16, 64)
     ]
-    assert all(spec.ragged for spec, _, _ in asked)
+    assert all(spec.op == "decode_varlen" for spec, _, _ in asked)
     asked.clear()
     run(*BENCH, "--page-size", "16", "--op", "decode")
     run(*BENCH, "--op", "decode")
@@ -152,5 +151,5 @@ def test_each_shape_is_timed_with_each_page_size_in_turn(asked: list[Asked]) -> 
 
 def test_in_haste_every_shape_keeps_all_its_page_sizes(asked: list[Asked]) -> None:
     run("bench", "--grid", "serving", "--ragged", "--quick", "--page-size", "0", "--page-size", "16")
-    assert len({shape for _, shape, _ in asked}) == sweep_module.QUICK_SHAPES
-    assert [spec.page_size for spec, _, _ in asked] == [0, 16] * sweep_module.QUICK_SHAPES
+    assert len({shape for _, shape, _ in asked}) == QUICK_SHAPES
+    assert [spec.page_size for spec, _, _ in asked] == [0, 16] * QUICK_SHAPES

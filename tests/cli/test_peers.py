@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.bench.baselines import peers
-from parallax_gen.bench.baselines.contenders import contenders
+from parallax_gen.bench.baselines import BASELINES, baselines_of, parallax_kernel
 from parallax_gen.bench.baselines.flash_attn import FLASH
 from parallax_gen.bench.judge import random_case
-from parallax_gen.bench.rows import CONTENDERS, SOFTMAX
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.oracle.inputs import attend
 from parallax_gen.oracle.reference import reference_forward
@@ -85,7 +83,7 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
 
 
 def prepared(name: str, op: str, spec: KernelSpec, x: Inputs) -> Any:
-    return next(c for c in contenders(op) if c.name == name).prepare(spec, x)
+    return BASELINES[name].prepare(op, spec, x)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -133,7 +131,7 @@ def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["flash-attn 2", "flash-attn 3"])
 def test_flash_attention_decodes_with_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = flash_module(name, monkeypatch)
-    spec = KernelSpec("decode", 64, "fp16", group=2, ragged=True)
+    spec = KernelSpec("decode_varlen", 64, "fp16", group=2)
     x = random_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     x.cache_seqlens = torch.tensor([50, 7, 20], dtype=torch.int32)
     assert close(prepared(name, "decode", spec, x).results()["out"], attend(spec, x).v_mean)
@@ -169,7 +167,7 @@ def test_what_flash_attention_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -
         ):
             with pytest.raises(NotImplementedError):
                 prepared(name, "forward", spec, random_case("forward", spec, shape, "cpu"))
-    decode = KernelSpec("decode", 64, "fp16", group=2, ragged=True, cache_dtype="e4m3")
+    decode = KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3")
     for name in FLASH:
         with pytest.raises(NotImplementedError):
             prepared(name, "decode", decode, random_case("decode", decode, Shape(1, 4, 2, 1, 24), "cpu"))
@@ -195,7 +193,7 @@ def _helion(monkeypatch: pytest.MonkeyPatch) -> None:
     module.parallax_fwd = lambda *x, **options: (parallax_func(*x, **options),)  # type: ignore[attr-defined]
     module.parallax_decode = lambda *x: reference_forward(*x).out.to(x[0].dtype)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "parallax.helion", module)
-    monkeypatch.setenv(peers.HELION_EFFORT, "quick")
+    monkeypatch.setenv(parallax_kernel.HELION_EFFORT, "quick")
 
 
 @pytest.mark.usefixtures("_helion")
@@ -216,23 +214,30 @@ def test_official_helion(spec: KernelSpec, window: int) -> None:
 
 @pytest.mark.usefixtures("_helion")
 def test_how_helion_was_tuned_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    helion = next(c for c in contenders("decode") if c.name == "official Helion")
-    assert helion.package().endswith("HELION_AUTOTUNE_EFFORT=quick")
-    monkeypatch.delenv(peers.HELION_EFFORT)
-    helion = next(c for c in contenders("decode") if c.name == "official Helion")
-    assert helion.package().endswith("HELION_AUTOTUNE_EFFORT=none")
-    peers.official_helion()
-    assert os.environ[peers.HELION_EFFORT] == "none"
+    assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=quick")
+    monkeypatch.delenv(parallax_kernel.HELION_EFFORT)
+    assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=none")
+    parallax_kernel.helion()
+    assert os.environ[parallax_kernel.HELION_EFFORT] == "none"
 
 
 # who there is
 
 
-def test_contenders_have_names_that_can_be_asked_for() -> None:
-    named = {contender.name: contender for op in ("forward", "decode", TRAINING) for contender in contenders(op)}
-    assert set(named) == set(CONTENDERS)
-    assert {name for name, contender in named.items() if not contender.parallax} == set(SOFTMAX)
-    assert "official CuTeDSL" not in {contender.name for contender in contenders(TRAINING)}
+def test_baselines_have_names_and_say_what_they_have() -> None:
+    names = ["SDPA flash", "SDPA cuDNN", "flash-attn 2", "flash-attn 3", "flash-attn 4"]
+    assert [name for name, baseline in BASELINES.items() if baseline.softmax] == names
+    assert list(BASELINES) == [
+        "parallax_gen",
+        *names,
+        "official CuTeDSL",
+        "official Triton",
+        "official Helion",
+        "fla",
+    ]  # as CSV files of earlier releases have them
+    assert [baseline.name for baseline in baselines_of("decode")] == list(BASELINES)
+    for op in ("forward", TRAINING):
+        assert {baseline.name for baseline in baselines_of(op)} == set(BASELINES) - {"official CuTeDSL"}
 
 
 def test_packages_are_said_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,11 +251,11 @@ def test_packages_are_said_with_their_versions(monkeypatch: pytest.MonkeyPatch) 
         return there[name]
 
     monkeypatch.setattr(metadata, "version", version)
-    packages = {contender.name: contender.package() for contender in contenders("decode")}
+    packages = {name: baseline.package() for name, baseline in BASELINES.items()}
     assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1"
     assert packages["fla"] == ""
     there["nvidia-cutlass-dsl"] = "4.1.0"
-    packages = {contender.name: contender.package() for contender in contenders("decode")}
+    packages = {name: baseline.package() for name, baseline in BASELINES.items()}
     assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1, nvidia-cutlass-dsl 4.1.0"
 
 
@@ -273,7 +278,7 @@ def test_autotuners_are_hasty_for_a_while(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "Event", Event)
     tuner, calls = Autotuner.__new__(Autotuner), []
     tuner._do_bench = careful = lambda *_, **__: [1.0]
-    with peers.hasty_autotuners():
+    with parallax_kernel.hasty_autotuners():
         assert tuner.do_bench(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8)) == [0.5] * 3
-    assert len(calls) == 1 + peers.HASTY_CALLS
+    assert len(calls) == 1 + parallax_kernel.HASTY_CALLS
     assert tuner.do_bench is careful

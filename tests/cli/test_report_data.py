@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv
 
+from parallax_gen.bench import rows as rows_module
+from parallax_gen.bench.rows import WITH_CARE, Conditions, Ledger, Origin, Row, read_rows
+from parallax_gen.bench.summary import means, times_ours
 from parallax_gen.errors import ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
@@ -20,18 +23,17 @@ from parallax_gen.ops.space import default_config
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.report.benches import Timing, read_bench, times_ours
 from parallax_gen.report.charts import Scale, history, rooflines
 from parallax_gen.report.data import Report, collect, to_json
 from parallax_gen.report.failures import reasons
-from parallax_gen.report.matrices import coverage, means, speed_ups
+from parallax_gen.report.matrices import coverage, speed_ups
 
 HERE = Toolchain.here()
 OTHER_GPU = dataclasses.replace(PLACE, gpu="h100")
 OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
 
 
-def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Timing, ...] = ()) -> Report:
+def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Row, ...] = ()) -> Report:
     return collect(Memory(store), gpus, list(timings), every=every)
 
 
@@ -247,18 +249,16 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 def test_a_bench_file_needs_few_columns_and_may_have_more(tmp_path: Path) -> None:
     peer = ROW | {"contender": "other", "time_us": 15.0, "gpu": "NVIDIA H200", "p80_us": 16, "error": 0.002}
     absent = ROW | {"contender": "absent", "time_us": "", "note": "not installed"}
-    ours, other, nobody = read_bench(write(tmp_path / "a.csv", ROW, peer, absent))
-    assert (ours.file, ours.gpu, ours.spec, ours.shape) == ("a.csv", "", SPEC, Shape(2, 32, 8, 1, 4096))
-    assert (other.gpu, other.error) == ("h200", 0.002)
+    ours, other, nobody = read_rows(write(tmp_path / "a.csv", ROW, peer, absent))
+    assert (ours.origin.file, ours.origin.gpu, ours.spec, ours.shape) == ("a.csv", "", SPEC, Shape(2, 32, 8, 1, 4096))
+    assert (other.origin.gpu, other.error) == ("h200", 0.002)
     assert (nobody.time_us, nobody.error, nobody.note) == (None, None, "not installed")
 
 
 def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     """Rows of both kinds, through bench's own writers: a training step has a window, and is the forward's by spec."""
-    from parallax_gen.bench.rows import WITH_CARE, Conditions, Ledger, Row, to_json
-
     step = KernelSpec("forward", 96, "bf16", 2, causal=True, stats=True, window=True)
-    paged = KernelSpec("decode", 128, "fp16", 4, ragged=True, page_size=16, cache_dtype="e4m3")
+    paged = KernelSpec("decode_varlen", 128, "fp16", 4, page_size=16, cache_dtype="e4m3")
     how = Conditions("h200", "NVIDIA H200 SXM", "0.1", "2.11", "3.6", "13.0", WITH_CARE, "parallax-gen bench")
     rows = [
         Row("parallax_gen", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), 10.0, 1.0, 0.002, conditions=how),
@@ -267,15 +267,15 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     ]
     rows.append(dataclasses.replace(rows[-1], lengths=(4096, 128)))
     Ledger(tmp_path / "a.csv").add(rows)
-    document = {"gpu": "h200", "torch": "2.11", "rows": [{**to_json(row), "error": None} for row in rows]}
+    document = {"gpu": "h200", "torch": "2.11", "rows": [{**rows_module.to_json(row), "error": None} for row in rows]}
     (tmp_path / "a.json").write_text(json.dumps(document), encoding="utf-8")
     for name, gpu in (("a.csv", "h200"), ("a.json", "h200")):
-        found = read_bench(tmp_path / name)
+        found = read_rows(tmp_path / name)
         assert [(t.contender, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
             (r.contender, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows
         ]
         assert [t.lengths for t in found] == [(), (), (), (4096, 128)]
-        assert {t.gpu for t in found} == {gpu}
+        assert {t.origin.gpu for t in found} == {gpu}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
 def test_what_is_no_bench_file_is_an_error_that_names_it(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ParallaxGenError, match=told):
-        read_bench(tmp_path / "a.csv")
+        read_rows(tmp_path / "a.csv")
 
 
 BASE = {"causal": False, "lengths": ""}  # columns that a file may lack
@@ -322,28 +322,28 @@ def test_a_wrong_cell_is_an_error_that_names_its_line_and_column(
     tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ParallaxGenError, match=rf"a\.csv, {told}"):
-        read_bench(write(tmp_path / "a.csv", BASE | ROW, BASE | ROW | change))
+        read_rows(write(tmp_path / "a.csv", BASE | ROW, BASE | ROW | change))
 
 
 def test_a_line_with_too_few_cells_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", ROW)
     path.write_text(path.read_text(encoding="utf-8") + "decode,128\n", encoding="utf-8")
     with pytest.raises(ParallaxGenError, match=r"a\.csv, line 3: got another number of cells; allowed: 11"):
-        read_bench(path)
+        read_rows(path)
 
 
 # speed-ups
 
 
-def timing(contender: str, time_us: float | None, file: str = "a.csv", **fields: Any) -> Timing:
-    values: dict[str, Any] = {"gpu": "h200", "op": "decode", "part": "decode", "spec": SPEC, "note": ""}
-    return Timing(file=file, contender=contender, time_us=time_us, error=None, **({"shape": ONE} | values | fields))
+def timing(contender: str, time_us: float | None, file: str = "a.csv", gpu: str = "h200", **fields: Any) -> Row:
+    values: dict[str, Any] = {"op": "decode", "part": "decode", "spec": SPEC, "shape": ONE}
+    return Row(contender=contender, time_us=time_us, origin=Origin(file, gpu), **(values | fields))
 
 
 ONE, TWO, LONG = Shape(1, 32, 8, 1, 1024), Shape(2, 16, 4, 1, 1024), Shape(1, 32, 8, 1, 4096)  # two of one size
 
 
-def test_contenders_are_compared_within_a_file_and_the_least_is_shown() -> None:
+def test_baselines_are_compared_within_a_file_and_the_least_is_shown() -> None:
     ratios = times_ours(
         [
             *(timing("parallax_gen", 10.0, shape=shape) for shape in (ONE, TWO, LONG)),
@@ -362,11 +362,11 @@ def test_contenders_are_compared_within_a_file_and_the_least_is_shown() -> None:
     assert label == "8"
     assert [cell and cell.text for cell in cells] == ["1.50", "–"]
     assert "not supported: long" in cells[1].tip  # type: ignore[union-attr]
-    mean, least, count = means(ratios)["h200", "decode", "decode", "other"]
+    mean, least, count = means(ratios, key=lambda row: row.contender)["other"]
     assert (mean, least, count) == (pytest.approx(9 ** (1 / 3)), 1.5, 3)
 
 
-def test_contenders_are_compared_at_the_same_lengths_which_the_cell_tells() -> None:
+def test_baselines_are_compared_at_the_same_lengths_which_the_cell_tells() -> None:
     two = Shape(2, 32, 8, 1, 1024)
     ratios = times_ours(
         [
@@ -387,9 +387,9 @@ def test_what_was_taken_under_other_conditions_is_not_compared_and_the_last_coun
         ROW | {"torch": "2.11", "contender": "other", "time_us": 15.0},
         ROW | {"torch": "2.12", "contender": "other", "time_us": 20.0},
     ]
-    timings = read_bench(write(tmp_path / "a.csv", *rows))
-    assert [timing.taken for timing in timings] == ["torch 2.11"] * 3 + ["torch 2.12"]
-    assert timings[0].command == "parallax-gen bench"
+    timings = read_rows(write(tmp_path / "a.csv", *rows))
+    assert [timing.origin.taken for timing in timings] == ["torch 2.11"] * 3 + ["torch 2.12"]
+    assert timings[0].origin.command == "parallax-gen bench"
     assert [ratio for _, ratio in times_ours(timings)] == [1.5, None]
 
 
@@ -417,5 +417,5 @@ def test_a_training_steps_parts_are_of_the_kernels_that_do_them(store: Store) ->
 def test_timings_of_other_cards_are_left_out_when_a_card_is_asked_for(store: Store) -> None:
     write_shipped([known_dkdv(900.0)], "h200")
     timings = tuple(timing("other", 10.0, gpu=gpu) for gpu in ("h200", "h100", ""))
-    assert [t.gpu for t, _ in report(store, "h200", timings=timings).ratios] == ["", "h200"]
-    assert [t.gpu for t, _ in report(store, timings=timings).ratios] == ["", "h100", "h200"]
+    assert [t.origin.gpu for t, _ in report(store, "h200", timings=timings).ratios] == ["", "h200"]
+    assert [t.origin.gpu for t, _ in report(store, timings=timings).ratios] == ["", "h100", "h200"]

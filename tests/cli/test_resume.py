@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from cli_samples import run, run_json
 
-from parallax_gen.bench import cases as sweep_module
-from parallax_gen.bench.cases import bytes_needed, cases_of, fewer
+from parallax_gen.bench import run as running
+from parallax_gen.bench.baselines import BASELINES
+from parallax_gen.bench.cases import QUICK_SHAPES, bytes_needed, cases_of, fewer
 from parallax_gen.bench.rows import (
     A_GRID,
     COLUMNS,
-    CONTENDERS,
     QUICK,
     WITH_CARE,
     Conditions,
@@ -26,13 +26,12 @@ from parallax_gen.bench.rows import (
     from_flat,
     to_flat,
 )
-from parallax_gen.cli.options import Sizes
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, Flags
+from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, Flags, Sizes
 
 H200 = gpu_by_name("h200")
 HOW = Conditions("h200", "NVIDIA H200", "0.1.0", "2.11.0", "3.6.0", "13.0", A_GRID, "parallax-gen bench")
@@ -52,7 +51,7 @@ ROW = Row(
     "fla-core 0.6.0",
     HOW,
 )
-PAGED = KernelSpec("decode", 64, "fp16", 2, ragged=True, page_size=16, cache_dtype="e4m3", leftpad=True)
+PAGED = KernelSpec("decode_varlen", 64, "fp16", 2, page_size=16, cache_dtype="e4m3", leftpad=True)
 FAILED = Row("SDPA flash", "decode", "decode", PAGED, Shape(2, 4, 2, 1, 99), note="not supported: x", conditions=HOW)
 RAGGED = dataclasses.replace(FAILED, lengths=(99, 3), time_us=7.0)
 
@@ -82,7 +81,7 @@ class Card:
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
-    monkeypatch.setattr(sweep_module, "_compare", card.compare)
+    monkeypatch.setattr(running, "compare", card.compare)
     return card
 
 
@@ -326,7 +325,7 @@ def test_quick_is_fewer_shapes_shorter_and_says_so_in_every_row(card: Card, tmp_
     done = run("bench", "--grid", "paper", "--quick", "--csv", tmp_path / "rows")
     assert set(card.efforts) == {QUICK}
     assert QUICK.rounds * QUICK.timed_ms < WITH_CARE.rounds * WITH_CARE.timed_ms
-    assert len({(op, shape) for op, shape, _ in card.asked}) == 2 * sweep_module.QUICK_SHAPES
+    assert len({(op, shape) for op, shape, _ in card.asked}) == 2 * QUICK_SHAPES
     assert {line["quick"] for line in lines_of(tmp_path / "rows")} == {"True"}
     tables = [line for line in done.stdout.splitlines() if ": batch " in line]
     assert len(tables) == 12
@@ -339,7 +338,7 @@ def test_fewer_shapes_are_spread_over_those_that_fit() -> None:
     few = [case.shape for case in fewer(cases, H200) if case.op == "decode"]
     assert few[0] == Shape(1, 8, 8, 1, 128)
     assert few[-1] == Shape(2048, 8, 8, 1, 16384)
-    assert len(set(few)) == len(few) == sweep_module.QUICK_SHAPES
+    assert len(set(few)) == len(few) == QUICK_SHAPES
     one = list(cases_of(("decode",), None, "bf16", (Sizes(1, 8, 8, None, 64),), None, Flags()))
     assert fewer(one, H200) == one
     huge = list(cases_of(("decode",), None, "bf16", (Sizes(2048, 64, 64, None, 131072),), None, Flags()))
@@ -366,7 +365,7 @@ def test_mistakes_are_usage_errors_before_anything_is_timed(card: Card, argument
 
 def test_skip_and_oracle(card: Card) -> None:
     done = run(*DECODE, "--shape", "1,8,64", "--skip", "fla", "--oracle", "sample", "--json")
-    assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [n for n in CONTENDERS if n != "fla"]
+    assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [n for n in BASELINES if n != "fla"]
     assert card.efforts == [dataclasses.replace(WITH_CARE, oracle="sample")]
 
 

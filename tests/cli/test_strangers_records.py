@@ -79,7 +79,7 @@ def test_what_is_at_the_bounds_is_read_by_every_command(store: Store, tmp_path: 
     """Of a card, a kernel and sizes that nobody has, and of those that calls ask for."""
     ints = dict.fromkeys(("registers", "spills", "shared_bytes"), MOST_INT)
     texts = {"detail": "\n\x1b[31m" + "CUDA " * (LONGEST_DETAIL // 6), "source": "x" * LONGEST_LINE}
-    paged = KernelSpec("decode", 256, "bf16", ragged=True, **LARGEST_READ)
+    paged = KernelSpec("decode_varlen", 256, "bf16", **LARGEST_READ)
     sizes = Bucket(LARGEST, LARGEST, LARGEST)
     strange = DecodeConfig(2**31 - 1, 0, 7, "x" * 64, 0, 2**31 - 1)
     rows = [

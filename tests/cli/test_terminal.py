@@ -19,7 +19,7 @@ from parallax_gen.cli.completion import SHELLS
 from parallax_gen.cli.text import print_table
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.spec import DTYPES, OPS
+from parallax_gen.problem.spec import DTYPES, FAMILIES
 from parallax_gen.problem.workloads import GRIDS, SWEEPS
 from parallax_gen.runtime.dispatch import Dispatcher
 
@@ -40,7 +40,7 @@ def completed(*words: str) -> list[str]:
         (("tune", "--gpu", ""), list(GPUS)),
         (("list", "--gpu", "H2"), ["h200"]),
         (("ship", "--gpu", "h1"), ["h100", "h100-pcie"]),
-        (("explain", "--op", ""), list(OPS)),
+        (("explain", "--op", ""), list(FAMILIES)),
         (("show", "--dtype", ""), list(DTYPES)),
         (("tune", "--grid", ""), list(GRIDS)),
         (("bench", "--grid", ""), list(SWEEPS)),
@@ -104,7 +104,7 @@ def test_exit_codes_are_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     assert (run("list").exit_code, run("list", "--gpu", "h2000").exit_code, run("list", "--x").exit_code) == (0, 1, 2)
-    monkeypatch.setattr("parallax_gen.cli.known.open_memory", interrupted)
+    monkeypatch.setattr("parallax_gen.memory.standing.open_memory", interrupted)
     assert run("list").exit_code == 130
 
 

@@ -225,7 +225,7 @@ SPILLING, FITTING = "forward_causal_stats for a100", "decode_unsplit for h200"
 
 
 def shape_of(kernel: Kernel) -> Shape:
-    return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.op == "decode" else 1000, 1000)
+    return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.family == "decode" else 1000, 1000)
 
 
 def replies(jobs: list[Job]) -> dict[str, TrialResult]:
@@ -293,7 +293,7 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
 def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
     """Where Triton does not pipeline a loop, its loads go to registers, and are missing from shared memory."""
     jobs = [
-        Job(name, kernel, "h200", shape_of(kernel)) for name, kernel in GOLDEN.items() if kernel.spec.op == "decode"
+        Job(name, kernel, "h200", shape_of(kernel)) for name, kernel in GOLDEN.items() if kernel.spec.family == "decode"
     ]
     found = replies(jobs)
     for job in jobs:
@@ -319,7 +319,7 @@ def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:
 def test_no_default_for_a_chunk_of_a_prompt_spills_by_the_kilobyte() -> None:
     """Those that are chosen where a larger tile has no room in shared memory."""
     jobs = []
-    chunk = KernelSpec("decode", 256, "bf16", 4, ragged=True, causal=True, many_queries=True)
+    chunk = KernelSpec("decode_varlen", 256, "bf16", 4, causal=True, many_queries=True)
     for gpu, spec in (
         ("rtx4090", replace(chunk, head_dim=128)),
         ("rtx4090", chunk),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from strategies import GOLDEN
 
 from parallax_gen.codegen.abi import empty_inputs, in_fours, prepare
 from parallax_gen.codegen.build import load
@@ -19,7 +21,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 GPU = GPUS["h200"]
-RAGGED = KernelSpec("decode", 64, "fp16", ragged=True)
+RAGGED = KernelSpec("decode_varlen", 64, "fp16")
 MANY = replace(RAGGED, many_queries=True, group=3)
 CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
 
@@ -109,3 +111,15 @@ def test_the_first_of_four_is_the_lowest_byte() -> None:
     numbers = torch.tensor([1.0, -2.0, 0.5, 448.0]).to(torch.float8_e4m3fn)
     bits = numbers.view(torch.uint8).tolist()
     assert [word & 0xFFFFFFFF for word in in_fours(numbers).tolist()] == [int.from_bytes(bits, "little")]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_launch_takes_what_its_op_says(name: str) -> None:
+    """By its names, in its order."""
+    spec, config = GOLDEN[name].spec, GOLDEN[name].config
+    tree = ast.parse(render(spec, config, GPU).text)
+    (launch,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "launch")
+    op, scratch = op_of(spec), scratch_of(spec, config, 5, 2, 7)
+    needed = [n for n in ("partials", "arrived") if getattr(scratch, n)]
+    names = [*op.given(spec), *op.written(spec), *op.lengths(spec), *needed, "softmax_scale", *op.sizes(spec)]
+    assert [argument.arg.removesuffix("_cache") for argument in launch.args.args] == names

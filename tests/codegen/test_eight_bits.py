@@ -60,7 +60,7 @@ def check(
     dtype: str, cache: str, k: Tensor, v: Tensor, *, of_q: float, of_r: float, scales: tuple[float, float]
 ) -> None:
     """Queries and probes of these sizes over keys and values (keys, HEAD_DIM), and keys and values of these scales."""
-    spec = KernelSpec("decode", HEAD_DIM, dtype, group=HEADS, ragged=True, stats=True, cache_dtype=cache)
+    spec = KernelSpec("decode_varlen", HEAD_DIM, dtype, group=HEADS, stats=True, cache_dtype=cache)
     draw = torch.Generator().manual_seed(7)
     q, r = (torch.randn(1, 1, HEADS, HEAD_DIM, generator=draw) * size for size in (of_q, of_r))
     inputs = Inputs(q.to(torch_dtype(dtype)), r.to(torch_dtype(dtype)), k[None, :, None], v[None, :, None])

@@ -72,9 +72,11 @@ def test_any_forward_kernel_agrees_with_the_oracle(case: Case) -> None:
     assert wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
-@strategies.examples(50)
-@given(case=strategies.cases("decode", DTYPES, GPU, MOST_PROGRAMS))
-def test_any_decode_kernel_agrees_with_the_oracle(case: Case) -> None:
+@strategies.examples(25)
+@given(data=st.data())
+@pytest.mark.parametrize("op", ["decode", "decode_varlen"])
+def test_any_decode_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None:
+    case = data.draw(strategies.cases(op, DTYPES, GPU, MOST_PROGRAMS))
     assert wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
@@ -86,7 +88,7 @@ def test_any_backward_kernel_agrees_with_the_oracle(op: str, data: st.DataObject
     assert wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
-@pytest.mark.parametrize("op", ["forward", "decode", "dkdv", "dqdr"])
+@pytest.mark.parametrize("op", ["forward", "decode", "decode_varlen", "dkdv", "dqdr"])
 @strategies.examples(10)
 @given(data=st.data())
 def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> None:
@@ -179,9 +181,9 @@ def test_a_group_that_fills_no_tile(block_h: int, merge: str) -> None:
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_lengths_of_zero_and_nan_behind_the_end(splits: int) -> None:
-    spec = KernelSpec("decode", 64, "fp16", group=2, ragged=True)
+    spec = KernelSpec("decode_varlen", 64, "fp16", group=2)
     config = replace(DECODE, NUM_SPLITS=splits)
-    inputs = inputs_of(replace(spec, ragged=False), Shape(batch=4, heads=4, kv_heads=2, seqlen_q=1, seqlen_kv=77))
+    inputs = inputs_of(replace(spec, op="decode"), Shape(batch=4, heads=4, kv_heads=2, seqlen_q=1, seqlen_kv=77))
     inputs.cache_seqlens = torch.tensor([0, 1, 40, 77], dtype=torch.int32)
     for sequence, length in enumerate(inputs.cache_seqlens.tolist()):
         inputs.k[sequence, length:] = float("nan")
@@ -240,7 +242,7 @@ def test_scores_far_from_zero(op: str, sign: float) -> None:
         (KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD, Shape(2, 4, 2, 75, 75)),
         (KernelSpec("forward", 64, "fp16", group=2), FORWARD, Shape(2, 4, 2, 71, 95)),
         (KernelSpec("decode", 64, "fp16", group=2), DECODE, Shape(2, 4, 2, 1, 75)),
-        (KernelSpec("decode", 64, "fp16", group=2, ragged=True), DECODE, Shape(2, 4, 2, 1, 75)),
+        (KernelSpec("decode_varlen", 64, "fp16", group=2), DECODE, Shape(2, 4, 2, 1, 75)),
     ],
     ids=["causal", "full", "decode", "ragged decode"],
 )
@@ -322,8 +324,8 @@ def test_the_numbers_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> N
 @pytest.mark.parametrize("merge", ["last", "kernel", "ragged"])
 def test_scratch_serves_again(merge: str) -> None:
     """The second launch finds the first one's partials and counters, and other queries and lengths."""
-    spec = KernelSpec("decode", 64, "fp16", group=12, ragged=merge == "ragged")
-    config = replace(DECODE, merge="last" if spec.ragged else merge)
+    spec = KernelSpec("decode_varlen" if merge == "ragged" else "decode", 64, "fp16", group=12)
+    config = replace(DECODE, merge="last" if merge == "ragged" else merge)
     shape = Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=75)
     call = verify.poisoned(spec, config, inputs_of(spec, shape, seed=1))
     launch = load(render(spec, config, GPU)).launch
@@ -400,7 +402,7 @@ def test_a_wrong_kernel_is_seen(kernel: Kernel, right: str, planted: str) -> Non
     text = source.text.replace(right, planted)
     source = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
     shape = Shape(batch=4, heads=2 * spec.group, kv_heads=2, seqlen_q=1, seqlen_kv=205)
-    if spec.op != "decode":
+    if spec.family != "decode":
         shape = replace(shape, batch=3 if spec.varlen else 1, seqlen_q=171, seqlen_kv=175, window=41 * spec.window)
     if spec.op == "preprocess":
         shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=75, seqlen_kv=61)  # 14 rows see no key

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide
 
 GPU = GPUS["h200"]
 CONFIG = DecodeConfig(BLOCK_N=16, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=1, num_stages=2)
-ONE = KernelSpec("decode", 16, "fp16", group=2, ragged=True, stats=True)
+ONE = KernelSpec("decode_varlen", 16, "fp16", group=2, stats=True)
 MANY = replace(ONE, many_queries=True, causal=True)
 PACKED = replace(MANY, varlen=True)
 WINDOW = replace(PACKED, window=True)

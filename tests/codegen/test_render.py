@@ -178,7 +178,7 @@ def forget() -> None:
 
 
 # A spec of each template, by its name.
-SPEC_OF = {op: KernelSpec(op, 64, "bf16") for op in OPS} | {"ragged": KernelSpec("decode", 64, "bf16", ragged=True)}
+SPEC_OF = {"ragged" if op == "decode_varlen" else op: KernelSpec(op, 64, "bf16") for op in OPS}
 
 
 def kernels() -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from parallax_gen.oracle import verify
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-EVEN, RAGGED = {"group": 4}, {"group": 4, "ragged": True}
+EVEN, RAGGED = {"op": "decode", "group": 4}, {"op": "decode_varlen", "group": 4}
 PROMPT = {"many_queries": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **RAGGED}
 DECODE: list[tuple[int, str, dict[str, Any], KernelConfig]] = [
     (128, "bf16", EVEN, DecodeConfig(32, 8, 4, "last", 1, 4)),
@@ -45,7 +45,7 @@ STEP = ("forward", "preprocess", "dkdv", "dqdr")
 
 def main() -> None:
     gpu, shape = gpu_of_device(0), Shape(1, 4, 4, 256, 256)
-    cases = [(KernelSpec("decode", head_dim, dtype, **more), config) for head_dim, dtype, more, config in DECODE]
+    cases = [(KernelSpec(head_dim=head_dim, dtype=dtype, **more), config) for head_dim, dtype, more, config in DECODE]
     specs = [spec.of(op) for spec in TRAINING for op in STEP]
     cases += [(spec, default_config(spec, shape, gpu)) for spec in specs]
     for spec, config in cases:

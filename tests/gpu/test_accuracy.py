@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.bench.baselines import steps
+from parallax_gen.bench.baselines.fla import step as fla_step
+from parallax_gen.bench.baselines.ours import step as our_step
+from parallax_gen.bench.baselines.parallax_kernel import triton_step
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
@@ -72,7 +74,7 @@ def test_long_rows(prepare: Prepare) -> None:
     spec = KernelSpec("forward", 128, "bf16", group=2, causal=True, stats=True)
     x = inputs_of(spec, Shape(1, 4, 2, 256, LONG), prepare)
     assert x.do is not None
-    found = steps.ours_step(spec, x).results()
+    found = our_step(spec, x).results()
     assert all(bool(tensor.isfinite().all()) for tensor in found.values())
     out, gradients = expected_of(x)
     assert_close(found["out"], out, "bf16")
@@ -102,7 +104,7 @@ def test_no_less_accurate_than_the_official_kernels(seqlen: int) -> None:
     larger = {}
     for prepare in HARD:
         x = inputs_of(MHA, Shape(1, heads, heads, seqlen, seqlen), prepare)
-        ours, theirs = steps.ours_step(MHA, x).results(), steps.official_triton_step(MHA, x).results()
+        ours, theirs = our_step(MHA, x).results(), triton_step(MHA, x).results()
         out, gradients = expected_of(x)
         assert all(bool(tensor.isfinite().all()) for tensor in ours.values()), prepare.__name__
         for name, ref in {"out": out, **gradients._asdict()}.items():
@@ -113,7 +115,7 @@ def test_no_less_accurate_than_the_official_kernels(seqlen: int) -> None:
     assert not larger
 
 
-PEERS = {"parallax.triton": steps.official_triton_step, "fla.ops.parallax.parallel": steps.fla_step}
+PEERS = {"parallax.triton": triton_step, "fla.ops.parallax.parallel": fla_step}
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -124,7 +126,7 @@ def test_peers_and_ours_agree(module: str, group: int) -> None:
     pytest.importorskip(module, reason=f"{module} is not installed")
     spec = KernelSpec("forward", 128, "bf16", group=group, causal=True, stats=True)
     x = inputs_of(spec, Shape(2, 4 * group, 4, 1024, 1024), normal)
-    ours, theirs = steps.ours_step(spec, x).results(), PEERS[module](spec, x).results()
+    ours, theirs = our_step(spec, x).results(), PEERS[module](spec, x).results()
     assert ours.keys() == theirs.keys() == {"out", "dq", "dr", "dk", "dv"}
     for name, its in theirs.items():
         assert errors(ours[name], its).relative <= tolerance("bf16"), name

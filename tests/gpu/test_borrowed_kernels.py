@@ -33,7 +33,7 @@ CASES: list[tuple[KernelSpec, KernelConfig, Shape]] = [
     (FORWARD, ForwardConfig(32, 32, HEAD_GROUP=1, num_warps=4, num_stages=2, HEAD_DIM_AS="padded"), SHAPE),
     (FORWARD, SPILLS, SHAPE),
     (
-        KernelSpec("decode", 72, "bf16", group=2, ragged=True, page_size=16),
+        KernelSpec("decode_varlen", 72, "bf16", group=2, page_size=16),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=6, merge="last", num_warps=2, num_stages=3),
         Shape(2, 8, 4, 1, 512),
     ),

@@ -119,14 +119,14 @@ def test_long_caches(config: DecodeConfig | None, group: int) -> None:
 @pytest.mark.parametrize("group", [1, 12])
 @pytest.mark.parametrize("config", [None, *SPLITS], ids=["default", "1 split", "6 splits", "48 splits"])
 def test_long_ragged_caches(config: DecodeConfig | None, group: int) -> None:
-    spec, shape = KernelSpec("decode", 128, "bf16", group=group, ragged=True), Shape(3, 2 * group, 2, 1, 16384)
+    spec, shape = KernelSpec("decode_varlen", 128, "bf16", group=group), Shape(3, 2 * group, 2, 1, 16384)
     assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 48, 64, 256])
 @pytest.mark.parametrize("config", [None, *SPLITS], ids=["default", "1 split", "6 splits", "48 splits"])
 def test_long_paged_caches(config: DecodeConfig | None, page_size: int) -> None:
-    spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=page_size)
+    spec = KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=page_size)
     shape = Shape(3, 8, 2, 1, 16384)
     assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
 
@@ -145,7 +145,7 @@ def test_a_grid_past_65535(op: str, config: KernelConfig) -> None:
         (KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True), FORWARD, Shape(2, 4, 2, 150, 150)),
         (KernelSpec("forward", 64, "bf16", group=2), FORWARD, Shape(2, 4, 2, 70, 150)),
         (KernelSpec("decode", 64, "bf16", group=2), DECODE, Shape(2, 4, 2, 1, 300)),
-        (KernelSpec("decode", 64, "bf16", group=2, ragged=True), DECODE, Shape(2, 4, 2, 1, 300)),
+        (KernelSpec("decode_varlen", 64, "bf16", group=2), DECODE, Shape(2, 4, 2, 1, 300)),
     ],
     ids=["causal", "full", "decode", "ragged decode"],
 )
@@ -219,9 +219,7 @@ KERNELS = [
         pytest.param(KernelSpec("decode", 64, "bf16", group=12), c, Shape(8, 96, 8, 1, 1000), id=c.merge)
         for c in MERGES
     ),
-    pytest.param(
-        KernelSpec("decode", 64, "bf16", group=12, ragged=True), DECODE, Shape(8, 96, 8, 1, 1000), id="ragged"
-    ),
+    pytest.param(KernelSpec("decode_varlen", 64, "bf16", group=12), DECODE, Shape(8, 96, 8, 1, 1000), id="ragged"),
 ]
 
 

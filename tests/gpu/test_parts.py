@@ -10,7 +10,7 @@ from parallax_gen import State, merge_states, parallax_attn_func, parallax_attn_
 from parallax_gen.oracle.accuracy import assert_close, errors, tolerance
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 from parallax_gen.runtime.attention import Saved, backward
-from parallax_gen.runtime.checks import Request
+from parallax_gen.runtime.requests import Request
 
 pytestmark = pytest.mark.gpu
 
@@ -45,12 +45,12 @@ def test_a_ring_s_two_parts_are_the_whole() -> None:
         return backward(do[:, rows], asked, saved, dqdr=True, dkdv=True, some_keys=True)
 
     second = slice(half, None)
-    first_keys = gradients(Request(*late, None, None, 0, 0, False, None, None), second)
+    first_keys = gradients(Request(*late), second)
     # And each half of the rows over the keys of its own half.
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, r, k, v)]
     for rows in (slice(0, half), second):
         own = tuple(x[:, rows] for x in (q, r, k, v))
-        for total, grad in zip(sums, gradients(Request(*own, None, None, 0, 0, True, None, None), rows), strict=True):
+        for total, grad in zip(sums, gradients(Request(*own, causal=True), rows), strict=True):
             total[:, rows] += grad
     for total, grad, rows in zip(sums, first_keys, (second, second, slice(0, half), slice(0, half)), strict=True):
         total[:, rows] += grad

@@ -67,8 +67,8 @@ def expected(given: dict[str, Any]) -> Tensor:
 def test_any_ragged_kernel_agrees_with_the_oracle(data: st.DataObject) -> None:
     gpu = gpu_of_device(0)
     case = data.draw(
-        strategies.cases("decode", DTYPES, gpu, most_programs=1 << 20).filter(
-            lambda case: case.spec.ragged and (case.spec.dtype != "fp32" or case.spec.head_dim <= 128)
+        strategies.cases("decode_varlen", DTYPES, gpu, most_programs=1 << 20).filter(
+            lambda case: case.spec.dtype != "fp32" or case.spec.head_dim <= 128
         )
     )
     inputs = random_inputs_of(case.spec, case.shape, seed=case.seed, device="cuda")
@@ -115,7 +115,7 @@ def test_subnormal_keys_and_values_alone(cache_dtype: str) -> None:
 @pytest.mark.parametrize("num_splits", [1, 3, 16])
 @pytest.mark.parametrize("batch", [8, 31, 33, 200])
 def test_many_sequences_of_very_different_lengths(batch: int, num_splits: int) -> None:
-    spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16)
+    spec = KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16)
     config = DecodeConfig(32, 8, num_splits, "last", num_warps=2, num_stages=4)
     inputs = random_inputs_of(spec, Shape(batch, 8, 2, 1, 2048), seed=batch, device="cuda")
     source = render(spec, config, gpu_of_device(0))

@@ -9,8 +9,11 @@ import pytest
 from strategies import GOLDEN
 
 from parallax_gen.codegen.render import render
-from parallax_gen.memory.old import SAME, same_programs
+from parallax_gen.errors import ArgumentError
+from parallax_gen.memory.old import OPS_OF_RECORDS, SAME, op_named, same_programs, spec_from
+from parallax_gen.ops.base import op_of
 from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.spec import OPS, KernelSpec
 
 # Fingerprints of golden kernels when fingerprints were introduced. Not to be written anew: where one of an op differs,
 # the op's hashes go from `legacy.SAME`.
@@ -25,8 +28,32 @@ def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
     of_it = {
         name: kernel
         for name, kernel in GOLDEN.items()
-        if same_programs(templates, kernel.spec) and kernel.spec.ragged == (templates == OF_OWN_LENGTHS)
+        if same_programs(templates, kernel.spec) and op_of(kernel.spec).own_lengths == (templates == OF_OWN_LENGTHS)
     }
     assert of_it.keys() & THEN.keys()
     for name, kernel in of_it.items():
         assert render(kernel.spec, kernel.config, GPUS["h200"]).kernel == THEN.get(name), name
+
+
+@pytest.mark.parametrize(
+    ("op", "ragged", "message"),
+    [
+        ("forward", True, "ragged: got True with op 'forward'; allowed: True with op decode only"),
+        ("decode", 1, "ragged: got 1; allowed: True or False"),
+        ("decode", None, "ragged: got None; allowed: True or False"),
+        ("decode_varlen", False, "op: got 'decode_varlen'; allowed: forward, preprocess, dkdv, dqdr, decode"),
+        ([1], False, "op: got [1]; allowed: forward, preprocess, dkdv, dqdr, decode"),
+    ],
+)
+def test_a_record_that_names_no_op_is_refused(op: object, ragged: object, message: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        op_named(op, ragged)
+    assert str(caught.value) == message
+
+
+def test_records_know_each_op_by_one_name() -> None:
+    assert [op_named(*name) for name in OPS_OF_RECORDS] == list(OPS)
+    for op in OPS:
+        spec = KernelSpec(op, 64, "bf16")
+        assert (spec.to_dict()["op"], spec.to_dict()["ragged"]) == (spec.family, op == "decode_varlen")
+        assert spec_from(spec.to_dict()) == spec

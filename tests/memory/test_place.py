@@ -35,8 +35,11 @@ tile_configs = {
 configs = {
     **tile_configs,
     "preprocess": st.builds(PreprocessConfig, numbers, numbers),
-    "decode": st.builds(
-        DecodeConfig, numbers, numbers, numbers, st.sampled_from(["none", "last", "kernel"]), numbers, numbers
+    **dict.fromkeys(
+        ("decode", "decode_varlen"),
+        st.builds(
+            DecodeConfig, numbers, numbers, numbers, st.sampled_from(["none", "last", "kernel"]), numbers, numbers
+        ),
     ),
 }
 
@@ -64,16 +67,16 @@ LATEST = dataclasses.replace(
 )
 PAGED = dataclasses.replace(
     PLACE,
-    spec=KernelSpec(
-        "decode", 64, "bf16", ragged=True, page_size=16, leftpad=True, many_queries=True, cache_dtype="e4m3"
-    ),
+    spec=KernelSpec("decode_varlen", 64, "bf16", page_size=16, leftpad=True, many_queries=True, cache_dtype="e4m3"),
 )
-PARTS = {"spec": PLACE.spec, "bucket": PLACE.bucket}
-NAMES = ["gpu", *(f"{part}.{f.name}" for part, value in PARTS.items() for f in dataclasses.fields(value))]
+PARTS = {"spec": PLACE.spec.flat(), "bucket": vars(PLACE.bucket)}
+NAMES = ["gpu", *(f"{part}.{name}" for part, values in PARTS.items() for name in values)]
 
 
 def test_every_field_counts() -> None:
     """A field added to a place's parts must reach its text, or two different places would share results."""
+    fields = {f.name for f in dataclasses.fields(KernelSpec)}
+    assert set(PLACE.spec.flat()) == fields | {"ragged"}  # which says what kind of decode it is
     assert list(LATEST.flat()) == [name for name in NAMES if name not in CACHES]
     assert list(PAGED.flat()) == [name for name in NAMES if name not in LATER or name in CACHES]
     assert list(PLACE.flat()) == [name for name in NAMES if name not in LATER]
@@ -148,7 +151,7 @@ def test_what_two_measurements_stand_for_each_other_by() -> None:
 CONFIG_OF = {
     **{op: kind(128, 64, 1, 8, 3) for op, kind in TILED.items()},
     "preprocess": PreprocessConfig(32, 4),
-    "decode": DecodeConfig(64, 8, 4, "last", 4, 2),
+    **dict.fromkeys(("decode", "decode_varlen"), DecodeConfig(64, 8, 4, "last", 4, 2)),
 }
 
 

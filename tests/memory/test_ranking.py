@@ -119,9 +119,9 @@ def test_a_near_bucket_of_a_decode_goes_before_the_default_along_keys_first() ->
     assert best(DECODE, GPU, Table(record(1.0, config, place) for place in further)).record is None
 
 
-@pytest.mark.parametrize("spec", [SPEC, KernelSpec("decode", 128, "bf16", group=4, ragged=True)])
+@pytest.mark.parametrize("spec", [SPEC, KernelSpec("decode_varlen", 128, "bf16", group=4)])
 def test_a_near_bucket_of_other_kernels_is_not_ahead_of_the_default(spec: KernelSpec) -> None:
-    place = Place(GPU.name, spec, Bucket(8, 1 if spec.op == "decode" else 4096, 4096))
+    place = Place(GPU.name, spec, Bucket(8, 1 if spec.family == "decode" else 4096, 4096))
     bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
     there = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
     assert best(place, GPU, Table([there])).record is None
@@ -273,7 +273,7 @@ def test_current_is_of_any_outcome() -> None:
         ("b81caa5d5816", dataclasses.replace(SPEC, varlen=True), False),  # whose padding was not written then
         ("7c01cbe51c52", dataclasses.replace(SPEC, varlen=True), True),
         ("255dd79780b8", SPEC, False),  # decode's
-        ("a4119519043d", KernelSpec("decode", 128, "bf16", ragged=True), False),
+        ("a4119519043d", KernelSpec("decode_varlen", 128, "bf16"), False),
         ("", SPEC, False),
     ],
 )

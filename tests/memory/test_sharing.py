@@ -69,7 +69,7 @@ def compiler(draw: random.Random) -> Compiled:
 def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig]]) -> tuple[Place, list[Result]]:
     """A place of the card, and results of few kernels, most of them today's, there, near it and on a card alike."""
     place = Place("h200", draw.choice(list(kernels)), Bucket(8, 1, 4096))
-    if place.spec.op != "decode":
+    if place.spec.family != "decode":
         place = replace(place, bucket=Bucket(8, 4096, 4096))
     around = [replace(p, gpu=gpu) for p in (place, place, *near_places(place)[:3]) for gpu in ("h200", "h200", "h100")]
     results = [any_result(draw, draw.choice(around), kernels[place.spec]) for _ in range(draw.randint(0, 16))]

@@ -12,8 +12,8 @@ from parallax_gen.problem.hardware import GPUS, KIB
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import KernelSpec
 
-RAGGED = KernelSpec("decode", 128, "bf16", ragged=True)
-MANY = KernelSpec("decode", 128, "bf16", 4, ragged=True, causal=True, many_queries=True)
+RAGGED = KernelSpec("decode_varlen", 128, "bf16")
+MANY = KernelSpec("decode_varlen", 128, "bf16", 4, causal=True, many_queries=True)
 FP8 = replace(MANY, cache_dtype="e4m3")
 TF32 = replace(MANY, dtype="tf32")
 

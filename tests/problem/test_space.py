@@ -40,6 +40,7 @@ ANY_GPU = (
     recognise("NVIDIA Next", (13, 0), 200, 300 * GIB),
 )
 DTYPES_OF = {op: tuple(d for d in DTYPES if d != "tf32" or op != "preprocess") for op in OPS}
+CACHES = ("decode", "decode_varlen")
 HEAD_DIMS = range(8, LARGEST_HEAD_DIM + 1, 8)
 
 
@@ -50,14 +51,14 @@ def specs(draw: st.DrawFn) -> KernelSpec:
     flags = together(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
     head_dim, dtype = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES_OF[op]))
     spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(st.integers(1, 130)), **flags)
-    if spec.ragged and spec.bytes_per_element == 2:
+    if op == "decode_varlen" and spec.bytes_per_element == 2:
         spec = replace(spec, cache_dtype=draw(st.sampled_from(CACHE_DTYPES)))
     return spec
 
 
 def one_query(spec: KernelSpec) -> bool:
     """Whether the spec's shapes have one query a sequence."""
-    return spec.op == "decode" and not spec.many_queries
+    return spec.family == "decode" and not spec.many_queries
 
 
 POWERS = st.integers(0, 17).map(lambda n: 1 << n)
@@ -91,7 +92,7 @@ def test_a_search_tries_every_form_of_a_head_and_several_groups_of_heads() -> No
 @pytest.mark.parametrize("op", OPS)
 def test_no_head_dim_is_without_a_default(op: str, dtype: str) -> None:
     """What the test above draws from, all of it, but for what makes no difference to a default's validity."""
-    shapes = [representative(Bucket(rows, 1 if op == "decode" else n, n), 1) for rows, n in ((1, 64), (64, 8192))]
+    shapes = [representative(Bucket(rows, 1 if op in CACHES else n, n), 1) for rows, n in ((1, 64), (64, 8192))]
     for head_dim in HEAD_DIMS if dtype in DTYPES_OF[op] else ():
         spec = KernelSpec(op, head_dim, dtype)
         for gpu in ANY_GPU:
@@ -309,7 +310,7 @@ def test_reasons_say_what_is_wrong_with_a_decode_config(config: DecodeConfig, re
     assert reason in str(why_invalid(KernelSpec("decode", 128, "bf16"), config, H200))
 
 
-RAGGED = KernelSpec("decode", 128, "bf16", ragged=True)
+RAGGED = KernelSpec("decode_varlen", 128, "bf16")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import together
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.memory.old import spec_from
 from parallax_gen.ops.space import timed_lengths, timed_shape
 from parallax_gen.problem.shapes import (
     SHORTEST,
@@ -20,7 +23,7 @@ from parallax_gen.problem.shapes import (
     skewed_lengths,
     spread_lengths,
 )
-from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, RAGGED_ONLY, KernelSpec
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 from parallax_gen.problem.work import work_of, work_of_lengths
 
 SIZE = st.integers(1, 2**30)
@@ -36,9 +39,9 @@ def specs(draw: st.DrawFn) -> KernelSpec:
     head_dim = draw(st.sampled_from(range(8, LARGEST_HEAD_DIM + 1, 8)))
     dtype = draw(st.sampled_from([d for d in DTYPES if d != "tf32" or op != "preprocess"]))
     spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(GROUP), **flags)
-    if spec.ragged:
+    if op == "decode_varlen":
         spec = replace(spec, page_size=draw(st.sampled_from((0, 1, 16, 100))))
-    if spec.ragged and spec.bytes_per_element == 2:
+    if op == "decode_varlen" and spec.bytes_per_element == 2:
         spec = replace(spec, cache_dtype=draw(st.sampled_from(CACHE_DTYPES)))
     return spec
 
@@ -52,7 +55,7 @@ def shapes(draw: st.DrawFn) -> Shape:
 @UNHURRIED
 @given(specs())
 def test_specs_survive_a_dict(spec: KernelSpec) -> None:
-    assert KernelSpec.from_dict(spec.to_dict()) == spec
+    assert spec_from(spec.to_dict()) == spec
 
 
 @UNHURRIED
@@ -63,15 +66,15 @@ def test_shapes_and_buckets_survive_a_dict(shape: Shape) -> None:
     assert Bucket.from_dict(bucket.to_dict()) == bucket
 
 
-OF_MANY = "True with op forward or dkdv or dqdr or decode only"
+OF_MANY = "True with op forward or dkdv or dqdr or decode_varlen only"
 A_HEAD_DIM = "a multiple of 8 from 8 to 256"
-AN_EIGHT_BIT_CACHE = "'', but with op 'decode' and dtype bf16 or fp16"
+AN_EIGHT_BIT_CACHE = "'', but with op 'decode_varlen' and dtype bf16 or fp16"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"op": "backwards"}, "op: got 'backwards'; allowed: forward, preprocess, dkdv, dqdr, decode"),
+        ({"op": "backwards"}, "op: got 'backwards'; allowed: forward, preprocess, dkdv, dqdr, decode, decode_varlen"),
         ({"head_dim": 7}, f"head_dim: got 7; allowed: {A_HEAD_DIM}"),
         ({"head_dim": 0}, f"head_dim: got 0; allowed: {A_HEAD_DIM}"),
         ({"head_dim": -8}, f"head_dim: got -8; allowed: {A_HEAD_DIM}"),
@@ -88,41 +91,43 @@ AN_EIGHT_BIT_CACHE = "'', but with op 'decode' and dtype bf16 or fp16"
         ({"causal": 1}, "causal: got 1; allowed: True or False"),
         ({"causal": True, "window": 128}, "window: got 128; allowed: True or False"),
         ({"varlen": None}, "varlen: got None; allowed: True or False"),
-        ({"ragged": True}, "ragged: got True with op 'forward'; allowed: True with op decode only"),
         ({"op": "preprocess", "causal": True}, f"causal: got True with op 'preprocess'; allowed: {OF_MANY}"),
-        ({"op": "dkdv", "stats": True}, "stats: got True with op 'dkdv'; allowed: True with op forward or decode only"),
-        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True with op decode only"),
+        (
+            {"op": "dkdv", "stats": True},
+            "stats: got True with op 'dkdv'; allowed: True with op forward or decode_varlen only",
+        ),
+        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True with op decode_varlen only"),
         (
             {"op": "dqdr", "many_queries": True},
-            "many_queries: got True with op 'dqdr'; allowed: True with op decode only",
+            "many_queries: got True with op 'dqdr'; allowed: True with op decode_varlen only",
         ),
-        ({"op": "decode", "many_queries": 4}, "many_queries: got 4; allowed: True or False"),
+        ({"op": "decode_varlen", "many_queries": 4}, "many_queries: got 4; allowed: True or False"),
         ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
         ({"window": True}, "window: got True without causal; allowed: True with causal=True only"),
-        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with op 'decode' and ragged=True"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with op 'decode_varlen'"),
         ({"page_size": -1}, "page_size: got -1; allowed: an int of 1 or more, or 0 for no pages"),
         ({"page_size": True}, "page_size: got True; allowed: an int of 1 or more, or 0 for no pages"),
         ({"cache_dtype": "e4m3"}, f"cache_dtype: got e4m3; allowed: {AN_EIGHT_BIT_CACHE}"),
         (
-            {"op": "decode", "dtype": "fp32", "cache_dtype": "e5m2"},
+            {"op": "decode_varlen", "dtype": "fp32", "cache_dtype": "e5m2"},
             f"cache_dtype: got e5m2; allowed: {AN_EIGHT_BIT_CACHE}",
         ),
         (
-            {"op": "decode", "dtype": "tf32", "cache_dtype": "e5m2"},
+            {"op": "decode_varlen", "dtype": "tf32", "cache_dtype": "e5m2"},
             f"cache_dtype: got e5m2; allowed: {AN_EIGHT_BIT_CACHE}",
         ),
         ({"op": "decode", "cache_dtype": "e3m4"}, "cache_dtype: got 'e3m4'; allowed: , e4m3, e5m2"),
         ({"op": "decode", "cache_dtype": None}, "cache_dtype: got None; allowed: , e4m3, e5m2"),
         (
-            {"op": "decode", "ragged": True, "causal": True, "varlen": True, "window": True},
-            "varlen: got True with op 'decode'; allowed: True with many_queries=True only",
+            {"op": "decode_varlen", "causal": True, "varlen": True, "window": True},
+            "varlen: got True with op 'decode_varlen'; allowed: True with many_queries=True only",
         ),
         (
-            {"op": "decode", "ragged": True, "causal": True},
+            {"op": "decode_varlen", "causal": True},
             "causal: got True with one query a sequence; allowed: False, but with window or many_queries",
         ),
         (
-            {"op": "decode", "ragged": True, "many_queries": True, "window": True},
+            {"op": "decode_varlen", "many_queries": True, "window": True},
             "window: got True without causal; allowed: True with causal=True only",
         ),
     ],
@@ -134,15 +139,15 @@ def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> 
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", sorted({*RAGGED_ONLY, "cache_dtype"}))
+@pytest.mark.parametrize("name", sorted({*FLAGS, "page_size", "cache_dtype"}))
 def test_a_spec_of_decode_has_it_only_where_sequences_have_their_own_lengths(name: str) -> None:
     """With all that it needs but for that."""
     value = {"page_size": 16, "cache_dtype": "e4m3"}.get(name, True)
     needed = {"varlen": {"many_queries": True}, "causal": {"many_queries": True}}.get(name, {})
     needed |= {"causal": True} if name == "window" else {}
     given = {name: value, **needed}
-    assert getattr(KernelSpec("decode", 96, "bf16", ragged=True, **given), name) == value  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r": got .* with op 'decode'; allowed: with ragged=True only$") as caught:
+    assert getattr(KernelSpec("decode_varlen", 96, "bf16", **given), name) == value  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"; allowed: .* op '?([a-z]+ or )*decode_varlen") as caught:
         KernelSpec("decode", 96, "bf16", **given)  # type: ignore[arg-type]
     assert caught.value.argument in given
 
@@ -174,6 +179,7 @@ FIELDS = {
     Shape: "['batch', 'heads', 'kv_heads', 'seqlen_kv', 'seqlen_q', 'window']",
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
 }
+READ: dict[type, Callable[[Any], Any]] = {KernelSpec: spec_from, Shape: Shape.from_dict, Bucket: Bucket.from_dict}
 # What records hold that were written before there were windows and packed sequences.
 EARLIER = {
     KernelSpec: KernelSpec("forward", 128, "bf16", causal=True),
@@ -193,7 +199,7 @@ def test_dicts_with_other_fields(kind: type[KernelSpec] | type[Shape] | type[Buc
     wrong = [{}, {"surprise": 1}, {"window": 1}, good | {"surprise": 1}]
     for data in (*wrong, *({n: v for n, v in good.items() if n != name} for name in good)):
         with pytest.raises(ArgumentError) as caught:
-            kind.from_dict(data)
+            READ[kind](data)
         what = "spec" if kind is KernelSpec else kind.__name__.lower()
         assert str(caught.value) == f"{what}: got {sorted(data)}; allowed: the fields {FIELDS[kind]}"
 
@@ -204,11 +210,11 @@ def test_dicts_from_before_windows_read_and_are_written_as_they_were(
 ) -> None:
     value = EARLIER[kind]
     assert list(value.to_dict()) == EARLIER_FIELDS[kind]
-    assert kind.from_dict({name: getattr(value, name) for name in EARLIER_FIELDS[kind]}) == value
+    assert READ[kind]({name: value.to_dict()[name] for name in EARLIER_FIELDS[kind]}) == value
     assert value.window == 0
     later = replace(value, window=True if kind is KernelSpec else 1024)  # type: ignore[type-var]
     assert list(later.to_dict()) == [*EARLIER_FIELDS[kind], "window"]
-    assert kind.from_dict(later.to_dict()) == later != value
+    assert READ[kind](later.to_dict()) == later != value
 
 
 def test_dicts_from_before_decode_took_many_queries_read_and_are_written_as_they_were() -> None:
@@ -222,13 +228,13 @@ def test_dicts_from_before_decode_took_many_queries_read_and_are_written_as_they
         "ragged": True,
         "page_size": 16,
     }
-    spec = KernelSpec("decode", 128, "bf16", group=4, ragged=True, page_size=16)
-    assert KernelSpec.from_dict(written) == spec
+    spec = KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16)
+    assert spec_from(written) == spec
     assert spec.to_dict() == written
     later = replace(spec, many_queries=True, leftpad=True, cache_dtype="e5m2")
     more = {"many_queries": True, "leftpad": True, "cache_dtype": "e5m2"}
     assert later.to_dict() == {**written, **more}
-    assert KernelSpec.from_dict(later.to_dict()) == later
+    assert spec_from(later.to_dict()) == later
 
 
 @pytest.mark.parametrize(
@@ -265,27 +271,26 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
     ("value", "text"),
     [
         (KernelSpec("forward", 128, "bf16", causal=True), "forward, head_dim 128, bf16, MHA, causal"),
-        (KernelSpec("decode", 64, "fp16", group=4, ragged=True), "decode, head_dim 64, fp16, GQA 4:1, ragged"),
+        (KernelSpec("decode_varlen", 64, "fp16", group=4), "decode, head_dim 64, fp16, GQA 4:1, ragged"),
         (
-            KernelSpec("decode", 64, "fp16", ragged=True, page_size=16),
+            KernelSpec("decode_varlen", 64, "fp16", page_size=16),
             "decode, head_dim 64, fp16, MHA, ragged, pages of 16",
         ),
         (KernelSpec("decode", 96, "tf32"), "decode, head_dim 96, tf32, MHA"),
         (
-            KernelSpec("decode", 64, "bf16", ragged=True, causal=True, window=True),
+            KernelSpec("decode_varlen", 64, "bf16", causal=True, window=True),
             "decode, head_dim 64, bf16, MHA, window, ragged",
         ),
         (
-            KernelSpec("decode", 64, "bf16", ragged=True, many_queries=True),
+            KernelSpec("decode_varlen", 64, "bf16", many_queries=True),
             "decode, head_dim 64, bf16, MHA, full, ragged, many queries",
         ),
         (
             KernelSpec(
-                "decode",
+                "decode_varlen",
                 8,
                 "fp16",
                 4,
-                ragged=True,
                 causal=True,
                 stats=True,
                 varlen=True,
@@ -362,7 +367,7 @@ def test_buckets(shape: Shape, bucket: Bucket) -> None:
 
 
 def test_sequences_of_their_own_lengths_are_timed_at_different_ones() -> None:
-    ragged, sizes = KernelSpec("decode", 128, "bf16", ragged=True), Shape(6, 8, 8, 1, 4096)
+    ragged, sizes = KernelSpec("decode_varlen", 128, "bf16"), Shape(6, 8, 8, 1, 4096)
     spread, skewed = timed_lengths(ragged, sizes)
     assert spread == (4096, 2048, 1024, 512, 256, 128)
     assert skewed == (4096, 128, 128, 128, 128, 128)
@@ -376,7 +381,7 @@ def test_sequences_of_their_own_lengths_are_timed_at_different_ones() -> None:
 
 
 def test_the_work_of_lengths_is_that_of_the_keys_that_are_there() -> None:
-    ragged, sizes = KernelSpec("decode", 128, "bf16", 4, ragged=True), Shape(3, 32, 8, 1, 4096)
+    ragged, sizes = KernelSpec("decode_varlen", 128, "bf16", 4), Shape(3, 32, 8, 1, 4096)
     work = work_of_lengths(ragged, sizes, (4096, 128, 128))
     assert work.flops == 2 * 4 * 32 * 128 * (4096 + 128 + 128)
     assert work.bytes == 2 * 128 * (2 * 8 * (4096 + 128 + 128) + 3 * 3 * 32)
@@ -396,7 +401,7 @@ def test_batches_of_lengths_by_name() -> None:
 @UNHURRIED
 def test_the_first_batch_of_lengths_is_nowhere_shorter(batch: int, seqlen_kv: int) -> None:
     """Behind it the caches are poisoned."""
-    first, *others = timed_lengths(KernelSpec("decode", 128, "bf16", ragged=True), Shape(batch, 1, 1, 1, seqlen_kv))
+    first, *others = timed_lengths(KernelSpec("decode_varlen", 128, "bf16"), Shape(batch, 1, 1, 1, seqlen_kv))
     for lengths in (first, *others):
         assert len(lengths) == batch
         assert max(lengths) == seqlen_kv

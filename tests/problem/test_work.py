@@ -88,14 +88,14 @@ UNHURRIED = settings(deadline=None)  # a busy machine is no failure
         ),
         # a cache in eight bits: a byte each for k and v
         (
-            KernelSpec("decode", 128, "bf16", group=4, ragged=True, cache_dtype="e4m3"),
+            KernelSpec("decode_varlen", 128, "bf16", group=4, cache_dtype="e4m3"),
             Shape(2, 8, 2, 1, 4096),
             8 * 2 * 8 * 128 * 4096,
             2 * 2 * 2 * 4096 * 128 + 2 * 3 * 2 * 8 * 128,
         ),
         # of a cache a window's queries see its last keys: 4 queries those of 100 keys and three more
         (
-            KernelSpec("decode", 128, "bf16", group=4, ragged=True, causal=True, window=True, many_queries=True),
+            KernelSpec("decode_varlen", 128, "bf16", group=4, causal=True, window=True, many_queries=True),
             Shape(2, 8, 2, 4, 4096, 100),
             8 * 2 * 8 * 128 * 4 * 100,
             2 * (2 * 2 * 2 * 103 * 128 + 2 * 4 * 3 * 8 * 128),
@@ -117,8 +117,9 @@ def test_flops_against_a_count_of_the_pairs_that_see_each_other(
 ) -> None:
     """Pair by pair, but that the last key of a row that the window does not cut counts half: as the diagonal does."""
     window *= causal
-    of_decode = {"ragged": True, "many_queries": True} if op == "decode" else {}
-    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0, **of_decode)
+    window *= op != "decode"
+    causal &= op != "decode"
+    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0, many_queries=op == "decode_varlen")
     pairs = 0.0
     for i in range(seqlen_q):
         last = seqlen_kv - seqlen_q + i if causal else seqlen_kv - 1

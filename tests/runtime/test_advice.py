@@ -206,7 +206,7 @@ def test_the_command_tunes_the_place() -> None:
         if spec.op == "preprocess":
             sizes[2] = sizes[1]
             spec = replace(spec, group=1)
-        if spec.op == "decode" and not spec.many_queries:
+        if spec.family == "decode" and not spec.many_queries:
             sizes[1] = 1
         window = min(sizes[2], 2 ** draw.randint(7, 14)) if spec.window else 0
         place = Place("h200", spec, Bucket(*sizes, window))
@@ -219,5 +219,5 @@ def test_the_command_tunes_the_place() -> None:
         cache = {"page_size": given["page_size"] or 0, "cache_dtype": given["cache_dtype"] or ""}
         flags = Flags(**{name: given[name] for name in names}, **cache)
         (shape,) = given["shapes"]
-        found = kernels(*given["ops"], *given["head_dims"], *given["dtypes"], shape.for_op(spec.op), flags)
+        found = kernels(*given["ops"], *given["head_dims"], *given["dtypes"], shape.for_op(spec.family), flags)
         assert [(s, bucket_of(sizes)) for s, sizes in found] == [(spec, place.bucket)], words

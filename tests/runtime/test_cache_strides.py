@@ -15,8 +15,8 @@ from parallax_gen import kvcache_workspace_size, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
 from parallax_gen.ops.base import OPS_BY_NAME
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-from parallax_gen.runtime.cache_checks import LARGEST_BLOCK, CacheRequest, check_cached
-from parallax_gen.runtime.checks import FURTHEST_ROW
+from parallax_gen.runtime.cache_checks import check_cached
+from parallax_gen.runtime.requests import FURTHEST_ROW, LARGEST_BLOCK, CacheRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
@@ -64,7 +64,7 @@ def test_heads_of_out_that_32_bits_do_not_reach_are_refused(queries: int, counte
         q = torch.empty_strided((2, queries, 4, 16), (16, 2**40, 2**50, 1))
         furthest = (2**31 - 1) // (counted - 1)
         asked = CacheRequest(q, q, k, k, *[None] * 7, False, None, None)  # type: ignore[arg-type]
-        check_cached(asked, None, torch.empty_strided(q.shape, (16, 2**40, furthest, 1)))
+        check_cached(asked, torch.empty_strided(q.shape, (16, 2**40, furthest, 1)), False)
         out = torch.empty_strided(q.shape, (16, 32, furthest + 1, 1))
         with pytest.raises(ArgumentError, match=f"^out: got {furthest + 1} elements .*; allowed: at most {furthest}$"):
             parallax_attn_with_kvcache(q, q, k, k, out=out)

@@ -81,7 +81,7 @@ def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_
     "changes",
     [
         {"place": replace(PLACE, gpu="a100")},
-        {"place": replace(PLACE, spec=replace(SPEC, ragged=True))},
+        {"place": replace(PLACE, spec=replace(SPEC, op="decode_varlen"))},
         {"place": replace(PLACE, bucket=bucket_of(replace(SHAPE, seqlen_kv=65536)))},
         {"evidence": UNKNOWN},
         {"evidence": Evidence.here("", "")},  # of a config that no kernel was rendered of

@@ -135,8 +135,8 @@ def test_of_a_config_the_newest_time_counts_and_no_single_one_is_compared() -> N
 
 def test_decode_is_told_apart_by_lengths_and_pages() -> None:
     spec = KernelSpec("decode", 128, "bf16")
-    paged = dataclasses.replace(spec, ragged=True, page_size=16)
-    kinds = [kind_of(each) for each in (spec, dataclasses.replace(spec, ragged=True), paged, SPEC)]
+    paged = dataclasses.replace(spec, op="decode_varlen", page_size=16)
+    kinds = [kind_of(each) for each in (spec, dataclasses.replace(spec, op="decode_varlen"), paged, SPEC)]
     assert kinds == ["decode", "decode, ragged", "decode, ragged, paged", "forward"]
 
 

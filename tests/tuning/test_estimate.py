@@ -27,8 +27,9 @@ TRAINED = Shape(4, 16, 16, 4096, 4096)
 @settings(max_examples=12, deadline=None)
 @given(data=specs("forward", ("bf16", "fp32", "tf32")))
 def test_every_config_can_be_guessed(op: str, data: KernelSpec) -> None:
-    spec = KernelSpec("decode", data.head_dim, data.dtype, data.group) if op == "decode" else data.of(op)
-    shape = representative(Bucket(8, 1 if op == "decode" else 512, 512, 128 if spec.window else 0), spec.group)
+    of_cache = op in ("decode", "decode_varlen")
+    spec = KernelSpec(op, data.head_dim, data.dtype, data.group) if of_cache else data.of(op)
+    shape = representative(Bucket(8, 1 if of_cache else 512, 512, 128 if spec.window else 0), spec.group)
     for config in list(every_config(spec, H200))[::40]:
         resources = guess_resources(spec, config, H200)
         assert 0 < resources.registers <= 255

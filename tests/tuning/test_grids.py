@@ -24,5 +24,5 @@ def test_a_grid_s_jobs_are_its_buckets_in_the_form_asked_for() -> None:
     gpu = gpu_by_name("h200")
     jobs = of_grid(gpu, GRIDS["serving"], flags=Flags(page_size=16))
     assert len(jobs) == len({bucket_of(shape) for _, shape in SERVING}) == 44
-    assert all(job.spec.page_size == 16 and job.spec.ragged for job in jobs)
+    assert all(job.spec.page_size == 16 and job.spec.op == "decode_varlen" for job in jobs)
     assert {job.spec.head_dim for job in of_grid(gpu, GRIDS["official"], head_dims=(64,))} == {64}

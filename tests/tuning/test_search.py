@@ -36,7 +36,10 @@ def cost(config: KernelConfig) -> float:
 
 
 @settings(max_examples=8)
-@given(st.sampled_from(("forward", "decode")).flatmap(lambda op: specs(op, ("bf16", "fp16"))), st.integers(0, 99))
+@given(
+    st.sampled_from(("forward", "decode", "decode_varlen")).flatmap(lambda op: specs(op, ("bf16", "fp16"))),
+    st.integers(0, 99),
+)
 def test_what_is_asked_is_valid_and_new(spec: KernelSpec, seed: int) -> None:
     search = Search(spec, H200, seed=seed)
     asked = []

@@ -161,7 +161,7 @@ def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Mac
 def test_finalists_that_matmuls_bound_are_timed_from_rest(
     store: Store, machine: Machine, spec: KernelSpec, rests: bool
 ) -> None:
-    tune(store, Job(spec, Bucket(8, 1 if spec.op == "decode" else 1024, 1024), GPU), trials=1)
+    tune(store, Job(spec, Bucket(8, 1 if spec.family == "decode" else 1024, 1024), GPU), trials=1)
     assert [(request.timed_ms == FINALIST_MS, request.from_rest) for request in machine.measured] == [
         (False, False),
         (True, rests),
@@ -372,7 +372,7 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
 
 def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tmp_path: Path) -> None:
     """Behind what was fast for the very spec, before what was in other buckets."""
-    dense = KernelSpec("decode", 128, "bf16", group=4, ragged=True)
+    dense = KernelSpec("decode_varlen", 128, "bf16", group=4)
     paged, bucket = replace(dense, page_size=64), Bucket(64, 1, 4096)
     specs = (dense, paged, replace(paged, cache_dtype="e4m3"), replace(dense, group=8))
     configs = [DecodeConfig(32, 8, splits, "kernel", 1, 3) for splits in (2, 3, 4, 6, 8)]

@@ -48,7 +48,7 @@ def test_a_training_step_asks_the_oracle_once_for_its_kernels(more: dict[str, bo
             torch.testing.assert_close(tensor, expected[name], rtol=0.0, atol=0.0)
 
 
-RAGGED = KernelSpec("decode", 96, "bf16", group=2, ragged=True, stats=True)
+RAGGED = KernelSpec("decode_varlen", 96, "bf16", group=2, stats=True)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path
 
 
 def test_what_has_lengths_of_its_own_is_timed_on_each_batch_of_them() -> None:
-    spec, shape = KernelSpec("decode", 64, "bf16", ragged=True), Shape(4, 2, 2, 1, 320)
+    spec, shape = KernelSpec("decode_varlen", 64, "bf16"), Shape(4, 2, 2, 1, 320)
     trial = Trial(spec, default_config(spec, shape, GPUS["h200"]), shape, GPUS["h200"])
     spread, *_ = timed_lengths(spec, shape)
     inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=spread)
@@ -161,7 +161,7 @@ def test_what_has_lengths_of_its_own_is_timed_on_each_batch_of_them() -> None:
     ]
     assert batches[0] is inputs
     assert batches[1].k is inputs.k
-    even = replace(trial, spec=replace(spec, ragged=False))
+    even = replace(trial, spec=replace(spec, op="decode"))
     assert child._batches(even, inputs) == [inputs]
 
 

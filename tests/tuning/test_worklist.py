@@ -8,16 +8,18 @@ import pytest
 
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError
+from parallax_gen.ops.base import op_of
 from parallax_gen.ops.space import default_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OPS, KernelSpec
+from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
     STEP,
     TRAINING,
     USUAL_SHAPES,
     USUAL_TRAINING,
+    WORK,
     Flags,
     kernels,
     takes,
@@ -56,7 +58,7 @@ def test_the_usual_jobs_of_inference() -> None:
         assert (job.spec.head_dim, job.spec.dtype) == (128, "bf16")
         assert job.spec.causal == (job.spec.op == "forward")
         assert not job.spec.stats
-        assert not job.spec.ragged
+        assert not op_of(job.spec).own_lengths
     assert [job.bucket for job in jobs[:4]] == [
         Bucket(64, 4096, 4096),
         Bucket(16, 16384, 16384),
@@ -127,18 +129,19 @@ def test_every_combination_in_the_order_given() -> None:
     flags = Flags(ragged=True, stats=True)
     jobs = worklist(GPU, ops=("decode",), head_dims=(64, 128), dtypes=("fp16", "bf16"), flags=flags)
     assert len(jobs) == 4 * len(USUAL_SHAPES["decode"])
-    assert all(job.spec.ragged and job.spec.stats and not job.spec.causal for job in jobs)
+    assert all(job.spec.op == "decode_varlen" and job.spec.stats and not job.spec.causal for job in jobs)
     kernels = list(dict.fromkeys((job.spec.head_dim, job.spec.dtype) for job in jobs))
     assert kernels == [(64, "fp16"), (64, "bf16"), (128, "fp16"), (128, "bf16")]
 
 
 def test_flags_go_to_their_ops() -> None:
     for job in worklist(GPU, ops=INFERENCE, flags=Flags(causal=False, stats=True, ragged=True)):
-        assert (job.spec.causal, job.spec.stats, job.spec.ragged) == (False, True, job.spec.op == "decode")
+        assert (job.spec.causal, job.spec.stats) == (False, True)
+        assert job.spec.op in ("forward", "decode_varlen")
     for job in worklist(GPU, ops=(TRAINING,), flags=Flags(varlen=True)):
         assert job.spec.varlen
-    assert {op for op in (*OPS, TRAINING) if takes(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
-    assert {op for op in (*OPS, TRAINING) if takes(op, "leftpad")} == {"decode"}
+    assert {op for op in WORK if takes(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
+    assert {op for op in WORK if takes(op, "leftpad")} == {"decode"}
     assert not takes(TRAINING, "stats")
 
 
@@ -147,23 +150,23 @@ def test_flags_go_to_their_ops() -> None:
     [
         (1, NO_FLAGS, {}),
         (1, Flags(causal=True), {}),  # which sees every key either way
-        (1, Flags(ragged=True), {"ragged": True}),
-        (1, Flags(stats=True), {"ragged": True, "stats": True}),
-        (1, Flags(leftpad=True), {"ragged": True, "leftpad": True}),
-        (1, Flags(page_size=16), {"ragged": True, "page_size": 16}),
-        (1, Flags(cache_dtype="e5m2"), {"ragged": True, "cache_dtype": "e5m2"}),
-        (1, Flags(window=100), {"ragged": True, "causal": True, "window": True}),
+        (1, Flags(ragged=True), {"op": "decode_varlen"}),
+        (1, Flags(stats=True), {"op": "decode_varlen", "stats": True}),
+        (1, Flags(leftpad=True), {"op": "decode_varlen", "leftpad": True}),
+        (1, Flags(page_size=16), {"op": "decode_varlen", "page_size": 16}),
+        (1, Flags(cache_dtype="e5m2"), {"op": "decode_varlen", "cache_dtype": "e5m2"}),
+        (1, Flags(window=100), {"op": "decode_varlen", "causal": True, "window": True}),
         (1, Flags(window=4096), {}),  # all keys
-        (1, Flags(varlen=True), {"ragged": True, "causal": True, "many_queries": True, "varlen": True}),
-        (4, NO_FLAGS, {"ragged": True, "causal": True, "many_queries": True}),
-        (4, Flags(causal=False), {"ragged": True, "many_queries": True}),
-        (4, Flags(window=100), {"ragged": True, "causal": True, "many_queries": True, "window": True}),
+        (1, Flags(varlen=True), {"op": "decode_varlen", "causal": True, "many_queries": True, "varlen": True}),
+        (4, NO_FLAGS, {"op": "decode_varlen", "causal": True, "many_queries": True}),
+        (4, Flags(causal=False), {"op": "decode_varlen", "many_queries": True}),
+        (4, Flags(window=100), {"op": "decode_varlen", "causal": True, "many_queries": True, "window": True}),
     ],
 )
 def test_what_decode_is_asked_for_brings_what_it_needs(queries: int, flags: Flags, expected: dict[str, object]) -> None:
     asked = Shape(8, 32, 8, queries, 4096)
     ((spec, shape),) = kernels("decode", 96, "bf16", asked, flags)
-    assert spec == KernelSpec("decode", 96, "bf16", 4, **expected)  # type: ignore[arg-type]
+    assert spec == replace(KernelSpec("decode", 96, "bf16", 4), **expected)  # type: ignore[arg-type]
     assert shape == replace(asked, window=100 if "window" in expected else 0)
 
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from parallax_gen.bench.baselines.peers import Call
-from parallax_gen.codegen.abi import Inputs
+from parallax_gen.bench.baselines.base import (
+    NO_LENGTHS,
+    Baseline,
+    Call,
+    Step,
+    check_lacking,
+    gradient_of_output,
+    leaves,
+)
 from parallax_gen.problem.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from parallax_gen.codegen.abi import Inputs
 
 
 @dataclass(frozen=True)
@@ -26,12 +36,19 @@ class Flash:
     boundless: int | None
     pages: str
 
-    def dense(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor, window: int) -> Call:
+    def attention(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor, window: int) -> Call:
         """Raises ImportError or NotImplementedError; `window` is the keys that a query sees, 0 for all."""
         attend = self._function("flash_attn_func")
         _check(spec)
         given = {"causal": spec.causal, "window_size": self._window(window)}
         return lambda: _first(attend(q, k, v, **given))
+
+    def forward(self, spec: KernelSpec, x: Inputs) -> Call:
+        return self.attention(spec, x.q, x.k, x.v, x.window_size)
+
+    def step(self, spec: KernelSpec, x: Inputs) -> Step:
+        q, k, v = leaves(x.q, x.k, x.v)
+        return Step(self.attention(spec, q, k, v, x.window_size), (q, k, v), gradient_of_output(x))
 
     def decode(self, spec: KernelSpec, x: Inputs) -> Call:
         """Raises ImportError or NotImplementedError."""
@@ -39,8 +56,7 @@ class Flash:
             return self._decode_without_cache(spec, x)
         attend = self._function("flash_attn_with_kvcache")
         _check(spec)
-        if spec.cache_dtype:
-            raise NotImplementedError("its caches in eight bits are not compared")
+        check_lacking(spec, cache_dtype="its caches in eight bits are not compared")
         given: dict[str, Any] = {"causal": spec.causal, "window_size": self._window(x.window_size)}
         cache = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad, self.pages: x.page_table}
         given |= {name: tensor for name, tensor in cache.items() if tensor is not None}  # older versions lack some
@@ -50,8 +66,7 @@ class Flash:
         """As a forward over few queries: split where that is supported."""
         attend = self._function("flash_attn_func")
         _check(spec)
-        if spec.ragged:
-            raise NotImplementedError("it has no lengths a sequence in what is compared")
+        check_lacking(spec, lengths=f"{NO_LENGTHS} in what is compared")
         try:
             _first(attend(x.q, x.k, x.v, num_splits=0))
         except (AssertionError, NotImplementedError):
@@ -79,10 +94,19 @@ FLASH = {
 def _check(spec: KernelSpec) -> None:
     if spec.bytes_per_element != 2:
         raise NotImplementedError("it has bf16 and fp16 alone")
-    if spec.varlen:
-        raise NotImplementedError("its packed sequences are not compared")
+    check_lacking(spec, varlen="its packed sequences are not compared")
 
 
 def _first(found: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The output; some versions give statistics beside it."""
-    return found if isinstance(found, Tensor) else found[0]
+    return found[0] if isinstance(found, tuple) else found
+
+
+PACKAGES = {
+    "flash-attn 2": ("flash-attn",),
+    "flash-attn 3": ("flash-attn-3", "flashattn-hopper"),  # one of these names
+    "flash-attn 4": ("flash-attn-4",),
+}
+BASELINES = tuple(
+    Baseline(name, of.forward, of.decode, of.step, softmax=True, packages=PACKAGES[name]) for name, of in FLASH.items()
+)

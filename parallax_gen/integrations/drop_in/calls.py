@@ -10,10 +10,10 @@ from torch.nn.functional import pad
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.drop_in.checks import ArgumentTypeError, check_alike
-from parallax_gen.runtime.checks import FURTHEST_ROW, records_gradients
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
-from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
+from parallax_gen.runtime.requests import FURTHEST_ROW
+from parallax_gen.runtime.transforms import records_gradients, refuse_transforms, under_a_transform
 
 
 def attend(
@@ -43,7 +43,6 @@ def attend(
                 q[0], r[0], k[0], v[0], starts, starts, longest, longest, causal=True, window_size=window,
                 softmax_scale=scale,
             )  # fmt: skip
-    assert isinstance(out, Tensor)
     out = out if cu_seqlens is None else out[None]
     return out if head_dim == out.shape[-1] else out[..., :head_dim].contiguous()
 
@@ -81,7 +80,6 @@ def decode(
             q, r, k, v, cache_seqlens=lengths, cache_leftpad=cache_start, causal=True, window_size=window,
             softmax_scale=scale, out=out,
         )  # fmt: skip
-    assert isinstance(found, Tensor)
     return found if head_dim == found.shape[-1] else found[..., :head_dim].contiguous()
 
 

@@ -25,7 +25,7 @@ from parallax_gen.integrations.drop_in.checks import (
 from parallax_gen.oracle.reference import reference_forward
 from parallax_gen.runtime.attention import Saved
 from parallax_gen.runtime.autograd import backward_of_part, forward_of_part
-from parallax_gen.runtime.checks import Request
+from parallax_gen.runtime.requests import Request
 from parallax_gen.runtime.sharded import refuse_shards
 from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 
@@ -246,7 +246,8 @@ def _request(
 ) -> Request:
     groups = ((q, n_rep), (r, n_rep), (k, 1), (v, 1))
     inputs = piece.of(*(laid_out(_folded(x, heads)) for x, heads in groups))
-    return Request(*inputs, None, None, 0, 0, piece.causal, window if piece.causal else None, scale)
+    window = window if piece.causal else None
+    return Request(*inputs, causal=piece.causal, window_size=window, softmax_scale=scale)
 
 
 def _folded(x: Tensor, n_rep: int) -> Tensor:

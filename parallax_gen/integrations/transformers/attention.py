@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.checks import records_gradients
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
-from parallax_gen.runtime.transforms import under_a_transform
+from parallax_gen.runtime.transforms import records_gradients, under_a_transform
 
 NAME = "parallax"  # among transformers' attention implementations
 
@@ -58,15 +57,15 @@ def parallax_attention(
     if from_cache and not (records_gradients(q, r, k, v) or under_a_transform()):
         first, end = keys or (None, None)
         found = parallax_attn_with_kvcache(q, r, k, v, cache_seqlens=end, cache_leftpad=first, **options)
-        return cast("Tensor", found), None
+        return found, None
     if lengths is None and attention_mask is not None:
         starts = starts_of(attention_mask, q_length, kv_length)
         lengths = starts and (*starts, q_length, kv_length)
     if lengths is None:
-        return cast("Tensor", parallax_attn_func(q, r, k, v, **options)), None
+        return parallax_attn_func(q, r, k, v, **options), None
     q, r, k, v = (x.flatten(0, 1) for x in (q, r, k, v))
     out = parallax_attn_varlen_func(q, r, k, v, *lengths, **options)
-    return cast("Tensor", out).unflatten(0, (-1, q_length)), None
+    return out.unflatten(0, (-1, q_length)), None
 
 
 def _given_lengths(mask: Tensor | None, others: dict[str, Any]) -> tuple[Tensor, Tensor, int, int] | None:

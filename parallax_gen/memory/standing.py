@@ -1,21 +1,26 @@
-"""What the commands that look things up share: the memory, where a result comes from, what it counts for here."""
+"""What a result is here: whose it is, what of it is not as in this process, and what it counts for at its place."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from parallax_gen.codegen.device import card_named
 from parallax_gen.errors import UnknownGpuError
+from parallax_gen.memory.gains import gain
 from parallax_gen.memory.guard import Guarded, guarded
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Known, Tier, is_rendered
-from parallax_gen.memory.result import PROTOCOL, Result
+from parallax_gen.memory.ranking import Candidate, Known, Table, Tier, default_beside, default_of, is_rendered
+from parallax_gen.memory.result import PROTOCOL, Outcome, Result, newest_toolchain_first
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
+from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate, rate_unit
 
 ANOTHER_KERNEL = "another kernel than today's"
@@ -85,6 +90,7 @@ def standing(choice: Guarded, place: Place) -> str:
 
 
 def as_checked(what: str, checked: bool) -> str:
+    """What a choice rests on, with a remark where it is not yet checked."""
     return what if checked else f"{what} (not yet checked)"
 
 
@@ -118,3 +124,94 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
         if any(result.place.gpu == gpu for result in results):
             return gpu
         raise
+
+
+# -- What is listed of places
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A result that is listed for a place, and what it counts for there.
+
+    tier     what a call at the place rests on, where the row is what it gets; else why the row is not used
+    checked  False where it is borrowed, and a first call may still drop it: see memory/guard.py
+    default  the place's default config, timed as the result was; None where it was not, or the row is not used
+    """
+
+    place: Place
+    result: Result
+    tier: str
+    default: Result | None = None
+    checked: bool = True
+
+    @property
+    def by(self) -> str:
+        """The tier, and whether that is not yet checked."""
+        return as_checked(self.tier, self.checked)
+
+    @property
+    def gain(self) -> float | None:
+        """The default's time over the row's."""
+        return gain(self.result, self.default)
+
+
+def of_places(results: list[Result], known: Known) -> list[Listed]:
+    """What calls get at each place; where that is the default, the best of what is known and not used."""
+    rows = []
+    for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
+        choice, first = chosen(place, known), next(group)
+        record = choice.candidate.record
+        if record is None:
+            rows.append(Listed(place, first, "not used" if first.measured else "never measured"))
+        else:
+            default = default_beside(record, default_of(place, card_of(place)), card_of(record.place), known)
+            rows.append(Listed(place, record, rests_on(choice.candidate, place), default, choice.checked))
+    return rows
+
+
+def of_every_config(results: list[Result]) -> list[Listed]:
+    """All that is known of each place."""
+    rows = []
+    for place, of_place in groupby(results, key=lambda r: r.place):
+        card, group = card_of(place), list(of_place)
+        default = default_of(place, card)
+        defaults = Table(r for r in group if r.config == default)
+        for result in group:
+            unlike = unlike_here(result)
+            used = result.measured and ANOTHER_KERNEL not in unlike
+            beside = default_beside(result, default, card, defaults) if used else None
+            rows.append(Listed(place, result, ", ".join(unlike) or AS_HERE, beside))
+    return rows
+
+
+# -- What a database holds, counted
+
+
+def by_kernel(results: list[Result]) -> list[dict[str, Any]]:
+    """Counts of each GPU and op, by outcome."""
+    outcomes: dict[tuple[str, str], Counter[Outcome]] = {}
+    for result in results:
+        outcomes.setdefault((result.place.gpu, result.place.spec.family), Counter())[result.outcome] += 1
+    return [
+        {"gpu": gpu, "op": op, "rows": kinds.total(), "outcomes": dict(kinds)} for (gpu, op), kinds in outcomes.items()
+    ]
+
+
+def by_toolchain(results: list[Result]) -> list[dict[str, Any]]:
+    """Counts of each toolchain and protocol, the newest first."""
+    groups: dict[Any, list[Result]] = {}
+    for result in newest_toolchain_first(results):
+        groups.setdefault((result.evidence.toolchain, result.evidence.protocol), []).append(result)
+    return [
+        {
+            "triton": toolchain.triton,
+            "cuda": toolchain.cuda,
+            "protocol": protocol,
+            "ops": sorted({row.place.spec.family for row in rows}, key=FAMILIES.index),
+            "rows": len(rows),
+            "of_todays_kernels": sum(is_rendered(row, card_of(row.place)) for row in rows),
+            "newest": max(rows, key=lambda row: row.created).created_at,
+            "here": toolchain.like(Toolchain.here()) and protocol == PROTOCOL,
+        }
+        for (toolchain, protocol), rows in groups.items()
+    ]

@@ -1,0 +1,47 @@
+"""Parallax of flash-linear-attention."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from parallax_gen.bench.baselines.base import (
+    NO_LENGTHS,
+    Baseline,
+    Call,
+    Step,
+    check_dense_causal,
+    check_lacking,
+    gradient_of_output,
+    leaves,
+)
+from parallax_gen.problem.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from parallax_gen.codegen.abi import Inputs
+
+
+def forward(spec: KernelSpec, x: Inputs) -> Call:
+    return _attention(spec, x, x.q, x.r, x.k, x.v)
+
+
+def decode(spec: KernelSpec, x: Inputs) -> Call:
+    fla = importlib.import_module("fla.ops.parallax.decode")
+    check_lacking(spec, lengths=NO_LENGTHS)
+    return lambda: fla.parallax_decode_one_step(x.q, x.r, x.k, x.v)
+
+
+def step(spec: KernelSpec, x: Inputs) -> Step:
+    q, r, k, v = leaves(x.q, x.r, x.k, x.v)
+    return Step(_attention(spec, x, q, r, k, v), (q, r, k, v), gradient_of_output(x))
+
+
+def _attention(spec: KernelSpec, x: Inputs, *qrkv: Tensor) -> Call:
+    fla = importlib.import_module("fla.ops.parallax.parallel")
+    check_dense_causal(spec)
+    return lambda: fla.parallel_parallax(*qrkv, window_size=x.window_size or None)
+
+
+BASELINES = (Baseline("fla", forward, decode, step, packages=("fla-core",)),)

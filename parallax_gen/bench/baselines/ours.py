@@ -1,0 +1,79 @@
+"""Our own public functions, as they are called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from parallax_gen.bench.baselines.base import Baseline, Call, Step, gradient_of_output, leaves
+from parallax_gen.problem.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from parallax_gen.codegen.abi import Inputs
+
+
+def attention(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, stats: bool = False) -> Call:
+    """The public function on these tensors, with the lengths and the window of x."""
+    from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
+
+    window = x.window_size if spec.window else None
+
+    def call() -> Tensor:
+        if spec.varlen:
+            assert x.cu_seqlens_q is not None
+            assert x.cu_seqlens_k is not None
+            packing = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+            found = parallax_attn_varlen_func(
+                q, r, k, v, *packing, causal=spec.causal, window_size=window, return_stats=stats
+            )
+        else:
+            found = parallax_attn_func(q, r, k, v, causal=spec.causal, window_size=window, return_stats=stats)
+        return found[0] if isinstance(found, tuple) else found
+
+    return call
+
+
+def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Call:
+    """The public function on the inputs of a decode kernel; into `out`, or one that it makes."""
+    from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
+
+    def call() -> Tensor:
+        found = parallax_attn_with_kvcache(
+            x.q,
+            x.r,
+            x.k,
+            x.v,
+            cache_seqlens=x.cache_seqlens,
+            page_table=x.page_table,
+            cache_leftpad=x.cache_leftpad,
+            cu_seqlens_q=x.cu_seqlens_q,
+            max_seqlen_q=x.max_seqlen_q if spec.varlen else None,
+            causal=spec.causal,
+            window_size=x.window_size if spec.window else None,
+            k_scale=x.k_scale,
+            v_scale=x.v_scale,
+            out=out,
+            return_state=spec.stats,
+        )
+        return found.out if isinstance(found, tuple) else found
+
+    return call
+
+
+def forward(spec: KernelSpec, x: Inputs) -> Call:
+    return attention(spec, x, x.q, x.r, x.k, x.v, stats=spec.stats)
+
+
+def decode(spec: KernelSpec, x: Inputs) -> Call:
+    import torch
+
+    return cached_attention(spec, x, torch.empty_like(x.q))
+
+
+def step(spec: KernelSpec, x: Inputs) -> Step:
+    q, r, k, v = leaves(x.q, x.r, x.k, x.v)
+    return Step(attention(spec, x, q, r, k, v), (q, r, k, v), gradient_of_output(x))
+
+
+BASELINES = (Baseline("parallax_gen", forward, decode, step),)

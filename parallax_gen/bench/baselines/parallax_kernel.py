@@ -1,0 +1,189 @@
+"""The official Parallax kernels, of the package parallax-kernel: in CuTeDSL, Triton and Helion."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from parallax_gen.bench.baselines.base import (
+    NO_LENGTHS,
+    Baseline,
+    Call,
+    Step,
+    check_dense_causal,
+    check_lacking,
+    gradient_of_output,
+    leaves,
+)
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import default_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from parallax_gen.codegen.abi import Inputs
+
+# How long Helion tunes each new shape: minutes with "full", its own default, not at all with "none", ours.
+HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
+HASTY_CALLS = 3
+
+
+def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
+    import torch
+
+    official = importlib.import_module("parallax.cute")
+    check_lacking(spec, page_size="it has no pages")
+    one_query = "it has one query a sequence, which sees every key"
+    check_lacking(spec, many_queries=one_query, window=one_query)
+    no_others = "it has no left padding, cache in eight bits or statistics"
+    check_lacking(spec, leftpad=no_others, cache_dtype=no_others, stats=no_others)
+    out = torch.empty_like(x.q)
+    lengths = x.cache_seqlens
+
+    def call() -> Tensor:
+        result: Tensor = official.parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, seqused_k=lengths, out=out)
+        return result
+
+    return call
+
+
+def forget_inputs() -> None:
+    """Have the official CuTeDSL decode let go of the tensors that it was given: it keeps each one for good."""
+    official = sys.modules.get("parallax.cute.parallax_decode")
+    kept = getattr(official, "_cute_input_cache", None)
+    if isinstance(kept, dict):
+        kept.clear()
+
+
+def triton_decode(spec: KernelSpec, x: Inputs) -> Call:
+    official = importlib.import_module("parallax.triton")
+    check_lacking(spec, lengths=NO_LENGTHS)
+    return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
+
+
+def triton_forward(spec: KernelSpec, x: Inputs) -> Call:
+    official = importlib.import_module("parallax.triton")
+    check_dense_causal(spec)
+    batch = x.q.shape[0]
+    # Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed.
+    q, r, k, v = (in_heads(t) for t in (x.q, x.r, x.k, x.v))
+    options = {"n_rep": spec.group, "window_size_left": x.window_size or -1}
+
+    def call() -> Tensor:
+        out: Tensor = official.parallax_fwd(q, r, k, v, default_scale(spec.head_dim), **options)[0]
+        return from_heads(out, batch)
+
+    return call
+
+
+def helion() -> ModuleType:
+    """Its kernels take the effort of tuning from the environment when they are imported."""
+    os.environ.setdefault(HELION_EFFORT, "none")
+    return importlib.import_module("parallax.helion")
+
+
+def helion_decode(spec: KernelSpec, x: Inputs) -> Call:
+    official = helion()
+    check_lacking(spec, lengths=NO_LENGTHS)
+    return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
+
+
+def helion_forward(spec: KernelSpec, x: Inputs) -> Call:
+    official = helion()
+    check_dense_causal(spec)
+    # Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed.
+    q, r, k, v = (heads_first(t) for t in (x.q, x.r, x.k, x.v))
+
+    def call() -> Tensor:
+        out: Tensor = official.parallax_fwd(q, r, k, v, window_size_left=x.window_size or -1)[0]
+        return out.transpose(1, 2)
+
+    return call
+
+
+def in_heads(x: Tensor) -> Tensor:
+    """(batch, seqlen, heads, head_dim) as (batch * heads, seqlen, head_dim), contiguous."""
+    return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(batch, seqlen, heads, head_dim) as (batch, heads, seqlen, head_dim), contiguous."""
+    return x.transpose(1, 2).contiguous()
+
+
+def from_heads(x: Tensor, batch: int) -> Tensor:
+    """What `in_heads` made, as it was."""
+    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def triton_step(spec: KernelSpec, x: Inputs) -> Step:
+    """Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed."""
+    official = importlib.import_module("parallax.triton")
+    check_dense_causal(spec)
+    batch, scale, window = x.q.shape[0], default_scale(spec.head_dim), x.window_size or -1
+    q, r, k, v = leaves(*(in_heads(t) for t in (x.q, x.r, x.k, x.v)))
+
+    def attend() -> Tensor:
+        out: Tensor = official.ParallaxFunction.apply(q, r, k, v, scale, spec.group, window)
+        return out
+
+    return Step(attend, (q, r, k, v), in_heads(gradient_of_output(x)), lambda t: from_heads(t, batch))
+
+
+def helion_step(spec: KernelSpec, x: Inputs) -> Step:
+    """Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed."""
+    official = helion()
+    check_dense_causal(spec)
+    q, r, k, v = leaves(*(heads_first(t) for t in (x.q, x.r, x.k, x.v)))
+
+    def attend() -> Tensor:
+        out: Tensor = official.parallax_func(q, r, k, v, window_size_left=x.window_size or -1)
+        return out
+
+    return Step(attend, (q, r, k, v), heads_first(gradient_of_output(x)), lambda t: t.transpose(1, 2))
+
+
+def _helion_setting() -> str:
+    return f"{HELION_EFFORT}={os.environ.get(HELION_EFFORT, 'none')}"
+
+
+BASELINES = (
+    Baseline("official CuTeDSL", decode=cutedsl_decode, packages=("parallax-kernel", "nvidia-cutlass-dsl")),
+    Baseline("official Triton", triton_forward, triton_decode, triton_step, packages=("parallax-kernel",)),
+    Baseline(
+        "official Helion",
+        helion_forward,
+        helion_decode,
+        helion_step,
+        packages=("parallax-kernel", "helion"),
+        setting=_helion_setting,
+    ),
+)
+
+
+@contextmanager
+def hasty_autotuners() -> Iterator[None]:
+    """In here Triton's autotuners try each config with a few calls, not for an eighth of a second."""
+    from triton.runtime.autotuner import Autotuner
+
+    before = vars(Autotuner)["do_bench"]
+    Autotuner.do_bench = property(lambda self: _few_calls)
+    try:
+        yield
+    finally:
+        Autotuner.do_bench = before
+
+
+def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+    """Milliseconds: the median, for every quantile that is asked for."""
+    from parallax_gen.tuning.workers.measure import marks_us
+
+    call()
+    times = [us for _ in range(HASTY_CALLS) for us in marks_us(call, 1)]
+    return [statistics.median(times) / 1000] * len(quantiles)

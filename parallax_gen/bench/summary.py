@@ -1,0 +1,138 @@
+"""What `bench`'s rows come to: times over ours, their means, and the tables of a shape, in cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+from parallax_gen.bench.baselines import BASELINES, OURS
+from parallax_gen.bench.rows import Row
+from parallax_gen.describe import number, with_lengths
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import rate_unit
+from parallax_gen.problem.workloads import TRAINING
+
+Key = TypeVar("Key", bound=Hashable)
+Ratios = Iterable[tuple[Row, "float | None"]]
+
+
+class Mean(NamedTuple):
+    """Of some times over ours: the geometric mean, the least, and of how many."""
+
+    mean: float
+    least: float
+    shapes: int
+
+
+def times_ours(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
+    """Every other baseline's rows, each with its time over ours; None where either did not run.
+
+    Both are of one shape and part, and of one origin. Of rows that are there twice the last counts.
+    """
+    last = {(row.what, row.contender): row for row in rows}
+    found: list[tuple[Row, float | None]] = []
+    for (what, name), row in last.items():
+        if name != OURS:
+            ours = last.get((what, OURS))
+            found.append((row, row.time_us / ours.time_us if ours and ours.time_us and row.time_us else None))
+    return found
+
+
+def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
+    """Over the rows that have the same key, of the times over ours that there are."""
+    of: dict[Key, list[float]] = {}
+    for row, ratio in ratios:
+        if ratio is not None:
+            of.setdefault(key(row), []).append(ratio)
+    return {which: Mean(math.exp(sum(map(math.log, r)) / len(r)), min(r), len(r)) for which, r in of.items()}
+
+
+# -- Tables
+
+
+class Table(NamedTuple):
+    """Columns' titles, and a line of cells a baseline."""
+
+    columns: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+
+def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:
+    """What is compared: of a training step what its kernels have in common."""
+    what = f"{TRAINING}, {str(spec.of('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
+    return f"{what}: {with_lengths(shape, lengths)}"
+
+
+def table_of(rows: list[Row]) -> Table:
+    """Of one op at one shape."""
+    return _steps(rows) if rows[0].op == TRAINING else _calls(rows)
+
+
+def _calls(rows: list[Row]) -> Table:
+    columns = ("", "time us", "20 %", "80 %", rate_unit(rows[0].op), "time / ours", "error")
+    ratios = dict(times_ours(rows))
+    lines = []
+    for row in rows:
+        ratio = ratios.get(row, 1.0 if row.time_us else None)  # ours is not among them
+        numbers = (row.time_us, row.p20_us, row.p80_us, row.rate)
+        times = "-" if ratio is None else f"{ratio:.2f}"
+        lines.append((row.contender, *map(_number, numbers), times, _error(row)))
+    return Table(columns, lines)
+
+
+def _steps(rows: list[Row]) -> Table:
+    """Three times and rates, the output's error and the largest of the gradients'."""
+    columns = [""]
+    for part in ("forward", "backward", "step"):
+        columns += [{"forward": "fwd", "backward": "bwd"}.get(part, part) + " ms", "TF/s"]
+    columns += ["err out", "grads"]
+    lines = []
+    for name, parts in _by_baseline(rows).items():
+        cells = [name]
+        for row in parts:
+            cells += [_number(row.time_us and row.time_us / 1000), _number(row.rate)]
+        lines.append((*cells, *(_error(row) for row in parts[:2])))
+    return Table(tuple(columns), lines)
+
+
+def notes_of(rows: list[Row]) -> list[str]:
+    """What belongs below a table, for it may be long; whoever shares a note shares its line."""
+    noted: dict[str, list[str]] = {}
+    for name, parts in _by_baseline(rows).items():
+        for note in dict.fromkeys(row.note for row in parts if row.note):
+            which = [row.part for row in parts if row.note == note]
+            who = name if len(which) == len(parts) else f"{name}, {' and '.join(which)}"
+            noted.setdefault(note, []).append(who)
+    return [f"{'; '.join(names)}: {note}" for note, names in noted.items()]
+
+
+def told_means(rows: list[Row]) -> list[str]:
+    """How many times ours each baseline takes, part by part, over all shapes where both run: a line each."""
+    found = means(times_ours(rows), key=lambda row: (row.op, row.part, row.contender))
+    parts = list(dict.fromkeys((row.op, row.part) for row in rows))
+    return [
+        f"{op if op == part else f'{op} {part}'}: {name} takes {mean:.2f} times ours "
+        f"(geometric mean of {count}, least {least:.2f})"
+        for (op, part, name), (mean, least, count) in sorted(found.items(), key=lambda item: parts.index(item[0][:2]))
+    ]
+
+
+def _by_baseline(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.contender, []).append(row)
+    return found
+
+
+def _number(value: float | None) -> str:
+    return number(value) if value else "-"
+
+
+def _error(row: Row) -> str:
+    if row.time_us is None:
+        return "-"
+    if row.error is None:
+        return "softmax" if BASELINES[row.contender].softmax else "-"
+    return f"{row.error:.1e}"

@@ -1,0 +1,66 @@
+"""What the public functions say that they return: without a cast, to whoever checks types strictly."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is of the lint extra")
+
+TYPES = """
+from torch import Tensor
+
+from parallax_gen import State, parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
+
+Stats = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def attend(x: Tensor, starts: Tensor, flag: bool) -> None:
+    out: Tensor = parallax_attn_func(x, x, x, x, causal=True, window_size=3)
+    out = parallax_attn_func(x, x, x, x, return_stats=False, out=out)
+    stats: Stats = parallax_attn_func(x, x, x, x, return_stats=True)
+    either: Tensor | Stats = parallax_attn_func(x, x, x, x, return_stats=flag)
+    out = parallax_attn_varlen_func(x, x, x, x, starts, starts, 3, max_seqlen_k=4, softmax_scale=0.5)
+    stats = parallax_attn_varlen_func(x, x, x, x, starts, starts, 3, 4, return_stats=True)
+    either = parallax_attn_varlen_func(x, x, x, x, starts, starts, 3, 4, return_stats=flag)
+    out = parallax_attn_with_kvcache(x, x, x, x, cache_seqlens=3, k_scale=0.5)
+    state: State = parallax_attn_with_kvcache(x, x, x, x, cache_seqlens=starts, return_state=True)
+    one: Tensor | State = parallax_attn_with_kvcache(x, x, x, x, return_state=flag)
+    print(out, stats, either, state, one)
+"""
+
+
+def readme() -> str:
+    """Its first block."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    return block[1]
+
+
+def test_what_is_returned_needs_no_cast_and_options_are_checked(tmp_path: Path) -> None:
+    wrong = TYPES.replace("window_size=3", "windows=3").replace("k_scale=0.5", "k_scale='0.5'")
+    files = {"right.py": f"{readme()}\n{TYPES}", "wrong.py": wrong.replace("stats: Stats =", "stats: Tensor =")}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    # As a user's: without our settings. Ours is checked by itself, and torch's backward has no types.
+    words = ["--strict", "--config-file=", "--untyped-calls-exclude=torch"]
+    words += ["--follow-imports=silent", "--cache-dir=cache", *files]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *words],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert "right.py" not in done.stdout, done.stdout + done.stderr
+    for said in ("windows", "k_scale", "Incompatible types in assignment"):
+        assert said in done.stdout
