@@ -60,7 +60,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
-from parallax_gen.runtime.advice import tune_command
+from parallax_gen.runtime.dispatch import tune_command
 from parallax_gen.tuning.claims import Board
 from parallax_gen.tuning.job import Job, program_of
 from parallax_gen.tuning.search.cost_model import guess_us

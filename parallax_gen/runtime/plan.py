@@ -16,8 +16,7 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.advice import level_of_user
-from parallax_gen.runtime.dispatch import default_dispatcher
+from parallax_gen.runtime.dispatch import default_dispatcher, level_of_user
 from parallax_gen.runtime.launch_replay import Launched, aligned, record, replay
 from parallax_gen.runtime.workspace import Workspace, parts_of
 

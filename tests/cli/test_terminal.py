@@ -196,7 +196,7 @@ def test_the_dispatcher_logs_once_a_bucket_and_names_the_file(
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.problem.shapes import Shape
 
-    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")  # runtime/advice.py has a line of its own to say
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")  # runtime/dispatch.py has a line of its own to say
     caplog.set_level(logging.INFO, "parallax_gen")
     dispatcher, gpu = Dispatcher(Memory(None)), GPUS["h200"]
     modules = [dispatcher.kernel(PLACE.spec, Shape(32, 32, 8, 1, keys), gpu)[1] for keys in (8192, 8000)]

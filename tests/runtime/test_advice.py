@@ -31,8 +31,7 @@ from parallax_gen.problem.shapes import Bucket, bucket_of, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 from parallax_gen.problem.workloads import Flags, kernels
 from parallax_gen.runtime import dispatch
-from parallax_gen.runtime.advice import UntunedWarning, level_of_user, tune_command
-from parallax_gen.runtime.dispatch import Dispatcher
+from parallax_gen.runtime.dispatch import Dispatcher, UntunedWarning, level_of_user, tune_command
 
 pytestmark = pytest.mark.interpreter
 
