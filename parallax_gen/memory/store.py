@@ -22,21 +22,14 @@ from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Outcome, Result, reading_order, supersedes
 
-# Says that a SQLite file is ours: "PXTG", in its header.
-APPLICATION_ID = 0x50585447
-
+APPLICATION_ID = 0x50585447  # "PXTG" in a SQLite file's header says that it is ours
+BUSY_SECONDS = 60.0  # to wait for other processes: each holds the database for milliseconds
 IDENTITY = ("place_json", "config_json", "kernel", "templates", "triton", "cuda", "protocol")  # of `Result.identity`
 SAME = " and ".join(f"{name} = :{name}" for name in IDENTITY)
 
-# How long to wait for other processes; each holds the database for milliseconds.
-BUSY_SECONDS = 60.0
-
 
 def default_path() -> Path:
-    """The user's database: $PARALLAX_GEN_DB, else tuning.db in the user's data folder.
-
-    Raises StoreError where there is no such folder.
-    """
+    """The user's database: $PARALLAX_GEN_DB, or tuning.db in the user's data folder, else StoreError is raised."""
     try:
         return user_path("PARALLAX_GEN_DB", lambda: f"{platformdirs.user_data_dir('parallax_gen')}/tuning.db")
     except MachineError as error:
@@ -229,8 +222,7 @@ class Store:
         few = _connect(Path(":memory:"), "mode=ro")
         if found:
             self._migrate(few, self._version())
-            marks = ", ".join("?" * len(found[0]))
-            few.conn.executemany(f"INSERT INTO results VALUES ({marks})", found)
+            few.conn.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(found[0]))})", found)
             few.conn.commit()
         self._migrate(few)
         return few

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,6 +27,7 @@ from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.store import APPLICATION_ID, Store, default_path
 from parallax_gen.ops.base import config_to_json
 from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.problem.spec import OPS
 
 
 @pytest.fixture
@@ -308,6 +310,16 @@ def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
         with Store(path) as writer:  # which brings it up to date meanwhile
             writer.record(result(day=2))
         assert len(reader.results(PLACE)) == 4
+
+
+def test_each_place_of_an_old_database_is_found_by_itself(tmp_path: Path) -> None:
+    """In a file that an earlier version wrote, with every op's places."""
+    path = shutil.copy(Path(__file__).parents[1] / "data" / "same" / "of_431f796.db", tmp_path)
+    with Store(path, read_only=True) as store:
+        every = store.all()
+        assert {result.place.spec.op for result in every} == set(OPS)
+        for place in dict.fromkeys(result.place for result in every):
+            assert store.results(place) == [result for result in every if result.place == place]
 
 
 def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
