@@ -18,7 +18,7 @@ from parallax_gen.describe import from_text, to_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import NUMBERS, shown
-from parallax_gen.memory.old import op_named
+from parallax_gen.memory.old import spec_of
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
@@ -92,7 +92,7 @@ class Row:
     """One baseline at one shape, and one part of what it does there.
 
     op             "forward", "decode" or TRAINING
-    part           what was timed, of compare.PARTS[op]
+    part           what was timed, of bench/run.py: PARTS[op]
     spec           the forward's or the decode's
     time_us        median of the rounds' medians, by tuning/workers/measure.py's protocol; None where it does not run
     p20_us, p80_us likewise, of the rounds' 20th and 80th percentiles
@@ -174,8 +174,8 @@ def row_from(texts: Mapping[str, str], at: str) -> Row:
     with _named(at):
         shape = within_bounds(Shape(**{name: _int(name, texts.get(name) or "0") for name in SIZES}))
         head_dim, others = _int("head_dim", texts["head_dim"]), _said(_OF_SPEC, texts)
-        op = op_named("forward" if texts["op"] == TRAINING else texts["op"], others.pop("ragged", False))
-        spec = KernelSpec(op, head_dim, group=shape.group, window=shape.window > 0, **others)
+        op, of_shape = "forward" if texts["op"] == TRAINING else texts["op"], {"window": shape.window > 0}
+        spec = spec_of(op, others.pop("ragged", False), head_dim=head_dim, group=shape.group, **of_shape, **others)
         return Row(spec=spec, shape=shape, **_said(_OF_ROW, texts))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from statistics import geometric_mean
 from typing import NamedTuple, TypeVar
 
 from parallax_gen.bench.baselines import BASELINES, OURS
@@ -46,7 +46,7 @@ def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
     for row, ratio in ratios:
         if ratio is not None:
             of.setdefault(key(row), []).append(ratio)
-    return {which: Mean(math.exp(sum(map(math.log, r)) / len(r)), min(r), len(r)) for which, r in of.items()}
+    return {which: Mean(geometric_mean(r), min(r), len(r)) for which, r in of.items()}
 
 
 # -- Tables

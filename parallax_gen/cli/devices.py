@@ -31,7 +31,7 @@ devices_option = click.option(
 )
 
 
-def card_of(worker: Worker) -> Gpu | None:
+def card_as_seen_by(worker: Worker) -> Gpu | None:
     """The GPU that a measuring worker has; None for none."""
     return worker.identify()
 
@@ -41,7 +41,7 @@ def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu
 
     Raises UnknownGpuError where a device is missing, or is another GPU than the first one or than `name`.
     """
-    cards = {device: card_of(worker) for device, worker in measuring.items()}
+    cards = {device: card_as_seen_by(worker) for device, worker in measuring.items()}
     first = next(iter(cards.values()))
     wanted = gpu_meant(name, lambda: first)
     if first is None and tuple(cards) == (0,):  # nobody asked for a device in particular

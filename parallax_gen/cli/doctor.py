@@ -146,7 +146,7 @@ def _records() -> Iterator[tuple[str, str]]:
     places = dict.fromkeys(record.place for record in results)
     for name in sorted({place.gpu for place in places}):
         of_card = [place for place in places if place.gpu == name]
-        by = Counter(standing(chosen(place, known), place) for place in of_card)
+        by = Counter(standing(chosen(place, known)) for place in of_card)
         told = ", ".join(f"{count} by {what}" for what, count in by.most_common())
         yield "ok", f"{name}: {len(of_card)} kernels and sizes in {whose}, of which calls get {told}"
 

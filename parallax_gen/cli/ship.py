@@ -87,11 +87,9 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     """Tell what of the shipped records may lose to not tuning, and return how many places and toolchains it is of."""
-    from parallax_gen.codegen.device import card_named
     from parallax_gen.memory.gains import standings_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
-    from parallax_gen.memory.standing import name_in_records
-    from parallax_gen.problem.hardware import GPUS
+    from parallax_gen.memory.standing import card_of, name_in_records
 
     names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]
     if not names:
@@ -101,7 +99,7 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
         records = load_shipped(name, folder)
         if not records:
             raise StoreError(f"nothing ships for {name}")
-        standings = standings_of(records, card_named(name) or GPUS["h200"])
+        standings = standings_of(records, card_of(records[0].place))
         wrong = [(standing, what) for standing in standings if (what := _finding(standing))]
         places = len({r.place for r in records}), len({s.place for s in standings})
         cards.append((name, *places, wrong))

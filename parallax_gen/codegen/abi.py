@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,18 +66,13 @@ class Call:
     def arguments(self, softmax_scale: float) -> tuple[object, ...]:
         """In the order in which `launch` takes them."""
         x = self.inputs
-        tensors = launch_tensors(self.spec, vars(x) | self.written)
+        named = vars(x) | self.written
+        if self.spec.cache_dtype:
+            named |= {"k": in_fours(x.k), "v": in_fours(x.v)}
+        op = op_of(self.spec)
+        tensors = [named[name] for name in (*op.given(self.spec), *op.written(self.spec), *op.lengths(self.spec))]
         sizes = sizes_of(self.spec, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
         return (*tensors, *self.scratch, softmax_scale, *sizes)
-
-
-def launch_tensors(spec: KernelSpec, named: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The tensors of a launch, without its scratch, in the order in which it takes them."""
-    op = op_of(spec)
-    names = (*op.given(spec), *op.written(spec), *op.lengths(spec))
-    if spec.cache_dtype:
-        named = {**named, "k": in_fours(named["k"]), "v": in_fours(named["v"])}
-    return tuple([named[name] for name in names])
 
 
 def sizes_of(spec: KernelSpec, window_size: int, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, ...]:

@@ -29,12 +29,21 @@ def op_named(family: object, ragged: object) -> str:
     return OPS_OF_RECORDS[family, ragged]
 
 
+def spec_of(family: object, ragged: object, **others: Any) -> KernelSpec:
+    """The spec of what a record says of its op, and of all else by the fields of a spec. Raises ArgumentError."""
+    try:
+        return KernelSpec(op_named(family, ragged), **others)
+    except ArgumentError as error:  # in a record's words
+        got, allowed = (str(text).replace("decode_varlen", "ragged decode") for text in (error.got, error.allowed))
+        raise ArgumentError(error.argument, got, allowed) from error
+
+
 def spec_from(data: Mapping[str, Any]) -> KernelSpec:
     """The spec that `to_dict` wrote. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
     if not _FIELDS - set(LATER) <= set(data) <= _FIELDS:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
     others = {name: value for name, value in data.items() if name not in ("op", "ragged")}
-    spec = KernelSpec(op_named(data["op"], data["ragged"]), **others)
+    spec = spec_of(data["op"], data["ragged"], **others)
     for name, largest in LARGEST_READ.items():
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")

@@ -253,7 +253,7 @@ class Result:
             check_flat(name, {} if part is None or isinstance(part, Place) else part)
         check_flat("record", {name: value for name, value in data.items() if name not in parts})
         place = parts["place"] if isinstance(parts["place"], Place) else Place.from_flat(parts["place"])
-        config = config_from_dict(place.spec.family, parts["config"])
+        config = config_from_dict(place.spec.op, parts["config"])
         shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
         evidence = _evidence_from(parts["evidence"])
         return cls(**(data | {"place": place, "evidence": evidence, "config": config, "shape": shape}))

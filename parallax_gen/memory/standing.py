@@ -84,9 +84,9 @@ def chosen(place: Place, known: Known) -> Guarded:
     return guarded(place, card_of(place), known)
 
 
-def standing(choice: Guarded, place: Place) -> str:
+def standing(choice: Guarded) -> str:
     """As `rests_on`, and whether that was `not yet checked`: a first call may drop it."""
-    return as_checked(rests_on(choice.candidate, place), choice.checked)
+    return as_checked(rests_on(choice.candidate), choice.checked)
 
 
 def as_checked(what: str, checked: bool) -> str:
@@ -94,7 +94,7 @@ def as_checked(what: str, checked: bool) -> str:
     return what if checked else f"{what} (not yet checked)"
 
 
-def rests_on(candidate: Candidate, place: Place) -> str:
+def rests_on(candidate: Candidate) -> str:
     """What a choice rests on, in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
     record = candidate.record
     if record is None:
@@ -165,7 +165,7 @@ def of_places(results: list[Result], known: Known) -> list[Listed]:
             rows.append(Listed(place, first, "not used" if first.measured else "never measured"))
         else:
             default = default_beside(record, default_of(place, card_of(place)), card_of(record.place), known)
-            rows.append(Listed(place, record, rests_on(choice.candidate, place), default, choice.checked))
+            rows.append(Listed(place, record, rests_on(choice.candidate), default, choice.checked))
     return rows
 
 

@@ -14,7 +14,7 @@ from parallax_gen.errors import ConfigError
 from parallax_gen.ops.pieces import Piece, pieces_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.spec import OWN_LENGTHS, ROWS_ALONE, KernelSpec
 
 Value = int | str
 
@@ -202,6 +202,8 @@ OPS_BY_NAME: dict[str, Op[Any]] = {}
 def register(op: Op[Any]) -> None:
     """Each op's file calls it: a knob that is missing or misnamed shows at import, not in a tune."""
     assert [knob.name for knob in op.knobs] == [f.name for f in fields(op.config)], op.name
+    assert op.own_lengths == (op.name in OWN_LENGTHS), op.name
+    assert (op.layout is Layout.ROWS) == (op.name in ROWS_ALONE), op.name
     OPS_BY_NAME[op.name] = op
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
 from parallax_gen.runtime.checks import check_request
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
-from parallax_gen.runtime.requests import DTYPE_NAMES, FURTHEST_ROW, Request, inputs_of, starts_of
+from parallax_gen.runtime.requests import DTYPE_NAMES, FURTHEST_ROW, TENSORS, Request, inputs_of, starts_of, tensors_of
 
 
 def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: bool = False) -> tuple[Tensor, ...]:
@@ -45,7 +46,7 @@ def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: b
         _forwards.remember(key, plan)
     found = room_for(asked.q, out, stats)
     if isinstance(plan, LaunchPlan):
-        plan.launch((*inputs_of(asked), *found, *starts_of(asked)))
+        plan.launch(asked, found)
     elif plan.nothing_seen:
         fill_unseen(found)
     else:
@@ -106,11 +107,14 @@ class BackwardPlan:
             v_mean = forward(asked, packed=bool(starts_of(asked)), stats=True)[3]
         sequences = 0 if asked.cu_seqlens_q is None else asked.cu_seqlens_q.shape[0] - 1
         rows = rows_like(saved.lse, sequences)
-        self.preprocess.launch((do, saved.out, v_mean, saved.lse, saved.t_mean, rows, *starts_of(asked)[:1]))
+        tensors = dict(zip(TENSORS, tensors_of(asked), strict=True))
+        left = {"out": saved.out, "lse": saved.lse, "t_mean": saved.t_mean, "v_mean": v_mean}
+        given = SimpleNamespace(do=do, rows=rows, **tensors, **left)
+        self.preprocess.launch(given, (rows,))
         if self.dkdv is not None:
-            self.dkdv.launch((*inputs_of(asked), do, rows, *grads[-2:], *starts_of(asked)))
+            self.dkdv.launch(given, grads[-2:])
         if self.dqdr is not None:
-            self.dqdr.launch((*inputs_of(asked), do, rows, *grads[:2], *starts_of(asked)))
+            self.dqdr.launch(given, grads[:2])
 
 
 _forwards: Plans[LaunchPlan | HostPlan] = Plans()

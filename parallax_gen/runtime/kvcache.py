@@ -225,7 +225,9 @@ def _attend(
     if isinstance(plan, LaunchPlan):
         if workspace is not None:
             check_workspace(workspace, bytes_of(plan.scratch), asked.q)
-        plan.launch(_tensors_of(asked, found), workspace=workspace)
+        if asked.k_scale is not None:  # as it has where the cache is in eight bits
+            asked = asked._replace(k_cache=in_fours(asked.k_cache), v_cache=in_fours(asked.v_cache))
+        plan.launch(asked, found, workspace)
     elif plan.nothing_seen:
         fill_unseen(found)
     else:
@@ -350,19 +352,11 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     )
     scale = scale_or_default(asked.softmax_scale, head_dim)
     numbers = (scale, *sizes_of(spec, window, seqlen_q, 0))
-    return plan_launch(spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen, window), numbers, q.device.index)
+    shape = Shape(batch, heads, kv_heads, seqlen_q, seqlen, window)
+    return plan_launch(spec, shape, numbers, q.device.index, RENAMED)
 
 
-def _tensors_of(asked: CacheRequest, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In the order of the kernel's `launch`."""
-    given: list[Any] = [*cached_inputs_of(asked), *found]
-    lengths = asked.cu_seqlens_q, asked.cache_seqlens, asked.cache_leftpad, asked.page_table
-    given += [x for x in lengths if x is not None]
-    if asked.k_scale is not None:
-        given[2:4] = [in_fours(asked.k_cache), in_fours(asked.v_cache)]
-        given += [asked.k_scale, asked.v_scale]
-    return tuple(given)
-
+RENAMED = {"k": "k_cache", "v": "v_cache"}  # what a launch takes, and the name that it has in a request
 
 # Of what is asked, and the reference takes by these names.
 _OPTIONS = (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
+from operator import attrgetter
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -79,23 +80,29 @@ class HostPlan:
 
 
 class LaunchPlan:
-    """Launches a rendered module. `tensors` are always of the sizes and strides that the plan was made for.
+    """Launches a rendered module. Its tensors are always of the sizes and strides that the plan was made for.
 
-    numbers      what the module's `launch` takes behind its tensors
-    own_lengths  whether it wants each sequence's length
+    spec     what the module is of: its op says which tensors its `launch` takes
+    numbers  what it takes behind them
+    renamed  of tensors that a request has under another name than the op, that name
     """
 
     def __init__(
         self,
         module: ModuleType,
+        spec: KernelSpec,
         numbers: tuple[float, ...],
         device: int,
         scratch: Scratch,
-        *,
-        own_lengths: bool = False,
+        renamed: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.own_lengths = own_lengths
         self._module = module
+        op = op_of(spec)
+        self.own_lengths = op.own_lengths
+        given, lengths = ([renamed.get(name, name) for name in of(spec)] for of in (op.given, op.lengths))
+        self._given: Callable[[object], tuple[Tensor, ...]] = attrgetter(*given)
+        # Of one name alone an attrgetter gives no tuple.
+        self._lengths: Callable[[object], tuple[Tensor, ...]] | None = attrgetter(*lengths, "q") if lengths else None
         self._numbers = numbers
         self._device = device
         self.scratch = scratch
@@ -103,16 +110,23 @@ class LaunchPlan:
         self._recorded: tuple[Launched, ...] | None = None
         self._seen = False
 
-    def launch(self, tensors: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
-        """`tensors` in the order of the module's `launch`, on the current stream of their device.
+    def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
+        """Launch with the tensors of a request, by their names, on the current stream of their device.
 
+        written    what the kernel writes, in the order of `Op.written`
         workspace  the caller's own, of `workspace.bytes_of(self.scratch)`
         """
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                self._launch(tensors, workspace)
+                self._launch(self.in_order(request, written), workspace)
         else:
-            self._launch(tensors, workspace)
+            self._launch(self.in_order(request, written), workspace)
+
+    def in_order(self, request: object, written: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors in the order of the module's `launch`."""
+        if self._lengths is None:
+            return (*self._given(request), *written)
+        return (*self._given(request), *written, *self._lengths(request)[:-1])
 
     def _launch(self, tensors: tuple[Tensor, ...], workspace: Tensor | None) -> None:
         stream = _raw_stream(self._device)
@@ -134,12 +148,17 @@ class LaunchPlan:
             self._module.launch(*tensors, *self._numbers)
 
 
-def plan_launch(spec: KernelSpec, shape: Shape, numbers: tuple[float, ...], device: int) -> LaunchPlan:
-    """The plan to launch the best kernel known for `spec` at `shape`, with the numbers behind its tensors."""
+def plan_launch(
+    spec: KernelSpec,
+    shape: Shape,
+    numbers: tuple[float, ...],
+    device: int,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> LaunchPlan:
+    """The plan to launch the best kernel known for `spec` at `shape`; numbers and renamed as of `LaunchPlan`."""
     choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(device))
-    op = op_of(spec)
-    scratch = op.scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
-    return LaunchPlan(module, numbers, device, scratch, own_lengths=op.own_lengths)
+    scratch = op_of(spec).scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
+    return LaunchPlan(module, spec, numbers, device, scratch, renamed)
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:

@@ -7,11 +7,11 @@ is asked what a call there would get; what that took, over the fastest of the se
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import geometric_mean
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.lines import is_database, read_file
@@ -164,12 +164,8 @@ def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
     means: list[float | None] = [None] * 4
     if both:
         losses, defaults = zip(*both, strict=True)
-        means = [_mean(losses), max(losses), _mean(defaults), max(defaults)]
+        means = [geometric_mean(losses), max(losses), geometric_mean(defaults), max(defaults)]
     return Summary(kind, choice, len(both), len(pairs) - len(both), *means)
-
-
-def _mean(losses: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, losses)) / len(losses))
 
 
 def _nearest(measured: Measured, records: Sequence[Result]) -> KernelConfig | None:

@@ -16,11 +16,12 @@ from parallax_gen.cli import doctor
 from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.bounds import LEAST_US, LONGEST_DETAIL, LONGEST_LINE, MOST_INT, MOST_US
+from parallax_gen.memory.old import LARGEST_READ
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import LARGEST, Bucket, Shape
-from parallax_gen.problem.spec import LARGEST_READ, KernelSpec
+from parallax_gen.problem.spec import KernelSpec
 
 DEEP = json.loads("[" * 900 + "]" * 900)
 NONSENSE: list[dict[str, Any]] = [

@@ -63,7 +63,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeWorker.measured = 0
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
-    monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: H200)
+    monkeypatch.setattr("parallax_gen.cli.devices.card_as_seen_by", lambda bench: H200)
 
 
 def test_without_a_gpu_it_compiles_ranks_says_so_and_goes_on(store: Store) -> None:
@@ -194,7 +194,7 @@ def test_everything_is_tuned_where_nothing_is_said(card: None) -> None:
 def cards(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> None:
     """These GPUs are in this machine, in this order."""
     here = iter([name and gpu_by_name(name) for name in names])
-    monkeypatch.setattr("parallax_gen.cli.devices.card_of", lambda bench: next(here))
+    monkeypatch.setattr("parallax_gen.cli.devices.card_as_seen_by", lambda bench: next(here))
 
 
 def test_several_devices_share_the_jobs(card: None, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

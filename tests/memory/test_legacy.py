@@ -57,3 +57,16 @@ def test_records_know_each_op_by_one_name() -> None:
         spec = KernelSpec(op, 64, "bf16")
         assert (spec.to_dict()["op"], spec.to_dict()["ragged"]) == (spec.family, op == "decode_varlen")
         assert spec_from(spec.to_dict()) == spec
+
+
+def test_what_is_wrong_with_a_records_spec_is_said_in_the_words_of_records() -> None:
+    data = KernelSpec("decode", 64, "bf16").to_dict()
+    for wrong, message in (
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with op 'ragged decode'"),
+        ({"stats": True}, "stats: got True with op 'decode'; allowed: True with op forward or ragged decode only"),
+        ({"ragged": True, "causal": True}, "causal: got True with one query a sequence; allowed: False, but with"),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            spec_from(data | wrong)
+        assert str(caught.value).startswith(message)
+        assert "decode_varlen" not in str(caught.value)

@@ -31,11 +31,12 @@ Launch = tuple[KernelSpec, Shape, tuple[float, ...], list[tuple[Tensor, ...]]]
 class Noted(LaunchPlan):
     """A plan that notes each launch's tensors, and launches in the interpreter if it has a module."""
 
-    def __init__(self, module: Any, numbers: tuple[float, ...], launched: list[tuple[Tensor, ...]]):
-        super().__init__(module, numbers, 0, Scratch())
+    def __init__(self, module: Any, spec: KernelSpec, numbers: tuple[float, ...], launched: list[tuple[Tensor, ...]]):
+        super().__init__(module, spec, numbers, 0, Scratch())
         self.launched = launched
 
-    def launch(self, tensors: tuple[Tensor, ...]) -> None:
+    def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
+        tensors = self.in_order(request, written)
         self.launched.append(tensors)
         self._module.launch(*tensors, *self._numbers)
 
@@ -50,7 +51,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]
         module: Any = SimpleNamespace(launch=lambda *_: None)
         if interpret:
             module = load(render(spec, default_config(spec, shape, GPUS["h200"]), GPUS["h200"]))
-        return Noted(module, numbers, launched)
+        return Noted(module, spec, numbers, launched)
 
     def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
         return None if q.numel() and k.numel() else HostPlan(nothing_seen=True)

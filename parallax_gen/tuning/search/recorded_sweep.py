@@ -189,7 +189,7 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
     if not isinstance(data, list) or len(data) != len(columns):
         raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
-    config = config_from_dict(place.spec.family, {name: values.pop(name) for name in _names(place) if name in values})
+    config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
     for knob in op_of(place.spec).knobs:  # a value that is none any more may be there, but no tile of nothing
         value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
         if isinstance(value, int) and value < least:
