@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -119,8 +119,8 @@ class Store:
     def results(self, place: Place) -> list[Result]:
         """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
         with self._explained():
-            tables = self._of_before(place) if self._is_older() else self._db
-            return sorted(self._select("place_json = :place", {"place": place.text}, tables=tables), key=reading_order)
+            found = self._of_before(place) if self._is_older() else self._of_place(place, self._db)
+            return sorted(found, key=reading_order)
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Every row, or those of a GPU or an op, sorted by place and then from fast to slow."""
@@ -209,23 +209,25 @@ class Store:
         self._migrate(copy)
         return copy
 
-    def _of_before(self, place: Place) -> Database:
-        """Those rows of a file with older tables that are of a place, up to date: a call has no time for all others.
+    def _of_before(self, place: Place) -> list[Result]:
+        """As `results`, of a file with older tables: a call has no time to bring all of its rows up to date.
 
         A row's key was the place's JSON, and then what measured it.
         """
         begin = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
-        # In the order of the file, which is twice as fast as by the index.
-        of_place = "+gpu = ? AND +op = ? AND key_json > ? AND key_json < ?"
-        bounds = (place.gpu, place.spec.family, begin, f"{begin}~")
-        found = list(self._db.execute(f"SELECT * FROM results WHERE {of_place}", bounds))
-        few = _connect(Path(":memory:"), "mode=ro")
-        if found:
+        kernels, keys = (place.gpu, place.spec.family), (begin, f"{begin}~")
+        if not list(self._db.execute("SELECT 1 FROM results WHERE gpu = ? AND op = ? LIMIT 1", kernels)):
+            return []
+        # In the order of the file, which is faster than by the index where most rows are of one op.
+        rows = list(self._db.execute("SELECT * FROM results WHERE key_json > ? AND key_json < ?", keys))
+        if not rows:
+            return []
+        with closing(_connect(Path(":memory:"), "mode=ro")) as few:
             self._migrate(few, self._version())
-            few.conn.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(found[0]))})", found)
+            few.conn.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(rows[0]))})", rows)
             few.conn.commit()
-        self._migrate(few)
-        return few
+            self._migrate(few)
+            return list(self._of_place(place, few))
 
     def _migrate(self, db: Database, last: int | None = None) -> None:
         """Bring the schema up to date, or up to the migration `last`, all or nothing."""
@@ -288,17 +290,15 @@ class Store:
     def _put(self, result: Result) -> None:
         self._db.table("measurements").upsert(_to_row(result), pk=IDENTITY)
 
+    def _of_place(self, place: Place, tables: Database) -> Iterator[Result]:
+        return self._parsed(tables.table("measurements").rows_where("place_json = ?", [place.text]))
+
     def _select(
-        self,
-        where: str,
-        arguments: Mapping[str, Scalar] | None = None,
-        *,
-        order_by: str | None = None,
-        tables: Database | None = None,
+        self, where: str, arguments: Mapping[str, Scalar] | None = None, *, order_by: str | None = None
     ) -> Iterator[Result]:
-        """The rows that match and parse. tables: where they are, by default `_tables`."""
-        rows = (tables or self._tables).table("measurements")
-        return self._parsed(rows.rows_where(where, dict(arguments or {}), order_by=order_by))
+        """The rows that match and parse."""
+        rows = self._tables.table("measurements").rows_where(where, dict(arguments or {}), order_by=order_by)
+        return self._parsed(rows)
 
     def _parsed(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
         """Those that parse. One that does not is counted, and never trusted."""
