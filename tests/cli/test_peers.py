@@ -15,6 +15,7 @@ from torch import Tensor
 from parallax_gen.bench.baselines import BASELINES, baselines_of, parallax_kernel
 from parallax_gen.bench.baselines.flash_attn import FLASH
 from parallax_gen.bench.judge import random_case
+from parallax_gen.cli.bench import bench
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.oracle.inputs import attend
 from parallax_gen.oracle.reference import reference_forward
@@ -240,6 +241,12 @@ def test_baselines_have_names_and_say_what_they_have() -> None:
         assert {baseline.name for baseline in baselines_of(op)} == set(BASELINES) - {"official CuTeDSL"}
 
 
+def test_the_commands_help_names_every_baseline() -> None:
+    """It is written out there, for help must not import them."""
+    told = " ".join((bench.help or "").partition(" Contenders\n")[2].partition("\b")[0].split())
+    assert set(told.split(", ")) == set(BASELINES)
+
+
 def test_packages_are_said_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
@@ -280,5 +287,5 @@ def test_autotuners_are_hasty_for_a_while(monkeypatch: pytest.MonkeyPatch) -> No
     tuner._do_bench = careful = lambda *_, **__: [1.0]
     with parallax_kernel.hasty_autotuners():
         assert tuner.do_bench(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8)) == [0.5] * 3
-    assert len(calls) == 1 + parallax_kernel.HASTY_CALLS
+    assert len(calls) == 1 + parallax_kernel.CALLS_A_CONFIG
     assert tuner.do_bench is careful

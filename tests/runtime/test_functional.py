@@ -14,6 +14,8 @@ from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.reference import reference_forward, reference_varlen_forward
+from parallax_gen.runtime import kvcache  # noqa: F401 - registers its operators
+from parallax_gen.runtime.requests import CacheRequest, Request
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
@@ -216,3 +218,17 @@ print(len([w for w in caught if "CPU tensors" in str(w.message)]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(
+    ("operators", "request_type"),
+    [
+        (("attention", "attention_with_stats", "attention_backward"), Request),
+        (("attention_with_kvcache", "attention_with_kvcache_state"), CacheRequest),
+    ],
+)
+def test_operators_take_a_requests_parts_in_its_order(operators: tuple[str, ...], request_type: Any) -> None:
+    for name in operators:
+        schema = getattr(torch.ops.parallax_gen, name).default._schema
+        names = [argument.name for argument in schema.arguments]
+        assert tuple(names[: len(request_type._fields)]) == request_type._fields

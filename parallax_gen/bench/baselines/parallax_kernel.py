@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # How long Helion tunes each new shape: minutes with "full", its own default, not at all with "none", ours.
 HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
-HASTY_CALLS = 3
+CALLS_A_CONFIG = 3  # of its autotuners, in haste
 
 
 def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
@@ -185,5 +185,5 @@ def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[f
     from parallax_gen.tuning.workers.measure import marks_us
 
     call()
-    times = [us for _ in range(HASTY_CALLS) for us in marks_us(call, 1)]
+    times = [us for _ in range(CALLS_A_CONFIG) for us in marks_us(call, 1)]
     return [statistics.median(times) / 1000] * len(quantiles)
