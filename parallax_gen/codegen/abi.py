@@ -1,4 +1,4 @@
-"""The one place that knows what a rendered kernel's `launch` takes besides its tensors."""
+"""A launch of a rendered kernel, with tensors made for it: what its `launch` takes, and in which order, its op says."""
 
 from __future__ import annotations
 
