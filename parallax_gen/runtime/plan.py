@@ -101,7 +101,7 @@ class LaunchPlan:
         self.own_lengths = op.own_lengths
         given, lengths = ([renamed.get(name, name) for name in of(spec)] for of in (op.given, op.lengths))
         self._given: Callable[[object], tuple[Tensor, ...]] = attrgetter(*given)
-        # Of one name alone an attrgetter gives no tuple.
+        # q is dropped again: of one name alone an attrgetter gives no tuple.
         self._lengths: Callable[[object], tuple[Tensor, ...]] | None = attrgetter(*lengths, "q") if lengths else None
         self._numbers = numbers
         self._device = device

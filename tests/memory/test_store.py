@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -22,12 +19,9 @@ from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, 
 
 from parallax_gen.errors import ParallaxGenError, StoreError
 from parallax_gen.files import data_dir
-from parallax_gen.memory import store as store_module
 from parallax_gen.memory.result import Outcome, Result
-from parallax_gen.memory.store import APPLICATION_ID, Store, default_path
-from parallax_gen.ops.base import config_to_json
+from parallax_gen.memory.store import Store, default_path
 from parallax_gen.ops.decode import DecodeConfig
-from parallax_gen.problem.spec import OPS
 
 
 @pytest.fixture
@@ -222,120 +216,6 @@ def test_a_row_that_does_not_parse_is_passed_over(path: Path, damage: str) -> No
         assert store.unreadable == 1  # met three times, counted once
         store.record(result(time_us=1.0, block_n=16))
         assert best_of(store) == result(time_us=1.0, block_n=16)
-
-
-# Databases from before fingerprints
-
-KEY = PLACE.flat() | {"environment.templates": "abc123", "environment.triton": "3.6", "environment.protocol": 1}
-OF_BEFORE = {
-    "gpu": PLACE.gpu,
-    "op": PLACE.spec.op,
-    "config_json": config_to_json(config()),
-    "outcome": "ok",
-    "time_us": 12.5,
-    "error": float("inf"),
-    "detail": "",
-    "created_at": "2026-01-01T00:00:00+00:00",
-    "source": "here",
-}
-
-
-def database_of_before(path: Path) -> None:
-    """With two good rows of one config, of two toolchains, a failure, and three that are of no use."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    newer = json.dumps(KEY | {"environment.cuda": "12.8/12.9"})
-    rows: list[dict[str, object]] = [
-        {"key_digest": "1", "key_json": json.dumps(KEY)},
-        {"key_digest": "2", "key_json": newer, "time_us": 11.5},
-        {"key_digest": "2", "key_json": newer, "config_json": config_to_json(config(32)), "outcome": "crash"},
-        {"key_digest": "3", "key_json": "{"},
-        {"key_digest": "4", "key_json": json.dumps(KEY | {"environment.triton": 3.6})},
-        {"key_digest": "5", "key_json": json.dumps(KEY), "created_at": "2026-01-02T00:00:00+00:00"},  # one twice
-    ]
-    with closing(sqlite3.connect(path)) as old, old:
-        old.executescript((data_dir("tuning_db") / "migrations" / "0001_results.sql").read_text(encoding="utf-8"))
-        old.execute("PRAGMA user_version = 1")
-        old.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        for row in (OF_BEFORE | row for row in rows):
-            marks = ", ".join("?" * len(row))
-            old.execute(f"INSERT INTO results ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
-
-
-@pytest.mark.parametrize("read_only", [False, True], ids=["written to", "read"])
-def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: Path, read_only: bool) -> None:
-    database_of_before(path)
-    before = path.read_bytes()
-    with Store(path, read_only=read_only) as store:
-        found = store.results(PLACE)
-        assert [(r.outcome, r.time_us, r.config, r.evidence.cuda) for r in found] == [
-            ("ok", 11.5, config(), "12.8/12.9"),
-            ("ok", 12.5, config(), ""),
-            ("crash", 12.5, config(32), "12.8/12.9"),
-        ]
-        assert {(r.evidence.templates, r.evidence.kernel, r.evidence.triton) for r in found} == {("abc123", "", "3.6")}
-        assert {r.error for r in found} == {float("inf")}
-        assert store.in_order()[0] == found[1]
-        assert store.schema == 2
-        assert len(store.unreadable_rows()) == 3  # they are where they were
-    if read_only:
-        assert path.read_bytes() == before  # an older version may be using it
-    with Store(path) as store:
-        store.record(result(day=2))
-        assert len(store.results(PLACE)) == 4
-    with Store(path, read_only=True) as store:
-        assert len(store.results(PLACE)) == 4
-        assert len(store.problems()) == 3
-
-
-def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database_of_before(path)
-    many = 5000
-    with closing(sqlite3.connect(path)) as old, old:
-        elsewhere = json.dumps(KEY | {"bucket.kv_rows": 8})
-        row = OF_BEFORE | {"key_json": elsewhere}
-        marks = ", ".join("?" * (len(row) + 1))
-        old.executemany(
-            f"INSERT INTO results ({', '.join(row)}, key_digest) VALUES ({marks})",
-            [(*row.values(), f"more {i}") for i in range(many)],
-        )
-    with Store(path, read_only=True) as store:
-        monkeypatch.setattr(Store, "_copy", property(lambda _: pytest.fail("all of it was converted")))
-        assert [r.outcome for r in store.results(PLACE)] == ["ok", "ok", "crash"]
-        assert store.results(dataclasses.replace(PLACE, gpu="h100")) == []
-    monkeypatch.undo()
-    with Store(path, read_only=True) as reader:
-        assert len(reader.results(PLACE)) == 3
-        with Store(path) as writer:  # which brings it up to date meanwhile
-            writer.record(result(day=2))
-        assert len(reader.results(PLACE)) == 4
-
-
-def test_each_place_of_an_old_database_is_found_by_itself(tmp_path: Path) -> None:
-    """In a file that an earlier version wrote, with every op's places."""
-    path = shutil.copy(Path(__file__).parents[1] / "data" / "same" / "of_431f796.db", tmp_path)
-    with Store(path, read_only=True) as store:
-        every = store.all()
-        assert {result.place.spec.op for result in every} == set(OPS)
-        for place in dict.fromkeys(result.place for result in every):
-            assert store.results(place) == [result for result in every if result.place == place]
-
-
-def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    database_of_before(path)
-    statements = store_module._statements
-
-    def cut_off(script: str) -> Iterator[str]:
-        yield from list(statements(script))[:-1]
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_statements", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            Store(path)
-    with Store(path) as store:
-        assert len(store.results(PLACE)) == 3
 
 
 # Files and folders that are not what they should be
