@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -81,6 +82,9 @@ Runs = tuple[tuple[int, int], ...]  # (sequences, keys of each), in the batch's 
 
 MOST_SEQUENCES = 2**20  # of a batch in a file
 _LONGEST_TOLD = 40  # characters
+_NUMBER = r"[1-9][0-9]{0,18}"
+_RUN = rf"(?:{_NUMBER}x)?{_NUMBER}"
+_RUNS = re.compile(rf"{_RUN}(?:,{_RUN})*")
 
 
 def lengths(bucket: Bucket | Shape) -> str:
@@ -109,14 +113,15 @@ def to_text(lengths: Sequence[int]) -> str:
 def from_text(text: str) -> tuple[int, ...]:
     """What `to_text` wrote. Raises ValueError, also of more sequences or keys than a batch can have."""
     runs = runs_of(text) if text else ()
-    right = all(count >= 1 and 1 <= keys <= LARGEST for count, keys in runs)
-    if not right or sum(count for count, _ in runs) > MOST_SEQUENCES:
-        raise ValueError(f"{text!r:.80}: not the keys, 1 or more, of at most {MOST_SEQUENCES} sequences")
+    if sum(count for count, _ in runs) > MOST_SEQUENCES or any(keys > LARGEST for _, keys in runs):
+        raise ValueError(f"{text!r:.80}: more than {MOST_SEQUENCES} sequences, or {LARGEST} keys")
     return expanded(runs)
 
 
 def runs_of(text: str) -> Runs:
     """The runs of a text such as 4096,7x128. Raises ValueError."""
+    if not _RUNS.fullmatch(text):
+        raise ValueError(f"{text!r:.80}: not the keys of each sequence, 1 or more, such as 4096,128,128 or 4096,7x128")
     parts = [run.rpartition("x") for run in text.split(",")]
     return tuple((int(count or 1), int(keys)) for count, _, keys in parts)
 

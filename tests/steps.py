@@ -1,7 +1,7 @@
 """Whole training steps by rendered kernels: forward, preprocess, dkdv and dqdr, each on what those before it wrote.
 
 Tests run STEPS random ones, see `strategies.step_case`, in portions. PARALLAX_GEN_STEPS says which, "first/stride" of
-their seeds; where it is not set, every fifth on a card, every thirtieth in the interpreter, from the first.
+their seeds; where it is not set, every fifth on a card, every fiftieth in the interpreter, from the first.
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ from parallax_gen.problem.workloads import COMPARED, SWEEPS, TRAINING, USUAL_HEA
 QUICK_SHAPES = 6  # of each op
 
 NAMED = {"spread": spread_lengths, "skewed": skewed_lengths}
-_RUN = r"(?:[1-9]\d*x)?[1-9]\d*"
-_TEXT = re.compile(rf"{_RUN}(?:,{_RUN})*")
 
 
 class CaseError(ParallaxGenError):
@@ -48,12 +46,10 @@ class Lengths:
         text = re.sub(r"\s", "", text)
         if text in NAMED:
             return cls(named=text)
-        if not _TEXT.fullmatch(text):
-            raise ValueError(
-                f"{text!r} is neither {' nor '.join(NAMED)} nor the keys of each sequence, 1 or more, "
-                "such as 4096,128,128 or 4096,7x128"
-            )
-        return cls(runs_of(text))
+        try:
+            return cls(runs_of(text))
+        except ValueError as error:
+            raise ValueError(f"{error}, and neither {' nor '.join(NAMED)}") from error
 
     def of(self, shape: Shape) -> tuple[int, ...]:
         """The keys of each sequence; () where all have as many as the shape says. Raises CaseError."""

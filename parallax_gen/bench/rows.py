@@ -92,7 +92,7 @@ class Row:
     """One baseline at one shape, and one part of what it does there.
 
     op             "forward", "decode" or TRAINING
-    part           what was timed, of bench/run.py: PARTS[op]
+    part           what was timed, of PARTS[op] in bench/parts.py
     spec           the forward's or the decode's
     time_us        median of the rounds' medians, by tuning/workers/measure.py's protocol; None where it does not run
     p20_us, p80_us likewise, of the rounds' 20th and 80th percentiles
@@ -155,8 +155,12 @@ NEEDED = ("op", "part", "contender", "head_dim", "dtype", "time_us", *(name for 
 CARD = ("gpu", "card")  # a column or a JSON field that says which card it was
 # Where and how figures were taken, as far as a file says so: those of two such conditions are not compared.
 TAKEN = ("card", "parallax_gen", "torch", "triton", "cuda", "rounds", "timed_ms", "oracle", "hasty", "quick")
-_OF_SPEC = {f.name: str(f.type) for f in fields(KernelSpec) if f.name not in ("op", "head_dim", "group", "window")}
-_OF_SPEC["ragged"] = "bool"
+_ANY_SPEC = KernelSpec("decode", 64, "bf16")
+_OF_SPEC = {
+    name: type(value).__name__
+    for name, value in _ANY_SPEC.flat().items()
+    if name not in ("op", "head_dim", "group", "window")  # of the row or the shape
+}
 _OF_ROW = {f.name: str(f.type) for f in fields(Row) if f.name in _OWN}
 _OF_CONDITIONS = {f.name: str(f.type) for f in fields(Conditions) if f.name != "effort"}
 _OF_EFFORT = {f.name: str(f.type) for f in fields(Effort)}
@@ -308,7 +312,7 @@ _READ: dict[str, Callable[[str, str], Any]] = {
 
 # -- The file of `bench --csv`: what it holds is not timed again, and what is timed is added to it at once.
 
-_ANY = Row("", "decode", "", KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 1))
+_ANY = Row("", "decode", "", _ANY_SPEC, Shape(1, 1, 1, 1, 1))
 COLUMNS = list(to_flat(replace(_ANY, conditions=Conditions("", "", "", "", "", "", Effort()))))
 WITHOUT_LENGTHS = [name for name in COLUMNS if name != "lengths"]  # of files from before there were any
 

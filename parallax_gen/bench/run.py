@@ -9,16 +9,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from parallax_gen.bench.baselines import BASELINES, OURS, baselines_of
-from parallax_gen.bench.baselines.base import Baseline, Prepared
-from parallax_gen.bench.baselines.parallax_kernel import forget_inputs, hasty_autotuners
+from parallax_gen.bench.baselines.base import Baseline, Prepared, hasty_autotuners
 from parallax_gen.bench.cases import Case, bytes_needed
 from parallax_gen.bench.conditions import our_kernels
 from parallax_gen.bench.judge import Judge, random_case
+from parallax_gen.bench.parts import PARTS, Part
 from parallax_gen.bench.rows import WITH_CARE, Conditions, Effort, Ledger, Row
 from parallax_gen.bench.summary import title
 from parallax_gen.errors import MeasureError, MemoryTakenError, machine_error
@@ -27,7 +27,6 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls, rate
-from parallax_gen.problem.workloads import TRAINING
 from parallax_gen.tuning.workers.measure import time_call, time_eagerly
 from parallax_gen.tuning.workers.worker import Timing
 
@@ -35,32 +34,6 @@ DEVICE = "cuda"
 EAGER_CALLS, HASTY_CALLS = 20, 5  # of what no CUDA graph can capture
 MOST_SAID = 200  # characters of why someone does not run
 SLOW = 3.0  # times as long as ours: in haste, timed no more than needed
-
-GRADIENTS = ("dq", "dr", "dk", "dv")
-
-
-@dataclass(frozen=True)
-class Part:
-    """What is timed of an op: which results it gives, and its matmuls beside those of Parallax's forward.
-
-    Of Parallax and of softmax. A backward is counted with the 8 matmuls that one kernel for all gradients would do (5
-    of softmax), however many kernels do it.
-    """
-
-    results: tuple[str, ...]
-    parallax: float
-    softmax: float
-
-
-PARTS: dict[str, dict[str, Part]] = {
-    "forward": {"forward": Part(("out",), 1.0, 0.5)},
-    "decode": {"decode": Part(("out",), 1.0, 1.0)},  # counted in bytes: the same cache is read
-    TRAINING: {
-        "forward": Part(("out",), 1.0, 0.5),
-        "backward": Part(GRADIENTS, 2.0, 1.25),
-        "step": Part(("out", *GRADIENTS), 3.0, 1.75),
-    },
-}
 
 
 def sweep(
@@ -140,7 +113,8 @@ def compare(
         _check_machine(failure)
         return [replace(row, note="skipped: out of memory") for row in asked]
     finally:
-        forget_inputs()
+        for baseline in chosen:
+            baseline.release()
         gc.collect()  # of peers whose objects refer to each other, and hold a cache of many GB
         with suppress(RuntimeError):  # of a device that a peer left unusable, which is told of as that
             torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from statistics import geometric_mean
 from typing import NamedTuple, TypeVar
 
 from parallax_gen.bench.baselines import BASELINES, OURS
+from parallax_gen.bench.parts import PARTS
 from parallax_gen.bench.rows import Row
 from parallax_gen.describe import number, with_lengths
 from parallax_gen.problem.shapes import Shape
@@ -85,8 +86,8 @@ def _calls(rows: list[Row]) -> Table:
 def _steps(rows: list[Row]) -> Table:
     """Three times and rates, the output's error and the largest of the gradients'."""
     columns = [""]
-    for part in ("forward", "backward", "step"):
-        columns += [{"forward": "fwd", "backward": "bwd"}.get(part, part) + " ms", "TF/s"]
+    for part in PARTS[TRAINING].values():
+        columns += [f"{part.heading} ms", "TF/s"]
     columns += ["err out", "grads"]
     lines = []
     for name, parts in _by_baseline(rows).items():

@@ -87,8 +87,8 @@ def rows_like(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
     log2(e) lse, or inf for a row without keys; softmax_scale (1 + t̄); b = do·v̄; softmax_scale (b - do·o). Each
     sequence's rows are padded to a multiple of PADDED_TO, with inf for the first.
 
-    sequences  of packed ones, how many: (4, heads, padded), and sequence b begins at (cu_seqlens_q[b] + 128 b) // 128
-               * 128, which leaves room for each one's padding
+    sequences  of packed ones, how many: (4, heads, padded), and sequence b begins at (cu_seqlens_q[b] + PADDED_TO * b)
+               // PADDED_TO * PADDED_TO, which leaves room for each one's padding
     """
     import torch
 
@@ -97,10 +97,11 @@ def rows_like(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of a spec's dtype."""
+    """torch's dtype of a spec's dtype or cache_dtype. Raises ArgumentError."""
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+    dtypes |= {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
     if name not in dtypes:
         raise ArgumentError("dtype", repr(name), ", ".join(dtypes))
     return dtypes[name]
@@ -108,10 +109,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def cache_dtype(spec: KernelSpec) -> torch.dtype:
     """torch's dtype of the keys and values."""
-    import torch
-
-    eight_bits = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-    return eight_bits[spec.cache_dtype] if spec.cache_dtype else torch_dtype(spec.dtype)
+    return torch_dtype(spec.cache_dtype or spec.dtype)
 
 
 def in_fours(cache: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,10 @@ from parallax_gen.problem.spec import OWN_LENGTHS, ROWS_ALONE, KernelSpec
 Value = int | str
 
 MOST_REGISTERS = 255  # a thread
+LARGEST_BLOCK = 128  # rows or keys at a time: kernels add up offsets in 32 bits in a block, in 64 from block to block
 # Rows of a sequence are padded to a multiple of this where kernels step over what preprocess left: every block of them
-# is whole, and begins where wide loads may. The largest BLOCK_M.
-PADDED_TO = 128
+# is whole, and begins where wide loads may.
+PADDED_TO = LARGEST_BLOCK
 LARGEST = 2**31 - 1  # of a number in a config, and
 LONGEST = 64  # characters of a word: far beyond any knob's values
 

@@ -100,13 +100,6 @@ def why_wrong(out: Tensor, ref: Tensor, dtype: str, natural: float | Tensor | No
     )
 
 
-def assert_close(out: Tensor, ref: Tensor, dtype: str, natural: float | Tensor | None = None) -> None:
-    """Raises AssertionError with what `why_wrong` says, if anything."""
-    reason = why_wrong(out, ref, dtype, natural)
-    if reason is not None:
-        raise AssertionError(reason)
-
-
 def _difference(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
     """out - ref and ref in float64, at least 1-D: NaN made inf, and infinities that agree made 0 in both."""
     if out.shape != ref.shape:

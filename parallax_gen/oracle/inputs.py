@@ -38,7 +38,7 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> 
 
     q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
     k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
-    return Inputs(q, r * spec.head_dim**-0.5, k, v, window_size=shape.window)
+    return Inputs(q, r * default_scale(spec.head_dim), k, v, window_size=shape.window)
 
 
 def random_inputs_of(

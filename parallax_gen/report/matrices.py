@@ -6,25 +6,18 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from parallax_gen.bench.parts import kernels_in
 from parallax_gen.bench.rows import Row
 from parallax_gen.describe import brief, lengths, number, with_lengths
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
-from parallax_gen.problem.workloads import TRAINING
 from parallax_gen.report.studies import Study, order_of
 
 # Where a class of colour ends and the next begins: shares of the bound, and times over ours, 1 in the middle of its.
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 RATIOS = (0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
-
-# The kernels whose times are in a part of a training step.
-KERNELS_OF = {
-    "forward": ("forward",),
-    "backward": ("preprocess", "dkdv", "dqdr"),
-    "step": ("forward", "preprocess", "dkdv", "dqdr"),
-}
 
 Sizes = tuple[int, int, int]  # seqlen_q, seqlen_kv, window
 
@@ -88,10 +81,9 @@ def speed_ups(
     for (gpu, op, part, contender, spec), sizes in sorted(
         of.items(), key=lambda item: (*item[0][:2], *order_of(item[0][-1]))
     ):
-        ops = KERNELS_OF.get(part, (op,)) if op == TRAINING else (op,)
         cells = {size: _ratio(timed) for size, timed in sizes.items()}
         matrices = found.setdefault((gpu, op), {}).setdefault((part, contender), [])
-        matrices.append(_matrix(gpu, ops, kernel_name(spec), cells))
+        matrices.append(_matrix(gpu, kernels_in(op, part), kernel_name(spec), cells))
     return found
 
 

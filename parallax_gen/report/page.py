@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 import parallax_gen
+from parallax_gen.bench.parts import kernels_in
 from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.toolchain import triton_version
@@ -23,7 +24,7 @@ from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
 from parallax_gen.report.failures import HARM
-from parallax_gen.report.matrices import KERNELS_OF, RATIOS, SHARES, coverage, kernel_name, speed_ups
+from parallax_gen.report.matrices import RATIOS, SHARES, coverage, kernel_name, speed_ups
 from parallax_gen.report.sources import Sources
 from parallax_gen.report.studies import STATES, Study
 from parallax_gen.tuning.search.importances import LEAST_TRIALS
@@ -73,7 +74,7 @@ def html(report: Report, command: str) -> str:
             share_bounds=[round(100 * bound) for bound in SHARES],
             ratio_bounds=RATIOS,
             decades=DECADES,
-            kernels_of=KERNELS_OF,
+            kernels_in=kernels_in,
             least_trials=LEAST_TRIALS,
             legend=LEGEND,
             files=list(dict.fromkeys(file for file, _, _ in report.benches)),

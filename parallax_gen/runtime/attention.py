@@ -30,7 +30,17 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
 from parallax_gen.runtime.checks import check_request
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
-from parallax_gen.runtime.requests import DTYPE_NAMES, FURTHEST_ROW, TENSORS, Request, inputs_of, starts_of, tensors_of
+from parallax_gen.runtime.requests import (
+    FURTHEST_ROW,
+    TENSORS,
+    Request,
+    dtype_name,
+    inputs_of,
+    rounds_to_tf32,
+    starts_of,
+    tensors_of,
+    window_of,
+)
 
 
 def forward(asked: Request, *, packed: bool, out: Tensor | None = None, stats: bool = False) -> tuple[Tensor, ...]:
@@ -150,14 +160,6 @@ def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def rounds_to_tf32(q: Tensor) -> bool:
-    """Whether torch lets fp32 matmuls on q's device round to TF32.
-
-    Of torch's switches this reads the newest, which the older ones set too: to read those raises once it was set.
-    """
-    return q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def _plan_forward(asked: Request, stats: bool) -> LaunchPlan | HostPlan:
     host = _host_plan(asked)
     if host is not None:
@@ -203,12 +205,11 @@ def _problem(asked: Request) -> tuple[KernelSpec, Shape]:
         batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     else:
         batch, seqlen_q, seqlen_k = asked.cu_seqlens_q.shape[0] - 1, asked.max_seqlen_q, asked.max_seqlen_k
-    # A window that holds all keys is none: no kernel of its own.
-    window = 0 if asked.window_size is None or asked.window_size >= seqlen_k else asked.window_size
+    window = window_of(asked.window_size, seqlen_k)
     spec = KernelSpec(
         "forward",
         q.shape[-1],
-        "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype],
+        dtype_name(q),
         group=heads // kv_heads,
         causal=asked.causal,
         window=window > 0,

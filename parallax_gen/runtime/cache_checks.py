@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.ops.base import LARGEST_BLOCK
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.checks import check_flag, check_numbers, check_out, is_int
 from parallax_gen.runtime.requests import (
     CACHE_DTYPE_NAMES,
     CACHED_INPUTS,
     DTYPE_NAMES,
-    LARGEST_BLOCK,
     CacheRequest,
     cached_inputs_of,
     length_of,

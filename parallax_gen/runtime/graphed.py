@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -12,8 +12,15 @@ from parallax_gen.runtime.kvcache import kvcache_workspace_size, parallax_attn_w
 from parallax_gen.runtime.states import State
 from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class GraphedDecode:
+    from parallax_gen.runtime.kvcache import CacheOptions
+
+Found = TypeVar("Found", bound="Tensor | State")
+
+
+class GraphedDecode(Generic[Found]):
     """`parallax_attn_with_kvcache` of these very tensors, captured.
 
     Every call launches what was captured, on the current stream, and returns the same output tensors, written anew.
@@ -23,6 +30,42 @@ class GraphedDecode:
 
     An engine that captures its whole step calls `parallax_attn_with_kvcache` in its own capture instead.
     """
+
+    @overload
+    def __init__(
+        self: GraphedDecode[Tensor],
+        q: Tensor,
+        r: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        return_state: Literal[False] = False,
+        **arguments: Unpack[CacheOptions],
+    ): ...
+
+    @overload
+    def __init__(
+        self: GraphedDecode[State],
+        q: Tensor,
+        r: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        return_state: Literal[True],
+        **arguments: Unpack[CacheOptions],
+    ): ...
+
+    @overload
+    def __init__(
+        self: GraphedDecode[Tensor | State],
+        q: Tensor,
+        r: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        return_state: bool,
+        **arguments: Unpack[CacheOptions],
+    ): ...
 
     def __init__(self, q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, **arguments: Any):
         """arguments: those of `parallax_attn_with_kvcache`, but for workspace. Raises ArgumentError, as that does."""
@@ -43,9 +86,9 @@ class GraphedDecode:
                 parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
             torch.cuda.current_stream().wait_stream(aside)
             with torch.cuda.graph(self.graph):
-                self._found: Tensor | State = parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
+                self._found: Any = parallax_attn_with_kvcache(q, r, k_cache, v_cache, **arguments)
 
-    def __call__(self, q: Tensor | None = None, r: Tensor | None = None) -> Tensor | State:
+    def __call__(self, q: Tensor | None = None, r: Tensor | None = None) -> Found:
         """The output, or State, of the next step. q, r: copied to where the graph reads them; None: they are there."""
         if under_a_transform():
             refuse_transforms("GraphedDecode", q=q, r=r)
@@ -53,4 +96,5 @@ class GraphedDecode:
             if new is not None:
                 own.copy_(new)
         self.graph.replay()
-        return self._found
+        found: Found = self._found
+        return found

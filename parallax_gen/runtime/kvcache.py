@@ -12,7 +12,7 @@ from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
-from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for, rounds_to_tf32
+from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for
 from parallax_gen.runtime.autograd import plain
 from parallax_gen.runtime.cache_checks import (
     check_cached,
@@ -23,21 +23,16 @@ from parallax_gen.runtime.cache_checks import (
     refuse_tangents_of,
 )
 from parallax_gen.runtime.kvcache_operators import laid_out, needs_operator, operators_of
-from parallax_gen.runtime.plan import (
-    HostPlan,
-    LaunchPlan,
-    Plans,
-    host_plan,
-    key_of,
-    plan_launch,
-)
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
 from parallax_gen.runtime.requests import (
     CACHE_DTYPE_NAMES,
     CACHED_INPUTS,
-    DTYPE_NAMES,
     CacheRequest,
     cached_inputs_of,
     cast_to_cache,
+    dtype_name,
+    rounds_to_tf32,
+    window_of,
 )
 from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
 from parallax_gen.runtime.states import State
@@ -326,8 +321,7 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         return host
     heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
     many = packed or seqlen_q > 1
-    # A window that holds all keys is none: no kernel of its own.
-    window = 0 if asked.window_size is None or asked.window_size >= seqlen else asked.window_size
+    window = window_of(asked.window_size, seqlen)
     own_lengths = (
         many
         or state
@@ -339,7 +333,7 @@ def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     spec = KernelSpec(
         "decode_varlen" if own_lengths else "decode",
         head_dim,
-        "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype],
+        dtype_name(q),
         group=heads // kv_heads,
         causal=window > 0 or (many and asked.causal),
         stats=state,

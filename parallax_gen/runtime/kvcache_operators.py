@@ -23,7 +23,7 @@ from parallax_gen.runtime.attention import stats_shape
 from parallax_gen.runtime.autograd import plain
 from parallax_gen.runtime.cache_checks import refuse_tangents_of
 from parallax_gen.runtime.requests import CacheRequest, cached_inputs_of
-from parallax_gen.runtime.transforms import is_wrapped, transforms_are_active, under_a_mode
+from parallax_gen.runtime.transforms import folded, is_wrapped, transforms_are_active, under_a_mode
 
 _ARGUMENTS = (
     "(Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
@@ -115,12 +115,12 @@ def _over_samples(
     scaled_alike = dims.k_scale is None and dims.v_scale is None
     if own and scaled_alike and asked.page_table is None and asked.cu_seqlens_q is None:
         scales = ("k_scale", "v_scale")
-        folded = [
-            _folded(x, dim, size) if isinstance(x, Tensor) and name not in scales else x
+        every = [
+            _contiguous(folded(x, dim, size)) if isinstance(x, Tensor) and name not in scales else x
             for name, x, dim in zip(asked._fields, given, in_dims, strict=True)
         ]
-        batch = folded[0].shape[0] // size
-        found = _tuple(operator(*folded))
+        batch = every[0].shape[0] // size
+        found = _tuple(operator(*every))
         return tuple(x.unflatten(0, (size, batch)) for x in found), (0,) * len(found)
     if size == 0:  # what one of zeros has, but none of it
         one = (x if dim is None else x.new_zeros(_without(x.shape, dim)) for x, dim in zip(given, in_dims, strict=True))
@@ -137,13 +137,6 @@ def _without(shape: torch.Size, dim: int) -> list[int]:
     sizes = list(shape)
     del sizes[dim]
     return sizes
-
-
-def _folded(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """(batch, ...) of all samples: (size * batch, ...), copied where it has to be. dim: the samples', None for one."""
-    every = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    folded: Tensor = _contiguous(every.flatten(0, 1))
-    return folded
 
 
 def _contiguous(x: Any) -> Any:

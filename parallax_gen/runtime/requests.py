@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-CACHE_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+from parallax_gen.codegen.abi import torch_dtype
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES
 
-# The most rows or keys that a kernel takes at a time. It adds up their offsets in 32 bits; from block to block in 64.
-LARGEST_BLOCK = 128
+DTYPE_NAMES = {torch_dtype(name): name for name in DTYPES if name != "tf32"}  # see `dtype_name`
+CACHE_DTYPE_NAMES = {torch_dtype(name): name for name in CACHE_DTYPES if name}
+
+# Elements from row to row, at most: so that LARGEST_BLOCK of them are within 32 bits.
 FURTHEST_ROW = 2**24 - 1
 
 # A Request's fields, in its order.
@@ -69,6 +71,24 @@ class CacheRequest(NamedTuple):
     causal: bool
     window_size: int | None
     softmax_scale: float | None
+
+
+def rounds_to_tf32(q: Tensor) -> bool:
+    """Whether torch lets fp32 matmuls on q's device round to TF32.
+
+    Of torch's switches this reads the newest, which the older ones set too: to read those raises once it was set.
+    """
+    return q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def dtype_name(q: Tensor) -> str:
+    """A spec's dtype: of fp32 whether its matmuls round to TF32, too."""
+    return "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype]
+
+
+def window_of(window_size: int | None, seqlen_k: int) -> int:
+    """A shape's window, 0 for none: one that holds the longest sequence's keys is none, with no kernel of its own."""
+    return 0 if window_size is None or window_size >= seqlen_k else window_size
 
 
 def inputs_of(asked: Request) -> Inputs:

@@ -157,10 +157,10 @@ def over_samples(
     given = list(zip(args, in_dims, strict=True))
     if not starts_of(parted(args)[0]):
         batch = args[0].shape[1 if in_dims[0] == 0 else 0]  # of one sample
-        folded = [_folded(x, dim, size) if isinstance(x, Tensor) else x for x, dim in given]
+        every = [_laid_out(folded(x, dim, size)) if isinstance(x, Tensor) else x for x, dim in given]
         # Kernels read inputs of many strides, and what a forward left for a backward of one.
-        folded = [x.contiguous() if isinstance(x, Tensor) and i >= len(INPUTS) else x for i, x in enumerate(folded)]
-        found = tuple(x.unflatten(0, (size, batch)) for x in apply(*folded))
+        every = [x.contiguous() if isinstance(x, Tensor) and i >= len(INPUTS) else x for i, x in enumerate(every)]
+        found = tuple(x.unflatten(0, (size, batch)) for x in apply(*every))
         return found, (0,) * len(found)
     # Of no samples one that is empty tells the outputs' sizes.
     each = [apply(*(_sample(x, dim, i) for x, dim in given)) for i in range(size) or (None,)]
@@ -168,10 +168,10 @@ def over_samples(
     return found, (0,) * len(found)
 
 
-def _folded(x: Tensor, dim: int | None, size: int) -> Tensor:
+def folded(x: Tensor, dim: int | None, size: int) -> Tensor:
     """(batch, ...) of all samples: (size * batch, ...), copied where it has to be. dim: the samples', None for one."""
     every = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return _laid_out(every.flatten(0, 1))
+    return every.flatten(0, 1)
 
 
 def _sample(x: Any, dim: int | None, i: int | None) -> Any:

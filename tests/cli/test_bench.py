@@ -12,8 +12,8 @@ from cli_samples import run, run_json
 
 from parallax_gen.bench import run as running
 from parallax_gen.bench.baselines import BASELINES, baselines_of
+from parallax_gen.bench.parts import PARTS
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.bench.run import PARTS
 from parallax_gen.bench.summary import told_means
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape

@@ -76,10 +76,10 @@ def test_a_title_is_short() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--lengths", "4096,,128"), "--lengths': '4096,,128' is neither spread nor skewed nor the keys of each"),
-        (("--lengths", "0,7x128"), "--lengths': '0,7x128' is neither"),
-        (("--lengths", "even"), "--lengths': 'even' is neither"),
-        (("--lengths", ""), "--lengths': '' is neither"),
+        (("--lengths", "4096,,128"), "--lengths': '4096,,128': not the keys of each sequence, 1 or more, such as"),
+        (("--lengths", "0,7x128"), "--lengths': '0,7x128': not the keys of each"),
+        (("--lengths", "even"), "--lengths': 'even': not the keys of each"),
+        (("--lengths", ""), "--lengths': '': not the keys of each"),
         (("--lengths", "4096,6x128"), "--lengths: 7 sequences of up to 4096 keys, not those of --shape batch 8"),
         (("--lengths", "7x128,4097"), "--lengths: 8 sequences of up to 4097 keys, not those of --shape batch 8"),
         (("--lengths", "99999999999x1"), "--lengths: 99999999999 sequences of up to 1 keys, not"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.bench.baselines import BASELINES, baselines_of, parallax_kernel
+from parallax_gen.bench.baselines.base import CALLS_A_CONFIG, hasty_autotuners
 from parallax_gen.bench.baselines.flash_attn import FLASH
 from parallax_gen.bench.judge import random_case
 from parallax_gen.cli.bench import bench
@@ -285,7 +286,7 @@ def test_autotuners_are_hasty_for_a_while(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "Event", Event)
     tuner, calls = Autotuner.__new__(Autotuner), []
     tuner._do_bench = careful = lambda *_, **__: [1.0]
-    with parallax_kernel.hasty_autotuners():
+    with hasty_autotuners():
         assert tuner.do_bench(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8)) == [0.5] * 3
-    assert len(calls) == 1 + parallax_kernel.CALLS_A_CONFIG
+    assert len(calls) == 1 + CALLS_A_CONFIG
     assert tuner.do_bench is careful

@@ -66,13 +66,13 @@ def launched(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     return call
 
 
-@strategies.examples(50)
+@strategies.examples(30)
 @given(case=strategies.cases("forward", DTYPES, GPU, MOST_PROGRAMS))
 def test_any_forward_kernel_agrees_with_the_oracle(case: Case) -> None:
     assert wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
-@strategies.examples(25)
+@strategies.examples(15)
 @given(data=st.data())
 @pytest.mark.parametrize("op", ["decode", "decode_varlen"])
 def test_any_decode_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None:
@@ -80,7 +80,7 @@ def test_any_decode_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) 
     assert wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
-@strategies.examples(20)
+@strategies.examples(12)
 @given(data=st.data())
 @pytest.mark.parametrize("op", ["preprocess", "dkdv", "dqdr"])
 def test_any_backward_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None:
@@ -89,7 +89,7 @@ def test_any_backward_kernel_agrees_with_the_oracle(op: str, data: st.DataObject
 
 
 @pytest.mark.parametrize("op", ["forward", "decode", "decode_varlen", "dkdv", "dqdr"])
-@strategies.examples(10)
+@strategies.examples(6)
 @given(data=st.data())
 def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> None:
     case = data.draw(strategies.cases(op, ["fp32"], GPU, MOST_PROGRAMS // 2))

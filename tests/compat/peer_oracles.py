@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from closeness import assert_close
 from torch import Tensor
 
-from parallax_gen.oracle.accuracy import assert_close, gradient_sizes
+from parallax_gen.oracle.accuracy import gradient_sizes
 
 
 def attended(

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from peer_oracles import attended, causal, check_gradients, normal, packed
 from torch import Tensor
 
 from parallax_gen.compat.fla import naive_parallax, parallax_decode, parallax_decode_one_step, parallel_parallax
 from parallax_gen.errors import ArgumentError
-from parallax_gen.oracle.accuracy import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from peer_oracles import attended, causal, check_gradients, normal, packed
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from parallax_gen.compat.official import (
 from parallax_gen.compat.official_triton import parallax_decode as triton_decode
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.drop_in import official_training
-from parallax_gen.oracle.accuracy import assert_close, gradient_sizes
+from parallax_gen.oracle.accuracy import gradient_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen.bench.baselines.fla import step as fla_step
@@ -19,7 +20,7 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
-from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.oracle.accuracy import errors, gradient_sizes, tolerance
 from parallax_gen.oracle.inputs import random_inputs_of
 from parallax_gen.oracle.reference import Gradients, reference_backward, reference_forward
 from parallax_gen.problem.shapes import Shape

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from closeness import assert_close
 from drop_in import PROGRAMS, run
 from torch import Tensor
 
 from parallax_gen.compat import fla, official, official_triton
-from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.oracle.accuracy import errors, gradient_sizes, tolerance
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.reference import reference_backward, reference_forward, reference_varlen_forward
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen import State, merge_states, parallax_attn_func, parallax_attn_with_kvcache
-from parallax_gen.oracle.accuracy import assert_close, errors, tolerance
+from parallax_gen.oracle.accuracy import errors, tolerance
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 from parallax_gen.runtime.attention import Saved, backward
 from parallax_gen.runtime.requests import Request

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
-from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.reference import reference_forward
 
 pytestmark = pytest.mark.gpu

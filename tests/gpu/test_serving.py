@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import strategies
 import torch
+from closeness import assert_close
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +19,6 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.oracle import verify
-from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.inputs import random_inputs_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape

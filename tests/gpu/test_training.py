@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -18,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.nn import ParallaxAttention
-from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes, tolerance
+from parallax_gen.oracle.accuracy import errors, gradient_sizes, tolerance
 from parallax_gen.oracle.reference import (
     reference_backward,
     reference_forward,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attention_samples import Sample, dense, packed, padded
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
@@ -17,7 +18,6 @@ from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.base import Scratch
 from parallax_gen.ops.space import default_config
-from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.reference import reference_forward, reference_varlen_forward
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
@@ -212,7 +212,7 @@ SWITCHES = {
 
 def test_fp32_rounds_to_tf32_where_torch_lets_it() -> None:
     lines = ["import torch", "from types import SimpleNamespace as S"]
-    lines += ["from parallax_gen.runtime.attention import rounds_to_tf32"]
+    lines += ["from parallax_gen.runtime.requests import rounds_to_tf32"]
     for switch in SWITCHES:
         lines += [switch, "print(*[rounds_to_tf32(S(dtype=d, is_cuda=True)) for d in (torch.float32, torch.half)])"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, encoding="utf-8", check=True)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from attention_samples import Sample, dense, packed
+from closeness import assert_close
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.errors import ArgumentError
-from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.reference import reference_forward, reference_varlen_forward
 from parallax_gen.runtime import autograd
 

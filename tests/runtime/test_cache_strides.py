@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallax_gen import kvcache_workspace_size, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import OPS_BY_NAME
+from parallax_gen.ops.base import LARGEST_BLOCK, OPS_BY_NAME
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.cache_checks import check_cached
-from parallax_gen.runtime.requests import FURTHEST_ROW, LARGEST_BLOCK, CacheRequest
+from parallax_gen.runtime.requests import FURTHEST_ROW, CacheRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from caches import HEAD_DIM, HEADS, attended, cut, put_together, whole
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen import GraphedDecode, State, kvcache_workspace_size, merge_states, parallax_attn_with_kvcache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.reference import Reference, reference_forward
 from parallax_gen.runtime.cache_checks import check_workspace
 

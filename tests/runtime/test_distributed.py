@@ -12,12 +12,13 @@ import torch
 import torch.autograd.forward_ad as fw
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
 from parallax_gen.distributed.ring import _Ring
 from parallax_gen.errors import ArgumentError
-from parallax_gen.oracle.accuracy import assert_close, errors, gradient_sizes
+from parallax_gen.oracle.accuracy import errors, gradient_sizes
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 
 # (causal, queries a chunk, heads, kv heads, dtype, its name): chunks of one query, too.

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.errors import ArgumentError
-from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.reference import reference_forward, reference_varlen_forward
 from parallax_gen.runtime import kvcache  # noqa: F401 - registers its operators
 from parallax_gen.runtime.requests import CacheRequest, Request

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen import State, merge_states, parallax_attn_func
 from parallax_gen.errors import ArgumentError
-from parallax_gen.oracle.accuracy import assert_close
 from parallax_gen.oracle.partial import partial_backward
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 from parallax_gen.runtime.states import absorb

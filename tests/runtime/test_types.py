@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is of th
 TYPES = """
 from torch import Tensor
 
-from parallax_gen import State, parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
+from parallax_gen import GraphedDecode, State, parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
 
 Stats = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -34,6 +34,9 @@ def attend(x: Tensor, starts: Tensor, flag: bool) -> None:
     out = parallax_attn_with_kvcache(x, x, x, x, cache_seqlens=3, k_scale=0.5)
     state: State = parallax_attn_with_kvcache(x, x, x, x, cache_seqlens=starts, return_state=True)
     one: Tensor | State = parallax_attn_with_kvcache(x, x, x, x, return_state=flag)
+    out = GraphedDecode(x, x, x, x, cache_seqlens=starts)(x)
+    state = GraphedDecode(x, x, x, x, return_state=True)()
+    one = GraphedDecode(x, x, x, x, return_state=flag)()
     print(out, stats, either, state, one)
 """
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Call = Callable[[], "Tensor"]  # -> like q
 
 NO_LENGTHS = "it has no lengths a sequence"
+CALLS_A_CONFIG = 3  # of Triton's autotuners, in haste
 
 
 class Prepared(Protocol):
@@ -101,6 +103,7 @@ class Baseline:
     softmax                plain softmax attention: less work than Parallax, so no error to compare
     packages               the distributions it comes from, of torch's and our own none
     setting                what else its time depends on, in words
+    release                lets go of the tensors of a comparison that is over, where it keeps them
     """
 
     name: str
@@ -110,6 +113,7 @@ class Baseline:
     softmax: bool = False
     packages: tuple[str, ...] = ()
     setting: Callable[[], str] = lambda: ""
+    release: Callable[[], None] = lambda: None
 
     def has(self, op: str) -> bool:
         """Whether it has a kernel of "forward", "decode" or TRAINING."""
@@ -164,3 +168,25 @@ def gradient_of_output(x: Inputs) -> Tensor:
     """Of a training step's inputs."""
     assert x.do is not None
     return x.do
+
+
+@contextmanager
+def hasty_autotuners() -> Iterator[None]:
+    """In here Triton's autotuners try each config with a few calls, not for an eighth of a second."""
+    from triton.runtime.autotuner import Autotuner
+
+    before = vars(Autotuner)["do_bench"]
+    Autotuner.do_bench = property(lambda self: _few_calls)
+    try:
+        yield
+    finally:
+        Autotuner.do_bench = before
+
+
+def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+    """Milliseconds: the median, for every quantile that is asked for."""
+    from parallax_gen.tuning.workers.measure import marks_us
+
+    call()
+    times = [us for _ in range(CALLS_A_CONFIG) for us in marks_us(call, 1)]
+    return [statistics.median(times) / 1000] * len(quantiles)

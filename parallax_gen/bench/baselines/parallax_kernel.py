@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 
 # How long Helion tunes each new shape: minutes with "full", its own default, not at all with "none", ours.
 HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
-CALLS_A_CONFIG = 3  # of its autotuners, in haste
 
 
 def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
@@ -53,7 +49,7 @@ def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     return call
 
 
-def forget_inputs() -> None:
+def _forget_inputs() -> None:
     """Have the official CuTeDSL decode let go of the tensors that it was given: it keeps each one for good."""
     official = sys.modules.get("parallax.cute.parallax_decode")
     kept = getattr(official, "_cute_input_cache", None)
@@ -154,7 +150,12 @@ def _helion_setting() -> str:
 
 
 BASELINES = (
-    Baseline("official CuTeDSL", decode=cutedsl_decode, packages=("parallax-kernel", "nvidia-cutlass-dsl")),
+    Baseline(
+        "official CuTeDSL",
+        decode=cutedsl_decode,
+        packages=("parallax-kernel", "nvidia-cutlass-dsl"),
+        release=_forget_inputs,
+    ),
     Baseline("official Triton", triton_forward, triton_decode, triton_step, packages=("parallax-kernel",)),
     Baseline(
         "official Helion",
@@ -165,25 +166,3 @@ BASELINES = (
         setting=_helion_setting,
     ),
 )
-
-
-@contextmanager
-def hasty_autotuners() -> Iterator[None]:
-    """In here Triton's autotuners try each config with a few calls, not for an eighth of a second."""
-    from triton.runtime.autotuner import Autotuner
-
-    before = vars(Autotuner)["do_bench"]
-    Autotuner.do_bench = property(lambda self: _few_calls)
-    try:
-        yield
-    finally:
-        Autotuner.do_bench = before
-
-
-def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
-    """Milliseconds: the median, for every quantile that is asked for."""
-    from parallax_gen.tuning.workers.measure import marks_us
-
-    call()
-    times = [us for _ in range(CALLS_A_CONFIG) for us in marks_us(call, 1)]
-    return [statistics.median(times) / 1000] * len(quantiles)
