@@ -28,7 +28,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls, rate
 from parallax_gen.tuning.workers.measure import time_call, time_eagerly
-from parallax_gen.tuning.workers.worker import Timing
+from parallax_gen.tuning.workers.messages import Timing
 
 DEVICE = "cuda"
 EAGER_CALLS, HASTY_CALLS = 20, 5  # of what no CUDA graph can capture

@@ -170,7 +170,8 @@ def cuobjdump() -> Iterator[tuple[str, str]]:
 
 def _compile() -> Iterator[tuple[str, str]]:
     from parallax_gen.ops.space import default_config
-    from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
+    from parallax_gen.tuning.workers.messages import Compile, Trial
+    from parallax_gen.tuning.workers.worker import Worker
 
     gpu = device.gpu_here(0) or gpu_by_name(COMPILE_FOR)
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)

@@ -64,7 +64,8 @@ def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -
     """What a child compiled says: in a process of its own, a compiler that crashes is an error like others."""
     from contextlib import closing
 
-    from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
+    from parallax_gen.tuning.workers.messages import Compile, Trial
+    from parallax_gen.tuning.workers.worker import Worker
 
     with closing(Worker(device=None)) as worker:
         reply = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)

@@ -10,7 +10,7 @@ from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.work import bound_by_matmuls
-from parallax_gen.tuning.workers.worker import Measure, Rematch, Request, Timing, Trial, TrialResult
+from parallax_gen.tuning.workers.messages import Measure, Rematch, Request, Timing, Trial, TrialResult
 
 FINALISTS, FINALIST_MS = 8, 60.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
 CLOSE, IN_TURNS = 1.02, 3  # of them at most so many, within this of the best, are timed once more, in turns

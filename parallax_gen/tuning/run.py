@@ -22,7 +22,7 @@ from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
-from parallax_gen.tuning.workers.worker import Compile, Measure, Request, Trial, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, Request, Trial, TrialResult
 
 MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
 GIVE_UP = 1.5  # a call this many times slower than the best has lost

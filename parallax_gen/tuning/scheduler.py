@@ -9,8 +9,8 @@ from typing import Protocol
 
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.run import Run
+from parallax_gen.tuning.workers.messages import Compile
 from parallax_gen.tuning.workers.pool import Answer, Pool
-from parallax_gen.tuning.workers.worker import Compile
 
 IDLE_S = 0.5  # while nothing happens, a watcher is called as often
 

@@ -20,7 +20,7 @@ from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.workers.worker import Compile, Measure, Rematch, Timing, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, Rematch, Timing, TrialResult
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 

@@ -30,7 +30,8 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.run import MOST_SPILLS
-from parallax_gen.tuning.workers.worker import Compile, Trial, TrialResult, Worker
+from parallax_gen.tuning.workers.messages import Compile, Trial, TrialResult
+from parallax_gen.tuning.workers.worker import Worker
 
 ROOT = Path(__file__).parents[2]
 GPU = GPUS["h200"]

@@ -20,7 +20,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.worker import TrialResult
+from parallax_gen.tuning.workers.messages import TrialResult
 
 JOBS = [Job(KernelSpec("decode", head_dim, "bf16"), Bucket(8, 1, 1024), GPUS["h200"]) for head_dim in range(8, 257, 8)]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.tuning.workers.worker import Compile, Measure, Rematch, Request, Timing, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, Rematch, Request, Timing, TrialResult
 
 FINE = Resources(registers=100, spills=0, shared_bytes=1000)
 

@@ -21,7 +21,7 @@ from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.claims import Storage
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.worker import TRIAL_MS, TrialResult
+from parallax_gen.tuning.workers.messages import TRIAL_MS, TrialResult
 
 LEASE_S = 10.0  # four workers share two cores: one may hear nothing for seconds
 JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])

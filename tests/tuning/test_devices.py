@@ -21,7 +21,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import CLOSE, IN_TURNS
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.worker import TRIAL_MS, Measure, Rematch, TrialResult
+from parallax_gen.tuning.workers.messages import TRIAL_MS, Measure, Rematch, TrialResult
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(5)]

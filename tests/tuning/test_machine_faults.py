@@ -28,7 +28,8 @@ from parallax_gen.tuning.job import Job, Progress, program_of
 from parallax_gen.tuning.search.recorded_sweep import sweep_of
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers import pool, worker
-from parallax_gen.tuning.workers.worker import Compile, Trial, TrialResult, Worker
+from parallax_gen.tuning.workers.messages import Compile, Trial, TrialResult
+from parallax_gen.tuning.workers.worker import Worker
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(3)]
@@ -221,7 +222,7 @@ def test_a_child_that_does_not_start_is_no_configs_fault(monkeypatch: pytest.Mon
 DIES = """#!{python}
 import os, pickle, sys
 sys.path.insert(0, {top!r})
-from parallax_gen.tuning.workers.worker import Ready
+from parallax_gen.tuning.workers.messages import Ready
 first = not os.path.exists({marker!r})
 open({marker!r}, "w").close()
 pickle.dump(Ready(first or {stays}), sys.stdout.buffer)

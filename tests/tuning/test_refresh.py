@@ -22,7 +22,7 @@ from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import MOST_REFRESHED, Job, Progress, known_configs, known_jobs
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.worker import Measure, Rematch, TrialResult
+from parallax_gen.tuning.workers.messages import Measure, Rematch, TrialResult
 
 GPU = GPUS["h200"]
 SPEC = KernelSpec("decode", 64, "bf16")

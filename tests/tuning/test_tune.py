@@ -28,7 +28,7 @@ from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.run import MOST_SPILLS, Run
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.worker import TrialResult
+from parallax_gen.tuning.workers.messages import TrialResult
 
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)

@@ -25,7 +25,8 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.workers import child
-from parallax_gen.tuning.workers.worker import Compile, Timing, Trial, Worker
+from parallax_gen.tuning.workers.messages import Compile, Timing, Trial
+from parallax_gen.tuning.workers.worker import Worker
 
 TRIAL = Trial(
     KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPUS["h200"]
@@ -127,7 +128,8 @@ def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path
         from parallax_gen.problem.hardware import GPUS
         from parallax_gen.problem.shapes import Shape
         from parallax_gen.problem.spec import KernelSpec
-        from parallax_gen.tuning.workers.worker import Compile, Trial, Worker
+        from parallax_gen.tuning.workers.messages import Compile, Trial
+        from parallax_gen.tuning.workers.worker import Worker
         spec, shape = {TRIAL.spec!r}, {TRIAL.shape!r}
         worker = Worker(device=None)
         worker.start()

@@ -38,7 +38,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls
 from parallax_gen.tuning.job import step_of
-from parallax_gen.tuning.workers.worker import Compile, Identify, Measure, Ready, Rematch, Request, Trial, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Identify, Measure, Ready, Rematch, Request, Trial, TrialResult
 
 if TYPE_CHECKING:
     from parallax_gen.oracle.verify import Expected, TrainingStep

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from parallax_gen.tuning.workers.worker import Timing
+from parallax_gen.tuning.workers.messages import Timing
 
 # Protocol 1: a CUDA graph of several calls on one set of random inputs is replayed; each replay is timed with events
 # and divided by its calls; the median counts. L2 is warm: it holds what fits of the inputs. Replays before the timed

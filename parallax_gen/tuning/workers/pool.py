@@ -21,7 +21,7 @@ from parallax_gen.errors import MemoryTakenError
 from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.workers.worker import Compile, Rematch, Request, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Rematch, Request, TrialResult
 
 _LOG = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.problem.workloads import TRAINING
-from parallax_gen.tuning.workers.worker import Timing
+from parallax_gen.tuning.workers.messages import Timing
 
 STEP = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True)
 SHAPE = Shape(2, 4, 2, 40, 40)
