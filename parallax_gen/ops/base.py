@@ -14,7 +14,7 @@ from parallax_gen.errors import ConfigError
 from parallax_gen.ops.pieces import Piece, pieces_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OWN_LENGTHS, ROWS_ALONE, KernelSpec
+from parallax_gen.problem.spec import OWN_LENGTHS, ROWS_ALONE, KernelSpec, family_of
 
 Value = int | str
 
@@ -226,19 +226,19 @@ def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
 
     Values need not be those of today's knobs, which `space.why_invalid` knows; numbers and words are bounded.
     """
-    kind = OPS_BY_NAME[op].config
+    kind, family = OPS_BY_NAME[op].config, family_of(op)
     expected = {f.name: f.type for f in fields(kind)}
     needed = {f.name for f in fields(kind) if f.default is MISSING}
     if not needed <= set(data) <= set(expected):
-        raise ConfigError(f"a {op} config has the fields {sorted(expected)}, not {sorted(data)}")
+        raise ConfigError(f"a {family} config has the fields {sorted(expected)}, not {sorted(data)}")
     for name, value in data.items():
         if type(value).__name__ != expected[name]:
-            raise ConfigError(f"{op} config field {name} is {value!r:.80}; it must be of type {expected[name]}")
+            raise ConfigError(f"{family} config field {name} is {value!r:.80}; it must be of type {expected[name]}")
         if isinstance(value, int) and not 0 <= value <= LARGEST:
-            raise ConfigError(f"{op} config field {name} is {value!r:.80}; it must be from 0 to {LARGEST}")
+            raise ConfigError(f"{family} config field {name} is {value!r:.80}; it must be from 0 to {LARGEST}")
         if isinstance(value, str) and not (value.isprintable() and len(value) <= LONGEST):
             raise ConfigError(
-                f"{op} config field {name} is {value!r:.80}; it must be a word of at most {LONGEST} letters"
+                f"{family} config field {name} is {value!r:.80}; it must be a word of at most {LONGEST} letters"
             )
     config: KernelConfig = kind(**data)
     return config

@@ -40,6 +40,11 @@ def family_of(op: str) -> str:
     return _FAMILY_OF.get(op, op)
 
 
+def named(op: str) -> str:
+    """An op as errors name it: in the words of users and records, whoever made the spec."""
+    return op if op in FAMILIES else f"ragged {family_of(op)}"
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One Parallax kernel, by meaning.
@@ -97,19 +102,20 @@ class KernelSpec:
             if type(value) is not bool:
                 raise ArgumentError(name, repr(value), "True or False")
             if value and self.op not in ops:
-                raise ArgumentError(name, f"True with op {self.op!r}", f"True with op {' or '.join(ops)} only")
+                allowed = " or ".join(map(named, ops))
+                raise ArgumentError(name, f"True with op {named(self.op)!r}", f"True with op {allowed} only")
         if type(self.page_size) is not int or self.page_size < 0:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         if self.cache_dtype and not (own_lengths and self.bytes_per_element == 2):
-            allowed = "'', but with op 'decode_varlen' and dtype bf16 or fp16"
+            allowed = "'', but with ragged decode and dtype bf16 or fp16"
             raise ArgumentError("cache_dtype", self.cache_dtype, allowed)
         if self.page_size and not own_lengths:
-            raise ArgumentError("page_size", self.page_size, "0, but with op 'decode_varlen'")
+            raise ArgumentError("page_size", self.page_size, "0, but with ragged decode")
         if self.window and not self.causal:
             raise ArgumentError("window", "True without causal", "True with causal=True only")
         if own_lengths and self.varlen and not self.many_queries:
-            raise ArgumentError("varlen", f"True with op {self.op!r}", "True with many_queries=True only")
+            raise ArgumentError("varlen", f"True with op {named(self.op)!r}", "True with many_queries=True only")
         if own_lengths and self.causal and not (self.window or self.many_queries):
             raise ArgumentError("causal", "True with one query a sequence", "False, but with window or many_queries")
 

@@ -39,6 +39,7 @@ from parallax_gen.runtime.requests import (
     rounds_to_tf32,
     starts_of,
     tensors_of,
+    wanted,
     window_of,
 )
 
@@ -90,8 +91,9 @@ def backward(
         check_request(asked, packed=bool(starts_of(asked)))
         plan = _plan_backward(asked, dqdr, dkdv)
         _backwards.remember(key, plan)
-    wanted = (asked.q, asked.r) * dqdr + (asked.k, asked.v) * dkdv
-    grads = tuple([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted])
+    names = wanted(dqdr, dkdv)
+    like = [getattr(asked, name) for name in names]
+    grads = tuple([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like])
     if isinstance(plan, BackwardPlan):
         plan.launch(do, asked, saved, grads)
     elif plan.nothing_seen:
@@ -99,7 +101,7 @@ def backward(
             grad.zero_()
     else:
         found = _partial_backward(do, asked, saved) if some_keys else _reference_backward(do, asked)
-        copy_into(grads, found[0 if dqdr else 2 :])
+        copy_into(grads, [getattr(found, f"d{name}") for name in names])
     return grads
 
 

@@ -10,6 +10,7 @@ outside a kernel, and a new length or packing makes no new graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +30,7 @@ from parallax_gen.runtime.requests import (
     parted,
     starts_of,
     tensors_of,
+    wanted,
 )
 from parallax_gen.runtime.transforms import (
     functionalized,
@@ -130,16 +132,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
-    dqdr, dkdv = needs[0] or needs[1], needs[2] or needs[3]
-    grads: list[Tensor | None] = [None] * len(needs)
+    needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
+    dqdr, dkdv = needs["q"] or needs["r"], needs["k"] or needs["v"]
+    found: Sequence[Tensor] = ()
     if do is not None:
         if operator is None:
             operator = _AttentionBackward.apply if transforms_see(do) else _attention_backward
         saved, count = ctx.saved_tensors, len(TENSORS)
         found = operator(*saved[:count], *ctx.numbers, do, *saved[count:], dqdr, dkdv)
-        grads[0 if dqdr else 2 : 4 if dkdv else 2] = found
-    return tuple(grads)
+    grads = dict(zip(wanted(dqdr, dkdv), found, strict=bool(found)))
+    return *map(grads.get, INPUTS), *[None] * (len(ctx.needs_input_grad) - len(INPUTS))
 
 
 _attention_with_stats = torch.library.custom_op(
@@ -174,7 +176,8 @@ def _run_backward(*given: Any) -> list[Tensor]:
 def _fake_backward(*given: Any) -> list[Tensor]:
     refuse_tangents()
     asked, (_do, _out, _lse, _t_mean, _v_mean, dqdr, dkdv, *_) = parted(given)
-    return [x.new_empty(x.shape) for x in (asked.q, asked.r) * dqdr + (asked.k, asked.v) * dkdv]
+    inputs = (getattr(asked, name) for name in wanted(dqdr, dkdv))
+    return [x.new_empty(x.shape) for x in inputs]
 
 
 def _refuse(ctx: Any, *_: Any) -> NoReturn:

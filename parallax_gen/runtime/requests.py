@@ -91,6 +91,11 @@ def window_of(window_size: int | None, seqlen_k: int) -> int:
     return 0 if window_size is None or window_size >= seqlen_k else window_size
 
 
+def wanted(dqdr: bool, dkdv: bool) -> tuple[str, ...]:
+    """Of INPUTS those whose gradients a backward finds, in its results' order: of q and r, of k and v, or of all."""
+    return ("q", "r") * dqdr + ("k", "v") * dkdv
+
+
 def inputs_of(asked: Request) -> Inputs:
     return asked.q, asked.r, asked.k, asked.v
 

@@ -197,6 +197,13 @@ def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple
         assert says in " ".join(result.stderr.split())
 
 
+def test_what_a_kernel_cannot_be_is_said_of_ops_that_the_command_takes() -> None:
+    words = ("--gpu", "h200", "--op", "decode", "--cache-dtype", "e4m3", "--dtype", "fp32", "--shape", "1,32/8,4096")
+    result = run("explain", *words)
+    assert result.exit_code
+    assert "cache_dtype: got e4m3; allowed: '', but with ragged decode and dtype bf16 or fp16" in result.stderr
+
+
 def test_a_flag_that_one_of_several_ops_has_is_none() -> None:
     check_flags(Flags(causal=False, stats=True, window=9, varlen=True, ragged=True), ("forward", "decode"))
     check_flags(Flags(leftpad=True, page_size=16, cache_dtype="e4m3"), ("forward", "decode"))

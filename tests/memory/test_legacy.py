@@ -62,7 +62,7 @@ def test_records_know_each_op_by_one_name() -> None:
 def test_what_is_wrong_with_a_records_spec_is_said_in_the_words_of_records() -> None:
     data = KernelSpec("decode", 64, "bf16").to_dict()
     for wrong, message in (
-        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with op 'ragged decode'"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with ragged decode"),
         ({"stats": True}, "stats: got True with op 'decode'; allowed: True with op forward or ragged decode only"),
         ({"ragged": True, "causal": True}, "causal: got True with one query a sequence; allowed: False, but with"),
     ):
@@ -70,3 +70,5 @@ def test_what_is_wrong_with_a_records_spec_is_said_in_the_words_of_records() -> 
             spec_from(data | wrong)
         assert str(caught.value).startswith(message)
         assert "decode_varlen" not in str(caught.value)
+    with pytest.raises(ArgumentError, match=r"^causal: got 'decode_varlen'; allowed: True or False$"):
+        spec_from(data | {"causal": "decode_varlen"})  # what came is quoted as it came

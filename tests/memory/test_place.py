@@ -212,3 +212,9 @@ def test_config_of_wrong_fields_is_refused(change: dict[str, object]) -> None:
     data = {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3}
     with pytest.raises(ConfigError):
         config_from_dict("forward", data | change)
+
+
+def test_a_config_of_a_record_is_told_of_by_the_op_that_records_name() -> None:
+    data = {"BLOCK_H": 8, "BLOCK_N": 64, "NUM_SPLITS": "8", "merge": "last", "num_warps": 4, "num_stages": 3}
+    with pytest.raises(ConfigError, match=r"^decode config field NUM_SPLITS is '8'"):
+        config_from_dict("decode_varlen", data)

@@ -66,9 +66,9 @@ def test_shapes_and_buckets_survive_a_dict(shape: Shape) -> None:
     assert Bucket.from_dict(bucket.to_dict()) == bucket
 
 
-OF_MANY = "True with op forward or dkdv or dqdr or decode_varlen only"
+OF_MANY = "True with op forward or dkdv or dqdr or ragged decode only"
 A_HEAD_DIM = "a multiple of 8 from 8 to 256"
-AN_EIGHT_BIT_CACHE = "'', but with op 'decode_varlen' and dtype bf16 or fp16"
+AN_EIGHT_BIT_CACHE = "'', but with ragged decode and dtype bf16 or fp16"
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,17 @@ AN_EIGHT_BIT_CACHE = "'', but with op 'decode_varlen' and dtype bf16 or fp16"
         ({"op": "preprocess", "causal": True}, f"causal: got True with op 'preprocess'; allowed: {OF_MANY}"),
         (
             {"op": "dkdv", "stats": True},
-            "stats: got True with op 'dkdv'; allowed: True with op forward or decode_varlen only",
+            "stats: got True with op 'dkdv'; allowed: True with op forward or ragged decode only",
         ),
-        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True with op decode_varlen only"),
+        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True with op ragged decode only"),
         (
             {"op": "dqdr", "many_queries": True},
-            "many_queries: got True with op 'dqdr'; allowed: True with op decode_varlen only",
+            "many_queries: got True with op 'dqdr'; allowed: True with op ragged decode only",
         ),
         ({"op": "decode_varlen", "many_queries": 4}, "many_queries: got 4; allowed: True or False"),
         ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
         ({"window": True}, "window: got True without causal; allowed: True with causal=True only"),
-        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with op 'decode_varlen'"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with ragged decode"),
         ({"page_size": -1}, "page_size: got -1; allowed: an int of 1 or more, or 0 for no pages"),
         ({"page_size": True}, "page_size: got True; allowed: an int of 1 or more, or 0 for no pages"),
         ({"cache_dtype": "e4m3"}, f"cache_dtype: got e4m3; allowed: {AN_EIGHT_BIT_CACHE}"),
@@ -120,7 +120,7 @@ AN_EIGHT_BIT_CACHE = "'', but with op 'decode_varlen' and dtype bf16 or fp16"
         ({"op": "decode", "cache_dtype": None}, "cache_dtype: got None; allowed: , e4m3, e5m2"),
         (
             {"op": "decode_varlen", "causal": True, "varlen": True, "window": True},
-            "varlen: got True with op 'decode_varlen'; allowed: True with many_queries=True only",
+            "varlen: got True with op 'ragged decode'; allowed: True with many_queries=True only",
         ),
         (
             {"op": "decode_varlen", "causal": True},
@@ -147,7 +147,7 @@ def test_a_spec_of_decode_has_it_only_where_sequences_have_their_own_lengths(nam
     needed |= {"causal": True} if name == "window" else {}
     given = {name: value, **needed}
     assert getattr(KernelSpec("decode_varlen", 96, "bf16", **given), name) == value  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r"; allowed: .* op '?([a-z]+ or )*decode_varlen") as caught:
+    with pytest.raises(ArgumentError, match=r"; allowed: .* (op )?([a-z]+ or )*ragged decode\b") as caught:
         KernelSpec("decode", 96, "bf16", **given)  # type: ignore[arg-type]
     assert caught.value.argument in given
 
