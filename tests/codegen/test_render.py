@@ -1,12 +1,14 @@
 """Rendered kernels as texts: golden ones, and what every one must look like.
 
-After a template was changed on purpose, `python -m pytest tests/codegen/test_render.py --regenerate-golden` writes
+tests/golden has one kernel of each op whole, NAME.py, and of the others how they differ from it, NAME.diff: changed
+lines with a line around them. After a template was changed on purpose, `python -m pytest tests/codegen/test_render.py --regenerate-golden` writes
 tests/golden anew; its diff shows what the change does.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import shutil
 import subprocess
@@ -42,16 +44,31 @@ def text_of(kernel: Kernel) -> str:
 EVERY_TEXT = {**GOLDEN, **{f"random_{i}": kernel for i, kernel in enumerate(random_kernels(RANDOM_KERNELS, GPU))}}
 
 
+# By op the golden kernel that is there whole: the first.
+WHOLE = {GOLDEN[name].spec.op: name for name in reversed(GOLDEN)}
+
+
+def golden(name: str) -> tuple[Path, str]:
+    """A golden kernel's file, and what it should hold."""
+    whole, text = WHOLE[GOLDEN[name].spec.op], text_of(GOLDEN[name])
+    if name == whole:
+        return TESTS / "golden" / f"{name}.py", text
+    lines = difflib.unified_diff(*(x.splitlines() for x in (text_of(GOLDEN[whole]), text)), whole, name, "", "", 1, "")
+    # Without line numbers: a line more in the whole kernel changes no other file.
+    return TESTS / "golden" / f"{name}.diff", "".join(f"{'@@' if x.startswith('@@') else x}\n" for x in lines)
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name: str, request: pytest.FixtureRequest) -> None:
-    path = TESTS / "golden" / f"{name}.py"
+    path, expected = golden(name)
     if request.config.getoption("--regenerate-golden"):
-        path.write_text(text_of(GOLDEN[name]), encoding="utf-8")
-    assert text_of(GOLDEN[name]) == path.read_text(encoding="utf-8")
+        path.write_text(expected, encoding="utf-8")
+    assert expected == path.read_text(encoding="utf-8")
 
 
 def test_no_golden_file_is_left_over() -> None:
-    assert {path.stem for path in (TESTS / "golden").glob("*.py")} == set(GOLDEN)
+    files = {path.name for path in (TESTS / "golden").iterdir()} - {"fingerprints.json"}
+    assert files == {golden(name)[0].name for name in GOLDEN}
 
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed: pip install parallax-gen[lint]")
