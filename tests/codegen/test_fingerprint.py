@@ -22,15 +22,14 @@ from parallax_gen.codegen.fingerprint import fingerprint, text_hash
 from parallax_gen.codegen.render import render
 from parallax_gen.problem.hardware import GPUS
 
-FOLDER = Path(__file__).parents[1] / "golden"
-STORED = FOLDER / "fingerprints.json"
+STORED = Path(__file__).parents[1] / "golden" / "fingerprints.json"
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
 NAMES = st.sampled_from(sorted(GOLDEN))
 
 
 @cache
 def text_of(name: str) -> str:
-    return (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    return render(GOLDEN[name].spec, GOLDEN[name].config, GPUS["h200"]).text
 
 
 @cache

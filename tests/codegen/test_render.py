@@ -1,8 +1,10 @@
 """Rendered kernels as texts: golden ones, and what every one must look like.
 
 tests/golden has one kernel of each op whole, NAME.py, and of the others how they differ from it, NAME.diff: changed
-lines with a line around them. After a template was changed on purpose, `python -m pytest tests/codegen/test_render.py --regenerate-golden` writes
-tests/golden anew; its diff shows what the change does.
+lines with a line around them. After a template was changed on purpose, this writes it anew, and its diff shows what the
+change does:
+
+    python -m pytest tests/codegen/test_render.py tests/codegen/test_fingerprint.py --regenerate-golden
 """
 
 from __future__ import annotations
