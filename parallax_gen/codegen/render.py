@@ -67,7 +67,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     op, form = op_of(spec), getattr(config, "HEAD_DIM_AS", "whole")
     pieces, summed = op.scored_and_summed(spec.head_dim, form)
     text = (
-        _environment()
+        _environment(op.name in TRIMMED)
         .get_template(op.template)
         .render(
             spec=spec,
@@ -77,6 +77,9 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
             pieces=pieces,
             summed=summed,
             halves=form == "halves",
+            form=op.form(spec, config),
+            kernels=op.signatures(spec, config),
+            parameters=op.parameters(spec, config),
             gpu_title=gpu.title,
             version=parallax_gen.__version__,
             kernel=_UNKNOWN,
@@ -85,9 +88,14 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     return text, text_hash(text)
 
 
+TRIMMED = {"preprocess"}
+
+
 @cache
-def _environment() -> jinja2.Environment:
+def _environment(trimmed: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
+        trim_blocks=trimmed,
+        lstrip_blocks=trimmed,
         loader=jinja2.FileSystemLoader(data_dir("templates")),
         auto_reload=False,  # no look at the files for every macro that is imported: they stay as they are
         undefined=jinja2.StrictUndefined,

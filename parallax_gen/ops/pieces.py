@@ -24,13 +24,18 @@ class Piece:
         return self.real < self.width
 
 
+def power_of_2(size: int) -> int:
+    """The least one that is no less."""
+    return 1 << (size - 1).bit_length()
+
+
 def pieces_of(head_dim: int, how: str) -> list[Piece]:
     """The pieces of a head: `how` is "whole", "padded" or "pieces" (96 = 64 + 32), as a config's HEAD_DIM_AS.
 
     No piece is narrower than 16, the least that tensor cores take, so the last one may be padded.
     """
     if how != "pieces":
-        width = max(16, 1 << (head_dim - 1).bit_length())
+        width = max(16, power_of_2(head_dim))
         return [Piece("", 0, width, head_dim, "dims")]
     left = -(-head_dim // 16) * 16
     found: list[Piece] = []
@@ -55,4 +60,4 @@ def forms_of(head_dim: int) -> tuple[str, ...]:
 
 def width_of(head_dim: int, form: str) -> int:
     """What a row of head_dim numbers takes in a tile, of the form HEAD_DIM_AS: padding counts."""
-    return max(16, 1 << (head_dim - 1).bit_length()) if form == "padded" else -(-head_dim // 16) * 16
+    return max(16, power_of_2(head_dim)) if form == "padded" else -(-head_dim // 16) * 16
