@@ -64,8 +64,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     """A kernel's text, which does not say yet which kernel it is, and the hash of it below the header."""
     if reason := why_invalid(spec, config, gpu):
         raise ConfigError(f"{describe(config)}: {reason}")
-    op, form = op_of(spec), getattr(config, "HEAD_DIM_AS", "whole")
-    pieces, summed = op.scored_and_summed(spec.head_dim, form)
+    op = op_of(spec)
     text = (
         _environment(op.name in TRIMMED)
         .get_template(op.template)
@@ -74,9 +73,6 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
             op=op,
             config=config,
             config_text=_wrapped(describe(config)),
-            pieces=pieces,
-            summed=summed,
-            halves=form == "halves",
             form=op.form(spec, config),
             kernels=op.signatures(spec, config),
             parameters=op.parameters(spec, config),
@@ -88,7 +84,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     return text, text_hash(text)
 
 
-TRIMMED = {"preprocess"}
+TRIMMED = {"preprocess", "forward", "dkdv", "dqdr"}
 
 
 @cache

@@ -11,6 +11,9 @@ class Piece:
 
     suffix  of the names of this piece's tiles: "" where there is only one piece
     dims    the name of its dimensions' numbers
+    size    its width as kernels write it: by name where it has one
+    begin   where it begins, as kernels write it: "" for 0
+    about   what a kernel says of its dimensions
     """
 
     suffix: str
@@ -18,6 +21,9 @@ class Piece:
     width: int
     real: int
     dims: str
+    size: str
+    begin: str = ""
+    about: str = ""
 
     @property
     def padded(self) -> bool:
@@ -36,16 +42,31 @@ def pieces_of(head_dim: int, how: str) -> list[Piece]:
     """
     if how != "pieces":
         width = max(16, power_of_2(head_dim))
-        return [Piece("", 0, width, head_dim, "dims")]
+        return [Piece("", 0, width, head_dim, "dims", "HEAD_DIM" if width == head_dim else str(width))]
     left = -(-head_dim // 16) * 16
     found: list[Piece] = []
     start = 0
     while left:
         width = 1 << (left.bit_length() - 1)
         suffix = f"_{len(found)}"
-        found.append(Piece(suffix, start, width, min(width, head_dim - start), f"dims{suffix}"))
+        real = min(width, head_dim - start)
+        found.append(Piece(suffix, start, width, real, f"dims{suffix}", str(width), str(start or "")))
         start, left = start + width, left - width
     return found
+
+
+def half_of(head_dim: int, suffix: str = "") -> Piece:
+    """The half of a wide head that a program sums, where two share a tile. Which one it is, it learns when it runs."""
+    width = head_dim // 2
+    about = "the dimensions that this program sums"
+    return Piece(suffix, 0, width, width, "mine", "HALF", "half * HALF", about)
+
+
+def other_half_of(head_dim: int) -> Piece:
+    """The other program's; `start` is that of the first program's."""
+    width = head_dim // 2
+    about = "those that it needs for scores alone"
+    return Piece("_other", width, width, width, "others", "HALF", "(1 - half) * HALF", about)
 
 
 def forms_of(head_dim: int) -> tuple[str, ...]:

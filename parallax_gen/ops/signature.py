@@ -41,6 +41,16 @@ class Signature:
     def arguments(self) -> tuple[str, ...]:
         return tuple(passed.expression for passed in self.passed)
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Arguments before those of `unspecialised`, which come last: another kernel of the file may take the same."""
+        return self.arguments[: -len(self.unspecialised)]
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The rest."""
+        return self.arguments[-len(self.unspecialised) :]
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -83,6 +93,17 @@ class Padding:
 def pointers(tensors: Iterable[str]) -> tuple[Passed, ...]:
     """A pointer to each tensor, by the name that kernels have for it."""
     return tuple(Passed((f"{_SHORT.get(tensor, tensor)}_ptr",), tensor) for tensor in tensors)
+
+
+def strides(spec: KernelSpec, tensor: str, row: str, constant: bool = False) -> Passed:
+    """A tensor's but the last dimension's, which is 1, named by letters: those of batches, rows and heads.
+
+    constant  whether the kernel is compiled for that of rows
+    """
+    name = _SHORT.get(tensor, tensor)
+    row += ": tl.constexpr" if constant else ""
+    letters = (row, "h") if spec.varlen else ("b", row, "h")
+    return Passed(tuple(f"stride_{name}{letter}" for letter in letters), f"*{tensor}.stride()[:{len(letters)}]")
 
 
 def number(parameter: str, expression: str = "") -> Passed:
