@@ -29,6 +29,11 @@ class Piece:
     def padded(self) -> bool:
         return self.real < self.width
 
+    @property
+    def in_head(self) -> str:
+        """What masks add to rows that are there: in a padded piece, dimensions that are."""
+        return f" & in_head{self.suffix}" if self.padded else ""
+
 
 def power_of_2(size: int) -> int:
     """The least one that is no less."""

@@ -48,9 +48,9 @@ KEYS = Side("k", "n", "cols", "in_kv", "BLOCK_N", "seqlen_kv")
 class TileForm:
     """What all three have. A program owns a tile of one side and steps over blocks of the other.
 
-    pieces   of a head, as scores are found with them
-    summed   the dimensions that a program sums: all, or with halves its own
-    vectors  what is written with strides of its own, as kernels call it
+    pieces   of a head: scores are summed over them
+    summed   those that a program has sums of: all, or with halves its own
+    vectors  kernels' names of tensors that they write rows of head_dim numbers to
     """
 
     op: TiledOp[Any]
@@ -79,7 +79,7 @@ class TileForm:
 
     @property
     def stepped_head(self) -> str:
-        """The head that it steps over rows, or keys, of."""
+        """The head whose rows, or keys, it steps over."""
         if self.spec.group == 1:
             return self.head
         return "head" if self.op.owns_keys else "head // GROUP"
@@ -91,17 +91,17 @@ class TileForm:
 
     @property
     def by_row(self) -> str:
-        """What lays a number of each query row along a tile of scores."""
+        """Index that broadcasts one number a query row over a tile of scores."""
         return "[None, :]" if self.op.owns_keys else "[:, None]"
 
     @property
     def by_key(self) -> str:
-        """What lays a number of each key along it."""
+        """Index that broadcasts one number a key over it."""
         return "[:, None]" if self.op.owns_keys else "[None, :]"
 
     @property
     def last(self) -> str:
-        """The last key that each row sees, along it."""
+        """The last key that each row sees, to broadcast over it."""
         return f"rows{self.by_row} + shift"
 
     @property
@@ -116,7 +116,7 @@ class TileForm:
 
     @property
     def crossed(self) -> str:
-        """Whether a row may not see a key of a block, by what is found before the loop."""
+        """Tells in the loop whether a block has a key that some row does not see."""
         if self.op.owns_keys:
             return "(i < sees_last) | (i + BLOCK_M - 1 > sees_first)" if self.spec.window else "i < sees_last"
         if not self.spec.causal:
@@ -182,12 +182,12 @@ class TileForm:
 
     @property
     def longest(self) -> str:
-        """What a kernel is told that it finds tiles by: the longest sequence's rows, or keys."""
+        """What tiles are counted by in a kernel: the rows, or keys, of the longest sequence."""
         return "max_seqlen" if self.spec.varlen else self.owned.length
 
     @property
     def tiled(self) -> str:
-        """What `launch` calls it."""
+        """The same in `launch`."""
         return f"max_seqlen_{self.owned.of}" if self.spec.varlen else self.owned.length
 
     @property
@@ -257,10 +257,10 @@ def basics(
 class Pass:
     """How a kernel of the forward's file does a tile.
 
-    again    whether in a loop, over tiles that another kernel gave up
+    again    whether it does so in a loop over tiles whose sums ran over
     running  whether scores are measured against a running maximum; if not, against one key's
     shifted  whether that may be another key's than the first, which then has a weight other than 1
-    base     of names of pointers that it steps from
+    base     how pointers that it steps from end: k_ptr or k_head
     """
 
     again: bool
@@ -286,12 +286,12 @@ class ForwardForm(TileForm):
 
     @property
     def first(self) -> Pass:
-        """Of forward_kernel."""
+        """forward_kernel's."""
         return Pass(False, not self.fixed, self.spec.causal and self.fixed, "_ptr")
 
     @property
     def again(self) -> Pass:
-        """Of again_kernel."""
+        """again_kernel's."""
         return Pass(True, True, False, "_head")
 
     @property
@@ -319,14 +319,14 @@ class ForwardForm(TileForm):
 
     @property
     def of_first_key(self) -> list[tuple[str, Piece]]:
-        """What is loaded of the first key and its value: piece by piece, where both are summed."""
+        """Pieces that are loaded of the first key and of its value, in order."""
         if self.halves:
             return [*(("k", piece) for piece in self.pieces), *(("v", piece) for piece in self.summed)]
         return [(name, piece) for piece in self.pieces for name in "kv"]
 
     @property
     def first_end(self) -> str:
-        """head_dim, as the first key's loads compare dimensions with it."""
+        """head_dim, by name where it has one."""
         return "HEAD_DIM" if self.head_dim_named else str(self.spec.head_dim)
 
     @property
@@ -336,7 +336,7 @@ class ForwardForm(TileForm):
 
 @dataclass(frozen=True)
 class GradientForm(TileForm):
-    """That of dkdv and dqdr.
+    """dkdv's and dqdr's.
 
     mask   what a mask is put on: "weights", in blocks that the diagonal or a window's edge crosses; "scores", there
            too; "all weights", in every block; or nothing, ""
@@ -359,6 +359,6 @@ class GradientForm(TileForm):
 
     @property
     def stats_head(self) -> str:
-        """Among all heads of a dense batch, the one whose rows preprocess left behind so many others."""
+        """Which of all heads of a dense batch this is: what preprocess left lies head after head."""
         grouped = self.op.owns_keys and self.spec.group > 1
         return "(batch * kv_heads * GROUP + head)" if grouped else "bh.to(tl.int64)"
