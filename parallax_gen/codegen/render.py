@@ -64,19 +64,18 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     """A kernel's text, which does not say yet which kernel it is, and the hash of it below the header."""
     if reason := why_invalid(spec, config, gpu):
         raise ConfigError(f"{describe(config)}: {reason}")
-    op, form = op_of(spec), getattr(config, "HEAD_DIM_AS", "whole")
-    pieces, summed = op.scored_and_summed(spec.head_dim, form)
+    op = op_of(spec)
     text = (
-        _environment()
+        _environment(op.name in TRIMMED)
         .get_template(op.template)
         .render(
             spec=spec,
             op=op,
             config=config,
             config_text=_wrapped(describe(config)),
-            pieces=pieces,
-            summed=summed,
-            halves=form == "halves",
+            form=op.form(spec, config),
+            kernels=op.signatures(spec, config),
+            parameters=op.parameters(spec, config),
             gpu_title=gpu.title,
             version=parallax_gen.__version__,
             kernel=_UNKNOWN,
@@ -85,9 +84,14 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     return text, text_hash(text)
 
 
+TRIMMED = {"preprocess", "forward", "dkdv", "dqdr"}
+
+
 @cache
-def _environment() -> jinja2.Environment:
+def _environment(trimmed: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
+        trim_blocks=trimmed,
+        lstrip_blocks=trimmed,
         loader=jinja2.FileSystemLoader(data_dir("templates")),
         auto_reload=False,  # no look at the files for every macro that is imported: they stay as they are
         undefined=jinja2.StrictUndefined,

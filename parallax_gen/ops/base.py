@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from parallax_gen.errors import ConfigError
 from parallax_gen.ops.pieces import Piece, pieces_of
+from parallax_gen.ops.signature import Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import OWN_LENGTHS, ROWS_ALONE, KernelSpec, family_of
@@ -173,6 +174,25 @@ class Op(ABC, Generic[C]):
         seqlen_q  of decode with many queries: the longest sequence's
         """
         return Scratch()
+
+    def signatures(self, spec: KernelSpec, config: C) -> dict[str, Signature]:
+        """Of each kernel in the op's file, by a short name: what `launch` passes it."""
+        return {}
+
+    def form(self, spec: KernelSpec, config: C) -> object:
+        """Sizes and facts that a template needs of a spec and a config together: a frozen dataclass of the op's own."""
+        return None
+
+    def tensors(self, spec: KernelSpec, config: C) -> tuple[str, ...]:
+        """All tensors that `launch` takes, in order, by the names that it has for them."""
+        needed = self.scratch(spec, config, 1, 1)
+        scratch = ("partials",) * (needed.partials > 0) + ("arrived",) * (needed.arrived > 0)
+        return (*self.given(spec), *self.written(spec), *self.lengths(spec), *scratch)
+
+    def parameters(self, spec: KernelSpec, config: C) -> tuple[str, ...]:
+        """All that `launch` takes, in order, as it declares them."""
+        tensors = [f"{tensor}: torch.Tensor" for tensor in self.tensors(spec, config)]
+        return (*tensors, "softmax_scale: float", *(f"{size}: int" for size in self.sizes(spec)))
 
     # -- how it is checked, timed and shown
 

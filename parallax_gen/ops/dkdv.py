@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, register
+from parallax_gen.ops.tile_form import GradientForm, basics
 from parallax_gen.ops.tiles import MASK, TILE_KNOBS, GradientOp, MaskedConfig, Tiles, row_bytes
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
@@ -84,6 +85,10 @@ class DkDvOp(GradientOp[DkDvConfig]):
 
     def sizes(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("window_size",) * spec.window + ("max_seqlen_k",) * spec.varlen
+
+    def form(self, spec: KernelSpec, config: DkDvConfig) -> GradientForm:
+        mask, apart = config.MASK if spec.causal else "", config.ROW_NUMBERS == "apart"
+        return GradientForm(*basics(self, spec, config, ("dk", "dv")), mask, apart)
 
 
 register(DkDvOp())

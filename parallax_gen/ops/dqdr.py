@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, register
+from parallax_gen.ops.tile_form import GradientForm, basics
 from parallax_gen.ops.tiles import MASK, TILE_KNOBS, GradientOp, MaskedConfig, Tiles
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
@@ -64,6 +65,12 @@ class DqDrOp(GradientOp[DqDrConfig]):
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("dq", "dr")
+
+    def form(self, spec: KernelSpec, config: DqDrConfig) -> GradientForm:
+        mask = config.MASK if spec.causal else ""
+        if mask == "weights" and not spec.window:
+            mask = "all weights"  # a branch costs more
+        return GradientForm(*basics(self, spec, config, ("dq", "dr")), mask)
 
 
 register(DqDrOp())

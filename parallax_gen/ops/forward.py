@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, Value, register
-from parallax_gen.ops.pieces import Piece, pieces_of
+from parallax_gen.ops.pieces import Piece, half_of, pieces_of
+from parallax_gen.ops.signature import Signature
+from parallax_gen.ops.tile_form import ForwardForm, basics
 from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, Tiles, programs_a_head, row_bytes
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
@@ -64,8 +66,7 @@ class ForwardOp(TiledOp[ForwardConfig]):
     def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
         if form != "halves":
             return super().scored_and_summed(head_dim, form)
-        width = head_dim // 2
-        return pieces_of(head_dim, "whole"), [Piece("", 0, width, width, "mine")]
+        return pieces_of(head_dim, "whole"), [half_of(head_dim)]
 
     def lean(self, config: ForwardConfig) -> ForwardConfig:
         return replace(config, ROW_MAX="first")
@@ -81,6 +82,15 @@ class ForwardOp(TiledOp[ForwardConfig]):
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
+
+    def signatures(self, spec: KernelSpec, config: ForwardConfig) -> dict[str, Signature]:
+        if config.ROW_MAX != "first":
+            return super().signatures(spec, config)
+        sizes, again = self.sizes_passed(spec, config, fills=False), self.sizes_passed(spec, config, tiled=False)
+        return {"forward": self.signature(spec, config, sizes), "again": self.signature(spec, config, again)}
+
+    def form(self, spec: KernelSpec, config: ForwardConfig) -> ForwardForm:
+        return ForwardForm(*basics(self, spec, config, ("o",)), fixed=config.ROW_MAX == "first")
 
 
 register(ForwardOp())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, CostHints, KernelConfig, Knob, Layout, Op, register
-from parallax_gen.ops.pieces import width_of
+from parallax_gen.ops.pieces import power_of_2, width_of
+from parallax_gen.ops.signature import Passed, Signature, number, pointers, strides_of_rows
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -21,6 +22,14 @@ class PreprocessConfig(KernelConfig):
 
     BLOCK_M: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """A row of head_dim numbers as a program holds it: in a tile `width` wide, a power of two."""
+
+    width: int
+    padded: bool
 
 
 class PreprocessOp(Op[PreprocessConfig]):
@@ -55,6 +64,28 @@ class PreprocessOp(Op[PreprocessConfig]):
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("cu_seqlens_q",) if spec.varlen else ()
+
+    def signatures(self, spec: KernelSpec, config: PreprocessConfig) -> dict[str, Signature]:
+        dims = "mh" if spec.varlen else "bmh"
+        strides = [
+            Passed(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]")
+            for tensor, name in (("do", "do"), ("out", "o"), ("v_mean", "v"))
+        ]
+        length = number("total_q", "do.shape[0]") if spec.varlen else number("seqlen_q")
+        passed = (
+            *pointers(self.tensors(spec, config)),
+            *strides,
+            strides_of_rows(spec),
+            number("softmax_scale"),
+            number("heads"),
+            length,
+            number("tiles"),
+        )
+        return {"preprocess": Signature(passed, ("heads", *length.parameters, "tiles"))}
+
+    def form(self, spec: KernelSpec, config: PreprocessConfig) -> RowForm:
+        width = power_of_2(spec.head_dim)
+        return RowForm(width, width != spec.head_dim)
 
     def awkward_shape(self, spec: KernelSpec, config: PreprocessConfig, kv_heads: int = 3) -> Shape:
         return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)

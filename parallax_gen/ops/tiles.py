@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
 from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
-from parallax_gen.ops.pieces import Piece, forms_of, width_of
+from parallax_gen.ops.pieces import Piece, forms_of, half_of, other_half_of, width_of
+from parallax_gen.ops.signature import Passed, Signature, number, pointers, strides, strides_of_rows
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -51,6 +52,9 @@ TILE_KNOBS = (
     Knob("HEAD_DIM_AS", ("whole", "halves", "pieces", "padded")),
     Knob("maxnreg", (0, 168, 128)),
 )
+
+# Tensors of query rows, and of keys, that a program owns a tile of or steps over.
+ROWS_LIKE, KEYS_LIKE = ("q", "r", "do", "out", "dq", "dr"), ("k", "v", "dk", "dv")
 
 Tile = tuple[int, int, int, int]
 
@@ -161,14 +165,12 @@ class TiledOp(Op[T]):
     def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
         """They are the same, but where HEAD_DIM_AS is "halves" and two programs share the sums.
 
-        The backward multiplies by the very tiles that scores come from, so its own half is a piece of its own there;
-        which one is, it learns when it runs: `start` is that of the first program's.
+        The backward multiplies by the very tiles that scores come from, so its own half is a piece of its own there.
         """
         if form != "halves":
             return super().scored_and_summed(head_dim, form)
-        width = head_dim // 2
-        mine, others = Piece("_mine", 0, width, width, "mine"), Piece("_other", width, width, width, "others")
-        return [mine, others], [mine]
+        mine = half_of(head_dim, "_mine")
+        return [mine, other_half_of(head_dim)], [mine]
 
     # -- where a search begins
 
@@ -235,6 +237,60 @@ class TiledOp(Op[T]):
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("cu_seqlens_q", "cu_seqlens_k") if spec.varlen else ()
 
+    @property
+    def heads(self) -> str:
+        """Of which heads a program owns a tile."""
+        return "kv_heads" if self.owns_keys else "heads"
+
+    def last_first(self, spec: KernelSpec) -> bool:
+        """Whether tiles are launched last first: of a causal mask those of query rows have most work there."""
+        return spec.causal and not self.owns_keys
+
+    def signatures(self, spec: KernelSpec, config: T) -> dict[str, Signature]:
+        return {self.name: self.signature(spec, config, self.sizes_passed(spec, config))}
+
+    def signature(self, spec: KernelSpec, config: T, sizes: dict[str, str]) -> Signature:
+        """Of a kernel that takes these numbers behind all else.
+
+        Of what a program steps over, a row's stride is a constant: it hardly changes, and offsets that are known take
+        fewer registers.
+        """
+        stepped = ROWS_LIKE if self.owns_keys else KEYS_LIKE
+        tensors = [t for t in (*self.given(spec), *self.written(spec)) if t in (*ROWS_LIKE, *KEYS_LIKE)]
+        passed = (
+            *pointers(self.tensors(spec, config)),
+            *(strides(spec, t, "n" if t in KEYS_LIKE else "m", constant=t in stepped) for t in tensors),
+            *self.scales(spec),
+            number("scale_log2", "softmax_scale * LOG2_E"),
+            *(number(name, expression) for name, expression in sizes.items()),
+        )
+        return Signature(passed, tuple(sizes))
+
+    def scales(self, spec: KernelSpec) -> tuple[Passed, ...]:
+        """What a kernel takes between strides and scale_log2."""
+        return ()
+
+    def sizes_passed(self, spec: KernelSpec, config: T, tiled: bool = True, fills: bool = True) -> dict[str, str]:
+        """Numbers that change from call to call: a kernel's name for each, and what `launch` passes.
+
+        tiled  whether each program has a tile to find: it needs to know how many there are, or heads
+        fills  whether the kernel writes rows that no sequence has; their `total` tells where lse and t_mean lie, too
+        """
+        of = "k" if self.owns_keys else "q"
+        sizes = {"batch_heads": f"batch * {self.heads}"} if config.HEAD_GROUP != 1 or not tiled else {}
+        sizes[self.heads] = self.heads
+        if spec.window:
+            sizes["window_size"] = "window_size"
+        if not spec.varlen:
+            return sizes | {"seqlen_q": "seqlen_q", "seqlen_kv": "k.shape[1]"}
+        if fills:
+            sizes["sequences"] = "batch"
+        if fills or spec.stats:
+            sizes[f"total_{of}"] = f"{of}.shape[0]"
+        if tiled and (config.HEAD_GROUP > 0 or self.last_first(spec)):
+            sizes["max_seqlen"] = f"max_seqlen_{of}"
+        return sizes
+
     def awkward_shape(self, spec: KernelSpec, config: T, kv_heads: int = 3) -> Shape:
         window = config.BLOCK_N + 9 if spec.window else 0
         batch = 3 if spec.varlen else 1
@@ -272,6 +328,9 @@ class GradientOp(TiledOp[M]):
 
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
         return (*super().given(spec), "do", "rows")
+
+    def scales(self, spec: KernelSpec) -> tuple[Passed, ...]:
+        return (strides_of_rows(spec), number("softmax_scale"))
 
 
 def row_bytes(spec: KernelSpec, config: TileConfig) -> int:

@@ -228,10 +228,10 @@ def test_an_unknown_variable_is_an_error(templates: Path) -> None:
 def test_comments_macros_and_their_names_leave_the_kernels_as_they_are(templates: Path) -> None:
     """Each record that was measured counts as before."""
     before = kernels()
-    for path in templates.glob("*.j2"):
+    for path in templates.rglob("*.j2"):
         text = path.read_text(encoding="utf-8")
         text = text.replace("    pid = tl.program_id(0)\n", "    pid = tl.program_id(0)  # which\n\n    # -- ours\n")
-        text = text.replace("precision()", "as_precise()")
+        text = text.replace("precision()", "as_precise()").replace("operand(", "as_operand(")
         path.write_text(f"{{#- About\n  this. -#}}\n{text}", encoding="utf-8")
     assert kernels() == before
 
@@ -249,8 +249,15 @@ def changed(path: Path, old: str, new: str) -> set[str]:
 def test_code_changes_the_kernels_that_have_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
     assert changed(templates / "forward.py.j2", "p * t", "p") == {"forward"}
-    assert changed(templates / "_rows.j2", "tiles - 1 - tile", "tile") == {"forward", "dqdr"}
-    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF)
+    assert changed(templates / "parts/tiles.j2", "tiles - 1 - tile", "tile") == {"forward", "dqdr"}
+    assert changed(templates / "parts/scores.j2", "<= {{ form.last }}", "< {{ form.last }}") == {
+        "forward",
+        "dkdv",
+        "dqdr",
+    }
+    of_parts = {"forward", "preprocess", "dkdv", "dqdr"}
+    assert changed(templates / "parts/header.j2", "import triton\n", "import triton as tr\n") == of_parts
+    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF) - of_parts
     assert changed(templates / "ragged.py.j2", "% splits", "// splits") == {"ragged"}
     assert changed(templates / "decode.py.j2", "{%- if S > 1 %}", "{%- if S > 16 %}") == {"decode"}
 
