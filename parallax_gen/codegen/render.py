@@ -88,7 +88,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     return text, text_hash(text)
 
 
-TRIMMED = {"preprocess"}
+TRIMMED = {"preprocess", "decode", "decode_varlen"}
 
 
 @cache

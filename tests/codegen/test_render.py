@@ -178,7 +178,7 @@ def forget() -> None:
 
 
 # A spec of each template, by its name.
-SPEC_OF = {"ragged" if op == "decode_varlen" else op: KernelSpec(op, 64, "bf16") for op in OPS}
+SPEC_OF = {op: KernelSpec(op, 64, "bf16") for op in OPS}
 
 
 def kernels() -> dict[str, list[str]]:
@@ -209,10 +209,10 @@ def test_an_unknown_variable_is_an_error(templates: Path) -> None:
 def test_comments_macros_and_their_names_leave_the_kernels_as_they_are(templates: Path) -> None:
     """Each record that was measured counts as before."""
     before = kernels()
-    for path in templates.glob("*.j2"):
+    for path in templates.rglob("*.j2"):
         text = path.read_text(encoding="utf-8")
         text = text.replace("    pid = tl.program_id(0)\n", "    pid = tl.program_id(0)  # which\n\n    # -- ours\n")
-        text = text.replace("precision()", "as_precise()")
+        text = text.replace("precision()", "as_precise()").replace("merge_if_last()", "merged_by_the_last()")
         path.write_text(f"{{#- About\n  this. -#}}\n{text}", encoding="utf-8")
     assert kernels() == before
 
@@ -231,9 +231,13 @@ def test_code_changes_the_kernels_that_have_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
     assert changed(templates / "forward.py.j2", "p * t", "p") == {"forward"}
     assert changed(templates / "_rows.j2", "tiles - 1 - tile", "tile") == {"forward", "dqdr"}
-    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF)
-    assert changed(templates / "ragged.py.j2", "% splits", "// splits") == {"ragged"}
-    assert changed(templates / "decode.py.j2", "{%- if S > 1 %}", "{%- if S > 16 %}") == {"decode"}
+    trimmed = {"preprocess", "decode", "decode_varlen"}
+    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF) - trimmed
+    parts = templates / "parts"
+    assert changed(parts / "header.j2", "import triton\n", "import triton as tr\n") == trimmed
+    assert changed(parts / "softmax_stacked.j2", "p * t", "p") == {"decode", "decode_varlen"}
+    assert changed(parts / "split_kv.j2", "% splits", "// splits") == {"decode_varlen"}
+    assert changed(templates / "decode.py.j2", "{% if form.split %}", "{% if config.NUM_SPLITS > 16 %}") == {"decode"}
 
 
 def test_indentation_is_code(templates: Path) -> None:
