@@ -166,12 +166,11 @@ class DecodeOp(CacheOp):
         return "none" if splits == 1 else "last" if splits * heads <= 128 else "kernel"
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
-        if config.NUM_SPLITS == 1:
+        form = self.form(spec, config)
+        if not form.split:
             return Scratch()
-        # Per query head and split: o1 and o2, and m, d1, d2 padded to four numbers.
-        partials = batch * kv_heads * spec.group * config.NUM_SPLITS * (2 * spec.head_dim + 4)
-        head_blocks = -(-spec.group // config.BLOCK_H)
-        return Scratch(partials, batch * kv_heads * head_blocks if config.merge == "last" else 0)
+        partials = batch * kv_heads * spec.group * config.NUM_SPLITS * form.state
+        return Scratch(partials, batch * kv_heads * form.tiles if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         later = config.merge == "kernel"  # out is written by the second kernel
@@ -186,11 +185,11 @@ class DecodeOp(CacheOp):
             number("kv_heads"),
             number("seqlen_kv", "k_cache.shape[1]"),
         )
-        merge = (*pointers(("out", "partials")), *out_strides, number("heads"))
-        return {
-            "decode": Signature(passed, ("kv_heads", "seqlen_kv")),
-            "merge": Signature(merge, ("heads",)),
-        }
+        kernels = {"decode": Signature(passed, ("kv_heads", "seqlen_kv"))}
+        if later:
+            merge = (*pointers(("out", "partials")), *out_strides, number("heads"))
+            kernels["merge"] = Signature(merge, ("heads",))
+        return kernels
 
     def form(self, spec: KernelSpec, config: DecodeConfig) -> DecodeForm:
         return DecodeForm(spec, config)
@@ -202,9 +201,9 @@ class DecodeOp(CacheOp):
         yield "q, r, out", f"(batch, 1, {form.heads}, {row}, any strides with a contiguous last dimension"
         yield "k_cache, v_cache", f"(batch, seqlen, {kv_heads}, {row}, likewise"
         if form.split:
-            yield "partials", f"fp32 scratch of batch * heads * NUM_SPLITS * {2 * spec.head_dim + 4} numbers"
+            yield "partials", f"fp32 scratch of batch * heads * NUM_SPLITS * {form.state} numbers"
         if config.merge == "last":
-            each = f"{kv_heads} * {form.tiles}" if form.tiles > 1 else "kv_heads"
+            each = f"{kv_heads} * {form.tiles}" if form.tiled else "kv_heads"
             yield "arrived", f"int32 scratch of batch * {each} numbers, 0 at first and again after every launch"
 
     def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:

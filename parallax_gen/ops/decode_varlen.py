@@ -57,11 +57,11 @@ class DecodeVarlenOp(CacheOp):
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
         """A slot, of a tile's rows, for every program: see decode_varlen.py.j2."""
-        rows = config.BLOCK_H if spec.many_queries else min(spec.group, config.BLOCK_H)
+        form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
         many, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
         slots = groups * (many * config.NUM_SPLITS + -(-many // self.spare)) * kv_heads
-        return Scratch(slots * rows * (2 * spec.head_dim + 4), slots if config.merge == "last" else 0)
+        return Scratch(slots * form.rows * form.state, slots if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         paged, many = spec.page_size > 0, spec.many_queries
@@ -91,19 +91,13 @@ class DecodeVarlenOp(CacheOp):
         unspecialised = ("kv_heads", "batch", "seqlen_kv", *("stride_tableb",) * paged)
         unspecialised += ("seqlen_q",) * (many and not spec.varlen) + ("window",) * spec.window
         unspecialised += ("total_q",) * spec.varlen
-        lengths = ("cache_seqlens", *("cache_leftpad",) * spec.leftpad)
-        merge = (
-            *pointers((*self.written(spec), *lengths, "partials")),
-            *rows["out"],
-            number("batch"),
-            number("kv_heads"),
-            longest,
-            *window,
-        )
-        return {
-            "decode": Signature(passed, unspecialised),
-            "merge": Signature(merge, ("kv_heads", "batch", "seqlen_kv", *("window",) * spec.window)),
-        }
+        kernels = {"decode": Signature(passed, unspecialised)}
+        if config.merge == "kernel":
+            lengths = ("cache_seqlens", *("cache_leftpad",) * spec.leftpad)
+            tensors = pointers((*self.written(spec), *lengths, "partials"))
+            passed = (*tensors, *rows["out"], number("batch"), number("kv_heads"), longest, *window)
+            kernels["merge"] = Signature(passed, ("kv_heads", "batch", "seqlen_kv", *("window",) * spec.window))
+        return kernels
 
     def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Passed, ...]:
         """From sequence to sequence, query to query, and head to head."""
@@ -145,7 +139,7 @@ class DecodeVarlenOp(CacheOp):
         if spec.cache_dtype:
             scaled = "what stored keys and values are to be multiplied by"
             yield "k_scale, v_scale", f"(1,) or ({kv_heads},) fp32, of the same size: {scaled}"
-        slot = form.rows * (2 * spec.head_dim + 4)
+        slot = form.rows * form.state
         yield "partials", f"fp32 scratch of slots * {kv_heads} * {slot} numbers, slots as below"
         if config.merge == "last":
             counters = "numbers, 0 at first and again after every launch"

@@ -1,4 +1,4 @@
-"""What decode_varlen's template derives of a spec and a config."""
+"""What the template of decode_varlen derives from a spec and a config."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from parallax_gen.ops.decode_form import CacheForm, Constant
 from parallax_gen.ops.pieces import power_of_2
 from parallax_gen.ops.signature import Padding
 
-LINE = 120  # characters, at the most
+LINE = 120  # characters of a line at the most
 LN_2 = "0.6931471805599453"
 
 
 @dataclass(frozen=True)
 class Widening:
-    """How numbers of eight bits become numbers of sixteen, and what is made good for it.
+    """How 8-bit numbers become 16-bit numbers, and how sums make up for it.
 
-    wide     the type of sixteen bits, as the kernel writes it
-    shift    the seven bits below the sign go so many to the right from the upper byte; 0 where exponents are alike
-    bias     what stands there is the number in units of 2^-bias, by which the exponents' biases differ. To multiply
-             each would cost as much again: sums of them are brought out of their units when all keys are in
-    lift_qr  till then q and r are taken so many powers of two larger, so that no product is too small for fp32. What
-             bf16 can hold of them ends at 2^31 so
-    lift_p   the same of p, which is at most 1
+    The seven bits below the sign move right from the upper byte. Where the biases of the exponents differ, the result
+    is the number in units of 2^-bias. To multiply each would cost as much again: the kernel scales sums after the last
+    key. Until then q and r, and p, are powers of two larger, so that no product is too small for fp32.
+
+    wide     the 16-bit type, as the kernel writes it
+    shift    how far the bits move; 0 if both types have the same exponents
+    bias     by how much the exponents' biases differ
+    lift_qr  the power of two for q and r, of which bf16 then holds up to 2^31
+    lift_p   the power of two for p, which is at most 1
     """
 
     wide: str
@@ -32,13 +34,18 @@ class Widening:
     lift_p: int = 0
 
     @property
+    def to_upper(self) -> int:
+        """How far the bits of the lower byte move left, to lie as those of the upper byte do."""
+        return 8 - self.shift
+
+    @property
     def digits(self) -> str:
-        """Where the bits below the sign are in a word of two numbers."""
+        """The mask of these bits in a word of two numbers."""
         return f"0x{0x7F007F00 >> self.shift:08X}"
 
     @property
     def of_scores(self) -> str:
-        """In front of the scale of scores, and below of the caches' scales in each sum: the units' factor."""
+        """The factor for scores, and below for d2, o1 and o2: each comes before a scale of the cache."""
         return _power(self.bias - self.lift_qr)
 
     @property
@@ -68,17 +75,17 @@ _WIDENINGS = {
 
 @dataclass(frozen=True)
 class Queries:
-    """How a batch's queries lie: one a sequence, as many of each, or packed. All are texts of kernels.
+    """How the queries of a batch lie, as texts for kernels.
 
-    at        indices of a row's query in q, each with the letter of its stride
+    at        the indices of a row's query in q, each with the letter of its stride
     sequence  where a sequence begins in out
-    query     where a query does from there on, in front of its heads
-    stats     where a sequence's and a kv head's begin in lse and t_mean
-    stat      where a query's and a head's is from there on
-    count     how many a sequence has, where all have as many
-    length    what kernels find that from
-    most      what the longest sequence has, as `launch` knows it
-    shape     of q, as far as heads, as `launch` describes it
+    query     where a query begins there, before its heads
+    stats     where a sequence and a kv head begin in lse and t_mean
+    stat      where a query and a head are there
+    count     how many queries a sequence has, if all have the same number
+    length    what kernels read the number of queries from
+    most      the number of queries of the longest sequence, in `launch`
+    shape     the shape of q before its heads, in the docstring of `launch`
     """
 
     at: tuple[tuple[str, str], ...]
@@ -92,6 +99,7 @@ class Queries:
     shape: str
 
 
+# One query a sequence.
 ONE = Queries(
     at=(("seq64", "b"),),
     sequence="seq64 * stride_ob",
@@ -103,6 +111,7 @@ ONE = Queries(
     most="1",
     shape="batch, 1",
 )
+# Many queries a sequence, the same number in each.
 MANY = Queries(
     at=(("seq64", "b"), ("queries", "n")),
     sequence="seq64 * stride_ob",
@@ -114,6 +123,7 @@ MANY = Queries(
     most="q.shape[1]",
     shape="batch, seqlen_q",
 )
+# Sequences of queries packed one after the other.
 PACKED = Queries(
     at=(("(start_q + queries)", "n"),),
     sequence="start_q * stride_on",
@@ -129,70 +139,65 @@ PACKED = Queries(
 
 @dataclass(frozen=True)
 class VarlenForm(CacheForm):
-    """What decode_varlen's template derives of a spec and a config.
+    """Sizes, facts and short texts that the template of decode_varlen derives from a spec and a config.
 
-    spare  of the op
+    spare  the op's: one program in so many tiles is for long sequences alone
     """
 
     spare: int
 
-    # -- a tile's rows
+    # -- the rows of a tile
 
     @property
     def dims(self) -> str:
-        """A row's width as the kernel writes it."""
+        """The width of a row as the kernel writes it."""
         return str(self.width)
 
     @property
-    def tiled(self) -> bool:
-        """Whether a sequence may have several tiles."""
-        return self.spec.many_queries or self.tiles > 1
-
-    @property
     def owner(self) -> str:
-        """Whose keys programs share."""
+        """Whose keys the programs share."""
         return "tile" if self.spec.many_queries else "sequence"
 
     @property
     def rows(self) -> int:
-        """Those that a tile's partial state has."""
+        """How many rows the partial state of a tile has."""
         return self.config.BLOCK_H if self.spec.many_queries else min(self.spec.group, self.config.BLOCK_H)
 
     @property
     def row_name(self) -> str:
-        """What a tile's rows are: pairs of a query and a head, or heads alone."""
+        """The name of a tile's rows: pairs of a query and a head, or heads alone."""
         return "rows" if self.spec.many_queries else "heads"
 
     @property
     def row0(self) -> str:
-        """In front of a row's number in its tile, for that in its sequence or group."""
+        """Comes before the number of a row in its tile, and makes it the number in the sequence or group."""
         return "row0 + " if self.tiled else ""
 
     @property
     def padding(self) -> Padding:
-        """What is written to rows that no sequence has."""
+        """What the kernel writes to rows that no sequence has."""
         width = power_of_2(self.spec.head_dim)
         return Padding(("o",), "n", "q", self.spec.stats, width, width != self.spec.head_dim)
 
     @property
     def queries(self) -> Queries:
-        """How they lie."""
+        """How the queries lie."""
         return PACKED if self.spec.varlen else MANY if self.spec.many_queries else ONE
 
     def stat_of(self, query: str, head: str) -> str:
-        """Where a query's and a head's lse is, from its sequence's and kv head's on."""
+        """Where lse has the number of a query and a head, counted from their sequence and kv head."""
         return self.queries.stat.format(query=query, head=head)
 
-    # -- its keys
+    # -- the keys of a tile
 
     @property
     def lower(self) -> bool:
-        """Whether a sequence's first keys may be hidden from all its queries."""
+        """Whether a sequence's first keys can be hidden from all its queries."""
         return self.spec.leftpad or self.spec.window
 
     @property
     def by_row(self) -> bool:
-        """Whether its rows see different keys."""
+        """Whether the rows of a tile see different keys."""
         return self.spec.many_queries and self.spec.causal
 
     @property
@@ -202,42 +207,42 @@ class VarlenForm(CacheForm):
 
     @property
     def pages(self) -> int:
-        """Whole pages that it falls into; 0 where it does not."""
+        """How many whole pages a block of keys covers; 0 if it does not cover whole pages."""
         size = self.spec.page_size
         return self.config.BLOCK_N // size if size and self.config.BLOCK_N % size == 0 else 0
 
     @property
     def few_pages(self) -> bool:
-        """Whether those are so few that each has a scalar of its own."""
+        """Whether these are few enough for a scalar each."""
         return 2 <= self.pages <= 8 and self.spec.page_size > 1
 
     @property
     def blocks_lie_in(self) -> str:
-        """How blocks of keys are read, of parts/paging.j2."""
+        """Which way of reading blocks applies: a key of the table in parts/paging.j2."""
         if self.one_page or self.few_pages:
             return "one page" if self.one_page else "few pages"
         return "any pages" if self.spec.page_size else "piece"
 
     @property
     def keys_before_page(self) -> tuple[str, ...]:
-        """Of each of the few pages: what is added to the block's first key for its own."""
+        """For each of the few pages: what is added to the first key of a block to give the page's first."""
         return ("", " + PAGE_SIZE", *(f" + {page} * PAGE_SIZE" for page in range(2, self.pages)))
 
     @property
     def block_unit(self) -> str:
-        """Of what a block's first key is a multiple, where of anything."""
+        """The first key of a block is a multiple of this, if of anything."""
         return "BLOCK_N" if self.one_page else "PAGE_SIZE" if self.few_pages else ""
 
     @property
     def first_block(self) -> str:
-        """In front of a split's place among a tile's keys: where the tile's first block begins."""
+        """Comes before the place of a split among the keys of a tile: where the first block of the tile begins."""
         if not self.lower:
             return ""
         return "lower_block + " if self.block_unit else "lower + "
 
     @property
     def seen(self) -> str:
-        """The key past the last that any row of a tile sees."""
+        """How many keys the last row of a tile sees."""
         return "seen" if self.by_row else "length"
 
     @property
@@ -247,59 +252,60 @@ class VarlenForm(CacheForm):
 
     @property
     def long_strides(self) -> tuple[str, ...]:
-        """Strides of keys that are needed in 64 bits, too."""
+        """The strides of keys that are needed in 64 bits too."""
         if self.one_page:
             return ("stride_n",)
         return () if self.spec.page_size else ("stride_kn", "stride_vn")
 
     @property
     def piece(self) -> str:
-        """In what those are."""
+        """The thing that these strides lead through."""
         return "page" if self.spec.page_size else "cache"
 
-    # -- its keys and values as numbers
+    # -- keys and values in 8 or 16 bits
 
     @property
     def softmax_part(self) -> str:
-        """The part that has the step from one state to the next."""
+        """The part with the step from one state to the next."""
         return "parts/fp8.j2" if self.spec.cache_dtype else "parts/softmax_stacked.j2"
 
     @property
     def fp8(self) -> Widening:
+        """How the numbers of an 8-bit cache become numbers of 16 bits."""
         return _WIDENINGS[self.spec.cache_dtype, self.spec.dtype]
 
     @property
     def words(self) -> int:
-        """A row's, of four numbers in eight bits each."""
+        """How many words of four 8-bit numbers a row has."""
         return self.width // 4
 
     @property
     def key_dims(self) -> str:
-        """The numbers of a row of keys' elements."""
+        """The name of the numbers of a key's elements."""
         return "words" if self.spec.cache_dtype else "dims"
 
     @property
     def key_mask(self) -> str:
-        """Of loads of keys and values."""
+        """Hides the padding of keys and values."""
         return f", mask={'in_row' if self.spec.cache_dtype else 'in_head'}[None, :], other=0" if self.padded else ""
 
     @property
     def block_shape(self) -> str:
-        """What is said of a block of keys where there is room for it."""
+        """A comment on a block of keys, if the line has room for it."""
         return "" if self.padded or self.spec.cache_dtype else "  # [BLOCK_N, HEAD_DIM]"
 
     # -- the schedule
 
     @property
     def tiles_of_sequence(self) -> str:
-        """How many tiles a sequence has: none where it has no queries."""
+        """How many tiles a sequence has; none if it has no queries."""
         if self.spec.many_queries:
             return "tl.cdiv(len_q * GROUP, BLOCK_H)"
         return "len_q * TILES" if self.tiles > 1 else "len_q"
 
     @property
     def slots(self) -> str:
-        """How many slots `launch` provides for."""
+        """How many slots `launch` provides."""
         if self.spec.many_queries:
             return "tiles * NUM_SPLITS + triton.cdiv(tiles, SPARE)"
         slots = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE)"
@@ -307,7 +313,7 @@ class VarlenForm(CacheForm):
 
     @property
     def lengths(self) -> tuple[str, ...]:
-        """What lengths are found from: parameters of `_sizes`, by the names that kernels have for them."""
+        """The parameters of `_sizes` that lengths come from, which have the same names in both kernels."""
         return (
             "cache_seqlens_ptr",
             *["cache_leftpad_ptr"] * self.spec.leftpad,
@@ -322,7 +328,7 @@ class VarlenForm(CacheForm):
         return ("length", *["lower"] * self.lower, "len_q", "blocks")
 
     def sizes(self, indent: int, seq: str, there: str, *used: str) -> str:
-        """Its call for the sequences `seq`, those of them that are `there`, of whose results some are `used`."""
+        """The call of `_sizes` for the sequences `seq`, if `there`. The results that are not `used` are named _."""
         names = ", ".join(name if name in used else "_" for name in self.found)
         passed = ", ".join((seq, there, *self.lengths, "BLOCK_N"))
         call = f"{names} = _sizes({passed})"
@@ -332,33 +338,24 @@ class VarlenForm(CacheForm):
 
     @property
     def least(self) -> int:
-        """Blocks that are worth a program of their own."""
+        """How many blocks are worth a program of their own."""
         return max(1, 64 // self.config.BLOCK_N)
 
     # -- merging
 
     @property
-    def row_of_tile(self) -> str:
-        """A row's number in its tile, where rows are joined one by one."""
-        return "i" if self.tiled else "head"
-
-    @property
     def row_mask(self) -> str:
-        """Of a store of one row, where its dimensions have a mask."""
+        """The mask of a store of one row, if its dimensions have a mask already."""
         return ", mask=in_head" if self.padded else ""
-
-    def m_or_not(self, name: str) -> str:
-        """The name of a joined maximum, where it is needed."""
-        return name if self.spec.stats else "_"
 
     @property
     def chunk(self) -> int:
-        """Splits that are joined at a time."""
+        """How many splits are joined at a time."""
         return min(max(self.vectors_held, 2), 32 if self.config.merge == "last" else 64)
 
     @property
     def constants(self) -> tuple[Constant, ...]:
-        """Of the first kernel."""
+        """The constants of the first kernel."""
         spec, config = self.spec, self.config
         pairs = "(query, head) pairs that a tile has"
         return (
@@ -380,7 +377,7 @@ class VarlenForm(CacheForm):
 
     @property
     def merge_constants(self) -> tuple[Constant, ...]:
-        """Of the second."""
+        """The constants of the second kernel."""
         as_before = "what follows is as in ragged_kernel, which left the states"
         tiles = (Constant("BLOCK_H", self.config.BLOCK_H), Constant("TILES", self.tiles))
         return (
