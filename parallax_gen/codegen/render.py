@@ -66,7 +66,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
         raise ConfigError(f"{describe(config)}: {reason}")
     op = op_of(spec)
     text = (
-        _environment(op.name in TRIMMED)
+        _environment()
         .get_template(op.template)
         .render(
             spec=spec,
@@ -84,14 +84,11 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
     return text, text_hash(text)
 
 
-TRIMMED = {"preprocess", "forward", "dkdv", "dqdr"}
-
-
 @cache
-def _environment(trimmed: bool) -> jinja2.Environment:
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        trim_blocks=trimmed,
-        lstrip_blocks=trimmed,
+        trim_blocks=True,
+        lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(data_dir("templates")),
         auto_reload=False,  # no look at the files for every macro that is imported: they stay as they are
         undefined=jinja2.StrictUndefined,

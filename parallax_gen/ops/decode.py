@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
-from parallax_gen.ops.base import MOST_REGISTERS, CostHints, KernelConfig, Knob, Layout, Op, Scratch, Value, register
+from parallax_gen.ops.base import MOST_REGISTERS, CostHints, Knob, Layout, Op, Scratch, Value, register
+from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
 from parallax_gen.ops.pieces import width_of
+from parallax_gen.ops.signature import Passed, Signature, number, pointers
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
-
-
-@dataclass(frozen=True)
-class DecodeConfig(KernelConfig):
-    """Choices of decode.
-
-    BLOCK_N      keys a program takes a step
-    BLOCK_H      query heads a program serves, or (query, head) pairs: their queries and probes fill one tile of
-                 2*BLOCK_H rows
-    NUM_SPLITS   programs that share one sequence's keys; on the average where each has its own length
-    merge        who joins the splits: "none" (one split), "last" (the last to arrive), "kernel" (a second kernel)
-    num_warps    warps a program
-    num_stages   key blocks in flight
-    """
-
-    BLOCK_N: int
-    BLOCK_H: int
-    NUM_SPLITS: int
-    merge: str
-    num_warps: int
-    num_stages: int
 
 
 class CacheOp(Op[DecodeConfig]):
@@ -145,6 +127,14 @@ class CacheOp(Op[DecodeConfig]):
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
 
+    def tensors(self, spec: KernelSpec, config: DecodeConfig) -> tuple[str, ...]:
+        caches = {"k": "k_cache", "v": "v_cache"}
+        return tuple(caches.get(tensor, tensor) for tensor in super().tensors(spec, config))
+
+    @abstractmethod
+    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+        """What `launch` says of all that it takes: names, and of what they are. A line without a name goes on."""
+
     def awkward_shape(self, spec: KernelSpec, config: DecodeConfig, kv_heads: int = 3) -> Shape:
         blocks = min(2 * config.NUM_SPLITS + 1, 40)
         seqlen_q = config.BLOCK_H // spec.group + 3 if spec.many_queries else 1
@@ -176,12 +166,45 @@ class DecodeOp(CacheOp):
         return "none" if splits == 1 else "last" if splits * heads <= 128 else "kernel"
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
-        if config.NUM_SPLITS == 1:
+        form = self.form(spec, config)
+        if not form.split:
             return Scratch()
-        # Per query head and split: o1 and o2, and m, d1, d2 padded to four numbers.
-        partials = batch * kv_heads * spec.group * config.NUM_SPLITS * (2 * spec.head_dim + 4)
-        head_blocks = -(-spec.group // config.BLOCK_H)
-        return Scratch(partials, batch * kv_heads * head_blocks if config.merge == "last" else 0)
+        partials = batch * kv_heads * spec.group * config.NUM_SPLITS * form.state
+        return Scratch(partials, batch * kv_heads * form.tiles if config.merge == "last" else 0)
+
+    def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
+        later = config.merge == "kernel"  # out is written by the second kernel
+        tensors = [tensor for tensor in self.tensors(spec, config) if not (later and tensor == "out")]
+        out_strides = (number("stride_ob"), number("stride_oh"))
+        passed = (
+            *pointers(tensors),
+            *(number(f"stride_{tensor}{dim}") for tensor in "qr" for dim in "bh"),
+            *(Passed(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv"),
+            *(() if later else out_strides),
+            number("scale_log2", "softmax_scale * LOG2_E"),
+            number("kv_heads"),
+            number("seqlen_kv", "k_cache.shape[1]"),
+        )
+        kernels = {"decode": Signature(passed, ("kv_heads", "seqlen_kv"))}
+        if later:
+            merge = (*pointers(("out", "partials")), *out_strides, number("heads"))
+            kernels["merge"] = Signature(merge, ("heads",))
+        return kernels
+
+    def form(self, spec: KernelSpec, config: DecodeConfig) -> DecodeForm:
+        return DecodeForm(spec, config)
+
+    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+        form = self.form(spec, config)
+        kv_heads = form.kv_heads
+        row = f"{spec.head_dim}) {spec.dtype}"
+        yield "q, r, out", f"(batch, 1, {form.heads}, {row}, any strides with a contiguous last dimension"
+        yield "k_cache, v_cache", f"(batch, seqlen, {kv_heads}, {row}, likewise"
+        if form.split:
+            yield "partials", f"fp32 scratch of batch * heads * NUM_SPLITS * {form.state} numbers"
+        if config.merge == "last":
+            each = f"{kv_heads} * {form.tiles}" if form.tiled else "kv_heads"
+            yield "arrived", f"int32 scratch of batch * {each} numbers, 0 at first and again after every launch"
 
     def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
         return f"_kv{bucket.seqlen_kv}"

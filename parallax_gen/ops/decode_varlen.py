@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from parallax_gen.ops.base import CostHints, Knob, Scratch, Value, register
-from parallax_gen.ops.decode import CacheOp, DecodeConfig
+from parallax_gen.ops.decode import CacheOp
+from parallax_gen.ops.decode_form import DecodeConfig
+from parallax_gen.ops.decode_varlen_form import VarlenForm
+from parallax_gen.ops.signature import Passed, Signature, number, pointers
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, skewed_lengths, spread_lengths
 from parallax_gen.problem.spec import KernelSpec
@@ -16,7 +21,7 @@ class DecodeVarlenOp(CacheOp):
     """
 
     name = "decode_varlen"
-    template = "ragged.py.j2"
+    template = "decode_varlen.py.j2"
     costs = CostHints(spill_bytes=200, merge_bytes_us=30e3)  # its step is short, and spills each time
     own_lengths = True
     spare = 8
@@ -51,12 +56,98 @@ class DecodeVarlenOp(CacheOp):
         return found + ("page_table",) * (spec.page_size > 0) + ("k_scale", "v_scale") * (spec.cache_dtype != "")
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
-        """A slot, of a tile's rows, for every program: see ragged.py.j2."""
-        rows = config.BLOCK_H if spec.many_queries else min(spec.group, config.BLOCK_H)
+        """A slot, of a tile's rows, for every program: see decode_varlen.py.j2."""
+        form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
         many, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
         slots = groups * (many * config.NUM_SPLITS + -(-many // self.spare)) * kv_heads
-        return Scratch(slots * rows * (2 * spec.head_dim + 4), slots if config.merge == "last" else 0)
+        return Scratch(slots * form.rows * form.state, slots if config.merge == "last" else 0)
+
+    def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
+        paged, many = spec.page_size > 0, spec.many_queries
+        rows = {tensor: self._strides_of_rows(spec, tensor) for tensor in ("q", "r", "out")}
+        keys = (Passed(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
+        pages = (
+            number("stride_tableb", "page_table.stride(0)"),
+            Passed(("stride_p", "stride_n", "stride_h"), "*k_cache.stride()[:3]"),
+        )
+        longest = number("seqlen_kv", f"page_table.shape[1] * {spec.page_size}" if paged else "k_cache.shape[1]")
+        window = (number("window", "window_size"),) * spec.window
+        queries = number("total_q", "q.shape[0]") if spec.varlen else number("seqlen_q", "q.shape[1]")
+        passed = (
+            *pointers(self.tensors(spec, config)),
+            *rows["q"],
+            *rows["r"],
+            *(pages if paged else keys),
+            *rows["out"],
+            *(number("stride_scale", "1 if k_scale.shape[0] > 1 else 0"),) * (spec.cache_dtype != ""),
+            number("scale_log2", "softmax_scale * LOG2_E"),
+            number("batch"),
+            number("kv_heads"),
+            *(queries,) * many,
+            longest,
+            *window,
+        )
+        unspecialised = ("kv_heads", "batch", "seqlen_kv", *("stride_tableb",) * paged)
+        unspecialised += ("seqlen_q",) * (many and not spec.varlen) + ("window",) * spec.window
+        unspecialised += ("total_q",) * spec.varlen
+        kernels = {"decode": Signature(passed, unspecialised)}
+        if config.merge == "kernel":
+            lengths = ("cache_seqlens", *("cache_leftpad",) * spec.leftpad)
+            tensors = pointers((*self.written(spec), *lengths, "partials"))
+            passed = (*tensors, *rows["out"], number("batch"), number("kv_heads"), longest, *window)
+            kernels["merge"] = Signature(passed, ("kv_heads", "batch", "seqlen_kv", *("window",) * spec.window))
+        return kernels
+
+    def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Passed, ...]:
+        """From sequence to sequence, query to query, and head to head."""
+        name = tensor[0]
+        if not spec.many_queries:
+            return (number(f"stride_{name}b", f"{tensor}.stride(0)"), number(f"stride_{name}h", f"{tensor}.stride(2)"))
+        dims = "nh" if spec.varlen else "bnh"
+        return (Passed(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
+
+    def form(self, spec: KernelSpec, config: DecodeConfig) -> VarlenForm:
+        return VarlenForm(spec, config, self.spare)
+
+    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+        form = self.form(spec, config)
+        heads, kv_heads = form.heads, form.kv_heads
+        queries = f"({form.queries.shape}, {heads}, {spec.head_dim}) {spec.dtype}"
+        yield "q, r, out", f"{queries}, any strides with a contiguous last dimension"
+        if spec.stats:
+            stats = f"{heads}, total_q" if spec.varlen else f"batch, {heads}, {form.queries.count}"
+            yield "lse, t_mean", f"({stats}) fp32, contiguous"
+            yield "v_mean", "like out, with its strides"
+        pieces = f"pages, {spec.page_size}" if spec.page_size else "batch, seqlen"
+        width, dtype = spec.head_dim, spec.dtype
+        if spec.cache_dtype:
+            width, dtype = width // 4, f"int32, four {spec.cache_dtype} numbers in each"
+        strides = "the same strides" if spec.page_size else "any strides"
+        yield "k_cache, v_cache", f"({pieces}, {kv_heads}, {width}) {dtype}, {strides} likewise"
+        if spec.varlen:
+            begin = "where each sequence's queries begin, and where the last one's end. In rows"
+            yield "cu_seqlens_q", f"(batch + 1,) int32: {begin}"
+            yield "", f"that no sequence has out is 0{', lse -inf, and t_mean and v_mean 0' if spec.stats else ''}"
+        most = "what its pages hold" if spec.page_size else "seqlen"
+        yield "cache_seqlens", f"(batch,) int32: keys in each sequence, 0 to {most}; what lies behind is never read"
+        if spec.leftpad:
+            yield "cache_leftpad", "(batch,) int32: each sequence's first key; what lies before is never read"
+        if spec.page_size:
+            pages = "(batch, pages of a sequence at the most)"
+            yield "page_table", f"{pages} int32: each sequence's pages, in order"
+        if spec.cache_dtype:
+            scaled = "what stored keys and values are to be multiplied by"
+            yield "k_scale, v_scale", f"(1,) or ({kv_heads},) fp32, of the same size: {scaled}"
+        slot = form.rows * form.state
+        yield "partials", f"fp32 scratch of slots * {kv_heads} * {slot} numbers, slots as below"
+        if config.merge == "last":
+            counters = "numbers, 0 at first and again after every launch"
+            yield "arrived", f"int32 scratch of slots * {kv_heads} {counters}"
+        if spec.window:
+            yield "window_size", "keys that a query sees at the most, the last ones"
+        if spec.varlen:
+            yield "max_seqlen_q", "at least the longest sequence's queries"
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
         """Of one query each, two batches: keys from all down to a 32nd, in even ratios; and one long among short ones.

@@ -197,7 +197,7 @@ def forget() -> None:
 
 
 # A spec of each template, by its name.
-SPEC_OF = {"ragged" if op == "decode_varlen" else op: KernelSpec(op, 64, "bf16") for op in OPS}
+SPEC_OF = {op: KernelSpec(op, 64, "bf16") for op in OPS}
 
 
 def kernels() -> dict[str, list[str]]:
@@ -231,7 +231,7 @@ def test_comments_macros_and_their_names_leave_the_kernels_as_they_are(templates
     for path in templates.rglob("*.j2"):
         text = path.read_text(encoding="utf-8")
         text = text.replace("    pid = tl.program_id(0)\n", "    pid = tl.program_id(0)  # which\n\n    # -- ours\n")
-        text = text.replace("precision()", "as_precise()").replace("operand(", "as_operand(")
+        text = text.replace("operand(", "as_operand(").replace("merge_if_last()", "merged_by_the_last()")
         path.write_text(f"{{#- About\n  this. -#}}\n{text}", encoding="utf-8")
     assert kernels() == before
 
@@ -249,17 +249,13 @@ def changed(path: Path, old: str, new: str) -> set[str]:
 def test_code_changes_the_kernels_that_have_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
     assert changed(templates / "forward.py.j2", "p * t", "p") == {"forward"}
-    assert changed(templates / "parts/tiles.j2", "tiles - 1 - tile", "tile") == {"forward", "dqdr"}
-    assert changed(templates / "parts/scores.j2", "<= {{ form.last }}", "< {{ form.last }}") == {
-        "forward",
-        "dkdv",
-        "dqdr",
-    }
-    of_parts = {"forward", "preprocess", "dkdv", "dqdr"}
-    assert changed(templates / "parts/header.j2", "import triton\n", "import triton as tr\n") == of_parts
-    assert changed(templates / "_macros.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF) - of_parts
-    assert changed(templates / "ragged.py.j2", "% splits", "// splits") == {"ragged"}
-    assert changed(templates / "decode.py.j2", "{%- if S > 1 %}", "{%- if S > 16 %}") == {"decode"}
+    assert changed(templates / "decode.py.j2", "{% if form.split %}", "{% if config.NUM_SPLITS > 16 %}") == {"decode"}
+    parts, tiled = templates / "parts", {"forward", "dkdv", "dqdr"}
+    assert changed(parts / "tiles.j2", "tiles - 1 - tile", "tile") == {"forward", "dqdr"}
+    assert changed(parts / "scores.j2", "<= {{ form.last }}", "< {{ form.last }}") == tiled
+    assert changed(parts / "header.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF)
+    assert changed(parts / "softmax_stacked.j2", "p * t", "p") == {"decode", "decode_varlen"}
+    assert changed(parts / "split_kv.j2", "% splits", "// splits") == {"decode_varlen"}
 
 
 def test_indentation_is_code(templates: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.ops.base import MOST_REGISTERS, KernelConfig, Layout, Op, op_of
-from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.tiles import TileConfig, TiledOp
 from parallax_gen.problem.hardware import Gpu

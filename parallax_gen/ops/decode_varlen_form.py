@@ -1,0 +1,395 @@
+"""What the template of decode_varlen derives from a spec and a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallax_gen.ops.decode_form import CacheForm, Constant
+from parallax_gen.ops.pieces import power_of_2
+from parallax_gen.ops.signature import Padding
+
+LINE = 120  # characters of a line at the most
+LN_2 = "0.6931471805599453"
+
+
+@dataclass(frozen=True)
+class Widening:
+    """How 8-bit numbers become 16-bit numbers, and how sums make up for it.
+
+    The seven bits below the sign move right from the upper byte. Where the biases of the exponents differ, the result
+    is the number in units of 2^-bias. To multiply each would cost as much again: the kernel scales sums after the last
+    key. Until then q and r, and p, are powers of two larger, so that no product is too small for fp32.
+
+    wide     the 16-bit type, as the kernel writes it
+    shift    how far the bits move; 0 if both types have the same exponents
+    bias     by how much the exponents' biases differ
+    lift_qr  the power of two for q and r, of which bf16 then holds up to 2^31
+    lift_p   the power of two for p, which is at most 1
+    """
+
+    wide: str
+    shift: int = 0
+    bias: int = 0
+    lift_qr: int = 0
+    lift_p: int = 0
+
+    @property
+    def to_upper(self) -> int:
+        """How far the bits of the lower byte move left, to lie as those of the upper byte do."""
+        return 8 - self.shift
+
+    @property
+    def digits(self) -> str:
+        """The mask of these bits in a word of two numbers."""
+        return f"0x{0x7F007F00 >> self.shift:08X}"
+
+    @property
+    def of_scores(self) -> str:
+        """The factor for scores, and below for d2, o1 and o2: each comes before a scale of the cache."""
+        return _power(self.bias - self.lift_qr)
+
+    @property
+    def of_d2(self) -> str:
+        return _power(self.bias - self.lift_qr - self.lift_p)
+
+    @property
+    def of_o1(self) -> str:
+        return _power(self.bias - self.lift_p)
+
+    @property
+    def of_o2(self) -> str:
+        return _power(2 * self.bias - self.lift_qr - self.lift_p)
+
+
+def _power(exponent: int) -> str:
+    return f"2.0**{exponent} * " if exponent else ""
+
+
+_WIDENINGS = {
+    ("e4m3", "bf16"): Widening("tl.bfloat16", 4, 120, 96, 64),
+    ("e5m2", "bf16"): Widening("tl.bfloat16", 3, 112, 96, 64),
+    ("e4m3", "fp16"): Widening("tl.float16", 1, 8, 0, 8),
+    ("e5m2", "fp16"): Widening("tl.float16"),
+}
+
+
+@dataclass(frozen=True)
+class Queries:
+    """How the queries of a batch lie, as texts for kernels.
+
+    at        the indices of a row's query in q, each with the letter of its stride
+    sequence  where a sequence begins in out
+    query     where a query begins there, before its heads
+    stats     where a sequence and a kv head begin in lse and t_mean
+    stat      where a query and a head are there
+    count     how many queries a sequence has, if all have the same number
+    length    what kernels read the number of queries from
+    most      the number of queries of the longest sequence, in `launch`
+    shape     the shape of q before its heads, in the docstring of `launch`
+    """
+
+    at: tuple[tuple[str, str], ...]
+    sequence: str
+    query: str
+    stats: str
+    stat: str
+    count: str
+    length: tuple[str, ...]
+    most: str
+    shape: str
+
+
+# One query a sequence.
+ONE = Queries(
+    at=(("seq64", "b"),),
+    sequence="seq64 * stride_ob",
+    query="",
+    stats="(seq64 * kv_heads + kv_head) * GROUP",
+    stat="{head}",
+    count="1",
+    length=(),
+    most="1",
+    shape="batch, 1",
+)
+# Many queries a sequence, the same number in each.
+MANY = Queries(
+    at=(("seq64", "b"), ("queries", "n")),
+    sequence="seq64 * stride_ob",
+    query="queries * stride_on + ",
+    stats="(seq64 * kv_heads + kv_head) * GROUP * seqlen_q",
+    stat="{query} + {head} * seqlen_q",
+    count="seqlen_q",
+    length=("seqlen_q",),
+    most="q.shape[1]",
+    shape="batch, seqlen_q",
+)
+# Sequences of queries packed one after the other.
+PACKED = Queries(
+    at=(("(start_q + queries)", "n"),),
+    sequence="start_q * stride_on",
+    query="queries * stride_on + ",
+    stats="start_q + kv_head * GROUP * total_q",
+    stat="{query} + {head} * total_q",
+    count="",
+    length=("cu_seqlens_q_ptr",),
+    most="max_seqlen_q",
+    shape="total_q",
+)
+
+
+@dataclass(frozen=True)
+class VarlenForm(CacheForm):
+    """Sizes, facts and short texts that the template of decode_varlen derives from a spec and a config.
+
+    spare  the op's: one program in so many tiles is for long sequences alone
+    """
+
+    spare: int
+
+    # -- the rows of a tile
+
+    @property
+    def dims(self) -> str:
+        """The width of a row as the kernel writes it."""
+        return str(self.width)
+
+    @property
+    def owner(self) -> str:
+        """Whose keys the programs share."""
+        return "tile" if self.spec.many_queries else "sequence"
+
+    @property
+    def rows(self) -> int:
+        """How many rows the partial state of a tile has."""
+        return self.config.BLOCK_H if self.spec.many_queries else min(self.spec.group, self.config.BLOCK_H)
+
+    @property
+    def row_name(self) -> str:
+        """The name of a tile's rows: pairs of a query and a head, or heads alone."""
+        return "rows" if self.spec.many_queries else "heads"
+
+    @property
+    def row0(self) -> str:
+        """Comes before the number of a row in its tile, and makes it the number in the sequence or group."""
+        return "row0 + " if self.tiled else ""
+
+    @property
+    def padding(self) -> Padding:
+        """What the kernel writes to rows that no sequence has."""
+        width = power_of_2(self.spec.head_dim)
+        return Padding(("o",), "n", "q", self.spec.stats, width, width != self.spec.head_dim)
+
+    @property
+    def queries(self) -> Queries:
+        """How the queries lie."""
+        return PACKED if self.spec.varlen else MANY if self.spec.many_queries else ONE
+
+    def stat_of(self, query: str, head: str) -> str:
+        """Where lse has the number of a query and a head, counted from their sequence and kv head."""
+        return self.queries.stat.format(query=query, head=head)
+
+    # -- the keys of a tile
+
+    @property
+    def lower(self) -> bool:
+        """Whether a sequence's first keys can be hidden from all its queries."""
+        return self.spec.leftpad or self.spec.window
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the rows of a tile see different keys."""
+        return self.spec.many_queries and self.spec.causal
+
+    @property
+    def one_page(self) -> bool:
+        """Whether a block of keys lies in one page."""
+        return self.spec.page_size > 0 and self.spec.page_size % self.config.BLOCK_N == 0
+
+    @property
+    def pages(self) -> int:
+        """How many whole pages a block of keys covers; 0 if it does not cover whole pages."""
+        size = self.spec.page_size
+        return self.config.BLOCK_N // size if size and self.config.BLOCK_N % size == 0 else 0
+
+    @property
+    def few_pages(self) -> bool:
+        """Whether these are few enough for a scalar each."""
+        return 2 <= self.pages <= 8 and self.spec.page_size > 1
+
+    @property
+    def blocks_lie_in(self) -> str:
+        """Which way of reading blocks applies: a key of the table in parts/paging.j2."""
+        if self.one_page or self.few_pages:
+            return "one page" if self.one_page else "few pages"
+        return "any pages" if self.spec.page_size else "piece"
+
+    @property
+    def keys_before_page(self) -> tuple[str, ...]:
+        """For each of the few pages: what is added to the first key of a block to give the page's first."""
+        return ("", " + PAGE_SIZE", *(f" + {page} * PAGE_SIZE" for page in range(2, self.pages)))
+
+    @property
+    def block_unit(self) -> str:
+        """The first key of a block is a multiple of this, if of anything."""
+        return "BLOCK_N" if self.one_page else "PAGE_SIZE" if self.few_pages else ""
+
+    @property
+    def first_block(self) -> str:
+        """Comes before the place of a split among the keys of a tile: where the first block of the tile begins."""
+        if not self.lower:
+            return ""
+        return "lower_block + " if self.block_unit else "lower + "
+
+    @property
+    def seen(self) -> str:
+        """How many keys the last row of a tile sees."""
+        return "seen" if self.by_row else "length"
+
+    @property
+    def window_begins(self) -> str:
+        """The first key in the window of a sequence's first query."""
+        return "length - window" + " - len_q + 1" * self.spec.many_queries
+
+    @property
+    def long_strides(self) -> tuple[str, ...]:
+        """The strides of keys that are needed in 64 bits too."""
+        if self.one_page:
+            return ("stride_n",)
+        return () if self.spec.page_size else ("stride_kn", "stride_vn")
+
+    @property
+    def piece(self) -> str:
+        """The thing that these strides lead through."""
+        return "page" if self.spec.page_size else "cache"
+
+    # -- keys and values in 8 or 16 bits
+
+    @property
+    def softmax_part(self) -> str:
+        """The part with the step from one state to the next."""
+        return "parts/fp8.j2" if self.spec.cache_dtype else "parts/softmax_stacked.j2"
+
+    @property
+    def fp8(self) -> Widening:
+        """How the numbers of an 8-bit cache become numbers of 16 bits."""
+        return _WIDENINGS[self.spec.cache_dtype, self.spec.dtype]
+
+    @property
+    def words(self) -> int:
+        """How many words of four 8-bit numbers a row has."""
+        return self.width // 4
+
+    @property
+    def key_dims(self) -> str:
+        """The name of the numbers of a key's elements."""
+        return "words" if self.spec.cache_dtype else "dims"
+
+    @property
+    def key_mask(self) -> str:
+        """Hides the padding of keys and values."""
+        return f", mask={'in_row' if self.spec.cache_dtype else 'in_head'}[None, :], other=0" if self.padded else ""
+
+    @property
+    def block_shape(self) -> str:
+        """A comment on a block of keys, if the line has room for it."""
+        return "" if self.padded or self.spec.cache_dtype else "  # [BLOCK_N, HEAD_DIM]"
+
+    # -- the schedule
+
+    @property
+    def tiles_of_sequence(self) -> str:
+        """How many tiles a sequence has; none if it has no queries."""
+        if self.spec.many_queries:
+            return "tl.cdiv(len_q * GROUP, BLOCK_H)"
+        return "len_q * TILES" if self.tiles > 1 else "len_q"
+
+    @property
+    def slots(self) -> str:
+        """How many slots `launch` provides."""
+        if self.spec.many_queries:
+            return "tiles * NUM_SPLITS + triton.cdiv(tiles, SPARE)"
+        slots = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE)"
+        return f"{self.tiles} * ({slots})" if self.tiles > 1 else slots
+
+    @property
+    def lengths(self) -> tuple[str, ...]:
+        """The parameters of `_sizes` that lengths come from, which have the same names in both kernels."""
+        return (
+            "cache_seqlens_ptr",
+            *["cache_leftpad_ptr"] * self.spec.leftpad,
+            *self.queries.length,
+            "seqlen_kv",
+            *["window"] * self.spec.window,
+        )
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """What `_sizes` returns."""
+        return ("length", *["lower"] * self.lower, "len_q", "blocks")
+
+    def sizes(self, indent: int, seq: str, there: str, *used: str) -> str:
+        """The call of `_sizes` for the sequences `seq`, if `there`. The results that are not `used` are named _."""
+        names = ", ".join(name if name in used else "_" for name in self.found)
+        passed = ", ".join((seq, there, *self.lengths, "BLOCK_N"))
+        call = f"{names} = _sizes({passed})"
+        if indent + len(call) <= LINE:
+            return call
+        return f"{names} = _sizes(\n{' ' * (indent + 4)}{passed}\n{' ' * indent})"
+
+    @property
+    def least(self) -> int:
+        """How many blocks are worth a program of their own."""
+        return max(1, 64 // self.config.BLOCK_N)
+
+    # -- merging
+
+    @property
+    def row_mask(self) -> str:
+        """The mask of a store of one row, if its dimensions have a mask already."""
+        return ", mask=in_head" if self.padded else ""
+
+    @property
+    def chunk(self) -> int:
+        """How many splits are joined at a time."""
+        return min(max(self.vectors_held, 2), 32 if self.config.merge == "last" else 64)
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """The constants of the first kernel."""
+        spec, config = self.spec, self.config
+        pairs = "(query, head) pairs that a tile has"
+        return (
+            Constant("HEAD_DIM", spec.head_dim),
+            Constant("GROUP", spec.group, "query heads that share a kv head"),
+            Constant("BLOCK_H", config.BLOCK_H, pairs if spec.many_queries else "of which one program serves so many"),
+            Constant("BLOCK_N", config.BLOCK_N, "keys a program takes a step"),
+            *[Constant("PAGE_SIZE", spec.page_size, "keys a page of the cache")] * (spec.page_size > 0),
+            *[Constant("PAGES", "BLOCK_N // PAGE_SIZE", "that a block of keys falls into")] * self.few_pages,
+            *[Constant("NUM_SPLITS", config.NUM_SPLITS)] * self.split,
+            Constant("SPARE", self.spare),
+            Constant("ROWS", self.rows, "that a tile's partial state has"),
+            Constant("SLOT", "ROWS * (2 * HEAD_DIM + 4)", "floats of it; 4, not 3, keeps it 16-byte aligned"),
+            *[Constant("LN_2", LN_2)] * spec.stats,
+            Constant("SEQUENCES", 32, "looked at a time: each warp can do that by itself"),
+            Constant("LEAST", self.least, "blocks that are worth a program of their own"),
+            *[Constant("TILES", self.tiles, "that serve a group")] * (self.tiles > 1 and not spec.many_queries),
+        )
+
+    @property
+    def merge_constants(self) -> tuple[Constant, ...]:
+        """The constants of the second kernel."""
+        as_before = "what follows is as in ragged_kernel, which left the states"
+        tiles = (Constant("BLOCK_H", self.config.BLOCK_H), Constant("TILES", self.tiles))
+        return (
+            Constant("HEAD_DIM", self.spec.head_dim),
+            Constant("GROUP", self.spec.group, "query heads that share a kv head"),
+            Constant("BLOCK_N", self.config.BLOCK_N, as_before),
+            *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.split,
+            Constant("SPARE", self.spare),
+            Constant("ROWS", self.rows),
+            Constant("SLOT", "ROWS * (2 * HEAD_DIM + 4)"),
+            Constant("SEQUENCES", 32),
+            Constant("LEAST", self.least),
+            *(tiles if self.tiles > 1 else ()),
+            *[Constant("LN_2", LN_2)] * self.spec.stats,
+        )
