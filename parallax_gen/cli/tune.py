@@ -11,7 +11,7 @@ import click
 from parallax_gen.cli.devices import card_to_tune, devices_option
 from parallax_gen.cli.options import check_flags, flag_options, gpu_option, head_dim_of, json_option, shape_option
 from parallax_gen.cli.text import console, print_json, print_table
-from parallax_gen.describe import LEGEND, brief, counted, lengths, number
+from parallax_gen.describe import LEGEND, brief, format_counts, lengths, number
 from parallax_gen.errors import MachineError, MeasureError
 from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
@@ -212,7 +212,7 @@ def _row(progress: Progress) -> tuple[str, ...]:
     found = ("-", "-", "-")
     if best is not None and best.time_us is not None:
         found = number(best.time_us), number(rate(job.spec, shape_of(best), best.time_us)), brief(best.config)
-    failures = counted(_failures(progress)) or "none"
+    failures = format_counts(_failures(progress)) or "none"
     return str(job.bucket.kv_rows), lengths(job.bucket), *found, str(progress.done), failures
 
 

@@ -16,7 +16,7 @@ from statistics import geometric_mean
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.lines import is_database, read_file
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, Tier, best, default_of, nearest_buckets, siblings
+from parallax_gen.memory.ranking import RecordTable, Tier, best, default_of, nearest_buckets, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import KernelConfig, op_of
@@ -99,8 +99,8 @@ def read_measured(path: Path) -> list[Result]:
     if path.suffix == ".gz" or (not is_database(path) and _is_sweep(path)):
         return list(read_sweep(path).results)
     found = read_file(path)
-    if found.bad:
-        raise StoreError(found.bad[0])
+    if found.problems:
+        raise StoreError(found.problems[0])
     return found.results
 
 
@@ -138,7 +138,7 @@ def borrowed(measured: Measured, records: Sequence[Result]) -> Iterator[Borrowed
     rest = alike
     for name, is_out in left_out.items():
         rest = [record for record in alike if not is_out(record)]
-        candidate = best(place, gpu, Table(rest), measured.toolchain)
+        candidate = best(place, gpu, RecordTable(rest), measured.toolchain)
         yield Borrowed(measured, name, candidate.tier.words, candidate.config, default)
     if config := _nearest(measured, rest):
         yield Borrowed(measured, name, NEAREST, config, default)
@@ -170,7 +170,7 @@ def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
 
 def _nearest(measured: Measured, records: Sequence[Result]) -> KernelConfig | None:
     """What a call in the nearest bucket with a usable record gets: along keys before rows."""
-    place, gpu, known = measured.place, GPUS[measured.place.gpu], Table(records)
+    place, gpu, known = measured.place, GPUS[measured.place.gpu], RecordTable(records)
 
     buckets = dict.fromkeys(record.place.bucket for record in records)
     for bucket in nearest_buckets(place.bucket, buckets, rows_first=True):

@@ -28,7 +28,7 @@ from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import NO_RESULT, Result
+from parallax_gen.memory.result import MALFORMED, Result
 from parallax_gen.ops.base import KernelConfig, config_to_json
 
 LEASE_S = 60.0  # a worker that has not been heard of for so long is gone
@@ -48,14 +48,14 @@ class Storage:
         self.worker = uuid.uuid4().hex
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if url.startswith("journal:"):
-            with self._explained():
+            with self._as_store_error():
                 self._storage: BaseStorage = JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
         else:
             self._storage = self._database(url)
 
     def board(self, place: Place, program: str) -> Board:
         """The board of a place: workers that would compile other programs, which `program` tells, have another one."""
-        return Board(self._storage, place, program, self.worker, self._lease_s, self._explained)
+        return Board(self._storage, place, program, self.worker, self._lease_s, self._as_store_error)
 
     def _database(self, text: str) -> BaseStorage:
         try:
@@ -65,7 +65,7 @@ class Storage:
         self._name = url.render_as_string(hide_password=True)
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")  # the one that the extra `postgresql` brings
-        with self._explained():
+        with self._as_store_error():
             for attempt in range(CONNECTIONS):
                 try:
                     text = url.render_as_string(hide_password=False)
@@ -77,7 +77,7 @@ class Storage:
         raise AssertionError("a database was found or an error raised")
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _as_store_error(self) -> Iterator[None]:
         """Turn what a database or a file says into a StoreError that names it."""
         try:
             yield
@@ -101,14 +101,14 @@ class Board:
         program: str,
         worker: str,
         lease_s: float,
-        explained: Callable[[], AbstractContextManager[None]],
+        as_store_error: Callable[[], AbstractContextManager[None]],
     ):
         self._storage, self._place, self._worker, self._lease_s = storage, place, worker, lease_s
-        self._explained = explained
+        self._as_store_error = as_store_error
         self._claims: dict[str, int] = {}  # mine, by the config's text: the id of a trial
         self._seen: set[int] = set()
         self._last_beat = -float("inf")
-        with explained():
+        with as_store_error():
             name = f"parallax_gen {hashlib.sha256(f'{place.text} {program}'.encode()).hexdigest()[:32]}"
             optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             self._study = storage.get_study_id_from_name(name)
@@ -120,14 +120,14 @@ class Board:
     def beat(self) -> None:
         """Say that this worker is there, if that was not said lately."""
         if time.monotonic() - self._last_beat > self._lease_s / 6:
-            with self._explained():
+            with self._as_store_error():
                 self._storage.set_study_user_attr(self._study, _beat_of(self._worker), time.time())
             self._last_beat = time.monotonic()
 
     def claim(self, config: KernelConfig) -> bool:
         """Take a config for this worker; False if another one has it, or has tried it."""
         text = config_to_json(config)
-        with self._explained():
+        with self._as_store_error():
             for _ in range(ATTEMPTS):
                 if self._taken(text):
                     return False
@@ -147,7 +147,7 @@ class Board:
         trial = self._claims.pop(text, None)
         if trial is None:
             return
-        with self._explained(), contextlib.suppress(UpdateFinishedTrialError):  # another took this worker for dead
+        with self._as_store_error(), contextlib.suppress(UpdateFinishedTrialError):  # another took this worker for dead
             self._storage.set_trial_user_attr(trial, "result", json.dumps(result.to_dict()))
             fine = result.outcome.timed and result.time_us is not None
             self._end(trial, TrialState.COMPLETE if fine else TrialState.FAIL, result.time_us if fine else None)
@@ -155,13 +155,13 @@ class Board:
     def publish(self, result: Result) -> None:
         """Tell the others of a result that no claim of this worker stands for: of a finalist that was timed again."""
         text = config_to_json(result.config)
-        with self._explained():
+        with self._as_store_error():
             self._claims[text] = self._storage.create_new_trial(self._study, _claim_of(text, self._worker))
         self.finish(result)
 
     def others_at_work(self) -> bool:
         """Whether another worker that is there has a claim."""
-        with self._explained():
+        with self._as_store_error():
             beats = self._storage.get_study_user_attrs(self._study)
             trials = self._storage.get_all_trials(self._study, deepcopy=False)
         running = [trial for trial in trials if not trial.state.is_finished()]
@@ -169,7 +169,7 @@ class Board:
 
     def release(self) -> None:
         """Let go of what this worker claimed and did not finish."""
-        with self._explained():
+        with self._as_store_error():
             for trial in self._claims.values():
                 self._end(trial, TrialState.FAIL)
         self._claims.clear()
@@ -181,7 +181,7 @@ class Board:
         earlier version has put there.
         """
         found = []
-        with self._explained():
+        with self._as_store_error():
             trials = self._storage.get_all_trials(self._study, deepcopy=False)
         for trial in trials:
             if not trial.state.is_finished() or trial.number in self._seen:
@@ -220,18 +220,18 @@ class Board:
     def _failed_elsewhere(self, trial: FrozenTrial) -> bool:
         """Whether a trial holds a fault of its worker's machine: the config is free."""
         result = _parsed(trial) if trial.state == TrialState.FAIL else None
-        return result is not None and result.of_machine
+        return result is not None and result.is_machine_fault
 
     def _result_of(self, trial: FrozenTrial) -> Result | None:
         result = _parsed(trial)
-        return None if result is None or result.of_machine or result.place != self._place else result
+        return None if result is None or result.is_machine_fault or result.place != self._place else result
 
 
 def _parsed(trial: FrozenTrial) -> Result | None:
     """The result that a trial holds; None where there is none that reads."""
     try:
         return Result.from_dict(json.loads(trial.user_attrs["result"]))
-    except (*NO_RESULT, KeyError, TypeError):  # of an attribute that is not there, or no text
+    except (*MALFORMED, KeyError, TypeError):  # of an attribute that is not there, or no text
         return None
 
 

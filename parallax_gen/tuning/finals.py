@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from parallax_gen.memory.bounds import fitting_detail
+from parallax_gen.memory.bounds import truncated_detail
 from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
@@ -62,7 +62,7 @@ class Finals:
         before = {r.config: r for r in self._known()}
         if not isinstance(request, Rematch):
             old = before[request.trial.config]
-            again = replace(old, outcome=reply.outcome, error=reply.error, detail=fitting_detail(reply.detail))
+            again = replace(old, outcome=reply.outcome, error=reply.error, detail=truncated_detail(reply.detail))
             return [_timed(again, reply.timing)]
         if reply.outcome.failed:
             return []

@@ -16,7 +16,7 @@ from parallax_gen.memory.ranking import (
     evidence_of,
     fastest,
     is_valid,
-    near_buckets,
+    near_places,
     ranked,
     siblings,
 )
@@ -185,7 +185,7 @@ def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:
             taken[candidate.tier] += 1
             found[candidate.config] = None
     found |= dict.fromkeys(_fastest(memory.results(place), gpu, 1))
-    for near in near_buckets(place):
+    for near in near_places(place):
         if there := _fastest(memory.results(near), gpu, 1):
             found |= dict.fromkeys(there)
             break

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
-from parallax_gen.memory.bounds import fitting_detail
+from parallax_gen.memory.bounds import truncated_detail
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of, fastest, is_current, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Evidence, Outcome, Result, reading_order, supersedes
-from parallax_gen.memory.shipped import load_alike
+from parallax_gen.memory.shipped import load_same_capability
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig, config_to_json
 from parallax_gen.ops.space import neighbours, promising_configs
@@ -59,7 +59,7 @@ class Run:
         self._wanted = Outcome.OK if measure else Outcome.PREDICTED
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
         self._default = default_of(job.place, job.gpu)
-        known = [r for r in self._known() if not (r.of_machine or (measure and not r.outcome.tried))]
+        known = [r for r in self._known() if not (r.is_machine_fault or (measure and not r.outcome.tried))]
         if again is not None:
             known = []
         best = next((r for r in known if r.outcome is self._wanted), None)
@@ -165,7 +165,7 @@ class Run:
             return True
         for result in self._finals.measured(request, reply):
             result = replace(result, evidence=self._evidence_of(result.config))  # an old row may have another
-            self._store.record(result)
+            self._store.save(result)
             if self._board is not None:
                 self._board.publish(result)
         self.progress.best = self._best_measured
@@ -178,7 +178,7 @@ class Run:
         """
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
-        shipped = shipped_seeds(job.place, load_alike(job.gpu))
+        shipped = shipped_seeds(job.place, load_same_capability(job.gpu))
         nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.family))
         near = neighbours(job.spec, best.config, job.gpu) if best else []
         return [default, *shipped, *nearby, *promising, *near]
@@ -239,7 +239,7 @@ class Run:
             return
         news = self._board.news()
         for result in news:
-            self._store.record(result)
+            self._store.save(result)
             if result.config not in self._heard:
                 self._heard.add(result.config)
                 self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
@@ -285,7 +285,7 @@ class Run:
 
     def _note(self, result: Result) -> None:
         """Store a result, tell the search, and keep the best."""
-        self._store.record(result)
+        self._store.save(result)
         if self._board is not None:
             self._board.finish(result)
         self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
@@ -312,6 +312,6 @@ class Run:
             spills=resources.spills if resources else None,
             shared_bytes=resources.shared_bytes if resources else None,
             compile_s=compiled.seconds,
-            detail=fitting_detail(reply.detail),
+            detail=truncated_detail(reply.detail),
             source=f"{'measured on' if timing else 'compiled for'} {self.job.gpu.title}",
         )

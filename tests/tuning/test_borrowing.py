@@ -147,7 +147,7 @@ def test_sweeps_records_and_databases_are_read(tmp_path: Path) -> None:
     assert read_measured(tmp_path / "lines.jsonl") == TRUTH
     with Store(tmp_path / "store.db") as store:
         for each in TRUTH:
-            store.record(each)
+            store.save(each)
     assert {each.config for each in read_measured(tmp_path / "store.db")} == {each.config for each in TRUTH}
 
 

@@ -145,8 +145,8 @@ def row(config: KernelConfig, outcome: str = "compile", detail: str = FULL, hour
 def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Machine) -> None:
     default = default_config(JOB.spec, JOB.shape, GPU)
     wrong = next(config for config in CONFIGS if config != default)
-    store.record(row(default))
-    store.record(row(wrong, "compile", "CompilationError: at 3:4"))
+    store.save(row(default))
+    store.save(row(wrong, "compile", "CompilationError: at 3:4"))
     (progress,) = tune(store, [JOB])
     assert progress.known == 1
     assert default in machine.compiled
@@ -157,11 +157,11 @@ def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Ma
 @pytest.mark.parametrize("outcome", ["ok", "wrong", "crash", "timeout", "predicted"])
 def test_any_other_row_takes_its_place_and_it_takes_no_others(store: Store, outcome: str) -> None:
     fault, told = row(CONFIGS[0], hours=1), row(CONFIGS[0], outcome, "" if outcome in ("ok", "predicted") else "told")
-    assert fault.of_machine
-    assert not told.of_machine
+    assert fault.is_machine_fault
+    assert not told.is_machine_fault
     assert supersedes(told, fault)
     assert not supersedes(fault, told)
-    store.record(fault)
+    store.save(fault)
     assert store.results(JOB.place) == [fault]  # it is kept
     assert store.merge([told]).replaced == 1
     assert store.merge([fault]).kept == 1
@@ -172,8 +172,8 @@ def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_pat
     shipped = row(CONFIGS[0], "ok", "", hours=-1)
     folder = tmp_path / "shipped"
     write_shipped([shipped], "h200", folder)
-    store.record(row(CONFIGS[0]))
-    store.record(row(CONFIGS[1]))
+    store.save(row(CONFIGS[0]))
+    store.save(row(CONFIGS[1]))
     known = Memory(store, folder)
     assert [r.outcome for r in known.results(JOB.place)] == ["ok", "compile"]
     assert best(JOB.place, GPU, known).config == CONFIGS[0]

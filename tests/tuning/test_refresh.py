@@ -41,7 +41,7 @@ def record(config: KernelConfig, time_us: float, place: Place = JOB.place, **evi
 
 def memory_of(store: Store, folder: Path, *records: Result) -> Memory:
     for result in records:
-        store.record(result)
+        store.save(result)
     return Memory(store, folder)
 
 

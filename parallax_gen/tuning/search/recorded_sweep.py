@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
-from parallax_gen.memory.old import of_before
+from parallax_gen.memory.old import upgrade_record
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result
+from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Evidence, Result
 from parallax_gen.ops.base import KernelConfig, config_from_dict, op_of
 from parallax_gen.ops.space import default_config, every_config
 from parallax_gen.problem.hardware import GPUS, Gpu
@@ -68,7 +68,7 @@ def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
 
     Raises ArgumentError where they are of several places, toolchains or shapes, or nothing was timed.
     """
-    told = sorted((r for r in results if r.counts), key=lambda r: r.created)
+    told = sorted((r for r in results if r.informative), key=lambda r: r.created)
     tried = tuple(sorted({r.config: r for r in told}.values(), key=_knobs))
     if not any(r.outcome.timed and r.time_us for r in tried):
         raise ArgumentError("results", f"{len(tried)} that were tried, none of them timed", "those of a place's tune")
@@ -136,7 +136,7 @@ def _shape_of(result: Result) -> Shape:
 def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) -> T:
     try:
         return parsed(json.loads(line))
-    except NO_RESULT as error:
+    except MALFORMED as error:
         raise StoreError(f"{path}, line {number}: not of a sweep: {str(error)[:LONGEST_REASON]}") from error
 
 
@@ -178,7 +178,7 @@ def _header(data: object) -> dict[str, Any]:
 
 
 def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
-    record = of_before({"key": data.get("key")})
+    record = upgrade_record({"key": data.get("key")})
     evidence = {name: record["evidence"][name] for name in ("triton", "cuda", "protocol")}
     rest = {name: value for name, value in data.items() if name != "key"}
     return rest | {"format": FORMAT, "place": record["place"]} | evidence

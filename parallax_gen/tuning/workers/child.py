@@ -22,13 +22,13 @@ from parallax_gen.codegen.device import gpu_here
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import (
     CONTEXT_BYTES,
+    MAYBE_MACHINE_ERRORS,
     OUT_OF_MEMORY,
-    SUSPECTS,
     BuildError,
     ConfigError,
     MemoryTakenError,
+    held_by_others,
     machine_error,
-    taken_by_others,
 )
 from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import Layout, op_of
@@ -57,7 +57,7 @@ def serve(*, device: bool) -> None:
     def reply(ask: Callable[[], object]) -> None:
         try:
             told = ask()
-        except SUSPECTS as error:
+        except MAYBE_MACHINE_ERRORS as error:
             fault = machine_error(error)
             if fault is None:
                 raise
@@ -154,7 +154,7 @@ def _out_of_memory(error: RuntimeError) -> TrialResult:
         others = total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES
         if others > 0:
             raise MemoryTakenError(f"{told} (other processes hold {others / 2**30:.1f} GiB of the card)") from error
-    elif taken_by_others(told):
+    elif held_by_others(told):
         raise error
     return TrialResult(Outcome.RESOURCES, f"needs more memory than the card has: {told}")
 

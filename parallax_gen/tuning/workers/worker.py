@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from parallax_gen.errors import MachineError, MeasureError, ended_from_outside, gist, machine_error
+from parallax_gen.errors import MachineError, MeasureError, gist, machine_error, machine_error_of_exit
 from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.tuning.workers.messages import Identify, Ready, Request, TrialResult
@@ -148,7 +148,7 @@ class Worker:
         except (EOFError, pickle.UnpicklingError) as error:
             words, status = self._last_words()
             self.close()
-            if status is not None and not self._killed and (fault := ended_from_outside(status, words)):
+            if status is not None and not self._killed and (fault := machine_error_of_exit(status, words)):
                 raise fault from error
             raise ChildProcessError(words if status is None else f"exit status {status}: {words}") from error
         if isinstance(reply, MachineError):
