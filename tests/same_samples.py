@@ -61,8 +61,8 @@ from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.runtime.dispatch import tune_command
-from parallax_gen.tuning.claims import Board
-from parallax_gen.tuning.job import Job, program_of
+from parallax_gen.tuning.claims import SharedClaims
+from parallax_gen.tuning.job import Job, program_key
 from parallax_gen.tuning.search.cost_model import guess_us
 
 __all__ = ["Store", "command", "from_line", "to_line"]
@@ -124,7 +124,7 @@ def job_of(place: Place) -> Job:
 def study_of(place: Place, program: str) -> str:
     """The name of the study that workers on several hosts share of a place."""
     storage = optuna.storages.InMemoryStorage()
-    Board(storage, place, program, "me", 60.0, nullcontext)
+    SharedClaims(storage, place, program, "me", 60.0, nullcontext)
     (study,) = storage.get_all_studies()
     return str(study.study_name)
 
@@ -371,7 +371,7 @@ def seeds(asked: Json) -> Json:
     job = job_of(place)
     default = default_config(job.spec, job.shape, job.gpu)
     with patch.object(Toolchain, "here", lambda: FIXED):
-        program = program_of(job)
+        program = program_key(job)
     return {
         "program": program,
         "study": study_of(place, program),

@@ -107,7 +107,7 @@ def tune(
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.claims import Storage
-    from parallax_gen.tuning.job import ALL_WORK, MOST_REFRESHED, known_jobs, of_grid, worklist
+    from parallax_gen.tuning.job import ALL_WORK, MAX_REFRESHED, grid_jobs, refresh_jobs, worklist
     from parallax_gen.tuning.tuner import Tuner, children
 
     if grid and (shapes or ops not in ((), ("decode",))):
@@ -129,9 +129,9 @@ def tune(
                 else "--storage: there is no CUDA device here, and what is only predicted is not shared"
             )
         if all_known:
-            jobs = known_jobs(Memory(store), card, wanted)
+            jobs = refresh_jobs(Memory(store), card, wanted)
         elif grid:
-            jobs = of_grid(card, GRIDS[grid], head_dims, dtypes, flags)
+            jobs = grid_jobs(card, GRIDS[grid], head_dims, dtypes, flags)
         else:
             jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=asked, flags=flags)
         if not jobs and all_known:
@@ -147,7 +147,7 @@ def tune(
             refresh=Memory(store) if refresh else None,
         )
         with tuner:
-            most = min(trials, MOST_REFRESHED) if refresh else trials
+            most = min(trials, MAX_REFRESHED) if refresh else trials
             done = _tune_all(tuner, jobs, measure, most, time_budget, store.path)
     path = store.path
     if as_json:

@@ -20,7 +20,7 @@ from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.workers.messages import Compile, Measure, Rematch, Timing, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterleaved, Timing, TrialResult
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
@@ -39,10 +39,10 @@ class FakeWorker:
     def start(self) -> None:
         pass
 
-    def ask(self, request: Compile | Measure | Rematch, timeout_s: float) -> TrialResult:
+    def ask(self, request: Compile | Measure | MeasureInterleaved, timeout_s: float) -> TrialResult:
         if isinstance(request, Compile):
             return TrialResult(Outcome.OK, resources=Resources(100, 0, 1000))
-        if isinstance(request, Rematch):
+        if isinstance(request, MeasureInterleaved):
             return TrialResult(Outcome.CRASH, "nothing is timed in turns")
         FakeWorker.measured += 1
         if FakeWorker.measured == 2:

@@ -24,7 +24,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.claims import Storage
-from parallax_gen.tuning.job import Job, Progress, program_of
+from parallax_gen.tuning.job import Job, Progress, program_key
 from parallax_gen.tuning.search.recorded_sweep import sweep_of
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers import pool, worker
@@ -94,12 +94,12 @@ def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine,
         tune(store, JOBS, Storage(journal))
     other = Storage(journal)
     for job in JOBS:
-        board = other.board(job.place, program_of(job))
-        assert not board.others_at_work()
+        claims = other.claims(job.place, program_key(job))
+        assert not claims.others_at_work()
         done = {r.config for r in store.results(job.place)}
-        assert {r.config for r in board.news()} <= done
+        assert {r.config for r in claims.new_results()} <= done
         free = [config for config in machine.compiled if config not in done]
-        assert board.claim(free[0])
+        assert claims.claim(free[0])
 
 
 def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +184,12 @@ def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_pat
 
 
 def test_what_an_earlier_version_told_others_is_passed_over(journal: str) -> None:
-    first, second = (Storage(journal).board(JOB.place, program_of(JOB)) for _ in range(2))
+    first, second = (Storage(journal).claims(JOB.place, program_key(JOB)) for _ in range(2))
     assert first.claim(CONFIGS[0])
     assert first.claim(CONFIGS[1])
     first.finish(row(CONFIGS[0]))
     first.finish(row(CONFIGS[1], "wrong", "row 3"))
-    assert [r.config for r in second.news()] == [CONFIGS[1]]
+    assert [r.config for r in second.new_results()] == [CONFIGS[1]]
     assert not second.claim(CONFIGS[1])
     assert second.claim(CONFIGS[0])
 

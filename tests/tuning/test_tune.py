@@ -24,9 +24,9 @@ from parallax_gen.ops.space import default_config, every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
+from parallax_gen.tuning.finals import FINALIST_MS, MAX_FINALISTS
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.run import MOST_SPILLS, Run
+from parallax_gen.tuning.run import MAX_SPILLS, Run
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.messages import TrialResult
 
@@ -88,7 +88,7 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
         1: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
         2: TrialResult(Outcome.CRASH, "exit status -11: no message"),
         3: TrialResult(Outcome.INVALID, "cannot be"),
-        4: TrialResult(Outcome.OK, resources=Resources(255, MOST_SPILLS + 1, 1000)),
+        4: TrialResult(Outcome.OK, resources=Resources(255, MAX_SPILLS + 1, 1000)),
         5: TrialResult(Outcome.OK, resources=Resources(255, 0, GPU.shared_per_block + 1)),
     }
     measures = {
@@ -120,10 +120,10 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
     assert kinds[6:] == ["ok", "wrong", "slow", "timeout", "crash", "resources", "ok"]
     details = [of[config].detail for config in machine.compiled]
     assert details[0] == "no such instruction"
-    assert details[4] == f"spills {MOST_SPILLS + 1} bytes a thread, over {MOST_SPILLS}"
+    assert details[4] == f"spills {MAX_SPILLS + 1} bytes a thread, over {MAX_SPILLS}"
     assert "bytes of shared memory" in details[5]
     assert of[machine.compiled[0]].compile_s == 2.0
-    assert of[machine.compiled[4]].spills == MOST_SPILLS + 1
+    assert of[machine.compiled[4]].spills == MAX_SPILLS + 1
     assert of[machine.compiled[7]].error == float("inf")
     assert of[machine.compiled[6]].source == "measured on NVIDIA H200 SXM"
 
@@ -162,7 +162,7 @@ def test_finalists_that_matmuls_bound_are_timed_from_rest(
     store: Store, machine: Machine, spec: KernelSpec, rests: bool
 ) -> None:
     tune(store, Job(spec, Bucket(8, 1 if spec.family == "decode" else 1024, 1024), GPU), trials=1)
-    assert [(request.timed_ms == FINALIST_MS, request.from_rest) for request in machine.measured] == [
+    assert [(request.timed_ms == FINALIST_MS, request.in_bursts) for request in machine.measured] == [
         (False, False),
         (True, rests),
     ]
@@ -171,7 +171,7 @@ def test_finalists_that_matmuls_bound_are_timed_from_rest(
 def test_only_so_many_are_timed_twice(store: Store, machine: Machine) -> None:
     machine.measure = lambda config, n: timed(100.0 + n if n < 20 else 1000.0 + n)
     tune(store, trials=20)
-    assert len(machine.measured) == 20 + FINALISTS
+    assert len(machine.measured) == 20 + MAX_FINALISTS
 
 
 def test_slow_ones_are_given_up_on(store: Store, machine: Machine) -> None:
