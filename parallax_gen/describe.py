@@ -1,4 +1,4 @@
-"""How things are put in words, for people: configs, lengths, numbers."""
+"""Texts for people: configs, numbers, sequence lengths."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def describe(config: KernelConfig) -> str:
 
 def brief(config: KernelConfig) -> str:
     """A config short enough for a table: `M128 N64 G8 w8 s3 pieces`, `N32 H8 S16 last w1 s4`."""
-    # "none" is a merge of one split: there is nothing to say.
+    # merge is "none" for a single split: S1 says that already.
     choices = {name: value for name, value in config_to_dict(config).items() if value != "none"}
     return " ".join(f"{_LETTERS[name]}{value}" for name, value in choices.items())
 
@@ -53,12 +53,12 @@ def brief(config: KernelConfig) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, and those before the point: 1234, 512.3, 8.123."""
+    """Four significant digits, and all digits before the point: 1234, 512.3, 8.123."""
     return f"{value:.{max(0, min(3, 3 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
 
 
 def gain_text(gain: float | None) -> str:
-    """What is gained over the default, `1.12x`; "-" where that is not known."""
+    """The speedup over the default, `1.12x`; "-" if it is unknown."""
     return "-" if gain is None else f"{gain:.2f}x"
 
 
@@ -70,62 +70,62 @@ def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
 _Text = TypeVar("_Text", bound=str)
 
 
-def counted(kinds: Mapping[_Text, int]) -> str:
-    """`13 resources, 2 wrong`, the most first."""
+def format_counts(kinds: Mapping[_Text, int]) -> str:
+    """`13 resources, 2 wrong`, the largest count first."""
     most_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind}" for kind, count in most_first)
 
 
-# -- Lengths of sequences: of all, and of each in a batch
+# -- Sequence lengths: one for the whole batch, or one for each sequence
 
-Runs = tuple[tuple[int, int], ...]  # (sequences, keys of each), in the batch's order
+Runs = tuple[tuple[int, int], ...]  # run-length encoding: (sequences, keys of each), in the batch's order
 
-MOST_SEQUENCES = 2**20  # of a batch in a file
-_LONGEST_TOLD = 40  # characters
+MAX_SEQUENCES = 2**20  # in a batch that is read from a file
+_LONGEST_SHOWN = 40  # characters
 _NUMBER = r"[1-9][0-9]{0,18}"
 _RUN = rf"(?:{_NUMBER}x)?{_NUMBER}"
 _RUNS = re.compile(rf"{_RUN}(?:,{_RUN})*")
 
 
 def lengths(bucket: Bucket | Shape) -> str:
-    """A bucket's or a shape's sequence lengths, one where they are the same or the query is single, and its window."""
+    """The sequence lengths and window of a bucket or shape. One length if both are equal or there is a single query."""
     alone = bucket.seqlen_q in (1, bucket.seqlen_kv)
     text = str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
     return f"{text} W{bucket.window}" if bucket.window else text
 
 
 def with_lengths(shape: Shape, lengths: Sequence[int]) -> str:
-    """A shape with each sequence's length where they differ from it: all of them where that is short."""
+    """A shape, and each sequence's length if they differ: the list if that is short, else the range and the mean."""
     if not lengths:
         return str(shape)
-    text = to_text(lengths)
-    if len(text) > _LONGEST_TOLD:
+    text = lengths_to_text(lengths)
+    if len(text) > _LONGEST_SHOWN:
         text = f"{min(lengths)} to {max(lengths)}, {sum(lengths) / len(lengths):.0f} on the average"
     return f"{shape}, lengths {text}"
 
 
-def to_text(lengths: Sequence[int]) -> str:
-    """Each sequence's length as `bench --lengths` takes them: 4096,7x128. Of none ""."""
+def lengths_to_text(lengths: Sequence[int]) -> str:
+    """Sequence lengths in the format of `bench --lengths`: 4096,7x128; "" for no lengths."""
     runs = [(len(list(run)), keys) for keys, run in itertools.groupby(lengths)]
     return ",".join(str(keys) if count == 1 else f"{count}x{keys}" for count, keys in runs)
 
 
-def from_text(text: str) -> tuple[int, ...]:
-    """What `to_text` wrote. Raises ValueError, also of more sequences or keys than a batch can have."""
-    runs = runs_of(text) if text else ()
-    if sum(count for count, _ in runs) > MOST_SEQUENCES or any(keys > LARGEST for _, keys in runs):
-        raise ValueError(f"{text!r:.80}: more than {MOST_SEQUENCES} sequences, or {LARGEST} keys")
-    return expanded(runs)
+def lengths_from_text(text: str) -> tuple[int, ...]:
+    """The inverse of `lengths_to_text`. Raises ValueError on bad syntax, or too many sequences or keys for a batch."""
+    runs = parse_runs(text) if text else ()
+    if sum(count for count, _ in runs) > MAX_SEQUENCES or any(keys > LARGEST for _, keys in runs):
+        raise ValueError(f"{text!r:.80}: more than {MAX_SEQUENCES} sequences, or {LARGEST} keys")
+    return expand_runs(runs)
 
 
-def runs_of(text: str) -> Runs:
-    """The runs of a text such as 4096,7x128. Raises ValueError."""
+def parse_runs(text: str) -> Runs:
+    """Parse a text such as 4096,7x128 into runs. Raises ValueError."""
     if not _RUNS.fullmatch(text):
         raise ValueError(f"{text!r:.80}: not the keys of each sequence, 1 or more, such as 4096,128,128 or 4096,7x128")
     parts = [run.rpartition("x") for run in text.split(",")]
     return tuple((int(count or 1), int(keys)) for count, _, keys in parts)
 
 
-def expanded(runs: Runs) -> tuple[int, ...]:
+def expand_runs(runs: Runs) -> tuple[int, ...]:
     """Each sequence's length."""
     return tuple(keys for count, keys in runs for _ in range(count))

@@ -6,16 +6,16 @@ import os
 
 from parallax_gen.errors import ArgumentError
 
-STRICT = "PARALLAX_GEN_STRICT"  # a kernel that was not measured here is an error
-QUIET = "PARALLAX_GEN_QUIET"  # no warning of one
+STRICT = "PARALLAX_GEN_STRICT"  # raise an error for a kernel that was not measured here
+QUIET = "PARALLAX_GEN_QUIET"  # do not warn about such a kernel
 SWITCHES = (STRICT, QUIET)
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def is_on(variable: str) -> bool:
-    """Whether a switch is on; one that is not set is off. Raises ArgumentError on a value of another kind."""
-    said = os.environ.get(variable, "")
-    if said.lower() not in (*ON, *OFF):
-        raise ArgumentError(variable, repr(said), f"{', '.join(ON)} for on; {', '.join(filter(None, OFF))} for off")
-    return said.lower() in ON
+    """Whether a switch is on; an unset switch is off. Raises ArgumentError on a value that is in neither ON nor OFF."""
+    value = os.environ.get(variable, "")
+    if value.lower() not in (*ON, *OFF):
+        raise ArgumentError(variable, repr(value), f"{', '.join(ON)} for on; {', '.join(filter(None, OFF))} for off")
+    return value.lower() in ON

@@ -1,4 +1,4 @@
-"""Where files lie that are not Python (templates, records that ship, the user's own), and how one is replaced."""
+"""The folders of data files (templates, shipped records, the user's cache), and the atomic replacement of a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def data_dir(name: str) -> Path:
-    """The folder `name` ("templates", "tuning_db"): inside the package of a wheel, beside it in a checkout.
+    """The folder `name` ("templates", "tuning_db"): inside an installed package, beside it in a checkout.
 
-    Raises ParallaxGenError if it is in neither place.
+    Raises ParallaxGenError if both are missing.
     """
     places = (PACKAGE / name, PACKAGE.parent / name)
     for folder in places:
@@ -31,27 +31,27 @@ def data_dir(name: str) -> Path:
 
 
 def user_path(variable: str, default: Callable[[], str]) -> Path:
-    """The path that an environment variable names, `~` expanded; else the default, such as one of platformdirs'.
+    """The path in an environment variable, with `~` expanded; else the default, such as a platformdirs folder.
 
-    Raises MachineError, which names the variable, where that takes a home folder and there is none: a user without HOME
-    and without an entry in passwd, as in many containers.
+    Raises MachineError, which names the variable, if the path needs a home folder and the user has none: no HOME and no
+    entry in passwd, as in many containers.
     """
-    said = os.environ.get(variable)
+    value = os.environ.get(variable)
     try:
-        path = Path(said or default()).expanduser()
+        path = Path(value or default()).expanduser()
     except RuntimeError as error:
         raise MachineError(
-            f"this user has no home folder{f' for {said}' if said else ''}: set {variable} to an absolute path"
+            f"this user has no home folder{f' for {value}' if value else ''}: set {variable} to an absolute path"
         ) from error
     return path
 
 
 def replace_file(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a file so that whoever reads it finds the old text or the new one, whole. Makes its folder.
+    """Replace a file atomically: a reader sees the whole old text or the whole new text. Creates the folder.
 
-    durable  it is on the disk when this returns, and so is its name
+    durable  sync the file and its folder to disk before returning
 
-    Raises OSError, and leaves nothing behind then.
+    Raises OSError, and then leaves no temporary file behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -72,15 +72,15 @@ def replace_file(path: Path, text: str, *, durable: bool = False) -> None:
             os.close(folder)
 
 
-# -- Where kernels are kept: the user's folder, else a temporary one.
+# -- The folder of rendered kernels: the user's cache, else a temporary folder.
 
 
 @cache
 def cache_dir() -> Path:
-    """Where rendered kernels are kept: $PARALLAX_GEN_CACHE_DIR, else the user's cache directory.
+    """The folder of rendered kernels: $PARALLAX_GEN_CACHE_DIR, else the user's cache directory.
 
-    Where that cannot be written, or there is none, a directory of this user's under the system's temporary one, with a
-    warning. Raises MachineError where that cannot be written either.
+    If that cannot be written, or the user has no home folder, a private folder in the system's temporary directory,
+    with a warning. Raises MachineError if that cannot be written either.
     """
     try:
         wanted = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
@@ -94,14 +94,14 @@ def cache_dir() -> Path:
 
 
 def try_to_write(folder: Path) -> None:
-    """Raises OSError where a folder cannot be made or written."""
+    """Raises OSError if a folder cannot be created or written."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def fallback_dir(why: str, error: Exception) -> Path:
-    """A directory of this user's under the system's temporary one, with a warning that says why."""
+    """A private folder of this user in the system's temporary directory, with a warning that says why."""
     try:
         folder = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -110,7 +110,7 @@ def fallback_dir(why: str, error: Exception) -> Path:
             try_to_write(folder)
     except OSError as other:
         raise MachineError(f"{why}, nor to a temporary folder ({other})") from error
-    if owner != os.getuid():  # somebody else's: what lies there is not ours to import
+    if owner != os.getuid():  # importing kernels from another user's folder would run that user's code
         raise MachineError(f"{why}, and {folder} is not yours") from error
     warnings.warn(f"{why}; using {folder}", stacklevel=3)
     return folder

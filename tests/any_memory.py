@@ -9,9 +9,9 @@ from dataclasses import replace
 from strategies import random_spec
 
 from parallax_gen.codegen.render import render
-from parallax_gen.memory.old import SAME
+from parallax_gen.memory.old import UNCHANGED
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, evidence_of, near_buckets, siblings
+from parallax_gen.memory.ranking import default_of, evidence_of, near_places, siblings
 from parallax_gen.memory.result import PROTOCOL, Evidence, Outcome, Result
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import coerce, knobs_of, why_invalid
@@ -35,7 +35,7 @@ def any_result(draw: random.Random, place: Place, configs: Sequence[KernelConfig
     if why_invalid(place.spec, config, card) is None and draw.random() < 0.5:
         evidence = evidence_of(render(place.spec, config, card))
     if draw.random() < 0.2:
-        evidence = replace(evidence, kernel="", text="", templates=draw.choice(("abc", *SAME)))
+        evidence = replace(evidence, kernel="", text="", templates=draw.choice(("abc", *UNCHANGED)))
     if draw.random() < 0.4:
         triton = draw.choice(("3.6", "3.6.1", "3.9.0", "4.0.0", "", "main"))
         evidence = replace(evidence, triton=triton, cuda=draw.choice(("", "12.8/12.9", "13.0")))
@@ -69,6 +69,6 @@ def any_memory(
     card = GPUS[draw.choice(("h200", "h200", "h100", "h100-pcie", "a100", "rtx4090"))]
     place = Place(card.name, spec, bucket)
     names = (card.name, card.name, *siblings(card), *GPUS, "a card that nobody knows")
-    around = (*[place] * 8, *near_buckets(place))
+    around = (*[place] * 8, *near_places(place))
     places = [replace(draw.choice(around), gpu=draw.choice(names)) for _ in range(draw.randint(0, most))]
     return place, [any_result(draw, of, kernels[spec]) for of in places]

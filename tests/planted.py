@@ -42,7 +42,7 @@ time.sleep(1e6)
 
 
 @triton.jit("""
-SHORTER = {"COMPILE_TIMEOUT_S": "25.0", "MEASURE_TIMEOUT_S": "60.0", "AGAIN_TIMEOUT_S": "15.0"}
+SHORTER = {"COMPILE_TIMEOUT_S": "25.0", "MEASURE_TIMEOUT_S": "60.0", "CACHED_TIMEOUT_S": "15.0"}
 
 
 def tune_planted(folder: Path) -> tuple[dict[str, Any], list[Result]]:

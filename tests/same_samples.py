@@ -40,7 +40,7 @@ from parallax_gen.memory.lines import from_line, read_file, to_line
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import best, default_of, is_rendered, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.shipped import Memory, load_alike, load_shipped
+from parallax_gen.memory.shipped import Memory, load_same_capability, load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
@@ -61,8 +61,8 @@ from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.runtime.dispatch import tune_command
-from parallax_gen.tuning.claims import Board
-from parallax_gen.tuning.job import Job, program_of
+from parallax_gen.tuning.claims import SharedClaims
+from parallax_gen.tuning.job import Job, program_key
 from parallax_gen.tuning.search.cost_model import guess_us
 
 __all__ = ["Store", "command", "from_line", "to_line"]
@@ -124,7 +124,7 @@ def job_of(place: Place) -> Job:
 def study_of(place: Place, program: str) -> str:
     """The name of the study that workers on several hosts share of a place."""
     storage = optuna.storages.InMemoryStorage()
-    Board(storage, place, program, "me", 60.0, nullcontext)
+    SharedClaims(storage, place, program, "me", 60.0, nullcontext)
     (study,) = storage.get_all_studies()
     return str(study.study_name)
 
@@ -371,11 +371,13 @@ def seeds(asked: Json) -> Json:
     job = job_of(place)
     default = default_config(job.spec, job.shape, job.gpu)
     with patch.object(Toolchain, "here", lambda: FIXED):
-        program = program_of(job)
+        program = program_key(job)
     return {
         "program": program,
         "study": study_of(place, program),
-        "proven": [changes(default, config) for config in shipped_seeds(place, load_alike(job.gpu, sample()))],
+        "proven": [
+            changes(default, config) for config in shipped_seeds(place, load_same_capability(job.gpu, sample()))
+        ],
         "nearby": [changes(default, config) for config in nearby_seeds(place, Memory(folder=sample()).all(place.gpu))],
     }
 
@@ -439,7 +441,7 @@ def write_results() -> None:
 def of_before(name: str = "of_431f796.jsonl") -> list[Line]:
     """Whether each result of a file of commit 431f796 counts, and what it is today."""
     found = read_file(FOLDER / name)
-    assert found.bad == []
+    assert found.problems == []
     return [(is_rendered(result, GPUS[result.place.gpu]), result.to_dict()) for result in found.results]
 
 
@@ -456,7 +458,7 @@ def of_all() -> Json:
                 tier = f"{name} {best(place, card, memory, toolchain).tier.name}"
                 counts.setdefault(which, {}).setdefault(tier, 0)
                 counts[which][tier] += 1
-            begin = [*shipped_seeds(place, load_alike(job.gpu)), *nearby_seeds(place, results)]
+            begin = [*shipped_seeds(place, load_same_capability(job.gpu)), *nearby_seeds(place, results)]
             told.setdefault(f"{which}: seeds", []).append(text([place.flat(), *map(config_to_dict, begin)]))
         for result in results:
             spec, config = result.place.spec, result.config

@@ -11,11 +11,11 @@ from parallax_gen.errors import (
     BuildError,
     MachineError,
     MemoryTakenError,
-    ended_from_outside,
     gist,
+    held_by_others,
+    is_stored_machine_error,
     machine_error,
-    stored_of_machine,
-    taken_by_others,
+    machine_error_of_exit,
 )
 
 OUT_OF_MEMORY = (
@@ -144,29 +144,29 @@ def test_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_why_a_child_ended(status: int, words: str, kind: type[MachineError] | None) -> None:
-    found = ended_from_outside(status, words)
+    found = machine_error_of_exit(status, words)
     assert (None if found is None else type(found)) is kind
 
 
 def test_what_earlier_versions_stored() -> None:
     """As `gist`, a child's last words or a message's first line."""
     for error in [*MEMORY[:5], *MEMORY[-1:], *MACHINE[:10], *MACHINE[12:]]:
-        assert stored_of_machine(gist(error)), error
+        assert is_stored_machine_error(gist(error)), error
     for error in CONFIGS:
-        assert not stored_of_machine(gist(error)), error
-        assert not stored_of_machine(f"exit status 1: {gist(error)}"), error
-    assert stored_of_machine("cannot write the kernel /cache/x.py: [Errno 28] No space left on device")
-    assert stored_of_machine("Triton's cuobjdump is missing: /triton/bin/cuobjdump")
-    assert stored_of_machine("exit status -9: no message")
-    assert stored_of_machine("exit status 1: ImportError: libcudart.so.12: cannot open shared object file")
-    assert stored_of_machine(WITH_OTHERS)
-    assert not stored_of_machine(ALONE)
-    assert not stored_of_machine(f"needs more memory than the card has: {MEMORY[5]}")
-    assert not stored_of_machine("exit status -11: no message")
-    assert not stored_of_machine("no answer in 120 s")
-    assert not stored_of_machine("")
+        assert not is_stored_machine_error(gist(error)), error
+        assert not is_stored_machine_error(f"exit status 1: {gist(error)}"), error
+    assert is_stored_machine_error("cannot write the kernel /cache/x.py: [Errno 28] No space left on device")
+    assert is_stored_machine_error("Triton's cuobjdump is missing: /triton/bin/cuobjdump")
+    assert is_stored_machine_error("exit status -9: no message")
+    assert is_stored_machine_error("exit status 1: ImportError: libcudart.so.12: cannot open shared object file")
+    assert is_stored_machine_error(WITH_OTHERS)
+    assert not is_stored_machine_error(ALONE)
+    assert not is_stored_machine_error(f"needs more memory than the card has: {MEMORY[5]}")
+    assert not is_stored_machine_error("exit status -11: no message")
+    assert not is_stored_machine_error("no answer in 120 s")
+    assert not is_stored_machine_error("")
 
 
 def test_a_message_without_sizes_blames_nobody() -> None:
-    assert taken_by_others(WITH_OTHERS)
-    assert not taken_by_others("CUDA out of memory.")
+    assert held_by_others(WITH_OTHERS)
+    assert not held_by_others("CUDA out of memory.")

@@ -66,7 +66,7 @@ def test_an_export_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     with same.Store(path) as store:
         for line in sorted(wanted, key=lambda line: same.by_chance(line.decode())):
-            store.record(same.from_line(line))
+            store.save(same.from_line(line))
     assert exported() == wanted
     of_decode = [line for line in wanted if b'"gpu": "h100"' in line and b'"spec.op": "decode"' in line]
     measured = [line for line in of_decode if b'"outcome": "ok"' in line]

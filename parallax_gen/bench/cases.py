@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from parallax_gen.describe import Runs, expanded, runs_of
+from parallax_gen.describe import Runs, expand_runs, parse_runs
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, skewed_lengths, spread_lengths
@@ -47,7 +47,7 @@ class Lengths:
         if text in NAMED:
             return cls(named=text)
         try:
-            return cls(runs_of(text))
+            return cls(parse_runs(text))
         except ValueError as error:
             raise ValueError(f"{error}, and neither {' nor '.join(NAMED)}") from error
 
@@ -59,7 +59,7 @@ class Lengths:
             count, longest = sum(count for count, _ in self.runs), max(keys for _, keys in self.runs)
             if count != shape.batch or longest > shape.seqlen_kv:
                 raise CaseError(f"--lengths: {count} sequences of up to {longest} keys, not those of --shape {shape}")
-            found = expanded(self.runs)
+            found = expand_runs(self.runs)
         return () if set(found) == {shape.seqlen_kv} else found
 
 

@@ -121,7 +121,7 @@ def write_regrets(path: Path, found: Replays) -> None:
             for curve in curves:
                 for trial, regrets in enumerate(zip(curve.median, curve.lower, curve.upper, strict=True), start=1):
                     rounded = [f"{regret:.5f}" for regret in regrets]
-                    writer.writerow((name, sweep.whole, len(sweep.results), curve.contender, trial, *rounded))
+                    writer.writerow((name, sweep.whole, len(sweep.results), curve.strategy, trial, *rounded))
 
 
 def draw_regrets(path: Path, found: Replays) -> bool:
@@ -151,7 +151,7 @@ def draw_regrets(path: Path, found: Replays) -> bool:
 def _regrets(ax: Any, name: str, sweep: Sweep, curves: list[Curve]) -> None:
     for curve in curves:
         trials = range(1, len(curve.median) + 1)
-        (line,) = ax.plot(trials, [100 * regret for regret in curve.median], label=curve.contender, linewidth=1.2)
+        (line,) = ax.plot(trials, [100 * regret for regret in curve.median], label=curve.strategy, linewidth=1.2)
         lower, upper = ([100 * regret for regret in side] for side in (curve.lower, curve.upper))
         ax.fill_between(trials, lower, upper, alpha=0.12, color=line.get_color())
     ax.axhline(2, color="grey", linewidth=0.6, linestyle="--")

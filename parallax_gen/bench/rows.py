@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from parallax_gen.describe import from_text, to_text
+from parallax_gen.describe import lengths_from_text, lengths_to_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import NUMBERS, shown
-from parallax_gen.memory.old import spec_of
+from parallax_gen.memory.old import spec_from_op
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
@@ -135,7 +135,7 @@ _OWN = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditio
 
 def to_json(row: Row) -> dict[str, Any]:
     conditions = {} if row.conditions is None else row.conditions.flat()
-    own = {name: getattr(row, name) for name in _OWN} | {"lengths": to_text(row.lengths)}
+    own = {name: getattr(row, name) for name in _OWN} | {"lengths": lengths_to_text(row.lengths)}
     sizes = {"spec": row.spec.to_dict(), "shape": row.shape.to_dict()}
     return {**own, **sizes, "rate_unit": rate_unit(row.spec.op), **conditions}
 
@@ -179,7 +179,7 @@ def row_from(texts: Mapping[str, str], at: str) -> Row:
         shape = within_bounds(Shape(**{name: _int(name, texts.get(name) or "0") for name in SIZES}))
         head_dim, others = _int("head_dim", texts["head_dim"]), _said(_OF_SPEC, texts)
         op, of_shape = "forward" if texts["op"] == TRAINING else texts["op"], {"window": shape.window > 0}
-        spec = spec_of(op, others.pop("ragged", False), head_dim=head_dim, group=shape.group, **of_shape, **others)
+        spec = spec_from_op(op, others.pop("ragged", False), head_dim=head_dim, group=shape.group, **of_shape, **others)
         return Row(spec=spec, shape=shape, **_said(_OF_ROW, texts))
 
 
@@ -295,7 +295,7 @@ def _number(name: str, text: str) -> float:
 
 def _lengths(name: str, text: str) -> tuple[int, ...]:
     try:
-        return from_text(text)
+        return lengths_from_text(text)
     except ValueError as error:
         raise ArgumentError(name, shown(text), "keys of each sequence, such as 4096,7x128") from error
 

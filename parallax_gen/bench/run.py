@@ -143,7 +143,7 @@ def _compare(asked: list[Row], chosen: list[Baseline], effort: Effort) -> list[R
             ready[baseline.name] = prepared
             checked = 0 if baseline.softmax else judge.rows
             found += [replace(row, error=_error(PARTS[op][row.part], wrong), checked=checked) for row in rows]
-    times = _times(ready, effort, from_rest=bound_by_matmuls(spec.op))
+    times = _times(ready, effort, in_bursts=bound_by_matmuls(spec.op))
     return [_timed(row, chosen, times) for row in found]
 
 
@@ -181,7 +181,7 @@ def _why_not(failure: Exception) -> str:
 Times = dict[tuple[str, str], tuple[Timing | None, str]]
 
 
-def _times(ready: dict[str, Prepared], effort: Effort, *, from_rest: bool) -> Times:
+def _times(ready: dict[str, Prepared], effort: Effort, *, in_bursts: bool) -> Times:
     calls = {(name, part): call for name, prepared in ready.items() for part, call in prepared.parts.items()}
     limits: dict[str, float] = {}  # by part: a peer that takes longer is timed once
     rounds: list[Times] = []
@@ -191,7 +191,7 @@ def _times(ready: dict[str, Prepared], effort: Effort, *, from_rest: bool) -> Ti
             limit = math.inf if name == OURS else limits.get(part, math.inf)
             if rounds and _beyond(limit, rounds[0][name, part][0]):
                 continue
-            timing, note = _time(call, effort, limit, from_rest)
+            timing, note = _time(call, effort, limit, in_bursts)
             if timing is not None and timing.median_us > limit:
                 note = "; ".join(filter(None, (note, "slow: few calls timed")))
             if effort.hasty and name == OURS and timing is not None:
@@ -214,9 +214,9 @@ def _over_rounds(rounds: list[tuple[Timing | None, str]]) -> tuple[Timing | None
     return replace(timings[-1], median_us=median, p20_us=p20, p80_us=p80), rounds[-1][1]
 
 
-def _time(call: Callable[[], object], effort: Effort, give_up_us: float, from_rest: bool) -> tuple[Timing | None, str]:
+def _time(call: Callable[[], object], effort: Effort, give_up_us: float, in_bursts: bool) -> tuple[Timing | None, str]:
     try:
-        return time_call(call, timed_ms=effort.timed_ms, give_up_us=give_up_us, from_rest=from_rest), ""
+        return time_call(call, timed_ms=effort.timed_ms, give_up_us=give_up_us, in_bursts=in_bursts), ""
     except torch.OutOfMemoryError as failure:
         _check_machine(failure)
         return None, "out of memory"

@@ -12,12 +12,12 @@ import click
 
 from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import print_json, print_table
-from parallax_gen.describe import counted
+from parallax_gen.describe import format_counts
 from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import FAMILIES
 
 if TYPE_CHECKING:
-    from parallax_gen.memory.lines import Found
+    from parallax_gen.memory.lines import ParsedRecords
     from parallax_gen.memory.result import Result
     from parallax_gen.memory.store import Store
 
@@ -100,7 +100,7 @@ def stats(as_json: bool) -> None:
     for gpu in dict.fromkeys(kernel["gpu"] for kernel in found["kernels"]):
         click.echo(f"\n{gpu}")
         of_gpu = [kernel for kernel in found["kernels"] if kernel["gpu"] == gpu]
-        table = [(kernel["op"], str(kernel["rows"]), counted(kernel["outcomes"])) for kernel in of_gpu]
+        table = [(kernel["op"], str(kernel["rows"]), format_counts(kernel["outcomes"])) for kernel in of_gpu]
         print_table(("op", "rows", "outcomes"), table, right=("rows",))
     if results:
         click.echo("\ntoolchains, the newest first")
@@ -195,7 +195,7 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
 
     sources = [_read(file) for file in files]
     results = newest_toolchain_first(result for source in sources for result in source.results)
-    bad = [problem for source in sources for problem in source.bad]
+    bad = [problem for source in sources for problem in source.problems]
     if bad:
         _tell_bad(bad)
         if not skip_bad:
@@ -210,7 +210,7 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
         click.echo(f"{unused} of kernels that are rendered otherwise today: hints for parallax-gen tune, not used")
 
 
-def _read(file: Path) -> Found:
+def _read(file: Path) -> ParsedRecords:
     from parallax_gen.memory.lines import read_file, read_lines
 
     if str(file) != "-":
@@ -285,7 +285,7 @@ def prune(
         if not doomed:
             click.echo(f"{store.path}: there is no such row among its {len(rows)}")
             return
-        told = f"{len(doomed)} of {_rows(len(rows))} ({counted(Counter(row.outcome for row in doomed))})"
+        told = f"{len(doomed)} of {_rows(len(rows))} ({format_counts(Counter(row.outcome for row in doomed))})"
         if dry_run:
             click.echo(f"{store.path}: {told} would be deleted")
             return

@@ -135,18 +135,18 @@ def _database() -> Iterator[tuple[str, str]]:
 
 def _records() -> Iterator[tuple[str, str]]:
     from parallax_gen.files import data_dir
-    from parallax_gen.memory.ranking import Table
+    from parallax_gen.memory.ranking import RecordTable
     from parallax_gen.memory.shipped import shipped_gpus
-    from parallax_gen.memory.standing import chosen, standing
+    from parallax_gen.memory.standing import choice_text, chosen
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
     results, whose = _seen_by_calls()
-    known = Table(results)
+    known = RecordTable(results)
     places = dict.fromkeys(record.place for record in results)
     for name in sorted({place.gpu for place in places}):
         of_card = [place for place in places if place.gpu == name]
-        by = Counter(standing(chosen(place, known)) for place in of_card)
+        by = Counter(choice_text(chosen(place, known)) for place in of_card)
         told = ", ".join(f"{count} by {what}" for what, count in by.most_common())
         yield "ok", f"{name}: {len(of_card)} kernels and sizes in {whose}, of which calls get {told}"
 

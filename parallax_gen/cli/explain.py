@@ -47,7 +47,7 @@ def explain(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
 
 
 def _print(found: Explanation, origins: Origins) -> None:
-    from parallax_gen.memory.standing import NOT_CHECKED, rests_on
+    from parallax_gen.memory.standing import NOT_CHECKED, evidence_text
 
     place, record = found.choice.place, found.choice.record
     click.echo(f"call    {found.spec}; {found.shape}; on {place.gpu}")
@@ -64,7 +64,7 @@ def _print(found: Explanation, origins: Origins) -> None:
         click.echo(f"not     {describe(candidate.config)}: {why}")
     if not found.choice.checked:
         click.echo(f"        {NOT_CHECKED}")
-    runners_up = [(c.record, rests_on(c)) for c in found.runners_up if c.record is not None]
+    runners_up = [(c.record, evidence_text(c)) for c in found.runners_up if c.record is not None]
     _section("runners-up", [_line(r, f"{origins.status(r)}, {by}") for r, by in runners_up])
     _section("only predicted, so not used", [_line(r, "model's estimate") for r in found.predicted])
     _section("measured, and not used", [_line(r, why) for r, why in found.unused])

@@ -22,7 +22,7 @@ from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
     from parallax_gen.codegen.render import KernelSource
-    from parallax_gen.memory.guard import Guarded
+    from parallax_gen.memory.guard import CheckedChoice
     from parallax_gen.memory.place import Place
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.standing import Origins
@@ -103,7 +103,7 @@ def _to_json(path: Path, pick: Pick) -> dict[str, Any]:
 
 def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[Pick]:
     """One kernel a shape; of no shapes, one a bucket that is known, else one for the op's first usual shape."""
-    from parallax_gen.memory.guard import guarded
+    from parallax_gen.memory.guard import checked_choice
     from parallax_gen.memory.place import Place
     from parallax_gen.memory.standing import Origins
     from parallax_gen.problem.shapes import bucket_of
@@ -113,17 +113,17 @@ def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> l
     places = [Place(gpu.name, spec, bucket_of(shape)) for spec, shape in kernels]
     if not shapes:
         places = [r.place for r in memory.all(gpu.name, asked.op) if r.measured and asked.holds(r.place)]
-    choices = {place: guarded(place, gpu, memory) for place in places}
+    choices = {place: checked_choice(place, gpu, memory) for place in places}
     if not shapes:
         choices = {place: choice for place, choice in choices.items() if choice.candidate.record}
     if not choices:
         spec, shape = asked.kernel(None)
         place = Place(gpu.name, spec, bucket_of(shape))
-        choices = {place: guarded(place, gpu, memory)}
+        choices = {place: checked_choice(place, gpu, memory)}
     return [_pick(place, choice, origins) for place, choice in choices.items()]
 
 
-def _pick(place: Place, choice: Guarded, origins: Origins) -> Pick:
+def _pick(place: Place, choice: CheckedChoice, origins: Origins) -> Pick:
     from parallax_gen.memory.standing import shape_of, unlike_here
 
     config, record = choice.candidate.config, choice.candidate.record

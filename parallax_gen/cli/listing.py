@@ -31,18 +31,18 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
     Example
       parallax-gen list --gpu h200 --op decode
     """
-    from parallax_gen.memory.ranking import Table
-    from parallax_gen.memory.standing import Origins, name_in_records, of_every_config, of_places, open_memory
+    from parallax_gen.memory.ranking import RecordTable
+    from parallax_gen.memory.standing import Origins, choices_of_places, name_in_records, open_memory, results_of_places
 
     memory = open_memory()
     results = memory.all()
-    known = Table(results)
+    known = RecordTable(results)
     if gpu is not None:
         name = name_in_records(gpu, results)
         results = [r for r in results if r.place.gpu == name]
     if op is not None:
         results = [r for r in results if r.place.spec.family == op]
-    rows = of_every_config(results) if every else of_places(results, known)
+    rows = results_of_places(results) if every else choices_of_places(results, known)
     origins = Origins(memory)
     if as_json:
         print_json({"records": [_to_json(row, origins) for row in rows]})

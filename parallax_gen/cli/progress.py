@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from parallax_gen.describe import brief, counted, time_and_rate
+from parallax_gen.describe import brief, format_counts, time_and_rate
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.standing import shape_of
 
@@ -73,7 +73,7 @@ class View:
 
     def end(self, progress: Progress) -> None:
         mark = self._mark(self._running.pop(progress.job))
-        outcomes = counted(progress.kinds) or "no config left to try"
+        outcomes = format_counts(progress.kinds) or "no config left to try"
         if progress.elsewhere:
             outcomes += f", and {progress.elsewhere} by other workers"
         self._say(f"{mark}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_of(progress)}")
@@ -90,7 +90,7 @@ class View:
         lines = []
         for running in list(self._running.values()):
             progress, mark = running.progress, self._mark(running)
-            kinds = counted(progress.kinds) if progress else ""
+            kinds = format_counts(progress.kinds) if progress else ""
             done = progress.done if progress else 0
             lines += [
                 f"{mark}trials {done}/{self._trials}  {kinds}",

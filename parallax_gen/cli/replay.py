@@ -91,13 +91,13 @@ def replay(
         return
     if not files:
         raise click.UsageError("name the files of the sweeps, or say --borrow")
-    from parallax_gen.tuning.search.recorded_sweep import CONTENDERS, curves, read_sweep
+    from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, curves, read_sweep
     from parallax_gen.tuning.search.search import missing_package
 
     for name in samplers:
-        if name not in CONTENDERS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(CONTENDERS)}", param_hint="--sampler")
-    usual = [name for name in CONTENDERS if name not in SLOW and missing_package(name) is None]
+        if name not in STRATEGIES:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(STRATEGIES)}", param_hint="--sampler")
+    usual = [name for name in STRATEGIES if name not in SLOW and missing_package(name) is None]
     found: Replays = []
     for path in files:
         sweep = read_sweep(path)
@@ -129,7 +129,7 @@ def _title(name: str, sweep: Sweep) -> str:
 
 
 def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
-    """A line a contender: trials until within 2 %, then regrets as the search goes on; medians, quartiles beside."""
+    """A line a strategy: trials until within 2 %, then regrets as the search goes on; medians, quartiles beside."""
     click.echo(_title(name, sweep))
     configs = len(sweep.results)
     shown = [(share, math.ceil(share * configs)) for share in SHARES]
@@ -140,7 +140,7 @@ def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
         first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
         of_all = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
         regrets = [_percent(curve.median[n - 1]) for _, n in shown]
-        rows.append((curve.contender, f"{second} ({first} to {third})", of_all, *regrets))
+        rows.append((curve.strategy, f"{second} ({first} to {third})", of_all, *regrets))
     print_table(columns, rows, right=columns[1:])
     click.echo()
 
@@ -158,7 +158,7 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
         "best_us": sweep.best_us,
         "samplers": [
             {
-                "sampler": curve.contender,
+                "sampler": curve.strategy,
                 "trials_to_2_percent": dict(zip(("p25", "median", "p75"), curve.near_after, strict=True)),
                 "regret": curve.median,
                 "regret_p25": curve.lower,
@@ -174,13 +174,13 @@ def _judge(files: tuple[Path, ...], as_json: bool) -> None:
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.memory.standing import open_memory
     from parallax_gen.problem.hardware import GPUS
-    from parallax_gen.tuning.borrowing import borrowed, measured_together, read_measured, summarise
+    from parallax_gen.tuning.borrowing import borrowed, comparable_times, read_results, summarise
 
-    told = [result for path in files for result in read_measured(path)]
+    told = [result for path in files for result in read_results(path)]
     known = open_memory().all()
     if not files:
         told = [r for r in known if r.place.gpu in GPUS and is_rendered(r, GPUS[r.place.gpu])]
-    sets = measured_together(told)
+    sets = comparable_times(told)
     with console(stderr=True).status(f"{len(sets)} sets of times"):
         choices = [choice for measured in sets for choice in borrowed(measured, known)]
     lines = summarise(choices)

@@ -14,7 +14,7 @@ from parallax_gen.describe import gain_text, number
 from parallax_gen.errors import StoreError
 
 if TYPE_CHECKING:
-    from parallax_gen.memory.gains import Standing
+    from parallax_gen.memory.gains import Comparison
 
 NO_DEFAULT, SLOWER = "no time of the default", "slower than the default"
 
@@ -72,7 +72,7 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
             results,
             name,
             folder,
-            kept_too=lambda r: r.config == default_of(r.place, card_of(r.place)),
+            also_keep=lambda r: r.config == default_of(r.place, card_of(r.place)),
             group=lambda r: (r.evidence.toolchain, is_rendered(r, card_of(r.place))),
         )
     after = set(load_shipped(name, folder))
@@ -87,7 +87,7 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     """Tell what of the shipped records may lose to not tuning, and return how many places and toolchains it is of."""
-    from parallax_gen.memory.gains import standings_of
+    from parallax_gen.memory.gains import comparisons_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
     from parallax_gen.memory.standing import card_of, name_in_records
 
@@ -99,9 +99,9 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
         records = load_shipped(name, folder)
         if not records:
             raise StoreError(f"nothing ships for {name}")
-        standings = standings_of(records, card_of(records[0].place))
-        wrong = [(standing, what) for standing in standings if (what := _finding(standing))]
-        places = len({r.place for r in records}), len({s.place for s in standings})
+        comparisons = comparisons_of(records, card_of(records[0].place))
+        wrong = [(comparison, what) for comparison in comparisons if (what := _finding(comparison))]
+        places = len({r.place for r in records}), len({s.place for s in comparisons})
         cards.append((name, *places, wrong))
     if as_json:
         print_json({"cards": [_card_to_json(*card) for card in cards]})
@@ -111,42 +111,42 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     return sum(len(wrong) for *_, wrong in cards)
 
 
-def _finding(standing: Standing) -> str:
+def _finding(comparison: Comparison) -> str:
     """What is wrong with it; "" where nothing is."""
-    return NO_DEFAULT if standing.default is None else SLOWER if standing.slower else ""
+    return NO_DEFAULT if comparison.default is None else SLOWER if comparison.slower else ""
 
 
-def _counts(wrong: list[tuple[Standing, str]]) -> dict[str, int]:
+def _counts(wrong: list[tuple[Comparison, str]]) -> dict[str, int]:
     kinds = Counter(what for _, what in wrong)
     return {what: kinds[what] for what in (NO_DEFAULT, SLOWER)}
 
 
-def _print_card(name: str, places: int, alive: int, wrong: list[tuple[Standing, str]]) -> None:
+def _print_card(name: str, places: int, alive: int, wrong: list[tuple[Comparison, str]]) -> None:
     if wrong:
         numbers = ("best us", "default us", "gain")
-        print_table((*numbers, "with", name), [_row(standing) for standing, _ in wrong], right=numbers)
+        print_table((*numbers, "with", name), [_row(comparison) for comparison, _ in wrong], right=numbers)
     told = ", ".join(f"{count} {what}" for what, count in _counts(wrong).items())
     click.echo(f"{name}: {places} kernels and sizes, {alive} of them with records of today's kernels: {told}")
 
 
-def _row(standing: Standing) -> tuple[str, ...]:
+def _row(comparison: Comparison) -> tuple[str, ...]:
     from parallax_gen.memory.toolchain import minor
 
-    best, default, place = standing.chosen, standing.default, standing.place
+    best, default, place = comparison.chosen, comparison.default, comparison.place
     times = (number(r.time_us) if r is not None and r.time_us else "-" for r in (best, default))
     where = f"{place.spec}; {place.bucket}"
-    return *times, gain_text(standing.gain), f"Triton {minor(best.evidence.triton)}", where
+    return *times, gain_text(comparison.gain), f"Triton {minor(best.evidence.triton)}", where
 
 
-def _card_to_json(name: str, places: int, alive: int, wrong: list[tuple[Standing, str]]) -> dict[str, Any]:
+def _card_to_json(name: str, places: int, alive: int, wrong: list[tuple[Comparison, str]]) -> dict[str, Any]:
     counts = {what.replace(" ", "_"): count for what, count in _counts(wrong).items()}
     findings = [
         {
             "finding": what,
-            "best": standing.chosen.to_dict(),
-            "default_us": standing.default and standing.default.time_us,
-            "gain": standing.gain,
+            "best": comparison.chosen.to_dict(),
+            "default_us": comparison.default and comparison.default.time_us,
+            "gain": comparison.gain,
         }
-        for standing, what in wrong
+        for comparison, what in wrong
     ]
     return {"gpu": name, "places": places, "of_todays_kernels": alive, **counts, "findings": findings}

@@ -78,7 +78,7 @@ def _print_failed(results: list[Result]) -> None:
         )
         click.echo(f"{shared} shared, error {error}" + (f", {number(result.time_us)} us" if result.time_us else ""))
         if result.detail:
-            again = " (a fault of the machine: tune tries it again)" if result.of_machine else ""
+            again = " (a fault of the machine: tune tries it again)" if result.is_machine_fault else ""
             click.echo(f"    {result.detail}{again}")
     if results:
         click.echo()

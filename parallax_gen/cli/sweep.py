@@ -53,7 +53,7 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     written = []
     together: dict[tuple[Place, Toolchain], list[Result]] = {}
     for result in results:
-        if not result.counts:
+        if not result.informative:
             continue
         together.setdefault((result.place, result.evidence.toolchain), []).append(result)
     for (place, toolchain), tried in together.items():

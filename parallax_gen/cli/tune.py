@@ -11,7 +11,7 @@ import click
 from parallax_gen.cli.devices import card_to_tune, devices_option
 from parallax_gen.cli.options import check_flags, flag_options, gpu_option, head_dim_of, json_option, shape_option
 from parallax_gen.cli.text import console, print_json, print_table
-from parallax_gen.describe import LEGEND, brief, counted, lengths, number
+from parallax_gen.describe import LEGEND, brief, format_counts, lengths, number
 from parallax_gen.errors import MachineError, MeasureError
 from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
@@ -107,7 +107,7 @@ def tune(
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.claims import Storage
-    from parallax_gen.tuning.job import ALL_WORK, MOST_REFRESHED, known_jobs, of_grid, worklist
+    from parallax_gen.tuning.job import ALL_WORK, MAX_REFRESHED, grid_jobs, refresh_jobs, worklist
     from parallax_gen.tuning.tuner import Tuner, children
 
     if grid and (shapes or ops not in ((), ("decode",))):
@@ -129,9 +129,9 @@ def tune(
                 else "--storage: there is no CUDA device here, and what is only predicted is not shared"
             )
         if all_known:
-            jobs = known_jobs(Memory(store), card, wanted)
+            jobs = refresh_jobs(Memory(store), card, wanted)
         elif grid:
-            jobs = of_grid(card, GRIDS[grid], head_dims, dtypes, flags)
+            jobs = grid_jobs(card, GRIDS[grid], head_dims, dtypes, flags)
         else:
             jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=asked, flags=flags)
         if not jobs and all_known:
@@ -147,7 +147,7 @@ def tune(
             refresh=Memory(store) if refresh else None,
         )
         with tuner:
-            most = min(trials, MOST_REFRESHED) if refresh else trials
+            most = min(trials, MAX_REFRESHED) if refresh else trials
             done = _tune_all(tuner, jobs, measure, most, time_budget, store.path)
     path = store.path
     if as_json:
@@ -212,7 +212,7 @@ def _row(progress: Progress) -> tuple[str, ...]:
     found = ("-", "-", "-")
     if best is not None and best.time_us is not None:
         found = number(best.time_us), number(rate(job.spec, shape_of(best), best.time_us)), brief(best.config)
-    failures = counted(_failures(progress)) or "none"
+    failures = format_counts(_failures(progress)) or "none"
     return str(job.bucket.kv_rows), lengths(job.bucket), *found, str(progress.done), failures
 
 

@@ -19,9 +19,9 @@ from parallax_gen.errors import DistributedError, ParallaxGenError
 from parallax_gen.files import data_dir
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, default_of, is_valid, siblings
+from parallax_gen.memory.ranking import RecordTable, default_of, is_valid, siblings
 from parallax_gen.memory.result import PROTOCOL, Result
-from parallax_gen.memory.sharing import places_served, records_shared
+from parallax_gen.memory.sharing import places_served, records_to_share
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import Layout, config_to_json, op_of
 from parallax_gen.problem.hardware import GPUS, Gpu
@@ -66,7 +66,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
         said = _facts(gpu)
         if rank == 0 and gpu is not None:
             with closing(RuntimeMemory()) as memory:
-                text += "".join(map(to_line, records_shared(memory, gpu)))
+                text += "".join(map(to_line, records_to_share(memory, gpu)))
     except ParallaxGenError as error:
         said = {PROBLEM: str(error)}
     _agree(said, group, everyone)
@@ -80,7 +80,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
         said = {PROBLEM: str(error)}
     _agree(said, group, everyone)
 
-    default_dispatcher().use(Table(records))
+    default_dispatcher().use(RecordTable(records))
     Plans.forget_all()
     return len({record.place for record in records})
 
@@ -108,9 +108,13 @@ def _checked(text: str, gpu: Gpu | None) -> list[Result]:
     """The records in what rank 0 sent. Raises DistributedError on anything but what this GPU's choices may rest on."""
     found = read_lines("the table of rank 0", text.encode().splitlines())
     cards = () if gpu is None else (gpu.name, *siblings(gpu))
-    wrong = [r for r in found.results if r.place.gpu not in cards or not r.counts]
-    if found.bad or wrong:
-        what = found.bad[0] if found.bad else f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here rests on it"
+    wrong = [r for r in found.results if r.place.gpu not in cards or not r.informative]
+    if found.problems or wrong:
+        what = (
+            found.problems[0]
+            if found.problems
+            else f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here rests on it"
+        )
         raise DistributedError(what)
     return found.results
 

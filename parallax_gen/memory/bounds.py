@@ -1,7 +1,7 @@
-"""What the values of a record may be: it may come from anyone's file or database, and is believed within bounds alone.
+"""The bounds of the values of a record, which may come from anyone's file or database.
 
-The bounds are wide: of what was ever measured nothing is near them. Beyond them a value is a mistake or a lie, and much
-that reads records cannot take it: SQLite has integers of 64 bits, and a time of 1e-320 us makes a rate infinite.
+The bounds are wide: no measured value is near them. A value beyond them is a mistake or a forgery, and code that reads
+records cannot handle it: SQLite has integers of 64 bits, and a time of 1e-320 us makes a rate infinite.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ MOST_SECONDS = 1e9
 MOST_INT = 2**31 - 1
 LONGEST_LINE, LONGEST_DETAIL = 500, 50_000  # characters
 
-INTS = ("registers", "spills", "shared_bytes")  # fields of a record, as are the following
-# By the field: the least and the most. An error is infinite where an output was not finite.
+INTS = ("registers", "spills", "shared_bytes")  # fields of a record; so are the keys of NUMBERS
+# Field -> (minimum, maximum). An error is infinite if an output was not finite.
 NUMBERS = {
     "time_us": (LEAST_US, MOST_US),
     "time_us_p20": (LEAST_US, MOST_US),
@@ -28,10 +28,10 @@ NUMBERS = {
     "error": (0.0, math.inf),
 }
 
-# It is part of the name of a file that is looked up: no path, and no more than a file's name may have.
+# A GPU's name is part of a file's name: no path separator, and no longer than a file's name may be.
 _GPU = re.compile("[A-Za-z0-9][ -.0-~]{0,99}")
 _DIGEST = re.compile("([0-9a-f]{32})?")
-# As `datetime.isoformat` writes it: so that of two such texts the later time is the greater one.
+# The format of `datetime.isoformat` in UTC, in which a later time is a greater string.
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?\+00:00")
 
 _shown = reprlib.Repr()
@@ -39,13 +39,13 @@ _shown.maxstring = _shown.maxlong = _shown.maxother = LONGEST_SHOWN = 80
 
 
 def shown(value: object) -> str:
-    """A value for an error's text: however long or deep it is, a few words of it."""
+    """A short repr of a value for error messages, however long or deep the value is."""
     text = _shown.repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def check_text(name: str, value: object) -> None:
-    """Raises ArgumentError unless a field's value is the text that it may be."""
+    """Raises ArgumentError unless the value of a text field is valid."""
     if not isinstance(value, str):
         raise ArgumentError(name, shown(value), "text")
     if name in ("kernel", "text") and not _DIGEST.fullmatch(value):
@@ -68,26 +68,26 @@ def check_int(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises ArgumentError unless a field's value is a number between those of NUMBERS."""
+    """Raises ArgumentError unless a field's value is a number within its bounds in NUMBERS."""
     least, most = NUMBERS[name]
-    # An int that no float holds has no place in a column of SQLite's, whatever the most is.
+    # An int beyond the range of a float does not fit a column of SQLite, whatever the maximum is.
     number = value if isinstance(value, float) or (type(value) is int and value <= MOST_US) else math.nan
     if not least <= number <= most:
         raise ArgumentError(name, shown(value), f"a number from {least:g} to {most:g}")
 
 
 def check_flat(name: str, data: Mapping[str, object]) -> None:
-    """Raises ArgumentError where a field of a part of a record is an object or a list: none is."""
+    """Raises ArgumentError if a field of a record's part is an object or a list: no such field is."""
     for field, value in data.items():
         if isinstance(value, dict | list):
             raise ArgumentError(f"{name}'s {shown(field)}", shown(value), "a number, a text, true, false or null")
 
 
-def fitting_detail(text: str) -> str:
-    """Why something failed, as a record can hold it: a compiler may have said anything, at any length."""
+def truncated_detail(text: str) -> str:
+    """The text of a failure made valid for a record: a compiler may print anything, at any length."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[:LONGEST_DETAIL]
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, as JSON may: no file and no database takes one."""
+    """Whether a text has no lone surrogate: JSON may contain one, but no file and no database accepts it."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -1,9 +1,9 @@
-"""Keeps a call from a borrowed kernel that compiles badly here: what a call gets, of what the ranking has.
+"""Checks a borrowed kernel before a call uses it: the call gets the first kernel of the ranking that passes.
 
-A kernel that was measured with another Triton or on another card may keep its registers there and spill them here. So
-one that is borrowed is compiled before its first launch, and passed over where it spills far more than the default,
-does not fit the card, or does not compile. What compiling showed is kept in the cache folder, so that commands that
-compile nothing name the same kernel, or say that it was not checked yet.
+A kernel that was measured with another Triton or on another card may fit its registers there and spill here. So a
+borrowed kernel is compiled before its first launch. It is skipped if it spills far more than the default, does not fit
+the card, or does not compile. The outcome is kept in the cache folder, so that commands that compile nothing name the
+same kernel, or say that it was not checked yet.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ from parallax_gen.errors import BuildError, MachineError
 from parallax_gen.files import cache_dir, replace_file
 from parallax_gen.memory.bounds import LONGEST_LINE, check_int, check_text
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Known, Tier, default_of, ranked
+from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, default_of, ranked
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 
-# Bytes a thread that a borrowed kernel may spill more than the default. Of the 62 places in docs/borrowing.md, under
-# Triton 3.9, kernels that spilled 64 and 112 bytes more were 7 and 17 % faster than the default all the same; those of
-# 216 and 272 were 21 and 6 % slower.
-MOST_MORE_SPILLS = 128
-MOST_CHECKED = 2  # borrowed kernels a place: each may take seconds to compile
-UNCHECKED = (Tier.MEASURED_HERE, Tier.DEFAULT)  # not borrowed
-FORMAT = 1  # of what is kept
+# Bytes a thread that a borrowed kernel may spill beyond the default's. At the 62 places of docs/borrowing.md, under
+# Triton 3.9, kernels that spilled 64 and 112 bytes more were still 7 and 17 % faster than the default; kernels that
+# spilled 216 and 272 bytes more were 21 and 6 % slower.
+MAX_EXTRA_SPILLS = 128
+MAX_CHECKED = 2  # borrowed kernels a place: each may take seconds to compile
+NOT_BORROWED = (Tier.MEASURED_HERE, Tier.DEFAULT)  # these need no check
+FORMAT = 1  # of the cached outcomes
 
-# What a config's kernel needs as compiled here; None where that is not known. Raises BuildError where it does not
-# compile.
-Compiled = Callable[[KernelConfig], Resources | None]
+# The resources of a config's kernel as compiled here; None if unknown. Raises BuildError if it does not compile.
+CompiledResources = Callable[[KernelConfig], Resources | None]
 
 
 @dataclass(frozen=True)
-class Guarded:
-    """What a call gets.
+class CheckedChoice:
+    """The kernel that a call gets.
 
-    checked  whether nothing need be compiled first to know that it is the one: False of a borrowed one that was not
-             compiled here yet, or spills where the default was not
-    refused  borrowed ones that rank higher, each with why it is not used
+    checked  False if a first call must compile something to be certain of it: it is borrowed and was not compiled here
+             yet, or it spills and the default was not compiled yet
+    refused  borrowed kernels that rank higher, each with the reason why it is not used
     """
 
     candidate: Candidate
@@ -53,23 +52,25 @@ class Guarded:
     refused: tuple[tuple[Candidate, str], ...] = ()
 
 
-def guarded(place: Place, gpu: Gpu, known: Known, compiled: Compiled | None = None) -> Guarded:
-    """What a call at a place gets. compiled: by default, what was kept of earlier checks."""
-    compiled = compiled or (lambda config: _kept(text_hash_of(place.spec, config, gpu), gpu))
+def checked_choice(
+    place: Place, gpu: Gpu, known: RecordSource, compiled: CompiledResources | None = None
+) -> CheckedChoice:
+    """The kernel that a call at a place gets. compiled: by default, the cached outcomes of earlier checks."""
+    compiled = compiled or (lambda config: _read_cached(text_hash_of(place.spec, config, gpu), gpu))
     refused: list[tuple[Candidate, str]] = []
-    for candidate in looked_at(place, gpu, known):
-        borrowed = candidate.tier not in UNCHECKED
+    for candidate in launch_candidates(place, gpu, known):
+        borrowed = candidate.tier not in NOT_BORROWED
         why = _why_refused(candidate.config, place, gpu, compiled) if borrowed else ""
         if not why:
-            return Guarded(candidate, why is not None, tuple(refused))
+            return CheckedChoice(candidate, why is not None, tuple(refused))
         refused.append((candidate, why))
-    return Guarded(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
+    return CheckedChoice(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
 
 
-def looked_at(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
-    """What a call at a place may look at, the best first: borrowed kernels, each once and no more than are checked.
+def launch_candidates(place: Place, gpu: Gpu, known: RecordSource) -> Iterator[Candidate]:
+    """The candidates that a call at a place considers, best first: at most MAX_CHECKED borrowed kernels, each once.
 
-    One that is not borrowed is the last. Renders no more than is asked for.
+    The first one that is not borrowed is the last. Renders lazily.
     """
     borrowed: list[KernelConfig] = []
     for candidate in ranked(place, gpu, known):
@@ -77,14 +78,14 @@ def looked_at(place: Place, gpu: Gpu, known: Known) -> Iterator[Candidate]:
             continue  # the same kernel, by another record
         yield candidate
         borrowed.append(candidate.config)
-        if candidate.tier in UNCHECKED or len(borrowed) == MOST_CHECKED:
+        if candidate.tier in NOT_BORROWED or len(borrowed) == MAX_CHECKED:
             break
 
 
-def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compiled) -> str | None:
-    """Why a borrowed kernel is not used, "" where it is; None where what decides that was not compiled yet.
+def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: CompiledResources) -> str | None:
+    """Why a borrowed kernel is not used; "" if it is used; None if something must be compiled to decide.
 
-    The default is only compiled where that decides.
+    The default is compiled only if its spills decide.
     """
     try:
         resources = compiled(config)
@@ -94,7 +95,7 @@ def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compile
         return None
     if resources.shared_bytes > gpu.shared_per_block:
         return f"it needs {resources.shared_bytes} bytes of shared memory, over {gpu.shared_per_block}"
-    if resources.spills <= MOST_MORE_SPILLS:
+    if resources.spills <= MAX_EXTRA_SPILLS:
         return ""
     try:
         default = compiled(default_of(place, gpu))
@@ -102,20 +103,20 @@ def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compile
         return ""
     if default is None:
         return None
-    if resources.spills <= default.spills + MOST_MORE_SPILLS:
+    if resources.spills <= default.spills + MAX_EXTRA_SPILLS:
         return ""
     return f"it spills {resources.spills} bytes a thread as compiled here, the default {default.spills}"
 
 
-def kept(source: KernelSource, gpu: Gpu) -> Resources | None:
-    """What an earlier check found of a kernel as compiled here; None where none did, or what is there is damaged.
+def cached_resources(source: KernelSource, gpu: Gpu) -> Resources | None:
+    """The cached resources of a kernel as compiled here; None if there are none or the entry is damaged.
 
-    Raises BuildError where it found that the kernel does not compile.
+    Raises BuildError if the cached outcome is that the kernel does not compile.
     """
-    return _kept(source.text_hash, gpu)
+    return _read_cached(source.text_hash, gpu)
 
 
-def _kept(text_hash: str, gpu: Gpu) -> Resources | None:
+def _read_cached(text_hash: str, gpu: Gpu) -> Resources | None:
     with contextlib.suppress(OSError, ValueError, TypeError, MachineError, RecursionError):
         found = json.loads(_path(text_hash, gpu).read_text(encoding="utf-8"))
         if isinstance(found, str):
@@ -128,16 +129,16 @@ def _kept(text_hash: str, gpu: Gpu) -> Resources | None:
     return None
 
 
-def keep(source: KernelSource, gpu: Gpu, found: Resources | BuildError) -> None:
-    """For later processes; where there is no room for it, they find it out again."""
+def cache_resources(source: KernelSource, gpu: Gpu, outcome: Resources | BuildError) -> None:
+    """Cache the outcome of a check for later processes. If it cannot be written, they compile again."""
     with contextlib.suppress(OSError, MachineError):
-        failure = " ".join(str(found).split())[:LONGEST_LINE]
-        note = json.dumps(failure if isinstance(found, BuildError) else asdict(found))
+        failure = " ".join(str(outcome).split())[:LONGEST_LINE]
+        note = json.dumps(failure if isinstance(outcome, BuildError) else asdict(outcome))
         replace_file(_path(source.text_hash, gpu), note)
 
 
 def _path(text_hash: str, gpu: Gpu) -> Path:
-    """By the kernel's text, what compiles it, and for which capability."""
+    """The file of an outcome, keyed by the kernel's text, the toolchain and the compute capability."""
     here = Toolchain.here()
     which = f"{text_hash} {here.triton} {here.cuda} {gpu.capability}"
     return cache_dir() / f"resources-{FORMAT}" / hashlib.sha256(which.encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Results as lines of JSON: what ships, what is exported, and what is imported again."""
+"""Reads and writes results as JSON lines: the format of shipped, exported and imported records."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from pathlib import Path
 
 from parallax_gen.errors import StoreError
 from parallax_gen.files import replace_file
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Result
+from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Result
 from parallax_gen.memory.store import Store
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a source holds: its results, and of what is no result where it stands and what is wrong with it."""
+class ParsedRecords:
+    """Parsed records, plus one message (line, reason) for each line that failed to parse."""
 
     results: list[Result]
-    bad: list[str]
+    problems: list[str]
 
 
 def to_line(result: Result) -> str:
-    """A result as one line, with its end. As Python writes JSON: an error that is infinite is Infinity."""
+    """A result as one line, newline included. An infinite error is written as Infinity, as Python's json does."""
     return json.dumps(result.to_dict()) + "\n"
 
 
 def from_line(line: bytes) -> Result:
-    """The result that `to_line` wrote. Raises one of NO_RESULT on anything else."""
+    """The inverse of `to_line`. Raises one of MALFORMED on anything else."""
     return Result.from_dict(json.loads(line))
 
 
-def read_lines(name: str, lines: Iterable[bytes]) -> Found:
-    """The results in lines, each checked like a user's input; empty lines are none. `name`: of their source."""
-    found = Found([], [])
+def read_lines(name: str, lines: Iterable[bytes]) -> ParsedRecords:
+    """Parse lines into results, each checked like user input; empty lines are skipped. name: of their source."""
+    found = ParsedRecords([], [])
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             found.results.append(from_line(line))
-        except NO_RESULT as error:
-            found.bad.append(f"{name}, line {number}: not a record: {str(error)[:LONGEST_REASON]}")
+        except MALFORMED as error:
+            found.problems.append(f"{name}, line {number}: not a record: {str(error)[:LONGEST_REASON]}")
     return found
 
 
-def read_file(path: Path) -> Found:
-    """The results in a file of lines, or in another tuning database, which is only read. Raises StoreError."""
+def read_file(path: Path) -> ParsedRecords:
+    """Read the results of a file of JSON lines, or of another tuning database, read-only. Raises StoreError."""
     if is_database(path):
         with Store(path, read_only=True) as store:
-            return Found(store.all(), [f"{path}, {problem}" for problem in store.unreadable_rows()])
+            return ParsedRecords(store.all(), [f"{path}, {problem}" for problem in store.unreadable_rows()])
     try:
         with path.open("rb") as file:
             return read_lines(str(path), file)
@@ -58,14 +58,14 @@ def read_file(path: Path) -> Found:
 
 
 def is_database(path: Path) -> bool:
-    """Whether a file is one of SQLite's, by how all of them begin."""
+    """Whether a file begins as every SQLite database does."""
     with suppress(OSError), path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
     return False
 
 
 def write_lines(path: Path, results: Iterable[Result]) -> None:
-    """Write a file so that anyone who reads it finds the old one or the new one, whole. Raises StoreError."""
+    """Replace a file of JSON lines atomically. Raises StoreError."""
     try:
         replace_file(path, "".join(map(to_line, results)), durable=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What records say in words that the code has not, for ever: of ops, and of records from before fingerprints."""
+"""Reads what earlier versions wrote, for ever: their names of ops, and records from before fingerprints."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.problem.spec import FAMILIES, LATER, OPS, KernelSpec, family_of
 
-# By what a record says of its op, and of whether that is ragged: the op.
+# (a record's name of the op, its flag `ragged`) -> op.
 OPS_OF_RECORDS = {(family_of(op), op not in FAMILIES): op for op in OPS}
 
-LARGEST_READ = {"group": 2**16, "page_size": 2**31}  # a record may be anyone's
+LARGEST_READ = {"group": 2**16, "page_size": 2**31}  # records may come from anyone's file
 
 _FIELDS = set(KernelSpec("forward", 128, "bf16").flat())
 
 
-def op_named(family: object, ragged: object) -> str:
-    """The op that a record means. Raises ArgumentError."""
+def op_of_record(family: object, ragged: object) -> str:
+    """The op that a record's name and its flag `ragged` mean. Raises ArgumentError."""
     if type(ragged) is not bool:
         raise ArgumentError("ragged", shown(ragged), "True or False")
     if family not in FAMILIES or not isinstance(family, str):
@@ -29,33 +29,33 @@ def op_named(family: object, ragged: object) -> str:
     return OPS_OF_RECORDS[family, ragged]
 
 
-def spec_of(family: object, ragged: object, **others: Any) -> KernelSpec:
-    """The spec of what a record says of its op, and of all else by the fields of a spec. Raises ArgumentError."""
-    return KernelSpec(op_named(family, ragged), **others)
+def spec_from_op(family: object, ragged: object, **others: Any) -> KernelSpec:
+    """The spec with the op of a record; `others` are the other fields of KernelSpec. Raises ArgumentError."""
+    return KernelSpec(op_of_record(family, ragged), **others)
 
 
 def spec_from(data: Mapping[str, Any]) -> KernelSpec:
-    """The spec that `to_dict` wrote. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
+    """The inverse of `KernelSpec.to_dict`. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
     if not _FIELDS - set(LATER) <= set(data) <= _FIELDS:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
     others = {name: value for name, value in data.items() if name not in ("op", "ragged")}
-    spec = spec_of(data["op"], data["ragged"], **others)
+    spec = spec_from_op(data["op"], data["ragged"], **others)
     for name, largest in LARGEST_READ.items():
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")
     return spec
 
 
-# -- Records from before fingerprints: which of them are of a program that today's templates still render.
+# -- Records from before fingerprints: those whose program today's templates still render.
 #
-# They hold a hash of the templates that their kernel was rendered from. Of the hashes below, every kernel that they
-# rendered was compared with what the templates of the version render that introduced fingerprints. Who changes an op's
-# program takes its hashes out here; tests/memory/test_legacy.py fails until that is done.
+# Such a record has a hash of the templates that rendered its kernel. For each hash below, every kernel that those
+# templates rendered was compared with the one that the first version with fingerprints renders. If you change an op's
+# program, remove its hashes here; tests/memory/test_legacy.py fails until you do.
 
-# By hash of templates: the op, and whether packed sequences have the same program too.
-SAME: dict[str, tuple[str, bool]] = {
+# Hash of templates -> (op, whether packed sequences have the same program too).
+UNCHANGED: dict[str, tuple[str, bool]] = {
     "255dd79780b8": ("decode", True),
-    "5a31e45e6396": ("decode", True),  # of sequences that have their own lengths
+    "5a31e45e6396": ("decode", True),  # decode_varlen
     "7c01cbe51c52": ("forward", True),
     "b81caa5d5816": ("forward", False),
     "37195abe0d1f": ("preprocess", True),
@@ -67,19 +67,19 @@ SAME: dict[str, tuple[str, bool]] = {
 
 
 def same_programs(templates: str, spec: KernelSpec) -> bool:
-    """Whether templates of a hash rendered, of a spec, the kernels that today's do."""
-    op, packed = SAME.get(templates, ("", False))
+    """Whether the templates with this hash rendered the kernels of a spec as today's templates do."""
+    op, packed = UNCHANGED.get(templates, ("", False))
     return op == spec.family and (packed or not spec.varlen)
 
 
-# Of a record's environment before fingerprints: "cuda" and "space" came later than the others.
+# The fields of a record's environment before fingerprints; "cuda" and "space" were added later.
 _ENVIRONMENT = {"templates", "triton", "protocol"}
 
 
-def of_before(data: dict[str, Any]) -> dict[str, Any]:
-    """A record from before fingerprints in today's form: the hash of its templates stands for its kernel.
+def upgrade_record(data: dict[str, Any]) -> dict[str, Any]:
+    """Convert a record from before fingerprints to today's form: the hash of its templates identifies its kernel.
 
-    `space` said what a config's knobs mean; no record ever had another one than 1.
+    `space` was the version of the meaning of the knobs; it is 1 in every record.
     """
     key = data["key"]
     if not isinstance(key, dict):

@@ -1,4 +1,4 @@
-"""What a call looks up: which kernel, in which bucket of sizes, on which GPU."""
+"""The key that a call looks up: GPU, kernel spec and size bucket."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Scalar = str | int | bool
 
 @dataclass(frozen=True)
 class Place:
-    """One kernel in one bucket of sizes on one GPU: what is measured of it decides between configs.
+    """One kernel spec in one size bucket on one GPU. The measurements of a place decide which config its calls get.
 
-    gpu  by the name that records go by, such as h200
+    gpu  its name in records, such as h200
     """
 
     gpu: str
@@ -30,16 +30,16 @@ class Place:
     bucket: Bucket
 
     def flat(self) -> dict[str, Scalar]:
-        """Every field in clear, as `gpu`, `spec.op`, `bucket.seqlen_kv`, ...
+        """All fields by dotted name: `gpu`, `spec.op`, `bucket.seqlen_kv`, ...
 
-        Those that came after records were first written only where they are not at their default: older records
-        keep their text.
+        Fields that were added after the first records are left out at their default value, so that older records keep
+        their text.
         """
         return self._flat(self.spec.to_dict(), self.bucket.to_dict())
 
     @cached_property
     def text(self) -> str:
-        """`flat` as JSON: the same place has the same text."""
+        """`flat` as JSON: equal places have equal texts."""
         return json.dumps(self.flat(), separators=(",", ":"))
 
     @cached_property
@@ -49,7 +49,7 @@ class Place:
 
     @cached_property
     def order(self) -> tuple[Scalar, ...]:
-        """The values of all fields, none left out, to sort places by."""
+        """The values of all fields, defaults included: the sort key of places."""
         return tuple(self._flat(self.spec.flat(), vars(self.bucket)).values())
 
     def _flat(self, spec: Mapping[str, Any], bucket: Mapping[str, Any]) -> dict[str, Scalar]:
@@ -59,7 +59,7 @@ class Place:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Place:
-        """The place that `flat` wrote. Raises ArgumentError on anything else."""
+        """The inverse of `flat`. Raises ArgumentError on anything else."""
         parts: dict[str, dict[str, Any]] = {"spec": {}, "bucket": {}}
         for name, value in flat.items():
             part, dot, field = name.partition(".")

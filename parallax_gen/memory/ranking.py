@@ -1,20 +1,20 @@
-"""The only ranker: which config a call gets, of all that is known, for dispatch, tuner, export and reports alike.
+"""The only ranker: it decides which config a call gets, for dispatch, tuner, export and reports alike.
 
-Evidence is of a program: a record counts where today's templates still render the kernel that was measured, whatever
-has compiled it. Tiers, the best first:
+Evidence belongs to a program: a record is usable if today's templates still render the kernel that was measured,
+whatever compiled it. Tiers, best first:
 
 1. measured here: the same GPU, kernel and toolchain
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
-3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; but for
-   preprocess, which moves rows at the speed of its own card's memory
-4. neighbour: the same kernel at a near bucket, along keys before rows; of decode of equal lengths alone, where evidence
-   (docs/borrowing.md) has it ahead of the default
+3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; not for
+   preprocess, whose speed is that of its own card's memory
+4. neighbour: the same kernel at a near bucket, along keys before rows; only for decode of equal lengths, where evidence
+   (docs/borrowing.md) puts it ahead of the default
 5. default: the heuristics
 
-Within a tier the same toolchain goes first, then the newest; times are compared where one card took them with one
-toolchain. Records of a search from before a knob that today's default has, or that a sibling's newer best has, are
-passed over: what they won against did not have it. Records whose kernel is no longer rendered are hints for the tuner,
-and never a choice.
+Within a tier the same toolchain goes first, then the newest; times are compared only if one card took them with one
+toolchain. Some searches did not know a knob that today's default has, or that a sibling's newer best has. Their records
+are skipped: the configs that they beat did not have that knob. Records whose kernel is no longer rendered are hints for
+the tuner, and never a choice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 
 class Tier(IntEnum):
-    """How near the evidence for a choice is to a measurement of it."""
+    """How close the evidence for a choice is to a measurement of it here."""
 
     MEASURED_HERE = 1
     OTHER_TOOLCHAIN = 2
@@ -55,48 +55,48 @@ class Tier(IntEnum):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config, and the record that speaks for it: None of the default."""
+    """A config, and the record that supports it (None for the default)."""
 
     tier: Tier
     config: KernelConfig
     record: Result | None
 
 
-def ranked(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) -> Iterator[Candidate]:
-    """What a call at a place can get, the best first; the default is the last. Renders no more than is asked for.
+def ranked(place: Place, gpu: Gpu, known: RecordSource, here: Toolchain | None = None) -> Iterator[Candidate]:
+    """The candidates of a call at a place, best first; the default is the last. Renders lazily.
 
-    gpu   the card that the place's name stands for
-    here  the toolchain that would compile it: by default this process's
+    gpu   the card of the place
+    here  the toolchain that compiles the call's kernel; by default this process's
     """
     default = default_of(place, gpu)
     results = known.results(place)
-    found_here = _found_here(results, here)
+    tried_here = _tried_here(results, here)
 
     def stands(record: Result) -> bool:
-        return is_rendered(record, gpu) and _overruling(record, found_here, gpu) is None
+        return is_rendered(record, gpu) and _contradicting(record, tried_here, gpu) is None
 
-    others = _of_siblings(place, gpu, known, here)
+    others = _sibling_searches(place, gpu, known, here)
     for search in _searches(results, here):
-        if not _why_passed_over(search, default, others, gpu):
-            tier = Tier.MEASURED_HERE if search.like_here else Tier.OTHER_TOOLCHAIN
+        if not _why_skipped(search, default, others, gpu):
+            tier = Tier.MEASURED_HERE if search.matches_here else Tier.OTHER_TOOLCHAIN
             yield from (Candidate(tier, r.config, r) for r in search.measured if stands(r))
     for search in others:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if stands(r))
-    for near in near_places(place):
+    for near in borrowable_neighbours(place):
         for search in _searches(known.results(near), here):
-            record = None if search.unknown(default) else next(filter(stands, search.measured), None)
+            record = None if search.unknown_knob(default) else next(filter(stands, search.measured), None)
             if record is not None:
                 yield Candidate(Tier.NEIGHBOUR, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
 
 
-def best(place: Place, gpu: Gpu, known: Known, here: Toolchain | None = None) -> Candidate:
-    """What a call at a place gets; `here` as of `ranked`."""
+def best(place: Place, gpu: Gpu, known: RecordSource, here: Toolchain | None = None) -> Candidate:
+    """The first candidate of `ranked`."""
     return next(ranked(place, gpu, known, here))
 
 
-def default_beside(record: Result, default: KernelConfig, gpu: Gpu, known: Known) -> Result | None:
-    """The default's own record of a record's place, timed as that was, of today's kernel; None where there is none.
+def comparable_default(record: Result, default: KernelConfig, gpu: Gpu, known: RecordSource) -> Result | None:
+    """The default's record at a record's place, of today's kernel and with a comparable time; None if there is none.
 
     default  today's default config of the call, at the record's place or at a sibling card's
     gpu      the record's card
@@ -104,25 +104,25 @@ def default_beside(record: Result, default: KernelConfig, gpu: Gpu, known: Known
     timed = [
         result
         for result in known.results(record.place)
-        if result.config == default and result.measured and timed_alike(result.evidence, record.evidence)
+        if result.config == default and result.measured and comparable(result.evidence, record.evidence)
     ]
-    timed.sort(key=lambda result: (_search_of(result) == _search_of(record), result.created), reverse=True)
+    timed.sort(key=lambda result: (_search_key(result) == _search_key(record), result.created), reverse=True)
     return next((result for result in timed if is_rendered(result, gpu)), None)
 
 
-def timed_alike(one: Evidence, other: Evidence) -> bool:
-    """Whether times of one card may be compared: the same toolchain, as far as programs go, and the same protocol."""
-    same = one.toolchain == other.toolchain or one.toolchain.like(other.toolchain)
+def comparable(one: Evidence, other: Evidence) -> bool:
+    """Whether times on one card may be compared: toolchains that compile to the same programs, the same protocol."""
+    same = one.toolchain == other.toolchain or one.toolchain.compiles_like(other.toolchain)
     return same and one.protocol == other.protocol
 
 
 def default_of(place: Place, gpu: Gpu) -> KernelConfig:
-    """What a call at a place gets where nothing is known."""
+    """The config of a call at a place that has no records."""
     return default_config(place.spec, representative(place.bucket, place.spec.group), gpu)
 
 
-def near_buckets(place: Place) -> Iterator[Place]:
-    """The same kernel at near sizes, the nearest first: along keys before rows, the smaller before the larger."""
+def near_places(place: Place) -> Iterator[Place]:
+    """The same kernel at near buckets, the nearest first: along keys before rows, the smaller before the larger."""
     bucket = place.bucket
     lengths = ("seqlen_q", "seqlen_kv") if bucket.seqlen_q == bucket.seqlen_kv else ("seqlen_kv",)
     for names, least, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
@@ -132,23 +132,23 @@ def near_buckets(place: Place) -> Iterator[Place]:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
 
 
-def is_like(evidence: Evidence, here: Toolchain | None = None) -> bool:
-    """Whether this process, or that of the toolchain `here`, would compile and time alike."""
-    return evidence.toolchain.like(here or Toolchain.here()) and evidence.protocol == PROTOCOL
+def comparable_here(evidence: Evidence, here: Toolchain | None = None) -> bool:
+    """Whether this process, or one with the toolchain `here`, would compile and time a kernel the same way."""
+    return evidence.toolchain.compiles_like(here or Toolchain.here()) and evidence.protocol == PROTOCOL
 
 
-def _found_here(results: Iterable[Result], here: Toolchain | None) -> list[Result]:
-    """Of a place's results those that this process, or that of the toolchain `here`, would find alike."""
-    return [result for result in results if result.counts and is_like(result.evidence, here)]
+def _tried_here(results: Iterable[Result], here: Toolchain | None) -> list[Result]:
+    """The results of a place that this process, or one with the toolchain `here`, would reproduce."""
+    return [result for result in results if result.informative and comparable_here(result.evidence, here)]
 
 
-def _overruling(record: Result, found_here: Iterable[Result], gpu: Gpu) -> Result | None:
-    """What was found of a record's config here and says otherwise: that it failed, or another time since.
+def _contradicting(record: Result, tried_here: Iterable[Result], gpu: Gpu) -> Result | None:
+    """A result of the record's config here that contradicts the record, a failure or a newer time; else None.
 
-    found_here  what was tried at the place with this toolchain. Nothing is rendered where none is of the config
+    tried_here  the results of the place with this toolchain. Nothing is rendered if none is of the config
     """
     verdict: Result | None = None
-    of_config = [result for result in found_here if result.config == record.config]
+    of_config = [result for result in tried_here if result.config == record.config]
     if of_config in ([], [record]):
         return None
     for result in of_config:
@@ -159,90 +159,90 @@ def _overruling(record: Result, found_here: Iterable[Result], gpu: Gpu) -> Resul
     return None
 
 
-def _of_siblings(place: Place, gpu: Gpu, known: Known, here: Toolchain | None) -> list[_Search]:
-    """The searches on cards alike that count at a place: those with the same toolchain first."""
+def _sibling_searches(place: Place, gpu: Gpu, known: RecordSource, here: Toolchain | None) -> list[_SearchRecords]:
+    """The searches on sibling cards that are usable at a place, those with the same toolchain first."""
     default = default_of(place, gpu)
     searches = [s for where in sibling_places(place, gpu) for s in _searches(known.results(where), here)]
-    counting = (search for search in searches if not search.unknown(default))
-    return sorted(counting, key=lambda search: search.like_here, reverse=True)
+    counting = (search for search in searches if not search.unknown_knob(default))
+    return sorted(counting, key=lambda search: search.matches_here, reverse=True)
 
 
-def _why_passed_over(search: _Search, default: KernelConfig, others: Iterable[_Search], gpu: Gpu) -> str:
-    """Why none of a place's search counts there, though its kernels are rendered; "" where they do.
+def _why_skipped(search: _SearchRecords, default: KernelConfig, others: Iterable[_SearchRecords], gpu: Gpu) -> str:
+    """Why the records of a place's search are skipped there, though their kernels are rendered; "" if they are not.
 
-    others  the searches on cards alike
+    others  the searches on sibling cards
     """
-    if unknown := search.unknown(default):
+    if unknown := search.unknown_knob(default):
         return f"its search did not try {unknown}, which today's default has"
     for other in others:
         rival = other.best(gpu) if other.newest > search.newest else None
-        if rival is not None and (unknown := search.unknown(rival.config)):
+        if rival is not None and (unknown := search.unknown_knob(rival.config)):
             return f"its search did not try {unknown}, which the best of a newer search on {rival.place.gpu} has"
     return ""
 
 
-def why_not_chosen(record: Result, gpu: Gpu, known: Known, here: Toolchain | None = None) -> str:
-    """Why a measured record of a valid kernel that is still rendered is no choice at its own place; "" where it is."""
+def why_not_chosen(record: Result, gpu: Gpu, known: RecordSource, here: Toolchain | None = None) -> str:
+    """Why a measured record of a valid kernel that is still rendered is not used at its own place; "" if it is."""
     results = known.results(record.place)
-    verdict = _overruling(record, _found_here(results, here), gpu)
+    verdict = _contradicting(record, _tried_here(results, here), gpu)
     if verdict is not None and not verdict.measured:
         return f"its kernel failed here: {verdict.outcome}"
     if verdict is not None:
         return f"its kernel was timed again: {verdict.time_us} us, {verdict.created_at}"
-    others = _of_siblings(record.place, gpu, known, here)
+    others = _sibling_searches(record.place, gpu, known, here)
     search = next(search for search in _searches(results, here) if record in search.measured)
-    return _why_passed_over(search, default_of(record.place, gpu), others, gpu)
+    return _why_skipped(search, default_of(record.place, gpu), others, gpu)
 
 
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
-    """The same on cards alike, where what is fast there is ahead of the default, by evidence: all but preprocess.
+    """The place on each sibling card, for ops whose records there are ahead of the default by evidence: not preprocess.
 
-    None of a card that `gpu` only stands in for: what that is like is not known.
+    Empty if `gpu` only stands in for the place's card: nothing is known about that card.
     """
     alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).sibling_counts else []
     return [replace(place, gpu=name) for name in alike]
 
 
-def near_places(place: Place) -> list[Place]:
-    """The same at near sizes, where what is fast there is ahead of the default, by evidence: decode of equal lengths.
+def borrowable_neighbours(place: Place) -> list[Place]:
+    """`near_places` for ops whose records there are ahead of the default by evidence: only decode of equal lengths.
 
-    A place is near to those that are near to it.
+    The relation is symmetric.
     """
-    return list(near_buckets(place)) if op_of(place.spec).near_counts else []
+    return list(near_places(place)) if op_of(place.spec).near_counts else []
 
 
 def siblings(gpu: Gpu) -> list[str]:
-    """Names of the other cards that run the same programs at a like speed."""
+    """The names of the other cards of the same capability, which run the same programs at a similar speed."""
     return [other.name for other in GPUS.values() if other.capability == gpu.capability and other.name != gpu.name]
 
 
 def is_valid(result: Result, gpu: Gpu) -> bool:
-    """Whether a result's config can serve its place on a card, which says nothing of what is rendered for it."""
+    """Whether a result's config is valid at its place on a card. Renders nothing."""
     return why_invalid(result.place.spec, result.config, gpu) is None
 
 
 def is_rendered(result: Result, gpu: Gpu) -> bool:
-    """Whether today's templates render, for a card, the kernel that a result is of."""
+    """Whether today's templates still render the kernel of a result for a card."""
     place, evidence = result.place, result.evidence
     if not is_valid(result, gpu):
         return False
     if evidence.templates:
         return same_programs(evidence.templates, place.spec)
     if text_hash_of(place.spec, result.config, gpu) == evidence.text:
-        return True  # and nothing has to be parsed
+        return True  # equal texts need not be parsed
     return render(place.spec, result.config, gpu).kernel == evidence.kernel
 
 
 def is_current(result: Result, gpu: Gpu) -> bool:
-    """Whether a result, of any outcome, is of today's kernel, this process's toolchain and the timing protocol."""
-    return is_like(result.evidence) and is_rendered(result, gpu)
+    """Whether a result of any outcome has today's kernel, this process's toolchain and today's timing protocol."""
+    return comparable_here(result.evidence) and is_rendered(result, gpu)
 
 
-def shown_by(record: Result, known: Known) -> list[Result]:
-    """A record, and as few others of its search as show what that knew, and how new it is."""
+def representative_records(record: Result, known: RecordSource) -> list[Result]:
+    """A record, and the fewest others of its search that show which knobs the search knew and how new it is."""
     search = next(search for search in _searches(known.results(record.place)) if record in search.measured)
     shown = [record, max(search.measured, key=lambda result: result.created_at)]
-    for f in _later_knobs(record.config):
+    for f in _added_knobs(record.config):
         for result in search.tried:
             value = getattr(result.config, f.name)
             if value != f.default and all(getattr(other.config, f.name) != value for other in shown):
@@ -251,17 +251,17 @@ def shown_by(record: Result, known: Known) -> list[Result]:
 
 
 def evidence_of(source: KernelSource) -> Evidence:
-    """That of a kernel that this process measures."""
+    """The evidence for a kernel that this process measures."""
     return Evidence.here(source.kernel, source.text_hash)
 
 
 @dataclass(frozen=True)
-class _Search:
-    """What is known of one place by one toolchain and timing protocol.
+class _SearchRecords:
+    """The results of one place, toolchain and timing protocol: what one search tried.
 
-    measured  fast to slow
-    tried     those that failed too, of what counts
-    here      the toolchain that a call's kernels are compiled by
+    measured  from fast to slow
+    tried     failures too
+    here      the toolchain that compiles a call's kernel
     """
 
     measured: list[Result]
@@ -269,64 +269,63 @@ class _Search:
     here: Toolchain
 
     @cached_property
-    def like_here(self) -> bool:
-        """Whether a call's kernels would be compiled and timed alike."""
-        return is_like(self.measured[0].evidence, self.here)
+    def matches_here(self) -> bool:
+        """Whether the toolchain `here` would compile and time the same way."""
+        return comparable_here(self.measured[0].evidence, self.here)
 
     @cached_property
     def newest(self) -> str:
         return max(result.created_at for result in self.measured)
 
     def best(self, gpu: Gpu) -> Result | None:
-        """The fastest of a kernel that is still rendered."""
+        """The fastest record whose kernel is still rendered."""
         return next((result for result in self.measured if is_rendered(result, gpu)), None)
 
-    def unknown(self, rival: KernelConfig) -> str:
-        """What another config is made of and this search did not know, such as `ROW_MAX=first`; "" where it knew all.
+    def unknown_knob(self, rival: KernelConfig) -> str:
+        """A knob value of another config that this search did not know, such as `ROW_MAX=first`; "" if it knew all.
 
-        Where the rival has another value of a later knob than its default, and nothing that was tried has, the search
-        did not know the knob.
+        A search did not know an added knob if the rival's value is not the knob's default and no tried config has it.
         """
-        for f in _later_knobs(rival):
+        for f in _added_knobs(rival):
             value = getattr(rival, f.name)
             if value != f.default and all(getattr(result.config, f.name) != value for result in self.tried):
                 return f"{f.name}={value}"
         return ""
 
 
-def _later_knobs(config: KernelConfig) -> list[Field[Any]]:
-    """Those that came later than records: configs from before them have their default values."""
+def _added_knobs(config: KernelConfig) -> list[Field[Any]]:
+    """The knobs that were added after the first records: configs from before have their default values."""
     return [f for f in fields(config) if f.default is not MISSING]
 
 
-def _search_of(result: Result) -> tuple[str, str, int]:
+def _search_key(result: Result) -> tuple[str, str, int]:
     return result.evidence.triton, result.evidence.cuda, result.evidence.protocol
 
 
-def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_Search]:
-    """By toolchain and protocol, those that measured anything: those like `here` first, then the newest."""
+def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_SearchRecords]:
+    """Results by toolchain and protocol, if any was measured: those that match `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
-        if result.counts:
-            tried.setdefault(_search_of(result), []).append(result)
+        if result.informative:
+            tried.setdefault(_search_key(result), []).append(result)
     here = here or Toolchain.here()
-    searches = [_Search(measured, group, here) for group in tried.values() if (measured := fastest(group))]
-    return sorted(searches, key=lambda search: (search.like_here, search.newest), reverse=True)
+    searches = [_SearchRecords(measured, group, here) for group in tried.values() if (measured := fastest(group))]
+    return sorted(searches, key=lambda search: (search.matches_here, search.newest), reverse=True)
 
 
-# -- By time alone, whatever kernel and toolchain: to begin a tune with, and not to believe.
+# -- Ranking by time alone, across kernels and toolchains: only to seed a tune, never to choose a kernel.
 
 _Which = TypeVar("_Which", bound=Hashable)
-HOW_KEPT = ("page_size", "cache_dtype", "leftpad", "stats")  # of a spec, how a cache is kept and what else is written
+LAYOUT_FIELDS = ("page_size", "cache_dtype", "leftpad", "stats")  # of a spec: cache layout, extra outputs
 
 
 def fastest(results: Iterable[Result]) -> list[Result]:
-    """The measured ones, from fast to slow; of those as fast the order is kept."""
+    """The measured results, from fast to slow; ties keep their order."""
     return sorted((result for result in results if result.measured), key=_time)
 
 
 def fastest_of_each(results: Iterable[Result], which: Callable[[Result], _Which]) -> dict[_Which, Result]:
-    """The fastest measured one of each kind; kinds, and of those as fast the first, in the order of the results."""
+    """The fastest measured result of each kind, and the first of a tie; kinds in the order of the results."""
     found: dict[_Which, Result] = {}
     for result in results:
         if result.measured:
@@ -340,7 +339,7 @@ def _time(result: Result) -> float:
 
 
 def nearest_buckets(bucket: Bucket, others: Iterable[Bucket], *, rows_first: bool = False) -> list[Bucket]:
-    """Others, the nearest first, by the ratios of all their sizes, or with rows_first of rows and then the lengths."""
+    """Other buckets, the nearest first, by the ratios of all sizes; with rows_first by kv_rows before the others."""
 
     def distance(other: Bucket) -> tuple[float, float]:
         ratios = {n: abs(math.log2(max(size, 1) / max(getattr(bucket, n), 1))) for n, size in vars(other).items()}
@@ -350,46 +349,46 @@ def nearest_buckets(bucket: Bucket, others: Iterable[Bucket], *, rows_first: boo
 
 
 def shipped_seeds(place: Place, shipped: Sequence[Result]) -> list[KernelConfig]:
-    """Of the records that ship for cards alike (`load_alike`): what was fastest for a place's kernel.
+    """Seed configs for a place from the shipped records of its capability (`load_same_capability`).
 
-    All of its bucket, then the best there of its kernel with another cache layout, then the best of each other bucket.
+    All of its bucket, then the best there with each other cache layout, then the best of each other bucket.
     """
     records = [r for r in shipped if r.place.spec == place.spec]
     here = [r.config for r in records if r.place.bucket == place.bucket]
     # A file has each place's fastest first.
-    layouts = {r.place: r.config for r in reversed(shipped) if _differs_in_layout(r.place, place)}
+    layouts = {r.place: r.config for r in reversed(shipped) if _differ_in_layout(r.place, place)}
     best = {r.place.bucket: r.config for r in reversed(records)}
     return list(dict.fromkeys([*here, *layouts.values(), *best.values()]))
 
 
 def nearby_seeds(place: Place, known: Sequence[Result]) -> list[KernelConfig]:
-    """Of what is known of a card: as `shipped_seeds` of other layouts, then the best of the two nearest buckets."""
-    layouts = fastest_of_each((r for r in known if _differs_in_layout(r.place, place)), lambda r: r.place.spec)
+    """Seed configs from a card's results: the best with each other cache layout, then of the two nearest buckets."""
+    layouts = fastest_of_each((r for r in known if _differ_in_layout(r.place, place)), lambda r: r.place.spec)
     of_kernel = (r for r in known if r.place.spec == place.spec and r.place.bucket != place.bucket)
     best = fastest_of_each(of_kernel, lambda r: r.place.bucket)
     nearest = [best[bucket] for bucket in nearest_buckets(place.bucket, best)[:2]]
     return list(dict.fromkeys(result.config for result in (*layouts.values(), *nearest)))
 
 
-def _differs_in_layout(one: Place, other: Place) -> bool:
-    """Whether two places of decode, of one bucket, differ in no more than HOW_KEPT."""
-    names = [f.name for f in fields(KernelSpec) if f.name not in HOW_KEPT]
+def _differ_in_layout(one: Place, other: Place) -> bool:
+    """Whether two places of decode differ only in LAYOUT_FIELDS."""
+    names = [f.name for f in fields(KernelSpec) if f.name not in LAYOUT_FIELDS]
     same = all(getattr(one.spec, name) == getattr(other.spec, name) for name in names)
     return one.bucket == other.bucket and op_of(one.spec).own_lengths and one.spec != other.spec and same
 
 
-# -- What the ranking asks for the records of a place: the memory, or a table that was taken from one.
+# -- Where the ranking looks up records: the memory, or a table taken from it.
 
 
-class Known(Protocol):
-    """Where records are looked up."""
+class RecordSource(Protocol):
+    """Looks up the records of a place."""
 
     def results(self, place: Place) -> list[Result]:
-        """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
+        """All results of a place, of any kernel and toolchain: the measured ones first, from fast to slow."""
 
 
-class Table:
-    """Records with no file behind them: what processes have that must all choose alike."""
+class RecordTable:
+    """Records without a file: for processes that must all choose the same kernels."""
 
     def __init__(self, records: Iterable[Result]) -> None:
         self._records: dict[Place, list[Result]] = {}

@@ -1,4 +1,4 @@
-"""One row of what is known, checked like a user's input, and which of two rows counts. Pure data, no database."""
+"""A result, checked like user input, and the rule by which one result supersedes another. Pure data, no database."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
-from parallax_gen.errors import ArgumentError, ParallaxGenError, stored_of_machine
+from parallax_gen.errors import ArgumentError, ParallaxGenError, is_stored_machine_error
 from parallax_gen.memory.bounds import INTS, NUMBERS, check_flat, check_int, check_number, check_text, shown
-from parallax_gen.memory.old import of_before
+from parallax_gen.memory.old import upgrade_record
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict, config_to_json, op_of
 from parallax_gen.problem.shapes import Shape
 
-# Version of the timing protocol (tuning/workers/measure.py says what it is): times of two protocols are not compared.
+# Version of the timing protocol, see tuning/workers/measure.py: times of different protocols are not compared.
 PROTOCOL = 1
 
-# What `Result.from_dict(json.loads(text))` raises for a text that is no result, and how much is told of why.
-NO_RESULT = (ParallaxGenError, ValueError, RecursionError)
+# What `Result.from_dict(json.loads(text))` raises on a malformed text, and how much of the reason messages show.
+MALFORMED = (ParallaxGenError, ValueError, RecursionError)
 LONGEST_REASON = 200
 
 
 def now() -> str:
-    """The time of day in UTC, as `Result.created_at` holds it."""
+    """The current time in UTC, in the format of `Result.created_at`."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class Outcome(str, Enum):
-    """How a config ended. It is a text too, and records, JSON and messages hold it as that."""
+    """How the trial of a config ended. Records, JSON and messages hold its text."""
 
     OK = "ok"
     INVALID = "invalid"
@@ -42,18 +42,18 @@ class Outcome(str, Enum):
     SLOW = "slow"
     PREDICTED = "predicted"
 
-    # Without these an f-string says "Outcome.OK", and a dict that has the text as a key does not find the outcome.
+    # Without these an f-string says "Outcome.OK", and a dict keyed by the text does not find the outcome.
     __str__ = str.__str__
     __hash__ = str.__hash__
 
     @property
     def timed(self) -> bool:
-        """Whether calls were timed: a slow one has the median of a few replays."""
+        """Whether calls were timed; SLOW has the median of a few replays."""
         return self in (Outcome.OK, Outcome.SLOW)
 
     @property
     def failed(self) -> bool:
-        """Whether the config is no choice: a slow one has lost."""
+        """Whether the config can never be chosen; SLOW has lost already."""
         return self not in (Outcome.OK, Outcome.PREDICTED)
 
     @property
@@ -63,22 +63,22 @@ class Outcome(str, Enum):
 
     @property
     def has_time(self) -> bool:
-        """Whether there is a time, be it a model's guess."""
+        """Whether there is a time, measured or predicted."""
         return self.timed or self is Outcome.PREDICTED
 
     @property
     def inconclusive(self) -> bool:
-        """Whether the machine may be at fault, such as a busy GPU, so that it may end otherwise the next time."""
+        """Whether the machine may be at fault, such as a busy GPU, so that the next trial may end differently."""
         return self in (Outcome.TIMEOUT, Outcome.CRASH)
 
     @property
-    def may_be_of_machine(self) -> bool:
-        """Whether earlier versions stored faults of the machine as this."""
+    def may_be_machine_fault(self) -> bool:
+        """Whether earlier versions stored faults of the machine under this outcome."""
         return self in (Outcome.COMPILE, Outcome.RESOURCES, Outcome.CRASH)
 
     @property
     def meaning(self) -> str:
-        """What it says of the config, for people."""
+        """The outcome in words, for people."""
         return _MEANINGS[self]
 
 
@@ -97,14 +97,14 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured, and how: the program, not the source of its source.
+    """What was measured, and how: identifies the rendered program, not the templates that rendered it.
 
     kernel     fingerprint of the rendered kernel (codegen/fingerprint.py); "" where it is not known
-    text       hash of the kernel's text below its header: where it is equal, so is the fingerprint. "" likewise
+    text       hash of the kernel's text below its header: equal texts have equal fingerprints. "" if it is unknown
     triton     its full version
     cuda       releases of Triton's ptxas: see `toolchain.cuda_version`; "" where not known
     protocol   version of the timing protocol
-    templates  of rows from before fingerprints, the hash of the templates that the kernel was rendered from
+    templates  hash of the templates that rendered the kernel, in rows from before fingerprints; else ""
     """
 
     kernel: str
@@ -116,7 +116,7 @@ class Evidence:
 
     @classmethod
     def here(cls, kernel: str, text: str) -> Evidence:
-        """Of a kernel that this process measures."""
+        """The evidence for a kernel that this process measures."""
         here = Toolchain.here()
         return cls(kernel, text, here.triton, here.cuda, PROTOCOL)
 
@@ -132,7 +132,7 @@ class Evidence:
 
     @property
     def identity(self) -> tuple[Scalar, ...]:
-        """What two measurements have in common that stand in each other's place."""
+        """Measurements of a config with equal identity replace each other."""
         return self.kernel, self.templates, self.triton, self.cuda, self.protocol
 
     def to_dict(self) -> dict[str, Scalar]:
@@ -142,21 +142,21 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of one config at one place: measured, predicted or failed.
+    """The result of one config at one place: measured, predicted or failed.
 
     evidence      the kernel and what compiled it
-    outcome       OK was measured, PREDICTED is a model's guess, the rest are failures. A row that was read has the text
+    outcome       OK was measured, PREDICTED is a model's estimate, the others are failures; its text is accepted too
     shape         the sizes that were timed
     time_us       median; of a predicted row, the estimate; beside it the 20th and 80th percentiles
     error         relative error against the oracle; inf if the output was not finite
-    registers, spills, shared_bytes   what the compiled kernel takes: a thread, bytes a thread, bytes a program
+    registers, spills, shared_bytes   of the compiled kernel: a thread, bytes a thread, bytes a block
     compile_s     seconds it took to compile
     detail        why it failed; "" otherwise
     created_at    ISO 8601, UTC
     source        where it comes from, such as "measured on NVIDIA H200"
 
-    Raises ArgumentError on values of another kind, or beyond the bounds of memory/bounds.py: rows that were read are
-    checked like a user's input.
+    Raises ArgumentError on values of a wrong type or beyond the bounds of memory/bounds.py: rows that were read are
+    checked like user input.
     """
 
     place: Place
@@ -196,23 +196,23 @@ class Result:
         if self.time_us is None and not self.outcome.failed:
             raise ArgumentError("time_us", self.time_us, f"a number when the outcome is {self.outcome.value!r}")
         try:
-            self.created  # noqa: B018 - of the right form, and yet there may be no such day
+            self.created  # noqa: B018 - well-formed, but the day may not exist
         except ValueError as error:
-            raise ArgumentError("created_at", shown(self.created_at), f"a time that there is ({error})") from error
+            raise ArgumentError("created_at", shown(self.created_at), f"a time that exists ({error})") from error
 
     @property
     def measured(self) -> bool:
         return self.outcome is Outcome.OK
 
     @property
-    def of_machine(self) -> bool:
-        """Whether it is a fault of the machine that an earlier version stored as the config's own: it tells nothing."""
-        return self.outcome.may_be_of_machine and stored_of_machine(self.detail)
+    def is_machine_fault(self) -> bool:
+        """Whether an earlier version stored a fault of the machine as the config's own: the row says nothing then."""
+        return self.outcome.may_be_machine_fault and is_stored_machine_error(self.detail)
 
     @property
-    def counts(self) -> bool:
-        """Whether it says anything of its config: that was tried, and no fault of the machine's ended it."""
-        return self.outcome.tried and not self.of_machine
+    def informative(self) -> bool:
+        """Whether it says anything about its config: that was tried, and no fault of the machine ended the trial."""
+        return self.outcome.tried and not self.is_machine_fault
 
     @property
     def created(self) -> datetime:
@@ -220,11 +220,11 @@ class Result:
 
     @property
     def identity(self) -> tuple[Scalar, ...]:
-        """What there is one row of: the place, the config, and the evidence's identity."""
+        """The unique key of a row: the place, the config, and the evidence's identity."""
         return self.place.text, config_to_json(self.config), *self.evidence.identity
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON can hold it."""
+        """All fields as JSON values."""
         parts = {
             "place": self.place.flat(),
             "config": config_to_dict(self.config),
@@ -236,13 +236,13 @@ class Result:
 
     @classmethod
     def from_dict(cls, data: object) -> Result:
-        """The result that `to_dict` wrote, of this version or before fingerprints.
+        """The inverse of `to_dict`, of this version or from before fingerprints.
 
-        Raises ArgumentError, ConfigError or ValueError on anything else. The place may be one already.
+        Raises ArgumentError, ConfigError or ValueError on anything else. The value of "place" may be a Place.
         """
         names = [f.name for f in fields(cls)]
         if isinstance(data, dict) and "key" in data and "place" not in data:
-            data = of_before(data)
+            data = upgrade_record(data)
         if not isinstance(data, dict) or set(data) != set(names):
             raise ArgumentError("record", shown(data), f"an object of exactly {names}")
         parts = {name: data[name] for name in ("place", "evidence", "config", "shape")}
@@ -267,33 +267,32 @@ def _evidence_from(data: Mapping[str, Any]) -> Evidence:
 
 
 def supersedes(new: Result, old: Result) -> bool:
-    """Whether `new` takes the place of `old`, a row of the same identity.
+    """Whether `new` replaces `old`, a row of the same identity.
 
-    First by how much a row tells. One that the machine failed (`of_machine`) tells nothing. A prediction tells little:
-    it never replaces anything that was tried. What is inconclusive may be the machine's fault (a busy GPU), so it does
-    not erase a verdict, above all not a measured time: nothing found is lost to a bad rerun. Of rows that tell as much
-    the newer counts, so that the same row remains whichever process happens to write last.
+    Rows are compared first by how much they say. A fault of the machine (`is_machine_fault`) says nothing. A prediction
+    says little: it never replaces a result of a trial. An inconclusive outcome may be the machine's fault (a busy GPU),
+    so it never replaces a conclusive one, above all not a measured time: a bad rerun loses nothing. Of rows that say
+    equally much the newer one wins, so that the same row remains whichever process writes last.
     """
 
     def weight(result: Result) -> tuple[int, datetime]:
-        if not result.counts:
-            return -1 if result.of_machine else 0, result.created
+        if not result.informative:
+            return -1 if result.is_machine_fault else 0, result.created
         return 1 if result.outcome.inconclusive else 2, result.created
 
     return weight(new) >= weight(old)
 
 
 def reading_order(result: Result) -> tuple[Any, ...]:
-    """Sorts by place field by field, then the measured from fast to slow, then the predicted, then the failed."""
+    """The sort key of results: place field by field, then measured from fast to slow, then predicted, then failed."""
     group = 0 if result.measured else 2 if result.outcome.failed else 1
     return *result.place.order, group, result.time_us or 0.0, config_to_json(result.config), result.evidence.identity
 
 
 def newest_toolchain_first(results: Iterable[Result]) -> list[Result]:
-    """Toolchain by toolchain, that of the newest result first, and in each of them in reading order.
+    """Results toolchain by toolchain, the one with the newest result first, and for each toolchain in `reading_order`.
 
-    Results of two toolchains never stand in each other's place, so there is nothing to choose between them: the
-    order is for whoever reads, and begins with what most likely counts.
+    The order is for display only: results of different toolchains never replace each other.
     """
     ordered = sorted(results, key=reading_order)
     newest: dict[Toolchain, datetime] = {}

@@ -1,4 +1,4 @@
-"""The records that ship, one reviewable text file a GPU, under the user's own database."""
+"""Shipped records, one reviewable text file a GPU, and their merge with the user's own database."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.files import data_dir
 from parallax_gen.memory.lines import from_line, write_lines
 from parallax_gen.memory.place import Place, Scalar
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Result, reading_order, supersedes
+from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Result, reading_order, supersedes
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS, Gpu
 
 
 def shipped_gpus(folder: Path | None = None) -> list[str]:
-    """The names of the GPUs for which anything ships."""
+    """The names of the GPUs that have shipped records."""
     return sorted(path.stem for path in _folder(folder).glob("*.jsonl"))
 
 
 def load_shipped(gpu: str, folder: Path | None = None) -> list[Result]:
-    """What ships for a GPU, in reading order; nothing for a GPU without a file.
+    """The shipped records of a GPU in `reading_order`; none for a GPU without a file.
 
     Raises StoreError, naming file and line, on a line that is not a measured result of that GPU.
     """
@@ -31,8 +31,8 @@ def load_shipped(gpu: str, folder: Path | None = None) -> list[Result]:
     return [] if stamp is None else [r for text in _lines(path, stamp) for r in _results(path, gpu, stamp, text)]
 
 
-def load_alike(gpu: Gpu, folder: Path | None = None) -> list[Result]:
-    """What ships for the GPUs of a capability, card by card in the order of GPUS."""
+def load_same_capability(gpu: Gpu, folder: Path | None = None) -> list[Result]:
+    """The shipped records of all GPUs with this GPU's compute capability, card by card in the order of GPUS."""
     names = [card.name for card in GPUS.values() if card.capability == gpu.capability]
     return [result for name in names for result in load_shipped(name, folder)]
 
@@ -42,17 +42,17 @@ def write_shipped(
     gpu: str,
     folder: Path | None = None,
     keep: int = 3,
-    kept_too: Callable[[Result], bool] = lambda result: False,
+    also_keep: Callable[[Result], bool] = lambda result: False,
     group: Callable[[Result], Hashable] = lambda result: result.evidence.toolchain,
 ) -> Path:
     """Merge results of a GPU into its file, keep the best of each place, and return the file's path.
 
-    A result replaces the one of the same identity in the file as it would in the database: a config that now fails is
-    dropped. The file is replaced as a whole, or not at all.
+    A result replaces the one of the same identity as it would in the database (`supersedes`): a config that now fails
+    is dropped. The file is replaced atomically.
 
-    keep      so many are kept of each place and group, the fastest measured ones
-    kept_too  says of what else is kept
-    group     of those that one may stand for the other: by default what one toolchain compiled
+    keep       how many of the fastest measured results of each place and group are kept
+    also_keep  selects the results that are kept beside those
+    group      the results that compete with each other; by default those of one toolchain
     """
     merged: dict[tuple[Scalar, ...], Result] = {}
     for result in [*load_shipped(gpu, folder), *map(_rounded, results)]:
@@ -66,7 +66,7 @@ def write_shipped(
     for result in sorted((r for r in merged.values() if r.measured), key=reading_order):
         which = result.place, group(result)
         seen[which] += 1
-        if seen[which] <= keep or kept_too(result):
+        if seen[which] <= keep or also_keep(result):
             best.append(result)
     path, _ = _file(gpu, folder)
     write_lines(path, best)
@@ -74,46 +74,46 @@ def write_shipped(
 
 
 class Memory:
-    """All that is known: the user's own records, and under them those that ship.
+    """The user's own records, merged with the shipped ones.
 
-    A config that was tried here, whether it was fast, wrong or crashed, hides the shipped record of it. One that
-    was only predicted does not, nor one that the machine failed: what was measured elsewhere on the same GPU tells
-    more.
+    The result of a config that was tried here, whether it was fast, wrong or crashed, hides the shipped record of that
+    config. A prediction does not hide it, and neither does a fault of the machine: a measurement on another card of the
+    same model says more.
     """
 
     def __init__(self, store: Store | None = None, folder: Path | None = None) -> None:
-        """`store`: the user's database, None to do without. `folder`: of the shipped files, by default our own."""
+        """store: the user's database, or None. folder: of the shipped files, by default the installed tuning_db."""
         self.store = store
         self.folder = folder
 
     def results(self, place: Place) -> list[Result]:
-        """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
-        own = self.own(lambda store: store.results(place))
-        return _merge(own, _shipped_of(place, self.folder))
+        """All results of a place, of any kernel and toolchain: the measured ones first, from fast to slow."""
+        own = self.query_store(lambda store: store.results(place))
+        return _merge(own, _shipped_at(place, self.folder))
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
-        """Everything, or that of a GPU or an op, sorted by place and then from fast to slow."""
-        own = self.own(lambda store: store.all(gpu, op))
+        """All results, or those of a GPU or an op, sorted by place and then from fast to slow."""
+        own = self.query_store(lambda store: store.all(gpu, op))
         gpus = shipped_gpus(self.folder) if gpu is None else [gpu]
         shipped = (r for name in gpus for r in load_shipped(name, self.folder))
         return _merge(own, (r for r in shipped if op is None or r.place.spec.family == op))
 
-    def own(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
-        """What the user's database answers; nothing where there is none."""
+    def query_store(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
+        """The answer of the user's database to a query; an empty list without a database."""
         return ask(self.store) if self.store else []
 
 
 def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
-    """One result an identity: the user's own if it was tried, else the shipped one, else the prediction."""
-    tried = {r.identity: r for r in own if r.counts}
+    """One result for each identity: the user's if it was tried, else the shipped one, else the user's prediction."""
+    tried = {r.identity: r for r in own if r.informative}
     merged = {r.identity: r for r in own if r.identity not in tried}
     merged |= {r.identity: r for r in shipped}
     merged |= tried
     return sorted(merged.values(), key=reading_order)
 
 
-def _shipped_of(place: Place, folder: Path | None) -> tuple[Result, ...]:
-    """What ships for a place. Of all else in the file, which a call has no time for, only how lines begin is read."""
+def _shipped_at(place: Place, folder: Path | None) -> tuple[Result, ...]:
+    """The shipped records of a place. Of other lines only the beginning is read: a call has no time to parse them."""
     path, stamp = _file(place.gpu, folder)
     if stamp is None:
         return ()
@@ -124,7 +124,7 @@ def _shipped_of(place: Place, folder: Path | None) -> tuple[Result, ...]:
 
 
 def _file(gpu: str, folder: Path | None) -> tuple[Path, tuple[int, ...] | None]:
-    """A GPU's file, and its time, size and inode: once it changes, it is another entry of the caches. None for none."""
+    """A GPU's file, and its mtime, size and inode, which key the caches below; None if there is no file."""
     path = _folder(folder) / f"{gpu}.jsonl"
     try:
         stat = path.stat()
@@ -141,7 +141,7 @@ def _folder(folder: Path | None) -> Path:
 
 @lru_cache(maxsize=16)
 def _lines(path: Path, stamp: tuple[int, ...]) -> dict[bytes, list[tuple[int, bytes]]]:
-    """A file's lines and their numbers, by the text of their places; under "" those that do not begin with one."""
+    """The (number, line) pairs of a file by the JSON of their place; under b"" lines that do not begin with a place."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -155,12 +155,12 @@ def _lines(path: Path, stamp: tuple[int, ...]) -> dict[bytes, list[tuple[int, by
 
 @lru_cache(maxsize=4096)
 def _results(path: Path, gpu: str, stamp: tuple[int, ...], text: bytes) -> tuple[Result, ...]:
-    """Those of a place's text, in the file of that time, size and inode."""
+    """The results of the lines with this place. stamp: mtime, size and inode of the file."""
     results = []
     for number, line in _lines(path, stamp)[text]:
         try:
             result = from_line(line)
-        except NO_RESULT as error:
+        except MALFORMED as error:
             raise StoreError(f"{path}, line {number}: not a record: {str(error)[:LONGEST_REASON]}") from error
         if result.place.gpu != gpu or not result.measured:
             raise StoreError(f"{path}, line {number}: {result.outcome} of {result.place.gpu}, not measured on {gpu}")
@@ -169,6 +169,6 @@ def _results(path: Path, gpu: str, stamp: tuple[int, ...], text: bytes) -> tuple
 
 
 def _rounded(result: Result) -> Result:
-    """With numbers to six digits: more than a timing is worth, and few enough to be read."""
+    """A result with floats rounded to six digits: more than a timing's precision, and few enough to read."""
     data = result.to_dict()
     return Result.from_dict({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in data.items()})

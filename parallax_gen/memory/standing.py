@@ -1,4 +1,4 @@
-"""What a result is here: whose it is, what of it is not as in this process, and what it counts for at its place."""
+"""Describes results for people: whose they are, how they differ from this process, and how their places use them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from typing import Any
 from parallax_gen.codegen.device import card_named
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.gains import gain
-from parallax_gen.memory.guard import Guarded, guarded
+from parallax_gen.memory.guard import CheckedChoice, checked_choice
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Known, Table, Tier, default_beside, default_of, is_rendered
+from parallax_gen.memory.ranking import (
+    Candidate,
+    RecordSource,
+    RecordTable,
+    Tier,
+    comparable_default,
+    default_of,
+    is_rendered,
+)
 from parallax_gen.memory.result import PROTOCOL, Outcome, Result, newest_toolchain_first
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
@@ -25,16 +33,16 @@ from parallax_gen.problem.work import rate, rate_unit
 
 ANOTHER_KERNEL = "another kernel than today's"
 NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it where it spills far more than the default"
-AS_HERE = "this Triton"  # with this ptxas, and of today's kernel
+AS_HERE = "this Triton"  # with this ptxas, and today's kernel
 
 
 def open_memory() -> Memory:
-    """The user's database, only to be read, over what ships. Raises StoreError if it cannot be used."""
+    """The user's database, read-only, merged with the shipped records. Raises StoreError if it cannot be used."""
     return Memory(Store(read_only=True))
 
 
 class Origins:
-    """Says of results whose they are: "yours" or "shipped"."""
+    """Tells the user's own results from shipped ones."""
 
     def __init__(self, memory: Memory, gpu: str | None = None):
         self._own = frozenset(memory.store.all(gpu)) if memory.store else frozenset()
@@ -49,7 +57,7 @@ class Origins:
         return "measured" if result in self._own else "shipped"
 
     def to_json(self, result: Result) -> dict[str, Any]:
-        """Every field of a result, and what is worked out from them."""
+        """All fields of a result, and values derived from them."""
         spec, time_us = result.place.spec, result.time_us
         unlike = unlike_here(result)
         return {
@@ -63,46 +71,46 @@ class Origins:
 
 
 def shape_of(result: Result) -> Shape:
-    """The sizes its time is of."""
+    """The shape that a result was timed at."""
     return result.shape or representative(result.place.bucket, result.place.spec.group)
 
 
 def unlike_here(result: Result) -> tuple[str, ...]:
-    """What of a result is not as in this process, for people: `triton 3.8 (here 3.9)`. Empty if nothing."""
+    """How a result's evidence differs from this process, for people: `triton 3.8 (here 3.9)`. Empty if it does not."""
     evidence, here = result.evidence, Toolchain.here()
-    told = () if is_rendered(result, card_of(result.place)) else (ANOTHER_KERNEL,)
+    kernel = () if is_rendered(result, card_of(result.place)) else (ANOTHER_KERNEL,)
     pairs = {
         "triton": (minor(evidence.triton), minor(here.triton)),
         "cuda": (evidence.cuda or "unknown", here.cuda or "none"),
         "protocol": (evidence.protocol, PROTOCOL),
     }
-    return (*told, *(f"{name} {there} (here {mine})" for name, (there, mine) in pairs.items() if there != mine))
+    return (*kernel, *(f"{name} {there} (here {mine})" for name, (there, mine) in pairs.items() if there != mine))
 
 
-def chosen(place: Place, known: Known) -> Guarded:
-    """What a call at a place gets, as far as it was checked here."""
-    return guarded(place, card_of(place), known)
+def chosen(place: Place, known: RecordSource) -> CheckedChoice:
+    """The kernel that a call at a place gets, by the checks that are cached here."""
+    return checked_choice(place, card_of(place), known)
 
 
-def standing(choice: Guarded) -> str:
-    """As `rests_on`, and whether that was `not yet checked`: a first call may drop it."""
-    return as_checked(rests_on(choice.candidate), choice.checked)
+def choice_text(choice: CheckedChoice) -> str:
+    """The evidence for a choice, marked `(not yet checked)` if a first call may drop it."""
+    return mark_unchecked(evidence_text(choice.candidate), choice.checked)
 
 
-def as_checked(what: str, checked: bool) -> str:
-    """What a choice rests on, with a remark where it is not yet checked."""
+def mark_unchecked(what: str, checked: bool) -> str:
+    """A text about a choice, marked if it is not yet checked."""
     return what if checked else f"{what} (not yet checked)"
 
 
-def rests_on(candidate: Candidate) -> str:
-    """What a choice rests on, in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
+def evidence_text(candidate: Candidate) -> str:
+    """The evidence for a candidate in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
     record = candidate.record
     if record is None:
         return "the default"
     evidence, here, toolchain = record.evidence, Toolchain.here(), AS_HERE
     if minor(evidence.triton) != minor(here.triton):
         toolchain = f"Triton {minor(evidence.triton)}"
-    elif not evidence.toolchain.like(here):
+    elif not evidence.toolchain.compiles_like(here):
         toolchain = f"ptxas {evidence.cuda or 'unknown'}"
     if evidence.protocol != PROTOCOL:
         toolchain += f", protocol {evidence.protocol}"
@@ -112,12 +120,12 @@ def rests_on(candidate: Candidate) -> str:
 
 
 def card_of(place: Place) -> Gpu:
-    """The card that a place's name stands for; of one that is neither in the table nor in this machine, a stand-in."""
+    """The GPU of a place. An H200 stands in for one that is neither in the table nor in this machine."""
     return card_named(place.gpu) or GPUS["h200"]
 
 
 def name_in_records(gpu: str, results: Iterable[Result]) -> str:
-    """The name under which records of a GPU go. Raises UnknownGpuError for one that nothing is known by."""
+    """A GPU's name in records. Raises UnknownGpuError if the table does not have it and no record does."""
     try:
         return gpu_by_name(gpu).name
     except UnknownGpuError:
@@ -126,16 +134,16 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
         raise
 
 
-# -- What is listed of places
+# -- The rows of `list`
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A result that is listed for a place, and what it counts for there.
+    """One row of `list`: a result of a place, and how the place uses it.
 
-    tier     what a call at the place rests on, where the row is what it gets; else why the row is not used
-    checked  False where it is borrowed, and a first call may still drop it: see memory/guard.py
-    default  the place's default config, timed as the result was; None where it was not, or the row is not used
+    tier     the evidence for the place's choice, if calls get this result; else why it is not used
+    checked  False if it is borrowed and a first call may still drop it: see memory/guard.py
+    default  the comparable result of the default config; None if there is none, or the row is not used
     """
 
     place: Place
@@ -146,17 +154,17 @@ class Listed:
 
     @property
     def by(self) -> str:
-        """The tier, and whether that is not yet checked."""
-        return as_checked(self.tier, self.checked)
+        """The tier, marked if it is not yet checked."""
+        return mark_unchecked(self.tier, self.checked)
 
     @property
     def gain(self) -> float | None:
-        """The default's time over the row's."""
+        """The default's time divided by the result's."""
         return gain(self.result, self.default)
 
 
-def of_places(results: list[Result], known: Known) -> list[Listed]:
-    """What calls get at each place; where that is the default, the best of what is known and not used."""
+def choices_of_places(results: list[Result], known: RecordSource) -> list[Listed]:
+    """The result that calls get at each place; if they get the default, the place's best result, as not used."""
     rows = []
     for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
         choice, first = chosen(place, known), next(group)
@@ -164,31 +172,31 @@ def of_places(results: list[Result], known: Known) -> list[Listed]:
         if record is None:
             rows.append(Listed(place, first, "not used" if first.measured else "never measured"))
         else:
-            default = default_beside(record, default_of(place, card_of(place)), card_of(record.place), known)
-            rows.append(Listed(place, record, rests_on(choice.candidate), default, choice.checked))
+            default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), known)
+            rows.append(Listed(place, record, evidence_text(choice.candidate), default, choice.checked))
     return rows
 
 
-def of_every_config(results: list[Result]) -> list[Listed]:
-    """All that is known of each place."""
+def results_of_places(results: list[Result]) -> list[Listed]:
+    """All results of each place."""
     rows = []
     for place, of_place in groupby(results, key=lambda r: r.place):
         card, group = card_of(place), list(of_place)
         default = default_of(place, card)
-        defaults = Table(r for r in group if r.config == default)
+        defaults = RecordTable(r for r in group if r.config == default)
         for result in group:
             unlike = unlike_here(result)
             used = result.measured and ANOTHER_KERNEL not in unlike
-            beside = default_beside(result, default, card, defaults) if used else None
+            beside = comparable_default(result, default, card, defaults) if used else None
             rows.append(Listed(place, result, ", ".join(unlike) or AS_HERE, beside))
     return rows
 
 
-# -- What a database holds, counted
+# -- Counts of the rows of a database
 
 
 def by_kernel(results: list[Result]) -> list[dict[str, Any]]:
-    """Counts of each GPU and op, by outcome."""
+    """Row counts of each GPU and op, by outcome."""
     outcomes: dict[tuple[str, str], Counter[Outcome]] = {}
     for result in results:
         outcomes.setdefault((result.place.gpu, result.place.spec.family), Counter())[result.outcome] += 1
@@ -198,7 +206,7 @@ def by_kernel(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def by_toolchain(results: list[Result]) -> list[dict[str, Any]]:
-    """Counts of each toolchain and protocol, the newest first."""
+    """Row counts of each toolchain and protocol, the newest first."""
     groups: dict[Any, list[Result]] = {}
     for result in newest_toolchain_first(results):
         groups.setdefault((result.evidence.toolchain, result.evidence.protocol), []).append(result)
@@ -211,7 +219,7 @@ def by_toolchain(results: list[Result]) -> list[dict[str, Any]]:
             "rows": len(rows),
             "of_todays_kernels": sum(is_rendered(row, card_of(row.place)) for row in rows),
             "newest": max(rows, key=lambda row: row.created).created_at,
-            "here": toolchain.like(Toolchain.here()) and protocol == PROTOCOL,
+            "here": toolchain.compiles_like(Toolchain.here()) and protocol == PROTOCOL,
         }
         for (toolchain, protocol), rows in groups.items()
     ]

@@ -20,24 +20,24 @@ from parallax_gen.errors import ArgumentError, MachineError, StoreError
 from parallax_gen.files import data_dir, user_path
 from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.memory.place import Place, Scalar
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Outcome, Result, reading_order, supersedes
+from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Evidence, Outcome, Result, reading_order, supersedes
 
-APPLICATION_ID = 0x50585447  # "PXTG" in a SQLite file's header says that it is ours
-BUSY_SECONDS = 60.0  # to wait for other processes: each holds the database for milliseconds
-IDENTITY = ("place_json", "config_json", "kernel", "templates", "triton", "cuda", "protocol")  # of `Result.identity`
-SAME = " and ".join(f"{name} = :{name}" for name in IDENTITY)
+APPLICATION_ID = 0x50585447  # "PXTG" in a SQLite file's header: the file is ours
+BUSY_SECONDS = 60.0  # to wait for other processes, each of which locks the database for milliseconds
+IDENTITY = ("place_json", "config_json", "kernel", "templates", "triton", "cuda", "protocol")  # `Result.identity`
+SAME_IDENTITY = " and ".join(f"{name} = :{name}" for name in IDENTITY)
 
 
 def default_path() -> Path:
-    """The user's database: $PARALLAX_GEN_DB, or tuning.db in the user's data folder, else StoreError is raised."""
+    """The user's database: $PARALLAX_GEN_DB, else tuning.db in the user's data folder. Raises StoreError."""
     try:
         return user_path("PARALLAX_GEN_DB", lambda: f"{platformdirs.user_data_dir('parallax_gen')}/tuning.db")
     except MachineError as error:
         raise StoreError(f"no place for the tuning database: {error}") from error
 
 
-class Merged(NamedTuple):
-    """How many results were new to the database, took the place of others, or were no better than what was there."""
+class MergeCounts(NamedTuple):
+    """How many results were new, replaced stored ones, or were discarded so that the stored ones were kept."""
 
     new: int
     replaced: int
@@ -45,19 +45,19 @@ class Merged(NamedTuple):
 
 
 class Store:
-    """The tuning database at `path` (default: `default_path()`), made if it is missing.
+    """The tuning database at `path` (default: `default_path()`), created if it is missing.
 
     Any number of processes may have it open: each write is one short transaction in write-ahead mode, waits for
-    its turn, and outlives the process once `record` returns. With read_only, a missing file is an empty database.
-    Only the thread that opened it may use it; one that is read-only any thread, as autograd's dispatch kernels too.
-    Raises StoreError if the file cannot be used, is not ours or is of a later version.
+    its turn, and is durable once `save` returns. With read_only, a missing file is an empty database. Only the thread
+    that opened it may use it; any thread may use a read-only one, as autograd's threads dispatch kernels too. Raises
+    StoreError if the file cannot be used, belongs to another program or has a newer schema.
     """
 
     def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:
         self.path = default_path() if path is None else Path(path)
         self.read_only = read_only
         self._unreadable: set[tuple[object, ...]] = set()
-        with self._explained(), ExitStack() as undo:
+        with self._as_store_error(), ExitStack() as undo:
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(self.path, "mode=ro" if read_only else "mode=rwc")
@@ -79,95 +79,95 @@ class Store:
 
     @property
     def unreadable(self) -> int:
-        """How many rows were met so far that do not parse, and were passed over."""
+        """How many rows were skipped so far because they do not parse."""
         return len(self._unreadable)
 
-    def record(self, result: Result) -> None:
-        """Remember a result, unless what is there for its identity is worth more (see `supersedes`)."""
+    def save(self, result: Result) -> None:
+        """Store a result, unless the stored one of its identity says more (see `supersedes`)."""
         with self._writing():
-            old = self._same(result)
+            old = self._stored(result)
             if old is None or supersedes(result, old):
-                self._put(result)
+                self._upsert(result)
 
-    def merge(self, results: Iterable[Result]) -> Merged:
-        """Remember results from elsewhere, all of them or, if anything fails, none.
+    def merge(self, results: Iterable[Result]) -> MergeCounts:
+        """Store results from elsewhere in one transaction.
 
-        One takes the place of what is here for its identity if it tells more or is newer (see `supersedes`).
-        What tells as much and is as old does not: to merge the same results again changes nothing.
+        A result replaces the stored one of its identity if it says more or is newer (see `supersedes`). Otherwise the
+        stored one is kept: merging the same results again changes nothing.
         """
         new = replaced = kept = 0
         with self._writing():
             for result in results:
-                old = self._same(result)
+                old = self._stored(result)
                 if old is not None and supersedes(old, result):
                     kept += 1
                     continue
-                self._put(result)
+                self._upsert(result)
                 new, replaced = (new + 1, replaced) if old is None else (new, replaced + 1)
-        return Merged(new, replaced, kept)
+        return MergeCounts(new, replaced, kept)
 
     def delete(self, results: Iterable[Result]) -> int:
-        """Forget these results, but those that were replaced since they were read. Returns how many it were."""
+        """Delete these results, except those that were replaced since they were read. Returns how many were deleted."""
         deleted = 0
         with self._writing():
             for result in results:
-                if self._same(result) == result:
-                    self._db.execute(f"DELETE FROM measurements WHERE {SAME}", _identity(result))
+                if self._stored(result) == result:
+                    self._db.execute(f"DELETE FROM measurements WHERE {SAME_IDENTITY}", _identity(result))
                     deleted += 1
         return deleted
 
     def results(self, place: Place) -> list[Result]:
-        """All that is known of a place, of any kernel and toolchain: the measured first, from fast to slow."""
-        with self._explained():
-            found = self._of_before(place) if self._is_older() else self._of_place(place, self._db)
+        """All results of a place, of any kernel and toolchain: the measured ones first, from fast to slow."""
+        with self._as_store_error():
+            found = self._results_of_old(place) if self._has_old_schema() else self._of_place(place, self._db)
             return sorted(found, key=reading_order)
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Every row, or those of a GPU or an op, sorted by place and then from fast to slow."""
         wanted = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
         where = " and ".join(f"{name} = :{name}" for name in wanted) or "true"
-        with self._explained():
+        with self._as_store_error():
             return sorted(self._select(where, wanted), key=reading_order)
 
     def fastest(self, gpu: str, op: str) -> list[Result]:
-        """The fastest measured config of each place of a GPU and an op, in any order: few of what may be many rows."""
+        """The fastest measured result of each place of a GPU and an op, in any order. Parses only these rows."""
         chosen = "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = ? GROUP BY place_json"
-        with self._explained():
+        with self._as_store_error():
             rows = self._tables.query(chosen, (gpu, op, Outcome.OK.value)) if self._version() else ()
             return list(self._parsed(rows))
 
     @property
     def schema(self) -> int:
-        """The version of its tables: the last migration's number, 0 of a database that is not made yet."""
-        with self._explained():
+        """The schema version: the number of the last migration, 0 for a database that does not exist yet."""
+        with self._as_store_error():
             return self._version(self._tables)
 
     def problems(self) -> list[str]:
-        """What is wrong with the file, in a sentence each. Raises StoreError where it is too damaged to be read."""
-        with self._explained():
-            told = [row[0] for row in self._db.execute("PRAGMA integrity_check(20)")]
-        return [f"integrity: {line}" for line in told if line != "ok"] + self.unreadable_rows()
+        """The problems of the file, one sentence each. Raises StoreError if it is too damaged to be read."""
+        with self._as_store_error():
+            lines = [row[0] for row in self._db.execute("PRAGMA integrity_check(20)")]
+        return [f"integrity: {line}" for line in lines if line != "ok"] + self.unreadable_rows()
 
     def unreadable_rows(self) -> list[str]:
-        """Of each row that is passed over where it stands, and why: it is no `Result`, or was none before."""
+        """One message (row, reason) for each row that is skipped because it does not parse."""
         found = []
-        with self._explained():
+        with self._as_store_error():
             for row in self._tables.query("SELECT rowid AS number, * FROM results") if self._version() else ():
-                found.append(f"row {row['number']} of before fingerprints: no record, or one twice")
+                found.append(f"row {row['number']} from before fingerprints: not a record, or a duplicate")
             for row in self._tables.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
                 try:
                     _from_row(row)
-                except (*NO_RESULT, KeyError) as error:
+                except (*MALFORMED, KeyError) as error:
                     found.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
         return found
 
-    def in_order(self) -> list[Result]:
-        """Every row, in the order in which configs were first tried: one that is timed again keeps its place."""
-        with self._explained():
+    def in_trial_order(self) -> list[Result]:
+        """All rows in the order in which configs were first tried; a config that is timed again keeps its position."""
+        with self._as_store_error():
             return list(self._select("true", order_by="rowid"))
 
     def _prepare_to_write(self) -> None:
-        """Bring the schema up to date and switch to write-ahead mode."""
+        """Migrate the schema and switch to write-ahead mode."""
         self._migrate(self._db)
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
@@ -175,50 +175,50 @@ class Store:
                 self._db.enable_wal()
                 break
             except sqlite3.OperationalError as error:
-                # When two processes switch the same file, SQLite does not wait as it does elsewhere.
+                # If another process is switching the same file, SQLite does not wait as it does elsewhere.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
             time.sleep(0.01)
 
     def _prepare_to_read(self) -> None:
-        """Check that the file is ours; open it in another way where the first does not work."""
+        """Check that the file is ours; reopen it as immutable if it cannot be read in write-ahead mode."""
         try:
             self._version()
         except sqlite3.OperationalError:
-            # Write-ahead mode puts files beside the database, even to read it. Where that is not allowed, and no
-            # writer has put them there, nobody is writing, and it can be read as a file that does not change.
+            # Write-ahead mode creates files beside the database, even to read it. If that is not allowed, and no writer
+            # has created them, nobody is writing, and the file can be opened as immutable.
             if Path(f"{self.path.resolve()}-wal").exists():
                 raise
             self._db.close()
             self._db = _connect(self.path, "immutable=1")
             self._version()
 
-    def _is_older(self) -> bool:
-        """Whether the file has older tables, which a writer would bring up to date and a reader leaves as they are."""
-        return self.read_only and 0 < self._version() < _migrations()[-1][0]  # 0: it is missing, or being made
+    def _has_old_schema(self) -> bool:
+        """Whether the file has an older schema, which a writer would migrate and a reader leaves as it is."""
+        return self.read_only and 0 < self._version() < _migrations()[-1][0]  # 0: it is missing, or being created
 
     @property
     def _tables(self) -> Database:
-        """What has today's tables: of a file with older ones, a copy."""
-        return self._copy if self._is_older() else self._db
+        """A database with today's schema: the file's, or a migrated copy of it in memory."""
+        return self._migrated_copy if self._has_old_schema() else self._db
 
     @cached_property
-    def _copy(self) -> Database:
+    def _migrated_copy(self) -> Database:
         copy = _connect(Path(":memory:"), "mode=ro")
         self._db.conn.backup(copy.conn)
         self._migrate(copy)
         return copy
 
-    def _of_before(self, place: Place) -> list[Result]:
-        """As `results`, of a file with older tables: a call has no time to bring all of its rows up to date.
+    def _results_of_old(self, place: Place) -> list[Result]:
+        """`results` of a file with an older schema. Migrates only the place's rows: a call has no time for all of them.
 
-        A row's key was the place's JSON, and then what measured it.
+        The key of an old row was the JSON of its place and then of its environment.
         """
         begin = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
         kernels, keys = (place.gpu, place.spec.family), (begin, f"{begin}~")
         if not list(self._db.execute("SELECT 1 FROM results WHERE gpu = ? AND op = ? LIMIT 1", kernels)):
             return []
-        # In the order of the file, which is faster than by the index where most rows are of one op.
+        # A scan in file order, which is faster than the index if most rows are of one op.
         rows = list(self._db.execute("SELECT * FROM results WHERE key_json > ? AND key_json < ?", keys))
         if not rows:
             return []
@@ -230,8 +230,8 @@ class Store:
             return list(self._of_place(place, few))
 
     def _migrate(self, db: Database, last: int | None = None) -> None:
-        """Bring the schema up to date, or up to the migration `last`, all or nothing."""
-        with _transaction(db):  # of many processes that open a new file, one at a time gets in here
+        """Migrate the schema to today's version, or to the migration `last`, in one transaction."""
+        with _transaction(db):  # if many processes open a new file, one at a time gets in here
             version = self._version(db)
             for number, script in _migrations():
                 if version < number <= (last or number):
@@ -241,7 +241,7 @@ class Store:
                     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
     def _version(self, db: Database | None = None) -> int:
-        """The file's schema version, 0 if it is new. Raises StoreError if it is not ours or later than we know."""
+        """The file's schema version, 0 if it is new. Raises StoreError if it is not ours or its schema is newer."""
         db = db or self._db
         version, application = (
             int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("user_version", "application_id")
@@ -260,17 +260,17 @@ class Store:
         return version
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn what SQLite and the file system say into a StoreError that names the file and what to do."""
+    def _as_store_error(self) -> Iterator[None]:
+        """Turn errors of SQLite and the file system into a StoreError that names the file and what to do."""
         try:
             yield
-        except sqlite3.ProgrammingError:  # a mistake of ours, such as reading a closed store
+        except sqlite3.ProgrammingError:  # a bug of ours, such as reading a closed store
             raise
         except (sqlite3.OperationalError, OSError) as error:
             raise StoreError(
                 f"cannot use the tuning database {self.path}: {error}. PARALLAX_GEN_DB can name a file elsewhere."
             ) from error
-        except (sqlite3.DatabaseError, NoTable, UnicodeDecodeError) as error:  # what SQLite says may be no text either
+        except (sqlite3.DatabaseError, NoTable, UnicodeDecodeError) as error:  # the message may not be UTF-8
             raise StoreError(
                 f"{self.path} is damaged or not a tuning database: {error}. "
                 "Move it away and a new one is made, or set PARALLAX_GEN_DB to another file."
@@ -280,14 +280,14 @@ class Store:
     def _writing(self) -> Iterator[None]:
         if self.read_only:
             raise StoreError(f"{self.path} was opened to be read: nothing can be changed in it")
-        with self._explained(), _transaction(self._db):
+        with self._as_store_error(), _transaction(self._db):
             yield
 
-    def _same(self, result: Result) -> Result | None:
-        """What is here for the identity of a result."""
-        return next(self._select(SAME, _identity(result)), None)
+    def _stored(self, result: Result) -> Result | None:
+        """The stored result of the same identity."""
+        return next(self._select(SAME_IDENTITY, _identity(result)), None)
 
-    def _put(self, result: Result) -> None:
+    def _upsert(self, result: Result) -> None:
         self._db.table("measurements").upsert(_to_row(result), pk=IDENTITY)
 
     def _of_place(self, place: Place, tables: Database) -> Iterator[Result]:
@@ -296,22 +296,22 @@ class Store:
     def _select(
         self, where: str, arguments: Mapping[str, Scalar] | None = None, *, order_by: str | None = None
     ) -> Iterator[Result]:
-        """The rows that match and parse."""
+        """The results of the rows that match and parse."""
         rows = self._tables.table("measurements").rows_where(where, dict(arguments or {}), order_by=order_by)
         return self._parsed(rows)
 
     def _parsed(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
-        """Those that parse. One that does not is counted, and never trusted."""
+        """The results of the rows that parse. Other rows are counted and skipped."""
         for row in rows:
             try:
                 yield _from_row(row)
-            except (*NO_RESULT, KeyError):  # of a column that is not there
+            except (*MALFORMED, KeyError):  # KeyError: a missing column
                 self._unreadable.add(tuple(row.get(name) for name in IDENTITY))
 
 
 @contextmanager
 def _transaction(db: Database) -> Iterator[None]:
-    """All or nothing, and alone: IMMEDIATE takes the write lock before anything is read."""
+    """An exclusive transaction: IMMEDIATE takes the write lock before anything is read."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -323,19 +323,19 @@ def _transaction(db: Database) -> Iterator[None]:
 def _connect(path: Path, mode: str) -> Database:
     missing = mode == "mode=ro" and not path.exists()
     uri = "file::memory:" if missing else f"{path.absolute().as_uri()}?{mode}"
-    one_thread = mode == "mode=rwc"  # SQLite takes reads of one connection in turn; transactions would mix
+    one_thread = mode == "mode=rwc"  # SQLite serialises reads of one connection, but transactions would mix
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=one_thread)
     connection.text_factory = _decode
     return Database(connection, recursive_triggers=False, execute_plugins=False)
 
 
 def _decode(raw: bytes) -> str:
-    """Text that is not UTF-8 makes its own row unreadable, not the query."""
+    """Text that is not UTF-8 makes its own row unreadable, but the query succeeds."""
     return raw.decode(errors="replace")
 
 
 def _statements(script: str) -> Iterator[str]:
-    """Those of a script one by one: to run it as a whole would end the transaction that it is to be part of."""
+    """The statements of a script one by one: running it as a whole would end the transaction around it."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -384,7 +384,7 @@ def _from_row(row: Mapping[str, Any]) -> Result:
 
 
 def _text(name: str, value: object) -> str:
-    """A column's value: of a file that others wrote it may be of any of SQLite's types."""
+    """A column's text. In a file that others wrote, the value may be of any SQLite type."""
     if not isinstance(value, str):
         raise ArgumentError(name, shown(value), "text")
     return value
@@ -392,7 +392,7 @@ def _text(name: str, value: object) -> str:
 
 @lru_cache(maxsize=1024)
 def _place_from(text: str) -> Place:
-    """Many rows are of one place, and a place has many fields."""
+    """Parse a place, cached: many rows are of one place, and a place has many fields."""
     data = json.loads(text)
     if not isinstance(data, dict):
         raise ArgumentError("place", shown(data), "an object of its fields")

@@ -1,4 +1,4 @@
-"""Which Triton and which ptxas turn sources into programs here: read once a process, and without importing Triton."""
+"""The versions of Triton and ptxas that compile kernels here: read once a process, without importing Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-# Triton's assemblers of PTX, in the order that a version names them. Triton 3.5 has the first one only.
+# Triton's PTX assemblers, in the order of `cuda_version`. Triton 3.5 has only the first one.
 ASSEMBLERS = ("ptxas", "ptxas-blackwell")
 
 
@@ -19,7 +19,7 @@ ASSEMBLERS = ("ptxas", "ptxas-blackwell")
 class Toolchain:
     """What compiled a kernel.
 
-    triton  its full version; of old records major.minor alone
+    triton  its full version; old records have major.minor only
     cuda    releases of its ptxas, which allocates registers and schedules: see `cuda_version`. "" where not known
     """
 
@@ -28,11 +28,11 @@ class Toolchain:
 
     @classmethod
     def here(cls) -> Toolchain:
-        """That of this process."""
+        """The toolchain of this process."""
         return cls(triton_version(), cuda_version())
 
-    def like(self, other: Toolchain) -> bool:
-        """Whether both make the same programs: Triton's code generation changes with major.minor, ptxas with any."""
+    def compiles_like(self, other: Toolchain) -> bool:
+        """Whether both compile to the same programs: Triton's change with major.minor, ptxas's with every release."""
         return minor(self.triton) == minor(other.triton) and self.cuda == other.cuda != ""
 
     def __str__(self) -> str:
@@ -46,10 +46,10 @@ def minor(version: str) -> str:
 
 @cache
 def triton_version() -> str:
-    """Of the installed Triton, read without importing it where it was installed under its name."""
+    """The version of the installed Triton, read without importing it if its package is named triton."""
     try:
         return metadata.version("triton")
-    except metadata.PackageNotFoundError:  # a build of torch's or a vendor's own
+    except metadata.PackageNotFoundError:  # a build under another name, by torch or a vendor
         import triton
 
         return str(triton.__version__)
@@ -59,25 +59,25 @@ def triton_version() -> str:
 def cuda_version() -> str:
     """CUDA release of each ptxas that the installed Triton may run, such as "12.8/12.9"; "" where there is none.
 
-    The second is ptxas-blackwell's. Which of the two a GPU's kernels go through is Triton's own affair and changes
-    with its version (3.6: the second from capability 10.0 on; 3.9: from 9.0 on), so both are named.
+    The second is ptxas-blackwell's. Triton decides which of the two assembles a GPU's kernels, and that changes with
+    its version (3.6: the second from capability 10.0 on; 3.9: from 9.0 on), so both are named.
     """
     return "/".join(release for release in map(_release, ASSEMBLERS) if release)
 
 
 def _release(assembler: str) -> str | None:
-    """Looked for as Triton does (its knobs.py, 3.5 to 3.9): where TRITON_PTXAS_PATH says, else beside its backend."""
+    """Search as Triton does (its knobs.py, 3.5 to 3.9): the path in TRITON_PTXAS_PATH, else the one in its package."""
     named = os.environ.get(f"TRITON_{assembler.upper().replace('-', '_')}_PATH")
     package = find_spec("triton")
     folders = package.submodule_search_locations if package is not None else None
     bundled = [str(Path(folder, "backends", "nvidia", "bin", assembler)) for folder in folders or ()]
     for path in ([named] if named else []) + bundled:
         try:
-            told = subprocess.run(
+            output = subprocess.run(
                 [path, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=True
             ).stdout
         except (OSError, subprocess.CalledProcessError):
             continue
-        if found := re.search(r"release (\d+\.\d+)", told):
+        if found := re.search(r"release (\d+\.\d+)", output):
             return found[1]
     return None

@@ -43,7 +43,7 @@ class TrainingStep:
     """
 
     def __init__(self, spec: KernelSpec, shape: Shape, *, seed: int, device: str):
-        """spec: `job.step_of` one of its kernels."""
+        """spec: `job.step_spec` one of its kernels."""
         self._spec = spec
         self.inputs, self._forward = inputs_and_forward(spec, shape, seed=seed, device=device, full=True)
 

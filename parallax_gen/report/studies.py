@@ -10,7 +10,7 @@ from itertools import groupby
 from parallax_gen.codegen.device import card_named
 from parallax_gen.memory.gains import gain
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, default_beside, default_of
+from parallax_gen.memory.ranking import RecordTable, comparable_default, default_of
 from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.standing import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
@@ -90,7 +90,9 @@ class Study:
 def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
     """The studies that results of a memory are of; the results, and so the studies, are sorted by place."""
     origins = Origins(memory)
-    trials: dict[Result, int] = {trial: i for i, trial in enumerate(memory.store.in_order() if memory.store else ())}
+    trials: dict[Result, int] = {
+        trial: i for i, trial in enumerate(memory.store.in_trial_order() if memory.store else ())
+    }
     found = []
     for place, group in groupby(results, key=lambda r: r.place):
         alike: dict[tuple[str, ...], list[Result]] = {}
@@ -117,7 +119,7 @@ def _default(results: list[Result], unlike: tuple[str, ...]) -> Result | None:
     if not best.measured or ANOTHER_KERNEL in unlike:
         return None
     card = card_of(best.place)
-    return default_beside(best, default_of(best.place, card), card, Table(results))
+    return comparable_default(best, default_of(best.place, card), card, RecordTable(results))
 
 
 def of_most_use(studies: Iterable[Study]) -> list[Study]:

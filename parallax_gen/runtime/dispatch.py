@@ -17,9 +17,9 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.describe import describe
 from parallax_gen.environment import QUIET, STRICT, is_on
 from parallax_gen.errors import BuildError, StoreError, UntunedError
-from parallax_gen.memory.guard import Compiled, guarded, keep, kept
+from parallax_gen.memory.guard import CompiledResources, cache_resources, cached_resources, checked_choice
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Candidate, Known, Tier, best
+from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, best
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
@@ -54,10 +54,12 @@ class Choice:
         return self.candidate.record
 
 
-def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known, compiled: Compiled | None = None) -> Choice:
+def choose(
+    spec: KernelSpec, shape: Shape, gpu: Gpu, memory: RecordSource, compiled: CompiledResources | None = None
+) -> Choice:
     """What a call gets: see memory/ranking.py and memory/guard.py."""
     place = Place(gpu.name, spec, bucket_of(shape))
-    found = guarded(place, gpu, memory, compiled)
+    found = checked_choice(place, gpu, memory, compiled)
     choice = Choice(place, found.candidate, found.checked, found.refused)
     for refused, why in found.refused:
         _LOG.info("%s; %s: not %s, for %s", spec, place.bucket, describe(refused.config), why)
@@ -70,12 +72,12 @@ def choose(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Known, compiled: Co
 class Dispatcher:
     """Chooses and loads kernels, each once: `memory` is asked on the first call of a bucket only."""
 
-    def __init__(self, memory: Known):
+    def __init__(self, memory: RecordSource):
         self._memory = memory
         self._kernels: dict[Place, tuple[Choice, ModuleType]] = {}
         self._adviser = Adviser()
 
-    def use(self, memory: Known) -> None:
+    def use(self, memory: RecordSource) -> None:
         """Ask another memory from now on, for what was chosen before too."""
         self._memory = memory
         self._kernels.clear()
@@ -99,7 +101,7 @@ class Dispatcher:
         return found
 
 
-def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> Compiled | None:
+def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:
     """Finds out what borrowed kernels of a call need, each once a machine; None where there is no device to ask."""
     import torch
     import triton
@@ -109,14 +111,14 @@ def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> Compiled | None:
 
     def compiled(config: KernelConfig) -> Resources | None:
         source = render(spec, config, gpu)
-        resources = kept(source, gpu)
+        resources = cached_resources(source, gpu)
         if resources is None:
             try:
                 resources = compile_here(source, spec, config, shape)
             except BuildError as error:
-                keep(source, gpu, error)
+                cache_resources(source, gpu, error)
                 raise
-            keep(source, gpu, resources)
+            cache_resources(source, gpu, resources)
         return resources
 
     return compiled
@@ -145,11 +147,11 @@ class RuntimeMemory(Memory):
             return super().results(place)
         except StoreError as error:  # of a file that ships
             _warn_of(error, "Only your own records and defaults are used.")
-            return self.own(lambda store: store.results(place))
+            return self.query_store(lambda store: store.results(place))
 
-    def own(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
+    def query_store(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
         try:
-            return super().own(ask)
+            return super().query_store(ask)
         except StoreError as error:
             self.store = None
             _warn_of(error)
@@ -179,7 +181,7 @@ class Adviser:
     def __init__(self) -> None:
         self._told = False
 
-    def check(self, place: Place, gpu: Gpu, known: Known) -> None:
+    def check(self, place: Place, gpu: Gpu, known: RecordSource) -> None:
         """Refuse a call of which nothing was measured here, if that is asked for: before anything is compiled for it.
 
         Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here, and

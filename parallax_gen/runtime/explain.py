@@ -8,8 +8,8 @@ from pathlib import Path
 
 from parallax_gen.codegen.build import write
 from parallax_gen.codegen.render import render
-from parallax_gen.describe import counted
-from parallax_gen.memory.ranking import Candidate, Tier, is_like, is_rendered, ranked, why_not_chosen
+from parallax_gen.describe import format_counts
+from parallax_gen.memory.ranking import Candidate, Tier, comparable_here, is_rendered, ranked, why_not_chosen
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.standing import ANOTHER_KERNEL, Origins
@@ -91,7 +91,7 @@ def _reason(
         return "nothing is known of this place"
     if unused:
         return _none_counts(unused, "")
-    kinds = counted(Counter(result.outcome for result in results))
+    kinds = format_counts(Counter(result.outcome for result in results))
     return f"nothing was measured of this place, only: {kinds}"
 
 
@@ -107,9 +107,9 @@ def _why_nothing_nearer(choice: Choice, record: Result, unused: list[tuple[Resul
         return "what ranks higher compiles badly here"
     here, tier = Toolchain.here(), choice.candidate.tier
     if tier == Tier.OTHER_TOOLCHAIN:
-        if nearer := [(r, why) for r, why in unused if is_like(r.evidence)]:
+        if nearer := [(r, why) for r, why in unused if comparable_here(r.evidence)]:
             return _none_counts(nearer, f" with {here}")
-        if record.evidence.toolchain.like(here):
+        if record.evidence.toolchain.compiles_like(here):
             return "nothing was timed by today's, and times of two protocols are not compared"
         return f"nothing that counts was measured with {here}"
     where = "of this bucket" if tier == Tier.NEIGHBOUR else "on this one"

@@ -1,1 +1,1 @@
-"""From not knowing to knowing: propose configs, compile, check and time them, and write down what came of each."""
+"""The tuner: proposes configs, compiles, checks and times them, and stores the result of each."""

@@ -1,7 +1,7 @@
-"""What calls would borrow where a part of the memory were not there, and what they would lose: the ranking, judged.
+"""Evaluates the ranking: what calls would borrow if a part of the records were missing, and how much time they lose.
 
-The judge is a set of measurements: of one place, several configs that one toolchain timed by one protocol. The ranking
-is asked what a call there would get; what that took, over the fastest of the set, is the loss.
+The evaluation uses sets of comparable times: several configs of one place that one toolchain timed by one protocol. For
+the config that a call there would get, the loss is its time divided by the fastest time of the set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from statistics import geometric_mean
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.lines import is_database, read_file
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, Tier, best, default_of, nearest_buckets, siblings
+from parallax_gen.memory.ranking import RecordTable, Tier, best, default_of, nearest_buckets, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import KernelConfig, op_of
@@ -24,13 +24,13 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
-NEAREST = "the nearest bucket"  # whose best record is judged for every op, whether or not the ranking has that tier
-CHOICES = (*(tier.words for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.words)  # the best first
+NEAREST = "the nearest bucket"  # its best record is evaluated for every op, with or without that tier
+CHOICES = (*(tier.words for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.words)  # best first
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Times that can be compared: microseconds of two configs or more, of one place, toolchain and timing protocol."""
+class ComparableTimes:
+    """Comparable times: microseconds of two or more configs of one place, toolchain and timing protocol."""
 
     place: Place
     toolchain: Toolchain
@@ -38,7 +38,7 @@ class Measured:
     times: dict[KernelConfig, float] = field(compare=False)
 
     def loss(self, config: KernelConfig) -> float | None:
-        """What a config took, over the fastest; None where it was not measured."""
+        """A config's time divided by the fastest; None if it was not measured."""
         return self.times[config] / min(self.times.values()) if config in self.times else None
 
     def holds(self, result: Result) -> bool:
@@ -49,13 +49,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Borrowed:
-    """What a call would get at a place of which something is left out.
+    """The config that a call at a place would get without some of the records.
 
-    left_out  of the memory, such as "this card"
-    choice    what the config rests on: the words of its tier, or NEAREST
+    left_out  the records that are left out, such as "this card"
+    choice    the evidence for the config: the words of its tier, or NEAREST
     """
 
-    measured: Measured
+    measured: ComparableTimes
     left_out: str
     choice: str
     config: KernelConfig
@@ -72,13 +72,13 @@ class Borrowed:
 
 @dataclass(frozen=True)
 class Summary:
-    """What choices of one kind lose, and what the default does at the same places.
+    """The loss of the choices of one kind, and the loss of the default at the same places.
 
-    kind        the op; of decode also whether sequences have their own lengths, and pages
+    kind        the op; for decode also whether sequences have their own lengths, and pages
     choice      one of CHOICES
-    places      those where the choice and the default were measured: means and the worst are of them
-    unmeasured  those where one of the two was not
-    mean        geometric; None where there are no places
+    places      how many places have measurements of both the choice and the default: means and the worst are of these
+    unmeasured  how many places lack one of the two measurements
+    mean        geometric; None without places
     """
 
     kind: str
@@ -91,7 +91,7 @@ class Summary:
     default_worst: float | None
 
 
-def read_measured(path: Path) -> list[Result]:
+def read_results(path: Path) -> list[Result]:
     """The results in a recorded sweep, in a file of records, or in a tuning database.
 
     Raises StoreError, naming file and line, on anything else.
@@ -99,31 +99,31 @@ def read_measured(path: Path) -> list[Result]:
     if path.suffix == ".gz" or (not is_database(path) and _is_sweep(path)):
         return list(read_sweep(path).results)
     found = read_file(path)
-    if found.bad:
-        raise StoreError(found.bad[0])
+    if found.problems:
+        raise StoreError(found.problems[0])
     return found.results
 
 
-def measured_together(results: Iterable[Result]) -> list[Measured]:
-    """The sets of comparable times in results: of each config the newest. Cards must be in the table of GPUs.
+def comparable_times(results: Iterable[Result]) -> list[ComparableTimes]:
+    """The sets of comparable times in results, with the newest time of each config. Skips cards that are not in GPUS.
 
-    Raises ArgumentError where no place has two configs of one toolchain.
+    Raises ArgumentError if no place has two configs of one toolchain.
     """
     together: dict[tuple[Place, Toolchain, int], dict[KernelConfig, float]] = {}
     for result in sorted(results, key=lambda result: result.created):
         if result.outcome.timed and result.time_us and result.place.gpu in GPUS:
             of_place = result.place, _toolchain(result), result.evidence.protocol
             together.setdefault(of_place, {})[result.config] = result.time_us
-    found = [Measured(*of_place, times) for of_place, times in together.items() if len(times) > 1]
+    found = [ComparableTimes(*of_place, times) for of_place, times in together.items() if len(times) > 1]
     if not found:
         raise ArgumentError("results", "none that can be compared", "two configs of a place, by one toolchain")
     return found
 
 
-def borrowed(measured: Measured, records: Sequence[Result]) -> Iterator[Borrowed]:
-    """What a call at a measured place gets of records, as more and more of them is left out.
+def borrowed(measured: ComparableTimes, records: Sequence[Result]) -> Iterator[Borrowed]:
+    """The config that a call at a measured place gets, as more and more of the records are left out.
 
-    At the end the config of the nearest bucket, where any is known.
+    Last comes the config of the nearest bucket, if there is one.
     """
     place, gpu = measured.place, GPUS[measured.place.gpu]
     cards = {gpu.name, *siblings(gpu)}
@@ -138,15 +138,15 @@ def borrowed(measured: Measured, records: Sequence[Result]) -> Iterator[Borrowed
     rest = alike
     for name, is_out in left_out.items():
         rest = [record for record in alike if not is_out(record)]
-        candidate = best(place, gpu, Table(rest), measured.toolchain)
+        candidate = best(place, gpu, RecordTable(rest), measured.toolchain)
         yield Borrowed(measured, name, candidate.tier.words, candidate.config, default)
     if config := _nearest(measured, rest):
         yield Borrowed(measured, name, NEAREST, config, default)
 
 
 def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
-    """A line a kind of kernel and of choice: at each place the first of its kind, with as little as can be left out."""
-    alike: dict[tuple[str, int], dict[Measured, Borrowed]] = {}
+    """One line for each kind of kernel and choice. A place counts once, with the fewest records left out."""
+    alike: dict[tuple[str, int], dict[ComparableTimes, Borrowed]] = {}
     for each in choices:
         kind = kind_of(each.measured.place.spec), CHOICES.index(each.choice)
         alike.setdefault(kind, {}).setdefault(each.measured, each)
@@ -154,7 +154,7 @@ def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
 
 
 def kind_of(spec: KernelSpec) -> str:
-    """The op, and of decode what about its cache decides its speed."""
+    """The op, and for decode the properties of its cache that decide its speed."""
     return f"{spec.family}{', ragged' if op_of(spec).own_lengths else ''}{', paged' if spec.page_size else ''}"
 
 
@@ -168,9 +168,9 @@ def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
     return Summary(kind, choice, len(both), len(pairs) - len(both), *means)
 
 
-def _nearest(measured: Measured, records: Sequence[Result]) -> KernelConfig | None:
-    """What a call in the nearest bucket with a usable record gets: along keys before rows."""
-    place, gpu, known = measured.place, GPUS[measured.place.gpu], Table(records)
+def _nearest(measured: ComparableTimes, records: Sequence[Result]) -> KernelConfig | None:
+    """The config that a call gets in the nearest bucket with a usable record: along keys before rows."""
+    place, gpu, known = measured.place, GPUS[measured.place.gpu], RecordTable(records)
 
     buckets = dict.fromkeys(record.place.bucket for record in records)
     for bucket in nearest_buckets(place.bucket, buckets, rows_first=True):
@@ -181,12 +181,12 @@ def _nearest(measured: Measured, records: Sequence[Result]) -> KernelConfig | No
 
 
 def _toolchain(result: Result) -> Toolchain:
-    """By what decides whether two are alike."""
+    """The toolchain reduced to what decides whether two are comparable."""
     return Toolchain(minor(result.evidence.triton), result.evidence.cuda)
 
 
 def _is_sweep(path: Path) -> bool:
-    """Whether the first line of a file is that of a recorded sweep."""
+    """Whether a file's first line is the header of a recorded sweep."""
     with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
         header = json.loads(file.readline())
         return isinstance(header, dict) and "columns" in header

@@ -1,8 +1,8 @@
-"""What workers on several hosts share of a job, in a study of Optuna's storages: who tries what, and what came of it.
+"""The claims and results that workers on several hosts share for a job, in a study of an Optuna storage.
 
-A trial of the study is a claim of one config while it is RUNNING, and a result once it is finished. A claim counts as
-long as its worker says from time to time that it is there, so that what a dead worker claimed is free again. Clocks
-of the hosts must agree to within some seconds.
+A trial of the study is a worker's claim of one config while it is RUNNING, and the config's result once it is finished.
+A claim is valid as long as its worker sends heartbeats, so that the claims of a dead worker expire. The clocks of the
+hosts must agree to within some seconds.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import NO_RESULT, Result
+from parallax_gen.memory.result import MALFORMED, Result
 from parallax_gen.ops.base import KernelConfig, config_to_json
 
-LEASE_S = 60.0  # a worker that has not been heard of for so long is gone
-ATTEMPTS = 8  # at a claim that another makes at the same moment
-CONNECTIONS = 5  # attempts at a database in which several workers make the tables at the same moment
+LEASE_S = 60.0  # a worker without a heartbeat for so long is dead
+CLAIM_ATTEMPTS = 8  # to claim a config that another worker claims at the same moment
+CONNECT_ATTEMPTS = 5  # attempts to open a database while other workers create its tables
 
 
 class Storage:
-    """A place where workers meet: `postgresql://...` or another URL of SQLAlchemy's, or `journal:FILE`.
+    """The storage that workers share: `postgresql://...` or another URL of SQLAlchemy's, or `journal:FILE`.
 
-    A journal is for hosts that share a file system. Raises StoreError where it cannot be used; what a URL holds of
-    passwords is in no message.
+    A journal is for hosts that share a file system. Raises StoreError if the storage cannot be used; passwords in a URL
+    appear in no message.
     """
 
     def __init__(self, url: str, *, lease_s: float = LEASE_S):
@@ -48,14 +48,14 @@ class Storage:
         self.worker = uuid.uuid4().hex
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if url.startswith("journal:"):
-            with self._explained():
+            with self._as_store_error():
                 self._storage: BaseStorage = JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
         else:
             self._storage = self._database(url)
 
-    def board(self, place: Place, program: str) -> Board:
-        """The board of a place: workers that would compile other programs, which `program` tells, have another one."""
-        return Board(self._storage, place, program, self.worker, self._lease_s, self._explained)
+    def claims(self, place: Place, program: str) -> SharedClaims:
+        """The shared claims of a place. Workers that would compile another `program` have other claims."""
+        return SharedClaims(self._storage, place, program, self.worker, self._lease_s, self._as_store_error)
 
     def _database(self, text: str) -> BaseStorage:
         try:
@@ -64,21 +64,21 @@ class Storage:
             raise StoreError("the storage is no journal:FILE and no URL such as postgresql://user@host/name") from None
         self._name = url.render_as_string(hide_password=True)
         if url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")  # the one that the extra `postgresql` brings
-        with self._explained():
-            for attempt in range(CONNECTIONS):
+            url = url.set(drivername="postgresql+psycopg")  # the driver that the extra `postgresql` installs
+        with self._as_store_error():
+            for attempt in range(CONNECT_ATTEMPTS):
                 try:
                     text = url.render_as_string(hide_password=False)
                     return get_storage(RDBStorage(text, engine_kwargs={"pool_pre_ping": True}))
                 except (SQLAlchemyError, StorageInternalError):
-                    if attempt == CONNECTIONS - 1:
+                    if attempt == CONNECT_ATTEMPTS - 1:
                         raise
                     time.sleep(random.uniform(0.1, 0.5))
-        raise AssertionError("a database was found or an error raised")
+        raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn what a database or a file says into a StoreError that names it."""
+    def _as_store_error(self) -> Iterator[None]:
+        """Turn errors of the database or file into a StoreError that names it."""
         try:
             yield
         except (ImportError, NoSuchModuleError) as error:
@@ -91,8 +91,8 @@ class Storage:
             raise StoreError(f"cannot use the storage {self._name}: {reason}") from error
 
 
-class Board:
-    """One place's claims and results, as one worker sees them."""
+class SharedClaims:
+    """The claims and results of one place that workers share, as one worker sees them."""
 
     def __init__(
         self,
@@ -101,40 +101,40 @@ class Board:
         program: str,
         worker: str,
         lease_s: float,
-        explained: Callable[[], AbstractContextManager[None]],
+        as_store_error: Callable[[], AbstractContextManager[None]],
     ):
         self._storage, self._place, self._worker, self._lease_s = storage, place, worker, lease_s
-        self._explained = explained
-        self._claims: dict[str, int] = {}  # mine, by the config's text: the id of a trial
+        self._as_store_error = as_store_error
+        self._claims: dict[str, int] = {}  # this worker's: JSON of the config -> trial id
         self._seen: set[int] = set()
-        self._last_beat = -float("inf")
-        with explained():
+        self._last_heartbeat = -float("inf")
+        with as_store_error():
             name = f"parallax_gen {hashlib.sha256(f'{place.text} {program}'.encode()).hexdigest()[:32]}"
             optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             self._study = storage.get_study_id_from_name(name)
             if not storage.get_study_user_attrs(self._study).get("place"):
-                in_clear = place.flat() | {"program": program}  # for who looks into it
+                in_clear = place.flat() | {"program": program}  # for people who inspect the storage
                 storage.set_study_user_attr(self._study, "place", in_clear)
-            self.beat()
+            self.heartbeat()
 
-    def beat(self) -> None:
-        """Say that this worker is there, if that was not said lately."""
-        if time.monotonic() - self._last_beat > self._lease_s / 6:
-            with self._explained():
-                self._storage.set_study_user_attr(self._study, _beat_of(self._worker), time.time())
-            self._last_beat = time.monotonic()
+    def heartbeat(self) -> None:
+        """Send this worker's heartbeat, if the last one is some time ago."""
+        if time.monotonic() - self._last_heartbeat > self._lease_s / 6:
+            with self._as_store_error():
+                self._storage.set_study_user_attr(self._study, _heartbeat_key(self._worker), time.time())
+            self._last_heartbeat = time.monotonic()
 
     def claim(self, config: KernelConfig) -> bool:
-        """Take a config for this worker; False if another one has it, or has tried it."""
+        """Claim a config for this worker; False if another worker has claimed or tried it."""
         text = config_to_json(config)
-        with self._explained():
-            for _ in range(ATTEMPTS):
-                if self._taken(text):
+        with self._as_store_error():
+            for _ in range(CLAIM_ATTEMPTS):
+                if self._is_taken(text):
                     return False
-                trial = self._storage.create_new_trial(self._study, _claim_of(text, self._worker))
-                # Whoever claimed it too is seen by now, or will see this claim: of two that see each other, none
-                # has it, and both try again a little later.
-                if not self._taken(text, but=self._storage.get_trial_number_from_id(trial)):
+                trial = self._storage.create_new_trial(self._study, _new_claim(text, self._worker))
+                # A competing claim is visible by now, or its worker will see this one. If two workers see each other's
+                # claims, both withdraw and try again a little later.
+                if not self._is_taken(text, but=self._storage.get_trial_number_from_id(trial)):
                     self._claims[text] = trial
                     return True
                 self._end(trial, TrialState.FAIL)
@@ -142,46 +142,46 @@ class Board:
         return False
 
     def finish(self, result: Result) -> None:
-        """Tell the others what came of a config that this worker claimed."""
+        """Share the result of a config that this worker claimed."""
         text = config_to_json(result.config)
         trial = self._claims.pop(text, None)
         if trial is None:
             return
-        with self._explained(), contextlib.suppress(UpdateFinishedTrialError):  # another took this worker for dead
+        with self._as_store_error(), contextlib.suppress(UpdateFinishedTrialError):  # this worker was taken for dead
             self._storage.set_trial_user_attr(trial, "result", json.dumps(result.to_dict()))
             fine = result.outcome.timed and result.time_us is not None
             self._end(trial, TrialState.COMPLETE if fine else TrialState.FAIL, result.time_us if fine else None)
 
     def publish(self, result: Result) -> None:
-        """Tell the others of a result that no claim of this worker stands for: of a finalist that was timed again."""
+        """Share a result that this worker has no claim for: a finalist that was timed again."""
         text = config_to_json(result.config)
-        with self._explained():
-            self._claims[text] = self._storage.create_new_trial(self._study, _claim_of(text, self._worker))
+        with self._as_store_error():
+            self._claims[text] = self._storage.create_new_trial(self._study, _new_claim(text, self._worker))
         self.finish(result)
 
     def others_at_work(self) -> bool:
-        """Whether another worker that is there has a claim."""
-        with self._explained():
-            beats = self._storage.get_study_user_attrs(self._study)
+        """Whether another live worker has a claim."""
+        with self._as_store_error():
+            heartbeats = self._storage.get_study_user_attrs(self._study)
             trials = self._storage.get_all_trials(self._study, deepcopy=False)
         running = [trial for trial in trials if not trial.state.is_finished()]
-        return any(t.user_attrs.get("worker") != self._worker and self._there(t, beats) for t in running)
+        return any(t.user_attrs.get("worker") != self._worker and self._is_alive(t, heartbeats) for t in running)
 
     def release(self) -> None:
-        """Let go of what this worker claimed and did not finish."""
-        with self._explained():
+        """Withdraw this worker's unfinished claims."""
+        with self._as_store_error():
             for trial in self._claims.values():
                 self._end(trial, TrialState.FAIL)
         self._claims.clear()
 
-    def news(self) -> list[Result]:
-        """What others finished since this was last asked.
+    def new_results(self) -> list[Result]:
+        """The results that other workers finished since the last call.
 
-        What does not read as a result of this place is passed over, and so are faults of a worker's machine that an
-        earlier version has put there.
+        Skips what does not parse as a result of this place, and faults of a worker's machine that an earlier version
+        stored.
         """
         found = []
-        with self._explained():
+        with self._as_store_error():
             trials = self._storage.get_all_trials(self._study, deepcopy=False)
         for trial in trials:
             if not trial.state.is_finished() or trial.number in self._seen:
@@ -191,16 +191,16 @@ class Board:
                 found.append(result)
         return found
 
-    def _taken(self, text: str, but: int | None = None) -> bool:
-        """Whether a config was tried, or a worker that is there has it, but for one trial. Ends claims of the dead."""
-        beats = self._storage.get_study_user_attrs(self._study)
+    def _is_taken(self, text: str, but: int | None = None) -> bool:
+        """Whether a config was tried, or claimed by a live worker in another trial than `but`. Ends dead claims."""
+        heartbeats = self._storage.get_study_user_attrs(self._study)
         for trial in self._storage.get_all_trials(self._study, deepcopy=False):
             if trial.user_attrs.get("config") != text or trial.number == but:
                 continue
             if trial.state.is_finished():
                 if "result" in trial.user_attrs and not self._failed_elsewhere(trial):
                     return True
-            elif self._there(trial, beats):
+            elif self._is_alive(trial, heartbeats):
                 return True
             else:
                 self._end(
@@ -208,37 +208,37 @@ class Board:
                 )
         return False
 
-    def _there(self, trial: FrozenTrial, beats: dict[str, Any]) -> bool:
-        """Whether the worker of a claim was heard of lately: no time that is yet to come says so."""
-        beat = beats.get(_beat_of(trial.user_attrs.get("worker")))
-        return isinstance(beat, int | float) and abs(time.time() - beat) < self._lease_s
+    def _is_alive(self, trial: FrozenTrial, heartbeats: dict[str, Any]) -> bool:
+        """Whether the worker of a claim sent a heartbeat lately. A heartbeat from the future does not count."""
+        heartbeat = heartbeats.get(_heartbeat_key(trial.user_attrs.get("worker")))
+        return isinstance(heartbeat, int | float) and abs(time.time() - heartbeat) < self._lease_s
 
     def _end(self, trial: int, state: TrialState, value: float | None = None) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_state_values(trial, state, None if value is None else [value])
 
     def _failed_elsewhere(self, trial: FrozenTrial) -> bool:
-        """Whether a trial holds a fault of its worker's machine: the config is free."""
+        """Whether a trial's result is a fault of its worker's machine, so that the config is free."""
         result = _parsed(trial) if trial.state == TrialState.FAIL else None
-        return result is not None and result.of_machine
+        return result is not None and result.is_machine_fault
 
     def _result_of(self, trial: FrozenTrial) -> Result | None:
         result = _parsed(trial)
-        return None if result is None or result.of_machine or result.place != self._place else result
+        return None if result is None or result.is_machine_fault or result.place != self._place else result
 
 
 def _parsed(trial: FrozenTrial) -> Result | None:
-    """The result that a trial holds; None where there is none that reads."""
+    """A trial's result; None if there is none or it does not parse."""
     try:
         return Result.from_dict(json.loads(trial.user_attrs["result"]))
-    except (*NO_RESULT, KeyError, TypeError):  # of an attribute that is not there, or no text
+    except (*MALFORMED, KeyError, TypeError):  # the attribute is missing, or is no text
         return None
 
 
-def _beat_of(worker: str | None) -> str:
-    """Under which attribute of a study a worker says when it was last there."""
+def _heartbeat_key(worker: str | None) -> str:
+    """The study attribute with the time of a worker's last heartbeat."""
     return f"worker {worker}"
 
 
-def _claim_of(text: str, worker: str) -> FrozenTrial:
+def _new_claim(text: str, worker: str) -> FrozenTrial:
     return create_trial(state=TrialState.RUNNING, user_attrs={"config": text, "worker": worker})

@@ -1,32 +1,34 @@
-"""The finals of a job: a lucky short timing does not win. The best are timed again, and the nearest in turns."""
+"""The finals of a job: times the fastest configs again, and the closest ones interleaved, so that luck does not win."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from parallax_gen.memory.bounds import fitting_detail
+from parallax_gen.memory.bounds import truncated_detail
 from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.work import bound_by_matmuls
-from parallax_gen.tuning.workers.messages import Measure, Rematch, Request, Timing, Trial, TrialResult
+from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Request, Timing, Trial, TrialResult
 
-FINALISTS, FINALIST_MS = 8, 60.0  # at most so many are timed again, for longer: a short timing is off by 1 or 2 %
-CLOSE, IN_TURNS = 1.02, 3  # of them at most so many, within this of the best, are timed once more, in turns
-CLOSE_BRIEFLY = 1.05  # as CLOSE, where they were timed briefly, and busy cards run slower
+# At most MAX_FINALISTS configs are timed again, for FINALIST_MS: a short timing is off by 1 or 2 %. At most
+# MAX_INTERLEAVED of them, those within CLOSE of the best, are then timed once more, interleaved.
+MAX_FINALISTS, FINALIST_MS = 8, 60.0
+CLOSE, MAX_INTERLEAVED = 1.02, 3
+CLOSE_AFTER_REFRESH = 1.05  # CLOSE after a refresh, whose timings are short and of a busy card, which runs slower
 
 
 class Finals:
-    """What is to be measured after a job's trials, one request at a time.
+    """The requests that measure a job's fastest configs again after its trials, one at a time.
 
-    The best is timed once more until the best is one that was; then it is timed in turns with those that come close,
-    so that clocks and heat are the same for all of them. Every time replaces the one before in the store. Those of the
-    turns are put to the scale of the best's time before: they decide among those who took part, and a card that
-    meanwhile runs faster or slower does not decide between them and the others. The default takes part: what it takes
-    longer is what tuning is worth.
+    The best config is timed again, until the best one is a config that was timed again. Then it is timed interleaved
+    with the configs close to it, so that clocks and temperature are the same for all of them. Each new time replaces
+    the stored one. The interleaved times are scaled so that the best keeps its time: they decide among the
+    participants, and a card that runs faster or slower meanwhile does not decide between them and the other configs.
+    The default takes part, since its time shows what tuning gained.
 
-    Of a refresh all configs were timed just now, though briefly: they go straight into the turns, whose times are kept.
+    After a refresh, whose configs were just timed briefly, all go straight into the interleaved timing, unscaled.
     """
 
     def __init__(
@@ -37,48 +39,48 @@ class Finals:
         default: KernelConfig,
         refreshed: Iterable[KernelConfig] = (),
     ):
-        """`known`: what is known of the job's kernels as they are today, the measured first, from fast to slow."""
+        """known: returns the results of the job's kernels of today, the measured ones first, from fast to slow."""
         self._known, self._trial, self._default = known, trial, default
-        self._from_rest = bound_by_matmuls(op)
-        self._again = set(refreshed)
-        self._briefly = bool(self._again)
-        self._most = len(self._again) + FINALISTS
+        self._in_bursts = bound_by_matmuls(op)
+        self._retimed = set(refreshed)
+        self._after_refresh = bool(self._retimed)
+        self._max_retimed = len(self._retimed) + MAX_FINALISTS
         self.over = False
 
     def next_request(self) -> Request | None:
-        """What to measure next; None once all is done."""
+        """The next request; None once all is done."""
         best = None if self.over else next(iter(fastest(self._known())), None)
-        if best is not None and best.config not in self._again and len(self._again) < self._most:
-            self._again.add(best.config)
-            return Measure(self._trial(best.config), timed_ms=FINALIST_MS, from_rest=self._from_rest)
+        if best is not None and best.config not in self._retimed and len(self._retimed) < self._max_retimed:
+            self._retimed.add(best.config)
+            return Measure(self._trial(best.config), timed_ms=FINALIST_MS, in_bursts=self._in_bursts)
         close = [] if self.over else self._close()
-        self.over = True  # but for the rematch's answer
+        self.over = True  # apart from the reply to this request
         if len(close) > 1:
-            return Rematch(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._from_rest)
+            return MeasureInterleaved(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._in_bursts)
         return None
 
-    def measured(self, request: Request, reply: TrialResult) -> list[Result]:
-        """What to record of what came of a request."""
+    def results_of(self, request: Request, reply: TrialResult) -> list[Result]:
+        """The results to store for the reply to a request."""
         before = {r.config: r for r in self._known()}
-        if not isinstance(request, Rematch):
+        if not isinstance(request, MeasureInterleaved):
             old = before[request.trial.config]
-            again = replace(old, outcome=reply.outcome, error=reply.error, detail=fitting_detail(reply.detail))
+            again = replace(old, outcome=reply.outcome, error=reply.error, detail=truncated_detail(reply.detail))
             return [_timed(again, reply.timing)]
         if reply.outcome.failed:
             return []
         was = before[request.trials[0].config].time_us
         assert was is not None
-        scale = 1.0 if self._briefly else was / reply.timings[0].median_us
+        scale = 1.0 if self._after_refresh else was / reply.timings[0].median_us
         timings = zip(request.trials, reply.timings, strict=True)
         return [_timed(before[trial.config], timing, scale) for trial, timing in timings]
 
     def _close(self) -> list[Result]:
-        """The best and those within CLOSE of it, if the best was timed again; and the default, if it was measured."""
+        """The best result, those within CLOSE of it and the default's; empty unless the best was timed again."""
         measured = [(r, r.time_us) for r in fastest(self._known()) if r.time_us is not None]
-        if not measured or measured[0][0].config not in self._again:
+        if not measured or measured[0][0].config not in self._retimed:
             return []
-        most = (CLOSE_BRIEFLY if self._briefly else CLOSE) * measured[0][1]
-        close = [r for r, time_us in measured if time_us <= most and r.config in self._again][:IN_TURNS]
+        most = (CLOSE_AFTER_REFRESH if self._after_refresh else CLOSE) * measured[0][1]
+        close = [r for r, time_us in measured if time_us <= most and r.config in self._retimed][:MAX_INTERLEAVED]
         default = next((r for r, _ in measured if r.config == self._default), None)
         return close if default is None or default in close else [*close, default]
 

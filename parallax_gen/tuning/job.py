@@ -1,4 +1,4 @@
-"""What there is to tune, or to time again, and how far it has come."""
+"""The jobs of a tune or a refresh, and their progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parallax_gen.memory.ranking import (
     evidence_of,
     fastest,
     is_valid,
-    near_buckets,
+    near_places,
     ranked,
     siblings,
 )
@@ -46,32 +46,32 @@ class Job:
 
     @property
     def shape(self) -> Shape:
-        """The sizes it is tuned at."""
+        """The shape that it is tuned at."""
         return representative(self.bucket, self.spec.group)
 
     @property
     def timed_shape(self) -> Shape:
-        """As much work as what is timed: where sequences have their own lengths, most are shorter than the shape's."""
+        """The shape with as much work as is timed: sequences of their own lengths are mostly shorter than `shape`'s."""
         return timed_shape(self.spec, self.shape)
 
 
-def step_of(spec: KernelSpec) -> KernelSpec:
-    """What the kernels of a training step have in common that take the same inputs; any other spec as it is."""
+def step_spec(spec: KernelSpec) -> KernelSpec:
+    """One spec for all kernels of a training step that take the same inputs; any other spec unchanged."""
     return replace(spec, op="dqdr", stats=False) if op_of(spec).layout is Layout.TILES else spec
 
 
-def program_of(job: Job) -> str:
-    """What workers that share a job must have in common: the kernels that they render, and what compiles them."""
+def program_key(job: Job) -> str:
+    """A text that workers must agree on to share a job: the kernels that they render, and the toolchain."""
     kernel = evidence_of(render(job.spec, default_of(job.place, job.gpu), job.gpu)).kernel
     return f"{kernel}, {Toolchain.here()}, protocol {PROTOCOL}"
 
 
 @dataclass
 class Progress:
-    """How a job stands. `kinds` counts this run's outcomes, `known` those that earlier runs left.
+    """The progress of a job. `kinds` counts this run's outcomes, `known` is the number of results of earlier runs.
 
-    elsewhere  how many configs other workers tried meanwhile, where the job is shared
-    deadline   when its seconds are spent, on time.monotonic's clock; math.inf before they count
+    elsewhere  how many configs other workers tried meanwhile, if the job is shared
+    deadline   when its time budget ends, on time.monotonic's clock; math.inf before the budget starts
     """
 
     job: Job
@@ -87,7 +87,7 @@ class Progress:
         return sum(self.kinds.values())
 
 
-# -- The jobs that a tune has to do.
+# -- The jobs of a tune.
 
 # Everything: inference, then training.
 ALL_WORK = ("forward", "decode", TRAINING)
@@ -102,12 +102,12 @@ def worklist(
     shapes: Mapping[str, Sequence[Shape]] | None = None,
     flags: Flags = NO_FLAGS,
 ) -> list[Job]:
-    """Every combination as a job, op by op in the order given; those of the same key once.
+    """One job for each combination, op by op in the order given, without duplicates.
 
     ops        of OPS, or TRAINING for the four kernels of a training step
-    head_dims  by default 128 of the shapes given, else the usual ones
-    shapes     an op's, by default the usual ones; each one's heads are its jobs' group
-    flags      each goes to the ops that have it
+    head_dims  by default 128 with `shapes`, else the usual ones
+    shapes     of each op, by default the usual ones; a shape's heads give the group of its jobs
+    flags      each applies to the ops that have it
     """
     jobs: dict[Job, None] = {}  # a set that keeps the order
     for op in ops:
@@ -123,14 +123,14 @@ def worklist(
     return list(jobs)
 
 
-def of_grid(
+def grid_jobs(
     gpu: Gpu,
     grid: Sequence[tuple[int, Shape]],
     head_dims: Sequence[int] = (),
     dtypes: Sequence[str] = ("bf16",),
     flags: Flags = NO_FLAGS,
 ) -> list[Job]:
-    """A grid's decode jobs, those of the same key once; of some of its head_dims, if given."""
+    """The decode jobs of a grid without duplicates; only those of `head_dims`, if given."""
     jobs: dict[Job, None] = {}
     for head_dim, shape in grid:
         for dtype in dtypes:
@@ -140,18 +140,18 @@ def of_grid(
     return list(jobs)
 
 
-# -- What is worth timing again where something is known already: places, and of each of them a few configs.
+# -- The jobs of a refresh: places with records, and a few configs of each.
 
-MOST_REFRESHED = 6  # configs of a place
-OF_A_TIER = 2  # at most so many rest on evidence alike: the fastest two of a search differ by less than a timing
-HINTS = 1  # of kernels that are not rendered any more
+MAX_REFRESHED = 6  # configs of a place
+MAX_PER_TIER = 2  # at most: the two fastest configs of a search differ by less than the timing's error
+MAX_HINTS = 1  # configs whose measured kernel is not rendered any more
 
 
-def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
-    """Every place that anything was measured at, on a card or on one like it, and whose inputs the card can hold.
+def refresh_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
+    """Every place with a measurement on a card or its siblings, if its inputs fit the card's memory.
 
-    Calls that rest on the least come first, so that a refresh that is stopped has done the most; but the kernels of
-    a training step stay together, as they are checked on the same inputs.
+    Places with the weakest evidence come first, so that a refresh that is stopped early has gained the most. But the
+    kernels of a training step stay together, as they are checked on the same inputs.
     """
     names = (gpu.name, *siblings(gpu))
     measured = (result.place for name in names for result in memory.all(name) if result.measured)
@@ -159,41 +159,41 @@ def known_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambd
     chosen = {place: best(place, gpu, memory) for place in places if wanted(place) and _fits(place, gpu)}
     together: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
     for place in chosen:
-        together.setdefault((step_of(place.spec), place.bucket), []).append(place)
+        together.setdefault((step_spec(place.spec), place.bucket), []).append(place)
     order = sorted(together.values(), key=lambda of_step: max(chosen[place].tier for place in of_step), reverse=True)
     return [Job(place.spec, place.bucket, gpu) for of_step in order for place in of_step]
 
 
 def _fits(place: Place, gpu: Gpu) -> bool:
-    """A record from elsewhere may be of sizes that nobody has memory for."""
-    whole = replace(representative(place.bucket, place.spec.group), window=0)  # a window reads less of as much
+    """Whether a place's inputs fit the card's memory. A record from elsewhere may have any sizes."""
+    whole = replace(representative(place.bucket, place.spec.group), window=0)  # the tensors are as large
     return work_of(place.spec, whole).bytes <= gpu.memory_bytes
 
 
-def known_configs(job: Job, memory: Memory) -> list[KernelConfig]:
-    """Of a job's place what may be fastest by all that is known.
+def refresh_configs(job: Job, memory: Memory) -> list[KernelConfig]:
+    """The configs that may be the fastest at a job's place, by all records.
 
-    First what calls get now: a refresh that is stopped there leaves them that. Then today's default; of each tier of
-    the ranking a few; the best of the nearest bucket; and of what is not rendered any more, or was found by a search
-    that did not know a knob, the fastest.
+    First the config that calls get now, so that a refresh that is stopped there keeps it. Then today's default; a few
+    configs of each tier of the ranking; the best of the nearest bucket; and the fastest among configs that are not
+    rendered any more, or whose search did not know a knob.
     """
     place, gpu = job.place, job.gpu
     found: dict[KernelConfig, None] = {default_of(place, gpu): None}
     taken: Counter[Tier] = Counter()
     for candidate in ranked(place, gpu, memory):
-        if candidate.config not in found and taken[candidate.tier] < OF_A_TIER:
+        if candidate.config not in found and taken[candidate.tier] < MAX_PER_TIER:
             taken[candidate.tier] += 1
             found[candidate.config] = None
     found |= dict.fromkeys(_fastest(memory.results(place), gpu, 1))
-    for near in near_buckets(place):
+    for near in near_places(place):
         if there := _fastest(memory.results(near), gpu, 1):
             found |= dict.fromkeys(there)
             break
     hints = (result for name in siblings(gpu) for result in memory.results(replace(place, gpu=name)))
-    found |= dict.fromkeys(_fastest(hints, gpu, HINTS))
-    return list(dict.fromkeys([best(place, gpu, memory).config, *found]))[:MOST_REFRESHED]
+    found |= dict.fromkeys(_fastest(hints, gpu, MAX_HINTS))
+    return list(dict.fromkeys([best(place, gpu, memory).config, *found]))[:MAX_REFRESHED]
 
 
 def _fastest(results: Iterable[Result], gpu: Gpu, count: int) -> list[KernelConfig]:
-    """Configs of the fastest that are valid today."""
+    """The configs of the fastest results that are valid today."""
     return [result.config for result in fastest(results) if is_valid(result, gpu)][:count]

@@ -1,4 +1,4 @@
-"""One job being tuned: what is known, what to try next, what came of it, and when it is over."""
+"""The state of one job while it is tuned: known results, the next config to try, its outcome, and the end."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from dataclasses import replace
 
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
-from parallax_gen.memory.bounds import fitting_detail
+from parallax_gen.memory.bounds import truncated_detail
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of, fastest, is_current, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Evidence, Outcome, Result, reading_order, supersedes
-from parallax_gen.memory.shipped import load_alike
+from parallax_gen.memory.shipped import load_same_capability
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig, config_to_json
 from parallax_gen.ops.space import neighbours, promising_configs
-from parallax_gen.tuning.claims import Board
+from parallax_gen.tuning.claims import SharedClaims
 from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
 from parallax_gen.tuning.workers.messages import Compile, Measure, Request, Trial, TrialResult
 
-MOST_SPILLS = 512  # bytes of stack a thread; in the sweeps kernels that spill half as much are far from the best
-GIVE_UP = 1.5  # a call this many times slower than the best has lost
+MAX_SPILLS = 512  # bytes a thread; in the recorded sweeps kernels that spill half as much are far from the best
+GIVE_UP_FACTOR = 1.5  # a call this many times slower than the best is given up
 
 
 class Run:
-    """A job's trials, from the first config that is asked for to the last finalist.
+    """The trials of a job, from the first config to the last finalist.
 
-    The loop takes configs to compile (`ask`), says what came of them (`compiled`), takes what a device is to measure
-    (`next_request`), and says what came of that (`measured`), until the run is `over`. Every outcome is stored as it
-    comes. With measure=False a compiled config is predicted, and there is nothing to measure.
+    The scheduler takes configs to compile (`next_compile`), passes on the replies (`on_compiled`), takes requests for a
+    device (`next_request`), and passes on those replies (`on_measured`), until the run is `over`. Every result is
+    stored at once. With measure=False the time of a compiled config is predicted, and nothing is measured.
 
-    With a board, the job is shared with workers elsewhere: a config is tried by one of them, all know what came of it,
-    the trials of all of them count, and the last one to be done times the finalists again.
+    With `claims`, workers elsewhere share the job: each config is tried by one worker, all workers get its result, the
+    trials of all workers count, and the worker that ends last times the finalists again.
 
-    With `again`, these configs are all that is tried, whatever is known of them.
+    With `only_configs`, only these configs are tried, even if they have results.
     """
 
     def __init__(
@@ -48,88 +48,88 @@ class Run:
         *,
         measure: bool,
         trials: int,
-        board: Board | None = None,
-        again: Sequence[KernelConfig] | None = None,
+        claims: SharedClaims | None = None,
+        only_configs: Sequence[KernelConfig] | None = None,
         results: Callable[[Place], list[Result]] | None = None,
     ):
-        """results: where they are looked up; by default in the store, into which they are written."""
+        """results: looks up results; by default in the store, into which they are written."""
         self.job = job
         self._results = results or store.results
-        self._store, self._measure, self._trials, self._board = store, measure, trials, board
-        self._wanted = Outcome.OK if measure else Outcome.PREDICTED
+        self._store, self._measure, self._max_trials, self._claims = store, measure, trials, claims
+        self._best_outcome = Outcome.OK if measure else Outcome.PREDICTED
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
         self._default = default_of(job.place, job.gpu)
-        known = [r for r in self._known() if not (r.of_machine or (measure and not r.outcome.tried))]
-        if again is not None:
+        known = [r for r in self._known() if not (r.is_machine_fault or (measure and not r.outcome.tried))]
+        if only_configs is not None:
             known = []
-        best = next((r for r in known if r.outcome is self._wanted), None)
-        first = self._first(best) if again is None else again
-        self._search = Search(job.spec, job.gpu, first, guess=self._guess_us, among=again)
+        best = next((r for r in known if r.outcome is self._best_outcome), None)
+        first = self._seeds(best) if only_configs is None else only_configs
+        self._search = Search(job.spec, job.gpu, first, guess=self._guess_us, among=only_configs)
         for result in known:
             self._search.tell(result.config, result.time_us)
         self.progress = Progress(job, known=len(known), best=best)
-        self._asked = self._compiling = self._measuring = 0
+        self._proposed = self._compiling = self._measuring = 0
         self._ready: deque[tuple[KernelConfig, TrialResult]] = deque()  # compiled, and not yet measured
-        self._compiled: dict[KernelConfig, TrialResult] = {}  # of those that are being measured
-        self._finals = Finals(job.spec.op, self._known, self._trial, self._default, again or ())
-        self._elsewhere: list[KernelConfig] = []  # claimed by others when they were proposed
-        self._heard: set[KernelConfig] = set()  # what others found
-        self._heard_before = 0
-        self._hear()
-        self._heard_before, self.progress.elsewhere = len(self._heard), 0
+        self._compiled: dict[KernelConfig, TrialResult] = {}  # those that are being measured
+        self._finals = Finals(job.spec.op, self._known, self._trial, self._default, only_configs or ())
+        self._claimed_elsewhere: list[KernelConfig] = []  # other workers had claimed these when they were proposed
+        self._shared_configs: set[KernelConfig] = set()  # configs that other workers finished
+        self._shared_before = 0
+        self._take_shared_results()
+        self._shared_before, self.progress.elsewhere = len(self._shared_configs), 0
         self._some_compiled, self._seconds = False, float("inf")
         self._start = time.monotonic()
 
     def begin(self, seconds: float) -> None:
-        """A device is free for it. Its seconds count from now, or from when there is something to measure."""
+        """Start the time budget, as a device is free: now, or once the first config is compiled."""
         self._start, self._seconds = time.monotonic(), seconds
         if self._some_compiled:
             self.progress.deadline = self._start + seconds
 
     @property
-    def waiting(self) -> int:
-        """How many configs were asked for and are not done."""
+    def in_flight(self) -> int:
+        """How many configs were proposed and are not finished."""
         return self._compiling + len(self._ready) + len(self._compiled)
 
     @property
     def searching(self) -> bool:
         """Whether trials are under way or to come."""
-        return time.monotonic() < self.progress.deadline and (self._asked < self._trials or self.waiting > 0)
+        return time.monotonic() < self.progress.deadline and (self._proposed < self._max_trials or self.in_flight > 0)
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to do. What compiles for it still is not waited for."""
+        """Whether nothing is left to do. Compilations that are still running are ignored."""
         return not self.searching and not self._measuring and (self._finals.over or not self._measure)
 
-    def keep_up(self) -> None:
-        """To be called every second or so: tells workers elsewhere that this one is there."""
-        if self._board is not None:
-            self._board.beat()
+    def heartbeat(self) -> None:
+        """Send the heartbeat to workers elsewhere. To be called every second or so."""
+        if self._claims is not None:
+            self._claims.heartbeat()
 
     def close(self) -> None:
-        """Leave what is not finished to others, and take in what they found."""
-        if self._board is not None:
-            self._board.release()
-            self._hear()
+        """Withdraw unfinished claims, and take in the results of other workers."""
+        if self._claims is not None:
+            self._claims.release()
+            self._take_shared_results()
 
-    def ask(self) -> tuple[str, Compile] | None:
-        """A config to compile, behind what names its source; None when as many as allowed are out, or none is left."""
-        config = self._next_config() if self._asked < self._trials else None
+    def next_compile(self) -> tuple[str, Compile] | None:
+        """The key of the next config's source and the request to compile it; None if no trial or config is left."""
+        config = self._next_config() if self._proposed < self._max_trials else None
         if config is None:
-            if not self._elsewhere:
-                self._trials = self._asked
+            if not self._claimed_elsewhere:
+                self._max_trials = self._proposed
             return None
-        self._asked += 1
+        self._proposed += 1
         self._compiling += 1
-        return self._source_of(config), Compile(self._trial(config))
+        return self._source_key(config), Compile(self._trial(config))
 
-    def compiled(self, config: KernelConfig, reply: TrialResult) -> bool:
-        """What came of compiling a config. True if its trial has ended with it: failed, pruned or predicted."""
+    def on_compiled(self, config: KernelConfig, reply: TrialResult) -> bool:
+        """Take the reply of a compilation. True if the trial ended with it: failed, pruned or predicted."""
         self._compiling -= 1
-        if not self._some_compiled:  # compilers start up before the first: a short budget is not for that
+        if not self._some_compiled:  # compilers start up before: a short budget excludes that
             self._some_compiled = True
             self.progress.deadline = time.monotonic() + self._seconds
-        ended = self._ended_by(reply)
+        ended = self._early_end(reply)
         if ended is None and self._measure:
             self._ready.append((config, reply))
             return False
@@ -138,56 +138,56 @@ class Run:
             assert reply.resources is not None
             ended = TrialResult(Outcome.PREDICTED)
             estimate = predict_us(self.job.spec, config, self.job.timed_shape, self.job.gpu, reply.resources)
-        self._note(self._result(config, reply, ended, predicted_us=estimate))
+        self._store_result(self._result(config, reply, ended, predicted_us=estimate))
         return True
 
     def next_request(self) -> Request | None:
-        """What a device that is free should measure; None for nothing at present, or at all."""
+        """The request for a device that is free; None if there is none now, or none any more."""
         request: Request | None = None
         if self.searching:
             if self._ready:
                 config, self._compiled[config] = self._ready.popleft()
-                # The default is never given up: what tuning is worth is told by its time.
-                give_up_us = float("inf") if config == self._default else GIVE_UP * self._best_us
+                # The default is never given up: its time shows what tuning gained.
+                give_up_us = float("inf") if config == self._default else GIVE_UP_FACTOR * self._best_us
                 request = Measure(self._trial(config), give_up_us)
         elif self._measure and not self._measuring:
-            self._finals.over |= self._board is not None and self._board.others_at_work()
+            self._finals.over |= self._claims is not None and self._claims.others_at_work()
             request = self._finals.next_request()
         self._measuring += request is not None
         return request
 
-    def measured(self, request: Request, reply: TrialResult) -> bool:
-        """What came of measuring. True if a trial has ended with it, False of finals."""
+    def on_measured(self, request: Request, reply: TrialResult) -> bool:
+        """Take the reply to a request. True if a trial ended with it, False for finals."""
         self._measuring -= 1
         if isinstance(request, Measure) and request.trial.config in self._compiled:
             config = request.trial.config
-            self._note(self._result(config, self._compiled.pop(config), reply))
+            self._store_result(self._result(config, self._compiled.pop(config), reply))
             return True
-        for result in self._finals.measured(request, reply):
-            result = replace(result, evidence=self._evidence_of(result.config))  # an old row may have another
-            self._store.record(result)
-            if self._board is not None:
-                self._board.publish(result)
+        for result in self._finals.results_of(request, reply):
+            result = replace(result, evidence=self._evidence_of(result.config))  # an old row may have other evidence
+            self._store.save(result)
+            if self._claims is not None:
+                self._claims.publish(result)
         self.progress.best = self._best_measured
         return False
 
-    def _first(self, best: Result | None) -> list[KernelConfig]:
-        """What to try before the search proposes: the default, what was fast elsewhere, and what is near the best.
+    def _seeds(self, best: Result | None) -> list[KernelConfig]:
+        """The configs to try before the search proposes: the default, those fast elsewhere, neighbours of the best.
 
-        The guess that the search begins with may be wrong where nothing like it was ever compiled: these are not.
+        The search begins with a cost model, which may be wrong for kernels unlike those that it was fitted to.
         """
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
-        shipped = shipped_seeds(job.place, load_alike(job.gpu))
+        shipped = shipped_seeds(job.place, load_same_capability(job.gpu))
         nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.family))
         near = neighbours(job.spec, best.config, job.gpu) if best else []
         return [default, *shipped, *nearby, *promising, *near]
 
     def _known(self) -> list[Result]:
-        """What is known of the job's kernels as they are today, compiled as here: the measured first, fast to slow.
+        """The results of the job's kernels of today with this toolchain, the measured ones first, from fast to slow.
 
-        Of each config one: what tells the most, and the newest of that. An old row of it may be of another patch
-        release of Triton, or from before fingerprints.
+        One result for each config, by `supersedes`. An older row may be of another patch release of Triton, or from
+        before fingerprints.
         """
         found: dict[KernelConfig, Result] = {}
         for result in self._results(self.job.place):
@@ -197,11 +197,11 @@ class Run:
         return sorted(found.values(), key=reading_order)
 
     def _is_current(self, result: Result) -> bool:
-        """Whether it is of the kernel that its config renders today, or of none, and of this process's toolchain."""
+        """Whether a result has this process's toolchain, and the kernel that its config renders today, if any."""
         evidence, which = result.evidence, (result.config, result.evidence)
         if which not in self._current:
             same = is_current(result, self.job.gpu)
-            # Of a config that has no kernel, or where no ptxas is found. Kernels are rendered for few of the others.
+            # The config has no kernel, or no ptxas was found. Few other configs are rendered here.
             if not same and evidence.identity == Evidence.here(evidence.kernel, evidence.text).identity:
                 same = evidence.identity == self._evidence_of(result.config).identity
             self._current[which] = same
@@ -215,46 +215,46 @@ class Run:
         return guess_us(self.job.spec, config, self.job.timed_shape, self.job.gpu)
 
     def _next_config(self) -> KernelConfig | None:
-        """What the search proposes, and of a shared job, nobody else tries or has tried."""
-        if self._board is None:
+        """The search's next config; in a shared job, one that no other worker claims or has tried."""
+        if self._claims is None:
             return self._search.ask()
-        self._hear()
-        if self._asked + self.progress.elsewhere >= self._trials:
-            self._elsewhere.clear()
+        self._take_shared_results()
+        if self._proposed + self.progress.elsewhere >= self._max_trials:
+            self._claimed_elsewhere.clear()
             return None
         while (config := self._search.ask()) is not None:
-            if self._board.claim(config):
+            if self._claims.claim(config):
                 return config
-            self._elsewhere.append(config)
-        # What others claimed may be free again, if they are gone; until it is known, the job is not done.
-        self._elsewhere = [config for config in self._elsewhere if config not in self._heard]
-        free = next((config for config in self._elsewhere if self._board.claim(config)), None)
+            self._claimed_elsewhere.append(config)
+        # Claims of dead workers expire, so the job is not done before the results of all claims are known.
+        self._claimed_elsewhere = [config for config in self._claimed_elsewhere if config not in self._shared_configs]
+        free = next((config for config in self._claimed_elsewhere if self._claims.claim(config)), None)
         if free is not None:
-            self._elsewhere.remove(free)
+            self._claimed_elsewhere.remove(free)
         return free
 
-    def _hear(self) -> None:
-        """Take in what workers elsewhere found since this was last done."""
-        if self._board is None:
+    def _take_shared_results(self) -> None:
+        """Take in the results that workers elsewhere finished since the last call."""
+        if self._claims is None:
             return
-        news = self._board.news()
-        for result in news:
-            self._store.record(result)
-            if result.config not in self._heard:
-                self._heard.add(result.config)
+        new_results = self._claims.new_results()
+        for result in new_results:
+            self._store.save(result)
+            if result.config not in self._shared_configs:
+                self._shared_configs.add(result.config)
                 self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
-        best = self._best_measured if news and self._measure else None
+        best = self._best_measured if new_results and self._measure else None
         if best is not None:
             self.progress.best = best
-        self.progress.elsewhere = len(self._heard) - self._heard_before
+        self.progress.elsewhere = len(self._shared_configs) - self._shared_before
 
-    def _ended_by(self, compiled: TrialResult) -> TrialResult | None:
-        """What ends a trial that was compiled: a failure, spills, too much shared memory; None for nothing."""
+    def _early_end(self, compiled: TrialResult) -> TrialResult | None:
+        """The outcome that ends a trial after compiling: a failure, spills, too much shared memory; None to go on."""
         resources, most = compiled.resources, self.job.gpu.shared_per_block
         if compiled.outcome.failed or resources is None:
             return compiled
-        if resources.spills > MOST_SPILLS:
-            return TrialResult(Outcome.RESOURCES, f"spills {resources.spills} bytes a thread, over {MOST_SPILLS}")
+        if resources.spills > MAX_SPILLS:
+            return TrialResult(Outcome.RESOURCES, f"spills {resources.spills} bytes a thread, over {MAX_SPILLS}")
         if resources.shared_bytes > most:
             return TrialResult(Outcome.RESOURCES, f"needs {resources.shared_bytes} bytes of shared memory, over {most}")
         return None
@@ -270,26 +270,26 @@ class Run:
     def _source(self, config: KernelConfig) -> KernelSource | None:
         try:
             return render(self.job.spec, config, self.job.gpu)
-        except ConfigError:  # the child will say so too, and its answer is recorded
+        except ConfigError:  # the child raises it too, and its reply is stored
             return None
 
-    def _source_of(self, config: KernelConfig) -> str:
-        """What is the same for configs, of any bucket, that render alike."""
+    def _source_key(self, config: KernelConfig) -> str:
+        """A key that is equal for configs, of any bucket, that render the same source."""
         source = self._source(config)
         return f"{self.job.place.digest} {config_to_json(config)}" if source is None else source.sha256
 
     def _evidence_of(self, config: KernelConfig) -> Evidence:
-        """What a result of a config is of; of a config that has no kernel, no kernel."""
+        """The evidence for a config's result; with an empty kernel if the config has none."""
         source = self._source(config)
         return Evidence.here("", "") if source is None else evidence_of(source)
 
-    def _note(self, result: Result) -> None:
+    def _store_result(self, result: Result) -> None:
         """Store a result, tell the search, and keep the best."""
-        self._store.record(result)
-        if self._board is not None:
-            self._board.finish(result)
+        self._store.save(result)
+        if self._claims is not None:
+            self._claims.finish(result)
         self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
-        if result.outcome is self._wanted and result.time_us is not None and result.time_us < self._best_us:
+        if result.outcome is self._best_outcome and result.time_us is not None and result.time_us < self._best_us:
             self.progress.best = result
         self.progress.kinds[result.outcome] = self.progress.kinds.get(result.outcome, 0) + 1
         self.progress.seconds = time.monotonic() - self._start
@@ -312,6 +312,6 @@ class Run:
             spills=resources.spills if resources else None,
             shared_bytes=resources.shared_bytes if resources else None,
             compile_s=compiled.seconds,
-            detail=fitting_detail(reply.detail),
+            detail=truncated_detail(reply.detail),
             source=f"{'measured on' if timing else 'compiled for'} {self.job.gpu.title}",
         )

@@ -1,4 +1,4 @@
-"""Which run has which device, and what devices and compilers do next."""
+"""Assigns runs to devices, and work to devices and compilers."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from parallax_gen.tuning.run import Run
 from parallax_gen.tuning.workers.messages import Compile
 from parallax_gen.tuning.workers.pool import Answer, Pool
 
-IDLE_S = 0.5  # while nothing happens, a watcher is called as often
+IDLE_S = 0.5  # how often a watcher is called while nothing happens
 
 
 class Watcher(Protocol):
-    """Who is told how jobs stand. What it raises ends the tune: every finished trial is stored by then."""
+    """Receives the progress of jobs. An exception from it ends the tune: every finished trial is stored by then."""
 
     def begin(self, job: Job) -> None:
-        """A device has begun with a job."""
+        """A device began a job."""
 
     def update(self, progress: Progress) -> None:
-        """A trial of a job has ended; or some time passed without one."""
+        """A trial of a job ended, or some time passed without one."""
 
     def end(self, progress: Progress) -> None:
-        """A job is done."""
+        """A job ended."""
 
 
 class Scheduler:
-    """Gives every device a run, and the devices that measure and the children that compile their work."""
+    """Assigns a run to every device, and work to the measuring workers and the compilers."""
 
     def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int], ahead: int):
-        """ahead: how many runs that no device has yet are compiled for."""
-        self._pool, self._to_come, self._most_ahead = pool, runs, ahead
+        """ahead: for how many runs without a device configs are compiled."""
+        self._pool, self._upcoming, self._max_ahead = pool, runs, ahead
         self._measure = bool(devices)
-        self._ahead: deque[tuple[int, Run]] = deque()  # no device has them yet; their configs are compiled
+        self._ahead: deque[tuple[int, Run]] = deque()  # runs without a device, whose configs are being compiled
         self._running: dict[int, Run] = {}
         self._done: dict[int, Progress] = {}
         self._run_of: dict[int | None, int | None] = dict.fromkeys(devices or (None,))
         self._busy: set[int] = set()
 
     def run_all(self, time_budget_s: float, watcher: Watcher) -> list[Progress]:
-        """Until all runs are over; the seconds of each count from when it has a device. Their progress, in order."""
+        """Execute all runs and return their progress, in order. A run's time budget starts when it gets a device."""
         try:
             while True:
                 self._give_devices_runs(time_budget_s, watcher)
@@ -58,20 +58,20 @@ class Scheduler:
                 run.close()
 
     def _wait(self, watcher: Watcher) -> None:
-        """Until something happened, or for a moment."""
+        """Wait for an answer, at most IDLE_S."""
         answer = self._pool.next(IDLE_S)
         if answer is None:
             for run in self._running.values():
                 watcher.update(run.progress)
-        elif self._take(answer) and answer.owner in self._running:
+        elif self._deliver(answer) and answer.owner in self._running:
             watcher.update(self._running[answer.owner].progress)
         for run in [*self._running.values(), *(run for _, run in self._ahead)]:
-            run.keep_up()
+            run.heartbeat()
 
     def _give_devices_runs(self, seconds: float, watcher: Watcher) -> None:
-        """Every device that has no run gets the next one; the last ones are shared."""
+        """Give every device without a run the next one; when none is left, devices share the remaining runs."""
         for device in [device for device, run in self._run_of.items() if run is None]:
-            number, run = self._ahead.popleft() if self._ahead else next(self._to_come, (None, None))
+            number, run = self._ahead.popleft() if self._ahead else next(self._upcoming, (None, None))
             if number is not None and run is not None:
                 self._running[number] = run
                 run.begin(seconds)
@@ -90,7 +90,7 @@ class Scheduler:
                     self._pool.measure(number, device, request)
 
     def _end_runs(self, watcher: Watcher) -> bool:
-        """Whether a run was over."""
+        """End the runs that are over. Whether there were any."""
         over = [number for number, run in self._running.items() if run.over]
         for number in over:
             run = self._running.pop(number)
@@ -102,18 +102,18 @@ class Scheduler:
         return bool(over)
 
     def _compile_ahead(self) -> None:
-        """Keep twice as many configs of each run under way as there are compilers; also of the devices' next runs."""
-        if self._measure and len(self._ahead) < self._most_ahead:
-            self._ahead.extend(itertools.islice(self._to_come, 1))
+        """Keep twice as many configs of each run in flight as there are compilers, also for the next runs."""
+        if self._measure and len(self._ahead) < self._max_ahead:
+            self._ahead.extend(itertools.islice(self._upcoming, 1))
         for number, run in [*self._running.items(), *self._ahead]:
-            while run.waiting < 2 * self._pool.compilers and (request := run.ask()) is not None:
+            while run.in_flight < 2 * self._pool.compilers and (request := run.next_compile()) is not None:
                 self._pool.compile(number, *request)
 
-    def _take(self, answer: Answer) -> bool:
-        """Pass an answer on. Whether a trial has ended with it."""
+    def _deliver(self, answer: Answer) -> bool:
+        """Pass an answer on to its run. Whether a trial ended with it."""
         if answer.device is not None:
             self._busy.remove(answer.device)
         run = self._running.get(answer.owner) or dict(self._ahead)[answer.owner]
         if isinstance(answer.request, Compile):
-            return run.compiled(answer.request.trial.config, answer.reply)
-        return run.measured(answer.request, answer.reply)
+            return run.on_compiled(answer.request.trial.config, answer.reply)
+        return run.on_measured(answer.request, answer.reply)

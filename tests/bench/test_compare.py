@@ -41,9 +41,9 @@ class Clock:
         self.uncapturable: set[str] = set()
         self.rested: list[bool] = []
 
-    def time_call(self, call: Callable[[], object], *, timed_ms: float, give_up_us: float, from_rest: bool) -> Timing:
+    def time_call(self, call: Callable[[], object], *, timed_ms: float, give_up_us: float, in_bursts: bool) -> Timing:
         call()
-        self.rested.append(from_rest)
+        self.rested.append(in_bursts)
         if getattr(call, "__name__", "") in self.uncapturable:
             raise RuntimeError("operation not permitted when stream is capturing")
         return Timing(self.us, self.us - 1, self.us + 2, 20, 7)
@@ -281,7 +281,7 @@ def test_in_haste_what_is_slow_is_timed_once(
     limits: list[float] = []
     takes = iter([100.0, 250.0, 350.0] + [100.0, 250.0] * 2 if hasty else [100.0, 250.0, 350.0] * 3)
 
-    def time_call(call: object, *, timed_ms: float, give_up_us: float, from_rest: bool) -> Timing:
+    def time_call(call: object, *, timed_ms: float, give_up_us: float, in_bursts: bool) -> Timing:
         limits.append(give_up_us)
         us = next(takes)
         asked[{100.0: "parallax_gen", 250.0: "quick one", 350.0: "slow one"}[us]] += 1

@@ -11,7 +11,7 @@ from cli_samples import run, run_json
 from parallax_gen.bench import run as running
 from parallax_gen.bench.cases import QUICK_SHAPES, Lengths
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.describe import from_text, to_text, with_lengths
+from parallax_gen.describe import lengths_from_text, lengths_to_text, with_lengths
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -64,7 +64,7 @@ def test_of_one_sequence_a_named_batch_is_all_its_keys() -> None:
 
 @pytest.mark.parametrize("lengths", [(), (5,), (5, 5), SKEWED, (1, 2, 2, 1), (7, 11, 11, 11)])
 def test_lengths_are_read_as_they_were_written(lengths: tuple[int, ...]) -> None:
-    assert from_text(to_text(lengths)) == lengths
+    assert lengths_from_text(lengths_to_text(lengths)) == lengths
 
 
 def test_a_title_is_short() -> None:

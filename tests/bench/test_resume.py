@@ -203,7 +203,7 @@ def test_tuning_anew_times_ours_anew(card: Card, tmp_path: Path, store: Store) -
     run(*ours)
     run(*ours)
     assert len(card.asked) == 1
-    store.record(known(200.0, splits=3))
+    store.save(known(200.0, splits=3))
     run(*ours)
     assert len(card.asked) == 2
 

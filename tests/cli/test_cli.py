@@ -313,14 +313,14 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
         [known(unlike=OTHER_TOOLCHAIN, place=longer), known(unlike=OTHER_KERNEL, place=wider)], "h200", folder
     )
     monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # which the check looks into
-    store.record(known(place=replace(PLACE, gpu="a100")))  # of which nothing ships
+    store.save(known(place=replace(PLACE, gpu="a100")))  # of which nothing ships
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     counted = "kernels and sizes in your database and what ships, of which calls get"
     assert found == [
         f"a100: 1 {counted} 1 by this Triton",
         f"h200: 3 {counted} 1 by this Triton, 1 by Triton 3.5 (not yet checked), 1 by the default",
     ]
-    store.record(known(place=longer))
+    store.save(known(place=longer))
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     assert found[1] == f"h200: 3 {counted} 2 by this Triton, 1 by the default"
     broken = store.path.with_name("broken.db")

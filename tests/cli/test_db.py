@@ -78,15 +78,15 @@ def test_stats_count_everything(store: Store) -> None:
 def test_stats_count_rows_of_todays_kernels(store: Store) -> None:
     """Beside their toolchains: another one's row may be of a kernel that is still rendered, and this one's of none."""
     filled(store)
-    store.record(known(240.0, splits=3, unlike=OTHER_KERNEL))
-    store.record(known(240.0, splits=3, unlike=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"))
+    store.save(known(240.0, splits=3, unlike=OTHER_KERNEL))
+    store.save(known(240.0, splits=3, unlike=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"))
     found = run_json("db", "stats")["toolchains"]
     assert [(t["rows"], t["of_todays_kernels"]) for t in found] == [(6, 5), (2, 1)]
 
 
 def test_stats_as_a_table(store: Store) -> None:
     filled(store)
-    store.record(known(place=dataclasses.replace(PLACE, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
+    store.save(known(place=dataclasses.replace(PLACE, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
     out = run("db", "stats", env={"COLUMNS": "80"}).stdout
     assert max(map(len, out.splitlines()[1:])) <= 80
     assert out.startswith(f"{store.path}: 7 rows, ")
@@ -147,14 +147,14 @@ def test_export_begins_with_the_newest_toolchain(store: Store) -> None:
     filled(store)
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
     assert rows[-1]["evidence"]["triton"] == "3.5.1"
-    store.record(known(260.0, unlike=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
+    store.save(known(260.0, unlike=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
     assert [row["evidence"]["triton"] == "3.5.1" for row in rows] == [True, True] + [False] * 5
 
 
 def test_export_of_some(store: Store) -> None:
     filled(store)
-    store.record(known(place=dataclasses.replace(PLACE, gpu="h100")))
+    store.save(known(place=dataclasses.replace(PLACE, gpu="h100")))
 
     def exported(*options: str) -> list[tuple[str, str, str]]:
         rows = [json.loads(line) for line in run("db", "export", "-", *options).stdout.splitlines()]
@@ -295,7 +295,7 @@ def test_prune_deletes_what_is_named_and_keeps_a_copy(store: Store, options: tup
 
 def test_prune_takes_rows_of_kernels_that_are_rendered_otherwise_for_others(store: Store) -> None:
     rows = filled(store)
-    store.record(known(240.0, splits=3, unlike=OTHER_KERNEL))
+    store.save(known(240.0, splits=3, unlike=OTHER_KERNEL))
     assert "2 of 7 rows (2 ok)" in run("db", "prune", "--other-environments", "--yes", "--dry-run").stdout
     run("db", "prune", "--other-environments", "--yes")
     assert store.all() == [row for row in rows if row != ROWS[3]]
@@ -342,7 +342,7 @@ def test_prune_makes_no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_a_row_that_was_replaced_meanwhile_is_not_deleted(store: Store) -> None:
     filled(store)
     again = dataclasses.replace(ROWS[1], outcome="ok", time_us=1.0, created_at="2026-02-01T00:00:00+00:00")
-    store.record(again)
+    store.save(again)
     assert store.delete([ROWS[1], ROWS[2]]) == 1
     assert again in store.all()
 
@@ -384,7 +384,7 @@ def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, says: s
 
 def test_check_of_a_damaged_file(store: Store) -> None:
     for n in range(200):
-        store.record(known(100.0 + n, splits=n + 2))
+        store.save(known(100.0 + n, splits=n + 2))
     store.close()
     content = store.path.read_bytes()
     store.path.write_bytes(content[: len(content) // 2])

@@ -25,7 +25,7 @@ from cli_samples import (
 
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.memory.guard import keep
+from parallax_gen.memory.guard import cache_resources
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import write_shipped
@@ -56,8 +56,8 @@ def test_explain_a_default_that_nothing_is_known_of() -> None:
 
 def test_explain_a_record_and_its_runners_up(store: Store) -> None:
     for splits in (1, 2, 3, 4, 6):
-        store.record(known(200.0 + splits, splits=splits))
-    store.record(known(90.0, "predicted", splits=8))
+        store.save(known(200.0 + splits, splits=splits))
+    store.save(known(90.0, "predicted", splits=8))
     found = run_json("explain", *CALL)
     assert found["from"] == "yours"
     assert found["config"] == config_to_dict(config(1))
@@ -81,8 +81,8 @@ def test_explain_a_shipped_record() -> None:
 
 
 def test_explain_a_record_of_another_toolchain(store: Store) -> None:
-    store.record(known(110.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(100.0, splits=3, unlike=OTHER_TOOLCHAIN))
+    store.save(known(110.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(100.0, splits=3, unlike=OTHER_TOOLCHAIN))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"]) == ("yours", "another toolchain")
     assert found["config"] == config_to_dict(config(3))
@@ -93,9 +93,9 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
     assert "runners-up" in text
     assert "110.0 us" in text.partition("runners-up")[2]
     assert text.endswith("measured, Triton 3.5\n")
-    store.record(known(90.0, splits=6, unlike={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
+    store.save(known(90.0, splits=6, unlike={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
     assert f"from    your record, {told}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
-    store.record(known(300.0, splits=4))
+    store.save(known(300.0, splits=4))
     found = run_json("explain", *CALL)
     assert (found["tier"], found["record"]["time_us"]) == ("measured here", 300.0)
     assert [(r["tier"], r["record"]["time_us"]) for r in found["runners_up"]] == [
@@ -107,15 +107,15 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
 
 
 def test_explain_a_sibling_cards_record(store: Store) -> None:
-    store.record(known(100.0, splits=3, place=SIBLING))
-    store.record(known(50.0, place=SIBLING, unlike=OTHER_KERNEL))
+    store.save(known(100.0, splits=3, place=SIBLING))
+    store.save(known(50.0, place=SIBLING, unlike=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"]) == ("yours", "a sibling card")
     assert found["config"] == config_to_dict(config(3))
     text = run("explain", *CALL).stdout
     told = f"the only one with {HERE} on h100, a card of the same capability"
     assert f"from    your record, {told}; nothing that counts was measured on this one:\n" in text
-    store.record(known(200.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(200.0, unlike=OTHER_TOOLCHAIN))
     assert run_json("explain", *CALL)["tier"] == "another toolchain"
     assert text_of_runners_up().endswith("measured, this Triton on h100\n")
 
@@ -125,8 +125,8 @@ def text_of_runners_up() -> str:
 
 
 def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
-    store.record(known(100.0, unlike=OTHER_KERNEL))
-    store.record(known(120.0, splits=3, unlike=OTHER_KERNEL))
+    store.save(known(100.0, unlike=OTHER_KERNEL))
+    store.save(known(120.0, splits=3, unlike=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["runners_up"]) == ("default", [])
     assert found["reason"] == "of 2 records none counts: another kernel than today's"
@@ -146,14 +146,14 @@ def test_explain_a_search_from_before_a_knob_that_the_default_uses(store: Store)
     default = default_config(place.spec, Shape(2, 32, 8, 4096, 4096, 512), H200)
     assert isinstance(default, DkDvConfig)
     assert default.MASK != "weights" or default.ROW_NUMBERS != "apart" or default.maxnreg, "the test is of another"
-    store.record(known_dkdv(500.0, config=before, place=place))
+    store.save(known_dkdv(500.0, config=before, place=place))
     found = run_json("explain", *call)
     assert found["tier"] == "the default"
     assert (
         found["reason"]
         == "the only record does not count: its search did not try MASK=scores, which today's default has"
     )
-    store.record(known_dkdv(600.0, config=default, place=place))
+    store.save(known_dkdv(600.0, config=default, place=place))
     assert run_json("explain", *call)["config"] == config_to_dict(before)
 
 
@@ -182,18 +182,18 @@ def test_explain_a_search_from_before_a_knob_of_a_sibling_cards_newer_best(store
 
 
 def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
-    store.record(known(100.0, unlike={"protocol": 0}))
-    store.record(known(90.0, splits=3, unlike={"protocol": 0}))
+    store.save(known(100.0, unlike={"protocol": 0}))
+    store.save(known(90.0, splits=3, unlike={"protocol": 0}))
     found = run_json("explain", *CALL)
     assert found["reason"] == (
         f"the fastest of 2 with {HERE} by timing protocol 0 (today's is 1); "
         "nothing was timed by today's, and times of two protocols are not compared"
     )
-    store.record(known(80.0, splits=4, unlike=OTHER_KERNEL))
+    store.save(known(80.0, splits=4, unlike=OTHER_KERNEL))
     assert run_json("explain", *CALL)["reason"].endswith(
         f"the only record with {HERE} does not count: another kernel than today's"
     )
-    store.record(known(200.0, splits=6))
+    store.save(known(200.0, splits=6))
     assert run_json("explain", *CALL)["reason"] == f"the only one measured of this kernel with {HERE}"
     assert "measured, this Triton, protocol 0\n" in text_of_runners_up()
     assert "this Triton, protocol 0" not in run("list").stdout  # which has what calls get
@@ -203,23 +203,23 @@ def test_times_of_two_protocols_are_not_counted_together(store: Store) -> None:
     for splits, protocol in ((1, 0), (2, 7), (3, 7)):
         created_at = f"2026-01-{1 + protocol:02}T00:00:00+00:00"
         unlike = OTHER_TOOLCHAIN | {"protocol": protocol}
-        store.record(known(100.0 + splits, splits=splits, unlike=unlike, created_at=created_at))
+        store.save(known(100.0 + splits, splits=splits, unlike=unlike, created_at=created_at))
     reason = run_json("explain", *CALL)["reason"]
     assert reason.startswith("the fastest of 2 with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); ")
     assert reason.endswith(f"; nothing that counts was measured with {HERE}")
 
 
 def test_explain_what_failed_or_was_timed_again_here(store: Store) -> None:
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(None, "wrong"))
+    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(None, "wrong"))
     found = run_json("explain", *CALL)
     assert (found["tier"], found["reason"]) == (
         "the default",
         "the only record does not count: its kernel failed here: wrong",
     )
     again = {"triton": f"{TRITON_HERE}.99"}
-    store.record(known(50.0, splits=3))
-    store.record(known(70.0, splits=3, unlike=again, created_at="2026-02-01T00:00:00+00:00"))
+    store.save(known(50.0, splits=3))
+    store.save(known(70.0, splits=3, unlike=again, created_at="2026-02-01T00:00:00+00:00"))
     found = run_json("explain", *CALL)
     assert found["record"]["time_us"] == 70.0
     whys = {u["record"]["time_us"]: u["why"] for u in found["unused"]}
@@ -227,14 +227,14 @@ def test_explain_what_failed_or_was_timed_again_here(store: Store) -> None:
 
 
 def test_explain_does_not_look_at_other_buckets(store: Store) -> None:
-    store.record(known(50.0, place=OTHER_BUCKET))
+    store.save(known(50.0, place=OTHER_BUCKET))
     found = run_json("explain", *CALL)
     assert (found["from"], found["reason"], found["unused"]) == ("default", "nothing is known of this place", [])
 
 
 def test_explain_a_near_bucket(store: Store) -> None:
     near = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
-    store.record(known(50.0, place=near))
+    store.save(known(50.0, place=near))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"], found["checked"], found["refused"]) == ("yours", "a near bucket", False, [])
     text = run("explain", *CALL).stdout
@@ -243,36 +243,36 @@ def test_explain_a_near_bucket(store: Store) -> None:
 
 
 def test_explain_what_compiles_badly_here(store: Store) -> None:
-    store.record(known(50.0, splits=3, unlike=OTHER_TOOLCHAIN))
-    store.record(known(60.0, splits=4, unlike=OTHER_TOOLCHAIN))
+    store.save(known(50.0, splits=3, unlike=OTHER_TOOLCHAIN))
+    store.save(known(60.0, splits=4, unlike=OTHER_TOOLCHAIN))
     for splits, spills in ((3, 500), (4, 0)):
-        keep(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
+        cache_resources(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
     found = run_json("explain", *CALL)
     assert (found["record"]["time_us"], found["checked"], found["refused"]) == (50.0, False, [])
     text = run("explain", *CALL).stdout
     assert "not yet checked: a first call compiles it here, and drops it where it spills far more" in text
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
-    keep(render(SPEC, default, H200), H200, Resources(255, 16, 1000))
+    cache_resources(render(SPEC, default, H200), H200, Resources(255, 16, 1000))
     found = run_json("explain", *CALL)
     assert (found["record"]["time_us"], found["checked"]) == (60.0, True)
     assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in found["refused"]] == [
         (3, "it spills 500 bytes a thread as compiled here, the default 16")
     ]
     assert "\nnot     BLOCK_N=32" in run("explain", *CALL).stdout
-    keep(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
+    cache_resources(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
     assert run_json("explain", *CALL)["reason"] == "what is borrowed elsewhere compiles badly here"
 
 
 def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
-    store.record(known(90.0, "predicted"))
-    store.record(known(None, "wrong", splits=3))
+    store.save(known(90.0, "predicted"))
+    store.save(known(None, "wrong", splits=3))
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["reason"] == "nothing was measured of this place, only: 1 predicted, 1 wrong"
 
 
 def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
-    store.record(known(90.0, splits=5))  # no value of the knob
+    store.save(known(90.0, splits=5))  # no value of the knob
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["reason"].startswith("the only record does not count: not valid any more: NUM_SPLITS is 5")
@@ -280,13 +280,13 @@ def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
 
 def test_explain_a_kernel_with_a_window(store: Store) -> None:
     other = dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))
-    store.record(known_dkdv(500.0, place=other))
+    store.save(known_dkdv(500.0, place=other))
     text = run("explain", *DKDV_CALL).stdout
     assert "seqlen 4096, window 513; on h200" in text
     assert "from    the default config: nothing is known" in text
     unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
     assert "from    the default config: nothing is known" in run("explain", *unwindowed).stdout  # another kernel
-    store.record(known_dkdv(900.0))
+    store.save(known_dkdv(900.0))
     found = run_json("explain", *DKDV_CALL)
     assert found["from"] == "yours"
     assert found["shape"]["window"] == 513

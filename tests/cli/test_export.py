@@ -27,7 +27,7 @@ from cli_samples import (
 
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.memory.guard import keep
+from parallax_gen.memory.guard import cache_resources
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
@@ -45,7 +45,7 @@ FILE = "decode_d128_bf16_g4_rows256_kv8192.py"
 def test_render_prints_what_dispatch_would_choose(store: Store) -> None:
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     assert run("render", *CALL).stdout == render(SPEC, default, H200).text
-    store.record(known(200.0, splits=3))
+    store.save(known(200.0, splits=3))
     assert run("render", *CALL).stdout == render(SPEC, config(3), H200).text
 
 
@@ -99,7 +99,7 @@ def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
         known(5.0, place=other_kernel),
         known(1.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1, 1, 128))),
     ):
-        store.record(result)
+        store.save(result)
     result = run(*EXPORT, tmp_path)
     assert result.exit_code == 0, result.output
     names = ["README.md", FILE, "decode_d128_bf16_g4_rows8_kv16384.py"]
@@ -126,7 +126,7 @@ def test_kernels_of_many_queries_have_a_file_for_each_number_of_them(store: Stor
 
 
 def test_export_of_a_shape_without_a_record_is_the_default(store: Store, tmp_path: Path) -> None:
-    store.record(known(200.0))
+    store.save(known(200.0))
     result = run(*EXPORT, tmp_path / "out", "--shape", "1,32/8,1024", "--shape", "32,32/8,8192")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.py"))
     assert files == [FILE, "decode_d128_bf16_g4_rows8_kv1024.py"]
@@ -145,11 +145,11 @@ def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
     """Of the window that is asked for, and of no other: nor of kernels without one."""
     longer = dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 16384, 16384, 512))
     for place in (DKDV_PLACE, longer, dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))):
-        store.record(known_dkdv(place=place))
+        store.save(known_dkdv(place=place))
     whole = dataclasses.replace(
         DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(16, 512, 512)
     )
-    store.record(known_dkdv(place=whole))
+    store.save(known_dkdv(place=whole))
     call = ("export", *DKDV_CALL[:6], "-o")
     assert run(*call, tmp_path / "a", *DKDV_CALL[6:8]).exit_code == 0
     name = "dkdv_d96_bf16_g4_causal_window_rows16_q4096_kv4096_w512.py"
@@ -170,9 +170,9 @@ def test_export_of_preprocess_knows_no_keys(tmp_path: Path) -> None:
 
 def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: Path) -> None:
     old, new = {"triton": "3.3"}, {"triton": "3.4"}
-    store.record(known(100.0, splits=1, unlike=old))
-    store.record(known(120.0, splits=2, unlike=new, created_at="2026-03-01T00:00:00+00:00"))
-    store.record(known(10.0, splits=4, unlike=OTHER_KERNEL))
+    store.save(known(100.0, splits=1, unlike=old))
+    store.save(known(120.0, splits=2, unlike=new, created_at="2026-03-01T00:00:00+00:00"))
+    store.save(known(10.0, splits=4, unlike=OTHER_KERNEL))
     result = run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
     unchecked = "not checked here: the file launches it as it is, even where it spills far more than the default"
@@ -180,16 +180,16 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
     for text in (result.stdout, " ".join(readme.split())):
         assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); {unchecked}" in text
         assert "not yet checked" not in text  # nothing in a file checks anything
-    keep(render(SPEC, config(2), H200), H200, Resources(168, 0, 1000))
+    cache_resources(render(SPEC, config(2), H200), H200, Resources(168, 0, 1000))
     assert unchecked not in run(*EXPORT, tmp_path / "out").stdout
-    store.record(known(150.0, splits=3))
+    store.save(known(150.0, splits=3))
     run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
 
 
 def test_export_of_what_calls_get_from_a_sibling_card(store: Store, tmp_path: Path) -> None:
     sibling = dataclasses.replace(PLACE, gpu="h100")
-    store.record(known(100.0, splits=3, place=sibling, unlike=OTHER_TOOLCHAIN))
+    store.save(known(100.0, splits=3, place=sibling, unlike=OTHER_TOOLCHAIN))
     result = run("export", *CALL, "-o", tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
     assert "your record, measured on h100; " in result.stdout
@@ -198,7 +198,7 @@ def test_export_of_what_calls_get_from_a_sibling_card(store: Store, tmp_path: Pa
 
 
 def test_export_leaves_a_record_of_another_kernel(store: Store, tmp_path: Path) -> None:
-    store.record(known(10.0, splits=4, unlike=OTHER_KERNEL))
+    store.save(known(10.0, splits=4, unlike=OTHER_KERNEL))
     assert "the default config" in run(*EXPORT, tmp_path / "out", "--shape", "32,32/8,8192").stdout
     run(*EXPORT, tmp_path / "all")
     assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor is its bucket one that is known

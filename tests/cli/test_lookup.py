@@ -46,7 +46,7 @@ def test_list_of_nothing() -> None:
 
 def test_list_has_the_best_of_each_place(store: Store) -> None:
     for result in (known(250.0), known(240.0, splits=1), known(None, "wrong", splits=3), known(90.0, "predicted", 4)):
-        store.record(result)
+        store.save(result)
     records = run_json("list")["records"]
     assert [(r["config"]["NUM_SPLITS"], r["outcome"], r["origin"], r["used"]) for r in records] == [
         (1, "ok", "yours", True)
@@ -62,8 +62,8 @@ def test_list_has_the_best_of_each_place(store: Store) -> None:
 
 
 def test_list_marks_what_is_unused_and_what_ships(store: Store) -> None:
-    store.record(known(100.0, unlike=OTHER_KERNEL))
-    store.record(known(300.0, "predicted", place=OTHER_BUCKET))
+    store.save(known(100.0, unlike=OTHER_KERNEL))
+    store.save(known(300.0, "predicted", place=OTHER_BUCKET))
     write_shipped([known(250.0)], "h200")
     records = run_json("list")["records"]
     assert sorted((r["origin"], r["outcome"], r["used"], r["counts_as"]) for r in records) == [
@@ -81,11 +81,11 @@ def test_list_marks_what_is_unused_and_what_ships(store: Store) -> None:
 def test_list_says_what_a_call_rests_on(store: Store) -> None:
     """Of each place the record that a call gets, be it of another toolchain or of a sibling card."""
     longer = dataclasses.replace(PLACE, bucket=Bucket(4096, 1, 8192))
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(110.0, splits=3, unlike=OTHER_TOOLCHAIN))
-    store.record(known(200.0, place=dataclasses.replace(SIBLING, bucket=OTHER_BUCKET.bucket)))
-    store.record(known(None, "wrong", splits=3, place=OTHER_BUCKET))
-    store.record(known(50.0, place=longer, unlike=OTHER_KERNEL))
+    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(110.0, splits=3, unlike=OTHER_TOOLCHAIN))
+    store.save(known(200.0, place=dataclasses.replace(SIBLING, bucket=OTHER_BUCKET.bucket)))
+    store.save(known(None, "wrong", splits=3, place=OTHER_BUCKET))
+    store.save(known(50.0, place=longer, unlike=OTHER_KERNEL))
     records = run_json("list", "--gpu", "h200")["records"]
     assert [(r["time_us"], r["place"]["gpu"], r["of_place"]["gpu"], r["counts_as"], r["used"]) for r in records] == [
         (100.0, "h200", "h200", "Triton 3.5", False),
@@ -103,11 +103,11 @@ def test_list_says_what_is_gained_over_the_default(store: Store) -> None:
     """Of each place by its own toolchain and card."""
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     assert default not in (config(2), config(3))
-    store.record(known(100.0))
-    store.record(known(112.0, config=default))
-    store.record(known(200.0, place=OTHER_BUCKET))
-    store.record(known(150.0, place=OTHER_BUCKET, config=default, unlike=OTHER_TOOLCHAIN))
-    store.record(known(None, "wrong", splits=3))
+    store.save(known(100.0))
+    store.save(known(112.0, config=default))
+    store.save(known(200.0, place=OTHER_BUCKET))
+    store.save(known(150.0, place=OTHER_BUCKET, config=default, unlike=OTHER_TOOLCHAIN))
+    store.save(known(None, "wrong", splits=3))
     records = run_json("list")["records"]
     assert [(r["time_us"], r["default_us"], r["gain"]) for r in records] == [(100.0, 112.0, 1.12), (200.0, None, None)]
     lines = run("list").stdout.splitlines()
@@ -118,10 +118,10 @@ def test_list_says_what_is_gained_over_the_default(store: Store) -> None:
 
 def test_list_compares_a_sibling_cards_record_with_the_default_there(store: Store) -> None:
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
-    store.record(known(100.0, place=SIBLING))
-    store.record(known(130.0, place=SIBLING, config=default))
-    store.record(known(50.0, unlike=OTHER_KERNEL))
-    store.record(known(60.0, unlike=OTHER_KERNEL, config=default))
+    store.save(known(100.0, place=SIBLING))
+    store.save(known(130.0, place=SIBLING, config=default))
+    store.save(known(50.0, unlike=OTHER_KERNEL))
+    store.save(known(60.0, unlike=OTHER_KERNEL, config=default))
     (record,) = run_json("list", "--gpu", "h200")["records"]
     assert (record["place"]["gpu"], record["default_us"], record["gain"]) == ("h100", 130.0, 1.3)
     gains = [r["gain"] for r in run_json("list", "--all", "--gpu", "h200")["records"]]
@@ -129,9 +129,9 @@ def test_list_compares_a_sibling_cards_record_with_the_default_there(store: Stor
 
 
 def test_tables_fit_and_have_no_colours(store: Store) -> None:
-    store.record(known(123456.7, splits=128))
-    store.record(known(12345.6, splits=96, registers=255, spills=1024, shared_bytes=232448, error=1e-3))
-    store.record(known(None, "compile", splits=1, detail="[red]a detail[/red]"))
+    store.save(known(123456.7, splits=128))
+    store.save(known(12345.6, splits=96, registers=255, spills=1024, shared_bytes=232448, error=1e-3))
+    store.save(known(None, "compile", splits=1, detail="[red]a detail[/red]"))
     for command in (("list", "--all"), ("show", *CALL)):
         out = run(*command).stdout
         tables = [line for line in out.splitlines() if " w1 s4" in line and "registers" not in line]
@@ -148,7 +148,7 @@ def test_list_of_kernels_with_flags_and_without(store: Store) -> None:
     packed = dataclasses.replace(DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, varlen=True))
     longer = dataclasses.replace(whole, bucket=Bucket(1, 1, 256))
     for place in (whole, DKDV_PLACE, packed, longer):
-        store.record(known_dkdv(place=place))
+        store.save(known_dkdv(place=place))
     text = run("list").stdout
     titles = [line for line in text.splitlines() if line.startswith("h200: ")]
     kernel = "h200: dkdv, head_dim 96, bf16, GQA 4:1, "
@@ -169,7 +169,7 @@ def test_show_has_everything_of_one_place(store: Store) -> None:
         known(900.0, "slow", splits=8),
     ]
     for result in [*timed, *failed, known(1.0, place=OTHER_BUCKET)]:
-        store.record(result)
+        store.save(result)
     lines = run("show", *CALL).stdout.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["240.0", "250.0", "90.00"]
     assert "2.0e-03" in lines[3]
@@ -183,10 +183,10 @@ def test_show_has_everything_of_one_place(store: Store) -> None:
 
 
 def test_show_says_of_each_result_what_is_not_as_here(store: Store) -> None:
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(120.0, unlike=OTHER_KERNEL))
-    store.record(known(130.0))
-    store.record(known(140.0, place=SIBLING))
+    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(120.0, unlike=OTHER_KERNEL))
+    store.save(known(130.0))
+    store.save(known(140.0, place=SIBLING))
     lines = run("show", *CALL).stdout.splitlines()
     assert lines[2].endswith(f"measured  triton 3.5 (here {TRITON_HERE}), cuda 12.8 (here {HERE.cuda})")
     assert lines[3].endswith("measured  another kernel than today's")
@@ -200,9 +200,9 @@ def test_show_of_nothing() -> None:
 
 
 def test_show_of_a_kernel_with_a_window(store: Store) -> None:
-    store.record(known_dkdv())
-    store.record(known_dkdv(None, "crash", stages=3, detail="exit status -11"))
-    store.record(known_dkdv(1.0, place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))))
+    store.save(known_dkdv())
+    store.save(known_dkdv(None, "crash", stages=3, detail="exit status -11"))
+    store.save(known_dkdv(1.0, place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))))
     text = run("show", *DKDV_CALL).stdout
     assert text.startswith("h200: dkdv, head_dim 96, bf16, GQA 4:1, window; 16 kv rows, seqlen 4096, window 512\n")
     assert "M64 N128 G4 w8 s2 pieces  measured" in text
@@ -224,7 +224,7 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     ],
 )
 def test_show_says_what_of_the_evidence_differs(store: Store, there: dict[str, object], told: str) -> None:
-    store.record(known(100.0, unlike=there))
+    store.save(known(100.0, unlike=there))
     assert f"measured  {told}\n" in run("show", *CALL).stdout
     (found,) = run_json("show", *CALL)["results"]
     assert ", ".join(found["unlike_here"]) == told
@@ -232,7 +232,7 @@ def test_show_says_what_of_the_evidence_differs(store: Store, there: dict[str, o
 
 
 def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:
-    store.record(known(250.0))
+    store.save(known(250.0))
     out, err = process("-m", "parallax_gen.cli", "show", *CALL, "--json").communicate(timeout=60)
     assert 250.0 in [record["time_us"] for record in json.loads(out)["results"]]  # beside what really ships
     assert err == ""

@@ -32,15 +32,15 @@ DEFAULT = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
 
 def test_ship_merges_what_was_measured_here(store: Store, tmp_path: Path) -> None:
     for splits in (1, 2, 3, 4):
-        store.record(known(200.0 + splits, splits=splits))
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(110.0, unlike=OTHER_KERNEL))
-    store.record(known(90.0, "predicted", splits=6))
+        store.save(known(200.0 + splits, splits=splits))
+    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(110.0, unlike=OTHER_KERNEL))
+    store.save(known(90.0, "predicted", splits=6))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 0, result.output
     assert [r.time_us for r in load_shipped("h200", tmp_path / "db")] == [201.0, 202.0, 203.0]
     assert "3 records of 1 kernels and buckets; 3 new or changed" in result.stdout
-    store.record(known(None, "wrong", splits=1, created_at="2026-02-01T00:00:00+00:00"))
+    store.save(known(None, "wrong", splits=1, created_at="2026-02-01T00:00:00+00:00"))
     run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert [r.time_us for r in load_shipped("h200", tmp_path / "db")] == [202.0, 203.0, 204.0]
 
@@ -51,14 +51,14 @@ def test_ship_takes_every_op(store: Store, tmp_path: Path) -> None:
         known_dkdv(),
         known_dkdv(place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 512, 512))),
     ):
-        store.record(result)
+        store.save(result)
     assert run("ship", "--gpu", "h200", "--to", tmp_path / "db").exit_code == 0
     assert {r.place for r in load_shipped("h200", tmp_path / "db")} == {r.place for r in store.all()}
 
 
 def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(110.0, unlike=OTHER_KERNEL))
+    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(110.0, unlike=OTHER_KERNEL))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 1
     assert "nothing that was measured on h200 of today's kernels with this toolchain" in result.stderr

@@ -126,7 +126,7 @@ def test_the_fingerprint_in_a_header_is_the_programs(store: Store, tmp_path: Pat
     """And not what a record says of it that has the program's text and another's fingerprint."""
     false = known(1.0, splits=3, unlike={"kernel": "f" * 32})
     assert evidence(PLACE, config(3)).text == false.evidence.text
-    store.record(false)
+    store.save(false)
     render.cache_clear()
     assert run("export", *CALL, "-o", tmp_path).exit_code == 0
     (file,) = tmp_path.glob("decode*.py")

@@ -25,7 +25,7 @@ FEW = ("--sampler", "ours", "--sampler", "random", "--seeds", 3, "--workers", 1)
 
 def record(store: Store, splits: tuple[int, ...]) -> None:
     for number, split in enumerate(splits):
-        store.record(known(250.0 + number, splits=split, shape=SHAPE))
+        store.save(known(250.0 + number, splits=split, shape=SHAPE))
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def partial(store: Store, tmp_path: Path) -> Path:
 
 def test_a_whole_sweep_is_written(store: Store, tmp_path: Path) -> None:
     for number, each in enumerate(every_config(PLACE.spec, gpu_by_name("h200"))):
-        store.record(known(100.0 + number, config=each, shape=SHAPE))
+        store.save(known(100.0 + number, config=each, shape=SHAPE))
         if number % 97 == 0:
-            store.record(known(300.0, splits=2, place=dataclasses.replace(PLACE, gpu="h100")))
+            store.save(known(300.0, splits=2, place=dataclasses.replace(PLACE, gpu="h100")))
     done = run("sweep", "--to", tmp_path / "sweeps")
     assert done.exit_code == 0, done.output
     (path,) = (tmp_path / "sweeps").iterdir()  # the other place is not whole
@@ -118,10 +118,10 @@ def test_what_cannot_be_replayed_is_an_error_of_one_line(partial: Path, tmp_path
 def tuned(store: Store) -> None:
     """What this Triton and another one found, and the default's time."""
     default = default_of(PLACE, gpu_by_name("h200"))
-    store.record(known(200.0, splits=2))
-    store.record(known(220.0, splits=4))
-    store.record(known(300.0, config=default))
-    store.record(known(1.0, splits=4, unlike=OTHER_TOOLCHAIN))
+    store.save(known(200.0, splits=2))
+    store.save(known(220.0, splits=4))
+    store.save(known(300.0, config=default))
+    store.save(known(1.0, splits=4, unlike=OTHER_TOOLCHAIN))
 
 
 def test_what_ships_and_the_database_are_judged_by_themselves(store: Store) -> None:

@@ -118,7 +118,7 @@ def test_help_says_all_of_what_each_command_does() -> None:
 
 
 def test_a_pipe_gets_whole_lines_without_colours(store: Store) -> None:
-    store.record(known(250.0))
+    store.save(known(250.0))
     child = process("-m", "parallax_gen.cli", "list")
     out, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (0, "")
@@ -168,7 +168,7 @@ def test_a_full_disk_is_an_error_of_one_line() -> None:
 
 
 def test_a_reader_that_leaves_is_no_error(store: Store) -> None:
-    store.record(known(250.0))
+    store.save(known(250.0))
     child = process("-m", "parallax_gen.cli", "list")
     assert child.stdout is not None
     child.stdout.close()
@@ -183,7 +183,7 @@ def test_a_reader_that_leaves_is_no_error(store: Store) -> None:
 def test_verbose_says_which_config_and_why(store: Store) -> None:
     said = run("-v", "render", *CALL).stderr
     assert "decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192, on h200: the default" in said
-    store.record(known(200.0, splits=3))
+    store.save(known(200.0, splits=3))
     said = run("--verbose", "render", *CALL).stderr
     assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in said
     assert "NUM_SPLITS=3" in said
@@ -216,7 +216,7 @@ def test_the_library_is_silent_by_itself() -> None:
 
 
 def test_render_and_export_and_ship_have_json(store: Store, tmp_path: Path) -> None:
-    store.record(known(200.0, splits=3))
+    store.save(known(200.0, splits=3))
     rendered = run_json("render", *CALL)
     assert rendered["source"] == run("render", *CALL).stdout
     assert rendered["config"]["NUM_SPLITS"] == 3
@@ -230,7 +230,7 @@ def test_render_and_export_and_ship_have_json(store: Store, tmp_path: Path) -> N
 
 
 def test_a_folder_that_cannot_be_is_an_error_of_one_line(store: Store, tmp_path: Path) -> None:
-    store.record(known(200.0, splits=3))
+    store.save(known(200.0, splits=3))
     (tmp_path / "file").write_text("", encoding="utf-8")
     for arguments in (("ship", "--gpu", "h200", "--to"), ("export", *CALL, "-o")):
         done = run(*arguments, tmp_path / "file" / "db")

@@ -20,7 +20,7 @@ from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.workers.messages import Compile, Measure, Rematch, Timing, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterleaved, Timing, TrialResult
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
@@ -39,10 +39,10 @@ class FakeWorker:
     def start(self) -> None:
         pass
 
-    def ask(self, request: Compile | Measure | Rematch, timeout_s: float) -> TrialResult:
+    def ask(self, request: Compile | Measure | MeasureInterleaved, timeout_s: float) -> TrialResult:
         if isinstance(request, Compile):
             return TrialResult(Outcome.OK, resources=Resources(100, 0, 1000))
-        if isinstance(request, Rematch):
+        if isinstance(request, MeasureInterleaved):
             return TrialResult(Outcome.CRASH, "nothing is timed in turns")
         FakeWorker.measured += 1
         if FakeWorker.measured == 2:
@@ -340,7 +340,7 @@ def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -
 def test_refresh_times_what_is_known_again(card: None, store: Store) -> None:
     other = dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))
     for place in (PLACE, other):
-        store.record(known(splits=3, place=place))
+        store.save(known(splits=3, place=place))
     summary = json.loads(run("tune", "--refresh", "--workers", "1", "--json").stdout)
     assert {(job["bucket"]["kv_rows"], job["outcome"]) for job in summary["jobs"]} == {(256, "ok"), (1024, "ok")}
     assert all(job["trials"] == 2 and job["known"] == 0 for job in summary["jobs"])  # the default, and its own
@@ -359,21 +359,21 @@ def test_refresh_times_what_is_known_again(card: None, store: Store) -> None:
     ],
 )
 def test_refresh_says_what_it_cannot_do(card: None, store: Store, asked: tuple[str, ...], told: str) -> None:
-    store.record(known())
+    store.save(known())
     result = run("tune", "--refresh", *asked, "--workers", "1")
     assert result.exit_code != 0
     assert told in result.stderr
 
 
 def test_refresh_needs_a_device(store: Store) -> None:
-    store.record(known())
+    store.save(known())
     result = run("tune", "--gpu", "h200", "--refresh", "--workers", "1")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "error: --refresh: there is no CUDA device here to time it on"
 
 
 def test_refresh_of_training_is_of_a_step_s_kernels(card: None, store: Store) -> None:
-    store.record(known())
-    store.record(known_dkdv())
+    store.save(known())
+    store.save(known_dkdv())
     (job,) = json.loads(run("tune", "--refresh", "--op", "training", "--workers", "1", "--json").stdout)["jobs"]
     assert job["spec"]["op"] == "dkdv"

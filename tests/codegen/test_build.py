@@ -29,7 +29,7 @@ from parallax_gen.ops.space import default_config, most_shared_bytes, why_invali
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.run import MOST_SPILLS
+from parallax_gen.tuning.run import MAX_SPILLS
 from parallax_gen.tuning.workers.messages import Compile, Trial, TrialResult
 from parallax_gen.tuning.workers.worker import Worker
 
@@ -337,7 +337,7 @@ def fit_without_many_spills(jobs: list[Job]) -> None:
     for job in jobs:
         resources = found[job.name].resources
         assert resources is not None, (job.name, found[job.name])
-        assert resources.spills <= MOST_SPILLS, (job.name, resources)
+        assert resources.spills <= MAX_SPILLS, (job.name, resources)
         assert resources.shared_bytes <= GPUS[job.gpu].shared_per_block, (job.name, resources)
 
 

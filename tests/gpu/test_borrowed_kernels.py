@@ -14,7 +14,7 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.memory import guard
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of
+from parallax_gen.memory.ranking import RecordTable, Tier, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
@@ -61,7 +61,7 @@ def test_the_driver_says_what_the_machine_code_does_and_the_launch_compiles_no_m
     torch.cuda.synchronize()
     assert sorted(cache.rglob("*.cubin")) == programs
     assert found == compile_for(source, spec, config, shape, gpu)
-    assert (config != SPILLS) or found.spills > guard.MOST_MORE_SPILLS
+    assert (config != SPILLS) or found.spills > guard.MAX_EXTRA_SPILLS
 
 
 def test_a_call_gets_a_borrowed_kernel_that_was_checked_and_not_one_that_spills() -> None:
@@ -74,13 +74,13 @@ def test_a_call_gets_a_borrowed_kernel_that_was_checked_and_not_one_that_spills(
         evidence = replace(evidence_of(render(FORWARD, config, gpu)), triton="2.0.0")
         return Result(place, evidence, config, "ok", time_us=time_us)
 
-    known = Table([borrowed(SPILLS, 1.0), borrowed(fine, 2.0), borrowed(default, 3.0)])
+    known = RecordTable([borrowed(SPILLS, 1.0), borrowed(fine, 2.0), borrowed(default, 3.0)])
     choice, _ = Dispatcher(known).kernel(FORWARD, SHAPE, gpu)
     assert (choice.candidate.tier, choice.config, choice.checked) == (Tier.OTHER_TOOLCHAIN, fine, True)
     ((refused, why),) = choice.refused
     assert refused.config == SPILLS
     assert "it spills" in why
     # Another process, that compiles nothing, says the same.
-    said = guard.guarded(place, gpu, known)
+    said = guard.checked_choice(place, gpu, known)
     assert (said.candidate, said.checked) == (choice.candidate, True)
     assert Bucket(8, 512, 512) == place.bucket

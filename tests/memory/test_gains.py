@@ -10,9 +10,9 @@ import pytest
 
 from parallax_gen.codegen.render import render
 from parallax_gen.files import data_dir
-from parallax_gen.memory.gains import gain, standings, standings_of
+from parallax_gen.memory.gains import comparisons, comparisons_of, gain
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, default_beside, default_of, evidence_of
+from parallax_gen.memory.ranking import RecordTable, comparable_default, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.ops.base import KernelConfig
@@ -44,7 +44,7 @@ def timed(time_us: float, config: KernelConfig, place: Place = PLACE, day: int =
 
 
 def gained(record: Result, *others: Result) -> float | None:
-    return gain(record, default_beside(record, DEFAULT, GPU, Table([record, *others])))
+    return gain(record, comparable_default(record, DEFAULT, GPU, RecordTable([record, *others])))
 
 
 def test_the_gain_is_the_defaults_time_over_the_records() -> None:
@@ -94,31 +94,31 @@ def test_each_toolchain_stands_by_itself() -> None:
         timed(75.0, other_config(4), **old),
         timed(60.0, DEFAULT, **old, **OTHER_KERNEL),
     ]
-    found = standings(PLACE, GPU, records)
+    found = comparisons(PLACE, GPU, records)
     assert [(s.chosen, s.default, s.gain) for s in found] == [(records[0], records[1], 1.25), (records[2], None, None)]
     assert not any(s.slower for s in found)
-    assert standings(PLACE, GPU, [timed(80.0, other_config(), **OTHER_KERNEL)]) == []
+    assert comparisons(PLACE, GPU, [timed(80.0, other_config(), **OTHER_KERNEL)]) == []
 
 
 def test_toolchains_that_make_the_same_programs_stand_together() -> None:
     """The newest measured is chosen, and the default of it is compared, else the other's."""
     old, new = timed(90.0, DEFAULT, triton="3.6"), timed(100.0, other_config(), day=2)
-    (found,) = standings(PLACE, GPU, [old, new])
+    (found,) = comparisons(PLACE, GPU, [old, new])
     assert (found.chosen, found.default, found.slower) == (new, old, True)
-    (found,) = standings(PLACE, GPU, [old, new, timed(110.0, DEFAULT, day=2)])
+    (found,) = comparisons(PLACE, GPU, [old, new, timed(110.0, DEFAULT, day=2)])
     assert (found.gain, found.slower) == (1.1, False)
 
 
 def test_standings_of_many_places() -> None:
     longer = dataclasses.replace(PLACE, bucket=Bucket(8, 8192, 8192))
     records = [timed(80.0, other_config()), timed(100.0, DEFAULT), timed(300.0, other_config(), longer)]
-    assert [(s.place, s.gain) for s in standings_of(records, GPU)] == [(PLACE, 1.25), (longer, None)]
+    assert [(s.place, s.gain) for s in comparisons_of(records, GPU)] == [(PLACE, 1.25), (longer, None)]
 
 
 @pytest.mark.parametrize("path", sorted(data_dir("tuning_db").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_what_ships_never_loses_to_not_tuning(path: Path) -> None:
     """`parallax-gen ship --check` lists what is counted here."""
-    found = standings_of(load_shipped(path.stem), GPUS[path.stem])
+    found = comparisons_of(load_shipped(path.stem), GPUS[path.stem])
     assert [(s.place, s.chosen.config, s.gain) for s in found if s.slower] == []
     timed_default = {s.place for s in found if s.default is not None}
     without = {s.place for s in found} - timed_default

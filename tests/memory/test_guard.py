@@ -13,9 +13,9 @@ from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError
 from parallax_gen.memory import guard
-from parallax_gen.memory.guard import MOST_MORE_SPILLS, guarded, keep, kept
+from parallax_gen.memory.guard import MAX_EXTRA_SPILLS, cache_resources, cached_resources, checked_choice
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of
+from parallax_gen.memory.ranking import RecordTable, Tier, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
@@ -31,7 +31,7 @@ PLACE = Place(GPU.name, SPEC, Bucket(8, 4096, 4096))
 DEFAULT = default_of(PLACE, GPU)
 FIRST, SECOND, THIRD = [config for config in every_config(SPEC, GPU) if config != DEFAULT][:3]
 FINE = Resources(200, 0, 1000)
-SPILLS = Resources(255, MOST_MORE_SPILLS + 8, 1000)
+SPILLS = Resources(255, MAX_EXTRA_SPILLS + 8, 1000)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def record(config: KernelConfig, time_us: float, triton: str = "2.0.0") -> Resul
     return Result(PLACE, evidence, config, "ok", time_us=time_us)
 
 
-BORROWED = Table([record(FIRST, 1.0), record(SECOND, 2.0), record(THIRD, 3.0)])
+BORROWED = RecordTable([record(FIRST, 1.0), record(SECOND, 2.0), record(THIRD, 3.0)])
 
 
 class Compiler:
@@ -63,17 +63,17 @@ class Compiler:
         return found
 
 
-@pytest.mark.parametrize("resources", [FINE, Resources(255, MOST_MORE_SPILLS, GPU.shared_per_block)])
+@pytest.mark.parametrize("resources", [FINE, Resources(255, MAX_EXTRA_SPILLS, GPU.shared_per_block)])
 def test_one_that_compiles_well_is_used_and_nothing_else_compiled(resources: Resources) -> None:
     compiler = Compiler(first=resources)
-    found = guarded(PLACE, GPU, BORROWED, compiler)
+    found = checked_choice(PLACE, GPU, BORROWED, compiler)
     assert (found.candidate.config, found.checked, found.refused) == (FIRST, True, ())
     assert compiler.asked == ["first"]
 
 
 def test_one_that_spills_far_more_than_the_default_is_passed_over() -> None:
     compiler = Compiler(first=SPILLS, second=FINE, default=Resources(255, 7, 1000))
-    found = guarded(PLACE, GPU, BORROWED, compiler)
+    found = checked_choice(PLACE, GPU, BORROWED, compiler)
     assert (found.candidate.config, found.checked) == (SECOND, True)
     ((refused, why),) = found.refused
     assert refused.config == FIRST
@@ -81,7 +81,7 @@ def test_one_that_spills_far_more_than_the_default_is_passed_over() -> None:
     assert compiler.asked == ["first", "default", "second"]
     # Where the default spills as well, it is no reason.
     alike = Compiler(first=SPILLS, default=Resources(255, 8, 1000))
-    assert guarded(PLACE, GPU, BORROWED, alike).candidate.config == FIRST
+    assert checked_choice(PLACE, GPU, BORROWED, alike).candidate.config == FIRST
 
 
 @pytest.mark.parametrize(
@@ -92,83 +92,85 @@ def test_one_that_spills_far_more_than_the_default_is_passed_over() -> None:
     ],
 )
 def test_one_that_does_not_compile_or_fit_is_passed_over(needs: Resources | Exception, why: str) -> None:
-    found = guarded(PLACE, GPU, BORROWED, Compiler(first=needs, second=FINE))
+    found = checked_choice(PLACE, GPU, BORROWED, Compiler(first=needs, second=FINE))
     assert found.candidate.config == SECOND
     assert why in found.refused[0][1]
 
 
 def test_of_two_at_the_most_else_the_default() -> None:
     compiler = Compiler(first=SPILLS, second=SPILLS, third=FINE, default=FINE)
-    found = guarded(PLACE, GPU, BORROWED, compiler)
+    found = checked_choice(PLACE, GPU, BORROWED, compiler)
     assert (found.candidate.tier, found.candidate.config, found.checked) == (Tier.DEFAULT, DEFAULT, True)
     assert [candidate.config for candidate, _ in found.refused] == [FIRST, SECOND]
     assert "third" not in compiler.asked
 
 
 def test_one_kernel_of_two_records_is_compiled_and_counted_once() -> None:
-    known = Table([record(FIRST, 1.0), record(FIRST, 1.0, "1.9.0"), record(SECOND, 2.0), record(SECOND, 2.0, "1.9.0")])
-    known = Table([*known.results(PLACE), record(THIRD, 3.0), record(THIRD, 3.0, "1.9.0")])
-    found = guarded(PLACE, GPU, known, Compiler(first=SPILLS, second=FINE, default=FINE))
+    known = RecordTable(
+        [record(FIRST, 1.0), record(FIRST, 1.0, "1.9.0"), record(SECOND, 2.0), record(SECOND, 2.0, "1.9.0")]
+    )
+    known = RecordTable([*known.results(PLACE), record(THIRD, 3.0), record(THIRD, 3.0, "1.9.0")])
+    found = checked_choice(PLACE, GPU, known, Compiler(first=SPILLS, second=FINE, default=FINE))
     assert found.candidate.config == SECOND
     assert len(found.refused) == 1
 
 
 def test_where_the_default_does_not_compile_the_borrowed_one_is_used() -> None:
-    found = guarded(PLACE, GPU, BORROWED, Compiler(first=SPILLS, default=BuildError("no")))
+    found = checked_choice(PLACE, GPU, BORROWED, Compiler(first=SPILLS, default=BuildError("no")))
     assert found.candidate.config == FIRST
 
 
 def test_what_was_measured_here_is_not_compiled_to_be_checked() -> None:
     compiler = Compiler()
     here = Toolchain.here().triton
-    known = Table([record(config, 9.0, here) for config in (FIRST, SECOND, THIRD)])
-    assert guarded(PLACE, GPU, known, compiler).checked
-    assert guarded(PLACE, GPU, Table([]), compiler).candidate.config == DEFAULT
+    known = RecordTable([record(config, 9.0, here) for config in (FIRST, SECOND, THIRD)])
+    assert checked_choice(PLACE, GPU, known, compiler).checked
+    assert checked_choice(PLACE, GPU, RecordTable([]), compiler).candidate.config == DEFAULT
     assert compiler.asked == []
 
 
 def test_what_was_not_compiled_yet_is_said_to_be_unchecked() -> None:
-    found = guarded(PLACE, GPU, BORROWED)
+    found = checked_choice(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked) == (FIRST, False)
-    keep(render(SPEC, FIRST, GPU), GPU, SPILLS)
-    found = guarded(PLACE, GPU, BORROWED)
+    cache_resources(render(SPEC, FIRST, GPU), GPU, SPILLS)
+    found = checked_choice(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked, found.refused) == (
         FIRST,
         False,
         (),
     )  # what the default spills decides
-    keep(render(SPEC, DEFAULT, GPU), GPU, SPILLS)
-    found = guarded(PLACE, GPU, BORROWED)
+    cache_resources(render(SPEC, DEFAULT, GPU), GPU, SPILLS)
+    found = checked_choice(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked) == (FIRST, True)
-    keep(render(SPEC, DEFAULT, GPU), GPU, FINE)
-    assert guarded(PLACE, GPU, BORROWED).refused[0][0].config == FIRST
+    cache_resources(render(SPEC, DEFAULT, GPU), GPU, FINE)
+    assert checked_choice(PLACE, GPU, BORROWED).refused[0][0].config == FIRST
 
 
 def test_that_one_does_not_compile_here_is_kept() -> None:
     """So that commands name what calls launch, and no later process compiles it again."""
-    keep(render(SPEC, FIRST, GPU), GPU, BuildError("ptxas: no\nregisters left"))
-    found = guarded(PLACE, GPU, BORROWED)
+    cache_resources(render(SPEC, FIRST, GPU), GPU, BuildError("ptxas: no\nregisters left"))
+    found = checked_choice(PLACE, GPU, BORROWED)
     assert [why for _, why in found.refused] == ["it does not compile here: ptxas: no registers left"]
     assert (found.candidate.config, found.checked) == (SECOND, False)
     with pytest.raises(BuildError, match="no registers left"):
-        kept(render(SPEC, FIRST, GPU), GPU)
+        cached_resources(render(SPEC, FIRST, GPU), GPU)
 
 
 @pytest.mark.parametrize("needs", [Resources(255, 0, GPU.shared_per_block + 1), BuildError("no")])
 def test_what_is_refused_whatever_the_default_needs_is_refused_before_that_is_compiled(needs: Any) -> None:
     compiler = Compiler(first=needs, second=FINE)
-    assert guarded(PLACE, GPU, BORROWED, compiler).candidate.config == SECOND
+    assert checked_choice(PLACE, GPU, BORROWED, compiler).candidate.config == SECOND
     assert compiler.asked == ["first", "second"]
 
 
 def test_what_is_kept_is_of_a_kernel_a_toolchain_and_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     source = render(SPEC, FIRST, GPU)
-    keep(source, GPU, FINE)
-    assert kept(source, GPU) == kept(source, GPUS["h100"]) == FINE
-    assert kept(render(SPEC, SECOND, GPU), GPU) is None
-    assert kept(source, GPUS["b200"]) is None
+    cache_resources(source, GPU, FINE)
+    assert cached_resources(source, GPU) == cached_resources(source, GPUS["h100"]) == FINE
+    assert cached_resources(render(SPEC, SECOND, GPU), GPU) is None
+    assert cached_resources(source, GPUS["b200"]) is None
     monkeypatch.setattr(Toolchain, "here", classmethod(lambda cls: Toolchain("9.9.9", "99.9")))
-    assert kept(source, GPU) is None
+    assert cached_resources(source, GPU) is None
 
 
 @pytest.mark.parametrize(
@@ -190,18 +192,18 @@ def test_what_is_kept_is_of_a_kernel_a_toolchain_and_a_capability(monkeypatch: p
 )
 def test_a_damaged_note_is_none(cache: Path, text: str) -> None:
     source = render(SPEC, FIRST, GPU)
-    keep(source, GPU, FINE)
+    cache_resources(source, GPU, FINE)
     (path,) = (cache / f"resources-{guard.FORMAT}").iterdir()
     path.write_text(text, encoding="utf-8")
-    assert kept(source, GPU) is None
+    assert cached_resources(source, GPU) is None
 
 
 def test_without_a_folder_it_is_found_out_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setattr(guard, "cache_dir", lambda: tmp_path / "file")
     source = render(SPEC, FIRST, GPU)
-    keep(source, GPU, FINE)
-    assert kept(source, GPU) is None
+    cache_resources(source, GPU, FINE)
+    assert cached_resources(source, GPU) is None
 
 
 def test_a_call_compiles_what_does_not_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +220,6 @@ def test_a_call_compiles_what_does_not_compile_once(monkeypatch: pytest.MonkeyPa
     shape = representative(PLACE.bucket, SPEC.group)
     for _ in range(2):
         compiled = dispatch._compiler(SPEC, shape, GPU)
-        assert guarded(PLACE, GPU, BORROWED, compiled).candidate.config == DEFAULT
+        assert checked_choice(PLACE, GPU, BORROWED, compiled).candidate.config == DEFAULT
     assert asked == [FIRST, SECOND]
-    assert guarded(PLACE, GPU, BORROWED).candidate.config == DEFAULT
+    assert checked_choice(PLACE, GPU, BORROWED).candidate.config == DEFAULT

@@ -10,20 +10,20 @@ from strategies import GOLDEN
 
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError
-from parallax_gen.memory.old import OPS_OF_RECORDS, SAME, op_named, same_programs, spec_from
+from parallax_gen.memory.old import OPS_OF_RECORDS, UNCHANGED, op_of_record, same_programs, spec_from
 from parallax_gen.ops.base import op_of
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import OPS, KernelSpec
 
 # Fingerprints of golden kernels when fingerprints were introduced. Not to be written anew: where one of an op differs,
-# the op's hashes go from `legacy.SAME`.
+# the op's hashes go from `legacy.UNCHANGED`.
 THEN = json.loads((Path(__file__).parent / "golden_of_legacy.json").read_text(encoding="utf-8"))
 
 
 OF_OWN_LENGTHS = "5a31e45e6396"  # of the two templates of decode the one for sequences of their own lengths
 
 
-@pytest.mark.parametrize("templates", SAME)
+@pytest.mark.parametrize("templates", UNCHANGED)
 def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
     of_it = {
         name: kernel
@@ -47,12 +47,12 @@ def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
 )
 def test_a_record_that_names_no_op_is_refused(op: object, ragged: object, message: str) -> None:
     with pytest.raises(ArgumentError) as caught:
-        op_named(op, ragged)
+        op_of_record(op, ragged)
     assert str(caught.value) == message
 
 
 def test_records_know_each_op_by_one_name() -> None:
-    assert [op_named(*name) for name in OPS_OF_RECORDS] == list(OPS)
+    assert [op_of_record(*name) for name in OPS_OF_RECORDS] == list(OPS)
     for op in OPS:
         spec = KernelSpec(op, 64, "bf16")
         assert (spec.to_dict()["op"], spec.to_dict()["ragged"]) == (spec.family, op == "decode_varlen")

@@ -62,7 +62,7 @@ KILLS = """
 def record(pipe, path, first):
     with Store(path) as store:
         for n in range(first, first + MOST):
-            store.record(result(block_n=n))
+            store.save(result(block_n=n))
             os.write(pipe, b"%d\\n" % n)
         time.sleep(60)
 
@@ -97,7 +97,7 @@ for database in range(10):
         assert wanted <= there, (path, len(wanted - there))
         assert len([c for c in there if c.BLOCK_N // MOST == MERGES]) % MANY == 0
     with Store(path) as store:  # the next run goes on
-        store.record(result(block_n=7, time_us=1.0, day=2))
+        store.save(result(block_n=7, time_us=1.0, day=2))
         assert store.results(PLACE)[0] == result(block_n=7, time_us=1.0, day=2)
     kept += len(wanted)
 print(killed, kept)
@@ -116,7 +116,7 @@ def use(pipe, path, process):
     with Store(path) as store, Store(path, read_only=True) as reader:
         for n in range(8):
             mine = 100 * process + n
-            store.record(result(block_n=mine, time_us=100.0 + mine))
+            store.save(result(block_n=mine, time_us=100.0 + mine))
             rows = reader.results(PLACE)  # on the connection that dispatch has
             assert config(mine) in {r.config for r in rows}
             assert len(rows) >= seen, "a row is gone"
@@ -149,7 +149,7 @@ def fill(pipe, path):
     with Store(path) as store:
         try:
             for n in range(10_000):
-                store.record(result(block_n=n))
+                store.save(result(block_n=n))
                 os.write(pipe, b"%d\\n" % n)
         except StoreError as error:
             assert str(path) in str(error) and "PARALLAX_GEN_DB" in str(error), error
@@ -165,7 +165,7 @@ assert len(recorded) > 10
 with Store(path) as store:
     assert store.problems() == []
     assert {r.config for r in store.all()} == {config(n) for n in recorded}
-    store.record(result(block_n=len(recorded)))
+    store.save(result(block_n=len(recorded)))
 print("ok")
 """
 
@@ -181,7 +181,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_what_sqlite_says_of_a_full_disk(store: Store) -> None:
-    store.record(result())
+    store.save(result())
     store._db.execute("PRAGMA max_page_count = 5")
     with pytest.raises(StoreError, match=r"tuning\.db: database or disk is full\. PARALLAX_GEN_DB"):
         store.merge(result(block_n=n) for n in range(1000))
@@ -201,6 +201,6 @@ def test_a_merge_that_fails_adds_nothing(store: Store) -> None:
 
 def test_reading_can_go_on_while_another_process_writes(store: Store) -> None:
     """A transaction that is not finished, as of a process that was stopped in it, is not waited for."""
-    store.record(result())
+    store.save(result())
     with Store(store.path, read_only=True) as reader, _transaction(store._db):
         assert reader.results(PLACE) == [result()]

@@ -73,13 +73,13 @@ def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: 
         ]
         assert {(r.evidence.templates, r.evidence.kernel, r.evidence.triton) for r in found} == {("abc123", "", "3.6")}
         assert {r.error for r in found} == {float("inf")}
-        assert store.in_order()[0] == found[1]
+        assert store.in_trial_order()[0] == found[1]
         assert store.schema == 2
         assert len(store.unreadable_rows()) == 3  # they are where they were
     if read_only:
         assert path.read_bytes() == before  # an older version may be using it
     with Store(path) as store:
-        store.record(result(day=2))
+        store.save(result(day=2))
         assert len(store.results(PLACE)) == 4
     with Store(path, read_only=True) as store:
         assert len(store.results(PLACE)) == 4
@@ -100,14 +100,14 @@ def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
             [(*row.values(), f"more {i}") for i in range(many)],
         )
     with Store(path, read_only=True) as store:
-        monkeypatch.setattr(Store, "_copy", property(lambda _: pytest.fail("all of it was converted")))
+        monkeypatch.setattr(Store, "_migrated_copy", property(lambda _: pytest.fail("all of it was converted")))
         assert [r.outcome for r in store.results(PLACE)] == ["ok", "ok", "crash"]
         assert store.results(dataclasses.replace(PLACE, gpu="h100")) == []
     monkeypatch.undo()
     with Store(path, read_only=True) as reader:
         assert len(reader.results(PLACE)) == 3
         with Store(path) as writer:  # which brings it up to date meanwhile
-            writer.record(result(day=2))
+            writer.save(result(day=2))
         assert len(reader.results(PLACE)) == 4
 
 

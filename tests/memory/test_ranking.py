@@ -15,14 +15,14 @@ from parallax_gen.memory import old as legacy
 from parallax_gen.memory import ranking
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import (
-    Table,
+    RecordTable,
     Tier,
     best,
     default_of,
     evidence_of,
     is_current,
     is_rendered,
-    near_buckets,
+    near_places,
     ranked,
     siblings,
 )
@@ -65,7 +65,7 @@ def record(
 
 def choices(*records: Result) -> list[tuple[Tier, KernelConfig]]:
     known = sorted(records, key=lambda r: r.time_us or 0.0)
-    return [(c.tier, c.config) for c in ranked(PLACE, GPU, Table(known))]
+    return [(c.tier, c.config) for c in ranked(PLACE, GPU, RecordTable(known))]
 
 
 LAST = (Tier.DEFAULT, DEFAULT)
@@ -88,14 +88,14 @@ def test_tiers_go_before_times() -> None:
 def test_a_card_that_another_stands_in_for_has_no_siblings() -> None:
     """Of a card that is neither in the table nor here nobody knows what it is like."""
     sibling = record(place=dataclasses.replace(PLACE, gpu="h100"))
-    assert best(PLACE, GPU, Table([sibling])).tier == Tier.SIBLING_CARD
-    assert best(dataclasses.replace(PLACE, gpu="nvidia-x-1sm"), GPU, Table([sibling])).tier == Tier.DEFAULT
+    assert best(PLACE, GPU, RecordTable([sibling])).tier == Tier.SIBLING_CARD
+    assert best(dataclasses.replace(PLACE, gpu="nvidia-x-1sm"), GPU, RecordTable([sibling])).tier == Tier.DEFAULT
 
 
 def test_a_siblings_preprocess_is_not_ahead_of_the_default() -> None:
     place = Place(GPU.name, KernelSpec("preprocess", 128, "bf16"), Bucket(8, 4096, 4096))
     sibling = dataclasses.replace(place, gpu="h100")
-    assert best(place, GPU, Table([record(config=default_of(place, GPU), place=sibling)])).record is None
+    assert best(place, GPU, RecordTable([record(config=default_of(place, GPU), place=sibling)])).record is None
 
 
 DECODE = Place(GPU.name, KernelSpec("decode", 128, "bf16", group=4), Bucket(8, 1, 4096))
@@ -110,13 +110,13 @@ def test_a_near_bucket_of_a_decode_goes_before_the_default_along_keys_first() ->
     config = dataclasses.replace(default, num_stages=5 - default.num_stages % 2)
     order = [near(8, 2048), near(8, 8192), near(8, 1024), near(8, 16384), near(4, 4096), near(16, 4096)]
     known = [record(9.0 - n, config, place) for n, place in enumerate(order)]  # the fastest is not the nearest
-    found = list(ranked(DECODE, GPU, Table(known)))
+    found = list(ranked(DECODE, GPU, RecordTable(known)))
     assert [c.tier for c in found] == [Tier.NEIGHBOUR] * len(order) + [Tier.DEFAULT]
     assert [c.record.place for c in found[:-1] if c.record] == order
     own = record(99.0, config, DECODE, **OLD)
-    assert best(DECODE, GPU, Table([*known, own])).record == own
+    assert best(DECODE, GPU, RecordTable([*known, own])).record == own
     further = [near(8, 32768), near(32, 4096), dataclasses.replace(near(8, 2048), gpu="h100")]
-    assert best(DECODE, GPU, Table(record(1.0, config, place) for place in further)).record is None
+    assert best(DECODE, GPU, RecordTable(record(1.0, config, place) for place in further)).record is None
 
 
 @pytest.mark.parametrize("spec", [SPEC, KernelSpec("decode_varlen", 128, "bf16", group=4)])
@@ -124,13 +124,13 @@ def test_a_near_bucket_of_other_kernels_is_not_ahead_of_the_default(spec: Kernel
     place = Place(GPU.name, spec, Bucket(8, 1 if spec.family == "decode" else 4096, 4096))
     bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
     there = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
-    assert best(place, GPU, Table([there])).record is None
+    assert best(place, GPU, RecordTable([there])).record is None
 
 
 def test_the_smallest_buckets_have_near_ones_too() -> None:
-    smallest = [p.bucket for p in near_buckets(near(1, 128))]
+    smallest = [p.bucket for p in near_places(near(1, 128))]
     assert smallest == [Bucket(1, 1, 256), Bucket(1, 1, 512), Bucket(2, 1, 128)]
-    assert next(near_buckets(PLACE)).bucket == Bucket(8, 2048, 2048)  # self-attention's lengths go together
+    assert next(near_places(PLACE)).bucket == Bucket(8, 2048, 2048)  # self-attention's lengths go together
 
 
 def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None:
@@ -228,7 +228,7 @@ def test_a_search_that_did_not_know_a_knob_of_a_siblings_newer_best_is_passed_ov
     sibling = dataclasses.replace(windowed, gpu="h100")
 
     def chosen(*records: Result) -> KernelConfig:
-        return best(windowed, GPU, Table(records)).config
+        return best(windowed, GPU, RecordTable(records)).config
 
     own = record(2.0, default, windowed, day=2)
     assert chosen(own, record(1.0, first, sibling, day=3)) == first
@@ -283,7 +283,7 @@ def test_records_from_before_fingerprints(templates: str, spec: KernelSpec, same
     config = default_of(place, GPU)
     old = Result(place, Evidence("", "", "3.6", "12.8", 1, templates), config, "ok", time_us=1.0)
     assert is_rendered(old, GPU) == same
-    assert best(place, GPU, Table([old])).tier == (Tier.OTHER_TOOLCHAIN if same else Tier.DEFAULT)
+    assert best(place, GPU, RecordTable([old])).tier == (Tier.OTHER_TOOLCHAIN if same else Tier.DEFAULT)
 
 
 def test_no_more_is_rendered_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,5 +295,5 @@ def test_no_more_is_rendered_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
     records: Iterable[Result] = [record(1.0), record(2.0, other_config(HEAD_GROUP=4)), record(0.5, place=ON_SIBLING)]
     monkeypatch.setattr(ranking, "text_hash_of", watched)
-    assert best(PLACE, GPU, Table(records)).tier == Tier.MEASURED_HERE
+    assert best(PLACE, GPU, RecordTable(records)).tier == Tier.MEASURED_HERE
     assert rendered == [other_config()]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memory_samples import EVIDENCE, PLACE, SHAPE, config, result
 
 from parallax_gen.errors import ArgumentError, ConfigError, ParallaxGenError
-from parallax_gen.memory.bounds import fitting_detail
+from parallax_gen.memory.bounds import truncated_detail
 from parallax_gen.memory.result import Evidence, Outcome, Result, supersedes
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.shapes import Bucket
@@ -112,16 +112,16 @@ def test_what_may_have_been_measured_is_taken(change: dict[str, object]) -> None
 
 def test_what_a_compiler_said_is_made_to_fit() -> None:
     said = "\udc80 " + "x" * 1_000_000
-    detail = fitting_detail(said)
+    detail = truncated_detail(said)
     assert result("compile", detail=detail).detail.startswith("\\udc80 xxx")
 
 
 def test_a_long_text_is_soon_looked_through() -> None:
     """For words of the machine's: the time that it takes grows with the square of what is looked at."""
     started = time.monotonic()
-    assert not result("crash", detail="CUDA " * 10_000).of_machine
-    assert result("crash", detail="OSError: " + "x" * 40_000).of_machine
-    assert result("crash", detail="x" * 40_000 + "\nNo space left on device").of_machine
+    assert not result("crash", detail="CUDA " * 10_000).is_machine_fault
+    assert result("crash", detail="OSError: " + "x" * 40_000).is_machine_fault
+    assert result("crash", detail="x" * 40_000 + "\nNo space left on device").is_machine_fault
     assert time.monotonic() - started < 2
 
 
@@ -203,7 +203,7 @@ def test_what_outcomes_say() -> None:
     assert those("tried") == ["ok", "invalid", "compile", "resources", "timeout", "crash", "wrong", "slow"]
     assert those("inconclusive") == ["timeout", "crash"]
     full = "OSError: [Errno 28] No space left on device"
-    assert [outcome for outcome in Outcome if result(outcome, detail=full).of_machine] == [
+    assert [outcome for outcome in Outcome if result(outcome, detail=full).is_machine_fault] == [
         "compile",
         "resources",
         "crash",

@@ -13,12 +13,19 @@ from any_memory import any_config, any_memory, any_result, some_kernels
 
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.memory.guard import UNCHECKED, Compiled, guarded, looked_at
+from parallax_gen.memory.guard import NOT_BORROWED, CompiledResources, checked_choice, launch_candidates
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of, near_places, shown_by
+from parallax_gen.memory.ranking import (
+    RecordTable,
+    Tier,
+    borrowable_neighbours,
+    default_of,
+    evidence_of,
+    representative_records,
+)
 from parallax_gen.memory.result import Result, reading_order
-from parallax_gen.memory.sharing import places_served, records_shared
+from parallax_gen.memory.sharing import places_served, records_to_share
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
@@ -48,11 +55,11 @@ class Held(Memory):
         return [r for r in self.held if gpu in (None, r.place.gpu)]
 
 
-def received(shared: Iterable[Result]) -> Table:
+def received(shared: Iterable[Result]) -> RecordTable:
     """As another rank has it."""
     found = read_lines("sent", "".join(map(to_line, shared)).encode().splitlines())
-    assert found.bad == []
-    return Table(found.results)
+    assert found.problems == []
+    return RecordTable(found.results)
 
 
 def known(config: KernelConfig, place: Place, time_us: float = 10.0, outcome: str = "ok", **evidence: str) -> Result:
@@ -60,7 +67,7 @@ def known(config: KernelConfig, place: Place, time_us: float = 10.0, outcome: st
     return Result(place, found, config, outcome, time_us=time_us if outcome == "ok" else None)
 
 
-def compiler(draw: random.Random) -> Compiled:
+def compiler(draw: random.Random) -> CompiledResources:
     """Half of the kernels spill."""
     salt = draw.random()
     return lambda config: Resources(255, random.Random(f"{salt} {config}").choice((0, 1000)), 1000)
@@ -71,7 +78,11 @@ def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig
     place = Place("h200", draw.choice(list(kernels)), Bucket(8, 1, 4096))
     if place.spec.family != "decode":
         place = replace(place, bucket=Bucket(8, 4096, 4096))
-    around = [replace(p, gpu=gpu) for p in (place, place, *near_places(place)[:3]) for gpu in ("h200", "h200", "h100")]
+    around = [
+        replace(p, gpu=gpu)
+        for p in (place, place, *borrowable_neighbours(place)[:3])
+        for gpu in ("h200", "h200", "h100")
+    ]
     results = [any_result(draw, draw.choice(around), kernels[place.spec]) for _ in range(draw.randint(0, 16))]
     today = [
         replace(known(r.config, r.place).evidence, triton=r.evidence.triton, cuda=r.evidence.cuda) for r in results
@@ -104,39 +115,39 @@ def test_whatever_a_memory_holds_both_sides_rank_alike(full: bool) -> None:
     for _ in range(300):
         place, results = full_memory(draw, kernels) if full else any_memory(draw, kernels, most=40)
         card, memory = GPUS[place.gpu], Held(results)
-        shared = records_shared(memory, card)
+        shared = records_to_share(memory, card)
         there = received(shared)
         seen["sent"] += len(shared)
         seen["held"] += len(memory.held)
-        places = dict.fromkeys([place, *near_places(place), *places_served(memory.held, card)])
-        chosen = {place: list(looked_at(place, card, memory)) for place in places}
+        places = dict.fromkeys([place, *borrowable_neighbours(place), *places_served(memory.held, card)])
+        chosen = {place: list(launch_candidates(place, card, memory)) for place in places}
         for place, expected in chosen.items():
-            assert list(looked_at(place, card, there)) == expected
+            assert list(launch_candidates(place, card, there)) == expected
             compiled = compiler(draw)
-            assert guarded(place, card, there, compiled) == guarded(place, card, memory, compiled)
+            assert checked_choice(place, card, there, compiled) == checked_choice(place, card, memory, compiled)
             seen[f"{len(expected)} of {expected[0].tier.words}"] += 1
         bests = [choice[0].record for choice in chosen.values() if choice[0].record]
         for name, some in (("bests", bests), ("bests and what their searches knew", known_of(bests, memory))):
-            table = Table(sorted(set(some), key=reading_order))
-            seen[f"not enough: {name}"] += any(list(looked_at(p, card, table)) != chosen[p] for p in places)
+            table = RecordTable(sorted(set(some), key=reading_order))
+            seen[f"not enough: {name}"] += any(list(launch_candidates(p, card, table)) != chosen[p] for p in places)
     assert seen["sent"] < 0.7 * seen["held"]
     if full:
-        several = [f"2 of {tier.words}" for tier in Tier if tier not in UNCHECKED]
+        several = [f"2 of {tier.words}" for tier in Tier if tier not in NOT_BORROWED]
         less = [name for name in seen if name.startswith("not enough")]
         assert len(less) == 2
         assert min(seen[name] for name in (*several, *less, "1 of measured here", "1 of the default")) > 20, seen
 
 
 def known_of(records: Iterable[Result], memory: Memory) -> list[Result]:
-    return [shown for record in records for shown in shown_by(record, memory)]
+    return [shown for record in records for shown in representative_records(record, memory)]
 
 
 def test_the_second_that_a_call_may_look_at_is_sent() -> None:
     configs = [DecodeConfig(64, 8, NUM_SPLITS=n, merge="kernel", num_warps=2, num_stages=3) for n in (6, 12, 24)]
     results = [known(config, DECODE, 10.0 + n, **OLD) for n, config in enumerate(configs)]
-    shared = records_shared(Held(results), GPU)
+    shared = records_to_share(Held(results), GPU)
     assert [r.config for r in shared] == configs[:2]
-    refused = guarded(DECODE, GPU, received(shared), lambda c: Resources(255, 1000 * (c == configs[0]), 1000))
+    refused = checked_choice(DECODE, GPU, received(shared), lambda c: Resources(255, 1000 * (c == configs[0]), 1000))
     assert refused.candidate.config == configs[1]
 
 
@@ -147,31 +158,34 @@ def test_what_a_search_knew_by_a_failed_trial_alone_is_sent() -> None:
     fast = known(replace(default, ROW_MAX="running"), FORWARD)
     failed = known(replace(default, HEAD_GROUP=2), FORWARD, outcome="wrong")
     useless = known(replace(default, HEAD_GROUP=4), FORWARD, outcome="wrong")
-    shared = records_shared(Held([fast, failed, useless]), GPU)
+    shared = records_to_share(Held([fast, failed, useless]), GPU)
     assert len(shared) == 2
-    assert next(looked_at(FORWARD, GPU, received(shared))).record == fast
+    assert next(launch_candidates(FORWARD, GPU, received(shared))).record == fast
 
 
 def test_what_failed_here_is_not_borrowed_there() -> None:
     config = DecodeConfig(64, 8, NUM_SPLITS=6, merge="kernel", num_warps=2, num_stages=3)
     near = replace(DECODE, bucket=Bucket(16, 1, 8192))
-    shared = records_shared(Held([known(config, near), known(config, DECODE, outcome="wrong")]), GPU)
+    shared = records_to_share(Held([known(config, near), known(config, DECODE, outcome="wrong")]), GPU)
     assert len(shared) == 2
-    assert next(looked_at(DECODE, GPU, received(shared))).tier == Tier.DEFAULT
-    assert next(looked_at(replace(DECODE, bucket=Bucket(16, 1, 16384)), GPU, received(shared))).tier == Tier.NEIGHBOUR
+    assert next(launch_candidates(DECODE, GPU, received(shared))).tier == Tier.DEFAULT
+    assert (
+        next(launch_candidates(replace(DECODE, bucket=Bucket(16, 1, 16384)), GPU, received(shared))).tier
+        == Tier.NEIGHBOUR
+    )
 
 
 @pytest.mark.parametrize("name", ["h100", "h200"])
 def test_of_what_ships_a_third_is_sent(name: str) -> None:
     memory, card = Memory(), GPUS[name]
-    shared = records_shared(memory, card)
+    shared = records_to_share(memory, card)
     table = received(shared)
     everything = memory.all()
     assert len(shared) < len(everything) / 2
-    known = Table(everything)
+    known = RecordTable(everything)
     for place in places_served(everything, card)[::7]:
-        assert list(looked_at(place, card, table)) == list(looked_at(place, card, known))
+        assert list(launch_candidates(place, card, table)) == list(launch_candidates(place, card, known))
 
 
 def test_nothing_is_sent_where_nothing_is_known() -> None:
-    assert records_shared(Held([]), GPU) == []
+    assert records_to_share(Held([]), GPU) == []

@@ -54,7 +54,7 @@ def test_those_that_stand_for_nothing_else_are_kept_beside_them(tmp_path: Path) 
     others = [result(time_us=20.0, evidence=OTHER_TRITON), result(time_us=30.0, evidence=OTHER_KERNEL)]
     write_shipped([*results, *others], "h200", tmp_path, keep=1)
     assert load_shipped("h200", tmp_path) == [results[0], others[0]]
-    write_shipped(results, "h200", tmp_path, keep=1, kept_too=lambda r: r.config == results[3].config)
+    write_shipped(results, "h200", tmp_path, keep=1, also_keep=lambda r: r.config == results[3].config)
     assert load_shipped("h200", tmp_path) == [results[0], results[3], others[0]]
     write_shipped(others, "h200", tmp_path, keep=1, group=lambda r: r.evidence.kernel)
     assert load_shipped("h200", tmp_path) == [results[0], others[1]]
@@ -135,11 +135,11 @@ def test_the_fastest_counts_and_the_users_own_time_of_a_config(store: Store, tmp
     write_shipped([shipped], "h200", tmp_path)
     assert best_of(memory) == best_of(Memory(None, tmp_path)) == shipped
     own = result(time_us=12.0, block_n=32, source="here")
-    store.record(own)
+    store.save(own)
     assert best_of(memory) == shipped  # one slow trial of the user's does not hide what ships
     assert memory.results(PLACE) == [shipped, own]
     again = result(time_us=13.0, source="here")
-    store.record(again)
+    store.save(again)
     assert best_of(memory) == own
     assert memory.results(PLACE) == [own, again]
 
@@ -149,7 +149,7 @@ def test_what_was_tried_here_hides_what_ships(store: Store, tmp_path: Path, outc
     first, second = result(time_us=10.0), result(time_us=11.0, block_n=32)
     write_shipped([first, second], "h200", tmp_path)
     own = result(outcome)
-    store.record(own)
+    store.save(own)
     memory = Memory(store, tmp_path)
     assert best_of(memory) == (second if hides else first)
     assert memory.results(PLACE) == ([second, own] if hides else [first, second])
@@ -158,7 +158,7 @@ def test_what_was_tried_here_hides_what_ships(store: Store, tmp_path: Path, outc
 
 def test_all_joins_both(store: Store, tmp_path: Path) -> None:
     memory = Memory(store, tmp_path)
-    store.record(result(place=OTHER_BUCKET))
+    store.save(result(place=OTHER_BUCKET))
     write_shipped([result(evidence=OTHER_TRITON)], "h200", tmp_path)
     write_shipped([result(place=OTHER_GPU)], "h100", tmp_path)
     assert memory.all() == [result(place=OTHER_GPU), result(evidence=OTHER_TRITON), result(place=OTHER_BUCKET)]

@@ -43,14 +43,14 @@ def test_a_result_comes_back_as_it_was(store: Store, outcome: str) -> None:
     full = {"time_us_p20": 99.0, "time_us_p80": 101.5, "error": 1e-3, "registers": 168, "spills": 0}
     more = {"shape": SHAPE, "shared_bytes": 98304, "compile_s": 2.5, "detail": "naïve\n✓", "source": "here"}
     sent = result(outcome, **full, **more)
-    store.record(sent)
+    store.save(sent)
     assert store.results(PLACE) == [sent]
     assert store.all() == [sent]
     assert sent.measured == (outcome == "ok")
 
 
 def test_an_infinite_error_is_kept(store: Store) -> None:
-    store.record(result("wrong", error=float("inf")))
+    store.save(result("wrong", error=float("inf")))
     assert [r.error for r in store.results(PLACE)] == [float("inf")]
 
 
@@ -69,7 +69,7 @@ def test_results_of_a_place_are_of_any_kernel_and_toolchain_the_measured_first(s
         result("slow", block_n=256),
         result("ok", 1.0, place=OTHER_GPU),
     ):
-        store.record(sent)
+        store.save(sent)
     assert best_of(store) == result("ok", 80.0, block_n=128)
     assert [r.time_us for r in store.results(PLACE)] == [80.0, 85.0, 90.0, 95.0, 1.0, 2.0, None]
 
@@ -83,7 +83,7 @@ def test_fastest_is_the_best_of_each_place_of_a_gpu_and_an_op(store: Store) -> N
         result("slow", 20.0, evidence=OTHER_TRITON),
         result("ok", 1.0, place=OTHER_GPU),
     ):
-        store.record(sent)
+        store.save(sent)
     found = store.fastest(PLACE.gpu, PLACE.spec.op)
     assert sorted(found, key=lambda r: r.time_us or 0) == [*store.results(OTHER_BUCKET), best_of(store)]
     assert store.fastest(PLACE.gpu, "decode") == []
@@ -93,7 +93,7 @@ def test_all_lists_by_gpu_and_op(store: Store) -> None:
     decode = dataclasses.replace(PLACE, spec=dataclasses.replace(PLACE.spec, op="decode", causal=False))
     rows = [result(place=OTHER_GPU), result(), result(place=decode, config=DecodeConfig(64, 8, 4, "last", 4, 2))]
     for row in rows:
-        store.record(row)
+        store.save(row)
     assert store.all() == [rows[0], rows[2], rows[1]]  # by place
     assert store.all(gpu="h200") == [rows[2], rows[1]]
     assert store.all(op="forward") == [rows[0], rows[1]]
@@ -103,15 +103,15 @@ def test_all_lists_by_gpu_and_op(store: Store) -> None:
 def test_in_order_is_as_configs_were_first_tried(store: Store) -> None:
     first, second, third = (result(time_us=time, block_n=n) for time, n in ((3.0, 64), (1.0, 16), (2.0, 32)))
     for row in (first, second, third):
-        store.record(row)
+        store.save(row)
     again = result(time_us=4.0, block_n=64, day=2)
-    store.record(again)
-    assert store.in_order() == [again, second, third]
+    store.save(again)
+    assert store.in_trial_order() == [again, second, third]
 
 
 def test_it_is_there_after_closing(path: Path) -> None:
     with Store(path) as store:
-        store.record(result())
+        store.save(result())
     with Store(path) as store, Store(path, read_only=True) as reader:
         assert best_of(store) == best_of(reader) == result()
     with pytest.raises(sqlite3.ProgrammingError):
@@ -152,16 +152,16 @@ REMAINS = [
 
 @pytest.mark.parametrize(("there", "day", "comes", "later", "remains"), REMAINS)
 def test_what_replaces_what(store: Store, there: str, day: int, comes: str, later: int, remains: str) -> None:
-    store.record(result(there, day=day))
-    store.record(result(comes, day=later))
+    store.save(result(there, day=day))
+    store.save(result(comes, day=later))
     assert [r.outcome for r in store.results(PLACE)] == [remains]
 
 
 def test_the_newer_measurement_counts_in_any_order(store: Store) -> None:
-    store.record(result(time_us=50.0, day=2))
-    store.record(result(time_us=40.0, day=1))
+    store.save(result(time_us=50.0, day=2))
+    store.save(result(time_us=40.0, day=1))
     assert best_of(store) == result(time_us=50.0, day=2)
-    store.record(result(time_us=60.0, day=2))
+    store.save(result(time_us=60.0, day=2))
     assert best_of(store) == result(time_us=60.0, day=2)
 
 
@@ -207,14 +207,14 @@ def test_the_newer_measurement_counts_in_any_order(store: Store) -> None:
 )
 def test_a_row_that_does_not_parse_is_passed_over(path: Path, damage: str) -> None:
     with Store(path) as store:
-        store.record(result(time_us=1.0, block_n=16))
+        store.save(result(time_us=1.0, block_n=16))
         with sqlite3.connect(path) as connection:
             connection.execute(f"UPDATE measurements SET {damage}")
-        store.record(result(time_us=2.0, block_n=32))
+        store.save(result(time_us=2.0, block_n=32))
         assert best_of(store) == result(time_us=2.0, block_n=32)
         assert len(store.results(PLACE)) == len(store.all()) == 1
         assert store.unreadable == 1  # met three times, counted once
-        store.record(result(time_us=1.0, block_n=16))
+        store.save(result(time_us=1.0, block_n=16))
         assert best_of(store) == result(time_us=1.0, block_n=16)
 
 
@@ -227,12 +227,12 @@ def test_read_only(path: Path) -> None:
         assert reader.all() == []
         assert not path.parent.exists()
         with pytest.raises(StoreError, match="opened to be read"):
-            reader.record(result())
+            reader.save(result())
 
 
 def test_any_thread_may_read(store: Store, path: Path) -> None:
     for n in range(50):
-        store.record(result(block_n=n))
+        store.save(result(block_n=n))
     with Store(path, read_only=True) as reader, ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: len(reader.results(PLACE)), range(40)))
         assert found == [50] * 40
@@ -246,7 +246,7 @@ def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
     with Store(path, read_only=True) as reader:
         assert reader.all() == []
     with Store(path) as store:
-        store.record(result())
+        store.save(result())
         assert best_of(store)
 
 
@@ -256,7 +256,7 @@ def locked_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         with Store(folder / "tuning.db") as store:
-            store.record(result())
+            store.save(result())
         (folder / "tuning.db").chmod(0o444)
         folder.chmod(0o555)
         user = os.geteuid()
@@ -293,14 +293,14 @@ def test_a_corrupt_file(tmp_path: Path, read_only: bool) -> None:
 def test_a_file_that_was_cut_and_overwritten(path: Path) -> None:
     with Store(path) as store:
         for n in range(200):
-            store.record(result(block_n=n))
+            store.save(result(block_n=n))
     content = path.read_bytes()
     path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
     with Store(path) as store:
         with pytest.raises(StoreError, match="damaged"):
             best_of(store)
         with pytest.raises(StoreError, match="damaged"):
-            store.record(result())
+            store.save(result())
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -339,7 +339,7 @@ def record_many(paths: list[Path], start: object, process: int) -> None:
         start.wait()  # type: ignore[attr-defined]
         with Store(path) as store:
             for n in range(25):
-                store.record(result(block_n=100 * process + n))
+                store.save(result(block_n=100 * process + n))
 
 
 def test_eight_processes_make_and_fill_one_database(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ from memory_samples import result
 from parallax_gen.memory.store import Store
 with Store(pathlib.Path(sys.argv[1])) as store:
     for n in itertools.count():
-        store.record(result(block_n=n))
+        store.save(result(block_n=n))
         print(n, flush=True)
 """
 
@@ -382,7 +382,7 @@ def test_what_was_recorded_outlives_a_kill(path: Path) -> None:
     with Store(path, read_only=True) as reader:
         assert recorded <= {r.config for r in reader.all()}
     with Store(path) as store:
-        store.record(result(time_us=1.0, block_n=1))
+        store.save(result(time_us=1.0, block_n=1))
         assert best_of(store) == result(time_us=1.0, block_n=1)
 
 

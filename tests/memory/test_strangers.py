@@ -23,9 +23,9 @@ from memory_samples import PLACE, SHAPE, result
 from parallax_gen.describe import time_and_rate
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.bounds import LEAST_US, MOST_US
-from parallax_gen.memory.gains import standings
+from parallax_gen.memory.gains import comparisons
 from parallax_gen.memory.lines import from_line, read_file, to_line
-from parallax_gen.memory.ranking import Table
+from parallax_gen.memory.ranking import RecordTable
 from parallax_gen.memory.result import Result, newest_toolchain_first
 from parallax_gen.memory.shipped import Memory, load_shipped
 from parallax_gen.memory.store import Store
@@ -103,23 +103,23 @@ def lines(draw: random.Random) -> Iterator[bytes]:
 
 def check(draw: random.Random, results: list[Result]) -> None:
     """All that is done with records which were read, and what calls get by them."""
-    known = Table(results)
+    known = RecordTable(results)
     assert len(newest_toolchain_first(results)) == len(results)
     places = dict.fromkeys(result.place for result in results)
     for place in draw.sample(list(places), min(RANKED, len(places))):
         gpu = GPUS.get(place.gpu, GPUS["h200"])
         choice = choose(place.spec, representative(place.bucket, place.spec.group), gpu, known)
         assert why_invalid(place.spec, choice.config, gpu) is None
-        standings(place, gpu, known.results(place))
+        comparisons(place, gpu, known.results(place))
 
 
 def test_lines_of_anyones(draw: random.Random, tmp_path: Path) -> None:
     path = tmp_path / "theirs.jsonl"
     path.write_bytes(b"\n".join(lines(draw)) + b"\n")
     found = read_file(path)
-    assert len(found.results) + len(found.bad) == sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
-    assert min(len(found.results), len(found.bad)) > LINES // 20  # of both kinds
-    for problem in found.bad:
+    assert len(found.results) + len(found.problems) == sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
+    assert min(len(found.results), len(found.problems)) > LINES // 20  # of both kinds
+    for problem in found.problems:
         problem.encode()  # to be printed
         assert problem.startswith(f"{path}, line ")
         assert len(problem) < 500
@@ -183,12 +183,12 @@ def test_rows_of_anyones(draw: random.Random, tmp_path: Path) -> None:
         assert len(store.unreadable_rows()) == store.unreadable == ROWS - len(read)
         for problem in store.problems():
             problem.encode()
-        assert {*store.in_order()} == {*read}
+        assert {*store.in_trial_order()} == {*read}
         for place in {one.place for one in known}:
             store.results(place)
             store.fastest(place.gpu, place.spec.op)
     found = read_file(path)
-    assert len(found.bad) == ROWS - len(read)
+    assert len(found.problems) == ROWS - len(read)
     with Store(tmp_path / "mine.db") as store:
         store.merge(found.results)
     with Store(path) as store:  # nothing that was there is gone
@@ -211,7 +211,7 @@ def test_a_file_with_other_bytes_in_it(draw: random.Random, tmp_path: Path) -> N
                     store.unreadable_rows()
                     store.problems()
                     if not read_only:
-                        store.record(result(block_n=7, day=2))
+                        store.save(result(block_n=7, day=2))
             except StoreError as error:
                 told.append(str(error))
     assert told

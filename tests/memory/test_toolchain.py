@@ -98,7 +98,7 @@ print(Toolchain.here().cuda, sorted({"torch", "triton"} & set(sys.modules)))
     ],
 )
 def test_what_makes_the_same_programs(one: tuple[str, str], other: tuple[str, str], like: bool) -> None:
-    assert toolchain.Toolchain(*one).like(toolchain.Toolchain(*other)) == like
+    assert toolchain.Toolchain(*one).compiles_like(toolchain.Toolchain(*other)) == like
 
 
 def test_the_toolchain_of_this_process() -> None:
@@ -106,4 +106,4 @@ def test_the_toolchain_of_this_process() -> None:
 
     here = toolchain.Toolchain.here()
     assert here.triton.split("+")[0] == __version__.split("+")[0]
-    assert here.like(here)
+    assert here.compiles_like(here)

@@ -16,7 +16,7 @@ from parallax_gen.oracle.verify import FEW_KEYS, TrainingStep, natural_sizes, or
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.job import step_of
+from parallax_gen.tuning.job import step_spec
 
 
 @pytest.mark.parametrize("varlen", [False, True])
@@ -39,8 +39,8 @@ def test_a_training_step_asks_the_oracle_once_for_its_kernels(more: dict[str, bo
     """All of them get the same inputs, and must write what the oracle says of each by itself."""
     shape = Shape(2, 4, 2, 33, 33, 7 if "window" in more else 0)
     specs = [KernelSpec(op, 16, "fp32", group=2, **more) for op in ("forward", "dkdv", "dqdr")]
-    assert len({step_of(spec) for spec in specs}) == 1
-    step = TrainingStep(step_of(specs[0]), shape, seed=3, device="cpu")
+    assert len({step_spec(spec) for spec in specs}) == 1
+    step = TrainingStep(step_spec(specs[0]), shape, seed=3, device="cpu")
     for spec in (*specs, replace(specs[0], stats=True)):
         expected, found = oracle(spec, step.inputs), step.expected(spec)
         assert list(found) == list(expected)

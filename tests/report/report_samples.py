@@ -24,17 +24,17 @@ def fill(store: Store) -> None:
     configs = [c for c in every_config(SPEC, gpu_by_name("h200")) if isinstance(c, DecodeConfig)]
     for i, config in enumerate(sorted(configs, key=str)[:: len(configs) // 40]):
         time_us = 200.0 + 40 * config.num_warps + i
-        store.record(known(time_us, config=config))
+        store.save(known(time_us, config=config))
     failures = ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid")
     for splits, outcome in zip((1, 2, 3, 4, 6, 8, 12), failures, strict=True):
         time_us = 900.0 if outcome == "slow" else None
         place = dataclasses.replace(PLACE, bucket=Bucket(512, 1, 8192))
-        store.record(known(time_us, outcome, splits=splits, place=place, detail=HOSTILE if outcome == "wrong" else ""))
-    store.record(known(90.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))))
+        store.save(known(time_us, outcome, splits=splits, place=place, detail=HOSTILE if outcome == "wrong" else ""))
+    store.save(known(90.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))))
     place = dataclasses.replace(PLACE, bucket=Bucket(64, 1, 8192))
-    store.record(known(70.0, place=place, unlike=OTHER_TOOLCHAIN, source=HOSTILE))
-    store.record(known(280.0, place=dataclasses.replace(PLACE, gpu=f"a {HOSTILE}".replace("/", ""))))
-    store.record(known_dkdv(900.0))
+    store.save(known(70.0, place=place, unlike=OTHER_TOOLCHAIN, source=HOSTILE))
+    store.save(known(280.0, place=dataclasses.replace(PLACE, gpu=f"a {HOSTILE}".replace("/", ""))))
+    store.save(known_dkdv(900.0))
     write_shipped([known(300.0, place=dataclasses.replace(PLACE, gpu="h100"))], "h100")
 
 

@@ -48,7 +48,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def report(store: Store, tmp_path: Path) -> Path:
-    store.record(known(150.0))
+    store.save(known(150.0))
     return write_page(store, tmp_path)
 
 

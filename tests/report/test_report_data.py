@@ -42,8 +42,8 @@ def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Row, ..
 
 def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: Store) -> None:
     for time_us, splits in ((240.0, 3), (250.0, 1), (230.0, 2)):
-        store.record(known(time_us, splits=splits))
-    store.record(known(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00"))  # timed again: it keeps its place
+        store.save(known(time_us, splits=splits))
+    store.save(known(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00"))  # timed again: it keeps its place
     write_shipped([known(260.0, splits=4)], "h200")
     (study,) = report(store).shown
     assert [trial.time_us for trial in study.trials] == [235.0, 250.0, 230.0]
@@ -56,11 +56,11 @@ def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: 
 
 def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), gpu_by_name("h200"))
-    store.record(known(100.0))
-    store.record(known(125.0, config=default))
-    store.record(known(100.0, place=OTHER_BUCKET))
-    store.record(known(100.0, place=OTHER_GPU, unlike=OTHER_KERNEL))
-    store.record(known(125.0, place=OTHER_GPU, unlike=OTHER_KERNEL, config=default))
+    store.save(known(100.0))
+    store.save(known(125.0, config=default))
+    store.save(known(100.0, place=OTHER_BUCKET))
+    store.save(known(100.0, place=OTHER_GPU, unlike=OTHER_KERNEL))
+    store.save(known(125.0, place=OTHER_GPU, unlike=OTHER_KERNEL, config=default))
     found = report(store)
     gains = {study.place: study.gain for study in found.shown}
     assert gains == {PLACE: 1.25, OTHER_BUCKET: None, OTHER_GPU: None}
@@ -69,8 +69,8 @@ def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
 
 
 def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store) -> None:
-    store.record(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.record(known(90.0, unlike={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
+    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(90.0, unlike={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
     found = report(store)
     told = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
     assert [(s.state, s.unlike) for s in found.shown] == [("elsewhere", told)]
@@ -78,10 +78,10 @@ def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store
     both = report(store, every=True)
     assert len(both.shown) == 2
     assert both.standing[PLACE] == found.shown[0]
-    store.record(known(None, "wrong"))
+    store.save(known(None, "wrong"))
     assert sorted(s.state for s in report(store).shown) == ["elsewhere", "failed"]
     assert report(store).standing[PLACE].state == "elsewhere"  # type: ignore[union-attr]
-    store.record(known(200.0, splits=1))
+    store.save(known(200.0, splits=1))
     found = report(store)
     assert [s.state for s in found.shown] == ["measured"]
     assert found.left_out == 2
@@ -90,21 +90,21 @@ def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store
 
 
 def test_another_kernel_is_another_study(store: Store) -> None:
-    store.record(known(100.0, unlike=OTHER_KERNEL))
-    store.record(known(90.0, splits=3, unlike=OTHER_KERNEL))
+    store.save(known(100.0, unlike=OTHER_KERNEL))
+    store.save(known(90.0, splits=3, unlike=OTHER_KERNEL))
     (study,) = report(store).shown
     assert (study.state, study.unlike) == ("elsewhere", ("another kernel than today's",))
     assert [trial.time_us for trial in study.trials] == [100.0, 90.0]
-    store.record(known(240.0))
+    store.save(known(240.0))
     found = report(store)
     assert [(s.state, s.unlike) for s in found.shown] == [("measured", ())]
     assert found.left_out == 1
 
 
 def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
-    store.record(known(90.0, "predicted"))
-    store.record(known(None, "compile", place=OTHER_BUCKET))
-    store.record(known(240.0, place=OTHER_GPU))
+    store.save(known(90.0, "predicted"))
+    store.save(known(None, "compile", place=OTHER_BUCKET))
+    store.save(known(240.0, place=OTHER_GPU))
     found = report(store)
     assert found.gpus == ("h100", "h200")
     states = {place: study and study.state for place, study in found.standing.items()}
@@ -131,7 +131,7 @@ def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_err
 
 
 def test_a_card_without_a_table_has_times_but_no_bound(store: Store) -> None:
-    store.record(known(240.0, place=dataclasses.replace(PLACE, gpu="nvidia-rtx-a6000-84sm")))
+    store.save(known(240.0, place=dataclasses.replace(PLACE, gpu="nvidia-rtx-a6000-84sm")))
     (study,) = report(store).shown
     assert study.share is None
     assert study.rate == pytest.approx(4477, rel=0.01)
@@ -175,9 +175,9 @@ def test_a_scale_is_logarithmic_and_ends_where_it_ends() -> None:
 
 
 def test_a_roofline_has_a_point_a_measured_study_under_its_roof(store: Store) -> None:
-    store.record(known(240.0))
-    store.record(known_dkdv(900.0))
-    store.record(known(None, "wrong", place=OTHER_BUCKET))
+    store.save(known(240.0))
+    store.save(known_dkdv(900.0))
+    store.save(known(None, "wrong", place=OTHER_BUCKET))
     (chart,) = rooflines(report(store).shown)
     assert [point.op for point in chart.points] == ["decode", "dkdv"]
     decode = chart.points[0]
@@ -190,8 +190,8 @@ def test_a_roofline_has_a_point_a_measured_study_under_its_roof(store: Store) ->
 
 def test_a_history_shows_every_trial_and_the_best_by_then(store: Store) -> None:
     for splits, time_us, outcome in ((1, 300.0, "ok"), (2, 400.0, "ok"), (3, 900.0, "slow"), (4, 200.0, "ok")):
-        store.record(known(time_us, outcome, splits=splits))
-    store.record(known(None, "wrong", splits=6))
+        store.save(known(time_us, outcome, splits=splits))
+    store.save(known(None, "wrong", splits=6))
     (study,) = report(store).shown
     drawn = history(study)
     assert drawn is not None
@@ -213,9 +213,9 @@ def test_what_ships_has_no_history(store: Store) -> None:
 
 def test_costs_are_over_the_best_of_their_own_bucket(store: Store) -> None:
     for splits, time_us in ((1, 200.0), (2, 300.0)):
-        store.record(known(time_us, splits=splits))
-        store.record(known(10 * time_us, splits=splits, place=OTHER_BUCKET))
-    store.record(known(90.0, "predicted", splits=3))
+        store.save(known(time_us, splits=splits))
+        store.save(known(10 * time_us, splits=splits, place=OTHER_BUCKET))
+    store.save(known(90.0, "predicted", splits=3))
     (kernel,) = report(store).kernels
     assert sorted(cost for _, cost in kernel.costs) == [1.0, 1.0, 1.5, 1.5]
     assert kernel.importances == {}  # of four trials nothing can be told

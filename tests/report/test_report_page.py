@@ -118,7 +118,7 @@ def test_the_same_input_gives_the_same_bytes(store: Store, tmp_path: Path) -> No
 
 
 def test_a_kernels_source_is_what_render_gives(store: Store, tmp_path: Path) -> None:
-    store.record(known(240.0))
+    store.save(known(240.0))
     run("report", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     packed = re.search(r'id="sources">([^<]+)<', page)
@@ -150,8 +150,8 @@ def test_a_page_of_what_ships_says_where_trials_would_be(store: Store, tmp_path:
 
 
 def test_what_is_left_out_is_said(store: Store, tmp_path: Path) -> None:
-    store.record(known(240.0))
-    store.record(known(230.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(240.0))
+    store.save(known(230.0, unlike=OTHER_TOOLCHAIN))
     result = run("report", "--out", tmp_path / "report.html")
     assert "left out: 1 studies of other toolchains and kernels; --all-environments shows them" in result.stdout
     assert "elsewhere" not in Page(tmp_path / "report.html").texts["kernels"]

@@ -20,7 +20,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.memory import toolchain
 from parallax_gen.memory.old import same_programs
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, Tier, default_of, evidence_of, is_rendered, near_buckets, siblings
+from parallax_gen.memory.ranking import RecordTable, Tier, default_of, evidence_of, is_rendered, near_places, siblings
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
@@ -69,7 +69,7 @@ def test_nothing_known_gives_the_default(tmp_path: Path) -> None:
 
 
 def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_path: Path) -> None:
-    store.record(known())
+    store.save(known())
     memory = Memory(store, tmp_path)
     for seqlen in (2900, 4096, 5792):
         assert choose(SPEC, replace(SHAPE, seqlen_kv=seqlen), GPU, memory).config == CONFIG
@@ -89,7 +89,7 @@ def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_
     ],
 )
 def test_a_record_of_anything_else_is_not(store: Store, tmp_path: Path, changes: dict[str, Any]) -> None:
-    store.record(known(**changes))
+    store.save(known(**changes))
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record is None
 
 
@@ -110,19 +110,19 @@ def test_a_record_of_the_kernel_is_used_whatever_compiled_it_and_on_a_card_alike
 ) -> None:
     found = known()
     found = replace(found, place=replace(PLACE, gpu=gpu), evidence=replace(found.evidence, **toolchain))
-    store.record(found)
+    store.save(found)
     choice = choose(SPEC, SHAPE, GPU, Memory(store, tmp_path))
     assert (choice.config, choice.record, choice.candidate.tier) == (CONFIG, found, tier)
     # One that was measured here goes before it, however slow.
     slower = known(replace(CONFIG, NUM_SPLITS=12), time_us=99.0)
-    store.record(slower)
+    store.save(slower)
     expected = found if tier == Tier.MEASURED_HERE else slower
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record == expected
 
 
 @pytest.mark.parametrize("outcome", ["predicted", "wrong", "slow", "crash"])
 def test_only_what_was_measured_counts(store: Store, tmp_path: Path, outcome: str) -> None:
-    store.record(known(outcome=outcome))
+    store.save(known(outcome=outcome))
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record is None
 
 
@@ -161,7 +161,7 @@ def test_what_ships_is_used_with_any_triton(monkeypatch: pytest.MonkeyPatch, gpu
             assert choice.config == choice.record.config
             same_card = choice.record.place == place
             assert same_card or choice.record.place in of_siblings(place, card)
-            here = choice.record.evidence.toolchain.like(Toolchain(triton, cuda))
+            here = choice.record.evidence.toolchain.compiles_like(Toolchain(triton, cuda))
             own = Tier.MEASURED_HERE if here else Tier.OTHER_TOOLCHAIN
             assert choice.candidate.tier == (own if same_card else Tier.SIBLING_CARD)
     assert defaults <= len(places) * len(TRITONS) / 50
@@ -193,10 +193,10 @@ def test_a_siblings_record_is_used_where_what_ships_of_the_card_is_of_another_ke
 
 
 def test_a_record_that_the_space_no_longer_holds_is_passed_over(store: Store, tmp_path: Path) -> None:
-    store.record(known(replace(CONFIG, num_warps=32), evidence=UNKNOWN, time_us=1.0))
+    store.save(known(replace(CONFIG, num_warps=32), evidence=UNKNOWN, time_us=1.0))
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).config == DEFAULT
     second = known()
-    store.record(second)
+    store.save(second)
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record == second
 
 
@@ -213,7 +213,7 @@ def test_the_second_best_is_used_where_a_card_cannot_run_the_best(store: Store, 
     assert why_invalid(spec, large, smaller)
     best, second = known(large, place, time_us=1.0), known(small, place, time_us=2.0)
     for record in (best, second):
-        store.record(record)
+        store.save(record)
     memory = Memory(store, tmp_path)
     assert choose(spec, shape, GPU, memory).record == best
     assert choose(spec, shape, smaller, memory).record == second
@@ -234,7 +234,7 @@ def test_memory_is_asked_once_a_bucket(tmp_path: Path) -> None:
     first = dispatcher.kernel(SPEC, SHAPE, GPU)
     again = dispatcher.kernel(SPEC, replace(SHAPE, seqlen_kv=4097), GPU)
     assert first == again
-    asked = (PLACE, *of_siblings(PLACE, GPU), *near_buckets(PLACE))
+    asked = (PLACE, *of_siblings(PLACE, GPU), *near_places(PLACE))
     assert memory.asked == dict.fromkeys(asked, 1)
     assert callable(first[1].launch)
 
@@ -306,7 +306,7 @@ def test_a_damaged_file_of_shipped_records_is_passed_over(
 ) -> None:
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "mine.db"))
     with Store() as store:
-        store.record(known())
+        store.save(known())
     write_shipped([known(place=replace(PLACE, gpu=card))], card, tmp_path)
     with (tmp_path / f"{card}.jsonl").open("ab") as file:
         file.write(rest)
@@ -328,7 +328,7 @@ def test_a_database_with_another_schema_stops_no_call(
 ) -> None:
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "mine.db"))
     with Store() as store:
-        store.record(known())
+        store.save(known())
     with closing(sqlite3.connect(tmp_path / "mine.db")) as database:
         database.executescript(damage)
     with warnings.catch_warnings():
@@ -345,7 +345,7 @@ def test_whatever_a_memory_holds_what_is_chosen_can_be_run() -> None:
     took = 0.0
     for _ in range(1000):
         place, results = any_memory(draw, kernels, most=8)
-        spec, card, table = place.spec, GPUS[place.gpu], Table(results)
+        spec, card, table = place.spec, GPUS[place.gpu], RecordTable(results)
         start = time.process_time()
         choice = choose(spec, representative(place.bucket, spec.group), card, table)
         took += time.process_time() - start
@@ -357,7 +357,7 @@ def test_whatever_a_memory_holds_what_is_chosen_can_be_run() -> None:
             continue
         assert (record.config, record.outcome) == (choice.config, "ok")
         if choice.candidate.tier == Tier.NEIGHBOUR:
-            assert record.place in near_buckets(choice.place)
+            assert record.place in near_places(choice.place)
         else:
             assert record.place in (choice.place, *of_siblings(choice.place, card))
         kernel, templates = record.evidence.kernel, record.evidence.templates

@@ -86,7 +86,7 @@ def all_choose_what_rank_0_knows(rank: int) -> None:
     assert not plans  # what was chosen before is chosen anew
     if rank == 0:
         with Store() as store:
-            store.record(known(48, time_us=1.0))
+            store.save(known(48, time_us=1.0))
     assert chosen() == config(24)  # what rank 0 learns is shared by the next call
     share_tuning()
     assert chosen() == config(48)
@@ -103,7 +103,7 @@ def all_know_what_rank_0s_search_knew(rank: int) -> None:
     if rank == 0:
         with Store() as store:
             for one, time_us in ((fast, 1.0), (slow, 2.0)):
-                store.record(Result(place, evidence_of(render(spec, one, GPU)), one, "ok", time_us=time_us))
+                store.save(Result(place, evidence_of(render(spec, one, GPU)), one, "ok", time_us=time_us))
     share_tuning()
     assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
 
@@ -116,8 +116,8 @@ def all_know_what_rank_0s_search_knew_by_what_failed(rank: int) -> None:
     fast, failed = replace(default, ROW_MAX="running"), replace(default, HEAD_GROUP=2)
     if rank == 0:
         with Store() as store:
-            store.record(Result(place, evidence_of(render(spec, fast, GPU)), fast, "ok", time_us=1.0))
-            store.record(Result(place, evidence_of(render(spec, failed, GPU)), failed, "wrong"))
+            store.save(Result(place, evidence_of(render(spec, fast, GPU)), fast, "ok", time_us=1.0))
+            store.save(Result(place, evidence_of(render(spec, failed, GPU)), failed, "wrong"))
     share_tuning()
     assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
 
@@ -129,7 +129,7 @@ def all_have_the_second_where_the_first_is_refused(rank: int) -> None:
         with Store() as store:
             for splits in (12, 24):
                 found = known(splits, place=place)
-                store.record(replace(found, evidence=replace(found.evidence, triton="2.0.0")))
+                store.save(replace(found, evidence=replace(found.evidence, triton="2.0.0")))
     share_tuning()
 
     def spills(config: Any) -> Resources:
@@ -142,7 +142,7 @@ def a_siblings_record_is_everybodys(rank: int) -> None:
     place = Place("h200", SPEC, bucket_of(replace(SHAPE, seqlen_kv=70_000)))
     if rank == 0:
         with Store() as store:
-            store.record(known(6, place=replace(place, gpu="h100")))
+            store.save(known(6, place=replace(place, gpu="h100")))
     share_tuning()
     assert default_dispatcher().kernel(SPEC, replace(SHAPE, seqlen_kv=70_000), GPU)[0].config == config(6)
 
@@ -184,13 +184,13 @@ def a_rank_that_cannot_go_on_stops_all(rank: int) -> None:
     def fail(*_: object) -> Any:
         raise StoreError("h200.jsonl, line 3: not a record")
 
-    told = refused(rank, 0, tuning, "records_shared", fail)
+    told = refused(rank, 0, tuning, "records_to_share", fail)
     assert told == "rank 0: h200.jsonl, line 3: not a record"
     for line, says in (("{}", "line 2: not a record"), ("\x80", "line 2: not a record")):
         told = refused(rank, 0, tuning, "to_line", lambda _, line=line: line)
         assert told.startswith("ranks 0-2: the table of rank 0, ")
         assert says in told
-    told = refused(rank, 0, tuning, "records_shared", lambda *_: [known(8, outcome="predicted")])
+    told = refused(rank, 0, tuning, "records_to_share", lambda *_: [known(8, outcome="predicted")])
     assert told == "ranks 0-2: predicted of h200: no choice here rests on it"
 
 

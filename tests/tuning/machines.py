@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.tuning.workers.messages import Compile, Measure, Rematch, Request, Timing, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterleaved, Request, Timing, TrialResult
 
 FINE = Resources(registers=100, spills=0, shared_bytes=1000)
 
@@ -30,10 +30,12 @@ class Machine:
         Outcome.OK, resources=FINE, seconds=0.5
     )
     measure: Callable[[KernelConfig, int], TrialResult] = lambda config, n: timed(100.0 + n)
-    rematch: Callable[[Rematch], TrialResult] = lambda request: TrialResult(Outcome.CRASH, "nothing is timed in turns")
+    interleaved: Callable[[MeasureInterleaved], TrialResult] = lambda request: TrialResult(
+        Outcome.CRASH, "nothing is interleaved"
+    )
     compiled: list[KernelConfig] = field(default_factory=list)
     measured: list[Measure] = field(default_factory=list)
-    rematches: list[Rematch] = field(default_factory=list)
+    interleaved_requests: list[MeasureInterleaved] = field(default_factory=list)
     on: list[tuple[int, Request]] = field(default_factory=list)  # what each device was asked, as it came
     open_workers: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,9 +69,13 @@ class FakeWorker:
             if isinstance(request, Measure):
                 machine.measured.append(request)
             else:
-                machine.rematches.append(request)
+                machine.interleaved_requests.append(request)
             n = len(machine.measured) - 1
-        return machine.rematch(request) if isinstance(request, Rematch) else machine.measure(request.trial.config, n)
+        return (
+            machine.interleaved(request)
+            if isinstance(request, MeasureInterleaved)
+            else machine.measure(request.trial.config, n)
+        )
 
     def kill(self) -> None:
         pass

@@ -27,9 +27,9 @@ from parallax_gen.tuning.borrowing import (
     NEAREST,
     Borrowed,
     borrowed,
+    comparable_times,
     kind_of,
-    measured_together,
-    read_measured,
+    read_results,
     summarise,
 )
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
@@ -66,7 +66,7 @@ MEMORY = [
 
 
 def judged(memory: list[Result], truth: list[Result] = TRUTH) -> list[Borrowed]:
-    (measured,) = measured_together(truth)
+    (measured,) = comparable_times(truth)
     return list(borrowed(measured, memory))
 
 
@@ -114,7 +114,7 @@ def test_a_summary_has_the_means_and_the_worst_of_choice_and_default_at_the_same
     assert default_of(wide, GPU) == DEFAULT
     truth = [*TRUTH, record(30.0, OURS, wide), record(20.0, DEFAULT, wide)]
     memory = [*MEMORY, record(30.0, OURS, wide)]
-    lines = {line.choice: line for line in summarise(c for m in measured_together(truth) for c in borrowed(m, memory))}
+    lines = {line.choice: line for line in summarise(c for m in comparable_times(truth) for c in borrowed(m, memory))}
     line = lines[FIRST]
     assert (line.kind, line.places, line.unmeasured, line.worst, line.default_worst) == ("forward", 2, 0, 1.5, 1.5)
     assert line.mean == pytest.approx(math.sqrt(1.5))
@@ -124,13 +124,13 @@ def test_a_summary_has_the_means_and_the_worst_of_choice_and_default_at_the_same
 
 
 def test_of_a_config_the_newest_time_counts_and_no_single_one_is_compared() -> None:
-    (measured,) = measured_together([*TRUTH, record(20.0, OURS, day=2), record(1.0, OURS, **OLD)])
+    (measured,) = comparable_times([*TRUTH, record(20.0, OURS, day=2), record(1.0, OURS, **OLD)])
     assert measured.loss(OURS) == pytest.approx(20 / 11)
     failed = dataclasses.replace(record(1.0, OTHERS), outcome="wrong")
     elsewhere = record(1.0, OURS, at("a card of nobody's"))
     for few in ([], TRUTH[:1], [TRUTH[0], failed], [elsewhere, dataclasses.replace(elsewhere, config=OTHERS)]):
         with pytest.raises(ArgumentError, match="none that can be compared"):
-            measured_together(few)
+            comparable_times(few)
 
 
 def test_decode_is_told_apart_by_lengths_and_pages() -> None:
@@ -142,13 +142,13 @@ def test_decode_is_told_apart_by_lengths_and_pages() -> None:
 
 def test_sweeps_records_and_databases_are_read(tmp_path: Path) -> None:
     path = next(path for path in RECORDED if path.suffix != ".gz")
-    assert read_measured(path) == list(read_sweep(path).results)
+    assert read_results(path) == list(read_sweep(path).results)
     write_lines(tmp_path / "lines.jsonl", TRUTH)
-    assert read_measured(tmp_path / "lines.jsonl") == TRUTH
+    assert read_results(tmp_path / "lines.jsonl") == TRUTH
     with Store(tmp_path / "store.db") as store:
         for each in TRUTH:
-            store.record(each)
-    assert {each.config for each in read_measured(tmp_path / "store.db")} == {each.config for each in TRUTH}
+            store.save(each)
+    assert {each.config for each in read_results(tmp_path / "store.db")} == {each.config for each in TRUTH}
 
 
 @pytest.mark.parametrize("text", ["[]\n", "no JSON\n", json.dumps(made_up()[0].to_dict() | {"outcome": "good"}) + "\n"])
@@ -156,7 +156,7 @@ def test_what_is_no_record_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "spoilt.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(StoreError, match=r"spoilt\.jsonl, line 1: not a record"):
-        read_measured(path)
+        read_results(path)
 
 
 EVIDENCE = sorted((Path(__file__).parents[1] / "data" / "borrowing").glob("*.jsonl"))
@@ -164,7 +164,7 @@ EVIDENCE = sorted((Path(__file__).parents[1] / "data" / "borrowing").glob("*.jso
 
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
 def test_the_evidence_is_of_62_places_and_has_the_default_s_time(path: Path) -> None:
-    records = read_measured(path)
+    records = read_results(path)
     assert len({each.place for each in records}) == 62
-    for measured in measured_together(records):
+    for measured in comparable_times(records):
         assert measured.loss(default_of(measured.place, GPU)) is not None

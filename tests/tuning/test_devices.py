@@ -1,4 +1,4 @@
-"""Several jobs on several devices, on a made-up machine: who does what, side by side, and what a rematch decides."""
+"""Several jobs on several devices, on a simulated machine: who does what, and what interleaved timing decides."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.finals import CLOSE, IN_TURNS
+from parallax_gen.tuning.finals import CLOSE, MAX_INTERLEAVED
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.messages import TRIAL_MS, Measure, Rematch, TrialResult
+from parallax_gen.tuning.workers.messages import TRIAL_MS, Measure, MeasureInterleaved, TrialResult
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(5)]
@@ -152,7 +152,7 @@ def test_a_trial_that_fails_costs_no_other(store: Store, machine: Machine) -> No
 # -- finals in turns
 
 
-def finals(store: Store, machine: Machine, long: list[float]) -> list[Rematch]:
+def finals(store: Store, machine: Machine, long: list[float]) -> list[MeasureInterleaved]:
     """One job of as many configs; in a long timing each takes what is said, in a short one less by as much."""
     configs = machine.compiled
 
@@ -162,16 +162,16 @@ def finals(store: Store, machine: Machine, long: list[float]) -> list[Rematch]:
 
     machine.measure = measure
     tune_all(store, machine, JOBS[:1], 1, trials=len(long), compilers=1)
-    return machine.rematches
+    return machine.interleaved_requests
 
 
 def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: Machine) -> None:
     times = {0: 110.0, 2: 109.0, 3: 108.0}
-    machine.rematch = lambda request: TrialResult(
+    machine.interleaved = lambda request: TrialResult(
         Outcome.OK, timings=tuple(timing(times[machine.compiled.index(trial.config)]) for trial in request.trials)
     )
-    (rematch,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
-    assert [machine.compiled.index(trial.config) for trial in rematch.trials] == [0, 2, 3]
+    (interleaved,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
+    assert [machine.compiled.index(trial.config) for trial in interleaved.trials] == [0, 2, 3]
     found = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].place)]
     # The card ran slower by a tenth meanwhile: that is nothing to those who took no part.
     assert [n for n, _ in found] == [3, 2, 0, 4, 1]
@@ -179,8 +179,8 @@ def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: 
 
 
 def test_a_rematch_that_fails_changes_nothing(store: Store, machine: Machine) -> None:
-    (rematch,) = finals(store, machine, [100.0, 101.0])
-    assert len(rematch.trials) == 2
+    (interleaved,) = finals(store, machine, [100.0, 101.0])
+    assert len(interleaved.trials) == 2
     assert [r.time_us for r in store.results(JOBS[0].place)] == [100.0, 101.0]
 
 
@@ -189,5 +189,5 @@ def test_one_that_is_far_ahead_is_not_timed_in_turns(store: Store, machine: Mach
 
 
 def test_no_more_than_a_few_are_timed_in_turns(store: Store, machine: Machine) -> None:
-    (rematch,) = finals(store, machine, [100.0 + n / 100 for n in range(8)])
-    assert len(rematch.trials) == IN_TURNS
+    (interleaved,) = finals(store, machine, [100.0 + n / 100 for n in range(8)])
+    assert len(interleaved.trials) == MAX_INTERLEAVED

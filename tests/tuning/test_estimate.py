@@ -1,4 +1,4 @@
-"""What is guessed before compiling: possible, ranked like what was measured, and near what was compiled."""
+"""What is guessed before compiling: possible, sorted_by_guess like what was measured, and near what was compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parallax_gen.ops.space import default_config, every_config, shared_bytes
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import OPS, KernelSpec
-from parallax_gen.tuning.search.cost_model import guess_resources, guess_us, ranked
+from parallax_gen.tuning.search.cost_model import guess_resources, guess_us, sorted_by_guess
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 H200 = GPUS["h200"]
@@ -39,7 +39,7 @@ def test_every_config_can_be_guessed(op: str, data: KernelSpec) -> None:
 
 def test_ranked_is_every_config_from_fast_to_slow() -> None:
     configs = list(every_config(FORWARD, H200))
-    order = ranked(FORWARD, TRAINED, H200, configs)
+    order = sorted_by_guess(FORWARD, TRAINED, H200, configs)
     times = [guess_us(FORWARD, config, TRAINED, H200) for config in order]
     assert times == sorted(times)
     assert set(order) == set(configs)
@@ -72,6 +72,6 @@ def test_resources_are_near_those_of_compiled_kernels(path: Path) -> None:
 def test_the_best_are_among_the_first_fifth(path: Path) -> None:
     """Of what was recorded, and so of what those who recorded it thought worth a trial."""
     sweep = read_sweep(path)
-    order = ranked(sweep.place.spec, sweep.shape, GPUS[sweep.place.gpu], sweep.costs)
+    order = sorted_by_guess(sweep.place.spec, sweep.shape, GPUS[sweep.place.gpu], sweep.costs)
     best = min(sweep.costs, key=lambda config: sweep.costs[config] or float("inf"))
     assert order.index(best) < len(order) / 5

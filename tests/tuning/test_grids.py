@@ -5,7 +5,7 @@ from __future__ import annotations
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import bucket_of
 from parallax_gen.problem.workloads import GRIDS, OFFICIAL, SERVING, Flags
-from parallax_gen.tuning.job import of_grid
+from parallax_gen.tuning.job import grid_jobs
 
 
 def test_the_official_grid_is_that_of_216_shapes_less_those_over_2_gib() -> None:
@@ -22,7 +22,7 @@ def test_the_serving_grid_fits_a_card_of_80_gb() -> None:
 
 def test_a_grid_s_jobs_are_its_buckets_in_the_form_asked_for() -> None:
     gpu = gpu_by_name("h200")
-    jobs = of_grid(gpu, GRIDS["serving"], flags=Flags(page_size=16))
+    jobs = grid_jobs(gpu, GRIDS["serving"], flags=Flags(page_size=16))
     assert len(jobs) == len({bucket_of(shape) for _, shape in SERVING}) == 44
     assert all(job.spec.page_size == 16 and job.spec.op == "decode_varlen" for job in jobs)
-    assert {job.spec.head_dim for job in of_grid(gpu, GRIDS["official"], head_dims=(64,))} == {64}
+    assert {job.spec.head_dim for job in grid_jobs(gpu, GRIDS["official"], head_dims=(64,))} == {64}

@@ -24,7 +24,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.claims import Storage
-from parallax_gen.tuning.job import Job, Progress, program_of
+from parallax_gen.tuning.job import Job, Progress, program_key
 from parallax_gen.tuning.search.recorded_sweep import sweep_of
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers import pool, worker
@@ -94,12 +94,12 @@ def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine,
         tune(store, JOBS, Storage(journal))
     other = Storage(journal)
     for job in JOBS:
-        board = other.board(job.place, program_of(job))
-        assert not board.others_at_work()
+        claims = other.claims(job.place, program_key(job))
+        assert not claims.others_at_work()
         done = {r.config for r in store.results(job.place)}
-        assert {r.config for r in board.news()} <= done
+        assert {r.config for r in claims.new_results()} <= done
         free = [config for config in machine.compiled if config not in done]
-        assert board.claim(free[0])
+        assert claims.claim(free[0])
 
 
 def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +145,8 @@ def row(config: KernelConfig, outcome: str = "compile", detail: str = FULL, hour
 def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Machine) -> None:
     default = default_config(JOB.spec, JOB.shape, GPU)
     wrong = next(config for config in CONFIGS if config != default)
-    store.record(row(default))
-    store.record(row(wrong, "compile", "CompilationError: at 3:4"))
+    store.save(row(default))
+    store.save(row(wrong, "compile", "CompilationError: at 3:4"))
     (progress,) = tune(store, [JOB])
     assert progress.known == 1
     assert default in machine.compiled
@@ -157,11 +157,11 @@ def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Ma
 @pytest.mark.parametrize("outcome", ["ok", "wrong", "crash", "timeout", "predicted"])
 def test_any_other_row_takes_its_place_and_it_takes_no_others(store: Store, outcome: str) -> None:
     fault, told = row(CONFIGS[0], hours=1), row(CONFIGS[0], outcome, "" if outcome in ("ok", "predicted") else "told")
-    assert fault.of_machine
-    assert not told.of_machine
+    assert fault.is_machine_fault
+    assert not told.is_machine_fault
     assert supersedes(told, fault)
     assert not supersedes(fault, told)
-    store.record(fault)
+    store.save(fault)
     assert store.results(JOB.place) == [fault]  # it is kept
     assert store.merge([told]).replaced == 1
     assert store.merge([fault]).kept == 1
@@ -172,8 +172,8 @@ def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_pat
     shipped = row(CONFIGS[0], "ok", "", hours=-1)
     folder = tmp_path / "shipped"
     write_shipped([shipped], "h200", folder)
-    store.record(row(CONFIGS[0]))
-    store.record(row(CONFIGS[1]))
+    store.save(row(CONFIGS[0]))
+    store.save(row(CONFIGS[1]))
     known = Memory(store, folder)
     assert [r.outcome for r in known.results(JOB.place)] == ["ok", "compile"]
     assert best(JOB.place, GPU, known).config == CONFIGS[0]
@@ -184,12 +184,12 @@ def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_pat
 
 
 def test_what_an_earlier_version_told_others_is_passed_over(journal: str) -> None:
-    first, second = (Storage(journal).board(JOB.place, program_of(JOB)) for _ in range(2))
+    first, second = (Storage(journal).claims(JOB.place, program_key(JOB)) for _ in range(2))
     assert first.claim(CONFIGS[0])
     assert first.claim(CONFIGS[1])
     first.finish(row(CONFIGS[0]))
     first.finish(row(CONFIGS[1], "wrong", "row 3"))
-    assert [r.config for r in second.news()] == [CONFIGS[1]]
+    assert [r.config for r in second.new_results()] == [CONFIGS[1]]
     assert not second.claim(CONFIGS[1])
     assert second.claim(CONFIGS[0])
 

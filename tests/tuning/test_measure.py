@@ -16,9 +16,9 @@ from parallax_gen.tuning.workers.measure import (
     FEWEST_REPLAYS,
     MOST_REPLAYS,
     MUCH_FREED,
-    REST_S,
+    PAUSE_S,
+    ROUNDS,
     SETTLE_S,
-    TURNS,
     WARM_MS,
 )
 
@@ -148,7 +148,7 @@ def test_a_timing_waits_until_freed_memory_is_cleared(device: Device) -> None:
     measure.time_call(call, timed_ms=1.0)
     assert device.rests == [SETTLE_S]
     device.freed += MUCH_FREED
-    measure.time_in_turns([call, call], timed_ms=1.0)
+    measure.time_interleaved([call, call], timed_ms=1.0)
     assert device.rests == 2 * [SETTLE_S]
 
 
@@ -166,8 +166,8 @@ def test_so_does_one_whose_own_capture_frees_memory(device: Device) -> None:
 def test_what_tensor_cores_bound_does_not_wait_for_memory(device: Device) -> None:
     call = device.work("call", lambda: 100.0)
     device.freed = MUCH_FREED
-    measure.time_call(call, timed_ms=1.0, by_memory=False)
-    measure.time_in_turns([call, call], timed_ms=1.0, by_memory=False)
+    measure.time_call(call, timed_ms=1.0, memory_bound=False)
+    measure.time_interleaved([call, call], timed_ms=1.0, memory_bound=False)
     assert device.rests == []
 
 
@@ -178,8 +178,8 @@ def test_what_has_lost_is_replayed_a_few_times_only(device: Device) -> None:
 
 @pytest.mark.parametrize(("timed_ms", "bursts"), [(10.0, 1), (60.0, 3)])
 def test_from_rest_is_in_bursts_each_after_a_rest(device: Device, timed_ms: float, bursts: int) -> None:
-    timing = measure.time_call(device.work("a", lambda: 100.0), timed_ms=timed_ms, from_rest=True)
-    assert device.rests == [REST_S] * bursts
+    timing = measure.time_call(device.work("a", lambda: 100.0), timed_ms=timed_ms, in_bursts=True)
+    assert device.rests == [PAUSE_S] * bursts
     assert timing.replays == max(FEWEST_REPLAYS, timed_ms / 2)  # of 20 calls, 2 ms
 
 
@@ -189,7 +189,7 @@ def test_a_card_that_slows_under_load_is_timed_before_it_does(device: Device) ->
     def cost() -> float:
         return 1000.0 if device.now_us - device.rested_at_us < 30e3 else 1100.0
 
-    timing = measure.time_call(device.work("a", cost), timed_ms=60.0, from_rest=True)
+    timing = measure.time_call(device.work("a", cost), timed_ms=60.0, in_bursts=True)
     assert WARM_MS + BURST_MS < 30.0
     assert (timing.median_us, timing.p80_us) == pytest.approx((1000.0, 1000.0))
     without = measure.time_call(device.work("a", cost), timed_ms=60.0)
@@ -212,12 +212,12 @@ def test_in_turns_a_drift_is_shared(device: Device) -> None:
     first, second = (measure.time_call(work, timed_ms=60.0) for work in works)
     assert first.median_us < second.median_us
     device.replays.clear()
-    timings = measure.time_in_turns(works, timed_ms=60.0, from_rest=True)
+    timings = measure.time_interleaved(works, timed_ms=60.0, in_bursts=True)
     assert timings[1].median_us < timings[0].median_us
-    assert device.rests == [REST_S] * 2 * TURNS
+    assert device.rests == [PAUSE_S] * 2 * ROUNDS
     assert [timing.replays for timing in timings] == [timings[0].replays] * 2
     turns = [name for n, name in enumerate(device.replays) if n == 0 or device.replays[n - 1] != name]
-    assert turns[-2 * TURNS :] == ["a", "b"] * TURNS
+    assert turns[-2 * ROUNDS :] == ["a", "b"] * ROUNDS
 
 
 def test_what_no_graph_captures_is_timed_as_it_is_called(device: Device) -> None:

@@ -20,9 +20,9 @@ from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.job import MOST_REFRESHED, Job, Progress, known_configs, known_jobs
+from parallax_gen.tuning.job import MAX_REFRESHED, Job, Progress, refresh_configs, refresh_jobs
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.messages import Measure, Rematch, TrialResult
+from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, TrialResult
 
 GPU = GPUS["h200"]
 SPEC = KernelSpec("decode", 64, "bf16")
@@ -41,7 +41,7 @@ def record(config: KernelConfig, time_us: float, place: Place = JOB.place, **evi
 
 def memory_of(store: Store, folder: Path, *records: Result) -> Memory:
     for result in records:
-        store.record(result)
+        store.save(result)
     return Memory(store, folder)
 
 
@@ -67,12 +67,12 @@ def test_of_each_place_the_best_of_every_kind_of_evidence(store: Store, tmp_path
         record(OTHERS[4], 2.0, near),
         record(OTHERS[5], 0.5, **LOST),
     )
-    assert known_configs(JOB, memory) == [OTHERS[0], DEFAULT, OTHERS[1], OTHERS[3], OTHERS[4], OTHERS[5]]
-    assert MOST_REFRESHED == 6
+    assert refresh_configs(JOB, memory) == [OTHERS[0], DEFAULT, OTHERS[1], OTHERS[3], OTHERS[4], OTHERS[5]]
+    assert MAX_REFRESHED == 6
 
 
 def test_where_nothing_is_known_the_default_alone(store: Store, tmp_path: Path) -> None:
-    assert known_configs(JOB, memory_of(store, tmp_path)) == [DEFAULT]
+    assert refresh_configs(JOB, memory_of(store, tmp_path)) == [DEFAULT]
 
 
 def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) 
         record(OTHERS[0], 1.0, other),
     )
     here = replace(other, gpu=GPU.name)
-    assert [job.place for job in known_jobs(memory, GPU)] == [lost, here, older, alive]
-    assert [job.place for job in known_jobs(memory, GPU, lambda place: place.bucket.kv_rows > 2)] == [lost, older]
-    assert len(known_jobs(memory, GPUS["h100"])) == 4
+    assert [job.place for job in refresh_jobs(memory, GPU)] == [lost, here, older, alive]
+    assert [job.place for job in refresh_jobs(memory, GPU, lambda place: place.bucket.kv_rows > 2)] == [lost, older]
+    assert len(refresh_jobs(memory, GPUS["h100"])) == 4
     unknown = replace(GPU, name="a card alike")
-    assert {job.bucket for job in known_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
-    assert known_jobs(memory, GPUS["rtx4090"]) == []
-    assert known_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # of sizes that it has no memory for
+    assert {job.bucket for job in refresh_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
+    assert refresh_jobs(memory, GPUS["rtx4090"]) == []
+    assert refresh_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # of sizes that it has no memory for
 
 
 def test_the_kernels_of_a_training_step_stay_together(store: Store, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_kernels_of_a_training_step_stay_together(store: Store, tmp_path: Pa
     records = [record(default_of(where, GPU), 1.0, where) for where in alive]
     lost = record(default_of(small[3], GPU), 1.0, small[3], **LOST)
     memory = memory_of(store, tmp_path, *records, lost)
-    order = [job.place for job in known_jobs(memory, GPU)]
+    order = [job.place for job in refresh_jobs(memory, GPU)]
     assert set(order[:4]) == set(small)
     assert set(order[4:]) == set(large)
 
@@ -116,7 +116,7 @@ def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
 ) -> None:
     us = {DEFAULT: 20.0, OTHERS[0]: 10.0, OTHERS[1]: 10.4, OTHERS[2]: 10.6}
     machine.measure = lambda config, n: timed(us[config])
-    machine.rematch = lambda request: TrialResult(
+    machine.interleaved = lambda request: TrialResult(
         Outcome.OK, timings=tuple(timing(us[t.config] / 2) for t in request.trials)
     )
     memory = memory_of(
@@ -129,7 +129,7 @@ def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
     (progress,) = refresh(memory, JOB)
     assert progress.kinds == {"ok": 4}
     assert {request.trial.config for request in machine.measured} == set(us)
-    (turns,) = machine.rematches
+    (turns,) = machine.interleaved_requests
     assert [trial.config for trial in turns.trials] == [OTHERS[0], OTHERS[1], DEFAULT]  # 10.6 is not within 5 %
     found = {r.config: r.time_us for r in store.results(JOB.place) if r.evidence.triton != "2.0.0"}
     assert found == {OTHERS[0]: 5.0, OTHERS[1]: 5.2, DEFAULT: 10.0, OTHERS[2]: 10.6}
@@ -154,13 +154,13 @@ def test_what_fails_now_counts_no_more(store: Store, machine: Machine, tmp_path:
     )
     refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
     assert best(JOB.place, GPU, store).config == DEFAULT
-    assert not machine.rematches
+    assert not machine.interleaved_requests
 
 
 def test_many_places_at_once(store: Store, machine: Machine, tmp_path: Path) -> None:
     places = [replace(JOB.place, bucket=Bucket(rows, 1, keys)) for rows in (1, 8, 64) for keys in (256, 2048)]
     memory = memory_of(store, tmp_path, *(record(OTHERS[n], 5.0, place) for n, place in enumerate(places)))
-    done = refresh(memory, *known_jobs(memory, GPU))
+    done = refresh(memory, *refresh_jobs(memory, GPU))
     assert {progress.job.place for progress in done} == set(places)
     for place in places:
         assert default_of(place, GPU) in {r.config for r in store.results(place)}
@@ -171,7 +171,7 @@ def test_the_default_is_never_given_up(store: Store, machine: Machine, tmp_path:
     refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
     limits = {r.trial.config: r.give_up_us for _, r in machine.on if isinstance(r, Measure)}
     assert limits[DEFAULT] == float("inf")
-    assert not any(isinstance(r, Rematch) and len(r.trials) < 2 for _, r in machine.on)
+    assert not any(isinstance(r, MeasureInterleaved) and len(r.trials) < 2 for _, r in machine.on)
 
 
 def test_with_one_trial_the_default_is_timed_all_the_same(store: Store, machine: Machine, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_ops_without_neighbours_in_the_ranking_try_those_too(op: str, store: Sto
     job = Job(spec, Bucket(8, 2048, 2048), GPU)
     config = next(c for c in every_config(spec, GPU) if c != default_of(job.place, GPU))
     memory = memory_of(store, tmp_path, record(config, 1.0, replace(job.place, bucket=Bucket(8, 1024, 1024))))
-    assert known_configs(job, memory) == [default_of(job.place, GPU), config]
+    assert refresh_configs(job, memory) == [default_of(job.place, GPU), config]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_config_with_an_old_row_that_fails_now_or_is_slower_counts_as_it_is_no
     """Of another patch release, or from before fingerprints: the old row is of the same kernel and toolchain."""
     memory = memory_of(store, tmp_path, record(OTHERS[0], 1.0, **old), record(OTHERS[1], 5.0))
     machine.measure = lambda config, n: TrialResult(Outcome.WRONG, "NaN") if config == OTHERS[0] else timed(9.0)
-    machine.rematch = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(9.0) for _ in request.trials))
+    machine.interleaved = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(9.0) for _ in request.trials))
     (progress,) = refresh(memory, JOB)
     assert progress.best is not None
     assert (progress.best.config != OTHERS[0], progress.best.time_us) == (True, 9.0)
@@ -215,7 +215,7 @@ def test_what_ships_and_was_not_timed_does_not_outlast_a_refresh(
 ) -> None:
     write_shipped([record(config, 5.0 + n / 10) for n, config in enumerate(OTHERS[:3])], GPU.name, tmp_path)
     machine.measure = lambda config, n: timed(6.0)
-    machine.rematch = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(6.0) for _ in request.trials))
+    machine.interleaved = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(6.0) for _ in request.trials))
     memory = memory_of(store, tmp_path)
     refresh(memory, JOB)
     chosen = best(JOB.place, GPU, memory).record

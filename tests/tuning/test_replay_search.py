@@ -14,17 +14,17 @@ from parallax_gen.tuning.search.recorded_sweep import OURS, curves, read_sweep, 
 SWEEP = sweep_of(made_up(), CARD)
 
 
-@pytest.mark.parametrize("contender", [OURS, "model", "corrected", "random"])
-def test_regret_falls_to_nothing_when_all_was_tried(contender: str) -> None:
-    found = regrets(SWEEP, contender, seed=0, trials=1000)
+@pytest.mark.parametrize("strategy", [OURS, "model", "corrected", "random"])
+def test_regret_falls_to_nothing_when_all_was_tried(strategy: str) -> None:
+    found = regrets(SWEEP, strategy, seed=0, trials=1000)
     assert len(found) == len(SWEEP.results)
     assert found == sorted(found, reverse=True)
     assert found[-1] == 0.0
-    assert regrets(SWEEP, contender, seed=0, trials=5) == found[:5]
+    assert regrets(SWEEP, strategy, seed=0, trials=5) == found[:5]
 
 
 def test_optuna_s_samplers_are_replayed_too() -> None:
-    found = [regrets(SWEEP, contender, seed=0, trials=10) for contender in ("tpe", "tpe-univariate")]
+    found = [regrets(SWEEP, strategy, seed=0, trials=10) for strategy in ("tpe", "tpe-univariate")]
     assert [len(regret) for regret in found] == [10, 10]
     assert found[0] == regrets(SWEEP, "tpe", seed=0, trials=10)
 

@@ -25,8 +25,8 @@ from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import config_to_json
 from parallax_gen.ops.space import every_config
-from parallax_gen.tuning.claims import Board, Storage
-from parallax_gen.tuning.job import program_of
+from parallax_gen.tuning.claims import SharedClaims, Storage
+from parallax_gen.tuning.job import program_key
 
 PROGRAM = Path(__file__).with_name("shared_tune.py")
 CONFIGS = list(every_config(JOB.spec, JOB.gpu))
@@ -116,8 +116,8 @@ def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: 
             assert (result.outcome, result.detail) == ("crash", "made up")
 
 
-def boards(url: str, count: int, lease_s: float = 60.0) -> list[Board]:
-    return [Storage(url, lease_s=lease_s).board(JOB.place, program_of(JOB)) for _ in range(count)]
+def boards(url: str, count: int, lease_s: float = 60.0) -> list[SharedClaims]:
+    return [Storage(url, lease_s=lease_s).claims(JOB.place, program_key(JOB)) for _ in range(count)]
 
 
 def ok(number: int, time_us: float = 10.0) -> Result:
@@ -134,23 +134,23 @@ def test_claims_and_news(url: str) -> None:
     first.finish(ok(0))
     second.finish(Result(JOB.place, EVIDENCE, CONFIGS[1], "wrong", error=float("inf"), detail="row 3"))
     assert not first.others_at_work()
-    assert [r.config for r in second.news()] == [CONFIGS[0]]
-    (told,) = first.news()
+    assert [r.config for r in second.new_results()] == [CONFIGS[0]]
+    (told,) = first.new_results()
     assert (told.config, told.outcome, told.error, told.detail) == (CONFIGS[1], "wrong", float("inf"), "row 3")
-    assert second.news() == first.news() == []
+    assert second.new_results() == first.new_results() == []
     assert not second.claim(CONFIGS[0])  # it was tried
     first.publish(ok(0, 12.0))
-    assert [r.time_us for r in second.news()] == [12.0]
-    assert len(boards(url, 1)[0].news()) == 3
+    assert [r.time_us for r in second.new_results()] == [12.0]
+    assert len(boards(url, 1)[0].new_results()) == 3
 
 
 def test_who_compiles_other_programs_has_a_board_of_its_own(url: str) -> None:
     (first,) = boards(url, 1)
-    other = Storage(url).board(JOB.place, "another kernel, Triton 9.9")
+    other = Storage(url).claims(JOB.place, "another kernel, Triton 9.9")
     assert first.claim(CONFIGS[0])
     assert other.claim(CONFIGS[0])
     first.finish(ok(0))
-    assert other.news() == []
+    assert other.new_results() == []
 
 
 def test_what_a_worker_lets_go_of_is_free(url: str) -> None:
@@ -166,19 +166,19 @@ def test_what_a_worker_had_that_is_gone_is_free(url: str) -> None:
     assert gone.claim(CONFIGS[3])
     assert not second.claim(CONFIGS[3])
     time.sleep(4.1)
-    second.beat()
+    second.heartbeat()
     assert second.claim(CONFIGS[3])
     gone.finish(ok(3, 1.0))  # it was only late: its result does no harm, and its claim is another's
     assert not gone.claim(CONFIGS[3])
     second.finish(ok(3))
-    assert 10.0 in [r.time_us for r in boards(url, 1)[0].news()]
+    assert 10.0 in [r.time_us for r in boards(url, 1)[0].new_results()]
 
 
-@pytest.mark.parametrize("beat", ["soon", None, [], 1e308, 9e9, -1e308])
-def test_a_worker_that_says_nonsense_of_when_it_was_there_is_gone(url: str, beat: object) -> None:
+@pytest.mark.parametrize("heartbeat", ["soon", None, [], 1e308, 9e9, -1e308])
+def test_a_worker_that_says_nonsense_of_when_it_was_there_is_gone(url: str, heartbeat: object) -> None:
     gone, second = boards(url, 2)
     assert gone.claim(CONFIGS[5])
-    gone._storage.set_study_user_attr(gone._study, f"worker {gone._worker}", beat)
+    gone._storage.set_study_user_attr(gone._study, f"worker {gone._worker}", heartbeat)
     assert not second.others_at_work()
     assert second.claim(CONFIGS[5])
     second.release()
@@ -190,7 +190,7 @@ def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
     trial = first._claims[config_to_json(CONFIGS[4])]
     first._storage.set_trial_user_attr(trial, "result", '{"outcome": "ok"}')
     first.release()
-    assert CONFIGS[4] not in [r.config for r in second.news()]
+    assert CONFIGS[4] not in [r.config for r in second.new_results()]
 
 
 @pytest.mark.parametrize(
@@ -205,5 +205,5 @@ def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
 )
 def test_a_storage_that_cannot_be_used_is_named_without_its_password(bad: str, said: str) -> None:
     with pytest.raises(StoreError, match=said) as caught:
-        Storage(bad).board(JOB.place, "")
+        Storage(bad).claims(JOB.place, "")
     assert "secret" not in str(caught.value)

@@ -74,7 +74,7 @@ def test_it_is_whole_when_every_config_was_tried() -> None:
 def test_a_store_s_results_make_a_sweep(tmp_path: Path) -> None:
     with Store(tmp_path / "tuning.db") as store:
         for result in made_up():
-            store.record(result)
+            store.save(result)
         assert sweep_of(store.results(PLACE), CARD) == sweep_of(made_up(), CARD)
 
 

@@ -15,7 +15,7 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import best, evidence_of, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Evidence, Outcome, Result
-from parallax_gen.memory.shipped import load_alike, write_shipped
+from parallax_gen.memory.shipped import load_same_capability, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
@@ -24,9 +24,9 @@ from parallax_gen.ops.space import default_config, every_config, why_invalid
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.finals import FINALIST_MS, FINALISTS
+from parallax_gen.tuning.finals import FINALIST_MS, MAX_FINALISTS
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.run import MOST_SPILLS, Run
+from parallax_gen.tuning.run import MAX_SPILLS, Run
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.messages import TrialResult
 
@@ -88,7 +88,7 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
         1: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
         2: TrialResult(Outcome.CRASH, "exit status -11: no message"),
         3: TrialResult(Outcome.INVALID, "cannot be"),
-        4: TrialResult(Outcome.OK, resources=Resources(255, MOST_SPILLS + 1, 1000)),
+        4: TrialResult(Outcome.OK, resources=Resources(255, MAX_SPILLS + 1, 1000)),
         5: TrialResult(Outcome.OK, resources=Resources(255, 0, GPU.shared_per_block + 1)),
     }
     measures = {
@@ -120,10 +120,10 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
     assert kinds[6:] == ["ok", "wrong", "slow", "timeout", "crash", "resources", "ok"]
     details = [of[config].detail for config in machine.compiled]
     assert details[0] == "no such instruction"
-    assert details[4] == f"spills {MOST_SPILLS + 1} bytes a thread, over {MOST_SPILLS}"
+    assert details[4] == f"spills {MAX_SPILLS + 1} bytes a thread, over {MAX_SPILLS}"
     assert "bytes of shared memory" in details[5]
     assert of[machine.compiled[0]].compile_s == 2.0
-    assert of[machine.compiled[4]].spills == MOST_SPILLS + 1
+    assert of[machine.compiled[4]].spills == MAX_SPILLS + 1
     assert of[machine.compiled[7]].error == float("inf")
     assert of[machine.compiled[6]].source == "measured on NVIDIA H200 SXM"
 
@@ -162,7 +162,7 @@ def test_finalists_that_matmuls_bound_are_timed_from_rest(
     store: Store, machine: Machine, spec: KernelSpec, rests: bool
 ) -> None:
     tune(store, Job(spec, Bucket(8, 1 if spec.family == "decode" else 1024, 1024), GPU), trials=1)
-    assert [(request.timed_ms == FINALIST_MS, request.from_rest) for request in machine.measured] == [
+    assert [(request.timed_ms == FINALIST_MS, request.in_bursts) for request in machine.measured] == [
         (False, False),
         (True, rests),
     ]
@@ -171,7 +171,7 @@ def test_finalists_that_matmuls_bound_are_timed_from_rest(
 def test_only_so_many_are_timed_twice(store: Store, machine: Machine) -> None:
     machine.measure = lambda config, n: timed(100.0 + n if n < 20 else 1000.0 + n)
     tune(store, trials=20)
-    assert len(machine.measured) == 20 + FINALISTS
+    assert len(machine.measured) == 20 + MAX_FINALISTS
 
 
 def test_slow_ones_are_given_up_on(store: Store, machine: Machine) -> None:
@@ -257,10 +257,10 @@ def test_known_are_results_of_todays_kernels_and_of_this_toolchain(store: Store,
         replace(today[7], protocol=0),
     ]
     for config, its in zip(configs, evidence, strict=False):
-        store.record(Result(SMALL.place, its, config, "wrong", detail="told"))
+        store.save(Result(SMALL.place, its, config, "wrong", detail="told"))
     invalid = PreprocessConfig(BLOCK_M=3, num_warps=4)
     assert why_invalid(SMALL.spec, invalid, SMALL.gpu)
-    store.record(Result(SMALL.place, Evidence.here("", ""), invalid, "invalid"))
+    store.save(Result(SMALL.place, Evidence.here("", ""), invalid, "invalid"))
     assert tune(store, SMALL, trials=1000).known == 4
     assert set(machine.compiled) == set(configs[3:])
 
@@ -342,9 +342,13 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
     records += [shipped(spec.of("dqdr"), Bucket(16, 4096, 4096), second, 7.0)]
     records += [shipped(KernelSpec("dqdr", 64, "bf16", causal=True), here, fourth, 1.0)]
     write_shipped(records, "h200", tmp_path)
-    assert shipped_seeds(Place("h100", spec, here), load_alike(GPUS["h100"], tmp_path))[:2] == [second, first]
-    assert set(shipped_seeds(Place("h100", spec, here), load_alike(GPUS["h100"], tmp_path))) == {second, first, third}
-    assert shipped_seeds(Place("rtx4090", spec, here), load_alike(GPUS["rtx4090"], tmp_path)) == []
+    assert shipped_seeds(Place("h100", spec, here), load_same_capability(GPUS["h100"], tmp_path))[:2] == [second, first]
+    assert set(shipped_seeds(Place("h100", spec, here), load_same_capability(GPUS["h100"], tmp_path))) == {
+        second,
+        first,
+        third,
+    }
+    assert shipped_seeds(Place("rtx4090", spec, here), load_same_capability(GPUS["rtx4090"], tmp_path)) == []
 
 
 def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store, machine: Machine) -> None:
@@ -365,7 +369,7 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
     odd = replace(results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512)))  # a window that the spec has not
     assert nearby_seeds(job.place, [odd, *results]) == [configs[2], configs[1]]
     for result in results:
-        store.record(result)
+        store.save(result)
     tune(store, job, trials=3)
     assert machine.compiled == [default_config(spec, job.shape, GPU), configs[2], configs[1]]
 
@@ -379,7 +383,7 @@ def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tm
     places = [*(Place("h100", spec, bucket) for spec in specs), Place("h100", paged, Bucket(8, 1, 4096))]
     results = [Result(place, OLD, config, "ok", time_us=10.0) for place, config in zip(places, configs, strict=True)]
     write_shipped(results, "h100", tmp_path)
-    first, *kin, elsewhere = shipped_seeds(Place("h200", paged, bucket), load_alike(GPUS["h200"], tmp_path))
+    first, *kin, elsewhere = shipped_seeds(Place("h200", paged, bucket), load_same_capability(GPUS["h200"], tmp_path))
     assert first == configs[1]
     assert set(kin) == {configs[0], configs[2]}
     assert elsewhere == configs[4]
@@ -392,7 +396,7 @@ def test_proven_configs_are_tried_right_after_the_default(store: Store, machine:
     job = Job(KernelSpec("dkdv", 128, "bf16", causal=True), Bucket(32, 8192, 8192), GPUS["h100"])
     proven = [
         config
-        for config in shipped_seeds(job.place, load_alike(job.gpu))
+        for config in shipped_seeds(job.place, load_same_capability(job.gpu))
         if config != default_config(job.spec, job.shape, job.gpu)
     ]
     assert proven  # the H200's records ship

@@ -168,4 +168,4 @@ def test_what_has_lengths_of_its_own_is_timed_on_each_batch_of_them() -> None:
 
 
 def test_a_part_of_what_was_timed_together() -> None:
-    assert Timing(30.0, 20.0, 40.0, 5, 7).a_part(2) == Timing(15.0, 10.0, 20.0, 5, 7)
+    assert Timing(30.0, 20.0, 40.0, 5, 7).per_launch(2) == Timing(15.0, 10.0, 20.0, 5, 7)

@@ -185,8 +185,8 @@ def hasty_autotuners() -> Iterator[None]:
 
 def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
     """Milliseconds: the median, for every quantile that is asked for."""
-    from parallax_gen.tuning.workers.measure import marks_us
+    from parallax_gen.tuning.workers.measure import event_times_us
 
     call()
-    times = [us for _ in range(CALLS_A_CONFIG) for us in marks_us(call, 1)]
+    times = [us for _ in range(CALLS_A_CONFIG) for us in event_times_us(call, 1)]
     return [statistics.median(times) / 1000] * len(quantiles)

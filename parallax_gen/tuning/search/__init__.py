@@ -1,1 +1,1 @@
-"""Which config to try next, and how well such searches do on recorded sweeps."""
+"""Chooses the next config to try, and evaluates such searches on recorded sweeps."""

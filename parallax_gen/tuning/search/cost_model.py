@@ -1,8 +1,8 @@
-"""A static model of a kernel's time, from what compiling shows: it ranks configs where nothing can be measured.
+"""A static model of a kernel's time from its compiled resources: it ranks configs where nothing can be measured.
 
-A roofline, and what usually keeps a kernel from it. The factors were set by hand to partial sweeps on an H200, of
-tiles at head_dim 64 and 256, of decode at 128, that of shared rows later to whole sweeps of tiles on an H100, and each
-says what it stands for; they order configs, and are no promise of a time.
+A roofline, times factors for what usually keeps a kernel from it. The factors were fitted by hand to partial sweeps on
+an H200 (tiled ops at head_dim 64 and 256, decode at 128); the factor of rows that warps share was fitted later to whole
+sweeps of tiled ops on an H100. They are meant to order configs, not to predict a time.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from parallax_gen.problem.work import MATMULS, SCORES, work_of
 
 LAUNCH_US = 2.0  # launch, first loads, last stores
 LATENCY_US = 0.8  # a load from device memory under load
-ROUND_US = 1.5  # a program's begin and end, when others wait for its place
+PROGRAM_US = 1.5  # a program's prologue and epilogue, when others wait for its multiprocessor
 
 
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:
-    """Microseconds that a call should take."""
+    """The predicted microseconds of a call."""
     op, blocks = op_of(spec), resident_blocks(config, gpu, resources)
     time = _TIMES[op.layout](op, spec, config, shape, gpu, blocks)
     return LAUNCH_US + time * (1 + resources.spills / op.costs.spill_bytes)
 
 
 def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int:
-    """How many programs a multiprocessor holds at a time: the scarcest of registers, shared memory and warps."""
+    """Programs resident on a multiprocessor: limited by registers, shared memory, warps or blocks."""
     registers = resources.registers * 32 * config.num_warps
     return max(
         1,
         min(
             gpu.registers_per_sm // registers,
-            gpu.shared_per_sm // (resources.shared_bytes + 1024),  # 1 KB of each block is the system's
+            gpu.shared_per_sm // (resources.shared_bytes + 1024),  # CUDA reserves 1 KB for each block
             gpu.max_warps_per_sm // config.num_warps,
             gpu.max_blocks_per_sm,
         ),
@@ -50,51 +50,51 @@ def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int
 def _tiles_us(
     op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, blocks: int
 ) -> float:
-    """Bound by the matmuls, at a rate that shrinks with whatever keeps the tensor cores waiting."""
+    """Tiled ops: bound by matmuls, at a rate reduced by whatever keeps the tensor cores waiting."""
     work, (owned, step) = work_of(spec, shape), op.owned_and_step(config)
     rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
     halves = config.HEAD_DIM_AS == "halves"
     of_head = (2 if halves else 1) * math.ceil(owned_length / owned)
     programs = shape.batch * rows * of_head
-    rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_share(op, spec, config, gpu)
+    rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_efficiency(op, spec, config, gpu)
     rate *= op.instructions_share(spec, config)
-    # Someone must multiply while others do their softmax: the warps of one program wait for each other.
+    # One program must multiply while another does its softmax: the warps of one program wait for each other.
     together = min(blocks, math.ceil(programs / gpu.sms))
     rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(together, 1.13)
     rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # loads are late
     heads = min(config.HEAD_GROUP or shape.batch * rows, shape.batch * rows)
-    # What tiles share, q, r and do of a group's heads or k and v, falls out of L2 before all of them have read it.
+    # What tiles share (q, r and do of a group's heads, or k and v) is evicted from L2 before all of them have read it.
     of_rows, of_keys = 3 * shape.seqlen_q * heads * spec.group, 2 * shape.seqlen_kv * max(1, heads // spec.group)
     shared = of_rows if op.owns_keys else of_keys
     rate *= 0.95 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
-    # Best are heads that fill the card twice: fewer spread the triangle unevenly, more share less at a time.
+    # The best number of heads fills the card twice: with fewer the causal triangle is unbalanced, with more L2 is.
     rate *= 1 - 0.012 * abs(math.log2(heads * of_head / (2 * gpu.sms * blocks)))
-    if spec.causal:  # blocks that the diagonal, or a window's two edges, cross are multiplied whole
+    if spec.causal:  # a block on the diagonal, or on a window's edge, is multiplied whole
         seen = work.flops / (2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q)
         rate *= seen / (seen + (owned + step) / (1 if shape.window else 2))
-    # The last wave is as long as the others, however few programs it has; causal ones end with short rows.
+    # The last wave takes as long as the others, however few programs it has; causal launches end with short rows.
     waves = programs / (gpu.sms * blocks)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
 
 
-def _matmul_share(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> float:
-    """What is left of the rate for the matmuls' forms."""
+def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> float:
+    """The fraction of the matmul rate that remains for the shapes of the matmuls."""
     owned, step = op.owned_and_step(config)
     share = {16: 0.75, 32: 0.87, 128: 1.06}.get(step, 1.0)  # narrow matmuls
-    share *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all that it steps over
+    share *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all tiles that it steps over
     if spec.dtype == "fp32":  # no tensor cores
         share *= {16: 0.58, 32: 0.78}.get(owned, 1.0)
     else:
         if owned < 64 and gpu.capability[0] >= 9:
-            share *= 0.85  # the matmuls of Hopper and Blackwell, which run on while the program does, take 64 rows
-        # With less than 16 rows each, warps share rows: each finds its columns, and they join maxima and sums. Two of
-        # them cost most; more share what there is to wait for.
+            share *= 0.85  # the asynchronous matmuls of Hopper and Blackwell take 64 rows
+        # With less than 16 rows a warp, warps share rows: each computes its columns, and they reduce maxima and sums
+        # across warps. Sharing by two costs most; beyond that the waits are shared.
         shared_by = max(0.0, math.log2(16 * config.num_warps / owned))
         share *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
     widths = [piece.width for piece in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_AS)[0]]
-    share *= spec.head_dim / sum(widths)  # what is padded is multiplied too
-    if config.HEAD_DIM_AS == "halves":  # both programs of a tile find its scores
+    share *= spec.head_dim / sum(widths)  # padding is multiplied too
+    if config.HEAD_DIM_AS == "halves":  # both programs of a tile compute its scores
         return share * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
     return share if len(widths) == 1 else 0.95 * share  # narrow matmuls
 
@@ -102,10 +102,10 @@ def _matmul_share(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig,
 def _rows_us(
     op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, blocks: int
 ) -> float:
-    """Bound by memory, at a rate that needs enough loads in flight: each program loads its rows once."""
+    """preprocess: bound by memory, at a rate limited by the loads in flight; each program loads its rows once."""
     work = work_of(spec, shape)
     programs = shape.batch * shape.heads * math.ceil(shape.seqlen_q / config.BLOCK_M)
-    busiest = math.ceil(programs / gpu.sms)  # programs on the multiprocessor that has the most
+    busiest = math.ceil(programs / gpu.sms)  # programs on the busiest multiprocessor
     of_program = work.bytes / (shape.batch * shape.heads * shape.seqlen_q) * config.BLOCK_M
     rate = min(0.9 * gpu.bandwidth / gpu.sms, min(blocks, busiest) * of_program / (LATENCY_US * 1e-6))
     return busiest * of_program / rate * 1e6
@@ -114,19 +114,19 @@ def _rows_us(
 def _cache_us(
     op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, blocks: int
 ) -> float:
-    """Bound by memory, at a rate that needs enough loads in flight on every multiprocessor; then the merge."""
+    """Decode: bound by memory, at a rate limited by the loads in flight on each multiprocessor; then the merge."""
     steps = math.ceil(shape.seqlen_kv / config.BLOCK_N)
     longest = math.ceil(steps / config.NUM_SPLITS)
-    # Of own lengths, none has less than its share.
+    # With own lengths, no split has fewer blocks than `longest`.
     splits = math.ceil(steps / longest) if op.own_lengths else config.NUM_SPLITS
     tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
     step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
-    # Keys of a warp: few make many sums across threads, many take registers. A step's own chain of operations.
+    # Keys a warp: few need many sums across threads, many need registers. chain_us: the dependent operations of a step.
     keys = config.BLOCK_N / config.num_warps
     chain_us = 0.5 + 0.2 * keys / 32 + 0.1 * math.log2(config.num_warps)
 
     def stream_us(programs: float) -> float:
-        """Of so many programs side by side on a multiprocessor, each with its split."""
+        """The time of `programs` resident programs on a multiprocessor, each with its split."""
         share = 0.94 * gpu.bandwidth / gpu.sms / 1e6  # bytes a microsecond
         in_flight = programs * (config.num_stages - 1) * step_bytes
         rate = min(share * math.tanh(in_flight / (LATENCY_US * share)), programs * step_bytes / chain_us)
@@ -136,14 +136,14 @@ def _cache_us(
     rounds, left = divmod(each, blocks)
     stream = rounds * stream_us(blocks) + (stream_us(max(1.0, left)) if left else 0.0)
     stream *= 1 + 0.02 * abs(math.log2(keys / 32))
-    stream += ROUND_US * math.ceil(each / blocks)
+    stream += PROGRAM_US * math.ceil(each / blocks)
     if config.merge == "none" or (op.own_lengths and splits == 1):
         return stream
-    vectors = splits * 2 * spec.head_dim * 4  # bytes of partials a query head, written and read
+    vectors = splits * 2 * spec.head_dim * 4  # bytes of split-KV scratch a query head, written and read
     stream += 2 * shape.batch * shape.heads * shape.seqlen_q * vectors / gpu.bandwidth * 1e6
     if config.merge == "kernel":
         return stream + LAUNCH_US
-    # Merged one after the other by the last split. One program loads some 40 KB a microsecond, with loops less.
+    # The last split merges head by head. One program loads some 40 KB a microsecond, less with loops.
     heads = min(spec.group * shape.seqlen_q, config.BLOCK_H)
     return stream + LATENCY_US + heads * (0.2 + vectors / op.costs.merge_bytes_us)
 
@@ -155,62 +155,63 @@ _TIMES: dict[Layout, Callable[[Any, KernelSpec, Any, Shape, Gpu, int], float]] =
 }
 
 
-# -- What compiling would show, guessed: so that what the model likes is compiled first.
+# -- Guessed resources of configs that are not compiled yet, so that the configs that the model prefers compile first.
 #
-# From compiling some 900 tiles, and decode's whole space twice, for Hopper in bf16 with Triton 3.6: registers are
-# guessed to 20 of 255 or so, spills to a factor of two. That ranks nearly as well as what was compiled does.
+# Fitted to some 900 compiled tiles, and twice to decode's whole space, for Hopper in bf16 with Triton 3.6: registers
+# are off by about 20 of 255, spills by a factor of two. The guess ranks configs nearly as well as the compiled
+# resources do.
 
-POSTPONED = 100  # registers of decode's keys and values that are loaded later where they do not fit
+POSTPONED = 100  # registers for decode's keys and values, whose loads are delayed if they do not fit
 
 
 def guess_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> float:
-    """Microseconds that a call should take, of a config that was not compiled."""
+    """The predicted microseconds of a call with a config that was not compiled."""
     return predict_us(spec, config, shape, gpu, guess_resources(spec, config, gpu))
 
 
-def ranked(spec: KernelSpec, shape: Shape, gpu: Gpu, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """The configs, those first that should be fastest."""
+def sorted_by_guess(spec: KernelSpec, shape: Shape, gpu: Gpu, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
+    """The configs, fastest first by the model."""
     return sorted(configs, key=lambda config: guess_us(spec, config, shape, gpu))
 
 
 def guess_resources(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> Resources:
-    """Registers, spills and shared memory that a valid config should take."""
+    """The guessed registers, spills and shared memory of a valid config."""
     op = op_of(spec)
     return _GUESSES[op.layout](op, spec, config, gpu)
 
 
-def _of_rows(op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> Resources:
-    return Resources(64, 0, op.shared_bytes(spec, config, gpu))  # nothing that bounds it
+def _guess_rows(op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> Resources:
+    return Resources(64, 0, op.shared_bytes(spec, config, gpu))  # none of these limits it
 
 
-def _of_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> Resources:
-    # Two sums and two scores of each head, and keys or values on their way from shared memory, two to a register, with
-    # where they come from.
+def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> Resources:
+    # Two sums and two scores for each head, and keys or values loaded from shared memory, two to a register, with their
+    # addresses.
     sums = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N)
     needed = 40 + (sums + config.BLOCK_N * spec.head_dim) // (32 * config.num_warps)
     spills = 4 * max(0, needed - MOST_REGISTERS - POSTPONED)
     return Resources(min(MOST_REGISTERS, needed), spills, op.shared_bytes(spec, config, gpu))
 
 
-def _of_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
+def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
     owned, step = op.owned_and_step(config)
     scored, summed = (
         sum(p.width for p in pieces) for pieces in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_AS)
     )
-    # Two sums of what is owned, some three tiles of scores, a block on its way to the matmuls, and addresses; where
-    # tiles are too small for matmuls that read shared memory, the operands too.
+    # Two sums for the owned tile, about three tiles of scores, a block that is loaded for the matmuls, and addresses.
+    # Tiles too small for matmuls that read shared memory need the operands too.
     a_thread = (1.2 * 2 * owned * summed + 3.3 * owned * step + step * scored) / (32 * config.num_warps)
     needed = 25 + a_thread + (45 if owned < 64 else 0)
     most = config.maxnreg or MOST_REGISTERS
-    lacking = max(0.0, needed - most) * (2 if config.maxnreg else 1)  # held down, the innermost spill too
+    lacking = max(0.0, needed - most) * (2 if config.maxnreg else 1)  # with maxnreg the innermost loop spills too
     shared = op.shared_bytes(spec, config, gpu)
     if owned >= 64 and config.num_stages > 1 and gpu.capability[0] >= 9:
-        shared += op.block_bytes(spec, config)  # those matmuls run on while the next block is loaded
+        shared += op.block_bytes(spec, config)  # asynchronous matmuls run while the next block is loaded
     return Resources(int(min(needed, most)), int(op.costs.spilled * lacking), shared)
 
 
 _GUESSES: dict[Layout, Callable[[Any, KernelSpec, Any, Gpu], Resources]] = {
-    Layout.TILES: _of_tiles,
-    Layout.ROWS: _of_rows,
-    Layout.CACHE: _of_cache,
+    Layout.TILES: _guess_tiles,
+    Layout.ROWS: _guess_rows,
+    Layout.CACHE: _guess_cache,
 }

@@ -14,19 +14,19 @@ from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import knobs_of
 from parallax_gen.problem.spec import KernelSpec
 
-LEAST_TRIALS = 20  # of fewer, a quarter is less than the five that Optuna asks for
-FASTEST, FEWEST = 0.1, 5  # what "among the fastest" means: a tenth of the trials, but five at the least
+LEAST_TRIALS = 20  # with fewer, a quarter of them is less than the five that Optuna requires
+FASTEST, FEWEST = 0.1, 5  # "among the fastest": a tenth of the trials, at least five
 
 
 def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -> dict[str, float]:
-    """Of each knob that has a choice its share, the largest first; they add up to 1. Empty where nothing can be told.
+    """The importance of each knob with more than one value, largest first; they sum to 1. Empty with too few trials.
 
-    costs  of one kernel, comparable with each other: times over the best of their bucket, say. Those of configs that
-           are not in the space any more are left out.
+    costs  of one kernel and comparable, such as times divided by the best of their bucket. Configs that are not in the
+           space any more are left out.
 
-    PED-ANOVA (arXiv:2304.10255) compares how a knob's values are spread over the fastest trials with how they are over
-    all. It sees each knob alone, and says nothing of values that were never tried; unlike fANOVA it needs no
-    scikit-learn, and does not spend itself on telling slow configs from very slow ones.
+    PED-ANOVA (arXiv:2304.10255) compares the distribution of a knob's values over the fastest trials with that over all
+    trials. It sees each knob alone, and says nothing about values that were never tried. Unlike fANOVA it needs no
+    scikit-learn, and does not weigh differences between slow and very slow configs.
     """
     knobs = {knob.name: knob.values for knob in knobs_of(spec) if len(knob.values) > 1}
     choices: dict[str, BaseDistribution] = {name: CategoricalDistribution(values) for name, values in knobs.items()}

@@ -1,8 +1,8 @@
-"""Recorded sweeps: what every config of one place came to, in one small file, for searches to be replayed on.
+"""Recorded sweeps: the results of every config of one place in one small file, on which searches are simulated.
 
-A file is lines of JSON, gzipped where its name ends in .gz. The first has what all have in common: the place in clear,
-the toolchain, the shape, where and when it was measured, whether it is whole, and the columns. Each of the others is
-one config: its knobs in their order, then outcome, time and resources.
+A file is lines of JSON, gzipped if its name ends in .gz. The first line is a header with the place, the toolchain, the
+shape, where and when it was measured, whether the sweep is whole, and the columns. Each other line is one config: its
+knobs in their order, then outcome, time and resources.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
-from parallax_gen.memory.old import of_before
+from parallax_gen.memory.old import upgrade_record
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.result import LONGEST_REASON, NO_RESULT, Evidence, Result
+from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Evidence, Result
 from parallax_gen.ops.base import KernelConfig, config_from_dict, op_of
 from parallax_gen.ops.space import default_config, every_config
 from parallax_gen.problem.hardware import GPUS, Gpu
@@ -34,13 +34,13 @@ from parallax_gen.tuning.workers.pool import usable_cpus
 
 T = TypeVar("T")
 
-FORMAT = 2  # 1 had, for the place and the toolchain, the key of records from before fingerprints
+FORMAT = 2  # format 1 had the key of records from before fingerprints instead of the place and the toolchain
 COLUMNS = ("outcome", "time_us", "registers", "spills", "shared_bytes", "compile_s")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was tried of one place. whole: every config that there was then. Results are of one shape and toolchain."""
+    """The results of one place, of one shape and toolchain. whole: of every config of the space then."""
 
     results: tuple[Result, ...]
     whole: bool
@@ -55,7 +55,7 @@ class Sweep:
 
     @property
     def costs(self) -> dict[KernelConfig, float | None]:
-        """Microseconds of each config, None of one that failed."""
+        """The microseconds of each config, None for one that failed."""
         return {r.config: r.time_us if r.outcome.timed else None for r in self.results}
 
     @property
@@ -64,27 +64,27 @@ class Sweep:
 
 
 def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
-    """The sweep that a place's results are: only what counts is in it, and of each config the newest.
+    """The sweep of a place's results: the newest informative result of each config.
 
-    Raises ArgumentError where they are of several places, toolchains or shapes, or nothing was timed.
+    Raises ArgumentError if they are of several places, toolchains or shapes, or if none was timed.
     """
-    told = sorted((r for r in results if r.counts), key=lambda r: r.created)
-    tried = tuple(sorted({r.config: r for r in told}.values(), key=_knobs))
-    if not any(r.outcome.timed and r.time_us for r in tried):
-        raise ArgumentError("results", f"{len(tried)} that were tried, none of them timed", "those of a place's tune")
+    tried = sorted((r for r in results if r.informative), key=lambda r: r.created)
+    newest = tuple(sorted({r.config: r for r in tried}.values(), key=_knobs))
+    if not any(r.outcome.timed and r.time_us for r in newest):
+        raise ArgumentError("results", f"{len(newest)} that were tried, none of them timed", "those of a place's tune")
     common: dict[str, set[object]] = {
-        "place": {r.place for r in told},
-        "toolchain": {r.evidence.toolchain for r in told},
-        "shape": {_shape_of(r) for r in tried},
+        "place": {r.place for r in tried},
+        "toolchain": {r.evidence.toolchain for r in tried},
+        "shape": {_shape_of(r) for r in newest},
     }
     for name, values in common.items():
         if len(values) > 1:
             raise ArgumentError("results", f"{len(values)} values of {name}", f"those of one {name}")
-    return Sweep(tried, whole=set(every_config(tried[0].place.spec, gpu)) <= {r.config for r in tried})
+    return Sweep(newest, whole=set(every_config(newest[0].place.spec, gpu)) <= {r.config for r in newest})
 
 
 def write_sweep(sweep: Sweep, path: Path) -> None:
-    """Write a sweep's file. Times are kept to five digits: more than a timing is worth."""
+    """Write a sweep's file. Times are rounded to five digits, more than a timing's precision."""
     newest = max(sweep.results, key=lambda r: r.created_at)
     header = {
         "format": FORMAT,
@@ -102,14 +102,14 @@ def write_sweep(sweep: Sweep, path: Path) -> None:
     lines = [json.dumps(header), *(json.dumps(_to_line(r), separators=(",", ":")) for r in sweep.results)]
     data = ("\n".join(lines) + "\n").encode()
     try:
-        # Without the time of day in it, the same sweep always gives the same file.
+        # mtime=0: equal sweeps give equal files.
         path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}") from error
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep that `write_sweep` wrote. Raises StoreError, naming file and line, on anything else."""
+    """Read the file of `write_sweep`. Raises StoreError, naming file and line, on anything else."""
     try:
         data = path.read_bytes()
         lines = (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()
@@ -129,14 +129,14 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _shape_of(result: Result) -> Shape:
-    """The sizes it was timed at: those that its bucket is tuned at where the row does not say."""
+    """The shape that a result was timed at: by default its bucket's representative."""
     return result.shape or representative(result.place.bucket, result.place.spec.group)
 
 
 def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) -> T:
     try:
         return parsed(json.loads(line))
-    except NO_RESULT as error:
+    except MALFORMED as error:
         raise StoreError(f"{path}, line {number}: not of a sweep: {str(error)[:LONGEST_REASON]}") from error
 
 
@@ -155,9 +155,9 @@ def _to_line(result: Result) -> list[Any]:
 
 
 def _header(data: object) -> dict[str, Any]:
-    """The first line, with place, evidence and shape as objects. Raises ArgumentError."""
+    """Parse the header: place, evidence and shape become objects. Raises ArgumentError."""
     if isinstance(data, dict) and data.get("format") == 1:
-        data = _of_format_1(data)
+        data = _upgrade_format_1(data)
     kinds = {"format": int, "place": dict, "triton": str, "cuda": str, "protocol": int}
     kinds |= {"shape": dict, "source": str, "created_at": str, "whole": bool, "configs": int, "columns": list}
     if not isinstance(data, dict) or set(data) != set(kinds):
@@ -168,7 +168,7 @@ def _header(data: object) -> dict[str, Any]:
     if data["format"] != FORMAT:
         raise ArgumentError("format", data["format"], str(FORMAT))
     place = Place.from_flat(data["place"])
-    # A file from before a knob came has no column for it, and its configs have the knob's default.
+    # A file from before a knob was added has no column for it, and its configs have the knob's default.
     needed = {f.name for f in fields(op_of(place.spec).config) if f.default is MISSING}
     knobs = [name for name in _names(place) if name in needed or name in data["columns"]]
     if data["columns"] != [*knobs, *COLUMNS]:
@@ -177,8 +177,8 @@ def _header(data: object) -> dict[str, Any]:
     return {**data, "place": place, "evidence": evidence, "shape": Shape.from_dict(data["shape"])}
 
 
-def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
-    record = of_before({"key": data.get("key")})
+def _upgrade_format_1(data: dict[str, Any]) -> dict[str, Any]:
+    record = upgrade_record({"key": data.get("key")})
     evidence = {name: record["evidence"][name] for name in ("triton", "cuda", "protocol")}
     rest = {name: value for name, value in data.items() if name != "key"}
     return rest | {"format": FORMAT, "place": record["place"]} | evidence
@@ -190,7 +190,7 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
         raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
     config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
-    for knob in op_of(place.spec).knobs:  # a value that is none any more may be there, but no tile of nothing
+    for knob in op_of(place.spec).knobs:  # values that were removed from the space are allowed, but no tile of size 0
         value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
         if isinstance(value, int) and value < least:
             raise ArgumentError(knob.name, value, f"an int of {least} or more")
@@ -198,22 +198,23 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
     return Result(config=config, **common, **values)
 
 
-# -- Searches replayed on recorded sweeps, without a GPU: how soon each sampler comes near the best that there is.
+# -- Searches simulated on recorded sweeps, without a GPU: after how many trials each sampler is near the best config.
 
-OURS = "ours"  # as the tuner has it: the default first, then the default sampler
-CONTENDERS = (OURS, *SAMPLERS)
-NEAR = 0.02  # of the best's time: what two measurements of one config differ by
+OURS = "ours"  # as in the tuner: the default config first, then the default sampler
+STRATEGIES = (OURS, *SAMPLERS)
+NEAR = 0.02  # relative to the best time: two measurements of one config differ by as much
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How one contender fared on one sweep: after each trial the regret, what its best so far takes longer than the
-    sweep's best, as a share of that; of all seeds the median and quartiles. Infinite until a config works.
+    """The regret of one strategy on one sweep after each trial: median and quartiles over all seeds.
 
-    near_after  trials until it came within NEAR; of all seeds the quartiles, None where it did not
+    The regret is the time of the best config so far over the sweep's best time, minus 1; infinite until a config works.
+
+    near_after  how many trials it took to come within NEAR: the quartiles over all seeds, None if it did not
     """
 
-    contender: str
+    strategy: str
     median: list[float]
     lower: list[float]
     upper: list[float]
@@ -221,27 +222,27 @@ class Curve:
 
 
 def curves(
-    sweep: Sweep, contenders: Sequence[str], *, seeds: int, trials: int, workers: int | None = None
+    sweep: Sweep, strategies: Sequence[str], *, seeds: int, trials: int, workers: int | None = None
 ) -> list[Curve]:
-    """Each contender's curve over so many trials.
+    """The curve of each strategy over `trials` trials.
 
-    Seeds are shared out over processes, by default one a CPU that this one may use.
+    The seeds run in `workers` processes, by default one for each usable CPU.
     """
-    runs = [(name, seed) for name in contenders for seed in range(seeds)]
+    runs = [(name, seed) for name in strategies for seed in range(seeds)]
     of_run = partial(_regrets_of, sweep, trials)
     if workers == 1:
         found = list(map(of_run, runs))
     else:
         with ProcessPoolExecutor(workers or usable_cpus(), mp_context=get_context("spawn")) as pool:
             found = list(pool.map(of_run, runs))
-    of_name = {name: found[at * seeds : (at + 1) * seeds] for at, name in enumerate(contenders)}
+    of_name = {name: found[at * seeds : (at + 1) * seeds] for at, name in enumerate(strategies)}
     return [_curve(name, regrets) for name, regrets in of_name.items()]
 
 
-def regrets(sweep: Sweep, contender: str, seed: int, trials: int) -> list[float]:
-    """The regret after each trial of one search, which sees nothing of the sweep but the costs of what it asks for."""
-    if contender not in CONTENDERS:
-        raise ArgumentError("sampler", repr(contender), ", ".join(CONTENDERS))
+def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
+    """The regret after each trial of one search, which sees only the costs of the configs that it proposes."""
+    if strategy not in STRATEGIES:
+        raise ArgumentError("sampler", repr(strategy), ", ".join(STRATEGIES))
     place, shape, costs, best_us = sweep.place, sweep.shape, sweep.costs, sweep.best_us
     gpu = GPUS.get(place.gpu)
     if gpu is None:
@@ -249,10 +250,10 @@ def regrets(sweep: Sweep, contender: str, seed: int, trials: int) -> list[float]
     search = Search(
         place.spec,
         gpu,
-        first=[default_config(place.spec, shape, gpu)] if contender == OURS else [],
+        first=[default_config(place.spec, shape, gpu)] if strategy == OURS else [],
         seed=seed,
         guess=lambda config: guess_us(place.spec, config, shape, gpu),
-        sampler=None if contender == OURS else contender,
+        sampler=None if strategy == OURS else strategy,
         among=costs,
     )
     found: list[float] = []
@@ -266,8 +267,8 @@ def regrets(sweep: Sweep, contender: str, seed: int, trials: int) -> list[float]
 
 
 def _regrets_of(sweep: Sweep, trials: int, run: tuple[str, int]) -> list[float]:
-    contender, seed = run
-    return regrets(sweep, contender, seed, trials)
+    strategy, seed = run
+    return regrets(sweep, strategy, seed, trials)
 
 
 def _curve(name: str, found: Iterable[list[float]]) -> Curve:
@@ -281,7 +282,7 @@ def _curve(name: str, found: Iterable[list[float]]) -> Curve:
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Each of them one of the values, or halfway between two: infinite ones do not make a NaN."""
+    """Quartiles that are values of the sample or midpoints of two: infinite values do not make a NaN."""
     ordered = sorted(values)
     half = len(ordered) // 2
     lower, upper = ordered[: half or 1], ordered[-(half or 1) :]

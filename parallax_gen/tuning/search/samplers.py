@@ -1,4 +1,4 @@
-"""Who proposes the next config, of those that need no Optuna: by chance, by a guess, by a guess that is put right."""
+"""The samplers that need no Optuna: at random, by the cost model, by the cost model corrected with measured costs."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Protocol
 
 from parallax_gen.ops.base import KernelConfig, Value
 
-# What a config should cost, in the unit of its cost.
+# Predicts a config's cost, in the unit of the cost.
 Guess = Callable[[KernelConfig], float]
 
-SHRINK = 3.0  # as many observations of no error: what is seen once is believed to a quarter
-HOPE = 0.1  # a value that was not seen is hoped to be so much faster than it is guessed to be
-FAILED = math.log(4.0)  # a config that fails counts as so much slower than it was guessed to be, as may those like it
-SWEEPS = 3  # of the fit over all knobs; each follows the others' last
+RIDGE_STRENGTH = 3.0  # of the fit, in observations without error: a single observation has a weight of a quarter
+OPTIMISM = 0.1  # a bonus in log time for a knob value that was never tried: it is expected to be faster than its guess
+FAILURE_PENALTY = math.log(4.0)  # the log error of a failed config: as if it were four times slower than its guess
+FIT_PASSES = 3  # of the fit over all knobs; each pass starts from the last one's result
 
 
 class Sampler(Protocol):
     """Proposes configs and learns what they cost."""
 
     def propose(self, left: Collection[KernelConfig]) -> KernelConfig | None:
-        """One of `left`, of which there is one at the least; None where it has nothing new."""
+        """One of `left`, which is not empty; None if the sampler found nothing new."""
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
-        """What a config cost, proposed or not; None is a failure."""
+        """Take the cost of a config, proposed or not; None is a failure."""
 
 
-class Chance:
-    """Any that is left."""
+class RandomSampler:
+    """Proposes configs at random."""
 
     def __init__(self, seed: int | None):
         self._random = random.Random(seed)
@@ -44,8 +44,8 @@ class Chance:
         pass
 
 
-class Order:
-    """The one that should cost least."""
+class ModelSampler:
+    """Proposes the config with the least predicted cost."""
 
     def __init__(self, guess: Guess):
         self._guess = cache(guess)
@@ -57,11 +57,11 @@ class Order:
         pass
 
 
-class Corrected:
-    """The one that should cost least, by the guess times what each knob's value has been off by so far.
+class CorrectedModelSampler:
+    """Proposes the config with the least predicted cost, corrected by the errors so far for each knob value.
 
-    The errors' logarithms are fitted as a sum of one term a value of each knob: ridge regression on knobs as one-hots,
-    solved knob by knob (backfitting). Values that were seldom seen are given the benefit of the doubt.
+    The log errors are fitted as a sum of one term for each knob value: ridge regression on one-hot knobs, solved knob
+    by knob (backfitting). Values that were seldom tried get a bonus.
     """
 
     def __init__(self, guess: Guess):
@@ -76,7 +76,7 @@ class Corrected:
     def propose(self, left: Collection[KernelConfig]) -> KernelConfig:
         if not self._fitted:
             self._fit()
-        return min(left, key=lambda config: self._guess(config) + self._correction(config) - self._hope(config))
+        return min(left, key=lambda config: self._guess(config) + self._correction(config) - self._optimism(config))
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
         if cost is None:
@@ -89,21 +89,25 @@ class Corrected:
     def _correction(self, config: KernelConfig) -> float:
         return sum(self._terms.get(knob, 0.0) for knob in self._knobs(config))
 
-    def _hope(self, config: KernelConfig) -> float:
-        return sum(HOPE / math.sqrt(1 + self._seen[knob]) for knob in self._knobs(config))
+    def _optimism(self, config: KernelConfig) -> float:
+        return sum(OPTIMISM / math.sqrt(1 + self._seen[knob]) for knob in self._knobs(config))
 
     def _fit(self) -> None:
-        mean = sum(self._errors.values()) / max(1, len(self._errors))  # the guess may be off for all
-        off = {config: error - mean for config, error in self._errors.items()} | dict.fromkeys(self._failed, FAILED)
+        mean = sum(self._errors.values()) / max(1, len(self._errors))  # the guess may be off for all configs
+        off = {config: error - mean for config, error in self._errors.items()} | dict.fromkeys(
+            self._failed, FAILURE_PENALTY
+        )
         left = {config: error - self._correction(config) for config, error in off.items()}
         having: dict[tuple[str, Value], list[KernelConfig]] = defaultdict(list)
         for config in off:
             for knob in self._knobs(config):
                 having[knob].append(config)
-        for _ in range(SWEEPS):
+        for _ in range(FIT_PASSES):
             for knob, configs in having.items():
                 term = self._terms.get(knob, 0.0)
-                better = (sum(left[config] for config in configs) + term * len(configs)) / (len(configs) + SHRINK)
+                better = (sum(left[config] for config in configs) + term * len(configs)) / (
+                    len(configs) + RIDGE_STRENGTH
+                )
                 for config in configs:
                     left[config] += term - better
                 self._terms[knob] = better

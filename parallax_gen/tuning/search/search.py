@@ -1,4 +1,4 @@
-"""Proposes configs, one after the other: asked for a config, told what it cost. The only user of Optuna."""
+"""Proposes configs one after the other, by the costs of those before. The only module that uses Optuna's samplers."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import coerce, every_config, knobs_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.search.samplers import Chance, Corrected, Guess, Order, Sampler
+from parallax_gen.tuning.search.samplers import CorrectedModelSampler, Guess, ModelSampler, RandomSampler, Sampler
 
-# Asking Optuna this often in vain for a config that is new and valid means that few are left: then take any, and ask
-# half as often the next time.
-FUTILE_ASKS = 40
-STARTUP = 16  # trials by chance before Optuna's samplers trust what they learnt
+# If Optuna proposes no new valid config in this many attempts, few are left: take any, and halve the attempts for the
+# next time.
+MAX_FUTILE_ASKS = 40
+STARTUP_TRIALS = 16  # random trials before Optuna's samplers use their model
 
 
 def _tpe(multivariate: bool, seed: int | None) -> BaseSampler:
     return optuna.samplers.TPESampler(
-        seed=seed, multivariate=multivariate, constant_liar=True, n_startup_trials=STARTUP
+        seed=seed, multivariate=multivariate, constant_liar=True, n_startup_trials=STARTUP_TRIALS
     )
 
 
-# Of Optuna's, with what they need: whether they see a knob as a number, its value's place, and not as a name.
+# Optuna's samplers, and whether they take a knob as an ordered index rather than as a category.
 _OPTUNA: dict[str, tuple[Callable[[int | None], BaseSampler], bool]] = {
     "tpe": (partial(_tpe, True), False),
     "tpe-univariate": (partial(_tpe, False), False),
-    "gp": (lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP), True),
-    "cma": (lambda seed: optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=STARTUP), True),
+    "gp": (lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS), True),
+    "cma": (lambda seed: optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=STARTUP_TRIALS), True),
 }
-_GUESSING: dict[str, Callable[[Guess], Sampler]] = {"model": Order, "corrected": Corrected}
-SAMPLERS = (*_GUESSING, *_OPTUNA, "random")
-_NEEDS = {"gp": "scipy", "cma": "cmaes"}  # what Optuna does without until it is asked for one of these
+_MODEL_SAMPLERS: dict[str, Callable[[Guess], Sampler]] = {"model": ModelSampler, "corrected": CorrectedModelSampler}
+SAMPLERS = (*_MODEL_SAMPLERS, *_OPTUNA, "random")
+_NEEDS = {"gp": "scipy", "cma": "cmaes"}  # packages that Optuna needs only for these
 
 
 def missing_package(sampler: str) -> str | None:
-    """The package that a sampler needs and that is not there; None where it has all it needs."""
+    """The missing package that a sampler needs; None if nothing is missing."""
     package = _NEEDS.get(sampler)
     return package if package and find_spec(package) is None else None
 
@@ -53,19 +53,18 @@ def missing_package(sampler: str) -> str | None:
 class Search:
     """Configs to try, each once: first the `first` ones in their order, then what a sampler proposes.
 
-    What is known already is told with `tell` before the first `ask`. A cost is any positive number, less being
-    better; None is a failure, which Optuna's samplers learn nothing from.
+    Pass known results to `tell` before the first `ask`. A cost is any positive number, less is better; None is a
+    failure, from which Optuna's samplers learn nothing.
 
     sampler  one of SAMPLERS; by default "corrected" with a guess, "tpe" without one
-    guess    what a config should cost, as well as can be said before it is tried (cost_model.py); "model" and
-             "corrected" need it
-    among    what there is to be tried, by default every valid config
+    guess    predicts a config's cost before it is tried (cost_model.py); "model" and "corrected" need it
+    among    the configs to try, by default every valid one
 
-    The default is by evidence, `parallax-gen replay tests/data/sweeps/h200*`: partial sweeps of 136 to 158 configs, 20
-    seeds. To come within 2 % of the best, the default config and then "corrected" took 1, 5 and 2 trials, "model" alone
-    1, 2 and 1; "tpe" 30 in one and more than a fifth of all in two, chance in all three. The model's factors were set
-    to sweeps of which these are some, so that they flatter it. Where a guess is off by a knob, "corrected" finds out
-    and "model" does not.
+    The default sampler was chosen by `parallax-gen replay tests/data/sweeps/h200*`: three partial sweeps of 136 to 158
+    configs, 20 seeds. To come within 2 % of the best, the default config and then "corrected" took 1, 5 and 2 trials,
+    and "model" alone 1, 2 and 1. "tpe" took 30 in one sweep and more than a fifth of all configs in two; "random" took
+    more than a fifth in all three. The model was fitted to these sweeps among others, so they flatter it. If the guess
+    is off for one knob, "corrected" learns that and "model" does not.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Search:
         self._sampler = _sampler(sampler or ("corrected" if guess else "tpe"), spec, seed, guess)
 
     def ask(self) -> KernelConfig | None:
-        """A valid config that was neither asked nor told before; None when there is none left."""
+        """A valid config that was neither proposed nor told before; None if none is left."""
         while self._first:
             config = self._first.popleft()
             if config in self._left:
@@ -97,28 +96,28 @@ class Search:
         return config
 
     def tell(self, config: KernelConfig, cost: float | None) -> None:
-        """What a config cost, asked for or not."""
+        """Take the cost of a config, proposed or not."""
         self._left.pop(config, None)
         self._sampler.learn(config, cost)
 
 
 def _sampler(name: str, spec: KernelSpec, seed: int | None, guess: Guess | None) -> Sampler:
-    if name in _GUESSING:
+    if name in _MODEL_SAMPLERS:
         if guess is None:
             raise ArgumentError("sampler", f"{name!r} without a guess", "it with a guess of what configs cost")
-        return _GUESSING[name](guess)
+        return _MODEL_SAMPLERS[name](guess)
     if package := missing_package(name):
         raise ArgumentError("sampler", f"{name!r} without the package {package}", f"it after: pip install {package}")
     if name in _OPTUNA:
         make, ordered = _OPTUNA[name]
         return _Optuna(spec, make(seed), ordered)
     if name == "random":
-        return Chance(seed)
+        return RandomSampler(seed)
     raise ArgumentError("sampler", repr(name), ", ".join(SAMPLERS))
 
 
 class _Optuna:
-    """One of Optuna's samplers. What it proposes in vain, known or invalid, counts as a failure."""
+    """One of Optuna's samplers. A proposal that is known or invalid counts as a failure."""
 
     def __init__(self, spec: KernelSpec, sampler: BaseSampler, ordered: bool):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -131,7 +130,7 @@ class _Optuna:
         self._study = optuna.create_study(sampler=sampler)
         self._asked: dict[KernelConfig, optuna.Trial] = {}
         self._worst: float | None = None
-        self._patience = FUTILE_ASKS
+        self._patience = MAX_FUTILE_ASKS
 
     def propose(self, left: Collection[KernelConfig]) -> KernelConfig | None:
         for _ in range(self._patience):
@@ -140,9 +139,9 @@ class _Optuna:
             config = coerce(self._spec, values)
             if config in left:
                 self._asked[config] = trial
-                self._patience = min(FUTILE_ASKS, 2 * self._patience)
+                self._patience = min(MAX_FUTILE_ASKS, 2 * self._patience)
                 return config
-            # A failure teaches nothing: those that would ask for the same again are told that it is bad.
+            # Samplers learn nothing from a failure. Ordered ones would propose the same again: give them a bad cost.
             bad = self._worst if self._ordered else None
             self._study.tell(trial, bad, state=TrialState.FAIL if bad is None else None)
         self._patience = max(1, self._patience // 2)
@@ -157,7 +156,7 @@ class _Optuna:
             return
         params = asdict(config)
         if cost is None or any(value not in self._choices[name] for name, value in params.items()):
-            return  # a failure, or of a space that was larger: nothing the sampler could propose
+            return  # a failure, or a value that the space does not have any more
         if self._ordered:
             params = {name: self._choices[name].index(value) for name, value in params.items()}
         self._study.add_trial(create_trial(params=params, distributions=self._distributions, value=cost))

@@ -1,4 +1,4 @@
-"""The child's side of tuning/workers/worker.py: compiles without a device, checks and times with one, dies alone."""
+"""The child process of tuning/workers/worker.py: compiles without a device, checks and times with one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from parallax_gen.codegen.device import gpu_here
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import (
     CONTEXT_BYTES,
+    MAYBE_MACHINE_ERRORS,
     OUT_OF_MEMORY,
-    SUSPECTS,
     BuildError,
     ConfigError,
     MemoryTakenError,
+    held_by_others,
     machine_error,
-    taken_by_others,
 )
 from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import Layout, op_of
@@ -37,37 +37,46 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls
-from parallax_gen.tuning.job import step_of
-from parallax_gen.tuning.workers.messages import Compile, Identify, Measure, Ready, Rematch, Request, Trial, TrialResult
+from parallax_gen.tuning.job import step_spec
+from parallax_gen.tuning.workers.messages import (
+    Compile,
+    Identify,
+    Measure,
+    MeasureInterleaved,
+    Ready,
+    Request,
+    Trial,
+    TrialResult,
+)
 
 if TYPE_CHECKING:
     from parallax_gen.oracle.verify import Expected, TrainingStep
 
 
 def serve(*, device: bool) -> None:
-    """Say that this child is ready, then answer requests until there are no more.
+    """Report that this child is ready, then answer requests until there are no more.
 
-    A fault of the machine is a reply of its own, which the parent raises. Any other error that is no outcome ends the
-    child: its parent sees a crash.
+    A fault of the machine is sent as a reply, which the parent raises. Any other error that is no outcome ends the
+    child, which its parent sees as a crash.
     """
     requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the replies
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not mix with the replies
 
-    def reply(ask: Callable[[], object]) -> None:
+    def reply(compute: Callable[[], object]) -> None:
         try:
-            told = ask()
-        except SUSPECTS as error:
+            message = compute()
+        except MAYBE_MACHINE_ERRORS as error:
             fault = machine_error(error)
             if fault is None:
                 raise
             if isinstance(fault, MemoryTakenError):
-                forget_inputs()
-            told = fault
-        pickle.dump(told, replies)
+                free_cached_inputs()
+            message = fault
+        pickle.dump(message, replies)
         replies.flush()
 
-    reply(lambda: Ready(wake_device() if device else False))
+    reply(lambda: Ready(create_context() if device else False))
     if device:
         Thread(target=import_what_gradients_need, daemon=True).start()
     while True:
@@ -79,7 +88,7 @@ def serve(*, device: bool) -> None:
 
 
 def answer(request: Request | Identify) -> TrialResult | Gpu | None:
-    """The reply to a request. Raises what `machine_error` knows where the machine is at fault."""
+    """The reply to a request. Raises an error that `machine_error` recognises if the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
         return gpu_here(0)
@@ -88,7 +97,7 @@ def answer(request: Request | Identify) -> TrialResult | Gpu | None:
     elif isinstance(request, Measure):
         reply = measure_trial(request)
     else:
-        reply = time_again(request)
+        reply = measure_interleaved(request)
     return dataclasses.replace(reply, seconds=time.monotonic() - start)
 
 
@@ -106,7 +115,7 @@ def compile_trial(request: Compile) -> TrialResult:
 
 
 def measure_trial(request: Measure) -> TrialResult:
-    """Check at an awkward shape and at the trial's own, then time at the trial's own."""
+    """Check at an awkward shape and at the trial's own shape, then time at the trial's own."""
     from triton.runtime.errors import OutOfResources
 
     from parallax_gen.oracle import verify
@@ -117,21 +126,21 @@ def measure_trial(request: Measure) -> TrialResult:
     try:
         source = render(spec, config, trial.gpu)
         small = op_of(spec).awkward_shape(spec, config, shape.kv_heads)
-        found = verify.check(source, spec, config, small, seed=random.randrange(2**31), device="cuda")
-        if found.wrong:
-            return TrialResult(Outcome.WRONG, f"at {small}: {found.wrong}", error=found.error)
+        verdict = verify.check(source, spec, config, small, seed=random.randrange(2**31), device="cuda")
+        if verdict.wrong:
+            return TrialResult(Outcome.WRONG, f"at {small}: {verdict.wrong}", error=verdict.error)
         inputs, expected = _inputs_and_oracle(spec, shape)
-        found = verify.run(source, spec, config, inputs, expected)
-        if found.wrong:
-            return TrialResult(Outcome.WRONG, f"at {shape}: {found.wrong}", error=found.error)
+        verdict = verify.run(source, spec, config, inputs, expected)
+        if verdict.wrong:
+            return TrialResult(Outcome.WRONG, f"at {shape}: {verdict.wrong}", error=verdict.error)
         batches = _batches(trial, inputs)
         timing = time_call(
             _call(trial, batches),
             timed_ms=request.timed_ms,
             give_up_us=request.give_up_us * len(batches),
-            from_rest=request.from_rest,
-            by_memory=not bound_by_matmuls(spec.op),
-        ).a_part(len(batches))
+            in_bursts=request.in_bursts,
+            memory_bound=not bound_by_matmuls(spec.op),
+        ).per_launch(len(batches))
     except BuildError as error:
         return TrialResult(Outcome.COMPILE, str(error))
     except OutOfResources as error:
@@ -141,39 +150,39 @@ def measure_trial(request: Measure) -> TrialResult:
             raise
         return _out_of_memory(error)
     outcome = Outcome.SLOW if timing.median_us > request.give_up_us else Outcome.OK
-    return TrialResult(outcome, timing=timing, error=found.error)
+    return TrialResult(outcome, timing=timing, error=verdict.error)
 
 
 def _out_of_memory(error: RuntimeError) -> TrialResult:
-    """Of a trial that the card has no memory for. Raises MemoryTakenError where others hold what it lacks."""
+    """The result of a trial that ran out of GPU memory. Raises MemoryTakenError if other processes hold the memory."""
     import torch
 
-    told = str(error).splitlines()[0]
-    if not isinstance(error, torch.OutOfMemoryError):  # the driver's, which tells no sizes
+    message = str(error).splitlines()[0]
+    if not isinstance(error, torch.OutOfMemoryError):  # the driver's, without sizes
         free, total = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES
         if others > 0:
-            raise MemoryTakenError(f"{told} (other processes hold {others / 2**30:.1f} GiB of the card)") from error
-    elif taken_by_others(told):
+            raise MemoryTakenError(f"{message} (other processes hold {others / 2**30:.1f} GiB of the card)") from error
+    elif held_by_others(message):
         raise error
-    return TrialResult(Outcome.RESOURCES, f"needs more memory than the card has: {told}")
+    return TrialResult(Outcome.RESOURCES, f"needs more memory than the card has: {message}")
 
 
-def time_again(request: Rematch) -> TrialResult:
-    """Time trials that passed their checks, in turns, at their shape."""
-    from parallax_gen.tuning.workers.measure import time_in_turns
+def measure_interleaved(request: MeasureInterleaved) -> TrialResult:
+    """Time trials that passed their checks, interleaved, at their shape."""
+    from parallax_gen.tuning.workers.measure import time_interleaved
 
     first = request.trials[0]
     inputs, _ = _inputs_and_oracle(first.spec, first.shape)
     batches = _batches(first, inputs)
     calls = [_call(trial, batches) for trial in request.trials]
-    by_memory = not bound_by_matmuls(first.spec.op)
-    timings = time_in_turns(calls, timed_ms=request.timed_ms, from_rest=request.from_rest, by_memory=by_memory)
-    return TrialResult(Outcome.OK, timings=tuple(timing.a_part(len(batches)) for timing in timings))
+    memory_bound = not bound_by_matmuls(first.spec.op)
+    timings = time_interleaved(calls, timed_ms=request.timed_ms, in_bursts=request.in_bursts, memory_bound=memory_bound)
+    return TrialResult(Outcome.OK, timings=tuple(timing.per_launch(len(batches)) for timing in timings))
 
 
 def _batches(trial: Trial, inputs: Inputs) -> list[Inputs]:
-    """What a trial is timed on: the inputs, and once more with each of the other lengths."""
+    """The inputs that a trial is timed on: `inputs`, and copies with each of the other sequence lengths."""
     import torch
 
     _, *others = timed_lengths(trial.spec, trial.shape)
@@ -182,7 +191,7 @@ def _batches(trial: Trial, inputs: Inputs) -> list[Inputs]:
 
 
 def _call(trial: Trial, batches: list[Inputs]) -> Callable[[], object]:
-    """A trial's launch on each of the batches."""
+    """A call that launches a trial's kernel on each of the batches."""
     from parallax_gen.oracle.inputs import softmax_scale
 
     launch = load(render(trial.spec, trial.config, trial.gpu)).launch
@@ -192,13 +201,13 @@ def _call(trial: Trial, batches: list[Inputs]) -> Callable[[], object]:
 
 
 def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected]:
-    """Inputs drawn afresh in every child, and what must come out: costly, so once for all configs of a bucket.
+    """Random inputs of this child, and the oracle's outputs. The costly oracle runs once for all configs of a bucket.
 
-    And once for the kernels of a training step that are measured one after the other.
+    It also runs once for all kernels of a training step that are measured one after the other.
     """
     if op_of(spec).layout is not Layout.TILES:
         return _inputs_and_oracle_of_one(spec, shape)
-    step = _training_step(step_of(spec), shape)
+    step = _training_step(step_spec(spec), shape)
     return step.inputs, step.expected(spec)
 
 
@@ -206,7 +215,7 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
 def _training_step(spec: KernelSpec, shape: Shape) -> TrainingStep:
     from parallax_gen.oracle.verify import TrainingStep
 
-    _inputs_and_oracle_of_one.cache_clear()  # a device's memory is for one of them
+    _inputs_and_oracle_of_one.cache_clear()  # the device's memory has room for one of the two caches
     return TrainingStep(spec, shape, seed=random.randrange(2**31), device="cuda")
 
 
@@ -221,19 +230,19 @@ def _inputs_and_oracle_of_one(spec: KernelSpec, shape: Shape) -> tuple[Inputs, E
     return inputs, verify.oracle(spec, inputs)
 
 
-def forget_inputs() -> None:
-    """Give back what a device's memory holds for later requests: whoever lacked memory asks again in a while."""
+def free_cached_inputs() -> None:
+    """Free the cached inputs on the device: the request that lacked memory is sent again in a while."""
     import torch
 
     _training_step.cache_clear()
     _inputs_and_oracle_of_one.cache_clear()
     if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # of a device that is lost
+        with contextlib.suppress(RuntimeError):  # the device is lost
             torch.cuda.empty_cache()
 
 
-def wake_device() -> bool:
-    """Make the CUDA context, which takes seconds, while nobody waits for it. Whether there is a device."""
+def create_context() -> bool:
+    """Create the CUDA context ahead of the first request, as it takes seconds. Whether there is a device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -243,13 +252,13 @@ def wake_device() -> bool:
 
 
 def import_what_gradients_need() -> None:
-    """Import, while the first configs compile, what torch would import at its first gradient: sympy, for seconds."""
+    """Import sympy while the first configs compile: torch imports it at its first gradient, which takes seconds."""
     with contextlib.suppress(ImportError):
         importlib.import_module("torch.fx.experimental.symbolic_shapes")
 
 
 def die_with_parent() -> None:
-    """End this process and what it started once its parent is gone, whatever it is in the middle of."""
+    """End this process and its children once its parent is gone, whatever they are doing."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -12,32 +12,32 @@ import torch
 
 from parallax_gen.tuning.workers.messages import Timing
 
-# Protocol 1: a CUDA graph of several calls on one set of random inputs is replayed; each replay is timed with events
-# and divided by its calls; the median counts. L2 is warm: it holds what fits of the inputs. Replays before the timed
-# ones bring the clocks up.
+# Protocol 1: a CUDA graph of several calls on one set of random inputs is replayed. Each replay is timed with events
+# and divided by its number of calls; the result is the median. L2 is warm: it holds what fits of the inputs. Replays
+# before the timed ones bring the clocks up.
 #
-# Where times are compared with each other's, the timing of what is bound by matmuls (search/cost_model.py) is in short
-# bursts, each from rest. A card that is busy with matmuls for longer meets its power limit: an H100 after 30 to 90 ms,
-# at random, and from then on it runs 5 to 12 % slower, in steps. Until then the same kernel takes the same time within
-# 0.5 %. A twentieth of a second of rest is enough: on an H200 the forward, dkdv and dqdr took as long after 0.05, 0.1
-# and 0.2 s of it, within 0.3 %. What is bound by memory, decode and preprocess, does not rest: it is far from that
-# limit, and its few microseconds suffer from clocks that fell in the rest.
+# Kernels bound by matmuls (search/cost_model.py) whose times are compared are timed in short bursts, each after an idle
+# pause. A card that is busy with matmuls for longer reaches its power limit: an H100 after 30 to 90 ms, at random. From
+# then on it runs 5 to 12 % slower, in steps. Before that the same kernel takes the same time within 0.5 %. A pause of a
+# twentieth of a second is enough: on an H200 the forward, dkdv and dqdr took as long after pauses of 0.05, 0.1 and 0.2
+# s, within 0.3 %. Kernels bound by memory, decode and preprocess, are timed without pauses: they are far from the power
+# limit, and their few microseconds suffer from clocks that fell during a pause.
 #
-# Of ragged decode a call launches on each of the batches of `ops.space.timed_lengths`, and its mean counts.
+# For decode_varlen one call launches on each batch of `ops.space.timed_lengths`, and the result is the mean per launch.
 #
-# Memory that is given back to the driver is cleared in the background: for 50 to 100 ms after 10 to 30 GB of it, what
-# is bound by memory took a fifth longer on an H100. The capture of a graph gives back what the check before it took. So
-# where much was, the timing of what is bound by memory waits.
+# The driver clears freed memory in the background: for 50 to 100 ms after 10 to 30 GB were freed, kernels bound by
+# memory took a fifth longer on an H100. Capturing a graph frees the memory of the check before it. So if that was much,
+# the timing of kernels bound by memory waits.
 #
-# None of these three raised the version: a tune begins with the configs that ship for its bucket, and its finals time
-# whoever leads again, so that no time of before decides against one of now.
+# None of these three changes raised the version: a tune begins with the configs that ship for its bucket, and its
+# finals time the leading config again, so that no old time decides against a new one.
 CALLS_A_GRAPH = 20
-GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH share a graph with fewer others
+GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH: fewer a graph
 WARM_MS = 5.0
-REST_S = 0.05
+PAUSE_S = 0.05
 BURST_MS = 20.0
 FEWEST_REPLAYS, MOST_REPLAYS = 7, 200
-TURNS = 3
+ROUNDS = 3
 MUCH_FREED = 2**30  # bytes
 SETTLE_S = 0.3
 
@@ -47,50 +47,53 @@ def time_call(
     *,
     timed_ms: float,
     give_up_us: float = float("inf"),
-    from_rest: bool = False,
-    by_memory: bool = True,
+    in_bursts: bool = False,
+    memory_bound: bool = True,
 ) -> Timing:
     """Time a call that launches work on the current stream and never synchronises, for about timed_ms.
 
-    A call that takes longer than give_up_us is replayed a few times only: it has lost already. by_memory: whether
-    memory bounds it.
+    A call that takes longer than give_up_us is replayed only a few times: it has lost already.
+
+    in_bursts  time in bursts, each after an idle pause
+    memory_bound  the call is bound by memory
     """
-    graph, rest_s = _Graph(call), REST_S if from_rest else 0.0
-    if by_memory:
+    graph, pause_s = _Graph(call), PAUSE_S if in_bursts else 0.0
+    if memory_bound:
         _settle()
-    graph.warm(rest_s)
+    graph.warm(pause_s)
     if graph.call_us > give_up_us:
         return graph.timing(graph.times(FEWEST_REPLAYS))
-    bursts = math.ceil(timed_ms / BURST_MS) if from_rest else 1
+    bursts = math.ceil(timed_ms / BURST_MS) if in_bursts else 1
     times = graph.times_of_burst(timed_ms, bursts)
     for _ in range(1, bursts):
-        graph.warm(rest_s)
+        graph.warm(pause_s)
         times += graph.times_of_burst(timed_ms, bursts)
     return graph.timing(times)
 
 
-def time_in_turns(
-    calls: Sequence[Callable[[], object]], *, timed_ms: float, from_rest: bool = False, by_memory: bool = True
+def time_interleaved(
+    calls: Sequence[Callable[[], object]], *, timed_ms: float, in_bursts: bool = False, memory_bound: bool = True
 ) -> list[Timing]:
-    """Time calls such as `time_call`'s, each for about timed_ms in TURNS parts: A B C, A B C, A B C."""
+    """Time several calls interleaved, each for about timed_ms in ROUNDS parts: A B C, A B C, A B C. See `time_call`."""
     graphs = [_Graph(call) for call in calls]
-    if by_memory:
+    if memory_bound:
         _settle()
     times: list[list[float]] = [[] for _ in graphs]
-    for _ in range(TURNS):
+    for _ in range(ROUNDS):
         for graph, its_times in zip(graphs, times, strict=True):
-            graph.warm(REST_S if from_rest else 0.0)
-            its_times += graph.times_of_burst(timed_ms, TURNS)
+            graph.warm(PAUSE_S if in_bursts else 0.0)
+            its_times += graph.times_of_burst(timed_ms, ROUNDS)
     return [graph.timing(its_times) for graph, its_times in zip(graphs, times, strict=True)]
 
 
 class _Settled:
-    """What this process had given back to the driver, in bytes, when it last timed something."""
+    """How many bytes this process had freed to the driver when it last timed something."""
 
     freed = 0
 
 
 def _settle() -> None:
+    """Wait until the driver has cleared freed memory, if that was much."""
     freed = torch.cuda.memory_stats().get("reserved_bytes.all.freed", 0)
     if freed - _Settled.freed >= MUCH_FREED:
         time.sleep(SETTLE_S)
@@ -105,51 +108,51 @@ class _Graph:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             call()  # compile and allocate outside the graph
-            (rough_us,) = marks_us(call, 1)
+            (rough_us,) = event_times_us(call, 1)
             self._calls = max(1, min(CALLS_A_GRAPH, int(GRAPH_US / max(rough_us, 1.0))))
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
                 for _ in range(self._calls):
                     call()
             self._graph.replay()
-            (self.replay_us,) = marks_us(self._graph.replay, 1)
+            (self.replay_us,) = event_times_us(self._graph.replay, 1)
 
     @property
     def call_us(self) -> float:
-        """Of one call, by the fastest replay that was looked at so far."""
+        """The time of one call, by the fastest replay so far."""
         return self.replay_us / self._calls
 
-    def warm(self, rest_s: float) -> None:
-        """Rest, bring the clocks up, and look once more how long a replay takes."""
-        if rest_s:
-            time.sleep(rest_s)
+    def warm(self, pause_s: float) -> None:
+        """Pause, bring the clocks up, and estimate the time of a replay again."""
+        if pause_s:
+            time.sleep(pause_s)
         with torch.cuda.stream(self._stream):
             for _ in range(max(1, int(WARM_MS * 1000 / self.replay_us))):
                 self._graph.replay()
-            self.replay_us = min(self.replay_us, *marks_us(self._graph.replay, 1))
+            self.replay_us = min(self.replay_us, *event_times_us(self._graph.replay, 1))
 
     def times_of_burst(self, timed_ms: float, bursts: int) -> list[float]:
-        """One of so many bursts that take timed_ms together."""
+        """The times of one burst; `bursts` of them take timed_ms together."""
         replays = int(timed_ms / bursts * 1000 / self.replay_us)
         return self.times(max(math.ceil(FEWEST_REPLAYS / bursts), min(MOST_REPLAYS, replays)))
 
     def times(self, replays: int) -> list[float]:
-        """Microseconds a call, of each of so many replays."""
+        """Microseconds a call, for each replay."""
         with torch.cuda.stream(self._stream):
-            return [us / self._calls for us in marks_us(self._graph.replay, replays)]
+            return [us / self._calls for us in event_times_us(self._graph.replay, replays)]
 
     def timing(self, times: list[float]) -> Timing:
         return _timing(times, self._calls)
 
 
 def time_eagerly(call: Callable[[], object], calls: int) -> Timing:
-    """Time a call that no graph can capture as Python makes it, the host's time in it where that is longer."""
+    """Time a call that no graph can capture: launched from Python, so the host's time counts if it is longer."""
     call()
-    return _timing(marks_us(call, calls), 1)
+    return _timing(event_times_us(call, calls), 1)
 
 
-def marks_us(call: Callable[[], object], count: int) -> list[float]:
-    """Microseconds of the current stream between so many calls, one behind the other."""
+def event_times_us(call: Callable[[], object], count: int) -> list[float]:
+    """Microseconds on the current stream that each of `count` back-to-back calls takes."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:

@@ -1,4 +1,4 @@
-"""What a tuner asks of its killable children, and what they answer: pickled, so plain data without torch."""
+"""The requests to the tuner's killable children and their replies: pickled, so plain data without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallax_gen.problem.spec import KernelSpec
 if TYPE_CHECKING:
     from parallax_gen.codegen.resources import Resources
 
-TRIAL_MS = 20.0  # that a config is timed for at first
+TRIAL_MS = 20.0  # how long a config is timed in its trial
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,31 @@ class Compile:
 
 @dataclass(frozen=True)
 class Measure:
-    """Check against the oracle, then time for about timed_ms; a call slower than give_up_us for less."""
+    """Check against the oracle, then time for about timed_ms; a call slower than give_up_us is timed for less."""
 
     trial: Trial
     give_up_us: float = float("inf")
     timed_ms: float = TRIAL_MS
-    from_rest: bool = False
+    in_bursts: bool = False
 
 
 @dataclass(frozen=True)
-class Rematch:
-    """Time trials that passed already, of one spec and shape, in turns: what drifts meanwhile drifts for all."""
+class MeasureInterleaved:
+    """Time trials that passed their checks, of one spec and shape, interleaved: clock drift affects all alike."""
 
     trials: tuple[Trial, ...]
     timed_ms: float = TRIAL_MS
-    from_rest: bool = False
+    in_bursts: bool = False
 
 
 @dataclass(frozen=True)
 class Identify:
-    """Say which GPU the child has; answered with a Gpu, or None where CUDA finds none."""
+    """Identify the child's GPU; the reply is a Gpu, or None if CUDA finds none."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a child says first, once it may be asked. device: whether it has one."""
+    """The first message of a child: it accepts requests. device: whether it has a device."""
 
     device: bool
 
@@ -75,16 +75,16 @@ class Timing:
     calls_a_graph: int
     replays: int
 
-    def a_part(self, parts: int) -> Timing:
-        """Of a call that was so many launches: of one of them, on the average."""
+    def per_launch(self, parts: int) -> Timing:
+        """The mean timing of one launch, for a call that made `parts` launches."""
         return replace(self, median_us=self.median_us / parts, p20_us=self.p20_us / parts, p80_us=self.p80_us / parts)
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of a request: any outcome but PREDICTED, which no child is asked for.
+    """The reply to a request: any outcome but PREDICTED, which no child reports.
 
-    timings  of a Rematch, one a trial
+    timings  for a MeasureInterleaved, one for each trial
     """
 
     outcome: Outcome
@@ -96,4 +96,4 @@ class TrialResult:
     timings: tuple[Timing, ...] = ()
 
 
-Request = Compile | Measure | Rematch
+Request = Compile | Measure | MeasureInterleaved

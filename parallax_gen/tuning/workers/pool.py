@@ -1,6 +1,6 @@
-"""The tuner's child processes, beside its loop: some compile, one a device measures, answers come in one queue.
+"""The tuner's child processes, each served by a thread: some compile, one a device measures, replies share one queue.
 
-And how many CPUs there are for those that compile.
+Also counts the CPUs that are usable for compiling.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from parallax_gen.errors import MemoryTakenError
 from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.workers.messages import Compile, Rematch, Request, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, MeasureInterleaved, Request, TrialResult
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,12 +29,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds
-MEASURE_TIMEOUT_S = 120.0  # the oracle of the largest shapes is in it
-AGAIN_TIMEOUT_S = 30.0  # once the oracle's results lie there: what takes longer hangs
-MEMORY_WAITS_S = (2.0, 8.0, 20.0)  # between attempts where others hold the memory that one needs
+MEASURE_TIMEOUT_S = 120.0  # includes the oracle at the largest shapes
+CACHED_TIMEOUT_S = 30.0  # with the oracle's results cached: a longer request hangs
+MEMORY_WAITS_S = (2.0, 8.0, 20.0)  # between attempts while other processes hold the memory
 
 
-class AnyWorker(Protocol):
+class WorkerProtocol(Protocol):
     """What the pool needs of `worker.Worker`."""
 
     def start(self) -> None: ...
@@ -55,7 +55,7 @@ class _Compilation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request of `owner`; device is None for a compilation."""
+    """The reply to a request of `owner` (a run's number); device is None for a compilation."""
 
     owner: int
     request: Request
@@ -64,30 +64,30 @@ class Answer:
 
 
 class Pool:
-    """Children that compile, and one for each device, which measures. It owns them: closing it kills them.
+    """Owns the compiling children and one measuring child for each device: closing the pool kills them.
 
-    No two compile the same source at a time: the second is held until the first is done, and then finds the program in
-    Triton's cache. All methods are for the thread that made the pool.
+    No two children compile the same source at a time: the second request is held until the first is done, and then
+    finds the program in Triton's cache. Only the thread that created the pool may call its methods.
     """
 
-    def __init__(self, measuring: Mapping[int, AnyWorker], compilers: Sequence[AnyWorker]):
+    def __init__(self, measuring: Mapping[int, WorkerProtocol], compilers: Sequence[WorkerProtocol]):
         self.compilers = len(compilers)
         self._answers: SimpleQueue[tuple[Answer, str] | BaseException] = SimpleQueue()
         self._to_compile: SimpleQueue[_Compilation | None] = SimpleQueue()
         self._to_measure: dict[int, SimpleQueue[tuple[int, Request] | None]] = {d: SimpleQueue() for d in measuring}
-        self._held: dict[str, deque[_Compilation]] = {}  # behind each source that is being compiled
+        self._held: dict[str, deque[_Compilation]] = {}  # source being compiled -> requests that wait for it
         self._forgotten: set[int] = set()
-        self._workers: list[AnyWorker] = []
+        self._workers: list[WorkerProtocol] = []
         self._threads: list[Thread] = []
         self._closing = Event()
         for device, worker in measuring.items():
             worker.start()
-            self._begin(worker, self._measure_all, worker, device)
+            self._start_thread(worker, self._measure_all, worker, device)
         for compiler in compilers:
-            self._begin(compiler, self._compile_all, compiler)
+            self._start_thread(compiler, self._compile_all, compiler)
 
     def compile(self, owner: int, source: str, request: Compile) -> None:
-        """Have a trial compiled; `source` is the same for those that render alike."""
+        """Queue a compilation; trials that render the same source have equal `source`."""
         compilation = _Compilation(owner, source, request)
         if source in self._held:
             self._held[source].append(compilation)
@@ -96,13 +96,13 @@ class Pool:
             self._to_compile.put(compilation)
 
     def measure(self, owner: int, device: int, request: Request) -> None:
-        """Have a device measure; it does one thing at a time."""
+        """Queue a request for a device, which handles one at a time."""
         self._to_measure[device].put((owner, request))
 
     def next(self, timeout_s: float) -> Answer | None:
-        """An answer, as they come; None if none does in time, or one that nobody waits for any more.
+        """The next answer; None after the timeout, or for an answer that nobody waits for any more.
 
-        Raises MachineError where the machine is at fault, and whatever else a worker raises.
+        Raises MachineError if the machine is at fault, and any other error of a worker.
         """
         try:
             found = self._answers.get(timeout=timeout_s)
@@ -119,7 +119,7 @@ class Pool:
         return None if answer.device is None and answer.owner in self._forgotten else answer
 
     def forget(self, owner: int) -> None:
-        """Compile no more for an owner."""
+        """Drop the queued compilations of an owner."""
         self._forgotten.add(owner)
 
     def close(self) -> None:
@@ -129,19 +129,19 @@ class Pool:
         for _ in range(self.compilers):
             self._to_compile.put(None)
         for queue in self._to_measure.values():
-            queue.put(None)  # behind one request at the most
+            queue.put(None)  # after one request at most
         for worker in self._workers:
-            worker.kill()  # a thread that waits for it gets a crash, then the None
+            worker.kill()  # its thread gets a crash as reply, then the None
         for thread in self._threads:
             thread.join()
 
-    def _begin(self, worker: AnyWorker, serve: Callable[..., None], *arguments: object) -> None:
+    def _start_thread(self, worker: WorkerProtocol, serve: Callable[..., None], *arguments: object) -> None:
         self._workers.append(worker)
-        self._threads.append(Thread(target=self._guarded, args=(worker, serve, *arguments), daemon=True))
+        self._threads.append(Thread(target=self._serve_safely, args=(worker, serve, *arguments), daemon=True))
         self._threads[-1].start()
 
-    def _guarded(self, worker: AnyWorker, serve: Callable[..., None], *arguments: object) -> None:
-        """Serve, and hand what that raises to whoever waits for an answer: a thread that ends alone would hang them."""
+    def _serve_safely(self, worker: WorkerProtocol, serve: Callable[..., None], *arguments: object) -> None:
+        """Serve, and pass an exception on to `next`: if a thread ended silently, `next` would wait for ever."""
         try:
             serve(*arguments)
         except BaseException as error:  # noqa: BLE001 - raised again in `next`
@@ -149,8 +149,8 @@ class Pool:
         finally:
             worker.close()
 
-    def _ask(self, worker: AnyWorker, request: Request, timeout_s: float) -> TrialResult:
-        """What a worker replies. Where others hold the memory for it, they are waited for, some times, and a while."""
+    def _ask(self, worker: WorkerProtocol, request: Request, timeout_s: float) -> TrialResult:
+        """A worker's reply. Retries MEMORY_WAITS_S times while other processes hold the memory that it needs."""
         for wait_s in MEMORY_WAITS_S:
             try:
                 return worker.ask(request, timeout_s)
@@ -158,10 +158,10 @@ class Pool:
                 _LOG.warning("%s; once more in %.0f s", error, wait_s)
                 if self._closing.wait(wait_s):
                     raise
-                timeout_s = max(timeout_s, MEASURE_TIMEOUT_S)  # what the child held for later requests is gone
+                timeout_s = max(timeout_s, MEASURE_TIMEOUT_S)  # the child dropped its cached inputs and oracle
         return worker.ask(request, timeout_s)
 
-    def _compile_all(self, worker: AnyWorker) -> None:
+    def _compile_all(self, worker: WorkerProtocol) -> None:
         while (each := self._to_compile.get()) is not None:
             given_up = each.owner in self._forgotten
             reply = (
@@ -171,13 +171,13 @@ class Pool:
             )
             self._answers.put((Answer(each.owner, each.request, reply), each.source))
 
-    def _measure_all(self, worker: AnyWorker, device: int) -> None:
-        at: tuple[KernelSpec, Shape] | None = None  # whose oracle the child holds
+    def _measure_all(self, worker: WorkerProtocol, device: int) -> None:
+        at: tuple[KernelSpec, Shape] | None = None  # whose oracle the child has cached
         while (item := self._to_measure[device].get()) is not None:
             owner, request = item
-            trial = request.trials[0] if isinstance(request, Rematch) else request.trial
+            trial = request.trials[0] if isinstance(request, MeasureInterleaved) else request.trial
             place = trial.spec, trial.shape
-            reply = self._ask(worker, request, AGAIN_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
+            reply = self._ask(worker, request, CACHED_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
             at = None if reply.outcome.inconclusive else place
             self._answers.put((Answer(owner, request, reply, device), ""))
 
@@ -189,18 +189,18 @@ def _empty(queue: SimpleQueue[Any]) -> None:
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may keep busy: its affinity, and at most the quota of its container; 1 at least."""
+    """How many CPUs this process may keep busy: the minimum of its affinity and its container's quota, at least 1."""
     return max(1, math.ceil(min(_affinity(), _quota())))
 
 
 def _affinity() -> int:
-    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on; it heeds -X cpu_count too
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on; respects -X cpu_count too
         return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0))
 
 
 def _quota() -> float:
-    """CPUs' worth of time that control groups allow: the least of this process's group and those above it."""
+    """The CPU quota of control groups, in CPUs: the minimum over this process's group and its parents."""
     try:
         lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -211,7 +211,7 @@ def _quota() -> float:
         controllers, _, group = rest.partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # In a container the group's path may be that of the host: then its files lie at the top of the mount.
+        # In a container the group's path may be the host's: then the group's files are at the top of the mount.
         for top in (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS,):
             inner = top / group.lstrip("/")
             quotas += [_quota_of(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
@@ -219,7 +219,7 @@ def _quota() -> float:
 
 
 def _quota_of(folder: Path) -> float:
-    """That of one control group, of version 2 or 1."""
+    """The CPU quota of one control group, of cgroup version 2 or 1."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
@@ -228,5 +228,5 @@ def _quota_of(folder: Path) -> float:
                 (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8").strip() for name in ("quota", "period")
             )
         return math.inf if quota == "max" or int(quota) <= 0 else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or none that says anything
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or no valid quota in it
         return math.inf
