@@ -19,20 +19,20 @@ _LETTERS = {
     "BLOCK_M": "M",
     "BLOCK_N": "N",
     "BLOCK_H": "H",
-    "HEAD_GROUP": "G",
+    "GROUP_HEADS": "G",
     "NUM_SPLITS": "S",
     "merge": "",
     "num_warps": "w",
     "num_stages": "s",
-    "HEAD_DIM_AS": "",
+    "HEAD_DIM_LAYOUT": "",
     "maxnreg": "r",
     "MASK": "",
-    "ROW_MAX": "",
-    "ROW_NUMBERS": "",
+    "SOFTMAX": "",
+    "ROW_STATS": "",
 }
 
 LEGEND = (
-    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G HEAD_GROUP, S NUM_SPLITS, w warps, s stages,\n"
+    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G GROUP_HEADS, S NUM_SPLITS, w warps, s stages,\n"
     "r maxnreg; seqlen: W is a window's"
 )
 

@@ -171,7 +171,7 @@ def machine_error_of_exit(status: int, last_line: str) -> MachineError | None:
             f"a child process was killed ({message}), as the kernel does where the host's memory is full"
         )
     if _STORED_SIGNAL.match(message):
-        return MachineError(f"a child process was ended from outside ({message})")
+        return MachineError(f"a child process was killed from outside ({message})")
     return _from_text(last_line, message) if status > 0 else None
 
 

@@ -15,10 +15,10 @@ NORM_EPS = 1e-6  # torch's default, the dtype's own epsilon, is as large as 1/12
 
 
 class ZeroInitLinear(nn.Linear):
-    """nn.Linear that starts at zero: an r_proj with which Parallax attention begins as softmax attention.
+    """nn.Linear initialised to zero: with it as r_proj, Parallax attention starts as softmax attention.
 
-    The zeros are its own reset_parameters, so they survive every way of initialising modules: FSDP's of modules made on
-    "meta", in any order of parents and children, and loops of one's own.
+    reset_parameters sets the zeros, so they survive every way of initialising modules: FSDP's for modules on the "meta"
+    device, in any order of parents and children, and a user's own loop.
     """
 
     def reset_parameters(self) -> None:
@@ -27,23 +27,23 @@ class ZeroInitLinear(nn.Linear):
 
 
 class ParallaxAttention(nn.Module):
-    """Self-attention with probes: q, r, k and v are projections of x, and so is the output of the heads' outputs.
+    """Self-attention with probes r: q, r, k and v are projections of x; o_proj projects the heads' outputs.
 
     hidden_size    width of x and of the output
     num_heads      query heads
     num_kv_heads   key and value heads, a divisor of num_heads; num_heads by default
     head_dim       a multiple of 8 up to 256; hidden_size / num_heads by default
-    causal         a token sees no later ones
-    window_size    with causal: it sees this many at the most, itself and those right before it
-    qk_norm        RMS norms over each head of q and of k, with a gain of head_dim numbers each. r has none: at
-                   r = 0, where training starts from softmax attention, its gradient would be without bound
-    rope_theta     rotate q, r and k by their positions, at frequencies rope_theta^(-2i/head_dim) for the pairs
+    causal         a token sees no later tokens
+    window_size    with causal: a token sees at most this many, itself and those right before it
+    qk_norm        RMS norms over each head of q and of k, each with a gain of head_dim elements. r has no norm: at r =
+                   0, where training starts from softmax attention, the norm's gradient would be unbounded
+    rope_theta     rotary embedding of q, r and k, at frequencies rope_theta^(-2i/head_dim) for the pairs
                    (i, i + head_dim/2) of a head; None for no rotation
-    bias           the projections have one
+    bias           whether the projections have a bias
     zero_init_r    start with r = 0, as softmax attention: with the other weights of a trained Transformer the layer
-                   gives what that gave. Gradients reach r_proj from the first step. r_proj is a `ZeroInitLinear`,
-                   whose reset_parameters sets zeros; code that draws every nn.Linear by itself must leave it out
-    softmax_scale  of q·k; 1/√head_dim by default
+                   computes the same function. Gradients reach r_proj from the first step. r_proj is a `ZeroInitLinear`,
+                   whose reset_parameters sets zeros; code that initialises every nn.Linear itself must skip it
+    softmax_scale  scale of q·k; 1/√head_dim by default
 
     Submodules: q_proj, r_proj (hidden_size -> num_heads * head_dim), k_proj, v_proj (-> num_kv_heads * head_dim),
     o_proj (num_heads * head_dim -> hidden_size), and q_norm, k_norm with qk_norm.
@@ -108,7 +108,7 @@ class ParallaxAttention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew; with zero_init_r those of r_proj are zeros."""
+        """Initialise all weights again; with zero_init_r, r_proj is zero."""
         for module in self.children():
             if isinstance(module, nn.Linear | nn.RMSNorm):
                 module.reset_parameters()
@@ -124,10 +124,10 @@ class ParallaxAttention(nn.Module):
         """The layer's output, like x.
 
         x                (batch, seqlen, hidden_size); or packed sequences, (total, hidden_size)
-        cu_seqlens       packed: (batch + 1,) int32 on x's device, where each sequence begins, and total
+        cu_seqlens       packed: (batch + 1,) int32 on x's device: the start of each sequence, then total
         max_seqlen       packed: at least the longest sequence's length
-        position_offset  with rope_theta: the first token's position; an int tensor of shape (batch, 1) for one a
-                         sequence, where they are not packed
+        position_offset  with rope_theta: the first token's position; an int tensor of shape (batch, 1) for one position
+                         per sequence, if they are not packed
         """
         if x.dim() != (3 if cu_seqlens is None else 2):
             allowed = "(batch, seqlen, hidden_size), or (total, hidden_size) and cu_seqlens"
@@ -157,30 +157,30 @@ class ParallaxAttention(nn.Module):
 
 
 def _normed(norm: nn.Module, heads: Tensor) -> Tensor:
-    """In the gain's dtype, which under autocast is not the heads': torch has no fast norm of the two mixed."""
+    """Normalise in the gain's dtype, which may differ under autocast: torch has no fast norm of mixed dtypes."""
     if not isinstance(norm, nn.RMSNorm):
         return heads
     return cast("Tensor", norm(heads.to(norm.weight.dtype)).to(heads.dtype))
 
 
 def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's place in its sequence: (seqlen,), or (total,) of packed ones. Found on the device."""
-    places = torch.arange(x.shape[-2], device=x.device, dtype=torch.int32)
+    """Each token's position in its sequence: (seqlen,), or (total,) if packed. Computed on the device."""
+    rows = torch.arange(x.shape[-2], device=x.device, dtype=torch.int32)
     if cu_seqlens is None:
-        return places
-    # The sequence that a token is of ends at the first end behind it. What lies behind all of them is of the last.
-    sequence = torch.bucketize(places, cu_seqlens[1:-1], right=True)
-    return places - cu_seqlens[sequence]
+        return rows
+        # A token's sequence ends at the first end after the token. Tokens after all ends count to the last sequence.
+    sequence = torch.bucketize(rows, cu_seqlens[1:-1], right=True)
+    return rows - cu_seqlens[sequence]
 
 
 def _cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(*positions' shape, 1, head_dim / 2) each, in fp32: bf16 would tell no far positions apart."""
+    """(*positions' shape, 1, head_dim / 2) each, in fp32: bf16 cannot represent large positions exactly."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None, None].float() * theta ** (-pairs / head_dim)
     return angles.cos(), angles.sin()
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """heads (..., seqlen, heads, head_dim), each pair (i, i + head_dim/2) turned by its angle."""
+    """heads (..., seqlen, heads, head_dim), each pair (i, i + head_dim/2) rotated by its angle."""
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)

@@ -75,7 +75,7 @@ def put_together(
         given["max_seqlen_q"] = max(counts)
     seqlen = max(ends) + 3
     for name, of_part in (("k_cache", "k"), ("v_cache", "v")):
-        cache = poisoned(parts[0].k, len(parts), seqlen)
+        cache = poisoned_call(parts[0].k, len(parts), seqlen)
         for b, part in enumerate(parts):
             cache[b, starts[b] : ends[b]] = getattr(part, of_part)
         given[name] = cache
@@ -84,7 +84,7 @@ def put_together(
     return given
 
 
-def poisoned(like: Tensor, *sizes: int) -> Tensor:
+def poisoned_call(like: Tensor, *sizes: int) -> Tensor:
     """A cache of (*sizes, kv_heads, head_dim), all of it NaN."""
     return torch.full((*sizes, *like.shape[1:]), float("nan"), dtype=torch.float32).to(like.dtype)
 
@@ -119,7 +119,7 @@ def _in_pages(given: dict[str, Any], page_size: int, spans: list[tuple[int, int]
     most = -(-seqlen // page_size)
     table = torch.full((batch, most), NO_PAGE, dtype=torch.int32)
     places = torch.randperm(batch * most + 2, generator=torch.Generator().manual_seed(1)).tolist()
-    pages = {name: poisoned(given[name][0], batch * most + 2, page_size) for name in ("k_cache", "v_cache")}
+    pages = {name: poisoned_call(given[name][0], batch * most + 2, page_size) for name in ("k_cache", "v_cache")}
     for b, (start, end) in enumerate(spans):
         for n in range(start, end):
             page = n // page_size

@@ -30,7 +30,7 @@ def no_kernels_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: None)
-    monkeypatch.setattr("parallax_gen.cli.devices.card_as_seen_by", lambda worker: None)
+    monkeypatch.setattr("parallax_gen.cli.devices.card_of_worker", lambda worker: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

@@ -31,19 +31,20 @@ import optuna
 
 import parallax_gen
 from parallax_gen.cli import main as command
-from parallax_gen.cli.export import Pick
+from parallax_gen.cli.export import ExportedKernel
 from parallax_gen.codegen.fingerprint import below_header, fingerprint
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import brief
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.lines import from_line, read_file, to_line
+from parallax_gen.memory.old import FIELDS, VALUES, config_of_record
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import best, default_of, is_rendered, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory, load_same_capability, load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
+from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.ops.space import (
     coerce,
     default_config,
@@ -107,12 +108,25 @@ def kind_of(place: Place) -> str:
 
 
 def config_from(spec: KernelSpec, stored: Json) -> KernelConfig:
-    return config_from_dict(spec.op, stored)
+    return config_of_record(spec.op, stored)
+
+
+def stored_config(config: KernelConfig) -> Json:
+    """What `config_from` makes the config of: by the names of when this was pinned."""
+    return {stored_name(name): stored_value(name, value) for name, value in config_to_dict(config).items()}
+
+
+def stored_name(name: str) -> str:
+    return next((old for old, new in FIELDS.items() if new == name), name)
+
+
+def stored_value(name: str, value: Json) -> Json:
+    return next((old for old, new in VALUES.get(name, {}).items() if new == value), value)
 
 
 def changes(default: KernelConfig, config: KernelConfig) -> Json:
     """What of a config is another than of the default, as stored; None for what is stored there alone."""
-    one, other = config_to_dict(default), config_to_dict(config)
+    one, other = stored_config(default), stored_config(config)
     changed = {name: value for name, value in other.items() if name not in one or one[name] != value}
     return changed | {name: None for name in one if name not in other}
 
@@ -140,6 +154,8 @@ def digest(value: str) -> str:
 # -- what is asked: specs and shapes by chance, but the same in every run
 
 KINDS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "ragged")  # ragged: decode with own lengths
+# Of a knob, values that some spec's has not.
+OTHERS = {"merge": ("none", "last", "kernel"), "MASK": ("before_exp",), "SOFTMAX": ("fixed_reference",)}
 FLAGS = ("causal", "stats", "window", "varlen", "leftpad", "many_queries")
 ORDER = ("causal", "stats", "ragged", "window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
 CARDS = ("h100", "h200", "b200", "a100", "l40s", "rtx3090", "rtx5090")
@@ -190,15 +206,15 @@ def draw_config(draw: random.Random, spec: KernelSpec) -> Json:
     for knob in knobs_of(spec):
         values = (
             *knob.values,
-            *{"merge": ("none", "last", "kernel"), "MASK": ("scores",), "ROW_MAX": ("first",)}.get(knob.name, ()),
+            *OTHERS.get(knob.name, ()),
         )
         config[knob.name] = draw.choice(values)
     if draw.random() < 0.2:
         config["num_warps"] = 3
     if draw.random() < 0.2 and "BLOCK_H" in config:
         config["BLOCK_H"] = 64
-    if draw.random() < 0.2 and "HEAD_DIM_AS" in config:
-        config["HEAD_DIM_AS"] = draw.choice(("whole", "pieces", "halves"))
+    if draw.random() < 0.2 and "HEAD_DIM_LAYOUT" in config:
+        config["HEAD_DIM_LAYOUT"] = draw.choice(("native", "chunked", "split"))
     return config_to_dict(config_from(spec, config))
 
 
@@ -220,7 +236,7 @@ def kernels(asked: Json) -> Json:
     spec, shape = spec_from(stored), Shape(*sizes)
     config = default_config(spec, shape, GPUS[gpu])
     found = render(spec, config, GPUS[gpu])
-    name = Pick(spec, bucket_of(shape), config, "").file_name(found)
+    name = ExportedKernel(spec, bucket_of(shape), config, "").file_name(found)
     of_any_version = found.text.replace(f"parallax_gen {parallax_gen.__version__}", "parallax_gen", 1)
     return [name, fingerprint(found.text), digest(below_header(found.text)), digest(of_any_version)]
 
@@ -230,7 +246,7 @@ def ask_shipped_kernels() -> list[Json]:
     kinds: dict[str, set[str]] = {}
     for path in sorted(TUNING_DB.glob("*.jsonl")):
         for result in read_file(path).results:
-            asked = text([result.place.gpu, stored_spec(result.place), config_to_dict(result.config)])
+            asked = text([result.place.gpu, stored_spec(result.place), stored_config(result.config)])
             kinds.setdefault(kind_of(result.place), set()).add(asked)
     return [json.loads(asked) for _, lines in sorted(kinds.items()) for asked in sorted(lines, key=by_chance)[:25]]
 
@@ -256,7 +272,7 @@ def configs(asked: Json) -> Json:
         return str(error)
     work = work_of(spec, shape)
     return {
-        "default": config_to_dict(default),
+        "default": stored_config(default),
         "promising": [changes(default, config) for config in promising_configs(spec, shape, card)],
         "shared": [shared_bytes(spec, default, card), most_shared_bytes(spec, default, card)],
         "work": [work.flops, work.bytes],
@@ -285,10 +301,10 @@ def spaces(asked: Json) -> Json:
     """Knobs, and all valid configs, in the order that samplers and seeds see."""
     gpu, stored = asked
     spec, card = spec_from(stored), GPUS[gpu]
-    lines = [text(config_to_dict(config)) for config in every_config(spec, card)]
+    lines = [text(stored_config(config)) for config in every_config(spec, card)]
     default = default_config(spec, Shape(4, 4 * spec.group, 4, 1, 4096), card)
     return {
-        "knobs": [[knob.name, list(knob.values)] for knob in knobs_of(spec)],
+        "knobs": [[stored_name(k.name), [stored_value(k.name, v) for v in k.values]] for k in knobs_of(spec)],
         "count": len(lines),
         "sha256": digest("\n".join(lines)),
         "neighbours": [changes(default, config) for config in neighbours(spec, default, card)],
@@ -459,7 +475,7 @@ def of_all() -> Json:
                 counts.setdefault(which, {}).setdefault(tier, 0)
                 counts[which][tier] += 1
             begin = [*shipped_seeds(place, load_same_capability(job.gpu)), *nearby_seeds(place, results)]
-            told.setdefault(f"{which}: seeds", []).append(text([place.flat(), *map(config_to_dict, begin)]))
+            told.setdefault(f"{which}: seeds", []).append(text([place.flat(), *map(stored_config, begin)]))
         for result in results:
             spec, config = result.place.spec, result.config
             kernel = why_invalid(spec, config, card) or digest(below_header(render(spec, config, card).text))

@@ -44,8 +44,8 @@ def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
     """out, lse, t_mean, v_mean, dq, dr, dk and dv, as the case's kernels write them."""
 
     def launch(op: str, given: Inputs) -> Call:
-        spec, config = case.spec.of(op), case.configs[op]
-        call = verify.poisoned(spec, config, given)
+        spec, config = case.spec.for_op(op), case.configs[op]
+        call = verify.poisoned_call(spec, config, given)
         load(render(spec, config, gpu)).launch(*call.arguments(softmax_scale(spec)))
         return call
 
@@ -77,7 +77,7 @@ def why_step_wrong(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor
     """What of a step is further from float64 than rounding explains; None when nothing is."""
     x, dtype = inputs, case.spec.dtype
     reasons = {"out": why_apart(x, "out", found["out"], attend(case.spec, x).out, dtype)}
-    sizes = verify.natural_sizes(case.spec, x)._asdict()
+    sizes = verify.term_sizes(case.spec, x)._asdict()
     for name, expected in gradients(case, x)._asdict().items():
         reasons[name] = why_apart(x, name, found[name], expected, dtype, sizes[name])
     return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or None

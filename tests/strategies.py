@@ -71,7 +71,7 @@ def step_case(seed: int, dtypes: Sequence[str], gpu: Gpu, longest: int) -> StepC
     spec = replace(random_spec(draw, "forward", dtypes), stats=True, group=draw.choice((1, 1, 2, 3, 4)))
     configs: dict[str, KernelConfig] = {}
     for op in STEP:
-        of = spec.of(op)
+        of = spec.for_op(op)
         while op not in configs:
             config = coerce(of, {knob.name: draw.choice(knob.values) for knob in knobs_of(of)})
             if why_invalid(of, config, gpu) is None:
@@ -92,60 +92,60 @@ def step_case(seed: int, dtypes: Sequence[str], gpu: Gpu, longest: int) -> StepC
 GOLDEN = {
     "forward_causal_stats": Kernel(
         KernelSpec("forward", 128, "bf16", causal=True, stats=True),
-        ForwardConfig(BLOCK_M=128, BLOCK_N=64, HEAD_GROUP=1, num_warps=8, num_stages=3),
+        ForwardConfig(BLOCK_M=128, BLOCK_N=64, GROUP_HEADS=1, num_warps=8, num_stages=3),
     ),
     "forward_full_gqa": Kernel(
         KernelSpec("forward", 64, "fp16", group=4),
-        ForwardConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=8, num_warps=4, num_stages=3),
+        ForwardConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=8, num_warps=4, num_stages=3),
     ),
     "forward_window_varlen_pieces": Kernel(
         KernelSpec("forward", 96, "bf16", group=2, causal=True, window=True, varlen=True),
-        ForwardConfig(128, 64, HEAD_GROUP=8, num_warps=8, num_stages=3, HEAD_DIM_AS="pieces"),
+        ForwardConfig(128, 64, GROUP_HEADS=8, num_warps=8, num_stages=3, HEAD_DIM_LAYOUT="chunked"),
     ),
     "forward_first_narrow": Kernel(
         KernelSpec("forward", 64, "bf16", causal=True, stats=True),
-        ForwardConfig(64, 64, HEAD_GROUP=32, num_warps=4, num_stages=3, maxnreg=168, ROW_MAX="first"),
+        ForwardConfig(64, 64, GROUP_HEADS=32, num_warps=4, num_stages=3, maxnreg=168, SOFTMAX="fixed_reference"),
     ),
     "forward_first_window_varlen": Kernel(
         KernelSpec("forward", 128, "bf16", group=2, causal=True, window=True, varlen=True),
-        ForwardConfig(128, 64, HEAD_GROUP=1, num_warps=8, num_stages=3, ROW_MAX="first"),
+        ForwardConfig(128, 64, GROUP_HEADS=1, num_warps=8, num_stages=3, SOFTMAX="fixed_reference"),
     ),
     "preprocess": Kernel(KernelSpec("preprocess", 128, "bf16"), PreprocessConfig(BLOCK_M=32, num_warps=4)),
     "dkdv_causal": Kernel(
         KernelSpec("dkdv", 128, "bf16", causal=True),
-        DkDvConfig(BLOCK_M=64, BLOCK_N=128, HEAD_GROUP=4, num_warps=8, num_stages=3),
+        DkDvConfig(BLOCK_M=64, BLOCK_N=128, GROUP_HEADS=4, num_warps=8, num_stages=3),
     ),
     "dkdv_window_varlen_gqa_padded": Kernel(
         KernelSpec("dkdv", 80, "fp16", group=4, causal=True, window=True, varlen=True),
-        DkDvConfig(BLOCK_M=64, BLOCK_N=128, HEAD_GROUP=1, num_warps=8, num_stages=2, HEAD_DIM_AS="padded"),
+        DkDvConfig(BLOCK_M=64, BLOCK_N=128, GROUP_HEADS=1, num_warps=8, num_stages=2, HEAD_DIM_LAYOUT="padded"),
     ),
     "dqdr_causal": Kernel(
         KernelSpec("dqdr", 128, "bf16", causal=True),
-        DqDrConfig(BLOCK_M=128, BLOCK_N=64, HEAD_GROUP=4, num_warps=8, num_stages=3),
+        DqDrConfig(BLOCK_M=128, BLOCK_N=64, GROUP_HEADS=4, num_warps=8, num_stages=3),
     ),
     "dqdr_full_tf32": Kernel(
         KernelSpec("dqdr", 64, "tf32", group=2),
-        DqDrConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=0, num_warps=4, num_stages=2),
+        DqDrConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=0, num_warps=4, num_stages=2),
     ),
     "forward_halves": Kernel(
         KernelSpec("forward", 256, "bf16", group=2, causal=True, stats=True),
-        ForwardConfig(128, 64, HEAD_GROUP=4, num_warps=8, num_stages=2, HEAD_DIM_AS="halves"),
+        ForwardConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=2, HEAD_DIM_LAYOUT="split"),
     ),
     "dkdv_numbers_together": Kernel(
         KernelSpec("dkdv", 64, "bf16", causal=True),
-        DkDvConfig(64, 64, HEAD_GROUP=16, num_warps=4, num_stages=3, MASK="scores", ROW_NUMBERS="together"),
+        DkDvConfig(64, 64, GROUP_HEADS=16, num_warps=4, num_stages=3, MASK="before_exp", ROW_STATS="fused"),
     ),
     "dqdr_masked_scores": Kernel(
         KernelSpec("dqdr", 64, "bf16", causal=True),
-        DqDrConfig(64, 64, HEAD_GROUP=32, num_warps=4, num_stages=3, MASK="scores"),
+        DqDrConfig(64, 64, GROUP_HEADS=32, num_warps=4, num_stages=3, MASK="before_exp"),
     ),
     "dkdv_narrow_maxnreg": Kernel(
         KernelSpec("dkdv", 64, "bf16", causal=True),
-        DkDvConfig(32, 64, HEAD_GROUP=32, num_warps=4, num_stages=3, maxnreg=168),
+        DkDvConfig(32, 64, GROUP_HEADS=32, num_warps=4, num_stages=3, maxnreg=168),
     ),
     "dqdr_halves": Kernel(
         KernelSpec("dqdr", 256, "fp16", group=2, varlen=True),
-        DqDrConfig(64, 32, HEAD_GROUP=1, num_warps=4, num_stages=2, HEAD_DIM_AS="halves"),
+        DqDrConfig(64, 32, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="split"),
     ),
     "decode_unsplit": Kernel(
         KernelSpec("decode", 128, "bf16"),

@@ -190,7 +190,7 @@ def test_both_ways_to_start_say_the_version(shell: Callable[[str], str], declare
 
 def test_doctor_finds_nothing_broken(shell: Callable[[str], str]) -> None:
     assert re.search(
-        r"h200: [1-9]\d* kernels and sizes in your database and what ships, of which calls get [1-9]",
+        r"h200: [1-9]\d* kernels and sizes in your database and the shipped records, calls get [1-9]",
         shell("parallax-gen doctor"),
     )
 

@@ -1,1 +1,1 @@
-"""Ours beside other packages' kernels, timed in one process on the same inputs."""
+"""Benchmarks our kernels against other packages' in one process on the same inputs."""

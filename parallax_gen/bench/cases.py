@@ -1,4 +1,4 @@
-"""What `bench` goes through: the shapes, each with its lengths, and those of them that the card can hold."""
+"""The cases of `bench`: shapes with their lengths, and the selection for --quick."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, skewed_lengths, spread_lengths
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
-from parallax_gen.problem.workloads import COMPARED, SWEEPS, TRAINING, USUAL_HEAD_DIM, Flags, Sizes, kernels
+from parallax_gen.problem.workloads import BENCH_GRIDS, DEFAULT_SHAPES, TRAINING, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
 QUICK_SHAPES = 6  # of each op
 
@@ -21,11 +21,11 @@ NAMED = {"spread": spread_lengths, "skewed": skewed_lengths}
 
 
 class CaseError(ParallaxGenError):
-    """What is asked for is nothing that can be compared."""
+    """The options name no case that can be compared."""
 
 
 class Case(NamedTuple):
-    """What baselines are compared at, with fields as of Row."""
+    """What all baselines run; the fields are those of Row."""
 
     op: str
     spec: KernelSpec
@@ -35,14 +35,14 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """A --lengths as it was typed: the runs of one batch, or the name of a batch that every shape has."""
+    """The parsed --lengths: the runs of one batch, or the name of a pattern that applies to every shape."""
 
     runs: Runs = ()
     named: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """What spread, skewed or a text such as 4096,7x128 means. Raises ValueError."""
+        """Parse spread, skewed or a text such as 4096,7x128. Raises ValueError."""
         text = re.sub(r"\s", "", text)
         if text in NAMED:
             return cls(named=text)
@@ -52,13 +52,13 @@ class Lengths:
             raise ValueError(f"{error}, and neither {' nor '.join(NAMED)}") from error
 
     def of(self, shape: Shape) -> tuple[int, ...]:
-        """The keys of each sequence; () where all have as many as the shape says. Raises CaseError."""
+        """The keys of each sequence; () if all have the shape's. Raises CaseError."""
         if self.named:
             found = NAMED[self.named](shape)
         else:
             count, longest = sum(count for count, _ in self.runs), max(keys for _, keys in self.runs)
             if count != shape.batch or longest > shape.seqlen_kv:
-                raise CaseError(f"--lengths: {count} sequences of up to {longest} keys, not those of --shape {shape}")
+                raise CaseError(f"--lengths: {count} sequences of up to {longest} keys do not fit --shape {shape}")
             found = expand_runs(self.runs)
         return () if set(found) == {shape.seqlen_kv} else found
 
@@ -73,31 +73,33 @@ def cases_of(
     page_sizes: tuple[int, ...] = (),
     lengths: Lengths | None = None,
 ) -> Iterator[Case]:
-    """What is compared: of a training step the forward's spec stands for all. Raises CaseError.
+    """The cases to compare; the forward's spec stands for a whole training step. Raises CaseError.
 
-    page_sizes  of each shape, one after the other, 0 for no pages; () for the flags' own
-    lengths     of ragged decode alone
+    page_sizes  each shape runs with each of these, 0 for no pages; () for the flags' page_size
+    lengths     only for decode with per-sequence lengths
     """
     layouts = [replace(flags, page_size=page_size) for page_size in page_sizes] or [flags]
     for op in ops:
         if shapes:
-            asked = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
+            dims_and_shapes = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
         else:
-            usual = SWEEPS[grid][op] if grid else COMPARED[op]
-            asked = [(dim, shape) for dim, shape in usual if head_dim in (None, dim)]
-        if not asked:
+            usual = BENCH_GRIDS[grid][op] if grid else DEFAULT_SHAPES[op]
+            dims_and_shapes = [(dim, shape) for dim, shape in usual if head_dim in (None, dim)]
+        if not dims_and_shapes:
             raise CaseError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
-        # Windows that are not asked for, or asked for at many shapes, make some of them the same.
-        cases = {kernels(op, dim, dtype, shape, layout)[0]: None for dim, shape in asked for layout in layouts}
+        # Shapes that differ only in a window may become the same case, so duplicates are dropped.
+        cases = {
+            kernels(op, dim, dtype, shape, layout)[0]: None for dim, shape in dims_and_shapes for layout in layouts
+        }
         for spec, shape in cases:
             yield Case(op, spec, shape, lengths.of(shape) if lengths else ())
 
 
-def fewer(cases: list[Case], card: Gpu) -> list[Case]:
-    """Of each op at most QUICK_SHAPES that fit, spread over all of them, the first and the last among them.
+def quick_cases(cases: list[Case], card: Gpu) -> list[Case]:
+    """At most QUICK_SHAPES shapes per op that fit the card, evenly spread, including the first and the last.
 
-    Of a shape with pages of several sizes all stay. Where no shape fits, of all: the table says of each that it was
-    skipped.
+    All page sizes of a chosen shape are kept. If no shape fits, the choice is among all: the table then says that each
+    was skipped.
     """
     found = []
     for op in dict.fromkeys(case.op for case in cases):
@@ -116,7 +118,7 @@ def fewer(cases: list[Case], card: Gpu) -> list[Case]:
 
 
 def bytes_needed(op: str, spec: KernelSpec, shape: Shape) -> float:
-    """Of device memory, at the least: each input and each result once, of a training step the gradients too."""
-    whole = replace(shape, window=0)  # a window reads less, and is given as much
-    specs = [spec.of(kernel) for kernel in ("forward", "dqdr")] if op == TRAINING else [spec]
+    """The least device memory: each input and each result once, and the gradients of a training step."""
+    whole = replace(shape, window=0)  # a window reads fewer keys, but all are allocated
+    specs = [spec.for_op(kernel) for kernel in ("forward", "dqdr")] if op == TRAINING else [spec]
     return sum(work_of(each, whole).bytes for each in specs)

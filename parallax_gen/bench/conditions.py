@@ -1,4 +1,4 @@
-"""Where figures are taken: the card and the versions of what is measured and what measures."""
+"""The conditions of a measurement: the card, and the versions of our package, torch, Triton and CUDA."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> str:
-    """`kernels 1a2b3c4d`, of the sources that a call gets: tuning anew may change them. spec: as of rows.Row."""
+    """`kernels 1a2b3c4d`, a hash of the sources that a call runs, which tuning may change. spec: see rows.Row."""
     called = [(spec, shape)]
     if op == TRAINING:
-        called = [(spec.of(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]
+        called = [(spec.for_op(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]
     sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in called]
     return f"kernels {hashlib.sha256(''.join(sources).encode()).hexdigest()[:8]}"

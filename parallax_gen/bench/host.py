@@ -1,4 +1,4 @@
-"""What a decode step costs the host: the public function beside the bare launches below it."""
+"""The host time of a decode step: the public function, and the bare launches below it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from parallax_gen.bench.baselines.ours import cached_attention
 from parallax_gen.codegen.abi import prepare
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.device import gpu_here
-from parallax_gen.codegen.intercept import Launch, watching
+from parallax_gen.codegen.intercept import Launch, watch_launches
 from parallax_gen.codegen.render import render
 from parallax_gen.oracle.inputs import random_inputs_of, softmax_scale
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher
 
-CALLS, ROUNDS = 100, 40  # the queue of launches is emptied between rounds, so that none waits for a place in it
+CALLS, ROUNDS = 100, 40  # the launch queue is drained between rounds, so that no launch waits for a free slot
 
 
 def host_times(spec: KernelSpec, shape: Shape) -> dict[str, float]:
-    """Microseconds of host time a call, by what is called; medians over rounds of calls.
+    """Microseconds of host time per call, by the function called; medians over rounds of calls.
 
-    "public function" with a given `out`; "and an output" when it makes one. Below it: "Triton's launch", which is
-    `kernel[grid](...)` on the arguments of the rendered `launch`; "compiled kernel", Triton's innermost launcher.
+    "public function" writes to a given `out`; "and an output" allocates one. Below it: "Triton's launch" is
+    `kernel[grid](...)` on the arguments of the rendered `launch`; "compiled kernel" is Triton's innermost launcher.
     """
     gpu = gpu_here()
     assert gpu is not None
@@ -36,17 +36,17 @@ def host_times(spec: KernelSpec, shape: Shape) -> dict[str, float]:
     inputs = random_inputs_of(spec, shape, seed=0, device="cuda", full=True)
     call = prepare(spec, choice.config, inputs)
     launches: list[Launch] = []
-    with watching(module, launches.append):
+    with watch_launches(module, launches.append):
         module.launch(*call.arguments(softmax_scale(spec)))
-    over_keys = launches[0]  # and behind it, of some configs, the merge of the splits
-    whole_grid = (*over_keys.grid, 1, 1)
-    run = over_keys.compiled[whole_grid]
+    main_kernel = launches[0]  # some configs launch a merge of the splits after it
+    whole_grid = (*main_kernel.grid, 1, 1)
+    run = main_kernel.compiled[whole_grid]
 
     calls: dict[str, Callable[[], Any]] = {
         "public function": cached_attention(spec, inputs, call.out),
         "and an output": cached_attention(spec, inputs, None),
-        "Triton's launch": lambda: over_keys.kernel[over_keys.grid](*over_keys.arguments, **over_keys.options),
-        "compiled kernel": lambda: run(*over_keys.arguments),
+        "Triton's launch": lambda: main_kernel.kernel[main_kernel.grid](*main_kernel.arguments, **main_kernel.options),
+        "compiled kernel": lambda: run(*main_kernel.arguments),
     }
     return {name: _median_us(call) for name, call in calls.items()}
 

@@ -1,4 +1,4 @@
-"""What `bench` times of an op: the parts of a training step, and a call as the one part of every other op."""
+"""The parts of an op that `bench` times: forward, backward and step of a training step; the call of every other op."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ GRADIENTS = ("dq", "dr", "dk", "dv")
 
 @dataclass(frozen=True)
 class Part:
-    """What is timed under one name.
+    """One timed part of an op.
 
-    heading   of its column in a table
-    kernels   of ours that run in it, in order
-    results   whose errors are its error
-    parallax  its matmuls beside those of Parallax's forward; a backward is counted with the 8 matmuls that one kernel
-              for all gradients would do, however many kernels do it
-    softmax   likewise, of softmax attention: 5 matmuls in the backward
+    heading   its column's heading in a table
+    kernels   our kernels that run in it, in order
+    results   the results whose largest error is the part's error
+    parallax_work  its matmuls relative to Parallax's forward; a backward counts as the 8 matmuls of one kernel for all
+                   gradients, however many kernels do it
+    softmax_work   likewise for softmax attention, whose backward has 5 matmuls
     """
 
     heading: str
     kernels: tuple[str, ...]
     results: tuple[str, ...]
-    parallax: float
-    softmax: float
+    parallax_work: float
+    softmax_work: float
 
 
 PARTS: dict[str, dict[str, Part]] = {
     "forward": {"forward": Part("fwd", ("forward",), ("out",), 1.0, 0.5)},
-    "decode": {"decode": Part("decode", ("decode",), ("out",), 1.0, 1.0)},  # counted in bytes: the same cache is read
+    "decode": {"decode": Part("decode", ("decode",), ("out",), 1.0, 1.0)},  # counted in bytes: both read the same cache
     TRAINING: {
         "forward": Part("fwd", STEP[:1], ("out",), 1.0, 0.5),
         "backward": Part("bwd", STEP[1:], GRADIENTS, 2.0, 1.25),
@@ -40,6 +40,6 @@ PARTS: dict[str, dict[str, Part]] = {
 
 
 def kernels_in(op: str, part: str) -> tuple[str, ...]:
-    """Of ours that run in a part; of a part that only some file has, the op itself."""
+    """Our kernels that run in a part; the op itself for a part that only a file knows."""
     known = PARTS.get(op, {}).get(part)
     return known.kernels if known else (op,)

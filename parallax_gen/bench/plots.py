@@ -1,4 +1,4 @@
-"""What `bench --picture` draws, times over ours and bandwidths by size; and `replay --out`, regrets over trials."""
+"""Plots: times relative to ours and bandwidths (`bench --picture`), and regrets over trials (`replay --out`)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from parallax_gen.problem.work import work_of_lengths
 if TYPE_CHECKING:
     from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
-# (kv rows, keys) -> times ours
+# (kv rows, keys) -> time relative to ours
 Ratios = dict[tuple[int, int], float]
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def why_not_drawn(path: Path) -> str:
-    """What keeps `draw` from making a file, known before anything is timed; "" where nothing does."""
+def picture_error(path: Path) -> str:
+    """Why `draw` cannot make a file, checked before anything is timed; "" if it can."""
     if find_spec("matplotlib") is None:
         return "--picture needs matplotlib: pip install 'parallax-gen[pictures]'"
     if path.suffix.lower() not in SUFFIXES:
-        return f"--picture: {path} ends in none of {', '.join(SUFFIXES)}"
+        return f"--picture: {path} must end in one of {', '.join(SUFFIXES)}"
     if not path.absolute().parent.is_dir():
         return f"--picture: {path.absolute().parent} is no folder"
     return ""
 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
-    """A heat map a baseline, of its time over ours, and one plot of bandwidths. Raises ParallaxGenError.
+    """Draw a heat map per baseline of its time relative to ours, and one plot of bandwidths.
 
-    Of shapes that share a size the slowest ratio is shown.
+    Where shapes share a cell the least ratio is shown. Raises ParallaxGenError.
     """
     import matplotlib
 
@@ -61,12 +61,12 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 
 
 def ratios_of(rows: list[Row]) -> dict[str, Ratios]:
-    """Each baseline's time over ours by size, the least where several shapes have it; of those that ran at all."""
+    """Each baseline's time relative to ours by size, the least if several shapes share the size."""
     found: dict[str, Ratios] = {}
     for row, ratio in times_ours(rows):
         if ratio is not None:
             size = row.shape.batch * row.shape.kv_heads, row.shape.seqlen_kv
-            of_sizes = found.setdefault(row.contender, {})
+            of_sizes = found.setdefault(row.baseline, {})
             of_sizes[size] = min(ratio, of_sizes.get(size, float("inf")))
     return found
 
@@ -76,7 +76,7 @@ def _heat_map(ax: Any, name: str, of_sizes: Ratios) -> None:
 
     heights, widths = (sorted({size[i] for size in of_sizes}) for i in (0, 1))
     table = [[of_sizes.get((rows, keys), float("nan")) for keys in widths] for rows in heights]
-    colours = colors.TwoSlopeNorm(vmin=0.5, vcenter=1.0, vmax=2.0)  # as fast as ours is neither red nor green
+    colours = colors.TwoSlopeNorm(vmin=0.5, vcenter=1.0, vmax=2.0)  # a ratio of 1 is neither red nor green
     ax.imshow(table, cmap="RdYlGn", norm=colours, aspect="auto", origin="lower")
     for i, line in enumerate(table):
         for j, ratio in enumerate(line):
@@ -94,7 +94,7 @@ def _bandwidths(ax: Any, rows: list[Row]) -> None:
     for row in rows:
         if row.time_us:
             size = work_of_lengths(row.spec, row.shape, row.lengths).bytes
-            of.setdefault(row.contender, []).append((size / 1e6, size / row.time_us / 1e3))
+            of.setdefault(row.baseline, []).append((size / 1e6, size / row.time_us / 1e3))
     for name, points in of.items():
         sizes, rates = zip(*sorted(points), strict=True)
         ax.plot(sizes, rates, ".", markersize=5 if name == OURS else 3, label=name, zorder=2 if name == OURS else 1)
@@ -106,14 +106,14 @@ def _bandwidths(ax: Any, rows: list[Row]) -> None:
     ax.grid(alpha=0.3)
 
 
-# -- What `replay --out` writes: how far searches are from the best of a sweep.
+# -- For `replay --out`: the regret of searches relative to the best config of a recorded sweep.
 
-# Of each sweep its name and every sampler's curve.
-Replays = list[tuple[str, "Sweep", "list[Curve]"]]
+# (name of the sweep, the sweep, a curve per sampler)
+SearchCurves = list[tuple[str, "Sweep", "list[Curve]"]]
 
 
-def write_regrets(path: Path, found: Replays) -> None:
-    """As CSV, a line a trial."""
+def write_regrets(path: Path, found: SearchCurves) -> None:
+    """Write CSV, a line per trial."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("sweep", "whole", "configs", "sampler", "trial", "regret", "regret_p25", "regret_p75"))
@@ -124,8 +124,8 @@ def write_regrets(path: Path, found: Replays) -> None:
                     writer.writerow((name, sweep.whole, len(sweep.results), curve.strategy, trial, *rounded))
 
 
-def draw_regrets(path: Path, found: Replays) -> bool:
-    """A plot a sweep of regret over trials: medians as lines, quartiles as bands. False where matplotlib is missing."""
+def draw_regrets(path: Path, found: SearchCurves) -> bool:
+    """Plot regret over trials per sweep: medians as lines, quartiles as bands. False if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -155,7 +155,7 @@ def _regrets(ax: Any, name: str, sweep: Sweep, curves: list[Curve]) -> None:
         lower, upper = ([100 * regret for regret in side] for side in (curve.lower, curve.upper))
         ax.fill_between(trials, lower, upper, alpha=0.12, color=line.get_color())
     ax.axhline(2, color="grey", linewidth=0.6, linestyle="--")
-    ax.set_yscale("symlog", linthresh=1)  # a regret is 0 in the end
+    ax.set_yscale("symlog", linthresh=1)  # a finished search has regret 0
     ax.set_ylim(0, 300)
     ax.set_xlabel(f"trials, of {len(sweep.results)} configs{'' if sweep.whole else ' (partial sweep)'}")
     ax.set_ylabel("regret, %")

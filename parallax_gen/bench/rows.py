@@ -1,4 +1,4 @@
-"""`bench`'s rows: one baseline at one shape, and where and how its figures were taken; to files, and back."""
+"""The rows of `bench`: one baseline at one shape, with the conditions it was timed under; written to files and read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import csv
 import io
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 from parallax_gen.describe import lengths_from_text, lengths_to_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
-from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import NUMBERS, shown
 from parallax_gen.memory.old import spec_from_op
 from parallax_gen.problem.hardware import gpu_by_name
@@ -28,30 +26,30 @@ from parallax_gen.problem.workloads import TRAINING
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time is spent on figures.
+    """How much time a benchmark spends.
 
-    rounds    each baseline is timed so often, in turn: what drifts, drifts for all
-    timed_ms  about so long in each round
-    oracle    "whole": errors are of everything; "sample": of the first and last sequence and kv head; "none"
-    hasty     slow peers are timed once, with few calls, and Triton's autotuners try each config with a few calls
-    quick     fewer shapes: figures to look at, not to quote
+    rounds     how often all baselines are timed in turn, so that drift affects all alike
+    timed_ms   approximate time of a baseline per round
+    oracle     "whole": errors over all results; "sample": over the first and last sequence and kv head; "none"
+    few_calls  slow baselines are timed once with few calls, and Triton's autotuners time each config with few calls
+    quick      fewer shapes: numbers to look at, not to quote
     """
 
     rounds: int = 3
     timed_ms: float = 60.0
     oracle: str = "whole"
-    hasty: bool = False
+    few_calls: bool = False
     quick: bool = False
 
 
-WITH_CARE = Effort()
-A_GRID = Effort(rounds=1, timed_ms=30.0, oracle="sample", hasty=True)
-QUICK = Effort(rounds=1, timed_ms=10.0, oracle="sample", hasty=True, quick=True)
+FULL_EFFORT = Effort()
+GRID_EFFORT = Effort(rounds=1, timed_ms=30.0, oracle="sample", few_calls=True)
+QUICK_EFFORT = Effort(rounds=1, timed_ms=10.0, oracle="sample", few_calls=True, quick=True)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Where and how figures were taken. An old figure stands for a new one where all but the command is the same."""
+    """The conditions of a measurement. An old time is reused if everything but the command is equal."""
 
     gpu: str
     card: str
@@ -67,47 +65,48 @@ class Conditions:
         return f"parallax_gen {self.parallax_gen}, torch {self.torch}, Triton {self.triton}, CUDA {self.cuda}"
 
     def flat(self) -> dict[str, Any]:
-        """Every field in one level, the effort's among them."""
-        return {**{name: value for name, value in vars(self).items() if name != "effort"}, **asdict(self.effort)}
+        """All fields and the effort's fields in one level, by their names in files."""
+        own = {name: value for name, value in vars(self).items() if name != "effort"}
+        return {**own, **_stored(asdict(self.effort))}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The file that a row was read from, and what that says of where and how the row was taken.
+    """The file that a row was read from, and the conditions that the file states.
 
-    file     its name: baselines are compared within a file, where they ran in one process on the same inputs
-    gpu      the card's short name; "" where the file does not say
-    taken    in words: what the file has of TAKEN
-    command  that took it, if the file has it
+    file        its name: baselines are only compared within a file, where they ran in one process on the same inputs
+    gpu         the card's short name; "" if the file does not say
+    conditions  as text: the file's values of CONDITION_COLUMNS
+    command     that made the file, if the file says so
     """
 
     file: str = ""
     gpu: str = ""
-    taken: str = ""
+    conditions: str = ""
     command: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One baseline at one shape, and one part of what it does there.
+    """One part of one baseline at one shape.
 
     op             "forward", "decode" or TRAINING
-    part           what was timed, of PARTS[op] in bench/parts.py
-    spec           the forward's or the decode's
-    time_us        median of the rounds' medians, by tuning/workers/measure.py's protocol; None where it does not run
-    p20_us, p80_us likewise, of the rounds' 20th and 80th percentiles
-    rate           TFLOP/s, GB/s for decode, of the work of Parallax (of softmax for a softmax peer)
-    error          ||found - oracle|| / ||oracle|| of the output, or the largest of the gradients'; None for softmax
-                   peers, and where none was asked for
-    checked        pairs of a sequence and a kv head that the error is of
-    note           why there is no time, or what is unlike others in how it was timed
-    package        its packages and their versions; of ours the kernels' hash
-    conditions     None while they are not yet known
-    lengths        of ragged decode, the keys of each sequence; () where all have as many as the shape says
-    origin         of a row that `read_rows` found
+    part           the timed part, of PARTS[op] in bench/parts.py
+    spec           of the forward or the decode
+    time_us        median over the rounds of medians by the protocol of tuning/workers/measure.py; None if it does not
+                   run p20_us, p80_us likewise for the 20th and 80th percentiles
+    rate           TFLOP/s, or GB/s for decode, counting the work of Parallax (of softmax for a softmax baseline)
+    error          ||result - oracle|| / ||oracle|| of the output, or the largest over the gradients; None for softmax
+                   baselines and with oracle "none"
+    checked        number of (sequence, kv head) pairs that the error covers
+    note           why there is no time, or how its timing differs from the others'
+    package        its packages and their versions; for ours the hash of the kernels
+    conditions     None until they are known
+    lengths        for decode with per-sequence lengths the keys of each sequence; () if all have the shape's
+    origin         of a row that `read_rows` read
     """
 
-    contender: str
+    baseline: str
     op: str
     part: str
     spec: KernelSpec
@@ -125,77 +124,111 @@ class Row:
     origin: Origin = Origin()
 
     @property
-    def what(self) -> tuple[object, ...]:
-        """What baselines are compared at."""
+    def compared_at(self) -> tuple[object, ...]:
+        """Baselines are compared where this is equal."""
         return self.origin, self.op, self.part, self.spec, self.shape, self.lengths
 
 
-_OWN = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions", "origin")]  # not nested
+_SCALAR_FIELDS = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions", "origin")]
+
+# Fields whose name in files differs: files keep the names of older releases.
+_NAME_IN_FILES = {"baseline": "contender", "few_calls": "hasty"}
+_FIELD_NAMES = {stored: name for name, stored in _NAME_IN_FILES.items()}
+
+
+def _stored(fields_: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by their names in files."""
+    return {_NAME_IN_FILES.get(name, name): value for name, value in fields_.items()}
+
+
+def _read_back(fields_: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a file by their names in Python."""
+    return {_FIELD_NAMES.get(name, name): value for name, value in fields_.items()}
 
 
 def to_json(row: Row) -> dict[str, Any]:
     conditions = {} if row.conditions is None else row.conditions.flat()
-    own = {name: getattr(row, name) for name in _OWN} | {"lengths": lengths_to_text(row.lengths)}
-    sizes = {"spec": row.spec.to_dict(), "shape": row.shape.to_dict()}
-    return {**own, **sizes, "rate_unit": rate_unit(row.spec.op), **conditions}
+    scalars = _stored({name: getattr(row, name) for name in _SCALAR_FIELDS}) | {"lengths": lengths_to_text(row.lengths)}
+    nested = {"spec": row.spec.to_dict(), "shape": row.shape.to_dict()}
+    return {**scalars, **nested, "rate_unit": rate_unit(row.spec.op), **conditions}
 
 
 def to_flat(row: Row) -> dict[str, Any]:
-    """In one level, with every field in every row. The window is a number, that of the shape; op is the row's."""
+    """A row in one level, with every field in every row. `window` is the shape's number; `op` is the row's."""
     document = to_json(row)
     del document["spec"], document["shape"]
     return {**row.spec.flat(), **asdict(row.shape), **document}
 
 
-# -- From text: what a file has is checked like a user's input.
+# -- Reading: a file's content is checked like user input.
 
-# What every row must have. Other columns may be missing: of a kernel's flags those are off.
-SIZES = tuple(f.name for f in fields(Shape))
-NEEDED = ("op", "part", "contender", "head_dim", "dtype", "time_us", *(name for name in SIZES if name != "window"))
-CARD = ("gpu", "card")  # a column or a JSON field that says which card it was
-# Where and how figures were taken, as far as a file says so: those of two such conditions are not compared.
-TAKEN = ("card", "parallax_gen", "torch", "triton", "cuda", "rounds", "timed_ms", "oracle", "hasty", "quick")
+# The columns that every row needs. Others may be missing; missing flags of a kernel are off.
+SHAPE_COLUMNS = tuple(f.name for f in fields(Shape))
+REQUIRED_COLUMNS = (
+    "op",
+    "part",
+    "contender",
+    "head_dim",
+    "dtype",
+    "time_us",
+    *(name for name in SHAPE_COLUMNS if name != "window"),
+)
+CARD_COLUMNS = ("gpu", "card")  # columns or JSON fields that name the card
+# The conditions, as far as a file states them: rows of different conditions are not compared.
+CONDITION_COLUMNS = (
+    "card",
+    "parallax_gen",
+    "torch",
+    "triton",
+    "cuda",
+    "rounds",
+    "timed_ms",
+    "oracle",
+    "hasty",
+    "quick",
+)
 _ANY_SPEC = KernelSpec("decode", 64, "bf16")
-_OF_SPEC = {
+_SPEC_TYPES = {
     name: type(value).__name__
     for name, value in _ANY_SPEC.flat().items()
-    if name not in ("op", "head_dim", "group", "window")  # of the row or the shape
+    if name not in ("op", "head_dim", "group", "window")  # these come from the row or the shape
 }
-_OF_ROW = {f.name: str(f.type) for f in fields(Row) if f.name in _OWN}
-_OF_CONDITIONS = {f.name: str(f.type) for f in fields(Conditions) if f.name != "effort"}
-_OF_EFFORT = {f.name: str(f.type) for f in fields(Effort)}
+_ROW_TYPES = _stored({f.name: str(f.type) for f in fields(Row) if f.name in _SCALAR_FIELDS})
+_CONDITIONS_TYPES = {f.name: str(f.type) for f in fields(Conditions) if f.name != "effort"}
+_EFFORT_TYPES = _stored({f.name: str(f.type) for f in fields(Effort)})
 _TRUTH = {"True": True, "False": False}
-_MOST_DIGITS = 20  # of an int
+_MAX_DIGITS = 20  # of an int
 _BOUNDS = {**dict.fromkeys(("time_us", "p20_us", "p80_us"), NUMBERS["time_us"]), "error": NUMBERS["error"]}
 
 
 def row_from(texts: Mapping[str, str], at: str) -> Row:
-    """The row that a line of a file is, from its cells by column, without conditions.
+    """The row in a line of a file, given as text by column; without conditions.
 
-    Raises ArgumentError that names the line, by `at`, and the column. Times are within the bounds of memory/bounds.py,
-    so that rates and ratios of them are numbers.
+    Raises ArgumentError that names the line, `at`, and the column. Times must lie within the bounds of
+    memory/bounds.py, so that their rates and ratios are finite.
     """
-    with _named(at):
-        shape = within_bounds(Shape(**{name: _int(name, texts.get(name) or "0") for name in SIZES}))
-        head_dim, others = _int("head_dim", texts["head_dim"]), _said(_OF_SPEC, texts)
-        op, of_shape = "forward" if texts["op"] == TRAINING else texts["op"], {"window": shape.window > 0}
-        spec = spec_from_op(op, others.pop("ragged", False), head_dim=head_dim, group=shape.group, **of_shape, **others)
-        return Row(spec=spec, shape=shape, **_said(_OF_ROW, texts))
+    with _located(at):
+        shape = within_bounds(Shape(**{name: _int(name, texts.get(name) or "0") for name in SHAPE_COLUMNS}))
+        head_dim, flags = _int("head_dim", texts["head_dim"]), _parsed_fields(_SPEC_TYPES, texts)
+        op = "forward" if texts["op"] == TRAINING else texts["op"]
+        flags["window"] = shape.window > 0
+        spec = spec_from_op(op, flags.pop("ragged", False), head_dim=head_dim, group=shape.group, **flags)
+        return Row(spec=spec, shape=shape, **_read_back(_parsed_fields(_ROW_TYPES, texts)))
 
 
 def from_flat(texts: Mapping[str, str]) -> Row:
-    """The row that `to_flat` wrote, with its conditions, from its fields as text. Raises ArgumentError."""
-    of_effort, of_others = (
-        {name: _READ[of_type](name, texts[name]) for name, of_type in types.items()}
-        for types in (_OF_EFFORT, _OF_CONDITIONS)
+    """The row, with conditions, that `to_flat` wrote; `texts` are its fields as text. Raises ArgumentError."""
+    effort, others = (
+        _read_back({name: _READ[kind](name, texts[name]) for name, kind in types.items()})
+        for types in (_EFFORT_TYPES, _CONDITIONS_TYPES)
     )
-    return replace(row_from(texts, "the row"), conditions=Conditions(effort=Effort(**of_effort), **of_others))
+    return replace(row_from(texts, "the row"), conditions=Conditions(effort=Effort(**effort), **others))
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file of `bench --csv` or `bench --json`.
 
-    Raises ParallaxGenError, naming file and line (of JSON the row), on what is not such a file.
+    Raises ParallaxGenError, naming the file and the line (in JSON the row), if it is not such a file.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -209,7 +242,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         names = reader.fieldnames or []
-        missing = [name for name in NEEDED if name not in names]
+        missing = [name for name in REQUIRED_COLUMNS if name not in names]
         if missing:
             came = f"the columns {', '.join(names)}" if names else "no columns"
             raise ArgumentError(f"{path}, line 1", came, f"a CSV file of parallax-gen bench, with {', '.join(missing)}")
@@ -223,7 +256,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows as a CSV file has them: in one level, numbers and flags as text."""
+    """Rows in one level with numbers and flags as text, as in a CSV file."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -231,48 +264,48 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     rows = document.get("rows")
     if not isinstance(rows, list):
         raise ArgumentError(f"{path}, rows", shown(rows), "a list, as parallax-gen bench --json writes it")
-    of_all = {name: document[name] for name in (*CARD, *TAKEN) if name in document}
+    of_all = {name: document[name] for name in (*CARD_COLUMNS, *CONDITION_COLUMNS) if name in document}
     for number, row in enumerate(rows, start=1):
         where = f"row {number}"
         if not isinstance(row, dict) or not all(isinstance(row.get(part), dict) for part in ("spec", "shape")):
             raise ArgumentError(f"{path}, {where}", shown(row), "an object with a spec and a shape")
         flat = {**of_all, **row["spec"], "window": 0, **row["shape"], **row}
-        if missing := [name for name in NEEDED if name not in flat]:
+        if missing := [name for name in REQUIRED_COLUMNS if name not in flat]:
             raise ArgumentError(f"{path}, {where}", f"an object without {', '.join(missing)}", "a row of bench --json")
         yield where, {name: "" if value is None else _value_text(value) for name, value in flat.items()}
 
 
 def _value_text(value: object) -> str:
-    """A number or a flag as CSV has it. What a row holds beside them is not looked at, and may be of any depth."""
+    """A number or a flag as CSV text. Other values of a row are not used, and may be nested to any depth."""
     return value if isinstance(value, str) else shown(value) if isinstance(value, dict | list) else str(value)
 
 
 def _origin(path: Path, texts: Mapping[str, str]) -> Origin:
-    card = next((texts[name] for name in CARD if texts.get(name)), "")
-    with suppress(UnknownGpuError):  # one that is not in the table keeps its own name
+    card = next((texts[name] for name in CARD_COLUMNS if texts.get(name)), "")
+    with suppress(UnknownGpuError):  # a card that is not in the table keeps its own name
         card = gpu_by_name(card).name if card else ""
-    taken = ", ".join(f"{name} {texts[name]}" for name in TAKEN if texts.get(name))
-    return Origin(path.name, card, taken, texts.get("command", ""))
+    conditions = ", ".join(f"{name} {texts[name]}" for name in CONDITION_COLUMNS if texts.get(name))
+    return Origin(path.name, card, conditions, texts.get("command", ""))
 
 
 @contextmanager
-def _named(at: str) -> Iterator[None]:
-    """Errors of a column in here name the line too."""
+def _located(at: str) -> Iterator[None]:
+    """Add the line, `at`, to ArgumentErrors that name a column."""
     try:
         yield
     except ArgumentError as error:
         raise ArgumentError(f"{at}: {error.argument}", error.got, error.allowed) from error
 
 
-def _said(types: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, Any]:
-    """What is said of some fields, each read by its type: of a number or a flag an empty cell says nothing."""
-    said = {name: of_type for name, of_type in types.items() if name in texts and (texts[name] or of_type == "str")}
-    return {name: _READ[of_type](name, texts[name]) for name, of_type in said.items()}
+def _parsed_fields(types: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, Any]:
+    """The given fields, each parsed by its type. An empty cell of a number or a flag counts as missing."""
+    given = {name: kind for name, kind in types.items() if name in texts and (texts[name] or kind == "str")}
+    return {name: _READ[kind](name, texts[name]) for name, kind in given.items()}
 
 
 def _int(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
-        raise ArgumentError(name, shown(text), f"an int of 0 or more, of at most {_MOST_DIGITS} digits")
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
+        raise ArgumentError(name, shown(text), f"an int of 0 or more, of at most {_MAX_DIGITS} digits")
     return int(text)
 
 
@@ -308,93 +341,3 @@ _READ: dict[str, Callable[[str, str], Any]] = {
     "tuple[int, ...]": _lengths,
     "bool": _bool,
 }
-
-
-# -- The file of `bench --csv`: what it holds is not timed again, and what is timed is added to it at once.
-
-_ANY = Row("", "decode", "", _ANY_SPEC, Shape(1, 1, 1, 1, 1))
-COLUMNS = list(to_flat(replace(_ANY, conditions=Conditions("", "", "", "", "", "", Effort()))))
-WITHOUT_LENGTHS = [name for name in COLUMNS if name != "lengths"]  # of files from before there were any
-
-
-class Ledger:
-    """Rows by what they are of. Without a path it begins empty and keeps nothing.
-
-    Rows are only ever added, a shape's at a time. Of a line that is not whole, from a machine that went down, nothing
-    is kept. A file from before sequences had lengths is written anew, with their column.
-    """
-
-    def __init__(self, path: Path | None = None):
-        """Raises ParallaxGenError if the file is another's, or cannot be read and written."""
-        self._path = path
-        self._rows: dict[object, Row] = {}
-        if path is not None:
-            try:
-                for row in _opened(path):
-                    self._rows[_identity(row)] = row
-            except (OSError, UnicodeDecodeError, csv.Error) as error:
-                raise ParallaxGenError(f"--csv: {path} cannot be used: {error}") from error
-
-    def known(self, row: Row) -> Row | None:
-        """What the file has of the same baseline, part, spec, shape, package and conditions."""
-        return self._rows.get(_identity(row))
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Raises ParallaxGenError where the file cannot be written any more."""
-        if self._path is not None:
-            try:
-                _append(self._path, _as_text(to_flat(row).values() for row in rows))
-            except OSError as error:
-                raise ParallaxGenError(f"--csv: {self._path} cannot be written: {error}") from error
-        self._rows.update((_identity(row), row) for row in rows)
-
-
-def _identity(row: Row) -> object:
-    return row.contender, row.what, row.package, row.conditions
-
-
-def _opened(path: Path) -> list[Row]:
-    """The rows of a file, which is made where there is none, and mended: its last line is whole."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not text:
-        text = _as_text([COLUMNS])
-        _append(path, text)
-    columns = next(csv.reader([text.partition("\n")[0]]), [])
-    if columns not in (COLUMNS, WITHOUT_LENGTHS):
-        raise ParallaxGenError(f"--csv: {path} has other columns than bench writes: name another file")
-    whole, _, tail = text.rpartition("\n")
-    if whole and tail and not _rows([tail], columns):
-        os.truncate(path, len(whole.encode()) + 1)  # what follows an open quotation mark would be lost
-        text, tail = f"{whole}\n", ""
-    _append(path, "\n" if tail else "")  # and thereby: can it be written?
-    if columns == WITHOUT_LENGTHS:
-        replace_file(path.resolve(), _widened(text))  # a link stays one
-    return _rows(io.StringIO(text.partition("\n")[2], newline=""), columns)
-
-
-def _widened(text: str) -> str:
-    """A file's text with an empty cell for lengths in every row."""
-    at = COLUMNS.index("lengths")
-    _, *lines = csv.reader(io.StringIO(text, newline=""))
-    return _as_text([COLUMNS, *([*line[:at], "", *line[at:]] for line in lines)])
-
-
-def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:
-    """Those that can be read: someone may have had a hand in the file."""
-    found = []
-    for texts in csv.DictReader(lines, columns):
-        if None not in texts.values():  # for a cell that is missing
-            with suppress(ArgumentError):
-                found.append(from_flat(texts))
-    return found
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(text)
-
-
-def _as_text(lines: Iterable[Iterable[object]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()

@@ -1,4 +1,4 @@
-"""What `bench`'s rows come to: times over ours, their means, and the tables of a shape, in cells."""
+"""Summaries of `bench`'s rows: times relative to ours, their means, and the table of a case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Ratios = Iterable[tuple[Row, "float | None"]]
 
 
 class Mean(NamedTuple):
-    """Of some times over ours: the geometric mean, the least, and of how many."""
+    """Of times relative to ours: the geometric mean, the least, and their number."""
 
     mean: float
     least: float
@@ -28,21 +28,21 @@ class Mean(NamedTuple):
 
 
 def times_ours(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
-    """Every other baseline's rows, each with its time over ours; None where either did not run.
+    """Every other baseline's rows, each with its time divided by ours; None if either did not run.
 
-    Both are of one shape and part, and of one origin. Of rows that are there twice the last counts.
+    Both rows have the same case, part and origin. The last of duplicate rows counts.
     """
-    last = {(row.what, row.contender): row for row in rows}
+    last = {(row.compared_at, row.baseline): row for row in rows}
     found: list[tuple[Row, float | None]] = []
-    for (what, name), row in last.items():
+    for (compared_at, name), row in last.items():
         if name != OURS:
-            ours = last.get((what, OURS))
+            ours = last.get((compared_at, OURS))
             found.append((row, row.time_us / ours.time_us if ours and ours.time_us and row.time_us else None))
     return found
 
 
 def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
-    """Over the rows that have the same key, of the times over ours that there are."""
+    """The means of the known ratios, over the rows with the same key."""
     of: dict[Key, list[float]] = {}
     for row, ratio in ratios:
         if ratio is not None:
@@ -54,20 +54,20 @@ def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
 
 
 class Table(NamedTuple):
-    """Columns' titles, and a line of cells a baseline."""
+    """Column titles, and a line of cells per baseline."""
 
     columns: tuple[str, ...]
     lines: list[tuple[str, ...]]
 
 
 def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:
-    """What is compared: of a training step what its kernels have in common."""
-    what = f"{TRAINING}, {str(spec.of('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
+    """The title of a case; for a training step the part of the spec that its kernels share."""
+    what = f"{TRAINING}, {str(spec.for_op('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
     return f"{what}: {with_lengths(shape, lengths)}"
 
 
 def table_of(rows: list[Row]) -> Table:
-    """Of one op at one shape."""
+    """The table of one case."""
     return _steps(rows) if rows[0].op == TRAINING else _calls(rows)
 
 
@@ -76,15 +76,15 @@ def _calls(rows: list[Row]) -> Table:
     ratios = dict(times_ours(rows))
     lines = []
     for row in rows:
-        ratio = ratios.get(row, 1.0 if row.time_us else None)  # ours is not among them
+        ratio = ratios.get(row, 1.0 if row.time_us else None)  # `ratios` has no row of ours
         numbers = (row.time_us, row.p20_us, row.p80_us, row.rate)
         times = "-" if ratio is None else f"{ratio:.2f}"
-        lines.append((row.contender, *map(_number, numbers), times, _error(row)))
+        lines.append((row.baseline, *map(_number, numbers), times, _error(row)))
     return Table(columns, lines)
 
 
 def _steps(rows: list[Row]) -> Table:
-    """Three times and rates, the output's error and the largest of the gradients'."""
+    """The table of a training step: three times and rates, the output's error and the gradients' largest error."""
     columns = [""]
     for part in PARTS[TRAINING].values():
         columns += [f"{part.heading} ms", "TF/s"]
@@ -99,7 +99,7 @@ def _steps(rows: list[Row]) -> Table:
 
 
 def notes_of(rows: list[Row]) -> list[str]:
-    """What belongs below a table, for it may be long; whoever shares a note shares its line."""
+    """Notes below a table, since they may be long; baselines with the same note share a line."""
     noted: dict[str, list[str]] = {}
     for name, parts in _by_baseline(rows).items():
         for note in dict.fromkeys(row.note for row in parts if row.note):
@@ -109,9 +109,9 @@ def notes_of(rows: list[Row]) -> list[str]:
     return [f"{'; '.join(names)}: {note}" for note, names in noted.items()]
 
 
-def told_means(rows: list[Row]) -> list[str]:
-    """How many times ours each baseline takes, part by part, over all shapes where both run: a line each."""
-    found = means(times_ours(rows), key=lambda row: (row.op, row.part, row.contender))
+def mean_lines(rows: list[Row]) -> list[str]:
+    """A line per part and baseline: its mean time relative to ours over all cases where both run."""
+    found = means(times_ours(rows), key=lambda row: (row.op, row.part, row.baseline))
     parts = list(dict.fromkeys((row.op, row.part) for row in rows))
     return [
         f"{op if op == part else f'{op} {part}'}: {name} takes {mean:.2f} times ours "
@@ -123,7 +123,7 @@ def told_means(rows: list[Row]) -> list[str]:
 def _by_baseline(rows: list[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.contender, []).append(row)
+        found.setdefault(row.baseline, []).append(row)
     return found
 
 
@@ -135,5 +135,5 @@ def _error(row: Row) -> str:
     if row.time_us is None:
         return "-"
     if row.error is None:
-        return "softmax" if BASELINES[row.contender].softmax else "-"
+        return "softmax" if BASELINES[row.baseline].softmax else "-"
     return f"{row.error:.1e}"

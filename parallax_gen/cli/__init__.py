@@ -1,4 +1,4 @@
-"""The command line: `parallax-gen COMMAND`, one file a command, each imported when it is asked for."""
+"""The command line: `parallax-gen COMMAND`, one file per command, imported when the command runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import parallax_gen
 from parallax_gen.environment import SWITCHES, is_on
 from parallax_gen.errors import ParallaxGenError
 
-# Where each command is. The files import torch, Triton, Optuna and the database inside their functions, so that
-# help is quick.
+# Command -> module:function. The files import torch, Triton, Optuna and the database inside functions, to keep help
+# fast.
 COMMANDS = {
     "tune": "parallax_gen.cli.tune:tune",
     "list": "parallax_gen.cli.listing:list_known",
@@ -36,8 +36,8 @@ COMMANDS = {
     "completion": "parallax_gen.cli.completion:completion",
 }
 
-# What a disk or a limit of the system says, and no mistake of a program's.
-OF_THE_DISK = frozenset(
+# Errors of a disk or a system limit, not of a program.
+DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
 )
 
@@ -45,10 +45,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are needed, and whose errors are one line each."""
+    """A group that imports its commands when needed and prints each error as one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        _speak_utf8()
+        _print_utf8()
         return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -81,14 +81,14 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except OSError as error:
-            if error.errno not in OF_THE_DISK:  # of any file, standard output among them; click sees to EPIPE
+            if error.errno not in DISK_ERRORS:  # for any file, including standard output; click handles EPIPE
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
 
 
-def _speak_utf8() -> None:
-    """Have what is printed be UTF-8 in every locale: kernels and records are files of it, redirected or not."""
+def _print_utf8() -> None:
+    """Print UTF-8 in every locale, because redirected kernels and records must be UTF-8 files."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -112,7 +112,7 @@ def main(ctx: click.Context, verbose: bool) -> None:
       0 done, 1 an error (told in one line), 2 wrong usage, 130 Ctrl-C
     """
     for variable in SWITCHES:
-        is_on(variable)  # says what is wrong before a command has begun, whichever of its calls would ask
+        is_on(variable)  # raises for an invalid value before the command starts
     if verbose:
         from parallax_gen.cli.logs import show_logs
 

@@ -1,4 +1,4 @@
-"""`parallax-gen bench`: ours against softmax attention and other Parallax kernels, on this card."""
+"""`parallax-gen bench`: times our kernels against softmax attention and other Parallax kernels on this card."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from pathlib import Path
 import click
 
 from parallax_gen.bench.baselines import BASELINES, OURS
-from parallax_gen.bench.cases import CaseError, Lengths, cases_of, fewer
-from parallax_gen.bench.plots import draw, why_not_drawn
-from parallax_gen.bench.rows import A_GRID, QUICK, WITH_CARE, Conditions, Ledger, Row, to_json
-from parallax_gen.bench.summary import notes_of, table_of, title, told_means
-from parallax_gen.cli.options import check_flags, flag_options, head_dim_of, json_option, shape_option
+from parallax_gen.bench.cases import CaseError, Lengths, cases_of, quick_cases
+from parallax_gen.bench.plots import draw, picture_error
+from parallax_gen.bench.results_csv import ResultsCsv
+from parallax_gen.bench.rows import FULL_EFFORT, GRID_EFFORT, QUICK_EFFORT, Conditions, Row, to_json
+from parallax_gen.bench.summary import mean_lines, notes_of, table_of, title
+from parallax_gen.cli.options import check_flags, flag_options, json_option, parse_head_dim, shape_option
 from parallax_gen.cli.text import console, print_json, print_table
 from parallax_gen.codegen import device
 from parallax_gen.describe import number
 from parallax_gen.errors import MeasureError
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.problem.workloads import COMPARED, SWEEPS, USUAL_HEAD_DIM, Flags, Sizes, kernels
+from parallax_gen.problem.workloads import BENCH_GRIDS, DEFAULT_SHAPES, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
-QUICKLY = ", quick: not to be quoted"
+QUICK_NOTE = ", quick: not to be quoted"
 PROGRAM = "parallax-gen"
-HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # so little work that the host's time shows
+HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # little work, so that the host's time dominates
 
 
-def lengths_of(text: str) -> Lengths:
-    """What --lengths means. Raises BadParameter."""
+def parse_lengths(text: str) -> Lengths:
+    """Parse --lengths. Raises BadParameter."""
     try:
         return Lengths.parse(text)
     except ValueError as error:
@@ -41,25 +42,28 @@ def lengths_of(text: str) -> Lengths:
 @click.option(
     "--op",
     "ops",
-    type=click.Choice(tuple(COMPARED)),
+    type=click.Choice(tuple(DEFAULT_SHAPES)),
     multiple=True,
     help="Repeatable. Default: forward and decode; a grid's own.",
 )
 @click.option(
-    "--head-dim", type=head_dim_of, metavar="N", help="Of every --shape, 128 by default; of the usual ones those of it."
+    "--head-dim",
+    type=parse_head_dim,
+    metavar="N",
+    help="Of every --shape, 128 by default; of the usual ones those of it.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True)
 @shape_option(multiple=True, more_help="Repeatable. Default: the usual ones.")
 @click.option(
     "--grid",
-    type=click.Choice(tuple(SWEEPS)),
+    type=click.Choice(tuple(BENCH_GRIDS)),
     help="Instead of --shape. official, serving: decode. training: the usual steps of every head_dim. "
     "paper: batch 1 to 2048, 128 to 32768 keys, decode and training.",
 )
 @partial(flag_options, layouts=True)
 @click.option(
     "--lengths",
-    type=lengths_of,
+    type=parse_lengths,
     metavar="LENGTHS",
     help="Of --op decode alone, and brings --ragged along: each sequence's keys, such as 4096,7x128, in caches that "
     "hold the shape's. Or, of every shape, spread: from all keys down to a 32nd; skewed: one with all, the others "
@@ -107,21 +111,21 @@ def bench(
     picture: Path | None,
     as_json: bool,
 ) -> None:
-    """Time ours against other Parallax kernels and softmax.
+    """Time our kernels against other Parallax kernels and softmax.
 
-    In one process, on the same inputs; errors are against an fp64 oracle. Of --op training the forward, the backward
-    and both together are timed, through torch's autograd. Softmax is half the matmuls of Parallax. Contenders that are
-    not installed, or have no such kernel, say so.
+    All run in one process on the same inputs; errors are against an fp64 oracle. With --op training the forward, the
+    backward and both together are timed, through torch's autograd. Softmax has half the matmuls of Parallax. A baseline
+    that is not installed, or has no such kernel, is noted.
 
-    A shape that the card's memory does not hold is skipped. Stopped with Ctrl-C, the same command with the same --csv
-    goes on: rows of the same card, versions, kernels and settings are not timed again.
+    A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv goes on:
+    rows of the same card, versions, kernels and settings are not timed again.
 
-    With --grid or --quick, peers that take three times as long as ours are timed with few calls, and the official
-    Triton kernels tune themselves with few calls a config; else that takes minutes a training shape. The official
-    Helion kernels are not tuned unless HELION_AUTOTUNE_EFFORT says how: "full" takes minutes a shape.
+    With --grid or --quick, baselines that take three times as long as ours are timed with few calls, and the official
+    Triton kernels autotune with few calls per config; otherwise that takes minutes per training shape. The official
+    Helion kernels are not tuned unless HELION_AUTOTUNE_EFFORT is set: "full" takes minutes per shape.
 
     \b
-    Contenders
+    Baselines
       SDPA flash, SDPA cuDNN, flash-attn 2, flash-attn 3, flash-attn 4,
       official CuTeDSL, official Triton, official Helion, fla, parallax_gen
 
@@ -138,14 +142,14 @@ def bench(
         ops, flags = ops or ("decode",), replace(flags, ragged=True)
         if host or ops != ("decode",):
             raise click.UsageError("--lengths: of --op decode alone, without --host")
-    ops = ("decode",) if host else ops or (tuple(SWEEPS[grid]) if grid else ("forward", "decode"))
+    ops = ("decode",) if host else ops or (tuple(BENCH_GRIDS[grid]) if grid else ("forward", "decode"))
     check_flags(replace(flags, page_size=max(page_sizes, default=0)), ops)
-    if grid and (shapes or not set(ops) <= set(SWEEPS[grid])):
-        raise click.UsageError(f"--grid {grid}: of --op {' or '.join(SWEEPS[grid])}, without --shape")
+    if grid and (shapes or not set(ops) <= set(BENCH_GRIDS[grid])):
+        raise click.UsageError(f"--grid {grid}: of --op {' or '.join(BENCH_GRIDS[grid])}, without --shape")
     if picture is not None:
         if ops != ("decode",):
             raise click.UsageError("--picture: of --op decode alone")
-        if why := why_not_drawn(picture):
+        if why := picture_error(picture):
             raise click.UsageError(why)
     try:
         cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags, page_sizes, lengths))
@@ -153,15 +157,15 @@ def bench(
         raise click.UsageError(str(error)) from error
     names = [name for name in only or BASELINES if name not in skip]
     if not names:
-        raise click.UsageError("--only and --skip leave nobody to time")
+        raise click.UsageError("--only and --skip leave no baseline to time")
     card = device.gpu_here(0)
     if card is None:
         raise MeasureError("there is no CUDA device here: nothing can be timed")
     from parallax_gen.bench.conditions import conditions
-    from parallax_gen.bench.run import sweep
+    from parallax_gen.bench.run import time_cases
     from parallax_gen.memory.standing import open_memory
 
-    effort = QUICK if quick else A_GRID if grid else WITH_CARE
+    effort = QUICK_EFFORT if quick else GRID_EFFORT if grid else FULL_EFFORT
     how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))
     if host:
         shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
@@ -169,9 +173,13 @@ def bench(
         _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], how, as_json)
         return
     rows: list[Row] = []
-    cases, ledger, under_way = fewer(cases, card) if quick else cases, Ledger(csv_file), console(stderr=True).status
+    cases, results, under_way = (
+        quick_cases(cases, card) if quick else cases,
+        ResultsCsv(csv_file),
+        console(stderr=True).status,
+    )
     try:
-        for found in sweep(cases, names, card, how, ledger, open_memory(), under_way):
+        for found in time_cases(cases, names, card, how, results, open_memory(), under_way):
             rows += found
             if found and not as_json:
                 _print_rows(found)
@@ -184,13 +192,13 @@ def bench(
     if as_json:
         print_json({**how.flat(), "rows": [to_json(row) for row in rows]})
     else:
-        for line in told_means(rows):
+        for line in mean_lines(rows):
             click.echo(line)
         _print_conditions(how, rows)
 
 
 def _print_rows(rows: list[Row]) -> None:
-    """A table of one op at one shape, a line a baseline."""
+    """Print the table of one case, a line per baseline."""
     first, notes = rows[0], {row.note for row in rows}
     quick = first.conditions is not None and first.conditions.effort.quick
     click.echo(title(first.op, first.spec, first.shape, first.lengths) + " (quick)" * quick)
@@ -205,14 +213,16 @@ def _print_rows(rows: list[Row]) -> None:
 
 
 def _print_conditions(how: Conditions, rows: list[Row]) -> None:
-    """Where and how the figures above were taken."""
+    """Print the conditions of the times above."""
     click.echo(f"{how.card}\n{how.versions}")
-    peers = {row.contender: row.package for row in rows if row.time_us and row.package and row.contender != OURS}
-    for name, package in peers.items():
+    packages = {row.baseline: row.package for row in rows if row.time_us and row.package and row.baseline != OURS}
+    for name, package in packages.items():
         click.echo(f"{name}: {package}")
     effort = how.effort
     rounds = "1 round" if effort.rounds == 1 else f"{effort.rounds} rounds"
-    click.echo(f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms" + QUICKLY * effort.quick)
+    click.echo(
+        f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms" + QUICK_NOTE * effort.quick
+    )
     if effort.oracle == "sample":
         click.echo("errors are of the first and the last sequence and kv head")
     click.echo(how.command)

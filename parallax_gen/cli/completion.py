@@ -1,4 +1,4 @@
-"""`parallax-gen completion`: what a shell needs to complete commands, options and their values."""
+"""`parallax-gen completion`: the shell script that completes commands, options and their values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from click.shell_completion import get_completion_class
 
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM = "parallax-gen"
-ASKS = "_PARALLAX_GEN_COMPLETE"  # the variable by which click's script asks for completions
+COMPLETE_VARIABLE = "_PARALLAX_GEN_COMPLETE"  # the variable that click's script sets to request completions
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script by which a shell completes what is typed.
+    """Print the shell's completion script.
 
     \b
     Example
@@ -24,4 +24,4 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     script = get_completion_class(shell)
     assert script is not None
-    click.echo(script(ctx.find_root().command, {}, PROGRAM, ASKS).source())
+    click.echo(script(ctx.find_root().command, {}, PROGRAM, COMPLETE_VARIABLE).source())

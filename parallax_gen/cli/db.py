@@ -1,4 +1,4 @@
-"""`parallax-gen db`: the tuning database itself: what it holds, to carry it elsewhere, to clear it up."""
+"""`parallax-gen db`: inspects, exports, imports and prunes the tuning database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from parallax_gen.memory.result import Result
     from parallax_gen.memory.store import Store
 
-TOLD = 5  # of bad lines, so many are shown
+SHOWN_BAD_LINES = 5
 
 gpu_filter = click.option("--gpu", metavar="NAME", help="Only rows of this GPU, such as h100.")
 op_filter = click.option("--op", type=click.Choice(FAMILIES), help="Only rows of this op.")
@@ -29,9 +29,9 @@ op_filter = click.option("--op", type=click.Choice(FAMILIES), help="Only rows of
 
 @click.group()
 def db() -> None:
-    """Look into the tuning database, carry it elsewhere, clear it up.
+    """Inspect, export, import and prune the tuning database.
 
-    It holds your own results. Those that ship are files of the package: see parallax-gen list.
+    It holds your own results. Shipped records are files of the package: see parallax-gen list.
 
     \b
     Example
@@ -52,12 +52,12 @@ def path(as_json: bool) -> None:
     """
     from parallax_gen.memory.store import default_path
 
-    where, said = default_path(), os.environ.get("PARALLAX_GEN_DB")
+    where, variable = default_path(), os.environ.get("PARALLAX_GEN_DB")
     if as_json:
-        print_json({"path": str(where), "exists": where.exists(), "PARALLAX_GEN_DB": said or None})
+        print_json({"path": str(where), "exists": where.exists(), "PARALLAX_GEN_DB": variable or None})
         return
     click.echo(where)
-    why = f"PARALLAX_GEN_DB says {said}" if said else "PARALLAX_GEN_DB is not set, so this is the default"
+    why = f"PARALLAX_GEN_DB says {variable}" if variable else "PARALLAX_GEN_DB is not set, so this is the default"
     click.echo(why + ("" if where.exists() else "; not yet made"), err=True)
 
 
@@ -68,7 +68,7 @@ def stats(as_json: bool) -> None:
 
     By GPU, op and outcome, and by toolchain, with its size.
 
-    Rows of another Triton or ptxas are used where this one has nothing, if their kernels are still rendered.
+    Rows of another Triton or ptxas are used if this one has none and their kernels are still rendered.
 
     \b
     Example
@@ -113,15 +113,15 @@ def _rows(count: int) -> str:
 
 
 def _bytes_of(store: Store) -> int:
-    """Of the file and what is still in its write-ahead log."""
+    """The size of the file and its write-ahead log."""
     files = (store.path, Path(f"{store.path}-wal"))
     return sum(file.stat().st_size for file in files if file.exists())
 
 
 def _toolchain_row(found: dict[str, Any]) -> tuple[str, ...]:
-    told = f"Triton {found['triton']}, ptxas {found['cuda'] or 'unknown'}{' (this one)' if found['here'] else ''}"
+    toolchain = f"Triton {found['triton']}, ptxas {found['cuda'] or 'unknown'}{' (this one)' if found['here'] else ''}"
     counts = str(found["rows"]), str(found["of_todays_kernels"])
-    return found["newest"][:10], *counts, ", ".join(found["ops"]), told
+    return found["newest"][:10], *counts, ", ".join(found["ops"]), toolchain
 
 
 @db.command("export")
@@ -160,7 +160,7 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
 
 
 def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
-    """The results of a GPU and an op. Raises UnknownGpuError for one that nothing is known by."""
+    """The results of a GPU and an op. Raises UnknownGpuError for an unknown GPU."""
     from parallax_gen.memory.standing import name_in_records
 
     name = None if gpu is None else name_in_records(gpu, results)
@@ -179,10 +179,10 @@ def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
 def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     """Add results from elsewhere to yours.
 
-    FILE is what db export wrote, - for standard input, or another database. All is checked before any is added. Of two
-    results for one config of one kernel that stays which tells more (a time or a verdict before a crash, a crash
-    before a prediction), else the newer one. Results of other toolchains stand beside yours, and are used where this
-    one has nothing. To import a file again changes nothing.
+    FILE is from db export, - for standard input, or another database. Everything is checked before anything is added.
+    Of two results for one config of one kernel the more informative stays (a time or a verdict before a crash, a crash
+    before a prediction), else the newer. Results of other toolchains are kept beside yours, and used where this
+    toolchain has none. Importing a file twice changes nothing.
 
     \b
     Example
@@ -197,10 +197,10 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     results = newest_toolchain_first(result for source in sources for result in source.results)
     bad = [problem for source in sources for problem in source.problems]
     if bad:
-        _tell_bad(bad)
+        _print_bad(bad)
         if not skip_bad:
-            told = f"{len(bad)} of {len(bad) + len(results)} are no results"
-            raise StoreError(f"nothing was imported: {told}; --skip-bad leaves them out")
+            counts = f"{len(bad)} of {len(bad) + len(results)} are no results"
+            raise StoreError(f"nothing was imported: {counts}; --skip-bad leaves them out")
     with Store() as store:
         merged = store.merge(results)
     skipped = f", {len(bad)} skipped" if bad else ""
@@ -219,11 +219,11 @@ def _read(file: Path) -> ParsedRecords:
         return read_lines("standard input", lines)
 
 
-def _tell_bad(bad: list[str]) -> None:
-    for problem in bad[:TOLD]:
+def _print_bad(bad: list[str]) -> None:
+    for problem in bad[:SHOWN_BAD_LINES]:
         click.echo(problem, err=True)
-    if len(bad) > TOLD:
-        click.echo(f"and {len(bad) - TOLD} more", err=True)
+    if len(bad) > SHOWN_BAD_LINES:
+        click.echo(f"and {len(bad) - SHOWN_BAD_LINES} more", err=True)
 
 
 @db.command()
@@ -251,8 +251,8 @@ def prune(
 ) -> None:
     """Delete the rows you name, and keep a copy.
 
-    Rows of any of the kinds that are named; where only --older-than is, of every kind. They are first written to a file
-    beside the database, from which db import brings them back.
+    Deletes rows of any of the named kinds; with only --older-than, of every kind. They are first written to a file
+    beside the database, which db import reads.
 
     \b
     Example
@@ -281,19 +281,21 @@ def prune(
         raise StoreError(f"{default_path()} is not yet made: there is nothing to delete")
     with Store(read_only=dry_run) as store:
         rows = store.all()
-        doomed = [row for row in _of(rows, gpu, op) if named(row)]
-        if not doomed:
+        to_delete = [row for row in _of(rows, gpu, op) if named(row)]
+        if not to_delete:
             click.echo(f"{store.path}: there is no such row among its {len(rows)}")
             return
-        told = f"{len(doomed)} of {_rows(len(rows))} ({format_counts(Counter(row.outcome for row in doomed))})"
+        selection = (
+            f"{len(to_delete)} of {_rows(len(rows))} ({format_counts(Counter(row.outcome for row in to_delete))})"
+        )
         if dry_run:
-            click.echo(f"{store.path}: {told} would be deleted")
+            click.echo(f"{store.path}: {selection} would be deleted")
             return
         if not yes:
-            click.confirm(f"{store.path}: delete {told}?", abort=True)
+            click.confirm(f"{store.path}: delete {selection}?", abort=True)
         backup = store.path.with_name(f"{store.path.name}.pruned-{now:%Y%m%dT%H%M%S}-{os.getpid()}.jsonl")
-        write_lines(backup, doomed)
-        deleted = store.delete(doomed)
+        write_lines(backup, to_delete)
+        deleted = store.delete(to_delete)
     click.echo(f"{store.path}: {_rows(deleted)} deleted; they are in {backup}")
 
 

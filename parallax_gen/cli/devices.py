@@ -1,4 +1,4 @@
-"""The devices that a tune measures on, and which GPU they are."""
+"""The devices that `tune` measures on, and the GPU that they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.options import gpu_meant
+from parallax_gen.cli.options import resolve_gpu
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.problem.hardware import Gpu
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from parallax_gen.tuning.workers.worker import Worker
 
 
-def devices_of(text: str) -> tuple[int, ...]:
-    """The indices in a text such as 0,2,3. Raises BadParameter."""
+def parse_devices(text: str) -> tuple[int, ...]:
+    """Parse indices such as 0,2,3. Raises BadParameter."""
     try:
         devices = tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -27,24 +27,29 @@ def devices_of(text: str) -> tuple[int, ...]:
 
 
 devices_option = click.option(
-    "--devices", type=devices_of, default="0", show_default=True, metavar="N,...", help="GPUs to measure on, by index."
+    "--devices",
+    type=parse_devices,
+    default="0",
+    show_default=True,
+    metavar="N,...",
+    help="GPUs to measure on, by index.",
 )
 
 
-def card_as_seen_by(worker: Worker) -> Gpu | None:
-    """The GPU that a measuring worker has; None for none."""
+def card_of_worker(worker: Worker) -> Gpu | None:
+    """The GPU of a measuring worker; None if it has none."""
     return worker.identify()
 
 
 def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu, bool]:
-    """The GPU to tune for, and whether it is there to measure on, as every device is.
+    """The GPU to tune for, and whether it is present to measure on.
 
-    Raises UnknownGpuError where a device is missing, or is another GPU than the first one or than `name`.
+    Raises UnknownGpuError if a device is missing, or differs from the first device or from `name`.
     """
-    cards = {device: card_as_seen_by(worker) for device, worker in measuring.items()}
+    cards = {device: card_of_worker(worker) for device, worker in measuring.items()}
     first = next(iter(cards.values()))
-    wanted = gpu_meant(name, lambda: first)
-    if first is None and tuple(cards) == (0,):  # nobody asked for a device in particular
+    wanted = resolve_gpu(name, lambda: first)
+    if first is None and tuple(cards) == (0,):  # the default: no device was requested
         return wanted, False
     for device, card in cards.items():
         if card is None:

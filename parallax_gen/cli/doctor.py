@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from parallax_gen.memory.result import Result
 
 COMPILE_TIMEOUT_S = 120.0
-COMPILE_FOR = "h100"  # where no card is there
+COMPILE_FOR = "h100"  # without a card
 
 
 @dataclass(frozen=True)
 class Finding:
-    """status is "ok", "note" (nothing is wrong, but good to know) or "broken"."""
+    """One result of a check. status is "ok", "note" (nothing is wrong, but good to know) or "broken"."""
 
     check: str
     status: str
@@ -52,7 +52,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     """
     findings = []
     for check, find in CHECKS.items():
-        for finding in _examine(check, find):
+        for finding in _run_check(check, find):
             findings.append(finding)
             if not as_json:
                 click.echo(f"{finding.check:<9} {finding.status:<7} {finding.text}")
@@ -62,8 +62,8 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     ctx.exit(1 if broken else 0)
 
 
-def _examine(check: str, find: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[Finding]:
-    """The findings of one check; what it raises on purpose, or for want of a file or a module, is one too."""
+def _run_check(check: str, find: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[Finding]:
+    """The findings of one check; expected errors and missing files or modules are findings too."""
     try:
         for status, text in find():
             yield Finding(check, status, text)
@@ -104,7 +104,7 @@ def _cache() -> Iterator[tuple[str, str]]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folder = cache_dir()  # says so where it must fall back
+        folder = cache_dir()  # warns if it must fall back to another folder
     for warning in caught:
         yield "note", str(warning.message)
     with tempfile.TemporaryFile(dir=folder):
@@ -120,15 +120,15 @@ def _database() -> Iterator[tuple[str, str]]:
     path = default_path()
     try:
         there = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
-    except PermissionError as error:  # of a home that is somebody else's
+    except PermissionError as error:  # a home folder of another user
         raise StoreError(f"{path} cannot be read ({error}); PARALLAX_GEN_DB can name a file elsewhere") from error
     if not os.access(there, os.W_OK) or not os.access(there if there.is_dir() else path.parent, os.W_OK):
         raise StoreError(f"{path} cannot be written: nothing can be tuned; PARALLAX_GEN_DB can name a file elsewhere")
     with Store(read_only=True) as store:
         results = store.all()
         used = sum(not unlike_here(r) for r in results)
-        told = f"{len(results)} rows, {used} of today's kernels and this toolchain"
-        yield "ok", f"{path}: {told if path.exists() else 'not yet made'}"
+        rows = f"{len(results)} rows, {used} of today's kernels and this toolchain"
+        yield "ok", f"{path}: {rows if path.exists() else 'not yet made'}"
         if store.unreadable:
             yield "note", f"{store.unreadable} rows cannot be read, and are passed over"
 
@@ -141,25 +141,25 @@ def _records() -> Iterator[tuple[str, str]]:
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
-    results, whose = _seen_by_calls()
+    results, whose = _usable_results()
     known = RecordTable(results)
     places = dict.fromkeys(record.place for record in results)
     for name in sorted({place.gpu for place in places}):
         of_card = [place for place in places if place.gpu == name]
         by = Counter(choice_text(chosen(place, known)) for place in of_card)
-        told = ", ".join(f"{count} by {what}" for what, count in by.most_common())
-        yield "ok", f"{name}: {len(of_card)} kernels and sizes in {whose}, of which calls get {told}"
+        counts = ", ".join(f"{count} by {what}" for what, count in by.most_common())
+        yield "ok", f"{name}: {len(of_card)} kernels and sizes in {whose}, calls get {counts}"
 
 
-def _seen_by_calls() -> tuple[list[Result], str]:
-    """All that calls choose from, and what that is: without the user's database where that cannot be used."""
+def _usable_results() -> tuple[list[Result], str]:
+    """The results that calls choose from, and their source: without the user's database if that is unusable."""
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.standing import open_memory
 
     try:
-        return open_memory().all(), "your database and what ships"
-    except StoreError:  # which the check of the database tells; if it is of a file that ships, it is raised again
-        return Memory().all(), "what ships alone"
+        return open_memory().all(), "your database and the shipped records"
+    except StoreError:  # the database check reports it; an error in a shipped file is raised again
+        return Memory().all(), "shipped records alone"
 
 
 def cuobjdump() -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json
 from parallax_gen.describe import describe, time_and_rate
 from parallax_gen.ops.base import config_to_dict
@@ -23,51 +23,51 @@ if TYPE_CHECKING:
 @kernel_options
 @shape_option(required=True)
 @json_option
-def explain(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
+def explain(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) -> None:
     """Explain which kernel a call gets, and why not another.
 
-    Its config and file, what they rest on (measured here, by another toolchain, on a sibling card, or the default),
-    the runners-up, what was only predicted, and what was measured and is not used.
+    Shows its config and file, where they come from (measured here, by another toolchain, on a sibling card, or the
+    default), the runners-up, results that were only predicted, and measured results that are not used.
 
     \b
     Example
       parallax-gen explain --gpu h200 --op decode --shape 32,32/8,8192
     """
     from parallax_gen.memory.standing import Origins, open_memory
-    from parallax_gen.runtime.explain import explanation
+    from parallax_gen.runtime.explain import explanation_of
 
-    card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
+    card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
     memory = open_memory()
     origins = Origins(memory)
-    found = explanation(spec, sizes, card, memory, origins)
+    explanation = explanation_of(spec, sizes, card, memory, origins)
     if as_json:
-        print_json(_to_json(found, origins))
+        print_json(_to_json(explanation, origins))
     else:
-        _print(found, origins)
+        _print(explanation, origins)
 
 
-def _print(found: Explanation, origins: Origins) -> None:
+def _print(explanation: Explanation, origins: Origins) -> None:
     from parallax_gen.memory.standing import NOT_CHECKED, evidence_text
 
-    place, record = found.choice.place, found.choice.record
-    click.echo(f"call    {found.spec}; {found.shape}; on {place.gpu}")
+    place, record = explanation.choice.place, explanation.choice.record
+    click.echo(f"call    {explanation.spec}; {explanation.shape}; on {place.gpu}")
     click.echo(f"bucket  {place.bucket}")
-    click.echo(f"config  {describe(found.choice.config)}")
-    click.echo(f"file    {found.file}")
+    click.echo(f"config  {describe(explanation.choice.config)}")
+    click.echo(f"file    {explanation.file}")
     if record is None:
-        click.echo(f"from    the default config: {found.reason}")
+        click.echo(f"from    the default config: {explanation.reason}")
     else:
-        whose = {"yours": "your record", "shipped": "a shipped record"}[found.origin]
-        click.echo(f"from    {whose}, {found.reason}:")
+        whose = {"yours": "your record", "shipped": "a shipped record"}[explanation.origin]
+        click.echo(f"from    {whose}, {explanation.reason}:")
         click.echo(f"        {_told(record)}, {record.source or 'measured'}, {record.created_at}")
-    for candidate, why in found.choice.refused:
+    for candidate, why in explanation.choice.refused:
         click.echo(f"not     {describe(candidate.config)}: {why}")
-    if not found.choice.checked:
+    if not explanation.choice.checked:
         click.echo(f"        {NOT_CHECKED}")
-    runners_up = [(c.record, evidence_text(c)) for c in found.runners_up if c.record is not None]
+    runners_up = [(c.record, evidence_text(c)) for c in explanation.runners_up if c.record is not None]
     _section("runners-up", [_line(r, f"{origins.status(r)}, {by}") for r, by in runners_up])
-    _section("only predicted, so not used", [_line(r, "model's estimate") for r in found.predicted])
-    _section("measured, and not used", [_line(r, why) for r, why in found.unused])
+    _section("only predicted, so not used", [_line(r, "model's estimate") for r in explanation.predicted])
+    _section("measured, and not used", [_line(r, why) for r, why in explanation.unused])
 
 
 def _told(result: Result) -> str:
@@ -88,24 +88,24 @@ def _section(title: str, lines: list[str]) -> None:
         click.echo(f"  {line}")
 
 
-def _to_json(found: Explanation, origins: Origins) -> dict[str, Any]:
-    place, record = found.choice.place, found.choice.record
+def _to_json(explanation: Explanation, origins: Origins) -> dict[str, Any]:
+    place, record = explanation.choice.place, explanation.choice.record
     return {
         "gpu": place.gpu,
-        "spec": found.spec.to_dict(),
-        "shape": found.shape.to_dict(),
+        "spec": explanation.spec.to_dict(),
+        "shape": explanation.shape.to_dict(),
         "bucket": place.bucket.to_dict(),
-        "config": config_to_dict(found.choice.config),
-        "file": str(found.file),
-        "from": found.origin,
-        "tier": found.choice.candidate.tier.words,
-        "reason": found.reason,
-        "checked": found.choice.checked,
-        "refused": [{"why": why, "config": config_to_dict(c.config)} for c, why in found.choice.refused],
+        "config": config_to_dict(explanation.choice.config),
+        "file": str(explanation.file),
+        "from": explanation.origin,
+        "tier": explanation.choice.candidate.tier.words,
+        "reason": explanation.reason,
+        "checked": explanation.choice.checked,
+        "refused": [{"why": why, "config": config_to_dict(c.config)} for c, why in explanation.choice.refused],
         "record": None if record is None else origins.to_json(record),
         "runners_up": [
-            {"tier": c.tier.words, "record": origins.to_json(c.record)} for c in found.runners_up if c.record
+            {"tier": c.tier.words, "record": origins.to_json(c.record)} for c in explanation.runners_up if c.record
         ],
-        "predicted": [origins.to_json(r) for r in found.predicted],
-        "unused": [{"why": why, "record": origins.to_json(result)} for result, why in found.unused],
+        "predicted": [origins.to_json(r) for r in explanation.predicted],
+        "unused": [{"why": why, "record": origins.to_json(result)} for result, why in explanation.unused],
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json
 from parallax_gen.codegen.exported import read_sections, section, write_sections
 from parallax_gen.describe import describe, time_and_rate
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.standing import Origins
 
-# A call of this package compiles a borrowed kernel first, and may pass it over; a file has no such check.
+# A call of this package compiles a borrowed kernel first, and may reject it; an exported file has no such check.
 NOT_CHECKED = "not checked here: the file launches it as it is, even where it spills far more than the default"
 
 
 @dataclass(frozen=True)
-class Pick:
-    """A kernel to export: its config, and in a sentence where that comes from."""
+class ExportedKernel:
+    """A kernel to export: its config, and a sentence on where that comes from."""
 
     spec: KernelSpec
     bucket: Bucket
@@ -41,7 +41,7 @@ class Pick:
     provenance: str
 
     def file_name(self, source: KernelSource) -> str:
-        """Such as decode_d128_bf16_g4_rows256_kv8192.py: a module that can be imported."""
+        """An importable module name, such as decode_d128_bf16_g4_rows256_kv8192.py."""
         bucket = self.bucket
         lengths = op_of(self.spec).bucket_words(self.spec, bucket)
         window = f"_w{bucket.window}" if bucket.window else ""
@@ -54,12 +54,12 @@ class Pick:
 @shape_option(multiple=True, more_help="Repeatable. Default: every one that a record is known for.")
 @click.option("-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), required=True)
 @json_option
-def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Path, as_json: bool) -> None:
-    """Write the best kernels as files for torch and triton alone.
+def export(gpu: str | None, requested: KernelArgs, shapes: tuple[Sizes, ...], folder: Path, as_json: bool) -> None:
+    """Write the best kernels as files that need only torch and triton.
 
-    One file a known best record of the kernel, of any group and sizes or of each --shape, and a README.md that says
-    how to call them. They are the kernels that calls get: see parallax-gen explain. Where no record counts the config
-    is the default one.
+    Writes one file per known best record of the kernel, for any group and sizes or for each --shape, and a README.md
+    that says how to call them. They are the kernels that calls get: see parallax-gen explain. If no record counts, the
+    config is the default one.
 
     \b
     Example
@@ -68,70 +68,70 @@ def export(gpu: str | None, asked: Asked, shapes: tuple[Sizes, ...], folder: Pat
     from parallax_gen.codegen.render import render
     from parallax_gen.memory.standing import open_memory
 
-    card = gpu_named(gpu)
-    picks = picked(asked, shapes, card, open_memory())
+    card = chosen_gpu(gpu)
+    chosen = chosen_kernels(requested, shapes, card, open_memory())
     readme = folder / "README.md"
     sections = read_sections(readme)
-    written: list[tuple[Path, Pick]] = []
+    written: list[tuple[Path, ExportedKernel]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for pick in picks:
-            source = render(pick.spec, pick.config, card)
-            path = folder / pick.file_name(source)
+        for kernel in chosen:
+            source = render(kernel.spec, kernel.config, card)
+            path = folder / kernel.file_name(source)
             path.write_text(source.text, encoding="utf-8")
-            sections[path.name] = section(source.text, f"{pick.spec}; {pick.bucket}", card.title, pick.provenance)
-            written.append((path, pick))
+            sections[path.name] = section(source.text, f"{kernel.spec}; {kernel.bucket}", card.title, kernel.provenance)
+            written.append((path, kernel))
         write_sections(readme, sections)
     except OSError as error:
         raise ParallaxGenError(f"cannot write to {folder}: {error}") from error
     if as_json:
         print_json({"gpu": card.name, "readme": str(readme), "kernels": [_to_json(*each) for each in written]})
         return
-    for path, pick in written:
-        click.echo(f"{path}\n    {describe(pick.config)}\n    {pick.provenance}")
+    for path, kernel in written:
+        click.echo(f"{path}\n    {describe(kernel.config)}\n    {kernel.provenance}")
 
 
-def _to_json(path: Path, pick: Pick) -> dict[str, Any]:
+def _to_json(path: Path, kernel: ExportedKernel) -> dict[str, Any]:
     return {
         "file": str(path),
-        "spec": pick.spec.to_dict(),
-        "bucket": pick.bucket.to_dict(),
-        "config": config_to_dict(pick.config),
-        "from": pick.provenance,
+        "spec": kernel.spec.to_dict(),
+        "bucket": kernel.bucket.to_dict(),
+        "config": config_to_dict(kernel.config),
+        "from": kernel.provenance,
     }
 
 
-def picked(asked: Asked, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[Pick]:
-    """One kernel a shape; of no shapes, one a bucket that is known, else one for the op's first usual shape."""
+def chosen_kernels(requested: KernelArgs, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[ExportedKernel]:
+    """One kernel per shape; without shapes one per known bucket, or one for the op's first usual shape."""
     from parallax_gen.memory.guard import checked_choice
     from parallax_gen.memory.place import Place
     from parallax_gen.memory.standing import Origins
     from parallax_gen.problem.shapes import bucket_of
 
     origins = Origins(memory)
-    kernels = [asked.kernel(sizes) for sizes in shapes]
+    kernels = [requested.kernel(sizes) for sizes in shapes]
     places = [Place(gpu.name, spec, bucket_of(shape)) for spec, shape in kernels]
     if not shapes:
-        places = [r.place for r in memory.all(gpu.name, asked.op) if r.measured and asked.holds(r.place)]
+        places = [r.place for r in memory.all(gpu.name, requested.op) if r.measured and requested.holds(r.place)]
     choices = {place: checked_choice(place, gpu, memory) for place in places}
     if not shapes:
         choices = {place: choice for place, choice in choices.items() if choice.candidate.record}
     if not choices:
-        spec, shape = asked.kernel(None)
+        spec, shape = requested.kernel(None)
         place = Place(gpu.name, spec, bucket_of(shape))
         choices = {place: checked_choice(place, gpu, memory)}
-    return [_pick(place, choice, origins) for place, choice in choices.items()]
+    return [_exported_kernel(place, choice, origins) for place, choice in choices.items()]
 
 
-def _pick(place: Place, choice: CheckedChoice, origins: Origins) -> Pick:
+def _exported_kernel(place: Place, choice: CheckedChoice, origins: Origins) -> ExportedKernel:
     from parallax_gen.memory.standing import shape_of, unlike_here
 
     config, record = choice.candidate.config, choice.candidate.record
     if record is None:
-        told = "the default config: no record of it counts, so it was not measured"
+        provenance = "the default config: no record of it counts, so it was not measured"
         if choice.refused:
-            told = "the default config: what was measured elsewhere compiles badly here"
-        return Pick(place.spec, place.bucket, config, told)
+            provenance = "the default config: what was measured elsewhere compiles badly here"
+        return ExportedKernel(place.spec, place.bucket, config, provenance)
     assert record.time_us is not None
     whose = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
     if record.place != place:
@@ -143,4 +143,4 @@ def _pick(place: Place, choice: CheckedChoice, origins: Origins) -> Pick:
         parts.append(", ".join(unlike))
     if not choice.checked:
         parts.append(NOT_CHECKED)
-    return Pick(place.spec, place.bucket, config, "; ".join(part for part in parts if part))
+    return ExportedKernel(place.spec, place.bucket, config, "; ".join(part for part in parts if part))

@@ -16,7 +16,7 @@ class _ToStandardError(logging.Handler):
 
 
 def show_logs() -> Callable[[], None]:
-    """Show lines of level INFO and above from here on. Returns what ends it."""
+    """Show log lines of level INFO and above from now on. Returns the function that stops it."""
     handler, before = _ToStandardError(), LOGGER.level
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     LOGGER.addHandler(handler)

@@ -1,4 +1,4 @@
-"""The options that several commands share, and what their text means."""
+"""The options that several commands share, and their parsers."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FAMILIES, LARGEST_HEAD_DIM, KernelSpec
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
-    TAKERS,
+    OPS_WITH_FLAG,
     USUAL_HEAD_DIM,
     WORK,
     Flags,
     Sizes,
+    has_flag,
     kernels,
     spec_for,
-    takes,
     usual,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-SHAPE_TEXT = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(?:(\d+)x)?(\d+)")
+SHAPE_PATTERN = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(?:(\d+)x)?(\d+)")
 
 
-def sizes_of(text: str) -> Sizes:
-    """The sizes that a text such as 4,16,4096 or 1,32/8,128x4096 means. Raises BadParameter."""
-    match = SHAPE_TEXT.fullmatch(re.sub(r"\s", "", text))
+def parse_sizes(text: str) -> Sizes:
+    """Parse sizes such as 4,16,4096 or 1,32/8,128x4096. Raises BadParameter."""
+    match = SHAPE_PATTERN.fullmatch(re.sub(r"\s", "", text))
     if match is None:
         raise click.BadParameter(
             f"{text!r} is not batch,heads,seqlen, such as 4,16,4096, or 1,32/8,128x4096 "
@@ -60,8 +60,8 @@ def sizes_of(text: str) -> Sizes:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The kernel that --op, --head-dim, --dtype and the flags ask for, but for its group, which a shape's heads say."""
+class KernelArgs:
+    """The kernel of --op, --head-dim, --dtype and the flags, without its group, which comes from a shape's heads."""
 
     op: str
     head_dim: int
@@ -69,21 +69,21 @@ class Asked:
     flags: Flags = NO_FLAGS
 
     def kernel(self, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
-        """It, and the shape that it sees: of no sizes, of the first of the op's usual shapes."""
+        """The spec and shape of the kernel at these sizes; by default at the first of the op's usual shapes."""
         shape = next(iter(usual(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
         ((spec, seen),) = kernels(self.op, self.head_dim, self.dtype, shape, self.flags)
         return spec, seen
 
     def holds(self, place: Place) -> bool:
-        """Whether a place is of this kernel, with any group and in any bucket of its window."""
+        """Whether a place belongs to this kernel, with any group and in any bucket of its window."""
         window = bucket_of(Shape(1, 1, 1, 1, 1, self.flags.window or 0)).window
         shape = representative(place.bucket, place.spec.group)
         spec = spec_for(self.op, self.head_dim, self.dtype, shape, self.flags)
         return place.bucket.window == window and place.spec == spec
 
 
-def head_dim_of(text: str | int) -> int:
-    """A width that kernels may have. Raises BadParameter."""
+def parse_head_dim(text: str | int) -> int:
+    """Parse a head_dim that kernels support. Raises BadParameter."""
     try:
         head_dim = int(text)
     except ValueError as error:
@@ -94,7 +94,7 @@ def head_dim_of(text: str | int) -> int:
 
 
 def complete_gpu(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """For a shell: the names that begin so."""
+    """Shell completion: the GPU names that begin with `incomplete`."""
     return [name for name in GPUS if name.startswith(incomplete.lower())]
 
 
@@ -119,7 +119,7 @@ def shape_option(
     return click.option(
         "--shape",
         name,
-        type=sizes_of,
+        type=parse_sizes,
         metavar="SHAPE",
         required=required,
         multiple=multiple,
@@ -127,14 +127,14 @@ def shape_option(
     )
 
 
-# The names of a flag's options, for what is said of them. Whether there are many queries, a shape says.
-_OPTIONS = {name: "--causal and --full" if name == "causal" else f"--{name}" for name in TAKERS}
+# Flag -> its options, for messages. Whether queries are multi-token comes from the shape.
+_OPTIONS = {name: "--causal and --full" if name == "causal" else f"--{name}" for name in OPS_WITH_FLAG}
 
 
 def flag_options(command: Command, *, layouts: bool = False) -> Command:
-    """The options of kernels' flags; the command gets them as one argument, `flags`.
+    """Add the options of kernels' flags; the command gets them as one argument, `flags`.
 
-    layouts  --page-size is repeatable, with 0 for no pages: the command gets them as `page_sizes`, and flags have none
+    layouts  makes --page-size repeatable, with 0 for no pages: the command gets `page_sizes`, flags have none
     """
 
     @functools.wraps(command)
@@ -166,14 +166,14 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         page_size,
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: a cache in eight bits."),
     )
-    return _stacked(collect, options)  # type: ignore[return-value]
+    return _with_options(collect, options)  # type: ignore[return-value]
 
 
 def check_flags(flags: Flags, ops: Sequence[str]) -> None:
-    """A flag that none of the ops has is a mistake. Raises UsageError."""
+    """Raise UsageError for a flag that none of the ops has."""
     for name, options in _OPTIONS.items():
         given = flags.causal is not None if name == "causal" else bool(getattr(flags, name))
-        takers = [op for op in WORK if takes(op, name)]
+        takers = [op for op in WORK if has_flag(op, name)]
         if given and not set(ops) & set(takers):
             raise click.UsageError(f"{options}: of --op {' or '.join(takers)}, not of {' or '.join(ops)}")
     for option, of_cache in (("--page-size", flags.page_size), ("--cache-dtype", flags.cache_dtype)):
@@ -182,35 +182,35 @@ def check_flags(flags: Flags, ops: Sequence[str]) -> None:
 
 
 def kernel_options(command: Command) -> Command:
-    """The options that name one kernel; the command gets them as one argument, `asked`."""
+    """Add the options that name one kernel; the command gets them as one argument, `requested`."""
 
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
-        asked = Asked(**{name: given.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
-        check_flags(asked.flags, (asked.op,))
-        return command(asked=asked, **given)
+        requested = KernelArgs(**{name: given.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
+        check_flags(requested.flags, (requested.op,))
+        return command(requested=requested, **given)
 
     options = (
         click.option("--op", type=click.Choice(FAMILIES), required=True),
-        click.option("--head-dim", type=head_dim_of, default=USUAL_HEAD_DIM, metavar="N", show_default=True),
+        click.option("--head-dim", type=parse_head_dim, default=USUAL_HEAD_DIM, metavar="N", show_default=True),
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True),
     )
-    return _stacked(flag_options(collect), options)  # type: ignore[return-value]
+    return _with_options(flag_options(collect), options)  # type: ignore[return-value]
 
 
-def _stacked(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+def _with_options(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def gpu_named(name: str | None) -> Gpu:
-    """The GPU that --gpu means; where it is left out, the card that is there. Raises UnknownGpuError."""
-    return gpu_meant(name, lambda: device.gpu_here(0))
+def chosen_gpu(name: str | None) -> Gpu:
+    """The GPU named by --gpu; without --gpu the card in this machine. Raises UnknownGpuError."""
+    return resolve_gpu(name, lambda: device.gpu_here(0))
 
 
-def gpu_meant(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
-    """As `gpu_named`, of a card that is asked for in another way."""
+def resolve_gpu(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
+    """`chosen_gpu` with another way to find the card in this machine."""
     if name is None:
         card = card_here()
         if card is None:
@@ -219,7 +219,7 @@ def gpu_meant(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
     try:
         return gpu_by_name(name)
     except UnknownGpuError:
-        card = card_here()  # one that the table does not hold goes by the name it was recognised under
+        card = card_here()  # a card that is not in the table has the name it was detected under
         if card is not None and card.name == name:
             return card
         raise

@@ -1,4 +1,4 @@
-"""Tells on standard error how a tune stands: live on a terminal, otherwise a line when there is something to say."""
+"""Shows the progress of `tune` on standard error: live on a terminal, otherwise as occasional lines."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ import os
 import signal
 from types import FrameType
 
-QUIET_S = 15.0  # without a terminal: no longer than this without a line
+MAX_SILENCE_S = 15.0  # without a terminal, the longest time between lines
 
 
 class View:
-    """A context and a tuner's watcher. `begin` a job, `update` after every trial, `end` the job; several may run.
+    """A context manager and a tuner's watcher: `begin` a job, `update` after a trial, `end` the job. Jobs may overlap.
 
-    after_update is called when all is shown.
+    after_update is called at the end of each update.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class View:
         if first and progress.known:
             self._say(f"{self._mark(running)}{progress.known} configs are known from earlier runs: going on from there")
         if self._live is None and progress.done and running.worth_a_line(progress):
-            running.last_line, running.told_best = time.monotonic(), progress.best
+            running.last_line, running.shown_best = time.monotonic(), progress.best
             left = running.seconds_left()
-            self._say(f"{self._mark(running)}trial {progress.done}, {left:.0f} s left: {best_of(progress)}")
+            self._say(f"{self._mark(running)}trial {progress.done}, {left:.0f} s left: {best_text(progress)}")
         self._after_update()
 
     def end(self, progress: Progress) -> None:
@@ -76,17 +76,17 @@ class View:
         outcomes = format_counts(progress.kinds) or "no config left to try"
         if progress.elsewhere:
             outcomes += f", and {progress.elsewhere} by other workers"
-        self._say(f"{mark}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_of(progress)}")
+        self._say(f"{mark}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
 
     def _mark(self, running: _Running) -> str:
-        """What a line begins with: the job's number where several run."""
+        """The prefix of a line: the job's number if several run."""
         return "  " if len(self._running) < 2 else f"  [{running.number}] "
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
 
     def _panel(self) -> Group:
-        """Drawn some times a second, so that the seconds run."""
+        """The live panel, redrawn several times a second so that the time left counts down."""
         lines = []
         for running in list(self._running.values()):
             progress, mark = running.progress, self._mark(running)
@@ -94,7 +94,7 @@ class View:
             done = progress.done if progress else 0
             lines += [
                 f"{mark}trials {done}/{self._trials}  {kinds}",
-                f"{mark}{best_of(progress) if progress else 'compiling the first configs'}",
+                f"{mark}{best_text(progress) if progress else 'compiling the first configs'}",
                 f"{mark}{running.seconds_left():.0f} of {self._budget_s:.0f} s left",
             ]
         return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
@@ -102,50 +102,52 @@ class View:
 
 @dataclass
 class _Running:
-    """A job under way, and what was said of it."""
+    """A running job, and what was last printed about it."""
 
     number: int
     budget_s: float
     last_line: float = field(default_factory=time.monotonic)
-    told_best: Result | None = None
+    shown_best: Result | None = None
     progress: Progress | None = None
 
     def seconds_left(self) -> float:
-        if self.progress is None or math.isinf(self.progress.deadline):  # nothing to measure yet
+        if self.progress is None or math.isinf(self.progress.deadline):  # nothing is measured yet
             return self.budget_s
         return max(0.0, self.progress.deadline - time.monotonic())
 
     def worth_a_line(self, progress: Progress) -> bool:
-        return progress.best != self.told_best or time.monotonic() - self.last_line > QUIET_S
+        return progress.best != self.shown_best or time.monotonic() - self.last_line > MAX_SILENCE_S
 
 
-def best_of(progress: Progress) -> str:
+def best_text(progress: Progress) -> str:
     """`best 123.4 us, 512.3 TFLOP/s, M128 ...`, and whether it is only predicted."""
     best = progress.best
     if best is None or best.time_us is None:
         return "none works so far"
-    told = f"{time_and_rate(best.place.spec, shape_of(best), best.time_us)}, {brief(best.config)}"
-    return f"best {told}" if best.measured else f"best predicted {told}"
+    text = f"{time_and_rate(best.place.spec, shape_of(best), best.time_us)}, {brief(best.config)}"
+    return f"best {text}" if best.measured else f"best predicted {text}"
 
 
-# -- Ctrl-C at a point where it does no harm.
+# -- Ctrl-C at a safe point.
 
-STDERR = 2  # a file descriptor: a signal may come in the middle of a print, which sys.stderr does not allow
+STDERR = 2  # a file descriptor: a signal may interrupt a print, and sys.stderr is not reentrant
 
 
 class Interrupt:
-    """A context in which the first Ctrl-C waits for the next `check`, and the second does not wait.
+    """A context in which the first Ctrl-C waits for the next `check`, and the second interrupts at once.
 
-    An interrupt may come anywhere, also between a trial's end and its row in the database: the trial under way is
-    worth the fraction of a second that waiting takes.
+    An interrupt could come between a trial's end and its row in the database. Waiting a fraction of a second keeps the
+    running trial.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._pressed = False
         self._ours = False
 
     def __enter__(self) -> Interrupt:
-        self._ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or another's
+        self._ours = (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )  # otherwise SIGINT is ignored or has another handler
         if self._ours:
             signal.signal(signal.SIGINT, self._ask)
         return self
@@ -156,10 +158,10 @@ class Interrupt:
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if Ctrl-C was pressed."""
-        if self._asked:
+        if self._pressed:
             raise KeyboardInterrupt
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self._asked = True
+        self._pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(STDERR, b"\nstopping after this trial; Ctrl-C again stops at once\n")

@@ -6,10 +6,11 @@ import json
 
 import click
 
-from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json
 from parallax_gen.errors import BuildError
-from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict
+from parallax_gen.memory.old import config_of_record
+from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -26,9 +27,14 @@ COMPILE_TIMEOUT_S = 120.0
 @click.option("--resources", is_flag=True, help="Compile it too, and print registers, spills, shared memory to stderr.")
 @json_option
 def render_kernel(
-    gpu: str | None, asked: Asked, shape: Sizes | None, config_json: str | None, resources: bool, as_json: bool
+    gpu: str | None,
+    requested: KernelArgs,
+    shape: Sizes | None,
+    config_json: str | None,
+    resources: bool,
+    as_json: bool,
 ) -> None:
-    """Print the source of a kernel: to the letter what is launched.
+    """Print the source of a kernel, exactly as it is launched.
 
     \b
     Example
@@ -38,8 +44,10 @@ def render_kernel(
     from parallax_gen.memory.standing import open_memory
     from parallax_gen.runtime.dispatch import choose
 
-    card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
-    config = choose(spec, sizes, card, open_memory()).config if config_json is None else _config(asked.op, config_json)
+    card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
+    config = (
+        choose(spec, sizes, card, open_memory()).config if config_json is None else _config(requested.op, config_json)
+    )
     source = render(spec, config, card)
     if as_json:
         named = {"name": source.name, "sha256": source.sha256, "source": source.text}
@@ -57,11 +65,11 @@ def _config(op: str, text: str) -> KernelConfig:
         raise click.BadParameter(f"not JSON: {error}", param_hint="'--config'") from error
     if not isinstance(data, dict):
         raise click.BadParameter('not an object such as {"BLOCK_N": 64, ...}', param_hint="'--config'")
-    return config_from_dict(op, data)
+    return config_of_record(op, data)
 
 
 def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> str:
-    """What a child compiled says: in a process of its own, a compiler that crashes is an error like others."""
+    """A line on the compiled kernel's resources. Compiles in a child process, so that a compiler crash is an error."""
     from contextlib import closing
 
     from parallax_gen.tuning.workers.messages import Compile, Trial

@@ -1,4 +1,4 @@
-"""`parallax-gen replay`: on what was recorded, which sampler finds the best soonest, and what borrowed records lose."""
+"""`parallax-gen replay`: which sampler finds the best config soonest on recorded sweeps; what borrowed records lose."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from parallax_gen.cli.text import console, print_json, print_table
 from parallax_gen.ops.base import config_to_dict
 
 if TYPE_CHECKING:
-    from parallax_gen.bench.plots import Replays
+    from parallax_gen.bench.plots import SearchCurves
     from parallax_gen.tuning.borrowing import Borrowed, Summary
     from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
-SHARES = (0.02, 0.05, 0.1, 0.2)  # of a sweep's configs, at which regrets are printed
-SLOW = ("gp",)  # takes minutes a seed: only where it is asked for
+SHARES = (0.02, 0.05, 0.1, 0.2)  # fractions of a sweep's configs at which regrets are printed
+SLOW_SAMPLERS = ("gp",)  # minutes per seed: only on request
 
-OF_SEARCHES = {name: f"--{name}" for name in ("seeds", "share", "workers")} | {
+SEARCH_OPTIONS = {name: f"--{name}" for name in ("seeds", "share", "workers")} | {
     "samplers": "--sampler",
     "folder": "--out",
 }
@@ -62,21 +62,21 @@ def replay(
 ) -> None:
     """Replay searches on recorded sweeps, to judge samplers.
 
-    The very search that the tuner uses asks for configs, and is told what they took when the sweep was recorded.
-    Regret is what the best so far takes longer than the sweep's best; of all seeds, the median and quartiles.
+    The tuner's own search proposes configs and gets the times recorded in the sweep. Regret is how much longer the best
+    config so far takes than the sweep's best; shown are the median and quartiles over all seeds.
 
     \b
     Samplers
-      ours            as the tuner has it: the default, then the default sampler
-      model           as the static model ranks, before anything is compiled
-      corrected       the same, put right knob by knob by what was found
-      tpe             Optuna's, as are tpe-univariate, cma (with the package
-                      cmaes) and gp (with scipy)
+      ours            as the tuner: the default config, then the default sampler
+      model           in the order of the static model, without measurements
+      corrected       the model, corrected knob by knob from the times so far
+      tpe             Optuna's, like tpe-univariate, cma (needs the package
+                      cmaes) and gp (needs scipy)
       random
 
-    With --borrow no search is replayed: the ranking is asked what a call would get where ever more of what is known
-    were not there, and what was measured says what that would lose. FILES are sweeps, or records as `parallax-gen db
-    export` writes them; without any, what ships and your database are judged by themselves.
+    With --borrow no search is replayed: the ranking chooses a config for each place with more and more records left
+    out, and the measured times show how much slower each choice is. FILES are sweeps, or records from `parallax-gen db
+    export`; without any, shipped records and your database are judged against themselves.
 
     \b
     Example
@@ -84,10 +84,10 @@ def replay(
       parallax-gen replay --borrow
     """
     if borrow:
-        given = [name for name in OF_SEARCHES if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+        given = [name for name in SEARCH_OPTIONS if context.get_parameter_source(name) != ParameterSource.DEFAULT]
         if given:
-            raise click.UsageError(f"--borrow replays no searches: leave out {OF_SEARCHES[given[0]]}")
-        _judge(files, as_json)
+            raise click.UsageError(f"--borrow replays no searches: leave out {SEARCH_OPTIONS[given[0]]}")
+        _judge_borrowing(files, as_json)
         return
     if not files:
         raise click.UsageError("name the files of the sweeps, or say --borrow")
@@ -97,8 +97,8 @@ def replay(
     for name in samplers:
         if name not in STRATEGIES:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(STRATEGIES)}", param_hint="--sampler")
-    usual = [name for name in STRATEGIES if name not in SLOW and missing_package(name) is None]
-    found: Replays = []
+    usual = [name for name in STRATEGIES if name not in SLOW_SAMPLERS and missing_package(name) is None]
+    found: SearchCurves = []
     for path in files:
         sweep = read_sweep(path)
         trials = max(1, math.ceil(share * len(sweep.results)))
@@ -124,12 +124,12 @@ def _name(path: Path) -> str:
 
 
 def _title(name: str, sweep: Sweep) -> str:
-    whole = "every config" if sweep.whole else "PARTIAL: not every config that there is"
+    whole = "every config" if sweep.whole else "PARTIAL: not every config"
     return f"{name}: {sweep.place.spec}; {sweep.place.bucket}\n{len(sweep.results)} configs, {whole}"
 
 
 def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
-    """A line a strategy: trials until within 2 %, then regrets as the search goes on; medians, quartiles beside."""
+    """A line per sampler: trials until within 2 % of the best (median, quartiles), then regrets over the search."""
     click.echo(_title(name, sweep))
     configs = len(sweep.results)
     shown = [(share, math.ceil(share * configs)) for share in SHARES]
@@ -169,18 +169,18 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
     }
 
 
-def _judge(files: tuple[Path, ...], as_json: bool) -> None:
-    """Print what the memory has calls borrow, by what files say was measured, or by itself."""
+def _judge_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
+    """Print the loss of borrowed choices, judged by the measurements in `files`, or by the memory's own."""
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.memory.standing import open_memory
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.borrowing import borrowed, comparable_times, read_results, summarise
 
-    told = [result for path in files for result in read_results(path)]
+    measurements = [result for path in files for result in read_results(path)]
     known = open_memory().all()
     if not files:
-        told = [r for r in known if r.place.gpu in GPUS and is_rendered(r, GPUS[r.place.gpu])]
-    sets = comparable_times(told)
+        measurements = [r for r in known if r.place.gpu in GPUS and is_rendered(r, GPUS[r.place.gpu])]
+    sets = comparable_times(measurements)
     with console(stderr=True).status(f"{len(sets)} sets of times"):
         choices = [choice for measured in sets for choice in borrowed(measured, known)]
     lines = summarise(choices)
@@ -199,7 +199,7 @@ def _row(line: Summary) -> tuple[str, ...]:
 
 
 def _choice(choice: Borrowed) -> dict[str, Any]:
-    measured = choice.measured
+    measured = choice.comparable
     return {
         "place": measured.place.flat(),
         "triton": measured.toolchain.triton,

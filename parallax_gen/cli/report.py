@@ -1,4 +1,4 @@
-"""`parallax-gen report`: one page on what is known."""
+"""`parallax-gen report`: one HTML page on the known results."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from parallax_gen.errors import ParallaxGenError
 def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
     """Write one HTML page on what is tuned, how fast it is and why.
 
-    Of your records and those that ship: which buckets are tuned and which are not, on a roofline too; how each study
-    went, which knobs mattered, what failed and why; each best kernel's source. With --bench also how much faster than
-    others ours is. The page is one file that loads nothing: it can be mailed, or read from a disk.
+    From your records and the shipped ones it shows which buckets are tuned, also on a roofline; how each study went,
+    which knobs mattered, what failed and why; and each best kernel's source. With --bench it also shows how our times
+    compare with other kernels'. The page is one file that loads nothing else: it can be mailed, or read from a disk.
 
-    Of each bucket what was measured of today's kernels with this toolchain is shown; where nothing was, the newest
-    from elsewhere, which is marked.
+    Each bucket shows results of today's kernels with this toolchain; if there are none, the newest of other kernels or
+    toolchains, which are marked.
 
     \b
     Example
@@ -67,14 +67,14 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
         out.write_bytes(page)
     except OSError as error:
         raise ParallaxGenError(f"cannot write {out}: {error}") from error
-    measured = sum(study is not None and study.best is not None for study in found.standing.values())
+    measured = sum(study is not None and study.best is not None for study in found.by_place.values())
     click.echo(f"{out}: {measured} measured buckets on {', '.join(found.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
     if found.left_out:
         click.echo(f"left out: {found.left_out} studies of other toolchains and kernels; --all-environments shows them")
 
 
 def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], every: bool) -> str:
-    """What gives the page again, without the folders of the machine that it was made on."""
+    """The command that makes the page, without this machine's folders."""
     words = ["parallax-gen", "report"]
     for gpu in gpus:
         words += ["--gpu", gpu]

@@ -1,4 +1,4 @@
-"""`parallax-gen ship`: for maintainers, the user's records become those that ship; and what those lack."""
+"""`parallax-gen ship`: for maintainers, turns the user's records into shipped records, and checks those."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ NO_DEFAULT, SLOWER = "no time of the default", "slower than the default"
 @json_option
 @click.pass_context
 def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, as_json: bool) -> None:
-    """For maintainers: make your best results those that ship.
+    """For maintainers: ship your best results.
 
-    Merges the best that were measured of today's kernels with this toolchain, and beside them the default's own time,
-    into tuning_db/GPU.jsonl.
+    Merges the best results of today's kernels with this toolchain, and the default config's own time, into
+    tuning_db/GPU.jsonl.
 
-    With --check, lists the kernels and sizes of which that file has no time of today's default, or whose best is slower
-    than it, toolchain by toolchain. The exit status is 1 if there are any.
+    With --check, lists by toolchain the kernels and sizes for which that file has no time of today's default, or whose
+    best is slower than the default. The exit status is 1 if there are any.
 
     \b
     Example
@@ -68,7 +68,7 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
                 f"{store.path} holds nothing that was measured on {name} of today's kernels with this toolchain"
             )
         before = set(load_shipped(name, folder))
-        path = write_shipped(  # failures too: they take out what does not work any more
+        path = write_shipped(  # failures too, because they remove records that no longer work
             results,
             name,
             folder,
@@ -86,7 +86,7 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
-    """Tell what of the shipped records may lose to not tuning, and return how many places and toolchains it is of."""
+    """Print where shipped records may lose to the default config. Returns the number of such places and toolchains."""
     from parallax_gen.memory.gains import comparisons_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
     from parallax_gen.memory.standing import card_of, name_in_records
@@ -112,7 +112,7 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
 
 
 def _finding(comparison: Comparison) -> str:
-    """What is wrong with it; "" where nothing is."""
+    """What is wrong with a place's records; "" if nothing is."""
     return NO_DEFAULT if comparison.default is None else SLOWER if comparison.slower else ""
 
 
@@ -125,8 +125,8 @@ def _print_card(name: str, places: int, alive: int, wrong: list[tuple[Comparison
     if wrong:
         numbers = ("best us", "default us", "gain")
         print_table((*numbers, "with", name), [_row(comparison) for comparison, _ in wrong], right=numbers)
-    told = ", ".join(f"{count} {what}" for what, count in _counts(wrong).items())
-    click.echo(f"{name}: {places} kernels and sizes, {alive} of them with records of today's kernels: {told}")
+    counts = ", ".join(f"{count} {what}" for what, count in _counts(wrong).items())
+    click.echo(f"{name}: {places} kernels and sizes, {alive} of them with records of today's kernels: {counts}")
 
 
 def _row(comparison: Comparison) -> tuple[str, ...]:

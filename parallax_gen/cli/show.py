@@ -1,4 +1,4 @@
-"""`parallax-gen show`: all that is known of one kernel at one bucket of sizes."""
+"""`parallax-gen show`: all results of one kernel in one bucket of sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.options import Asked, gpu_named, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import LEGEND, brief, number
 from parallax_gen.problem.workloads import Sizes
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 @kernel_options
 @shape_option(required=True)
 @json_option
-def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
+def show(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) -> None:
     """Show all that is known of one kernel at one shape.
 
-    Fast to slow, then what failed and why: all results of the bucket of sizes that the shape falls in, those of another
-    toolchain and of other kernels than today's too, which are marked.
+    Lists all results of the shape's bucket, from fast to slow, then failures with their reasons. Results of another
+    toolchain, or of other kernels than today's, are marked.
 
     \b
     Example
@@ -35,7 +35,7 @@ def show(gpu: str | None, asked: Asked, shape: Sizes, as_json: bool) -> None:
     from parallax_gen.memory.standing import Origins, open_memory
     from parallax_gen.problem.shapes import bucket_of
 
-    card, (spec, sizes) = gpu_named(gpu), asked.kernel(shape)
+    card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
     place = Place(card.name, spec, bucket_of(sizes))
     memory = open_memory()
     results = memory.results(place)
@@ -65,12 +65,12 @@ def _row(result: Result, origins: Origins) -> tuple[str, ...]:
     from parallax_gen.memory.standing import unlike_here
 
     assert result.time_us is not None
-    told = ", ".join(unlike_here(result))
-    return number(result.time_us), *_resources(result), brief(result.config), origins.status(result), told
+    differences = ", ".join(unlike_here(result))
+    return number(result.time_us), *_resources(result), brief(result.config), origins.status(result), differences
 
 
 def _print_failed(results: list[Result]) -> None:
-    """Two lines each: what failed is as long as it is."""
+    """Print two lines per failed config, since messages may be long."""
     for result in results:
         registers, spills, shared, error = _resources(result)
         click.echo(
@@ -85,7 +85,7 @@ def _print_failed(results: list[Result]) -> None:
 
 
 def _resources(result: Result) -> tuple[str, str, str, str]:
-    """registers, spills, shared memory and error, "-" for what is not known."""
+    """Registers, spills, shared memory and error as text, "-" if unknown."""
     sizes = (result.registers, result.spills, result.shared_bytes)
     registers, spills, shared = ("-" if size is None else str(size) for size in sizes)
     return registers, spills, shared, "-" if result.error is None else f"{result.error:.1e}"

@@ -1,4 +1,4 @@
-"""`parallax-gen sweep`: what every config of a kernel came to, in files that searches are replayed on."""
+"""`parallax-gen sweep`: writes the results of all configs of a kernel to files, to replay searches on."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
 
 
 def file_name(place: Place, toolchain: Toolchain) -> str:
-    """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim and bucket; of all else, a part of a hash."""
+    """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim, bucket, and a hash of everything else."""
     sizes = f"{place.bucket.kv_rows}x{lengths(place.bucket).replace(' ', '-')}"
     rest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
     return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{rest}"

@@ -1,4 +1,4 @@
-"""How results are put for people, in 80 columns, and for programs, as JSON."""
+"""Output helpers: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Of rich: text is taken as it is, and colours are for terminals alone."""
+    """A rich console that prints text literally, with colours only on terminals."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 GAP = "  "  # between columns
-LEAST_WIDTH = 8  # of a column that is folded
+LEAST_WIDTH = 8  # of a folded column
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print a table without lines; where it is too wide its last column is folded. Those in `right` hold numbers.
+    """Print a table without rules, folding its last column if it is too wide. Columns in `right` hold numbers.
 
-    In a pipe or a file nothing is folded, unless COLUMNS says how wide it should be.
+    In a pipe or a file nothing is folded, unless COLUMNS gives the width.
     """
     table = [columns, *rows]
     widths = [max(1, *map(len, cells)) for cells in zip(*table, strict=True)]
@@ -47,7 +47,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """The one thing on standard output. What no JSON number can be, an infinite error, is null."""
+    """Print the only document on standard output. Values that JSON cannot hold, such as infinity, become null."""
     click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
 
 

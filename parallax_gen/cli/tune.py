@@ -1,4 +1,4 @@
-"""`parallax-gen tune`: find the best kernels, and remember what was found."""
+"""`parallax-gen tune`: find the best kernels and store the results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.devices import card_to_tune, devices_option
-from parallax_gen.cli.options import check_flags, flag_options, gpu_option, head_dim_of, json_option, shape_option
+from parallax_gen.cli.options import check_flags, flag_options, gpu_option, json_option, parse_head_dim, shape_option
 from parallax_gen.cli.text import console, print_json, print_table
 from parallax_gen.describe import LEGEND, brief, format_counts, lengths, number
 from parallax_gen.errors import MachineError, MeasureError
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--head-dim",
     "head_dims",
-    type=head_dim_of,
+    type=parse_head_dim,
     metavar="N",
     multiple=True,
     help="Repeatable. Default: 128; the usual training shapes' own.",
@@ -80,12 +80,12 @@ def tune(
 ) -> None:
     """Find the best kernels for a GPU, and remember them.
 
-    Every finished trial is kept: Ctrl-C loses none, and running again goes on. Without a CUDA device, configs are
+    Every finished trial is stored: Ctrl-C loses none, and running again goes on. Without a CUDA device, configs are
     compiled and ranked by a model, and nothing is measured.
 
-    --refresh is for a new Triton, driver or template: of each kernel and bucket that is known (of --op, --head-dim and
-    --dtype, or those that --shape, --grid and flags mean) the few best of all records and the default are timed again,
-    in a second or two.
+    --refresh is for a new Triton, driver or template: for each known kernel and bucket (selected by --op, --head-dim
+    and --dtype, or by --shape, --grid and flags) it times the few best records and the default again, in a second or
+    two.
 
     \b
     Usual shapes, as batch,heads,seqlen
@@ -118,7 +118,7 @@ def tune(
     wanted = functools.partial(_is_wanted, ops=ops, head_dims=head_dims, dtypes=dtypes)
     ops = ("decode",) if grid else ops or ALL_WORK
     check_flags(flags, ops)
-    asked = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
+    shapes_by_op = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     dtypes = dtypes or ("bf16",)
     with children(devices, workers) as (measuring, compilers), Store() as store:
         card, measure = card_to_tune(gpu, measuring)
@@ -133,7 +133,7 @@ def tune(
         elif grid:
             jobs = grid_jobs(card, GRIDS[grid], head_dims, dtypes, flags)
         else:
-            jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=asked, flags=flags)
+            jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=shapes_by_op, flags=flags)
         if not jobs and all_known:
             raise MeasureError(f"--refresh: nothing is known of these kernels on {card.name}: tune them")
         if not jobs:
@@ -161,7 +161,7 @@ def tune(
 
 
 def _is_wanted(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
-    """Whether a place is one of those that are asked for; all are of which nothing is said."""
+    """Whether a place matches the given filters; an empty filter matches everything."""
     spec = place.spec
     of_step = spec.family in STEP and (spec.stats or spec.family != "forward")
     return (
@@ -187,8 +187,8 @@ def _tune_all(
         click.echo(f"stopped: all finished trials are kept in {path}; run again to go on", err=True)
         raise
     except MachineError as error:
-        told = "no config's fault, and not stored: once it is mended, run again to go on"
-        raise MachineError(f"{error}: {told}") from error
+        advice = "no config's fault, and not stored: once it is mended, run again to go on"
+        raise MachineError(f"{error}: {advice}") from error
 
 
 def _print(done: list[Progress], path: Path) -> None:
@@ -209,11 +209,11 @@ def _row(progress: Progress) -> tuple[str, ...]:
     from parallax_gen.memory.standing import shape_of
 
     job, best = progress.job, progress.best
-    found = ("-", "-", "-")
+    result = ("-", "-", "-")
     if best is not None and best.time_us is not None:
-        found = number(best.time_us), number(rate(job.spec, shape_of(best), best.time_us)), brief(best.config)
+        result = number(best.time_us), number(rate(job.spec, shape_of(best), best.time_us)), brief(best.config)
     failures = format_counts(_failures(progress)) or "none"
-    return str(job.bucket.kv_rows), lengths(job.bucket), *found, str(progress.done), failures
+    return str(job.bucket.kv_rows), lengths(job.bucket), *result, str(progress.done), failures
 
 
 def _failures(progress: Progress) -> dict[Outcome, int]:

@@ -1,1 +1,1 @@
-"""From a spec and a config to a program: render, build, and what the compiled program needs."""
+"""From a spec and a config to a program: rendering, building, and the resources of the compiled kernel."""

@@ -1,4 +1,4 @@
-"""A launch of a rendered kernel, with tensors made for it: what its `launch` takes, and in which order, its op says."""
+"""The arguments of a rendered kernel's `launch`, and the tensors for it. The op defines which, and their order."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Inputs:
-    """What one call is given, on any device ("meta" tensors hold sizes only).
+    """The inputs of one call, on any device ("meta" tensors have sizes only).
 
     Dense: q, r (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_kv, kv_heads, head_dim). Packed: (total_q,
     heads, head_dim) and (total_k, kv_heads, head_dim), with cu_seqlens. Paged: k, v (pages, page_size, kv_heads,
-    head_dim), with page_table (batch, pages a sequence). What a kernel does not take is None or 0.
+    head_dim), with page_table (batch, pages a sequence). Inputs that a kernel does not take are None or 0.
 
     do      the gradient of the output, like q
-    rows    dkdv, dqdr: what preprocess wrote, see `rows_like`
+    rows    dkdv, dqdr: the output of preprocess, see `empty_row_stats`
     out, lse, t_mean, v_mean
-            preprocess: what the forward wrote, out and v_mean like q; lse and t_mean (batch, heads, seqlen_q) fp32
+            preprocess: the outputs of the forward, out and v_mean like q; lse and t_mean (batch, heads, seqlen_q) fp32
     """
 
     q: torch.Tensor
@@ -52,23 +52,23 @@ class Inputs:
 
 @dataclass
 class Call:
-    """One call: its inputs, the tensors it writes by name, in the order of `launch`, its scratch."""
+    """One call: its inputs, its outputs by name in the order of `launch`, and its scratch."""
 
     spec: KernelSpec
     inputs: Inputs
     written: dict[str, torch.Tensor]
-    scratch: tuple[torch.Tensor, ...]  # partials, arrived: those that the config needs
+    scratch: tuple[torch.Tensor, ...]  # split-KV scratch, arrival counters: those that the config needs
 
     @property
     def out(self) -> torch.Tensor:
         return self.written["out"]
 
     def arguments(self, softmax_scale: float) -> tuple[object, ...]:
-        """In the order in which `launch` takes them."""
+        """The arguments in the order of `launch`."""
         x = self.inputs
         named = vars(x) | self.written
         if self.spec.cache_dtype:
-            named |= {"k": in_fours(x.k), "v": in_fours(x.v)}
+            named |= {"k": as_int32(x.k), "v": as_int32(x.v)}
         op = op_of(self.spec)
         tensors = [named[name] for name in (*op.given(self.spec), *op.written(self.spec), *op.lengths(self.spec))]
         sizes = sizes_of(self.spec, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
@@ -76,19 +76,19 @@ class Call:
 
 
 def sizes_of(spec: KernelSpec, window_size: int, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, ...]:
-    """The numbers that `launch` takes behind softmax_scale: the window, and the longest sequence that it tiles."""
+    """The sizes that `launch` takes after softmax_scale: the window, and the longest sequences."""
     named = {"window_size": window_size, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     return tuple([named[name] for name in op_of(spec).sizes(spec)])
 
 
-def rows_like(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
-    """Room for what preprocess writes, four fp32 numbers a query row: (4, batch, heads, padded).
+def empty_row_stats(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
+    """An uninitialised output of preprocess, four fp32 statistics a query row: (4, batch, heads, padded).
 
     log2(e) lse, or inf for a row without keys; softmax_scale (1 + t̄); b = do·v̄; softmax_scale (b - do·o). Each
-    sequence's rows are padded to a multiple of PADDED_TO, with inf for the first.
+    sequence's rows are padded to a multiple of PADDED_TO; the padding of the first statistic is inf.
 
-    sequences  of packed ones, how many: (4, heads, padded), and sequence b begins at (cu_seqlens_q[b] + PADDED_TO * b)
-               // PADDED_TO * PADDED_TO, which leaves room for each one's padding
+    sequences  how many packed ones, if packed: the shape is (4, heads, padded), and sequence b begins at
+               (cu_seqlens_q[b] + PADDED_TO * b) // PADDED_TO * PADDED_TO, which leaves room for each one's padding
     """
     import torch
 
@@ -97,7 +97,7 @@ def rows_like(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of a spec's dtype or cache_dtype. Raises ArgumentError."""
+    """The torch dtype of a spec's dtype or cache_dtype. Raises ArgumentError."""
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -108,19 +108,19 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def cache_dtype(spec: KernelSpec) -> torch.dtype:
-    """torch's dtype of the keys and values."""
+    """The torch dtype of the keys and values."""
     return torch_dtype(spec.cache_dtype or spec.dtype)
 
 
-def in_fours(cache: torch.Tensor) -> torch.Tensor:
-    """Numbers of eight bits four by four, as kernels take them: in int32, a quarter as many to a row."""
+def as_int32(cache: torch.Tensor) -> torch.Tensor:
+    """An 8-bit cache as kernels take it: four numbers packed in an int32."""
     import torch
 
     return cache.view(torch.int32)
 
 
 def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
-    """Contiguous, uninitialised tensors of a shape; packed ones hold sequences that are all as long."""
+    """Contiguous, uninitialised inputs of a shape; packed sequences all have the same length."""
     import torch
 
     def empty(*size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -162,16 +162,16 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
             setattr(inputs, name, empty(*stats, dtype=torch.float32))
         elif name == "rows":
             lse = empty(*stats, dtype=torch.float32)
-            inputs.rows = rows_like(lse, shape.batch if spec.varlen else 0)
+            inputs.rows = empty_row_stats(lse, shape.batch if spec.varlen else 0)
     return inputs
 
 
-# Which input is of the size and type of what is written.
+# Output -> the input with the same size and dtype.
 LIKE = {"out": "q", "v_mean": "q", "dq": "q", "dr": "q", "dk": "k", "dv": "v"}
 
 
 def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
-    """The call on these inputs: outputs and scratch beside them, uninitialised but for the counters."""
+    """The call on these inputs. Allocates outputs and scratch, uninitialised except for the counters."""
     import torch
 
     op, x, device = op_of(spec), inputs, inputs.q.device
@@ -181,7 +181,7 @@ def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
             written[name] = torch.empty_like(getattr(x, LIKE[name]))
         elif name == "rows":
             assert x.lse is not None
-            written[name] = rows_like(x.lse, 0 if x.cu_seqlens_q is None else x.cu_seqlens_q.shape[0] - 1)
+            written[name] = empty_row_stats(x.lse, 0 if x.cu_seqlens_q is None else x.cu_seqlens_q.shape[0] - 1)
         else:
             stats = (*x.q.shape[:-3], x.q.shape[-2], x.q.shape[-3])
             written[name] = torch.empty(stats, dtype=torch.float32, device=device)

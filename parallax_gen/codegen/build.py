@@ -1,4 +1,4 @@
-"""From rendered source to an imported module, and to machine code for a GPU that need not be there."""
+"""Imports rendered source as a module, and compiles it for a GPU that need not be in this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from parallax_gen.codegen.abi import empty_inputs, prepare
-from parallax_gen.codegen.intercept import Launch, watching
+from parallax_gen.codegen.intercept import Launch, watch_launches
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.codegen.resources import Resources, resources_of
 from parallax_gen.errors import BuildError, MachineError, gist, machine_error
@@ -25,9 +25,9 @@ from parallax_gen.problem.spec import KernelSpec
 
 
 def write(source: KernelSource) -> Path:
-    """The file that holds the source, written if it is not there: named by its content, so never stale.
+    """The file of the source, written if it is missing. Its name has a hash of its content, so it is never stale.
 
-    Raises MachineError where it cannot be written.
+    Raises MachineError if it cannot be written.
     """
     path = cache_dir() / "kernels" / f"{source.name}_{source.sha256[:16]}.py"
     try:
@@ -45,11 +45,11 @@ def write(source: KernelSource) -> Path:
 @cache
 def load(source: KernelSource) -> ModuleType:
     """The imported kernel file. Its `launch` compiles on first use, through Triton's own cache."""
-    return _imported(write(source))
+    return _import_file(write(source))
 
 
-def _imported(path: Path, *, alone: bool = False) -> ModuleType:
-    """A kernel file as a module, under its name; `alone`: one of its own that nobody else gets to see."""
+def _import_file(path: Path, *, alone: bool = False) -> ModuleType:
+    """Import a kernel file as a module under its name. alone: a private module that is not put into sys.modules."""
     name = f"parallax_gen_kernels_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -59,7 +59,7 @@ def _imported(path: Path, *, alone: bool = False) -> ModuleType:
         sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever it raised: it does not import
+    except Exception as error:  # any error means that the file does not import
         if not alone:
             del sys.modules[name]
         raise machine_error(error) or BuildError(f"{path} does not import: {error}") from error
@@ -67,11 +67,11 @@ def _imported(path: Path, *, alone: bool = False) -> ModuleType:
 
 
 def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> Resources:
-    """Compile every kernel of the source for `gpu`, which need not be there, and say what it needs.
+    """Compile every kernel of the source for `gpu`, which need not be in this machine. Returns the resources.
 
-    The launch is run on tensors that have sizes but no memory, with launching switched off: what Triton
-    compiles, and puts in its cache, is what the same call compiles on the GPU. Raises BuildError where this config has
-    no program, and MachineError where this machine cannot compile.
+    `launch` runs on meta tensors with launching disabled, so Triton compiles and caches the same program as for the
+    same call on the GPU. Raises BuildError if the config does not compile, and MachineError if this machine cannot
+    compile.
     """
     import triton
 
@@ -81,7 +81,7 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
         triton_cache()
     module = load(source)
     launches: list[Launch] = []
-    with _driver_without_device(gpu), watching(module, launches.append, compile_only=True):
+    with _driver_without_device(gpu), watch_launches(module, launches.append, compile_only=True):
         try:
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
@@ -90,25 +90,25 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
 
 
 def compile_here(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape) -> Resources:
-    """Compile what the same call compiles on the current device, launch nothing, and say what the driver makes of it.
+    """Compile as the same call would on the current device, without launching. Returns the driver's resource counts.
 
-    Needs a CUDA device. Triton keeps the program, so that the call compiles no more. Raises BuildError where the config
-    has no program or the device refuses it, and MachineError where the machine is at fault.
+    Needs a CUDA device. Triton caches the program, so the call need not compile again. Raises BuildError if the config
+    does not compile or the device refuses the program, and MachineError if the machine is at fault.
     """
-    module = _imported(write(source), alone=True)  # launching is switched off in it: no call may have the same
+    module = _import_file(write(source), alone=True)  # launching is disabled in this module: no call may share it
     launches: list[Launch] = []
-    with watching(module, launches.append, compile_only=True):
+    with watch_launches(module, launches.append, compile_only=True):
         try:
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
             first = launches[0].compiled
-            first.run  # noqa: B018 - loads it, and with that finds out
+            first.run  # noqa: B018 - loads the program, which sets n_regs and n_spills
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
             raise machine_error(error) or BuildError(gist(error)) from error
     return Resources(int(first.n_regs), 4 * int(first.n_spills), int(first.metadata.shared))
 
 
 class _DriverWithoutDevice:
-    """What Triton's JIT asks of a driver before it compiles."""
+    """The methods that Triton's JIT calls on a driver before it compiles."""
 
     def __init__(self, gpu: Gpu):
         from triton.backends.compiler import GPUTarget
@@ -119,7 +119,7 @@ class _DriverWithoutDevice:
         return self.target
 
     def get_current_device(self) -> str:
-        return f"sm_{self.target.arch}, absent"  # keys Triton's caches: kept apart from a device that is there
+        return f"sm_{self.target.arch}, absent"  # keys Triton's caches, apart from devices that are present
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -131,7 +131,7 @@ def _driver_without_device(gpu: Gpu) -> Iterator[None]:
 
     try:
         before = driver.active
-    except RuntimeError:  # no GPU here: there is nothing to put back
+    except RuntimeError:  # no GPU here: there is nothing to restore
         before = None
     driver.set_active(_DriverWithoutDevice(gpu))
     try:
@@ -141,11 +141,11 @@ def _driver_without_device(gpu: Gpu) -> Iterator[None]:
 
 
 @cache
-def give_triton_a_cache() -> None:
-    """See to it that Triton can keep what it compiles: without a folder for it, it compiles nothing.
+def ensure_triton_cache() -> None:
+    """Make sure that Triton has a writable cache folder: without one it compiles nothing.
 
-    Where its own cannot be written, or lies in a home folder and there is none, $TRITON_CACHE_DIR is set to one in the
-    directory that `cache_dir` falls back to, with a warning. For calls on tensors; a command says what is wrong.
+    If its own cannot be written, or needs a home folder that does not exist, set $TRITON_CACHE_DIR to a folder in the
+    fallback of `cache_dir`, with a warning. For calls on tensors; commands report the problem instead.
     """
     import triton
 
@@ -154,15 +154,15 @@ def give_triton_a_cache() -> None:
     try:
         try_to_write(triton_cache())
     except (MachineError, OSError) as error:
-        told = f"Triton cannot keep its programs: {error}"
-        os.environ["TRITON_CACHE_DIR"] = str(fallback_dir(told, error) / "triton")
+        problem = f"Triton cannot keep its programs: {error}"
+        os.environ["TRITON_CACHE_DIR"] = str(fallback_dir(problem, error) / "triton")
 
 
 def triton_cache() -> Path:
-    """Triton's folder. Raises MachineError where it lies in a home folder, and there is none."""
+    """Triton's cache folder. Raises MachineError if it needs a home folder that does not exist."""
     import triton
 
     folder = Path(triton.knobs.cache.dir)
-    if folder.parts[:1] == ("~",):  # not expanded: Triton would make a folder of this name wherever the process is
+    if folder.parts[:1] == ("~",):  # not expanded: Triton would create a folder "~" in the working directory
         raise MachineError("this user has no home folder: set TRITON_CACHE_DIR to an absolute path")
     return folder

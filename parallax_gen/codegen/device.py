@@ -1,4 +1,4 @@
-"""Which GPUs are here: asked of torch, in a process that may touch CUDA."""
+"""The GPUs of this machine, by torch. For processes that may touch CUDA."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from parallax_gen.problem.hardware import Gpu, gpu_by_name, recognise
 
 @cache
 def gpu_of_device(index: int) -> Gpu:
-    """The GPU that CUDA device `index` is."""
+    """The GPU of CUDA device `index`."""
     import torch
 
-    device: Any = torch.cuda.get_device_properties(index)  # torch's stub of it lacks fields
+    device: Any = torch.cuda.get_device_properties(index)  # torch's type stub lacks fields
     return recognise(
         device.name,
         (device.major, device.minor),
@@ -26,7 +26,7 @@ def gpu_of_device(index: int) -> Gpu:
 
 
 def gpu_here(index: int | None = None) -> Gpu | None:
-    """The GPU that CUDA device `index` is, or the current device; None where CUDA finds none."""
+    """The GPU of CUDA device `index`, by default the current one; None if CUDA finds none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -36,7 +36,7 @@ def gpu_here(index: int | None = None) -> Gpu | None:
 
 @cache
 def card_named(name: str) -> Gpu | None:
-    """The GPU that records go by, if it is in the table or CUDA's first device."""
+    """The GPU with this name in records, if it is in the table or is CUDA's first device."""
     try:
         return gpu_by_name(name)
     except UnknownGpuError:

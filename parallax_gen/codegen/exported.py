@@ -13,9 +13,9 @@ FIRST_LINE = "# Parallax attention kernels, exported by parallax_gen"
 
 
 def read_sections(path: Path) -> dict[str, str]:
-    """The sections that an earlier export left at `path`, by file, of the files that are still there.
+    """The sections of an earlier export's README at `path`, by file name, for files that still exist.
 
-    Raises ParallaxGenError if the file is not from an export: it is not ours to write over.
+    Raises ParallaxGenError if the file is not from an export: it must not be overwritten.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def read_sections(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ParallaxGenError(f"cannot read {path}: {error}") from error
     if not text.startswith(FIRST_LINE):
-        raise ParallaxGenError(f"{path} is not from an export, and would be written over: choose another folder")
+        raise ParallaxGenError(f"{path} is not from an export, and would be overwritten: choose another folder")
     parts = re.split(r"^## (\S+\.py)\n", text, flags=re.MULTILINE)[1:]
     found = dict(zip(parts[::2], parts[1::2], strict=True))
     return {name: body.strip() for name, body in found.items() if (path.parent / name).exists()}
@@ -43,7 +43,7 @@ fast near the sizes it was made for."""
 
 
 def section(source: str, what: str, gpu_title: str, provenance: str) -> str:
-    """About one kernel: what it is, where it comes from, and its launch in its own words."""
+    """The section of one kernel: what it is, where it comes from, and the signature and docstring of its launch."""
     launch = next(
         node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "launch"
     )

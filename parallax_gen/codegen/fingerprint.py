@@ -1,10 +1,10 @@
-"""The identity of a rendered kernel: a hash of what its file does, whatever its names, comments and layout are.
+"""The identity of a rendered kernel: a hash of its program, independent of names, comments and layout.
 
-The file's syntax tree is written out by a serialisation of our own, node types and the fields that are set, so that
-it is the same on every Python. Left out are docstrings, comments, where things stand, and the texts of errors. Names
-that the file itself binds are numbers, in the order of their first use in their scope; where a decorator's strings or
-the keywords of a call name parameters of the file's own functions, they are numbers, too. All other names are part of
-what the file does and stay: attributes, builtins, imports, keywords of other people's functions.
+The file's syntax tree is serialised in a format of our own, node types and the fields that are set, so that it is the
+same on every Python. Docstrings, comments, positions and the texts of errors are left out. Names that the file binds
+are replaced by numbers, in the order of first use in their scope. So are parameters of the file's own functions that a
+decorator's strings or the keywords of a call name. All other names are part of the program and stay: attributes,
+builtins, imports, keywords of other functions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from parallax_gen.errors import MachineError
 from parallax_gen.files import cache_dir, replace_file
 
-# Raised when the serialisation changes: fingerprints of two versions are not compared.
+# Increase when the serialisation changes: fingerprints of different versions are not compared.
 VERSION = 1
 
 DIGITS = 32  # hex digits of a fingerprint, and of a text's hash
@@ -31,30 +31,30 @@ DIGITS = 32  # hex digits of a fingerprint, and of a text's hash
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _NEW_SCOPE = (ast.FunctionDef, ast.Lambda, *_COMPREHENSIONS)
 
-# Fields that say what another one says already, or nothing that runs.
+# Fields that repeat another field, or do not affect execution.
 _LEFT_OUT = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 
 
 def below_header(text: str) -> str:
-    '''A kernel's file without the docstring that it begins with, which holds no """ of its own.'''
+    '''A kernel's file without its leading docstring, which contains no """.'''
     mark = '"""'
     return text.split(mark, 2)[2] if text.startswith(mark) else text
 
 
 def text_hash(text: str) -> str:
-    """32 hex digits of the text below a kernel's header: where they are equal, so are the fingerprints."""
+    """The hash of the text below a kernel's header: equal texts have equal fingerprints."""
     return _digest(below_header(text))
 
 
 def fingerprint(text: str) -> str:
-    """32 hex digits of what a kernel's file does. Takes 10 ms for a long one.
+    """The fingerprint of a kernel's file, DIGITS hex digits. Takes 10 ms for a long file.
 
-    Raises SyntaxError where it is no Python, and ValueError on what binds names in ways that no kernel needs: classes,
-    `global`, `match`, `except`, `:=`, `async`.
+    Raises SyntaxError if it is not Python, and ValueError on syntax that kernels do not use: classes, `global`,
+    `match`, `except`, `:=`, `async`.
     """
     module = ast.parse(text)
     pieces: list[str] = []
-    _Writer(_Scope(module), pieces).body(module)
+    _Serialiser(_Scope(module), pieces).body(module)
     return _digest("".join(pieces))
 
 
@@ -64,7 +64,7 @@ def _digest(text: str) -> str:
 
 @dataclass(eq=False)
 class _Scope:
-    """The names that a module, a function or a comprehension binds, numbered as they are met."""
+    """The names that a module, function or comprehension binds, numbered in the order of first use."""
 
     node: ast.AST
     outer: _Scope | None = None
@@ -76,7 +76,7 @@ class _Scope:
 
     @cached_property
     def bound(self) -> frozenset[str]:
-        """Parameters, what is assigned, and functions that are defined; no imports, which mean the same everywhere."""
+        """Parameters, assigned names and defined functions; not imports, which mean the same in every file."""
         names = set(_parameters(self.node))
         for node in _inside(self.node):
             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -87,15 +87,15 @@ class _Scope:
 
     @cached_property
     def parameters(self) -> dict[str, list[str]]:
-        """Those of each function that it defines, by its name."""
+        """The parameters of each function that the scope defines, by the function's name."""
         return {node.name: _parameters(node) for node in _inside(self.node) if isinstance(node, ast.FunctionDef)}
 
     def number(self, name: str) -> str:
-        """How a name of its own is written."""
+        """The text that replaces one of the scope's own names."""
         return f"{self.depth}.{self.numbers.setdefault(name, len(self.numbers))}"
 
     def of(self, name: str) -> _Scope | None:
-        """The scope that a name means here; None of a builtin or an import."""
+        """The scope that binds a name; None for a builtin or an import."""
         scope: _Scope | None = self
         while scope is not None and name not in scope.bound:
             scope = scope.outer
@@ -103,7 +103,7 @@ class _Scope:
 
 
 def _parameters(node: ast.AST) -> list[str]:
-    """Of a function, in their order; of anything else none."""
+    """The parameters of a function, in order; none for other nodes."""
     if not isinstance(node, ast.FunctionDef | ast.Lambda):
         return []
     given = node.args
@@ -112,7 +112,7 @@ def _parameters(node: ast.AST) -> list[str]:
 
 
 def _inside(scope: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that may bind names of a scope: all of it but other scopes' insides."""
+    """The nodes that may bind names of a scope: all but the bodies of inner scopes."""
     if isinstance(scope, _COMPREHENSIONS):
         waiting: list[ast.AST] = [generator.target for generator in scope.generators]
     else:
@@ -124,20 +124,20 @@ def _inside(scope: ast.AST) -> Iterator[ast.AST]:
             waiting.extend(ast.iter_child_nodes(node))
 
 
-class _Writer:
-    """Writes what stands in a scope, in pieces whose join is unambiguous: each node is closed by its bracket."""
+class _Serialiser:
+    """Serialises the nodes of a scope. The joined pieces are unambiguous: brackets enclose each node."""
 
     def __init__(self, scope: _Scope, pieces: list[str]) -> None:
         self.scope = scope
         self.pieces = pieces
         self.put = pieces.append
 
-    def within(self, node: ast.AST) -> _Writer:
-        """That of a scope in this one."""
-        return _Writer(_Scope(node, self.scope), self.pieces)
+    def within(self, node: ast.AST) -> _Serialiser:
+        """The serialiser of a scope inside this one."""
+        return _Serialiser(_Scope(node, self.scope), self.pieces)
 
     def body(self, node: ast.Module | ast.FunctionDef) -> None:
-        """Its statements but texts that stand alone, which docstrings are."""
+        """Write the statements of a body, except bare strings, such as docstrings."""
         self.put("[")
         for statement in node.body:
             value = statement.value if isinstance(statement, ast.Expr) else None
@@ -146,9 +146,9 @@ class _Writer:
         self.put("]")
 
     def write(self, value: object) -> None:
-        """A node, a list of them, or what a field holds beside nodes."""
+        """Write a node, a list of nodes, or another value of a field."""
         if isinstance(value, ast.AST):
-            _SPECIAL.get(type(value), _Writer.node)(self, value)
+            _SPECIAL.get(type(value), _Serialiser.node)(self, value)
         elif isinstance(value, list):
             self.put("[")
             for one in value:
@@ -158,7 +158,7 @@ class _Writer:
             self.put(_constant(value))
 
     def node(self, node: ast.AST, but: tuple[str, ...] = ()) -> None:
-        """Its type and the fields that are set."""
+        """Write a node's type and the fields that are set, except `but`."""
         self.put(f"({type(node).__name__}")
         for name in node._fields:
             value = getattr(node, name, None)
@@ -168,7 +168,7 @@ class _Writer:
         self.put(")")
 
     def fields(self, node: ast.AST, *names: str) -> None:
-        """Those of these fields that are set, and that this Python has."""
+        """Write those of these fields that this Python has and that are set."""
         for name in names:
             if value := getattr(node, name, None):
                 self.put(f" {name}=")
@@ -186,7 +186,7 @@ class _Writer:
         self.put("(FunctionDef")
         self.name(node.name)
         inner.parameters(node.args, self)
-        decorating = _Decorating(self.scope, self.pieces, inner.scope)
+        decorating = _DecoratorSerialiser(self.scope, self.pieces, inner.scope)
         for decorator in node.decorator_list:
             self.put(" @")
             decorating.write(decorator)
@@ -201,8 +201,8 @@ class _Writer:
         inner.write(node.body)
         self.put(")")
 
-    def parameters(self, given: ast.arguments, around: _Writer) -> None:
-        """Each kind in its order, by number and annotation; defaults are of the scope around."""
+    def parameters(self, given: ast.arguments, around: _Serialiser) -> None:
+        """Write parameters, kind by kind, with number and annotation; defaults belong to the scope around."""
         kinds = (
             ("/", given.posonlyargs),
             ("", given.args),
@@ -218,7 +218,7 @@ class _Writer:
         around.fields(given, "defaults", "kw_defaults")
 
     def comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
-        """What it goes over first is of the scope around it; its targets are met before what it makes of them."""
+        """The first iterable belongs to the scope around. Targets are numbered before the element that uses them."""
         inner = self.within(node)
         self.put(f"({type(node).__name__}")
         for number, generator in enumerate(node.generators):
@@ -230,7 +230,7 @@ class _Writer:
         self.put(")")
 
     def call(self, node: ast.Call) -> None:
-        """Keywords of the file's own functions, called as f(...) or f[grid](...), are numbered like parameters."""
+        """Keywords of the file's own functions, called as f(...) or f[grid](...), are replaced by parameter numbers."""
         called = node.func.value if isinstance(node.func, ast.Subscript) else node.func
         order: list[str] = []
         if isinstance(called, ast.Name) and (scope := self.scope.of(called.id)) is not None:
@@ -245,18 +245,18 @@ class _Writer:
         self.put(")")
 
     def error(self, node: ast.Raise) -> None:
-        """Which error is raised, not what it says."""
+        """Write which error is raised, without its text."""
         self.put("(Raise")
         if node.exc is not None:
             self.write(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
         self.put(")")
 
-    def refused(self, node: ast.AST) -> None:
+    def unsupported(self, node: ast.AST) -> None:
         raise ValueError(f"line {getattr(node, 'lineno', 0)}: a kernel's file has no {type(node).__name__}")
 
 
-class _Decorating(_Writer):
-    """What decorates a function: its strings may name parameters, as Triton's do_not_specialize does."""
+class _DecoratorSerialiser(_Serialiser):
+    """Serialises decorators: their strings may name parameters, as in Triton's do_not_specialize."""
 
     def __init__(self, scope: _Scope, pieces: list[str], function: _Scope) -> None:
         super().__init__(scope, pieces)
@@ -269,47 +269,47 @@ class _Decorating(_Writer):
             super().constant(node)
 
 
-# Nodes that bind names or mean what the file binds, or that hold texts of errors; any other is its type and its fields.
-_SPECIAL: dict[type[ast.AST], Callable[[_Writer, Any], None]] = {
+# Nodes that bind or refer to names, or hold texts of errors. Other nodes are written as type and fields.
+_SPECIAL: dict[type[ast.AST], Callable[[_Serialiser, Any], None]] = {
     ast.Name: lambda writer, node: writer.name(node.id),
-    ast.Constant: lambda writer, node: writer.constant(node),  # `_Decorating` has its own
-    ast.FunctionDef: _Writer.function,
-    ast.Lambda: _Writer.lambda_,
-    **dict.fromkeys(_COMPREHENSIONS, _Writer.comprehension),
-    ast.Call: _Writer.call,
-    ast.Raise: _Writer.error,
+    ast.Constant: lambda writer, node: writer.constant(node),  # `_DecoratorSerialiser` has its own
+    ast.FunctionDef: _Serialiser.function,
+    ast.Lambda: _Serialiser.lambda_,
+    **dict.fromkeys(_COMPREHENSIONS, _Serialiser.comprehension),
+    ast.Call: _Serialiser.call,
+    ast.Raise: _Serialiser.error,
     ast.Assert: lambda writer, node: writer.node(node, ("msg",)),
     **dict.fromkeys(
-        (ast.ClassDef, ast.Global, ast.Nonlocal, ast.Match, ast.ExceptHandler, ast.NamedExpr), _Writer.refused
+        (ast.ClassDef, ast.Global, ast.Nonlocal, ast.Match, ast.ExceptHandler, ast.NamedExpr), _Serialiser.unsupported
     ),
-    **dict.fromkeys((ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith), _Writer.refused),
+    **dict.fromkeys((ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith), _Serialiser.unsupported),
 }
 
 
 def _constant(value: object) -> str:
-    """A number or a text; whatever else a syntax tree holds has one repr on every Python."""
+    """A constant's text. Constants other than strings have the same repr on every Python."""
     return json.dumps(value) if isinstance(value, str) else f"<{type(value).__name__} {value!r}>"
 
 
-# -- Fingerprints by the hash of a kernel's text, so that no text is parsed twice: what is known is kept in a folder.
+# -- A cache of fingerprints by the hash of a kernel's text, in memory and on disk, so that no text is parsed twice.
 
-# By the text's hash: what this process or an earlier one found.
-_FOUND: dict[str, str] = {}
+# Hash of the text -> fingerprint.
+_CACHED: dict[str, str] = {}
 
 
-def found(text: str, hashed: str) -> str:
-    """The fingerprint of a kernel's file, whose text below the header has this hash."""
-    if hashed not in _FOUND:
-        _FOUND[hashed] = _kept(hashed) or _keep(hashed, fingerprint(text))
-    return _FOUND[hashed]
+def cached_fingerprint(text: str, hashed: str) -> str:
+    """The fingerprint of a kernel's file, cached. hashed: the hash of its text below the header."""
+    if hashed not in _CACHED:
+        _CACHED[hashed] = _read_cached(hashed) or _write_cached(hashed, fingerprint(text))
+    return _CACHED[hashed]
 
 
 def _path(hashed: str) -> Path:
     return cache_dir() / f"fingerprints-{VERSION}" / hashed
 
 
-def _kept(hashed: str) -> str | None:
-    """What an earlier process found; None where none did, or what is there is damaged."""
+def _read_cached(hashed: str) -> str | None:
+    """The fingerprint that an earlier process stored; None if there is none or the file is damaged."""
     with contextlib.suppress(OSError, UnicodeDecodeError, MachineError):
         kept = _path(hashed).read_text(encoding="utf-8")
         if re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", kept):
@@ -317,8 +317,8 @@ def _kept(hashed: str) -> str | None:
     return None
 
 
-def _keep(hashed: str, kernel: str) -> str:
-    """For later processes; where there is no room for it, they find it out again."""
+def _write_cached(hashed: str, kernel: str) -> str:
+    """Store a fingerprint for later processes. If it cannot be written, they compute it again."""
     with contextlib.suppress(OSError, MachineError):
         replace_file(_path(hashed), kernel)
     return kernel

@@ -1,4 +1,4 @@
-"""The one hook into Triton's JIT: what a rendered file's `launch` hands its kernels, and what was compiled for it."""
+"""The only hook into Triton's JIT: sees the arguments of each kernel launch, and the compiled kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one kernel, as `kernel[grid](*arguments, **options)` says it; compiled: what Triton ran."""
+    """One launch of one kernel, `kernel[grid](*arguments, **options)`. compiled: the kernel that Triton ran."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -21,12 +21,14 @@ class Launch:
     compiled: Any
 
 
-_WATCHING = threading.RLock()  # a kernel's `run` is replaced by one thread at a time
+_PATCH_LOCK = threading.RLock()  # one thread at a time replaces a kernel's `run`
 
 
 @contextmanager
-def watching(module: ModuleType, watch: Callable[[Launch], None], *, compile_only: bool = False) -> Iterator[None]:
-    """Tell `watch` of every launch by this thread of a module's kernels; with compile_only nothing is run."""
+def watch_launches(
+    module: ModuleType, watch: Callable[[Launch], None], *, compile_only: bool = False
+) -> Iterator[None]:
+    """Pass every launch of a module's kernels by this thread to `watch`. compile_only: compile, but launch nothing."""
     from triton.runtime.jit import JITFunction
 
     kernels = [value for value in vars(module).values() if isinstance(value, JITFunction)]
@@ -44,11 +46,11 @@ def watching(module: ModuleType, watch: Callable[[Launch], None], *, compile_onl
 
         return run_and_tell
 
-    with _WATCHING:
+    with _PATCH_LOCK:
         for kernel in kernels:
             kernel.run = watched(kernel)
         try:
             yield
         finally:
             for kernel in kernels:
-                del kernel.run  # the method shows again
+                del kernel.run  # uncovers the method

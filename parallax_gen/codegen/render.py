@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 import jinja2
 
 import parallax_gen
-from parallax_gen.codegen.fingerprint import found, text_hash
+from parallax_gen.codegen.fingerprint import cached_fingerprint, text_hash
 from parallax_gen.describe import describe
 from parallax_gen.errors import ConfigError
 from parallax_gen.files import data_dir
@@ -49,7 +49,7 @@ def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
     The fingerprint in its header is that of its text, whatever records say of that.
     """
     text, hashed = _unnamed(spec, config, gpu)
-    kernel = found(text, hashed)
+    kernel = cached_fingerprint(text, hashed)
     text = text.replace(f"kernel {_UNKNOWN}", f"kernel {kernel[:12]}", 1)
     return KernelSource(_name(spec), text, hashlib.sha256(text.encode()).hexdigest(), kernel, hashed)
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel needs of a multiprocessor: registers, spilled bytes, shared memory."""
+"""The resources of a compiled kernel: registers, spilled bytes, shared memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from parallax_gen.errors import BuildError, MachineError, gist, machine_error
 
 @dataclass(frozen=True)
 class Resources:
-    """Of the kernel that does a launch's work: its first. Those behind it join, or seldom have anything to do.
+    """The resources of a launch's first kernel, which does the work. Later kernels merge, or seldom have work.
 
     registers     32-bit registers a thread
-    spills        bytes a thread keeps on its stack for want of registers
+    spills        stack bytes a thread
     shared_bytes  shared memory a block
     """
 
@@ -29,14 +29,14 @@ class Resources:
 
 
 def resources_of(compiled: Sequence[Any]) -> Resources:
-    """Of a launch's compiled kernels in order, read from the machine code. Raises MachineError where it cannot be."""
+    """The resources of a launch's compiled kernels, read from the machine code. Raises MachineError if that fails."""
     if not compiled:
         raise BuildError("nothing was compiled")
     return Resources(*_usage(compiled[0].asm["cubin"]), int(compiled[0].metadata.shared))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) a thread, as cuobjdump reports them: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
+    """(registers, stack bytes) a thread, reported by cuobjdump: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
     try:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
@@ -50,13 +50,13 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     report = done.stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+)", report)
     if not found:
-        raise MachineError(f"cuobjdump said nothing of registers: {report.strip()!r}")
+        raise MachineError(f"cuobjdump reported no registers: {report.strip()!r}")
     return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)
 
 
 @cache
 def cuobjdump() -> Path:
-    """The one that Triton's wheel carries."""
+    """The cuobjdump in Triton's wheel."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,10 +1,10 @@
-"""Other Parallax packages' functions over our kernels, to the letter of their signatures: users change one import.
+"""Drop-in replacements for other Parallax packages, with exactly their signatures, on our kernels: change one import.
 
-    compat.official         stands in for `parallax`, of parallax-kernel 0.1.1
-    compat.official_triton  for `parallax.triton`
-    compat.fla              for `fla.ops.parallax` and its `decode`, of fla-core 0.6.0
+    compat.official         replaces `parallax` of parallax-kernel 0.1.1
+    compat.official_triton  replaces `parallax.triton`
+    compat.fla              replaces `fla.ops.parallax` and its `decode` of fla-core 0.6.0
 
-What those take gives the same result here, in the same dtype and layout, but for what each module names; what they
-refuse is refused with the same type of error, which is an ArgumentError too. Their limits of the machine are not kept:
-any card that Triton compiles for will do, and CPU tensors run through the slow fp64 reference.
+Accepted arguments give the same result in the same dtype and layout, except where a module says otherwise; refused
+arguments raise the same type of error, which is also an ArgumentError. Hardware limits are lifted: any GPU that Triton
+supports works, and CPU tensors run through the slow fp64 reference.
 """

@@ -1,13 +1,13 @@
-"""What is for the ranks of a torch.distributed group.
+"""Functions for the ranks of a torch.distributed group.
 
-Context parallelism: one sequence's queries and keys spread over the ranks.
+Context parallelism, one sequence sharded over the ranks:
 
     from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
 
     q, r, k, v = (shard_sequence(x, causal=True) for x in (q, r, k, v))
     out = ring_attn_func(q, r, k, v, causal=True)
 
-And one table of tuned kernels for all of them:
+Sharing one table of tuned kernels between all ranks:
 
     from parallax_gen.distributed import share_tuning
 

@@ -1,4 +1,4 @@
-"""Ring attention: keys and values go round the ranks, and while a rank attends to those it holds, the next arrive."""
+"""Ring attention: keys and values travel around the ranks; each transfer overlaps attention over the current keys."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.attention import Saved
-from parallax_gen.runtime.autograd import backward_of_part, first_derivatives, forward_of_part
+from parallax_gen.runtime.attention import SavedForBackward
+from parallax_gen.runtime.autograd import backward_without_autograd, first_derivatives, forward_without_autograd
 from parallax_gen.runtime.checks import check_request
 from parallax_gen.runtime.requests import Request, cast_inputs, inputs_of
-from parallax_gen.runtime.sharded import refuse_shards
-from parallax_gen.runtime.states import State, absorb
+from parallax_gen.runtime.sharded import refuse_dtensors
+from parallax_gen.runtime.states import State, merge_into
 from parallax_gen.runtime.transforms import refuse_batched, refuse_transforms
 
 
 def shard_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
-    """This rank's part of a sequence that every rank has, as `ring_attn_func` wants it.
+    """This rank's shard of a sequence that every rank holds, in the layout that `ring_attn_func` takes.
 
-    causal  of 2·ranks chunks the rank-th and the rank-th from the end, one after the other: so that all ranks have as
-            much to do. Else the rank-th of `ranks` parts
-    dim     the sequence's dimension, whose length is a multiple of the number of chunks
+    causal  the sequence is split into 2·ranks chunks and rank i takes chunks i and 2·ranks − 1 − i, which balances the
+            work of all ranks. Otherwise rank i takes the i-th of `ranks` parts
+    dim     the sequence dimension; its length must be a multiple of the number of chunks
     """
     ring = _Ring.of(group)
     chunks = ring.ranks * (2 if causal else 1)
@@ -36,7 +36,7 @@ def shard_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.Process
 
 
 def gather_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The whole sequence, on every rank, from what `shard_sequence` gave each. There are no gradients."""
+    """The whole sequence on every rank, from the shards of `shard_sequence`. There are no gradients."""
     ring = _Ring.of(group)
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ring.ranks)]
     dist.all_gather(parts, x.detach().contiguous(), group=group)
@@ -56,26 +56,26 @@ def ring_attn_func(
     softmax_scale: float | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`parallax_attn_func` of a sequence that is spread over the ranks of a group, forward and backward.
+    """`parallax_attn_func` over a sequence that is sharded over the ranks of a group, forward and backward.
 
-    q, r           (batch, seqlen, heads, head_dim): this rank's part, as `shard_sequence` gives it, of equal length on
-                   all ranks
+    q, r           (batch, seqlen, heads, head_dim): this rank's shard, as from `shard_sequence`, of equal length on all
+                   ranks
     k, v           (batch, seqlen, kv_heads, head_dim), likewise
-    causal         over the whole sequence; the part's length is even
-    softmax_scale  of q·k; 1/√head_dim by default
-    group          the default group if not given. All its ranks make the same call
+    causal         over the whole sequence; the shard's length must be even
+    softmax_scale  scale of q·k; 1/√head_dim by default
+    group          the default group if not given. All its ranks must make the same call
 
-    Returns out, like q: this rank's part. Parts are joined in fp32. Every rank holds its own part and one more of k and
-    v, and in the backward their gradients in fp32. For the backward it keeps q, r, k, v, out, v̄, lse and t̄ of its own
-    part. Gradients are first derivatives; tangents and transforms of torch.func are refused. Under torch.autocast q, r,
-    k and v are cast to its dtype, and are sent in it. Raises ArgumentError, naming the argument.
+    Returns out, like q: this rank's shard. Partial results are merged in fp32. Every rank holds its own shard of k and
+    v and one more, and in the backward their gradients in fp32. For the backward it saves q, r, k, v, out, v̄, lse and
+    t̄ of its own shard. Gradients are first derivatives; tangents and torch.func transforms are refused. Under
+    torch.autocast q, r, k and v are cast to its dtype and sent in it. Raises ArgumentError, naming the argument.
     """
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
-    refuse_shards("ring_attn_func", q=q, r=r, k=k, v=v)
+    refuse_dtensors("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
-    asked = cast_inputs(Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale))
-    check_request(asked, packed=False)
-    q, r, k, v = inputs_of(asked)
+    request = cast_inputs(Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale))
+    check_request(request, packed=False)
+    q, r, k, v = inputs_of(request)
     if causal and (q.shape[1] % 2 or q.shape[1] != k.shape[1]):
         got = f"{q.shape[1]} queries and {k.shape[1]} keys"
         raise ArgumentError("q", got, "an even number of queries and as many keys, with causal")
@@ -83,8 +83,8 @@ def ring_attn_func(
     return out
 
 
-class _Part(NamedTuple):
-    """Which queries see which of another rank's keys, and whether they see those up to themselves only."""
+class _Visible(NamedTuple):
+    """The query rows that see another rank's keys, the keys they see, and whether causally."""
 
     rows: slice
     keys: slice
@@ -92,7 +92,7 @@ class _Part(NamedTuple):
 
 
 class _Ring(NamedTuple):
-    """A group as a ring: this rank gives to `next` and takes from `previous`, which are ranks of all processes."""
+    """A group as a ring: this rank sends to `next` and receives from `previous`, both global ranks."""
 
     group: dist.ProcessGroup | None
     rank: int
@@ -102,38 +102,40 @@ class _Ring(NamedTuple):
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> _Ring:
-        rank, everyone = members(group)
-        ranks = len(everyone)
-        return cls(group, rank, ranks, everyone[(rank + 1) % ranks], everyone[(rank - 1) % ranks])
+        rank, global_ranks = members(group)
+        ranks = len(global_ranks)
+        return cls(group, rank, ranks, global_ranks[(rank + 1) % ranks], global_ranks[(rank - 1) % ranks])
 
-    def pass_on(self, *tensors: Tensor) -> _Passing:
-        """Begin to send contiguous tensors to the next rank and to receive as many from the previous one."""
+    def start_transfer(self, *tensors: Tensor) -> _Transfer:
+        """Start sending contiguous tensors to the next rank and receiving the same number from the previous rank."""
         arriving = tuple(torch.empty_like(x) for x in tensors)
         sent = [dist.P2POp(dist.isend, x, self.next, self.group) for x in tensors]
         received = [dist.P2POp(dist.irecv, x, self.previous, self.group) for x in arriving]
-        return _Passing(dist.batch_isend_irecv([*sent, *received]), tensors, arriving)
+        return _Transfer(dist.batch_isend_irecv([*sent, *received]), tensors, arriving)
 
-    def part(self, step: int, seqlen: int, causal: bool) -> _Part:
-        """What is to do with the keys that are here at a step: those of the rank that many before this one."""
+    def visible(self, step: int, seqlen: int, causal: bool) -> _Visible:
+        """What this rank's queries see of the keys it holds at `step`: those of the rank `step` places before it."""
         everything, half = slice(0, seqlen), seqlen // 2
         if not causal:
-            return _Part(everything, everything, False)
+            return _Visible(everything, everything, False)
         source = (self.rank - step) % self.ranks
         if source == self.rank:
-            return _Part(everything, everything, True)
-        if source < self.rank:  # its second chunk lies behind both of this rank's
-            return _Part(everything, slice(0, half), False)
-        return _Part(slice(half, seqlen), everything, False)  # both lie behind this rank's first chunk
+            return _Visible(everything, everything, True)
+        if source < self.rank:  # the source's second chunk comes after both chunks of this rank
+            return _Visible(everything, slice(0, half), False)
+        return _Visible(
+            slice(half, seqlen), everything, False
+        )  # both chunks of the source come after this rank's first chunk
 
 
-class _Passing(NamedTuple):
-    """Tensors on their way. `sent` must stay as they are until it is done."""
+class _Transfer(NamedTuple):
+    """An unfinished exchange of tensors. `sent` must not change until it is done."""
 
     works: list[dist.Work]
     sent: tuple[Tensor, ...]
     arriving: tuple[Tensor, ...]
 
-    def arrived(self) -> tuple[Tensor, ...]:
+    def wait(self) -> tuple[Tensor, ...]:
         for work in self.works:
             work.wait()
         return self.arriving
@@ -151,22 +153,22 @@ class _RingAttention(torch.autograd.Function):
         softmax_scale: float | None,
         ring: _Ring,
     ) -> Tensor:
-        found: State | None = None
+        merged: State | None = None
         keys, values = k.contiguous(), v.contiguous()
         for step in range(ring.ranks):
-            passing = ring.pass_on(keys, values) if step + 1 < ring.ranks else None
-            part = ring.part(step, q.shape[1], causal)
-            asked = _of_part(part, q, r, keys, values, softmax_scale)
-            here = State(*forward_of_part(asked))
-            if found is None:  # of its own keys, which all queries see some of
-                found = here._replace(out=here.out.float(), v_mean=here.v_mean.float())
+            transfer = ring.start_transfer(keys, values) if step + 1 < ring.ranks else None
+            visible = ring.visible(step, q.shape[1], causal)
+            request = _request_for(visible, q, r, keys, values, softmax_scale)
+            here = State(*forward_without_autograd(request))
+            if merged is None:  # the rank's own keys; every query sees some of them
+                merged = here._replace(out=here.out.float(), v_mean=here.v_mean.float())
             else:
-                absorb(_rows_of(found, part.rows), here)
-            if passing is not None:
-                keys, values = passing.arrived()
-        assert found is not None
-        out = found.out.to(q.dtype)
-        ctx.save_for_backward(q, r, k, v, out, found.lse, found.t_mean, found.v_mean.to(q.dtype))
+                merge_into(_state_rows(merged, visible.rows), here)
+            if transfer is not None:
+                keys, values = transfer.wait()
+        assert merged is not None
+        out = merged.out.to(q.dtype)
+        ctx.save_for_backward(q, r, k, v, out, merged.lse, merged.t_mean, merged.v_mean.to(q.dtype))
         ctx.options = causal, softmax_scale, ring
         return out
 
@@ -179,49 +181,49 @@ class _RingAttention(torch.autograd.Function):
         do = do.contiguous()
         dq, dr = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, r))
         keys, values = k.contiguous(), v.contiguous()
-        # The gradients of keys and values go round with them, one step behind, and come home after as many steps.
+        # The gradients of keys and values travel with them, one step behind, and are back home after the last step.
         dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-        coming: _Passing | None = None
+        gradient_transfer: _Transfer | None = None
         for step in range(ring.ranks):
-            passing = ring.pass_on(keys, values) if step + 1 < ring.ranks else None
-            part = ring.part(step, q.shape[1], causal)
-            asked = _of_part(part, q, r, keys, values, softmax_scale)
-            saved = Saved(*(x.contiguous() for x in _rows_of(State(*state), part.rows)))
-            grads = backward_of_part(do[:, part.rows], asked, saved, some_keys=True)
-            if coming is not None:
-                dk, dv = coming.arrived()
-            sums = (dq[:, part.rows], dr[:, part.rows], dk[:, part.keys], dv[:, part.keys])
+            transfer = ring.start_transfer(keys, values) if step + 1 < ring.ranks else None
+            visible = ring.visible(step, q.shape[1], causal)
+            request = _request_for(visible, q, r, keys, values, softmax_scale)
+            saved = SavedForBackward(*(x.contiguous() for x in _state_rows(State(*state), visible.rows)))
+            grads = backward_without_autograd(do[:, visible.rows], request, saved, keys_are_partial=True)
+            if gradient_transfer is not None:
+                dk, dv = gradient_transfer.wait()
+            sums = (dq[:, visible.rows], dr[:, visible.rows], dk[:, visible.keys], dv[:, visible.keys])
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
             if ring.ranks > 1:
-                coming = ring.pass_on(dk, dv)
-            if passing is not None:
-                keys, values = passing.arrived()
-        if coming is not None:
-            dk, dv = coming.arrived()
+                gradient_transfer = ring.start_transfer(dk, dv)
+            if transfer is not None:
+                keys, values = transfer.wait()
+        if gradient_transfer is not None:
+            dk, dv = gradient_transfer.wait()
         grads = tuple(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True))
         return *first_derivatives(grads, (q, r, k, v, do)), None, None, None
 
 
-def _of_part(part: _Part, q: Tensor, r: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Request:
-    q, r = q[:, part.rows], r[:, part.rows]
-    return Request(q, r, k[:, part.keys], v[:, part.keys], causal=part.causal, softmax_scale=softmax_scale)
+def _request_for(visible: _Visible, q: Tensor, r: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Request:
+    q, r = q[:, visible.rows], r[:, visible.rows]
+    return Request(q, r, k[:, visible.keys], v[:, visible.keys], causal=visible.causal, softmax_scale=softmax_scale)
 
 
-def _rows_of(state: State, rows: slice) -> State:
-    """Some of its queries: views."""
+def _state_rows(state: State, rows: slice) -> State:
+    """The state of some query rows, as views."""
     out, lse, t_mean, v_mean = state
     return State(out[:, rows], lse[..., rows], t_mean[..., rows], v_mean[:, rows])
 
 
-# -- Who is in a process group.
+# -- Members of a process group.
 
 
 def members(group: dist.ProcessGroup | None) -> tuple[int, list[int]]:
-    """This process's rank in a group, and of all its members their ranks among all processes. Raises ArgumentError."""
+    """This process's rank in a group, and the global ranks of all its members. Raises ArgumentError."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ArgumentError("group", "no group", "one of torch.distributed: call init_process_group first")
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ArgumentError("group", "a group without this rank", "one that this rank is in")
+        raise ArgumentError("group", "a group without this rank", "a group that includes this rank")
     return rank, dist.get_process_group_ranks(group or dist.group.WORLD)

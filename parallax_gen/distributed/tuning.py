@@ -1,4 +1,4 @@
-"""One table of tuned kernels for all ranks: rank 0 sends it, and every rank says what it makes of it."""
+"""One table of tuned kernels for all ranks: rank 0 broadcasts it, and all ranks check that they will choose alike."""
 
 from __future__ import annotations
 
@@ -28,65 +28,64 @@ from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher
-from parallax_gen.runtime.plan import Plans
+from parallax_gen.runtime.plan import PlanCache
 
-# A kernel of every template: where ranks have the same templates and render these alike, they render all alike.
+# A kernel of every template: ranks with the same templates that render these alike render all kernels alike.
 SPECS = tuple(KernelSpec(op, 64, "bf16") for op in OPS)
 
-PROBLEM = "problem"  # where a rank's statement has it, it could not go on
+PROBLEM = "problem"  # key in the statement of a rank that failed
 
 
 def share_tuning(group: dist.ProcessGroup | None = None) -> int:
-    """Let all ranks of a group choose kernels from rank 0's records from now on. All its ranks must make this call.
+    """Make all ranks of a group choose kernels from rank 0's records. All its ranks must make this call.
 
-    Each rank's own choice rests on the database of its host, and two hosts may know different records: then ranks run
-    kernels of different speed, and results differ in their last bits from rank to rank. Here rank 0 reads its database
-    and what ships, and sends what the choices of its GPU's calls rest on (memory/sharing.py): once, as text, checked on
-    arrival like a user's input. Then every rank says what its choices will rest on, and all must say the same; each
-    ranks a place, and renders its kernel, when that is called.
+    By default each rank chooses from the database of its host, and hosts may have different records: then ranks run
+    kernels of different speed, and results differ in their last bits between ranks. Here rank 0 reads its database and
+    the shipped records, and broadcasts once, as text, the records that choices for its GPU depend on
+    (memory/sharing.py). Receivers check the text like user input. Then all ranks compare a digest of the choices they
+    will make. A place is ranked, and its kernel rendered, only when it is called.
 
-    It is a call of its own, to be made after init_process_group and torch.cuda.set_device, because only there all ranks
-    are known to take part. Inside an attention call it would wait forever wherever ranks differ in what they call: in
-    pipelines, where one rank has an uneven batch, where one evaluates and the others do not.
+    This is a separate call, to be made after init_process_group and torch.cuda.set_device, because all ranks must take
+    part. Inside an attention call it would hang wherever ranks make different calls: in pipelines, with uneven batches,
+    or when only one rank evaluates.
 
-    No rank ever tunes. What was chosen before is chosen anew; a CUDA graph that was captured keeps its kernels. Without
-    a CUDA device there is nothing to choose, and ranks only compare versions. A later call shares what rank 0 knows by
-    then.
+    No rank ever tunes. Kernels chosen before are chosen anew; captured CUDA graphs keep their kernels. Without a CUDA
+    device ranks only compare versions. A later call shares rank 0's records of that time.
 
-    group  the default group if not given. Ranks with different GPUs need a group each
+    group  the default group if not given. Ranks with different GPUs need separate groups
 
-    Returns how many kernels and buckets the table holds. Raises DistributedError, alike on all ranks and naming those
-    that differ, where GPU, Triton, ptxas, kernels or versions differ, or a rank could not go on; ArgumentError where
-    there is no such group. Then every rank chooses as it did before.
+    Returns the number of kernels and buckets in the table. Raises DistributedError, the same on all ranks and naming
+    the ranks concerned, if GPU, Triton, ptxas, kernels or versions differ or a rank fails; ArgumentError if there is no
+    such group. After an error every rank chooses as before.
     """
-    rank, everyone = members(group)
-    gpu, text = None, "\n"  # an empty line is no record, and no backend is asked to send nothing
+    rank, global_ranks = members(group)
+    gpu, text = None, "\n"  # an empty line is no record, and makes the broadcast non-empty
     try:
         gpu = gpu_here()
-        said = _facts(gpu)
+        statement = _environment(gpu)
         if rank == 0 and gpu is not None:
             with closing(RuntimeMemory()) as memory:
                 text += "".join(map(to_line, records_to_share(memory, gpu)))
     except ParallaxGenError as error:
-        said = {PROBLEM: str(error)}
-    _agree(said, group, everyone)
+        statement = {PROBLEM: str(error)}
+    _check_all_agree(statement, group, global_ranks)
 
-    text = _from_first(text, group, everyone)
+    text = _broadcast_text(text, group, global_ranks)
     records: list[Result] = []
     try:
-        records = _checked(text, gpu)
-        said = {"the choice of kernels": _choice(records, gpu)}
+        records = _parse_records(text, gpu)
+        statement = {"the choice of kernels": _choice_digest(records, gpu)}
     except ParallaxGenError as error:
-        said = {PROBLEM: str(error)}
-    _agree(said, group, everyone)
+        statement = {PROBLEM: str(error)}
+    _check_all_agree(statement, group, global_ranks)
 
     default_dispatcher().use(RecordTable(records))
-    Plans.forget_all()
+    PlanCache.clear_all()
     return len({record.place for record in records})
 
 
-def _facts(gpu: Gpu | None) -> dict[str, str]:
-    """What ranks must have in common, by the words for it."""
+def _environment(gpu: Gpu | None) -> dict[str, str]:
+    """The properties that all ranks must share, by name."""
     card = GPUS["h100"]
     places = [
         Place(card.name, spec, Bucket(8, 1 if op_of(spec).layout is Layout.CACHE else 1024, 1024)) for spec in SPECS
@@ -104,8 +103,8 @@ def _facts(gpu: Gpu | None) -> dict[str, str]:
     }
 
 
-def _checked(text: str, gpu: Gpu | None) -> list[Result]:
-    """The records in what rank 0 sent. Raises DistributedError on anything but what this GPU's choices may rest on."""
+def _parse_records(text: str, gpu: Gpu | None) -> list[Result]:
+    """Parse the records from rank 0. Raises DistributedError for any line that this GPU's choices cannot use."""
     found = read_lines("the table of rank 0", text.encode().splitlines())
     cards = () if gpu is None else (gpu.name, *siblings(gpu))
     wrong = [r for r in found.results if r.place.gpu not in cards or not r.informative]
@@ -113,17 +112,17 @@ def _checked(text: str, gpu: Gpu | None) -> list[Result]:
         what = (
             found.problems[0]
             if found.problems
-            else f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here rests on it"
+            else f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here can use it"
         )
         raise DistributedError(what)
     return found.results
 
 
-def _choice(records: list[Result], gpu: Gpu | None) -> str:
-    """A digest of what the ranking makes of the table here: its own code has the last word.
+def _choice_digest(records: list[Result], gpu: Gpu | None) -> str:
+    """A digest of the table's effect on this rank's ranking.
 
-    Where ranks agree on which records are valid and on each place's default, they choose alike: toolchain and templates
-    are the same, and so is which records are of kernels that are rendered. So nothing needs to be rendered for it.
+    Ranks that agree on the valid records and on each place's default config choose alike, because toolchain and
+    templates are known to be equal. So the digest needs no rendering.
     """
     if gpu is None:
         return _digest([])
@@ -136,19 +135,19 @@ def _digest(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def _agree(said: dict[str, str], group: dist.ProcessGroup | None, everyone: list[int]) -> None:
-    """Raise the same DistributedError on all ranks unless all say the same and none has a problem."""
-    statements = [json.loads(text) for text in _from_everyone(json.dumps(said), group, len(everyone))]
+def _check_all_agree(statement: dict[str, str], group: dist.ProcessGroup | None, global_ranks: list[int]) -> None:
+    """Raise the same DistributedError on all ranks unless all statements are equal and no rank failed."""
+    statements = [json.loads(text) for text in _gather_texts(json.dumps(statement), group, len(global_ranks))]
     by_problem: dict[str, list[int]] = {}
-    for rank, statement in zip(everyone, statements, strict=True):
+    for rank, statement in zip(global_ranks, statements, strict=True):
         if PROBLEM in statement:
             by_problem.setdefault(statement[PROBLEM], []).append(rank)
     if by_problem:
         raise DistributedError("; ".join(f"{ranks_text(ranks)}: {problem}" for problem, ranks in by_problem.items()))
     differing = []
-    for name in said:
+    for name in statement:
         by_value: dict[str, list[int]] = {}
-        for rank, statement in zip(everyone, statements, strict=True):
+        for rank, statement in zip(global_ranks, statements, strict=True):
             by_value.setdefault(statement[name], []).append(rank)
         if len(by_value) > 1:
             values = ", ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in by_value.items())
@@ -158,23 +157,23 @@ def _agree(said: dict[str, str], group: dist.ProcessGroup | None, everyone: list
 
 
 def ranks_text(ranks: list[int]) -> str:
-    """`rank 3`, `ranks 0-2, 4`: ascending ranks, however many."""
+    """Ascending ranks as text: `rank 3`, `ranks 0-2, 4`."""
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])]
-    told = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank {told}" if len(ranks) == 1 else f"ranks {told}"
+    listed = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
 
 
-def _from_first(text: str, group: dist.ProcessGroup | None, everyone: list[int]) -> str:
+def _broadcast_text(text: str, group: dist.ProcessGroup | None, global_ranks: list[int]) -> str:
     """The first rank's text, on all ranks."""
     mine = _bytes(text, group)
     size = torch.tensor([len(mine)], device=mine.device)
-    dist.broadcast(size, everyone[0], group=group)
-    sent = mine if dist.get_rank() == everyone[0] else mine.new_empty(int(size))
-    dist.broadcast(sent, everyone[0], group=group)
+    dist.broadcast(size, global_ranks[0], group=group)
+    sent = mine if dist.get_rank() == global_ranks[0] else mine.new_empty(int(size))
+    dist.broadcast(sent, global_ranks[0], group=group)
     return _text(sent)
 
 
-def _from_everyone(text: str, group: dist.ProcessGroup | None, ranks: int) -> list[str]:
+def _gather_texts(text: str, group: dist.ProcessGroup | None, ranks: int) -> list[str]:
     """Every rank's text, on all ranks."""
     mine = _bytes(text, group)
     size = torch.tensor([len(mine)], device=mine.device)
@@ -189,7 +188,7 @@ def _from_everyone(text: str, group: dist.ProcessGroup | None, ranks: int) -> li
 
 
 def _bytes(text: str, group: dist.ProcessGroup | None) -> Tensor:
-    """A text as numbers, where the group's backend takes them: never as pickled objects, which run what they say."""
+    """A text as a byte tensor on a device that the group's backend supports. Never pickled: pickles can run code."""
     device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
     return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
 

@@ -1,1 +1,1 @@
-"""Parallax attention in other libraries' models, one module a library: each imports its library, this imports none."""
+"""Parallax attention in other libraries' models, one module per library. Only these modules import the libraries."""

@@ -1,6 +1,6 @@
-"""Parallax layers of fla (flash-linear-attention 0.6) as `parallax_gen.nn.ParallaxAttention`, and back, by names.
+"""Converts Parallax layers of fla (flash-linear-attention 0.6) to `parallax_gen.nn.ParallaxAttention` and back.
 
-Nothing of fla is imported: a state dict and what its config.json says are enough.
+fla is not imported: a state dict and its config.json are enough.
 
     state = safetensors.torch.load_file("model.safetensors")
     layers = attentions_from_fla(state, json.loads(Path("config.json").read_text()))
@@ -19,28 +19,28 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.nn import ParallaxAttention
 from parallax_gen.problem.work import default_scale
 
-# What fla's ParallaxConfig, and its layer, take where nothing is said.
+# The defaults of fla's ParallaxConfig and layer.
 DEFAULTS = {"num_kv_heads": None, "qkv_bias": False, "qk_norm": False, "window_size": None, "rope_theta": 10_000.0}
-IN_A_MODEL = re.compile(r"(?:model\.)?layers\.(\d+)\.attn\.(.+)")
+ATTENTION_WEIGHT = re.compile(r"(?:model\.)?layers\.(\d+)\.attn\.(.+)")
 
 
 def attention_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> ParallaxAttention:
-    """fla's layer with these weights, as ours: in their dtype, on their device, each a copy.
+    """fla's layer as ours, with copies of its weights in the same dtype and on the same device.
 
-    state   of fla's `Parallax` layer: q_proj.weight and so on
-    config  what the layer was made with, or its model's config.json: hidden_size and num_heads; num_kv_heads, qkv_bias,
-            window_size and rope_theta, by default as fla has them. What has no bearing on attention is left alone
+    state   the state dict of fla's `Parallax` layer: q_proj.weight and so on
+    config  the layer's arguments, or its model's config.json: hidden_size and num_heads; num_kv_heads, qkv_bias,
+            window_size and rope_theta with fla's defaults. Entries that do not affect attention are ignored
 
-    Raises ArgumentError for names that are missing, unknown or of another shape, and for qk_norm: fla norms r too, our
-    layer does not.
+    Raises ArgumentError for weights that are missing, unknown or of another shape, and for qk_norm: fla norms r too,
+    our layer does not.
     """
-    layer = _made_for(config, state)
-    wanted = {name: weight.shape for name, weight in layer.state_dict().items() if name != "o_proj.bias"}
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    layer = _empty_layer(config, state)
+    shapes = {name: weight.shape for name, weight in layer.state_dict().items() if name != "o_proj.bias"}
+    missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
     if missing or unknown:
         got = ", ".join([*(f"no {name}" for name in missing), *unknown])
-        raise ArgumentError("state", got, f"{', '.join(wanted)} for this config")
-    for name, shape in wanted.items():
+        raise ArgumentError("state", got, f"{', '.join(shapes)} for this config")
+    for name, shape in shapes.items():
         if state[name].shape != shape:
             raise ArgumentError(
                 "state", f"{name} of shape {tuple(state[name].shape)}", f"{tuple(shape)} for this config"
@@ -52,16 +52,16 @@ def attention_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 
 def attentions_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[ParallaxAttention]:
-    """`attention_from_fla` of every layer of fla's `ParallaxModel` or `ParallaxForCausalLM`, the first one first.
+    """`attention_from_fla` for every layer of fla's `ParallaxModel` or `ParallaxForCausalLM`, in order.
 
-    state   of the model; what is not an attention's is left alone
+    state   the model's state dict; only attention weights are used
     config  its config.json, with num_hidden_layers
     """
     parts: dict[int, dict[str, Tensor]] = {}
     for name, weight in state.items():
-        if match := IN_A_MODEL.fullmatch(name):
+        if match := ATTENTION_WEIGHT.fullmatch(name):
             parts.setdefault(int(match[1]), {})[match[2]] = weight
-    count = _of(config, "num_hidden_layers")
+    count = _config_value(config, "num_hidden_layers")
     if sorted(parts) != list(range(count)):
         got = f"attention in layers {', '.join(map(str, sorted(parts)))}" if parts else "no layers.0.attn.q_proj.weight"
         raise ArgumentError("state", got, f"layers 0 to {count - 1}, as num_hidden_layers says")
@@ -69,10 +69,10 @@ def attentions_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
 
 
 def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `attention_from_fla` would make the layer of: fla's weights, the layer's own, and its layer's arguments.
+    """The inverse of `attention_from_fla`: fla's state dict, with the layer's own tensors, and fla's layer arguments.
 
-    Raises ArgumentError for what fla's layer lacks: attention that is not causal, norms of q and k but not of r, no
-    rotation, another softmax_scale, a head_dim that is not hidden_size / num_heads, an output bias.
+    Raises ArgumentError for features that fla's layer lacks: attention that is not causal, norms of q and k but not of
+    r, no rotation, another softmax_scale, a head_dim that is not hidden_size / num_heads, an output bias.
     """
     weights = dict(layer.state_dict())
     output_bias = weights.pop("o_proj.bias", None)
@@ -94,25 +94,25 @@ def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[
     return weights, config
 
 
-def _made_for(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ParallaxAttention:
+def _empty_layer(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ParallaxAttention:
     if config.get("model_type", "parallax") != "parallax":
         raise ArgumentError("config", f"model_type {config['model_type']!r}", "'parallax'")
-    if _of(config, "qk_norm"):
+    if _config_value(config, "qk_norm"):
         raise ArgumentError("config", "qk_norm", "none: fla norms r too, and ParallaxAttention has no norm of r")
-    like = next(iter(state.values()), None)
+    any_weight = next(iter(state.values()), None)
     return ParallaxAttention(
-        _of(config, "hidden_size"),
-        _of(config, "num_heads"),
-        _of(config, "num_kv_heads"),
-        window_size=_of(config, "window_size"),
-        rope_theta=_of(config, "rope_theta"),
-        bias=_of(config, "qkv_bias"),
-        device=None if like is None else like.device,
-        dtype=None if like is None else like.dtype,
+        _config_value(config, "hidden_size"),
+        _config_value(config, "num_heads"),
+        _config_value(config, "num_kv_heads"),
+        window_size=_config_value(config, "window_size"),
+        rope_theta=_config_value(config, "rope_theta"),
+        bias=_config_value(config, "qkv_bias"),
+        device=None if any_weight is None else any_weight.device,
+        dtype=None if any_weight is None else any_weight.dtype,
     )
 
 
-def _of(config: Mapping[str, Any], name: str) -> Any:
+def _config_value(config: Mapping[str, Any], name: str) -> Any:
     if name in config:
         return config[name]
     if name in DEFAULTS:

@@ -13,18 +13,18 @@ from collections.abc import Mapping
 
 from parallax_gen.errors import ArgumentError
 
-LEAST_US, MOST_US = 1e-3, 1e12  # from a nanosecond to eleven days
-MOST_SECONDS = 1e9
-MOST_INT = 2**31 - 1
+MIN_US, MAX_US = 1e-3, 1e12  # from a nanosecond to eleven days
+MAX_SECONDS = 1e9
+MAX_INT = 2**31 - 1
 LONGEST_LINE, LONGEST_DETAIL = 500, 50_000  # characters
 
 INTS = ("registers", "spills", "shared_bytes")  # fields of a record; so are the keys of NUMBERS
 # Field -> (minimum, maximum). An error is infinite if an output was not finite.
 NUMBERS = {
-    "time_us": (LEAST_US, MOST_US),
-    "time_us_p20": (LEAST_US, MOST_US),
-    "time_us_p80": (LEAST_US, MOST_US),
-    "compile_s": (0.0, MOST_SECONDS),
+    "time_us": (MIN_US, MAX_US),
+    "time_us_p20": (MIN_US, MAX_US),
+    "time_us_p80": (MIN_US, MAX_US),
+    "compile_s": (0.0, MAX_SECONDS),
     "error": (0.0, math.inf),
 }
 
@@ -62,16 +62,16 @@ def check_text(name: str, value: object) -> None:
 
 
 def check_int(name: str, value: object) -> None:
-    """Raises ArgumentError unless a field's value is an int from 0 to MOST_INT."""
-    if type(value) is not int or not 0 <= value <= MOST_INT:
-        raise ArgumentError(name, shown(value), f"an int from 0 to {MOST_INT}")
+    """Raises ArgumentError unless a field's value is an int from 0 to MAX_INT."""
+    if type(value) is not int or not 0 <= value <= MAX_INT:
+        raise ArgumentError(name, shown(value), f"an int from 0 to {MAX_INT}")
 
 
 def check_number(name: str, value: object) -> None:
     """Raises ArgumentError unless a field's value is a number within its bounds in NUMBERS."""
     least, most = NUMBERS[name]
     # An int beyond the range of a float does not fit a column of SQLite, whatever the maximum is.
-    number = value if isinstance(value, float) or (type(value) is int and value <= MOST_US) else math.nan
+    number = value if isinstance(value, float) or (type(value) is int and value <= MAX_US) else math.nan
     if not least <= number <= most:
         raise ArgumentError(name, shown(value), f"a number from {least:g} to {most:g}")
 

@@ -24,7 +24,7 @@ def gain(record: Result, default: Result | None) -> float | None:
 class Comparison:
     """The ranking's choice at a place among one toolchain's measurements of today's kernels, and today's default.
 
-    chosen   the ranking's first record
+    chosen   the best record by the ranking
     default  the record of the default; None if the toolchain did not time it
     """
 

@@ -75,7 +75,7 @@ def launch_candidates(place: Place, gpu: Gpu, known: RecordSource) -> Iterator[C
     borrowed: list[KernelConfig] = []
     for candidate in ranked(place, gpu, known):
         if candidate.config in borrowed:
-            continue  # the same kernel, by another record
+            continue  # another record of the same kernel
         yield candidate
         borrowed.append(candidate.config)
         if candidate.tier in NOT_BORROWED or len(borrowed) == MAX_CHECKED:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from parallax_gen.errors import ArgumentError
+from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.bounds import check_flat, shown
-from parallax_gen.problem.spec import FAMILIES, LATER, OPS, KernelSpec, family_of
+from parallax_gen.ops.base import KernelConfig, config_from_dict
+from parallax_gen.problem.spec import ADDED_FIELDS, FAMILIES, OPS, KernelSpec, family_of
 
 # (a record's name of the op, its flag `ragged`) -> op.
 OPS_OF_RECORDS = {(family_of(op), op not in FAMILIES): op for op in OPS}
@@ -36,7 +38,7 @@ def spec_from_op(family: object, ragged: object, **others: Any) -> KernelSpec:
 
 def spec_from(data: Mapping[str, Any]) -> KernelSpec:
     """The inverse of `KernelSpec.to_dict`. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
-    if not _FIELDS - set(LATER) <= set(data) <= _FIELDS:
+    if not _FIELDS - set(ADDED_FIELDS) <= set(data) <= _FIELDS:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
     others = {name: value for name, value in data.items() if name not in ("op", "ragged")}
     spec = spec_from_op(data["op"], data["ragged"], **others)
@@ -44,6 +46,48 @@ def spec_from(data: Mapping[str, Any]) -> KernelSpec:
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")
     return spec
+
+
+# -- Configs whose fields and values had other names.
+
+FIELDS = {
+    "HEAD_GROUP": "GROUP_HEADS",
+    "HEAD_DIM_AS": "HEAD_DIM_LAYOUT",
+    "ROW_MAX": "SOFTMAX",
+    "ROW_NUMBERS": "ROW_STATS",
+}
+# By today's name of a field: what its values were called.
+VALUES: dict[str, dict[object, str]] = {
+    "HEAD_DIM_LAYOUT": {"whole": "native", "pieces": "chunked", "halves": "split"},
+    "SOFTMAX": {"running": "online", "first": "fixed_reference"},
+    "MASK": {"weights": "after_exp", "scores": "before_exp"},
+    "ROW_STATS": {"apart": "separate", "together": "fused"},
+}
+
+
+def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's fields by today's names. Raises ConfigError if it has one by both names."""
+    found: dict[str, Any] = {}
+    for old, value in data.items():
+        name = FIELDS.get(old, old)
+        if name in found:
+            raise ConfigError(f"a config has {name} twice, by an old name and by its own")
+        found[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+    return found
+
+
+def config_of_record(op: str, data: Mapping[str, Any]) -> KernelConfig:
+    """The config that a record, a sweep or a user says, in today's names or older ones. Raises ConfigError."""
+    return config_from_dict(op, renamed(data))
+
+
+def renamed_json(text: object) -> object:
+    """A stored config's JSON by today's names, as `config_to_json` writes it; what is no config's stays as it is."""
+    try:
+        data = json.loads(text) if isinstance(text, str) else None
+        return json.dumps(renamed(data), sort_keys=True) if isinstance(data, dict) else text
+    except (ValueError, RecursionError, ConfigError):
+        return text
 
 
 # -- Records from before fingerprints: those whose program today's templates still render.

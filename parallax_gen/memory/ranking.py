@@ -72,19 +72,19 @@ def ranked(place: Place, gpu: Gpu, known: RecordSource, here: Toolchain | None =
     results = known.results(place)
     tried_here = _tried_here(results, here)
 
-    def stands(record: Result) -> bool:
+    def usable(record: Result) -> bool:
         return is_rendered(record, gpu) and _contradicting(record, tried_here, gpu) is None
 
     others = _sibling_searches(place, gpu, known, here)
     for search in _searches(results, here):
         if not _why_skipped(search, default, others, gpu):
             tier = Tier.MEASURED_HERE if search.matches_here else Tier.OTHER_TOOLCHAIN
-            yield from (Candidate(tier, r.config, r) for r in search.measured if stands(r))
+            yield from (Candidate(tier, r.config, r) for r in search.measured if usable(r))
     for search in others:
-        yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if stands(r))
+        yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
     for near in borrowable_neighbours(place):
         for search in _searches(known.results(near), here):
-            record = None if search.unknown_knob(default) else next(filter(stands, search.measured), None)
+            record = None if search.unknown_knob(default) else next(filter(usable, search.measured), None)
             if record is not None:
                 yield Candidate(Tier.NEIGHBOUR, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
@@ -197,7 +197,7 @@ def why_not_chosen(record: Result, gpu: Gpu, known: RecordSource, here: Toolchai
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
     """The place on each sibling card, for ops whose records there are ahead of the default by evidence: not preprocess.
 
-    Empty if `gpu` only stands in for the place's card: nothing is known about that card.
+    Empty if `gpu` is only a stand-in for the place's card, which is unknown.
     """
     alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).sibling_counts else []
     return [replace(place, gpu=name) for name in alike]
@@ -282,7 +282,7 @@ class _SearchRecords:
         return next((result for result in self.measured if is_rendered(result, gpu)), None)
 
     def unknown_knob(self, rival: KernelConfig) -> str:
-        """A knob value of another config that this search did not know, such as `ROW_MAX=first`; "" if it knew all.
+        """A knob value of another config that this search did not know, `SOFTMAX=fixed_reference`; "" if it knew all.
 
         A search did not know an added knob if the rival's value is not the knob's default and no tried config has it.
         """

@@ -10,10 +10,10 @@ from typing import Any
 
 from parallax_gen.errors import ArgumentError, ParallaxGenError, is_stored_machine_error
 from parallax_gen.memory.bounds import INTS, NUMBERS, check_flat, check_int, check_number, check_text, shown
-from parallax_gen.memory.old import upgrade_record
+from parallax_gen.memory.old import config_of_record, upgrade_record
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import KernelConfig, config_from_dict, config_to_dict, config_to_json, op_of
+from parallax_gen.ops.base import KernelConfig, config_to_dict, config_to_json, op_of
 from parallax_gen.problem.shapes import Shape
 
 # Version of the timing protocol, see tuning/workers/measure.py: times of different protocols are not compared.
@@ -99,10 +99,10 @@ _MEANINGS = {
 class Evidence:
     """What was measured, and how: identifies the rendered program, not the templates that rendered it.
 
-    kernel     fingerprint of the rendered kernel (codegen/fingerprint.py); "" where it is not known
+    kernel     fingerprint of the rendered kernel (codegen/fingerprint.py); "" if it is unknown
     text       hash of the kernel's text below its header: equal texts have equal fingerprints. "" if it is unknown
     triton     its full version
-    cuda       releases of Triton's ptxas: see `toolchain.cuda_version`; "" where not known
+    cuda       releases of Triton's ptxas: see `toolchain.cuda_version`; "" if it is unknown
     protocol   version of the timing protocol
     templates  hash of the templates that rendered the kernel, in rows from before fingerprints; else ""
     """
@@ -126,7 +126,7 @@ class Evidence:
 
     @property
     def measured_with(self) -> str:
-        """The toolchain, and the timing protocol where that is not today's, for people."""
+        """The toolchain, and the timing protocol if it is not today's, for people."""
         other = "" if self.protocol == PROTOCOL else f" by timing protocol {self.protocol} (today's is {PROTOCOL})"
         return f"{self.toolchain}{other}"
 
@@ -136,7 +136,7 @@ class Evidence:
         return self.kernel, self.templates, self.triton, self.cuda, self.protocol
 
     def to_dict(self) -> dict[str, Scalar]:
-        """Every field; `templates` where it is set."""
+        """All fields; `templates` only if it is set."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "templates" or self.templates}
 
 
@@ -147,13 +147,13 @@ class Result:
     evidence      the kernel and what compiled it
     outcome       OK was measured, PREDICTED is a model's estimate, the others are failures; its text is accepted too
     shape         the sizes that were timed
-    time_us       median; of a predicted row, the estimate; beside it the 20th and 80th percentiles
+    time_us       the median, with the 20th and 80th percentiles in the next two fields; for PREDICTED the estimate
     error         relative error against the oracle; inf if the output was not finite
     registers, spills, shared_bytes   of the compiled kernel: a thread, bytes a thread, bytes a block
     compile_s     seconds it took to compile
     detail        why it failed; "" otherwise
     created_at    ISO 8601, UTC
-    source        where it comes from, such as "measured on NVIDIA H200"
+    source        its origin, such as "measured on NVIDIA H200"
 
     Raises ArgumentError on values of a wrong type or beyond the bounds of memory/bounds.py: rows that were read are
     checked like user input.
@@ -253,7 +253,7 @@ class Result:
             check_flat(name, {} if part is None or isinstance(part, Place) else part)
         check_flat("record", {name: value for name, value in data.items() if name not in parts})
         place = parts["place"] if isinstance(parts["place"], Place) else Place.from_flat(parts["place"])
-        config = config_from_dict(place.spec.op, parts["config"])
+        config = config_of_record(place.spec.op, parts["config"])
         shape = None if parts["shape"] is None else Shape.from_dict(parts["shape"])
         evidence = _evidence_from(parts["evidence"])
         return cls(**(data | {"place": place, "evidence": evidence, "config": config, "shape": shape}))

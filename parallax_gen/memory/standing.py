@@ -42,7 +42,7 @@ def open_memory() -> Memory:
 
 
 class Origins:
-    """Tells the user's own results from shipped ones."""
+    """Distinguishes the user's own results from shipped ones."""
 
     def __init__(self, memory: Memory, gpu: str | None = None):
         self._own = frozenset(memory.store.all(gpu)) if memory.store else frozenset()

@@ -19,6 +19,7 @@ from sqlite_utils.utils import sqlite3  # the module that Database uses, which n
 from parallax_gen.errors import ArgumentError, MachineError, StoreError
 from parallax_gen.files import data_dir, user_path
 from parallax_gen.memory.bounds import check_flat, shown
+from parallax_gen.memory.old import renamed_json
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Evidence, Outcome, Result, reading_order, supersedes
 
@@ -194,8 +195,8 @@ class Store:
             self._version()
 
     def _has_old_schema(self) -> bool:
-        """Whether the file has an older schema, which a writer would migrate and a reader leaves as it is."""
-        return self.read_only and 0 < self._version() < _migrations()[-1][0]  # 0: it is missing, or being created
+        """Whether the rows of a file that is only read need a migration first: those of schema 2 parse as they are."""
+        return self.read_only and self._version() == 1
 
     @property
     def _tables(self) -> Database:
@@ -233,6 +234,7 @@ class Store:
         """Migrate the schema to today's version, or to the migration `last`, in one transaction."""
         with _transaction(db):  # if many processes open a new file, one at a time gets in here
             version = self._version(db)
+            db.register_function(renamed_json, name="renamed_config", replace=True)
             for number, script in _migrations():
                 if version < number <= (last or number):
                     for statement in _statements(script.read_text(encoding="utf-8")):
@@ -251,8 +253,7 @@ class Store:
                 f"{self.path} is a SQLite database of another program: it is left as it is; "
                 "set PARALLAX_GEN_DB to another file"
             )
-        known = _migrations()[-1][0]
-        if version > known:
+        if version > (known := _migrations()[-1][0]):
             raise StoreError(
                 f"{self.path} has the newer schema {version}, this parallax_gen knows up to {known}: "
                 "upgrade parallax_gen, or set PARALLAX_GEN_DB to another file"
@@ -279,7 +280,7 @@ class Store:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         if self.read_only:
-            raise StoreError(f"{self.path} was opened to be read: nothing can be changed in it")
+            raise StoreError(f"{self.path} was opened read-only: it cannot be changed")
         with self._as_store_error(), _transaction(self._db):
             yield
 

@@ -20,7 +20,7 @@ class Toolchain:
     """What compiled a kernel.
 
     triton  its full version; old records have major.minor only
-    cuda    releases of its ptxas, which allocates registers and schedules: see `cuda_version`. "" where not known
+    cuda    releases of its ptxas, which allocates registers and schedules: see `cuda_version`. "" if it is unknown
     """
 
     triton: str
@@ -57,7 +57,7 @@ def triton_version() -> str:
 
 @cache
 def cuda_version() -> str:
-    """CUDA release of each ptxas that the installed Triton may run, such as "12.8/12.9"; "" where there is none.
+    """CUDA release of each ptxas that the installed Triton may run, such as "12.8/12.9"; "" if there is none.
 
     The second is ptxas-blackwell's. Triton decides which of the two assembles a GPU's kernels, and that changes with
     its version (3.6: the second from capability 10.0 on; 3.9: from 9.0 on), so both are named.

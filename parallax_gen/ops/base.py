@@ -15,7 +15,7 @@ from parallax_gen.ops.pieces import Piece, pieces_of
 from parallax_gen.ops.signature import Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OWN_LENGTHS, ROWS_ALONE, KernelSpec, family_of
+from parallax_gen.problem.spec import OWN_LENGTHS, QUERY_ROW_OPS, KernelSpec, family_of
 
 Value = int | str
 
@@ -145,7 +145,7 @@ class Op(ABC, Generic[C]):
         return max(v for v in values if isinstance(v, int) and 0 < v <= size)
 
     def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
-        """What a program needs of a head to find scores, and the dimensions that it sums, of the form HEAD_DIM_AS."""
+        """The pieces of a head that a program computes scores with, and those that it sums, by HEAD_DIM_LAYOUT."""
         pieces = pieces_of(head_dim, form)
         return pieces, pieces
 
@@ -224,7 +224,7 @@ def register(op: Op[Any]) -> None:
     """Each op's file calls it: a knob that is missing or misnamed shows at import, not in a tune."""
     assert [knob.name for knob in op.knobs] == [f.name for f in fields(op.config)], op.name
     assert op.own_lengths == (op.name in OWN_LENGTHS), op.name
-    assert (op.layout is Layout.ROWS) == (op.name in ROWS_ALONE), op.name
+    assert (op.layout is Layout.ROWS) == (op.name in QUERY_ROW_OPS), op.name
     OPS_BY_NAME[op.name] = op
 
 

@@ -378,7 +378,7 @@ class VarlenForm(CacheForm):
     @property
     def merge_constants(self) -> tuple[Constant, ...]:
         """The constants of the second kernel."""
-        as_before = "what follows is as in ragged_kernel, which left the states"
+        as_before = "what follows is as in decode_varlen_kernel, which left the states"
         tiles = (Constant("BLOCK_H", self.config.BLOCK_H), Constant("TILES", self.tiles))
         return (
             Constant("HEAD_DIM", self.spec.head_dim),

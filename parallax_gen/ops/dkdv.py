@@ -16,15 +16,15 @@ from parallax_gen.problem.spec import KernelSpec
 class DkDvConfig(MaskedConfig):
     """The gradients of k and v: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
 
-    HEAD_GROUP counts kv heads here.
+    GROUP_HEADS counts kv heads here.
 
-    MASK         what a causal mask is put on, in the blocks that the diagonal or a window's edge crosses: "weights",
-                 or, before the exponential, "scores"
-    ROW_NUMBERS  how a step loads the four numbers of each query row: "apart", where each is used, which takes fewer
-                 registers, or "together", which takes fewer instructions
+    MASK       where the causal mask is applied, in the blocks that the diagonal or a window's edge crosses: to the
+               weights, "after_exp", or to the scores, "before_exp"
+    ROW_STATS  how a step loads the four numbers of each query row: "separate", each where it is used, which takes fewer
+               registers, or "fused", in one load, which takes fewer instructions
     """
 
-    ROW_NUMBERS: str = "apart"
+    ROW_STATS: str = "separate"
 
 
 class DkDvOp(GradientOp[DkDvConfig]):
@@ -32,7 +32,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
 
     name = "dkdv"
     config = DkDvConfig
-    knobs = (*TILE_KNOBS, MASK, Knob("ROW_NUMBERS", ("apart", "together")))
+    knobs = (*TILE_KNOBS, MASK, Knob("ROW_STATS", ("separate", "fused")))
     template = "dkdv.py.j2"
     # Its statistics of rows lie along its tiles' columns, and cost it registers; it holds rows of numbers beside the
     # backward's tiles of scores.
@@ -69,14 +69,14 @@ class DkDvOp(GradientOp[DkDvConfig]):
         return max(1, gpu.l2_bytes // 2 // a_head)
 
     def lean(self, config: DkDvConfig) -> DkDvConfig:
-        return replace(config, MASK="scores", ROW_NUMBERS="together")
+        return replace(config, MASK="before_exp", ROW_STATS="fused")
 
     def pays_to_be_lean(self, spec: KernelSpec, config: DkDvConfig) -> bool:
-        return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_AS == "whole"  # registers were just enough
+        return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"  # registers were just enough
 
     def instructions_share(self, spec: KernelSpec, config: DkDvConfig) -> float:
         """From one H100, at head_dim 64 and 128: more to narrow heads. What more registers cost shows in spills."""
-        if config.ROW_NUMBERS != "together":
+        if config.ROW_STATS != "fused":
             return 1.0
         return 1.07 if spec.head_dim <= 64 else 0.95
 
@@ -87,7 +87,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
         return ("window_size",) * spec.window + ("max_seqlen_k",) * spec.varlen
 
     def form(self, spec: KernelSpec, config: DkDvConfig) -> GradientForm:
-        mask, apart = config.MASK if spec.causal else "", config.ROW_NUMBERS == "apart"
+        mask, apart = config.MASK if spec.causal else "", config.ROW_STATS == "separate"
         return GradientForm(*basics(self, spec, config, ("dk", "dv")), mask, apart)
 
 

@@ -15,8 +15,8 @@ from parallax_gen.problem.spec import KernelSpec
 class DqDrConfig(MaskedConfig):
     """The gradients of q and r: a program owns BLOCK_M query rows and steps over keys.
 
-    MASK  what a causal mask is put on: "weights", in every block, or in those that a window's edge or the diagonal
-          crosses; "scores", before the exponential, in those blocks alone
+    MASK  where the causal mask is applied: to the weights, "after_exp", in every block, or with a window in those that
+          the diagonal or the window's edge crosses; to the scores, "before_exp", in those blocks alone
     """
 
 
@@ -42,7 +42,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
 
     def shared_bytes(self, spec: KernelSpec, config: DqDrConfig, gpu: Gpu) -> int:
         least = super().shared_bytes(spec, config, gpu)
-        if gpu.capability[0] not in (9, 10) and config.HEAD_DIM_AS != "pieces":
+        if gpu.capability[0] not in (9, 10) and config.HEAD_DIM_LAYOUT != "chunked":
             # From compiling: there, half a tile of scores passes from thread to thread at the least.
             least += config.BLOCK_M * config.BLOCK_N * spec.bytes_per_element // 2
         return least
@@ -52,14 +52,14 @@ class DqDrOp(GradientOp[DqDrConfig]):
         return self.block_bytes(spec, config) * 3 // 2
 
     def lean(self, config: DqDrConfig) -> DqDrConfig:
-        return replace(config, MASK="scores")
+        return replace(config, MASK="before_exp")
 
     def pays_to_be_lean(self, spec: KernelSpec, config: DqDrConfig) -> bool:
         return spec.causal and not spec.window and spec.head_dim < 128
 
     def instructions_share(self, spec: KernelSpec, config: DqDrConfig) -> float:
         """From one H100, at head_dim 64 and 128: more to narrow heads, which have less to multiply."""
-        if config.MASK != "scores":
+        if config.MASK != "before_exp":
             return 1.0
         return 1.035 if spec.head_dim <= 64 else 0.99
 
@@ -68,8 +68,8 @@ class DqDrOp(GradientOp[DqDrConfig]):
 
     def form(self, spec: KernelSpec, config: DqDrConfig) -> GradientForm:
         mask = config.MASK if spec.causal else ""
-        if mask == "weights" and not spec.window:
-            mask = "all weights"  # a branch costs more
+        if mask == "after_exp" and not spec.window:
+            mask = "after_exp always"  # a branch costs more
         return GradientForm(*basics(self, spec, config, ("dq", "dr")), mask)
 
 

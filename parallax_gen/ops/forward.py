@@ -17,12 +17,12 @@ from parallax_gen.problem.spec import KernelSpec
 class ForwardConfig(TileConfig):
     """The forward: a program owns BLOCK_M query rows and steps over keys.
 
-    ROW_MAX  what a row's scores are measured against: "running", the largest so far, which its sums are scaled to in
-             every step; "first", the score of a key that it sees, from begin to end: a second kernel does those tiles
-             again, with a running maximum, whose sums ran over
+    SOFTMAX  "online" subtracts a row's running maximum from its scores and rescales its sums in every step;
+             "fixed_reference" subtracts the score of one visible key throughout, and a second kernel computes the
+             tiles whose sums overflowed again, online
     """
 
-    ROW_MAX: str = "running"
+    SOFTMAX: str = "online"
 
 
 class ForwardOp(TiledOp[ForwardConfig]):
@@ -30,7 +30,7 @@ class ForwardOp(TiledOp[ForwardConfig]):
 
     name = "forward"
     config = ForwardConfig
-    knobs = (*TILE_KNOBS, Knob("ROW_MAX", ("running", "first")))
+    knobs = (*TILE_KNOBS, Knob("SOFTMAX", ("online", "fixed_reference")))
     template = "forward.py.j2"
     costs = CostHints(reached=0.6, spilled=0.4)  # it can do one score after the other
     stats_in_error = False
@@ -45,14 +45,14 @@ class ForwardOp(TiledOp[ForwardConfig]):
     )
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
-        return knob.values[:1] if knob.name == "ROW_MAX" and spec.dtype == "fp16" else super().usable(spec, knob)
+        return knob.values[:1] if knob.name == "SOFTMAX" and spec.dtype == "fp16" else super().usable(spec, knob)
 
     def why_invalid(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> str | None:
-        if config.ROW_MAX == "first":
+        if config.SOFTMAX == "fixed_reference":
             if spec.dtype == "fp16":
-                return "ROW_MAX 'first' does not go with fp16: weights that are not scaled soon pass its largest number"
-            if config.HEAD_DIM_AS == "halves":
-                return "ROW_MAX 'first' does not go with HEAD_DIM_AS 'halves'"
+                return "SOFTMAX 'fixed_reference' does not go with fp16: unscaled weights soon overflow"
+            if config.HEAD_DIM_LAYOUT == "split":
+                return "SOFTMAX 'fixed_reference' does not go with HEAD_DIM_LAYOUT 'split'"
         return super().why_invalid(spec, config, gpu)
 
     def owned_rows(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> int:
@@ -64,19 +64,19 @@ class ForwardOp(TiledOp[ForwardConfig]):
         return config.BLOCK_N * (a_row + a_row // programs_a_head(config))
 
     def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
-        if form != "halves":
+        if form != "split":
             return super().scored_and_summed(head_dim, form)
-        return pieces_of(head_dim, "whole"), [half_of(head_dim)]
+        return pieces_of(head_dim, "native"), [half_of(head_dim)]
 
     def lean(self, config: ForwardConfig) -> ForwardConfig:
-        return replace(config, ROW_MAX="first")
+        return replace(config, SOFTMAX="fixed_reference")
 
     def pays_to_be_lean(self, spec: KernelSpec, config: ForwardConfig) -> bool:
         return not spec.window  # there each row's own key is read first, which 513 keys do not repay
 
     def instructions_share(self, spec: KernelSpec, config: ForwardConfig) -> float:
         """From one H100, at head_dim 64 and 128: more to narrow heads, which have less to multiply."""
-        if config.ROW_MAX != "first":
+        if config.SOFTMAX != "fixed_reference":
             return 1.0
         return 1.08 if spec.head_dim <= 64 else 1.06
 
@@ -84,13 +84,13 @@ class ForwardOp(TiledOp[ForwardConfig]):
         return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
 
     def signatures(self, spec: KernelSpec, config: ForwardConfig) -> dict[str, Signature]:
-        if config.ROW_MAX != "first":
+        if config.SOFTMAX != "fixed_reference":
             return super().signatures(spec, config)
         sizes, again = self.sizes_passed(spec, config, fills=False), self.sizes_passed(spec, config, tiled=False)
-        return {"forward": self.signature(spec, config, sizes), "again": self.signature(spec, config, again)}
+        return {"forward": self.signature(spec, config, sizes), "fixup": self.signature(spec, config, again)}
 
     def form(self, spec: KernelSpec, config: ForwardConfig) -> ForwardForm:
-        return ForwardForm(*basics(self, spec, config, ("o",)), fixed=config.ROW_MAX == "first")
+        return ForwardForm(*basics(self, spec, config, ("o",)), fixed=config.SOFTMAX == "fixed_reference")
 
 
 register(ForwardOp())

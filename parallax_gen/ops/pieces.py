@@ -41,11 +41,11 @@ def power_of_2(size: int) -> int:
 
 
 def pieces_of(head_dim: int, how: str) -> list[Piece]:
-    """The pieces of a head: `how` is "whole", "padded" or "pieces" (96 = 64 + 32), as a config's HEAD_DIM_AS.
+    """The pieces of a head: `how` is "native", "padded" or "chunked" (96 = 64 + 32), as a config's HEAD_DIM_LAYOUT.
 
     No piece is narrower than 16, the least that tensor cores take, so the last one may be padded.
     """
-    if how != "pieces":
+    if how != "chunked":
         width = max(16, power_of_2(head_dim))
         return [Piece("", 0, width, head_dim, "dims", "HEAD_DIM" if width == head_dim else str(width))]
     left = -(-head_dim // 16) * 16
@@ -75,15 +75,15 @@ def other_half_of(head_dim: int) -> Piece:
 
 
 def forms_of(head_dim: int) -> tuple[str, ...]:
-    """The values that HEAD_DIM_AS may have. Tensor cores want 16 numbers at the least."""
+    """The values that HEAD_DIM_LAYOUT may have. Tensor cores want 16 numbers at the least."""
     in_sixteens = -(-head_dim // 16) * 16
     if in_sixteens & (in_sixteens - 1):
-        return ("pieces", "padded")
+        return ("chunked", "padded")
     if head_dim != in_sixteens:
         return ("padded",)
-    return ("whole", "halves") if head_dim > 128 else ("whole",)
+    return ("native", "split") if head_dim > 128 else ("native",)
 
 
 def width_of(head_dim: int, form: str) -> int:
-    """What a row of head_dim numbers takes in a tile, of the form HEAD_DIM_AS: padding counts."""
+    """What a row of head_dim numbers takes in a tile, of the form HEAD_DIM_LAYOUT: padding counts."""
     return max(16, power_of_2(head_dim)) if form == "padded" else -(-head_dim // 16) * 16

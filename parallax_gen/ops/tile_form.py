@@ -151,7 +151,7 @@ class TileForm:
         return PRECISIONS.get(self.spec.dtype, "")
 
     def constants(self, grouped: bool = True) -> list[Constant]:
-        """At the top of a kernel; grouped: of one that finds its tile among those of HEAD_GROUP heads."""
+        """At the top of a kernel; grouped: of one that finds its tile among those of GROUP_HEADS heads."""
         spec, config = self.spec, self.config
         owned, stepped = "a program owns", "it takes a step"
         rows, keys = (stepped, owned) if self.op.owns_keys else (owned, stepped)
@@ -163,9 +163,9 @@ class TileForm:
         found.append(Constant("BLOCK_N", config.BLOCK_N, f"keys {keys}"))
         if spec.group > 1:
             found.append(Constant("GROUP", spec.group, "query heads that share a kv head"))
-        if grouped and config.HEAD_GROUP > 1:
+        if grouped and config.GROUP_HEADS > 1:
             kind = "kv" if self.op.owns_keys else "query"
-            found.append(Constant("HEAD_GROUP", config.HEAD_GROUP, f"{kind} heads whose tiles run together"))
+            found.append(Constant("GROUP_HEADS", config.GROUP_HEADS, f"{kind} heads whose tiles run together"))
         return found
 
     # -- launches
@@ -178,7 +178,7 @@ class TileForm:
     @property
     def counts_tiles(self) -> bool:
         """Whether a program needs to know how many tiles there are."""
-        return self.config.HEAD_GROUP > 0 or self.last_first
+        return self.config.GROUP_HEADS > 0 or self.last_first
 
     @property
     def longest(self) -> str:
@@ -249,7 +249,7 @@ def basics(
     op: TiledOp[Any], spec: KernelSpec, config: TileConfig, vectors: tuple[str, ...]
 ) -> tuple[TiledOp[Any], KernelSpec, TileConfig, tuple[Piece, ...], tuple[Piece, ...], tuple[str, ...]]:
     """The fields of a TileForm."""
-    pieces, summed = op.scored_and_summed(spec.head_dim, config.HEAD_DIM_AS)
+    pieces, summed = op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)
     return op, spec, config, tuple(pieces), tuple(summed), vectors
 
 
@@ -291,7 +291,7 @@ class ForwardForm(TileForm):
 
     @property
     def again(self) -> Pass:
-        """again_kernel's."""
+        """fixup_kernel's."""
         return Pass(True, True, False, "_head")
 
     @property
@@ -338,8 +338,8 @@ class ForwardForm(TileForm):
 class GradientForm(TileForm):
     """dkdv's and dqdr's.
 
-    mask   what a mask is put on: "weights", in blocks that the diagonal or a window's edge crosses; "scores", there
-           too; "all weights", in every block; or nothing, ""
+    mask   the config's MASK: "after_exp" or "before_exp", in blocks that the diagonal or a window's edge crosses;
+           "after_exp always", in every block; "" for none
     apart  whether each number of a query row is loaded where it is used
     """
 
@@ -348,7 +348,7 @@ class GradientForm(TileForm):
 
     @property
     def marks(self) -> bool:
-        return self.mask != "all weights"
+        return self.mask != "after_exp always"
 
     @property
     def span(self) -> str:

@@ -19,25 +19,24 @@ from parallax_gen.problem.spec import KernelSpec
 class TileConfig(KernelConfig):
     """Choices of a kernel that owns a block of rows or of keys, and steps over blocks of the other.
 
-    BLOCK_M      query rows a tile
-    BLOCK_N      keys a tile
-    HEAD_GROUP   heads whose tiles are launched together, those with most work first: fewer keep what they share in
-                 L2, more spread the causal triangle evenly; 0 is all heads at once
-    num_warps    warps a program
-    num_stages   blocks in flight
-    HEAD_DIM_AS  what a row of head_dim numbers is to the tensor cores: "whole", a power of two; "pieces", powers of
-                 two side by side (96 = 64 + 32); "padded", the next power of two, filled with zeros; "halves", for wide
-                 heads: two programs share a tile, find all scores each, and sum one half of the dimensions each
-    maxnreg      registers a thread at the most, so that more programs run on a multiprocessor; 0 for as many as it
-                 takes
+    BLOCK_M          query rows a tile
+    BLOCK_N          keys a tile
+    GROUP_HEADS      heads whose tiles are launched together, the longest tiles first: fewer heads keep the keys that
+                     they share in L2, more spread the causal triangle evenly; 0 for all heads
+    num_warps        warps a program
+    num_stages       blocks in flight
+    HEAD_DIM_LAYOUT  how tensor cores see a row of head_dim numbers: "native", a power of two; "chunked", powers of two
+                     side by side (96 = 64 + 32); "padded", the next power of two, filled with zeros; "split", for wide
+                     heads: two programs share a tile, compute all scores each, and sum half of the dimensions each
+    maxnreg          the most registers a thread, so that more programs run on a multiprocessor; 0 for no limit
     """
 
     BLOCK_M: int
     BLOCK_N: int
-    HEAD_GROUP: int
+    GROUP_HEADS: int
     num_warps: int
     num_stages: int
-    HEAD_DIM_AS: str = "whole"
+    HEAD_DIM_LAYOUT: str = "native"
     maxnreg: int = 0
 
 
@@ -46,10 +45,10 @@ T = TypeVar("T", bound=TileConfig)
 TILE_KNOBS = (
     Knob("BLOCK_M", (16, 32, 64, 128)),
     Knob("BLOCK_N", (16, 32, 64, 128)),
-    Knob("HEAD_GROUP", (1, 2, 4, 8, 16, 32, 0)),
+    Knob("GROUP_HEADS", (1, 2, 4, 8, 16, 32, 0)),
     Knob("num_warps", (4, 8)),
     Knob("num_stages", (1, 2, 3, 4)),
-    Knob("HEAD_DIM_AS", ("whole", "halves", "pieces", "padded")),
+    Knob("HEAD_DIM_LAYOUT", ("native", "split", "chunked", "padded")),
     Knob("maxnreg", (0, 168, 128)),
 )
 
@@ -103,7 +102,7 @@ class TiledOp(Op[T]):
     # -- which configs there are
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
-        if knob.name == "HEAD_DIM_AS":
+        if knob.name == "HEAD_DIM_LAYOUT":
             return forms_of(spec.head_dim)
         if knob.name == "BLOCK_N" and spec.bytes_per_element == 2:
             return tuple(v for v in knob.values if v != 16)  # tensor cores want more keys at a time
@@ -111,9 +110,9 @@ class TiledOp(Op[T]):
 
     def why_invalid(self, spec: KernelSpec, config: T, gpu: Gpu) -> str | None:
         tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
-        if config.HEAD_DIM_AS not in forms_of(spec.head_dim):
-            return f"HEAD_DIM_AS {config.HEAD_DIM_AS!r} does not go with head_dim {spec.head_dim}"
-        head_dim = width_of(spec.head_dim, config.HEAD_DIM_AS)
+        if config.HEAD_DIM_LAYOUT not in forms_of(spec.head_dim):
+            return f"HEAD_DIM_LAYOUT {config.HEAD_DIM_LAYOUT!r} does not go with head_dim {spec.head_dim}"
+        head_dim = width_of(spec.head_dim, config.HEAD_DIM_LAYOUT)
         if spec.dtype == "fp32":
             # Without tensor cores a thread holds its share of the operands too: from compiling, beyond this they spill
             # by hundreds of bytes, and soon by thousands. The backward has half as many tiles again in its hands.
@@ -163,11 +162,11 @@ class TiledOp(Op[T]):
         return self.block_bytes(spec, config)
 
     def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
-        """They are the same, but where HEAD_DIM_AS is "halves" and two programs share the sums.
+        """They are the same, but where HEAD_DIM_LAYOUT is "split" and two programs share the sums.
 
         The backward multiplies by the very tiles that scores come from, so its own half is a piece of its own there.
         """
-        if form != "halves":
+        if form != "split":
             return super().scored_and_summed(head_dim, form)
         mine = half_of(head_dim, "_mine")
         return [mine, other_half_of(head_dim)], [mine]
@@ -175,7 +174,7 @@ class TiledOp(Op[T]):
     # -- where a search begins
 
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[T]:
-        head_group = self.floor_of("HEAD_GROUP", self.together(spec, shape, gpu))
+        head_group = self.floor_of("GROUP_HEADS", self.together(spec, shape, gpu))
         tiles: Sequence[Tile] = self.tiles.fp32 if spec.dtype == "fp32" else self.tiles.usual
         if spec.head_dim <= 64 and spec.dtype != "fp32":
             tiles = (*self.tiles.narrow, *tiles)
@@ -189,9 +188,9 @@ class TiledOp(Op[T]):
         # small.
         wide = spec.head_dim > 128 and "padded" in forms and (self.pads_wide or spec.head_dim % 64 > 0)
         form = "padded" if wide else forms[0]
-        halves = self.tiles.halves if "halves" in forms and spec.bytes_per_element == 2 else ()
+        halves = self.tiles.halves if "split" in forms and spec.bytes_per_element == 2 else ()
         found = [
-            *(kind(m, n, head_group, w, s, "halves") for m, n, w, s in halves),
+            *(kind(m, n, head_group, w, s, "split") for m, n, w, s in halves),
             *(kind(m, n, head_group, w, s, form) for m, n, w, s in (*tiles, *SMALLEST)),
         ]
         return [self.lean(config) if self._pays(spec, config, gpu) else config for config in found]
@@ -205,8 +204,8 @@ class TiledOp(Op[T]):
         default, first = found[0], found[:3]
         return [
             *(plain if (plain := self._plain(config)) != config else self.lean(config) for config in first),
-            *(replace(default, HEAD_GROUP=together) for together in (1, 4, 16, 0)),
-            *(replace(default, HEAD_DIM_AS=form) for form in forms_of(spec.head_dim)),
+            *(replace(default, GROUP_HEADS=together) for together in (1, 4, 16, 0)),
+            *(replace(default, HEAD_DIM_LAYOUT=form) for form in forms_of(spec.head_dim)),
             # Three programs of 4 warps on a multiprocessor, not two, at the price of some spills.
             *(replace(config, maxnreg=168) for config in first),
         ]
@@ -225,7 +224,7 @@ class TiledOp(Op[T]):
 
     def _pays(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
         """Elsewhere nothing is known."""
-        if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_AS == "halves" or spec.head_dim > 128:
+        if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_LAYOUT == "split" or spec.head_dim > 128:
             return False
         return self.pays_to_be_lean(spec, config)
 
@@ -277,7 +276,7 @@ class TiledOp(Op[T]):
         fills  whether the kernel writes rows that no sequence has; their `total` tells where lse and t_mean lie, too
         """
         of = "k" if self.owns_keys else "q"
-        sizes = {"batch_heads": f"batch * {self.heads}"} if config.HEAD_GROUP != 1 or not tiled else {}
+        sizes = {"batch_heads": f"batch * {self.heads}"} if config.GROUP_HEADS != 1 or not tiled else {}
         sizes[self.heads] = self.heads
         if spec.window:
             sizes["window_size"] = "window_size"
@@ -287,7 +286,7 @@ class TiledOp(Op[T]):
             sizes["sequences"] = "batch"
         if fills or spec.stats:
             sizes[f"total_{of}"] = f"{of}.shape[0]"
-        if tiled and (config.HEAD_GROUP > 0 or self.last_first(spec)):
+        if tiled and (config.GROUP_HEADS > 0 or self.last_first(spec)):
             sizes["max_seqlen"] = f"max_seqlen_{of}"
         return sizes
 
@@ -297,7 +296,7 @@ class TiledOp(Op[T]):
         return Shape(batch, kv_heads * spec.group, kv_heads, 2 * config.BLOCK_M + 11, 3 * config.BLOCK_N + 5, window)
 
 
-MASK = Knob("MASK", ("weights", "scores"))
+MASK = Knob("MASK", ("after_exp", "before_exp"))
 
 
 @dataclass(frozen=True)
@@ -307,7 +306,7 @@ class MaskedConfig(TileConfig):
     MASK  what a causal mask is put on, see each
     """
 
-    MASK: str = "weights"
+    MASK: str = "after_exp"
 
 
 M = TypeVar("M", bound=MaskedConfig)
@@ -322,7 +321,7 @@ class GradientOp(TiledOp[M]):
         return knob.values[:1] if knob.name == "MASK" and not spec.causal else super().usable(spec, knob)
 
     def why_invalid(self, spec: KernelSpec, config: M, gpu: Gpu) -> str | None:
-        if config.MASK == "scores" and not spec.causal:
+        if config.MASK == "before_exp" and not spec.causal:
             return "MASK 'scores' does not go with full attention: it has no mask"
         return super().why_invalid(spec, config, gpu)
 
@@ -335,12 +334,12 @@ class GradientOp(TiledOp[M]):
 
 def row_bytes(spec: KernelSpec, config: TileConfig) -> int:
     """What a row of head_dim numbers takes in a tile."""
-    return width_of(spec.head_dim, config.HEAD_DIM_AS) * spec.bytes_per_element
+    return width_of(spec.head_dim, config.HEAD_DIM_LAYOUT) * spec.bytes_per_element
 
 
 def programs_a_head(config: TileConfig) -> int:
     """How many programs share a tile, each of which sums its part of head_dim."""
-    return 2 if config.HEAD_DIM_AS == "halves" else 1
+    return 2 if config.HEAD_DIM_LAYOUT == "split" else 1
 
 
 def _why_maxnreg_invalid(config: TileConfig, a_thread: int, gpu: Gpu) -> str | None:

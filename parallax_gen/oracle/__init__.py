@@ -1,1 +1,1 @@
-"""The fp64 truth, and what is checked against it."""
+"""The fp64 oracle, and the checks of kernels against it."""

@@ -1,4 +1,4 @@
-"""How far a result is from the oracle, and how far rounding alone may bring it."""
+"""The error of a result against the oracle, and the error that rounding alone explains."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from parallax_gen.problem.work import scale_or_default
 
 @dataclass(frozen=True)
 class Errors:
-    """How far a result is from the oracle's. NaN on either side makes all of them inf.
+    """The errors of a result against the oracle. NaN on either side makes all of them inf.
 
     relative  ||out - ref|| / ||ref||, over everything
-    worst     the same for the worst row (last dimension): one wrong row in many hardly shows in `relative`
+    worst     the relative error of the worst row (last dimension): one wrong row in many hardly shows in `relative`
     maximum   the largest |out - ref|
     """
 
@@ -27,33 +27,33 @@ class Errors:
     maximum: float
 
 
-def errors(out: Tensor, ref: Tensor, natural: float | Tensor | None = None) -> Errors:
-    """The errors of `out` against `ref`, in float64. Infinities that agree are no error, and 0 / 0 is none.
+def errors(out: Tensor, ref: Tensor, term_size: float | Tensor | None = None) -> Errors:
+    """The errors of `out` against `ref`, in float64. Infinities that agree are no error, and neither is 0 / 0.
 
-    natural  of a gradient: the size of a row's terms, see `gradient_sizes`; of every row, or each row's own
+    term_size  for a gradient: the size of a row's terms, see `gradient_term_sizes`; one for all rows, or each row's own
     """
     difference, expected = _difference(out, ref)
     if difference.numel() == 0:
         return Errors(0.0, 0.0, 0.0)
     size = expected.norm()
-    if natural is not None:
-        whole = torch.as_tensor(natural, dtype=size.dtype, device=size.device).expand(expected.shape[:-1]).norm()
+    if term_size is not None:
+        whole = torch.as_tensor(term_size, dtype=size.dtype, device=size.device).expand(expected.shape[:-1]).norm()
         if size < 1e-3 * whole:
-            size = 0.2 * whole  # all that is left is rounding
+            size = 0.2 * whole  # the terms cancel, only rounding remains
     return Errors(
         relative=_ratio(difference.norm(), size).item(),
-        worst=_row_errors(difference, expected, natural).max().item(),
+        worst=_row_errors(difference, expected, term_size).max().item(),
         maximum=difference.abs().max().item(),
     )
 
 
-def gradient_sizes(
+def gradient_term_sizes(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, do: Tensor, softmax_scale: float | None = None
 ) -> Gradients:
-    """How large a row of each gradient would be if its terms did not cancel, as 0-D tensors.
+    """The norm of a row of each gradient if its terms did not cancel, as 0-D tensors.
 
-    A query that sees one key has dq = dr = 0, the difference of two numbers of this size: what a kernel leaves there
-    is their rounding. So errors of gradients are measured against this where the gradient itself is far smaller.
+    A query that sees one key has dq = dr = 0, the difference of two numbers of this size: a kernel's result there is
+    their rounding. So errors of gradients are relative to this size where the gradient itself is far smaller.
     """
     scale = scale_or_default(softmax_scale, q.shape[-1])
     of_q, of_r, of_k, of_v, of_do = (x.double().square().sum(-1).mean().sqrt() for x in (q, r, k, v, do))
@@ -61,17 +61,17 @@ def gradient_sizes(
     return Gradients(dq=scale * a * of_k, dr=a * of_k, dk=a * torch.maximum(scale * of_q, of_r), dv=of_do)
 
 
-# The relative error that a right kernel keeps below: four times what its rounding makes, except fp32.
-# A kernel rounds p, p·t and o to the input dtype, each by up to u of its size (bf16 2^-9, fp16 2^-12), some u/2 in
-# the mean; o = v̄ (1 + t̄) - Σ p t v is a difference of terms up to 1 + 2|t| times its size, and |t| is about 1. With
-# just these roundings the error was 2.3e-3 to 2.6e-3 in bf16 and 2.8e-4 to 3.1e-4 in fp16, on random_inputs of 64 to
-# 8192 keys. In fp32 sums and exponentials are what errs, 4.4e-7 here; the room is for other orders of summation and
-# coarser exponentials, and still tells fp32 from tf32 (2^-11). tf32 keeps fp16's digits, and takes the inputs of
-# every matmul to them as well, which fp16 inputs are already: twice fp16's. And tensor cores cut fp32 to tf32, which
-# they read as it lies, instead of rounding it: an operand is off by up to 2^-10, 2^-11 in the mean, twice what rounding
-# makes of it, and always towards 0. So it is four times fp16's; measured on an H200: 3.24e-3, of a dq.
+# The largest relative error of a correct kernel: four times the error of its roundings, except for fp32.
+# A kernel rounds p, p·t and o to the input dtype, each by up to u of its size (bf16 2^-9, fp16 2^-12), about u/2 in the
+# mean. o = v̄ (1 + t̄) - Σ p t v is a difference of terms up to 1 + 2|t| times its size, and |t| is about 1. With only
+# these roundings the error was 2.3e-3 to 2.6e-3 in bf16 and 2.8e-4 to 3.1e-4 in fp16, on random_inputs of 64 to 8192
+# keys. In fp32 the errors are those of sums and exponentials, 4.4e-7 here; the tolerance allows other orders of
+# summation and coarser exponentials, and still distinguishes fp32 from tf32 (2^-11). tf32 has fp16's digits, and also
+# rounds the inputs of every matmul to them, which are exact in fp16: twice fp16's error. Besides, tensor cores truncate
+# fp32 inputs to tf32 instead of rounding them: an operand is off by up to 2^-10, 2^-11 in the mean, twice the rounding
+# error, and always towards 0. So the tolerance of tf32 is four times fp16's; measured on an H200: 3.24e-3, for a dq.
 _TOLERANCE = {"bf16": 1e-2, "fp16": 1.25e-3, "fp32": 2e-5, "tf32": 5e-3}
-# A single row may be this many times worse: |t| reaches 5 somewhere in a large batch. Measured: 1.04 times.
+# The tolerance of the worst row, as a multiple: |t| reaches 5 somewhere in a large batch. Measured: 1.04 times.
 _WORST_ROW = 5
 
 
@@ -82,26 +82,26 @@ def tolerance(dtype: str) -> float:
     return _TOLERANCE[dtype]
 
 
-def why_wrong(out: Tensor, ref: Tensor, dtype: str, natural: float | Tensor | None = None) -> str | None:
-    """How and where `out` is further from `ref` than rounding explains; None when it is not. natural as of `errors`."""
-    found, allowed = errors(out, ref, natural), tolerance(dtype)
+def why_wrong(out: Tensor, ref: Tensor, dtype: str, term_size: float | Tensor | None = None) -> str | None:
+    """How and where `out` differs from `ref` by more than rounding explains, else None. term_size: see `errors`."""
+    actual, allowed = errors(out, ref, term_size), tolerance(dtype)
     allowed_row = _WORST_ROW * allowed
-    if found.relative <= allowed and found.worst <= allowed_row:
+    if actual.relative <= allowed and actual.worst <= allowed_row:
         return None
     difference, expected = _difference(out, ref)
-    rows = _row_errors(difference, expected, natural)
+    rows = _row_errors(difference, expected, term_size)
     at = _index_of_largest(difference.abs())
     return (
-        f"relative error {found.relative:.3g} ({allowed:g} allowed for {dtype}); "
+        f"relative error {actual.relative:.3g} ({allowed:g} allowed for {dtype}); "
         f"{int((rows > allowed_row).sum())} of {rows.numel()} rows beyond {allowed_row:g}, "
-        f"the worst, {found.worst:.3g}, at {_index_of_largest(rows)}; "
-        f"largest difference {found.maximum:.3g} at {at}: {out.reshape(difference.shape)[at].item():.6g}, "
+        f"the worst, {actual.worst:.3g}, at {_index_of_largest(rows)}; "
+        f"largest difference {actual.maximum:.3g} at {at}: {out.reshape(difference.shape)[at].item():.6g}, "
         f"not {ref.reshape(difference.shape)[at].item():.6g}"
     )
 
 
 def _difference(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
-    """out - ref and ref in float64, at least 1-D: NaN made inf, and infinities that agree made 0 in both."""
+    """out - ref and ref in float64, at least 1-D. NaN becomes inf, and infinities that agree become 0 in both."""
     if out.shape != ref.shape:
         raise ArgumentError("out", tuple(out.shape), f"the reference's shape, {tuple(ref.shape)}")
     actual, expected = (x.detach().double().reshape(x.shape or (1,)) for x in (out, ref))
@@ -110,23 +110,23 @@ def _difference(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
     return difference.masked_fill(difference.isnan(), math.inf), expected.masked_fill(agree, 0.0)
 
 
-def _row_errors(difference: Tensor, expected: Tensor, natural: float | Tensor | None = None) -> Tensor:
-    """Each row's relative error; a row far smaller than the others is measured against a tenth of their size.
+def _row_errors(difference: Tensor, expected: Tensor, term_size: float | Tensor | None = None) -> Tensor:
+    """Each row's relative error; for a row far smaller than the others, relative to a tenth of their size.
 
-    The tenth is for rows that happen to be near zero, such as a single t̄. A row of zeros must be zeros, but of a
-    gradient: there the first rows of a causal sequence are small differences of large numbers.
+    The tenth is for rows that happen to be near zero, such as a single t̄. A row of zeros must be exactly zero, except
+    in a gradient: there the first rows of a causal sequence are small differences of large numbers.
     """
     sizes = expected.norm(dim=-1)
     mean = sizes.square().mean().sqrt()
-    if natural is not None:
-        least = 0.05 * torch.as_tensor(natural, dtype=sizes.dtype, device=sizes.device)
+    if term_size is not None:
+        least = 0.05 * torch.as_tensor(term_size, dtype=sizes.dtype, device=sizes.device)
         return _ratio(difference.norm(dim=-1), sizes.maximum(mean).maximum(least))
     floor = mean / 10
     return _ratio(difference.norm(dim=-1), torch.where(sizes == 0, sizes, sizes.maximum(floor)))
 
 
 def _ratio(size: Tensor, expected: Tensor) -> Tensor:
-    """size / expected, where 0 / 0 is 0 and what is not finite is inf."""
+    """size / expected, where 0 / 0 is 0 and a result that is not finite is inf."""
     return torch.where(size == 0, size, size / expected).nan_to_num(nan=math.inf, posinf=math.inf)
 
 

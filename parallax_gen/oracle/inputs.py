@@ -1,4 +1,4 @@
-"""Random inputs of a kernel, with what kernels before it would have left; NaN lies where nothing is to be read."""
+"""Random inputs of a kernel, including the outputs of kernels before it. NaN fills what the kernel must not read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import Inputs, cache_dtype, rows_like, torch_dtype
+from parallax_gen.codegen.abi import Inputs, cache_dtype, empty_row_stats, torch_dtype
 from parallax_gen.errors import ArgumentError
 from parallax_gen.ops.base import PADDED_TO, Layout, op_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
@@ -22,7 +22,7 @@ POISON = float("nan")
 
 
 def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> Inputs:
-    """Normal q, k and v of unit variance, and r so small that t is of unit variance too; in the spec's dtype.
+    """Normal q, k and v of unit variance, and r scaled so that t has unit variance too; in the spec's dtype.
 
     The same seed gives the same numbers on the same kind of device.
     """
@@ -50,11 +50,15 @@ def random_inputs_of(
     full: bool = False,
     lengths: Sequence[int] | None = None,
 ) -> Inputs:
-    """Random inputs of a kernel, and what kernels before it would have left.
+    """Random inputs of a kernel, including the outputs of kernels before it.
 
-    Ragged and packed sequences are from 0 up to the shape's lengths long (`full`: all as long as that; `lengths`: a
-    ragged one's keys). NaN lies behind the end of a ragged one, whose length may be negative, and in the rows before
-    the first and behind the last of packed ones.
+    Sequences with their own lengths, packed or not, have 0 up to the shape's length.
+
+    full     all have the shape's length
+    lengths  the keys of each sequence of decode_varlen
+
+    NaN fills the cache after the end of a sequence, whose length may be negative, and the rows before the first and
+    after the last packed sequence.
     """
     return inputs_and_forward(spec, shape, seed=seed, device=device, full=full, lengths=lengths)[0]
 
@@ -62,17 +66,17 @@ def random_inputs_of(
 def inputs_and_forward(
     spec: KernelSpec, shape: Shape, *, seed: int, device: str, full: bool, lengths: Sequence[int] | None = None
 ) -> tuple[Inputs, Reference | None]:
-    """`random_inputs_of`, and for a kernel of the backward the forward that it goes on from, in float64."""
+    """`random_inputs_of`, and for a kernel of the backward the forward's result in float64."""
     op = op_of(spec)
     inputs = random_inputs(spec, shape, seed=seed, device=device)
     if spec.cache_dtype:
         inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
-        heads = shape.kv_heads if seed % 2 else 1  # a number for each head, or one for all
+        heads = shape.kv_heads if seed % 2 else 1  # one scale for each head, or one for all
         draw = torch.Generator().manual_seed(seed)
         inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
     if op.own_lengths:
         keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
-        if seed % 3 == 0 and not full:  # as engines fill places that no sequence has
+        if seed % 3 == 0 and not full:  # serving engines mark unused batch entries so
             keys = torch.where(keys == 0, -1 if seed % 2 else -shape.seqlen_kv, keys)
         if lengths is not None:
             keys = torch.tensor(lengths, dtype=torch.int32)
@@ -96,30 +100,30 @@ def inputs_and_forward(
     inputs.do = do.to(inputs.q.dtype)
     if inputs.cu_seqlens_q is not None:
         _poison_padding(inputs.do, inputs.cu_seqlens_q)
-    # A preprocess has no mask of its own: the rows of causal attention, of which some may see no key.
+    # preprocess has no mask of its own. Use causal attention, where some rows may see no key.
     causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
-    found = attend(spec if "rows" in given else causal, inputs)
+    result = attend(spec if "rows" in given else causal, inputs)
     if "rows" in given:
-        inputs.rows = rows_of(spec, inputs, found).float()
+        inputs.rows = expected_row_stats(spec, inputs, result).float()
     else:
-        inputs.out, inputs.v_mean = (x.to(inputs.q.dtype) for x in (found.out, found.v_mean))
-        inputs.lse, inputs.t_mean = found.lse.float(), found.t_mean.float()
-    return inputs, found
+        inputs.out, inputs.v_mean = (x.to(inputs.q.dtype) for x in (result.out, result.v_mean))
+        inputs.lse, inputs.t_mean = result.lse.float(), result.t_mean.float()
+    return inputs, result
 
 
 def _lengths(longest: int, batch: int, seed: int, full: bool) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, longest + 1, (batch,), generator=draw, dtype=torch.int32)
-    shorter = torch.rand(batch, generator=draw) < 0.5  # than a block of keys, often
+    shorter = torch.rand(batch, generator=draw) < 0.5  # often shorter than a block of keys
     lengths = torch.where(shorter, lengths % 32, lengths)
-    lengths[seed % batch] = longest * (seed % 2)  # the two ends come up often
+    lengths[seed % batch] = longest * (seed % 2)  # 0 and the full length occur often
     if full:
         lengths.fill_(longest)
     return lengths
 
 
 def _page(inputs: Inputs, page_size: int, seed: int) -> None:
-    """The caches in pages, in any order, among others that are not used. Where no keys are, tables point nowhere."""
+    """Split the caches into pages, shuffled among unused ones. Table entries without keys are out of range."""
     assert inputs.cache_seqlens is not None
     batch, seqlen, device = *inputs.k.shape[:2], inputs.k.device
     pages = -(-seqlen // page_size)
@@ -127,14 +131,14 @@ def _page(inputs: Inputs, page_size: int, seed: int) -> None:
     places = places[: batch * pages]
 
     def paged(x: Tensor) -> Tensor:
-        found, whole = _full_of_poison(x, batch * pages + 2, page_size), x
+        result, whole = _full_of_poison(x, batch * pages + 2, page_size), x
         if seqlen % page_size:
             whole = _full_of_poison(x, batch, pages * page_size)
             whole[:, :seqlen] = x
-        found[places] = whole.view(batch * pages, page_size, *x.shape[2:])
-        return found
+        result[places] = whole.view(batch * pages, page_size, *x.shape[2:])
+        return result
 
-    inputs.k = paged(inputs.k)  # one after the other: a large cache is not there three times
+    inputs.k = paged(inputs.k)  # one after the other, so that there are never three copies of a large cache
     inputs.v = paged(inputs.v)
     behind = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
     table = places.view(batch, pages).to(torch.int32)
@@ -147,22 +151,22 @@ def _poison(x: Tensor, at: Tensor) -> None:
     if x.element_size() > 1:
         x[at] = POISON
     else:
-        x.view(torch.uint8)[at] = 0x7F  # NaN, in either kind of eight bits
+        x.view(torch.uint8)[at] = 0x7F  # NaN in e4m3 and e5m2
 
 
 def _full_of_poison(like: Tensor, *size: int) -> Tensor:
-    found = torch.zeros((*size, *like.shape[2:]), dtype=like.dtype, device=like.device)
-    _poison(found, torch.ones(size, dtype=torch.bool, device=like.device))
-    return found
+    result = torch.zeros((*size, *like.shape[2:]), dtype=like.dtype, device=like.device)
+    _poison(result, torch.ones(size, dtype=torch.bool, device=like.device))
+    return result
 
 
 def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
-    """The batch's sequences, each cut to a length of its own, one after the other; in decode their queries alone.
+    """Pack the sequences of the batch, each cut to its own length; in decode only the queries.
 
-    Some rows before the first and behind the last are no sequence's, and hold NaN: none if `full`.
+    Some rows before the first and after the last sequence belong to none and hold NaN; there are none if `full`.
     """
     lengths_q = _lengths(shape.seqlen_q, shape.batch, seed, full)
-    if inputs.cache_seqlens is not None:  # how many keys there are is said otherwise
+    if inputs.cache_seqlens is not None:  # cache_seqlens has the numbers of keys
         lengths_k = torch.zeros_like(lengths_q)
     else:
         lengths_k = _lengths(shape.seqlen_kv, shape.batch, seed + 7, full)
@@ -175,9 +179,9 @@ def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
         return torch.cat([padding[:before], *rows, padding[before:]])
 
     def ends(lengths: Tensor) -> Tensor:
-        found = torch.full((shape.batch + 1,), before, dtype=torch.int32)
-        found[1:] += lengths.cumsum(0)
-        return found.to(inputs.q.device)
+        result = torch.full((shape.batch + 1,), before, dtype=torch.int32)
+        result[1:] += lengths.cumsum(0)
+        return result.to(inputs.q.device)
 
     inputs.q, inputs.r = packed(inputs.q, lengths_q), packed(inputs.r, lengths_q)
     inputs.cu_seqlens_q = ends(lengths_q)
@@ -188,7 +192,7 @@ def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
 
 
 def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
-    """NaN into the rows of a packed tensor that no sequence has."""
+    """Fill the rows of a packed tensor that belong to no sequence with NaN."""
     x[: cu_seqlens[0]] = POISON
     x[cu_seqlens[-1] :] = POISON
 
@@ -218,25 +222,25 @@ def attend(spec: KernelSpec, x: Inputs) -> Reference:
     return reference_forward(*given, causal=spec.causal, window_size=window, softmax_scale=scale)
 
 
-def rows_of(spec: KernelSpec, x: Inputs, saved: Reference) -> Tensor:
-    """What preprocess is to write of what a forward left, in float64: see `abi.rows_like`. NaN where nothing is."""
+def expected_row_stats(spec: KernelSpec, x: Inputs, forward: Reference) -> Tensor:
+    """The expected output of preprocess, in float64: see `abi.empty_row_stats`. NaN in unused rows."""
     assert x.do is not None
     scale = softmax_scale(spec)
-    do, out, v_mean = x.do.double(), saved.out.double(), saved.v_mean.double()
+    do, out, v_mean = x.do.double(), forward.out.double(), forward.v_mean.double()
     b = (do * v_mean).sum(-1).transpose(-1, -2)
     c = (do * (v_mean - out)).sum(-1).transpose(-1, -2)
-    lse = saved.lse.double() / math.log(2)
-    found = torch.stack(
-        [torch.where(lse == -math.inf, math.inf, lse), scale * (1 + saved.t_mean.double()), b, scale * c]
+    lse = forward.lse.double() / math.log(2)
+    result = torch.stack(
+        [torch.where(lse == -math.inf, math.inf, lse), scale * (1 + forward.t_mean.double()), b, scale * c]
     )
-    ends = [0, found.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
-    rows = rows_like(saved.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
+    ends = [0, result.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
+    rows = empty_row_stats(forward.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
     for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
         first = (start + sequence * PADDED_TO) // PADDED_TO * PADDED_TO
         padded = -(-(end - start) // PADDED_TO) * PADDED_TO
         behind = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=rows.device)
         rows[..., first : first + padded] = behind.view(4, *[1] * (rows.dim() - 1))
-        rows[..., first : first + end - start] = found[..., start:end]
+        rows[..., first : first + end - start] = result[..., start:end]
     return rows
 
 

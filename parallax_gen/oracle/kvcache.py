@@ -1,4 +1,4 @@
-"""The oracle against a KV cache: each sequence's keys are picked out first, then attended as any others are."""
+"""The oracle with a KV cache: gathers each sequence's keys, then calls the reference of contiguous tensors."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def reference_cached_forward(
 ) -> Reference:
     """`reference_forward` of each sequence's queries over its own keys, from cache_leftpad up to cache_seqlens.
 
-    A length under 0 counts as 0, one past the cache as the cache's.
+    A length below 0 counts as 0, a length beyond the cache as the cache's length.
 
-    Arguments as of `runtime.functional.parallax_attn_with_kvcache`. Of packed queries out and v_mean are like q, and
-    lse and t_mean (heads, total_q), -inf and 0 where no sequence has a query.
+    Arguments as in `runtime.functional.parallax_attn_with_kvcache`. For packed queries out and v_mean are like q, and
+    lse and t_mean are (heads, total_q), -inf and 0 in rows that belong to no sequence.
     """
     if page_table is not None:
-        k_cache, v_cache = in_order(k_cache, page_table), in_order(v_cache, page_table)
+        k_cache, v_cache = gather_pages(k_cache, page_table), gather_pages(v_cache, page_table)
     heads, batch = q.shape[-2], k_cache.shape[0]
     out = q.new_zeros(q.shape, dtype=torch.float64)
     lse = out.new_full((*q.shape[:-3], heads, q.shape[-3]), -torch.inf)
-    found = Reference(out, lse, torch.zeros_like(lse), torch.zeros_like(out))
+    result = Reference(out, lse, torch.zeros_like(lse), torch.zeros_like(out))
     ends = (None if x is None else x.tolist() for x in (cache_seqlens, cache_leftpad, cu_seqlens_q))
     lengths, starts, cuts = ends
     for b in range(batch):
@@ -51,27 +51,27 @@ def reference_cached_forward(
         one = reference_forward(
             queries, probes, k[None], v[None], causal=causal, window_size=window_size, softmax_scale=softmax_scale
         )
-        for whole, part in zip(found, one, strict=True):
+        for whole, part in zip(result, one, strict=True):
             if part.dim() == 4:
                 whole[at][rows] = part[0]
             else:
                 whole[at][..., rows] = part[0]
-    return found
+    return result
 
 
-def in_order(pages: Tensor, page_table: Tensor) -> Tensor:
+def gather_pages(pages: Tensor, page_table: Tensor) -> Tensor:
     """A paged cache (pages, page_size, kv_heads, head_dim) as (batch, seqlen, kv_heads, head_dim).
 
-    page_table  (batch, pages a sequence): the pages of each; one that is not there gives any other
+    page_table  (batch, pages a sequence): the pages of each; an index out of range gives an arbitrary page
     """
     at = page_table.long().clamp(0, pages.shape[0] - 1)
-    if pages.element_size() == 1:  # torch 2.9 indexes no float8 on the CPU
+    if pages.element_size() == 1:  # torch 2.9 cannot index float8 on the CPU
         return pages.view(torch.uint8)[at].view(pages.dtype).flatten(1, 2)
     return pages[at].flatten(1, 2)
 
 
 def _scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
-    """(keys, kv_heads, head_dim) times a number, one number or one for each head."""
+    """(keys, kv_heads, head_dim) times a scale, one for all heads or one for each."""
     if scale is None:
         return x.double()
     return x.double() * torch.as_tensor(scale, device=x.device).double().reshape(-1, 1)

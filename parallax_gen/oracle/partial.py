@@ -1,4 +1,4 @@
-"""Gradients over some of the keys, in float64: what ring attention adds up where there is no GPU."""
+"""Gradients over some of the keys, in float64, which ring attention sums on a CPU; and the tangent of the oracle."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def partial_backward(
     causal: bool = False,
     softmax_scale: float | None = None,
 ) -> Gradients:
-    """What these keys add to the gradients, given what attention over all keys, of which they are some, has found.
+    """What these keys contribute to the gradients, given the result of attention over all keys.
 
     q, r, do, out, v_mean  (batch, seqlen_q, heads, head_dim)
     k, v                   (batch, seqlen_kv, kv_heads, head_dim)
@@ -44,7 +44,7 @@ def partial_backward(
 
     With p = exp(s - lse), a = do·v, b = do·v_mean and T = do·out:  gt = p (b - a) is the gradient of t, and
     gs = p (a - T) - (t_mean - t) gt that of s; the rest are their products with q, r and k, and dv is the sum of
-    p (1 + t_mean - t) do. Whole scores at a time: for sizes that tests have.
+    p (1 + t_mean - t) do. All scores are in memory at once: for the sizes of tests.
     """
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     scale = scale_or_default(softmax_scale, head_dim)
@@ -65,7 +65,7 @@ def partial_backward(
     return Gradients(*(x.transpose(1, 2) for x in (scale * gs @ k, gt @ k, dk, dv)))
 
 
-# -- The oracle's forward derivative: what `out` changes by where the inputs change, in float64, from its formula.
+# -- The forward-mode derivative of the oracle: the change of `out` for a change of the inputs, in float64.
 #
 # With the reference's scores s and t, its weights p and its mean t̄, and δ for a change:
 #
@@ -76,7 +76,7 @@ def partial_backward(
 #
 # Masked pairs have p = 0, and so δp = 0.
 
-Tangents = Sequence[Tensor | None]  # of q, r, k and v, each like its input; None for one that does not change
+Tangents = Sequence[Tensor | None]  # of q, r, k and v, each like its input; None for no change
 
 
 def reference_tangent(
@@ -90,27 +90,27 @@ def reference_tangent(
     window_size: int | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """The tangent of `reference_forward`'s out, like q, in float64: δo. The rest as of `reference_forward`.
+    """The tangent of `reference_forward`'s out, like q, in float64: δo. Other arguments as in `reference_forward`.
 
-    Block by block, in a few times its memory. Nothing is written in place: torch.func.linearize traces this, and takes
-    a tensor that is made here for a constant.
+    Computed block by block, in a few times the forward's memory. Nothing is written in place: torch.func.linearize
+    traces this function, and would treat a tensor that is created here as a constant.
     """
     _, seqlen_q, heads, _ = check_shapes(q, r, k, v)
     scale = scale_or_default(softmax_scale, q.shape[-1])
     inputs = _Tensors(q, r, k, v)
-    # A tangent that is not there is a zero that takes no memory.
+    # A missing tangent is an expanded zero, which takes no memory.
     changes = _Tensors(
         *(x.new_zeros(()).expand(x.shape) if d is None else d for x, d in zip(inputs, tangents, strict=True))
     )
-    found = []
+    result = []
     for b in range(q.shape[0]):
         of_heads: dict[int, list[Tensor]] = {}
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
             of_block = _tangent_of_rows(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
             of_heads.setdefault(block.heads.start, []).append(of_block)
         whole = [torch.cat(of_rows) for of_rows in of_heads.values()]
-        found.append(torch.cat(whole, dim=1) if whole else q.new_zeros(q.shape[1:], dtype=torch.float64))
-    return torch.stack(found) if found else q.new_zeros(q.shape, dtype=torch.float64)
+        result.append(torch.cat(whole, dim=1) if whole else q.new_zeros(q.shape[1:], dtype=torch.float64))
+    return torch.stack(result) if result else q.new_zeros(q.shape, dtype=torch.float64)
 
 
 def reference_varlen_tangent(
@@ -126,22 +126,22 @@ def reference_varlen_tangent(
     window_size: int | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """`reference_tangent` of packed sequences: shapes as of `reference_varlen_forward`. 0 in rows of no sequence."""
-    found, places = [torch.zeros_like(q[:0], dtype=torch.float64)], [torch.arange(0, device=q.device)]
+    """`reference_tangent` of packed sequences: shapes as in `reference_varlen_forward`. 0 in rows of no sequence."""
+    result, places = [torch.zeros_like(q[:0], dtype=torch.float64)], [torch.arange(0, device=q.device)]
     for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
         of_sequence = reference_tangent(
             q[rows][None], r[rows][None], k[keys][None], v[keys][None],
             [None if d is None else d[at][None] for d, at in zip(tangents, (rows, rows, keys, keys), strict=True)],
             causal=causal, window_size=window_size, softmax_scale=softmax_scale,
         )[0]  # fmt: skip
-        found.append(of_sequence)
+        result.append(of_sequence)
         places.append(torch.arange(rows.start, rows.start + len(of_sequence), device=q.device))
     everything = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    return everything.index_copy(0, torch.cat(places), torch.cat(found))
+    return everything.index_copy(0, torch.cat(places), torch.cat(result))
 
 
 class _Tensors(NamedTuple):
-    """Of a call, or how they change."""
+    """The inputs of a call, or their tangents."""
 
     q: Tensor
     r: Tensor
@@ -150,13 +150,13 @@ class _Tensors(NamedTuple):
 
 
 def _of_block(x: _Tensors, b: int, block: Block) -> _Tensors:
-    """What a block reads, in float64: q and r (rows, heads, head_dim), k and v (length, kv_heads, head_dim)."""
+    """The inputs of a block, in float64: q and r (rows, heads, head_dim), k and v (length, kv_heads, head_dim)."""
     rows, keys = (block.rows, block.heads), (slice(None), block.kv_heads)
     return _Tensors(x.q[b][rows].double(), x.r[b][rows].double(), x.k[b][keys].double(), x.v[b][keys].double())
 
 
 def _tangent_of_rows(x: _Tensors, change: _Tensors, scale: float, block: Block) -> Tensor:
-    """δo of a block."""
+    """The tangent δo of a block."""
     s, t, sees_any = masked_scores(x.q, x.r, x.k, scale, block)
     p = s.softmax(dim=-1) * sees_any
     ds = scale * (dot_products(change.q, x.k) + dot_products(x.q, change.k))

@@ -1,6 +1,6 @@
 """The oracle: Parallax attention in float64, from its definition.
 
-Independent of what the kernels do: softmax over whole rows, scores written out, no running state.
+Independent of the kernels' methods: softmax over whole rows, materialised scores, no running state.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.work import scale_or_default
 
-# Scores written out at a time: each of the few arrays of this many float64 takes 128 MiB.
+# Scores in memory at a time: each of the few arrays of this many float64 takes 128 MiB.
 _SCORES_AT_ONCE = 1 << 24
 
 
 class Reference(NamedTuple):
-    """What `reference_forward` finds, in float64.
+    """The result of `reference_forward`, in float64.
 
     out     (batch, seqlen_q, heads, head_dim), o
     lse     (batch, heads, seqlen_q), natural logarithm of the sum of exp(scale * q·k) over the visible keys
@@ -38,7 +38,7 @@ class Reference(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What `reference_backward` finds, in float64, each like the tensor it is the gradient of."""
+    """The result of `reference_backward`, in float64: each gradient has the shape of its tensor."""
 
     dq: Tensor
     dr: Tensor
@@ -57,27 +57,27 @@ def reference_forward(
     softmax_scale: float | None = None,
     cache_seqlens: Tensor | Sequence[int] | None = None,
 ) -> Reference:
-    """Parallax attention of whole sequences, on the device where the inputs are; differentiable.
+    """Parallax attention of whole sequences, on the device of the inputs; differentiable.
 
     q, r           (batch, seqlen_q, heads, head_dim)
     k, v           (batch, seqlen_kv, kv_heads, head_dim); query head h reads kv head h // (heads // kv_heads)
     causal         query i sees keys up to length - seqlen_q + i, where length is its sequence's
-    window_size    with causal: the keys that a query sees at the most, the last ones; None for no limit
+    window_size    with causal: a query sees at most this many keys, the last ones; None for no limit
     softmax_scale  of q·k; 1 / sqrt(head_dim) when None
-    cache_seqlens  (batch,), each sequence's length, 0 to seqlen_kv; keys from there on do not exist and are not read
+    cache_seqlens  (batch,), each sequence's length, 0 to seqlen_kv; keys beyond it do not exist and are not read
     """
     batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
     lengths = _check_lengths(cache_seqlens, batch, k.shape[1])
-    found = _empty(q.new_zeros((batch, seqlen_q, heads, head_dim), dtype=torch.float64))
+    result = _empty(q.new_zeros((batch, seqlen_q, heads, head_dim), dtype=torch.float64))
     scale = scale_or_default(softmax_scale, head_dim)
     for b, length in enumerate(lengths):
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size):
             out, lse, t_mean, v_mean = _attend(q[b], r[b], k[b], v[b], scale, block)
-            found.out[b, block.rows, block.heads] = out
-            found.v_mean[b, block.rows, block.heads] = v_mean
-            found.t_mean[b, block.heads, block.rows] = t_mean
-            found.lse[b, block.heads, block.rows] = lse
-    return found
+            result.out[b, block.rows, block.heads] = out
+            result.v_mean[b, block.rows, block.heads] = v_mean
+            result.t_mean[b, block.heads, block.rows] = t_mean
+            result.lse[b, block.heads, block.rows] = lse
+    return result
 
 
 def reference_backward(
@@ -93,12 +93,12 @@ def reference_backward(
 ) -> Gradients:
     """The gradients of q, r, k and v for the output's gradient `do`, by torch's autograd through the definition.
 
-    Arguments and shapes as `reference_forward`'s; do is like q. Block by block: needs no more memory than it.
+    Arguments and shapes as in `reference_forward`; do is like q. Computed block by block, in the forward's memory.
     """
     batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
     if do.shape != q.shape:
         raise ArgumentError("do", tuple(do.shape), f"{tuple(q.shape)}, the shape of q")
-    found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
+    result = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
     scale = scale_or_default(softmax_scale, head_dim)
     for b in range(batch):
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
@@ -110,10 +110,10 @@ def reference_backward(
                 leaves = [x.requires_grad_() for x in of_block]
                 out = _attend_rows(leaves[0], leaves[1], leaves[2], leaves[3], scale, block)[0]
                 grads = torch.autograd.grad(out, leaves, do[b][at].double())
-            found.dq[b][at], found.dr[b][at] = grads[0], grads[1]
-            found.dk[b][keys] += grads[2]
-            found.dv[b][keys] += grads[3]
-    return found
+            result.dq[b][at], result.dr[b][at] = grads[0], grads[1]
+            result.dk[b][keys] += grads[2]
+            result.dv[b][keys] += grads[3]
+    return result
 
 
 def reference_varlen_forward(
@@ -130,7 +130,7 @@ def reference_varlen_forward(
 ) -> Reference:
     """`reference_forward` of packed sequences; differentiable.
 
-    q, r          (total_q, heads, head_dim): one sequence's queries after the other's
+    q, r          (total_q, heads, head_dim): the queries of all sequences, back to back
     k, v          (total_k, kv_heads, head_dim), likewise
     cu_seqlens_q  (batch + 1,): sequence b has the rows cu_seqlens_q[b] up to cu_seqlens_q[b + 1]
     cu_seqlens_k  (batch + 1,), likewise of k and v
@@ -162,21 +162,21 @@ def reference_varlen_backward(
     window_size: int | None = None,
     softmax_scale: float | None = None,
 ) -> Gradients:
-    """`reference_backward` of packed sequences: shapes as of `reference_varlen_forward`, do like q."""
-    found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
+    """`reference_backward` of packed sequences: shapes as in `reference_varlen_forward`, do like q."""
+    result = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
     for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
         given = (x[None] for x in (q[rows], r[rows], k[keys], v[keys], do[rows]))
         one = reference_backward(*given, causal=causal, window_size=window_size, softmax_scale=softmax_scale)
-        found.dq[rows], found.dr[rows], found.dk[keys], found.dv[keys] = (x[0] for x in one)
-    return found
+        result.dq[rows], result.dr[rows], result.dk[keys], result.dv[keys] = (x[0] for x in one)
+    return result
 
 
 class Block(NamedTuple):
     """Some rows of the query heads of one or more kv heads, and the keys of their sequence.
 
     heads   the query heads that read kv_heads
-    offset  a causal row i sees keys up to i + offset; None where every row sees all
-    window  and of those the last `window`; None for no limit
+    offset  with causal, row i sees keys up to i + offset; None if every row sees all keys
+    window  a row sees the last `window` of those; None for no limit
     """
 
     rows: slice
@@ -190,13 +190,13 @@ class Block(NamedTuple):
 def blocks(
     group: int, kv_heads: int, seqlen_q: int, length: int, causal: bool, window_size: int | None
 ) -> Iterator[Block]:
-    """One sequence's work in blocks of _SCORES_AT_ONCE scores, head by head; nothing where there are no keys."""
+    """The work of one sequence in blocks of _SCORES_AT_ONCE scores, head by head; no blocks without keys."""
     if length == 0:
         return
     if window_size is not None and (not causal or window_size < 1):
         raise ArgumentError("window_size", window_size, "None, or 1 or more with causal=True")
     rows_at_once = max(1, _SCORES_AT_ONCE // (group * length))
-    heads_at_once = max(1, rows_at_once // max(1, seqlen_q))  # of kv heads, where all rows of several fit
+    heads_at_once = max(1, rows_at_once // max(1, seqlen_q))  # several kv heads, if all of their rows fit
     offset = length - seqlen_q if causal else None
     for head in range(0, kv_heads, heads_at_once):
         last = min(head + heads_at_once, kv_heads)
@@ -227,9 +227,9 @@ def _attend_rows(
 
 
 def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """s and t, (heads, rows, keys), with s -inf where a row does not see a key; and which rows see any, (rows, 1).
+    """s and t, (heads, rows, keys), with s = -inf for invisible keys; and whether a row sees any key, (rows, 1).
 
-    A row that sees no key has finite scores: softmax gives no NaN there, nor do gradients. Multiply p by the third.
+    A row that sees no key has finite scores, so that softmax and gradients have no NaN. Multiply p by the third result.
     """
     s = scale * dot_products(q, keys)
     t = dot_products(r, keys)
@@ -246,21 +246,21 @@ def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block
 
 
 def dot_products(q: Tensor, keys: Tensor) -> Tensor:
-    """Of each query (rows, heads, d) with the keys (length, kv_heads, d) of its kv head: (heads, rows, length)."""
+    """q·k of queries (rows, heads, d) with the keys (length, kv_heads, d) of their kv heads: (heads, rows, length)."""
     (rows, heads, head_dim), (length, kv_heads, _) = q.shape, keys.shape
     of_kv_head = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, head_dim)
     return (of_kv_head @ keys.permute(1, 2, 0)).reshape(heads, rows, length)
 
 
 def weighted_sums(weights: Tensor, values: Tensor) -> Tensor:
-    """Of the values (length, kv_heads, d) by weights (heads, rows, length): (rows, heads, d)."""
+    """The sums of values (length, kv_heads, d), weighted by (heads, rows, length): (rows, heads, d)."""
     (heads, rows, length), (_, kv_heads, head_dim) = weights.shape, values.shape
     of_kv_head = weights.reshape(kv_heads, heads // kv_heads * rows, length)
     return (of_kv_head @ values.transpose(0, 1)).reshape(heads, rows, head_dim).transpose(0, 1)
 
 
 def _empty(out: Tensor) -> Reference:
-    """What rows without keys have, for an output like `out`, which is 0."""
+    """The result of rows without keys. out: zeros."""
     batch, seqlen_q, heads, _ = out.shape
     t_mean = out.new_zeros((batch, heads, seqlen_q))
     return Reference(out, torch.full_like(t_mean, -math.inf), t_mean, torch.zeros_like(out))
@@ -269,7 +269,7 @@ def _empty(out: Tensor) -> Reference:
 def sequences_of(
     cu_seqlens_q: Tensor | Sequence[int], cu_seqlens_k: Tensor | Sequence[int]
 ) -> list[tuple[slice, slice]]:
-    """Where each packed sequence's queries and keys lie."""
+    """The slices of each packed sequence's queries and keys."""
     ends_q, ends_k = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (cu_seqlens_q, cu_seqlens_k))
     if len(ends_q) != len(ends_k):
         raise ArgumentError("cu_seqlens_k", f"{len(ends_k)} numbers", f"{len(ends_q)}, as cu_seqlens_q has")

@@ -1,1 +1,1 @@
-"""What is asked, where it runs and how it could be done: pure data and functions, no device and no disk."""
+"""Specs, shapes, GPUs and workloads: pure data and functions, without device or disk access."""

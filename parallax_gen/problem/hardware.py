@@ -1,6 +1,6 @@
-"""The GPUs that kernels are made for: limits and peaks, by name or from what a device says of itself.
+"""The GPUs that kernels are made for: limits and peak rates, by name or from a device's properties.
 
-Plain data: nothing here asks a device, so that kernels can be chosen and compiled for a GPU that is not there.
+Plain data: nothing here queries a device, so that kernels can be chosen and compiled for a GPU that is not present.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # A driver reports less memory than the data sheet: 1 % less with HBM, 8 % less with ECC on GDDR6.
 MEMORY_TOLERANCE = 0.12
-# CUDA keeps this much of a multiprocessor's shared memory for every resident block.
+# CUDA reserves this much of a multiprocessor's shared memory for every resident block.
 RESERVED_SHARED = KIB
-# bf16 matmuls and asynchronous copies, which every kernel uses, came with this one.
+# The first capability with bf16 matmuls and asynchronous copies, which every kernel uses.
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -38,10 +38,10 @@ class Gpu:
     l2_bytes
     memory_bytes              as sold; a driver reports somewhat less
     bandwidth                 of device memory, bytes/s
-    tensor_flops              bf16 and fp16 matmuls that add up in fp32, dense, FLOP/s
+    tensor_flops              bf16 and fp16 matmuls with fp32 accumulation, dense, FLOP/s
     tf32_flops                the same for tf32
     fp32_flops                outside the tensor cores
-    estimated                 True when the rates, and what else the device did not say, are taken from a similar card
+    estimated                 True if the rates, and other values that the device did not report, are a similar card's
     """
 
     name: str
@@ -64,11 +64,11 @@ class Gpu:
 
     @property
     def arch(self) -> int:
-        """The capability as one number, as Triton's targets have it: 90 for (9, 0)."""
+        """The capability as one number, as in Triton's targets: 90 for (9, 0)."""
         return 10 * self.capability[0] + self.capability[1]
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s at the most for inputs of `dtype`. fp32 is exact here, so it runs outside the tensor cores."""
+        """The peak FLOP/s for inputs of `dtype`. fp32 is exact here, so it runs outside the tensor cores."""
         tensor = self.tensor_flops
         peaks = {"bf16": tensor, "fp16": tensor, "tf32": self.tf32_flops, "fp32": self.fp32_flops}
         if dtype not in peaks:
@@ -78,7 +78,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class _Limits:
-    """What a compute capability fixes.
+    """The limits that a compute capability determines.
 
     From "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide 13, in which KB is
     1024 bytes. All capabilities from 8.0 on have 64 K registers a multiprocessor and at most 255 a thread.
@@ -134,8 +134,8 @@ def _card(
 
 
 # SMs | L2, MiB | memory, GiB | bandwidth, TB/s | TFLOP/s: tensor cores with bf16 or fp16, with tf32; fp32 without.
-# Memory sold as "80 GB" is 80 GiB. Tensor rates are the dense ones: data sheets print those with 2:4 sparsity,
-# twice as high.
+# Memory sold as "80 GB" is 80 GiB. Tensor rates are the dense ones: data sheets print the rates with 2:4 sparsity,
+# which are twice as high.
 _CARDS = (
     # NVIDIA A100 data sheets: 80 GB SXM; 80 GB PCIe; 40 GB, SXM and PCIe alike. SMs, L2: Ampere white paper.
     _card("a100", "NVIDIA A100 SXM 80GB", (8, 0), 108, 40, 80, 2.039, 312, 156, 19.5),
@@ -144,15 +144,15 @@ _CARDS = (
     # NVIDIA H100 white paper, columns SXM5 and PCIe. Bandwidth: H100 data sheets.
     _card("h100", "NVIDIA H100 SXM", (9, 0), 132, 50, 80, 3.35, 989.4, 494.7, 66.9),
     _card("h100-pcie", "NVIDIA H100 PCIe", (9, 0), 114, 50, 80, 2.0, 756, 378, 51.2),
-    # NVIDIA H200 data sheet; computes as the H100 SXM. Six HBM stacks, not five, so all of GH100's L2: its driver.
+    # NVIDIA H200 data sheet; the SMs are those of the H100 SXM. L2, all of GH100's with six HBM stacks: its driver.
     _card("h200", "NVIDIA H200 SXM", (9, 0), 132, 60, 141, 4.8, 989.4, 494.7, 66.9),
-    # NVIDIA Blackwell data sheet, HGX B200. What was announced, 192 GB at 8 TB/s, is not what is sold: drivers report
-    # 178 GiB, and 7680 bits at 3996 MHz, 7.67 TB/s. L2: CUDA Blackwell Tuning Guide.
+    # NVIDIA Blackwell data sheet, HGX B200. The card was announced with 192 GB at 8 TB/s, but is sold with less:
+    # drivers report 178 GiB, and 7680 bits at 3996 MHz, 7.67 TB/s. L2: CUDA Blackwell Tuning Guide.
     _card("b200", "NVIDIA B200 SXM", (10, 0), 148, 126, 180, 7.7, 2250, 1125, 75),
     # NVIDIA L40S data sheet. SMs, L2: its driver.
     _card("l40s", "NVIDIA L40S", (8, 9), 142, 96, 48, 0.864, 362.05, 183, 91.6),
-    # NVIDIA white papers on Ada, Ampere GA102 and RTX Blackwell. A GeForce adds up fp16 products in fp32 at half the
-    # rate of fp16 sums; the rates here are those with fp32 sums.
+    # NVIDIA white papers on Ada, Ampere GA102 and RTX Blackwell. A GeForce accumulates fp16 products in fp32 at half
+    # the rate of fp16 accumulation; the rates here are those with fp32 accumulation.
     _card("rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 128, 72, 24, 1.008, 165.2, 82.6, 82.6),
     _card("rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), 82, 6, 24, 0.936, 71, 35.6, 35.6),
     _card("rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), 170, 96, 32, 1.792, 209.5, 104.8, 104.8),
@@ -160,7 +160,7 @@ _CARDS = (
 
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _CARDS}
 
-# What else drivers, data sheets and people call each card; compared as _squeeze leaves it.
+# Other names of each card, by drivers, data sheets and people; compared after `_squeeze`.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "a100": ("A100 SXM", "A100 SXM4", "A100 80GB", "A100 SXM 80GB", "A100-SXM4-80GB", "A100 80GB SXM"),
     "a100-pcie": ("A100 80GB PCIe", "A100 PCIe 80GB"),
@@ -185,7 +185,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def _squeeze(name: str) -> str:
-    """A name's letters and digits in lower case, without the words that tell no card from another."""
+    """A name's letters and digits in lower case, without words that all cards share."""
     return re.sub(r"nvidia|tesla|geforce|tensorcore|gpu", "", re.sub(r"[^a-z0-9]", "", name.lower()))
 
 
@@ -195,9 +195,9 @@ _BY_ALIAS: dict[str, Gpu] = {
 
 
 def gpu_by_name(name: str) -> Gpu:
-    """The GPU that people or drivers call `name`, in any case and punctuation. Raises UnknownGpuError.
+    """The GPU with this name or alias, in any case and punctuation. Raises UnknownGpuError.
 
-    For a GPU that is in the machine, `recognise` is the better question: a slice of a card has the card's name.
+    For a GPU in this machine use `recognise`: a MIG slice of a card has the card's name.
     """
     if not isinstance(name, str):
         raise ArgumentError("gpu", repr(name), "a name, such as 'h100'")
@@ -217,20 +217,20 @@ def recognise(
     l2_bytes: int | None = None,
     bandwidth: float | None = None,
 ) -> Gpu:
-    """The GPU that says these things of itself: one of GPUS, or one made for it alone.
+    """The GPU with these device properties: one of GPUS, or a new Gpu for this device.
 
     It is one of GPUS only if its name, architecture, SM count, memory and, if given, shared memory all agree:
-    results of a whole card are not those of its MIG slice, nor those of an L40 those of an L40S.
+    results of a whole card do not apply to its MIG slice, nor results of an L40 to an L40S.
 
-    Otherwise the answer is named after the device and its SM count ("nvidia-rtx-a6000-84sm") and marked as
-    estimated. Its limits are its capability's, or those of the next lower one of the same major version; of a
-    major version that is not known, the least of all known ones. What the arguments do not say (L2, rates) is a
-    similar card's, in proportion to the SMs: good for orders of magnitude.
+    Otherwise the Gpu is named after the device and its SM count ("nvidia-rtx-a6000-84sm") and marked as estimated. Its
+    limits are those of its capability, or of the next lower known one of the same major version; for an unknown major
+    version the minimum of all known limits. Values that are not given (L2, rates) are a similar card's, scaled by the
+    SMs: good for orders of magnitude.
 
     Raises ArgumentError, and UnknownGpuError for a device that cannot run these kernels at all.
     """
     if not isinstance(device_name, str) or not re.search(r"[A-Za-z0-9]", device_name):
-        raise ArgumentError("device_name", repr(device_name), "the name that the driver gives")
+        raise ArgumentError("device_name", repr(device_name), "the name that the driver reports")
     if not _is_capability(capability):
         raise ArgumentError("capability", repr(capability), "a pair of ints, (major, minor)")
     sizes = {"sms": sms, "memory_bytes": memory_bytes}
@@ -258,7 +258,7 @@ def recognise(
         return known
 
     like = _similar(device_name, capability)
-    share = sms / like.sms
+    scale = sms / like.sms
     limits = _limits_of(capability)
     if shared_per_block is not None:
         limits = replace(limits, shared_per_sm=shared_per_block + RESERVED_SHARED)
@@ -269,12 +269,12 @@ def recognise(
         capability=capability,
         sms=sms,
         **limits.as_fields(),
-        l2_bytes=round(like.l2_bytes * share) if l2_bytes is None else l2_bytes,
+        l2_bytes=round(like.l2_bytes * scale) if l2_bytes is None else l2_bytes,
         memory_bytes=memory_bytes,
-        bandwidth=like.bandwidth * share if bandwidth is None else float(bandwidth),
-        tensor_flops=like.tensor_flops * share,
-        tf32_flops=like.tf32_flops * share,
-        fp32_flops=like.fp32_flops * share,
+        bandwidth=like.bandwidth * scale if bandwidth is None else float(bandwidth),
+        tensor_flops=like.tensor_flops * scale,
+        tf32_flops=like.tf32_flops * scale,
+        fp32_flops=like.fp32_flops * scale,
         estimated=True,
     )
 
@@ -291,7 +291,7 @@ def _limits_of(capability: tuple[int, int]) -> _Limits:
 
 
 def _similar(device_name: str, capability: tuple[int, int]) -> Gpu:
-    """The card to take rates from: the one whose name the device's begins with, else the nearest architecture's."""
+    """The card whose rates to use: one whose name is a prefix of the device's, else one of the nearest architecture."""
     squeezed = _squeeze(device_name)
     same_name = [a for a, gpu in _BY_ALIAS.items() if gpu.capability == capability and squeezed.startswith(a)]
     if same_name:

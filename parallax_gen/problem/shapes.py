@@ -1,4 +1,4 @@
-"""The sizes of one call, the bucket they fall in, and the work they mean."""
+"""The sizes of one call, and the bucket that they fall in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError
 
-# Shorter sequences fill less than one tile of any config: they share a bucket.
+# Shorter sequences fill less than one tile of any config, so they share a bucket.
 SHORTEST = 128
-# Of sizes that were read: more than any card holds, and so few that what is worked out of them is a float.
+# The largest size that is read from a file: more than any card holds, and derived values still fit a float.
 LARGEST = 2**62
 
 
@@ -19,8 +19,8 @@ LARGEST = 2**62
 class Shape:
     """Sizes of one call: `heads` are query heads; seqlen_q is 1 for decode; seqlen_kv counts cached keys.
 
-    Of packed sequences, batch is how many there are, and the lengths are the longest ones'. window is the keys that a
-    query sees at the most, 0 for no such limit.
+    For packed sequences, batch is their number, and the lengths are the maximum lengths. window is how many keys a
+    query sees at most, 0 for no limit.
     """
 
     batch: int
@@ -60,9 +60,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The shapes that share a config: each size is a power of two, and stands for all sizes nearest to it.
+    """The shapes that share a config: each size is a power of two, and represents all sizes nearest to it.
 
-    kv_rows    batch * kv_heads: how many independent (sequence, kv head) pairs there are to spread out
+    kv_rows    batch * kv_heads: the number of independent (sequence, kv head) pairs
     seqlen_q   1 for decode
     seqlen_kv
     window     0 for none
@@ -94,25 +94,25 @@ class Bucket:
         return f"{self.kv_rows} kv rows, seqlen {lengths}{window}"
 
 
-Sizes = TypeVar("Sizes", Shape, Bucket)
+AnySizes = TypeVar("AnySizes", Shape, Bucket)
 
-# Fields that came after records were first written: absent from a record, they are at their default there.
-LATER = ("window",)
+# Fields that were added after the first records: a record without such a field means its default.
+ADDED_FIELDS = ("window",)
 
 
 def _to_dict(sizes: Shape | Bucket) -> dict[str, int]:
-    """Every field; those of LATER where they are not at their default."""
-    return {name: value for name, value in vars(sizes).items() if value or name not in LATER}
+    """All fields, except those of ADDED_FIELDS at their default."""
+    return {name: value for name, value in vars(sizes).items() if value or name not in ADDED_FIELDS}
 
 
 def _check_names(what: str, data: Mapping[str, Any], kind: type[Shape] | type[Bucket]) -> None:
     names = {f.name for f in fields(kind)}
-    if not names - set(LATER) <= set(data) <= names:
+    if not names - set(ADDED_FIELDS) <= set(data) <= names:
         raise ArgumentError(what, sorted(data), f"the fields {sorted(names)}")
 
 
-def within_bounds(sizes: Sizes) -> Sizes:
-    """Sizes that were read from a file, which may be anyone's. Raises ArgumentError where no card could hold them."""
+def within_bounds(sizes: AnySizes) -> AnySizes:
+    """Check sizes that were read from anyone's file. Raises ArgumentError if no card could hold them."""
     for name, value in vars(sizes).items():
         if value > LARGEST:
             raise ArgumentError(name, f"{value!r:.80}", f"at most {LARGEST}")
@@ -122,7 +122,7 @@ def within_bounds(sizes: Sizes) -> Sizes:
 def bucket_of(shape: Shape) -> Bucket:
     """The bucket of a shape: every size rounded to the nearest power of two on a logarithmic scale.
 
-    2**n stands for all sizes from 2**(n - 1/2) up to 2**(n + 1/2), so that a size is never more than a
+    2**n represents all sizes from 2**(n - 1/2) up to 2**(n + 1/2), so that a size is never more than a
     factor sqrt(2) from the one its config was tuned at. Lengths under 128 count as 128, except for the
     single query of a decode step.
     """
@@ -148,18 +148,18 @@ def representative(bucket: Bucket, group: int) -> Shape:
     )
 
 
-SHORTEST_SHARE = 32
+LENGTH_RATIO = 32
 
 
 def spread_lengths(shape: Shape) -> tuple[int, ...]:
-    """From all keys down to a 32nd of them, in even ratios; of one sequence all."""
-    shares = [SHORTEST_SHARE ** -(i / max(1, shape.batch - 1)) for i in range(shape.batch)]
-    return tuple(max(1, round(shape.seqlen_kv * share)) for share in shares)
+    """Lengths from all keys down to a 32nd of them, in a geometric sequence; all keys for a single sequence."""
+    fractions = [LENGTH_RATIO ** -(i / max(1, shape.batch - 1)) for i in range(shape.batch)]
+    return tuple(max(1, round(shape.seqlen_kv * fraction)) for fraction in fractions)
 
 
 def skewed_lengths(shape: Shape) -> tuple[int, ...]:
-    """The first sequence has all keys, every other a 32nd of them."""
-    return (shape.seqlen_kv, *[max(1, round(shape.seqlen_kv / SHORTEST_SHARE))] * (shape.batch - 1))
+    """Lengths with all keys in the first sequence, and a 32nd of them in every other."""
+    return (shape.seqlen_kv, *[max(1, round(shape.seqlen_kv / LENGTH_RATIO))] * (shape.batch - 1))
 
 
 def _nearest_power_of_two(size: int) -> int:

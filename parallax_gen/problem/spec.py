@@ -1,4 +1,4 @@
-"""What is asked of a kernel: everything that changes its meaning, and nothing that only changes its speed."""
+"""The specification of a kernel: everything that changes its result, and nothing that changes only its speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from parallax_gen.errors import ArgumentError
 
 OPS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "decode_varlen")
-# What users and records call an op, where that is not its own name.
+# The name of an op for users and in records, if it differs from the op's own name.
 _FAMILY_OF = {"decode_varlen": "decode"}
 FAMILIES = tuple(op for op in OPS if op not in _FAMILY_OF)
 DTYPES = ("bf16", "fp16", "fp32", "tf32")
@@ -17,14 +17,14 @@ CACHE_DTYPES = ("", "e4m3", "e5m2")
 
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 
-# Fields that came after records were first written: absent from a record, they are at their default there.
-LATER = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
+# Fields that were added after the first records: a record without such a field means its default.
+ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
 
-# Ops that see query rows and no keys: no groups of heads there, and no matmuls.
-ROWS_ALONE = ("preprocess",)
+# Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
+QUERY_ROW_OPS = ("preprocess",)
 OWN_LENGTHS = ("decode_varlen",)
 
-# Which ops a flag is of.
+# Flag -> the ops that have it.
 FLAGS = {
     "causal": ("forward", "dkdv", "dqdr", *OWN_LENGTHS),
     "stats": ("forward", *OWN_LENGTHS),
@@ -36,7 +36,7 @@ FLAGS = {
 
 
 def family_of(op: str) -> str:
-    """What users and records call an op: both kinds of decode are "decode" to them, one of them ragged."""
+    """The name of an op for users and in records: both kinds of decode are "decode", one with the flag ragged."""
     return _FAMILY_OF.get(op, op)
 
 
@@ -47,29 +47,28 @@ def named(op: str) -> str:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One Parallax kernel, by meaning.
+    """One Parallax kernel, by what it computes.
 
     op        "forward": seqlen_q queries a sequence; its backward is three kernels: "preprocess" (what dkdv and dqdr
-              need of each query row), "dkdv" and "dqdr"; "decode": one query a sequence against a KV cache, whose
-              sequences all have one length; "decode_varlen": every sequence has its own, read on the device from
-              cache_seqlens, and one query but with many_queries.
+              need for each query row), "dkdv" and "dqdr"; "decode": one query a sequence against a KV cache, whose
+              sequences all have one length; "decode_varlen": every sequence has its own length, read on the device from
+              cache_seqlens, and one query unless many_queries.
     head_dim  width of q, r, k and v: any multiple of 8 up to 256.
     dtype     of inputs and outputs: "bf16", "fp16" or "fp32"; "tf32" is fp32 whose matmuls round to tf32. Sums are
               always fp32.
     group     query heads per kv head, any number from 1 (MHA) up (GQA, MQA); 1 for preprocess, which sees no keys.
     causal    query i sees keys up to seqlen_kv - seqlen_q + i (aligned to the end).
-    stats     forward and decode_varlen: also writes lse, t̄ and v̄, which the backward needs, and joining of parts.
-    window    causal only: a query sees the last window_size of the keys that it would see.
-    varlen    sequences are packed one after the other, and begin where cu_seqlens says; of decode_varlen the queries.
+    stats     forward and decode_varlen: also writes lse, t̄ and v̄, for the backward, and to merge parts of attention.
+    window    causal only: a query sees only the last window_size of its visible keys.
+    varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only the queries are.
 
-    Of decode_varlen alone:
+    Only decode_varlen:
 
-    page_size     the cache is in pages of so many keys, which a page table puts in order; 0 for a cache in one piece a
-                  sequence.
-    leftpad       a sequence's first key is where cache_leftpad says.
-    many_queries  sequences have any number of queries, the last of which is at the last key. Else one, which is causal
-                  only in that a window may end at it.
-    cache_dtype   "e4m3" or "e5m2" for keys and values in eight bits; "" for those of dtype.
+    page_size     how many keys a page of the cache has, in the order of a page table; 0 for a cache without pages.
+    leftpad       cache_leftpad has the position of each sequence's first key.
+    many_queries  sequences have any number of queries, the last of which is at the last key. Else they have one query,
+                  for which causal only matters with a window.
+    cache_dtype   "e4m3" or "e5m2" for 8-bit keys and values; "" for keys and values of dtype.
 
     Raises ArgumentError on any other value.
     """
@@ -91,7 +90,7 @@ class KernelSpec:
         _one_of("op", self.op, OPS)
         if type(self.head_dim) is not int or self.head_dim % 8 or not 0 < self.head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", f"{self.head_dim!r:.80}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
-        rows_alone, own_lengths = self.op in ROWS_ALONE, self.op in OWN_LENGTHS
+        rows_alone, own_lengths = self.op in QUERY_ROW_OPS, self.op in OWN_LENGTHS
         _one_of("dtype", self.dtype, DTYPES[:3] if rows_alone else DTYPES)
         if type(self.group) is not int or self.group < 1:
             raise ArgumentError("group", f"{self.group!r:.80}", "an int of 1 or more (query heads per kv head)")
@@ -121,7 +120,7 @@ class KernelSpec:
 
     @property
     def family(self) -> str:
-        """What users and records call its op."""
+        """The name of its op for users and in records."""
         return family_of(self.op)
 
     @property
@@ -130,33 +129,33 @@ class KernelSpec:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of each number of k and v."""
+        """Bytes of each element of k and v."""
         return 1 if self.cache_dtype else self.bytes_per_element
 
-    def of(self, op: str) -> KernelSpec:
+    def for_op(self, op: str) -> KernelSpec:
         """The spec of another kernel of the same training step: forward, preprocess, dkdv or dqdr."""
-        if op in ROWS_ALONE:
-            # It multiplies no matrices and sees rows alone.
+        if op in QUERY_ROW_OPS:
+            # It has no matmuls, and reads only query rows.
             dtype = "fp32" if self.dtype == "tf32" else self.dtype
             return KernelSpec(op, self.head_dim, dtype, varlen=self.varlen)
         return replace(self, op=op, stats=op == "forward")
 
     def flat(self) -> dict[str, Any]:
-        """Every field, in the words and the order of records: an op by its family, and whether it is ragged."""
+        """All fields, with the names and the order of records: the op's family, and the flag ragged."""
         found = vars(self) | {"op": self.family}
         before = ("op", "head_dim", "dtype", "group", "causal", "stats")
         return {name: found[name] for name in before} | {"ragged": self.op in OWN_LENGTHS} | found
 
     def to_dict(self) -> dict[str, Any]:
-        """`flat`, but of LATER what is not at its default. `memory.old.spec_from` reads it."""
-        return {name: value for name, value in self.flat().items() if value or name not in LATER}
+        """`flat` without the fields of ADDED_FIELDS that are at their default. `memory.old.spec_from` reads it."""
+        return {name: value for name, value in self.flat().items() if value or name not in ADDED_FIELDS}
 
     def __str__(self) -> str:
         flat = self.flat()
         words = [self.family, f"head_dim {self.head_dim}", self.dtype]
-        if self.op not in ROWS_ALONE:
+        if self.op not in QUERY_ROW_OPS:
             words.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
-        # One query sees all keys of its window.
+        # A single query sees all keys of its window.
         if self.op in FLAGS["causal"] and (self.op not in OWN_LENGTHS or self.many_queries or self.window):
             words.append("window" if self.window else "causal" if self.causal else "full")
         words += [name for name in ("varlen", "stats", "ragged", "leftpad") if flat[name]]

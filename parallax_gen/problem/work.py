@@ -1,4 +1,4 @@
-"""What a call must do at the least, FLOPs and bytes; the rate that a time makes of it, and the least time for it."""
+"""The minimum work of a call, FLOPs and bytes, the rate that a time means for it, and the roofline bound."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must do at the least: floating-point operations, and bytes of device memory moved."""
+    """The minimum work of a call: floating-point operations, and bytes of device memory traffic."""
 
     flops: float
     bytes: float
 
 
-# Matmuls of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and two for dk;
-# dqdr s, t, a, dq, dr.
+# The number of matmuls, each of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and
+# two for dk; dqdr s, t, a, dq, dr.
 MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4, "decode_varlen": 4}
-SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of them, those that find s, t and a; the others sum what comes of them
+SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of these, those that compute s, t and a; the others accumulate outputs
 
 
-class Moved(NamedTuple):
-    """What each query row and each row of keys moves at the least.
+class Traffic(NamedTuple):
+    """The minimum memory traffic of each query row and each key row.
 
-    q_wide     of a query row, numbers a dimension of the head
-    kv_wide    of a row of keys
-    row_bytes  of a query row, beside those
-    flops      of a query row, a dimension, beside matmuls
+    q_wide     vectors of head_dim elements a query row
+    kv_wide    vectors of head_dim elements a key row
+    row_bytes  other bytes a query row
+    flops      FLOPs a query row and dimension, apart from matmuls
     """
 
     q_wide: int
@@ -41,32 +41,35 @@ class Moved(NamedTuple):
     flops: int = 0
 
 
-MOVED = {
-    "forward": Moved(3, 2),  # q, r, o; k, v
-    "preprocess": Moved(3, 0, 24, 4),  # do, o and v̄; lse, t̄ and four numbers a row; a product and a sum for b and for T
-    "dkdv": Moved(3, 4, 16),  # q, r, do; k, v and dk, dv
-    "dqdr": Moved(5, 2, 16),  # q, r, do and dq, dr; k, v
-    "decode": Moved(3, 2),
-    "decode_varlen": Moved(3, 2),
+TRAFFIC = {
+    "forward": Traffic(3, 2),  # q, r, o; k, v
+    "preprocess": Traffic(3, 0, 24, 4),  # do, o and v̄; lse, t̄ and four statistics; a product and a sum for b and for T
+    "dkdv": Traffic(3, 4, 16),  # q, r, do; k, v and dk, dv
+    "dqdr": Traffic(5, 2, 16),  # q, r, do and dq, dr; k, v
+    "decode": Traffic(3, 2),
+    "decode_varlen": Traffic(3, 2),
 }
-OF_STATS = Moved(1, 0, 8)  # v̄ beside o; lse and t̄
+STATS_TRAFFIC = Traffic(1, 0, 8)  # v̄ beside o; lse and t̄
 
 
 def work_of(spec: KernelSpec, shape: Shape) -> Work:
-    """The op's matmuls over the visible pairs; each input read and each output written once."""
+    """The matmuls of an op over the visible pairs; each input is read and each output written once."""
     q_rows = shape.batch * shape.heads * shape.seqlen_q
     keys = min(shape.seqlen_kv, shape.window + shape.seqlen_q - 1) if shape.window else shape.seqlen_kv
     kv_rows = shape.batch * shape.kv_heads * keys
-    moved = MOVED[spec.op]
-    q_wide, row_bytes = moved.q_wide + spec.stats * OF_STATS.q_wide, moved.row_bytes + spec.stats * OF_STATS.row_bytes
+    traffic = TRAFFIC[spec.op]
+    q_wide, row_bytes = (
+        traffic.q_wide + spec.stats * STATS_TRAFFIC.q_wide,
+        traffic.row_bytes + spec.stats * STATS_TRAFFIC.row_bytes,
+    )
     flops = 2 * MATMULS.get(spec.op, 0) * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
-    flops += moved.flops * q_rows * spec.head_dim
-    of_head = q_rows * q_wide * spec.bytes_per_element + kv_rows * moved.kv_wide * spec.cache_bytes
+    flops += traffic.flops * q_rows * spec.head_dim
+    of_head = q_rows * q_wide * spec.bytes_per_element + kv_rows * traffic.kv_wide * spec.cache_bytes
     return Work(flops=float(flops), bytes=float(of_head * spec.head_dim + q_rows * row_bytes))
 
 
 def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> Work:
-    """`work_of` where each sequence has its own keys, of which there may be fewer than the shape says; () is all."""
+    """`work_of` for sequences with their own numbers of keys, at most the shape's; () means the shape's for all."""
     if not lengths:
         return work_of(spec, shape)
     batches = [replace(shape, batch=count, seqlen_kv=keys) for keys, count in Counter(lengths).items()]
@@ -75,7 +78,7 @@ def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> W
 
 
 def default_scale(head_dim: int) -> float:
-    """What q·k is multiplied by where a call says nothing else."""
+    """The default factor of q·k."""
     return float(head_dim**-0.5)
 
 
@@ -84,12 +87,12 @@ def scale_or_default(given: float | None, head_dim: int) -> float:
 
 
 def _visible(spec: KernelSpec, shape: Shape) -> float:
-    """(query, key) pairs that are seen, of one head of one sequence."""
+    """The visible (query, key) pairs of one head of one sequence."""
     return visible_pairs(shape.seqlen_q, shape.seqlen_kv, spec.causal, shape.window)
 
 
 def visible_pairs(seqlen_q: int, seqlen_kv: int, causal: bool, window: int = 0) -> float:
-    """(query, key) pairs that are seen, of one head of one sequence. window: 0 for none.
+    """The visible (query, key) pairs of one head of one sequence. window: 0 for none.
 
     Row i of a causal call sees max(0, seqlen_kv - seqlen_q + i + 1) keys. Counted as the area of the triangle or
     trapezium, half when square: the usual convention for quoting causal rates. A window cuts off a corner of it.
@@ -108,22 +111,22 @@ def visible_pairs(seqlen_q: int, seqlen_kv: int, causal: bool, window: int = 0) 
 
 
 def bound_by_matmuls(op: str) -> bool:
-    """Whether the tensor cores bound an op's time. Memory does that of decode and preprocess."""
+    """Whether an op is bound by the tensor cores. Decode and preprocess are bound by memory."""
     return op in SCORES
 
 
 def rate_unit(op: str) -> str:
-    """What the rate of an op is counted in: what bounds its time, matmuls or memory."""
+    """The unit of an op's rate, by what bounds the op: matmuls or memory."""
     return "TFLOP/s" if bound_by_matmuls(op) else "GB/s"
 
 
 def rate(spec: KernelSpec, shape: Shape, time_us: float, lengths: Sequence[int] = ()) -> float:
-    """How much of the work that must be done is done a second, in `rate_unit`; `lengths` as of `work_of_lengths`."""
+    """The minimum work a second, in `rate_unit`; `lengths` as in `work_of_lengths`."""
     work = work_of_lengths(spec, shape, lengths)
     return work.flops / time_us / 1e6 if bound_by_matmuls(spec.op) else work.bytes / time_us / 1e3
 
 
 def bound_us(spec: KernelSpec, shape: Shape, gpu: Gpu) -> float:
-    """Microseconds that a call takes at the least: its work at the card's peak, or its bytes at its bandwidth."""
+    """The roofline bound of a call in microseconds: its FLOPs at the card's peak, or its bytes at the bandwidth."""
     work = work_of(spec, shape)
     return 1e6 * max(work.flops / gpu.peak(spec.dtype), work.bytes / gpu.bandwidth)

@@ -1,4 +1,4 @@
-"""What is tuned and timed when little is said: the usual shapes, and the kernels that a shape and flags mean."""
+"""The default workloads of tune and bench: usual shapes, grids, and the kernels that a shape and flags select."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import FAMILIES, FLAGS, KernelSpec, family_of
 
-# A training step's kernels, in the order in which they run; all of them together go by the name TRAINING.
+# The kernels of a training step, in the order in which they run. TRAINING names all of them together.
 STEP = ("forward", "preprocess", "dkdv", "dqdr")
 TRAINING = "training"
 WORK = (*FAMILIES, TRAINING)
 
 USUAL_HEAD_DIM = 128
 
-# Forward: a training step, a long prompt, many short sequences and what lies between, each of about as much work.
-# Decode: alone and in a batch, over short and long caches; and with four query heads a kv head (GQA).
+# Forward: a training step, a long prompt, many short sequences and one in between, each with about the same work.
+# Decode: one sequence and a batch, over short and long caches; also with four query heads a kv head (GQA).
 USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "forward": (
         Shape(4, 16, 16, 4096, 4096),
@@ -30,7 +30,7 @@ USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
     ),
 }
 
-# Of training steps, by head_dim, with the windows that they are run with.
+# Training steps by head_dim, with the windows that are used.
 USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
     128: (
         Shape(32, 6, 6, 2048, 2048),  # nanochat, 12 layers
@@ -39,8 +39,8 @@ USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
         Shape(16, 12, 12, 2048, 2048),  # 24 layers
         Shape(16, 12, 12, 2048, 2048, 513),
         Shape(4, 16, 8, 4096, 4096),  # like Qwen3-0.6B and 1.7B
-        Shape(2, 32, 8, 8192, 8192),  # of 8 billion parameters, with GQA
-        Shape(4, 16, 16, 4096, 4096),  # what kernels are compared at
+        Shape(2, 32, 8, 8192, 8192),  # a model of 8 billion parameters, with GQA
+        Shape(4, 16, 16, 4096, 4096),  # the shape of kernel comparisons
         Shape(1, 16, 16, 16384, 16384),  # a long context
         Shape(1, 16, 16, 16384, 16384, 4096),
     ),
@@ -52,7 +52,7 @@ USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes as they are typed, for any op; seqlen_q is None where one length was given for both."""
+    """Sizes as typed by a user, for any op; seqlen_q is None if one length was given for both."""
 
     batch: int
     heads: int
@@ -61,7 +61,7 @@ class Sizes:
     seqlen_kv: int
 
     def for_op(self, op: str) -> Shape:
-        """The shape that is meant for `op`: one length is that of queries and keys; of decode, of one query's keys."""
+        """The shape for `op`. A single length counts queries and keys; for decode, the keys of one query."""
         seqlen_q = self.seqlen_q
         if seqlen_q is None:
             seqlen_q = 1 if op == "decode" else self.seqlen_kv
@@ -70,13 +70,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Flags:
-    """What is asked of kernels besides op, head_dim, dtype and sizes. An op that has no such flag goes without.
+    """The requested properties of kernels besides op, head_dim, dtype and sizes. An op ignores flags it does not have.
 
-    causal  None where nothing is said: causal
-    window  keys that a query sees; None where nothing is said: a shape's own window
-    page_size  of decode's cache, keys; 0 for none
-    ragged  of decode; what needs it brings it along. Many queries come with a shape that has them, or with varlen
-    others  as KernelSpec's
+    causal     None by default, which means causal
+    window     how many keys a query sees; None by default, which means the shape's own window
+    page_size  keys a page of decode's cache; 0 for none
+    ragged     decode with a length for each sequence; other flags and many queries imply it. A shape with several
+               queries, or varlen, implies many queries
+    others     as in KernelSpec
     """
 
     causal: bool | None = None
@@ -89,7 +90,7 @@ class Flags:
     cache_dtype: str = ""
 
     def on(self, shape: Shape) -> Shape:
-        """The shape with the window that is asked for. One that holds all keys is none, as at run time."""
+        """The shape with the requested window. A window of all keys counts as none, as at run time."""
         window = shape.window if self.window is None else self.window
         if self.causal is False and self.window is None:
             window = 0
@@ -98,21 +99,21 @@ class Flags:
 
 NO_FLAGS = Flags()
 
-# Of the flags that are on or off, which ops take them, by what users call those.
-TAKERS = {
+# Boolean flag -> the ops that have it, by their names for users.
+OPS_WITH_FLAG = {
     f.name: {family_of(op) for op in FLAGS.get(f.name, ("decode_varlen",))}
     for f in fields(Flags)
     if f.name in FLAGS or f.name == "ragged"
 }
 
 
-def takes(op: str, flag: str) -> bool:
-    """Whether an op, or TRAINING, has a flag of TAKERS: the forward of a training step always has statistics."""
-    return ("dkdv" if op == TRAINING else op) in TAKERS[flag]
+def has_flag(op: str, flag: str) -> bool:
+    """Whether an op, or TRAINING, has a flag of OPS_WITH_FLAG. The forward of a training step always has stats."""
+    return ("dkdv" if op == TRAINING else op) in OPS_WITH_FLAG[flag]
 
 
 def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
-    """The usual shapes of an op, or of TRAINING, by head_dim: of those given, else of all that are usual."""
+    """The usual shapes of an op, or of TRAINING, by head_dim; for `head_dims`, else for all usual ones."""
     if op in USUAL_SHAPES:
         return dict.fromkeys(head_dims or (USUAL_HEAD_DIM,), USUAL_SHAPES[op])
     return {
@@ -121,25 +122,25 @@ def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ..
 
 
 def sizes_for(op: str, shape: Shape, flags: Flags) -> Shape:
-    """What the op's kernel sees of a step's shape: preprocess sees rows alone."""
+    """The sizes that an op's kernel gets for a step's shape: preprocess reads only query rows."""
     if op == "preprocess":
         return Shape(shape.batch, shape.heads, shape.heads, shape.seqlen_q, shape.seqlen_q)
-    return flags.on(shape) if takes(op, "window") else shape
+    return flags.on(shape) if has_flag(op, "window") else shape
 
 
 def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> KernelSpec:
-    """The kernel of an op that serves a shape of `sizes_for`. Raises ArgumentError where there is none."""
-    asked = {
+    """The spec of an op's kernel for a shape of `sizes_for`. Raises ArgumentError if there is none."""
+    requested = {
         "causal": flags.causal is not False,
         "stats": flags.stats,
         "window": shape.window > 0,
         "varlen": flags.varlen,
         "leftpad": flags.leftpad,
     }
-    taken: dict[str, Any] = {name: on for name, on in asked.items() if takes(op, name)}
+    taken: dict[str, Any] = {name: on for name, on in requested.items() if has_flag(op, name)}
     if op == "decode":
         many = shape.seqlen_q > 1 or flags.varlen
-        taken["causal"] = asked["window"] or (many and asked["causal"])
+        taken["causal"] = requested["window"] or (many and requested["causal"])
         taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
         if flags.ragged or any(taken.values()):
             op = "decode_varlen"
@@ -147,15 +148,15 @@ def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> 
 
 
 def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:
-    """The kernels that an op, or TRAINING, means at a shape, each with the sizes that it sees."""
+    """The kernels of an op, or of TRAINING, at a shape, each with its sizes."""
     if op != TRAINING:
         sizes = sizes_for(op, shape, flags)
         return [(spec_for(op, head_dim, dtype, sizes, flags), sizes)]
     whole = spec_for("dkdv", head_dim, dtype, sizes_for("dkdv", shape, flags), flags)
-    return [(whole.of(kernel), sizes_for(kernel, shape, flags)) for kernel in STEP]
+    return [(whole.for_op(kernel), sizes_for(kernel, shape, flags)) for kernel in STEP]
 
 
-# -- Grids of shapes: what other kernels are quoted at, and what serving asks for.
+# -- Grids of shapes: those of other kernels' published results, and those of serving.
 
 # The official kernels' own benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
 _HEADS = tuple(2**n for n in range(12))
@@ -169,36 +170,36 @@ OFFICIAL = tuple(
     if 2 * heads * keys * head_dim <= _LARGEST
 )
 
-# A model of 8 billion parameters, 32 query heads over 8 kv heads, whole and as each of 2, 4 and 8 GPUs has it. Left
-# out: caches that no card of 80 GB holds.
-_MOST_KEYS = 2**26  # (sequence, kv head, key) triples: 34 GB of bf16 keys and values
+# A model of 8 billion parameters with 32 query heads and 8 kv heads, whole and split over 2, 4 and 8 GPUs. Left out:
+# caches that do not fit a card of 80 GB.
+_MAX_KEYS = 2**26  # (sequence, kv head, key) triples: 34 GB of bf16 keys and values
 SERVING = tuple(
     (128, Shape(batch, heads, kv_heads, 1, keys))
     for heads, kv_heads in ((32, 8), (16, 4), (8, 2), (4, 1))
     for batch in (1, 8, 32, 64, 128)
     for keys in (1024, 4096, 16384, 65536)
-    if batch * kv_heads * keys <= _MOST_KEYS
+    if batch * kv_heads * keys <= _MAX_KEYS
 )
 
 GRIDS = {"official": OFFICIAL, "serving": SERVING}
 
-# The sweep of Parallax's paper, by op: batches of 1 to 2048 sequences over 128 to 32768 keys. Decode is of 8 heads, as
-# the official kernels are quoted, and whole: its largest caches take 275 GB, and who runs it leaves out what does not
-# fit. Training is of 16 heads, and of at most 2**18 tokens a step.
+# The grid of the Parallax paper, by op: batches of 1 to 2048 sequences over 128 to 32768 keys. Decode has 8 heads, as
+# the published results of the official kernels. The grid is complete: its largest caches take 275 GB, and whoever runs
+# it leaves out those that do not fit. Training has 16 heads, and at most 2**18 tokens a step.
 _BATCHES = tuple(2**n for n in range(12))
-_MOST_TOKENS = 2**18
+_MAX_TOKENS = 2**18
 PAPER = {
     "decode": tuple((128, Shape(batch, 8, 8, 1, keys)) for batch in _BATCHES for keys in _KEYS),
     TRAINING: tuple(
-        (128, Shape(batch, 16, 16, keys, keys)) for batch in _BATCHES for keys in _KEYS if batch * keys <= _MOST_TOKENS
+        (128, Shape(batch, 16, 16, keys, keys)) for batch in _BATCHES for keys in _KEYS if batch * keys <= _MAX_TOKENS
     ),
 }
 
-# The steps that are in real use, of every head_dim.
+# The training steps in real use, for every head_dim.
 STEPS = tuple((head_dim, shape) for head_dim, shapes in USUAL_TRAINING.items() for shape in shapes)
 
-# What is compared of a grid: grid -> op -> (head_dim, shape).
-SWEEPS = {
+# The shapes that `bench` compares for each grid: grid -> op -> (head_dim, shape).
+BENCH_GRIDS = {
     **{name: {"decode": shapes} for name, shapes in GRIDS.items()},
     TRAINING: {TRAINING: STEPS},
     "paper": PAPER,
@@ -206,9 +207,9 @@ SWEEPS = {
 
 _TRAINED = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
 
-# What is compared when little is said: op -> (head_dim, shape), from few bytes to many, alone and in a batch, MHA and
-# GQA; a training step and a long prompt.
-COMPARED: dict[str, tuple[tuple[int, Shape], ...]] = {
+# The shapes that `bench` compares by default: op -> (head_dim, shape). Decode from few bytes to many, one sequence and
+# a batch, MHA and GQA; a training step and a long prompt.
+DEFAULT_SHAPES: dict[str, tuple[tuple[int, Shape], ...]] = {
     "forward": tuple((128, shape) for shape in _TRAINED),
     "decode": (
         *((128, Shape(batch, 8, 8, 1, keys)) for batch in (1, 32) for keys in (512, 1024, 4096, 16384)),

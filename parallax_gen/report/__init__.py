@@ -1,1 +1,1 @@
-"""What `parallax-gen report` works out and draws; the command is in cli/."""
+"""Computes and draws the page of `parallax-gen report`; the command is in cli/."""

@@ -1,4 +1,4 @@
-"""Where things are drawn: scales, the roofline with its points, and the course of a study, in pixels of an SVG."""
+"""SVG geometry in pixels: axes, the roofline with its points, and the history of a study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parallax_gen.report.studies import Study
 
 @dataclass(frozen=True)
 class Scale:
-    """A logarithmic axis: from `low` at pixel `start` to `high` at pixel `end`. Values beyond it lie at its ends."""
+    """A logarithmic axis from `low` at pixel `start` to `high` at pixel `end`. Values outside are clamped."""
 
     low: float
     high: float
@@ -27,7 +27,7 @@ class Scale:
         return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 1)
 
     def ticks(self, values: Sequence[float]) -> list[tuple[float, str]]:
-        """(pixel, label) of those values that are on the axis."""
+        """(pixel, label) of the values that lie on the axis."""
         return [(self(value), f"{value:g}") for value in values if self.low <= value <= self.high]
 
 
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Roof:
-    """The bound of one dtype: a path, and what its two parts are."""
+    """The bound of one dtype: an SVG path, and labels for its slope and its flat part."""
 
     dtype: str
     path: str
@@ -52,7 +52,7 @@ class Roof:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Of one card: FLOP/s over FLOP/byte, with a point a study."""
+    """The roofline of one card: FLOP/s over FLOP/byte, with a point per study."""
 
     gpu: Gpu
     width: int
@@ -65,10 +65,10 @@ class Roofline:
 
 @dataclass(frozen=True)
 class History:
-    """The course of one study: time over the best found, trial by trial, and the best by then as a line.
+    """The history of one study: each trial's time relative to the study's best, and the best so far as a line.
 
-    timed, slow, failed  paths of dots
-    better               the trials that were the best by then
+    timed, slow, failed  SVG paths of dots
+    better               the trials that improved the best
     """
 
     width: int
@@ -88,11 +88,11 @@ class History:
 DECADES = tuple(10.0**n for n in range(-4, 6))
 WIDTH, HEIGHT = 580, 380
 SMALL_WIDTH, SMALL_HEIGHT = 264, 136
-MOST_TIMES = 10.0  # the best: slower trials lie at the upper edge
+MAX_RATIO = 10.0  # times the best: slower trials lie at the upper edge
 
 
 def rooflines(studies: Iterable[Study]) -> list[Roofline]:
-    """One a card, of its studies that have a measured best and peaks to compare with; all with the same axes."""
+    """One roofline per card with known peaks, of its studies with a measured best; all share their axes."""
     of: dict[Gpu, list[tuple[Study, float, float]]] = {}
     for study in studies:
         if study.best is not None and study.best.time_us is not None and study.gpu is not None:
@@ -144,20 +144,20 @@ def _achieved(study: Study) -> str:
     assert study.best is not None
     assert study.best.time_us is not None
     op = study.place.spec.family
-    told = [f"{study.place.gpu}: {study.place.spec}", str(study.place.bucket)]
-    told.append(f"{number(study.best.time_us)} µs, {number(study.rate or 0)} {rate_unit(op)}")
-    told += [f"{study.share:.0%} of the bound"] if study.share is not None else []
-    told += [f"{', '.join(study.unlike)}"] if study.unlike else []
-    return "\n".join([*told, brief(study.best.config)])
+    lines = [f"{study.place.gpu}: {study.place.spec}", str(study.place.bucket)]
+    lines.append(f"{number(study.best.time_us)} µs, {number(study.rate or 0)} {rate_unit(op)}")
+    lines += [f"{study.share:.0%} of the bound"] if study.share is not None else []
+    lines += [f"{', '.join(study.unlike)}"] if study.unlike else []
+    return "\n".join([*lines, brief(study.best.config)])
 
 
 def history(study: Study) -> History | None:
-    """Of the user's own trials; None where none was timed. A trial that was timed again has its last time."""
+    """The history of the user's own trials; None if none was timed. A config that was timed again has its last time."""
     timed = [trial.time_us for trial in study.trials if trial.outcome.timed and trial.time_us]
     if not timed:
         return None
     least = min(timed)
-    most = min(MOST_TIMES, max(2.0, max(timed) / least))
+    most = min(MAX_RATIO, max(2.0, max(timed) / least))
     left, right, top, bottom = 32.0, SMALL_WIDTH - 8.0, 10.0, SMALL_HEIGHT - 24.0
     y = Scale(1.0, most, bottom - 4, top + 12)
     apart = (right - left - 8) / max(1, len(study.trials) - 1)
@@ -171,8 +171,8 @@ def history(study: Study) -> History | None:
             if trial.time_us < best:
                 line += f"M{x} {at}" if not line else f"H{x}V{at}"
                 best = trial.time_us
-                told = f"trial {i + 1}: {number(best)} µs, {best / least:.2f} times the best\n{brief(trial.config)}"
-                better.append(Point(x, at, told))
+                tip = f"trial {i + 1}: {number(best)} µs, {best / least:.2f} times the best\n{brief(trial.config)}"
+                better.append(Point(x, at, tip))
         elif trial.outcome.timed and trial.time_us:
             dots["slow"].append(f"M{x} {y(trial.time_us / least)}h0")
         elif trial.outcome.tried:

@@ -1,4 +1,4 @@
-"""All that the report shows, worked out from the memory and the bench files, and the same as JSON."""
+"""The report's data, computed from the memory and the bench files, and its JSON form."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.report.failures import Reason, reasons
-from parallax_gen.report.studies import Study, of_most_use, standing, studies_of
-from parallax_gen.tuning.search.importances import LEAST_TRIALS, importances
+from parallax_gen.report.studies import Study, by_place, most_useful, studies_of
+from parallax_gen.tuning.search.importances import MIN_TRIALS, importances
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The studies of one kernel on one GPU, as in this process and, of others, those that are shown."""
+    """The shown studies of one kernel on one GPU."""
 
     gpu: str
     spec: KernelSpec
@@ -37,19 +37,19 @@ class Kernel:
 
     @property
     def percents(self) -> str:
-        """Of the bound, from the least to the most that its studies reach: `36 to 54`, `45`; "" if nothing is known."""
+        """The range of percentages of the roofline bound that its studies reach: `36 to 54`, `45`; "" if unknown."""
         shares = [study.share for study in self.studies if study.share is not None]
         ends = [f"{100 * end:.0f}" for end in (min(shares), max(shares))] if shares else []
         return " to ".join(dict.fromkeys(ends))
 
     @property
     def outcomes(self) -> Counter[Outcome]:
-        """Of the user's own trials."""
+        """The outcomes of the user's own trials."""
         return Counter(trial.outcome for study in self.studies for trial in study.trials)
 
     @property
     def tried(self) -> bool:
-        """Whether the user has tried configs of it, rather than predicted how they would do."""
+        """Whether the user has run configs of it, rather than only predicted them."""
         return any(outcome.tried for outcome in self.outcomes)
 
     def has_any(self, keys: Container[object]) -> bool:
@@ -61,7 +61,7 @@ class Kernel:
 
     @property
     def costs(self) -> list[tuple[KernelConfig, float]]:
-        """The user's own trials that were timed: a config, and its time over the best of its study."""
+        """The user's own timed trials: a config, and its time relative to the best of its study."""
         found = []
         for study in self.studies:
             timed = [(trial.config, trial.time_us) for trial in study.trials if trial.outcome.timed]
@@ -72,52 +72,52 @@ class Kernel:
 
     @property
     def importances(self) -> dict[str, float]:
-        """Of knobs; empty where the trials are too few to tell."""
+        """The importance of each knob; empty if there are too few trials."""
         return importances(self.spec, self.costs)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows.
+    """The data of the page.
 
-    gpus      by name
+    gpus      names
     shown     studies, sorted by place
-    left_out  how many studies of other toolchains and kernels are not shown
-    standing  every bucket that could be tuned, with the study that says most about it
-    ratios    other baselines' rows of bench files, with their time over ours
-    benches   names of the files that these are from, and how each was taken: (file, conditions, command)
+    left_out  the number of studies of other toolchains and kernels that are not shown
+    by_place  every place that could be tuned, with its most informative study
+    ratios    other baselines' rows in the bench files, with their time relative to ours
+    benches   the bench files as (file name, conditions, command)
     """
 
     gpus: tuple[str, ...]
     shown: tuple[Study, ...]
     left_out: int
-    standing: dict[Place, Study | None]
+    by_place: dict[Place, Study | None]
     ratios: list[tuple[Row, float | None]]
     benches: tuple[tuple[str, str, str], ...]
 
     @property
     def kernels(self) -> list[Kernel]:
-        """In the order of `standing`: op by op."""
+        """In the order of `by_place`: op by op."""
         of: dict[tuple[str, KernelSpec], list[Study]] = {}
         for study in self.shown:
             of.setdefault((study.place.gpu, study.place.spec), []).append(study)
-        order = dict.fromkeys((place.gpu, place.spec) for place in self.standing)
+        order = dict.fromkeys((place.gpu, place.spec) for place in self.by_place)
         return [Kernel(gpu, spec, tuple(of[gpu, spec])) for gpu, spec in order if (gpu, spec) in of]
 
     @property
     def newest(self) -> str:
-        """When the newest of the results shown was made, ISO 8601 in UTC; "" where there are none."""
+        """The time of the newest shown result, ISO 8601 in UTC; "" if there is none."""
         return max((study.newest for study in self.shown), default="")
 
     @property
     def means(self) -> dict[tuple[str, str, str, str], Mean]:
-        """Of each card, op, part of it and baseline, over all shapes where both ran."""
-        return means(self.ratios, key=lambda row: (row.origin.gpu, row.op, row.part, row.contender))
+        """Mean times relative to ours by card, op, part and baseline, over all shapes where both ran."""
+        return means(self.ratios, key=lambda row: (row.origin.gpu, row.op, row.part, row.baseline))
 
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
-        """By op and GPU: how many buckets are in each state, and the median share of the bound of those measured."""
+        """By op and GPU: the number of buckets in each state, and the measured buckets' median share of the bound."""
         found: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
-        for place, study in self.standing.items():
+        for place, study in self.by_place.items():
             states, shares = found.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
             states[study.state if study else "untuned"] += 1
             if study is not None and study.share is not None:
@@ -129,28 +129,28 @@ class Report:
 
 
 def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, every: bool) -> Report:
-    """Of the GPUs that people name, or of all; `every`: of every toolchain and kernel, not those of most use alone.
+    """The report on the named GPUs, or all. `every`: show all toolchains and kernels, not only the most useful.
 
-    Raises UnknownGpuError for a GPU that nothing is known by.
+    Raises UnknownGpuError for an unknown GPU.
     """
     results = memory.all()
-    asked = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
-    found = studies_of(memory, (r for r in results if not asked or r.place.gpu in asked))
-    shown = found if every else of_most_use(found)
-    names = asked or tuple(sorted({study.place.gpu for study in found}))
-    kept = [row for row in rows if not asked or row.origin.gpu in (*asked, "")]
+    requested = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
+    found = studies_of(memory, (r for r in results if not requested or r.place.gpu in requested))
+    shown = found if every else most_useful(found)
+    names = requested or tuple(sorted({study.place.gpu for study in found}))
+    kept = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
     return Report(
         gpus=names,
         shown=tuple(shown),
         left_out=len(found) - len(shown),
-        standing=standing(shown, names),
+        by_place=by_place(shown, names),
         ratios=sorted(times_ours(kept), key=lambda ratio: (ratio[0].origin.gpu, ratio[0].op)),
-        benches=tuple(dict.fromkeys((row.origin.file, row.origin.taken, row.origin.command) for row in kept)),
+        benches=tuple(dict.fromkeys((row.origin.file, row.origin.conditions, row.origin.command) for row in kept)),
     )
 
 
 def to_json(report: Report, memory: Memory) -> dict[str, Any]:
-    """Everything that the page's figures are made of, but for the trials: `parallax-gen list --all --json` has them."""
+    """All data of the page except the trials, which `parallax-gen list --all --json` prints."""
     origins = Origins(memory)
     return {
         "parallax_gen": parallax_gen.__version__,
@@ -174,7 +174,7 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
         ],
         "untuned": [
             {"gpu": place.gpu, "spec": place.spec.to_dict(), "bucket": place.bucket.to_dict()}
-            for place, study in report.standing.items()
+            for place, study in report.by_place.items()
             if study is None
         ],
         "kernels": [
@@ -187,9 +187,9 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
             }
             for kernel in report.kernels
         ],
-        "least_trials": LEAST_TRIALS,
+        "least_trials": MIN_TRIALS,
         "times_ours": [
-            {"gpu": gpu, "op": op, "part": part, "contender": contender, "mean": mean, "least": least, "shapes": count}
-            for (gpu, op, part, contender), (mean, least, count) in report.means.items()
+            {"gpu": gpu, "op": op, "part": part, "contender": baseline, "mean": mean, "least": least, "shapes": count}
+            for (gpu, op, part, baseline), (mean, least, count) in report.means.items()
         ],
     }

@@ -1,4 +1,4 @@
-"""What was pruned or failed, reason by reason: those that differ in their numbers alone are one."""
+"""Pruned and failed configs by reason; reasons that differ only in numbers are merged."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from parallax_gen.describe import brief
 from parallax_gen.memory.result import Outcome, Result
 
-MOST_EXAMPLES = 3
+MAX_EXAMPLES = 3
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 # Failures, the least harmful first.
-HARM = (
+BY_HARM = (
     Outcome.SLOW,
     Outcome.RESOURCES,
     Outcome.INVALID,
@@ -26,7 +26,7 @@ HARM = (
 
 @dataclass(frozen=True)
 class Reason:
-    """Why configs were not used, how many they were, and some of them, in brief."""
+    """A reason why configs were not used, their count, and some examples."""
 
     outcome: Outcome
     text: str
@@ -35,24 +35,24 @@ class Reason:
 
 
 def reasons(results: Iterable[Result]) -> list[Reason]:
-    """By outcome as in HARM, then the most frequent first."""
+    """The reasons, sorted by outcome as in BY_HARM, then by frequency."""
     alike: dict[tuple[Outcome, str], list[Result]] = {}
     for result in results:
         if result.outcome.failed:
-            alike.setdefault((result.outcome, NUMBER.sub("#", _told(result))), []).append(result)
+            alike.setdefault((result.outcome, NUMBER.sub("#", _reason_text(result))), []).append(result)
     found = [
         Reason(
             outcome=outcome,
-            text=_one_text([_told(r) for r in group]),
+            text=_one_text([_reason_text(r) for r in group]),
             count=len(group),
-            examples=tuple(sorted({brief(r.config) for r in group})[:MOST_EXAMPLES]),
+            examples=tuple(sorted({brief(r.config) for r in group})[:MAX_EXAMPLES]),
         )
         for (outcome, _), group in alike.items()
     ]
-    return sorted(found, key=lambda r: (HARM.index(r.outcome), -r.count, r.text))
+    return sorted(found, key=lambda r: (BY_HARM.index(r.outcome), -r.count, r.text))
 
 
-def _told(result: Result) -> str:
+def _reason_text(result: Result) -> str:
     if result.detail:
         return result.detail
     if result.outcome is Outcome.SLOW:
@@ -61,7 +61,7 @@ def _told(result: Result) -> str:
 
 
 def _one_text(texts: Sequence[str]) -> str:
-    """Texts that differ in numbers alone as one, with the range of each number: `spills 520 to 900 bytes, over 512`."""
+    """Merge texts that differ only in numbers, with the range of each number: `spills 520 to 900 bytes, over 512`."""
     numbers = [NUMBER.findall(text) for text in texts]
     ranges = []
     for alike in zip(*numbers, strict=True):

@@ -1,4 +1,4 @@
-"""The two heat maps as tables of cells: how far each bucket is, and how many times ours each peer takes."""
+"""The two heat maps as tables of cells: each bucket's share of the bound, and baselines' times relative to ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.studies import Study, order_of
 
-# Where a class of colour ends and the next begins: shares of the bound, and times over ours, 1 in the middle of its.
+# Boundaries of the colour classes: shares of the bound, and times relative to ours, with 1 in the middle of a class.
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 RATIOS = (0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
 
@@ -24,7 +24,7 @@ Sizes = tuple[int, int, int]  # seqlen_q, seqlen_kv, window
 
 @dataclass(frozen=True)
 class Cell:
-    """text and tip are for people; kind is the class of its colour; key is that of the study that it leads to."""
+    """A cell: its text and tooltip, its CSS class `kind`, and the key of the study that it links to."""
 
     text: str
     tip: str
@@ -34,10 +34,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Cells of one kernel: a row a number of kv rows, a column a length; None where there is nothing to say.
+    """Cells of one kernel: a row per number of kv rows, a column per length; None for an empty cell.
 
-    gpu, ops   what it is filtered by
-    rows       (label, a cell a column)
+    gpu, ops   used by the page's filters
+    rows       (label, one cell per column)
     """
 
     gpu: str
@@ -48,16 +48,16 @@ class Matrix:
 
 
 def kernel_name(spec: KernelSpec) -> str:
-    """A kernel but for its op, which is said elsewhere."""
+    """A kernel's name without its op."""
     return str(spec).partition(", ")[2].replace(", ", " · ")
 
 
-def coverage(standing: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
-    """By op and GPU: a matrix a kernel, of every bucket that is or could be tuned."""
+def coverage(by_place: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
+    """By op and GPU: a matrix per kernel, of every bucket that is or could be tuned."""
     of: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
-    for place, study in standing.items():
+    for place, study in by_place.items():
         spec, bucket = place.spec, place.bucket
-        of.setdefault((spec.family, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _standing(place, study)
+        of.setdefault((spec.family, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _coverage_cell(place, study)
     found: dict[str, dict[str, list[Matrix]]] = {}
     for (op, gpu, spec), cells in of.items():
         found.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
@@ -67,22 +67,22 @@ def coverage(standing: Mapping[Place, Study | None]) -> dict[str, dict[str, list
 def speed_ups(
     ratios: Iterable[tuple[Row, float | None]],
 ) -> dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]]:
-    """By (GPU, op) and (part, baseline): a matrix a kernel, of its time over ours.
+    """By (GPU, op) and (part, baseline): a matrix per kernel of times relative to ours.
 
-    Of shapes that share a size, and of files that have the same shape, the least is shown.
+    Where shapes share a cell, or files contain the same shape, the least ratio is shown.
     """
     of: dict[tuple[str, str, str, str, KernelSpec], dict[tuple[int, Sizes], list[tuple[Row, float | None]]]] = {}
     for row, ratio in ratios:
         shape = row.shape
-        which = row.origin.gpu, row.op, row.part, row.contender, row.spec
+        which = row.origin.gpu, row.op, row.part, row.baseline, row.spec
         size = shape.batch * shape.kv_heads, _sizes(shape)
         of.setdefault(which, {}).setdefault(size, []).append((row, ratio))
     found: dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]] = {}
-    for (gpu, op, part, contender, spec), sizes in sorted(
+    for (gpu, op, part, baseline, spec), sizes in sorted(
         of.items(), key=lambda item: (*item[0][:2], *order_of(item[0][-1]))
     ):
         cells = {size: _ratio(timed) for size, timed in sizes.items()}
-        matrices = found.setdefault((gpu, op), {}).setdefault((part, contender), [])
+        matrices = found.setdefault((gpu, op), {}).setdefault((part, baseline), [])
         matrices.append(_matrix(gpu, kernels_in(op, part), kernel_name(spec), cells))
     return found
 
@@ -103,22 +103,22 @@ def _sizes(of: Bucket | Shape) -> Sizes:
     return of.seqlen_q, of.seqlen_kv, of.window
 
 
-def _standing(place: Place, study: Study | None) -> Cell:
+def _coverage_cell(place: Place, study: Study | None) -> Cell:
     spec = place.spec
-    told = [f"{place.gpu}: {spec}", str(place.bucket)]
+    lines = [f"{place.gpu}: {spec}", str(place.bucket)]
     if study is None:
-        return Cell("", "\n".join([*told, "not tuned: the default config is used"]), "untuned")
+        return Cell("", "\n".join([*lines, "not tuned: the default config is used"]), "untuned")
     best, share = study.best, study.share
     if best is None or best.time_us is None:
         tried = f"{len(study.results)} tried, none measured: the default config is used"
-        return Cell("", "\n".join([*told, tried]), study.state, study.key)
-    told.append(f"{number(best.time_us)} µs, {number(study.rate or 0)} {rate_unit(spec.op)}")
-    told += [f"{share:.0%} of the roofline's bound"] if share is not None else []
-    told.append(brief(best.config))
-    told += [f"{', '.join(study.unlike)}"] if study.unlike else []
+        return Cell("", "\n".join([*lines, tried]), study.state, study.key)
+    lines.append(f"{number(best.time_us)} µs, {number(study.rate or 0)} {rate_unit(spec.op)}")
+    lines += [f"{share:.0%} of the roofline's bound"] if share is not None else []
+    lines.append(brief(best.config))
+    lines += [f"{', '.join(study.unlike)}"] if study.unlike else []
     kind = "known" if share is None else f"share{bisect_right(SHARES, share)}"
     text = "✓" if share is None else f"{100 * share:.0f}"
-    return Cell(text, "\n".join(told), f"{kind} elsewhere" if study.unlike else kind, study.key)
+    return Cell(text, "\n".join(lines), f"{kind} elsewhere" if study.unlike else kind, study.key)
 
 
 def _ratio(timed: list[tuple[Row, float | None]]) -> Cell:
@@ -131,7 +131,7 @@ def _ratio(timed: list[tuple[Row, float | None]]) -> Cell:
         else:
             lines.append(f"{at}: {row.note or 'not timed beside ours'}")
     ratios = [ratio for _, ratio in timed if ratio is not None]
-    lines.insert(0, timed[0][0].contender)
+    lines.insert(0, timed[0][0].baseline)
     if not ratios:
         return Cell("–", "\n".join(lines), "untimed")
     return Cell(_two_digits(min(ratios)), "\n".join(lines), f"ratio{bisect_right(RATIOS, min(ratios))}")

@@ -1,4 +1,4 @@
-"""Puts the report on one HTML page that needs no network.
+"""Renders the report as one HTML page that needs no network.
 
 The figures are plain SVG and tables from a Jinja template: text is escaped there and nowhere else, themes are CSS, and
 a page stays some hundred KB. Plotly's smallest bundle is 1 MB and has no heat map, Vega's compiles its charts at run
@@ -23,21 +23,21 @@ from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
-from parallax_gen.report.failures import HARM
+from parallax_gen.report.failures import BY_HARM
 from parallax_gen.report.matrices import RATIOS, SHARES, coverage, kernel_name, speed_ups
 from parallax_gen.report.sources import Sources
 from parallax_gen.report.studies import STATES, Study
-from parallax_gen.tuning.search.importances import LEAST_TRIALS
+from parallax_gen.tuning.search.importances import MIN_TRIALS
 
 WEB = Path(__file__).parent / "web"
 
 
 def html(report: Report, command: str) -> str:
-    """The page. command: what was typed, to be shown."""
+    """The page. command: shown on the page."""
     sources = Sources()
     kernels = report.kernels
     summary, tried = report.summary(), [kernel for kernel in kernels if kernel.tried]
-    drawn = {study.key: course for study in report.shown if (course := history(study))}
+    histories = {study.key: drawn for study in report.shown if (drawn := history(study))}
     places = {study.key: _source_of(study, sources) for kernel in kernels for study in kernel.studies}
     style, script = (Markup((WEB / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return (
@@ -55,19 +55,19 @@ def html(report: Report, command: str) -> str:
             ops=[op for op in FAMILIES if op in summary],
             summary=summary,
             states_in_order=STATES,
-            states_found={study.state if study else "untuned" for study in report.standing.values()},
-            outcome_order=(Outcome.OK, *HARM),
+            states_found={study.state if study else "untuned" for study in report.by_place.values()},
+            outcome_order=(Outcome.OK, *BY_HARM),
             outcomes_found={outcome for kernel in tried for outcome in kernel.outcomes},
             tried=tried,
             importances=[(kernel, shares) for kernel in tried if (shares := kernel.importances)],
             any_unlike=any(study.unlike for study in report.shown),
             means=report.means,
-            coverage=coverage(report.standing),
+            coverage=coverage(report.by_place),
             speed_ups=speed_ups(report.ratios),
             rooflines=rooflines(report.shown),
             kernels=kernels,
-            histories=drawn,
-            first_drawn=next((i for i, kernel in enumerate(kernels) if kernel.has_any(drawn)), None),
+            histories=histories,
+            first_drawn=next((i for i, kernel in enumerate(kernels) if kernel.has_any(histories)), None),
             ids={key: f"k{i}" for i, key in enumerate(places)},
             sources=places,
             packed=sources.packed(),
@@ -75,7 +75,7 @@ def html(report: Report, command: str) -> str:
             ratio_bounds=RATIOS,
             decades=DECADES,
             kernels_in=kernels_in,
-            least_trials=LEAST_TRIALS,
+            least_trials=MIN_TRIALS,
             legend=LEGEND,
             files=list(dict.fromkeys(file for file, _, _ in report.benches)),
         )
@@ -87,7 +87,7 @@ def _source_of(study: Study, sources: Sources) -> int | None:
 
 
 def _hash(text: str) -> str:
-    """As a content policy names a script or a style that may run: no other does, whatever a record says."""
+    """The hash by which the content security policy allows a script or style; injected ones cannot run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

@@ -1,4 +1,4 @@
-"""The kernels' source for the page: each text once, coloured, and packed, for they differ in few lines."""
+"""The kernels' sources for the page: each text once, highlighted, and compressed together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parallax_gen.errors import ConfigError
 from parallax_gen.memory.result import Result
 from parallax_gen.problem.hardware import Gpu
 
-# What is coloured, and the class it has in the page.
+# Highlighted tokens and their CSS classes.
 KINDS: tuple[tuple[_TokenType, str], ...] = (
     (Comment, "c"),
     (String, "s"),
@@ -27,13 +27,13 @@ KINDS: tuple[tuple[_TokenType, str], ...] = (
 
 
 class Sources:
-    """Collects sources and says of each where it will be."""
+    """Collects sources and assigns each an index."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
 
     def place(self, result: Result, gpu: Gpu) -> int | None:
-        """Of the kernel that a result's config gives with today's templates; None where it is not valid any more."""
+        """The index of a result's kernel rendered with today's templates; None if its config is no longer valid."""
         try:
             text = render(result.place.spec, result.config, gpu).text
         except ConfigError:

@@ -1,4 +1,4 @@
-"""What is known, study by study: one kernel in one bucket on one GPU, and what was tried of it."""
+"""Studies: the results of one kernel in one bucket on one GPU."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from parallax_gen.problem.spec import FAMILIES, KernelSpec
 from parallax_gen.problem.work import bound_us, rate
 from parallax_gen.tuning.job import worklist
 
-# How a bucket stands, the best first.
+# The states of a bucket, best first.
 STATES = ("measured", "elsewhere", "predicted", "failed", "untuned")
 
 
 @dataclass(frozen=True)
 class Study:
-    """One kernel in one bucket on one GPU: what of it is as in this process, or differs from it in the same way.
+    """The results of one kernel in one bucket on one GPU that match this process, or differ from it in the same way.
 
-    gpu      what is known of the card; None for one that is neither in the table nor in this machine
-    results  the measured from fast to slow, then the predicted, then the failed
-    trials   those of them that are the user's own, in the order in which they were first tried
-    unlike   what of them is not as in this process, for people: toolchain, kernel; empty where nothing is
-    known_as the first result in one word: measured (by the user), shipped, predicted, or how it failed
-    default  today's default config, timed as the best was; None where it was not, or the best is of another kernel
+    gpu      the card; None if it is neither in the table nor in this machine
+    results  measured ones from fast to slow, then predicted, then failed ones
+    trials   the user's own results, in the order of their first trial
+    unlike   the differences from this process, as text: toolchain, kernel; empty if there are none
+    known_as the status of the first result: measured (by the user), shipped, predicted, or how it failed
+    default  today's default config, timed like the best; None if it was not, or if the best is of another kernel
     """
 
     place: Place
@@ -46,7 +46,7 @@ class Study:
 
     @property
     def key(self) -> tuple[Place, tuple[str, ...]]:
-        """What tells it from other studies."""
+        """Identifies the study."""
         return self.place, self.unlike
 
     @property
@@ -55,7 +55,7 @@ class Study:
 
     @property
     def state(self) -> str:
-        """One of STATES: "elsewhere" was measured with another toolchain, or of another kernel than today's."""
+        """One of STATES. "elsewhere": measured with another toolchain, or of another kernel than today's."""
         if self.best is not None:
             return "elsewhere" if self.unlike else "measured"
         return "predicted" if self.results[0].outcome is Outcome.PREDICTED else "failed"
@@ -70,25 +70,25 @@ class Study:
 
     @property
     def rate(self) -> float | None:
-        """Of the best, as `problem.work.rate_unit` counts it."""
+        """The best result's rate, in `problem.work.rate_unit`."""
         time_us = self.best and self.best.time_us
         return rate(self.place.spec, shape_of(self.results[0]), time_us) if time_us else None
 
     @property
     def gain(self) -> float | None:
-        """The default's time over the best's."""
+        """The default's time divided by the best's."""
         return gain(self.results[0], self.default)
 
     @property
     def share(self) -> float | None:
-        """Of the roofline's bound that the best reaches, from 0 to 1; None where the card's peaks are not known."""
+        """The fraction of the roofline bound that the best reaches; None if the card's peaks are unknown."""
         if self.best is None or self.best.time_us is None or self.gpu is None:
             return None
         return bound_us(self.place.spec, shape_of(self.best), self.gpu) / self.best.time_us
 
 
 def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
-    """The studies that results of a memory are of; the results, and so the studies, are sorted by place."""
+    """Group results, sorted by place, into studies sorted by place."""
     origins = Origins(memory)
     trials: dict[Result, int] = {
         trial: i for i, trial in enumerate(memory.store.in_trial_order() if memory.store else ())
@@ -122,13 +122,13 @@ def _default(results: list[Result], unlike: tuple[str, ...]) -> Result | None:
     return comparable_default(best, default_of(best.place, card), card, RecordTable(results))
 
 
-def of_most_use(studies: Iterable[Study]) -> list[Study]:
-    """Of each place its study as in this process; where nothing was measured so, beside it the best elsewhere.
+def most_useful(studies: Iterable[Study]) -> list[Study]:
+    """For each place the study that matches this process and, if that has no measurement, the best other study.
 
-    The best elsewhere is the newest that was measured, else the newest.
+    The best other study is the newest measured one, else the newest.
     """
     found: list[Study] = []
-    for _, group in groupby(studies, key=lambda study: study.place):  # sorted by place: a place's studies come together
+    for _, group in groupby(studies, key=lambda study: study.place):  # input is sorted by place
         alike = list(group)
         here = [study for study in alike if not study.unlike]
         others = sorted((s for s in alike if s.unlike), key=lambda s: (s.best is not None, s.newest))
@@ -138,11 +138,10 @@ def of_most_use(studies: Iterable[Study]) -> list[Study]:
     return found
 
 
-def standing(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study | None]:
-    """Every place that could be tuned, op by op, with the study that says most about it, None where there is none.
+def by_place(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study | None]:
+    """Every place that could be tuned, op by op, with its most informative study, None if it has none.
 
-    Those are what `parallax-gen tune` tunes when it is asked for nothing in particular, and what was tried on any of
-    the GPUs.
+    These are the default jobs of `parallax-gen tune` and everything that was tried on any of the GPUs.
     """
     best: dict[Place, Study | None] = {}
     tried: dict[tuple[KernelSpec, Bucket], None] = {}
@@ -160,7 +159,7 @@ def standing(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study
 
 
 def _weight(study: Study) -> tuple[int, str]:
-    """How much a study says of its place; of those that say as much the newer counts."""
+    """Sort key of informativeness: the state, then the date."""
     return -STATES.index(study.state), study.newest
 
 
@@ -178,5 +177,5 @@ def _order(place: Place) -> tuple[object, ...]:
 
 
 def order_of(spec: KernelSpec) -> tuple[object, ...]:
-    """Sorts kernels of an op as people would."""
+    """The sort key of an op's kernels."""
     return spec.head_dim, spec.dtype, spec.group, str(spec)

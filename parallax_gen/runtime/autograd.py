@@ -1,11 +1,11 @@
-"""Attention of whole sequences as torch operators, with their gradients: what autograd and torch.compile see.
+"""Attention over whole sequences as torch operators with gradients: what autograd and torch.compile see.
 
-    parallax_gen::attention             out alone, for calls that record no gradients
-    parallax_gen::attention_with_stats  out, and what the backward needs: lse, t̄ and v̄
-    parallax_gen::attention_backward    the gradients of the inputs, those that are wanted
+    parallax_gen::attention             only out, for calls that record no gradients
+    parallax_gen::attention_with_stats  out, and lse, t̄ and v̄ for the backward
+    parallax_gen::attention_backward    the requested gradients of the inputs
 
-Their arguments are `Request`'s, and one or two of their own. Sizes may be symbols: no operator looks at cu_seqlens
-outside a kernel, and a new length or packing makes no new graph.
+Their arguments are the fields of `Request` and a few of their own. Sizes may be symbolic: only kernels read cu_seqlens,
+so a new length or packing makes no new graph.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from torch.utils.flop_counter import register_flop_formula
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.partial import reference_tangent, reference_varlen_tangent
 from parallax_gen.problem.work import MATMULS, SCORES, visible_pairs
-from parallax_gen.runtime.attention import Saved, backward, forward, stats_shape
+from parallax_gen.runtime.attention import SavedForBackward, backward, forward, stats_shape
 from parallax_gen.runtime.requests import (
     INPUTS,
     TENSORS,
     Request,
+    cu_seqlens_of,
+    gradients_of,
     inputs_of,
-    numbers_of,
-    parted,
-    starts_of,
-    tensors_of,
-    wanted,
+    scalar_fields,
+    split_request,
+    tensor_fields,
 )
 from parallax_gen.runtime.transforms import (
-    functionalized,
-    over_samples,
-    primal_of,
+    any_functionalized,
+    dispatch_mode_is_active,
+    map_samples,
+    primal,
     refuse_batched,
     refuse_tangents,
-    transforms_see,
-    under_a_mode,
+    transforms_backward,
 )
 
 _REQUEST = (
@@ -48,60 +48,62 @@ _REQUEST = (
 )
 
 
-def attend(asked: Request, *, recompute_v_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, lse, t̄ and v̄, of which out has gradients. asked: checked."""
-    if torch.compiler.is_compiling() or not plain(*inputs_of(asked)):
-        return _attention_with_stats(*asked, recompute_v_mean)  # type: ignore[no-any-return]
-    return _Attention.apply(*asked, recompute_v_mean)  # type: ignore[no-any-return,no-untyped-call]
+def attend(request: Request, *, recompute_v_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, t̄ and v̄; only out has gradients. `request` must have been checked."""
+    if torch.compiler.is_compiling() or not are_plain_tensors(*inputs_of(request)):
+        return _attention_with_stats(*request, recompute_v_mean)  # type: ignore[no-any-return]
+    return _Attention.apply(*request, recompute_v_mean)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def attend_under_transforms(asked: Request, *, stats: bool, recompute_v_mean: bool) -> tuple[Tensor, ...]:
-    """`attend` where a transform of torch.func or forward-mode AD is to see it. asked: checked.
+def attend_transformed(request: Request, *, stats: bool, recompute_v_mean: bool) -> tuple[Tensor, ...]:
+    """`attend` under a torch.func transform or forward-mode AD. `request` must have been checked.
 
     stats  whether the caller wants lse, t̄ and v̄, which have no tangents
     """
-    if functionalized(*inputs_of(asked)):
-        return _attention_with_stats(*asked, recompute_v_mean)  # type: ignore[no-any-return]
-    return _TransformedAttention.apply(*asked, recompute_v_mean, stats)  # type: ignore[no-any-return,no-untyped-call]
+    if any_functionalized(*inputs_of(request)):
+        return _attention_with_stats(*request, recompute_v_mean)  # type: ignore[no-any-return]
+    return _TransformedAttention.apply(*request, recompute_v_mean, stats)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def attend_without_gradients(asked: Request, *, stats: bool) -> tuple[Tensor, ...]:
-    """out, and with stats lse, t̄ and v̄: by operators, which a compiler can trace. asked: checked."""
-    return _attention_with_stats(*asked, False) if stats else (_attention(*asked),)
+def attend_without_gradients(request: Request, *, stats: bool) -> tuple[Tensor, ...]:
+    """out, and with stats lse, t̄ and v̄, by operators that torch.compile can trace. `request` must have been checked."""
+    return _attention_with_stats(*request, False) if stats else (_attention(*request),)
 
 
-def forward_of_part(asked: Request) -> tuple[Tensor, ...]:
-    """out, lse, t̄ and v̄, for functions that have gradients of their own: by an operator where a mode is to see it."""
-    if under_a_mode():
-        return _attention_with_stats(*asked, False)  # type: ignore[no-any-return]
-    return forward(asked, packed=False, stats=True)
+def forward_without_autograd(request: Request) -> tuple[Tensor, ...]:
+    """out, lse, t̄ and v̄, for functions with their own backward. Calls an operator if a dispatch mode is active."""
+    if dispatch_mode_is_active():
+        return _attention_with_stats(*request, False)  # type: ignore[no-any-return]
+    return forward(request, packed=False, stats=True)
 
 
-def backward_of_part(do: Tensor, asked: Request, saved: Saved, *, some_keys: bool = False) -> tuple[Tensor, ...]:
-    """All gradients, as `forward_of_part`; some_keys as of `attention.backward`."""
-    if under_a_mode():
+def backward_without_autograd(
+    do: Tensor, request: Request, saved: SavedForBackward, *, keys_are_partial: bool = False
+) -> tuple[Tensor, ...]:
+    """All gradients, called like `forward_without_autograd`. keys_are_partial: see `attention.backward`."""
+    if dispatch_mode_is_active():
         kept = saved.out, saved.lse, saved.t_mean, saved.v_mean
-        return tuple(_attention_backward(*asked, do, *kept, True, True, some_keys))
-    return backward(do, asked, saved, dqdr=True, dkdv=True, some_keys=some_keys)
+        return tuple(_attention_backward(*request, do, *kept, True, True, keys_are_partial))
+    return backward(do, request, saved, dqdr=True, dkdv=True, keys_are_partial=keys_are_partial)
 
 
-def plain(*inputs: Tensor) -> bool:
-    """Whether these are tensors of memory, not stand-ins such as torch's fake tensors, which operators alone take."""
-    return _PLAIN.issuperset(map(type, inputs))
+def are_plain_tensors(*inputs: Tensor) -> bool:
+    """Whether all are ordinary tensors, and no subclasses such as fake tensors, which only operators accept."""
+    return _PLAIN_TYPES.issuperset(map(type, inputs))
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _run(*asked: Any) -> Tensor:
-    request = Request(*asked)
+def _run(*request: Any) -> Tensor:
+    request = Request(*request)
     refuse_tangents()
-    return forward(request, packed=bool(starts_of(request)))[0]
+    return forward(request, packed=bool(cu_seqlens_of(request)))[0]
 
 
-def _fake(*asked: Any) -> Tensor:
+def _fake(*request: Any) -> Tensor:
     refuse_tangents()
-    q = Request(*asked).q
+    q = Request(*request).q
     return q.new_empty(q.shape)
 
 
@@ -110,25 +112,25 @@ _attention.register_fake(_fake)
 
 
 def _run_with_stats(*given: Any) -> tuple[Tensor, ...]:
-    request, _ = parted(given)
+    request, _ = split_request(given)
     refuse_tangents()
-    return forward(request, packed=bool(starts_of(request)), stats=True)
+    return forward(request, packed=bool(cu_seqlens_of(request)), stats=True)
 
 
 def _fake_with_stats(*given: Any) -> tuple[Tensor, ...]:
     refuse_tangents()
-    q = parted(given)[0].q
+    q = split_request(given)[0].q
     lse, t_mean = (q.new_empty(stats_shape(q), dtype=torch.float32) for _ in range(2))
     return q.new_empty(q.shape), lse, t_mean, q.new_empty(q.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    asked, (recompute_v_mean,) = parted(inputs)
+    request, (recompute_v_mean,) = split_request(inputs)
     out, lse, t_mean, v_mean = output
     ctx.mark_non_differentiable(lse, t_mean, v_mean)
-    ctx.set_materialize_grads(False)  # nobody needs zeros for the statistics' gradients
-    ctx.save_for_backward(*tensors_of(asked), out, lse, t_mean, None if recompute_v_mean else v_mean)
-    ctx.numbers = numbers_of(asked)
+    ctx.set_materialize_grads(False)  # the statistics' gradients are unused, so torch need not make zeros for them
+    ctx.save_for_backward(*tensor_fields(request), out, lse, t_mean, None if recompute_v_mean else v_mean)
+    ctx.numbers = scalar_fields(request)
 
 
 def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
@@ -137,10 +139,10 @@ def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> t
     found: Sequence[Tensor] = ()
     if do is not None:
         if operator is None:
-            operator = _AttentionBackward.apply if transforms_see(do) else _attention_backward
+            operator = _AttentionBackward.apply if transforms_backward(do) else _attention_backward
         saved, count = ctx.saved_tensors, len(TENSORS)
         found = operator(*saved[:count], *ctx.numbers, do, *saved[count:], dqdr, dkdv)
-    grads = dict(zip(wanted(dqdr, dkdv), found, strict=bool(found)))
+    grads = dict(zip(gradients_of(dqdr, dkdv), found, strict=bool(found)))
     return *map(grads.get, INPUTS), *[None] * (len(ctx.needs_input_grad) - len(INPUTS))
 
 
@@ -155,7 +157,7 @@ _attention_with_stats.register_autograd(_gradients, setup_context=_save)
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradients, for eager calls: they cost the host a quarter of what those of register_autograd do."""
+    """The same gradients for eager calls, at a quarter of the host time of register_autograd."""
 
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor, ...]:
@@ -166,17 +168,17 @@ class _Attention(torch.autograd.Function):
 
 
 def _run_backward(*given: Any) -> list[Tensor]:
-    asked, (do, out, lse, t_mean, v_mean, dqdr, dkdv, *some_keys) = parted(given)
-    saved = Saved(out, lse, t_mean, v_mean)
+    request, (do, out, lse, t_mean, v_mean, dqdr, dkdv, *keys_are_partial) = split_request(given)
+    saved = SavedForBackward(out, lse, t_mean, v_mean)
     refuse_tangents()
-    # torch leaves some_keys out where it is False.
-    return [*backward(do, asked, saved, dqdr=dqdr, dkdv=dkdv, some_keys=any(some_keys))]
+    # torch omits keys_are_partial if it has its default, False.
+    return [*backward(do, request, saved, dqdr=dqdr, dkdv=dkdv, keys_are_partial=any(keys_are_partial))]
 
 
 def _fake_backward(*given: Any) -> list[Tensor]:
     refuse_tangents()
-    asked, (_do, _out, _lse, _t_mean, _v_mean, dqdr, dkdv, *_) = parted(given)
-    inputs = (getattr(asked, name) for name in wanted(dqdr, dkdv))
+    request, (_do, _out, _lse, _t_mean, _v_mean, dqdr, dkdv, *_) = split_request(given)
+    inputs = (getattr(request, name) for name in gradients_of(dqdr, dkdv))
     return [x.new_empty(x.shape) for x in inputs]
 
 
@@ -189,16 +191,16 @@ _attention_backward = torch.library.custom_op(
     _run_backward,
     mutates_args=(),
     schema=f"({_REQUEST}, Tensor do, Tensor out, Tensor lse, Tensor t_mean, Tensor? v_mean, bool dqdr, bool dkdv, "
-    "bool some_keys=False) -> Tensor[]",
+    "bool keys_are_partial=False) -> Tensor[]",
 )
 _attention_backward.register_fake(_fake_backward)
 _attention_backward.register_autograd(_refuse)
 
 
 def first_derivatives(grads: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A backward's results, which refuse to be differentiated where they are recorded (create_graph).
+    """Return a backward's results such that differentiating them again (create_graph) raises ArgumentError.
 
-    of  all that they depend on
+    of  all tensors that they depend on
     """
     if not torch.is_grad_enabled():
         return grads
@@ -213,14 +215,14 @@ class _FirstDerivatives(torch.autograd.Function):
     backward = staticmethod(_refuse)
 
 
-def _over_samples(function: Any, info: Any, in_dims: tuple[int | None, ...], given: tuple[Any, ...]) -> Any:
-    """A function's vmap rule. Where torch.compile traces it by itself, after a graph break, it takes the operators."""
+def _vmap_samples(function: Any, info: Any, in_dims: tuple[int | None, ...], given: tuple[Any, ...]) -> Any:
+    """The vmap rule of a Function. torch.compile, which may trace it after a graph break, must call the operators."""
     apply = function.forward if torch.compiler.is_compiling() else function.apply
-    return over_samples(apply, info.batch_size, in_dims, given)
+    return map_samples(apply, info.batch_size, in_dims, given)
 
 
 class _WithoutDerivatives(torch.autograd.Function):
-    """A derivative, which has none of its own: nothing is kept for one that is refused."""
+    """A Function for a derivative, which cannot be differentiated again and so saves nothing."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -231,7 +233,7 @@ class _WithoutDerivatives(torch.autograd.Function):
 
 
 class _AttentionBackward(_WithoutDerivatives):
-    """`_attention_backward` for transforms of torch.func, which differentiate and batch Functions, not operators."""
+    """`_attention_backward` for torch.func transforms, which differentiate and batch Functions but not operators."""
 
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor, ...]:
@@ -239,26 +241,26 @@ class _AttentionBackward(_WithoutDerivatives):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        return _over_samples(_AttentionBackward, info, in_dims, given)
+        return _vmap_samples(_AttentionBackward, info, in_dims, given)
 
 
 class _AttentionTangent(_WithoutDerivatives):
-    """The tangent of out, from an operator's arguments and the tangents of q, r, k and v: by the fp64 formula."""
+    """The tangent of out from the operator's arguments and the tangents of q, r, k and v, by the fp64 reference."""
 
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor]:
-        asked, tangents = parted(given)
-        options = {"causal": asked.causal, "window_size": asked.window_size, "softmax_scale": asked.softmax_scale}
-        oracle: Any = reference_varlen_tangent if starts_of(asked) else reference_tangent
-        return (oracle(*inputs_of(asked), tangents, *starts_of(asked), **options).to(asked.q.dtype),)
+        request, tangents = split_request(given)
+        options = {"causal": request.causal, "window_size": request.window_size, "softmax_scale": request.softmax_scale}
+        oracle: Any = reference_varlen_tangent if cu_seqlens_of(request) else reference_tangent
+        return (oracle(*inputs_of(request), tangents, *cu_seqlens_of(request), **options).to(request.q.dtype),)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        return _over_samples(_AttentionTangent, info, in_dims, given)
+        return _vmap_samples(_AttentionTangent, info, in_dims, given)
 
 
 class _TransformedAttention(torch.autograd.Function):
-    """`_Attention` for transforms of torch.func and for forward-mode AD, at a few times the host's time."""
+    """`_Attention` for torch.func transforms and forward-mode AD, at a few times the host time."""
 
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor, ...]:
@@ -268,7 +270,7 @@ class _TransformedAttention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *given, ctx.stats = inputs
         _save(ctx, tuple(given), output)
-        ctx.save_for_forward(*tensors_of(parted(inputs)[0]))
+        ctx.save_for_forward(*tensor_fields(split_request(inputs)[0]))
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -283,50 +285,51 @@ class _TransformedAttention(torch.autograd.Function):
         for tangent in of_inputs:
             if tangent is not None:
                 refuse_batched(tangent)
-        given = (*map(primal_of, ctx.saved_tensors[: len(TENSORS)]), *ctx.numbers, *of_inputs)
+        given = (*map(primal, ctx.saved_tensors[: len(TENSORS)]), *ctx.numbers, *of_inputs)
         return *_AttentionTangent.apply(*given), None, None, None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        return _over_samples(_TransformedAttention, info, in_dims, given)
+        return _vmap_samples(_TransformedAttention, info, in_dims, given)
 
 
-# -- What torch.utils.flop_counter.FlopCounterMode counts for the operators, as `problem.work.work_of` does: 2 FLOP for
-# each multiply and add of the matmuls, over the pairs of a query and a key that it sees. A causal square is half a one.
+# -- FLOPs for torch.utils.flop_counter.FlopCounterMode, counted as in `problem.work.work_of`: 2 FLOP for each
+# multiply-add of the matmuls, over the (query, key) pairs that are visible. Causal attention over a square has half of
+# them.
 
 
 def forward_flops(*given: Any, out_val: Any = None) -> int:
     """4 matmuls: 8 · batch · heads · seqlen_q · seqlen_kv · head_dim where every query sees every key."""
-    return _flops(MATMULS["forward"], parted(given)[0])
+    return _flops(MATMULS["forward"], split_request(given)[0])
 
 
 def backward_flops(*given: Any, out_val: Any = None) -> int:
-    """8 matmuls for all gradients, 5 for those of q and r, 6 for those of k and v; and v̄'s, where it is found anew.
+    """8 matmuls for all gradients, 5 for q's and r's, 6 for k's and v's; plus the forward's if v̄ is recomputed.
 
-    Two kernels that make all of them find the scores twice; that is not counted.
+    Two kernels for all gradients compute the scores twice; the second time is not counted.
     """
-    asked, (_do, _out, _lse, _t_mean, v_mean, dqdr, dkdv, *_) = parted(given)
+    request, (_do, _out, _lse, _t_mean, v_mean, dqdr, dkdv, *_) = split_request(given)
     matmuls = MATMULS["dqdr"] * dqdr + MATMULS["dkdv"] * dkdv - SCORES["dqdr"] * (dqdr and dkdv)
-    return _flops(matmuls + MATMULS["forward"] * (v_mean is None), asked)
+    return _flops(matmuls + MATMULS["forward"] * (v_mean is None), request)
 
 
-def _flops(matmuls: int, asked: Request) -> int:
-    heads, head_dim = asked.q.shape[-2:]
-    return int(2 * matmuls * heads * head_dim * _pairs(asked))
+def _flops(matmuls: int, request: Request) -> int:
+    heads, head_dim = request.q.shape[-2:]
+    return int(2 * matmuls * heads * head_dim * _pairs(request))
 
 
-def _pairs(asked: Request) -> float:
-    """(query, key) pairs that are seen, of one head of all sequences.
+def _pairs(request: Request) -> float:
+    """Visible (query, key) pairs of one head over all sequences.
 
-    Of packed ones cu_seqlens are read, which waits for the device; a stand-in for them holds no numbers, and then each
-    sequence counts as the longest one.
+    Packed sequences: reads cu_seqlens, which waits for the device. A fake tensor holds no numbers; then every sequence
+    counts as the longest.
     """
-    window = 0 if asked.window_size is None else asked.window_size
-    if asked.cu_seqlens_q is None or asked.cu_seqlens_k is None:
-        return asked.q.shape[0] * visible_pairs(asked.q.shape[1], asked.k.shape[1], asked.causal, window)
-    rows = _lengths(asked.cu_seqlens_q, asked.max_seqlen_q)
-    keys = _lengths(asked.cu_seqlens_k, asked.max_seqlen_k)
-    return sum(visible_pairs(*lengths, asked.causal, window) for lengths in zip(rows, keys, strict=True))
+    window = 0 if request.window_size is None else request.window_size
+    if request.cu_seqlens_q is None or request.cu_seqlens_k is None:
+        return request.q.shape[0] * visible_pairs(request.q.shape[1], request.k.shape[1], request.causal, window)
+    rows = _lengths(request.cu_seqlens_q, request.max_seqlen_q)
+    keys = _lengths(request.cu_seqlens_k, request.max_seqlen_k)
+    return sum(visible_pairs(*lengths, request.causal, window) for lengths in zip(rows, keys, strict=True))
 
 
 def _lengths(starts: Tensor, longest: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""What the public functions accept: every argument looked at before anything is launched, and named if it won't do.
+"""Argument checks of the public functions: run before any launch; each error names its argument.
 
-Written so that torch.compile can trace it: sizes that are symbols there are compared with each other at the most.
+torch.compile traces these checks, so symbolic sizes are only compared with each other.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-from parallax_gen.runtime.requests import DTYPE_NAMES, FURTHEST_ROW, INPUTS, Request, inputs_of
+from parallax_gen.runtime.requests import DTYPE_NAMES, INPUTS, MAX_ROW_STRIDE, Request, inputs_of
 
 
 def check_numbers(causal: bool, window: int | None, softmax_scale: float | None) -> None:
-    """Whether these go together."""
+    """Check the arguments that are no tensors. Raises ArgumentError."""
     check_flag("causal", causal)
     if window is not None:
         if not is_int(window) or window < 1:
@@ -26,23 +26,23 @@ def check_numbers(causal: bool, window: int | None, softmax_scale: float | None)
     _check_scale(softmax_scale)
 
 
-def check_request(asked: Request, packed: bool, out: Tensor | None = None) -> None:
-    """Whether it can be attended so. Raises ArgumentError at the first argument that won't do."""
-    check_numbers(asked.causal, asked.window_size, asked.softmax_scale)
-    for name, longest in (("max_seqlen_q", asked.max_seqlen_q), ("max_seqlen_k", asked.max_seqlen_k)):
+def check_request(request: Request, packed: bool, out: Tensor | None = None) -> None:
+    """Check a whole request. Raises ArgumentError for the first unusable argument."""
+    check_numbers(request.causal, request.window_size, request.softmax_scale)
+    for name, longest in (("max_seqlen_q", request.max_seqlen_q), ("max_seqlen_k", request.max_seqlen_k)):
         if not is_int(longest) or longest < 0:
             raise ArgumentError(name, repr(longest), "an int of 0 or more")
-    q = asked.q
-    check_inputs(*inputs_of(asked), packed=packed)
+    q = request.q
+    check_inputs(*inputs_of(request), packed=packed)
     if q.shape[-1] % 8 or not 0 < q.shape[-1] <= LARGEST_HEAD_DIM:
         raise ArgumentError("q", f"head_dim {q.shape[-1]}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
     if packed:
-        _check_packing(asked)
+        _check_packing(request)
     check_out(out, q)
 
 
 def check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
-    """Whether the inputs fit each other. Raises ArgumentError at the first that does not."""
+    """Check that q, r, k and v fit each other. Raises ArgumentError for the first that does not."""
     layout = ("total", "heads", "head_dim") if packed else ("batch", "seqlen", "heads", "head_dim")
     for name, tensor in zip(INPUTS, (q, r, k, v), strict=True):
         if not isinstance(tensor, Tensor):
@@ -58,8 +58,8 @@ def check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, packed: bool = F
             raise ArgumentError(name, f"on {tensor.device}", f"on {q.device}, where q is")
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ArgumentError(name, f"strides {tensor.stride()}", "a contiguous last dimension (stride 1)")
-        if tensor.stride(-3) > FURTHEST_ROW:
-            raise ArgumentError(name, f"{tensor.stride(-3)} elements from row to row", f"at most {FURTHEST_ROW}")
+        if tensor.stride(-3) > MAX_ROW_STRIDE:
+            raise ArgumentError(name, f"{tensor.stride(-3)} elements from row to row", f"at most {MAX_ROW_STRIDE}")
     if q.device.type not in ("cuda", "cpu"):
         raise ArgumentError("q", f"on {q.device}", "a CUDA or CPU tensor")
     *batch, _, heads, head_dim = q.shape
@@ -97,13 +97,13 @@ def _check_scale(softmax_scale: float | None) -> None:
 
 
 def is_int(value: object) -> bool:
-    """Whether it is an int, or a symbol that torch.export traces one by."""
+    """Whether value is an int or an int symbol of torch.export."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _check_packing(asked: Request) -> None:
-    first, device = asked.cu_seqlens_q, asked.q.device
-    for name, starts in (("cu_seqlens_q", first), ("cu_seqlens_k", asked.cu_seqlens_k)):
+def _check_packing(request: Request) -> None:
+    first, device = request.cu_seqlens_q, request.q.device
+    for name, starts in (("cu_seqlens_q", first), ("cu_seqlens_k", request.cu_seqlens_k)):
         allowed = f"an int32 tensor of shape (batch + 1,), contiguous, on {device}"
         if not isinstance(starts, Tensor):
             raise ArgumentError(name, type(starts).__name__, allowed)

@@ -1,4 +1,4 @@
-"""Chooses the kernel of a call, what the memory ranks first for its place, and says what it rests on. Never tunes."""
+"""Chooses the kernel for a call: the config that memory ranks first for its place. Never tunes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
 
-from parallax_gen.codegen.build import compile_here, give_triton_a_cache, load
+from parallax_gen.codegen.build import compile_here, ensure_triton_cache, load
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.describe import describe
@@ -34,9 +34,9 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The config that a call gets, and what it rests on.
+    """The config that a call uses, and the record that it comes from.
 
-    checked, refused  as of memory/guard.py
+    checked, refused  see memory/guard.py
     """
 
     place: Place
@@ -50,51 +50,51 @@ class Choice:
 
     @property
     def record(self) -> Result | None:
-        """What it rests on; None where it is the default, for want of one."""
+        """The record that the config comes from; None for the default config."""
         return self.candidate.record
 
 
 def choose(
     spec: KernelSpec, shape: Shape, gpu: Gpu, memory: RecordSource, compiled: CompiledResources | None = None
 ) -> Choice:
-    """What a call gets: see memory/ranking.py and memory/guard.py."""
+    """The config that a call uses: see memory/ranking.py and memory/guard.py."""
     place = Place(gpu.name, spec, bucket_of(shape))
-    found = checked_choice(place, gpu, memory, compiled)
-    choice = Choice(place, found.candidate, found.checked, found.refused)
-    for refused, why in found.refused:
+    best_safe = checked_choice(place, gpu, memory, compiled)
+    choice = Choice(place, best_safe.candidate, best_safe.checked, best_safe.refused)
+    for refused, why in best_safe.refused:
         _LOG.info("%s; %s: not %s, for %s", spec, place.bucket, describe(refused.config), why)
     record, why = choice.record, choice.candidate.tier.words
-    told = why if record is None else f"{why}, {record.time_us} us, {record.created_at}"
-    _LOG.info("%s; %s, on %s: %s: %s", spec, place.bucket, gpu.name, told, describe(choice.config))
+    message = why if record is None else f"{why}, {record.time_us} us, {record.created_at}"
+    _LOG.info("%s; %s, on %s: %s: %s", spec, place.bucket, gpu.name, message, describe(choice.config))
     return choice
 
 
 class Dispatcher:
-    """Chooses and loads kernels, each once: `memory` is asked on the first call of a bucket only."""
+    """Chooses and loads kernels, each once: it reads `memory` only on the first call of a bucket."""
 
     def __init__(self, memory: RecordSource):
         self._memory = memory
         self._kernels: dict[Place, tuple[Choice, ModuleType]] = {}
-        self._adviser = Adviser()
+        self._untuned_notice = UntunedNotice()
 
     def use(self, memory: RecordSource) -> None:
-        """Ask another memory from now on, for what was chosen before too."""
+        """Choose from another memory from now on, also for kernels that were chosen before."""
         self._memory = memory
         self._kernels.clear()
 
     def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[Choice, ModuleType]:
-        """What was chosen for a call, and the module to launch.
+        """The choice for a call, and the module to launch.
 
-        Says once when that rests on less than a measurement of it here. Raises UntunedError where that is not allowed:
-        see `Adviser`.
+        Warns once if the kernel was not measured on this GPU with this toolchain, or raises UntunedError in strict
+        mode: see `UntunedNotice`.
         """
         place = Place(gpu.name, spec, bucket_of(shape))
         found = self._kernels.get(place)
         if found is None:
-            give_triton_a_cache()
-            self._adviser.check(place, gpu, self._memory)
+            ensure_triton_cache()
+            self._untuned_notice.check(place, gpu, self._memory)
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
-            self._adviser.tell(place, choice.candidate)
+            self._untuned_notice.warn(place, choice.candidate)
             found = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[place] = found
             _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
@@ -102,7 +102,7 @@ class Dispatcher:
 
 
 def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:
-    """Finds out what borrowed kernels of a call need, each once a machine; None where there is no device to ask."""
+    """Compiles borrowed kernels for their resources, each once per machine; None without a CUDA device."""
     import torch
     import triton
 
@@ -127,8 +127,8 @@ def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | N
 class RuntimeMemory(Memory):
     """The user's database over the shipped records.
 
-    One that cannot be used stops no training and no serving: it is passed over, with a warning, and from then on only
-    what ships counts. So is a file of shipped records.
+    An unusable database must not stop training or serving: it is skipped with a warning, and from then on only shipped
+    records count. An unusable file of shipped records is skipped likewise.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -145,7 +145,7 @@ class RuntimeMemory(Memory):
     def results(self, place: Place) -> list[Result]:
         try:
             return super().results(place)
-        except StoreError as error:  # of a file that ships
+        except StoreError as error:  # in a file of shipped records
             _warn_of(error, "Only your own records and defaults are used.")
             return self.query_store(lambda store: store.results(place))
 
@@ -159,60 +159,60 @@ class RuntimeMemory(Memory):
 
 
 def _warn_of(error: StoreError, instead: str = "Only shipped records and defaults are used.") -> None:
-    warnings.warn(f"{error} {instead}", stacklevel=level_of_user())
+    warnings.warn(f"{error} {instead}", stacklevel=user_stacklevel())
 
 
 @cache
 def default_dispatcher() -> Dispatcher:
-    """The process's own."""
+    """The dispatcher of this process."""
     return Dispatcher(RuntimeMemory())
 
 
-# -- What a call's kernel rests on, where that is less than a measurement of it here, and what would mend that.
+# -- The notice for a kernel that was not measured here, with the command that would measure it.
 
 
 class UntunedWarning(UserWarning):
     """A call runs a kernel that was not measured on this GPU with this Triton."""
 
 
-class Adviser:
-    """Says it once, of the first such kernel: one for each dispatcher."""
+class UntunedNotice:
+    """Warns once per dispatcher, for the first kernel that was not measured here."""
 
     def __init__(self) -> None:
-        self._told = False
+        self._warned = False
 
     def check(self, place: Place, gpu: Gpu, known: RecordSource) -> None:
-        """Refuse a call of which nothing was measured here, if that is asked for: before anything is compiled for it.
+        """In strict mode refuse a call that has no measurement here, before anything is compiled for it.
 
-        Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows no other kernels than those measured here, and
-        ArgumentError where that or PARALLAX_GEN_QUIET is neither on nor off, whatever is known.
+        Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows only kernels measured here, and ArgumentError if
+        PARALLAX_GEN_STRICT or PARALLAX_GEN_QUIET has an invalid value.
         """
         strict, _ = is_on(STRICT), is_on(QUIET)
         if strict and best(place, gpu, known).tier != Tier.MEASURED_HERE:
-            raise UntunedError(f"{STRICT} is on, and {_nothing_counts(place)}. {_mended_by(place)}")
+            raise UntunedError(f"{STRICT} is on, and {_no_measurement(place)}. {_command_to_measure(place)}")
 
-    def tell(self, place: Place, candidate: Candidate) -> None:
-        """Tell, by Python's warnings and the log, that a call's kernel was not measured here.
+    def warn(self, place: Place, candidate: Candidate) -> None:
+        """Warn and log that a call's kernel was not measured here.
 
-        Silent with PARALLAX_GEN_QUIET=1, and in all processes of torch.distributed but rank 0.
+        Silent with PARALLAX_GEN_QUIET=1, and on all ranks of torch.distributed except rank 0.
         """
         quiet = is_on(QUIET)
         if candidate.tier == Tier.MEASURED_HERE:
             return
-        if self._told or quiet or not _first_rank():
+        if self._warned or quiet or not _is_first_rank():
             return
-        self._told = True  # before it is told: where warnings are errors, the next call runs
-        told = f"{_nothing_counts(place)}: {_instead(candidate)}. {_mended_by(place)}"
-        told += f" This is said once a process; {QUIET}=1 silences it."
-        _LOG.warning("%s", told)
-        warnings.warn(told, UntunedWarning, stacklevel=level_of_user())
+        self._warned = True  # set first: where warnings are errors, the next call runs
+        message = f"{_no_measurement(place)}: {_what_runs(candidate)}. {_command_to_measure(place)}"
+        message += f" This is said once a process; {QUIET}=1 silences it."
+        _LOG.warning("%s", message)
+        warnings.warn(message, UntunedWarning, stacklevel=user_stacklevel())
 
 
-def level_of_user() -> int:
-    """The stacklevel with which a warning of the function that asks names the user's line.
+def user_stacklevel() -> int:
+    """The stacklevel for a warning in the calling function such that it names the user's line.
 
-    That is the innermost one outside this package and torch. Code that torch generates may lie between: it is of a
-    module of torch's, or of none. On autograd's threads there may be no such line; then it is the outermost.
+    That is the innermost frame outside this package and torch. Frames of code that torch generates have a torch module
+    or none. On autograd's threads no such frame may exist; then it is the outermost.
     """
     frame: FrameType | None = sys._getframe(1)
     level = 0
@@ -225,11 +225,11 @@ def level_of_user() -> int:
     return level
 
 
-def _nothing_counts(place: Place) -> str:
-    return f"no measurement counts of {place.spec}; {place.bucket} on {place.gpu} with {Toolchain.here()}"
+def _no_measurement(place: Place) -> str:
+    return f"there is no usable measurement of {place.spec}; {place.bucket} on {place.gpu} with {Toolchain.here()}"
 
 
-def _instead(candidate: Candidate) -> str:
+def _what_runs(candidate: Candidate) -> str:
     record = candidate.record
     if record is None:
         return "its default config is used"
@@ -237,11 +237,11 @@ def _instead(candidate: Candidate) -> str:
     return f"a record of {of} with {record.evidence.measured_with} is used"
 
 
-def _mended_by(place: Place) -> str:
+def _command_to_measure(place: Place) -> str:
     return f"`{tune_command(place)}` makes one."
 
 
-def _first_rank() -> bool:
+def _is_first_rank() -> bool:
     import torch.distributed as dist
 
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -255,7 +255,7 @@ def tune_command(place: Place) -> str:
     lengths = f"{shape.seqlen_kv}" if one_length else f"{shape.seqlen_q}x{shape.seqlen_kv}"
     words = ["parallax-gen", "tune", "--op", spec.family]
     words += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
-    if spec.window:  # one of all keys would be none; a key less rounds to the same bucket
+    if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
         words += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
     elif not spec.causal and (spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in OWN_LENGTHS)):
         words.append("--full")

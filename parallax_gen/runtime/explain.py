@@ -1,4 +1,4 @@
-"""Why a call gets the kernel that it gets: what that rests on, and why nothing nearer does."""
+"""Explains a call's kernel: the record it comes from, and why no closer record was used."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import Choice, choose
 
-MOST = 3  # of each kind of alternative
+MAX_ALTERNATIVES = 3  # of each kind
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What dispatch does with one call.
+    """The result of dispatch for one call.
 
     origin       "yours", "shipped" or "default"
-    reason       why that one, in a sentence
-    runners_up   what it would get next, the best first
-    predicted    what was only predicted of the place, the best first
-    unused       measured of the place, and never what a call gets, with why not
+    reason       why this config was chosen, in a sentence
+    runners_up   the candidates ranked next, best first
+    predicted    results of the place that were only predicted, best first
+    unused       measured results of the place that calls never use, each with the reason
     """
 
     spec: KernelSpec
@@ -45,14 +45,14 @@ class Explanation:
     unused: list[tuple[Result, str]]
 
 
-def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origins: Origins) -> Explanation:
-    """What dispatch chooses for a call, and what else there is."""
+def explanation_of(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origins: Origins) -> Explanation:
+    """What dispatch chooses for a call, and the alternatives."""
     choice = choose(spec, shape, gpu, memory)
     results = memory.results(choice.place)
     refused = [candidate for candidate, _ in choice.refused]
-    passed = {c.config for c in refused}
+    refused_configs = {c.config for c in refused}
     ranking = list(ranked(choice.place, gpu, memory))
-    candidates = [c for c in ranking if c != choice.candidate and c.config not in passed]
+    candidates = [c for c in ranking if c != choice.candidate and c.config not in refused_configs]
     used = {c.record for c in ranking}
     unused = [(r, _why_unused(r, gpu, memory)) for r in results if r.measured and r not in used]
     return Explanation(
@@ -62,9 +62,9 @@ def explanation(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origin
         file=write(render(spec, choice.config, gpu)),
         origin="default" if choice.record is None else origins.of(choice.record),
         reason=_reason(choice, results, candidates, unused),
-        runners_up=candidates[:MOST],
-        predicted=[r for r in results if not r.outcome.tried][:MOST],
-        unused=unused[:MOST],
+        runners_up=candidates[:MAX_ALTERNATIVES],
+        predicted=[r for r in results if not r.outcome.tried][:MAX_ALTERNATIVES],
+        unused=unused[:MAX_ALTERNATIVES],
     )
 
 
@@ -79,38 +79,38 @@ def _reason(
         if candidate.tier == Tier.MEASURED_HERE:
             return f"{fastest} measured of this kernel with {Toolchain.here()}"
         if candidate.tier == Tier.NEIGHBOUR:
-            found = f"the best measured with {record.evidence.measured_with} at {record.place.bucket}"
+            basis = f"the best measured with {record.evidence.measured_with} at {record.place.bucket}"
         else:
-            found = f"{fastest} with {record.evidence.measured_with}"
+            basis = f"{fastest} with {record.evidence.measured_with}"
         if candidate.tier == Tier.SIBLING_CARD:
-            found += f" on {record.place.gpu}, a card of the same capability"
-        return f"{found}; {_why_nothing_nearer(choice, record, unused)}"
+            basis += f" on {record.place.gpu}, a card of the same capability"
+        return f"{basis}; {_why_nothing_closer(choice, record, unused)}"
     if choice.refused:
-        return "what is borrowed elsewhere compiles badly here"
+        return "the kernels borrowed from elsewhere compile badly here"
     if not results:
         return "nothing is known of this place"
     if unused:
         return _none_counts(unused, "")
     kinds = format_counts(Counter(result.outcome for result in results))
-    return f"nothing was measured of this place, only: {kinds}"
+    return f"nothing was measured at this place; results: {kinds}"
 
 
 def _comparable(one: Result, other: Result) -> bool:
-    """Whether two times may be compared: of one card and size, with one toolchain, by one timing protocol."""
+    """Whether two times are comparable: the same place, toolchain and timing protocol."""
     evidences = (one.evidence, other.evidence)
     return one.place == other.place and len({(e.toolchain, e.protocol) for e in evidences}) == 1
 
 
-def _why_nothing_nearer(choice: Choice, record: Result, unused: list[tuple[Result, str]]) -> str:
-    """Why what is chosen is borrowed: what there is of nearer tiers, and why that does not count."""
+def _why_nothing_closer(choice: Choice, record: Result, unused: list[tuple[Result, str]]) -> str:
+    """Why the chosen record is borrowed: which records closer tiers have, and why those do not count."""
     if choice.refused:
-        return "what ranks higher compiles badly here"
+        return "the records that rank higher compile badly here"
     here, tier = Toolchain.here(), choice.candidate.tier
     if tier == Tier.OTHER_TOOLCHAIN:
-        if nearer := [(r, why) for r, why in unused if comparable_here(r.evidence)]:
-            return _none_counts(nearer, f" with {here}")
+        if closer := [(r, why) for r, why in unused if comparable_here(r.evidence)]:
+            return _none_counts(closer, f" with {here}")
         if record.evidence.toolchain.compiles_like(here):
-            return "nothing was timed by today's, and times of two protocols are not compared"
+            return "nothing was timed by today's protocol, and times of different protocols are not compared"
         return f"nothing that counts was measured with {here}"
     where = "of this bucket" if tier == Tier.NEIGHBOUR else "on this one"
     return _none_counts(unused, f" {where}") if unused else f"nothing that counts was measured {where}"
@@ -124,7 +124,7 @@ def _none_counts(unused: list[tuple[Result, str]], of_what: str) -> str:
 
 
 def _why_unused(result: Result, gpu: Gpu, memory: Memory) -> str:
-    """Of a measured one that is no candidate."""
+    """Why a measured result is no candidate."""
     if reason := why_invalid(result.place.spec, result.config, gpu):
-        return f"not valid any more: {reason}"
+        return f"no longer valid: {reason}"
     return why_not_chosen(result, gpu, memory) if is_rendered(result, gpu) else ANOTHER_KERNEL

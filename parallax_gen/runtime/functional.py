@@ -9,18 +9,18 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
-from parallax_gen.runtime.autograd import attend, attend_under_transforms, attend_without_gradients, plain
+from parallax_gen.runtime.autograd import are_plain_tensors, attend, attend_transformed, attend_without_gradients
 from parallax_gen.runtime.checks import check_flag, check_request
-from parallax_gen.runtime.requests import INPUTS, Request, cast_inputs, inputs_of, tensors_of
-from parallax_gen.runtime.sharded import DENSE, OF_ALL, PACKED, is_sharded, over_shards
+from parallax_gen.runtime.requests import INPUTS, Request, cast_inputs, inputs_of, tensor_fields
+from parallax_gen.runtime.sharded import DENSE, PACKED, REPLICATED, is_sharded, run_on_shards
 from parallax_gen.runtime.transforms import (
-    breaks_graph,
-    nothing_intervenes,
+    any_transformed,
+    dispatch_mode_is_active,
+    is_plain_eager_call,
+    must_break_graph,
     records_gradients,
-    transformed,
-    under_a_mode,
-    under_a_transform,
-    without_odd_strides,
+    transform_is_active,
+    with_supported_strides,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Stats = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Options(TypedDict, total=False):
-    """What the functions take by name, beside the flag that says what they return."""
+    """The keyword arguments of the functions, except return_stats."""
 
     causal: bool
     window_size: int | None
@@ -78,40 +78,41 @@ def parallax_attn_func(
     q, r              (batch, seqlen_q, heads, head_dim), bf16, fp16 or fp32; head_dim a multiple of 8 up to 256
     k, v              (batch, seqlen_kv, kv_heads, head_dim); heads is a multiple of kv_heads, and query head h
                       attends with kv head h // (heads / kv_heads)
-    causal            query i sees keys up to its position, seqlen_kv − seqlen_q + i (aligned to the end); a query
-                      that sees none gives 0
-    window_size       with causal: a query sees this many keys at the most, its position's and those right before
-    softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
-    out               where to write, like q; made if not given. Not where gradients are recorded
+    causal            query i sees keys up to its position, seqlen_kv − seqlen_q + i (aligned to the end); a query that
+                      sees no key gives 0
+    window_size       with causal: a query sees at most this many keys, its own and those right before it
+    softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
     return_stats      also return lse = log Σ exp(scale·q·k) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients
-    recompute_v_mean  keep less for the backward, which then runs the forward once more
+    recompute_v_mean  save less for the backward, which then runs the forward once more
 
-    Any strides do that keep the last dimension contiguous. On CUDA tensors this launches one kernel, or one and
-    another that seldom has anything to do, on the current stream and waits for nothing; on CPU tensors it runs the
-    fp64 reference. fp32 matmuls round to TF32 where torch's own may (torch.backends.cuda.matmul.fp32_precision,
+    Any strides with a contiguous last dimension are supported. On CUDA tensors this launches one kernel (some configs
+    add a fixup kernel, which rarely has work) on the current stream and never synchronises; on CPU tensors it runs the
+    fp64 reference. fp32 matmuls round to TF32 if torch's own may (torch.backends.cuda.matmul.fp32_precision,
     torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype, or to that of `out`.
     Under torch.compile this is one operator.
 
-    DTensors, all four of them on one mesh, are attended by each rank for its own sequences or kv heads (where those
-    can be divided evenly), and nothing is sent where they are sharded alike; else they are redistributed first.
+    With DTensors, all four on one mesh, each rank computes its own sequences or kv heads (if those divide evenly).
+    Nothing is sent if all are sharded alike; otherwise they are redistributed first.
 
-    Gradients: first derivatives of out, with respect to q, r, k and v, the same in every run. Kept for them, besides
-    the inputs and out, are 8 bytes a query and head (lse and t̄), and v̄, as large as out: for bf16 and head_dim 128
-    that is 264 bytes a query and head, and 8 with recompute_v_mean. The backward takes another 16 while it runs, of
-    each sequence's queries rounded up to a multiple of 128. Without gradients recorded nothing is kept.
+    Gradients: first derivatives of out with respect to q, r, k and v, bitwise the same in every run. Besides the inputs
+    and out, the forward saves 8 bytes per query and head (lse and t̄), and v̄, which is as large as out: for bf16 and
+    head_dim 128 that is 264 bytes per query and head, and 8 with recompute_v_mean. The backward allocates another 16
+    while it runs, with each sequence's queries rounded up to a multiple of 128. Nothing is saved if no gradients are
+    recorded.
 
-    torch.func: grad, vjp, jacrev, functional_call, vmap (of samples: one larger batch) and vmap of grad, for per-sample
-    gradients. Forward-mode AD (dual numbers, jvp, jacfwd, linearize) is right and slow: a tangent of out is found in
-    plain torch, in fp64, on the inputs' device; statistics have none, and return_stats is refused beside one. Second
-    derivatives, of whichever modes, raise ArgumentError. In torch.compile's graphs vmap is traced, around other
-    transforms they break, and dual numbers are refused. torch.utils.flop_counter counts 8 · head_dim FLOP for each
-    query, head and visible key, and in the backward twice as much for all gradients.
+    torch.func: grad, vjp, jacrev, functional_call, vmap (samples become one larger batch) and vmap of grad, for
+    per-sample gradients. Forward-mode AD (dual numbers, jvp, jacfwd, linearize) is correct but slow: the tangent of out
+    is computed in plain torch, in fp64, on the inputs' device; statistics have no tangents, so return_stats is refused
+    with one. Second derivatives in any combination of modes raise ArgumentError. torch.compile traces vmap, breaks the
+    graph at other transforms, and refuses dual numbers. torch.utils.flop_counter counts 8 · head_dim FLOP for each
+    query, head and visible key, and twice that in the backward for all gradients.
 
     Raises ArgumentError, naming the argument.
     """
-    asked = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale)
-    return _attend(asked, False, out, return_stats, recompute_v_mean)
+    request = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale)
+    return _attend(request, False, out, return_stats, recompute_v_mean)
 
 
 @overload
@@ -179,103 +180,103 @@ def parallax_attn_varlen_func(
     return_stats: bool = False,
     recompute_v_mean: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`parallax_attn_func` of sequences of different lengths, packed one after the other.
+    """`parallax_attn_func` for sequences of different lengths, packed one after the other.
 
     q, r          (total_q, heads, head_dim)
     k, v          (total_k, kv_heads, head_dim)
-    cu_seqlens_q  (batch + 1,) int32, on the same device, from 0 to total_q, none less than the one before: sequence b
-                  has the rows cu_seqlens_q[b] up to cu_seqlens_q[b + 1] of q and r. A sequence may be empty, and there
-                  may be none. Rows that no sequence has, before the first or behind the last, are not read: out and
-                  all gradients are 0 there, lse is -inf, and t̄ and v̄ are 0
-    cu_seqlens_k  likewise of k and v, whose gradients are 0 in rows that no sequence has
-    max_seqlen_q  at least the longest sequence's queries, and not much more: programs are launched for them
-    max_seqlen_k  likewise of keys
+    cu_seqlens_q  (batch + 1,) int32, on the same device, from 0 to total_q, non-decreasing: sequence b has the rows
+                  cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q and r. A sequence may be empty, and the batch may be
+                  0. Rows of no sequence, before the first or after the last, are not read: out, t̄, v̄ and all
+                  gradients are 0 there, and lse is -inf
+    cu_seqlens_k  likewise for k and v, whose gradients are 0 in rows of no sequence
+    max_seqlen_q  at least the largest number of queries of a sequence, and not much more: it sizes the grid
+    max_seqlen_k  likewise for keys
 
-    The rest, gradients and autocast, as of parallax_attn_func; lse and t̄ are (heads, total_q). On CUDA tensors the
-    lengths are read by the kernels alone: nothing waits for them, and a new packing compiles nothing. But vmap attends
-    its samples one after the other, and forward-mode AD and a count of FLOPs read cu_seqlens, which waits for the
-    device; where these are a compiler's stand-ins, each sequence counts as the longest.
+    Everything else, gradients and autocast too, is as in parallax_attn_func; lse and t̄ are (heads, total_q). On CUDA
+    tensors only the kernels read the lengths: nothing synchronises, and a new packing compiles nothing. But vmap runs
+    its samples one after the other, and forward-mode AD and FLOP counting read cu_seqlens, which waits for the device.
+    If these are fake tensors, each sequence counts as the longest.
     """
-    asked = Request(
+    request = Request(
         q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale
     )
-    return _attend(asked, True, out, return_stats, recompute_v_mean)
+    return _attend(request, True, out, return_stats, recompute_v_mean)
 
 
 def _attend(
-    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+    request: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
 ) -> Tensor | tuple[Tensor, ...]:
     check_flag("return_stats", return_stats)
     check_flag("recompute_v_mean", recompute_v_mean)
-    if nothing_intervenes() and plain(*inputs_of(asked)):
-        found = _attend_eagerly(asked, packed, out, return_stats, recompute_v_mean)
+    if is_plain_eager_call() and are_plain_tensors(*inputs_of(request)):
+        outputs = _attend_eagerly(request, packed, out, return_stats, recompute_v_mean)
     else:
-        found = _attend_where_seen(asked, packed, out, return_stats, recompute_v_mean)
-    return found if return_stats else found[0]
+        outputs = _attend_observed(request, packed, out, return_stats, recompute_v_mean)
+    return outputs if return_stats else outputs[0]
 
 
 def _attend_eagerly(
-    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+    request: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
 ) -> tuple[Tensor, ...]:
-    if records_gradients(*inputs_of(asked)):
-        check_request(asked, packed, out)
-        return _attend_with_gradients(asked, out, recompute_v_mean)
-    return forward(asked, packed=packed, out=out, stats=return_stats)
+    if records_gradients(*inputs_of(request)):
+        check_request(request, packed, out)
+        return _attend_with_gradients(request, out, recompute_v_mean)
+    return forward(request, packed=packed, out=out, stats=return_stats)
 
 
-def _attend_where_seen(
-    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+def _attend_observed(
+    request: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
 ) -> tuple[Tensor, ...]:
-    """`_attend` where a tracer, mode, transform or tensor subclass is to see what is done, or autocast casts."""
-    found: tuple[Tensor, ...]
-    asked = cast_inputs(asked, out)
-    inputs = inputs_of(asked)
+    """`_attend` under a tracer, mode, transform or autocast, or with a tensor subclass."""
+    outputs: tuple[Tensor, ...]
+    request = cast_inputs(request, out)
+    inputs = inputs_of(request)
     compiling = torch.compiler.is_compiling()
-    if compiling and breaks_graph(asked.q):
+    if compiling and must_break_graph(request.q):
         torch._dynamo.graph_break(msg="transforms of torch.func other than vmap see Parallax attention in eager calls")
     if (
         not compiling
-        and under_a_transform()
-        and (transformed(*tensors_of(asked)) or under_a_mode() or records_gradients(*inputs))
-        and not is_sharded(*inputs)  # what each rank has of these comes here by itself
+        and transform_is_active()
+        and (any_transformed(*tensor_fields(request)) or dispatch_mode_is_active() or records_gradients(*inputs))
+        and not is_sharded(*inputs)  # each rank's local tensors reach this point in a call of their own
     ):
-        asked = without_odd_strides(asked)
-        check_request(asked, packed)
+        request = with_supported_strides(request)
+        check_request(request, packed)
         if out is not None:
-            raise ArgumentError("out", "a tensor, under a transform of torch.func or beside tangents", "None")
-        found = attend_under_transforms(asked, stats=return_stats, recompute_v_mean=recompute_v_mean)
-    elif compiling or under_a_mode() or not plain(*inputs):
-        check_request(asked, packed, out)
+            raise ArgumentError("out", "a tensor, under a transform of torch.func or with tangents", "None")
+        outputs = attend_transformed(request, stats=return_stats, recompute_v_mean=recompute_v_mean)
+    elif compiling or dispatch_mode_is_active() or not are_plain_tensors(*inputs):
+        check_request(request, packed, out)
         if is_sharded(*inputs):
-            found = _attend_shards(asked, packed, out, return_stats, recompute_v_mean)
+            outputs = _attend_shards(request, packed, out, return_stats, recompute_v_mean)
         elif records_gradients(*inputs):
-            found = _attend_with_gradients(asked, out, recompute_v_mean)
+            outputs = _attend_with_gradients(request, out, recompute_v_mean)
         else:
-            found = attend_without_gradients(asked, stats=return_stats)
-            found = found if out is None else (out.copy_(found[0]), *found[1:])
+            outputs = attend_without_gradients(request, stats=return_stats)
+            outputs = outputs if out is None else (out.copy_(outputs[0]), *outputs[1:])
     else:
-        found = _attend_eagerly(asked, packed, out, return_stats, recompute_v_mean)
-    return found
+        outputs = _attend_eagerly(request, packed, out, return_stats, recompute_v_mean)
+    return outputs
 
 
-def _attend_with_gradients(asked: Request, out: Tensor | None, recompute_v_mean: bool) -> tuple[Tensor, ...]:
+def _attend_with_gradients(request: Request, out: Tensor | None, recompute_v_mean: bool) -> tuple[Tensor, ...]:
     if out is not None:
         raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
-    return attend(asked, recompute_v_mean=recompute_v_mean)
+    return attend(request, recompute_v_mean=recompute_v_mean)
 
 
 def _attend_shards(
-    asked: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
+    request: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
 ) -> tuple[Tensor, ...]:
     """`_attend` of DTensors."""
-    if out is not None and records_gradients(*inputs_of(asked)):
+    if out is not None and records_gradients(*inputs_of(request)):
         raise ArgumentError("out", "a tensor, where gradients are recorded", "None, or no_grad")
 
     def attend(*local: Any) -> tuple[Tensor, ...]:
-        found = _attend(Request(*local), packed, None, return_stats, recompute_v_mean)
-        return found if isinstance(found, tuple) else (found,)
+        outputs = _attend(Request(*local), packed, None, return_stats, recompute_v_mean)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     dims = dict.fromkeys(INPUTS, PACKED if packed else DENSE)
-    dims |= {"cu_seqlens_q": OF_ALL, "cu_seqlens_k": OF_ALL}
-    found = over_shards(attend, asked, dims)
-    return found if out is None else (out.copy_(found[0]), *found[1:])
+    dims |= {"cu_seqlens_q": REPLICATED, "cu_seqlens_k": REPLICATED}
+    outputs = run_on_shards(attend, request, dims)
+    return outputs if out is None else (out.copy_(outputs[0]), *outputs[1:])

@@ -1,4 +1,4 @@
-"""Attention against a KV cache, as an inference engine calls it: on CUDA by one kernel, on the CPU by the reference."""
+"""Attention over a KV cache for inference: one kernel on CUDA, the reference on the CPU."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import in_fours, sizes_of
+from parallax_gen.codegen.abi import as_int32, sizes_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
-from parallax_gen.runtime.attention import copy_into, fill_unseen, room_for
-from parallax_gen.runtime.autograd import plain
+from parallax_gen.runtime.attention import allocate_outputs, copy_outputs, fill_without_keys
+from parallax_gen.runtime.autograd import are_plain_tensors
 from parallax_gen.runtime.cache_checks import (
     check_cached,
-    check_fours,
+    check_four_byte_alignment,
     check_workspace,
     check_workspace_type,
+    refuse_cache_tangents,
     refuse_gradients,
-    refuse_tangents_of,
 )
-from parallax_gen.runtime.kvcache_operators import laid_out, needs_operator, operators_of
-from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans, host_plan, key_of, plan_launch
+from parallax_gen.runtime.kvcache_operators import define_operators, needs_operator, with_contiguous_heads
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, PlanCache, host_plan, plan_key, plan_launch
 from parallax_gen.runtime.requests import (
     CACHE_DTYPE_NAMES,
     CACHED_INPUTS,
@@ -34,17 +34,17 @@ from parallax_gen.runtime.requests import (
     rounds_to_tf32,
     window_of,
 )
-from parallax_gen.runtime.sharded import DENSE, OF_ALL, OF_SEQUENCES, PACKED, PAGES, Dims, is_sharded, over_shards
+from parallax_gen.runtime.sharded import DENSE, PACKED, PAGES, PER_SEQUENCE, REPLICATED, Dims, is_sharded, run_on_shards
 from parallax_gen.runtime.states import State
-from parallax_gen.runtime.transforms import nothing_intervenes
-from parallax_gen.runtime.workspace import bytes_of, of_one_launch
+from parallax_gen.runtime.transforms import is_plain_eager_call
+from parallax_gen.runtime.workspace import workspace_bytes, workspace_for_one_launch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 class CacheOptions(TypedDict, total=False):
-    """What the function takes by name, beside the flag that says what it returns."""
+    """The keyword arguments of the function, except return_state."""
 
     cache_seqlens: Tensor | int | None
     page_table: Tensor | None
@@ -110,72 +110,73 @@ def parallax_attn_with_kvcache(
     return_state: bool = False,
     workspace: Tensor | None = None,
 ) -> Tensor | State:
-    """Parallax attention of new queries over their sequences' cached keys: a decode step, or a prompt's next chunk.
+    """Parallax attention of new queries over their sequences' cached keys: a decode step or a prompt's next chunk.
 
     q, r              (batch, seqlen_q, heads, head_dim), bf16, fp16 or fp32; head_dim a multiple of 8 up to 256. With
-                      cu_seqlens_q (total_q, heads, head_dim). The keys of these very tokens are in the cache already:
-                      a sequence's last query is at its last key
+                      cu_seqlens_q (total_q, heads, head_dim). The cache already holds the keys of these tokens: a
+                      sequence's last query is at its last key
     k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), or (pages, page_size, kv_heads, head_dim) with a page_table,
-                      of any page_size; heads is a multiple of kv_heads. Of q's dtype, or both float8_e4m3fn or both
-                      float8_e5m2 beside bf16 or fp16 queries
-    cache_seqlens     (batch,) int32 on the same device: how many keys of each sequence count, 0 to seqlen; an int
-                      for all of them; None for all keys. What lies behind is never read, and may be NaN. A sequence
-                      of length 0 gives 0, and a length below 0 in a tensor counts as 0
-    page_table        (batch, pages of a sequence at the most) int32 on the same device: each sequence's pages in their
-                      order; entries behind its length may be anything. Needs cache_seqlens, a tensor, and v_cache
-                      in k_cache's strides
-    cache_leftpad     (batch,) int32 on the same device: each sequence's first key, which cache_seqlens counts from 0
-                      all the same. What lies before is never read
-    cu_seqlens_q      (batch + 1,) int32 on the same device, none less than the one before: sequence b has the rows
-                      cu_seqlens_q[b] up to cu_seqlens_q[b + 1] of q and r, and may have none. In rows that no sequence
-                      has out is 0, lse is -inf, and t̄ and v̄ are 0
-    max_seqlen_q      with cu_seqlens_q: at least the longest sequence's queries, and not much more
-    causal            of many queries, each sees keys up to its own position. A single query sees them all, either way
-    window_size       with causal: a query sees this many keys at the most, its position's and those right before
-    softmax_scale     of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
-    k_scale, v_scale  of caches in eight bits: what stored numbers are to be multiplied by, (1,) or (kv_heads,) fp32 on
-                      the same device, or a number; 1 by default
-    out               where to write, like q; made if not given
-    return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` joins with that over other keys
+                      of any page_size; heads is a multiple of kv_heads. In q's dtype; or, for bf16 or fp16 queries,
+                      both float8_e4m3fn or both float8_e5m2
+    cache_seqlens     (batch,) int32 on the same device: each sequence's number of valid keys, 0 to seqlen; an int if it
+                      is the same for all; None for all keys. Keys beyond it are never read and may be NaN. A sequence
+                      of length 0 gives 0; a negative length in a tensor counts as 0
+    page_table        (batch, most pages of a sequence) int32 on the same device: each sequence's pages in order;
+                      entries beyond its length may be anything. Needs cache_seqlens as a tensor, and v_cache with
+                      k_cache's strides
+    cache_leftpad     (batch,) int32 on the same device: the index of each sequence's first key; keys before it are
+                      never read. cache_seqlens counts from index 0 regardless
+    cu_seqlens_q      (batch + 1,) int32 on the same device, non-decreasing: sequence b has the rows cu_seqlens_q[b] to
+                      cu_seqlens_q[b + 1] - 1 of q and r, and may have none. In rows of no sequence out, t̄ and v̄ are 0
+                      and lse is -inf
+    max_seqlen_q      with cu_seqlens_q: at least the largest number of queries of a sequence, and not much more
+    causal            with several queries per sequence, each sees keys up to its own position. A single query always
+                      sees all keys
+    window_size       with causal: a query sees at most this many keys, its own and those right before it
+    softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    k_scale, v_scale  for 8-bit caches: the factor of the stored values, (1,) or (kv_heads,) fp32 on the same device, or
+                      a number; 1 by default
+    out               where to write, like q; allocated if not given
+    return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` merges with states over other keys
     workspace         scratch of at least `kvcache_workspace_size` bytes: torch.zeros(bytes, dtype=torch.uint8) on the
-                      same device, which each launch leaves as it found it where it matters. One for every stream that
-                      runs by itself. By default it is the library's own: one a stream, and one a captured launch
+                      same device, each launch resets the part that
+                      must be 0. Use one per concurrent stream. By default the library keeps one per stream, and one per
+                      captured launch
 
-    Returns out, or a State. Any strides do that keep the last dimension contiguous. On CUDA tensors nothing is waited
-    for, and the call can be captured in a CUDA graph: lengths, pages and where queries begin are read on the device, so
-    that one graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
+    Returns out, or a State. Any strides with a contiguous last dimension are supported. On CUDA tensors the call never
+    synchronises and can be captured in a CUDA graph: lengths, pages and cu_seqlens_q are read on the device, so one
+    graph serves every step. There are no gradients. See `parallax_attn_func` for the formula.
 
-    Under torch.compile and torch.export this is one operator, of any lengths and sizes. It takes no `workspace`, which
-    is only checked: each call makes its own scratch; and what it returns is copied to `out`. Under torch.func.vmap
-    samples with dense caches of their own are one launch, others one each. DTensors are sharded on sequences or on
-    heads, or are redistributed so; what is a plain tensor beside them, lengths and tables, is taken to be whole and
-    the same on every rank.
+    Under torch.compile and torch.export this is one operator for all lengths and sizes. It checks `workspace` but does
+    not use it: each call allocates its own scratch, and its result is copied to `out`. Under torch.func.vmap samples
+    with their own dense caches are one launch, others one launch each. DTensors must be sharded on sequences or heads,
+    or are redistributed so; plain tensors beside them, such as lengths and tables, must be whole and the same on every
+    rank.
 
-    Under torch.autocast q and r are cast to the caches' dtype where that is bf16 or fp16, else to autocast's; caches in
-    fp32 are cast too, which copies all of them at every call, and caches in eight bits stay. With `out` the dtype is
-    out's.
+    Under torch.autocast q and r are cast to the caches' dtype if that is bf16 or fp16, else to autocast's. fp32 caches
+    are cast too, which copies all of them in every call; 8-bit caches are not. With `out` the target is out's dtype.
 
-    Raises ArgumentError, naming the argument; so it does for tensors with a tangent (forward-mode AD),
-    or that a transform of torch.func differentiates by.
+    Raises ArgumentError, naming the argument; also for tensors with a tangent (forward-mode AD) and tensors that a
+    torch.func transform differentiates with respect to.
     """
-    asked = CacheRequest(
+    request = CacheRequest(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
         max_seqlen_q, causal, window_size, softmax_scale,
     )  # fmt: skip
-    # Each type by itself takes a third of the time of a loop.
-    bare = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
-    bare = bare and nothing_intervenes()
-    if not bare:
-        asked = cast_to_cache(asked, out)
-        if needs_operator(asked):
-            found = _attend_by_operator(asked, out, return_state, workspace)
-            return State(*found) if return_state else found[0]
-    ready, plan = _planned(asked, out, return_state)
-    learned = q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-    if learned or not bare or k_scale is not None or v_scale is not None:
-        refuse_gradients(asked)
-    found = _attend(ready, plan, out, return_state, workspace)
-    return State(*found) if return_state else found[0]
+    # Four type checks take a third of the time of a loop.
+    is_plain = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
+    is_plain = is_plain and is_plain_eager_call()
+    if not is_plain:
+        request = cast_to_cache(request, out)
+        if needs_operator(request):
+            outputs = _attend_by_operator(request, out, return_state, workspace)
+            return State(*outputs) if return_state else outputs[0]
+    ready, plan = _planned(request, out, return_state)
+    needs_grad = q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    if needs_grad or not is_plain or k_scale is not None or v_scale is not None:
+        refuse_gradients(request)
+    outputs = _attend(ready, plan, out, return_state, workspace)
+    return State(*outputs) if return_state else outputs[0]
 
 
 def kvcache_workspace_size(
@@ -197,176 +198,178 @@ def kvcache_workspace_size(
     out: Tensor | None = None,
     return_state: bool = False,
 ) -> int:
-    """Bytes of workspace that `parallax_attn_with_kvcache` needs with these arguments; 0 where it needs none.
+    """Bytes of workspace that `parallax_attn_with_kvcache` needs with these arguments; 0 if it needs none.
 
-    It depends on the tensors' sizes, never on what they hold. Raises ArgumentError, as that does.
+    Depends only on the tensors' sizes, never on their values. Raises ArgumentError as that function does.
     """
-    asked = CacheRequest(
+    request = CacheRequest(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
         max_seqlen_q, causal, window_size, softmax_scale,
     )  # fmt: skip
-    asked = cast_to_cache(asked, out)
-    if not plain(q, r, k_cache, v_cache):  # they may have no key
-        check_cached(asked, out, return_state)
-    _, plan = _planned(asked, out, return_state)
-    return bytes_of(plan.scratch) if isinstance(plan, LaunchPlan) else 0
+    request = cast_to_cache(request, out)
+    if not are_plain_tensors(q, r, k_cache, v_cache):  # plan_key may fail on these
+        check_cached(request, out, return_state)
+    _, plan = _planned(request, out, return_state)
+    return workspace_bytes(plan.scratch) if isinstance(plan, LaunchPlan) else 0
 
 
 def _attend(
-    asked: CacheRequest, plan: LaunchPlan | HostPlan, out: Tensor | None, state: bool, workspace: Tensor | None
+    request: CacheRequest, plan: LaunchPlan | HostPlan, out: Tensor | None, state: bool, workspace: Tensor | None
 ) -> tuple[Tensor, ...]:
     """out, and with `state` lse, t̄ and v̄."""
-    found = room_for(asked.q, out, state)
+    outputs = allocate_outputs(request.q, out, state)
     if isinstance(plan, LaunchPlan):
         if workspace is not None:
-            check_workspace(workspace, bytes_of(plan.scratch), asked.q)
-        if asked.k_scale is not None:  # as it has where the cache is in eight bits
-            asked = asked._replace(k_cache=in_fours(asked.k_cache), v_cache=in_fours(asked.v_cache))
-        plan.launch(asked, found, workspace)
-    elif plan.nothing_seen:
-        fill_unseen(found)
+            check_workspace(workspace, workspace_bytes(plan.scratch), request.q)
+        if request.k_scale is not None:  # set for every 8-bit cache
+            request = request._replace(k_cache=as_int32(request.k_cache), v_cache=as_int32(request.v_cache))
+        plan.launch(request, outputs, workspace)
+    elif plan.is_empty:
+        fill_without_keys(outputs)
     else:
-        options = {name: getattr(asked, name) for name in _OPTIONS}
-        copy_into(found, reference_cached_forward(*cached_inputs_of(asked), **options))
-    return found
+        options = {name: getattr(request, name) for name in _OPTIONS}
+        copy_outputs(outputs, reference_cached_forward(*cached_inputs_of(request), **options))
+    return outputs
 
 
 def _attend_by_operator(
-    asked: CacheRequest, out: Tensor | None, state: bool, workspace: Tensor | None
+    request: CacheRequest, out: Tensor | None, state: bool, workspace: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """`_attend` where a tracer, a mode, a transform or a tensor subclass is to see one operator."""
-    asked = laid_out(asked)
-    check_cached(asked, out, state)
-    refuse_tangents_of(asked)
-    refuse_gradients(asked)
+    """`_attend` as one operator, for a tracer, dispatch mode, transform or tensor subclass."""
+    request = with_contiguous_heads(request)
+    check_cached(request, out, state)
+    refuse_cache_tangents(request)
+    refuse_gradients(request)
     if workspace is not None:
-        check_workspace_type(workspace, asked.q)
-    if is_sharded(*cached_inputs_of(asked)):
-        found = _attend_shards(asked, state)
+        check_workspace_type(workspace, request.q)
+    if is_sharded(*cached_inputs_of(request)):
+        outputs = _attend_shards(request, state)
     else:
-        asked = _ready(asked)
-        found = _attention_with_state(*asked) if state else (_attention(*asked),)
-    return found if out is None else (out.copy_(found[0]), *found[1:])
+        request = _ready(request)
+        outputs = _attention_with_state(*request) if state else (_attention(*request),)
+    return outputs if out is None else (out.copy_(outputs[0]), *outputs[1:])
 
 
-def _attend_shards(asked: CacheRequest, state: bool) -> tuple[Tensor, ...]:
+def _attend_shards(request: CacheRequest, state: bool) -> tuple[Tensor, ...]:
     """`_attend` of DTensors."""
 
     def attend(*local: Any) -> tuple[Tensor, ...]:
-        found = parallax_attn_with_kvcache(**CacheRequest(*local)._asdict(), return_state=state)
-        return found if isinstance(found, tuple) else (found,)
+        outputs = parallax_attn_with_kvcache(**CacheRequest(*local)._asdict(), return_state=state)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    rows, keys = DENSE if asked.cu_seqlens_q is None else PACKED, DENSE if asked.page_table is None else PAGES
-    dims = {"q": rows, "r": rows, "k_cache": keys, "v_cache": keys, "cu_seqlens_q": OF_ALL}
+    rows, keys = DENSE if request.cu_seqlens_q is None else PACKED, DENSE if request.page_table is None else PAGES
+    dims = {"q": rows, "r": rows, "k_cache": keys, "v_cache": keys, "cu_seqlens_q": REPLICATED}
     for name in ("cache_seqlens", "page_table", "cache_leftpad"):
-        dims[name] = OF_SEQUENCES if asked.cu_seqlens_q is None else OF_ALL
+        dims[name] = PER_SEQUENCE if request.cu_seqlens_q is None else REPLICATED
     for name in ("k_scale", "v_scale"):
-        scale, kv_heads = getattr(asked, name), asked.k_cache.shape[2]
-        dims[name] = Dims(None, 0) if isinstance(scale, Tensor) and len(scale) == kv_heads > 1 else OF_ALL
-    return over_shards(attend, asked, dims, CACHED_INPUTS)
+        scale, kv_heads = getattr(request, name), request.k_cache.shape[2]
+        dims[name] = Dims(None, 0) if isinstance(scale, Tensor) and len(scale) == kv_heads > 1 else REPLICATED
+    return run_on_shards(attend, request, dims, CACHED_INPUTS)
 
 
 def _run(*given: Any, state: bool) -> tuple[Tensor, ...]:
-    """What the operators do."""
-    asked, plan = _planned(CacheRequest(*given), None, state)
-    workspace = of_one_launch(plan.scratch, asked.q.device) if isinstance(plan, LaunchPlan) else None
-    return _attend(asked, plan, None, state, workspace)
+    """The implementation of the operators."""
+    request, plan = _planned(CacheRequest(*given), None, state)
+    workspace = workspace_for_one_launch(plan.scratch, request.q.device) if isinstance(plan, LaunchPlan) else None
+    return _attend(request, plan, None, state, workspace)
 
 
-_attention, _attention_with_state = operators_of(_run)
+_attention, _attention_with_state = define_operators(_run)
 
-_plans: Plans[LaunchPlan | HostPlan] = Plans()
+_plans: PlanCache[LaunchPlan | HostPlan] = PlanCache()
 
 
-def _planned(asked: CacheRequest, out: Tensor | None, return_state: bool) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
-    """The request, with tensors for all that the kernel reads, and its plan."""
-    key = key_of(*asked, out, return_state, rounds_to_tf32(asked.q))
+def _planned(
+    request: CacheRequest, out: Tensor | None, return_state: bool
+) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
+    """The request, with a tensor for everything that the kernel reads, and its plan."""
+    key = plan_key(*request, out, return_state, rounds_to_tf32(request.q))
     plan = _plans.get(key)
     if plan is None:
-        check_cached(asked, out, return_state)
-    asked = _ready(asked)
+        check_cached(request, out, return_state)
+    request = _ready(request)
     if plan is None:
-        plan = _plan(asked, return_state)
+        plan = _plan(request, return_state)
         _plans.remember(key, plan)
-    if asked.cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.own_lengths:
-        batch, seqlen = asked.k_cache.shape[:2]
-        lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=asked.q.device)
-        asked = asked._replace(cache_seqlens=lengths)
-    return asked, plan
+    if request.cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.own_lengths:
+        batch, seqlen = request.k_cache.shape[:2]
+        lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=request.q.device)
+        request = request._replace(cache_seqlens=lengths)
+    return request, plan
 
 
-def _ready(asked: CacheRequest) -> CacheRequest:
-    """With tensors for all that the kernel reads. asked: checked, but for what a plan does not know."""
-    length = asked.cache_seqlens
+def _ready(request: CacheRequest) -> CacheRequest:
+    """A checked request with tensors for everything that the kernel reads; checks what plan keys leave out."""
+    length = request.cache_seqlens
     if length is not None and not isinstance(length, Tensor):
-        k_cache, v_cache = asked.k_cache.narrow(1, 0, length), asked.v_cache.narrow(1, 0, length)
-        asked = asked._replace(k_cache=k_cache, v_cache=v_cache, cache_seqlens=None)
-    if asked.k_cache.dtype in CACHE_DTYPE_NAMES:
-        check_fours(asked)
-        asked = _with_scales(asked)
-    return asked
+        k_cache, v_cache = request.k_cache.narrow(1, 0, length), request.v_cache.narrow(1, 0, length)
+        request = request._replace(k_cache=k_cache, v_cache=v_cache, cache_seqlens=None)
+    if request.k_cache.dtype in CACHE_DTYPE_NAMES:
+        check_four_byte_alignment(request)
+        request = _with_scales(request)
+    return request
 
 
-def _plan(asked: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
-    q, k = asked.q, asked.k_cache
-    page_size = 0 if asked.page_table is None else k.shape[1]
-    seqlen = k.shape[1] if asked.page_table is None else page_size * asked.page_table.shape[1]
+def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
+    q, k = request.q, request.k_cache
+    page_size = 0 if request.page_table is None else k.shape[1]
+    seqlen = k.shape[1] if request.page_table is None else page_size * request.page_table.shape[1]
     batch, seqlen_q = q.shape[0], q.shape[1]
-    packed = asked.cu_seqlens_q is not None
-    if asked.cu_seqlens_q is not None:
-        assert asked.max_seqlen_q is not None
-        batch, seqlen_q = asked.cu_seqlens_q.shape[0] - 1, asked.max_seqlen_q
-    host = HostPlan(nothing_seen=True) if 0 in (batch, seqlen, seqlen_q) else host_plan(q, k)
+    packed = request.cu_seqlens_q is not None
+    if request.cu_seqlens_q is not None:
+        assert request.max_seqlen_q is not None
+        batch, seqlen_q = request.cu_seqlens_q.shape[0] - 1, request.max_seqlen_q
+    host = HostPlan(is_empty=True) if 0 in (batch, seqlen, seqlen_q) else host_plan(q, k)
     if host is not None:
         return host
     heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
     many = packed or seqlen_q > 1
-    window = window_of(asked.window_size, seqlen)
+    window = window_of(request.window_size, seqlen)
     own_lengths = (
         many
         or state
         or window > 0
         or k.dtype in CACHE_DTYPE_NAMES
-        or asked.cache_seqlens is not None
-        or asked.cache_leftpad is not None
+        or request.cache_seqlens is not None
+        or request.cache_leftpad is not None
     )
     spec = KernelSpec(
         "decode_varlen" if own_lengths else "decode",
         head_dim,
         dtype_name(q),
         group=heads // kv_heads,
-        causal=window > 0 or (many and asked.causal),
+        causal=window > 0 or (many and request.causal),
         stats=state,
         window=window > 0,
         varlen=packed,
         page_size=page_size,
-        leftpad=asked.cache_leftpad is not None,
+        leftpad=request.cache_leftpad is not None,
         many_queries=many,
         cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
     )
-    scale = scale_or_default(asked.softmax_scale, head_dim)
+    scale = scale_or_default(request.softmax_scale, head_dim)
     numbers = (scale, *sizes_of(spec, window, seqlen_q, 0))
     shape = Shape(batch, heads, kv_heads, seqlen_q, seqlen, window)
-    return plan_launch(spec, shape, numbers, q.device.index, RENAMED)
+    return plan_launch(spec, shape, numbers, q.device.index, CACHE_NAMES)
 
 
-RENAMED = {"k": "k_cache", "v": "v_cache"}  # what a launch takes, and the name that it has in a request
+CACHE_NAMES = {"k": "k_cache", "v": "v_cache"}  # the op's tensor names -> the request's field names
 
-# Of what is asked, and the reference takes by these names.
+# The request's fields that the reference takes by the same names.
 _OPTIONS = (
     "cache_seqlens", "page_table", "cache_leftpad", "cu_seqlens_q", "k_scale", "v_scale", "causal", "window_size",
     "softmax_scale",
 )  # fmt: skip
 
 
-def _with_scales(asked: CacheRequest) -> CacheRequest:
-    """With tensors of one size for both scales: of a number each, or where either has more of one for every kv head."""
+def _with_scales(request: CacheRequest) -> CacheRequest:
+    """Make both scales tensors of the same size: (1,), or (kv_heads,) if either has one scale per kv head."""
     scales = [
         x
         if isinstance(x, Tensor)
-        else torch.full((1,), 1.0 if x is None else x, dtype=torch.float32, device=asked.q.device)
-        for x in (asked.k_scale, asked.v_scale)
+        else torch.full((1,), 1.0 if x is None else x, dtype=torch.float32, device=request.q.device)
+        for x in (request.k_scale, request.v_scale)
     ]
     size = max(len(x) for x in scales)
     k_scale, v_scale = (x if len(x) == size else x.repeat(size) for x in scales)
-    return asked._replace(k_scale=k_scale, v_scale=v_scale)
+    return request._replace(k_scale=k_scale, v_scale=v_scale)

@@ -1,10 +1,10 @@
-"""Attention against a KV cache as torch operators: what torch.compile, torch.export, dispatch modes and vmap see.
+"""Attention over a KV cache as torch operators: what torch.compile, torch.export, dispatch modes and vmap see.
 
-    parallax_gen::attention_with_kvcache        out alone
+    parallax_gen::attention_with_kvcache        only out
     parallax_gen::attention_with_kvcache_state  out, lse, t̄ and v̄
 
-Their arguments are `CacheRequest`'s. They write to no argument, and each call has scratch of
-its own. An eager call of plain tensors does not go through them.
+Their arguments are the fields of `CacheRequest`. They write to no argument, and each call allocates its own scratch.
+Eager calls on plain tensors bypass them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from parallax_gen.problem.work import MATMULS, visible_pairs
 from parallax_gen.runtime.attention import stats_shape
-from parallax_gen.runtime.autograd import plain
-from parallax_gen.runtime.cache_checks import refuse_tangents_of
+from parallax_gen.runtime.autograd import are_plain_tensors
+from parallax_gen.runtime.cache_checks import refuse_cache_tangents
 from parallax_gen.runtime.requests import CacheRequest, cached_inputs_of
-from parallax_gen.runtime.transforms import folded, is_wrapped, transforms_are_active, under_a_mode
+from parallax_gen.runtime.transforms import dispatch_mode_is_active, fold_samples, is_wrapped, transforms_are_active
 
 _ARGUMENTS = (
     "(Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
@@ -32,31 +32,31 @@ _ARGUMENTS = (
 )
 
 
-def needs_operator(asked: CacheRequest) -> bool:
-    """Whether anything is to see what is done: a tracer, a dispatch mode, vmap, or a tensor subclass.
+def needs_operator(request: CacheRequest) -> bool:
+    """Whether the call must be an operator: under a tracer, a dispatch mode or vmap, or with a tensor subclass.
 
     Raises ArgumentError for a tensor with a tangent of forward-mode AD.
     """
-    if torch.compiler.is_compiling() or under_a_mode():
+    if torch.compiler.is_compiling() or dispatch_mode_is_active():
         return True
-    if not plain(*cached_inputs_of(asked)):
+    if not are_plain_tensors(*cached_inputs_of(request)):
         return True
     if forward_ad._current_level >= 0:
-        refuse_tangents_of(asked)
-    return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in asked)
+        refuse_cache_tangents(request)
+    return transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in request)
 
 
-def laid_out(asked: CacheRequest) -> CacheRequest:
-    """With a contiguous last dimension under vmap, where the caller does not choose the strides of one sample."""
+def with_contiguous_heads(request: CacheRequest) -> CacheRequest:
+    """Under vmap make the last dimensions contiguous: there the caller does not choose the strides of one sample."""
     if torch.compiler.is_compiling() or not transforms_are_active():
-        return asked
-    return CacheRequest(*(_contiguous(x) for x in asked))
+        return request
+    return CacheRequest(*(_contiguous(x) for x in request))
 
 
-def operators_of(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, Any]:
-    """attention_with_kvcache and attention_with_kvcache_state.
+def define_operators(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, Any]:
+    """Define and return attention_with_kvcache and attention_with_kvcache_state.
 
-    run  what they do: takes their arguments, and `state`, which says whether it is to give all of a State
+    run  their implementation: takes their arguments and `state`, whether to return all of a State
     """
 
     def run_alone(*given: Any) -> Tensor:
@@ -96,33 +96,33 @@ def _fake_with_state(*given: Any) -> tuple[Tensor, ...]:
 
 def _vmap_rule(operator: Any) -> Callable[..., Any]:
     def attend(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        found, out_dims = _over_samples(operator, info.batch_size, in_dims, given)
-        return (found, out_dims) if len(found) > 1 else (found[0], out_dims[0])
+        outputs, out_dims = _vmap_samples(operator, info.batch_size, in_dims, given)
+        return (outputs, out_dims) if len(outputs) > 1 else (outputs[0], out_dims[0])
 
     return attend
 
 
-def _over_samples(
+def _vmap_samples(
     operator: Any, size: int, in_dims: tuple[int | None, ...], given: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The operator's outputs for all samples of vmap, and their samples' dimension.
+    """The operator's outputs for all samples of vmap, and the dimension of the samples in each.
 
-    Samples that have caches of their own, neither packed nor in pages, are one larger batch. Others are attended one
-    after the other: folded into one they would need copies of a cache that they share.
+    Samples with their own caches, neither packed nor paged, become one larger batch. Others run one after the other:
+    folding them into one batch would copy a cache that they share.
     """
-    asked, dims = CacheRequest(*given), CacheRequest(*in_dims)  # type: ignore[arg-type]
+    request, dims = CacheRequest(*given), CacheRequest(*in_dims)  # type: ignore[arg-type]
     own = dims.k_cache is not None and dims.v_cache is not None
     scaled_alike = dims.k_scale is None and dims.v_scale is None
-    if own and scaled_alike and asked.page_table is None and asked.cu_seqlens_q is None:
+    if own and scaled_alike and request.page_table is None and request.cu_seqlens_q is None:
         scales = ("k_scale", "v_scale")
         every = [
-            _contiguous(folded(x, dim, size)) if isinstance(x, Tensor) and name not in scales else x
-            for name, x, dim in zip(asked._fields, given, in_dims, strict=True)
+            _contiguous(fold_samples(x, dim, size)) if isinstance(x, Tensor) and name not in scales else x
+            for name, x, dim in zip(request._fields, given, in_dims, strict=True)
         ]
         batch = every[0].shape[0] // size
-        found = _tuple(operator(*every))
-        return tuple(x.unflatten(0, (size, batch)) for x in found), (0,) * len(found)
-    if size == 0:  # what one of zeros has, but none of it
+        outputs = _tuple(operator(*every))
+        return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
+    if size == 0:  # the outputs of one sample of zeros give the sizes
         one = (x if dim is None else x.new_zeros(_without(x.shape, dim)) for x, dim in zip(given, in_dims, strict=True))
         nothing = tuple(x[None][:0] for x in _tuple(operator(*one)))
         return nothing, (0,) * len(nothing)
@@ -143,45 +143,45 @@ def _contiguous(x: Any) -> Any:
     return x.contiguous() if isinstance(x, Tensor) and x.dim() > 0 and x.stride(-1) != 1 else x
 
 
-def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def flops(*given: Any, out_val: Any = None) -> int:
-    """For FlopCounterMode: 2 a multiply and add of the 4 matmuls, over the pairs of a query and a key that it sees.
+    """For FlopCounterMode: 2 FLOP for each multiply-add of the 4 matmuls, over the visible (query, key) pairs.
 
-    Lengths are read, which waits for the device; where they hold no numbers, or a CUDA graph is captured, every
-    sequence counts as long as its cache, or as max_seqlen_q.
+    Reads the lengths, which waits for the device. For fake tensors, and while a CUDA graph is captured, every sequence
+    counts as having max_seqlen_q queries and a full cache.
     """
-    asked = CacheRequest(*given)
-    heads, head_dim = asked.q.shape[-2:]
-    window = asked.window_size or 0
+    request = CacheRequest(*given)
+    heads, head_dim = request.q.shape[-2:]
+    window = request.window_size or 0
     pairs = 0.0
-    for rows, keys in zip(*_lengths(asked), strict=True):
-        if rows == 1:  # it sees all keys, causal or not, of its window
+    for rows, keys in zip(*_lengths(request), strict=True):
+        if rows == 1:  # a single query sees all keys of its window, causal or not
             pairs += min(keys, window or keys)
         else:
-            pairs += visible_pairs(rows, keys, asked.causal, window)
+            pairs += visible_pairs(rows, keys, request.causal, window)
     return int(2 * MATMULS["decode"] * heads * head_dim * pairs)
 
 
-def _lengths(asked: CacheRequest) -> tuple[list[int], list[int]]:
+def _lengths(request: CacheRequest) -> tuple[list[int], list[int]]:
     """Each sequence's queries and keys."""
-    starts = asked.cu_seqlens_q
+    starts = request.cu_seqlens_q
     if starts is None:
-        rows = [asked.q.shape[1]] * asked.q.shape[0]
+        rows = [request.q.shape[1]] * request.q.shape[0]
     else:
-        ends = _numbers_of(starts) or [(asked.max_seqlen_q or 0) * b for b in range(len(starts))]
+        ends = _numbers_of(starts) or [(request.max_seqlen_q or 0) * b for b in range(len(starts))]
         rows = [max(0, end - first) for first, end in pairwise(ends)]
-    table = asked.page_table
-    room = asked.k_cache.shape[1] * (1 if table is None else table.shape[1])
-    lengths = _numbers_of(asked.cache_seqlens) or [room] * len(rows)
-    pads = _numbers_of(asked.cache_leftpad) or [0] * len(rows)
-    return rows, [max(0, min(end, room) - max(0, pad)) for end, pad in zip(lengths, pads, strict=True)]
+    table = request.page_table
+    capacity = request.k_cache.shape[1] * (1 if table is None else table.shape[1])
+    lengths = _numbers_of(request.cache_seqlens) or [capacity] * len(rows)
+    pads = _numbers_of(request.cache_leftpad) or [0] * len(rows)
+    return rows, [max(0, min(end, capacity) - max(0, pad)) for end, pad in zip(lengths, pads, strict=True)]
 
 
 def _numbers_of(x: Tensor | int | None) -> list[int] | None:
-    """What it holds; None where that cannot be looked at."""
+    """The values of x; None if they cannot be read."""
     if x is None or type(x) is not Tensor or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     return [int(number) for number in x.tolist()]

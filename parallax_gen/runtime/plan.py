@@ -1,4 +1,4 @@
-"""What a call of given sizes, strides and types launches: decided once, then done with as little ado as can be."""
+"""The launch plan of a call: decided once for its sizes, strides and dtypes, then run with little host overhead."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.dispatch import default_dispatcher, level_of_user
-from parallax_gen.runtime.launch_replay import Launched, aligned, record, replay
-from parallax_gen.runtime.workspace import Workspace, parts_of
+from parallax_gen.runtime.dispatch import default_dispatcher, user_stacklevel
+from parallax_gen.runtime.launch_replay import RecordedLaunch, aligned, record_launch, replay_launch
+from parallax_gen.runtime.workspace import Workspace, split_workspace
 
-# A cache that grows by a key each step makes a plan each step: past this many, start over.
+# A cache that grows by one key per step makes a plan per step: beyond this many, all are dropped.
 MOST_PLANS = 4096
 
 Plan = TypeVar("Plan")
 
 
-class Plans(dict[Hashable, Plan]):
-    """Plans by everything that they were checked for: see `key_of`."""
+class PlanCache(dict[Hashable, Plan]):
+    """Plans by all properties of the arguments that they depend on: see `plan_key`."""
 
-    _everyone: ClassVar[list[Plans[Any]]] = []
+    _everyone: ClassVar[list[PlanCache[Any]]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self._everyone.append(self)
 
     @classmethod
-    def forget_all(cls) -> None:
-        """For when calls are to launch what is chosen from other records. What a CUDA graph captured stays in it."""
+    def clear_all(cls) -> None:
+        """Drop all plans, so that calls choose kernels anew. Captured CUDA graphs keep their kernels."""
         for plans in cls._everyone:
             plans.clear()
 
@@ -51,10 +51,10 @@ class Plans(dict[Hashable, Plan]):
 _NUMBERS = frozenset((bool, int, float))
 
 
-def key_of(*given: Tensor | float | None) -> Hashable:
-    """Everything that a plan is checked for: a call with the same key needs no further look at what was given.
+def plan_key(*given: Tensor | float | None) -> Hashable:
+    """Everything that a plan depends on: a call with a known key needs no further checks.
 
-    Of tensors their sizes, strides and types, of numbers all, with their types: True is 1 as a key.
+    A tensor contributes its shape, strides, dtype and device; a number its value and its type, because True == 1.
     """
     return tuple([
         x if x is None
@@ -66,7 +66,7 @@ def key_of(*given: Tensor | float | None) -> Hashable:
 
 
 def _key_of_other(x: object) -> Hashable:
-    """Of a tensor or number by another name, and of anything else, that is like nothing else: checks are to name it."""
+    """The key of a subclass of Tensor or of a number; a unique key for anything else, so that the checks reject it."""
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype, x.get_device()
     return (type(x), x) if isinstance(x, (int, float)) else object()
@@ -74,17 +74,17 @@ def _key_of_other(x: object) -> Hashable:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """A call that launches no kernel: of CPU tensors, or without any query or key."""
+    """A call that launches no kernel: on CPU tensors, or (is_empty) without any query or key."""
 
-    nothing_seen: bool
+    is_empty: bool
 
 
 class LaunchPlan:
-    """Launches a rendered module. Its tensors are always of the sizes and strides that the plan was made for.
+    """Launches a rendered module, always on tensors of the sizes and strides that the plan was made for.
 
-    spec     what the module is of: its op says which tensors its `launch` takes
-    numbers  what it takes behind them
-    renamed  of tensors that a request has under another name than the op, that name
+    spec     of the module: its op says which tensors its `launch` takes
+    numbers  the scalars that `launch` takes after the tensors
+    renamed  the request's field name for tensors that the op names differently
     """
 
     def __init__(
@@ -101,29 +101,29 @@ class LaunchPlan:
         self.own_lengths = op.own_lengths
         given, lengths = ([renamed.get(name, name) for name in of(spec)] for of in (op.given, op.lengths))
         self._given: Callable[[object], tuple[Tensor, ...]] = attrgetter(*given)
-        # q is dropped again: of one name alone an attrgetter gives no tuple.
+        # "q" is dropped again: with a single name attrgetter would return no tuple.
         self._lengths: Callable[[object], tuple[Tensor, ...]] | None = attrgetter(*lengths, "q") if lengths else None
         self._numbers = numbers
         self._device = device
         self.scratch = scratch
-        self._workspace = workspace_of(device) if scratch.partials else None
-        self._recorded: tuple[Launched, ...] | None = None
+        self._workspace = shared_workspace(device) if scratch.partials else None
+        self._recorded: tuple[RecordedLaunch, ...] | None = None
         self._seen = False
 
     def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
-        """Launch with the tensors of a request, by their names, on the current stream of their device.
+        """Launch with the tensors of `request`, taken by name, on the current stream of their device.
 
-        written    what the kernel writes, in the order of `Op.written`
-        workspace  the caller's own, of `workspace.bytes_of(self.scratch)`
+        written    the tensors that the kernel writes, in the order of `Op.written`
+        workspace  the caller's, of `workspace_bytes(self.scratch)` bytes
         """
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                self._launch(self.in_order(request, written), workspace)
+                self._launch(self.launch_tensors(request, written), workspace)
         else:
-            self._launch(self.in_order(request, written), workspace)
+            self._launch(self.launch_tensors(request, written), workspace)
 
-    def in_order(self, request: object, written: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The tensors in the order of the module's `launch`."""
+    def launch_tensors(self, request: object, written: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors in the order that the module's `launch` takes them."""
         if self._lengths is None:
             return (*self._given(request), *written)
         return (*self._given(request), *written, *self._lengths(request)[:-1])
@@ -135,16 +135,16 @@ class LaunchPlan:
             if workspace is None:
                 partials, arrived = self._workspace.get(scratch.partials, scratch.arrived, stream)
             else:
-                partials, arrived = parts_of(workspace, scratch)
+                partials, arrived = split_workspace(workspace, scratch)
             tensors = (*tensors, partials, arrived) if scratch.arrived else (*tensors, partials)
         if not aligned(tensors):
             self._module.launch(*tensors, *self._numbers)
         elif self._recorded is not None:
-            replay(self._recorded, tensors, stream)
+            replay_launch(self._recorded, tensors, stream)
         elif not self._seen:
-            self._recorded = record(self._module, tensors, self._numbers)
+            self._recorded = record_launch(self._module, tensors, self._numbers)
             self._seen = True
-        else:  # a launch that cannot be recorded
+        else:  # this launch cannot be recorded
             self._module.launch(*tensors, *self._numbers)
 
 
@@ -155,37 +155,37 @@ def plan_launch(
     device: int,
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> LaunchPlan:
-    """The plan to launch the best kernel known for `spec` at `shape`; numbers and renamed as of `LaunchPlan`."""
+    """The plan to launch the best known kernel for `spec` at `shape`. numbers, renamed: see `LaunchPlan`."""
     choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(device))
     scratch = op_of(spec).scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
     return LaunchPlan(module, spec, numbers, device, scratch, renamed)
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
-    """The plan of a call that launches nothing; None if it does."""
+    """The plan of a call that launches no kernel; None if the call launches one."""
     if q.numel() == 0 or k.numel() == 0:
-        return HostPlan(nothing_seen=True)
+        return HostPlan(is_empty=True)
     if not q.is_cuda:
         _warn_of_cpu()
-        return HostPlan(nothing_seen=False)
+        return HostPlan(is_empty=False)
     return None
 
 
 @cache
-def workspace_of(device: int) -> Workspace:
-    """The scratch that this process's launches on a device share."""
+def shared_workspace(device: int) -> Workspace:
+    """The workspace that all launches of this process on a device share."""
     return Workspace(torch.device("cuda", device))
 
 
 @cache
 def _warn_of_cpu() -> None:
-    """Once a process."""
-    told = "parallax_gen: these are CPU tensors; they run through the slow fp64 reference"
-    warnings.warn(told, stacklevel=level_of_user())
+    """Warn once per process."""
+    message = "parallax_gen: these are CPU tensors; they run through the slow fp64 reference"
+    warnings.warn(message, stacklevel=user_stacklevel())
 
 
 def _raw_stream(device: int) -> int:
-    """The handle of the current stream: what Triton itself launches on, at a tenth of torch's price for the object."""
+    """The handle of the current stream, as Triton reads it: ten times faster than torch's stream object."""
     from triton.runtime import driver
 
     return int(driver.active.get_current_stream(device))

@@ -1,7 +1,7 @@
-"""What is asked of the public functions: put together once in each of them, and from then on named, never counted.
+"""The arguments of the public functions as one named tuple, so that no code below them counts positions.
 
-With torch.autocast its tensors are cast here. All of it is traced by torch.compile, and that of torch 2.9 traces no
-property of a NamedTuple: hence functions.
+This file also casts the tensors for torch.autocast. torch.compile traces all of it. torch 2.9 cannot trace properties
+of a NamedTuple, so they are functions here.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES
 DTYPE_NAMES = {torch_dtype(name): name for name in DTYPES if name != "tf32"}  # see `dtype_name`
 CACHE_DTYPE_NAMES = {torch_dtype(name): name for name in CACHE_DTYPES if name}
 
-# Elements from row to row, at most: so that LARGEST_BLOCK of them are within 32 bits.
-FURTHEST_ROW = 2**24 - 1
+# The largest stride between rows, in elements: offsets within LARGEST_BLOCK rows then fit in 32 bits.
+MAX_ROW_STRIDE = 2**24 - 1
 
-# A Request's fields, in its order.
+# The fields of a Request, in its order.
 INPUTS = ("q", "r", "k", "v")
 TENSORS = (*INPUTS, "cu_seqlens_q", "cu_seqlens_k")
-NUMBERS = ("max_seqlen_q", "max_seqlen_k", "causal", "window_size", "softmax_scale")
+SCALARS = ("max_seqlen_q", "max_seqlen_k", "causal", "window_size", "softmax_scale")
 
 CACHED_INPUTS = ("q", "r", "k_cache", "v_cache")
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Qrkv = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Request(NamedTuple):
-    """Attention of whole sequences, as a caller asks for it: in this order the arguments of the operators, too.
+    """One call of attention over whole sequences. The torch operators take these fields in this order.
 
     Dense: q, r (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_kv, kv_heads, head_dim), no cu_seqlens.
-    Packed: (total_q, heads, head_dim) and (total_k, kv_heads, head_dim), and where each sequence begins.
+    Packed: (total_q, heads, head_dim) and (total_k, kv_heads, head_dim); cu_seqlens say where each sequence begins.
     """
 
     q: Tensor
@@ -52,9 +52,9 @@ class Request(NamedTuple):
 
 
 class CacheRequest(NamedTuple):
-    """Attention against a cache, as a caller asks for it: arguments of `parallax_attn_with_kvcache`.
+    """One call of attention over a KV cache: the arguments of `parallax_attn_with_kvcache`.
 
-    Its operators take them in this order, and lengths and scales as tensors alone.
+    The torch operators take these fields in this order, and take lengths and scales as tensors only.
     """
 
     q: Tensor
@@ -76,90 +76,94 @@ class CacheRequest(NamedTuple):
 def rounds_to_tf32(q: Tensor) -> bool:
     """Whether torch lets fp32 matmuls on q's device round to TF32.
 
-    Of torch's switches this reads the newest, which the older ones set too: to read those raises once it was set.
+    Reads torch's newest switch: the older switches set it too, and reading them raises once the newest was set.
     """
     return q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def dtype_name(q: Tensor) -> str:
-    """A spec's dtype: of fp32 whether its matmuls round to TF32, too."""
+    """The spec's dtype for q: "tf32" for fp32 tensors whose matmuls may round to TF32."""
     return "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype]
 
 
 def window_of(window_size: int | None, seqlen_k: int) -> int:
-    """A shape's window, 0 for none: one that holds the longest sequence's keys is none, with no kernel of its own."""
+    """The window of a shape, 0 for none. A window that covers the longest sequence counts as none."""
     return 0 if window_size is None or window_size >= seqlen_k else window_size
 
 
-def wanted(dqdr: bool, dkdv: bool) -> tuple[str, ...]:
-    """Of INPUTS those whose gradients a backward finds, in its results' order: of q and r, of k and v, or of all."""
+def gradients_of(dqdr: bool, dkdv: bool) -> tuple[str, ...]:
+    """The INPUTS whose gradients a backward computes, in the order of its results: q and r, k and v, or all four."""
     return ("q", "r") * dqdr + ("k", "v") * dkdv
 
 
-def inputs_of(asked: Request) -> Inputs:
-    return asked.q, asked.r, asked.k, asked.v
+def inputs_of(request: Request) -> Qrkv:
+    return request.q, request.r, request.k, request.v
 
 
-def starts_of(asked: Request) -> tuple[Tensor, ...]:
-    """cu_seqlens_q and cu_seqlens_k of packed sequences."""
-    return () if asked.cu_seqlens_q is None or asked.cu_seqlens_k is None else (asked.cu_seqlens_q, asked.cu_seqlens_k)
+def cu_seqlens_of(request: Request) -> tuple[Tensor, ...]:
+    """cu_seqlens_q and cu_seqlens_k of packed sequences, () of dense ones."""
+    return (
+        ()
+        if request.cu_seqlens_q is None or request.cu_seqlens_k is None
+        else (request.cu_seqlens_q, request.cu_seqlens_k)
+    )
 
 
-def tensors_of(asked: Request) -> tuple[Tensor | None, ...]:
-    """Those that TENSORS names."""
-    return asked.q, asked.r, asked.k, asked.v, asked.cu_seqlens_q, asked.cu_seqlens_k
+def tensor_fields(request: Request) -> tuple[Tensor | None, ...]:
+    """The fields that TENSORS names."""
+    return request.q, request.r, request.k, request.v, request.cu_seqlens_q, request.cu_seqlens_k
 
 
-def numbers_of(asked: Request) -> tuple[float | None, ...]:
-    """Those that NUMBERS names."""
-    return asked.max_seqlen_q, asked.max_seqlen_k, asked.causal, asked.window_size, asked.softmax_scale
+def scalar_fields(request: Request) -> tuple[float | None, ...]:
+    """The fields that SCALARS names."""
+    return request.max_seqlen_q, request.max_seqlen_k, request.causal, request.window_size, request.softmax_scale
 
 
-def parted(given: Sequence[Any]) -> tuple[Request, Sequence[Any]]:
-    """An operator's arguments: the request that they begin with, and those of its own."""
+def split_request(given: Sequence[Any]) -> tuple[Request, Sequence[Any]]:
+    """Split an operator's arguments into the request they begin with and the operator's own arguments."""
     count = len(Request._fields)
     return Request(*given[:count]), given[count:]
 
 
-def cached_inputs_of(asked: CacheRequest) -> Inputs:
-    return asked.q, asked.r, asked.k_cache, asked.v_cache
+def cached_inputs_of(request: CacheRequest) -> Qrkv:
+    return request.q, request.r, request.k_cache, request.v_cache
 
 
-def length_of(asked: CacheRequest) -> int | None:
-    """cache_seqlens where it is one number for all sequences, be it a symbol that torch traces one by."""
-    given = asked.cache_seqlens
+def uniform_length(request: CacheRequest) -> int | None:
+    """cache_seqlens if it is one int (or traced symbol) for all sequences, else None."""
+    given = request.cache_seqlens
     return given if isinstance(given, (int, torch.SymInt)) else None
 
 
-def cast_inputs(asked: Request, out: Tensor | None = None) -> Request:
-    """With q, r, k and v in autocast's dtype, as torch's own attention casts; as it is where autocast is off.
+def cast_inputs(request: Request, out: Tensor | None = None) -> Request:
+    """Cast q, r, k and v to autocast's dtype, as torch's own attention does. Unchanged if autocast is off.
 
-    With `out` they are cast to its dtype: torch leaves calls with out= to the dtype of out.
+    With `out` the target is out's dtype, because torch's autocast leaves calls with out= alone.
     """
-    dtype = _autocast_dtype(asked.q)
+    dtype = _autocast_dtype(request.q)
     if dtype is None:
-        return asked
-    q, r, k, v = _cast(_dtype_of(out) or dtype, inputs_of(asked))
-    return asked._replace(q=q, r=r, k=k, v=v)
+        return request
+    q, r, k, v = _cast(_dtype_of(out) or dtype, inputs_of(request))
+    return request._replace(q=q, r=r, k=k, v=v)
 
 
-def cast_to_cache(asked: CacheRequest, out: Tensor | None = None) -> CacheRequest:
-    """`cast_inputs` for caches: q and r are cast to a 16-bit cache's dtype, since casting a cache copies all of it.
+def cast_to_cache(request: CacheRequest, out: Tensor | None = None) -> CacheRequest:
+    """`cast_inputs` for caches: casts q and r to a 16-bit cache's dtype, since casting the cache would copy all of it.
 
-    A cache in fp32 is cast, and copied; one in eight bits never is.
+    An fp32 cache is cast, which copies it. An 8-bit cache is never cast.
     """
-    dtype = _autocast_dtype(asked.q)
+    dtype = _autocast_dtype(request.q)
     if dtype is None:
-        return asked
-    cached = _dtype_of(asked.k_cache)
+        return request
+    cached = _dtype_of(request.k_cache)
     if cached is not None and cached != torch.float32:
         dtype = cached
-    q, r, k_cache, v_cache = _cast(_dtype_of(out) or dtype, cached_inputs_of(asked))
-    return asked._replace(q=q, r=r, k_cache=k_cache, v_cache=v_cache)
+    q, r, k_cache, v_cache = _cast(_dtype_of(out) or dtype, cached_inputs_of(request))
+    return request._replace(q=q, r=r, k_cache=k_cache, v_cache=v_cache)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What torch.autocast casts to on x's device; None where it is off, or x is no CUDA or CPU tensor."""
+    """The dtype of torch.autocast on x's device; None if autocast is off or x is neither a CUDA nor a CPU tensor."""
     if not isinstance(x, Tensor) or not (x.is_cuda or x.is_cpu):
         return None
     kind = x.device.type
@@ -167,11 +171,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _dtype_of(x: Tensor | None) -> torch.dtype | None:
-    """One that the functions compute in, or None."""
+    """The dtype of x if the functions compute in it, else None."""
     return x.dtype if isinstance(x, Tensor) and x.dtype in DTYPE_NAMES else None
 
 
-def _cast(dtype: torch.dtype, inputs: Inputs) -> Inputs:
-    """What is no tensor, or of a dtype that the functions do not take, stays as it is: their checks name it."""
+def _cast(dtype: torch.dtype, inputs: Qrkv) -> Qrkv:
+    """Cast tensors of a supported dtype. Everything else is left for the checks to reject by name."""
     q, r, k, v = (x if _dtype_of(x) is None else x.to(dtype) for x in inputs)
     return q, r, k, v

@@ -1,9 +1,9 @@
-"""DTensors: each rank attends with its own sequences or heads, and nothing is sent where all inputs are sharded alike.
+"""DTensors: each rank computes its own sequences or heads; nothing is sent if all inputs are sharded alike.
 
-Each mesh dimension shards sequences, kv heads with the query heads that attend with them, or neither. What is sharded
-in another way (in a sequence, in head_dim) is redistributed first, by torch; gradients go back the same way. A strategy
-that DTensor holds for an operator would not do: it sees one mesh dimension at a time, and kv heads must be divisible by
-all that shard them.
+Each mesh dimension shards sequences, kv heads together with their query heads, or neither. Tensors sharded in another
+way (along a sequence or head_dim) are first redistributed by torch, and so are their gradients. A DTensor sharding
+strategy for an operator cannot do this: it sees one mesh dimension at a time, but kv heads must be divisible by the
+product of all mesh dimensions that shard them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import stats_shape
-from parallax_gen.runtime.autograd import plain
+from parallax_gen.runtime.autograd import are_plain_tensors
 from parallax_gen.runtime.requests import INPUTS, CacheRequest, Request
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Dims(NamedTuple):
-    """Which dimension of a tensor counts sequences, and which one heads; None for none."""
+    """The dimensions of a tensor that index sequences and heads; None if it has none."""
 
     batch: int | None
     heads: int | None
@@ -35,23 +35,23 @@ class Dims(NamedTuple):
 
 PACKED, STATS_OF_PACKED = Dims(None, 1), Dims(None, 0)
 DENSE, STATS_OF_DENSE = Dims(0, 2), Dims(0, 1)
-PAGES = Dims(None, 2)  # any sequence's, wherever its queries are
-OF_SEQUENCES, OF_ALL = Dims(0, None), Dims(None, None)
+PAGES = Dims(None, 2)  # of any sequence, so every rank needs all
+PER_SEQUENCE, REPLICATED = Dims(0, None), Dims(None, None)
 
 
 def is_sharded(*inputs: Tensor) -> bool:
-    """Whether there are DTensors among these."""
-    if plain(*inputs) or not torch.distributed.is_available():
+    """Whether any of these is a DTensor."""
+    if are_plain_tensors(*inputs) or not torch.distributed.is_available():
         return False
     if not torch.compiler.is_compiling() and "torch.distributed.tensor" not in sys.modules:
-        return False  # nobody has made one, and importing it takes a second
+        return False  # then no DTensor exists, and the import would take a second
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(x, DTensor) for x in inputs)
 
 
-def refuse_shards(function: str, **inputs: Tensor) -> None:
-    """For functions that know no DTensors. Raises ArgumentError, by the names that the caller has for them."""
+def refuse_dtensors(function: str, **inputs: Tensor) -> None:
+    """Raise ArgumentError for a DTensor. inputs: by the caller's argument names."""
     for name, x in inputs.items():
         if isinstance(x, Tensor) and is_sharded(x):
             raise ArgumentError(
@@ -59,40 +59,45 @@ def refuse_shards(function: str, **inputs: Tensor) -> None:
             )
 
 
-def over_shards(
+def run_on_shards(
     attend: Callable[..., Sequence[Tensor]],
-    asked: Request | CacheRequest,
+    request: Request | CacheRequest,
     dims: Mapping[str, Dims],
     names: Sequence[str] = INPUTS,
 ) -> tuple[Tensor, ...]:
-    """out, or out, lse, t̄ and v̄, as DTensors: what `attend` gives for this rank's part of what is asked.
+    """Run `attend` on this rank's shards of a request. Returns out, or out, lse, t̄ and v̄, as DTensors.
 
-    asked  a tensor that is no DTensor is taken to be the same on every rank, and whole
-    dims   of each that may be a tensor, OF_ALL where nothing of it is sharded
-    names  of the inputs, which are DTensors on one mesh
+    request  a plain tensor in it must be whole and the same on every rank
+    dims     of each field that may be a tensor; REPLICATED for one that is never sharded
+    names    of the inputs, which must be DTensors on one mesh
 
     Raises ArgumentError.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
-    inputs: list[Any] = [getattr(asked, name) for name in names]
+    inputs: list[Any] = [getattr(request, name) for name in names]
     mesh = _mesh_of(inputs, names)
-    kinds = _kinds(mesh, inputs, [dims[name] for name in names])
+    shardings = _shardings(mesh, inputs, [dims[name] for name in names])
     local = []
-    for name, x in zip(asked._fields, asked, strict=True):
+    for name, x in zip(request._fields, request, strict=True):
         if isinstance(x, Tensor):
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            x = x.redistribute(mesh, _placements(kinds, dims[name])).to_local()
+            x = x.redistribute(mesh, _placements(shardings, dims[name])).to_local()
         local.append(x)
-    q = asked.q
+    q = request.q
     rows, stats = dims["q"], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
     shapes = (q.shape, stats_shape(q), stats_shape(q), q.shape)
     found = attend(*local)
-    each = (rows, stats, stats, rows)[: len(found)]  # torch.compile of torch 2.9 takes any zip to be strict
+    each = (rows, stats, stats, rows)[: len(found)]  # torch.compile of torch 2.9 treats every zip as strict
     return tuple(
         DTensor.from_local(
-            x, mesh, _placements(kinds, of), run_check=False, shape=torch.Size(shape), stride=_contiguous_strides(shape)
+            x,
+            mesh,
+            _placements(shardings, of),
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=_contiguous_strides(shape),
         )
         for x, of, shape in zip(found, each, shapes[: len(found)], strict=True)
     )
@@ -110,17 +115,17 @@ def _mesh_of(inputs: Sequence[Tensor], names: Sequence[str]) -> DeviceMesh:
     return mesh  # type: ignore[no-any-return]
 
 
-def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims]) -> list[str]:
-    """Of each mesh dimension what it shards, a field of Dims or "": what the least has to be sent for."""
+def _shardings(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims]) -> list[str]:
+    """For each mesh dimension the field of Dims that it shards, or "": the choice that sends least."""
     q, k = inputs[0], inputs[2]
     batch, kv_heads = q.shape[0], k.shape[-2]
     shards = {"batch": 1, "heads": 1}
-    kinds = []
+    shardings = []
     for at in range(mesh.ndim):
         size = mesh.size(at)
         possible = [""]
         if dims[0].batch is not None:
-            # Sequences that do not come out even stay where they are, but none are moved to be so.
+            # Uneven sequences may stay as they are sharded, but tensors are not redistributed into uneven shards.
             even = batch % (shards["batch"] * size) == 0
             if even or q.placements[at].is_shard(dims[0].batch):
                 possible.append("batch")
@@ -133,23 +138,23 @@ def _kinds(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims]) -> lis
         kind = possible[costs.index(min(costs))]
         if kind:
             shards[kind] *= size
-        kinds.append(kind)
-    return kinds
+        shardings.append(kind)
+    return shardings
 
 
 def _cost(x: Any, at: int, kind: str, dims: Dims) -> int:
-    """How much of x must be sent for a mesh dimension to shard it so, in parts of it that are about right."""
+    """The approximate cost, in parts of x, of redistributing it for a mesh dimension."""
     now, then = x.placements[at], _placements([kind], dims)[0]
     if now == then or now.is_replicate():
         return 0
     return (1 if then.is_shard() else 4) * (2 if now.is_partial() else 1)
 
 
-def _placements(kinds: Sequence[str], dims: Dims) -> list[Placement]:
+def _placements(shardings: Sequence[str], dims: Dims) -> list[Placement]:
     from torch.distributed.tensor import Replicate, Shard
 
     found: list[Placement] = []
-    for kind in kinds:
+    for kind in shardings:
         dim = dims.batch if kind == "batch" else dims.heads if kind == "heads" else None
         found.append(Replicate() if dim is None else Shard(dim))
     return found

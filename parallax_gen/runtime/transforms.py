@@ -1,7 +1,7 @@
-"""Whether a call records gradients, or is under torch.func, forward-mode AD or a dispatch mode; and vmap's rule.
+"""Detects recorded gradients, torch.func transforms, forward-mode AD and dispatch modes; and implements vmap.
 
-The checks cost an eager call of plain tensors a few look-ups in C. They use names that torch keeps to itself, which
-torch 2.9 to 2.13 were seen to have.
+These checks cost an eager call of plain tensors a few look-ups in C. They use private names of torch, which exist in
+torch 2.9 to 2.13.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.requests import FURTHEST_ROW, INPUTS, Request, inputs_of, parted, starts_of
+from parallax_gen.runtime.requests import INPUTS, MAX_ROW_STRIDE, Request, cu_seqlens_of, inputs_of, split_request
 
 Outputs = tuple[Tensor, ...]
 
@@ -29,10 +29,10 @@ _len_of_mode_stack = torch._C._len_torch_dispatch_stack
 _autocasts = torch._C._is_any_autocast_enabled
 
 
-def nothing_intervenes() -> bool:
-    """Whether a call is eager and nothing else: no tracer, dispatch mode, transform, forward-mode AD or autocast.
+def is_plain_eager_call() -> bool:
+    """Whether a call is eager with no tracer, dispatch mode, transform, forward-mode AD or autocast active.
 
-    One answer for all that seldom is there: a decode step's host time is some ten microseconds.
+    One check for all these rare cases, because the host time of a decode step is about ten microseconds.
     """
     return not (
         _is_compiling()
@@ -52,7 +52,7 @@ def records_gradients(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def needs_gradients(x: Tensor) -> bool:
-    """Whether autograd is to see what is done to a tensor. One that vmap batches does not say so itself."""
+    """Whether autograd tracks a tensor. A tensor that vmap batches does not report it; its unwrapped tensor does."""
     if x.requires_grad or torch.compiler.is_compiling() or not transforms_are_active():
         return x.requires_grad
     while is_wrapped(x) and not x.requires_grad:
@@ -60,32 +60,32 @@ def needs_gradients(x: Tensor) -> bool:
     return x.requires_grad
 
 
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of torch.func (grad, vjp, vmap, jvp) or forward-mode AD is to see what is done to these."""
+def any_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a torch.func transform (grad, vjp, vmap, jvp) wraps any of these, or any has a forward-mode tangent."""
     if transforms_are_active() and any(isinstance(x, Tensor) and is_wrapped(x) for x in tensors):
         return True
     return forward_ad._current_level >= 0 and _any_tangent(tensors)
 
 
-def breaks_graph(q: Tensor) -> bool:
-    """Whether torch.compile, which is tracing, cannot take q's transforms into its graph: it can vmap alone."""
+def must_break_graph(q: Tensor) -> bool:
+    """Whether torch.compile, while tracing, must break the graph for q's transforms: it can only trace vmap."""
     return transforms_are_active() and not _is_batched(q)
 
 
-def functionalized(*tensors: Tensor | None) -> bool:
-    """Whether torch.func.functionalize is to see what is done to these: operators, it knows no autograd Functions."""
+def any_functionalized(*tensors: Tensor | None) -> bool:
+    """Whether torch.func.functionalize wraps any of these. It handles operators, but no autograd Functions."""
     return any(isinstance(x, Tensor) and _is_functional(x) for x in tensors)
 
 
 def refuse_batched(x: Tensor) -> None:
-    """For what autograd batches by a way of its own, which has no rules for Functions. Raises ArgumentError."""
+    """Raise ArgumentError in autograd's own batching (is_grads_batched), which has no rules for Functions."""
     if _is_batched_by_autograd(x):
         allowed = "False, or torch.func.jacrev, jacfwd, or vmap of torch.func.vjp's function"
         raise ArgumentError("is_grads_batched, or jacobian's vectorize", True, allowed)
 
 
-def differentiated(x: Tensor) -> bool:
-    """Whether grad, vjp or jvp of torch.func, at any depth, differentiates by a tensor, or by what it came of."""
+def is_differentiated(x: Tensor) -> bool:
+    """Whether torch.func's grad, vjp or jvp, at any depth, differentiates with respect to x or what x depends on."""
     while is_wrapped(x):
         if _is_differentiated(x):
             return True
@@ -93,83 +93,85 @@ def differentiated(x: Tensor) -> bool:
     return False
 
 
-def under_a_transform() -> bool:
-    """Whether any transform of torch.func is active, or forward-mode AD entered: seldom, and cheap to know."""
+def transform_is_active() -> bool:
+    """Whether any torch.func transform or forward-mode AD level is active. Cheap to check."""
     return transforms_are_active() or forward_ad._current_level >= 0
 
 
-def transforms_see(do: Tensor) -> bool:
-    """`under_a_transform`, in a backward: do, the gradient of out, may be batched by autograd. Raises ArgumentError."""
+def transforms_backward(do: Tensor) -> bool:
+    """`transform_is_active` in a backward. Raises ArgumentError if autograd batches do, the gradient of out."""
     if not torch.compiler.is_compiling():
         refuse_batched(do)
     return transforms_are_active() or forward_ad._current_level >= 0
 
 
-def under_a_mode() -> bool:
-    """Whether a TorchDispatchMode, such as FlopCounterMode, is to see each operator."""
+def dispatch_mode_is_active() -> bool:
+    """Whether a TorchDispatchMode, such as FlopCounterMode, is active and must see each operator."""
     return _len_of_mode_stack() > 0
 
 
 def refuse_transforms(function: str, **inputs: Tensor | None) -> None:
-    """For functions that would drop a tangent, or fail in a kernel's launch. Raises ArgumentError.
+    """Raise ArgumentError for inputs under a transform, in functions that would drop a tangent or fail at the launch.
 
-    inputs  by the names that the caller has for them
+    inputs  by the caller's argument names
     """
     for name, x in inputs.items():
-        if transformed(x):
+        if any_transformed(x):
             got = "a tensor under a transform of torch.func, or with a tangent (forward-mode AD)"
             allowed = f"a plain tensor: {function} supports neither (parallax_attn_func does)"
             raise ArgumentError(name, got, allowed)
 
 
 def refuse_tangents() -> None:
-    """For operators, which are run below autograd, where no tangent can be seen: they would drop it, that is give 0.
+    """Raise ArgumentError in an operator inside forward-mode AD, unless an autograd Function handles the tangents.
 
-    Raises ArgumentError where forward-mode AD is entered, and not seen to by a Function.
+    Operators run below autograd, where tangents are invisible: the result would silently have a tangent of 0.
     """
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
         got = "under torch.compile, a dispatch mode, or as an operator"
         raise ArgumentError("forward-mode AD", got, "in eager calls of parallax_attn_func or parallax_attn_varlen_func")
 
 
-def primal_of(x: Tensor | None) -> Tensor | None:
-    """Without its tangent at the innermost level."""
+def primal(x: Tensor | None) -> Tensor | None:
+    """x without its tangent of the innermost level."""
     return None if x is None else forward_ad.unpack_dual(x).primal
 
 
-def without_odd_strides(asked: Request) -> Request:
-    """With copies of tensors whose strides our functions do not take: under vmap a caller does not choose them."""
-    q, r, k, v = (_laid_out(x) if isinstance(x, Tensor) else x for x in inputs_of(asked))
+def with_supported_strides(request: Request) -> Request:
+    """Copy tensors whose strides our functions do not support: under vmap the caller does not choose strides."""
+    q, r, k, v = (_with_supported_strides(x) if isinstance(x, Tensor) else x for x in inputs_of(request))
     starts_q, starts_k = (
-        x.contiguous() if isinstance(x, Tensor) else x for x in (asked.cu_seqlens_q, asked.cu_seqlens_k)
+        x.contiguous() if isinstance(x, Tensor) else x for x in (request.cu_seqlens_q, request.cu_seqlens_k)
     )
-    return asked._replace(q=q, r=r, k=k, v=v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    return request._replace(q=q, r=r, k=k, v=v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
 
 
-def over_samples(
+def map_samples(
     apply: Callable[..., Outputs], size: int, in_dims: Sequence[int | None], args: Sequence[Any]
 ) -> tuple[Outputs, tuple[int, ...]]:
-    """The vmap rule of a function whose arguments begin with a Request's: its outputs for all samples, and their dims.
+    """The vmap rule of a function whose arguments begin with a Request: all samples' outputs, and their batch dims.
 
-    Samples of dense sequences are one larger batch. Packed sequences may leave rows to none of them, so that samples of
-    theirs cannot be packed once more: they are attended one after the other.
+    Samples of dense sequences become one larger batch. Packed samples run one after the other: rows may belong to no
+    sequence, so packed samples cannot be packed together.
     """
     given = list(zip(args, in_dims, strict=True))
-    if not starts_of(parted(args)[0]):
+    if not cu_seqlens_of(split_request(args)[0]):
         batch = args[0].shape[1 if in_dims[0] == 0 else 0]  # of one sample
-        every = [_laid_out(folded(x, dim, size)) if isinstance(x, Tensor) else x for x, dim in given]
-        # Kernels read inputs of many strides, and what a forward left for a backward of one.
+        every = [
+            _with_supported_strides(fold_samples(x, dim, size)) if isinstance(x, Tensor) else x for x, dim in given
+        ]
+        # Kernels accept many strides for q, r, k and v, but only contiguous tensors saved by the forward.
         every = [x.contiguous() if isinstance(x, Tensor) and i >= len(INPUTS) else x for i, x in enumerate(every)]
-        found = tuple(x.unflatten(0, (size, batch)) for x in apply(*every))
-        return found, (0,) * len(found)
-    # Of no samples one that is empty tells the outputs' sizes.
+        outputs = tuple(x.unflatten(0, (size, batch)) for x in apply(*every))
+        return outputs, (0,) * len(outputs)
+    # With no samples, one run on an empty sample gives the outputs' sizes.
     each = [apply(*(_sample(x, dim, i) for x, dim in given)) for i in range(size) or (None,)]
-    found = tuple(torch.stack(parts)[:size] for parts in zip(*each, strict=True))
-    return found, (0,) * len(found)
+    outputs = tuple(torch.stack(parts)[:size] for parts in zip(*each, strict=True))
+    return outputs, (0,) * len(outputs)
 
 
-def folded(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """(batch, ...) of all samples: (size * batch, ...), copied where it has to be. dim: the samples', None for one."""
+def fold_samples(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """Fold vmap's dimension `dim` (None: x is shared) into the batch: (size * batch, ...), copied if necessary."""
     every = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return every.flatten(0, 1)
 
@@ -180,13 +182,13 @@ def _sample(x: Any, dim: int | None, i: int | None) -> Any:
     return x.sum(dim, dtype=x.dtype) if i is None else x.select(dim, i).contiguous()
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    fits = x.dim() < 3 or (x.stride(-1) == 1 and x.stride(-3) <= FURTHEST_ROW)
+def _with_supported_strides(x: Tensor) -> Tensor:
+    fits = x.dim() < 3 or (x.stride(-1) == 1 and x.stride(-3) <= MAX_ROW_STRIDE)
     return x if fits else x.contiguous()
 
 
 def _any_tangent(tensors: Sequence[Tensor | None]) -> bool:
-    """Of a level of forward-mode AD that is entered, and not switched off: for a Function's forward, say."""
+    """Whether any has a tangent at the active forward-mode level; False if that is disabled, as in Function.forward."""
     if torch.is_inference_mode_enabled() or not torch._C._is_fwd_grad_enabled():
         return False
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -55,7 +55,7 @@ class Borrowed:
     choice    the evidence for the config: the words of its tier, or NEAREST
     """
 
-    measured: ComparableTimes
+    comparable: ComparableTimes
     left_out: str
     choice: str
     config: KernelConfig
@@ -63,11 +63,11 @@ class Borrowed:
 
     @property
     def loss(self) -> float | None:
-        return self.measured.loss(self.config)
+        return self.comparable.loss(self.config)
 
     @property
     def default_loss(self) -> float | None:
-        return self.measured.loss(self.default)
+        return self.comparable.loss(self.default)
 
 
 @dataclass(frozen=True)
@@ -120,36 +120,36 @@ def comparable_times(results: Iterable[Result]) -> list[ComparableTimes]:
     return found
 
 
-def borrowed(measured: ComparableTimes, records: Sequence[Result]) -> Iterator[Borrowed]:
+def borrowed(comparable: ComparableTimes, records: Sequence[Result]) -> Iterator[Borrowed]:
     """The config that a call at a measured place gets, as more and more of the records are left out.
 
     Last comes the config of the nearest bucket, if there is one.
     """
-    place, gpu = measured.place, GPUS[measured.place.gpu]
+    place, gpu = comparable.place, GPUS[comparable.place.gpu]
     cards = {gpu.name, *siblings(gpu)}
     alike = [record for record in records if record.place.spec == place.spec and record.place.gpu in cards]
     default = default_of(place, gpu)
     left_out: dict[str, Callable[[Result], bool]] = {
         "nothing": lambda record: False,
-        "this toolchain": measured.holds,
+        "this toolchain": comparable.holds,
         "this card": lambda record: record.place == place,
         "this bucket": lambda record: record.place.bucket == place.bucket,
     }
     rest = alike
     for name, is_out in left_out.items():
         rest = [record for record in alike if not is_out(record)]
-        candidate = best(place, gpu, RecordTable(rest), measured.toolchain)
-        yield Borrowed(measured, name, candidate.tier.words, candidate.config, default)
-    if config := _nearest(measured, rest):
-        yield Borrowed(measured, name, NEAREST, config, default)
+        candidate = best(place, gpu, RecordTable(rest), comparable.toolchain)
+        yield Borrowed(comparable, name, candidate.tier.words, candidate.config, default)
+    if config := _nearest(comparable, rest):
+        yield Borrowed(comparable, name, NEAREST, config, default)
 
 
 def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
     """One line for each kind of kernel and choice. A place counts once, with the fewest records left out."""
     alike: dict[tuple[str, int], dict[ComparableTimes, Borrowed]] = {}
     for each in choices:
-        kind = kind_of(each.measured.place.spec), CHOICES.index(each.choice)
-        alike.setdefault(kind, {}).setdefault(each.measured, each)
+        kind = kind_of(each.comparable.place.spec), CHOICES.index(each.choice)
+        alike.setdefault(kind, {}).setdefault(each.comparable, each)
     return [_summary(kind, CHOICES[at], list(alike[kind, at].values())) for kind, at in sorted(alike)]
 
 
@@ -168,13 +168,13 @@ def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
     return Summary(kind, choice, len(both), len(pairs) - len(both), *means)
 
 
-def _nearest(measured: ComparableTimes, records: Sequence[Result]) -> KernelConfig | None:
+def _nearest(comparable: ComparableTimes, records: Sequence[Result]) -> KernelConfig | None:
     """The config that a call gets in the nearest bucket with a usable record: along keys before rows."""
-    place, gpu, known = measured.place, GPUS[measured.place.gpu], RecordTable(records)
+    place, gpu, known = comparable.place, GPUS[comparable.place.gpu], RecordTable(records)
 
     buckets = dict.fromkeys(record.place.bucket for record in records)
     for bucket in nearest_buckets(place.bucket, buckets, rows_first=True):
-        candidate = best(replace(place, bucket=bucket), gpu, known, measured.toolchain)
+        candidate = best(replace(place, bucket=bucket), gpu, known, comparable.toolchain)
         if candidate.record is not None:
             return candidate.config
     return None

@@ -27,6 +27,7 @@ from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from parallax_gen.errors import StoreError
+from parallax_gen.memory.old import renamed_json
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import MALFORMED, Result
 from parallax_gen.ops.base import KernelConfig, config_to_json
@@ -195,7 +196,7 @@ class SharedClaims:
         """Whether a config was tried, or claimed by a live worker in another trial than `but`. Ends dead claims."""
         heartbeats = self._storage.get_study_user_attrs(self._study)
         for trial in self._storage.get_all_trials(self._study, deepcopy=False):
-            if trial.user_attrs.get("config") != text or trial.number == but:
+            if renamed_json(trial.user_attrs.get("config")) != text or trial.number == but:
                 continue
             if trial.state.is_finished():
                 if "result" in trial.user_attrs and not self._failed_elsewhere(trial):

@@ -13,10 +13,11 @@ from parallax_gen.problem.work import bound_by_matmuls
 from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Request, Timing, Trial, TrialResult
 
 # At most MAX_FINALISTS configs are timed again, for FINALIST_MS: a short timing is off by 1 or 2 %. At most
-# MAX_INTERLEAVED of them, those within CLOSE of the best, are then timed once more, interleaved.
+# MAX_INTERLEAVED of them, those within CLOSE_RATIO of the best, are then timed once more, interleaved.
 MAX_FINALISTS, FINALIST_MS = 8, 60.0
-CLOSE, MAX_INTERLEAVED = 1.02, 3
-CLOSE_AFTER_REFRESH = 1.05  # CLOSE after a refresh, whose timings are short and of a busy card, which runs slower
+CLOSE_RATIO, MAX_INTERLEAVED = 1.02, 3
+# After a refresh: its timings are short, and those of a busy card, which runs slower.
+CLOSE_RATIO_AFTER_REFRESH = 1.05
 
 
 class Finals:
@@ -40,7 +41,7 @@ class Finals:
         refreshed: Iterable[KernelConfig] = (),
     ):
         """known: returns the results of the job's kernels of today, the measured ones first, from fast to slow."""
-        self._known, self._trial, self._default = known, trial, default
+        self._current_results, self._trial, self._default = known, trial, default
         self._in_bursts = bound_by_matmuls(op)
         self._retimed = set(refreshed)
         self._after_refresh = bool(self._retimed)
@@ -49,11 +50,11 @@ class Finals:
 
     def next_request(self) -> Request | None:
         """The next request; None once all is done."""
-        best = None if self.over else next(iter(fastest(self._known())), None)
+        best = None if self.over else next(iter(fastest(self._current_results())), None)
         if best is not None and best.config not in self._retimed and len(self._retimed) < self._max_retimed:
             self._retimed.add(best.config)
             return Measure(self._trial(best.config), timed_ms=FINALIST_MS, in_bursts=self._in_bursts)
-        close = [] if self.over else self._close()
+        close = [] if self.over else self._closest()
         self.over = True  # apart from the reply to this request
         if len(close) > 1:
             return MeasureInterleaved(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._in_bursts)
@@ -61,26 +62,26 @@ class Finals:
 
     def results_of(self, request: Request, reply: TrialResult) -> list[Result]:
         """The results to store for the reply to a request."""
-        before = {r.config: r for r in self._known()}
+        before = {r.config: r for r in self._current_results()}
         if not isinstance(request, MeasureInterleaved):
             old = before[request.trial.config]
-            again = replace(old, outcome=reply.outcome, error=reply.error, detail=truncated_detail(reply.detail))
-            return [_timed(again, reply.timing)]
+            retimed = replace(old, outcome=reply.outcome, error=reply.error, detail=truncated_detail(reply.detail))
+            return [_timed(retimed, reply.timing)]
         if reply.outcome.failed:
             return []
-        was = before[request.trials[0].config].time_us
-        assert was is not None
-        scale = 1.0 if self._after_refresh else was / reply.timings[0].median_us
+        best_us = before[request.trials[0].config].time_us
+        assert best_us is not None
+        scale = 1.0 if self._after_refresh else best_us / reply.timings[0].median_us
         timings = zip(request.trials, reply.timings, strict=True)
         return [_timed(before[trial.config], timing, scale) for trial, timing in timings]
 
-    def _close(self) -> list[Result]:
-        """The best result, those within CLOSE of it and the default's; empty unless the best was timed again."""
-        measured = [(r, r.time_us) for r in fastest(self._known()) if r.time_us is not None]
+    def _closest(self) -> list[Result]:
+        """The best result, those within CLOSE_RATIO of it and the default's; empty unless the best was timed again."""
+        measured = [(r, r.time_us) for r in fastest(self._current_results()) if r.time_us is not None]
         if not measured or measured[0][0].config not in self._retimed:
             return []
-        most = (CLOSE_AFTER_REFRESH if self._after_refresh else CLOSE) * measured[0][1]
-        close = [r for r, time_us in measured if time_us <= most and r.config in self._retimed][:MAX_INTERLEAVED]
+        max_us = (CLOSE_RATIO_AFTER_REFRESH if self._after_refresh else CLOSE_RATIO) * measured[0][1]
+        close = [r for r, time_us in measured if time_us <= max_us and r.config in self._retimed][:MAX_INTERLEAVED]
         default = next((r for r, _ in measured if r.config == self._default), None)
         return close if default is None or default in close else [*close, default]
 

@@ -143,7 +143,7 @@ def grid_jobs(
 # -- The jobs of a refresh: places with records, and a few configs of each.
 
 MAX_REFRESHED = 6  # configs of a place
-MAX_PER_TIER = 2  # at most: the two fastest configs of a search differ by less than the timing's error
+MAX_PER_TIER = 2  # more are useless: the fastest configs of a search differ by less than the timing's error
 MAX_HINTS = 1  # configs whose measured kernel is not rendered any more
 
 

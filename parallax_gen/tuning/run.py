@@ -59,7 +59,7 @@ class Run:
         self._best_outcome = Outcome.OK if measure else Outcome.PREDICTED
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
         self._default = default_of(job.place, job.gpu)
-        known = [r for r in self._known() if not (r.is_machine_fault or (measure and not r.outcome.tried))]
+        known = [r for r in self._current_results() if not (r.is_machine_fault or (measure and not r.outcome.tried))]
         if only_configs is not None:
             known = []
         best = next((r for r in known if r.outcome is self._best_outcome), None)
@@ -71,7 +71,7 @@ class Run:
         self._proposed = self._compiling = self._measuring = 0
         self._ready: deque[tuple[KernelConfig, TrialResult]] = deque()  # compiled, and not yet measured
         self._compiled: dict[KernelConfig, TrialResult] = {}  # those that are being measured
-        self._finals = Finals(job.spec.op, self._known, self._trial, self._default, only_configs or ())
+        self._finals = Finals(job.spec.op, self._current_results, self._trial, self._default, only_configs or ())
         self._claimed_elsewhere: list[KernelConfig] = []  # other workers had claimed these when they were proposed
         self._shared_configs: set[KernelConfig] = set()  # configs that other workers finished
         self._shared_before = 0
@@ -183,7 +183,7 @@ class Run:
         near = neighbours(job.spec, best.config, job.gpu) if best else []
         return [default, *shipped, *nearby, *promising, *near]
 
-    def _known(self) -> list[Result]:
+    def _current_results(self) -> list[Result]:
         """The results of the job's kernels of today with this toolchain, the measured ones first, from fast to slow.
 
         One result for each config, by `supersedes`. An older row may be of another patch release of Triton, or from
@@ -209,7 +209,7 @@ class Run:
 
     @property
     def _best_measured(self) -> Result | None:
-        return next(iter(fastest(self._known())), None)
+        return next(iter(fastest(self._current_results())), None)
 
     def _guess_us(self, config: KernelConfig) -> float:
         return guess_us(self.job.spec, config, self.job.timed_shape, self.job.gpu)

@@ -38,16 +38,16 @@ class Scheduler:
         self._ahead: deque[tuple[int, Run]] = deque()  # runs without a device, whose configs are being compiled
         self._running: dict[int, Run] = {}
         self._done: dict[int, Progress] = {}
-        self._run_of: dict[int | None, int | None] = dict.fromkeys(devices or (None,))
+        self._run_of_device: dict[int | None, int | None] = dict.fromkeys(devices or (None,))
         self._busy: set[int] = set()
 
     def run_all(self, time_budget_s: float, watcher: Watcher) -> list[Progress]:
         """Execute all runs and return their progress, in order. A run's time budget starts when it gets a device."""
         try:
             while True:
-                self._give_devices_runs(time_budget_s, watcher)
+                self._assign_runs(time_budget_s, watcher)
                 self._compile_ahead()
-                self._give_devices_work()
+                self._assign_requests()
                 if self._end_runs(watcher):
                     continue
                 if not self._running:
@@ -68,21 +68,21 @@ class Scheduler:
         for run in [*self._running.values(), *(run for _, run in self._ahead)]:
             run.heartbeat()
 
-    def _give_devices_runs(self, seconds: float, watcher: Watcher) -> None:
+    def _assign_runs(self, seconds: float, watcher: Watcher) -> None:
         """Give every device without a run the next one; when none is left, devices share the remaining runs."""
-        for device in [device for device, run in self._run_of.items() if run is None]:
+        for device in [device for device, run in self._run_of_device.items() if run is None]:
             number, run = self._ahead.popleft() if self._ahead else next(self._upcoming, (None, None))
             if number is not None and run is not None:
                 self._running[number] = run
                 run.begin(seconds)
                 watcher.begin(run.job)
             else:
-                taken = list(self._run_of.values())
-                number = min((n for n, run in self._running.items() if run.searching), key=taken.count, default=None)
-            self._run_of[device] = number
+                assigned = list(self._run_of_device.values())
+                number = min((n for n, run in self._running.items() if run.searching), key=assigned.count, default=None)
+            self._run_of_device[device] = number
 
-    def _give_devices_work(self) -> None:
-        for device, number in self._run_of.items():
+    def _assign_requests(self) -> None:
+        for device, number in self._run_of_device.items():
             if device is not None and number is not None and device not in self._busy:
                 request = self._running[number].next_request()
                 if request is not None:
@@ -97,7 +97,7 @@ class Scheduler:
             run.close()
             self._pool.forget(number)
             self._done[number] = run.progress
-            self._run_of.update({device: None for device, its in self._run_of.items() if its == number})
+            self._run_of_device.update({device: None for device, its in self._run_of_device.items() if its == number})
             watcher.end(run.progress)
         return bool(over)
 

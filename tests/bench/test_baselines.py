@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from parallax_gen.bench.baselines import BASELINES, baselines_of, parallax_kernel
-from parallax_gen.bench.baselines.base import CALLS_A_CONFIG, hasty_autotuners
+from parallax_gen.bench.baselines.base import CALLS_PER_CONFIG, autotuning_with_few_calls
 from parallax_gen.bench.baselines.flash_attn import FLASH
-from parallax_gen.bench.judge import random_case
+from parallax_gen.bench.oracle_check import random_inputs_for_case
 from parallax_gen.cli.bench import bench
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.oracle.inputs import attend
@@ -111,15 +111,15 @@ def test_flash_attention_is_softmax_under_our_mask(
     name: str, spec: KernelSpec, shape: Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash_module(name, monkeypatch)
-    x = random_case("forward", spec, shape, "cpu")
+    x = random_inputs_for_case("forward", spec, shape, "cpu")
     assert close(prepared(name, "forward", spec, x).results()["out"], attend(spec, x).v_mean)
 
 
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_module(name, monkeypatch)
-    spec = CAUSAL.of("forward")
-    x = random_case(TRAINING, spec, Shape(1, 4, 2, 24, 24), "cpu")
+    spec = CAUSAL.for_op("forward")
+    x = random_inputs_for_case(TRAINING, spec, Shape(1, 4, 2, 24, 24), "cpu")
     found = prepared(name, TRAINING, spec, x).results()
     q, k, v = (t.double().requires_grad_() for t in (x.q, x.k, x.v))
     out = reference_forward(q, torch.zeros_like(q), k, v, causal=True).out
@@ -134,7 +134,7 @@ def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_flash_attention_decodes_with_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = flash_module(name, monkeypatch)
     spec = KernelSpec("decode_varlen", 64, "fp16", group=2)
-    x = random_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
+    x = random_inputs_for_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     x.cache_seqlens = torch.tensor([50, 7, 20], dtype=torch.int32)
     assert close(prepared(name, "decode", spec, x).results()["out"], attend(spec, x).v_mean)
     assert given == [{}]
@@ -148,7 +148,7 @@ def test_flash_attention_4_decodes_split_where_it_can(splits: bool, monkeypatch:
     given = flash_module("flash-attn 4", monkeypatch)
     sys.modules["flash_attn.cute"].no_splits = not splits  # type: ignore[attr-defined]
     spec = KernelSpec("decode", 64, "fp16", group=2)
-    x = random_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
+    x = random_inputs_for_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     single = prepared("flash-attn 4", "decode", spec, x)
     given.clear()
     assert close(single.results()["out"], attend(spec, x).v_mean)
@@ -159,7 +159,7 @@ def test_what_flash_attention_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -
     shape = Shape(1, 4, 2, 24, 24)
     for name in FLASH:
         monkeypatch.setitem(sys.modules, FLASH[name].module, ModuleType("empty"))  # as a package of namespaces is
-        x = random_case("forward", CAUSAL, shape, "cpu")
+        x = random_inputs_for_case("forward", CAUSAL, shape, "cpu")
         with pytest.raises(ImportError, match="has no flash_attn_func"):
             prepared(name, "forward", CAUSAL, x)
         flash_module(name, monkeypatch)
@@ -168,11 +168,11 @@ def test_what_flash_attention_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -
             KernelSpec("forward", 64, "fp16", group=2, causal=True, varlen=True),
         ):
             with pytest.raises(NotImplementedError):
-                prepared(name, "forward", spec, random_case("forward", spec, shape, "cpu"))
+                prepared(name, "forward", spec, random_inputs_for_case("forward", spec, shape, "cpu"))
     decode = KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3")
     for name in FLASH:
         with pytest.raises(NotImplementedError):
-            prepared(name, "decode", decode, random_case("decode", decode, Shape(1, 4, 2, 1, 24), "cpu"))
+            prepared(name, "decode", decode, random_inputs_for_case("decode", decode, Shape(1, 4, 2, 1, 24), "cpu"))
 
 
 # the official Helion kernels
@@ -201,16 +201,16 @@ def _helion(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_helion")
 @pytest.mark.parametrize(("spec", "window"), [(CAUSAL, 0), (WINDOWED, 9)])
 def test_official_helion(spec: KernelSpec, window: int) -> None:
-    from parallax_gen.bench.judge import Judge
+    from parallax_gen.bench.oracle_check import OracleCheck
 
     shape = Shape(2, 4, 2, 40, 40, window)
     for op in ("forward", TRAINING):
-        x = random_case(op, spec, shape, "cpu")
-        errors = Judge(op, spec, shape, x, "whole").errors(prepared("official Helion", op, spec, x).results())
+        x = random_inputs_for_case(op, spec, shape, "cpu")
+        errors = OracleCheck(op, spec, shape, x, "whole").errors(prepared("official Helion", op, spec, x).results())
         assert len(errors) == (1 if op == "forward" else 5)
         assert max(errors.values()) < 1.25e-3  # what rounding to fp16 explains
     decode = KernelSpec("decode", 64, "fp16", group=2)
-    x = random_case("decode", decode, Shape(2, 4, 2, 1, 40), "cpu")
+    x = random_inputs_for_case("decode", decode, Shape(2, 4, 2, 1, 40), "cpu")
     assert close(prepared("official Helion", "decode", decode, x).results()["out"], attend(decode, x).out)
 
 
@@ -244,8 +244,8 @@ def test_baselines_have_names_and_say_what_they_have() -> None:
 
 def test_the_commands_help_names_every_baseline() -> None:
     """It is written out there, for help must not import them."""
-    told = " ".join((bench.help or "").partition(" Contenders\n")[2].partition("\b")[0].split())
-    assert set(told.split(", ")) == set(BASELINES)
+    listed = " ".join((bench.help or "").partition(" Baselines\n")[2].partition("\b")[0].split())
+    assert set(listed.split(", ")) == set(BASELINES)
 
 
 def test_packages_are_said_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_autotuners_are_hasty_for_a_while(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "Event", Event)
     tuner, calls = Autotuner.__new__(Autotuner), []
     tuner._do_bench = careful = lambda *_, **__: [1.0]
-    with hasty_autotuners():
+    with autotuning_with_few_calls():
         assert tuner.do_bench(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8)) == [0.5] * 3
-    assert len(calls) == 1 + CALLS_A_CONFIG
+    assert len(calls) == 1 + CALLS_PER_CONFIG
     assert tuner.do_bench is careful

@@ -14,7 +14,7 @@ from parallax_gen.bench import run as running
 from parallax_gen.bench.baselines import BASELINES, baselines_of
 from parallax_gen.bench.parts import PARTS
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.bench.summary import told_means
+from parallax_gen.bench.summary import mean_lines
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -59,7 +59,7 @@ def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> list[Row]:
         asked.append((op, spec, shape))
         found = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
-        return [row for row in found if not only or row.contender in only]
+        return [row for row in found if not only or row.baseline in only]
 
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
     monkeypatch.setattr(running, "compare", compare)
@@ -76,7 +76,7 @@ def test_table_means_and_csv(tmp_path: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
     with (tmp_path / "rows").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["contender"] for row in rows] == [row.contender for row in ROWS]
+    assert [row["contender"] for row in rows] == [row.baseline for row in ROWS]
     assert rows[0]["seqlen_kv"] == "4096"
     assert (rows[0]["op"], rows[0]["part"]) == ("decode", "decode")
     assert rows[2]["time_us"] == ""
@@ -109,14 +109,14 @@ def test_a_training_step_is_a_line_a_contender() -> None:
 
 @pytest.mark.usefixtures("_on_a_card")
 def test_means_are_of_each_part() -> None:
-    other = [row for row in STEP_ROWS if row.contender in ("parallax_gen", "SDPA cuDNN")]
+    other = [row for row in STEP_ROWS if row.baseline in ("parallax_gen", "SDPA cuDNN")]
     longer = [
-        Row(row.contender, row.op, row.part, row.spec, Shape(1, 8, 8, 999, 999), 8 * row.time_us * (1 + is_peer), 1.0)
+        Row(row.baseline, row.op, row.part, row.spec, Shape(1, 8, 8, 999, 999), 8 * row.time_us * (1 + is_peer), 1.0)
         for row in other
         if row.time_us
-        for is_peer in (row.contender != "parallax_gen",)
+        for is_peer in (row.baseline != "parallax_gen",)
     ]
-    lines = told_means([*STEP_ROWS, *longer])
+    lines = mean_lines([*STEP_ROWS, *longer])
     assert lines[0] == "training forward: SDPA cuDNN takes 2.83 times ours (geometric mean of 2, least 2.00)"
     assert lines[1] == "training forward: official Triton takes 4.00 times ours (geometric mean of 1, least 4.00)"
     assert lines[2] == "training backward: SDPA cuDNN takes 1.41 times ours (geometric mean of 2, least 1.00)"

@@ -14,7 +14,7 @@ from torch import Tensor
 from parallax_gen.bench import run as comparing
 from parallax_gen.bench.baselines import BASELINES, OURS
 from parallax_gen.bench.baselines.base import Baseline
-from parallax_gen.bench.judge import Judge, random_case
+from parallax_gen.bench.oracle_check import OracleCheck, random_inputs_for_case
 from parallax_gen.bench.parts import PARTS
 from parallax_gen.bench.rows import Effort, Row
 from parallax_gen.bench.run import compare
@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def rows_of(rows: list[Row], name: str) -> dict[str, Row]:
-    return {row.part: row for row in rows if row.contender == name}
+    return {row.part: row for row in rows if row.baseline == name}
 
 
 def official(attend: Callable[..., Tensor]) -> ModuleType:
@@ -141,9 +141,9 @@ def test_ours_may_be_packed_and_peers_say_that_they_are_not(clock: Clock, varlen
 
 
 def test_rounding_of_a_gradient_that_is_zero_is_no_error() -> None:
-    judge = Judge(TRAINING, STEP, SHAPE, random_case(TRAINING, STEP, SHAPE, "cpu"), "whole")
-    judge._expected["dq"] = zeros = torch.zeros_like(judge._expected["dq"])
-    assert judge.errors({"dq": zeros + 1e-6})["dq"] < 1e-4
+    oracle_check = OracleCheck(TRAINING, STEP, SHAPE, random_inputs_for_case(TRAINING, STEP, SHAPE, "cpu"), "whole")
+    oracle_check._expected["dq"] = zeros = torch.zeros_like(oracle_check._expected["dq"])
+    assert oracle_check.errors({"dq": zeros + 1e-6})["dq"] < 1e-4
 
 
 def test_rates_count_the_work_of_each_part(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -203,7 +203,7 @@ def test_forward_alone(clock: Clock, window: int) -> None:
 def test_softmax_is_not_compared_where_its_mask_is_another(clock: Clock) -> None:
     spec = KernelSpec("forward", 64, "bf16", causal=True)
     (row,) = compare("forward", spec, Shape(1, 2, 2, 40, 90), ("SDPA flash",))
-    assert row.note == "not supported: its causal rows begin at the first key"
+    assert row.note == "not supported: its causal mask is aligned to the first key"
 
 
 def test_decode(clock: Clock) -> None:
@@ -241,7 +241,7 @@ def test_lengths_are_given_checked_and_counted(clock: Clock, monkeypatch: pytest
     assert ours.rate == pytest.approx(moved / 100.0 / 1e3)
     assert ours.error is not None
     assert ours.error < tolerance("bf16")
-    assert softmax.note == "not supported: it has no lengths a sequence"
+    assert softmax.note == "not supported: it has no per-sequence lengths"
     if page_size:
         assert peer.note == "not supported: it has no pages"
         return
@@ -273,13 +273,13 @@ def fakes(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
 DECODE, DECODE_SHAPE = KernelSpec("decode", 64, "bf16", group=2), Shape(2, 4, 2, 1, 300)
 
 
-@pytest.mark.parametrize(("hasty", "times"), [(True, 1), (False, 3)])
+@pytest.mark.parametrize(("few_calls", "times"), [(True, 1), (False, 3)])
 def test_in_haste_what_is_slow_is_timed_once(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock, hasty: bool, times: int
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, few_calls: bool, times: int
 ) -> None:
     asked = fakes(monkeypatch, "parallax_gen", "quick one", "slow one")
     limits: list[float] = []
-    takes = iter([100.0, 250.0, 350.0] + [100.0, 250.0] * 2 if hasty else [100.0, 250.0, 350.0] * 3)
+    takes = iter([100.0, 250.0, 350.0] + [100.0, 250.0] * 2 if few_calls else [100.0, 250.0, 350.0] * 3)
 
     def time_call(call: object, *, timed_ms: float, give_up_us: float, in_bursts: bool) -> Timing:
         limits.append(give_up_us)
@@ -288,12 +288,12 @@ def test_in_haste_what_is_slow_is_timed_once(
         return Timing(us, us, us, 1, 7)
 
     monkeypatch.setattr(comparing, "time_call", time_call)
-    rows = compare("decode", DECODE, DECODE_SHAPE, effort=Effort(rounds=3, hasty=hasty))
+    rows = compare("decode", DECODE, DECODE_SHAPE, effort=Effort(rounds=3, few_calls=few_calls))
     assert asked == {"parallax_gen": 3, "quick one": 3, "slow one": times}
     assert [row.time_us for row in rows] == [100.0, 250.0, 350.0]
-    assert rows[2].note == ("slow: few calls timed" if hasty else "")
+    assert rows[2].note == ("slow: few calls timed" if few_calls else "")
     assert limits[0] == float("inf")
-    assert limits[1] == (300.0 if hasty else float("inf"))
+    assert limits[1] == (300.0 if few_calls else float("inf"))
 
 
 def test_medians_and_percentiles_are_medians_over_rounds(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -338,8 +338,8 @@ def test_a_peer_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
 def test_why_someone_does_not_run_is_a_line_of_no_great_length(kind: type[Exception]) -> None:
-    said = comparing._why_not(kind("so long " * 100 + "\nand more"))
-    assert len(said) == comparing.MOST_SAID
+    said = comparing._failure_note(kind("so long " * 100 + "\nand more"))
+    assert len(said) == comparing.MAX_NOTE_LENGTH
     assert "\n" not in said
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parallax_gen.bench.plots import draw, ratios_of, why_not_drawn
+from parallax_gen.bench.plots import draw, picture_error, ratios_of
 from parallax_gen.bench.rows import Row
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -17,8 +17,8 @@ from parallax_gen.problem.spec import KernelSpec
 SPEC = KernelSpec("decode", 128, "bf16")
 
 
-def row(contender: str, shape: Shape, time_us: float | None) -> Row:
-    return Row(contender, "decode", "decode", SPEC, shape, time_us)
+def row(baseline: str, shape: Shape, time_us: float | None) -> Row:
+    return Row(baseline, "decode", "decode", SPEC, shape, time_us)
 
 
 ONE, TWO = Shape(1, 8, 8, 1, 1024), Shape(2, 4, 4, 1, 1024)  # of one size: 8 kv rows, 1024 keys
@@ -51,4 +51,4 @@ def test_a_picture_is_written(tmp_path: Path) -> None:
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'parallax-gen[pictures]'" in why_not_drawn(tmp_path / "grid.png")
+    assert "pip install 'parallax-gen[pictures]'" in picture_error(tmp_path / "grid.png")

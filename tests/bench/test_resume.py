@@ -13,15 +13,14 @@ from cli_samples import run, run_json
 
 from parallax_gen.bench import run as running
 from parallax_gen.bench.baselines import BASELINES
-from parallax_gen.bench.cases import QUICK_SHAPES, bytes_needed, cases_of, fewer
+from parallax_gen.bench.cases import QUICK_SHAPES, bytes_needed, cases_of, quick_cases
+from parallax_gen.bench.results_csv import COLUMNS, ResultsCsv
 from parallax_gen.bench.rows import (
-    A_GRID,
-    COLUMNS,
-    QUICK,
-    WITH_CARE,
+    FULL_EFFORT,
+    GRID_EFFORT,
+    QUICK_EFFORT,
     Conditions,
     Effort,
-    Ledger,
     Row,
     from_flat,
     to_flat,
@@ -34,7 +33,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, Flags, Sizes
 
 H200 = gpu_by_name("h200")
-HOW = Conditions("h200", "NVIDIA H200", "0.1.0", "2.11.0", "3.6.0", "13.0", A_GRID, "parallax-gen bench")
+HOW = Conditions("h200", "NVIDIA H200", "0.1.0", "2.11.0", "3.6.0", "13.0", GRID_EFFORT, "parallax-gen bench")
 ROW = Row(
     "fla",
     TRAINING,
@@ -131,13 +130,13 @@ def test_a_figure_says_card_versions_and_command(card: Card, tmp_path: Path, mon
 def test_a_row_that_cannot_be_is_passed_over(wrong: dict[str, str], tmp_path: Path) -> None:
     """Someone may have had a hand in the file: what cannot have been timed is timed again."""
     path = tmp_path / "rows"
-    Ledger(path).add([RAGGED, ROW])
+    ResultsCsv(path).add([RAGGED, ROW])
     lines = lines_of(path)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([lines[0] | wrong, lines[1]])
-    assert (Ledger(path).known(RAGGED), Ledger(path).known(ROW)) == (None, ROW)
+    assert (ResultsCsv(path).known(RAGGED), ResultsCsv(path).known(ROW)) == (None, ROW)
 
 
 # resuming
@@ -176,24 +175,24 @@ def test_an_interrupted_run_goes_on(card: Card, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", ["card", "torch", "effort", "package"])
 def test_other_cards_versions_and_settings_are_timed_and_kept_beside(changed: str, tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "rows")
-    ledger.add([ROW])
+    results = ResultsCsv(tmp_path / "rows")
+    results.add([ROW])
     if changed == "package":
         other = dataclasses.replace(ROW, package="fla-core 0.7.0")
     else:
-        value = QUICK if changed == "effort" else "other"
+        value = QUICK_EFFORT if changed == "effort" else "other"
         other = dataclasses.replace(ROW, conditions=dataclasses.replace(HOW, **{changed: value}))
-    assert Ledger(tmp_path / "rows").known(ROW) == ROW
-    assert Ledger(tmp_path / "rows").known(other) is None
-    ledger.add([other])
-    read = Ledger(tmp_path / "rows")
+    assert ResultsCsv(tmp_path / "rows").known(ROW) == ROW
+    assert ResultsCsv(tmp_path / "rows").known(other) is None
+    results.add([other])
+    read = ResultsCsv(tmp_path / "rows")
     assert (read.known(ROW), read.known(other)) == (ROW, other)
 
 
 def test_the_command_may_be_another(tmp_path: Path) -> None:
-    Ledger(tmp_path / "rows").add([ROW])
+    ResultsCsv(tmp_path / "rows").add([ROW])
     asked = dataclasses.replace(ROW, time_us=None, conditions=dataclasses.replace(HOW, command="another"))
-    assert Ledger(tmp_path / "rows").known(asked) == ROW
+    assert ResultsCsv(tmp_path / "rows").known(asked) == ROW
 
 
 def test_tuning_anew_times_ours_anew(card: Card, tmp_path: Path, store: Store) -> None:
@@ -212,24 +211,24 @@ def test_tuning_anew_times_ours_anew(card: Card, tmp_path: Path, store: Store) -
 def test_a_torn_line_takes_no_other_with_it(lost: int, tmp_path: Path) -> None:
     path = tmp_path / "rows"
     quoted = dataclasses.replace(FAILED, conditions=dataclasses.replace(HOW, command='bench --csv "a, b"'))
-    Ledger(path).add([ROW, quoted])
+    ResultsCsv(path).add([ROW, quoted])
     path.write_text(path.read_text(encoding="utf-8")[:-lost], encoding="utf-8")
-    read = Ledger(path)
+    read = ResultsCsv(path)
     assert (read.known(ROW), read.known(FAILED)) == (None if lost == 400 else ROW, None)
     read.add([FAILED])
-    again = Ledger(path)
+    again = ResultsCsv(path)
     assert (again.known(ROW), again.known(FAILED)) == (read.known(ROW), FAILED)
 
 
 def test_a_last_line_without_its_end_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    Ledger(path).add([ROW])
+    ResultsCsv(path).add([ROW])
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
-    Ledger(path).add([FAILED])
-    assert (Ledger(path).known(ROW), Ledger(path).known(FAILED)) == (ROW, FAILED)
+    ResultsCsv(path).add([FAILED])
+    assert (ResultsCsv(path).known(ROW), ResultsCsv(path).known(FAILED)) == (ROW, FAILED)
     path.write_text(",".join(COLUMNS), encoding="utf-8")
-    Ledger(path).add([ROW])
-    assert Ledger(path).known(ROW) == ROW
+    ResultsCsv(path).add([ROW])
+    assert ResultsCsv(path).known(ROW) == ROW
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "no table at all", ",".join(COLUMNS[:-1]) + "\n"])
@@ -257,13 +256,13 @@ def as_before_lengths(path: Path) -> None:
 @pytest.mark.parametrize("lost", [0, 1, 3, 30])
 def test_a_file_from_before_lengths_goes_on_and_gets_their_column(lost: int, tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    Ledger(path).add([ROW, FAILED])
+    ResultsCsv(path).add([ROW, FAILED])
     as_before_lengths(path)
     path.write_text(path.read_text(encoding="utf-8")[: -lost or None], encoding="utf-8")
-    read, whole = Ledger(path), lost <= 1
+    read, whole = ResultsCsv(path), lost <= 1
     assert (read.known(ROW), read.known(FAILED), read.known(RAGGED)) == (ROW, FAILED if whole else None, None)
     read.add([RAGGED])
-    again = Ledger(path)
+    again = ResultsCsv(path)
     assert (again.known(ROW), again.known(FAILED), again.known(RAGGED)) == (ROW, FAILED if whole else None, RAGGED)
     assert [line["lengths"] for line in lines_of(path)] == ["", *[""] * whole, "99,3"]
     assert all(line["quick"] == "False" for line in lines_of(path))
@@ -281,9 +280,9 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(card: Ca
 
 
 def test_without_a_file_nothing_is_kept() -> None:
-    ledger = Ledger()
-    ledger.add([ROW])
-    assert ledger.known(ROW) == ROW
+    results = ResultsCsv()
+    results.add([ROW])
+    assert results.known(ROW) == ROW
 
 
 # what is gone through
@@ -315,7 +314,7 @@ def test_the_paper_s_grid_is_of_decode_and_training(card: Card) -> None:
         shapes = [shape for of, shape, _ in card.asked if of == op]
         assert (min(s.batch for s in shapes), max(s.batch for s in shapes)) == (1, 2048)
         assert (min(s.seqlen_kv for s in shapes), max(s.seqlen_kv for s in shapes)) == (128, 32768)
-    assert set(card.efforts) == {A_GRID}
+    assert set(card.efforts) == {GRID_EFFORT}
     card.asked.clear()
     run("bench", "--grid", "paper", "--op", "training", "--only", "fla")
     assert {op for op, _, _ in card.asked} == {TRAINING}
@@ -323,8 +322,8 @@ def test_the_paper_s_grid_is_of_decode_and_training(card: Card) -> None:
 
 def test_quick_is_fewer_shapes_shorter_and_says_so_in_every_row(card: Card, tmp_path: Path) -> None:
     done = run("bench", "--grid", "paper", "--quick", "--csv", tmp_path / "rows")
-    assert set(card.efforts) == {QUICK}
-    assert QUICK.rounds * QUICK.timed_ms < WITH_CARE.rounds * WITH_CARE.timed_ms
+    assert set(card.efforts) == {QUICK_EFFORT}
+    assert QUICK_EFFORT.rounds * QUICK_EFFORT.timed_ms < FULL_EFFORT.rounds * FULL_EFFORT.timed_ms
     assert len({(op, shape) for op, shape, _ in card.asked}) == 2 * QUICK_SHAPES
     assert {line["quick"] for line in lines_of(tmp_path / "rows")} == {"True"}
     tables = [line for line in done.stdout.splitlines() if ": batch " in line]
@@ -335,14 +334,14 @@ def test_quick_is_fewer_shapes_shorter_and_says_so_in_every_row(card: Card, tmp_
 
 def test_fewer_shapes_are_spread_over_those_that_fit() -> None:
     cases = list(cases_of(("decode", TRAINING), None, "bf16", (), "paper", NO_FLAGS))
-    few = [case.shape for case in fewer(cases, H200) if case.op == "decode"]
+    few = [case.shape for case in quick_cases(cases, H200) if case.op == "decode"]
     assert few[0] == Shape(1, 8, 8, 1, 128)
     assert few[-1] == Shape(2048, 8, 8, 1, 16384)
     assert len(set(few)) == len(few) == QUICK_SHAPES
     one = list(cases_of(("decode",), None, "bf16", (Sizes(1, 8, 8, None, 64),), None, Flags()))
-    assert fewer(one, H200) == one
+    assert quick_cases(one, H200) == one
     huge = list(cases_of(("decode",), None, "bf16", (Sizes(2048, 64, 64, None, 131072),), None, Flags()))
-    assert fewer(huge, H200) == huge  # to be told that it was skipped
+    assert quick_cases(huge, H200) == huge  # to be told that it was skipped
 
 
 @pytest.mark.parametrize(
@@ -352,7 +351,7 @@ def test_fewer_shapes_are_spread_over_those_that_fit() -> None:
         (("--grid", "paper", "--op", "forward"), "--grid paper: of --op decode or training, without --shape"),
         (("--grid", "paper", "--shape", "1,8,64"), "without --shape"),
         (("--only", "FA2"), "'FA2' is not one of"),
-        (("--only", "fla", "--skip", "fla"), "--only and --skip leave nobody to time"),
+        (("--only", "fla", "--skip", "fla"), "--only and --skip leave no baseline to time"),
         (("--picture", "a.png"), "--picture: of --op decode alone"),
     ],
 )
@@ -366,15 +365,15 @@ def test_mistakes_are_usage_errors_before_anything_is_timed(card: Card, argument
 def test_skip_and_oracle(card: Card) -> None:
     done = run(*DECODE, "--shape", "1,8,64", "--skip", "fla", "--oracle", "sample", "--json")
     assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [n for n in BASELINES if n != "fla"]
-    assert card.efforts == [dataclasses.replace(WITH_CARE, oracle="sample")]
+    assert card.efforts == [dataclasses.replace(FULL_EFFORT, oracle="sample")]
 
 
 def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Ledger(tmp_path / "rows")
+    results = ResultsCsv(tmp_path / "rows")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("parallax_gen.bench.rows._append", full)
+    monkeypatch.setattr("parallax_gen.bench.results_csv._append", full)
     with pytest.raises(ParallaxGenError, match=r"cannot be written: .*No space left"):
-        ledger.add([ROW])
+        results.add([ROW])

@@ -11,7 +11,7 @@ from cli_samples import CALL, OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, known, run, 
 from cli_samples import process as python
 
 import parallax_gen.cli
-from parallax_gen.cli.options import Asked, check_flags, gpu_named, sizes_of
+from parallax_gen.cli.options import KernelArgs, check_flags, chosen_gpu, parse_sizes
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.old import spec_from
 from parallax_gen.memory.shipped import write_shipped
@@ -106,9 +106,9 @@ def test_a_card_that_the_table_does_not_hold_goes_by_its_own_name(monkeypatch: p
 
     card = replace(gpu_by_name("h100"), name="nvidia-h100-mig-16sm")
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: card)
-    assert gpu_named(None) == gpu_named(card.name) == card
+    assert chosen_gpu(None) == chosen_gpu(card.name) == card
     with pytest.raises(UnknownGpuError, match="unknown GPU"):
-        gpu_named("nvidia-h100-mig-32sm")
+        chosen_gpu("nvidia-h100-mig-32sm")
 
 
 # --shape and the kernel
@@ -126,7 +126,7 @@ def test_a_card_that_the_table_does_not_hold_goes_by_its_own_name(monkeypatch: p
     ],
 )
 def test_shapes_are_read(text: str, op: str, shape: Shape) -> None:
-    assert sizes_of(text).for_op(op) == shape
+    assert parse_sizes(text).for_op(op) == shape
 
 
 @pytest.mark.parametrize(
@@ -144,28 +144,28 @@ def test_shapes_are_read(text: str, op: str, shape: Shape) -> None:
 )
 def test_a_malformed_shape_says_what_is_wrong(text: str, says: str) -> None:
     with pytest.raises(click.BadParameter, match=says):
-        sizes_of(text)
+        parse_sizes(text)
 
 
 def test_the_kernel_that_is_asked_for() -> None:
-    sizes = sizes_of("2,32/8,4096")
-    spec, shape = Asked("forward", 64, "fp16").kernel(sizes)
+    sizes = parse_sizes("2,32/8,4096")
+    spec, shape = KernelArgs("forward", 64, "fp16").kernel(sizes)
     assert spec.causal
     assert (spec.group, shape) == (4, Shape(2, 32, 8, 4096, 4096))
-    assert not Asked("forward", 64, "fp16", Flags(causal=False)).kernel(sizes)[0].causal
-    spec, shape = Asked("decode", 64, "fp16").kernel(sizes)
+    assert not KernelArgs("forward", 64, "fp16", Flags(causal=False)).kernel(sizes)[0].causal
+    spec, shape = KernelArgs("decode", 64, "fp16").kernel(sizes)
     assert not spec.causal
     assert shape == Shape(2, 32, 8, 1, 4096)
-    spec, shape = Asked("decode", 96, "tf32").kernel(sizes_of("2,32/8,16x4096"))
+    spec, shape = KernelArgs("decode", 96, "tf32").kernel(parse_sizes("2,32/8,16x4096"))
     assert (spec.many_queries, spec.causal, spec.op) == (True, True, "decode_varlen")
     assert shape == Shape(2, 32, 8, 16, 4096)
-    assert not Asked("decode", 96, "tf32", Flags(causal=False)).kernel(sizes_of("2,32/8,16x4096"))[0].causal
-    spec, shape = Asked("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
+    assert not KernelArgs("decode", 96, "tf32", Flags(causal=False)).kernel(parse_sizes("2,32/8,16x4096"))[0].causal
+    spec, shape = KernelArgs("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
     assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
-    spec, shape = Asked("preprocess", 72, "fp32").kernel(sizes)
+    spec, shape = KernelArgs("preprocess", 72, "fp32").kernel(sizes)
     assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # it sees rows alone
     for op in FAMILIES:
-        assert Asked(op, 64, "bf16").kernel(None)[0].op == op  # of the first usual shape
+        assert KernelArgs(op, 64, "bf16").kernel(None)[0].op == op  # of the first usual shape
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
     assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
     assert found["records"] == (
-        "h200: 1 kernels and sizes in your database and what ships, of which calls get 1 by this Triton"
+        "h200: 1 kernels and sizes in your database and the shipped records, calls get 1 by this Triton"
     )
     longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # none near another
     folder = store.path.parent / "shipped"
@@ -315,7 +315,7 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # which the check looks into
     store.save(known(place=replace(PLACE, gpu="a100")))  # of which nothing ships
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
-    counted = "kernels and sizes in your database and what ships, of which calls get"
+    counted = "kernels and sizes in your database and the shipped records, calls get"
     assert found == [
         f"a100: 1 {counted} 1 by this Triton",
         f"h200: 3 {counted} 1 by this Triton, 1 by Triton 3.5 (not yet checked), 1 by the default",
@@ -329,6 +329,6 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     findings = json.loads(run("doctor", "--json").stdout)["findings"]
     assert [(f["check"], f["status"]) for f in findings] == [("database", "broken"), ("records", "ok")]
     assert findings[1]["text"] == (
-        "h200: 2 kernels and sizes in what ships alone, of which calls get "
+        "h200: 2 kernels and sizes in shipped records alone, calls get "
         "1 by Triton 3.5 (not yet checked), 1 by the default"
     )

@@ -140,18 +140,18 @@ def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
 
 
 def test_explain_a_search_from_before_a_knob_that_the_default_uses(store: Store) -> None:
-    before = DkDvConfig(64, 128, HEAD_GROUP=4, num_warps=8, num_stages=2)  # whose HEAD_DIM_AS is "whole"
+    before = DkDvConfig(64, 128, GROUP_HEADS=4, num_warps=8, num_stages=2)  # whose HEAD_DIM_LAYOUT is "native"
     place = dataclasses.replace(DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, head_dim=128))
     call = [*DKDV_CALL[:4], "--head-dim", "128", *DKDV_CALL[6:]]
     default = default_config(place.spec, Shape(2, 32, 8, 4096, 4096, 512), H200)
     assert isinstance(default, DkDvConfig)
-    assert default.MASK != "weights" or default.ROW_NUMBERS != "apart" or default.maxnreg, "the test is of another"
+    assert default.MASK != "after_exp" or default.ROW_STATS != "separate" or default.maxnreg, "the test is of another"
     store.save(known_dkdv(500.0, config=before, place=place))
     found = run_json("explain", *call)
     assert found["tier"] == "the default"
     assert (
         found["reason"]
-        == "the only record does not count: its search did not try MASK=scores, which today's default has"
+        == "the only record does not count: its search did not try MASK=before_exp, which today's default has"
     )
     store.save(known_dkdv(600.0, config=default, place=place))
     assert run_json("explain", *call)["config"] == config_to_dict(before)
@@ -165,16 +165,16 @@ def windowed(time_us: float, row_max: str, gpu: str = "h200", day: int = 1) -> R
     """Of the default but for a knob, of today's toolchain."""
     default = default_config(WINDOWED.spec, Shape(1, 8, 8, 4096, 4096, 1024), H200)
     assert isinstance(default, ForwardConfig)
-    assert default.ROW_MAX == "running", "the test is of another"
+    assert default.SOFTMAX == "online", "the test is of another"
     place, created_at = dataclasses.replace(WINDOWED, gpu=gpu), f"2026-01-{day:02}T00:00:00+00:00"
-    return known(time_us, place=place, config=dataclasses.replace(default, ROW_MAX=row_max), created_at=created_at)
+    return known(time_us, place=place, config=dataclasses.replace(default, SOFTMAX=row_max), created_at=created_at)
 
 
 def test_explain_a_search_from_before_a_knob_of_a_sibling_cards_newer_best(store: Store) -> None:
-    store.merge([windowed(500.0, "running"), windowed(900.0, "first", "h100", day=2)])
+    store.merge([windowed(500.0, "online"), windowed(900.0, "fixed_reference", "h100", day=2)])
     found = run_json("explain", *WINDOWED_CALL)
     assert (found["tier"], found["record"]["time_us"]) == ("a sibling card", 900.0)
-    why = "its search did not try ROW_MAX=first, which the best of a newer search on h100 has"
+    why = "its search did not try SOFTMAX=fixed_reference, which the best of a newer search on h100 has"
     assert [(u["record"]["time_us"], u["why"]) for u in found["unused"]] == [(500.0, why)]
     of = f"the only one with {HERE} on h100, a card of the same capability"
     assert found["reason"] == f"{of}; the only record on this one does not count: {why}"
@@ -187,7 +187,7 @@ def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
     found = run_json("explain", *CALL)
     assert found["reason"] == (
         f"the fastest of 2 with {HERE} by timing protocol 0 (today's is 1); "
-        "nothing was timed by today's, and times of two protocols are not compared"
+        "nothing was timed by today's protocol, and times of different protocols are not compared"
     )
     store.save(known(80.0, splits=4, unlike=OTHER_KERNEL))
     assert run_json("explain", *CALL)["reason"].endswith(
@@ -260,7 +260,7 @@ def test_explain_what_compiles_badly_here(store: Store) -> None:
     ]
     assert "\nnot     BLOCK_N=32" in run("explain", *CALL).stdout
     cache_resources(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
-    assert run_json("explain", *CALL)["reason"] == "what is borrowed elsewhere compiles badly here"
+    assert run_json("explain", *CALL)["reason"] == "the kernels borrowed from elsewhere compile badly here"
 
 
 def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
@@ -268,14 +268,14 @@ def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
     store.save(known(None, "wrong", splits=3))
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
-    assert found["reason"] == "nothing was measured of this place, only: 1 predicted, 1 wrong"
+    assert found["reason"] == "nothing was measured at this place; results: 1 predicted, 1 wrong"
 
 
 def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
     store.save(known(90.0, splits=5))  # no value of the knob
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
-    assert found["reason"].startswith("the only record does not count: not valid any more: NUM_SPLITS is 5")
+    assert found["reason"].startswith("the only record does not count: no longer valid: NUM_SPLITS is 5")
 
 
 def test_explain_a_kernel_with_a_window(store: Store) -> None:

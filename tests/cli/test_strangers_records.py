@@ -15,7 +15,7 @@ from cli_samples import CALL, PLACE, SPEC, config, evidence, known, known_dkdv, 
 from parallax_gen.cli import doctor
 from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.render import render
-from parallax_gen.memory.bounds import LEAST_US, LONGEST_DETAIL, LONGEST_LINE, MOST_INT, MOST_US
+from parallax_gen.memory.bounds import LONGEST_DETAIL, LONGEST_LINE, MAX_INT, MAX_US, MIN_US
 from parallax_gen.memory.old import LARGEST_READ
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.decode import DecodeConfig
@@ -78,17 +78,17 @@ def test_a_line_that_cannot_be_is_told_and_not_imported(wrong: dict[str, Any], s
 
 def test_what_is_at_the_bounds_is_read_by_every_command(store: Store, tmp_path: Path) -> None:
     """Of a card, a kernel and sizes that nobody has, and of those that calls ask for."""
-    ints = dict.fromkeys(("registers", "spills", "shared_bytes"), MOST_INT)
+    ints = dict.fromkeys(("registers", "spills", "shared_bytes"), MAX_INT)
     texts = {"detail": "\n\x1b[31m" + "CUDA " * (LONGEST_DETAIL // 6), "source": "x" * LONGEST_LINE}
     paged = KernelSpec("decode_varlen", 256, "bf16", **LARGEST_READ)
     sizes = Bucket(LARGEST, LARGEST, LARGEST)
     strange = DecodeConfig(2**31 - 1, 0, 7, "x" * 64, 0, 2**31 - 1)
     rows = [
-        known(LEAST_US, shape=Shape(LARGEST, LARGEST, LARGEST, LARGEST, LARGEST), error=1e308, compile_s=1e9),
-        known(MOST_US, splits=4, time_us_p20=MOST_US, time_us_p80=LEAST_US, **ints, **texts),
+        known(MIN_US, shape=Shape(LARGEST, LARGEST, LARGEST, LARGEST, LARGEST), error=1e308, compile_s=1e9),
+        known(MAX_US, splits=4, time_us_p20=MAX_US, time_us_p80=MIN_US, **ints, **texts),
         known(None, "crash", splits=6, **ints, **texts),
         known(1.0, "predicted", splits=8, created_at="9999-12-31T23:59:59+00:00"),
-        known_dkdv(LEAST_US, created_at="0001-01-01T00:00:00+00:00"),
+        known_dkdv(MIN_US, created_at="0001-01-01T00:00:00+00:00"),
     ]
     rows += [known(time, place=place(gpu, paged, sizes)) for gpu in ("h200", "nobodys") for time in (1.0,)]
     rows += [known(1.0, place=PLACE, config=strange), known(1.0, place=place("nobodys", SPEC, PLACE.bucket))]

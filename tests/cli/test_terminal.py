@@ -20,7 +20,7 @@ from parallax_gen.cli.text import print_table
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import DTYPES, FAMILIES
-from parallax_gen.problem.workloads import GRIDS, SWEEPS
+from parallax_gen.problem.workloads import BENCH_GRIDS, GRIDS
 from parallax_gen.runtime.dispatch import Dispatcher
 
 WIDE = ("column", "note"), [("c" * 70, "one two three " * 9), ("short", "four")]
@@ -43,7 +43,7 @@ def completed(*words: str) -> list[str]:
         (("explain", "--op", ""), list(FAMILIES)),
         (("show", "--dtype", ""), list(DTYPES)),
         (("tune", "--grid", ""), list(GRIDS)),
-        (("bench", "--grid", ""), list(SWEEPS)),
+        (("bench", "--grid", ""), list(BENCH_GRIDS)),
         (("bench", "--only", "SD"), ["SDPA flash", "SDPA cuDNN"]),
         (("completion", ""), list(SHELLS)),
         (("ex",), ["explain", "export"]),

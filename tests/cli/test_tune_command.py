@@ -43,7 +43,7 @@ class FakeWorker:
         if isinstance(request, Compile):
             return TrialResult(Outcome.OK, resources=Resources(100, 0, 1000))
         if isinstance(request, MeasureInterleaved):
-            return TrialResult(Outcome.CRASH, "nothing is timed in turns")
+            return TrialResult(Outcome.CRASH, "nothing is interleaved")
         FakeWorker.measured += 1
         if FakeWorker.measured == 2:
             return TrialResult(Outcome.WRONG, "NaN")
@@ -63,7 +63,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeWorker.measured = 0
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
-    monkeypatch.setattr("parallax_gen.cli.devices.card_as_seen_by", lambda bench: H200)
+    monkeypatch.setattr("parallax_gen.cli.devices.card_of_worker", lambda bench: H200)
 
 
 def test_without_a_gpu_it_compiles_ranks_says_so_and_goes_on(store: Store) -> None:
@@ -194,7 +194,7 @@ def test_everything_is_tuned_where_nothing_is_said(card: None) -> None:
 def cards(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> None:
     """These GPUs are in this machine, in this order."""
     here = iter([name and gpu_by_name(name) for name in names])
-    monkeypatch.setattr("parallax_gen.cli.devices.card_as_seen_by", lambda bench: next(here))
+    monkeypatch.setattr("parallax_gen.cli.devices.card_of_worker", lambda bench: next(here))
 
 
 def test_several_devices_share_the_jobs(card: None, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_a_terminal_sees_it_live() -> None:
 
 
 def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallax_gen.cli.progress.QUIET_S", 1e9)
+    monkeypatch.setattr("parallax_gen.cli.progress.MAX_SILENCE_S", 1e9)
     pipe = io.StringIO()
     job = Job(PLACE.spec, PLACE.bucket, gpu_by_name("h200"))
     with View(Console(file=pipe, width=80, markup=False, highlight=False), 1, trials=96, time_budget_s=45) as view:

@@ -1,4 +1,4 @@
-"""What a launch is given: scratch of the size that its grid implies, and tensors as kernels take them."""
+"""The arguments of a launch: scratch of the size that its grid implies, and tensors in the kernels' format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from strategies import GOLDEN
 
-from parallax_gen.codegen.abi import empty_inputs, in_fours, prepare
+from parallax_gen.codegen.abi import as_int32, empty_inputs, prepare
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.base import KernelConfig, Scratch, op_of
@@ -27,7 +27,7 @@ CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_war
 
 
 class Seen:
-    """A kernel that keeps the grid it would be launched on."""
+    """A fake kernel that records the grid of its launch."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.grid = grid
@@ -40,12 +40,12 @@ def scratch_of(spec: KernelSpec, config: KernelConfig, *sizes: int) -> Scratch:
 
 def grid_of(spec: KernelSpec, config: DecodeConfig, shape: Shape) -> tuple[int, ...]:
     module, seen = load(render(spec, config, GPU)), Seen()
-    kernel = module.ragged_kernel
-    module.ragged_kernel = seen  # type: ignore[attr-defined]
+    kernel = module.decode_varlen_kernel
+    module.decode_varlen_kernel = seen  # type: ignore[attr-defined]
     try:
         module.launch(*prepare(spec, config, empty_inputs(spec, shape, "cpu")).arguments(1.0))
     finally:
-        module.ragged_kernel = kernel  # type: ignore[attr-defined]
+        module.decode_varlen_kernel = kernel  # type: ignore[attr-defined]
     return seen.grid
 
 
@@ -68,7 +68,7 @@ def grid_of(spec: KernelSpec, config: DecodeConfig, shape: Shape) -> tuple[int, 
 def test_a_ragged_launch_has_a_slot_for_every_program(
     spec: KernelSpec, block_h: int, shape: Shape, tiles: int, groups: int, rows: int, splits: int
 ) -> None:
-    """Tiles that share out all keys among them have so many splits each, and an eighth of one; of each of `groups`."""
+    """Tiles that divide all keys among them have this many splits each, and an eighth of one, for each of `groups`."""
     config = replace(CONFIG, BLOCK_H=block_h, NUM_SPLITS=splits)
     programs = groups * (tiles * splits + -(-tiles // 8)) * shape.kv_heads
     assert grid_of(spec, config, shape) == (programs,)
@@ -110,12 +110,12 @@ def test_a_cache_in_eight_bits_is_taken_four_by_four(name: str, dtype: torch.dty
 def test_the_first_of_four_is_the_lowest_byte() -> None:
     numbers = torch.tensor([1.0, -2.0, 0.5, 448.0]).to(torch.float8_e4m3fn)
     bits = numbers.view(torch.uint8).tolist()
-    assert [word & 0xFFFFFFFF for word in in_fours(numbers).tolist()] == [int.from_bytes(bits, "little")]
+    assert [word & 0xFFFFFFFF for word in as_int32(numbers).tolist()] == [int.from_bytes(bits, "little")]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_launch_takes_what_its_op_says(name: str) -> None:
-    """By its names, in its order."""
+    """By the names of its parameters, in their order."""
     spec, config = GOLDEN[name].spec, GOLDEN[name].config
     tree = ast.parse(render(spec, config, GPU).text)
     (launch,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "launch")

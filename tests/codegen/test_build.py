@@ -46,7 +46,7 @@ SAMPLE = source_of("ANSWER = 42  # π\n")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache directory of this test's own, not there yet, and a temporary one to fall back to."""
+    """A cache directory for this test that does not exist yet, and a temporary one as the fallback."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     chosen = tmp_path / "made" / "on the way"
@@ -116,7 +116,7 @@ def test_a_rename_that_fails_leaves_no_entry(cache: Path, monkeypatch: pytest.Mo
 
 
 def below_a_file(folder: Path) -> Path:
-    """A directory that not even root can make."""
+    """A directory that not even root can create."""
     (folder / "file").write_text("", encoding="utf-8")
     return folder / "file" / "cache"
 
@@ -210,7 +210,7 @@ def test_a_kernel_that_does_not_compile_is_a_build_error_and_leaves_nothing_behi
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile for a GPU at a shape, and what to call it."""
+    """A kernel to compile for a GPU at a shape, and its name."""
 
     name: str
     kernel: Kernel
@@ -230,7 +230,7 @@ def shape_of(kernel: Kernel) -> Shape:
 
 
 def replies(jobs: list[Job]) -> dict[str, TrialResult]:
-    """What a worker on each of two cores makes of the jobs."""
+    """The results of the jobs, by a worker on each of two cores."""
     waiting, found = iter(jobs), {}
     lock = threading.Lock()
 
@@ -292,7 +292,7 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
 
 
 def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
-    """Where Triton does not pipeline a loop, its loads go to registers, and are missing from shared memory."""
+    """If Triton does not pipeline a loop, its loads go to registers, and shared memory is smaller."""
     jobs = [
         Job(name, kernel, "h200", shape_of(kernel)) for name, kernel in GOLDEN.items() if kernel.spec.family == "decode"
     ]
@@ -307,7 +307,7 @@ def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
 
 
 def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:
-    """A call that nothing is known of launches its default. Heads of 224 in pieces once spilled 7 KB a thread."""
+    """A call without records launches the default. Heads of 224 in pieces once spilled 7 KB a thread."""
     jobs = []
     for head_dim in (112, 160, 192, 224, 256):
         for op in ("forward", "dkdv", "dqdr"):
@@ -318,7 +318,7 @@ def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:
 
 
 def test_no_default_for_a_chunk_of_a_prompt_spills_by_the_kilobyte() -> None:
-    """Those that are chosen where a larger tile has no room in shared memory."""
+    """Tiles that are chosen if a larger one does not fit in shared memory."""
     jobs = []
     chunk = KernelSpec("decode_varlen", 256, "bf16", 4, causal=True, many_queries=True)
     for gpu, spec in (

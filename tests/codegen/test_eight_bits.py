@@ -1,4 +1,4 @@
-"""Caches in eight bits at the ends of what numbers can be, in Triton's CPU interpreter, against the fp64 oracle.
+"""8-bit caches at the extremes of their range, in Triton's CPU interpreter, against the fp64 oracle.
 
 A kernel takes the bits of such a number for those of a far smaller one of sixteen bits, and makes up for it in its
 sums: here is whether something is lost on the way. The interpreter multiplies bf16 matrices wrongly, so these tests do
@@ -50,7 +50,7 @@ def _bf16_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def codes(cache: str, chosen: list[int], shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random ones of the chosen codes of eight bits."""
+    """Random values among the chosen 8-bit codes."""
     draw = torch.Generator().manual_seed(seed)
     at = torch.randint(len(chosen), shape, generator=draw)
     return torch.tensor(chosen, dtype=torch.uint8)[at].view(CACHES[cache])
@@ -69,13 +69,15 @@ def check(
     for block_h in (8, 16):
         config = replace(CONFIG, BLOCK_H=block_h)
         wide = replace(spec, many_queries=True) if block_h > 8 else spec
-        found = verify.run(render(wide, config, GPUS["h200"]), wide, config, inputs, verify.oracle(wide, inputs))
+        found = verify.launch_and_check(
+            render(wide, config, GPUS["h200"]), wide, config, inputs, verify.oracle(wide, inputs)
+        )
         assert found.wrong is None
 
 
 @pytest.mark.parametrize(("dtype", "cache"), FORMS)
 def test_the_largest_and_all_others(dtype: str, cache: str) -> None:
-    """Every finite code as often, of either sign: half of e4m3's are below 1, one in 32 is 256 or more."""
+    """Every finite code equally often, of either sign: half of e4m3's are below 1, one in 32 is 256 or more."""
     every = torch.arange(256, dtype=torch.uint8).view(CACHES[cache]).float()
     chosen = every.isfinite().nonzero().flatten().tolist()
     k, v = (codes(cache, chosen, (300, HEAD_DIM), seed) for seed in (1, 2))
@@ -87,7 +89,7 @@ def test_the_largest_and_all_others(dtype: str, cache: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "cache"), FORMS)
 def test_subnormal_numbers_alone(dtype: str, cache: str) -> None:
-    """Down to 2^-9 in e4m3 and 2^-16 in e5m2, with scales that make them of the size of 1."""
+    """Down to 2^-9 in e4m3 and 2^-16 in e5m2, with scales that bring them to about 1."""
     digits = {"e4m3": 3, "e5m2": 2}[cache]
     chosen = [sign + code for sign in (0, 128) for code in range(2**digits)]
     smallest = torch.tensor([1], dtype=torch.uint8).view(CACHES[cache]).float().item()

@@ -1,4 +1,4 @@
-"""The fingerprint of a rendered kernel: what keeps it, and that whatever changes the program changes it.
+"""The fingerprint of a rendered kernel: edits that keep it, and that every change of the program changes it.
 
 tests/golden/fingerprints.json holds those of the golden kernels, for every Python: see test_render.py.
 """
@@ -80,7 +80,7 @@ def test_comments_and_empty_lines_keep_it(name: str, data: st.DataObject) -> Non
 @EXAMPLES
 @given(name=NAMES, data=st.data())
 def test_a_rename_keeps_it(name: str, data: st.DataObject) -> None:
-    """Of one name of a function's own, or of the file, wherever it stands for the same thing."""
+    """Rename one name of a function or of the file, wherever it has the same binding."""
     tree = ast.parse(text_of(name))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     function = data.draw(st.sampled_from(functions))
@@ -97,7 +97,7 @@ def test_a_rename_keeps_it(name: str, data: st.DataObject) -> None:
 
 
 def test_names_may_trade_places() -> None:
-    """As numbers they are the same; as what they stand for, too."""
+    """They are equal as numbers, and equal in meaning."""
     text = "def f(a, b):\n    c = a - b\n    return c\n"
     assert fingerprint("def f(b, a):\n    c = b - a\n    return c\n") == fingerprint(text)
     assert fingerprint("def f(b, a):\n    c = a - b\n    return c\n") != fingerprint(text)
@@ -110,13 +110,13 @@ def test_what_errors_say_keeps_it() -> None:
 
 
 def names_of(function: ast.FunctionDef) -> set[str]:
-    """Parameters, and what is assigned."""
+    """Parameters and assigned names."""
     names = {argument.arg for argument in function.args.args}
     return names | {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def rename_local(tree: ast.Module, function: ast.FunctionDef, old: str) -> ast.Module:
-    """In the function itself, in what decorates it, and in keywords of its calls."""
+    """In the function, in its decorators, and in keywords of its calls."""
     for node in ast.walk(function):  # what decorates it, too
         if isinstance(node, ast.Name) and node.id == old:
             node.id = "other_name"
@@ -220,7 +220,7 @@ def attributes(tree: ast.Module) -> Iterator[Change]:
 
 
 def names_that_are_read(tree: ast.Module) -> Iterator[Change]:
-    """Another variable of the same function in the place of one."""
+    """Replace one variable by another of the same function."""
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         names = sorted(names_of(function))
         for node in ast.walk(function):
@@ -267,13 +267,13 @@ def test_a_change_of_the_program_changes_it(
     ("name", "change"),
     [
         ("forward_causal_stats", {"num_stages": 2}),
-        ("forward_causal_stats", {"HEAD_GROUP": 2}),
-        ("forward_causal_stats", {"ROW_MAX": "first"}),
+        ("forward_causal_stats", {"GROUP_HEADS": 2}),
+        ("forward_causal_stats", {"SOFTMAX": "fixed_reference"}),
         ("dkdv_narrow_maxnreg", {"maxnreg": 0}),
     ],
 )
 def test_each_of_a_config_changes_it(name: str, change: dict[str, Any]) -> None:
-    """As the templates write it."""
+    """In the form that the templates write."""
     kernel = GOLDEN[name]
     other = replace(kernel.config, **change)
     assert other != kernel.config
@@ -290,7 +290,7 @@ def test_what_no_kernel_has_is_refused(text: str) -> None:
 
 
 def test_scopes() -> None:
-    """A name means what it means to Python: the nearest scope's that binds it."""
+    """A name resolves as in Python: to the nearest scope that binds it."""
     text = (
         "import torch\nN = 2\ndef f(x):\n    y = [N * a for a in x if a]\n    return sorted(y, key=lambda a: a + N)\n"
     )

@@ -40,10 +40,10 @@ GPU = GPUS["h200"]
 DTYPES = ("fp16", "fp32")
 MOST_PROGRAMS = 32
 
-FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=1, num_warps=4, num_stages=2)
+FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
 FORWARD_FP32 = replace(FORWARD, BLOCK_M=32)  # without tensor cores tiles are smaller
-DKDV = DkDvConfig(BLOCK_M=32, BLOCK_N=64, HEAD_GROUP=2, num_warps=4, num_stages=2)
-DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=1, num_warps=4, num_stages=2)
+DKDV = DkDvConfig(BLOCK_M=32, BLOCK_N=64, GROUP_HEADS=2, num_warps=4, num_stages=2)
+DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
 DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
 
 
@@ -52,7 +52,7 @@ def wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -
 
 
 def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
-    return verify.run(render(spec, config, GPU), spec, config, inputs, verify.oracle(spec, inputs)).wrong
+    return verify.launch_and_check(render(spec, config, GPU), spec, config, inputs, verify.oracle(spec, inputs)).wrong
 
 
 def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
@@ -61,7 +61,7 @@ def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
 
 def launched(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     """The call after one launch."""
-    call = verify.poisoned(spec, config, inputs)
+    call = verify.poisoned_call(spec, config, inputs)
     load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     return call
 
@@ -109,7 +109,7 @@ def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> 
 def test_every_order_of_tiles_covers_every_tile(causal: bool, head_group: int) -> None:
     spec = KernelSpec("forward", 64, "fp16", group=3, causal=causal, stats=True)
     shape = Shape(batch=1, heads=9, kv_heads=3, seqlen_q=70, seqlen_kv=75)  # 9 heads: the last group of 2 or 8 is 1
-    assert wrong(spec, replace(FORWARD, HEAD_GROUP=head_group), shape) is None
+    assert wrong(spec, replace(FORWARD, GROUP_HEADS=head_group), shape) is None
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -173,7 +173,7 @@ def test_every_way_to_merge(splits: int, merge: str, warps: int, keys: int) -> N
 @pytest.mark.parametrize("merge", ["none", "last", "kernel"])
 @pytest.mark.parametrize("block_h", [8, 16])
 def test_a_group_that_fills_no_tile(block_h: int, merge: str) -> None:
-    """12 heads are a tile and a half of 8, or three quarters of one of 16."""
+    """12 heads fill one and a half tiles of 8, or three quarters of a tile of 16."""
     spec = KernelSpec("decode", 64, "fp16", group=12)
     config = replace(DECODE, BLOCK_H=block_h, NUM_SPLITS=1 if merge == "none" else 3, merge=merge)
     assert wrong(spec, config, Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=101)) is None
@@ -216,7 +216,7 @@ def test_the_softmax_scale_is_an_argument(op: str, softmax_scale: float) -> None
     spec, config = (KernelSpec(op, 64, "fp32"), FORWARD_FP32 if op == "forward" else DECODE)
     shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=20 if op == "forward" else 1, seqlen_kv=75)
     inputs = inputs_of(spec, shape)
-    call = verify.poisoned(spec, config, inputs)
+    call = verify.poisoned_call(spec, config, inputs)
     load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale))
     expected = reference_forward(inputs.q, inputs.r, inputs.k, inputs.v, softmax_scale=softmax_scale)
     assert why_wrong(call.out, expected.out, spec.dtype) is None
@@ -225,7 +225,7 @@ def test_the_softmax_scale_is_an_argument(op: str, softmax_scale: float) -> None
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("op", ["forward", "decode"])
 def test_scores_far_from_zero(op: str, sign: float) -> None:
-    """Scores of about +-1000: e^1000 overflows and e^-1000 is 0 where the maximum is not taken off."""
+    """Scores of about +-1000: without subtracting the maximum, e^1000 overflows and e^-1000 is 0."""
     spec, config = (KernelSpec(op, 64, "fp32"), FORWARD_FP32 if op == "forward" else DECODE)
     shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=20 if op == "forward" else 1, seqlen_kv=75)
     inputs = inputs_of(spec, shape)
@@ -252,7 +252,7 @@ def test_strided_inputs(spec: KernelSpec, config: KernelConfig, shape: Shape, la
 
 @pytest.mark.parametrize("merge", ["none", "last", "kernel", "forward"])
 def test_only_the_output_is_written(merge: str) -> None:
-    """Into the middle of larger tensors, which are as before around it."""
+    """Outputs in the middle of larger tensors, which stay unchanged around them."""
     if merge == "forward":
         spec, config = KernelSpec("forward", 64, "fp16", group=3, causal=True, stats=True), FORWARD
         shape = Shape(batch=2, heads=6, kv_heads=2, seqlen_q=71, seqlen_kv=75)
@@ -261,7 +261,7 @@ def test_only_the_output_is_written(merge: str) -> None:
         config = replace(DECODE, NUM_SPLITS=1 if merge == "none" else 3, merge=merge)
         shape = Shape(batch=2, heads=6, kv_heads=2, seqlen_q=1, seqlen_kv=75)
     inputs = inputs_of(spec, shape)
-    call = verify.poisoned(spec, config, inputs)
+    call = verify.poisoned_call(spec, config, inputs)
     around = [torch.full((2, shape.seqlen_q + 2, 8, 192), 7.0, dtype=torch.float16) for _ in range(2)]
     out, v_mean = (x[:, 1:-1, 1:-1, 64:128] for x in around)
     call.written["out"] = out
@@ -283,7 +283,7 @@ def test_only_the_output_is_written(merge: str) -> None:
 )
 @pytest.mark.parametrize("op", ["forward", "decode"])
 def test_offsets_past_32_bits_in_k_and_v(op: str, shape: Shape, dim: int, stride: int) -> None:
-    """Some 5 GB are reserved, and only the pages of the few keys used. What overflows reads elsewhere, or crashes."""
+    """Some 5 GB are reserved, but few pages are used. An offset that overflows reads elsewhere, or crashes."""
     spec, config = KernelSpec(op, 64, "fp16", group=shape.group), FORWARD if op == "forward" else DECODE
     inputs = inputs_of(spec, shape)
     inputs.k, inputs.v = strategies.far_apart(inputs.k, inputs.v, dim, stride)
@@ -295,7 +295,7 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
     inputs = inputs_of(spec, Shape(1, 1, 1, 70, 70))
     expected = verify.oracle(spec, inputs)
     inputs.q, inputs.r = strategies.far_apart(inputs.q, inputs.r, 1, 1 << 25)
-    call = verify.poisoned(spec, config, inputs)
+    call = verify.poisoned_call(spec, config, inputs)
     call.written["out"], call.written["v_mean"] = strategies.far_apart(call.out, call.written["v_mean"], 1, 1 << 25)
     load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     assert verify.judge(call, expected).wrong is None
@@ -303,12 +303,12 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
 
 @pytest.mark.parametrize("op", ["preprocess", "dkdv", "dqdr"])
 def test_the_numbers_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> None:
-    """As those of many short sequences do, each padded. Some 13 GB are reserved, and few pages used."""
+    """Like the padded rows of many short sequences. Some 13 GB are reserved, but few pages are used."""
     config = {"preprocess": PreprocessConfig(BLOCK_M=16, num_warps=4), "dkdv": DKDV, "dqdr": DQDR}[op]
     spec = KernelSpec(op, 64, "fp16", causal=op != "preprocess")
     inputs = inputs_of(spec, Shape(1, 1, 1, 70, 70))
     expected = verify.oracle(spec, inputs)
-    call = verify.poisoned(spec, config, inputs)
+    call = verify.poisoned_call(spec, config, inputs)
     rows = call.written["rows"] if op == "preprocess" else inputs.rows
     assert rows is not None
     stride = 1 << 30
@@ -323,11 +323,11 @@ def test_the_numbers_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> N
 
 @pytest.mark.parametrize("merge", ["last", "kernel", "ragged"])
 def test_scratch_serves_again(merge: str) -> None:
-    """The second launch finds the first one's partials and counters, and other queries and lengths."""
+    """The second launch reuses the first one's split-KV scratch and counters, with other queries and lengths."""
     spec = KernelSpec("decode_varlen" if merge == "ragged" else "decode", 64, "fp16", group=12)
     config = replace(DECODE, merge="last" if merge == "ragged" else merge)
     shape = Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=75)
-    call = verify.poisoned(spec, config, inputs_of(spec, shape, seed=1))
+    call = verify.poisoned_call(spec, config, inputs_of(spec, shape, seed=1))
     launch = load(render(spec, config, GPU)).launch
     launch(*call.arguments(softmax_scale(spec)))
     call.inputs = inputs_of(spec, shape, seed=2)
@@ -341,7 +341,9 @@ def test_scratch_serves_again(merge: str) -> None:
 # Wrong kernels, to see that the checks above can fail: what to change in which kernel.
 FORWARD_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD)
 WINDOW_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True), FORWARD)
-VARLEN_KERNEL = Kernel(KernelSpec("forward", 80, "fp16", group=2, varlen=True), replace(FORWARD, HEAD_DIM_AS="pieces"))
+VARLEN_KERNEL = Kernel(
+    KernelSpec("forward", 80, "fp16", group=2, varlen=True), replace(FORWARD, HEAD_DIM_LAYOUT="chunked")
+)
 PREPROCESS_KERNEL = Kernel(KernelSpec("preprocess", 64, "fp16"), PreprocessConfig(BLOCK_M=16, num_warps=4))
 DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", group=2, causal=True, window=True), DKDV)
 DQDR_KERNEL = Kernel(KernelSpec("dqdr", 64, "fp16", group=2, causal=True, window=True), DQDR)
@@ -407,4 +409,4 @@ def test_a_wrong_kernel_is_seen(kernel: Kernel, right: str, planted: str) -> Non
     if spec.op == "preprocess":
         shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=75, seqlen_kv=61)  # 14 rows see no key
     inputs = inputs_of(spec, shape, seed=2)
-    assert verify.run(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is not None
+    assert verify.launch_and_check(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is not None

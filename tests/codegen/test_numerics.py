@@ -28,7 +28,7 @@ from parallax_gen.problem.spec import KernelSpec
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 GPU = GPUS["h200"]
-CONFIG = ForwardConfig(BLOCK_M=64, BLOCK_N=32, HEAD_GROUP=1, num_warps=4, num_stages=2)
+CONFIG = ForwardConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
 FULL = KernelSpec("forward", 64, "fp16", group=2, stats=True)
 CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True)
 WINDOW = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True, window=True)
@@ -36,7 +36,7 @@ VARLEN = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True, var
 
 
 def normal(x: Inputs) -> None:
-    """As they are: s and t of unit variance."""
+    """Unchanged random inputs: s and t have unit variance."""
 
 
 def large_probes(x: Inputs) -> None:
@@ -44,7 +44,7 @@ def large_probes(x: Inputs) -> None:
 
 
 def sink(x: Inputs) -> None:
-    """A first key that takes nearly all of the weight, e^10 times another's, and whose t is 256, theirs about 1."""
+    """The first key has nearly all weight, e^10 times another key's, and t = 256; other keys have t of about 1."""
     x.q[..., 0], x.r[..., 0], x.k[..., 0] = 5, 16, 0
     if x.cu_seqlens_k is None:
         x.k[:, 0, :, 0] = 16
@@ -57,13 +57,13 @@ def outputs(spec: KernelSpec, inputs: Inputs, *, first_in_fp32: bool) -> dict[st
     if not first_in_fp32:
         text = without_first_key(source.text)
         source = KernelSource("plain", text, hashlib.sha256(text.encode()).hexdigest())
-    call = verify.poisoned(spec, CONFIG, inputs)
+    call = verify.poisoned_call(spec, CONFIG, inputs)
     load(source).launch(*call.arguments(softmax_scale(spec)))
     return call.written
 
 
 def without_first_key(text: str) -> str:
-    """The kernel that begins with an empty state, and takes the first key as any other."""
+    """The kernel that begins with an empty state, and treats the first key like any other."""
     before, rest = text.split("    s0 = ")
     loop = rest[rest.index("    # -- the other keys") :].replace("tl.range(start + 1, ", "tl.range(start, ")
     assert "tl.range(1, " in loop or "tl.range(start, " in loop
@@ -84,7 +84,7 @@ def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) ->
 
 
 def errors_of_out(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
-    """As it is, and without the first key in fp32."""
+    """The errors of the kernel, and of the one without the first key in fp32."""
     expected = attend(spec, inputs).out
     ours, plain = (errors(outputs(spec, inputs, first_in_fp32=way)["out"], expected).relative for way in (True, False))
     return ours, plain
@@ -108,7 +108,7 @@ def test_nothing_is_lost_elsewhere(spec: KernelSpec, prepare: Callable[[Inputs],
 @pytest.mark.parametrize("prepare", [normal, large_probes, sink], ids=lambda prepare: prepare.__name__)
 @pytest.mark.parametrize("spec", [FULL, CAUSAL, WINDOW, VARLEN], ids=["full", "causal", "window", "varlen"])
 def test_the_stats_are_right(spec: KernelSpec, prepare: Callable[[Inputs], None]) -> None:
-    """Of fp16 inputs sums in fp32 are what errs in t_mean, as in fp32."""
+    """With fp16 inputs the error of t_mean is that of fp32 sums, as with fp32 inputs."""
     inputs = inputs_of(spec, prepare, seed=3)
     found, expected = outputs(spec, inputs, first_in_fp32=True), attend(spec, inputs)
     assert why_wrong(found["t_mean"], expected.t_mean, "fp32") is None

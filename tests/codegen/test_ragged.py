@@ -1,4 +1,4 @@
-"""Kernels of sequences of their own lengths in Triton's CPU interpreter, on sequences that were cut by hand.
+"""decode_varlen in Triton's CPU interpreter, on sequences that the tests cut themselves.
 
 tests/codegen/test_interpreter.py draws any such kernel; here are the cases that draws seldom hit.
 """
@@ -68,7 +68,7 @@ def check(spec: KernelSpec, config: DecodeConfig, parts: list[Part], *, window: 
     """
     source = render(spec, config, GPU)
     layout = {} if before is None else {"before": before}
-    call = verify.poisoned(spec, config, inputs_of(spec, parts, window, **layout))
+    call = verify.poisoned_call(spec, config, inputs_of(spec, parts, window, **layout))
     around = tuple(torch.cat([x, x.new_full((64,), 7)]) for x in call.scratch)
     call.scratch = tuple(x[:-64] for x in around)
     launch(source, call)
@@ -94,7 +94,7 @@ def test_one_long_sequence_among_short_ones(splits: int, page_size: int) -> None
     "more", [{}, {"causal": True, "window": True}, {"leftpad": True, "page_size": 48}], ids=["", "window", "padding"]
 )
 def test_a_second_kernel_merges(more: dict[str, Any]) -> None:
-    """With one split a sequence on the average, and with several."""
+    """With a mean of one split a sequence, and with several."""
     spec = replace(ONE, **more)
     parts = of_one_kv_head(parts_of(spec, SKEWED))
     before = (0, 3, 50, 7, 100) if spec.leftpad else None
@@ -104,9 +104,9 @@ def test_a_second_kernel_merges(more: dict[str, Any]) -> None:
 
 
 def test_a_long_sequence_has_many_programs_and_short_ones_have_one_each() -> None:
-    """Which slots of the partials are written says who worked: 32 of 36 blocks are the long sequence's."""
+    """The entries of the split-KV scratch that are written show the work: 32 of 36 blocks are the long sequence's."""
     spec, config = replace(ONE, stats=False), replace(CONFIG, NUM_SPLITS=3)
-    call = verify.poisoned(spec, config, inputs_of(spec, parts_of(spec, SKEWED)))
+    call = verify.poisoned_call(spec, config, inputs_of(spec, parts_of(spec, SKEWED)))
     launch(render(spec, config, GPU), call)
     slots = call.scratch[0].view(-1, 2, spec.group * (2 * spec.head_dim + 4))  # by slot and kv head
     used = (~slots.isnan()).any(dim=-1)
@@ -120,12 +120,12 @@ def test_a_long_sequence_has_many_programs_and_short_ones_have_one_each() -> Non
     ("spec", "batch"), [(replace(ONE, stats=False), 131), (PACKED, 67)], ids=["one query", "packed"]
 )
 def test_more_sequences_than_are_looked_at_at_a_time(spec: KernelSpec, batch: int) -> None:
-    """One in forty has keys enough for several programs; every third of those that are packed has no query."""
+    """One sequence in forty has enough keys for several programs; every third packed sequence has no query."""
     lengths = tuple(b % 7 if b % 40 else 400 + b for b in range(batch))
     queries = [b % 3 for b in range(batch)] if spec.varlen else 1
     config = replace(CONFIG, NUM_SPLITS=1)
     parts = of_one_kv_head(parts_of(spec, lengths, queries))
-    call = verify.poisoned(spec, config, inputs_of(spec, parts))
+    call = verify.poisoned_call(spec, config, inputs_of(spec, parts))
     launch(render(spec, config, GPU), call)
     assert verify.judge(call, expected_of(spec, parts)).wrong is None
     assert not call.scratch[0].isnan().all()  # some were split
@@ -142,14 +142,14 @@ def test_no_sequence_has_a_query() -> None:
     parts = parts_of(PACKED, (30, 9), (0, 0))
     inputs = inputs_of(PACKED, parts)
     inputs.max_seqlen_q = 4
-    call = verify.poisoned(PACKED, CONFIG, inputs)
+    call = verify.poisoned_call(PACKED, CONFIG, inputs)
     launch(render(PACKED, CONFIG, GPU), call)
     assert not call.scratch[1].any()
     assert call.scratch[0].isnan().all()
 
 
 def test_rows_that_no_sequence_has_are_filled() -> None:
-    """Two before the first, and so many behind the last that every program fills some."""
+    """Two rows before the first sequence, and enough after the last that every program fills some."""
     parts = parts_of(PACKED, (300, 9), (3, 2))
     inputs = inputs_of(PACKED, parts)
     for name in ("q", "r"):
@@ -157,7 +157,7 @@ def test_rows_that_no_sequence_has_are_filled() -> None:
         setattr(inputs, name, torch.cat([padding[:2], getattr(inputs, name), padding[2:]]))
     assert inputs.cu_seqlens_q is not None
     inputs.cu_seqlens_q += 2
-    call = verify.poisoned(PACKED, CONFIG, inputs)
+    call = verify.poisoned_call(PACKED, CONFIG, inputs)
     launch(render(PACKED, CONFIG, GPU), call)
     for name, x in call.written.items():
         by_row = x.transpose(0, 1) if name in ("lse", "t_mean") else x
@@ -171,11 +171,11 @@ def test_rows_that_no_sequence_has_are_filled() -> None:
 
 @pytest.mark.parametrize("spec", [ONE, PACKED], ids=["one query", "packed"])
 def test_a_length_below_0_counts_as_0(spec: KernelSpec) -> None:
-    """However far below: sequences are shared out by how many blocks of keys all have together."""
+    """However negative: work is divided by the total number of key blocks."""
     parts = parts_of(spec, (300, 0, 40, 0), (2, 1, 1, 3) if spec.varlen else (1, 1, 1, 1))
     inputs = inputs_of(spec, parts)
     inputs.cache_seqlens = torch.tensor([300, -(2**31), 40, -1], dtype=torch.int32)
-    call = verify.poisoned(spec, CONFIG, inputs)
+    call = verify.poisoned_call(spec, CONFIG, inputs)
     launch(render(spec, CONFIG, GPU), call)
     assert verify.judge(call, expected_of(spec, parts)).wrong is None
 
@@ -183,7 +183,7 @@ def test_a_length_below_0_counts_as_0(spec: KernelSpec) -> None:
 @pytest.mark.parametrize("full", [False, True], ids=["causal", "full"])
 @pytest.mark.parametrize("block_h", [8, 16])
 def test_queries_of_one_length_each(block_h: int, full: bool) -> None:
-    """10 pairs of a query and a head: a tile and a bit, or most of one."""
+    """10 (query, head) pairs: a bit more than a tile of 8, or most of a tile of 16."""
     spec = replace(MANY, causal=not full)
     check(spec, replace(CONFIG, BLOCK_H=block_h), of_one_kv_head(parts_of(spec, (0, 3, 200, 33), 5)))
 
@@ -213,12 +213,12 @@ def test_left_padding(spec: KernelSpec, page_size: int) -> None:
 
 @pytest.mark.parametrize("page_size", [0, 16, 48], ids=["", "pages of 16", "pages of 48"])
 def test_left_padding_past_the_end_leaves_no_key(page_size: int) -> None:
-    """All that there is is poison, and no table says where it is."""
+    """All values are NaN, and all page table entries are out of range."""
     spec = replace(ONE, leftpad=True, page_size=page_size)
     inputs = inputs_of(spec, parts_of(spec, (0, 0, 0)), before=(3, 20, 50))
     assert inputs.cache_leftpad is not None
     inputs.cache_leftpad += torch.tensor([0, 1, 10**6], dtype=torch.int32)
-    call = verify.poisoned(spec, CONFIG, inputs)
+    call = verify.poisoned_call(spec, CONFIG, inputs)
     launch(render(spec, CONFIG, GPU), call)
     assert (call.out == 0).all()
     assert (call.written["v_mean"] == 0).all()
@@ -233,7 +233,7 @@ PAGE_ENDS = (0, 1, 8, 9, 13, 16, 24, 31, 32, 33, 64, 65, 203)
 @pytest.mark.parametrize("block_n", [16, 32, 64], ids=lambda n: f"{n // 8} pages")
 @pytest.mark.parametrize("cache", ["", "e4m3"])
 def test_blocks_of_a_few_whole_pages(cache: str, block_n: int) -> None:
-    """What lies past an end, in the last page and in the table, is poison."""
+    """Values after the end in the last page are NaN, and table entries after the end are out of range."""
     spec = replace(ONE, page_size=8, cache_dtype=cache)
     config = replace(CONFIG, BLOCK_N=block_n, NUM_SPLITS=2)
     assert "page_1 = " in render(spec, config, GPU).text
@@ -243,7 +243,7 @@ def test_blocks_of_a_few_whole_pages(cache: str, block_n: int) -> None:
 @pytest.mark.parametrize("block_n", [16, 64], ids=lambda n: f"{n // 8} pages")
 @pytest.mark.parametrize("spec", [ONE, replace(ONE, causal=True, window=True), PACKED, WINDOW])
 def test_blocks_of_a_few_whole_pages_that_begin_anywhere(spec: KernelSpec, block_n: int) -> None:
-    """All that there is may lie in the page that it begins in, with poison on both sides."""
+    """All keys may lie in the first page, with NaN on both sides."""
     spec = replace(spec, leftpad=True, page_size=8)
     config = replace(CONFIG, BLOCK_N=block_n, NUM_SPLITS=2)
     assert "page_1 = " in render(spec, config, GPU).text
@@ -256,7 +256,7 @@ def test_blocks_of_a_few_whole_pages_that_begin_anywhere(spec: KernelSpec, block
 @pytest.mark.parametrize("cache", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("spec", [ONE, replace(ONE, page_size=16), WINDOW], ids=["one query", "pages", "window"])
 def test_caches_in_eight_bits(spec: KernelSpec, cache: str) -> None:
-    """head_dim 16, which tiles of fours pad to 64; a scale for each kv head."""
+    """head_dim 16, which tiles of packed fours pad to 64; a scale for each kv head."""
     spec = replace(spec, cache_dtype=cache)
     parts = parts_of(spec, (200, 9, 17, 0), (3, 1, 0, 5) if spec.varlen else 1)
     check(spec, replace(CONFIG, NUM_SPLITS=2), parts, window=20 if spec.window else 0)
@@ -276,7 +276,7 @@ def test_every_number_of_eight_bits_is_read_as_it_is(cache: str) -> None:
     inputs = Inputs(q, q / 8, torch.zeros_like(v).view(rows, 1, 1, 16), v.view(rows, 1, 1, 16))
     inputs.cache_seqlens = torch.ones(rows, dtype=torch.int32)
     inputs.k_scale, inputs.v_scale = torch.ones(1), torch.ones(1)
-    call = verify.poisoned(spec, CONFIG, inputs)
+    call = verify.poisoned_call(spec, CONFIG, inputs)
     launch(render(spec, CONFIG, GPU), call)
     assert torch.equal(call.out.flatten().float(), v.float())
 
@@ -310,7 +310,7 @@ def test_keys_as_far_apart_as_is_allowed(spec: KernelSpec, block: int, at_once: 
     stride = (reach - spec.head_dim) // (at_once - 1) // 4 * 4 if at_once > 1 else 2**30
     inputs.k, inputs.v = (far_apart(x, 1, stride) for x in (inputs.k, inputs.v))
     config = replace(CONFIG, BLOCK_N=block)
-    assert verify.run(render(spec, config, GPU), spec, config, inputs, expected).wrong is None
+    assert verify.launch_and_check(render(spec, config, GPU), spec, config, inputs, expected).wrong is None
 
 
 @pytest.mark.parametrize(
@@ -322,11 +322,11 @@ def test_keys_as_far_apart_as_is_allowed(spec: KernelSpec, block: int, at_once: 
     ],
 )
 def test_outputs_as_far_apart_as_is_allowed(spec: KernelSpec, merge: str, dim: int, stride: int) -> None:
-    """And queries, which may lie further apart. Four heads in two groups."""
+    """Also queries, which may have larger strides. Four heads in two groups."""
     inputs = random_inputs_of(spec, Shape(1, 4, 2, 5 if spec.many_queries else 1, 150), seed=1, device="cpu")
     config, expected = replace(CONFIG, merge=merge), verify.oracle(spec, inputs)
     inputs.q, inputs.r = (far_apart(x, dim, stride) for x in (inputs.q, inputs.r))
-    call = verify.poisoned(spec, config, inputs)
+    call = verify.poisoned_call(spec, config, inputs)
     for name in ("out", "v_mean"):
         call.written[name] = far_apart(call.written[name], dim, stride)
     launch(render(spec, config, GPU), call)
@@ -383,4 +383,4 @@ def test_a_wrong_kernel_is_seen(spec: KernelSpec, right: str, planted: str) -> N
     parts = of_one_kv_head(parts) if spec.varlen else parts
     window = 20 if spec.window else 0
     inputs = inputs_of(spec, parts, window, **({"before": (5, 31, 0, 1, 3)} if spec.leftpad else {}))
-    assert verify.run(source, spec, config, inputs, expected_of(spec, parts, window)).wrong is not None
+    assert verify.launch_and_check(source, spec, config, inputs, expected_of(spec, parts, window)).wrong is not None

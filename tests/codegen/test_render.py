@@ -1,4 +1,4 @@
-"""Rendered kernels as texts: golden ones, and what every one must look like.
+"""The text of rendered kernels: golden files, and rules for every kernel.
 
 tests/golden has one kernel of each op whole, NAME.py, and of the others how they differ from it, NAME.diff: changed
 lines with a line around them. After a template was changed on purpose, this writes it anew, and its diff shows what the
@@ -114,7 +114,7 @@ def test_faults_are_seen(text: str, fault: str) -> None:
 
 
 def faults(tree: ast.Module) -> list[str]:
-    """Imports besides torch and triton, arguments and names that nothing reads, branches that nothing decides."""
+    """Imports besides torch and triton, unused arguments and names, and constant branches."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -182,7 +182,7 @@ def test_an_invalid_config_is_not_rendered(
 
 @pytest.fixture
 def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the templates, rendered instead of them."""
+    """A copy of the templates that is rendered instead of the original."""
     copy = tmp_path / "templates"
     shutil.copytree(data_dir("templates"), copy)
     monkeypatch.setattr(render_module, "data_dir", lambda name: tmp_path / name)
@@ -201,7 +201,7 @@ SPEC_OF = {op: KernelSpec(op, 64, "bf16") for op in OPS}
 
 
 def kernels() -> dict[str, list[str]]:
-    """By template the fingerprints of the golden kernels that it renders."""
+    """Template -> the fingerprints of its golden kernels."""
     forget()
     found: dict[str, list[str]] = {name: [] for name in SPEC_OF}
     for kernel in GOLDEN.values():
@@ -226,7 +226,7 @@ def test_an_unknown_variable_is_an_error(templates: Path) -> None:
 
 
 def test_comments_macros_and_their_names_leave_the_kernels_as_they_are(templates: Path) -> None:
-    """Each record that was measured counts as before."""
+    """Every measured record stays usable."""
     before = kernels()
     for path in templates.rglob("*.j2"):
         text = path.read_text(encoding="utf-8")
@@ -237,7 +237,7 @@ def test_comments_macros_and_their_names_leave_the_kernels_as_they_are(templates
 
 
 def changed(path: Path, old: str, new: str) -> set[str]:
-    """The templates whose kernels change with `old`, which is there, made `new`."""
+    """The templates whose kernels change if `old`, which must exist, is replaced by `new`."""
     before, text = kernels(), path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new), encoding="utf-8")
@@ -259,7 +259,7 @@ def test_code_changes_the_kernels_that_have_it(templates: Path) -> None:
 
 
 def test_indentation_is_code(templates: Path) -> None:
-    """Out of the `if`, every split sets the counter back, not the last one."""
+    """Outside the `if`, every split resets the counter, not only the last one."""
     arrived = '    if tl.atomic_add(arrived_ptr + bh, 1, sem="acq_rel") == NUM_SPLITS - 1:\n'
     store = "    tl.store(arrived_ptr + bh, 0)\n"
     assert changed(templates / "decode.py.j2", f"{arrived}    {store}", f"{store}{arrived}") == {"decode"}

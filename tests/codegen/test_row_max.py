@@ -1,4 +1,4 @@
-"""Scores measured against one key's, ROW_MAX="first": sums that run over are found, and their tiles done again."""
+"""SOFTMAX="fixed_reference": tiles whose sums overflow are found and computed again."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ HEADS = 10  # of two sequences together more than a program of the second kernel
 
 
 def config_of(spec: KernelSpec) -> ForwardConfig:
-    form = {48: "pieces", 40: "padded"}.get(spec.head_dim, "whole")
-    return ForwardConfig(32, 32, HEAD_GROUP=4, num_warps=4, num_stages=2, HEAD_DIM_AS=form, ROW_MAX="first")
+    form = {48: "chunked", 40: "padded"}.get(spec.head_dim, "native")
+    return ForwardConfig(
+        32, 32, GROUP_HEADS=4, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT=form, SOFTMAX="fixed_reference"
+    )
 
 
 def inputs_of(spec: KernelSpec) -> Inputs:
@@ -55,7 +57,7 @@ def launched(source: KernelSource, spec: KernelSpec, inputs: Inputs) -> Call:
 
 
 def without_second_kernel(source: KernelSource) -> KernelSource:
-    begin = source.text.index("    again_kernel[(")
+    begin = source.text.index("    fixup_kernel[(")
     return KernelSource("forward_once", source.text[:begin], "once" + source.sha256[4:])
 
 
@@ -74,7 +76,7 @@ def test_tiles_that_run_over_are_done_again(spec: KernelSpec) -> None:
     assert left.any()
     assert not left[..., [h for h in range(HEADS) if h not in (3, HEADS - 1)]].any()
 
-    verdict = verify.run(source, spec, config_of(spec), inputs, verify.oracle(spec, inputs))
+    verdict = verify.launch_and_check(source, spec, config_of(spec), inputs, verify.oracle(spec, inputs))
     assert verdict.wrong is None
 
 
@@ -95,7 +97,7 @@ def test_few_keys_are_measured_against_the_largest(spec: KernelSpec) -> None:
     inputs.q[..., : 5 if spec.varlen else 10, :, :] *= 20
     once = launched(without_second_kernel(source), spec, inputs)
     assert verify.of_sequences(inputs, "out", once.out)[0].isfinite().all()
-    verdict = verify.run(source, spec, config_of(spec), inputs, verify.oracle(spec, inputs))
+    verdict = verify.launch_and_check(source, spec, config_of(spec), inputs, verify.oracle(spec, inputs))
     assert verdict.wrong is None
 
 

@@ -9,7 +9,7 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from parallax_gen.oracle.accuracy import gradient_sizes
+from parallax_gen.oracle.accuracy import gradient_term_sizes
 
 
 def attended(
@@ -57,7 +57,7 @@ def check_gradients(found: Tensor, expected: Tensor, inputs: Sequence[Tensor], n
     """Of both with respect to the inputs, for a random gradient of the output."""
     do = torch.randn_like(found)
     wanted = torch.autograd.grad(expected, inputs, do.double(), retain_graph=True)
-    sizes = gradient_sizes(*[x.detach() for x in inputs], do)
+    sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
     for x, grad, want, size in zip(inputs, torch.autograd.grad(found, inputs, do), wanted, sizes, strict=True):
         assert grad.dtype == x.dtype
         assert_close(grad, want.double(), name, float(size))

@@ -23,8 +23,8 @@ from parallax_gen.compat.official import (
 )
 from parallax_gen.compat.official_triton import parallax_decode as triton_decode
 from parallax_gen.errors import ArgumentError
-from parallax_gen.integrations.drop_in import official_training
-from parallax_gen.oracle.accuracy import gradient_sizes
+from parallax_gen.integrations.drop_in import parallax_kernel_training
+from parallax_gen.oracle.accuracy import gradient_term_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
@@ -117,7 +117,7 @@ def test_raw_forward_and_backward(lengths: tuple[int, int], window: int, dtype: 
     assert [x.dtype for x in grads] == [torch.bfloat16] * 4
     do = grad_o.unflatten(0, (2, 4)).transpose(1, 2).double()
     wanted = torch.autograd.grad(expected[0], inputs, do)
-    for grad, want, size in zip(grads, wanted, gradient_sizes(*raw, grad_o, 0.3), strict=True):
+    for grad, want, size in zip(grads, wanted, gradient_term_sizes(*raw, grad_o, 0.3), strict=True):
         assert grad.is_contiguous()
         assert_close(grad, want.flatten(0, 1).double(), "bf16", float(size))
 
@@ -140,10 +140,10 @@ def test_the_backward_takes_the_official_forwards_statistics(monkeypatch: pytest
     o, barv, d1, bart, m = parallax_fwd(*raw, 0.3, 2)
     largest = m - torch.rand_like(m)
     saved: list[Any] = []
-    backward = official_training.backward_of_part
+    backward = parallax_kernel_training.backward_without_autograd
     monkeypatch.setattr(
-        official_training,
-        "backward_of_part",
+        parallax_kernel_training,
+        "backward_without_autograd",
         lambda *args, **options: saved.append(args[2]) or backward(*args, **options),
     )
     for given in ((d1, m), ((m - largest).exp2(), largest)):

@@ -97,7 +97,7 @@ def _merge(partials, stride, splits, row):
 
 
 @triton.jit(do_not_specialize=["kv_heads", "batch", "seqlen_kv"])
-def ragged_kernel(
+def decode_varlen_kernel(
     q_ptr,
     r_ptr,
     k_ptr,
@@ -270,7 +270,7 @@ def launch(
     """
     batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
     slots = 2 * (batch * NUM_SPLITS + triton.cdiv(batch, SPARE))  # at the most
-    ragged_kernel[(slots * kv_heads,)](
+    decode_varlen_kernel[(slots * kv_heads,)](
         q,
         r,
         k_cache,

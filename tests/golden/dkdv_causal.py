@@ -1,7 +1,7 @@
 """Parallax attention, backward: the gradients of k and v.
 
 spec       dkdv, head_dim 128, bf16, MHA, causal
-config     BLOCK_M=64 BLOCK_N=128 HEAD_GROUP=4 num_warps=8 num_stages=3
+config     BLOCK_M=64 BLOCK_N=128 GROUP_HEADS=4 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel a084c6b6219c
 
@@ -62,13 +62,13 @@ def dkdv_kernel(
     HEAD_DIM: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 64  # query rows it takes a step
     BLOCK_N: tl.constexpr = 128  # keys a program owns
-    HEAD_GROUP: tl.constexpr = 4  # kv heads whose tiles run together
+    GROUP_HEADS: tl.constexpr = 4  # kv heads whose tiles run together
 
     # -- which tile of which kv head: keys that most rows see first
     pid = tl.program_id(0)
     tiles = tl.cdiv(seqlen_kv, BLOCK_N)
-    first = pid // (tiles * HEAD_GROUP) * HEAD_GROUP
-    together = tl.minimum(HEAD_GROUP, batch_heads - first)  # the last group may be smaller
+    first = pid // (tiles * GROUP_HEADS) * GROUP_HEADS
+    together = tl.minimum(GROUP_HEADS, batch_heads - first)  # the last group may be smaller
     tile = (pid - first * tiles) // together
     bh = first + (pid - first * tiles) % together
     batch = (bh // kv_heads).to(tl.int64)

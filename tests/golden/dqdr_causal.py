@@ -1,7 +1,7 @@
 """Parallax attention, backward: the gradients of q and r.
 
 spec       dqdr, head_dim 128, bf16, MHA, causal
-config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=4 num_warps=8 num_stages=3
+config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=4 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel f3020d520197
 
@@ -62,13 +62,13 @@ def dqdr_kernel(
     HEAD_DIM: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 128  # query rows a program owns
     BLOCK_N: tl.constexpr = 64  # keys it takes a step
-    HEAD_GROUP: tl.constexpr = 4  # query heads whose tiles run together
+    GROUP_HEADS: tl.constexpr = 4  # query heads whose tiles run together
 
     # -- which tile of which head: the longest rows first
     pid = tl.program_id(0)
     tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    first = pid // (tiles * HEAD_GROUP) * HEAD_GROUP
-    together = tl.minimum(HEAD_GROUP, batch_heads - first)  # the last group may be smaller
+    first = pid // (tiles * GROUP_HEADS) * GROUP_HEADS
+    together = tl.minimum(GROUP_HEADS, batch_heads - first)  # the last group may be smaller
     tile = (pid - first * tiles) // together
     bh = first + (pid - first * tiles) % together
     tile = tiles - 1 - tile

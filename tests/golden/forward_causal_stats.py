@@ -1,7 +1,7 @@
 """Parallax attention, forward.
 
 spec       forward, head_dim 128, bf16, MHA, causal, stats
-config     BLOCK_M=128 BLOCK_N=64 HEAD_GROUP=1 num_warps=8 num_stages=3
+config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=1 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 7123708bf573
 

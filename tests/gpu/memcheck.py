@@ -46,7 +46,7 @@ STEP = ("forward", "preprocess", "dkdv", "dqdr")
 def main() -> None:
     gpu, shape = gpu_of_device(0), Shape(1, 4, 4, 256, 256)
     cases = [(KernelSpec(head_dim=head_dim, dtype=dtype, **more), config) for head_dim, dtype, more, config in DECODE]
-    specs = [spec.of(op) for spec in TRAINING for op in STEP]
+    specs = [spec.for_op(op) for spec in TRAINING for op in STEP]
     cases += [(spec, default_config(spec, shape, gpu)) for spec in specs]
     for spec, config in cases:
         source = render(spec, config, gpu)

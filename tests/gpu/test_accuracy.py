@@ -20,7 +20,7 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
-from parallax_gen.oracle.accuracy import errors, gradient_sizes, tolerance
+from parallax_gen.oracle.accuracy import errors, gradient_term_sizes, tolerance
 from parallax_gen.oracle.inputs import random_inputs_of
 from parallax_gen.oracle.reference import Gradients, reference_backward, reference_forward
 from parallax_gen.problem.shapes import Shape
@@ -80,7 +80,7 @@ def test_long_rows(prepare: Prepare) -> None:
     out, gradients = expected_of(x)
     assert_close(found["out"], out, "bf16")
 
-    sizes, rows = gradient_sizes(x.q, x.r, x.k, x.v, x.do), x.q.shape[:-1].numel()
+    sizes, rows = gradient_term_sizes(x.q, x.r, x.k, x.v, x.do), x.q.shape[:-1].numel()
     for name, ref in gradients._asdict().items():
         if prepare in (sink, sink_of_large_probes):
             # A row with one key has gradients 0, each the difference of two numbers of a natural size, which v̄ and o
@@ -136,13 +136,13 @@ def test_peers_and_ours_agree(module: str, group: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("window", [0, 300])
 def test_tiles_that_run_over_are_done_again(head_dim: int, window: int) -> None:
-    """Rows whose keys outweigh the one that they are measured against, with ROW_MAX "first", by e^45 and more."""
+    """With SOFTMAX "fixed_reference": rows whose keys outweigh the reference by e^45 and more."""
     spec = KernelSpec("forward", head_dim, "bf16", causal=True, stats=True, window=window > 0)
-    form = "pieces" if head_dim == 96 else "whole"
-    config = ForwardConfig(64, 64, 4, num_warps=4, num_stages=2, HEAD_DIM_AS=form, ROW_MAX="first")
+    form = "chunked" if head_dim == 96 else "native"
+    config = ForwardConfig(64, 64, 4, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT=form, SOFTMAX="fixed_reference")
     inputs = random_inputs_of(spec, Shape(2, 20, 20, 500, 600, window), seed=7, device="cuda")
     inputs.q[:, 100:110, 3] *= 20
     inputs.q[1, 400, 19] *= 20
     source = render(spec, config, gpu_of_device(0))
-    verdict = verify.run(source, spec, config, inputs, verify.oracle(spec, inputs))
+    verdict = verify.launch_and_check(source, spec, config, inputs, verify.oracle(spec, inputs))
     assert verdict.wrong is None

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.gpu
 
 SHAPE = Shape(2, 8, 4, 512, 512)
 FORWARD = KernelSpec("forward", 72, "bf16", group=2, causal=True)  # of a head_dim that no other test here compiles
-SPILLS = ForwardConfig(64, 64, HEAD_GROUP=1, num_warps=4, num_stages=2, HEAD_DIM_AS="padded")
+SPILLS = ForwardConfig(64, 64, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="padded")
 CASES: list[tuple[KernelSpec, KernelConfig, Shape]] = [
-    (FORWARD, ForwardConfig(32, 32, HEAD_GROUP=1, num_warps=4, num_stages=2, HEAD_DIM_AS="padded"), SHAPE),
+    (FORWARD, ForwardConfig(32, 32, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="padded"), SHAPE),
     (FORWARD, SPILLS, SHAPE),
     (
         KernelSpec("decode_varlen", 72, "bf16", group=2, page_size=16),
@@ -68,7 +68,7 @@ def test_a_call_gets_a_borrowed_kernel_that_was_checked_and_not_one_that_spills(
     gpu = gpu_of_device(0)
     place = Place(gpu.name, FORWARD, bucket_of(SHAPE))
     default = default_of(place, gpu)
-    fine = replace(default, HEAD_GROUP=2)  # type: ignore[call-arg]
+    fine = replace(default, GROUP_HEADS=2)  # type: ignore[call-arg]
 
     def borrowed(config: KernelConfig, time_us: float) -> Result:
         evidence = replace(evidence_of(render(FORWARD, config, gpu)), triton="2.0.0")

@@ -14,7 +14,7 @@ from drop_in import PROGRAMS, run
 from torch import Tensor
 
 from parallax_gen.compat import fla, official, official_triton
-from parallax_gen.oracle.accuracy import errors, gradient_sizes, tolerance
+from parallax_gen.oracle.accuracy import errors, gradient_term_sizes, tolerance
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.reference import reference_backward, reference_forward, reference_varlen_forward
 
@@ -44,7 +44,7 @@ def folded(*tensors: Tensor) -> list[Tensor]:
 
 def assert_gradients_close(found: Any, wanted: Any, inputs: list[Tensor], do: Tensor, name: str = "bf16") -> None:
     """As tests/gpu/test_training.py has it: twice the forward's tolerance."""
-    sizes = gradient_sizes(*[x.detach() for x in inputs], do)
+    sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
     for x, grad, ref, natural in zip(inputs, found, wanted, sizes, strict=True):
         assert grad.shape == x.shape
         off = errors(grad, ref, float(natural))

@@ -34,11 +34,11 @@ from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 
 pytestmark = pytest.mark.gpu
 
-FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
+FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=2)
 DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=6, merge="last", num_warps=2, num_stages=3)
 PREPROCESS = PreprocessConfig(BLOCK_M=32, num_warps=4)
-DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
-DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=2)
+DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=2)
+DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=2)
 UNSPLIT = replace(DECODE, NUM_SPLITS=1, merge="none")
 MERGES = [UNSPLIT, DECODE, replace(DECODE, merge="kernel")]
 # Of sequences of their own lengths, which the last to arrive always merges.
@@ -54,7 +54,9 @@ def wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -
 
 
 def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
-    return verify.run(render(spec, config, gpu_of_device(0)), spec, config, inputs, verify.oracle(spec, inputs)).wrong
+    return verify.launch_and_check(
+        render(spec, config, gpu_of_device(0)), spec, config, inputs, verify.oracle(spec, inputs)
+    ).wrong
 
 
 def launcher(spec: KernelSpec, config: KernelConfig, call: Call) -> Callable[[], None]:
@@ -87,7 +89,7 @@ def test_queries_of_one_key_in_tf32() -> None:
     """Their gradients are 0, and what is written is the rounding of terms that cancel."""
     spec = KernelSpec("dqdr", 8, "tf32", causal=True, window=True, varlen=True)
     config = DqDrConfig(
-        BLOCK_M=16, BLOCK_N=64, HEAD_GROUP=1, num_warps=4, num_stages=1, HEAD_DIM_AS="padded", MASK="weights"
+        BLOCK_M=16, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=1, HEAD_DIM_LAYOUT="padded", MASK="after_exp"
     )
     for seed in range(8):
         assert wrong(spec, config, Shape(2, 1, 1, 3, 28, 1), seed) is None
@@ -177,7 +179,7 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
     inputs = inputs_of(spec, Shape(1, 1, 1, 600, 600))
     expected = verify.oracle(spec, inputs)
     inputs.q, inputs.r = strategies.far_apart(inputs.q, inputs.r, 1, 1 << 22)
-    call = verify.poisoned(spec, FORWARD, inputs)
+    call = verify.poisoned_call(spec, FORWARD, inputs)
     call.written["out"], call.written["v_mean"] = strategies.far_apart(call.out, call.written["v_mean"], 1, 1 << 22)
     launcher(spec, FORWARD, call)()
     assert verify.judge(call, expected).wrong is None
@@ -199,7 +201,7 @@ def test_without_probes_it_is_softmax_attention(
     spec = replace(spec, dtype=dtype)
     inputs = inputs_of(spec, shape)
     inputs.r.zero_()
-    call = verify.poisoned(spec, config, inputs)
+    call = verify.poisoned_call(spec, config, inputs)
     launcher(spec, config, call)()
     q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
@@ -247,7 +249,7 @@ def wrong_after(call: Call, expected: verify.Expected) -> str | None:
 @pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
 def test_two_streams_at_once(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     """Each with inputs, outputs and scratch of its own, launched many times in turn."""
-    calls = [verify.poisoned(spec, config, inputs_of(spec, shape, seed)) for seed in (1, 2)]
+    calls = [verify.poisoned_call(spec, config, inputs_of(spec, shape, seed)) for seed in (1, 2)]
     expected = [verify.oracle(spec, call.inputs) for call in calls]
     launches = [launcher(spec, config, call) for call in calls]
     launches[0]()  # compiles
@@ -265,7 +267,7 @@ def test_two_streams_at_once(spec: KernelSpec, config: KernelConfig, shape: Shap
 @pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
 def test_a_captured_launch_replays(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     """Twice, with other inputs in the same tensors, and the counters as the last launch left them."""
-    call = verify.poisoned(spec, config, inputs_of(spec, shape, seed=1))
+    call = verify.poisoned_call(spec, config, inputs_of(spec, shape, seed=1))
     launch = launcher(spec, config, call)
     launch()  # compiles
     torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from torch import Tensor
 from parallax_gen import State, merge_states, parallax_attn_func, parallax_attn_with_kvcache
 from parallax_gen.oracle.accuracy import errors, tolerance
 from parallax_gen.oracle.reference import reference_backward, reference_forward
-from parallax_gen.runtime.attention import Saved, backward
+from parallax_gen.runtime.attention import SavedForBackward, backward
 from parallax_gen.runtime.requests import Request
 
 pytestmark = pytest.mark.gpu
@@ -42,8 +42,8 @@ def test_a_ring_s_two_parts_are_the_whole() -> None:
     def gradients(asked: Request, rows: slice) -> tuple[Tensor, ...]:
         out, lse, t_mean, v_mean = found
         parts = (out[:, rows], lse[..., rows], t_mean[..., rows], v_mean[:, rows])
-        saved = Saved(*(x.contiguous() for x in parts))
-        return backward(do[:, rows], asked, saved, dqdr=True, dkdv=True, some_keys=True)
+        saved = SavedForBackward(*(x.contiguous() for x in parts))
+        return backward(do[:, rows], asked, saved, dqdr=True, dkdv=True, keys_are_partial=True)
 
     second = slice(half, None)
     first_keys = gradients(Request(*late), second)

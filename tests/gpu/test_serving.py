@@ -64,7 +64,7 @@ def expected(given: dict[str, Any]) -> Tensor:
 
 @settings(max_examples=40)
 @given(data=st.data())
-def test_any_ragged_kernel_agrees_with_the_oracle(data: st.DataObject) -> None:
+def test_any_decode_varlen_kernel_agrees_with_the_oracle(data: st.DataObject) -> None:
     gpu = gpu_of_device(0)
     case = data.draw(
         strategies.cases("decode_varlen", DTYPES, gpu, most_programs=1 << 20).filter(
@@ -74,7 +74,10 @@ def test_any_ragged_kernel_agrees_with_the_oracle(data: st.DataObject) -> None:
     inputs = random_inputs_of(case.spec, case.shape, seed=case.seed, device="cuda")
     source = render(case.spec, case.config, gpu)
     try:
-        assert verify.run(source, case.spec, case.config, inputs, verify.oracle(case.spec, inputs)).wrong is None
+        assert (
+            verify.launch_and_check(source, case.spec, case.config, inputs, verify.oracle(case.spec, inputs)).wrong
+            is None
+        )
     except OutOfResources:  # what only compiling can show
         reject()
 
@@ -119,7 +122,7 @@ def test_many_sequences_of_very_different_lengths(batch: int, num_splits: int) -
     config = DecodeConfig(32, 8, num_splits, "last", num_warps=2, num_stages=4)
     inputs = random_inputs_of(spec, Shape(batch, 8, 2, 1, 2048), seed=batch, device="cuda")
     source = render(spec, config, gpu_of_device(0))
-    assert verify.run(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is None
+    assert verify.launch_and_check(source, spec, config, inputs, verify.oracle(spec, inputs)).wrong is None
 
 
 @pytest.mark.parametrize("page_size", [0, 16])

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.nn import ParallaxAttention
-from parallax_gen.oracle.accuracy import errors, gradient_sizes, tolerance
+from parallax_gen.oracle.accuracy import errors, gradient_term_sizes, tolerance
 from parallax_gen.oracle.reference import (
     reference_backward,
     reference_forward,
@@ -66,7 +66,7 @@ def assert_gradients_close(
     roundings, 6 of a gradient's natural size where |t| reaches 4 (and tests/steps.py allows 12 at half the tolerance).
     """
     few = 6.0 if window_size is not None and window_size < 16 else 1.0
-    sizes = gradient_sizes(*[x.detach() for x in inputs], do)
+    sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
     for what, x, grad, ref, natural in zip(("dq", "dr", "dk", "dv"), inputs, grads, wanted, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
         found = errors(grad, ref, few * float(natural))

@@ -137,16 +137,16 @@ TORN = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]] * 3)
 STARTS = torch.tensor([0, 11])
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention_mask": TORN}, "attention_mask: got padding between tokens"),
-    ({"attention_mask": torch.ones(3, 12)}, "attention_mask: got 12 columns; allowed: one for each token so far"),
+    ({"attention_mask": torch.ones(3, 12)}, "attention_mask: got 12 columns; allowed: one per token so far"),
     ({"attention_mask": torch.ones(3, 1, 11, 11).tril().bool()}, "attention_mask: got torch.bool of shape"),
     ({"output_attentions": True}, "output_attentions: got True"),
     ({"cu_seq_lens_q": STARTS}, "cu_seq_lens_q: got given without the others; allowed: all of cu_seq_lens_q"),
     (
         {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 11, "max_length_k": 11}
         | {"attention_mask": MASK},
-        "attention_mask: got padding, or a cache, beside cu_seq_lens_q",
+        "attention_mask: got padding, or a cache, together with cu_seq_lens_q",
     ),
-    ({"s_aux": torch.zeros(4)}, "s_aux: got one; allowed: None"),
+    ({"s_aux": torch.zeros(4)}, "s_aux: got a value; allowed: None"),
     ({"is_causal": False}, "is_causal: got False|not causal"),  # by the layer or by the mask, as transformers passes it
 ]
 

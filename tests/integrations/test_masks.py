@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.transformers import parallax_mask
-from parallax_gen.integrations.transformers.attention import keys_of, starts_of
+from parallax_gen.integrations.transformers.attention import cu_seqlens_of_mask, key_range
 
 
 def of_runs(starts_q: Tensor, starts_k: Tensor, batch: int, q_length: int, kv_length: int) -> Tensor:
@@ -73,12 +73,12 @@ def test_padding_and_caches(data: st.DataObject) -> None:
         found = of_cached(torch.zeros(batch), torch.full((batch,), kv_length), q_length, kv_length)
     else:
         assert (mask.dtype, mask.dim()) == (torch.int32, 4)  # so it passes through transformers as it is
-        starts = starts_of(mask, q_length, kv_length)
+        starts = cu_seqlens_of_mask(mask, q_length, kv_length)
         assert starts is not None
         found = of_runs(*starts, batch, q_length, kv_length)
     real = torch.ones(batch, q_length) if attention_mask is None else attention_mask[:, past:]
     assert torch.equal(found[real.bool()], wanted[real.bool()])
-    keys = keys_of(mask)
+    keys = key_range(mask)
     if keys is not None:
         assert torch.equal(of_cached(*keys, q_length, kv_length)[real.bool()], wanted[real.bool()])
 
@@ -99,7 +99,7 @@ def test_packed_sequences(lengths: list[list[int]], longer: bool) -> None:
     mask = parallax_mask(**asked)
     assert (mask is None) == (packed is None)
     if mask is not None:
-        starts = starts_of(mask, total, total)
+        starts = cu_seqlens_of_mask(mask, total, total)
         assert starts is not None
         assert len(starts[0]) == sum(map(len, rows)) + 1
         assert torch.equal(of_runs(*starts, len(rows), total, total), wanted)

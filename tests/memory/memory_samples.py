@@ -1,4 +1,4 @@
-"""Places and results for the tests of the memory wing; processes that the tests start import this too."""
+"""Places and results for the tests of the memory subpackage; processes that the tests start import this too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER_KERNEL = dataclasses.replace(EVIDENCE, kernel="f" * 32, text="e" * 32)
 
 
 def config(block_n: int = 64) -> ForwardConfig:
-    return ForwardConfig(BLOCK_M=128, BLOCK_N=block_n, HEAD_GROUP=0, num_warps=8, num_stages=3)
+    return ForwardConfig(BLOCK_M=128, BLOCK_N=block_n, GROUP_HEADS=0, num_warps=8, num_stages=3)
 
 
 def result(

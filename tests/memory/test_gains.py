@@ -33,11 +33,11 @@ WITHOUT_DEFAULT = {"h100": 300, "h200": 0}
 
 def other_config(together: int = 2) -> KernelConfig:
     assert isinstance(DEFAULT, ForwardConfig)
-    return dataclasses.replace(DEFAULT, HEAD_GROUP=together)
+    return dataclasses.replace(DEFAULT, GROUP_HEADS=together)
 
 
 def timed(time_us: float, config: KernelConfig, place: Place = PLACE, day: int = 1, **evidence: Any) -> Result:
-    """Of today's kernel by Triton 3.6, but for what `evidence` says."""
+    """A result of today's kernel by Triton 3.6, except for the fields in `evidence`."""
     found = evidence_of(render(place.spec, config, GPU))
     found = dataclasses.replace(found, **({"triton": "3.6.0", "cuda": "12.8/12.9"} | evidence))
     return Result(place, found, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
@@ -101,7 +101,7 @@ def test_each_toolchain_stands_by_itself() -> None:
 
 
 def test_toolchains_that_make_the_same_programs_stand_together() -> None:
-    """The newest measured is chosen, and the default of it is compared, else the other's."""
+    """The newest record is chosen, and compared with the default of its own search, else of the other."""
     old, new = timed(90.0, DEFAULT, triton="3.6"), timed(100.0, other_config(), day=2)
     (found,) = comparisons(PLACE, GPU, [old, new])
     assert (found.chosen, found.default, found.slower) == (new, old, True)

@@ -1,4 +1,4 @@
-"""A borrowed kernel is used where it compiles well here; what compiling showed is kept."""
+"""A borrowed kernel is used if it compiles well here; the outcome is cached."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BORROWED = RecordTable([record(FIRST, 1.0), record(SECOND, 2.0), record(THIRD, 3
 
 
 class Compiler:
-    """Says what each config's kernel needs, and remembers what it was asked."""
+    """Returns the resources of each config's kernel, and records the requests."""
 
     def __init__(self, **needs: Resources | Exception | None) -> None:
         self.needs, self.asked = needs, []  # type: ignore[var-annotated]
@@ -207,7 +207,7 @@ def test_without_a_folder_it_is_found_out_each_time(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_call_compiles_what_does_not_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever calls next, in whichever process, and whoever explains reads what was kept."""
+    """The next call, in any process, and `explain` read the cached outcome."""
     asked: list[KernelConfig] = []
 
     def fail(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape) -> Resources:

@@ -40,7 +40,7 @@ OF_BEFORE = {
 
 
 def database_of_before(path: Path) -> None:
-    """With two good rows of one config, of two toolchains, a failure, and three that are of no use."""
+    """A database with two good rows of one config by two toolchains, a failure, and three useless rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     newer = json.dumps(KEY | {"environment.cuda": "12.8/12.9"})
     rows: list[dict[str, object]] = [
@@ -112,7 +112,7 @@ def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
 
 
 def test_each_place_of_an_old_database_is_found_by_itself(tmp_path: Path) -> None:
-    """In a file that an earlier version wrote, with every op's places."""
+    """In a file of an earlier version, with places of every op."""
     path = shutil.copy(Path(__file__).parents[1] / "data" / "same" / "of_431f796.db", tmp_path)
     with Store(path, read_only=True) as store:
         every = store.all()

@@ -30,7 +30,7 @@ places = st.builds(Place, cards, specs, buckets)
 
 numbers = st.integers(0, 1024)
 tile_configs = {
-    op: st.builds(kind, *5 * [numbers], st.sampled_from(["whole", "pieces", "padded"])) for op, kind in TILED.items()
+    op: st.builds(kind, *5 * [numbers], st.sampled_from(["native", "chunked", "padded"])) for op, kind in TILED.items()
 }
 configs = {
     **tile_configs,
@@ -54,7 +54,7 @@ def test_a_place_survives_json_and_has_one_text(place: Place, other: Place) -> N
 
 CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
 # Fields that came after records were first written, and their defaults.
-LATER = {
+ADDED_FIELDS = {
     **dict.fromkeys(("spec.window", "spec.varlen", *CACHES), False),
     "spec.page_size": 0,
     "spec.cache_dtype": "",
@@ -78,8 +78,8 @@ def test_every_field_counts() -> None:
     fields = {f.name for f in dataclasses.fields(KernelSpec)}
     assert set(PLACE.spec.flat()) == fields | {"ragged"}  # which says what kind of decode it is
     assert list(LATEST.flat()) == [name for name in NAMES if name not in CACHES]
-    assert list(PAGED.flat()) == [name for name in NAMES if name not in LATER or name in CACHES]
-    assert list(PLACE.flat()) == [name for name in NAMES if name not in LATER]
+    assert list(PAGED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name in CACHES]
+    assert list(PLACE.flat()) == [name for name in NAMES if name not in ADDED_FIELDS]
     assert len(PAGED.order) == len(LATEST.order) == len(PLACE.order) == len(NAMES)
 
 
@@ -87,11 +87,13 @@ def test_every_field_counts() -> None:
 def test_a_field_is_left_out_only_at_the_default_of_a_later_one(place: Place) -> None:
     flat, every = place.flat(), dict(zip(NAMES, place.order, strict=True))
     assert {name: value for name, value in every.items() if name in flat} == flat
-    assert {name for name in every if name not in flat} == {n for n, default in LATER.items() if every[n] == default}
+    assert {name for name in every if name not in flat} == {
+        n for n, default in ADDED_FIELDS.items() if every[n] == default
+    }
 
 
 def test_the_digest_stays() -> None:
-    """One that moves makes boards and files of sweeps others: to be done knowingly."""
+    """If a digest changes, shared claims and files of sweeps do not match any more: change it only on purpose."""
     assert PLACE.digest == "8138ee0510583c6cc4663c87159ccf60"
     assert LATEST.digest == "561560cebb4251a71379a913ae096de0"
 
@@ -104,7 +106,7 @@ EARLIER = """{
         "bucket.kv_rows": 8, "bucket.seqlen_q": 4096, "bucket.seqlen_kv": 4096,
         "environment.templates": "abc123", "environment.triton": "3.5", "environment.protocol": 1
     },
-    "config": {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3},
+    "config": {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_HEADS": 0, "num_warps": 8, "num_stages": 3},
     "outcome": "ok",
     "shape": {"batch": 1, "heads": 32, "kv_heads": 8, "seqlen_q": 4096, "seqlen_kv": 4096},
     "time_us": 100.0, "time_us_p20": 99.0, "time_us_p80": 101.0, "error": 0.0023, "registers": 168, "spills": 0,
@@ -119,7 +121,7 @@ def earlier(**environment: object) -> dict[str, object]:
 
 
 def test_records_from_before_fingerprints_read() -> None:
-    """The hash of their templates stands for the kernel that they are of."""
+    """The hash of their templates identifies their kernel."""
     found = Result.from_dict(earlier())
     assert found.place == PLACE
     assert (found.config, found.shape, found.time_us, found.registers) == (config(), SHAPE, 100.0, 168)
@@ -197,19 +199,19 @@ def test_config_survives_json(op: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("op", TILED)
 def test_a_head_in_one_piece_is_not_written_as_it_was_not_in_earlier_records(op: str) -> None:
-    earlier = {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3}
+    earlier = {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_HEADS": 0, "num_warps": 8, "num_stages": 3}
     whole = TILED[op](128, 64, 0, 8, 3)
-    assert config_from_dict(op, earlier) == whole == TILED[op](128, 64, 0, 8, 3, "whole")
+    assert config_from_dict(op, earlier) == whole == TILED[op](128, 64, 0, 8, 3, "native")
     assert config_to_json(whole) == json.dumps(earlier, sort_keys=True)
-    assert config_to_dict(TILED[op](128, 64, 0, 8, 3, "pieces")) == earlier | {"HEAD_DIM_AS": "pieces"}
-    assert config_from_dict(op, earlier | {"HEAD_DIM_AS": "pieces"}) == TILED[op](128, 64, 0, 8, 3, "pieces")
+    assert config_to_dict(TILED[op](128, 64, 0, 8, 3, "chunked")) == earlier | {"HEAD_DIM_LAYOUT": "chunked"}
+    assert config_from_dict(op, earlier | {"HEAD_DIM_LAYOUT": "chunked"}) == TILED[op](128, 64, 0, 8, 3, "chunked")
 
 
 @pytest.mark.parametrize(
-    "change", [{"BLOCK_M": "128"}, {"BLOCK_M": True}, {"BLOCK_M": 128.0}, {"color": 1}, {"HEAD_DIM_AS": 1}]
+    "change", [{"BLOCK_M": "128"}, {"BLOCK_M": True}, {"BLOCK_M": 128.0}, {"color": 1}, {"HEAD_DIM_LAYOUT": 1}]
 )
 def test_config_of_wrong_fields_is_refused(change: dict[str, object]) -> None:
-    data = {"BLOCK_M": 128, "BLOCK_N": 64, "HEAD_GROUP": 0, "num_warps": 8, "num_stages": 3}
+    data = {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_HEADS": 0, "num_warps": 8, "num_stages": 3}
     with pytest.raises(ConfigError):
         config_from_dict("forward", data | change)
 

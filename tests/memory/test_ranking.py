@@ -1,4 +1,4 @@
-"""What a call gets of all that is known: by tiers, and only of kernels that are still rendered."""
+"""The config that a call gets: by tiers, and only of kernels that are still rendered."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_config(**fields: Any) -> ForwardConfig:
-    """One that knows all that the default does."""
+    """A search that knows every knob of the default."""
     assert isinstance(DEFAULT, ForwardConfig)
-    return dataclasses.replace(DEFAULT, **({"HEAD_GROUP": 2} | fields))
+    return dataclasses.replace(DEFAULT, **({"GROUP_HEADS": 2} | fields))
 
 
 def record(
     time_us: float = 100.0, config: KernelConfig | None = None, place: Place = PLACE, day: int = 1, **evidence: Any
 ) -> Result:
-    """Of today's kernel and the toolchain that is here, but for what `evidence` says."""
+    """A result of today's kernel and toolchain, except for the fields in `evidence`."""
     config = other_config() if config is None else config
     found = dataclasses.replace(evidence_of(render(place.spec, config, GPU)), **evidence)
     return Result(place, found, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
@@ -77,7 +77,7 @@ def test_where_nothing_is_known_it_is_the_default() -> None:
 
 
 def test_tiers_go_before_times() -> None:
-    one, two, three = (other_config(HEAD_GROUP=n) for n in (2, 4, 8))
+    one, two, three = (other_config(GROUP_HEADS=n) for n in (2, 4, 8))
     slow, faster, fastest = record(9.0, one), record(2.0, two, **OLD), record(1.0, three, ON_SIBLING)
     here, elsewhere, sibling = ((t, c) for t, c in zip([*Tier][:3], (one, two, three), strict=True))
     assert choices(slow, faster, fastest) == [here, elsewhere, sibling, LAST]
@@ -86,7 +86,7 @@ def test_tiers_go_before_times() -> None:
 
 
 def test_a_card_that_another_stands_in_for_has_no_siblings() -> None:
-    """Of a card that is neither in the table nor here nobody knows what it is like."""
+    """Nothing is known about a card that is neither in the table nor here."""
     sibling = record(place=dataclasses.replace(PLACE, gpu="h100"))
     assert best(PLACE, GPU, RecordTable([sibling])).tier == Tier.SIBLING_CARD
     assert best(dataclasses.replace(PLACE, gpu="nvidia-x-1sm"), GPU, RecordTable([sibling])).tier == Tier.DEFAULT
@@ -134,7 +134,7 @@ def test_the_smallest_buckets_have_near_ones_too() -> None:
 
 
 def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None:
-    one, two, three = (other_config(HEAD_GROUP=n) for n in (2, 4, 8))
+    one, two, three = (other_config(GROUP_HEADS=n) for n in (2, 4, 8))
     assert [c for _, c in choices(record(2.0, one), record(1.0, two), record(3.0, three))] == [two, one, three, DEFAULT]
     old, older = {"triton": "3.8.0", "cuda": "13.0"}, OLD
     found = choices(record(9.0, one, day=2, **old), record(1.0, two, day=1, **older), record(8.0, three, day=2, **old))
@@ -142,7 +142,7 @@ def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None
 
 
 def test_a_siblings_with_this_toolchain_goes_before_another_of_its() -> None:
-    one, two = other_config(), other_config(HEAD_GROUP=4)
+    one, two = other_config(), other_config(GROUP_HEADS=4)
     found = choices(record(1.0, one, ON_SIBLING, day=9, **OLD), record(2.0, two, ON_SIBLING))
     assert [c for _, c in found] == [two, one, DEFAULT]
     assert siblings(GPU) == ["h100", "h100-pcie"]
@@ -165,13 +165,13 @@ def test_another_text_of_the_same_kernel_is_the_same_kernel() -> None:
 
 def test_a_false_fingerprint_of_a_text_hides_no_other_record_and_stands_in_no_header() -> None:
     """Whoever made the record that is looked at first; what is measured next holds the true one, too."""
-    config = other_config(HEAD_GROUP=16)
+    config = other_config(GROUP_HEADS=16)
     true = record(2.0, config)
     false = record(1.0, config, ON_SIBLING, kernel="f" * 32)
     render.cache_clear()
-    identity._FOUND.pop(true.evidence.text)
+    identity._CACHED.pop(true.evidence.text)
     assert is_rendered(false, GPU)
-    assert true.evidence.text not in identity._FOUND  # by its text: nothing was parsed
+    assert true.evidence.text not in identity._CACHED  # by its text: nothing was parsed
     assert is_rendered(true, GPU)
     source = render(SPEC, config, GPU)
     assert evidence_of(source) == true.evidence
@@ -180,7 +180,7 @@ def test_a_false_fingerprint_of_a_text_hides_no_other_record_and_stands_in_no_he
 
 
 def test_the_second_best_where_the_best_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, slow = record(1.0, other_config(HEAD_GROUP=4)), record(2.0)
+    fast, slow = record(1.0, other_config(GROUP_HEADS=4)), record(2.0)
     reason = lambda spec, config, gpu: "not today" if config == fast.config else None  # noqa: E731
     monkeypatch.setattr(ranking, "why_invalid", reason)
     assert choices(fast, slow) == [(Tier.MEASURED_HERE, slow.config), LAST]
@@ -188,21 +188,21 @@ def test_the_second_best_where_the_best_is_invalid(monkeypatch: pytest.MonkeyPat
 
 def test_only_what_was_measured_is_chosen() -> None:
     failed = dataclasses.replace(record(1.0), outcome="wrong")
-    guessed = dataclasses.replace(record(1.0, other_config(HEAD_GROUP=4)), outcome="predicted")
+    guessed = dataclasses.replace(record(1.0, other_config(GROUP_HEADS=4)), outcome="predicted")
     assert choices(failed, guessed) == [LAST]
 
 
 def test_another_protocols_times_are_not_of_this_one() -> None:
-    one, two = other_config(), other_config(HEAD_GROUP=4)
+    one, two = other_config(), other_config(GROUP_HEADS=4)
     found = choices(record(1.0, one, protocol=0), record(2.0, two))
     assert found == [(Tier.MEASURED_HERE, two), (Tier.OTHER_TOOLCHAIN, one), LAST]
 
 
 def test_a_search_that_did_not_know_a_knob_of_the_default_is_passed_over() -> None:
-    """Its records say nothing of what the default has gained since."""
+    """Its records say nothing about knobs that the default has gained since."""
     assert isinstance(DEFAULT, ForwardConfig)
-    assert DEFAULT.ROW_MAX == "first"
-    before = other_config(ROW_MAX="running")
+    assert DEFAULT.SOFTMAX == "fixed_reference"
+    before = other_config(SOFTMAX="online")
     assert choices(record(1.0, before)) == [LAST]
     assert choices(record(1.0, before), record(2.0, place=ON_SIBLING)) == [(Tier.SIBLING_CARD, other_config()), LAST]
     # Beside one that has the knob, or the default's own time, it was slower than what it is compared with.
@@ -223,8 +223,8 @@ def test_a_search_that_did_not_know_a_knob_of_a_siblings_newer_best_is_passed_ov
     )
     default = default_of(windowed, GPU)
     assert isinstance(default, ForwardConfig)
-    assert default.ROW_MAX == "running"
-    first = dataclasses.replace(default, ROW_MAX="first")
+    assert default.SOFTMAX == "online"
+    first = dataclasses.replace(default, SOFTMAX="fixed_reference")
     sibling = dataclasses.replace(windowed, gpu="h100")
 
     def chosen(*records: Result) -> KernelConfig:
@@ -251,7 +251,7 @@ def test_what_failed_here_is_not_borrowed(outcome: str, where: dict[str, Place])
 def test_of_one_kernel_and_toolchain_the_newest_time_counts() -> None:
     old = record(1.0, day=1, triton="3.9.1")
     assert choices(old, record(5.0, day=2)) == [(Tier.MEASURED_HERE, other_config()), LAST]
-    faster = record(3.0, other_config(HEAD_GROUP=4))
+    faster = record(3.0, other_config(GROUP_HEADS=4))
     assert choices(old, record(5.0, day=2), faster)[0] == (Tier.MEASURED_HERE, faster.config)
     assert choices(old, dataclasses.replace(record(day=2), outcome="wrong", time_us=None)) == [LAST]
 
@@ -293,7 +293,7 @@ def test_no_more_is_rendered_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
         rendered.append(config)
         return text_hash_of(spec, config, gpu)
 
-    records: Iterable[Result] = [record(1.0), record(2.0, other_config(HEAD_GROUP=4)), record(0.5, place=ON_SIBLING)]
+    records: Iterable[Result] = [record(1.0), record(2.0, other_config(GROUP_HEADS=4)), record(0.5, place=ON_SIBLING)]
     monkeypatch.setattr(ranking, "text_hash_of", watched)
     assert best(PLACE, GPU, RecordTable(records)).tier == Tier.MEASURED_HERE
     assert rendered == [other_config()]

@@ -1,4 +1,4 @@
-"""A result checks itself, whoever wrote it, and knows which of two counts."""
+"""A result validates itself, and knows which of two supersedes the other."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ NONSENSE: list[tuple[str, str | None, object, str]] = [
     ("evidence", "protocol", -1, "protocol"),
     ("config", "BLOCK_M", 2**70, "BLOCK_M"),
     ("config", "BLOCK_M", -128, "BLOCK_M"),
-    ("config", "ROW_MAX", "\ud800", "ROW_MAX"),
-    ("config", "ROW_MAX", "x" * 1000, "ROW_MAX"),
+    ("config", "SOFTMAX", "\ud800", "SOFTMAX"),
+    ("config", "SOFTMAX", "x" * 1000, "SOFTMAX"),
     *((name, None, "a\ud800", name) for name in ("detail", "source", "created_at")),
     *(("evidence", name, "\udfff", name) for name in ("kernel", "text", "triton", "cuda")),
     *(("place", "gpu", name, "gpu") for name in ("\ud800", "a\0", "../../h200", "", "a" * 101)),
@@ -117,7 +117,7 @@ def test_what_a_compiler_said_is_made_to_fit() -> None:
 
 
 def test_a_long_text_is_soon_looked_through() -> None:
-    """For words of the machine's: the time that it takes grows with the square of what is looked at."""
+    """The search for messages of the machine takes time quadratic in the searched length."""
     started = time.monotonic()
     assert not result("crash", detail="CUDA " * 10_000).is_machine_fault
     assert result("crash", detail="OSError: " + "x" * 40_000).is_machine_fault
@@ -131,20 +131,20 @@ json_values = st.recursive(
     max_leaves=5,
 )
 # Fields that came after records were first written: left out at these values.
-LATER = {
+ADDED_FIELDS = {
     ("place", "spec.window"): False,
     ("place", "spec.varlen"): False,
     ("place", "bucket.window"): 0,
     ("shape", "window"): 0,
-    ("config", "HEAD_DIM_AS"): "whole",
+    ("config", "HEAD_DIM_LAYOUT"): "native",
 }
 PLACES = [(name, None) for name in GOOD] + [
     (p, name) for p in ("place", "evidence", "config", "shape") for name in GOOD[p]
 ]
-likely = st.sampled_from([False, True, 0, 1, 128, "", "whole", "pieces"])
+likely = st.sampled_from([False, True, 0, 1, 128, "", "native", "chunked"])
 
 
-@given(st.sampled_from([*PLACES, *LATER]), json_values | likely)
+@given(st.sampled_from([*PLACES, *ADDED_FIELDS]), json_values | likely)
 def test_no_value_anywhere_does_more_than_be_refused(place: tuple[str, str | None], value: object) -> None:
     part, name = place
     data = GOOD | {part: value if name is None else GOOD[part] | {name: value}}
@@ -153,14 +153,14 @@ def test_no_value_anywhere_does_more_than_be_refused(place: tuple[str, str | Non
     except (ParallaxGenError, ValueError):
         assert json.dumps(data) != json.dumps(GOOD)
     else:
-        written = GOOD if place in LATER and value == LATER[place] else data
+        written = GOOD if place in ADDED_FIELDS and value == ADDED_FIELDS[place] else data
         assert back.to_dict() == written
         assert json.dumps(Result.from_dict(written).to_dict()) == json.dumps(back.to_dict())
 
 
-@pytest.mark.parametrize("name", [name for part, name in LATER if part == "place"])
+@pytest.mark.parametrize("name", [name for part, name in ADDED_FIELDS if part == "place"])
 def test_a_place_has_one_text(name: str) -> None:
-    data = GOOD | {"place": GOOD["place"] | {name: LATER["place", name]}}
+    data = GOOD | {"place": GOOD["place"] | {name: ADDED_FIELDS["place", name]}}
     with pytest.raises(ArgumentError, match="no fields beside"):
         Result.from_dict(data)
 
@@ -169,12 +169,12 @@ def test_a_result_of_a_window_comes_back() -> None:
     spec = dataclasses.replace(PLACE.spec, window=True, varlen=True)
     place = dataclasses.replace(PLACE, spec=spec, bucket=Bucket(8, 4096, 4096, 1024))
     shape = dataclasses.replace(SHAPE, window=1000)
-    sent = result(place=place, shape=shape, config=dataclasses.replace(config(), HEAD_DIM_AS="pieces"))
+    sent = result(place=place, shape=shape, config=dataclasses.replace(config(), HEAD_DIM_LAYOUT="chunked"))
     data = json.loads(json.dumps(sent.to_dict()))
     assert Result.from_dict(data) == sent
     assert (data["place"]["spec.window"], data["place"]["spec.varlen"]) == (True, True)
     assert (data["place"]["bucket.window"], data["shape"]["window"]) == (1024, 1000)
-    assert data["config"]["HEAD_DIM_AS"] == "pieces"
+    assert data["config"]["HEAD_DIM_LAYOUT"] == "chunked"
 
 
 def test_order_of_writing_does_not_matter() -> None:

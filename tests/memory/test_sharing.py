@@ -1,4 +1,4 @@
-"""What ranks send each other: calls look at the same kernels, in the same order, as with all that is known."""
+"""The records that ranks send each other: calls consider the same kernels, in the same order, as with all records."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Held(Memory):
 
 
 def received(shared: Iterable[Result]) -> RecordTable:
-    """As another rank has it."""
+    """The table that another rank has."""
     found = read_lines("sent", "".join(map(to_line, shared)).encode().splitlines())
     assert found.problems == []
     return RecordTable(found.results)
@@ -74,7 +74,7 @@ def compiler(draw: random.Random) -> CompiledResources:
 
 
 def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig]]) -> tuple[Place, list[Result]]:
-    """A place of the card, and results of few kernels, most of them today's, there, near it and on a card alike."""
+    """A place of the card, and results of few kernels, most of them today's, there, near it and on a sibling card."""
     place = Place("h200", draw.choice(list(kernels)), Bucket(8, 1, 4096))
     if place.spec.family != "decode":
         place = replace(place, bucket=Bucket(8, 4096, 4096))
@@ -154,10 +154,10 @@ def test_the_second_that_a_call_may_look_at_is_sent() -> None:
 def test_what_a_search_knew_by_a_failed_trial_alone_is_sent() -> None:
     default = default_of(FORWARD, GPU)
     assert isinstance(default, ForwardConfig)
-    assert default.ROW_MAX == "first"
-    fast = known(replace(default, ROW_MAX="running"), FORWARD)
-    failed = known(replace(default, HEAD_GROUP=2), FORWARD, outcome="wrong")
-    useless = known(replace(default, HEAD_GROUP=4), FORWARD, outcome="wrong")
+    assert default.SOFTMAX == "fixed_reference"
+    fast = known(replace(default, SOFTMAX="online"), FORWARD)
+    failed = known(replace(default, GROUP_HEADS=2), FORWARD, outcome="wrong")
+    useless = known(replace(default, GROUP_HEADS=4), FORWARD, outcome="wrong")
     shared = records_to_share(Held([fast, failed, useless]), GPU)
     assert len(shared) == 2
     assert next(launch_candidates(FORWARD, GPU, received(shared))).record == fast

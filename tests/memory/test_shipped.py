@@ -1,4 +1,4 @@
-"""The text files that ship, and what they know under the user's own records."""
+"""The text files that ship, and their merge with the user's own records."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_fastest_few_measured_ones_are_kept(tmp_path: Path) -> None:
 
 
 def test_those_that_stand_for_nothing_else_are_kept_beside_them(tmp_path: Path) -> None:
-    """Of another toolchain, or, as whoever ships says, the default or of another kernel."""
+    """Results of another toolchain, and those that `also_keep` and `group` select."""
     results = [result(time_us=10.0 + n, block_n=n) for n in range(4)]
     others = [result(time_us=20.0, evidence=OTHER_TRITON), result(time_us=30.0, evidence=OTHER_KERNEL)]
     write_shipped([*results, *others], "h200", tmp_path, keep=1)

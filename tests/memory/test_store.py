@@ -1,4 +1,4 @@
-"""The database: what it keeps, what it prefers, and what it does when the file or another process is in the way."""
+"""The database: which rows it keeps, and how it handles bad files and other processes."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_read_only(path: Path) -> None:
         assert best_of(reader) is None
         assert reader.all() == []
         assert not path.parent.exists()
-        with pytest.raises(StoreError, match="opened to be read"):
+        with pytest.raises(StoreError, match="opened read-only"):
             reader.save(result())
 
 

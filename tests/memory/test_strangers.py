@@ -1,4 +1,4 @@
-"""Lines, rows and files of anyone's: whatever is in them, they raise what is documented or are read as records.
+"""Arbitrary lines, rows and files: they raise the documented errors, or are read as records.
 
 Drawn from a seed: the same in every run. To look for more, set PARALLAX_GEN_FUZZ to how many times as much is drawn.
 """
@@ -22,7 +22,7 @@ from memory_samples import PLACE, SHAPE, result
 
 from parallax_gen.describe import time_and_rate
 from parallax_gen.errors import StoreError
-from parallax_gen.memory.bounds import LEAST_US, MOST_US
+from parallax_gen.memory.bounds import MAX_US, MIN_US
 from parallax_gen.memory.gains import comparisons
 from parallax_gen.memory.lines import from_line, read_file, to_line
 from parallax_gen.memory.ranking import RecordTable
@@ -52,7 +52,7 @@ def draw(request: pytest.FixtureRequest) -> random.Random:
 
 
 def records() -> list[Result]:
-    """Of every op, some that ship and some that failed or were only predicted."""
+    """Records of every op: shipped ones, failed ones and predictions."""
     shipped = load_shipped("h100")
     few = [*shipped[:: len(shipped) // 10], *load_shipped("h200")[::150]]
     failed = result("wrong", shape=SHAPE, error=math.inf, detail="row 7 is NaN", registers=168)
@@ -60,7 +60,7 @@ def records() -> list[Result]:
 
 
 def changed(draw: random.Random, data: dict[str, Any], odd: list[Any]) -> dict[str, Any]:
-    """A record's data of which a field or some are others, are not there, or are of another name."""
+    """A record's data with some fields changed, removed or renamed."""
     data = copy.deepcopy(data)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         inner = [part for part in data.values() if isinstance(part, dict) and part]
@@ -81,7 +81,7 @@ def changed(draw: random.Random, data: dict[str, Any], odd: list[Any]) -> dict[s
 
 
 def damaged(draw: random.Random, text: bytes, most: int = 4) -> bytes:
-    """A text, or a file, of which some bytes are others or a piece is not there."""
+    """A text or file with some bytes changed or a piece removed."""
     found = bytearray(text)
     for _ in range(draw.randint(1, most)):
         at = draw.randrange(len(found))
@@ -102,7 +102,7 @@ def lines(draw: random.Random) -> Iterator[bytes]:
 
 
 def check(draw: random.Random, results: list[Result]) -> None:
-    """All that is done with records which were read, and what calls get by them."""
+    """Everything that the code does with records that were read."""
     known = RecordTable(results)
     assert len(newest_toolchain_first(results)) == len(results)
     places = dict.fromkeys(result.place for result in results)
@@ -150,7 +150,7 @@ def test_a_shipped_file_of_anyones(draw: random.Random, tmp_path: Path) -> None:
 
 
 def rewrite(draw: random.Random, path: Path) -> None:
-    """Change a column or some in every row of a database, as SQLite lets one."""
+    """Change some columns in every row of a database, by SQLite's loose types."""
     odd = [value for value in ODD if isinstance(value, float | None) or (type(value) is int and abs(value) < 2**63)]
     odd += ["", "x", "7", "{}", "[]", "null", "[" * 100_000, "\0", "x" * 100_000, b"", b"\xff\x00", b"{}", math.inf]
     with closing(sqlite3.connect(path)) as connection, connection:
@@ -219,12 +219,12 @@ def test_a_file_with_other_bytes_in_it(draw: random.Random, tmp_path: Path) -> N
 
 
 def test_the_largest_sizes_that_there_may_be_are_served() -> None:
-    """At the bounds, what is worked out of sizes is a number, and a config is found."""
+    """At the bounds, values derived from sizes are numbers, and a config is chosen."""
     for one in records():
         largest = {f.name: LARGEST for f in dataclasses.fields(one.place.bucket)}
         place = dataclasses.replace(one.place, bucket=dataclasses.replace(one.place.bucket, **largest))
         shape = representative(place.bucket, place.spec.group)
         sizes = dataclasses.replace(shape, batch=LARGEST, heads=LARGEST, kv_heads=LARGEST)
         check(random.Random(0), [dataclasses.replace(one, place=place, shape=sizes)])
-        for time_us in (LEAST_US, MOST_US):
+        for time_us in (MIN_US, MAX_US):
             assert "us, " in time_and_rate(place.spec, sizes, time_us)

@@ -16,7 +16,7 @@ cuda_version = toolchain.cuda_version.__wrapped__  # as in a new process
 
 
 def assembler(path: Path, release: str, *, status: int = 0) -> Path:
-    """A stand-in for a ptxas: it says of itself what a ptxas says."""
+    """A fake ptxas: it prints a version like a real one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     told = f"Copyright (c) 2005-2026\nCuda compilation tools, release {release}, V{release}.93\nBuild cuda_{release}"
     path.write_text(f"#!/bin/sh\ncat <<.\n{told}\n.\nexit {status}\n", encoding="utf-8")

@@ -84,8 +84,8 @@ def test_a_search_begins_with_the_default_and_with_nothing_twice(spec, kv_rows, 
 def test_a_search_tries_every_form_of_a_head_and_several_groups_of_heads() -> None:
     spec = KernelSpec("dqdr", 96, "bf16", causal=True)
     found = promising_configs(spec, representative(Bucket(128, 4096, 4096), 1), H200)
-    assert {config.HEAD_DIM_AS for config in found} == {"pieces", "padded"}
-    assert {1, 4, 16, 0} <= {config.HEAD_GROUP for config in found}
+    assert {config.HEAD_DIM_LAYOUT for config in found} == {"chunked", "padded"}
+    assert {1, 4, 16, 0} <= {config.GROUP_HEADS for config in found}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,16 +144,16 @@ def test_knobs_leave_out_what_a_spec_cannot_use() -> None:
     assert 16 in values(KernelSpec("forward", 128, "fp32"), "BLOCK_N")
     assert 16 in values(KernelSpec("forward", 128, "tf32"), "BLOCK_N")
     for op in (name for name, op in OPS_BY_NAME.items() if op.layout is Layout.TILES):
-        assert values(KernelSpec(op, 128, "bf16"), "HEAD_DIM_AS") == ("whole",)
-        assert values(KernelSpec(op, 96, "bf16"), "HEAD_DIM_AS") == ("pieces", "padded")
-        assert values(KernelSpec(op, 8, "bf16"), "HEAD_DIM_AS") == ("padded",)
-        assert values(KernelSpec(op, 256, "bf16"), "HEAD_DIM_AS") == ("whole", "halves")
+        assert values(KernelSpec(op, 128, "bf16"), "HEAD_DIM_LAYOUT") == ("native",)
+        assert values(KernelSpec(op, 96, "bf16"), "HEAD_DIM_LAYOUT") == ("chunked", "padded")
+        assert values(KernelSpec(op, 8, "bf16"), "HEAD_DIM_LAYOUT") == ("padded",)
+        assert values(KernelSpec(op, 256, "bf16"), "HEAD_DIM_LAYOUT") == ("native", "split")
 
 
 def test_halves_have_room_in_registers_where_whole_heads_have_none() -> None:
     config = ForwardConfig(128, 64, 1, 8, 2)
     assert "320 registers" in str(why_invalid(KernelSpec("forward", 256, "bf16"), config, H200))
-    assert why_invalid(KernelSpec("forward", 256, "bf16"), replace(config, HEAD_DIM_AS="halves"), H200) is None
+    assert why_invalid(KernelSpec("forward", 256, "bf16"), replace(config, HEAD_DIM_LAYOUT="split"), H200) is None
     narrow = DkDvConfig(32, 64, 1, 4, 3, maxnreg=168)
     assert why_invalid(KernelSpec("dkdv", 64, "bf16"), narrow, H200) is None
     assert "maxnreg" in str(
@@ -163,10 +163,10 @@ def test_halves_have_room_in_registers_where_whole_heads_have_none() -> None:
 
 @pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
 def test_forms_are_those_that_make_different_tiles(head_dim: int) -> None:
-    tiles = {form: [piece.width for piece in pieces_of(head_dim, form)] for form in ("whole", "pieces", "padded")}
+    tiles = {form: [piece.width for piece in pieces_of(head_dim, form)] for form in ("native", "chunked", "padded")}
     padded = any(piece.padded for piece in pieces_of(head_dim, "padded"))
-    assert ("whole" in forms_of(head_dim)) == (not padded)
-    assert ("pieces" in forms_of(head_dim)) == (tiles["pieces"] != tiles["padded"])
+    assert ("native" in forms_of(head_dim)) == (not padded)
+    assert ("chunked" in forms_of(head_dim)) == (tiles["chunked"] != tiles["padded"])
     assert ("padded" in forms_of(head_dim)) == padded
 
 
@@ -178,10 +178,10 @@ def test_forms_are_those_that_make_different_tiles(head_dim: int) -> None:
         (ForwardConfig(64, 64, 1, 8, 2), "a 64x64 tile is too small for 8 warps"),
         (ForwardConfig(64, 16, 1, 4, 2), "a 64x16 tile is too small for 4 warps"),
         (ForwardConfig(100, 64, 1, 4, 2), "BLOCK_M is 100"),
-        (ForwardConfig(64, 64, 1, 4, 2, "pieces"), "HEAD_DIM_AS 'pieces' does not go with head_dim 128"),
-        (ForwardConfig(64, 64, 1, 4, 2, "padded"), "HEAD_DIM_AS 'padded' does not go with head_dim 128"),
-        (ForwardConfig(64, 64, 1, 4, 2, "thirds"), "HEAD_DIM_AS is thirds"),
-        (ForwardConfig(64, 64, 1, 4, 2, "halves"), "HEAD_DIM_AS 'halves' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "chunked"), "HEAD_DIM_LAYOUT 'chunked' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "padded"), "HEAD_DIM_LAYOUT 'padded' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "thirds"), "HEAD_DIM_LAYOUT is thirds"),
+        (ForwardConfig(64, 64, 1, 4, 2, "split"), "HEAD_DIM_LAYOUT 'split' does not go with head_dim 128"),
         (ForwardConfig(64, 64, 1, 4, 2, maxnreg=100), "maxnreg is 100"),
         (ForwardConfig(128, 64, 1, 8, 2, maxnreg=168), "maxnreg 168 lets no more programs of 8 warps run together"),
         (ForwardConfig(64, 64, 1, 4, 2, maxnreg=168), "its accumulators need 192 registers a thread; maxnreg is 168"),
@@ -197,8 +197,10 @@ def test_two_warps_share_rows_where_a_head_is_wide() -> None:
     tile = ForwardConfig(32, 32, 1, 4, 2)
     assert why_invalid(KernelSpec("forward", 128, "bf16"), tile, H200) is None
     assert "too small" in str(why_invalid(KernelSpec("forward", 64, "bf16"), tile, H200))
-    assert "too small" in str(why_invalid(KernelSpec("forward", 96, "bf16"), replace(tile, HEAD_DIM_AS="pieces"), H200))
-    assert why_invalid(KernelSpec("forward", 96, "bf16"), replace(tile, HEAD_DIM_AS="padded"), H200) is None
+    assert "too small" in str(
+        why_invalid(KernelSpec("forward", 96, "bf16"), replace(tile, HEAD_DIM_LAYOUT="chunked"), H200)
+    )
+    assert why_invalid(KernelSpec("forward", 96, "bf16"), replace(tile, HEAD_DIM_LAYOUT="padded"), H200) is None
 
 
 @pytest.mark.parametrize(
@@ -225,12 +227,14 @@ def test_what_a_head_is_padded_with_counts() -> None:
     """Found by compiling: as if it were 112 wide, this passed for an RTX 4090, which has no room for 128."""
     config = DqDrConfig(64, 16, 1, 4, 1, "padded")
     for head_dim in (112, 120, 128):
-        form = "whole" if head_dim == 128 else "padded"
-        spec, of_it = KernelSpec("dqdr", head_dim, "tf32"), replace(config, HEAD_DIM_AS=form)
+        form = "native" if head_dim == 128 else "padded"
+        spec, of_it = KernelSpec("dqdr", head_dim, "tf32"), replace(config, HEAD_DIM_LAYOUT=form)
         assert shared_bytes(spec, of_it, H200) == (3 * 64 + 2 * 16) * 128 * 4
         assert shared_bytes(spec, of_it, GPUS["rtx4090"]) == (3 * 64 + 2 * 16) * 128 * 4 + 64 * 16 * 4 // 2
         assert "shared memory" in str(why_invalid(spec, of_it, GPUS["rtx4090"]))
-    assert shared_bytes(KernelSpec("dqdr", 104, "tf32"), replace(config, HEAD_DIM_AS="pieces"), H200) == 224 * 112 * 4
+    assert (
+        shared_bytes(KernelSpec("dqdr", 104, "tf32"), replace(config, HEAD_DIM_LAYOUT="chunked"), H200) == 224 * 112 * 4
+    )
     assert shared_bytes(KernelSpec("dqdr", 8, "tf32"), config, H200) == 224 * 16 * 4
     # 3 * 128 * 256 / (32 * 8) registers, not 3 * 128 * 136 / (32 * 8) = 204
     assert "need 384 registers" in str(
@@ -264,26 +268,26 @@ def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
     ("gpu", "spec", "needs"),
     [
         # What defaults took when they were chosen by the predicate alone, compiled with Triton 3.6: bytes.
-        ("h200", KernelSpec("dqdr", 88, "tf32"), {DqDrConfig(128, 64, 0, 8, 3, "pieces"): 270336}),
-        ("h200", KernelSpec("dkdv", 88, "tf32"), {DkDvConfig(64, 128, 0, 8, 3, "pieces"): 247808}),
-        ("h200", KernelSpec("forward", 96, "tf32"), {ForwardConfig(128, 64, 0, 8, 3, "pieces"): 245760}),
+        ("h200", KernelSpec("dqdr", 88, "tf32"), {DqDrConfig(128, 64, 0, 8, 3, "chunked"): 270336}),
+        ("h200", KernelSpec("dkdv", 88, "tf32"), {DkDvConfig(64, 128, 0, 8, 3, "chunked"): 247808}),
+        ("h200", KernelSpec("forward", 96, "tf32"), {ForwardConfig(128, 64, 0, 8, 3, "chunked"): 245760}),
         ("h200", KernelSpec("forward", 128, "tf32"), {ForwardConfig(64, 64, 0, 4, 3): 262144}),
-        ("h200", KernelSpec("dqdr", 192, "tf32"), {DqDrConfig(64, 32, 0, 4, 2, "pieces"): 245760}),
-        ("h200", KernelSpec("dkdv", 192, "tf32"), {DkDvConfig(32, 64, 0, 4, 2, "pieces"): 246272}),
+        ("h200", KernelSpec("dqdr", 192, "tf32"), {DqDrConfig(64, 32, 0, 4, 2, "chunked"): 245760}),
+        ("h200", KernelSpec("dkdv", 192, "tf32"), {DkDvConfig(32, 64, 0, 4, 2, "chunked"): 246272}),
         ("b200", KernelSpec("forward", 128, "tf32"), {ForwardConfig(64, 64, 0, 4, 3): 262208}),
-        ("b200", KernelSpec("dqdr", 192, "tf32"), {DqDrConfig(64, 32, 0, 4, 2, "pieces"): 245864}),
+        ("b200", KernelSpec("dqdr", 192, "tf32"), {DqDrConfig(64, 32, 0, 4, 2, "chunked"): 245864}),
         ("h200", KernelSpec("dqdr", 256, "bf16"), {DqDrConfig(64, 64, 0, 8, 2): 233472}),
         ("b200", KernelSpec("dqdr", 256, "bf16"), {DqDrConfig(64, 64, 0, 8, 2): 262224}),
         ("b200", KernelSpec("dqdr", 128, "tf32"), {DqDrConfig(64, 64, 0, 4, 2): 262200}),
         ("b200", KernelSpec("dkdv", 128, "tf32"), {DkDvConfig(32, 64, 0, 4, 2): 246328}),
         ("b200", KernelSpec("dkdv", 64, "tf32"), {DkDvConfig(64, 128, 0, 8, 2): 246840}),
         ("a100", KernelSpec("forward", 64, "tf32"), {ForwardConfig(128, 64, 0, 8, 3): 172032}),
-        ("a100", KernelSpec("forward", 104, "tf32"), {ForwardConfig(64, 64, 0, 4, 3, "pieces"): 172032}),
+        ("a100", KernelSpec("forward", 104, "tf32"), {ForwardConfig(64, 64, 0, 4, 3, "chunked"): 172032}),
         ("rtx4090", KernelSpec("forward", 64, "tf32"), {ForwardConfig(64, 64, 0, 4, 3): 118784}),
         ("rtx4090", KernelSpec("forward", 128, "tf32"), {ForwardConfig(64, 32, 0, 4, 2): 115200}),
         ("rtx4090", KernelSpec("forward", 128, "bf16"), {ForwardConfig(64, 64, 0, 4, 3): 114688}),
-        ("rtx4090", KernelSpec("forward", 192, "tf32"), {ForwardConfig(32, 32, 0, 4, 2, "pieces"): 107008}),
-        ("rtx4090", KernelSpec("dkdv", 152, "bf16"), {DkDvConfig(64, 64, 0, 4, 2, "pieces"): 107520}),
+        ("rtx4090", KernelSpec("forward", 192, "tf32"), {ForwardConfig(32, 32, 0, 4, 2, "chunked"): 107008}),
+        ("rtx4090", KernelSpec("dkdv", 152, "bf16"), {DkDvConfig(64, 64, 0, 4, 2, "chunked"): 107520}),
     ],
 )
 def test_defaults_are_none_of_those_that_did_not_fit(
@@ -292,7 +296,7 @@ def test_defaults_are_none_of_those_that_did_not_fit(
     """A call that nothing is known of launches its default, and gets no second try."""
     for rows, seqlen in ((64, 4096), (1, 64), (8, 4096), (1, 8192)):
         found = default_config(spec, representative(Bucket(rows, seqlen, seqlen), spec.group), GPUS[gpu])
-        assert needs.get(replace(found, HEAD_GROUP=0), 0) <= GPUS[gpu].shared_per_block  # type: ignore[call-arg]
+        assert needs.get(replace(found, GROUP_HEADS=0), 0) <= GPUS[gpu].shared_per_block  # type: ignore[call-arg]
         assert shared_bytes(spec, found, GPUS[gpu]) + KIB <= GPUS[gpu].shared_per_block
 
 

@@ -1,4 +1,4 @@
-"""How errors are measured: of rows whose terms cancel, against the size of the terms."""
+"""Errors of gradients whose terms cancel are relative to the size of the terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parallax_gen.oracle.accuracy import errors, why_wrong
 
 @pytest.fixture
 def ref() -> torch.Tensor:
-    """Four rows of norm 1 but for the first, in which nearly all has cancelled."""
+    """Four rows of norm 1, except for the first, whose terms nearly cancel."""
     rows = torch.eye(4, 8, dtype=torch.float64)
     rows[0] *= 1e-3
     return rows
@@ -31,7 +31,7 @@ def test_a_row_of_larger_terms_may_err_by_more(ref: torch.Tensor) -> None:
 
 
 def test_a_gradient_that_is_all_rounding(ref: torch.Tensor) -> None:
-    """Its size is then a fifth of that of its terms, row by row."""
+    """Its size then counts as a fifth of the size of its terms, row by row."""
     nothing, natural = 0 * ref, torch.tensor([4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
     out = nothing.clone()
     out[0, 0] = 0.06

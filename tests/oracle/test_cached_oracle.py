@@ -1,4 +1,4 @@
-"""The oracle against a KV cache, on sequences that were cut by hand before they were put into one."""
+"""The oracle with a KV cache, on sequences that the tests put into a cache themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from caches import KV_HEADS, Part, attended, put_together, whole
 
-from parallax_gen.oracle.kvcache import in_order, reference_cached_forward
+from parallax_gen.oracle.kvcache import gather_pages, reference_cached_forward
 from parallax_gen.oracle.reference import reference_forward
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # both sides are float64
@@ -123,7 +123,7 @@ def test_lengths_past_the_cache_and_padding_below_it_are_its_ends() -> None:
 def test_pages_in_order() -> None:
     pages = torch.arange(5 * 2 * KV_HEADS * 8).view(5, 2, KV_HEADS, 8)
     table = torch.tensor([[3, 0], [4, caches.NO_PAGE]], dtype=torch.int32)
-    found = in_order(pages, table)
+    found = gather_pages(pages, table)
     assert found.shape == (2, 4, KV_HEADS, 8)
     assert torch.equal(found[0], torch.cat([pages[3], pages[0]]))
     assert torch.equal(found[1, :2], pages[4])  # and behind it any other

@@ -274,7 +274,7 @@ def test_errors_of_different_shapes() -> None:
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """Cut to the ten bits that tf32 has behind the point, as tensor cores do it."""
+    """Truncate to tf32's ten bits of mantissa, as tensor cores do."""
     return (x.contiguous().view(torch.int32) & ~((1 << 13) - 1)).view(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What a trial is checked on."""
+"""The checks of a trial: inputs, expected outputs, tolerances."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parallax_gen.codegen.abi import empty_inputs
 from parallax_gen.ops.base import op_of
 from parallax_gen.ops.space import default_config, timed_lengths
 from parallax_gen.oracle.inputs import random_inputs_of
-from parallax_gen.oracle.verify import FEW_KEYS, TrainingStep, natural_sizes, oracle
+from parallax_gen.oracle.verify import FEW_KEYS, TrainingStep, oracle, term_sizes
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
@@ -22,7 +22,7 @@ from parallax_gen.tuning.job import step_spec
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("op", ["forward", "dkdv", "dqdr"])
 def test_the_small_check_compiles_no_kernel_of_its_own(op: str, varlen: bool) -> None:
-    """Rows' strides are constants of a kernel: other ones would be compiled by the child that measures, one by one."""
+    """Strides are constants of a kernel: with other strides the measuring child would have to compile again."""
     spec = KernelSpec(op, 96, "bf16", group=2, causal=True, varlen=varlen)
     shape = representative(Bucket(32, 4096, 4096), spec.group)
     config = default_config(spec, shape, GPUS["h200"])
@@ -36,7 +36,7 @@ def test_the_small_check_compiles_no_kernel_of_its_own(op: str, varlen: bool) ->
 
 @pytest.mark.parametrize("more", [{}, {"causal": True, "window": True}, {"causal": True, "varlen": True}])
 def test_a_training_step_asks_the_oracle_once_for_its_kernels(more: dict[str, bool]) -> None:
-    """All of them get the same inputs, and must write what the oracle says of each by itself."""
+    """All kernels of a step get the same inputs, and the same expected outputs as from the oracle of each kernel."""
     shape = Shape(2, 4, 2, 33, 33, 7 if "window" in more else 0)
     specs = [KernelSpec(op, 16, "fp32", group=2, **more) for op in ("forward", "dkdv", "dqdr")]
     assert len({step_spec(spec) for spec in specs}) == 1
@@ -64,7 +64,7 @@ RAGGED = KernelSpec("decode_varlen", 96, "bf16", group=2, stats=True)
     ],
 )
 def test_caches_are_poisoned_where_no_key_is_seen(more: dict[str, Any]) -> None:
-    """And nowhere else: what is expected is finite, and moves with every key that is left."""
+    """And nowhere else: the expected outputs are finite, and change with every visible key."""
     spec = replace(RAGGED, **more)
     config = default_config(spec, representative(Bucket(32, 128 if spec.many_queries else 1, 4096), 2), GPUS["h200"])
     shape = op_of(spec).awkward_shape(spec, config)
@@ -98,7 +98,7 @@ CONFIG = default_config(RAGGED, representative(Bucket(32, 1, 4096), 2), GPUS["h2
 
 
 def test_lengths_can_be_given() -> None:
-    """Those that a kernel is timed at, of a cache in pages too: what they leave over is poisoned."""
+    """Also the lengths that a kernel is timed at, paged or not: the rest of the cache is poisoned."""
     spec, shape = replace(RAGGED, page_size=16), Shape(3, 4, 2, 1, 64)
     inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=timed_lengths(spec, shape)[0])
     assert inputs.cache_seqlens is not None
@@ -109,10 +109,10 @@ def test_lengths_can_be_given() -> None:
 
 
 def test_gradients_of_queries_that_see_few_keys_may_be_rounding() -> None:
-    """A right tf32 kernel was 1.2 times off what is allowed elsewhere, at three queries of one key each."""
+    """At three queries of one key each, a correct tf32 kernel had 1.2 times the error that is allowed elsewhere."""
     spec = KernelSpec("dqdr", 16, "fp16", group=2, causal=True)
     x = random_inputs_of(spec, Shape(1, 2, 1, 40, 40), seed=1, device="cpu")
-    ordinary, causal = natural_sizes(replace(spec, causal=False), x), natural_sizes(spec, x)
+    ordinary, causal = term_sizes(replace(spec, causal=False), x), term_sizes(spec, x)
     assert len(ordinary.dq.unique()) == 1
     few = torch.arange(1, 41)[:, None] < FEW_KEYS
     for name in ("dq", "dr"):
@@ -121,8 +121,8 @@ def test_gradients_of_queries_that_see_few_keys_may_be_rounding() -> None:
     windowed = replace(spec, window=True)
     for shape, times in ((Shape(1, 2, 1, 40, 40, 1), 12 * 2**0.5), (Shape(1, 2, 1, 40, 40, FEW_KEYS), 1.0)):
         x = random_inputs_of(windowed, shape, seed=1, device="cpu")
-        assert float(natural_sizes(windowed, x).dk / ordinary.dk) == pytest.approx(times)
+        assert float(term_sizes(windowed, x).dk / ordinary.dk) == pytest.approx(times)
     packed = replace(windowed, varlen=True)
     x = random_inputs_of(packed, Shape(2, 2, 1, 40, 40, 1), seed=4, device="cpu")  # and rows that no sequence has
     assert x.cu_seqlens_q is not None
-    assert len(natural_sizes(packed, x).dq) == x.cu_seqlens_q[-1] - x.cu_seqlens_q[0] < len(x.q)
+    assert len(term_sizes(packed, x).dq) == x.cu_seqlens_q[-1] - x.cu_seqlens_q[0] < len(x.q)

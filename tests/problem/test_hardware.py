@@ -1,4 +1,4 @@
-"""The GPU table, the names it answers to, and what is made of a device it does not hold."""
+"""The GPU table, its aliases, and the Gpu of a device that is not in the table."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_figures_that_kernels_lean_on() -> None:
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_figures_are_of_the_right_size(gpu: Gpu) -> None:
-    """Catches a slipped unit or column: what the tensor cores of a generation do per SM and clock is known."""
+    """Catches a slipped unit or column: the FLOPs of a generation's tensor cores per SM and clock are known."""
     per_clock = {(8, 0): 2048, (8, 6): 512, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}[gpu.capability]
     if gpu.name == "rtx4090":
         per_clock = 512  # a GeForce card, halved as the other two

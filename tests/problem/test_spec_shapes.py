@@ -33,7 +33,7 @@ UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 
 @st.composite
 def specs(draw: st.DrawFn) -> KernelSpec:
-    """Any spec there is."""
+    """Any valid spec."""
     op = draw(st.sampled_from(OPS))
     flags = together(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
     head_dim = draw(st.sampled_from(range(8, LARGEST_HEAD_DIM + 1, 8)))
@@ -141,7 +141,7 @@ def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> 
 
 @pytest.mark.parametrize("name", sorted({*FLAGS, "page_size", "cache_dtype"}))
 def test_a_spec_of_decode_has_it_only_where_sequences_have_their_own_lengths(name: str) -> None:
-    """With all that it needs but for that."""
+    """All other fields that the flag needs."""
     value = {"page_size": 16, "cache_dtype": "e4m3"}.get(name, True)
     needed = {"varlen": {"many_queries": True}, "causal": {"many_queries": True}}.get(name, {})
     needed |= {"causal": True} if name == "window" else {}
@@ -165,12 +165,12 @@ def test_every_multiple_of_8_is_a_head_dim(op: str) -> None:
 def test_kernels_of_a_training_step() -> None:
     flags = {"causal": True, "window": True, "varlen": True}
     forward = KernelSpec("forward", 96, "tf32", 4, stats=True, **flags)
-    assert forward.of("dkdv") == KernelSpec("dkdv", 96, "tf32", 4, **flags)
-    assert forward.of("dqdr") == KernelSpec("dqdr", 96, "tf32", 4, **flags)
-    assert forward.of("preprocess") == KernelSpec("preprocess", 96, "fp32", varlen=True)
+    assert forward.for_op("dkdv") == KernelSpec("dkdv", 96, "tf32", 4, **flags)
+    assert forward.for_op("dqdr") == KernelSpec("dqdr", 96, "tf32", 4, **flags)
+    assert forward.for_op("preprocess") == KernelSpec("preprocess", 96, "fp32", varlen=True)
     dense = replace(forward, dtype="bf16", varlen=False)
-    assert dense.of("preprocess") == KernelSpec("preprocess", 96, "bf16")
-    assert forward.of("dkdv").of("forward") == replace(forward, stats=False).of("forward") == forward
+    assert dense.for_op("preprocess") == KernelSpec("preprocess", 96, "bf16")
+    assert forward.for_op("dkdv").for_op("forward") == replace(forward, stats=False).for_op("forward") == forward
 
 
 FIELDS = {
@@ -400,7 +400,7 @@ def test_batches_of_lengths_by_name() -> None:
 @given(batch=st.integers(1, 200), seqlen_kv=SIZE)
 @UNHURRIED
 def test_the_first_batch_of_lengths_is_nowhere_shorter(batch: int, seqlen_kv: int) -> None:
-    """Behind it the caches are poisoned."""
+    """Caches hold NaN after the first batch, so no other batch may read beyond its lengths."""
     first, *others = timed_lengths(KernelSpec("decode_varlen", 128, "bf16"), Shape(batch, 1, 1, 1, seqlen_kv))
     for lengths in (first, *others):
         assert len(lengths) == batch

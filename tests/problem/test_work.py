@@ -1,4 +1,4 @@
-"""The work that a call means: operations and bytes."""
+"""The work of a call: operations and bytes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ LENGTH = st.integers(1, 40)
 def test_flops_against_a_count_of_the_pairs_that_see_each_other(
     op: str, causal: bool, seqlen_q: int, seqlen_kv: int, window: int
 ) -> None:
-    """Pair by pair, but that the last key of a row that the window does not cut counts half: as the diagonal does."""
+    """Counted pair by pair; a row's last key counts half if the window does not cut the row, like the diagonal."""
     window *= causal
     window *= op != "decode"
     causal &= op != "decode"

@@ -13,7 +13,8 @@ import pytest
 from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv
 
 from parallax_gen.bench import rows as rows_module
-from parallax_gen.bench.rows import WITH_CARE, Conditions, Ledger, Origin, Row, read_rows
+from parallax_gen.bench.results_csv import ResultsCsv
+from parallax_gen.bench.rows import FULL_EFFORT, Conditions, Origin, Row, read_rows
 from parallax_gen.bench.summary import means, times_ours
 from parallax_gen.errors import ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.shipped import Memory, write_shipped
@@ -77,16 +78,16 @@ def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store
     assert found.left_out == 1
     both = report(store, every=True)
     assert len(both.shown) == 2
-    assert both.standing[PLACE] == found.shown[0]
+    assert both.by_place[PLACE] == found.shown[0]
     store.save(known(None, "wrong"))
     assert sorted(s.state for s in report(store).shown) == ["elsewhere", "failed"]
-    assert report(store).standing[PLACE].state == "elsewhere"  # type: ignore[union-attr]
+    assert report(store).by_place[PLACE].state == "elsewhere"  # type: ignore[union-attr]
     store.save(known(200.0, splits=1))
     found = report(store)
     assert [s.state for s in found.shown] == ["measured"]
     assert found.left_out == 2
     assert len(report(store, every=True).shown) == 3
-    assert report(store, every=True).standing[PLACE].state == "measured"  # type: ignore[union-attr]
+    assert report(store, every=True).by_place[PLACE].state == "measured"  # type: ignore[union-attr]
 
 
 def test_another_kernel_is_another_study(store: Store) -> None:
@@ -107,7 +108,7 @@ def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
     store.save(known(240.0, place=OTHER_GPU))
     found = report(store)
     assert found.gpus == ("h100", "h200")
-    states = {place: study and study.state for place, study in found.standing.items()}
+    states = {place: study and study.state for place, study in found.by_place.items()}
     assert states[PLACE] == "predicted"
     assert states[OTHER_BUCKET] == "failed"
     assert states[OTHER_GPU] == "measured"
@@ -119,13 +120,13 @@ def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
     assert share == found.shown[0].share
     only = report(store, "H200 SXM")
     assert only.gpus == ("h200",)
-    assert {place.gpu for place in only.standing} == {"h200"}
+    assert {place.gpu for place in only.by_place} == {"h200"}
 
 
 def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_error(store: Store) -> None:
     found = report(store, "b200")
-    assert found.standing
-    assert not any(found.standing.values())
+    assert found.by_place
+    assert not any(found.by_place.values())
     with pytest.raises(UnknownGpuError, match="unknown GPU 'b300'"):
         report(store, "b300")
 
@@ -136,7 +137,7 @@ def test_a_card_without_a_table_has_times_but_no_bound(store: Store) -> None:
     assert study.share is None
     assert study.rate == pytest.approx(4477, rel=0.01)
     assert rooflines([study]) == []
-    ((cell,),) = [row for _, row in coverage(report(store).standing)["decode"]["nvidia-rtx-a6000-84sm"][0].rows]
+    ((cell,),) = [row for _, row in coverage(report(store).by_place)["decode"]["nvidia-rtx-a6000-84sm"][0].rows]
     assert cell is not None
     assert (cell.text, cell.kind) == ("✓", "known")
 
@@ -259,20 +260,20 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
     """Rows of both kinds, through bench's own writers: a training step has a window, and is the forward's by spec."""
     step = KernelSpec("forward", 96, "bf16", 2, causal=True, stats=True, window=True)
     paged = KernelSpec("decode_varlen", 128, "fp16", 4, page_size=16, cache_dtype="e4m3")
-    how = Conditions("h200", "NVIDIA H200 SXM", "0.1", "2.11", "3.6", "13.0", WITH_CARE, "parallax-gen bench")
+    how = Conditions("h200", "NVIDIA H200 SXM", "0.1", "2.11", "3.6", "13.0", FULL_EFFORT, "parallax-gen bench")
     rows = [
         Row("parallax_gen", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), 10.0, 1.0, 0.002, conditions=how),
         Row("fla", "training", "step", step, Shape(2, 8, 4, 512, 512, 128), note="not installed", conditions=how),
         Row("parallax_gen", "decode", "decode", paged, Shape(2, 32, 8, 1, 4096), 5.0, 2.0, math.inf, conditions=how),
     ]
     rows.append(dataclasses.replace(rows[-1], lengths=(4096, 128)))
-    Ledger(tmp_path / "a.csv").add(rows)
+    ResultsCsv(tmp_path / "a.csv").add(rows)
     document = {"gpu": "h200", "torch": "2.11", "rows": [{**rows_module.to_json(row), "error": None} for row in rows]}
     (tmp_path / "a.json").write_text(json.dumps(document), encoding="utf-8")
     for name, gpu in (("a.csv", "h200"), ("a.json", "h200")):
         found = read_rows(tmp_path / name)
-        assert [(t.contender, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
-            (r.contender, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows
+        assert [(t.baseline, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
+            (r.baseline, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows
         ]
         assert [t.lengths for t in found] == [(), (), (), (4096, 128)]
         assert {t.origin.gpu for t in found} == {gpu}
@@ -335,9 +336,9 @@ def test_a_line_with_too_few_cells_is_an_error(tmp_path: Path) -> None:
 # speed-ups
 
 
-def timing(contender: str, time_us: float | None, file: str = "a.csv", gpu: str = "h200", **fields: Any) -> Row:
+def timing(baseline: str, time_us: float | None, file: str = "a.csv", gpu: str = "h200", **fields: Any) -> Row:
     values: dict[str, Any] = {"op": "decode", "part": "decode", "spec": SPEC, "shape": ONE}
-    return Row(contender=contender, time_us=time_us, origin=Origin(file, gpu), **(values | fields))
+    return Row(baseline=baseline, time_us=time_us, origin=Origin(file, gpu), **(values | fields))
 
 
 ONE, TWO, LONG = Shape(1, 32, 8, 1, 1024), Shape(2, 16, 4, 1, 1024), Shape(1, 32, 8, 1, 4096)  # two of one size
@@ -362,7 +363,7 @@ def test_baselines_are_compared_within_a_file_and_the_least_is_shown() -> None:
     assert label == "8"
     assert [cell and cell.text for cell in cells] == ["1.50", "–"]
     assert "not supported: long" in cells[1].tip  # type: ignore[union-attr]
-    mean, least, count = means(ratios, key=lambda row: row.contender)["other"]
+    mean, least, count = means(ratios, key=lambda row: row.baseline)["other"]
     assert (mean, least, count) == (pytest.approx(9 ** (1 / 3)), 1.5, 3)
 
 
@@ -388,7 +389,7 @@ def test_what_was_taken_under_other_conditions_is_not_compared_and_the_last_coun
         ROW | {"torch": "2.12", "contender": "other", "time_us": 20.0},
     ]
     timings = read_rows(write(tmp_path / "a.csv", *rows))
-    assert [timing.origin.taken for timing in timings] == ["torch 2.11"] * 3 + ["torch 2.12"]
+    assert [timing.origin.conditions for timing in timings] == ["torch 2.11"] * 3 + ["torch 2.12"]
     assert timings[0].origin.command == "parallax-gen bench"
     assert [ratio for _, ratio in times_ours(timings)] == [1.5, None]
 

@@ -23,7 +23,7 @@ from parallax_gen.cli.tune import tune
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError, UntunedError
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import Table, default_of, evidence_of
+from parallax_gen.memory.ranking import RecordTable, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.problem.hardware import GPUS
@@ -31,7 +31,7 @@ from parallax_gen.problem.shapes import Bucket, bucket_of, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 from parallax_gen.problem.workloads import Flags, kernels
 from parallax_gen.runtime import dispatch
-from parallax_gen.runtime.dispatch import Dispatcher, UntunedWarning, level_of_user, tune_command
+from parallax_gen.runtime.dispatch import Dispatcher, UntunedWarning, tune_command, user_stacklevel
 
 pytestmark = pytest.mark.interpreter
 
@@ -59,7 +59,7 @@ def called(dispatcher: Dispatcher, *places: Place) -> list[str]:
 
 
 def test_it_is_said_once_with_the_command_that_mends_it(caplog: pytest.LogCaptureFixture) -> None:
-    dispatcher = Dispatcher(Table([]))
+    dispatcher = Dispatcher(RecordTable([]))
     with caplog.at_level(logging.WARNING):
         (told,) = called(dispatcher, PLACE, PLACE, OTHER)
     assert "its default config is used" in told
@@ -69,7 +69,7 @@ def test_it_is_said_once_with_the_command_that_mends_it(caplog: pytest.LogCaptur
 
 
 def test_where_warnings_are_errors_it_is_raised_once() -> None:
-    dispatcher = Dispatcher(Table([]))
+    dispatcher = Dispatcher(RecordTable([]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UntunedWarning, match="its default config is used"):
@@ -93,7 +93,7 @@ def through(modules: Sequence[str | None], call: Callable[[], object]) -> Callab
 
 @pytest.mark.parametrize("modules", [[], *([name] for name in BETWEEN), BETWEEN])
 def test_it_names_the_line_outside_this_package_and_torch(modules: list[str | None]) -> None:
-    call = through(modules, partial(Dispatcher(Table([])).kernel, SPEC, SHAPE, GPU))
+    call = through(modules, partial(Dispatcher(RecordTable([])).kernel, SPEC, SHAPE, GPU))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()  # here
@@ -106,7 +106,7 @@ def test_where_no_line_is_the_users_it_is_the_outermost() -> None:
     """As on autograd's threads."""
     levels: list[int] = []
     told = threading.Event()
-    level = through(["torch.autograd", "parallax_gen.runtime.autograd"], level_of_user)
+    level = through(["torch.autograd", "parallax_gen.runtime.autograd"], user_stacklevel)
     source = "def outermost():\n    levels.append(level())\n    told.set()"
     module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": told}
     exec(source, module)
@@ -116,23 +116,23 @@ def test_where_no_line_is_the_users_it_is_the_outermost() -> None:
 
 
 def test_nothing_is_said_of_what_was_measured_here() -> None:
-    assert called(Dispatcher(Table([record()])), PLACE) == []
+    assert called(Dispatcher(RecordTable([record()])), PLACE) == []
 
 
 def test_what_another_toolchain_or_card_measured_is_named() -> None:
-    (told,) = called(Dispatcher(Table([record(triton="3.1.0", cuda="12.4")])), PLACE)
+    (told,) = called(Dispatcher(RecordTable([record(triton="3.1.0", cuda="12.4")])), PLACE)
     assert "a record of h200 with Triton 3.1, ptxas 12.4 is used" in told
     of_protocol = replace(record(), evidence=replace(record().evidence, protocol=0))
-    (told,) = called(Dispatcher(Table([of_protocol])), PLACE)
+    (told,) = called(Dispatcher(RecordTable([of_protocol])), PLACE)
     assert f"a record of h200 with {Toolchain.here()} by timing protocol 0 (today's is 1) is used" in told
     on_sibling = replace(record(), place=replace(PLACE, gpu="h100"))
-    (told,) = called(Dispatcher(Table([on_sibling])), PLACE)
+    (told,) = called(Dispatcher(RecordTable([on_sibling])), PLACE)
     assert "a record of h100 with " in told
     decode = Place("h200", KernelSpec("decode", 64, "bf16"), Bucket(8, 1, 1024))
     near = replace(decode, bucket=Bucket(8, 1, 2048))
     config = default_of(near, GPU)
     of_near = Result(near, evidence_of(render(near.spec, config, GPU)), config, "ok", time_us=5.0)
-    (told,) = called(Dispatcher(Table([of_near])), decode)
+    (told,) = called(Dispatcher(RecordTable([of_near])), decode)
     assert "a record of 8 kv rows, seqlen 1x2048 with " in told
 
 
@@ -142,14 +142,14 @@ ON, OFF = ("1", "true", "True", "YES", "on"), ("0", "false", "No", "OFF", "")
 @pytest.mark.parametrize("value", ON)
 def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
-    assert called(Dispatcher(Table([])), PLACE) == []
+    assert called(Dispatcher(RecordTable([])), PLACE) == []
 
 
 @pytest.mark.parametrize("value", OFF)
 def test_switches_that_are_off_are_as_if_not_set(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
     monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
-    assert len(called(Dispatcher(Table([])), PLACE)) == 1
+    assert len(called(Dispatcher(RecordTable([])), PLACE)) == 1
 
 
 @pytest.mark.parametrize("variable", ["PARALLAX_GEN_QUIET", "PARALLAX_GEN_STRICT"])
@@ -159,7 +159,7 @@ def test_a_switch_that_is_neither_on_nor_off_is_an_error(
 ) -> None:
     """At the first call, of a kernel that was measured here too."""
     monkeypatch.setenv(variable, "maybe")
-    dispatcher = Dispatcher(Table([record() for _ in known]))
+    dispatcher = Dispatcher(RecordTable([record() for _ in known]))
     told = f"{variable}: got 'maybe'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
     for _ in range(2):
         with pytest.raises(ArgumentError, match=f"^{told}$"):
@@ -169,21 +169,21 @@ def test_a_switch_that_is_neither_on_nor_off_is_an_error(
 def test_of_many_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    assert called(Dispatcher(Table([])), PLACE) == []
+    assert called(Dispatcher(RecordTable([])), PLACE) == []
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    assert len(called(Dispatcher(Table([])), PLACE)) == 1
+    assert len(called(Dispatcher(RecordTable([])), PLACE)) == 1
 
 
 @pytest.mark.parametrize("value", ON)
 def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
-    assert called(Dispatcher(Table([record()])), PLACE) == []
+    assert called(Dispatcher(RecordTable([record()])), PLACE) == []
     for known in ([], [record(triton="3.1.0")], [replace(record(), place=replace(PLACE, gpu="h100"))]):
-        dispatcher = Dispatcher(Table(known))
+        dispatcher = Dispatcher(RecordTable(known))
         for _ in range(2):  # a call that was refused is refused again
             with pytest.raises(
                 UntunedError,
-                match=r"^PARALLAX_GEN_STRICT is on, and no measurement .*`parallax-gen tune .*` makes one\.$",
+                match=r"^PARALLAX_GEN_STRICT is on, and there is no .*`parallax-gen tune .*` makes one\.$",
             ):
                 called(dispatcher, PLACE)
 
@@ -192,7 +192,7 @@ def test_strict_refuses_before_anything_is_compiled(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dispatch, "choose", lambda *_: pytest.fail("it chose, which may compile for seconds"))
     monkeypatch.setenv("PARALLAX_GEN_STRICT", "1")
     with pytest.raises(UntunedError) as refused:
-        called(Dispatcher(Table([record(triton="3.1.0")])), PLACE)
+        called(Dispatcher(RecordTable([record(triton="3.1.0")])), PLACE)
     assert " is used" not in str(refused.value)
 
 

@@ -23,7 +23,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime import attention
-from parallax_gen.runtime.plan import HostPlan, LaunchPlan, Plans
+from parallax_gen.runtime.plan import HostPlan, LaunchPlan, PlanCache
 
 Launch = tuple[KernelSpec, Shape, tuple[float, ...], list[tuple[Tensor, ...]]]
 
@@ -36,7 +36,7 @@ class Noted(LaunchPlan):
         self.launched = launched
 
     def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
-        tensors = self.in_order(request, written)
+        tensors = self.launch_tensors(request, written)
         self.launched.append(tensors)
         self._module.launch(*tensors, *self._numbers)
 
@@ -54,12 +54,12 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]
         return Noted(module, spec, numbers, launched)
 
     def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
-        return None if q.numel() and k.numel() else HostPlan(nothing_seen=True)
+        return None if q.numel() and k.numel() else HostPlan(is_empty=True)
 
     monkeypatch.setattr(attention, "plan_launch", plan_launch)
     monkeypatch.setattr(attention, "host_plan", host_plan)
-    monkeypatch.setattr(attention, "_forwards", Plans())
-    monkeypatch.setattr(attention, "_backwards", Plans())
+    monkeypatch.setattr(attention, "_forwards", PlanCache())
+    monkeypatch.setattr(attention, "_backwards", PlanCache())
     return plans
 
 
@@ -155,8 +155,8 @@ def test_the_spec_and_the_numbers_of_packed_sequences(noted: list[Launch]) -> No
     spec = KernelSpec("forward", 16, "fp32", group=2, causal=True, stats=True, window=True, varlen=True)
     shape = Shape(5, 4, 2, 5, 7, 3)
     assert forward[:3] == (spec, shape, (0.5, 3, 5))
-    assert dkdv[:3] == (spec.of("dkdv"), shape, (0.5, 3, 7))
-    assert dqdr[:3] == (spec.of("dqdr"), shape, (0.5, 3, 5))
+    assert dkdv[:3] == (spec.for_op("dkdv"), shape, (0.5, 3, 7))
+    assert dqdr[:3] == (spec.for_op("dqdr"), shape, (0.5, 3, 5))
     assert preprocess[:3] == (KernelSpec("preprocess", 16, "fp32", varlen=True), Shape(5, 4, 4, 5, 5), (0.5, 5))
     do, out, v_mean, lse, t_mean, rows, starts = preprocess[3][0]
     assert do.shape == out.shape == v_mean.shape == (9, 4, 16)

@@ -286,4 +286,4 @@ def test_stand_ins_for_tensors_go_through_the_operators() -> None:
         grads = torch.autograd.grad(parallax_attn_func(q, q.requires_grad_(), k, k).sum(), q)
     assert [tuple(x.shape) for x in found] == [(2, 5, 4, 16), (2, 4, 5), (2, 4, 5), (2, 5, 4, 16)]
     assert grads[0].shape == q.shape
-    assert not autograd.plain(*found)
+    assert not autograd.are_plain_tensors(*found)

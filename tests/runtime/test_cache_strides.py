@@ -16,7 +16,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.ops.base import LARGEST_BLOCK, OPS_BY_NAME
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.cache_checks import check_cached
-from parallax_gen.runtime.requests import FURTHEST_ROW, CacheRequest
+from parallax_gen.runtime.requests import MAX_ROW_STRIDE, CacheRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
@@ -74,4 +74,4 @@ def test_no_block_is_larger_than_strides_are_checked_for() -> None:
     """Of keys in a cache, or of whole sequences' rows."""
     blocks = [knob.values for op in OPS_BY_NAME.values() for knob in op.knobs if knob.name in ("BLOCK_M", "BLOCK_N")]
     assert {max(sizes) for sizes in blocks} == {LARGEST_BLOCK}
-    assert (LARGEST_BLOCK - 1) * FURTHEST_ROW + LARGEST_HEAD_DIM <= 2**31
+    assert (LARGEST_BLOCK - 1) * MAX_ROW_STRIDE + LARGEST_HEAD_DIM <= 2**31

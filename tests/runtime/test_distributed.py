@@ -18,7 +18,7 @@ from torch import Tensor
 from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
 from parallax_gen.distributed.ring import _Ring
 from parallax_gen.errors import ArgumentError
-from parallax_gen.oracle.accuracy import errors, gradient_sizes
+from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 
 # (causal, queries a chunk, heads, kv heads, dtype, its name): chunks of one query, too.
@@ -47,7 +47,7 @@ def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
     out = ring_attn_func(*mine, causal=causal)
     assert_close(gather_sequence(out, causal=causal), reference_forward(*inputs, causal=causal).out, name)
     grads = torch.autograd.grad(out, mine, shard_sequence(do, causal=causal))
-    wanted_grads, sizes = reference_backward(*inputs, do, causal=causal), gradient_sizes(*inputs, do)
+    wanted_grads, sizes = reference_backward(*inputs, do, causal=causal), gradient_term_sizes(*inputs, do)
     for grad, x, wanted, natural in zip(grads, mine, wanted_grads, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
         found = gather_sequence(grad, causal=causal)
@@ -110,7 +110,7 @@ def test_every_rank_has_as_much_to_do_and_every_pair_is_met_once(ranks: int) -> 
         for step in range(ranks):
             source = (rank - step) % ranks
             their_place = [chunk * 2 + i for chunk in (source, 2 * ranks - 1 - source) for i in range(2)]
-            part = ring.part(step, seqlen, causal=True)
+            part = ring.visible(step, seqlen, causal=True)
             for i in range(seqlen)[part.rows]:
                 for j in range(seqlen)[part.keys]:
                     if not part.causal or j <= i:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.distributed import ring_attn_func
 from parallax_gen.distributed.ring import _Ring
-from parallax_gen.integrations.drop_in.official_training import parallax_bwd, parallax_fwd
+from parallax_gen.integrations.drop_in.parallax_kernel_training import parallax_bwd, parallax_fwd
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from parallax_gen.cli import main
-from parallax_gen.codegen.build import give_triton_a_cache, load, triton_cache
+from parallax_gen.codegen.build import ensure_triton_cache, load, triton_cache
 from parallax_gen.codegen.render import KernelSource
 from parallax_gen.errors import MachineError, StoreError
 from parallax_gen.files import cache_dir, user_path
@@ -21,7 +21,7 @@ from parallax_gen.memory.store import default_path
 from parallax_gen.runtime.dispatch import RuntimeMemory
 
 VARIABLES = ("HOME", "PARALLAX_GEN_DB", "PARALLAX_GEN_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME")
-CACHED = (cache_dir, give_triton_a_cache, load)
+CACHED = (cache_dir, ensure_triton_cache, load)
 
 
 @pytest.fixture(autouse=True)
@@ -139,13 +139,13 @@ def test_triton_gets_a_cache_where_its_own_cannot_be_written(
     import triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    give_triton_a_cache()
+    ensure_triton_cache()
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
-    give_triton_a_cache.cache_clear()
+    ensure_triton_cache.cache_clear()
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "triton"))
     with pytest.warns(UserWarning, match="Triton cannot keep its programs"):
-        give_triton_a_cache()
+        ensure_triton_cache()
     assert triton.knobs.cache.dir == str(fallback / "triton")
 
 
@@ -159,5 +159,5 @@ def test_triton_gets_a_cache_where_there_is_no_home(fallback: Path, monkeypatch:
     with pytest.raises(MachineError, match="set TRITON_CACHE_DIR"):
         triton_cache()
     with pytest.warns(UserWarning, match="no home folder: set TRITON_CACHE_DIR"):
-        give_triton_a_cache()
+        ensure_triton_cache()
     assert triton.knobs.cache.dir == str(fallback / "triton")

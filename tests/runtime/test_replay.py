@@ -10,7 +10,7 @@ import torch
 import triton.compiler
 import triton.runtime.jit
 
-from parallax_gen.runtime.launch_replay import aligned, record, replay
+from parallax_gen.runtime.launch_replay import aligned, record_launch, replay_launch
 
 Noted = list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
 
@@ -59,11 +59,11 @@ def module_of(first: Any, second: Any) -> ModuleType:
 def test_replay_hands_new_tensors_to_the_kernels_that_the_first_launch_used(noted: Noted) -> None:
     module = module_of(Compiled(noted), Compiled(noted))
     x = torch.zeros(4)
-    launched = record(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r the same tensor
+    launched = record_launch(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r the same tensor
     assert launched is not None
     assert "run" not in vars(module.first)
     q, r, out, scratch = (torch.full((4,), float(i)) for i in range(4))
-    replay(launched, (q, r, out, scratch), stream=99)
+    replay_launch(launched, (q, r, out, scratch), stream=99)
     (grid_1, args_1, options_1), (grid_2, args_2, options_2) = noted
     assert (grid_1, grid_2) == ((8, 1, 1), (2, 3, 1))
     assert options_1 == options_2 == {"stream": 99}
@@ -75,13 +75,13 @@ def test_replay_hands_new_tensors_to_the_kernels_that_the_first_launch_used(note
 
 def test_what_is_no_compiled_kernel_is_not_replayed(noted: Noted) -> None:
     x = torch.zeros(4)
-    assert record(module_of(Compiled(noted), None), (x, x, x, x), (0.5,)) is None
+    assert record_launch(module_of(Compiled(noted), None), (x, x, x, x), (0.5,)) is None
 
 
 def test_methods_are_put_back_when_a_launch_fails(noted: Noted) -> None:
     module = module_of(Compiled(noted), Compiled(noted))
     with pytest.raises(TypeError):
-        record(module, (torch.zeros(4),), (0.5,))
+        record_launch(module, (torch.zeros(4),), (0.5,))
     assert "run" not in vars(module.first)
 
 

@@ -22,7 +22,7 @@ from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax
 from parallax_gen.compat.official_triton import parallax_fwd
 from parallax_gen.distributed import ring_attn_func
 from parallax_gen.errors import ArgumentError
-from parallax_gen.runtime.sharded import DENSE, PACKED, _kinds
+from parallax_gen.runtime.sharded import DENSE, PACKED, _shardings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own
 
@@ -229,13 +229,13 @@ def test_what_each_mesh_dimension_shards(
 ) -> None:
     shapes = [(8, 5, 48, 16)] * 2 + [(8, 7, kv_heads, 16)] * 2
     inputs = [Placed(shape, places) for shape in shapes]
-    assert _kinds(Mesh(sizes), inputs, [DENSE] * 4) == kinds  # type: ignore[arg-type]
+    assert _shardings(Mesh(sizes), inputs, [DENSE] * 4) == kinds  # type: ignore[arg-type]
 
 
 def test_packed_sequences_are_not_parted() -> None:
     inputs = [Placed((8, heads, 16), (Shard(0),)) for heads in (4, 4, 2, 2)]
-    assert _kinds(Mesh((2,)), inputs, [PACKED] * 4) == ["heads"]  # type: ignore[arg-type]
-    assert _kinds(Mesh((8,)), inputs, [PACKED] * 4) == [""]  # type: ignore[arg-type]
+    assert _shardings(Mesh((2,)), inputs, [PACKED] * 4) == ["heads"]  # type: ignore[arg-type]
+    assert _shardings(Mesh((8,)), inputs, [PACKED] * 4) == [""]  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import choose, default_dispatcher
-from parallax_gen.runtime.plan import Plans
+from parallax_gen.runtime.plan import PlanCache
 
 RANKS = 3
 GPU = gpu_by_name("h200")
@@ -79,7 +79,7 @@ def all_choose_what_rank_0_knows(rank: int) -> None:
             store.merge([known(8), known(24, place=replace(known(24).place, gpu="h100"))])
     before = chosen()
     assert before == config(8) if rank == 2 else before != config(8)
-    plans: Plans[int] = Plans()
+    plans: PlanCache[int] = PlanCache()
     plans.remember("a call", 1)
     assert share_tuning() > 0
     assert chosen() == config(24)
@@ -98,8 +98,8 @@ def all_know_what_rank_0s_search_knew(rank: int) -> None:
     place = Place("h200", spec, bucket_of(shape))
     default = default_of(place, GPU)
     assert isinstance(default, ForwardConfig)
-    assert default.ROW_MAX == "first"
-    fast, slow = replace(default, ROW_MAX="running"), replace(default, HEAD_GROUP=2)
+    assert default.SOFTMAX == "fixed_reference"
+    fast, slow = replace(default, SOFTMAX="online"), replace(default, GROUP_HEADS=2)
     if rank == 0:
         with Store() as store:
             for one, time_us in ((fast, 1.0), (slow, 2.0)):
@@ -113,7 +113,7 @@ def all_know_what_rank_0s_search_knew_by_what_failed(rank: int) -> None:
     place = Place("h200", spec, bucket_of(shape))
     default = default_of(place, GPU)
     assert isinstance(default, ForwardConfig)
-    fast, failed = replace(default, ROW_MAX="running"), replace(default, HEAD_GROUP=2)
+    fast, failed = replace(default, SOFTMAX="online"), replace(default, GROUP_HEADS=2)
     if rank == 0:
         with Store() as store:
             store.save(Result(place, evidence_of(render(spec, fast, GPU)), fast, "ok", time_us=1.0))
@@ -191,7 +191,7 @@ def a_rank_that_cannot_go_on_stops_all(rank: int) -> None:
         assert told.startswith("ranks 0-2: the table of rank 0, ")
         assert says in told
     told = refused(rank, 0, tuning, "records_to_share", lambda *_: [known(8, outcome="predicted")])
-    assert told == "ranks 0-2: predicted of h200: no choice here rests on it"
+    assert told == "ranks 0-2: predicted of h200: no choice here can use it"
 
 
 def a_database_that_is_broken_is_passed_over(rank: int) -> None:

@@ -13,7 +13,7 @@ from parallax_gen import State, merge_states, parallax_attn_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.partial import partial_backward
 from parallax_gen.oracle.reference import reference_backward, reference_forward
-from parallax_gen.runtime.states import absorb
+from parallax_gen.runtime.states import merge_into
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
@@ -72,7 +72,7 @@ def test_a_part_is_absorbed_in_place_as_it_is_merged() -> None:
     none = attend(q, r, k[:, :0], v[:, :0])
     for first, second in ((some, others), (others, some), (none, some), (some, none), (none, none)):
         total = State(*(x.clone() for x in first))
-        absorb(total, second)
+        merge_into(total, second)
         for found, wanted in zip(total, by_weights(first, second), strict=True):
             torch.testing.assert_close(found, wanted)
         before = [x.clone() for x in first]

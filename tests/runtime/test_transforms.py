@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from parallax_gen import merge_states, parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
 from parallax_gen.compat import fla
 from parallax_gen.errors import ArgumentError
-from parallax_gen.integrations.drop_in import official_decoding, official_training
+from parallax_gen.integrations.drop_in import parallax_kernel_decoding, parallax_kernel_training
+from parallax_gen.integrations.drop_in.parallax_kernel_decoding import GraphedDecode
 from parallax_gen.nn import ParallaxAttention
 from parallax_gen.runtime import attention, transforms
 
@@ -197,7 +198,7 @@ def test_what_a_vmap_hands_to_kernels() -> None:
 
     q, k, lse = torch.randn(1, 5, 4, 16), torch.randn(3, 1, 7, 16, 2).movedim(-1, -2), torch.randn(1, 4, 5)
     args = (q, q, k, k, None, None, 0, 0, False, None, None, lse)
-    (found,), dims = transforms.over_samples(apply, 3, (None, None, 0, 0, *(None,) * 8), args)
+    (found,), dims = transforms.map_samples(apply, 3, (None, None, 0, 0, *(None,) * 8), args)
     assert found.shape == (3, 1, 5, 4, 16)
     assert dims == (0,)
     assert seen[0].shape == (3, 5, 4, 16)
@@ -301,14 +302,14 @@ def without_derivatives() -> dict[str, Callable[[Tensor], object]]:
     q = normal(1, 1, 4, 64).half()
     folded, rows = q[0].transpose(0, 1), torch.ones(4, 1, 1)
     return {
-        "official kvcache": lambda x: official_decoding.parallax_attn_with_kvcache(x, q, q, q),
-        "official decode": lambda x: official_decoding.parallax_decode(x, q, q, q, 0.1),
-        "official graph": lambda x: official_decoding.GraphedDecode(1, 4, 8, 64, dtype=q.dtype, device="cpu")(q=x),
+        "official kvcache": lambda x: parallax_kernel_decoding.parallax_attn_with_kvcache(x, q, q, q),
+        "official decode": lambda x: parallax_kernel_decoding.parallax_decode(x, q, q, q, 0.1),
+        "official graph": lambda x: GraphedDecode(1, 4, 8, 64, dtype=q.dtype, device="cpu")(q=x),
         "fla decode": lambda x: fla.parallax_decode(x, q, q, q),
-        "official forward": lambda x: official_training.parallax_fwd(
+        "official forward": lambda x: parallax_kernel_training.parallax_fwd(
             x[0].transpose(0, 1), folded, folded, folded, 0.1
         )[0],
-        "official backward": lambda x: official_training.parallax_bwd(
+        "official backward": lambda x: parallax_kernel_training.parallax_bwd(
             folded, folded, folded, folded, folded, folded, rows, rows, rows, x[0].transpose(0, 1), 0.1
         )[0],
     }  # fmt: skip
@@ -367,8 +368,8 @@ def test_attention_against_a_cache_has_no_derivatives() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda *x: official_training.parallax_func(*(y.transpose(1, 2) for y in x)).transpose(1, 2),
-        official_training.parallax_varlen_func,
+        lambda *x: parallax_kernel_training.parallax_func(*(y.transpose(1, 2) for y in x)).transpose(1, 2),
+        parallax_kernel_training.parallax_varlen_func,
         fla.parallel_parallax,
         lambda *x: fla.parallel_parallax(*x, cu_seqlens=torch.tensor([0, 5])),
     ],

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from parallax_gen.ops.base import Scratch
-from parallax_gen.runtime.workspace import bytes_of, parts_of
+from parallax_gen.runtime.workspace import split_workspace, workspace_bytes
 
 
 @pytest.mark.parametrize("scratch", [Scratch(12, 1), Scratch(12, 4), Scratch(8, 5), Scratch(4096, 77), Scratch(8, 0)])
 def test_counters_and_partials_lie_side_by_side_and_are_aligned(scratch: Scratch) -> None:
-    size = bytes_of(scratch)
+    size = workspace_bytes(scratch)
     workspace = torch.zeros(size, dtype=torch.uint8)
-    partials, arrived = parts_of(workspace, scratch)
+    partials, arrived = split_workspace(workspace, scratch)
     assert (partials.dtype, partials.numel()) == (torch.float32, scratch.partials)
     assert (arrived.dtype, arrived.numel()) == (torch.int32, scratch.arrived)
     begin = workspace.data_ptr()
@@ -29,13 +29,13 @@ def test_counters_and_partials_lie_side_by_side_and_are_aligned(scratch: Scratch
 
 def test_a_larger_workspace_is_cut_as_one_that_just_fits() -> None:
     scratch = Scratch(12, 3)
-    workspace = torch.zeros(bytes_of(scratch) + 100, dtype=torch.uint8)
-    for part in parts_of(workspace, scratch):
+    workspace = torch.zeros(workspace_bytes(scratch) + 100, dtype=torch.uint8)
+    for part in split_workspace(workspace, scratch):
         part.fill_(-1)
     assert workspace[:12].all()
     assert not workspace[12:16].any()  # between the two
-    assert not workspace[bytes_of(scratch) :].any()
+    assert not workspace[workspace_bytes(scratch) :].any()
 
 
 def test_no_scratch_is_no_bytes() -> None:
-    assert bytes_of(Scratch()) == 0
+    assert workspace_bytes(Scratch()) == 0

@@ -1,4 +1,4 @@
-"""A database of its own, and a made-up machine in place of children, for the tests of the tuner."""
+"""A database for each test, and a simulated machine instead of child processes, for the tests of the tuner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program for a test to kill: tunes on a made-up machine for ever, and prints every trial once it is recorded.
+"""A program for a test to kill: tunes on a simulated machine for ever, and prints every trial once it is stored.
 
 usage: endless_tune.py DATABASE SEED
 """
@@ -26,7 +26,7 @@ JOBS = [Job(KernelSpec("decode", head_dim, "bf16"), Bucket(8, 1, 1024), GPUS["h2
 
 
 class Printer:
-    """A watcher: one line a trial, of what the store holds by then."""
+    """A watcher that prints one line a trial, read from the store."""
 
     def __init__(self) -> None:
         self.done: dict[Job, int] = {}

@@ -1,4 +1,4 @@
-"""A made-up machine for the tuner: workers without children, that do as a test says."""
+"""A simulated machine for the tuner: fake workers without child processes, controlled by the test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def timing(us: float) -> Timing:
 
 @dataclass
 class Machine:
-    """What the fake workers do. Each is given the config and how often its kind was asked before."""
+    """The replies of the fake workers, by config and by the number of earlier requests of the same kind."""
 
     compile: Callable[[KernelConfig, int], TrialResult] = lambda config, n: TrialResult(
         Outcome.OK, resources=FINE, seconds=0.5
@@ -46,7 +46,7 @@ class Machine:
 
 
 class FakeWorker:
-    """As `Worker`, without a child."""
+    """A `Worker` without a child process."""
 
     def __init__(self, machine: Machine, device: int | None):
         self._machine, self._device, self._open = machine, device, True

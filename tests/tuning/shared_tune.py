@@ -1,4 +1,4 @@
-"""A program for tests of shared storages: one of several workers that tune a job together, on a made-up machine.
+"""A program for tests of shared storages: one of several workers that tune a job together, on a simulated machine.
 
 usage: shared_tune.py DATABASE STORAGE SEED     prints every config that it measures, before it does
 """
@@ -28,7 +28,7 @@ JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h
 
 
 def cost(config: KernelConfig) -> float:
-    """The same for every worker."""
+    """A time that is the same for every worker."""
     return random.Random(config_to_json(config)).uniform(50.0, 500.0)
 
 

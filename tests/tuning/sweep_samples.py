@@ -1,4 +1,4 @@
-"""Recorded sweeps for tests: real ones, partial, and a whole one that is made up."""
+"""Recorded sweeps for tests: partial real ones, and a whole synthetic one."""
 
 from __future__ import annotations
 

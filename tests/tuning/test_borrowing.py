@@ -1,4 +1,4 @@
-"""What calls would borrow, and lose by it, on small tables whose answers are known."""
+"""The evaluation of borrowing, on small tables with known losses."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ GPU = GPUS["h200"]
 SPEC = KernelSpec("forward", 128, "bf16", causal=True)
 PLACE = Place(GPU.name, SPEC, Bucket(8, 4096, 4096))
 DEFAULT = default_of(PLACE, GPU)
-OURS, OTHERS, SIBLINGS, NEARS = (dataclasses.replace(DEFAULT, HEAD_GROUP=n) for n in (1, 2, 4, 16))
+OURS, OTHERS, SIBLINGS, NEARS = (dataclasses.replace(DEFAULT, GROUP_HEADS=n) for n in (1, 2, 4, 16))
 NEW = {"triton": "3.9.0", "cuda": "13.4"}
 OLD = {"triton": "3.6.0", "cuda": "12.8/12.9"}
 FIRST, DEFAULTS = "measured here", "the default"
 
 
 def record(time_us: float, config: KernelConfig, place: Place = PLACE, day: int = 1, **evidence: str) -> Result:
-    """Of today's kernel; by NEW but for what `evidence` says."""
+    """A result of today's kernel, by NEW except for the fields in `evidence`."""
     found = dataclasses.replace(evidence_of(render(place.spec, config, GPU)), **(NEW | evidence))
     return Result(place, found, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
 

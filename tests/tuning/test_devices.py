@@ -18,7 +18,7 @@ from parallax_gen.ops.space import every_config
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.finals import CLOSE, MAX_INTERLEAVED
+from parallax_gen.tuning.finals import CLOSE_RATIO, MAX_INTERLEAVED
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.messages import TRIAL_MS, Measure, MeasureInterleaved, TrialResult
@@ -29,7 +29,7 @@ JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for
 
 @dataclass
 class Notes:
-    """A watcher that remembers what it was told, in order."""
+    """A watcher that records its calls, in order."""
 
     begun: list[Job] = field(default_factory=list)
     ended: list[Progress] = field(default_factory=list)
@@ -117,7 +117,7 @@ def test_the_next_jobs_configs_are_compiled_while_one_is_measured(store: Store, 
 
 
 def test_one_source_is_compiled_once_at_a_time(store: Store, machine: Machine) -> None:
-    """Buckets of one spec have configs in common, which render alike: the second is left to Triton's cache."""
+    """Buckets of one spec share configs with the same source: the second compilation waits for Triton's cache."""
     at_work: Counter[KernelConfig] = Counter()
     most: Counter[KernelConfig] = Counter()
 
@@ -153,7 +153,7 @@ def test_a_trial_that_fails_costs_no_other(store: Store, machine: Machine) -> No
 
 
 def finals(store: Store, machine: Machine, long: list[float]) -> list[MeasureInterleaved]:
-    """One job of as many configs; in a long timing each takes what is said, in a short one less by as much."""
+    """One job whose configs take the times in `long` in a long timing, and accordingly less in a short one."""
     configs = machine.compiled
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
@@ -185,7 +185,7 @@ def test_a_rematch_that_fails_changes_nothing(store: Store, machine: Machine) ->
 
 
 def test_one_that_is_far_ahead_is_not_timed_in_turns(store: Store, machine: Machine) -> None:
-    assert finals(store, machine, [100.0, 100.0 * CLOSE + 0.5, 150.0]) == []
+    assert finals(store, machine, [100.0, 100.0 * CLOSE_RATIO + 0.5, 150.0]) == []
 
 
 def test_no_more_than_a_few_are_timed_in_turns(store: Store, machine: Machine) -> None:

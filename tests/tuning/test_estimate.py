@@ -1,4 +1,4 @@
-"""What is guessed before compiling: possible, sorted_by_guess like what was measured, and near what was compiled."""
+"""Resources guessed before compiling: possible, near the compiled ones, and ranking configs as measurements do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRAINED = Shape(4, 16, 16, 4096, 4096)
 @given(data=specs("forward", ("bf16", "fp32", "tf32")))
 def test_every_config_can_be_guessed(op: str, data: KernelSpec) -> None:
     of_cache = op in ("decode", "decode_varlen")
-    spec = KernelSpec(op, data.head_dim, data.dtype, data.group) if of_cache else data.of(op)
+    spec = KernelSpec(op, data.head_dim, data.dtype, data.group) if of_cache else data.for_op(op)
     shape = representative(Bucket(8, 1 if of_cache else 512, 512, 128 if spec.window else 0), spec.group)
     for config in list(every_config(spec, H200))[::40]:
         resources = guess_resources(spec, config, H200)
@@ -70,7 +70,7 @@ def test_resources_are_near_those_of_compiled_kernels(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
 def test_the_best_are_among_the_first_fifth(path: Path) -> None:
-    """Of what was recorded, and so of what those who recorded it thought worth a trial."""
+    """For recorded configs only, which a search chose to try."""
     sweep = read_sweep(path)
     order = sorted_by_guess(sweep.place.spec, sweep.shape, GPUS[sweep.place.gpu], sweep.costs)
     best = min(sweep.costs, key=lambda config: sweep.costs[config] or float("inf"))

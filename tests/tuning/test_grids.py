@@ -1,4 +1,4 @@
-"""The grids of decode shapes: as many as are said, none twice, none larger than they say."""
+"""The grids of decode shapes: their documented size, no duplicates, and no shape over the documented limit."""
 
 from __future__ import annotations
 

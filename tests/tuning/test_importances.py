@@ -1,4 +1,4 @@
-"""Importances of knobs, where it is known which one decides."""
+"""Importances of knobs, on synthetic costs where one known knob decides."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.space import every_config, knobs_of
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.search.importances import LEAST_TRIALS, importances
+from parallax_gen.tuning.search.importances import MIN_TRIALS, importances
 
 SPEC = KernelSpec("decode", 128, "bf16", group=4)
 CONFIGS = sorted(every_config(SPEC, gpu_by_name("h200")), key=str)
 
 
 def costs(knob: str, count: int = 300) -> list[tuple[KernelConfig, float]]:
-    """Of random configs: one knob's value decides, the rest is noise of a tenth of its steps."""
+    """Costs of random configs: one knob's value decides, plus noise of a tenth of its steps."""
     draw = random.Random(0)
     values = next(k for k in knobs_of(SPEC) if k.name == knob).values
     chosen = draw.sample(CONFIGS, count)
@@ -41,8 +41,8 @@ def test_knobs_without_a_choice_are_left_out() -> None:
 
 def test_nothing_is_told_from_too_few_or_from_equals() -> None:
     assert importances(SPEC, []) == {}
-    assert importances(SPEC, costs("BLOCK_N", LEAST_TRIALS - 1)) == {}
-    assert importances(SPEC, costs("BLOCK_N", LEAST_TRIALS)) != {}
+    assert importances(SPEC, costs("BLOCK_N", MIN_TRIALS - 1)) == {}
+    assert importances(SPEC, costs("BLOCK_N", MIN_TRIALS)) != {}
     assert importances(SPEC, [(config, 1.0) for config, _ in costs("BLOCK_N")]) == {}
 
 

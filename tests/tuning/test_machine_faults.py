@@ -1,4 +1,4 @@
-"""What the machine fails ends a tune with one error, is stored nowhere, and is tried again, by others too."""
+"""A fault of the machine ends a tune with one error and is not stored; the config is tried again, by any worker."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, ma
 
 
 def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine, journal: str) -> None:
-    """Also what was claimed for the jobs that no device had yet."""
+    """Also claims for jobs that no device had yet."""
     machine.compile = failing
     with pytest.raises(MachineError):
         tune(store, JOBS, Storage(journal))
@@ -200,7 +200,7 @@ TRIAL = Trial(KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1
 
 
 def test_a_child_says_what_its_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a folder that cannot be made; the same child goes on when it is asked again."""
+    """Here a folder that cannot be created; the same child answers the next request."""
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "triton"))
     with closing(Worker(device=None)) as child:

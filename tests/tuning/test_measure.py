@@ -1,4 +1,4 @@
-"""The timing protocol, on a made-up device whose clock stands still but for the work that is launched."""
+"""The timing protocol, on a simulated device whose clock only advances with launched work."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from parallax_gen.tuning.workers import measure
 from parallax_gen.tuning.workers.measure import (
     BURST_MS,
     CALLS_A_GRAPH,
-    FEWEST_REPLAYS,
-    MOST_REPLAYS,
-    MUCH_FREED,
+    MAX_REPLAYS,
+    MIN_REPLAYS,
     PAUSE_S,
     ROUNDS,
+    SETTLE_BYTES,
     SETTLE_S,
     WARM_MS,
 )
 
 
 class Device:
-    """What measure.py uses of torch.cuda. A call takes as long as it says, in order of launch."""
+    """The part of torch.cuda that measure.py uses. Each call takes the given time, in order of launch."""
 
     def __init__(self) -> None:
         self.now_us = 0.0
@@ -111,10 +111,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 @pytest.mark.parametrize(
     ("us", "calls", "replays"),
     [
-        (5.0, CALLS_A_GRAPH, MOST_REPLAYS),  # 40 ms would hold 400
+        (5.0, CALLS_A_GRAPH, MAX_REPLAYS),  # 40 ms would hold 400
         (50.0, CALLS_A_GRAPH, 40),
         (500.0, 4, 20),
-        (9000.0, 1, FEWEST_REPLAYS),  # 40 ms would hold four
+        (9000.0, 1, MIN_REPLAYS),  # 40 ms would hold four
     ],
 )
 def test_calls_share_graphs_that_are_replayed_for_so_long(device: Device, us: float, calls: int, replays: int) -> None:
@@ -141,22 +141,22 @@ def test_the_median_and_the_fifths_are_of_replays(device: Device) -> None:
 
 def test_a_timing_waits_until_freed_memory_is_cleared(device: Device) -> None:
     call = device.work("call", lambda: 100.0)
-    device.freed = MUCH_FREED
+    device.freed = SETTLE_BYTES
     measure.time_call(call, timed_ms=1.0)
     assert device.rests == [SETTLE_S]
-    device.freed += MUCH_FREED // 2
+    device.freed += SETTLE_BYTES // 2
     measure.time_call(call, timed_ms=1.0)
     assert device.rests == [SETTLE_S]
-    device.freed += MUCH_FREED
+    device.freed += SETTLE_BYTES
     measure.time_interleaved([call, call], timed_ms=1.0)
     assert device.rests == 2 * [SETTLE_S]
 
 
 def test_so_does_one_whose_own_capture_frees_memory(device: Device) -> None:
-    """As torch does: it gives back to the driver what it holds and does not use."""
+    """As torch does: frees cached memory to the driver."""
 
     def cost() -> float:
-        device.freed = MUCH_FREED
+        device.freed = SETTLE_BYTES
         return 100.0
 
     measure.time_call(device.work("call", cost), timed_ms=1.0)
@@ -165,14 +165,14 @@ def test_so_does_one_whose_own_capture_frees_memory(device: Device) -> None:
 
 def test_what_tensor_cores_bound_does_not_wait_for_memory(device: Device) -> None:
     call = device.work("call", lambda: 100.0)
-    device.freed = MUCH_FREED
+    device.freed = SETTLE_BYTES
     measure.time_call(call, timed_ms=1.0, memory_bound=False)
     measure.time_interleaved([call, call], timed_ms=1.0, memory_bound=False)
     assert device.rests == []
 
 
 def test_what_has_lost_is_replayed_a_few_times_only(device: Device) -> None:
-    assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=99.0).replays == FEWEST_REPLAYS
+    assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=99.0).replays == MIN_REPLAYS
     assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=101.0).replays == 20
 
 
@@ -180,11 +180,11 @@ def test_what_has_lost_is_replayed_a_few_times_only(device: Device) -> None:
 def test_from_rest_is_in_bursts_each_after_a_rest(device: Device, timed_ms: float, bursts: int) -> None:
     timing = measure.time_call(device.work("a", lambda: 100.0), timed_ms=timed_ms, in_bursts=True)
     assert device.rests == [PAUSE_S] * bursts
-    assert timing.replays == max(FEWEST_REPLAYS, timed_ms / 2)  # of 20 calls, 2 ms
+    assert timing.replays == max(MIN_REPLAYS, timed_ms / 2)  # of 20 calls, 2 ms
 
 
 def test_a_card_that_slows_under_load_is_timed_before_it_does(device: Device) -> None:
-    """As an H100 does, 30 ms after a rest at the earliest: what is measured is the kernel, not the moment."""
+    """As an H100 throttles, at the earliest 30 ms after a pause: the timing does not depend on the moment."""
 
     def cost() -> float:
         return 1000.0 if device.now_us - device.rested_at_us < 30e3 else 1100.0
@@ -197,7 +197,7 @@ def test_a_card_that_slows_under_load_is_timed_before_it_does(device: Device) ->
 
 
 def test_in_turns_a_drift_is_shared(device: Device) -> None:
-    """The card slows with every call: one after the other, the second would seem the slower one by half a percent."""
+    """The card slows down with every call: timed one after the other, the second would seem half a percent slower."""
     drift = 1.0
 
     def slowing(us: float) -> Callable[[], float]:

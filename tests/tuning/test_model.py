@@ -1,4 +1,4 @@
-"""The static model: sane, as far as ranking goes."""
+"""The static cost model ranks configs plausibly."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 H200 = GPUS["h200"]
 FORWARD, DECODE = KernelSpec("forward", 128, "bf16", causal=True), KernelSpec("decode", 128, "bf16", group=4)
-TILE = ForwardConfig(BLOCK_M=128, BLOCK_N=64, HEAD_GROUP=8, num_warps=8, num_stages=3)
+TILE = ForwardConfig(BLOCK_M=128, BLOCK_N=64, GROUP_HEADS=8, num_warps=8, num_stages=3)
 SPLIT = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=1, num_stages=4)
 LEAN = Resources(registers=128, spills=0, shared_bytes=64 * 1024)
-DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=128, HEAD_GROUP=8, num_warps=8, num_stages=3)
-DQDR = DqDrConfig(BLOCK_M=128, BLOCK_N=64, HEAD_GROUP=8, num_warps=8, num_stages=3)
+DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=128, GROUP_HEADS=8, num_warps=8, num_stages=3)
+DQDR = DqDrConfig(BLOCK_M=128, BLOCK_N=64, GROUP_HEADS=8, num_warps=8, num_stages=3)
 TRAINED = Shape(4, 16, 16, 4096, 4096)
 CASES = [
     (FORWARD, TILE, TRAINED),
     (DECODE, SPLIT, Shape(32, 32, 8, 1, 8192)),
-    (FORWARD.of("preprocess"), PreprocessConfig(BLOCK_M=32, num_warps=4), TRAINED),
-    (FORWARD.of("dkdv"), DKDV, TRAINED),
-    (FORWARD.of("dqdr"), DQDR, TRAINED),
+    (FORWARD.for_op("preprocess"), PreprocessConfig(BLOCK_M=32, num_warps=4), TRAINED),
+    (FORWARD.for_op("dkdv"), DKDV, TRAINED),
+    (FORWARD.for_op("dqdr"), DQDR, TRAINED),
     (
-        dataclasses.replace(FORWARD.of("dkdv"), window=True, group=4, head_dim=96),
-        dataclasses.replace(DKDV, HEAD_DIM_AS="pieces"),
+        dataclasses.replace(FORWARD.for_op("dkdv"), window=True, group=4, head_dim=96),
+        dataclasses.replace(DKDV, HEAD_DIM_LAYOUT="chunked"),
         Shape(2, 32, 8, 8192, 8192, 1024),
     ),
 ]
@@ -109,27 +109,27 @@ def test_matmuls_bound_all_but_decode_and_preprocess() -> None:
 
 @pytest.mark.parametrize(("op", "config", "rate"), [("dqdr", DQDR, 645e12), ("dkdv", DKDV, 456e12)])
 def test_the_backward_is_predicted_as_it_was_measured(op: str, config: KernelConfig, rate: float) -> None:
-    """The rates that kernels like these had on an H200, of their own matmuls."""
-    spec = FORWARD.of(op)
+    """The measured rates of such kernels on an H200, in FLOPs of their own matmuls."""
+    spec = FORWARD.for_op(op)
     measured_us = 1e6 * work_of(spec, TRAINED).flops / rate
     found = predict(spec, config, TRAINED, Resources(255, 10, 200 * 1024))
     assert measured_us / 1.2 < found < measured_us * 1.2
 
 
 def test_dkdv_owns_keys() -> None:
-    """Of one kv head with many query heads dkdv has few programs, dqdr many."""
+    """With one kv head and many query heads, dkdv has few programs and dqdr many."""
     shape = Shape(1, 64, 1, 2048, 2048)
     spec = dataclasses.replace(FORWARD, causal=False, group=64)
-    few, many = predict(spec.of("dkdv"), DKDV, shape), predict(spec.of("dqdr"), DQDR, shape)
+    few, many = predict(spec.for_op("dkdv"), DKDV, shape), predict(spec.for_op("dqdr"), DQDR, shape)
     assert few > 2 * many
     for op, config in (("dkdv", DKDV), ("dqdr", DQDR)):  # a large tile of what is owned pays
         turned = dataclasses.replace(config, BLOCK_M=config.BLOCK_N, BLOCK_N=config.BLOCK_M)
-        assert predict(FORWARD.of(op), config, TRAINED) < predict(FORWARD.of(op), turned, TRAINED)
+        assert predict(FORWARD.for_op(op), config, TRAINED) < predict(FORWARD.for_op(op), turned, TRAINED)
 
 
 @pytest.mark.parametrize("op", ["forward", "dkdv", "dqdr"])
 def test_a_window_pays_but_not_below_a_tile(op: str) -> None:
-    spec = FORWARD.of(op)
+    spec = FORWARD.for_op(op)
     config = {"forward": TILE, "dkdv": DKDV, "dqdr": DQDR}[op]
     windowed = dataclasses.replace(spec, window=True)
     times = [predict(windowed, config, dataclasses.replace(TRAINED, window=w)) for w in (1, 64, 512, 2048)]
@@ -139,15 +139,15 @@ def test_a_window_pays_but_not_below_a_tile(op: str) -> None:
 
 
 def test_padding_is_multiplied_too() -> None:
-    spec = dataclasses.replace(FORWARD.of("dkdv"), head_dim=72)
+    spec = dataclasses.replace(FORWARD.for_op("dkdv"), head_dim=72)
     pieces, padded = (
-        predict(spec, dataclasses.replace(DKDV, HEAD_DIM_AS=how), TRAINED) for how in ("pieces", "padded")
+        predict(spec, dataclasses.replace(DKDV, HEAD_DIM_LAYOUT=how), TRAINED) for how in ("chunked", "padded")
     )  # 64 + 16 columns, or 128
     assert padded > 1.4 * pieces
 
 
 def test_a_preprocess_of_small_programs_waits_for_memory() -> None:
-    spec = FORWARD.of("preprocess")
+    spec = FORWARD.for_op("preprocess")
     one = Resources(255, 0, H200.shared_per_block)  # a single program at a time on a multiprocessor
     times = [predict(spec, PreprocessConfig(m, 4), TRAINED, one) for m in (128, 16, 4)]
     assert times == sorted(set(times))
@@ -176,7 +176,7 @@ def test_the_best_that_was_measured_is_in_the_first_fifth(path: Path) -> None:
 
 
 def test_warps_without_rows_of_their_own_wait_for_each_other() -> None:
-    """A tile of 64 rows is for 4 warps, 16 each: with 8, two join what each pair of rows comes to."""
+    """A tile of 64 rows fits 4 warps of 16 rows: with 8 warps, pairs of warps share rows and reduce across warps."""
     small = dataclasses.replace(TILE, BLOCK_M=64, BLOCK_N=128)
     assert predict(FORWARD, dataclasses.replace(small, num_warps=4), TRAINED) < 0.8 * predict(FORWARD, small, TRAINED)
 

@@ -1,4 +1,4 @@
-"""What is known is timed again: of each place the few best of all records, and today's default, in turns."""
+"""A refresh times the few best configs of each place again, interleaved with today's default."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
 
 
 def test_an_old_time_that_nothing_timed_again_does_not_win(store: Store, machine: Machine, tmp_path: Path) -> None:
-    """Of a long search some rows remain: the best of them is timed too, until the best is one that was."""
+    """Rows of an earlier long search remain: their best is timed too, until the best config is one that was."""
     machine.measure = lambda config, n: timed(30.0)
     memory = memory_of(store, tmp_path, *(record(config, 20.0 + n) for n, config in enumerate(OTHERS[:4])))
     refresh(memory, JOB)
@@ -167,7 +167,7 @@ def test_many_places_at_once(store: Store, machine: Machine, tmp_path: Path) -> 
 
 
 def test_the_default_is_never_given_up(store: Store, machine: Machine, tmp_path: Path) -> None:
-    """Its time tells what tuning is worth, however slow it is; the others are given up at half more than the best."""
+    """Its time shows what tuning gained, however slow it is; other configs are given up at 1.5 times the best."""
     refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
     limits = {r.trial.config: r.give_up_us for _, r in machine.on if isinstance(r, Measure)}
     assert limits[DEFAULT] == float("inf")
@@ -195,7 +195,7 @@ def test_ops_without_neighbours_in_the_ranking_try_those_too(op: str, store: Sto
 def test_a_config_with_an_old_row_that_fails_now_or_is_slower_counts_as_it_is_now(
     old: dict[str, str], store: Store, machine: Machine, tmp_path: Path
 ) -> None:
-    """Of another patch release, or from before fingerprints: the old row is of the same kernel and toolchain."""
+    """The old row is of another patch release, or from before fingerprints, but of the same kernel and toolchain."""
     memory = memory_of(store, tmp_path, record(OTHERS[0], 1.0, **old), record(OTHERS[1], 5.0))
     machine.measure = lambda config, n: TrialResult(Outcome.WRONG, "NaN") if config == OTHERS[0] else timed(9.0)
     machine.interleaved = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(9.0) for _ in request.trials))

@@ -1,4 +1,4 @@
-"""Replays: regret is counted right, a search sees only costs, and the tuner's own finds the best soon."""
+"""Simulated searches: the regret is right, a search sees only costs, and the tuner's own is soon near the best."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_quartiles_are_those_of_the_seeds() -> None:
 
 
 def test_what_is_not_reached_is_none() -> None:
-    """One trial each: some of the seeds draw a failure, most of them nothing near the best."""
+    """One trial each: some seeds draw a failure, most a config far from the best."""
     (curve,) = curves(SWEEP, ["random"], seeds=20, trials=1, workers=1)
     each = [regrets(SWEEP, "random", seed, trials=1)[0] for seed in range(20)]
     assert math.inf in each

@@ -1,4 +1,4 @@
-"""Samplers beside the usual one: each asks for all there is, once; a guess helps, and is put right where it is off."""
+"""Other samplers: each proposes every config once; the cost model helps, and is corrected where it is off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def guess(config: KernelConfig) -> float:
 
 
 def wrong(config: KernelConfig) -> float:
-    """Times that differ from the guess by a factor for each of two knobs' values."""
+    """Times that differ from the guess by one factor for each value of two knobs."""
     assert isinstance(config, TileConfig)
     return guess(config) * {1: 1.0, 2: 1.6, 3: 1.9, 4: 2.1}[config.num_stages] * {4: 1.0, 8: 1.7}[config.num_warps]
 
@@ -93,7 +93,7 @@ def test_a_wrong_guess_is_put_right() -> None:
 
 
 def test_what_fails_is_soon_left_alone() -> None:
-    """The guess likes these configs best, and none of them compiles: the search soon turns to others."""
+    """The guess prefers configs that do not compile: the search soon proposes others."""
     doomed = {c for c in every_config(FORWARD, H200) if isinstance(c, TileConfig) and c.num_stages == 4}
 
     def too_good(config: KernelConfig) -> float:

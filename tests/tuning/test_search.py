@@ -1,4 +1,4 @@
-"""The search: every config once and valid, the given ones first, and better than chance."""
+"""The search: every config is valid and proposed once, the given ones first, and it beats random search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = (KernelSpec("preprocess", 64, "fp32"), GPUS["rtx4090"])  # 21 configs
 
 
 def cost(config: KernelConfig) -> float:
-    """A made-up time: every knob has a best value, far from the middle, and they matter unequally."""
+    """A synthetic time: every knob has a best value, far from the middle, and some knobs matter more."""
     assert isinstance(config, DecodeConfig)
     best = DecodeConfig(BLOCK_N=16, BLOCK_H=8, NUM_SPLITS=48, merge="kernel", num_warps=1, num_stages=6)
     time = 10.0

@@ -35,7 +35,7 @@ EVIDENCE = Evidence.here("0123456789abcdef" * 2, "fedcba9876543210" * 2)
 
 @pytest.fixture(scope="module")
 def postgresql() -> Iterator[str]:
-    """The URL of a server of its own, which nobody else uses."""
+    """The URL of a PostgreSQL server that only these tests use."""
     folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ["PATH"].split(os.pathsep))]
     bin = next((folder for folder in folders if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
     if bin is None:
@@ -91,7 +91,7 @@ def measured(folder: Path, number: int) -> list[str]:
 
 
 def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: Path) -> None:
-    """All find all that was found, also what the killed one had finished; what it was at is tried by another."""
+    """Every worker has all results, also those of the killed worker; another worker tries its unfinished config."""
     workers = {number: work(tmp_path, url, number) for number in range(4)}
     while len(measured(tmp_path, 0)) < 2:
         assert workers[0].poll() is None

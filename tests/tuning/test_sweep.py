@@ -1,4 +1,4 @@
-"""Recorded sweeps: what was measured comes back from the file, and what is not a sweep is refused by line."""
+"""Recorded sweeps: results survive writing and reading, and a malformed file is refused with its line."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_failure_has_no_cost_and_a_slow_one_has() -> None:
 
 
 def changed(**fields: Any) -> Result:
-    """The first of the made-up ones, with other values."""
+    """The first synthetic result, with some values replaced."""
     return dataclasses.replace(made_up()[0], **fields)
 
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_read_is_an_error_that_names_the_file(tmp_path: Path) -> 
 def test_recorded_sweeps_are_what_they_say(path: Path) -> None:
     sweep = read_sweep(path)
     spec, gpu = sweep.place.spec, GPUS[sweep.place.gpu]
-    later = {"MASK", "ROW_MAX", "ROW_NUMBERS"}  # knobs that came after these files: all at their defaults there
+    later = {"MASK", "SOFTMAX", "ROW_STATS"}  # knobs that came after these files: all at their defaults there
     every = {config for config in every_config(spec, gpu) if not later & set(config_to_dict(config))}
     assert sweep.whole == (every <= set(sweep.costs))
     for result in sweep.results:
@@ -209,7 +209,7 @@ def test_there_are_recorded_sweeps() -> None:
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
 def test_a_file_of_format_1_reads_as_it_does_when_it_is_written_anew(path: Path, tmp_path: Path) -> None:
-    """Its key was the place and the environment; knobs that came later are written at their defaults."""
+    """The old key was the place and the environment; knobs that were added later get their defaults."""
     old = header_of(path)
     assert old["format"] == 1
     sweep = read_sweep(path)

@@ -1,4 +1,4 @@
-"""The loop: real compilers and no GPU, or made-up compilers and a made-up GPU that does as a test says."""
+"""The tuning loop: with real compilers and no GPU, or with simulated compilers and GPU."""
 
 from __future__ import annotations
 
@@ -292,13 +292,13 @@ def test_time_counts_from_when_there_is_something_to_measure(store: Store) -> No
     """Compilers take seconds to start: a short budget was spent before its second trial."""
     run = Run(JOB, store, measure=True, trials=3)
     run.begin(0.2)
-    asked = [run.ask() for _ in range(2)]
+    requests = [run.next_compile() for _ in range(2)]
     time.sleep(0.3)
     assert run.searching
     before = time.monotonic()
-    for source in asked:
+    for source in requests:
         assert source is not None
-        run.compiled(source[1].trial.config, TrialResult(Outcome.OK, resources=FINE))
+        run.on_compiled(source[1].trial.config, TrialResult(Outcome.OK, resources=FINE))
     assert before + 0.2 <= run.progress.deadline <= time.monotonic() + 0.2
     time.sleep(0.3)
     assert not run.searching
@@ -329,7 +329,7 @@ def test_workers_are_closed_in_the_end(store: Store, machine: Machine) -> None:
 
 
 def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Path) -> None:
-    """On a card alike: its own bucket's first, fast to slow, then the best of each other bucket; nothing else's."""
+    """On a sibling card: first those of its bucket, fast to slow, then the best of each other bucket; no others."""
     spec = KernelSpec("dqdr", 128, "bf16", causal=True)
     first, second, third, fourth = list(every_config(spec, GPU))[:4]
 
@@ -339,7 +339,7 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
     here, there = Bucket(64, 4096, 4096), Bucket(16, 8192, 8192)
     records = [shipped(spec, here, first, 20.0), shipped(spec, here, second, 10.0)]
     records += [shipped(spec, there, third, 5.0), shipped(spec, there, first, 6.0)]
-    records += [shipped(spec.of("dqdr"), Bucket(16, 4096, 4096), second, 7.0)]
+    records += [shipped(spec.for_op("dqdr"), Bucket(16, 4096, 4096), second, 7.0)]
     records += [shipped(KernelSpec("dqdr", 64, "bf16", causal=True), here, fourth, 1.0)]
     write_shipped(records, "h200", tmp_path)
     assert shipped_seeds(Place("h100", spec, here), load_same_capability(GPUS["h100"], tmp_path))[:2] == [second, first]
@@ -352,7 +352,7 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
 
 
 def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store, machine: Machine) -> None:
-    """Two of them, of the spec, measured, by their ratio; of any kernel and toolchain."""
+    """The two nearest buckets with measurements of the spec, of any kernel and toolchain."""
     spec = KernelSpec("forward", 40, "fp16")
     configs = list(every_config(spec, GPU))[:6]
     job = Job(spec, Bucket(64, 4096, 4096), GPU)
@@ -375,7 +375,7 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
 
 
 def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tmp_path: Path) -> None:
-    """Behind what was fast for the very spec, before what was in other buckets."""
+    """After the configs of the same spec, before those of other buckets."""
     dense = KernelSpec("decode_varlen", 128, "bf16", group=4)
     paged, bucket = replace(dense, page_size=64), Bucket(64, 1, 4096)
     specs = (dense, paged, replace(paged, cache_dtype="e4m3"), replace(dense, group=8))

@@ -1,4 +1,4 @@
-"""The child that compiles and measures: what it sees of the GPUs, and that nothing of it outlives its parent."""
+"""The child that compiles and measures: it sees one GPU, and no process of it outlives its parent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -95,7 +95,7 @@ def test_a_child_that_does_not_say_which_gpu_it_has_is_an_error(monkeypatch: pyt
 
 @pytest.fixture
 def hanging_ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A ptxas that tells its version and otherwise never ends; the file that its process id goes to."""
+    """A ptxas that prints its version and otherwise never ends; and the file with its process id."""
     import triton
 
     real = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -110,7 +110,7 @@ def hanging_ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> None:
-    """As a timeout kills it, though not after as long."""
+    """Killed as by a timeout, but sooner."""
     with closing(Worker(device=None)) as worker, ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(worker.ask, Compile(TRIAL), 120.0)
         assert wait_for(lambda: hanging_ptxas.exists() and hanging_ptxas.read_text(encoding="utf-8").strip() != "")

@@ -1,4 +1,4 @@
-"""What to tune when little is said, and the kernels that shapes and flags mean."""
+"""The default jobs of a tune, and the kernels that shapes and flags select."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from parallax_gen.problem.workloads import (
     USUAL_TRAINING,
     WORK,
     Flags,
+    has_flag,
     kernels,
-    takes,
     usual,
 )
 from parallax_gen.tuning.job import ALL_WORK, Job, worklist
@@ -89,7 +89,7 @@ def test_a_training_step_is_four_kernels_at_the_sizes_that_each_sees() -> None:
     assert preprocess.bucket == Bucket(64, 8192, 8192)
     for job in backward:
         assert job.bucket == forward.bucket
-        assert job.spec == forward.spec.of(job.spec.op)
+        assert job.spec == forward.spec.for_op(job.spec.op)
 
 
 def test_the_jobs_of_training_are_each_there_once() -> None:
@@ -140,9 +140,9 @@ def test_flags_go_to_their_ops() -> None:
         assert job.spec.op in ("forward", "decode_varlen")
     for job in worklist(GPU, ops=(TRAINING,), flags=Flags(varlen=True)):
         assert job.spec.varlen
-    assert {op for op in WORK if takes(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
-    assert {op for op in WORK if takes(op, "leftpad")} == {"decode"}
-    assert not takes(TRAINING, "stats")
+    assert {op for op in WORK if has_flag(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
+    assert {op for op in WORK if has_flag(op, "leftpad")} == {"decode"}
+    assert not has_flag(TRAINING, "stats")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""What ours is compared with: one file a package. No import of one here brings in torch, or the package itself."""
+"""The baselines, one file per package. Importing these files imports neither torch nor the packages."""
 
 from __future__ import annotations
 
 from parallax_gen.bench.baselines import fla, flash_attn, ours, parallax_kernel, torch_sdpa
 from parallax_gen.bench.baselines.base import Baseline
 
-# In the order in which they are timed and shown: ours first, then softmax attention, then other Parallax kernels.
+# In the order of timing and display: ours first, then softmax attention, then other Parallax kernels.
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for package in (ours, torch_sdpa, flash_attn, parallax_kernel, fla)
@@ -15,5 +15,5 @@ OURS = ours.BASELINES[0].name
 
 
 def baselines_of(op: str) -> list[Baseline]:
-    """Those that have a kernel of "forward", "decode" or TRAINING."""
+    """The baselines that have a kernel for `op`: "forward", "decode" or TRAINING."""
     return [baseline for baseline in BASELINES.values() if baseline.has(op)]

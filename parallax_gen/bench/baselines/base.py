@@ -1,4 +1,4 @@
-"""What a baseline is: one implementation, with its forward, its decode and its training step where it has them."""
+"""A baseline: one implementation with the forward, decode and training step that it has."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 Call = Callable[[], "Tensor"]  # -> like q
 
-NO_LENGTHS = "it has no lengths a sequence"
-CALLS_A_CONFIG = 3  # of Triton's autotuners, in haste
+NO_LENGTHS = "it has no per-sequence lengths"
+CALLS_PER_CONFIG = 3  # of Triton's autotuners, with Effort.few_calls
 
 
 class Prepared(Protocol):
-    """What can be timed on given inputs, by name, and what it all gives, by name and laid out as the inputs are."""
+    """A baseline bound to inputs: its timed parts by name, and its results by name in the inputs' layout."""
 
     @property
     def parts(self) -> dict[str, Callable[[], object]]: ...
@@ -53,9 +53,9 @@ class Step:
     """A training step in an implementation's own layout: the forward and its gradients.
 
     attend   the output, with what its gradients need
-    inputs   that have gradients: q, r, k, v; q, k, v of softmax
+    inputs   the tensors that need gradients: q, r, k, v; for softmax q, k, v
     do       the output's gradient
-    restore  brings an output or a gradient into the layout of `Inputs`
+    restore  converts an output or a gradient to the layout of `Inputs`
     """
 
     attend: Call
@@ -66,11 +66,11 @@ class Step:
 
     @property
     def parts(self) -> dict[str, Callable[[], object]]:
-        """What is timed, by name."""
+        """The timed functions by name."""
         return {"forward": self.attend, "backward": self.backward, "step": self.whole}
 
     def backward(self) -> tuple[Tensor, ...]:
-        """The gradients, of a forward that ran before: on this stream, for autograd runs a backward where that ran."""
+        """The gradients after an untimed forward on this stream: autograd runs a backward on its forward's stream."""
         import torch
 
         stream = torch.cuda.current_stream() if self.do.is_cuda else None
@@ -84,7 +84,7 @@ class Step:
         return torch.autograd.grad(self.attend(), self.inputs, self.do)
 
     def results(self) -> dict[str, Tensor]:
-        """The output and the gradients by name, once through."""
+        """The output and the gradients by name, computed once."""
         import torch
 
         out = self.attend()
@@ -96,14 +96,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One implementation, and what it has: None where it has no such kernel.
+    """One implementation. A function is None if it has no such kernel.
 
-    forward, decode, step  on given inputs; they raise ImportError where it is not installed, NotImplementedError where
-                           it has no kernel of the spec, and anything where it cannot
-    softmax                plain softmax attention: less work than Parallax, so no error to compare
-    packages               the distributions it comes from, of torch's and our own none
-    setting                what else its time depends on, in words
-    release                lets go of the tensors of a comparison that is over, where it keeps them
+    forward, decode, step  bind inputs; raise ImportError if the package is not installed, NotImplementedError if it has
+                           no kernel for the spec, and anything else if it fails
+    softmax                whether it computes softmax attention: less work than Parallax, and no error to compare
+    packages               the distributions that it comes from; none for torch's and ours
+    setting                other settings that its time depends on, as text
+    release                frees tensors that it keeps after a comparison
     """
 
     name: str
@@ -116,11 +116,11 @@ class Baseline:
     release: Callable[[], None] = lambda: None
 
     def has(self, op: str) -> bool:
-        """Whether it has a kernel of "forward", "decode" or TRAINING."""
+        """Whether it has a kernel for `op`: "forward", "decode" or TRAINING."""
         return (self.step if op == TRAINING else self._function(op)) is not None
 
     def prepare(self, op: str, spec: KernelSpec, x: Inputs) -> Prepared:
-        """What can be timed of an op that it has. Raises what its function raises."""
+        """Bind it to inputs for an op that it has. Raises what its function raises."""
         if op == TRAINING:
             assert self.step is not None
             return self.step(spec, x)
@@ -129,7 +129,7 @@ class Baseline:
         return Single(op, function(spec, x))
 
     def package(self) -> str:
-        """`parallax-kernel 0.1.1, helion 1.2.0, HELION_AUTOTUNE_EFFORT=none`; without what is not installed."""
+        """Such as `parallax-kernel 0.1.1, helion 1.2.0, HELION_AUTOTUNE_EFFORT=none`; leaves out missing packages."""
         found = []
         for name in self.packages:
             with suppress(metadata.PackageNotFoundError):
@@ -140,39 +140,40 @@ class Baseline:
         return {"forward": self.forward, "decode": self.decode}[op]
 
 
-def check_lacking(spec: KernelSpec, *, lengths: str = "", **lacking: str) -> None:
-    """Raise NotImplementedError if the spec has a flag on that is lacking; of each flag, what is said then.
+def refuse_unsupported(spec: KernelSpec, *, lengths: str = "", **reasons: str) -> None:
+    """Raise NotImplementedError if the spec sets a flag that a baseline does not support.
 
-    lengths  what is said where sequences of their own lengths are lacking
+    reasons  unsupported flag -> message
+    lengths  the message if per-sequence lengths are unsupported
     """
     if lengths and op_of(spec).own_lengths:
         raise NotImplementedError(lengths)
-    for flag, told in lacking.items():
+    for flag, reason in reasons.items():
         if getattr(spec, flag):
-            raise NotImplementedError(told)
+            raise NotImplementedError(reason)
 
 
-def check_dense_causal(spec: KernelSpec) -> None:
-    """What other Parallax kernels for training are compared at. Raises NotImplementedError."""
+def require_dense_causal(spec: KernelSpec) -> None:
+    """Raise NotImplementedError unless the spec is dense and causal, as other packages' training kernels are."""
     if not spec.causal:
         raise NotImplementedError("it is causal only")
-    check_lacking(spec, varlen="its packed sequences are not compared")
+    refuse_unsupported(spec, varlen="its packed sequences are not benchmarked")
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same memory, as tensors that have gradients."""
+    """The same memory as leaf tensors that need gradients."""
     return tuple(t.detach().requires_grad_() for t in tensors)
 
 
 def gradient_of_output(x: Inputs) -> Tensor:
-    """Of a training step's inputs."""
+    """The gradient of out in a training step's inputs."""
     assert x.do is not None
     return x.do
 
 
 @contextmanager
-def hasty_autotuners() -> Iterator[None]:
-    """In here Triton's autotuners try each config with a few calls, not for an eighth of a second."""
+def autotuning_with_few_calls() -> Iterator[None]:
+    """Inside this context Triton's autotuners time each config with a few calls instead of an eighth of a second."""
     from triton.runtime.autotuner import Autotuner
 
     before = vars(Autotuner)["do_bench"]
@@ -184,9 +185,9 @@ def hasty_autotuners() -> Iterator[None]:
 
 
 def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
-    """Milliseconds: the median, for every quantile that is asked for."""
+    """Milliseconds: the median, repeated for every requested quantile."""
     from parallax_gen.tuning.workers.measure import event_times_us
 
     call()
-    times = [us for _ in range(CALLS_A_CONFIG) for us in event_times_us(call, 1)]
+    times = [us for _ in range(CALLS_PER_CONFIG) for us in event_times_us(call, 1)]
     return [statistics.median(times) / 1000] * len(quantiles)

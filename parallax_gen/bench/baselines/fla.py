@@ -1,4 +1,4 @@
-"""Parallax of flash-linear-attention."""
+"""Parallax attention of flash-linear-attention."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from parallax_gen.bench.baselines.base import (
     Baseline,
     Call,
     Step,
-    check_dense_causal,
-    check_lacking,
     gradient_of_output,
     leaves,
+    refuse_unsupported,
+    require_dense_causal,
 )
 from parallax_gen.problem.spec import KernelSpec
 
@@ -29,7 +29,7 @@ def forward(spec: KernelSpec, x: Inputs) -> Call:
 
 def decode(spec: KernelSpec, x: Inputs) -> Call:
     fla = importlib.import_module("fla.ops.parallax.decode")
-    check_lacking(spec, lengths=NO_LENGTHS)
+    refuse_unsupported(spec, lengths=NO_LENGTHS)
     return lambda: fla.parallax_decode_one_step(x.q, x.r, x.k, x.v)
 
 
@@ -40,7 +40,7 @@ def step(spec: KernelSpec, x: Inputs) -> Step:
 
 def _attention(spec: KernelSpec, x: Inputs, *qrkv: Tensor) -> Call:
     fla = importlib.import_module("fla.ops.parallax.parallel")
-    check_dense_causal(spec)
+    require_dense_causal(spec)
     return lambda: fla.parallel_parallax(*qrkv, window_size=x.window_size or None)
 
 

@@ -1,4 +1,4 @@
-"""flash-attn 2, 3 and 4, where they are installed: softmax attention of (batch, seqlen, heads, head_dim)."""
+"""Softmax attention of flash-attn 2, 3 and 4, if installed, in layout (batch, seqlen, heads, head_dim)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from parallax_gen.bench.baselines.base import (
     Baseline,
     Call,
     Step,
-    check_lacking,
     gradient_of_output,
     leaves,
+    refuse_unsupported,
 )
 from parallax_gen.problem.spec import KernelSpec
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flash:
-    """One of them: where it is imported from, and what differs between their signatures.
+    """One generation of flash-attn: its module, and how its signatures differ.
 
-    boundless  the window, on either side, that is none
-    pages      what flash_attn_with_kvcache calls the page table; "" where there is no such function
+    boundless  the value of an unlimited window on either side
+    pages      flash_attn_with_kvcache's name for the page table; "" if there is no such function
     """
 
     module: str
@@ -37,7 +37,7 @@ class Flash:
     pages: str
 
     def attention(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor, window: int) -> Call:
-        """Raises ImportError or NotImplementedError; `window` is the keys that a query sees, 0 for all."""
+        """window: the number of keys that a query sees, 0 for all. Raises ImportError or NotImplementedError."""
         attend = self._function("flash_attn_func")
         _check(spec)
         given = {"causal": spec.causal, "window_size": self._window(window)}
@@ -56,17 +56,19 @@ class Flash:
             return self._decode_without_cache(spec, x)
         attend = self._function("flash_attn_with_kvcache")
         _check(spec)
-        check_lacking(spec, cache_dtype="its caches in eight bits are not compared")
+        refuse_unsupported(spec, cache_dtype="its 8-bit caches are not benchmarked")
         given: dict[str, Any] = {"causal": spec.causal, "window_size": self._window(x.window_size)}
         cache = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad, self.pages: x.page_table}
-        given |= {name: tensor for name, tensor in cache.items() if tensor is not None}  # older versions lack some
+        given |= {
+            name: tensor for name, tensor in cache.items() if tensor is not None
+        }  # older versions lack some of these parameters
         return lambda: _first(attend(x.q, x.k, x.v, **given))
 
     def _decode_without_cache(self, spec: KernelSpec, x: Inputs) -> Call:
-        """As a forward over few queries: split where that is supported."""
+        """Decode as a forward over few queries, with splits if supported."""
         attend = self._function("flash_attn_func")
         _check(spec)
-        check_lacking(spec, lengths=f"{NO_LENGTHS} in what is compared")
+        refuse_unsupported(spec, lengths=f"{NO_LENGTHS} in the function benchmarked here")
         try:
             _first(attend(x.q, x.k, x.v, num_splits=0))
         except (AssertionError, NotImplementedError):
@@ -79,7 +81,7 @@ class Flash:
     def _function(self, name: str) -> Callable[..., Any]:
         try:
             found: Callable[..., Any] = getattr(importlib.import_module(self.module), name)
-        except AttributeError as error:  # another generation's package of the same name
+        except AttributeError as error:  # the package of another generation has the same module name
             raise ImportError(f"{self.module} has no {name}") from error
         return found
 
@@ -93,12 +95,12 @@ FLASH = {
 
 def _check(spec: KernelSpec) -> None:
     if spec.bytes_per_element != 2:
-        raise NotImplementedError("it has bf16 and fp16 alone")
-    check_lacking(spec, varlen="its packed sequences are not compared")
+        raise NotImplementedError("it has only bf16 and fp16")
+    refuse_unsupported(spec, varlen="its packed sequences are not benchmarked")
 
 
 def _first(found: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The output; some versions give statistics beside it."""
+    """The output; some versions also return statistics."""
     return found[0] if isinstance(found, tuple) else found
 
 

@@ -1,4 +1,4 @@
-"""Our own public functions, as they are called."""
+"""Our own public functions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attention(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: T
 
 
 def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Call:
-    """The public function on the inputs of a decode kernel; into `out`, or one that it makes."""
+    """The public function on the inputs of a decode kernel; writes to `out`, or allocates an output."""
     from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
 
     def call() -> Tensor:

@@ -1,4 +1,4 @@
-"""The official Parallax kernels, of the package parallax-kernel: in CuTeDSL, Triton and Helion."""
+"""The package parallax-kernel, the Parallax authors' own kernels: in CuTeDSL, Triton and Helion."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from parallax_gen.bench.baselines.base import (
     Baseline,
     Call,
     Step,
-    check_dense_causal,
-    check_lacking,
     gradient_of_output,
     leaves,
+    refuse_unsupported,
+    require_dense_causal,
 )
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import default_scale
@@ -26,78 +26,78 @@ if TYPE_CHECKING:
 
     from parallax_gen.codegen.abi import Inputs
 
-# How long Helion tunes each new shape: minutes with "full", its own default, not at all with "none", ours.
+# How long Helion tunes each new shape: minutes with "full", Helion's default; not at all with "none", the default here.
 HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
 
 
 def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     import torch
 
-    official = importlib.import_module("parallax.cute")
-    check_lacking(spec, page_size="it has no pages")
-    one_query = "it has one query a sequence, which sees every key"
-    check_lacking(spec, many_queries=one_query, window=one_query)
-    no_others = "it has no left padding, cache in eight bits or statistics"
-    check_lacking(spec, leftpad=no_others, cache_dtype=no_others, stats=no_others)
+    package = importlib.import_module("parallax.cute")
+    refuse_unsupported(spec, page_size="it has no pages")
+    one_query = "it has one query per sequence, which sees every key"
+    refuse_unsupported(spec, many_queries=one_query, window=one_query)
+    no_others = "it has no left padding, 8-bit cache or statistics"
+    refuse_unsupported(spec, leftpad=no_others, cache_dtype=no_others, stats=no_others)
     out = torch.empty_like(x.q)
     lengths = x.cache_seqlens
 
     def call() -> Tensor:
-        result: Tensor = official.parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, seqused_k=lengths, out=out)
+        result: Tensor = package.parallax_attn_with_kvcache(x.q, x.r, x.k, x.v, seqused_k=lengths, out=out)
         return result
 
     return call
 
 
 def _forget_inputs() -> None:
-    """Have the official CuTeDSL decode let go of the tensors that it was given: it keeps each one for good."""
-    official = sys.modules.get("parallax.cute.parallax_decode")
-    kept = getattr(official, "_cute_input_cache", None)
+    """Clear the cache in which the CuTeDSL decode keeps every input tensor for good."""
+    package = sys.modules.get("parallax.cute.parallax_decode")
+    kept = getattr(package, "_cute_input_cache", None)
     if isinstance(kept, dict):
         kept.clear()
 
 
 def triton_decode(spec: KernelSpec, x: Inputs) -> Call:
-    official = importlib.import_module("parallax.triton")
-    check_lacking(spec, lengths=NO_LENGTHS)
-    return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
+    package = importlib.import_module("parallax.triton")
+    refuse_unsupported(spec, lengths=NO_LENGTHS)
+    return lambda: package.parallax_decode(x.q, x.r, x.k, x.v)
 
 
 def triton_forward(spec: KernelSpec, x: Inputs) -> Call:
-    official = importlib.import_module("parallax.triton")
-    check_dense_causal(spec)
+    package = importlib.import_module("parallax.triton")
+    require_dense_causal(spec)
     batch = x.q.shape[0]
     # Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed.
     q, r, k, v = (in_heads(t) for t in (x.q, x.r, x.k, x.v))
     options = {"n_rep": spec.group, "window_size_left": x.window_size or -1}
 
     def call() -> Tensor:
-        out: Tensor = official.parallax_fwd(q, r, k, v, default_scale(spec.head_dim), **options)[0]
+        out: Tensor = package.parallax_fwd(q, r, k, v, default_scale(spec.head_dim), **options)[0]
         return from_heads(out, batch)
 
     return call
 
 
 def helion() -> ModuleType:
-    """Its kernels take the effort of tuning from the environment when they are imported."""
+    """Its kernels read the tuning effort from the environment when they are imported."""
     os.environ.setdefault(HELION_EFFORT, "none")
     return importlib.import_module("parallax.helion")
 
 
 def helion_decode(spec: KernelSpec, x: Inputs) -> Call:
-    official = helion()
-    check_lacking(spec, lengths=NO_LENGTHS)
-    return lambda: official.parallax_decode(x.q, x.r, x.k, x.v)
+    package = helion()
+    refuse_unsupported(spec, lengths=NO_LENGTHS)
+    return lambda: package.parallax_decode(x.q, x.r, x.k, x.v)
 
 
 def helion_forward(spec: KernelSpec, x: Inputs) -> Call:
-    official = helion()
-    check_dense_causal(spec)
+    package = helion()
+    require_dense_causal(spec)
     # Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed.
     q, r, k, v = (heads_first(t) for t in (x.q, x.r, x.k, x.v))
 
     def call() -> Tensor:
-        out: Tensor = official.parallax_fwd(q, r, k, v, window_size_left=x.window_size or -1)[0]
+        out: Tensor = package.parallax_fwd(q, r, k, v, window_size_left=x.window_size or -1)[0]
         return out.transpose(1, 2)
 
     return call
@@ -114,19 +114,19 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 def from_heads(x: Tensor, batch: int) -> Tensor:
-    """What `in_heads` made, as it was."""
+    """The inverse of `in_heads`."""
     return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def triton_step(spec: KernelSpec, x: Inputs) -> Step:
     """Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed."""
-    official = importlib.import_module("parallax.triton")
-    check_dense_causal(spec)
+    package = importlib.import_module("parallax.triton")
+    require_dense_causal(spec)
     batch, scale, window = x.q.shape[0], default_scale(spec.head_dim), x.window_size or -1
     q, r, k, v = leaves(*(in_heads(t) for t in (x.q, x.r, x.k, x.v)))
 
     def attend() -> Tensor:
-        out: Tensor = official.ParallaxFunction.apply(q, r, k, v, scale, spec.group, window)
+        out: Tensor = package.ParallaxFunction.apply(q, r, k, v, scale, spec.group, window)
         return out
 
     return Step(attend, (q, r, k, v), in_heads(gradient_of_output(x)), lambda t: from_heads(t, batch))
@@ -134,12 +134,12 @@ def triton_step(spec: KernelSpec, x: Inputs) -> Step:
 
 def helion_step(spec: KernelSpec, x: Inputs) -> Step:
     """Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed."""
-    official = helion()
-    check_dense_causal(spec)
+    package = helion()
+    require_dense_causal(spec)
     q, r, k, v = leaves(*(heads_first(t) for t in (x.q, x.r, x.k, x.v)))
 
     def attend() -> Tensor:
-        out: Tensor = official.parallax_func(q, r, k, v, window_size_left=x.window_size or -1)
+        out: Tensor = package.parallax_func(q, r, k, v, window_size_left=x.window_size or -1)
         return out
 
     return Step(attend, (q, r, k, v), heads_first(gradient_of_output(x)), lambda t: t.transpose(1, 2))

@@ -1,4 +1,4 @@
-"""Softmax attention of torch's own, by two of its backends."""
+"""torch's scaled_dot_product_attention with two of its backends."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from parallax_gen.bench.baselines.base import (
     Baseline,
     Call,
     Step,
-    check_lacking,
     gradient_of_output,
     leaves,
+    refuse_unsupported,
 )
 from parallax_gen.problem.spec import KernelSpec
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sdpa:
-    """scaled_dot_product_attention with one backend, by torch's name of it."""
+    """scaled_dot_product_attention with one backend, given by torch's name for it."""
 
     backend: str
 
     def attention(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> Call:
-        """Of (batch, seqlen, heads, head_dim). Raises NotImplementedError."""
+        """Inputs are (batch, seqlen, heads, head_dim). Raises NotImplementedError."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
-        check_lacking(spec, lengths=NO_LENGTHS, varlen=NO_LENGTHS, window="it has no window")
+        refuse_unsupported(spec, lengths=NO_LENGTHS, varlen=NO_LENGTHS, window="it has no window")
         if spec.causal and q.shape[1] != k.shape[1]:
-            raise NotImplementedError("its causal rows begin at the first key")
+            raise NotImplementedError("its causal mask is aligned to the first key")
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         backend = getattr(SDPBackend, self.backend)
 

@@ -1,4 +1,4 @@
-"""What the drop-ins refuse: by ArgumentErrors that are also of the type which the package they stand in for raises."""
+"""Argument checks of the drop-ins: ArgumentErrors that are also of the type that the replaced package raises."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ HEADS_FIRST = ("batch", "heads", "seqlen", "head_dim")
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """Where the other package raises TypeError."""
+    """For arguments where the other package raises TypeError."""
 
 
 class ArgumentAssertionError(ArgumentError, AssertionError):
-    """Where the other package asserts."""
+    """For arguments where the other package raises AssertionError."""
 
 
 class NotOfferedError(ArgumentError, NotImplementedError):
-    """Where the other package raises NotImplementedError."""
+    """For arguments where the other package raises NotImplementedError."""
 
 
 def check_half(q: Tensor) -> None:
-    """Training is in bf16 and fp16 alone."""
+    """Check that q is bf16 or fp16, as training requires."""
     if not isinstance(q, Tensor) or q.dtype not in (torch.bfloat16, torch.float16):
         raise ArgumentTypeError("q", getattr(q, "dtype", type(q).__name__), "a tensor in bf16 or fp16")
 
@@ -45,22 +45,22 @@ def check_dims(q: Tensor, r: Tensor, k: Tensor, v: Tensor, layout: Sequence[str]
 def check_sizes(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, layout: Sequence[str], *, same_length: bool = False
 ) -> None:
-    """Whether the four fit each other: k and v may have fewer heads, and if not same_length other lengths."""
+    """Check that the four fit each other: k and v may have fewer heads and, unless same_length, another length."""
     check_dims(q, r, k, v, layout)
     if r.shape != q.shape:
         raise ArgumentError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
     heads = layout.index("heads")
     check_heads("k", q.shape[heads], k.shape[heads])
     free = {"heads"} if same_length else {"heads", "seqlen"}
-    wanted = [name if name in free else size for name, size in zip(layout, q.shape, strict=True)]
-    if any(size not in (name, found) for name, size, found in zip(layout, wanted, k.shape, strict=True)):
-        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({', '.join(map(str, wanted))}), to go with q")
+    expected = [name if name in free else size for name, size in zip(layout, q.shape, strict=True)]
+    if any(size not in (name, actual) for name, size, actual in zip(layout, expected, k.shape, strict=True)):
+        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({', '.join(map(str, expected))}), to go with q")
     if v.shape != k.shape:
         raise ArgumentError("v", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k")
 
 
-def check_alike(named: Mapping[str, Tensor]) -> None:
-    """Whether all are of the first one's dtype, and where it is."""
+def check_same_dtype_and_device(named: Mapping[str, Tensor]) -> None:
+    """Check that all tensors have the first one's dtype and device."""
     (first, q), *others = named.items()
     for name, x in others:
         if x.dtype != q.dtype or x.device != q.device:
@@ -72,8 +72,8 @@ def check_heads(name: str, heads: int, kv_heads: int) -> None:
         raise ArgumentError(name, f"{kv_heads} kv heads", f"q's {heads} heads must be divisible by them")
 
 
-def scale_of(name: str, given: float | Tensor | None, head_dim: int) -> float:
-    """The scale of q·k: a number greater than 0, 1/√head_dim by default."""
+def parse_scale(name: str, given: float | Tensor | None, head_dim: int) -> float:
+    """The scale of q·k: greater than 0, 1/√head_dim by default. Raises ArgumentError."""
     if given is None:
         return default_scale(head_dim)
     scale = float(given)
@@ -82,8 +82,8 @@ def scale_of(name: str, given: float | Tensor | None, head_dim: int) -> float:
     return scale
 
 
-def window_of(name: str, given: int | None) -> int | None:
-    """How many keys a query sees at the most; None for no window, which negative numbers are, too.
+def parse_window(name: str, given: int | None) -> int | None:
+    """The most keys that a query sees; None for no window, which negative numbers also mean. Raises ArgumentError.
 
     A window of 0 keys is refused: the other packages give NaN for it, or zeros.
     """

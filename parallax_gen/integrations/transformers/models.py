@@ -1,4 +1,4 @@
-"""Models of transformers with Parallax attention: each a class of its own, so that a saved one is loaded as such."""
+"""transformers models with Parallax attention: separate classes, so that a saved model is loaded as Parallax."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from parallax_gen.integrations.transformers.attention import NAME, parallax_atte
 from parallax_gen.nn import ZeroInitLinear
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 
-# What saved configs name as their quantisation, for transformers to ask `loading.ProbeLoader` how to load them.
+# The quantisation method in saved configs: it makes transformers load them with `ProbeLoader`.
 LOADER = "parallax_gen"
 
 
-class SavedAsParallax:
-    """Goes before a config class of transformers: what is saved is never taken for a model without r_proj.
+class ParallaxConfigMixin:
+    """Base before a transformers config class: a saved model is never mistaken for one without r_proj.
 
-    A stock class, such as LlamaForCausalLM, does not look at the model_type that is saved. Two more entries are for it:
-    quantization_config has `loading.ProbeLoader` convert the model before its weights are read; attn_implementation is
-    unknown to transformers where this package was not imported, which raises there.
+    A stock class such as LlamaForCausalLM ignores the saved model_type. Two more entries serve it: quantization_config
+    makes `ProbeLoader` convert the model before its weights are read; attn_implementation is unknown to transformers if
+    this package is not imported, so loading fails there.
     """
 
     def __post_init__(self, **others: Any) -> None:
         others.setdefault("attn_implementation", NAME)
         if others.get("quantization_config") == {"quant_method": LOADER}:
-            del others["quantization_config"]  # models made from this config have their r_proj: nothing is to be done
+            del others["quantization_config"]  # models made from this config already have an r_proj
         super().__post_init__(**others)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,10 +49,10 @@ class SavedAsParallax:
         return {"quantization_config": {"quant_method": LOADER}, **saved, "attn_implementation": NAME}
 
 
-class WithProbes:
-    """Goes before an attention class of transformers: r is projected like q, rotated like q, and handed on with q.
+class ProbeAttentionMixin:
+    """Base before a transformers attention class: r is projected and rotated like q, and passed on with q.
 
-    r has no norm, though q may have one: at r = 0 the norm's gradient would be without bound.
+    r has no norm, though q may have one: at r = 0 the norm's gradient would be unbounded.
     """
 
     rotate: Any  # the model's own apply_rotary_pos_emb
@@ -70,12 +70,12 @@ class WithProbes:
         if self.config._attn_implementation != NAME:
             raise ArgumentError("attn_implementation", repr(self.config._attn_implementation), repr(NAME))
         r = self.r_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        r, _ = self.rotate(r, r[:, :1], *position_embeddings)  # it takes a key too
+        r, _ = self.rotate(r, r[:, :1], *position_embeddings)  # rotate also needs a key
         return super().forward(hidden_states, position_embeddings=position_embeddings, r=r, **others)  # type: ignore[misc]
 
 
-class Converted:
-    """Goes before a model class of transformers: its attention has probes, and is Parallax."""
+class ParallaxModelMixin:
+    """Base before a transformers model class: its attention layers have probes and use Parallax attention."""
 
     def __init__(self, config: Any, *inputs: Any, **others: Any):
         super().__init__(config, *inputs, **others)  # type: ignore[call-arg]
@@ -93,67 +93,67 @@ class Converted:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-class ParallaxLlamaConfig(SavedAsParallax, configuration_llama.LlamaConfig):
+class ParallaxLlamaConfig(ParallaxConfigMixin, configuration_llama.LlamaConfig):
     model_type = "parallax_llama"
 
 
-class ParallaxLlamaAttention(WithProbes, modeling_llama.LlamaAttention):
+class ParallaxLlamaAttention(ProbeAttentionMixin, modeling_llama.LlamaAttention):
     rotate = staticmethod(modeling_llama.apply_rotary_pos_emb)
 
 
-class ParallaxLlamaModel(Converted, modeling_llama.LlamaModel):
+class ParallaxLlamaModel(ParallaxModelMixin, modeling_llama.LlamaModel):
     config_class = ParallaxLlamaConfig
 
 
-class ParallaxLlamaForCausalLM(Converted, modeling_llama.LlamaForCausalLM):
+class ParallaxLlamaForCausalLM(ParallaxModelMixin, modeling_llama.LlamaForCausalLM):
     config_class = ParallaxLlamaConfig
 
 
-class ParallaxMistralConfig(SavedAsParallax, configuration_mistral.MistralConfig):
+class ParallaxMistralConfig(ParallaxConfigMixin, configuration_mistral.MistralConfig):
     model_type = "parallax_mistral"
 
 
-class ParallaxMistralAttention(WithProbes, modeling_mistral.MistralAttention):
+class ParallaxMistralAttention(ProbeAttentionMixin, modeling_mistral.MistralAttention):
     rotate = staticmethod(modeling_mistral.apply_rotary_pos_emb)
 
 
-class ParallaxMistralModel(Converted, modeling_mistral.MistralModel):
+class ParallaxMistralModel(ParallaxModelMixin, modeling_mistral.MistralModel):
     config_class = ParallaxMistralConfig
 
 
-class ParallaxMistralForCausalLM(Converted, modeling_mistral.MistralForCausalLM):
+class ParallaxMistralForCausalLM(ParallaxModelMixin, modeling_mistral.MistralForCausalLM):
     config_class = ParallaxMistralConfig
 
 
-class ParallaxQwen2Config(SavedAsParallax, configuration_qwen2.Qwen2Config):
+class ParallaxQwen2Config(ParallaxConfigMixin, configuration_qwen2.Qwen2Config):
     model_type = "parallax_qwen2"
 
 
-class ParallaxQwen2Attention(WithProbes, modeling_qwen2.Qwen2Attention):
+class ParallaxQwen2Attention(ProbeAttentionMixin, modeling_qwen2.Qwen2Attention):
     rotate = staticmethod(modeling_qwen2.apply_rotary_pos_emb)
 
 
-class ParallaxQwen2Model(Converted, modeling_qwen2.Qwen2Model):
+class ParallaxQwen2Model(ParallaxModelMixin, modeling_qwen2.Qwen2Model):
     config_class = ParallaxQwen2Config
 
 
-class ParallaxQwen2ForCausalLM(Converted, modeling_qwen2.Qwen2ForCausalLM):
+class ParallaxQwen2ForCausalLM(ParallaxModelMixin, modeling_qwen2.Qwen2ForCausalLM):
     config_class = ParallaxQwen2Config
 
 
-class ParallaxQwen3Config(SavedAsParallax, configuration_qwen3.Qwen3Config):
+class ParallaxQwen3Config(ParallaxConfigMixin, configuration_qwen3.Qwen3Config):
     model_type = "parallax_qwen3"
 
 
-class ParallaxQwen3Attention(WithProbes, modeling_qwen3.Qwen3Attention):
+class ParallaxQwen3Attention(ProbeAttentionMixin, modeling_qwen3.Qwen3Attention):
     rotate = staticmethod(modeling_qwen3.apply_rotary_pos_emb)
 
 
-class ParallaxQwen3Model(Converted, modeling_qwen3.Qwen3Model):
+class ParallaxQwen3Model(ParallaxModelMixin, modeling_qwen3.Qwen3Model):
     config_class = ParallaxQwen3Config
 
 
-class ParallaxQwen3ForCausalLM(Converted, modeling_qwen3.Qwen3ForCausalLM):
+class ParallaxQwen3ForCausalLM(ParallaxModelMixin, modeling_qwen3.Qwen3ForCausalLM):
     config_class = ParallaxQwen3Config
 
 
@@ -170,25 +170,25 @@ CONVERTED: dict[type, Any] = {new.__bases__[-1]: new for new in (*CONFIGS, *ATTE
 
 
 def convert(model: Any) -> Any:
-    """Give a model Parallax attention, in place: every attention gets an r_proj of zeros. Returns the model.
+    """Convert a model to Parallax attention in place: every attention layer gets a zero r_proj. Returns the model.
 
     model  Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
            LlamaForSequenceClassification, on any device, in fp32, bf16 or fp16; or a base model, such as LlamaModel, by
            itself or inside another model. One that is converted already stays as it is
 
-    Its other weights stay the tensors that they are, and its results the same, up to rounding, until r_proj is trained.
-    Its class and its config become those of this module, such as ParallaxQwen3ForCausalLM. A model with a head gets a
-    config of its own; a base model keeps its config object, which the model around it shares, and changes it: another
-    base model of that object raises ArgumentError until it is converted too. Either way all models that share the old
-    config object save as Parallax models, and one of them without r_proj loads with r = 0, the function that it was.
+    Its other weights stay the same tensors, and its results the same up to rounding, until r_proj is trained. Its class
+    and config become those of this module, such as ParallaxQwen3ForCausalLM. A model with a head gets its own config. A
+    base model keeps its config object, which the model around it shares, and changes it: another base model with that
+    object raises ArgumentError until it is converted too. Either way all models that share the old config object save
+    as Parallax models; one of them without r_proj loads with r = 0, which computes the same function.
 
-    Adapters that are added later do not name the checkpoint that the model was loaded from as theirs: it lacks r_proj.
-    Save the converted model, and add adapters to what is loaded from there.
+    Adapters that are added later do not record the original checkpoint as their base, because it lacks r_proj. Save the
+    converted model, load it, and add adapters to that.
 
-    Raises ArgumentError for another class, a head_dim that Parallax does not have, and what is to be done after:
-    quantising, adding adapters, spreading over devices.
+    Raises ArgumentError for another class, an unsupported head_dim, and for models that are already quantised, have
+    adapters, or are spread over devices: convert first.
     """
-    if isinstance(model, Converted):
+    if isinstance(model, ParallaxModelMixin):
         return model
     if type(model) not in CONVERTED:
         allowed = ", ".join(new.__bases__[-1].__name__ for new in (*CAUSAL_MODELS, *MODELS)) + ", or with another head"
@@ -197,17 +197,17 @@ def convert(model: Any) -> Any:
             allowed += f"; or the base model in this one, model.{inside}"
         raise ArgumentError("model", type(model).__name__, allowed)
     change_classes(model)
-    model.name_or_path = ""  # adapters save it as the base model to load
+    model.name_or_path = ""  # adapters would save it as the base model to load
     return model
 
 
 def change_classes(model: Any) -> None:
-    """Make all modules and their configs what `CONVERTED` says, and give attention its probes."""
+    """Change the classes of all modules and configs as `CONVERTED` says, and add r_proj to attention layers."""
     attentions = [module for module in model.modules() if CONVERTED.get(type(module)) in ATTENTIONS]
     for attention in attentions:
         check_attention(attention)
     shares = CONVERTED.get(type(model)) in MODELS
-    changed: dict[int, Any] = {}  # by the id of the config before
+    changed: dict[int, Any] = {}  # id of the old config -> new config
     for module in list(model.modules()):
         old = getattr(module, "config", None)
         if id(old) not in changed and (type(old) in CONVERTED or type(old) in CONFIGS):
@@ -215,27 +215,27 @@ def change_classes(model: Any) -> None:
         if id(old) in changed:
             module.config = changed[id(old)]
         module.__class__ = CONVERTED.get(type(module), type(module))
-        if isinstance(module, Converted):
-            # transformers learns of a class, and of what output_hidden_states records in it, when one is made.
+        if isinstance(module, ParallaxModelMixin):
+            # transformers registers a class, and its outputs for output_hidden_states, when an instance is made.
             PreTrainedModel.__init__(type(module).__new__(type(module)), module.config)  # type: ignore[attr-defined]
-        if plan := vars(module).get("_tp_plan"):  # a copy of the config's, which had no r_proj
+        if plan := vars(module).get("_tp_plan"):  # copied from the old config, without r_proj
             plan |= {name.replace("q_proj", "r_proj"): style for name, style in plan.items() if "q_proj" in name}
     for attention in attentions:
         attention.add_probes()
 
 
 def change_config(old: Any, shares: bool) -> Any:
-    """The config of a converted model: this one, or a copy of it that is not shared. Both are saved as Parallax."""
+    """The config of a converted model: `old`, or an unshared copy. Both are saved as Parallax."""
     config = old if shares or old._attn_implementation == NAME else copy.deepcopy(old)
     for each in (old, config):
         each.__class__ = CONVERTED.get(type(each), type(each))
-        vars(each).pop("model_type", None)  # one that was loaded has the old name as its own attribute, too
+        vars(each).pop("model_type", None)  # a loaded config also has the old name as an instance attribute
     config._attn_implementation = NAME
     return config
 
 
 def check_attention(attention: Any) -> None:
-    """Whether it can have probes. Raises ArgumentError."""
+    """Check that an attention layer can have an r_proj. Raises ArgumentError."""
     if attention.head_dim % 8 or attention.head_dim > LARGEST_HEAD_DIM:
         raise ArgumentError("model", f"head_dim {attention.head_dim}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
     if type(attention.q_proj) is not nn.Linear:
@@ -247,18 +247,20 @@ def check_attention(attention: Any) -> None:
 
 
 def add_heads(modeling: Any, config: Any) -> None:
-    """A converted class for every other head that transformers has for this family, in this module, as pickle needs."""
+    """Make a converted class for every other head of this family, as an attribute of this module for pickle."""
     for stock in [getattr(modeling, name) for name in modeling.__all__]:
         abstract = stock.__name__.endswith("PreTrainedModel")
         if issubclass(stock, PreTrainedModel) and not abstract and stock not in CONVERTED:
             new = type(
-                f"Parallax{stock.__name__}", (Converted, stock), {"config_class": config, "__module__": __name__}
+                f"Parallax{stock.__name__}",
+                (ParallaxModelMixin, stock),
+                {"config_class": config, "__module__": __name__},
             )
             CONVERTED[stock] = globals()[new.__name__] = new
 
 
 def register(config: Any) -> None:
-    """Have AutoConfig, and every Auto class that knows the config's stock class, take the converted ones."""
+    """Register the converted classes with AutoConfig and every Auto class that knows the config's stock class."""
     AutoConfig.register(config.model_type, config)
     stock = config.__bases__[-1]
     for auto in vars(modeling_auto).values():
@@ -270,24 +272,23 @@ def register(config: Any) -> None:
 AttentionInterface.register(NAME, parallax_attention)
 AttentionMaskInterface.register(NAME, parallax_mask)
 for _modeling, _config in zip((modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3), CONFIGS, strict=True):
-    # Over the ranks of tensor parallelism r is split as q is, by heads.
+    # Tensor parallelism splits r by heads, like q.
     _config.base_model_tp_plan = {**_config.base_model_tp_plan, "layers.*.self_attn.r_proj": "colwise"}
     add_heads(_modeling, _config)
     register(_config)
 
 
-# -- How a stock class of transformers, such as LlamaForCausalLM, loads what a converted model saved.
-#
-# from_pretrained of a class makes that class, whatever model_type was saved, and drops weights that it does not know:
-# r_proj would be lost. Quantisers are how transformers lets others change a model between its making and the reading of
-# its weights, so the saved config names one. It quantises nothing, and nothing of it is left on the model afterwards.
+# -- How a stock transformers class, such as LlamaForCausalLM, loads a saved converted model.
+# from_pretrained of a class makes that class, whatever model_type was saved, and drops unknown weights: r_proj would be
+# lost. Quantisers are transformers' hook between making a model and reading its weights, so the saved config names one.
+# It quantises nothing and leaves no trace on the model.
 
 
 @register_quantization_config(LOADER)
 class ProbeLoaderConfig(QuantizationConfigMixin):
-    """What a converted model's config.json has as its quantization_config."""
+    """The quantization_config in a converted model's config.json."""
 
-    dequantize = True  # transformers then takes all traces of a quantiser from the loaded model
+    dequantize = True  # makes transformers remove all traces of a quantiser from the loaded model
 
     def __init__(self, quant_method: str = LOADER, **_: Any):
         self.quant_method = quant_method
@@ -295,13 +296,13 @@ class ProbeLoaderConfig(QuantizationConfigMixin):
 
 @register_quantizer(LOADER)
 class ProbeLoader(HfQuantizer):
-    """Converts a model that was made from the saved config by a stock class, before its weights are loaded."""
+    """Converts a model that a stock class made from a saved config, before its weights are loaded."""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        asked = model.config._attn_implementation
-        if asked != NAME:
+        requested = model.config._attn_implementation
+        if requested != NAME:
             raise ArgumentError(
-                "attn_implementation", repr(asked), f"None or {NAME!r}: the checkpoint is a Parallax model"
+                "attn_implementation", repr(requested), f"None or {NAME!r}: the checkpoint is a Parallax model"
             )
         change_classes(model)
 

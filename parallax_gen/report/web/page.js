@@ -34,7 +34,7 @@
   form.addEventListener("submit", (event) => event.preventDefault());
   form.reset();  // some browsers keep what was chosen before a reload
 
-  // A link to a kernel opens what it is in, whatever is filtered.
+  // A link to a kernel opens its section, even if filters hide it.
   function reveal() {
     const target = location.hash.length > 1 ? document.getElementById(location.hash.slice(1)) : null;
     if (!target) return;
@@ -64,7 +64,7 @@
     kept.set(theme);
   });
 
-  // Tips follow the pointer, or stand by what has the focus.
+  // Tooltips follow the pointer, or appear beside the focused element.
   const tip = document.getElementById("tip");
   function show(element, x, y) {
     tip.textContent = element.dataset.tip;
@@ -87,7 +87,7 @@
   document.addEventListener("focusout", () => { tip.hidden = true; });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 
-  // Sources are packed, since they differ in few lines: unpacked when the first is asked for.
+  // Sources are compressed together and unpacked when the first is opened.
   let unpacked;
   function sources() {
     unpacked ??= (async () => {

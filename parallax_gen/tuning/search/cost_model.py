@@ -53,7 +53,7 @@ def _tiles_us(
     """Tiled ops: bound by matmuls, at a rate reduced by whatever keeps the tensor cores waiting."""
     work, (owned, step) = work_of(spec, shape), op.owned_and_step(config)
     rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
-    halves = config.HEAD_DIM_AS == "halves"
+    halves = config.HEAD_DIM_LAYOUT == "split"
     of_head = (2 if halves else 1) * math.ceil(owned_length / owned)
     programs = shape.batch * rows * of_head
     rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_efficiency(op, spec, config, gpu)
@@ -61,13 +61,13 @@ def _tiles_us(
     # One program must multiply while another does its softmax: the warps of one program wait for each other.
     together = min(blocks, math.ceil(programs / gpu.sms))
     rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(together, 1.13)
-    rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # loads are late
-    heads = min(config.HEAD_GROUP or shape.batch * rows, shape.batch * rows)
+    rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # too few stages: loads arrive late
+    heads = min(config.GROUP_HEADS or shape.batch * rows, shape.batch * rows)
     # What tiles share (q, r and do of a group's heads, or k and v) is evicted from L2 before all of them have read it.
     of_rows, of_keys = 3 * shape.seqlen_q * heads * spec.group, 2 * shape.seqlen_kv * max(1, heads // spec.group)
     shared = of_rows if op.owns_keys else of_keys
     rate *= 0.95 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
-    # The best number of heads fills the card twice: with fewer the causal triangle is unbalanced, with more L2 is.
+    # The best number of heads fills the card twice: fewer spread a causal triangle unevenly, more share less.
     rate *= 1 - 0.012 * abs(math.log2(heads * of_head / (2 * gpu.sms * blocks)))
     if spec.causal:  # a block on the diagonal, or on a window's edge, is multiplied whole
         seen = work.flops / (2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q)
@@ -92,9 +92,9 @@ def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileCo
         # across warps. Sharing by two costs most; beyond that the waits are shared.
         shared_by = max(0.0, math.log2(16 * config.num_warps / owned))
         share *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
-    widths = [piece.width for piece in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_AS)[0]]
+    widths = [piece.width for piece in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)[0]]
     share *= spec.head_dim / sum(widths)  # padding is multiplied too
-    if config.HEAD_DIM_AS == "halves":  # both programs of a tile compute its scores
+    if config.HEAD_DIM_LAYOUT == "split":  # both programs of a tile compute its scores
         return share * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
     return share if len(widths) == 1 else 0.95 * share  # narrow matmuls
 
@@ -196,7 +196,7 @@ def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, g
 def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
     owned, step = op.owned_and_step(config)
     scored, summed = (
-        sum(p.width for p in pieces) for pieces in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_AS)
+        sum(p.width for p in pieces) for pieces in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)
     )
     # Two sums for the owned tile, about three tiles of scores, a block that is loaded for the matmuls, and addresses.
     # Tiles too small for matmuls that read shared memory need the operands too.

@@ -14,8 +14,8 @@ from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import knobs_of
 from parallax_gen.problem.spec import KernelSpec
 
-LEAST_TRIALS = 20  # with fewer, a quarter of them is less than the five that Optuna requires
-FASTEST, FEWEST = 0.1, 5  # "among the fastest": a tenth of the trials, at least five
+MIN_TRIALS = 20  # with fewer, a quarter of them is less than the five that Optuna requires
+FASTEST, MIN_FASTEST = 0.1, 5  # "among the fastest": a tenth of the trials, at least five
 
 
 def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -> dict[str, float]:
@@ -35,11 +35,11 @@ def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -
         values = {name: value for name, value in asdict(config).items() if name in knobs}
         if all(value in knobs[name] for name, value in values.items()):
             trials.append(create_trial(params=values, distributions=choices, value=cost))
-    if len(trials) < LEAST_TRIALS or len({trial.value for trial in trials}) == 1:
+    if len(trials) < MIN_TRIALS or len({trial.value for trial in trials}) == 1:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     study.add_trials(trials)
-    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(FASTEST, FEWEST / len(trials)))
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(FASTEST, MIN_FASTEST / len(trials)))
     shares = get_param_importances(study, evaluator=evaluator)
     return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))

@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
-from parallax_gen.memory.old import upgrade_record
+from parallax_gen.memory.old import FIELDS, config_of_record, upgrade_record
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Evidence, Result
-from parallax_gen.ops.base import KernelConfig, config_from_dict, op_of
+from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.space import default_config, every_config
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Shape, representative
@@ -170,8 +170,9 @@ def _header(data: object) -> dict[str, Any]:
     place = Place.from_flat(data["place"])
     # A file from before a knob was added has no column for it, and its configs have the knob's default.
     needed = {f.name for f in fields(op_of(place.spec).config) if f.default is MISSING}
-    knobs = [name for name in _names(place) if name in needed or name in data["columns"]]
-    if data["columns"] != [*knobs, *COLUMNS]:
+    columns = [FIELDS.get(name, name) if isinstance(name, str) else name for name in data["columns"]]
+    knobs = [name for name in _names(place) if name in needed or name in columns]
+    if columns != [*knobs, *COLUMNS]:
         raise ArgumentError("columns", shown(data["columns"]), str([*_names(place), *COLUMNS]))
     evidence = Evidence("", "", data["triton"], data["cuda"], data["protocol"])
     return {**data, "place": place, "evidence": evidence, "shape": Shape.from_dict(data["shape"])}
@@ -189,7 +190,7 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
     if not isinstance(data, list) or len(data) != len(columns):
         raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
     values = dict(zip(columns, data, strict=True))
-    config = config_from_dict(place.spec.op, {name: values.pop(name) for name in _names(place) if name in values})
+    config = config_of_record(place.spec.op, {name: values.pop(name) for name in columns if name not in COLUMNS})
     for knob in op_of(place.spec).knobs:  # values that were removed from the space are allowed, but no tile of size 0
         value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
         if isinstance(value, int) and value < least:

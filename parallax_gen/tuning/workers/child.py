@@ -130,7 +130,7 @@ def measure_trial(request: Measure) -> TrialResult:
         if verdict.wrong:
             return TrialResult(Outcome.WRONG, f"at {small}: {verdict.wrong}", error=verdict.error)
         inputs, expected = _inputs_and_oracle(spec, shape)
-        verdict = verify.run(source, spec, config, inputs, expected)
+        verdict = verify.launch_and_check(source, spec, config, inputs, expected)
         if verdict.wrong:
             return TrialResult(Outcome.WRONG, f"at {shape}: {verdict.wrong}", error=verdict.error)
         batches = _batches(trial, inputs)

@@ -1,4 +1,4 @@
-"""How a kernel is timed. The protocol has a version, `memory.result.PROTOCOL`: a change here raises it."""
+"""The timing protocol. Its version is `memory.result.PROTOCOL`: increase it with every change here."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH: fewer a graph
 WARM_MS = 5.0
 PAUSE_S = 0.05
 BURST_MS = 20.0
-FEWEST_REPLAYS, MOST_REPLAYS = 7, 200
+MIN_REPLAYS, MAX_REPLAYS = 7, 200
 ROUNDS = 3
-MUCH_FREED = 2**30  # bytes
+SETTLE_BYTES = 2**30  # bytes
 SETTLE_S = 0.3
 
 
@@ -62,7 +62,7 @@ def time_call(
         _settle()
     graph.warm(pause_s)
     if graph.call_us > give_up_us:
-        return graph.timing(graph.times(FEWEST_REPLAYS))
+        return graph.timing(graph.times(MIN_REPLAYS))
     bursts = math.ceil(timed_ms / BURST_MS) if in_bursts else 1
     times = graph.times_of_burst(timed_ms, bursts)
     for _ in range(1, bursts):
@@ -95,7 +95,7 @@ class _Settled:
 def _settle() -> None:
     """Wait until the driver has cleared freed memory, if that was much."""
     freed = torch.cuda.memory_stats().get("reserved_bytes.all.freed", 0)
-    if freed - _Settled.freed >= MUCH_FREED:
+    if freed - _Settled.freed >= SETTLE_BYTES:
         time.sleep(SETTLE_S)
     _Settled.freed = freed
 
@@ -134,7 +134,7 @@ class _Graph:
     def times_of_burst(self, timed_ms: float, bursts: int) -> list[float]:
         """The times of one burst; `bursts` of them take timed_ms together."""
         replays = int(timed_ms / bursts * 1000 / self.replay_us)
-        return self.times(max(math.ceil(FEWEST_REPLAYS / bursts), min(MOST_REPLAYS, replays)))
+        return self.times(max(math.ceil(MIN_REPLAYS / bursts), min(MAX_REPLAYS, replays)))
 
     def times(self, replays: int) -> list[float]:
         """Microseconds a call, for each replay."""

@@ -35,7 +35,7 @@ MEMORY_WAITS_S = (2.0, 8.0, 20.0)  # between attempts while other processes hold
 
 
 class WorkerProtocol(Protocol):
-    """What the pool needs of `worker.Worker`."""
+    """The methods of `worker.Worker` that the pool uses."""
 
     def start(self) -> None: ...
 

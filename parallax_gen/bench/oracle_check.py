@@ -1,8 +1,8 @@
-"""What baselines are given, and what the fp64 oracle expects of them: of everything, or of a sample.
+"""The baselines' inputs, and the comparison of their results with the fp64 oracle, over all results or a sample.
 
-Sequences and kv heads do not know of each other: a few, with the query heads that belong to them, tell how far off a
-kernel is. The oracle takes them one by one in float64, which for thousands of them takes longer than all timing. The
-sample is of the first and the last: where offsets are largest.
+Sequences and kv heads are independent, so a few of them, with their query heads, show a kernel's error. The oracle
+computes them one by one in float64, which for thousands takes longer than all timing. The sample is the first and the
+last of each, where offsets are smallest and largest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.codegen.abi import Inputs
-from parallax_gen.oracle.accuracy import errors, gradient_sizes
+from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
 from parallax_gen.oracle.inputs import random_inputs_of
 from parallax_gen.oracle.verify import Expected, oracle
 from parallax_gen.problem.shapes import Shape
@@ -27,32 +27,32 @@ OF_KEYS = ("dk", "dv")
 
 @dataclass(frozen=True)
 class Sample:
-    """Which sequences and kv heads are compared; None for all of them. Of packed sequences all are."""
+    """The sequences and kv heads to compare; None for all. Packed sequences are always all compared."""
 
     sequences: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] | None = None
 
     @classmethod
-    def of_ends(cls, spec: KernelSpec, shape: Shape) -> Sample:
+    def first_and_last(cls, spec: KernelSpec, shape: Shape) -> Sample:
         sequences, heads = (tuple(sorted({0, count - 1})) for count in (shape.batch, shape.kv_heads))
         return cls(None if spec.varlen else sequences, heads)
 
     def rows(self, shape: Shape) -> int:
-        """Pairs of a sequence and a kv head that are compared."""
+        """The number of (sequence, kv head) pairs that are compared."""
         sequences = shape.batch if self.sequences is None else len(self.sequences)
         return sequences * (shape.kv_heads if self.kv_heads is None else len(self.kv_heads))
 
     def queries(self, x: Tensor, group: int) -> Tensor:
-        """Its part of a tensor with query heads, (batch, seqlen, heads, head_dim), or packed without a batch."""
+        """The sample of a tensor with query heads, (batch, seqlen, heads, head_dim), or packed without a batch."""
         heads = None if self.kv_heads is None else [h * group + i for h in self.kv_heads for i in range(group)]
         return _take(_take(x, 0, self.sequences), -2, heads)
 
     def keys(self, x: Tensor, *, paged: bool = False) -> Tensor:
-        """Its part of a tensor with kv heads; all pages, where sequences share them."""
+        """The sample of a tensor with kv heads; all pages of a paged cache, which sequences share."""
         return _take(_take(x, 0, None if paged else self.sequences), -2, self.kv_heads)
 
     def of(self, spec: KernelSpec, x: Inputs) -> Inputs:
-        """Its part of a call's inputs, which is a call of its own."""
+        """The sample of a call's inputs: the inputs of a smaller call."""
         paged = spec.page_size > 0
         found = replace(x, q=self.queries(x.q, spec.group), r=self.queries(x.r, spec.group))
         found.k, found.v = self.keys(x.k, paged=paged), self.keys(x.v, paged=paged)
@@ -71,28 +71,28 @@ def _take(x: Tensor, dim: int, indices: Sequence[int] | None) -> Tensor:
     return x if indices is None else x.index_select(dim, torch.tensor(indices, device=x.device))
 
 
-def random_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
-    """Fresh random inputs; of a training step with the output's gradient. lengths: as of Row.
+def random_inputs_for_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
+    """Fresh random inputs; for a training step with the output's gradient. lengths: see Row.
 
-    Behind a sequence's length lie numbers like those before it: a peer may multiply them by 0, as it may in use.
+    Keys beyond a sequence's length hold ordinary values: a baseline may multiply them by 0, as it may in real use.
     """
     inputs = random_inputs_of(spec, shape, seed=random.randrange(2**31), device=device, full=True)
     if lengths:
         inputs.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     if op == TRAINING:
-        # Not of the device's own generator: where a graph failed to capture a peer, that is left unusable.
+        # Not the device's default generator: a failed graph capture of a baseline leaves that unusable.
         generator = torch.Generator(device).manual_seed(random.randrange(2**31))
         inputs.do = torch.randn(inputs.q.shape, dtype=inputs.q.dtype, device=device, generator=generator)
     return inputs
 
 
-class Judge:
-    """The oracle's results on inputs, to compare a baseline's with. spec: the forward's or the decode's."""
+class OracleCheck:
+    """The oracle's results on given inputs, compared with a baseline's. spec: of the forward or the decode."""
 
     def __init__(self, op: str, spec: KernelSpec, shape: Shape, inputs: Inputs, extent: str):
-        """extent: "whole", "sample" or "none", as of rows.Effort."""
+        """extent: "whole", "sample" or "none": see rows.Effort."""
         self._spec = spec
-        self._sample = Sample.of_ends(spec, shape) if extent == "sample" else Sample()
+        self._sample = Sample.first_and_last(spec, shape) if extent == "sample" else Sample()
         self.rows = 0 if extent == "none" else self._sample.rows(shape)
         self._expected: Expected = {}
         self._sizes: dict[str, float] = {}
@@ -102,12 +102,12 @@ class Judge:
         self._expected = {"out": oracle(spec, x)["out"]}
         if op == TRAINING:
             assert x.do is not None
-            self._expected |= oracle(spec.of("dqdr"), x) | oracle(spec.of("dkdv"), x)
-            sizes = gradient_sizes(x.q, x.r, x.k, x.v, x.do)
+            self._expected |= oracle(spec.for_op("dqdr"), x) | oracle(spec.for_op("dkdv"), x)
+            sizes = gradient_term_sizes(x.q, x.r, x.k, x.v, x.do)
             self._sizes = {name: float(size) for name, size in sizes._asdict().items()}
 
     def errors(self, results: dict[str, Tensor]) -> dict[str, float]:
-        """Of each result the relative error, by name; nothing where none was asked for."""
+        """The relative error of each result by name; empty with extent "none"."""
         return {
             name: errors(self._part(name, results[name]), expected, self._sizes.get(name)).relative
             for name, expected in self._expected.items()

@@ -1,4 +1,4 @@
-"""The official package's decoding: one query a sequence over dense caches, and a captured step."""
+"""parallax-kernel's decoding: one query per sequence over dense caches, and a decode step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from parallax_gen.integrations.drop_in.checks import (
     ArgumentAssertionError,
     ArgumentTypeError,
     NotOfferedError,
-    check_alike,
     check_heads,
-    scale_of,
-    window_of,
+    check_same_dtype_and_device,
+    parse_scale,
+    parse_window,
 )
 from parallax_gen.runtime import graphed
-from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
+from parallax_gen.runtime.transforms import refuse_transforms, transform_is_active
 
 GROUPS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 128)
@@ -39,31 +39,31 @@ def parallax_attn_with_kvcache(
     scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One new query a sequence over its cached keys, its own among them: nothing is written to the caches.
+    """Attention of one new query per sequence over its cached keys, including its own. Does not write to the caches.
 
     q, r              (batch, 1, heads, head_dim), bf16 or fp16, contiguous; head_dim 64 or 128
     k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), likewise; heads / kv_heads is 1, 2, 4 or 8
-    page_table        None: the official package has no pages. `parallax_gen.parallax_attn_with_kvcache` has, as it has
-                      other head_dims, ratios of heads and more queries
-    seqused_k         (batch,) int32 on the same device: how many keys of each sequence count, 1 to seqlen, its last
-                      query being at the last of them; all keys by default. It is looked at, which waits for the device,
-                      but not where a CUDA graph is captured or torch.compile traces: there more than seqlen count as
-                      seqlen, and none give 0. What lies behind the end may be NaN
-    window_size       the keys that a query sees at the most: an int, or (left, right) of which left counts and right
-                      is no more than 0; None or a negative number for no limit
-    scale             of q·k; 1/√head_dim by default
-    out               where to write, like q; made if not given
+    page_table        must be None: parallax-kernel has no pages. `parallax_gen.parallax_attn_with_kvcache` supports
+                      pages, other head_dims and ratios of heads, and more queries
+    seqused_k         (batch,) int32 on the same device: each sequence's number of keys, 1 to seqlen; its query is at
+                      the last of them. All keys by default. The values are checked, which waits for the device, except
+                      during CUDA graph capture and torch.compile tracing: there values above seqlen count as seqlen,
+                      and 0 gives 0. Keys beyond the end may be NaN
+    window_size       the most keys that a query sees: an int, or (left, right) with left that number and right at most
+                      0; None or a negative number for no limit
+    scale             scale of q·k; 1/√head_dim by default
+    out               where to write, like q; allocated if not given
 
-    Returns out. There are no gradients. Raises TypeError, ValueError, AssertionError and NotImplementedError where the
-    official package does, all of them ArgumentErrors.
+    Returns out. There are no gradients. Raises TypeError, ValueError, AssertionError and NotImplementedError where
+    parallax-kernel does; all are ArgumentErrors.
     """
     if page_table is not None:
         raise NotOfferedError("page_table", "a tensor", f"None. Paged caches are for {ELSEWHERE}")
     _check(q, r, out, k_cache=k_cache, v_cache=v_cache)
     if seqused_k is not None:
         _check_lengths("seqused_k", seqused_k, q, k_cache)
-    window = window_of("window_size", _left_of(window_size))
-    scale = scale_of("scale", scale, q.shape[-1])
+    window = parse_window("window_size", _left_window(window_size))
+    scale = parse_scale("scale", scale, q.shape[-1])
     return decode(q, r, k_cache, v_cache, scale=scale, window=window, lengths=seqused_k, out=out)
 
 
@@ -77,32 +77,32 @@ def parallax_decode(
     window_size_left: int = -1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The same over whole caches: deprecated in the official package, for `parallax_attn_with_kvcache`."""
-    window = window_of("window_size_left", window_size_left)
+    """`parallax_attn_with_kvcache` over whole caches; parallax-kernel deprecates it in favour of that function."""
+    window = parse_window("window_size_left", window_size_left)
     _check(q, r, out, k=k, v=v)
-    return decode(q, r, k, v, scale=scale_of("qk_scale", qk_scale, q.shape[-1]), window=window, out=out)
+    return decode(q, r, k, v, scale=parse_scale("qk_scale", qk_scale, q.shape[-1]), window=window, out=out)
 
 
 class GraphedDecode:
-    """A decode step of fixed sizes as a CUDA graph, with tensors of its own to write each step's inputs into.
+    """A decode step of fixed sizes as a CUDA graph, with its own tensors for each step's inputs.
 
         step = GraphedDecode(B=1, H=32, H_kv=8, max_kv_len=16384)
         step.k[:, t - 1], step.v[:, t - 1] = k_t, v_t
         out = step(q=q_t, r=r_t, cache_seqlens=t)  # or write to q, r and cache_seqlens, and replay()
 
     B, H, H_kv     sequences, query heads, and kv heads, H by default
-    max_kv_len     keys that k and v have room for
-    kv_len         instead of max_kv_len: all of so many keys are attended, and there is no cache_seqlens
-    head_dim, dtype, window_size, scale  as of `parallax_attn_with_kvcache`
-    device         on a CPU there is no graph: a replay attends anew, by the reference
-    warmup         how often to launch before the capture, in the official package; nothing depends on it here
+    max_kv_len     capacity of k and v in keys
+    kv_len         instead of max_kv_len: the fixed number of keys; then there is no cache_seqlens
+    head_dim, dtype, window_size, scale  as in `parallax_attn_with_kvcache`
+    device         on a CPU there is no graph: replay runs the reference
+    warmup         ignored; in parallax-kernel the number of launches before the capture
 
     q, r, out          (B, 1, H, head_dim)
-    k, v               (B, max_kv_len, H_kv, head_dim). What lies behind a sequence's end may be anything
+    k, v               (B, max_kv_len, H_kv, head_dim). Keys beyond a sequence's end may be anything
     cache_seqlens      (B,) int32, max_kv_len at first; None with kv_len
     graph              the CUDAGraph; None on a CPU
 
-    Raises ValueError, AssertionError and NotImplementedError where the official one does, all ArgumentErrors.
+    Raises ValueError, AssertionError and NotImplementedError where parallax-kernel does; all are ArgumentErrors.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class GraphedDecode:
         if kv_len is None:
             self.cache_seqlens = torch.full((B,), seqlen, dtype=torch.int32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        window = window_of("window_size", _left_of(window_size))
-        scale = scale_of("scale", scale, head_dim)
+        window = parse_window("window_size", _left_window(window_size))
+        scale = parse_scale("scale", scale, head_dim)
         _check(self.q, self.r, self.out, k=self.k, v=self.v)
         self._step: Callable[[], object]
         if self.q.is_cuda:
@@ -149,7 +149,7 @@ class GraphedDecode:
             )
 
     def replay(self) -> Tensor:
-        """Attend over what the tensors hold now. Returns out, written anew."""
+        """Run the step on the tensors' current contents. Returns out, overwritten."""
         self._step()
         return self.out
 
@@ -162,19 +162,19 @@ class GraphedDecode:
         v: Tensor | None = None,
         cache_seqlens: Tensor | Sequence[int] | int | None = None,
     ) -> Tensor:
-        """Copy what is given to where the graph reads it, then replay.
+        """Copy the given inputs to where the graph reads them, then replay.
 
-        cache_seqlens  a length for all sequences, or one each, 1 to max_kv_len; of no effect with kv_len. Raises
-                       ValueError, an ArgumentError, for others
+        cache_seqlens  one length for all sequences, or one each, 1 to max_kv_len; ignored with kv_len. Raises
+                       ValueError, an ArgumentError, for other lengths
         """
-        if under_a_transform():
+        if transform_is_active():
             refuse_transforms("GraphedDecode", q=q, r=r, k=k, v=v)
         for own, given in ((self.q, q), (self.r, r), (self.k, k), (self.v, v)):
             if given is not None:
                 own.copy_(given)
         if cache_seqlens is not None and self.cache_seqlens is not None:
             lengths = torch.as_tensor(cache_seqlens)
-            low, high = _ends(lengths)
+            low, high = _extremes(lengths)
             if low < 1 or high > self.max_kv_len:
                 raise ArgumentError("cache_seqlens", f"{low} to {high}, out of range", f"1 to {self.max_kv_len}")
             if lengths.dim() == 0:
@@ -184,11 +184,11 @@ class GraphedDecode:
         return self.replay()
 
 
-def _left_of(window_size: Any) -> Any:
-    """The number of keys in an int or a pair such as FlashAttention's, of which each number is meant another way."""
+def _left_window(window_size: Any) -> Any:
+    """The number of keys in an int or a pair (left, right). Unlike FlashAttention's, left counts the query's own."""
     if window_size is None or isinstance(window_size, int):
         return window_size
-    allowed = "None, an int, or a pair (left, right) of ints, of which right is 0 or less"
+    allowed = "None, an int, or a pair (left, right) of ints with right at most 0"
     try:
         left, right = window_size
         left, right = int(left), int(right or 0)
@@ -208,24 +208,24 @@ def _check_lengths(name: str, lengths: Tensor, q: Tensor, k_cache: Tensor) -> No
         raise ArgumentError(name, f"on {lengths.device}", f"on {q.device}, where q is")
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    low, high = _ends(lengths)
+    low, high = _extremes(lengths)
     allowed = f"1 to {k_cache.shape[1]}"
     if high > k_cache.shape[1]:
         raise ArgumentError(name, f"{high}, which exceeds k_cache.shape[1]", allowed)
     if low < 1:
-        raise ArgumentError(name, f"{low}, and values < 1 are no lengths", allowed)
+        raise ArgumentError(name, f"{low}; values < 1 are no lengths", allowed)
 
 
-def _ends(lengths: Tensor) -> tuple[int, int]:
-    """The shortest and the longest; 1 and 1 of none. One copy from the device."""
+def _extremes(lengths: Tensor) -> tuple[int, int]:
+    """The shortest and the longest length; 1 and 1 for no sequences. Copies once from the device."""
     values = lengths.flatten().tolist() or [1]
     return min(values), max(values)
 
 
 def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
-    """What the official package takes, and no more: another shape is refused as it is there.
+    """Check for exactly the shapes that parallax-kernel accepts.
 
-    caches  keys and values, by the names that the caller has for them
+    caches  keys and values, by the caller's argument names
     """
     named = {"q": q, "r": r, **caches}
     for name, x in named.items():
@@ -254,7 +254,7 @@ def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
     if head_dim not in HEAD_DIMS:
         allowed = f"{' or '.join(map(str, HEAD_DIMS))}. {ELSEWHERE} takes others"
         raise ArgumentAssertionError("q", f"head_dim {head_dim}", allowed)
-    check_alike(named)
+    check_same_dtype_and_device(named)
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
         got = f"{out.dtype} of shape {tuple(out.shape)}"
         raise ArgumentAssertionError("out", got, f"{q.dtype} of shape {tuple(q.shape)}, as q is")

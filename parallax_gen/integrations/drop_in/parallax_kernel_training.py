@@ -1,4 +1,4 @@
-"""The official package's training functions and its reference."""
+"""parallax-kernel's training functions and its reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.integrations.drop_in.calls import attend, laid_out
+from parallax_gen.integrations.drop_in.calls import attend, with_supported_strides
 from parallax_gen.integrations.drop_in.checks import (
     HEADS_FIRST,
     HEADS_LAST,
@@ -19,15 +19,15 @@ from parallax_gen.integrations.drop_in.checks import (
     check_dims,
     check_half,
     check_sizes,
-    scale_of,
-    window_of,
+    parse_scale,
+    parse_window,
 )
 from parallax_gen.oracle.reference import reference_forward
-from parallax_gen.runtime.attention import Saved
-from parallax_gen.runtime.autograd import backward_of_part, forward_of_part
+from parallax_gen.runtime.attention import SavedForBackward
+from parallax_gen.runtime.autograd import backward_without_autograd, forward_without_autograd
 from parallax_gen.runtime.requests import Request
-from parallax_gen.runtime.sharded import refuse_shards
-from parallax_gen.runtime.transforms import refuse_transforms, under_a_transform
+from parallax_gen.runtime.sharded import refuse_dtensors
+from parallax_gen.runtime.transforms import refuse_transforms, transform_is_active
 
 LOG2_E = math.log2(math.e)
 
@@ -35,27 +35,27 @@ LOG2_E = math.log2(math.e)
 def parallax_func(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, qk_scale: float | None = None, window_size_left: int = -1
 ) -> Tensor:
-    """Causal Parallax attention of whole sequences, heads first, with gradients.
+    """Causal Parallax attention over whole sequences, heads first, with gradients.
 
     q, r              (batch, heads, seqlen_q, head_dim), bf16 or fp16
     k, v              (batch, kv_heads, seqlen_kv, head_dim), of q's dtype; heads is a multiple of kv_heads. Query i is
-                      at key i, the first of both being at 0, whatever their lengths
+                      at key i, whatever their lengths
     qk_scale          of q·k; 1/√head_dim by default
-    window_size_left  a query sees this many keys at the most, its position's and those right before; negative for no
-                      limit. With more queries than keys a window has to hold every query
+    window_size_left  a query sees at most this many keys, its own and those right before it; negative for no limit.
+                      With more queries than keys a window must cover every query
 
-    Returns out, like q and contiguous: a copy, for our kernels write heads last. Raises TypeError for other dtypes,
-    ValueError for sizes that do not fit: both ArgumentErrors.
+    Returns out, like q and contiguous; it is a copy, because our kernels write heads last. Raises TypeError for other
+    dtypes, ValueError for sizes that do not fit; both are ArgumentErrors.
     """
     check_half(q)
     check_sizes(q, r, k, v, HEADS_FIRST)
-    scale, window = scale_of("qk_scale", qk_scale, q.shape[-1]), window_of("window_size_left", window_size_left)
+    scale, window = parse_scale("qk_scale", qk_scale, q.shape[-1]), parse_window("window_size_left", window_size_left)
     inputs = [x.transpose(1, 2) for x in (q, r, k, v)]
     outs = [
         attend(*piece.of(*inputs), scale=scale, window=window if piece.causal else None, causal=piece.causal)
-        for piece in _pieces(q.shape[2], k.shape[2], window)
+        for piece in _causal_pieces(q.shape[2], k.shape[2], window)
     ]
-    return _joined(outs, 1).transpose(1, 2).contiguous()
+    return _concatenated(outs, 1).transpose(1, 2).contiguous()
 
 
 def parallax_varlen_func(
@@ -67,23 +67,23 @@ def parallax_varlen_func(
     window_size_left: int = -1,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Causal Parallax attention of packed sequences, or of a batch of them, heads last, with gradients.
+    """Causal Parallax attention over packed sequences, or a batch of sequences, heads last, with gradients.
 
     q, r        (batch, seqlen, heads, head_dim), bf16 or fp16
     k, v        (batch, seqlen, kv_heads, head_dim), of q's dtype; heads is a multiple of kv_heads
-    cu_seqlens  (sequences + 1,) int32 or int64 on the same device: sequence n has the rows cu_seqlens[n] up to
-                cu_seqlens[n + 1] of a batch of 1. The call waits for the longest one's length;
-                `parallax_gen.parallax_attn_varlen_func`, which is told it, does not
+    cu_seqlens  (sequences + 1,) int32 or int64 on the same device: sequence n has the rows cu_seqlens[n] to
+                cu_seqlens[n + 1] - 1 of a batch of 1. The call waits for the longest length;
+                `parallax_gen.parallax_attn_varlen_func`, which takes it as an argument, does not
 
-    The rest as of `parallax_func`, and any head_dim up to 256: one that is no multiple of 8 costs copies of the inputs.
-    Returns out, like q and contiguous. Raises TypeError for other dtypes, ValueError for sizes that do not fit: both
-    ArgumentErrors.
+    The rest as in `parallax_func`. head_dim is anything up to 256; one that is no multiple of 8 costs copies of the
+    inputs. Returns out, like q and contiguous. Raises TypeError for other dtypes, ValueError for sizes that do not fit;
+    both are ArgumentErrors.
     """
     check_half(q)
     check_sizes(q, r, k, v, HEADS_LAST, same_length=True)
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ArgumentError("q", f"a batch of {q.shape[0]}", "a batch of 1, with cu_seqlens")
-    scale, window = scale_of("qk_scale", qk_scale, q.shape[-1]), window_of("window_size_left", window_size_left)
+    scale, window = parse_scale("qk_scale", qk_scale, q.shape[-1]), parse_window("window_size_left", window_size_left)
     return attend(q, r, k, v, scale=scale, window=window, cu_seqlens=cu_seqlens)
 
 
@@ -96,27 +96,27 @@ def parallax_fwd(
     n_rep: int = 1,
     window_size_left: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward of `parallax_func`, and what `parallax_bwd` needs of it. Without gradients of its own.
+    """The forward of `parallax_func` with the results that `parallax_bwd` needs. It records no gradients.
 
     q, r   (batch · heads, seqlen_q, head_dim)
     k, v   (batch · kv_heads, seqlen_kv, head_dim)
     n_rep  heads / kv_heads
 
-    Returns (o, barv, d1, bart, m): o and barv, which is softmax attention, like q; d1, bart = Σ p t and m
-    (batch · heads, seqlen_q, 1) fp32. Σ_j 2^(log2(e) qk_scale q·k_j) is d1 · 2^m, as there; but m is no row's largest
-    score: our kernels leave log2 of the whole sum there, and 1 in d1. Raises AssertionError where n_rep does not fit,
-    ValueError for other sizes: both ArgumentErrors.
+    Returns (o, barv, d1, bart, m): o and barv, which is softmax attention, like q; d1, bart = Σ p t and m (batch ·
+    heads, seqlen_q, 1) fp32. Σ_j 2^(log2(e) qk_scale q·k_j) is d1 · 2^m, as in parallax-kernel; but m is not the row's
+    largest score: here m is log2 of the whole sum, and d1 is 1. Raises AssertionError if n_rep does not fit, ValueError
+    for other sizes; both are ArgumentErrors.
     """
-    if under_a_transform():
+    if transform_is_active():
         refuse_transforms("parallax_fwd", q=q, r=r, k=k, v=v)
-    refuse_shards("parallax_fwd", q=q, r=r, k=k, v=v)
+    refuse_dtensors("parallax_fwd", q=q, r=r, k=k, v=v)
     _check_folded(q, r, k, v, n_rep)
-    scale, window = scale_of("qk_scale", qk_scale, q.shape[-1]), window_of("window_size_left", window_size_left)
-    pieces = _pieces(q.shape[1], k.shape[1], window)
+    scale, window = parse_scale("qk_scale", qk_scale, q.shape[-1]), parse_window("window_size_left", window_size_left)
+    pieces = _causal_pieces(q.shape[1], k.shape[1], window)
     with torch.no_grad():
-        found = [forward_of_part(_request(piece, q, r, k, v, scale, n_rep, window)) for piece in pieces]
+        found = [forward_without_autograd(_request(piece, q, r, k, v, scale, n_rep, window)) for piece in pieces]
         out, lse, t_mean, v_mean = (
-            _joined(parts, dim) for parts, dim in zip(zip(*found, strict=True), (1, 2, 2, 1), strict=True)
+            _concatenated(parts, dim) for parts, dim in zip(zip(*found, strict=True), (1, 2, 2, 1), strict=True)
         )
         of_rows = (*q.shape[:2], 1)
         m = (lse * LOG2_E).reshape(of_rows)
@@ -138,17 +138,17 @@ def parallax_bwd(
     n_rep: int = 1,
     window_size_left: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, r, k and v, bf16 whatever the inputs are, and of their shapes.
+    """The gradients of q, r, k and v in their shapes, always bf16.
 
-    o to m  what `parallax_fwd` returned, this one or the official one
-    grad_o  of o, and like it
+    o to m  the results of `parallax_fwd`, this one or parallax-kernel's
+    grad_o  the gradient of o, like o
 
-    The rest as given to `parallax_fwd`. Raises AssertionError where n_rep does not fit, ValueError for other sizes:
-    both ArgumentErrors.
+    The rest as given to `parallax_fwd`. Raises AssertionError if n_rep does not fit, ValueError for other sizes; both
+    are ArgumentErrors.
     """
-    if under_a_transform():
+    if transform_is_active():
         refuse_transforms("parallax_bwd", q=q, r=r, k=k, v=v, o=o, barv=barv, bart=bart, m=m, grad_o=grad_o)
-    refuse_shards("parallax_bwd", q=q, r=r, k=k, v=v, grad_o=grad_o)
+    refuse_dtensors("parallax_bwd", q=q, r=r, k=k, v=v, grad_o=grad_o)
     _check_folded(q, r, k, v, n_rep)
     of_rows = (*q.shape[:2], 1)
     for name, x, shape in (
@@ -157,24 +157,24 @@ def parallax_bwd(
     ):
         if tuple(x.shape) != tuple(shape):
             raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{tuple(shape)}, to go with q")
-    scale, window = scale_of("qk_scale", qk_scale, q.shape[-1]), window_of("window_size_left", window_size_left)
+    scale, window = parse_scale("qk_scale", qk_scale, q.shape[-1]), parse_window("window_size_left", window_size_left)
     with torch.no_grad():
         lse = (m + d1.log2()) / LOG2_E
         out, v_mean, do = (_folded(x, n_rep) for x in (o, barv, grad_o))
         lse, t_mean = (x.reshape(k.shape[0], n_rep, q.shape[1]) for x in (lse, bart))
         found = []
-        for piece in _pieces(q.shape[1], k.shape[1], window):
-            saved = Saved(
+        for piece in _causal_pieces(q.shape[1], k.shape[1], window):
+            saved = SavedForBackward(
                 out[:, piece.rows].contiguous(),
                 lse[..., piece.rows].contiguous(),
                 t_mean[..., piece.rows].contiguous(),
                 v_mean[:, piece.rows].contiguous(),
             )
-            asked = _request(piece, q, r, k, v, scale, n_rep, window)
-            found.append(backward_of_part(do[:, piece.rows], asked, saved))
+            request = _request(piece, q, r, k, v, scale, n_rep, window)
+            found.append(backward_without_autograd(do[:, piece.rows], request, saved))
         dq, dr, dk, dv = zip(*found, strict=True)
-        of_queries = (_unfolded(_joined(parts, 1)) for parts in (dq, dr))
-        of_keys = (_unfolded(_added(parts, k.shape[1])) for parts in (dk, dv))
+        of_queries = (_unfolded(_concatenated(parts, 1)) for parts in (dq, dr))
+        of_keys = (_unfolded(_sum_padded(parts, k.shape[1])) for parts in (dk, dv))
         grad_q, grad_r, grad_k, grad_v = (x.bfloat16() for x in (*of_queries, *of_keys))
     return grad_q, grad_r, grad_k, grad_v
 
@@ -189,37 +189,37 @@ def parallax_reference(
     causal: bool = True,
     window_size_left: int = -1,
 ) -> Tensor:
-    """Parallax attention from its definition, on any device; differentiable. Computed in fp64, the official in fp32.
+    """Parallax attention from its definition, differentiable, on any device. Computed in fp64 (parallax-kernel: fp32).
 
     q, r              (batch, seqlen_q, heads, head_dim), heads last, of any dtype
     k, v              (batch, seqlen_kv, kv_heads, head_dim)
-    causal            query i is at key seqlen_kv − seqlen_q + i: aligned to the end, as `parallax_func` is not
-    window_size_left  as of `parallax_func`, with causal alone: it is a causal window
+    causal            query i is at key seqlen_kv − seqlen_q + i: aligned to the end, unlike `parallax_func`
+    window_size_left  as in `parallax_func`; only with causal
 
-    Returns out, like q, in fp32; 0 for a query that sees no key, where the official one has NaN. Raises ValueError, an
+    Returns out, like q, in fp32; 0 for a query that sees no key, where parallax-kernel's has NaN. Raises ValueError, an
     ArgumentError.
     """
     check_sizes(q, r, k, v, HEADS_LAST)
-    window = window_of("window_size_left", window_size_left)
+    window = parse_window("window_size_left", window_size_left)
     if window is not None and not causal:
         raise ArgumentError("window_size_left", f"{window} without causal", "a negative one, or causal=True")
     return reference_forward(q, r, k, v, causal=causal, window_size=window, softmax_scale=float(qk_scale)).out.float()
 
 
 class _Piece(NamedTuple):
-    """Some queries and the keys that they see, in which causal is aligned to the last key, as our kernels have it."""
+    """Some queries and the keys that they see, with causal aligned to the last key, as in our kernels."""
 
     rows: slice
     keys: slice
     causal: bool
 
     def of(self, q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of (batch, seqlen, heads, head_dim)."""
+        """The piece of inputs (batch, seqlen, heads, head_dim)."""
         return q[:, self.rows], r[:, self.rows], k[:, self.keys], v[:, self.keys]
 
 
-def _pieces(seqlen_q: int, seqlen_kv: int, window: int | None) -> list[_Piece]:
-    """What is to be attended where query i is at key i: later keys are seen by none, later queries see them all."""
+def _causal_pieces(seqlen_q: int, seqlen_kv: int, window: int | None) -> list[_Piece]:
+    """Attention with query i at key i, as calls of our kernels: surplus keys are unseen, surplus queries see all."""
     if seqlen_q <= seqlen_kv:
         return [_Piece(slice(seqlen_q), slice(seqlen_q), True)]
     if window is not None and window < seqlen_q:
@@ -230,7 +230,7 @@ def _pieces(seqlen_q: int, seqlen_kv: int, window: int | None) -> list[_Piece]:
 
 
 def _check_folded(q: Tensor, r: Tensor, k: Tensor, v: Tensor, n_rep: int) -> None:
-    """Whether tensors whose batch is folded into their heads fit."""
+    """Check tensors whose batch is folded into their heads."""
     layout = ("heads", "seqlen", "head_dim")
     check_dims(q, r, k, v, layout)
     if n_rep < 1 or q.shape[0] % n_rep:
@@ -245,28 +245,28 @@ def _request(
     piece: _Piece, q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, n_rep: int, window: int | None
 ) -> Request:
     groups = ((q, n_rep), (r, n_rep), (k, 1), (v, 1))
-    inputs = piece.of(*(laid_out(_folded(x, heads)) for x, heads in groups))
+    inputs = piece.of(*(with_supported_strides(_folded(x, heads)) for x, heads in groups))
     window = window if piece.causal else None
     return Request(*inputs, causal=piece.causal, window_size=window, softmax_scale=scale)
 
 
 def _folded(x: Tensor, n_rep: int) -> Tensor:
     """(batch * heads, seqlen, head_dim) as (batch * kv_heads, seqlen, n_rep, head_dim): a view."""
-    apart: Tensor = x.unflatten(0, (x.shape[0] // n_rep, n_rep))
-    return apart.transpose(1, 2)
+    grouped: Tensor = x.unflatten(0, (x.shape[0] // n_rep, n_rep))
+    return grouped.transpose(1, 2)
 
 
 def _unfolded(x: Tensor) -> Tensor:
-    """What `_folded` made, as it was, contiguous."""
+    """The inverse of `_folded`, contiguous."""
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _concatenated(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
-def _added(parts: Sequence[Tensor], seqlen: int) -> Tensor:
-    """Gradients of the same first keys, added, and 0 for those up to seqlen that no query saw."""
+def _sum_padded(parts: Sequence[Tensor], seqlen: int) -> Tensor:
+    """The sum of gradients of the same first keys, zero-padded to seqlen for keys that no query saw."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part

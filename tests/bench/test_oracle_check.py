@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.bench.judge import Judge, Sample, random_case
+from parallax_gen.bench.oracle_check import OracleCheck, Sample, random_inputs_for_case
 from parallax_gen.oracle.verify import oracle
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -29,7 +29,7 @@ DECODE = Shape(5, 6, 3, 1, 70)
     ids=["dense", "packed", "decode", "paged", "eight bits"],
 )
 def test_the_oracle_of_a_sample_is_the_sample_of_the_oracle(op: str, spec: KernelSpec, shape: Shape) -> None:
-    x, sample = random_case(op, spec, shape, "cpu"), Sample.of_ends(spec, shape)
+    x, sample = random_inputs_for_case(op, spec, shape, "cpu"), Sample.first_and_last(spec, shape)
     if spec.cache_dtype:
         x.k_scale, x.v_scale = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 3.0, 0.5])
     whole, part = oracle(spec, x)["out"], oracle(spec, sample.of(spec, x))["out"]
@@ -37,12 +37,14 @@ def test_the_oracle_of_a_sample_is_the_sample_of_the_oracle(op: str, spec: Kerne
     assert torch.equal(sample.queries(whole, spec.group), part)
 
 
-def results(spec: KernelSpec, shape: Shape) -> tuple[Judge, Judge, dict[str, Tensor]]:
+def results(spec: KernelSpec, shape: Shape) -> tuple[OracleCheck, OracleCheck, dict[str, Tensor]]:
     """The judges of all and of a sample, and the right results of a training step."""
-    x = random_case(TRAINING, spec, shape, "cpu")
-    right = {name: oracle(spec.of(op), x)[name] for name, op in (("out", "forward"), ("dq", "dqdr"), ("dr", "dqdr"))}
-    right |= oracle(spec.of("dkdv"), x)
-    judges = [Judge(TRAINING, spec, shape, x, extent) for extent in ("whole", "sample")]
+    x = random_inputs_for_case(TRAINING, spec, shape, "cpu")
+    right = {
+        name: oracle(spec.for_op(op), x)[name] for name, op in (("out", "forward"), ("dq", "dqdr"), ("dr", "dqdr"))
+    }
+    right |= oracle(spec.for_op("dkdv"), x)
+    judges = [OracleCheck(TRAINING, spec, shape, x, extent) for extent in ("whole", "sample")]
     return judges[0], judges[1], {name: tensor.half() for name, tensor in right.items()}
 
 
@@ -67,21 +69,21 @@ def test_what_is_wrong_at_the_last_of_all_is_seen_in_a_sample(name: str) -> None
 
 
 def test_a_small_call_is_its_own_sample() -> None:
-    assert Sample.of_ends(STEP, Shape(1, 2, 1, 9, 9)) == Sample((0,), (0,))
-    assert Sample.of_ends(STEP, Shape(2, 4, 2, 9, 9)).rows(Shape(2, 4, 2, 9, 9)) == 4
+    assert Sample.first_and_last(STEP, Shape(1, 2, 1, 9, 9)) == Sample((0,), (0,))
+    assert Sample.first_and_last(STEP, Shape(2, 4, 2, 9, 9)).rows(Shape(2, 4, 2, 9, 9)) == 4
 
 
 def test_no_oracle_no_errors() -> None:
-    judge = Judge("forward", STEP, SHAPE, random_case("forward", STEP, SHAPE, "cpu"), "none")
-    assert judge.rows == 0
-    assert judge.errors({"out": torch.zeros(4, 40, 6, 64)}) == {}
+    oracle_check = OracleCheck("forward", STEP, SHAPE, random_inputs_for_case("forward", STEP, SHAPE, "cpu"), "none")
+    assert oracle_check.rows == 0
+    assert oracle_check.errors({"out": torch.zeros(4, 40, 6, 64)}) == {}
 
 
 def test_random_cases_leave_torch_s_own_generator_alone() -> None:
     """A CUDA graph that fails to capture a peer leaves the device's in a state in which it draws no more."""
     spec, shape = KernelSpec("forward", 64, "bf16", causal=True, stats=True), Shape(1, 2, 2, 20, 20)
     before = torch.get_rng_state()
-    first, second = (random_case(TRAINING, spec, shape, "cpu").do for _ in range(2))
+    first, second = (random_inputs_for_case(TRAINING, spec, shape, "cpu").do for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert first is not None
     assert second is not None

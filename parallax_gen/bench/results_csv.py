@@ -1,0 +1,104 @@
+"""The CSV file of `bench --csv`: rows that it holds are not timed again; new rows are appended at once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from parallax_gen.bench.rows import Conditions, Effort, Row, from_flat, to_flat
+from parallax_gen.errors import ArgumentError, ParallaxGenError
+from parallax_gen.files import replace_file
+from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.spec import KernelSpec
+
+_EMPTY = Row("", "decode", "", KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 1))
+COLUMNS = list(to_flat(replace(_EMPTY, conditions=Conditions("", "", "", "", "", "", Effort()))))
+WITHOUT_LENGTHS = [name for name in COLUMNS if name != "lengths"]  # files of releases before per-sequence lengths
+
+
+class ResultsCsv:
+    """Rows by baseline, case, package and conditions, kept in a CSV file. Without a path rows are not saved.
+
+    Rows are only appended, one shape at a time. An incomplete last line, left by a crash, is dropped. A file without
+    the column for lengths is rewritten with it.
+    """
+
+    def __init__(self, path: Path | None = None):
+        """Raises ParallaxGenError if the file is not one of bench's, or cannot be read and written."""
+        self._path = path
+        self._rows: dict[object, Row] = {}
+        if path is not None:
+            try:
+                for row in _opened(path):
+                    self._rows[_identity(row)] = row
+            except (OSError, UnicodeDecodeError, csv.Error) as error:
+                raise ParallaxGenError(f"--csv: {path} cannot be used: {error}") from error
+
+    def known(self, row: Row) -> Row | None:
+        """The stored row with the same baseline, part, spec, shape, package and conditions."""
+        return self._rows.get(_identity(row))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows. Raises ParallaxGenError if the file cannot be written."""
+        if self._path is not None:
+            try:
+                _append(self._path, _as_text(to_flat(row).values() for row in rows))
+            except OSError as error:
+                raise ParallaxGenError(f"--csv: {self._path} cannot be written: {error}") from error
+        self._rows.update((_identity(row), row) for row in rows)
+
+
+def _identity(row: Row) -> object:
+    return row.baseline, row.compared_at, row.package, row.conditions
+
+
+def _opened(path: Path) -> list[Row]:
+    """The rows of a file. Creates the file if necessary, and drops an incomplete last line."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not text:
+        text = _as_text([COLUMNS])
+        _append(path, text)
+    columns = next(csv.reader([text.partition("\n")[0]]), [])
+    if columns not in (COLUMNS, WITHOUT_LENGTHS):
+        raise ParallaxGenError(f"--csv: {path} has other columns than bench writes: name another file")
+    whole, _, tail = text.rpartition("\n")
+    if whole and tail and not _rows([tail], columns):
+        os.truncate(path, len(whole.encode()) + 1)  # rows after an open quotation mark would be lost
+        text, tail = f"{whole}\n", ""
+    _append(path, "\n" if tail else "")  # also checks that the file can be written
+    if columns == WITHOUT_LENGTHS:
+        replace_file(path.resolve(), _widened(text))  # resolve(), so that a link stays a link
+    return _rows(io.StringIO(text.partition("\n")[2], newline=""), columns)
+
+
+def _widened(text: str) -> str:
+    """A file's text with an empty lengths cell added to every row."""
+    at = COLUMNS.index("lengths")
+    _, *lines = csv.reader(io.StringIO(text, newline=""))
+    return _as_text([COLUMNS, *([*line[:at], "", *line[at:]] for line in lines)])
+
+
+def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:
+    """The readable rows: someone may have edited the file."""
+    found = []
+    for texts in csv.DictReader(lines, columns):
+        if None not in texts.values():  # None stands for a missing cell
+            with suppress(ArgumentError):
+                found.append(from_flat(texts))
+    return found
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def _as_text(lines: Iterable[Iterable[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
