@@ -31,6 +31,13 @@ _LETTERS = {
     "ROW_STATS": "",
 }
 
+# Of long ones, in a table.
+_SHORT_VALUES: dict[object, str] = {
+    "chunked": "chunk",
+    "fixed_reference": "fixed",
+    "before_exp": "premask",
+}
+
 LEGEND = (
     "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G GROUP_HEADS, S NUM_SPLITS, w warps, s stages,\n"
     "r maxnreg; seqlen: W is a window's"
@@ -43,10 +50,10 @@ def describe(config: KernelConfig) -> str:
 
 
 def brief(config: KernelConfig) -> str:
-    """A config short enough for a table: `M128 N64 G8 w8 s3 pieces`, `N32 H8 S16 last w1 s4`."""
+    """A config short enough for a table: `M128 N64 G8 w8 s3 chunk`, `N32 H8 S16 last w1 s4`."""
     # merge is "none" for a single split: S1 says that already.
     choices = {name: value for name, value in config_to_dict(config).items() if value != "none"}
-    return " ".join(f"{_LETTERS[name]}{value}" for name, value in choices.items())
+    return " ".join(f"{_LETTERS[name]}{_SHORT_VALUES.get(value, value)}" for name, value in choices.items())
 
 
 # -- Numbers

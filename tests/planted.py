@@ -22,24 +22,23 @@ PLANTED = {
     (32, 2): ("a compilation that hangs", "timeout", "timeout"),
 }
 IN_KERNEL = """
-{%- if config.num_warps == 1 and config.BLOCK_M == 4 %}
+    {% if config.num_warps == 1 and config.BLOCK_M == 4 %}
     tl.store(rows_ptr + (1 << 42) + rows, lse)
-{%- elif config.num_warps == 1 and config.BLOCK_M == 8 %}
+    {% elif config.num_warps == 1 and config.BLOCK_M == 8 %}
     seen = 0
     while seen != -7:
         seen = tl.atomic_add(rows_ptr.to(tl.pointer_type(tl.int32)), 1)
-{%- elif config.num_warps == 1 and config.BLOCK_M == 16 %}
+    {% elif config.num_warps == 1 and config.BLOCK_M == 16 %}
     lse += 1.0
-{%- endif %}
+    {% endif %}
     tl.store(rows_ptr + rows, lse)
 """
 BEFORE_KERNEL = """
-{%- if config.num_warps == 2 and config.BLOCK_M == 32 %}
+{% if config.num_warps == 2 and config.BLOCK_M == 32 %}
 import time
 
 time.sleep(1e6)
-{%- endif %}
-
+{% endif %}
 
 @triton.jit("""
 SHORTER = {"COMPILE_TIMEOUT_S": "25.0", "MEASURE_TIMEOUT_S": "60.0", "CACHED_TIMEOUT_S": "15.0"}

@@ -63,10 +63,7 @@ class Store:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(self.path, "mode=ro" if read_only else "mode=rwc")
             undo.callback(self.close)
-            if read_only:
-                self._prepare_to_read()
-            else:
-                self._prepare_to_write()
+            (self._prepare_to_read if read_only else self._prepare_to_write)()
             undo.pop_all()
 
     def __enter__(self) -> Store:

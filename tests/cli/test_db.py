@@ -62,7 +62,7 @@ def test_path_alone_is_on_standard_output(store: Store, monkeypatch: pytest.Monk
 def test_stats_count_everything(store: Store) -> None:
     filled(store)
     found = run_json("db", "stats")
-    assert (found["rows"], found["schema"], found["unreadable"]) == (6, 2, 0)
+    assert (found["rows"], found["schema"], found["unreadable"]) == (6, 3, 0)
     assert found["bytes"] >= store.path.stat().st_size > 0
     assert found["kernels"] == [
         {"gpu": "h200", "op": "decode", "rows": 4, "outcomes": {"ok": 2, "wrong": 1, "predicted": 1}},
@@ -353,7 +353,7 @@ def test_a_row_that_was_replaced_meanwhile_is_not_deleted(store: Store) -> None:
 def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     filled(store)
     result = run("db", "check")
-    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 2, 6 rows to be read\n")
+    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 3, 6 rows to be read\n")
     assert run_json("db", "check")["sound"]
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
     assert "not yet made" in run("db", "check").stdout
@@ -376,7 +376,7 @@ def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, says: s
         connection.execute(f"UPDATE measurements SET {damage} WHERE rowid = 1")
     result = run("db", "check")
     assert result.exit_code == 1
-    assert f"{store.path}: 1 wrong, schema 2, 5 rows to be read\n  {says}" in result.stdout
+    assert f"{store.path}: 1 wrong, schema 3, 5 rows to be read\n  {says}" in result.stdout
     assert len(result.stdout) < 500 + len(str(store.path))
     assert "1 row cannot be read" in run("db", "stats").stdout
     assert "1 row cannot be read, and left out" in run("db", "export", "-").stderr

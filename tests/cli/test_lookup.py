@@ -154,7 +154,7 @@ def test_list_of_kernels_with_flags_and_without(store: Store) -> None:
     kernel = "h200: dkdv, head_dim 96, bf16, GQA 4:1, "
     assert sorted(titles) == [f"{kernel}{flags}" for flags in ("causal", "window", "window, varlen")]
     assert "4096 W512" in text
-    assert "M64 N128 G4 w8 s2 pieces  measured" in text
+    assert "M64 N128 G4 w8 s2 chunk  measured" in text
     assert run_json("list")["records"][0]["rate_unit"] == "TFLOP/s"
 
 
@@ -205,8 +205,8 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     store.save(known_dkdv(1.0, place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))))
     text = run("show", *DKDV_CALL).stdout
     assert text.startswith("h200: dkdv, head_dim 96, bf16, GQA 4:1, window; 16 kv rows, seqlen 4096, window 512\n")
-    assert "M64 N128 G4 w8 s2 pieces  measured" in text
-    assert "crash: M64 N128 G4 w8 s3 pieces" in text
+    assert "M64 N128 G4 w8 s2 chunk  measured" in text
+    assert "crash: M64 N128 G4 w8 s3 chunk" in text
     found = run_json("show", *DKDV_CALL)
     assert len(found["results"]) == 2
     assert found["place"]["bucket.window"] == 512

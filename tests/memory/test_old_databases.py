@@ -74,7 +74,7 @@ def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: 
         assert {(r.evidence.templates, r.evidence.kernel, r.evidence.triton) for r in found} == {("abc123", "", "3.6")}
         assert {r.error for r in found} == {float("inf")}
         assert store.in_trial_order()[0] == found[1]
-        assert store.schema == 2
+        assert store.schema == 3
         assert len(store.unreadable_rows()) == 3  # they are where they were
     if read_only:
         assert path.read_bytes() == before  # an older version may be using it
