@@ -91,7 +91,7 @@ class DecodeVarlenOp(CacheOp):
         unspecialised = ("kv_heads", "batch", "seqlen_kv", *("stride_tableb",) * paged)
         unspecialised += ("seqlen_q",) * (many and not spec.varlen) + ("window",) * spec.window
         unspecialised += ("total_q",) * spec.varlen
-        kernels = {"ragged": Signature(passed, unspecialised)}
+        kernels = {"decode_varlen": Signature(passed, unspecialised)}
         if config.merge == "kernel":
             lengths = ("cache_seqlens", *("cache_leftpad",) * spec.leftpad)
             tensors = pointers((*self.written(spec), *lengths, "partials"))
