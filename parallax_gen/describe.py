@@ -31,7 +31,7 @@ _LETTERS = {
     "ROW_STATS": "",
 }
 
-# Of long ones, in a table.
+# Short forms of long values, for tables.
 _SHORT_VALUES: dict[object, str] = {
     "chunked": "chunk",
     "fixed_reference": "fixed",

@@ -86,7 +86,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
 
 @cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(data_dir("templates")),
@@ -95,8 +95,6 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # the output is Python, not HTML
     )
-    environment.filters["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length()
-    return environment
 
 
 def _wrapped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Reads what earlier versions wrote, for ever: their names of ops, and records from before fingerprints."""
+"""Reads what earlier versions wrote, for ever: names of ops and of config fields, records from before fingerprints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def spec_from(data: Mapping[str, Any]) -> KernelSpec:
     return spec
 
 
-# -- Configs whose fields and values had other names.
+# -- Configs with the earlier names of fields and values.
 
 FIELDS = {
     "HEAD_GROUP": "GROUP_HEADS",
@@ -56,7 +56,7 @@ FIELDS = {
     "ROW_MAX": "SOFTMAX",
     "ROW_NUMBERS": "ROW_STATS",
 }
-# By today's name of a field: what its values were called.
+# Today's name of a field -> the earlier names of its values -> today's.
 VALUES: dict[str, dict[object, str]] = {
     "HEAD_DIM_LAYOUT": {"whole": "native", "pieces": "chunked", "halves": "split"},
     "SOFTMAX": {"running": "online", "first": "fixed_reference"},
@@ -66,7 +66,7 @@ VALUES: dict[str, dict[object, str]] = {
 
 
 def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's fields by today's names. Raises ConfigError if it has one by both names."""
+    """A config's fields with today's names and values. Raises ConfigError if a field has both of its names."""
     found: dict[str, Any] = {}
     for old, value in data.items():
         name = FIELDS.get(old, old)
@@ -77,12 +77,12 @@ def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of_record(op: str, data: Mapping[str, Any]) -> KernelConfig:
-    """The config that a record, a sweep or a user says, in today's names or older ones. Raises ConfigError."""
+    """The config in a record, a sweep or a command, with today's names or earlier ones. Raises ConfigError."""
     return config_from_dict(op, renamed(data))
 
 
 def renamed_json(text: object) -> object:
-    """A stored config's JSON by today's names, as `config_to_json` writes it; what is no config's stays as it is."""
+    """A stored config's JSON with today's names, as `config_to_json` writes it; other text is returned unchanged."""
     try:
         data = json.loads(text) if isinstance(text, str) else None
         return json.dumps(renamed(data), sort_keys=True) if isinstance(data, dict) else text

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.pieces import power_of_2
+from parallax_gen.ops.signature import Constant
 from parallax_gen.problem.spec import KernelSpec
 
 
@@ -28,19 +29,6 @@ class DecodeConfig(KernelConfig):
     merge: str
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A named number at the top of a kernel, with its comment."""
-
-    name: str
-    value: int | float | str
-    about: str = ""
-
-    @property
-    def line(self) -> str:
-        return f"{self.name}: tl.constexpr = {self.value}" + (f"  # {self.about}" if self.about else "")
 
 
 @dataclass(frozen=True)

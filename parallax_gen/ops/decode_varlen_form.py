@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallax_gen.ops.decode_form import CacheForm, Constant
+from parallax_gen.ops.decode_form import CacheForm
 from parallax_gen.ops.pieces import power_of_2
-from parallax_gen.ops.signature import Padding
+from parallax_gen.ops.signature import Constant, Padding
 
 LINE = 120  # characters of a line at the most
 LN_2 = "0.6931471805599453"

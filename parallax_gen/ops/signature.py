@@ -53,6 +53,19 @@ class Signature:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A named number at the top of a kernel, with its comment."""
+
+    name: str
+    value: int | float | str
+    about: str = ""
+
+    @property
+    def line(self) -> str:
+        return f"{self.name}: tl.constexpr = {self.value}" + (f"  # {self.about}" if self.about else "")
+
+
+@dataclass(frozen=True)
 class Padding:
     """What a kernel on packed sequences writes to rows that no sequence has. The device alone knows which those are.
 

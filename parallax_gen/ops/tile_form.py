@@ -6,19 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from parallax_gen.ops.pieces import Piece, power_of_2
-from parallax_gen.ops.signature import Padding
+from parallax_gen.ops.signature import Constant, Padding
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_a_head
 from parallax_gen.problem.spec import KernelSpec
 
 PRECISIONS = {"fp32": ', input_precision="ieee"', "tf32": ', input_precision="tf32"'}
-
-
-class Constant(NamedTuple):
-    """A number that a kernel has a name for."""
-
-    name: str
-    value: int
-    about: str = ""
 
 
 class Side(NamedTuple):

@@ -41,7 +41,7 @@ def family_of(op: str) -> str:
 
 
 def named(op: str) -> str:
-    """An op as errors name it: in the words of users and records, whoever made the spec."""
+    """The name of an op in errors: the word that users and records have for it."""
     return op if op in FAMILIES else f"ragged {family_of(op)}"
 
 
