@@ -133,7 +133,7 @@ class CacheOp(Op[DecodeConfig]):
 
     @abstractmethod
     def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
-        """What `launch` says of all that it takes: names, and of what they are. A line without a name goes on."""
+        """The arguments of `launch` and what each is, for its docstring. A line without a name continues the last."""
 
     def awkward_shape(self, spec: KernelSpec, config: DecodeConfig, kv_heads: int = 3) -> Shape:
         blocks = min(2 * config.NUM_SPLITS + 1, 40)
@@ -204,7 +204,7 @@ class DecodeOp(CacheOp):
             yield "partials", f"fp32 scratch of batch * heads * NUM_SPLITS * {form.state} numbers"
         if config.merge == "last":
             each = f"{kv_heads} * {form.tiles}" if form.tiled else "kv_heads"
-            yield "arrived", f"int32 scratch of batch * {each} numbers, 0 at first and again after every launch"
+            yield "arrived", f"int32 scratch of batch * {each} zeros, which every launch leaves zero again"
 
     def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
         return f"_kv{bucket.seqlen_kv}"

@@ -161,12 +161,12 @@ class DecodeForm(CacheForm):
     @property
     def there(self) -> tuple[str, ...]:
         """The mask of a load from all splits, if a tile has room for more."""
-        return ("there",) * (self.splits_width != self.config.NUM_SPLITS)
+        return ("valid",) * (self.splits_width != self.config.NUM_SPLITS)
 
     @property
     def there_in_chunk(self) -> tuple[str, ...]:
         """The mask of a load from a chunk of splits, if the last chunk has room for more."""
-        return ("there",) * (self.config.NUM_SPLITS % self.chunk > 0)
+        return ("valid",) * (self.config.NUM_SPLITS % self.chunk > 0)
 
     @property
     def vectors_there(self) -> tuple[str, ...]:
@@ -185,9 +185,9 @@ class DecodeForm(CacheForm):
         """The constants of decode_kernel."""
         return (
             Constant("HEAD_DIM", self.spec.head_dim),
-            Constant("GROUP", self.spec.group, "query heads that share a kv head"),
-            Constant("BLOCK_H", self.config.BLOCK_H, "of which one program serves so many"),
-            Constant("BLOCK_N", self.config.BLOCK_N, "keys it takes a step"),
+            Constant("GROUP", self.spec.group, "query heads per kv head"),
+            Constant("BLOCK_H", self.config.BLOCK_H, "query heads per program"),
+            Constant("BLOCK_N", self.config.BLOCK_N, "keys per iteration"),
             *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.split,
-            *[Constant("HEAD_BLOCKS", self.tiles, "programs that serve a group")] * self.tiled,
+            *[Constant("HEAD_BLOCKS", self.tiles, "programs per group of query heads")] * self.tiled,
         )

@@ -126,28 +126,28 @@ class DecodeVarlenOp(CacheOp):
         strides = "the same strides" if spec.page_size else "any strides"
         yield "k_cache, v_cache", f"({pieces}, {kv_heads}, {width}) {dtype}, {strides} likewise"
         if spec.varlen:
-            begin = "where each sequence's queries begin, and where the last one's end. In rows"
+            begin = "the first query row of each sequence, and the end of the last one. In"
             yield "cu_seqlens_q", f"(batch + 1,) int32: {begin}"
-            yield "", f"that no sequence has out is 0{', lse -inf, and t_mean and v_mean 0' if spec.stats else ''}"
+            yield "", f"rows of no sequence out is 0{', lse -inf, and t_mean and v_mean 0' if spec.stats else ''}"
         most = "what its pages hold" if spec.page_size else "seqlen"
-        yield "cache_seqlens", f"(batch,) int32: keys in each sequence, 0 to {most}; what lies behind is never read"
+        yield "cache_seqlens", f"(batch,) int32: keys in each sequence, 0 to {most}; nothing past them is read"
         if spec.leftpad:
-            yield "cache_leftpad", "(batch,) int32: each sequence's first key; what lies before is never read"
+            yield "cache_leftpad", "(batch,) int32: each sequence's first key; nothing before it is read"
         if spec.page_size:
-            pages = "(batch, pages of a sequence at the most)"
+            pages = "(batch, most pages of a sequence)"
             yield "page_table", f"{pages} int32: each sequence's pages, in order"
         if spec.cache_dtype:
-            scaled = "what stored keys and values are to be multiplied by"
+            scaled = "factors of the stored keys and values"
             yield "k_scale, v_scale", f"(1,) or ({kv_heads},) fp32, of the same size: {scaled}"
         slot = form.rows * form.state
-        yield "partials", f"fp32 scratch of slots * {kv_heads} * {slot} numbers, slots as below"
+        yield "partials", f"fp32 scratch of items * {kv_heads} * {slot} numbers, items as below"
         if config.merge == "last":
-            counters = "numbers, 0 at first and again after every launch"
-            yield "arrived", f"int32 scratch of slots * {kv_heads} {counters}"
+            counters = "zeros, which every launch leaves zero again"
+            yield "arrived", f"int32 scratch of items * {kv_heads} {counters}"
         if spec.window:
-            yield "window_size", "keys that a query sees at the most, the last ones"
+            yield "window_size", "the number of last keys that a query sees, 1 or more"
         if spec.varlen:
-            yield "max_seqlen_q", "at least the longest sequence's queries"
+            yield "max_seqlen_q", "at least the most queries of a sequence"
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
         """Of one query each, two batches: keys from all down to a 32nd, in even ratios; and one long among short ones.

@@ -307,13 +307,13 @@ class VarlenForm(CacheForm):
     def slots(self) -> str:
         """How many slots `launch` provides."""
         if self.spec.many_queries:
-            return "tiles * NUM_SPLITS + triton.cdiv(tiles, SPARE)"
-        slots = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE)"
+            return "tiles * NUM_SPLITS + triton.cdiv(tiles, SPARE_EVERY)"
+        slots = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE_EVERY)"
         return f"{self.tiles} * ({slots})" if self.tiles > 1 else slots
 
     @property
     def lengths(self) -> tuple[str, ...]:
-        """The parameters of `_sizes` that lengths come from, which have the same names in both kernels."""
+        """The parameters of `_lengths` that lengths come from, which have the same names in both kernels."""
         return (
             "cache_seqlens_ptr",
             *["cache_leftpad_ptr"] * self.spec.leftpad,
@@ -324,17 +324,17 @@ class VarlenForm(CacheForm):
 
     @property
     def found(self) -> tuple[str, ...]:
-        """What `_sizes` returns."""
+        """What `_lengths` returns."""
         return ("length", *["lower"] * self.lower, "len_q", "blocks")
 
     def sizes(self, indent: int, seq: str, there: str, *used: str) -> str:
-        """The call of `_sizes` for the sequences `seq`, if `there`. The results that are not `used` are named _."""
+        """The call of `_lengths` for the sequences `seq`, if `there`. The results that are not `used` are named _."""
         names = ", ".join(name if name in used else "_" for name in self.found)
         passed = ", ".join((seq, there, *self.lengths, "BLOCK_N"))
-        call = f"{names} = _sizes({passed})"
+        call = f"{names} = _lengths({passed})"
         if indent + len(call) <= LINE:
             return call
-        return f"{names} = _sizes(\n{' ' * (indent + 4)}{passed}\n{' ' * indent})"
+        return f"{names} = _lengths(\n{' ' * (indent + 4)}{passed}\n{' ' * indent})"
 
     @property
     def least(self) -> int:
@@ -357,39 +357,40 @@ class VarlenForm(CacheForm):
     def constants(self) -> tuple[Constant, ...]:
         """The constants of the first kernel."""
         spec, config = self.spec, self.config
-        pairs = "(query, head) pairs that a tile has"
+        pairs = "(query, head) pairs per tile"
         return (
             Constant("HEAD_DIM", spec.head_dim),
-            Constant("GROUP", spec.group, "query heads that share a kv head"),
-            Constant("BLOCK_H", config.BLOCK_H, pairs if spec.many_queries else "of which one program serves so many"),
-            Constant("BLOCK_N", config.BLOCK_N, "keys a program takes a step"),
-            *[Constant("PAGE_SIZE", spec.page_size, "keys a page of the cache")] * (spec.page_size > 0),
-            *[Constant("PAGES", "BLOCK_N // PAGE_SIZE", "that a block of keys falls into")] * self.few_pages,
+            Constant("GROUP", spec.group, "query heads per kv head"),
+            Constant("BLOCK_H", config.BLOCK_H, pairs if spec.many_queries else "query heads per program"),
+            Constant("BLOCK_N", config.BLOCK_N, "keys per iteration"),
+            *[Constant("PAGE_SIZE", spec.page_size, "keys per page of the cache")] * (spec.page_size > 0),
+            *[Constant("PAGES", "BLOCK_N // PAGE_SIZE", "pages per block of keys")] * self.few_pages,
             *[Constant("NUM_SPLITS", config.NUM_SPLITS)] * self.split,
-            Constant("SPARE", self.spare),
-            Constant("ROWS", self.rows, "that a tile's partial state has"),
-            Constant("SLOT", "ROWS * (2 * HEAD_DIM + 4)", "floats of it; 4, not 3, keeps it 16-byte aligned"),
+            Constant("SPARE_EVERY", self.spare),
+            Constant("ROWS", self.rows, "rows of a split's state"),
+            Constant("STATE", "ROWS * (2 * HEAD_DIM + 4)", "its floats; 4, not 3, for alignment to 16 bytes"),
             *[Constant("LN_2", LN_2)] * spec.stats,
-            Constant("SEQUENCES", 32, "looked at a time: each warp can do that by itself"),
-            Constant("LEAST", self.least, "blocks that are worth a program of their own"),
-            *[Constant("TILES", self.tiles, "that serve a group")] * (self.tiles > 1 and not spec.many_queries),
+            Constant("SEQUENCES", 32, "sequences scanned at a time, one a lane: no exchange between warps"),
+            Constant("MIN_BLOCKS", self.least, "blocks of keys that a split has at least"),
+            *[Constant("TILES", self.tiles, "tiles per group of query heads")]
+            * (self.tiles > 1 and not spec.many_queries),
         )
 
     @property
     def merge_constants(self) -> tuple[Constant, ...]:
         """The constants of the second kernel."""
-        as_before = "what follows is as in decode_varlen_kernel, which left the states"
+        as_before = "this and the constants below are those of decode_varlen_kernel"
         tiles = (Constant("BLOCK_H", self.config.BLOCK_H), Constant("TILES", self.tiles))
         return (
             Constant("HEAD_DIM", self.spec.head_dim),
-            Constant("GROUP", self.spec.group, "query heads that share a kv head"),
+            Constant("GROUP", self.spec.group, "query heads per kv head"),
             Constant("BLOCK_N", self.config.BLOCK_N, as_before),
             *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.split,
-            Constant("SPARE", self.spare),
+            Constant("SPARE_EVERY", self.spare),
             Constant("ROWS", self.rows),
-            Constant("SLOT", "ROWS * (2 * HEAD_DIM + 4)"),
+            Constant("STATE", "ROWS * (2 * HEAD_DIM + 4)"),
             Constant("SEQUENCES", 32),
-            Constant("LEAST", self.least),
+            Constant("MIN_BLOCKS", self.least),
             *(tiles if self.tiles > 1 else ()),
             *[Constant("LN_2", LN_2)] * self.spec.stats,
         )

@@ -145,19 +145,19 @@ class TileForm:
     def constants(self, grouped: bool = True) -> list[Constant]:
         """At the top of a kernel; grouped: of one that finds its tile among those of GROUP_HEADS heads."""
         spec, config = self.spec, self.config
-        owned, stepped = "a program owns", "it takes a step"
+        owned, stepped = "per program", "per iteration"
         rows, keys = (stepped, owned) if self.op.owns_keys else (owned, stepped)
         found = [Constant("HEAD_DIM", spec.head_dim)] if self.head_dim_named else []
         if self.halves:
-            about = "of a head's dimensions a program sums so many: two share each tile"
+            about = "dimensions per program: two programs share a tile"
             found.append(Constant("HALF", spec.head_dim // 2, about))
         found.append(Constant("BLOCK_M", config.BLOCK_M, f"query rows {rows}"))
         found.append(Constant("BLOCK_N", config.BLOCK_N, f"keys {keys}"))
         if spec.group > 1:
-            found.append(Constant("GROUP", spec.group, "query heads that share a kv head"))
+            found.append(Constant("GROUP", spec.group, "query heads per kv head"))
         if grouped and config.GROUP_HEADS > 1:
             kind = "kv" if self.op.owns_keys else "query"
-            found.append(Constant("GROUP_HEADS", config.GROUP_HEADS, f"{kind} heads whose tiles run together"))
+            found.append(Constant("GROUP_HEADS", config.GROUP_HEADS, f"{kind} heads whose tiles are launched together"))
         return found
 
     # -- launches
@@ -223,12 +223,12 @@ class TileForm:
         """Numbers and lengths that `launch` takes, and what each is."""
         found = []
         if self.spec.varlen:
-            where = "where each sequence begins in q and in k, and where the last one ends"
+            where = "the first row of each sequence in q and in k, and the end of the last one"
             found.append(("cu_seqlens", f"(batch + 1,) int32: {where}"))
-            found.append(("", f"{self.left_out} in rows that no sequence has"))
+            found.append(("", f"{self.left_out} in rows of no sequence"))
             found.append((f"max_seqlen_{self.owned.of}", "at least the length of the longest sequence"))
         if self.spec.window:
-            found.append(("window_size", "the keys that a query sees at the most, 1 or more"))
+            found.append(("window_size", "the number of last keys that a query sees, 1 or more"))
         return found
 
     @property

@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 9efe2cbaf926
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
-log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
+s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
 """
 
 import torch
@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _step(qr, k, v, visible, scale_log2, m, d1, d2, o):
-    """Take a block of keys and values [BLOCK_N, HEAD_DIM] into the rows' state."""
+    """Update the rows' state (m, d1, d2, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
     BLOCK_N: tl.constexpr = k.shape[0]
     st = tl.dot(qr, tl.trans(k))
     s, t = tl.split(tl.permute(tl.reshape(st, [2, 8, BLOCK_N]), [1, 2, 0]))  # [8, BLOCK_N] each
@@ -30,10 +30,10 @@ def _step(qr, k, v, visible, scale_log2, m, d1, d2, o):
     pt = p * t
     d1 = d1 * alpha + tl.sum(p, 1)
     d2 = d2 * alpha + tl.sum(pt, 1)
-    both = tl.join(p.to(v.dtype), pt.to(v.dtype))
-    both = tl.reshape(tl.permute(both, [2, 0, 1]), [16, BLOCK_N])  # stacked again, as qr is
+    weights = tl.join(p.to(v.dtype), pt.to(v.dtype))
+    weights = tl.reshape(tl.permute(weights, [2, 0, 1]), [16, BLOCK_N])  # stacked like qr
     alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), [1, 0]), [16])
-    o = tl.dot(both, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
+    o = tl.dot(weights, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
     return m_new, d1, d2, o
 
 
@@ -61,9 +61,9 @@ def decode_kernel(
     seqlen_kv,
 ):
     HEAD_DIM: tl.constexpr = 128
-    GROUP: tl.constexpr = 1  # query heads that share a kv head
-    BLOCK_H: tl.constexpr = 8  # of which one program serves so many
-    BLOCK_N: tl.constexpr = 32  # keys it takes a step
+    GROUP: tl.constexpr = 1  # query heads per kv head
+    BLOCK_H: tl.constexpr = 8  # query heads per program
+    BLOCK_N: tl.constexpr = 32  # keys per iteration
 
     # -- which sequence and kv head
     pid = tl.program_id(0)
@@ -71,7 +71,7 @@ def decode_kernel(
     batch = (bh // kv_heads).to(tl.int64)
     kv_head = (bh % kv_heads).to(tl.int64)
 
-    # -- one tile of queries and probes: 8 of each in turn
+    # -- one tile that stacks q and r: 8 rows of each in turn
     rows = tl.arange(0, 2 * BLOCK_H)
     heads = rows % 8
     is_query = rows < 8
@@ -81,23 +81,23 @@ def decode_kernel(
     r_ptrs = r_ptr + batch * stride_rb + (kv_head * GROUP + heads)[:, None] * stride_rh + dims[None, :]
     q = tl.load(q_ptrs, mask=(in_group & is_query)[:, None], other=0.0)
     r = tl.load(r_ptrs, mask=(in_group & ~is_query)[:, None], other=0.0)
-    qr = q + r  # [2*BLOCK_H, HEAD_DIM]: one of the two is 0 in every row
+    qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
     keys = tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
-    near = tl.minimum(keys, seqlen_kv - 1)[:, None]  # of a sequence shorter than a block, the last key again
-    k_offsets = near * stride_kn + dims[None, :]
-    v_offsets = near * stride_vn + dims[None, :]
-    stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, a cache's may not
+    key_rows = tl.minimum(keys, seqlen_kv - 1)[:, None]  # a sequence shorter than a block repeats its last key
+    k_offsets = key_rows * stride_kn + dims[None, :]
+    v_offsets = key_rows * stride_vn + dims[None, :]
+    stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, those of a cache may not
     stride_vn64 = tl.cast(stride_vn, tl.int64)
-    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: a sequence without keys must not give NaN
+    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite, so that a sequence without keys does not give NaN
     d1 = tl.zeros([BLOCK_H], tl.float32)
     d2 = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
-    # -- stream the keys. A block that would reach past the end is moved back to it, and keys it took before are
-    #    masked: no load needs a mask, and what lies behind the end is never read
+    # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
+    #    masked: loads need no mask, and nothing past the end is read
     last_block = tl.maximum(seqlen_kv - BLOCK_N, 0)
     for n in tl.range(0, seqlen_kv, BLOCK_N):
         first = tl.minimum(n, last_block)

@@ -60,11 +60,11 @@ def dkdv_kernel(
     seqlen_kv,
 ):
     HEAD_DIM: tl.constexpr = 128
-    BLOCK_M: tl.constexpr = 64  # query rows it takes a step
-    BLOCK_N: tl.constexpr = 128  # keys a program owns
-    GROUP_HEADS: tl.constexpr = 4  # kv heads whose tiles run together
+    BLOCK_M: tl.constexpr = 64  # query rows per iteration
+    BLOCK_N: tl.constexpr = 128  # keys per program
+    GROUP_HEADS: tl.constexpr = 4  # kv heads whose tiles are launched together
 
-    # -- which tile of which kv head: keys that most rows see first
+    # -- which tile of which kv head: the keys that most rows see first
     pid = tl.program_id(0)
     tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     first = pid // (tiles * GROUP_HEADS) * GROUP_HEADS
@@ -79,11 +79,11 @@ def dkdv_kernel(
     in_tile = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
 
-    # -- load the keys and values this program owns
-    at = cols[:, None].to(tl.int64)
-    k_offsets = batch * stride_kb + kv_head * stride_kh + at * stride_kn + dims[None, :]
+    # -- load this program's tile of k and v
+    row_ids = cols[:, None].to(tl.int64)
+    k_offsets = batch * stride_kb + kv_head * stride_kh + row_ids * stride_kn + dims[None, :]
     k = tl.load(k_ptr + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
-    v_offsets = batch * stride_vb + kv_head * stride_vh + at * stride_vn + dims[None, :]
+    v_offsets = batch * stride_vb + kv_head * stride_vh + row_ids * stride_vn + dims[None, :]
     v = tl.load(v_ptr + v_offsets, mask=in_kv[:, None], other=0.0)
     q_ptr += batch * stride_qb
     r_ptr += batch * stride_rb
@@ -94,12 +94,12 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
 
-    # -- rows that see these keys: row i sees those up to i + shift. Blocks that begin before a row that sees the last
-    #    key need a mask
+    # -- the rows that see these keys: row i sees keys up to i + shift. A block that begins before the first row that
+    #    sees the last key needs a mask
     shift = seqlen_kv - seqlen_q
     start = tl.maximum(n0 - shift, 0) // BLOCK_M * BLOCK_M
     sees_last = n0 + BLOCK_N - 1 - shift
-    stride_rows = tl.cast(stride_rows, tl.int64)  # between the numbers of a row
+    stride_rows = tl.cast(stride_rows, tl.int64)  # from one of the four row_stats to the next
     q_head = q_ptr + kv_head * stride_qh
     r_head = r_ptr + kv_head * stride_rh
     do_head = do_ptr + kv_head * stride_doh
@@ -114,15 +114,15 @@ def dkdv_kernel(
         r = tl.load(r_block + r_offsets, mask=in_q[:, None], other=0.0)
         do = tl.load(do_block + do_offsets, mask=in_q[:, None], other=0.0)
 
-        # -- p = softmax, with keys as rows: what comes of it enters the next matmuls from registers. The numbers of
-        #    a query row are loaded where they are used: along columns, all together would fill the registers
-        lse = tl.load(stats + rows)  # times log2(e); inf, behind the last row too, makes p 0
+        # -- p = softmax, with keys as rows, so that it enters the next matmuls from registers. Each of
+        #    the row_stats is loaded where it is used: laid out along columns, all four would fill the registers
+        lse = tl.load(stats + rows)  # times log2(e). It is inf past the last row, where p becomes 0
         s = tl.dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s * scale_log2 - lse[None, :])
         if i < sees_last:
             p = tl.where(cols[:, None] <= rows[None, :] + shift, p, 0.0)
 
-        # -- dv sums p w, with w = softmax_scale (1 + t_mean - t), and is scaled back at the end
+        # -- dv sums p w with w = softmax_scale (1 + t_mean - t); the scale is divided out at the end
         t1 = tl.load(stats + stride_rows + rows)
         t = tl.dot(k, tl.trans(r))  # [BLOCK_N, BLOCK_M]
         w = t1[None, :] - t * softmax_scale
@@ -139,9 +139,9 @@ def dkdv_kernel(
         dk = tl.dot(gt_in, r, acc=dk)
         dk = tl.dot(gs, q, acc=dk)
     dv *= 1.0 / softmax_scale
-    dk_offsets = batch * stride_dkb + kv_head * stride_dkh + at * stride_dkn + dims[None, :]
+    dk_offsets = batch * stride_dkb + kv_head * stride_dkh + row_ids * stride_dkn + dims[None, :]
     tl.store(dk_ptr + dk_offsets, dk.to(dk_ptr.dtype.element_ty), mask=in_kv[:, None])
-    dv_offsets = batch * stride_dvb + kv_head * stride_dvh + at * stride_dvn + dims[None, :]
+    dv_offsets = batch * stride_dvb + kv_head * stride_dvh + row_ids * stride_dvn + dims[None, :]
     tl.store(dv_ptr + dv_offsets, dv.to(dv_ptr.dtype.element_ty), mask=in_kv[:, None])
 
 
@@ -160,7 +160,7 @@ def launch(
 
     q, r, do      (batch, seqlen_q, heads, 128) bf16, any strides with a contiguous last dimension
     k, v, dk, dv  (batch, seqlen_kv, heads, 128) bf16, likewise
-    rows          (4, batch, heads, padded) fp32, contiguous: what preprocess wrote
+    rows          (4, batch, heads, padded) fp32, contiguous: written by preprocess
     """
     batch, seqlen_q = q.shape[:2]
     _, seqlen_kv, kv_heads, _ = k.shape

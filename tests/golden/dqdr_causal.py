@@ -60,9 +60,9 @@ def dqdr_kernel(
     seqlen_kv,
 ):
     HEAD_DIM: tl.constexpr = 128
-    BLOCK_M: tl.constexpr = 128  # query rows a program owns
-    BLOCK_N: tl.constexpr = 64  # keys it takes a step
-    GROUP_HEADS: tl.constexpr = 4  # query heads whose tiles run together
+    BLOCK_M: tl.constexpr = 128  # query rows per program
+    BLOCK_N: tl.constexpr = 64  # keys per iteration
+    GROUP_HEADS: tl.constexpr = 4  # query heads whose tiles are launched together
 
     # -- which tile of which head: the longest rows first
     pid = tl.program_id(0)
@@ -80,17 +80,17 @@ def dqdr_kernel(
     keys = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_DIM)
 
-    # -- load the rows this program owns
-    at = rows[:, None].to(tl.int64)
-    q_offsets = batch * stride_qb + head * stride_qh + at * stride_qm + dims[None, :]
+    # -- load this program's rows
+    row_ids = rows[:, None].to(tl.int64)
+    q_offsets = batch * stride_qb + head * stride_qh + row_ids * stride_qm + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-    r_offsets = batch * stride_rb + head * stride_rh + at * stride_rm + dims[None, :]
+    r_offsets = batch * stride_rb + head * stride_rh + row_ids * stride_rm + dims[None, :]
     r = tl.load(r_ptr + r_offsets, mask=in_q[:, None], other=0.0)
-    do_offsets = batch * stride_dob + head * stride_doh + at * stride_dom + dims[None, :]
+    do_offsets = batch * stride_dob + head * stride_doh + row_ids * stride_dom + dims[None, :]
     do = tl.load(do_ptr + do_offsets, mask=in_q[:, None], other=0.0)
-    stride_rows = tl.cast(stride_rows, tl.int64)  # between the numbers of a row
+    stride_rows = tl.cast(stride_rows, tl.int64)  # from one of the four row_stats to the next
     stats = rows_ptr + bh.to(tl.int64) * stride_rowsh + rows
-    lse = tl.load(stats)  # times log2(e); inf, behind the last row too, makes p 0
+    lse = tl.load(stats)  # times log2(e). It is inf past the last row, where p becomes 0
     t1 = tl.load(stats + stride_rows)  # softmax_scale (1 + t_mean)
     b = tl.load(stats + 2 * stride_rows)
     c = tl.load(stats + 3 * stride_rows)  # softmax_scale (b - T)
@@ -101,12 +101,12 @@ def dqdr_kernel(
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     dr = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
-    # -- keys: row i sees those up to i + shift
+    # -- the keys of this tile: row i sees those up to i + shift
     shift = seqlen_kv - seqlen_q
     end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
     for n in tl.range(0, end, BLOCK_N):
         cols = n + keys
-        in_kv = cols < seqlen_kv  # a key that is not there is 0, and adds nothing
+        in_kv = cols < seqlen_kv  # keys past the end load as 0, and add nothing
         k_block = k_ptr + tl.cast(n, tl.int64) * stride_kn
         v_block = v_ptr + tl.cast(n, tl.int64) * stride_vn
         k = tl.load(k_block + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
@@ -115,7 +115,7 @@ def dqdr_kernel(
         # -- p = softmax
         s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - lse[:, None])
-        p = tl.where(cols[None, :] <= rows[:, None] + shift, p, 0.0)  # in every block: a branch costs more
+        p = tl.where(cols[None, :] <= rows[:, None] + shift, p, 0.0)  # in every block: a branch would cost more
 
         # -- gt = p (b - a) is the gradient of t, gs = p c - w gt that of q.k, with c = softmax_scale (b - T) and
         #    w = softmax_scale (1 + t_mean - t)
@@ -127,9 +127,9 @@ def dqdr_kernel(
         gs = (p * c[:, None] - w * gt).to(k.dtype)
         dr = tl.dot(gt_in, k, acc=dr)
         dq = tl.dot(gs, k, acc=dq)
-    dq_offsets = batch * stride_dqb + head * stride_dqh + at * stride_dqm + dims[None, :]
+    dq_offsets = batch * stride_dqb + head * stride_dqh + row_ids * stride_dqm + dims[None, :]
     tl.store(dq_ptr + dq_offsets, dq.to(dq_ptr.dtype.element_ty), mask=in_q[:, None])
-    dr_offsets = batch * stride_drb + head * stride_drh + at * stride_drm + dims[None, :]
+    dr_offsets = batch * stride_drb + head * stride_drh + row_ids * stride_drm + dims[None, :]
     tl.store(dr_ptr + dr_offsets, dr.to(dr_ptr.dtype.element_ty), mask=in_q[:, None])
 
 
@@ -148,7 +148,7 @@ def launch(
 
     q, r, do, dq, dr  (batch, seqlen_q, heads, 128) bf16, any strides with a contiguous last dimension
     k, v              (batch, seqlen_kv, heads, 128) bf16, likewise
-    rows              (4, batch, heads, padded) fp32, contiguous: what preprocess wrote
+    rows              (4, batch, heads, padded) fp32, contiguous: written by preprocess
     """
     batch, seqlen_q, heads, _ = q.shape
     tiles = -(-seqlen_q // 128)

@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 7123708bf573
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. A row's state while keys stream by is (m, d1, d2, o1, o2): the running maximum of
-log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
+s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
 """
 
 import torch
@@ -48,8 +48,8 @@ def forward_kernel(
     seqlen_kv,
 ):
     HEAD_DIM: tl.constexpr = 128
-    BLOCK_M: tl.constexpr = 128  # query rows a program owns
-    BLOCK_N: tl.constexpr = 64  # keys it takes a step
+    BLOCK_M: tl.constexpr = 128  # query rows per program
+    BLOCK_N: tl.constexpr = 64  # keys per iteration
 
     # -- which tile of which head: the longest rows first
     pid = tl.program_id(0)
@@ -65,37 +65,37 @@ def forward_kernel(
     keys = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_DIM)
 
-    # -- load the queries and probes this program owns
-    at = rows[:, None].to(tl.int64)
-    q_offsets = batch * stride_qb + head * stride_qh + at * stride_qm + dims[None, :]
+    # -- load this program's tile of q and r
+    row_ids = rows[:, None].to(tl.int64)
+    q_offsets = batch * stride_qb + head * stride_qh + row_ids * stride_qm + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-    r_offsets = batch * stride_rb + head * stride_rh + at * stride_rm + dims[None, :]
+    r_offsets = batch * stride_rb + head * stride_rh + row_ids * stride_rm + dims[None, :]
     r = tl.load(r_ptr + r_offsets, mask=in_q[:, None], other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     k_offsets = keys[:, None] * stride_kn + dims[None, :]
     v_offsets = keys[:, None] * stride_vn + dims[None, :]
 
-    # -- keys: row i sees those up to i + shift; blocks that reach past the first row's last one need a mask
+    # -- the keys of this tile: row i sees those up to i + shift. A block past the first row's last key needs a mask
     shift = seqlen_kv - seqlen_q
     last = rows + shift
     seen_by_all = row0 + shift + 1
     end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
 
-    # -- the first key, in fp32, and each row's state after it. A first key that outweighs all others has t and
-    #    t_mean alike, and o is what is left of their difference: it must not be rounded
+    # -- the first key, in fp32, and each row's state after it. Where the first key outweighs all others, t is close
+    #    to t_mean and o depends on their small difference: rounding this key's terms would dominate the error
     k0 = tl.load(k_ptr + dims).to(tl.float32)
     v0 = tl.load(v_ptr + dims).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
     sees = last >= 0
-    m = tl.where(sees, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+    m = tl.where(sees, s0 * scale_log2, -3.0e38)  # finite, so that a row that sees no key does not give NaN
     d1 = tl.where(sees, 1.0, 0.0)
     d2 = tl.where(sees, t0, 0.0)
     o1 = tl.where(sees[:, None], v0[None, :], 0.0)
     o2 = d2[:, None] * o1
 
-    # -- the other keys, block by block; the last one may reach past the end
+    # -- the other keys, block by block; the last block may reach past the end
     for n in tl.range(1, end, BLOCK_N):
         cols = n + keys
         in_kv = cols < seqlen_kv
@@ -104,7 +104,7 @@ def forward_kernel(
         k = tl.load(k_block + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
         v = tl.load(v_block + v_offsets, mask=in_kv[:, None], other=0.0)
 
-        # -- take them into the rows' state
+        # -- update the rows' state
         s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if n + BLOCK_N > seen_by_all:
             s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
@@ -126,7 +126,7 @@ def forward_kernel(
     t_mean = d2 * inv
     v_mean = o1 * inv[:, None]
     o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv[:, None]
-    o_offsets = batch * stride_ob + head * stride_oh + at * stride_om + dims[None, :]
+    o_offsets = batch * stride_ob + head * stride_oh + row_ids * stride_om + dims[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q[:, None])
     tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_q[:, None])
     LN_2: tl.constexpr = 0.6931471805599453
