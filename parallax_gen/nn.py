@@ -44,6 +44,7 @@ class ParallaxAttention(nn.Module):
                    computes the same function. Gradients reach r_proj from the first step. r_proj is a `ZeroInitLinear`,
                    whose reset_parameters sets zeros; code that initialises every nn.Linear itself must skip it
     softmax_scale  scale of q·k; 1/√head_dim by default
+    softcap        of scores, as in `parallax_attn_func`; None for no cap
 
     Submodules: q_proj, r_proj (hidden_size -> num_heads * head_dim), k_proj, v_proj (-> num_kv_heads * head_dim),
     o_proj (num_heads * head_dim -> hidden_size), and q_norm, k_norm with qk_norm.
@@ -64,6 +65,7 @@ class ParallaxAttention(nn.Module):
         bias: bool = False,
         zero_init_r: bool = False,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -91,6 +93,7 @@ class ParallaxAttention(nn.Module):
         self.window_size = window_size
         self.rope_theta = rope_theta
         self.softmax_scale = softmax_scale
+        self.softcap = softcap
         self.zero_init_r = zero_init_r
 
         def linear(wide_in: int, wide_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -141,7 +144,8 @@ class ParallaxAttention(nn.Module):
             positions = _positions(x, cu_seqlens) + position_offset
             cos, sin = _cos_sin(positions, self.head_dim, self.rope_theta)
             q, r, k = (_rotate(heads, cos, sin) for heads in (q, r, k))
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("causal", "window_size", "softmax_scale")}
+        names = ("causal", "window_size", "softmax_scale", "softcap")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         if cu_seqlens is None:
             out = parallax_attn_func(q, r, k, v, **options)
         elif max_seqlen is None:

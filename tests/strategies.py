@@ -202,6 +202,18 @@ GOLDEN = {
         KernelSpec("decode", 128, "fp32"),
         DecodeConfig(BLOCK_N=16, BLOCK_H=8, NUM_SPLITS=24, merge="last", num_warps=1, num_stages=3),
     ),
+    "forward_softcap": Kernel(
+        KernelSpec("forward", 128, "bf16", causal=True, stats=True, softcap=True),
+        ForwardConfig(BLOCK_M=128, BLOCK_N=64, GROUP_HEADS=1, num_warps=8, num_stages=3),
+    ),
+    "dkdv_softcap": Kernel(
+        KernelSpec("dkdv", 128, "bf16", causal=True, softcap=True),
+        DkDvConfig(BLOCK_M=64, BLOCK_N=128, GROUP_HEADS=4, num_warps=8, num_stages=3),
+    ),
+    "decode_softcap": Kernel(
+        KernelSpec("decode", 128, "bf16", softcap=True),
+        DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="none", num_warps=2, num_stages=4),
+    ),
 }
 
 
@@ -219,7 +231,8 @@ def random_kernels(count: int, gpu: Gpu) -> list[Kernel]:
 
 def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSpec:
     """Any spec of an op: of the dtypes that it has."""
-    flags = together(op, {flag: draw.random() < 0.5 for flag, ops in FLAGS.items() if op in ops})
+    odds = dict.fromkeys(FLAGS, 0.5) | {"softcap": 0.25}
+    flags = together(op, {flag: draw.random() < odds[flag] for flag, ops in FLAGS.items() if op in ops})
     head_dim = draw.choice(HEAD_DIMS)
     dtype = draw.choice([d for d in dtypes if d != "tf32" or op != "preprocess"])
     group = 1 if op == "preprocess" else draw.choice(GROUPS)

@@ -164,6 +164,7 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
         click.option("--leftpad", is_flag=True, help="Decode only: every sequence has its own first key."),
         page_size,
+        click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c), for any c, as in Gemma 2."),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: a cache in eight bits."),
     )
     return _with_options(collect, options)  # type: ignore[return-value]

@@ -22,6 +22,7 @@ class Inputs:
     heads, head_dim) and (total_k, kv_heads, head_dim), with cu_seqlens. Paged: k, v (pages, page_size, kv_heads,
     head_dim), with page_table (batch, pages a sequence). Inputs that a kernel does not take are None or 0.
 
+    softcap  of capped scores, else 0
     do      the gradient of the output, like q
     rows    dkdv, dqdr: the output of preprocess, see `empty_row_stats`
     out, lse, t_mean, v_mean
@@ -42,6 +43,7 @@ class Inputs:
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     window_size: int = 0
+    softcap: float = 0.0
     do: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     out: torch.Tensor | None = None
@@ -71,14 +73,23 @@ class Call:
             named |= {"k": as_int32(x.k), "v": as_int32(x.v)}
         op = op_of(self.spec)
         tensors = [named[name] for name in (*op.given(self.spec), *op.written(self.spec), *op.lengths(self.spec))]
-        sizes = sizes_of(self.spec, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
-        return (*tensors, *self.scratch, softmax_scale, *sizes)
+        numbers = numbers_of(self.spec, softmax_scale, x.softcap, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
+        return (*tensors, *self.scratch, *numbers)
 
 
-def sizes_of(spec: KernelSpec, window_size: int, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, ...]:
-    """The sizes that `launch` takes after softmax_scale: the window, and the longest sequences."""
-    named = {"window_size": window_size, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    return tuple([named[name] for name in op_of(spec).sizes(spec)])
+def numbers_of(
+    spec: KernelSpec,
+    softmax_scale: float,
+    softcap: float | None,
+    window_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[float, ...]:
+    """The numbers that `launch` takes after the tensors: scales, the window, and the longest sequences."""
+    named = {"softmax_scale": softmax_scale, "softcap": softcap or 0.0}
+    named |= {"window_size": window_size, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    op = op_of(spec)
+    return tuple([named[name] for name in (*op.scales_taken(spec), *op.sizes(spec))])
 
 
 def empty_row_stats(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
@@ -140,7 +151,7 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
         keys = (shape.batch * pages, spec.page_size)
     q = empty(*rows, shape.heads, spec.head_dim)
     k, v = (empty(*keys, shape.kv_heads, spec.head_dim, dtype=cache_dtype(spec)) for _ in range(2))
-    inputs = Inputs(q, torch.empty_like(q), k, v, window_size=shape.window)
+    inputs = Inputs(q, torch.empty_like(q), k, v, window_size=shape.window, softcap=float(spec.softcap))
     if spec.varlen:
         inputs.max_seqlen_q, inputs.max_seqlen_k = shape.seqlen_q, shape.seqlen_kv
     sizes = {

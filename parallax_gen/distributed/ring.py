@@ -54,6 +54,7 @@ def ring_attn_func(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`parallax_attn_func` over a sequence that is sharded over the ranks of a group, forward and backward.
@@ -63,6 +64,7 @@ def ring_attn_func(
     k, v           (batch, seqlen, kv_heads, head_dim), likewise
     causal         over the whole sequence; the shard's length must be even
     softmax_scale  scale of q·k; 1/√head_dim by default
+    softcap        of scores, as in `parallax_attn_func`; None for no cap
     group          the default group if not given. All its ranks must make the same call
 
     Returns out, like q: this rank's shard. Partial results are merged in fp32. Every rank holds its own shard of k and
@@ -73,13 +75,13 @@ def ring_attn_func(
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     refuse_dtensors("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
-    request = cast_inputs(Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale))
+    request = cast_inputs(Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale, softcap=softcap))
     check_request(request, packed=False)
     q, r, k, v = inputs_of(request)
     if causal and (q.shape[1] % 2 or q.shape[1] != k.shape[1]):
         got = f"{q.shape[1]} queries and {k.shape[1]} keys"
         raise ArgumentError("q", got, "an even number of queries and as many keys, with causal")
-    out: Tensor = _RingAttention.apply(q, r, k, v, causal, softmax_scale, ring)  # type: ignore[no-untyped-call]
+    out: Tensor = _RingAttention.apply(q, r, k, v, causal, softmax_scale, softcap, ring)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -151,6 +153,7 @@ class _RingAttention(torch.autograd.Function):
         v: Tensor,
         causal: bool,
         softmax_scale: float | None,
+        softcap: float | None,
         ring: _Ring,
     ) -> Tensor:
         merged: State | None = None
@@ -158,7 +161,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.ranks):
             transfer = ring.start_transfer(keys, values) if step + 1 < ring.ranks else None
             visible = ring.visible(step, q.shape[1], causal)
-            request = _request_for(visible, q, r, keys, values, softmax_scale)
+            request = _request_for(visible, q, r, keys, values, softmax_scale, softcap)
             here = State(*forward_without_autograd(request))
             if merged is None:  # the rank's own keys; every query sees some of them
                 merged = here._replace(out=here.out.float(), v_mean=here.v_mean.float())
@@ -169,7 +172,7 @@ class _RingAttention(torch.autograd.Function):
         assert merged is not None
         out = merged.out.to(q.dtype)
         ctx.save_for_backward(q, r, k, v, out, merged.lse, merged.t_mean, merged.v_mean.to(q.dtype))
-        ctx.options = causal, softmax_scale, ring
+        ctx.options = causal, softmax_scale, softcap, ring
         return out
 
     @staticmethod
@@ -177,7 +180,7 @@ class _RingAttention(torch.autograd.Function):
         refuse_batched(do)
         refuse_transforms("ring_attn_func", do=do)
         q, r, k, v, *state = ctx.saved_tensors
-        causal, softmax_scale, ring = ctx.options
+        causal, softmax_scale, softcap, ring = ctx.options
         do = do.contiguous()
         dq, dr = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, r))
         keys, values = k.contiguous(), v.contiguous()
@@ -187,7 +190,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.ranks):
             transfer = ring.start_transfer(keys, values) if step + 1 < ring.ranks else None
             visible = ring.visible(step, q.shape[1], causal)
-            request = _request_for(visible, q, r, keys, values, softmax_scale)
+            request = _request_for(visible, q, r, keys, values, softmax_scale, softcap)
             saved = SavedForBackward(*(x.contiguous() for x in _state_rows(State(*state), visible.rows)))
             grads = backward_without_autograd(do[:, visible.rows], request, saved, keys_are_partial=True)
             if gradient_transfer is not None:
@@ -202,12 +205,20 @@ class _RingAttention(torch.autograd.Function):
         if gradient_transfer is not None:
             dk, dv = gradient_transfer.wait()
         grads = tuple(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True))
-        return *first_derivatives(grads, (q, r, k, v, do)), None, None, None
+        return *first_derivatives(grads, (q, r, k, v, do)), None, None, None, None
 
 
-def _request_for(visible: _Visible, q: Tensor, r: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Request:
-    q, r = q[:, visible.rows], r[:, visible.rows]
-    return Request(q, r, k[:, visible.keys], v[:, visible.keys], causal=visible.causal, softmax_scale=softmax_scale)
+def _request_for(
+    visible: _Visible,
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    softcap: float | None,
+) -> Request:
+    q, r, k, v = q[:, visible.rows], r[:, visible.rows], k[:, visible.keys], v[:, visible.keys]
+    return Request(q, r, k, v, causal=visible.causal, softmax_scale=softmax_scale, softcap=softcap)
 
 
 def _state_rows(state: State, rows: slice) -> State:

@@ -149,8 +149,8 @@ class Op(ABC, Generic[C]):
         pieces = pieces_of(head_dim, form)
         return pieces, pieces
 
-    # -- what a launch takes, in this order: given, written, lengths, scratch, the softmax scale, sizes. The names are
-    # those of `codegen.abi.Inputs`.
+    # -- what a launch takes, in this order: given, written, lengths, scratch, scales, sizes. The names are those of
+    # `codegen.abi.Inputs`.
 
     @abstractmethod
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
@@ -163,6 +163,10 @@ class Op(ABC, Generic[C]):
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
         """Tensors that say where sequences begin and end, where their keys are, and what those are scaled by."""
         return ()
+
+    def scales_taken(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Floats: the factor of q·k, and where scores are capped, the cap."""
+        return ("softmax_scale", *("softcap",) * spec.softcap)
 
     def sizes(self, spec: KernelSpec) -> tuple[str, ...]:
         """Numbers: the window, and the longest sequence of those that are tiled."""
@@ -192,7 +196,8 @@ class Op(ABC, Generic[C]):
     def parameters(self, spec: KernelSpec, config: C) -> tuple[str, ...]:
         """All that `launch` takes, in order, as it declares them."""
         tensors = [f"{tensor}: torch.Tensor" for tensor in self.tensors(spec, config)]
-        return (*tensors, "softmax_scale: float", *(f"{size}: int" for size in self.sizes(spec)))
+        scales = (f"{scale}: float" for scale in self.scales_taken(spec))
+        return (*tensors, *scales, *(f"{size}: int" for size in self.sizes(spec)))
 
     # -- how it is checked, timed and shown
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from parallax_gen.ops.base import MOST_REGISTERS, CostHints, Knob, Layout, Op, Scratch, Value, register
 from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
 from parallax_gen.ops.pieces import width_of
-from parallax_gen.ops.signature import Passed, Signature, number, pointers
+from parallax_gen.ops.signature import SOFTCAP_ABOUT, Passed, Signature, number, pointers, score_scales
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -181,7 +181,7 @@ class DecodeOp(CacheOp):
             *(number(f"stride_{tensor}{dim}") for tensor in "qr" for dim in "bh"),
             *(Passed(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv"),
             *(() if later else out_strides),
-            number("scale_log2", "softmax_scale * LOG2_E"),
+            *score_scales(spec),
             number("kv_heads"),
             number("seqlen_kv", "k_cache.shape[1]"),
         )
@@ -205,6 +205,8 @@ class DecodeOp(CacheOp):
         if config.merge == "last":
             each = f"{kv_heads} * {form.tiles}" if form.tiled else "kv_heads"
             yield "arrived", f"int32 scratch of batch * {each} zeros, which every launch leaves zero again"
+        if spec.softcap:
+            yield "softcap", SOFTCAP_ABOUT
 
     def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
         return f"_kv{bucket.seqlen_kv}"

@@ -94,6 +94,16 @@ class CacheForm:
         return "" if self.spec.dtype == "fp32" else ".to(v.dtype)"
 
     @property
+    def score_scale(self) -> str:
+        """The name of the factor of q·k."""
+        return "cap_scale" if self.spec.softcap else "scale_log2"
+
+    @property
+    def scales(self) -> str:
+        """The parameters of `_step` that scores are scaled by."""
+        return "cap_scale, scale_log2" if self.spec.softcap else "scale_log2"
+
+    @property
     def split(self) -> bool:
         """Whether several programs share the keys of a sequence."""
         return self.config.NUM_SPLITS > 1

@@ -8,7 +8,7 @@ from parallax_gen.ops.base import CostHints, Knob, Scratch, Value, register
 from parallax_gen.ops.decode import CacheOp
 from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.decode_varlen_form import VarlenForm
-from parallax_gen.ops.signature import Passed, Signature, number, pointers
+from parallax_gen.ops.signature import SOFTCAP_ABOUT, Passed, Signature, number, pointers, score_scales
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, skewed_lengths, spread_lengths
 from parallax_gen.problem.spec import KernelSpec
@@ -81,7 +81,7 @@ class DecodeVarlenOp(CacheOp):
             *(pages if paged else keys),
             *rows["out"],
             *(number("stride_scale", "1 if k_scale.shape[0] > 1 else 0"),) * (spec.cache_dtype != ""),
-            number("scale_log2", "softmax_scale * LOG2_E"),
+            *score_scales(spec),
             number("batch"),
             number("kv_heads"),
             *(queries,) * many,
@@ -144,6 +144,8 @@ class DecodeVarlenOp(CacheOp):
         if config.merge == "last":
             counters = "zeros, which every launch leaves zero again"
             yield "arrived", f"int32 scratch of items * {kv_heads} {counters}"
+        if spec.softcap:
+            yield "softcap", SOFTCAP_ABOUT
         if spec.window:
             yield "window_size", "the number of last keys that a query sees, 1 or more"
         if spec.varlen:

@@ -275,6 +275,11 @@ class VarlenForm(CacheForm):
         return _WIDENINGS[self.spec.cache_dtype, self.spec.dtype]
 
     @property
+    def cached_scales(self) -> str:
+        """What `_step` gets for `scales` with an 8-bit cache: the factor of q·k includes the scale of the keys."""
+        return f"k_{self.scales}"
+
+    @property
     def words(self) -> int:
         """How many words of four 8-bit numbers a row has."""
         return self.width // 4

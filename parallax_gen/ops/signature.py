@@ -124,6 +124,17 @@ def number(parameter: str, expression: str = "") -> Passed:
     return Passed((parameter,), expression or parameter)
 
 
+SOFTCAP_ABOUT = "scores s = softmax_scale q.k become softcap tanh(s / softcap); more than 0"
+
+
+def score_scales(spec: KernelSpec) -> tuple[Passed, ...]:
+    """The factors of scores: q·k times scale_log2 is a power of two's exponent; with a softcap see parts/softcap.j2."""
+    if not spec.softcap:
+        return (number("scale_log2", "softmax_scale * LOG2_E"),)
+    cap_scale = number("cap_scale", "2.0 * LOG2_E * softmax_scale / softcap")
+    return (cap_scale, number("scale_log2", "softcap * LOG2_E"))
+
+
 def strides_of_rows(spec: KernelSpec) -> Passed:
     """Of what preprocess leaves of query rows, whose last dimension is contiguous: from number to number, and heads."""
     return Passed(("stride_rows", "stride_rowsh"), f"*rows.stride()[{':2' if spec.varlen else ':3:2'}]")

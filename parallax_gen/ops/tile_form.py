@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from parallax_gen.ops.pieces import Piece, power_of_2
-from parallax_gen.ops.signature import Constant, Padding
+from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Padding
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_a_head
 from parallax_gen.problem.spec import KernelSpec
 
@@ -99,6 +99,11 @@ class TileForm:
     @property
     def last_kept(self) -> bool:
         """Whether that is found before the loop, not where it is needed."""
+        return False
+
+    @property
+    def keeps_slope(self) -> bool:
+        """Whether the derivative of capped scores is needed."""
         return False
 
     @property
@@ -227,6 +232,8 @@ class TileForm:
             found.append(("cu_seqlens", f"(batch + 1,) int32: {where}"))
             found.append(("", f"{self.left_out} in rows of no sequence"))
             found.append((f"max_seqlen_{self.owned.of}", "at least the length of the longest sequence"))
+        if self.spec.softcap:
+            found.append(("softcap", SOFTCAP_ABOUT))
         if self.spec.window:
             found.append(("window_size", "the number of last keys that a query sees, 1 or more"))
         return found
@@ -337,6 +344,10 @@ class GradientForm(TileForm):
 
     mask: str
     apart: bool = False
+
+    @property
+    def keeps_slope(self) -> bool:
+        return True
 
     @property
     def marks(self) -> bool:

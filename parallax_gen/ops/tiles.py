@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 
 from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
 from parallax_gen.ops.pieces import Piece, forms_of, half_of, other_half_of, width_of
-from parallax_gen.ops.signature import Passed, Signature, number, pointers, strides, strides_of_rows
+from parallax_gen.ops.signature import Passed, Signature, number, pointers, score_scales, strides, strides_of_rows
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -260,7 +260,7 @@ class TiledOp(Op[T]):
             *pointers(self.tensors(spec, config)),
             *(strides(spec, t, "n" if t in KEYS_LIKE else "m", constant=t in stepped) for t in tensors),
             *self.scales(spec),
-            number("scale_log2", "softmax_scale * LOG2_E"),
+            *score_scales(spec),
             *(number(name, expression) for name, expression in sizes.items()),
         )
         return Signature(passed, tuple(sizes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import default_scale
 
 POISON = float("nan")
+# Scores have unit variance: at this cap the largest are cut to half, and kernels take as long as at any other.
+CHECKED_SOFTCAP = 2.0
 
 
 def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> Inputs:
@@ -38,7 +41,8 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> 
 
     q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
     k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
-    return Inputs(q, r * default_scale(spec.head_dim), k, v, window_size=shape.window)
+    softcap = CHECKED_SOFTCAP if spec.softcap else 0.0
+    return Inputs(q, r * default_scale(spec.head_dim), k, v, window_size=shape.window, softcap=softcap)
 
 
 def random_inputs_of(
@@ -199,8 +203,7 @@ def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
 
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
-    scale, window = softmax_scale(spec), x.window_size if spec.window else None
-    given = (x.q, x.r, x.k, x.v)
+    options, given = options_of(spec, x), (x.q, x.r, x.k, x.v)
     if op_of(spec).layout is Layout.CACHE:
         return reference_cached_forward(
             *given,
@@ -210,16 +213,24 @@ def attend(spec: KernelSpec, x: Inputs) -> Reference:
             cu_seqlens_q=x.cu_seqlens_q,
             k_scale=x.k_scale,
             v_scale=x.v_scale,
-            causal=spec.causal,
-            window_size=window,
-            softmax_scale=scale,
+            **options,
         )
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None
         ends = (x.cu_seqlens_q, x.cu_seqlens_k)
-        return reference_varlen_forward(*given, *ends, causal=spec.causal, window_size=window, softmax_scale=scale)
-    return reference_forward(*given, causal=spec.causal, window_size=window, softmax_scale=scale)
+        return reference_varlen_forward(*given, *ends, **options)
+    return reference_forward(*given, **options)
+
+
+def options_of(spec: KernelSpec, x: Inputs) -> dict[str, Any]:
+    """The options of the reference functions for these inputs."""
+    return {
+        "causal": spec.causal,
+        "window_size": x.window_size if spec.window else None,
+        "softmax_scale": softmax_scale(spec),
+        "softcap": x.softcap if spec.softcap else None,
+    }
 
 
 def expected_row_stats(spec: KernelSpec, x: Inputs, forward: Reference) -> Tensor:

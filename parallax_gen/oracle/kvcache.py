@@ -23,6 +23,7 @@ def reference_cached_forward(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Reference:
     """`reference_forward` of each sequence's queries over its own keys, from cache_leftpad up to cache_seqlens.
 
@@ -49,7 +50,14 @@ def reference_cached_forward(
         if queries.shape[1] == 0:
             continue
         one = reference_forward(
-            queries, probes, k[None], v[None], causal=causal, window_size=window_size, softmax_scale=softmax_scale
+            queries,
+            probes,
+            k[None],
+            v[None],
+            causal=causal,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
         )
         for whole, part in zip(result, one, strict=True):
             if part.dim() == 4:

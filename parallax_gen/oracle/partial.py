@@ -12,6 +12,7 @@ from parallax_gen.oracle.reference import (
     Block,
     Gradients,
     blocks,
+    capped,
     check_shapes,
     dot_products,
     masked_scores,
@@ -34,6 +35,7 @@ def partial_backward(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Gradients:
     """What these keys contribute to the gradients, given the result of attention over all keys.
 
@@ -43,14 +45,15 @@ def partial_backward(
     causal                 aligned to the end of these keys
 
     With p = exp(s - lse), a = do·v, b = do·v_mean and T = do·out:  gt = p (b - a) is the gradient of t, and
-    gs = p (a - T) - (t_mean - t) gt that of s; the rest are their products with q, r and k, and dv is the sum of
-    p (1 + t_mean - t) do. All scores are in memory at once: for the sizes of tests.
+    gs = p (a - T) - (t_mean - t) gt that of s, which a softcap c multiplies by 1 - (s / c)^2; the rest are their
+    products with q, r and k, and dv is the sum of p (1 + t_mean - t) do. All scores are in memory at
+    once: for the sizes of tests.
     """
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     scale = scale_or_default(softmax_scale, head_dim)
     q, r, do, out, v_mean, k, v = (x.double().transpose(1, 2) for x in (q, r, do, out, v_mean, k, v))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    s, t, a = scale * q @ k.mT, r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
+    s, t, a = capped(scale * q @ k.mT, softcap), r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
     seen = ~lse.isneginf()
     p = (s - lse.double().masked_fill(~seen, 0.0)[..., None]).exp() * seen[..., None]
     if causal:
@@ -59,17 +62,23 @@ def partial_backward(
     w = 1 + t_mean.double()[..., None] - t
     gt = p * ((do * v_mean).sum(-1, keepdim=True) - a)
     gs = p * (a - (do * out).sum(-1, keepdim=True)) - (w - 1) * gt
+    gs = gs * slope_of(s, softcap)
     dk = scale * gs.mT @ q + gt.mT @ r
     dv = (p * w).mT @ do
     dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     return Gradients(*(x.transpose(1, 2) for x in (scale * gs @ k, gt @ k, dk, dv)))
 
 
+def slope_of(s: Tensor, softcap: float | None) -> Tensor | float:
+    """The derivative of capped scores s = c tanh(x / c) by x: 1 - (s / c)^2."""
+    return 1.0 if softcap is None else 1 - (s / softcap).square()
+
+
 # -- The forward-mode derivative of the oracle: the change of `out` for a change of the inputs, in float64.
 #
 # With the reference's scores s and t, its weights p and its mean t̄, and δ for a change:
 #
-#     δs = scale (δq·k + q·δk)            δt = δr·k + r·δk
+#     δs = scale (δq·k + q·δk)            δt = δr·k + r·δk        (δs times 1 − (s/c)² under a softcap c)
 #     δp = p (δs − Σ p δs)                δt̄ = Σ (δp t + p δt)
 #     w = p (1 + t̄ − t)                   δw = δp (1 + t̄ − t) + p (δt̄ − δt)
 #     δo = Σ (δw v + w δv)
@@ -89,6 +98,7 @@ def reference_tangent(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The tangent of `reference_forward`'s out, like q, in float64: δo. Other arguments as in `reference_forward`.
 
@@ -105,7 +115,7 @@ def reference_tangent(
     result = []
     for b in range(q.shape[0]):
         of_heads: dict[int, list[Tensor]] = {}
-        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size, softcap):
             of_block = _tangent_of_rows(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
             of_heads.setdefault(block.heads.start, []).append(of_block)
         whole = [torch.cat(of_rows) for of_rows in of_heads.values()]
@@ -125,6 +135,7 @@ def reference_varlen_tangent(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`reference_tangent` of packed sequences: shapes as in `reference_varlen_forward`. 0 in rows of no sequence."""
     result, places = [torch.zeros_like(q[:0], dtype=torch.float64)], [torch.arange(0, device=q.device)]
@@ -132,7 +143,7 @@ def reference_varlen_tangent(
         of_sequence = reference_tangent(
             q[rows][None], r[rows][None], k[keys][None], v[keys][None],
             [None if d is None else d[at][None] for d, at in zip(tangents, (rows, rows, keys, keys), strict=True)],
-            causal=causal, window_size=window_size, softmax_scale=softmax_scale,
+            causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
         )[0]  # fmt: skip
         result.append(of_sequence)
         places.append(torch.arange(rows.start, rows.start + len(of_sequence), device=q.device))
@@ -160,6 +171,7 @@ def _tangent_of_rows(x: _Tensors, change: _Tensors, scale: float, block: Block) 
     s, t, sees_any = masked_scores(x.q, x.r, x.k, scale, block)
     p = s.softmax(dim=-1) * sees_any
     ds = scale * (dot_products(change.q, x.k) + dot_products(x.q, change.k))
+    ds = ds * slope_of(s.masked_fill(p == 0, 0.0), block.softcap)
     dt = dot_products(change.r, x.k) + dot_products(x.r, change.k)
     dp = p * (ds - (p * ds).sum(dim=-1, keepdim=True))
     u = 1 + (p * t).sum(dim=-1, keepdim=True) - t

@@ -55,6 +55,7 @@ def reference_forward(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     cache_seqlens: Tensor | Sequence[int] | None = None,
 ) -> Reference:
     """Parallax attention of whole sequences, on the device of the inputs; differentiable.
@@ -64,6 +65,7 @@ def reference_forward(
     causal         query i sees keys up to length - seqlen_q + i, where length is its sequence's
     window_size    with causal: a query sees at most this many keys, the last ones; None for no limit
     softmax_scale  of q·k; 1 / sqrt(head_dim) when None
+    softcap        c, more than 0: a score s = softmax_scale q·k becomes c tanh(s / c); None for no cap
     cache_seqlens  (batch,), each sequence's length, 0 to seqlen_kv; keys beyond it do not exist and are not read
     """
     batch, seqlen_q, heads, head_dim = check_shapes(q, r, k, v)
@@ -71,7 +73,7 @@ def reference_forward(
     result = _empty(q.new_zeros((batch, seqlen_q, heads, head_dim), dtype=torch.float64))
     scale = scale_or_default(softmax_scale, head_dim)
     for b, length in enumerate(lengths):
-        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size):
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, length, causal, window_size, softcap):
             out, lse, t_mean, v_mean = _attend(q[b], r[b], k[b], v[b], scale, block)
             result.out[b, block.rows, block.heads] = out
             result.v_mean[b, block.rows, block.heads] = v_mean
@@ -90,6 +92,7 @@ def reference_backward(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Gradients:
     """The gradients of q, r, k and v for the output's gradient `do`, by torch's autograd through the definition.
 
@@ -101,7 +104,7 @@ def reference_backward(
     result = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
     scale = scale_or_default(softmax_scale, head_dim)
     for b in range(batch):
-        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size):
+        for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size, softcap):
             at, keys = (block.rows, block.heads), (slice(None), block.kv_heads)
             of_block = (
                 x[b][here].detach().double() for x, here in zip((q, r, k, v), (at, at, keys, keys), strict=True)
@@ -127,6 +130,7 @@ def reference_varlen_forward(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Reference:
     """`reference_forward` of packed sequences; differentiable.
 
@@ -140,7 +144,9 @@ def reference_varlen_forward(
     packed = _empty(q.new_zeros((1, *q.shape), dtype=torch.float64))
     for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
         given = (x[None] for x in (q[rows], r[rows], k[keys], v[keys]))
-        one = reference_forward(*given, causal=causal, window_size=window_size, softmax_scale=softmax_scale)
+        one = reference_forward(
+            *given, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap
+        )
         for whole, part in zip(packed, one, strict=True):
             if whole.dim() == 4:
                 whole[:, rows] = part
@@ -161,12 +167,15 @@ def reference_varlen_backward(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Gradients:
     """`reference_backward` of packed sequences: shapes as in `reference_varlen_forward`, do like q."""
     result = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, r, k, v)))
     for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
         given = (x[None] for x in (q[rows], r[rows], k[keys], v[keys], do[rows]))
-        one = reference_backward(*given, causal=causal, window_size=window_size, softmax_scale=softmax_scale)
+        one = reference_backward(
+            *given, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap
+        )
         result.dq[rows], result.dr[rows], result.dk[keys], result.dv[keys] = (x[0] for x in one)
     return result
 
@@ -174,9 +183,10 @@ def reference_varlen_backward(
 class Block(NamedTuple):
     """Some rows of the query heads of one or more kv heads, and the keys of their sequence.
 
-    heads   the query heads that read kv_heads
-    offset  with causal, row i sees keys up to i + offset; None if every row sees all keys
-    window  a row sees the last `window` of those; None for no limit
+    heads    the query heads that read kv_heads
+    offset   with causal, row i sees keys up to i + offset; None if every row sees all keys
+    window   a row sees the last `window` of those; None for no limit
+    softcap  scores are capped at it; None for no cap
     """
 
     rows: slice
@@ -185,10 +195,17 @@ class Block(NamedTuple):
     length: int
     offset: int | None
     window: int | None
+    softcap: float | None
 
 
 def blocks(
-    group: int, kv_heads: int, seqlen_q: int, length: int, causal: bool, window_size: int | None
+    group: int,
+    kv_heads: int,
+    seqlen_q: int,
+    length: int,
+    causal: bool,
+    window_size: int | None,
+    softcap: float | None,
 ) -> Iterator[Block]:
     """The work of one sequence in blocks of _SCORES_AT_ONCE scores, head by head; no blocks without keys."""
     if length == 0:
@@ -203,7 +220,7 @@ def blocks(
         of_kv, of_query = slice(head, last), slice(head * group, last * group)
         for first in range(0, seqlen_q, rows_at_once):
             rows = slice(first, min(first + rows_at_once, seqlen_q))
-            yield Block(rows, of_query, of_kv, length, offset, window_size)
+            yield Block(rows, of_query, of_kv, length, offset, window_size, softcap)
 
 
 def _attend(
@@ -231,7 +248,7 @@ def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block
 
     A row that sees no key has finite scores, so that softmax and gradients have no NaN. Multiply p by the third result.
     """
-    s = scale * dot_products(q, keys)
+    s = capped(scale * dot_products(q, keys), block.softcap)
     t = dot_products(r, keys)
     sees_any = torch.ones(s.shape[1], 1, dtype=torch.bool, device=q.device)
     if block.offset is not None:
@@ -243,6 +260,11 @@ def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block
         sees_any = visible.any(dim=1, keepdim=True)
         s = s.masked_fill(~visible & sees_any, -math.inf)
     return s, t, sees_any
+
+
+def capped(s: Tensor, softcap: float | None) -> Tensor:
+    """Scores under a softcap: c tanh(s / c)."""
+    return s if softcap is None else softcap * (s / softcap).tanh()
 
 
 def dot_products(q: Tensor, keys: Tensor) -> Tensor:

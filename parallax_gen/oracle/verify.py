@@ -18,6 +18,7 @@ from parallax_gen.oracle.inputs import (
     attend,
     expected_row_stats,
     inputs_and_forward,
+    options_of,
     random_inputs_of,
     softmax_scale,
 )
@@ -73,14 +74,13 @@ def _written_of(spec: KernelSpec, found: Reference | Gradients) -> Expected:
 def _gradients(spec: KernelSpec, x: Inputs) -> Gradients:
     """The gradients for the inputs of dkdv or dqdr under the spec's mask, in float64."""
     assert x.do is not None
-    scale, window = softmax_scale(spec), x.window_size if spec.window else None
-    given = (x.q, x.r, x.k, x.v, x.do)
+    options, given = options_of(spec, x), (x.q, x.r, x.k, x.v, x.do)
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None
         ends = (x.cu_seqlens_q, x.cu_seqlens_k)
-        return reference_varlen_backward(*given, *ends, causal=spec.causal, window_size=window, softmax_scale=scale)
-    return reference_backward(*given, causal=spec.causal, window_size=window, softmax_scale=scale)
+        return reference_varlen_backward(*given, *ends, **options)
+    return reference_backward(*given, **options)
 
 
 def poisoned_call(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:

@@ -18,7 +18,7 @@ CACHE_DTYPES = ("", "e4m3", "e5m2")
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 
 # Fields that were added after the first records: a record without such a field means its default.
-ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
+ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap")
 
 # Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
 QUERY_ROW_OPS = ("preprocess",)
@@ -32,6 +32,7 @@ FLAGS = {
     "varlen": ("forward", "preprocess", "dkdv", "dqdr", *OWN_LENGTHS),
     "leftpad": OWN_LENGTHS,
     "many_queries": OWN_LENGTHS,
+    "softcap": ("forward", "dkdv", "dqdr", "decode", *OWN_LENGTHS),
 }
 
 
@@ -61,6 +62,7 @@ class KernelSpec:
     stats     forward and decode_varlen: also writes lse, t̄ and v̄, for the backward, and to merge parts of attention.
     window    causal only: a query sees only the last window_size of its visible keys.
     varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only the queries are.
+    softcap   scores s become c·tanh(s/c) before the softmax, as in Gemma 2; c, the softcap, is an argument of a launch.
 
     Only decode_varlen:
 
@@ -85,6 +87,7 @@ class KernelSpec:
     leftpad: bool = False
     many_queries: bool = False
     cache_dtype: str = ""
+    softcap: bool = False
 
     def __post_init__(self) -> None:
         _one_of("op", self.op, OPS)
@@ -162,6 +165,7 @@ class KernelSpec:
         words += ["many queries"] * self.many_queries
         words += [f"pages of {self.page_size}"] * (self.page_size > 0)
         words += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
+        words += ["softcap"] * self.softcap
         return ", ".join(words)
 
 

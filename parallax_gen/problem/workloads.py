@@ -88,6 +88,7 @@ class Flags:
     page_size: int = 0
     leftpad: bool = False
     cache_dtype: str = ""
+    softcap: bool = False
 
     def on(self, shape: Shape) -> Shape:
         """The shape with the requested window. A window of all keys counts as none, as at run time."""
@@ -137,6 +138,7 @@ def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> 
         "varlen": flags.varlen,
         "leftpad": flags.leftpad,
     }
+    softcap = flags.softcap and has_flag(op, "softcap")
     taken: dict[str, Any] = {name: on for name, on in requested.items() if has_flag(op, name)}
     if op == "decode":
         many = shape.seqlen_q > 1 or flags.varlen
@@ -144,7 +146,7 @@ def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> 
         taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
         if flags.ragged or any(taken.values()):
             op = "decode_varlen"
-    return KernelSpec(op, head_dim, dtype, shape.group, **taken)
+    return KernelSpec(op, head_dim, dtype, shape.group, softcap=softcap, **taken)
 
 
 def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import empty_row_stats, sizes_of
+from parallax_gen.codegen.abi import empty_row_stats, numbers_of
 from parallax_gen.oracle.partial import partial_backward
 from parallax_gen.oracle.reference import (
     Gradients,
@@ -196,8 +196,8 @@ def _host_plan(request: Request) -> HostPlan | None:
 
 def _plan(spec: KernelSpec, shape: Shape, request: Request) -> LaunchPlan:
     scale = scale_or_default(request.softmax_scale, spec.head_dim)
-    sizes = sizes_of(spec, shape.window, shape.seqlen_q, shape.seqlen_kv)
-    return plan_launch(spec, shape, (scale, *sizes), request.q.device.index)
+    numbers = numbers_of(spec, scale, request.softcap, shape.window, shape.seqlen_q, shape.seqlen_kv)
+    return plan_launch(spec, shape, numbers, request.q.device.index)
 
 
 def _problem(request: Request) -> tuple[KernelSpec, Shape]:
@@ -217,6 +217,7 @@ def _problem(request: Request) -> tuple[KernelSpec, Shape]:
         causal=request.causal,
         window=window > 0,
         varlen=bool(cu_seqlens_of(request)),
+        softcap=request.softcap is not None,
     )
     return spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen_k, window)
 
@@ -236,9 +237,9 @@ def _reference_backward(do: Tensor, request: Request) -> Gradients:
 def _partial_backward(do: Tensor, request: Request, saved: SavedForBackward) -> Gradients:
     assert saved.v_mean is not None
     outputs = (saved.out, saved.lse, saved.t_mean, saved.v_mean)
-    scale = request.softmax_scale
-    return partial_backward(*inputs_of(request), do, *outputs, causal=request.causal, softmax_scale=scale)
+    options = {name: value for name, value in _options(request).items() if name != "window_size"}
+    return partial_backward(*inputs_of(request), do, *outputs, **options)
 
 
 def _options(request: Request) -> dict[str, Any]:
-    return {"causal": request.causal, "window_size": request.window_size, "softmax_scale": request.softmax_scale}
+    return {name: getattr(request, name) for name in ("causal", "window_size", "softmax_scale", "softcap")}

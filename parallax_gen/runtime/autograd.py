@@ -44,7 +44,8 @@ from parallax_gen.runtime.transforms import (
 
 _REQUEST = (
     "Tensor q, Tensor r, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, SymInt? window_size, float? softmax_scale"
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, SymInt? window_size, float? softmax_scale, "
+    "float? softcap"
 )
 
 
@@ -250,7 +251,7 @@ class _AttentionTangent(_WithoutDerivatives):
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor]:
         request, tangents = split_request(given)
-        options = {"causal": request.causal, "window_size": request.window_size, "softmax_scale": request.softmax_scale}
+        options = {name: getattr(request, name) for name in ("causal", "window_size", "softmax_scale", "softcap")}
         oracle: Any = reference_varlen_tangent if cu_seqlens_of(request) else reference_tangent
         return (oracle(*inputs_of(request), tangents, *cu_seqlens_of(request), **options).to(request.q.dtype),)
 

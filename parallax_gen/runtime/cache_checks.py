@@ -33,7 +33,7 @@ from parallax_gen.runtime.transforms import (
 def check_cached(request: CacheRequest, out: Tensor | None, return_state: bool) -> None:
     """Check a whole request. Raises ArgumentError for the first unusable argument."""
     check_flag("return_state", return_state)
-    check_numbers(request.causal, request.window_size, request.softmax_scale)
+    check_numbers(request.causal, request.window_size, request.softmax_scale, request.softcap)
     _check_tensors(request)
     q, k = request.q, request.k_cache
     packed, paged = request.cu_seqlens_q is not None, request.page_table is not None

@@ -15,7 +15,7 @@ from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.requests import DTYPE_NAMES, INPUTS, MAX_ROW_STRIDE, Request, inputs_of
 
 
-def check_numbers(causal: bool, window: int | None, softmax_scale: float | None) -> None:
+def check_numbers(causal: bool, window: int | None, softmax_scale: float | None, softcap: float | None) -> None:
     """Check the arguments that are no tensors. Raises ArgumentError."""
     check_flag("causal", causal)
     if window is not None:
@@ -23,12 +23,13 @@ def check_numbers(causal: bool, window: int | None, softmax_scale: float | None)
             raise ArgumentError("window_size", repr(window), "an int of 1 or more, or None for no window")
         if not causal:
             raise ArgumentError("window_size", f"{window} without causal", "None, or a window with causal=True")
-    _check_scale(softmax_scale)
+    _check_positive("softmax_scale", softmax_scale, "a number greater than 0")
+    _check_positive("softcap", softcap, "a number greater than 0, or None for no cap")
 
 
 def check_request(request: Request, packed: bool, out: Tensor | None = None) -> None:
     """Check a whole request. Raises ArgumentError for the first unusable argument."""
-    check_numbers(request.causal, request.window_size, request.softmax_scale)
+    check_numbers(request.causal, request.window_size, request.softmax_scale, request.softcap)
     for name, longest in (("max_seqlen_q", request.max_seqlen_q), ("max_seqlen_k", request.max_seqlen_k)):
         if not is_int(longest) or longest < 0:
             raise ArgumentError(name, repr(longest), "an int of 0 or more")
@@ -91,9 +92,10 @@ def check_flag(name: str, flag: bool) -> None:
         raise ArgumentError(name, repr(flag), "True or False")
 
 
-def _check_scale(softmax_scale: float | None) -> None:
-    if softmax_scale is not None and not (isinstance(softmax_scale, (int, float)) and 0 < softmax_scale < math.inf):
-        raise ArgumentError("softmax_scale", repr(softmax_scale), "a number greater than 0")
+def _check_positive(name: str, value: float | None, allowed: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < math.inf):
+        raise ArgumentError(name, repr(value), allowed)
 
 
 def is_int(value: object) -> bool:

@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     causal: bool
     window_size: int | None
     softmax_scale: float | None
+    softcap: float | None
     out: Tensor | None
     recompute_v_mean: bool
 
@@ -66,6 +67,7 @@ def parallax_attn_func(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
@@ -82,6 +84,7 @@ def parallax_attn_func(
                       sees no key gives 0
     window_size       with causal: a query sees at most this many keys, its own and those right before it
     softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    softcap           c of c·tanh(s/c), which takes the place of scores s = scale·q·k, as in Gemma 2; None for no cap
     out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
     return_stats      also return lse = log Σ exp(scale·q·k) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients
@@ -111,7 +114,7 @@ def parallax_attn_func(
 
     Raises ArgumentError, naming the argument.
     """
-    request = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale)
+    request = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale, softcap)
     return _attend(request, False, out, return_stats, recompute_v_mean)
 
 
@@ -176,6 +179,7 @@ def parallax_attn_varlen_func(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
@@ -198,8 +202,9 @@ def parallax_attn_varlen_func(
     If these are fake tensors, each sequence counts as the longest.
     """
     request = Request(
-        q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale
-    )
+        q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        causal, window_size, softmax_scale, softcap,
+    )  # fmt: skip
     return _attend(request, True, out, return_stats, recompute_v_mean)
 
 

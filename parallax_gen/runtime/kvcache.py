@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import as_int32, sizes_of
+from parallax_gen.codegen.abi import as_int32, numbers_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -54,6 +54,7 @@ class CacheOptions(TypedDict, total=False):
     causal: bool
     window_size: int | None
     softmax_scale: float | None
+    softcap: float | None
     k_scale: Tensor | float | None
     v_scale: Tensor | float | None
     out: Tensor | None
@@ -104,6 +105,7 @@ def parallax_attn_with_kvcache(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     out: Tensor | None = None,
@@ -134,6 +136,7 @@ def parallax_attn_with_kvcache(
                       sees all keys
     window_size       with causal: a query sees at most this many keys, its own and those right before it
     softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
+    softcap           c of c·tanh(s/c), which takes the place of scores s = scale·q·k, as in Gemma 2; None for no cap
     k_scale, v_scale  for 8-bit caches: the factor of the stored values, (1,) or (kv_heads,) fp32 on the same device, or
                       a number; 1 by default
     out               where to write, like q; allocated if not given
@@ -161,7 +164,7 @@ def parallax_attn_with_kvcache(
     """
     request = CacheRequest(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
-        max_seqlen_q, causal, window_size, softmax_scale,
+        max_seqlen_q, causal, window_size, softmax_scale, softcap,
     )  # fmt: skip
     # Four type checks take a third of the time of a loop.
     is_plain = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
@@ -193,6 +196,7 @@ def kvcache_workspace_size(
     causal: bool = False,
     window_size: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     out: Tensor | None = None,
@@ -204,7 +208,7 @@ def kvcache_workspace_size(
     """
     request = CacheRequest(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
-        max_seqlen_q, causal, window_size, softmax_scale,
+        max_seqlen_q, causal, window_size, softmax_scale, softcap,
     )  # fmt: skip
     request = cast_to_cache(request, out)
     if not are_plain_tensors(q, r, k_cache, v_cache):  # plan_key may fail on these
@@ -346,9 +350,10 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         leftpad=request.cache_leftpad is not None,
         many_queries=many,
         cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
+        softcap=request.softcap is not None,
     )
     scale = scale_or_default(request.softmax_scale, head_dim)
-    numbers = (scale, *sizes_of(spec, window, seqlen_q, 0))
+    numbers = numbers_of(spec, scale, request.softcap, window, seqlen_q, 0)
     shape = Shape(batch, heads, kv_heads, seqlen_q, seqlen, window)
     return plan_launch(spec, shape, numbers, q.device.index, CACHE_NAMES)
 
@@ -358,7 +363,7 @@ CACHE_NAMES = {"k": "k_cache", "v": "v_cache"}  # the op's tensor names -> the r
 # The request's fields that the reference takes by the same names.
 _OPTIONS = (
     "cache_seqlens", "page_table", "cache_leftpad", "cu_seqlens_q", "k_scale", "v_scale", "causal", "window_size",
-    "softmax_scale",
+    "softmax_scale", "softcap",
 )  # fmt: skip
 
 

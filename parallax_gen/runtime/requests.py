@@ -24,7 +24,7 @@ MAX_ROW_STRIDE = 2**24 - 1
 # The fields of a Request, in its order.
 INPUTS = ("q", "r", "k", "v")
 TENSORS = (*INPUTS, "cu_seqlens_q", "cu_seqlens_k")
-SCALARS = ("max_seqlen_q", "max_seqlen_k", "causal", "window_size", "softmax_scale")
+SCALARS = ("max_seqlen_q", "max_seqlen_k", "causal", "window_size", "softmax_scale", "softcap")
 
 CACHED_INPUTS = ("q", "r", "k_cache", "v_cache")
 
@@ -49,6 +49,7 @@ class Request(NamedTuple):
     causal: bool = False
     window_size: int | None = None
     softmax_scale: float | None = None
+    softcap: float | None = None
 
 
 class CacheRequest(NamedTuple):
@@ -71,6 +72,7 @@ class CacheRequest(NamedTuple):
     causal: bool
     window_size: int | None
     softmax_scale: float | None
+    softcap: float | None
 
 
 def rounds_to_tf32(q: Tensor) -> bool:
@@ -116,7 +118,8 @@ def tensor_fields(request: Request) -> tuple[Tensor | None, ...]:
 
 def scalar_fields(request: Request) -> tuple[float | None, ...]:
     """The fields that SCALARS names."""
-    return request.max_seqlen_q, request.max_seqlen_k, request.causal, request.window_size, request.softmax_scale
+    sizes = request.max_seqlen_q, request.max_seqlen_k, request.causal, request.window_size
+    return *sizes, request.softmax_scale, request.softcap
 
 
 def split_request(given: Sequence[Any]) -> tuple[Request, Sequence[Any]]:

@@ -348,7 +348,12 @@ PREPROCESS_KERNEL = Kernel(KernelSpec("preprocess", 64, "fp16"), PreprocessConfi
 DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", group=2, causal=True, window=True), DKDV)
 DQDR_KERNEL = Kernel(KernelSpec("dqdr", 64, "fp16", group=2, causal=True, window=True), DQDR)
 DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12), replace(DECODE, NUM_SPLITS=4))
+SOFTCAP_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, softcap=True), FORWARD)
+SOFTCAP_DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", causal=True, softcap=True), DKDV)
 PLANTED = [
+    pytest.param(SOFTCAP_KERNEL, "        s = 1.0 - 2.0", "        s = s * 0.0 + 1.0 - 2.0 * s", id="scores not capped"),
+    pytest.param(SOFTCAP_KERNEL, "s0 = 1.0 - 2.0 / (1.0 + ", "s0 = 0.5 * (", id="the first score not capped"),
+    pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),
     pytest.param(FORWARD_KERNEL, "<= last", "< last", id="causal mask off by one"),
     pytest.param(FORWARD_KERNEL, "shift = seqlen_kv - seqlen_q", "shift = 0", id="causal mask aligned to the start"),
     pytest.param(FORWARD_KERNEL, "BLOCK_N > seen_by_all", "BLOCK_N > seqlen_kv", id="mask in the last block only"),

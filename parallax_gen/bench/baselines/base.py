@@ -101,6 +101,7 @@ class Baseline:
     forward, decode, step  bind inputs; raise ImportError if the package is not installed, NotImplementedError if it has
                            no kernel for the spec, and anything else if it fails
     softmax                whether it computes softmax attention: less work than Parallax, and no error to compare
+    softcap                whether it can cap scores
     packages               the distributions that it comes from; none for torch's and ours
     setting                other settings that its time depends on, as text
     release                frees tensors that it keeps after a comparison
@@ -111,6 +112,7 @@ class Baseline:
     decode: Callable[[KernelSpec, Inputs], Call] | None = None
     step: Callable[[KernelSpec, Inputs], Step] | None = None
     softmax: bool = False
+    softcap: bool = False
     packages: tuple[str, ...] = ()
     setting: Callable[[], str] = lambda: ""
     release: Callable[[], None] = lambda: None
@@ -120,7 +122,9 @@ class Baseline:
         return (self.step if op == TRAINING else self._function(op)) is not None
 
     def prepare(self, op: str, spec: KernelSpec, x: Inputs) -> Prepared:
-        """Bind it to inputs for an op that it has. Raises what its function raises."""
+        """Bind it to inputs for an op that it has. Raises NotImplementedError, or what its function raises."""
+        if spec.softcap and not self.softcap:
+            raise NotImplementedError("it has no softcap")
         if op == TRAINING:
             assert self.step is not None
             return self.step(spec, x)

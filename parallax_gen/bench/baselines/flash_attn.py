@@ -36,19 +36,19 @@ class Flash:
     boundless: int | None
     pages: str
 
-    def attention(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor, window: int) -> Call:
-        """window: the number of keys that a query sees, 0 for all. Raises ImportError or NotImplementedError."""
+    def attention(self, spec: KernelSpec, x: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        """With the window and the softcap of x. Raises ImportError or NotImplementedError."""
         attend = self._function("flash_attn_func")
         _check(spec)
-        given = {"causal": spec.causal, "window_size": self._window(window)}
+        given = self._options(spec, x)
         return lambda: _first(attend(q, k, v, **given))
 
     def forward(self, spec: KernelSpec, x: Inputs) -> Call:
-        return self.attention(spec, x.q, x.k, x.v, x.window_size)
+        return self.attention(spec, x, x.q, x.k, x.v)
 
     def step(self, spec: KernelSpec, x: Inputs) -> Step:
         q, k, v = leaves(x.q, x.k, x.v)
-        return Step(self.attention(spec, q, k, v, x.window_size), (q, k, v), gradient_of_output(x))
+        return Step(self.attention(spec, x, q, k, v), (q, k, v), gradient_of_output(x))
 
     def decode(self, spec: KernelSpec, x: Inputs) -> Call:
         """Raises ImportError or NotImplementedError."""
@@ -57,7 +57,7 @@ class Flash:
         attend = self._function("flash_attn_with_kvcache")
         _check(spec)
         refuse_unsupported(spec, cache_dtype="its 8-bit caches are not benchmarked")
-        given: dict[str, Any] = {"causal": spec.causal, "window_size": self._window(x.window_size)}
+        given = self._options(spec, x)
         cache = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad, self.pages: x.page_table}
         given |= {
             name: tensor for name, tensor in cache.items() if tensor is not None
@@ -69,14 +69,17 @@ class Flash:
         attend = self._function("flash_attn_func")
         _check(spec)
         refuse_unsupported(spec, lengths=f"{NO_LENGTHS} in the function benchmarked here")
+        given = {"softcap": x.softcap} if spec.softcap else {}
         try:
-            _first(attend(x.q, x.k, x.v, num_splits=0))
+            _first(attend(x.q, x.k, x.v, num_splits=0, **given))
         except (AssertionError, NotImplementedError):
-            return lambda: _first(attend(x.q, x.k, x.v))
-        return lambda: _first(attend(x.q, x.k, x.v, num_splits=0))
+            return lambda: _first(attend(x.q, x.k, x.v, **given))
+        return lambda: _first(attend(x.q, x.k, x.v, num_splits=0, **given))
 
-    def _window(self, window: int) -> tuple[int | None, int | None]:
-        return (window - 1, 0) if window else (self.boundless, self.boundless)
+    def _options(self, spec: KernelSpec, x: Inputs) -> dict[str, Any]:
+        window = (x.window_size - 1, 0) if x.window_size else (self.boundless, self.boundless)
+        options: dict[str, Any] = {"causal": spec.causal, "window_size": window}
+        return options | ({"softcap": x.softcap} if spec.softcap else {})
 
     def _function(self, name: str) -> Callable[..., Any]:
         try:
@@ -110,5 +113,6 @@ PACKAGES = {
     "flash-attn 4": ("flash-attn-4",),
 }
 BASELINES = tuple(
-    Baseline(name, of.forward, of.decode, of.step, softmax=True, packages=PACKAGES[name]) for name, of in FLASH.items()
+    Baseline(name, of.forward, of.decode, of.step, softmax=True, softcap=True, packages=PACKAGES[name])
+    for name, of in FLASH.items()
 )

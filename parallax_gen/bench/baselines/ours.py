@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from parallax_gen.bench.baselines.base import Baseline, Call, Step, gradient_of_output, leaves
 from parallax_gen.problem.spec import KernelSpec
@@ -17,18 +17,17 @@ def attention(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: T
     """The public function on these tensors, with the lengths and the window of x."""
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 
-    window = x.window_size if spec.window else None
+    options: dict[str, Any] = {"causal": spec.causal, "window_size": x.window_size if spec.window else None}
+    options |= {"softcap": x.softcap if spec.softcap else None, "return_stats": stats}
 
     def call() -> Tensor:
         if spec.varlen:
             assert x.cu_seqlens_q is not None
             assert x.cu_seqlens_k is not None
             packing = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
-            found = parallax_attn_varlen_func(
-                q, r, k, v, *packing, causal=spec.causal, window_size=window, return_stats=stats
-            )
+            found: Tensor | tuple[Tensor, ...] = parallax_attn_varlen_func(q, r, k, v, *packing, **options)
         else:
-            found = parallax_attn_func(q, r, k, v, causal=spec.causal, window_size=window, return_stats=stats)
+            found = parallax_attn_func(q, r, k, v, **options)
         return found[0] if isinstance(found, tuple) else found
 
     return call
@@ -51,6 +50,7 @@ def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Call:
             max_seqlen_q=x.max_seqlen_q if spec.varlen else None,
             causal=spec.causal,
             window_size=x.window_size if spec.window else None,
+            softcap=x.softcap if spec.softcap else None,
             k_scale=x.k_scale,
             v_scale=x.v_scale,
             out=out,
@@ -76,4 +76,4 @@ def step(spec: KernelSpec, x: Inputs) -> Step:
     return Step(attention(spec, x, q, r, k, v), (q, r, k, v), gradient_of_output(x))
 
 
-BASELINES = (Baseline("parallax_gen", forward, decode, step),)
+BASELINES = (Baseline("parallax_gen", forward, decode, step, softcap=True),)

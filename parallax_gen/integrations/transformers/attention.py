@@ -27,6 +27,7 @@ def parallax_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Parallax attention of new tokens over all keys so far, with transformers' arguments and layouts.
@@ -36,6 +37,7 @@ def parallax_attention(
     attention_mask  from `parallax_mask`
     scaling         scale of q·k
     sliding_window  a token sees at most this many keys, its own and those right before it
+    softcap         of scores, as in Gemma 2
     others          cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k: packed sequences, over all batch rows
                     one after the other. Arguments that do not affect attention are ignored
 
@@ -43,7 +45,7 @@ def parallax_attention(
     place of attention weights. With keys from a cache and no gradients it calls `parallax_attn_with_kvcache`. Under
     torch.compile it is one operator either way.
 
-    Raises ArgumentError for unsupported features: dropout, attention weights, sinks, soft caps, other masks.
+    Raises ArgumentError for unsupported features: dropout, attention weights, sinks, other masks.
     """
     if r is None:
         allowed = "a model that parallax_gen.integrations.transformers.convert has given an r_proj"
@@ -52,7 +54,12 @@ def parallax_attention(
     q, r, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, r, key, value))
     q_length, kv_length = q.shape[1], k.shape[1]
     lengths, keys = _packing_arguments(attention_mask, others), key_range(attention_mask)
-    options: dict[str, Any] = {"causal": True, "window_size": sliding_window, "softmax_scale": scaling}
+    options: dict[str, Any] = {
+        "causal": True,
+        "window_size": sliding_window,
+        "softmax_scale": scaling,
+        "softcap": softcap,
+    }
     from_cache = q_length < kv_length and lengths is None and (attention_mask is None or keys is not None)
     if from_cache and not (records_gradients(q, r, k, v) or transform_is_active()):
         first, end = keys or (None, None)
@@ -96,9 +103,8 @@ def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, oth
         raise ArgumentError("output_attentions", True, "False: Parallax attention does not return attention weights")
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         raise ArgumentError("is_causal", False, "True")
-    for name in ("softcap", "s_aux"):
-        if others.get(name) is not None:
-            raise ArgumentError(name, "a value", "None: Parallax attention has no soft caps and no sinks")
+    if others.get("s_aux") is not None:
+        raise ArgumentError("s_aux", "a value", "None: Parallax attention has no sinks")
 
 
 # -- transformers' masks as our functions take them: the range of each sequence's keys, no boolean matrix.
