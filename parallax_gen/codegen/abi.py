@@ -23,7 +23,8 @@ class Inputs:
     head_dim), with page_table (batch, pages a sequence). Inputs that a kernel does not take are None or 0.
 
     do      the gradient of the output, like q
-    rows    dkdv, dqdr: the output of preprocess, see `empty_row_stats`
+    row_stats
+            dkdv, dqdr: the output of preprocess, see `empty_row_stats`
     out, lse, t_mean, v_mean
             preprocess: the outputs of the forward, out and v_mean like q; lse and t_mean (batch, heads, seqlen_q) fp32
     """
@@ -43,7 +44,7 @@ class Inputs:
     max_seqlen_k: int = 0
     window_size: int = 0
     do: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
+    row_stats: torch.Tensor | None = None
     out: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     t_mean: torch.Tensor | None = None
@@ -160,9 +161,9 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
             setattr(inputs, name, torch.empty_like(q))
         elif name in ("lse", "t_mean"):
             setattr(inputs, name, empty(*stats, dtype=torch.float32))
-        elif name == "rows":
+        elif name == "row_stats":
             lse = empty(*stats, dtype=torch.float32)
-            inputs.rows = empty_row_stats(lse, shape.batch if spec.varlen else 0)
+            inputs.row_stats = empty_row_stats(lse, shape.batch if spec.varlen else 0)
     return inputs
 
 
@@ -179,7 +180,7 @@ def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     for name in op.written(spec):
         if name in LIKE:
             written[name] = torch.empty_like(getattr(x, LIKE[name]))
-        elif name == "rows":
+        elif name == "row_stats":
             assert x.lse is not None
             written[name] = empty_row_stats(x.lse, 0 if x.cu_seqlens_q is None else x.cu_seqlens_q.shape[0] - 1)
         else:

@@ -374,7 +374,7 @@ def _differ_in_layout(one: Place, other: Place) -> bool:
     """Whether two places of decode differ only in LAYOUT_FIELDS."""
     names = [f.name for f in fields(KernelSpec) if f.name not in LAYOUT_FIELDS]
     same = all(getattr(one.spec, name) == getattr(other.spec, name) for name in names)
-    return one.bucket == other.bucket and op_of(one.spec).own_lengths and one.spec != other.spec and same
+    return one.bucket == other.bucket and op_of(one.spec).per_sequence_lengths and one.spec != other.spec and same
 
 
 # -- Where the ranking looks up records: the memory, or a table taken from it.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum, auto
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from parallax_gen.errors import ConfigError
@@ -15,11 +16,11 @@ from parallax_gen.ops.pieces import Piece, pieces_of
 from parallax_gen.ops.signature import Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OWN_LENGTHS, QUERY_ROW_OPS, KernelSpec, family_of
+from parallax_gen.problem.spec import PER_SEQUENCE_LENGTHS, QUERY_ROW_OPS, KernelSpec, family_of
 
 Value = int | str
 
-MOST_REGISTERS = 255  # a thread
+MAX_REGISTERS_PER_THREAD = 255  # a thread
 LARGEST_BLOCK = 128  # rows or keys at a time: kernels add up offsets in 32 bits in a block, in 64 from block to block
 # Rows of a sequence are padded to a multiple of this where kernels step over what preprocess left: every block of them
 # is whole, and begins where wide loads may.
@@ -94,7 +95,7 @@ class Op(ABC, Generic[C]):
     template        the file that renders it
     sibling_counts  whether what is fast on cards alike is ahead of the default, by evidence
     near_counts     whether what is fast at near sizes is, by evidence
-    own_lengths     whether a launch takes each sequence's length
+    per_sequence_lengths     whether a launch takes each sequence's length
     stats_in_error  whether the error that a trial is recorded with is of statistics too
     """
 
@@ -106,8 +107,9 @@ class Op(ABC, Generic[C]):
     costs: ClassVar[CostHints]
     sibling_counts: ClassVar[bool] = True
     near_counts: ClassVar[bool] = False
-    own_lengths: ClassVar[bool] = False
+    per_sequence_lengths: ClassVar[bool] = False
     stats_in_error: ClassVar[bool] = True
+    launch_names: ClassVar[Mapping[str, str]] = MappingProxyType({"row_stats": "rows"})
 
     # -- which configs there are
 
@@ -187,7 +189,8 @@ class Op(ABC, Generic[C]):
         """All tensors that `launch` takes, in order, by the names that it has for them."""
         needed = self.scratch(spec, config, 1, 1)
         scratch = ("partials",) * (needed.partials > 0) + ("arrived",) * (needed.arrived > 0)
-        return (*self.given(spec), *self.written(spec), *self.lengths(spec), *scratch)
+        tensors = (*self.given(spec), *self.written(spec), *self.lengths(spec), *scratch)
+        return tuple(self.launch_names.get(tensor, tensor) for tensor in tensors)
 
     def parameters(self, spec: KernelSpec, config: C) -> tuple[str, ...]:
         """All that `launch` takes, in order, as it declares them."""
@@ -211,7 +214,7 @@ class Op(ABC, Generic[C]):
         """What an exported file's name says of a bucket's lengths."""
         return f"_q{bucket.seqlen_q}_kv{bucket.seqlen_kv}"
 
-    def instructions_share(self, spec: KernelSpec, config: C) -> float:
+    def instructions_factor(self, spec: KernelSpec, config: C) -> float:
         """What fewer instructions beside the matmuls are worth."""
         return 1.0
 
@@ -223,7 +226,7 @@ OPS_BY_NAME: dict[str, Op[Any]] = {}
 def register(op: Op[Any]) -> None:
     """Each op's file calls it: a knob that is missing or misnamed shows at import, not in a tune."""
     assert [knob.name for knob in op.knobs] == [f.name for f in fields(op.config)], op.name
-    assert op.own_lengths == (op.name in OWN_LENGTHS), op.name
+    assert op.per_sequence_lengths == (op.name in PER_SEQUENCE_LENGTHS), op.name
     assert (op.layout is Layout.ROWS) == (op.name in QUERY_ROW_OPS), op.name
     OPS_BY_NAME[op.name] = op
 

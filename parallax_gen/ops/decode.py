@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from types import MappingProxyType
 
-from parallax_gen.ops.base import MOST_REGISTERS, CostHints, Knob, Layout, Op, Scratch, Value, register
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, CostHints, Knob, Layout, Op, Scratch, Value, register
 from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
 from parallax_gen.ops.pieces import width_of
 from parallax_gen.ops.signature import Passed, Signature, number, pointers
@@ -28,6 +29,7 @@ class CacheOp(Op[DecodeConfig]):
         Knob("num_stages", (2, 3, 4, 5, 6)),
     )
     layout = Layout.CACHE
+    launch_names = MappingProxyType({"k": "k_cache", "v": "v_cache"})
 
     # -- which configs there are
 
@@ -50,8 +52,8 @@ class CacheOp(Op[DecodeConfig]):
             # As of the other kernels: without tensor cores a thread holds its share of the operands too.
             return f"{config.BLOCK_H} heads of fp32 at head_dim {width} are too many for the registers of its warps"
         a_thread = 2 * config.BLOCK_H * (width + config.BLOCK_N) // (32 * config.num_warps)
-        if a_thread > MOST_REGISTERS:
-            return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+        if a_thread > MAX_REGISTERS_PER_THREAD:
+            return f"its accumulators need {a_thread} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
         return None
 
     @abstractmethod
@@ -126,10 +128,6 @@ class CacheOp(Op[DecodeConfig]):
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
-
-    def tensors(self, spec: KernelSpec, config: DecodeConfig) -> tuple[str, ...]:
-        caches = {"k": "k_cache", "v": "v_cache"}
-        return tuple(caches.get(tensor, tensor) for tensor in super().tensors(spec, config))
 
     @abstractmethod
     def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ class DecodeVarlenOp(CacheOp):
     name = "decode_varlen"
     template = "decode_varlen.py.j2"
     costs = CostHints(spill_bytes=200, merge_bytes_us=30e3)  # its step is short, and spills each time
-    own_lengths = True
+    per_sequence_lengths = True
     spare = 8
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:

@@ -74,7 +74,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def pays_to_be_lean(self, spec: KernelSpec, config: DkDvConfig) -> bool:
         return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"  # registers were just enough
 
-    def instructions_share(self, spec: KernelSpec, config: DkDvConfig) -> float:
+    def instructions_factor(self, spec: KernelSpec, config: DkDvConfig) -> float:
         """From one H100, at head_dim 64 and 128: more to narrow heads. What more registers cost shows in spills."""
         if config.ROW_STATS != "fused":
             return 1.0

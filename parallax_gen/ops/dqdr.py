@@ -57,7 +57,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
     def pays_to_be_lean(self, spec: KernelSpec, config: DqDrConfig) -> bool:
         return spec.causal and not spec.window and spec.head_dim < 128
 
-    def instructions_share(self, spec: KernelSpec, config: DqDrConfig) -> float:
+    def instructions_factor(self, spec: KernelSpec, config: DqDrConfig) -> float:
         """From one H100, at head_dim 64 and 128: more to narrow heads, which have less to multiply."""
         if config.MASK != "before_exp":
             return 1.0

@@ -74,7 +74,7 @@ class ForwardOp(TiledOp[ForwardConfig]):
     def pays_to_be_lean(self, spec: KernelSpec, config: ForwardConfig) -> bool:
         return not spec.window  # there each row's own key is read first, which 513 keys do not repay
 
-    def instructions_share(self, spec: KernelSpec, config: ForwardConfig) -> float:
+    def instructions_factor(self, spec: KernelSpec, config: ForwardConfig) -> float:
         """From one H100, at head_dim 64 and 128: more to narrow heads, which have less to multiply."""
         if config.SOFTMAX != "fixed_reference":
             return 1.0

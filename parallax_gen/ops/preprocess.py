@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, CostHints, KernelConfig, Knob, Layout, Op, register
+from parallax_gen.ops.base import (
+    MAX_REGISTERS_PER_THREAD,
+    PADDED_TO,
+    CostHints,
+    KernelConfig,
+    Knob,
+    Layout,
+    Op,
+    register,
+)
 from parallax_gen.ops.pieces import power_of_2, width_of
 from parallax_gen.ops.signature import Passed, Signature, number, pointers, strides_of_rows
 from parallax_gen.problem.hardware import Gpu
@@ -46,8 +55,8 @@ class PreprocessOp(Op[PreprocessConfig]):
 
     def why_invalid(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> str | None:
         a_thread = 3 * config.BLOCK_M * width_of(spec.head_dim, "padded") // (32 * config.num_warps)
-        if a_thread > MOST_REGISTERS:
-            return f"its rows need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+        if a_thread > MAX_REGISTERS_PER_THREAD:
+            return f"its rows need {a_thread} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
         return None
 
     def shared_bytes(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> int:
@@ -60,7 +69,7 @@ class PreprocessOp(Op[PreprocessConfig]):
         return ("do", "out", "v_mean", "lse", "t_mean")
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
-        return ("rows",)
+        return ("row_stats",)
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("cu_seqlens_q",) if spec.varlen else ()

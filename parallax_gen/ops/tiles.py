@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
-from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
 from parallax_gen.ops.pieces import Piece, forms_of, half_of, other_half_of, width_of
 from parallax_gen.ops.signature import Passed, Signature, number, pointers, strides, strides_of_rows
 from parallax_gen.problem.hardware import KIB, Gpu
@@ -129,8 +129,8 @@ class TiledOp(Op[T]):
         # thread they spill for certain.
         owned, step = self.owned_and_step(config)
         a_thread = 2 * owned * (head_dim // programs_a_head(config) + step) // (32 * config.num_warps)
-        if a_thread > MOST_REGISTERS and not (spec.dtype == "fp32" and owned == step == 16):
-            return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+        if a_thread > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == step == 16):
+            return f"its accumulators need {a_thread} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
         return _why_maxnreg_invalid(config, a_thread, gpu)
 
     def shared_bytes(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
@@ -326,7 +326,7 @@ class GradientOp(TiledOp[M]):
         return super().why_invalid(spec, config, gpu)
 
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
-        return (*super().given(spec), "do", "rows")
+        return (*super().given(spec), "do", "row_stats")
 
     def scales(self, spec: KernelSpec) -> tuple[Passed, ...]:
         return (strides_of_rows(spec), number("softmax_scale"))
@@ -342,13 +342,15 @@ def programs_a_head(config: TileConfig) -> int:
     return 2 if config.HEAD_DIM_LAYOUT == "split" else 1
 
 
-def _why_maxnreg_invalid(config: TileConfig, a_thread: int, gpu: Gpu) -> str | None:
-    most = config.maxnreg
-    if most == 0:
+def _why_maxnreg_invalid(config: TileConfig, accumulators: int, gpu: Gpu) -> str | None:
+    """Why maxnreg does not fit. accumulators: the registers a thread that they take."""
+    limit = config.maxnreg
+    if limit == 0:
         return None
-    many, few = (gpu.registers_per_sm // (32 * config.num_warps * each) for each in (most, MOST_REGISTERS))
-    if many == few:
-        return f"maxnreg {most} lets no more programs of {config.num_warps} warps run together than {MOST_REGISTERS}"
-    if a_thread > most:
-        return f"its accumulators need {a_thread} registers a thread; maxnreg is {most}"
+    unlimited = MAX_REGISTERS_PER_THREAD
+    with_limit, without = (gpu.registers_per_sm // (32 * config.num_warps * each) for each in (limit, unlimited))
+    if with_limit == without:
+        return f"maxnreg {limit} lets no more programs of {config.num_warps} warps run together than {unlimited}"
+    if accumulators > limit:
+        return f"its accumulators need {accumulators} registers a thread; maxnreg is {limit}"
     return None

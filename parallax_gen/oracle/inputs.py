@@ -74,7 +74,7 @@ def inputs_and_forward(
         heads = shape.kv_heads if seed % 2 else 1  # one scale for each head, or one for all
         draw = torch.Generator().manual_seed(seed)
         inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
-    if op.own_lengths:
+    if op.per_sequence_lengths:
         keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
         if seed % 3 == 0 and not full:  # serving engines mark unused batch entries so
             keys = torch.where(keys == 0, -1 if seed % 2 else -shape.seqlen_kv, keys)
@@ -102,9 +102,9 @@ def inputs_and_forward(
         _poison_padding(inputs.do, inputs.cu_seqlens_q)
     # preprocess has no mask of its own. Use causal attention, where some rows may see no key.
     causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
-    result = attend(spec if "rows" in given else causal, inputs)
-    if "rows" in given:
-        inputs.rows = expected_row_stats(spec, inputs, result).float()
+    result = attend(spec if "row_stats" in given else causal, inputs)
+    if "row_stats" in given:
+        inputs.row_stats = expected_row_stats(spec, inputs, result).float()
     else:
         inputs.out, inputs.v_mean = (x.to(inputs.q.dtype) for x in (result.out, result.v_mean))
         inputs.lse, inputs.t_mean = result.lse.float(), result.t_mean.float()

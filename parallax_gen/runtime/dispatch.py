@@ -27,7 +27,7 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import FLAGS, OWN_LENGTHS, KernelSpec
+from parallax_gen.problem.spec import FLAGS, PER_SEQUENCE_LENGTHS, KernelSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -257,7 +257,9 @@ def tune_command(place: Place) -> str:
     words += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
     if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
         words += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
-    elif not spec.causal and (spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in OWN_LENGTHS)):
+    elif not spec.causal and (
+        spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTHS)
+    ):
         words.append("--full")
     words += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad") if spec.flat()[name]]
     words += ["--page-size", f"{spec.page_size}"] if spec.page_size else []

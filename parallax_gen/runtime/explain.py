@@ -9,10 +9,10 @@ from pathlib import Path
 from parallax_gen.codegen.build import write
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import format_counts
+from parallax_gen.memory.descriptions import ANOTHER_KERNEL, Origins
 from parallax_gen.memory.ranking import Candidate, Tier, comparable_here, is_rendered, ranked, why_not_chosen
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.memory.standing import ANOTHER_KERNEL, Origins
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import Gpu

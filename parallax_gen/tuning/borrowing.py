@@ -155,7 +155,7 @@ def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
 
 def kind_of(spec: KernelSpec) -> str:
     """The op, and for decode the properties of its cache that decide its speed."""
-    return f"{spec.family}{', ragged' if op_of(spec).own_lengths else ''}{', paged' if spec.page_size else ''}"
+    return f"{spec.family}{', ragged' if op_of(spec).per_sequence_lengths else ''}{', paged' if spec.page_size else ''}"
 
 
 def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
