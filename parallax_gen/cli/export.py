@@ -43,7 +43,7 @@ class ExportedKernel:
     def file_name(self, source: KernelSource) -> str:
         """An importable module name, such as decode_d128_bf16_g4_rows256_kv8192.py."""
         bucket = self.bucket
-        lengths = op_of(self.spec).bucket_words(self.spec, bucket)
+        lengths = op_of(self.spec).bucket_suffix(self.spec, bucket)
         window = f"_w{bucket.window}" if bucket.window else ""
         return f"{source.name}_rows{bucket.kv_rows}{lengths}{window}.py"
 

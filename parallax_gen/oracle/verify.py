@@ -66,8 +66,8 @@ class TrainingStep:
         return _gradients(self._spec, self.inputs)
 
 
-def _written_of(spec: KernelSpec, found: Reference | Gradients) -> Expected:
-    return {name: getattr(found, name) for name in op_of(spec).written(spec)}
+def _written_of(spec: KernelSpec, reference: Reference | Gradients) -> Expected:
+    return {name: getattr(reference, name) for name in op_of(spec).written(spec)}
 
 
 def _gradients(spec: KernelSpec, x: Inputs) -> Gradients:

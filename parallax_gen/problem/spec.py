@@ -142,9 +142,9 @@ class KernelSpec:
 
     def flat(self) -> dict[str, Any]:
         """All fields, with the names and the order of records: the op's family, and the flag ragged."""
-        found = vars(self) | {"op": self.family}
+        values = vars(self) | {"op": self.family}
         before = ("op", "head_dim", "dtype", "group", "causal", "stats")
-        return {name: found[name] for name in before} | {"ragged": self.op in PER_SEQUENCE_LENGTHS} | found
+        return {name: values[name] for name in before} | {"ragged": self.op in PER_SEQUENCE_LENGTHS} | values
 
     def to_dict(self) -> dict[str, Any]:
         """`flat` without the fields of ADDED_FIELDS that are at their default. `memory.old.spec_from` reads it."""

@@ -89,16 +89,16 @@ class Dispatcher:
         mode: see `UntunedNotice`.
         """
         place = Place(gpu.name, spec, bucket_of(shape))
-        found = self._kernels.get(place)
-        if found is None:
+        chosen = self._kernels.get(place)
+        if chosen is None:
             ensure_triton_cache()
             self._untuned_notice.check(place, gpu, self._memory)
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
             self._untuned_notice.warn(place, choice.candidate)
-            found = (choice, load(render(spec, choice.config, gpu)))
-            self._kernels[place] = found
-            _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
-        return found
+            chosen = (choice, load(render(spec, choice.config, gpu)))
+            self._kernels[place] = chosen
+            _LOG.info("%s; %s: runs %s", spec, place.bucket, chosen[1].__file__)
+        return chosen
 
 
 def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:

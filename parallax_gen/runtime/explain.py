@@ -119,7 +119,7 @@ def _why_nothing_closer(choice: Choice, record: Result, unused: list[tuple[Resul
 def _none_counts(unused: list[tuple[Result, str]], of_what: str) -> str:
     none = f"the only record{of_what} does not count"
     if len(unused) > 1:
-        none = f"of {len(unused)} records{of_what} none counts"
+        none = f"none of {len(unused)} records{of_what} counts"
     return f"{none}: {'; '.join(dict.fromkeys(why for _, why in unused))}"
 
 

@@ -30,16 +30,16 @@ Plan = TypeVar("Plan")
 class PlanCache(dict[Hashable, Plan]):
     """Plans by all properties of the arguments that they depend on: see `plan_key`."""
 
-    _everyone: ClassVar[list[PlanCache[Any]]] = []
+    _instances: ClassVar[list[PlanCache[Any]]] = []
 
     def __init__(self) -> None:
         super().__init__()
-        self._everyone.append(self)
+        self._instances.append(self)
 
     @classmethod
     def clear_all(cls) -> None:
         """Drop all plans, so that calls choose kernels anew. Captured CUDA graphs keep their kernels."""
-        for plans in cls._everyone:
+        for plans in cls._instances:
             plans.clear()
 
     def remember(self, key: Hashable, plan: Plan) -> None:

@@ -129,13 +129,13 @@ def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
     store.save(known(120.0, splits=3, evidence_changes=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["runners_up"]) == ("default", [])
-    assert found["reason"] == "of 2 records none counts: another kernel than today's"
+    assert found["reason"] == "none of 2 records counts: another kernel than today's"
     assert [(u["why"], u["record"]["time_us"]) for u in found["unused"]] == [
         ("another kernel than today's", 100.0),
         ("another kernel than today's", 120.0),
     ]
     text = run("explain", *CALL).stdout
-    assert "from    the default config: of 2 records none counts: another kernel than today's\n" in text
+    assert "from    the default config: none of 2 records counts: another kernel than today's\n" in text
     assert "\nmeasured, and not used\n" in text
 
 

@@ -117,7 +117,7 @@ def _cache_us(
     """Decode: bound by memory, at a rate limited by the loads in flight on each multiprocessor; then the merge."""
     steps = math.ceil(shape.seqlen_kv / config.BLOCK_N)
     longest = math.ceil(steps / config.NUM_SPLITS)
-    # With own lengths, no split has fewer blocks than `longest`.
+    # With per-sequence lengths, no split has fewer blocks than `longest`.
     splits = math.ceil(steps / longest) if op.per_sequence_lengths else config.NUM_SPLITS
     tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
     step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
