@@ -10,7 +10,7 @@ from types import MappingProxyType
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, CostHints, Knob, Layout, Op, Scratch, Value, register
 from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
 from parallax_gen.ops.pieces import width_of
-from parallax_gen.ops.signature import Passed, Signature, number, pointers
+from parallax_gen.ops.signature import Argument, Signature, number, pointers
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -130,7 +130,7 @@ class CacheOp(Op[DecodeConfig]):
         return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
 
     @abstractmethod
-    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+    def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         """What the docstring of `launch` says of its arguments: (names, description), or ("", text) to go on."""
 
     def awkward_shape(self, spec: KernelSpec, config: DecodeConfig, kv_heads: int = 3) -> Shape:
@@ -177,7 +177,7 @@ class DecodeOp(CacheOp):
         passed = (
             *pointers(tensors),
             *(number(f"stride_{tensor}{dim}") for tensor in "qr" for dim in "bh"),
-            *(Passed(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv"),
+            *(Argument(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv"),
             *(() if second_kernel else out_strides),
             number("scale_log2", "softmax_scale * LOG2_E"),
             number("kv_heads"),
@@ -192,7 +192,7 @@ class DecodeOp(CacheOp):
     def form(self, spec: KernelSpec, config: DecodeConfig) -> DecodeForm:
         return DecodeForm(spec, config)
 
-    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+    def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         form = self.form(spec, config)
         kv_heads = form.kv_heads
         row = f"{spec.head_dim}) {spec.dtype}"

@@ -8,7 +8,7 @@ from parallax_gen.ops.base import CostHints, Knob, Scratch, Value, register
 from parallax_gen.ops.decode import CacheOp
 from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.decode_varlen_form import VarlenForm
-from parallax_gen.ops.signature import Passed, Signature, number, pointers
+from parallax_gen.ops.signature import Argument, Signature, number, pointers
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, skewed_lengths, spread_lengths
 from parallax_gen.problem.spec import KernelSpec
@@ -67,10 +67,10 @@ class DecodeVarlenOp(CacheOp):
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         paged, many = spec.page_size > 0, spec.many_queries
         rows = {tensor: self._strides_of_rows(spec, tensor) for tensor in ("q", "r", "out")}
-        keys = (Passed(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
+        keys = (Argument(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
         pages = (
             number("stride_tableb", "page_table.stride(0)"),
-            Passed(("stride_p", "stride_n", "stride_h"), "*k_cache.stride()[:3]"),
+            Argument(("stride_p", "stride_n", "stride_h"), "*k_cache.stride()[:3]"),
         )
         longest = number("seqlen_kv", f"page_table.shape[1] * {spec.page_size}" if paged else "k_cache.shape[1]")
         window = (number("window", "window_size"),) * spec.window
@@ -100,18 +100,18 @@ class DecodeVarlenOp(CacheOp):
             kernels["merge"] = Signature(passed, ("kv_heads", "batch", "seqlen_kv", *("window",) * spec.window))
         return kernels
 
-    def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Passed, ...]:
+    def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Argument, ...]:
         """The strides between sequences, between queries and between heads."""
         name = tensor[0]
         if not spec.many_queries:
             return (number(f"stride_{name}b", f"{tensor}.stride(0)"), number(f"stride_{name}h", f"{tensor}.stride(2)"))
         dims = "nh" if spec.varlen else "bnh"
-        return (Passed(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
+        return (Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
 
     def form(self, spec: KernelSpec, config: DecodeConfig) -> VarlenForm:
         return VarlenForm(spec, config, self.sequences_per_spare)
 
-    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+    def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         form = self.form(spec, config)
         heads, kv_heads = form.heads, form.kv_heads
         queries = f"({form.queries.shape}, {heads}, {spec.head_dim}) {spec.dtype}"

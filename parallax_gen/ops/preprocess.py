@@ -15,7 +15,7 @@ from parallax_gen.ops.base import (
     register,
 )
 from parallax_gen.ops.pieces import power_of_2, width_of
-from parallax_gen.ops.signature import Passed, Signature, number, pointers, row_stats_strides
+from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -77,7 +77,7 @@ class PreprocessOp(Op[PreprocessConfig]):
     def signatures(self, spec: KernelSpec, config: PreprocessConfig) -> dict[str, Signature]:
         dims = "mh" if spec.varlen else "bmh"
         strides = [
-            Passed(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]")
+            Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]")
             for tensor, name in (("do", "do"), ("out", "o"), ("v_mean", "v"))
         ]
         length = number("total_q", "do.shape[0]") if spec.varlen else number("seqlen_q")

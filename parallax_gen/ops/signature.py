@@ -12,7 +12,7 @@ _SHORT = {"out": "o", "k_cache": "k", "v_cache": "v"}
 
 
 @dataclass(frozen=True)
-class Passed:
+class Argument:
     """Some parameters of a kernel, and the expression that `launch` passes for them.
 
     parameters  as the kernel declares them: ("q_ptr",), or ("stride_qb", "stride_qm: tl.constexpr", "stride_qh")
@@ -25,29 +25,29 @@ class Passed:
 
 @dataclass(frozen=True)
 class Signature:
-    """A kernel's parameters, in order.
+    """A kernel's parameters and what `launch` passes for them, in order.
 
     unspecialised  those that change from call to call: Triton compiles no variant for 1 or for multiples of 16
     """
 
-    passed: tuple[Passed, ...]
+    kernel_arguments: tuple[Argument, ...]
     unspecialised: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(parameter for passed in self.passed for parameter in passed.parameters)
+        return tuple(parameter for argument in self.kernel_arguments for parameter in argument.parameters)
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        return tuple(passed.expression for passed in self.passed)
+        return tuple(argument.expression for argument in self.kernel_arguments)
 
     @property
-    def shared(self) -> tuple[str, ...]:
+    def specialised_arguments(self) -> tuple[str, ...]:
         """The arguments before the unspecialised ones. Another kernel of the file may take the same."""
         return self.arguments[: -len(self.unspecialised)]
 
     @property
-    def own(self) -> tuple[str, ...]:
+    def unspecialised_arguments(self) -> tuple[str, ...]:
         """The unspecialised arguments, which come last."""
         return self.arguments[-len(self.unspecialised) :]
 
@@ -95,7 +95,7 @@ class Padding:
         return {"lse": 'float("-inf")', "t_mean": "0.0"} if self.stats else {}
 
     @property
-    def passed(self) -> str:
+    def arguments(self) -> str:
         """The kernel's parameters that the padding function takes."""
         names = [f"{name}_ptr" for name in (*self.strides_like, *self.row_values)]
         for name in self.vectors:
@@ -103,12 +103,12 @@ class Padding:
         return ", ".join(names)
 
 
-def pointers(tensors: Iterable[str]) -> tuple[Passed, ...]:
+def pointers(tensors: Iterable[str]) -> tuple[Argument, ...]:
     """A pointer to each tensor, by the kernel's name for it."""
-    return tuple(Passed((f"{_SHORT.get(tensor, tensor)}_ptr",), tensor) for tensor in tensors)
+    return tuple(Argument((f"{_SHORT.get(tensor, tensor)}_ptr",), tensor) for tensor in tensors)
 
 
-def strides(spec: KernelSpec, tensor: str, row: str, constant: bool = False) -> Passed:
+def strides(spec: KernelSpec, tensor: str, row: str, constant: bool = False) -> Argument:
     """A tensor's strides, named by letters: of batches, rows and heads. The last dimension has stride 1.
 
     row       the letter of the row stride
@@ -117,14 +117,14 @@ def strides(spec: KernelSpec, tensor: str, row: str, constant: bool = False) -> 
     name = _SHORT.get(tensor, tensor)
     row += ": tl.constexpr" if constant else ""
     letters = (row, "h") if spec.varlen else ("b", row, "h")
-    return Passed(tuple(f"stride_{name}{letter}" for letter in letters), f"*{tensor}.stride()[:{len(letters)}]")
+    return Argument(tuple(f"stride_{name}{letter}" for letter in letters), f"*{tensor}.stride()[:{len(letters)}]")
 
 
-def number(parameter: str, expression: str = "") -> Passed:
+def number(parameter: str, expression: str = "") -> Argument:
     """A number. Without an expression, `launch` has a variable of the same name."""
-    return Passed((parameter,), expression or parameter)
+    return Argument((parameter,), expression or parameter)
 
 
-def row_stats_strides(spec: KernelSpec) -> Passed:
+def row_stats_strides(spec: KernelSpec) -> Argument:
     """The strides of the row statistics: between statistics and between heads. The last dimension is contiguous."""
-    return Passed(("stride_rows", "stride_rowsh"), f"*rows.stride()[{':2' if spec.varlen else ':3:2'}]")
+    return Argument(("stride_rows", "stride_rowsh"), f"*rows.stride()[{':2' if spec.varlen else ':3:2'}]")

@@ -97,12 +97,12 @@ class TileForm:
         return f"rows{self.by_row} + shift"
 
     @property
-    def last_kept(self) -> bool:
+    def last_before_loop(self) -> bool:
         """Whether the last keys are computed before the loop, not at each use."""
         return False
 
     @property
-    def marks(self) -> bool:
+    def masks_some_blocks(self) -> bool:
         """Whether only some blocks are masked."""
         return True
 
@@ -173,13 +173,13 @@ class TileForm:
         return self.config.GROUP_HEADS > 0 or self.last_first
 
     @property
-    def longest(self) -> str:
+    def kernel_length(self) -> str:
         """The length that determines the number of tiles, in a kernel: that of the longest sequence."""
         return "max_seqlen" if self.spec.varlen else self.owned.length
 
     @property
-    def tiled(self) -> str:
-        """The same in `launch`."""
+    def launch_length(self) -> str:
+        """That length in `launch`."""
         return f"max_seqlen_{self.owned.of}" if self.spec.varlen else self.owned.length
 
     @property
@@ -296,7 +296,7 @@ class ForwardForm(TileForm):
         return "last[:, None]"
 
     @property
-    def last_kept(self) -> bool:
+    def last_before_loop(self) -> bool:
         return True
 
     @property
@@ -339,7 +339,7 @@ class GradientForm(TileForm):
     separate_stats: bool = False
 
     @property
-    def marks(self) -> bool:
+    def masks_some_blocks(self) -> bool:
         return self.mask != "after_exp always"
 
     @property

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
 from parallax_gen.ops.pieces import Piece, half_of, head_dim_layouts, other_half_of, width_of
-from parallax_gen.ops.signature import Passed, Signature, number, pointers, row_stats_strides, strides
+from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides, strides
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -265,7 +265,7 @@ class TiledOp(Op[T]):
         )
         return Signature(passed, tuple(sizes))
 
-    def scales(self, spec: KernelSpec) -> tuple[Passed, ...]:
+    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
         """The parameters between the strides and scale_log2."""
         return ()
 
@@ -328,7 +328,7 @@ class GradientOp(TiledOp[M]):
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
         return (*super().given(spec), "do", "row_stats")
 
-    def scales(self, spec: KernelSpec) -> tuple[Passed, ...]:
+    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
         return (row_stats_strides(spec), number("softmax_scale"))
 
 

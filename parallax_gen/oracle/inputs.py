@@ -234,14 +234,14 @@ def expected_row_stats(spec: KernelSpec, x: Inputs, forward: Reference) -> Tenso
         [torch.where(lse == -math.inf, math.inf, lse), scale * (1 + forward.t_mean.double()), b, scale * c]
     )
     ends = [0, result.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
-    rows = empty_row_stats(forward.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
+    row_stats = empty_row_stats(forward.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
     for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
         first = (start + sequence * PADDED_TO) // PADDED_TO * PADDED_TO
         padded = -(-(end - start) // PADDED_TO) * PADDED_TO
-        behind = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=rows.device)
-        rows[..., first : first + padded] = behind.view(4, *[1] * (rows.dim() - 1))
-        rows[..., first : first + end - start] = result[..., start:end]
-    return rows
+        padding = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=row_stats.device)
+        row_stats[..., first : first + padded] = padding.view(4, *[1] * (row_stats.dim() - 1))
+        row_stats[..., first : first + end - start] = result[..., start:end]
+    return row_stats
 
 
 def softmax_scale(spec: KernelSpec) -> float:
