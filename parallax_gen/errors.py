@@ -154,8 +154,8 @@ def machine_error(error: BaseException) -> MachineError | None:
             return MachineError(gist(cause) + _advice(cause))
         if isinstance(cause, _TYPES):
             return MachineError(gist(cause))
-        if found := _from_text(str(cause), gist(cause)):
-            return found
+        if fault := _from_text(str(cause), gist(cause)):
+            return fault
         cause = cause.__cause__
     return None
 
@@ -191,8 +191,8 @@ def held_by_others(message: str) -> bool:
     """
 
     def size(pattern: str) -> float:
-        found = re.search(pattern.replace("SIZE", r"([\d.]+) (bytes|[KMGT]iB)"), message)
-        return float(found[1]) * _UNITS[found[2]] if found else math.nan
+        match = re.search(pattern.replace("SIZE", r"([\d.]+) (bytes|[KMGT]iB)"), message)
+        return float(match[1]) * _UNITS[match[2]] if match else math.nan
 
     requested, total, free = (size(p) for p in ("allocate SIZE", "capacity of SIZE", "of which SIZE is free"))
     used, cached = size("SIZE is allocated by PyTorch"), size("SIZE is reserved by PyTorch but")

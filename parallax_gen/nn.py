@@ -172,7 +172,7 @@ def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     rows = torch.arange(x.shape[-2], device=x.device, dtype=torch.int32)
     if cu_seqlens is None:
         return rows
-        # A token's sequence ends at the first end after the token. Tokens after all ends count to the last sequence.
+    # A token's sequence ends at the first end after the token. Tokens after all ends count to the last sequence.
     sequence = torch.bucketize(rows, cu_seqlens[1:-1], right=True)
     return rows - cu_seqlens[sequence]
 

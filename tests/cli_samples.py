@@ -17,9 +17,9 @@ from parallax_gen.cli import main
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ConfigError
 from parallax_gen.memory import ranking, result
+from parallax_gen.memory.descriptions import card_of
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence
-from parallax_gen.memory.standing import card_of
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.dkdv import DkDvConfig
@@ -44,13 +44,13 @@ OTHER_TOOLCHAIN = {"triton": "3.5.1", "cuda": "12.8"}
 NOTHING: Mapping[str, Any] = {}
 
 
-def evidence(place: Place, config: KernelConfig, **unlike: Any) -> Evidence:
+def evidence(place: Place, config: KernelConfig, **evidence_changes: Any) -> Evidence:
     """That of today's kernel of a config, measured by this process but for the fields that are given."""
     try:
         here = ranking.evidence_of(render(place.spec, config, card_of(place)))
     except ConfigError:  # a config that is not valid any more has no kernel today
         here = Evidence.here(**OTHER_KERNEL)
-    return dataclasses.replace(here, **unlike)
+    return dataclasses.replace(here, **evidence_changes)
 
 
 def config(splits: int) -> DecodeConfig:
@@ -66,12 +66,15 @@ def known(
     time_us: float | None = 250.0,
     outcome: str = "ok",
     splits: int = 2,
-    unlike: Mapping[str, Any] = NOTHING,
+    evidence_changes: Mapping[str, Any] = NOTHING,
     **fields: Any,
 ) -> result.Result:
-    """A result of PLACE; give `place=` for another's. `unlike`: what of its evidence is not as here."""
+    """A result of PLACE; give `place=` for another's. `evidence_changes`: what of its evidence is not as here."""
     return _known(
-        time_us, outcome, unlike, {"place": PLACE, "config": config(splits), "registers": 168, "spills": 0} | fields
+        time_us,
+        outcome,
+        evidence_changes,
+        {"place": PLACE, "config": config(splits), "registers": 168, "spills": 0} | fields,
     )
 
 
@@ -79,16 +82,18 @@ def known_dkdv(
     time_us: float | None = 900.0,
     outcome: str = "ok",
     stages: int = 2,
-    unlike: Mapping[str, Any] = NOTHING,
+    evidence_changes: Mapping[str, Any] = NOTHING,
     **fields: Any,
 ) -> result.Result:
     """A result of DKDV_PLACE."""
-    return _known(time_us, outcome, unlike, {"place": DKDV_PLACE, "config": dkdv_config(stages)} | fields)
+    return _known(time_us, outcome, evidence_changes, {"place": DKDV_PLACE, "config": dkdv_config(stages)} | fields)
 
 
-def _known(time_us: float | None, outcome: str, unlike: Mapping[str, Any], fields: dict[str, Any]) -> result.Result:
+def _known(
+    time_us: float | None, outcome: str, evidence_changes: Mapping[str, Any], fields: dict[str, Any]
+) -> result.Result:
     found = {
-        "evidence": evidence(fields["place"], fields["config"], **unlike),
+        "evidence": evidence(fields["place"], fields["config"], **evidence_changes),
         "created_at": "2026-01-01T00:00:00+00:00",
     }
     return result.Result(outcome=outcome, time_us=time_us, **(found | fields))

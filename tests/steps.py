@@ -50,7 +50,7 @@ def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
         return call
 
     step = launch("forward", inputs).written
-    given = replace(inputs, rows=launch("preprocess", replace(inputs, **step)).written["rows"])
+    given = replace(inputs, row_stats=launch("preprocess", replace(inputs, **step)).written["row_stats"])
     return {**step, **launch("dkdv", given).written, **launch("dqdr", given).written}
 
 

@@ -273,7 +273,7 @@ def shapes(draw: st.DrawFn, spec: KernelSpec, config: KernelConfig, most_program
     """
     a_pair = 1 if isinstance(config, DkDvConfig) else spec.group  # programs a (sequence, kv head), at the least
     if isinstance(config, DecodeConfig):
-        a_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + op_of(spec).own_lengths)
+        a_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + op_of(spec).per_sequence_lengths)
     pairs = max(1, most_programs // a_pair)
     batch = draw(st.integers(1, min(3, pairs)))
     kv_heads = draw(st.integers(1, min(2, pairs // batch)))

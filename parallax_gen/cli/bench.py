@@ -163,7 +163,7 @@ def bench(
         raise MeasureError("there is no CUDA device here: nothing can be timed")
     from parallax_gen.bench.conditions import conditions
     from parallax_gen.bench.run import time_cases
-    from parallax_gen.memory.standing import open_memory
+    from parallax_gen.memory.descriptions import open_memory
 
     effort = QUICK_EFFORT if quick else GRID_EFFORT if grid else FULL_EFFORT
     how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))

@@ -76,7 +76,7 @@ def stats(as_json: bool) -> None:
     """
     from rich.filesize import decimal
 
-    from parallax_gen.memory.standing import by_kernel, by_toolchain
+    from parallax_gen.memory.descriptions import by_kernel, by_toolchain
     from parallax_gen.memory.store import Store
 
     with Store(read_only=True) as store:
@@ -161,7 +161,7 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
 
 def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
     """The results of a GPU and an op. Raises UnknownGpuError for an unknown GPU."""
-    from parallax_gen.memory.standing import name_in_records
+    from parallax_gen.memory.descriptions import name_in_records
 
     name = None if gpu is None else name_in_records(gpu, results)
     return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.family)]
@@ -188,9 +188,9 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     Example
       parallax-gen db import colleague.jsonl old/tuning.db
     """
+    from parallax_gen.memory.descriptions import card_of
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.memory.result import newest_toolchain_first
-    from parallax_gen.memory.standing import card_of
     from parallax_gen.memory.store import Store
 
     sources = [_read(file) for file in files]
@@ -258,8 +258,8 @@ def prune(
     Example
       parallax-gen db prune --other-environments --older-than 90 --dry-run
     """
+    from parallax_gen.memory.descriptions import differences_from_here
     from parallax_gen.memory.lines import write_lines
-    from parallax_gen.memory.standing import unlike_here
     from parallax_gen.memory.store import Store, default_path
 
     kinds = other_environments or failures or predicted
@@ -272,7 +272,7 @@ def prune(
             return False
         return (
             not kinds
-            or (other_environments and bool(unlike_here(row)))
+            or (other_environments and bool(differences_from_here(row)))
             or (failures and row.outcome.failed)
             or (predicted and not row.outcome.tried)
         )

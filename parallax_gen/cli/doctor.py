@@ -114,7 +114,7 @@ def _cache() -> Iterator[tuple[str, str]]:
 
 
 def _database() -> Iterator[tuple[str, str]]:
-    from parallax_gen.memory.standing import unlike_here
+    from parallax_gen.memory.descriptions import differences_from_here
     from parallax_gen.memory.store import Store, default_path
 
     path = default_path()
@@ -126,7 +126,7 @@ def _database() -> Iterator[tuple[str, str]]:
         raise StoreError(f"{path} cannot be written: nothing can be tuned; PARALLAX_GEN_DB can name a file elsewhere")
     with Store(read_only=True) as store:
         results = store.all()
-        used = sum(not unlike_here(r) for r in results)
+        used = sum(not differences_from_here(r) for r in results)
         rows = f"{len(results)} rows, {used} of today's kernels and this toolchain"
         yield "ok", f"{path}: {rows if path.exists() else 'not yet made'}"
         if store.unreadable:
@@ -135,9 +135,9 @@ def _database() -> Iterator[tuple[str, str]]:
 
 def _records() -> Iterator[tuple[str, str]]:
     from parallax_gen.files import data_dir
+    from parallax_gen.memory.descriptions import choice_text, chosen
     from parallax_gen.memory.ranking import RecordTable
     from parallax_gen.memory.shipped import shipped_gpus
-    from parallax_gen.memory.standing import choice_text, chosen
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
@@ -153,8 +153,8 @@ def _records() -> Iterator[tuple[str, str]]:
 
 def _usable_results() -> tuple[list[Result], str]:
     """The results that calls choose from, and their source: without the user's database if that is unusable."""
+    from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.memory.shipped import Memory
-    from parallax_gen.memory.standing import open_memory
 
     try:
         return open_memory().all(), "your database and the shipped records"

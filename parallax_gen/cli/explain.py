@@ -13,8 +13,8 @@ from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
+    from parallax_gen.memory.descriptions import Origins
     from parallax_gen.memory.result import Result
-    from parallax_gen.memory.standing import Origins
     from parallax_gen.runtime.explain import Explanation
 
 
@@ -33,7 +33,7 @@ def explain(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool)
     Example
       parallax-gen explain --gpu h200 --op decode --shape 32,32/8,8192
     """
-    from parallax_gen.memory.standing import Origins, open_memory
+    from parallax_gen.memory.descriptions import Origins, open_memory
     from parallax_gen.runtime.explain import explanation_of
 
     card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
@@ -47,7 +47,7 @@ def explain(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool)
 
 
 def _print(explanation: Explanation, origins: Origins) -> None:
-    from parallax_gen.memory.standing import NOT_CHECKED, evidence_text
+    from parallax_gen.memory.descriptions import NOT_CHECKED, evidence_text
 
     place, record = explanation.choice.place, explanation.choice.record
     click.echo(f"call    {explanation.spec}; {explanation.shape}; on {place.gpu}")
@@ -71,7 +71,7 @@ def _print(explanation: Explanation, origins: Origins) -> None:
 
 
 def _told(result: Result) -> str:
-    from parallax_gen.memory.standing import shape_of
+    from parallax_gen.memory.descriptions import shape_of
 
     assert result.time_us is not None
     return time_and_rate(result.place.spec, shape_of(result), result.time_us)

@@ -22,10 +22,10 @@ from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
     from parallax_gen.codegen.render import KernelSource
+    from parallax_gen.memory.descriptions import Origins
     from parallax_gen.memory.guard import CheckedChoice
     from parallax_gen.memory.place import Place
     from parallax_gen.memory.shipped import Memory
-    from parallax_gen.memory.standing import Origins
 
 # A call of this package compiles a borrowed kernel first, and may reject it; an exported file has no such check.
 NOT_CHECKED = "not checked here: the file launches it as it is, even where it spills far more than the default"
@@ -43,7 +43,7 @@ class ExportedKernel:
     def file_name(self, source: KernelSource) -> str:
         """An importable module name, such as decode_d128_bf16_g4_rows256_kv8192.py."""
         bucket = self.bucket
-        lengths = op_of(self.spec).bucket_words(self.spec, bucket)
+        lengths = op_of(self.spec).bucket_suffix(self.spec, bucket)
         window = f"_w{bucket.window}" if bucket.window else ""
         return f"{source.name}_rows{bucket.kv_rows}{lengths}{window}.py"
 
@@ -66,7 +66,7 @@ def export(gpu: str | None, requested: KernelArgs, shapes: tuple[Sizes, ...], fo
       parallax-gen export --gpu h200 --op decode -o kernels
     """
     from parallax_gen.codegen.render import render
-    from parallax_gen.memory.standing import open_memory
+    from parallax_gen.memory.descriptions import open_memory
 
     card = chosen_gpu(gpu)
     chosen = chosen_kernels(requested, shapes, card, open_memory())
@@ -103,9 +103,9 @@ def _to_json(path: Path, kernel: ExportedKernel) -> dict[str, Any]:
 
 def chosen_kernels(requested: KernelArgs, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[ExportedKernel]:
     """One kernel per shape; without shapes one per known bucket, or one for the op's first usual shape."""
+    from parallax_gen.memory.descriptions import Origins
     from parallax_gen.memory.guard import checked_choice
     from parallax_gen.memory.place import Place
-    from parallax_gen.memory.standing import Origins
     from parallax_gen.problem.shapes import bucket_of
 
     origins = Origins(memory)
@@ -124,7 +124,7 @@ def chosen_kernels(requested: KernelArgs, shapes: Sequence[Sizes], gpu: Gpu, mem
 
 
 def _exported_kernel(place: Place, choice: CheckedChoice, origins: Origins) -> ExportedKernel:
-    from parallax_gen.memory.standing import shape_of, unlike_here
+    from parallax_gen.memory.descriptions import differences_from_here, shape_of
 
     config, record = choice.candidate.config, choice.candidate.record
     if record is None:
@@ -139,8 +139,8 @@ def _exported_kernel(place: Place, choice: CheckedChoice, origins: Origins) -> E
         whose += f" at {record.place.bucket}" if record.place.bucket != place.bucket else ""
     timed = f"{time_and_rate(place.spec, shape_of(record), record.time_us)} at {shape_of(record)}"
     parts = [whose, record.source, record.created_at, timed]
-    if unlike := unlike_here(record):
-        parts.append(", ".join(unlike))
+    if differences := differences_from_here(record):
+        parts.append(", ".join(differences))
     if not choice.checked:
         parts.append(NOT_CHECKED)
     return ExportedKernel(place.spec, place.bucket, config, "; ".join(part for part in parts if part))

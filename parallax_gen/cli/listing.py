@@ -16,7 +16,7 @@ from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
-    from parallax_gen.memory.standing import Listed, Origins
+    from parallax_gen.memory.descriptions import Listed, Origins
 
 
 @click.command("list")
@@ -31,8 +31,14 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
     Example
       parallax-gen list --gpu h200 --op decode
     """
+    from parallax_gen.memory.descriptions import (
+        Origins,
+        choices_of_places,
+        name_in_records,
+        open_memory,
+        results_of_places,
+    )
     from parallax_gen.memory.ranking import RecordTable
-    from parallax_gen.memory.standing import Origins, choices_of_places, name_in_records, open_memory, results_of_places
 
     memory = open_memory()
     results = memory.all()
@@ -74,7 +80,7 @@ def _print(rows: Iterable[Listed], origins: Origins) -> None:
 
 
 def _row(row: Listed, origins: Origins) -> tuple[str, ...]:
-    from parallax_gen.memory.standing import shape_of
+    from parallax_gen.memory.descriptions import shape_of
 
     result, timing = row.result, ("-", "-")
     if result.time_us:

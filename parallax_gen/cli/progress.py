@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from parallax_gen.describe import brief, format_counts, time_and_rate
+from parallax_gen.memory.descriptions import shape_of
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.standing import shape_of
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.job import Job, Progress

@@ -41,7 +41,7 @@ def render_kernel(
       parallax-gen render --gpu h200 --op forward --resources > kernel.py
     """
     from parallax_gen.codegen.render import render
-    from parallax_gen.memory.standing import open_memory
+    from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.runtime.dispatch import choose
 
     card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)

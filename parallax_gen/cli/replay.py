@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from parallax_gen.tuning.borrowing import Borrowed, Summary
     from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
-SHARES = (0.02, 0.05, 0.1, 0.2)  # fractions of a sweep's configs at which regrets are printed
+FRACTIONS = (0.02, 0.05, 0.1, 0.2)  # fractions of a sweep's configs at which regrets are printed
 SLOW_SAMPLERS = ("gp",)  # minutes per seed: only on request
 
 SEARCH_OPTIONS = {name: f"--{name}" for name in ("seeds", "share", "workers")} | {
@@ -132,9 +132,9 @@ def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
     """A line per sampler: trials until within 2 % of the best (median, quartiles), then regrets over the search."""
     click.echo(_title(name, sweep))
     configs = len(sweep.results)
-    shown = [(share, math.ceil(share * configs)) for share in SHARES]
-    shown = [(share, n) for share, n in shown if n <= len(curves[0].median)]
-    columns = ("", "trials to 2 %", "of all", *(f"at {share:.0%}" for share, _ in shown))
+    shown = [(fraction, math.ceil(fraction * configs)) for fraction in FRACTIONS]
+    shown = [(fraction, n) for fraction, n in shown if n <= len(curves[0].median)]
+    columns = ("", "trials to 2 %", "of all", *(f"at {fraction:.0%}" for fraction, _ in shown))
     rows = []
     for curve in curves:
         first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
@@ -171,8 +171,8 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
 
 def _judge_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
     """Print the loss of borrowed choices, judged by the measurements in `files`, or by the memory's own."""
+    from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.memory.ranking import is_rendered
-    from parallax_gen.memory.standing import open_memory
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.borrowing import borrowed, comparable_times, read_results, summarise
 

@@ -52,7 +52,7 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
       with a file that `parallax-gen bench --grid serving --csv serving.csv` wrote
     """
     from parallax_gen.bench.rows import read_rows
-    from parallax_gen.memory.standing import open_memory
+    from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.report.data import collect, to_json
     from parallax_gen.report.page import html
 

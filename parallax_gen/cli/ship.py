@@ -54,15 +54,15 @@ def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, 
 
 
 def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
+    from parallax_gen.memory.descriptions import card_of, differences_from_here, name_in_records
     from parallax_gen.memory.ranking import default_of, is_rendered
     from parallax_gen.memory.shipped import load_shipped, write_shipped
-    from parallax_gen.memory.standing import card_of, name_in_records, unlike_here
     from parallax_gen.memory.store import Store
 
     with Store(read_only=True) as store:
         results = store.all()
         name = name_in_records(gpu, results)
-        results = [r for r in results if r.place.gpu == name and not unlike_here(r)]
+        results = [r for r in results if r.place.gpu == name and not differences_from_here(r)]
         if not any(r.measured for r in results):
             raise StoreError(
                 f"{store.path} holds nothing that was measured on {name} of today's kernels with this toolchain"
@@ -87,9 +87,9 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     """Print where shipped records may lose to the default config. Returns the number of such places and toolchains."""
+    from parallax_gen.memory.descriptions import card_of, name_in_records
     from parallax_gen.memory.gains import comparisons_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
-    from parallax_gen.memory.standing import card_of, name_in_records
 
     names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]
     if not names:

@@ -12,8 +12,8 @@ from parallax_gen.describe import LEGEND, brief, number
 from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
+    from parallax_gen.memory.descriptions import Origins
     from parallax_gen.memory.result import Result
-    from parallax_gen.memory.standing import Origins
 
 
 @click.command()
@@ -31,8 +31,8 @@ def show(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) ->
     Example
       parallax-gen show --gpu h200 --op decode --shape 32,32/8,8192
     """
+    from parallax_gen.memory.descriptions import Origins, open_memory
     from parallax_gen.memory.place import Place
-    from parallax_gen.memory.standing import Origins, open_memory
     from parallax_gen.problem.shapes import bucket_of
 
     card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
@@ -62,10 +62,10 @@ def _print_timed(results: list[Result], origins: Origins) -> None:
 
 
 def _row(result: Result, origins: Origins) -> tuple[str, ...]:
-    from parallax_gen.memory.standing import unlike_here
+    from parallax_gen.memory.descriptions import differences_from_here
 
     assert result.time_us is not None
-    differences = ", ".join(unlike_here(result))
+    differences = ", ".join(differences_from_here(result))
     return number(result.time_us), *_resources(result), brief(result.config), origins.status(result), differences
 
 

@@ -43,7 +43,7 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     Example
       parallax-gen sweep --gpu h200 --op forward --to sweeps
     """
-    from parallax_gen.memory.standing import name_in_records
+    from parallax_gen.memory.descriptions import name_in_records
     from parallax_gen.memory.store import Store
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.search.recorded_sweep import sweep_of, write_sweep

@@ -206,7 +206,7 @@ def _print(done: list[Progress], path: Path) -> None:
 
 
 def _row(progress: Progress) -> tuple[str, ...]:
-    from parallax_gen.memory.standing import shape_of
+    from parallax_gen.memory.descriptions import shape_of
 
     job, best = progress.job, progress.best
     result = ("-", "-", "-")
@@ -230,7 +230,7 @@ def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict
 
 
 def _job_to_json(progress: Progress) -> dict[str, Any]:
-    from parallax_gen.memory.standing import shape_of
+    from parallax_gen.memory.descriptions import shape_of
 
     job, best = progress.job, progress.best
     time_us = best.time_us if best else None

@@ -24,7 +24,8 @@ class Inputs:
 
     softcap  of capped scores, else 0
     do      the gradient of the output, like q
-    rows    dkdv, dqdr: the output of preprocess, see `empty_row_stats`
+    row_stats
+            dkdv, dqdr: the output of preprocess, see `empty_row_stats`
     out, lse, t_mean, v_mean
             preprocess: the outputs of the forward, out and v_mean like q; lse and t_mean (batch, heads, seqlen_q) fp32
     """
@@ -45,7 +46,7 @@ class Inputs:
     window_size: int = 0
     softcap: float = 0.0
     do: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
+    row_stats: torch.Tensor | None = None
     out: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     t_mean: torch.Tensor | None = None
@@ -171,9 +172,9 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
             setattr(inputs, name, torch.empty_like(q))
         elif name in ("lse", "t_mean"):
             setattr(inputs, name, empty(*stats, dtype=torch.float32))
-        elif name == "rows":
+        elif name == "row_stats":
             lse = empty(*stats, dtype=torch.float32)
-            inputs.rows = empty_row_stats(lse, shape.batch if spec.varlen else 0)
+            inputs.row_stats = empty_row_stats(lse, shape.batch if spec.varlen else 0)
     return inputs
 
 
@@ -190,7 +191,7 @@ def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     for name in op.written(spec):
         if name in LIKE:
             written[name] = torch.empty_like(getattr(x, LIKE[name]))
-        elif name == "rows":
+        elif name == "row_stats":
             assert x.lse is not None
             written[name] = empty_row_stats(x.lse, 0 if x.cu_seqlens_q is None else x.cu_seqlens_q.shape[0] - 1)
         else:

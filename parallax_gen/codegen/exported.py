@@ -26,8 +26,8 @@ def read_sections(path: Path) -> dict[str, str]:
     if not text.startswith(FIRST_LINE):
         raise ParallaxGenError(f"{path} is not from an export, and would be overwritten: choose another folder")
     parts = re.split(r"^## (\S+\.py)\n", text, flags=re.MULTILINE)[1:]
-    found = dict(zip(parts[::2], parts[1::2], strict=True))
-    return {name: body.strip() for name, body in found.items() if (path.parent / name).exists()}
+    bodies = dict(zip(parts[::2], parts[1::2], strict=True))
+    return {name: body.strip() for name, body in bodies.items() if (path.parent / name).exists()}
 
 
 def write_sections(path: Path, sections: dict[str, str]) -> None:

@@ -26,9 +26,9 @@ class KernelSource:
 
     name       a readable module name, for files and traces
     text       the file
-    sha256     of the text, in hex: the same text is the same kernel
-    kernel     its fingerprint: what it does is the same where this is
-    text_hash  of the text below its header
+    sha256     of the text, in hex
+    kernel     the fingerprint: kernels with equal fingerprints are the same program
+    text_hash  of the text below the header
     """
 
     name: str
@@ -38,30 +38,30 @@ class KernelSource:
     text_hash: str = ""
 
 
-# Stands where the header says which kernel it is until the rest is there to be identified.
-_UNKNOWN = "0" * 12
+# The placeholder for the fingerprint in the header, until the rest is rendered and the fingerprint is known.
+_PLACEHOLDER = "0" * 12
 
 
 @lru_cache(maxsize=256)
 def render(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
-    """The kernel of `spec` done as `config` says, for `gpu`. Raises ConfigError where that cannot be.
+    """The kernel of `spec` with `config`, for `gpu`. Raises ConfigError if the config is invalid.
 
-    The fingerprint in its header is that of its text, whatever records say of that.
+    The fingerprint in its header is computed from its text, never taken from a record.
     """
-    text, hashed = _unnamed(spec, config, gpu)
+    text, hashed = _without_fingerprint(spec, config, gpu)
     kernel = cached_fingerprint(text, hashed)
-    text = text.replace(f"kernel {_UNKNOWN}", f"kernel {kernel[:12]}", 1)
+    text = text.replace(f"kernel {_PLACEHOLDER}", f"kernel {kernel[:12]}", 1)
     return KernelSource(_name(spec), text, hashlib.sha256(text.encode()).hexdigest(), kernel, hashed)
 
 
 def text_hash_of(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str:
-    """The `text_hash` of what `render` gives, sooner: a text needs no parsing for it."""
-    return _unnamed(spec, config, gpu)[1]
+    """The `text_hash` of the rendered kernel. Faster than `render`, which parses the text for its fingerprint."""
+    return _without_fingerprint(spec, config, gpu)[1]
 
 
 @lru_cache(maxsize=256)
-def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str]:
-    """A kernel's text, which does not say yet which kernel it is, and the hash of it below the header."""
+def _without_fingerprint(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str]:
+    """A kernel's text with the placeholder for its fingerprint, and the hash of the text below the header."""
     if reason := why_invalid(spec, config, gpu):
         raise ConfigError(f"{describe(config)}: {reason}")
     op = op_of(spec)
@@ -78,7 +78,7 @@ def _unnamed(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tuple[str, str
             parameters=op.parameters(spec, config),
             gpu_title=gpu.title,
             version=parallax_gen.__version__,
-            kernel=_UNKNOWN,
+            kernel=_PLACEHOLDER,
         )
     )
     return text, text_hash(text)
@@ -90,7 +90,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(data_dir("templates")),
-        auto_reload=False,  # no look at the files for every macro that is imported: they stay as they are
+        auto_reload=False,  # templates do not change: do not check their files for every imported macro
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,  # the output is Python, not HTML
@@ -98,7 +98,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _wrapped(text: str) -> str:
-    """Of the header, where a line begins with what it is of."""
+    """A text wrapped for the header, whose lines begin with a label of 11 characters."""
     return "\n".join(textwrap.wrap(text, 105, subsequent_indent=" " * 11))
 
 

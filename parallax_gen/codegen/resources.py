@@ -48,10 +48,10 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     except (OSError, subprocess.SubprocessError) as error:
         raise machine_error(error) or MachineError(gist(error)) from error
     report = done.stdout
-    found = re.findall(r"REG:(\d+) STACK:(\d+)", report)
-    if not found:
+    usages = re.findall(r"REG:(\d+) STACK:(\d+)", report)
+    if not usages:
         raise MachineError(f"cuobjdump reported no registers: {report.strip()!r}")
-    return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)
+    return max(int(registers) for registers, _ in usages), max(int(stack) for _, stack in usages)
 
 
 @cache

@@ -51,12 +51,12 @@ def comparisons(place: Place, gpu: Gpu, results: Iterable[Result]) -> list[Compa
             group = next(alike, None)
             groups.append([result]) if group is None else group.append(result)
     default = default_of(place, gpu)
-    found = []
+    pairs = []
     for group in groups:
         table = RecordTable(group)
         chosen = best(place, gpu, table).record or group[0]  # the ranking chose the default, which was not timed
-        found.append(Comparison(place, chosen, comparable_default(chosen, default, gpu, table)))
-    return found
+        pairs.append(Comparison(place, chosen, comparable_default(chosen, default, gpu, table)))
+    return pairs
 
 
 def comparisons_of(results: Iterable[Result], gpu: Gpu) -> list[Comparison]:

@@ -118,11 +118,11 @@ def cached_resources(source: KernelSource, gpu: Gpu) -> Resources | None:
 
 def _read_cached(text_hash: str, gpu: Gpu) -> Resources | None:
     with contextlib.suppress(OSError, ValueError, TypeError, MachineError, RecursionError):
-        found = json.loads(_path(text_hash, gpu).read_text(encoding="utf-8"))
-        if isinstance(found, str):
-            check_text("failure", found)
-            raise BuildError(found)
-        resources = Resources(**found)
+        cached = json.loads(_path(text_hash, gpu).read_text(encoding="utf-8"))
+        if isinstance(cached, str):
+            check_text("failure", cached)
+            raise BuildError(cached)
+        resources = Resources(**cached)
         for name, number in asdict(resources).items():
             check_int(name, number)
         return resources

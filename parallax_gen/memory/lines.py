@@ -34,15 +34,15 @@ def from_line(line: bytes) -> Result:
 
 def read_lines(name: str, lines: Iterable[bytes]) -> ParsedRecords:
     """Parse lines into results, each checked like user input; empty lines are skipped. name: of their source."""
-    found = ParsedRecords([], [])
+    parsed = ParsedRecords([], [])
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            found.results.append(from_line(line))
+            parsed.results.append(from_line(line))
         except MALFORMED as error:
-            found.problems.append(f"{name}, line {number}: not a record: {str(error)[:LONGEST_REASON]}")
-    return found
+            parsed.problems.append(f"{name}, line {number}: not a record: {str(error)[:LONGEST_REASON]}")
+    return parsed
 
 
 def read_file(path: Path) -> ParsedRecords:

@@ -67,13 +67,13 @@ VALUES: dict[str, dict[object, str]] = {
 
 def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
     """A config's fields with today's names and values. Raises ConfigError if a field has both of its names."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for old, value in data.items():
         name = FIELDS.get(old, old)
-        if name in found:
+        if name in fields:
             raise ConfigError(f"a config has {name} twice, by an old name and by its own")
-        found[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
-    return found
+        fields[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+    return fields
 
 
 def config_of_record(op: str, data: Mapping[str, Any]) -> KernelConfig:

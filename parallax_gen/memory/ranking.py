@@ -199,7 +199,7 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
 
     Empty if `gpu` is only a stand-in for the place's card, which is unknown.
     """
-    alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).sibling_counts else []
+    alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).uses_sibling_records else []
     return [replace(place, gpu=name) for name in alike]
 
 
@@ -208,7 +208,7 @@ def borrowable_neighbours(place: Place) -> list[Place]:
 
     The relation is symmetric.
     """
-    return list(near_places(place)) if op_of(place.spec).near_counts else []
+    return list(near_places(place)) if op_of(place.spec).uses_near_records else []
 
 
 def siblings(gpu: Gpu) -> list[str]:
@@ -326,12 +326,12 @@ def fastest(results: Iterable[Result]) -> list[Result]:
 
 def fastest_of_each(results: Iterable[Result], which: Callable[[Result], _Which]) -> dict[_Which, Result]:
     """The fastest measured result of each kind, and the first of a tie; kinds in the order of the results."""
-    found: dict[_Which, Result] = {}
+    fastest_of: dict[_Which, Result] = {}
     for result in results:
         if result.measured:
             kind = which(result)
-            found[kind] = min(found.get(kind, result), result, key=_time)
-    return found
+            fastest_of[kind] = min(fastest_of.get(kind, result), result, key=_time)
+    return fastest_of
 
 
 def _time(result: Result) -> float:
@@ -374,7 +374,7 @@ def _differ_in_layout(one: Place, other: Place) -> bool:
     """Whether two places of decode differ only in LAYOUT_FIELDS."""
     names = [f.name for f in fields(KernelSpec) if f.name not in LAYOUT_FIELDS]
     same = all(getattr(one.spec, name) == getattr(other.spec, name) for name in names)
-    return one.bucket == other.bucket and op_of(one.spec).own_lengths and one.spec != other.spec and same
+    return one.bucket == other.bucket and op_of(one.spec).per_sequence_lengths and one.spec != other.spec and same
 
 
 # -- Where the ranking looks up records: the memory, or a table taken from it.

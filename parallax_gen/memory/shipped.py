@@ -146,11 +146,11 @@ def _lines(path: Path, stamp: tuple[int, ...]) -> dict[bytes, list[tuple[int, by
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error}") from error
-    found: dict[bytes, list[tuple[int, bytes]]] = {}
+    index: dict[bytes, list[tuple[int, bytes]]] = {}
     for number, line in enumerate(lines, start=1):
         place, rest, _ = line.removeprefix(b'{"place": ').partition(b', "evidence": ')
-        found.setdefault(place if rest and place != line else b"", []).append((number, line))
-    return found
+        index.setdefault(place if rest and place != line else b"", []).append((number, line))
+    return index
 
 
 @lru_cache(maxsize=4096)

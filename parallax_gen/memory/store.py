@@ -117,8 +117,8 @@ class Store:
     def results(self, place: Place) -> list[Result]:
         """All results of a place, of any kernel and toolchain: the measured ones first, from fast to slow."""
         with self._as_store_error():
-            found = self._results_of_old(place) if self._has_old_schema() else self._of_place(place, self._db)
-            return sorted(found, key=reading_order)
+            results = self._results_of_old(place) if self._has_old_schema() else self._of_place(place, self._db)
+            return sorted(results, key=reading_order)
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Every row, or those of a GPU or an op, sorted by place and then from fast to slow."""
@@ -148,16 +148,16 @@ class Store:
 
     def unreadable_rows(self) -> list[str]:
         """One message (row, reason) for each row that is skipped because it does not parse."""
-        found = []
+        problems = []
         with self._as_store_error():
             for row in self._tables.query("SELECT rowid AS number, * FROM results") if self._version() else ():
-                found.append(f"row {row['number']} from before fingerprints: not a record, or a duplicate")
+                problems.append(f"row {row['number']} from before fingerprints: not a record, or a duplicate")
             for row in self._tables.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
                 try:
                     _from_row(row)
                 except (*MALFORMED, KeyError) as error:
-                    found.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
-        return found
+                    problems.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
+        return problems
 
     def in_trial_order(self) -> list[Result]:
         """All rows in the order in which configs were first tried; a config that is timed again keeps its position."""

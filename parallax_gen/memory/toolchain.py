@@ -78,6 +78,6 @@ def _release(assembler: str) -> str | None:
             ).stdout
         except (OSError, subprocess.CalledProcessError):
             continue
-        if found := re.search(r"release (\d+\.\d+)", output):
-            return found[1]
+        if match := re.search(r"release (\d+\.\d+)", output):
+            return match[1]
     return None

@@ -1,4 +1,4 @@
-"""What an op is to the rest of the package: one object that says how its kernels are configured, launched, checked."""
+"""The interface of an op: one object that defines how its kernels are configured, launched, checked and timed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum, auto
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from parallax_gen.errors import ConfigError
@@ -15,23 +16,24 @@ from parallax_gen.ops.pieces import Piece, pieces_of
 from parallax_gen.ops.signature import Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import OWN_LENGTHS, QUERY_ROW_OPS, KernelSpec, family_of
+from parallax_gen.problem.spec import PER_SEQUENCE_LENGTHS, QUERY_ROW_OPS, KernelSpec, family_of
 
 Value = int | str
 
-MOST_REGISTERS = 255  # a thread
-LARGEST_BLOCK = 128  # rows or keys at a time: kernels add up offsets in 32 bits in a block, in 64 from block to block
-# Rows of a sequence are padded to a multiple of this where kernels step over what preprocess left: every block of them
-# is whole, and begins where wide loads may.
+MAX_REGISTERS_PER_THREAD = 255
+LARGEST_BLOCK = 128  # rows or keys: offsets within a block are 32-bit, offsets from block to block 64-bit
+# dkdv and dqdr step over the output of preprocess. Each sequence's rows in it are padded to a multiple of this, so that
+# every block is whole and begins at an aligned address, as wide loads need.
 PADDED_TO = LARGEST_BLOCK
-LARGEST = 2**31 - 1  # of a number in a config, and
-LONGEST = 64  # characters of a word: far beyond any knob's values
+# Bounds of a config that is read from a file, far beyond the values of any knob.
+MAX_NUMBER = 2**31 - 1
+MAX_WORD_LENGTH = 64  # characters
 
 
 class KernelConfig:
-    """How a kernel is done: the choices that change its speed and never its result. Every op's is a frozen dataclass.
+    """The choices that change a kernel's speed and never its result. Every op has its own frozen dataclass.
 
-    num_warps  warps a program
+    num_warps  warps per program
     """
 
     num_warps: int
@@ -43,7 +45,7 @@ C = TypeVar("C", bound=KernelConfig)
 
 @dataclass(frozen=True)
 class Knob:
-    """One field of a config: the values it may take, in the order in which they are neighbours."""
+    """One field of a config and its possible values, ordered such that adjacent values are neighbours."""
 
     name: str
     values: tuple[Value, ...]
@@ -56,14 +58,23 @@ class Knob:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Numbers of scratch that a launch needs: fp32 `partials` and int32 `arrived` counters (0 before and after)."""
+    """The scratch that a launch needs.
+
+    partials  fp32 elements of partial states
+    arrived   int32 arrival counters, which are 0 before and after every launch
+    """
 
     partials: int = 0
     arrived: int = 0
 
 
 class Layout(Enum):
-    """What a program of an op owns, and with that what bounds its time: matmuls those of TILES, memory the others."""
+    """What a program of an op owns, which determines what bounds its time.
+
+    TILES  a tile of query rows or keys: bound by matmuls
+    ROWS   query rows: bound by memory
+    CACHE  the keys of a split of a KV cache: bound by memory
+    """
 
     TILES = auto()
     ROWS = auto()
@@ -72,12 +83,12 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class CostHints:
-    """What the cost model knows of an op.
+    """An op's constants in the cost model.
 
-    reached         of the tensor cores' peak, what the best configs reach
+    reached         the fraction of the tensor cores' peak that the best configs reach
     spilled         bytes spilled for each register that a thread lacks
-    spill_bytes     of stack a thread that double the time
-    merge_bytes_us  bytes of partial states that one program loads a microsecond
+    spill_bytes     the stack bytes per thread that double the time
+    merge_bytes_us  bytes of partial states that one program loads per microsecond
     """
 
     reached: float = 0.0
@@ -87,15 +98,16 @@ class CostHints:
 
 
 class Op(ABC, Generic[C]):
-    """One op. There is one instance of each, in `OPS_BY_NAME`.
+    """One op. Each op has one instance, in `OPS_BY_NAME`.
 
-    config          its frozen dataclass
-    knobs           of the config's fields, in their order
-    template        the file that renders it
-    sibling_counts  whether what is fast on cards alike is ahead of the default, by evidence
-    near_counts     whether what is fast at near sizes is, by evidence
-    own_lengths     whether a launch takes each sequence's length
-    stats_in_error  whether the error that a trial is recorded with is of statistics too
+    config                the dataclass of its configs
+    knobs                 one for each field of the config, in the same order
+    template              the template's file name
+    uses_sibling_records  whether a call may use a record of a sibling card: measurements show that it beats the default
+    uses_near_records     whether a call may use a record of a near bucket, likewise
+    per_sequence_lengths  whether a launch takes each sequence's length
+    stats_in_error        whether a trial's recorded error covers the statistics too
+    launch_names          the name in `launch` of a tensor, where it differs from the name in `given` and `written`
     """
 
     name: ClassVar[str]
@@ -104,39 +116,40 @@ class Op(ABC, Generic[C]):
     template: ClassVar[str]
     layout: ClassVar[Layout]
     costs: ClassVar[CostHints]
-    sibling_counts: ClassVar[bool] = True
-    near_counts: ClassVar[bool] = False
-    own_lengths: ClassVar[bool] = False
+    uses_sibling_records: ClassVar[bool] = True
+    uses_near_records: ClassVar[bool] = False
+    per_sequence_lengths: ClassVar[bool] = False
     stats_in_error: ClassVar[bool] = True
+    launch_names: ClassVar[Mapping[str, str]] = MappingProxyType({"row_stats": "rows"})
 
-    # -- which configs there are
+    # -- the space of configs
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         """The knob's values without those that no config of this spec can use."""
         return knob.values
 
     def coerce(self, spec: KernelSpec, choices: dict[str, Value]) -> dict[str, Value]:
-        """The choices nearest to these that agree with each other."""
+        """The nearest choices that are consistent with each other."""
         return choices
 
     @abstractmethod
     def why_invalid(self, spec: KernelSpec, config: C, gpu: Gpu) -> str | None:
-        """What `space.why_invalid` says of a config whose knobs each have one of their values, and which fits."""
+        """The op's own part of `space.why_invalid`. Each knob already has one of its values."""
 
     @abstractmethod
     def shared_bytes(self, spec: KernelSpec, config: C, gpu: Gpu) -> int:
-        """Shared memory that a kernel needs, at the least."""
+        """The least shared memory that a kernel needs."""
 
-    def room_bytes(self, spec: KernelSpec, config: C, gpu: Gpu) -> int:
-        """How much more shared memory it may turn out to take."""
+    def extra_shared_bytes(self, spec: KernelSpec, config: C, gpu: Gpu) -> int:
+        """The most shared memory that a compiled kernel takes beyond `shared_bytes`."""
         return 0
 
     @abstractmethod
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[C]:
-        """Candidates for the default config, the best first; some may be invalid."""
+        """Candidates for the default config, best first; some may be invalid."""
 
-    def promising(self, spec: KernelSpec, found: list[C]) -> list[C]:
-        """What else was fast somewhere, beside `found`: the default, then all candidates for it."""
+    def promising(self, spec: KernelSpec, defaults: list[C]) -> list[C]:
+        """Other configs that were fast for some spec. defaults: the default config, then all candidates for it."""
         return []
 
     def floor_of(self, knob_name: str, size: int) -> int:
@@ -144,9 +157,12 @@ class Op(ABC, Generic[C]):
         values = next(knob.values for knob in self.knobs if knob.name == knob_name)
         return max(v for v in values if isinstance(v, int) and 0 < v <= size)
 
-    def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
-        """The pieces of a head that a program computes scores with, and those that it sums, by HEAD_DIM_LAYOUT."""
-        pieces = pieces_of(head_dim, form)
+    def scored_and_summed(self, head_dim: int, head_dim_layout: str) -> tuple[list[Piece], list[Piece]]:
+        """The pieces of a head that a program computes scores with, and those whose outputs it accumulates.
+
+        head_dim_layout  the config's HEAD_DIM_LAYOUT
+        """
+        pieces = pieces_of(head_dim, head_dim_layout)
         return pieces, pieces
 
     # -- what a launch takes, in this order: given, written, lengths, scratch, scales, sizes. The names are those of
@@ -154,14 +170,14 @@ class Op(ABC, Generic[C]):
 
     @abstractmethod
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
-        """Tensors that are read."""
+        """The tensors that the kernel reads."""
 
     @abstractmethod
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
-        """Tensors that are written."""
+        """The tensors that the kernel writes."""
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
-        """Tensors that say where sequences begin and end, where their keys are, and what those are scaled by."""
+        """The tensors with the lengths and offsets of sequences, page tables, and scales of 8-bit caches."""
         return ()
 
     def scales_taken(self, spec: KernelSpec) -> tuple[str, ...]:
@@ -169,66 +185,67 @@ class Op(ABC, Generic[C]):
         return ("softmax_scale", *("softcap",) * spec.softcap)
 
     def sizes(self, spec: KernelSpec) -> tuple[str, ...]:
-        """Numbers: the window, and the longest sequence of those that are tiled."""
+        """The integers: the window, and the maximum length of the packed sequences that are tiled."""
         return ("window_size",) * spec.window + ("max_seqlen_q",) * spec.varlen
 
     def scratch(self, spec: KernelSpec, config: C, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
-        """What a launch at this size needs; nothing where every program finishes its own rows.
+        """The scratch for a launch of this size; none if every program finishes its own rows.
 
-        seqlen_q  of decode with many queries: the longest sequence's
+        seqlen_q  for decode with multi-token queries: the largest number of queries of a sequence
         """
         return Scratch()
 
     def signatures(self, spec: KernelSpec, config: C) -> dict[str, Signature]:
-        """Of each kernel in the op's file, by a short name: what `launch` passes it."""
+        """The signature of each kernel in the rendered file, by a short name."""
         return {}
 
     def form(self, spec: KernelSpec, config: C) -> object:
-        """Sizes and facts that a template needs of a spec and a config together: a frozen dataclass of the op's own."""
+        """The values that the template derives from a spec and a config: a frozen dataclass of the op's own."""
         return None
 
     def tensors(self, spec: KernelSpec, config: C) -> tuple[str, ...]:
-        """All tensors that `launch` takes, in order, by the names that it has for them."""
+        """All tensors that `launch` takes, in order, by their names there."""
         needed = self.scratch(spec, config, 1, 1)
         scratch = ("partials",) * (needed.partials > 0) + ("arrived",) * (needed.arrived > 0)
-        return (*self.given(spec), *self.written(spec), *self.lengths(spec), *scratch)
+        tensors = (*self.given(spec), *self.written(spec), *self.lengths(spec), *scratch)
+        return tuple(self.launch_names.get(tensor, tensor) for tensor in tensors)
 
     def parameters(self, spec: KernelSpec, config: C) -> tuple[str, ...]:
-        """All that `launch` takes, in order, as it declares them."""
+        """The declarations of all parameters of `launch`, in order."""
         tensors = [f"{tensor}: torch.Tensor" for tensor in self.tensors(spec, config)]
         scales = (f"{scale}: float" for scale in self.scales_taken(spec))
         return (*tensors, *scales, *(f"{size}: int" for size in self.sizes(spec)))
 
-    # -- how it is checked, timed and shown
+    # -- checks, timing and display
 
     @abstractmethod
     def awkward_shape(self, spec: KernelSpec, config: C, kv_heads: int = 3) -> Shape:
-        """A small shape that no tile of `config` divides: tails, a last group of heads, splits without keys.
+        """A small shape that no tile of `config` divides: it has partial tiles, a partial group of heads, empty splits.
 
-        kv_heads  as many as elsewhere, where the kernel should not be compiled once more for other strides
+        kv_heads  give the count of the timed shape to get the same strides, so that Triton need not compile again
         """
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
-        """The keys of each sequence in the batches that a kernel is timed at: in one, as many as the shape says."""
+        """Each timed batch's numbers of keys per sequence: by default one batch, with the shape's seqlen_kv in each."""
         return ((shape.seqlen_kv,) * shape.batch,)
 
-    def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
-        """What an exported file's name says of a bucket's lengths."""
+    def bucket_suffix(self, spec: KernelSpec, bucket: Bucket) -> str:
+        """The part of an exported file's name that gives the bucket's lengths."""
         return f"_q{bucket.seqlen_q}_kv{bucket.seqlen_kv}"
 
-    def instructions_share(self, spec: KernelSpec, config: C) -> float:
-        """What fewer instructions beside the matmuls are worth."""
+    def instructions_factor(self, spec: KernelSpec, config: C) -> float:
+        """The factor of the rate for a config with fewer instructions beside the matmuls (the cost model's)."""
         return 1.0
 
 
-# Filled when the package `ops` is imported.
+# Filled when the package `ops` is imported: op name -> op.
 OPS_BY_NAME: dict[str, Op[Any]] = {}
 
 
 def register(op: Op[Any]) -> None:
-    """Each op's file calls it: a knob that is missing or misnamed shows at import, not in a tune."""
+    """Each op's file calls this. A missing or misnamed knob fails at import, not during a tune."""
     assert [knob.name for knob in op.knobs] == [f.name for f in fields(op.config)], op.name
-    assert op.own_lengths == (op.name in OWN_LENGTHS), op.name
+    assert op.per_sequence_lengths == (op.name in PER_SEQUENCE_LENGTHS), op.name
     assert (op.layout is Layout.ROWS) == (op.name in QUERY_ROW_OPS), op.name
     OPS_BY_NAME[op.name] = op
 
@@ -238,38 +255,38 @@ def op_of(spec: KernelSpec) -> Op[Any]:
     return OPS_BY_NAME[spec.op]
 
 
-# -- configs as JSON, both ways
+# -- configs to and from JSON
 
 
 def config_to_dict(config: KernelConfig) -> dict[str, Any]:
-    """Every field but those at a default: fields have one that came after records were first written."""
+    """The fields, without those at their default. Only fields that were added after the first records have one."""
     return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
 
 
 def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
-    """The config of `op` that `config_to_dict` wrote. Raises ConfigError on a wrong field or type.
+    """The inverse of `config_to_dict`. Raises ConfigError on a wrong field or type, or a value beyond the bounds.
 
-    Values need not be those of today's knobs, which `space.why_invalid` knows; numbers and words are bounded.
+    Values need not be among the knobs' values: `space.why_invalid` checks that.
     """
-    kind, family = OPS_BY_NAME[op].config, family_of(op)
-    expected = {f.name: f.type for f in fields(kind)}
-    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    config_class, family = OPS_BY_NAME[op].config, family_of(op)
+    expected = {f.name: f.type for f in fields(config_class)}
+    needed = {f.name for f in fields(config_class) if f.default is MISSING}
     if not needed <= set(data) <= set(expected):
         raise ConfigError(f"a {family} config has the fields {sorted(expected)}, not {sorted(data)}")
     for name, value in data.items():
         if type(value).__name__ != expected[name]:
             raise ConfigError(f"{family} config field {name} is {value!r:.80}; it must be of type {expected[name]}")
-        if isinstance(value, int) and not 0 <= value <= LARGEST:
-            raise ConfigError(f"{family} config field {name} is {value!r:.80}; it must be from 0 to {LARGEST}")
-        if isinstance(value, str) and not (value.isprintable() and len(value) <= LONGEST):
+        if isinstance(value, int) and not 0 <= value <= MAX_NUMBER:
+            raise ConfigError(f"{family} config field {name} is {value!r:.80}; it must be from 0 to {MAX_NUMBER}")
+        if isinstance(value, str) and not (value.isprintable() and len(value) <= MAX_WORD_LENGTH):
             raise ConfigError(
-                f"{family} config field {name} is {value!r:.80}; it must be a word of at most {LONGEST} letters"
+                f"{family} config field {name} is {value!r:.80}; it must be a word of at most {MAX_WORD_LENGTH} letters"
             )
-    config: KernelConfig = kind(**data)
+    config: KernelConfig = config_class(**data)
     return config
 
 
 @lru_cache(maxsize=4096)
 def config_to_json(config: KernelConfig) -> str:
-    """One line, keys sorted: the same config always gives the same text."""
+    """One line with sorted keys: equal configs give equal texts."""
     return json.dumps(config_to_dict(config), sort_keys=True)

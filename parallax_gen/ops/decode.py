@@ -1,22 +1,23 @@
-"""Queries against a KV cache: what decode with one length for all and with own lengths share, and the former."""
+"""The base class of both decode ops, and decode itself: one query a sequence, and one length for all sequences."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from types import MappingProxyType
 
-from parallax_gen.ops.base import MOST_REGISTERS, CostHints, Knob, Layout, Op, Scratch, Value, register
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, CostHints, Knob, Layout, Op, Scratch, Value, register
 from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
 from parallax_gen.ops.pieces import width_of
-from parallax_gen.ops.signature import SOFTCAP_ABOUT, Passed, Signature, number, pointers, score_scales
+from parallax_gen.ops.signature import SOFTCAP_ABOUT, Argument, Signature, number, pointers, score_scales
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 
 
 class CacheOp(Op[DecodeConfig]):
-    """What both kinds of decode share."""
+    """The base class of decode and decode_varlen."""
 
     config = DecodeConfig
     knobs = (
@@ -28,8 +29,9 @@ class CacheOp(Op[DecodeConfig]):
         Knob("num_stages", (2, 3, 4, 5, 6)),
     )
     layout = Layout.CACHE
+    launch_names = MappingProxyType({"k": "k_cache", "v": "v_cache"})
 
-    # -- which configs there are
+    # -- the space of configs
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         if knob.name == "BLOCK_H":
@@ -47,54 +49,54 @@ class CacheOp(Op[DecodeConfig]):
         if spec.dtype == "fp32" and config.BLOCK_H * config.BLOCK_N * width**2 > max(
             config.num_warps << 21, 8 * 16 * width**2
         ):
-            # As of the other kernels: without tensor cores a thread holds its share of the operands too.
+            # As in the tiled ops: without tensor cores each thread also holds part of the operands.
             return f"{config.BLOCK_H} heads of fp32 at head_dim {width} are too many for the registers of its warps"
-        a_thread = 2 * config.BLOCK_H * (width + config.BLOCK_N) // (32 * config.num_warps)
-        if a_thread > MOST_REGISTERS:
-            return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+        accumulators = 2 * config.BLOCK_H * (width + config.BLOCK_N) // (32 * config.num_warps)
+        if accumulators > MAX_REGISTERS_PER_THREAD:
+            return f"its accumulators need {accumulators} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
         return None
 
     @abstractmethod
     def why_not_merged(self, spec: KernelSpec, config: DecodeConfig) -> str | None:
-        """Why a config's splits cannot be joined as it says."""
+        """Why the splits cannot be merged in the config's way; None if they can."""
 
     def shared_bytes(self, spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> int:
         """What Triton allocates: key blocks in flight, the tile of queries and probes, operands of matmuls.
 
         From compiling 538 kernels for sm_89, sm_90 and sm_100 with Triton 3.9, and some of them with 3.6, which gives
-        the same numbers. None took more. Of the 507 whose head_dim is a multiple of 16, 505 took 1 KiB less at the
-        most, which is what `scratch` and `pages` come to, and two 8 KiB less. Other head_dims of 16-bit numbers may
-        take much less: their loads are asynchronous only where strides happen to be multiples of 16.
+        the same numbers. No kernel took more. 507 of them have a head_dim that is a multiple of 16: 505 of these took
+        at most 1 KiB less, which is the size of `scratch` and `pages`, and two took 8 KiB less. Kernels with other
+        head_dims in 16 bits may take much less: their loads are asynchronous only if strides are multiples of 16.
         """
         rows, keys = 2 * config.BLOCK_H, config.BLOCK_N
         width = width_of(max(spec.head_dim, 64) if spec.cache_dtype else spec.head_dim, "padded")
-        pair = 2 * keys * width  # numbers of a block of k and v
+        pair = 2 * keys * width  # elements of a block of k and of v
         owned = (config.num_stages - 1) * pair * spec.cache_bytes + rows * width * spec.bytes_per_element
         weights = rows * keys * spec.bytes_per_element
-        scratch = 4 * rows  # of a row's sum or factor, passed between warps
-        pages = 8 * keys if spec.page_size else 0  # passed between threads where each key has its own page
+        scratch = 4 * rows  # bytes: each row's sum or factor, exchanged between warps
+        pages = 8 * keys if spec.page_size else 0  # bytes: each key's page offset, exchanged between threads
         asynchronous = rows >= 64 and config.num_warps >= 4 and spec.dtype != "fp32"
         if asynchronous and gpu.capability[0] in (9, 10):
-            # wgmma and tcgen05 take k and v from shared memory: one block more is in flight, or k or v widened from 8
-            # bits.
+            # wgmma and tcgen05 read k and v from shared memory: one more block is in flight, or k or v is stored there
+            # once more, widened from 8 bits.
             owned += (pair // 2 if spec.cache_dtype else pair) * spec.bytes_per_element
             if gpu.capability[0] == 9:
                 return owned
-            twice = spec.cache_dtype or spec.dtype == "tf32"  # how often tcgen05 has the weights there
+            twice = spec.cache_dtype or spec.dtype == "tf32"  # whether tcgen05 keeps two copies of the weights there
             return owned + (2 * weights if twice else weights + scratch) + 64
-        # One warp has all weights that its rows need. So has each of several where both matmuls of an 8-bit cache,
-        # which sum a fourth of head_dim each, are split by rows.
-        passed = config.num_warps > 1 and not (spec.cache_dtype and rows >= width // 4)
-        return owned + max(weights + scratch if passed else 0, pages)
+        # Warps exchange weights through shared memory. A single warp has all weights of its rows. So does each warp if
+        # the matmuls of an 8-bit cache, each over a quarter of head_dim, are split between warps by rows.
+        exchanged = config.num_warps > 1 and not (spec.cache_dtype and rows >= width // 4)
+        return owned + max(weights + scratch if exchanged else 0, pages)
 
     # -- where a search begins
 
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[DecodeConfig]:
-        """Small programs, several on each multiprocessor, and as many splits as it takes to have them."""
+        """Small programs, and enough splits to run several of them on each multiprocessor."""
         rows = spec.group * shape.seqlen_q
         block_h = 16 if rows > 8 else 8
         if rows > 64 and spec.dtype != "fp32":
-            block_h = 64  # a prompt's rows: as many as there are registers for
+            block_h = 64  # rows of a prompt: as many as fit in registers
         programs = shape.batch * shape.kv_heads * -(-rows // block_h)
         wanted = self.splits_wanted(spec, programs, gpu)
         splits = self.floor_of("NUM_SPLITS", min(wanted, -(-shape.seqlen_kv // 32)))
@@ -103,15 +105,15 @@ class CacheOp(Op[DecodeConfig]):
         return [DecodeConfig(n, h, splits, merge, num_warps=w, num_stages=s) for n, h, w, s in tiles]
 
     def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
-        """Into how many parts a sequence is split where there are so many programs without."""
-        return max(1, 2 * gpu.sms // programs)  # more would hide no more latency, and cost merging
+        """The number of splits of a sequence. programs: how many there are without splits."""
+        return max(1, 2 * gpu.sms // programs)  # more splits hide no more latency, and cost merging
 
     @abstractmethod
     def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
-        """Who joins the splits by default; `heads` are a program's query heads."""
+        """The default value of merge. heads: query heads per program."""
 
-    def promising(self, spec: KernelSpec, found: list[DecodeConfig]) -> list[DecodeConfig]:
-        default = found[0]
+    def promising(self, spec: KernelSpec, defaults: list[DecodeConfig]) -> list[DecodeConfig]:
+        default = defaults[0]
         if default.NUM_SPLITS == 1:
             return []
         return [
@@ -119,7 +121,7 @@ class CacheOp(Op[DecodeConfig]):
             replace(default, merge="kernel", num_warps=2, num_stages=3, BLOCK_N=64),
         ]
 
-    # -- how it is launched and checked
+    # -- launches and checks
 
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("q", "r", "k", "v")
@@ -127,12 +129,8 @@ class CacheOp(Op[DecodeConfig]):
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("out", "lse", "t_mean", "v_mean") if spec.stats else ("out",)
 
-    def tensors(self, spec: KernelSpec, config: DecodeConfig) -> tuple[str, ...]:
-        caches = {"k": "k_cache", "v": "v_cache"}
-        return tuple(caches.get(tensor, tensor) for tensor in super().tensors(spec, config))
-
     @abstractmethod
-    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+    def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         """The arguments of `launch` and what each is, for its docstring. A line without a name continues the last."""
 
     def awkward_shape(self, spec: KernelSpec, config: DecodeConfig, kv_heads: int = 3) -> Shape:
@@ -143,15 +141,15 @@ class CacheOp(Op[DecodeConfig]):
 
 
 class DecodeOp(CacheOp):
-    """One query a sequence, and all sequences of one length."""
+    """One query a sequence, and one length for all sequences."""
 
     name = "decode"
     template = "decode.py.j2"
-    costs = CostHints(spill_bytes=200, merge_bytes_us=40e3)  # its step is short, and spills each time
-    near_counts = True
+    costs = CostHints(spill_bytes=200, merge_bytes_us=40e3)  # a step is short, and each step spills
+    uses_near_records = True
 
     def coerce(self, spec: KernelSpec, choices: dict[str, Value]) -> dict[str, Value]:
-        """One split has nothing to merge."""
+        """With one split there is nothing to merge."""
         if choices["NUM_SPLITS"] == 1:
             return {**choices, "merge": "none"}
         return {**choices, "merge": "last"} if choices["merge"] == "none" else choices
@@ -162,7 +160,7 @@ class DecodeOp(CacheOp):
         return None
 
     def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
-        # Past so many partial states one program is slower to join them than a kernel more, of a program for each head.
+        # Beyond 128 partial states one program merges more slowly than a second kernel with a program per head.
         return "none" if splits == 1 else "last" if splits * heads <= 128 else "kernel"
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
@@ -173,20 +171,20 @@ class DecodeOp(CacheOp):
         return Scratch(partials, batch * kv_heads * form.tiles if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
-        later = config.merge == "kernel"  # out is written by the second kernel
-        tensors = [tensor for tensor in self.tensors(spec, config) if not (later and tensor == "out")]
+        second_kernel = config.merge == "kernel"  # then that kernel writes out
+        tensors = [tensor for tensor in self.tensors(spec, config) if not (second_kernel and tensor == "out")]
         out_strides = (number("stride_ob"), number("stride_oh"))
         passed = (
             *pointers(tensors),
             *(number(f"stride_{tensor}{dim}") for tensor in "qr" for dim in "bh"),
-            *(Passed(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv"),
-            *(() if later else out_strides),
+            *(Argument(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv"),
+            *(() if second_kernel else out_strides),
             *score_scales(spec),
             number("kv_heads"),
             number("seqlen_kv", "k_cache.shape[1]"),
         )
         kernels = {"decode": Signature(passed, ("kv_heads", "seqlen_kv"))}
-        if later:
+        if second_kernel:
             merge = (*pointers(("out", "partials")), *out_strides, number("heads"))
             kernels["merge"] = Signature(merge, ("heads",))
         return kernels
@@ -194,7 +192,7 @@ class DecodeOp(CacheOp):
     def form(self, spec: KernelSpec, config: DecodeConfig) -> DecodeForm:
         return DecodeForm(spec, config)
 
-    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+    def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         form = self.form(spec, config)
         kv_heads = form.kv_heads
         row = f"{spec.head_dim}) {spec.dtype}"
@@ -208,34 +206,34 @@ class DecodeOp(CacheOp):
         if spec.softcap:
             yield "softcap", SOFTCAP_ABOUT
 
-    def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
+    def bucket_suffix(self, spec: KernelSpec, bucket: Bucket) -> str:
         return f"_kv{bucket.seqlen_kv}"
 
 
 def _half_empty(spec: KernelSpec, block_h: int) -> bool:
-    """Whether a tile taller than need be, 8, has rows for twice the heads of a group or more: mostly padding."""
+    """Whether half of a tile's rows or more are padding, although a smaller BLOCK_H exists: 8 is the smallest."""
     return block_h > 8 and block_h >= 2 * spec.group and not spec.many_queries
 
 
 def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, int, int, int]]:
-    """(BLOCK_N, BLOCK_H, num_warps, num_stages), the best first."""
+    """(BLOCK_N, BLOCK_H, num_warps, num_stages), best first."""
     tiles = [(32, block_h, w, s) for w, s in ((1, 4), (2, 3), (2, 2))]
     if block_h == 64:
         tall = [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
-        # From compiling, of heads wider than 128: 64 keys widened from 8 bits at a time spill up to a kilobyte, and 32
-        # of them 200 bytes; asynchronous matmuls in tf32 spill 900, of 16 rows 320.
+        # From compiling with head_dim over 128: blocks of 64 keys widened from 8 bits spill up to a kilobyte, blocks of
+        # 32 keys 200 bytes; asynchronous matmuls in tf32 spill 900 bytes, those of 16 rows 320.
         if spec.head_dim > 128 and spec.cache_dtype:
             tall = [tall[0], tall[-1]]
         elif spec.head_dim > 128 and spec.dtype == "tf32" and gpu.capability[0] in (9, 10):
             tall.pop()
         tiles = [*tall, *((n, 16, w, s) for n, _, w, s in tiles)]
     elif spec.cache_dtype and spec.head_dim <= 64:
-        pass  # from compiling: of so narrow heads each of two warps would widen all numbers
-    elif spec.page_size or spec.cache_dtype:  # more is done for each key: two warps share it
+        pass  # from compiling: with such narrow heads each of two warps would widen all elements
+    elif spec.page_size or spec.cache_dtype:  # more work for each key: two warps share it
         tiles = [(64, block_h, 2, 3), *tiles]
     elif spec.many_queries:
         tiles = [(32, block_h, 2, 4), *tiles]
-    # Where head_dim is so wide, or its numbers are, that none of them fits.
+    # The last ones are for a head_dim or dtype so wide that none of the others fits.
     return [*tiles, (32, 8, 2, 2), (16, 8, 1, 2), (16, 8, 2, 2)]
 
 

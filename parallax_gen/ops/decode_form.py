@@ -1,4 +1,7 @@
-"""The config of both decode ops, and what their templates derive from it and a spec; decode_varlen_form has more."""
+"""The config of both decode ops, and the values that their templates derive from it and a spec.
+
+decode_varlen_form.py has those that only decode_varlen needs.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class DecodeConfig(KernelConfig):
-    """Choices of decode.
+    """The config of decode and decode_varlen.
 
-    BLOCK_N      keys a program takes a step
-    BLOCK_H      query heads a program serves, or (query, head) pairs: their queries and probes fill one tile of
-                 2*BLOCK_H rows
-    NUM_SPLITS   programs that share one sequence's keys; on the average where each has its own length
-    merge        who joins the splits: "none" (one split), "last" (the last to arrive), "kernel" (a second kernel)
-    num_warps    warps a program
+    BLOCK_N      keys per step of a program
+    BLOCK_H      query heads per program, or (query, head) pairs with multi-token queries: their queries and probes fill
+                 one tile of 2*BLOCK_H rows
+    NUM_SPLITS   programs that share one sequence's keys; the average number with per-sequence lengths
+    merge        what merges the splits: "none" (there is one split), "last" (the last program to arrive), "kernel" (a
+                 second kernel)
+    num_warps    warps per program
     num_stages   key blocks in flight
     """
 
@@ -33,14 +37,14 @@ class DecodeConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class CacheForm:
-    """Sizes, facts and short texts that the templates of both decode ops derive from a spec and a config."""
+    """The values and short texts that the templates of both decode ops derive from a spec and a config."""
 
     spec: KernelSpec
     config: DecodeConfig
 
     @property
     def width(self) -> int:
-        """The width of a row in a tile: a power of two, with an 8-bit cache at least 64: 16 words of four numbers."""
+        """The width of a row in a tile: a power of two; with an 8-bit cache at least 64, or 16 words of 4 elements."""
         return power_of_2(max(self.spec.head_dim, 64 if self.spec.cache_dtype else 16))
 
     @property
@@ -55,22 +59,22 @@ class CacheForm:
 
     @property
     def out_mask(self) -> str:
-        """The mask of a store of one row, which leaves out the padding."""
+        """The mask argument of a store of one row, which hides the padding."""
         return ", mask=dims < HEAD_DIM" if self.padded else ""
 
     @property
     def short(self) -> bool:
-        """Whether a tile holds 8 queries and 8 probes. A taller one takes such eights in turn."""
+        """Whether a tile holds 8 queries and 8 probes. A taller tile alternates 8 queries and 8 probes."""
         return self.config.BLOCK_H == 8
 
     @property
     def tiles(self) -> int:
-        """How many tiles the heads of a group fill, with one query each."""
+        """The number of tiles that the heads of a group fill, with one query each."""
         return -(-self.spec.group // self.config.BLOCK_H)
 
     @property
     def tiled(self) -> bool:
-        """Whether a sequence can have several tiles."""
+        """Whether a sequence may have several tiles per kv head."""
         return self.spec.many_queries or self.tiles > 1
 
     @property
@@ -80,17 +84,17 @@ class CacheForm:
 
     @property
     def kv_heads(self) -> str:
-        """The number of kv heads, as it writes that."""
+        """The number of kv heads, as the docstring of `launch` writes it."""
         return "kv_heads" if self.spec.group > 1 else "heads"
 
     @property
     def precision(self) -> str:
-        """An argument for matmuls of fp32: tensor cores would round the operands to tf32."""
+        """The argument that keeps fp32 matmuls exact: by default tensor cores round the operands to tf32."""
         return ', input_precision="ieee"' if self.spec.dtype == "fp32" else ""
 
     @property
     def as_value(self) -> str:
-        """The cast of probabilities to the type of values, for the second matmul."""
+        """The cast of probabilities to v's dtype, for the second matmul."""
         return "" if self.spec.dtype == "fp32" else ".to(v.dtype)"
 
     @property
@@ -110,23 +114,23 @@ class CacheForm:
 
     @property
     def state(self) -> int:
-        """How many numbers the partial state of a row has: o1 and o2, and m, d1, d2 padded to four."""
+        """The fp32 elements of a row's partial state: o1 and o2, and m, d1, d2 padded to four."""
         return 2 * self.spec.head_dim + 4
 
     @property
     def merge_warps(self) -> int:
-        """Warps of a program that joins splits."""
+        """Warps of a program that merges splits."""
         return self.config.num_warps if self.config.merge == "last" else 4
 
     @property
     def vectors_held(self) -> int:
-        """How many partial vectors such a program holds at a time: they take at most 64 registers a thread."""
+        """How many partial vectors such a program holds at a time, in at most 64 registers per thread."""
         return 64 * 32 * self.merge_warps // self.width
 
 
 @dataclass(frozen=True)
 class DecodeForm(CacheForm):
-    """The same for decode alone: each sequence has one query, and all sequences have one length."""
+    """The form of decode alone: one query a sequence, and one length for all sequences."""
 
     @property
     def dims(self) -> str:
@@ -135,22 +139,25 @@ class DecodeForm(CacheForm):
 
     @property
     def key_mask(self) -> str:
-        """Hides the padding of keys and values. A mask of keys would cost registers, and slow some lengths down."""
+        """The mask argument that hides the padding of keys and values.
+
+        A mask of keys would cost registers, and slow down some lengths.
+        """
         return ", mask=in_head[None, :], other=0.0" if self.padded else ""
 
     @property
     def group_at(self) -> str:
-        """The name of the number that counts kv heads, sequence by sequence."""
+        """The name of the index of a (sequence, kv head) pair."""
         return "kv_bh" if self.tiled else "bh"
 
     @property
     def row0(self) -> str:
-        """Comes before the number of a head in its tile, and makes it the number in the group."""
+        """The prefix that turns a head's index in its tile into its index in the group."""
         return "head0 + " if self.tiled else ""
 
     @property
     def keys(self) -> tuple[str, str]:
-        """Where the keys of a program begin and end."""
+        """The first key of a program, and the end of its keys."""
         return ("start", "end") if self.split else ("0", "seqlen_kv")
 
     @property
@@ -160,12 +167,12 @@ class DecodeForm(CacheForm):
 
     @property
     def chunk(self) -> int:
-        """How many splits' vectors are joined at a time."""
+        """How many splits' vectors are merged at a time."""
         return min(self.splits_width, max(self.vectors_held, 1))
 
     @property
     def chunked(self) -> bool:
-        """Whether joining takes several chunks."""
+        """Whether merging takes several chunks."""
         return self.chunk < self.splits_width
 
     @property
@@ -186,7 +193,7 @@ class DecodeForm(CacheForm):
 
     @property
     def programs(self) -> str:
-        """How many programs `launch` starts."""
+        """The number of programs that `launch` starts."""
         factors = ("batch", "kv_heads", *[str(self.tiles)] * self.tiled, *["NUM_SPLITS"] * self.split)
         return " * ".join(factors)
 

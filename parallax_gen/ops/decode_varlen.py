@@ -1,4 +1,4 @@
-"""Decode where every sequence has its own length, read on the device: pages, packed queries, windows, 8-bit caches."""
+"""Decode with per-sequence lengths, read on the device: pages, packed queries, windows, 8-bit caches."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from parallax_gen.ops.base import CostHints, Knob, Scratch, Value, register
 from parallax_gen.ops.decode import CacheOp
 from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.decode_varlen_form import VarlenForm
-from parallax_gen.ops.signature import SOFTCAP_ABOUT, Passed, Signature, number, pointers, score_scales
+from parallax_gen.ops.signature import SOFTCAP_ABOUT, Argument, Signature, number, pointers, score_scales
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, skewed_lengths, spread_lengths
 from parallax_gen.problem.spec import KernelSpec
 
 
 class DecodeVarlenOp(CacheOp):
-    """Any number of queries a sequence; each sequence has its own splits, NUM_SPLITS of them on the average.
+    """Any number of queries a sequence. Longer sequences get more splits; the average number is NUM_SPLITS.
 
-    spare  one program in so many sequences, or tiles, is there for long ones alone
+    sequences_per_spare  a launch has one spare split for this many sequences (with multi-token queries: tiles), which
+                         long sequences take
     """
 
     name = "decode_varlen"
     template = "decode_varlen.py.j2"
-    costs = CostHints(spill_bytes=200, merge_bytes_us=30e3)  # its step is short, and spills each time
-    own_lengths = True
-    spare = 8
+    costs = CostHints(spill_bytes=200, merge_bytes_us=30e3)  # a step is short, and each step spills
+    per_sequence_lengths = True
+    sequences_per_spare = 8
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         if knob.name == "merge":
@@ -44,32 +45,32 @@ class DecodeVarlenOp(CacheOp):
     def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
         if spec.many_queries:
             return super().splits_wanted(spec, programs, gpu)
-        # Few sequences have as many keys as the longest, and those are to be shared too.
+        # Few sequences are as long as the longest, and their keys must be split too.
         return max(4, 3 * gpu.sms // programs)
 
     def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
-        # A long sequence among short ones gets most programs, whatever their average.
+        # A long sequence among short ones gets most of the splits, whatever the average is.
         return "kernel" if splits > 1 and not spec.many_queries else "last"
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
-        found = ("cu_seqlens_q",) * spec.varlen + ("cache_seqlens",) + ("cache_leftpad",) * spec.leftpad
-        return found + ("page_table",) * (spec.page_size > 0) + ("k_scale", "v_scale") * (spec.cache_dtype != "")
+        lengths = ("cu_seqlens_q",) * spec.varlen + ("cache_seqlens",) + ("cache_leftpad",) * spec.leftpad
+        return lengths + ("page_table",) * (spec.page_size > 0) + ("k_scale", "v_scale") * (spec.cache_dtype != "")
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
-        """A slot, of a tile's rows, for every program: see decode_varlen.py.j2."""
+        """A slot with a tile's partial state for every program: see decode_varlen.py.j2."""
         form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
-        many, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
-        slots = groups * (many * config.NUM_SPLITS + -(-many // self.spare)) * kv_heads
+        split_units, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
+        slots = groups * (split_units * config.NUM_SPLITS + -(-split_units // self.sequences_per_spare)) * kv_heads
         return Scratch(slots * form.rows * form.state, slots if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         paged, many = spec.page_size > 0, spec.many_queries
         rows = {tensor: self._strides_of_rows(spec, tensor) for tensor in ("q", "r", "out")}
-        keys = (Passed(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
+        keys = (Argument(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
         pages = (
             number("stride_tableb", "page_table.stride(0)"),
-            Passed(("stride_p", "stride_n", "stride_h"), "*k_cache.stride()[:3]"),
+            Argument(("stride_p", "stride_n", "stride_h"), "*k_cache.stride()[:3]"),
         )
         longest = number("seqlen_kv", f"page_table.shape[1] * {spec.page_size}" if paged else "k_cache.shape[1]")
         window = (number("window", "window_size"),) * spec.window
@@ -99,18 +100,18 @@ class DecodeVarlenOp(CacheOp):
             kernels["merge"] = Signature(passed, ("kv_heads", "batch", "seqlen_kv", *("window",) * spec.window))
         return kernels
 
-    def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Passed, ...]:
-        """From sequence to sequence, query to query, and head to head."""
+    def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Argument, ...]:
+        """The strides between sequences, between queries and between heads."""
         name = tensor[0]
         if not spec.many_queries:
             return (number(f"stride_{name}b", f"{tensor}.stride(0)"), number(f"stride_{name}h", f"{tensor}.stride(2)"))
         dims = "nh" if spec.varlen else "bnh"
-        return (Passed(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
+        return (Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
 
     def form(self, spec: KernelSpec, config: DecodeConfig) -> VarlenForm:
-        return VarlenForm(spec, config, self.spare)
+        return VarlenForm(spec, config, self.sequences_per_spare)
 
-    def described(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
+    def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         form = self.form(spec, config)
         heads, kv_heads = form.heads, form.kv_heads
         queries = f"({form.queries.shape}, {heads}, {spec.head_dim}) {spec.dtype}"
@@ -152,17 +153,17 @@ class DecodeVarlenOp(CacheOp):
             yield "max_seqlen_q", "at least the most queries of a sequence"
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
-        """Of one query each, two batches: keys from all down to a 32nd, in even ratios; and one long among short ones.
+        """With one query a sequence, two batches: `spread_lengths` and `skewed_lengths`.
 
-        A cache has room for the longest, and a config that is fast for equal lengths alone may leave one program to
-        join what many found of a long one. The first batch's lengths are nowhere shorter.
+        A config that is fast for equal lengths only may leave the merge of a long sequence's many splits to one
+        program. No length of the first batch is shorter than that of the same sequence in the second.
         """
         if spec.many_queries or shape.batch == 1:
             return super().timed_lengths(spec, shape)
         return spread_lengths(shape), skewed_lengths(shape)
 
-    def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
-        return super().bucket_words(spec, bucket) if spec.many_queries else f"_kv{bucket.seqlen_kv}"
+    def bucket_suffix(self, spec: KernelSpec, bucket: Bucket) -> str:
+        return super().bucket_suffix(spec, bucket) if spec.many_queries else f"_kv{bucket.seqlen_kv}"
 
 
 register(DecodeVarlenOp())

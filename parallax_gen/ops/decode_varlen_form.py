@@ -1,4 +1,4 @@
-"""What the template of decode_varlen derives from a spec and a config."""
+"""The values that the template of decode_varlen derives from a spec and a config."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from parallax_gen.ops.decode_form import CacheForm
 from parallax_gen.ops.pieces import power_of_2
 from parallax_gen.ops.signature import Constant, Padding
 
-LINE = 120  # characters of a line at the most
+MAX_LINE = 120  # characters
 LN_2 = "0.6931471805599453"
 
 
 @dataclass(frozen=True)
 class Widening:
-    """How 8-bit numbers become 16-bit numbers, and how sums make up for it.
+    """How 8-bit floats are widened to 16 bits, and how the sums are corrected for it.
 
-    The seven bits below the sign move right from the upper byte. Where the biases of the exponents differ, the result
-    is the number in units of 2^-bias. To multiply each would cost as much again: the kernel scales sums after the last
-    key. Until then q and r, and p, are powers of two larger, so that no product is too small for fp32.
+    The seven bits below the sign are shifted right from the upper byte. If the exponent biases differ, the result is
+    the value divided by 2^bias. Multiplying each element would cost as much again, so the kernel scales the sums after
+    the last key. Until then q, r and p are scaled up by powers of two, so that no product underflows in fp32.
 
     wide     the 16-bit type, as the kernel writes it
-    shift    how far the bits move; 0 if both types have the same exponents
-    bias     by how much the exponents' biases differ
-    lift_qr  the power of two for q and r, of which bf16 then holds up to 2^31
-    lift_p   the power of two for p, which is at most 1
+    shift    by how many bits to shift; 0 if both types have the same exponents
+    bias     the difference of the exponent biases
+    lift_qr  log2 of the scale of q and r: with 96, bf16 still holds values of up to 2^31
+    lift_p   log2 of the scale of p, which is at most 1
     """
 
     wide: str
@@ -35,17 +35,17 @@ class Widening:
 
     @property
     def to_upper(self) -> int:
-        """How far the bits of the lower byte move left, to lie as those of the upper byte do."""
+        """By how many bits the lower byte is shifted left, to lie as the upper byte does after its shift."""
         return 8 - self.shift
 
     @property
     def digits(self) -> str:
-        """The mask of these bits in a word of two numbers."""
+        """The mask of these bits in a word of two elements."""
         return f"0x{0x7F007F00 >> self.shift:08X}"
 
     @property
     def of_scores(self) -> str:
-        """The factor for scores, and below for d2, o1 and o2: each comes before a scale of the cache."""
+        """The factor of the scores, which precedes a scale of the cache. Those of d2, o1 and o2 follow."""
         return _power(self.bias - self.lift_qr)
 
     @property
@@ -75,17 +75,17 @@ _WIDENINGS = {
 
 @dataclass(frozen=True)
 class Queries:
-    """How the queries of a batch lie, as texts for kernels.
+    """The memory layout of a batch's queries, as expressions for kernels.
 
     at        the indices of a row's query in q, each with the letter of its stride
-    sequence  where a sequence begins in out
-    query     where a query begins there, before its heads
-    stats     where a sequence and a kv head begin in lse and t_mean
-    stat      where a query and a head are there
-    count     how many queries a sequence has, if all have the same number
-    length    what kernels read the number of queries from
-    most      the number of queries of the longest sequence, in `launch`
-    shape     the shape of q before its heads, in the docstring of `launch`
+    sequence  the offset of a sequence in out
+    query     the offset of a query within its sequence there, without its head's
+    stats     the offset of a (sequence, kv head) pair in lse and t_mean
+    stat      the offset of a (query, head) pair within that
+    count     the number of queries per sequence, if all have the same number
+    length    the parameters from which kernels compute a sequence's number of queries
+    most      the largest number of queries of a sequence, in `launch`
+    shape     the leading dimensions of q, in the docstring of `launch`
     """
 
     at: tuple[tuple[str, str], ...]
@@ -111,7 +111,7 @@ ONE = Queries(
     most="1",
     shape="batch, 1",
 )
-# Many queries a sequence, the same number in each.
+# Multi-token queries, the same number in each sequence.
 MANY = Queries(
     at=(("seq64", "b"), ("queries", "n")),
     sequence="seq64 * stride_ob",
@@ -123,7 +123,7 @@ MANY = Queries(
     most="q.shape[1]",
     shape="batch, seqlen_q",
 )
-# Sequences of queries packed one after the other.
+# Packed sequences of queries.
 PACKED = Queries(
     at=(("(start_q + queries)", "n"),),
     sequence="start_q * stride_on",
@@ -139,9 +139,9 @@ PACKED = Queries(
 
 @dataclass(frozen=True)
 class VarlenForm(CacheForm):
-    """Sizes, facts and short texts that the template of decode_varlen derives from a spec and a config.
+    """The values and short texts that the template of decode_varlen derives from a spec and a config.
 
-    spare  the op's: one program in so many tiles is for long sequences alone
+    spare  the op's sequences_per_spare
     """
 
     spare: int
@@ -155,12 +155,12 @@ class VarlenForm(CacheForm):
 
     @property
     def owner(self) -> str:
-        """Whose keys the programs share."""
+        """What is split: its keys are shared by several programs."""
         return "tile" if self.spec.many_queries else "sequence"
 
     @property
     def rows(self) -> int:
-        """How many rows the partial state of a tile has."""
+        """The number of rows of a tile's partial state."""
         return self.config.BLOCK_H if self.spec.many_queries else min(self.spec.group, self.config.BLOCK_H)
 
     @property
@@ -170,29 +170,29 @@ class VarlenForm(CacheForm):
 
     @property
     def row0(self) -> str:
-        """Comes before the number of a row in its tile, and makes it the number in the sequence or group."""
+        """The prefix that turns a row's index in its tile into its index in the sequence or group."""
         return "row0 + " if self.tiled else ""
 
     @property
     def padding(self) -> Padding:
-        """What the kernel writes to rows that no sequence has."""
+        """What the kernel writes to rows of no sequence."""
         width = power_of_2(self.spec.head_dim)
         return Padding(("o",), "n", "q", self.spec.stats, width, width != self.spec.head_dim)
 
     @property
     def queries(self) -> Queries:
-        """How the queries lie."""
+        """The memory layout of the queries."""
         return PACKED if self.spec.varlen else MANY if self.spec.many_queries else ONE
 
     def stat_of(self, query: str, head: str) -> str:
-        """Where lse has the number of a query and a head, counted from their sequence and kv head."""
+        """The offset of a (query, head) pair in lse, from that of its sequence and kv head."""
         return self.queries.stat.format(query=query, head=head)
 
     # -- the keys of a tile
 
     @property
     def lower(self) -> bool:
-        """Whether a sequence's first keys can be hidden from all its queries."""
+        """Whether a sequence's first keys may be hidden from all its queries."""
         return self.spec.leftpad or self.spec.window
 
     @property
@@ -207,42 +207,42 @@ class VarlenForm(CacheForm):
 
     @property
     def pages(self) -> int:
-        """How many whole pages a block of keys covers; 0 if it does not cover whole pages."""
+        """The number of whole pages that a block of keys covers; 0 if it does not cover whole pages."""
         size = self.spec.page_size
         return self.config.BLOCK_N // size if size and self.config.BLOCK_N % size == 0 else 0
 
     @property
     def few_pages(self) -> bool:
-        """Whether these are few enough for a scalar each."""
+        """Whether a block covers few enough pages to keep each page's index in a scalar."""
         return 2 <= self.pages <= 8 and self.spec.page_size > 1
 
     @property
     def blocks_lie_in(self) -> str:
-        """Which way of reading blocks applies: a key of the table in parts/paging.j2."""
+        """How blocks lie in the cache: a key of the table in parts/paging.j2."""
         if self.one_page or self.few_pages:
             return "one page" if self.one_page else "few pages"
         return "any pages" if self.spec.page_size else "piece"
 
     @property
     def keys_before_page(self) -> tuple[str, ...]:
-        """For each of the few pages: what is added to the first key of a block to give the page's first."""
+        """For each of the few pages: the text that added to a block's first key gives the page's first key."""
         return ("", " + PAGE_SIZE", *(f" + {page} * PAGE_SIZE" for page in range(2, self.pages)))
 
     @property
     def block_unit(self) -> str:
-        """The first key of a block is a multiple of this, if of anything."""
+        """The first key of a block is a multiple of this; "" if of nothing."""
         return "BLOCK_N" if self.one_page else "PAGE_SIZE" if self.few_pages else ""
 
     @property
     def first_block(self) -> str:
-        """Comes before the place of a split among the keys of a tile: where the first block of the tile begins."""
+        """The prefix of a split's offset among the keys of a tile: the start of the tile's first block."""
         if not self.lower:
             return ""
         return "lower_block + " if self.block_unit else "lower + "
 
     @property
     def seen(self) -> str:
-        """How many keys the last row of a tile sees."""
+        """The number of keys that the last row of a tile sees."""
         return "seen" if self.by_row else "length"
 
     @property
@@ -252,26 +252,26 @@ class VarlenForm(CacheForm):
 
     @property
     def long_strides(self) -> tuple[str, ...]:
-        """The strides of keys that are needed in 64 bits too."""
+        """The strides between keys that are needed in 64 bits too."""
         if self.one_page:
             return ("stride_n",)
         return () if self.spec.page_size else ("stride_kn", "stride_vn")
 
     @property
     def piece(self) -> str:
-        """The thing that these strides lead through."""
+        """What these strides step through."""
         return "page" if self.spec.page_size else "cache"
 
     # -- keys and values in 8 or 16 bits
 
     @property
     def softmax_part(self) -> str:
-        """The part with the step from one state to the next."""
+        """The template part with the softmax step over a block of keys."""
         return "parts/fp8.j2" if self.spec.cache_dtype else "parts/softmax_stacked.j2"
 
     @property
     def fp8(self) -> Widening:
-        """How the numbers of an 8-bit cache become numbers of 16 bits."""
+        """How the elements of an 8-bit cache are widened to 16 bits."""
         return _WIDENINGS[self.spec.cache_dtype, self.spec.dtype]
 
     @property
@@ -281,36 +281,36 @@ class VarlenForm(CacheForm):
 
     @property
     def words(self) -> int:
-        """How many words of four 8-bit numbers a row has."""
+        """The number of 32-bit words in a row, each with four 8-bit elements."""
         return self.width // 4
 
     @property
     def key_dims(self) -> str:
-        """The name of the numbers of a key's elements."""
+        """The name of the index over a key's elements, or words."""
         return "words" if self.spec.cache_dtype else "dims"
 
     @property
     def key_mask(self) -> str:
-        """Hides the padding of keys and values."""
+        """The mask argument that hides the padding of keys and values."""
         return f", mask={'in_row' if self.spec.cache_dtype else 'in_head'}[None, :], other=0" if self.padded else ""
 
     @property
     def block_shape(self) -> str:
-        """A comment on a block of keys, if the line has room for it."""
+        """A comment with the shape of a block of keys, if it fits on the line."""
         return "" if self.padded or self.spec.cache_dtype else "  # [BLOCK_N, HEAD_DIM]"
 
     # -- the schedule
 
     @property
     def tiles_of_sequence(self) -> str:
-        """How many tiles a sequence has; none if it has no queries."""
+        """The number of tiles of a sequence; 0 if it has no queries."""
         if self.spec.many_queries:
             return "tl.cdiv(len_q * GROUP, BLOCK_H)"
         return "len_q * TILES" if self.tiles > 1 else "len_q"
 
     @property
     def slots(self) -> str:
-        """How many slots `launch` provides."""
+        """The number of slots that `launch` provides."""
         if self.spec.many_queries:
             return "tiles * NUM_SPLITS + triton.cdiv(tiles, SPARE_EVERY)"
         slots = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE_EVERY)"
@@ -328,34 +328,34 @@ class VarlenForm(CacheForm):
         )
 
     @property
-    def found(self) -> tuple[str, ...]:
+    def sizes_returned(self) -> tuple[str, ...]:
         """What `_lengths` returns."""
         return ("length", *["lower"] * self.lower, "len_q", "blocks")
 
     def sizes(self, indent: int, seq: str, there: str, *used: str) -> str:
         """The call of `_lengths` for the sequences `seq`, if `there`. The results that are not `used` are named _."""
-        names = ", ".join(name if name in used else "_" for name in self.found)
+        names = ", ".join(name if name in used else "_" for name in self.sizes_returned)
         passed = ", ".join((seq, there, *self.lengths, "BLOCK_N"))
         call = f"{names} = _lengths({passed})"
-        if indent + len(call) <= LINE:
+        if indent + len(call) <= MAX_LINE:
             return call
         return f"{names} = _lengths(\n{' ' * (indent + 4)}{passed}\n{' ' * indent})"
 
     @property
     def least(self) -> int:
-        """How many blocks are worth a program of their own."""
+        """The least number of key blocks that is worth a program of its own."""
         return max(1, 64 // self.config.BLOCK_N)
 
     # -- merging
 
     @property
     def row_mask(self) -> str:
-        """The mask of a store of one row, if its dimensions have a mask already."""
+        """The mask argument of a store of one row, which hides the padding."""
         return ", mask=in_head" if self.padded else ""
 
     @property
     def chunk(self) -> int:
-        """How many splits are joined at a time."""
+        """How many splits are merged at a time."""
         return min(max(self.vectors_held, 2), 32 if self.config.merge == "last" else 64)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, register
-from parallax_gen.ops.tile_form import GradientForm, basics
+from parallax_gen.ops.tile_form import GradientForm, tile_fields
 from parallax_gen.ops.tiles import MASK, TILE_KNOBS, GradientOp, MaskedConfig, Tiles, row_bytes
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
@@ -14,28 +14,27 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class DkDvConfig(MaskedConfig):
-    """The gradients of k and v: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
+    """The config of dkdv: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
 
     GROUP_HEADS counts kv heads here.
 
-    MASK       where the causal mask is applied, in the blocks that the diagonal or a window's edge crosses: to the
-               weights, "after_exp", or to the scores, "before_exp"
-    ROW_STATS  how a step loads the four numbers of each query row: "separate", each where it is used, which takes fewer
-               registers, or "fused", in one load, which takes fewer instructions
+    MASK       where the causal mask is applied, in blocks that the diagonal or a window's edge crosses: "after_exp", to
+               the weights, or "before_exp", to the scores
+    ROW_STATS  how a step loads the four statistics of each query row: "separate", each where it is used, which takes
+               fewer registers; or "fused", in one load, which takes fewer instructions
     """
 
     ROW_STATS: str = "separate"
 
 
 class DkDvOp(GradientOp[DkDvConfig]):
-    """q, r, k, v, do and preprocess's rows in; dk and dv out."""
+    """Reads q, r, k, v, do and preprocess's row statistics; writes dk and dv."""
 
     name = "dkdv"
     config = DkDvConfig
     knobs = (*TILE_KNOBS, MASK, Knob("ROW_STATS", ("separate", "fused")))
     template = "dkdv.py.j2"
-    # Its statistics of rows lie along its tiles' columns, and cost it registers; it holds rows of numbers beside the
-    # backward's tiles of scores.
+    # Row statistics lie along the columns of its tiles, which costs registers. It holds them beside tiles of scores.
     costs = CostHints(reached=0.5, spilled=3.0)
     owns_keys = True
     tiles = Tiles(
@@ -49,33 +48,35 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def owned_rows(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
         owned = 2 * config.BLOCK_N
         if gpu.capability[0] == 10:
-            # From compiling: there, tensor cores take p w, gt and gs and what is transposed from shared memory.
+            # From compiling: on Blackwell tensor cores read p w, gt, gs and transposed operands from shared memory.
             owned += (8 if spec.dtype == "tf32" else 7) * config.BLOCK_M
         return owned
 
     def block_bytes(self, spec: KernelSpec, config: DkDvConfig) -> int:
-        """q, r and do."""
+        """A block of q, r and do."""
         return 3 * config.BLOCK_M * row_bytes(spec, config)
 
-    def room_bytes(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
-        """What matmuls keep in flight on Blackwell is counted already."""
+    def extra_shared_bytes(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
+        """On Blackwell `owned_rows` counts what matmuls keep in flight already."""
         if gpu.capability[0] == 10:
-            return 2 * KIB  # one of rows' numbers
-        return super().room_bytes(spec, config, gpu)
+            return 2 * KIB  # one of them for row statistics
+        return super().extra_shared_bytes(spec, config, gpu)
 
-    def together(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
-        """Of kv heads: what they share are the rows that each one reads."""
-        a_head = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
-        return max(1, gpu.l2_bytes // 2 // a_head)
+    def heads_in_l2(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
+        """Counts kv heads: their tiles share the query rows that they read."""
+        head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
+        return max(1, gpu.l2_bytes // 2 // head_bytes)
 
     def lean(self, config: DkDvConfig) -> DkDvConfig:
         return replace(config, MASK="before_exp", ROW_STATS="fused")
 
     def pays_to_be_lean(self, spec: KernelSpec, config: DkDvConfig) -> bool:
-        return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"  # registers were just enough
+        return (
+            spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"
+        )  # here registers suffice by a narrow margin
 
-    def instructions_share(self, spec: KernelSpec, config: DkDvConfig) -> float:
-        """From one H100, at head_dim 64 and 128: more to narrow heads. What more registers cost shows in spills."""
+    def instructions_factor(self, spec: KernelSpec, config: DkDvConfig) -> float:
+        """From one H100, at head_dim 64 and 128: narrow heads gain more. The cost of registers is in the spills."""
         if config.ROW_STATS != "fused":
             return 1.0
         return 1.07 if spec.head_dim <= 64 else 0.95
@@ -87,8 +88,8 @@ class DkDvOp(GradientOp[DkDvConfig]):
         return ("window_size",) * spec.window + ("max_seqlen_k",) * spec.varlen
 
     def form(self, spec: KernelSpec, config: DkDvConfig) -> GradientForm:
-        mask, apart = config.MASK if spec.causal else "", config.ROW_STATS == "separate"
-        return GradientForm(*basics(self, spec, config, ("dk", "dv")), mask, apart)
+        mask = config.MASK if spec.causal else ""
+        return GradientForm(*tile_fields(self, spec, config, ("dk", "dv")), mask, config.ROW_STATS == "separate")
 
 
 register(DkDvOp())

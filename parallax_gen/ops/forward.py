@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from parallax_gen.ops.base import CostHints, Knob, Value, register
 from parallax_gen.ops.pieces import Piece, half_of, pieces_of
 from parallax_gen.ops.signature import Signature
-from parallax_gen.ops.tile_form import ForwardForm, basics
-from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, Tiles, programs_a_head, row_bytes
+from parallax_gen.ops.tile_form import ForwardForm, tile_fields
+from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, Tiles, programs_per_tile, row_bytes
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 
 
 @dataclass(frozen=True)
 class ForwardConfig(TileConfig):
-    """The forward: a program owns BLOCK_M query rows and steps over keys.
+    """The config of the forward: a program owns BLOCK_M query rows and steps over keys.
 
     SOFTMAX  "online" subtracts a row's running maximum from its scores and rescales its sums in every step;
              "fixed_reference" subtracts the score of one visible key throughout, and a second kernel computes the
@@ -26,13 +26,13 @@ class ForwardConfig(TileConfig):
 
 
 class ForwardOp(TiledOp[ForwardConfig]):
-    """q, r, k and v in; out, and with stats what the backward and joining of parts need."""
+    """Reads q, r, k and v; writes out, and with stats also lse, t̄ and v̄ for the backward and for merging states."""
 
     name = "forward"
     config = ForwardConfig
     knobs = (*TILE_KNOBS, Knob("SOFTMAX", ("online", "fixed_reference")))
     template = "forward.py.j2"
-    costs = CostHints(reached=0.6, spilled=0.4)  # it can do one score after the other
+    costs = CostHints(reached=0.6, spilled=0.4)  # it can compute s and t one after the other
     stats_in_error = False
     pads_wide = True
     fp32_shift = 20
@@ -59,23 +59,23 @@ class ForwardOp(TiledOp[ForwardConfig]):
         return 2 * config.BLOCK_M
 
     def block_bytes(self, spec: KernelSpec, config: ForwardConfig) -> int:
-        """k, and of v what it sums."""
-        a_row = row_bytes(spec, config)
-        return config.BLOCK_N * (a_row + a_row // programs_a_head(config))
+        """A block of k, and the part of v that the program sums."""
+        k_row = row_bytes(spec, config)
+        return config.BLOCK_N * (k_row + k_row // programs_per_tile(config))
 
-    def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
-        if form != "split":
-            return super().scored_and_summed(head_dim, form)
+    def scored_and_summed(self, head_dim: int, head_dim_layout: str) -> tuple[list[Piece], list[Piece]]:
+        if head_dim_layout != "split":
+            return super().scored_and_summed(head_dim, head_dim_layout)
         return pieces_of(head_dim, "native"), [half_of(head_dim)]
 
     def lean(self, config: ForwardConfig) -> ForwardConfig:
         return replace(config, SOFTMAX="fixed_reference")
 
     def pays_to_be_lean(self, spec: KernelSpec, config: ForwardConfig) -> bool:
-        return not spec.window  # there each row's own key is read first, which 513 keys do not repay
+        return not spec.window  # with a window each row first reads its own key: too expensive for a window of 513 keys
 
-    def instructions_share(self, spec: KernelSpec, config: ForwardConfig) -> float:
-        """From one H100, at head_dim 64 and 128: more to narrow heads, which have less to multiply."""
+    def instructions_factor(self, spec: KernelSpec, config: ForwardConfig) -> float:
+        """From one H100, at head_dim 64 and 128: narrow heads gain more, since they have less to multiply."""
         if config.SOFTMAX != "fixed_reference":
             return 1.0
         return 1.08 if spec.head_dim <= 64 else 1.06
@@ -86,11 +86,12 @@ class ForwardOp(TiledOp[ForwardConfig]):
     def signatures(self, spec: KernelSpec, config: ForwardConfig) -> dict[str, Signature]:
         if config.SOFTMAX != "fixed_reference":
             return super().signatures(spec, config)
-        sizes, again = self.sizes_passed(spec, config, fills=False), self.sizes_passed(spec, config, tiled=False)
-        return {"forward": self.signature(spec, config, sizes), "fixup": self.signature(spec, config, again)}
+        sizes = self.sizes_passed(spec, config, fills=False)
+        fixup_sizes = self.sizes_passed(spec, config, tiled=False)
+        return {"forward": self.signature(spec, config, sizes), "fixup": self.signature(spec, config, fixup_sizes)}
 
     def form(self, spec: KernelSpec, config: ForwardConfig) -> ForwardForm:
-        return ForwardForm(*basics(self, spec, config, ("o",)), fixed=config.SOFTMAX == "fixed_reference")
+        return ForwardForm(*tile_fields(self, spec, config, ("o",)), fixed=config.SOFTMAX == "fixed_reference")
 
 
 register(ForwardOp())

@@ -1,12 +1,21 @@
-"""The backward's first kernel: what dkdv and dqdr need of each query row."""
+"""The backward's first kernel: computes the row statistics that dkdv and dqdr need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, CostHints, KernelConfig, Knob, Layout, Op, register
+from parallax_gen.ops.base import (
+    MAX_REGISTERS_PER_THREAD,
+    PADDED_TO,
+    CostHints,
+    KernelConfig,
+    Knob,
+    Layout,
+    Op,
+    register,
+)
 from parallax_gen.ops.pieces import power_of_2, width_of
-from parallax_gen.ops.signature import Passed, Signature, number, pointers, strides_of_rows
+from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -14,10 +23,10 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class PreprocessConfig(KernelConfig):
-    """Choices of the backward's first kernel, which is bound by memory.
+    """The config of preprocess, which is bound by memory.
 
-    BLOCK_M      query rows a program owns
-    num_warps    warps a program
+    BLOCK_M      query rows that a program owns
+    num_warps    warps per program
     """
 
     BLOCK_M: int
@@ -26,14 +35,14 @@ class PreprocessConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class RowForm:
-    """A row of head_dim numbers as a program holds it: in a tile `width` wide, a power of two."""
+    """A row of head_dim elements in a tile, whose `width` is a power of two."""
 
     width: int
     padded: bool
 
 
 class PreprocessOp(Op[PreprocessConfig]):
-    """do and what the forward left in; four numbers a query row out."""
+    """Reads do and the forward's outputs; writes four statistics per query row."""
 
     padded_to = PADDED_TO
     name = "preprocess"
@@ -42,12 +51,12 @@ class PreprocessOp(Op[PreprocessConfig]):
     template = "preprocess.py.j2"
     layout = Layout.ROWS
     costs = CostHints()
-    sibling_counts = False
+    uses_sibling_records = False
 
     def why_invalid(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> str | None:
-        a_thread = 3 * config.BLOCK_M * width_of(spec.head_dim, "padded") // (32 * config.num_warps)
-        if a_thread > MOST_REGISTERS:
-            return f"its rows need {a_thread} registers a thread; there are {MOST_REGISTERS}"
+        registers = 3 * config.BLOCK_M * width_of(spec.head_dim, "padded") // (32 * config.num_warps)
+        if registers > MAX_REGISTERS_PER_THREAD:
+            return f"its rows need {registers} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
         return None
 
     def shared_bytes(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> int:
@@ -60,7 +69,7 @@ class PreprocessOp(Op[PreprocessConfig]):
         return ("do", "out", "v_mean", "lse", "t_mean")
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
-        return ("rows",)
+        return ("row_stats",)
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("cu_seqlens_q",) if spec.varlen else ()
@@ -68,14 +77,14 @@ class PreprocessOp(Op[PreprocessConfig]):
     def signatures(self, spec: KernelSpec, config: PreprocessConfig) -> dict[str, Signature]:
         dims = "mh" if spec.varlen else "bmh"
         strides = [
-            Passed(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]")
+            Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]")
             for tensor, name in (("do", "do"), ("out", "o"), ("v_mean", "v"))
         ]
         length = number("total_q", "do.shape[0]") if spec.varlen else number("seqlen_q")
         passed = (
             *pointers(self.tensors(spec, config)),
             *strides,
-            strides_of_rows(spec),
+            row_stats_strides(spec),
             number("softmax_scale"),
             number("heads"),
             length,
@@ -90,7 +99,7 @@ class PreprocessOp(Op[PreprocessConfig]):
     def awkward_shape(self, spec: KernelSpec, config: PreprocessConfig, kv_heads: int = 3) -> Shape:
         return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)
 
-    def bucket_words(self, spec: KernelSpec, bucket: Bucket) -> str:
+    def bucket_suffix(self, spec: KernelSpec, bucket: Bucket) -> str:
         return f"_q{bucket.seqlen_q}"
 
 

@@ -1,4 +1,4 @@
-"""What a rendered kernel takes and what its `launch` passes it, in order: said here once; templates loop over it."""
+"""The parameters of a rendered kernel and the arguments that its `launch` passes, in order, for templates."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from parallax_gen.problem.spec import KernelSpec
 
-# What a kernel calls a tensor where that is not its name.
+# Tensor -> a kernel's name for it, where that differs.
 _SHORT = {"out": "o", "k_cache": "k", "v_cache": "v"}
 
 
 @dataclass(frozen=True)
-class Passed:
+class Argument:
     """Some parameters of a kernel, and the expression that `launch` passes for them.
 
     parameters  as the kernel declares them: ("q_ptr",), or ("stride_qb", "stride_qm: tl.constexpr", "stride_qh")
-    expression  of launch: "q", or "*q.stride()[:3]"
+    expression  in `launch`: "q", or "*q.stride()[:3]"
     """
 
     parameters: tuple[str, ...]
@@ -25,36 +25,36 @@ class Passed:
 
 @dataclass(frozen=True)
 class Signature:
-    """A kernel's parameters, in order.
+    """A kernel's parameters and what `launch` passes for them, in order.
 
-    unspecialised  those that change from call to call: a kernel is not compiled anew where one is 1 or divisible by 16
+    unspecialised  those that change from call to call: Triton compiles no variant for 1 or for multiples of 16
     """
 
-    passed: tuple[Passed, ...]
+    kernel_arguments: tuple[Argument, ...]
     unspecialised: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(parameter for passed in self.passed for parameter in passed.parameters)
+        return tuple(parameter for argument in self.kernel_arguments for parameter in argument.parameters)
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        return tuple(passed.expression for passed in self.passed)
+        return tuple(argument.expression for argument in self.kernel_arguments)
 
     @property
-    def shared(self) -> tuple[str, ...]:
-        """Arguments before those of `unspecialised`, which come last: another kernel of the file may take the same."""
+    def specialised_arguments(self) -> tuple[str, ...]:
+        """The arguments before the unspecialised ones. Another kernel of the file may take the same."""
         return self.arguments[: -len(self.unspecialised)]
 
     @property
-    def own(self) -> tuple[str, ...]:
-        """The rest."""
+    def unspecialised_arguments(self) -> tuple[str, ...]:
+        """The unspecialised arguments, which come last."""
         return self.arguments[-len(self.unspecialised) :]
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A named number at the top of a kernel, with its comment."""
+    """A named constant at the top of a kernel, with its comment."""
 
     name: str
     value: int | float | str
@@ -67,13 +67,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Padding:
-    """What a kernel on packed sequences writes to rows that no sequence has. The device alone knows which those are.
+    """What a kernel on packed sequences writes to rows of no sequence. Only the device knows which rows those are.
 
-    vectors  written as 0: the kernel's own names for them
-    row      the letter of a row's stride in their names: m or n
-    of       whose rows they are: q or k
-    stats    whether v_mean, laid out as o, is 0 there too, lse -inf and t_mean 0
-    width    a row's, in a tile: the next power of two
+    vectors  tensors of rows of head_dim elements, which are set to 0: the kernel's names for them
+    row      the letter of the row stride in their names: m or n
+    of       the side whose rows they are: q or k
+    stats    whether v_mean, with the strides of o, and t_mean are set to 0 too, and lse to -inf
+    width    the width of a row in a tile: the next power of two
     padded   whether that is more than head_dim
     """
 
@@ -85,49 +85,50 @@ class Padding:
     padded: bool
 
     @property
-    def alike(self) -> dict[str, str]:
-        """Vectors, each with that whose strides it has."""
+    def strides_like(self) -> dict[str, str]:
+        """Vector -> the vector whose strides it has."""
         return {name: name for name in self.vectors} | ({"v_mean": "o"} if self.stats else {})
 
     @property
-    def numbers(self) -> dict[str, str]:
-        """One a row, in tensors of (heads, rows), and what is written."""
+    def row_values(self) -> dict[str, str]:
+        """Tensor of shape (heads, rows) -> the value that is written."""
         return {"lse": 'float("-inf")', "t_mean": "0.0"} if self.stats else {}
 
     @property
-    def passed(self) -> str:
-        """Of the kernel's own parameters those that the function takes."""
-        names = [f"{name}_ptr" for name in (*self.alike, *self.numbers)]
+    def arguments(self) -> str:
+        """The kernel's parameters that the padding function takes."""
+        names = [f"{name}_ptr" for name in (*self.strides_like, *self.row_values)]
         for name in self.vectors:
             names += [f"stride_{name}{self.row}", f"stride_{name}h"]
         return ", ".join(names)
 
 
-def pointers(tensors: Iterable[str]) -> tuple[Passed, ...]:
-    """A pointer to each tensor, by the name that kernels have for it."""
-    return tuple(Passed((f"{_SHORT.get(tensor, tensor)}_ptr",), tensor) for tensor in tensors)
+def pointers(tensors: Iterable[str]) -> tuple[Argument, ...]:
+    """A pointer to each tensor, by the kernel's name for it."""
+    return tuple(Argument((f"{_SHORT.get(tensor, tensor)}_ptr",), tensor) for tensor in tensors)
 
 
-def strides(spec: KernelSpec, tensor: str, row: str, constant: bool = False) -> Passed:
-    """A tensor's but the last dimension's, which is 1, named by letters: those of batches, rows and heads.
+def strides(spec: KernelSpec, tensor: str, row: str, constant: bool = False) -> Argument:
+    """A tensor's strides, named by letters: of batches, rows and heads. The last dimension has stride 1.
 
-    constant  whether the kernel is compiled for that of rows
+    row       the letter of the row stride
+    constant  whether the row stride is a compile-time constant
     """
     name = _SHORT.get(tensor, tensor)
     row += ": tl.constexpr" if constant else ""
     letters = (row, "h") if spec.varlen else ("b", row, "h")
-    return Passed(tuple(f"stride_{name}{letter}" for letter in letters), f"*{tensor}.stride()[:{len(letters)}]")
+    return Argument(tuple(f"stride_{name}{letter}" for letter in letters), f"*{tensor}.stride()[:{len(letters)}]")
 
 
-def number(parameter: str, expression: str = "") -> Passed:
-    """A number, which `launch` has by the same name where no expression is given."""
-    return Passed((parameter,), expression or parameter)
+def number(parameter: str, expression: str = "") -> Argument:
+    """A number. Without an expression, `launch` has a variable of the same name."""
+    return Argument((parameter,), expression or parameter)
 
 
 SOFTCAP_ABOUT = "scores s = softmax_scale q.k become softcap tanh(s / softcap); more than 0"
 
 
-def score_scales(spec: KernelSpec) -> tuple[Passed, ...]:
+def score_scales(spec: KernelSpec) -> tuple[Argument, ...]:
     """The factors of scores: q·k times scale_log2 is a power of two's exponent; with a softcap see parts/softcap.j2."""
     if not spec.softcap:
         return (number("scale_log2", "softmax_scale * LOG2_E"),)
@@ -135,6 +136,6 @@ def score_scales(spec: KernelSpec) -> tuple[Passed, ...]:
     return (cap_scale, number("scale_log2", "softcap * LOG2_E"))
 
 
-def strides_of_rows(spec: KernelSpec) -> Passed:
+def row_stats_strides(spec: KernelSpec) -> Argument:
     """Of what preprocess leaves of query rows, whose last dimension is contiguous: from number to number, and heads."""
-    return Passed(("stride_rows", "stride_rowsh"), f"*rows.stride()[{':2' if spec.varlen else ':3:2'}]")
+    return Argument(("stride_rows", "stride_rowsh"), f"*rows.stride()[{':2' if spec.varlen else ':3:2'}]")

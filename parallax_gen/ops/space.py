@@ -1,4 +1,4 @@
-"""Which configs there are, the one predicate that says what cannot work, and where to begin: loops over the ops."""
+"""The space of configs of any op: its knobs, the predicate that says which are valid, neighbours, and defaults."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def knobs_of(spec: KernelSpec) -> tuple[Knob, ...]:
 
 
 def why_invalid(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str | None:
-    """Why `config` cannot serve `spec` on `gpu`, in a sentence; None when it can be tried.
+    """Why `config` cannot serve `spec` on `gpu`, in a sentence; None if it can be tried.
 
-    The one predicate of tuner, heuristics and dispatcher. What only compiling can show (registers, spills)
-    is not its business.
+    Tuner, heuristics and dispatcher all use this predicate. It does not predict what only compiling shows, such as
+    spills.
     """
     op = op_of(spec)
     if type(config) is not op.config:
@@ -39,24 +39,24 @@ def why_invalid(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str | None:
 
 
 def shared_bytes(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> int:
-    """Shared memory a kernel needs: of decode what Triton allocates, of the other ops the least of it."""
+    """The shared memory that a kernel needs: for decode what Triton allocates, for other ops the least that it may."""
     return op_of(spec).shared_bytes(spec, config, gpu)
 
 
 def most_shared_bytes(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> int:
-    """Shared memory that a kernel can take, where `shared_bytes` is what its tiles take at the least."""
-    return shared_bytes(spec, config, gpu) + op_of(spec).room_bytes(spec, config, gpu)
+    """The most shared memory that a kernel may take; `shared_bytes` is the least."""
+    return shared_bytes(spec, config, gpu) + op_of(spec).extra_shared_bytes(spec, config, gpu)
 
 
 def neighbours(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> list[KernelConfig]:
     """The valid configs that differ from `config` in one knob by one step."""
-    found: list[KernelConfig] = []
+    nearby: list[KernelConfig] = []
     for knob in knobs_of(spec):
         for value in knob.neighbours(getattr(config, knob.name)):
             near = coerce(spec, {**asdict(config), knob.name: value})
-            if near not in found and near != config and why_invalid(spec, near, gpu) is None:
-                found.append(near)
-    return found
+            if near not in nearby and near != config and why_invalid(spec, near, gpu) is None:
+                nearby.append(near)
+    return nearby
 
 
 def every_config(spec: KernelSpec, gpu: Gpu) -> Iterator[KernelConfig]:
@@ -69,42 +69,42 @@ def every_config(spec: KernelSpec, gpu: Gpu) -> Iterator[KernelConfig]:
 
 
 def coerce(spec: KernelSpec, choices: dict[str, Value]) -> KernelConfig:
-    """The config nearest to `choices` whose knobs agree with each other: one split has nothing to merge, say."""
+    """The nearest config whose knobs are consistent with each other: one split, for example, has no merge."""
     return config_from_dict(spec.op, op_of(spec).coerce(spec, choices))
 
 
 def default_config(spec: KernelSpec, shape: Shape, gpu: Gpu) -> KernelConfig:
-    """A config that is valid for `spec` on `gpu` and reasonable for `shape`. Raises ConfigError if none is.
+    """A config that is valid for `spec` on `gpu` and reasonable for `shape`. Raises ConfigError if there is none.
 
-    It is what is used where nothing was measured: the tuner's first trial and the dispatcher's last resort.
+    It needs no measurement: it is the tuner's first trial and the dispatcher's last resort.
     """
     candidates: list[KernelConfig] = op_of(spec).defaults(spec, shape, gpu)
     reasons = [why_invalid(spec, config, gpu) for config in candidates]
     valid = [config for config, reason in zip(candidates, reasons, strict=True) if reason is None]
     if valid:
-        return next((config for config in valid if _has_room(spec, config, gpu)), valid[-1])
+        return next((config for config in valid if _surely_fits(spec, config, gpu)), valid[-1])
     raise ConfigError(f"no default config fits {spec} on {gpu.title}: {'; '.join(map(str, reasons))}")
 
 
-def _has_room(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> bool:
-    """Whether shared memory will do for more than the predicate counts: a default gets no second try."""
+def _surely_fits(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> bool:
+    """Whether even the most shared memory that the kernel may take fits: a default gets no second try."""
     return most_shared_bytes(spec, config, gpu) <= gpu.shared_per_block
 
 
 def promising_configs(spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[KernelConfig]:
-    """The default, and what else was fast somewhere: where a search had better begin."""
+    """The default and other configs that were fast for some spec: a search should begin with these."""
     op = op_of(spec)
-    found = [default_config(spec, shape, gpu), *op.defaults(spec, shape, gpu)]
-    found += op.promising(spec, found)
-    return [config for config in dict.fromkeys(found) if why_invalid(spec, config, gpu) is None]
+    defaults = [default_config(spec, shape, gpu), *op.defaults(spec, shape, gpu)]
+    configs = dict.fromkeys([*defaults, *op.promising(spec, defaults)])
+    return [config for config in configs if why_invalid(spec, config, gpu) is None]
 
 
 def timed_lengths(spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
-    """The keys of each sequence in the batches that a kernel is timed at."""
+    """Each timed batch's numbers of keys per sequence."""
     return op_of(spec).timed_lengths(spec, shape)
 
 
 def timed_shape(spec: KernelSpec, shape: Shape) -> Shape:
-    """The shape of equal lengths that is as much work as a batch of `timed_lengths` on the average."""
+    """The shape with equal lengths that has the average work of the batches of `timed_lengths`."""
     batches = timed_lengths(spec, shape)
     return replace(shape, seqlen_kv=max(1, round(sum(map(sum, batches)) / (len(batches) * shape.batch))))

@@ -1,4 +1,4 @@
-"""What the three ops have in common whose programs own a tile and step over others: forward, dkdv and dqdr."""
+"""The base of forward, dkdv and dqdr, whose programs own a tile and step over blocks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
-from parallax_gen.ops.base import MOST_REGISTERS, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
-from parallax_gen.ops.pieces import Piece, forms_of, half_of, other_half_of, width_of
-from parallax_gen.ops.signature import Passed, Signature, number, pointers, score_scales, strides, strides_of_rows
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
+from parallax_gen.ops.pieces import Piece, half_of, head_dim_layouts, other_half_of, width_of
+from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides, score_scales, strides
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -17,18 +17,18 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class TileConfig(KernelConfig):
-    """Choices of a kernel that owns a block of rows or of keys, and steps over blocks of the other.
+    """The config of a kernel whose program owns a tile of query rows or of keys, and steps over blocks of the other.
 
-    BLOCK_M          query rows a tile
-    BLOCK_N          keys a tile
-    GROUP_HEADS      heads whose tiles are launched together, the longest tiles first: fewer heads keep the keys that
-                     they share in L2, more spread the causal triangle evenly; 0 for all heads
-    num_warps        warps a program
+    BLOCK_M          query rows per tile
+    BLOCK_N          keys per tile
+    GROUP_HEADS      heads whose tiles are launched together, the longest tiles first. Few heads keep the keys that they
+                     share in L2; many spread the causal triangle evenly; 0 for all heads
+    num_warps        warps per program
     num_stages       blocks in flight
-    HEAD_DIM_LAYOUT  how tensor cores see a row of head_dim numbers: "native", a power of two; "chunked", powers of two
-                     side by side (96 = 64 + 32); "padded", the next power of two, filled with zeros; "split", for wide
-                     heads: two programs share a tile, compute all scores each, and sum half of the dimensions each
-    maxnreg          the most registers a thread, so that more programs run on a multiprocessor; 0 for no limit
+    HEAD_DIM_LAYOUT  a row of head_dim elements in tiles: "native", one power of two; "chunked", several powers of two
+                     (96 = 64 + 32); "padded", the next power of two, filled with zeros; "split", for wide heads: two
+                     programs share a tile, each computes all scores, and each sums half of the dimensions
+    maxnreg          a limit of registers per thread, so that more programs are resident; 0 for no limit
     """
 
     BLOCK_M: int
@@ -52,21 +52,21 @@ TILE_KNOBS = (
     Knob("maxnreg", (0, 168, 128)),
 )
 
-# Tensors of query rows, and of keys, that a program owns a tile of or steps over.
-ROWS_LIKE, KEYS_LIKE = ("q", "r", "do", "out", "dq", "dr"), ("k", "v", "dk", "dv")
+# Tensors whose rows are query rows, and tensors whose rows are keys.
+QUERY_ROW_TENSORS, KEY_TENSORS = ("q", "r", "do", "out", "dq", "dr"), ("k", "v", "dk", "dv")
 
 Tile = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages), those first that were fastest on an H200 in bf16.
+    """Default tiles as (BLOCK_M, BLOCK_N, num_warps, num_stages), in order of speed on an H200 in bf16.
 
     usual   at head_dim 96 and 128
-    narrow  at 64
-    wide    at 256, where few registers are left beside the sums
-    halves  with halves, faster there still
-    fp32    without tensor cores registers bound the tiles
+    narrow  at head_dim 64
+    wide    at head_dim 256, where the sums leave few registers
+    halves  at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
+    fp32    for fp32, where registers limit the tiles, because there are no tensor cores
     """
 
     usual: tuple[Tile, ...]
@@ -76,17 +76,17 @@ class Tiles:
     fp32: tuple[Tile, ...]
 
 
-# Where head_dim is so wide, or the card so small, that none of them fits.
+# For a head_dim so wide, or a card so small, that no other tile fits.
 SMALLEST = ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
 
 
 class TiledOp(Op[T]):
-    """What an op of tiles adds.
+    """The base of the tiled ops.
 
-    tiles       where its defaults are taken from
-    owns_keys   whether a program owns keys and steps over query rows, not the other way round
-    pads_wide   whether every head wider than 128 that is no power of two is padded by default
-    fp32_shift  the tile that a warp's registers hold in fp32, as a power of two: see `why_invalid`
+    tiles       the tiles of its default configs
+    owns_keys   whether a program owns keys and steps over query rows, not the reverse
+    pads_wide   whether by default every head_dim over 128 that is no power of two is padded
+    fp32_shift  log2 of the fp32 tile size that a warp's registers hold: see `why_invalid`
     """
 
     layout = Layout.TILES
@@ -96,85 +96,85 @@ class TiledOp(Op[T]):
     fp32_shift: ClassVar[int] = 19
 
     def owned_and_step(self, config: T) -> tuple[int, int]:
-        """What a program owns, and what it steps over: query rows and keys, or keys and query rows."""
+        """The block sizes of the side that a program owns and of the side that it steps over."""
         return (config.BLOCK_N, config.BLOCK_M) if self.owns_keys else (config.BLOCK_M, config.BLOCK_N)
 
-    # -- which configs there are
+    # -- the space of configs
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         if knob.name == "HEAD_DIM_LAYOUT":
-            return forms_of(spec.head_dim)
+            return head_dim_layouts(spec.head_dim)
         if knob.name == "BLOCK_N" and spec.bytes_per_element == 2:
-            return tuple(v for v in knob.values if v != 16)  # tensor cores want more keys at a time
+            return tuple(v for v in knob.values if v != 16)  # too few keys for tensor cores
         return knob.values
 
     def why_invalid(self, spec: KernelSpec, config: T, gpu: Gpu) -> str | None:
         tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
-        if config.HEAD_DIM_LAYOUT not in forms_of(spec.head_dim):
+        if config.HEAD_DIM_LAYOUT not in head_dim_layouts(spec.head_dim):
             return f"HEAD_DIM_LAYOUT {config.HEAD_DIM_LAYOUT!r} does not go with head_dim {spec.head_dim}"
         head_dim = width_of(spec.head_dim, config.HEAD_DIM_LAYOUT)
         if spec.dtype == "fp32":
-            # Without tensor cores a thread holds its share of the operands too: from compiling, beyond this they spill
-            # by hundreds of bytes, and soon by thousands. The backward has half as many tiles again in its hands.
-            most = config.num_warps << self.fp32_shift
-            if config.BLOCK_M * config.BLOCK_N * head_dim**2 > max(most, 16 * 16 * head_dim**2):
-                of = f"{tile} of fp32 at head_dim {head_dim}"
-                return f"{of} is too large for the registers of {config.num_warps} warps"
+            # Without tensor cores each thread also holds part of the operands. From compiling: beyond this limit they
+            # spill hundreds of bytes, and soon thousands. The backward holds half as many tiles again.
+            limit = config.num_warps << self.fp32_shift
+            if config.BLOCK_M * config.BLOCK_N * head_dim**2 > max(limit, 16 * 16 * head_dim**2):
+                what = f"{tile} of fp32 at head_dim {head_dim}"
+                return f"{what} is too large for the registers of {config.num_warps} warps"
         elif (config.BLOCK_N == 16 and spec.dtype != "tf32") or max(
             config.BLOCK_M, config.BLOCK_N, head_dim // 2
         ) < 16 * config.num_warps:
-            # 16 rows a warp; of a wide head_dim two warps may share rows, and halve their sums' columns.
+            # A warp needs 16 rows. With a wide head_dim two warps may share rows, each with half of the sums' columns.
             return f"{tile} is too small for {config.num_warps} warps"
-        # Two sums of its own rows stay in registers, beside two tiles of scores at the least: past 255 registers a
-        # thread they spill for certain.
+        # The two sums of the owned rows stay in registers, beside at least two tiles of scores: above 255 registers per
+        # thread they surely spill.
         owned, step = self.owned_and_step(config)
-        a_thread = 2 * owned * (head_dim // programs_a_head(config) + step) // (32 * config.num_warps)
-        if a_thread > MOST_REGISTERS and not (spec.dtype == "fp32" and owned == step == 16):
-            return f"its accumulators need {a_thread} registers a thread; there are {MOST_REGISTERS}"
-        return _why_maxnreg_invalid(config, a_thread, gpu)
+        accumulators = 2 * owned * (head_dim // programs_per_tile(config) + step) // (32 * config.num_warps)
+        if accumulators > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == step == 16):
+            return f"its accumulators need {accumulators} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
+        return _why_maxnreg_invalid(config, accumulators, gpu)
 
     def shared_bytes(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
-        # Triton keeps num_stages - 1 blocks in flight when the loads feed matmuls; the tiles a program owns stay.
+        # Triton keeps num_stages - 1 blocks in flight if the loads feed matmuls. The owned tiles stay throughout.
         in_flight = max(1, config.num_stages - 1)
         return self.owned_rows(spec, config, gpu) * row_bytes(spec, config) + in_flight * self.block_bytes(spec, config)
 
     @abstractmethod
     def owned_rows(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
-        """Rows of head_dim numbers that a program has in shared memory from begin to end."""
+        """The rows of head_dim elements that a program keeps in shared memory throughout."""
 
     def block_bytes(self, spec: KernelSpec, config: T) -> int:
-        """What one block in flight takes: k and v where a program owns q, r (and do)."""
+        """The shared memory of one block in flight: of k and v, unless the program owns keys."""
         return 2 * config.BLOCK_N * row_bytes(spec, config)
 
-    def room_bytes(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
-        """From compiling: matmuls of Hopper and Blackwell, which run on while the program does, keep more in flight.
+    def extra_shared_bytes(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
+        """From compiling: the asynchronous matmuls of Hopper and Blackwell keep more in flight.
 
-        Those of other GPUs, and of tiles too small for the former, pass up to two padded tiles of scores from thread
-        to thread.
+        On other GPUs, and with tiles too small for asynchronous matmuls, threads exchange up to two padded tiles of
+        scores.
         """
         more = config.BLOCK_M * (2 * config.BLOCK_N + 4) * spec.bytes_per_element
         if gpu.capability[0] in (9, 10):
-            more = max(more, self.ahead_bytes(spec, config))
+            more = max(more, self.async_bytes(spec, config))
         return more + KIB
 
-    def ahead_bytes(self, spec: KernelSpec, config: T) -> int:
-        """What such matmuls keep in flight: a block more."""
+    def async_bytes(self, spec: KernelSpec, config: T) -> int:
+        """What asynchronous matmuls keep in flight in addition: one block."""
         return self.block_bytes(spec, config)
 
-    def scored_and_summed(self, head_dim: int, form: str) -> tuple[list[Piece], list[Piece]]:
-        """They are the same, but where HEAD_DIM_LAYOUT is "split" and two programs share the sums.
+    def scored_and_summed(self, head_dim: int, head_dim_layout: str) -> tuple[list[Piece], list[Piece]]:
+        """All pieces twice, unless HEAD_DIM_LAYOUT is "split": then a program sums its half only.
 
-        The backward multiplies by the very tiles that scores come from, so its own half is a piece of its own there.
+        The backward multiplies by the same tiles that scores are computed from, so its half is a piece there too.
         """
-        if form != "split":
-            return super().scored_and_summed(head_dim, form)
+        if head_dim_layout != "split":
+            return super().scored_and_summed(head_dim, head_dim_layout)
         mine = half_of(head_dim, "_mine")
         return [mine, other_half_of(head_dim)], [mine]
 
     # -- where a search begins
 
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[T]:
-        head_group = self.floor_of("GROUP_HEADS", self.together(spec, shape, gpu))
+        group_heads = self.floor_of("GROUP_HEADS", self.heads_in_l2(spec, shape, gpu))
         tiles: Sequence[Tile] = self.tiles.fp32 if spec.dtype == "fp32" else self.tiles.usual
         if spec.head_dim <= 64 and spec.dtype != "fp32":
             tiles = (*self.tiles.narrow, *tiles)
@@ -183,52 +183,52 @@ class TiledOp(Op[T]):
         blocks = shape.batch * shape.heads * (shape.seqlen_q // 128 + 1)
         if blocks < gpu.sms:  # too few large tiles to fill the card
             tiles = tiles[1:]
-        kind, forms = self.config, forms_of(spec.head_dim)
-        # From compiling: beside a piece of 128 there is no room for a narrow one, and the forward's tiles would be
-        # small.
-        wide = spec.head_dim > 128 and "padded" in forms and (self.pads_wide or spec.head_dim % 64 > 0)
-        form = "padded" if wide else forms[0]
-        halves = self.tiles.halves if "split" in forms and spec.bytes_per_element == 2 else ()
-        found = [
-            *(kind(m, n, head_group, w, s, "split") for m, n, w, s in halves),
-            *(kind(m, n, head_group, w, s, form) for m, n, w, s in (*tiles, *SMALLEST)),
+        layouts = head_dim_layouts(spec.head_dim)
+        # From compiling: registers have no room for a narrow piece beside one of 128, and the forward's tiles would
+        # have to be small.
+        pads = spec.head_dim > 128 and "padded" in layouts and (self.pads_wide or spec.head_dim % 64 > 0)
+        layout = "padded" if pads else layouts[0]
+        halves = self.tiles.halves if "split" in layouts and spec.bytes_per_element == 2 else ()
+        configs = [
+            *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in halves),
+            *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST)),
         ]
-        return [self.lean(config) if self._pays(spec, config, gpu) else config for config in found]
+        return [self.lean(config) if self._is_lean_by_default(spec, config, gpu) else config for config in configs]
 
-    def together(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
-        """As many heads together as have what they share, keys and values, in half of L2."""
-        a_head = 2 * shape.seqlen_kv * spec.head_dim * spec.bytes_per_element
-        return max(1, gpu.l2_bytes // 2 // a_head) * shape.group
+    def heads_in_l2(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
+        """The number of query heads whose keys and values fill half of L2."""
+        head_bytes = 2 * shape.seqlen_kv * spec.head_dim * spec.bytes_per_element
+        return max(1, gpu.l2_bytes // 2 // head_bytes) * shape.group
 
-    def promising(self, spec: KernelSpec, found: list[T]) -> list[T]:
-        default, first = found[0], found[:3]
+    def promising(self, spec: KernelSpec, defaults: list[T]) -> list[T]:
+        default, first = defaults[0], defaults[:3]
         return [
             *(plain if (plain := self._plain(config)) != config else self.lean(config) for config in first),
-            *(replace(default, GROUP_HEADS=together) for together in (1, 4, 16, 0)),
-            *(replace(default, HEAD_DIM_LAYOUT=form) for form in forms_of(spec.head_dim)),
-            # Three programs of 4 warps on a multiprocessor, not two, at the price of some spills.
+            *(replace(default, GROUP_HEADS=heads) for heads in (1, 4, 16, 0)),
+            *(replace(default, HEAD_DIM_LAYOUT=layout) for layout in head_dim_layouts(spec.head_dim)),
+            # Three resident programs of 4 warps instead of two, at the price of some spills.
             *(replace(config, maxnreg=168) for config in first),
         ]
 
     @abstractmethod
     def lean(self, config: T) -> T:
-        """With fewer instructions beside the matmuls, and of the backward's with more registers."""
+        """The config with fewer instructions beside the matmuls; in the backward it needs more registers."""
 
     def _plain(self, config: T) -> T:
-        """Without."""
+        """The config with every knob of the op's own at its default: the opposite of `lean`."""
         return self.config(*(getattr(config, f.name) for f in fields(TileConfig)))
 
     @abstractmethod
     def pays_to_be_lean(self, spec: KernelSpec, config: T) -> bool:
-        """Whether it did on an H100, in bf16 at head_dim 64, 96 and 128, without halves."""
+        """Whether `lean` was faster on an H100, in bf16 at head_dim 64, 96 and 128, without HEAD_DIM_LAYOUT "split"."""
 
-    def _pays(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
-        """Elsewhere nothing is known."""
+    def _is_lean_by_default(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
+        """Whether a default config is made lean: only where `pays_to_be_lean` was measured."""
         if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_LAYOUT == "split" or spec.head_dim > 128:
             return False
         return self.pays_to_be_lean(spec, config)
 
-    # -- how it is launched and checked
+    # -- launches and checks
 
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("q", "r", "k", "v")
@@ -238,42 +238,42 @@ class TiledOp(Op[T]):
 
     @property
     def heads(self) -> str:
-        """Of which heads a program owns a tile."""
+        """The kernel's name for the number of heads that tiles are owned of."""
         return "kv_heads" if self.owns_keys else "heads"
 
     def last_first(self, spec: KernelSpec) -> bool:
-        """Whether tiles are launched last first: of a causal mask those of query rows have most work there."""
+        """Whether a head's tiles are launched in reverse: with a causal mask the last query rows have most work."""
         return spec.causal and not self.owns_keys
 
     def signatures(self, spec: KernelSpec, config: T) -> dict[str, Signature]:
         return {self.name: self.signature(spec, config, self.sizes_passed(spec, config))}
 
     def signature(self, spec: KernelSpec, config: T, sizes: dict[str, str]) -> Signature:
-        """Of a kernel that takes these numbers behind all else.
+        """The signature of a kernel that takes `sizes` last.
 
-        Of what a program steps over, a row's stride is a constant: it hardly changes, and offsets that are known take
-        fewer registers.
+        The row strides of tensors that a program steps over are compile-time constants: they hardly ever change, and
+        constant offsets take fewer registers.
         """
-        stepped = ROWS_LIKE if self.owns_keys else KEYS_LIKE
-        tensors = [t for t in (*self.given(spec), *self.written(spec)) if t in (*ROWS_LIKE, *KEYS_LIKE)]
+        stepped = QUERY_ROW_TENSORS if self.owns_keys else KEY_TENSORS
+        tensors = [t for t in (*self.given(spec), *self.written(spec)) if t in (*QUERY_ROW_TENSORS, *KEY_TENSORS)]
         passed = (
             *pointers(self.tensors(spec, config)),
-            *(strides(spec, t, "n" if t in KEYS_LIKE else "m", constant=t in stepped) for t in tensors),
+            *(strides(spec, t, "n" if t in KEY_TENSORS else "m", constant=t in stepped) for t in tensors),
             *self.scales(spec),
             *score_scales(spec),
             *(number(name, expression) for name, expression in sizes.items()),
         )
         return Signature(passed, tuple(sizes))
 
-    def scales(self, spec: KernelSpec) -> tuple[Passed, ...]:
-        """What a kernel takes between strides and scale_log2."""
+    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
+        """The parameters between the strides and scale_log2."""
         return ()
 
     def sizes_passed(self, spec: KernelSpec, config: T, tiled: bool = True, fills: bool = True) -> dict[str, str]:
-        """Numbers that change from call to call: a kernel's name for each, and what `launch` passes.
+        """The numbers that change from call to call: the kernel's name for each -> the expression in `launch`.
 
-        tiled  whether each program has a tile to find: it needs to know how many there are, or heads
-        fills  whether the kernel writes rows that no sequence has; their `total` tells where lse and t_mean lie, too
+        tiled  whether each program computes its tile from its index, for which it needs the number of tiles or heads
+        fills  whether the kernel writes rows of no sequence, which needs `total`; so do the offsets of lse and t_mean
         """
         of = "k" if self.owns_keys else "q"
         sizes = {"batch_heads": f"batch * {self.heads}"} if config.GROUP_HEADS != 1 or not tiled else {}
@@ -301,9 +301,9 @@ MASK = Knob("MASK", ("after_exp", "before_exp"))
 
 @dataclass(frozen=True)
 class MaskedConfig(TileConfig):
-    """Choices of dkdv and dqdr alike.
+    """The base of the configs of dkdv and dqdr.
 
-    MASK  what a causal mask is put on, see each
+    MASK  where the causal mask is applied: see each
     """
 
     MASK: str = "after_exp"
@@ -313,7 +313,7 @@ M = TypeVar("M", bound=MaskedConfig)
 
 
 class GradientOp(TiledOp[M]):
-    """dkdv and dqdr: from what preprocess wrote they find scores once more, and sum gradients."""
+    """The base of dkdv and dqdr, which recompute scores from preprocess's row statistics and sum gradients."""
 
     padded_to = PADDED_TO
 
@@ -326,29 +326,31 @@ class GradientOp(TiledOp[M]):
         return super().why_invalid(spec, config, gpu)
 
     def given(self, spec: KernelSpec) -> tuple[str, ...]:
-        return (*super().given(spec), "do", "rows")
+        return (*super().given(spec), "do", "row_stats")
 
-    def scales(self, spec: KernelSpec) -> tuple[Passed, ...]:
-        return (strides_of_rows(spec), number("softmax_scale"))
+    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
+        return (row_stats_strides(spec), number("softmax_scale"))
 
 
 def row_bytes(spec: KernelSpec, config: TileConfig) -> int:
-    """What a row of head_dim numbers takes in a tile."""
+    """The bytes of a row of head_dim elements in a tile, with its padding."""
     return width_of(spec.head_dim, config.HEAD_DIM_LAYOUT) * spec.bytes_per_element
 
 
-def programs_a_head(config: TileConfig) -> int:
-    """How many programs share a tile, each of which sums its part of head_dim."""
+def programs_per_tile(config: TileConfig) -> int:
+    """How many programs share a tile. Each sums its part of head_dim."""
     return 2 if config.HEAD_DIM_LAYOUT == "split" else 1
 
 
-def _why_maxnreg_invalid(config: TileConfig, a_thread: int, gpu: Gpu) -> str | None:
-    most = config.maxnreg
-    if most == 0:
+def _why_maxnreg_invalid(config: TileConfig, accumulators: int, gpu: Gpu) -> str | None:
+    """Why maxnreg does not fit. accumulators: the registers a thread that they take."""
+    limit = config.maxnreg
+    if limit == 0:
         return None
-    many, few = (gpu.registers_per_sm // (32 * config.num_warps * each) for each in (most, MOST_REGISTERS))
-    if many == few:
-        return f"maxnreg {most} lets no more programs of {config.num_warps} warps run together than {MOST_REGISTERS}"
-    if a_thread > most:
-        return f"its accumulators need {a_thread} registers a thread; maxnreg is {most}"
+    unlimited = MAX_REGISTERS_PER_THREAD
+    with_limit, without = (gpu.registers_per_sm // (32 * config.num_warps * each) for each in (limit, unlimited))
+    if with_limit == without:
+        return f"maxnreg {limit} lets no more programs of {config.num_warps} warps run together than {unlimited}"
+    if accumulators > limit:
+        return f"its accumulators need {accumulators} registers a thread; maxnreg is {limit}"
     return None

@@ -78,7 +78,7 @@ def inputs_and_forward(
         heads = shape.kv_heads if seed % 2 else 1  # one scale for each head, or one for all
         draw = torch.Generator().manual_seed(seed)
         inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
-    if op.own_lengths:
+    if op.per_sequence_lengths:
         keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
         if seed % 3 == 0 and not full:  # serving engines mark unused batch entries so
             keys = torch.where(keys == 0, -1 if seed % 2 else -shape.seqlen_kv, keys)
@@ -106,9 +106,9 @@ def inputs_and_forward(
         _poison_padding(inputs.do, inputs.cu_seqlens_q)
     # preprocess has no mask of its own. Use causal attention, where some rows may see no key.
     causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
-    result = attend(spec if "rows" in given else causal, inputs)
-    if "rows" in given:
-        inputs.rows = expected_row_stats(spec, inputs, result).float()
+    result = attend(spec if "row_stats" in given else causal, inputs)
+    if "row_stats" in given:
+        inputs.row_stats = expected_row_stats(spec, inputs, result).float()
     else:
         inputs.out, inputs.v_mean = (x.to(inputs.q.dtype) for x in (result.out, result.v_mean))
         inputs.lse, inputs.t_mean = result.lse.float(), result.t_mean.float()
@@ -245,14 +245,14 @@ def expected_row_stats(spec: KernelSpec, x: Inputs, forward: Reference) -> Tenso
         [torch.where(lse == -math.inf, math.inf, lse), scale * (1 + forward.t_mean.double()), b, scale * c]
     )
     ends = [0, result.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
-    rows = empty_row_stats(forward.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
+    row_stats = empty_row_stats(forward.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
     for sequence, (start, end) in enumerate(itertools.pairwise(ends)):
         first = (start + sequence * PADDED_TO) // PADDED_TO * PADDED_TO
         padded = -(-(end - start) // PADDED_TO) * PADDED_TO
-        behind = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=rows.device)
-        rows[..., first : first + padded] = behind.view(4, *[1] * (rows.dim() - 1))
-        rows[..., first : first + end - start] = result[..., start:end]
-    return rows
+        padding = torch.tensor([math.inf, scale, 0.0, 0.0], dtype=torch.float64, device=row_stats.device)
+        row_stats[..., first : first + padded] = padding.view(4, *[1] * (row_stats.dim() - 1))
+        row_stats[..., first : first + end - start] = result[..., start:end]
+    return row_stats
 
 
 def softmax_scale(spec: KernelSpec) -> float:

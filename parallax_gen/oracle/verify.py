@@ -35,12 +35,12 @@ Expected = dict[str, Tensor]
 def oracle(spec: KernelSpec, x: Inputs) -> Expected:
     """The expected outputs of a launch on these inputs."""
     written = op_of(spec).written(spec)
-    if "rows" in written:
+    if "row_stats" in written:
         assert x.out is not None
         assert x.lse is not None
         assert x.t_mean is not None
         assert x.v_mean is not None
-        return {"rows": expected_row_stats(spec, x, Reference(x.out, x.lse, x.t_mean, x.v_mean))}
+        return {"row_stats": expected_row_stats(spec, x, Reference(x.out, x.lse, x.t_mean, x.v_mean))}
     return _written_of(spec, attend(spec, x) if "out" in written else _gradients(spec, x))
 
 
@@ -67,8 +67,8 @@ class TrainingStep:
         return _gradients(self._spec, self.inputs)
 
 
-def _written_of(spec: KernelSpec, found: Reference | Gradients) -> Expected:
-    return {name: getattr(found, name) for name in op_of(spec).written(spec)}
+def _written_of(spec: KernelSpec, reference: Reference | Gradients) -> Expected:
+    return {name: getattr(reference, name) for name in op_of(spec).written(spec)}
 
 
 def _gradients(spec: KernelSpec, x: Inputs) -> Gradients:
@@ -112,10 +112,10 @@ def judge(call: Call, expected: Expected) -> Verdict:
     """Compare the outputs of a launched call with the expected ones."""
     x, error, reasons = call.inputs, 0.0, []
     sizes = term_sizes(call.spec, x)._asdict() if set(Gradients._fields) & set(call.written) else {}
-    of_rows = "rows" in call.written
+    is_row_stats = "row_stats" in call.written
     for name, (out, ref) in _compared(call.written, expected).items():
-        dtype = "fp32" if of_rows else call.spec.dtype  # fp32 sums of products
-        if not of_rows:
+        dtype = "fp32" if is_row_stats else call.spec.dtype  # fp32 sums of products
+        if not is_row_stats:
             (out, padding), (ref, ref_padding) = (of_sequences(x, name, t) for t in (out, ref))
             if not torch.equal(padding.double(), ref_padding):
                 reasons.append(f"{name}: not {ref_padding.flatten()[0].item()} in rows that no sequence has")
@@ -176,11 +176,11 @@ def _keys_seen(spec: KernelSpec, x: Inputs) -> Tensor:
 
 def _compared(written: dict[str, Tensor], expected: Expected) -> dict[str, tuple[Tensor, Tensor]]:
     """The pairs to compare. A row without keys has lse -inf on both sides, so exp(lse) is compared."""
-    if "rows" in written:
+    if "row_stats" in written:
         names = ("log2(e) lse", "scale (1 + t_mean)", "b", "scale (b - T)")
-        there = ~expected["rows"].isnan().reshape(-1, expected["rows"].shape[-1]).any(0)
-        rows, ref_rows = (x["rows"][..., there] for x in (written, expected))
-        return dict(zip(names, zip(rows, ref_rows, strict=True), strict=True))
+        there = ~expected["row_stats"].isnan().reshape(-1, expected["row_stats"].shape[-1]).any(0)
+        stats, ref_stats = (x["row_stats"][..., there] for x in (written, expected))
+        return dict(zip(names, zip(stats, ref_stats, strict=True), strict=True))
     pairs = {name: (tensor, expected[name]) for name, tensor in written.items()}
     if "lse" in pairs:
         out, ref = pairs.pop("lse")

@@ -22,17 +22,17 @@ ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cac
 
 # Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
 QUERY_ROW_OPS = ("preprocess",)
-OWN_LENGTHS = ("decode_varlen",)
+PER_SEQUENCE_LENGTHS = ("decode_varlen",)
 
 # Flag -> the ops that have it.
 FLAGS = {
-    "causal": ("forward", "dkdv", "dqdr", *OWN_LENGTHS),
-    "stats": ("forward", *OWN_LENGTHS),
-    "window": ("forward", "dkdv", "dqdr", *OWN_LENGTHS),
-    "varlen": ("forward", "preprocess", "dkdv", "dqdr", *OWN_LENGTHS),
-    "leftpad": OWN_LENGTHS,
-    "many_queries": OWN_LENGTHS,
-    "softcap": ("forward", "dkdv", "dqdr", "decode", *OWN_LENGTHS),
+    "causal": ("forward", "dkdv", "dqdr", *PER_SEQUENCE_LENGTHS),
+    "stats": ("forward", *PER_SEQUENCE_LENGTHS),
+    "window": ("forward", "dkdv", "dqdr", *PER_SEQUENCE_LENGTHS),
+    "varlen": ("forward", "preprocess", "dkdv", "dqdr", *PER_SEQUENCE_LENGTHS),
+    "leftpad": PER_SEQUENCE_LENGTHS,
+    "many_queries": PER_SEQUENCE_LENGTHS,
+    "softcap": ("forward", "dkdv", "dqdr", "decode", *PER_SEQUENCE_LENGTHS),
 }
 
 
@@ -93,7 +93,7 @@ class KernelSpec:
         _one_of("op", self.op, OPS)
         if type(self.head_dim) is not int or self.head_dim % 8 or not 0 < self.head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", f"{self.head_dim!r:.80}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
-        rows_alone, own_lengths = self.op in QUERY_ROW_OPS, self.op in OWN_LENGTHS
+        rows_alone, per_sequence_lengths = self.op in QUERY_ROW_OPS, self.op in PER_SEQUENCE_LENGTHS
         _one_of("dtype", self.dtype, DTYPES[:3] if rows_alone else DTYPES)
         if type(self.group) is not int or self.group < 1:
             raise ArgumentError("group", f"{self.group!r:.80}", "an int of 1 or more (query heads per kv head)")
@@ -109,16 +109,16 @@ class KernelSpec:
         if type(self.page_size) is not int or self.page_size < 0:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
-        if self.cache_dtype and not (own_lengths and self.bytes_per_element == 2):
+        if self.cache_dtype and not (per_sequence_lengths and self.bytes_per_element == 2):
             allowed = "'', but with ragged decode and dtype bf16 or fp16"
             raise ArgumentError("cache_dtype", self.cache_dtype, allowed)
-        if self.page_size and not own_lengths:
+        if self.page_size and not per_sequence_lengths:
             raise ArgumentError("page_size", self.page_size, "0, but with ragged decode")
         if self.window and not self.causal:
             raise ArgumentError("window", "True without causal", "True with causal=True only")
-        if own_lengths and self.varlen and not self.many_queries:
+        if per_sequence_lengths and self.varlen and not self.many_queries:
             raise ArgumentError("varlen", f"True with op {named(self.op)!r}", "True with many_queries=True only")
-        if own_lengths and self.causal and not (self.window or self.many_queries):
+        if per_sequence_lengths and self.causal and not (self.window or self.many_queries):
             raise ArgumentError("causal", "True with one query a sequence", "False, but with window or many_queries")
 
     @property
@@ -145,9 +145,9 @@ class KernelSpec:
 
     def flat(self) -> dict[str, Any]:
         """All fields, with the names and the order of records: the op's family, and the flag ragged."""
-        found = vars(self) | {"op": self.family}
+        values = vars(self) | {"op": self.family}
         before = ("op", "head_dim", "dtype", "group", "causal", "stats")
-        return {name: found[name] for name in before} | {"ragged": self.op in OWN_LENGTHS} | found
+        return {name: values[name] for name in before} | {"ragged": self.op in PER_SEQUENCE_LENGTHS} | values
 
     def to_dict(self) -> dict[str, Any]:
         """`flat` without the fields of ADDED_FIELDS that are at their default. `memory.old.spec_from` reads it."""
@@ -159,7 +159,7 @@ class KernelSpec:
         if self.op not in QUERY_ROW_OPS:
             words.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
         # A single query sees all keys of its window.
-        if self.op in FLAGS["causal"] and (self.op not in OWN_LENGTHS or self.many_queries or self.window):
+        if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTHS or self.many_queries or self.window):
             words.append("window" if self.window else "causal" if self.causal else "full")
         words += [name for name in ("varlen", "stats", "ragged", "leftpad") if flat[name]]
         words += ["many queries"] * self.many_queries

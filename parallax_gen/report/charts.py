@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from parallax_gen.describe import brief, number
-from parallax_gen.memory.standing import shape_of
+from parallax_gen.memory.descriptions import shape_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.work import rate_unit, work_of
 from parallax_gen.report.studies import Study
@@ -23,8 +23,8 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 1)
+        fraction = math.log(value / self.low) / math.log(self.high / self.low)
+        return round(self.start + min(1.0, max(0.0, fraction)) * (self.end - self.start), 1)
 
     def ticks(self, values: Sequence[float]) -> list[tuple[float, str]]:
         """(pixel, label) of the values that lie on the axis."""
@@ -146,8 +146,8 @@ def _achieved(study: Study) -> str:
     op = study.place.spec.family
     lines = [f"{study.place.gpu}: {study.place.spec}", str(study.place.bucket)]
     lines.append(f"{number(study.best.time_us)} µs, {number(study.rate or 0)} {rate_unit(op)}")
-    lines += [f"{study.share:.0%} of the bound"] if study.share is not None else []
-    lines += [f"{', '.join(study.unlike)}"] if study.unlike else []
+    lines += [f"{study.fraction_of_bound:.0%} of the bound"] if study.fraction_of_bound is not None else []
+    lines += [f"{', '.join(study.differences)}"] if study.differences else []
     return "\n".join([*lines, brief(study.best.config)])
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import parallax_gen
 from parallax_gen.bench.rows import Row
 from parallax_gen.bench.summary import Mean, means, times_ours
+from parallax_gen.memory.descriptions import Origins, name_in_records
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.memory.standing import Origins, name_in_records
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.spec import KernelSpec
@@ -38,8 +38,8 @@ class Kernel:
     @property
     def percents(self) -> str:
         """The range of percentages of the roofline bound that its studies reach: `36 to 54`, `45`; "" if unknown."""
-        shares = [study.share for study in self.studies if study.share is not None]
-        ends = [f"{100 * end:.0f}" for end in (min(shares), max(shares))] if shares else []
+        fractions = [study.fraction_of_bound for study in self.studies if study.fraction_of_bound is not None]
+        ends = [f"{100 * end:.0f}" for end in (min(fractions), max(fractions))] if fractions else []
         return " to ".join(dict.fromkeys(ends))
 
     @property
@@ -115,15 +115,15 @@ class Report:
         return means(self.ratios, key=lambda row: (row.origin.gpu, row.op, row.part, row.baseline))
 
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
-        """By op and GPU: the number of buckets in each state, and the measured buckets' median share of the bound."""
+        """By op and GPU: the buckets in each state, and the measured buckets' median fraction of the bound."""
         found: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
         for place, study in self.by_place.items():
-            states, shares = found.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
+            states, fractions = found.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
             states[study.state if study else "untuned"] += 1
-            if study is not None and study.share is not None:
-                shares.append(study.share)
+            if study is not None and study.fraction_of_bound is not None:
+                fractions.append(study.fraction_of_bound)
         return {
-            op: {gpu: (states, median(shares) if shares else None) for gpu, (states, shares) in of.items()}
+            op: {gpu: (states, median(fractions) if fractions else None) for gpu, (states, fractions) in of.items()}
             for op, of in found.items()
         }
 
@@ -162,10 +162,10 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
             {
                 "place": study.place.flat(),
                 "state": study.state,
-                "unlike_here": study.unlike,
+                "unlike_here": study.differences,
                 "outcomes": study.outcomes,
                 "trials": len(study.trials),
-                "share_of_bound": study.share,
+                "share_of_bound": study.fraction_of_bound,
                 "default_us": study.default and study.default.time_us,
                 "gain": study.gain,
                 "best": origins.to_json(study.best) if study.best else None,

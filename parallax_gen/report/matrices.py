@@ -1,4 +1,4 @@
-"""The two heat maps as tables of cells: each bucket's share of the bound, and baselines' times relative to ours."""
+"""The two heat maps as tables of cells: each bucket's fraction of the bound, and baselines' times relative to ours."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.studies import Study, order_of
 
-# Boundaries of the colour classes: shares of the bound, and times relative to ours, with 1 in the middle of a class.
-SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+# Boundaries of the colour classes: fractions of the bound, and times relative to ours, with 1 in the middle of a class.
+FRACTIONS_OF_BOUND = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 RATIOS = (0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
 
 Sizes = tuple[int, int, int]  # seqlen_q, seqlen_kv, window
@@ -108,17 +108,17 @@ def _coverage_cell(place: Place, study: Study | None) -> Cell:
     lines = [f"{place.gpu}: {spec}", str(place.bucket)]
     if study is None:
         return Cell("", "\n".join([*lines, "not tuned: the default config is used"]), "untuned")
-    best, share = study.best, study.share
+    best, fraction = study.best, study.fraction_of_bound
     if best is None or best.time_us is None:
         tried = f"{len(study.results)} tried, none measured: the default config is used"
         return Cell("", "\n".join([*lines, tried]), study.state, study.key)
     lines.append(f"{number(best.time_us)} µs, {number(study.rate or 0)} {rate_unit(spec.op)}")
-    lines += [f"{share:.0%} of the roofline's bound"] if share is not None else []
+    lines += [f"{fraction:.0%} of the roofline's bound"] if fraction is not None else []
     lines.append(brief(best.config))
-    lines += [f"{', '.join(study.unlike)}"] if study.unlike else []
-    kind = "known" if share is None else f"share{bisect_right(SHARES, share)}"
-    text = "✓" if share is None else f"{100 * share:.0f}"
-    return Cell(text, "\n".join(lines), f"{kind} elsewhere" if study.unlike else kind, study.key)
+    lines += [f"{', '.join(study.differences)}"] if study.differences else []
+    kind = "known" if fraction is None else f"share{bisect_right(FRACTIONS_OF_BOUND, fraction)}"
+    text = "✓" if fraction is None else f"{100 * fraction:.0f}"
+    return Cell(text, "\n".join(lines), f"{kind} elsewhere" if study.differences else kind, study.key)
 
 
 def _ratio(timed: list[tuple[Row, float | None]]) -> Cell:

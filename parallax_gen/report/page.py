@@ -24,7 +24,7 @@ from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
 from parallax_gen.report.failures import BY_HARM
-from parallax_gen.report.matrices import RATIOS, SHARES, coverage, kernel_name, speed_ups
+from parallax_gen.report.matrices import FRACTIONS_OF_BOUND, RATIOS, coverage, kernel_name, speed_ups
 from parallax_gen.report.sources import Sources
 from parallax_gen.report.studies import STATES, Study
 from parallax_gen.tuning.search.importances import MIN_TRIALS
@@ -59,8 +59,8 @@ def html(report: Report, command: str) -> str:
             outcome_order=(Outcome.OK, *BY_HARM),
             outcomes_found={outcome for kernel in tried for outcome in kernel.outcomes},
             tried=tried,
-            importances=[(kernel, shares) for kernel in tried if (shares := kernel.importances)],
-            any_unlike=any(study.unlike for study in report.shown),
+            importances=[(kernel, importances) for kernel in tried if (importances := kernel.importances)],
+            any_differences=any(study.differences for study in report.shown),
             means=report.means,
             coverage=coverage(report.by_place),
             speed_ups=speed_ups(report.ratios),
@@ -71,7 +71,7 @@ def html(report: Report, command: str) -> str:
             ids={key: f"k{i}" for i, key in enumerate(places)},
             sources=places,
             packed=sources.packed(),
-            share_bounds=[round(100 * bound) for bound in SHARES],
+            share_bounds=[round(100 * bound) for bound in FRACTIONS_OF_BOUND],
             ratio_bounds=RATIOS,
             decades=DECADES,
             kernels_in=kernels_in,
@@ -91,8 +91,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %"
 
 
 def _environment() -> jinja2.Environment:

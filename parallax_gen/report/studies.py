@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from parallax_gen.codegen.device import card_named
+from parallax_gen.memory.descriptions import ANOTHER_KERNEL, Origins, card_of, differences_from_here, shape_of
 from parallax_gen.memory.gains import gain
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable, comparable_default, default_of
 from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.memory.standing import ANOTHER_KERNEL, Origins, card_of, shape_of, unlike_here
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import FAMILIES, KernelSpec
@@ -28,26 +28,26 @@ STATES = ("measured", "elsewhere", "predicted", "failed", "untuned")
 class Study:
     """The results of one kernel in one bucket on one GPU that match this process, or differ from it in the same way.
 
-    gpu      the card; None if it is neither in the table nor in this machine
-    results  measured ones from fast to slow, then predicted, then failed ones
-    trials   the user's own results, in the order of their first trial
-    unlike   the differences from this process, as text: toolchain, kernel; empty if there are none
-    known_as the status of the first result: measured (by the user), shipped, predicted, or how it failed
-    default  today's default config, timed like the best; None if it was not, or if the best is of another kernel
+    gpu          the card; None if it is neither in the table nor in this machine
+    results      measured ones from fast to slow, then predicted, then failed ones
+    trials       the user's own results, in the order of their first trial
+    differences  the differences from this process, as text: toolchain, kernel; empty if there are none
+    known_as     the status of the first result: measured (by the user), shipped, predicted, or how it failed
+    default      today's default config, timed like the best; None if it was not, or if the best is of another kernel
     """
 
     place: Place
     gpu: Gpu | None
     results: tuple[Result, ...]
     trials: tuple[Result, ...]
-    unlike: tuple[str, ...]
+    differences: tuple[str, ...]
     known_as: str
     default: Result | None = None
 
     @property
     def key(self) -> tuple[Place, tuple[str, ...]]:
         """Identifies the study."""
-        return self.place, self.unlike
+        return self.place, self.differences
 
     @property
     def best(self) -> Result | None:
@@ -57,7 +57,7 @@ class Study:
     def state(self) -> str:
         """One of STATES. "elsewhere": measured with another toolchain, or of another kernel than today's."""
         if self.best is not None:
-            return "elsewhere" if self.unlike else "measured"
+            return "elsewhere" if self.differences else "measured"
         return "predicted" if self.results[0].outcome is Outcome.PREDICTED else "failed"
 
     @property
@@ -80,7 +80,7 @@ class Study:
         return gain(self.results[0], self.default)
 
     @property
-    def share(self) -> float | None:
+    def fraction_of_bound(self) -> float | None:
         """The fraction of the roofline bound that the best reaches; None if the card's peaks are unknown."""
         if self.best is None or self.best.time_us is None or self.gpu is None:
             return None
@@ -97,8 +97,8 @@ def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
     for place, group in groupby(results, key=lambda r: r.place):
         alike: dict[tuple[str, ...], list[Result]] = {}
         for result in group:
-            alike.setdefault(unlike_here(result), []).append(result)
-        for unlike, of_study in alike.items():
+            alike.setdefault(differences_from_here(result), []).append(result)
+        for differences, of_study in alike.items():
             own = sorted((r for r in of_study if r in trials), key=trials.__getitem__)
             found.append(
                 Study(
@@ -106,17 +106,17 @@ def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
                     gpu=card_named(place.gpu),
                     results=tuple(of_study),
                     trials=tuple(own),
-                    unlike=unlike,
+                    differences=differences,
                     known_as=origins.status(of_study[0]),
-                    default=_default(of_study, unlike),
+                    default=_default(of_study, differences),
                 )
             )
     return found
 
 
-def _default(results: list[Result], unlike: tuple[str, ...]) -> Result | None:
+def _default(results: list[Result], differences: tuple[str, ...]) -> Result | None:
     best = results[0]
-    if not best.measured or ANOTHER_KERNEL in unlike:
+    if not best.measured or ANOTHER_KERNEL in differences:
         return None
     card = card_of(best.place)
     return comparable_default(best, default_of(best.place, card), card, RecordTable(results))
@@ -130,8 +130,8 @@ def most_useful(studies: Iterable[Study]) -> list[Study]:
     found: list[Study] = []
     for _, group in groupby(studies, key=lambda study: study.place):  # input is sorted by place
         alike = list(group)
-        here = [study for study in alike if not study.unlike]
-        others = sorted((s for s in alike if s.unlike), key=lambda s: (s.best is not None, s.newest))
+        here = [study for study in alike if not study.differences]
+        others = sorted((s for s in alike if s.differences), key=lambda s: (s.best is not None, s.newest))
         found += here
         if others and not any(study.best for study in here):
             found.append(others[-1])

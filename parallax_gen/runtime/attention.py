@@ -119,11 +119,11 @@ class BackwardPlan:
         if v_mean is None:
             v_mean = forward(request, packed=bool(cu_seqlens_of(request)), stats=True)[3]
         sequences = 0 if request.cu_seqlens_q is None else request.cu_seqlens_q.shape[0] - 1
-        rows = empty_row_stats(saved.lse, sequences)
+        row_stats = empty_row_stats(saved.lse, sequences)
         tensors = dict(zip(TENSORS, tensor_fields(request), strict=True))
         forward_results = {"out": saved.out, "lse": saved.lse, "t_mean": saved.t_mean, "v_mean": v_mean}
-        arguments = SimpleNamespace(do=do, rows=rows, **tensors, **forward_results)
-        self.preprocess.launch(arguments, (rows,))
+        arguments = SimpleNamespace(do=do, row_stats=row_stats, **tensors, **forward_results)
+        self.preprocess.launch(arguments, (row_stats,))
         if self.dkdv is not None:
             self.dkdv.launch(arguments, grads[-2:])
         if self.dqdr is not None:

@@ -137,13 +137,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
     needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
     dqdr, dkdv = needs["q"] or needs["r"], needs["k"] or needs["v"]
-    found: Sequence[Tensor] = ()
+    results: Sequence[Tensor] = ()
     if do is not None:
         if operator is None:
             operator = _AttentionBackward.apply if transforms_backward(do) else _attention_backward
         saved, count = ctx.saved_tensors, len(TENSORS)
-        found = operator(*saved[:count], *ctx.numbers, do, *saved[count:], dqdr, dkdv)
-    grads = dict(zip(gradients_of(dqdr, dkdv), found, strict=bool(found)))
+        results = operator(*saved[:count], *ctx.numbers, do, *saved[count:], dqdr, dkdv)
+    grads = dict(zip(gradients_of(dqdr, dkdv), results, strict=bool(results)))
     return *map(grads.get, INPUTS), *[None] * (len(ctx.needs_input_grad) - len(INPUTS))
 
 

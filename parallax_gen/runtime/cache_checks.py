@@ -97,8 +97,8 @@ def check_workspace_type(workspace: object, q: Tensor, needed: int = 0) -> None:
     """`check_workspace` without the check of its address."""
     if not isinstance(workspace, Tensor):
         raise ArgumentError("workspace", type(workspace).__name__, _workspace_allowed(needed, q))
-    right = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.device == q.device
-    if not right or workspace.numel() < needed:
+    valid = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.device == q.device
+    if not valid or workspace.numel() < needed:
         _refuse_workspace(workspace, needed, q)
 
 
@@ -235,8 +235,8 @@ def _check_cache_scale(name: str, scale: Tensor | float, request: CacheRequest) 
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise ArgumentError(name, repr(scale), allowed)
         return
-    right = scale.dtype == torch.float32 and tuple(scale.shape) in ((1,), (kv_heads,)) and scale.is_contiguous()
-    if not right or scale.device != device:
+    valid = scale.dtype == torch.float32 and tuple(scale.shape) in ((1,), (kv_heads,)) and scale.is_contiguous()
+    if not valid or scale.device != device:
         raise ArgumentError(name, f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}", allowed)
 
 
@@ -248,8 +248,8 @@ def _check_pages(request: CacheRequest, batch: int) -> None:
     page_table, q = request.page_table, request.q
     if not isinstance(page_table, Tensor):
         raise ArgumentError("page_table", type(page_table).__name__, _allowed_pages(batch, q))
-    right = page_table.dtype == torch.int32 and page_table.dim() == 2 and page_table.shape[0] == batch
-    if not right or page_table.device != q.device or page_table.stride(1) != 1:
+    valid = page_table.dtype == torch.int32 and page_table.dim() == 2 and page_table.shape[0] == batch
+    if not valid or page_table.device != q.device or page_table.stride(1) != 1:
         got = f"{page_table.dtype} of shape {tuple(page_table.shape)}, strides {page_table.stride()}"
         raise ArgumentError("page_table", f"{got}, on {page_table.device}", _allowed_pages(batch, q))
     if request.cache_seqlens is None:
@@ -264,9 +264,9 @@ def _allowed_pages(batch: int, q: Tensor) -> str:
 def _check_ints(name: str, given: object, size: int | None, q: Tensor) -> None:
     if not isinstance(given, Tensor):
         raise ArgumentError(name, type(given).__name__, _allowed_ints(name, size, q))
-    right = given.dtype == torch.int32 and given.dim() == 1
-    right = right and (given.shape[0] > 0 if size is None else given.shape[0] == size)
-    if not right or not given.is_contiguous() or given.device != q.device:
+    valid = given.dtype == torch.int32 and given.dim() == 1
+    valid = valid and (given.shape[0] > 0 if size is None else given.shape[0] == size)
+    if not valid or not given.is_contiguous() or given.device != q.device:
         got = f"{given.dtype} of shape {tuple(given.shape)} on {given.device}"
         raise ArgumentError(name, got, _allowed_ints(name, size, q))
 

@@ -109,8 +109,8 @@ def _check_packing(request: Request) -> None:
         allowed = f"an int32 tensor of shape (batch + 1,), contiguous, on {device}"
         if not isinstance(starts, Tensor):
             raise ArgumentError(name, type(starts).__name__, allowed)
-        right = starts.dtype == torch.int32 and starts.dim() == 1 and starts.shape[0] > 0
-        if not right or not starts.is_contiguous() or starts.device != device:
+        valid = starts.dtype == torch.int32 and starts.dim() == 1 and starts.shape[0] > 0
+        if not valid or not starts.is_contiguous() or starts.device != device:
             raise ArgumentError(name, f"{starts.dtype} of shape {tuple(starts.shape)} on {starts.device}", allowed)
         if first is not None and starts.shape != first.shape:
             raise ArgumentError(name, f"shape {tuple(starts.shape)}", f"{tuple(first.shape)}, as cu_seqlens_q has")

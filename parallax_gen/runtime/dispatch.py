@@ -27,7 +27,7 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import FLAGS, OWN_LENGTHS, KernelSpec
+from parallax_gen.problem.spec import FLAGS, PER_SEQUENCE_LENGTHS, KernelSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,16 +89,16 @@ class Dispatcher:
         mode: see `UntunedNotice`.
         """
         place = Place(gpu.name, spec, bucket_of(shape))
-        found = self._kernels.get(place)
-        if found is None:
+        chosen = self._kernels.get(place)
+        if chosen is None:
             ensure_triton_cache()
             self._untuned_notice.check(place, gpu, self._memory)
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
             self._untuned_notice.warn(place, choice.candidate)
-            found = (choice, load(render(spec, choice.config, gpu)))
-            self._kernels[place] = found
-            _LOG.info("%s; %s: runs %s", spec, place.bucket, found[1].__file__)
-        return found
+            chosen = (choice, load(render(spec, choice.config, gpu)))
+            self._kernels[place] = chosen
+            _LOG.info("%s; %s: runs %s", spec, place.bucket, chosen[1].__file__)
+        return chosen
 
 
 def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:
@@ -257,7 +257,9 @@ def tune_command(place: Place) -> str:
     words += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
     if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
         words += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
-    elif not spec.causal and (spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in OWN_LENGTHS)):
+    elif not spec.causal and (
+        spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTHS)
+    ):
         words.append("--full")
     words += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad") if spec.flat()[name]]
     words += ["--page-size", f"{spec.page_size}"] if spec.page_size else []

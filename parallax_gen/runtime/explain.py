@@ -9,10 +9,10 @@ from pathlib import Path
 from parallax_gen.codegen.build import write
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import format_counts
+from parallax_gen.memory.descriptions import ANOTHER_KERNEL, Origins
 from parallax_gen.memory.ranking import Candidate, Tier, comparable_here, is_rendered, ranked, why_not_chosen
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.memory.standing import ANOTHER_KERNEL, Origins
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import Gpu
@@ -119,7 +119,7 @@ def _why_nothing_closer(choice: Choice, record: Result, unused: list[tuple[Resul
 def _none_counts(unused: list[tuple[Result, str]], of_what: str) -> str:
     none = f"the only record{of_what} does not count"
     if len(unused) > 1:
-        none = f"of {len(unused)} records{of_what} none counts"
+        none = f"none of {len(unused)} records{of_what} counts"
     return f"{none}: {'; '.join(dict.fromkeys(why for _, why in unused))}"
 
 

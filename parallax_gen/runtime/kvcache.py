@@ -295,7 +295,7 @@ def _planned(
     if plan is None:
         plan = _plan(request, return_state)
         _plans.remember(key, plan)
-    if request.cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.own_lengths:
+    if request.cache_seqlens is None and isinstance(plan, LaunchPlan) and plan.per_sequence_lengths:
         batch, seqlen = request.k_cache.shape[:2]
         lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=request.q.device)
         request = request._replace(cache_seqlens=lengths)
@@ -329,7 +329,7 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
     many = packed or seqlen_q > 1
     window = window_of(request.window_size, seqlen)
-    own_lengths = (
+    per_sequence_lengths = (
         many
         or state
         or window > 0
@@ -338,7 +338,7 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         or request.cache_leftpad is not None
     )
     spec = KernelSpec(
-        "decode_varlen" if own_lengths else "decode",
+        "decode_varlen" if per_sequence_lengths else "decode",
         head_dim,
         dtype_name(q),
         group=heads // kv_heads,

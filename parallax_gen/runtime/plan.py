@@ -22,7 +22,7 @@ from parallax_gen.runtime.launch_replay import RecordedLaunch, aligned, record_l
 from parallax_gen.runtime.workspace import Workspace, split_workspace
 
 # A cache that grows by one key per step makes a plan per step: beyond this many, all are dropped.
-MOST_PLANS = 4096
+MAX_PLANS = 4096
 
 Plan = TypeVar("Plan")
 
@@ -30,20 +30,20 @@ Plan = TypeVar("Plan")
 class PlanCache(dict[Hashable, Plan]):
     """Plans by all properties of the arguments that they depend on: see `plan_key`."""
 
-    _everyone: ClassVar[list[PlanCache[Any]]] = []
+    _instances: ClassVar[list[PlanCache[Any]]] = []
 
     def __init__(self) -> None:
         super().__init__()
-        self._everyone.append(self)
+        self._instances.append(self)
 
     @classmethod
     def clear_all(cls) -> None:
         """Drop all plans, so that calls choose kernels anew. Captured CUDA graphs keep their kernels."""
-        for plans in cls._everyone:
+        for plans in cls._instances:
             plans.clear()
 
     def remember(self, key: Hashable, plan: Plan) -> None:
-        if len(self) >= MOST_PLANS:
+        if len(self) >= MAX_PLANS:
             self.clear()
         self[key] = plan
 
@@ -98,7 +98,7 @@ class LaunchPlan:
     ):
         self._module = module
         op = op_of(spec)
-        self.own_lengths = op.own_lengths
+        self.per_sequence_lengths = op.per_sequence_lengths
         given, lengths = ([renamed.get(name, name) for name in of(spec)] for of in (op.given, op.lengths))
         self._given: Callable[[object], tuple[Tensor, ...]] = attrgetter(*given)
         # "q" is dropped again: with a single name attrgetter would return no tuple.

@@ -88,8 +88,8 @@ def run_on_shards(
     q = request.q
     rows, stats = dims["q"], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
     shapes = (q.shape, stats_shape(q), stats_shape(q), q.shape)
-    found = attend(*local)
-    each = (rows, stats, stats, rows)[: len(found)]  # torch.compile of torch 2.9 treats every zip as strict
+    outputs = attend(*local)
+    each = (rows, stats, stats, rows)[: len(outputs)]  # torch.compile of torch 2.9 treats every zip as strict
     return tuple(
         DTensor.from_local(
             x,
@@ -99,7 +99,7 @@ def run_on_shards(
             shape=torch.Size(shape),
             stride=_contiguous_strides(shape),
         )
-        for x, of, shape in zip(found, each, shapes[: len(found)], strict=True)
+        for x, of, shape in zip(outputs, each, shapes[: len(outputs)], strict=True)
     )
 
 
@@ -153,11 +153,11 @@ def _cost(x: Any, at: int, kind: str, dims: Dims) -> int:
 def _placements(shardings: Sequence[str], dims: Dims) -> list[Placement]:
     from torch.distributed.tensor import Replicate, Shard
 
-    found: list[Placement] = []
+    placements: list[Placement] = []
     for kind in shardings:
         dim = dims.batch if kind == "batch" else dims.heads if kind == "heads" else None
-        found.append(Replicate() if dim is None else Shard(dim))
-    return found
+        placements.append(Replicate() if dim is None else Shard(dim))
+    return placements
 
 
 def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -56,21 +56,22 @@ class Workspace:
     def get(self, partials: int, arrived: int, stream: int) -> tuple[Tensor, Tensor]:
         """At least `partials` fp32 elements and `arrived` int32 counters, for a launch on the current stream.
 
-        stream  its handle"""
+        stream  the handle of the current stream
+        """
         if torch.cuda.is_current_stream_capturing():
             return self._get_in_graph(partials, arrived)
-        found = self._of_stream.get(stream)
-        if found is None or found[0].numel() < partials or found[1].numel() < arrived:
+        scratch = self._of_stream.get(stream)
+        if scratch is None or scratch[0].numel() < partials or scratch[1].numel() < arrived:
             if self._for_graphs is None:
                 self._for_graphs = torch.zeros(CAPTURE_COUNTERS, dtype=torch.int32, device=self._device)
                 torch.cuda.current_stream(self._device).synchronize()  # synchronise once: a graph may run on any stream
-            before = (0, 0) if found is None else (found[0].numel(), found[1].numel())
-            found = (
+            before = (0, 0) if scratch is None else (scratch[0].numel(), scratch[1].numel())
+            scratch = (
                 torch.empty(max(partials, before[0]), dtype=torch.float32, device=self._device),
                 torch.zeros(max(arrived, before[1]), dtype=torch.int32, device=self._device),
             )
-            self._of_stream[stream] = found
-        return found
+            self._of_stream[stream] = scratch
+        return scratch
 
     def _get_in_graph(self, partials: int, arrived: int) -> tuple[Tensor, Tensor]:
         scratch = torch.empty(partials, dtype=torch.float32, device=self._device)  # the graph's own memory

@@ -98,10 +98,10 @@ def read_results(path: Path) -> list[Result]:
     """
     if path.suffix == ".gz" or (not is_database(path) and _is_sweep(path)):
         return list(read_sweep(path).results)
-    found = read_file(path)
-    if found.problems:
-        raise StoreError(found.problems[0])
-    return found.results
+    parsed = read_file(path)
+    if parsed.problems:
+        raise StoreError(parsed.problems[0])
+    return parsed.results
 
 
 def comparable_times(results: Iterable[Result]) -> list[ComparableTimes]:
@@ -114,10 +114,10 @@ def comparable_times(results: Iterable[Result]) -> list[ComparableTimes]:
         if result.outcome.timed and result.time_us and result.place.gpu in GPUS:
             of_place = result.place, _toolchain(result), result.evidence.protocol
             together.setdefault(of_place, {})[result.config] = result.time_us
-    found = [ComparableTimes(*of_place, times) for of_place, times in together.items() if len(times) > 1]
-    if not found:
+    sets = [ComparableTimes(*of_place, times) for of_place, times in together.items() if len(times) > 1]
+    if not sets:
         raise ArgumentError("results", "none that can be compared", "two configs of a place, by one toolchain")
-    return found
+    return sets
 
 
 def borrowed(comparable: ComparableTimes, records: Sequence[Result]) -> Iterator[Borrowed]:
@@ -155,7 +155,7 @@ def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
 
 def kind_of(spec: KernelSpec) -> str:
     """The op, and for decode the properties of its cache that decide its speed."""
-    return f"{spec.family}{', ragged' if op_of(spec).own_lengths else ''}{', paged' if spec.page_size else ''}"
+    return f"{spec.family}{', ragged' if op_of(spec).per_sequence_lengths else ''}{', paged' if spec.page_size else ''}"
 
 
 def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:

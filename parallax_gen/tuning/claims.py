@@ -181,7 +181,7 @@ class SharedClaims:
         Skips what does not parse as a result of this place, and faults of a worker's machine that an earlier version
         stored.
         """
-        found = []
+        results = []
         with self._as_store_error():
             trials = self._storage.get_all_trials(self._study, deepcopy=False)
         for trial in trials:
@@ -189,8 +189,8 @@ class SharedClaims:
                 continue
             self._seen.add(trial.number)
             if trial.user_attrs.get("worker") != self._worker and (result := self._result_of(trial)) is not None:
-                found.append(result)
-        return found
+                results.append(result)
+        return results
 
     def _is_taken(self, text: str, but: int | None = None) -> bool:
         """Whether a config was tried, or claimed by a live worker in another trial than `but`. Ends dead claims."""

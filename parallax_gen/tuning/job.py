@@ -178,20 +178,20 @@ def refresh_configs(job: Job, memory: Memory) -> list[KernelConfig]:
     rendered any more, or whose search did not know a knob.
     """
     place, gpu = job.place, job.gpu
-    found: dict[KernelConfig, None] = {default_of(place, gpu): None}
+    configs: dict[KernelConfig, None] = {default_of(place, gpu): None}
     taken: Counter[Tier] = Counter()
     for candidate in ranked(place, gpu, memory):
-        if candidate.config not in found and taken[candidate.tier] < MAX_PER_TIER:
+        if candidate.config not in configs and taken[candidate.tier] < MAX_PER_TIER:
             taken[candidate.tier] += 1
-            found[candidate.config] = None
-    found |= dict.fromkeys(_fastest(memory.results(place), gpu, 1))
+            configs[candidate.config] = None
+    configs |= dict.fromkeys(_fastest(memory.results(place), gpu, 1))
     for near in near_places(place):
         if there := _fastest(memory.results(near), gpu, 1):
-            found |= dict.fromkeys(there)
+            configs |= dict.fromkeys(there)
             break
     hints = (result for name in siblings(gpu) for result in memory.results(replace(place, gpu=name)))
-    found |= dict.fromkeys(_fastest(hints, gpu, MAX_HINTS))
-    return list(dict.fromkeys([best(place, gpu, memory).config, *found]))[:MAX_REFRESHED]
+    configs |= dict.fromkeys(_fastest(hints, gpu, MAX_HINTS))
+    return list(dict.fromkeys([best(place, gpu, memory).config, *configs]))[:MAX_REFRESHED]
 
 
 def _fastest(results: Iterable[Result], gpu: Gpu, count: int) -> list[KernelConfig]:

@@ -189,12 +189,12 @@ class Run:
         One result for each config, by `supersedes`. An older row may be of another patch release of Triton, or from
         before fingerprints.
         """
-        found: dict[KernelConfig, Result] = {}
+        current: dict[KernelConfig, Result] = {}
         for result in self._results(self.job.place):
             if self._is_current(result):
-                old = found.get(result.config)
-                found[result.config] = result if old is None or supersedes(result, old) else old
-        return sorted(found.values(), key=reading_order)
+                old = current.get(result.config)
+                current[result.config] = result if old is None or supersedes(result, old) else old
+        return sorted(current.values(), key=reading_order)
 
     def _is_current(self, result: Result) -> bool:
         """Whether a result has this process's toolchain, and the kernel that its config renders today, if any."""

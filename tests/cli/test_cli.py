@@ -84,7 +84,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("parallax_gen.memory.standing.open_memory", fail)
+    monkeypatch.setattr("parallax_gen.memory.descriptions.open_memory", fail)
     assert isinstance(run("list").exception, ZeroDivisionError)
 
 
@@ -301,7 +301,9 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     from parallax_gen.cli import doctor
 
     monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("database", "records")})
-    store.merge([known(), known(splits=3, unlike=OTHER_KERNEL), known(splits=3, unlike=OTHER_TOOLCHAIN)])
+    store.merge(
+        [known(), known(splits=3, evidence_changes=OTHER_KERNEL), known(splits=3, evidence_changes=OTHER_TOOLCHAIN)]
+    )
     found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
     assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
     assert found["records"] == (
@@ -310,7 +312,9 @@ def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.Mo
     longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # none near another
     folder = store.path.parent / "shipped"
     write_shipped(
-        [known(unlike=OTHER_TOOLCHAIN, place=longer), known(unlike=OTHER_KERNEL, place=wider)], "h200", folder
+        [known(evidence_changes=OTHER_TOOLCHAIN, place=longer), known(evidence_changes=OTHER_KERNEL, place=wider)],
+        "h200",
+        folder,
     )
     monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # which the check looks into
     store.save(known(place=replace(PLACE, gpu="a100")))  # of which nothing ships

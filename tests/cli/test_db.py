@@ -20,7 +20,7 @@ ROWS = [
     known(250.0),
     known(None, "wrong", splits=1, detail="row 7 is NaN", error=float("inf")),
     known(90.0, "predicted", splits=4),
-    known(260.0, unlike=OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"),
+    known(260.0, evidence_changes=OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"),
     known_dkdv(900.0),
     known_dkdv(None, "crash", stages=3, created_at="2025-06-01T00:00:00+00:00"),
 ]
@@ -78,8 +78,10 @@ def test_stats_count_everything(store: Store) -> None:
 def test_stats_count_rows_of_todays_kernels(store: Store) -> None:
     """Beside their toolchains: another one's row may be of a kernel that is still rendered, and this one's of none."""
     filled(store)
-    store.save(known(240.0, splits=3, unlike=OTHER_KERNEL))
-    store.save(known(240.0, splits=3, unlike=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"))
+    store.save(known(240.0, splits=3, evidence_changes=OTHER_KERNEL))
+    store.save(
+        known(240.0, splits=3, evidence_changes=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00")
+    )
     found = run_json("db", "stats")["toolchains"]
     assert [(t["rows"], t["of_todays_kernels"]) for t in found] == [(6, 5), (2, 1)]
 
@@ -122,7 +124,9 @@ def test_what_is_exported_is_imported(store: Store, monkeypatch: pytest.MonkeyPa
 
 def test_import_says_how_much_is_of_kernels_that_are_rendered_otherwise(store: Store, tmp_path: Path) -> None:
     with Store(tmp_path / "theirs.db") as other:
-        other.merge([known(240.0, splits=3, unlike=OTHER_KERNEL), known(260.0, unlike=OTHER_TOOLCHAIN)])
+        other.merge(
+            [known(240.0, splits=3, evidence_changes=OTHER_KERNEL), known(260.0, evidence_changes=OTHER_TOOLCHAIN)]
+        )
     result = run("db", "import", tmp_path / "theirs.db")
     assert "2 new" in result.stdout
     assert "1 of kernels that are rendered otherwise today: hints for parallax-gen tune, not used\n" in result.stdout
@@ -147,7 +151,7 @@ def test_export_begins_with_the_newest_toolchain(store: Store) -> None:
     filled(store)
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
     assert rows[-1]["evidence"]["triton"] == "3.5.1"
-    store.save(known(260.0, unlike=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
+    store.save(known(260.0, evidence_changes=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
     assert [row["evidence"]["triton"] == "3.5.1" for row in rows] == [True, True] + [False] * 5
 
@@ -295,7 +299,7 @@ def test_prune_deletes_what_is_named_and_keeps_a_copy(store: Store, options: tup
 
 def test_prune_takes_rows_of_kernels_that_are_rendered_otherwise_for_others(store: Store) -> None:
     rows = filled(store)
-    store.save(known(240.0, splits=3, unlike=OTHER_KERNEL))
+    store.save(known(240.0, splits=3, evidence_changes=OTHER_KERNEL))
     assert "2 of 7 rows (2 ok)" in run("db", "prune", "--other-environments", "--yes", "--dry-run").stdout
     run("db", "prune", "--other-environments", "--yes")
     assert store.all() == [row for row in rows if row != ROWS[3]]

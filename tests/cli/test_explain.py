@@ -81,8 +81,8 @@ def test_explain_a_shipped_record() -> None:
 
 
 def test_explain_a_record_of_another_toolchain(store: Store) -> None:
-    store.save(known(110.0, unlike=OTHER_TOOLCHAIN))
-    store.save(known(100.0, splits=3, unlike=OTHER_TOOLCHAIN))
+    store.save(known(110.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(known(100.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"]) == ("yours", "another toolchain")
     assert found["config"] == config_to_dict(config(3))
@@ -93,7 +93,7 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
     assert "runners-up" in text
     assert "110.0 us" in text.partition("runners-up")[2]
     assert text.endswith("measured, Triton 3.5\n")
-    store.save(known(90.0, splits=6, unlike={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
+    store.save(known(90.0, splits=6, evidence_changes={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
     assert f"from    your record, {told}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
     store.save(known(300.0, splits=4))
     found = run_json("explain", *CALL)
@@ -108,14 +108,14 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
 
 def test_explain_a_sibling_cards_record(store: Store) -> None:
     store.save(known(100.0, splits=3, place=SIBLING))
-    store.save(known(50.0, place=SIBLING, unlike=OTHER_KERNEL))
+    store.save(known(50.0, place=SIBLING, evidence_changes=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"]) == ("yours", "a sibling card")
     assert found["config"] == config_to_dict(config(3))
     text = run("explain", *CALL).stdout
     told = f"the only one with {HERE} on h100, a card of the same capability"
     assert f"from    your record, {told}; nothing that counts was measured on this one:\n" in text
-    store.save(known(200.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(200.0, evidence_changes=OTHER_TOOLCHAIN))
     assert run_json("explain", *CALL)["tier"] == "another toolchain"
     assert text_of_runners_up().endswith("measured, this Triton on h100\n")
 
@@ -125,17 +125,17 @@ def text_of_runners_up() -> str:
 
 
 def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
-    store.save(known(100.0, unlike=OTHER_KERNEL))
-    store.save(known(120.0, splits=3, unlike=OTHER_KERNEL))
+    store.save(known(100.0, evidence_changes=OTHER_KERNEL))
+    store.save(known(120.0, splits=3, evidence_changes=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["runners_up"]) == ("default", [])
-    assert found["reason"] == "of 2 records none counts: another kernel than today's"
+    assert found["reason"] == "none of 2 records counts: another kernel than today's"
     assert [(u["why"], u["record"]["time_us"]) for u in found["unused"]] == [
         ("another kernel than today's", 100.0),
         ("another kernel than today's", 120.0),
     ]
     text = run("explain", *CALL).stdout
-    assert "from    the default config: of 2 records none counts: another kernel than today's\n" in text
+    assert "from    the default config: none of 2 records counts: another kernel than today's\n" in text
     assert "\nmeasured, and not used\n" in text
 
 
@@ -182,14 +182,14 @@ def test_explain_a_search_from_before_a_knob_of_a_sibling_cards_newer_best(store
 
 
 def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
-    store.save(known(100.0, unlike={"protocol": 0}))
-    store.save(known(90.0, splits=3, unlike={"protocol": 0}))
+    store.save(known(100.0, evidence_changes={"protocol": 0}))
+    store.save(known(90.0, splits=3, evidence_changes={"protocol": 0}))
     found = run_json("explain", *CALL)
     assert found["reason"] == (
         f"the fastest of 2 with {HERE} by timing protocol 0 (today's is 1); "
         "nothing was timed by today's protocol, and times of different protocols are not compared"
     )
-    store.save(known(80.0, splits=4, unlike=OTHER_KERNEL))
+    store.save(known(80.0, splits=4, evidence_changes=OTHER_KERNEL))
     assert run_json("explain", *CALL)["reason"].endswith(
         f"the only record with {HERE} does not count: another kernel than today's"
     )
@@ -202,15 +202,15 @@ def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
 def test_times_of_two_protocols_are_not_counted_together(store: Store) -> None:
     for splits, protocol in ((1, 0), (2, 7), (3, 7)):
         created_at = f"2026-01-{1 + protocol:02}T00:00:00+00:00"
-        unlike = OTHER_TOOLCHAIN | {"protocol": protocol}
-        store.save(known(100.0 + splits, splits=splits, unlike=unlike, created_at=created_at))
+        evidence_changes = OTHER_TOOLCHAIN | {"protocol": protocol}
+        store.save(known(100.0 + splits, splits=splits, evidence_changes=evidence_changes, created_at=created_at))
     reason = run_json("explain", *CALL)["reason"]
     assert reason.startswith("the fastest of 2 with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); ")
     assert reason.endswith(f"; nothing that counts was measured with {HERE}")
 
 
 def test_explain_what_failed_or_was_timed_again_here(store: Store) -> None:
-    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
     store.save(known(None, "wrong"))
     found = run_json("explain", *CALL)
     assert (found["tier"], found["reason"]) == (
@@ -219,7 +219,7 @@ def test_explain_what_failed_or_was_timed_again_here(store: Store) -> None:
     )
     again = {"triton": f"{TRITON_HERE}.99"}
     store.save(known(50.0, splits=3))
-    store.save(known(70.0, splits=3, unlike=again, created_at="2026-02-01T00:00:00+00:00"))
+    store.save(known(70.0, splits=3, evidence_changes=again, created_at="2026-02-01T00:00:00+00:00"))
     found = run_json("explain", *CALL)
     assert found["record"]["time_us"] == 70.0
     whys = {u["record"]["time_us"]: u["why"] for u in found["unused"]}
@@ -243,8 +243,8 @@ def test_explain_a_near_bucket(store: Store) -> None:
 
 
 def test_explain_what_compiles_badly_here(store: Store) -> None:
-    store.save(known(50.0, splits=3, unlike=OTHER_TOOLCHAIN))
-    store.save(known(60.0, splits=4, unlike=OTHER_TOOLCHAIN))
+    store.save(known(50.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(known(60.0, splits=4, evidence_changes=OTHER_TOOLCHAIN))
     for splits, spills in ((3, 500), (4, 0)):
         cache_resources(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
     found = run_json("explain", *CALL)

@@ -170,9 +170,9 @@ def test_export_of_preprocess_knows_no_keys(tmp_path: Path) -> None:
 
 def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: Path) -> None:
     old, new = {"triton": "3.3"}, {"triton": "3.4"}
-    store.save(known(100.0, splits=1, unlike=old))
-    store.save(known(120.0, splits=2, unlike=new, created_at="2026-03-01T00:00:00+00:00"))
-    store.save(known(10.0, splits=4, unlike=OTHER_KERNEL))
+    store.save(known(100.0, splits=1, evidence_changes=old))
+    store.save(known(120.0, splits=2, evidence_changes=new, created_at="2026-03-01T00:00:00+00:00"))
+    store.save(known(10.0, splits=4, evidence_changes=OTHER_KERNEL))
     result = run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
     unchecked = "not checked here: the file launches it as it is, even where it spills far more than the default"
@@ -189,7 +189,7 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
 
 def test_export_of_what_calls_get_from_a_sibling_card(store: Store, tmp_path: Path) -> None:
     sibling = dataclasses.replace(PLACE, gpu="h100")
-    store.save(known(100.0, splits=3, place=sibling, unlike=OTHER_TOOLCHAIN))
+    store.save(known(100.0, splits=3, place=sibling, evidence_changes=OTHER_TOOLCHAIN))
     result = run("export", *CALL, "-o", tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
     assert "your record, measured on h100; " in result.stdout
@@ -198,7 +198,7 @@ def test_export_of_what_calls_get_from_a_sibling_card(store: Store, tmp_path: Pa
 
 
 def test_export_leaves_a_record_of_another_kernel(store: Store, tmp_path: Path) -> None:
-    store.save(known(10.0, splits=4, unlike=OTHER_KERNEL))
+    store.save(known(10.0, splits=4, evidence_changes=OTHER_KERNEL))
     assert "the default config" in run(*EXPORT, tmp_path / "out", "--shape", "32,32/8,8192").stdout
     run(*EXPORT, tmp_path / "all")
     assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor is its bucket one that is known

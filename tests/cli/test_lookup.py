@@ -62,7 +62,7 @@ def test_list_has_the_best_of_each_place(store: Store) -> None:
 
 
 def test_list_marks_what_is_unused_and_what_ships(store: Store) -> None:
-    store.save(known(100.0, unlike=OTHER_KERNEL))
+    store.save(known(100.0, evidence_changes=OTHER_KERNEL))
     store.save(known(300.0, "predicted", place=OTHER_BUCKET))
     write_shipped([known(250.0)], "h200")
     records = run_json("list")["records"]
@@ -81,11 +81,11 @@ def test_list_marks_what_is_unused_and_what_ships(store: Store) -> None:
 def test_list_says_what_a_call_rests_on(store: Store) -> None:
     """Of each place the record that a call gets, be it of another toolchain or of a sibling card."""
     longer = dataclasses.replace(PLACE, bucket=Bucket(4096, 1, 8192))
-    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.save(known(110.0, splits=3, unlike=OTHER_TOOLCHAIN))
+    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(known(110.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
     store.save(known(200.0, place=dataclasses.replace(SIBLING, bucket=OTHER_BUCKET.bucket)))
     store.save(known(None, "wrong", splits=3, place=OTHER_BUCKET))
-    store.save(known(50.0, place=longer, unlike=OTHER_KERNEL))
+    store.save(known(50.0, place=longer, evidence_changes=OTHER_KERNEL))
     records = run_json("list", "--gpu", "h200")["records"]
     assert [(r["time_us"], r["place"]["gpu"], r["of_place"]["gpu"], r["counts_as"], r["used"]) for r in records] == [
         (100.0, "h200", "h200", "Triton 3.5", False),
@@ -106,7 +106,7 @@ def test_list_says_what_is_gained_over_the_default(store: Store) -> None:
     store.save(known(100.0))
     store.save(known(112.0, config=default))
     store.save(known(200.0, place=OTHER_BUCKET))
-    store.save(known(150.0, place=OTHER_BUCKET, config=default, unlike=OTHER_TOOLCHAIN))
+    store.save(known(150.0, place=OTHER_BUCKET, config=default, evidence_changes=OTHER_TOOLCHAIN))
     store.save(known(None, "wrong", splits=3))
     records = run_json("list")["records"]
     assert [(r["time_us"], r["default_us"], r["gain"]) for r in records] == [(100.0, 112.0, 1.12), (200.0, None, None)]
@@ -120,8 +120,8 @@ def test_list_compares_a_sibling_cards_record_with_the_default_there(store: Stor
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     store.save(known(100.0, place=SIBLING))
     store.save(known(130.0, place=SIBLING, config=default))
-    store.save(known(50.0, unlike=OTHER_KERNEL))
-    store.save(known(60.0, unlike=OTHER_KERNEL, config=default))
+    store.save(known(50.0, evidence_changes=OTHER_KERNEL))
+    store.save(known(60.0, evidence_changes=OTHER_KERNEL, config=default))
     (record,) = run_json("list", "--gpu", "h200")["records"]
     assert (record["place"]["gpu"], record["default_us"], record["gain"]) == ("h100", 130.0, 1.3)
     gains = [r["gain"] for r in run_json("list", "--all", "--gpu", "h200")["records"]]
@@ -183,8 +183,8 @@ def test_show_has_everything_of_one_place(store: Store) -> None:
 
 
 def test_show_says_of_each_result_what_is_not_as_here(store: Store) -> None:
-    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.save(known(120.0, unlike=OTHER_KERNEL))
+    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(known(120.0, evidence_changes=OTHER_KERNEL))
     store.save(known(130.0))
     store.save(known(140.0, place=SIBLING))
     lines = run("show", *CALL).stdout.splitlines()
@@ -224,7 +224,7 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     ],
 )
 def test_show_says_what_of_the_evidence_differs(store: Store, there: dict[str, object], told: str) -> None:
-    store.save(known(100.0, unlike=there))
+    store.save(known(100.0, evidence_changes=there))
     assert f"measured  {told}\n" in run("show", *CALL).stdout
     (found,) = run_json("show", *CALL)["results"]
     assert ", ".join(found["unlike_here"]) == told

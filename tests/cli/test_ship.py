@@ -33,8 +33,8 @@ DEFAULT = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
 def test_ship_merges_what_was_measured_here(store: Store, tmp_path: Path) -> None:
     for splits in (1, 2, 3, 4):
         store.save(known(200.0 + splits, splits=splits))
-    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.save(known(110.0, unlike=OTHER_KERNEL))
+    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(known(110.0, evidence_changes=OTHER_KERNEL))
     store.save(known(90.0, "predicted", splits=6))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 0, result.output
@@ -57,8 +57,8 @@ def test_ship_takes_every_op(store: Store, tmp_path: Path) -> None:
 
 
 def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
-    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.save(known(110.0, unlike=OTHER_KERNEL))
+    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(known(110.0, evidence_changes=OTHER_KERNEL))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 1
     assert "nothing that was measured on h200 of today's kernels with this toolchain" in result.stderr
@@ -70,7 +70,7 @@ def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
 
 def test_check_lists_what_ships_without_the_defaults_time(store: Store, shipped_folder: Path) -> None:
     write_shipped([known(100.0), known(130.0, config=DEFAULT), known(200.0, place=OTHER_BUCKET)], "h200")
-    write_shipped([known(90.0, place=SIBLING, unlike=OTHER_KERNEL)], "h100")
+    write_shipped([known(90.0, place=SIBLING, evidence_changes=OTHER_KERNEL)], "h100")
     before = {path: path.read_bytes() for path in shipped_folder.iterdir()}
     result = run("ship", "--check")
     assert result.exit_code == 1
@@ -102,7 +102,10 @@ def test_check_lists_what_ships_without_the_defaults_time(store: Store, shipped_
 
 def test_check_lists_what_is_slower_than_the_default(tmp_path: Path) -> None:
     earlier = {"triton": f"{TRITON_HERE}.99"}  # makes the same programs: its times are compared
-    new, old = known(110.0, created_at="2026-02-01T00:00:00+00:00"), known(100.0, config=DEFAULT, unlike=earlier)
+    new, old = (
+        known(110.0, created_at="2026-02-01T00:00:00+00:00"),
+        known(100.0, config=DEFAULT, evidence_changes=earlier),
+    )
     write_shipped([new, old], "h200", tmp_path / "db")
     result = run("ship", "--check", "--to", tmp_path / "db")
     assert result.exit_code == 1

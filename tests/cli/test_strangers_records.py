@@ -112,7 +112,7 @@ def test_rows_that_cannot_be_are_passed_over_by_every_command(store: Store, tmp_
         "shape_json = '{\"batch\": 1e999}'",
         "created_at = 'now'",
     ]
-    store.merge(known(10.0, unlike={"triton": f"9.{number}"}) for number in range(len(changes)))
+    store.merge(known(10.0, evidence_changes={"triton": f"9.{number}"}) for number in range(len(changes)))
     store.merge([known(250.0), known(260.0, splits=4)])
     with closing(sqlite3.connect(store.path)) as connection, connection:
         for number, change in enumerate(changes):
@@ -124,7 +124,7 @@ def test_rows_that_cannot_be_are_passed_over_by_every_command(store: Store, tmp_
 
 def test_the_fingerprint_in_a_header_is_the_programs(store: Store, tmp_path: Path) -> None:
     """And not what a record says of it that has the program's text and another's fingerprint."""
-    false = known(1.0, splits=3, unlike={"kernel": "f" * 32})
+    false = known(1.0, splits=3, evidence_changes={"kernel": "f" * 32})
     assert evidence(PLACE, config(3)).text == false.evidence.text
     store.save(false)
     render.cache_clear()

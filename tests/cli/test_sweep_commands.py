@@ -121,7 +121,7 @@ def tuned(store: Store) -> None:
     store.save(known(200.0, splits=2))
     store.save(known(220.0, splits=4))
     store.save(known(300.0, config=default))
-    store.save(known(1.0, splits=4, unlike=OTHER_TOOLCHAIN))
+    store.save(known(1.0, splits=4, evidence_changes=OTHER_TOOLCHAIN))
 
 
 def test_what_ships_and_the_database_are_judged_by_themselves(store: Store) -> None:

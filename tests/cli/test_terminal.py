@@ -104,7 +104,7 @@ def test_exit_codes_are_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     assert (run("list").exit_code, run("list", "--gpu", "h2000").exit_code, run("list", "--x").exit_code) == (0, 1, 2)
-    monkeypatch.setattr("parallax_gen.memory.standing.open_memory", interrupted)
+    monkeypatch.setattr("parallax_gen.memory.descriptions.open_memory", interrupted)
     assert run("list").exit_code == 130
 
 

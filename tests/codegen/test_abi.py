@@ -121,5 +121,6 @@ def test_a_launch_takes_what_its_op_says(name: str) -> None:
     (launch,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "launch")
     op, scratch = op_of(spec), scratch_of(spec, config, 5, 2, 7)
     needed = [n for n in ("partials", "arrived") if getattr(scratch, n)]
-    names = [*op.given(spec), *op.written(spec), *op.lengths(spec), *needed, "softmax_scale", *op.sizes(spec)]
-    assert [argument.arg.removesuffix("_cache") for argument in launch.args.args] == names
+    tensors = [op.launch_names.get(n, n) for n in (*op.given(spec), *op.written(spec), *op.lengths(spec))]
+    names = [*tensors, *needed, "softmax_scale", *op.sizes(spec)]
+    assert [argument.arg for argument in launch.args.args] == names

@@ -302,21 +302,22 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
 
 
 @pytest.mark.parametrize("op", ["preprocess", "dkdv", "dqdr"])
-def test_the_numbers_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> None:
+def test_the_statistics_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> None:
     """Like the padded rows of many short sequences. Some 13 GB are reserved, but few pages are used."""
     config = {"preprocess": PreprocessConfig(BLOCK_M=16, num_warps=4), "dkdv": DKDV, "dqdr": DQDR}[op]
     spec = KernelSpec(op, 64, "fp16", causal=op != "preprocess")
     inputs = inputs_of(spec, Shape(1, 1, 1, 70, 70))
     expected = verify.oracle(spec, inputs)
     call = verify.poisoned_call(spec, config, inputs)
-    rows = call.written["rows"] if op == "preprocess" else inputs.rows
-    assert rows is not None
+    row_stats = call.written["row_stats"] if op == "preprocess" else inputs.row_stats
+    assert row_stats is not None
     stride = 1 << 30
-    far = torch.empty(3 * stride + rows.shape[-1]).as_strided(rows.shape, (stride, *rows.stride()[1:])).copy_(rows)
+    far = torch.empty(3 * stride + row_stats.shape[-1]).as_strided(row_stats.shape, (stride, *row_stats.stride()[1:]))
+    far.copy_(row_stats)
     if op == "preprocess":
-        call.written["rows"] = far
+        call.written["row_stats"] = far
     else:
-        inputs.rows = far
+        inputs.row_stats = far
     load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     assert verify.judge(call, expected).wrong is None
 
@@ -351,7 +352,9 @@ DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12), replace(DECOD
 SOFTCAP_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, softcap=True), FORWARD)
 SOFTCAP_DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", causal=True, softcap=True), DKDV)
 PLANTED = [
-    pytest.param(SOFTCAP_KERNEL, "        s = 1.0 - 2.0", "        s = s * 0.0 + 1.0 - 2.0 * s", id="scores not capped"),
+    pytest.param(
+        SOFTCAP_KERNEL, "        s = 1.0 - 2.0", "        s = s * 0.0 + 1.0 - 2.0 * s", id="scores not capped"
+    ),
     pytest.param(SOFTCAP_KERNEL, "s0 = 1.0 - 2.0 / (1.0 + ", "s0 = 0.5 * (", id="the first score not capped"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),
     pytest.param(FORWARD_KERNEL, "<= last", "< last", id="causal mask off by one"),

@@ -192,7 +192,7 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def forget() -> None:
-    for remembering in (render_module._environment, render_module._unnamed, render):
+    for remembering in (render_module._environment, render_module._without_fingerprint, render):
         remembering.cache_clear()
 
 

@@ -23,7 +23,7 @@ def test_a_kernel_takes_as_many_as_its_launch_passes(name: str) -> None:
     for short, signature in KERNELS[name].items():
         declared = [argument.arg for argument in functions[f"{short}_kernel"].args.args]
         assert [parameter.split(":")[0] for parameter in signature.parameters] == declared
-        for passed in signature.passed:
+        for passed in signature.kernel_arguments:
             many = 3 if "[:3]" in passed.expression else 2 if passed.expression.startswith("*") else 1
             assert len(passed.parameters) == many, passed
 
@@ -33,5 +33,5 @@ def test_both_kernels_of_the_forward_are_passed_the_same_before_their_sizes() ->
     assert both
     for signatures in both:
         for signature in signatures.values():
-            assert signature.parameters[-len(signature.own) :] == signature.unspecialised
-        assert signatures["forward"].shared == signatures["fixup"].shared
+            assert signature.parameters[-len(signature.unspecialised_arguments) :] == signature.unspecialised
+        assert signatures["forward"].specialised_arguments == signatures["fixup"].specialised_arguments

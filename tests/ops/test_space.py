@@ -16,7 +16,7 @@ from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.dkdv import DkDvConfig
 from parallax_gen.ops.dqdr import DqDrConfig
 from parallax_gen.ops.forward import ForwardConfig
-from parallax_gen.ops.pieces import forms_of, pieces_of
+from parallax_gen.ops.pieces import head_dim_layouts, pieces_of
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.space import (
     coerce,
@@ -165,9 +165,9 @@ def test_halves_have_room_in_registers_where_whole_heads_have_none() -> None:
 def test_forms_are_those_that_make_different_tiles(head_dim: int) -> None:
     tiles = {form: [piece.width for piece in pieces_of(head_dim, form)] for form in ("native", "chunked", "padded")}
     padded = any(piece.padded for piece in pieces_of(head_dim, "padded"))
-    assert ("native" in forms_of(head_dim)) == (not padded)
-    assert ("chunked" in forms_of(head_dim)) == (tiles["chunked"] != tiles["padded"])
-    assert ("padded" in forms_of(head_dim)) == padded
+    assert ("native" in head_dim_layouts(head_dim)) == (not padded)
+    assert ("chunked" in head_dim_layouts(head_dim)) == (tiles["chunked"] != tiles["padded"])
+    assert ("padded" in head_dim_layouts(head_dim)) == padded
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_scores_that_change_hands_count() -> None:
 
 @pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
 def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
-    for form in forms_of(head_dim):
+    for form in head_dim_layouts(head_dim):
         for op, owned, block in (("forward", 2 * 64, 32), ("dqdr", 3 * 64, 2 * 32), ("dkdv", 2 * 32, 3 * 64)):
             spec, config = KernelSpec(op, head_dim, "fp16"), OPS_BY_NAME[op].config(64, 32, 1, 4, 3, form)
             scored, summed = (

@@ -32,7 +32,7 @@ def fill(store: Store) -> None:
         store.save(known(time_us, outcome, splits=splits, place=place, detail=HOSTILE if outcome == "wrong" else ""))
     store.save(known(90.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))))
     place = dataclasses.replace(PLACE, bucket=Bucket(64, 1, 8192))
-    store.save(known(70.0, place=place, unlike=OTHER_TOOLCHAIN, source=HOSTILE))
+    store.save(known(70.0, place=place, evidence_changes=OTHER_TOOLCHAIN, source=HOSTILE))
     store.save(known(280.0, place=dataclasses.replace(PLACE, gpu=f"a {HOSTILE}".replace("/", ""))))
     store.save(known_dkdv(900.0))
     write_shipped([known(300.0, place=dataclasses.replace(PLACE, gpu="h100"))], "h100")

@@ -52,7 +52,7 @@ def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: 
     assert study.known_as == "measured"
     assert study.state == "measured"
     # 256 caches of 8192 keys and values, 128 wide in bf16, and 1024 rows of q, r and o; 4.8 TB/s.
-    assert study.share == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
+    assert study.fraction_of_bound == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
 
 
 def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
@@ -60,8 +60,8 @@ def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
     store.save(known(100.0))
     store.save(known(125.0, config=default))
     store.save(known(100.0, place=OTHER_BUCKET))
-    store.save(known(100.0, place=OTHER_GPU, unlike=OTHER_KERNEL))
-    store.save(known(125.0, place=OTHER_GPU, unlike=OTHER_KERNEL, config=default))
+    store.save(known(100.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL))
+    store.save(known(125.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL, config=default))
     found = report(store)
     gains = {study.place: study.gain for study in found.shown}
     assert gains == {PLACE: 1.25, OTHER_BUCKET: None, OTHER_GPU: None}
@@ -70,11 +70,11 @@ def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
 
 
 def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store) -> None:
-    store.save(known(100.0, unlike=OTHER_TOOLCHAIN))
-    store.save(known(90.0, unlike={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
+    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(known(90.0, evidence_changes={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
     found = report(store)
     told = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
-    assert [(s.state, s.unlike) for s in found.shown] == [("elsewhere", told)]
+    assert [(s.state, s.differences) for s in found.shown] == [("elsewhere", told)]
     assert found.left_out == 1
     both = report(store, every=True)
     assert len(both.shown) == 2
@@ -91,14 +91,14 @@ def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store
 
 
 def test_another_kernel_is_another_study(store: Store) -> None:
-    store.save(known(100.0, unlike=OTHER_KERNEL))
-    store.save(known(90.0, splits=3, unlike=OTHER_KERNEL))
+    store.save(known(100.0, evidence_changes=OTHER_KERNEL))
+    store.save(known(90.0, splits=3, evidence_changes=OTHER_KERNEL))
     (study,) = report(store).shown
-    assert (study.state, study.unlike) == ("elsewhere", ("another kernel than today's",))
+    assert (study.state, study.differences) == ("elsewhere", ("another kernel than today's",))
     assert [trial.time_us for trial in study.trials] == [100.0, 90.0]
     store.save(known(240.0))
     found = report(store)
-    assert [(s.state, s.unlike) for s in found.shown] == [("measured", ())]
+    assert [(s.state, s.differences) for s in found.shown] == [("measured", ())]
     assert found.left_out == 1
 
 
@@ -114,10 +114,10 @@ def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
     assert states[OTHER_GPU] == "measured"
     assert states[dataclasses.replace(OTHER_BUCKET, gpu="h100")] is None  # tried on the other card
     assert {place.spec.op for place in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ones
-    counts, share = found.summary()["decode"]["h100"]
+    counts, fraction = found.summary()["decode"]["h100"]
     assert counts["measured"] == 1
     assert counts.total() == sum((place.gpu, place.spec.op) == ("h100", "decode") for place in states)
-    assert share == found.shown[0].share
+    assert fraction == found.shown[0].fraction_of_bound
     only = report(store, "H200 SXM")
     assert only.gpus == ("h200",)
     assert {place.gpu for place in only.by_place} == {"h200"}
@@ -134,7 +134,7 @@ def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_err
 def test_a_card_without_a_table_has_times_but_no_bound(store: Store) -> None:
     store.save(known(240.0, place=dataclasses.replace(PLACE, gpu="nvidia-rtx-a6000-84sm")))
     (study,) = report(store).shown
-    assert study.share is None
+    assert study.fraction_of_bound is None
     assert study.rate == pytest.approx(4477, rel=0.01)
     assert rooflines([study]) == []
     ((cell,),) = [row for _, row in coverage(report(store).by_place)["decode"]["nvidia-rtx-a6000-84sm"][0].rows]

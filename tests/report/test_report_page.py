@@ -151,7 +151,7 @@ def test_a_page_of_what_ships_says_where_trials_would_be(store: Store, tmp_path:
 
 def test_what_is_left_out_is_said(store: Store, tmp_path: Path) -> None:
     store.save(known(240.0))
-    store.save(known(230.0, unlike=OTHER_TOOLCHAIN))
+    store.save(known(230.0, evidence_changes=OTHER_TOOLCHAIN))
     result = run("report", "--out", tmp_path / "report.html")
     assert "left out: 1 studies of other toolchains and kernels; --all-environments shows them" in result.stdout
     assert "elsewhere" not in Page(tmp_path / "report.html").texts["kernels"]

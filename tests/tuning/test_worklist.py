@@ -58,7 +58,7 @@ def test_the_usual_jobs_of_inference() -> None:
         assert (job.spec.head_dim, job.spec.dtype) == (128, "bf16")
         assert job.spec.causal == (job.spec.op == "forward")
         assert not job.spec.stats
-        assert not op_of(job.spec).own_lengths
+        assert not op_of(job.spec).per_sequence_lengths
     assert [job.bucket for job in jobs[:4]] == [
         Bucket(64, 4096, 4096),
         Bucket(16, 16384, 16384),

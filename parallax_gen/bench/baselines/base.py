@@ -150,7 +150,7 @@ def refuse_unsupported(spec: KernelSpec, *, lengths: str = "", **reasons: str) -
     reasons  unsupported flag -> message
     lengths  the message if per-sequence lengths are unsupported
     """
-    if lengths and op_of(spec).own_lengths:
+    if lengths and op_of(spec).per_sequence_lengths:
         raise NotImplementedError(lengths)
     for flag, reason in reasons.items():
         if getattr(spec, flag):

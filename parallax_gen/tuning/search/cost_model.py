@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.ops.base import MOST_REGISTERS, KernelConfig, Layout, Op, op_of
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Layout, Op, op_of
 from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.tiles import TileConfig, TiledOp
@@ -57,7 +57,7 @@ def _tiles_us(
     of_head = (2 if halves else 1) * math.ceil(owned_length / owned)
     programs = shape.batch * rows * of_head
     rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_efficiency(op, spec, config, gpu)
-    rate *= op.instructions_share(spec, config)
+    rate *= op.instructions_factor(spec, config)
     # One program must multiply while another does its softmax: the warps of one program wait for each other.
     together = min(blocks, math.ceil(programs / gpu.sms))
     rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(together, 1.13)
@@ -81,22 +81,22 @@ def _tiles_us(
 def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> float:
     """The fraction of the matmul rate that remains for the shapes of the matmuls."""
     owned, step = op.owned_and_step(config)
-    share = {16: 0.75, 32: 0.87, 128: 1.06}.get(step, 1.0)  # narrow matmuls
-    share *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all tiles that it steps over
+    efficiency = {16: 0.75, 32: 0.87, 128: 1.06}.get(step, 1.0)  # narrow matmuls
+    efficiency *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all tiles that it steps over
     if spec.dtype == "fp32":  # no tensor cores
-        share *= {16: 0.58, 32: 0.78}.get(owned, 1.0)
+        efficiency *= {16: 0.58, 32: 0.78}.get(owned, 1.0)
     else:
         if owned < 64 and gpu.capability[0] >= 9:
-            share *= 0.85  # the asynchronous matmuls of Hopper and Blackwell take 64 rows
+            efficiency *= 0.85  # the asynchronous matmuls of Hopper and Blackwell take 64 rows
         # With less than 16 rows a warp, warps share rows: each computes its columns, and they reduce maxima and sums
         # across warps. Sharing by two costs most; beyond that the waits are shared.
         shared_by = max(0.0, math.log2(16 * config.num_warps / owned))
-        share *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
+        efficiency *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
     widths = [piece.width for piece in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)[0]]
-    share *= spec.head_dim / sum(widths)  # padding is multiplied too
+    efficiency *= spec.head_dim / sum(widths)  # padding is multiplied too
     if config.HEAD_DIM_LAYOUT == "split":  # both programs of a tile compute its scores
-        return share * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
-    return share if len(widths) == 1 else 0.95 * share  # narrow matmuls
+        return efficiency * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
+    return efficiency if len(widths) == 1 else 0.95 * efficiency  # narrow matmuls
 
 
 def _rows_us(
@@ -117,8 +117,8 @@ def _cache_us(
     """Decode: bound by memory, at a rate limited by the loads in flight on each multiprocessor; then the merge."""
     steps = math.ceil(shape.seqlen_kv / config.BLOCK_N)
     longest = math.ceil(steps / config.NUM_SPLITS)
-    # With own lengths, no split has fewer blocks than `longest`.
-    splits = math.ceil(steps / longest) if op.own_lengths else config.NUM_SPLITS
+    # With per-sequence lengths, no split has fewer blocks than `longest`.
+    splits = math.ceil(steps / longest) if op.per_sequence_lengths else config.NUM_SPLITS
     tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
     step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
     # Keys a warp: few need many sums across threads, many need registers. chain_us: the dependent operations of a step.
@@ -127,9 +127,9 @@ def _cache_us(
 
     def stream_us(programs: float) -> float:
         """The time of `programs` resident programs on a multiprocessor, each with its split."""
-        share = 0.94 * gpu.bandwidth / gpu.sms / 1e6  # bytes a microsecond
+        sm_bandwidth = 0.94 * gpu.bandwidth / gpu.sms / 1e6  # bytes a microsecond
         in_flight = programs * (config.num_stages - 1) * step_bytes
-        rate = min(share * math.tanh(in_flight / (LATENCY_US * share)), programs * step_bytes / chain_us)
+        rate = min(sm_bandwidth * math.tanh(in_flight / (LATENCY_US * sm_bandwidth)), programs * step_bytes / chain_us)
         return programs * steps / splits * step_bytes / rate
 
     each = tiles * splits / gpu.sms
@@ -137,7 +137,7 @@ def _cache_us(
     stream = rounds * stream_us(blocks) + (stream_us(max(1.0, left)) if left else 0.0)
     stream *= 1 + 0.02 * abs(math.log2(keys / 32))
     stream += PROGRAM_US * math.ceil(each / blocks)
-    if config.merge == "none" or (op.own_lengths and splits == 1):
+    if config.merge == "none" or (op.per_sequence_lengths and splits == 1):
         return stream
     vectors = splits * 2 * spec.head_dim * 4  # bytes of split-KV scratch a query head, written and read
     stream += 2 * shape.batch * shape.heads * shape.seqlen_q * vectors / gpu.bandwidth * 1e6
@@ -189,8 +189,8 @@ def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, g
     # addresses.
     sums = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N)
     needed = 40 + (sums + config.BLOCK_N * spec.head_dim) // (32 * config.num_warps)
-    spills = 4 * max(0, needed - MOST_REGISTERS - POSTPONED)
-    return Resources(min(MOST_REGISTERS, needed), spills, op.shared_bytes(spec, config, gpu))
+    spills = 4 * max(0, needed - MAX_REGISTERS_PER_THREAD - POSTPONED)
+    return Resources(min(MAX_REGISTERS_PER_THREAD, needed), spills, op.shared_bytes(spec, config, gpu))
 
 
 def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
@@ -202,7 +202,7 @@ def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, 
     # Tiles too small for matmuls that read shared memory need the operands too.
     a_thread = (1.2 * 2 * owned * summed + 3.3 * owned * step + step * scored) / (32 * config.num_warps)
     needed = 25 + a_thread + (45 if owned < 64 else 0)
-    most = config.maxnreg or MOST_REGISTERS
+    most = config.maxnreg or MAX_REGISTERS_PER_THREAD
     lacking = max(0.0, needed - most) * (2 if config.maxnreg else 1)  # with maxnreg the innermost loop spills too
     shared = op.shared_bytes(spec, config, gpu)
     if owned >= 64 and config.num_stages > 1 and gpu.capability[0] >= 9:

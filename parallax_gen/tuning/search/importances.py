@@ -41,5 +41,5 @@ def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -
     study = optuna.create_study()
     study.add_trials(trials)
     evaluator = PedAnovaImportanceEvaluator(target_quantile=max(FASTEST, MIN_FASTEST / len(trials)))
-    shares = get_param_importances(study, evaluator=evaluator)
-    return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
+    importances = get_param_importances(study, evaluator=evaluator)
+    return dict(sorted(importances.items(), key=lambda item: (-item[1], item[0])))

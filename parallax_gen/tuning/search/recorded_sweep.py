@@ -232,11 +232,11 @@ def curves(
     runs = [(name, seed) for name in strategies for seed in range(seeds)]
     of_run = partial(_regrets_of, sweep, trials)
     if workers == 1:
-        found = list(map(of_run, runs))
+        regrets_of_runs = list(map(of_run, runs))
     else:
         with ProcessPoolExecutor(workers or usable_cpus(), mp_context=get_context("spawn")) as pool:
-            found = list(pool.map(of_run, runs))
-    of_name = {name: found[at * seeds : (at + 1) * seeds] for at, name in enumerate(strategies)}
+            regrets_of_runs = list(pool.map(of_run, runs))
+    of_name = {name: regrets_of_runs[at * seeds : (at + 1) * seeds] for at, name in enumerate(strategies)}
     return [_curve(name, regrets) for name, regrets in of_name.items()]
 
 
@@ -257,14 +257,14 @@ def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
         sampler=None if strategy == OURS else strategy,
         among=costs,
     )
-    found: list[float] = []
+    regrets_so_far: list[float] = []
     best = float("inf")
-    while len(found) < trials and (config := search.ask()) is not None:
+    while len(regrets_so_far) < trials and (config := search.ask()) is not None:
         cost = costs[config]
         search.tell(config, cost)
         best = min(best, float("inf") if cost is None else cost)
-        found.append(best / best_us - 1)
-    return found
+        regrets_so_far.append(best / best_us - 1)
+    return regrets_so_far
 
 
 def _regrets_of(sweep: Sweep, trials: int, run: tuple[str, int]) -> list[float]:
@@ -272,12 +272,12 @@ def _regrets_of(sweep: Sweep, trials: int, run: tuple[str, int]) -> list[float]:
     return regrets(sweep, strategy, seed, trials)
 
 
-def _curve(name: str, found: Iterable[list[float]]) -> Curve:
-    found = list(found)
-    quartiles = [_quartiles(of_trial) for of_trial in zip(*found, strict=True)]
+def _curve(name: str, regrets_of_seeds: Iterable[list[float]]) -> Curve:
+    regrets_of_seeds = list(regrets_of_seeds)
+    quartiles = [_quartiles(of_trial) for of_trial in zip(*regrets_of_seeds, strict=True)]
     lower, median, upper = ([three[at] for three in quartiles] for at in range(3))
     never = float("inf")
-    near = [next((n for n, regret in enumerate(run, start=1) if regret <= NEAR), never) for run in found]
+    near = [next((n for n, regret in enumerate(run, start=1) if regret <= NEAR), never) for run in regrets_of_seeds]
     first, second, third = (None if n == never else round(n) for n in _quartiles(near))
     return Curve(name, median, lower, upper, (first, second, third))
 

@@ -105,12 +105,12 @@ class Pool:
         Raises MachineError if the machine is at fault, and any other error of a worker.
         """
         try:
-            found = self._answers.get(timeout=timeout_s)
+            reply = self._answers.get(timeout=timeout_s)
         except Empty:
             return None
-        if isinstance(found, BaseException):
-            raise found
-        answer, source = found
+        if isinstance(reply, BaseException):
+            raise reply
+        answer, source = reply
         if source:
             if self._held[source]:
                 self._to_compile.put(self._held[source].popleft())

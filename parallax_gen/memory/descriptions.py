@@ -59,12 +59,12 @@ class Origins:
     def to_json(self, result: Result) -> dict[str, Any]:
         """All fields of a result, and values derived from them."""
         spec, time_us = result.place.spec, result.time_us
-        unlike = unlike_here(result)
+        differences = differences_from_here(result)
         return {
             **result.to_dict(),
             "origin": self.of(result),
-            "used": not unlike,
-            "unlike_here": list(unlike),
+            "used": not differences,
+            "unlike_here": list(differences),
             "rate": rate(spec, shape_of(result), time_us) if time_us else None,
             "rate_unit": rate_unit(spec.op),
         }
@@ -75,7 +75,7 @@ def shape_of(result: Result) -> Shape:
     return result.shape or representative(result.place.bucket, result.place.spec.group)
 
 
-def unlike_here(result: Result) -> tuple[str, ...]:
+def differences_from_here(result: Result) -> tuple[str, ...]:
     """How a result's evidence differs from this process, for people: `triton 3.8 (here 3.9)`. Empty if it does not."""
     evidence, here = result.evidence, Toolchain.here()
     kernel = () if is_rendered(result, card_of(result.place)) else (ANOTHER_KERNEL,)
@@ -185,10 +185,10 @@ def results_of_places(results: list[Result]) -> list[Listed]:
         default = default_of(place, card)
         defaults = RecordTable(r for r in group if r.config == default)
         for result in group:
-            unlike = unlike_here(result)
-            used = result.measured and ANOTHER_KERNEL not in unlike
+            differences = differences_from_here(result)
+            used = result.measured and ANOTHER_KERNEL not in differences
             beside = comparable_default(result, default, card, defaults) if used else None
-            rows.append(Listed(place, result, ", ".join(unlike) or AS_HERE, beside))
+            rows.append(Listed(place, result, ", ".join(differences) or AS_HERE, beside))
     return rows
 
 
