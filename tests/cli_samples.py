@@ -1,4 +1,4 @@
-"""Calls of the command line, and results for it to find."""
+"""Command lines for the tests, and records that they look up."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ OTHER_TOOLCHAIN = {"triton": "3.5.1", "cuda": "12.8"}
 NOTHING: Mapping[str, Any] = {}
 
 
-def evidence(place: Place, config: KernelConfig, **unlike: Any) -> Evidence:
-    """That of today's kernel of a config, measured by this process but for the fields that are given."""
+def evidence(place: Place, config: KernelConfig, **changed: Any) -> Evidence:
+    """The evidence of a measurement of today's kernel in this process, except for the given fields."""
     try:
         here = ranking.evidence_of(render(place.spec, config, card_of(place)))
     except ConfigError:  # a config that is not valid any more has no kernel today
         here = Evidence.here(**OTHER_KERNEL)
-    return dataclasses.replace(here, **unlike)
+    return dataclasses.replace(here, **changed)
 
 
 def config(splits: int) -> DecodeConfig:
@@ -62,40 +62,45 @@ def dkdv_config(stages: int = 2) -> DkDvConfig:
     return DkDvConfig(64, 128, GROUP_HEADS=4, num_warps=8, num_stages=stages, HEAD_DIM_LAYOUT="chunked")
 
 
-def known(
+def make_record(
     time_us: float | None = 250.0,
     outcome: str = "ok",
     splits: int = 2,
-    unlike: Mapping[str, Any] = NOTHING,
+    changed: Mapping[str, Any] = NOTHING,
     **fields: Any,
 ) -> result.Result:
-    """A result of PLACE; give `place=` for another's. `unlike`: what of its evidence is not as here."""
-    return _known(
-        time_us, outcome, unlike, {"place": PLACE, "config": config(splits), "registers": 168, "spills": 0} | fields
+    """A result of PLACE, or of `place=`. `changed_evidence`: fields of its evidence that differ from today's."""
+    return _make_record(
+        time_us,
+        outcome,
+        changed,
+        {"place": PLACE, "config": config(splits), "registers": 168, "spills": 0} | fields,
     )
 
 
-def known_dkdv(
+def dkdv_record(
     time_us: float | None = 900.0,
     outcome: str = "ok",
     stages: int = 2,
-    unlike: Mapping[str, Any] = NOTHING,
+    changed: Mapping[str, Any] = NOTHING,
     **fields: Any,
 ) -> result.Result:
     """A result of DKDV_PLACE."""
-    return _known(time_us, outcome, unlike, {"place": DKDV_PLACE, "config": dkdv_config(stages)} | fields)
+    return _make_record(time_us, outcome, changed, {"place": DKDV_PLACE, "config": dkdv_config(stages)} | fields)
 
 
-def _known(time_us: float | None, outcome: str, unlike: Mapping[str, Any], fields: dict[str, Any]) -> result.Result:
+def _make_record(
+    time_us: float | None, outcome: str, changed: Mapping[str, Any], fields: dict[str, Any]
+) -> result.Result:
     found = {
-        "evidence": evidence(fields["place"], fields["config"], **unlike),
+        "evidence": evidence(fields["place"], fields["config"], **changed),
         "created_at": "2026-01-01T00:00:00+00:00",
     }
     return result.Result(outcome=outcome, time_us=time_us, **(found | fields))
 
 
 def run(*arguments: object, env: dict[str, str] | None = None) -> Result:
-    """The command in this process, in a pipe that nobody gave a width: pytest-xdist gives its workers one."""
+    """Run the command in this process, in a pipe without a width (pytest-xdist sets COLUMNS in its workers)."""
     variables: dict[str, str | None] = {"COLUMNS": None, **(env or {})}
     return CliRunner(env=variables).invoke(main, [str(argument) for argument in arguments])
 
@@ -106,8 +111,8 @@ def run_json(*arguments: object) -> Any:
     return json.loads(result.stdout)
 
 
-def process(*command: object) -> subprocess.Popen[str]:
-    """Python with this package on its path, as a child."""
+def start_python(*command: object) -> subprocess.Popen[str]:
+    """Start Python in a child process with this package on its path."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What every test runs under: folders of its own, Triton's interpreter where no GPU is, and hypothesis profiles."""
+"""The environment of every test: its own folders, Triton's interpreter if there is no GPU, hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """torch's draws begin alike in every test, for hypothesis's reason above: a bound that one draw in thousands
-    passes by rounding fails for everyone or for no one."""
+    """Seed torch in every test, for the same reason: a bound that one draw in thousands exceeds by rounding fails
+    for everyone or for no one."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _home_untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels, results and Triton's programs go to a folder of this session, in child processes too.
+def _session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Put kernels, results and Triton's cache into a folder of this session, for child processes too.
 
     Set TRITON_CACHE_DIR to keep what Triton compiled from one session to the next.
     """

@@ -1,4 +1,4 @@
-"""Every example runs, in a process of its own, as a user would run it."""
+"""Every example runs in its own process, as a user would run it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_twins_start_as_the_same_function(training: ModuleType) -> None:
     assert (models["parallax"](tokens) - models["softmax"](tokens)).abs().max() > 0.01
 
 
-def test_the_attention_is_the_layer_that_the_package_has(training: ModuleType) -> None:
+def test_the_examples_attention_equals_the_packages_layer(training: ModuleType) -> None:
     torch.manual_seed(0)
     attention = training.Attention(64, head_dim=16, parallax=True)
     torch.nn.init.normal_(attention.r_proj.weight, std=0.1)
@@ -100,7 +100,7 @@ def test_the_attention_is_the_layer_that_the_package_has(training: ModuleType) -
     torch.testing.assert_close(out, layer(x), **FP32)
 
 
-def test_each_optimizer_has_every_weight_once(training: ModuleType) -> None:
+def test_every_weight_has_one_optimizer(training: ModuleType) -> None:
     settings = training.Settings(layers=2, width=32, head_dim=16)
     model = training.twins(settings)["parallax"]
     inner, others = (

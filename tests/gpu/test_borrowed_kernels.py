@@ -1,4 +1,4 @@
-"""Borrowed kernels are compiled before their first launch: what that costs, and that the launch compiles no more."""
+"""Borrowed kernels are compiled once, before their first launch, and their spills are checked."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("spec", "config", "shape"), CASES)
-def test_the_driver_says_what_the_machine_code_does_and_the_launch_compiles_no_more(
+def test_resources_match_the_machine_code_and_the_launch_compiles_nothing(
     cache: Path, spec: KernelSpec, config: KernelConfig, shape: Shape
 ) -> None:
     gpu = gpu_of_device(0)
@@ -64,7 +64,7 @@ def test_the_driver_says_what_the_machine_code_does_and_the_launch_compiles_no_m
     assert (config != SPILLS) or found.spills > guard.MAX_EXTRA_SPILLS
 
 
-def test_a_call_gets_a_borrowed_kernel_that_was_checked_and_not_one_that_spills() -> None:
+def test_a_call_gets_a_checked_borrowed_kernel_and_not_one_that_spills() -> None:
     gpu = gpu_of_device(0)
     place = Place(gpu.name, FORWARD, bucket_of(SHAPE))
     default = default_of(place, gpu)

@@ -1,4 +1,4 @@
-"""Records from before fingerprints count as long as their programs are rendered: the golden kernels say whether."""
+"""Records older than fingerprints count while today's templates render their programs: the golden kernels show it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from parallax_gen.problem.spec import OPS, KernelSpec
 
 # Fingerprints of golden kernels when fingerprints were introduced. Not to be written anew: where one of an op differs,
 # the op's hashes go from `legacy.UNCHANGED`.
-THEN = json.loads((Path(__file__).parent / "golden_of_legacy.json").read_text(encoding="utf-8"))
+INITIAL_FINGERPRINTS = json.loads((Path(__file__).parent / "golden_of_legacy.json").read_text(encoding="utf-8"))
 
 
-OF_OWN_LENGTHS = "5a31e45e6396"  # of the two templates of decode the one for sequences of their own lengths
+DECODE_VARLEN_TEMPLATE = "5a31e45e6396"  # of the two templates of decode the one for sequences of their own lengths
 
 
 @pytest.mark.parametrize("templates", UNCHANGED)
@@ -28,11 +28,12 @@ def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
     of_it = {
         name: kernel
         for name, kernel in GOLDEN.items()
-        if same_programs(templates, kernel.spec) and op_of(kernel.spec).own_lengths == (templates == OF_OWN_LENGTHS)
+        if same_programs(templates, kernel.spec)
+        and op_of(kernel.spec).own_lengths == (templates == DECODE_VARLEN_TEMPLATE)
     }
-    assert of_it.keys() & THEN.keys()
+    assert of_it.keys() & INITIAL_FINGERPRINTS.keys()
     for name, kernel in of_it.items():
-        assert render(kernel.spec, kernel.config, GPUS["h200"]).kernel == THEN.get(name), name
+        assert render(kernel.spec, kernel.config, GPUS["h200"]).kernel == INITIAL_FINGERPRINTS.get(name), name
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_record_that_names_no_op_is_refused(op: object, ragged: object, messag
     assert str(caught.value) == message
 
 
-def test_records_know_each_op_by_one_name() -> None:
+def test_each_op_has_one_name_in_records() -> None:
     assert [op_of_record(*name) for name in OPS_OF_RECORDS] == list(OPS)
     for op in OPS:
         spec = KernelSpec(op, 64, "bf16")
@@ -59,7 +60,7 @@ def test_records_know_each_op_by_one_name() -> None:
         assert spec_from(spec.to_dict()) == spec
 
 
-def test_what_is_wrong_with_a_records_spec_is_said_in_the_words_of_records() -> None:
+def test_errors_in_a_records_spec_use_the_names_of_records() -> None:
     data = KernelSpec("decode", 64, "bf16").to_dict()
     for wrong, message in (
         ({"page_size": 16}, "page_size: got 16; allowed: 0, but with ragged decode"),

@@ -1,4 +1,4 @@
-"""Databases from before fingerprints: all that they hold is read, and a reader leaves them as they are."""
+"""Databases older than fingerprints: all their rows are read, and a read-only user does not change them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> Path:
 
 
 KEY = PLACE.flat() | {"environment.templates": "abc123", "environment.triton": "3.6", "environment.protocol": 1}
-OF_BEFORE = {
+OLD_COLUMNS = {
     "gpu": PLACE.gpu,
     "op": PLACE.spec.op,
     "config_json": config_to_json(config()),
@@ -39,8 +39,8 @@ OF_BEFORE = {
 }
 
 
-def database_of_before(path: Path) -> None:
-    """A database with two good rows of one config by two toolchains, a failure, and three useless rows."""
+def make_old_database(path: Path) -> None:
+    """Create a database with two good rows of one config by two toolchains, a failure, and three unusable rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     newer = json.dumps(KEY | {"environment.cuda": "12.8/12.9"})
     rows: list[dict[str, object]] = [
@@ -55,14 +55,14 @@ def database_of_before(path: Path) -> None:
         old.executescript((data_dir("tuning_db") / "migrations" / "0001_results.sql").read_text(encoding="utf-8"))
         old.execute("PRAGMA user_version = 1")
         old.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        for row in (OF_BEFORE | row for row in rows):
+        for row in (OLD_COLUMNS | row for row in rows):
             marks = ", ".join("?" * len(row))
             old.execute(f"INSERT INTO results ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["written to", "read"])
-def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: Path, read_only: bool) -> None:
-    database_of_before(path)
+def test_an_old_database_opens_with_all_its_rows(path: Path, read_only: bool) -> None:
+    make_old_database(path)
     before = path.read_bytes()
     with Store(path, read_only=read_only) as store:
         found = store.results(PLACE)
@@ -86,14 +86,12 @@ def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: 
         assert len(store.problems()) == 3
 
 
-def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database_of_before(path)
+def test_a_call_converts_only_its_own_place_of_an_old_database(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_old_database(path)
     many = 5000
     with closing(sqlite3.connect(path)) as old, old:
         elsewhere = json.dumps(KEY | {"bucket.kv_rows": 8})
-        row = OF_BEFORE | {"key_json": elsewhere}
+        row = OLD_COLUMNS | {"key_json": elsewhere}
         marks = ", ".join("?" * (len(row) + 1))
         old.executemany(
             f"INSERT INTO results ({', '.join(row)}, key_digest) VALUES ({marks})",
@@ -111,8 +109,8 @@ def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
         assert len(reader.results(PLACE)) == 4
 
 
-def test_each_place_of_an_old_database_is_found_by_itself(tmp_path: Path) -> None:
-    """In a file of an earlier version, with places of every op."""
+def test_each_place_of_an_old_database_is_found(tmp_path: Path) -> None:
+    """A file of an earlier version, with places of every op."""
     path = shutil.copy(Path(__file__).parents[1] / "data" / "same" / "of_431f796.db", tmp_path)
     with Store(path, read_only=True) as store:
         every = store.all()
@@ -121,16 +119,16 @@ def test_each_place_of_an_old_database_is_found_by_itself(tmp_path: Path) -> Non
             assert store.results(place) == [result for result in every if result.place == place]
 
 
-def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    database_of_before(path)
+def test_an_interrupted_migration_leaves_the_database_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_old_database(path)
     statements = store_module._statements
 
-    def cut_off(script: str) -> Iterator[str]:
+    def interrupt(script: str) -> Iterator[str]:
         yield from list(statements(script))[:-1]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_statements", cut_off)
+        patch.setattr(store_module, "_statements", interrupt)
         with pytest.raises(KeyboardInterrupt):
             Store(path)
     with Store(path) as store:

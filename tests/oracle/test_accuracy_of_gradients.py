@@ -1,4 +1,4 @@
-"""Errors of gradients whose terms cancel are relative to the size of the terms."""
+"""Errors of gradients whose terms cancel are measured relative to the size of the terms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ref() -> torch.Tensor:
     return rows
 
 
-def test_a_natural_size_of_all_rows_is_that_of_each(ref: torch.Tensor) -> None:
+def test_one_term_size_for_all_rows_equals_the_same_size_per_row(ref: torch.Tensor) -> None:
     out = ref + 1e-3
     assert errors(out, ref, 3.0) == errors(out, ref, torch.full((4,), 3.0, dtype=torch.float64))
 
@@ -30,7 +30,7 @@ def test_a_row_of_larger_terms_may_err_by_more(ref: torch.Tensor) -> None:
     assert errors(out, ref, natural).worst == errors(out, ref, 1.0).worst
 
 
-def test_a_gradient_that_is_all_rounding(ref: torch.Tensor) -> None:
+def test_a_gradient_that_is_pure_rounding_error(ref: torch.Tensor) -> None:
     """Its size then counts as a fifth of the size of its terms, row by row."""
     nothing, natural = 0 * ref, torch.tensor([4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
     out = nothing.clone()

@@ -10,7 +10,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import MATMULS, work_of
 
-UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+NO_DEADLINE = settings(deadline=None)  # a busy machine is no failure
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_work(spec: KernelSpec, shape: Shape, flops: float, size: float) -> None
 LENGTH = st.integers(1, 40)
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.sampled_from(sorted(MATMULS)), st.booleans(), LENGTH, LENGTH, st.just(0) | st.integers(1, 50))
-def test_flops_against_a_count_of_the_pairs_that_see_each_other(
+def test_flops_against_a_count_of_visible_pairs(
     op: str, causal: bool, seqlen_q: int, seqlen_kv: int, window: int
 ) -> None:
-    """Counted pair by pair; a row's last key counts half if the window does not cut the row, like the diagonal."""
+    """Visible pairs are counted one by one. On the diagonal a pair counts half, unless a window cuts the row."""
     window *= causal
     window *= op != "decode"
     causal &= op != "decode"

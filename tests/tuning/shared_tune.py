@@ -1,6 +1,6 @@
-"""A program for tests of shared storages: one of several workers that tune a job together, on a simulated machine.
+"""A program for tests of shared storages: one of several workers that share a job, on a simulated machine.
 
-usage: shared_tune.py DATABASE STORAGE SEED     prints every config that it measures, before it does
+usage: shared_tune.py DATABASE STORAGE SEED     prints every config before it measures it
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 import sys
 import time
 
-from machines import FINE, Machine, timed
+from simulated_machine import FINE, Machine, timed
 
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
@@ -28,7 +28,7 @@ JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h
 
 
 def cost(config: KernelConfig) -> float:
-    """A time that is the same for every worker."""
+    """A time that depends on the config only."""
     return random.Random(config_to_json(config)).uniform(50.0, 500.0)
 
 

@@ -1,4 +1,4 @@
-"""kill -9 of a tune at any moment: what was finished is there, the database is whole, and the next tune goes on."""
+"""kill -9 of a tune at any moment: finished trials are stored, the database is intact, the next tune resumes."""
 
 from __future__ import annotations
 
