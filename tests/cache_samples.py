@@ -11,7 +11,7 @@ from torch import Tensor
 from parallax_gen.oracle.reference import Reference, reference_forward
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-NO_PAGE = 1 << 30  # what a page table has where there is no page
+NO_PAGE = 1 << 30  # a page table entry without a page
 
 
 class SequenceTensors(NamedTuple):

@@ -38,7 +38,7 @@ DKDV_SPEC = KernelSpec("dkdv", 96, "bf16", group=4, causal=True, window=True)
 DKDV_CALL = ("--gpu", "h200", "--op", "dkdv", "--head-dim", "96", "--window", "513", "--shape", "2,32/8,4096")
 DKDV_PLACE = Place("h200", DKDV_SPEC, Bucket(16, 4096, 4096, 512))
 
-# What of its evidence can differ: the kernel is rendered otherwise today, or something else compiled it.
+# Evidence that differs from today's: another kernel, or another toolchain.
 OTHER_KERNEL = {"kernel": "0" * 32, "text": "0" * 32}
 OTHER_TOOLCHAIN = {"triton": "3.5.1", "cuda": "12.8"}
 NOTHING: Mapping[str, Any] = {}
@@ -48,7 +48,7 @@ def evidence(place: Place, config: KernelConfig, **changed: Any) -> Evidence:
     """The evidence of a measurement of today's kernel in this process, except for the given fields."""
     try:
         here = ranking.evidence_of(render(place.spec, config, card_of(place)))
-    except ConfigError:  # a config that is not valid any more has no kernel today
+    except ConfigError:  # no kernel today: the config is not valid any more
         here = Evidence.here(**OTHER_KERNEL)
     return dataclasses.replace(here, **changed)
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Triton reads it when a kernel is decorated: before any test imports one.
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set before any test imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 
-# "ci" draws the same examples in every run: when it fails, the change did it and not the draw, and whoever looks gets
-# the same example. What that gives up, new examples, "explore" has: `pytest --hypothesis-profile=explore`, for
-# an hour after the generator changed. No deadline: the interpreter's time a case varies a hundredfold.
+# "ci" draws the same examples in every run: a failure comes from the change, not the draw, and is reproducible.
+# "explore" draws new examples: run `pytest --hypothesis-profile=explore` for an hour after the generator changed.
+# No deadline: the interpreter's time a case varies a hundredfold.
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=60, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")

@@ -14,7 +14,7 @@ from parallax_gen.files import PACKAGE, data_dir
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.store import Store
 
-# By BLOCK_M and num_warps: what is planted into the kernel's template, and the outcomes on a GPU and without one.
+# By (BLOCK_M, num_warps): the injected fault, and the expected outcomes with and without a GPU.
 FAULTS = {
     (4, 1): ("an illegal access", "crash", "predicted"),
     (8, 1): ("an endless loop", "timeout", "predicted"),

@@ -94,7 +94,7 @@ def stop_after_memory_allocation() -> None:
         except _MemoryAllocated as placed:
             try:
                 placed.passes.run(src, "make_llir")
-            except TypeError:  # Triton 3.5 names no stage
+            except TypeError:  # Triton 3.5 has no stage names
                 placed.passes.run(src)
         finally:
             lowering.add_to_llvmir = go_on
@@ -127,7 +127,7 @@ def main() -> None:
     known: dict[tuple[str, Gpu], dict[str, Any]] = {}
     for spec, config, gpu, shape in pickle.load(sys.stdin.buffer):
         source = render(spec, config, gpu)
-        body = source.text.split('"' * 3, 2)[2]  # what is before is prose
+        body = source.text.split('"' * 3, 2)[2]  # the text before it is prose
         found = known.setdefault((body, gpu), {"shared_bytes": 0, "tensor_columns": 0, "error": ""})
         if not found["shared_bytes"] and not found["error"]:
             try:

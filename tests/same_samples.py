@@ -67,21 +67,21 @@ from parallax_gen.tuning.search.cost_model import guess_us
 __all__ = ["Store", "command", "from_line", "to_line"]
 
 FOLDER = Path(__file__).parent / "data" / "same"
-LONGEST = 64_000  # bytes of a file that is not compressed
+LONGEST = 64_000  # bytes of an uncompressed file
 TUNING_DB = Path(__file__).parents[1] / "tuning_db"
 
-# Those that results are looked up with, whichever Triton is installed: two that records have, and one that none has.
+# Toolchains for looking up results, whichever Triton is installed: two with records, and one without.
 TOOLCHAINS = {name: Toolchain(name, cuda) for name, cuda in {"3.6": "12.8/12.9", "3.9": "12.9/13.4", "3.5": ""}.items()}
 FIXED = Toolchain("3.9.0", "12.9/13.4")
 
-# What records always have, at what it is where nothing is asked.
+# Fields that records always have, at their defaults.
 OFF = {"group": 1, "causal": False, "stats": False, "ragged": False}
 
 Json = Any
 Line = tuple[Json, Json]
 
 
-# -- the stored forms, which stay, in today's terms
+# -- conversion between the stored forms, which stay, and today's objects
 
 
 def spec_from(stored: Json) -> KernelSpec:
@@ -149,10 +149,10 @@ def digest(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()[:32]
 
 
-# -- what is asked: specs and shapes by chance, but the same in every run
+# -- the questions: random specs and shapes, the same in every run
 
-KINDS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "ragged")  # ragged: decode with own lengths
-# Of a knob, values that some spec's has not.
+KINDS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "ragged")  # ragged: decode_varlen
+# Values of knobs that are not valid for every spec.
 OTHERS = {"merge": ("none", "last", "kernel"), "MASK": ("before_exp",), "SOFTMAX": ("fixed_reference",)}
 FLAGS = ("causal", "stats", "window", "varlen", "leftpad", "many_queries")
 ORDER = ("causal", "stats", "ragged", "window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
@@ -174,7 +174,7 @@ def draw_spec(draw: random.Random, kind: str) -> Json:
         stored |= {name: flags[name] for name in ORDER if flags.get(name)}
         try:
             spec_from(stored)
-        except ArgumentError:  # flags that do not go together
+        except ArgumentError:  # incompatible flags
             continue
         return stored
 
@@ -408,7 +408,7 @@ TOPICS: dict[str, tuple[Callable[[], list[Json]], Callable[[Json], Json]]] = {
 }
 
 
-# -- what ships: a sample that stays, and all of it
+# -- shipped records: a fixed sample, and all of them
 
 
 @cache

@@ -82,13 +82,13 @@ def step_case(seed: int, dtypes: Sequence[str], gpu: Gpu, longest: int) -> StepC
         lengths[1] = lengths[0]
     windows = [window for window in WINDOWS if window <= longest]
     window = draw.choice((*windows, longest + 1, draw.randint(1, longest))) if spec.window else 0
-    batch = draw.choice((1, 2, 3)) + spec.varlen  # of a single packed sequence either the queries or the keys are none
+    batch = draw.choice((1, 2, 3)) + spec.varlen  # a single packed sequence would have no queries or no keys
     shape = Shape(batch, kv_heads * spec.group, kv_heads, *lengths, window)
     return StepCase(spec, configs, shape, seed)
 
 
-# Rendered in tests/golden, for people to read and to see in a diff what a template's change does. Between them they
-# show most of what the templates decide.
+# Rendered in tests/golden, so that a diff shows what a change of a template does. Together they cover most of the
+# templates' branches.
 GOLDEN = {
     "forward_causal_stats": Kernel(
         KernelSpec("forward", 128, "bf16", causal=True, stats=True),
@@ -258,9 +258,7 @@ def shapes(draw: st.DrawFn, spec: KernelSpec, config: KernelConfig, most_program
 
     A launch has at most most_programs programs where possible: the interpreter runs them one after another.
     """
-    programs_per_pair = (
-        1 if isinstance(config, DkDvConfig) else spec.group
-    )  # programs a (sequence, kv head), at the least
+    programs_per_pair = 1 if isinstance(config, DkDvConfig) else spec.group  # least programs a (sequence, kv head)
     if isinstance(config, DecodeConfig):
         programs_per_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + op_of(spec).own_lengths)
     pairs = max(1, most_programs // programs_per_pair)
@@ -341,7 +339,7 @@ def unaligned(inputs: Inputs) -> Inputs:
 
 
 LAYOUTS = (fused_projection, heads_first, padded_views, broadcast_cache, unaligned)
-# Those that leave the numbers as they are, and so what was computed of them before.
+# Layouts that keep the values, so that results computed earlier still hold.
 VALUE_PRESERVING_LAYOUTS = (fused_projection, heads_first, padded_views, unaligned)
 
 

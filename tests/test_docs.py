@@ -38,21 +38,21 @@ NOT_RUN = (
     "it writes to the checkout",
 )
 
-# Python that comes before a block, in its page's own namespace.
+# Python that runs before a block, in the page's namespace.
 STAND_INS = {
     "one rank": "import torch, torch.distributed as dist\n"
     + "dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo',\n"
     + "    init_method='file://' + __file__ + '.ranks', rank=0, world_size=1)\n",
     "Triton's interpreter": "import os, torch\n"
     + "if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'",
-    # A folder of the model's name is where from_pretrained looks before it asks the network.
+    # from_pretrained looks for a folder with the model's name before it uses the network.
     "a tiny random model of that name": "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
     + "Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,\n"
     + "    num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained('Qwen/Qwen3-0.6B')",
     "one trial a job": "",  # see `steps_of`
 }
 
-# Runs a page's blocks from top to bottom, Python in one namespace, as a notebook would.
+# Runs a page's blocks from top to bottom like a notebook, with one namespace for Python.
 DRIVER = """
 import json, subprocess, sys
 page, steps = json.load(sys.stdin)
@@ -205,7 +205,7 @@ def commands_of(code: str) -> list[list[str]]:
 
 def check(words: list[str]) -> None:
     """Check that a command is valid: its options, its extras, its files."""
-    while "=" in words[0]:  # a variable for this command
+    while "=" in words[0]:  # environment variables of this command
         words = words[1:]
     if words[0] == "parallax-gen":
         parse(words[1:])

@@ -37,7 +37,7 @@ def error_classes() -> list[type[Exception]]:
 
 def instance_of(cls: type[Exception]) -> Exception:
     """An error of the class with a distinct value for every constructor parameter, including keyword-only ones."""
-    if not inspect.isfunction(cls.__init__):  # Python's own: any arguments
+    if not inspect.isfunction(cls.__init__):  # Python's constructor takes any arguments
         return cls("a message")
     _, *parameters = inspect.signature(cls.__init__).parameters.values()
     assert not [each for each in parameters if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
@@ -71,7 +71,7 @@ def test_every_error_of_the_package_round_trips(trip: str) -> None:
     assert all(issubclass(cls, ParallaxGenError) for cls in classes)
     for cls in [*classes, KeywordOnlyError]:
         error = instance_of(cls)
-        error.__notes__ = ["a note"]  # as add_note of Python 3.11 leaves it
+        error.__notes__ = ["a note"]  # as set by add_note of Python 3.11
         back = ROUND_TRIPS[trip](error)
         assert type(back) is cls
         assert str(back) == str(error)

@@ -24,18 +24,18 @@ OUT_OF_MEMORY = (
     "allocated by PyTorch, and 45.32 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is "
     "large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
 )
-WITH_OTHERS = OUT_OF_MEMORY.format("20.00", "4.19", "40.00")  # others have 34 GiB
+WITH_OTHERS = OUT_OF_MEMORY.format("20.00", "4.19", "40.00")  # other processes use 34 GiB
 ALONE = OUT_OF_MEMORY.format("20.00", "4.19", "74.00")
 FAR_TOO_MUCH = OUT_OF_MEMORY.format("90.00", "4.19", "40.00")
 
 MEMORY: list[BaseException] = [
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
-    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # of a fork
+    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # from fork
     RuntimeError("can't start new thread"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-    RuntimeError("CUDA driver error: out of memory"),  # of memory that torch maps by itself
+    RuntimeError("CUDA driver error: out of memory"),  # from memory that torch maps itself
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError(WITH_OTHERS),
     RuntimeError("PTXAS error: `ptxas` failed with error code -9\n`ptxas` stderr:\n\nRepro command: ptxas x.ptx"),
@@ -60,8 +60,8 @@ MACHINE: list[BaseException] = [
         "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\nRepro command: ptxas"
     ),
     RuntimeError("PTXAS error: `ptxas` failed with error code 127\n`ptxas` stderr:\n"),
-    RuntimeError("PTXAS error: `ptxas` failed with error code -7\n`ptxas` stderr:\n"),  # of a file system in memory
-    RuntimeError("PTXAS error: `ptxas` failed with error code -25\n`ptxas` stderr:\n"),  # of a limit on files
+    RuntimeError("PTXAS error: `ptxas` failed with error code -7\n`ptxas` stderr:\n"),  # a full in-memory file system
+    RuntimeError("PTXAS error: `ptxas` failed with error code -25\n`ptxas` stderr:\n"),  # a limit on file size
     RuntimeError("database or disk is full"),
     RuntimeError("Failed to initialize NVML: Driver/library version mismatch"),
     RuntimeError("CUDA_ERROR_ECC_UNCORRECTABLE"),
@@ -128,7 +128,7 @@ def test_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_PTXAS_PATH", "")
     assert "(which TRITON_PTXAS_PATH names)" in str(machine_error(PermissionError(errno.EACCES, "denied", "")))
     fatal = str(machine_error(MACHINE[10]))
-    assert "Unsupported .version 8.8" in fatal  # and not only that ptxas failed
+    assert "Unsupported .version 8.8" in fatal  # and not just that ptxas failed
 
 
 @pytest.mark.parametrize(

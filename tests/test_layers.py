@@ -25,8 +25,8 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# errors.py, environment.py and files.py lie under all, and so does the version in parallax_gen itself; describe.py
-# lies under all that has configs to show.
+# Everything may import errors.py, environment.py, files.py and the version in parallax_gen itself. describe.py is
+# below everything that shows configs.
 BELOW = {"errors", "environment", "files"}
 MAY_IMPORT = {
     "errors": set(),
@@ -47,14 +47,14 @@ MAY_IMPORT = {
     "report": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "bench"},
     "cli": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "runtime", "bench", "report"},
 }
-# Outside packages, and the only files or wings that use them.
+# Outside packages, and the only files or subpackages that use them.
 ONLY_IN: dict[str, str | tuple[str, ...]] = {
-    "jinja2": ("codegen/render.py", "report/page.py"),  # the page escapes what it is given
+    "jinja2": ("codegen/render.py", "report/page.py"),  # the page escapes its data
     "sqlite3": "memory/store.py",
     "sqlite_utils": "memory/store.py",
-    # It proposes, its storages are shared by hosts, and it says what finished trials tell of knobs.
+    # Samplers, storages that hosts share, and importances of knobs.
     "optuna": ("tuning/search/search.py", "tuning/claims.py", "tuning/search/importances.py"),
-    "sqlalchemy": "tuning/claims.py",  # comes with Optuna's storages, whose errors it explains
+    "sqlalchemy": "tuning/claims.py",  # comes with Optuna's storages, to recognise their errors
     "pygments": "report/sources.py",
     "click": "cli/",
     "rich": "cli/",
@@ -69,7 +69,7 @@ def imports_of(text: str, module: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # One dot is the module's own package: parallax_gen.wing for parallax_gen.wing.module.
+            # One dot is the module's own package, such as parallax_gen.ops for parallax_gen.ops.base.
             base = [] if node.level == 0 else module.split(".")[: -node.level]
             base += [node.module] if node.module else []
             found |= {".".join([*base, alias.name]) for alias in node.names}
@@ -166,7 +166,7 @@ def test_problem_uses_no_device_and_no_disk() -> None:
             assert not [name for name in names if name.startswith("torch.cuda")], module
 
 
-# Prints what an import brought in, and the files it opened that are not Python's.
+# Prints the modules that an import loads, and the files other than Python's that it opens.
 PRINT_IMPORTS = """
 import json, sys
 opened = []

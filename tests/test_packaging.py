@@ -23,9 +23,11 @@ from packaging.utils import canonicalize_name
 from test_layers import IMPORTS
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"convert_model"})  # that needs an extra
+EXAMPLES = sorted(
+    {path.stem for path in (ROOT / "examples").glob("*.py")} - {"convert_model"}
+)  # convert_model needs an extra
 SHORT = {"train_language_model": "--device cpu --steps 1 --layers 1 --width 32 --head-dim 16 --seqlen 32 --batch 1"}
-OPTIONAL_PACKAGES = {"fla", "parallax"}  # imported where they are installed
+OPTIONAL_PACKAGES = {"fla", "parallax"}  # optional: imported if installed
 HELP_S = 0.5
 
 
@@ -41,7 +43,7 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
     return done.stdout
 
 
-# what is in them
+# contents
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_what_is_imported_is_declared_and_what_is_needed_is_imported(declared: M
     assert {canonicalize_name(each.name) for each in requirements if "extra" not in str(each.marker)} <= imported
 
 
-# what it does
+# behaviour
 
 
 def closure(requirements: Iterable[str]) -> Iterable[metadata.Distribution]:
@@ -129,7 +131,7 @@ def programs(wheel: Path, declared: Message, tmp_path_factory: pytest.TempPathFa
             if not (site / name).exists():
                 (site / name).symlink_to(distribution.locate_file(name))
     python = folder / "bin" / "python"
-    # Without an index pip refuses what it finds no requirement of.
+    # Without an index pip fails if a requirement is missing.
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel, cwd=folder)
     return folder / "bin"
 
@@ -140,7 +142,7 @@ def shell(programs: Path, tmp_path: Path) -> Callable[[str], str]:
     return lambda line: run("sh", "-c", line, cwd=tmp_path, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
 
 
-# Where the package is, and which of its modules lack another package, with that one's name.
+# Prints where the package is, and which of its modules miss which package.
 IMPORT_ALL = """
 import importlib, json, pkgutil, parallax_gen
 lacking = {}
@@ -153,7 +155,7 @@ for module in pkgutil.walk_packages(parallax_gen.__path__, "parallax_gen."):
 print(json.dumps([parallax_gen.__file__, lacking]))
 """
 
-# What was imported for the help, in the last line.
+# Prints the imported modules in the last line.
 HELP = "import sys; from parallax_gen.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
 
 
@@ -169,7 +171,7 @@ def test_help_is_fast(shell: Callable[[str], str]) -> None:
         before = os.times()
         assert "tune" in shell("parallax-gen --help")
         after = os.times()
-        # The processor's time, since it waits for nothing: the clock would tell how busy the other tests are.
+        # CPU time, since wall time depends on the other tests.
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
     assert min(seconds) < HELP_S
 

@@ -14,7 +14,7 @@ import pytest
 import same_samples as same
 from click.testing import CliRunner
 
-SHOWN_DIFFERENCES = 5  # of lines that differ, so many are shown
+SHOWN_DIFFERENCES = 5  # at most this many differing lines are shown
 
 RESULTS = same.FOLDER / "results.jsonl"
 
@@ -40,7 +40,7 @@ def test_answers_are_the_same(topic: str) -> None:
     lines, wrong = same.lines_of(topic), []
     for asked, before in lines:
         now = answer(asked)
-        if same.text(now) != same.text(before):  # the order of fields counts
+        if same.text(now) != same.text(before):  # the order of fields matters
             told = difference(topic, before, json.loads(same.text(now))) or [f"  the order of fields: {same.text(now)}"]
             wrong.append("\n".join([same.text(asked), *told]))
     shown = "\n".join(wrong[:SHOWN_DIFFERENCES])

@@ -21,8 +21,8 @@ from parallax_gen.cli import main
 TOP = Path(__file__).parents[1]
 FILES = [path for folder in ("parallax_gen", "tests", "examples") for path in sorted((TOP / folder).rglob("*.py"))]
 
-MODULES = {"io", "gzip", "codecs", "click"}  # whose `open` takes a file before the mode; a path's own does not
-NO_FILES = {"os", "webbrowser", "Image"}  # whose `open` is another thing
+MODULES = {"io", "gzip", "codecs", "click"}  # their `open` takes a file before the mode, unlike Path.open
+NO_FILES = {"os", "webbrowser", "Image"}  # their `open` opens no text file
 BINARY_BY_DEFAULT = {"gzip.open", "NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile"}
 ENCODING_AT = {"read_text": 0, "write_text": 1}
 
@@ -103,7 +103,7 @@ RENDER = ["render", "--gpu", "h200", "--op", "decode", "--head-dim", "128", "--r
 def kernel() -> bytes:
     done = CliRunner().invoke(main, RENDER)
     assert done.exit_code == 0
-    assert not done.stdout.isascii()  # a Greek letter is in it
+    assert not done.stdout.isascii()  # it contains a Greek letter
     return done.stdout_bytes
 
 

@@ -158,7 +158,7 @@ def test_flash_attention_4_decodes_split_where_it_can(splits: bool, monkeypatch:
 def test_unsupported_flash_attention_cases_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(1, 4, 2, 24, 24)
     for name in FLASH:
-        monkeypatch.setitem(sys.modules, FLASH[name].module, ModuleType("empty"))  # as a package of namespaces is
+        monkeypatch.setitem(sys.modules, FLASH[name].module, ModuleType("empty"))  # as a namespace package
         x = random_inputs_for_case("forward", CAUSAL, shape, "cpu")
         with pytest.raises(ImportError, match="has no flash_attn_func"):
             prepared(name, "forward", CAUSAL, x)
@@ -175,7 +175,7 @@ def test_unsupported_flash_attention_cases_have_a_reason(monkeypatch: pytest.Mon
             prepared(name, "decode", decode, random_inputs_for_case("decode", decode, Shape(1, 4, 2, 1, 24), "cpu"))
 
 
-# the official Helion kernels
+# parallax-kernel's Helion kernels
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_notes_say_how_helion_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ[parallax_kernel.HELION_EFFORT] == "none"
 
 
-# who there is
+# the list of baselines
 
 
 def test_names_and_parts_of_baselines() -> None:
@@ -236,7 +236,7 @@ def test_names_and_parts_of_baselines() -> None:
         "official Triton",
         "official Helion",
         "fla",
-    ]  # as CSV files of earlier releases have them
+    ]  # the names in CSV files of earlier releases
     assert [baseline.name for baseline in baselines_of("decode")] == list(BASELINES)
     for op in ("forward", TRAINING):
         assert {baseline.name for baseline in baselines_of(op)} == set(BASELINES) - {"official CuTeDSL"}
@@ -267,7 +267,7 @@ def test_packages_are_listed_with_versions(monkeypatch: pytest.MonkeyPatch) -> N
     assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1, nvidia-cutlass-dsl 4.1.0"
 
 
-# haste
+# quick autotuning
 
 
 def test_autotuners_use_few_calls_within_the_context(monkeypatch: pytest.MonkeyPatch) -> None:

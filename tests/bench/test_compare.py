@@ -71,7 +71,7 @@ def fake_parallax_kernel(attend: Callable[..., Tensor]) -> ModuleType:
         assert (scale, n_rep) == (64**-0.5, 2)
         assert all(x.dim() == 3 and x.is_contiguous() for x in (q, r, k, v))
         window = None if window_size_left == -1 else window_size_left
-        # Every head is a sequence of its own, whose one kv head is that of its group.
+        # Each head becomes a sequence with one head, and with the kv head of its group.
         keys, values = (x.repeat_interleave(n_rep, 0)[:, :, None] for x in (k, v))
         return attend(q[:, :, None], r[:, :, None], keys, values, window)[:, :, 0]
 
@@ -112,7 +112,7 @@ def test_a_step_and_its_errors(clock: Clock, spec: KernelSpec, shape: Shape) -> 
     for row in rows:
         assert (row.op, row.spec, row.shape, row.time_us, row.note) == (TRAINING, spec, shape, 100.0, "")
         assert row.error is not None
-        assert 1e-5 < row.error < tolerance("bf16")  # of rounding what comes out
+        assert 1e-5 < row.error < tolerance("bf16")  # the rounding of the output
     for name in ("parallax_gen", "official Triton", "fla"):
         found = {part: row.error for part, row in rows_of(rows, name).items()}
         assert found["forward"] != found["backward"]
@@ -260,7 +260,7 @@ def test_tf32_follows_torch_settings() -> None:
         assert matmul.fp32_precision == before
 
 
-# little time for what is slow, and what goes wrong on a card
+# few calls for slow baselines, and failures on a card
 
 
 def fake_baselines(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
@@ -318,7 +318,7 @@ def test_out_of_memory_skips_the_shape_for_ours_and_is_a_note_for_others(
     pair[0] = Baseline("parallax_gen", decode=too_large)
     assert {row.note for row in compare("decode", DECODE, DECODE_SHAPE)} == {"skipped: out of memory"}
     pair[:] = [ours]
-    monkeypatch.setattr(comparing, "time_call", too_large)  # a graph's memory is its own
+    monkeypatch.setattr(comparing, "time_call", too_large)  # a graph has its own memory pool
     (row,) = compare("decode", DECODE, DECODE_SHAPE)
     assert (row.time_us, row.note) == (None, "out of memory")
 

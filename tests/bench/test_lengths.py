@@ -39,7 +39,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Compared]:
     return compared
 
 
-# what is typed
+# parsing
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Compared]:
         ("skewed", SKEWED),
         ("spread", tuple(round(2 ** (12 - 5 * i / 7)) for i in range(8))),
         ("7x4096,1", (*[4096] * 7, 1)),
-        ("8x9", (9,) * 8),  # in caches with more room
+        ("8x9", (9,) * 8),  # in larger caches
         ("8x4096", ()),
     ],
 )
@@ -100,7 +100,7 @@ def test_invalid_lengths_are_one_usage_error_that_names_the_option(
     assert compared == []
 
 
-# what is timed
+# timed cases
 
 
 def test_a_batch_of_lengths_is_decode_varlen(compared: list[Compared], tmp_path: Path) -> None:
@@ -120,7 +120,10 @@ def test_other_lengths_are_timed_and_added_to_the_csv(compared: list[Compared], 
     for options in (("--lengths", "skewed"), ("--lengths", "spread"), ("--op", "decode", "--ragged")):
         run(*BENCH, *options, "--csv", tmp_path / "rows")
     assert len(compared) == len(set(compared)) == 3
-    for options in (("--lengths", "4096,7x128"), ("--lengths", "8x4096")):  # the first and the third, typed otherwise
+    for options in (
+        ("--lengths", "4096,7x128"),
+        ("--lengths", "8x4096"),
+    ):  # the first and the third, spelled differently
         run(*BENCH, *options, "--csv", tmp_path / "rows")
     assert len(compared) == 3
 

@@ -287,7 +287,7 @@ def test_without_csv_nothing_is_stored() -> None:
     assert results.known(ROW) == ROW
 
 
-# what is gone through
+# the cases
 
 
 def test_a_shape_that_does_not_fit_is_skipped_with_a_note(timer: FakeTimer, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_bytes_needed() -> None:
     step = KernelSpec("forward", 128, "bf16", causal=True, stats=True)
     row = 8 * 1024 * 128 * 2
     needed = bytes_needed(TRAINING, step, Shape(1, 8, 8, 1024, 1024))
-    assert 11 * row < needed < 14 * row  # q r k v o do, four gradients and v_mean; and numbers of rows
+    assert 11 * row < needed < 14 * row  # q r k v o do, four gradients, v_mean, and row statistics
     windowed = dataclasses.replace(step, window=True)
     assert bytes_needed(TRAINING, windowed, Shape(1, 8, 8, 1024, 1024, 64)) == needed
 
@@ -343,7 +343,7 @@ def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
     one = list(cases_of(("decode",), None, "bf16", (Sizes(1, 8, 8, None, 64),), None, Flags()))
     assert quick_cases(one, H200) == one
     huge = list(cases_of(("decode",), None, "bf16", (Sizes(2048, 64, 64, None, 131072),), None, Flags()))
-    assert quick_cases(huge, H200) == huge  # to be told that it was skipped
+    assert quick_cases(huge, H200) == huge  # it stays, so that a row says that it was skipped
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,9 @@ def test_options_select_the_kernel() -> None:
     spec, shape = KernelArgs("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
     assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
     spec, shape = KernelArgs("preprocess", 72, "fp32").kernel(sizes)
-    assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # it sees rows alone
+    assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # preprocess depends on rows only
     for op in FAMILIES:
-        assert KernelArgs(op, 64, "bf16").kernel(None)[0].op == op  # of the first usual shape
+        assert KernelArgs(op, 64, "bf16").kernel(None)[0].op == op  # the first usual shape
 
 
 @pytest.mark.parametrize(
@@ -309,15 +309,15 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
     assert found["records"] == (
         "h200: 1 kernels and sizes in your database and the shipped records, calls get 1 by this Triton"
     )
-    longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # none near another
+    longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # not near each other
     folder = store.path.parent / "shipped"
     write_shipped(
         [make_record(changed=OTHER_TOOLCHAIN, place=longer), make_record(changed=OTHER_KERNEL, place=wider)],
         "h200",
         folder,
     )
-    monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # which the check looks into
-    store.save(make_record(place=replace(PLACE, gpu="a100")))  # of which nothing ships
+    monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # the folder that the check reads
+    store.save(make_record(place=replace(PLACE, gpu="a100")))  # no records ship for it
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     counted = "kernels and sizes in your database and the shipped records, calls get"
     assert found == [

@@ -116,7 +116,7 @@ def test_what_is_exported_is_imported(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "other.db"))
     result = run("db", "import", file)
     assert f"{tmp_path}/other.db: 6 new, 0 replaced, 0 kept\n" in result.stdout
-    assert "rendered otherwise" not in result.stdout  # the other toolchain's is of a kernel that is rendered today
+    assert "rendered otherwise" not in result.stdout  # the other toolchain's record is of today's kernel
     with Store(tmp_path / "other.db", read_only=True) as other:
         assert other.all() == rows
     assert "0 new, 0 replaced, 12 kept" in run("db", "import", file, file).stdout
@@ -175,7 +175,7 @@ def test_export_does_not_overwrite_a_database(store: Store) -> None:
     assert result.exit_code == 1
     assert "is a database: it is left as it is" in result.stderr
     assert store.all() == rows
-    assert run("db", "export", store.path.parent / "file" / "x.jsonl").exit_code == 0  # the folder is made
+    assert run("db", "export", store.path.parent / "file" / "x.jsonl").exit_code == 0  # the folder is created
     (store.path.parent / "plain").touch()
     assert "cannot write" in run("db", "export", store.path.parent / "plain" / "x.jsonl").stderr
 
@@ -226,7 +226,7 @@ BAD = [
 def test_a_bad_line_is_named_and_nothing_is_imported(store: Store, tmp_path: Path, line: str) -> None:
     file = tmp_path / "theirs.jsonl"
     good = json.dumps(make_record().to_dict())
-    file.write_text(f"{good}\n\n{line}\n", encoding="utf-8")  # an empty line is none
+    file.write_text(f"{good}\n\n{line}\n", encoding="utf-8")  # empty lines are skipped
     result = run("db", "import", file)
     assert result.exit_code == 1
     assert f"{file}, line 3: not a record: " in result.stderr

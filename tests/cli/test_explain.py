@@ -198,7 +198,7 @@ def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
     store.save(make_record(200.0, splits=6))
     assert run_json("explain", *CALL)["reason"] == f"the only one measured of this kernel with {HERE}"
     assert "measured, this Triton, protocol 0\n" in text_of_runners_up()
-    assert "this Triton, protocol 0" not in run("list").stdout  # which has what calls get
+    assert "this Triton, protocol 0" not in run("list").stdout  # list shows what calls get
 
 
 def test_times_of_two_protocols_are_not_compared(store: Store) -> None:
@@ -274,7 +274,7 @@ def test_explain_predictions_and_failures(store: Store) -> None:
 
 
 def test_explain_a_record_whose_config_is_no_longer_valid(store: Store) -> None:
-    store.save(make_record(90.0, splits=5))  # no value of the knob
+    store.save(make_record(90.0, splits=5))  # not a value of the knob
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["reason"].startswith("the only record does not count: no longer valid: NUM_SPLITS is 5")

@@ -179,7 +179,7 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for text in (result.stdout, " ".join(readme.split())):
         assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); {unchecked}" in text
-        assert "not yet checked" not in text  # nothing in a file checks anything
+        assert "not yet checked" not in text  # an exported file has no check
     cache_resources(render(SPEC, config(2), H200), H200, Resources(168, 0, 1000))
     assert unchecked not in run(*EXPORT, tmp_path / "out").stdout
     store.save(make_record(150.0, splits=3))
@@ -201,7 +201,7 @@ def test_export_skips_a_record_of_another_kernel(store: Store, tmp_path: Path) -
     store.save(make_record(10.0, splits=4, changed=OTHER_KERNEL))
     assert "the default config" in run(*EXPORT, tmp_path / "out", "--shape", "32,32/8,8192").stdout
     run(*EXPORT, tmp_path / "all")
-    assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor is its bucket one that is known
+    assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor does its bucket count as known
 
 
 def test_export_marks_shipped_records(tmp_path: Path) -> None:

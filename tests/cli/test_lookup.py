@@ -130,7 +130,7 @@ def test_list_compares_a_sibling_cards_record_with_the_default_there(store: Stor
     (record,) = run_json("list", "--gpu", "h200")["records"]
     assert (record["place"]["gpu"], record["default_us"], record["gain"]) == ("h100", 130.0, 1.3)
     gains = [r["gain"] for r in run_json("list", "--all", "--gpu", "h200")["records"]]
-    assert gains == [None, None]  # of kernels that no call gets
+    assert gains == [None, None]  # no call gets these kernels
 
 
 def test_tables_fit_and_have_no_colours(store: Store) -> None:
@@ -196,7 +196,7 @@ def test_show_says_how_each_result_differs_from_here(store: Store) -> None:
     assert lines[2].endswith(f"measured  triton 3.5 (here {TRITON_HERE}), cuda 12.8 (here {HERE.cuda})")
     assert lines[3].endswith("measured  another kernel than today's")
     assert lines[4].endswith("  measured")
-    assert len(run_json("show", *CALL)["results"]) == 3  # of this card
+    assert len(run_json("show", *CALL)["results"]) == 3  # this card's
 
 
 def test_show_without_results() -> None:
@@ -221,7 +221,7 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     ("there", "told"),
     [
         ({"cuda": "11.8"}, f"cuda 11.8 (here {HERE.cuda})"),
-        ({"cuda": ""}, f"cuda unknown (here {HERE.cuda})"),  # from before it was recorded
+        ({"cuda": ""}, f"cuda unknown (here {HERE.cuda})"),  # older than this field
         ({"protocol": 7, "triton": "3.4"}, f"triton 3.4 (here {TRITON_HERE}), protocol 7 (here 1)"),
         (OTHER_KERNEL, "another kernel than today's"),
         (OTHER_KERNEL | {"triton": "3.4"}, f"another kernel than today's, triton 3.4 (here {TRITON_HERE})"),
@@ -239,5 +239,5 @@ def test_show_names_the_evidence_that_differs(store: Store, there: dict[str, obj
 def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:
     store.save(make_record(250.0))
     out, err = start_python("-m", "parallax_gen.cli", "show", *CALL, "--json").communicate(timeout=60)
-    assert 250.0 in [record["time_us"] for record in json.loads(out)["results"]]  # beside what really ships
+    assert 250.0 in [record["time_us"] for record in json.loads(out)["results"]]  # next to the records that really ship
     assert err == ""

@@ -103,7 +103,7 @@ def test_check_lists_shipped_places_without_the_defaults_time(store: Store, ship
 
 
 def test_check_lists_records_slower_than_the_default(tmp_path: Path) -> None:
-    earlier = {"triton": f"{TRITON_HERE}.99"}  # makes the same programs: its times are compared
+    earlier = {"triton": f"{TRITON_HERE}.99"}  # compiles the same programs, so its times are comparable
     new, old = (
         make_record(110.0, created_at="2026-02-01T00:00:00+00:00"),
         make_record(100.0, config=DEFAULT, changed=earlier),

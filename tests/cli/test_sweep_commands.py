@@ -44,7 +44,7 @@ def test_a_complete_sweep_is_written(store: Store, tmp_path: Path) -> None:
             store.save(make_record(300.0, splits=2, place=dataclasses.replace(PLACE, gpu="h100")))
     done = run("sweep", "--to", tmp_path / "sweeps")
     assert done.exit_code == 0, done.output
-    (path,) = (tmp_path / "sweeps").iterdir()  # the other place is not whole
+    (path,) = (tmp_path / "sweeps").iterdir()  # the other place's sweep is incomplete
     assert path.name.startswith("h200-decode-128-256x8192-")
     assert path.name in done.output
     sweep = read_sweep(path)

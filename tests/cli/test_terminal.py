@@ -60,7 +60,7 @@ def test_completion_scripts_of_each_shell_call_this_program() -> None:
         assert "parallax-gen" in script
 
 
-# mistakes
+# typing errors
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_mistyped_word_is_a_usage_error_with_a_suggestion(arguments: tuple[str
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_in_help_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for file in ("sweeps/h200.jsonl.gz", "colleague.jsonl", "old/tuning.db"):  # that examples name must be there
+    for file in ("sweeps/h200.jsonl.gz", "colleague.jsonl", "old/tuning.db"):  # files that the examples name
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     lines = [line.strip() for line in run(name, "--help").stdout.splitlines()]
@@ -185,7 +185,7 @@ def test_verbose_logs_the_config_and_the_reason(store: Store) -> None:
     said = run("--verbose", "render", *CALL).stderr
     assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in said
     assert "NUM_SPLITS=3" in said
-    assert run("render", *CALL).stderr == ""  # the handler went with its command
+    assert run("render", *CALL).stderr == ""  # the log handler is removed after its command
 
 
 def test_the_dispatcher_logs_once_per_bucket_and_names_the_file(
@@ -194,7 +194,7 @@ def test_the_dispatcher_logs_once_per_bucket_and_names_the_file(
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.problem.shapes import Shape
 
-    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")  # runtime/dispatch.py has a line of its own to say
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")  # silence the warning of runtime/dispatch.py
     caplog.set_level(logging.INFO, "parallax_gen")
     dispatcher, gpu = Dispatcher(Memory(None)), GPUS["h200"]
     modules = [dispatcher.kernel(PLACE.spec, Shape(32, 32, 8, 1, keys), gpu)[1] for keys in (8192, 8000)]

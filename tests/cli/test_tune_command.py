@@ -24,7 +24,7 @@ from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterl
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
-# Ctrl-C may be ignored where the tests run, as it is in a shell's background jobs, and a child would inherit that.
+# SIGINT may be ignored where the tests run, as in a shell's background jobs, and a child would inherit that.
 ENABLE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 
 
@@ -99,7 +99,7 @@ def test_with_a_gpu_it_measures(fake_h200: None, store: Store) -> None:
     assert f"{best.time_us:.1f}" in result.stdout
     assert "1 wrong" in result.stdout
     assert "3 ok, 1 wrong; best " in result.stderr
-    summary = json.loads(run("tune", *CALL[2:], *FEW, "--json").stdout)  # the card that is there is meant
+    summary = json.loads(run("tune", *CALL[2:], *FEW, "--json").stdout)  # without --gpu: the installed card
     assert summary["measured"]
     assert summary["gpu"] == "h200"
     assert summary["jobs"][0]["known"] == 4
@@ -202,7 +202,7 @@ def test_several_devices_share_the_jobs(fake_h200: None, store: Store, monkeypat
     result = run("tune", "--op", "training", "--shape", "1,8,1024", *FEW, "--devices", "0,2,3")
     assert result.exit_code == 0, result.output
     assert "[4/4] h200: dqdr" in result.stderr
-    assert "\n  [1] " in result.stderr  # lines say whose they are
+    assert "\n  [1] " in result.stderr  # lines name their device
     assert len({r.place for r in store.all()}) == 4
 
 
@@ -288,12 +288,12 @@ def test_the_second_ctrl_c_does_not_wait() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with Interrupt():
-            signal.raise_signal(signal.SIGINT)  # it was ignored before, so it is
+            signal.raise_signal(signal.SIGINT)  # ignored before, so still ignored
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-# What is seen meanwhile
+# Progress output
 
 
 def test_a_terminal_shows_live_progress() -> None:
@@ -334,7 +334,7 @@ def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -
     assert config(1) == make_record(splits=1).config
 
 
-# -- what is known, again
+# -- refresh
 
 
 def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> None:
@@ -343,7 +343,7 @@ def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> Non
         store.save(make_record(splits=3, place=place))
     summary = json.loads(run("tune", "--refresh", "--workers", "1", "--json").stdout)
     assert {(job["bucket"]["kv_rows"], job["outcome"]) for job in summary["jobs"]} == {(256, "ok"), (1024, "ok")}
-    assert all(job["trials"] == 2 and job["known"] == 0 for job in summary["jobs"])  # the default, and its own
+    assert all(job["trials"] == 2 and job["known"] == 0 for job in summary["jobs"])  # the default, and its record
     assert len(store.results(PLACE)) == 2
 
     one = json.loads(run("tune", "--refresh", *CALL, "--workers", "1", "--json").stdout)

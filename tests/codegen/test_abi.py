@@ -74,7 +74,7 @@ def test_decode_varlen_launches_a_program_per_work_item(
     assert grid_of(spec, config, shape) == (programs,)
     found = scratch_of(spec, config, shape.batch, shape.kv_heads, shape.seqlen_q)
     assert found == Scratch(partials=programs * rows * (2 * spec.head_dim + 4), arrived=programs)
-    if not spec.many_queries:  # which a second kernel may merge: it counts nothing
+    if not spec.many_queries:  # a second kernel may merge these, without an arrival counter
         config = replace(config, merge="kernel")
         assert scratch_of(spec, config, shape.batch, shape.kv_heads) == replace(found, arrived=0)
 
@@ -92,7 +92,9 @@ def test_a_launch_without_splits_needs_no_scratch() -> None:
     unsplit = replace(CONFIG, NUM_SPLITS=1, merge="none")
     assert scratch_of(KernelSpec("decode", 64, "fp16"), unsplit, 5, 2) == Scratch()
     assert scratch_of(KernelSpec("forward", 64, "fp16"), ForwardConfig(64, 32, 1, 4, 2), 5, 2) == Scratch()
-    assert scratch_of(DECODE_VARLEN, replace(CONFIG, NUM_SPLITS=1), 5, 2) != Scratch()  # one on the average
+    assert (
+        scratch_of(DECODE_VARLEN, replace(CONFIG, NUM_SPLITS=1), 5, 2) != Scratch()
+    )  # one split on average, so some sequences have several
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])

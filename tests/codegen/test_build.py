@@ -126,7 +126,7 @@ def test_an_unwritable_directory_is_replaced_with_a_warning(
     with pytest.warns(UserWarning, match="cannot write kernels to .*file/cache"):
         path = write(SAMPLE)
     assert path.parents[1] == tmp_path / "tmp" / f"parallax_gen-{os.getuid()}"
-    assert path.parents[1].stat().st_mode & 0o077 == 0  # nobody else's to read or to write
+    assert path.parents[1].stat().st_mode & 0o077 == 0  # private to the user
     assert load(SAMPLE).ANSWER == 42
 
 
@@ -263,7 +263,9 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
     for name, kernel in list(GOLDEN.items())[:: 1 if whole else 9]:
         jobs.append(Job(f"{name}, sizes of 1", kernel, "h200", Shape(1, kernel.spec.group, 1, 1, 1)))
     any_gpu = random.Random(0)
-    for kernel in random_kernels(20 if whole else 2, GPUS["rtx4090"]):  # the least shared memory: valid on the others
+    for kernel in random_kernels(
+        20 if whole else 2, GPUS["rtx4090"]
+    ):  # the card with the least shared memory, so valid on the others
         if kernel.spec.dtype != "fp32":  # these take up to a minute: kilobytes of spills
             gpu = any_gpu.choice(["a100", "h200", "b200", "rtx4090"])
             jobs.append(Job(f"{kernel} for {gpu}", kernel, gpu, shape_of(kernel)))
@@ -275,12 +277,12 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
         assert 1 <= reply.resources.registers <= 255, job.name
         gpu = GPUS[job.gpu]
         most = gpu.shared_per_block
-        if job.kernel not in GOLDEN.values():  # the predicate has asked of it what it takes at the least
+        if job.kernel not in GOLDEN.values():  # random kernels are already valid for the card
             most = max(most, most_shared_bytes(job.kernel.spec, job.kernel.config, gpu))
         assert reply.resources.shared_bytes <= most, job.name
-        if job.kernel.spec.op != "preprocess":  # whose rows may lie in one warp each
+        if job.kernel.spec.op != "preprocess":  # preprocess may have one row per warp
             assert reply.resources.shared_bytes > 0, job.name
-    # Accumulators, s and t take 192 registers a thread, and an A100's matmul wants its operands in registers too.
+    # Accumulators, s and t take 192 registers a thread, and an A100's matmul operands are in registers too.
     spilling = found[SPILLING].resources
     assert spilling is not None
     assert spilling.spills > 0
@@ -352,16 +354,16 @@ def test_a_hanging_child_is_a_timeout_and_a_killed_one_a_machine_fault() -> None
 
         killer = threading.Thread(target=kill)
         killer.start()
-        with pytest.raises(MemoryTakenError, match="exit status -9"):  # as the kernel kills where memory is short
+        with pytest.raises(MemoryTakenError, match="exit status -9"):  # as the OOM killer does
             worker.ask(job, timeout_s=60)
         killer.join()
         late = worker.ask(job, timeout_s=0.05)
         assert late.outcome == "timeout"
-        assert 0.05 <= late.seconds < 60  # with its start
+        assert 0.05 <= late.seconds < 60  # includes starting the child
         assert worker.ask(job, timeout_s=60).outcome == "ok"
         refused = worker.ask(Compile(Trial(kernel.spec, invalid, job.trial.shape, GPU)), timeout_s=60)
         assert refused.outcome == "invalid"
         assert "merge 'none' does not go with NUM_SPLITS 4" in refused.detail
         child = worker._child
     assert child is not None
-    assert child.poll() is not None  # closed: no child is left
+    assert child.poll() is not None  # close() leaves no child

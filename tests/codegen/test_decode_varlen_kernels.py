@@ -24,7 +24,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+# For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
 
 GPU = GPUS["h200"]
@@ -82,7 +82,7 @@ def check(
     launch(source, call)
     assert verify.judge(call, expected_of(spec, parts, window)).wrong is None
     assert len(call.scratch) == 1 + (config.merge == "last")
-    assert all((x[-64:] == 7).all() for x in padded_scratch)  # what lies behind the scratch is nobody's
+    assert all((x[-64:] == 7).all() for x in padded_scratch)  # nothing is written past the scratch
 
 
 @pytest.mark.parametrize(("splits", "page_size"), [(1, 0), (3, 0), (16, 0), (3, 16), (3, 48)])
@@ -110,14 +110,14 @@ def test_long_sequences_get_many_programs_and_short_ones_one() -> None:
     spec, config = replace(ONE_QUERY, stats=False), replace(CONFIG, NUM_SPLITS=3)
     call = verify.poisoned_call(spec, config, inputs_of(spec, parts_of(spec, SKEWED)))
     launch(render(spec, config, GPU), call)
-    entries = call.scratch[0].view(-1, 2, spec.group * (2 * spec.head_dim + 4))  # by slot and kv head
+    entries = call.scratch[0].view(-1, 2, spec.group * (2 * spec.head_dim + 4))  # by work item and kv head
     written = (~entries.isnan()).any(dim=-1)
     assert torch.equal(written[:, 0], written[:, 1])
-    long_entries = int(written[:, 0].sum())  # the others finish what they have themselves
+    long_entries = int(written[:, 0].sum())  # short sequences need no scratch
     assert torch.equal(
         written[:, 0].nonzero().flatten(), torch.arange(2, 2 + long_entries)
-    )  # behind those of two others
-    assert 6 <= long_entries <= 8  # its share of what are two for each sequence, and one to spare
+    )  # after the work items of two other sequences
+    assert 6 <= long_entries <= 8  # its fraction of two work items a sequence, plus a spare one
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_left_padding_past_the_end_leaves_no_key(page_size: int) -> None:
     assert (call.written["lse"] == -torch.inf).all()
 
 
-# Of pages of 8: ends within one, at a page's and at a block's, a key past it; no key; more blocks than a program's.
+# For pages of 8: ends inside a page, at the end of a page or block, one key past it; no key; several blocks a program.
 PAGE_ENDS = (0, 1, 8, 9, 13, 16, 24, 31, 32, 33, 64, 65, 203)
 
 
@@ -339,7 +339,7 @@ def test_the_largest_allowed_strides_of_outputs(spec: KernelSpec, merge: str, di
     assert verify.judge(call, expected).wrong is None
 
 
-# Wrong kernels, to see that the checks above can fail: what to change, in which kernel, on which sequences.
+# Faults that the checks above must detect: (spec, original text, faulty text), run on these sequences.
 SEQUENCES = ((200, 9, 40, 5, 0), (3, 0, 5, 6, 2))
 FAULTS = [
     (ONE_QUERY, "tl.exp2(m_part - m_new)", "m_part * 0.0 + 1.0", "splits not rescaled"),
@@ -382,7 +382,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("spec", "right", "faulty"), [pytest.param(*kernel, id=what) for *kernel, what in FAULTS])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a wrong kernel may compute anything
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a faulty kernel may compute anything
 def test_checks_detect_a_faulty_kernel(spec: KernelSpec, right: str, faulty: str) -> None:
     config = replace(CONFIG, NUM_SPLITS=2)
     text = render(spec, config, GPU).text

@@ -45,7 +45,7 @@ def test_fingerprints_of_golden_kernels_are_as_stored(request: pytest.FixtureReq
     assert len(set(now.values())) == len(now)
 
 
-# -- what keeps it
+# -- edits that keep the fingerprint
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -117,7 +117,7 @@ def names_of(function: ast.FunctionDef) -> set[str]:
 
 def rename_local(tree: ast.Module, function: ast.FunctionDef, old: str) -> ast.Module:
     """Rename in the function, in its decorators, and in the keywords of calls to it."""
-    for node in ast.walk(function):  # what decorates it, too
+    for node in ast.walk(function):  # includes its decorators
         if isinstance(node, ast.Name) and node.id == old:
             node.id = "other_name"
         elif isinstance(node, ast.arg) and node.arg == old:
@@ -148,7 +148,7 @@ def calls_of(tree: ast.Module, name: str) -> Iterator[ast.Call]:
                 yield node
 
 
-# -- what changes it. Each function below lists the places of one kind, and a change of one of them.
+# -- edits that change the fingerprint. Each function below yields the possible edits of one kind.
 
 Change = Callable[[], Any]
 

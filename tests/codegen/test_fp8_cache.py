@@ -83,7 +83,7 @@ def test_all_finite_codes(dtype: str, cache: str) -> None:
     k, v = (codes(cache, chosen, (300, HEAD_DIM), seed) for seed in (1, 2))
     largest = float(every[chosen].max())
     assert largest == {"e4m3": 448.0, "e5m2": 57344.0}[cache]
-    # fp16 has p·t in units of the stored keys, and ends at 65504.
+    # In fp16 p·t is in units of the stored keys, and must stay below 65504.
     check(dtype, cache, k, v, of_q=1.0, of_r=0.01 if dtype == "fp16" else 1.0, scales=(4 / largest, 4 / largest))
 
 
@@ -95,7 +95,7 @@ def test_only_subnormal_numbers(dtype: str, cache: str) -> None:
     smallest = torch.tensor([1], dtype=torch.uint8).view(CACHES[cache]).float().item()
     assert smallest == {"e4m3": 2.0**-9, "e5m2": 2.0**-16}[cache]
     k, v = (codes(cache, chosen, (300, HEAD_DIM), seed) for seed in (3, 4))
-    # fp16 has no room below for p·t of such keys: probes as large as they would be beside keys so small.
+    # p·t of such keys underflows in fp16, so the probes are as large as keys this small need.
     check(dtype, cache, k, v, of_q=1.0, of_r=0.2 / smallest if dtype == "fp16" else 0.2, scales=(0.5 / smallest,) * 2)
 
 

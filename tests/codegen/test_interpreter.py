@@ -33,7 +33,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+# For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
 
 GPU = GPUS["h200"]
@@ -41,7 +41,7 @@ DTYPES = ("fp16", "fp32")
 MOST_PROGRAMS = 32
 
 FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
-FORWARD_FP32 = replace(FORWARD, BLOCK_M=32)  # without tensor cores tiles are smaller
+FORWARD_FP32 = replace(FORWARD, BLOCK_M=32)  # smaller tiles, since fp32 uses no tensor cores
 DKDV = DkDvConfig(BLOCK_M=32, BLOCK_N=64, GROUP_HEADS=2, num_warps=4, num_stages=2)
 DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
 DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
@@ -97,8 +97,8 @@ def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> 
     inputs = inputs_of(case.spec, case.shape, case.seed)
     one, two = (launched(case.spec, config, inputs).written for config in (case.config, other))
     for name, found in one.items():
-        size = found.numel() ** 0.5  # gradients may be nothing but rounding
-        seen = found.isfinite()  # a row without keys has lse -inf
+        size = found.numel() ** 0.5  # gradients may be pure rounding error
+        seen = found.isfinite()  # lse is -inf for a row without keys
         difference = (found - two[name])[seen].norm()
         assert (found == two[name])[~seen].all(), name
         assert difference <= tolerance("fp32") / 10 * max(float(two[name][seen].norm()), size), name
@@ -147,7 +147,7 @@ def test_a_single_key_gives_its_value(spec: KernelSpec, config: KernelConfig, dt
     assert why_wrong(launched(spec, config, inputs).out, inputs.v.double(), dtype) is None
 
 
-# S_PAD rows of partials are read at once, or in chunks of 64 * 32 * warps / head_dim; 4 warps merge in "kernel".
+# The merge reads S_PAD rows of partials at once, or in chunks of 64 * 32 * warps / head_dim. "kernel" has 4 warps.
 @pytest.mark.parametrize(
     ("splits", "merge", "warps"),
     [
@@ -207,7 +207,7 @@ def test_without_probes_it_is_softmax_attention(op: str) -> None:
     softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
     assert why_wrong(call.out, softmax.double(), spec.dtype) is None
     if spec.stats:
-        assert torch.equal(call.out, call.written["v_mean"])  # v_mean, to the bit
+        assert torch.equal(call.out, call.written["v_mean"])  # bitwise equal to v_mean
 
 
 @pytest.mark.parametrize("softmax_scale", [0.02, 1.0])
@@ -230,8 +230,8 @@ def test_scores_far_from_zero(op: str, sign: float) -> None:
     shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=20 if op == "forward" else 1, seqlen_kv=75)
     inputs = inputs_of(spec, shape)
     inputs.q[..., 0] = 1024.0
-    inputs.k[..., 0] = 8.0 * sign  # q.k / 8 moves by +-1024, exactly
-    # A score near 1000 is rounded to 2^-14: that, not the kernel, is what the result is off by.
+    inputs.k[..., 0] = 8.0 * sign  # shifts q.k / 8 by exactly ±1024
+    # A score near 1000 is rounded to 2^-14: the error comes from that, not from the kernel.
     assert errors(launched(spec, config, inputs).out, verify.oracle(spec, inputs)["out"]).relative < 1e-3
 
 
@@ -338,7 +338,7 @@ def test_scratch_can_be_reused(merge: str) -> None:
         assert not call.scratch[1].any()
 
 
-# Wrong kernels, to see that the checks above can fail: what to change in which kernel.
+# Faults that the checks above must detect: (kernel, original text, faulty text).
 FORWARD_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD)
 WINDOW_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True), FORWARD)
 VARLEN_KERNEL = Kernel(
@@ -396,7 +396,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("kernel", "right", "faulty"), FAULTS)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a wrong kernel may compute anything
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a faulty kernel may compute anything
 def test_checks_detect_a_faulty_kernel(kernel: Kernel, right: str, faulty: str) -> None:
     spec, config = kernel.spec, kernel.config
     source = render(spec, config, GPU)

@@ -24,7 +24,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+# For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 GPU = GPUS["h200"]

@@ -45,7 +45,7 @@ def text_of(kernel: Kernel) -> str:
 EVERY_TEXT = {**GOLDEN, **{f"random_{i}": kernel for i, kernel in enumerate(random_kernels(RANDOM_KERNELS, GPU))}}
 
 
-# By op the golden kernel that is there whole: the first.
+# For each op the golden kernel that is stored whole: the first one.
 WHOLE = {GOLDEN[name].spec.op: name for name in reversed(GOLDEN)}
 
 
@@ -55,7 +55,7 @@ def golden(name: str) -> tuple[Path, str]:
     if name == whole:
         return TESTS / "golden" / f"{name}.py", text
     lines = difflib.unified_diff(*(x.splitlines() for x in (text_of(GOLDEN[whole]), text)), whole, name, "", "", 1, "")
-    # Without line numbers: a line more in the whole kernel changes no other file.
+    # No line numbers, so that a new line in the whole kernel does not change the other files.
     return TESTS / "golden" / f"{name}.diff", "".join(f"{'@@' if x.startswith('@@') else x}\n" for x in lines)
 
 

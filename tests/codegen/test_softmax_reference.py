@@ -17,7 +17,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-# What the GPU does silently: it divides by zero and takes log2 of it where a row sees no key, and runs over.
+# The GPU is silent where the interpreter warns: for a row without keys (0/0, log2(0)), and on overflow.
 pytestmark = [
     pytest.mark.interpreter,
     *(
@@ -35,7 +35,7 @@ SPECS = (
     KernelSpec("forward", 40, "fp32", varlen=True),
     KernelSpec("forward", 32, "fp32", group=2, varlen=True, window=True, **CAUSAL),
 )
-HEADS = 10  # of two sequences together more than a program of the second kernel looks after
+HEADS = 10  # the heads of two sequences exceed one program of the fixup kernel
 
 
 def config_of(spec: KernelSpec) -> ForwardConfig:
@@ -71,8 +71,8 @@ def test_overflowing_tiles_are_recomputed(spec: KernelSpec) -> None:
         inputs.q[where] *= 20
 
     once = launched(without_fixup_kernel(source), spec, inputs)
-    out, _ = verify.of_sequences(inputs, "out", once.out)  # the second kernel fills the other rows
-    unfinished = out.isnan().any(-1)  # of every row and head
+    out, _ = verify.of_sequences(inputs, "out", once.out)  # the fixup kernel fills the padding rows
+    unfinished = out.isnan().any(-1)  # by row and head
     assert unfinished.any()
     assert not unfinished[..., [h for h in range(HEADS) if h not in (3, HEADS - 1)]].any()
 
@@ -84,7 +84,7 @@ def test_overflowing_tiles_are_recomputed(spec: KernelSpec) -> None:
 def test_usual_scores_need_no_fixup(spec: KernelSpec) -> None:
     source, inputs = render(spec, config_of(spec), GPUS["h200"]), inputs_of(spec)
     once, both = launched(without_fixup_kernel(source), spec, inputs), launched(source, spec, inputs)
-    for name, written in both.written.items():  # rows that no sequence has are the second kernel's
+    for name, written in both.written.items():  # the fixup kernel fills the padding rows
         alone, together = (verify.of_sequences(inputs, name, x)[0] for x in (once.written[name], written))
         assert torch.equal(alone, together), name
 

@@ -217,7 +217,7 @@ def test_kvcache_and_its_windows(group: int, window_size: Any, window: int) -> N
     kept = [x.clone() for x in given]
     out = parallax_attn_with_kvcache(*given, window_size=window_size)
     assert_close(out, expected_of_each(*given, seen=last(9, window))[0], "bf16")
-    assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True))  # nothing is appended
+    assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True))  # the cache is not appended to
     decoded = parallax_decode(*given, 0.125, window_size_left=window)
     assert torch.equal(decoded, out)
 
@@ -289,11 +289,11 @@ def test_graphed_decode_of_a_fixed_length() -> None:
     step = GraphedDecode(3, 4, kv_len=9, head_dim=64, dtype=torch.float16, device="cpu", warmup=0)
     assert step.cache_seqlens is None
     given = [x.half() for x in cached(kv_heads=4)]
-    out = step(**dict(zip("qrkv", given, strict=True)), cache_seqlens=3)  # which says nothing here
+    out = step(**dict(zip("qrkv", given, strict=True)), cache_seqlens=3)  # ignored for a fixed length
     assert_close(out, expected_of_each(*given)[0], "fp16")
 
 
-# What is refused
+# Errors
 
 
 BF16 = torch.zeros(3, 1, 4, 64, dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# As in the sources of parallax-kernel 0.1.1 and fla-core 0.6.0, without annotations.
+# From the sources of parallax-kernel 0.1.1 and fla-core 0.6.0, without annotations.
 SIGNATURES = {
     "official": {
         "parallax_func": "(q, r, k, v, qk_scale=None, window_size_left=-1)",

@@ -83,9 +83,9 @@ def test_long_rows(prepare: Prepare) -> None:
     sizes, rows = gradient_term_sizes(x.q, x.r, x.k, x.v, x.do), x.q.shape[:-1].numel()
     for name, ref in gradients._asdict().items():
         if prepare in (sink, sink_of_large_probes):
-            # A row with one key has gradients 0, each the difference of two numbers of a natural size, which v̄ and o
-            # have in 16 bits. These rows nearly have one key, which takes in what all of them leave: so little is left
-            # of dr and dk that their errors are measured against what they are differences of.
+            # With a single key the gradients are 0, each the difference of two terms of natural size that are known to
+            # 16 bits, like v̄ and o. Under a sink a row nearly has a single key, and dr and dk nearly cancel. So errors
+            # are relative to the size of the terms.
             natural = float(getattr(sizes, name)) * rows**0.5
             size = max(float(ref.norm()), natural)
             assert float((found[name].double() - ref).norm()) <= 2 * tolerance("bf16") * size, name
@@ -100,8 +100,8 @@ def test_as_accurate_as_parallax_kernel(seqlen: int) -> None:
     """Causal and square, as its kernels are. One test for all inputs, since they autotune for minutes per length."""
     pytest.importorskip("parallax.triton", reason="the official kernels are not installed: pip install parallax-kernel")
     heads = 4 if seqlen < LONG else 1
-    # Under a sink nearly every p w is the same number, and how it rounds to 16 bits is the same luck everywhere: theirs
-    # is scaled otherwise, and falls 3 % nearer in dv.
+    # Under a sink nearly every p w is the same number, so its rounding error to 16 bits is the same everywhere.
+    # parallax-kernel scales it differently, and happens to be 3 % more accurate in dv.
     larger = {}
     for prepare in HARD:
         x = inputs_of(MHA, Shape(1, heads, heads, seqlen, seqlen), prepare)

@@ -27,7 +27,7 @@ from parallax_gen.runtime.dispatch import Dispatcher
 pytestmark = pytest.mark.gpu
 
 SHAPE = Shape(2, 8, 4, 512, 512)
-FORWARD = KernelSpec("forward", 72, "bf16", group=2, causal=True)  # of a head_dim that no other test here compiles
+FORWARD = KernelSpec("forward", 72, "bf16", group=2, causal=True)  # no other test here compiles this head_dim
 SPILLS = ForwardConfig(64, 64, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="padded")
 CASES: list[tuple[KernelSpec, KernelConfig, Shape]] = [
     (FORWARD, ForwardConfig(32, 32, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="padded"), SHAPE),
@@ -80,7 +80,7 @@ def test_a_call_gets_a_checked_borrowed_kernel_and_not_one_that_spills() -> None
     ((refused, why),) = choice.refused
     assert refused.config == SPILLS
     assert "it spills" in why
-    # Another process, that compiles nothing, says the same.
+    # Another process, which compiles nothing, reports the same.
     said = guard.checked_choice(place, gpu, known)
     assert (said.candidate, said.checked) == (choice.candidate, True)
     assert Bucket(8, 512, 512) == place.bucket

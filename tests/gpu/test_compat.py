@@ -80,10 +80,10 @@ def test_parallax_kernel_training(seqlen_q: int, window: int) -> None:
     o, barv, d1, bart, m = official.parallax_fwd(*raw, 64**-0.5, 2, window)
     assert_close(o, out.flatten(0, 1).double(), "bf16")
     assert_close(barv, expected.v_mean.transpose(1, 2).flatten(0, 1), "bf16")
-    # Statistics are summed in fp32; fp16's tolerance leaves their exponentials some room.
+    # Statistics are summed in fp32; fp16's tolerance allows for the error of their exponentials.
     assert_close(d1 * m.exp2(), expected.lse.exp().flatten(0, 1)[..., None], "fp16")
     assert_close(bart, expected.t_mean.flatten(0, 1)[..., None], "fp16")
-    largest = m - torch.rand_like(m)  # as the official forward has it, in two numbers
+    largest = m - torch.rand_like(m)  # as parallax-kernel's forward returns it, in two tensors
     for one, two in ((d1, m), ((m - largest).exp2(), largest)):
         found = official.parallax_bwd(*raw, o, barv, one, bart, two, folded(do)[0], 64**-0.5, 2, window)
         assert_gradients_close(found, [folded(x)[0] for x in wanted_of_all], raw, folded(do)[0])
@@ -171,7 +171,7 @@ def test_graphed_decodes_are_independent() -> None:
         steps[0](cache_seqlens=torch.tensor([1, 1001, 1], device=DEVICE))
 
 
-# Beside the packages themselves
+# Against the original packages
 
 
 @pytest.fixture(scope="module")

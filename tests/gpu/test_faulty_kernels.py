@@ -16,5 +16,7 @@ def test_faulty_kernels_fail_only_their_own_trials(tmp_path: Path) -> None:
     (job,) = said["jobs"]
     assert said["measured"]
     assert job["outcome"] == "ok"
-    failures = {kind: count for kind, count in job["failures"].items() if kind != "slow"}  # others may use the card
+    failures = {
+        kind: count for kind, count in job["failures"].items() if kind != "slow"
+    }  # other processes may use the card
     assert failures == {"crash": 1, "timeout": 2, "wrong": 1}

@@ -41,7 +41,7 @@ DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages
 DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=2)
 UNSPLIT = replace(DECODE, NUM_SPLITS=1, merge="none")
 MERGES = [UNSPLIT, DECODE, replace(DECODE, merge="kernel")]
-# Of sequences of their own lengths, which the last to arrive always merges.
+# decode_varlen, merged by the last program to arrive.
 SPLITS = [replace(DECODE, NUM_SPLITS=splits) for splits in (1, 6, 48)]
 
 
@@ -67,7 +67,7 @@ def launcher(spec: KernelSpec, config: KernelConfig, call: Call) -> Callable[[],
 def compiles_quickly(case: Case) -> bool:
     """Larger fp32 tiles (no tensor cores) spill kilobytes a thread and compile for half a minute."""
     config = case.config
-    if case.spec.dtype != "fp32" or isinstance(config, PreprocessConfig):  # which multiplies no matrices
+    if case.spec.dtype != "fp32" or isinstance(config, PreprocessConfig):  # preprocess has no matmuls
         return True
     rows = 2 * config.BLOCK_H if isinstance(config, DecodeConfig) else config.BLOCK_M
     return rows * config.BLOCK_N * case.spec.head_dim <= 1 << 17
@@ -81,7 +81,7 @@ def test_any_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None
     assume(compiles_quickly(case))
     try:
         assert why_kernel_wrong(case.spec, case.config, case.shape, case.seed) is None
-    except OutOfResources:  # what only compiling can show
+    except OutOfResources:  # only compiling shows it
         reject()
 
 
@@ -207,7 +207,7 @@ def test_without_probes_it_is_softmax_attention(
     softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
     assert why_wrong(call.out, softmax.double(), dtype) is None
     if spec.stats:
-        assert torch.equal(call.out, call.written["v_mean"])  # v_mean, to the bit
+        assert torch.equal(call.out, call.written["v_mean"])  # bitwise equal to v_mean
 
 
 KERNELS = [

@@ -47,7 +47,7 @@ def test_two_parts_of_a_ring_equal_the_whole() -> None:
 
     second = slice(half, None)
     first_keys = gradients(Request(*late), second)
-    # And each half of the rows over the keys of its own half.
+    # And each half of the queries over its own half of the keys.
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, r, k, v)]
     for rows in (slice(0, half), second):
         own = tuple(x[:, rows] for x in (q, r, k, v))
@@ -56,7 +56,7 @@ def test_two_parts_of_a_ring_equal_the_whole() -> None:
     for total, grad, rows in zip(sums, first_keys, (second, second, slice(0, half), slice(0, half)), strict=True):
         total[:, rows] += grad
     for total, wanted in zip(sums, reference_backward(q, r, k, v, do, causal=True), strict=True):
-        # Partial gradients are rounded to 16 bits once more.
+        # Partial gradients are rounded to 16 bits an additional time.
         assert errors(total, wanted).relative <= 2 * tolerance("bf16")
 
 

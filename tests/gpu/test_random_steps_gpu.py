@@ -25,5 +25,5 @@ def test_a_training_step_agrees_with_float64(seed: int) -> None:
     case = strategies.step_case(seed, DTYPES, gpu, LONGEST)
     try:
         assert training_steps.wrong(case, gpu, "cuda") is None
-    except OutOfResources as error:  # what only compiling can show
+    except OutOfResources as error:  # only compiling shows it
         pytest.skip(f"a kernel of it does not fit this card: {error}")

@@ -25,7 +25,7 @@ def decode_inputs(batch: int, seqlen: int, heads: int, kv_heads: int) -> tuple[T
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (12, 1)])
 @pytest.mark.parametrize("seqlen", [1, 130, 4096, 16384])
 def test_decode_and_its_replays(seqlen: int, heads: int, kv_heads: int) -> None:
-    for _ in range(3):  # the first call is recorded, the others replayed, each on tensors of its own
+    for _ in range(3):  # the first call is recorded, the others are replayed on new tensors
         given = decode_inputs(2, seqlen, heads, kv_heads)
         assert_close(parallax_attn_with_kvcache(*given), reference_forward(*given).out, "bf16")
 
@@ -62,7 +62,7 @@ def test_unaligned_tensors() -> None:
 def test_whole_sequences(causal: bool, dtype: torch.dtype) -> None:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     for seqlen_q, seqlen_kv in ((300, 300), (77, 500), (200, 130)):
-        # Four projections in one buffer: strided views, as a fused layer makes them.
+        # Four projections in one buffer: strided views, as a fused layer returns them.
         fused_projection = torch.randn(2, seqlen_q, 4, 8, 64, device="cuda", dtype=dtype)
         q, r = fused_projection[:, :, 0], fused_projection[:, :, 1].mul_(0.1)
         k, v = (normal(2, seqlen_kv, 2, 64, dtype=dtype) for _ in range(2))

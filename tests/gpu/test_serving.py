@@ -80,7 +80,7 @@ def test_any_decode_varlen_kernel_agrees_with_the_oracle(data: st.DataObject) ->
             verify.launch_and_check(source, case.spec, case.config, inputs, verify.oracle(case.spec, inputs)).wrong
             is None
         )
-    except OutOfResources:  # what only compiling can show
+    except OutOfResources:  # only compiling shows it
         reject()
 
 
@@ -213,7 +213,7 @@ def test_scales_of_an_fp8_cache(scale: Any) -> None:
     assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_a_compiled_step_is_captured_without_synchronisation(page_size: int) -> None:
     """mode="reduce-overhead": a CUDA graph whose lengths and queries change from step to step."""

@@ -147,7 +147,7 @@ def test_tf32() -> None:
     check(inputs, "tf32", causal=True)
     rounded = parallax_attn_func(*inputs, causal=True)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert not torch.equal(rounded, parallax_attn_func(*inputs, causal=True))  # the switch is read in every call
+    assert not torch.equal(rounded, parallax_attn_func(*inputs, causal=True))  # the TF32 switch is read in every call
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window_size": 97}, {}])
@@ -181,7 +181,7 @@ def test_padding_rows_are_0(padding: int) -> None:
         assert (by_row[total:] == (-torch.inf if name == "lse" else 0)).all(), name
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # warns that it is a prototype
 def test_a_new_packing_does_not_compile_or_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(lengths: list[int]) -> None:
         check_packed(leaves((sum(lengths),), (sum(lengths),)), lengths, lengths, 300, causal=True)
@@ -228,7 +228,7 @@ def test_strides_from_layers() -> None:
     wanted = reference_forward(q, r, k, v, causal=True).out
     assert isinstance(out, Tensor)
     assert_close(out, wanted, "bf16")
-    # A gradient of strides 0. The reference's gradients pass the same views and the division once more.
+    # The output gradient has stride 0. The reference's gradients go through the same views and the division again.
     found = torch.autograd.grad(out.sum(), given, retain_graph=True)
     for grad, ref in zip(found, torch.autograd.grad(wanted.sum(), given), strict=True):
         assert errors(grad, ref.double()).relative <= 2 * tolerance("bf16")
@@ -246,7 +246,7 @@ def test_only_needed_gradients_are_computed() -> None:
         out.sum().backward()
         for place, x in enumerate(given):
             assert (x.grad is not None) == (place in needed)
-            assert x.grad is None or torch.equal(x.grad, every[place])  # and the same in every run
+            assert x.grad is None or torch.equal(x.grad, every[place])  # and deterministic
 
 
 def test_r_zero_is_softmax_attention_and_so_are_its_gradients() -> None:
@@ -318,7 +318,7 @@ def test_autocast() -> None:
     assert_gradients_close(torch.autograd.grad(out, inputs, do), wanted, inputs, do, "bf16")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 def test_compiled_in_one_graph_for_every_length() -> None:
     torch._dynamo.reset()
     layer = ParallaxAttention(256, 4, 2, device="cuda", dtype=torch.bfloat16)

@@ -36,11 +36,11 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, **HEADS, **TOKENS),
 }
 
-# fp32 models beside the fp64 reference of CPU tensors: roundings of 6e-8, times what two layers of such weights make.
+# fp32 models against the fp64 reference of CPU tensors: rounding errors of 6e-8, amplified by two layers.
 FP32 = {"rtol": 1e-4, "atol": 1e-4}
 
 
-# What a model's argument for its cache is called: it was renamed.
+# The name of a model's cache argument, which was renamed.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
@@ -48,7 +48,7 @@ def stock_model(name: str, layers: int = 2) -> PreTrainedModel:
     """An unconverted model with the same weights in every call."""
     torch.manual_seed(1)
     changed = {**CONFIGS[name].to_dict(), "num_hidden_layers": layers}
-    changed.pop("layer_types", None)  # it follows from the others
+    changed.pop("layer_types", None)  # derived from the other fields
     config = type(CONFIGS[name])(**changed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
@@ -81,7 +81,7 @@ def dense_reference(
     group = query.shape[1] // key.shape[1]
     q, r, k, v = (x.double() for x in (query, r, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
     s = (scaling * q @ k.mT).masked_fill(~mask, -torch.inf)
-    p = s.softmax(-1).nan_to_num(0.0)  # padding may see nothing
+    p = s.softmax(-1).nan_to_num(0.0)  # a padding query may see no key
     t = r @ k.mT
     t_mean = (p * t).sum(-1, keepdim=True)
     return ((p * (1 + t_mean - t)) @ v).transpose(1, 2).to(value.dtype), None

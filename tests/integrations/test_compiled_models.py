@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from hf_samples import CACHE, FP32, converted_model, padding, prompts
 from transformers import StaticCache
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,7 @@ def test_other_models_with_the_same_config_are_unchanged(tmp_path: Path) -> None
     assert other.config._attn_implementation == "eager"
     assert torch.equal(other(prompts()).logits, before)
     assert {module.config.model_type for module in one.modules() if hasattr(module, "config")} == {"parallax_qwen3"}
-    # A model around `one` may have the config of both: what that saves must not be taken for a model without r_proj.
+    # A wrapper of `one` may share the config object: what it saves must not load as a model without r_proj.
     assert other.config.model_type == "parallax_qwen3"
     other.save_pretrained(tmp_path)
     for each in (AutoModelForCausalLM, Qwen3ForCausalLM):
@@ -69,7 +69,7 @@ def test_other_models_with_the_same_config_are_unchanged(tmp_path: Path) -> None
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = converted_model(name, r=0.1)
     model.save_pretrained(tmp_path)
-    # Under its own name: transformers alone will not take it for a model without r_proj.
+    # It has its own model_type, so transformers alone does not load it as a model without r_proj.
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == f"parallax_{name}"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
@@ -147,7 +147,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "attention_mask: got padding, or a cache, together with cu_seq_lens_q",
     ),
     ({"s_aux": torch.zeros(4)}, "s_aux: got a value; allowed: None"),
-    ({"is_causal": False}, "is_causal: got False|not causal"),  # by the layer or by the mask, as transformers passes it
+    (
+        {"is_causal": False},
+        "is_causal: got False|not causal",
+    ),  # set on the layer or in the mask, depending on transformers
 ]
 
 
@@ -198,10 +201,10 @@ def test_models_that_cannot_be_converted() -> None:
     adapted.model.layers[1].self_attn.q_proj = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(ArgumentError, match=r"model: got a q_proj of Sequential; allowed: nn\.Linear"):
         convert(adapted)
-    assert type(adapted).__name__ == "LlamaForCausalLM"  # as it was
+    assert type(adapted).__name__ == "LlamaForCausalLM"  # unchanged
     spread = stock_model("llama")
     attention = spread.model.layers[0].self_attn
-    attention.forward = attention.forward  # as accelerate's hooks are put there
+    attention.forward = attention.forward  # as accelerate's hooks do
     with pytest.raises(ArgumentError, match="model: got an attention whose forward was replaced, as device_map does"):
         convert(spread)
     narrow = AutoModelForCausalLM.from_config(type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "head_dim": 12}))

@@ -18,7 +18,9 @@ from parallax_gen.nn import ParallaxAttention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # its new name is not in all versions
+    pytest.mark.filterwarnings(
+        "ignore:.*gradient_checkpointing:FutureWarning"
+    ),  # the new name does not exist in all versions
 ]
 
 PADDED = {
@@ -39,7 +41,7 @@ def test_conversion_keeps_logits(name: str) -> None:
         packed = {
             "position_ids": PACKED,
             "use_cache": False,
-        }  # transformers looks for packed ones without a cache alone
+        }  # transformers detects packed sequences only without a cache
         torch.testing.assert_close(after(x, **packed).logits, before(x, **packed).logits, **FP32)
         for mask in PADDED.values():
             found, wanted = (model(x, attention_mask=mask).logits[mask.bool()] for model in (after, before))
@@ -51,7 +53,7 @@ def test_conversion_keeps_logits_within_bf16_rounding() -> None:
     found, eager = (
         model.bfloat16()(prompts()).logits.float() for model in (converted_model("qwen3"), stock_model("qwen3"))
     )
-    # Both round everything else to bf16 alike; attention itself the converted one rounds less.
+    # Everything else is rounded to bf16 alike; within attention the converted model rounds less.
     assert (found - truth).abs().max() <= 1.5 * (eager - truth).abs().max()
     assert (found - eager).abs().max() <= 1.5 * (eager - truth).abs().max()
 
@@ -63,14 +65,14 @@ def test_conversion_keeps_generated_text(name: str, cache: str) -> None:
     options |= {} if cache == "dynamic" else {"cache_implementation": cache}
     found, wanted = (model.generate(prompts(), **options) for model in (converted_model(name), stock_model(name)))
     assert found.tolist() == wanted.tolist()
-    assert found[:, 11:].unique().numel() > 4  # it says something
+    assert found[:, 11:].unique().numel() > 4  # the output is not constant
 
 
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 63}, {"prefill_chunk_size": 4}]
 )
 def test_other_ways_to_generate(options: dict[str, Any]) -> None:
-    x = prompts(1).repeat(1, 2)  # a prompt to look up in
+    x = prompts(1).repeat(1, 2)  # a prompt for prompt lookup decoding
     found = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
     with use_dense_reference():
         wanted = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
@@ -111,7 +113,7 @@ def test_attention_with_r_and_its_gradients(name: str, padded: str) -> None:
     with use_dense_reference():
         wanted = outputs_and_gradients(name, PADDED[padded])
     assert len(found) == len(list(converted_model(name).parameters())) + 1
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # of sums over all tokens, up to 300 in size
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # sums over all tokens, of size up to 300
 
 
 @torch.no_grad()
@@ -188,4 +190,4 @@ def test_under_autocast() -> None:
             wanted = model(prompts(), attention_mask=PADDED["before"]).logits
     assert generated.shape == (3, 14)
     tokens = PADDED["before"].bool()
-    assert (found - wanted)[tokens].norm() < 0.02 * wanted[tokens].norm()  # a few bf16 roundings, of 2⁻⁹ each
+    assert (found - wanted)[tokens].norm() < 0.02 * wanted[tokens].norm()  # a few bf16 rounding errors of 2⁻⁹

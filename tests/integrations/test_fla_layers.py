@@ -59,7 +59,7 @@ def fla_reference(state: dict[str, Tensor], config: dict[str, Any], x: Tensor) -
 def test_a_layer_of_fla_and_back(config: dict[str, Any]) -> None:
     state, x = weights(config), torch.randn(2, 9, 64)
     layer = attention_from_fla(state, config)
-    torch.testing.assert_close(layer(x), fla_reference(state, config, x), rtol=1e-4, atol=1e-5)  # fp32 beside fp64
+    torch.testing.assert_close(layer(x), fla_reference(state, config, x), rtol=1e-4, atol=1e-5)  # fp32 against fp64
     back, options = attention_to_fla(layer)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], weight) for name, weight in state.items())

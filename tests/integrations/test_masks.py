@@ -33,7 +33,7 @@ def mask_of_runs(starts_q: Tensor, starts_k: Tensor, batch: int, q_length: int, 
         seen[q:q_end, k:k_end] = columns <= rows + (k_end - k) - (q_end - q)
     blocks = seen.view(batch, q_length, batch, kv_length)
     rows = torch.arange(batch)
-    assert blocks.sum() == blocks[rows, :, rows].sum()  # no sequence sees another
+    assert blocks.sum() == blocks[rows, :, rows].sum()  # sequences do not see each other
     return blocks[rows, :, rows]
 
 
@@ -48,8 +48,8 @@ def test_padding_and_caches(data: st.DataObject) -> None:
         return data.draw(st.integers(least, most))
 
     batch, q_length, past = draw(1, 3), draw(1, 5), draw(0, 6)
-    dropped = draw(0, past) if draw(0, 1) else 0  # by the cache of a window
-    room = draw(0, 3)  # behind the last key, in a static cache
+    dropped = draw(0, past) if draw(0, 1) else 0  # dropped by a sliding-window cache
+    room = draw(0, 3)  # unused slots of a static cache
     tokens = past + q_length
     kv_length = tokens - dropped + room
     attention_mask = None
@@ -72,7 +72,7 @@ def test_padding_and_caches(data: st.DataObject) -> None:
     if mask is None:
         found = mask_of_cache(torch.zeros(batch), torch.full((batch,), kv_length), q_length, kv_length)
     else:
-        assert (mask.dtype, mask.dim()) == (torch.int32, 4)  # so it passes through transformers as it is
+        assert (mask.dtype, mask.dim()) == (torch.int32, 4)  # so transformers passes it on unchanged
         starts = cu_seqlens_of_mask(mask, q_length, kv_length)
         assert starts is not None
         found = mask_of_runs(*starts, batch, q_length, kv_length)

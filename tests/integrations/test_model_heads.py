@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tens
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 HEADS = ["ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
-# All heads of one family, and the others with the head of reward models.
+# All heads of one family, and the other families with the head of reward models.
 CASES = [("llama", head, inside) for head in HEADS for inside in (False, True)]
 CASES += [(name, "ForSequenceClassification", True) for name in FAMILIES if name != "llama"]
 
@@ -87,7 +87,7 @@ def check_clean(model: Any) -> None:
 def test_saved_and_loaded(name: str, head: str, inside: bool, tmp_path: Path) -> None:
     model = converted_model(name, head, inside=inside)
     wanted = outputs(model)
-    assert not torch.allclose(wanted, outputs(stock_model(name, head)), atol=1e-2)  # r counts
+    assert not torch.allclose(wanted, outputs(stock_model(name, head)), atol=1e-2)  # r changes the outputs
     model.save_pretrained(tmp_path)
     for way in ways_to_load(name, head):
         loaded, report = way.from_pretrained(tmp_path, output_loading_info=True)
@@ -141,7 +141,7 @@ def test_stock_classes_refuse_other_attention(tmp_path: Path) -> None:
     model.config._attn_implementation = "sdpa"
     with pytest.raises(ArgumentError, match="attn_implementation: got 'sdpa'"):
         outputs(model)
-    # A converted config has nothing done: without r_proj there is no attention.
+    # Loading with a converted config alone converts nothing: without r_proj there is no attention.
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with pytest.raises(ArgumentError, match="'parallax' in a LlamaAttention without r"):
         outputs(transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config))
@@ -174,7 +174,7 @@ def test_every_auto_class_of_a_family_takes_the_converted_config() -> None:
     heads = 0
     for stock, config in zip(map(type, CONFIGS.values()), models.CONFIGS, strict=True):
         for mapping in mappings:
-            # Some have a model around one of this family, with a config class of its own.
+            # Some wrap a model of this family, and have their own config class.
             if mapping is not None and stock in mapping and mapping[stock].config_class is stock:
                 assert mapping[config] is models.CONVERTED[mapping[stock]]
                 heads += 1
@@ -217,7 +217,7 @@ def test_a_model_of_several_parts(part: str, tmp_path: Path) -> None:
         transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
     ).eval()
     language = model.model.language_model
-    if part.endswith("head"):  # of the same config object, as models with a language model with a head have it
+    if part.endswith("head"):  # shares the config object, as in models that contain a language model with a head
         head = transformers.LlamaForCausalLM(language.config)
         head.model = language
         language = head
@@ -236,7 +236,7 @@ def test_converting_the_base_and_then_the_whole() -> None:
     model = stock_model("llama", "ForCausalLM")
     config = model.config
     convert(model.model)
-    assert model.config is config  # so that what it sets later is the base model's as well
+    assert model.config is config  # later settings apply to the base model, too
     train(model)
     wanted = outputs(model)
     found = model.generate(prompts(), max_new_tokens=3, do_sample=False, cache_implementation="static")
@@ -270,7 +270,7 @@ def test_a_converted_model_has_its_own_name_and_tensor_parallel_plan() -> None:
     model = stock_model("qwen3", "ForCausalLM")
     model.name_or_path = "Qwen/Qwen3-0.6B"
     plan = convert(model)._tp_plan
-    assert model.name_or_path == ""  # which adapters would give as the model to load
+    assert model.name_or_path == ""  # adapters would record it as the model to load
     assert plan["model.layers.*.self_attn.r_proj"] == plan["model.layers.*.self_attn.q_proj"]
     assert not hasattr(model.generation_config, "quantization_config")
     assert not hasattr(model.generation_config, "attn_implementation")

@@ -56,8 +56,8 @@ def run_forking(script: str, *arguments: object) -> str:
     return done.stdout
 
 
-# Ten databases, and five kills for each: the first at any moment of making the database, the others soon after a
-# process has told some of its rows. One in five writes many rows in one transaction: all must be there or none.
+# Ten databases, five kills each: the first while the database is created, the others soon after a process has
+# reported some rows. One process in five writes many rows in one transaction: all or none of them must be stored.
 KILLS = """
 def record(pipe, path, first):
     with Store(path) as store:
@@ -107,7 +107,7 @@ print(killed, kept)
 def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     killed, kept = map(int, run_forking(KILLS, tmp_path).split())
     assert killed == 50
-    assert kept >= 10 * (3 + 50)  # but for the first, each has told some
+    assert kept >= 10 * (3 + 50)  # each process but the first has reported some rows
 
 
 EIGHT_PROCESSES = """
@@ -139,7 +139,7 @@ def test_eight_processes_record_and_read_at_once(tmp_path: Path) -> None:
     assert run_forking(EIGHT_PROCESSES, tmp_path) == "ok\n"
 
 
-# A file may not grow past a limit: writing fails in the middle of a transaction, as on a disk that is full.
+# A limit on file size makes writing fail in the middle of a transaction, as on a full disk.
 FULL_DISK = """
 import resource
 from parallax_gen.errors import StoreError

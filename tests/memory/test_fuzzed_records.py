@@ -74,7 +74,7 @@ def changed(draw: random.Random, data: dict[str, Any], odd: list[Any]) -> dict[s
         elif change == 6:
             del of[name]
         else:
-            of[name] = of[draw.choice(list(of))]  # which is of another type, or of another meaning
+            of[name] = of[draw.choice(list(of))]  # with another type or meaning
         if not data:
             break
     return data
@@ -118,9 +118,9 @@ def test_fuzzed_lines(draw: random.Random, tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines(draw)) + b"\n")
     found = read_file(path)
     assert len(found.results) + len(found.problems) == sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
-    assert min(len(found.results), len(found.problems)) > LINES // 20  # of both kinds
+    assert min(len(found.results), len(found.problems)) > LINES // 20  # valid and invalid lines
     for problem in found.problems:
-        problem.encode()  # to be printed
+        problem.encode()  # it must be printable
         assert problem.startswith(f"{path}, line ")
         assert len(problem) < 500
     with Store(tmp_path / "tuning.db") as store:
@@ -135,7 +135,7 @@ def test_a_fuzzed_shipped_file(draw: random.Random, tmp_path: Path) -> None:
     path, memory, refused = tmp_path / "h100.jsonl", Memory(None, tmp_path), 0
     for number, line in enumerate(lines(draw)):
         if number % 4 == 0:
-            path.write_bytes(line + b" " * (number // 4) + b"\n")  # of another size: it is read again
+            path.write_bytes(line + b" " * (number // 4) + b"\n")  # a new size, so that the file is read again
             told = ""
             try:
                 assert all(result.measured for result in memory.all())
@@ -162,7 +162,7 @@ def rewrite(draw: random.Random, path: Path) -> None:
                 at = draw.randrange(3)
                 name = ("place_json", "config_json", "shape_json")[at]
                 value = json.dumps(changed(draw, json.loads(texts[at]), ODD))
-            with suppress(sqlite3.IntegrityError):  # what the schema forbids
+            with suppress(sqlite3.IntegrityError):  # values that the schema forbids
                 connection.execute(f"UPDATE measurements SET {name} = ? WHERE rowid = ?", (value, number))
 
 
@@ -191,7 +191,7 @@ def test_fuzzed_rows(draw: random.Random, tmp_path: Path) -> None:
     assert len(found.problems) == ROWS - len(read)
     with Store(tmp_path / "mine.db") as store:
         store.merge(found.results)
-    with Store(path) as store:  # nothing that was there is gone
+    with Store(path) as store:  # no old row is lost
         assert len(store.unreadable_rows()) == ROWS - len(read)
     check(draw, read)
 

@@ -26,8 +26,8 @@ PLACE = Place(GPU.name, KernelSpec("forward", 128, "bf16", causal=True), Bucket(
 DEFAULT = default_of(PLACE, GPU)
 OTHER_KERNEL = {"kernel": "f" * 32, "text": "f" * 32}
 
-# Places of which no toolchain has timed today's default: they were tuned before its time was kept beside the best. A
-# card that is tuned again has fewer, and then the number here goes down with it; it never goes up.
+# Shipped places without a time of today's default: they were tuned before that time was stored with the best one.
+# Tuning a card again lowers the number. Lower it here, too; never raise it.
 WITHOUT_DEFAULT = {"h100": 300, "h200": 0}
 
 
@@ -53,18 +53,18 @@ def test_the_gain_is_the_defaults_time_over_the_records() -> None:
     assert gained(default) == 1.0
     assert gained(best) is None
     on_sibling = dataclasses.replace(PLACE, gpu="h100")
-    assert gained(timed(50.0, other_config(), on_sibling), default) is None  # another card's time
+    assert gained(timed(50.0, other_config(), on_sibling), default) is None  # the time of another card does not count
     assert gained(timed(50.0, other_config(), on_sibling), timed(60.0, DEFAULT, on_sibling)) == 1.2
 
 
 @pytest.mark.parametrize(
     ("evidence", "comparable"),
     [
-        ({"triton": "3.6.2"}, True),  # makes the same programs
+        ({"triton": "3.6.2"}, True),  # compiles the same programs
         ({"triton": "3.9.0"}, False),
         ({"cuda": "13.0"}, False),
         ({"protocol": 0}, False),
-        (OTHER_KERNEL, False),  # what was the default is not today's
+        (OTHER_KERNEL, False),  # the default's kernel has changed
         ({"text": "e" * 32}, True),  # another text of the same kernel
     ],
 )

@@ -79,7 +79,7 @@ def test_a_kernel_that_spills_more_than_the_default_is_rejected() -> None:
     assert refused.config == FIRST
     assert why == "it spills 136 bytes a thread as compiled here, the default 7"
     assert compiler.requests == ["first", "default", "second"]
-    # Where the default spills as well, it is no reason.
+    # Not if the default spills as much.
     alike = Compiler(first=SPILLS, default=Resources(255, 8, 1000))
     assert checked_choice(PLACE, GPU, BORROWED, alike).candidate.config == FIRST
 
@@ -138,7 +138,7 @@ def test_kernels_not_compiled_yet_are_reported_as_unchecked() -> None:
         FIRST,
         False,
         (),
-    )  # what the default spills decides
+    )  # the decision depends on the default's spills
     cache_resources(render(SPEC, DEFAULT, GPU), GPU, SPILLS)
     found = checked_choice(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked) == (FIRST, True)

@@ -15,12 +15,12 @@ from parallax_gen.ops.base import op_of
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import OPS, KernelSpec
 
-# Fingerprints of golden kernels when fingerprints were introduced. Not to be written anew: where one of an op differs,
-# the op's hashes go from `legacy.UNCHANGED`.
+# Fingerprints of the golden kernels when fingerprints were introduced. Never regenerate them: where one of an op
+# differs, remove the op's hashes from `old.UNCHANGED`.
 INITIAL_FINGERPRINTS = json.loads((Path(__file__).parent / "golden_of_legacy.json").read_text(encoding="utf-8"))
 
 
-DECODE_VARLEN_TEMPLATE = "5a31e45e6396"  # of the two templates of decode the one for sequences of their own lengths
+DECODE_VARLEN_TEMPLATE = "5a31e45e6396"  # of the two templates of decode the one with per-sequence lengths
 
 
 @pytest.mark.parametrize("templates", UNCHANGED)
@@ -72,4 +72,4 @@ def test_errors_in_a_records_spec_use_the_names_of_records() -> None:
         assert str(caught.value).startswith(message)
         assert "decode_varlen" not in str(caught.value)
     with pytest.raises(ArgumentError, match=r"^causal: got 'decode_varlen'; allowed: True or False$"):
-        spec_from(data | {"causal": "decode_varlen"})  # what came is quoted as it came
+        spec_from(data | {"causal": "decode_varlen"})  # the given value is quoted unchanged

@@ -22,7 +22,7 @@ from parallax_gen.problem.spec import OPS
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "made" / "on the way" / "tuning?.db"  # what a URI would have to quote
+    return tmp_path / "made" / "on the way" / "tuning?.db"  # characters that a URI must quote
 
 
 KEY = PLACE.flat() | {"environment.templates": "abc123", "environment.triton": "3.6", "environment.protocol": 1}
@@ -49,7 +49,7 @@ def make_old_database(path: Path) -> None:
         {"key_digest": "2", "key_json": newer, "config_json": config_to_json(config(32)), "outcome": "crash"},
         {"key_digest": "3", "key_json": "{"},
         {"key_digest": "4", "key_json": json.dumps(KEY | {"environment.triton": 3.6})},
-        {"key_digest": "5", "key_json": json.dumps(KEY), "created_at": "2026-01-02T00:00:00+00:00"},  # one twice
+        {"key_digest": "5", "key_json": json.dumps(KEY), "created_at": "2026-01-02T00:00:00+00:00"},  # a duplicate
     ]
     with closing(sqlite3.connect(path)) as old, old:
         old.executescript((data_dir("tuning_db") / "migrations" / "0001_results.sql").read_text(encoding="utf-8"))
@@ -75,9 +75,9 @@ def test_an_old_database_opens_with_all_its_rows(path: Path, read_only: bool) ->
         assert {r.error for r in found} == {float("inf")}
         assert store.in_trial_order()[0] == found[1]
         assert store.schema == 3
-        assert len(store.unreadable_rows()) == 3  # they are where they were
+        assert len(store.unreadable_rows()) == 3  # they stay in the database
     if read_only:
-        assert path.read_bytes() == before  # an older version may be using it
+        assert path.read_bytes() == before  # an older version may still use it
     with Store(path) as store:
         store.save(result(day=2))
         assert len(store.results(PLACE)) == 4
@@ -104,7 +104,7 @@ def test_a_call_converts_only_its_own_place_of_an_old_database(path: Path, monke
     monkeypatch.undo()
     with Store(path, read_only=True) as reader:
         assert len(reader.results(PLACE)) == 3
-        with Store(path) as writer:  # which brings it up to date meanwhile
+        with Store(path) as writer:  # which migrates the database meanwhile
             writer.save(result(day=2))
         assert len(reader.results(PLACE)) == 4
 

@@ -53,7 +53,7 @@ def test_a_place_survives_json_and_has_one_text(place: Place, other: Place) -> N
 
 
 CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
-# Fields that came after records were first written, and their defaults.
+# Fields that were added after the first records, and their defaults.
 ADDED_FIELDS = {
     **dict.fromkeys(("spec.window", "spec.varlen", *CACHES), False),
     "spec.page_size": 0,
@@ -76,7 +76,7 @@ NAMES = ["gpu", *(f"{part}.{name}" for part, values in PARTS.items() for name in
 def test_every_field_counts() -> None:
     """A field added to a part of a place must be in its text, or two different places would share results."""
     fields = {f.name for f in dataclasses.fields(KernelSpec)}
-    assert set(PLACE.spec.flat()) == fields | {"ragged"}  # which says what kind of decode it is
+    assert set(PLACE.spec.flat()) == fields | {"ragged"}  # in records `ragged` says which decode it is
     assert list(LATEST.flat()) == [name for name in NAMES if name not in CACHES]
     assert list(PAGED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name in CACHES]
     assert list(PLACE.flat()) == [name for name in NAMES if name not in ADDED_FIELDS]
@@ -98,7 +98,7 @@ def test_the_digest_is_stable() -> None:
     assert LATEST.digest == "561560cebb4251a71379a913ae096de0"
 
 
-# As records were written before fingerprints, windows, packed sequences and heads in pieces.
+# A record older than fingerprints, windows, packed sequences and chunked heads.
 EARLIER = """{
     "key": {
         "gpu": "h200", "spec.op": "forward", "spec.head_dim": 128, "spec.dtype": "bf16", "spec.group": 4,
@@ -161,7 +161,7 @@ CONFIG_OF = {
 def test_places_sort_field_by_field_with_omitted_fields(one: Place, other: Place) -> None:
     rows = [result(place=place, config=CONFIG_OF[place.spec.op]) for place in (one, other, one)]
     first, second, third = sorted(rows, key=reading_order)
-    assert second.place in (first.place, third.place)  # rows of one place stay together
+    assert second.place in (first.place, third.place)  # rows of a place stay adjacent
     fields = [row.place.order for row in (first, second, third)]
     assert fields == sorted(fields)
 

@@ -130,7 +130,7 @@ def test_near_buckets_of_other_ops_are_not_borrowed(spec: KernelSpec) -> None:
 def test_the_smallest_buckets_have_near_buckets() -> None:
     smallest = [p.bucket for p in near_places(near(1, 128))]
     assert smallest == [Bucket(1, 1, 256), Bucket(1, 1, 512), Bucket(2, 1, 128)]
-    assert next(near_places(PLACE)).bucket == Bucket(8, 2048, 2048)  # self-attention's lengths go together
+    assert next(near_places(PLACE)).bucket == Bucket(8, 2048, 2048)  # both lengths of self-attention change together
 
 
 def test_within_a_toolchain_the_fastest_comes_first_across_toolchains_the_newest() -> None:
@@ -171,7 +171,7 @@ def test_a_wrong_fingerprint_in_a_record_affects_no_other_record_or_header() -> 
     render.cache_clear()
     identity._CACHED.pop(true.evidence.text)
     assert is_rendered(false, GPU)
-    assert true.evidence.text not in identity._CACHED  # by its text: nothing was parsed
+    assert true.evidence.text not in identity._CACHED  # matched by its text hash, without parsing
     assert is_rendered(true, GPU)
     source = render(SPEC, config, GPU)
     assert evidence_of(source) == true.evidence
@@ -205,15 +205,15 @@ def test_records_of_a_search_older_than_a_knob_of_the_default_are_skipped() -> N
     before = other_config(SOFTMAX="online")
     assert choices(record(1.0, before)) == [LAST]
     assert choices(record(1.0, before), record(2.0, place=ON_SIBLING)) == [(Tier.SIBLING_CARD, other_config()), LAST]
-    # Beside one that has the knob, or the default's own time, it was slower than what it is compared with.
+    # Unless the search also has a record with the knob, or the default's own time.
     assert choices(record(1.0, before), record(2.0))[0] == (Tier.MEASURED_HERE, before)
     assert choices(record(1.0, before), record(2.0, DEFAULT))[0] == (Tier.MEASURED_HERE, before)
-    # Or where those failed: a default that was tried and is wrong is no better for that.
+    # Failed ones count, too: the search knew the knob.
     failed = dataclasses.replace(record(2.0, DEFAULT), outcome="wrong")
     assert choices(record(1.0, before), failed)[0] == (Tier.MEASURED_HERE, before)
     guessed = dataclasses.replace(record(2.0, DEFAULT), outcome="predicted")
     assert choices(record(1.0, before), guessed) == [LAST]
-    # Each toolchain's search by itself.
+    # Searches of different toolchains are judged separately.
     assert choices(record(1.0, before), record(2.0, **OLD)) == [(Tier.OTHER_TOOLCHAIN, other_config()), LAST]
 
 
@@ -232,9 +232,13 @@ def test_records_of_a_search_older_than_a_knob_of_the_siblings_best_are_skipped(
 
     own = record(2.0, default, windowed, day=2)
     assert chosen(own, record(1.0, first, sibling, day=3)) == first
-    assert chosen(own, record(1.0, first, sibling, day=1)) == default  # known by then: it lost
+    assert (
+        chosen(own, record(1.0, first, sibling, day=1)) == default
+    )  # it existed during the search, which did not choose it
     assert chosen(own, record(9.0, first, windowed, day=2), record(1.0, first, sibling, day=3)) == default
-    assert chosen(own, record(1.0, first, sibling, day=3, kernel="f" * 32, text="")) == default  # no rival any more
+    assert (
+        chosen(own, record(1.0, first, sibling, day=3, kernel="f" * 32, text="")) == default
+    )  # of a changed kernel, so it does not count
 
 
 @pytest.mark.parametrize("outcome", ["wrong", "crash", "compile", "timeout", "resources", "slow"])
@@ -245,7 +249,7 @@ def test_kernels_that_failed_here_are_not_borrowed(outcome: str, where: dict[str
     assert choices(elsewhere) != [LAST]
     assert choices(elsewhere, failed) == [LAST]
     lost = dataclasses.replace(failed, evidence=dataclasses.replace(failed.evidence, kernel="f" * 32, text="e" * 32))
-    assert choices(elsewhere, lost) != [LAST]  # it was another kernel that failed
+    assert choices(elsewhere, lost) != [LAST]  # the failed kernel was another one
 
 
 def test_the_newest_time_of_a_kernel_and_toolchain_counts() -> None:
@@ -270,7 +274,7 @@ def test_current_includes_all_outcomes() -> None:
     [
         ("7c01cbe51c52", SPEC, True),
         ("b81caa5d5816", SPEC, True),
-        ("b81caa5d5816", dataclasses.replace(SPEC, varlen=True), False),  # whose padding was not written then
+        ("b81caa5d5816", dataclasses.replace(SPEC, varlen=True), False),  # padding was not written at that time
         ("7c01cbe51c52", dataclasses.replace(SPEC, varlen=True), True),
         ("255dd79780b8", SPEC, False),  # decode's
         ("a4119519043d", KernelSpec("decode_varlen", 128, "bf16"), False),

@@ -55,7 +55,7 @@ def test_a_result_is_validated(wrong: dict[str, object]) -> None:
         result(**({"outcome": "ok"} | wrong))  # type: ignore[arg-type]
 
 
-# What a line of JSON may hold, by the field that is named.
+# Invalid values in a line of JSON, and the field that the error must name.
 NONSENSE: list[tuple[str, str | None, object, str]] = [
     *(("time_us", None, value, "time_us") for value in (1e-320, 1e308, math.inf, math.nan, -1.0, 10**400, True, "1")),
     *((name, None, 1e-320, name) for name in ("time_us_p20", "time_us_p80")),
@@ -92,7 +92,7 @@ def test_invalid_values_are_refused_with_the_name_of_their_field(
     with pytest.raises((ArgumentError, ConfigError)) as raised:
         Result.from_dict(data)
     told = str(raised.value)
-    told.encode()  # to be printed
+    told.encode()  # it must be printable
     assert says in told
     assert len(told) < 500
 
@@ -132,7 +132,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-# Fields that came after records were first written: left out at these values.
+# Fields that were added after the first records, omitted at these values.
 ADDED_FIELDS = {
     ("place", "spec.window"): False,
     ("place", "spec.varlen"): False,

@@ -105,7 +105,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
         load_shipped("h200", tmp_path)
-    if '"gpu": "h100"' not in line:  # a call reads what is of its place, and what is of none
+    if '"gpu": "h100"' not in line:  # a call reads the lines of its place, and lines without a place
         with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
             best_of(Memory(None, tmp_path))
 
@@ -121,7 +121,7 @@ def test_the_shipped_files_are_valid() -> None:
         assert load_shipped(path.stem)
 
 
-# Under the user's own
+# Merged with the user's records
 
 
 def best_of(memory: Memory) -> Result | None:
@@ -136,7 +136,7 @@ def test_the_fastest_record_counts_with_the_users_time_of_a_config(store: Store,
     assert best_of(memory) == best_of(Memory(None, tmp_path)) == shipped
     own = result(time_us=12.0, block_n=32, source="here")
     store.save(own)
-    assert best_of(memory) == shipped  # one slow trial of the user's does not hide what ships
+    assert best_of(memory) == shipped  # a slow trial of the user does not hide shipped records
     assert memory.results(PLACE) == [shipped, own]
     again = result(time_us=13.0, source="here")
     store.save(again)
@@ -166,7 +166,7 @@ def test_all_merges_both(store: Store, tmp_path: Path) -> None:
     assert memory.all(op="decode") == []
 
 
-# What really ships
+# The real shipped files
 
 
 @pytest.mark.parametrize("path", sorted(data_dir("tuning_db").glob("*.jsonl")), ids=lambda path: path.stem)

@@ -26,7 +26,7 @@ from parallax_gen.ops.decode import DecodeConfig
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "made" / "on the way" / "tuning?.db"  # what a URI would have to quote
+    return tmp_path / "made" / "on the way" / "tuning?.db"  # characters that a URI must quote
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def store(path: Path) -> Iterator[Store]:
         yield store
 
 
-# What is kept
+# Stored rows
 
 
 @pytest.mark.parametrize("outcome", Outcome)
@@ -115,7 +115,7 @@ def test_rows_persist_after_closing(path: Path) -> None:
     with Store(path) as store, Store(path, read_only=True) as reader:
         assert best_of(store) == best_of(reader) == result()
     with pytest.raises(sqlite3.ProgrammingError):
-        best_of(store)  # a mistake of the program's, not of the file's
+        best_of(store)  # using a closed store is a bug, not a bad file
 
 
 def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_path() == tmp_path / "parallax_gen" / "tuning.db"
 
 
-# Which of two rows remains
+# Which of two rows is kept
 
 REMAINS = [
-    # there        comes        who remains
+    # stored     new        kept
     ("ok", 1, "predicted", 2, "ok"),
     ("crash", 1, "predicted", 2, "crash"),
     ("invalid", 1, "predicted", 2, "invalid"),
@@ -165,7 +165,7 @@ def test_the_newer_measurement_counts_in_any_order(store: Store) -> None:
     assert best_of(store) == result(time_us=60.0, day=2)
 
 
-# Rows that are not what they should be
+# Invalid rows
 
 
 @pytest.mark.parametrize(
@@ -213,12 +213,12 @@ def test_a_row_that_does_not_parse_is_skipped(path: Path, damage: str) -> None:
         store.save(result(time_us=2.0, block_n=32))
         assert best_of(store) == result(time_us=2.0, block_n=32)
         assert len(store.results(PLACE)) == len(store.all()) == 1
-        assert store.unreadable == 1  # met three times, counted once
+        assert store.unreadable == 1  # read three times, counted once
         store.save(result(time_us=1.0, block_n=16))
         assert best_of(store) == result(time_us=1.0, block_n=16)
 
 
-# Files and folders that are not what they should be
+# Invalid files and folders
 
 
 def test_read_only(path: Path) -> None:
@@ -329,7 +329,7 @@ def test_data_dir() -> None:
         data_dir("nowhere")
 
 
-# Other processes
+# Concurrent processes
 
 CHILD_ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
@@ -343,7 +343,7 @@ def record_many(paths: list[Path], start: object, process: int) -> None:
 
 
 def test_eight_processes_create_and_fill_one_database(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{n}.db" for n in range(4)]  # a few rounds: a race is not lost every time
+    paths = [tmp_path / f"{n}.db" for n in range(4)]  # several rounds, since a race does not show every time
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(8, timeout=60)
     processes = [context.Process(target=record_many, args=(paths, start, n)) for n in range(8)]

@@ -12,7 +12,7 @@ import pytest
 
 from parallax_gen.memory import toolchain
 
-cuda_version = toolchain.cuda_version.__wrapped__  # as in a new process
+cuda_version = toolchain.cuda_version.__wrapped__  # without the cache, as in a new process
 
 
 def assembler(path: Path, release: str, *, status: int = 0) -> Path:
@@ -89,10 +89,10 @@ print(Toolchain.here().cuda, sorted({"torch", "triton"} & set(sys.modules)))
     ("one", "other", "like"),
     [
         (("3.9.0", "13.4"), ("3.9.1", "13.4"), True),
-        (("3.9.0", "13.4"), ("3.9", "13.4"), True),  # of records that held no more
+        (("3.9.0", "13.4"), ("3.9", "13.4"), True),  # old records have short versions
         (("3.9.0", "13.4"), ("3.10.0", "13.4"), False),
         (("3.9.0", "13.4"), ("3.9.0", "13.3"), False),
-        (("3.9.0", ""), ("3.9.0", ""), False),  # whose ptxas nobody knows
+        (("3.9.0", ""), ("3.9.0", ""), False),  # the ptxas is unknown
     ],
 )
 def test_which_toolchains_compile_the_same_programs(one: tuple[str, str], other: tuple[str, str], like: bool) -> None:

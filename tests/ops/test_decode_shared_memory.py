@@ -65,7 +65,7 @@ def test_the_bound_on_shared_memory_agrees_with_compiled_kernels(
 
 @pytest.mark.parametrize(
     ("gpu", "spec", "over", "tile"),
-    [  # over: the first tile of old, which a card refused at the first call. BLOCK_N, BLOCK_H, num_warps, num_stages
+    [  # over: the former first tile, which failed on a card in the first call. BLOCK_N, BLOCK_H, num_warps, num_stages
         ("rtx4090", MULTI_TOKEN, (64, 64, 8, 3), (64, 64, 8, 2)),
         ("rtx3090", replace(MULTI_TOKEN, page_size=16, varlen=True), (64, 64, 8, 3), (64, 64, 8, 2)),
         ("rtx5090", replace(MULTI_TOKEN, head_dim=96, dtype="fp16"), (64, 64, 8, 3), (64, 64, 8, 2)),

@@ -33,7 +33,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 DTYPES = ("bf16", "fp16", "tf32")
 TENSOR_COLUMNS = 512  # a multiprocessor's tensor memory
 
-# Of a batch that fills a card, and of one that does not.
+# One batch that fills a card, and one that does not.
 TRAINED = (Bucket(64, 4096, 4096), Bucket(1, 128, 1024))
 DECODED = (Bucket(256, 1, 4096), Bucket(8, 1, 16384))
 PREFILLED = (Bucket(64, 512, 4096), Bucket(8, 128, 1024))
@@ -104,7 +104,7 @@ def check(jobs: list[Job], folder: Path) -> None:
 def test_a_sample_of_defaults_fits(tmp_path: Path) -> None:
     """Every kind of kernel, and every card."""
     draw, kinds, cards = random.Random(18), list(BUCKETS), list(CARDS)
-    # The i-th kernel of one spread is on another card than that of the next.
+    # Consecutive kernels are on different cards.
     jobs = [draw.choice(jobs_of(kinds[i % 8], cards[(i + i // 8 * 3) % 8])) for i in range(12)]
     check(jobs, tmp_path)
 

@@ -33,7 +33,7 @@ from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 
 H200 = GPUS["h200"]
-# All known ones, a slice of one, and one of an architecture to come, which has the least of all limits.
+# All known GPUs, a MIG slice, and a GPU of an unknown architecture, which gets the lowest of all limits.
 ANY_GPU = (
     *GPUS.values(),
     recognise("NVIDIA H100 80GB HBM3", (9, 0), 16, 10 * GIB),
@@ -110,7 +110,7 @@ def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
         assert why_invalid(spec, near, gpu) is None
         mine, other = asdict(config), asdict(near)
         differ = {name for name in mine if mine[name] != other[name]}
-        assert len(differ - {"merge"}) <= 1  # merging follows from the number of splits
+        assert len(differ - {"merge"}) <= 1  # merge depends on the number of splits
         assert differ
         for knob in knobs_of(spec):
             if knob.name in differ - {"merge"}:
@@ -206,7 +206,7 @@ def test_two_warps_share_rows_of_wide_heads() -> None:
 @pytest.mark.parametrize(
     ("op", "config", "reason"),
     [
-        # Two sums of its own keys or rows, and two tiles of scores: 2 * 128 * (128 + 64) / (32 * 4) = 384
+        # Two accumulators of the program's keys or rows, and two score tiles: 2 * 128 * (128 + 64) / (32 * 4) = 384
         ("dkdv", DkDvConfig(64, 128, 1, 4, 2), "need 384 registers a thread"),
         ("dqdr", DqDrConfig(128, 64, 1, 4, 2), "need 384 registers a thread"),
         ("dkdv", DkDvConfig(128, 64, 1, 8, 4), "shared memory"),
@@ -259,7 +259,9 @@ def test_shared_memory_counts_tiles_as_rendered(head_dim: int) -> None:
             scored, summed = (
                 sum(piece.width for piece in part) for part in OPS_BY_NAME[op].scored_and_summed(head_dim, form)
             )
-            in_a_block = block * scored + (32 * summed if op == "forward" else 0)  # its values are summed alone
+            in_a_block = block * scored + (
+                32 * summed if op == "forward" else 0
+            )  # the block's values are summed separately
             assert OPS_BY_NAME[op].block_bytes(spec, config) == in_a_block * 2
             assert shared_bytes(spec, config, H200) == (owned * scored + 2 * in_a_block) * 2
 
@@ -267,7 +269,7 @@ def test_shared_memory_counts_tiles_as_rendered(head_dim: int) -> None:
 @pytest.mark.parametrize(
     ("gpu", "spec", "needs"),
     [
-        # What defaults took when they were chosen by the predicate alone, compiled with Triton 3.6: bytes.
+        # Bytes of former defaults, which the predicate alone had accepted, compiled with Triton 3.6.
         ("h200", KernelSpec("dqdr", 88, "tf32"), {DqDrConfig(128, 64, 0, 8, 3, "chunked"): 270336}),
         ("h200", KernelSpec("dkdv", 88, "tf32"), {DkDvConfig(64, 128, 0, 8, 3, "chunked"): 247808}),
         ("h200", KernelSpec("forward", 96, "tf32"), {ForwardConfig(128, 64, 0, 8, 3, "chunked"): 245760}),
@@ -333,8 +335,8 @@ DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
             DecodeConfig(32, 8, 4, "kernel", 1, 4),
             "merge 'kernel' does not go with many queries",
         ),
-        (DECODE_VARLEN, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # of one head a kv head
-        (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # of 16 queries
+        (DECODE_VARLEN, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # one head a kv head
+        (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # with 16 queries
         (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 64, 4, "last", 4, 2), None),
         (
             replace(DECODE_VARLEN, many_queries=True),
@@ -347,7 +349,7 @@ DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
             "heads of fp32 at head_dim 128 are too",
         ),
         (replace(DECODE_VARLEN, dtype="tf32"), DecodeConfig(64, 8, 4, "last", 2, 2), None),
-        # 5 blocks of keys and values: 2 * 128 * 128 numbers each, of two bytes or one. Queries, weights and sums: 8256
+        # 5 blocks of keys and values: 2 * 128 * 128 elements each, of two bytes or one. Queries, weights and sums: 8256
         (DECODE_VARLEN, DecodeConfig(128, 8, 4, "last", 2, 6), "need 335936 bytes of shared memory"),
         (replace(DECODE_VARLEN, cache_dtype="e4m3"), DecodeConfig(128, 8, 4, "last", 2, 6), None),
     ],

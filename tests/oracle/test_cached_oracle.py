@@ -128,4 +128,4 @@ def test_pages_are_gathered_in_order() -> None:
     found = gather_pages(pages, table)
     assert found.shape == (2, 4, KV_HEADS, 8)
     assert torch.equal(found[0], torch.cat([pages[3], pages[0]]))
-    assert torch.equal(found[1, :2], pages[4])  # and behind it any other
+    assert torch.equal(found[1, :2], pages[4])  # past its end any page

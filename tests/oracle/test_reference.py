@@ -312,7 +312,9 @@ def test_the_tolerance_accepts_rounding_and_rejects_a_wrong_row(dtype: str) -> N
     assert why_wrong(out, ref, dtype) is None
     assert_close(out, ref, dtype)
 
-    out[0, 300, 0] *= 1.25  # one row in 512: in bf16 lost in the whole, as is a mask that is wrong at one place
+    out[0, 300, 0] *= (
+        1.25  # one row in 512: in bf16 the total error hides it, and also a mask that is wrong in one place
+    )
     with pytest.raises(AssertionError, match=r"1 of 512 rows beyond .* at \(0, 300, 0\)"):
         assert_close(out, ref, dtype)
 
@@ -339,7 +341,7 @@ def test_the_worst_error_is_reported_with_its_index() -> None:
 
 
 def test_the_error_of_a_row_near_zero_is_relative_to_the_other_rows() -> None:
-    ref = torch.tensor([[1.0], [1.0], [1e-9]])  # one-wide rows, as the t̄ of a single query
+    ref = torch.tensor([[1.0], [1.0], [1e-9]])  # rows of width one, as t̄ has
     assert why_wrong(ref + 1e-6, ref, "bf16") is None
     assert why_wrong(torch.tensor([[1.0], [1e-3]]), torch.tensor([[1.0], [0.0]]), "bf16") is not None
 

@@ -48,7 +48,7 @@ def test_inputs_without_tangents() -> None:
 @pytest.mark.parametrize("options", MASKS, ids=["full", "causal", "window"])
 def test_packed_sequences(options: dict[str, Any]) -> None:
     """One sequence has no queries, one no keys, and the last rows are padding."""
-    starts = ([0, 2, 2, 4, 8], [0, 3, 4, 4, 9])  # not tensors: torch 2.9 has no tolist under a transform
+    starts = ([0, 2, 2, 4, 8], [0, 3, 4, 4, 9])  # lists, because torch 2.9 has no Tensor.tolist under a transform
     given = inputs((10,), (12,))
     changes = tuple(torch.randn_like(x) for x in given)
     wanted = torch.func.jvp(lambda *x: reference_varlen_forward(*x, *starts, **options).out, given, changes)[1]

@@ -117,12 +117,12 @@ def test_gradients_of_queries_with_few_keys_may_be_rounding_error() -> None:
     few = torch.arange(1, 41)[:, None] < FEW_KEYS
     for name in ("dq", "dr"):
         assert torch.allclose(getattr(causal, name), getattr(ordinary, name) * torch.where(few, 12.0, 1.0))
-    assert torch.equal(causal.dk, ordinary.dk)  # some of a key's queries see many
+    assert torch.equal(causal.dk, ordinary.dk)  # some queries of each key see many keys
     windowed = replace(spec, window=True)
     for shape, times in ((Shape(1, 2, 1, 40, 40, 1), 12 * 2**0.5), (Shape(1, 2, 1, 40, 40, FEW_KEYS), 1.0)):
         x = random_inputs_of(windowed, shape, seed=1, device="cpu")
         assert float(term_sizes(windowed, x).dk / ordinary.dk) == pytest.approx(times)
     packed = replace(windowed, varlen=True)
-    x = random_inputs_of(packed, Shape(2, 2, 1, 40, 40, 1), seed=4, device="cpu")  # and rows that no sequence has
+    x = random_inputs_of(packed, Shape(2, 2, 1, 40, 40, 1), seed=4, device="cpu")  # and padding rows
     assert x.cu_seqlens_q is not None
     assert len(term_sizes(packed, x).dq) == x.cu_seqlens_q[-1] - x.cu_seqlens_q[0] < len(x.q)

@@ -90,7 +90,7 @@ def test_rates_are_plausible(gpu: Gpu) -> None:
     """Catches wrong units or columns: the FLOPs per SM and clock of each tensor core generation are known."""
     per_clock = {(8, 0): 2048, (8, 6): 512, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}[gpu.capability]
     if gpu.name == "rtx4090":
-        per_clock = 512  # a GeForce card, halved as the other two
+        per_clock = 512  # a GeForce card has half the rate, as the other two
     assert 1.2e9 < gpu.tensor_flops / gpu.sms / per_clock < 2.7e9
     assert 1.3e9 < gpu.fp32_flops / gpu.sms / (128 if gpu.arch == 80 else 256) < 2.7e9
     assert gpu.tf32_flops == pytest.approx(gpu.tensor_flops / 2, rel=0.02)
@@ -114,7 +114,7 @@ def test_a_mig_slice_is_another_gpu_than_the_whole_card() -> None:
 @pytest.mark.parametrize(
     ("device_name", "capability", "sms", "memory"),
     [
-        ("NVIDIA L40", (8, 9), 142, 45 * GIB),  # an L40S's figures, half its tensor rate
+        ("NVIDIA L40", (8, 9), 142, 45 * GIB),  # like an L40S, with half its tensor rate
         ("NVIDIA H200 NVL", (9, 0), 132, 140 * GIB),
         ("NVIDIA H100 80GB HBM3", (9, 0), 132, 40 * GIB),
         ("NVIDIA H100 80GB HBM3", (9, 1), 132, 79 * GIB),
@@ -128,7 +128,7 @@ def test_a_similar_card_gets_its_own_name(device_name: str, capability: tuple[in
     assert gpu.capability == capability
 
 
-# What torch.cuda.get_device_name says of cards that share a chip, or most of a name, with one of the table.
+# torch.cuda.get_device_name of cards that share a chip, or most of their name, with one in the table.
 SIMILAR_CARDS = [
     ("NVIDIA H100 NVL", (9, 0), 132, 95830 * MIB),
     ("NVIDIA H800", (9, 0), 132, 81079 * MIB),
@@ -148,13 +148,13 @@ SIMILAR_CARDS = [
     ("NVIDIA GB200", (10, 0), 152, 189471 * MIB),
     ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, 97249 * MIB),
     ("NVIDIA GB10", (12, 1), 48, 122502 * MIB),
-    # Slices, also one that is the whole card: the name says so.
+    # MIG slices, even the slice that is the whole card, have it in their name.
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", (9, 0), 16, 9984 * MIB),
     ("NVIDIA H100 80GB HBM3 MIG 1g.20gb", (9, 0), 16, 20096 * MIB),
     ("NVIDIA H100 80GB HBM3 MIG 7g.80gb", (9, 0), 132, 81090 * MIB),
     ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", (8, 0), 42, 19968 * MIB),
     ("NVIDIA H200 MIG 7g.141gb", (9, 0), 132, 143156 * MIB),
-    # With the name of the whole card: under MPS with a share of the threads, a process sees fewer multiprocessors.
+    # The whole card's name with fewer SMs: under MPS with a limited thread percentage.
     ("NVIDIA H100 80GB HBM3", (9, 0), 66, 81090 * MIB),
     ("NVIDIA A100-SXM4-80GB", (8, 0), 54, 81154 * MIB),
 ]
@@ -165,7 +165,7 @@ def test_similar_cards_and_slices_have_their_own_names() -> None:
     for gpu, (device_name, capability, sms, memory) in zip(named, SIMILAR_CARDS, strict=True):
         assert gpu.estimated, device_name
         assert (gpu.capability, gpu.sms, gpu.memory_bytes) == (capability, sms, memory)
-        assert re.fullmatch(r"[a-z0-9-]+", gpu.name)  # it names a file, too
+        assert re.fullmatch(r"[a-z0-9-]+", gpu.name)  # it is also a file name
         assert 0.1e12 < gpu.bandwidth < 10e12
     assert len({gpu.name for gpu in named} | set(GPUS)) == len(SIMILAR_CARDS) + len(GPUS)
 
@@ -173,13 +173,13 @@ def test_similar_cards_and_slices_have_their_own_names() -> None:
 @pytest.mark.parametrize(
     ("device_name", "like", "name"),
     [
-        ("A100-SXM4-40GB", "a100-40gb", "a100-40gb"),  # older drivers leave the maker out
+        ("A100-SXM4-40GB", "a100-40gb", "a100-40gb"),  # older drivers omit "NVIDIA"
         ("NVIDIA A100-PCIE-40GB", "a100-40gb", "a100-40gb"),
         ("A100-SXM4-80GB", "a100", "a100"),
         ("NVIDIA H100 PCIe", "h100-pcie", "h100-pcie"),
         ("NVIDIA H100", "h100", "h100"),
         ("GeForce RTX 3090", "rtx3090", "rtx3090"),
-        ("NVIDIA H100 PCIe", "h100", "nvidia-h100-pcie-132sm"),  # says one thing and is another
+        ("NVIDIA H100 PCIe", "h100", "nvidia-h100-pcie-132sm"),  # the name contradicts the SM count
         ("NVIDIA A100-SXM4-80GB", "a100-40gb", "nvidia-a100-sxm4-80gb-108sm"),
     ],
 )

@@ -28,7 +28,7 @@ from parallax_gen.problem.work import work_of, work_of_lengths
 
 SIZE = st.integers(1, 2**30)
 GROUP = st.integers(1, 64)
-NO_DEADLINE = settings(deadline=None)  # a busy machine is no failure
+NO_DEADLINE = settings(deadline=None)  # a busy machine must not fail the tests
 
 
 @st.composite
@@ -180,7 +180,7 @@ FIELDS = {
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
 }
 READ: dict[type, Callable[[Any], Any]] = {KernelSpec: spec_from, Shape: Shape.from_dict, Bucket: Bucket.from_dict}
-# What records hold that were written before there were windows and packed sequences.
+# Records older than windows and packed sequences.
 EARLIER = {
     KernelSpec: KernelSpec("forward", 128, "bf16", causal=True),
     Shape: Shape(4, 16, 16, 4096, 4096),

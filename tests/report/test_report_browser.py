@@ -23,7 +23,7 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
-# Figures that must be there, and what shows that they are not empty.
+# Figures that must exist, and selectors of their content.
 FIGURES = {
     "#tuned .tile": ".bar rect",
     "#tuned .matrix": ".cell",
@@ -132,7 +132,7 @@ def test_filters_change_what_is_shown(page: Any) -> None:
     h100 = shown()
     assert all(0 < h100[s] < everything[s] for s in everything)
     assert page.locator("#tuned h4:visible").all_inner_texts() == ["h100"] * visible(page, "#tuned .op")
-    assert page.locator("#studies .nothing").is_visible()  # it has no trials
+    assert page.locator("#studies .nothing").is_visible()  # this card has no trials
     choose(page, "gpu", "")
     choose(page, "op", "dkdv")
     assert page.locator("#tuned h3:visible").count() == 1
@@ -157,7 +157,7 @@ def test_the_default_theme_is_the_systems(page: Any) -> None:
         assert background(page) == PAPER[paper]
     button.click()
     page.reload()
-    assert background(page) == PAPER["light"]  # kept
+    assert background(page) == PAPER["light"]  # the chosen theme persists
 
 
 def test_a_cell_links_to_its_kernel_and_source(page: Any) -> None:

@@ -44,7 +44,9 @@ def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Row, ..
 def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: Store) -> None:
     for time_us, splits in ((240.0, 3), (250.0, 1), (230.0, 2)):
         store.save(make_record(time_us, splits=splits))
-    store.save(make_record(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00"))  # timed again: it keeps its place
+    store.save(
+        make_record(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00")
+    )  # timed again: it keeps its position
     write_shipped([make_record(260.0, splits=4)], "h200")
     (study,) = report(store).shown
     assert [trial.time_us for trial in study.trials] == [235.0, 250.0, 230.0]
@@ -112,8 +114,8 @@ def test_every_usual_bucket_has_a_standing(store: Store) -> None:
     assert states[PLACE] == "predicted"
     assert states[OTHER_BUCKET] == "failed"
     assert states[OTHER_GPU] == "measured"
-    assert states[dataclasses.replace(OTHER_BUCKET, gpu="h100")] is None  # tried on the other card
-    assert {place.spec.op for place in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ones
+    assert states[dataclasses.replace(OTHER_BUCKET, gpu="h100")] is None  # tuned on the other card only
+    assert {place.spec.op for place in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ops
     counts, share = found.summary()["decode"]["h100"]
     assert counts["measured"] == 1
     assert counts.total() == sum((place.gpu, place.spec.op) == ("h100", "decode") for place in states)
@@ -184,7 +186,7 @@ def test_a_roofline_has_a_point_per_measured_study(store: Store) -> None:
     decode = chart.points[0]
     intensity = 8 * 4 * 256 * 8192 * 128 / ((2 * 256 * 8192 + 3 * 1024) * 128 * 2)  # FLOP a byte
     assert decode.x == chart.x(intensity)
-    assert decode.y > chart.y(4.8 * intensity)  # pixels count downwards: below the bandwidth's slope
+    assert decode.y > chart.y(4.8 * intensity)  # y grows downwards: the point is below the bandwidth roof
     assert chart.roofs[0].flat == "989.4 TFLOP/s, bf16"
     assert "240.0 µs" in decode.tip
 
@@ -219,7 +221,7 @@ def test_costs_are_relative_to_the_best_of_their_bucket(store: Store) -> None:
     store.save(make_record(90.0, "predicted", splits=3))
     (kernel,) = report(store).kernels
     assert sorted(cost for _, cost in kernel.costs) == [1.0, 1.0, 1.5, 1.5]
-    assert kernel.importances == {}  # of four trials nothing can be told
+    assert kernel.importances == {}  # four trials are too few
 
 
 # bench files
@@ -297,7 +299,7 @@ def test_an_invalid_bench_file_is_an_error_that_names_it(tmp_path: Path, text: s
         read_rows(tmp_path / "a.csv")
 
 
-BASE = {"causal": False, "lengths": ""}  # columns that a file may lack
+BASE = {"causal": False, "lengths": ""}  # optional columns
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,11 @@ def timing(baseline: str, time_us: float | None, file: str = "a.csv", gpu: str =
     return Row(baseline=baseline, time_us=time_us, origin=Origin(file, gpu), **(values | fields))
 
 
-ONE, TWO, LONG = Shape(1, 32, 8, 1, 1024), Shape(2, 16, 4, 1, 1024), Shape(1, 32, 8, 1, 4096)  # two of one size
+ONE, TWO, LONG = (
+    Shape(1, 32, 8, 1, 1024),
+    Shape(2, 16, 4, 1, 1024),
+    Shape(1, 32, 8, 1, 4096),
+)  # the first two have the same size
 
 
 def test_baselines_are_compared_within_a_file_and_the_lowest_ratio_is_shown() -> None:
@@ -353,7 +359,7 @@ def test_baselines_are_compared_within_a_file_and_the_lowest_ratio_is_shown() ->
             timing("other", 15.0, shape=TWO),
             timing("other", 60.0, "b.csv"),
             timing("other", None, shape=LONG, note="not supported: long"),
-            timing("other", 99.0, "c.csv"),  # nothing of ours beside it
+            timing("other", 99.0, "c.csv"),  # without a time of ours
         ]
     )
     assert [ratio for _, ratio in ratios] == [2.0, 1.5, 3.0, None, None]

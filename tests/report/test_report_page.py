@@ -72,8 +72,8 @@ def test_every_section_has_its_figures(page: Page) -> None:
     assert page.of_class("empty") == []
     for state in ("untuned", "predicted", "failed", "elsewhere"):
         assert page.of_class(state), state
-    assert len(page.of_class("roofline")) == 2  # a card each; that of a name in no table has no peaks
-    assert len(page.of_class("history")) == 5  # of those with a time, on every card
+    assert len(page.of_class("roofline")) == 2  # one per card; a card outside the table has no peaks
+    assert len(page.of_class("history")) == 5  # one per study with a time, on every card
     assert "num_warps" in page.texts["knobs"]
     assert "1.48" in page.texts["speed"]
     for outcome in ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid"):
@@ -86,7 +86,7 @@ def test_links_have_targets(page: Page) -> None:
     assert len(ids) == len(set(ids))
     links = {a["href"].removeprefix("#") for a in page.all("a")}
     assert links - set(ids) == set()
-    assert len([a for a in page.of_class("cell") if "href" in a]) == 7  # a study each
+    assert len([a for a in page.of_class("cell") if "href" in a]) == 7  # one per study
 
 
 def test_text_from_records_and_files_is_escaped(page: Page) -> None:
@@ -101,14 +101,14 @@ def test_text_from_records_and_files_is_escaped(page: Page) -> None:
 
 def test_the_page_loads_no_other_resource(page: Page, tmp_path: Path) -> None:
     addresses = [a[n] for _, a in page.elements for n in ("src", "href", "action", "data", "poster") if n in a]
-    assert {address[0] for address in addresses} == {"#", "d"}  # within the page, and the icon that is none
+    assert {address[0] for address in addresses} == {"#", "d"}  # anchors within the page, and the empty icon
     assert [a["href"] for a in page.all("link")] == ["data:,"]
     policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", text)
-    assert str(tmp_path) not in text  # nor does it tell where it was made
+    assert str(tmp_path) not in text  # the page does not contain local paths
 
 
 def test_the_same_input_gives_the_same_bytes(store: Store, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def formula(
     starts  cu_seqlens_q and cu_seqlens_k of packed sequences
     """
     if starts:
-        # Not tolist, which torch 2.9 has not under a transform.
+        # torch 2.9 has no Tensor.tolist under a transform.
         ends = zip(*(pairwise(map(int, x)) for x in starts), strict=True)
         parts = [(slice(*rows), slice(*keys)) for rows, keys in ends]
         found = [

@@ -78,7 +78,7 @@ def test_if_warnings_are_errors_it_is_raised_once() -> None:
     assert warnings_of_calls(dispatcher, OTHER) == []
 
 
-# Between the user's line and the dispatcher: modules of this package and of torch, and code that torch generates.
+# Modules of frames between the user's line and the dispatcher: this package, torch, and code that torch generates.
 INNER_MODULES = ["parallax_gen.runtime.attention", "torch._library.custom_ops", "torch", None]
 
 
@@ -178,7 +178,7 @@ def test_strict_allows_only_kernels_measured_here(monkeypatch: pytest.MonkeyPatc
     assert warnings_of_calls(Dispatcher(RecordTable([record()])), PLACE) == []
     for known in ([], [record(triton="3.1.0")], [replace(record(), place=replace(PLACE, gpu="h100"))]):
         dispatcher = Dispatcher(RecordTable(known))
-        for _ in range(2):  # a call that was refused is refused again
+        for _ in range(2):  # a refused call is refused again
             with pytest.raises(
                 UntunedError,
                 match=r"^PARALLAX_GEN_STRICT is on, and there is no .*`parallax-gen tune .*` makes one\.$",

@@ -96,7 +96,7 @@ def test_kernels_agree_with_the_definition_and_its_gradients(
     found = attend(sample, **options, recompute_v_mean=recompute_v_mean, return_stats=True)
     for x, wanted in zip(found, expected, strict=True):
         assert_close(x.exp() if x is found[1] else x, wanted.exp() if x is found[1] else wanted, "fp32")
-    do = torch.randn(2, *found[0].shape).transpose(0, 1)[:, 0]  # strides of its own
+    do = torch.randn(2, *found[0].shape).transpose(0, 1)[:, 0]  # unusual strides
     grads = torch.autograd.grad(found[0], sample.inputs, do)
     for grad, wanted in zip(grads, torch.autograd.grad(expected.out, sample.inputs, do.double()), strict=True):
         assert_close(grad, wanted.double(), "fp32")
@@ -113,7 +113,12 @@ def test_only_kernels_of_needed_gradients_are_launched(recorded: list[Launch]) -
     out = attend(sample)
     torch.autograd.grad(out.sum(), sample.inputs[0], retain_graph=True)
     torch.autograd.grad(out.sum(), sample.inputs)
-    assert ops_of(recorded) == ["forward", "preprocess", "dkdv", "dqdr"]  # both backwards: torch asks by requires_grad
+    assert ops_of(recorded) == [
+        "forward",
+        "preprocess",
+        "dkdv",
+        "dqdr",
+    ]  # both backward kernels, since torch goes by requires_grad
     assert recorded[0][0].stats
     del recorded[:]
     for x in sample.inputs[2:]:
@@ -161,7 +166,7 @@ def test_the_spec_and_launch_arguments_of_packed_sequences(recorded: list[Launch
     do, out, v_mean, lse, t_mean, rows, starts = preprocess[3][0]
     assert do.shape == out.shape == v_mean.shape == (9, 4, 16)
     assert lse.shape == t_mean.shape == (4, 9)
-    assert rows.shape == (4, 4, 128 + 5 * 128)  # room for each sequence's padding
+    assert rows.shape == (4, 4, 128 + 5 * 128)  # with padding for each sequence
     assert torch.equal(starts, sample.lengths[0])  # type: ignore[arg-type]
 
 
@@ -194,8 +199,8 @@ def test_a_batch_of_no_sequences_launches_nothing(recorded: list[Launch]) -> Non
     assert recorded == []
 
 
-# torch's three switches, in order of age, and whether they let fp32 matmuls round to TF32. The newest is last to be
-# read here: once it was set, torch refuses to read the others.
+# torch's three switches, oldest first, and whether they allow TF32 in fp32 matmuls. The newest is last, because torch
+# refuses to read the others once it was set.
 SWITCHES = {
     "pass": False,
     "torch.backends.cuda.matmul.allow_tf32 = True": True,

@@ -133,7 +133,7 @@ def test_16_and_8_bit_caches_are_not_cast() -> None:
     k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
     with torch.autocast("cpu", BF16):
         found = cached(q, r, k, v)
-        assert kvcache_workspace_size(q, r, k, v) == 0  # it takes what the call takes
+        assert kvcache_workspace_size(q, r, k, v) == 0  # it accepts the arguments of the call
     assert torch.equal(found, cached(q.bfloat16(), r.bfloat16(), k, v))
 
 
@@ -156,7 +156,7 @@ def test_the_layer(packing: Tensor | None) -> None:
     with torch.autocast("cpu", BF16):
         found = layer(x, *lengths)
     assert found.dtype == BF16
-    torch.testing.assert_close(found.float(), layer(x, *lengths), rtol=5e-2, atol=2e-2)  # a few bf16 roundings
+    torch.testing.assert_close(found.float(), layer(x, *lengths), rtol=5e-2, atol=2e-2)  # a few bf16 rounding errors
 
 
 def heads_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

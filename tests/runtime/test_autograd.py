@@ -106,7 +106,7 @@ def saved_tensors(call: Callable[[], Any]) -> list[Tensor]:
 def test_saved_tensors(make: Callable[..., Sample]) -> None:
     sample = make(dtype=torch.float16)
     q = sample.inputs[0]
-    given = {x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])}  # kept, but not made
+    given = {x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])}  # saved, but not allocated by the call
     rows = q[..., 0].numel()
     sizes = [
         sum(
@@ -114,7 +114,7 @@ def test_saved_tensors(make: Callable[..., Sample]) -> None:
         )
         for r in (False, True)
     ]
-    assert sizes == [2 * q.nbytes + 8 * rows, q.nbytes + 8 * rows]  # out, lse and t̄; and v̄
+    assert sizes == [2 * q.nbytes + 8 * rows, q.nbytes + 8 * rows]  # out, lse and t̄; with v̄ or without
     with torch.no_grad():
         assert saved_tensors(lambda: attend(sample)) == []
     for x in sample.inputs:

@@ -30,7 +30,7 @@ def check(found: State, expected: Reference, dtype: str) -> None:
     assert found.lse.dtype == found.t_mean.dtype == torch.float32
 
 
-# What CPU tensors give
+# Results of CPU tensors
 
 
 LAYOUTS = [
@@ -197,7 +197,7 @@ def test_cpu_tensors_need_no_workspace() -> None:
         kvcache_workspace_size(**{**given, "cache_seqlens": None})
 
 
-# What is refused
+# Refused arguments
 
 
 def dense() -> dict[str, Any]:
@@ -238,8 +238,8 @@ REFUSED_DENSE = [
     (dict.fromkeys(("k_cache", "v_cache"), torch.zeros(3, 7, 2, 16)), "k_cache"),
     ({"k_cache": torch.zeros(7, 2, 16)}, "k_cache"),
     ({"k_cache": torch.zeros(2, 7, 2, 16, dtype=torch.bfloat16)}, "k_cache"),
-    ({"k_cache": torch.zeros(2, 7, 2, 16).to(F8)}, "k_cache"),  # beside fp32 queries
-    ({"k_cache": torch.zeros(2, 7, 2, 16, device="meta"), "softmax_scale": 0.7}, "k_cache"),  # of no plan
+    ({"k_cache": torch.zeros(2, 7, 2, 16).to(F8)}, "k_cache"),  # with fp32 queries
+    ({"k_cache": torch.zeros(2, 7, 2, 16, device="meta"), "softmax_scale": 0.7}, "k_cache"),  # a call without a plan
     ({"k_cache": torch.zeros(2, 7, 2, 16, requires_grad=True)}, "k_cache"),
     ({"v_cache": torch.zeros(2, 9, 2, 16)}, "v_cache"),
     ({"v_cache": torch.zeros(2, 7, 2, 16, dtype=torch.float16)}, "v_cache"),
@@ -262,7 +262,7 @@ REFUSED_DENSE = [
     ({"window_size": True, "causal": True}, "window_size"),
     ({"softmax_scale": 0.0}, "softmax_scale"),
     ({"softmax_scale": "1"}, "softmax_scale"),
-    ({"k_scale": 2.0}, "k_scale"),  # of a cache that is as it is
+    ({"k_scale": 2.0}, "k_scale"),  # a scale for a 16-bit cache
     ({"v_scale": torch.ones(1)}, "v_scale"),
     ({"return_state": 1}, "return_state"),
     ({"out": 1}, "out"),
@@ -279,7 +279,7 @@ REFUSED_PAGED = [
     ({"page_table": torch.zeros(5, 2, dtype=torch.int32).T}, "page_table"),
     ({"k_cache": torch.zeros(12, 2, 3, 16)}, "k_cache"),
     ({"v_cache": torch.zeros(12, 3, 2, 16)}, "v_cache"),
-    ({"v_cache": torch.zeros(12, 2, 2, 32)[..., :16]}, "v_cache"),  # other strides than k_cache
+    ({"v_cache": torch.zeros(12, 2, 2, 32)[..., :16]}, "v_cache"),  # strides differ from k_cache
 ]
 REFUSED_PACKED = [
     ({"q": torch.zeros(1, 4, 4, 16)}, "q"),
@@ -288,7 +288,7 @@ REFUSED_PACKED = [
     ({"cu_seqlens_q": torch.tensor([0, 3, 4])}, "cu_seqlens_q"),
     ({"cu_seqlens_q": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens_q"),
     ({"cu_seqlens_q": int32(0, 0, 3, 0, 4, 0)[::2]}, "cu_seqlens_q"),
-    ({"cu_seqlens_q": int32(0, 4)}, "k_cache"),  # of one sequence, and two in the cache
+    ({"cu_seqlens_q": int32(0, 4)}, "k_cache"),  # one sequence, but two in the cache
     ({"max_seqlen_q": None}, "max_seqlen_q"),
     ({"max_seqlen_q": -1}, "max_seqlen_q"),
     ({"max_seqlen_q": 3.0}, "max_seqlen_q"),
@@ -299,8 +299,8 @@ REFUSED_PACKED = [
 REFUSED_FP8 = [
     ({"v_cache": torch.zeros(2, 10, 2, 16).to(torch.float8_e5m2)}, "v_cache"),
     ({"v_cache": torch.zeros(2, 10, 2, 16, dtype=torch.bfloat16)}, "v_cache"),
-    ({"v_cache": torch.zeros(2, 10, 2, 17).to(F8)[..., :16]}, "v_cache"),  # an odd number from head to head
-    ({"k_cache": torch.zeros(2, 10, 2, 18).to(F8)[..., 1:17]}, "k_cache"),  # from the second number on
+    ({"v_cache": torch.zeros(2, 10, 2, 17).to(F8)[..., :16]}, "v_cache"),  # an odd head stride
+    ({"k_cache": torch.zeros(2, 10, 2, 18).to(F8)[..., 1:17]}, "k_cache"),  # offset by one element
     ({"k_scale": 0.0}, "k_scale"),
     ({"k_scale": float("inf")}, "k_scale"),
     ({"k_scale": True}, "k_scale"),

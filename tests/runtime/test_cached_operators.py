@@ -17,7 +17,7 @@ from parallax_gen import State, parallax_attn_varlen_func, parallax_attn_with_kv
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime import kvcache as cached
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own, of what it compiles with
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch's compiler
 
 LENGTHS = (9, 0, 5, 1)
 BEFORE = (0, 4, 7, 2)
@@ -89,7 +89,7 @@ def test_one_graph(given: dict[str, Any], options: dict[str, Any]) -> None:
     assert isinstance(found, State)
     wanted = parallax_attn_with_kvcache(**given, **options, return_state=True)
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)  # of keys without a length
+        torch.testing.assert_close(a, b, equal_nan=True)  # NaN for keys past the length
     assert operators(counter.graphs) == {"parallax_gen.attention_with_kvcache_state.default"}
 
 
@@ -136,7 +136,7 @@ def test_an_int_length_and_max_seqlen_become_symbolic() -> None:
     call, counter = compiled(lambda n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))
     for length in (3, 5, 7, 8):
         torch.testing.assert_close(call(length), parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=length))
-    assert counter.frame_count <= 2  # torch takes the first for a constant, the second for any
+    assert counter.frame_count <= 2  # torch specialises on the first value, and generalises at the second
     given = cache_arguments(random_sequences(LENGTHS, (4, 2, 7, 0)), packed=True)
     del given["max_seqlen_q"]
     call, counter = compiled(lambda n: parallax_attn_with_kvcache(**given, max_seqlen_q=n))
@@ -148,7 +148,7 @@ def test_an_int_length_and_max_seqlen_become_symbolic() -> None:
 def test_inductor() -> None:
     q, k = dense(2, 9, 3)
     call, _ = compiled(lambda q, n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n), "inductor")
-    lengths = ints(5, 9)  # nothing else is in the graph: to compile C++ takes seconds
+    lengths = ints(5, 9)  # nothing else is in the graph, since compiling C++ takes seconds
     torch.testing.assert_close(call(q, lengths), parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=lengths))
 
 
@@ -218,7 +218,7 @@ def test_an_eager_call_bypasses_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     q, k = dense(2, 9)
     with forward_ad.dual_level(), torch.inference_mode():
         parallax_attn_with_kvcache(q, q, k, nn.Parameter(k, requires_grad=False))
-    torch.func.vmap(lambda _: parallax_attn_with_kvcache(q, q, k, k))(q)  # that has no samples
+    torch.func.vmap(lambda _: parallax_attn_with_kvcache(q, q, k, k))(q)  # unbatched inputs
     with pytest.raises(AssertionError), FlopCounterMode(display=False):
         parallax_attn_with_kvcache(q, q, k, k)
 
@@ -336,7 +336,7 @@ def test_derivatives_are_refused() -> None:
             parallax_attn_with_kvcache(q, q, dual, k)
         assert parallax_attn_with_kvcache(q, q, k, k).shape == q.shape
         call = torch.compile(lambda k: parallax_attn_with_kvcache(q, q, k, k), backend="eager")
-        # The tracer, where this is refused, leaves it to the eager call, which names the tensor.
+        # The tracer falls back to the eager call, whose error names the tensor.
         with pytest.raises(ArgumentError, match=r"^k_cache: got a tensor with a tangent"):
             call(dual)
     assert call(k).shape == q.shape

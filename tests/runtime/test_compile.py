@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from parallax_gen import parallax_attn_func
 from parallax_gen.nn import ParallaxAttention
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_one_graph_of_a_layer_for_every_packing() -> None:
         torch._dynamo.mark_dynamic(x, 0)
         agree(call(x, starts, longest), layer(x, starts, longest), layer, x)
         graphs.add(counter.frame_count)
-    assert max(graphs) <= 2  # torch takes the first max_seqlen for a constant, the second for any
+    assert max(graphs) <= 2  # torch specialises on the first max_seqlen, and generalises at the second
 
 
 def test_without_gradients_only_out_is_computed() -> None:

@@ -40,7 +40,7 @@ SHAPE = Shape(2, 32, 8, 1, 5000)
 PLACE = Place("h200", SPEC, bucket_of(SHAPE))
 CONFIG = DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=24, merge="kernel", num_warps=2, num_stages=3)
 DEFAULT = default_of(PLACE, GPU)
-UNKNOWN = Evidence.here("0123456789abcdef" * 2, "fedcba9876543210" * 2)  # of a kernel that nothing renders
+UNKNOWN = Evidence.here("0123456789abcdef" * 2, "fedcba9876543210" * 2)  # a kernel that nothing renders
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +84,8 @@ def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_
         {"place": replace(PLACE, spec=replace(SPEC, op="decode_varlen"))},
         {"place": replace(PLACE, bucket=bucket_of(replace(SHAPE, seqlen_kv=65536)))},
         {"evidence": UNKNOWN},
-        {"evidence": Evidence.here("", "")},  # of a config that no kernel was rendered of
-        {"evidence": replace(Evidence.here("", ""), templates="0" * 12)},  # of before fingerprints
+        {"evidence": Evidence.here("", "")},  # without a kernel
+        {"evidence": replace(Evidence.here("", ""), templates="0" * 12)},  # older than fingerprints
     ],
 )
 def test_other_records_are_not_used(store: Store, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ def test_other_records_are_not_used(store: Store, tmp_path: Path, changes: dict[
         ("h200", {"triton": "2.0.0"}, Tier.OTHER_TOOLCHAIN),
         ("h200", {"protocol": 0}, Tier.OTHER_TOOLCHAIN),
         ("h200", {"cuda": "11.0"}, Tier.OTHER_TOOLCHAIN),
-        ("h200", {"cuda": ""}, Tier.OTHER_TOOLCHAIN),  # from before it was recorded
+        ("h200", {"cuda": ""}, Tier.OTHER_TOOLCHAIN),  # older than this field
         ("h100", {}, Tier.SIBLING_CARD),
         ("h100", {"triton": "2.0.0"}, Tier.SIBLING_CARD),
     ],
@@ -113,7 +113,7 @@ def test_records_of_other_toolchains_and_sibling_cards_are_used(
     store.save(found)
     choice = choose(SPEC, SHAPE, GPU, Memory(store, tmp_path))
     assert (choice.config, choice.record, choice.candidate.tier) == (CONFIG, found, tier)
-    # One that was measured here goes before it, however slow.
+    # A record measured here has priority, however slow.
     slower = make_record(replace(CONFIG, NUM_SPLITS=12), time_us=99.0)
     store.save(slower)
     expected = found if tier == Tier.MEASURED_HERE else slower
@@ -131,7 +131,7 @@ def test_a_shipped_record_is_used(tmp_path: Path) -> None:
     assert choose(SPEC, SHAPE, GPU, Memory(None, tmp_path)).config == CONFIG
 
 
-# Those that shipped records are of, and one that none is of.
+# The Tritons of shipped records, and one without shipped records.
 TRITONS = {"3.6.0": "12.8/12.9", "3.9.0": "12.9/13.4", "3.10.0": "13.5"}
 
 
@@ -239,7 +239,7 @@ def test_records_are_read_once_per_bucket(tmp_path: Path) -> None:
     assert callable(first[1].launch)
 
 
-# A user's database that cannot be used
+# Unusable databases of the user
 
 
 def unusable(path: Path, how: str) -> None:
@@ -261,7 +261,7 @@ def test_a_database_that_cannot_be_opened_is_ignored(tmp_path: Path, monkeypatch
     path = tmp_path / "mine.db"
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     unusable(path, how)
-    sent = make_record()  # once: it bears the second in which it was made
+    sent = make_record()  # made once, since it contains the time of its creation
     write_shipped([sent], "h200", tmp_path)
     with pytest.warns(UserWarning, match=r"mine\.db.* Only shipped records and defaults are used\.$"):
         memory = RuntimeMemory(tmp_path)
@@ -362,5 +362,5 @@ def test_choices_from_random_records_are_valid() -> None:
             assert record.place in (choice.place, *sibling_places(choice.place, card))
         kernel, templates = record.evidence.kernel, record.evidence.templates
         assert same_programs(templates, spec) if templates else render(spec, record.config, card).kernel == kernel
-    assert min(tiers[tier] for tier in Tier) > 5, tiers  # each is met
-    assert took < 5.0  # of the processor: half of a call's hundredth of a second, and kernels are rendered in it
+    assert min(tiers[tier] for tier in Tier) > 5, tiers  # each tier occurs
+    assert took < 5.0  # CPU seconds: 5 ms a call, half of the budget, including rendering

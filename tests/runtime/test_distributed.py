@@ -21,7 +21,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 
-# (causal, queries a chunk, heads, kv heads, dtype, its name): chunks of one query, too.
+# (causal, queries a chunk, heads, kv heads, dtype, its name), including chunks of one query.
 CASES = [
     (True, 3, 4, 2, torch.float32, "fp32"),
     (False, 3, 4, 2, torch.float32, "fp32"),
@@ -51,7 +51,7 @@ def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
     for grad, x, wanted, natural in zip(grads, mine, wanted_grads, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
         found = gather_sequence(grad, causal=causal)
-        # Partial gradients are rounded to 16 bits before they are added up, on top of what one backward rounds.
+        # Partial gradients are rounded to 16 bits before they are summed, besides the rounding of one backward.
         if name == "fp32":
             assert_close(found, wanted, name, float(natural))
         else:

@@ -18,10 +18,10 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # that these are CPU tensors, and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch
 
 OPS = torch.ops.parallax_gen
-FORWARD = 8 * 2 * 4 * 5 * 7 * 16  # of dense(): two sequences, four heads, 5 queries, 7 keys, width 16
+FORWARD = 8 * 2 * 4 * 5 * 7 * 16  # FLOPs of dense(): two sequences, four heads, 5 queries, 7 keys, head_dim 16
 
 
 def counted(call: Any) -> dict[Any, int]:
@@ -103,7 +103,7 @@ def test_the_parts_of_a_ring_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found == {OPS.attention_with_stats: every, OPS.attention_backward: 2 * every}
     grads = [x.grad for x in inputs]
     expected = dense(6, 6).inputs
-    ring_attn_func(*expected).sum().backward()  # without a counter: by no operator
+    ring_attn_func(*expected).sum().backward()  # without a counter, so without operators
     for grad, x in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, x.grad)
 

@@ -59,7 +59,7 @@ def module_of(first: Any, second: Any) -> ModuleType:
 def test_replay_passes_new_tensors_to_the_recorded_kernels(launches: Launches) -> None:
     module = module_of(FakeKernel(launches), FakeKernel(launches))
     x = torch.zeros(4)
-    launched = record_launch(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r the same tensor
+    launched = record_launch(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r are the same tensor
     assert launched is not None
     assert "run" not in vars(module.first)
     q, r, out, scratch = (torch.full((4,), float(i)) for i in range(4))

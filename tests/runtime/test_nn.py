@@ -164,7 +164,7 @@ def test_r_is_zero_after_every_kind_of_initialisation(way: str) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.fill_(7.0)
-    assert isinstance(layer.r_proj, nn.Linear)  # for adapters and quantisers
+    assert isinstance(layer.r_proj, nn.Linear)  # so that adapters and quantisers recognise it
     for name, parameter in INITIALISED[way](layer).named_parameters():
         values = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if "r_proj" in name:

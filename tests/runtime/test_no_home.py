@@ -62,7 +62,7 @@ def test_calls_work_without_a_home(said: str | None, fallback: Path, monkeypatch
     with pytest.warns(UserWarning, match=r"no home folder.*set PARALLAX_GEN_CACHE_DIR .*using"):
         assert cache_dir() == fallback
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once a process
+        warnings.simplefilter("error")  # it warns once per process
         assert load(KernelSource("sample", "ANSWER = 42\n", 16 * "0")).ANSWER == 42
 
 
@@ -88,7 +88,7 @@ def test_an_unwritable_home(home: str, tmp_path: Path, fallback: Path, monkeypat
         assert cache_dir() == fallback
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        RuntimeMemory().close()  # a database that is not there is an empty one
+        RuntimeMemory().close()  # a missing database counts as empty
 
 
 def test_paths_from_the_environment_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_triton_gets_a_cache_if_its_own_is_unwritable(
 def test_triton_gets_a_cache_if_there_is_no_home(fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
-    monkeypatch.setattr(triton.knobs.cache, "home_dir", "~/")  # as it reads it once, when it is imported
+    monkeypatch.setattr(triton.knobs.cache, "home_dir", "~/")  # Triton reads it once, at import
     monkeypatch.setenv("TRITON_CACHE_DIR", "to be put back")
     monkeypatch.delenv("TRITON_CACHE_DIR")
     with pytest.raises(MachineError, match="set TRITON_CACHE_DIR"):

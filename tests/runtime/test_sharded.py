@@ -24,7 +24,7 @@ from parallax_gen.distributed import ring_attn_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.sharded import DENSE, PACKED, _shardings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch
 
 FP32 = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -43,7 +43,7 @@ def dense(kv_heads: int = 2, batch: int = 2) -> list[Tensor]:
 def sharded(mesh: DeviceMesh, tensors: list[Tensor], placements: list[Any]) -> list[DTensor]:
     """One placement for each tensor."""
     pairs = zip(tensors, placements, strict=True)
-    return [distribute_tensor(x, mesh, [place], src_data_rank=None) for x, place in pairs]  # all ranks have all of x
+    return [distribute_tensor(x, mesh, [place], src_data_rank=None) for x, place in pairs]  # all ranks have the full x
 
 
 def same(found: Any, wanted: Any) -> None:
@@ -62,7 +62,7 @@ def check_attention(
     mine = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], placements)]
     with CommDebugMode() as talk:
         found = parallax_attn_func(*mine, causal=True, return_stats=True)
-    if not sent or mesh.size() > 1:  # what a mesh of one rank sends to itself is torch's own: 2.9 does
+    if not sent or mesh.size() > 1:  # torch 2.9 itself communicates on a mesh of one rank
         assert (talk.get_total_counts() > 0) == sent
     stats = {Shard(2): Shard(1)}.get(out, out)  # (batch, heads, seqlen_q)
     assert [x.placements for x in found] == [(out,), (stats,), (stats,), (out,)]
@@ -84,8 +84,10 @@ def check_all_placements(mesh: DeviceMesh) -> None:
     check_attention(mesh, [Shard(3)] * 4, Shard(0), sent=True)
     check_attention(mesh, [Shard(1)] * 4, Shard(2), sent=True, batch=3) if both else None
     check_attention(mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Shard(2), sent=False)
-    check_attention(mesh, [Shard(0)] * 4, Shard(0), sent=False, batch=3)  # two on the first rank, one on the second
-    if both:  # neither one kv head nor one sequence can be sharded: the query heads are gathered
+    check_attention(
+        mesh, [Shard(0)] * 4, Shard(0), sent=False, batch=3
+    )  # two sequences on the first rank, one on the second
+    if both:  # one kv head and one sequence cannot be sharded, so query heads are gathered
         check_attention(
             mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Replicate(), sent=True, kv_heads=1, batch=1
         )
@@ -213,7 +215,7 @@ class Placed(NamedTuple):
     ("sizes", "kv_heads", "places", "kinds"),
     [
         ((2, 4), 4, (Shard(0), Shard(2)), ["batch", "heads"]),
-        ((2, 4), 4, (Replicate(), Shard(2)), ["", "heads"]),  # replicas stay that
+        ((2, 4), 4, (Replicate(), Shard(2)), ["", "heads"]),  # replicas stay replicas
         (
             (2, 2),
             6,
@@ -221,10 +223,10 @@ class Placed(NamedTuple):
             ["heads", "batch"],
         ),  # 6 kv heads are not divisible by 4
         ((2, 2), 8, (Shard(2), Shard(2)), ["heads", "heads"]),
-        ((8,), 2, (Shard(1),), ["batch"]),  # all to all, where gathering sends more
+        ((8,), 2, (Shard(1),), ["batch"]),  # all-to-all, since gathering would send more
         ((16,), 16, (Shard(1),), ["heads"]),  # 8 sequences are too few
         ((16,), 3, (Shard(1),), [""]),
-        ((16,), 3, (Shard(0),), ["batch"]),  # some ranks have none already
+        ((16,), 3, (Shard(0),), ["batch"]),  # some ranks have no sequence
         ((2,), 2, (Partial(),), ["batch"]),
     ],
 )

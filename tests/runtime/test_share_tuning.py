@@ -83,11 +83,11 @@ def all_ranks_choose_by_rank_0s_records(rank: int) -> None:
     plans.remember("a call", 1)
     assert share_tuning() > 0
     assert chosen() == config(24)
-    assert not plans  # what was chosen before is chosen anew
+    assert not plans  # earlier choices are discarded
     if rank == 0:
         with Store() as store:
             store.save(make_record(48, time_us=1.0))
-    assert chosen() == config(24)  # what rank 0 learns is shared by the next call
+    assert chosen() == config(24)  # the next call shares rank 0's new records
     share_tuning()
     assert chosen() == config(48)
 
@@ -177,7 +177,7 @@ def ranks_that_differ_are_named(rank: int) -> None:
     told = errors_on_difference(rank, 1, ranking, "why_invalid", lambda *_: "another state of this package's code")
     assert "the choice of kernels is" in told
     assert "on ranks 0, 2" in told
-    assert chosen() == config(48)  # as before
+    assert chosen() == config(48)  # unchanged
 
 
 def an_error_on_one_rank_stops_all(rank: int) -> None:
@@ -248,7 +248,7 @@ def work(rank: int, folder: Path, failures: Any) -> None:
     os.environ["PARALLAX_GEN_QUIET"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    tuning.gpu_here = lambda: GPU  # there is none here
+    tuning.gpu_here = lambda: GPU  # the test machine has no GPU
     shipped._folder = lambda _: folder / "shipped"
     try:
         for case in CASES:

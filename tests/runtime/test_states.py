@@ -78,7 +78,7 @@ def test_in_place_absorption_equals_merging() -> None:
         before = [x.clone() for x in first]
         for found, wanted in zip(merge_states(first, second), total, strict=True):
             torch.testing.assert_close(found, wanted)
-        assert all(torch.equal(x, y) for x, y in zip(first, before, strict=True))  # what it is given stays
+        assert all(torch.equal(x, y) for x, y in zip(first, before, strict=True))  # the arguments are unchanged
 
 
 def test_queries_that_see_no_key_of_a_part_or_of_any() -> None:

@@ -21,7 +21,7 @@ from parallax_gen.integrations.drop_in.parallax_kernel_decoding import GraphedDe
 from parallax_gen.nn import ParallaxAttention
 from parallax_gen.runtime import attention, transforms
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # that these are CPU tensors, and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch
 
 ALL_INPUTS = (0, 1, 2, 3)
 MASK: dict[str, Any] = {"causal": True, "window_size": 3}
@@ -202,7 +202,7 @@ def test_tensors_that_vmap_passes_to_kernels() -> None:
     assert found.shape == (3, 1, 5, 4, 16)
     assert dims == (0,)
     assert seen[0].shape == (3, 5, 4, 16)
-    assert seen[0].stride(0) == 0  # one sample's, not copied
+    assert seen[0].stride(0) == 0  # broadcast, not copied
     assert seen[2].shape == (3, 7, 2, 16)
     assert seen[2].stride(-1) == 1
     assert seen[-1].is_contiguous()
@@ -273,7 +273,7 @@ def test_autograds_own_batching_is_refused(case: Case, strategy: str) -> None:
 
 def test_statistics_have_no_tangents() -> None:
     q, d = normal(2, 5, 4, 16), normal(2, 5, 4, 16)
-    for place in range(4):  # out has one, but its tangent beside statistics without would be half the truth
+    for place in range(4):  # out has a tangent, but returning it with statistics without tangents would mislead
         with pytest.raises(ArgumentError, match="return_stats: got True, beside a tangent"):
             jvp(lambda x, i=place: parallax_attn_func(x, q, q, q, return_stats=True)[i], (q,), (d,))
 
@@ -423,7 +423,7 @@ def test_a_layer(packed: bool) -> None:
         wanted = torch.autograd.grad((layer(x, *lengths) ** 2).sum(), list(parameters.values()))
         for name, each in zip(parameters, wanted, strict=True):
             torch.testing.assert_close(found[name][i], each, rtol=1e-4, atol=1e-4)
-    # The derivative along x, forward and by a pullback: <J d, y> = <d, J^T y>.
+    # The derivative along x in forward and reverse mode: <J d, y> = <d, J^T y>.
     x, d = xs[0], xs[1]
     out, pushed = jvp(lambda x: layer(x, *lengths), (x,), (d,))
     pulled = vjp(lambda x: layer(x, *lengths), x)[1](out)[0]

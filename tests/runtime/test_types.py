@@ -53,7 +53,7 @@ def test_returned_types_need_no_cast_and_options_are_checked(tmp_path: Path) -> 
     files = {"right.py": f"{readme()}\n{TYPES}", "wrong.py": wrong.replace("stats: Stats =", "stats: Tensor =")}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    # As a user's: without our settings. Ours is checked by itself, and torch's backward has no types.
+    # Without our settings, as a user would run it. Errors in our own files and torch's untyped backward are ignored.
     words = ["--strict", "--config-file=", "--untyped-calls-exclude=torch"]
     words += ["--follow-imports=silent", "--cache-dir=cache", *files]
     done = subprocess.run(

@@ -33,7 +33,7 @@ def test_a_larger_workspace_is_divided_like_an_exact_one() -> None:
     for part in split_workspace(workspace, scratch):
         part.fill_(-1)
     assert workspace[:12].all()
-    assert not workspace[12:16].any()  # between the two
+    assert not workspace[12:16].any()  # the gap between them
     assert not workspace[workspace_bytes(scratch) :].any()
 
 

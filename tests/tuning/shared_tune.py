@@ -23,7 +23,7 @@ from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.messages import TRIAL_MS, TrialResult
 
-LEASE_S = 10.0  # four workers share two cores: one may hear nothing for seconds
+LEASE_S = 10.0  # four workers share two cores, so a heartbeat may be seconds late
 JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     chance = random.Random(int(seed))
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
-        if machine.measured[n].timed_ms == TRIAL_MS:  # no finalist
+        if machine.measured[n].timed_ms == TRIAL_MS:  # a trial, not a finalist
             print(config_to_json(config), flush=True)
         time.sleep(chance.uniform(0.1, 0.3))
         return timed(cost(config)) if cost(config) > 100 else TrialResult(Outcome.CRASH, "made up")

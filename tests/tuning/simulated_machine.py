@@ -36,7 +36,7 @@ class Machine:
     compiled: list[KernelConfig] = field(default_factory=list)
     measured: list[Measure] = field(default_factory=list)
     interleaved_requests: list[MeasureInterleaved] = field(default_factory=list)
-    on: list[tuple[int, Request]] = field(default_factory=list)  # what each device was asked, as it came
+    on: list[tuple[int, Request]] = field(default_factory=list)  # (device, request), in order
     open_workers: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 

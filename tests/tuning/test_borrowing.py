@@ -60,7 +60,7 @@ MEMORY = [
     record(1.0, OTHERS, **OLD),
     record(1.0, SIBLINGS, at("h100")),
     record(1.0, NEARS, at(keys=8192)),
-    record(1.0, OURS, at(rows=16)),  # as near, but along rows
+    record(1.0, OURS, at(rows=16)),  # equally near, but along rows
     record(1.0, OTHERS, at(keys=16384)),
 ]
 
@@ -72,7 +72,7 @@ def judged(memory: list[Result], truth: list[Result] = TRUTH) -> list[Borrowed]:
 
 def test_choices_and_losses_as_records_are_left_out() -> None:
     found = [(each.left_out, each.choice, each.config, each.loss) for each in judged(MEMORY)]
-    assert found.pop(3)[0] == "this bucket"  # what the ranking itself has then
+    assert found.pop(3)[0] == "this bucket"  # what the ranking would then choose
     assert found == [
         ("nothing", FIRST, OURS, 1.0),
         ("this toolchain", "another toolchain", OTHERS, pytest.approx(1.1)),
@@ -88,12 +88,12 @@ def test_the_toolchain_is_that_of_the_measurements(monkeypatch: pytest.MonkeyPat
     assert judged(MEMORY)[0].config == OURS
     old = [dataclasses.replace(r, evidence=dataclasses.replace(r.evidence, **OLD)) for r in TRUTH]
     assert judged(MEMORY, old)[0].config == OTHERS
-    assert judged(MEMORY, old)[1].choice == "another toolchain"  # which is now NEW
+    assert judged(MEMORY, old)[1].choice == "another toolchain"  # the other toolchain is now NEW
 
 
 def test_the_nearest_bucket_has_equal_rows_and_a_usable_record() -> None:
     gone = {"kernel": "f" * 32, "text": "f" * 32}
-    nearer = record(1.0, SIBLINGS, at(keys=2048), **gone)  # of a kernel that is not rendered any more
+    nearer = record(1.0, SIBLINGS, at(keys=2048), **gone)  # of a kernel that is no longer rendered
     assert judged([*MEMORY, nearer])[-1].config == NEARS
     by_rows = [each for each in MEMORY if each.place.bucket.seqlen_kv == 4096]
     assert judged(by_rows)[-1].config == OURS

@@ -68,7 +68,7 @@ def test_every_job_gets_its_trials_with_any_number_of_devices(store: Store, mach
 
 
 def test_devices_work_concurrently_on_their_own_jobs(store: Store, machine: Machine) -> None:
-    together = threading.Barrier(2, timeout=20)  # broken, unless two measure at a time
+    together = threading.Barrier(2, timeout=20)  # breaks unless two devices measure at the same time
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
         together.wait()
@@ -93,7 +93,7 @@ def test_idle_devices_help_with_a_running_job(store: Store, machine: Machine) ->
     assert notes.begun == JOBS[:1]
     assert done[0].done == 30
     trials = [(device, r.trial.config) for device, r in machine.on if isinstance(r, Measure)][:30]
-    assert len({config for _, config in trials}) == 30  # none twice
+    assert len({config for _, config in trials}) == 30  # no config twice
     assert min(Counter(device for device, _ in trials).values()) >= 5
 
 
@@ -102,7 +102,7 @@ def test_the_next_job_is_compiled_while_one_is_measured(store: Store, machine: M
     second: list[KernelConfig] = []
 
     def compile(config: KernelConfig, n: int) -> TrialResult:
-        if n == 4:  # the first job has but four
+        if n == 4:  # the first job has only four configs
             ahead.set()
         second.append(config)
         return TrialResult(Outcome.OK, resources=FINE)
@@ -149,7 +149,7 @@ def test_a_failed_trial_affects_no_other(store: Store, machine: Machine) -> None
         assert len(progress.kinds) == 2
 
 
-# -- finals in turns
+# -- interleaved finals
 
 
 def finals(store: Store, machine: Machine, long: list[float]) -> list[MeasureInterleaved]:
@@ -173,7 +173,7 @@ def test_close_finalists_are_interleaved(store: Store, machine: Machine) -> None
     (interleaved,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
     assert [machine.compiled.index(trial.config) for trial in interleaved.trials] == [0, 2, 3]
     found = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].place)]
-    # The card ran slower by a tenth meanwhile: that is nothing to those who took no part.
+    # The card ran a tenth slower meanwhile, which must not affect configs that were not interleaved.
     assert [n for n, _ in found] == [3, 2, 0, 4, 1]
     assert [us for _, us in found] == pytest.approx([100 * 108 / 110, 100 * 109 / 110, 100.0, 103.0, 130.0])
 

@@ -36,7 +36,9 @@ def test_the_knob_that_decides_comes_first(knob: str) -> None:
 
 def test_knobs_with_a_single_value_are_omitted() -> None:
     assert set(importances(SPEC, costs("BLOCK_N"))) == {k.name for k in knobs_of(SPEC) if len(k.values) > 1}
-    assert "BLOCK_H" not in importances(SPEC, costs("BLOCK_N"))  # 4 query heads a kv head leave one height
+    assert "BLOCK_H" not in importances(
+        SPEC, costs("BLOCK_N")
+    )  # with 4 query heads a kv head only one BLOCK_H is valid
 
 
 def test_no_importances_for_too_few_or_equal_costs() -> None:

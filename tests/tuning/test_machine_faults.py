@@ -84,7 +84,7 @@ def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, ma
         (lambda c, n: timed(100.0 + n)),
     )
     tune(store, [JOB], trials=8)
-    assert faulty in {r.config for r in store.results(JOB.place)}  # among the first, as before
+    assert faulty in {r.config for r in store.results(JOB.place)}  # tried early again
 
 
 def test_a_machine_fault_is_not_shared_and_frees_the_claim(store: Store, machine: Machine, journal: str) -> None:
@@ -134,7 +134,7 @@ def test_a_bug_in_a_worker_does_not_hang_the_tune(store: Store, machine: Machine
         tune(store, [JOB])
 
 
-# -- what databases hold of it
+# -- machine faults in old databases
 
 
 def row(config: KernelConfig, outcome: str = "compile", detail: str = FULL, hours: int = 0) -> Result:
@@ -164,7 +164,7 @@ def test_a_stored_machine_fault_is_replaced_by_any_other_row(store: Store, outco
     assert supersedes(told, fault)
     assert not supersedes(fault, told)
     store.save(fault)
-    assert store.results(JOB.place) == [fault]  # it is kept
+    assert store.results(JOB.place) == [fault]  # the row is kept
     assert store.merge([told]).replaced == 1
     assert store.merge([fault]).kept == 1
     assert store.results(JOB.place) == [told]
@@ -196,7 +196,7 @@ def test_a_shared_machine_fault_of_an_old_version_is_ignored(journal: str) -> No
     assert second.claim(CONFIGS[0])
 
 
-# -- children
+# -- child processes
 
 TRIAL = Trial(KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPU)
 
@@ -220,7 +220,7 @@ def test_a_child_that_does_not_start_is_a_machine_fault(monkeypatch: pytest.Monk
         child.ask(Compile(TRIAL), timeout_s=60.0)
 
 
-# A child that dies of the first request that it gets; the second one finds no device any more.
+# The first child dies at its first request; the second one may find no device.
 DIES = """#!{python}
 import os, pickle, sys
 sys.path.insert(0, {top!r})

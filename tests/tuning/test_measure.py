@@ -29,10 +29,10 @@ class Device:
     def __init__(self) -> None:
         self.now_us = 0.0
         self.captured: list[Callable[[], None]] | None = None
-        self.replays: list[str] = []  # of whose graph
+        self.replays: list[str] = []  # names of the captured work
         self.rests: list[float] = []
         self.rested_at_us = 0.0
-        self.freed = 0  # bytes given back to the driver so far
+        self.freed = 0  # bytes freed to the driver so far
 
     def rest(self, seconds: float) -> None:
         self.rests.append(seconds)
@@ -128,7 +128,7 @@ def test_median_and_percentiles_are_over_replays(device: Device) -> None:
     chance, took = random.Random(0), []
 
     def cost() -> float:
-        took.append(chance.uniform(3000.0, 4000.0))  # too long for two to share a graph
+        took.append(chance.uniform(3000.0, 4000.0))  # too long for two calls in a graph
         return took[-1]
 
     timing = measure.time_call(device.work("a", cost), timed_ms=110.0)
@@ -180,7 +180,7 @@ def test_clear_losers_have_few_replays(device: Device) -> None:
 def test_burst_timing_rests_before_each_burst(device: Device, timed_ms: float, bursts: int) -> None:
     timing = measure.time_call(device.work("a", lambda: 100.0), timed_ms=timed_ms, in_bursts=True)
     assert device.rests == [PAUSE_S] * bursts
-    assert timing.replays == max(MIN_REPLAYS, timed_ms / 2)  # of 20 calls, 2 ms
+    assert timing.replays == max(MIN_REPLAYS, timed_ms / 2)  # replays of 20 calls, 2 ms each
 
 
 def test_a_card_that_slows_under_load_is_timed_before_it_does(device: Device) -> None:
@@ -221,7 +221,7 @@ def test_interleaving_cancels_drift(device: Device) -> None:
 
 
 def test_uncapturable_calls_are_timed_eagerly(device: Device) -> None:
-    costs = iter([900.0, 30.0, 10.0, 20.0])  # the first is to compile
+    costs = iter([900.0, 30.0, 10.0, 20.0])  # the first call compiles
     timing = measure.time_eagerly(device.work("a", lambda: next(costs)), 3)
     assert (timing.median_us, timing.calls_a_graph, timing.replays) == (pytest.approx(20.0), 1, 3)
     assert device.replays == []

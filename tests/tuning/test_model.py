@@ -120,7 +120,7 @@ def test_dkdv_has_a_program_per_key_tile() -> None:
     spec = dataclasses.replace(FORWARD, causal=False, group=64)
     few, many = predict(spec.for_op("dkdv"), DKDV, shape), predict(spec.for_op("dqdr"), DQDR, shape)
     assert few > 2 * many
-    for op, config in (("dkdv", DKDV), ("dqdr", DQDR)):  # a large tile of what is owned pays
+    for op, config in (("dkdv", DKDV), ("dqdr", DQDR)):  # a larger tile along the program's own dimension pays
         turned = dataclasses.replace(config, BLOCK_M=config.BLOCK_N, BLOCK_N=config.BLOCK_M)
         assert predict(FORWARD.for_op(op), config, TRAINED) < predict(FORWARD.for_op(op), turned, TRAINED)
 
@@ -133,7 +133,7 @@ def test_a_window_saves_time_down_to_a_tile(op: str) -> None:
     times = [predict(windowed, config, dataclasses.replace(TRAINED, window=w)) for w in (1, 64, 512, 2048)]
     assert times == sorted(set(times))
     assert times[2] < 0.5 * predict(spec, config, TRAINED)
-    assert times[0] > times[2] / 20  # of a tile's 64 columns one counts, and all are multiplied
+    assert times[0] > times[2] / 20  # one of a tile's 64 columns is visible, and all are multiplied
 
 
 def test_padding_costs_flops() -> None:
@@ -146,7 +146,7 @@ def test_padding_costs_flops() -> None:
 
 def test_preprocess_with_low_occupancy_is_latency_bound() -> None:
     spec = FORWARD.for_op("preprocess")
-    one = Resources(255, 0, H200.shared_per_block)  # a single program at a time on a multiprocessor
+    one = Resources(255, 0, H200.shared_per_block)  # one program at a time per multiprocessor
     times = [predict(spec, PreprocessConfig(m, 4), TRAINED, one) for m in (128, 16, 4)]
     assert times == sorted(set(times))
 

@@ -30,8 +30,8 @@ JOB = Job(SPEC, Bucket(8, 1, 4096), GPU)
 DEFAULT = default_of(JOB.place, GPU)
 OTHERS = [config for config in every_config(SPEC, GPU) if config != DEFAULT][:10]
 OLD = {"triton": "2.0.0", "cuda": "11.0"}
-TEMPLATES = "255dd79780b8"  # of before fingerprints: decode is the same program
-OTHER_KERNEL = {"kernel": "f" * 32, "text": "e" * 32}  # of a kernel that nothing renders
+TEMPLATES = "255dd79780b8"  # older than fingerprints; decode is still the same program
+OTHER_KERNEL = {"kernel": "f" * 32, "text": "e" * 32}  # a kernel that nothing renders
 
 
 def record(config: KernelConfig, time_us: float, place: Place = JOB.place, **evidence: str) -> Result:
@@ -93,7 +93,7 @@ def test_places_with_the_weakest_evidence_come_first(store: Store, tmp_path: Pat
     unknown = replace(GPU, name="a card alike")
     assert {job.bucket for job in refresh_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
     assert refresh_jobs(memory, GPUS["rtx4090"]) == []
-    assert refresh_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # of sizes that it has no memory for
+    assert refresh_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # the sizes do not fit in its memory
 
 
 def test_the_kernels_of_a_training_step_are_consecutive(store: Store, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_all_are_timed_again_and_close_ones_are_interleaved(store: Store, machin
     assert [trial.config for trial in turns.trials] == [OTHERS[0], OTHERS[1], DEFAULT]  # 10.6 is not within 5 %
     found = {r.config: r.time_us for r in store.results(JOB.place) if r.evidence.triton != "2.0.0"}
     assert found == {OTHERS[0]: 5.0, OTHERS[1]: 5.2, DEFAULT: 10.0, OTHERS[2]: 10.6}
-    assert len(store.results(JOB.place)) == 5  # what the other Triton measured is still there
+    assert len(store.results(JOB.place)) == 5  # the other Triton's records are still stored
     choice = best(JOB.place, GPU, memory)
     assert (choice.tier, choice.config) == (Tier.MEASURED_HERE, OTHERS[0])
 

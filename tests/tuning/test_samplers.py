@@ -63,7 +63,7 @@ def test_optunas_samplers_propose_valid_new_configs(sampler: str) -> None:
         pytest.skip(f"{missing_package(sampler)} is not installed")
     search = Search(FORWARD, H200, seed=0, sampler=sampler)
     asked = []
-    for n in range(18):  # of which the first 16 are drawn by chance
+    for n in range(18):  # the first 16 are random
         config = search.ask()
         assert config is not None
         assert why_invalid(FORWARD, config, H200) is None

@@ -48,7 +48,7 @@ def test_proposals_are_valid_and_new(spec: KernelSpec, seed: int) -> None:
         assert config is not None
         assert why_invalid(spec, config, H200) is None
         proposals.append(config)
-        if n % 3:  # some are told, some fail, and some are never heard of again
+        if n % 3:  # some get a cost, some fail, and some are never reported
             search.tell(config, 100.0 + n if n % 3 == 1 else None)
     assert len(set(proposals)) == len(proposals)
 
@@ -110,7 +110,7 @@ def test_the_search_learns_from_costs() -> None:
             costs.append(cost(config))
             search.tell(config, costs[-1])
         found.append(min(costs))
-        assert statistics.median(costs[-30:]) < typical / 2  # of 30 by chance it is, once in 400 times
+        assert statistics.median(costs[-30:]) < typical / 2  # random search reaches this once in 400 runs
     assert statistics.median(found) < by_chance
 
 

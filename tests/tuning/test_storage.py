@@ -41,9 +41,9 @@ def postgresql() -> Iterator[str]:
     if bin is None:
         pytest.skip("PostgreSQL's server is not installed")
     user = pwd.getpwuid(os.getuid()).pw_name
-    if os.getuid() == 0:  # which PostgreSQL refuses
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
         user = next((each.pw_name for each in pwd.getpwall() if each.pw_name in ("postgres", "nobody")), "")
-    folder = Path(tempfile.mkdtemp(prefix="pg"))  # near the root: the path of a Unix socket must be short
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # the path of a Unix socket must be short
     shutil.chown(folder, user)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -64,7 +64,7 @@ def postgresql() -> Iterator[str]:
             time.sleep(0.1)
         yield f"postgresql://tuner@127.0.0.1:{port}"
     finally:
-        server.send_signal(signal.SIGINT)  # without waiting for its clients
+        server.send_signal(signal.SIGINT)  # fast shutdown: does not wait for clients
         server.wait(30)
         shutil.rmtree(folder)
 
@@ -138,7 +138,7 @@ def test_claims_and_new_results(url: str) -> None:
     (told,) = first.new_results()
     assert (told.config, told.outcome, told.error, told.detail) == (CONFIGS[1], "wrong", float("inf"), "row 3")
     assert second.new_results() == first.new_results() == []
-    assert not second.claim(CONFIGS[0])  # it was tried
+    assert not second.claim(CONFIGS[0])  # already tried
     first.publish(ok(0, 12.0))
     assert [r.time_us for r in second.new_results()] == [12.0]
     assert len(shared_claims(url, 1)[0].new_results()) == 3
@@ -168,7 +168,7 @@ def test_the_claim_of_a_dead_worker_expires(url: str) -> None:
     time.sleep(4.1)
     second.heartbeat()
     assert second.claim(CONFIGS[3])
-    gone.finish(ok(3, 1.0))  # it was only late: its result does no harm, and its claim is another's
+    gone.finish(ok(3, 1.0))  # the worker was only late: its result is accepted, but its claim is lost
     assert not gone.claim(CONFIGS[3])
     second.finish(ok(3))
     assert 10.0 in [r.time_us for r in shared_claims(url, 1)[0].new_results()]

@@ -30,7 +30,7 @@ def test_a_sweep_round_trips_through_its_file(name: str, tmp_path: Path) -> None
     assert (again.place, again.shape, again.whole) == (PLACE, SHAPE, True)
     assert {r.evidence for r in again.results} == {
         Evidence("", "", "3.6.0", "12.8/12.9", 1)
-    }  # which kernel is left out
+    }  # the kernel is not stored
     assert {r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in again.results} == {
         r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in synthetic_results()
     }
@@ -39,7 +39,7 @@ def test_a_sweep_round_trips_through_its_file(name: str, tmp_path: Path) -> None
     }
     for config, cost in again.costs.items():
         if cost is not None:
-            assert cost == pytest.approx(sweep.costs[config], rel=1e-4)  # five digits
+            assert cost == pytest.approx(sweep.costs[config], rel=1e-4)  # costs are stored with five digits
     assert again.best_us == pytest.approx(min(r.time_us for r in synthetic_results() if r.time_us), rel=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_a_sweep_is_complete_if_every_config_was_tried() -> None:
     assert sweep_of(synthetic_results(), CARD).whole
     assert not sweep_of(synthetic_results()[1:], CARD).whole
     predicted = dataclasses.replace(synthetic_results()[0], outcome="predicted", time_us=1.0)
-    sweep = sweep_of([predicted, *synthetic_results()[1:]], CARD)  # as good as not tried
+    sweep = sweep_of([predicted, *synthetic_results()[1:]], CARD)  # a prediction does not count as a trial
     assert not sweep.whole
     assert predicted.config not in sweep.costs
 
@@ -197,7 +197,7 @@ def test_an_unreadable_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 def test_recorded_sweeps_have_valid_headers_and_configs(path: Path) -> None:
     sweep = read_sweep(path)
     spec, gpu = sweep.place.spec, GPUS[sweep.place.gpu]
-    later = {"MASK", "SOFTMAX", "ROW_STATS"}  # knobs that came after these files: all at their defaults there
+    later = {"MASK", "SOFTMAX", "ROW_STATS"}  # knobs newer than these files, which are at their defaults there
     every = {config for config in every_config(spec, gpu) if not later & set(config_to_dict(config))}
     assert sweep.whole == (every <= set(sweep.costs))
     for result in sweep.results:

@@ -33,7 +33,7 @@ from parallax_gen.tuning.workers.messages import TrialResult
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
 SMALL = Job(KernelSpec("preprocess", 64, "fp32"), Bucket(8, 128, 128), GPUS["rtx4090"])  # 21 configs
-OLD = Evidence("0123456789abcdef" * 2, "fedcba9876543210" * 2, "3.5.0", "12.8", 1)  # of a kernel that nothing renders
+OLD = Evidence("0123456789abcdef" * 2, "fedcba9876543210" * 2, "3.5.0", "12.8", 1)  # a kernel that nothing renders
 
 
 def ignore(_: Progress) -> None:
@@ -46,7 +46,7 @@ def tune(store: Store, job: Job = JOB, *, measure: bool = True, trials: int = 8,
         return tuner.tune(job, trials=trials, **arguments)
 
 
-# -- without a GPU, for real
+# -- without a GPU, with real compilers
 
 
 def test_compiling_and_ranking_for_an_absent_gpu(store: Store) -> None:
@@ -63,7 +63,7 @@ def test_compiling_and_ranking_for_an_absent_gpu(store: Store) -> None:
         assert result.source == "compiled for NVIDIA H200 SXM"
         assert result.evidence == evidence_of(render(JOB.spec, result.config, GPU))
     assert progress.best is not None
-    assert progress.best.time_us == results[0].time_us  # of those predicted alike, any
+    assert progress.best.time_us == results[0].time_us  # any of the configs with this prediction
     assert best(JOB.place, GPU, store).record is None
     assert default_config(JOB.spec, JOB.shape, GPU) in [r.config for r in results]
 
@@ -129,7 +129,7 @@ def test_every_outcome_is_stored_with_its_kind(store: Store, machine: Machine) -
 
 
 def test_the_best_is_the_fastest_finalist(store: Store, machine: Machine) -> None:
-    short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth was lucky at first
+    short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth had a lucky short timing
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
         return timed(short[n] if n < 6 else long[machine.compiled.index(config)])
@@ -209,7 +209,7 @@ def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) 
     assert not machine.measured
     machine.measure = lambda config, n: timed(1e6 + n)
     measured = tune(store, trials=6)
-    assert measured.known == 0  # what was only predicted is tried
+    assert measured.known == 0  # predicted configs are tried
     assert measured.best is not None
     assert measured.best == best(JOB.place, GPU, store).record
     assert measured.best.outcome == "ok"
@@ -248,9 +248,9 @@ def test_results_of_todays_kernels_and_toolchain_count_as_known(store: Store, ma
     today = [evidence_of(render(SMALL.spec, config, SMALL.gpu)) for config in configs[:8]]
     evidence = [
         today[0],
-        replace(today[1], text="e" * 32),  # other words for the same kernel
-        replace(today[2], kernel="", text="", templates="37195abe0d1f"),  # of before fingerprints, and the same
-        Evidence.here("", ""),  # nothing was rendered, though it can be
+        replace(today[1], text="e" * 32),  # another text of the same kernel
+        replace(today[2], kernel="", text="", templates="37195abe0d1f"),  # older than fingerprints, the same program
+        Evidence.here("", ""),  # no kernel was rendered, although it can be
         replace(today[4], kernel="", text="", templates="abc"),
         replace(today[5], kernel="f" * 32, text="e" * 32),
         replace(today[6], triton="2.0.0"),
@@ -283,7 +283,7 @@ def test_the_time_limit(store: Store, machine: Machine) -> None:
     machine.measure = slowly
     start = time.monotonic()
     progress = tune(store, trials=1000, time_budget_s=0.6)
-    assert time.monotonic() - start < 5.0  # with the finalists, and slack for a busy machine
+    assert time.monotonic() - start < 5.0  # includes the finalists, and slack for a busy machine
     assert 0 < progress.done < 20
     assert progress.best is not None
 
@@ -325,7 +325,7 @@ def test_workers_are_closed_at_the_end(store: Store, machine: Machine) -> None:
     assert machine.open_workers == 0
 
 
-# -- what was fast elsewhere
+# -- seed configs from elsewhere
 
 
 def test_seed_configs_of_a_sibling_card(tmp_path: Path) -> None:
@@ -366,7 +366,9 @@ def test_seed_configs_of_the_nearest_buckets(store: Store, machine: Machine) -> 
     ]
     results = [Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in found]
     assert nearby_seeds(job.place, results) == [configs[2], configs[1]]
-    odd = replace(results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512)))  # a window that the spec has not
+    odd = replace(
+        results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512))
+    )  # a window, which the spec does not have
     assert nearby_seeds(job.place, [odd, *results]) == [configs[2], configs[1]]
     for result in results:
         store.save(result)
@@ -387,7 +389,7 @@ def test_seed_configs_of_the_same_kernel_with_another_cache_layout(tmp_path: Pat
     assert first == configs[1]
     assert set(kin) == {configs[0], configs[2]}
     assert elsewhere == configs[4]
-    # So it does with what is in one's own database: of each kin the fastest.
+    # Also from the user's own database: the fastest of each cache layout.
     slower = Result(places[0], OLD, configs[3], "ok", time_us=11.0)
     assert nearby_seeds(Place("h200", paged, bucket), [slower, *results]) == [configs[0], configs[2], configs[4]]
 

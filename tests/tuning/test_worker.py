@@ -103,9 +103,9 @@ def hanging_ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     version = f'case "$*" in *--version*) exec "{real}" "$@";; esac'
     script.write_text(f"#!/bin/sh\n{version}\necho $$ > {pid}\nexec sleep 600\n", encoding="utf-8")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    for name in ("PTXAS", "PTXAS_BLACKWELL"):  # later Tritons take the second one for all but the oldest cards
+    for name in ("PTXAS", "PTXAS_BLACKWELL"):  # newer Tritons use the second one for all but the oldest cards
         monkeypatch.setenv(f"TRITON_{name}_PATH", str(script))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # nothing of it is compiled yet
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # an empty cache, so that it compiles
     return pid
 
 

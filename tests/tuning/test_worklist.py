@@ -30,7 +30,7 @@ from parallax_gen.tuning.job import ALL_WORK, Job, worklist
 GPU = GPUS["h200"]
 INFERENCE = ("forward", "decode")
 
-# (head_dim, batch, heads, kv_heads, seqlen, window): what models train with, 0 for no window.
+# (head_dim, batch, heads, kv_heads, seqlen, window) of model training; window 0: none.
 TRAINED = [
     (128, 32, 6, 6, 2048, 0),
     (128, 32, 6, 6, 2048, 513),
@@ -149,14 +149,14 @@ def test_flags_apply_to_their_ops() -> None:
     ("queries", "flags", "expected"),
     [
         (1, NO_FLAGS, {}),
-        (1, Flags(causal=True), {}),  # which sees every key either way
+        (1, Flags(causal=True), {}),  # a single query sees every key either way
         (1, Flags(ragged=True), {"op": "decode_varlen"}),
         (1, Flags(stats=True), {"op": "decode_varlen", "stats": True}),
         (1, Flags(leftpad=True), {"op": "decode_varlen", "leftpad": True}),
         (1, Flags(page_size=16), {"op": "decode_varlen", "page_size": 16}),
         (1, Flags(cache_dtype="e5m2"), {"op": "decode_varlen", "cache_dtype": "e5m2"}),
         (1, Flags(window=100), {"op": "decode_varlen", "causal": True, "window": True}),
-        (1, Flags(window=4096), {}),  # all keys
+        (1, Flags(window=4096), {}),  # the window covers all keys
         (1, Flags(varlen=True), {"op": "decode_varlen", "causal": True, "many_queries": True, "varlen": True}),
         (4, NO_FLAGS, {"op": "decode_varlen", "causal": True, "many_queries": True}),
         (4, Flags(causal=False), {"op": "decode_varlen", "many_queries": True}),
@@ -172,7 +172,12 @@ def test_flags_of_decode_imply_the_flags_they_need(queries: int, flags: Flags, e
 
 def test_windows() -> None:
     shape = Shape(1, 8, 8, 4096, 4096)
-    for window, seen in ((513, 513), (4095, 4095), (4096, 0), (9999, 0)):  # all keys: no window, as at run time
+    for window, seen in (
+        (513, 513),
+        (4095, 4095),
+        (4096, 0),
+        (9999, 0),
+    ):  # a window of all keys is none, as at run time
         ((spec, sizes),) = kernels("dkdv", 128, "bf16", shape, Flags(window=window))
         assert (spec.window, sizes.window) == (seen > 0, seen)
     windowed = Shape(1, 8, 8, 4096, 4096, 700)
