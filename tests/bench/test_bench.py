@@ -173,7 +173,7 @@ def test_default_ops_shapes_and_windows() -> None:
 
 @pytest.mark.usefixtures("_fake_gpu")
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--op", "dkdv"), "'dkdv' is not one of"),
         (("--op", "training", "--stats"), "--stats: of --op forward or decode, not of training"),
@@ -182,10 +182,10 @@ def test_default_ops_shapes_and_windows() -> None:
         (("--head-dim", "100"), "100 is not a multiple of 8 from 8 to 256"),
     ],
 )
-def test_invalid_options_are_usage_errors(arguments: tuple[str, ...], says: str) -> None:
+def test_invalid_options_are_usage_errors(arguments: tuple[str, ...], message: str) -> None:
     done = run("bench", *arguments)
     assert done.exit_code == 2
-    assert says in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
     assert compared == []
 
 

@@ -74,7 +74,7 @@ def test_a_title_is_short() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--lengths", "4096,,128"), "--lengths': '4096,,128': not the keys of each sequence, 1 or more, such as"),
         (("--lengths", "0,7x128"), "--lengths': '0,7x128': not the keys of each"),
@@ -91,11 +91,11 @@ def test_a_title_is_short() -> None:
     ],
 )
 def test_invalid_lengths_are_one_usage_error_that_names_the_option(
-    compared: list[Compared], options: tuple[str, ...], says: str
+    compared: list[Compared], options: tuple[str, ...], message: str
 ) -> None:
     done = run(*BENCH, *options)
     assert done.exit_code == 2
-    assert says in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
     assert done.stderr.count("Error: ") == 1
     assert compared == []
 

@@ -347,7 +347,7 @@ def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--grid", "serving", "--op", "training"), "--grid serving: of --op decode, without --shape"),
         (("--grid", "paper", "--op", "forward"), "--grid paper: of --op decode or training, without --shape"),
@@ -358,11 +358,11 @@ def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
     ],
 )
 def test_invalid_options_are_usage_errors_before_anything_is_timed(
-    timer: FakeTimer, arguments: tuple[str, ...], says: str
+    timer: FakeTimer, arguments: tuple[str, ...], message: str
 ) -> None:
     done = run("bench", *arguments)
     assert done.exit_code == 2
-    assert says in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
     assert timer.compared == []
 
 

@@ -130,7 +130,7 @@ def test_shapes_are_read(text: str, op: str, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("4,16", "is not batch,heads,seqlen"),
         ("4,16,4096,1", "is not batch,heads,seqlen"),
@@ -142,8 +142,8 @@ def test_shapes_are_read(text: str, op: str, shape: Shape) -> None:
         ("1,32,0x64", "seqlen_q: got 0"),
     ],
 )
-def test_a_malformed_shape_is_explained(text: str, says: str) -> None:
-    with pytest.raises(click.BadParameter, match=says):
+def test_a_malformed_shape_is_explained(text: str, message: str) -> None:
+    with pytest.raises(click.BadParameter, match=message):
         parse_sizes(text)
 
 
@@ -169,7 +169,7 @@ def test_options_select_the_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "ops", "says"),
+    ("flags", "ops", "message"),
     [
         (
             ("--full",),
@@ -190,11 +190,11 @@ def test_options_select_the_kernel() -> None:
         (("--head-dim", "wide"), ("dqdr",), "'wide' is not a valid integer"),
     ],
 )
-def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple[str, ...], says: str) -> None:
+def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple[str, ...], message: str) -> None:
     for command in (("explain", "--shape", "1,8,1024"), ("tune",)):
         result = run(*command, "--gpu", "h200", "--op", *ops, *flags)
         assert result.exit_code == 2
-        assert says in " ".join(result.stderr.split())
+        assert message in " ".join(result.stderr.split())
 
 
 def test_invalid_flags_are_explained_for_the_ops_of_the_command() -> None:
@@ -213,22 +213,22 @@ def test_a_flag_of_one_of_several_ops_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--op", "preprocess", "--dtype", "tf32"), "error: dtype: got 'tf32'"),
         (("--op", "decode", "--dtype", "fp32", "--cache-dtype", "e4m3"), "error: cache_dtype: got e4m3"),
         (("--op", "dkdv", "--full", "--window", "9"), "error: window: got True without causal"),
     ],
 )
-def test_an_invalid_kernel_is_a_one_line_error(arguments: tuple[str, ...], says: str) -> None:
+def test_an_invalid_kernel_is_a_one_line_error(arguments: tuple[str, ...], message: str) -> None:
     result = run("explain", "--gpu", "h200", "--shape", "1,8,1024", *arguments)
     assert result.exit_code == 1
-    assert result.stderr.startswith(says)
+    assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "says", "expected"),
+    ("shape", "options", "message", "expected"),
     [
         ("8,32/8,4096", ("--leftpad",), "GQA 4:1, ragged, leftpad", {"leftpad": True}),
         ("8,32/8,4096", ("--stats",), "GQA 4:1, stats, ragged", {"stats": True}),
@@ -247,11 +247,11 @@ def test_an_invalid_kernel_is_a_one_line_error(arguments: tuple[str, ...], says:
         ("8,32/8,4x4096", ("--full",), "GQA 4:1, full, ragged, many queries", {"many_queries": True}),
     ],
 )
-def test_options_of_decode(shape: str, options: tuple[str, ...], says: str, expected: dict[str, object]) -> None:
+def test_options_of_decode(shape: str, options: tuple[str, ...], message: str, expected: dict[str, object]) -> None:
     spec = KernelSpec("decode_varlen", 96, "bf16", 4, **expected)  # type: ignore[arg-type]
     asked = ("--gpu", "h200", "--op", "decode", "--head-dim", "96", "--shape", shape, *options)
     assert spec_from(run_json("explain", *asked)["spec"]) == spec
-    assert f"decode, head_dim 96, bf16, {says}" in run("show", *asked).output
+    assert f"decode, head_dim 96, bf16, {message}" in run("show", *asked).output
 
 
 # doctor

@@ -372,7 +372,7 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         ("time_us = 'fast'", "row 1: time_us: got 'fast'"),
         ("kernel = 'abc'", "row 1: kernel: got 'abc'; allowed: 32 hex digits, or nothing"),
@@ -382,13 +382,13 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
         ("config_json = '[\"" + "a" * 5000 + "\"]'", "row 1: config"),
     ],
 )
-def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, says: str) -> None:
+def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, message: str) -> None:
     filled(store)
     with sqlite3.connect(store.path) as connection:
         connection.execute(f"UPDATE measurements SET {damage} WHERE rowid = 1")
     result = run("db", "check")
     assert result.exit_code == 1
-    assert f"{store.path}: 1 wrong, schema 3, 5 rows to be read\n  {says}" in result.stdout
+    assert f"{store.path}: 1 wrong, schema 3, 5 rows to be read\n  {message}" in result.stdout
     assert len(result.stdout) < 500 + len(str(store.path))
     assert "1 row cannot be read" in run("db", "stats").stdout
     assert "1 row cannot be read, and left out" in run("db", "export", "-").stderr

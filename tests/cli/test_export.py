@@ -65,7 +65,7 @@ def test_render_of_every_op_and_width(op: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "status", "says"),
+    ("text", "status", "message"),
     [
         ("{", 2, "not JSON"),
         ("[1]", 2, "not an object"),
@@ -73,10 +73,10 @@ def test_render_of_every_op_and_width(op: str) -> None:
         (config_to_json(dataclasses.replace(config(2), BLOCK_N=7)), 1, "BLOCK_N is 7"),
     ],
 )
-def test_render_refuses_an_invalid_config(text: str, status: int, says: str) -> None:
+def test_render_refuses_an_invalid_config(text: str, status: int, message: str) -> None:
     result = run("render", *CALL, "--config", text)
     assert result.exit_code == status
-    assert says in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
 
 

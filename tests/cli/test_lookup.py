@@ -218,7 +218,7 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "told"),
+    ("there", "message"),
     [
         ({"cuda": "11.8"}, f"cuda 11.8 (here {HERE.cuda})"),
         ({"cuda": ""}, f"cuda unknown (here {HERE.cuda})"),  # older than this field
@@ -228,11 +228,11 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
         ({"kernel": "", "text": "", "templates": "0" * 12}, "another kernel than today's"),
     ],
 )
-def test_show_names_the_evidence_that_differs(store: Store, there: dict[str, object], told: str) -> None:
+def test_show_names_the_evidence_that_differs(store: Store, there: dict[str, object], message: str) -> None:
     store.save(make_record(100.0, changed=there))
-    assert f"measured  {told}\n" in run("show", *CALL).stdout
+    assert f"measured  {message}\n" in run("show", *CALL).stdout
     (found,) = run_json("show", *CALL)["results"]
-    assert ", ".join(found["unlike_here"]) == told
+    assert ", ".join(found["unlike_here"]) == message
     assert not found["used"]
 
 

@@ -64,7 +64,7 @@ def test_completion_scripts_of_each_shell_call_this_program() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("explian",), "No such command explian. Did you mean explain?"),
         (("tunes",), "Did you mean tune?"),
@@ -73,10 +73,10 @@ def test_completion_scripts_of_each_shell_call_this_program() -> None:
         (("list", "--op", "decod"), "decod is not one of"),
     ],
 )
-def test_a_mistyped_word_is_a_usage_error_with_a_suggestion(arguments: tuple[str, ...], says: str) -> None:
+def test_a_mistyped_word_is_a_usage_error_with_a_suggestion(arguments: tuple[str, ...], message: str) -> None:
     done = run(*arguments)
     assert done.exit_code == 2
-    assert says in " ".join(done.stderr.split()).replace("'", "")  # Click's versions quote differently
+    assert message in " ".join(done.stderr.split()).replace("'", "")  # Click's versions quote differently
     assert "Traceback" not in done.output
 
 

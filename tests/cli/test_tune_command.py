@@ -351,18 +351,20 @@ def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> Non
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("options", "message"),
     [
         (("--op", "forward"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
         (("--dtype", "fp16"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
         (("--storage", "journal:file"), "--refresh: one process times again what it knows, without --storage"),
     ],
 )
-def test_refresh_refuses_unsupported_options(fake_h200: None, store: Store, asked: tuple[str, ...], told: str) -> None:
+def test_refresh_refuses_unsupported_options(
+    fake_h200: None, store: Store, options: tuple[str, ...], message: str
+) -> None:
     store.save(make_record())
-    result = run("tune", "--refresh", *asked, "--workers", "1")
+    result = run("tune", "--refresh", *options, "--workers", "1")
     assert result.exit_code != 0
-    assert told in result.stderr
+    assert message in result.stderr
 
 
 def test_refresh_needs_a_device(store: Store) -> None:

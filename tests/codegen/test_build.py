@@ -139,17 +139,17 @@ def test_another_users_directory_is_not_used(cache: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "told"),
+    ("text", "error", "message"),
     [
         ("def launch(:\n", BuildError, "does not import"),
         ("raise ValueError\n", BuildError, "does not import"),
         ("import no_such_module\n", MachineError, "No module named 'no_such_module'"),  # such as triton
     ],
 )
-def test_a_file_that_does_not_import(cache: Path, text: str, error: type[Exception], told: str) -> None:
+def test_a_file_that_does_not_import(cache: Path, text: str, error: type[Exception], message: str) -> None:
     source = source_of(text)
     before = set(sys.modules)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         load(source)
     assert not [name for name in set(sys.modules) - before if name.startswith("parallax_gen_kernels")]
 

@@ -111,7 +111,7 @@ ALL = [parallel_parallax, naive_parallax, parallax_decode, parallax_decode_one_s
 
 @pytest.mark.parametrize("function", ALL)
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"k": normal(2, 1, 3, 16)}, "must be divisible"),
         ({"k": normal(2, 1, 8, 16)}, "must be divisible"),
@@ -123,16 +123,16 @@ ALL = [parallel_parallax, naive_parallax, parallax_decode, parallax_decode_one_s
         ({"window_size": 0}, "window_size: "),
     ],
 )
-def test_mismatched_sizes_are_value_errors(function: Any, change: dict[str, Any], said: str) -> None:
+def test_mismatched_sizes_are_value_errors(function: Any, change: dict[str, Any], message: str) -> None:
     given = dict(zip("qrkv", inputs_of(1, 1), strict=True))
     function(**given)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         function(**{**given, **change})
     assert isinstance(caught.value, ArgumentError)
 
 
 @pytest.mark.parametrize(
-    ("function", "change", "kind", "said"),
+    ("function", "change", "kind", "message"),
     [
         (parallel_parallax, {"q": torch.zeros(1, 1, 4, 16)}, TypeError, "bf16 or fp16"),
         (parallel_parallax, {name: normal(2, 1, 4, 16) for name in "qrkv"}, ValueError, "batch of 1"),
@@ -146,12 +146,12 @@ def test_mismatched_sizes_are_value_errors(function: Any, change: dict[str, Any]
     ],
 )
 def test_a_bad_argument_raises_the_same_error_as_in_fla(
-    function: Any, change: dict[str, Any], kind: Any, said: str
+    function: Any, change: dict[str, Any], kind: Any, message: str
 ) -> None:
     given = dict(zip("qrkv", inputs_of(1, 1, batch=1), strict=True))
     if function is parallel_parallax:
         given["cu_seqlens"] = torch.tensor([0, 1])
     function(**given)
-    with pytest.raises(kind, match=said) as caught:
+    with pytest.raises(kind, match=message) as caught:
         function(**{**given, **change})
     assert isinstance(caught.value, ArgumentError)

@@ -382,7 +382,7 @@ def arguments_of(function: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("function", "change", "kind", "said"),
+    ("function", "change", "kind", "message"),
     [
         (function, *case)
         for function, cases in (
@@ -396,11 +396,11 @@ def arguments_of(function: Any) -> dict[str, Any]:
     ],
 )
 def test_a_bad_argument_raises_the_same_error_as_in_parallax_kernel(
-    function: Any, change: dict[str, Any], kind: Any, said: str
+    function: Any, change: dict[str, Any], kind: Any, message: str
 ) -> None:
     given = arguments_of(function)
     function(**given)
-    with pytest.raises(kind, match=said) as caught:
+    with pytest.raises(kind, match=message) as caught:
         function(**{**given, **change})
     assert isinstance(caught.value, ArgumentError)
 

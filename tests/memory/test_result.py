@@ -84,16 +84,16 @@ NONSENSE: list[tuple[str, str | None, object, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("part", "name", "value", "says"), NONSENSE)
+@pytest.mark.parametrize(("part", "name", "value", "message"), NONSENSE)
 def test_invalid_values_are_refused_with_the_name_of_their_field(
-    part: str, name: str | None, value: object, says: str
+    part: str, name: str | None, value: object, message: str
 ) -> None:
     data = GOOD | {part: value if name is None else GOOD[part] | {name: value}}
     with pytest.raises((ArgumentError, ConfigError)) as raised:
         Result.from_dict(data)
     told = str(raised.value)
     told.encode()  # it must be printable
-    assert says in told
+    assert message in told
     assert len(told) < 500
 
 

@@ -67,16 +67,16 @@ def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
     found = report(store)
     gains = {study.place: study.gain for study in found.shown}
     assert gains == {PLACE: 1.25, OTHER_BUCKET: None, OTHER_GPU: None}
-    told = {tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(found, Memory(store))["studies"]}
-    assert told[tuple(PLACE.flat().values())] == (125.0, 1.25)
+    gains = {tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(found, Memory(store))["studies"]}
+    assert gains[tuple(PLACE.flat().values())] == (125.0, 1.25)
 
 
 def test_another_toolchains_study_is_shown_if_this_one_has_none(store: Store) -> None:
     store.save(make_record(100.0, changed=OTHER_TOOLCHAIN))
     store.save(make_record(90.0, changed={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
     found = report(store)
-    told = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
-    assert [(s.state, s.unlike) for s in found.shown] == [("elsewhere", told)]
+    differences = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
+    assert [(s.state, s.unlike) for s in found.shown] == [("elsewhere", differences)]
     assert found.left_out == 1
     both = report(store, every=True)
     assert len(both.shown) == 2
@@ -282,7 +282,7 @@ def test_files_of_bench_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", r"a\.csv, line 1: got no columns; allowed: a CSV file of parallax-gen bench, with op, part, .*seqlen_kv$"),
         ("op,part\ndecode,decode\n", r"line 1: got the columns op, part; allowed: .* with contender, head_dim"),
@@ -293,9 +293,9 @@ def test_files_of_bench_are_read(tmp_path: Path) -> None:
         ('{"rows": [{"spec": {}, "shape": {}}]}', r"a\.csv, row 1: got an object without op, part"),
     ],
 )
-def test_an_invalid_bench_file_is_an_error_that_names_it(tmp_path: Path, text: str, told: str) -> None:
+def test_an_invalid_bench_file_is_an_error_that_names_it(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(ParallaxGenError, match=told):
+    with pytest.raises(ParallaxGenError, match=message):
         read_rows(tmp_path / "a.csv")
 
 
@@ -303,7 +303,7 @@ BASE = {"causal": False, "lengths": ""}  # optional columns
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number from 0.001 to 1e\\+12, or nothing"),
         ({"time_us": -1}, "line 3: time_us: got '-1'; allowed"),
@@ -322,9 +322,9 @@ BASE = {"causal": False, "lengths": ""}  # optional columns
     ],
 )
 def test_an_invalid_cell_is_an_error_with_its_line_and_column(
-    tmp_path: Path, change: dict[str, Any], told: str
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ParallaxGenError, match=rf"a\.csv, {told}"):
+    with pytest.raises(ParallaxGenError, match=rf"a\.csv, {message}"):
         read_rows(write(tmp_path / "a.csv", BASE | ROW, BASE | ROW | change))
 
 

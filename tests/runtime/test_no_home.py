@@ -52,11 +52,11 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_home")
-@pytest.mark.parametrize("said", [None, "~/there"])
-def test_calls_work_without_a_home(said: str | None, fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if said is not None:
-        monkeypatch.setenv("PARALLAX_GEN_DB", said)
-        monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", said)
+@pytest.mark.parametrize("message", [None, "~/there"])
+def test_calls_work_without_a_home(message: str | None, fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if message is not None:
+        monkeypatch.setenv("PARALLAX_GEN_DB", message)
+        monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", message)
     with pytest.warns(UserWarning, match=r"no home folder.*set PARALLAX_GEN_DB .*Only shipped records"):
         assert RuntimeMemory().store is None
     with pytest.warns(UserWarning, match=r"no home folder.*set PARALLAX_GEN_CACHE_DIR .*using"):

@@ -194,7 +194,7 @@ def test_invalid_shared_results_are_ignored(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ("tuning", "the storage is no journal:FILE and no URL"),
         ("journal:/nowhere/at/all", "cannot use the storage journal:/nowhere/at/all: "),
@@ -203,7 +203,7 @@ def test_invalid_shared_results_are_ignored(url: str) -> None:
         ("postgresql://u:secret@127.0.0.1:1/name", "cannot use the storage postgresql://u:.*@127.0.0.1:1/name: "),
     ],
 )
-def test_the_error_for_an_unusable_storage_hides_its_password(bad: str, said: str) -> None:
-    with pytest.raises(StoreError, match=said) as caught:
+def test_the_error_for_an_unusable_storage_hides_its_password(bad: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
         Storage(bad).claims(JOB.place, "")
     assert "secret" not in str(caught.value)

@@ -104,7 +104,7 @@ def changed(**fields: Any) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("results", "said"),
+    ("results", "message"),
     [
         ([], "none of them timed"),
         ([r for r in synthetic_results() if r.outcome == "resources"], "none of them timed"),
@@ -115,8 +115,8 @@ def changed(**fields: Any) -> Result:
         ([changed(shape=Shape(2, 8, 8, 4096, 4096)), *synthetic_results()[1:]], "2 values of shape"),
     ],
 )
-def test_results_that_are_no_sweep_are_refused(results: list[Any], said: str) -> None:
-    with pytest.raises(ArgumentError, match=said):
+def test_results_that_are_no_sweep_are_refused(results: list[Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
         sweep_of(results, CARD)
 
 
@@ -139,7 +139,7 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda lines: [], "line 1: not of a sweep"),
         (lambda lines: lines[1:], "line 1: not of a sweep"),
@@ -172,13 +172,13 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
     ],
 )
 def test_a_malformed_file_is_refused_with_its_line(
-    corrupt: Callable[[list[Any]], list[Any]], said: str, tmp_path: Path
+    corrupt: Callable[[list[Any]], list[Any]], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "sweep.jsonl"
     write_sweep(sweep_of(synthetic_results(), CARD), path)
     lines = corrupt([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with pytest.raises(StoreError, match=said) as refused:
+    with pytest.raises(StoreError, match=message) as refused:
         read_sweep(path)
     assert str(path) in str(refused.value)
 
@@ -233,7 +233,7 @@ def test_a_sweep_that_was_read_is_written_byte_for_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"environment.templates": ""}, "templates"),
         ({"environment.space": 2}, "key"),
@@ -244,13 +244,13 @@ def test_a_sweep_that_was_read_is_written_byte_for_byte(tmp_path: Path) -> None:
         ({"bucket.depth": 3}, "depth"),
     ],
 )
-def test_a_malformed_format_1_key_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_malformed_format_1_key_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     plain = next(path for path in RECORDED if path.suffix == ".jsonl")
     first, *lines = plain.read_text(encoding="utf-8").splitlines(keepends=True)
     header = json.loads(first)
     header["key"] |= fields
     (tmp_path / "sweep.jsonl").write_text("".join([json.dumps(header) + "\n", *lines]), encoding="utf-8")
-    with pytest.raises(StoreError, match=f"line 1: .*{said}"):
+    with pytest.raises(StoreError, match=f"line 1: .*{message}"):
         read_sweep(tmp_path / "sweep.jsonl")
 
 
