@@ -1,7 +1,7 @@
-"""Convert a model of transformers to Parallax attention, fine-tune its r_proj alone, save it and load it.
+"""Convert a model of transformers to Parallax attention, fine-tune only its r_proj, save it and load it.
 
-The model is a tiny Qwen3 with random weights, and the text this package's own sources, byte by byte, so that nothing is
-downloaded; a trained one, of AutoModelForCausalLM.from_pretrained, converts alike. It needs transformers:
+The model is a tiny Qwen3 with random weights, and the text is this package's source code, byte by byte, so nothing is
+downloaded. A trained model from AutoModelForCausalLM.from_pretrained is converted in the same way. Needs transformers:
 pip install 'parallax-gen[transformers]'.
 """
 

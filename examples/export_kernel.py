@@ -1,4 +1,4 @@
-"""Export a kernel as source, and use the file on its own: it needs torch and triton, not parallax_gen."""
+"""Export a kernel as a source file, and import the file by itself: it needs torch and triton, not parallax_gen."""
 
 from __future__ import annotations
 

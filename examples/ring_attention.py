@@ -1,9 +1,9 @@
-"""One sequence over several GPUs: right, how fast a card, and what passing keys and values round takes by itself.
+"""Ring attention over several GPUs: check the results, time each step, and time the passing of keys and values alone.
 
-    python examples/ring_attention.py --tokens 65536              on every GPU of this machine
-    torchrun --nproc-per-node 4 examples/ring_attention.py        as one job of several machines would start it
+    python examples/ring_attention.py --tokens 65536              on all GPUs of this machine
+    torchrun --nproc-per-node 4 examples/ring_attention.py        as a job over several machines is started
 
-Without a GPU it does a small one on two processes over gloo.
+Without a GPU it runs a small example on two processes over gloo.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every query sees every key; causal without")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if ON_GPU else 2)
     options = parser.parse_args()
-    if "RANK" in os.environ:  # of torchrun
+    if "RANK" in os.environ:  # started by torchrun
         work(int(os.environ.get("LOCAL_RANK", "0")), options)
         return
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
@@ -55,7 +55,7 @@ def work(local_rank: int, options: argparse.Namespace) -> None:
     try:
         shared = share_tuning()
         ranks, causal = dist.get_world_size(), not options.full
-        say(f"{ranks} ranks choose from the same {shared} records; {'causal' if causal else 'full'}")
+        print_on_rank_0(f"{ranks} ranks choose from the same {shared} records; {'causal' if causal else 'full'}")
         check(options.heads, options.head_dim, causal)
         for tokens in options.tokens:
             measure(tokens, options.heads, options.head_dim, causal)
@@ -63,7 +63,7 @@ def work(local_rank: int, options: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def say(line: str) -> None:
+def print_on_rank_0(line: str) -> None:
     if dist.get_rank() == 0:
         print(line, flush=True)
 
@@ -75,7 +75,7 @@ def normal(*size: int, seed: int) -> Tensor:
 
 
 def check(heads: int, head_dim: int, causal: bool) -> None:
-    """The ring's output and gradients beside those of one rank that has the whole sequence."""
+    """Compare the ring's output and gradients with those of one rank that has the whole sequence."""
     tokens = dist.get_world_size() * (1024 if ON_GPU else 8)
     *inputs, do = (x.detach() for x in sequences(tokens, heads, head_dim, seed=0))
     mine = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
@@ -88,52 +88,56 @@ def check(heads: int, head_dim: int, causal: bool) -> None:
     for name, part, expected in zip(names, (out, *grads), (wanted.detach(), *wanted_grads), strict=True):
         found = gather_sequence(part, causal=causal)
         error = float((found.double() - expected.double()).norm() / expected.double().norm())
-        say(f"  {name}: off by {error:.1e} of the norm from one rank's")
-        assert error < 2e-2, name  # parts are rounded to 16 bits before they are joined
+        print_on_rank_0(f"  {name}: off by {error:.1e} of the norm from one rank's")
+        assert error < 2e-2, name  # parts are rounded to 16 bits before they are merged
 
 
 def measure(tokens: int, heads: int, head_dim: int, causal: bool) -> None:
-    """Milliseconds and TFLOP/s a card of the ring, of one card alone, and of the passing alone."""
+    """Print milliseconds and TFLOP/s per card of the ring and of one card, and the time of the passing alone."""
     ranks = dist.get_world_size()
-    times = both(ring_attn_func, sequences(tokens // ranks, heads, head_dim, seed=5 * dist.get_rank()), causal)
+    times = time_forward_and_step(
+        ring_attn_func, sequences(tokens // ranks, heads, head_dim, seed=5 * dist.get_rank()), causal
+    )
     k, v = (normal(1, tokens // ranks, heads, head_dim, seed=n) for n in (2, 3))
-    passing = ms(lambda: go_round(k, v))
+    passing = median_ms(lambda: pass_around(k, v))
     alone = (float("nan"),) * 2
-    if dist.get_rank() == 0:  # the others wait
-        alone = both(parallax_attn_func, sequences(tokens, heads, head_dim, seed=0), causal, alone=True)
+    if dist.get_rank() == 0:  # the other ranks wait
+        alone = time_forward_and_step(
+            parallax_attn_func, sequences(tokens, heads, head_dim, seed=0), causal, alone=True
+        )
     dist.barrier()
-    flop = 8 * heads * tokens**2 * head_dim * (0.5 if causal else 1.0)  # of 4 matmuls; a step has 12
+    flop = 8 * heads * tokens**2 * head_dim * (0.5 if causal else 1.0)  # the forward has 4 matmuls, a step 12
     for name, ours, one, work in zip(("forward", "step"), times, alone, (flop, 3 * flop), strict=True):
         rate, single = work / ranks / ours / 1e9, work / one / 1e9
-        say(
+        print_on_rank_0(
             f"{tokens} tokens, {name}: {ours:.2f} ms on {ranks} cards, {rate:.0f} TFLOP/s a card; "
             f"one alone {one:.2f} ms, {single:.0f} TFLOP/s: {100 * rate / single:.0f} %"
         )
-    say(f"{tokens} tokens, keys and values once round with nothing to hide behind: {passing:.2f} ms")
+    print_on_rank_0(f"{tokens} tokens, keys and values once round with nothing to hide behind: {passing:.2f} ms")
 
 
 def sequences(tokens: int, heads: int, head_dim: int, seed: int) -> list[Tensor]:
-    """q, r, k, v, which want gradients, and the gradient of the output."""
+    """q, r, k and v, which require gradients, and the gradient of the output."""
     drawn = [normal(1, tokens, heads, head_dim, seed=seed + n) for n in range(5)]
     drawn[1] /= head_dim**0.5
     return [x.requires_grad_(n < 4) for n, x in enumerate(drawn)]
 
 
-def both(
+def time_forward_and_step(
     attention: Callable[..., Tensor], inputs: list[Tensor], causal: bool, *, alone: bool = False
 ) -> tuple[float, float]:
-    """Milliseconds of a forward without gradients, and of a step."""
+    """Milliseconds of a forward without gradients, and of a training step."""
     *given, do = inputs
 
     def step() -> None:
         torch.autograd.grad(attention(*given, causal=causal), given, do)
 
     with torch.no_grad():
-        forward = ms(lambda: attention(*given, causal=causal), alone=alone)
-    return forward, ms(step, alone=alone)
+        forward = median_ms(lambda: attention(*given, causal=causal), alone=alone)
+    return forward, median_ms(step, alone=alone)
 
 
-def go_round(k: Tensor, v: Tensor) -> None:
+def pass_around(k: Tensor, v: Tensor) -> None:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for _ in range(ranks - 1):
         arriving = torch.empty_like(k), torch.empty_like(v)
@@ -144,8 +148,8 @@ def go_round(k: Tensor, v: Tensor) -> None:
         k, v = arriving
 
 
-def ms(call: Callable[[], object], *, alone: bool = False) -> float:
-    """The median of a few calls, each from the moment at which all ranks are ready to the last one's end."""
+def median_ms(call: Callable[[], object], *, alone: bool = False) -> float:
+    """The median of a few calls, each timed from when all ranks are ready until the last rank ends."""
     times = []
     for n in range(WARM + TIMED):
         wait(alone)

@@ -1,4 +1,4 @@
-"""Serve a batch from pages: two prompts in chunks, then decode steps, on a GPU as one CUDA graph replayed each step."""
+"""Serve a batch from a paged cache: chunked prefill of two prompts, then decode steps (on a GPU as a CUDA graph)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def main() -> None:
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device, dtype=torch.float16)
 
-    # Keys and values of all sequences, in pages; a sequence's own are where its row of the table says.
+    # Keys and values of all sequences, in pages. A sequence's row of the table lists its pages.
     k_cache, v_cache = (normal(PAGES, PAGE_SIZE, KV_HEADS, HEAD_DIM) for _ in range(2))
     table = torch.randperm(PAGES, device=device).view(BATCH, PAGES // BATCH).int()
     lengths = torch.zeros(BATCH, dtype=torch.int32, device=device)
     cache = {"cache_seqlens": lengths, "page_table": table}
 
     def append(counts: list[int]) -> None:
-        """New tokens' keys and values: a model would find them."""
+        """Append random keys and values of new tokens; a model would compute them."""
         for b, count in enumerate(counts):
             for n in range(int(lengths[b]), int(lengths[b]) + count):
                 k_cache[table[b, n // PAGE_SIZE], n % PAGE_SIZE] = normal(KV_HEADS, HEAD_DIM)
@@ -31,7 +31,7 @@ def main() -> None:
         lengths.add_(torch.tensor(counts, dtype=torch.int32, device=device))
 
     done = 0
-    while done < max(PROMPTS):  # both prompts' next chunks, packed: the last ones are shorter, or empty
+    while done < max(PROMPTS):  # the next chunks of both prompts, packed; the last ones are shorter or empty
         counts = [max(0, min(CHUNK, prompt - done)) for prompt in PROMPTS]
         append(counts)
         starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32, device=device)

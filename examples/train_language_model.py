@@ -1,7 +1,7 @@
 """Train a small language model with Parallax attention, and its softmax twin: loss curves as a table and a picture.
 
-The text is what any machine that runs this has: the Python sources of the standard library and of torch, byte by
-byte. The twins have the same width, layers, first weights, batches and optimizer, and differ in attention alone.
+The text is present on every machine that runs this: the Python sources of the standard library and of torch, byte by
+byte. The twins have the same width, layers, initial weights, batches and optimizer, and differ only in attention.
 Parallax has one more projection a layer, r. It starts at 0, where Parallax is softmax attention: both models start
 as the same function.
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         def heads(project: nn.Linear) -> Tensor:
             return project(x).unflatten(-1, (-1, self.head_dim))  # (batch, seqlen, heads, head_dim)
 
-        # Norms and rotations in fp32. r has no norm: its gradient at r = 0 would be without bound.
+        # Norms and rotations in fp32. r has no norm, whose gradient would be unbounded at r = 0.
         v = heads(self.v_proj)
         q = rotate(self.q_norm(heads(self.q_proj).float()), cos, sin).to(v.dtype)
         k = rotate(self.k_norm(heads(self.k_proj).float()), cos, sin).to(v.dtype)
@@ -158,7 +158,7 @@ def optimizers_of(model: LanguageModel, settings: Settings) -> list[torch.optim.
     adamw: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95)}
     first: torch.optim.Optimizer
     if settings.optimizer == "muon":
-        # In torch since 2.9. Its steps are scaled to be as large as AdamW's: one learning rate does for both.
+        # In torch since 2.9. Its steps are scaled to the size of AdamW's, so one learning rate serves both.
         lr, scaled = settings.learning_rate, "match_rms_adamw"
         first = torch.optim.Muon(matrices, lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn=scaled)
     else:
@@ -167,7 +167,7 @@ def optimizers_of(model: LanguageModel, settings: Settings) -> list[torch.optim.
 
 
 def schedule(step: int, steps: int) -> float:
-    """The learning rate's factor: up over a twentieth of the steps, level, and down to 0 over the last third."""
+    """The learning rate's factor: warm-up over a twentieth of the steps, constant, down to 0 over the last third."""
     return min(1.0, (step + 1) / max(1, steps // 20), (steps - step) / max(1, steps // 3))
 
 
@@ -179,7 +179,7 @@ class Curve:
 
     @property
     def last_train(self) -> float:
-        """Over the last twentieth of the steps: one step's is noise."""
+        """The mean over the last twentieth of the steps, because a single step's loss is noisy."""
         return statistics.mean(self.train[-max(1, len(self.train) // 20) :])
 
     @property
@@ -200,7 +200,9 @@ def train(name: str, model: LanguageModel, text: Tensor, held_out: Tensor, setti
         model.compile()
     optimizers = optimizers_of(model, settings)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule(step, settings.steps)) for o in optimizers]
-    generator = torch.Generator().manual_seed(settings.seed)  # of this call's own: both models see the same batches
+    generator = torch.Generator().manual_seed(
+        settings.seed
+    )  # a generator of this call, so that both models see the same batches
     reach = torch.arange(settings.seqlen + 1, device=text.device)
     count = VALIDATION_BATCHES * settings.batch
     spread = held_out.unfold(0, settings.seqlen + 1, max(settings.seqlen + 1, len(held_out) // count))[:count]
@@ -224,7 +226,7 @@ def train(name: str, model: LanguageModel, text: Tensor, held_out: Tensor, setti
             torch.cuda.synchronize(text.device)
         return time.perf_counter()
 
-    losses: list[Tensor] = []  # on the device: reading one would wait for its step
+    losses: list[Tensor] = []  # kept on the device: reading one would wait for its step
     validation = {0: validate()}
     speeds: list[float] = []
     every = -(-settings.steps // VALIDATIONS)
@@ -251,7 +253,7 @@ def write_table(path: Path, curves: dict[str, Curve], settings: Settings) -> Non
 
 
 def draw(path: Path, curves: dict[str, Curve], title: str) -> bool:
-    """The curves as a picture. False where matplotlib is missing."""
+    """Plot the curves. False if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -263,7 +265,7 @@ def draw(path: Path, curves: dict[str, Curve], title: str) -> bool:
         above.plot(range(1, len(curve.train) + 1), curve.train, color=color, alpha=0.3, linewidth=0.6)
         label = f"{name}, {curve.last_validation:.4f} at the end"
         above.plot(curve.validation.keys(), curve.validation.values(), color=color, marker="o", ms=3, label=label)
-    # The first steps would leave no room for the rest.
+    # The losses of the first steps would dominate the axis.
     above.set(title=title, ylabel="loss, nats a byte", ylim=(None, sorted(softmax.validation.values())[-2]))
     above.legend(title="validation (thin: training)")
     difference = [parallax.validation[step] - loss for step, loss in softmax.validation.items()]

@@ -1,4 +1,4 @@
-"""Calls of the command line, and results for it to find."""
+"""Command lines for the tests, and records that they look up."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ DKDV_SPEC = KernelSpec("dkdv", 96, "bf16", group=4, causal=True, window=True)
 DKDV_CALL = ("--gpu", "h200", "--op", "dkdv", "--head-dim", "96", "--window", "513", "--shape", "2,32/8,4096")
 DKDV_PLACE = Place("h200", DKDV_SPEC, Bucket(16, 4096, 4096, 512))
 
-# What of its evidence can differ: the kernel is rendered otherwise today, or something else compiled it.
+# Evidence that differs from today's: another kernel, or another toolchain.
 OTHER_KERNEL = {"kernel": "0" * 32, "text": "0" * 32}
 OTHER_TOOLCHAIN = {"triton": "3.5.1", "cuda": "12.8"}
 NOTHING: Mapping[str, Any] = {}
 
 
 def evidence(place: Place, config: KernelConfig, **evidence_changes: Any) -> Evidence:
-    """That of today's kernel of a config, measured by this process but for the fields that are given."""
+    """The evidence of a measurement of today's kernel in this process, except for the given fields."""
     try:
         here = ranking.evidence_of(render(place.spec, config, card_of(place)))
-    except ConfigError:  # a config that is not valid any more has no kernel today
+    except ConfigError:  # no kernel today: the config is not valid any more
         here = Evidence.here(**OTHER_KERNEL)
     return dataclasses.replace(here, **evidence_changes)
 
@@ -62,15 +62,15 @@ def dkdv_config(stages: int = 2) -> DkDvConfig:
     return DkDvConfig(64, 128, GROUP_HEADS=4, num_warps=8, num_stages=stages, HEAD_DIM_LAYOUT="chunked")
 
 
-def known(
+def make_record(
     time_us: float | None = 250.0,
     outcome: str = "ok",
     splits: int = 2,
     evidence_changes: Mapping[str, Any] = NOTHING,
     **fields: Any,
 ) -> result.Result:
-    """A result of PLACE; give `place=` for another's. `evidence_changes`: what of its evidence is not as here."""
-    return _known(
+    """A result of PLACE, or of `place=`. `evidence_changes`: fields of its evidence that differ from today's."""
+    return _make_record(
         time_us,
         outcome,
         evidence_changes,
@@ -78,7 +78,7 @@ def known(
     )
 
 
-def known_dkdv(
+def dkdv_record(
     time_us: float | None = 900.0,
     outcome: str = "ok",
     stages: int = 2,
@@ -86,10 +86,12 @@ def known_dkdv(
     **fields: Any,
 ) -> result.Result:
     """A result of DKDV_PLACE."""
-    return _known(time_us, outcome, evidence_changes, {"place": DKDV_PLACE, "config": dkdv_config(stages)} | fields)
+    return _make_record(
+        time_us, outcome, evidence_changes, {"place": DKDV_PLACE, "config": dkdv_config(stages)} | fields
+    )
 
 
-def _known(
+def _make_record(
     time_us: float | None, outcome: str, evidence_changes: Mapping[str, Any], fields: dict[str, Any]
 ) -> result.Result:
     found = {
@@ -100,7 +102,7 @@ def _known(
 
 
 def run(*arguments: object, env: dict[str, str] | None = None) -> Result:
-    """The command in this process, in a pipe that nobody gave a width: pytest-xdist gives its workers one."""
+    """Run the command in this process, in a pipe without a width (pytest-xdist sets COLUMNS in its workers)."""
     variables: dict[str, str | None] = {"COLUMNS": None, **(env or {})}
     return CliRunner(env=variables).invoke(main, [str(argument) for argument in arguments])
 
@@ -111,8 +113,8 @@ def run_json(*arguments: object) -> Any:
     return json.loads(result.stdout)
 
 
-def process(*command: object) -> subprocess.Popen[str]:
-    """Python with this package on its path, as a child."""
+def start_python(*command: object) -> subprocess.Popen[str]:
+    """Start Python in a child process with this package on its path."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,

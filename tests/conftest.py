@@ -1,4 +1,4 @@
-"""What every test runs under: folders of its own, Triton's interpreter where no GPU is, and hypothesis profiles."""
+"""The environment of every test: its own folders, Triton's interpreter if there is no GPU, hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Triton reads it when a kernel is decorated: before any test imports one.
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set before any test imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 
-# "ci" draws the same examples in every run: when it fails, the change did it and not the draw, and whoever looks gets
-# the same example. What that gives up, new examples, "explore" has: `pytest --hypothesis-profile=explore`, for
-# an hour after the generator changed. No deadline: the interpreter's time a case varies a hundredfold.
+# "ci" draws the same examples in every run: a failure comes from the change, not the draw, and is reproducible.
+# "explore" draws new examples: run `pytest --hypothesis-profile=explore` for an hour after the generator changed.
+# No deadline: the interpreter's time a case varies a hundredfold.
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=60, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")
@@ -41,14 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """torch's draws begin alike in every test, for hypothesis's reason above: a bound that one draw in thousands
-    passes by rounding fails for everyone or for no one."""
+    """Seed torch in every test, for the same reason: a bound that one draw in thousands exceeds by rounding fails
+    for everyone or for no one."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _home_untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels, results and Triton's programs go to a folder of this session, in child processes too.
+def _session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Put kernels, results and Triton's cache into a folder of this session, for child processes too.
 
     Set TRITON_CACHE_DIR to keep what Triton compiled from one session to the next.
     """

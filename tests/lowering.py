@@ -1,8 +1,8 @@
-"""What kernels need of a card's shared and tensor memory, without machine code: several times faster than compiling.
+"""The shared and tensor memory that kernels need, without generating machine code: several times faster than compiling.
 
-Run as a program it reads pickled jobs and writes a line of JSON for each. A program of its own, since it changes Triton
-for good, and since the tests' own runs kernels in the interpreter. What it leaves in Triton's cache is no kernel: its
-folder must be used by nothing else.
+Run as a program, it reads pickled jobs and writes a line of JSON for each. It is a separate process because it patches
+Triton for good, and because the tests' own process runs kernels in the interpreter. It leaves entries in Triton's cache
+that are no kernels, so nothing else may use that folder.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Needs:
-    """The most that a kernel of the launch takes.
+    """The largest needs of the launch's kernels.
 
-    shared_bytes    shared memory a block
-    tensor_columns  of Blackwell's tensor memory
-    error           why there is no such kernel, in a line; else empty
+    shared_bytes    shared memory per block
+    tensor_columns  columns of Blackwell's tensor memory
+    error           why lowering failed, in a line; else empty
     """
 
     shared_bytes: int
@@ -50,7 +50,7 @@ class Needs:
 
 
 def needs(jobs: Sequence[Job], folder: Path) -> Iterator[Needs]:
-    """What each job needs, one after the other, from a process whose files lie in `folder`."""
+    """The needs of each job, in order, from a child process that uses `folder` for its files."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": str(ROOT),
@@ -70,31 +70,31 @@ def needs(jobs: Sequence[Job], folder: Path) -> Iterator[Needs]:
     assert child.returncode == 0
 
 
-class _Placed(BaseException):
-    """Raised where Triton would go on from placed shared memory; carries the passes up to there."""
+class _MemoryAllocated(BaseException):
+    """Raised once Triton has allocated shared memory; carries the passes up to there."""
 
     def __init__(self, passes: Any):
         self.passes = passes
 
 
-def stop_once_memory_is_placed() -> None:
-    """From now on Triton's compiler runs its passes up to the placing of shared memory, and makes no machine code."""
+def stop_after_memory_allocation() -> None:
+    """Patch Triton's compiler to stop after the allocation of shared memory, before machine code."""
     from triton.backends.nvidia import compiler
 
     backend, lowering = compiler.CUDABackend, compiler.nvidia.passes.ttgpuir
     whole, go_on = backend.make_llir, lowering.add_to_llvmir
 
     def stop(passes: Any, *_: Any) -> None:
-        raise _Placed(passes)
+        raise _MemoryAllocated(passes)
 
     def make_llir(self: Any, src: Any, metadata: dict[str, Any], options: Any, capability: int) -> str:
         lowering.add_to_llvmir = stop
         try:
             whole(self, src, metadata, options, capability)
-        except _Placed as placed:
+        except _MemoryAllocated as placed:
             try:
                 placed.passes.run(src, "make_llir")
-            except TypeError:  # Triton 3.5 names no stage
+            except TypeError:  # Triton 3.5 has no stage names
                 placed.passes.run(src)
         finally:
             lowering.add_to_llvmir = go_on
@@ -114,7 +114,7 @@ def main() -> None:
     from parallax_gen.codegen.resources import Resources
     from parallax_gen.errors import BuildError
 
-    stop_once_memory_is_placed()
+    stop_after_memory_allocation()
 
     def most(compiled: Sequence[Any]) -> Resources:
         found.update(
@@ -127,7 +127,7 @@ def main() -> None:
     known: dict[tuple[str, Gpu], dict[str, Any]] = {}
     for spec, config, gpu, shape in pickle.load(sys.stdin.buffer):
         source = render(spec, config, gpu)
-        body = source.text.split('"' * 3, 2)[2]  # what is before is prose
+        body = source.text.split('"' * 3, 2)[2]  # the text before it is prose
         found = known.setdefault((body, gpu), {"shared_bytes": 0, "tensor_columns": 0, "error": ""})
         if not found["shared_bytes"] and not found["error"]:
             try:

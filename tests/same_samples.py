@@ -1,12 +1,10 @@
-"""What must stay the same when files move and ops are reshaped, worked out anew for test_same.py to compare.
+"""Answers that must not change in a refactoring, computed anew for test_same.py to compare with the stored ones.
 
-Each topic is a file of tests/data/same, whose lines are pairs of JSON: what is asked, in the words that records are
-stored in, and what came of it. The names at the top are all that this module has of the package: where they move, no
-more than these lines need to change. When an answer changes on purpose, read the difference after
+Each topic is a file of tests/data/same. Its lines are pairs of JSON: a question, in the names that records use, and its
+answer. The imports at the top are all that this module uses of the package: when names move, only those lines change.
+When an answer changes on purpose, run this, which draws the same questions again and answers them, and read the diff:
 
     python tests/same_samples.py --write [TOPIC ...]
-
-which draws the same questions again and answers them.
 """
 
 from __future__ import annotations
@@ -69,25 +67,25 @@ from parallax_gen.tuning.search.cost_model import guess_us
 __all__ = ["Store", "command", "from_line", "to_line"]
 
 FOLDER = Path(__file__).parent / "data" / "same"
-LONGEST = 64_000  # bytes of a file that is not compressed
+LONGEST = 64_000  # bytes of an uncompressed file
 TUNING_DB = Path(__file__).parents[1] / "tuning_db"
 
-# Those that results are looked up with, whichever Triton is installed: two that records have, and one that none has.
+# Toolchains for looking up results, whichever Triton is installed: two with records, and one without.
 TOOLCHAINS = {name: Toolchain(name, cuda) for name, cuda in {"3.6": "12.8/12.9", "3.9": "12.9/13.4", "3.5": ""}.items()}
 FIXED = Toolchain("3.9.0", "12.9/13.4")
 
-# What records always have, at what it is where nothing is asked.
+# Fields that records always have, at their defaults.
 OFF = {"group": 1, "causal": False, "stats": False, "ragged": False}
 
 Json = Any
 Line = tuple[Json, Json]
 
 
-# -- the stored forms, which stay, in today's terms
+# -- conversion between the stored forms, which stay, and today's objects
 
 
 def spec_from(stored: Json) -> KernelSpec:
-    """The spec that records have as `stored`, where flags that are off may be left out."""
+    """The spec that is stored as `stored`, in which flags that are off may be omitted."""
     order = ("op", "head_dim", "dtype", *OFF)
     whole = {name: stored.get(name, OFF.get(name)) for name in order}
     whole |= {name: value for name, value in stored.items() if name not in whole}
@@ -97,7 +95,7 @@ def spec_from(stored: Json) -> KernelSpec:
 
 
 def stored_spec(place: Place) -> Json:
-    """What `spec_from` makes the place's spec of, with no flag that is off."""
+    """The stored form of the place's spec, without flags that are off; the inverse of `spec_from`."""
     whole = {name.removeprefix("spec."): value for name, value in place.flat().items() if name.startswith("spec.")}
     return {name: value for name, value in whole.items() if name not in OFF or OFF[name] != value}
 
@@ -112,7 +110,7 @@ def config_from(spec: KernelSpec, stored: Json) -> KernelConfig:
 
 
 def stored_config(config: KernelConfig) -> Json:
-    """What `config_from` makes the config of: by the names of when this was pinned."""
+    """The stored form of a config, with the field names of the time when the samples were written."""
     return {stored_name(name): stored_value(name, value) for name, value in config_to_dict(config).items()}
 
 
@@ -125,7 +123,7 @@ def stored_value(name: str, value: Json) -> Json:
 
 
 def changes(default: KernelConfig, config: KernelConfig) -> Json:
-    """What of a config is another than of the default, as stored; None for what is stored there alone."""
+    """The stored fields in which a config differs from the default; None for fields that only the default stores."""
     one, other = stored_config(default), stored_config(config)
     changed = {name: value for name, value in other.items() if name not in one or one[name] != value}
     return changed | {name: None for name in one if name not in other}
@@ -136,7 +134,7 @@ def job_of(place: Place) -> Job:
 
 
 def study_of(place: Place, program: str) -> str:
-    """The name of the study that workers on several hosts share of a place."""
+    """The name of the study that workers on several hosts share for a place."""
     storage = optuna.storages.InMemoryStorage()
     SharedClaims(storage, place, program, "me", 60.0, nullcontext)
     (study,) = storage.get_all_studies()
@@ -151,10 +149,10 @@ def digest(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()[:32]
 
 
-# -- what is asked: specs and shapes by chance, but the same in every run
+# -- the questions: random specs and shapes, the same in every run
 
-KINDS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "ragged")  # ragged: decode with own lengths
-# Of a knob, values that some spec's has not.
+KINDS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "ragged")  # ragged: decode_varlen
+# Values of knobs that are not valid for every spec.
 OTHERS = {"merge": ("none", "last", "kernel"), "MASK": ("before_exp",), "SOFTMAX": ("fixed_reference",)}
 FLAGS = ("causal", "stats", "window", "varlen", "leftpad", "many_queries")
 ORDER = ("causal", "stats", "ragged", "window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype")
@@ -162,7 +160,7 @@ CARDS = ("h100", "h200", "b200", "a100", "l40s", "rtx3090", "rtx5090")
 
 
 def draw_spec(draw: random.Random, kind: str) -> Json:
-    """A spec of the kind, as records have it."""
+    """A random spec of the kind, in its stored form."""
     while True:
         dtype = draw.choice(("bf16", "bf16", "fp16", "fp32", "tf32"))
         head_dim = draw.choice((8, 40, 64, 64, 80, 96, 128, 128, 128, 192, 256))
@@ -176,7 +174,7 @@ def draw_spec(draw: random.Random, kind: str) -> Json:
         stored |= {name: flags[name] for name in ORDER if flags.get(name)}
         try:
             spec_from(stored)
-        except ArgumentError:  # flags that do not go together
+        except ArgumentError:  # incompatible flags
             continue
         return stored
 
@@ -192,7 +190,7 @@ def draw_shape(draw: random.Random, stored: Json) -> Json:
 
 
 def draw_cases(seed: int, each: int) -> Iterator[tuple[str, Json, Json]]:
-    """(gpu, spec, shape): so many of each kind, and twice as many of decode with own lengths, which has most flags."""
+    """(gpu, spec, shape): `each` of every kind, and twice as many of decode_varlen, which has the most flags."""
     draw = random.Random(seed)
     for kind in (*KINDS, "ragged"):
         for _ in range(each):
@@ -201,7 +199,7 @@ def draw_cases(seed: int, each: int) -> Iterator[tuple[str, Json, Json]]:
 
 
 def draw_config(draw: random.Random, spec: KernelSpec) -> Json:
-    """Any value of each knob of the op, whether or not they go together, and now and then one that is none."""
+    """A random value for each knob of the op, compatible or not, and sometimes an invalid value."""
     config = config_to_dict(default_config(spec, Shape(1, spec.group, 1, 1, 128), GPUS["h200"]))
     for knob in knobs_of(spec):
         values = (
@@ -219,7 +217,7 @@ def draw_config(draw: random.Random, spec: KernelSpec) -> Json:
 
 
 def by_chance(line: str) -> str:
-    """Sorts lines in an order that has nothing to do with them."""
+    """A sort key that shuffles lines reproducibly."""
     return hashlib.sha256(line.encode()).hexdigest()
 
 
@@ -242,7 +240,7 @@ def kernels(asked: Json) -> Json:
 
 
 def ask_shipped_kernels() -> list[Json]:
-    """25 of each kind, of all that ship."""
+    """25 shipped kernels of each kind."""
     kinds: dict[str, set[str]] = {}
     for path in sorted(TUNING_DB.glob("*.jsonl")):
         for result in read_file(path).results:
@@ -252,7 +250,7 @@ def ask_shipped_kernels() -> list[Json]:
 
 
 def shipped_kernels(asked: Json) -> Json:
-    """The text below the header of a kernel that ships."""
+    """The text below the header of a shipped kernel."""
     gpu, stored, config = asked
     spec = spec_from(stored)
     return digest(below_header(render(spec, config_from(spec, config), GPUS[gpu]).text))
@@ -263,7 +261,7 @@ def ask_configs() -> list[Json]:
 
 
 def configs(asked: Json) -> Json:
-    """Where a search begins, and what a config takes: the default, what else is promising, work, bytes, a guess."""
+    """The first configs of a search and their cost: the default, other candidates, work, bytes, estimated time."""
     gpu, stored, sizes = asked
     spec, shape, card = spec_from(stored), Shape(*sizes), GPUS[gpu]
     try:
@@ -283,7 +281,7 @@ def configs(asked: Json) -> Json:
 
 
 def ask_spaces() -> list[Json]:
-    """A spec of each kind, narrow enough to be done soon; of decode with own lengths, one query and many."""
+    """A spec of each kind, small enough to be fast; decode_varlen with one query and with several."""
     plain = {"head_dim": 128, "dtype": "bf16", "group": 4}
     own = {"op": "decode", **plain, "ragged": True}
     return [
@@ -312,7 +310,7 @@ def spaces(asked: Json) -> Json:
 
 
 def ask_refusals() -> list[Json]:
-    """Configs that are refused, and some that are not: of each kind one for each reason, whatever its numbers."""
+    """Invalid configs, and some valid ones: for each kind one per reason, ignoring numbers in reasons."""
     draw = random.Random(3)
     found: dict[str, Json] = {}
     for gpu, stored, _ in draw_cases(4, 60):
@@ -325,7 +323,7 @@ def ask_refusals() -> list[Json]:
 
 
 def refusals(asked: Json) -> Json:
-    """Why a config cannot be tried, and the nearest whose knobs agree."""
+    """Why a config is invalid, and the nearest config with compatible knobs."""
     gpu, stored, choices = asked
     spec = spec_from(stored)
     config = config_from(spec, choices)
@@ -338,7 +336,7 @@ def ask_places() -> list[Json]:
 
 
 def places(asked: Json) -> Json:
-    """All that records, look-ups, studies and people name a place by."""
+    """All names of a place: in records, look-ups, studies and output."""
     gpu, stored, sizes = asked
     place = Place(gpu, spec_from(stored), bucket_of(Shape(*sizes)))
     assert Place.from_flat(json.loads(place.text)) == place
@@ -360,9 +358,9 @@ def ask_standings() -> list[Json]:
 
 
 def standings(asked: Json) -> Json:
-    """What a call gets, from which tier and whose record, of the sample of shipped records.
+    """The config of a call, its tier and its record, from the sample of shipped records.
 
-    By each toolchain; on a sibling card, and at twice the keys, which nothing may be known of.
+    For each toolchain, on a sibling card, and at twice the keys, where there may be no records.
     """
     elsewhere = {"h100-pcie": {"gpu": "h100-pcie"}, "twice": {"bucket.seqlen_kv": 2 * asked["bucket.seqlen_kv"]}}
     cases = {name: (Place.from_flat(asked), name) for name in TOOLCHAINS}
@@ -376,13 +374,13 @@ def standings(asked: Json) -> Json:
 
 
 def ask_seeds() -> list[Json]:
-    """Some of the sample's places, and others of twice the keys."""
+    """Some of the sample's places, and places with twice their keys."""
     flats = ask_standings()
     return flats[::2] + [flat | {"bucket.seqlen_kv": 2 * flat["bucket.seqlen_kv"]} for flat in flats[1::3]]
 
 
 def seeds(asked: Json) -> Json:
-    """Where a tune begins by the sample of shipped records, and which of its workers on other hosts it meets."""
+    """The seed configs of a tune with the sample of shipped records, and the name of its shared study."""
     place = Place.from_flat(asked)
     job = job_of(place)
     default = default_config(job.spec, job.shape, job.gpu)
@@ -410,12 +408,12 @@ TOPICS: dict[str, tuple[Callable[[], list[Json]], Callable[[Json], Json]]] = {
 }
 
 
-# -- what ships: a sample that stays, and all of it
+# -- shipped records: a fixed sample, and all of them
 
 
 @cache
 def sample() -> Path:
-    """A folder of some shipped records, as they were when this was written: later ones change nothing here."""
+    """A folder with a fixed sample of shipped records, which later releases do not change."""
     folder = Path(tempfile.mkdtemp(prefix="parallax_gen_same_"))
     atexit.register(shutil.rmtree, folder)
     for path in (FOLDER / "shipped").glob("*.jsonl.gz"):
@@ -424,7 +422,7 @@ def sample() -> Path:
 
 
 def write_sample() -> None:
-    """All records, on both cards, of five kernels and buckets of each kind."""
+    """Write all records on both cards of five places of each kind."""
     lines: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for path in sorted(TUNING_DB.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -441,7 +439,7 @@ def write_sample() -> None:
 
 
 def write_results() -> None:
-    """Some results of each kind and of all outcomes, in the order that an export has."""
+    """Write some results of each kind and outcome, in the order of an export."""
     places: dict[str, list[Result]] = {}
     for name in ("h100", "h200"):
         for result in load_shipped(name, sample()):
@@ -455,14 +453,14 @@ def write_results() -> None:
 
 
 def of_before(name: str = "of_431f796.jsonl") -> list[Line]:
-    """Whether each result of a file of commit 431f796 counts, and what it is today."""
+    """For each result in a file of commit 431f796: whether it counts, and its form today."""
     found = read_file(FOLDER / name)
     assert found.problems == []
     return [(is_rendered(result, GPUS[result.place.gpu]), result.to_dict()) for result in found.results]
 
 
 def of_all() -> Json:
-    """Of all that ships, by card and kind of kernel: tiers by toolchain, and one hash of kernels and one of seeds."""
+    """For all shipped records, by card and kind: tiers by toolchain, a hash of kernels and a hash of seed configs."""
     memory = Memory()
     counts: dict[str, dict[str, int]] = {}
     told: dict[str, list[str]] = {}
@@ -488,7 +486,7 @@ def of_all() -> Json:
 
 
 def shipped_now() -> str:
-    """A hash of all that ships."""
+    """A hash of all shipped records."""
     return digest("".join(path.read_text(encoding="utf-8") for path in sorted(TUNING_DB.glob("*.jsonl"))))
 
 
@@ -496,14 +494,14 @@ def shipped_now() -> str:
 
 
 def lines_of(topic: str) -> list[Line]:
-    """The stored questions of a topic, with the answers that they had."""
+    """The stored questions and answers of a topic."""
     path = FOLDER / f"{topic}.jsonl"
     stored = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
     return [(asked, answer) for asked, answer in map(json.loads, stored.splitlines())]
 
 
 def write(topic: str) -> None:
-    """A long file is compressed."""
+    """Answer a topic's questions and write its file, compressed if it is long."""
     ask, answer = TOPICS[topic]
     found = "".join(text([asked, answer(asked)]) + "\n" for asked in ask()).encode()
     plain = FOLDER / f"{topic}.jsonl"

@@ -1,4 +1,4 @@
-"""Kernels to test, named ones and hypothesis strategies that draw any valid one; and inputs laid out in many ways."""
+"""Kernels to test: the golden ones, and hypothesis strategies for any valid one. Input layouts to test them with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONGEST = 200
 
 
 def examples(count: int) -> settings:
-    """Of a test whose examples take a second each: so many, and with --hypothesis-profile=explore 16 times as many."""
+    """Settings for slow tests (a second an example): `count` examples, 16 times as many with profile `explore`."""
     return settings(max_examples=count * settings.default.max_examples // 60)
 
 
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class StepCase:
-    """A training step: the forward's spec, a config of each of its kernels by op, a shape and the inputs' seed."""
+    """A training step: the forward's spec, a config for each kernel by op, a shape and the inputs' seed."""
 
     spec: KernelSpec
     configs: dict[str, KernelConfig]
@@ -66,7 +66,7 @@ STEP = ("forward", "preprocess", "dkdv", "dqdr")
 
 
 def step_case(seed: int, dtypes: Sequence[str], gpu: Gpu, longest: int) -> StepCase:
-    """The seed's training step: any spec, any configs, lengths up to `longest` that no tile need divide."""
+    """A random training step: any spec and configs, lengths up to `longest`, seldom multiples of a tile."""
     draw = random.Random(seed)
     spec = replace(random_spec(draw, "forward", dtypes), stats=True, group=draw.choice((1, 1, 2, 3, 4)))
     configs: dict[str, KernelConfig] = {}
@@ -82,13 +82,13 @@ def step_case(seed: int, dtypes: Sequence[str], gpu: Gpu, longest: int) -> StepC
         lengths[1] = lengths[0]
     windows = [window for window in WINDOWS if window <= longest]
     window = draw.choice((*windows, longest + 1, draw.randint(1, longest))) if spec.window else 0
-    batch = draw.choice((1, 2, 3)) + spec.varlen  # of a single packed sequence either the queries or the keys are none
+    batch = draw.choice((1, 2, 3)) + spec.varlen  # a single packed sequence would have no queries or no keys
     shape = Shape(batch, kv_heads * spec.group, kv_heads, *lengths, window)
     return StepCase(spec, configs, shape, seed)
 
 
-# Rendered in tests/golden, for people to read and to see in a diff what a template's change does. Between them they
-# show most of what the templates decide.
+# Rendered in tests/golden, so that a diff shows what a change of a template does. Together they cover most of the
+# templates' branches.
 GOLDEN = {
     "forward_causal_stats": Kernel(
         KernelSpec("forward", 128, "bf16", causal=True, stats=True),
@@ -218,7 +218,7 @@ GOLDEN = {
 
 
 def random_kernels(count: int, gpu: Gpu) -> list[Kernel]:
-    """Different kernels that can be tried on `gpu`, the same ones in every run."""
+    """Distinct valid kernels for `gpu`, the same ones in every run."""
     draw = random.Random(0)
     found: dict[Kernel, None] = {}
     while len(found) < count:
@@ -230,9 +230,9 @@ def random_kernels(count: int, gpu: Gpu) -> list[Kernel]:
 
 
 def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSpec:
-    """Any spec of an op: of the dtypes that it has."""
+    """A random spec of an op, in one of the dtypes that the op supports."""
     odds = dict.fromkeys(FLAGS, 0.5) | {"softcap": 0.25}
-    flags = together(op, {flag: draw.random() < odds[flag] for flag, ops in FLAGS.items() if op in ops})
+    flags = compatible_flags(op, {flag: draw.random() < odds[flag] for flag, ops in FLAGS.items() if op in ops})
     head_dim = draw.choice(HEAD_DIMS)
     dtype = draw.choice([d for d in dtypes if d != "tf32" or op != "preprocess"])
     group = 1 if op == "preprocess" else draw.choice(GROUPS)
@@ -243,8 +243,8 @@ def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSp
     return KernelSpec(op, head_dim, dtype, group, **flags, page_size=page_size, cache_dtype=cache_dtype)
 
 
-def together(op: str, flags: dict[str, bool]) -> dict[str, bool]:
-    """Those of an op's flags that go with the others; the rest off."""
+def compatible_flags(op: str, flags: dict[str, bool]) -> dict[str, bool]:
+    """Switch off flags that are incompatible with the others."""
     if "window" in flags:
         flags["window"] &= flags["causal"]
     if op == "decode_varlen":
@@ -254,12 +254,12 @@ def together(op: str, flags: dict[str, bool]) -> dict[str, bool]:
 
 
 def specs(op: str, dtypes: Sequence[str]) -> st.SearchStrategy[KernelSpec]:
-    """`random_spec`, drawn by hypothesis."""
+    """`random_spec` as a hypothesis strategy."""
     return st.randoms(use_true_random=False).map(lambda draw: random_spec(draw, op, dtypes))
 
 
 def configs(spec: KernelSpec, gpu: Gpu) -> st.SearchStrategy[KernelConfig]:
-    """Any config that can be tried for `spec` on `gpu`."""
+    """Any valid config for `spec` on `gpu`."""
     knobs = {knob.name: st.sampled_from(knob.values) for knob in knobs_of(spec)}
     drawn = st.fixed_dictionaries(knobs).map(lambda choices: coerce(spec, choices))
     return drawn.filter(lambda config: why_invalid(spec, config, gpu) is None)
@@ -267,17 +267,17 @@ def configs(spec: KernelSpec, gpu: Gpu) -> st.SearchStrategy[KernelConfig]:
 
 @st.composite
 def shapes(draw: st.DrawFn, spec: KernelSpec, config: KernelConfig, most_programs: int) -> Shape:
-    """Up to LONGEST queries and keys, either of them the more, often next to a block's edge.
+    """Up to LONGEST queries and keys, often next to a block's edge. Either may be the longer.
 
-    A launch that can have at most most_programs programs does: the interpreter runs them one after another.
+    A launch has at most most_programs programs where possible: the interpreter runs them one after another.
     """
-    a_pair = 1 if isinstance(config, DkDvConfig) else spec.group  # programs a (sequence, kv head), at the least
+    programs_per_pair = 1 if isinstance(config, DkDvConfig) else spec.group  # least programs a (sequence, kv head)
     if isinstance(config, DecodeConfig):
-        a_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + op_of(spec).per_sequence_lengths)
-    pairs = max(1, most_programs // a_pair)
+        programs_per_pair = -(-spec.group // config.BLOCK_H) * (config.NUM_SPLITS + op_of(spec).per_sequence_lengths)
+    pairs = max(1, most_programs // programs_per_pair)
     batch = draw(st.integers(1, min(3, pairs)))
     kv_heads = draw(st.integers(1, min(2, pairs // batch)))
-    tiles = max(1, most_programs // (a_pair * batch * kv_heads))
+    tiles = max(1, most_programs // (programs_per_pair * batch * kv_heads))
     if isinstance(config, DecodeConfig):
         most_q = min(LONGEST, tiles * config.BLOCK_H // spec.group) if spec.many_queries else 1
         seqlen_q = draw(st.integers(1, max(1, most_q)))
@@ -303,14 +303,14 @@ def _lengths(block: int, longest: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def cases(draw: st.DrawFn, op: str, dtypes: Sequence[str], gpu: Gpu, most_programs: int) -> Case:
-    """Any kernel of an op that can be tried on `gpu`, with a shape and a seed."""
+    """Any valid kernel of an op on `gpu`, with a shape and a seed."""
     spec = draw(specs(op, dtypes))
     config = draw(configs(spec, gpu))
     return Case(spec, config, draw(shapes(spec, config, most_programs)), draw(st.integers(0, 2**16)))
 
 
-def fused(inputs: Inputs) -> Inputs:
-    """q, r, k and v as one projection leaves them, side by side; k and v apart where their lengths differ."""
+def fused_projection(inputs: Inputs) -> Inputs:
+    """q, r, k and v as slices of one fused projection; k and v of another one if their lengths differ."""
     if inputs.q.shape[:-2] == inputs.k.shape[:-2]:
         q, r, k, v = _side_by_side(inputs.q, inputs.r, inputs.k, inputs.v)
     else:
@@ -319,12 +319,12 @@ def fused(inputs: Inputs) -> Inputs:
 
 
 def heads_first(inputs: Inputs) -> Inputs:
-    """Everything as (batch, heads, seqlen, head_dim) in memory."""
+    """Every tensor laid out as (batch, heads, seqlen, head_dim) in memory."""
     return _each(inputs, lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2))
 
 
-def in_larger_tensors(inputs: Inputs) -> Inputs:
-    """Everything as the beginning of tensors with more sequences, positions, heads and dimensions: all NaN there."""
+def padded_views(inputs: Inputs) -> Inputs:
+    """Every tensor a slice of one that is larger in every dimension, and NaN outside the slice."""
 
     def embedded(x: Tensor) -> Tensor:
         more = (1, 9, 2, 16)[-x.dim() :]
@@ -334,15 +334,15 @@ def in_larger_tensors(inputs: Inputs) -> Inputs:
     return _each(inputs, embedded)
 
 
-def one_cache_for_all(inputs: Inputs) -> Inputs:
-    """One sequence's keys and values for the whole batch, its stride 0: a prompt that many continue."""
+def broadcast_cache(inputs: Inputs) -> Inputs:
+    """One sequence's keys and values broadcast over the batch (stride 0), as a shared prompt."""
     k, v = (x[:1].expand_as(x) for x in (inputs.k, inputs.v))
     lengths = inputs.cache_seqlens
     return replace(inputs, k=k, v=v, cache_seqlens=None if lengths is None else lengths[:1].repeat(len(lengths)))
 
 
 def unaligned(inputs: Inputs) -> Inputs:
-    """Everything one element behind where a row of 16 bytes begins, and rows an odd number of elements apart."""
+    """Every tensor begins one element past a 16-byte boundary, and its rows have an odd stride."""
 
     def moved(x: Tensor) -> Tensor:
         around = x.new_full((*x.shape[:-1], x.shape[-1] + 1), float("nan"))
@@ -351,13 +351,13 @@ def unaligned(inputs: Inputs) -> Inputs:
     return _each(inputs, moved)
 
 
-LAYOUTS = (fused, heads_first, in_larger_tensors, one_cache_for_all, unaligned)
-# Those that leave the numbers as they are, and so what was computed of them before.
-SAME_NUMBERS = (fused, heads_first, in_larger_tensors, unaligned)
+LAYOUTS = (fused_projection, heads_first, padded_views, broadcast_cache, unaligned)
+# Layouts that keep the values, so that results computed earlier still hold.
+VALUE_PRESERVING_LAYOUTS = (fused_projection, heads_first, padded_views, unaligned)
 
 
 def far_apart(x: Tensor, y: Tensor, dim: int, stride: int) -> tuple[Tensor, Tensor]:
-    """x and y, side by side in one tensor whose dimension `dim` has the stride `stride`, in elements."""
+    """x and y side by side in one tensor in which `dim` has this stride, in elements."""
     both = torch.cat([x, y], dim=2)
     strides = list(both.stride())
     strides[dim] = stride

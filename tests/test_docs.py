@@ -1,10 +1,10 @@
-"""Every code block of the pages runs, in a temporary folder, as a reader would run it; what is not run says why.
+"""Every code block of the pages runs in a temporary folder, as a reader would run it, or says why it does not.
 
-A comment on the line before a block's fence says what is not as a reader has it:
+A comment on the line before a block's fence says how the test differs from a reader's run:
 
     <!-- needs: gpu -->       run beside a GPU only; its syntax is checked everywhere
-    <!-- stands in: NAME -->  something of STAND_INS is there first, or in place of what the block says
-    <!-- not run: REASON -->  one of NOT_RUN; that its commands are right is checked all the same
+    <!-- stands in: NAME -->  code of STAND_INS runs first, or replaces a part of the block
+    <!-- not run: REASON -->  a reason in NOT_RUN; its commands are still parsed
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ NOT_RUN = (
     "it writes to the checkout",
 )
 
-# Python that comes before a block, in its page's own namespace.
+# Python that runs before a block, in the page's namespace.
 STAND_INS = {
     "one rank": "import torch, torch.distributed as dist\n"
     + "dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo',\n"
     + "    init_method='file://' + __file__ + '.ranks', rank=0, world_size=1)\n",
     "Triton's interpreter": "import os, torch\n"
     + "if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'",
-    # A folder of the model's name is where from_pretrained looks before it asks the network.
+    # from_pretrained looks for a folder with the model's name before it uses the network.
     "a tiny random model of that name": "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
     + "Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,\n"
     + "    num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained('Qwen/Qwen3-0.6B')",
     "one trial a job": "",  # see `steps_of`
 }
 
-# Runs a page's blocks from top to bottom, Python in one namespace, as a notebook would.
+# Runs a page's blocks from top to bottom like a notebook, with one namespace for Python.
 DRIVER = """
 import json, subprocess, sys
 page, steps = json.load(sys.stdin)
@@ -69,7 +69,7 @@ for language, line, code in steps:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: the line of its fence, counted from 1, and the marker before it, ("", "") for none."""
+    """A fenced block: the line number of its fence (from 1), and the marker before it, ("", "") for none."""
 
     page: Path
     line: int
@@ -116,7 +116,7 @@ def ids(value: object) -> str:
 
 
 def steps_of(page: Path) -> list[tuple[str, int, str]]:
-    """What runs of a page: language, line and code, stand-ins included."""
+    """The code of a page that runs: language, line and code, including stand-ins."""
     steps = []
     for block in blocks_of(page):
         if not block.runs:
@@ -135,7 +135,7 @@ def steps_of(page: Path) -> list[tuple[str, int, str]]:
 
 
 def without_installing(code: str) -> str:
-    """A line's `pip install X && rest` as rest: what it installs is checked apart."""
+    """Remove `pip install X &&` from lines; what they install is checked separately."""
     return re.sub(r"^pip install .*?(&& |$)", "", code, flags=re.MULTILINE)
 
 
@@ -167,8 +167,8 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_every_fence_and_marker_is_seen(page: Path) -> None:
-    """A marker that is not on the line before a fence would mark nothing."""
+def test_every_fence_and_marker_is_parsed(page: Path) -> None:
+    """A marker that is not on the line before a fence would have no effect."""
     text = page.read_text(encoding="utf-8")
     assert "~~~" not in text
     assert text.count("<!--") == sum(block.marker != ("", "") for block in blocks_of(page))
@@ -179,7 +179,7 @@ def test_every_stand_in_is_used() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=ids)
-def test_a_block_is_accounted_for(block: Block) -> None:
+def test_a_block_that_does_not_run_is_valid(block: Block) -> None:
     kind, value = block.marker
     assert block.language in ("python", "sh", "text"), "of no known language"
     known = {"": ("",), "needs": ("gpu",), "stands in": tuple(STAND_INS), "not run": NOT_RUN}
@@ -196,7 +196,7 @@ def test_a_block_is_accounted_for(block: Block) -> None:
 
 
 def commands_of(code: str) -> list[list[str]]:
-    """The commands of shell code, in words, without what is piped and redirected."""
+    """The commands of shell code as lists of words, without pipes and redirections."""
     code = code.replace("\\\n", " ")
     lines = [line for line in code.splitlines() if line and not line.startswith("#")]
     parts = [part for line in lines for part in re.split(r"&&|\|\||[|;]", line)]
@@ -204,8 +204,8 @@ def commands_of(code: str) -> list[list[str]]:
 
 
 def check(words: list[str]) -> None:
-    """That a command is one which can be given: its options, its extras, its files."""
-    while "=" in words[0]:  # a variable for this command
+    """Check that a command is valid: its options, its extras, its files."""
+    while "=" in words[0]:  # environment variables of this command
         words = words[1:]
     if words[0] == "parallax-gen":
         parse(words[1:])
@@ -226,13 +226,13 @@ def extras_of_the_package() -> set[str]:
 
 
 def parse(words: list[str]) -> None:
-    """As the command line would, without doing it. Click raises what it would say."""
+    """Parse a command without running it. Click raises its usage errors."""
     command, words = command_of(words)
     command.make_context(command.name, words)
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
-    """The command that words begin with, of whatever depth, and the words behind its name."""
+    """The (sub)command that the words begin with, and the words after its name."""
     command: click.Command = main
     while isinstance(command, click.Group) and words and re.fullmatch(r"-v|[a-z]+", words[0]):
         name, *words = words
@@ -253,7 +253,7 @@ def test_commands_named_in_text_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, TOP / "templates" / "README.md"], ids=ids)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets_in_docs(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", target):
             continue
@@ -266,12 +266,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, target
 
 
-def test_every_page_is_reached_from_the_readme() -> None:
+def test_every_page_is_linked_from_the_readme() -> None:
     text = (TOP / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name != "README.md" and f"{page.name})" not in text] == []
 
 
-def test_the_two_commands_are_two_commands() -> None:
+def test_chained_commands_are_split() -> None:
     install, test = (block for block in blocks_of(TOP / "README.md") if block.code.startswith("pip install"))
     assert all(block.code.count("\n") == 1 for block in (install, test))
     assert [words[0] for words in commands_of(install.code)] == ["pip", "parallax-gen", "parallax-gen"]

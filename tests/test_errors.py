@@ -1,4 +1,4 @@
-"""Which failures are the machine's and not a config's, by type and by text."""
+"""Which errors are machine faults and which are a config's, by type and text."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ OUT_OF_MEMORY = (
     "allocated by PyTorch, and 45.32 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is "
     "large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
 )
-WITH_OTHERS = OUT_OF_MEMORY.format("20.00", "4.19", "40.00")  # others have 34 GiB
+WITH_OTHERS = OUT_OF_MEMORY.format("20.00", "4.19", "40.00")  # other processes use 34 GiB
 ALONE = OUT_OF_MEMORY.format("20.00", "4.19", "74.00")
 FAR_TOO_MUCH = OUT_OF_MEMORY.format("90.00", "4.19", "40.00")
 
 MEMORY: list[BaseException] = [
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
-    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # of a fork
+    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # from fork
     RuntimeError("can't start new thread"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-    RuntimeError("CUDA driver error: out of memory"),  # of memory that torch maps by itself
+    RuntimeError("CUDA driver error: out of memory"),  # from memory that torch maps itself
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError(WITH_OTHERS),
     RuntimeError("PTXAS error: `ptxas` failed with error code -9\n`ptxas` stderr:\n\nRepro command: ptxas x.ptx"),
@@ -60,8 +60,8 @@ MACHINE: list[BaseException] = [
         "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\nRepro command: ptxas"
     ),
     RuntimeError("PTXAS error: `ptxas` failed with error code 127\n`ptxas` stderr:\n"),
-    RuntimeError("PTXAS error: `ptxas` failed with error code -7\n`ptxas` stderr:\n"),  # of a file system in memory
-    RuntimeError("PTXAS error: `ptxas` failed with error code -25\n`ptxas` stderr:\n"),  # of a limit on files
+    RuntimeError("PTXAS error: `ptxas` failed with error code -7\n`ptxas` stderr:\n"),  # a full in-memory file system
+    RuntimeError("PTXAS error: `ptxas` failed with error code -25\n`ptxas` stderr:\n"),  # a limit on file size
     RuntimeError("database or disk is full"),
     RuntimeError("Failed to initialize NVML: Driver/library version mismatch"),
     RuntimeError("CUDA_ERROR_ECC_UNCORRECTABLE"),
@@ -93,7 +93,7 @@ CONFIGS: list[BaseException] = [
 
 
 @pytest.mark.parametrize("error", MEMORY, ids=repr)
-def test_memory_that_others_hold(error: BaseException) -> None:
+def test_memory_taken_by_other_processes(error: BaseException) -> None:
     assert type(machine_error(error)) is MemoryTakenError
 
 
@@ -110,7 +110,7 @@ def test_faults_of_a_config(error: BaseException) -> None:
     assert machine_error(error) is None
 
 
-def test_what_an_error_was_raised_from_counts_and_what_was_handled_before_does_not() -> None:
+def test_the_cause_of_an_error_counts_but_not_its_context() -> None:
     wrapped = BuildError("at 3:4")
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert isinstance(machine_error(wrapped), MachineError)
@@ -121,14 +121,14 @@ def test_what_an_error_was_raised_from_counts_and_what_was_handled_before_does_n
     assert machine_error(told) is told
 
 
-def test_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TRITON_CACHE_DIR" in str(machine_error(OSError(errno.ENOSPC, "No space left on device")))
     assert "ulimit -n" in str(machine_error(OSError(errno.EMFILE, "Too many open files")))
     assert "--workers" in str(machine_error(MemoryError()))
     monkeypatch.setenv("TRITON_PTXAS_PATH", "")
     assert "(which TRITON_PTXAS_PATH names)" in str(machine_error(PermissionError(errno.EACCES, "denied", "")))
     fatal = str(machine_error(MACHINE[10]))
-    assert "Unsupported .version 8.8" in fatal  # and not only that ptxas failed
+    assert "Unsupported .version 8.8" in fatal  # and not just that ptxas failed
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, "OSError: [Errno 28] No space left on device", MachineError),
     ],
 )
-def test_why_a_child_ended(status: int, words: str, kind: type[MachineError] | None) -> None:
+def test_exit_statuses_of_child_processes(status: int, words: str, kind: type[MachineError] | None) -> None:
     found = machine_error_of_exit(status, words)
     assert (None if found is None else type(found)) is kind
 
 
-def test_what_earlier_versions_stored() -> None:
-    """As `gist`, a child's last words or a message's first line."""
+def test_messages_stored_by_earlier_versions() -> None:
+    """A summary, a child's last output or a message's first line."""
     for error in [*MEMORY[:5], *MEMORY[-1:], *MACHINE[:10], *MACHINE[12:]]:
         assert is_stored_machine_error(gist(error)), error
     for error in CONFIGS:
@@ -167,6 +167,6 @@ def test_what_earlier_versions_stored() -> None:
     assert not is_stored_machine_error("")
 
 
-def test_a_message_without_sizes_blames_nobody() -> None:
+def test_an_out_of_memory_message_without_sizes_is_the_configs() -> None:
     assert held_by_others(WITH_OTHERS)
     assert not held_by_others("CUDA out of memory.")

@@ -1,4 +1,4 @@
-"""Every example runs, in a process of its own, as a user would run it."""
+"""Every example runs in its own process, as a user would run it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEEDS = {"convert_model": "transformers"}  # the others run without extras, in t
 
 def run(example: Path, folder: Path, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1"}  # these are small, and other tests have the other cores
+    environment |= {"OMP_NUM_THREADS": "1"}  # these are small, and other tests use the other cores
     environment |= {"PARALLAX_GEN_DB": str(folder / "tuning.db"), "PARALLAX_GEN_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, str(example), *arguments],
@@ -58,7 +58,7 @@ def test_both_models_learn(tmp_path: Path) -> None:
         )
         assert list(train) == list(range(1, steps + 1))
         assert (min(validation), max(validation)) == (0, steps)
-        assert validation[steps] < validation[0] - 1  # from ln 256 = 5.5 and what the first weights add
+        assert validation[steps] < validation[0] - 1  # it starts at ln 256 = 5.5 plus the effect of the initial weights
         assert f"\n{model:9} " in printed.partition("tokens/s")[2]
         starts.add(round(validation[0], 4))
     assert len(starts) == 1  # the same function
@@ -73,7 +73,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module(TRAINING.stem)
 
 
-# fp32 against the fp64 reference of CPU tensors: roundings of 6e-8, times what a few sums and layers make of them.
+# fp32 against the fp64 reference of CPU tensors: rounding errors of 6e-8, amplified by a few sums and layers.
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -84,12 +84,12 @@ def test_the_twins_start_as_the_same_function(training: ModuleType) -> None:
     parameters = {name: dict(model.named_parameters()) for name, model in models.items()}
     more = parameters["parallax"].keys() - parameters["softmax"].keys()
     assert more == {f"blocks.{i}.attention.r_proj.weight" for i in range(3)}
-    # The one difference matters, or the equality above would say nothing.
+    # r must matter, or the equality above would show nothing.
     torch.nn.init.normal_(parameters["parallax"]["blocks.0.attention.r_proj.weight"], std=0.1)
     assert (models["parallax"](tokens) - models["softmax"](tokens)).abs().max() > 0.01
 
 
-def test_the_attention_is_the_layer_that_the_package_has(training: ModuleType) -> None:
+def test_the_examples_attention_equals_the_packages_layer(training: ModuleType) -> None:
     torch.manual_seed(0)
     attention = training.Attention(64, head_dim=16, parallax=True)
     torch.nn.init.normal_(attention.r_proj.weight, std=0.1)
@@ -100,7 +100,7 @@ def test_the_attention_is_the_layer_that_the_package_has(training: ModuleType) -
     torch.testing.assert_close(out, layer(x), **FP32)
 
 
-def test_each_optimizer_has_every_weight_once(training: ModuleType) -> None:
+def test_every_weight_has_one_optimizer(training: ModuleType) -> None:
     settings = training.Settings(layers=2, width=32, head_dim=16)
     model = training.twins(settings)["parallax"]
     inner, others = (
@@ -108,5 +108,5 @@ def test_each_optimizer_has_every_weight_once(training: ModuleType) -> None:
         for optimizer in training.optimizers_of(model, settings)
     )
     assert all(p.ndim == 2 for p in inner)
-    assert len(inner) == 2 * (5 + 2)  # q, r, k, v, o and the MLP's two
+    assert len(inner) == 2 * (5 + 2)  # q, r, k, v, o and two MLP weights
     assert sorted(map(id, inner + others)) == sorted(map(id, model.parameters()))

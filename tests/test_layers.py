@@ -1,9 +1,9 @@
-"""Imports go one way, and each outside package has one place: read from the source, so that nothing need be imported.
+"""Imports go one way, and each outside package has one user. Read from the source, so nothing is imported.
 
     problem <- ops <- codegen <- oracle, memory <- tuning, memory <- runtime <- distributed,
     runtime <- integrations <- compat, tuning and runtime <- bench <- report, all <- cli
 
-A wing may import those that lie further to the left too; integrations see no more than problem, oracle and runtime.
+A subpackage may import all those to its left; integrations import only problem, oracle and runtime.
 
 An import inside a function or under TYPE_CHECKING counts, and so does a module's name in a string.
 """
@@ -25,8 +25,8 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# errors.py, environment.py and files.py lie under all, and so does the version in parallax_gen itself; describe.py
-# lies under all that has configs to show.
+# Everything may import errors.py, environment.py, files.py and the version in parallax_gen itself. describe.py is
+# below everything that shows configs.
 BELOW = {"errors", "environment", "files"}
 MAY_IMPORT = {
     "errors": set(),
@@ -47,14 +47,14 @@ MAY_IMPORT = {
     "report": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "bench"},
     "cli": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "runtime", "bench", "report"},
 }
-# Outside packages, and the only files or wings that use them.
+# Outside packages, and the only files or subpackages that use them.
 ONLY_IN: dict[str, str | tuple[str, ...]] = {
-    "jinja2": ("codegen/render.py", "report/page.py"),  # the page escapes what it is given
+    "jinja2": ("codegen/render.py", "report/page.py"),  # the page escapes its data
     "sqlite3": "memory/store.py",
     "sqlite_utils": "memory/store.py",
-    # It proposes, its storages are shared by hosts, and it says what finished trials tell of knobs.
+    # Samplers, storages that hosts share, and importances of knobs.
     "optuna": ("tuning/search/search.py", "tuning/claims.py", "tuning/search/importances.py"),
-    "sqlalchemy": "tuning/claims.py",  # comes with Optuna's storages, whose errors it explains
+    "sqlalchemy": "tuning/claims.py",  # comes with Optuna's storages, to recognise their errors
     "pygments": "report/sources.py",
     "click": "cli/",
     "rich": "cli/",
@@ -63,13 +63,13 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {
 
 
 def imports_of(text: str, module: str) -> set[str]:
-    """Dotted names of all that a module's source imports; `from a import b` gives a.b, be it a module or not."""
+    """Dotted names of a module's imports; `from a import b` gives a.b, whether or not b is a module."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # One dot is the module's own package: parallax_gen.wing for parallax_gen.wing.module.
+            # One dot is the module's own package, such as parallax_gen.ops for parallax_gen.ops.base.
             base = [] if node.level == 0 else module.split(".")[: -node.level]
             base += [node.module] if node.module else []
             found |= {".".join([*base, alias.name]) for alias in node.names}
@@ -78,10 +78,10 @@ def imports_of(text: str, module: str) -> set[str]:
     return found
 
 
-def wing_of(name: str) -> str | None:
-    """The part of parallax_gen that a dotted name lies in; None for its version and for what is not in it.
+def subpackage_of(name: str) -> str | None:
+    """The subpackage or module of parallax_gen of a dotted name; None for its version and for outside names.
 
-    The names that the package itself offers, loaded when first used, lie in runtime, and its layers with them.
+    The package's lazily loaded public names, and nn.py, belong to runtime.
     """
     parts = name.split(".")
     if parts[0] != "parallax_gen" or len(parts) == 1 or parts[1].startswith("__"):
@@ -107,46 +107,46 @@ IMPORTS = {module: imports_of(path.read_text(encoding="utf-8"), module) for modu
         ("'see parallax_gen.tuning'", set()),
     ],
 )
-def test_every_kind_of_import_is_read(text: str, imported: set[str]) -> None:
+def test_every_kind_of_import_is_parsed(text: str, imported: set[str]) -> None:
     assert imports_of(text, "parallax_gen.runtime.dispatch") == imported
 
 
 def test_every_module_has_a_place() -> None:
-    assert {wing_of(module) for module in MODULES} - {None} == set(MAY_IMPORT)
+    assert {subpackage_of(module) for module in MODULES} - {None} == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("wing", MAY_IMPORT)
-def test_imports_go_one_way(wing: str) -> None:
-    allowed = MAY_IMPORT[wing] | {wing, None}
+@pytest.mark.parametrize("subpackage", MAY_IMPORT)
+def test_imports_go_one_way(subpackage: str) -> None:
+    allowed = MAY_IMPORT[subpackage] | {subpackage, None}
     wrong = [
         f"{module} imports {name}"
         for module, names in IMPORTS.items()
-        if wing_of(module) == wing
+        if subpackage_of(module) == subpackage
         for name in sorted(names)
-        if wing_of(name) not in allowed
+        if subpackage_of(name) not in allowed
     ]
     assert wrong == []
 
 
 def module_of(name: str) -> str:
-    """The module that a dotted name lies in; "" where it is none of ours, or the package itself."""
+    """The module of a dotted name; "" for outside names and for the package itself."""
     while name and name not in MODULES:
         name = name.rpartition(".")[0]
     return "" if name == "parallax_gen" else name
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    """A child that a module starts by its name counts too: what both know lies in a third."""
-    waits = {module: {module_of(name) for name in names} - {"", module} for module, names in IMPORTS.items()}
-    waits.pop("parallax_gen")
-    while free := [module for module, names in waits.items() if not names & set(waits)]:
-        for module in free:
-            del waits[module]
-    assert waits == {}
+def test_there_are_no_import_cycles() -> None:
+    """A module started as a child process by name counts as an import: shared code belongs in a third module."""
+    pending = {module: {module_of(name) for name in names} - {"", module} for module, names in IMPORTS.items()}
+    pending.pop("parallax_gen")
+    while ready := [module for module, names in pending.items() if not names & set(pending)]:
+        for module in ready:
+            del pending[module]
+    assert pending == {}
 
 
 @pytest.mark.parametrize(("package", "place"), ONLY_IN.items())
-def test_an_outside_package_has_one_place(package: str, place: str | tuple[str, ...]) -> None:
+def test_an_outside_package_has_one_user(package: str, place: str | tuple[str, ...]) -> None:
     users = {
         MODULES[module].relative_to(PACKAGE).as_posix()
         for module, names in IMPORTS.items()
@@ -155,10 +155,10 @@ def test_an_outside_package_has_one_place(package: str, place: str | tuple[str, 
     assert [user for user in users if not user.startswith(place)] == []
 
 
-def test_problem_asks_no_device_and_no_disk() -> None:
+def test_problem_uses_no_device_and_no_disk() -> None:
     forbidden = {"triton", "os", "io", "pathlib", "shutil", "tempfile", "subprocess", "platformdirs"}
     for module, names in IMPORTS.items():
-        if wing_of(module) == "problem":
+        if subpackage_of(module) == "problem":
             assert not forbidden & {name.split(".")[0] for name in names}, module
             for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
                 assert not (isinstance(node, ast.Name) and node.id == "open"), module
@@ -166,8 +166,8 @@ def test_problem_asks_no_device_and_no_disk() -> None:
             assert not [name for name in names if name.startswith("torch.cuda")], module
 
 
-# Prints what an import brought in, and the files it opened that are not Python's.
-LOOK = """
+# Prints the modules that an import loads, and the files other than Python's that it opens.
+PRINT_IMPORTS = """
 import json, sys
 opened = []
 def look(event, arguments):
@@ -182,10 +182,10 @@ print(json.dumps([sorted(set(sys.modules) - before), opened]))
 """
 
 
-def look_at(module: str) -> tuple[set[str], list[str]]:
-    """Modules and files that importing a module in a fresh interpreter loads."""
+def loaded_by(module: str) -> tuple[set[str], list[str]]:
+    """The modules loaded and the files opened when a fresh interpreter imports a module."""
     done = subprocess.run(
-        [sys.executable, "-B", "-c", LOOK.replace("{module}", module)],
+        [sys.executable, "-B", "-c", PRINT_IMPORTS.replace("{module}", module)],
         cwd=PACKAGE.parent,
         capture_output=True,
         encoding="utf-8",
@@ -196,15 +196,15 @@ def look_at(module: str) -> tuple[set[str], list[str]]:
     return set(modules), opened
 
 
-def test_importing_the_package_loads_nothing() -> None:
-    modules, opened = look_at("parallax_gen")
+def test_importing_the_package_loads_no_other_module() -> None:
+    modules, opened = loaded_by("parallax_gen")
     assert {name for name in modules if name.startswith("parallax_gen")} == {"parallax_gen"}
     assert not {"torch", "triton", "numpy", "jinja2", "optuna", "sqlite3", "sqlite_utils"} & modules
     assert opened == []
 
 
-def test_the_integrations_together_load_no_library() -> None:
-    modules, _ = look_at("parallax_gen.integrations")
+def test_importing_the_integrations_loads_no_library() -> None:
+    modules, _ = loaded_by("parallax_gen.integrations")
     assert {name for name in modules if name.startswith("parallax_gen")} == {
         "parallax_gen",
         "parallax_gen.integrations",
@@ -212,13 +212,13 @@ def test_the_integrations_together_load_no_library() -> None:
     assert not {"torch", "transformers"} & modules
 
 
-def test_baselines_can_be_named_without_torch() -> None:
-    modules, _ = look_at("parallax_gen.bench.baselines")
+def test_importing_the_baselines_loads_no_torch() -> None:
+    modules, _ = loaded_by("parallax_gen.bench.baselines")
     assert not {"torch", "triton", "flash_attn", "parallax", "fla"} & modules
 
 
-def test_what_runs_kernels_loads_no_tuner() -> None:
-    modules, _ = look_at("parallax_gen.runtime.functional")
+def test_running_kernels_loads_no_tuner() -> None:
+    modules, _ = loaded_by("parallax_gen.runtime.functional")
     assert "parallax_gen.codegen.render" in modules
     assert not [
         name
@@ -229,15 +229,15 @@ def test_what_runs_kernels_loads_no_tuner() -> None:
     ]
 
 
-def test_the_process_that_tunes_never_meets_a_gpu() -> None:
-    """Its children do: a CUDA context of its own would die with the first illegal access, and take the tune along."""
-    modules, _ = look_at("parallax_gen.tuning.tuner")
+def test_the_tuning_process_loads_no_torch() -> None:
+    """Only its children do: a CUDA context in the parent would die with the first illegal access, and end the tune."""
+    modules, _ = loaded_by("parallax_gen.tuning.tuner")
     assert "parallax_gen.tuning.workers.worker" in modules
     assert not {"torch", "triton"} & modules
 
 
 def test_files_are_short() -> None:
-    """A file that outgrows this holds two ideas, or is to lose something; so is a command line of so many lines."""
+    """A longer file holds two ideas, or something can be removed; likewise for the command line as a whole."""
     root = PACKAGE.parent
     lines = {
         str(path.relative_to(root)): len(path.read_text(encoding="utf-8").splitlines())
@@ -247,8 +247,8 @@ def test_files_are_short() -> None:
     assert sum(count for path, count in lines.items() if path.startswith("parallax_gen/cli/")) < 2800
 
 
-def test_few_lines_ask_which_op_it_is() -> None:
-    """What depends on the op is the op's own to say: see ops/base.py."""
+def test_few_lines_branch_on_the_op() -> None:
+    """What depends on the op belongs in the op's file: see ops/base.py."""
     asks = re.compile(r"\.op (==|!=|in|not in)|isinstance\([a-z_.]*config|\.ragged")
     lines = [line for path in MODULES.values() for line in path.read_text(encoding="utf-8").splitlines()]
     assert sum(bool(asks.search(line)) for line in lines) <= 12

@@ -1,4 +1,4 @@
-"""What ships: sdist and wheel hold what git has, and the wheel runs with nothing beside it but what it declares."""
+"""Packaging: sdist and wheel contain what git has, and the wheel runs with only its declared dependencies."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from packaging.utils import canonicalize_name
 from test_layers import IMPORTS
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"convert_model"})  # that needs an extra
+EXAMPLES = sorted(
+    {path.stem for path in (ROOT / "examples").glob("*.py")} - {"convert_model"}
+)  # convert_model needs an extra
 SHORT = {"train_language_model": "--device cpu --steps 1 --layers 1 --width 32 --head-dim 16 --seqlen 32 --batch 1"}
-PEERS = {"fla", "parallax"}  # imported where they are installed
+OPTIONAL_PACKAGES = {"fla", "parallax"}  # optional: imported if installed
 HELP_S = 0.5
 
 
 def run(*command: object, cwd: Path, **variables: str) -> str:
-    """What a program prints that sees nothing of the checkout, and keeps what it writes to `cwd`."""
+    """The output of a program that does not see the checkout, and writes only to `cwd`."""
     hidden = ("PYTHONPATH", "TRITON_INTERPRET")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"OMP_NUM_THREADS": "1", "PARALLAX_GEN_DB": "tuning.db", "PARALLAX_GEN_CACHE_DIR": "cache"}
@@ -41,7 +43,7 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
     return done.stdout
 
 
-# what is in them
+# contents
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def declared(wheel: Path) -> Message:
 
 @pytest.fixture(scope="module")
 def tracked() -> set[str]:
-    """The paths that git has or would add."""
+    """The paths that git tracks or would add."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
@@ -99,15 +101,15 @@ def test_what_is_imported_is_declared_and_what_is_needed_is_imported(declared: M
     outside = {name.split(".")[0] for names in IMPORTS.values() for name in names}
     imported = {canonicalize_name(name) for name in outside - sys.stdlib_module_names - {"parallax_gen"}}
     requirements = [Requirement(line) for line in declared.get_all("Requires-Dist", [])]
-    assert imported - PEERS <= {canonicalize_name(each.name) for each in requirements}
+    assert imported - OPTIONAL_PACKAGES <= {canonicalize_name(each.name) for each in requirements}
     assert {canonicalize_name(each.name) for each in requirements if "extra" not in str(each.marker)} <= imported
 
 
-# what it does
+# behaviour
 
 
 def closure(requirements: Iterable[str]) -> Iterable[metadata.Distribution]:
-    """The distributions installed here that the requirements bring."""
+    """The installed distributions that the requirements pull in, recursively."""
     found: dict[str, metadata.Distribution] = {}
     waiting = [Requirement(line) for line in requirements]
     while waiting:
@@ -120,7 +122,7 @@ def closure(requirements: Iterable[str]) -> Iterable[metadata.Distribution]:
 
 @pytest.fixture(scope="module")
 def programs(wheel: Path, declared: Message, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment that holds the wheel and what it declares without extras, linked from here."""
+    """The bin folder of an environment with the wheel and its dependencies without extras, linked from this one."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -129,18 +131,18 @@ def programs(wheel: Path, declared: Message, tmp_path_factory: pytest.TempPathFa
             if not (site / name).exists():
                 (site / name).symlink_to(distribution.locate_file(name))
     python = folder / "bin" / "python"
-    # Without an index pip refuses what it finds no requirement of.
+    # Without an index pip fails if a requirement is missing.
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel, cwd=folder)
     return folder / "bin"
 
 
 @pytest.fixture
 def shell(programs: Path, tmp_path: Path) -> Callable[[str], str]:
-    """Runs a line in a folder of its own, where the environment's programs come first."""
+    """Runs a shell line in its own folder, with the environment's programs first in PATH."""
     return lambda line: run("sh", "-c", line, cwd=tmp_path, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
 
 
-# Where the package is, and which of its modules lack another package, with that one's name.
+# Prints where the package is, and which of its modules miss which package.
 IMPORT_ALL = """
 import importlib, json, pkgutil, parallax_gen
 lacking = {}
@@ -153,49 +155,47 @@ for module in pkgutil.walk_packages(parallax_gen.__path__, "parallax_gen."):
 print(json.dumps([parallax_gen.__file__, lacking]))
 """
 
-# What was imported for the help, in the last line.
+# Prints the imported modules in the last line.
 HELP = "import sys; from parallax_gen.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
 
 
-def test_every_module_imports_without_extras_but_those_that_are_for_one(
-    programs: Path, shell: Callable[[str], str]
-) -> None:
+def test_only_modules_for_an_extra_need_it(programs: Path, shell: Callable[[str], str]) -> None:
     where, lacking = json.loads(shell(f"python -c '{IMPORT_ALL}'"))
     assert Path(where).is_relative_to(programs.parent)
     assert lacking == {"parallax_gen.integrations.transformers": "transformers"}
 
 
-def test_help_comes_at_once(shell: Callable[[str], str]) -> None:
+def test_help_is_fast(shell: Callable[[str], str]) -> None:
     seconds = []
     for _ in range(3):
         before = os.times()
         assert "tune" in shell("parallax-gen --help")
         after = os.times()
-        # The processor's time, since it waits for nothing: the clock would tell how busy the other tests are.
+        # CPU time, since wall time depends on the other tests.
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
     assert min(seconds) < HELP_S
 
 
-def test_help_imports_nothing_heavy(shell: Callable[[str], str]) -> None:
+def test_help_imports_no_heavy_package(shell: Callable[[str], str]) -> None:
     modules = set(shell(f'python -c "{HELP}"').splitlines()[-1].split())
     assert "click" in modules
     assert not modules & {"torch", "triton", "numpy", "optuna", "sqlite3", "rich"}
 
 
-def test_both_ways_to_start_say_the_version(shell: Callable[[str], str], declared: Message) -> None:
+def test_both_entry_points_print_the_version(shell: Callable[[str], str], declared: Message) -> None:
     said = shell("parallax-gen --version")
     assert said == shell("python -m parallax_gen --version")
     assert said.split()[-1] == declared["Version"]
 
 
-def test_doctor_finds_nothing_broken(shell: Callable[[str], str]) -> None:
+def test_doctor_passes_in_the_wheel(shell: Callable[[str], str]) -> None:
     assert re.search(
         r"h200: [1-9]\d* kernels and sizes in your database and the shipped records, calls get [1-9]",
         shell("parallax-gen doctor"),
     )
 
 
-def test_the_main_job(shell: Callable[[str], str], tmp_path: Path) -> None:
+def test_the_first_command_of_the_readme(shell: Callable[[str], str], tmp_path: Path) -> None:
     """README's first command, with fewer trials."""
     shell("parallax-gen tune --gpu h200 --op decode --head-dim 128 --shape 1,32/8,4096 --trials 2")
     shell("parallax-gen export --gpu h200 --op decode --head-dim 128 --dtype bf16 -o kernels")

@@ -1,7 +1,7 @@
-"""What must not change when files move and ops are reshaped: kernels, configs, names, what counts, old files.
+"""What a refactoring must not change: kernels, configs, names, which records count, and reading old files.
 
-The answers in tests/data/same are of the package as it was; same_samples.py says how they came about, and how they are
-written anew where they change on purpose.
+The answers in tests/data/same are stored; same_samples.py says how they are computed, and how to write them anew if
+they change on purpose.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import pytest
 import same_samples as same
 from click.testing import CliRunner
 
-TOLD = 5  # of lines that differ, so many are shown
+SHOWN_DIFFERENCES = 5  # at most this many differing lines are shown
 
 RESULTS = same.FOLDER / "results.jsonl"
 
 
 def difference(topic: str, before: same.Json, now: same.Json) -> list[str]:
-    """What two answers differ in, part by part where both have parts."""
+    """The differences between two answers, field by field where both have fields."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         return [line for name in names for line in difference(f"{topic}.{name}", before.get(name), now.get(name))]
@@ -40,10 +40,10 @@ def test_answers_are_the_same(topic: str) -> None:
     lines, wrong = same.lines_of(topic), []
     for asked, before in lines:
         now = answer(asked)
-        if same.text(now) != same.text(before):  # the order of fields counts
+        if same.text(now) != same.text(before):  # the order of fields matters
             told = difference(topic, before, json.loads(same.text(now))) or [f"  the order of fields: {same.text(now)}"]
             wrong.append("\n".join([same.text(asked), *told]))
-    shown = "\n".join(wrong[:TOLD])
+    shown = "\n".join(wrong[:SHOWN_DIFFERENCES])
     assert not wrong, f"{len(wrong)} of {len(lines)} answers differ, such as\n{shown}"
 
 
@@ -60,7 +60,7 @@ def test_every_kind_and_flag_is_asked_for(topic: str) -> None:
 
 
 def test_an_export_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the order is in which results are recorded."""
+    """In whichever order the results were recorded."""
     wanted = RESULTS.read_bytes().splitlines(keepends=True)
     path = tmp_path / "tuning.db"
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
@@ -82,7 +82,7 @@ def exported(*arguments: str) -> list[bytes]:
 
 
 def test_lines_of_431f796_are_read() -> None:
-    """They count where they did, and are in today's form what they were."""
+    """The same lines count as before, with the same content in today's form."""
     wanted = same.lines_of("of_431f796_today")
     assert len(wanted) == 19
     assert [same.text([*line]) for line in same.of_before()] == [same.text([*line]) for line in wanted]
@@ -90,7 +90,7 @@ def test_lines_of_431f796_are_read() -> None:
 
 
 def test_a_database_of_431f796_is_read(tmp_path: Path) -> None:
-    """As its lines are: first to be read only, which changes nothing in it, then to be written to."""
+    """Like its lines: first read-only, which changes nothing, then for writing."""
     path = tmp_path / "tuning.db"
     shutil.copy(same.FOLDER / "of_431f796.db", path)
     before = path.read_bytes()
@@ -104,8 +104,8 @@ def test_a_database_of_431f796_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_that_ships_is_the_same() -> None:
-    """Kernels, whether they count, what calls get of them and where tunes begin. Takes a minute."""
+def test_all_shipped_records_are_the_same() -> None:
+    """Kernels, which records count, the configs of calls and the seed configs of tunes. Takes a minute."""
     wanted = json.loads((same.FOLDER / "of_all.json").read_text(encoding="utf-8"))
     if wanted.pop("shipped") != same.shipped_now():
         pytest.skip(

@@ -1,4 +1,4 @@
-"""Text is UTF-8 wherever it is read or written, whatever the locale: no call leaves the encoding to it.
+"""Text is read and written as UTF-8: no call leaves the encoding to the locale.
 
 The calls are read from the source of the package, the tests and the examples. ruff's rule for this (PLW1514) sees no
 `text=True` of subprocess, and no method of a path whose type it cannot tell.
@@ -21,14 +21,14 @@ from parallax_gen.cli import main
 TOP = Path(__file__).parents[1]
 FILES = [path for folder in ("parallax_gen", "tests", "examples") for path in sorted((TOP / folder).rglob("*.py"))]
 
-MODULES = {"io", "gzip", "codecs", "click"}  # whose `open` takes a file before the mode; a path's own does not
-NO_FILES = {"os", "webbrowser", "Image"}  # whose `open` is another thing
+MODULES = {"io", "gzip", "codecs", "click"}  # their `open` takes a file before the mode, unlike Path.open
+NO_FILES = {"os", "webbrowser", "Image"}  # their `open` opens no text file
 BINARY_BY_DEFAULT = {"gzip.open", "NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile"}
 ENCODING_AT = {"read_text": 0, "write_text": 1}
 
 
 def leaves_it_to_the_locale(call: ast.Call) -> bool:
-    """Whether a call reads or writes text and does not say in which encoding."""
+    """Whether a call reads or writes text without an encoding."""
     function, owner = call.func, ""
     if isinstance(function, ast.Attribute):
         name, owner = function.attr, ast.unparse(function.value)
@@ -80,7 +80,7 @@ def leaves_it_to_the_locale(call: ast.Call) -> bool:
         ("subprocess.run(command)", False),
     ],
 )
-def test_every_kind_of_call_is_seen(text: str, leaves: bool) -> None:
+def test_every_kind_of_call_is_checked(text: str, leaves: bool) -> None:
     (statement,) = ast.parse(text).body
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Call)
@@ -103,11 +103,11 @@ RENDER = ["render", "--gpu", "h200", "--op", "decode", "--head-dim", "128", "--r
 def kernel() -> bytes:
     done = CliRunner().invoke(main, RENDER)
     assert done.exit_code == 0
-    assert not done.stdout.isascii()  # a Greek letter is in it
+    assert not done.stdout.isascii()  # it contains a Greek letter
     return done.stdout_bytes
 
 
-def test_a_kernel_is_the_same_file_where_the_locale_is_ascii(kernel: bytes) -> None:
+def test_a_kernel_is_the_same_file_in_an_ascii_locale(kernel: bytes) -> None:
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "parallax_gen", *RENDER]
     done = subprocess.run(command, env=os.environ | ascii_alone, capture_output=True, cwd=TOP)
@@ -116,9 +116,7 @@ def test_a_kernel_is_the_same_file_where_the_locale_is_ascii(kernel: bytes) -> N
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_a_command_prints_utf8_whatever_its_output_is_in(
-    encoding: str, kernel: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_print_utf8_in_any_locale(encoding: str, kernel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
     main.main(RENDER, standalone_mode=False)

@@ -1,4 +1,4 @@
-"""Peers that are not installed here, played by their definitions in their layouts and conventions."""
+"""Baselines whose packages are not installed, faked by their definitions in their layouts and conventions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def flash_attention(
 
 
 def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Installs one of the three; returns what its functions will have been given by name."""
+    """Install a fake of one of the three packages; returns the keyword arguments of the calls to its functions."""
     of, module, given = FLASH[name], ModuleType(FLASH[name].module), []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **options: Any) -> Any:
@@ -89,7 +89,7 @@ def prepared(name: str, op: str, spec: KernelSpec, x: Inputs) -> Any:
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    """fp16's rounding, of numbers around 1."""
+    """Equal up to fp16 rounding, for values around 1."""
     return torch.allclose(found.double(), expected, atol=2e-3, rtol=2e-3)
 
 
@@ -155,10 +155,10 @@ def test_flash_attention_4_decodes_split_where_it_can(splits: bool, monkeypatch:
     assert given == [{"num_splits": 0} if splits else {}]
 
 
-def test_what_flash_attention_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_flash_attention_cases_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(1, 4, 2, 24, 24)
     for name in FLASH:
-        monkeypatch.setitem(sys.modules, FLASH[name].module, ModuleType("empty"))  # as a package of namespaces is
+        monkeypatch.setitem(sys.modules, FLASH[name].module, ModuleType("empty"))  # as a namespace package
         x = random_inputs_for_case("forward", CAUSAL, shape, "cpu")
         with pytest.raises(ImportError, match="has no flash_attn_func"):
             prepared(name, "forward", CAUSAL, x)
@@ -175,12 +175,12 @@ def test_what_flash_attention_has_not_is_said(monkeypatch: pytest.MonkeyPatch) -
             prepared(name, "decode", decode, random_inputs_for_case("decode", decode, Shape(1, 4, 2, 1, 24), "cpu"))
 
 
-# the official Helion kernels
+# parallax-kernel's Helion kernels
 
 
 @pytest.fixture
 def _helion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In their layouts: (batch, heads, seqlen, head_dim), of decode as ours."""
+    """A fake package. Layout: (batch, heads, seqlen, head_dim); for decode the same as ours."""
 
     def parallax_func(
         q: Tensor, r: Tensor, k: Tensor, v: Tensor, qk_scale: float | None = None, window_size_left: int = -1
@@ -200,7 +200,7 @@ def _helion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_helion")
 @pytest.mark.parametrize(("spec", "window"), [(CAUSAL, 0), (WINDOWED, 9)])
-def test_official_helion(spec: KernelSpec, window: int) -> None:
+def test_helion_kernels_of_parallax_kernel(spec: KernelSpec, window: int) -> None:
     from parallax_gen.bench.oracle_check import OracleCheck
 
     shape = Shape(2, 4, 2, 40, 40, window)
@@ -215,7 +215,7 @@ def test_official_helion(spec: KernelSpec, window: int) -> None:
 
 
 @pytest.mark.usefixtures("_helion")
-def test_how_helion_was_tuned_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_say_how_helion_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=quick")
     monkeypatch.delenv(parallax_kernel.HELION_EFFORT)
     assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=none")
@@ -223,10 +223,10 @@ def test_how_helion_was_tuned_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ[parallax_kernel.HELION_EFFORT] == "none"
 
 
-# who there is
+# the list of baselines
 
 
-def test_baselines_have_names_and_say_what_they_have() -> None:
+def test_names_and_parts_of_baselines() -> None:
     names = ["SDPA flash", "SDPA cuDNN", "flash-attn 2", "flash-attn 3", "flash-attn 4"]
     assert [name for name, baseline in BASELINES.items() if baseline.softmax] == names
     assert list(BASELINES) == [
@@ -236,19 +236,19 @@ def test_baselines_have_names_and_say_what_they_have() -> None:
         "official Triton",
         "official Helion",
         "fla",
-    ]  # as CSV files of earlier releases have them
+    ]  # the names in CSV files of earlier releases
     assert [baseline.name for baseline in baselines_of("decode")] == list(BASELINES)
     for op in ("forward", TRAINING):
         assert {baseline.name for baseline in baselines_of(op)} == set(BASELINES) - {"official CuTeDSL"}
 
 
-def test_the_commands_help_names_every_baseline() -> None:
-    """It is written out there, for help must not import them."""
+def test_the_help_of_bench_names_every_baseline() -> None:
+    """The help spells them out because it must not import them."""
     listed = " ".join((bench.help or "").partition(" Baselines\n")[2].partition("\b")[0].split())
     assert set(listed.split(", ")) == set(BASELINES)
 
 
-def test_packages_are_said_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_listed_with_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
     there = {"parallax-kernel": "0.1.1"}
@@ -267,10 +267,10 @@ def test_packages_are_said_with_their_versions(monkeypatch: pytest.MonkeyPatch) 
     assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1, nvidia-cutlass-dsl 4.1.0"
 
 
-# haste
+# quick autotuning
 
 
-def test_autotuners_are_hasty_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuners_use_few_calls_within_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.autotuner import Autotuner
 
     class Event:

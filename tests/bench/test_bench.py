@@ -1,4 +1,4 @@
-"""`parallax-gen bench` without a GPU: what it says, and how rows become tables, files and means."""
+"""`parallax-gen bench` without a GPU: its messages, and how rows become tables, files and means."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ STEP_ROWS = [
     for part, (time_us, rate, error, note) in zip(PARTS[TRAINING], values, strict=True)
 ]
 
-asked: list[tuple[str, KernelSpec, Shape]] = []
+compared: list[tuple[str, KernelSpec, Shape]] = []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_is_an_error() -> None:
     done = run("bench")
     assert done.exit_code == 1
     assert done.stderr == "error: there is no CUDA device here: nothing can be timed\n"
 
 
 @pytest.fixture
-def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked.clear()
+def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared.clear()
 
     def compare(
         op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
     ) -> list[Row]:
-        asked.append((op, spec, shape))
+        compared.append((op, spec, shape))
         found = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
         return [row for row in found if not only or row.baseline in only]
 
@@ -66,7 +66,7 @@ def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["parallax-gen", "bench", "--csv", "a file"])
 
 
-@pytest.mark.usefixtures("_on_a_card")
+@pytest.mark.usefixtures("_fake_gpu")
 def test_table_means_and_csv(tmp_path: Path) -> None:
     done = run("bench", "--op", "decode", "--shape", "1,8,4096", "--csv", tmp_path / "rows")
     assert done.exit_code == 0, done.output
@@ -82,19 +82,19 @@ def test_table_means_and_csv(tmp_path: Path) -> None:
     assert rows[2]["time_us"] == ""
 
 
-@pytest.mark.usefixtures("_on_a_card")
+@pytest.mark.usefixtures("_fake_gpu")
 def test_json() -> None:
     document = run_json("bench", "--op", "decode", "--shape", "1,8,4096")
     assert document["gpu"] == "h200"
     assert [row["time_us"] for row in document["rows"]] == [8.0, 16.0, None]
 
 
-@pytest.mark.usefixtures("_on_a_card")
-def test_a_training_step_is_a_line_a_contender() -> None:
+@pytest.mark.usefixtures("_fake_gpu")
+def test_a_training_step_is_one_line_per_baseline() -> None:
     arguments = ("--op", "training", "--head-dim", "96", "--shape", "1,32/8,16384", "--window", "4096")
     done = run("bench", *arguments)
     assert done.exit_code == 0, done.output
-    assert asked == [(TRAINING, STEP, STEP_SHAPE)]
+    assert compared == [(TRAINING, STEP, STEP_SHAPE)]
     lines = done.stdout.splitlines()
     assert lines[0].startswith("training, head_dim 96, bf16, GQA 4:1, window: batch 1, heads 32/8")
     assert lines[1].split() == ["fwd", "ms", "TF/s", "bwd", "ms", "TF/s", "step", "ms", "TF/s", "err", "out", "grads"]
@@ -107,8 +107,8 @@ def test_a_training_step_is_a_line_a_contender() -> None:
     assert max(map(len, lines[1:6])) <= 80
 
 
-@pytest.mark.usefixtures("_on_a_card")
-def test_means_are_of_each_part() -> None:
+@pytest.mark.usefixtures("_fake_gpu")
+def test_means_are_per_part() -> None:
     other = [row for row in STEP_ROWS if row.baseline in ("parallax_gen", "SDPA cuDNN")]
     longer = [
         Row(row.baseline, row.op, row.part, row.spec, Shape(1, 8, 8, 999, 999), 8 * row.time_us * (1 + is_peer), 1.0)
@@ -124,7 +124,7 @@ def test_means_are_of_each_part() -> None:
     assert not any("fla" in line for line in lines)
 
 
-@pytest.mark.usefixtures("_on_a_card")
+@pytest.mark.usefixtures("_fake_gpu")
 def test_training_rows_as_csv_and_json(tmp_path: Path) -> None:
     arguments = ("bench", "--op", "training", "--shape", "1,32/8,16384")
     run(*arguments, "--csv", tmp_path / "rows")
@@ -141,7 +141,7 @@ def test_training_rows_as_csv_and_json(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("_on_a_card")
+@pytest.mark.usefixtures("_fake_gpu")
 def test_rows_of_several_ops_go_into_one_csv(tmp_path: Path) -> None:
     run("bench", "--op", "decode", "--op", "training", "--shape", "1,8,4096", "--csv", tmp_path / "rows")
     with (tmp_path / "rows").open(encoding="utf-8") as file:
@@ -149,31 +149,31 @@ def test_rows_of_several_ops_go_into_one_csv(tmp_path: Path) -> None:
     assert [row["window"] for row in rows] == ["0"] * 3 + ["4096"] * 12
 
 
-@pytest.mark.usefixtures("_on_a_card")
-def test_what_is_compared_when_little_is_said() -> None:
+@pytest.mark.usefixtures("_fake_gpu")
+def test_default_ops_shapes_and_windows() -> None:
     run("bench")
-    assert {op for op, _, _ in asked} == {"forward", "decode"}
-    asked.clear()
+    assert {op for op, _, _ in compared} == {"forward", "decode"}
+    compared.clear()
     run("bench", "--op", "training")
-    assert len(asked) == len(set(asked)) == 13
-    assert [(spec.head_dim, shape) for _, spec, shape in asked[:2]] == [
+    assert len(compared) == len(set(compared)) == 13
+    assert [(spec.head_dim, shape) for _, spec, shape in compared[:2]] == [
         (128, Shape(4, 16, 16, 4096, 4096)),
         (128, Shape(1, 16, 16, 16384, 16384)),
     ]
-    assert all(spec.stats and spec.causal and spec.op == "forward" for _, spec, _ in asked)
-    assert {shape.window for _, spec, shape in asked if spec.window} == {513, 4096}
-    asked.clear()
+    assert all(spec.stats and spec.causal and spec.op == "forward" for _, spec, _ in compared)
+    assert {shape.window for _, spec, shape in compared if spec.window} == {513, 4096}
+    compared.clear()
     run("bench", "--op", "training", "--full")
-    assert len(asked) == 10  # without windows some are the same
-    assert not any(spec.causal or shape.window for _, spec, shape in asked)
-    asked.clear()
+    assert len(compared) == 10  # without windows some are the same
+    assert not any(spec.causal or shape.window for _, spec, shape in compared)
+    compared.clear()
     run("bench", "--op", "training", "--head-dim", "96")
-    assert [shape for _, _, shape in asked] == [Shape(4, 32, 32, 4096, 4096)]
+    assert [shape for _, _, shape in compared] == [Shape(4, 32, 32, 4096, 4096)]
 
 
-@pytest.mark.usefixtures("_on_a_card")
+@pytest.mark.usefixtures("_fake_gpu")
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--op", "dkdv"), "'dkdv' is not one of"),
         (("--op", "training", "--stats"), "--stats: of --op forward or decode, not of training"),
@@ -182,14 +182,14 @@ def test_what_is_compared_when_little_is_said() -> None:
         (("--head-dim", "100"), "100 is not a multiple of 8 from 8 to 256"),
     ],
 )
-def test_what_cannot_be_compared_is_a_usage_error(arguments: tuple[str, ...], says: str) -> None:
+def test_invalid_options_are_usage_errors(arguments: tuple[str, ...], message: str) -> None:
     done = run("bench", *arguments)
     assert done.exit_code == 2
-    assert says in " ".join(done.stderr.split())
-    assert asked == []
+    assert message in " ".join(done.stderr.split())
+    assert compared == []
 
 
-def test_help_names_all_who_can_be_asked_for() -> None:
+def test_help_lists_the_baselines() -> None:
     text = " ".join(run("bench", "--help").stdout.split())
     assert all(name in text for name in BASELINES)
 

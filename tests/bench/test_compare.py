@@ -1,4 +1,4 @@
-"""What is compared and how: ours on the CPU, peers played by the reference in their layouts, and a clock of our own."""
+"""How baselines are compared: ours on the CPU, others faked by the reference in their layouts, and a fake clock."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ WINDOW_SHAPE = Shape(2, 4, 2, 40, 40, 9)
 
 
 class Clock:
-    """Instead of a card's: every call takes `us`, and some cannot be captured in a graph."""
+    """A fake clock: every call takes `us`, and some calls cannot be captured in a CUDA graph."""
 
     def __init__(self) -> None:
         self.us = 100.0
         self.uncapturable: set[str] = set()
-        self.rested: list[bool] = []
+        self.in_bursts: list[bool] = []
 
     def time_call(self, call: Callable[[], object], *, timed_ms: float, give_up_us: float, in_bursts: bool) -> Timing:
         call()
-        self.rested.append(in_bursts)
+        self.in_bursts.append(in_bursts)
         if getattr(call, "__name__", "") in self.uncapturable:
             raise RuntimeError("operation not permitted when stream is capturing")
         return Timing(self.us, self.us - 1, self.us + 2, 20, 7)
@@ -51,7 +51,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Everything on the CPU."""
+    """Run everything on the CPU with the fake clock."""
     clock = Clock()
     monkeypatch.setattr(comparing, "time_call", clock.time_call)
     monkeypatch.setattr(comparing, "time_eagerly", lambda call, calls: Timing(300.0, 290.0, 310.0, 1, calls))
@@ -64,14 +64,14 @@ def rows_of(rows: list[Row], name: str) -> dict[str, Row]:
     return {row.part: row for row in rows if row.baseline == name}
 
 
-def official(attend: Callable[..., Tensor]) -> ModuleType:
-    """parallax.triton as far as it is used, in its layout: (batch * heads, seqlen, head_dim)."""
+def fake_parallax_kernel(attend: Callable[..., Tensor]) -> ModuleType:
+    """A fake of the parts of parallax.triton that bench uses, in its layout: (batch * heads, seqlen, head_dim)."""
 
     def apply(q: Tensor, r: Tensor, k: Tensor, v: Tensor, scale: float, n_rep: int, window_size_left: int) -> Tensor:
         assert (scale, n_rep) == (64**-0.5, 2)
         assert all(x.dim() == 3 and x.is_contiguous() for x in (q, r, k, v))
         window = None if window_size_left == -1 else window_size_left
-        # Every head is a sequence of its own, whose one kv head is that of its group.
+        # Each head becomes a sequence with one head, and with the kv head of its group.
         keys, values = (x.repeat_interleave(n_rep, 0)[:, :, None] for x in (k, v))
         return attend(q[:, :, None], r[:, :, None], keys, values, window)[:, :, 0]
 
@@ -84,27 +84,27 @@ def official(attend: Callable[..., Tensor]) -> ModuleType:
     return module
 
 
-def fla(attend: Callable[..., Tensor]) -> ModuleType:
+def fake_fla(attend: Callable[..., Tensor]) -> ModuleType:
     module = ModuleType("fla.ops.parallax.parallel")
     module.parallel_parallax = lambda q, r, k, v, window_size: attend(q, r, k, v, window_size)  # type: ignore[attr-defined]
     return module
 
 
-def right(q: Tensor, r: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def exact(q: Tensor, r: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return reference_forward(q, r, k, v, causal=True, window_size=window).out.to(q.dtype)
 
 
-def a_key_too_many(q: Tensor, r: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    return right(q, r, k, v, window and window + 1)
+def window_off_by_one(q: Tensor, r: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    return exact(q, r, k, v, window and window + 1)
 
 
 @pytest.fixture
-def _peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "parallax.triton", official(right))
-    monkeypatch.setitem(sys.modules, "fla.ops.parallax.parallel", fla(right))
+def _fake_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "parallax.triton", fake_parallax_kernel(exact))
+    monkeypatch.setitem(sys.modules, "fla.ops.parallax.parallel", fake_fla(exact))
 
 
-@pytest.mark.usefixtures("_peers")
+@pytest.mark.usefixtures("_fake_baselines")
 @pytest.mark.parametrize(("spec", "shape"), [(STEP, SHAPE), (WINDOWED, WINDOW_SHAPE)], ids=["causal", "window"])
 def test_a_step_and_its_errors(clock: Clock, spec: KernelSpec, shape: Shape) -> None:
     rows = compare(TRAINING, spec, shape, ("parallax_gen", "official Triton", "fla"))
@@ -112,26 +112,26 @@ def test_a_step_and_its_errors(clock: Clock, spec: KernelSpec, shape: Shape) -> 
     for row in rows:
         assert (row.op, row.spec, row.shape, row.time_us, row.note) == (TRAINING, spec, shape, 100.0, "")
         assert row.error is not None
-        assert 1e-5 < row.error < tolerance("bf16")  # of rounding what comes out
+        assert 1e-5 < row.error < tolerance("bf16")  # the rounding of the output
     for name in ("parallax_gen", "official Triton", "fla"):
         found = {part: row.error for part, row in rows_of(rows, name).items()}
         assert found["forward"] != found["backward"]
         assert found["step"] == max(found["forward"], found["backward"])  # type: ignore[type-var]
-    assert all(clock.rested)
+    assert all(clock.in_bursts)
 
 
-@pytest.mark.usefixtures("_peers")
-def test_an_error_shows(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    monkeypatch.setitem(sys.modules, "parallax.triton", official(a_key_too_many))
+@pytest.mark.usefixtures("_fake_baselines")
+def test_a_wrong_result_has_a_large_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setitem(sys.modules, "parallax.triton", fake_parallax_kernel(window_off_by_one))
     rows = compare(TRAINING, WINDOWED, WINDOW_SHAPE, ("official Triton", "fla"))
     for part in PARTS[TRAINING]:
         assert rows_of(rows, "official Triton")[part].error > 0.05  # type: ignore[operator]
         assert rows_of(rows, "fla")[part].error < tolerance("bf16")  # type: ignore[operator]
 
 
-@pytest.mark.usefixtures("_peers")
+@pytest.mark.usefixtures("_fake_baselines")
 @pytest.mark.parametrize("varlen", [False, True])
-def test_ours_may_be_packed_and_peers_say_that_they_are_not(clock: Clock, varlen: bool) -> None:
+def test_baselines_without_packed_sequences_have_a_note(clock: Clock, varlen: bool) -> None:
     spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True, varlen=varlen)
     rows = compare(TRAINING, spec, SHAPE)
     assert all(row.time_us and row.error < tolerance("bf16") for row in rows_of(rows, "parallax_gen").values())  # type: ignore[operator]
@@ -140,7 +140,7 @@ def test_ours_may_be_packed_and_peers_say_that_they_are_not(clock: Clock, varlen
         assert (notes == {"not supported"}) is varlen
 
 
-def test_rounding_of_a_gradient_that_is_zero_is_no_error() -> None:
+def test_rounding_of_a_zero_gradient_is_no_error() -> None:
     oracle_check = OracleCheck(TRAINING, STEP, SHAPE, random_inputs_for_case(TRAINING, STEP, SHAPE, "cpu"), "whole")
     oracle_check._expected["dq"] = zeros = torch.zeros_like(oracle_check._expected["dq"])
     assert oracle_check.errors({"dq": zeros + 1e-6})["dq"] < 1e-4
@@ -159,18 +159,18 @@ def test_rates_count_the_work_of_each_part(monkeypatch: pytest.MonkeyPatch, cloc
     assert [row.error for row in rows_of(rows, "softmax").values()] == [None] * 3
 
 
-def test_what_no_graph_captures_is_timed_without_one(clock: Clock) -> None:
+def test_uncapturable_calls_are_timed_without_a_graph(clock: Clock) -> None:
     clock.uncapturable = {"backward"}
     found = rows_of(compare(TRAINING, STEP, SHAPE, ("parallax_gen",)), "parallax_gen")
     assert (found["backward"].time_us, found["backward"].note) == (300.0, "without a CUDA graph")
     assert (found["forward"].time_us, found["forward"].note) == (100.0, "")
 
 
-def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_a_failing_baseline_is_a_row_and_our_failure_an_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     def fail(*_: object) -> Any:
         raise ValueError("out of luck\nand more")
 
-    monkeypatch.setitem(sys.modules, "parallax.triton", official(fail))
+    monkeypatch.setitem(sys.modules, "parallax.triton", fake_parallax_kernel(fail))
     monkeypatch.setitem(sys.modules, "fla.ops.parallax.parallel", None)
     rows = compare(TRAINING, STEP, SHAPE, ("official Triton", "fla"))
     assert {row.note for row in rows_of(rows, "official Triton").values()} == {"ValueError: out of luck"}
@@ -181,14 +181,14 @@ def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(monkeypatch: pytest.Mon
         compare(TRAINING, STEP, SHAPE)
 
 
-def test_softmax_that_does_not_run_is_a_row(clock: Clock) -> None:
-    """Nothing of it is compared with the oracle, and still it is tried before it is timed."""
+def test_a_failing_softmax_baseline_is_a_row(clock: Clock) -> None:
+    """It is not compared with the oracle, but it is called once before it is timed."""
     rows = compare("forward", KernelSpec("forward", 64, "bf16", causal=True), Shape(1, 2, 2, 40, 40), ("SDPA cuDNN",))
     assert [row.time_us for row in rows] == [None]
     assert rows[0].note
 
 
-@pytest.mark.usefixtures("_peers")
+@pytest.mark.usefixtures("_fake_baselines")
 @pytest.mark.parametrize("window", [0, 9])
 def test_forward_alone(clock: Clock, window: int) -> None:
     spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, window=window > 0)
@@ -200,7 +200,7 @@ def test_forward_alone(clock: Clock, window: int) -> None:
     assert rows_of(rows, "SDPA flash")["forward"].note == ("not supported: it has no window" if window else "")
 
 
-def test_softmax_is_not_compared_where_its_mask_is_another(clock: Clock) -> None:
+def test_softmax_is_skipped_if_its_mask_differs(clock: Clock) -> None:
     spec = KernelSpec("forward", 64, "bf16", causal=True)
     (row,) = compare("forward", spec, Shape(1, 2, 2, 40, 90), ("SDPA flash",))
     assert row.note == "not supported: its causal mask is aligned to the first key"
@@ -212,14 +212,14 @@ def test_decode(clock: Clock) -> None:
     assert row.error is not None
     assert row.error < tolerance("bf16")
     assert row.rate == pytest.approx(work_of(spec, shape).bytes / 100.0 / 1e3)
-    assert not any(clock.rested)
+    assert not any(clock.in_bursts)
 
 
 LENGTHS = (300, 9, 40)
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
-def test_lengths_are_given_checked_and_counted(clock: Clock, monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
+def test_lengths_are_passed_checked_and_counted(clock: Clock, monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
     given: list[Tensor] = []
 
     def attend(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor, out: Tensor) -> Tensor:
@@ -230,9 +230,9 @@ def test_lengths_are_given_checked_and_counted(clock: Clock, monkeypatch: pytest
             out[i] = reference_forward(*row, causal=False).out[0].to(q.dtype)
         return out
 
-    official = ModuleType("parallax.cute")
-    official.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "parallax.cute", official)
+    fake_parallax_kernel = ModuleType("parallax.cute")
+    fake_parallax_kernel.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "parallax.cute", fake_parallax_kernel)
     spec = KernelSpec("decode_varlen", 64, "bf16", group=2, page_size=page_size)
     shape, names = Shape(3, 4, 2, 1, 300), ("parallax_gen", "SDPA flash", "official CuTeDSL")
     ours, softmax, peer = compare("decode", spec, shape, names, lengths=LENGTHS)
@@ -251,7 +251,7 @@ def test_lengths_are_given_checked_and_counted(clock: Clock, monkeypatch: pytest
     assert peer.rate == ours.rate
 
 
-def test_tf32_is_what_torch_is_told() -> None:
+def test_tf32_follows_torch_settings() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     for dtype, says in (("tf32", "tf32"), ("fp32", "ieee")):
@@ -260,36 +260,36 @@ def test_tf32_is_what_torch_is_told() -> None:
         assert matmul.fp32_precision == before
 
 
-# little time for what is slow, and what goes wrong on a card
+# few calls for slow baselines, and failures on a card
 
 
-def fakes(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
-    """Baselines like ours, by name; returns how often each one's time was asked for."""
-    ours, asked = BASELINES[OURS], dict.fromkeys(names, 0)
+def fake_baselines(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
+    """Baselines with our decode under these names; returns how often each was timed."""
+    ours, timings = BASELINES[OURS], dict.fromkeys(names, 0)
     monkeypatch.setattr(comparing, "baselines_of", lambda op: [Baseline(name, decode=ours.decode) for name in names])
-    return asked
+    return timings
 
 
 DECODE, DECODE_SHAPE = KernelSpec("decode", 64, "bf16", group=2), Shape(2, 4, 2, 1, 300)
 
 
 @pytest.mark.parametrize(("few_calls", "times"), [(True, 1), (False, 3)])
-def test_in_haste_what_is_slow_is_timed_once(
+def test_with_few_calls_slow_baselines_are_timed_once(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, few_calls: bool, times: int
 ) -> None:
-    asked = fakes(monkeypatch, "parallax_gen", "quick one", "slow one")
+    timings = fake_baselines(monkeypatch, "parallax_gen", "quick one", "slow one")
     limits: list[float] = []
     takes = iter([100.0, 250.0, 350.0] + [100.0, 250.0] * 2 if few_calls else [100.0, 250.0, 350.0] * 3)
 
     def time_call(call: object, *, timed_ms: float, give_up_us: float, in_bursts: bool) -> Timing:
         limits.append(give_up_us)
         us = next(takes)
-        asked[{100.0: "parallax_gen", 250.0: "quick one", 350.0: "slow one"}[us]] += 1
+        timings[{100.0: "parallax_gen", 250.0: "quick one", 350.0: "slow one"}[us]] += 1
         return Timing(us, us, us, 1, 7)
 
     monkeypatch.setattr(comparing, "time_call", time_call)
     rows = compare("decode", DECODE, DECODE_SHAPE, effort=Effort(rounds=3, few_calls=few_calls))
-    assert asked == {"parallax_gen": 3, "quick one": 3, "slow one": times}
+    assert timings == {"parallax_gen": 3, "quick one": 3, "slow one": times}
     assert [row.time_us for row in rows] == [100.0, 250.0, 350.0]
     assert rows[2].note == ("slow: few calls timed" if few_calls else "")
     assert limits[0] == float("inf")
@@ -297,14 +297,14 @@ def test_in_haste_what_is_slow_is_timed_once(
 
 
 def test_medians_and_percentiles_are_medians_over_rounds(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    fakes(monkeypatch, "parallax_gen")
+    fake_baselines(monkeypatch, "parallax_gen")
     takes = iter([(10.0, 9.0, 13.0), (30.0, 20.0, 40.0), (11.0, 8.0, 12.0)])
     monkeypatch.setattr(comparing, "time_call", lambda *_, **__: Timing(*next(takes), 20, 7))
     (row,) = compare("decode", DECODE, DECODE_SHAPE)
     assert (row.time_us, row.p20_us, row.p80_us) == (11.0, 9.0, 13.0)
 
 
-def test_ours_out_of_memory_is_a_skipped_shape_and_a_peer_s_is_a_note(
+def test_out_of_memory_skips_the_shape_for_ours_and_is_a_note_for_others(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     def too_large(*_: object, **__: object) -> Any:
@@ -318,12 +318,12 @@ def test_ours_out_of_memory_is_a_skipped_shape_and_a_peer_s_is_a_note(
     pair[0] = Baseline("parallax_gen", decode=too_large)
     assert {row.note for row in compare("decode", DECODE, DECODE_SHAPE)} == {"skipped: out of memory"}
     pair[:] = [ours]
-    monkeypatch.setattr(comparing, "time_call", too_large)  # a graph's memory is its own
+    monkeypatch.setattr(comparing, "time_call", too_large)  # a graph has its own memory pool
     (row,) = compare("decode", DECODE, DECODE_SHAPE)
     assert (row.time_us, row.note) == (None, "out of memory")
 
 
-def test_a_peer_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_a_baseline_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     def fail(*_: object) -> Any:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -337,13 +337,13 @@ def test_a_peer_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
-def test_why_someone_does_not_run_is_a_line_of_no_great_length(kind: type[Exception]) -> None:
+def test_failure_notes_are_one_short_line(kind: type[Exception]) -> None:
     said = comparing._failure_note(kind("so long " * 100 + "\nand more"))
     assert len(said) == comparing.MAX_NOTE_LENGTH
     assert "\n" not in said
 
 
-def test_how_much_is_checked_is_said(clock: Clock) -> None:
+def test_rows_count_checked_sequences_and_heads(clock: Clock) -> None:
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(5, 4, 4, 1, 30)
     for extent, checked in (("whole", 20), ("sample", 4), ("none", 0)):
         (row,) = compare("decode", spec, shape, ("parallax_gen",), Effort(oracle=extent))
@@ -351,12 +351,12 @@ def test_how_much_is_checked_is_said(clock: Clock) -> None:
         assert (row.error is None) is (extent == "none")
 
 
-def test_a_peer_that_keeps_its_inputs_is_made_to_forget_them(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    """The official CuTeDSL decode keeps each tensor that it was given: after a few large shapes none would fit."""
+def test_cached_inputs_of_a_baseline_are_released(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """parallax-kernel's CuTeDSL decode caches its input tensors: after a few large shapes memory would run out."""
     kept: dict[int, Tensor] = {}
-    official = ModuleType("parallax.cute")
-    official.parallax_decode = ModuleType("parallax.cute.parallax_decode")  # type: ignore[attr-defined]
-    official.parallax_decode._cute_input_cache = kept  # type: ignore[attr-defined]
+    fake_parallax_kernel = ModuleType("parallax.cute")
+    fake_parallax_kernel.parallax_decode = ModuleType("parallax.cute.parallax_decode")  # type: ignore[attr-defined]
+    fake_parallax_kernel.parallax_decode._cute_input_cache = kept  # type: ignore[attr-defined]
     most: list[int] = []
 
     def attend(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor | None, out: Tensor) -> Tensor:
@@ -364,9 +364,9 @@ def test_a_peer_that_keeps_its_inputs_is_made_to_forget_them(monkeypatch: pytest
         most.append(len(kept))
         return out.copy_(reference_forward(q, r, k, v).out)
 
-    official.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "parallax.cute", official)
-    monkeypatch.setitem(sys.modules, "parallax.cute.parallax_decode", official.parallax_decode)
+    fake_parallax_kernel.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "parallax.cute", fake_parallax_kernel)
+    monkeypatch.setitem(sys.modules, "parallax.cute.parallax_decode", fake_parallax_kernel.parallax_decode)
     compare("decode", KernelSpec("decode", 64, "bf16"), Shape(2, 2, 2, 1, 40), ("official CuTeDSL",))
     assert set(most) == {4}
     assert not kept

@@ -1,4 +1,4 @@
-"""`bench --lengths` and `--page-size` of several: what they mean, what is timed, and what rows and titles say."""
+"""`bench --lengths` and repeated `--page-size`: their parsing, the timed cases, and the rows and titles."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ SHAPE = Shape(8, 32, 8, 1, 4096)
 SKEWED = (4096, *[128] * 7)
 BENCH = ("bench", "--only", "parallax_gen", "--shape", "8,32/8,4096")
 
-Asked = tuple[KernelSpec, Shape, tuple[int, ...]]
+Compared = tuple[KernelSpec, Shape, tuple[int, ...]]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
-    """Instead of a card: what was asked of it, each of which took 10 us."""
-    asked: list[Asked] = []
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Compared]:
+    """Replace the timing: records each comparison, and every one takes 10 us."""
+    compared: list[Compared] = []
 
     def compare(
         op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
     ) -> list[Row]:
-        asked.append((spec, shape, lengths))
+        compared.append((spec, shape, lengths))
         return [Row(name, op, op, spec, shape, 10.0, 1.0, lengths=lengths) for name in only]
 
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
     monkeypatch.setattr(running, "compare", compare)
-    return asked
+    return compared
 
 
-# what is typed
+# parsing
 
 
 @pytest.mark.parametrize(
@@ -50,20 +50,20 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
         ("skewed", SKEWED),
         ("spread", tuple(round(2 ** (12 - 5 * i / 7)) for i in range(8))),
         ("7x4096,1", (*[4096] * 7, 1)),
-        ("8x9", (9,) * 8),  # in caches with more room
+        ("8x9", (9,) * 8),  # in larger caches
         ("8x4096", ()),
     ],
 )
-def test_what_a_text_means_of_a_shape(text: str, expected: tuple[int, ...]) -> None:
+def test_lengths_of_a_shape_are_parsed(text: str, expected: tuple[int, ...]) -> None:
     assert Lengths.parse(text).of(SHAPE) == expected
 
 
-def test_of_one_sequence_a_named_batch_is_all_its_keys() -> None:
+def test_a_named_batch_of_one_sequence_has_all_keys() -> None:
     assert [Lengths(named=name).of(Shape(1, 8, 8, 1, 4096)) for name in ("spread", "skewed")] == [(), ()]
 
 
 @pytest.mark.parametrize("lengths", [(), (5,), (5, 5), SKEWED, (1, 2, 2, 1), (7, 11, 11, 11)])
-def test_lengths_are_read_as_they_were_written(lengths: tuple[int, ...]) -> None:
+def test_lengths_round_trip_through_text(lengths: tuple[int, ...]) -> None:
     assert lengths_from_text(lengths_to_text(lengths)) == lengths
 
 
@@ -74,7 +74,7 @@ def test_a_title_is_short() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--lengths", "4096,,128"), "--lengths': '4096,,128': not the keys of each sequence, 1 or more, such as"),
         (("--lengths", "0,7x128"), "--lengths': '0,7x128': not the keys of each"),
@@ -90,24 +90,24 @@ def test_a_title_is_short() -> None:
         (("--page-size", "0", "--page-size", "16", "--op", "forward"), "--page-size: of --op decode, not of forward"),
     ],
 )
-def test_mistakes_are_one_usage_error_that_names_the_option(
-    asked: list[Asked], options: tuple[str, ...], says: str
+def test_invalid_lengths_are_one_usage_error_that_names_the_option(
+    compared: list[Compared], options: tuple[str, ...], message: str
 ) -> None:
     done = run(*BENCH, *options)
     assert done.exit_code == 2
-    assert says in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
     assert done.stderr.count("Error: ") == 1
-    assert asked == []
+    assert compared == []
 
 
-# what is timed
+# timed cases
 
 
-def test_a_batch_is_ragged_decode_and_told(asked: list[Asked], tmp_path: Path) -> None:
+def test_a_batch_of_lengths_is_decode_varlen(compared: list[Compared], tmp_path: Path) -> None:
     arguments = (*BENCH, "--lengths", "4096,7x128", "--csv", tmp_path / "rows")
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert asked == [(KernelSpec("decode_varlen", 128, "bf16", 4), SHAPE, SKEWED)]
+    assert compared == [(KernelSpec("decode_varlen", 128, "bf16", 4), SHAPE, SKEWED)]
     title = "decode, head_dim 128, bf16, GQA 4:1, ragged: batch 8, heads 32/8, seqlen 1x4096, lengths 4096,7x128"
     assert done.stdout.splitlines()[0] == title
     with (tmp_path / "rows").open(newline="", encoding="utf-8") as file:
@@ -116,19 +116,22 @@ def test_a_batch_is_ragged_decode_and_told(asked: list[Asked], tmp_path: Path) -
     assert [row["lengths"] for row in run_json(*BENCH, "--lengths", "skewed")["rows"]] == ["4096,7x128"]
 
 
-def test_other_lengths_are_timed_and_kept_beside(asked: list[Asked], tmp_path: Path) -> None:
+def test_other_lengths_are_timed_and_added_to_the_csv(compared: list[Compared], tmp_path: Path) -> None:
     for options in (("--lengths", "skewed"), ("--lengths", "spread"), ("--op", "decode", "--ragged")):
         run(*BENCH, *options, "--csv", tmp_path / "rows")
-    assert len(asked) == len(set(asked)) == 3
-    for options in (("--lengths", "4096,7x128"), ("--lengths", "8x4096")):  # the first and the third, typed otherwise
+    assert len(compared) == len(set(compared)) == 3
+    for options in (
+        ("--lengths", "4096,7x128"),
+        ("--lengths", "8x4096"),
+    ):  # the first and the third, spelled differently
         run(*BENCH, *options, "--csv", tmp_path / "rows")
-    assert len(asked) == 3
+    assert len(compared) == 3
 
 
-def test_a_named_batch_is_of_every_shape_of_a_grid(asked: list[Asked]) -> None:
+def test_a_named_batch_applies_to_every_shape_of_a_grid(compared: list[Compared]) -> None:
     run("bench", "--grid", "paper", "--lengths", "skewed", "--only", "parallax_gen")
-    assert {spec.op for spec, _, _ in asked} == {"decode_varlen"}
-    for _, shape, lengths in asked:
+    assert {spec.op for spec, _, _ in compared} == {"decode_varlen"}
+    for _, shape, lengths in compared:
         expected = (shape.seqlen_kv, *[shape.seqlen_kv // 32] * (shape.batch - 1)) if shape.batch > 1 else ()
         assert lengths == expected
 
@@ -136,20 +139,20 @@ def test_a_named_batch_is_of_every_shape_of_a_grid(asked: list[Asked]) -> None:
 # layouts of the cache
 
 
-def test_each_shape_is_timed_with_each_page_size_in_turn(asked: list[Asked]) -> None:
+def test_each_shape_is_timed_with_each_page_size_in_turn(compared: list[Compared]) -> None:
     sizes = ("--page-size", "0", "--page-size", "16", "--page-size", "64", "--page-size", "16")
     run(*BENCH, "--shape", "1,8,1024", "--ragged", "--op", "decode", *sizes)
-    assert [(shape.batch, spec.page_size) for spec, shape, _ in asked] == [
+    assert [(shape.batch, spec.page_size) for spec, shape, _ in compared] == [
         (batch, page_size) for batch in (8, 1) for page_size in (0, 16, 64)
     ]
-    assert all(spec.op == "decode_varlen" for spec, _, _ in asked)
-    asked.clear()
+    assert all(spec.op == "decode_varlen" for spec, _, _ in compared)
+    compared.clear()
     run(*BENCH, "--page-size", "16", "--op", "decode")
     run(*BENCH, "--op", "decode")
-    assert [spec.page_size for spec, _, _ in asked] == [16, 0]
+    assert [spec.page_size for spec, _, _ in compared] == [16, 0]
 
 
-def test_in_haste_every_shape_keeps_all_its_page_sizes(asked: list[Asked]) -> None:
+def test_quick_keeps_all_page_sizes_of_a_shape(compared: list[Compared]) -> None:
     run("bench", "--grid", "serving", "--ragged", "--quick", "--page-size", "0", "--page-size", "16")
-    assert len({shape for _, shape, _ in asked}) == QUICK_SHAPES
-    assert [spec.page_size for spec, _, _ in asked] == [0, 16] * QUICK_SHAPES
+    assert len({shape for _, shape, _ in compared}) == QUICK_SHAPES
+    assert [spec.page_size for spec, _, _ in compared] == [0, 16] * QUICK_SHAPES

@@ -1,4 +1,4 @@
-"""The sample of sequences and kv heads that errors are of: a call of its own, which tells what the whole would."""
+"""Errors are estimated on a sample of sequences and kv heads, which is a smaller call by itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DECODE = Shape(5, 6, 3, 1, 70)
     ],
     ids=["dense", "packed", "decode", "paged", "eight bits"],
 )
-def test_the_oracle_of_a_sample_is_the_sample_of_the_oracle(op: str, spec: KernelSpec, shape: Shape) -> None:
+def test_sampling_commutes_with_the_oracle(op: str, spec: KernelSpec, shape: Shape) -> None:
     x, sample = random_inputs_for_case(op, spec, shape, "cpu"), Sample.first_and_last(spec, shape)
     if spec.cache_dtype:
         x.k_scale, x.v_scale = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 3.0, 0.5])
@@ -38,7 +38,7 @@ def test_the_oracle_of_a_sample_is_the_sample_of_the_oracle(op: str, spec: Kerne
 
 
 def results(spec: KernelSpec, shape: Shape) -> tuple[OracleCheck, OracleCheck, dict[str, Tensor]]:
-    """The judges of all and of a sample, and the right results of a training step."""
+    """The checks of the whole and of a sample, and the correct results of a training step."""
     x = random_inputs_for_case(TRAINING, spec, shape, "cpu")
     right = {
         name: oracle(spec.for_op(op), x)[name] for name, op in (("out", "forward"), ("dq", "dqdr"), ("dr", "dqdr"))
@@ -48,18 +48,18 @@ def results(spec: KernelSpec, shape: Shape) -> tuple[OracleCheck, OracleCheck, d
     return judges[0], judges[1], {name: tensor.half() for name, tensor in right.items()}
 
 
-def test_errors_of_a_sample_are_those_of_the_whole_but_for_chance() -> None:
+def test_errors_of_a_sample_are_near_those_of_the_whole() -> None:
     whole, sample, right = results(STEP, SHAPE)
     assert (whole.rows, sample.rows) == (12, 4)
     of_whole, of_sample = whole.errors(right), sample.errors(right)
     assert set(of_whole) == set(of_sample) == {"out", "dq", "dr", "dk", "dv"}
     for name, error in of_whole.items():
-        assert 1e-4 < error < 1e-3  # of rounding to fp16, 2^-12 at the most an element
+        assert 1e-4 < error < 1e-3  # rounding to fp16: at most 2^-12 an element
         assert of_sample[name] == pytest.approx(error, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["out", "dq", "dr", "dk", "dv"])
-def test_what_is_wrong_at_the_last_of_all_is_seen_in_a_sample(name: str) -> None:
+def test_an_error_in_the_last_sequence_and_head_is_in_the_sample(name: str) -> None:
     _, sample, found = results(STEP, SHAPE)
     found[name] = found[name].clone()
     found[name][-1, :, -1] = 0
@@ -68,19 +68,19 @@ def test_what_is_wrong_at_the_last_of_all_is_seen_in_a_sample(name: str) -> None
     assert max(errors.values()) < 1e-3
 
 
-def test_a_small_call_is_its_own_sample() -> None:
+def test_the_sample_of_a_small_call_is_the_whole() -> None:
     assert Sample.first_and_last(STEP, Shape(1, 2, 1, 9, 9)) == Sample((0,), (0,))
     assert Sample.first_and_last(STEP, Shape(2, 4, 2, 9, 9)).rows(Shape(2, 4, 2, 9, 9)) == 4
 
 
-def test_no_oracle_no_errors() -> None:
+def test_without_an_oracle_there_are_no_errors() -> None:
     oracle_check = OracleCheck("forward", STEP, SHAPE, random_inputs_for_case("forward", STEP, SHAPE, "cpu"), "none")
     assert oracle_check.rows == 0
     assert oracle_check.errors({"out": torch.zeros(4, 40, 6, 64)}) == {}
 
 
-def test_random_cases_leave_torch_s_own_generator_alone() -> None:
-    """A CUDA graph that fails to capture a peer leaves the device's in a state in which it draws no more."""
+def test_random_cases_do_not_use_torchs_global_generator() -> None:
+    """A failed CUDA graph capture of a baseline leaves the device's generator unusable."""
     spec, shape = KernelSpec("forward", 64, "bf16", causal=True, stats=True), Shape(1, 2, 2, 20, 20)
     before = torch.get_rng_state()
     first, second = (random_inputs_for_case(TRAINING, spec, shape, "cpu").do for _ in range(2))

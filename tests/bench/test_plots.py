@@ -1,4 +1,4 @@
-"""`bench --picture`: which ratios are drawn, that a file comes of it, and what is said without matplotlib."""
+"""`bench --picture`: the plotted ratios, the written file, and the error without matplotlib."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def row(baseline: str, shape: Shape, time_us: float | None) -> Row:
     return Row(baseline, "decode", "decode", SPEC, shape, time_us)
 
 
-ONE, TWO = Shape(1, 8, 8, 1, 1024), Shape(2, 4, 4, 1, 1024)  # of one size: 8 kv rows, 1024 keys
+ONE, TWO = Shape(1, 8, 8, 1, 1024), Shape(2, 4, 4, 1, 1024)  # the same size: 8 kv rows, 1024 keys
 LONG = Shape(1, 8, 8, 1, 4096)
 ROWS = [
     *(row("parallax_gen", shape, 10.0) for shape in (ONE, TWO, LONG)),
@@ -30,11 +30,11 @@ ROWS = [
 ]
 
 
-def test_ratios_are_by_size_the_least_of_each_and_of_those_that_ran() -> None:
+def test_ratios_are_the_least_per_size_of_the_baselines_that_ran() -> None:
     assert ratios_of(ROWS) == {"other": {(8, 1024): 1.5, (8, 4096): 3.0}}
 
 
-def test_only_batches_of_the_same_lengths_are_compared() -> None:
+def test_only_equal_lengths_are_compared() -> None:
     short, shape = (1024, 32), Shape(2, 8, 8, 1, 1024)
     ours, peer, elsewhere = (
         row(name, shape, time) for name, time in (("parallax_gen", 10.0), ("other", 25.0), ("b", 3.0))
@@ -44,11 +44,11 @@ def test_only_batches_of_the_same_lengths_are_compared() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_a_picture_is_written(tmp_path: Path) -> None:
+def test_a_plot_is_written(tmp_path: Path) -> None:
     draw(tmp_path / "grid.png", ROWS, "a card")
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'parallax-gen[pictures]'" in picture_error(tmp_path / "grid.png")

@@ -1,4 +1,4 @@
-"""What all commands have in common: help that is quick, errors of one line, and what the machine is fit for."""
+"""What all commands share: quick help and one-line errors; and `doctor`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 import pytest
-from cli_samples import CALL, OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, known, run, run_json
-from cli_samples import process as python
+from cli_samples import CALL, OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, make_record, run, run_json
+from cli_samples import start_python as python
 
 import parallax_gen.cli
 from parallax_gen.cli.options import KernelArgs, check_flags, chosen_gpu, parse_sizes
@@ -47,7 +47,7 @@ def test_every_command_has_an_example_that_parses(command: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_command_whose_file_is_missing_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_without_its_file_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(parallax_gen.cli.COMMANDS, "gone", "parallax_gen.cli.gone:gone")
     assert "gone" not in run("--help").output
     assert run("gone").exit_code == 2
@@ -62,7 +62,7 @@ def test_errors_are_one_line_in_a_real_process() -> None:
 
 
 @pytest.mark.parametrize("variable", ["PARALLAX_GEN_QUIET", "PARALLAX_GEN_STRICT"])
-def test_a_switch_that_is_neither_on_nor_off_is_an_error_of_one_line(variable: str) -> None:
+def test_an_invalid_switch_is_a_one_line_error(variable: str) -> None:
     result = run("list", env={variable: "2"})
     assert (result.exit_code, result.stdout) == (1, "")
     told = f"error: {variable}: got '2'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
@@ -71,7 +71,7 @@ def test_a_switch_that_is_neither_on_nor_off_is_an_error_of_one_line(variable: s
     assert run("--help", env={variable: "2"}).exit_code == 0
 
 
-def test_a_database_that_cannot_be_used_is_an_error_of_one_line(store: Store) -> None:
+def test_an_unusable_database_is_a_one_line_error(store: Store) -> None:
     store.close()
     store.path.write_text("not a database, but long enough to be taken for one by SQLite" * 20, encoding="utf-8")
     result = run("list")
@@ -80,7 +80,7 @@ def test_a_database_that_cannot_be_used_is_an_error_of_one_line(store: Store) ->
     assert result.stderr.count("\n") == 1
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -95,13 +95,13 @@ def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
     assert result.stdout == ""
 
 
-def test_without_a_gpu_one_must_be_named() -> None:
+def test_without_a_gpu_the_option_gpu_is_required() -> None:
     result = run("explain", *CALL[2:])
     assert result.exit_code == 1
     assert result.stderr == "error: there is no CUDA device here: say which GPU is meant, such as --gpu h200\n"
 
 
-def test_a_card_that_the_table_does_not_hold_goes_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_card_keeps_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     card = replace(gpu_by_name("h100"), name="nvidia-h100-mig-16sm")
@@ -130,7 +130,7 @@ def test_shapes_are_read(text: str, op: str, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("4,16", "is not batch,heads,seqlen"),
         ("4,16,4096,1", "is not batch,heads,seqlen"),
@@ -142,12 +142,12 @@ def test_shapes_are_read(text: str, op: str, shape: Shape) -> None:
         ("1,32,0x64", "seqlen_q: got 0"),
     ],
 )
-def test_a_malformed_shape_says_what_is_wrong(text: str, says: str) -> None:
-    with pytest.raises(click.BadParameter, match=says):
+def test_a_malformed_shape_is_explained(text: str, message: str) -> None:
+    with pytest.raises(click.BadParameter, match=message):
         parse_sizes(text)
 
 
-def test_the_kernel_that_is_asked_for() -> None:
+def test_options_select_the_kernel() -> None:
     sizes = parse_sizes("2,32/8,4096")
     spec, shape = KernelArgs("forward", 64, "fp16").kernel(sizes)
     assert spec.causal
@@ -163,13 +163,13 @@ def test_the_kernel_that_is_asked_for() -> None:
     spec, shape = KernelArgs("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
     assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
     spec, shape = KernelArgs("preprocess", 72, "fp32").kernel(sizes)
-    assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # it sees rows alone
+    assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # preprocess depends on rows only
     for op in FAMILIES:
-        assert KernelArgs(op, 64, "bf16").kernel(None)[0].op == op  # of the first usual shape
+        assert KernelArgs(op, 64, "bf16").kernel(None)[0].op == op  # the first usual shape
 
 
 @pytest.mark.parametrize(
-    ("flags", "ops", "says"),
+    ("flags", "ops", "message"),
     [
         (
             ("--full",),
@@ -190,21 +190,21 @@ def test_the_kernel_that_is_asked_for() -> None:
         (("--head-dim", "wide"), ("dqdr",), "'wide' is not a valid integer"),
     ],
 )
-def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple[str, ...], says: str) -> None:
+def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple[str, ...], message: str) -> None:
     for command in (("explain", "--shape", "1,8,1024"), ("tune",)):
         result = run(*command, "--gpu", "h200", "--op", *ops, *flags)
         assert result.exit_code == 2
-        assert says in " ".join(result.stderr.split())
+        assert message in " ".join(result.stderr.split())
 
 
-def test_what_a_kernel_cannot_be_is_said_of_ops_that_the_command_takes() -> None:
+def test_invalid_flags_are_explained_for_the_ops_of_the_command() -> None:
     words = ("--gpu", "h200", "--op", "decode", "--cache-dtype", "e4m3", "--dtype", "fp32", "--shape", "1,32/8,4096")
     result = run("explain", *words)
     assert result.exit_code
     assert "cache_dtype: got e4m3; allowed: '', but with ragged decode and dtype bf16 or fp16" in result.stderr
 
 
-def test_a_flag_that_one_of_several_ops_has_is_none() -> None:
+def test_a_flag_of_one_of_several_ops_is_no_error() -> None:
     check_flags(Flags(causal=False, stats=True, window=9, varlen=True, ragged=True), ("forward", "decode"))
     check_flags(Flags(leftpad=True, page_size=16, cache_dtype="e4m3"), ("forward", "decode"))
     check_flags(Flags(causal=True, window=9, varlen=True), (TRAINING,))
@@ -213,22 +213,22 @@ def test_a_flag_that_one_of_several_ops_has_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--op", "preprocess", "--dtype", "tf32"), "error: dtype: got 'tf32'"),
         (("--op", "decode", "--dtype", "fp32", "--cache-dtype", "e4m3"), "error: cache_dtype: got e4m3"),
         (("--op", "dkdv", "--full", "--window", "9"), "error: window: got True without causal"),
     ],
 )
-def test_a_kernel_that_cannot_be_is_an_error_of_one_line(arguments: tuple[str, ...], says: str) -> None:
+def test_an_invalid_kernel_is_a_one_line_error(arguments: tuple[str, ...], message: str) -> None:
     result = run("explain", "--gpu", "h200", "--shape", "1,8,1024", *arguments)
     assert result.exit_code == 1
-    assert result.stderr.startswith(says)
+    assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "says", "expected"),
+    ("shape", "options", "message", "expected"),
     [
         ("8,32/8,4096", ("--leftpad",), "GQA 4:1, ragged, leftpad", {"leftpad": True}),
         ("8,32/8,4096", ("--stats",), "GQA 4:1, stats, ragged", {"stats": True}),
@@ -247,17 +247,17 @@ def test_a_kernel_that_cannot_be_is_an_error_of_one_line(arguments: tuple[str, .
         ("8,32/8,4x4096", ("--full",), "GQA 4:1, full, ragged, many queries", {"many_queries": True}),
     ],
 )
-def test_options_of_decode(shape: str, options: tuple[str, ...], says: str, expected: dict[str, object]) -> None:
+def test_options_of_decode(shape: str, options: tuple[str, ...], message: str, expected: dict[str, object]) -> None:
     spec = KernelSpec("decode_varlen", 96, "bf16", 4, **expected)  # type: ignore[arg-type]
     asked = ("--gpu", "h200", "--op", "decode", "--head-dim", "96", "--shape", shape, *options)
     assert spec_from(run_json("explain", *asked)["spec"]) == spec
-    assert f"decode, head_dim 96, bf16, {says}" in run("show", *asked).output
+    assert f"decode, head_dim 96, bf16, {message}" in run("show", *asked).output
 
 
 # doctor
 
 
-def test_doctor_finds_nothing_broken() -> None:
+def test_doctor_on_a_sound_machine() -> None:
     report = run_json("doctor")
     assert not report["broken"]
     found = {finding["check"]: finding for finding in report["findings"]}
@@ -266,7 +266,7 @@ def test_doctor_finds_nothing_broken() -> None:
     assert "a small kernel for h100" in found["compile"]["text"]
 
 
-def test_doctor_says_what_is_broken(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_what_is_broken(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallax_gen.cli import doctor
 
     def nothing_compiles() -> None:
@@ -285,7 +285,7 @@ def test_doctor_says_what_is_broken(store: Store, monkeypatch: pytest.MonkeyPatc
     assert json.loads(result.stdout)["broken"]
 
 
-def test_doctor_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallax_gen.cli import doctor
 
     path = tmp_path / "new" / "folder" / "tuning.db"
@@ -295,36 +295,43 @@ def test_doctor_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not path.parent.exists()
 
 
-def test_doctor_says_what_records_count_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from parallax_gen.cli import doctor
 
     monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("database", "records")})
     store.merge(
-        [known(), known(splits=3, evidence_changes=OTHER_KERNEL), known(splits=3, evidence_changes=OTHER_TOOLCHAIN)]
+        [
+            make_record(),
+            make_record(splits=3, evidence_changes=OTHER_KERNEL),
+            make_record(splits=3, evidence_changes=OTHER_TOOLCHAIN),
+        ]
     )
     found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
     assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
     assert found["records"] == (
         "h200: 1 kernels and sizes in your database and the shipped records, calls get 1 by this Triton"
     )
-    longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # none near another
+    longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # not near each other
     folder = store.path.parent / "shipped"
     write_shipped(
-        [known(evidence_changes=OTHER_TOOLCHAIN, place=longer), known(evidence_changes=OTHER_KERNEL, place=wider)],
+        [
+            make_record(evidence_changes=OTHER_TOOLCHAIN, place=longer),
+            make_record(evidence_changes=OTHER_KERNEL, place=wider),
+        ],
         "h200",
         folder,
     )
-    monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # which the check looks into
-    store.save(known(place=replace(PLACE, gpu="a100")))  # of which nothing ships
+    monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # the folder that the check reads
+    store.save(make_record(place=replace(PLACE, gpu="a100")))  # no records ship for it
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     counted = "kernels and sizes in your database and the shipped records, calls get"
     assert found == [
         f"a100: 1 {counted} 1 by this Triton",
         f"h200: 3 {counted} 1 by this Triton, 1 by Triton 3.5 (not yet checked), 1 by the default",
     ]
-    store.save(known(place=longer))
+    store.save(make_record(place=longer))
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     assert found[1] == f"h200: 3 {counted} 2 by this Triton, 1 by the default"
     broken = store.path.with_name("broken.db")

@@ -1,4 +1,4 @@
-"""db: where the database is, what it holds, and that nothing is lost or let in on its way elsewhere and back."""
+"""db: path, statistics, export, import, prune and check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, known, known_dkdv, run, run_json
+from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, dkdv_record, make_record, run, run_json
 from click.testing import CliRunner
 
 from parallax_gen.cli import main
@@ -17,12 +17,12 @@ from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
 
 ROWS = [
-    known(250.0),
-    known(None, "wrong", splits=1, detail="row 7 is NaN", error=float("inf")),
-    known(90.0, "predicted", splits=4),
-    known(260.0, evidence_changes=OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"),
-    known_dkdv(900.0),
-    known_dkdv(None, "crash", stages=3, created_at="2025-06-01T00:00:00+00:00"),
+    make_record(250.0),
+    make_record(None, "wrong", splits=1, detail="row 7 is NaN", error=float("inf")),
+    make_record(90.0, "predicted", splits=4),
+    make_record(260.0, evidence_changes=OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"),
+    dkdv_record(900.0),
+    dkdv_record(None, "crash", stages=3, created_at="2025-06-01T00:00:00+00:00"),
 ]
 
 
@@ -76,11 +76,13 @@ def test_stats_count_everything(store: Store) -> None:
 
 
 def test_stats_count_rows_of_todays_kernels(store: Store) -> None:
-    """Beside their toolchains: another one's row may be of a kernel that is still rendered, and this one's of none."""
+    """Independent of the toolchain: another toolchain's row may be of today's kernel, and this one's not."""
     filled(store)
-    store.save(known(240.0, splits=3, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(240.0, splits=3, evidence_changes=OTHER_KERNEL))
     store.save(
-        known(240.0, splits=3, evidence_changes=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00")
+        make_record(
+            240.0, splits=3, evidence_changes=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"
+        )
     )
     found = run_json("db", "stats")["toolchains"]
     assert [(t["rows"], t["of_todays_kernels"]) for t in found] == [(6, 5), (2, 1)]
@@ -88,7 +90,7 @@ def test_stats_count_rows_of_todays_kernels(store: Store) -> None:
 
 def test_stats_as_a_table(store: Store) -> None:
     filled(store)
-    store.save(known(place=dataclasses.replace(PLACE, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
+    store.save(make_record(place=dataclasses.replace(PLACE, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
     out = run("db", "stats", env={"COLUMNS": "80"}).stdout
     assert max(map(len, out.splitlines()[1:])) <= 80
     assert out.startswith(f"{store.path}: 7 rows, ")
@@ -98,7 +100,7 @@ def test_stats_as_a_table(store: Store) -> None:
     assert out.index("(this one)") < out.index("Triton 3.5.1, ptxas 12.8\n")
 
 
-def test_stats_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stats_of_an_empty_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
     found = run_json("db", "stats")
     assert (found["exists"], found["rows"], found["bytes"], found["schema"]) == (False, 0, 0, 0)
@@ -116,16 +118,19 @@ def test_what_is_exported_is_imported(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "other.db"))
     result = run("db", "import", file)
     assert f"{tmp_path}/other.db: 6 new, 0 replaced, 0 kept\n" in result.stdout
-    assert "rendered otherwise" not in result.stdout  # the other toolchain's is of a kernel that is rendered today
+    assert "rendered otherwise" not in result.stdout  # the other toolchain's record is of today's kernel
     with Store(tmp_path / "other.db", read_only=True) as other:
         assert other.all() == rows
     assert "0 new, 0 replaced, 12 kept" in run("db", "import", file, file).stdout
 
 
-def test_import_says_how_much_is_of_kernels_that_are_rendered_otherwise(store: Store, tmp_path: Path) -> None:
+def test_import_counts_records_of_kernels_that_have_changed(store: Store, tmp_path: Path) -> None:
     with Store(tmp_path / "theirs.db") as other:
         other.merge(
-            [known(240.0, splits=3, evidence_changes=OTHER_KERNEL), known(260.0, evidence_changes=OTHER_TOOLCHAIN)]
+            [
+                make_record(240.0, splits=3, evidence_changes=OTHER_KERNEL),
+                make_record(260.0, evidence_changes=OTHER_TOOLCHAIN),
+            ]
         )
     result = run("db", "import", tmp_path / "theirs.db")
     assert "2 new" in result.stdout
@@ -133,8 +138,8 @@ def test_import_says_how_much_is_of_kernels_that_are_rendered_otherwise(store: S
 
 
 def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path) -> None:
-    """With the hash of the templates that their kernel was rendered from, which stands for it."""
-    row = known().to_dict()
+    """The hash of their templates identifies the kernel."""
+    row = make_record().to_dict()
     place, _ = row.pop("place"), row.pop("evidence")
     before = {"environment.templates": "255dd79780b8", "environment.triton": "3.5", "environment.protocol": 1}
     gone = before | {"environment.templates": "0" * 12, "environment.cuda": "12.8", "environment.space": 1}
@@ -151,14 +156,14 @@ def test_export_begins_with_the_newest_toolchain(store: Store) -> None:
     filled(store)
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
     assert rows[-1]["evidence"]["triton"] == "3.5.1"
-    store.save(known(260.0, evidence_changes=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
+    store.save(make_record(260.0, evidence_changes=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
     assert [row["evidence"]["triton"] == "3.5.1" for row in rows] == [True, True] + [False] * 5
 
 
-def test_export_of_some(store: Store) -> None:
+def test_export_with_filters(store: Store) -> None:
     filled(store)
-    store.save(known(place=dataclasses.replace(PLACE, gpu="h100")))
+    store.save(make_record(place=dataclasses.replace(PLACE, gpu="h100")))
 
     def exported(*options: str) -> list[tuple[str, str, str]]:
         rows = [json.loads(line) for line in run("db", "export", "-", *options).stdout.splitlines()]
@@ -171,23 +176,33 @@ def test_export_of_some(store: Store) -> None:
     assert run("db", "export", "-", "--gpu", "b2000").exit_code == 1
 
 
-def test_export_writes_over_no_database(store: Store) -> None:
+def test_export_does_not_overwrite_a_database(store: Store) -> None:
     rows = filled(store)
     result = run("db", "export", store.path)
     assert result.exit_code == 1
     assert "is a database: it is left as it is" in result.stderr
     assert store.all() == rows
-    assert run("db", "export", store.path.parent / "file" / "x.jsonl").exit_code == 0  # the folder is made
+    assert run("db", "export", store.path.parent / "file" / "x.jsonl").exit_code == 0  # the folder is created
     (store.path.parent / "plain").touch()
     assert "cannot write" in run("db", "export", store.path.parent / "plain" / "x.jsonl").stderr
 
 
-def test_import_of_what_tells_more_or_is_newer(store: Store, tmp_path: Path) -> None:
+def test_import_replaces_older_and_less_informative_rows(store: Store, tmp_path: Path) -> None:
     def later(result: Result) -> Result:
         return dataclasses.replace(result, created_at="2026-02-01T00:00:00+00:00")
 
-    mine = [known(10.0, splits=1), known(None, "crash", splits=2), later(known(10.0, splits=3)), known(10.0, splits=4)]
-    theirs = [later(known(20.0, splits=1)), known(20.0, splits=2), known(20.0, splits=3), known(20.0, splits=4)]
+    mine = [
+        make_record(10.0, splits=1),
+        make_record(None, "crash", splits=2),
+        later(make_record(10.0, splits=3)),
+        make_record(10.0, splits=4),
+    ]
+    theirs = [
+        later(make_record(20.0, splits=1)),
+        make_record(20.0, splits=2),
+        make_record(20.0, splits=3),
+        make_record(20.0, splits=4),
+    ]
     store.merge(mine)
     with Store(tmp_path / "theirs.db") as other:
         other.merge(theirs)
@@ -204,21 +219,21 @@ BAD = [
     "[]",
     "7",
     "[" * 100_000,
-    json.dumps(known().to_dict() | {"outcome": "great"}),
-    json.dumps(known().to_dict() | {"config": {"BLOCK_N": "__import__('os')"}}),
-    json.dumps({name: value for name, value in known().to_dict().items() if name != "place"}),
-    json.dumps({name: value for name, value in known().to_dict().items() if name != "evidence"}),
-    json.dumps(known(splits=7).to_dict() | {"place": PLACE.flat() | {"environment.color": "red"}}),
-    json.dumps(known().to_dict() | {"evidence": known().evidence.to_dict() | {"kernel": "red"}}),
-    json.dumps(known().to_dict() | {"evidence": known().evidence.to_dict() | {"color": "red"}}),
+    json.dumps(make_record().to_dict() | {"outcome": "great"}),
+    json.dumps(make_record().to_dict() | {"config": {"BLOCK_N": "__import__('os')"}}),
+    json.dumps({name: value for name, value in make_record().to_dict().items() if name != "place"}),
+    json.dumps({name: value for name, value in make_record().to_dict().items() if name != "evidence"}),
+    json.dumps(make_record(splits=7).to_dict() | {"place": PLACE.flat() | {"environment.color": "red"}}),
+    json.dumps(make_record().to_dict() | {"evidence": make_record().evidence.to_dict() | {"kernel": "red"}}),
+    json.dumps(make_record().to_dict() | {"evidence": make_record().evidence.to_dict() | {"color": "red"}}),
 ]
 
 
 @pytest.mark.parametrize("line", BAD, ids=lambda line: line[:20])
 def test_a_bad_line_is_named_and_nothing_is_imported(store: Store, tmp_path: Path, line: str) -> None:
     file = tmp_path / "theirs.jsonl"
-    good = json.dumps(known().to_dict())
-    file.write_text(f"{good}\n\n{line}\n", encoding="utf-8")  # an empty line is none
+    good = json.dumps(make_record().to_dict())
+    file.write_text(f"{good}\n\n{line}\n", encoding="utf-8")  # empty lines are skipped
     result = run("db", "import", file)
     assert result.exit_code == 1
     assert f"{file}, line 3: not a record: " in result.stderr
@@ -227,7 +242,7 @@ def test_a_bad_line_is_named_and_nothing_is_imported(store: Store, tmp_path: Pat
     result = run("db", "import", file, "--skip-bad")
     assert result.exit_code == 0
     assert "1 new, 0 replaced, 0 kept, 1 skipped" in result.stdout
-    assert store.all() == [known()]
+    assert store.all() == [make_record()]
 
 
 def test_import_from_standard_input(store: Store) -> None:
@@ -280,7 +295,7 @@ def copies(store: Store) -> list[Path]:
         (("--failures", "--gpu", "h100"), []),
     ],
 )
-def test_prune_deletes_what_is_named_and_keeps_a_copy(store: Store, options: tuple[str, ...], gone: list[int]) -> None:
+def test_prune_deletes_selected_rows_and_keeps_a_copy(store: Store, options: tuple[str, ...], gone: list[int]) -> None:
     rows = filled(store)
     assert run("db", "prune", *options, "--dry-run").exit_code == 0
     assert (store.all(), copies(store)) == (rows, [])
@@ -297,15 +312,15 @@ def test_prune_deletes_what_is_named_and_keeps_a_copy(store: Store, options: tup
     assert store.all() == rows
 
 
-def test_prune_takes_rows_of_kernels_that_are_rendered_otherwise_for_others(store: Store) -> None:
+def test_prune_treats_rows_of_changed_kernels_as_stale(store: Store) -> None:
     rows = filled(store)
-    store.save(known(240.0, splits=3, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(240.0, splits=3, evidence_changes=OTHER_KERNEL))
     assert "2 of 7 rows (2 ok)" in run("db", "prune", "--other-environments", "--yes", "--dry-run").stdout
     run("db", "prune", "--other-environments", "--yes")
     assert store.all() == [row for row in rows if row != ROWS[3]]
 
 
-def test_prune_asks_first(store: Store) -> None:
+def test_prune_asks_for_confirmation(store: Store) -> None:
     rows = filled(store)
     result = CliRunner().invoke(main, ["db", "prune", "--failures"], input="n\n")
     assert result.exit_code == 1
@@ -315,14 +330,14 @@ def test_prune_asks_first(store: Store) -> None:
     assert len(store.all()) == 4
 
 
-def test_prune_of_nothing_in_particular_is_a_usage_error(store: Store) -> None:
+def test_prune_without_a_filter_is_a_usage_error(store: Store) -> None:
     for options in ((), ("--yes",), ("--gpu", "h200")):
         result = run("db", "prune", *options)
         assert result.exit_code == 2
         assert "say what" in result.stderr
 
 
-def test_prune_without_a_place_for_the_copy_deletes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_deletes_nothing_if_the_copy_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallax_gen.errors import StoreError
     from parallax_gen.memory import lines
 
@@ -335,7 +350,7 @@ def test_prune_without_a_place_for_the_copy_deletes_nothing(store: Store, monkey
     assert store.all() == rows
 
 
-def test_prune_makes_no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prune_creates_no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
     result = run("db", "prune", "--failures")
     assert result.exit_code == 1
@@ -343,7 +358,7 @@ def test_prune_makes_no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert not (tmp_path / "none.db").exists()
 
 
-def test_a_row_that_was_replaced_meanwhile_is_not_deleted(store: Store) -> None:
+def test_prune_keeps_a_row_that_was_replaced_meanwhile(store: Store) -> None:
     filled(store)
     again = dataclasses.replace(ROWS[1], outcome="ok", time_us=1.0, created_at="2026-02-01T00:00:00+00:00")
     store.save(again)
@@ -364,7 +379,7 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         ("time_us = 'fast'", "row 1: time_us: got 'fast'"),
         ("kernel = 'abc'", "row 1: kernel: got 'abc'; allowed: 32 hex digits, or nothing"),
@@ -374,13 +389,13 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
         ("config_json = '[\"" + "a" * 5000 + "\"]'", "row 1: config"),
     ],
 )
-def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, says: str) -> None:
+def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, message: str) -> None:
     filled(store)
     with sqlite3.connect(store.path) as connection:
         connection.execute(f"UPDATE measurements SET {damage} WHERE rowid = 1")
     result = run("db", "check")
     assert result.exit_code == 1
-    assert f"{store.path}: 1 wrong, schema 3, 5 rows to be read\n  {says}" in result.stdout
+    assert f"{store.path}: 1 wrong, schema 3, 5 rows to be read\n  {message}" in result.stdout
     assert len(result.stdout) < 500 + len(str(store.path))
     assert "1 row cannot be read" in run("db", "stats").stdout
     assert "1 row cannot be read, and left out" in run("db", "export", "-").stderr
@@ -388,7 +403,7 @@ def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, says: s
 
 def test_check_of_a_damaged_file(store: Store) -> None:
     for n in range(200):
-        store.save(known(100.0 + n, splits=n + 2))
+        store.save(make_record(100.0 + n, splits=n + 2))
     store.close()
     content = store.path.read_bytes()
     store.path.write_bytes(content[: len(content) // 2])

@@ -1,4 +1,4 @@
-"""explain, over results made by hand."""
+"""explain, on hand-made records."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cli_samples import (
     PLACE,
     SPEC,
     config,
-    known,
-    known_dkdv,
+    dkdv_record,
+    make_record,
     run,
     run_json,
 )
@@ -44,7 +44,7 @@ OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))  # not n
 SIBLING = dataclasses.replace(PLACE, gpu="h100")
 
 
-def test_explain_a_default_that_nothing_is_known_of() -> None:
+def test_explain_a_default_without_records() -> None:
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["record"] is None
@@ -56,8 +56,8 @@ def test_explain_a_default_that_nothing_is_known_of() -> None:
 
 def test_explain_a_record_and_its_runners_up(store: Store) -> None:
     for splits in (1, 2, 3, 4, 6):
-        store.save(known(200.0 + splits, splits=splits))
-    store.save(known(90.0, "predicted", splits=8))
+        store.save(make_record(200.0 + splits, splits=splits))
+    store.save(make_record(90.0, "predicted", splits=8))
     found = run_json("explain", *CALL)
     assert found["from"] == "yours"
     assert found["config"] == config_to_dict(config(1))
@@ -73,7 +73,7 @@ def test_explain_a_record_and_its_runners_up(store: Store) -> None:
 
 
 def test_explain_a_shipped_record() -> None:
-    write_shipped([known(250.0)], "h200")
+    write_shipped([make_record(250.0)], "h200")
     assert run_json("explain", *CALL)["from"] == "shipped"
     assert (
         f"from    a shipped record, the only one measured of this kernel with {HERE}:" in run("explain", *CALL).stdout
@@ -81,8 +81,8 @@ def test_explain_a_shipped_record() -> None:
 
 
 def test_explain_a_record_of_another_toolchain(store: Store) -> None:
-    store.save(known(110.0, evidence_changes=OTHER_TOOLCHAIN))
-    store.save(known(100.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(110.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(100.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"]) == ("yours", "another toolchain")
     assert found["config"] == config_to_dict(config(3))
@@ -93,9 +93,9 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
     assert "runners-up" in text
     assert "110.0 us" in text.partition("runners-up")[2]
     assert text.endswith("measured, Triton 3.5\n")
-    store.save(known(90.0, splits=6, evidence_changes={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
+    store.save(make_record(90.0, splits=6, evidence_changes={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
     assert f"from    your record, {told}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
-    store.save(known(300.0, splits=4))
+    store.save(make_record(300.0, splits=4))
     found = run_json("explain", *CALL)
     assert (found["tier"], found["record"]["time_us"]) == ("measured here", 300.0)
     assert [(r["tier"], r["record"]["time_us"]) for r in found["runners_up"]] == [
@@ -107,15 +107,15 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
 
 
 def test_explain_a_sibling_cards_record(store: Store) -> None:
-    store.save(known(100.0, splits=3, place=SIBLING))
-    store.save(known(50.0, place=SIBLING, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(100.0, splits=3, place=SIBLING))
+    store.save(make_record(50.0, place=SIBLING, evidence_changes=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"]) == ("yours", "a sibling card")
     assert found["config"] == config_to_dict(config(3))
     text = run("explain", *CALL).stdout
     told = f"the only one with {HERE} on h100, a card of the same capability"
     assert f"from    your record, {told}; nothing that counts was measured on this one:\n" in text
-    store.save(known(200.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(200.0, evidence_changes=OTHER_TOOLCHAIN))
     assert run_json("explain", *CALL)["tier"] == "another toolchain"
     assert text_of_runners_up().endswith("measured, this Triton on h100\n")
 
@@ -124,9 +124,9 @@ def text_of_runners_up() -> str:
     return run("explain", *CALL).stdout.partition("runners-up\n")[2]
 
 
-def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
-    store.save(known(100.0, evidence_changes=OTHER_KERNEL))
-    store.save(known(120.0, splits=3, evidence_changes=OTHER_KERNEL))
+def test_explain_a_record_of_another_kernel(store: Store) -> None:
+    store.save(make_record(100.0, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(120.0, splits=3, evidence_changes=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["runners_up"]) == ("default", [])
     assert found["reason"] == "none of 2 records counts: another kernel than today's"
@@ -139,21 +139,21 @@ def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
     assert "\nmeasured, and not used\n" in text
 
 
-def test_explain_a_search_from_before_a_knob_that_the_default_uses(store: Store) -> None:
+def test_explain_a_search_older_than_a_knob_of_the_default(store: Store) -> None:
     before = DkDvConfig(64, 128, GROUP_HEADS=4, num_warps=8, num_stages=2)  # whose HEAD_DIM_LAYOUT is "native"
     place = dataclasses.replace(DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, head_dim=128))
     call = [*DKDV_CALL[:4], "--head-dim", "128", *DKDV_CALL[6:]]
     default = default_config(place.spec, Shape(2, 32, 8, 4096, 4096, 512), H200)
     assert isinstance(default, DkDvConfig)
     assert default.MASK != "after_exp" or default.ROW_STATS != "separate" or default.maxnreg, "the test is of another"
-    store.save(known_dkdv(500.0, config=before, place=place))
+    store.save(dkdv_record(500.0, config=before, place=place))
     found = run_json("explain", *call)
     assert found["tier"] == "the default"
     assert (
         found["reason"]
         == "the only record does not count: its search did not try MASK=before_exp, which today's default has"
     )
-    store.save(known_dkdv(600.0, config=default, place=place))
+    store.save(dkdv_record(600.0, config=default, place=place))
     assert run_json("explain", *call)["config"] == config_to_dict(before)
 
 
@@ -162,15 +162,17 @@ WINDOWED_CALL = ("--gpu", "h200", "--op", "forward", "--window", "1024", "--shap
 
 
 def windowed(time_us: float, row_max: str, gpu: str = "h200", day: int = 1) -> Result:
-    """Of the default but for a knob, of today's toolchain."""
+    """A result of today's toolchain for the default config with another SOFTMAX."""
     default = default_config(WINDOWED.spec, Shape(1, 8, 8, 4096, 4096, 1024), H200)
     assert isinstance(default, ForwardConfig)
     assert default.SOFTMAX == "online", "the test is of another"
     place, created_at = dataclasses.replace(WINDOWED, gpu=gpu), f"2026-01-{day:02}T00:00:00+00:00"
-    return known(time_us, place=place, config=dataclasses.replace(default, SOFTMAX=row_max), created_at=created_at)
+    return make_record(
+        time_us, place=place, config=dataclasses.replace(default, SOFTMAX=row_max), created_at=created_at
+    )
 
 
-def test_explain_a_search_from_before_a_knob_of_a_sibling_cards_newer_best(store: Store) -> None:
+def test_explain_a_search_older_than_a_knob_of_the_sibling_cards_best(store: Store) -> None:
     store.merge([windowed(500.0, "online"), windowed(900.0, "fixed_reference", "h100", day=2)])
     found = run_json("explain", *WINDOWED_CALL)
     assert (found["tier"], found["record"]["time_us"]) == ("a sibling card", 900.0)
@@ -182,59 +184,59 @@ def test_explain_a_search_from_before_a_knob_of_a_sibling_cards_newer_best(store
 
 
 def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
-    store.save(known(100.0, evidence_changes={"protocol": 0}))
-    store.save(known(90.0, splits=3, evidence_changes={"protocol": 0}))
+    store.save(make_record(100.0, evidence_changes={"protocol": 0}))
+    store.save(make_record(90.0, splits=3, evidence_changes={"protocol": 0}))
     found = run_json("explain", *CALL)
     assert found["reason"] == (
         f"the fastest of 2 with {HERE} by timing protocol 0 (today's is 1); "
         "nothing was timed by today's protocol, and times of different protocols are not compared"
     )
-    store.save(known(80.0, splits=4, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(80.0, splits=4, evidence_changes=OTHER_KERNEL))
     assert run_json("explain", *CALL)["reason"].endswith(
         f"the only record with {HERE} does not count: another kernel than today's"
     )
-    store.save(known(200.0, splits=6))
+    store.save(make_record(200.0, splits=6))
     assert run_json("explain", *CALL)["reason"] == f"the only one measured of this kernel with {HERE}"
     assert "measured, this Triton, protocol 0\n" in text_of_runners_up()
-    assert "this Triton, protocol 0" not in run("list").stdout  # which has what calls get
+    assert "this Triton, protocol 0" not in run("list").stdout  # list shows what calls get
 
 
-def test_times_of_two_protocols_are_not_counted_together(store: Store) -> None:
+def test_times_of_two_protocols_are_not_compared(store: Store) -> None:
     for splits, protocol in ((1, 0), (2, 7), (3, 7)):
         created_at = f"2026-01-{1 + protocol:02}T00:00:00+00:00"
         evidence_changes = OTHER_TOOLCHAIN | {"protocol": protocol}
-        store.save(known(100.0 + splits, splits=splits, evidence_changes=evidence_changes, created_at=created_at))
+        store.save(make_record(100.0 + splits, splits=splits, evidence_changes=evidence_changes, created_at=created_at))
     reason = run_json("explain", *CALL)["reason"]
     assert reason.startswith("the fastest of 2 with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); ")
     assert reason.endswith(f"; nothing that counts was measured with {HERE}")
 
 
-def test_explain_what_failed_or_was_timed_again_here(store: Store) -> None:
-    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
-    store.save(known(None, "wrong"))
+def test_explain_records_that_failed_or_were_timed_again_here(store: Store) -> None:
+    store.save(make_record(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(None, "wrong"))
     found = run_json("explain", *CALL)
     assert (found["tier"], found["reason"]) == (
         "the default",
         "the only record does not count: its kernel failed here: wrong",
     )
     again = {"triton": f"{TRITON_HERE}.99"}
-    store.save(known(50.0, splits=3))
-    store.save(known(70.0, splits=3, evidence_changes=again, created_at="2026-02-01T00:00:00+00:00"))
+    store.save(make_record(50.0, splits=3))
+    store.save(make_record(70.0, splits=3, evidence_changes=again, created_at="2026-02-01T00:00:00+00:00"))
     found = run_json("explain", *CALL)
     assert found["record"]["time_us"] == 70.0
     whys = {u["record"]["time_us"]: u["why"] for u in found["unused"]}
     assert whys[50.0] == "its kernel was timed again: 70.0 us, 2026-02-01T00:00:00+00:00"
 
 
-def test_explain_does_not_look_at_other_buckets(store: Store) -> None:
-    store.save(known(50.0, place=OTHER_BUCKET))
+def test_explain_ignores_other_buckets(store: Store) -> None:
+    store.save(make_record(50.0, place=OTHER_BUCKET))
     found = run_json("explain", *CALL)
     assert (found["from"], found["reason"], found["unused"]) == ("default", "nothing is known of this place", [])
 
 
 def test_explain_a_near_bucket(store: Store) -> None:
     near = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
-    store.save(known(50.0, place=near))
+    store.save(make_record(50.0, place=near))
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"], found["checked"], found["refused"]) == ("yours", "a near bucket", False, [])
     text = run("explain", *CALL).stdout
@@ -242,9 +244,9 @@ def test_explain_a_near_bucket(store: Store) -> None:
     assert "not yet checked: a first call compiles it here" in text
 
 
-def test_explain_what_compiles_badly_here(store: Store) -> None:
-    store.save(known(50.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
-    store.save(known(60.0, splits=4, evidence_changes=OTHER_TOOLCHAIN))
+def test_explain_a_record_that_spills_here(store: Store) -> None:
+    store.save(make_record(50.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(60.0, splits=4, evidence_changes=OTHER_TOOLCHAIN))
     for splits, spills in ((3, 500), (4, 0)):
         cache_resources(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
     found = run_json("explain", *CALL)
@@ -263,16 +265,16 @@ def test_explain_what_compiles_badly_here(store: Store) -> None:
     assert run_json("explain", *CALL)["reason"] == "the kernels borrowed from elsewhere compile badly here"
 
 
-def test_explain_what_was_only_predicted_or_failed(store: Store) -> None:
-    store.save(known(90.0, "predicted"))
-    store.save(known(None, "wrong", splits=3))
+def test_explain_predictions_and_failures(store: Store) -> None:
+    store.save(make_record(90.0, "predicted"))
+    store.save(make_record(None, "wrong", splits=3))
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["reason"] == "nothing was measured at this place; results: 1 predicted, 1 wrong"
 
 
-def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
-    store.save(known(90.0, splits=5))  # no value of the knob
+def test_explain_a_record_whose_config_is_no_longer_valid(store: Store) -> None:
+    store.save(make_record(90.0, splits=5))  # not a value of the knob
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["reason"].startswith("the only record does not count: no longer valid: NUM_SPLITS is 5")
@@ -280,20 +282,20 @@ def test_explain_a_record_that_is_not_valid_any_more(store: Store) -> None:
 
 def test_explain_a_kernel_with_a_window(store: Store) -> None:
     other = dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))
-    store.save(known_dkdv(500.0, place=other))
+    store.save(dkdv_record(500.0, place=other))
     text = run("explain", *DKDV_CALL).stdout
     assert "seqlen 4096, window 513; on h200" in text
     assert "from    the default config: nothing is known" in text
     unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
     assert "from    the default config: nothing is known" in run("explain", *unwindowed).stdout  # another kernel
-    store.save(known_dkdv(900.0))
+    store.save(dkdv_record(900.0))
     found = run_json("explain", *DKDV_CALL)
     assert found["from"] == "yours"
     assert found["shape"]["window"] == 513
     assert found["record"]["rate"] == pytest.approx(
         2 * 6 * 2 * 32 * 96 * (4096**2 / 2 - (4096 - 512) ** 2 / 2) / 900.0 / 1e6
     )  # at the bucket's own sizes
-    assert Path(found["file"]).read_text(encoding="utf-8") == render(DKDV_SPEC, known_dkdv().config, H200).text
+    assert Path(found["file"]).read_text(encoding="utf-8") == render(DKDV_SPEC, dkdv_record().config, H200).text
 
 
 @pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr", "decode"])

@@ -1,4 +1,4 @@
-"""render and export: what is written is what is rendered."""
+"""render and export write what is rendered."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cli_samples import (
     PLACE,
     SPEC,
     config,
-    known,
-    known_dkdv,
-    process,
+    dkdv_record,
+    make_record,
     run,
+    start_python,
 )
 
 from parallax_gen.codegen.render import render
@@ -42,10 +42,10 @@ FILE = "decode_d128_bf16_g4_rows256_kv8192.py"
 # render
 
 
-def test_render_prints_what_dispatch_would_choose(store: Store) -> None:
+def test_render_prints_the_kernel_of_dispatch(store: Store) -> None:
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     assert run("render", *CALL).stdout == render(SPEC, default, H200).text
-    store.save(known(200.0, splits=3))
+    store.save(make_record(200.0, splits=3))
     assert run("render", *CALL).stdout == render(SPEC, config(3), H200).text
 
 
@@ -65,7 +65,7 @@ def test_render_of_every_op_and_width(op: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "status", "says"),
+    ("text", "status", "message"),
     [
         ("{", 2, "not JSON"),
         ("[1]", 2, "not an object"),
@@ -73,14 +73,14 @@ def test_render_of_every_op_and_width(op: str) -> None:
         (config_to_json(dataclasses.replace(config(2), BLOCK_N=7)), 1, "BLOCK_N is 7"),
     ],
 )
-def test_render_refuses_a_config_that_is_none(text: str, status: int, says: str) -> None:
+def test_render_refuses_an_invalid_config(text: str, status: int, message: str) -> None:
     result = run("render", *CALL, "--config", text)
     assert result.exit_code == status
-    assert says in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
 
 
-def test_render_says_what_a_kernel_takes() -> None:
+def test_render_reports_resources() -> None:
     result = run("render", "--gpu", "h200", "--op", "decode", "--head-dim", "64", "--resources")
     assert "registers a thread" in result.stderr
     ast.parse(result.stdout)
@@ -93,11 +93,11 @@ def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
     long = dataclasses.replace(PLACE, bucket=Bucket(8, 1, 16384))
     other_kernel = dataclasses.replace(PLACE, spec=dataclasses.replace(SPEC, head_dim=64))
     for result in (
-        known(200.0, splits=2),
-        known(210.0, splits=3),
-        known(20.0, splits=32, place=long, source="measured on a card"),
-        known(5.0, place=other_kernel),
-        known(1.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1, 1, 128))),
+        make_record(200.0, splits=2),
+        make_record(210.0, splits=3),
+        make_record(20.0, splits=32, place=long, source="measured on a card"),
+        make_record(5.0, place=other_kernel),
+        make_record(1.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1, 1, 128))),
     ):
         store.save(result)
     result = run(*EXPORT, tmp_path)
@@ -114,7 +114,7 @@ def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
         assert FILE in text
 
 
-def test_kernels_of_many_queries_have_a_file_for_each_number_of_them(store: Store, tmp_path: Path) -> None:
+def test_multi_token_kernels_have_a_file_per_query_bucket(store: Store, tmp_path: Path) -> None:
     shapes = ("--shape", "1,32/8,16x8192", "--shape", "1,32/8,512x8192", "--shape", "1,32/8,8192")
     result = run(*EXPORT, tmp_path / "out", *shapes)
     assert result.exit_code == 0, result.output
@@ -125,8 +125,8 @@ def test_kernels_of_many_queries_have_a_file_for_each_number_of_them(store: Stor
     )
 
 
-def test_export_of_a_shape_without_a_record_is_the_default(store: Store, tmp_path: Path) -> None:
-    store.save(known(200.0))
+def test_export_of_a_shape_without_a_record_writes_the_default(store: Store, tmp_path: Path) -> None:
+    store.save(make_record(200.0))
     result = run(*EXPORT, tmp_path / "out", "--shape", "1,32/8,1024", "--shape", "32,32/8,8192")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.py"))
     assert files == [FILE, "decode_d128_bf16_g4_rows8_kv1024.py"]
@@ -135,27 +135,27 @@ def test_export_of_a_shape_without_a_record_is_the_default(store: Store, tmp_pat
     assert "the default config: no record of it counts" in result.stdout
 
 
-def test_export_where_nothing_is_known_is_one_default(tmp_path: Path) -> None:
+def test_export_without_records_writes_one_default(tmp_path: Path) -> None:
     run("export", "--gpu", "h100", "--op", "forward", "--stats", "-o", tmp_path / "out")
     (file,) = (tmp_path / "out").glob("*.py")
     assert file.name == "forward_d128_bf16_g1_causal_stats_rows64_q4096_kv4096.py"
 
 
 def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
-    """Of the window that is asked for, and of no other: nor of kernels without one."""
+    """Only kernels with the given window are exported."""
     longer = dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 16384, 16384, 512))
     for place in (DKDV_PLACE, longer, dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))):
-        store.save(known_dkdv(place=place))
+        store.save(dkdv_record(place=place))
     whole = dataclasses.replace(
         DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(16, 512, 512)
     )
-    store.save(known_dkdv(place=whole))
+    store.save(dkdv_record(place=whole))
     call = ("export", *DKDV_CALL[:6], "-o")
     assert run(*call, tmp_path / "a", *DKDV_CALL[6:8]).exit_code == 0
     name = "dkdv_d96_bf16_g4_causal_window_rows16_q4096_kv4096_w512.py"
     files = sorted(p.name for p in (tmp_path / "a").glob("*.py"))
     assert files == ["dkdv_d96_bf16_g4_causal_window_rows16_q16384_kv16384_w512.py", name]
-    assert (tmp_path / "a" / name).read_text(encoding="utf-8") == render(DKDV_SPEC, known_dkdv().config, H200).text
+    assert (tmp_path / "a" / name).read_text(encoding="utf-8") == render(DKDV_SPEC, dkdv_record().config, H200).text
     assert "window_size" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     run(*call, tmp_path / "b")
     assert [p.name for p in (tmp_path / "b").glob("*.py")] == ["dkdv_d96_bf16_g4_causal_rows16_q512_kv512.py"]
@@ -163,33 +163,33 @@ def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "c").glob("*.py")] == [name]
 
 
-def test_export_of_preprocess_knows_no_keys(tmp_path: Path) -> None:
+def test_export_of_preprocess_has_no_key_size(tmp_path: Path) -> None:
     run("export", "--gpu", "h200", "--op", "preprocess", "--shape", "2,32/8,4096", "-o", tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").glob("*.py")] == ["preprocess_d128_bf16_g1_rows64_q4096.py"]
 
 
 def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: Path) -> None:
     old, new = {"triton": "3.3"}, {"triton": "3.4"}
-    store.save(known(100.0, splits=1, evidence_changes=old))
-    store.save(known(120.0, splits=2, evidence_changes=new, created_at="2026-03-01T00:00:00+00:00"))
-    store.save(known(10.0, splits=4, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(100.0, splits=1, evidence_changes=old))
+    store.save(make_record(120.0, splits=2, evidence_changes=new, created_at="2026-03-01T00:00:00+00:00"))
+    store.save(make_record(10.0, splits=4, evidence_changes=OTHER_KERNEL))
     result = run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
     unchecked = "not checked here: the file launches it as it is, even where it spills far more than the default"
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for text in (result.stdout, " ".join(readme.split())):
         assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); {unchecked}" in text
-        assert "not yet checked" not in text  # nothing in a file checks anything
+        assert "not yet checked" not in text  # an exported file has no check
     cache_resources(render(SPEC, config(2), H200), H200, Resources(168, 0, 1000))
     assert unchecked not in run(*EXPORT, tmp_path / "out").stdout
-    store.save(known(150.0, splits=3))
+    store.save(make_record(150.0, splits=3))
     run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
 
 
-def test_export_of_what_calls_get_from_a_sibling_card(store: Store, tmp_path: Path) -> None:
+def test_export_of_a_sibling_cards_record(store: Store, tmp_path: Path) -> None:
     sibling = dataclasses.replace(PLACE, gpu="h100")
-    store.save(known(100.0, splits=3, place=sibling, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(100.0, splits=3, place=sibling, evidence_changes=OTHER_TOOLCHAIN))
     result = run("export", *CALL, "-o", tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
     assert "your record, measured on h100; " in result.stdout
@@ -197,19 +197,19 @@ def test_export_of_what_calls_get_from_a_sibling_card(store: Store, tmp_path: Pa
     assert run("render", *CALL).stdout == render(SPEC, config(3), H200).text
 
 
-def test_export_leaves_a_record_of_another_kernel(store: Store, tmp_path: Path) -> None:
-    store.save(known(10.0, splits=4, evidence_changes=OTHER_KERNEL))
+def test_export_skips_a_record_of_another_kernel(store: Store, tmp_path: Path) -> None:
+    store.save(make_record(10.0, splits=4, evidence_changes=OTHER_KERNEL))
     assert "the default config" in run(*EXPORT, tmp_path / "out", "--shape", "32,32/8,8192").stdout
     run(*EXPORT, tmp_path / "all")
-    assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor is its bucket one that is known
+    assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor does its bucket count as known
 
 
-def test_export_says_what_ships(tmp_path: Path) -> None:
-    write_shipped([known(200.0)], "h200")
+def test_export_marks_shipped_records(tmp_path: Path) -> None:
+    write_shipped([make_record(200.0)], "h200")
     assert "a shipped record" in run(*EXPORT, tmp_path / "out").stdout
 
 
-def test_a_later_export_keeps_what_the_readme_says_of_other_files(tmp_path: Path) -> None:
+def test_a_later_export_keeps_the_readme_entries_of_other_files(tmp_path: Path) -> None:
     run(*EXPORT, tmp_path / "out", "--shape", "1,8,1024")
     run(*EXPORT, tmp_path / "out", "--shape", "1,8,4096")
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -218,7 +218,7 @@ def test_a_later_export_keeps_what_the_readme_says_of_other_files(tmp_path: Path
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == readme
 
 
-def test_export_writes_over_no_readme_of_others(tmp_path: Path) -> None:
+def test_export_does_not_overwrite_a_foreign_readme(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Mine\n", encoding="utf-8")
     result = run(*EXPORT, tmp_path)
     assert result.exit_code == 1
@@ -237,5 +237,5 @@ sys.path.insert(0, {str(tmp_path / "out")!r})
 from decode_d128_bf16_g1_rows8_kv1024 import launch
 print("imported", json.dumps(launch.__module__))
 """
-    out, err = process("-c", "import json" + code).communicate(timeout=60)
+    out, err = start_python("-c", "import json" + code).communicate(timeout=60)
     assert out.splitlines()[-1] == "imported " + json.dumps("decode_d128_bf16_g1_rows8_kv1024"), err

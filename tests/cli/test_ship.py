@@ -1,4 +1,4 @@
-"""ship, over results made by hand: what becomes of them, and what --check finds in what ships."""
+"""ship, on hand-made records: the shipped files, and what --check reports."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cli_samples import (
     OTHER_TOOLCHAIN,
     PLACE,
     SPEC,
-    known,
-    known_dkdv,
+    dkdv_record,
+    make_record,
     run,
 )
 
@@ -32,33 +32,33 @@ DEFAULT = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
 
 def test_ship_merges_what_was_measured_here(store: Store, tmp_path: Path) -> None:
     for splits in (1, 2, 3, 4):
-        store.save(known(200.0 + splits, splits=splits))
-    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
-    store.save(known(110.0, evidence_changes=OTHER_KERNEL))
-    store.save(known(90.0, "predicted", splits=6))
+        store.save(make_record(200.0 + splits, splits=splits))
+    store.save(make_record(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(110.0, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(90.0, "predicted", splits=6))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 0, result.output
     assert [r.time_us for r in load_shipped("h200", tmp_path / "db")] == [201.0, 202.0, 203.0]
     assert "3 records of 1 kernels and buckets; 3 new or changed" in result.stdout
-    store.save(known(None, "wrong", splits=1, created_at="2026-02-01T00:00:00+00:00"))
+    store.save(make_record(None, "wrong", splits=1, created_at="2026-02-01T00:00:00+00:00"))
     run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert [r.time_us for r in load_shipped("h200", tmp_path / "db")] == [202.0, 203.0, 204.0]
 
 
 def test_ship_takes_every_op(store: Store, tmp_path: Path) -> None:
     for result in (
-        known(),
-        known_dkdv(),
-        known_dkdv(place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 512, 512))),
+        make_record(),
+        dkdv_record(),
+        dkdv_record(place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 512, 512))),
     ):
         store.save(result)
     assert run("ship", "--gpu", "h200", "--to", tmp_path / "db").exit_code == 0
     assert {r.place for r in load_shipped("h200", tmp_path / "db")} == {r.place for r in store.all()}
 
 
-def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
-    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
-    store.save(known(110.0, evidence_changes=OTHER_KERNEL))
+def test_ship_without_records_is_an_error(store: Store, tmp_path: Path) -> None:
+    store.save(make_record(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(110.0, evidence_changes=OTHER_KERNEL))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 1
     assert "nothing that was measured on h200 of today's kernels with this toolchain" in result.stderr
@@ -68,9 +68,11 @@ def test_ship_of_nothing_is_an_error(store: Store, tmp_path: Path) -> None:
 # --check
 
 
-def test_check_lists_what_ships_without_the_defaults_time(store: Store, shipped_folder: Path) -> None:
-    write_shipped([known(100.0), known(130.0, config=DEFAULT), known(200.0, place=OTHER_BUCKET)], "h200")
-    write_shipped([known(90.0, place=SIBLING, evidence_changes=OTHER_KERNEL)], "h100")
+def test_check_lists_shipped_places_without_the_defaults_time(store: Store, shipped_folder: Path) -> None:
+    write_shipped(
+        [make_record(100.0), make_record(130.0, config=DEFAULT), make_record(200.0, place=OTHER_BUCKET)], "h200"
+    )
+    write_shipped([make_record(90.0, place=SIBLING, evidence_changes=OTHER_KERNEL)], "h100")
     before = {path: path.read_bytes() for path in shipped_folder.iterdir()}
     result = run("ship", "--check")
     assert result.exit_code == 1
@@ -100,22 +102,22 @@ def test_check_lists_what_ships_without_the_defaults_time(store: Store, shipped_
     assert not store.all()
 
 
-def test_check_lists_what_is_slower_than_the_default(tmp_path: Path) -> None:
-    earlier = {"triton": f"{TRITON_HERE}.99"}  # makes the same programs: its times are compared
+def test_check_lists_records_slower_than_the_default(tmp_path: Path) -> None:
+    earlier = {"triton": f"{TRITON_HERE}.99"}  # compiles the same programs, so its times are comparable
     new, old = (
-        known(110.0, created_at="2026-02-01T00:00:00+00:00"),
-        known(100.0, config=DEFAULT, evidence_changes=earlier),
+        make_record(110.0, created_at="2026-02-01T00:00:00+00:00"),
+        make_record(100.0, config=DEFAULT, evidence_changes=earlier),
     )
     write_shipped([new, old], "h200", tmp_path / "db")
     result = run("ship", "--check", "--to", tmp_path / "db")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[1].split()[:3] == ["110.0", "100.0", "0.91x"]
     assert "0 no time of the default, 1 slower than the default" in result.stdout
-    write_shipped([known(120.0, config=DEFAULT, created_at="2026-02-01T00:00:00+00:00")], "h200", tmp_path / "db")
+    write_shipped([make_record(120.0, config=DEFAULT, created_at="2026-02-01T00:00:00+00:00")], "h200", tmp_path / "db")
     assert run("ship", "--check", "--to", tmp_path / "db").exit_code == 0
 
 
-def test_check_of_a_card_that_nothing_ships_for_is_an_error() -> None:
+def test_check_of_a_card_without_shipped_records_is_an_error() -> None:
     result = run("ship", "--check", "--gpu", "h200")
     assert result.exit_code == 1
     assert "nothing ships for h200" in result.stderr

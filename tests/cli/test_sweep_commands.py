@@ -1,4 +1,4 @@
-"""`sweep` and `replay`: from the database to files, and from files or records to tables, CSV and a picture."""
+"""`sweep` and `replay`: database to files, and files or records to tables, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_samples import OTHER_TOOLCHAIN, PLACE, config, known, run, run_json
+from cli_samples import OTHER_TOOLCHAIN, PLACE, config, make_record, run, run_json
 
 from parallax_gen.memory.ranking import default_of
 from parallax_gen.memory.store import Store
@@ -25,26 +25,26 @@ FEW = ("--sampler", "ours", "--sampler", "random", "--seeds", 3, "--workers", 1)
 
 def record(store: Store, splits: tuple[int, ...]) -> None:
     for number, split in enumerate(splits):
-        store.save(known(250.0 + number, splits=split, shape=SHAPE))
+        store.save(make_record(250.0 + number, splits=split, shape=SHAPE))
 
 
 @pytest.fixture
 def partial(store: Store, tmp_path: Path) -> Path:
-    """The file of a partial sweep of ten configs."""
+    """A file with a partial sweep of ten configs."""
     record(store, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
     assert run("sweep", "--partial", 10, "--to", tmp_path / "sweeps").exit_code == 0
     (path,) = (tmp_path / "sweeps").iterdir()
     return path
 
 
-def test_a_whole_sweep_is_written(store: Store, tmp_path: Path) -> None:
+def test_a_complete_sweep_is_written(store: Store, tmp_path: Path) -> None:
     for number, each in enumerate(every_config(PLACE.spec, gpu_by_name("h200"))):
-        store.save(known(100.0 + number, config=each, shape=SHAPE))
+        store.save(make_record(100.0 + number, config=each, shape=SHAPE))
         if number % 97 == 0:
-            store.save(known(300.0, splits=2, place=dataclasses.replace(PLACE, gpu="h100")))
+            store.save(make_record(300.0, splits=2, place=dataclasses.replace(PLACE, gpu="h100")))
     done = run("sweep", "--to", tmp_path / "sweeps")
     assert done.exit_code == 0, done.output
-    (path,) = (tmp_path / "sweeps").iterdir()  # the other place is not whole
+    (path,) = (tmp_path / "sweeps").iterdir()  # the other place's sweep is incomplete
     assert path.name.startswith("h200-decode-128-256x8192-")
     assert path.name in done.output
     sweep = read_sweep(path)
@@ -52,7 +52,7 @@ def test_a_whole_sweep_is_written(store: Store, tmp_path: Path) -> None:
     assert sweep.place == PLACE
 
 
-def test_what_is_not_whole_is_written_only_when_asked_for(store: Store, tmp_path: Path, partial: Path) -> None:
+def test_partial_sweeps_are_written_only_with_the_option(store: Store, tmp_path: Path, partial: Path) -> None:
     assert not read_sweep(partial).whole
     assert config(2) in read_sweep(partial).costs
     for arguments in ((), ("--partial", 11), ("--gpu", "h100", "--partial", 1), ("--op", "forward", "--partial", 1)):
@@ -66,7 +66,7 @@ def test_what_is_not_whole_is_written_only_when_asked_for(store: Store, tmp_path
     assert json.loads(plain.read_text(encoding="utf-8").splitlines()[0])["place"]["spec.op"] == "decode"
 
 
-def test_a_replay_prints_a_line_a_sampler_and_says_that_a_sweep_is_partial(partial: Path) -> None:
+def test_a_replay_prints_a_line_per_sampler_and_marks_partial_sweeps(partial: Path) -> None:
     done = run("replay", partial, *FEW)
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
@@ -88,12 +88,12 @@ def test_a_replay_writes_csv_and_json(partial: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_a_replay_draws_a_picture(partial: Path, tmp_path: Path) -> None:
+def test_a_replay_writes_a_plot(partial: Path, tmp_path: Path) -> None:
     assert run("replay", partial, partial, *FEW, "--out", tmp_path / "out").exit_code == 0
     assert (tmp_path / "out" / "regrets.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_there_is_a_table_all_the_same(
+def test_without_matplotlib_the_table_is_still_printed(
     partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -103,7 +103,7 @@ def test_without_matplotlib_there_is_a_table_all_the_same(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["regrets.csv"]
 
 
-def test_what_cannot_be_replayed_is_an_error_of_one_line(partial: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_replayed_is_a_one_line_error(partial: Path, tmp_path: Path) -> None:
     spoilt = tmp_path / "spoilt.jsonl"
     spoilt.write_text("{}\n", encoding="utf-8")
     refused = run("replay", spoilt, *FEW)
@@ -116,15 +116,15 @@ def test_what_cannot_be_replayed_is_an_error_of_one_line(partial: Path, tmp_path
 
 
 def tuned(store: Store) -> None:
-    """What this Triton and another one found, and the default's time."""
+    """Records of this Triton and another one, and the default's time."""
     default = default_of(PLACE, gpu_by_name("h200"))
-    store.save(known(200.0, splits=2))
-    store.save(known(220.0, splits=4))
-    store.save(known(300.0, config=default))
-    store.save(known(1.0, splits=4, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(200.0, splits=2))
+    store.save(make_record(220.0, splits=4))
+    store.save(make_record(300.0, config=default))
+    store.save(make_record(1.0, splits=4, evidence_changes=OTHER_TOOLCHAIN))
 
 
-def test_what_ships_and_the_database_are_judged_by_themselves(store: Store) -> None:
+def test_borrowing_is_evaluated_on_shipped_records_and_the_database(store: Store) -> None:
     tuned(store)
     document = run_json("replay", "--borrow")
     found = {line["choice"]: line for line in document["summaries"]}
@@ -139,7 +139,7 @@ def test_what_ships_and_the_database_are_judged_by_themselves(store: Store) -> N
     assert "sets of times: 1\n" in done.output
 
 
-def test_files_judge_what_the_memory_has(store: Store, partial: Path, tmp_path: Path) -> None:
+def test_borrowing_is_evaluated_on_files(store: Store, partial: Path, tmp_path: Path) -> None:
     tuned(store)
     exported = tmp_path / "exported.jsonl"
     assert run("db", "export", exported).exit_code == 0
@@ -149,7 +149,7 @@ def test_files_judge_what_the_memory_has(store: Store, partial: Path, tmp_path: 
     assert {line["choice"] for line in found["summaries"]} == {"the default"}
 
 
-def test_what_cannot_be_judged_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_invalid_files_for_borrowing_are_a_one_line_error(tmp_path: Path) -> None:
     nothing = run("replay", "--borrow")
     assert (nothing.exit_code, nothing.output.count("\n")) == (1, 1)
     assert "two configs of a place, by one toolchain" in nothing.output

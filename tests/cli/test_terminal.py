@@ -1,4 +1,4 @@
-"""How the command line meets shells, pipes and people: completion, suggestions, log lines, exit codes."""
+"""The command line in shells and pipes: completion, suggestions, log lines, exit codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_samples import CALL, PLACE, config, known, process, run, run_json
+from cli_samples import CALL, PLACE, config, make_record, run, run_json, start_python
 from click.shell_completion import ShellComplete
 
 import parallax_gen
@@ -27,7 +27,7 @@ WIDE = ("column", "note"), [("c" * 70, "one two three " * 9), ("short", "four")]
 
 
 def completed(*words: str) -> list[str]:
-    """What a shell offers for the last word."""
+    """The completions of the last word."""
     return [item.value for item in ShellComplete(main, {}, "", "").get_completions(list(words[:-1]), words[-1])]
 
 
@@ -53,18 +53,18 @@ def test_values_are_completed(words: tuple[str, ...], offered: list[str]) -> Non
     assert completed(*words) == offered
 
 
-def test_a_script_for_each_shell_asks_this_program() -> None:
+def test_completion_scripts_of_each_shell_call_this_program() -> None:
     for shell in SHELLS:
         script = run("completion", shell).stdout
         assert f"_PARALLAX_GEN_COMPLETE={shell}_complete" in script
         assert "parallax-gen" in script
 
 
-# mistakes
+# typing errors
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("explian",), "No such command explian. Did you mean explain?"),
         (("tunes",), "Did you mean tune?"),
@@ -73,17 +73,17 @@ def test_a_script_for_each_shell_asks_this_program() -> None:
         (("list", "--op", "decod"), "decod is not one of"),
     ],
 )
-def test_a_mistyped_word_is_a_usage_error_with_the_nearest(arguments: tuple[str, ...], says: str) -> None:
+def test_a_mistyped_word_is_a_usage_error_with_a_suggestion(arguments: tuple[str, ...], message: str) -> None:
     done = run(*arguments)
     assert done.exit_code == 2
-    assert says in " ".join(done.stderr.split()).replace("'", "")  # Click's versions quote differently
+    assert message in " ".join(done.stderr.split()).replace("'", "")  # Click's versions quote differently
     assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_in_help_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for file in ("sweeps/h200.jsonl.gz", "colleague.jsonl", "old/tuning.db"):  # that examples name must be there
+    for file in ("sweeps/h200.jsonl.gz", "colleague.jsonl", "old/tuning.db"):  # files that the examples name
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     lines = [line.strip() for line in run(name, "--help").stdout.splitlines()]
@@ -97,7 +97,7 @@ def test_examples_in_help_parse(name: str, tmp_path: Path, monkeypatch: pytest.M
         command.make_context(name, words[2:], parent=context)
 
 
-def test_exit_codes_are_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_codes_are_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0 done, 1 an error (told in one line), 2 wrong usage, 130 Ctrl-C" in run("--help").stdout
 
     def interrupted() -> None:
@@ -108,7 +108,7 @@ def test_exit_codes_are_told_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("list").exit_code == 130
 
 
-def test_help_says_all_of_what_each_command_does() -> None:
+def test_help_summaries_are_not_truncated() -> None:
     text = run("--help").stdout
     assert "..." not in text.partition("Commands:")[2]
     assert max(map(len, text.splitlines())) <= 80
@@ -117,9 +117,9 @@ def test_help_says_all_of_what_each_command_does() -> None:
 # pipes
 
 
-def test_a_pipe_gets_whole_lines_without_colours(store: Store) -> None:
-    store.save(known(250.0))
-    child = process("-m", "parallax_gen.cli", "list")
+def test_piped_output_has_whole_lines_without_colours(store: Store) -> None:
+    store.save(make_record(250.0))
+    child = start_python("-m", "parallax_gen.cli", "list")
     out, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (0, "")
     assert "\x1b" not in out
@@ -127,7 +127,7 @@ def test_a_pipe_gets_whole_lines_without_colours(store: Store) -> None:
     assert not any(line != line.rstrip() for line in out.splitlines())
 
 
-def test_a_row_is_a_line_in_a_pipe_and_fits_a_terminal(
+def test_a_row_is_one_line_in_a_pipe_and_fits_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
@@ -142,9 +142,7 @@ def test_a_row_is_a_line_in_a_pipe_and_fits_a_terminal(
     assert " ".join(" ".join(lines).split()).count("three") == 9
 
 
-def test_the_last_column_is_folded_under_itself(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_column_wraps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "22")
     print_table(("time", "name", "why"), [("9.5", "a", "it spills registers"), ("10", "bc", "")], right=("time",))
     assert capsys.readouterr().out.splitlines() == [
@@ -158,7 +156,7 @@ def test_the_last_column_is_folded_under_itself(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_disk_is_an_error_of_one_line() -> None:
+def test_a_full_disk_is_a_one_line_error() -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         command = [sys.executable, "-m", "parallax_gen.cli", "list", "--gpu", "h200"]
         folder = Path(parallax_gen.__file__).parents[1]
@@ -167,9 +165,9 @@ def test_a_full_disk_is_an_error_of_one_line() -> None:
     assert done.stderr == "error: [Errno 28] No space left on device\n"
 
 
-def test_a_reader_that_leaves_is_no_error(store: Store) -> None:
-    store.save(known(250.0))
-    child = process("-m", "parallax_gen.cli", "list")
+def test_a_closed_pipe_is_no_error(store: Store) -> None:
+    store.save(make_record(250.0))
+    child = start_python("-m", "parallax_gen.cli", "list")
     assert child.stdout is not None
     child.stdout.close()
     assert child.stderr is not None
@@ -180,23 +178,23 @@ def test_a_reader_that_leaves_is_no_error(store: Store) -> None:
 # log lines
 
 
-def test_verbose_says_which_config_and_why(store: Store) -> None:
+def test_verbose_logs_the_config_and_the_reason(store: Store) -> None:
     said = run("-v", "render", *CALL).stderr
     assert "decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192, on h200: the default" in said
-    store.save(known(200.0, splits=3))
+    store.save(make_record(200.0, splits=3))
     said = run("--verbose", "render", *CALL).stderr
     assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in said
     assert "NUM_SPLITS=3" in said
-    assert run("render", *CALL).stderr == ""  # the handler went with its command
+    assert run("render", *CALL).stderr == ""  # the log handler is removed after its command
 
 
-def test_the_dispatcher_logs_once_a_bucket_and_names_the_file(
+def test_the_dispatcher_logs_once_per_bucket_and_names_the_file(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.problem.shapes import Shape
 
-    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")  # runtime/dispatch.py has a line of its own to say
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")  # silence the warning of runtime/dispatch.py
     caplog.set_level(logging.INFO, "parallax_gen")
     dispatcher, gpu = Dispatcher(Memory(None)), GPUS["h200"]
     modules = [dispatcher.kernel(PLACE.spec, Shape(32, 32, 8, 1, keys), gpu)[1] for keys in (8192, 8000)]
@@ -205,7 +203,7 @@ def test_the_dispatcher_logs_once_a_bucket_and_names_the_file(
     assert runs == f"{PLACE.spec}; {PLACE.bucket}: runs {modules[0].__file__}"
 
 
-def test_the_library_is_silent_by_itself() -> None:
+def test_the_library_logs_nothing_by_default() -> None:
     code = "import logging, parallax_gen; logging.getLogger('parallax_gen').error('x')"
     folder = Path(parallax_gen.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=folder)
@@ -216,7 +214,7 @@ def test_the_library_is_silent_by_itself() -> None:
 
 
 def test_render_and_export_and_ship_have_json(store: Store, tmp_path: Path) -> None:
-    store.save(known(200.0, splits=3))
+    store.save(make_record(200.0, splits=3))
     rendered = run_json("render", *CALL)
     assert rendered["source"] == run("render", *CALL).stdout
     assert rendered["config"]["NUM_SPLITS"] == 3
@@ -229,8 +227,8 @@ def test_render_and_export_and_ship_have_json(store: Store, tmp_path: Path) -> N
     assert Path(shipped["file"]).exists()
 
 
-def test_a_folder_that_cannot_be_is_an_error_of_one_line(store: Store, tmp_path: Path) -> None:
-    store.save(known(200.0, splits=3))
+def test_an_impossible_folder_is_a_one_line_error(store: Store, tmp_path: Path) -> None:
+    store.save(make_record(200.0, splits=3))
     (tmp_path / "file").write_text("", encoding="utf-8")
     for arguments in (("ship", "--gpu", "h200", "--to"), ("export", *CALL, "-o")):
         done = run(*arguments, tmp_path / "file" / "db")

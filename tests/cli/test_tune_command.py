@@ -1,4 +1,4 @@
-"""tune: without a GPU for real, and on a GPU that is made up."""
+"""tune: without a GPU (real compilers), and on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from cli_samples import CALL, H200, PLACE, config, known, known_dkdv, process, run
+from cli_samples import CALL, H200, PLACE, config, dkdv_record, make_record, run, start_python
 from rich.console import Console
 
 from parallax_gen.cli.progress import Interrupt, View
@@ -24,12 +24,12 @@ from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterl
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
-# Ctrl-C may be ignored where the tests run, as it is in a shell's background jobs, and a child would inherit that.
-HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+# SIGINT may be ignored where the tests run, as in a shell's background jobs, and a child would inherit that.
+ENABLE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 
 
 class FakeWorker:
-    """A machine on which every kernel takes a microsecond less than the one before, and the second is wrong."""
+    """Every kernel takes a microsecond less than the one before; the second one is wrong."""
 
     measured = 0
 
@@ -58,16 +58,16 @@ class FakeWorker:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H200 in this machine."""
+def fake_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that this machine has an H200."""
     FakeWorker.measured = 0
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
     monkeypatch.setattr("parallax_gen.cli.devices.card_of_worker", lambda bench: H200)
 
 
-def test_without_a_gpu_it_compiles_ranks_says_so_and_goes_on(store: Store) -> None:
-    child = process("-m", "parallax_gen.cli", "tune", *CALL, *FEW, "--json")
+def test_without_a_gpu_it_compiles_and_ranks(store: Store) -> None:
+    child = start_python("-m", "parallax_gen.cli", "tune", *CALL, *FEW, "--json")
     out, err = child.communicate(timeout=120)
     assert child.returncode == 0, err
     summary = json.loads(out)
@@ -90,7 +90,7 @@ def test_without_a_gpu_it_compiles_ranks_says_so_and_goes_on(store: Store) -> No
     assert "\x1b" not in again.output
 
 
-def test_on_a_gpu_it_measures(card: None, store: Store) -> None:
+def test_with_a_gpu_it_measures(fake_h200: None, store: Store) -> None:
     result = run("tune", *CALL, *FEW)
     assert result.exit_code == 0, result.output
     assert "nothing was measured" not in result.stderr
@@ -99,20 +99,20 @@ def test_on_a_gpu_it_measures(card: None, store: Store) -> None:
     assert f"{best.time_us:.1f}" in result.stdout
     assert "1 wrong" in result.stdout
     assert "3 ok, 1 wrong; best " in result.stderr
-    summary = json.loads(run("tune", *CALL[2:], *FEW, "--json").stdout)  # the card that is there is meant
+    summary = json.loads(run("tune", *CALL[2:], *FEW, "--json").stdout)  # without --gpu: the installed card
     assert summary["measured"]
     assert summary["gpu"] == "h200"
     assert summary["jobs"][0]["known"] == 4
 
 
-def test_another_gpu_than_the_one_that_is_there_is_refused(card: None, store: Store) -> None:
+def test_a_gpu_that_is_not_installed_is_refused(fake_h200: None, store: Store) -> None:
     result = run("tune", "--gpu", "h100", *FEW)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: --gpu says h100, but the card here is h200 (NVIDIA H200 SXM)")
     assert store.all() == []
 
 
-def test_where_no_config_works_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_fails_if_no_config_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "ask", lambda *_: TrialResult(Outcome.COMPILE, "nothing compiles"))
     result = run("tune", *CALL, *FEW)
@@ -135,12 +135,12 @@ def test_where_no_config_works_it_fails(monkeypatch: pytest.MonkeyPatch) -> None
         ("--op", "training", "--head-dim", "72"),  # no usual shape
     ],
 )
-def test_what_makes_no_sense_is_a_usage_error(arguments: tuple[str, ...], store: Store) -> None:
+def test_invalid_options_are_usage_errors_of_tune(arguments: tuple[str, ...], store: Store) -> None:
     assert run("tune", "--gpu", "h200", *arguments).exit_code == 2
     assert store.all() == []
 
 
-def test_options_can_be_repeated(card: None) -> None:
+def test_options_can_be_repeated(fake_h200: None) -> None:
     arguments = ("--head-dim", "64", "--head-dim", "128", "--dtype", "fp16", "--dtype", "bf16", "--shape", "1,8,1024")
     both = ("--op", "forward", "--op", "decode")
     result = run("tune", "--gpu", "h200", *both, *arguments, "--trials", "1", "--json")
@@ -150,16 +150,16 @@ def test_options_can_be_repeated(card: None) -> None:
     assert "[8/8]" in result.stderr
 
 
-def test_a_training_step(card: None, store: Store) -> None:
+def test_a_training_step(fake_h200: None, store: Store) -> None:
     arguments = ("--op", "training", "--head-dim", "96", "--shape", "2,32/8,4096", "--window", "513", "--trials", "2")
     result = run("tune", *arguments)
     assert result.exit_code == 0, result.output
-    known = {r.place.spec.op: r.place for r in store.all()}
-    assert list(known) == ["dkdv", "dqdr", "forward", "preprocess"]
-    for op, place in known.items():
+    make_record = {r.place.spec.op: r.place for r in store.all()}
+    assert list(make_record) == ["dkdv", "dqdr", "forward", "preprocess"]
+    for op, place in make_record.items():
         assert place.spec.head_dim == 96
         assert place.bucket.window == (0 if op == "preprocess" else 512)
-    assert known["forward"].spec.stats
+    assert make_record["forward"].spec.stats
     blocks = result.stdout.split("\n\n")
     assert [block.splitlines()[0].split(",")[0] for block in blocks[:4]] == [
         "h200: forward",
@@ -181,7 +181,7 @@ def test_a_training_step(card: None, store: Store) -> None:
     assert [job["known"] for job in json.loads(again.stdout)["jobs"]] == [2] * 4
 
 
-def test_everything_is_tuned_where_nothing_is_said(card: None) -> None:
+def test_without_options_everything_is_tuned(fake_h200: None) -> None:
     result = run("tune", "--shape", "1,8,1024", "--trials", "1", "--json")
     kernels = [(job["spec"]["op"], job["spec"]["stats"]) for job in json.loads(result.stdout)["jobs"]]
     step = [("forward", True), ("preprocess", False), ("dkdv", False), ("dqdr", False)]
@@ -191,18 +191,18 @@ def test_everything_is_tuned_where_nothing_is_said(card: None) -> None:
 # Several devices, several hosts
 
 
-def cards(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> None:
-    """These GPUs are in this machine, in this order."""
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> None:
+    """Pretend that this machine has these GPUs, in this order."""
     here = iter([name and gpu_by_name(name) for name in names])
     monkeypatch.setattr("parallax_gen.cli.devices.card_of_worker", lambda bench: next(here))
 
 
-def test_several_devices_share_the_jobs(card: None, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    cards(monkeypatch, "h200", "h200", "h200")
+def test_several_devices_share_the_jobs(fake_h200: None, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, "h200", "h200", "h200")
     result = run("tune", "--op", "training", "--shape", "1,8,1024", *FEW, "--devices", "0,2,3")
     assert result.exit_code == 0, result.output
     assert "[4/4] h200: dqdr" in result.stderr
-    assert "\n  [1] " in result.stderr  # lines say whose they are
+    assert "\n  [1] " in result.stderr  # lines name their device
     assert len({r.place for r in store.all()}) == 4
 
 
@@ -214,10 +214,10 @@ def test_several_devices_share_the_jobs(card: None, store: Store, monkeypatch: p
         (("h200", "h100"), "error: --devices: 1 is h100, and not h200 as the first of them"),
     ],
 )
-def test_devices_must_be_there_and_alike(
-    names: tuple[str | None, ...], said: str, card: None, store: Store, monkeypatch: pytest.MonkeyPatch
+def test_devices_must_exist_and_be_of_one_model(
+    names: tuple[str | None, ...], said: str, fake_h200: None, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards(monkeypatch, *names)
+    fake_gpus(monkeypatch, *names)
     result = run("tune", *FEW, "--devices", "0,1")
     assert result.exit_code == 1
     assert result.stderr.startswith(said)
@@ -225,14 +225,14 @@ def test_devices_must_be_there_and_alike(
 
 
 @pytest.mark.parametrize("devices", ["", "a", "0,0", "-1", "0;1"])
-def test_devices_are_different_indices(devices: str) -> None:
+def test_devices_must_be_distinct_indices(devices: str) -> None:
     result = run("tune", *CALL, "--devices", devices)
     assert result.exit_code == 2
     assert "indices" in result.stderr
 
 
-def test_a_second_worker_takes_what_the_first_found(card: None, store: Store, tmp_path: Path) -> None:
-    """In a database of its own, and without measuring it again."""
+def test_a_second_worker_reuses_the_results_of_the_first(fake_h200: None, store: Store, tmp_path: Path) -> None:
+    """It has its own database, and does not measure again."""
     storage = ("--storage", f"journal:{tmp_path / 'journal'}")
     run("tune", *CALL, *FEW, *storage)
     first = {r.config for r in store.results(PLACE)}
@@ -246,7 +246,7 @@ def test_a_second_worker_takes_what_the_first_found(card: None, store: Store, tm
 
 
 def test_predictions_are_not_shared(store: Store, tmp_path: Path) -> None:
-    """Others would take what was only compiled for tried."""
+    """Other workers would take a config that was only compiled as tried."""
     result = run("tune", *CALL, *FEW, "--storage", f"journal:{tmp_path / 'journal'}")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: --storage: there is no CUDA device here")
@@ -254,15 +254,15 @@ def test_predictions_are_not_shared(store: Store, tmp_path: Path) -> None:
     assert store.all() == []
 
 
-def test_a_storage_that_is_none_is_an_error(card: None, store: Store) -> None:
+def test_an_invalid_storage_is_an_error(fake_h200: None, store: Store) -> None:
     result = run("tune", *CALL, *FEW, "--storage", "somewhere")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the storage is no journal:FILE and no URL")
 
 
-def test_ctrl_c_keeps_what_is_finished(store: Store) -> None:
-    code = HEED_CTRL_C + f"from parallax_gen.cli import main; main({['tune', *CALL, '--workers', '1']!r})"
-    child = process("-c", code)
+def test_ctrl_c_keeps_finished_trials(store: Store) -> None:
+    code = ENABLE_CTRL_C + f"from parallax_gen.cli import main; main({['tune', *CALL, '--workers', '1']!r})"
+    child = start_python("-c", code)
     assert child.stderr is not None
     for line in child.stderr:
         if "trial 1" in line:
@@ -288,15 +288,15 @@ def test_the_second_ctrl_c_does_not_wait() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with Interrupt():
-            signal.raise_signal(signal.SIGINT)  # it was ignored before, so it is
+            signal.raise_signal(signal.SIGINT)  # ignored before, so still ignored
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-# What is seen meanwhile
+# Progress output
 
 
-def test_a_terminal_sees_it_live() -> None:
+def test_a_terminal_shows_live_progress() -> None:
     screen = io.StringIO()
     job = Job(PLACE.spec, PLACE.bucket, H200)
     with View(
@@ -306,7 +306,7 @@ def test_a_terminal_sees_it_live() -> None:
         time_budget_s=45,
     ) as view:
         view.begin(job)
-        progress = Progress(job, known=7, kinds={"ok": 11, "wrong": 1}, best=known(250.0, splits=1), seconds=12.3)
+        progress = Progress(job, known=7, kinds={"ok": 11, "wrong": 1}, best=make_record(250.0, splits=1), seconds=12.3)
         view.update(progress)
     text = screen.getvalue()
     assert "[1/3] h200: decode" in text
@@ -323,7 +323,7 @@ def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -
     with View(Console(file=pipe, width=80, markup=False, highlight=False), 1, trials=96, time_budget_s=45) as view:
         view.begin(job)
         progress = Progress(job)
-        for n, best in enumerate((None, known(300.0), known(300.0), known(250.0, splits=1)), start=1):
+        for n, best in enumerate((None, make_record(300.0), make_record(300.0), make_record(250.0, splits=1)), start=1):
             progress.kinds, progress.best = {"ok": n}, best
             view.update(progress)
         view.end(progress)
@@ -331,19 +331,19 @@ def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -
     assert [line.split(",")[0].strip() for line in lines[1:3]] == ["trial 2", "trial 4"]
     assert lines[3].strip().startswith("4 trials in 0 s: 4 ok; best 250.0 us")
     assert len(lines) == 4
-    assert config(1) == known(splits=1).config
+    assert config(1) == make_record(splits=1).config
 
 
-# -- what is known, again
+# -- refresh
 
 
-def test_refresh_times_what_is_known_again(card: None, store: Store) -> None:
+def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> None:
     other = dataclasses.replace(PLACE, bucket=Bucket(1024, 1, 8192))
     for place in (PLACE, other):
-        store.save(known(splits=3, place=place))
+        store.save(make_record(splits=3, place=place))
     summary = json.loads(run("tune", "--refresh", "--workers", "1", "--json").stdout)
     assert {(job["bucket"]["kv_rows"], job["outcome"]) for job in summary["jobs"]} == {(256, "ok"), (1024, "ok")}
-    assert all(job["trials"] == 2 and job["known"] == 0 for job in summary["jobs"])  # the default, and its own
+    assert all(job["trials"] == 2 and job["known"] == 0 for job in summary["jobs"])  # the default, and its record
     assert len(store.results(PLACE)) == 2
 
     one = json.loads(run("tune", "--refresh", *CALL, "--workers", "1", "--json").stdout)
@@ -351,29 +351,31 @@ def test_refresh_times_what_is_known_again(card: None, store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("options", "message"),
     [
         (("--op", "forward"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
         (("--dtype", "fp16"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
         (("--storage", "journal:file"), "--refresh: one process times again what it knows, without --storage"),
     ],
 )
-def test_refresh_says_what_it_cannot_do(card: None, store: Store, asked: tuple[str, ...], told: str) -> None:
-    store.save(known())
-    result = run("tune", "--refresh", *asked, "--workers", "1")
+def test_refresh_refuses_unsupported_options(
+    fake_h200: None, store: Store, options: tuple[str, ...], message: str
+) -> None:
+    store.save(make_record())
+    result = run("tune", "--refresh", *options, "--workers", "1")
     assert result.exit_code != 0
-    assert told in result.stderr
+    assert message in result.stderr
 
 
 def test_refresh_needs_a_device(store: Store) -> None:
-    store.save(known())
+    store.save(make_record())
     result = run("tune", "--gpu", "h200", "--refresh", "--workers", "1")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "error: --refresh: there is no CUDA device here to time it on"
 
 
-def test_refresh_of_training_is_of_a_step_s_kernels(card: None, store: Store) -> None:
-    store.save(known())
-    store.save(known_dkdv())
+def test_refresh_of_training_times_all_kernels_of_a_step(fake_h200: None, store: Store) -> None:
+    store.save(make_record())
+    store.save(dkdv_record())
     (job,) = json.loads(run("tune", "--refresh", "--op", "training", "--workers", "1", "--json").stdout)["jobs"]
     assert job["spec"]["op"] == "dkdv"

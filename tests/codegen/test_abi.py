@@ -1,4 +1,4 @@
-"""The arguments of a launch: scratch of the size that its grid implies, and tensors in the kernels' format."""
+"""The arguments of a launch: scratch as large as its grid needs, and tensors in the kernels' formats."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 GPU = GPUS["h200"]
-RAGGED = KernelSpec("decode_varlen", 64, "fp16")
-MANY = replace(RAGGED, many_queries=True, group=3)
+DECODE_VARLEN = KernelSpec("decode_varlen", 64, "fp16")
+MULTI_TOKEN = replace(DECODE_VARLEN, many_queries=True, group=3)
 CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
 
 
-class Seen:
+class RecordingKernel:
     """A fake kernel that records the grid of its launch."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -39,48 +39,48 @@ def scratch_of(spec: KernelSpec, config: KernelConfig, *sizes: int) -> Scratch:
 
 
 def grid_of(spec: KernelSpec, config: DecodeConfig, shape: Shape) -> tuple[int, ...]:
-    module, seen = load(render(spec, config, GPU)), Seen()
+    module, recorded = load(render(spec, config, GPU)), RecordingKernel()
     kernel = module.decode_varlen_kernel
-    module.decode_varlen_kernel = seen  # type: ignore[attr-defined]
+    module.decode_varlen_kernel = recorded  # type: ignore[attr-defined]
     try:
         module.launch(*prepare(spec, config, empty_inputs(spec, shape, "cpu")).arguments(1.0))
     finally:
         module.decode_varlen_kernel = kernel  # type: ignore[attr-defined]
-    return seen.grid
+    return recorded.grid
 
 
 @pytest.mark.parametrize(
     ("spec", "block_h", "shape", "tiles", "groups", "rows"),
     [
-        (RAGGED, 8, Shape(5, 2, 2, 1, 100), 5, 1, 1),
-        (RAGGED, 8, Shape(33, 2, 2, 1, 100), 33, 1, 1),
-        (replace(RAGGED, group=4), 8, Shape(5, 8, 2, 1, 100), 5, 1, 4),
-        (replace(RAGGED, group=12), 8, Shape(5, 24, 2, 1, 100), 5, 2, 8),
-        (replace(RAGGED, group=12), 16, Shape(5, 24, 2, 1, 100), 5, 1, 12),
-        (replace(RAGGED, head_dim=40, group=4, page_size=16), 8, Shape(5, 8, 2, 1, 100), 5, 1, 4),
-        (MANY, 8, Shape(5, 6, 2, 7, 100), 15, 1, 8),  # 21 (query, head) pairs a sequence
-        (MANY, 64, Shape(5, 6, 2, 7, 100), 5, 1, 64),
-        (replace(MANY, varlen=True), 16, Shape(5, 6, 2, 7, 100), 10, 1, 16),
-        (replace(MANY, varlen=True, stats=True, cache_dtype="e4m3"), 16, Shape(1, 3, 1, 1, 100), 1, 1, 16),
+        (DECODE_VARLEN, 8, Shape(5, 2, 2, 1, 100), 5, 1, 1),
+        (DECODE_VARLEN, 8, Shape(33, 2, 2, 1, 100), 33, 1, 1),
+        (replace(DECODE_VARLEN, group=4), 8, Shape(5, 8, 2, 1, 100), 5, 1, 4),
+        (replace(DECODE_VARLEN, group=12), 8, Shape(5, 24, 2, 1, 100), 5, 2, 8),
+        (replace(DECODE_VARLEN, group=12), 16, Shape(5, 24, 2, 1, 100), 5, 1, 12),
+        (replace(DECODE_VARLEN, head_dim=40, group=4, page_size=16), 8, Shape(5, 8, 2, 1, 100), 5, 1, 4),
+        (MULTI_TOKEN, 8, Shape(5, 6, 2, 7, 100), 15, 1, 8),  # 21 (query, head) pairs a sequence
+        (MULTI_TOKEN, 64, Shape(5, 6, 2, 7, 100), 5, 1, 64),
+        (replace(MULTI_TOKEN, varlen=True), 16, Shape(5, 6, 2, 7, 100), 10, 1, 16),
+        (replace(MULTI_TOKEN, varlen=True, stats=True, cache_dtype="e4m3"), 16, Shape(1, 3, 1, 1, 100), 1, 1, 16),
     ],
 )
 @pytest.mark.parametrize("splits", [1, 3, 16])
-def test_a_ragged_launch_has_a_slot_for_every_program(
+def test_decode_varlen_launches_a_program_per_work_item(
     spec: KernelSpec, block_h: int, shape: Shape, tiles: int, groups: int, rows: int, splits: int
 ) -> None:
-    """Tiles that divide all keys among them have this many splits each, and an eighth of one, for each of `groups`."""
+    """Each tile has `splits` splits, plus spare splits (one for eight tiles), for each of the `groups` of heads."""
     config = replace(CONFIG, BLOCK_H=block_h, NUM_SPLITS=splits)
     programs = groups * (tiles * splits + -(-tiles // 8)) * shape.kv_heads
     assert grid_of(spec, config, shape) == (programs,)
     found = scratch_of(spec, config, shape.batch, shape.kv_heads, shape.seqlen_q)
     assert found == Scratch(partials=programs * rows * (2 * spec.head_dim + 4), arrived=programs)
-    if not spec.many_queries:  # which a second kernel may merge: it counts nothing
+    if not spec.many_queries:  # a second kernel may merge these, without an arrival counter
         config = replace(config, merge="kernel")
         assert scratch_of(spec, config, shape.batch, shape.kv_heads) == replace(found, arrived=0)
 
 
-def test_what_is_prepared_is_what_is_needed() -> None:
-    spec, shape = replace(MANY, varlen=True), Shape(5, 6, 2, 7, 100)
+def test_prepared_scratch_has_the_needed_size() -> None:
+    spec, shape = replace(MULTI_TOKEN, varlen=True), Shape(5, 6, 2, 7, 100)
     partials, arrived = prepare(spec, CONFIG, empty_inputs(spec, shape, "cpu")).scratch
     needed = scratch_of(spec, CONFIG, 5, 2, 7)
     assert (partials.numel(), arrived.numel()) == (needed.partials, needed.arrived)
@@ -88,16 +88,18 @@ def test_what_is_prepared_is_what_is_needed() -> None:
     assert not arrived.any()
 
 
-def test_a_launch_that_merges_nothing_needs_no_scratch() -> None:
+def test_a_launch_without_splits_needs_no_scratch() -> None:
     unsplit = replace(CONFIG, NUM_SPLITS=1, merge="none")
     assert scratch_of(KernelSpec("decode", 64, "fp16"), unsplit, 5, 2) == Scratch()
     assert scratch_of(KernelSpec("forward", 64, "fp16"), ForwardConfig(64, 32, 1, 4, 2), 5, 2) == Scratch()
-    assert scratch_of(RAGGED, replace(CONFIG, NUM_SPLITS=1), 5, 2) != Scratch()  # one on the average
+    assert (
+        scratch_of(DECODE_VARLEN, replace(CONFIG, NUM_SPLITS=1), 5, 2) != Scratch()
+    )  # one split on average, so some sequences have several
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
-def test_a_cache_in_eight_bits_is_taken_four_by_four(name: str, dtype: torch.dtype) -> None:
-    spec = replace(RAGGED, cache_dtype=name)
+def test_an_fp8_cache_is_passed_as_packed_int32(name: str, dtype: torch.dtype) -> None:
+    spec = replace(DECODE_VARLEN, cache_dtype=name)
     inputs = empty_inputs(spec, Shape(3, 2, 2, 1, 5), "cpu")
     assert inputs.k.dtype == inputs.v.dtype == dtype
     q, r, k, v, *_ = prepare(spec, CONFIG, inputs).arguments(1.0)
@@ -107,15 +109,15 @@ def test_a_cache_in_eight_bits_is_taken_four_by_four(name: str, dtype: torch.dty
     assert k.data_ptr() == inputs.k.data_ptr()  # type: ignore[attr-defined]
 
 
-def test_the_first_of_four_is_the_lowest_byte() -> None:
+def test_packed_fp8_is_little_endian() -> None:
     numbers = torch.tensor([1.0, -2.0, 0.5, 448.0]).to(torch.float8_e4m3fn)
     bits = numbers.view(torch.uint8).tolist()
     assert [word & 0xFFFFFFFF for word in as_int32(numbers).tolist()] == [int.from_bytes(bits, "little")]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_launch_takes_what_its_op_says(name: str) -> None:
-    """By the names of its parameters, in their order."""
+def test_launch_parameters_are_those_of_the_op(name: str) -> None:
+    """Names and order of the parameters."""
     spec, config = GOLDEN[name].spec, GOLDEN[name].config
     tree = ast.parse(render(spec, config, GPU).text)
     (launch,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "launch")

@@ -1,4 +1,4 @@
-"""From source to module through the cache of files, and to machine code ahead of time, in killable children."""
+"""Building kernels: import through the file cache, and ahead-of-time compilation in killable child processes."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ SAMPLE = source_of("ANSWER = 42  # π\n")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache directory for this test that does not exist yet, and a temporary one as the fallback."""
+    """A cache directory that does not exist yet, with a temporary directory as the fallback."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     chosen = tmp_path / "made" / "on the way"
     monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(chosen))
-    forget()
+    clear_caches()
     yield chosen
-    forget()
+    clear_caches()
 
 
-def forget() -> None:
+def clear_caches() -> None:
     cache_dir.cache_clear()
     load.cache_clear()
 
@@ -64,22 +64,20 @@ def forget() -> None:
 # -- the cache of files
 
 
-def test_kernels_lie_where_the_variable_says(cache: Path) -> None:
+def test_the_variable_sets_the_cache_directory(cache: Path) -> None:
     path = write(SAMPLE)
     assert path == cache / "kernels" / f"sample_{SAMPLE.sha256[:16]}.py"
     assert path.read_text(encoding="utf-8") == SAMPLE.text
     assert load(SAMPLE).ANSWER == 42
 
 
-def test_without_the_variable_kernels_lie_in_the_users_cache(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_cache_directory_is_the_users(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PARALLAX_GEN_CACHE_DIR")
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "user" / name))
     assert write(SAMPLE).parent == tmp_path / "user" / "parallax_gen" / "kernels"
 
 
-def test_a_file_appears_whole_and_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_atomically_and_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renamed = []
     rename = os.replace
 
@@ -92,7 +90,7 @@ def test_a_file_appears_whole_and_once(cache: Path, monkeypatch: pytest.MonkeyPa
     assert renamed == [(True, SAMPLE.text, False)]
 
 
-def test_other_texts_are_other_modules(cache: Path) -> None:
+def test_different_texts_are_different_modules(cache: Path) -> None:
     other = source_of("ANSWER = 43\n")
     assert (load(SAMPLE).ANSWER, load(other).ANSWER) == (42, 43)
     assert load(SAMPLE) is load(SAMPLE)
@@ -105,7 +103,7 @@ def test_a_damaged_entry_is_repaired(cache: Path, damage: bytes) -> None:
     assert write(SAMPLE).read_text(encoding="utf-8") == SAMPLE.text
 
 
-def test_a_rename_that_fails_leaves_no_entry(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rename_leaves_no_entry(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(old: str, new: Path) -> None:
         raise OSError("no space left")
 
@@ -116,7 +114,7 @@ def test_a_rename_that_fails_leaves_no_entry(cache: Path, monkeypatch: pytest.Mo
 
 
 def below_a_file(folder: Path) -> Path:
-    """A directory that not even root can create."""
+    """A directory that cannot be created, even by root."""
     (folder / "file").write_text("", encoding="utf-8")
     return folder / "file" / "cache"
 
@@ -128,11 +126,11 @@ def test_an_unwritable_directory_is_replaced_with_a_warning(
     with pytest.warns(UserWarning, match="cannot write kernels to .*file/cache"):
         path = write(SAMPLE)
     assert path.parents[1] == tmp_path / "tmp" / f"parallax_gen-{os.getuid()}"
-    assert path.parents[1].stat().st_mode & 0o077 == 0  # nobody else's to read or to write
+    assert path.parents[1].stat().st_mode & 0o077 == 0  # private to the user
     assert load(SAMPLE).ANSWER == 42
 
 
-def test_somebody_elses_directory_is_not_used(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_directory_is_not_used(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(below_a_file(tmp_path)))
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
@@ -141,17 +139,17 @@ def test_somebody_elses_directory_is_not_used(cache: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "told"),
+    ("text", "error", "message"),
     [
         ("def launch(:\n", BuildError, "does not import"),
         ("raise ValueError\n", BuildError, "does not import"),
         ("import no_such_module\n", MachineError, "No module named 'no_such_module'"),  # such as triton
     ],
 )
-def test_a_file_that_does_not_import(cache: Path, text: str, error: type[Exception], told: str) -> None:
+def test_a_file_that_does_not_import(cache: Path, text: str, error: type[Exception], message: str) -> None:
     source = source_of(text)
     before = set(sys.modules)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         load(source)
     assert not [name for name in set(sys.modules) - before if name.startswith("parallax_gen_kernels")]
 
@@ -210,7 +208,7 @@ def test_a_kernel_that_does_not_compile_is_a_build_error_and_leaves_nothing_behi
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile for a GPU at a shape, and its name."""
+    """A named kernel to compile for a GPU at a shape."""
 
     name: str
     kernel: Kernel
@@ -230,7 +228,7 @@ def shape_of(kernel: Kernel) -> Shape:
 
 
 def replies(jobs: list[Job]) -> dict[str, TrialResult]:
-    """The results of the jobs, by a worker on each of two cores."""
+    """The results of the jobs, compiled by two workers."""
     waiting, found = iter(jobs), {}
     lock = threading.Lock()
 
@@ -251,9 +249,9 @@ def replies(jobs: list[Job]) -> dict[str, TrialResult]:
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_kernels_compile_for_every_generation(whole: bool) -> None:
-    """Golden ones for three, random ones for any; and at sizes of 1, since Triton makes a constant of a 1.
+    """Golden kernels for three GPU generations, random ones for any. Also at sizes of 1, which Triton specialises.
 
-    Of some, each golden kernel is compiled for one generation, and every ninth at sizes of 1.
+    In the short run each golden kernel is compiled for one generation, and every ninth at sizes of 1.
     """
     jobs = [
         Job(f"{name} for {gpu}", kernel, gpu, shape_of(kernel))
@@ -265,7 +263,9 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
     for name, kernel in list(GOLDEN.items())[:: 1 if whole else 9]:
         jobs.append(Job(f"{name}, sizes of 1", kernel, "h200", Shape(1, kernel.spec.group, 1, 1, 1)))
     any_gpu = random.Random(0)
-    for kernel in random_kernels(20 if whole else 2, GPUS["rtx4090"]):  # the least shared memory: valid on the others
+    for kernel in random_kernels(
+        20 if whole else 2, GPUS["rtx4090"]
+    ):  # the card with the least shared memory, so valid on the others
         if kernel.spec.dtype != "fp32":  # these take up to a minute: kilobytes of spills
             gpu = any_gpu.choice(["a100", "h200", "b200", "rtx4090"])
             jobs.append(Job(f"{kernel} for {gpu}", kernel, gpu, shape_of(kernel)))
@@ -277,12 +277,12 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
         assert 1 <= reply.resources.registers <= 255, job.name
         gpu = GPUS[job.gpu]
         most = gpu.shared_per_block
-        if job.kernel not in GOLDEN.values():  # the predicate has asked of it what it takes at the least
+        if job.kernel not in GOLDEN.values():  # random kernels are already valid for the card
             most = max(most, most_shared_bytes(job.kernel.spec, job.kernel.config, gpu))
         assert reply.resources.shared_bytes <= most, job.name
-        if job.kernel.spec.op != "preprocess":  # whose rows may lie in one warp each
+        if job.kernel.spec.op != "preprocess":  # preprocess may have one row per warp
             assert reply.resources.shared_bytes > 0, job.name
-    # Accumulators, s and t take 192 registers a thread, and an A100's matmul wants its operands in registers too.
+    # Accumulators, s and t take 192 registers a thread, and an A100's matmul operands are in registers too.
     spilling = found[SPILLING].resources
     assert spilling is not None
     assert spilling.spills > 0
@@ -292,7 +292,7 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
 
 
 def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
-    """If Triton does not pipeline a loop, its loads go to registers, and shared memory is smaller."""
+    """If Triton does not pipeline a loop, it loads to registers and uses less shared memory."""
     jobs = [
         Job(name, kernel, "h200", shape_of(kernel)) for name, kernel in GOLDEN.items() if kernel.spec.family == "decode"
     ]
@@ -306,8 +306,8 @@ def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
         assert resources.shared_bytes >= (config.num_stages - 1) * keys_and_values, job.name
 
 
-def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:
-    """A call without records launches the default. Heads of 224 in pieces once spilled 7 KB a thread."""
+def test_defaults_of_wide_heads_do_not_spill_kilobytes() -> None:
+    """A call without records launches the default. Chunked heads of 224 once spilled 7 KB a thread."""
     jobs = []
     for head_dim in (112, 160, 192, 224, 256):
         for op in ("forward", "dkdv", "dqdr"):
@@ -317,8 +317,8 @@ def test_no_default_of_a_wide_head_spills_by_the_kilobyte() -> None:
     fit_without_many_spills(jobs)
 
 
-def test_no_default_for_a_chunk_of_a_prompt_spills_by_the_kilobyte() -> None:
-    """Tiles that are chosen if a larger one does not fit in shared memory."""
+def test_defaults_of_prefill_chunks_do_not_spill_kilobytes() -> None:
+    """The smaller tiles that are chosen where a larger one does not fit in shared memory."""
     jobs = []
     chunk = KernelSpec("decode_varlen", 256, "bf16", 4, causal=True, many_queries=True)
     for gpu, spec in (
@@ -341,7 +341,7 @@ def fit_without_many_spills(jobs: list[Job]) -> None:
         assert resources.shared_bytes <= GPUS[job.gpu].shared_per_block, (job.name, resources)
 
 
-def test_a_child_that_hangs_is_an_outcome_and_one_that_is_killed_is_none() -> None:
+def test_a_hanging_child_is_a_timeout_and_a_killed_one_a_machine_fault() -> None:
     kernel = GOLDEN["decode_unsplit"]
     job = Job("", kernel, "h200", shape_of(kernel)).request
     invalid = DecodeConfig(32, 8, 4, "none", 1, 2)
@@ -354,16 +354,16 @@ def test_a_child_that_hangs_is_an_outcome_and_one_that_is_killed_is_none() -> No
 
         killer = threading.Thread(target=kill)
         killer.start()
-        with pytest.raises(MemoryTakenError, match="exit status -9"):  # as the kernel kills where memory is short
+        with pytest.raises(MemoryTakenError, match="exit status -9"):  # as the OOM killer does
             worker.ask(job, timeout_s=60)
         killer.join()
         late = worker.ask(job, timeout_s=0.05)
         assert late.outcome == "timeout"
-        assert 0.05 <= late.seconds < 60  # with its start
+        assert 0.05 <= late.seconds < 60  # includes starting the child
         assert worker.ask(job, timeout_s=60).outcome == "ok"
         refused = worker.ask(Compile(Trial(kernel.spec, invalid, job.trial.shape, GPU)), timeout_s=60)
         assert refused.outcome == "invalid"
         assert "merge 'none' does not go with NUM_SPLITS 4" in refused.detail
         child = worker._child
     assert child is not None
-    assert child.poll() is not None  # closed: no child is left
+    assert child.poll() is not None  # close() leaves no child

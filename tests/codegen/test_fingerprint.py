@@ -1,6 +1,6 @@
-"""The fingerprint of a rendered kernel: edits that keep it, and that every change of the program changes it.
+"""The fingerprint of a rendered kernel: which edits keep it, and that every change of the program changes it.
 
-tests/golden/fingerprints.json holds those of the golden kernels, for every Python: see test_render.py.
+tests/golden/fingerprints.json has the fingerprints of the golden kernels, the same on every Python: see test_render.py.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def text_of(name: str) -> str:
 
 
 @cache
-def known(name: str) -> str:
+def fingerprint_of_golden(name: str) -> str:
     return fingerprint(text_of(name))
 
 
-def test_those_of_the_golden_kernels_are_stored(request: pytest.FixtureRequest) -> None:
-    now = {name: known(name) for name in sorted(GOLDEN)}
+def test_fingerprints_of_golden_kernels_are_as_stored(request: pytest.FixtureRequest) -> None:
+    now = {name: fingerprint_of_golden(name) for name in sorted(GOLDEN)}
     if request.config.getoption("--regenerate-golden"):
         STORED.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     assert json.loads(STORED.read_text(encoding="utf-8")) == now
     assert len(set(now.values())) == len(now)
 
 
-# -- what keeps it
+# -- edits that keep the fingerprint
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -55,7 +55,7 @@ def test_layout_and_docstrings_keep_it(name: str) -> None:
         if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Expr(ast.Constant("Other words."))
     other = ast.unparse(ast.fix_missing_locations(tree))
-    assert fingerprint(other) == known(name)
+    assert fingerprint(other) == fingerprint_of_golden(name)
     assert text_hash(other) != text_hash(text_of(name))
 
 
@@ -74,13 +74,13 @@ def test_comments_and_empty_lines_keep_it(name: str, data: st.DataObject) -> Non
     assume(not inside)
     lines[at] += "  # other words"
     lines.insert(at, "")
-    assert fingerprint("\n".join(lines)) == known(name)
+    assert fingerprint("\n".join(lines)) == fingerprint_of_golden(name)
 
 
 @EXAMPLES
 @given(name=NAMES, data=st.data())
 def test_a_rename_keeps_it(name: str, data: st.DataObject) -> None:
-    """Rename one name of a function or of the file, wherever it has the same binding."""
+    """Rename one name of a function or of the file, in all places with the same binding."""
     tree = ast.parse(text_of(name))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     function = data.draw(st.sampled_from(functions))
@@ -93,17 +93,17 @@ def test_a_rename_keeps_it(name: str, data: st.DataObject) -> None:
         renamed = rename_everywhere(tree, data.draw(st.sampled_from(of_file)))
     other = ast.unparse(renamed)
     assert "other_name" in other
-    assert fingerprint(other) == known(name)
+    assert fingerprint(other) == fingerprint_of_golden(name)
 
 
-def test_names_may_trade_places() -> None:
-    """They are equal as numbers, and equal in meaning."""
+def test_swapping_two_names_keeps_it() -> None:
+    """Names are numbered, so swapped names give the same numbers, and the program is the same."""
     text = "def f(a, b):\n    c = a - b\n    return c\n"
     assert fingerprint("def f(b, a):\n    c = b - a\n    return c\n") == fingerprint(text)
     assert fingerprint("def f(b, a):\n    c = a - b\n    return c\n") != fingerprint(text)
 
 
-def test_what_errors_say_keeps_it() -> None:
+def test_error_messages_keep_it() -> None:
     text = "def f(x):\n    assert x, 'none'\n    raise ValueError('none')\n"
     assert fingerprint(text.replace("none", "no x")) == fingerprint(text)
     assert fingerprint(text.replace("ValueError", "TypeError")) != fingerprint(text)
@@ -116,8 +116,8 @@ def names_of(function: ast.FunctionDef) -> set[str]:
 
 
 def rename_local(tree: ast.Module, function: ast.FunctionDef, old: str) -> ast.Module:
-    """In the function, in its decorators, and in keywords of its calls."""
-    for node in ast.walk(function):  # what decorates it, too
+    """Rename in the function, in its decorators, and in the keywords of calls to it."""
+    for node in ast.walk(function):  # includes its decorators
         if isinstance(node, ast.Name) and node.id == old:
             node.id = "other_name"
         elif isinstance(node, ast.arg) and node.arg == old:
@@ -148,7 +148,7 @@ def calls_of(tree: ast.Module, name: str) -> Iterator[ast.Call]:
                 yield node
 
 
-# -- what changes it. Each function below lists the places of one kind, and a change of one of them.
+# -- edits that change the fingerprint. Each function below yields the possible edits of one kind.
 
 Change = Callable[[], Any]
 
@@ -220,7 +220,7 @@ def attributes(tree: ast.Module) -> Iterator[Change]:
 
 
 def names_that_are_read(tree: ast.Module) -> Iterator[Change]:
-    """Replace one variable by another of the same function."""
+    """Replace a read of one variable by another variable of the function."""
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         names = sorted(names_of(function))
         for node in ast.walk(function):
@@ -260,7 +260,7 @@ def test_a_change_of_the_program_changes_it(
     possible = list(changes(tree))
     assume(possible)
     data.draw(st.sampled_from(possible))()
-    assert fingerprint(ast.unparse(ast.fix_missing_locations(tree))) != known(name)
+    assert fingerprint(ast.unparse(ast.fix_missing_locations(tree))) != fingerprint_of_golden(name)
 
 
 @pytest.mark.parametrize(
@@ -272,19 +272,19 @@ def test_a_change_of_the_program_changes_it(
         ("dkdv_narrow_maxnreg", {"maxnreg": 0}),
     ],
 )
-def test_each_of_a_config_changes_it(name: str, change: dict[str, Any]) -> None:
-    """In the form that the templates write."""
+def test_each_config_field_changes_it(name: str, change: dict[str, Any]) -> None:
+    """As the templates write it."""
     kernel = GOLDEN[name]
     other = replace(kernel.config, **change)
     assert other != kernel.config
-    assert fingerprint(render(kernel.spec, other, GPUS["h200"]).text) != known(name)
+    assert fingerprint(render(kernel.spec, other, GPUS["h200"]).text) != fingerprint_of_golden(name)
 
 
 @pytest.mark.parametrize(
     "text",
     ["class A: ...", "def f():\n    global x", "try: ...\nexcept OSError: ...", "async def f(): ...", "(x := 1)"],
 )
-def test_what_no_kernel_has_is_refused(text: str) -> None:
+def test_unsupported_syntax_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^line \d: a kernel's file has no "):
         fingerprint(text)
 

@@ -33,7 +33,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+# For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
 
 GPU = GPUS["h200"]
@@ -41,17 +41,17 @@ DTYPES = ("fp16", "fp32")
 MOST_PROGRAMS = 32
 
 FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
-FORWARD_FP32 = replace(FORWARD, BLOCK_M=32)  # without tensor cores tiles are smaller
+FORWARD_FP32 = replace(FORWARD, BLOCK_M=32)  # smaller tiles, since fp32 uses no tensor cores
 DKDV = DkDvConfig(BLOCK_M=32, BLOCK_N=64, GROUP_HEADS=2, num_warps=4, num_stages=2)
 DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
 DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
 
 
-def wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -> str | None:
+def why_kernel_wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -> str | None:
     return verify.check(render(spec, config, GPU), spec, config, shape, seed=seed, device="cpu").wrong
 
 
-def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
+def why_wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
     return verify.launch_and_check(render(spec, config, GPU), spec, config, inputs, verify.oracle(spec, inputs)).wrong
 
 
@@ -60,7 +60,7 @@ def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
 
 
 def launched(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
-    """The call after one launch."""
+    """Launch once and return the call."""
     call = verify.poisoned_call(spec, config, inputs)
     load(render(spec, config, GPU)).launch(*call.arguments(softmax_scale(spec)))
     return call
@@ -69,7 +69,7 @@ def launched(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
 @strategies.examples(30)
 @given(case=strategies.cases("forward", DTYPES, GPU, MOST_PROGRAMS))
 def test_any_forward_kernel_agrees_with_the_oracle(case: Case) -> None:
-    assert wrong(case.spec, case.config, case.shape, case.seed) is None
+    assert why_kernel_wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
 @strategies.examples(15)
@@ -77,7 +77,7 @@ def test_any_forward_kernel_agrees_with_the_oracle(case: Case) -> None:
 @pytest.mark.parametrize("op", ["decode", "decode_varlen"])
 def test_any_decode_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None:
     case = data.draw(strategies.cases(op, DTYPES, GPU, MOST_PROGRAMS))
-    assert wrong(case.spec, case.config, case.shape, case.seed) is None
+    assert why_kernel_wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
 @strategies.examples(12)
@@ -85,7 +85,7 @@ def test_any_decode_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) 
 @pytest.mark.parametrize("op", ["preprocess", "dkdv", "dqdr"])
 def test_any_backward_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None:
     case = data.draw(strategies.cases(op, DTYPES, GPU, MOST_PROGRAMS // 2))
-    assert wrong(case.spec, case.config, case.shape, case.seed) is None
+    assert why_kernel_wrong(case.spec, case.config, case.shape, case.seed) is None
 
 
 @pytest.mark.parametrize("op", ["forward", "decode", "decode_varlen", "dkdv", "dqdr"])
@@ -97,8 +97,8 @@ def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> 
     inputs = inputs_of(case.spec, case.shape, case.seed)
     one, two = (launched(case.spec, config, inputs).written for config in (case.config, other))
     for name, found in one.items():
-        size = found.numel() ** 0.5  # gradients may be nothing but rounding
-        seen = found.isfinite()  # a row without keys has lse -inf
+        size = found.numel() ** 0.5  # gradients may be pure rounding error
+        seen = found.isfinite()  # lse is -inf for a row without keys
         difference = (found - two[name])[seen].norm()
         assert (found == two[name])[~seen].all(), name
         assert difference <= tolerance("fp32") / 10 * max(float(two[name][seen].norm()), size), name
@@ -109,7 +109,7 @@ def test_the_config_does_not_change_the_result(op: str, data: st.DataObject) -> 
 def test_every_order_of_tiles_covers_every_tile(causal: bool, head_group: int) -> None:
     spec = KernelSpec("forward", 64, "fp16", group=3, causal=causal, stats=True)
     shape = Shape(batch=1, heads=9, kv_heads=3, seqlen_q=70, seqlen_kv=75)  # 9 heads: the last group of 2 or 8 is 1
-    assert wrong(spec, replace(FORWARD, GROUP_HEADS=head_group), shape) is None
+    assert why_kernel_wrong(spec, replace(FORWARD, GROUP_HEADS=head_group), shape) is None
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -117,7 +117,7 @@ def test_rows_that_see_no_key_are_zero(stats: bool) -> None:
     spec = KernelSpec("forward", 64, "fp16", causal=True, stats=stats)
     shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=100, seqlen_kv=33)
     inputs = inputs_of(spec, shape)
-    assert wrong_on(spec, FORWARD, inputs) is None
+    assert why_wrong_on(spec, FORWARD, inputs) is None
     call = launched(spec, FORWARD, inputs)
     assert (call.out[:, :67] == 0).all()  # row i sees keys up to i - 67
     assert (call.out[:, 67:] != 0).any(dim=-1).all()
@@ -147,7 +147,7 @@ def test_a_single_key_gives_its_value(spec: KernelSpec, config: KernelConfig, dt
     assert why_wrong(launched(spec, config, inputs).out, inputs.v.double(), dtype) is None
 
 
-# S_PAD rows of partials are read at once, or in chunks of 64 * 32 * warps / head_dim; 4 warps merge in "kernel".
+# The merge reads S_PAD rows of partials at once, or in chunks of 64 * 32 * warps / head_dim. "kernel" has 4 warps.
 @pytest.mark.parametrize(
     ("splits", "merge", "warps"),
     [
@@ -163,24 +163,24 @@ def test_a_single_key_gives_its_value(spec: KernelSpec, config: KernelConfig, dt
     ],
 )
 @pytest.mark.parametrize("keys", [3, 530])
-def test_every_way_to_merge(splits: int, merge: str, warps: int, keys: int) -> None:
-    """With 3 keys, most splits have none; with 530, few."""
+def test_every_merge_strategy(splits: int, merge: str, warps: int, keys: int) -> None:
+    """With 3 keys most splits are empty, with 530 few."""
     spec = KernelSpec("decode", 128, "fp16", group=2)
     config = DecodeConfig(16, 8, splits, merge, num_warps=warps, num_stages=2)
-    assert wrong(spec, config, Shape(batch=1, heads=2, kv_heads=1, seqlen_q=1, seqlen_kv=keys)) is None
+    assert why_kernel_wrong(spec, config, Shape(batch=1, heads=2, kv_heads=1, seqlen_q=1, seqlen_kv=keys)) is None
 
 
 @pytest.mark.parametrize("merge", ["none", "last", "kernel"])
 @pytest.mark.parametrize("block_h", [8, 16])
-def test_a_group_that_fills_no_tile(block_h: int, merge: str) -> None:
+def test_a_group_that_does_not_fill_its_tiles(block_h: int, merge: str) -> None:
     """12 heads fill one and a half tiles of 8, or three quarters of a tile of 16."""
     spec = KernelSpec("decode", 64, "fp16", group=12)
     config = replace(DECODE, BLOCK_H=block_h, NUM_SPLITS=1 if merge == "none" else 3, merge=merge)
-    assert wrong(spec, config, Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=101)) is None
+    assert why_kernel_wrong(spec, config, Shape(batch=2, heads=24, kv_heads=2, seqlen_q=1, seqlen_kv=101)) is None
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_lengths_of_zero_and_nan_behind_the_end(splits: int) -> None:
+def test_length_zero_and_nan_past_the_end(splits: int) -> None:
     spec = KernelSpec("decode_varlen", 64, "fp16", group=2)
     config = replace(DECODE, NUM_SPLITS=splits)
     inputs = inputs_of(replace(spec, op="decode"), Shape(batch=4, heads=4, kv_heads=2, seqlen_q=1, seqlen_kv=77))
@@ -188,7 +188,7 @@ def test_lengths_of_zero_and_nan_behind_the_end(splits: int) -> None:
     for sequence, length in enumerate(inputs.cache_seqlens.tolist()):
         inputs.k[sequence, length:] = float("nan")
         inputs.v[sequence, length:] = float("nan")
-    assert wrong_on(spec, config, inputs) is None
+    assert why_wrong_on(spec, config, inputs) is None
     assert (launched(spec, config, inputs).out[0] == 0).all()
 
 
@@ -207,7 +207,7 @@ def test_without_probes_it_is_softmax_attention(op: str) -> None:
     softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
     assert why_wrong(call.out, softmax.double(), spec.dtype) is None
     if spec.stats:
-        assert torch.equal(call.out, call.written["v_mean"])  # v_mean, to the bit
+        assert torch.equal(call.out, call.written["v_mean"])  # bitwise equal to v_mean
 
 
 @pytest.mark.parametrize("softmax_scale", [0.02, 1.0])
@@ -225,13 +225,13 @@ def test_the_softmax_scale_is_an_argument(op: str, softmax_scale: float) -> None
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("op", ["forward", "decode"])
 def test_scores_far_from_zero(op: str, sign: float) -> None:
-    """Scores of about +-1000: without subtracting the maximum, e^1000 overflows and e^-1000 is 0."""
+    """Scores of about ±1000: without subtracting the maximum, e^1000 overflows and e^-1000 is 0."""
     spec, config = (KernelSpec(op, 64, "fp32"), FORWARD_FP32 if op == "forward" else DECODE)
     shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=20 if op == "forward" else 1, seqlen_kv=75)
     inputs = inputs_of(spec, shape)
     inputs.q[..., 0] = 1024.0
-    inputs.k[..., 0] = 8.0 * sign  # q.k / 8 moves by +-1024, exactly
-    # A score near 1000 is rounded to 2^-14: that, not the kernel, is what the result is off by.
+    inputs.k[..., 0] = 8.0 * sign  # shifts q.k / 8 by exactly ±1024
+    # A score near 1000 is rounded to 2^-14: the error comes from that, not from the kernel.
     assert errors(launched(spec, config, inputs).out, verify.oracle(spec, inputs)["out"]).relative < 1e-3
 
 
@@ -247,12 +247,12 @@ def test_scores_far_from_zero(op: str, sign: float) -> None:
     ids=["causal", "full", "decode", "ragged decode"],
 )
 def test_strided_inputs(spec: KernelSpec, config: KernelConfig, shape: Shape, layout: object) -> None:
-    assert wrong_on(spec, config, layout(inputs_of(spec, shape, seed=2))) is None
+    assert why_wrong_on(spec, config, layout(inputs_of(spec, shape, seed=2))) is None
 
 
 @pytest.mark.parametrize("merge", ["none", "last", "kernel", "forward"])
 def test_only_the_output_is_written(merge: str) -> None:
-    """Outputs in the middle of larger tensors, which stay unchanged around them."""
+    """Outputs are views of larger tensors, which stay unchanged around them."""
     if merge == "forward":
         spec, config = KernelSpec("forward", 64, "fp16", group=3, causal=True, stats=True), FORWARD
         shape = Shape(batch=2, heads=6, kv_heads=2, seqlen_q=71, seqlen_kv=75)
@@ -283,11 +283,11 @@ def test_only_the_output_is_written(merge: str) -> None:
 )
 @pytest.mark.parametrize("op", ["forward", "decode"])
 def test_offsets_past_32_bits_in_k_and_v(op: str, shape: Shape, dim: int, stride: int) -> None:
-    """Some 5 GB are reserved, but few pages are used. An offset that overflows reads elsewhere, or crashes."""
+    """Reserves 5 GB of address space and touches few pages. An offset that overflows reads elsewhere, or crashes."""
     spec, config = KernelSpec(op, 64, "fp16", group=shape.group), FORWARD if op == "forward" else DECODE
     inputs = inputs_of(spec, shape)
     inputs.k, inputs.v = strategies.far_apart(inputs.k, inputs.v, dim, stride)
-    assert wrong_on(spec, config, inputs) is None
+    assert why_wrong_on(spec, config, inputs) is None
 
 
 def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
@@ -302,8 +302,8 @@ def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
 
 
 @pytest.mark.parametrize("op", ["preprocess", "dkdv", "dqdr"])
-def test_the_statistics_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -> None:
-    """Like the padded rows of many short sequences. Some 13 GB are reserved, but few pages are used."""
+def test_row_stats_further_apart_than_32_bits(op: str) -> None:
+    """As for padded rows of many short sequences. Reserves 13 GB of address space and touches few pages."""
     config = {"preprocess": PreprocessConfig(BLOCK_M=16, num_warps=4), "dkdv": DKDV, "dqdr": DQDR}[op]
     spec = KernelSpec(op, 64, "fp16", causal=op != "preprocess")
     inputs = inputs_of(spec, Shape(1, 1, 1, 70, 70))
@@ -323,7 +323,7 @@ def test_the_statistics_of_a_row_lie_further_apart_than_32_bits_reach(op: str) -
 
 
 @pytest.mark.parametrize("merge", ["last", "kernel", "ragged"])
-def test_scratch_serves_again(merge: str) -> None:
+def test_scratch_can_be_reused(merge: str) -> None:
     """The second launch reuses the first one's split-KV scratch and counters, with other queries and lengths."""
     spec = KernelSpec("decode_varlen" if merge == "ragged" else "decode", 64, "fp16", group=12)
     config = replace(DECODE, merge="last" if merge == "ragged" else merge)
@@ -339,7 +339,7 @@ def test_scratch_serves_again(merge: str) -> None:
         assert not call.scratch[1].any()
 
 
-# Wrong kernels, to see that the checks above can fail: what to change in which kernel.
+# Faults that the checks above must detect: (kernel, original text, faulty text).
 FORWARD_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD)
 WINDOW_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True), FORWARD)
 VARLEN_KERNEL = Kernel(
@@ -351,7 +351,7 @@ DQDR_KERNEL = Kernel(KernelSpec("dqdr", 64, "fp16", group=2, causal=True, window
 DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12), replace(DECODE, NUM_SPLITS=4))
 SOFTCAP_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, softcap=True), FORWARD)
 SOFTCAP_DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", causal=True, softcap=True), DKDV)
-PLANTED = [
+FAULTS = [
     pytest.param(
         SOFTCAP_KERNEL, "        s = 1.0 - 2.0", "        s = s * 0.0 + 1.0 - 2.0 * s", id="scores not capped"
     ),
@@ -403,13 +403,13 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "right", "planted"), PLANTED)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a wrong kernel may compute anything
-def test_a_wrong_kernel_is_seen(kernel: Kernel, right: str, planted: str) -> None:
+@pytest.mark.parametrize(("kernel", "right", "faulty"), FAULTS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # a faulty kernel may compute anything
+def test_checks_detect_a_faulty_kernel(kernel: Kernel, right: str, faulty: str) -> None:
     spec, config = kernel.spec, kernel.config
     source = render(spec, config, GPU)
     assert right in source.text
-    text = source.text.replace(right, planted)
+    text = source.text.replace(right, faulty)
     source = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
     shape = Shape(batch=4, heads=2 * spec.group, kv_heads=2, seqlen_q=1, seqlen_kv=205)
     if spec.family != "decode":

@@ -1,8 +1,8 @@
-"""What it is worth that the forward takes the first key in fp32: rendered kernels in Triton's CPU interpreter, and the
-same without it.
+"""The accuracy gained because the forward takes the first key in fp32: rendered kernels in Triton's CPU interpreter,
+with and without it.
 
-A first key that outweighs all others has t and t_mean alike, and o is what is left of their difference: rounded to 16
-bits, p t loses it. tests/gpu/test_accuracy.py has long rows, gradients and the official kernel.
+If the first key outweighs all others, t and t_mean are nearly equal and o depends on their difference, which is lost
+when p t is rounded to 16 bits. tests/gpu/test_accuracy.py has long rows, gradients and parallax-kernel's kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+# For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 GPU = GPUS["h200"]
@@ -44,7 +44,7 @@ def large_probes(x: Inputs) -> None:
 
 
 def sink(x: Inputs) -> None:
-    """The first key has nearly all weight, e^10 times another key's, and t = 256; other keys have t of about 1."""
+    """The first key has nearly all weight (e^10 times another key's) and t = 256; other keys have t of about 1."""
     x.q[..., 0], x.r[..., 0], x.k[..., 0] = 5, 16, 0
     if x.cu_seqlens_k is None:
         x.k[:, 0, :, 0] = 16
@@ -63,7 +63,7 @@ def outputs(spec: KernelSpec, inputs: Inputs, *, first_in_fp32: bool) -> dict[st
 
 
 def without_first_key(text: str) -> str:
-    """The kernel that begins with an empty state, and treats the first key like any other."""
+    """A kernel that begins with an empty state and treats the first key like any other."""
     before, rest = text.split("    s0 = ")
     loop = rest[rest.index("    # -- the other keys") :].replace("tl.range(start + 1, ", "tl.range(start, ")
     assert "tl.range(1, " in loop or "tl.range(start, " in loop
@@ -84,14 +84,14 @@ def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) ->
 
 
 def errors_of_out(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
-    """The errors of the kernel, and of the one without the first key in fp32."""
+    """The errors of the kernel with and without the first key in fp32."""
     expected = attend(spec, inputs).out
     ours, plain = (errors(outputs(spec, inputs, first_in_fp32=way)["out"], expected).relative for way in (True, False))
     return ours, plain
 
 
 @pytest.mark.parametrize("spec", [FULL, CAUSAL, VARLEN], ids=["full", "causal", "varlen"])
-def test_an_attention_sink_errs_by_a_tenth(spec: KernelSpec) -> None:
+def test_an_attention_sink_has_a_tenth_of_the_error(spec: KernelSpec) -> None:
     ours, plain = errors_of_out(spec, inputs_of(spec, sink, seed=1))
     assert ours < tolerance("fp16") < plain
     assert ours < plain / 10
@@ -100,7 +100,7 @@ def test_an_attention_sink_errs_by_a_tenth(spec: KernelSpec) -> None:
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prepare", [normal, large_probes], ids=lambda prepare: prepare.__name__)
 @pytest.mark.parametrize("spec", [FULL, CAUSAL, WINDOW, VARLEN], ids=["full", "causal", "window", "varlen"])
-def test_nothing_is_lost_elsewhere(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> None:
+def test_other_inputs_are_as_accurate(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> None:
     ours, plain = errors_of_out(spec, inputs_of(spec, prepare, seed))
     assert ours < 1.05 * plain
 

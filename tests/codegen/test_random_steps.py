@@ -1,4 +1,4 @@
-"""Whole training steps in Triton's CPU interpreter, any that may be asked for: a portion of them, see `steps`.
+"""Random training steps in Triton's CPU interpreter: a sample of them, see `training_steps`.
 
 All take an hour on two cores: `PARALLAX_GEN_STEPS=0/1 pytest -n auto tests/codegen/test_random_steps.py`.
 """
@@ -6,12 +6,12 @@ All take an hour on two cores: `PARALLAX_GEN_STEPS=0/1 pytest -n auto tests/code
 from __future__ import annotations
 
 import pytest
-import steps
 import strategies
+import training_steps
 
 from parallax_gen.problem.hardware import GPUS
 
-# The interpreter divides by zero and takes log2 of it where a row sees no key, as the GPU does, and says so.
+# For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
 
 GPU = GPUS["h200"]
@@ -19,6 +19,6 @@ DTYPES = ("fp16", "fp32")  # a bf16 tl.dot is silently wrong in the interpreter
 LONGEST = 130
 
 
-@pytest.mark.parametrize("seed", steps.seeds(50))
+@pytest.mark.parametrize("seed", training_steps.seeds(50))
 def test_a_training_step_agrees_with_float64(seed: int) -> None:
-    assert steps.wrong(strategies.step_case(seed, DTYPES, GPU, LONGEST), GPU, "cpu") is None
+    assert training_steps.wrong(strategies.step_case(seed, DTYPES, GPU, LONGEST), GPU, "cpu") is None

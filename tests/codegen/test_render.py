@@ -1,8 +1,7 @@
 """The text of rendered kernels: golden files, and rules for every kernel.
 
-tests/golden has one kernel of each op whole, NAME.py, and of the others how they differ from it, NAME.diff: changed
-lines with a line around them. After a template was changed on purpose, this writes it anew, and its diff shows what the
-change does:
+tests/golden has one whole kernel of each op, NAME.py, and for the others their difference from it, NAME.diff, with one
+line of context. After an intended change of a template, write them anew and read in the diff what the change does:
 
     python -m pytest tests/codegen/test_render.py tests/codegen/test_fingerprint.py --regenerate-golden
 """
@@ -46,17 +45,17 @@ def text_of(kernel: Kernel) -> str:
 EVERY_TEXT = {**GOLDEN, **{f"random_{i}": kernel for i, kernel in enumerate(random_kernels(RANDOM_KERNELS, GPU))}}
 
 
-# By op the golden kernel that is there whole: the first.
+# For each op the golden kernel that is stored whole: the first one.
 WHOLE = {GOLDEN[name].spec.op: name for name in reversed(GOLDEN)}
 
 
 def golden(name: str) -> tuple[Path, str]:
-    """A golden kernel's file, and what it should hold."""
+    """A golden kernel's file and its expected content."""
     whole, text = WHOLE[GOLDEN[name].spec.op], text_of(GOLDEN[name])
     if name == whole:
         return TESTS / "golden" / f"{name}.py", text
     lines = difflib.unified_diff(*(x.splitlines() for x in (text_of(GOLDEN[whole]), text)), whole, name, "", "", 1, "")
-    # Without line numbers: a line more in the whole kernel changes no other file.
+    # No line numbers, so that a new line in the whole kernel does not change the other files.
     return TESTS / "golden" / f"{name}.diff", "".join(f"{'@@' if x.startswith('@@') else x}\n" for x in lines)
 
 
@@ -74,7 +73,7 @@ def test_no_golden_file_is_left_over() -> None:
 
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed: pip install parallax-gen[lint]")
-def test_ruff_has_nothing_to_say(tmp_path: Path) -> None:
+def test_rendered_kernels_pass_ruff(tmp_path: Path) -> None:
     for name, kernel in EVERY_TEXT.items():
         (tmp_path / f"{name}.py").write_text(text_of(kernel), encoding="utf-8")
     ours = ["--config", str(TESTS.parent / "pyproject.toml")]
@@ -88,7 +87,7 @@ def test_ruff_has_nothing_to_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY_TEXT)
-def test_reads_as_written_by_hand(name: str) -> None:
+def test_rendered_kernels_have_no_dead_code(name: str) -> None:
     text = text_of(EVERY_TEXT[name])
     for mark in ("{{", "}}", "{%", "%}", "{#", "#}"):
         assert mark not in text
@@ -109,7 +108,7 @@ def test_reads_as_written_by_hand(name: str) -> None:
         ("def _f(x):\n    return x", "_f is not read"),
     ],
 )
-def test_faults_are_seen(text: str, fault: str) -> None:
+def test_dead_code_is_detected(text: str, fault: str) -> None:
     assert faults(ast.parse(text)) == [fault]
 
 
@@ -145,7 +144,7 @@ def _names(nodes: list[ast.stmt] | list[ast.expr]) -> Iterator[ast.Name]:
         yield from (name for name in ast.walk(node) if isinstance(name, ast.Name))
 
 
-def test_the_header_says_what_it_is() -> None:
+def test_the_header_describes_the_kernel() -> None:
     kernel = GOLDEN["decode_merge_kernel"]
     source = render(kernel.spec, kernel.config, GPU)
     assert source.kernel == fingerprint(source.text)
@@ -182,16 +181,16 @@ def test_an_invalid_config_is_not_rendered(
 
 @pytest.fixture
 def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the templates that is rendered instead of the original."""
+    """A copy of the templates, which is used for rendering."""
     copy = tmp_path / "templates"
     shutil.copytree(data_dir("templates"), copy)
     monkeypatch.setattr(render_module, "data_dir", lambda name: tmp_path / name)
-    forget()
+    clear_caches()
     yield copy
-    forget()
+    clear_caches()
 
 
-def forget() -> None:
+def clear_caches() -> None:
     for remembering in (render_module._environment, render_module._without_fingerprint, render):
         remembering.cache_clear()
 
@@ -202,7 +201,7 @@ SPEC_OF = {op: KernelSpec(op, 64, "bf16") for op in OPS}
 
 def kernels() -> dict[str, list[str]]:
     """Template -> the fingerprints of its golden kernels."""
-    forget()
+    clear_caches()
     found: dict[str, list[str]] = {name: [] for name in SPEC_OF}
     for kernel in GOLDEN.values():
         name = op_of(kernel.spec).template.removesuffix(".py.j2")
@@ -220,13 +219,13 @@ def test_an_unknown_variable_is_an_error(templates: Path) -> None:
     kernel = GOLDEN["decode_unsplit"]
     for unknown in ("{{ no_such_name }}", "{{ config.NO_SUCH_KNOB }}", "{% if spec.no_such_field %}{% endif %}"):
         (templates / "decode.py.j2").write_text(unknown, encoding="utf-8")
-        forget()
+        clear_caches()
         with pytest.raises(jinja2.UndefinedError, match=r"no_such_|NO_SUCH_"):
             render(kernel.spec, kernel.config, GPU)
 
 
-def test_comments_macros_and_their_names_leave_the_kernels_as_they_are(templates: Path) -> None:
-    """Every measured record stays usable."""
+def test_comments_macros_and_macro_names_do_not_change_kernels(templates: Path) -> None:
+    """So every measured record stays usable."""
     before = kernels()
     for path in templates.rglob("*.j2"):
         text = path.read_text(encoding="utf-8")
@@ -246,7 +245,7 @@ def changed(path: Path, old: str, new: str) -> set[str]:
     return {name for name in SPEC_OF if before[name] != after[name]}
 
 
-def test_code_changes_the_kernels_that_have_it(templates: Path) -> None:
+def test_a_code_change_affects_only_kernels_that_contain_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
     assert changed(templates / "forward.py.j2", "p * t", "p") == {"forward"}
     assert changed(templates / "decode.py.j2", "{% if form.split %}", "{% if config.NUM_SPLITS > 16 %}") == {"decode"}
@@ -258,8 +257,8 @@ def test_code_changes_the_kernels_that_have_it(templates: Path) -> None:
     assert changed(parts / "split_kv.j2", "% splits", "// splits") == {"decode_varlen"}
 
 
-def test_indentation_is_code(templates: Path) -> None:
-    """Outside the `if`, every split resets the counter, not only the last one."""
+def test_indentation_changes_the_kernel(templates: Path) -> None:
+    """Moved out of the `if`, the reset of the counter runs in every split, not only in the last one."""
     arrived = '    if tl.atomic_add(arrived_ptr + bh, 1, sem="acq_rel") == NUM_SPLITS - 1:\n'
     store = "    tl.store(arrived_ptr + bh, 0)\n"
     assert changed(templates / "decode.py.j2", f"{arrived}    {store}", f"{store}{arrived}") == {"decode"}

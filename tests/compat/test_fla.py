@@ -1,4 +1,4 @@
-"""fla's functions over ours, on CPU tensors: layouts, conventions, dtypes and errors."""
+"""The drop-ins for fla on CPU tensors: layouts, conventions, dtypes and errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_close
-from peer_oracles import attended, causal, check_gradients, normal, packed
+from assertions import assert_close
+from drop_in_references import causal, check_gradients, expected_of_each, normal, packed
 from torch import Tensor
 
 from parallax_gen.compat.fla import naive_parallax, parallax_decode, parallax_decode_one_step, parallel_parallax
@@ -51,7 +51,7 @@ OPTIONS = [{}, {"scale": 0.7}, {"window_size": 1}, {"window_size": 5, "scale": 0
 def test_parallel_and_naive(dtype: torch.dtype, head_dim: int, kv_heads: int, options: dict[str, Any]) -> None:
     inputs = inputs_of(head_dim=head_dim, dtype=dtype, kv_heads=kv_heads)
     seen = causal(12, 12, options.get("window_size", -1), at_end=True)
-    expected = attended(*inputs, scale=options.get("scale"), seen=seen)[0]
+    expected = expected_of_each(*inputs, scale=options.get("scale"), seen=seen)[0]
     check(parallel_parallax(*inputs, **options), expected, inputs, NAMES[dtype])
     check(naive_parallax(*inputs, **options), expected, inputs, NAMES[dtype])
 
@@ -67,10 +67,10 @@ def test_packed_sequences(head_dim: int, dtype: torch.dtype, window_size: int | 
 
 def test_naive_without_causal_has_no_window_and_keys_of_any_length() -> None:
     inputs = inputs_of(5, 12, dtype=torch.float32)
-    check(naive_parallax(*inputs, window_size=3, causal=False), attended(*inputs)[0], inputs, "fp32")
+    check(naive_parallax(*inputs, window_size=3, causal=False), expected_of_each(*inputs)[0], inputs, "fp32")
 
 
-def test_autocast_leaves_sixteen_bits_alone() -> None:
+def test_autocast_does_not_change_16_bit_inputs() -> None:
     inputs = inputs_of(dtype=torch.float16)
     wanted = parallel_parallax(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,7 +87,7 @@ def test_decode(dtype: torch.dtype, head_dim: int, seqlen_q: int, options: dict[
         seen = causal(seqlen_q, 12, window, at_end=True)
         if starts is not None:
             seen = seen & (torch.arange(12) >= starts[:, None, None, None])
-        expected = attended(*inputs, scale=options.get("scale"), seen=seen)[0]
+        expected = expected_of_each(*inputs, scale=options.get("scale"), seen=seen)[0]
         found = parallax_decode(*inputs, **options, cache_start=starts)
         assert found.is_contiguous()
         assert (found.dtype, found.requires_grad) == (dtype, False)
@@ -100,7 +100,7 @@ def test_one_step_over_an_empty_cache_gives_zeros() -> None:
     assert not parallax_decode_one_step(*inputs_of(1, 0)).any()
 
 
-def test_strides_are_any() -> None:
+def test_any_strides() -> None:
     inputs = [x.detach().mT.contiguous().mT for x in inputs_of()]
     assert torch.equal(parallel_parallax(*inputs), parallel_parallax(*(x.contiguous() for x in inputs)))
     assert torch.equal(parallax_decode(*inputs), parallax_decode(*(x.contiguous() for x in inputs)))
@@ -111,7 +111,7 @@ ALL = [parallel_parallax, naive_parallax, parallax_decode, parallax_decode_one_s
 
 @pytest.mark.parametrize("function", ALL)
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"k": normal(2, 1, 3, 16)}, "must be divisible"),
         ({"k": normal(2, 1, 8, 16)}, "must be divisible"),
@@ -123,16 +123,16 @@ ALL = [parallel_parallax, naive_parallax, parallax_decode, parallax_decode_one_s
         ({"window_size": 0}, "window_size: "),
     ],
 )
-def test_sizes_that_do_not_fit_are_value_errors(function: Any, change: dict[str, Any], said: str) -> None:
+def test_mismatched_sizes_are_value_errors(function: Any, change: dict[str, Any], message: str) -> None:
     given = dict(zip("qrkv", inputs_of(1, 1), strict=True))
     function(**given)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         function(**{**given, **change})
     assert isinstance(caught.value, ArgumentError)
 
 
 @pytest.mark.parametrize(
-    ("function", "change", "kind", "said"),
+    ("function", "change", "kind", "message"),
     [
         (parallel_parallax, {"q": torch.zeros(1, 1, 4, 16)}, TypeError, "bf16 or fp16"),
         (parallel_parallax, {name: normal(2, 1, 4, 16) for name in "qrkv"}, ValueError, "batch of 1"),
@@ -145,11 +145,13 @@ def test_sizes_that_do_not_fit_are_value_errors(function: Any, change: dict[str,
         (naive_parallax, {name: normal(1, 2, 4, 16) for name in "qr"}, ValueError, "k: "),
     ],
 )
-def test_a_bad_argument_is_refused_as_there(function: Any, change: dict[str, Any], kind: Any, said: str) -> None:
+def test_a_bad_argument_raises_the_same_error_as_in_fla(
+    function: Any, change: dict[str, Any], kind: Any, message: str
+) -> None:
     given = dict(zip("qrkv", inputs_of(1, 1, batch=1), strict=True))
     if function is parallel_parallax:
         given["cu_seqlens"] = torch.tensor([0, 1])
     function(**given)
-    with pytest.raises(kind, match=said) as caught:
+    with pytest.raises(kind, match=message) as caught:
         function(**{**given, **change})
     assert isinstance(caught.value, ArgumentError)

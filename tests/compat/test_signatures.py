@@ -1,4 +1,4 @@
-"""The drop-ins' names and signatures, to the letter of the packages they stand in for."""
+"""The names and signatures of the drop-ins are exactly those of the original packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# As in the sources of parallax-kernel 0.1.1 and fla-core 0.6.0, without annotations.
+# From the sources of parallax-kernel 0.1.1 and fla-core 0.6.0, without annotations.
 SIGNATURES = {
     "official": {
         "parallax_func": "(q, r, k, v, qk_scale=None, window_size_left=-1)",
@@ -40,8 +40,8 @@ SIGNATURES = {
 }
 
 
-def bare(function: Any) -> str:
-    """Names, kinds and defaults alone."""
+def signature_text(function: Any) -> str:
+    """The signature with names, kinds and defaults only."""
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
@@ -52,7 +52,7 @@ def test_signature(module: str, name: str) -> None:
     found: Any = import_module(f"parallax_gen.compat.{module}")
     for part in name.split("."):
         found = getattr(found, part)
-    assert bare(found) == SIGNATURES[module][name]
+    assert signature_text(found) == SIGNATURES[module][name]
 
 
 @pytest.mark.parametrize("module", SIGNATURES)

@@ -1,8 +1,8 @@
-"""One kernel of each kind, small and at awkward sizes, for compute-sanitizer to watch; each is checked against float64.
+"""One kernel of each kind at small awkward sizes, to run under compute-sanitizer; each is checked against float64.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/memcheck.py
 
-Without caching every tensor is an allocation of its own, so that what reaches past its end is seen. It takes a minute.
+Without the caching allocator each tensor is a separate allocation, so an access past its end is detected.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from parallax_gen.oracle import verify
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
-EVEN, RAGGED = {"op": "decode", "group": 4}, {"op": "decode_varlen", "group": 4}
-PROMPT = {"many_queries": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **RAGGED}
+EQUAL_LENGTHS, DECODE_VARLEN = {"op": "decode", "group": 4}, {"op": "decode_varlen", "group": 4}
+PROMPT = {"many_queries": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **DECODE_VARLEN}
 DECODE: list[tuple[int, str, dict[str, Any], KernelConfig]] = [
-    (128, "bf16", EVEN, DecodeConfig(32, 8, 4, "last", 1, 4)),
-    (96, "fp16", EVEN, DecodeConfig(32, 8, 6, "kernel", 2, 3)),
-    (128, "bf16", RAGGED, DecodeConfig(32, 8, 6, "kernel", 1, 3)),
-    (128, "bf16", RAGGED, DecodeConfig(64, 8, 4, "last", 2, 3)),
-    (128, "bf16", {"page_size": 16, "stats": True, **RAGGED}, DecodeConfig(32, 8, 6, "kernel", 1, 3)),
-    (64, "bf16", {"page_size": 1, "leftpad": True, **RAGGED}, DecodeConfig(32, 8, 2, "last", 1, 3)),
-    (128, "bf16", {"page_size": 64, "cache_dtype": "e4m3", **RAGGED}, DecodeConfig(64, 8, 3, "kernel", 2, 3)),
+    (128, "bf16", EQUAL_LENGTHS, DecodeConfig(32, 8, 4, "last", 1, 4)),
+    (96, "fp16", EQUAL_LENGTHS, DecodeConfig(32, 8, 6, "kernel", 2, 3)),
+    (128, "bf16", DECODE_VARLEN, DecodeConfig(32, 8, 6, "kernel", 1, 3)),
+    (128, "bf16", DECODE_VARLEN, DecodeConfig(64, 8, 4, "last", 2, 3)),
+    (128, "bf16", {"page_size": 16, "stats": True, **DECODE_VARLEN}, DecodeConfig(32, 8, 6, "kernel", 1, 3)),
+    (64, "bf16", {"page_size": 1, "leftpad": True, **DECODE_VARLEN}, DecodeConfig(32, 8, 2, "last", 1, 3)),
+    (128, "bf16", {"page_size": 64, "cache_dtype": "e4m3", **DECODE_VARLEN}, DecodeConfig(64, 8, 3, "kernel", 2, 3)),
     (
         96,
         "fp16",
-        {"cache_dtype": "e5m2", "window": True, "causal": True, **RAGGED},
+        {"cache_dtype": "e5m2", "window": True, "causal": True, **DECODE_VARLEN},
         DecodeConfig(32, 8, 2, "last", 1, 3),
     ),
     (128, "bf16", PROMPT, DecodeConfig(64, 64, 2, "last", 8, 2)),

@@ -1,6 +1,6 @@
-"""How accurate training steps are where it is hard: rows of 65536 keys, large probes, a first key that takes all.
+"""Accuracy of training steps on hard inputs: rows of 65536 keys, large probes, attention sinks.
 
-Against float64, and against the official Triton kernels where they can be imported (`parallax.triton`).
+Against float64, and against parallax-kernel's Triton kernels (`parallax.triton`) if they are installed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from closeness import assert_close
+from assertions import assert_close
 from torch import Tensor
 
 from parallax_gen.bench.baselines.fla import step as fla_step
@@ -34,7 +34,7 @@ Prepare = Callable[[Inputs], None]
 
 
 def normal(x: Inputs) -> None:
-    """As they are: s and t of unit variance."""
+    """Unchanged random inputs: s and t have unit variance."""
 
 
 def large_probes(x: Inputs) -> None:
@@ -42,7 +42,7 @@ def large_probes(x: Inputs) -> None:
 
 
 def sink(x: Inputs) -> None:
-    """A first key that weighs as much as e^14 others, most of what 65536 of them do, and whose t is about 160."""
+    """The first key weighs as much as e^14 others, most of the weight of 65536 keys, and its t is about 160."""
     x.q[..., 0], x.r[..., 0], x.k[..., 0] = 8, 8, 0
     x.k[:, 0, :, 0] = 20
 
@@ -71,7 +71,7 @@ def expected_of(x: Inputs) -> tuple[Tensor, Gradients]:
 
 @pytest.mark.parametrize("prepare", HARD, ids=lambda prepare: prepare.__name__)
 def test_long_rows(prepare: Prepare) -> None:
-    """The last 256 queries of 65536 keys: every one sees nearly all."""
+    """The last 256 queries of 65536 keys: each sees nearly all keys."""
     spec = KernelSpec("forward", 128, "bf16", group=2, causal=True, stats=True)
     x = inputs_of(spec, Shape(1, 4, 2, 256, LONG), prepare)
     assert x.do is not None
@@ -83,25 +83,25 @@ def test_long_rows(prepare: Prepare) -> None:
     sizes, rows = gradient_term_sizes(x.q, x.r, x.k, x.v, x.do), x.q.shape[:-1].numel()
     for name, ref in gradients._asdict().items():
         if prepare in (sink, sink_of_large_probes):
-            # A row with one key has gradients 0, each the difference of two numbers of a natural size, which v̄ and o
-            # have in 16 bits. These rows nearly have one key, which takes in what all of them leave: so little is left
-            # of dr and dk that their errors are measured against what they are differences of.
+            # With a single key the gradients are 0, each the difference of two terms of natural size that are known to
+            # 16 bits, like v̄ and o. Under a sink a row nearly has a single key, and dr and dk nearly cancel. So errors
+            # are relative to the size of the terms.
             natural = float(getattr(sizes, name)) * rows**0.5
             size = max(float(ref.norm()), natural)
             assert float((found[name].double() - ref).norm()) <= 2 * tolerance("bf16") * size, name
         else:
-            of_one = errors(found[name], ref)
-            assert of_one.relative <= 2 * tolerance("bf16"), (name, of_one)
-            assert of_one.worst <= 10 * tolerance("bf16"), (name, of_one)
+            error = errors(found[name], ref)
+            assert error.relative <= 2 * tolerance("bf16"), (name, error)
+            assert error.worst <= 10 * tolerance("bf16"), (name, error)
 
 
 @pytest.mark.parametrize("seqlen", [4096, LONG])
-def test_no_less_accurate_than_the_official_kernels(seqlen: int) -> None:
-    """Causal and square, as theirs are. One test of all inputs: they tune themselves for minutes, once a length."""
+def test_as_accurate_as_parallax_kernel(seqlen: int) -> None:
+    """Causal and square, as its kernels are. One test for all inputs, since they autotune for minutes per length."""
     pytest.importorskip("parallax.triton", reason="the official kernels are not installed: pip install parallax-kernel")
     heads = 4 if seqlen < LONG else 1
-    # Under a sink nearly every p w is the same number, and how it rounds to 16 bits is the same luck everywhere: theirs
-    # is scaled otherwise, and falls 3 % nearer in dv.
+    # Under a sink nearly every p w is the same number, so its rounding error to 16 bits is the same everywhere.
+    # parallax-kernel scales it differently, and happens to be 3 % more accurate in dv.
     larger = {}
     for prepare in HARD:
         x = inputs_of(MHA, Shape(1, heads, heads, seqlen, seqlen), prepare)
@@ -116,18 +116,18 @@ def test_no_less_accurate_than_the_official_kernels(seqlen: int) -> None:
     assert not larger
 
 
-PEERS = {"parallax.triton": triton_step, "fla.ops.parallax.parallel": fla_step}
+BASELINE_STEPS = {"parallax.triton": triton_step, "fla.ops.parallax.parallel": fla_step}
 
 
 @pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize("module", PEERS)
-def test_peers_and_ours_agree(module: str, group: int) -> None:
-    """Causal, without a window, they are right. Two results that each round p, p·t and o differ by less than twice what
-    one is off by, which is a quarter of the tolerance."""
+@pytest.mark.parametrize("module", BASELINE_STEPS)
+def test_ours_agrees_with_other_packages(module: str, group: int) -> None:
+    """The other packages are right for causal attention without a window. Both results round p, p·t and o, so they
+    differ by less than twice the error of one, which is a quarter of the tolerance."""
     pytest.importorskip(module, reason=f"{module} is not installed")
     spec = KernelSpec("forward", 128, "bf16", group=group, causal=True, stats=True)
     x = inputs_of(spec, Shape(2, 4 * group, 4, 1024, 1024), normal)
-    ours, theirs = our_step(spec, x).results(), PEERS[module](spec, x).results()
+    ours, theirs = our_step(spec, x).results(), BASELINE_STEPS[module](spec, x).results()
     assert ours.keys() == theirs.keys() == {"out", "dq", "dr", "dk", "dv"}
     for name, its in theirs.items():
         assert errors(ours[name], its).relative <= tolerance("bf16"), name
@@ -135,8 +135,8 @@ def test_peers_and_ours_agree(module: str, group: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("window", [0, 300])
-def test_tiles_that_run_over_are_done_again(head_dim: int, window: int) -> None:
-    """With SOFTMAX "fixed_reference": rows whose keys outweigh the reference by e^45 and more."""
+def test_overflowing_tiles_are_recomputed_on_a_card(head_dim: int, window: int) -> None:
+    """SOFTMAX="fixed_reference": some rows' keys outweigh the reference key by e^45 and more."""
     spec = KernelSpec("forward", head_dim, "bf16", causal=True, stats=True, window=window > 0)
     form = "chunked" if head_dim == 96 else "native"
     config = ForwardConfig(64, 64, 4, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT=form, SOFTMAX="fixed_reference")

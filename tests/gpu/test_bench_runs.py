@@ -1,4 +1,4 @@
-"""`parallax-gen bench` on a card, as briefly as it can be: what it times, what it checks, and that it goes on."""
+"""Short runs of `parallax-gen bench` on a card: timing, checks and resuming."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from parallax_gen.oracle.accuracy import tolerance
 
 pytestmark = pytest.mark.gpu
 
-WHO = ("--only", "parallax_gen", "--only", "SDPA flash", "--quick")
-WHAT = ("--op", "decode", "--op", "training", "--shape", "2,8/4,512")
+BASELINE_OPTIONS = ("--only", "parallax_gen", "--only", "SDPA flash", "--quick")
+SHAPE_OPTIONS = ("--op", "decode", "--op", "training", "--shape", "2,8/4,512")
 
 
-def test_bench_times_and_checks_and_goes_on(tmp_path: Path) -> None:
+def test_bench_times_checks_and_resumes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    first = CliRunner().invoke(main, ["bench", *WHAT, *WHO, "--csv", str(path)])
+    first = CliRunner().invoke(main, ["bench", *SHAPE_OPTIONS, *BASELINE_OPTIONS, "--csv", str(path)])
     assert first.exit_code == 0, first.output
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -29,11 +29,11 @@ def test_bench_times_and_checks_and_goes_on(tmp_path: Path) -> None:
         assert 0 < float(row["p20_us"]) <= float(row["time_us"]) <= float(row["p80_us"]), row
         if row["contender"] == "parallax_gen":
             assert float(row["error"]) < tolerance("bf16")
-    again = CliRunner().invoke(main, ["bench", *WHAT, *WHO, "--csv", str(path)])
+    again = CliRunner().invoke(main, ["bench", *SHAPE_OPTIONS, *BASELINE_OPTIONS, "--csv", str(path)])
     assert again.stdout == first.stdout
 
 
-def test_lengths_that_differ_in_caches_of_each_layout() -> None:
+def test_different_lengths_in_each_cache_layout() -> None:
     who = ("--only", "parallax_gen", "--quick", "--oracle", "whole", "--json")
     what = ("--shape", "8,32/8,4096", "--lengths", "4096,7x128", "--page-size", "0", "--page-size", "16")
     done = CliRunner().invoke(main, ["bench", *what, *who])
@@ -48,6 +48,6 @@ def test_lengths_that_differ_in_caches_of_each_layout() -> None:
 
 
 def test_a_shape_that_does_not_fit_is_skipped() -> None:
-    done = CliRunner().invoke(main, ["bench", "--op", "decode", "--shape", "2048,64,131072", *WHO])
+    done = CliRunner().invoke(main, ["bench", "--op", "decode", "--shape", "2048,64,131072", *BASELINE_OPTIONS])
     assert done.exit_code == 0, done.output
     assert "skipped: inputs and results take " in done.stdout

@@ -1,4 +1,4 @@
-"""Borrowed kernels are compiled before their first launch: what that costs, and that the launch compiles no more."""
+"""Borrowed kernels are compiled once, before their first launch, and their spills are checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from parallax_gen.runtime.dispatch import Dispatcher
 pytestmark = pytest.mark.gpu
 
 SHAPE = Shape(2, 8, 4, 512, 512)
-FORWARD = KernelSpec("forward", 72, "bf16", group=2, causal=True)  # of a head_dim that no other test here compiles
+FORWARD = KernelSpec("forward", 72, "bf16", group=2, causal=True)  # no other test here compiles this head_dim
 SPILLS = ForwardConfig(64, 64, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="padded")
 CASES: list[tuple[KernelSpec, KernelConfig, Shape]] = [
     (FORWARD, ForwardConfig(32, 32, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="padded"), SHAPE),
@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("spec", "config", "shape"), CASES)
-def test_the_driver_says_what_the_machine_code_does_and_the_launch_compiles_no_more(
+def test_resources_match_the_machine_code_and_the_launch_compiles_nothing(
     cache: Path, spec: KernelSpec, config: KernelConfig, shape: Shape
 ) -> None:
     gpu = gpu_of_device(0)
@@ -64,7 +64,7 @@ def test_the_driver_says_what_the_machine_code_does_and_the_launch_compiles_no_m
     assert (config != SPILLS) or found.spills > guard.MAX_EXTRA_SPILLS
 
 
-def test_a_call_gets_a_borrowed_kernel_that_was_checked_and_not_one_that_spills() -> None:
+def test_a_call_gets_a_checked_borrowed_kernel_and_not_one_that_spills() -> None:
     gpu = gpu_of_device(0)
     place = Place(gpu.name, FORWARD, bucket_of(SHAPE))
     default = default_of(place, gpu)
@@ -80,7 +80,7 @@ def test_a_call_gets_a_borrowed_kernel_that_was_checked_and_not_one_that_spills(
     ((refused, why),) = choice.refused
     assert refused.config == SPILLS
     assert "it spills" in why
-    # Another process, that compiles nothing, says the same.
+    # Another process, which compiles nothing, reports the same.
     said = guard.checked_choice(place, gpu, known)
     assert (said.candidate, said.checked) == (choice.candidate, True)
     assert Bucket(8, 512, 512) == place.bucket

@@ -1,4 +1,4 @@
-"""The drop-ins on a card: against the fp64 oracle, and beside the packages themselves where they are installed."""
+"""The drop-ins on a card: against the fp64 oracle, and against the original packages if they are installed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from closeness import assert_close
-from drop_in import PROGRAMS, run
+from assertions import assert_close
+from program_runner import PROGRAMS, run_program
 from torch import Tensor
 
 from parallax_gen.compat import fla, official, official_triton
@@ -31,19 +31,19 @@ def leaves(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Tensor]:
-    """(batch, seqlen, heads, head_dim), 4 query heads over 2; t is of unit variance, as s is."""
+    """Leaves (batch, seqlen, heads, head_dim), 4 query heads over 2 kv heads; s and t have unit variance."""
     sizes = [(batch, seqlen_q, 4, head_dim)] * 2 + [(batch, seqlen_kv, 2, head_dim)] * 2
     q, r, k, v = (torch.randn(size, device=DEVICE).to(dtype) for size in sizes)
     return [x.requires_grad_() for x in (q, r * head_dim**-0.5, k, v)]
 
 
 def folded(*tensors: Tensor) -> list[Tensor]:
-    """Heads in the batch, as the official raw kernels take them."""
+    """Heads folded into the batch, as parallax-kernel's raw kernels take them."""
     return [x.detach().transpose(1, 2).flatten(0, 1).contiguous() for x in tensors]
 
 
 def assert_gradients_close(found: Any, wanted: Any, inputs: list[Tensor], do: Tensor, name: str = "bf16") -> None:
-    """As tests/gpu/test_training.py has it: twice the forward's tolerance."""
+    """As in tests/gpu/test_training.py: twice the forward's tolerance."""
     sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
     for x, grad, ref, natural in zip(inputs, found, wanted, sizes, strict=True):
         assert grad.shape == x.shape
@@ -54,13 +54,13 @@ def assert_gradients_close(found: Any, wanted: Any, inputs: list[Tensor], do: Te
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_program(program: Path) -> None:
-    run(program, DEVICE)
+    run_program(program, DEVICE)
 
 
 @pytest.mark.parametrize("window", [-1, 64, 200, 257])
 @pytest.mark.parametrize("seqlen_q", [300, 130])
-def test_official_training(seqlen_q: int, window: int) -> None:
-    """Query i is at key i: those behind the last query are seen by none."""
+def test_parallax_kernel_training(seqlen_q: int, window: int) -> None:
+    """Query i is at key i, so no query sees keys after the last query."""
     inputs = leaves(seqlen_q)
     near = [x if x.shape[2] == 4 else x[:, :seqlen_q] for x in inputs]
     options: Any = {"causal": True, "window_size": window if window > 0 else None}
@@ -80,10 +80,10 @@ def test_official_training(seqlen_q: int, window: int) -> None:
     o, barv, d1, bart, m = official.parallax_fwd(*raw, 64**-0.5, 2, window)
     assert_close(o, out.flatten(0, 1).double(), "bf16")
     assert_close(barv, expected.v_mean.transpose(1, 2).flatten(0, 1), "bf16")
-    # Statistics are summed in fp32; fp16's tolerance leaves their exponentials some room.
+    # Statistics are summed in fp32; fp16's tolerance allows for the error of their exponentials.
     assert_close(d1 * m.exp2(), expected.lse.exp().flatten(0, 1)[..., None], "fp16")
     assert_close(bart, expected.t_mean.flatten(0, 1)[..., None], "fp16")
-    largest = m - torch.rand_like(m)  # as the official forward has it, in two numbers
+    largest = m - torch.rand_like(m)  # as parallax-kernel's forward returns it, in two tensors
     for one, two in ((d1, m), ((m - largest).exp2(), largest)):
         found = official.parallax_bwd(*raw, o, barv, one, bart, two, folded(do)[0], 64**-0.5, 2, window)
         assert_gradients_close(found, [folded(x)[0] for x in wanted_of_all], raw, folded(do)[0])
@@ -128,8 +128,8 @@ def cached(batch: int = 3, seqlen: int = 1000, heads: int = 8, kv_heads: int = 2
 
 
 @pytest.mark.parametrize("window", [-1, 64, 333])
-def test_a_callers_own_graph(window: int) -> None:
-    """Lengths are looked at before the capture and not in it."""
+def test_capture_in_a_graph_of_the_caller(window: int) -> None:
+    """Lengths are validated before the capture, not during it."""
     q, r, k, v = cached()
     used, out = torch.full((3,), 1000, dtype=torch.int32, device=DEVICE), torch.empty_like(q)
 
@@ -152,7 +152,7 @@ def test_a_callers_own_graph(window: int) -> None:
         assert_close(out, reference_cached_forward(q, r, k, v, cache_seqlens=used, **options).out, "bf16")
 
 
-def test_graphed_decodes_do_not_disturb_each_other() -> None:
+def test_graphed_decodes_are_independent() -> None:
     given = cached()
     steps = [official.GraphedDecode(3, 8, 1000, H_kv=2, device=DEVICE) for _ in range(2)]
     steps.append(official.GraphedDecode(3, 8, kv_len=1000, H_kv=2, device=DEVICE))
@@ -171,12 +171,12 @@ def test_graphed_decodes_do_not_disturb_each_other() -> None:
         steps[0](cache_seqlens=torch.tensor([1, 1001, 1], device=DEVICE))
 
 
-# Beside the packages themselves
+# Against the original packages
 
 
 @pytest.fixture(scope="module")
 def untuned() -> Iterator[None]:
-    """In here Triton's autotuners take their first config: what theirs would choose is not asked, and takes minutes."""
+    """Let Triton's autotuners take their first config, since tuning the originals takes minutes."""
     from triton.runtime.autotuner import Autotuner
 
     before = Autotuner.prune_configs
@@ -199,17 +199,17 @@ def parallax_fla(untuned: None) -> Any:
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_the_programs_are_right_for_the_packages_themselves(program: Path, request: pytest.FixtureRequest) -> None:
+def test_programs_pass_with_the_original_packages(program: Path, request: pytest.FixtureRequest) -> None:
     package = request.getfixturevalue("parallax_fla" if program.stem.startswith("fla") else "parallax")
-    if program.stem in ("official_decoding", "official_serving") and not package.cute_decode_available:
+    if program.stem in ("parallax_kernel_decoding", "parallax_kernel_serving") and not package.cute_decode_available:
         pytest.skip("its decode needs its cutedsl extra")
-    if program.stem == "official_training":
+    if program.stem == "parallax_kernel_training":
         request.applymarker(pytest.mark.xfail(reason="its windows are wrong on some tiles of its autotuner's"))
-    run(program, DEVICE, ours=False)
+    run_program(program, DEVICE, ours=False)
 
 
-def test_official_statistics_go_either_way(parallax: Any) -> None:
-    """Its backward takes our forward's, and ours its. Without a window: its tiles decide whether it is right in one."""
+def test_statistics_are_interchangeable_with_parallax_kernel(parallax: Any) -> None:
+    """Each backward accepts the other forward's. No window: its windowed kernels are right only for some tiles."""
     inputs = leaves(256, 256)
     raw, do = folded(*inputs), torch.randn(8, 256, 64, device=DEVICE).bfloat16()
     arguments = (64**-0.5, 2)
@@ -230,7 +230,7 @@ def test_official_statistics_go_either_way(parallax: Any) -> None:
         assert_gradients_close(found, [x.double() for x in wanted], raw, do)
 
 
-def test_official_training_beside_ours(parallax: Any) -> None:
+def test_training_agrees_with_parallax_kernel(parallax: Any) -> None:
     for seqlen_q, seqlen_kv in ((300, 300), (130, 300), (300, 130)):
         inputs = [x.detach().transpose(1, 2) for x in leaves(seqlen_q, seqlen_kv)]
         theirs, our = (package.parallax_func(*inputs) for package in (parallax, official))
@@ -238,7 +238,7 @@ def test_official_training_beside_ours(parallax: Any) -> None:
         assert_close(our, theirs.double(), "bf16")
 
 
-def test_official_decode_beside_ours(parallax: Any) -> None:
+def test_decode_agrees_with_parallax_kernel(parallax: Any) -> None:
     if not parallax.cute_decode_available:
         pytest.skip("its decode needs its cutedsl extra")
     given = cached()
@@ -248,7 +248,7 @@ def test_official_decode_beside_ours(parallax: Any) -> None:
         assert_close(our, theirs.double(), "bf16")
 
 
-def test_fla_beside_ours(parallax_fla: Any) -> None:
+def test_results_agree_with_fla(parallax_fla: Any) -> None:
     decoding = pytest.importorskip("fla.ops.parallax.decode")
     for options in ({}, {"window_size": 97}, {"scale": 0.2}):
         inputs = leaves(head_dim=100)

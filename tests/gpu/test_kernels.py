@@ -1,4 +1,4 @@
-"""Rendered kernels on a card, against the fp64 oracle: as in the CPU interpreter, in bf16 too, and at larger sizes."""
+"""Rendered kernels on a card against the fp64 oracle, as in the CPU interpreter, also in bf16 and at larger sizes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DKDV = DkDvConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages
 DQDR = DqDrConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=2)
 UNSPLIT = replace(DECODE, NUM_SPLITS=1, merge="none")
 MERGES = [UNSPLIT, DECODE, replace(DECODE, merge="kernel")]
-# Of sequences of their own lengths, which the last to arrive always merges.
+# decode_varlen, merged by the last program to arrive.
 SPLITS = [replace(DECODE, NUM_SPLITS=splits) for splits in (1, 6, 48)]
 
 
@@ -49,11 +49,11 @@ def inputs_of(spec: KernelSpec, shape: Shape, seed: int = 1) -> Inputs:
     return random_inputs_of(spec, shape, seed=seed, device="cuda")
 
 
-def wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -> str | None:
-    return wrong_on(spec, config, inputs_of(spec, shape, seed))
+def why_kernel_wrong(spec: KernelSpec, config: KernelConfig, shape: Shape, seed: int = 1) -> str | None:
+    return why_wrong_on(spec, config, inputs_of(spec, shape, seed))
 
 
-def wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
+def why_wrong_on(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> str | None:
     return verify.launch_and_check(
         render(spec, config, gpu_of_device(0)), spec, config, inputs, verify.oracle(spec, inputs)
     ).wrong
@@ -65,9 +65,9 @@ def launcher(spec: KernelSpec, config: KernelConfig, call: Call) -> Callable[[],
 
 
 def compiles_quickly(case: Case) -> bool:
-    """Without tensor cores a larger fp32 tile spills kilobytes a thread, and compiles for half a minute."""
+    """Larger fp32 tiles (no tensor cores) spill kilobytes a thread and compile for half a minute."""
     config = case.config
-    if case.spec.dtype != "fp32" or isinstance(config, PreprocessConfig):  # which multiplies no matrices
+    if case.spec.dtype != "fp32" or isinstance(config, PreprocessConfig):  # preprocess has no matmuls
         return True
     rows = 2 * config.BLOCK_H if isinstance(config, DecodeConfig) else config.BLOCK_M
     return rows * config.BLOCK_N * case.spec.head_dim <= 1 << 17
@@ -80,19 +80,19 @@ def test_any_kernel_agrees_with_the_oracle(op: str, data: st.DataObject) -> None
     case = data.draw(strategies.cases(op, DTYPES, gpu_of_device(0), most_programs=1 << 20))
     assume(compiles_quickly(case))
     try:
-        assert wrong(case.spec, case.config, case.shape, case.seed) is None
-    except OutOfResources:  # what only compiling can show
+        assert why_kernel_wrong(case.spec, case.config, case.shape, case.seed) is None
+    except OutOfResources:  # only compiling shows it
         reject()
 
 
 def test_queries_of_one_key_in_tf32() -> None:
-    """Their gradients are 0, and what is written is the rounding of terms that cancel."""
+    """Their gradients are 0, so the kernels write the rounding error of terms that cancel."""
     spec = KernelSpec("dqdr", 8, "tf32", causal=True, window=True, varlen=True)
     config = DqDrConfig(
         BLOCK_M=16, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=1, HEAD_DIM_LAYOUT="padded", MASK="after_exp"
     )
     for seed in range(8):
-        assert wrong(spec, config, Shape(2, 1, 1, 3, 28, 1), seed) is None
+        assert why_kernel_wrong(spec, config, Shape(2, 1, 1, 3, 28, 1), seed) is None
 
 
 @pytest.mark.parametrize("kernel", strategies.GOLDEN.values(), ids=strategies.GOLDEN)
@@ -100,7 +100,7 @@ def test_golden_kernels(kernel: Kernel) -> None:
     spec, config = kernel.spec, kernel.config
     if reason := why_invalid(spec, config, gpu_of_device(0)):
         pytest.skip(reason)
-    assert wrong(spec, config, op_of(spec).awkward_shape(spec, config)) is None
+    assert why_kernel_wrong(spec, config, op_of(spec).awkward_shape(spec, config)) is None
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -108,21 +108,21 @@ def test_golden_kernels(kernel: Kernel) -> None:
 @pytest.mark.parametrize("lengths", [(4096, 4096), (4095, 4097), (4097, 2050)])
 def test_long_causal_sequences_by_default(lengths: tuple[int, int], head_dim: int, stats: bool) -> None:
     spec, shape = KernelSpec("forward", head_dim, "bf16", group=2, causal=True, stats=stats), Shape(1, 4, 2, *lengths)
-    assert wrong(spec, default_config(spec, shape, gpu_of_device(0)), shape) is None
+    assert why_kernel_wrong(spec, default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
 @pytest.mark.parametrize("group", [1, 12])
 @pytest.mark.parametrize("config", [None, *MERGES], ids=["default", "none", "last", "kernel"])
 def test_long_caches(config: DecodeConfig | None, group: int) -> None:
     spec, shape = KernelSpec("decode", 128, "bf16", group=group), Shape(3, 2 * group, 2, 1, 16384)
-    assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
+    assert why_kernel_wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
 @pytest.mark.parametrize("group", [1, 12])
 @pytest.mark.parametrize("config", [None, *SPLITS], ids=["default", "1 split", "6 splits", "48 splits"])
-def test_long_ragged_caches(config: DecodeConfig | None, group: int) -> None:
+def test_long_caches_with_per_sequence_lengths(config: DecodeConfig | None, group: int) -> None:
     spec, shape = KernelSpec("decode_varlen", 128, "bf16", group=group), Shape(3, 2 * group, 2, 1, 16384)
-    assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
+    assert why_kernel_wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 48, 64, 256])
@@ -130,14 +130,14 @@ def test_long_ragged_caches(config: DecodeConfig | None, group: int) -> None:
 def test_long_paged_caches(config: DecodeConfig | None, page_size: int) -> None:
     spec = KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=page_size)
     shape = Shape(3, 8, 2, 1, 16384)
-    assert wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
+    assert why_kernel_wrong(spec, config or default_config(spec, shape, gpu_of_device(0)), shape) is None
 
 
 @pytest.mark.parametrize(("op", "config"), [("forward", FORWARD), ("decode", replace(DECODE, NUM_SPLITS=8))])
 def test_a_grid_past_65535(op: str, config: KernelConfig) -> None:
-    """71680 programs: grids lie along axis 0, which alone takes as many."""
+    """71680 programs: only axis 0 allows so many, and grids use axis 0."""
     spec = KernelSpec(op, 64, "bf16", group=1024)
-    assert wrong(spec, config, Shape(batch=70, heads=1024, kv_heads=1, seqlen_q=1, seqlen_kv=200)) is None
+    assert why_kernel_wrong(spec, config, Shape(batch=70, heads=1024, kv_heads=1, seqlen_q=1, seqlen_kv=200)) is None
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS, ids=lambda layout: layout.__name__)
@@ -154,7 +154,7 @@ def test_a_grid_past_65535(op: str, config: KernelConfig) -> None:
 def test_strided_inputs(
     spec: KernelSpec, config: KernelConfig, shape: Shape, layout: Callable[[Inputs], Inputs]
 ) -> None:
-    assert wrong_on(spec, config, layout(inputs_of(spec, shape, seed=2))) is None
+    assert why_wrong_on(spec, config, layout(inputs_of(spec, shape, seed=2))) is None
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_offsets_past_32_bits_in_k_and_v(op: str, config: KernelConfig, shape: S
     spec = KernelSpec(op, 64, "bf16", group=shape.group)
     inputs = inputs_of(spec, shape)
     inputs.k, inputs.v = strategies.far_apart(inputs.k, inputs.v, dim, stride)
-    assert wrong_on(spec, config, inputs) is None
+    assert why_wrong_on(spec, config, inputs) is None
 
 
 def test_offsets_past_32_bits_in_q_and_the_outputs() -> None:
@@ -207,7 +207,7 @@ def test_without_probes_it_is_softmax_attention(
     softmax = scaled_dot_product_attention(q, k, v, is_causal=spec.causal, enable_gqa=True).transpose(1, 2)
     assert why_wrong(call.out, softmax.double(), dtype) is None
     if spec.stats:
-        assert torch.equal(call.out, call.written["v_mean"])  # v_mean, to the bit
+        assert torch.equal(call.out, call.written["v_mean"])  # bitwise equal to v_mean
 
 
 KERNELS = [
@@ -231,7 +231,7 @@ def poison(call: Call) -> None:
 
 
 def copy_into(held: Inputs, fresh: Inputs) -> None:
-    """Every tensor of `fresh` into the same memory as before; sizes and lengths that are ints are the same."""
+    """Copy every tensor of `fresh` into the memory of `held`. Sizes and int lengths are equal."""
     for name, value in vars(fresh).items():
         before = getattr(held, name)
         if isinstance(value, Tensor):
@@ -241,14 +241,14 @@ def copy_into(held: Inputs, fresh: Inputs) -> None:
 
 
 def wrong_after(call: Call, expected: verify.Expected) -> str | None:
-    """What is wrong with a call's outputs, or with the counters it leaves, once all that was launched is done."""
+    """Synchronise; then the error in the call's outputs or in the counters that it leaves, else None."""
     torch.cuda.synchronize()
     return verify.judge(call, expected).wrong
 
 
 @pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
-def test_two_streams_at_once(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
-    """Each with inputs, outputs and scratch of its own, launched many times in turn."""
+def test_two_concurrent_streams(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
+    """Each stream has its own inputs, outputs and scratch, and many launches."""
     calls = [verify.poisoned_call(spec, config, inputs_of(spec, shape, seed)) for seed in (1, 2)]
     expected = [verify.oracle(spec, call.inputs) for call in calls]
     launches = [launcher(spec, config, call) for call in calls]
@@ -266,7 +266,7 @@ def test_two_streams_at_once(spec: KernelSpec, config: KernelConfig, shape: Shap
 
 @pytest.mark.parametrize(("spec", "config", "shape"), KERNELS)
 def test_a_captured_launch_replays(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
-    """Twice, with other inputs in the same tensors, and the counters as the last launch left them."""
+    """Replay twice, with new values in the same tensors and the counters of the previous launch."""
     call = verify.poisoned_call(spec, config, inputs_of(spec, shape, seed=1))
     launch = launcher(spec, config, call)
     launch()  # compiles

@@ -1,10 +1,10 @@
-"""The public functions on a card: right, replayed with other tensors, on several streams, in CUDA graphs."""
+"""The public functions on a card: results, replays with other tensors, several streams, CUDA graphs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from closeness import assert_close
+from assertions import assert_close
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
@@ -24,8 +24,8 @@ def decode_inputs(batch: int, seqlen: int, heads: int, kv_heads: int) -> tuple[T
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (12, 1)])
 @pytest.mark.parametrize("seqlen", [1, 130, 4096, 16384])
-def test_decode_is_right_and_stays_right_when_replayed(seqlen: int, heads: int, kv_heads: int) -> None:
-    for _ in range(3):  # the first call is recorded, the others replayed, each on tensors of its own
+def test_decode_and_its_replays(seqlen: int, heads: int, kv_heads: int) -> None:
+    for _ in range(3):  # the first call is recorded, the others are replayed on new tensors
         given = decode_inputs(2, seqlen, heads, kv_heads)
         assert_close(parallax_attn_with_kvcache(*given), reference_forward(*given).out, "bf16")
 
@@ -41,15 +41,15 @@ def test_decode_with_lengths() -> None:
         assert not out[0].any()
 
 
-def test_one_tensor_as_q_and_r_then_two() -> None:
+def test_replays_distinguish_one_tensor_as_q_and_r_from_two() -> None:
     q, r, k, v = decode_inputs(1, 500, 8, 8)
     q /= 12
     assert_close(parallax_attn_with_kvcache(q, q, k, v), reference_forward(q, q, k, v).out, "bf16")
     assert_close(parallax_attn_with_kvcache(q, r, k, v), reference_forward(q, r, k, v).out, "bf16")
 
 
-def test_tensors_that_begin_anywhere() -> None:
-    """Memory that is not 16-byte aligned takes the launch that looks at its arguments."""
+def test_unaligned_tensors() -> None:
+    """Tensors that are not 16-byte aligned take the launch path that inspects its arguments."""
     q, r, k, v = decode_inputs(1, 500, 8, 8)
     parallax_attn_with_kvcache(q, r, k, v)
     shifted = torch.empty(k.numel() + 1, device="cuda", dtype=k.dtype)[1:].view(k.shape).copy_(k)
@@ -62,9 +62,9 @@ def test_tensors_that_begin_anywhere() -> None:
 def test_whole_sequences(causal: bool, dtype: torch.dtype) -> None:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     for seqlen_q, seqlen_kv in ((300, 300), (77, 500), (200, 130)):
-        # Four projections in one buffer: strided views, as a fused layer makes them.
-        fused = torch.randn(2, seqlen_q, 4, 8, 64, device="cuda", dtype=dtype)
-        q, r = fused[:, :, 0], fused[:, :, 1].mul_(0.1)
+        # Four projections in one buffer: strided views, as a fused layer returns them.
+        fused_projection = torch.randn(2, seqlen_q, 4, 8, 64, device="cuda", dtype=dtype)
+        q, r = fused_projection[:, :, 0], fused_projection[:, :, 1].mul_(0.1)
         k, v = (normal(2, seqlen_kv, 2, 64, dtype=dtype) for _ in range(2))
         found = parallax_attn_func(q, r, k, v, causal=causal, return_stats=True)
         expected = reference_forward(q, r, k, v, causal=causal)
@@ -82,7 +82,7 @@ def test_r_zero_is_softmax_attention() -> None:
     assert (out - softmax.transpose(1, 2)).abs().max() <= 2**-6  # two roundings of values below 4 to bf16
 
 
-def test_a_captured_graph_reads_lengths_on_the_device_and_can_be_replayed() -> None:
+def test_a_captured_graph_reads_lengths_on_the_device() -> None:
     q, r, k, v = decode_inputs(2, 4096, 8, 2)
     lengths = torch.full((2,), 4096, dtype=torch.int32, device="cuda")
     parallax_attn_with_kvcache(q, r, k, v, cache_seqlens=lengths)

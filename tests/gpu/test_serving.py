@@ -1,4 +1,4 @@
-"""Attention against KV caches on a card: any form of cache, in bf16 and eight bits too; graphs, streams, workspaces."""
+"""Attention against KV caches on a card: all cache layouts, bf16 and fp8; graphs, streams, workspaces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import strategies
 import torch
-from closeness import assert_close
+from assertions import assert_close
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,8 +29,10 @@ pytestmark = pytest.mark.gpu
 SKEWED = (4096, 128, 0, 1, 97, 128, 3000, 33)
 
 
-def asked(lengths: tuple[int, ...] = SKEWED, *, seqlen_q: int = 1, page_size: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Arguments of parallax_attn_with_kvcache, 8 query heads over 2 of 128 numbers, NaN behind each sequence's end."""
+def cache_arguments(
+    lengths: tuple[int, ...] = SKEWED, *, seqlen_q: int = 1, page_size: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """Arguments of parallax_attn_with_kvcache: 8 query heads over 2 kv heads of 128, NaN past each sequence's end."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -78,14 +80,14 @@ def test_any_decode_varlen_kernel_agrees_with_the_oracle(data: st.DataObject) ->
             verify.launch_and_check(source, case.spec, case.config, inputs, verify.oracle(case.spec, inputs)).wrong
             is None
         )
-    except OutOfResources:  # what only compiling can show
+    except OutOfResources:  # only compiling shows it
         reject()
 
 
 @pytest.mark.parametrize("cache_dtype", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_every_number_of_eight_bits_is_read_as_it_is(dtype: str, cache_dtype: str) -> None:
-    """All 256 codes but those that are no number, each as a value that one key with all the weight picks out."""
+def test_every_fp8_value_is_read_exactly_on_a_card(dtype: str, cache_dtype: str) -> None:
+    """All 256 codes except NaN: one key has all the weight, so the output is its value."""
     torch_dtype = torch.float8_e4m3fn if cache_dtype == "e4m3" else torch.float8_e5m2
     codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(torch_dtype)
     numbers = codes[codes.float().isfinite()]
@@ -99,8 +101,8 @@ def test_every_number_of_eight_bits_is_read_as_it_is(dtype: str, cache_dtype: st
 
 
 @pytest.mark.parametrize("cache_dtype", ["e4m3", "e5m2"])
-def test_subnormal_keys_and_values_alone(cache_dtype: str) -> None:
-    """Tensor cores are given those of e4m3 as subnormal numbers of bf16; scales make the smallest 1/4."""
+def test_only_subnormal_keys_and_values(cache_dtype: str) -> None:
+    """e4m3 subnormals reach the tensor cores as bf16 subnormals; the scales make the smallest one 1/4."""
     torch_dtype = torch.float8_e4m3fn if cache_dtype == "e4m3" else torch.float8_e5m2
     generator = torch.Generator("cuda").manual_seed(0)
     digits = torch.randint(8 if cache_dtype == "e4m3" else 4, (2, 3, 700, 2, 128), device="cuda", generator=generator)
@@ -129,14 +131,14 @@ def test_many_sequences_of_very_different_lengths(batch: int, num_splits: int) -
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 700}], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 5, 300])
 def test_the_public_function(seqlen_q: int, options: dict[str, Any], page_size: int) -> None:
-    given = asked(seqlen_q=seqlen_q, page_size=page_size) | options
+    given = cache_arguments(seqlen_q=seqlen_q, page_size=page_size) | options
     assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
 
 
-def test_a_prompt_s_chunks_among_decode_steps() -> None:
-    """Packed queries: a chunk of 500, a sequence without any, single ones, a draft of 4."""
+def test_prefill_chunks_beside_decode_steps() -> None:
+    """Packed queries: a chunk of 500, a sequence without queries, single queries, a draft of 4."""
     counts = (500, 1, 0, 1, 4, 1, 1, 1)
-    given = asked(page_size=16)
+    given = cache_arguments(page_size=16)
     ends = torch.tensor((0, *counts), device="cuda").cumsum(0).int()
     generator = torch.Generator("cuda").manual_seed(1)
     q, r = (torch.randn(sum(counts), 8, 128, device="cuda", generator=generator).bfloat16() for _ in range(2))
@@ -144,8 +146,8 @@ def test_a_prompt_s_chunks_among_decode_steps() -> None:
     assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
 
 
-def test_a_shared_prefix_joined_with_what_follows_is_the_whole() -> None:
-    given = asked((900, 700, 650, 801), seqlen_q=2)
+def test_a_shared_prefix_merged_with_the_rest_equals_the_whole() -> None:
+    given = cache_arguments((900, 700, 650, 801), seqlen_q=2)
     k, v, ends = (given.pop(name) for name in ("k_cache", "v_cache", "cache_seqlens"))
     k[:, :600], v[:, :600] = k[:1, :600].clone(), v[:1, :600].clone()
     q, r = given["q"], given["r"]
@@ -168,11 +170,11 @@ def test_a_shared_prefix_joined_with_what_follows_is_the_whole() -> None:
 
 
 @pytest.mark.parametrize("page_size", [0, 64])
-def test_one_graph_serves_every_step(page_size: int) -> None:
-    given = asked(page_size=page_size)
+def test_one_graph_for_every_step(page_size: int) -> None:
+    given = cache_arguments(page_size=page_size)
     step = GraphedDecode(**given)
     for seed, lengths in enumerate(((5, 4096, 0, 1, 2, 3, 64, 65), (4096,) * 8, SKEWED), start=1):
-        new = asked(lengths, page_size=page_size, seed=seed)
+        new = cache_arguments(lengths, page_size=page_size, seed=seed)
         for name, tensor in given.items():
             tensor.copy_(new[name])
         found = step()
@@ -180,10 +182,10 @@ def test_one_graph_serves_every_step(page_size: int) -> None:
         assert_close(found, expected(given), "bf16")
 
 
-def test_streams_with_workspaces_of_their_own_do_not_disturb_each_other() -> None:
+def test_streams_with_separate_workspaces_are_independent() -> None:
     calls = []
     for seed in range(4):
-        given = asked(seed=seed)
+        given = cache_arguments(seed=seed)
         needed = kvcache_workspace_size(**given)
         assert needed > 0
         workspace = torch.zeros(needed, dtype=torch.uint8, device="cuda")
@@ -199,8 +201,8 @@ def test_streams_with_workspaces_of_their_own_do_not_disturb_each_other() -> Non
 
 
 @pytest.mark.parametrize("scale", [None, 0.25, "a tensor", "a tensor a head"])
-def test_scales_of_a_cache_in_eight_bits(scale: Any) -> None:
-    given = asked((300, 1, 0, 64), page_size=0)
+def test_scales_of_an_fp8_cache(scale: Any) -> None:
+    given = cache_arguments((300, 1, 0, 64), page_size=0)
     for name in ("k_cache", "v_cache"):
         given[name] = given[name].nan_to_num().to(torch.float8_e4m3fn)
     if isinstance(scale, str):
@@ -211,12 +213,12 @@ def test_scales_of_a_cache_in_eight_bits(scale: Any) -> None:
     assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 @pytest.mark.parametrize("page_size", [0, 16])
-def test_a_compiled_step_is_captured_and_waits_for_nothing(page_size: int) -> None:
-    """mode="reduce-overhead": a CUDA graph, of which lengths and queries change from step to step."""
+def test_a_compiled_step_is_captured_without_synchronisation(page_size: int) -> None:
+    """mode="reduce-overhead": a CUDA graph whose lengths and queries change from step to step."""
     torch._dynamo.reset()
-    given = asked(page_size=page_size)
+    given = cache_arguments(page_size=page_size)
     for name in ("k_cache", "v_cache"):
         torch._dynamo.mark_static_address(given[name])
 

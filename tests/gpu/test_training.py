@@ -1,6 +1,6 @@
-"""Training steps on a card through the public functions: out and its gradients, against the fp64 oracle.
+"""Training steps on a card through the public functions: output and gradients against the fp64 oracle.
 
-Most tests share one kernel's spec, BASE's, and sequences that fall in one bucket: compiling takes most of the time.
+Most tests share one spec (that of `leaves`) and one bucket, because compiling takes most of the time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_close
+from assertions import assert_close
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -46,7 +46,7 @@ def leaves(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Inputs:
-    """BASE: 2 query heads a kv head, head_dim 64, bf16. t is of unit variance, as s is."""
+    """By default 2 query heads a kv head, head_dim 64, bf16. s and t have unit variance."""
     torch.manual_seed(sum(rows) + head_dim)
     q, r = normal(*rows, heads, head_dim, dtype=dtype), normal(*rows, heads, head_dim, dtype=dtype)
     k, v = normal(*keys, kv_heads, head_dim, dtype=dtype), normal(*keys, kv_heads, head_dim, dtype=dtype)
@@ -60,10 +60,11 @@ def assert_gradients_close(
     grads: Any, wanted: Any, inputs: Inputs, do: Tensor, name: str, window_size: int | None = None
 ) -> None:
     """Twice the forward's tolerance: besides p and p·t a backward rounds g^s and g^t, and b − T is the difference of
-    two sums over o and v̄ as they were kept, each rounded to the input dtype.
+    two sums over the saved o and v̄, each rounded to the input dtype.
 
-    A row that sees few keys, and not the first, which is taken in fp32, has that rounding alone in b − T: by |t|
-    roundings, 6 of a gradient's natural size where |t| reaches 4 (and tests/steps.py allows 12 at half the tolerance).
+    For a row that sees few keys, and not the first one (which the kernel takes in fp32), b − T is only this rounding
+    error, scaled by |t|: up to 6 times a gradient's natural size for |t| up to 4. (training_steps.py allows 12 at half
+    the tolerance.)
     """
     few = 6.0 if window_size is not None and window_size < 16 else 1.0
     sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
@@ -75,7 +76,7 @@ def assert_gradients_close(
 
 
 def check(inputs: Inputs, name: str | None = None, recompute_v_mean: bool = False, **options: Any) -> None:
-    """A training step and a call without gradients, dense."""
+    """Check a dense training step, and a call without gradients."""
     name = name or NAMES[inputs[0].dtype]
     expected = reference_forward(*[x.detach() for x in inputs], **options)
     out = parallax_attn_func(*inputs, **options, recompute_v_mean=recompute_v_mean)
@@ -146,7 +147,7 @@ def test_tf32() -> None:
     check(inputs, "tf32", causal=True)
     rounded = parallax_attn_func(*inputs, causal=True)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert not torch.equal(rounded, parallax_attn_func(*inputs, causal=True))  # the switch is read in every call
+    assert not torch.equal(rounded, parallax_attn_func(*inputs, causal=True))  # the TF32 switch is read in every call
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window_size": 97}, {}])
@@ -156,8 +157,8 @@ def test_packed_sequences(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("padding", [3, 700])
-def test_rows_that_no_sequence_has_are_0(padding: int) -> None:
-    """They hold NaN, torch.empty gives NaN, and all else is as without them, to the bit."""
+def test_padding_rows_are_0(padding: int) -> None:
+    """Padding holds NaN and torch.empty returns NaN; all other rows are bitwise equal to those without padding."""
     lengths = [40, 0, 300]
     starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     total = sum(lengths)
@@ -180,20 +181,20 @@ def test_rows_that_no_sequence_has_are_0(padding: int) -> None:
         assert (by_row[total:] == (-torch.inf if name == "lse" else 0)).all(), name
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
-def test_a_new_packing_compiles_nothing_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # warns that it is a prototype
+def test_a_new_packing_does_not_compile_or_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(lengths: list[int]) -> None:
         check_packed(leaves((sum(lengths),), (sum(lengths),)), lengths, lengths, 300, causal=True)
 
     compiled = []
     compile_one = JITFunction._do_compile
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
         compiled.append(self.__name__)
         return compile_one(self, *args, **kwargs)
 
     step([300, 20, 0, 177])
-    monkeypatch.setattr(JITFunction, "_do_compile", noted)
+    monkeypatch.setattr(JITFunction, "_do_compile", record)
     step([299, 16, 33, 1])
     step([0, 300, 0, 64])
     step([128, 128, 128, 128])
@@ -211,24 +212,29 @@ def test_a_new_packing_compiles_nothing_and_waits_for_nothing(monkeypatch: pytes
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_strides_that_layers_make() -> None:
-    """A fused projection, heads before the sequence, and kv heads shared by expanding them."""
-    fused = normal(2, 300, 8, 64).requires_grad_()
+def test_strides_from_layers() -> None:
+    """A fused projection, heads before the sequence, and kv heads expanded to query heads."""
+    fused_projection = normal(2, 300, 8, 64).requires_grad_()
     heads_first = normal(2, 2, 300, 64).requires_grad_()
     shared = normal(2, 300, 1, 64).requires_grad_()
-    q, r, k, v = fused[:, :, :4], fused[:, :, 4:] / 8, heads_first.transpose(1, 2), shared.expand(2, 300, 2, 64)
-    given = (fused, heads_first, shared)
+    q, r, k, v = (
+        fused_projection[:, :, :4],
+        fused_projection[:, :, 4:] / 8,
+        heads_first.transpose(1, 2),
+        shared.expand(2, 300, 2, 64),
+    )
+    given = (fused_projection, heads_first, shared)
     out = parallax_attn_func(q, r, k, v, causal=True)
     wanted = reference_forward(q, r, k, v, causal=True).out
     assert isinstance(out, Tensor)
     assert_close(out, wanted, "bf16")
-    # A gradient of strides 0. The reference's gradients pass the same views and the division once more.
+    # The output gradient has stride 0. The reference's gradients go through the same views and the division again.
     found = torch.autograd.grad(out.sum(), given, retain_graph=True)
     for grad, ref in zip(found, torch.autograd.grad(wanted.sum(), given), strict=True):
         assert errors(grad, ref.double()).relative <= 2 * tolerance("bf16")
 
 
-def test_only_gradients_that_are_needed() -> None:
+def test_only_needed_gradients_are_computed() -> None:
     inputs = leaves((2, 300), (2, 300))
     out = parallax_attn_func(*inputs, causal=True)
     assert isinstance(out, Tensor)
@@ -240,7 +246,7 @@ def test_only_gradients_that_are_needed() -> None:
         out.sum().backward()
         for place, x in enumerate(given):
             assert (x.grad is not None) == (place in needed)
-            assert x.grad is None or torch.equal(x.grad, every[place])  # and the same in every run
+            assert x.grad is None or torch.equal(x.grad, every[place])  # and deterministic
 
 
 def test_r_zero_is_softmax_attention_and_so_are_its_gradients() -> None:
@@ -271,7 +277,7 @@ def test_a_layer_that_starts_as_softmax_attention_learns_r() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 97}])
 def test_extreme_inputs_give_no_nan(options: dict[str, Any]) -> None:
-    """Probes eight times as large, and a first key that outweighs all others, in score and in t."""
+    """Probes eight times as large, and a first key that outweighs all others in score and in t."""
     q, r, k, v = leaves((2, 300), (2, 300))
     with torch.no_grad():
         r.mul_(8)
@@ -312,7 +318,7 @@ def test_autocast() -> None:
     assert_gradients_close(torch.autograd.grad(out, inputs, do), wanted, inputs, do, "bf16")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 def test_compiled_in_one_graph_for_every_length() -> None:
     torch._dynamo.reset()
     layer = ParallaxAttention(256, 4, 2, device="cuda", dtype=torch.bfloat16)
@@ -364,14 +370,14 @@ def test_a_step_in_a_cuda_graph(packed: bool) -> None:
 
 
 def last_of_a_batch(inputs: Inputs, out: Tensor, grads: tuple[Tensor, ...], do: Tensor) -> None:
-    """Whether the last two sequences are right."""
+    """Check the last two sequences of a batch."""
     some = tuple(x.detach()[-2:] for x in inputs)
     assert_close(out[-2:], reference_forward(*some, causal=True).out, "bf16")
     wanted = reference_backward(*some, do[-2:], causal=True)
     assert_gradients_close([x[-2:] for x in grads], wanted, some, do[-2:], "bf16")  # type: ignore[arg-type]
 
 
-def test_more_heads_in_all_than_a_grid_has_rows() -> None:
+def test_more_sequences_times_heads_than_65535() -> None:
     inputs = leaves((17_500, 33), (17_500, 33))
     out = parallax_attn_func(*inputs, causal=True)
     assert isinstance(out, Tensor)
@@ -397,7 +403,7 @@ def test_tensors_of_more_than_2_31_elements() -> None:
     last_of_a_batch(inputs, out, grads, do)
 
 
-def test_rows_further_apart_than_2_31_elements_in_all() -> None:
+def test_row_offsets_past_2_31_elements() -> None:
     enough_memory(12)
     stride = 2**23
     memory = torch.empty(300 * stride, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, and Parallax attention for them, written out with transformers' own masks."""
+"""Tiny random models of transformers, and a dense reference of Parallax attention that uses transformers' masks."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, **HEADS, **TOKENS),
 }
 
-# fp32 models beside the fp64 reference of CPU tensors: roundings of 6e-8, times what two layers of such weights make.
+# fp32 models against the fp64 reference of CPU tensors: rounding errors of 6e-8, amplified by two layers.
 FP32 = {"rtol": 1e-4, "atol": 1e-4}
 
 
-# What a model's argument for its cache is called: it was renamed.
+# The name of a model's cache argument, which was renamed.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
-def plain(name: str, layers: int = 2) -> PreTrainedModel:
-    """The same weights in every call."""
+def stock_model(name: str, layers: int = 2) -> PreTrainedModel:
+    """An unconverted model with the same weights in every call."""
     torch.manual_seed(1)
     changed = {**CONFIGS[name].to_dict(), "num_hidden_layers": layers}
-    changed.pop("layer_types", None)  # it follows from the others
+    changed.pop("layer_types", None)  # derived from the other fields
     config = type(CONFIGS[name])(**changed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def converted(name: str, r: float = 0.0, layers: int = 2) -> PreTrainedModel:
-    """`plain`, converted, with an r_proj of this size."""
-    model = convert(plain(name, layers))
+def converted_model(name: str, r: float = 0.0, layers: int = 2) -> PreTrainedModel:
+    """`stock_model`, converted, with random r_proj weights of size `r`."""
+    model = convert(stock_model(name, layers))
     torch.manual_seed(2)
     for parameter_name, parameter in model.named_parameters():
         if "r_proj" in parameter_name and r:
@@ -68,20 +68,20 @@ def prompts(batch: int = 3, length: int = 11) -> Tensor:
 
 
 def padding(before: list[int], behind: list[int], length: int = 11) -> Tensor:
-    """A mask (batch, length): 0 for so many tokens at each sequence's ends."""
+    """A mask (batch, length) with these numbers of zeros at the beginning and the end of each sequence."""
     places = torch.arange(length)
     first, end = torch.tensor(before)[:, None], length - torch.tensor(behind)[:, None]
     return ((places >= first) & (places < end)).long()
 
 
-def written_out(
+def dense_reference(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, r: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Dense, from the formula, in fp64. mask (batch, 1, new tokens, keys): True where a query sees a key."""
+    """Dense attention by the formula, in fp64. mask (batch, 1, new tokens, keys): True where a query sees a key."""
     group = query.shape[1] // key.shape[1]
     q, r, k, v = (x.double() for x in (query, r, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
     s = (scaling * q @ k.mT).masked_fill(~mask, -torch.inf)
-    p = s.softmax(-1).nan_to_num(0.0)  # padding may see nothing
+    p = s.softmax(-1).nan_to_num(0.0)  # a padding query may see no key
     t = r @ k.mT
     t_mean = (p * t).sum(-1, keepdim=True)
     return ((p * (1 + t_mean - t)) @ v).transpose(1, 2).to(value.dtype), None
@@ -94,9 +94,9 @@ def dense_mask(**arguments: Any) -> Tensor:
 
 
 @contextmanager
-def attention_written_out() -> Iterator[None]:
-    """Converted models attend so inside."""
+def use_dense_reference() -> Iterator[None]:
+    """Within the context converted models use the dense reference."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(AttentionInterface._global_mapping, "parallax", written_out)
+        patch.setitem(AttentionInterface._global_mapping, "parallax", dense_reference)
         patch.setitem(AttentionMaskInterface._global_mapping, "parallax", dense_mask)
         yield

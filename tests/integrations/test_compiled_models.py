@@ -1,4 +1,4 @@
-"""Converted models under torch.compile: one graph, and what cannot be looked at there is asserted by what it makes."""
+"""Converted models under torch.compile: one graph, with runtime assertions for checks that need tensor values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_samples import CACHE, FP32, converted, padding, prompts
+from hf_samples import CACHE, FP32, converted_model, padding, prompts
 from transformers import StaticCache
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -28,7 +28,7 @@ MASK = padding([0, 3, 8], [0, 0, 0])
 
 @pytest.mark.parametrize("options", [{}, {"attention_mask": MASK}, {"use_cache": False}])
 def test_compiled_as_one_graph(options: dict[str, Any]) -> None:
-    model = converted("qwen2", r=0.1)
+    model = converted_model("qwen2", r=0.1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found, wanted = (each(prompts(), labels=prompts(), **options) for each in (compiled, model))
     tokens = options.get("attention_mask", torch.ones(3, 11)).bool()
@@ -40,7 +40,7 @@ def test_compiled_as_one_graph(options: dict[str, Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 def test_steps_with_a_static_cache_compiled_as_one_graph(padded: bool) -> None:
-    model, x = converted("qwen3", r=0.1, layers=1), prompts()
+    model, x = converted_model("qwen3", r=0.1, layers=1), prompts()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     cache = StaticCache(model.config, max_cache_len=16)
     found = []
@@ -54,8 +54,8 @@ def test_steps_with_a_static_cache_compiled_as_one_graph(padded: bool) -> None:
     torch.testing.assert_close(torch.cat(found, 1)[tokens], wanted[tokens], **FP32)
 
 
-def test_what_is_compiled_asserts_what_is_refused() -> None:
-    compiled = torch.compile(converted("qwen3", layers=1), backend="aot_eager", fullgraph=True)
+def test_compiled_models_assert_what_eager_ones_refuse() -> None:
+    compiled = torch.compile(converted_model("qwen3", layers=1), backend="aot_eager", fullgraph=True)
     packed = torch.tensor([[*range(4), *range(7)]] * 3)
     with pytest.raises(RuntimeError, match=r"position_ids: got packed sequences; allowed: .* cu_seq_lens_q"):
         compiled(prompts(), position_ids=packed, use_cache=False)
@@ -65,4 +65,6 @@ def test_what_is_compiled_asserts_what_is_refused() -> None:
     starts = torch.tensor([0, 4, 11])
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 7, "max_length_k": 7}
     one = {"input_ids": prompts()[:1], "position_ids": packed[:1], "use_cache": False}
-    torch.testing.assert_close(compiled(**one, **lengths).logits, converted("qwen3", layers=1)(**one).logits, **FP32)
+    torch.testing.assert_close(
+        compiled(**one, **lengths).logits, converted_model("qwen3", layers=1)(**one).logits, **FP32
+    )

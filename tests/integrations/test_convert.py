@@ -1,4 +1,4 @@
-"""What convert leaves behind, saved and loaded again, and what is refused."""
+"""`convert`: the converted model, saving and loading it, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from hf_samples import CONFIGS, FP32, converted, padding, plain, prompts
+from hf_samples import CONFIGS, FP32, converted_model, padding, prompts, stock_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tens
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_attention_gets_an_r_proj_of_zeros_like_its_q_proj(name: str) -> None:
-    model = plain(name).to(torch.bfloat16)
+    model = stock_model(name).to(torch.bfloat16)
     before = dict(model.named_parameters())
     assert convert(model) is model
     assert convert(model) is model  # a second time does nothing
@@ -49,8 +49,8 @@ def test_every_attention_gets_an_r_proj_of_zeros_like_its_q_proj(name: str) -> N
     assert all(module.training == model.training for module in model.modules())
 
 
-def test_another_model_of_the_same_config_stays_the_function_that_it_is(tmp_path: Path) -> None:
-    one = plain("qwen3")
+def test_other_models_with_the_same_config_are_unchanged(tmp_path: Path) -> None:
+    one = stock_model("qwen3")
     other = type(one)(one.config).eval()
     before = other(prompts()).logits
     convert(one)
@@ -58,7 +58,7 @@ def test_another_model_of_the_same_config_stays_the_function_that_it_is(tmp_path
     assert other.config._attn_implementation == "eager"
     assert torch.equal(other(prompts()).logits, before)
     assert {module.config.model_type for module in one.modules() if hasattr(module, "config")} == {"parallax_qwen3"}
-    # A model around `one` may have the config of both: what that saves must not be taken for a model without r_proj.
+    # A wrapper of `one` may share the config object: what it saves must not load as a model without r_proj.
     assert other.config.model_type == "parallax_qwen3"
     other.save_pretrained(tmp_path)
     for each in (AutoModelForCausalLM, Qwen3ForCausalLM):
@@ -67,9 +67,9 @@ def test_another_model_of_the_same_config_stays_the_function_that_it_is(tmp_path
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    model = converted(name, r=0.1)
+    model = converted_model(name, r=0.1)
     model.save_pretrained(tmp_path)
-    # Under its own name: transformers alone will not take it for a model without r_proj.
+    # It has its own model_type, so transformers alone does not load it as a model without r_proj.
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == f"parallax_{name}"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
@@ -82,19 +82,19 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
 
 
 def test_a_base_model_converts_and_is_saved(tmp_path: Path) -> None:
-    model = convert(plain("qwen3").model)
+    model = convert(stock_model("qwen3").model)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert isinstance(loaded, Qwen3Model)
     with torch.no_grad():
-        wanted = plain("qwen3").model(prompts()).last_hidden_state
+        wanted = stock_model("qwen3").model(prompts()).last_hidden_state
         torch.testing.assert_close(loaded(prompts()).last_hidden_state, wanted, **FP32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_made_from_its_config_starts_with_r_zero(name: str, tmp_path: Path) -> None:
-    config = converted(name).config
+def test_a_model_made_from_a_converted_config_starts_with_r_zero(name: str, tmp_path: Path) -> None:
+    config = converted_model(name).config
     model = AutoModelForCausalLM.from_config(config)
     for key, parameter in model.named_parameters():
         assert bool(parameter.any()) != ("r_proj" in key or key.endswith(".bias")), key
@@ -103,40 +103,40 @@ def test_one_made_from_its_config_starts_with_r_zero(name: str, tmp_path: Path) 
 
 
 def test_a_checkpoint_without_r_proj_can_be_loaded_as_parallax(tmp_path: Path) -> None:
-    plain("qwen3").save_pretrained(tmp_path)
-    model = type(converted("qwen3")).from_pretrained(tmp_path)
+    stock_model("qwen3").save_pretrained(tmp_path)
+    model = type(converted_model("qwen3")).from_pretrained(tmp_path)
     assert model.config.model_type == "parallax_qwen3"
     with torch.no_grad():
-        torch.testing.assert_close(model(prompts()).logits, plain("qwen3")(prompts()).logits, **FP32)
+        torch.testing.assert_close(model(prompts()).logits, stock_model("qwen3")(prompts()).logits, **FP32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hidden_states_are_still_recorded(name: str, tmp_path: Path) -> None:
-    model = converted(name)
+    model = converted_model(name)
     model.save_pretrained(tmp_path)
-    wanted = plain(name)(prompts(), output_hidden_states=True).hidden_states
-    for each in (model, model.model, convert(plain(name).model), AutoModelForCausalLM.from_pretrained(tmp_path)):
+    wanted = stock_model(name)(prompts(), output_hidden_states=True).hidden_states
+    for each in (model, model.model, convert(stock_model(name).model), AutoModelForCausalLM.from_pretrained(tmp_path)):
         torch.testing.assert_close(each(prompts(), output_hidden_states=True).hidden_states, wanted, **FP32)
 
 
 def test_r_proj_is_split_over_ranks_like_q_proj() -> None:
     for name in CONFIGS:
-        plan = converted(name).config.base_model_tp_plan
+        plan = converted_model(name).config.base_model_tp_plan
         assert plan["layers.*.self_attn.r_proj"] == plan["layers.*.self_attn.q_proj"]
         assert "layers.*.self_attn.r_proj" not in CONFIGS[name].base_model_tp_plan
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies(copy_of: Any) -> None:
-    model = converted("mistral", r=0.1)
+    model = converted_model("mistral", r=0.1)
     assert torch.equal(copy_of(model)(prompts()).logits, model(prompts()).logits)
 
 
 MASK = padding([0, 3, 8], [0, 0, 0])
-TORN = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]] * 3)
+INNER_PADDING = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]] * 3)
 STARTS = torch.tensor([0, 11])
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"attention_mask": TORN}, "attention_mask: got padding between tokens"),
+    ({"attention_mask": INNER_PADDING}, "attention_mask: got padding between tokens"),
     ({"attention_mask": torch.ones(3, 12)}, "attention_mask: got 12 columns; allowed: one per token so far"),
     ({"attention_mask": torch.ones(3, 1, 11, 11).tril().bool()}, "attention_mask: got torch.bool of shape"),
     ({"output_attentions": True}, "output_attentions: got True"),
@@ -147,26 +147,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "attention_mask: got padding, or a cache, together with cu_seq_lens_q",
     ),
     ({"s_aux": torch.zeros(4)}, "s_aux: got a value; allowed: None"),
-    ({"is_causal": False}, "is_causal: got False|not causal"),  # by the layer or by the mask, as transformers passes it
+    (
+        {"is_causal": False},
+        "is_causal: got False|not causal",
+    ),  # set on the layer or in the mask, depending on transformers
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_refused_calls(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        converted("qwen3")(prompts(), **options)
+        converted_model("qwen3")(prompts(), **options)
 
 
 def test_refused_configs() -> None:
-    model = converted("qwen3")
+    model = converted_model("qwen3")
     model.config.is_causal = False
     with pytest.raises(ArgumentError, match="attention_mask: got attention that is not causal"):
         model(prompts())
-    model = plain("qwen3")
+    model = stock_model("qwen3")
     model.config.output_attentions = True
     with pytest.raises(ArgumentError, match="output_attentions: got True"):
         convert(model)(prompts())
-    model = converted("qwen3").train()
+    model = converted_model("qwen3").train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ArgumentError, match=r"attention_dropout: got 0\.1; allowed: 0"):
@@ -174,9 +177,9 @@ def test_refused_configs() -> None:
     assert model.eval()(prompts()).logits.shape == (3, 11, 64)
 
 
-def test_no_other_attention_takes_its_place() -> None:
-    """sdpa would leave r out, and say nothing."""
-    model = converted("qwen3")
+def test_other_attention_implementations_are_refused() -> None:
+    """sdpa would silently ignore r."""
+    model = converted_model("qwen3")
     with pytest.raises(ArgumentError, match="attn_implementation: got 'sdpa'; allowed: None or 'parallax'"):
         model.set_attn_implementation("sdpa")
     with pytest.raises(ArgumentError, match="attn_implementation: got 'eager'"):
@@ -188,20 +191,20 @@ def test_no_other_attention_takes_its_place() -> None:
         AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation="parallax")(prompts())
 
 
-def test_models_that_do_not_convert() -> None:
+def test_models_that_cannot_be_converted() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8, n_positions=8))
     for model, name in ((gpt2, "GPT2LMHeadModel"), (nn.Linear(2, 2), "Linear")):
         message = f"model: got {name}; allowed: LlamaForCausalLM, Mistral.*Qwen3Model, or with another head$"
         with pytest.raises(ArgumentError, match=message):
             convert(model)
-    adapted = plain("llama")
+    adapted = stock_model("llama")
     adapted.model.layers[1].self_attn.q_proj = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(ArgumentError, match=r"model: got a q_proj of Sequential; allowed: nn\.Linear"):
         convert(adapted)
-    assert type(adapted).__name__ == "LlamaForCausalLM"  # as it was
-    spread = plain("llama")
+    assert type(adapted).__name__ == "LlamaForCausalLM"  # unchanged
+    spread = stock_model("llama")
     attention = spread.model.layers[0].self_attn
-    attention.forward = attention.forward  # as accelerate's hooks are put there
+    attention.forward = attention.forward  # as accelerate's hooks do
     with pytest.raises(ArgumentError, match="model: got an attention whose forward was replaced, as device_map does"):
         convert(spread)
     narrow = AutoModelForCausalLM.from_config(type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "head_dim": 12}))

@@ -1,4 +1,4 @@
-"""Converted models of transformers: the function that they were, and Parallax attention once r is not 0."""
+"""Converted models of transformers: the same function while r is 0, and Parallax attention otherwise."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from hf_samples import CACHE, CONFIGS, FP32, attention_written_out, converted, padding, plain, prompts
+from hf_samples import CACHE, CONFIGS, FP32, converted_model, padding, prompts, stock_model, use_dense_reference
 from transformers import DynamicCache, StaticCache
 
 from parallax_gen.nn import ParallaxAttention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # its new name is not in all versions
+    pytest.mark.filterwarnings(
+        "ignore:.*gradient_checkpointing:FutureWarning"
+    ),  # the new name does not exist in all versions
 ]
 
 PADDED = {
@@ -32,14 +34,14 @@ PACKED = torch.tensor([[*range(4), *range(1), *range(6)], [*range(3, 14)], [*ran
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_conversion_keeps_logits(name: str) -> None:
-    before, after = plain(name), converted(name)
+    before, after = stock_model(name), converted_model(name)
     x = prompts()
     with torch.no_grad():
         torch.testing.assert_close(after(x).logits, before(x).logits, **FP32)
         packed = {
             "position_ids": PACKED,
             "use_cache": False,
-        }  # transformers looks for packed ones without a cache alone
+        }  # transformers detects packed sequences only without a cache
         torch.testing.assert_close(after(x, **packed).logits, before(x, **packed).logits, **FP32)
         for mask in PADDED.values():
             found, wanted = (model(x, attention_mask=mask).logits[mask.bool()] for model in (after, before))
@@ -47,37 +49,39 @@ def test_conversion_keeps_logits(name: str) -> None:
 
 
 def test_conversion_keeps_logits_within_bf16_rounding() -> None:
-    truth = plain("qwen3")(prompts()).logits
-    found, eager = (model.bfloat16()(prompts()).logits.float() for model in (converted("qwen3"), plain("qwen3")))
-    # Both round everything else to bf16 alike; attention itself the converted one rounds less.
+    truth = stock_model("qwen3")(prompts()).logits
+    found, eager = (
+        model.bfloat16()(prompts()).logits.float() for model in (converted_model("qwen3"), stock_model("qwen3"))
+    )
+    # Everything else is rounded to bf16 alike; within attention the converted model rounds less.
     assert (found - truth).abs().max() <= 1.5 * (eager - truth).abs().max()
     assert (found - eager).abs().max() <= 1.5 * (eager - truth).abs().max()
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_conversion_keeps_what_is_generated(name: str, cache: str) -> None:
+def test_conversion_keeps_generated_text(name: str, cache: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": PADDED["before"]}
     options |= {} if cache == "dynamic" else {"cache_implementation": cache}
-    found, wanted = (model.generate(prompts(), **options) for model in (converted(name), plain(name)))
+    found, wanted = (model.generate(prompts(), **options) for model in (converted_model(name), stock_model(name)))
     assert found.tolist() == wanted.tolist()
-    assert found[:, 11:].unique().numel() > 4  # it says something
+    assert found[:, 11:].unique().numel() > 4  # the output is not constant
 
 
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 63}, {"prefill_chunk_size": 4}]
 )
 def test_other_ways_to_generate(options: dict[str, Any]) -> None:
-    x = prompts(1).repeat(1, 2)  # a prompt to look up in
-    found = converted("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
-    with attention_written_out():
-        wanted = converted("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
+    x = prompts(1).repeat(1, 2)  # a prompt for prompt lookup decoding
+    found = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
+    with use_dense_reference():
+        wanted = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
     assert found.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_converted_attention_is_our_layer(name: str) -> None:
-    attention = converted(name, r=0.2).model.layers[1].self_attn
+    attention = converted_model(name, r=0.2).model.layers[1].self_attn
     windowed, biased = name in ("mistral", "qwen2"), name in ("llama", "qwen2")
     layer = ParallaxAttention(
         64, 4, 2, 16, rope_theta=1e4, window_size=5 if windowed else None, qk_norm=name == "qwen3", bias=biased
@@ -87,7 +91,7 @@ def test_a_converted_attention_is_our_layer(name: str) -> None:
         weights["o_proj.bias"] = torch.zeros(64)
     layer.load_state_dict(weights)
     x = torch.randn(2, 9, 64)
-    rotary = converted(name).model.rotary_emb
+    rotary = converted_model(name).model.rotary_emb
     out, attention_weights = attention(
         hidden_states=x, position_embeddings=rotary(x, torch.arange(9)[None]), attention_mask=None
     )
@@ -96,7 +100,7 @@ def test_a_converted_attention_is_our_layer(name: str) -> None:
 
 
 def outputs_and_gradients(name: str, mask: Tensor, **options: Any) -> list[Tensor]:
-    model = converted(name, r=0.1)
+    model = converted_model(name, r=0.1)
     logits = model(prompts(), attention_mask=mask, **options).logits[mask.bool()]
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(4)))
     return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -104,12 +108,12 @@ def outputs_and_gradients(name: str, mask: Tensor, **options: Any) -> list[Tenso
 
 @pytest.mark.parametrize("padded", PADDED)
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
-def test_attention_with_r_and_its_gradients_are_the_formula(name: str, padded: str) -> None:
+def test_attention_with_r_and_its_gradients(name: str, padded: str) -> None:
     found = outputs_and_gradients(name, PADDED[padded])
-    with attention_written_out():
+    with use_dense_reference():
         wanted = outputs_and_gradients(name, PADDED[padded])
-    assert len(found) == len(list(converted(name).parameters())) + 1
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # of sums over all tokens, up to 300 in size
+    assert len(found) == len(list(converted_model(name).parameters())) + 1
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # sums over all tokens, of size up to 300
 
 
 @torch.no_grad()
@@ -117,9 +121,9 @@ def test_attention_with_r_and_its_gradients_are_the_formula(name: str, padded: s
 @pytest.mark.parametrize("padded", ["none", "before"])
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
 def test_chunks_and_steps_with_a_cache(name: str, padded: str, static: bool) -> None:
-    model = converted(name, r=0.1)
+    model = converted_model(name, r=0.1)
     x, mask = prompts(), PADDED[padded]
-    with attention_written_out():
+    with use_dense_reference():
         wanted = model(x, attention_mask=mask).logits
     cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
     found = []
@@ -134,7 +138,7 @@ def test_chunks_and_steps_with_a_cache(name: str, padded: str, static: bool) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_packed_sequences(name: str) -> None:
-    model, x = converted(name, r=0.1), prompts()
+    model, x = converted_model(name, r=0.1), prompts()
     found = model(x, position_ids=PACKED, use_cache=False).logits
     for row, cuts in enumerate(((0, 4, 5, 11), (0, 11), (0, 9, 11))):
         for begin, end in itertools.pairwise(cuts):
@@ -147,8 +151,8 @@ def test_packed_sequences(name: str) -> None:
         torch.testing.assert_close(by_lengths, found[:1], **FP32)
 
 
-def test_r_proj_learns_alone() -> None:
-    model = converted("qwen3").train()
+def test_training_r_proj_only() -> None:
+    model = converted_model("qwen3").train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("r_proj" in name)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -160,7 +164,7 @@ def test_r_proj_learns_alone() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
-    untouched = plain("qwen3").state_dict()
+    untouched = stock_model("qwen3").state_dict()
     for name, weight in model.state_dict().items():
         assert weight.any() if "r_proj" in name else torch.equal(weight, untouched[name])
 
@@ -168,7 +172,7 @@ def test_r_proj_learns_alone() -> None:
 def test_checkpointed_layers_have_the_same_gradients() -> None:
     found = {}
     for checkpointed in (False, True):
-        model = converted("qwen3", r=0.1).train()
+        model = converted_model("qwen3", r=0.1).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
         model(prompts(), labels=prompts(), attention_mask=PADDED["before"], use_cache=False).loss.backward()
@@ -178,12 +182,12 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
 
 
 def test_under_autocast() -> None:
-    model = converted("qwen3", r=0.1)
+    model = converted_model("qwen3", r=0.1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = model(prompts(), attention_mask=PADDED["before"]).logits
         generated = model.generate(prompts(), attention_mask=PADDED["before"], max_new_tokens=3, do_sample=False)
-        with attention_written_out():
+        with use_dense_reference():
             wanted = model(prompts(), attention_mask=PADDED["before"]).logits
     assert generated.shape == (3, 14)
     tokens = PADDED["before"].bool()
-    assert (found - wanted)[tokens].norm() < 0.02 * wanted[tokens].norm()  # a few bf16 roundings, of 2⁻⁹ each
+    assert (found - wanted)[tokens].norm() < 0.02 * wanted[tokens].norm()  # a few bf16 rounding errors of 2⁻⁹

@@ -1,4 +1,4 @@
-"""fla's Parallax layers by their names: ours gives what fla's formula does, and goes back; the rest is refused."""
+"""Loading fla's Parallax layers by weight names: results as in fla's formula, the way back, and what is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """As fla's layer names them."""
+    """Weights with the names of fla's layer."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads = config.get("num_kv_heads") or config["num_heads"]
     wide = {"q": 64, "r": 64, "k": 16 * kv_heads, "v": 16 * kv_heads, "o": 64}
@@ -33,8 +33,8 @@ def weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def by_hand(state: dict[str, Tensor], config: dict[str, Any], x: Tensor) -> Tensor:
-    """fla's layer, from its source: halves of a head are rotated, r·k is not scaled, a window holds the token's own."""
+def fla_reference(state: dict[str, Tensor], config: dict[str, Any], x: Tensor) -> Tensor:
+    """fla's layer by its source: RoPE rotates halves, r·k is not scaled, a window includes the token's own key."""
     length, group = x.shape[1], 4 // (config.get("num_kv_heads") or 4)
 
     def heads(name: str) -> Tensor:
@@ -59,7 +59,7 @@ def by_hand(state: dict[str, Tensor], config: dict[str, Any], x: Tensor) -> Tens
 def test_a_layer_of_fla_and_back(config: dict[str, Any]) -> None:
     state, x = weights(config), torch.randn(2, 9, 64)
     layer = attention_from_fla(state, config)
-    torch.testing.assert_close(layer(x), by_hand(state, config, x), rtol=1e-4, atol=1e-5)  # fp32 beside fp64
+    torch.testing.assert_close(layer(x), fla_reference(state, config, x), rtol=1e-4, atol=1e-5)  # fp32 against fp64
     back, options = attention_to_fla(layer)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], weight) for name, weight in state.items())
@@ -87,7 +87,7 @@ def test_the_layers_of_a_model() -> None:
         attentions_from_fla({"lm_head.weight": torch.zeros(8, 64)}, config)
 
 
-def test_dtype_is_the_weights_and_they_are_copies() -> None:
+def test_weights_are_copied_with_their_dtype() -> None:
     state = {name: weight.bfloat16() for name, weight in weights(PLAIN).items()}
     layer = attention_from_fla(state, PLAIN)
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
@@ -111,7 +111,7 @@ def test_refused_from_fla(config: dict[str, Any], more: dict[str, Tensor], messa
         attention_from_fla(weights(PLAIN) | more, {**PLAIN, **config})
 
 
-def test_a_config_says_the_sizes() -> None:
+def test_sizes_come_from_the_config() -> None:
     with pytest.raises(ArgumentError, match="config: got no num_heads; allowed: fla's config"):
         attention_from_fla(weights(PLAIN), {"hidden_size": 64})
 

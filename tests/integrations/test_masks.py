@@ -1,4 +1,4 @@
-"""Our masks say what transformers' own do, of every token that is not padding."""
+"""Our masks equal transformers' masks for every token that is not padding."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from parallax_gen.integrations.transformers import parallax_mask
 from parallax_gen.integrations.transformers.attention import cu_seqlens_of_mask, key_range
 
 
-def of_runs(starts_q: Tensor, starts_k: Tensor, batch: int, q_length: int, kv_length: int) -> Tensor:
-    """(batch, q_length, kv_length): what causal attention of runs sees, aligned to each run's end."""
+def mask_of_runs(starts_q: Tensor, starts_k: Tensor, batch: int, q_length: int, kv_length: int) -> Tensor:
+    """(batch, q_length, kv_length): the causal mask of runs, aligned to the end of each run."""
     seen = torch.zeros(batch * q_length, batch * kv_length, dtype=torch.bool)
     for q, q_end, k, k_end in zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True):
         rows, columns = torch.arange(q_end - q)[:, None], torch.arange(k_end - k)
         seen[q:q_end, k:k_end] = columns <= rows + (k_end - k) - (q_end - q)
     blocks = seen.view(batch, q_length, batch, kv_length)
     rows = torch.arange(batch)
-    assert blocks.sum() == blocks[rows, :, rows].sum()  # no sequence sees another
+    assert blocks.sum() == blocks[rows, :, rows].sum()  # sequences do not see each other
     return blocks[rows, :, rows]
 
 
-def of_cached(first: Tensor, end: Tensor, q_length: int, kv_length: int) -> Tensor:
+def mask_of_cache(first: Tensor, end: Tensor, q_length: int, kv_length: int) -> Tensor:
     columns, last = torch.arange(kv_length), end[:, None] - q_length + torch.arange(q_length)
     return (columns >= first[:, None, None]) & (columns <= last[..., None])
 
@@ -48,8 +48,8 @@ def test_padding_and_caches(data: st.DataObject) -> None:
         return data.draw(st.integers(least, most))
 
     batch, q_length, past = draw(1, 3), draw(1, 5), draw(0, 6)
-    dropped = draw(0, past) if draw(0, 1) else 0  # by the cache of a window
-    room = draw(0, 3)  # behind the last key, in a static cache
+    dropped = draw(0, past) if draw(0, 1) else 0  # dropped by a sliding-window cache
+    room = draw(0, 3)  # unused slots of a static cache
     tokens = past + q_length
     kv_length = tokens - dropped + room
     attention_mask = None
@@ -70,17 +70,17 @@ def test_padding_and_caches(data: st.DataObject) -> None:
     wanted = sdpa_mask(**{**asked, "allow_is_causal_skip": False})[:, 0]
     mask = parallax_mask(**asked)
     if mask is None:
-        found = of_cached(torch.zeros(batch), torch.full((batch,), kv_length), q_length, kv_length)
+        found = mask_of_cache(torch.zeros(batch), torch.full((batch,), kv_length), q_length, kv_length)
     else:
-        assert (mask.dtype, mask.dim()) == (torch.int32, 4)  # so it passes through transformers as it is
+        assert (mask.dtype, mask.dim()) == (torch.int32, 4)  # so transformers passes it on unchanged
         starts = cu_seqlens_of_mask(mask, q_length, kv_length)
         assert starts is not None
-        found = of_runs(*starts, batch, q_length, kv_length)
+        found = mask_of_runs(*starts, batch, q_length, kv_length)
     real = torch.ones(batch, q_length) if attention_mask is None else attention_mask[:, past:]
     assert torch.equal(found[real.bool()], wanted[real.bool()])
     keys = key_range(mask)
     if keys is not None:
-        assert torch.equal(of_cached(*keys, q_length, kv_length)[real.bool()], wanted[real.bool()])
+        assert torch.equal(mask_of_cache(*keys, q_length, kv_length)[real.bool()], wanted[real.bool()])
 
 
 @given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3), st.booleans())
@@ -102,10 +102,10 @@ def test_packed_sequences(lengths: list[list[int]], longer: bool) -> None:
         starts = cu_seqlens_of_mask(mask, total, total)
         assert starts is not None
         assert len(starts[0]) == sum(map(len, rows)) + 1
-        assert torch.equal(of_runs(*starts, len(rows), total, total), wanted)
+        assert torch.equal(mask_of_runs(*starts, len(rows), total, total), wanted)
 
 
-def test_what_is_not_causal_is_refused() -> None:
+def test_non_causal_masks_are_refused() -> None:
     asked: dict[str, Any] = {"batch_size": 2, "q_length": 4, "kv_length": 4, "allow_is_causal_skip": False}
     for function in (lambda b, h, q, k: (q >= 0) & (k >= 0), lambda b, h, q, k: (k <= q) | ((k < 2) & (q < 2))):
         with pytest.raises(ArgumentError, match="attention_mask: got attention that is not causal"):

@@ -1,4 +1,4 @@
-"""transformers' attention under transforms: over a cache's keys, too, it has derivatives, which decoding has not."""
+"""transformers' attention under torch.func: it has derivatives over a cache's keys, unlike our decode function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places and results for the tests of the memory subpackage; processes that the tests start import this too."""
+"""Places and results for the tests of the memory subpackage and for the processes that they start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tuning gained over the default, and that what ships never loses to not tuning."""
+"""The gain of tuning over the default, and the rule that no shipped record is slower than the default."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PLACE = Place(GPU.name, KernelSpec("forward", 128, "bf16", causal=True), Bucket(
 DEFAULT = default_of(PLACE, GPU)
 OTHER_KERNEL = {"kernel": "f" * 32, "text": "f" * 32}
 
-# Places of which no toolchain has timed today's default: they were tuned before its time was kept beside the best. A
-# card that is tuned again has fewer, and then the number here goes down with it; it never goes up.
+# Shipped places without a time of today's default: they were tuned before that time was stored with the best one.
+# Tuning a card again lowers the number. Lower it here, too; never raise it.
 WITHOUT_DEFAULT = {"h100": 300, "h200": 0}
 
 
@@ -53,39 +53,39 @@ def test_the_gain_is_the_defaults_time_over_the_records() -> None:
     assert gained(default) == 1.0
     assert gained(best) is None
     on_sibling = dataclasses.replace(PLACE, gpu="h100")
-    assert gained(timed(50.0, other_config(), on_sibling), default) is None  # another card's time
+    assert gained(timed(50.0, other_config(), on_sibling), default) is None  # the time of another card does not count
     assert gained(timed(50.0, other_config(), on_sibling), timed(60.0, DEFAULT, on_sibling)) == 1.2
 
 
 @pytest.mark.parametrize(
     ("evidence", "comparable"),
     [
-        ({"triton": "3.6.2"}, True),  # makes the same programs
+        ({"triton": "3.6.2"}, True),  # compiles the same programs
         ({"triton": "3.9.0"}, False),
         ({"cuda": "13.0"}, False),
         ({"protocol": 0}, False),
-        (OTHER_KERNEL, False),  # what was the default is not today's
+        (OTHER_KERNEL, False),  # the default's kernel has changed
         ({"text": "e" * 32}, True),  # another text of the same kernel
     ],
 )
-def test_times_are_compared_where_one_toolchain_took_them(evidence: dict[str, Any], comparable: bool) -> None:
+def test_times_of_one_toolchain_are_compared(evidence: dict[str, Any], comparable: bool) -> None:
     assert gained(timed(80.0, other_config()), timed(100.0, DEFAULT, **evidence)) == (1.25 if comparable else None)
 
 
-def test_a_default_of_the_same_search_goes_first_then_the_newest() -> None:
+def test_the_default_of_the_same_search_is_preferred_then_the_newest() -> None:
     best = timed(80.0, other_config())
     like = [timed(120.0, DEFAULT, day=2, triton="3.6.1"), timed(160.0, DEFAULT, day=3, triton="3.6.2")]
     assert gained(best, *like) == 2.0
     assert gained(best, timed(100.0, DEFAULT), *like) == 1.25
 
 
-def test_only_what_was_measured_has_a_gain() -> None:
+def test_only_measured_results_have_a_gain() -> None:
     failed = dataclasses.replace(timed(100.0, DEFAULT), outcome="wrong")
     assert gained(timed(80.0, other_config()), failed) is None
     assert gain(dataclasses.replace(failed, time_us=None), timed(100.0, DEFAULT)) is None
 
 
-def test_each_toolchain_stands_by_itself() -> None:
+def test_each_toolchain_is_judged_separately() -> None:
     old = {"triton": "3.5.1", "cuda": "12.8"}
     records = [
         timed(80.0, other_config()),
@@ -100,8 +100,8 @@ def test_each_toolchain_stands_by_itself() -> None:
     assert comparisons(PLACE, GPU, [timed(80.0, other_config(), **OTHER_KERNEL)]) == []
 
 
-def test_toolchains_that_make_the_same_programs_stand_together() -> None:
-    """The newest record is chosen, and compared with the default of its own search, else of the other."""
+def test_equivalent_toolchains_are_judged_together() -> None:
+    """The newest record is compared with the default of its own search, or else with the other's."""
     old, new = timed(90.0, DEFAULT, triton="3.6"), timed(100.0, other_config(), day=2)
     (found,) = comparisons(PLACE, GPU, [old, new])
     assert (found.chosen, found.default, found.slower) == (new, old, True)
@@ -116,8 +116,8 @@ def test_standings_of_many_places() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(data_dir("tuning_db").glob("*.jsonl")), ids=lambda path: path.stem)
-def test_what_ships_never_loses_to_not_tuning(path: Path) -> None:
-    """`parallax-gen ship --check` lists what is counted here."""
+def test_no_shipped_record_is_slower_than_the_default(path: Path) -> None:
+    """`parallax-gen ship --check` lists the places that are counted here."""
     found = comparisons_of(load_shipped(path.stem), GPUS[path.stem])
     assert [(s.place, s.chosen.config, s.gain) for s in found if s.slower] == []
     timed_default = {s.place for s in found if s.default is not None}

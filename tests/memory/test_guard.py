@@ -1,4 +1,4 @@
-"""A borrowed kernel is used if it compiles well here; the outcome is cached."""
+"""The guard: a borrowed kernel is used only if it compiles without many spills here; the outcome is cached."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ BORROWED = RecordTable([record(FIRST, 1.0), record(SECOND, 2.0), record(THIRD, 3
 
 
 class Compiler:
-    """Returns the resources of each config's kernel, and records the requests."""
+    """A fake compiler: returns the resources of each config's kernel and records the requests."""
 
     def __init__(self, **needs: Resources | Exception | None) -> None:
-        self.needs, self.asked = needs, []  # type: ignore[var-annotated]
+        self.needs, self.requests = needs, []  # type: ignore[var-annotated]
 
     def __call__(self, config: KernelConfig) -> Resources | None:
         name = {FIRST: "first", SECOND: "second", THIRD: "third", DEFAULT: "default"}[config]
-        self.asked.append(name)
+        self.requests.append(name)
         found = self.needs.get(name)
         if isinstance(found, Exception):
             raise found
@@ -64,22 +64,22 @@ class Compiler:
 
 
 @pytest.mark.parametrize("resources", [FINE, Resources(255, MAX_EXTRA_SPILLS, GPU.shared_per_block)])
-def test_one_that_compiles_well_is_used_and_nothing_else_compiled(resources: Resources) -> None:
+def test_a_kernel_that_compiles_well_is_used_without_further_compilation(resources: Resources) -> None:
     compiler = Compiler(first=resources)
     found = checked_choice(PLACE, GPU, BORROWED, compiler)
     assert (found.candidate.config, found.checked, found.refused) == (FIRST, True, ())
-    assert compiler.asked == ["first"]
+    assert compiler.requests == ["first"]
 
 
-def test_one_that_spills_far_more_than_the_default_is_passed_over() -> None:
+def test_a_kernel_that_spills_more_than_the_default_is_rejected() -> None:
     compiler = Compiler(first=SPILLS, second=FINE, default=Resources(255, 7, 1000))
     found = checked_choice(PLACE, GPU, BORROWED, compiler)
     assert (found.candidate.config, found.checked) == (SECOND, True)
     ((refused, why),) = found.refused
     assert refused.config == FIRST
     assert why == "it spills 136 bytes a thread as compiled here, the default 7"
-    assert compiler.asked == ["first", "default", "second"]
-    # Where the default spills as well, it is no reason.
+    assert compiler.requests == ["first", "default", "second"]
+    # Not if the default spills as much.
     alike = Compiler(first=SPILLS, default=Resources(255, 8, 1000))
     assert checked_choice(PLACE, GPU, BORROWED, alike).candidate.config == FIRST
 
@@ -91,21 +91,21 @@ def test_one_that_spills_far_more_than_the_default_is_passed_over() -> None:
         (Resources(100, 0, GPU.shared_per_block + 1), "bytes of shared memory, over"),
     ],
 )
-def test_one_that_does_not_compile_or_fit_is_passed_over(needs: Resources | Exception, why: str) -> None:
+def test_a_kernel_that_does_not_compile_or_fit_is_rejected(needs: Resources | Exception, why: str) -> None:
     found = checked_choice(PLACE, GPU, BORROWED, Compiler(first=needs, second=FINE))
     assert found.candidate.config == SECOND
     assert why in found.refused[0][1]
 
 
-def test_of_two_at_the_most_else_the_default() -> None:
+def test_at_most_two_borrowed_kernels_are_tried() -> None:
     compiler = Compiler(first=SPILLS, second=SPILLS, third=FINE, default=FINE)
     found = checked_choice(PLACE, GPU, BORROWED, compiler)
     assert (found.candidate.tier, found.candidate.config, found.checked) == (Tier.DEFAULT, DEFAULT, True)
     assert [candidate.config for candidate, _ in found.refused] == [FIRST, SECOND]
-    assert "third" not in compiler.asked
+    assert "third" not in compiler.requests
 
 
-def test_one_kernel_of_two_records_is_compiled_and_counted_once() -> None:
+def test_a_kernel_with_two_records_is_compiled_and_counted_once() -> None:
     known = RecordTable(
         [record(FIRST, 1.0), record(FIRST, 1.0, "1.9.0"), record(SECOND, 2.0), record(SECOND, 2.0, "1.9.0")]
     )
@@ -115,21 +115,21 @@ def test_one_kernel_of_two_records_is_compiled_and_counted_once() -> None:
     assert len(found.refused) == 1
 
 
-def test_where_the_default_does_not_compile_the_borrowed_one_is_used() -> None:
+def test_the_borrowed_kernel_is_used_if_the_default_does_not_compile() -> None:
     found = checked_choice(PLACE, GPU, BORROWED, Compiler(first=SPILLS, default=BuildError("no")))
     assert found.candidate.config == FIRST
 
 
-def test_what_was_measured_here_is_not_compiled_to_be_checked() -> None:
+def test_kernels_measured_here_are_not_checked() -> None:
     compiler = Compiler()
     here = Toolchain.here().triton
     known = RecordTable([record(config, 9.0, here) for config in (FIRST, SECOND, THIRD)])
     assert checked_choice(PLACE, GPU, known, compiler).checked
     assert checked_choice(PLACE, GPU, RecordTable([]), compiler).candidate.config == DEFAULT
-    assert compiler.asked == []
+    assert compiler.requests == []
 
 
-def test_what_was_not_compiled_yet_is_said_to_be_unchecked() -> None:
+def test_kernels_not_compiled_yet_are_reported_as_unchecked() -> None:
     found = checked_choice(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked) == (FIRST, False)
     cache_resources(render(SPEC, FIRST, GPU), GPU, SPILLS)
@@ -138,7 +138,7 @@ def test_what_was_not_compiled_yet_is_said_to_be_unchecked() -> None:
         FIRST,
         False,
         (),
-    )  # what the default spills decides
+    )  # the decision depends on the default's spills
     cache_resources(render(SPEC, DEFAULT, GPU), GPU, SPILLS)
     found = checked_choice(PLACE, GPU, BORROWED)
     assert (found.candidate.config, found.checked) == (FIRST, True)
@@ -146,8 +146,8 @@ def test_what_was_not_compiled_yet_is_said_to_be_unchecked() -> None:
     assert checked_choice(PLACE, GPU, BORROWED).refused[0][0].config == FIRST
 
 
-def test_that_one_does_not_compile_here_is_kept() -> None:
-    """So that commands name what calls launch, and no later process compiles it again."""
+def test_a_failed_compilation_is_cached() -> None:
+    """So commands report the kernel that calls launch, and no later process compiles it again."""
     cache_resources(render(SPEC, FIRST, GPU), GPU, BuildError("ptxas: no\nregisters left"))
     found = checked_choice(PLACE, GPU, BORROWED)
     assert [why for _, why in found.refused] == ["it does not compile here: ptxas: no registers left"]
@@ -157,13 +157,13 @@ def test_that_one_does_not_compile_here_is_kept() -> None:
 
 
 @pytest.mark.parametrize("needs", [Resources(255, 0, GPU.shared_per_block + 1), BuildError("no")])
-def test_what_is_refused_whatever_the_default_needs_is_refused_before_that_is_compiled(needs: Any) -> None:
+def test_obvious_rejections_do_not_compile_the_default(needs: Any) -> None:
     compiler = Compiler(first=needs, second=FINE)
     assert checked_choice(PLACE, GPU, BORROWED, compiler).candidate.config == SECOND
-    assert compiler.asked == ["first", "second"]
+    assert compiler.requests == ["first", "second"]
 
 
-def test_what_is_kept_is_of_a_kernel_a_toolchain_and_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcomes_are_cached_by_kernel_toolchain_and_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     source = render(SPEC, FIRST, GPU)
     cache_resources(source, GPU, FINE)
     assert cached_resources(source, GPU) == cached_resources(source, GPUS["h100"]) == FINE
@@ -190,7 +190,7 @@ def test_what_is_kept_is_of_a_kernel_a_toolchain_and_a_capability(monkeypatch: p
         '{"registers": 1, "spills": "\\ud800", "shared_bytes": 0}',
     ],
 )
-def test_a_damaged_note_is_none(cache: Path, text: str) -> None:
+def test_a_damaged_cache_entry_is_ignored(cache: Path, text: str) -> None:
     source = render(SPEC, FIRST, GPU)
     cache_resources(source, GPU, FINE)
     (path,) = (cache / f"resources-{guard.FORMAT}").iterdir()
@@ -198,7 +198,7 @@ def test_a_damaged_note_is_none(cache: Path, text: str) -> None:
     assert cached_resources(source, GPU) is None
 
 
-def test_without_a_folder_it_is_found_out_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_cache_folder_kernels_are_checked_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setattr(guard, "cache_dir", lambda: tmp_path / "file")
     source = render(SPEC, FIRST, GPU)
@@ -206,7 +206,7 @@ def test_without_a_folder_it_is_found_out_each_time(monkeypatch: pytest.MonkeyPa
     assert cached_resources(source, GPU) is None
 
 
-def test_a_call_compiles_what_does_not_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_tries_a_failing_compilation_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next call, in any process, and `explain` read the cached outcome."""
     asked: list[KernelConfig] = []
 

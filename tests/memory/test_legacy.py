@@ -1,4 +1,4 @@
-"""Records from before fingerprints count as long as their programs are rendered: the golden kernels say whether."""
+"""Records older than fingerprints count while today's templates render their programs: the golden kernels show it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from parallax_gen.ops.base import op_of
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import OPS, KernelSpec
 
-# Fingerprints of golden kernels when fingerprints were introduced. Not to be written anew: where one of an op differs,
-# the op's hashes go from `legacy.UNCHANGED`.
-THEN = json.loads((Path(__file__).parent / "golden_of_legacy.json").read_text(encoding="utf-8"))
+# Fingerprints of the golden kernels when fingerprints were introduced. Never regenerate them: where one of an op
+# differs, remove the op's hashes from `old.UNCHANGED`.
+INITIAL_FINGERPRINTS = json.loads((Path(__file__).parent / "golden_of_legacy.json").read_text(encoding="utf-8"))
 
 
-OF_OWN_LENGTHS = "5a31e45e6396"  # of the two templates of decode the one for sequences of their own lengths
+DECODE_VARLEN_TEMPLATE = "5a31e45e6396"  # of the two templates of decode the one with per-sequence lengths
 
 
 @pytest.mark.parametrize("templates", UNCHANGED)
@@ -29,11 +29,11 @@ def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
         name: kernel
         for name, kernel in GOLDEN.items()
         if same_programs(templates, kernel.spec)
-        and op_of(kernel.spec).per_sequence_lengths == (templates == OF_OWN_LENGTHS)
+        and op_of(kernel.spec).per_sequence_lengths == (templates == DECODE_VARLEN_TEMPLATE)
     }
-    assert of_it.keys() & THEN.keys()
+    assert of_it.keys() & INITIAL_FINGERPRINTS.keys()
     for name, kernel in of_it.items():
-        assert render(kernel.spec, kernel.config, GPUS["h200"]).kernel == THEN.get(name), name
+        assert render(kernel.spec, kernel.config, GPUS["h200"]).kernel == INITIAL_FINGERPRINTS.get(name), name
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_record_that_names_no_op_is_refused(op: object, ragged: object, messag
     assert str(caught.value) == message
 
 
-def test_records_know_each_op_by_one_name() -> None:
+def test_each_op_has_one_name_in_records() -> None:
     assert [op_of_record(*name) for name in OPS_OF_RECORDS] == list(OPS)
     for op in OPS:
         spec = KernelSpec(op, 64, "bf16")
@@ -60,7 +60,7 @@ def test_records_know_each_op_by_one_name() -> None:
         assert spec_from(spec.to_dict()) == spec
 
 
-def test_what_is_wrong_with_a_records_spec_is_said_in_the_words_of_records() -> None:
+def test_errors_in_a_records_spec_use_the_names_of_records() -> None:
     data = KernelSpec("decode", 64, "bf16").to_dict()
     for wrong, message in (
         ({"page_size": 16}, "page_size: got 16; allowed: 0, but with ragged decode"),
@@ -72,4 +72,4 @@ def test_what_is_wrong_with_a_records_spec_is_said_in_the_words_of_records() -> 
         assert str(caught.value).startswith(message)
         assert "decode_varlen" not in str(caught.value)
     with pytest.raises(ArgumentError, match=r"^causal: got 'decode_varlen'; allowed: True or False$"):
-        spec_from(data | {"causal": "decode_varlen"})  # what came is quoted as it came
+        spec_from(data | {"causal": "decode_varlen"})  # the given value is quoted unchanged

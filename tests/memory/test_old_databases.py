@@ -1,4 +1,4 @@
-"""Databases from before fingerprints: all that they hold is read, and a reader leaves them as they are."""
+"""Databases older than fingerprints: all their rows are read, and a read-only user does not change them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from parallax_gen.problem.spec import OPS
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "made" / "on the way" / "tuning?.db"  # what a URI would have to quote
+    return tmp_path / "made" / "on the way" / "tuning?.db"  # characters that a URI must quote
 
 
 KEY = PLACE.flat() | {"environment.templates": "abc123", "environment.triton": "3.6", "environment.protocol": 1}
-OF_BEFORE = {
+OLD_COLUMNS = {
     "gpu": PLACE.gpu,
     "op": PLACE.spec.op,
     "config_json": config_to_json(config()),
@@ -39,8 +39,8 @@ OF_BEFORE = {
 }
 
 
-def database_of_before(path: Path) -> None:
-    """A database with two good rows of one config by two toolchains, a failure, and three useless rows."""
+def make_old_database(path: Path) -> None:
+    """Create a database with two good rows of one config by two toolchains, a failure, and three unusable rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     newer = json.dumps(KEY | {"environment.cuda": "12.8/12.9"})
     rows: list[dict[str, object]] = [
@@ -49,20 +49,20 @@ def database_of_before(path: Path) -> None:
         {"key_digest": "2", "key_json": newer, "config_json": config_to_json(config(32)), "outcome": "crash"},
         {"key_digest": "3", "key_json": "{"},
         {"key_digest": "4", "key_json": json.dumps(KEY | {"environment.triton": 3.6})},
-        {"key_digest": "5", "key_json": json.dumps(KEY), "created_at": "2026-01-02T00:00:00+00:00"},  # one twice
+        {"key_digest": "5", "key_json": json.dumps(KEY), "created_at": "2026-01-02T00:00:00+00:00"},  # a duplicate
     ]
     with closing(sqlite3.connect(path)) as old, old:
         old.executescript((data_dir("tuning_db") / "migrations" / "0001_results.sql").read_text(encoding="utf-8"))
         old.execute("PRAGMA user_version = 1")
         old.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        for row in (OF_BEFORE | row for row in rows):
+        for row in (OLD_COLUMNS | row for row in rows):
             marks = ", ".join("?" * len(row))
             old.execute(f"INSERT INTO results ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["written to", "read"])
-def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: Path, read_only: bool) -> None:
-    database_of_before(path)
+def test_an_old_database_opens_with_all_its_rows(path: Path, read_only: bool) -> None:
+    make_old_database(path)
     before = path.read_bytes()
     with Store(path, read_only=read_only) as store:
         found = store.results(PLACE)
@@ -75,9 +75,9 @@ def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: 
         assert {r.error for r in found} == {float("inf")}
         assert store.in_trial_order()[0] == found[1]
         assert store.schema == 3
-        assert len(store.unreadable_rows()) == 3  # they are where they were
+        assert len(store.unreadable_rows()) == 3  # they stay in the database
     if read_only:
-        assert path.read_bytes() == before  # an older version may be using it
+        assert path.read_bytes() == before  # an older version may still use it
     with Store(path) as store:
         store.save(result(day=2))
         assert len(store.results(PLACE)) == 4
@@ -86,14 +86,12 @@ def test_a_database_from_before_fingerprints_opens_with_all_that_it_holds(path: 
         assert len(store.problems()) == 3
 
 
-def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database_of_before(path)
+def test_a_call_converts_only_its_own_place_of_an_old_database(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_old_database(path)
     many = 5000
     with closing(sqlite3.connect(path)) as old, old:
         elsewhere = json.dumps(KEY | {"bucket.kv_rows": 8})
-        row = OF_BEFORE | {"key_json": elsewhere}
+        row = OLD_COLUMNS | {"key_json": elsewhere}
         marks = ", ".join("?" * (len(row) + 1))
         old.executemany(
             f"INSERT INTO results ({', '.join(row)}, key_digest) VALUES ({marks})",
@@ -106,13 +104,13 @@ def test_a_call_converts_no_more_of_a_database_from_before_than_its_own_place(
     monkeypatch.undo()
     with Store(path, read_only=True) as reader:
         assert len(reader.results(PLACE)) == 3
-        with Store(path) as writer:  # which brings it up to date meanwhile
+        with Store(path) as writer:  # which migrates the database meanwhile
             writer.save(result(day=2))
         assert len(reader.results(PLACE)) == 4
 
 
-def test_each_place_of_an_old_database_is_found_by_itself(tmp_path: Path) -> None:
-    """In a file of an earlier version, with places of every op."""
+def test_each_place_of_an_old_database_is_found(tmp_path: Path) -> None:
+    """A file of an earlier version, with places of every op."""
     path = shutil.copy(Path(__file__).parents[1] / "data" / "same" / "of_431f796.db", tmp_path)
     with Store(path, read_only=True) as store:
         every = store.all()
@@ -121,16 +119,16 @@ def test_each_place_of_an_old_database_is_found_by_itself(tmp_path: Path) -> Non
             assert store.results(place) == [result for result in every if result.place == place]
 
 
-def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    database_of_before(path)
+def test_an_interrupted_migration_leaves_the_database_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_old_database(path)
     statements = store_module._statements
 
-    def cut_off(script: str) -> Iterator[str]:
+    def interrupt(script: str) -> Iterator[str]:
         yield from list(statements(script))[:-1]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_statements", cut_off)
+        patch.setattr(store_module, "_statements", interrupt)
         with pytest.raises(KeyboardInterrupt):
             Store(path)
     with Store(path) as store:

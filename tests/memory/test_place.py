@@ -1,4 +1,4 @@
-"""A place and a record go to text and back, those of earlier versions too."""
+"""Places and records round-trip through text, including those of earlier versions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_place_survives_json_and_has_one_text(place: Place, other: Place) -> N
 
 
 CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
-# Fields that came after records were first written, and their defaults.
+# Fields that were added after the first records, and their defaults.
 ADDED_FIELDS = {
     **dict.fromkeys(("spec.window", "spec.varlen", *CACHES), False),
     "spec.page_size": 0,
@@ -74,9 +74,9 @@ NAMES = ["gpu", *(f"{part}.{name}" for part, values in PARTS.items() for name in
 
 
 def test_every_field_counts() -> None:
-    """A field added to a place's parts must reach its text, or two different places would share results."""
+    """A field added to a part of a place must be in its text, or two different places would share results."""
     fields = {f.name for f in dataclasses.fields(KernelSpec)}
-    assert set(PLACE.spec.flat()) == fields | {"ragged"}  # which says what kind of decode it is
+    assert set(PLACE.spec.flat()) == fields | {"ragged"}  # in records `ragged` says which decode it is
     assert list(LATEST.flat()) == [name for name in NAMES if name not in CACHES]
     assert list(PAGED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name in CACHES]
     assert list(PLACE.flat()) == [name for name in NAMES if name not in ADDED_FIELDS]
@@ -84,7 +84,7 @@ def test_every_field_counts() -> None:
 
 
 @given(places)
-def test_a_field_is_left_out_only_at_the_default_of_a_later_one(place: Place) -> None:
+def test_only_added_fields_at_their_default_are_omitted(place: Place) -> None:
     flat, every = place.flat(), dict(zip(NAMES, place.order, strict=True))
     assert {name: value for name, value in every.items() if name in flat} == flat
     assert {name for name in every if name not in flat} == {
@@ -92,13 +92,13 @@ def test_a_field_is_left_out_only_at_the_default_of_a_later_one(place: Place) ->
     }
 
 
-def test_the_digest_stays() -> None:
-    """If a digest changes, shared claims and files of sweeps do not match any more: change it only on purpose."""
+def test_the_digest_is_stable() -> None:
+    """If a digest changes, shared claims and sweep files do not match any more: change it only on purpose."""
     assert PLACE.digest == "8138ee0510583c6cc4663c87159ccf60"
     assert LATEST.digest == "561560cebb4251a71379a913ae096de0"
 
 
-# As records were written before fingerprints, windows, packed sequences and heads in pieces.
+# A record older than fingerprints, windows, packed sequences and chunked heads.
 EARLIER = """{
     "key": {
         "gpu": "h200", "spec.op": "forward", "spec.head_dim": 128, "spec.dtype": "bf16", "spec.group": 4,
@@ -115,12 +115,12 @@ EARLIER = """{
 
 
 def earlier(**environment: object) -> dict[str, object]:
-    """EARLIER with other fields of its environment."""
+    """EARLIER with changed fields of its environment."""
     data = json.loads(EARLIER)
     return data | {"key": data["key"] | {f"environment.{name}": value for name, value in environment.items()}}
 
 
-def test_records_from_before_fingerprints_read() -> None:
+def test_records_older_than_fingerprints_are_read() -> None:
     """The hash of their templates identifies their kernel."""
     found = Result.from_dict(earlier())
     assert found.place == PLACE
@@ -135,13 +135,13 @@ def test_records_from_before_fingerprints_read() -> None:
 @pytest.mark.parametrize(
     "environment", [{"space": 2}, {"color": 1}, {"templates": ""}, {"templates": None}, {"triton": 3.5}, {"cuda": 12}]
 )
-def test_other_environments_than_records_had_are_refused(environment: dict[str, object]) -> None:
+def test_unknown_environments_are_refused(environment: dict[str, object]) -> None:
     with pytest.raises(ArgumentError):
         Result.from_dict(earlier(**environment))
 
 
-def test_what_two_measurements_stand_for_each_other_by() -> None:
-    """All evidence but the text: another layout of the same kernel is the same kernel."""
+def test_evidence_identity_ignores_only_the_text() -> None:
+    """All evidence except the text: a reformatted kernel is the same kernel."""
     one = result()
     for name, value in {"kernel": "1" * 32, "triton": "3.5.2", "cuda": "13.0", "protocol": 2, "templates": "a"}.items():
         other = dataclasses.replace(one, evidence=dataclasses.replace(EVIDENCE, **{name: value}))
@@ -158,15 +158,15 @@ CONFIG_OF = {
 
 
 @given(places, places)
-def test_places_sort_field_by_field_whichever_they_leave_out(one: Place, other: Place) -> None:
+def test_places_sort_field_by_field_with_omitted_fields(one: Place, other: Place) -> None:
     rows = [result(place=place, config=CONFIG_OF[place.spec.op]) for place in (one, other, one)]
     first, second, third = sorted(rows, key=reading_order)
-    assert second.place in (first.place, third.place)  # rows of one place stay together
+    assert second.place in (first.place, third.place)  # rows of a place stay adjacent
     fields = [row.place.order for row in (first, second, third)]
     assert fields == sorted(fields)
 
 
-def test_places_that_leave_out_different_fields_sort() -> None:
+def test_places_with_different_omitted_fields_sort() -> None:
     spec = dataclasses.replace(PLACE.spec, window=True)
     windowed = dataclasses.replace(PLACE, spec=spec, bucket=Bucket(128, 128, 128))
     plain = dataclasses.replace(PLACE, bucket=Bucket(1, 128, 128))
@@ -198,7 +198,7 @@ def test_config_survives_json(op: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("op", TILED)
-def test_a_head_in_one_piece_is_not_written_as_it_was_not_in_earlier_records(op: str) -> None:
+def test_the_native_head_dim_layout_is_omitted_as_in_earlier_records(op: str) -> None:
     earlier = {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_HEADS": 0, "num_warps": 8, "num_stages": 3}
     whole = TILED[op](128, 64, 0, 8, 3)
     assert config_from_dict(op, earlier) == whole == TILED[op](128, 64, 0, 8, 3, "native")
@@ -210,13 +210,13 @@ def test_a_head_in_one_piece_is_not_written_as_it_was_not_in_earlier_records(op:
 @pytest.mark.parametrize(
     "change", [{"BLOCK_M": "128"}, {"BLOCK_M": True}, {"BLOCK_M": 128.0}, {"color": 1}, {"HEAD_DIM_LAYOUT": 1}]
 )
-def test_config_of_wrong_fields_is_refused(change: dict[str, object]) -> None:
+def test_a_config_with_wrong_fields_is_refused(change: dict[str, object]) -> None:
     data = {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_HEADS": 0, "num_warps": 8, "num_stages": 3}
     with pytest.raises(ConfigError):
         config_from_dict("forward", data | change)
 
 
-def test_a_config_of_a_record_is_told_of_by_the_op_that_records_name() -> None:
+def test_config_errors_name_the_op_as_records_do() -> None:
     data = {"BLOCK_H": 8, "BLOCK_N": 64, "NUM_SPLITS": "8", "merge": "last", "num_warps": 4, "num_stages": 3}
     with pytest.raises(ConfigError, match=r"^decode config field NUM_SPLITS is '8'"):
         config_from_dict("decode_varlen", data)

@@ -1,4 +1,4 @@
-"""The config that a call gets: by tiers, and only of kernels that are still rendered."""
+"""The ranking of configs for a call: by tier, and only kernels that today's templates render."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_config(**fields: Any) -> ForwardConfig:
-    """A search that knows every knob of the default."""
+    """A config of a search that knew every knob of the default."""
     assert isinstance(DEFAULT, ForwardConfig)
     return dataclasses.replace(DEFAULT, **({"GROUP_HEADS": 2} | fields))
 
@@ -71,12 +71,12 @@ def choices(*records: Result) -> list[tuple[Tier, KernelConfig]]:
 LAST = (Tier.DEFAULT, DEFAULT)
 
 
-def test_where_nothing_is_known_it_is_the_default() -> None:
+def test_without_records_it_is_the_default() -> None:
     assert choices() == [LAST]
     assert choices(record(place=dataclasses.replace(PLACE, bucket=Bucket(16, 4096, 4096)))) == [LAST]
 
 
-def test_tiers_go_before_times() -> None:
+def test_tiers_have_priority_over_times() -> None:
     one, two, three = (other_config(GROUP_HEADS=n) for n in (2, 4, 8))
     slow, faster, fastest = record(9.0, one), record(2.0, two, **OLD), record(1.0, three, ON_SIBLING)
     here, elsewhere, sibling = ((t, c) for t, c in zip([*Tier][:3], (one, two, three), strict=True))
@@ -85,14 +85,14 @@ def test_tiers_go_before_times() -> None:
     assert choices(fastest) == [sibling, LAST]
 
 
-def test_a_card_that_another_stands_in_for_has_no_siblings() -> None:
-    """Nothing is known about a card that is neither in the table nor here."""
+def test_a_card_outside_the_table_has_no_siblings() -> None:
+    """The limits of a card that is neither in the table nor installed are unknown."""
     sibling = record(place=dataclasses.replace(PLACE, gpu="h100"))
     assert best(PLACE, GPU, RecordTable([sibling])).tier == Tier.SIBLING_CARD
     assert best(dataclasses.replace(PLACE, gpu="nvidia-x-1sm"), GPU, RecordTable([sibling])).tier == Tier.DEFAULT
 
 
-def test_a_siblings_preprocess_is_not_ahead_of_the_default() -> None:
+def test_a_siblings_preprocess_is_not_borrowed() -> None:
     place = Place(GPU.name, KernelSpec("preprocess", 128, "bf16"), Bucket(8, 4096, 4096))
     sibling = dataclasses.replace(place, gpu="h100")
     assert best(place, GPU, RecordTable([record(config=default_of(place, GPU), place=sibling)])).record is None
@@ -105,7 +105,7 @@ def near(kv_rows: int, seqlen_kv: int) -> Place:
     return dataclasses.replace(DECODE, bucket=Bucket(kv_rows, 1, seqlen_kv))
 
 
-def test_a_near_bucket_of_a_decode_goes_before_the_default_along_keys_first() -> None:
+def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first() -> None:
     default = default_of(DECODE, GPU)
     config = dataclasses.replace(default, num_stages=5 - default.num_stages % 2)
     order = [near(8, 2048), near(8, 8192), near(8, 1024), near(8, 16384), near(4, 4096), near(16, 4096)]
@@ -120,20 +120,20 @@ def test_a_near_bucket_of_a_decode_goes_before_the_default_along_keys_first() ->
 
 
 @pytest.mark.parametrize("spec", [SPEC, KernelSpec("decode_varlen", 128, "bf16", group=4)])
-def test_a_near_bucket_of_other_kernels_is_not_ahead_of_the_default(spec: KernelSpec) -> None:
+def test_near_buckets_of_other_ops_are_not_borrowed(spec: KernelSpec) -> None:
     place = Place(GPU.name, spec, Bucket(8, 1 if spec.family == "decode" else 4096, 4096))
     bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
     there = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
     assert best(place, GPU, RecordTable([there])).record is None
 
 
-def test_the_smallest_buckets_have_near_ones_too() -> None:
+def test_the_smallest_buckets_have_near_buckets() -> None:
     smallest = [p.bucket for p in near_places(near(1, 128))]
     assert smallest == [Bucket(1, 1, 256), Bucket(1, 1, 512), Bucket(2, 1, 128)]
-    assert next(near_places(PLACE)).bucket == Bucket(8, 2048, 2048)  # self-attention's lengths go together
+    assert next(near_places(PLACE)).bucket == Bucket(8, 2048, 2048)  # both lengths of self-attention change together
 
 
-def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None:
+def test_within_a_toolchain_the_fastest_comes_first_across_toolchains_the_newest() -> None:
     one, two, three = (other_config(GROUP_HEADS=n) for n in (2, 4, 8))
     assert [c for _, c in choices(record(2.0, one), record(1.0, two), record(3.0, three))] == [two, one, three, DEFAULT]
     old, older = {"triton": "3.8.0", "cuda": "13.0"}, OLD
@@ -141,7 +141,7 @@ def test_of_one_toolchain_the_fastest_goes_first_of_several_the_newest() -> None
     assert [c for _, c in found] == [three, one, two, DEFAULT]
 
 
-def test_a_siblings_with_this_toolchain_goes_before_another_of_its() -> None:
+def test_a_siblings_record_of_this_toolchain_comes_first() -> None:
     one, two = other_config(), other_config(GROUP_HEADS=4)
     found = choices(record(1.0, one, ON_SIBLING, day=9, **OLD), record(2.0, two, ON_SIBLING))
     assert [c for _, c in found] == [two, one, DEFAULT]
@@ -153,7 +153,7 @@ def test_a_siblings_with_this_toolchain_goes_before_another_of_its() -> None:
 @pytest.mark.parametrize(
     "evidence", [{"kernel": "f" * 32, "text": "f" * 32}, {"kernel": "", "text": ""}, {"kernel": "", "templates": "abc"}]
 )
-def test_another_kernel_than_todays_is_never_chosen(evidence: dict[str, str]) -> None:
+def test_records_of_other_kernels_are_never_chosen(evidence: dict[str, str]) -> None:
     assert choices(record(**evidence), record(place=ON_SIBLING, **evidence)) == [LAST]
     assert not is_rendered(record(**evidence), GPU)
 
@@ -163,15 +163,15 @@ def test_another_text_of_the_same_kernel_is_the_same_kernel() -> None:
     assert choices(record(text=""))[0] == (Tier.MEASURED_HERE, other_config())
 
 
-def test_a_false_fingerprint_of_a_text_hides_no_other_record_and_stands_in_no_header() -> None:
-    """Whoever made the record that is looked at first; what is measured next holds the true one, too."""
+def test_a_wrong_fingerprint_in_a_record_affects_no_other_record_or_header() -> None:
+    """Whichever record is read first. New measurements have the right fingerprint, too."""
     config = other_config(GROUP_HEADS=16)
     true = record(2.0, config)
     false = record(1.0, config, ON_SIBLING, kernel="f" * 32)
     render.cache_clear()
     identity._CACHED.pop(true.evidence.text)
     assert is_rendered(false, GPU)
-    assert true.evidence.text not in identity._CACHED  # by its text: nothing was parsed
+    assert true.evidence.text not in identity._CACHED  # matched by its text hash, without parsing
     assert is_rendered(true, GPU)
     source = render(SPEC, config, GPU)
     assert evidence_of(source) == true.evidence
@@ -179,45 +179,45 @@ def test_a_false_fingerprint_of_a_text_hides_no_other_record_and_stands_in_no_he
     assert f"kernel {source.kernel[:12]}" in source.text
 
 
-def test_the_second_best_where_the_best_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_best_is_chosen_if_the_best_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, slow = record(1.0, other_config(GROUP_HEADS=4)), record(2.0)
     reason = lambda spec, config, gpu: "not today" if config == fast.config else None  # noqa: E731
     monkeypatch.setattr(ranking, "why_invalid", reason)
     assert choices(fast, slow) == [(Tier.MEASURED_HERE, slow.config), LAST]
 
 
-def test_only_what_was_measured_is_chosen() -> None:
+def test_only_measured_records_are_chosen() -> None:
     failed = dataclasses.replace(record(1.0), outcome="wrong")
     guessed = dataclasses.replace(record(1.0, other_config(GROUP_HEADS=4)), outcome="predicted")
     assert choices(failed, guessed) == [LAST]
 
 
-def test_another_protocols_times_are_not_of_this_one() -> None:
+def test_times_of_other_protocols_are_a_lower_tier() -> None:
     one, two = other_config(), other_config(GROUP_HEADS=4)
     found = choices(record(1.0, one, protocol=0), record(2.0, two))
     assert found == [(Tier.MEASURED_HERE, two), (Tier.OTHER_TOOLCHAIN, one), LAST]
 
 
-def test_a_search_that_did_not_know_a_knob_of_the_default_is_passed_over() -> None:
-    """Its records say nothing about knobs that the default has gained since."""
+def test_records_of_a_search_older_than_a_knob_of_the_default_are_skipped() -> None:
+    """Such records say nothing about knobs that the default has gained since."""
     assert isinstance(DEFAULT, ForwardConfig)
     assert DEFAULT.SOFTMAX == "fixed_reference"
     before = other_config(SOFTMAX="online")
     assert choices(record(1.0, before)) == [LAST]
     assert choices(record(1.0, before), record(2.0, place=ON_SIBLING)) == [(Tier.SIBLING_CARD, other_config()), LAST]
-    # Beside one that has the knob, or the default's own time, it was slower than what it is compared with.
+    # Unless the search also has a record with the knob, or the default's own time.
     assert choices(record(1.0, before), record(2.0))[0] == (Tier.MEASURED_HERE, before)
     assert choices(record(1.0, before), record(2.0, DEFAULT))[0] == (Tier.MEASURED_HERE, before)
-    # Or where those failed: a default that was tried and is wrong is no better for that.
+    # Failed ones count, too: the search knew the knob.
     failed = dataclasses.replace(record(2.0, DEFAULT), outcome="wrong")
     assert choices(record(1.0, before), failed)[0] == (Tier.MEASURED_HERE, before)
     guessed = dataclasses.replace(record(2.0, DEFAULT), outcome="predicted")
     assert choices(record(1.0, before), guessed) == [LAST]
-    # Each toolchain's search by itself.
+    # Searches of different toolchains are judged separately.
     assert choices(record(1.0, before), record(2.0, **OLD)) == [(Tier.OTHER_TOOLCHAIN, other_config()), LAST]
 
 
-def test_a_search_that_did_not_know_a_knob_of_a_siblings_newer_best_is_passed_over() -> None:
+def test_records_of_a_search_older_than_a_knob_of_the_siblings_best_are_skipped() -> None:
     windowed = dataclasses.replace(
         PLACE, spec=dataclasses.replace(SPEC, window=True), bucket=Bucket(8, 4096, 4096, 1024)
     )
@@ -232,23 +232,27 @@ def test_a_search_that_did_not_know_a_knob_of_a_siblings_newer_best_is_passed_ov
 
     own = record(2.0, default, windowed, day=2)
     assert chosen(own, record(1.0, first, sibling, day=3)) == first
-    assert chosen(own, record(1.0, first, sibling, day=1)) == default  # known by then: it lost
+    assert (
+        chosen(own, record(1.0, first, sibling, day=1)) == default
+    )  # it existed during the search, which did not choose it
     assert chosen(own, record(9.0, first, windowed, day=2), record(1.0, first, sibling, day=3)) == default
-    assert chosen(own, record(1.0, first, sibling, day=3, kernel="f" * 32, text="")) == default  # no rival any more
+    assert (
+        chosen(own, record(1.0, first, sibling, day=3, kernel="f" * 32, text="")) == default
+    )  # of a changed kernel, so it does not count
 
 
 @pytest.mark.parametrize("outcome", ["wrong", "crash", "compile", "timeout", "resources", "slow"])
 @pytest.mark.parametrize("where", [{}, {"place": ON_SIBLING}])
-def test_what_failed_here_is_not_borrowed(outcome: str, where: dict[str, Place]) -> None:
+def test_kernels_that_failed_here_are_not_borrowed(outcome: str, where: dict[str, Place]) -> None:
     elsewhere = record(1.0, **where, **OLD)
     failed = dataclasses.replace(record(), outcome=outcome, time_us=9.0 if outcome == "slow" else None)
     assert choices(elsewhere) != [LAST]
     assert choices(elsewhere, failed) == [LAST]
     lost = dataclasses.replace(failed, evidence=dataclasses.replace(failed.evidence, kernel="f" * 32, text="e" * 32))
-    assert choices(elsewhere, lost) != [LAST]  # it was another kernel that failed
+    assert choices(elsewhere, lost) != [LAST]  # the failed kernel was another one
 
 
-def test_of_one_kernel_and_toolchain_the_newest_time_counts() -> None:
+def test_the_newest_time_of_a_kernel_and_toolchain_counts() -> None:
     old = record(1.0, day=1, triton="3.9.1")
     assert choices(old, record(5.0, day=2)) == [(Tier.MEASURED_HERE, other_config()), LAST]
     faster = record(3.0, other_config(GROUP_HEADS=4))
@@ -256,7 +260,7 @@ def test_of_one_kernel_and_toolchain_the_newest_time_counts() -> None:
     assert choices(old, dataclasses.replace(record(day=2), outcome="wrong", time_us=None)) == [LAST]
 
 
-def test_current_is_of_any_outcome() -> None:
+def test_current_includes_all_outcomes() -> None:
     failed = dataclasses.replace(record(), outcome="wrong")
     assert is_current(failed, GPU)
     assert is_current(record(triton="3.9.7"), GPU)
@@ -270,14 +274,14 @@ def test_current_is_of_any_outcome() -> None:
     [
         ("7c01cbe51c52", SPEC, True),
         ("b81caa5d5816", SPEC, True),
-        ("b81caa5d5816", dataclasses.replace(SPEC, varlen=True), False),  # whose padding was not written then
+        ("b81caa5d5816", dataclasses.replace(SPEC, varlen=True), False),  # padding was not written at that time
         ("7c01cbe51c52", dataclasses.replace(SPEC, varlen=True), True),
         ("255dd79780b8", SPEC, False),  # decode's
         ("a4119519043d", KernelSpec("decode_varlen", 128, "bf16"), False),
         ("", SPEC, False),
     ],
 )
-def test_records_from_before_fingerprints(templates: str, spec: KernelSpec, same: bool) -> None:
+def test_records_older_than_fingerprints(templates: str, spec: KernelSpec, same: bool) -> None:
     assert legacy.same_programs(templates, spec) == same
     place = dataclasses.replace(PLACE, spec=spec)
     config = default_of(place, GPU)
@@ -286,7 +290,7 @@ def test_records_from_before_fingerprints(templates: str, spec: KernelSpec, same
     assert best(place, GPU, RecordTable([old])).tier == (Tier.OTHER_TOOLCHAIN if same else Tier.DEFAULT)
 
 
-def test_no_more_is_rendered_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_rendered_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered: list[KernelConfig] = []
 
     def watched(spec: KernelSpec, config: KernelConfig, gpu: Any) -> str:

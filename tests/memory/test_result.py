@@ -1,4 +1,4 @@
-"""A result validates itself, and knows which of two supersedes the other."""
+"""A result validates itself, and decides which of two results supersedes the other."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def evidence(**fields: Any) -> Evidence:
         {"place": dataclasses.replace(PLACE, gpu=7)},
     ],
 )
-def test_a_result_checks_itself(wrong: dict[str, object]) -> None:
+def test_a_result_is_validated(wrong: dict[str, object]) -> None:
     with pytest.raises(ArgumentError):
         result(**({"outcome": "ok"} | wrong))  # type: ignore[arg-type]
 
 
-# What a line of JSON may hold, by the field that is named.
+# Invalid values in a line of JSON, and the field that the error must name.
 NONSENSE: list[tuple[str, str | None, object, str]] = [
     *(("time_us", None, value, "time_us") for value in (1e-320, 1e308, math.inf, math.nan, -1.0, 10**400, True, "1")),
     *((name, None, 1e-320, name) for name in ("time_us_p20", "time_us_p80")),
@@ -84,14 +84,16 @@ NONSENSE: list[tuple[str, str | None, object, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("part", "name", "value", "says"), NONSENSE)
-def test_nonsense_is_refused_by_its_name(part: str, name: str | None, value: object, says: str) -> None:
+@pytest.mark.parametrize(("part", "name", "value", "message"), NONSENSE)
+def test_invalid_values_are_refused_with_the_name_of_their_field(
+    part: str, name: str | None, value: object, message: str
+) -> None:
     data = GOOD | {part: value if name is None else GOOD[part] | {name: value}}
     with pytest.raises((ArgumentError, ConfigError)) as raised:
         Result.from_dict(data)
     told = str(raised.value)
-    told.encode()  # to be printed
-    assert says in told
+    told.encode()  # it must be printable
+    assert message in told
     assert len(told) < 500
 
 
@@ -106,18 +108,18 @@ def test_nonsense_is_refused_by_its_name(part: str, name: str | None, value: obj
         {"created_at": "2026-01-01T00:00:00.123456+00:00"},
     ],
 )
-def test_what_may_have_been_measured_is_taken(change: dict[str, object]) -> None:
+def test_plausible_values_are_accepted(change: dict[str, object]) -> None:
     assert Result.from_dict(GOOD | change).to_dict() == GOOD | change
 
 
-def test_what_a_compiler_said_is_made_to_fit() -> None:
+def test_long_compiler_messages_are_truncated() -> None:
     said = "\udc80 " + "x" * 1_000_000
     detail = truncated_detail(said)
     assert result("compile", detail=detail).detail.startswith("\\udc80 xxx")
 
 
-def test_a_long_text_is_soon_looked_through() -> None:
-    """The search for messages of the machine takes time quadratic in the searched length."""
+def test_long_texts_are_searched_quickly() -> None:
+    """The search for machine faults is quadratic in the searched length, which is limited."""
     started = time.monotonic()
     assert not result("crash", detail="CUDA " * 10_000).is_machine_fault
     assert result("crash", detail="OSError: " + "x" * 40_000).is_machine_fault
@@ -130,7 +132,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-# Fields that came after records were first written: left out at these values.
+# Fields that were added after the first records, omitted at these values.
 ADDED_FIELDS = {
     ("place", "spec.window"): False,
     ("place", "spec.varlen"): False,
@@ -145,7 +147,7 @@ likely = st.sampled_from([False, True, 0, 1, 128, "", "native", "chunked"])
 
 
 @given(st.sampled_from([*PLACES, *ADDED_FIELDS]), json_values | likely)
-def test_no_value_anywhere_does_more_than_be_refused(place: tuple[str, str | None], value: object) -> None:
+def test_any_value_in_any_field_is_accepted_or_refused(place: tuple[str, str | None], value: object) -> None:
     part, name = place
     data = GOOD | {part: value if name is None else GOOD[part] | {name: value}}
     try:
@@ -165,7 +167,7 @@ def test_a_place_has_one_text(name: str) -> None:
         Result.from_dict(data)
 
 
-def test_a_result_of_a_window_comes_back() -> None:
+def test_a_result_with_a_window_round_trips() -> None:
     spec = dataclasses.replace(PLACE.spec, window=True, varlen=True)
     place = dataclasses.replace(PLACE, spec=spec, bucket=Bucket(8, 4096, 4096, 1024))
     shape = dataclasses.replace(SHAPE, window=1000)
@@ -177,14 +179,14 @@ def test_a_result_of_a_window_comes_back() -> None:
     assert data["config"]["HEAD_DIM_LAYOUT"] == "chunked"
 
 
-def test_order_of_writing_does_not_matter() -> None:
+def test_superseding_does_not_depend_on_order() -> None:
     rows = [result(outcome, day=day) for day, outcome in enumerate(Outcome, start=1)]
     for one in rows:
         for other in rows:
             assert one is other or supersedes(one, other) != supersedes(other, one)
 
 
-def test_an_outcome_is_a_text_too() -> None:
+def test_outcomes_are_strings() -> None:
     for outcome in Outcome:
         assert f"{outcome} {outcome:>9}" == f"{outcome.value} {outcome.value:>9}"
         assert json.dumps({outcome: outcome}) == json.dumps({outcome.value: outcome.value})
@@ -193,7 +195,7 @@ def test_an_outcome_is_a_text_too() -> None:
         assert outcome.meaning
 
 
-def test_what_outcomes_say() -> None:
+def test_properties_of_outcomes() -> None:
     def those(what: str) -> list[str]:
         return [outcome.value for outcome in Outcome if getattr(outcome, what)]
 

@@ -1,4 +1,4 @@
-"""The records that ranks send each other: calls consider the same kernels, in the same order, as with all records."""
+"""Records shared between ranks: calls rank the same kernels in the same order as with all records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
-from any_memory import any_config, any_memory, any_result, some_kernels
+from random_records import random_config, random_kernel_configs, random_records, random_result
 
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
@@ -41,7 +41,7 @@ DECODE = Place("h200", KernelSpec("decode", 128, "bf16", group=4), Bucket(16, 1,
 OLD = {"triton": "2.0.0", "cuda": "11.0"}
 
 
-class Held(Memory):
+class InMemory(Memory):
     """A memory without files."""
 
     def __init__(self, results: Iterable[Result]) -> None:
@@ -56,7 +56,7 @@ class Held(Memory):
 
 
 def received(shared: Iterable[Result]) -> RecordTable:
-    """The table that another rank has."""
+    """The record table of another rank."""
     found = read_lines("sent", "".join(map(to_line, shared)).encode().splitlines())
     assert found.problems == []
     return RecordTable(found.results)
@@ -68,13 +68,13 @@ def known(config: KernelConfig, place: Place, time_us: float = 10.0, outcome: st
 
 
 def compiler(draw: random.Random) -> CompiledResources:
-    """Half of the kernels spill."""
+    """A fake compiler; half of the kernels spill."""
     salt = draw.random()
     return lambda config: Resources(255, random.Random(f"{salt} {config}").choice((0, 1000)), 1000)
 
 
 def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig]]) -> tuple[Place, list[Result]]:
-    """A place of the card, and results of few kernels, most of them today's, there, near it and on a sibling card."""
+    """A place, and many results of a few kernels (mostly today's) there, at near buckets and on a sibling card."""
     place = Place("h200", draw.choice(list(kernels)), Bucket(8, 1, 4096))
     if place.spec.family != "decode":
         place = replace(place, bucket=Bucket(8, 4096, 4096))
@@ -83,7 +83,7 @@ def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig
         for p in (place, place, *borrowable_neighbours(place)[:3])
         for gpu in ("h200", "h200", "h100")
     ]
-    results = [any_result(draw, draw.choice(around), kernels[place.spec]) for _ in range(draw.randint(0, 16))]
+    results = [random_result(draw, draw.choice(around), kernels[place.spec]) for _ in range(draw.randint(0, 16))]
     today = [
         replace(known(r.config, r.place).evidence, triton=r.evidence.triton, cuda=r.evidence.cuda) for r in results
     ]
@@ -91,12 +91,12 @@ def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig
 
 
 def valid_kernels(draw: random.Random) -> dict[KernelSpec, list[KernelConfig]]:
-    """Of the kernels whose knobs came one by one, and of those that borrow from near sizes."""
+    """Valid configs of forward, whose knobs were added over time, and of decode, which borrows from near buckets."""
     found: dict[KernelSpec, list[KernelConfig]] = {}
     for spec in (FORWARD.spec, replace(FORWARD.spec, op="dkdv"), DECODE.spec, replace(DECODE.spec, head_dim=64)):
         default = default_of(replace(DECODE, spec=spec), GPU)
         others = {
-            config for config in (any_config(draw, spec) for _ in range(200)) if not why_invalid(spec, config, GPU)
+            config for config in (random_config(draw, spec) for _ in range(200)) if not why_invalid(spec, config, GPU)
         }
         before = [config for config in others if all(getattr(config, f.name) == f.default for f in later(config))]
         found[spec] = [default, *sorted(others, key=str)[:4], *sorted(before, key=str)[:2]]
@@ -108,13 +108,13 @@ def later(config: KernelConfig) -> list[Any]:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_whatever_a_memory_holds_both_sides_rank_alike(full: bool) -> None:
+def test_both_ranks_rank_alike_for_random_records(full: bool) -> None:
     draw = random.Random(1)
-    kernels = valid_kernels(draw) if full else some_kernels(draw)
+    kernels = valid_kernels(draw) if full else random_kernel_configs(draw)
     seen: Counter[str] = Counter()
     for _ in range(300):
-        place, results = full_memory(draw, kernels) if full else any_memory(draw, kernels, most=40)
-        card, memory = GPUS[place.gpu], Held(results)
+        place, results = full_memory(draw, kernels) if full else random_records(draw, kernels, most=40)
+        card, memory = GPUS[place.gpu], InMemory(results)
         shared = records_to_share(memory, card)
         there = received(shared)
         seen["sent"] += len(shared)
@@ -142,31 +142,31 @@ def known_of(records: Iterable[Result], memory: Memory) -> list[Result]:
     return [shown for record in records for shown in representative_records(record, memory)]
 
 
-def test_the_second_that_a_call_may_look_at_is_sent() -> None:
+def test_the_second_candidate_of_a_call_is_sent() -> None:
     configs = [DecodeConfig(64, 8, NUM_SPLITS=n, merge="kernel", num_warps=2, num_stages=3) for n in (6, 12, 24)]
     results = [known(config, DECODE, 10.0 + n, **OLD) for n, config in enumerate(configs)]
-    shared = records_to_share(Held(results), GPU)
+    shared = records_to_share(InMemory(results), GPU)
     assert [r.config for r in shared] == configs[:2]
     refused = checked_choice(DECODE, GPU, received(shared), lambda c: Resources(255, 1000 * (c == configs[0]), 1000))
     assert refused.candidate.config == configs[1]
 
 
-def test_what_a_search_knew_by_a_failed_trial_alone_is_sent() -> None:
+def test_failed_trials_that_show_what_a_search_knew_are_sent() -> None:
     default = default_of(FORWARD, GPU)
     assert isinstance(default, ForwardConfig)
     assert default.SOFTMAX == "fixed_reference"
     fast = known(replace(default, SOFTMAX="online"), FORWARD)
     failed = known(replace(default, GROUP_HEADS=2), FORWARD, outcome="wrong")
     useless = known(replace(default, GROUP_HEADS=4), FORWARD, outcome="wrong")
-    shared = records_to_share(Held([fast, failed, useless]), GPU)
+    shared = records_to_share(InMemory([fast, failed, useless]), GPU)
     assert len(shared) == 2
     assert next(launch_candidates(FORWARD, GPU, received(shared))).record == fast
 
 
-def test_what_failed_here_is_not_borrowed_there() -> None:
+def test_failures_on_rank_0_prevent_borrowing_on_other_ranks() -> None:
     config = DecodeConfig(64, 8, NUM_SPLITS=6, merge="kernel", num_warps=2, num_stages=3)
     near = replace(DECODE, bucket=Bucket(16, 1, 8192))
-    shared = records_to_share(Held([known(config, near), known(config, DECODE, outcome="wrong")]), GPU)
+    shared = records_to_share(InMemory([known(config, near), known(config, DECODE, outcome="wrong")]), GPU)
     assert len(shared) == 2
     assert next(launch_candidates(DECODE, GPU, received(shared))).tier == Tier.DEFAULT
     assert (
@@ -176,7 +176,7 @@ def test_what_failed_here_is_not_borrowed_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["h100", "h200"])
-def test_of_what_ships_a_third_is_sent(name: str) -> None:
+def test_a_third_of_the_shipped_records_is_sent(name: str) -> None:
     memory, card = Memory(), GPUS[name]
     shared = records_to_share(memory, card)
     table = received(shared)
@@ -187,5 +187,5 @@ def test_of_what_ships_a_third_is_sent(name: str) -> None:
         assert list(launch_candidates(place, card, table)) == list(launch_candidates(place, card, known))
 
 
-def test_nothing_is_sent_where_nothing_is_known() -> None:
-    assert records_to_share(Held([]), GPU) == []
+def test_nothing_is_sent_without_records() -> None:
+    assert records_to_share(InMemory([]), GPU) == []

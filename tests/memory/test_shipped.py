@@ -1,4 +1,4 @@
-"""The text files that ship, and their merge with the user's own records."""
+"""The shipped files of records, and their merge with the user's records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 # The files
 
 
-def test_what_is_written_comes_back_in_order(tmp_path: Path) -> None:
+def test_written_records_are_read_in_order(tmp_path: Path) -> None:
     fast, slow = result(time_us=12.5, shape=SHAPE, error=1e-3, source="shipped"), result(time_us=20.0, block_n=32)
     other = result(place=OTHER_BUCKET, time_us=5.0)
     path = write_shipped([other, slow, fast], "h200", tmp_path)
@@ -40,7 +40,7 @@ def test_what_is_written_comes_back_in_order(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["h200.jsonl"]
 
 
-def test_the_fastest_few_measured_ones_are_kept(tmp_path: Path) -> None:
+def test_the_fastest_measured_records_are_kept(tmp_path: Path) -> None:
     results = [result(time_us=10.0 + n, block_n=n) for n in range(6)]
     write_shipped([*results, result("predicted", 1.0, block_n=7), result("crash", block_n=8)], "h200", tmp_path)
     assert load_shipped("h200", tmp_path) == results[:3]
@@ -48,8 +48,8 @@ def test_the_fastest_few_measured_ones_are_kept(tmp_path: Path) -> None:
     assert load_shipped("h200", tmp_path) == results[:1]
 
 
-def test_those_that_stand_for_nothing_else_are_kept_beside_them(tmp_path: Path) -> None:
-    """Results of another toolchain, and those that `also_keep` and `group` select."""
+def test_records_that_would_otherwise_be_lost_are_kept(tmp_path: Path) -> None:
+    """Those of another toolchain, and those that `also_keep` and `group` select."""
     results = [result(time_us=10.0 + n, block_n=n) for n in range(4)]
     others = [result(time_us=20.0, evidence=OTHER_TRITON), result(time_us=30.0, evidence=OTHER_KERNEL)]
     write_shipped([*results, *others], "h200", tmp_path, keep=1)
@@ -60,7 +60,7 @@ def test_those_that_stand_for_nothing_else_are_kept_beside_them(tmp_path: Path) 
     assert load_shipped("h200", tmp_path) == [results[0], others[1]]
 
 
-def test_merging_keeps_what_counts(tmp_path: Path) -> None:
+def test_merging_keeps_usable_records(tmp_path: Path) -> None:
     write_shipped([result(time_us=10.0, day=2), result(time_us=11.0, day=2, block_n=32)], "h200", tmp_path)
     write_shipped([result(time_us=9.0, day=1), result("wrong", day=3, block_n=32)], "h200", tmp_path)
     assert load_shipped("h200", tmp_path) == [result(time_us=10.0, day=2)]
@@ -105,30 +105,30 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
         load_shipped("h200", tmp_path)
-    if '"gpu": "h100"' not in line:  # a call reads what is of its place, and what is of none
+    if '"gpu": "h100"' not in line:  # a call reads the lines of its place, and lines without a place
         with pytest.raises(StoreError, match=r"h200\.jsonl, line 2"):
             best_of(Memory(None, tmp_path))
 
 
-def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+def test_an_unusable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"cannot (read|write).*h200\.jsonl"):
         write_shipped([result()], "h200", tmp_path / "file")
 
 
-def test_our_own_files_are_sound() -> None:
+def test_the_shipped_files_are_valid() -> None:
     for path in data_dir("tuning_db").glob("*.jsonl"):
         assert load_shipped(path.stem)
 
 
-# Under the user's own
+# Merged with the user's records
 
 
 def best_of(memory: Memory) -> Result | None:
     return next((r for r in memory.results(PLACE) if r.measured), None)
 
 
-def test_the_fastest_counts_and_the_users_own_time_of_a_config(store: Store, tmp_path: Path) -> None:
+def test_the_fastest_record_counts_with_the_users_time_of_a_config(store: Store, tmp_path: Path) -> None:
     memory = Memory(store, tmp_path)
     assert best_of(memory) is None
     shipped = result(time_us=10.0, source="shipped")
@@ -136,7 +136,7 @@ def test_the_fastest_counts_and_the_users_own_time_of_a_config(store: Store, tmp
     assert best_of(memory) == best_of(Memory(None, tmp_path)) == shipped
     own = result(time_us=12.0, block_n=32, source="here")
     store.save(own)
-    assert best_of(memory) == shipped  # one slow trial of the user's does not hide what ships
+    assert best_of(memory) == shipped  # a slow trial of the user does not hide shipped records
     assert memory.results(PLACE) == [shipped, own]
     again = result(time_us=13.0, source="here")
     store.save(again)
@@ -145,7 +145,7 @@ def test_the_fastest_counts_and_the_users_own_time_of_a_config(store: Store, tmp
 
 
 @pytest.mark.parametrize(("outcome", "hides"), [("wrong", True), ("crash", True), ("predicted", False)])
-def test_what_was_tried_here_hides_what_ships(store: Store, tmp_path: Path, outcome: str, hides: bool) -> None:
+def test_a_users_result_hides_the_shipped_record(store: Store, tmp_path: Path, outcome: str, hides: bool) -> None:
     first, second = result(time_us=10.0), result(time_us=11.0, block_n=32)
     write_shipped([first, second], "h200", tmp_path)
     own = result(outcome)
@@ -156,7 +156,7 @@ def test_what_was_tried_here_hides_what_ships(store: Store, tmp_path: Path, outc
     assert memory.all() == memory.results(PLACE)
 
 
-def test_all_joins_both(store: Store, tmp_path: Path) -> None:
+def test_all_merges_both(store: Store, tmp_path: Path) -> None:
     memory = Memory(store, tmp_path)
     store.save(result(place=OTHER_BUCKET))
     write_shipped([result(evidence=OTHER_TRITON)], "h200", tmp_path)
@@ -166,11 +166,11 @@ def test_all_joins_both(store: Store, tmp_path: Path) -> None:
     assert memory.all(op="decode") == []
 
 
-# What really ships
+# The real shipped files
 
 
 @pytest.mark.parametrize("path", sorted(data_dir("tuning_db").glob("*.jsonl")), ids=lambda path: path.stem)
-def test_what_ships_is_sorted_measured_and_valid(path: Path) -> None:
+def test_shipped_records_are_sorted_measured_and_valid(path: Path) -> None:
     rows = load_shipped(path.stem)
     assert rows
     assert rows == sorted(rows, key=reading_order)

@@ -1,4 +1,4 @@
-"""The database: which rows it keeps, and how it handles bad files and other processes."""
+"""The database: which rows it keeps, invalid files, concurrent processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from parallax_gen.ops.decode import DecodeConfig
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "made" / "on the way" / "tuning?.db"  # what a URI would have to quote
+    return tmp_path / "made" / "on the way" / "tuning?.db"  # characters that a URI must quote
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def store(path: Path) -> Iterator[Store]:
         yield store
 
 
-# What is kept
+# Stored rows
 
 
 @pytest.mark.parametrize("outcome", Outcome)
-def test_a_result_comes_back_as_it_was(store: Store, outcome: str) -> None:
+def test_a_result_round_trips(store: Store, outcome: str) -> None:
     full = {"time_us_p20": 99.0, "time_us_p80": 101.5, "error": 1e-3, "registers": 168, "spills": 0}
     more = {"shape": SHAPE, "shared_bytes": 98304, "compile_s": 2.5, "detail": "naïve\n✓", "source": "here"}
     sent = result(outcome, **full, **more)
@@ -58,7 +58,7 @@ def best_of(store: Store) -> Result | None:
     return next((r for r in store.results(PLACE) if r.measured), None)
 
 
-def test_results_of_a_place_are_of_any_kernel_and_toolchain_the_measured_first(store: Store) -> None:
+def test_results_of_a_place_include_all_kernels_and_toolchains_measured_first(store: Store) -> None:
     for sent in (
         result("predicted", 1.0, block_n=16),
         result("predicted", 2.0, block_n=32),
@@ -74,7 +74,7 @@ def test_results_of_a_place_are_of_any_kernel_and_toolchain_the_measured_first(s
     assert [r.time_us for r in store.results(PLACE)] == [80.0, 85.0, 90.0, 95.0, 1.0, 2.0, None]
 
 
-def test_fastest_is_the_best_of_each_place_of_a_gpu_and_an_op(store: Store) -> None:
+def test_fastest_is_the_best_per_place_of_a_gpu_and_op(store: Store) -> None:
     for sent in (
         result("ok", 90.0, block_n=64),
         result("ok", 80.0, block_n=128),
@@ -100,7 +100,7 @@ def test_all_lists_by_gpu_and_op(store: Store) -> None:
     assert store.all("h100", "decode") == []
 
 
-def test_in_order_is_as_configs_were_first_tried(store: Store) -> None:
+def test_in_order_is_the_order_of_first_trials(store: Store) -> None:
     first, second, third = (result(time_us=time, block_n=n) for time, n in ((3.0, 64), (1.0, 16), (2.0, 32)))
     for row in (first, second, third):
         store.save(row)
@@ -109,13 +109,13 @@ def test_in_order_is_as_configs_were_first_tried(store: Store) -> None:
     assert store.in_trial_order() == [again, second, third]
 
 
-def test_it_is_there_after_closing(path: Path) -> None:
+def test_rows_persist_after_closing(path: Path) -> None:
     with Store(path) as store:
         store.save(result())
     with Store(path) as store, Store(path, read_only=True) as reader:
         assert best_of(store) == best_of(reader) == result()
     with pytest.raises(sqlite3.ProgrammingError):
-        best_of(store)  # a mistake of the program's, not of the file's
+        best_of(store)  # using a closed store is a bug, not a bad file
 
 
 def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_path() == tmp_path / "parallax_gen" / "tuning.db"
 
 
-# Which of two rows remains
+# Which of two rows is kept
 
 REMAINS = [
-    # there        comes        who remains
+    # stored     new        kept
     ("ok", 1, "predicted", 2, "ok"),
     ("crash", 1, "predicted", 2, "crash"),
     ("invalid", 1, "predicted", 2, "invalid"),
@@ -151,7 +151,7 @@ REMAINS = [
 
 
 @pytest.mark.parametrize(("there", "day", "comes", "later", "remains"), REMAINS)
-def test_what_replaces_what(store: Store, there: str, day: int, comes: str, later: int, remains: str) -> None:
+def test_which_rows_replace_others(store: Store, there: str, day: int, comes: str, later: int, remains: str) -> None:
     store.save(result(there, day=day))
     store.save(result(comes, day=later))
     assert [r.outcome for r in store.results(PLACE)] == [remains]
@@ -165,7 +165,7 @@ def test_the_newer_measurement_counts_in_any_order(store: Store) -> None:
     assert best_of(store) == result(time_us=60.0, day=2)
 
 
-# Rows that are not what they should be
+# Invalid rows
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_newer_measurement_counts_in_any_order(store: Store) -> None:
         "source = cast(x'ff22' as text), place_json = cast(x'ff22' as text)",
     ],
 )
-def test_a_row_that_does_not_parse_is_passed_over(path: Path, damage: str) -> None:
+def test_a_row_that_does_not_parse_is_skipped(path: Path, damage: str) -> None:
     with Store(path) as store:
         store.save(result(time_us=1.0, block_n=16))
         with sqlite3.connect(path) as connection:
@@ -213,12 +213,12 @@ def test_a_row_that_does_not_parse_is_passed_over(path: Path, damage: str) -> No
         store.save(result(time_us=2.0, block_n=32))
         assert best_of(store) == result(time_us=2.0, block_n=32)
         assert len(store.results(PLACE)) == len(store.all()) == 1
-        assert store.unreadable == 1  # met three times, counted once
+        assert store.unreadable == 1  # read three times, counted once
         store.save(result(time_us=1.0, block_n=16))
         assert best_of(store) == result(time_us=1.0, block_n=16)
 
 
-# Files and folders that are not what they should be
+# Invalid files and folders
 
 
 def test_read_only(path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
 
 @pytest.fixture
 def locked_folder() -> Iterator[Path]:
-    """A folder with a database in it, neither to be written to, seen as a user who is not root."""
+    """A read-only folder with a read-only database, as seen by a user who is not root."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         with Store(folder / "tuning.db") as store:
@@ -267,7 +267,7 @@ def locked_folder() -> Iterator[Path]:
         folder.chmod(0o755)
 
 
-def test_a_database_that_may_only_be_read(locked_folder: Path) -> None:
+def test_a_read_only_database(locked_folder: Path) -> None:
     with Store(locked_folder / "tuning.db", read_only=True) as reader:
         assert best_of(reader) == result()
     for name in ("tuning.db", "new.db"):
@@ -275,7 +275,7 @@ def test_a_database_that_may_only_be_read(locked_folder: Path) -> None:
             Store(locked_folder / name)
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_location(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "tuning.db", tmp_path / "file" / "sub" / "tuning.db", tmp_path):
         with pytest.raises(StoreError, match="PARALLAX_GEN_DB"):
@@ -290,7 +290,7 @@ def test_a_corrupt_file(tmp_path: Path, read_only: bool) -> None:
         Store(path, read_only=read_only)
 
 
-def test_a_file_that_was_cut_and_overwritten(path: Path) -> None:
+def test_a_truncated_and_overwritten_file(path: Path) -> None:
     with Store(path) as store:
         for n in range(200):
             store.save(result(block_n=n))
@@ -304,7 +304,7 @@ def test_a_file_that_was_cut_and_overwritten(path: Path) -> None:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_another_programs_database_is_left_alone(tmp_path: Path, read_only: bool) -> None:
+def test_another_programs_database_is_not_changed(tmp_path: Path, read_only: bool) -> None:
     path = tmp_path / "other.db"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE results (a)")
@@ -329,7 +329,7 @@ def test_data_dir() -> None:
         data_dir("nowhere")
 
 
-# Other processes
+# Concurrent processes
 
 CHILD_ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
@@ -342,8 +342,8 @@ def record_many(paths: list[Path], start: object, process: int) -> None:
                 store.save(result(block_n=100 * process + n))
 
 
-def test_eight_processes_make_and_fill_one_database(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{n}.db" for n in range(4)]  # a few rounds: a race is not lost every time
+def test_eight_processes_create_and_fill_one_database(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}.db" for n in range(4)]  # several rounds, since a race does not show every time
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(8, timeout=60)
     processes = [context.Process(target=record_many, args=(paths, start, n)) for n in range(8)]
@@ -370,7 +370,7 @@ with Store(pathlib.Path(sys.argv[1])) as store:
 """
 
 
-def test_what_was_recorded_outlives_a_kill(path: Path) -> None:
+def test_recorded_rows_survive_a_kill(path: Path) -> None:
     command = [sys.executable, "-c", RECORD_FOREVER, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=CHILD_ENVIRONMENT) as child:
         assert child.stdout is not None
@@ -386,7 +386,7 @@ def test_what_was_recorded_outlives_a_kill(path: Path) -> None:
         assert best_of(store) == result(time_us=1.0, block_n=1)
 
 
-def test_memory_needs_no_gpu_library() -> None:
+def test_the_memory_subpackage_imports_no_gpu_library() -> None:
     program = """
 import sys
 import parallax_gen.memory.place, parallax_gen.memory.shipped, parallax_gen.memory.store

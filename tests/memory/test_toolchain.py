@@ -1,4 +1,4 @@
-"""The versions of Triton and its ptxas: the same as Triton's own answer, and without importing it."""
+"""The versions of Triton and its ptxas: the same as Triton reports, without importing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from parallax_gen.memory import toolchain
 
-cuda_version = toolchain.cuda_version.__wrapped__  # as in a new process
+cuda_version = toolchain.cuda_version.__wrapped__  # without the cache, as in a new process
 
 
 def assembler(path: Path, release: str, *, status: int = 0) -> Path:
@@ -34,14 +34,14 @@ def triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "triton" / "backends" / "nvidia" / "bin"
 
 
-def test_it_is_what_triton_itself_finds() -> None:
+def test_versions_are_those_that_triton_reports() -> None:
     from triton import knobs
 
     tools = [getattr(knobs.nvidia, name) for name in ("ptxas", "ptxas_blackwell") if hasattr(knobs.nvidia, name)]
     assert cuda_version() == "/".join(tool.version for tool in tools)
 
 
-def test_each_assembler_is_named(triton: Path) -> None:
+def test_the_version_of_each_ptxas_is_read(triton: Path) -> None:
     assert cuda_version() == ""
     assembler(triton / "ptxas", "12.8")
     assert cuda_version() == "12.8"  # as in Triton 3.5
@@ -49,9 +49,7 @@ def test_each_assembler_is_named(triton: Path) -> None:
     assert cuda_version() == "12.8/13.1"
 
 
-def test_another_that_the_environment_names_counts(
-    triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ptxas_from_the_environment_is_used(triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assembler(triton / "ptxas", "12.8")
     assembler(triton / "ptxas-blackwell", "13.1")
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(assembler(tmp_path / "mine", "13.0")))
@@ -60,7 +58,7 @@ def test_another_that_the_environment_names_counts(
     assert cuda_version() == "13.0/13.0"
 
 
-def test_one_that_does_not_run_is_passed_over_as_triton_does(
+def test_a_ptxas_that_does_not_run_is_skipped_as_triton_does(
     triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assembler(triton / "ptxas", "12.8")
@@ -69,12 +67,12 @@ def test_one_that_does_not_run_is_passed_over_as_triton_does(
         assert cuda_version() == "12.8"
 
 
-def test_no_triton_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
     assert cuda_version() == ""
 
 
-def test_finding_out_imports_no_triton() -> None:
+def test_reading_the_versions_does_not_import_triton() -> None:
     program = """
 import sys
 from parallax_gen.memory.toolchain import Toolchain
@@ -91,13 +89,13 @@ print(Toolchain.here().cuda, sorted({"torch", "triton"} & set(sys.modules)))
     ("one", "other", "like"),
     [
         (("3.9.0", "13.4"), ("3.9.1", "13.4"), True),
-        (("3.9.0", "13.4"), ("3.9", "13.4"), True),  # of records that held no more
+        (("3.9.0", "13.4"), ("3.9", "13.4"), True),  # old records have short versions
         (("3.9.0", "13.4"), ("3.10.0", "13.4"), False),
         (("3.9.0", "13.4"), ("3.9.0", "13.3"), False),
-        (("3.9.0", ""), ("3.9.0", ""), False),  # whose ptxas nobody knows
+        (("3.9.0", ""), ("3.9.0", ""), False),  # the ptxas is unknown
     ],
 )
-def test_what_makes_the_same_programs(one: tuple[str, str], other: tuple[str, str], like: bool) -> None:
+def test_which_toolchains_compile_the_same_programs(one: tuple[str, str], other: tuple[str, str], like: bool) -> None:
     assert toolchain.Toolchain(*one).compiles_like(toolchain.Toolchain(*other)) == like
 
 

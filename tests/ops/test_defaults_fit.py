@@ -1,7 +1,7 @@
-"""Every default fits every card: a call that nothing is known of launches it, and gets no second try.
+"""Every default fits every card: a call without records launches it, and there is no fallback.
 
-Kernels are lowered ahead of time, as far as it takes to know what they need of a card. A sample runs always, all of
-them with `-m slow`.
+Kernels are lowered ahead of time, only far enough to know their needs. A sample runs always, all of them with
+`-m slow`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 DTYPES = ("bf16", "fp16", "tf32")
 TENSOR_COLUMNS = 512  # a multiprocessor's tensor memory
 
-# Of a batch that fills a card, and of one that does not.
+# One batch that fills a card, and one that does not.
 TRAINED = (Bucket(64, 4096, 4096), Bucket(1, 128, 1024))
 DECODED = (Bucket(256, 1, 4096), Bucket(8, 1, 16384))
 PREFILLED = (Bucket(64, 512, 4096), Bucket(8, 128, 1024))
 
 
 def decode_layouts(head_dim: int, dtype: str, many: bool) -> Iterator[KernelSpec]:
-    """Decode of sequences that have their own lengths, one query each or many, in every layout of a cache."""
+    """decode_varlen with one query or several a sequence, in every cache layout."""
     dense = KernelSpec("decode_varlen", head_dim, dtype, 4, causal=many, many_queries=many)
     yield dense
     yield replace(dense, group=71)
@@ -58,7 +58,7 @@ def decode_layouts(head_dim: int, dtype: str, many: bool) -> Iterator[KernelSpec
 
 
 def specs_of(kind: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """What is asked of a kind of kernel at a head_dim and dtype."""
+    """The specs of a kind of kernel at a head_dim and dtype."""
     if kind == "preprocess":
         return [KernelSpec("preprocess", head_dim, "fp32" if dtype == "tf32" else dtype)]
     if kind == "decode":
@@ -78,7 +78,7 @@ BUCKETS = {
 
 
 def jobs_of(kind: str, card: str) -> list[Job]:
-    """The defaults of a kind of kernel on a card, each once."""
+    """The distinct defaults of a kind of kernel on a card."""
     gpu, jobs = CARDS[card], []
     for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
@@ -90,7 +90,7 @@ def jobs_of(kind: str, card: str) -> list[Job]:
 
 
 def check(jobs: list[Job], folder: Path) -> None:
-    """Fails with every job that does not fit its card, or that decode's bound does not hold for."""
+    """Assert that every job fits its card, and that decode's bound holds for it."""
     wrong = []
     for job, found in zip(jobs, needs(jobs, folder), strict=True):
         most = job.gpu.shared_per_block
@@ -104,13 +104,13 @@ def check(jobs: list[Job], folder: Path) -> None:
 def test_a_sample_of_defaults_fits(tmp_path: Path) -> None:
     """Every kind of kernel, and every card."""
     draw, kinds, cards = random.Random(18), list(BUCKETS), list(CARDS)
-    # The i-th kernel of one spread is on another card than that of the next.
+    # Consecutive kernels are on different cards.
     jobs = [draw.choice(jobs_of(kinds[i % 8], cards[(i + i // 8 * 3) % 8])) for i in range(12)]
     check(jobs, tmp_path)
 
 
-def test_decode_takes_no_more_than_its_bound(tmp_path: Path) -> None:
-    """Of any config, and not only of those that are defaults."""
+def test_decode_needs_at_most_its_bound(tmp_path: Path) -> None:
+    """For random configs, not only for defaults."""
     draw, jobs = random.Random(18), []
     while len(jobs) < 4:
         spec = draw.choice(decode_kinds())

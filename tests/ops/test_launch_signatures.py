@@ -1,4 +1,4 @@
-"""What kernels take and what launches pass them, side by side, as templates loop over them."""
+"""The parameters of kernels and the arguments of launches correspond, since templates loop over both."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KERNELS = {name: op_of(kernel.spec).signatures(kernel.spec, kernel.config) for n
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_takes_as_many_as_its_launch_passes(name: str) -> None:
-    """Of strides a launch passes a slice, as long as there are names for them."""
+def test_a_kernel_has_a_parameter_for_each_launch_argument(name: str) -> None:
+    """For strides a launch passes a slice with one entry per parameter."""
     kernel = GOLDEN[name]
     tree = ast.parse(render(kernel.spec, kernel.config, GPUS["h200"]).text)
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -28,7 +28,7 @@ def test_a_kernel_takes_as_many_as_its_launch_passes(name: str) -> None:
             assert len(passed.parameters) == many, passed
 
 
-def test_both_kernels_of_the_forward_are_passed_the_same_before_their_sizes() -> None:
+def test_the_forward_and_fixup_kernels_share_their_first_arguments() -> None:
     both = [signatures for signatures in KERNELS.values() if "fixup" in signatures]
     assert both
     for signatures in both:

@@ -1,4 +1,4 @@
-"""The space of configs and the default config: everything proposed is valid, and nothing is left without a default."""
+"""The config space and the default config: proposals are valid, and every call has a default."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import together
+from strategies import compatible_flags
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.ops.base import OPS_BY_NAME, KernelConfig, Layout, config_from_dict
@@ -33,7 +33,7 @@ from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 
 H200 = GPUS["h200"]
-# All known ones, a slice of one, and one of an architecture to come, which has the least of all limits.
+# All known GPUs, a MIG slice, and a GPU of an unknown architecture, which gets the lowest of all limits.
 ANY_GPU = (
     *GPUS.values(),
     recognise("NVIDIA H100 80GB HBM3", (9, 0), 16, 10 * GIB),
@@ -46,9 +46,9 @@ HEAD_DIMS = range(8, LARGEST_HEAD_DIM + 1, 8)
 
 @st.composite
 def specs(draw: st.DrawFn) -> KernelSpec:
-    """Any spec there is."""
+    """Any valid spec."""
     op = draw(st.sampled_from(OPS))
-    flags = together(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
+    flags = compatible_flags(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
     head_dim, dtype = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES_OF[op]))
     spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(st.integers(1, 130)), **flags)
     if op == "decode_varlen" and spec.bytes_per_element == 2:
@@ -72,7 +72,7 @@ def test_every_call_has_a_valid_default(spec, kv_rows, seqlen_q, seqlen_kv, wind
 
 
 @given(specs(), POWERS, POWERS, POWERS, st.sampled_from(ANY_GPU))
-def test_a_search_begins_with_the_default_and_with_nothing_twice(spec, kv_rows, seqlen_q, seqlen_kv, gpu) -> None:
+def test_a_search_begins_with_the_default_and_distinct_configs(spec, kv_rows, seqlen_q, seqlen_kv, gpu) -> None:
     bucket = Bucket(kv_rows, 1 if one_query(spec) else seqlen_q, seqlen_kv, 128 if spec.window else 0)
     shape = representative(bucket, spec.group)
     found = promising_configs(spec, shape, gpu)
@@ -81,7 +81,7 @@ def test_a_search_begins_with_the_default_and_with_nothing_twice(spec, kv_rows, 
     assert all(why_invalid(spec, config, gpu) is None for config in found)
 
 
-def test_a_search_tries_every_form_of_a_head_and_several_groups_of_heads() -> None:
+def test_a_search_tries_every_head_dim_layout_and_several_group_heads() -> None:
     spec = KernelSpec("dqdr", 96, "bf16", causal=True)
     found = promising_configs(spec, representative(Bucket(128, 4096, 4096), 1), H200)
     assert {config.HEAD_DIM_LAYOUT for config in found} == {"chunked", "padded"}
@@ -90,8 +90,8 @@ def test_a_search_tries_every_form_of_a_head_and_several_groups_of_heads() -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
-def test_no_head_dim_is_without_a_default(op: str, dtype: str) -> None:
-    """What the test above draws from, all of it, but for what makes no difference to a default's validity."""
+def test_every_head_dim_has_a_default(op: str, dtype: str) -> None:
+    """All that the test above draws from, except for what does not affect a default's validity."""
     shapes = [representative(Bucket(rows, 1 if op in CACHES else n, n), 1) for rows, n in ((1, 64), (64, 8192))]
     for head_dim in HEAD_DIMS if dtype in DTYPES_OF[op] else ():
         spec = KernelSpec(op, head_dim, dtype)
@@ -110,7 +110,7 @@ def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
         assert why_invalid(spec, near, gpu) is None
         mine, other = asdict(config), asdict(near)
         differ = {name for name in mine if mine[name] != other[name]}
-        assert len(differ - {"merge"}) <= 1  # merging follows from the number of splits
+        assert len(differ - {"merge"}) <= 1  # merge depends on the number of splits
         assert differ
         for knob in knobs_of(spec):
             if knob.name in differ - {"merge"}:
@@ -120,7 +120,7 @@ def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
 @pytest.mark.parametrize("head_dim", [96, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
-def test_every_config_is_valid_and_comes_once(op: str, dtype: str, head_dim: int) -> None:
+def test_every_config_is_valid_and_listed_once(op: str, dtype: str, head_dim: int) -> None:
     if dtype not in DTYPES_OF[op]:
         with pytest.raises(ArgumentError):
             KernelSpec(op, head_dim, dtype)
@@ -134,7 +134,7 @@ def test_every_config_is_valid_and_comes_once(op: str, dtype: str, head_dim: int
     assert len(set(found)) == len(found) > (10 if op == "preprocess" else 20)
 
 
-def test_knobs_leave_out_what_a_spec_cannot_use() -> None:
+def test_knobs_omit_values_that_a_spec_cannot_use() -> None:
     def values(spec: KernelSpec, name: str) -> tuple[object, ...]:
         return next(knob.values for knob in knobs_of(spec) if knob.name == name)
 
@@ -150,7 +150,7 @@ def test_knobs_leave_out_what_a_spec_cannot_use() -> None:
         assert values(KernelSpec(op, 256, "bf16"), "HEAD_DIM_LAYOUT") == ("native", "split")
 
 
-def test_halves_have_room_in_registers_where_whole_heads_have_none() -> None:
+def test_split_heads_fit_in_registers_where_native_ones_do_not() -> None:
     config = ForwardConfig(128, 64, 1, 8, 2)
     assert "320 registers" in str(why_invalid(KernelSpec("forward", 256, "bf16"), config, H200))
     assert why_invalid(KernelSpec("forward", 256, "bf16"), replace(config, HEAD_DIM_LAYOUT="split"), H200) is None
@@ -162,7 +162,7 @@ def test_halves_have_room_in_registers_where_whole_heads_have_none() -> None:
 
 
 @pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
-def test_forms_are_those_that_make_different_tiles(head_dim: int) -> None:
+def test_head_dim_layouts_are_those_with_different_tiles(head_dim: int) -> None:
     tiles = {form: [piece.width for piece in pieces_of(head_dim, form)] for form in ("native", "chunked", "padded")}
     padded = any(piece.padded for piece in pieces_of(head_dim, "padded"))
     assert ("native" in head_dim_layouts(head_dim)) == (not padded)
@@ -189,11 +189,11 @@ def test_forms_are_those_that_make_different_tiles(head_dim: int) -> None:
         (DqDrConfig(64, 64, 1, 4, 2), "does not configure"),
     ],
 )
-def test_reasons_say_what_is_wrong_with_a_forward_config(config: KernelConfig, reason: str) -> None:
+def test_reasons_against_forward_configs(config: KernelConfig, reason: str) -> None:
     assert reason in str(why_invalid(KernelSpec("forward", 128, "bf16"), config, H200))
 
 
-def test_two_warps_share_rows_where_a_head_is_wide() -> None:
+def test_two_warps_share_rows_of_wide_heads() -> None:
     tile = ForwardConfig(32, 32, 1, 4, 2)
     assert why_invalid(KernelSpec("forward", 128, "bf16"), tile, H200) is None
     assert "too small" in str(why_invalid(KernelSpec("forward", 64, "bf16"), tile, H200))
@@ -206,7 +206,7 @@ def test_two_warps_share_rows_where_a_head_is_wide() -> None:
 @pytest.mark.parametrize(
     ("op", "config", "reason"),
     [
-        # Two sums of its own keys or rows, and two tiles of scores: 2 * 128 * (128 + 64) / (32 * 4) = 384
+        # Two accumulators of the program's keys or rows, and two score tiles: 2 * 128 * (128 + 64) / (32 * 4) = 384
         ("dkdv", DkDvConfig(64, 128, 1, 4, 2), "need 384 registers a thread"),
         ("dqdr", DqDrConfig(128, 64, 1, 4, 2), "need 384 registers a thread"),
         ("dkdv", DkDvConfig(128, 64, 1, 8, 4), "shared memory"),
@@ -218,13 +218,13 @@ def test_two_warps_share_rows_where_a_head_is_wide() -> None:
         ("preprocess", PreprocessConfig(64, 4), None),
     ],
 )
-def test_reasons_say_what_is_wrong_with_a_backward_config(op: str, config: KernelConfig, reason: str | None) -> None:
+def test_reasons_against_backward_configs(op: str, config: KernelConfig, reason: str | None) -> None:
     found = why_invalid(KernelSpec(op, 128, "bf16"), config, H200)
     assert found is None if reason is None else reason in str(found)
 
 
-def test_what_a_head_is_padded_with_counts() -> None:
-    """Found by compiling: as if it were 112 wide, this passed for an RTX 4090, which has no room for 128."""
+def test_the_padding_of_a_head_counts() -> None:
+    """Found by compiling: counted as 112 wide, this was valid on an RTX 4090, which has no room for 128."""
     config = DqDrConfig(64, 16, 1, 4, 1, "padded")
     for head_dim in (112, 120, 128):
         form = "native" if head_dim == 128 else "padded"
@@ -242,8 +242,8 @@ def test_what_a_head_is_padded_with_counts() -> None:
     )
 
 
-def test_scores_that_change_hands_count() -> None:
-    """Found by compiling: 172032 bytes on an A100, which has 166912. Hopper leaves scores where they are."""
+def test_scores_exchanged_through_shared_memory_count() -> None:
+    """Found by compiling: 172032 bytes on an A100, which has 166912. On Hopper scores stay in registers."""
     spec, config = KernelSpec("dqdr", 128, "bf16", causal=True), DqDrConfig(128, 64, 4, 8, 3)
     assert shared_bytes(spec, config, GPUS["a100"]) == 172032
     assert "shared memory" in str(why_invalid(spec, config, GPUS["a100"]))
@@ -252,14 +252,16 @@ def test_scores_that_change_hands_count() -> None:
 
 
 @pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
-def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
+def test_shared_memory_counts_tiles_as_rendered(head_dim: int) -> None:
     for form in head_dim_layouts(head_dim):
         for op, owned, block in (("forward", 2 * 64, 32), ("dqdr", 3 * 64, 2 * 32), ("dkdv", 2 * 32, 3 * 64)):
             spec, config = KernelSpec(op, head_dim, "fp16"), OPS_BY_NAME[op].config(64, 32, 1, 4, 3, form)
             scored, summed = (
                 sum(piece.width for piece in part) for part in OPS_BY_NAME[op].scored_and_summed(head_dim, form)
             )
-            in_a_block = block * scored + (32 * summed if op == "forward" else 0)  # its values are summed alone
+            in_a_block = block * scored + (
+                32 * summed if op == "forward" else 0
+            )  # the block's values are summed separately
             assert OPS_BY_NAME[op].block_bytes(spec, config) == in_a_block * 2
             assert shared_bytes(spec, config, H200) == (owned * scored + 2 * in_a_block) * 2
 
@@ -267,7 +269,7 @@ def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
 @pytest.mark.parametrize(
     ("gpu", "spec", "needs"),
     [
-        # What defaults took when they were chosen by the predicate alone, compiled with Triton 3.6: bytes.
+        # Bytes of former defaults, which the predicate alone had accepted, compiled with Triton 3.6.
         ("h200", KernelSpec("dqdr", 88, "tf32"), {DqDrConfig(128, 64, 0, 8, 3, "chunked"): 270336}),
         ("h200", KernelSpec("dkdv", 88, "tf32"), {DkDvConfig(64, 128, 0, 8, 3, "chunked"): 247808}),
         ("h200", KernelSpec("forward", 96, "tf32"), {ForwardConfig(128, 64, 0, 8, 3, "chunked"): 245760}),
@@ -290,10 +292,10 @@ def test_shared_memory_is_of_tiles_as_they_are_rendered(head_dim: int) -> None:
         ("rtx4090", KernelSpec("dkdv", 152, "bf16"), {DkDvConfig(64, 64, 0, 4, 2, "chunked"): 107520}),
     ],
 )
-def test_defaults_are_none_of_those_that_did_not_fit(
+def test_defaults_are_not_the_former_ones_that_did_not_fit(
     gpu: str, spec: KernelSpec, needs: dict[KernelConfig, int]
 ) -> None:
-    """A call that nothing is known of launches its default, and gets no second try."""
+    """A call without records launches its default, and there is no fallback."""
     for rows, seqlen in ((64, 4096), (1, 64), (8, 4096), (1, 8192)):
         found = default_config(spec, representative(Bucket(rows, seqlen, seqlen), spec.group), GPUS[gpu])
         assert needs.get(replace(found, GROUP_HEADS=0), 0) <= GPUS[gpu].shared_per_block  # type: ignore[call-arg]
@@ -310,47 +312,57 @@ def test_defaults_are_none_of_those_that_did_not_fit(
         (DecodeConfig(128, 8, 4, "last", 4, 6), "shared memory"),
     ],
 )
-def test_reasons_say_what_is_wrong_with_a_decode_config(config: DecodeConfig, reason: str) -> None:
+def test_reasons_against_decode_configs(config: DecodeConfig, reason: str) -> None:
     assert reason in str(why_invalid(KernelSpec("decode", 128, "bf16"), config, H200))
 
 
-RAGGED = KernelSpec("decode_varlen", 128, "bf16")
+DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
 
 
 @pytest.mark.parametrize(
     ("spec", "config", "reason"),
     [
-        (RAGGED, DecodeConfig(32, 8, 1, "last", 1, 4), None),
-        (RAGGED, DecodeConfig(32, 8, 4, "last", 1, 4), None),
-        (RAGGED, DecodeConfig(32, 8, 1, "none", 1, 4), "merge 'none' does not go with sequences of their own lengths"),
-        (RAGGED, DecodeConfig(32, 8, 4, "kernel", 1, 4), None),
+        (DECODE_VARLEN, DecodeConfig(32, 8, 1, "last", 1, 4), None),
+        (DECODE_VARLEN, DecodeConfig(32, 8, 4, "last", 1, 4), None),
         (
-            replace(RAGGED, many_queries=True),
+            DECODE_VARLEN,
+            DecodeConfig(32, 8, 1, "none", 1, 4),
+            "merge 'none' does not go with sequences of their own lengths",
+        ),
+        (DECODE_VARLEN, DecodeConfig(32, 8, 4, "kernel", 1, 4), None),
+        (
+            replace(DECODE_VARLEN, many_queries=True),
             DecodeConfig(32, 8, 4, "kernel", 1, 4),
             "merge 'kernel' does not go with many queries",
         ),
-        (RAGGED, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # of one head a kv head
-        (replace(RAGGED, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # of 16 queries
-        (replace(RAGGED, many_queries=True), DecodeConfig(64, 64, 4, "last", 4, 2), None),
-        (replace(RAGGED, many_queries=True), DecodeConfig(64, 64, 4, "last", 2, 2), "need 384 registers a thread"),
-        (replace(RAGGED, dtype="fp32"), DecodeConfig(64, 8, 4, "last", 2, 2), "heads of fp32 at head_dim 128 are too"),
-        (replace(RAGGED, dtype="tf32"), DecodeConfig(64, 8, 4, "last", 2, 2), None),
-        # 5 blocks of keys and values: 2 * 128 * 128 numbers each, of two bytes or one. Queries, weights and sums: 8256
-        (RAGGED, DecodeConfig(128, 8, 4, "last", 2, 6), "need 335936 bytes of shared memory"),
-        (replace(RAGGED, cache_dtype="e4m3"), DecodeConfig(128, 8, 4, "last", 2, 6), None),
+        (DECODE_VARLEN, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # one head a kv head
+        (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # with 16 queries
+        (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 64, 4, "last", 4, 2), None),
+        (
+            replace(DECODE_VARLEN, many_queries=True),
+            DecodeConfig(64, 64, 4, "last", 2, 2),
+            "need 384 registers a thread",
+        ),
+        (
+            replace(DECODE_VARLEN, dtype="fp32"),
+            DecodeConfig(64, 8, 4, "last", 2, 2),
+            "heads of fp32 at head_dim 128 are too",
+        ),
+        (replace(DECODE_VARLEN, dtype="tf32"), DecodeConfig(64, 8, 4, "last", 2, 2), None),
+        # 5 blocks of keys and values: 2 * 128 * 128 elements each, of two bytes or one. Queries, weights and sums: 8256
+        (DECODE_VARLEN, DecodeConfig(128, 8, 4, "last", 2, 6), "need 335936 bytes of shared memory"),
+        (replace(DECODE_VARLEN, cache_dtype="e4m3"), DecodeConfig(128, 8, 4, "last", 2, 6), None),
     ],
 )
-def test_reasons_say_what_is_wrong_with_a_ragged_config(
-    spec: KernelSpec, config: DecodeConfig, reason: str | None
-) -> None:
+def test_reasons_against_decode_varlen_configs(spec: KernelSpec, config: DecodeConfig, reason: str | None) -> None:
     found = why_invalid(spec, config, H200)
     assert found is None if reason is None else reason in str(found)
 
 
-def test_ragged_splits_are_always_merged() -> None:
-    """One split a sequence on the average is several of a long one."""
-    many = replace(RAGGED, many_queries=True)
-    for spec, merges in ((RAGGED, ("last", "kernel")), (many, ("last",))):
+def test_decode_varlen_splits_are_always_merged() -> None:
+    """One split a sequence on average means several for a long sequence."""
+    many = replace(DECODE_VARLEN, many_queries=True)
+    for spec, merges in ((DECODE_VARLEN, ("last", "kernel")), (many, ("last",))):
         assert [knob.values for knob in knobs_of(spec) if knob.name == "merge"] == [merges]
         first = {knob.name: knob.values[0] for knob in OPS_BY_NAME["decode"].knobs}
         for splits in (1, 4):
@@ -360,21 +372,21 @@ def test_ragged_splits_are_always_merged() -> None:
                 assert why_invalid(spec, config, H200) is None
 
 
-def test_many_queries_fill_tiles_that_a_group_of_heads_does_not() -> None:
+def test_multi_token_queries_fill_tiles_that_a_group_of_heads_does_not() -> None:
     of_one, of_many = (
         next(knob.values for knob in knobs_of(spec) if knob.name == "BLOCK_H")
-        for spec in (RAGGED, replace(RAGGED, many_queries=True))
+        for spec in (DECODE_VARLEN, replace(DECODE_VARLEN, many_queries=True))
     )
     assert (of_one, of_many) == ((8,), (8, 16, 32, 64))
 
 
-def test_shared_memory_is_the_gpus() -> None:
+def test_shared_memory_is_limited_by_the_gpu() -> None:
     spec, config = KernelSpec("forward", 128, "bf16"), ForwardConfig(128, 64, 1, 8, 3)
     assert why_invalid(spec, config, H200) is None
     assert "shared memory" in str(why_invalid(spec, config, GPUS["rtx4090"]))
 
 
-def test_one_split_has_nothing_to_merge() -> None:
+def test_one_split_needs_no_merge() -> None:
     spec = KernelSpec("decode", 128, "bf16")
     first = {knob.name: knob.values[0] for knob in OPS_BY_NAME["decode"].knobs}
     assert coerce(spec, {**first, "NUM_SPLITS": 1, "merge": "kernel"}) == coerce(spec, {**first, "merge": "none"})

@@ -1,13 +1,13 @@
-"""The oracle with a KV cache, on sequences that the tests put into a cache themselves."""
+"""The oracle with a KV cache, compared with the oracle of each sequence by itself."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import caches
+import cache_samples
 import pytest
 import torch
-from caches import KV_HEADS, Part, attended, put_together, whole
+from cache_samples import KV_HEADS, SequenceTensors, cache_arguments, combined, expected_of_each
 
 from parallax_gen.oracle.kvcache import gather_pages, reference_cached_forward
 from parallax_gen.oracle.reference import reference_forward
@@ -17,15 +17,15 @@ LENGTHS = (9, 0, 5, 1)
 BEFORE = (0, 4, 7, 2)
 
 
-def cut(queries: Any = 1, **options: Any) -> list[Part]:
-    return caches.cut(LENGTHS, queries, torch.float64, **options)
+def sequences(queries: Any = 1, **options: Any) -> list[SequenceTensors]:
+    return cache_samples.random_sequences(LENGTHS, queries, torch.float64, **options)
 
 
-def check(parts: list[Part], layout: dict[str, Any], **options: Any) -> None:
-    given = put_together(parts, **layout)
+def check(parts: list[SequenceTensors], layout: dict[str, Any], **options: Any) -> None:
+    given = cache_arguments(parts, **layout)
     given.pop("max_seqlen_q", None)
     found = reference_cached_forward(**given, **options)
-    expected = whole(attended(parts, **options), packed=layout.get("packed", False))
+    expected = combined(expected_of_each(parts, **options), packed=layout.get("packed", False))
     for name, mine, its in zip(found._fields, found, expected, strict=True):
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
@@ -48,25 +48,27 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("queries", [1, 3])
-def test_a_sequence_in_a_cache_is_the_sequence(queries: int, layout: dict[str, Any], options: dict[str, Any]) -> None:
-    check(cut(queries), layout, **options)
+def test_a_cached_sequence_gives_the_result_of_the_sequence(
+    queries: int, layout: dict[str, Any], options: dict[str, Any]
+) -> None:
+    check(sequences(queries), layout, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_queries_are_each_of_its_own_sequence(layout: dict[str, Any], options: dict[str, Any]) -> None:
+def test_packed_queries_attend_to_their_own_sequence(layout: dict[str, Any], options: dict[str, Any]) -> None:
     """The third sequence has more queries than keys, the last one none."""
-    check(cut((4, 2, 7, 0)), {**layout, "packed": True}, **options)
+    check(sequences((4, 2, 7, 0)), {**layout, "packed": True}, **options)
 
 
-def test_rows_of_no_sequence_have_no_keys() -> None:
-    parts = cut((4, 2, 7, 0))
-    given = put_together(parts, packed=True)
+def test_padding_rows_have_no_keys() -> None:
+    parts = sequences((4, 2, 7, 0))
+    given = cache_arguments(parts, packed=True)
     del given["max_seqlen_q"]
     for name in ("q", "r"):
         given[name] = torch.cat([given[name], torch.ones(2, *given[name].shape[1:], dtype=torch.float64)])
     found = reference_cached_forward(**given)
-    torch.testing.assert_close(found.out[:13], whole(attended(parts), packed=True).out, **EXACT)
+    torch.testing.assert_close(found.out[:13], combined(expected_of_each(parts), packed=True).out, **EXACT)
     assert not found.out[13:].any()
     assert not found.v_mean[13:].any()
     assert not found.t_mean[:, 13:].any()
@@ -84,18 +86,18 @@ def test_rows_of_no_sequence_have_no_keys() -> None:
     ids=["k alone", "v alone", "one for all heads", "one a head"],
 )
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
-def test_scales_multiply_what_is_stored(cache: torch.dtype, k_scale: Any, v_scale: Any) -> None:
-    parts = cut(2, cache=cache)
-    found = reference_cached_forward(**put_together(parts), causal=True, k_scale=k_scale, v_scale=v_scale)
+def test_scales_multiply_stored_values(cache: torch.dtype, k_scale: Any, v_scale: Any) -> None:
+    parts = sequences(2, cache=cache)
+    found = reference_cached_forward(**cache_arguments(parts), causal=True, k_scale=k_scale, v_scale=v_scale)
     scales = {"k_scale": 1.0 if k_scale is None else k_scale, "v_scale": 1.0 if v_scale is None else v_scale}
-    expected = whole(attended(parts, causal=True, **scales))
+    expected = combined(expected_of_each(parts, causal=True, **scales))
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, its, **EXACT)
-    assert (found.out - reference_cached_forward(**put_together(parts), causal=True).out).abs().max() > 0.01
+    assert (found.out - reference_cached_forward(**cache_arguments(parts), causal=True).out).abs().max() > 0.01
 
 
-def test_all_keys_count_where_no_length_is_given() -> None:
-    parts = caches.cut((6, 6), 2, torch.float64)
+def test_without_lengths_all_keys_count() -> None:
+    parts = cache_samples.random_sequences((6, 6), 2, torch.float64)
     given = {name: torch.stack([getattr(part, of) for part in parts]) for name, of in NAMES.items()}
     found = reference_cached_forward(**given, causal=True)
     torch.testing.assert_close(found.out, reference_forward(*given.values(), causal=True).out, **EXACT)
@@ -104,26 +106,26 @@ def test_all_keys_count_where_no_length_is_given() -> None:
 NAMES = {"q": "q", "r": "r", "k_cache": "k", "v_cache": "v"}
 
 
-def test_no_key_is_left_where_the_padding_reaches_past_the_length() -> None:
-    given = put_together(cut(2), before=BEFORE)
+def test_padding_past_the_length_leaves_no_key() -> None:
+    given = cache_arguments(sequences(2), before=BEFORE)
     given["cache_leftpad"] = given["cache_seqlens"] + torch.tensor([0, 1, 5, 100], dtype=torch.int32)
     found = reference_cached_forward(**given)
     assert not found.out.any()
     assert (found.lse == -torch.inf).all()
 
 
-def test_lengths_past_the_cache_and_padding_below_it_are_its_ends() -> None:
-    parts = caches.cut((6, 6), 1, torch.float64)
+def test_lengths_and_padding_are_clamped_to_the_cache() -> None:
+    parts = cache_samples.random_sequences((6, 6), 1, torch.float64)
     given = {name: torch.stack([getattr(part, of) for part in parts]) for name, of in NAMES.items()}
     lengths, pads = torch.tensor([7, 600]), torch.tensor([-1, -600])
     found = reference_cached_forward(**given, cache_seqlens=lengths, cache_leftpad=pads)
     torch.testing.assert_close(found.out, reference_forward(*given.values()).out, **EXACT)
 
 
-def test_pages_in_order() -> None:
+def test_pages_are_gathered_in_order() -> None:
     pages = torch.arange(5 * 2 * KV_HEADS * 8).view(5, 2, KV_HEADS, 8)
-    table = torch.tensor([[3, 0], [4, caches.NO_PAGE]], dtype=torch.int32)
+    table = torch.tensor([[3, 0], [4, cache_samples.NO_PAGE]], dtype=torch.int32)
     found = gather_pages(pages, table)
     assert found.shape == (2, 4, KV_HEADS, 8)
     assert torch.equal(found[0], torch.cat([pages[3], pages[0]]))
-    assert torch.equal(found[1, :2], pages[4])  # and behind it any other
+    assert torch.equal(found[1, :2], pages[4])  # past its end any page

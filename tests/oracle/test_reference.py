@@ -1,4 +1,4 @@
-"""The oracle against torch's own attention and against a loop over rows; the error measures; random inputs."""
+"""The oracle against torch's attention and against a loop over rows; error measures; random inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from closeness import assert_close
+from assertions import assert_close
 from torch import Tensor
 
 from parallax_gen.codegen.abi import torch_dtype
@@ -42,7 +42,7 @@ def inputs(
 def by_rows(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, lengths: list[int], window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parallax as v̄ minus the covariance of t and v, one query at a time, over the keys that it sees and no others."""
+    """Parallax attention as v̄ minus the covariance of t and v, one query at a time, over its visible keys."""
     batch, seqlen_q, heads, _ = q.shape
     group = heads // k.shape[2]
     out, v_mean = torch.zeros_like(q), torch.zeros_like(q)
@@ -110,7 +110,7 @@ def test_a_window_against_the_covariance_form(
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, 4), (True, 0), (True, -1)])
-def test_a_window_is_of_one_key_or_more_and_causal(causal: bool, window: int) -> None:
+def test_a_window_needs_causal_and_at_least_one_key(causal: bool, window: int) -> None:
     with pytest.raises(ArgumentError, match=r"^window_size: got .*; allowed: None, or 1 or more with causal=True$"):
         reference_forward(*inputs(1, 2, 2, 4, 6), causal=causal, window_size=window)
 
@@ -131,7 +131,7 @@ def test_gradients_against_autograd_through_the_covariance_form(
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
-def test_packed_sequences_are_each_on_its_own(causal: bool, window: int | None) -> None:
+def test_packed_sequences_are_independent(causal: bool, window: int | None) -> None:
     lengths_q, lengths_k = (5, 0, 7, 1, 3), (4, 6, 7, 9, 0)
     ends_q, ends_k = ([sum(lengths[:n]) for n in range(6)] for lengths in (lengths_q, lengths_k))
     q, r, k, v = (x[0] for x in inputs(1, 4, 2, ends_q[-1], ends_k[-1]))
@@ -155,7 +155,7 @@ def test_packed_sequences_are_each_on_its_own(causal: bool, window: int | None) 
             torch.testing.assert_close(x, its[0], **EXACT)
 
 
-def test_packed_sequences_have_as_many_ends_of_keys_as_of_queries() -> None:
+def test_cu_seqlens_of_queries_and_keys_have_equal_lengths() -> None:
     q, r, k, v = (x[0] for x in inputs(1, 2, 2, 4, 6))
     with pytest.raises(ArgumentError, match=r"^cu_seqlens_k: got 2 numbers; allowed: 3, as cu_seqlens_q has$"):
         reference_varlen_forward(q, r, k, v, [0, 2, 4], [0, 6])
@@ -164,7 +164,7 @@ def test_packed_sequences_have_as_many_ends_of_keys_as_of_queries() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_keys_behind_a_sequences_end_do_not_exist(causal: bool, poison: float, as_tensor: bool) -> None:
+def test_keys_past_a_sequences_end_are_ignored(causal: bool, poison: float, as_tensor: bool) -> None:
     lengths = [8, 5, 2, 0]
     q, r, k, v = inputs(4, 4, 2, 3, 8)
     expected = by_rows(q, r, k, v, causal=causal, scale=0.25, lengths=lengths)
@@ -187,7 +187,7 @@ def test_rows_that_see_no_key_are_zero() -> None:
     assert found.lse[..., 4:].isfinite().all()
 
 
-def test_gradients_flow_and_are_zero_where_nothing_is_seen() -> None:
+def test_gradients_are_zero_for_rows_that_see_no_key() -> None:
     q, r, k, v = (x.requires_grad_() for x in inputs(1, 2, 1, 6, 2))
     reference_forward(q, r, k, v, causal=True).out.sum().backward()
     for x in (q, r, k, v):
@@ -208,7 +208,7 @@ def test_softmax_scale_scales_scores_and_not_t() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_chunks_of_queries_do_not_show(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_chunks_of_queries(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     q, r, k, v = inputs(1, 4, 2, 11, 9)
     whole = reference_forward(q, r, k, v, causal=causal, cache_seqlens=[7])
     monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 2 * 7 * 3)  # three queries of a group of two
@@ -216,7 +216,7 @@ def test_chunks_of_queries_do_not_show(causal: bool, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(mine, its, **EXACT)
 
 
-def test_sums_are_float64_whatever_comes_in() -> None:
+def test_sums_are_float64_for_any_input_dtype() -> None:
     q, r, k, v = inputs(1, 2, 2, 4, 6)
     low = [x.bfloat16() for x in (q, r, k, v)]
     found, same = reference_forward(*low), reference_forward(*(x.double() for x in low))
@@ -241,7 +241,7 @@ def test_sums_are_float64_whatever_comes_in() -> None:
         ({"cache_seqlens": [True]}, "cache_seqlens"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(change: dict[str, object], argument: str) -> None:
+def test_mismatched_arguments_are_named(change: dict[str, object], argument: str) -> None:
     good = dict(zip("qrkv", inputs(1, 4, 2, 4, 6), strict=True))
     with pytest.raises(ArgumentError, match=f"^{argument}: got "):
         reference_forward(**{**good, **change})  # type: ignore[arg-type]
@@ -274,7 +274,7 @@ def test_errors_of_different_shapes() -> None:
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """Truncate to tf32's ten bits of mantissa, as tensor cores do."""
+    """Truncate to the ten mantissa bits of tf32, as tensor cores do."""
     return (x.contiguous().view(torch.int32) & ~((1 << 13) - 1)).view(torch.float32)
 
 
@@ -284,9 +284,9 @@ def tensors_of(spec: KernelSpec, shape: Shape, *, seed: int) -> tuple[Tensor, Te
 
 
 def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor, dtype: str) -> Tensor:
-    """Causal Parallax of one head with p, p·t and o rounded to the input dtype, and all else in fp32.
+    """Causal Parallax attention of one head in fp32, with p, p·t and o rounded to the input dtype.
 
-    With tf32 what enters a matmul is cut, and o is not.
+    With tf32 the inputs of matmuls are truncated, and o is not rounded.
     """
     queries, keys = q.shape[0], k.shape[0]
     into_matmul = to_tf32 if dtype == "tf32" else lambda x: x.to(torch_dtype(dtype)).float()
@@ -301,7 +301,7 @@ def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor, dtype: str) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_stays_within_the_tolerance_and_a_wrong_row_does_not(dtype: str) -> None:
+def test_the_tolerance_accepts_rounding_and_rejects_a_wrong_row(dtype: str) -> None:
     spec, shape = KernelSpec("forward", 64, dtype, causal=True), Shape(1, 1, 1, 512, 512)
     call = tensors_of(spec, shape, seed=0)
     ref = reference_forward(*call, causal=True).out
@@ -312,12 +312,14 @@ def test_rounding_stays_within_the_tolerance_and_a_wrong_row_does_not(dtype: str
     assert why_wrong(out, ref, dtype) is None
     assert_close(out, ref, dtype)
 
-    out[0, 300, 0] *= 1.25  # one row in 512: in bf16 lost in the whole, as is a mask that is wrong at one place
+    out[0, 300, 0] *= (
+        1.25  # one row in 512: in bf16 the total error hides it, and also a mask that is wrong in one place
+    )
     with pytest.raises(AssertionError, match=r"1 of 512 rows beyond .* at \(0, 300, 0\)"):
         assert_close(out, ref, dtype)
 
 
-def test_tf32_does_not_pass_for_fp32() -> None:
+def test_tf32_results_fail_the_tolerance_of_fp32() -> None:
     spec, shape = KernelSpec("forward", 64, "tf32", causal=True), Shape(1, 1, 1, 512, 512)
     call = tensors_of(spec, shape, seed=0)
     ref = reference_forward(*call, causal=True).out
@@ -326,7 +328,7 @@ def test_tf32_does_not_pass_for_fp32() -> None:
     assert "allowed for fp32" in str(why_wrong(out, ref, "fp32"))
 
 
-def test_what_is_wrong_is_said_with_its_place() -> None:
+def test_the_worst_error_is_reported_with_its_index() -> None:
     ref = torch.ones(4, 8)
     out = ref.clone()
     out[2, 5] = 3.0
@@ -338,8 +340,8 @@ def test_what_is_wrong_is_said_with_its_place() -> None:
     assert "0, not 1" in str(why_wrong(torch.tensor(0.0), torch.tensor(1.0), "bf16"))
 
 
-def test_a_row_near_zero_is_measured_against_the_others() -> None:
-    ref = torch.tensor([[1.0], [1.0], [1e-9]])  # one-wide rows, as the t̄ of a single query
+def test_the_error_of_a_row_near_zero_is_relative_to_the_other_rows() -> None:
+    ref = torch.tensor([[1.0], [1.0], [1e-9]])  # rows of width one, as t̄ has
     assert why_wrong(ref + 1e-6, ref, "bf16") is None
     assert why_wrong(torch.tensor([[1.0], [1e-3]]), torch.tensor([[1.0], [0.0]]), "bf16") is not None
 
@@ -360,7 +362,7 @@ def test_random_inputs(dtype: str) -> None:
         assert not torch.equal(mine, other)
 
 
-def test_random_inputs_want_a_shape_of_the_spec() -> None:
+def test_random_inputs_need_a_shape_that_matches_the_spec() -> None:
     with pytest.raises(ArgumentError, match="1 query heads a kv head; allowed: the spec's 4"):
         tensors_of(KernelSpec("forward", 64, "bf16", group=4), Shape(1, 4, 4, 8, 8), seed=0)
     with pytest.raises(ArgumentError, match="seqlen_q 1 for decode"):

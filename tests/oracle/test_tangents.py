@@ -1,4 +1,4 @@
-"""The formula of the forward derivative, against torch's own forward-mode AD through the oracle."""
+"""The formula of the forward derivative against torch's forward-mode AD through the oracle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(rows: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("options", MASKS, ids=["full", "causal", "window"])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), [(5, 7), (7, 4), (3, 0)])
-def test_the_formula_is_the_definitions_derivative(
+def test_the_formula_agrees_with_autodiff(
     seqlen_q: int, seqlen_kv: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 45)  # several blocks a head
@@ -36,7 +36,7 @@ def test_the_formula_is_the_definitions_derivative(
     torch.testing.assert_close(reference_tangent(*given, changes, **options), wanted)
 
 
-def test_inputs_that_do_not_change() -> None:
+def test_inputs_without_tangents() -> None:
     given = inputs((1, 3), (1, 4))
     changes = tuple(torch.randn_like(x) for x in given)
     for place in range(4):
@@ -47,8 +47,8 @@ def test_inputs_that_do_not_change() -> None:
 
 @pytest.mark.parametrize("options", MASKS, ids=["full", "causal", "window"])
 def test_packed_sequences(options: dict[str, Any]) -> None:
-    """One has no queries, one no keys, and rows at the end belong to none."""
-    starts = ([0, 2, 2, 4, 8], [0, 3, 4, 4, 9])  # not tensors: torch 2.9 has no tolist under a transform
+    """One sequence has no queries, one no keys, and the last rows are padding."""
+    starts = ([0, 2, 2, 4, 8], [0, 3, 4, 4, 9])  # lists, because torch 2.9 has no Tensor.tolist under a transform
     given = inputs((10,), (12,))
     changes = tuple(torch.randn_like(x) for x in given)
     wanted = torch.func.jvp(lambda *x: reference_varlen_forward(*x, *starts, **options).out, given, changes)[1]

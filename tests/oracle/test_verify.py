@@ -1,4 +1,4 @@
-"""The checks of a trial: inputs, expected outputs, tolerances."""
+"""The correctness checks of a trial: inputs, expected outputs, tolerances."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from parallax_gen.tuning.job import step_spec
 
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("op", ["forward", "dkdv", "dqdr"])
-def test_the_small_check_compiles_no_kernel_of_its_own(op: str, varlen: bool) -> None:
-    """Strides are constants of a kernel: with other strides the measuring child would have to compile again."""
+def test_the_awkward_shape_uses_the_same_compiled_kernel(op: str, varlen: bool) -> None:
+    """Strides are specialised: with other strides the measuring worker would have to compile again."""
     spec = KernelSpec(op, 96, "bf16", group=2, causal=True, varlen=varlen)
     shape = representative(Bucket(32, 4096, 4096), spec.group)
     config = default_config(spec, shape, GPUS["h200"])
@@ -35,8 +35,8 @@ def test_the_small_check_compiles_no_kernel_of_its_own(op: str, varlen: bool) ->
 
 
 @pytest.mark.parametrize("more", [{}, {"causal": True, "window": True}, {"causal": True, "varlen": True}])
-def test_a_training_step_asks_the_oracle_once_for_its_kernels(more: dict[str, bool]) -> None:
-    """All kernels of a step get the same inputs, and the same expected outputs as from the oracle of each kernel."""
+def test_the_kernels_of_a_step_share_one_oracle_call(more: dict[str, bool]) -> None:
+    """All kernels of a step get the same inputs, and the expected outputs equal those of each kernel's own oracle."""
     shape = Shape(2, 4, 2, 33, 33, 7 if "window" in more else 0)
     specs = [KernelSpec(op, 16, "fp32", group=2, **more) for op in ("forward", "dkdv", "dqdr")]
     assert len({step_spec(spec) for spec in specs}) == 1
@@ -48,7 +48,7 @@ def test_a_training_step_asks_the_oracle_once_for_its_kernels(more: dict[str, bo
             torch.testing.assert_close(tensor, expected[name], rtol=0.0, atol=0.0)
 
 
-RAGGED = KernelSpec("decode_varlen", 96, "bf16", group=2, stats=True)
+DECODE_VARLEN = KernelSpec("decode_varlen", 96, "bf16", group=2, stats=True)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ RAGGED = KernelSpec("decode_varlen", 96, "bf16", group=2, stats=True)
         {"many_queries": True, "causal": True, "window": True, "varlen": True, "leftpad": True, "page_size": 16},
     ],
 )
-def test_caches_are_poisoned_where_no_key_is_seen(more: dict[str, Any]) -> None:
-    """And nowhere else: the expected outputs are finite, and change with every visible key."""
-    spec = replace(RAGGED, **more)
+def test_unseen_cache_positions_are_nan(more: dict[str, Any]) -> None:
+    """Only those: the expected outputs are finite, and depend on every visible key."""
+    spec = replace(DECODE_VARLEN, **more)
     config = default_config(spec, representative(Bucket(32, 128 if spec.many_queries else 1, 4096), 2), GPUS["h200"])
     shape = op_of(spec).awkward_shape(spec, config)
     assert shape.seqlen_kv % config.BLOCK_N  # type: ignore[union-attr]
@@ -82,8 +82,8 @@ def test_caches_are_poisoned_where_no_key_is_seen(more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cache_dtype", ["e4m3", "e5m2"])
-def test_scales_are_one_for_all_heads_or_one_for_each(cache_dtype: str) -> None:
-    spec = replace(RAGGED, cache_dtype=cache_dtype)
+def test_scales_are_per_tensor_or_per_head(cache_dtype: str) -> None:
+    spec = replace(DECODE_VARLEN, cache_dtype=cache_dtype)
     sizes = set()
     for seed in range(4):
         inputs = random_inputs_of(spec, op_of(spec).awkward_shape(spec, CONFIG), seed=seed, device="cpu")
@@ -94,12 +94,12 @@ def test_scales_are_one_for_all_heads_or_one_for_each(cache_dtype: str) -> None:
     assert sizes == {1, 3}
 
 
-CONFIG = default_config(RAGGED, representative(Bucket(32, 1, 4096), 2), GPUS["h200"])
+CONFIG = default_config(DECODE_VARLEN, representative(Bucket(32, 1, 4096), 2), GPUS["h200"])
 
 
-def test_lengths_can_be_given() -> None:
-    """Also the lengths that a kernel is timed at, paged or not: the rest of the cache is poisoned."""
-    spec, shape = replace(RAGGED, page_size=16), Shape(3, 4, 2, 1, 64)
+def test_given_lengths_are_used() -> None:
+    """Such as the lengths of a timing, paged or not; the rest of the cache is NaN."""
+    spec, shape = replace(DECODE_VARLEN, page_size=16), Shape(3, 4, 2, 1, 64)
     inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=timed_lengths(spec, shape)[0])
     assert inputs.cache_seqlens is not None
     assert inputs.page_table is not None
@@ -108,8 +108,8 @@ def test_lengths_can_be_given() -> None:
     assert oracle(spec, inputs)["out"].isfinite().all()
 
 
-def test_gradients_of_queries_that_see_few_keys_may_be_rounding() -> None:
-    """At three queries of one key each, a correct tf32 kernel had 1.2 times the error that is allowed elsewhere."""
+def test_gradients_of_queries_with_few_keys_may_be_rounding_error() -> None:
+    """For three queries with one key each, a correct tf32 kernel had 1.2 times the error that is allowed elsewhere."""
     spec = KernelSpec("dqdr", 16, "fp16", group=2, causal=True)
     x = random_inputs_of(spec, Shape(1, 2, 1, 40, 40), seed=1, device="cpu")
     ordinary, causal = term_sizes(replace(spec, causal=False), x), term_sizes(spec, x)
@@ -117,12 +117,12 @@ def test_gradients_of_queries_that_see_few_keys_may_be_rounding() -> None:
     few = torch.arange(1, 41)[:, None] < FEW_KEYS
     for name in ("dq", "dr"):
         assert torch.allclose(getattr(causal, name), getattr(ordinary, name) * torch.where(few, 12.0, 1.0))
-    assert torch.equal(causal.dk, ordinary.dk)  # some of a key's queries see many
+    assert torch.equal(causal.dk, ordinary.dk)  # some queries of each key see many keys
     windowed = replace(spec, window=True)
     for shape, times in ((Shape(1, 2, 1, 40, 40, 1), 12 * 2**0.5), (Shape(1, 2, 1, 40, 40, FEW_KEYS), 1.0)):
         x = random_inputs_of(windowed, shape, seed=1, device="cpu")
         assert float(term_sizes(windowed, x).dk / ordinary.dk) == pytest.approx(times)
     packed = replace(windowed, varlen=True)
-    x = random_inputs_of(packed, Shape(2, 2, 1, 40, 40, 1), seed=4, device="cpu")  # and rows that no sequence has
+    x = random_inputs_of(packed, Shape(2, 2, 1, 40, 40, 1), seed=4, device="cpu")  # and padding rows
     assert x.cu_seqlens_q is not None
     assert len(term_sizes(packed, x).dq) == x.cu_seqlens_q[-1] - x.cu_seqlens_q[0] < len(x.q)

@@ -1,4 +1,4 @@
-"""The GPU table, its aliases, and the Gpu of a device that is not in the table."""
+"""The GPU table, its aliases, and GPUs that are not in the table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPORTED = {
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_every_card_is_recognised_from_what_its_driver_reports(name: str) -> None:
+def test_every_card_is_recognised_by_its_driver_properties(name: str) -> None:
     device_name, capability, sms, memory, shared = REPORTED[name]
     assert recognise(device_name, capability, sms, memory) is GPUS[name]
     assert recognise(device_name, capability, sms, memory, shared_per_block=shared, l2_bytes=1) is GPUS[name]
@@ -37,7 +37,7 @@ def test_every_card_is_recognised_from_what_its_driver_reports(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_every_card_answers_to_its_own_name_and_title(name: str) -> None:
+def test_every_card_is_found_by_name_and_title(name: str) -> None:
     gpu = GPUS[name]
     for spelling in (name, name.upper(), name.replace("-", " "), name.replace("-", "_"), gpu.title):
         assert gpu_by_name(spelling) is gpu
@@ -61,17 +61,17 @@ def test_marketing_names(spelling: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "h1000", "NVIDIA", "L40", "H100 80GB HBM3 MIG 1g.10gb", "RTX 4090 Laptop GPU"])
-def test_an_unknown_name_is_told_the_known_ones(name: str) -> None:
+def test_the_error_for_an_unknown_name_lists_known_names(name: str) -> None:
     with pytest.raises(UnknownGpuError, match=r"known are a100, .*h200"):
         gpu_by_name(name)
 
 
-def test_a_name_that_is_no_text() -> None:
+def test_a_name_that_is_not_a_string() -> None:
     with pytest.raises(ArgumentError, match="gpu: got None"):
         gpu_by_name(None)  # type: ignore[arg-type]
 
 
-def test_figures_that_kernels_lean_on() -> None:
+def test_limits_that_kernels_depend_on() -> None:
     h200 = GPUS["h200"]
     assert (h200.arch, h200.sms, h200.registers_per_sm, h200.max_registers_per_thread) == (90, 132, 65536, 255)
     assert (h200.shared_per_sm, h200.shared_per_block) == (228 * 1024, 227 * 1024)
@@ -86,11 +86,11 @@ def test_figures_that_kernels_lean_on() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
-def test_figures_are_of_the_right_size(gpu: Gpu) -> None:
-    """Catches a slipped unit or column: the FLOPs of a generation's tensor cores per SM and clock are known."""
+def test_rates_are_plausible(gpu: Gpu) -> None:
+    """Catches wrong units or columns: the FLOPs per SM and clock of each tensor core generation are known."""
     per_clock = {(8, 0): 2048, (8, 6): 512, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}[gpu.capability]
     if gpu.name == "rtx4090":
-        per_clock = 512  # a GeForce card, halved as the other two
+        per_clock = 512  # a GeForce card has half the rate, as the other two
     assert 1.2e9 < gpu.tensor_flops / gpu.sms / per_clock < 2.7e9
     assert 1.3e9 < gpu.fp32_flops / gpu.sms / (128 if gpu.arch == 80 else 256) < 2.7e9
     assert gpu.tf32_flops == pytest.approx(gpu.tensor_flops / 2, rel=0.02)
@@ -100,7 +100,7 @@ def test_figures_are_of_the_right_size(gpu: Gpu) -> None:
     assert hash(gpu) == hash(dataclasses.replace(gpu))
 
 
-def test_a_mig_slice_is_not_the_whole_card() -> None:
+def test_a_mig_slice_is_another_gpu_than_the_whole_card() -> None:
     gpu = recognise("NVIDIA H100 80GB HBM3", (9, 0), 16, 10 * GIB)
     assert gpu.name == "nvidia-h100-80gb-hbm3-16sm"
     assert gpu.estimated
@@ -114,24 +114,22 @@ def test_a_mig_slice_is_not_the_whole_card() -> None:
 @pytest.mark.parametrize(
     ("device_name", "capability", "sms", "memory"),
     [
-        ("NVIDIA L40", (8, 9), 142, 45 * GIB),  # an L40S's figures, half its tensor rate
+        ("NVIDIA L40", (8, 9), 142, 45 * GIB),  # like an L40S, with half its tensor rate
         ("NVIDIA H200 NVL", (9, 0), 132, 140 * GIB),
         ("NVIDIA H100 80GB HBM3", (9, 0), 132, 40 * GIB),
         ("NVIDIA H100 80GB HBM3", (9, 1), 132, 79 * GIB),
         ("NVIDIA GeForce RTX 4090", (8, 9), 128, 48 * GIB),
     ],
 )
-def test_a_card_that_only_resembles_one_is_its_own(
-    device_name: str, capability: tuple[int, int], sms: int, memory: int
-) -> None:
+def test_a_similar_card_gets_its_own_name(device_name: str, capability: tuple[int, int], sms: int, memory: int) -> None:
     gpu = recognise(device_name, capability, sms, memory)
     assert gpu.estimated
     assert gpu.name not in GPUS
     assert gpu.capability == capability
 
 
-# What torch.cuda.get_device_name says of cards that share a chip, or most of a name, with one of the table.
-RELATIVES = [
+# torch.cuda.get_device_name of cards that share a chip, or most of their name, with one in the table.
+SIMILAR_CARDS = [
     ("NVIDIA H100 NVL", (9, 0), 132, 95830 * MIB),
     ("NVIDIA H800", (9, 0), 132, 81079 * MIB),
     ("NVIDIA H20", (9, 0), 78, 97871 * MIB),
@@ -150,60 +148,60 @@ RELATIVES = [
     ("NVIDIA GB200", (10, 0), 152, 189471 * MIB),
     ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, 97249 * MIB),
     ("NVIDIA GB10", (12, 1), 48, 122502 * MIB),
-    # Slices, also one that is the whole card: the name says so.
+    # MIG slices, even the slice that is the whole card, have it in their name.
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", (9, 0), 16, 9984 * MIB),
     ("NVIDIA H100 80GB HBM3 MIG 1g.20gb", (9, 0), 16, 20096 * MIB),
     ("NVIDIA H100 80GB HBM3 MIG 7g.80gb", (9, 0), 132, 81090 * MIB),
     ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", (8, 0), 42, 19968 * MIB),
     ("NVIDIA H200 MIG 7g.141gb", (9, 0), 132, 143156 * MIB),
-    # With the name of the whole card: under MPS with a share of the threads, a process sees fewer multiprocessors.
+    # The whole card's name with fewer SMs: under MPS with a limited thread percentage.
     ("NVIDIA H100 80GB HBM3", (9, 0), 66, 81090 * MIB),
     ("NVIDIA A100-SXM4-80GB", (8, 0), 54, 81154 * MIB),
 ]
 
 
-def test_relatives_and_slices_have_names_of_their_own() -> None:
-    named = [recognise(*reported) for reported in RELATIVES]
-    for gpu, (device_name, capability, sms, memory) in zip(named, RELATIVES, strict=True):
+def test_similar_cards_and_slices_have_their_own_names() -> None:
+    named = [recognise(*reported) for reported in SIMILAR_CARDS]
+    for gpu, (device_name, capability, sms, memory) in zip(named, SIMILAR_CARDS, strict=True):
         assert gpu.estimated, device_name
         assert (gpu.capability, gpu.sms, gpu.memory_bytes) == (capability, sms, memory)
-        assert re.fullmatch(r"[a-z0-9-]+", gpu.name)  # it names a file, too
+        assert re.fullmatch(r"[a-z0-9-]+", gpu.name)  # it is also a file name
         assert 0.1e12 < gpu.bandwidth < 10e12
-    assert len({gpu.name for gpu in named} | set(GPUS)) == len(RELATIVES) + len(GPUS)
+    assert len({gpu.name for gpu in named} | set(GPUS)) == len(SIMILAR_CARDS) + len(GPUS)
 
 
 @pytest.mark.parametrize(
     ("device_name", "like", "name"),
     [
-        ("A100-SXM4-40GB", "a100-40gb", "a100-40gb"),  # older drivers leave the maker out
+        ("A100-SXM4-40GB", "a100-40gb", "a100-40gb"),  # older drivers omit "NVIDIA"
         ("NVIDIA A100-PCIE-40GB", "a100-40gb", "a100-40gb"),
         ("A100-SXM4-80GB", "a100", "a100"),
         ("NVIDIA H100 PCIe", "h100-pcie", "h100-pcie"),
         ("NVIDIA H100", "h100", "h100"),
         ("GeForce RTX 3090", "rtx3090", "rtx3090"),
-        ("NVIDIA H100 PCIe", "h100", "nvidia-h100-pcie-132sm"),  # says one thing and is another
+        ("NVIDIA H100 PCIe", "h100", "nvidia-h100-pcie-132sm"),  # the name contradicts the SM count
         ("NVIDIA A100-SXM4-80GB", "a100-40gb", "nvidia-a100-sxm4-80gb-108sm"),
     ],
 )
-def test_a_name_counts_with_what_the_device_says(device_name: str, like: str, name: str) -> None:
+def test_name_and_device_properties_decide_together(device_name: str, like: str, name: str) -> None:
     _, capability, sms, memory, shared = REPORTED[like]
     assert recognise(device_name, capability, sms, memory, shared_per_block=shared).name == name
 
 
-def test_an_unknown_card_has_its_architectures_limits() -> None:
+def test_an_unknown_card_has_the_limits_of_its_architecture() -> None:
     gpu = recognise("NVIDIA RTX A6000", (8, 6), 84, 47 * GIB)
     assert gpu.name == "nvidia-rtx-a6000-84sm"
     assert (gpu.max_warps_per_sm, gpu.max_blocks_per_sm, gpu.shared_per_block) == (48, 16, 99 * KIB)
     assert recognise("NVIDIA B300 SXM6 AC", (10, 3), 148, 268 * GIB).shared_per_block == 227 * KIB
 
 
-def test_an_unknown_architecture_has_the_least_of_all_limits() -> None:
+def test_an_unknown_architecture_has_the_lowest_of_all_limits() -> None:
     gpu = recognise("NVIDIA Next", (13, 0), 200, 300 * GIB)
     for field in ("max_warps_per_sm", "max_blocks_per_sm", "shared_per_sm", "shared_per_block"):
         assert getattr(gpu, field) == min(getattr(known, field) for known in GPUS.values())
 
 
-def test_what_the_device_says_goes_before_what_is_estimated() -> None:
+def test_device_properties_override_estimates() -> None:
     gpu = recognise(
         "NVIDIA Thor", (11, 0), 20, 122 * GIB, shared_per_block=227 * KIB, l2_bytes=32 * MIB, bandwidth=273e9
     )
@@ -239,12 +237,12 @@ def test_devices_that_cannot_run_kernels(device_name: str, capability: tuple[int
         ("bandwidth", "fast"),
     ],
 )
-def test_recognise_names_the_argument_it_cannot_use(argument: str, value: object) -> None:
+def test_recognise_names_the_invalid_argument(argument: str, value: object) -> None:
     arguments = {"device_name": "NVIDIA H100", "capability": (9, 0), "sms": 132, "memory_bytes": 80 * GIB}
     with pytest.raises(ArgumentError, match=f"^{argument}: got "):
         recognise(**{**arguments, argument: value})  # type: ignore[arg-type]
 
 
-def test_importing_it_imports_no_torch() -> None:
+def test_importing_hardware_imports_no_torch() -> None:
     code = "import sys, parallax_gen.problem.hardware; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import together
+from strategies import compatible_flags
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.old import spec_from
@@ -28,14 +28,14 @@ from parallax_gen.problem.work import work_of, work_of_lengths
 
 SIZE = st.integers(1, 2**30)
 GROUP = st.integers(1, 64)
-UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+NO_DEADLINE = settings(deadline=None)  # a busy machine must not fail the tests
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> KernelSpec:
     """Any valid spec."""
     op = draw(st.sampled_from(OPS))
-    flags = together(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
+    flags = compatible_flags(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
     head_dim = draw(st.sampled_from(range(8, LARGEST_HEAD_DIM + 1, 8)))
     dtype = draw(st.sampled_from([d for d in DTYPES if d != "tf32" or op != "preprocess"]))
     spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(GROUP), **flags)
@@ -52,15 +52,15 @@ def shapes(draw: st.DrawFn) -> Shape:
     return Shape(batch, kv_heads * group, kv_heads, seqlen_q, seqlen_kv, draw(st.just(0) | SIZE))
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(specs())
-def test_specs_survive_a_dict(spec: KernelSpec) -> None:
+def test_specs_round_trip_through_dicts(spec: KernelSpec) -> None:
     assert spec_from(spec.to_dict()) == spec
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(shapes())
-def test_shapes_and_buckets_survive_a_dict(shape: Shape) -> None:
+def test_shapes_and_buckets_round_trip_through_dicts(shape: Shape) -> None:
     assert Shape.from_dict(shape.to_dict()) == shape
     bucket = bucket_of(shape)
     assert Bucket.from_dict(bucket.to_dict()) == bucket
@@ -132,7 +132,7 @@ AN_EIGHT_BIT_CACHE = "'', but with ragged decode and dtype bf16 or fp16"
         ),
     ],
 )
-def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> None:
+def test_invalid_specs_are_explained(change: dict[str, object], message: str) -> None:
     good = {"op": "forward", "head_dim": 64, "dtype": "bf16"}
     with pytest.raises(ArgumentError) as caught:
         KernelSpec(**{**good, **change})  # type: ignore[arg-type]
@@ -140,8 +140,8 @@ def test_a_spec_says_what_it_allows(change: dict[str, object], message: str) -> 
 
 
 @pytest.mark.parametrize("name", sorted({*FLAGS, "page_size", "cache_dtype"}))
-def test_a_spec_of_decode_has_it_only_where_sequences_have_their_own_lengths(name: str) -> None:
-    """All other fields that the flag needs."""
+def test_flags_of_decode_varlen_are_refused_for_decode(name: str) -> None:
+    """With all other fields that the flag needs."""
     value = {"page_size": 16, "cache_dtype": "e4m3"}.get(name, True)
     needed = {"varlen": {"many_queries": True}, "causal": {"many_queries": True}}.get(name, {})
     needed |= {"causal": True} if name == "window" else {}
@@ -180,7 +180,7 @@ FIELDS = {
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
 }
 READ: dict[type, Callable[[Any], Any]] = {KernelSpec: spec_from, Shape: Shape.from_dict, Bucket: Bucket.from_dict}
-# What records hold that were written before there were windows and packed sequences.
+# Records older than windows and packed sequences.
 EARLIER = {
     KernelSpec: KernelSpec("forward", 128, "bf16", causal=True),
     Shape: Shape(4, 16, 16, 4096, 4096),
@@ -205,7 +205,7 @@ def test_dicts_with_other_fields(kind: type[KernelSpec] | type[Shape] | type[Buc
 
 
 @pytest.mark.parametrize("kind", [KernelSpec, Shape, Bucket])
-def test_dicts_from_before_windows_read_and_are_written_as_they_were(
+def test_dicts_older_than_windows_round_trip(
     kind: type[KernelSpec] | type[Shape] | type[Bucket],
 ) -> None:
     value = EARLIER[kind]
@@ -217,7 +217,7 @@ def test_dicts_from_before_windows_read_and_are_written_as_they_were(
     assert READ[kind](later.to_dict()) == later != value
 
 
-def test_dicts_from_before_decode_took_many_queries_read_and_are_written_as_they_were() -> None:
+def test_dicts_older_than_multi_token_decode_round_trip() -> None:
     written = {
         "op": "decode",
         "head_dim": 128,
@@ -248,14 +248,14 @@ def test_dicts_from_before_decode_took_many_queries_read_and_are_written_as_they
         ((1, 1, 1, 1, 1, False), "window: got False; allowed: an int of 0 or more"),
     ],
 )
-def test_a_shape_says_what_it_allows(sizes: tuple[int, ...], message: str) -> None:
+def test_invalid_shapes_are_explained(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         Shape(*sizes)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("size", [0, 3, -4, 2.0, None])
-def test_a_bucket_is_of_powers_of_two(size: object) -> None:
+def test_a_buckets_sizes_are_powers_of_two(size: object) -> None:
     with pytest.raises(ArgumentError, match="allowed: a power of two"):
         Bucket(kv_rows=1, seqlen_q=1, seqlen_kv=size)  # type: ignore[arg-type]
 
@@ -316,11 +316,11 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
         (Bucket(8, 2048, 4096, 1024), "8 kv rows, seqlen 2048x4096, window 1024"),
     ],
 )
-def test_what_people_read(value: object, text: str) -> None:
+def test_display_texts(value: object, text: str) -> None:
     assert str(value) == text
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(shapes())
 def test_a_bucket_is_within_sqrt_2_of_its_shapes(shape: Shape) -> None:
     bucket = bucket_of(shape)
@@ -334,7 +334,7 @@ def test_a_bucket_is_within_sqrt_2_of_its_shapes(shape: Shape) -> None:
         assert of_bucket**2 <= 2 * size**2
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(shapes(), GROUP)
 def test_a_buckets_representative_is_in_it(shape: Shape, group: int) -> None:
     bucket = bucket_of(shape)
@@ -343,9 +343,9 @@ def test_a_buckets_representative_is_in_it(shape: Shape, group: int) -> None:
     assert stands_for_it.group == group
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(shapes(), GROUP)
-def test_the_group_is_the_specs_and_not_the_buckets(shape: Shape, group: int) -> None:
+def test_buckets_do_not_depend_on_the_group(shape: Shape, group: int) -> None:
     assert bucket_of(Shape(**{**shape.to_dict(), "heads": shape.kv_heads * group})) == bucket_of(shape)
 
 
@@ -366,7 +366,7 @@ def test_buckets(shape: Shape, bucket: Bucket) -> None:
     assert bucket_of(shape) == bucket
 
 
-def test_sequences_of_their_own_lengths_are_timed_at_different_ones() -> None:
+def test_decode_varlen_is_timed_with_different_lengths() -> None:
     ragged, sizes = KernelSpec("decode_varlen", 128, "bf16"), Shape(6, 8, 8, 1, 4096)
     spread, skewed = timed_lengths(ragged, sizes)
     assert spread == (4096, 2048, 1024, 512, 256, 128)
@@ -380,7 +380,7 @@ def test_sequences_of_their_own_lengths_are_timed_at_different_ones() -> None:
         assert timed_shape(spec, shape) == shape
 
 
-def test_the_work_of_lengths_is_that_of_the_keys_that_are_there() -> None:
+def test_work_with_lengths_counts_existing_keys() -> None:
     ragged, sizes = KernelSpec("decode_varlen", 128, "bf16", 4), Shape(3, 32, 8, 1, 4096)
     work = work_of_lengths(ragged, sizes, (4096, 128, 128))
     assert work.flops == 2 * 4 * 32 * 128 * (4096 + 128 + 128)
@@ -398,9 +398,9 @@ def test_batches_of_lengths_by_name() -> None:
 
 
 @given(batch=st.integers(1, 200), seqlen_kv=SIZE)
-@UNHURRIED
-def test_the_first_batch_of_lengths_is_nowhere_shorter(batch: int, seqlen_kv: int) -> None:
-    """Caches hold NaN after the first batch, so no other batch may read beyond its lengths."""
+@NO_DEADLINE
+def test_no_batch_has_longer_lengths_than_the_first(batch: int, seqlen_kv: int) -> None:
+    """Caches hold NaN past the lengths of the first batch, so no other batch may read further."""
     first, *others = timed_lengths(KernelSpec("decode_varlen", 128, "bf16"), Shape(batch, 1, 1, 1, seqlen_kv))
     for lengths in (first, *others):
         assert len(lengths) == batch

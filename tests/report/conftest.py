@@ -1,5 +1,5 @@
-"""Every test here has a database and a folder of shipped records of its own, and no GPU."""
+"""Each test here has an empty database, an empty folder of shipped records, and no GPU."""
 
-from own_database import no_gpu, no_kernels_checked, shipped_folder, store
+from database_fixtures import empty_cache_folder, no_gpu, shipped_folder, store
 
-__all__ = ["no_gpu", "no_kernels_checked", "shipped_folder", "store"]
+__all__ = ["empty_cache_folder", "no_gpu", "shipped_folder", "store"]

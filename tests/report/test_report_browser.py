@@ -1,4 +1,4 @@
-"""The report's page in a real browser, from disk: Chromium without a window. Skipped where there is none."""
+"""The report's page in headless Chromium, loaded from disk. Skipped if no Chromium is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_samples import SPEC, config, known
+from cli_samples import SPEC, config, make_record
 from report_samples import write_page
 
 from parallax_gen.codegen.render import render
@@ -23,7 +23,7 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
-# Figures that must be there, and what shows that they are not empty.
+# Figures that must exist, and selectors of their content.
 FIGURES = {
     "#tuned .tile": ".bar rect",
     "#tuned .matrix": ".cell",
@@ -48,13 +48,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def report(store: Store, tmp_path: Path) -> Path:
-    store.save(known(150.0))
+    store.save(make_record(150.0))
     return write_page(store, tmp_path)
 
 
 @pytest.fixture
 def page(browser: Any, report: Path) -> Iterator[Any]:
-    """The page at a laptop's size. Whatever it asks for beside itself, says or raises fails the test."""
+    """The page at a laptop's size. Any other request, console message or error of the page fails the test."""
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.on("console", lambda message: complaints.append(message.text))
@@ -80,7 +80,7 @@ def choose(page: Any, name: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_figure_is_there_in_both_schemes(page: Any, scheme: str) -> None:
+def test_every_figure_exists_in_both_colour_schemes(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     assert background(page) == PAPER[scheme]
     page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
@@ -95,8 +95,8 @@ def test_every_figure_is_there_in_both_schemes(page: Any, scheme: str) -> None:
             assert figure.query_selector(content), figures
 
 
-def test_text_can_be_read_in_both_schemes(page: Any) -> None:
-    """A contrast of 4.5, as WCAG 2 asks, between text and what is behind it, in every class of cell."""
+def test_text_has_enough_contrast_in_both_colour_schemes(page: Any) -> None:
+    """A contrast of 4.5 between text and background (WCAG 2) in every class of cell."""
     ratio = """(element) => {
         const light = (color) => {
             const [r, g, b] = color.match(/[\\d.]+/g).map((part) => part / 255)
@@ -132,7 +132,7 @@ def test_filters_change_what_is_shown(page: Any) -> None:
     h100 = shown()
     assert all(0 < h100[s] < everything[s] for s in everything)
     assert page.locator("#tuned h4:visible").all_inner_texts() == ["h100"] * visible(page, "#tuned .op")
-    assert page.locator("#studies .nothing").is_visible()  # it has no trials
+    assert page.locator("#studies .nothing").is_visible()  # this card has no trials
     choose(page, "gpu", "")
     choose(page, "op", "dkdv")
     assert page.locator("#tuned h3:visible").count() == 1
@@ -147,7 +147,7 @@ def test_filters_change_what_is_shown(page: Any) -> None:
     assert shown() == everything
 
 
-def test_the_theme_is_the_systems_until_one_is_chosen(page: Any) -> None:
+def test_the_default_theme_is_the_systems(page: Any) -> None:
     page.emulate_media(color_scheme="dark")
     button = page.locator("#theme")
     assert button.inner_text() == "Theme: system"
@@ -157,10 +157,10 @@ def test_the_theme_is_the_systems_until_one_is_chosen(page: Any) -> None:
         assert background(page) == PAPER[paper]
     button.click()
     page.reload()
-    assert background(page) == PAPER["light"]  # kept
+    assert background(page) == PAPER["light"]  # the chosen theme persists
 
 
-def test_a_cell_leads_to_its_kernel_and_source(page: Any) -> None:
+def test_a_cell_links_to_its_kernel_and_source(page: Any) -> None:
     cell = page.locator("#tuned a.cell[data-tip*='150.0 µs']")
     cell.hover()
     assert "N32 H8 S2 last w1 s4" in page.locator("#tip").inner_text()

@@ -1,4 +1,4 @@
-"""What the report makes of records and bench files: studies, how buckets stand, reasons, times over ours."""
+"""The report's data: studies, the standing of buckets, failure reasons, times relative to ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, known, known_dkdv
+from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, dkdv_record, make_record
 
 from parallax_gen.bench import rows as rows_module
 from parallax_gen.bench.results_csv import ResultsCsv
@@ -43,9 +43,11 @@ def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Row, ..
 
 def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: Store) -> None:
     for time_us, splits in ((240.0, 3), (250.0, 1), (230.0, 2)):
-        store.save(known(time_us, splits=splits))
-    store.save(known(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00"))  # timed again: it keeps its place
-    write_shipped([known(260.0, splits=4)], "h200")
+        store.save(make_record(time_us, splits=splits))
+    store.save(
+        make_record(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00")
+    )  # timed again: it keeps its position
+    write_shipped([make_record(260.0, splits=4)], "h200")
     (study,) = report(store).shown
     assert [trial.time_us for trial in study.trials] == [235.0, 250.0, 230.0]
     assert [result.time_us for result in study.results] == [230.0, 235.0, 250.0, 260.0]
@@ -57,32 +59,32 @@ def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: 
 
 def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), gpu_by_name("h200"))
-    store.save(known(100.0))
-    store.save(known(125.0, config=default))
-    store.save(known(100.0, place=OTHER_BUCKET))
-    store.save(known(100.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL))
-    store.save(known(125.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL, config=default))
+    store.save(make_record(100.0))
+    store.save(make_record(125.0, config=default))
+    store.save(make_record(100.0, place=OTHER_BUCKET))
+    store.save(make_record(100.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(125.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL, config=default))
     found = report(store)
     gains = {study.place: study.gain for study in found.shown}
     assert gains == {PLACE: 1.25, OTHER_BUCKET: None, OTHER_GPU: None}
-    told = {tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(found, Memory(store))["studies"]}
-    assert told[tuple(PLACE.flat().values())] == (125.0, 1.25)
+    gains = {tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(found, Memory(store))["studies"]}
+    assert gains[tuple(PLACE.flat().values())] == (125.0, 1.25)
 
 
-def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store) -> None:
-    store.save(known(100.0, evidence_changes=OTHER_TOOLCHAIN))
-    store.save(known(90.0, evidence_changes={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
+def test_another_toolchains_study_is_shown_if_this_one_has_none(store: Store) -> None:
+    store.save(make_record(100.0, evidence_changes=OTHER_TOOLCHAIN))
+    store.save(make_record(90.0, evidence_changes={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
     found = report(store)
-    told = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
-    assert [(s.state, s.differences) for s in found.shown] == [("elsewhere", told)]
+    differences = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
+    assert [(s.state, s.differences) for s in found.shown] == [("elsewhere", differences)]
     assert found.left_out == 1
     both = report(store, every=True)
     assert len(both.shown) == 2
     assert both.by_place[PLACE] == found.shown[0]
-    store.save(known(None, "wrong"))
+    store.save(make_record(None, "wrong"))
     assert sorted(s.state for s in report(store).shown) == ["elsewhere", "failed"]
     assert report(store).by_place[PLACE].state == "elsewhere"  # type: ignore[union-attr]
-    store.save(known(200.0, splits=1))
+    store.save(make_record(200.0, splits=1))
     found = report(store)
     assert [s.state for s in found.shown] == ["measured"]
     assert found.left_out == 2
@@ -90,30 +92,30 @@ def test_another_toolchain_shows_where_there_is_nothing_of_this_one(store: Store
     assert report(store, every=True).by_place[PLACE].state == "measured"  # type: ignore[union-attr]
 
 
-def test_another_kernel_is_another_study(store: Store) -> None:
-    store.save(known(100.0, evidence_changes=OTHER_KERNEL))
-    store.save(known(90.0, splits=3, evidence_changes=OTHER_KERNEL))
+def test_a_changed_kernel_is_another_study(store: Store) -> None:
+    store.save(make_record(100.0, evidence_changes=OTHER_KERNEL))
+    store.save(make_record(90.0, splits=3, evidence_changes=OTHER_KERNEL))
     (study,) = report(store).shown
     assert (study.state, study.differences) == ("elsewhere", ("another kernel than today's",))
     assert [trial.time_us for trial in study.trials] == [100.0, 90.0]
-    store.save(known(240.0))
+    store.save(make_record(240.0))
     found = report(store)
     assert [(s.state, s.differences) for s in found.shown] == [("measured", ())]
     assert found.left_out == 1
 
 
-def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
-    store.save(known(90.0, "predicted"))
-    store.save(known(None, "compile", place=OTHER_BUCKET))
-    store.save(known(240.0, place=OTHER_GPU))
+def test_every_usual_bucket_has_a_standing(store: Store) -> None:
+    store.save(make_record(90.0, "predicted"))
+    store.save(make_record(None, "compile", place=OTHER_BUCKET))
+    store.save(make_record(240.0, place=OTHER_GPU))
     found = report(store)
     assert found.gpus == ("h100", "h200")
     states = {place: study and study.state for place, study in found.by_place.items()}
     assert states[PLACE] == "predicted"
     assert states[OTHER_BUCKET] == "failed"
     assert states[OTHER_GPU] == "measured"
-    assert states[dataclasses.replace(OTHER_BUCKET, gpu="h100")] is None  # tried on the other card
-    assert {place.spec.op for place in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ones
+    assert states[dataclasses.replace(OTHER_BUCKET, gpu="h100")] is None  # tuned on the other card only
+    assert {place.spec.op for place in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ops
     counts, fraction = found.summary()["decode"]["h100"]
     assert counts["measured"] == 1
     assert counts.total() == sum((place.gpu, place.spec.op) == ("h100", "decode") for place in states)
@@ -123,7 +125,7 @@ def test_every_bucket_that_could_be_tuned_has_a_standing(store: Store) -> None:
     assert {place.gpu for place in only.by_place} == {"h200"}
 
 
-def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_error(store: Store) -> None:
+def test_a_gpu_without_records_is_untuned_and_an_unknown_one_an_error(store: Store) -> None:
     found = report(store, "b200")
     assert found.by_place
     assert not any(found.by_place.values())
@@ -131,8 +133,8 @@ def test_a_gpu_that_nothing_is_known_of_is_all_untuned_and_an_unknown_one_an_err
         report(store, "b300")
 
 
-def test_a_card_without_a_table_has_times_but_no_bound(store: Store) -> None:
-    store.save(known(240.0, place=dataclasses.replace(PLACE, gpu="nvidia-rtx-a6000-84sm")))
+def test_a_card_outside_the_table_has_times_but_no_roofline(store: Store) -> None:
+    store.save(make_record(240.0, place=dataclasses.replace(PLACE, gpu="nvidia-rtx-a6000-84sm")))
     (study,) = report(store).shown
     assert study.fraction_of_bound is None
     assert study.rate == pytest.approx(4477, rel=0.01)
@@ -145,16 +147,16 @@ def test_a_card_without_a_table_has_times_but_no_bound(store: Store) -> None:
 # reasons
 
 
-def test_reasons_that_differ_in_numbers_are_one() -> None:
+def test_reasons_that_differ_only_in_numbers_are_merged() -> None:
     failed = [
-        known(None, "resources", splits=1, detail="spills 900 bytes a thread, over 512"),
-        known(None, "resources", splits=2, detail="spills 1024 bytes a thread, over 512"),
-        known(None, "resources", splits=3, detail="needs 9 bytes of shared memory"),
-        known(None, "wrong", splits=4, detail="row 7 is NaN"),
-        known(900.0, "slow", splits=6),
-        known(None, "crash", splits=8),
-        known(100.0),
-        known(100.0, "predicted"),
+        make_record(None, "resources", splits=1, detail="spills 900 bytes a thread, over 512"),
+        make_record(None, "resources", splits=2, detail="spills 1024 bytes a thread, over 512"),
+        make_record(None, "resources", splits=3, detail="needs 9 bytes of shared memory"),
+        make_record(None, "wrong", splits=4, detail="row 7 is NaN"),
+        make_record(900.0, "slow", splits=6),
+        make_record(None, "crash", splits=8),
+        make_record(100.0),
+        make_record(100.0, "predicted"),
     ]
     assert [(r.outcome, r.count, r.text) for r in reasons(failed)] == [
         ("slow", 1, "far slower than the best by then"),
@@ -169,30 +171,30 @@ def test_reasons_that_differ_in_numbers_are_one() -> None:
 # figures
 
 
-def test_a_scale_is_logarithmic_and_ends_where_it_ends() -> None:
+def test_a_scale_is_logarithmic_between_its_ends() -> None:
     scale = Scale(1.0, 100.0, 50.0, 250.0)
     assert [scale(value) for value in (1.0, 10.0, 100.0, 1000.0, 0.1)] == [50.0, 150.0, 250.0, 250.0, 50.0]
     assert scale.ticks((0.5, 1, 10, 200)) == [(50.0, "1"), (150.0, "10")]
 
 
-def test_a_roofline_has_a_point_a_measured_study_under_its_roof(store: Store) -> None:
-    store.save(known(240.0))
-    store.save(known_dkdv(900.0))
-    store.save(known(None, "wrong", place=OTHER_BUCKET))
+def test_a_roofline_has_a_point_per_measured_study(store: Store) -> None:
+    store.save(make_record(240.0))
+    store.save(dkdv_record(900.0))
+    store.save(make_record(None, "wrong", place=OTHER_BUCKET))
     (chart,) = rooflines(report(store).shown)
     assert [point.op for point in chart.points] == ["decode", "dkdv"]
     decode = chart.points[0]
     intensity = 8 * 4 * 256 * 8192 * 128 / ((2 * 256 * 8192 + 3 * 1024) * 128 * 2)  # FLOP a byte
     assert decode.x == chart.x(intensity)
-    assert decode.y > chart.y(4.8 * intensity)  # pixels count downwards: below the bandwidth's slope
+    assert decode.y > chart.y(4.8 * intensity)  # y grows downwards: the point is below the bandwidth roof
     assert chart.roofs[0].flat == "989.4 TFLOP/s, bf16"
     assert "240.0 µs" in decode.tip
 
 
-def test_a_history_shows_every_trial_and_the_best_by_then(store: Store) -> None:
+def test_a_history_shows_every_trial_and_the_best_so_far(store: Store) -> None:
     for splits, time_us, outcome in ((1, 300.0, "ok"), (2, 400.0, "ok"), (3, 900.0, "slow"), (4, 200.0, "ok")):
-        store.save(known(time_us, outcome, splits=splits))
-    store.save(known(None, "wrong", splits=6))
+        store.save(make_record(time_us, outcome, splits=splits))
+    store.save(make_record(None, "wrong", splits=6))
     (study,) = report(store).shown
     drawn = history(study)
     assert drawn is not None
@@ -205,21 +207,21 @@ def test_a_history_shows_every_trial_and_the_best_by_then(store: Store) -> None:
     assert drawn.better[1].y == drawn.y(1.0)
 
 
-def test_what_ships_has_no_history(store: Store) -> None:
-    write_shipped([known(250.0)], "h200")
+def test_shipped_records_have_no_history(store: Store) -> None:
+    write_shipped([make_record(250.0)], "h200")
     (study,) = report(store).shown
     assert study.known_as == "shipped"
     assert history(study) is None
 
 
-def test_costs_are_over_the_best_of_their_own_bucket(store: Store) -> None:
+def test_costs_are_relative_to_the_best_of_their_bucket(store: Store) -> None:
     for splits, time_us in ((1, 200.0), (2, 300.0)):
-        store.save(known(time_us, splits=splits))
-        store.save(known(10 * time_us, splits=splits, place=OTHER_BUCKET))
-    store.save(known(90.0, "predicted", splits=3))
+        store.save(make_record(time_us, splits=splits))
+        store.save(make_record(10 * time_us, splits=splits, place=OTHER_BUCKET))
+    store.save(make_record(90.0, "predicted", splits=3))
     (kernel,) = report(store).kernels
     assert sorted(cost for _, cost in kernel.costs) == [1.0, 1.0, 1.5, 1.5]
-    assert kernel.importances == {}  # of four trials nothing can be told
+    assert kernel.importances == {}  # four trials are too few
 
 
 # bench files
@@ -247,7 +249,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_bench_file_needs_few_columns_and_may_have_more(tmp_path: Path) -> None:
+def test_optional_and_extra_columns_of_a_bench_file(tmp_path: Path) -> None:
     peer = ROW | {"contender": "other", "time_us": 15.0, "gpu": "NVIDIA H200", "p80_us": 16, "error": 0.002}
     absent = ROW | {"contender": "absent", "time_us": "", "note": "not installed"}
     ours, other, nobody = read_rows(write(tmp_path / "a.csv", ROW, peer, absent))
@@ -256,8 +258,8 @@ def test_a_bench_file_needs_few_columns_and_may_have_more(tmp_path: Path) -> Non
     assert (nobody.time_us, nobody.error, nobody.note) == (None, None, "not installed")
 
 
-def test_what_bench_writes_is_read(tmp_path: Path) -> None:
-    """Rows of both kinds, through bench's own writers: a training step has a window, and is the forward's by spec."""
+def test_files_of_bench_are_read(tmp_path: Path) -> None:
+    """Rows of decode and of a training step (with a window, and the forward's spec), written by bench."""
     step = KernelSpec("forward", 96, "bf16", 2, causal=True, stats=True, window=True)
     paged = KernelSpec("decode_varlen", 128, "fp16", 4, page_size=16, cache_dtype="e4m3")
     how = Conditions("h200", "NVIDIA H200 SXM", "0.1", "2.11", "3.6", "13.0", FULL_EFFORT, "parallax-gen bench")
@@ -280,7 +282,7 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", r"a\.csv, line 1: got no columns; allowed: a CSV file of parallax-gen bench, with op, part, .*seqlen_kv$"),
         ("op,part\ndecode,decode\n", r"line 1: got the columns op, part; allowed: .* with contender, head_dim"),
@@ -291,17 +293,17 @@ def test_what_bench_writes_is_read(tmp_path: Path) -> None:
         ('{"rows": [{"spec": {}, "shape": {}}]}', r"a\.csv, row 1: got an object without op, part"),
     ],
 )
-def test_what_is_no_bench_file_is_an_error_that_names_it(tmp_path: Path, text: str, told: str) -> None:
+def test_an_invalid_bench_file_is_an_error_that_names_it(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(ParallaxGenError, match=told):
+    with pytest.raises(ParallaxGenError, match=message):
         read_rows(tmp_path / "a.csv")
 
 
-BASE = {"causal": False, "lengths": ""}  # columns that a file may lack
+BASE = {"causal": False, "lengths": ""}  # optional columns
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number from 0.001 to 1e\\+12, or nothing"),
         ({"time_us": -1}, "line 3: time_us: got '-1'; allowed"),
@@ -319,10 +321,10 @@ BASE = {"causal": False, "lengths": ""}  # columns that a file may lack
         ({"causal": "maybe"}, "line 3: causal: got 'maybe'; allowed: True or False"),
     ],
 )
-def test_a_wrong_cell_is_an_error_that_names_its_line_and_column(
-    tmp_path: Path, change: dict[str, Any], told: str
+def test_an_invalid_cell_is_an_error_with_its_line_and_column(
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ParallaxGenError, match=rf"a\.csv, {told}"):
+    with pytest.raises(ParallaxGenError, match=rf"a\.csv, {message}"):
         read_rows(write(tmp_path / "a.csv", BASE | ROW, BASE | ROW | change))
 
 
@@ -341,10 +343,14 @@ def timing(baseline: str, time_us: float | None, file: str = "a.csv", gpu: str =
     return Row(baseline=baseline, time_us=time_us, origin=Origin(file, gpu), **(values | fields))
 
 
-ONE, TWO, LONG = Shape(1, 32, 8, 1, 1024), Shape(2, 16, 4, 1, 1024), Shape(1, 32, 8, 1, 4096)  # two of one size
+ONE, TWO, LONG = (
+    Shape(1, 32, 8, 1, 1024),
+    Shape(2, 16, 4, 1, 1024),
+    Shape(1, 32, 8, 1, 4096),
+)  # the first two have the same size
 
 
-def test_baselines_are_compared_within_a_file_and_the_least_is_shown() -> None:
+def test_baselines_are_compared_within_a_file_and_the_lowest_ratio_is_shown() -> None:
     ratios = times_ours(
         [
             *(timing("parallax_gen", 10.0, shape=shape) for shape in (ONE, TWO, LONG)),
@@ -353,7 +359,7 @@ def test_baselines_are_compared_within_a_file_and_the_least_is_shown() -> None:
             timing("other", 15.0, shape=TWO),
             timing("other", 60.0, "b.csv"),
             timing("other", None, shape=LONG, note="not supported: long"),
-            timing("other", 99.0, "c.csv"),  # nothing of ours beside it
+            timing("other", 99.0, "c.csv"),  # without a time of ours
         ]
     )
     assert [ratio for _, ratio in ratios] == [2.0, 1.5, 3.0, None, None]
@@ -367,7 +373,7 @@ def test_baselines_are_compared_within_a_file_and_the_least_is_shown() -> None:
     assert (mean, least, count) == (pytest.approx(9 ** (1 / 3)), 1.5, 3)
 
 
-def test_baselines_are_compared_at_the_same_lengths_which_the_cell_tells() -> None:
+def test_baselines_are_compared_at_the_same_lengths() -> None:
     two = Shape(2, 32, 8, 1, 1024)
     ratios = times_ours(
         [
@@ -381,7 +387,7 @@ def test_baselines_are_compared_at_the_same_lengths_which_the_cell_tells() -> No
     assert "seqlen 1x1024, lengths 1024,32: 16.00 µs, 8.000 ours" in matrix.rows[0][1][0].tip  # type: ignore[union-attr]
 
 
-def test_what_was_taken_under_other_conditions_is_not_compared_and_the_last_counts(tmp_path: Path) -> None:
+def test_only_rows_of_equal_conditions_are_compared_and_the_last_counts(tmp_path: Path) -> None:
     rows = [
         ROW | {"torch": "2.11", "command": "parallax-gen bench"},
         ROW | {"torch": "2.11", "contender": "other", "time_us": 99.0},
@@ -397,13 +403,13 @@ def test_what_was_taken_under_other_conditions_is_not_compared_and_the_last_coun
 @pytest.mark.parametrize(
     ("ratio", "kind"), [(0.5, 0), (0.9, 1), (0.96, 2), (1.04, 2), (1.1, 3), (1.3, 4), (1.6, 5), (3.0, 6), (30.0, 7)]
 )
-def test_colours_are_grey_where_both_are_as_fast(ratio: float, kind: int) -> None:
+def test_colours_are_grey_for_equal_times(ratio: float, kind: int) -> None:
     ratios = times_ours([timing("parallax_gen", 10.0), timing("other", 10.0 * ratio)])
     ((matrix,),) = speed_ups(ratios)["h200", "decode"].values()
     assert matrix.rows[0][1][0].kind == f"ratio{kind}"  # type: ignore[union-attr]
 
 
-def test_a_training_steps_parts_are_of_the_kernels_that_do_them(store: Store) -> None:
+def test_parts_of_a_training_step_link_to_their_kernels(store: Store) -> None:
     spec = KernelSpec("forward", 128, "bf16", causal=True, stats=True)
     shape = Shape(4, 16, 16, 4096, 4096)
     fields = {"op": "training", "spec": spec, "shape": shape}
@@ -415,8 +421,8 @@ def test_a_training_steps_parts_are_of_the_kernels_that_do_them(store: Store) ->
     assert found["step", "fla"][0].ops == ("forward", "preprocess", "dkdv", "dqdr")
 
 
-def test_timings_of_other_cards_are_left_out_when_a_card_is_asked_for(store: Store) -> None:
-    write_shipped([known_dkdv(900.0)], "h200")
+def test_timings_of_other_cards_are_omitted_for_a_given_card(store: Store) -> None:
+    write_shipped([dkdv_record(900.0)], "h200")
     timings = tuple(timing("other", 10.0, gpu=gpu) for gpu in ("h200", "h100", ""))
     assert [t.origin.gpu for t, _ in report(store, "h200", timings=timings).ratios] == ["", "h200"]
     assert [t.origin.gpu for t, _ in report(store, timings=timings).ratios] == ["", "h100", "h200"]

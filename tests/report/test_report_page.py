@@ -1,4 +1,4 @@
-"""`report`: the page as a parser sees it, and what the command says."""
+"""`report`: the parsed page, and the command's output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from cli_samples import OTHER_TOOLCHAIN, PLACE, SPEC, config, known, run, run_json
+from cli_samples import OTHER_TOOLCHAIN, PLACE, SPEC, config, make_record, run, run_json
 from report_samples import HOSTILE, fill, write_bench, write_page
 
 from parallax_gen.codegen.render import render
@@ -22,7 +22,7 @@ VOID = {"meta", "link", "input", "br", "img", "path", "rect", "circle"}
 
 
 class Page(HTMLParser):
-    """Every element with its attributes, and the text of each section; what is opened must be closed."""
+    """Parses a page into its elements with attributes and the text of each section; checks that tags are closed."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -72,8 +72,8 @@ def test_every_section_has_its_figures(page: Page) -> None:
     assert page.of_class("empty") == []
     for state in ("untuned", "predicted", "failed", "elsewhere"):
         assert page.of_class(state), state
-    assert len(page.of_class("roofline")) == 2  # a card each; that of a name in no table has no peaks
-    assert len(page.of_class("history")) == 5  # of those with a time, on every card
+    assert len(page.of_class("roofline")) == 2  # one per card; a card outside the table has no peaks
+    assert len(page.of_class("history")) == 5  # one per study with a time, on every card
     assert "num_warps" in page.texts["knobs"]
     assert "1.48" in page.texts["speed"]
     for outcome in ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid"):
@@ -81,16 +81,16 @@ def test_every_section_has_its_figures(page: Page) -> None:
     assert "no reason was recorded" in page.texts["failures"]
 
 
-def test_links_lead_to_what_is_there(page: Page) -> None:
+def test_links_have_targets(page: Page) -> None:
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     links = {a["href"].removeprefix("#") for a in page.all("a")}
     assert links - set(ids) == set()
-    assert len([a for a in page.of_class("cell") if "href" in a]) == 7  # a study each
+    assert len([a for a in page.of_class("cell") if "href" in a]) == 7  # one per study
 
 
-def test_what_records_and_files_say_stays_text(page: Page) -> None:
-    """No element, no attribute, no script comes of it; the policy would let no script run but the page's own."""
+def test_text_from_records_and_files_is_escaped(page: Page) -> None:
+    """It creates no element, attribute or script, and the page's policy allows only its own script."""
     assert len(page.all("script")) == 2
     assert page.all("img") == []
     assert not [name for _, a in page.elements for name in a if name.startswith("on") or name == "style"]
@@ -99,16 +99,16 @@ def test_what_records_and_files_say_stays_text(page: Page) -> None:
     assert any(HOSTILE in a.get("data-tip", "") for _, a in page.elements)
 
 
-def test_the_page_loads_nothing(page: Page, tmp_path: Path) -> None:
+def test_the_page_loads_no_other_resource(page: Page, tmp_path: Path) -> None:
     addresses = [a[n] for _, a in page.elements for n in ("src", "href", "action", "data", "poster") if n in a]
-    assert {address[0] for address in addresses} == {"#", "d"}  # within the page, and the icon that is none
+    assert {address[0] for address in addresses} == {"#", "d"}  # anchors within the page, and the empty icon
     assert [a["href"] for a in page.all("link")] == ["data:,"]
     policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", text)
-    assert str(tmp_path) not in text  # nor does it tell where it was made
+    assert str(tmp_path) not in text  # the page does not contain local paths
 
 
 def test_the_same_input_gives_the_same_bytes(store: Store, tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_the_same_input_gives_the_same_bytes(store: Store, tmp_path: Path) -> No
     assert (tmp_path / "again.html").read_bytes() == first
 
 
-def test_a_kernels_source_is_what_render_gives(store: Store, tmp_path: Path) -> None:
-    store.save(known(240.0))
+def test_a_kernels_source_is_the_output_of_render(store: Store, tmp_path: Path) -> None:
+    store.save(make_record(240.0))
     run("report", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     packed = re.search(r'id="sources">([^<]+)<', page)
@@ -129,7 +129,7 @@ def test_a_kernels_source_is_what_render_gives(store: Store, tmp_path: Path) -> 
     assert set(kinds) == {"", "c", "s", "k", "n", "d", "f"}
 
 
-def test_a_page_of_nothing_says_what_to_do(tmp_path: Path) -> None:
+def test_an_empty_page_says_what_to_do(tmp_path: Path) -> None:
     result = run("report", "--out", tmp_path / "report.html")
     assert result.stdout.startswith(f"{tmp_path / 'report.html'}: 0 measured buckets on no GPU, ")
     page = Page(tmp_path / "report.html")
@@ -138,10 +138,10 @@ def test_a_page_of_nothing_says_what_to_do(tmp_path: Path) -> None:
     assert page.all("figure") == []
 
 
-def test_a_page_of_what_ships_says_where_trials_would_be(store: Store, tmp_path: Path) -> None:
+def test_a_page_of_shipped_records_explains_the_empty_sections(store: Store, tmp_path: Path) -> None:
     from parallax_gen.memory.shipped import write_shipped
 
-    write_shipped([known(250.0)], "h200")
+    write_shipped([make_record(250.0)], "h200")
     run("report", "--out", tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert len(page.of_class("empty")) == 4  # speed-ups, studies, knobs, failures
@@ -149,9 +149,9 @@ def test_a_page_of_what_ships_says_where_trials_would_be(store: Store, tmp_path:
     assert "shipped" in page.texts["kernels"]
 
 
-def test_what_is_left_out_is_said(store: Store, tmp_path: Path) -> None:
-    store.save(known(240.0))
-    store.save(known(230.0, evidence_changes=OTHER_TOOLCHAIN))
+def test_omitted_entries_are_mentioned(store: Store, tmp_path: Path) -> None:
+    store.save(make_record(240.0))
+    store.save(make_record(230.0, evidence_changes=OTHER_TOOLCHAIN))
     result = run("report", "--out", tmp_path / "report.html")
     assert "left out: 1 studies of other toolchains and kernels; --all-environments shows them" in result.stdout
     assert "elsewhere" not in Page(tmp_path / "report.html").texts["kernels"]
@@ -161,7 +161,7 @@ def test_what_is_left_out_is_said(store: Store, tmp_path: Path) -> None:
     assert any("triton 3.5 (here " in a.get("data-tip", "") for _, a in page.elements)
 
 
-def test_json_has_what_the_figures_show(store: Store, tmp_path: Path) -> None:
+def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
     fill(store)
     write_bench(tmp_path / "bench.csv")
     found = run_json("report", "--bench", tmp_path / "bench.csv", "--gpu", "h200")
@@ -185,7 +185,7 @@ def test_json_has_what_the_figures_show(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--gpu", "b300"), "error: unknown GPU 'b300'"),
         (("--bench", "empty.csv"), "empty.csv, line 1: got no columns"),
@@ -193,12 +193,12 @@ def test_json_has_what_the_figures_show(store: Store, tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_line(
-    arguments: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.csv").write_text("\r\n", encoding="utf-8")
     result = run("report", *arguments)
     assert result.exit_code == 1
-    assert told in result.stderr
+    assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not Path("report.html").exists()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """q, r, k, v, and of packed sequences the positional arguments behind them."""
+    """q, r, k, v and, for packed sequences, the positional arguments after them."""
 
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
     lengths: tuple[Tensor, Tensor, int, int] | tuple[()] = ()
@@ -23,7 +23,7 @@ def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def inputs_of(
     rows: tuple[int, ...], keys: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Leaves that need gradients: 4 query heads and 2 kv heads of width 16."""
+    """Leaves that require gradients: 4 query heads and 2 kv heads of head_dim 16."""
     q, r = normal(*rows, 4, 16, dtype=dtype), normal(*rows, 5, 16, dtype=dtype)[..., 1:, :].contiguous() / 4
     k, v = normal(*keys, 2, 16, dtype=dtype), normal(*keys, 3, 16, dtype=dtype)[..., 1:, :].contiguous()
     q, r, k, v = (x.requires_grad_() for x in (q, r, k, v))
@@ -31,19 +31,19 @@ def inputs_of(
 
 
 def dense(seqlen_q: int = 5, seqlen_kv: int = 7, dtype: torch.dtype = torch.float32) -> Sample:
-    """Two sequences."""
+    """A dense batch of two sequences."""
     return Sample(inputs_of((2, seqlen_q), (2, seqlen_kv), dtype))
 
 
 def packed(dtype: torch.dtype = torch.float32) -> Sample:
-    """Five sequences; one has no queries, one no keys, one neither."""
+    """Five packed sequences; one has no queries, one no keys, one neither."""
     starts_q = torch.tensor([0, 2, 2, 2, 4, 9], dtype=torch.int32)
     starts_k = torch.tensor([0, 3, 4, 4, 4, 11], dtype=torch.int32)
     return Sample(inputs_of((9,), (11,), dtype), (starts_q, starts_k, 5, 7))
 
 
 def padded(dtype: torch.dtype = torch.float32) -> Sample:
-    """`packed` between rows that no sequence has: of q and r one and 12, of k and v two and 9. They hold NaN."""
+    """`packed` with padding rows of NaN before and after: 1 and 12 for q and r, 2 and 9 for k and v."""
     inputs, (starts_q, starts_k, *longest) = packed(dtype)
     padding = ((1, 12), (1, 12), (2, 9), (2, 9))
     wider = (
@@ -57,12 +57,12 @@ def padded(dtype: torch.dtype = torch.float32) -> Sample:
 def formula(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, *starts: Tensor, causal: bool = False, window_size: int | None = None
 ) -> Tensor:
-    """out in float64 by one line of algebra, for torch's own derivatives: independent of the package's oracle.
+    """out in float64 by a direct formula, which torch can differentiate, independent of the package's oracle.
 
     starts  cu_seqlens_q and cu_seqlens_k of packed sequences
     """
     if starts:
-        # Not tolist, which torch 2.9 has not under a transform.
+        # torch 2.9 has no Tensor.tolist under a transform.
         ends = zip(*(pairwise(map(int, x)) for x in starts), strict=True)
         parts = [(slice(*rows), slice(*keys)) for rows, keys in ends]
         found = [

@@ -1,4 +1,4 @@
-"""What is said where a call's kernel was not measured here, how often, and what PARALLAX_GEN_STRICT refuses."""
+"""The warning for a kernel that was not measured here, how often it is given, and PARALLAX_GEN_STRICT."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def record(**evidence: str) -> Result:
     return Result(PLACE, found, config, "ok", time_us=5.0)
 
 
-def called(dispatcher: Dispatcher, *places: Place) -> list[str]:
-    """What is warned of in calls of places, one after the other."""
+def warnings_of_calls(dispatcher: Dispatcher, *places: Place) -> list[str]:
+    """The warnings of calls for these places, in order."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for place in places:
@@ -58,32 +58,32 @@ def called(dispatcher: Dispatcher, *places: Place) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_it_is_said_once_with_the_command_that_mends_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_is_given_once_with_the_command_that_fixes_it(caplog: pytest.LogCaptureFixture) -> None:
     dispatcher = Dispatcher(RecordTable([]))
     with caplog.at_level(logging.WARNING):
-        (told,) = called(dispatcher, PLACE, PLACE, OTHER)
+        (told,) = warnings_of_calls(dispatcher, PLACE, PLACE, OTHER)
     assert "its default config is used" in told
     assert f"`{tune_command(PLACE)}` makes one. " in told
     assert [r.getMessage() for r in caplog.records] == [told]
-    assert called(dispatcher, replace(PLACE, bucket=Bucket(32, 1024, 1024))) == []
+    assert warnings_of_calls(dispatcher, replace(PLACE, bucket=Bucket(32, 1024, 1024))) == []
 
 
-def test_where_warnings_are_errors_it_is_raised_once() -> None:
+def test_if_warnings_are_errors_it_is_raised_once() -> None:
     dispatcher = Dispatcher(RecordTable([]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UntunedWarning, match="its default config is used"):
             dispatcher.kernel(SPEC, SHAPE, GPU)
         dispatcher.kernel(SPEC, SHAPE, GPU)
-    assert called(dispatcher, OTHER) == []
+    assert warnings_of_calls(dispatcher, OTHER) == []
 
 
-# Between the user's line and the dispatcher: modules of this package and of torch, and code that torch generates.
-BETWEEN = ["parallax_gen.runtime.attention", "torch._library.custom_ops", "torch", None]
+# Modules of frames between the user's line and the dispatcher: this package, torch, and code that torch generates.
+INNER_MODULES = ["parallax_gen.runtime.attention", "torch._library.custom_ops", "torch", None]
 
 
-def through(modules: Sequence[str | None], call: Callable[[], object]) -> Callable[[], object]:
-    """A call that goes through a frame of each module, the last one the innermost."""
+def call_through(modules: Sequence[str | None], call: Callable[[], object]) -> Callable[[], object]:
+    """A call through one frame per module, the last one the innermost."""
     for name in reversed(modules):
         module: dict[str, Any] = {"call": call} | ({} if name is None else {"__name__": name})
         exec("def through():\n    return call()", module)
@@ -91,9 +91,9 @@ def through(modules: Sequence[str | None], call: Callable[[], object]) -> Callab
     return call
 
 
-@pytest.mark.parametrize("modules", [[], *([name] for name in BETWEEN), BETWEEN])
-def test_it_names_the_line_outside_this_package_and_torch(modules: list[str | None]) -> None:
-    call = through(modules, partial(Dispatcher(RecordTable([])).kernel, SPEC, SHAPE, GPU))
+@pytest.mark.parametrize("modules", [[], *([name] for name in INNER_MODULES), INNER_MODULES])
+def test_the_warning_points_to_the_users_line(modules: list[str | None]) -> None:
+    call = call_through(modules, partial(Dispatcher(RecordTable([])).kernel, SPEC, SHAPE, GPU))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()  # here
@@ -102,11 +102,11 @@ def test_it_names_the_line_outside_this_package_and_torch(modules: list[str | No
     assert Path(__file__).read_text(encoding="utf-8").splitlines()[warning.lineno - 1].endswith("call()  # here")
 
 
-def test_where_no_line_is_the_users_it_is_the_outermost() -> None:
-    """As on autograd's threads."""
+def test_without_a_users_line_it_points_to_the_outermost_frame() -> None:
+    """For example on autograd's threads."""
     levels: list[int] = []
     told = threading.Event()
-    level = through(["torch.autograd", "parallax_gen.runtime.autograd"], user_stacklevel)
+    level = call_through(["torch.autograd", "parallax_gen.runtime.autograd"], user_stacklevel)
     source = "def outermost():\n    levels.append(level())\n    told.set()"
     module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": told}
     exec(source, module)
@@ -115,24 +115,24 @@ def test_where_no_line_is_the_users_it_is_the_outermost() -> None:
     assert levels == [3]
 
 
-def test_nothing_is_said_of_what_was_measured_here() -> None:
-    assert called(Dispatcher(RecordTable([record()])), PLACE) == []
+def test_no_warning_for_kernels_measured_here() -> None:
+    assert warnings_of_calls(Dispatcher(RecordTable([record()])), PLACE) == []
 
 
-def test_what_another_toolchain_or_card_measured_is_named() -> None:
-    (told,) = called(Dispatcher(RecordTable([record(triton="3.1.0", cuda="12.4")])), PLACE)
+def test_the_warning_names_the_other_toolchain_or_card() -> None:
+    (told,) = warnings_of_calls(Dispatcher(RecordTable([record(triton="3.1.0", cuda="12.4")])), PLACE)
     assert "a record of h200 with Triton 3.1, ptxas 12.4 is used" in told
     of_protocol = replace(record(), evidence=replace(record().evidence, protocol=0))
-    (told,) = called(Dispatcher(RecordTable([of_protocol])), PLACE)
+    (told,) = warnings_of_calls(Dispatcher(RecordTable([of_protocol])), PLACE)
     assert f"a record of h200 with {Toolchain.here()} by timing protocol 0 (today's is 1) is used" in told
     on_sibling = replace(record(), place=replace(PLACE, gpu="h100"))
-    (told,) = called(Dispatcher(RecordTable([on_sibling])), PLACE)
+    (told,) = warnings_of_calls(Dispatcher(RecordTable([on_sibling])), PLACE)
     assert "a record of h100 with " in told
     decode = Place("h200", KernelSpec("decode", 64, "bf16"), Bucket(8, 1, 1024))
     near = replace(decode, bucket=Bucket(8, 1, 2048))
     config = default_of(near, GPU)
     of_near = Result(near, evidence_of(render(near.spec, config, GPU)), config, "ok", time_us=5.0)
-    (told,) = called(Dispatcher(RecordTable([of_near])), decode)
+    (told,) = warnings_of_calls(Dispatcher(RecordTable([of_near])), decode)
     assert "a record of 8 kv rows, seqlen 1x2048 with " in told
 
 
@@ -140,64 +140,62 @@ ON, OFF = ("1", "true", "True", "YES", "on"), ("0", "false", "No", "OFF", "")
 
 
 @pytest.mark.parametrize("value", ON)
-def test_it_can_be_silenced(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_the_warning_can_be_silenced(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
-    assert called(Dispatcher(RecordTable([])), PLACE) == []
+    assert warnings_of_calls(Dispatcher(RecordTable([])), PLACE) == []
 
 
 @pytest.mark.parametrize("value", OFF)
-def test_switches_that_are_off_are_as_if_not_set(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_switches_that_are_off_have_no_effect(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PARALLAX_GEN_QUIET", value)
     monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
-    assert len(called(Dispatcher(RecordTable([])), PLACE)) == 1
+    assert len(warnings_of_calls(Dispatcher(RecordTable([])), PLACE)) == 1
 
 
 @pytest.mark.parametrize("variable", ["PARALLAX_GEN_QUIET", "PARALLAX_GEN_STRICT"])
 @pytest.mark.parametrize("known", [[], [0]])
-def test_a_switch_that_is_neither_on_nor_off_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, variable: str, known: list[int]
-) -> None:
-    """At the first call, of a kernel that was measured here too."""
+def test_an_invalid_switch_is_an_error(monkeypatch: pytest.MonkeyPatch, variable: str, known: list[int]) -> None:
+    """At the first call, also for a kernel that was measured here."""
     monkeypatch.setenv(variable, "maybe")
     dispatcher = Dispatcher(RecordTable([record() for _ in known]))
     told = f"{variable}: got 'maybe'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
     for _ in range(2):
         with pytest.raises(ArgumentError, match=f"^{told}$"):
-            called(dispatcher, PLACE)
+            warnings_of_calls(dispatcher, PLACE)
 
 
-def test_of_many_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    assert called(Dispatcher(RecordTable([])), PLACE) == []
+    assert warnings_of_calls(Dispatcher(RecordTable([])), PLACE) == []
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    assert len(called(Dispatcher(RecordTable([])), PLACE)) == 1
+    assert len(warnings_of_calls(Dispatcher(RecordTable([])), PLACE)) == 1
 
 
 @pytest.mark.parametrize("value", ON)
-def test_strict_allows_only_what_was_measured_here(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_strict_allows_only_kernels_measured_here(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PARALLAX_GEN_STRICT", value)
-    assert called(Dispatcher(RecordTable([record()])), PLACE) == []
+    assert warnings_of_calls(Dispatcher(RecordTable([record()])), PLACE) == []
     for known in ([], [record(triton="3.1.0")], [replace(record(), place=replace(PLACE, gpu="h100"))]):
         dispatcher = Dispatcher(RecordTable(known))
-        for _ in range(2):  # a call that was refused is refused again
+        for _ in range(2):  # a refused call is refused again
             with pytest.raises(
                 UntunedError,
                 match=r"^PARALLAX_GEN_STRICT is on, and there is no .*`parallax-gen tune .*` makes one\.$",
             ):
-                called(dispatcher, PLACE)
+                warnings_of_calls(dispatcher, PLACE)
 
 
-def test_strict_refuses_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_refuses_before_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "choose", lambda *_: pytest.fail("it chose, which may compile for seconds"))
     monkeypatch.setenv("PARALLAX_GEN_STRICT", "1")
     with pytest.raises(UntunedError) as refused:
-        called(Dispatcher(RecordTable([record(triton="3.1.0")])), PLACE)
+        warnings_of_calls(Dispatcher(RecordTable([record(triton="3.1.0")])), PLACE)
     assert " is used" not in str(refused.value)
 
 
-def test_the_command_tunes_the_place() -> None:
-    """The kernel that the command's own parser makes of it is the one that it is given for."""
+def test_the_suggested_command_tunes_the_place() -> None:
+    """The command line's parser reads the suggested command as the kernel that was called."""
     draw = random.Random(3)
     for _ in range(300):
         spec = random_spec(draw, draw.choice(OPS), DTYPES)

@@ -1,4 +1,4 @@
-"""What the public functions launch: the kernels, in Triton's CPU interpreter, and stand-ins that take notes."""
+"""The launches of the public functions: kernels in Triton's CPU interpreter, and fakes that record launches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_close
 from attention_samples import Sample, dense, packed, padded
-from closeness import assert_close
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
@@ -28,8 +28,8 @@ from parallax_gen.runtime.plan import HostPlan, LaunchPlan, PlanCache
 Launch = tuple[KernelSpec, Shape, tuple[float, ...], list[tuple[Tensor, ...]]]
 
 
-class Noted(LaunchPlan):
-    """A plan that notes each launch's tensors, and launches in the interpreter if it has a module."""
+class RecordingPlan(LaunchPlan):
+    """A plan that records each launch's tensors, and launches in the interpreter if it has a module."""
 
     def __init__(self, module: Any, spec: KernelSpec, numbers: tuple[float, ...], launched: list[tuple[Tensor, ...]]):
         super().__init__(module, spec, numbers, 0, Scratch())
@@ -41,8 +41,8 @@ class Noted(LaunchPlan):
         self._module.launch(*tensors, *self._numbers)
 
 
-def on_kernels(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]:
-    """Plan CPU tensors' calls as CUDA tensors' are; the plans made are noted."""
+def plan_on_cpu(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]:
+    """Plan calls with CPU tensors as with CUDA tensors, and record the plans."""
     plans: list[Launch] = []
 
     def plan_launch(spec: KernelSpec, shape: Shape, numbers: tuple[float, ...], device: object) -> LaunchPlan:
@@ -51,7 +51,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]
         module: Any = SimpleNamespace(launch=lambda *_: None)
         if interpret:
             module = load(render(spec, default_config(spec, shape, GPUS["h200"]), GPUS["h200"]))
-        return Noted(module, spec, numbers, launched)
+        return RecordingPlan(module, spec, numbers, launched)
 
     def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
         return None if q.numel() and k.numel() else HostPlan(is_empty=True)
@@ -64,8 +64,8 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]
 
 
 @pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    return on_kernels(monkeypatch, interpret=False)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    return plan_on_cpu(monkeypatch, interpret=False)
 
 
 def attend(sample: Sample, **options: Any) -> Any:
@@ -86,17 +86,17 @@ def attend(sample: Sample, **options: Any) -> Any:
         (padded, True, {}),
     ],
 )
-def test_kernels_give_the_definition_and_its_gradients(
+def test_kernels_agree_with_the_definition_and_its_gradients(
     make: Any, recompute_v_mean: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_kernels(monkeypatch, interpret=True)
+    plan_on_cpu(monkeypatch, interpret=True)
     sample = make()
     oracle: Any = reference_varlen_forward if sample.lengths else reference_forward
     expected = oracle(*sample.inputs, *sample.lengths[:2], **options)
     found = attend(sample, **options, recompute_v_mean=recompute_v_mean, return_stats=True)
     for x, wanted in zip(found, expected, strict=True):
         assert_close(x.exp() if x is found[1] else x, wanted.exp() if x is found[1] else wanted, "fp32")
-    do = torch.randn(2, *found[0].shape).transpose(0, 1)[:, 0]  # strides of its own
+    do = torch.randn(2, *found[0].shape).transpose(0, 1)[:, 0]  # unusual strides
     grads = torch.autograd.grad(found[0], sample.inputs, do)
     for grad, wanted in zip(grads, torch.autograd.grad(expected.out, sample.inputs, do.double()), strict=True):
         assert_close(grad, wanted.double(), "fp32")
@@ -108,50 +108,55 @@ def ops_of(plans: list[Launch]) -> list[str]:
     return [spec.op for spec, *_ in plans]
 
 
-def test_only_kernels_of_gradients_that_are_needed_are_launched(noted: list[Launch]) -> None:
+def test_only_kernels_of_needed_gradients_are_launched(recorded: list[Launch]) -> None:
     sample = dense()
     out = attend(sample)
     torch.autograd.grad(out.sum(), sample.inputs[0], retain_graph=True)
     torch.autograd.grad(out.sum(), sample.inputs)
-    assert ops_of(noted) == ["forward", "preprocess", "dkdv", "dqdr"]  # both backwards: torch asks by requires_grad
-    assert noted[0][0].stats
-    del noted[:]
+    assert ops_of(recorded) == [
+        "forward",
+        "preprocess",
+        "dkdv",
+        "dqdr",
+    ]  # both backward kernels, since torch goes by requires_grad
+    assert recorded[0][0].stats
+    del recorded[:]
     for x in sample.inputs[2:]:
         x.requires_grad_(False)
     attend(sample).sum().backward()
-    assert ops_of(noted) == ["preprocess", "dqdr"]
-    del noted[:]
+    assert ops_of(recorded) == ["preprocess", "dqdr"]
+    del recorded[:]
     for place, x in enumerate(sample.inputs):
         x.requires_grad_(place == 3)
     attend(sample).sum().backward()
-    assert ops_of(noted) == ["preprocess", "dkdv"]
+    assert ops_of(recorded) == ["preprocess", "dkdv"]
     for x in sample.inputs:
         x.requires_grad_(False)
-    del noted[:]
+    del recorded[:]
     attend(sample)
-    assert not noted[0][0].stats
+    assert not recorded[0][0].stats
 
 
-def test_a_plan_is_made_once_for_the_same_sizes(noted: list[Launch]) -> None:
+def test_a_plan_is_reused_for_equal_sizes(recorded: list[Launch]) -> None:
     for _ in range(3):
         sample = packed()
         attend(sample, causal=True).sum().backward()
-    assert ops_of(noted) == ["forward", "preprocess", "dkdv", "dqdr"]
-    assert [len(launched) for *_, launched in noted] == [3] * 4
+    assert ops_of(recorded) == ["forward", "preprocess", "dkdv", "dqdr"]
+    assert [len(launched) for *_, launched in recorded] == [3] * 4
 
 
-def test_a_new_packing_of_the_same_total_needs_no_new_plan(noted: list[Launch]) -> None:
+def test_a_new_packing_with_the_same_total_reuses_the_plan(recorded: list[Launch]) -> None:
     sample = packed()
     for end in (2, 4, 9):
         starts = sample.lengths[0].clamp(max=end)  # type: ignore[union-attr,misc]
         attend(Sample(sample.inputs, (starts, *sample.lengths[1:])))  # type: ignore[arg-type]
-    assert len(noted) == 1
+    assert len(recorded) == 1
 
 
-def test_the_spec_and_the_numbers_of_packed_sequences(noted: list[Launch]) -> None:
+def test_the_spec_and_launch_arguments_of_packed_sequences(recorded: list[Launch]) -> None:
     sample = packed()
     attend(sample, causal=True, window_size=3, softmax_scale=0.5).sum().backward()
-    forward, preprocess, dkdv, dqdr = noted
+    forward, preprocess, dkdv, dqdr = recorded
     spec = KernelSpec("forward", 16, "fp32", group=2, causal=True, stats=True, window=True, varlen=True)
     shape = Shape(5, 4, 2, 5, 7, 3)
     assert forward[:3] == (spec, shape, (0.5, 3, 5))
@@ -161,41 +166,41 @@ def test_the_spec_and_the_numbers_of_packed_sequences(noted: list[Launch]) -> No
     do, out, v_mean, lse, t_mean, rows, starts = preprocess[3][0]
     assert do.shape == out.shape == v_mean.shape == (9, 4, 16)
     assert lse.shape == t_mean.shape == (4, 9)
-    assert rows.shape == (4, 4, 128 + 5 * 128)  # room for each sequence's padding
+    assert rows.shape == (4, 4, 128 + 5 * 128)  # with padding for each sequence
     assert torch.equal(starts, sample.lengths[0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("window_size", "window"), [(6, 6), (7, 0), (100, 0), (None, 0)])
-def test_a_window_that_holds_every_key_is_no_kernel_of_its_own(
-    noted: list[Launch], window_size: int | None, window: int
+def test_a_window_of_all_keys_uses_the_kernel_without_a_window(
+    recorded: list[Launch], window_size: int | None, window: int
 ) -> None:
     attend(dense(), causal=True, window_size=window_size)
-    spec, shape, numbers, _ = noted[0]
+    spec, shape, numbers, _ = recorded[0]
     assert (spec.window, shape.window) == (window > 0, window)
     assert numbers == (0.25, window)[: 1 + (window > 0)]
 
 
-def test_tensors_without_elements_launch_nothing(noted: list[Launch]) -> None:
+def test_tensors_without_elements_launch_nothing(recorded: list[Launch]) -> None:
     for sizes in ((0, 7), (5, 0)):
         attend(dense(*sizes)).sum().backward()
     inputs, (starts, *_) = packed()
     attend(Sample(inputs, (starts, torch.zeros_like(starts), 5, 0))).sum().backward()
-    assert noted == []
+    assert recorded == []
 
 
-def test_a_batch_of_no_sequences_launches_nothing(noted: list[Launch]) -> None:
-    """cu_seqlens of one number, over rows that are all padding: as those behind any last sequence."""
+def test_a_batch_of_no_sequences_launches_nothing(recorded: list[Launch]) -> None:
+    """cu_seqlens has one entry, so all rows are padding, like those after a last sequence."""
     inputs, (starts, *_) = packed()
     found = attend(Sample(inputs, (starts[:1], starts[:1], 5, 7)), return_stats=True)
     for name, x, filled in zip(("out", "lse", "t_mean", "v_mean"), found, (0, -torch.inf, 0, 0), strict=True):
         assert torch.equal(x, torch.full_like(x, filled)), name
     for grad in torch.autograd.grad(found[0].sum(), inputs):
         assert not grad.any()
-    assert noted == []
+    assert recorded == []
 
 
-# torch's three switches, in order of age, and whether they let fp32 matmuls round to TF32. The newest is last to be
-# read here: once it was set, torch refuses to read the others.
+# torch's three switches, oldest first, and whether they allow TF32 in fp32 matmuls. The newest is last, because torch
+# refuses to read the others once it was set.
 SWITCHES = {
     "pass": False,
     "torch.backends.cuda.matmul.allow_tf32 = True": True,
@@ -210,7 +215,7 @@ SWITCHES = {
 }
 
 
-def test_fp32_rounds_to_tf32_where_torch_lets_it() -> None:
+def test_fp32_uses_tf32_if_torch_allows_it() -> None:
     lines = ["import torch", "from types import SimpleNamespace as S"]
     lines += ["from parallax_gen.runtime.requests import rounds_to_tf32"]
     for switch in SWITCHES:

@@ -1,4 +1,4 @@
-"""Under torch.autocast every public function is itself on inputs that were cast by hand."""
+"""Under torch.autocast every public function equals itself on manually cast inputs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_inputs_are_cast(name: str, dtypes: str) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", ["dense", "packed", "ring"])
-def test_gradients_come_back_in_the_dtypes_of_the_inputs(name: str) -> None:
+def test_gradients_have_the_dtypes_of_the_inputs(name: str) -> None:
     given = [x.requires_grad_() for x in inputs(FP32, FP32, FP32, BF16)]
     with torch.autocast("cpu", BF16):
         out = FUNCTIONS[name](*given)
@@ -115,7 +115,7 @@ def test_gradients_come_back_in_the_dtypes_of_the_inputs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dense", "packed", "cached"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_what_is_written_to_out_has_its_dtype(name: str, dtype: torch.dtype) -> None:
+def test_out_keeps_its_dtype(name: str, dtype: torch.dtype) -> None:
     given = inputs(FP32, FP32, FP32, BF16)
     wanted = FUNCTIONS[name](*(x.to(dtype) for x in given))
     with torch.autocast("cpu", BF16):
@@ -124,7 +124,7 @@ def test_what_is_written_to_out_has_its_dtype(name: str, dtype: torch.dtype) -> 
     assert torch.equal(out, wanted)
 
 
-def test_a_cache_in_sixteen_or_eight_bits_stays_as_it_is() -> None:
+def test_16_and_8_bit_caches_are_not_cast() -> None:
     q, r, k, v = inputs(FP32, FP32, FP16, FP16)
     with torch.autocast("cpu", BF16):
         found = cached(q, r, k, v)
@@ -133,7 +133,7 @@ def test_a_cache_in_sixteen_or_eight_bits_stays_as_it_is() -> None:
     k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
     with torch.autocast("cpu", BF16):
         found = cached(q, r, k, v)
-        assert kvcache_workspace_size(q, r, k, v) == 0  # it takes what the call takes
+        assert kvcache_workspace_size(q, r, k, v) == 0  # it accepts the arguments of the call
     assert torch.equal(found, cached(q.bfloat16(), r.bfloat16(), k, v))
 
 
@@ -156,7 +156,7 @@ def test_the_layer(packing: Tensor | None) -> None:
     with torch.autocast("cpu", BF16):
         found = layer(x, *lengths)
     assert found.dtype == BF16
-    torch.testing.assert_close(found.float(), layer(x, *lengths), rtol=5e-2, atol=2e-2)  # a few bf16 roundings
+    torch.testing.assert_close(found.float(), layer(x, *lengths), rtol=5e-2, atol=2e-2)  # a few bf16 rounding errors
 
 
 def heads_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -175,7 +175,7 @@ LAST: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 @pytest.mark.parametrize("name", LAST)
-def test_drop_ins_leave_dtypes_alone_as_their_originals_do(name: str, dtype: torch.dtype) -> None:
+def test_drop_ins_keep_dtypes_as_the_originals_do(name: str, dtype: torch.dtype) -> None:
     given = inputs(*[dtype] * 4)
     if dtype == FP32 and name in ("fla parallel", "official", "official varlen"):
         with torch.autocast("cpu", BF16), pytest.raises(TypeError, match="bf16 or fp16"):
@@ -189,7 +189,7 @@ def test_drop_ins_leave_dtypes_alone_as_their_originals_do(name: str, dtype: tor
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_compiled_call_casts_as_an_eager_one(enabled: bool) -> None:
+def test_a_compiled_call_casts_like_an_eager_one(enabled: bool) -> None:
     torch._dynamo.reset()
     given = inputs(*[FP32] * 4)
 

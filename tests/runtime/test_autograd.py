@@ -1,4 +1,4 @@
-"""Gradients of the public functions on CPU tensors: right, kept cheaply, and good citizens of torch's autograd."""
+"""Gradients of the public functions on CPU tensors: values, saved tensors, and autograd's rules."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from assertions import assert_close
 from attention_samples import Sample, dense, packed
-from closeness import assert_close
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -46,7 +46,7 @@ def gradients(out: Tensor, inputs: Any, do: Tensor | None = None) -> tuple[Tenso
 @pytest.mark.parametrize("options", MASKS, ids=["full", "causal", "window"])
 @pytest.mark.parametrize("recompute_v_mean", [False, True])
 @pytest.mark.parametrize("make", [dense, packed])
-def test_gradients_are_those_of_the_definition(
+def test_gradients_agree_with_the_definition(
     make: Callable[..., Sample], recompute_v_mean: bool, options: dict[str, Any], dtype: torch.dtype, name: str
 ) -> None:
     sample = make(dtype=dtype)
@@ -69,7 +69,7 @@ def test_gradients_of_causal_rows_that_see_no_key_are_zero(seqlens: tuple[int, i
 
 @pytest.mark.parametrize("make", [dense, packed])
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
-def test_only_gradients_that_are_needed_are_given(make: Callable[..., Sample], needed: tuple[int, ...]) -> None:
+def test_only_needed_gradients_are_returned(make: Callable[..., Sample], needed: tuple[int, ...]) -> None:
     sample = make()
     every = gradients(attend(sample), sample.inputs)
     for place, x in enumerate(sample.inputs):
@@ -89,8 +89,8 @@ def test_out_is_the_same_with_and_without_gradients() -> None:
             assert torch.equal(out, attend(sample))
 
 
-def kept(call: Callable[[], Any]) -> list[Tensor]:
-    """What a call keeps for its backward."""
+def saved_tensors(call: Callable[[], Any]) -> list[Tensor]:
+    """The tensors that a call saves for its backward."""
     found: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -103,21 +103,23 @@ def kept(call: Callable[[], Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("make", [dense, packed])
-def test_what_is_kept_for_the_backward(make: Callable[..., Sample]) -> None:
+def test_saved_tensors(make: Callable[..., Sample]) -> None:
     sample = make(dtype=torch.float16)
     q = sample.inputs[0]
-    given = {x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])}  # kept, but not made
+    given = {x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])}  # saved, but not allocated by the call
     rows = q[..., 0].numel()
     sizes = [
-        sum(x.nbytes for x in kept(lambda r=r: attend(sample, recompute_v_mean=r)) if x.data_ptr() not in given)
+        sum(
+            x.nbytes for x in saved_tensors(lambda r=r: attend(sample, recompute_v_mean=r)) if x.data_ptr() not in given
+        )
         for r in (False, True)
     ]
-    assert sizes == [2 * q.nbytes + 8 * rows, q.nbytes + 8 * rows]  # out, lse and t̄; and v̄
+    assert sizes == [2 * q.nbytes + 8 * rows, q.nbytes + 8 * rows]  # out, lse and t̄; with v̄ or without
     with torch.no_grad():
-        assert kept(lambda: attend(sample)) == []
+        assert saved_tensors(lambda: attend(sample)) == []
     for x in sample.inputs:
         x.requires_grad_(False)
-    assert kept(lambda: attend(sample)) == []
+    assert saved_tensors(lambda: attend(sample)) == []
 
 
 def test_statistics_have_no_gradients() -> None:
@@ -130,7 +132,7 @@ def test_statistics_have_no_gradients() -> None:
         assert torch.equal(a, b)
 
 
-def test_gradients_of_out_of_any_strides() -> None:
+def test_output_gradients_with_any_strides() -> None:
     sample = dense()
     shape = sample.inputs[0].shape
     odd = [
@@ -161,18 +163,23 @@ def test_one_tensor_as_several_inputs() -> None:
     assert_close(found[0], wanted[0].double(), "fp32")
 
 
-def test_inputs_of_any_strides() -> None:
-    fused = torch.randn(2, 5, 10, 16, requires_grad=True)
+def test_inputs_with_any_strides() -> None:
+    fused_projection = torch.randn(2, 5, 10, 16, requires_grad=True)
     heads_first = torch.randn(2, 2, 5, 16, requires_grad=True)
     shared = torch.randn(2, 5, 1, 16, requires_grad=True)
-    q, r, k, v = fused[:, :, :4], fused[:, :, 4:8], heads_first.transpose(1, 2), shared.expand(2, 5, 2, 16)
-    leaves = (fused, heads_first, shared)
+    q, r, k, v = (
+        fused_projection[:, :, :4],
+        fused_projection[:, :, 4:8],
+        heads_first.transpose(1, 2),
+        shared.expand(2, 5, 2, 16),
+    )
+    leaves = (fused_projection, heads_first, shared)
     found = gradients(parallax_attn_func(q, r, k, v), leaves)
     for grad, wanted in zip(found, gradients(reference_forward(q, r, k, v).out, leaves), strict=True):
         assert_close(grad, wanted.double(), "fp32")
 
 
-def test_gradients_do_not_share_memory_though_an_expanded_input_does() -> None:
+def test_gradients_of_expanded_inputs_do_not_share_memory() -> None:
     v = torch.randn(2, 7, 1, 16).expand(2, 7, 2, 16).requires_grad_()
     q, r, k, _ = dense().inputs
     grad = gradients(parallax_attn_func(q, r, k, v), v)[0]
@@ -237,7 +244,7 @@ def test_a_second_derivative_is_refused() -> None:
         first[0].sum().backward()
 
 
-def test_out_goes_with_no_gradients() -> None:
+def test_out_is_refused_with_gradients() -> None:
     sample = dense()
     with pytest.raises(ArgumentError, match="out: got a tensor, where gradients are recorded"):
         attend(sample, out=torch.empty(sample.inputs[0].shape))
@@ -245,15 +252,15 @@ def test_out_goes_with_no_gradients() -> None:
         attend(sample, out=torch.empty(sample.inputs[0].shape))
 
 
-def test_gradients_are_the_same_in_every_run() -> None:
+def test_gradients_are_deterministic() -> None:
     sample = packed()
     one, two = (gradients(attend(sample, causal=True), sample.inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("make", [dense, packed])
-def test_both_ways_to_autograd_agree(make: Callable[..., Sample]) -> None:
-    """Eager calls record a torch.autograd.Function; the operator that a compiler sees has the same formula."""
+def test_the_autograd_function_and_the_operator_agree(make: Callable[..., Sample]) -> None:
+    """Eager calls record a torch.autograd.Function; compiled calls use an operator with the same backward."""
     sample = make()
     asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None)
     out = OPS.attention_with_stats(*asked, False)[0]
@@ -265,7 +272,7 @@ def test_both_ways_to_autograd_agree(make: Callable[..., Sample]) -> None:
 
 @pytest.mark.parametrize("make", [dense, packed])
 @pytest.mark.parametrize("recompute_v_mean", [False, True])
-def test_the_operators_are_sound(make: Callable[..., Sample], recompute_v_mean: bool) -> None:
+def test_operators_pass_opcheck(make: Callable[..., Sample], recompute_v_mean: bool) -> None:
     sample = make()
     asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None)
     opcheck(OPS.attention_with_stats, (*asked, recompute_v_mean))
@@ -277,7 +284,7 @@ def test_the_operators_are_sound(make: Callable[..., Sample], recompute_v_mean: 
         opcheck(OPS.attention_backward, (*asked, *saved, *wanted))
 
 
-def test_stand_ins_for_tensors_go_through_the_operators() -> None:
+def test_fake_tensors_go_through_the_operators() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

@@ -1,6 +1,6 @@
-"""Which strides of a cache, and of what is written beside it, are refused. Stand-ins for tensors have no memory.
+"""Strides of caches and outputs that are refused. Meta tensors stand for tensors, without memory.
 
-tests/codegen/test_ragged.py launches kernels on what is just allowed.
+tests/codegen/test_decode_varlen_kernels.py launches kernels with the largest allowed strides.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tens
         pytest.param(3, True, torch.bfloat16, None, id="pages that are parts of no block"),
     ],
 )
-def test_keys_that_32_bits_of_a_block_do_not_reach_are_refused(
+def test_strides_of_keys_beyond_32_bit_block_offsets_are_refused(
     keys: int, paged: bool, dtype: torch.dtype, furthest: int | None
 ) -> None:
     with FakeTensorMode():
@@ -57,8 +57,8 @@ def test_keys_that_32_bits_of_a_block_do_not_reach_are_refused(
 
 
 @pytest.mark.parametrize(("queries", "counted"), [(1, 4), (3, 2)], ids=["all heads", "a group's"])
-def test_heads_of_out_that_32_bits_do_not_reach_are_refused(queries: int, counted: int) -> None:
-    """Those of q and r may lie anywhere, and so may all rows."""
+def test_head_strides_of_out_beyond_32_bits_are_refused(queries: int, counted: int) -> None:
+    """Heads of q and r, and all rows, may have any stride."""
     with FakeTensorMode():
         k = torch.empty(2, 7, 2, 16)
         q = torch.empty_strided((2, queries, 4, 16), (16, 2**40, 2**50, 1))
@@ -70,8 +70,8 @@ def test_heads_of_out_that_32_bits_do_not_reach_are_refused(queries: int, counte
             parallax_attn_with_kvcache(q, q, k, k, out=out)
 
 
-def test_no_block_is_larger_than_strides_are_checked_for() -> None:
-    """Of keys in a cache, or of whole sequences' rows."""
+def test_stride_checks_cover_the_largest_block() -> None:
+    """For blocks of keys in a cache and of rows of dense sequences."""
     blocks = [knob.values for op in OPS_BY_NAME.values() for knob in op.knobs if knob.name in ("BLOCK_M", "BLOCK_N")]
     assert {max(sizes) for sizes in blocks} == {LARGEST_BLOCK}
     assert (LARGEST_BLOCK - 1) * MAX_ROW_STRIDE + LARGEST_HEAD_DIM <= 2**31

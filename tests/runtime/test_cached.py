@@ -1,4 +1,4 @@
-"""Attention against a KV cache without a GPU: what it takes, what it refuses and how, and what CPU tensors give."""
+"""Attention against a KV cache without a GPU: accepted and refused arguments, and the results of CPU tensors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from caches import HEAD_DIM, HEADS, attended, cut, put_together, whole
-from closeness import assert_close
+from assertions import assert_close
+from cache_samples import HEAD_DIM, HEADS, cache_arguments, combined, expected_of_each, random_sequences
 from torch import Tensor
 
 from parallax_gen import GraphedDecode, State, kvcache_workspace_size, merge_states, parallax_attn_with_kvcache
@@ -30,7 +30,7 @@ def check(found: State, expected: Reference, dtype: str) -> None:
     assert found.lse.dtype == found.t_mean.dtype == torch.float32
 
 
-# What CPU tensors give
+# Results of CPU tensors
 
 
 LAYOUTS = [
@@ -51,23 +51,25 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("queries", [1, 3])
-def test_a_sequence_in_a_cache_is_the_sequence(queries: int, layout: dict[str, Any], options: dict[str, Any]) -> None:
-    """NaN lies around it, and the third sequence, with three queries and a window, sees no key before its first."""
-    parts = cut(LENGTHS, queries)
-    given = put_together(parts, **layout)
+def test_a_sequence_in_a_cache_has_the_result_of_the_sequence(
+    queries: int, layout: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """The cache is NaN outside of the sequences. The third sequence's window begins before its first key."""
+    parts = random_sequences(LENGTHS, queries)
+    given = cache_arguments(parts, **layout)
     found = parallax_attn_with_kvcache(**given, **options, return_state=True)
-    check(found, whole(attended(parts, **options)), "fp32")
+    check(found, combined(expected_of_each(parts, **options)), "fp32")
     assert torch.equal(parallax_attn_with_kvcache(**given, **options), found.out)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_queries_are_each_of_its_own_sequence(layout: dict[str, Any], options: dict[str, Any]) -> None:
-    parts = cut(LENGTHS, (4, 2, 7, 0))
-    found = parallax_attn_with_kvcache(**put_together(parts, packed=True, **layout), **options, return_state=True)
+def test_packed_queries_attend_to_their_own_sequences(layout: dict[str, Any], options: dict[str, Any]) -> None:
+    parts = random_sequences(LENGTHS, (4, 2, 7, 0))
+    found = parallax_attn_with_kvcache(**cache_arguments(parts, packed=True, **layout), **options, return_state=True)
     assert found.out.shape == found.v_mean.shape == (13, HEADS, HEAD_DIM)
     assert found.lse.shape == found.t_mean.shape == (HEADS, 13)
-    check(found, whole(attended(parts, **options), packed=True), "fp32")
+    check(found, combined(expected_of_each(parts, **options), packed=True), "fp32")
 
 
 @pytest.mark.parametrize(
@@ -84,52 +86,54 @@ def test_packed_queries_are_each_of_its_own_sequence(layout: dict[str, Any], opt
 )
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")], ids=["bf16", "fp16"])
-def test_caches_in_eight_bits(dtype: torch.dtype, name: str, cache: torch.dtype, k_scale: Any, v_scale: Any) -> None:
-    parts = cut(LENGTHS, 2, dtype, cache)
-    given = put_together(parts, page_size=4)
+def test_fp8_caches_of_cpu_tensors(
+    dtype: torch.dtype, name: str, cache: torch.dtype, k_scale: Any, v_scale: Any
+) -> None:
+    parts = random_sequences(LENGTHS, 2, dtype, cache)
+    given = cache_arguments(parts, page_size=4)
     found = parallax_attn_with_kvcache(**given, causal=True, k_scale=k_scale, v_scale=v_scale, return_state=True)
     scales = {key: 1.0 if x is None else x for key, x in (("k_scale", k_scale), ("v_scale", v_scale))}
-    check(found, whole(attended(parts, causal=True, **scales)), name)
+    check(found, combined(expected_of_each(parts, causal=True, **scales)), name)
     assert found.out.dtype == found.v_mean.dtype == dtype
 
 
-def test_a_scale_that_changes_is_seen() -> None:
-    """It is no part of what is planned."""
-    parts = cut(LENGTHS, 1, torch.bfloat16, F8)
-    given = put_together(parts)
+def test_a_changed_scale_takes_effect() -> None:
+    """Scales are not part of a plan."""
+    parts = random_sequences(LENGTHS, 1, torch.bfloat16, F8)
+    given = cache_arguments(parts)
     for scale in (0.5, 2.0):
         found = parallax_attn_with_kvcache(**given, v_scale=scale)
-        assert_close(found, whole(attended(parts, v_scale=scale)).out, "bf16")
+        assert_close(found, combined(expected_of_each(parts, v_scale=scale)).out, "bf16")
 
 
 @pytest.mark.parametrize(("queries", "lengths"), [(1, (6, 0, 3)), (3, (6, 3, 4))])
-def test_a_shared_prefix_and_each_sequences_own_rest_joined_are_the_whole(
+def test_a_shared_prefix_merged_with_each_sequences_rest_equals_the_whole(
     queries: int, lengths: tuple[int, ...]
 ) -> None:
-    """A cascade: all queries, as those of one sequence, over the prefix; then each one's over what is its own."""
-    prefix, own = cut((8,))[0], cut(lengths, queries)
-    packed = put_together(own, packed=True)
+    """Cascade attention: all queries as one sequence over the prefix, then each query over its own keys."""
+    prefix, own = random_sequences((8,))[0], random_sequences(lengths, queries)
+    packed = cache_arguments(own, packed=True)
     together = {name: packed[name][None] for name in ("q", "r")}
     shared = parallax_attn_with_kvcache(**together, k_cache=prefix.k[None], v_cache=prefix.v[None], return_state=True)
     rest = parallax_attn_with_kvcache(**packed, causal=True, return_state=True)
     joined = merge_states(State(*(x[0] for x in shared)), rest)
     whole_ones = [part._replace(k=torch.cat([prefix.k, part.k]), v=torch.cat([prefix.v, part.v])) for part in own]
-    check(joined, whole(attended(whole_ones, causal=True), packed=True), "fp32")
+    check(joined, combined(expected_of_each(whole_ones, causal=True), packed=True), "fp32")
 
 
-def test_two_halves_of_a_cache_joined_are_the_whole() -> None:
-    """The first half ends where the second one's left padding does; one query a sequence sees all of both."""
-    given = put_together(cut((9, 2, 6)))
+def test_two_merged_halves_of_a_cache_equal_the_whole() -> None:
+    """The left padding of the second half is the first half; one query a sequence sees both halves entirely."""
+    given = cache_arguments(random_sequences((9, 2, 6)))
     ends = given.pop("cache_seqlens")
     middle = torch.tensor([4, 0, 6], dtype=torch.int32)
     first = parallax_attn_with_kvcache(**given, cache_seqlens=middle, return_state=True)
     second = parallax_attn_with_kvcache(**given, cache_seqlens=ends, cache_leftpad=middle, return_state=True)
-    check(merge_states(first, second), whole(attended(cut((9, 2, 6)))), "fp32")
+    check(merge_states(first, second), combined(expected_of_each(random_sequences((9, 2, 6)))), "fp32")
 
 
 @pytest.mark.parametrize("length", [0, 3, 12])
 def test_lengths_as_tensor_and_as_int_agree(length: int) -> None:
-    given = put_together(cut((9, 9), 2))
+    given = cache_arguments(random_sequences((9, 9), 2))
     given["k_cache"][:, length:] = given["v_cache"][:, length:] = float("nan")
     del given["cache_seqlens"]
     if length > 9:
@@ -143,7 +147,7 @@ def test_lengths_as_tensor_and_as_int_agree(length: int) -> None:
 
 
 def test_out_is_written_and_returned() -> None:
-    given = put_together(cut(LENGTHS))
+    given = cache_arguments(random_sequences(LENGTHS))
     out = torch.full((4, 1, HEADS, HEAD_DIM), float("nan"))
     assert parallax_attn_with_kvcache(**given, out=out) is out
     assert torch.equal(out, parallax_attn_with_kvcache(**given))
@@ -153,8 +157,8 @@ def test_out_is_written_and_returned() -> None:
 
 @pytest.mark.parametrize("return_state", [False, True])
 @pytest.mark.parametrize("case", ["int 0", "lengths of 0", "a table without pages", "no keys in the cache"])
-def test_without_keys_there_are_zeros(case: str, return_state: bool) -> None:
-    given = put_together(cut(LENGTHS, 2), page_size=4 * (case == "a table without pages"))
+def test_without_keys_the_output_is_zero(case: str, return_state: bool) -> None:
+    given = cache_arguments(random_sequences(LENGTHS, 2), page_size=4 * (case == "a table without pages"))
     given["cache_seqlens"] = 0 if case == "int 0" else torch.zeros(4, dtype=torch.int32)
     if case == "a table without pages":
         given["page_table"] = given["page_table"][:, :0]
@@ -170,9 +174,9 @@ def test_without_keys_there_are_zeros(case: str, return_state: bool) -> None:
 
 
 def test_no_queries_give_an_empty_output() -> None:
-    given = put_together(cut(LENGTHS, 0))
+    given = cache_arguments(random_sequences(LENGTHS, 0))
     assert parallax_attn_with_kvcache(**given).shape == (4, 0, HEADS, HEAD_DIM)
-    packed = put_together(cut(LENGTHS, 0), packed=True)
+    packed = cache_arguments(random_sequences(LENGTHS, 0), packed=True)
     state = parallax_attn_with_kvcache(**packed, return_state=True)
     assert (state.out.shape, state.lse.shape) == ((0, HEADS, HEAD_DIM), (HEADS, 0))
 
@@ -187,40 +191,40 @@ def test_head_dims(head_dim: int) -> None:
 
 def test_cpu_tensors_need_no_workspace() -> None:
     for layout in ({}, {"before": BEFORE, "page_size": 3}):
-        given = put_together(cut(LENGTHS, 3), **layout)
+        given = cache_arguments(random_sequences(LENGTHS, 3), **layout)
         assert kvcache_workspace_size(**given, causal=True, window_size=2, return_state=True) == 0
     with pytest.raises(ArgumentError, match=r"^cache_seqlens: got "):
         kvcache_workspace_size(**{**given, "cache_seqlens": None})
 
 
-# What is refused
+# Refused arguments
 
 
 def dense() -> dict[str, Any]:
     """Two sequences in a cache of 7 keys."""
     names = {"q": "q", "r": "r", "k_cache": "k", "v_cache": "v"}
-    parts = cut((7, 7), 2)
+    parts = random_sequences((7, 7), 2)
     return {name: torch.stack([getattr(part, of) for part in parts]) for name, of in names.items()}
 
 
-def in_pages() -> dict[str, Any]:
-    return put_together(cut((7, 5), 2), page_size=2)
+def paged_arguments() -> dict[str, Any]:
+    return cache_arguments(random_sequences((7, 5), 2), page_size=2)
 
 
 def packed() -> dict[str, Any]:
     """Sequences of 3 and 1 queries."""
-    return put_together(cut((7, 5), (3, 1)), packed=True)
+    return cache_arguments(random_sequences((7, 5), (3, 1)), packed=True)
 
 
-def eight_bits() -> dict[str, Any]:
-    return put_together(cut((7, 5), 2, torch.bfloat16, F8))
+def fp8_arguments() -> dict[str, Any]:
+    return cache_arguments(random_sequences((7, 5), 2, torch.bfloat16, F8))
 
 
 def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-OF_ALL = [
+REFUSED_DENSE = [
     ({"q": 3}, "q"),
     ({"q": torch.zeros(2, 4, 16)}, "q"),
     ({"q": torch.zeros(2, 2, 4, 16, dtype=torch.float64)}, "q"),
@@ -234,8 +238,8 @@ OF_ALL = [
     (dict.fromkeys(("k_cache", "v_cache"), torch.zeros(3, 7, 2, 16)), "k_cache"),
     ({"k_cache": torch.zeros(7, 2, 16)}, "k_cache"),
     ({"k_cache": torch.zeros(2, 7, 2, 16, dtype=torch.bfloat16)}, "k_cache"),
-    ({"k_cache": torch.zeros(2, 7, 2, 16).to(F8)}, "k_cache"),  # beside fp32 queries
-    ({"k_cache": torch.zeros(2, 7, 2, 16, device="meta"), "softmax_scale": 0.7}, "k_cache"),  # of no plan
+    ({"k_cache": torch.zeros(2, 7, 2, 16).to(F8)}, "k_cache"),  # with fp32 queries
+    ({"k_cache": torch.zeros(2, 7, 2, 16, device="meta"), "softmax_scale": 0.7}, "k_cache"),  # a call without a plan
     ({"k_cache": torch.zeros(2, 7, 2, 16, requires_grad=True)}, "k_cache"),
     ({"v_cache": torch.zeros(2, 9, 2, 16)}, "v_cache"),
     ({"v_cache": torch.zeros(2, 7, 2, 16, dtype=torch.float16)}, "v_cache"),
@@ -258,14 +262,14 @@ OF_ALL = [
     ({"window_size": True, "causal": True}, "window_size"),
     ({"softmax_scale": 0.0}, "softmax_scale"),
     ({"softmax_scale": "1"}, "softmax_scale"),
-    ({"k_scale": 2.0}, "k_scale"),  # of a cache that is as it is
+    ({"k_scale": 2.0}, "k_scale"),  # a scale for a 16-bit cache
     ({"v_scale": torch.ones(1)}, "v_scale"),
     ({"return_state": 1}, "return_state"),
     ({"out": 1}, "out"),
     ({"out": torch.zeros(2, 1, 4, 16)}, "out"),
     ({"out": torch.zeros(2, 2, 4, 16, dtype=torch.float16)}, "out"),
 ]
-OF_PAGES = [
+REFUSED_PAGED = [
     ({"cache_seqlens": None}, "cache_seqlens"),
     ({"cache_seqlens": 3}, "cache_seqlens"),
     ({"page_table": [[0], [1]]}, "page_table"),
@@ -275,16 +279,16 @@ OF_PAGES = [
     ({"page_table": torch.zeros(5, 2, dtype=torch.int32).T}, "page_table"),
     ({"k_cache": torch.zeros(12, 2, 3, 16)}, "k_cache"),
     ({"v_cache": torch.zeros(12, 3, 2, 16)}, "v_cache"),
-    ({"v_cache": torch.zeros(12, 2, 2, 32)[..., :16]}, "v_cache"),  # other strides than k_cache
+    ({"v_cache": torch.zeros(12, 2, 2, 32)[..., :16]}, "v_cache"),  # strides differ from k_cache
 ]
-OF_PACKED = [
+REFUSED_PACKED = [
     ({"q": torch.zeros(1, 4, 4, 16)}, "q"),
     ({"r": torch.zeros(5, 4, 16)}, "r"),
     ({"cu_seqlens_q": [0, 3, 4]}, "cu_seqlens_q"),
     ({"cu_seqlens_q": torch.tensor([0, 3, 4])}, "cu_seqlens_q"),
     ({"cu_seqlens_q": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens_q"),
     ({"cu_seqlens_q": int32(0, 0, 3, 0, 4, 0)[::2]}, "cu_seqlens_q"),
-    ({"cu_seqlens_q": int32(0, 4)}, "k_cache"),  # of one sequence, and two in the cache
+    ({"cu_seqlens_q": int32(0, 4)}, "k_cache"),  # one sequence, but two in the cache
     ({"max_seqlen_q": None}, "max_seqlen_q"),
     ({"max_seqlen_q": -1}, "max_seqlen_q"),
     ({"max_seqlen_q": 3.0}, "max_seqlen_q"),
@@ -292,11 +296,11 @@ OF_PACKED = [
     ({"cache_seqlens": int32(7, 5, 1)}, "cache_seqlens"),
     ({"out": torch.zeros(4, 2, 16)}, "out"),
 ]
-OF_EIGHT_BITS = [
+REFUSED_FP8 = [
     ({"v_cache": torch.zeros(2, 10, 2, 16).to(torch.float8_e5m2)}, "v_cache"),
     ({"v_cache": torch.zeros(2, 10, 2, 16, dtype=torch.bfloat16)}, "v_cache"),
-    ({"v_cache": torch.zeros(2, 10, 2, 17).to(F8)[..., :16]}, "v_cache"),  # an odd number from head to head
-    ({"k_cache": torch.zeros(2, 10, 2, 18).to(F8)[..., 1:17]}, "k_cache"),  # from the second number on
+    ({"v_cache": torch.zeros(2, 10, 2, 17).to(F8)[..., :16]}, "v_cache"),  # an odd head stride
+    ({"k_cache": torch.zeros(2, 10, 2, 18).to(F8)[..., 1:17]}, "k_cache"),  # offset by one element
     ({"k_scale": 0.0}, "k_scale"),
     ({"k_scale": float("inf")}, "k_scale"),
     ({"k_scale": True}, "k_scale"),
@@ -309,14 +313,19 @@ OF_EIGHT_BITS = [
 ]
 REFUSED = [
     pytest.param(given, change, argument, id=f"{given.__name__}-{n}-{argument}")
-    for given, cases in ((dense, OF_ALL), (in_pages, OF_PAGES), (packed, OF_PACKED), (eight_bits, OF_EIGHT_BITS))
+    for given, cases in (
+        (dense, REFUSED_DENSE),
+        (paged_arguments, REFUSED_PAGED),
+        (packed, REFUSED_PACKED),
+        (fp8_arguments, REFUSED_FP8),
+    )
     for n, (change, argument) in enumerate(cases)
 ]
 
 
 @pytest.mark.parametrize(("given", "change", "argument"), REFUSED)
 def test_a_bad_argument_is_named(given: Any, change: dict[str, Any], argument: str) -> None:
-    """Also right after calls that differ in nothing that a plan depends on."""
+    """Also right after a valid call with the same plan key."""
     parallax_attn_with_kvcache(**given())
     if given is dense:
         parallax_attn_with_kvcache(**given(), cache_seqlens=1)
@@ -325,14 +334,14 @@ def test_a_bad_argument_is_named(given: Any, change: dict[str, Any], argument: s
     assert caught.value.argument == argument
 
 
-@pytest.mark.parametrize("given", [dense, in_pages, packed, eight_bits])
-def test_every_message_is_of_what_was_changed(given: Any) -> None:
-    """All the calls that are refused above are fine without the change."""
+@pytest.mark.parametrize("given", [dense, paged_arguments, packed, fp8_arguments])
+def test_calls_are_valid_without_the_change(given: Any) -> None:
+    """The refused calls above are valid without their change."""
     assert torch.isfinite(parallax_attn_with_kvcache(**given())).all()
 
 
-def test_an_offset_in_eight_bits_that_fours_do_not_have_is_refused_in_every_call() -> None:
-    """Also where the plan of such sizes and strides is known already: it knows no offsets."""
+def test_fp8_offsets_that_are_not_multiples_of_4_are_refused_in_every_call() -> None:
+    """Also if a plan for these sizes and strides exists, since offsets are not part of its key."""
     cache = torch.zeros(2, 7, 2, 20).to(torch.float8_e4m3fn)
     q = torch.zeros(2, 1, 4, 16, dtype=torch.bfloat16)
     parallax_attn_with_kvcache(q, q, cache[..., :16], cache[..., :16])
@@ -340,7 +349,7 @@ def test_an_offset_in_eight_bits_that_fours_do_not_have_is_refused_in_every_call
         parallax_attn_with_kvcache(q, q, cache[..., 2:18], cache[..., :16])
 
 
-def test_a_batch_of_no_sequences_gives_zeros_to_rows_of_none() -> None:
+def test_with_no_sequences_padding_rows_are_zero() -> None:
     given = packed()
     rows, nothing = given["q"].shape, torch.zeros(1, dtype=torch.int32)
     given |= {"cu_seqlens_q": nothing, "cache_seqlens": nothing[:0], "page_table": torch.zeros(0, 3, dtype=torch.int32)}
@@ -350,20 +359,20 @@ def test_a_batch_of_no_sequences_gives_zeros_to_rows_of_none() -> None:
 @pytest.mark.parametrize("layout", [{}, {"page_size": 4}], ids=["dense", "paged"])
 @pytest.mark.parametrize("lowest", [-1, -(2**31)])
 def test_a_length_below_0_counts_as_0(lowest: int, layout: dict[str, Any]) -> None:
-    given = put_together(cut(LENGTHS, 1), **layout)
+    given = cache_arguments(random_sequences(LENGTHS, 1), **layout)
     given["cache_seqlens"] = torch.tensor([lowest, *LENGTHS[1:]], dtype=torch.int32)
     wanted = given | {"cache_seqlens": given["cache_seqlens"].clamp(min=0)}
     for x, y in zip(*(parallax_attn_with_kvcache(**x, return_state=True) for x in (given, wanted)), strict=True):
         assert torch.equal(x, y)
 
 
-def test_a_head_dim_of_no_kernel_says_which_are() -> None:
+def test_the_error_for_an_unsupported_head_dim_lists_the_supported_ones() -> None:
     x = torch.zeros(1, 3, 2, 264)
     with pytest.raises(ArgumentError, match="q: got head_dim 264; allowed: a multiple of 8 from 8 to 256"):
         parallax_attn_with_kvcache(x, x, x, x)
 
 
-def test_without_gradients_recorded_inputs_that_need_them_are_fine() -> None:
+def test_inputs_that_require_grad_are_accepted_under_no_grad() -> None:
     given = {name: tensor.requires_grad_() for name, tensor in dense().items()}
     with torch.no_grad():
         assert not parallax_attn_with_kvcache(**given).requires_grad
@@ -381,14 +390,14 @@ def test_without_gradients_recorded_inputs_that_need_them_are_fine() -> None:
     ],
     ids=["an int", "too small", "int8", "strided", "unaligned", "elsewhere"],
 )
-def test_a_workspace_that_will_not_do_is_refused(workspace: Any) -> None:
+def test_an_unsuitable_workspace_is_refused(workspace: Any) -> None:
     q = dense()["q"]
     check_workspace(torch.zeros(128, dtype=torch.uint8), 128, q)
     with pytest.raises(ArgumentError, match=r"^workspace: got .*; allowed: a contiguous uint8 tensor of 128 bytes"):
         check_workspace(workspace, 128, q)
 
 
-def test_a_graph_is_of_cuda_tensors_and_has_its_own_workspace() -> None:
+def test_graphed_decode_needs_cuda_tensors_and_no_workspace() -> None:
     with pytest.raises(ArgumentError, match=r"^q: got on cpu"):
         GraphedDecode(**dense())
     with pytest.raises(ArgumentError, match=r"^workspace: "):

@@ -1,4 +1,4 @@
-"""Attention against a KV cache where it is traced, counted, batched or differentiated: one operator, or an error."""
+"""Attention against a KV cache under tracing, FLOP counting, vmap or autodiff: one operator, or an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import HEAD_DIM, HEADS, KV_HEADS, cut, put_together
+from cache_samples import HEAD_DIM, HEADS, KV_HEADS, cache_arguments, random_sequences
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -17,7 +17,7 @@ from parallax_gen import State, parallax_attn_varlen_func, parallax_attn_with_kv
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime import kvcache as cached
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own, of what it compiles with
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch's compiler
 
 LENGTHS = (9, 0, 5, 1)
 BEFORE = (0, 4, 7, 2)
@@ -25,7 +25,7 @@ F8 = torch.float8_e4m3fn
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -52,7 +52,7 @@ def ints(*values: int) -> Tensor:
 
 
 def dense(batch: int, seqlen: int, queries: int = 1) -> tuple[Tensor, Tensor]:
-    """q, and a cache that serves as keys and values."""
+    """q, and a cache used for keys and values."""
     draw = torch.Generator().manual_seed(seqlen)
     q = torch.randn(batch, queries, HEADS, HEAD_DIM, generator=draw)
     return q, torch.randn(batch, seqlen, KV_HEADS, HEAD_DIM, generator=draw)
@@ -61,34 +61,40 @@ def dense(batch: int, seqlen: int, queries: int = 1) -> tuple[Tensor, Tensor]:
 # torch.compile
 
 
-GIVEN = [
-    pytest.param(put_together(cut(LENGTHS, 3)), {"causal": True, "window_size": 2}, id="window"),
-    pytest.param(put_together(cut(LENGTHS), before=BEFORE), {"softmax_scale": 0.3}, id="left padding"),
-    pytest.param(put_together(cut(LENGTHS, 3), before=BEFORE, page_size=3), {"causal": True}, id="pages"),
-    pytest.param(put_together(cut(LENGTHS, (4, 2, 7, 0)), packed=True, page_size=3), {"causal": True}, id="packed"),
+COMPILED_CALLS = [
+    pytest.param(cache_arguments(random_sequences(LENGTHS, 3)), {"causal": True, "window_size": 2}, id="window"),
+    pytest.param(cache_arguments(random_sequences(LENGTHS), before=BEFORE), {"softmax_scale": 0.3}, id="left padding"),
     pytest.param(
-        put_together(cut(LENGTHS, 2, torch.bfloat16, F8), page_size=4),
+        cache_arguments(random_sequences(LENGTHS, 3), before=BEFORE, page_size=3), {"causal": True}, id="pages"
+    ),
+    pytest.param(
+        cache_arguments(random_sequences(LENGTHS, (4, 2, 7, 0)), packed=True, page_size=3),
+        {"causal": True},
+        id="packed",
+    ),
+    pytest.param(
+        cache_arguments(random_sequences(LENGTHS, 2, torch.bfloat16, F8), page_size=4),
         {"k_scale": 0.5, "v_scale": torch.tensor([3.0, 0.25])},
         id="eight bits",
     ),
-    pytest.param({**put_together(cut((9, 9), 2)), "cache_seqlens": 8}, {"causal": True}, id="an int"),
-    pytest.param({**put_together(cut((9, 9))), "cache_seqlens": None}, {}, id="all keys"),
+    pytest.param({**cache_arguments(random_sequences((9, 9), 2)), "cache_seqlens": 8}, {"causal": True}, id="an int"),
+    pytest.param({**cache_arguments(random_sequences((9, 9))), "cache_seqlens": None}, {}, id="all keys"),
 ]
 
 
-@pytest.mark.parametrize(("given", "options"), GIVEN)
+@pytest.mark.parametrize(("given", "options"), COMPILED_CALLS)
 def test_one_graph(given: dict[str, Any], options: dict[str, Any]) -> None:
     call, counter = compiled(lambda q: parallax_attn_with_kvcache(**{**given, "q": q}, **options, return_state=True))
     found = call(given["q"])
     assert isinstance(found, State)
     wanted = parallax_attn_with_kvcache(**given, **options, return_state=True)
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)  # of keys without a length
+        torch.testing.assert_close(a, b, equal_nan=True)  # NaN for keys past the length
     assert operators(counter.graphs) == {"parallax_gen.attention_with_kvcache_state.default"}
 
 
 def test_out_is_written_and_a_workspace_is_checked() -> None:
-    given = put_together(cut(LENGTHS))
+    given = cache_arguments(random_sequences(LENGTHS))
     call, counter = compiled(lambda out, space: parallax_attn_with_kvcache(**given, out=out, workspace=space))
     out = torch.full((4, 1, HEADS, HEAD_DIM), float("nan"))
     assert call(out, torch.zeros(64, dtype=torch.uint8)) is out
@@ -109,8 +115,8 @@ def test_a_cache_that_grows_is_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-def test_lengths_and_tables_of_any_batch_are_one_graph() -> None:
-    """No size stands in a text that is put together where nothing is refused: torch would take it for a constant."""
+def test_one_graph_for_lengths_and_tables_of_any_batch() -> None:
+    """Error messages with sizes are formatted only on errors: torch would specialise on the sizes."""
     call, counter = compiled(
         lambda q, k, n, pages: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n, page_table=pages)
     )
@@ -125,13 +131,13 @@ def test_lengths_and_tables_of_any_batch_are_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-def test_an_int_and_the_longest_sequence_become_symbols() -> None:
+def test_an_int_length_and_max_seqlen_become_symbolic() -> None:
     q, k = dense(2, 9)
     call, counter = compiled(lambda n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))
     for length in (3, 5, 7, 8):
         torch.testing.assert_close(call(length), parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=length))
-    assert counter.frame_count <= 2  # torch takes the first for a constant, the second for any
-    given = put_together(cut(LENGTHS, (4, 2, 7, 0)), packed=True)
+    assert counter.frame_count <= 2  # torch specialises on the first value, and generalises at the second
+    given = cache_arguments(random_sequences(LENGTHS, (4, 2, 7, 0)), packed=True)
     del given["max_seqlen_q"]
     call, counter = compiled(lambda n: parallax_attn_with_kvcache(**given, max_seqlen_q=n))
     for longest in (7, 8, 9, 12):
@@ -142,11 +148,11 @@ def test_an_int_and_the_longest_sequence_become_symbols() -> None:
 def test_inductor() -> None:
     q, k = dense(2, 9, 3)
     call, _ = compiled(lambda q, n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n), "inductor")
-    lengths = ints(5, 9)  # nothing else is in the graph: to compile C++ takes seconds
+    lengths = ints(5, 9)  # nothing else is in the graph, since compiling C++ takes seconds
     torch.testing.assert_close(call(q, lengths), parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=lengths))
 
 
-def test_what_is_refused_is_refused_while_tracing() -> None:
+def test_invalid_arguments_are_refused_while_tracing() -> None:
     q, k = dense(2, 9)
     call = torch.compile(parallax_attn_with_kvcache, backend="eager")
     with pytest.raises(ArgumentError, match=r"^k_cache: got 3 kv heads; allowed: a divisor of q's 4 heads"):
@@ -168,7 +174,7 @@ class Step(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_step_serves_other_sizes(strict: bool) -> None:
+def test_an_exported_step_accepts_other_sizes(strict: bool) -> None:
     batch, seqlen = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("seqlen", min=2, max=4096)
     sizes = ({0: batch}, {0: batch, 1: seqlen}, {0: batch})
     program = torch.export.export(Step(), (*dense(3, 9, 2), ints(2, 9, 5)), dynamic_shapes=sizes, strict=strict)
@@ -188,8 +194,8 @@ class Packed(nn.Module):
         return one + two
 
 
-def test_a_size_is_an_int_where_it_is_exported() -> None:
-    """Where no frame is traced but Python runs, sizes are SymInts, which are no ints."""
+def test_non_strict_export_handles_symbolic_sizes() -> None:
+    """In non-strict export Python runs with SymInt sizes, which are no ints."""
     rows = torch.export.Dim("rows", min=2, max=64)
     given = torch.randn(5, HEADS, HEAD_DIM), ints(0, 5)
     program = torch.export.export(Packed(), given, dynamic_shapes=({0: rows}, None), strict=False)
@@ -197,14 +203,14 @@ def test_a_size_is_an_int_where_it_is_exported() -> None:
     torch.testing.assert_close(program.module()(*given), Packed()(*given))
 
 
-def test_the_operators_keep_their_promises() -> None:
+def test_operators_pass_opcheck_with_a_cache() -> None:
     q, k = dense(2, 9)
     given = (q, q, k, k, ints(3, 9), *[None] * 6, True, 3, None)
     for name in ("attention_with_kvcache", "attention_with_kvcache_state"):
         torch.library.opcheck(getattr(torch.ops.parallax_gen, name).default, given)
 
 
-def test_an_eager_call_goes_through_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eager_call_bypasses_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError
 
@@ -212,7 +218,7 @@ def test_an_eager_call_goes_through_no_operator(monkeypatch: pytest.MonkeyPatch)
     q, k = dense(2, 9)
     with forward_ad.dual_level(), torch.inference_mode():
         parallax_attn_with_kvcache(q, q, k, nn.Parameter(k, requires_grad=False))
-    torch.func.vmap(lambda _: parallax_attn_with_kvcache(q, q, k, k))(q)  # that has no samples
+    torch.func.vmap(lambda _: parallax_attn_with_kvcache(q, q, k, k))(q)  # unbatched inputs
     with pytest.raises(AssertionError), FlopCounterMode(display=False):
         parallax_attn_with_kvcache(q, q, k, k)
 
@@ -223,16 +229,20 @@ def test_an_eager_call_goes_through_no_operator(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("given", "options", "pairs"),
     [
-        (put_together(cut(LENGTHS, 3)), {}, 3 * 15),
-        (put_together(cut(LENGTHS), before=BEFORE), {"causal": True}, 15),
-        (put_together(cut(LENGTHS), page_size=3), {"causal": True, "window_size": 4}, 4 + 0 + 4 + 1),
-        (put_together(cut((9, 4), (2, 3)), packed=True), {}, 2 * 9 + 3 * 4),
-        (put_together(cut((9, 4), 4)), {"causal": True, "return_state": True}, 4 * 5 + 4 * 4 / 2 + 4 * 4 / 2),
+        (cache_arguments(random_sequences(LENGTHS, 3)), {}, 3 * 15),
+        (cache_arguments(random_sequences(LENGTHS), before=BEFORE), {"causal": True}, 15),
+        (cache_arguments(random_sequences(LENGTHS), page_size=3), {"causal": True, "window_size": 4}, 4 + 0 + 4 + 1),
+        (cache_arguments(random_sequences((9, 4), (2, 3)), packed=True), {}, 2 * 9 + 3 * 4),
+        (
+            cache_arguments(random_sequences((9, 4), 4)),
+            {"causal": True, "return_state": True},
+            4 * 5 + 4 * 4 / 2 + 4 * 4 / 2,
+        ),
     ],
     ids=["lengths", "left padding", "window in pages", "packed", "causal"],
 )
 def test_flops(given: dict[str, Any], options: dict[str, Any], pairs: float) -> None:
-    """4 matmuls, of a multiply and an add; half a square where causal."""
+    """4 matmuls of multiply-adds; causal squares count half."""
     with FlopCounterMode(display=False) as counter:
         found = parallax_attn_with_kvcache(**given, **options)
     assert counter.get_total_flops() == 4 * 2 * HEADS * HEAD_DIM * pairs
@@ -254,7 +264,7 @@ def test_flops(given: dict[str, Any], options: dict[str, Any], pairs: float) -> 
     ids=["all", "some", "one cache for all", "pages"],
 )
 def test_vmap(layout: dict[str, Any], dims: dict[str, int], state: bool) -> None:
-    samples = [put_together(cut(lengths, 2), **layout) for lengths in (LENGTHS, (9, 7, 5, 1))]
+    samples = [cache_arguments(random_sequences(lengths, 2), **layout) for lengths in (LENGTHS, (9, 7, 5, 1))]
     samples = [{name: x.nan_to_num(1.0) for name, x in sample.items()} for sample in samples]
     samples[1] |= {name: x for name, x in samples[0].items() if name not in dims}
     names = list(samples[0])
@@ -269,7 +279,7 @@ def test_vmap(layout: dict[str, Any], dims: dict[str, int], state: bool) -> None
     same([*found], [*wanted])
 
 
-def test_samples_of_lengths_alone_and_no_samples() -> None:
+def test_vmap_over_lengths_only_and_over_nothing() -> None:
     q, k = dense(2, 9)
     lengths = ints(9, 4, 1, 0, 2, 7).view(3, 2)
     found = torch.func.vmap(lambda n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))(lengths)
@@ -286,7 +296,7 @@ class Mixed(nn.Module):
         return found
 
 
-def test_an_export_keeps_the_number_of_packed_sequences_open() -> None:
+def test_an_export_keeps_the_number_of_packed_sequences_dynamic() -> None:
     batch, rows = torch.export.Dim("batch", min=1), torch.export.Dim("rows")
     sizes = ({0: rows}, {0: batch}, {0: batch + 1})
     q, k = torch.randn(5, HEADS, HEAD_DIM), dense(2, 9)[1]
@@ -306,7 +316,7 @@ def test_scales_have_no_derivatives() -> None:
         parallax_attn_with_kvcache(q.half(), q.half(), cache, cache, k_scale=torch.nn.Parameter(one))
 
 
-def test_samples_that_need_gradients_are_refused() -> None:
+def test_vmapped_inputs_that_require_grad_are_refused() -> None:
     q, k = dense(2, 9)
     samples = torch.stack([q, q]).requires_grad_()
     with pytest.raises(ArgumentError, match=r"^q: got a tensor that needs gradients"):
@@ -326,7 +336,7 @@ def test_derivatives_are_refused() -> None:
             parallax_attn_with_kvcache(q, q, dual, k)
         assert parallax_attn_with_kvcache(q, q, k, k).shape == q.shape
         call = torch.compile(lambda k: parallax_attn_with_kvcache(q, q, k, k), backend="eager")
-        # The tracer, where this is refused, leaves it to the eager call, which names the tensor.
+        # The tracer falls back to the eager call, whose error names the tensor.
         with pytest.raises(ArgumentError, match=r"^k_cache: got a tensor with a tangent"):
             call(dual)
     assert call(k).shape == q.shape

@@ -15,11 +15,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from parallax_gen import parallax_attn_func
 from parallax_gen.nn import ParallaxAttention
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of what it compiles with
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -50,7 +50,7 @@ def agree(found: Tensor, wanted: Tensor, layer: torch.nn.Module, x: Tensor) -> N
         ("inductor", {}),
     ],
 )
-def test_a_layer_is_one_graph_for_every_length(backend: str, options: dict[str, Any]) -> None:
+def test_one_graph_of_a_layer_for_every_length(backend: str, options: dict[str, Any]) -> None:
     layer = ParallaxAttention(32, 4, 2, **options)
     call, counter = compiled(layer, backend)
     for seqlen in (7, 9, 4, 2, 17):
@@ -60,7 +60,7 @@ def test_a_layer_is_one_graph_for_every_length(backend: str, options: dict[str, 
     assert counter.frame_count == 1
 
 
-def test_a_layer_is_one_graph_for_every_packing() -> None:
+def test_one_graph_of_a_layer_for_every_packing() -> None:
     layer = ParallaxAttention(32, 4, 2, window_size=5, rope_theta=1e4)
     call, counter = compiled(layer, "aot_eager")
     graphs = set()
@@ -70,10 +70,10 @@ def test_a_layer_is_one_graph_for_every_packing() -> None:
         torch._dynamo.mark_dynamic(x, 0)
         agree(call(x, starts, longest), layer(x, starts, longest), layer, x)
         graphs.add(counter.frame_count)
-    assert max(graphs) <= 2  # torch takes the first max_seqlen for a constant, the second for any
+    assert max(graphs) <= 2  # torch specialises on the first max_seqlen, and generalises at the second
 
 
-def test_without_gradients_nothing_more_than_out_is_made() -> None:
+def test_without_gradients_only_out_is_computed() -> None:
     q, k = normal(2, 5, 4, 16), normal(2, 7, 2, 16)
     call, counter = compiled(lambda q, k: parallax_attn_func(q, q / 4, k, k, causal=True), "aot_eager")
     out = call(q, k)
@@ -108,7 +108,7 @@ def test_under_autocast() -> None:
 
 
 def test_tangents_and_transforms_in_a_graph() -> None:
-    """An operator sees no tangent: a graph that would drop one is refused, and one that need not be whole is not."""
+    """Operators do not see tangents: fullgraph is refused where it would drop one; otherwise the graph breaks."""
     q, d = normal(2, 5, 4, 16), normal(2, 5, 4, 16)
 
     def attend(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ring attention on several processes of this machine, over gloo: as attention of the whole sequence on one."""
+"""Ring attention on several processes over gloo equals attention over the whole sequence in one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as fw
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from closeness import assert_close
+from assertions import assert_close
 from torch import Tensor
 
 from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
@@ -21,7 +21,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 
-# (causal, queries a chunk, heads, kv heads, dtype, its name): chunks of one query, too.
+# (causal, queries a chunk, heads, kv heads, dtype, its name), including chunks of one query.
 CASES = [
     (True, 3, 4, 2, torch.float32, "fp32"),
     (False, 3, 4, 2, torch.float32, "fp32"),
@@ -31,7 +31,7 @@ CASES = [
 
 
 def whole(chunk: int, chunks: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, r, k, v and the gradient of the output, the same in every process."""
+    """q, r, k, v and do of the whole sequence, the same in every process."""
     generator = torch.Generator().manual_seed(chunk)
     sizes = [heads, heads, kv_heads, kv_heads, heads]
     tensors = [torch.randn(2, chunk * chunks, n, 16, generator=generator) for n in sizes]
@@ -51,7 +51,7 @@ def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
     for grad, x, wanted, natural in zip(grads, mine, wanted_grads, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
         found = gather_sequence(grad, causal=causal)
-        # Partial gradients are rounded to 16 bits before they are added up, on top of what one backward rounds.
+        # Partial gradients are rounded to 16 bits before they are summed, besides the rounding of one backward.
         if name == "fp32":
             assert_close(found, wanted, name, float(natural))
         else:
@@ -74,7 +74,7 @@ def work(rank: int, ranks: int, port: int, failures: Any) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_a_ring_attends_as_one(ranks: int, free_port: int) -> None:
+def test_ring_attention_equals_attention_on_one_rank(ranks: int, free_port: int) -> None:
     context = mp.get_context("spawn")
     failures = context.SimpleQueue()
     processes = [context.Process(target=work, args=(rank, ranks, free_port, failures)) for rank in range(ranks)]
@@ -101,8 +101,8 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-def test_every_rank_has_as_much_to_do_and_every_pair_is_met_once(ranks: int) -> None:
-    """Chunk by chunk: who sees what, from the parts alone, is the causal mask; and no rank has more of it."""
+def test_ranks_have_equal_work_and_each_pair_is_computed_once(ranks: int) -> None:
+    """The parts of all ranks together are the causal mask, chunk by chunk, and each rank has an equal amount of it."""
     seqlen, met, load = 4, set(), set()
     for rank in range(ranks):
         ring, pairs = _Ring(None, rank, ranks, 0, 0), 0
@@ -122,14 +122,14 @@ def test_every_rank_has_as_much_to_do_and_every_pair_is_met_once(ranks: int) -> 
     assert len(load) == 1
 
 
-def test_without_a_group_it_says_so() -> None:
+def test_without_a_process_group_it_is_an_error() -> None:
     x = torch.zeros(1, 4, 2, 16)
     with pytest.raises(ArgumentError, match="init_process_group"):
         ring_attn_func(x, x, x, x)
 
 
-def test_a_ring_refuses_what_it_would_drop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tangents, transforms of torch.func, and a gradient of its gradients."""
+def test_unsupported_derivatives_of_a_ring_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward-mode tangents, transforms of torch.func, and second derivatives."""
     monkeypatch.setattr(_Ring, "of", staticmethod(lambda group: _Ring(group, 0, 1, 0, 0)))
     inputs = [x.requires_grad_() for x in whole(4, 2, 4, 2, torch.float32)[:4]]
     q, *rest = inputs

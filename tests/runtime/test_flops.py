@@ -1,4 +1,4 @@
-"""FlopCounterMode counts attention as problem.shapes does: eager with and without gradients, transformed, fake."""
+"""FlopCounterMode counts attention like `work_of`: eager with and without gradients, transformed, fake tensors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # that these are CPU tensors, and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch
 
 OPS = torch.ops.parallax_gen
-FORWARD = 8 * 2 * 4 * 5 * 7 * 16  # of dense(): two sequences, four heads, 5 queries, 7 keys, width 16
+FORWARD = 8 * 2 * 4 * 5 * 7 * 16  # FLOPs of dense(): two sequences, four heads, 5 queries, 7 keys, head_dim 16
 
 
 def counted(call: Any) -> dict[Any, int]:
@@ -43,7 +43,7 @@ def test_a_forward_without_gradients() -> None:
 
 
 @pytest.mark.parametrize(("needed", "matmuls"), [((0, 1, 2, 3), 8), ((0,), 5), ((1,), 5), ((3,), 6), ((1, 2), 8)])
-def test_a_backward_by_the_gradients_that_are_wanted(needed: tuple[int, ...], matmuls: int) -> None:
+def test_a_backward_by_needed_gradients(needed: tuple[int, ...], matmuls: int) -> None:
     inputs = tuple(x.requires_grad_(i in needed) for i, x in enumerate(dense().inputs))
     every = counted(lambda: parallax_attn_func(*inputs).sum().backward())
     assert every == {OPS.attention_with_stats: FORWARD, OPS.attention_backward: FORWARD // 4 * matmuls}
@@ -67,7 +67,7 @@ def test_packed_sequences_count_their_own_lengths() -> None:
     assert found == {OPS.attention_with_stats: 8 * 4 * 16 * pairs, OPS.attention_backward: 16 * 4 * 16 * pairs}
 
 
-def test_stand_ins_of_packed_sequences_count_as_the_longest() -> None:
+def test_fake_packed_sequences_count_with_max_seqlen() -> None:
     with FakeTensorMode():
         q, k, starts = torch.empty(9, 4, 16), torch.empty(11, 2, 16), torch.zeros(6, dtype=torch.int32)
         found = counted(lambda: parallax_attn_varlen_func(q, q, k, k, starts, starts, 5, 7))
@@ -95,7 +95,7 @@ def test_compiled_calls_are_counted() -> None:
     torch._dynamo.reset()
 
 
-def test_a_ring_s_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_ring_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Ring, "of", staticmethod(lambda group: _Ring(group, 0, 1, 0, 0)))
     inputs = dense(6, 6).inputs
     found = counted(lambda: ring_attn_func(*inputs).sum().backward())
@@ -103,12 +103,12 @@ def test_a_ring_s_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {OPS.attention_with_stats: every, OPS.attention_backward: 2 * every}
     grads = [x.grad for x in inputs]
     expected = dense(6, 6).inputs
-    ring_attn_func(*expected).sum().backward()  # without a counter: by no operator
+    ring_attn_func(*expected).sum().backward()  # without a counter, so without operators
     for grad, x in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, x.grad)
 
 
-def test_the_official_forward_and_backward_are_counted() -> None:
+def test_the_drop_in_forward_and_backward_are_counted() -> None:
     q, r, k, v = (x.detach().transpose(1, 2).flatten(0, 1).bfloat16() for x in dense(8, 8).inputs)
     kept: list[torch.Tensor] = []
     square = 8 * 2 * 4 * 8 * 8 * 16 // 2  # causal

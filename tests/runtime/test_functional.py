@@ -1,4 +1,4 @@
-"""The public functions for whole sequences without a GPU: what they take, what they refuse, what CPU tensors give."""
+"""The public functions for dense and packed sequences without a GPU: accepted and refused arguments, CPU results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_close
+from assertions import assert_close
 from torch import Tensor
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
@@ -24,7 +24,7 @@ def normal(*size: int) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)))
 
 
-def whole() -> dict[str, Any]:
+def dense() -> dict[str, Any]:
     """Arguments of parallax_attn_func."""
     return {"q": normal(2, 5, 4, 64), "r": normal(2, 5, 4, 64) / 8, "k": normal(2, 7, 2, 64), "v": normal(2, 7, 2, 64)}
 
@@ -43,8 +43,8 @@ def packed() -> dict[str, Any]:
     }
 
 
-def test_whole_sequences_give_the_reference_and_its_statistics() -> None:
-    given = whole()
+def test_dense_sequences_agree_with_the_reference_and_its_statistics() -> None:
+    given = dense()
     out, lse, t_mean, v_mean = parallax_attn_func(**given, causal=True, softmax_scale=0.3, return_stats=True)
     expected = reference_forward(**given, causal=True, softmax_scale=0.3)
     for found, wanted in zip((out, lse, t_mean, v_mean), expected, strict=True):
@@ -55,21 +55,21 @@ def test_whole_sequences_give_the_reference_and_its_statistics() -> None:
 
 @pytest.mark.parametrize("window_size", [1, 3, 6])
 def test_a_window_keeps_the_last_keys(window_size: int) -> None:
-    given = whole()
+    given = dense()
     out = parallax_attn_func(**given, causal=True, window_size=window_size)
     assert_close(out, reference_forward(**given, causal=True, window_size=window_size).out, "fp32")
     assert (out - parallax_attn_func(**given, causal=True)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("window_size", [7, 8, 10**9])
-def test_a_window_that_holds_every_key_is_none(window_size: int) -> None:
-    given = whole()
+def test_a_window_of_all_keys_has_no_effect(window_size: int) -> None:
+    given = dense()
     windowed = parallax_attn_func(**given, causal=True, window_size=window_size)
     assert torch.equal(windowed, parallax_attn_func(**given, causal=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 2, "softmax_scale": 0.3}])
-def test_packed_sequences_give_the_reference_and_its_statistics(options: dict[str, Any]) -> None:
+def test_packed_sequences_agree_with_the_reference_and_its_statistics(options: dict[str, Any]) -> None:
     given = packed()
     found = parallax_attn_varlen_func(**given, **options, return_stats=True)
     del given["max_seqlen_q"], given["max_seqlen_k"]
@@ -89,14 +89,14 @@ def test_without_queries_or_keys_packed_sequences_give_zeros() -> None:
 
 
 def test_out_is_written_and_returned() -> None:
-    given = whole()
+    given = dense()
     out = torch.full((2, 5, 4, 64), float("nan"))
     assert parallax_attn_func(**given, softmax_scale=0.3, out=out) is out
     assert_close(out, reference_forward(**given, softmax_scale=0.3).out, "fp32")
 
 
 def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
-    given = whole()
+    given = dense()
     empty = parallax_attn_func(given["q"][:, :0], given["r"][:, :0], given["k"], given["v"])
     assert empty.shape == (2, 0, 4, 64)
     out, lse, t_mean, v_mean = parallax_attn_func(
@@ -143,7 +143,7 @@ def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
 )
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_bad_argument_is_named(change: dict[str, Any], argument: str, gradients: bool) -> None:
-    given = whole()
+    given = dense()
     given["v"].requires_grad_(gradients)
     with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
         parallax_attn_func(**{**given, **change})
@@ -191,14 +191,14 @@ def test_head_dims(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [0, 4, 60, 264])
-def test_an_unsupported_head_dim_says_which_are(head_dim: int) -> None:
+def test_the_error_for_an_unsupported_head_dim_lists_supported_ones(head_dim: int) -> None:
     x = torch.zeros(1, 3, 2, head_dim)
     with pytest.raises(ArgumentError, match=f"q: got head_dim {head_dim}; allowed: a multiple of 8 from 8 to 256"):
         parallax_attn_func(x, x, x, x)
 
 
-def test_without_gradients_recorded_inputs_that_need_them_are_fine() -> None:
-    given = {name: tensor.requires_grad_() for name, tensor in whole().items()}
+def test_inputs_that_require_grad_are_accepted_without_recording() -> None:
+    given = {name: tensor.requires_grad_() for name, tensor in dense().items()}
     with torch.no_grad():
         out = parallax_attn_func(**given)
     assert torch.isfinite(out).all()
@@ -227,7 +227,7 @@ print(len([w for w in caught if "CPU tensors" in str(w.message)]))
         (("attention_with_kvcache", "attention_with_kvcache_state"), CacheRequest),
     ],
 )
-def test_operators_take_a_requests_parts_in_its_order(operators: tuple[str, ...], request_type: Any) -> None:
+def test_operator_arguments_are_in_the_order_of_the_request(operators: tuple[str, ...], request_type: Any) -> None:
     for name in operators:
         schema = getattr(torch.ops.parallax_gen, name).default._schema
         names = [argument.name for argument in schema.arguments]

@@ -1,4 +1,4 @@
-"""The layer: softmax attention where r is 0, one result dense or packed, and what it refuses."""
+"""The layer: softmax attention for r = 0, equal results dense and packed, and refused arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """By complex numbers: x (batch, seqlen, heads, head_dim)."""
+    """RoPE by complex numbers: x (batch, seqlen, heads, head_dim)."""
     half = x.shape[-1] // 2
     pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
     angles = positions[:, None, None] * theta ** (-torch.arange(half) / half)
@@ -39,8 +39,8 @@ def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1).float()
 
 
-def by_hand(layer: ParallaxAttention, x: Tensor, options: dict[str, Any], softmax: bool = False) -> Tensor:
-    """What the layer should give for x (batch, seqlen, hidden_size), by other means."""
+def layer_reference(layer: ParallaxAttention, x: Tensor, options: dict[str, Any], softmax: bool = False) -> Tensor:
+    """An independent computation of the layer for x (batch, seqlen, hidden_size)."""
     projections = (layer.q_proj, layer.r_proj, layer.k_proj, layer.v_proj)
     q, r, k, v = (project(x).unflatten(-1, (-1, layer.head_dim)) for project in projections)
     if options.get("qk_norm"):
@@ -68,7 +68,7 @@ def test_the_layer_is_attention_of_its_projections(options: dict[str, Any]) -> N
     x = torch.randn(2, 7, 32)
     out = layer(x)
     assert out.shape == x.shape
-    torch.testing.assert_close(out, by_hand(layer, x, options), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, layer_reference(layer, x, options), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -76,7 +76,7 @@ def test_with_r_zero_it_is_softmax_attention_and_gradients_reach_r(options: dict
     layer = ParallaxAttention(32, 4, **options, zero_init_r=True)
     x = torch.randn(2, 7, 32, requires_grad=True)
     others = [x, *(p for name, p in layer.named_parameters() if not name.startswith("r_proj"))]
-    found, wanted = layer(x), by_hand(layer, x, options, softmax=True)
+    found, wanted = layer(x), layer_reference(layer, x, options, softmax=True)
     torch.testing.assert_close(found, wanted)
     do = torch.randn_like(found)
     grads = torch.autograd.grad(found, others, do, retain_graph=True)
@@ -88,7 +88,7 @@ def test_with_r_zero_it_is_softmax_attention_and_gradients_reach_r(options: dict
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_packed_sequences_give_what_each_gives_alone(options: dict[str, Any]) -> None:
+def test_packed_sequences_are_independent_in_the_layer(options: dict[str, Any]) -> None:
     layer = ParallaxAttention(32, 4, **options)
     lengths = (3, 0, 1, 6, 0)
     x = torch.randn(sum(lengths), 32)
@@ -99,7 +99,7 @@ def test_packed_sequences_give_what_each_gives_alone(options: dict[str, Any]) ->
         torch.testing.assert_close(one, layer(alone[None])[0], rtol=1e-4, atol=1e-5)
 
 
-def test_positions_are_relative_and_may_begin_anywhere() -> None:
+def test_positions_are_relative() -> None:
     layer = ParallaxAttention(32, 4, rope_theta=100.0)
     x = torch.randn(2, 7, 32)
     torch.testing.assert_close(layer(x, position_offset=1000), layer(x), rtol=1e-3, atol=1e-4)
@@ -157,14 +157,14 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("way", INITIALISED)
-def test_r_is_zero_however_the_layer_is_initialised(way: str) -> None:
+def test_r_is_zero_after_every_kind_of_initialisation(way: str) -> None:
     from_meta = way.startswith(("to_empty", "FSDP"))
     with torch.device("meta" if from_meta else "cpu"):
         layer = ParallaxAttention(32, 4, 2, bias=True, qk_norm=True, zero_init_r=True)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.fill_(7.0)
-    assert isinstance(layer.r_proj, nn.Linear)  # for adapters and quantisers
+    assert isinstance(layer.r_proj, nn.Linear)  # so that adapters and quantisers recognise it
     for name, parameter in INITIALISED[way](layer).named_parameters():
         values = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if "r_proj" in name:
@@ -175,7 +175,7 @@ def test_r_is_zero_however_the_layer_is_initialised(way: str) -> None:
             assert 0 < values.abs().max() < 1, name
 
 
-def test_an_r_proj_that_starts_at_zero_has_the_names_of_one_that_does_not() -> None:
+def test_zero_initialised_r_proj_has_the_usual_parameter_names() -> None:
     zero, drawn = (ParallaxAttention(32, 4, bias=True, zero_init_r=zero) for zero in (True, False))
     assert drawn.r_proj.weight.any()
     drawn.reset_parameters()

@@ -1,4 +1,4 @@
-"""A user without HOME and without an entry in passwd, as in containers: calls go on, commands say what to set."""
+"""A user without HOME and passwd entry, as in containers: calls work, commands say which variable to set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CACHED = (cache_dir, ensure_triton_cache, load)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clear_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     for function in CACHED:
@@ -40,7 +40,7 @@ def fallback(tmp_path: Path) -> Path:
     return tmp_path / "tmp" / f"parallax_gen-{os.getuid()}"
 
 
-def nobody(uid: int) -> pwd.struct_passwd:
+def no_passwd_entry(uid: int) -> pwd.struct_passwd:
     raise KeyError(f"getpwuid(): uid not found: {uid}")
 
 
@@ -48,28 +48,26 @@ def nobody(uid: int) -> pwd.struct_passwd:
 def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", no_passwd_entry)
 
 
 @pytest.mark.usefixtures("no_home")
-@pytest.mark.parametrize("said", [None, "~/there"])
-def test_without_a_home_calls_find_their_kernels(
-    said: str | None, fallback: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if said is not None:
-        monkeypatch.setenv("PARALLAX_GEN_DB", said)
-        monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", said)
+@pytest.mark.parametrize("message", [None, "~/there"])
+def test_calls_work_without_a_home(message: str | None, fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if message is not None:
+        monkeypatch.setenv("PARALLAX_GEN_DB", message)
+        monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", message)
     with pytest.warns(UserWarning, match=r"no home folder.*set PARALLAX_GEN_DB .*Only shipped records"):
         assert RuntimeMemory().store is None
     with pytest.warns(UserWarning, match=r"no home folder.*set PARALLAX_GEN_CACHE_DIR .*using"):
         assert cache_dir() == fallback
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once a process
+        warnings.simplefilter("error")  # it warns once per process
         assert load(KernelSource("sample", "ANSWER = 42\n", 16 * "0")).ANSWER == 42
 
 
 @pytest.mark.usefixtures("no_home")
-def test_without_a_home_a_command_says_what_to_set() -> None:
+def test_commands_without_a_home_name_the_variable_to_set() -> None:
     for arguments in (["list"], ["db", "path"], ["db", "stats"], ["db", "prune", "--failures"]):
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 1
@@ -81,9 +79,7 @@ def test_without_a_home_a_command_says_what_to_set() -> None:
 
 
 @pytest.mark.parametrize("home", ["", "/nowhere/at/all", "file"])
-def test_a_home_that_cannot_be_written(
-    home: str, tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_home(home: str, tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -92,10 +88,10 @@ def test_a_home_that_cannot_be_written(
         assert cache_dir() == fallback
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        RuntimeMemory().close()  # a database that is not there is an empty one
+        RuntimeMemory().close()  # a missing database counts as empty
 
 
-def test_paths_of_the_environment_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_from_the_environment_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", "~/kernels of mine")
     monkeypatch.setenv("PARALLAX_GEN_DB", "~/mine.db")
@@ -106,17 +102,15 @@ def test_paths_of_the_environment_are_expanded(tmp_path: Path, monkeypatch: pyte
         user_path("PARALLAX_GEN_DB", str)
 
 
-def test_kernels_that_another_user_made_the_folder_of(
-    tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder itself can be written, and what is in it cannot; here it is not even a folder."""
+def test_a_cache_subfolder_of_another_user(tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder is writable, but not the subfolder in it; here that is a file."""
     (tmp_path / "kernels").write_text("", encoding="utf-8")
     monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(tmp_path))
     with pytest.warns(UserWarning, match="cannot write kernels"):
         assert cache_dir() == fallback
 
 
-def test_without_any_folder_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_writable_folder_the_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
@@ -125,15 +119,15 @@ def test_without_any_folder_there_is_one_line(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture
-def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that compiles, which one with the interpreter does not."""
+def not_interpreting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that this process compiles kernels instead of interpreting them."""
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
 
 
-@pytest.mark.usefixtures("compiling")
-def test_triton_gets_a_cache_where_its_own_cannot_be_written(
+@pytest.mark.usefixtures("not_interpreting")
+def test_triton_gets_a_cache_if_its_own_is_unwritable(
     tmp_path: Path, fallback: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
@@ -149,11 +143,11 @@ def test_triton_gets_a_cache_where_its_own_cannot_be_written(
     assert triton.knobs.cache.dir == str(fallback / "triton")
 
 
-@pytest.mark.usefixtures("compiling", "no_home")
-def test_triton_gets_a_cache_where_there_is_no_home(fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("not_interpreting", "no_home")
+def test_triton_gets_a_cache_if_there_is_no_home(fallback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
-    monkeypatch.setattr(triton.knobs.cache, "home_dir", "~/")  # as it reads it once, when it is imported
+    monkeypatch.setattr(triton.knobs.cache, "home_dir", "~/")  # Triton reads it once, at import
     monkeypatch.setenv("TRITON_CACHE_DIR", "to be put back")
     monkeypatch.delenv("TRITON_CACHE_DIR")
     with pytest.raises(MachineError, match="set TRITON_CACHE_DIR"):

@@ -1,4 +1,4 @@
-"""DTensors, over gloo: sharded on sequences, heads or in any other way, they give what whole tensors give."""
+"""DTensors over gloo: with any sharding the results equal those of full tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from parallax_gen.distributed import ring_attn_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.sharded import DENSE, PACKED, _shardings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of CPU tensors, and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch
 
 FP32 = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -43,7 +43,7 @@ def dense(kv_heads: int = 2, batch: int = 2) -> list[Tensor]:
 def sharded(mesh: DeviceMesh, tensors: list[Tensor], placements: list[Any]) -> list[DTensor]:
     """One placement for each tensor."""
     pairs = zip(tensors, placements, strict=True)
-    return [distribute_tensor(x, mesh, [place], src_data_rank=None) for x, place in pairs]  # all ranks have all of x
+    return [distribute_tensor(x, mesh, [place], src_data_rank=None) for x, place in pairs]  # all ranks have the full x
 
 
 def same(found: Any, wanted: Any) -> None:
@@ -51,8 +51,10 @@ def same(found: Any, wanted: Any) -> None:
         torch.testing.assert_close(a.full_tensor(), b, **FP32)
 
 
-def attends(mesh: DeviceMesh, placements: list[Any], out: Any, sent: bool, kv_heads: int = 2, batch: int = 2) -> None:
-    """Outputs and gradients. out: how it is sharded; sent: whether the forward has anything to send."""
+def check_attention(
+    mesh: DeviceMesh, placements: list[Any], out: Any, sent: bool, kv_heads: int = 2, batch: int = 2
+) -> None:
+    """Check outputs and gradients. out: the expected sharding; sent: whether the forward communicates."""
     *inputs, do = dense(kv_heads, batch)
     leaves = [x.requires_grad_() for x in inputs]
     wanted = parallax_attn_func(*leaves, causal=True, return_stats=True)
@@ -60,7 +62,7 @@ def attends(mesh: DeviceMesh, placements: list[Any], out: Any, sent: bool, kv_he
     mine = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], placements)]
     with CommDebugMode() as talk:
         found = parallax_attn_func(*mine, causal=True, return_stats=True)
-    if not sent or mesh.size() > 1:  # what a mesh of one rank sends to itself is torch's own: 2.9 does
+    if not sent or mesh.size() > 1:  # torch 2.9 itself communicates on a mesh of one rank
         assert (talk.get_total_counts() > 0) == sent
     stats = {Shard(2): Shard(1)}.get(out, out)  # (batch, heads, seqlen_q)
     assert [x.placements for x in found] == [(out,), (stats,), (stats,), (out,)]
@@ -74,20 +76,24 @@ def attends(mesh: DeviceMesh, placements: list[Any], out: Any, sent: bool, kv_he
         same([room], wanted[:1])
 
 
-def every_way(mesh: DeviceMesh) -> None:
+def check_all_placements(mesh: DeviceMesh) -> None:
     both = mesh.size() == 2
     for place in (Shard(0), Shard(2), Replicate()):
-        attends(mesh, [place] * 4, place, sent=False)
-    attends(mesh, [Shard(1)] * 4, Shard(0), sent=True)
-    attends(mesh, [Shard(3)] * 4, Shard(0), sent=True)
-    attends(mesh, [Shard(1)] * 4, Shard(2), sent=True, batch=3) if both else None
-    attends(mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Shard(2), sent=False)
-    attends(mesh, [Shard(0)] * 4, Shard(0), sent=False, batch=3)  # two on the first rank, one on the second
-    if both:  # neither one kv head nor one sequence can be sharded: the query heads are gathered
-        attends(mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Replicate(), sent=True, kv_heads=1, batch=1)
+        check_attention(mesh, [place] * 4, place, sent=False)
+    check_attention(mesh, [Shard(1)] * 4, Shard(0), sent=True)
+    check_attention(mesh, [Shard(3)] * 4, Shard(0), sent=True)
+    check_attention(mesh, [Shard(1)] * 4, Shard(2), sent=True, batch=3) if both else None
+    check_attention(mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Shard(2), sent=False)
+    check_attention(
+        mesh, [Shard(0)] * 4, Shard(0), sent=False, batch=3
+    )  # two sequences on the first rank, one on the second
+    if both:  # one kv head and one sequence cannot be sharded, so query heads are gathered
+        check_attention(
+            mesh, [Shard(2), Shard(2), Replicate(), Replicate()], Replicate(), sent=True, kv_heads=1, batch=1
+        )
 
 
-def packed_ones(mesh: DeviceMesh) -> None:
+def check_packed(mesh: DeviceMesh) -> None:
     *inputs, do = draw((7, 4, 16), (7, 4, 16), (9, 2, 16), (9, 2, 16), (7, 4, 16))
     starts = [torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 7], [0, 5, 9])]
     leaves = [x.requires_grad_() for x in inputs]
@@ -102,7 +108,7 @@ def packed_ones(mesh: DeviceMesh) -> None:
         same(torch.autograd.grad(found[0], mine, distribute_tensor(do, mesh, [place])), gradients)
 
 
-def caches(mesh: DeviceMesh) -> None:
+def check_caches(mesh: DeviceMesh) -> None:
     q, r, k, v = dense()[:4]
     pages = [x.reshape(6, 2, 2, 16) for x in (k, v)]
     ints = {"cache_seqlens": torch.tensor([5, 2], dtype=torch.int32)}
@@ -137,7 +143,7 @@ def caches(mesh: DeviceMesh) -> None:
     same([room], [parallax_attn_with_kvcache(q, r, k, v, **ints)])
 
 
-def refused(mesh: DeviceMesh) -> None:
+def check_refused(mesh: DeviceMesh) -> None:
     inputs = dense()[:4]
     mine = sharded(mesh, inputs, [Shard(2)] * 4)
     for function, name in ((parallax_attn_func, "k"), (parallax_attn_with_kvcache, "k_cache")):
@@ -157,7 +163,7 @@ def work(rank: int, ranks: int, port: int, failures: Any) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
     try:
         mesh = init_device_mesh("cpu", (ranks,))
-        for each in (every_way, packed_ones, caches, refused):
+        for each in (check_all_placements, check_packed, check_caches, check_refused):
             each(mesh)
     except Exception:
         failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
@@ -209,7 +215,7 @@ class Placed(NamedTuple):
     ("sizes", "kv_heads", "places", "kinds"),
     [
         ((2, 4), 4, (Shard(0), Shard(2)), ["batch", "heads"]),
-        ((2, 4), 4, (Replicate(), Shard(2)), ["", "heads"]),  # replicas stay that
+        ((2, 4), 4, (Replicate(), Shard(2)), ["", "heads"]),  # replicas stay replicas
         (
             (2, 2),
             6,
@@ -217,14 +223,14 @@ class Placed(NamedTuple):
             ["heads", "batch"],
         ),  # 6 kv heads are not divisible by 4
         ((2, 2), 8, (Shard(2), Shard(2)), ["heads", "heads"]),
-        ((8,), 2, (Shard(1),), ["batch"]),  # all to all, where gathering sends more
+        ((8,), 2, (Shard(1),), ["batch"]),  # all-to-all, since gathering would send more
         ((16,), 16, (Shard(1),), ["heads"]),  # 8 sequences are too few
         ((16,), 3, (Shard(1),), [""]),
-        ((16,), 3, (Shard(0),), ["batch"]),  # some ranks have none already
+        ((16,), 3, (Shard(0),), ["batch"]),  # some ranks have no sequence
         ((2,), 2, (Partial(),), ["batch"]),
     ],
 )
-def test_what_each_mesh_dimension_shards(
+def test_the_sharding_of_each_mesh_dimension(
     sizes: tuple[int, ...], kv_heads: int, places: tuple[Any, ...], kinds: list[str]
 ) -> None:
     shapes = [(8, 5, 48, 16)] * 2 + [(8, 7, kv_heads, 16)] * 2
@@ -232,7 +238,7 @@ def test_what_each_mesh_dimension_shards(
     assert _shardings(Mesh(sizes), inputs, [DENSE] * 4) == kinds  # type: ignore[arg-type]
 
 
-def test_packed_sequences_are_not_parted() -> None:
+def test_packed_sequences_are_not_sharded() -> None:
     inputs = [Placed((8, heads, 16), (Shard(0),)) for heads in (4, 4, 2, 2)]
     assert _shardings(Mesh((2,)), inputs, [PACKED] * 4) == ["heads"]  # type: ignore[arg-type]
     assert _shardings(Mesh((8,)), inputs, [PACKED] * 4) == [""]  # type: ignore[arg-type]
@@ -245,7 +251,7 @@ def one_rank() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("each", [every_way, packed_ones, caches, refused])
+@pytest.mark.parametrize("each", [check_all_placements, check_packed, check_caches, check_refused])
 def test_one_rank(one_rank: DeviceMesh, each: Any) -> None:
     each(one_rank)
 
@@ -265,8 +271,8 @@ def test_compiled(one_rank: DeviceMesh) -> None:
     torch._dynamo.reset()
 
 
-def test_tangents_of_something_else_are_none_of_theirs(one_rank: DeviceMesh) -> None:
-    """(Inside of torch.func.grad torch has no gradients of DTensors at all.)"""
+def test_unrelated_tangents_do_not_matter(one_rank: DeviceMesh) -> None:
+    """torch itself has no gradients of DTensors inside torch.func.grad."""
     *inputs, do = dense()
     leaves = [x.requires_grad_() for x in inputs]
     wanted = torch.autograd.grad(parallax_attn_func(*leaves, causal=True), leaves, do)

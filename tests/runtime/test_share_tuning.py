@@ -1,4 +1,4 @@
-"""share_tuning on several processes of this machine, over gloo, each with a database of its own."""
+"""share_tuning on several processes over gloo, each with its own database."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def config(splits: int) -> DecodeConfig:
     return DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=splits, merge="kernel", num_warps=2, num_stages=3)
 
 
-def known(splits: int, **changes: Any) -> Result:
+def make_record(splits: int, **changes: Any) -> Result:
     evidence = evidence_of(render(SPEC, config(splits), GPU))
     place = Place("h200", SPEC, bucket_of(SHAPE))
     return replace(Result(place, evidence, config(splits), "ok", time_us=float(splits)), **changes)
@@ -62,38 +62,38 @@ def patched(home: object, name: str, value: object) -> Iterator[None]:
         yield
 
 
-def refused(rank: int, which: int, home: object, name: str, value: object) -> str:
-    """What share_tuning says on every rank when on one of them something is another."""
+def errors_on_difference(rank: int, which: int, home: object, name: str, value: object) -> str:
+    """The error of share_tuning on every rank if `name` differs on rank `which`."""
     with patched(home, name, value if rank == which else getattr(home, name)), pytest.raises(DistributedError) as error:
         share_tuning()
     return str(error.value)
 
 
-def all_choose_what_rank_0_knows(rank: int) -> None:
-    """Rank 2's database knows of something faster, and of more; rank 1 has none."""
+def all_ranks_choose_by_rank_0s_records(rank: int) -> None:
+    """Rank 2's database has more and faster records; rank 1 has no database."""
     if rank == 0:
         with Store() as store:
-            store.merge([known(24), known(12, outcome="wrong"), known(32, time_us=100.0)])
+            store.merge([make_record(24), make_record(12, outcome="wrong"), make_record(32, time_us=100.0)])
     if rank == 2:
         with Store() as store:
-            store.merge([known(8), known(24, place=replace(known(24).place, gpu="h100"))])
+            store.merge([make_record(8), make_record(24, place=replace(make_record(24).place, gpu="h100"))])
     before = chosen()
     assert before == config(8) if rank == 2 else before != config(8)
     plans: PlanCache[int] = PlanCache()
     plans.remember("a call", 1)
     assert share_tuning() > 0
     assert chosen() == config(24)
-    assert not plans  # what was chosen before is chosen anew
+    assert not plans  # earlier choices are discarded
     if rank == 0:
         with Store() as store:
-            store.save(known(48, time_us=1.0))
-    assert chosen() == config(24)  # what rank 0 learns is shared by the next call
+            store.save(make_record(48, time_us=1.0))
+    assert chosen() == config(24)  # the next call shares rank 0's new records
     share_tuning()
     assert chosen() == config(48)
 
 
-def all_know_what_rank_0s_search_knew(rank: int) -> None:
-    """A kernel without a knob of the default was fastest, in a search that knew the knob: it is everybody's."""
+def all_ranks_know_the_knobs_of_rank_0s_search(rank: int) -> None:
+    """The fastest config lacks a knob of the default, but its search knew the knob: all ranks choose it."""
     spec, shape = KernelSpec("forward", 128, "bf16", causal=True), Shape(1, 8, 8, 4096, 4096)
     place = Place("h200", spec, bucket_of(shape))
     default = default_of(place, GPU)
@@ -108,7 +108,7 @@ def all_know_what_rank_0s_search_knew(rank: int) -> None:
     assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
 
 
-def all_know_what_rank_0s_search_knew_by_what_failed(rank: int) -> None:
+def all_ranks_know_the_knobs_of_rank_0s_failed_trials(rank: int) -> None:
     spec, shape = KernelSpec("forward", 128, "bf16", causal=True), Shape(1, 8, 8, 8192, 8192)
     place = Place("h200", spec, bucket_of(shape))
     default = default_of(place, GPU)
@@ -122,13 +122,13 @@ def all_know_what_rank_0s_search_knew_by_what_failed(rank: int) -> None:
     assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
 
 
-def all_have_the_second_where_the_first_is_refused(rank: int) -> None:
+def all_ranks_choose_the_second_if_the_first_is_rejected(rank: int) -> None:
     shape = replace(SHAPE, batch=2048)
     place = Place("h200", SPEC, bucket_of(shape))
     if rank == 0:
         with Store() as store:
             for splits in (12, 24):
-                found = known(splits, place=place)
+                found = make_record(splits, place=place)
                 store.save(replace(found, evidence=replace(found.evidence, triton="2.0.0")))
     share_tuning()
 
@@ -138,17 +138,17 @@ def all_have_the_second_where_the_first_is_refused(rank: int) -> None:
     assert choose(SPEC, shape, GPU, default_dispatcher()._memory, spills).config == config(24)
 
 
-def a_siblings_record_is_everybodys(rank: int) -> None:
+def all_ranks_use_a_siblings_record(rank: int) -> None:
     place = Place("h200", SPEC, bucket_of(replace(SHAPE, seqlen_kv=70_000)))
     if rank == 0:
         with Store() as store:
-            store.save(known(6, place=replace(place, gpu="h100")))
+            store.save(make_record(6, place=replace(place, gpu="h100")))
     share_tuning()
     assert default_dispatcher().kernel(SPEC, replace(SHAPE, seqlen_kv=70_000), GPU)[0].config == config(6)
 
 
 def only_rank_0_renders_the_table(rank: int) -> None:
-    """Whatever the others launch they render when it is called."""
+    """The other ranks render a kernel only when they launch it."""
 
     def fail(*_: object) -> Any:
         raise AssertionError("rendered")
@@ -161,40 +161,40 @@ def only_rank_0_renders_the_table(rank: int) -> None:
 
 def ranks_that_differ_are_named(rank: int) -> None:
     here = toolchain.triton_version(), toolchain.cuda_version()
-    told = refused(rank, 1, toolchain, "triton_version", lambda: "3.1")
+    told = errors_on_difference(rank, 1, toolchain, "triton_version", lambda: "3.1")
     assert told == f"the ranks would not run the same kernels: triton is {here[0]} on ranks 0, 2, 3.1 on rank 1"
-    told = refused(rank, 0, toolchain, "cuda_version", lambda: "11.8")
+    told = errors_on_difference(rank, 0, toolchain, "cuda_version", lambda: "11.8")
     assert told == f"the ranks would not run the same kernels: cuda is 11.8 on rank 0, {here[1]} on ranks 1-2"
-    told = refused(rank, 2, tuning, "render", lambda *_: KernelSource("", "", "", "0" * 32))
+    told = errors_on_difference(rank, 2, tuning, "render", lambda *_: KernelSource("", "", "", "0" * 32))
     assert "kernels is" in told
     assert "on ranks 0-1" in told
-    told = refused(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
+    told = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
     assert "kernels is" in told
-    told = refused(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
+    told = errors_on_difference(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
     assert told == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
-    told = refused(rank, 1, tuning, "gpu_here", lambda: None)
+    told = errors_on_difference(rank, 1, tuning, "gpu_here", lambda: None)
     assert "GPU is h200 on ranks 0, 2, none on rank 1" in told
-    told = refused(rank, 1, ranking, "why_invalid", lambda *_: "another state of this package's code")
+    told = errors_on_difference(rank, 1, ranking, "why_invalid", lambda *_: "another state of this package's code")
     assert "the choice of kernels is" in told
     assert "on ranks 0, 2" in told
-    assert chosen() == config(48)  # as before
+    assert chosen() == config(48)  # unchanged
 
 
-def a_rank_that_cannot_go_on_stops_all(rank: int) -> None:
+def an_error_on_one_rank_stops_all(rank: int) -> None:
     def fail(*_: object) -> Any:
         raise StoreError("h200.jsonl, line 3: not a record")
 
-    told = refused(rank, 0, tuning, "records_to_share", fail)
+    told = errors_on_difference(rank, 0, tuning, "records_to_share", fail)
     assert told == "rank 0: h200.jsonl, line 3: not a record"
     for line, says in (("{}", "line 2: not a record"), ("\x80", "line 2: not a record")):
-        told = refused(rank, 0, tuning, "to_line", lambda _, line=line: line)
+        told = errors_on_difference(rank, 0, tuning, "to_line", lambda _, line=line: line)
         assert told.startswith("ranks 0-2: the table of rank 0, ")
         assert says in told
-    told = refused(rank, 0, tuning, "records_to_share", lambda *_: [known(8, outcome="predicted")])
+    told = errors_on_difference(rank, 0, tuning, "records_to_share", lambda *_: [make_record(8, outcome="predicted")])
     assert told == "ranks 0-2: predicted of h200: no choice here can use it"
 
 
-def a_database_that_is_broken_is_passed_over(rank: int) -> None:
+def a_broken_database_is_ignored(rank: int) -> None:
     def fail(*_: object) -> Any:
         raise StoreError("tuning.db is damaged.")
 
@@ -206,14 +206,14 @@ def a_database_that_is_broken_is_passed_over(rank: int) -> None:
     assert chosen() not in (config(24), config(48))
 
 
-def a_group_of_some(rank: int) -> None:
+def a_subgroup_of_ranks(rank: int) -> None:
     some = dist.new_group([1, 2])
     if rank == 0:
         with pytest.raises(ArgumentError, match="a group without this rank"):
             share_tuning(some)
         return
     with Store() as store:
-        store.merge([known(16, time_us=0.5)] if rank == 1 else [known(4, time_us=0.25)])
+        store.merge([make_record(16, time_us=0.5)] if rank == 1 else [make_record(4, time_us=0.25)])
     share_tuning(some)
     assert chosen() == config(16)
     with (
@@ -223,23 +223,23 @@ def a_group_of_some(rank: int) -> None:
         share_tuning(some)
 
 
-def without_a_device_there_is_nothing_to_choose(rank: int) -> None:
+def without_a_device_it_is_an_error(rank: int) -> None:
     with patched(tuning, "gpu_here", lambda: None):
         assert share_tuning() == 0
 
 
 CASES: tuple[Callable[[int], None], ...] = (
-    all_choose_what_rank_0_knows,
-    all_know_what_rank_0s_search_knew,
-    all_know_what_rank_0s_search_knew_by_what_failed,
-    all_have_the_second_where_the_first_is_refused,
-    a_siblings_record_is_everybodys,
+    all_ranks_choose_by_rank_0s_records,
+    all_ranks_know_the_knobs_of_rank_0s_search,
+    all_ranks_know_the_knobs_of_rank_0s_failed_trials,
+    all_ranks_choose_the_second_if_the_first_is_rejected,
+    all_ranks_use_a_siblings_record,
     only_rank_0_renders_the_table,
     ranks_that_differ_are_named,
-    a_rank_that_cannot_go_on_stops_all,
-    a_database_that_is_broken_is_passed_over,
-    a_group_of_some,
-    without_a_device_there_is_nothing_to_choose,
+    an_error_on_one_rank_stops_all,
+    a_broken_database_is_ignored,
+    a_subgroup_of_ranks,
+    without_a_device_it_is_an_error,
 )
 
 
@@ -248,7 +248,7 @@ def work(rank: int, folder: Path, failures: Any) -> None:
     os.environ["PARALLAX_GEN_QUIET"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    tuning.gpu_here = lambda: GPU  # there is none here
+    tuning.gpu_here = lambda: GPU  # the test machine has no GPU
     shipped._folder = lambda _: folder / "shipped"
     try:
         for case in CASES:
@@ -261,8 +261,8 @@ def work(rank: int, folder: Path, failures: Any) -> None:
         dist.destroy_process_group()
 
 
-def test_ranks_share_what_rank_0_knows(tmp_path: Path) -> None:
-    """Beside a few of the records that ship: rank 0 renders every kernel of the table."""
+def test_ranks_share_rank_0s_records(tmp_path: Path) -> None:
+    """With few shipped records, because rank 0 renders every kernel of the table."""
     for gpu in ("h100", "h200"):
         records = read_file(data_dir("tuning_db") / f"{gpu}.jsonl").results
         write_lines(tmp_path / "shipped" / f"{gpu}.jsonl", records[::200])
@@ -281,11 +281,11 @@ def test_ranks_share_what_rank_0_knows(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * RANKS
 
 
-def test_without_a_group_it_says_so() -> None:
+def test_without_a_process_group_share_tuning_is_an_error() -> None:
     with pytest.raises(ArgumentError, match="init_process_group"):
         share_tuning()
 
 
-def test_however_many_ranks_are_told_briefly() -> None:
+def test_long_lists_of_ranks_are_abbreviated() -> None:
     assert tuning.ranks_text([3]) == "rank 3"
     assert tuning.ranks_text([0, 1, 2, 4, 6, 7]) == "ranks 0-2, 4, 6-7"

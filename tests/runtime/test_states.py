@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, joined, is attention over all of them."""
+"""Merged states of attention over parts of the keys equal attention over all keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from closeness import assert_close
+from assertions import assert_close
 from torch import Tensor
 
 from parallax_gen import State, merge_states, parallax_attn_func
@@ -34,8 +34,8 @@ def attend(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) 
 
 @pytest.mark.parametrize("ends", [(9,), (3, 9), (1, 2, 9), (0, 5, 9)])
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
-def test_parts_joined_are_the_whole(ends: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-    """In bf16 too: each part is rounded once more, which the tolerance, four times one rounding, has room for."""
+def test_merged_parts_equal_the_whole(ends: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+    """Also in bf16: each part is rounded an additional time, which the tolerance (four rounding errors) allows."""
     q, r, k, v = sample(5, 9, dtype)
     starts = (0, *ends[:-1])
     parts = [attend(q, r, k[:, a:b], v[:, a:b]) for a, b in zip(starts, ends, strict=True)]
@@ -53,8 +53,8 @@ def test_order_and_nesting_do_not_matter() -> None:
         torch.testing.assert_close(one, other)
 
 
-def by_weights(*parts: State) -> State:
-    """Joined as the formula stands in `merge_states`, all parts at once."""
+def merged_by_formula(*parts: State) -> State:
+    """All parts merged at once by the formula in the docstring of `merge_states`."""
     lse = torch.stack([part.lse for part in parts]).logsumexp(0)
     weights = [(part.lse - lse).exp().nan_to_num(0.0) for part in parts]
     rows = [weight.mT[..., None] for weight in weights]
@@ -65,20 +65,20 @@ def by_weights(*parts: State) -> State:
     return State(out, lse, t_mean, v_mean)
 
 
-def test_a_part_is_absorbed_in_place_as_it_is_merged() -> None:
-    """Also where one of the two, or both, saw nothing."""
+def test_in_place_absorption_equals_merging() -> None:
+    """Also if one or both of the parts saw no key."""
     q, r, k, v = sample(6, 9)
     some, others = attend(q, r, k[:, :3], v[:, :3], causal=True), attend(q, r, k[:, 3:], v[:, 3:])
     none = attend(q, r, k[:, :0], v[:, :0])
     for first, second in ((some, others), (others, some), (none, some), (some, none), (none, none)):
         total = State(*(x.clone() for x in first))
         merge_into(total, second)
-        for found, wanted in zip(total, by_weights(first, second), strict=True):
+        for found, wanted in zip(total, merged_by_formula(first, second), strict=True):
             torch.testing.assert_close(found, wanted)
         before = [x.clone() for x in first]
         for found, wanted in zip(merge_states(first, second), total, strict=True):
             torch.testing.assert_close(found, wanted)
-        assert all(torch.equal(x, y) for x, y in zip(first, before, strict=True))  # what it is given stays
+        assert all(torch.equal(x, y) for x, y in zip(first, before, strict=True))  # the arguments are unchanged
 
 
 def test_queries_that_see_no_key_of_a_part_or_of_any() -> None:
@@ -93,8 +93,8 @@ def test_queries_that_see_no_key_of_a_part_or_of_any() -> None:
     assert bool((nothing.lse == -math.inf).all())
 
 
-def test_a_mean_of_t_that_is_large_costs_no_digits() -> None:
-    """Parts with t of a thousand each way: what each has of t times v is far larger than out, and is never formed."""
+def test_a_large_mean_of_t_loses_no_precision() -> None:
+    """Parts with t of ±1000: the mean of t·v of a part is far larger than out, and is never computed."""
     q, r, k, v = sample(3, 8)
     k[..., 0], r[..., 0], q[..., 0] = 1, 1000, 0
     parts = [attend(q, r, k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4)]
@@ -102,7 +102,7 @@ def test_a_mean_of_t_that_is_large_costs_no_digits() -> None:
     assert_close(merge_states(*parts).out, reference_forward(q, r, k, v).out, "bf16")
 
 
-def test_what_is_no_state_is_refused() -> None:
+def test_invalid_states_are_refused() -> None:
     q, r, k, v = sample(4, 4)
     state = attend(q, r, k, v)
     with pytest.raises(ArgumentError, match="states"):
@@ -115,7 +115,7 @@ def test_what_is_no_state_is_refused() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_partial_gradients_add_up(causal: bool) -> None:
-    """Those of the last keys, which the mask cuts, and those of the others, which all queries see."""
+    """Gradients over the last keys, which the mask cuts, plus those over the other keys, which all queries see."""
     q, r, k, v = sample(5, 9)
     do = torch.randn(q.shape, generator=torch.Generator().manual_seed(7))
     found = reference_forward(q, r, k, v, causal=causal)
@@ -128,7 +128,7 @@ def test_partial_gradients_add_up(causal: bool) -> None:
     torch.testing.assert_close(torch.cat([early.dv, late.dv], 1), wanted.dv)
 
 
-def test_states_of_samples_beside_one_of_none() -> None:
+def test_merging_batched_and_unbatched_states_under_vmap() -> None:
     q, r, k, v = sample(3, 9)
     first, second = attend(q, r, k[:, :4], v[:, :4]), [attend(q, r, k[:, 4:], n * v[:, 4:]) for n in (1, 2)]
     stacked = (torch.stack(x) for x in zip(*second, strict=True))
@@ -138,8 +138,8 @@ def test_states_of_samples_beside_one_of_none() -> None:
             torch.testing.assert_close(x[n], wanted)
 
 
-def test_states_of_samples_that_need_gradients_are_refused() -> None:
-    """A tensor that vmap batches does not say itself that it needs gradients."""
+def test_vmapped_states_that_require_grad_are_refused() -> None:
+    """A tensor batched by vmap hides that it requires gradients."""
     r, k, v = (torch.randn(2, 4, 2, 8) for _ in range(3))
 
     def joined(q: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Transforms of torch.func and forward-mode AD: derivatives as of an independent formula, or a refusal; never 0."""
+"""torch.func transforms and forward-mode AD: right derivatives (by an independent formula) or an error, never 0."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from parallax_gen.integrations.drop_in.parallax_kernel_decoding import GraphedDe
 from parallax_gen.nn import ParallaxAttention
 from parallax_gen.runtime import attention, transforms
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # that these are CPU tensors, and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings about CPU tensors and of torch
 
-EVERY = (0, 1, 2, 3)
+ALL_INPUTS = (0, 1, 2, 3)
 MASK: dict[str, Any] = {"causal": True, "window_size": 3}
 REFUSED = r"create_graph: got a gradient of Parallax attention's gradients; allowed: first derivatives only"
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels record nothing: the reference of CPU tensors must not either, or it would mend a dropped tangent."""
+    """Kernels record no autograd, so the CPU reference must not either, or it would hide a dropped tangent."""
     inner = attention._reference_forward
     monkeypatch.setattr(attention, "_reference_forward", lambda asked: tuple(x.detach() for x in inner(asked)))
 
@@ -49,7 +49,7 @@ class Case:
         self.formula = lambda *x: formula(*x, *self.starts, **MASK)
 
     def wanted(self, transform: Callable[[Any], Any], *given: Any) -> Any:
-        """What a transform of the formula gives, in float64."""
+        """The result of a transform of the formula, in float64."""
         return transform(self.formula)(*tree_map(lambda x: x.double(), given))
 
     def check(self, transform: Callable[[Any], Any], *given: Any) -> None:
@@ -72,7 +72,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_reverse_transforms(case: Case) -> None:
-    case.check(lambda f: grad(squares(f), EVERY), *case.inputs)
+    case.check(lambda f: grad(squares(f), ALL_INPUTS), *case.inputs)
     case.check(lambda f: grad_and_value(squares(f), (0, 3)), *case.inputs)
     case.check(lambda f: lambda *x: vjp(f, *x)[1](x[0]), *case.inputs)
     case.check(lambda f: lambda *x: jacrev(lambda q: f(q, *x[1:])[-1, -1].flatten()[:3])(x[0]), *case.inputs)
@@ -102,19 +102,19 @@ def test_vmap(case: Case) -> None:
     close(nested(q, r, k[0], v), torch.stack(each))
 
 
-def test_no_samples(case: Case) -> None:
+def test_vmap_over_an_empty_batch(case: Case) -> None:
     q, r, k, v = (x[:0] for x in case.many)
     assert vmap(case.ours)(q, r, k, v).shape == (0, *case.inputs[0].shape)
-    found = vmap(grad(squares(case.ours), EVERY))(q, r, k, v)
+    found = vmap(grad(squares(case.ours), ALL_INPUTS))(q, r, k, v)
     assert [x.shape for x in found] == [(0, *x.shape) for x in case.inputs]
 
 
 def test_per_sample_gradients(case: Case) -> None:
-    per_sample = vmap(grad(squares(case.ours), EVERY), in_dims=(0, 0, None, 0))
+    per_sample = vmap(grad(squares(case.ours), ALL_INPUTS), in_dims=(0, 0, None, 0))
     q, r, k, v = case.many
-    each = [case.wanted(lambda f: grad(squares(f), EVERY), q[i], r[i], k[0], v[i]) for i in range(3)]
+    each = [case.wanted(lambda f: grad(squares(f), ALL_INPUTS), q[i], r[i], k[0], v[i]) for i in range(3)]
     close(per_sample(q, r, k[0], v), [torch.stack(x) for x in zip(*each, strict=True)])
-    of_all = grad(lambda *x: (vmap(case.ours, in_dims=(0, 0, None, 0))(*x) ** 2).sum(), EVERY)(q, r, k[0], v)
+    of_all = grad(lambda *x: (vmap(case.ours, in_dims=(0, 0, None, 0))(*x) ** 2).sum(), ALL_INPUTS)(q, r, k[0], v)
     sums = [torch.stack(x) for x in zip(*each, strict=True)]
     close(of_all, (sums[0], sums[1], sums[2].sum(0), sums[3]))
 
@@ -134,19 +134,19 @@ def test_cu_seqlens_of_each_sample() -> None:
         return lambda q, r, k, v, at: (f(q, r, k, v, at) ** 2).sum()
 
     ours = loss(lambda q, r, k, v, at: parallax_attn_varlen_func(q, r, k, v, at, case.starts[1], 5, 7, **MASK))
-    found = vmap(grad(ours, EVERY), in_dims=(0, 0, 0, 0, 1))(*(x[:2] for x in case.many), starts)
+    found = vmap(grad(ours, ALL_INPUTS), in_dims=(0, 0, 0, 0, 1))(*(x[:2] for x in case.many), starts)
     for i in range(2):
         wanted = loss(lambda q, r, k, v, at: formula(q, r, k, v, at, case.starts[1], **MASK))
         given = [x[i].double() for x in case.many]
-        close([x[i] for x in found], grad(wanted, EVERY)(*given, starts[:, i]))
+        close([x[i] for x in found], grad(wanted, ALL_INPUTS)(*given, starts[:, i]))
 
 
 @pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dual_numbers(case: Case, dtype: torch.dtype, records: bool) -> None:
     inputs, tangents = ([x.to(dtype) for x in xs] for xs in (case.inputs, case.tangents))
-    alone = [] if records or dtype == torch.bfloat16 else [(i,) for i in EVERY]
-    for changed in (EVERY, *alone):
+    alone = [] if records or dtype == torch.bfloat16 else [(i,) for i in ALL_INPUTS]
+    for changed in (ALL_INPUTS, *alone):
         given = [x.clone().requires_grad_(records) for x in inputs]
         with fw.dual_level():
             duals = [
@@ -162,17 +162,17 @@ def test_dual_numbers(case: Case, dtype: torch.dtype, records: bool) -> None:
             torch.testing.assert_close(a.double(), b, **tolerance)
 
 
-def test_inside_a_level_what_has_no_tangent_is_attended_as_ever(case: Case) -> None:
+def test_inputs_without_tangents_inside_a_dual_level(case: Case) -> None:
     with fw.dual_level():
         out = case.ours(*case.inputs)
         assert fw.unpack_dual(out).tangent is None
         given = [x.clone().requires_grad_() for x in case.inputs]
         found = torch.autograd.grad(squares(case.ours)(*given), given)
-    close(found, case.wanted(lambda f: grad(squares(f), EVERY), *case.inputs))
+    close(found, case.wanted(lambda f: grad(squares(f), ALL_INPUTS), *case.inputs))
 
 
 def test_gradients_of_a_vjp_taken_later(case: Case) -> None:
-    """The pullback outlives its transform."""
+    """The pullback is called after its transform has ended."""
     _, pullback = vjp(case.ours, *case.inputs)
     with torch.no_grad():
         found = pullback(case.inputs[1])
@@ -188,8 +188,8 @@ def test_statistics_under_vmap() -> None:
             torch.testing.assert_close(a[i], b)
 
 
-def test_what_a_vmap_hands_to_kernels() -> None:
-    """Inputs may have any strides that kernels read; what a forward left has to be contiguous."""
+def test_tensors_that_vmap_passes_to_kernels() -> None:
+    """Inputs may have any supported strides; saved tensors of the forward have to be contiguous."""
     seen: list[Any] = []
 
     def apply(*given: Any) -> tuple[Tensor, ...]:
@@ -202,14 +202,14 @@ def test_what_a_vmap_hands_to_kernels() -> None:
     assert found.shape == (3, 1, 5, 4, 16)
     assert dims == (0,)
     assert seen[0].shape == (3, 5, 4, 16)
-    assert seen[0].stride(0) == 0  # one sample's, not copied
+    assert seen[0].stride(0) == 0  # broadcast, not copied
     assert seen[2].shape == (3, 7, 2, 16)
     assert seen[2].stride(-1) == 1
     assert seen[-1].is_contiguous()
 
 
 def second_derivatives() -> Iterator[tuple[str, Callable[[Any, Any, Any], object]]]:
-    """Of f at x along d; f is a function of all four inputs."""
+    """Ways to differentiate f twice at x along d; f is a function of all four inputs."""
 
     def pulled(f: Any, q: Any, *rest: Any) -> Any:
         return grad(squares(f))(q, *rest)
@@ -273,7 +273,7 @@ def test_autograds_own_batching_is_refused(case: Case, strategy: str) -> None:
 
 def test_statistics_have_no_tangents() -> None:
     q, d = normal(2, 5, 4, 16), normal(2, 5, 4, 16)
-    for place in range(4):  # out has one, but its tangent beside statistics without would be half the truth
+    for place in range(4):  # out has a tangent, but returning it with statistics without tangents would mislead
         with pytest.raises(ArgumentError, match="return_stats: got True, beside a tangent"):
             jvp(lambda x, i=place: parallax_attn_func(x, q, q, q, return_stats=True)[i], (q,), (d,))
 
@@ -298,7 +298,7 @@ def test_functionalize_takes_the_operators() -> None:
 
 
 def without_derivatives() -> dict[str, Callable[[Tensor], object]]:
-    """Functions that have none, of a query (1, 1, 4, 64) in fp16."""
+    """Functions without derivatives, of a query (1, 1, 4, 64) in fp16."""
     q = normal(1, 1, 4, 64).half()
     folded, rows = q[0].transpose(0, 1), torch.ones(4, 1, 1)
     return {
@@ -330,7 +330,7 @@ def test_functions_without_derivatives_refuse(name: str) -> None:
             transform(x[None])
 
 
-def test_inputs_that_need_gradients_under_a_vmap_of_another() -> None:
+def test_inputs_that_require_grad_under_a_vmap_over_another_input() -> None:
     case = Case(dense)
     q, r, k, v = case.inputs
     q = q.clone().requires_grad_()
@@ -341,7 +341,7 @@ def test_inputs_that_need_gradients_under_a_vmap_of_another() -> None:
 
 
 def test_attention_against_a_cache_has_no_derivatives() -> None:
-    """vmap it has: test_cached_operators.py. At whatever depth a transform differentiates, nothing is dropped."""
+    """It supports vmap (test_cached_operators.py). Derivatives are refused at every nesting depth."""
     x = normal(1, 1, 4, 64).half()
 
     def ours(q: Tensor) -> Tensor:
@@ -381,13 +381,13 @@ def test_drop_ins_for_training(function: Any) -> None:
     wanted = jvp(lambda *x: formula(*x, causal=True), doubles, tuple(d.double() for d in changes))
     for a, b in zip(jvp(function, given, changes), wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2**-9, atol=2**-9)
-    found = vmap(grad(lambda *x: function(*x).float().sum(), EVERY))(*(x[None] for x in given))
-    for a, b in zip(found, grad(lambda *x: formula(*x, causal=True).sum(), EVERY)(*doubles), strict=True):
+    found = vmap(grad(lambda *x: function(*x).float().sum(), ALL_INPUTS))(*(x[None] for x in given))
+    for a, b in zip(found, grad(lambda *x: formula(*x, causal=True).sum(), ALL_INPUTS)(*doubles), strict=True):
         torch.testing.assert_close(a[0].double(), b, rtol=2**-9, atol=2**-8)
 
 
 def test_merging_states() -> None:
-    """By plain operators: tangents are right. Gradients would reach out alone of what our functions return."""
+    """It uses plain operators, so tangents are right. Gradients would reach only `out` of the returned state."""
     q, k = normal(2, 5, 4, 16), normal(2, 6, 4, 16)
     states = [parallax_attn_func(q, q / 4, keys, keys, return_stats=True) for keys in (k[:, :3], k[:, 3:])]
     changes = tuple(tuple(torch.randn_like(x) for x in state) for state in states)
@@ -423,7 +423,7 @@ def test_a_layer(packed: bool) -> None:
         wanted = torch.autograd.grad((layer(x, *lengths) ** 2).sum(), list(parameters.values()))
         for name, each in zip(parameters, wanted, strict=True):
             torch.testing.assert_close(found[name][i], each, rtol=1e-4, atol=1e-4)
-    # The derivative along x, forward and by a pullback: <J d, y> = <d, J^T y>.
+    # The derivative along x in forward and reverse mode: <J d, y> = <d, J^T y>.
     x, d = xs[0], xs[1]
     out, pushed = jvp(lambda x: layer(x, *lengths), (x,), (d,))
     pulled = vjp(lambda x: layer(x, *lengths), x)[1](out)[0]

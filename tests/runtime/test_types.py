@@ -1,4 +1,4 @@
-"""What the public functions say that they return: without a cast, to whoever checks types strictly."""
+"""The return types of the public functions under strict type checking: no cast is needed."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def attend(x: Tensor, starts: Tensor, flag: bool) -> None:
 
 
 def readme() -> str:
-    """Its first block."""
+    """The first code block of the README."""
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
     return block[1]
 
 
-def test_what_is_returned_needs_no_cast_and_options_are_checked(tmp_path: Path) -> None:
+def test_returned_types_need_no_cast_and_options_are_checked(tmp_path: Path) -> None:
     wrong = TYPES.replace("window_size=3", "windows=3").replace("k_scale=0.5", "k_scale='0.5'")
     files = {"right.py": f"{readme()}\n{TYPES}", "wrong.py": wrong.replace("stats: Stats =", "stats: Tensor =")}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    # As a user's: without our settings. Ours is checked by itself, and torch's backward has no types.
+    # Without our settings, as a user would run it. Errors in our own files and torch's untyped backward are ignored.
     words = ["--strict", "--config-file=", "--untyped-calls-exclude=torch"]
     words += ["--follow-imports=silent", "--cache-dir=cache", *files]
     done = subprocess.run(

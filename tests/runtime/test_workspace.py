@@ -1,4 +1,4 @@
-"""How a caller's own workspace is cut."""
+"""How a caller's workspace is divided."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parallax_gen.runtime.workspace import split_workspace, workspace_bytes
 
 
 @pytest.mark.parametrize("scratch", [Scratch(12, 1), Scratch(12, 4), Scratch(8, 5), Scratch(4096, 77), Scratch(8, 0)])
-def test_counters_and_partials_lie_side_by_side_and_are_aligned(scratch: Scratch) -> None:
+def test_counters_and_split_kv_scratch_are_adjacent_and_aligned(scratch: Scratch) -> None:
     size = workspace_bytes(scratch)
     workspace = torch.zeros(size, dtype=torch.uint8)
     partials, arrived = split_workspace(workspace, scratch)
@@ -27,15 +27,15 @@ def test_counters_and_partials_lie_side_by_side_and_are_aligned(scratch: Scratch
     assert partials.isnan().all()
 
 
-def test_a_larger_workspace_is_cut_as_one_that_just_fits() -> None:
+def test_a_larger_workspace_is_divided_like_an_exact_one() -> None:
     scratch = Scratch(12, 3)
     workspace = torch.zeros(workspace_bytes(scratch) + 100, dtype=torch.uint8)
     for part in split_workspace(workspace, scratch):
         part.fill_(-1)
     assert workspace[:12].all()
-    assert not workspace[12:16].any()  # between the two
+    assert not workspace[12:16].any()  # the gap between them
     assert not workspace[workspace_bytes(scratch) :].any()
 
 
-def test_no_scratch_is_no_bytes() -> None:
+def test_no_scratch_needs_no_bytes() -> None:
     assert workspace_bytes(Scratch()) == 0

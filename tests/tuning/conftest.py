@@ -1,4 +1,4 @@
-"""A database for each test, and a simulated machine instead of child processes, for the tests of the tuner."""
+"""Fixtures for tests of the tuner: a database, and a simulated machine instead of child processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import Machine
+from simulated_machine import Machine
 
 from parallax_gen.memory.store import Store
 from parallax_gen.tuning import tuner as tuning

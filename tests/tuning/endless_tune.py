@@ -1,4 +1,4 @@
-"""A program for a test to kill: tunes on a simulated machine for ever, and prints every trial once it is stored.
+"""A program for a test to kill: it tunes on a simulated machine forever, and prints each trial once it is stored.
 
 usage: endless_tune.py DATABASE SEED
 """
@@ -9,7 +9,7 @@ import random
 import sys
 import time
 
-from machines import FINE, Machine, timed
+from simulated_machine import FINE, Machine, timed
 
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
@@ -26,7 +26,7 @@ JOBS = [Job(KernelSpec("decode", head_dim, "bf16"), Bucket(8, 1, 1024), GPUS["h2
 
 
 class Printer:
-    """A watcher that prints one line a trial, read from the store."""
+    """A watcher that prints one line per trial, read from the store."""
 
     def __init__(self) -> None:
         self.done: dict[Job, int] = {}

@@ -1,6 +1,6 @@
-"""A program for tests of shared storages: one of several workers that tune a job together, on a simulated machine.
+"""A program for tests of shared storages: one of several workers that share a job, on a simulated machine.
 
-usage: shared_tune.py DATABASE STORAGE SEED     prints every config that it measures, before it does
+usage: shared_tune.py DATABASE STORAGE SEED     prints every config before it measures it
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 import sys
 import time
 
-from machines import FINE, Machine, timed
+from simulated_machine import FINE, Machine, timed
 
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
@@ -23,12 +23,12 @@ from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.messages import TRIAL_MS, TrialResult
 
-LEASE_S = 10.0  # four workers share two cores: one may hear nothing for seconds
+LEASE_S = 10.0  # four workers share two cores, so a heartbeat may be seconds late
 JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])
 
 
 def cost(config: KernelConfig) -> float:
-    """A time that is the same for every worker."""
+    """A time that depends on the config only."""
     return random.Random(config_to_json(config)).uniform(50.0, 500.0)
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     chance = random.Random(int(seed))
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
-        if machine.measured[n].timed_ms == TRIAL_MS:  # no finalist
+        if machine.measured[n].timed_ms == TRIAL_MS:  # a trial, not a finalist
             print(config_to_json(config), flush=True)
         time.sleep(chance.uniform(0.1, 0.3))
         return timed(cost(config)) if cost(config) > 100 else TrialResult(Outcome.CRASH, "made up")

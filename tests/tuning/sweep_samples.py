@@ -1,4 +1,4 @@
-"""Recorded sweeps for tests: partial real ones, and a whole synthetic one."""
+"""Recorded sweeps for tests: partial real ones, and a complete synthetic one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TEXT = "fedcba9876543210" * 2
 SHAPE = Shape(1, 8, 8, 4096, 4096)
 
 
-def made_up() -> list[Result]:
-    """A result of every config: some fail, some are slow, and the time is a function of the config."""
+def synthetic_results() -> list[Result]:
+    """A synthetic result for every config: some fail, some are slow, and the time is a function of the config."""
     results = []
     for number, config in enumerate(every_config(SPEC, CARD)):
         assert isinstance(config, TileConfig)

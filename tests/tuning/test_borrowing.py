@@ -1,4 +1,4 @@
-"""The evaluation of borrowing, on small tables with known losses."""
+"""The evaluation of borrowing, on small sets of records with known losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from sweep_samples import RECORDED, made_up
+from sweep_samples import RECORDED, synthetic_results
 
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError, StoreError
@@ -60,7 +60,7 @@ MEMORY = [
     record(1.0, OTHERS, **OLD),
     record(1.0, SIBLINGS, at("h100")),
     record(1.0, NEARS, at(keys=8192)),
-    record(1.0, OURS, at(rows=16)),  # as near, but along rows
+    record(1.0, OURS, at(rows=16)),  # equally near, but along rows
     record(1.0, OTHERS, at(keys=16384)),
 ]
 
@@ -70,9 +70,9 @@ def judged(memory: list[Result], truth: list[Result] = TRUTH) -> list[Borrowed]:
     return list(borrowed(measured, memory))
 
 
-def test_what_is_chosen_and_lost_as_more_is_left_out() -> None:
+def test_choices_and_losses_as_records_are_left_out() -> None:
     found = [(each.left_out, each.choice, each.config, each.loss) for each in judged(MEMORY)]
-    assert found.pop(3)[0] == "this bucket"  # what the ranking itself has then
+    assert found.pop(3)[0] == "this bucket"  # what the ranking would then choose
     assert found == [
         ("nothing", FIRST, OURS, 1.0),
         ("this toolchain", "another toolchain", OTHERS, pytest.approx(1.1)),
@@ -83,24 +83,24 @@ def test_what_is_chosen_and_lost_as_more_is_left_out() -> None:
     assert [each.choice for each in judged([])] == [DEFAULTS] * 4
 
 
-def test_the_toolchain_is_that_of_the_measurements_not_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_toolchain_is_that_of_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Toolchain, "here", classmethod(lambda cls: pytest.fail("asked what is installed")))
     assert judged(MEMORY)[0].config == OURS
     old = [dataclasses.replace(r, evidence=dataclasses.replace(r.evidence, **OLD)) for r in TRUTH]
     assert judged(MEMORY, old)[0].config == OTHERS
-    assert judged(MEMORY, old)[1].choice == "another toolchain"  # which is now NEW
+    assert judged(MEMORY, old)[1].choice == "another toolchain"  # the other toolchain is now NEW
 
 
-def test_the_nearest_bucket_is_one_of_as_many_rows_and_has_a_usable_record() -> None:
+def test_the_nearest_bucket_has_equal_rows_and_a_usable_record() -> None:
     gone = {"kernel": "f" * 32, "text": "f" * 32}
-    nearer = record(1.0, SIBLINGS, at(keys=2048), **gone)  # of a kernel that is not rendered any more
+    nearer = record(1.0, SIBLINGS, at(keys=2048), **gone)  # of a kernel that is no longer rendered
     assert judged([*MEMORY, nearer])[-1].config == NEARS
     by_rows = [each for each in MEMORY if each.place.bucket.seqlen_kv == 4096]
     assert judged(by_rows)[-1].config == OURS
     assert judged([record(1.0, NEARS, at("a100", keys=8192))])[-1].choice == DEFAULTS
 
 
-def test_a_choice_without_a_time_loses_nothing_that_is_known() -> None:
+def test_a_choice_without_a_time_has_no_loss() -> None:
     choices = judged(MEMORY, [record(10.0, OURS), record(15.0, DEFAULT)])
     assert choices[1].loss is None
     lines = {line.choice: line for line in summarise(choices)}
@@ -109,7 +109,7 @@ def test_a_choice_without_a_time_loses_nothing_that_is_known() -> None:
     assert lines[FIRST].places == 1
 
 
-def test_a_summary_has_the_means_and_the_worst_of_choice_and_default_at_the_same_places() -> None:
+def test_a_summary_compares_choice_and_default_at_the_same_places() -> None:
     wide = at(rows=64)
     assert default_of(wide, GPU) == DEFAULT
     truth = [*TRUTH, record(30.0, OURS, wide), record(20.0, DEFAULT, wide)]
@@ -123,7 +123,7 @@ def test_a_summary_has_the_means_and_the_worst_of_choice_and_default_at_the_same
     assert {FIRST, "another toolchain", "a sibling card", NEAREST} <= {*lines}
 
 
-def test_of_a_config_the_newest_time_counts_and_no_single_one_is_compared() -> None:
+def test_the_newest_time_of_a_config_counts_and_single_configs_are_skipped() -> None:
     (measured,) = comparable_times([*TRUTH, record(20.0, OURS, day=2), record(1.0, OURS, **OLD)])
     assert measured.loss(OURS) == pytest.approx(20 / 11)
     failed = dataclasses.replace(record(1.0, OTHERS), outcome="wrong")
@@ -133,7 +133,7 @@ def test_of_a_config_the_newest_time_counts_and_no_single_one_is_compared() -> N
             comparable_times(few)
 
 
-def test_decode_is_told_apart_by_lengths_and_pages() -> None:
+def test_decode_is_split_by_lengths_and_pages() -> None:
     spec = KernelSpec("decode", 128, "bf16")
     paged = dataclasses.replace(spec, op="decode_varlen", page_size=16)
     kinds = [kind_of(each) for each in (spec, dataclasses.replace(spec, op="decode_varlen"), paged, SPEC)]
@@ -151,8 +151,10 @@ def test_sweeps_records_and_databases_are_read(tmp_path: Path) -> None:
     assert {each.config for each in read_results(tmp_path / "store.db")} == {each.config for each in TRUTH}
 
 
-@pytest.mark.parametrize("text", ["[]\n", "no JSON\n", json.dumps(made_up()[0].to_dict() | {"outcome": "good"}) + "\n"])
-def test_what_is_no_record_is_named(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["[]\n", "no JSON\n", json.dumps(synthetic_results()[0].to_dict() | {"outcome": "good"}) + "\n"]
+)
+def test_an_invalid_record_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "spoilt.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(StoreError, match=r"spoilt\.jsonl, line 1: not a record"):
@@ -163,7 +165,7 @@ EVIDENCE = sorted((Path(__file__).parents[1] / "data" / "borrowing").glob("*.jso
 
 
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
-def test_the_evidence_is_of_62_places_and_has_the_default_s_time(path: Path) -> None:
+def test_the_evidence_has_62_places_with_the_defaults_time(path: Path) -> None:
     records = read_results(path)
     assert len({each.place for each in records}) == 62
     for measured in comparable_times(records):

@@ -1,4 +1,4 @@
-"""How many CPUs there are to use."""
+"""The number of CPUs that the tuner may use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from parallax_gen.tuning.workers import pool
 from parallax_gen.tuning.workers.pool import usable_cpus
 
 
-def test_as_many_cpus_as_the_affinity_allows() -> None:
+def test_cpus_of_the_affinity_mask() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -20,7 +20,7 @@ def test_as_many_cpus_as_the_affinity_allows() -> None:
         os.sched_setaffinity(0, before)
 
 
-def put(folder: Path, **files: str) -> None:
+def write_files(folder: Path, **files: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
@@ -44,7 +44,7 @@ def put(folder: Path, **files: str) -> None:
         (None, {}, 16),
     ],
 )
-def test_as_many_cpus_as_the_containers_quota_allows(
+def test_cpus_of_the_containers_quota(
     membership: str | None,
     groups: dict[str, dict[str, str]],
     cpus: int,
@@ -52,9 +52,9 @@ def test_as_many_cpus_as_the_containers_quota_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for folder, files in groups.items():
-        put(tmp_path / "cgroup" / folder, **files)
+        write_files(tmp_path / "cgroup" / folder, **files)
     if membership is not None:
-        put(tmp_path, self=membership)
+        write_files(tmp_path, self=membership)
     monkeypatch.setattr(pool, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(pool, "MEMBERSHIP", tmp_path / "self")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))

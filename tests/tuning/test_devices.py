@@ -1,4 +1,4 @@
-"""Several jobs on several devices, on a simulated machine: who does what, and what interleaved timing decides."""
+"""Several jobs on several devices, on a simulated machine: scheduling, and interleaved timing of finalists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
-from machines import FINE, Machine, timed, timing
+from simulated_machine import FINE, Machine, timed, timing
 
 from parallax_gen.memory.ranking import best
 from parallax_gen.memory.result import Outcome
@@ -28,7 +28,7 @@ JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for
 
 
 @dataclass
-class Notes:
+class RecordingWatcher:
     """A watcher that records its calls, in order."""
 
     begun: list[Job] = field(default_factory=list)
@@ -47,8 +47,8 @@ class Notes:
 
 def tune_all(
     store: Store, machine: Machine, jobs: list[Job], devices: int, *, trials: int = 6, compilers: int = 2
-) -> tuple[list[Progress], Notes]:
-    notes = Notes()
+) -> tuple[list[Progress], RecordingWatcher]:
+    notes = RecordingWatcher()
     measuring = {device: machine.worker(device=device) for device in range(devices)}
     with Tuner(store, measure=True, measuring=measuring, compilers=compilers) as tuner:
         done = tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=notes)
@@ -57,7 +57,7 @@ def tune_all(
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-def test_every_job_gets_its_trials_whatever_the_number_of_devices(store: Store, machine: Machine, devices: int) -> None:
+def test_every_job_gets_its_trials_with_any_number_of_devices(store: Store, machine: Machine, devices: int) -> None:
     done, notes = tune_all(store, machine, JOBS, devices)
     assert [progress.job for progress in done] == notes.begun == JOBS
     assert [progress.done for progress in done] == [6] * len(JOBS)
@@ -67,8 +67,8 @@ def test_every_job_gets_its_trials_whatever_the_number_of_devices(store: Store, 
         assert progress.best == best(progress.job.place, GPU, store).record
 
 
-def test_devices_work_at_the_same_time_each_on_its_own_job(store: Store, machine: Machine) -> None:
-    together = threading.Barrier(2, timeout=20)  # broken, unless two measure at a time
+def test_devices_work_concurrently_on_their_own_jobs(store: Store, machine: Machine) -> None:
+    together = threading.Barrier(2, timeout=20)  # breaks unless two devices measure at the same time
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
         together.wait()
@@ -83,7 +83,7 @@ def test_devices_work_at_the_same_time_each_on_its_own_job(store: Store, machine
     assert shapes == {0: {JOBS[0].shape}, 1: {JOBS[1].shape}}
 
 
-def test_devices_without_a_job_help_with_one_that_is_under_way(store: Store, machine: Machine) -> None:
+def test_idle_devices_help_with_a_running_job(store: Store, machine: Machine) -> None:
     def measure(config: KernelConfig, n: int) -> TrialResult:
         time.sleep(0.02)
         return timed(100.0 + n)
@@ -93,16 +93,16 @@ def test_devices_without_a_job_help_with_one_that_is_under_way(store: Store, mac
     assert notes.begun == JOBS[:1]
     assert done[0].done == 30
     trials = [(device, r.trial.config) for device, r in machine.on if isinstance(r, Measure)][:30]
-    assert len({config for _, config in trials}) == 30  # none twice
+    assert len({config for _, config in trials}) == 30  # no config twice
     assert min(Counter(device for device, _ in trials).values()) >= 5
 
 
-def test_the_next_jobs_configs_are_compiled_while_one_is_measured(store: Store, machine: Machine) -> None:
+def test_the_next_job_is_compiled_while_one_is_measured(store: Store, machine: Machine) -> None:
     ahead = threading.Event()
     second: list[KernelConfig] = []
 
     def compile(config: KernelConfig, n: int) -> TrialResult:
-        if n == 4:  # the first job has but four
+        if n == 4:  # the first job has only four configs
             ahead.set()
         second.append(config)
         return TrialResult(Outcome.OK, resources=FINE)
@@ -116,8 +116,8 @@ def test_the_next_jobs_configs_are_compiled_while_one_is_measured(store: Store, 
     assert [progress.kinds for progress in done] == [{"ok": 4}] * 2
 
 
-def test_one_source_is_compiled_once_at_a_time(store: Store, machine: Machine) -> None:
-    """Buckets of one spec share configs with the same source: the second compilation waits for Triton's cache."""
+def test_equal_sources_are_not_compiled_concurrently(store: Store, machine: Machine) -> None:
+    """Buckets of a spec share sources: the second compilation waits, and then hits Triton's cache."""
     at_work: Counter[KernelConfig] = Counter()
     most: Counter[KernelConfig] = Counter()
 
@@ -136,7 +136,7 @@ def test_one_source_is_compiled_once_at_a_time(store: Store, machine: Machine) -
     assert max(most.values()) == 1
 
 
-def test_a_trial_that_fails_costs_no_other(store: Store, machine: Machine) -> None:
+def test_a_failed_trial_affects_no_other(store: Store, machine: Machine) -> None:
     bad = {config for n, config in enumerate(every_config(JOBS[0].spec, GPU)) if n % 2}
     machine.measure = lambda config, n: (
         TrialResult(Outcome.CRASH, "fell off the bus") if config in bad else timed(100.0 + n)
@@ -149,11 +149,11 @@ def test_a_trial_that_fails_costs_no_other(store: Store, machine: Machine) -> No
         assert len(progress.kinds) == 2
 
 
-# -- finals in turns
+# -- interleaved finals
 
 
 def finals(store: Store, machine: Machine, long: list[float]) -> list[MeasureInterleaved]:
-    """One job whose configs take the times in `long` in a long timing, and accordingly less in a short one."""
+    """Tune a job whose configs take the times in `long` when timed as finalists, and 20 us less in trials."""
     configs = machine.compiled
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
@@ -165,7 +165,7 @@ def finals(store: Store, machine: Machine, long: list[float]) -> list[MeasureInt
     return machine.interleaved_requests
 
 
-def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: Machine) -> None:
+def test_close_finalists_are_interleaved(store: Store, machine: Machine) -> None:
     times = {0: 110.0, 2: 109.0, 3: 108.0}
     machine.interleaved = lambda request: TrialResult(
         Outcome.OK, timings=tuple(timing(times[machine.compiled.index(trial.config)]) for trial in request.trials)
@@ -173,21 +173,21 @@ def test_the_nearest_of_the_finalists_are_timed_in_turns(store: Store, machine: 
     (interleaved,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
     assert [machine.compiled.index(trial.config) for trial in interleaved.trials] == [0, 2, 3]
     found = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].place)]
-    # The card ran slower by a tenth meanwhile: that is nothing to those who took no part.
+    # The card ran a tenth slower meanwhile, which must not affect configs that were not interleaved.
     assert [n for n, _ in found] == [3, 2, 0, 4, 1]
     assert [us for _, us in found] == pytest.approx([100 * 108 / 110, 100 * 109 / 110, 100.0, 103.0, 130.0])
 
 
-def test_a_rematch_that_fails_changes_nothing(store: Store, machine: Machine) -> None:
+def test_a_failed_interleaved_timing_changes_nothing(store: Store, machine: Machine) -> None:
     (interleaved,) = finals(store, machine, [100.0, 101.0])
     assert len(interleaved.trials) == 2
     assert [r.time_us for r in store.results(JOBS[0].place)] == [100.0, 101.0]
 
 
-def test_one_that_is_far_ahead_is_not_timed_in_turns(store: Store, machine: Machine) -> None:
+def test_a_clear_winner_is_not_interleaved(store: Store, machine: Machine) -> None:
     assert finals(store, machine, [100.0, 100.0 * CLOSE_RATIO + 0.5, 150.0]) == []
 
 
-def test_no_more_than_a_few_are_timed_in_turns(store: Store, machine: Machine) -> None:
+def test_only_a_few_finalists_are_interleaved(store: Store, machine: Machine) -> None:
     (interleaved,) = finals(store, machine, [100.0 + n / 100 for n in range(8)])
     assert len(interleaved.trials) == MAX_INTERLEAVED

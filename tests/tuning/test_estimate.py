@@ -1,4 +1,4 @@
-"""Resources guessed before compiling: possible, near the compiled ones, and ranking configs as measurements do."""
+"""Resources estimated before compiling: plausible, near the compiled ones, and useful for ranking configs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINED = Shape(4, 16, 16, 4096, 4096)
 @pytest.mark.parametrize("op", OPS)
 @settings(max_examples=12, deadline=None)
 @given(data=specs("forward", ("bf16", "fp32", "tf32")))
-def test_every_config_can_be_guessed(op: str, data: KernelSpec) -> None:
+def test_every_config_has_an_estimate(op: str, data: KernelSpec) -> None:
     of_cache = op in ("decode", "decode_varlen")
     spec = KernelSpec(op, data.head_dim, data.dtype, data.group) if of_cache else data.for_op(op)
     shape = representative(Bucket(8, 1 if of_cache else 512, 512, 128 if spec.window else 0), spec.group)
@@ -37,7 +37,7 @@ def test_every_config_can_be_guessed(op: str, data: KernelSpec) -> None:
         assert guess_us(spec, config, shape, H200) > 0
 
 
-def test_ranked_is_every_config_from_fast_to_slow() -> None:
+def test_ranking_orders_every_config_from_fast_to_slow() -> None:
     configs = list(every_config(FORWARD, H200))
     order = sorted_by_guess(FORWARD, TRAINED, H200, configs)
     times = [guess_us(FORWARD, config, TRAINED, H200) for config in order]
@@ -69,8 +69,8 @@ def test_resources_are_near_those_of_compiled_kernels(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
-def test_the_best_are_among_the_first_fifth(path: Path) -> None:
-    """For recorded configs only, which a search chose to try."""
+def test_the_best_measured_configs_are_in_the_first_fifth(path: Path) -> None:
+    """Only for recorded configs, which a search chose."""
     sweep = read_sweep(path)
     order = sorted_by_guess(sweep.place.spec, sweep.shape, GPUS[sweep.place.gpu], sweep.costs)
     best = min(sweep.costs, key=lambda config: sweep.costs[config] or float("inf"))

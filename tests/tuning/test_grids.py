@@ -1,4 +1,4 @@
-"""The grids of decode shapes: their documented size, no duplicates, and no shape over the documented limit."""
+"""The grids of decode shapes: documented size, no duplicates, no shape over the documented limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from parallax_gen.problem.workloads import GRIDS, OFFICIAL, SERVING, Flags
 from parallax_gen.tuning.job import grid_jobs
 
 
-def test_the_official_grid_is_that_of_216_shapes_less_those_over_2_gib() -> None:
+def test_the_official_grid_has_216_shapes_minus_those_over_2_gib() -> None:
     assert len(OFFICIAL) == len(set(OFFICIAL)) == 207
     assert all(shape.batch == shape.group == 1 for _, shape in OFFICIAL)
     assert max(2 * shape.heads * shape.seqlen_kv * head_dim for head_dim, shape in OFFICIAL) == 2**31
@@ -20,7 +20,7 @@ def test_the_serving_grid_fits_a_card_of_80_gb() -> None:
     assert max(4 * 128 * s.batch * s.kv_heads * s.seqlen_kv for _, s in SERVING) < 40e9
 
 
-def test_a_grid_s_jobs_are_its_buckets_in_the_form_asked_for() -> None:
+def test_jobs_of_a_grid_are_its_buckets_with_the_given_flags() -> None:
     gpu = gpu_by_name("h200")
     jobs = grid_jobs(gpu, GRIDS["serving"], flags=Flags(page_size=16))
     assert len(jobs) == len({bucket_of(shape) for _, shape in SERVING}) == 44

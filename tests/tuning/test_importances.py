@@ -18,7 +18,7 @@ CONFIGS = sorted(every_config(SPEC, gpu_by_name("h200")), key=str)
 
 
 def costs(knob: str, count: int = 300) -> list[tuple[KernelConfig, float]]:
-    """Costs of random configs: one knob's value decides, plus noise of a tenth of its steps."""
+    """Costs of random configs: one knob decides, plus noise of a tenth of its effect."""
     draw = random.Random(0)
     values = next(k for k in knobs_of(SPEC) if k.name == knob).values
     chosen = draw.sample(CONFIGS, count)
@@ -34,18 +34,20 @@ def test_the_knob_that_decides_comes_first(knob: str) -> None:
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
-def test_knobs_without_a_choice_are_left_out() -> None:
+def test_knobs_with_a_single_value_are_omitted() -> None:
     assert set(importances(SPEC, costs("BLOCK_N"))) == {k.name for k in knobs_of(SPEC) if len(k.values) > 1}
-    assert "BLOCK_H" not in importances(SPEC, costs("BLOCK_N"))  # 4 query heads a kv head leave one height
+    assert "BLOCK_H" not in importances(
+        SPEC, costs("BLOCK_N")
+    )  # with 4 query heads a kv head only one BLOCK_H is valid
 
 
-def test_nothing_is_told_from_too_few_or_from_equals() -> None:
+def test_no_importances_for_too_few_or_equal_costs() -> None:
     assert importances(SPEC, []) == {}
     assert importances(SPEC, costs("BLOCK_N", MIN_TRIALS - 1)) == {}
     assert importances(SPEC, costs("BLOCK_N", MIN_TRIALS)) != {}
     assert importances(SPEC, [(config, 1.0) for config, _ in costs("BLOCK_N")]) == {}
 
 
-def test_configs_of_another_space_are_left_out() -> None:
+def test_configs_of_another_space_are_ignored() -> None:
     old = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=5, merge="last", num_warps=1, num_stages=4)
     assert importances(SPEC, [*costs("BLOCK_N"), (old, 0.1)]) == importances(SPEC, costs("BLOCK_N"))

@@ -1,4 +1,4 @@
-"""kill -9 of a tune at any moment: what was finished is there, the database is whole, and the next tune goes on."""
+"""kill -9 of a tune at any moment: finished trials are stored, the database is intact, the next tune resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AT_ONCE = 5
 def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: int) -> None:
     path = tmp_path / "tuning.db"
     chance = random.Random(0)
-    told: Counter[str] = Counter()  # the most trials of a place that a process had recorded or found
+    told: Counter[str] = Counter()  # the most trials of a place that a process reported
     went_on = 0
     for round_ in range(rounds):
         outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
@@ -34,7 +34,7 @@ def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: in
             )
             for n, output in enumerate(outputs)
         ]
-        while not all(output.stat().st_size for output in outputs):  # every one is at work
+        while not all(output.stat().st_size for output in outputs):  # every process has begun
             assert all(process.poll() is None for process in processes)
             time.sleep(0.01)
         for process in processes:

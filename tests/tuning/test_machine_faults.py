@@ -1,4 +1,4 @@
-"""A fault of the machine ends a tune with one error and is not stored; the config is tried again, by any worker."""
+"""A machine fault ends a tune with one error and is not stored; any worker may try the config again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from machines import FINE, Machine, timed
+from simulated_machine import FINE, Machine, timed
 
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import MachineError, MemoryTakenError
@@ -38,7 +38,7 @@ CONFIGS = list(every_config(JOB.spec, GPU))
 FULL = "OSError: [Errno 28] No space left on device"
 
 
-class Silent:
+class SilentWatcher:
     def begin(self, job: Job) -> None: ...
 
     def update(self, progress: Progress) -> None: ...
@@ -48,7 +48,7 @@ class Silent:
 
 def tune(store: Store, jobs: list[Job], storage: Storage | None = None, trials: int = 4) -> list[Progress]:
     with Tuner(store, measure=True, compilers=1, storage=storage) as tuner:
-        return tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=Silent())
+        return tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=SilentWatcher())
 
 
 def failing(config: KernelConfig, n: int) -> TrialResult:
@@ -84,11 +84,11 @@ def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, ma
         (lambda c, n: timed(100.0 + n)),
     )
     tune(store, [JOB], trials=8)
-    assert faulty in {r.config for r in store.results(JOB.place)}  # among the first, as before
+    assert faulty in {r.config for r in store.results(JOB.place)}  # tried early again
 
 
-def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine, journal: str) -> None:
-    """Also claims for jobs that no device had yet."""
+def test_a_machine_fault_is_not_shared_and_frees_the_claim(store: Store, machine: Machine, journal: str) -> None:
+    """Also claims of jobs that no device had started."""
     machine.compile = failing
     with pytest.raises(MachineError):
         tune(store, JOBS, Storage(journal))
@@ -102,7 +102,9 @@ def test_others_are_not_told_and_may_try_at_once(store: Store, machine: Machine,
         assert claims.claim(free[0])
 
 
-def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tuner_waits_for_memory_of_other_processes(
+    store: Store, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool, "MEMORY_WAITS_S", (0.01, 0.01))
     asked: list[KernelConfig] = []
 
@@ -126,13 +128,13 @@ def test_memory_that_others_hold_is_waited_for(store: Store, machine: Machine, m
     assert store.results(JOBS[1].place) == []
 
 
-def test_a_mistake_in_a_worker_does_not_hang_the_tune(store: Store, machine: Machine) -> None:
+def test_a_bug_in_a_worker_does_not_hang_the_tune(store: Store, machine: Machine) -> None:
     machine.compile = lambda config, n: {}[config]  # a programming error
     with pytest.raises(KeyError):
         tune(store, [JOB])
 
 
-# -- what databases hold of it
+# -- machine faults in old databases
 
 
 def row(config: KernelConfig, outcome: str = "compile", detail: str = FULL, hours: int = 0) -> Result:
@@ -142,7 +144,7 @@ def row(config: KernelConfig, outcome: str = "compile", detail: str = FULL, hour
     return replace(result, created_at=(result.created + timedelta(hours=hours)).isoformat())
 
 
-def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Machine) -> None:
+def test_a_stored_machine_fault_is_tried_again(store: Store, machine: Machine) -> None:
     default = default_config(JOB.spec, JOB.shape, GPU)
     wrong = next(config for config in CONFIGS if config != default)
     store.save(row(default))
@@ -155,20 +157,20 @@ def test_what_an_earlier_version_stored_is_tried_again(store: Store, machine: Ma
 
 
 @pytest.mark.parametrize("outcome", ["ok", "wrong", "crash", "timeout", "predicted"])
-def test_any_other_row_takes_its_place_and_it_takes_no_others(store: Store, outcome: str) -> None:
+def test_a_stored_machine_fault_is_replaced_by_any_other_row(store: Store, outcome: str) -> None:
     fault, told = row(CONFIGS[0], hours=1), row(CONFIGS[0], outcome, "" if outcome in ("ok", "predicted") else "told")
     assert fault.is_machine_fault
     assert not told.is_machine_fault
     assert supersedes(told, fault)
     assert not supersedes(fault, told)
     store.save(fault)
-    assert store.results(JOB.place) == [fault]  # it is kept
+    assert store.results(JOB.place) == [fault]  # the row is kept
     assert store.merge([told]).replaced == 1
     assert store.merge([fault]).kept == 1
     assert store.results(JOB.place) == [told]
 
 
-def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_path: Path) -> None:
+def test_a_stored_machine_fault_hides_no_shipped_record(store: Store, tmp_path: Path) -> None:
     shipped = row(CONFIGS[0], "ok", "", hours=-1)
     folder = tmp_path / "shipped"
     write_shipped([shipped], "h200", folder)
@@ -183,7 +185,7 @@ def test_it_hides_nothing_that_ships_and_takes_nothing_out(store: Store, tmp_pat
     assert [r.outcome for r in sweep.results if r.config != CONFIGS[0]] == ["wrong"]
 
 
-def test_what_an_earlier_version_told_others_is_passed_over(journal: str) -> None:
+def test_a_shared_machine_fault_of_an_old_version_is_ignored(journal: str) -> None:
     first, second = (Storage(journal).claims(JOB.place, program_key(JOB)) for _ in range(2))
     assert first.claim(CONFIGS[0])
     assert first.claim(CONFIGS[1])
@@ -194,13 +196,13 @@ def test_what_an_earlier_version_told_others_is_passed_over(journal: str) -> Non
     assert second.claim(CONFIGS[0])
 
 
-# -- children
+# -- child processes
 
 TRIAL = Trial(KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPU)
 
 
-def test_a_child_says_what_its_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a folder that cannot be created; the same child answers the next request."""
+def test_a_child_reports_machine_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example a folder that cannot be created. The same child answers the next request."""
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "triton"))
     with closing(Worker(device=None)) as child:
@@ -209,7 +211,7 @@ def test_a_child_says_what_its_machine_lacks(tmp_path: Path, monkeypatch: pytest
                 child.ask(Compile(TRIAL), timeout_s=60.0)
 
 
-def test_a_child_that_does_not_start_is_no_configs_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_does_not_start_is_a_machine_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with closing(Worker(device=None)) as child, pytest.raises(MachineError, match="does not start: exit status 1"):
         child.ask(Compile(TRIAL), timeout_s=60.0)
@@ -218,7 +220,7 @@ def test_a_child_that_does_not_start_is_no_configs_fault(monkeypatch: pytest.Mon
         child.ask(Compile(TRIAL), timeout_s=60.0)
 
 
-# A child that dies of the first request that it gets; the second one finds no device any more.
+# The first child dies at its first request; the second one may find no device.
 DIES = """#!{python}
 import os, pickle, sys
 sys.path.insert(0, {top!r})
@@ -233,7 +235,7 @@ sys.exit("an illegal memory access")
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_a_crash_is_the_configs_where_the_device_is_still_there(
+def test_a_crash_is_the_configs_fault_if_the_device_still_works(
     stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, top = tmp_path / "python", str(Path(worker.__file__).parents[2])

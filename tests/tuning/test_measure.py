@@ -1,4 +1,4 @@
-"""The timing protocol, on a simulated device whose clock only advances with launched work."""
+"""The timing protocol on a simulated device, whose clock advances only with launched work."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from parallax_gen.tuning.workers.measure import (
 
 
 class Device:
-    """The part of torch.cuda that measure.py uses. Each call takes the given time, in order of launch."""
+    """A fake of the parts of torch.cuda that measure.py uses. Calls run in launch order and take the given times."""
 
     def __init__(self) -> None:
         self.now_us = 0.0
         self.captured: list[Callable[[], None]] | None = None
-        self.replays: list[str] = []  # of whose graph
+        self.replays: list[str] = []  # names of the captured work
         self.rests: list[float] = []
         self.rested_at_us = 0.0
-        self.freed = 0  # bytes given back to the driver so far
+        self.freed = 0  # bytes freed to the driver so far
 
     def rest(self, seconds: float) -> None:
         self.rests.append(seconds)
         self.rested_at_us = self.now_us
 
     def work(self, name: str, us: Callable[[], float]) -> Callable[[], None]:
-        """A call that launches some work."""
+        """A callable that launches work of the given duration."""
 
         def call() -> None:
             if self.captured is None:
@@ -117,18 +117,18 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         (9000.0, 1, MIN_REPLAYS),  # 40 ms would hold four
     ],
 )
-def test_calls_share_graphs_that_are_replayed_for_so_long(device: Device, us: float, calls: int, replays: int) -> None:
+def test_calls_per_graph_and_number_of_replays(device: Device, us: float, calls: int, replays: int) -> None:
     timing = measure.time_call(device.work("a", lambda: us), timed_ms=40.0)
     assert (timing.calls_a_graph, timing.replays) == (calls, replays)
     assert (timing.median_us, timing.p20_us, timing.p80_us) == pytest.approx((us, us, us))
     assert device.rests == []
 
 
-def test_the_median_and_the_fifths_are_of_replays(device: Device) -> None:
+def test_median_and_percentiles_are_over_replays(device: Device) -> None:
     chance, took = random.Random(0), []
 
     def cost() -> float:
-        took.append(chance.uniform(3000.0, 4000.0))  # too long for two to share a graph
+        took.append(chance.uniform(3000.0, 4000.0))  # too long for two calls in a graph
         return took[-1]
 
     timing = measure.time_call(device.work("a", cost), timed_ms=110.0)
@@ -152,8 +152,8 @@ def test_a_timing_waits_until_freed_memory_is_cleared(device: Device) -> None:
     assert device.rests == 2 * [SETTLE_S]
 
 
-def test_so_does_one_whose_own_capture_frees_memory(device: Device) -> None:
-    """As torch does: frees cached memory to the driver."""
+def test_a_timing_waits_if_its_capture_frees_memory(device: Device) -> None:
+    """torch frees cached memory to the driver during a capture."""
 
     def cost() -> float:
         device.freed = SETTLE_BYTES
@@ -163,7 +163,7 @@ def test_so_does_one_whose_own_capture_frees_memory(device: Device) -> None:
     assert device.rests == [SETTLE_S]
 
 
-def test_what_tensor_cores_bound_does_not_wait_for_memory(device: Device) -> None:
+def test_burst_timing_does_not_wait_for_freed_memory(device: Device) -> None:
     call = device.work("call", lambda: 100.0)
     device.freed = SETTLE_BYTES
     measure.time_call(call, timed_ms=1.0, memory_bound=False)
@@ -171,20 +171,20 @@ def test_what_tensor_cores_bound_does_not_wait_for_memory(device: Device) -> Non
     assert device.rests == []
 
 
-def test_what_has_lost_is_replayed_a_few_times_only(device: Device) -> None:
+def test_clear_losers_have_few_replays(device: Device) -> None:
     assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=99.0).replays == MIN_REPLAYS
     assert measure.time_call(device.work("a", lambda: 100.0), timed_ms=40.0, give_up_us=101.0).replays == 20
 
 
 @pytest.mark.parametrize(("timed_ms", "bursts"), [(10.0, 1), (60.0, 3)])
-def test_from_rest_is_in_bursts_each_after_a_rest(device: Device, timed_ms: float, bursts: int) -> None:
+def test_burst_timing_rests_before_each_burst(device: Device, timed_ms: float, bursts: int) -> None:
     timing = measure.time_call(device.work("a", lambda: 100.0), timed_ms=timed_ms, in_bursts=True)
     assert device.rests == [PAUSE_S] * bursts
-    assert timing.replays == max(MIN_REPLAYS, timed_ms / 2)  # of 20 calls, 2 ms
+    assert timing.replays == max(MIN_REPLAYS, timed_ms / 2)  # replays of 20 calls, 2 ms each
 
 
 def test_a_card_that_slows_under_load_is_timed_before_it_does(device: Device) -> None:
-    """As an H100 throttles, at the earliest 30 ms after a pause: the timing does not depend on the moment."""
+    """An H100 throttles at the earliest 30 ms after a pause, so the timing does not depend on throttling."""
 
     def cost() -> float:
         return 1000.0 if device.now_us - device.rested_at_us < 30e3 else 1100.0
@@ -196,8 +196,8 @@ def test_a_card_that_slows_under_load_is_timed_before_it_does(device: Device) ->
     assert without.median_us == pytest.approx(1100.0)
 
 
-def test_in_turns_a_drift_is_shared(device: Device) -> None:
-    """The card slows down with every call: timed one after the other, the second would seem half a percent slower."""
+def test_interleaving_cancels_drift(device: Device) -> None:
+    """The card slows down with every call: timed sequentially, the second config would seem half a percent slower."""
     drift = 1.0
 
     def slowing(us: float) -> Callable[[], float]:
@@ -220,8 +220,8 @@ def test_in_turns_a_drift_is_shared(device: Device) -> None:
     assert turns[-2 * ROUNDS :] == ["a", "b"] * ROUNDS
 
 
-def test_what_no_graph_captures_is_timed_as_it_is_called(device: Device) -> None:
-    costs = iter([900.0, 30.0, 10.0, 20.0])  # the first is to compile
+def test_uncapturable_calls_are_timed_eagerly(device: Device) -> None:
+    costs = iter([900.0, 30.0, 10.0, 20.0])  # the first call compiles
     timing = measure.time_eagerly(device.work("a", lambda: next(costs)), 3)
     assert (timing.median_us, timing.calls_a_graph, timing.replays) == (pytest.approx(20.0), 1, 3)
     assert device.replays == []

@@ -1,4 +1,4 @@
-"""The static cost model ranks configs plausibly."""
+"""The static cost model: plausible predictions and rankings."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def predict(spec: KernelSpec, config: KernelConfig, shape: Shape, resources: Res
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 @pytest.mark.parametrize(("spec", "_config", "shape"), CASES, ids=IDS)
-def test_every_time_is_positive_and_below_no_roof(
-    spec: KernelSpec, _config: KernelConfig, shape: Shape, gpu: object
-) -> None:
+def test_predictions_respect_the_roofline(spec: KernelSpec, _config: KernelConfig, shape: Shape, gpu: object) -> None:
     card = GPUS[gpu.name]  # type: ignore[attr-defined]
     work = work_of(spec, shape)
     roof_us = 1e6 * max(work.bytes / card.bandwidth, work.flops / card.peak(spec.dtype))
@@ -78,24 +76,24 @@ def test_more_work_takes_longer(spec: KernelSpec, config: KernelConfig, shape: S
 
 
 @pytest.mark.parametrize(("spec", "config", "shape"), CASES, ids=IDS)
-def test_spills_cost(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
+def test_spills_increase_the_time(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     times = [predict(spec, config, shape, dataclasses.replace(LEAN, spills=n)) for n in (0, 16, 128, 512)]
     assert times == sorted(set(times))
 
 
 @pytest.mark.parametrize(("spec", "config", "shape"), CASES, ids=IDS)
-def test_twice_as_wide_elements_take_longer(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
+def test_wider_elements_take_longer(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     assert predict(dataclasses.replace(spec, dtype="fp32"), config, shape) > predict(spec, config, shape)
 
 
-def test_one_sequence_needs_splits() -> None:
+def test_splits_help_a_single_sequence() -> None:
     shape = Shape(1, 8, 8, 1, 16384)
     spec = dataclasses.replace(DECODE, group=1)
     alone = dataclasses.replace(SPLIT, NUM_SPLITS=1, merge="none")
     assert predict(spec, alone, shape) > 2 * predict(spec, dataclasses.replace(SPLIT, NUM_SPLITS=32), shape)
 
 
-def test_resident_blocks_are_bound_by_the_scarcest() -> None:
+def test_resident_blocks_are_limited_by_the_scarcest_resource() -> None:
     assert resident_blocks(TILE, H200, Resources(128, 0, 1024)) == 2  # registers: 8 warps of 128 a thread
     assert resident_blocks(TILE, H200, Resources(32, 0, 100 * 1024)) == 2  # shared memory
     assert resident_blocks(TILE, H200, Resources(16, 0, 0)) == 8  # warps
@@ -103,42 +101,42 @@ def test_resident_blocks_are_bound_by_the_scarcest() -> None:
     assert resident_blocks(TILE, H200, Resources(255, 0, H200.shared_per_block)) == 1
 
 
-def test_matmuls_bound_all_but_decode_and_preprocess() -> None:
+def test_all_but_decode_and_preprocess_are_compute_bound() -> None:
     assert [op for op in OPS if not bound_by_matmuls(op)] == ["preprocess", "decode", "decode_varlen"]
 
 
 @pytest.mark.parametrize(("op", "config", "rate"), [("dqdr", DQDR, 645e12), ("dkdv", DKDV, 456e12)])
-def test_the_backward_is_predicted_as_it_was_measured(op: str, config: KernelConfig, rate: float) -> None:
-    """The measured rates of such kernels on an H200, in FLOPs of their own matmuls."""
+def test_predictions_of_the_backward_are_near_measured_rates(op: str, config: KernelConfig, rate: float) -> None:
+    """Measured rates of such kernels on an H200, in FLOPs of their own matmuls."""
     spec = FORWARD.for_op(op)
     measured_us = 1e6 * work_of(spec, TRAINED).flops / rate
     found = predict(spec, config, TRAINED, Resources(255, 10, 200 * 1024))
     assert measured_us / 1.2 < found < measured_us * 1.2
 
 
-def test_dkdv_owns_keys() -> None:
+def test_dkdv_has_a_program_per_key_tile() -> None:
     """With one kv head and many query heads, dkdv has few programs and dqdr many."""
     shape = Shape(1, 64, 1, 2048, 2048)
     spec = dataclasses.replace(FORWARD, causal=False, group=64)
     few, many = predict(spec.for_op("dkdv"), DKDV, shape), predict(spec.for_op("dqdr"), DQDR, shape)
     assert few > 2 * many
-    for op, config in (("dkdv", DKDV), ("dqdr", DQDR)):  # a large tile of what is owned pays
+    for op, config in (("dkdv", DKDV), ("dqdr", DQDR)):  # a larger tile along the program's own dimension pays
         turned = dataclasses.replace(config, BLOCK_M=config.BLOCK_N, BLOCK_N=config.BLOCK_M)
         assert predict(FORWARD.for_op(op), config, TRAINED) < predict(FORWARD.for_op(op), turned, TRAINED)
 
 
 @pytest.mark.parametrize("op", ["forward", "dkdv", "dqdr"])
-def test_a_window_pays_but_not_below_a_tile(op: str) -> None:
+def test_a_window_saves_time_down_to_a_tile(op: str) -> None:
     spec = FORWARD.for_op(op)
     config = {"forward": TILE, "dkdv": DKDV, "dqdr": DQDR}[op]
     windowed = dataclasses.replace(spec, window=True)
     times = [predict(windowed, config, dataclasses.replace(TRAINED, window=w)) for w in (1, 64, 512, 2048)]
     assert times == sorted(set(times))
     assert times[2] < 0.5 * predict(spec, config, TRAINED)
-    assert times[0] > times[2] / 20  # of a tile's 64 columns one counts, and all are multiplied
+    assert times[0] > times[2] / 20  # one of a tile's 64 columns is visible, and all are multiplied
 
 
-def test_padding_is_multiplied_too() -> None:
+def test_padding_costs_flops() -> None:
     spec = dataclasses.replace(FORWARD.for_op("dkdv"), head_dim=72)
     pieces, padded = (
         predict(spec, dataclasses.replace(DKDV, HEAD_DIM_LAYOUT=how), TRAINED) for how in ("chunked", "padded")
@@ -146,15 +144,15 @@ def test_padding_is_multiplied_too() -> None:
     assert padded > 1.4 * pieces
 
 
-def test_a_preprocess_of_small_programs_waits_for_memory() -> None:
+def test_preprocess_with_low_occupancy_is_latency_bound() -> None:
     spec = FORWARD.for_op("preprocess")
-    one = Resources(255, 0, H200.shared_per_block)  # a single program at a time on a multiprocessor
+    one = Resources(255, 0, H200.shared_per_block)  # one program at a time per multiprocessor
     times = [predict(spec, PreprocessConfig(m, 4), TRAINED, one) for m in (128, 16, 4)]
     assert times == sorted(set(times))
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
-def test_the_best_that_was_measured_is_in_the_first_fifth(path: Path) -> None:
+def test_the_best_measured_config_is_in_the_first_fifth(path: Path) -> None:
     sweep = read_sweep(path)
     timed = [r for r in sweep.results if r.outcome in ("ok", "slow")]
 
@@ -175,8 +173,8 @@ def test_the_best_that_was_measured_is_in_the_first_fifth(path: Path) -> None:
     assert 1 - 6 * off / (n * (n * n - 1)) > 0.75  # Spearman's rank correlation; 0.84 to 0.93 when written
 
 
-def test_warps_without_rows_of_their_own_wait_for_each_other() -> None:
-    """A tile of 64 rows fits 4 warps of 16 rows: with 8 warps, pairs of warps share rows and reduce across warps."""
+def test_warps_that_share_rows_take_longer() -> None:
+    """A tile of 64 rows fits 4 warps of 16 rows. With 8 warps, pairs of warps share rows and reduce across warps."""
     small = dataclasses.replace(TILE, BLOCK_M=64, BLOCK_N=128)
     assert predict(FORWARD, dataclasses.replace(small, num_warps=4), TRAINED) < 0.8 * predict(FORWARD, small, TRAINED)
 

@@ -1,4 +1,4 @@
-"""A refresh times the few best configs of each place again, interleaved with today's default."""
+"""A refresh times the best few configs of each place again, interleaved with today's default."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from machines import Machine, timed, timing
+from simulated_machine import Machine, timed, timing
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.place import Place
@@ -30,8 +30,8 @@ JOB = Job(SPEC, Bucket(8, 1, 4096), GPU)
 DEFAULT = default_of(JOB.place, GPU)
 OTHERS = [config for config in every_config(SPEC, GPU) if config != DEFAULT][:10]
 OLD = {"triton": "2.0.0", "cuda": "11.0"}
-TEMPLATES = "255dd79780b8"  # of before fingerprints: decode is the same program
-LOST = {"kernel": "f" * 32, "text": "e" * 32}  # of a kernel that nothing renders
+TEMPLATES = "255dd79780b8"  # older than fingerprints; decode is still the same program
+OTHER_KERNEL = {"kernel": "f" * 32, "text": "e" * 32}  # a kernel that nothing renders
 
 
 def record(config: KernelConfig, time_us: float, place: Place = JOB.place, **evidence: str) -> Result:
@@ -56,7 +56,7 @@ def refresh(memory: Memory, *jobs: Job, trials: int = 64) -> list[Progress]:
         return tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=Watcher())
 
 
-def test_of_each_place_the_best_of_every_kind_of_evidence(store: Store, tmp_path: Path) -> None:
+def test_the_best_of_every_kind_of_evidence_is_timed_again(store: Store, tmp_path: Path) -> None:
     near = replace(JOB.place, bucket=Bucket(8, 1, 8192))
     sibling = replace(JOB.place, gpu="h100")
     memory = memory_of(
@@ -65,17 +65,17 @@ def test_of_each_place_the_best_of_every_kind_of_evidence(store: Store, tmp_path
         *(record(config, 10.0 + n) for n, config in enumerate(OTHERS[:3])),
         record(OTHERS[3], 1.0, sibling),
         record(OTHERS[4], 2.0, near),
-        record(OTHERS[5], 0.5, **LOST),
+        record(OTHERS[5], 0.5, **OTHER_KERNEL),
     )
     assert refresh_configs(JOB, memory) == [OTHERS[0], DEFAULT, OTHERS[1], OTHERS[3], OTHERS[4], OTHERS[5]]
     assert MAX_REFRESHED == 6
 
 
-def test_where_nothing_is_known_the_default_alone(store: Store, tmp_path: Path) -> None:
+def test_without_records_only_the_default_is_timed(store: Store, tmp_path: Path) -> None:
     assert refresh_configs(JOB, memory_of(store, tmp_path)) == [DEFAULT]
 
 
-def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) -> None:
+def test_places_with_the_weakest_evidence_come_first(store: Store, tmp_path: Path) -> None:
     alive, older, lost = (replace(JOB.place, bucket=Bucket(rows, 1, 128)) for rows in (1, 64, 4096))
     other = replace(JOB.place, gpu="h100", bucket=Bucket(2, 1, 512))
     memory = memory_of(
@@ -83,7 +83,7 @@ def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) 
         tmp_path,
         record(OTHERS[0], 1.0, alive),
         record(OTHERS[0], 1.0, older, **OLD),
-        record(OTHERS[0], 1.0, lost, **LOST),
+        record(OTHERS[0], 1.0, lost, **OTHER_KERNEL),
         record(OTHERS[0], 1.0, other),
     )
     here = replace(other, gpu=GPU.name)
@@ -93,10 +93,10 @@ def test_places_that_rest_on_the_least_come_first(store: Store, tmp_path: Path) 
     unknown = replace(GPU, name="a card alike")
     assert {job.bucket for job in refresh_jobs(memory, unknown)} == {p.bucket for p in (alive, older, lost, other)}
     assert refresh_jobs(memory, GPUS["rtx4090"]) == []
-    assert refresh_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # of sizes that it has no memory for
+    assert refresh_jobs(memory, replace(GPU, memory_bytes=1000)) == []  # the sizes do not fit in its memory
 
 
-def test_the_kernels_of_a_training_step_stay_together(store: Store, tmp_path: Path) -> None:
+def test_the_kernels_of_a_training_step_are_consecutive(store: Store, tmp_path: Path) -> None:
     def place(op: str, rows: int, **more: bool) -> Place:
         return Place(GPU.name, KernelSpec(op, 64, "bf16", causal=True, **more), Bucket(rows, 512, 512))
 
@@ -104,16 +104,14 @@ def test_the_kernels_of_a_training_step_stay_together(store: Store, tmp_path: Pa
     large = [place("forward", 64), place("dkdv", 64)]
     alive = [small[0], large[0], small[1], small[2], large[1]]
     records = [record(default_of(where, GPU), 1.0, where) for where in alive]
-    lost = record(default_of(small[3], GPU), 1.0, small[3], **LOST)
+    lost = record(default_of(small[3], GPU), 1.0, small[3], **OTHER_KERNEL)
     memory = memory_of(store, tmp_path, *records, lost)
     order = [job.place for job in refresh_jobs(memory, GPU)]
     assert set(order[:4]) == set(small)
     assert set(order[4:]) == set(large)
 
 
-def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
-    store: Store, machine: Machine, tmp_path: Path
-) -> None:
+def test_all_are_timed_again_and_close_ones_are_interleaved(store: Store, machine: Machine, tmp_path: Path) -> None:
     us = {DEFAULT: 20.0, OTHERS[0]: 10.0, OTHERS[1]: 10.4, OTHERS[2]: 10.6}
     machine.measure = lambda config, n: timed(us[config])
     machine.interleaved = lambda request: TrialResult(
@@ -133,13 +131,13 @@ def test_all_are_timed_again_whatever_is_known_and_the_nearest_in_turns(
     assert [trial.config for trial in turns.trials] == [OTHERS[0], OTHERS[1], DEFAULT]  # 10.6 is not within 5 %
     found = {r.config: r.time_us for r in store.results(JOB.place) if r.evidence.triton != "2.0.0"}
     assert found == {OTHERS[0]: 5.0, OTHERS[1]: 5.2, DEFAULT: 10.0, OTHERS[2]: 10.6}
-    assert len(store.results(JOB.place)) == 5  # what the other Triton measured is still there
+    assert len(store.results(JOB.place)) == 5  # the other Triton's records are still stored
     choice = best(JOB.place, GPU, memory)
     assert (choice.tier, choice.config) == (Tier.MEASURED_HERE, OTHERS[0])
 
 
-def test_an_old_time_that_nothing_timed_again_does_not_win(store: Store, machine: Machine, tmp_path: Path) -> None:
-    """Rows of an earlier long search remain: their best is timed too, until the best config is one that was."""
+def test_an_old_time_does_not_win_without_being_timed_again(store: Store, machine: Machine, tmp_path: Path) -> None:
+    """Rows of an earlier long search remain: the best of them is timed, too, until the best config has a new time."""
     machine.measure = lambda config, n: timed(30.0)
     memory = memory_of(store, tmp_path, *(record(config, 20.0 + n) for n, config in enumerate(OTHERS[:4])))
     refresh(memory, JOB)
@@ -148,7 +146,7 @@ def test_an_old_time_that_nothing_timed_again_does_not_win(store: Store, machine
     assert all(r.time_us == 30.0 for r in store.results(JOB.place))
 
 
-def test_what_fails_now_counts_no_more(store: Store, machine: Machine, tmp_path: Path) -> None:
+def test_configs_that_fail_now_no_longer_count(store: Store, machine: Machine, tmp_path: Path) -> None:
     machine.measure = lambda config, n: (
         timed(9.0) if config == DEFAULT else TrialResult(Outcome.WRONG, "NaN", error=1.0)
     )
@@ -166,22 +164,22 @@ def test_many_places_at_once(store: Store, machine: Machine, tmp_path: Path) -> 
         assert default_of(place, GPU) in {r.config for r in store.results(place)}
 
 
-def test_the_default_is_never_given_up(store: Store, machine: Machine, tmp_path: Path) -> None:
-    """Its time shows what tuning gained, however slow it is; other configs are given up at 1.5 times the best."""
+def test_the_default_is_always_timed_fully(store: Store, machine: Machine, tmp_path: Path) -> None:
+    """Its time shows the gain of tuning, however slow it is. Other configs are abandoned at 1.5 times the best."""
     refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
     limits = {r.trial.config: r.give_up_us for _, r in machine.on if isinstance(r, Measure)}
     assert limits[DEFAULT] == float("inf")
     assert not any(isinstance(r, MeasureInterleaved) and len(r.trials) < 2 for _, r in machine.on)
 
 
-def test_with_one_trial_the_default_is_timed_all_the_same(store: Store, machine: Machine, tmp_path: Path) -> None:
+def test_with_one_trial_the_default_is_timed(store: Store, machine: Machine, tmp_path: Path) -> None:
     memory = memory_of(store, tmp_path, *(record(config, 1.0 + n) for n, config in enumerate(OTHERS[:3])))
     refresh(memory, JOB, trials=1)
     assert {DEFAULT, OTHERS[0]} <= {request.trial.config for request in machine.measured}
 
 
 @pytest.mark.parametrize("op", ["forward", "dkdv"])
-def test_ops_without_neighbours_in_the_ranking_try_those_too(op: str, store: Store, tmp_path: Path) -> None:
+def test_near_buckets_are_tried_for_ops_that_do_not_borrow_them(op: str, store: Store, tmp_path: Path) -> None:
     spec = KernelSpec(op, 64, "bf16", causal=True)
     job = Job(spec, Bucket(8, 2048, 2048), GPU)
     config = next(c for c in every_config(spec, GPU) if c != default_of(job.place, GPU))
@@ -192,10 +190,10 @@ def test_ops_without_neighbours_in_the_ranking_try_those_too(op: str, store: Sto
 @pytest.mark.parametrize(
     "old", [{"triton": f"{Toolchain.here().triton}.9"}, {"kernel": "", "text": "", "templates": TEMPLATES}]
 )
-def test_a_config_with_an_old_row_that_fails_now_or_is_slower_counts_as_it_is_now(
+def test_a_new_outcome_replaces_an_old_row_of_the_same_kernel(
     old: dict[str, str], store: Store, machine: Machine, tmp_path: Path
 ) -> None:
-    """The old row is of another patch release, or from before fingerprints, but of the same kernel and toolchain."""
+    """The old row is of another patch release or older than fingerprints, but of the same kernel and toolchain."""
     memory = memory_of(store, tmp_path, record(OTHERS[0], 1.0, **old), record(OTHERS[1], 5.0))
     machine.measure = lambda config, n: TrialResult(Outcome.WRONG, "NaN") if config == OTHERS[0] else timed(9.0)
     machine.interleaved = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(9.0) for _ in request.trials))
@@ -210,9 +208,7 @@ def test_a_config_with_an_old_row_that_fails_now_or_is_slower_counts_as_it_is_no
     assert best(JOB.place, GPU, memory).config != OTHERS[0]
 
 
-def test_what_ships_and_was_not_timed_does_not_outlast_a_refresh(
-    store: Store, machine: Machine, tmp_path: Path
-) -> None:
+def test_an_untimed_shipped_record_does_not_win_after_a_refresh(store: Store, machine: Machine, tmp_path: Path) -> None:
     write_shipped([record(config, 5.0 + n / 10) for n, config in enumerate(OTHERS[:3])], GPU.name, tmp_path)
     machine.measure = lambda config, n: timed(6.0)
     machine.interleaved = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(6.0) for _ in request.trials))

@@ -1,4 +1,4 @@
-"""Simulated searches: the regret is right, a search sees only costs, and the tuner's own is soon near the best."""
+"""Simulated searches on recorded sweeps: regret, and how soon the tuner's search is near the best."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 from pathlib import Path
 
 import pytest
-from sweep_samples import CARD, RECORDED, made_up
+from sweep_samples import CARD, RECORDED, synthetic_results
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.tuning.search.recorded_sweep import OURS, curves, read_sweep, regrets, sweep_of
 
-SWEEP = sweep_of(made_up(), CARD)
+SWEEP = sweep_of(synthetic_results(), CARD)
 
 
 @pytest.mark.parametrize("strategy", [OURS, "model", "corrected", "random"])
-def test_regret_falls_to_nothing_when_all_was_tried(strategy: str) -> None:
+def test_regret_is_zero_after_all_trials(strategy: str) -> None:
     found = regrets(SWEEP, strategy, seed=0, trials=1000)
     assert len(found) == len(SWEEP.results)
     assert found == sorted(found, reverse=True)
@@ -23,13 +23,13 @@ def test_regret_falls_to_nothing_when_all_was_tried(strategy: str) -> None:
     assert regrets(SWEEP, strategy, seed=0, trials=5) == found[:5]
 
 
-def test_optuna_s_samplers_are_replayed_too() -> None:
+def test_optunas_samplers_are_replayed() -> None:
     found = [regrets(SWEEP, strategy, seed=0, trials=10) for strategy in ("tpe", "tpe-univariate")]
     assert [len(regret) for regret in found] == [10, 10]
     assert found[0] == regrets(SWEEP, "tpe", seed=0, trials=10)
 
 
-def test_quartiles_are_those_of_the_seeds() -> None:
+def test_quartiles_are_over_seeds() -> None:
     (curve,) = curves(SWEEP, ["random"], seeds=5, trials=len(SWEEP.results), workers=1)
     each = [regrets(SWEEP, "random", seed, trials=1000) for seed in range(5)]
     assert curve.median == [sorted(of_trial)[2] for of_trial in zip(*each, strict=True)]
@@ -38,7 +38,7 @@ def test_quartiles_are_those_of_the_seeds() -> None:
     assert curve.near_after[1] == near[2]
 
 
-def test_what_is_not_reached_is_none() -> None:
+def test_unreached_regret_is_none() -> None:
     """One trial each: some seeds draw a failure, most a config far from the best."""
     (curve,) = curves(SWEEP, ["random"], seeds=20, trials=1, workers=1)
     each = [regrets(SWEEP, "random", seed, trials=1)[0] for seed in range(20)]
@@ -47,12 +47,12 @@ def test_what_is_not_reached_is_none() -> None:
     assert curve.upper == [sorted(each)[15]]
 
 
-def test_processes_give_what_one_gives() -> None:
+def test_several_processes_give_the_same_results() -> None:
     one, two = (curves(SWEEP, ["corrected", "random"], seeds=2, trials=9, workers=n) for n in (1, 2))
     assert one == two
 
 
-def test_an_unknown_contender_is_refused() -> None:
+def test_an_unknown_sampler_is_refused() -> None:
     with pytest.raises(ArgumentError, match="sampler: got 'best'"):
         regrets(SWEEP, "best", seed=0, trials=1)
 

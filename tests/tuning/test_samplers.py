@@ -1,4 +1,4 @@
-"""Other samplers: each proposes every config once; the cost model helps, and is corrected where it is off."""
+"""Samplers: each proposes every config once; the sampler with a cost model corrects the model by its trials."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tried(search: Search, trials: int) -> list[float]:
 
 
 @pytest.mark.parametrize("sampler", ["model", "corrected", "random"])
-def test_all_is_asked_for_once(sampler: str) -> None:
+def test_every_config_is_proposed_once(sampler: str) -> None:
     spec, gpu = SMALL
     every = list(every_config(spec, gpu))
     search = Search(spec, gpu, seed=0, sampler=sampler, guess=lambda c: guess_us(spec, c, TRAINED, gpu))
@@ -58,12 +58,12 @@ def test_all_is_asked_for_once(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s not in ("model", "corrected", "random")])
-def test_optuna_s_samplers_ask_for_what_is_valid_and_new(sampler: str) -> None:
+def test_optunas_samplers_propose_valid_new_configs(sampler: str) -> None:
     if missing_package(sampler):
         pytest.skip(f"{missing_package(sampler)} is not installed")
     search = Search(FORWARD, H200, seed=0, sampler=sampler)
     asked = []
-    for n in range(18):  # of which the first 16 are drawn by chance
+    for n in range(18):  # the first 16 are random
         config = search.ask()
         assert config is not None
         assert why_invalid(FORWARD, config, H200) is None
@@ -72,14 +72,14 @@ def test_optuna_s_samplers_ask_for_what_is_valid_and_new(sampler: str) -> None:
     assert len(set(asked)) == len(asked)
 
 
-def test_a_guess_alone_is_followed_in_its_order() -> None:
+def test_without_costs_the_guess_determines_the_order() -> None:
     search = Search(FORWARD, H200, guess=guess, sampler="model")
     asked = [search.ask() for _ in range(30)]
     best = sorted(map(guess, every_config(FORWARD, H200)))[:30]
     assert [guess(config) for config in asked if config is not None] == best
 
 
-def test_a_wrong_guess_is_put_right() -> None:
+def test_a_wrong_guess_is_corrected() -> None:
     best = min(map(wrong, every_config(FORWARD, H200)))
     corrected, blind = (
         next(
@@ -92,7 +92,7 @@ def test_a_wrong_guess_is_put_right() -> None:
     assert corrected < blind / 2
 
 
-def test_what_fails_is_soon_left_alone() -> None:
+def test_failing_configs_are_soon_avoided() -> None:
     """The guess prefers configs that do not compile: the search soon proposes others."""
     doomed = {c for c in every_config(FORWARD, H200) if isinstance(c, TileConfig) and c.num_stages == 4}
 
@@ -106,14 +106,14 @@ def test_what_fails_is_soon_left_alone() -> None:
     assert 1 <= failures <= len(doomed) / 10
 
 
-def test_with_a_guess_it_is_put_right_by_default_and_without_one_it_is_optuna() -> None:
+def test_the_default_sampler_with_and_without_a_guess() -> None:
     by_default, named = (Search(FORWARD, H200, guess=guess, sampler=s) for s in (None, "corrected"))
     assert tried(by_default, 15) == tried(named, 15)
     by_default, named = (Search(FORWARD, H200, seed=3, sampler=s) for s in (None, "tpe"))
     assert tried(by_default, 20) == tried(named, 20)
 
 
-def test_only_what_there_is_is_asked_for() -> None:
+def test_only_configs_of_the_space_are_proposed() -> None:
     few = list(every_config(FORWARD, H200))[::100]
     for sampler in ("corrected", "tpe"):
         search = Search(FORWARD, H200, first=every_config(FORWARD, H200), among=few, guess=guess, sampler=sampler)
@@ -122,7 +122,7 @@ def test_only_what_there_is_is_asked_for() -> None:
         assert search.ask() is None
 
 
-def test_what_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_samplers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match="'best'; allowed: model, corrected, tpe"):
         Search(FORWARD, H200, sampler="best")
     with pytest.raises(ArgumentError, match="'model' without a guess"):

@@ -1,4 +1,4 @@
-"""The search: every config is valid and proposed once, the given ones first, and it beats random search."""
+"""The search: proposals are valid and distinct, given configs come first, and it beats random search."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def cost(config: KernelConfig) -> float:
     st.sampled_from(("forward", "decode", "decode_varlen")).flatmap(lambda op: specs(op, ("bf16", "fp16"))),
     st.integers(0, 99),
 )
-def test_what_is_asked_is_valid_and_new(spec: KernelSpec, seed: int) -> None:
+def test_proposals_are_valid_and_new(spec: KernelSpec, seed: int) -> None:
     search = Search(spec, H200, seed=seed)
-    asked = []
+    proposals = []
     for n in range(20):
         config = search.ask()
         assert config is not None
         assert why_invalid(spec, config, H200) is None
-        asked.append(config)
-        if n % 3:  # some are told, some fail, and some are never heard of again
+        proposals.append(config)
+        if n % 3:  # some get a cost, some fail, and some are never reported
             search.tell(config, 100.0 + n if n % 3 == 1 else None)
-    assert len(set(asked)) == len(asked)
+    assert len(set(proposals)) == len(proposals)
 
 
 def test_the_given_configs_come_first() -> None:
@@ -62,40 +62,40 @@ def test_the_given_configs_come_first() -> None:
     assert search.ask() not in first
 
 
-def test_what_is_known_is_not_asked_for() -> None:
+def test_known_configs_are_not_proposed() -> None:
     spec, gpu = SMALL
     configs = list(every_config(spec, gpu))
     known, first = configs[::2], configs[:4]
     search = Search(spec, gpu, first=first, seed=0)
     for n, config in enumerate(known):
         search.tell(config, None if n % 2 else 50.0 + n)
-    asked = [search.ask() for _ in range(len(configs) - len(known))]
-    assert asked[:2] == [first[1], first[3]]
-    assert set(asked) == set(configs) - set(known)
+    proposals = [search.ask() for _ in range(len(configs) - len(known))]
+    assert proposals[:2] == [first[1], first[3]]
+    assert set(proposals) == set(configs) - set(known)
     assert search.ask() is None
 
 
-def test_a_small_space_is_asked_for_to_the_end() -> None:
+def test_a_small_space_is_exhausted() -> None:
     spec, gpu = SMALL
     configs = set(every_config(spec, gpu))
     search = Search(spec, gpu, seed=1)
-    asked = []
+    proposals = []
     while (config := search.ask()) is not None:
-        asked.append(config)
-        search.tell(config, float(len(asked)))
-    assert len(asked) == len(configs)
-    assert set(asked) == configs
+        proposals.append(config)
+        search.tell(config, float(len(proposals)))
+    assert len(proposals) == len(configs)
+    assert set(proposals) == configs
     assert search.ask() is None
 
 
-def test_what_was_measured_in_a_larger_space_does_no_harm() -> None:
+def test_results_from_a_larger_space_are_accepted() -> None:
     search = Search(DECODE, H200, seed=0)
     gone = DecodeConfig(BLOCK_N=8, BLOCK_H=8, NUM_SPLITS=5, merge="last", num_warps=1, num_stages=2)
     search.tell(gone, 1.0)
     assert search.ask() not in (None, gone)
 
 
-def test_it_learns() -> None:
+def test_the_search_learns_from_costs() -> None:
     every = list(every_config(DECODE, H200))
     draw = random.Random(0)
     by_chance = statistics.median(min(map(cost, draw.sample(every, 60))) for _ in range(50))
@@ -110,22 +110,24 @@ def test_it_learns() -> None:
             costs.append(cost(config))
             search.tell(config, costs[-1])
         found.append(min(costs))
-        assert statistics.median(costs[-30:]) < typical / 2  # of 30 by chance it is, once in 400 times
+        assert statistics.median(costs[-30:]) < typical / 2  # random search reaches this once in 400 runs
     assert statistics.median(found) < by_chance
 
 
-def test_it_learns_from_what_earlier_runs_found() -> None:
+def test_the_search_learns_from_earlier_runs() -> None:
     every = random.Random(0).sample(list(every_config(DECODE, H200)), 80)
     search = Search(DECODE, H200, seed=0)
     for config in every:
         search.tell(config, cost(config))
-    asked = [search.ask() for _ in range(10)]
-    assert statistics.median(cost(c) for c in asked if c is not None) < statistics.quantiles(map(cost, every), n=4)[0]
+    proposals = [search.ask() for _ in range(10)]
+    assert (
+        statistics.median(cost(c) for c in proposals if c is not None) < statistics.quantiles(map(cost, every), n=4)[0]
+    )
 
 
 @pytest.mark.parametrize("spec", [DECODE, FORWARD])
-def test_the_same_seed_asks_for_the_same(spec: KernelSpec) -> None:
-    def asked() -> list[dict[str, object]]:
+def test_equal_seeds_give_equal_proposals(spec: KernelSpec) -> None:
+    def proposals() -> list[dict[str, object]]:
         search = Search(spec, H200, seed=7)
         found = []
         for n in range(20):
@@ -135,4 +137,4 @@ def test_the_same_seed_asks_for_the_same(spec: KernelSpec) -> None:
             found.append(config_to_dict(config))
         return found
 
-    assert asked() == asked()
+    assert proposals() == proposals()

@@ -41,9 +41,9 @@ def postgresql() -> Iterator[str]:
     if bin is None:
         pytest.skip("PostgreSQL's server is not installed")
     user = pwd.getpwuid(os.getuid()).pw_name
-    if os.getuid() == 0:  # which PostgreSQL refuses
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
         user = next((each.pw_name for each in pwd.getpwall() if each.pw_name in ("postgres", "nobody")), "")
-    folder = Path(tempfile.mkdtemp(prefix="pg"))  # near the root: the path of a Unix socket must be short
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # the path of a Unix socket must be short
     shutil.chown(folder, user)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -64,7 +64,7 @@ def postgresql() -> Iterator[str]:
             time.sleep(0.1)
         yield f"postgresql://tuner@127.0.0.1:{port}"
     finally:
-        server.send_signal(signal.SIGINT)  # without waiting for its clients
+        server.send_signal(signal.SIGINT)  # fast shutdown: does not wait for clients
         server.wait(30)
         shutil.rmtree(folder)
 
@@ -90,8 +90,8 @@ def measured(folder: Path, number: int) -> list[str]:
     return (folder / f"{number}.txt").read_text(encoding="utf-8").splitlines()
 
 
-def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: Path) -> None:
-    """Every worker has all results, also those of the killed worker; another worker tries its unfinished config."""
+def test_workers_try_every_config_once_even_if_one_is_killed(url: str, tmp_path: Path) -> None:
+    """Every worker has all results, including those of the killed worker, whose unfinished config another one tries."""
     workers = {number: work(tmp_path, url, number) for number in range(4)}
     while len(measured(tmp_path, 0)) < 2:
         assert workers[0].poll() is None
@@ -116,7 +116,7 @@ def test_workers_try_every_config_once_though_one_is_killed(url: str, tmp_path: 
             assert (result.outcome, result.detail) == ("crash", "made up")
 
 
-def boards(url: str, count: int, lease_s: float = 60.0) -> list[SharedClaims]:
+def shared_claims(url: str, count: int, lease_s: float = 60.0) -> list[SharedClaims]:
     return [Storage(url, lease_s=lease_s).claims(JOB.place, program_key(JOB)) for _ in range(count)]
 
 
@@ -124,8 +124,8 @@ def ok(number: int, time_us: float = 10.0) -> Result:
     return Result(JOB.place, EVIDENCE, CONFIGS[number], "ok", time_us=time_us)
 
 
-def test_claims_and_news(url: str) -> None:
-    first, second = boards(url, 2)
+def test_claims_and_new_results(url: str) -> None:
+    first, second = shared_claims(url, 2)
     assert first.claim(CONFIGS[0])
     assert not first.claim(CONFIGS[0])
     assert not second.claim(CONFIGS[0])
@@ -138,14 +138,14 @@ def test_claims_and_news(url: str) -> None:
     (told,) = first.new_results()
     assert (told.config, told.outcome, told.error, told.detail) == (CONFIGS[1], "wrong", float("inf"), "row 3")
     assert second.new_results() == first.new_results() == []
-    assert not second.claim(CONFIGS[0])  # it was tried
+    assert not second.claim(CONFIGS[0])  # already tried
     first.publish(ok(0, 12.0))
     assert [r.time_us for r in second.new_results()] == [12.0]
-    assert len(boards(url, 1)[0].new_results()) == 3
+    assert len(shared_claims(url, 1)[0].new_results()) == 3
 
 
-def test_who_compiles_other_programs_has_a_board_of_its_own(url: str) -> None:
-    (first,) = boards(url, 1)
+def test_workers_with_other_programs_do_not_share_claims(url: str) -> None:
+    (first,) = shared_claims(url, 1)
     other = Storage(url).claims(JOB.place, "another kernel, Triton 9.9")
     assert first.claim(CONFIGS[0])
     assert other.claim(CONFIGS[0])
@@ -153,30 +153,30 @@ def test_who_compiles_other_programs_has_a_board_of_its_own(url: str) -> None:
     assert other.new_results() == []
 
 
-def test_what_a_worker_lets_go_of_is_free(url: str) -> None:
-    first, second = boards(url, 2)
+def test_a_released_config_can_be_claimed(url: str) -> None:
+    first, second = shared_claims(url, 2)
     assert first.claim(CONFIGS[2])
     first.release()
     assert second.claim(CONFIGS[2])
     second.release()
 
 
-def test_what_a_worker_had_that_is_gone_is_free(url: str) -> None:
-    gone, second = boards(url, 2, lease_s=4.0)
+def test_the_claim_of_a_dead_worker_expires(url: str) -> None:
+    gone, second = shared_claims(url, 2, lease_s=4.0)
     assert gone.claim(CONFIGS[3])
     assert not second.claim(CONFIGS[3])
     time.sleep(4.1)
     second.heartbeat()
     assert second.claim(CONFIGS[3])
-    gone.finish(ok(3, 1.0))  # it was only late: its result does no harm, and its claim is another's
+    gone.finish(ok(3, 1.0))  # the worker was only late: its result is accepted, but its claim is lost
     assert not gone.claim(CONFIGS[3])
     second.finish(ok(3))
-    assert 10.0 in [r.time_us for r in boards(url, 1)[0].new_results()]
+    assert 10.0 in [r.time_us for r in shared_claims(url, 1)[0].new_results()]
 
 
 @pytest.mark.parametrize("heartbeat", ["soon", None, [], 1e308, 9e9, -1e308])
-def test_a_worker_that_says_nonsense_of_when_it_was_there_is_gone(url: str, heartbeat: object) -> None:
-    gone, second = boards(url, 2)
+def test_a_worker_with_an_invalid_heartbeat_counts_as_dead(url: str, heartbeat: object) -> None:
+    gone, second = shared_claims(url, 2)
     assert gone.claim(CONFIGS[5])
     gone._storage.set_study_user_attr(gone._study, f"worker {gone._worker}", heartbeat)
     assert not second.others_at_work()
@@ -184,8 +184,8 @@ def test_a_worker_that_says_nonsense_of_when_it_was_there_is_gone(url: str, hear
     second.release()
 
 
-def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
-    first, second = boards(url, 2)
+def test_invalid_shared_results_are_ignored(url: str) -> None:
+    first, second = shared_claims(url, 2)
     assert first.claim(CONFIGS[4])
     trial = first._claims[config_to_json(CONFIGS[4])]
     first._storage.set_trial_user_attr(trial, "result", '{"outcome": "ok"}')
@@ -194,7 +194,7 @@ def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ("tuning", "the storage is no journal:FILE and no URL"),
         ("journal:/nowhere/at/all", "cannot use the storage journal:/nowhere/at/all: "),
@@ -203,7 +203,7 @@ def test_what_does_not_read_as_a_result_is_passed_over(url: str) -> None:
         ("postgresql://u:secret@127.0.0.1:1/name", "cannot use the storage postgresql://u:.*@127.0.0.1:1/name: "),
     ],
 )
-def test_a_storage_that_cannot_be_used_is_named_without_its_password(bad: str, said: str) -> None:
-    with pytest.raises(StoreError, match=said) as caught:
+def test_the_error_for_an_unusable_storage_hides_its_password(bad: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
         Storage(bad).claims(JOB.place, "")
     assert "secret" not in str(caught.value)

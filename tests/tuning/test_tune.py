@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machines import FINE, Machine, timed
+from simulated_machine import FINE, Machine, timed
 
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
@@ -33,7 +33,7 @@ from parallax_gen.tuning.workers.messages import TrialResult
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
 SMALL = Job(KernelSpec("preprocess", 64, "fp32"), Bucket(8, 128, 128), GPUS["rtx4090"])  # 21 configs
-OLD = Evidence("0123456789abcdef" * 2, "fedcba9876543210" * 2, "3.5.0", "12.8", 1)  # of a kernel that nothing renders
+OLD = Evidence("0123456789abcdef" * 2, "fedcba9876543210" * 2, "3.5.0", "12.8", 1)  # a kernel that nothing renders
 
 
 def ignore(_: Progress) -> None:
@@ -46,10 +46,10 @@ def tune(store: Store, job: Job = JOB, *, measure: bool = True, trials: int = 8,
         return tuner.tune(job, trials=trials, **arguments)
 
 
-# -- without a GPU, for real
+# -- without a GPU, with real compilers
 
 
-def test_compiling_and_ranking_for_a_gpu_that_is_not_there(store: Store) -> None:
+def test_compiling_and_ranking_for_an_absent_gpu(store: Store) -> None:
     progress = tune(store, measure=False, trials=3)
     assert progress.kinds == {"predicted": 3}
     results = store.results(JOB.place)
@@ -63,12 +63,12 @@ def test_compiling_and_ranking_for_a_gpu_that_is_not_there(store: Store) -> None
         assert result.source == "compiled for NVIDIA H200 SXM"
         assert result.evidence == evidence_of(render(JOB.spec, result.config, GPU))
     assert progress.best is not None
-    assert progress.best.time_us == results[0].time_us  # of those predicted alike, any
+    assert progress.best.time_us == results[0].time_us  # any of the configs with this prediction
     assert best(JOB.place, GPU, store).record is None
     assert default_config(JOB.spec, JOB.shape, GPU) in [r.config for r in results]
 
 
-def test_a_kernel_of_the_backward_is_compiled_and_ranked_too(store: Store) -> None:
+def test_compiling_and_ranking_a_backward_kernel(store: Store) -> None:
     spec = KernelSpec("dkdv", 96, "fp16", group=2, causal=True, window=True)
     job = Job(spec, Bucket(4, 512, 512, 256), GPU)
     progress = tune(store, job, measure=False, trials=2)
@@ -82,7 +82,7 @@ def test_a_kernel_of_the_backward_is_compiled_and_ranked_too(store: Store) -> No
 # -- outcomes
 
 
-def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Machine) -> None:
+def test_every_outcome_is_stored_with_its_kind(store: Store, machine: Machine) -> None:
     compiles = {
         0: TrialResult(Outcome.COMPILE, "no such instruction", seconds=2.0),
         1: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
@@ -128,8 +128,8 @@ def test_every_outcome_is_written_down_with_its_kind(store: Store, machine: Mach
     assert of[machine.compiled[6]].source == "measured on NVIDIA H200 SXM"
 
 
-def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Machine) -> None:
-    short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth was lucky at first
+def test_the_best_is_the_fastest_finalist(store: Store, machine: Machine) -> None:
+    short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth had a lucky short timing
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
         return timed(short[n] if n < 6 else long[machine.compiled.index(config)])
@@ -158,7 +158,7 @@ def test_the_best_is_the_fastest_of_those_timed_twice(store: Store, machine: Mac
     ],
     ids=str,
 )
-def test_finalists_that_matmuls_bound_are_timed_from_rest(
+def test_compute_bound_finalists_use_burst_timing(
     store: Store, machine: Machine, spec: KernelSpec, rests: bool
 ) -> None:
     tune(store, Job(spec, Bucket(8, 1 if spec.family == "decode" else 1024, 1024), GPU), trials=1)
@@ -168,19 +168,19 @@ def test_finalists_that_matmuls_bound_are_timed_from_rest(
     ]
 
 
-def test_only_so_many_are_timed_twice(store: Store, machine: Machine) -> None:
+def test_the_number_of_finalists_is_limited(store: Store, machine: Machine) -> None:
     machine.measure = lambda config, n: timed(100.0 + n if n < 20 else 1000.0 + n)
     tune(store, trials=20)
     assert len(machine.measured) == 20 + MAX_FINALISTS
 
 
-def test_slow_ones_are_given_up_on(store: Store, machine: Machine) -> None:
+def test_slow_configs_are_abandoned(store: Store, machine: Machine) -> None:
     machine.measure = lambda config, n: timed(100.0 if n < 4 else 90.0)
     tune(store, trials=4)
     assert [request.give_up_us for request in machine.measured[:4]] == [float("inf"), 150.0, 150.0, 150.0]
 
 
-def test_a_finalist_that_turns_out_wrong_is_no_best(store: Store, machine: Machine) -> None:
+def test_a_wrong_finalist_is_not_the_best(store: Store, machine: Machine) -> None:
     machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else TrialResult(Outcome.WRONG, "this time")
     progress = tune(store, trials=3)
     assert progress.best is not None
@@ -194,7 +194,7 @@ def test_a_finalist_that_crashes_keeps_its_time(store: Store, machine: Machine) 
     assert progress.best.time_us == 100.0
 
 
-def test_where_nothing_works_there_is_no_best(store: Store, machine: Machine) -> None:
+def test_without_a_working_config_there_is_no_best(store: Store, machine: Machine) -> None:
     machine.compile = lambda config, n: TrialResult(Outcome.CRASH, "out of luck")
     progress = tune(store, trials=5)
     assert progress.best is None
@@ -209,7 +209,7 @@ def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) 
     assert not machine.measured
     machine.measure = lambda config, n: timed(1e6 + n)
     measured = tune(store, trials=6)
-    assert measured.known == 0  # what was only predicted is tried
+    assert measured.known == 0  # predicted configs are tried
     assert measured.best is not None
     assert measured.best == best(JOB.place, GPU, store).record
     assert measured.best.outcome == "ok"
@@ -223,7 +223,7 @@ def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) 
 # -- running again, budgets, interrupts
 
 
-def test_running_again_asks_for_nothing_that_is_known(store: Store, machine: Machine) -> None:
+def test_running_again_skips_known_configs(store: Store, machine: Machine) -> None:
     machine.compile = lambda config, n: (
         TrialResult(Outcome.OK, resources=FINE) if n % 3 else TrialResult(Outcome.COMPILE, "no")
     )
@@ -235,7 +235,7 @@ def test_running_again_asks_for_nothing_that_is_known(store: Store, machine: Mac
     assert second.best.time_us == min(r.time_us for r in store.results(JOB.place) if r.time_us)
 
 
-def test_a_space_that_is_exhausted_ends_the_job(store: Store, machine: Machine) -> None:
+def test_an_exhausted_space_ends_the_job(store: Store, machine: Machine) -> None:
     every = len(list(every_config(SMALL.spec, SMALL.gpu)))
     assert tune(store, SMALL, trials=1000).done == every
     again = tune(store, SMALL, trials=1000)
@@ -243,14 +243,14 @@ def test_a_space_that_is_exhausted_ends_the_job(store: Store, machine: Machine) 
     assert again.best == best(SMALL.place, SMALL.gpu, store).record
 
 
-def test_known_are_results_of_todays_kernels_and_of_this_toolchain(store: Store, machine: Machine) -> None:
+def test_results_of_todays_kernels_and_toolchain_count_as_known(store: Store, machine: Machine) -> None:
     configs = list(every_config(SMALL.spec, SMALL.gpu))
     today = [evidence_of(render(SMALL.spec, config, SMALL.gpu)) for config in configs[:8]]
     evidence = [
         today[0],
-        replace(today[1], text="e" * 32),  # other words for the same kernel
-        replace(today[2], kernel="", text="", templates="37195abe0d1f"),  # of before fingerprints, and the same
-        Evidence.here("", ""),  # nothing was rendered, though it can be
+        replace(today[1], text="e" * 32),  # another text of the same kernel
+        replace(today[2], kernel="", text="", templates="37195abe0d1f"),  # older than fingerprints, the same program
+        Evidence.here("", ""),  # no kernel was rendered, although it can be
         replace(today[4], kernel="", text="", templates="abc"),
         replace(today[5], kernel="f" * 32, text="e" * 32),
         replace(today[6], triton="2.0.0"),
@@ -265,17 +265,17 @@ def test_known_are_results_of_todays_kernels_and_of_this_toolchain(store: Store,
     assert set(machine.compiled) == set(configs[3:])
 
 
-def test_results_of_another_job_are_not_known(store: Store, machine: Machine) -> None:
+def test_results_of_another_job_do_not_count_as_known(store: Store, machine: Machine) -> None:
     tune(store, trials=4)
     assert tune(store, SMALL, trials=4).known == 0
 
 
 @pytest.mark.parametrize("trials", [1, 2, 7])
-def test_no_more_trials_than_allowed(store: Store, machine: Machine, trials: int) -> None:
+def test_the_trial_limit(store: Store, machine: Machine, trials: int) -> None:
     assert tune(store, trials=trials).done == trials == len(machine.compiled)
 
 
-def test_no_longer_than_allowed(store: Store, machine: Machine) -> None:
+def test_the_time_limit(store: Store, machine: Machine) -> None:
     def slowly(config: KernelConfig, n: int) -> TrialResult:
         time.sleep(0.05)
         return timed(100.0)
@@ -283,13 +283,13 @@ def test_no_longer_than_allowed(store: Store, machine: Machine) -> None:
     machine.measure = slowly
     start = time.monotonic()
     progress = tune(store, trials=1000, time_budget_s=0.6)
-    assert time.monotonic() - start < 5.0  # with the finalists, and slack for a busy machine
+    assert time.monotonic() - start < 5.0  # includes the finalists, and slack for a busy machine
     assert 0 < progress.done < 20
     assert progress.best is not None
 
 
-def test_time_counts_from_when_there_is_something_to_measure(store: Store) -> None:
-    """Compilers take seconds to start: a short budget was spent before its second trial."""
+def test_the_time_budget_starts_with_the_first_measurement(store: Store) -> None:
+    """Compilers take seconds to start, which once used up a short budget before the second trial."""
     run = Run(JOB, store, measure=True, trials=3)
     run.begin(0.2)
     requests = [run.next_compile() for _ in range(2)]
@@ -304,7 +304,7 @@ def test_time_counts_from_when_there_is_something_to_measure(store: Store) -> No
     assert not run.searching
 
 
-def test_an_interrupt_keeps_what_is_finished(store: Store, machine: Machine) -> None:
+def test_an_interrupt_keeps_finished_trials(store: Store, machine: Machine) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.done == 5:
             raise KeyboardInterrupt
@@ -317,7 +317,7 @@ def test_an_interrupt_keeps_what_is_finished(store: Store, machine: Machine) -> 
     assert (again.known, again.done) == (5, 3)
 
 
-def test_workers_are_closed_in_the_end(store: Store, machine: Machine) -> None:
+def test_workers_are_closed_at_the_end(store: Store, machine: Machine) -> None:
     with Tuner(store, measure=True, compilers=3) as tuner:
         for job in (JOB, SMALL):
             tuner.tune(job, trials=5, time_budget_s=60.0, on_progress=ignore)
@@ -325,11 +325,11 @@ def test_workers_are_closed_in_the_end(store: Store, machine: Machine) -> None:
     assert machine.open_workers == 0
 
 
-# -- what was fast elsewhere
+# -- seed configs from elsewhere
 
 
-def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Path) -> None:
-    """On a sibling card: first those of its bucket, fast to slow, then the best of each other bucket; no others."""
+def test_seed_configs_of_a_sibling_card(tmp_path: Path) -> None:
+    """First the configs of its own bucket, fast to slow, then the best of each other bucket; no others."""
     spec = KernelSpec("dqdr", 128, "bf16", causal=True)
     first, second, third, fourth = list(every_config(spec, GPU))[:4]
 
@@ -351,8 +351,8 @@ def test_a_search_begins_with_what_was_fast_for_the_spec_elsewhere(tmp_path: Pat
     assert shipped_seeds(Place("rtx4090", spec, here), load_same_capability(GPUS["rtx4090"], tmp_path)) == []
 
 
-def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store, machine: Machine) -> None:
-    """The two nearest buckets with measurements of the spec, of any kernel and toolchain."""
+def test_seed_configs_of_the_nearest_buckets(store: Store, machine: Machine) -> None:
+    """From the two nearest buckets with measurements of the spec, of any kernel and toolchain."""
     spec = KernelSpec("forward", 40, "fp16")
     configs = list(every_config(spec, GPU))[:6]
     job = Job(spec, Bucket(64, 4096, 4096), GPU)
@@ -366,7 +366,9 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
     ]
     results = [Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in found]
     assert nearby_seeds(job.place, results) == [configs[2], configs[1]]
-    odd = replace(results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512)))  # a window that the spec has not
+    odd = replace(
+        results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512))
+    )  # a window, which the spec does not have
     assert nearby_seeds(job.place, [odd, *results]) == [configs[2], configs[1]]
     for result in results:
         store.save(result)
@@ -374,8 +376,8 @@ def test_a_search_goes_on_with_what_was_fast_in_the_nearest_buckets(store: Store
     assert machine.compiled == [default_config(spec, job.shape, GPU), configs[2], configs[1]]
 
 
-def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tmp_path: Path) -> None:
-    """After the configs of the same spec, before those of other buckets."""
+def test_seed_configs_of_the_same_kernel_with_another_cache_layout(tmp_path: Path) -> None:
+    """They come after the configs of the same spec, and before those of other buckets."""
     dense = KernelSpec("decode_varlen", 128, "bf16", group=4)
     paged, bucket = replace(dense, page_size=64), Bucket(64, 1, 4096)
     specs = (dense, paged, replace(paged, cache_dtype="e4m3"), replace(dense, group=8))
@@ -387,18 +389,18 @@ def test_a_cache_that_is_kept_otherwise_begins_with_what_was_fast_for_its_kin(tm
     assert first == configs[1]
     assert set(kin) == {configs[0], configs[2]}
     assert elsewhere == configs[4]
-    # So it does with what is in one's own database: of each kin the fastest.
+    # Also from the user's own database: the fastest of each cache layout.
     slower = Result(places[0], OLD, configs[3], "ok", time_us=11.0)
     assert nearby_seeds(Place("h200", paged, bucket), [slower, *results]) == [configs[0], configs[2], configs[4]]
 
 
-def test_proven_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
+def test_seed_configs_are_tried_right_after_the_default(store: Store, machine: Machine) -> None:
     job = Job(KernelSpec("dkdv", 128, "bf16", causal=True), Bucket(32, 8192, 8192), GPUS["h100"])
-    proven = [
+    seed_configs = [
         config
         for config in shipped_seeds(job.place, load_same_capability(job.gpu))
         if config != default_config(job.spec, job.shape, job.gpu)
     ]
-    assert proven  # the H200's records ship
-    tune(store, job, trials=len(proven) + 1)
-    assert machine.compiled == [default_config(job.spec, job.shape, job.gpu), *proven]
+    assert seed_configs  # the H200's records ship
+    tune(store, job, trials=len(seed_configs) + 1)
+    assert machine.compiled == [default_config(job.spec, job.shape, job.gpu), *seed_configs]

@@ -1,4 +1,4 @@
-"""The child that compiles and measures: it sees one GPU, and no process of it outlives its parent."""
+"""The child process that compiles and measures: it sees one GPU, and no child process outlives its parent."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def alive(pid: int) -> bool:
 def test_a_child_sees_one_device(
     visible: str | None, device: int | None, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The index is among those that the parent may use."""
+    """The index counts the devices that are visible to the parent."""
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -77,13 +77,13 @@ def test_a_child_sees_one_device(
     assert "TRITON_INTERPRET" not in environment
 
 
-def test_without_a_gpu_a_child_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_a_child_reports_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with closing(Worker(device=0)) as worker:
         assert worker.identify() is None
 
 
-def test_a_child_that_does_not_say_which_gpu_it_has_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_does_not_report_its_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with (
@@ -95,7 +95,7 @@ def test_a_child_that_does_not_say_which_gpu_it_has_is_an_error(monkeypatch: pyt
 
 @pytest.fixture
 def hanging_ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A ptxas that prints its version and otherwise never ends; and the file with its process id."""
+    """A fake ptxas that prints its version and otherwise hangs, and the file with its process id."""
     import triton
 
     real = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -103,14 +103,14 @@ def hanging_ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     version = f'case "$*" in *--version*) exec "{real}" "$@";; esac'
     script.write_text(f"#!/bin/sh\n{version}\necho $$ > {pid}\nexec sleep 600\n", encoding="utf-8")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    for name in ("PTXAS", "PTXAS_BLACKWELL"):  # later Tritons take the second one for all but the oldest cards
+    for name in ("PTXAS", "PTXAS_BLACKWELL"):  # newer Tritons use the second one for all but the oldest cards
         monkeypatch.setenv(f"TRITON_{name}_PATH", str(script))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # nothing of it is compiled yet
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # an empty cache, so that it compiles
     return pid
 
 
 def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> None:
-    """Killed as by a timeout, but sooner."""
+    """The child is killed as after a timeout, but sooner."""
     with closing(Worker(device=None)) as worker, ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(worker.ask, Compile(TRIAL), 120.0)
         assert wait_for(lambda: hanging_ptxas.exists() and hanging_ptxas.read_text(encoding="utf-8").strip() != "")
@@ -121,8 +121,8 @@ def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> Non
         assert wait_for(lambda: not alive(ptxas))
 
 
-def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path) -> None:
-    """kill -9 of a tune leaves no process that holds a GPU."""
+def test_children_end_with_their_parent(hanging_ptxas: Path) -> None:
+    """kill -9 of a tune leaves no process that uses a GPU."""
     code = textwrap.dedent(f"""
         from parallax_gen.ops.decode import DecodeConfig
         from parallax_gen.problem.hardware import GPUS
@@ -151,7 +151,7 @@ def test_children_end_with_their_parent_whatever_they_are_at(hanging_ptxas: Path
         parent.communicate()
 
 
-def test_what_has_lengths_of_its_own_is_timed_on_each_batch_of_them() -> None:
+def test_decode_varlen_is_timed_on_each_batch_of_lengths() -> None:
     spec, shape = KernelSpec("decode_varlen", 64, "bf16"), Shape(4, 2, 2, 1, 320)
     trial = Trial(spec, default_config(spec, shape, GPUS["h200"]), shape, GPUS["h200"])
     spread, *_ = timed_lengths(spec, shape)
@@ -167,5 +167,5 @@ def test_what_has_lengths_of_its_own_is_timed_on_each_batch_of_them() -> None:
     assert child._batches(even, inputs) == [inputs]
 
 
-def test_a_part_of_what_was_timed_together() -> None:
+def test_one_of_several_interleaved_timings() -> None:
     assert Timing(30.0, 20.0, 40.0, 5, 7).per_launch(2) == Timing(15.0, 10.0, 20.0, 5, 7)

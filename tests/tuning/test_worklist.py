@@ -30,7 +30,7 @@ from parallax_gen.tuning.job import ALL_WORK, Job, worklist
 GPU = GPUS["h200"]
 INFERENCE = ("forward", "decode")
 
-# (head_dim, batch, heads, kv_heads, seqlen, window): what models train with, 0 for no window.
+# (head_dim, batch, heads, kv_heads, seqlen, window) of model training; window 0: none.
 TRAINED = [
     (128, 32, 6, 6, 2048, 0),
     (128, 32, 6, 6, 2048, 513),
@@ -79,7 +79,7 @@ def test_the_usual_training_shapes_are_those_that_models_train_with() -> None:
     assert sorted(shapes, key=str) == sorted(((dim, s) for dim, of in USUAL_TRAINING.items() for s in of), key=str)
 
 
-def test_a_training_step_is_four_kernels_at_the_sizes_that_each_sees() -> None:
+def test_a_training_step_is_four_kernels_with_their_own_sizes() -> None:
     jobs = worklist(GPU, ops=(TRAINING,), shapes={TRAINING: [Shape(2, 32, 8, 8192, 8192, 1000)]})
     assert [job.spec.op for job in jobs] == ["forward", "preprocess", "dkdv", "dqdr"] == list(STEP)
     forward, preprocess, *backward = jobs
@@ -92,7 +92,7 @@ def test_a_training_step_is_four_kernels_at_the_sizes_that_each_sees() -> None:
         assert job.spec == forward.spec.for_op(job.spec.op)
 
 
-def test_the_jobs_of_training_are_each_there_once() -> None:
+def test_jobs_of_training_are_distinct() -> None:
     jobs = worklist(GPU, ops=(TRAINING,))
     assert len({job.place for job in jobs}) == len(jobs)
     wanted = {
@@ -134,7 +134,7 @@ def test_every_combination_in_the_order_given() -> None:
     assert kernels == [(64, "fp16"), (64, "bf16"), (128, "fp16"), (128, "bf16")]
 
 
-def test_flags_go_to_their_ops() -> None:
+def test_flags_apply_to_their_ops() -> None:
     for job in worklist(GPU, ops=INFERENCE, flags=Flags(causal=False, stats=True, ragged=True)):
         assert (job.spec.causal, job.spec.stats) == (False, True)
         assert job.spec.op in ("forward", "decode_varlen")
@@ -149,21 +149,21 @@ def test_flags_go_to_their_ops() -> None:
     ("queries", "flags", "expected"),
     [
         (1, NO_FLAGS, {}),
-        (1, Flags(causal=True), {}),  # which sees every key either way
+        (1, Flags(causal=True), {}),  # a single query sees every key either way
         (1, Flags(ragged=True), {"op": "decode_varlen"}),
         (1, Flags(stats=True), {"op": "decode_varlen", "stats": True}),
         (1, Flags(leftpad=True), {"op": "decode_varlen", "leftpad": True}),
         (1, Flags(page_size=16), {"op": "decode_varlen", "page_size": 16}),
         (1, Flags(cache_dtype="e5m2"), {"op": "decode_varlen", "cache_dtype": "e5m2"}),
         (1, Flags(window=100), {"op": "decode_varlen", "causal": True, "window": True}),
-        (1, Flags(window=4096), {}),  # all keys
+        (1, Flags(window=4096), {}),  # the window covers all keys
         (1, Flags(varlen=True), {"op": "decode_varlen", "causal": True, "many_queries": True, "varlen": True}),
         (4, NO_FLAGS, {"op": "decode_varlen", "causal": True, "many_queries": True}),
         (4, Flags(causal=False), {"op": "decode_varlen", "many_queries": True}),
         (4, Flags(window=100), {"op": "decode_varlen", "causal": True, "many_queries": True, "window": True}),
     ],
 )
-def test_what_decode_is_asked_for_brings_what_it_needs(queries: int, flags: Flags, expected: dict[str, object]) -> None:
+def test_flags_of_decode_imply_the_flags_they_need(queries: int, flags: Flags, expected: dict[str, object]) -> None:
     asked = Shape(8, 32, 8, queries, 4096)
     ((spec, shape),) = kernels("decode", 96, "bf16", asked, flags)
     assert spec == replace(KernelSpec("decode", 96, "bf16", 4), **expected)  # type: ignore[arg-type]
@@ -172,7 +172,12 @@ def test_what_decode_is_asked_for_brings_what_it_needs(queries: int, flags: Flag
 
 def test_windows() -> None:
     shape = Shape(1, 8, 8, 4096, 4096)
-    for window, seen in ((513, 513), (4095, 4095), (4096, 0), (9999, 0)):  # all keys: no window, as at run time
+    for window, seen in (
+        (513, 513),
+        (4095, 4095),
+        (4096, 0),
+        (9999, 0),
+    ):  # a window of all keys is none, as at run time
         ((spec, sizes),) = kernels("dkdv", 128, "bf16", shape, Flags(window=window))
         assert (spec.window, sizes.window) == (seen > 0, seen)
     windowed = Shape(1, 8, 8, 4096, 4096, 700)
@@ -197,7 +202,7 @@ def test_a_place_is_tuned_once() -> None:
     assert [job.spec.group for job in worklist(GPU, ops=("forward",), shapes=grouped)] == [1, 2]
 
 
-def test_what_no_kernel_can_be_is_refused() -> None:
+def test_invalid_kernels_are_refused() -> None:
     with pytest.raises(ArgumentError, match="head_dim"):
         worklist(GPU, ops=("decode",), head_dims=(100,))
     with pytest.raises(ArgumentError, match="cache_dtype"):
