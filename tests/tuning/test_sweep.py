@@ -139,7 +139,7 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
         (lambda lines: [], "line 1: not of a sweep"),
         (lambda lines: lines[1:], "line 1: not of a sweep"),
