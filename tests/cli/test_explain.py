@@ -136,7 +136,7 @@ def test_explain_what_was_measured_of_another_kernel(store: Store) -> None:
     ]
     text = run("explain", *CALL).stdout
     assert "from    the default config: of 2 records none counts: another kernel than today's\n" in text
-    assert "\nmeasured, and not used\n" in text
+    assert "\nmeasured, but not used\n" in text
 
 
 def test_explain_a_search_from_before_a_knob_that_the_default_uses(store: Store) -> None:
@@ -258,7 +258,7 @@ def test_explain_what_compiles_badly_here(store: Store) -> None:
     assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in found["refused"]] == [
         (3, "it spills 500 bytes a thread as compiled here, the default 16")
     ]
-    assert "\nnot     BLOCK_N=32" in run("explain", *CALL).stdout
+    assert "\nrefused BLOCK_N=32" in run("explain", *CALL).stdout
     cache_resources(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
     assert run_json("explain", *CALL)["reason"] == "the kernels borrowed from elsewhere compile badly here"
 

@@ -162,4 +162,4 @@ def test_what_cannot_be_judged_is_an_error_of_one_line(tmp_path: Path) -> None:
         refused = run("replay", "--borrow", *option)
         assert refused.exit_code == 2
         assert f"leave out {option[0]}" in refused.output
-    assert "say --borrow" in run("replay").output
+    assert "use --borrow" in run("replay").output
