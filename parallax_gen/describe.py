@@ -39,13 +39,14 @@ _SHORT_VALUES: dict[object, str] = {
 }
 
 LEGEND = (
-    "config: M N H are BLOCK_M BLOCK_N BLOCK_H, G GROUP_HEADS, S NUM_SPLITS, w warps, s stages,\n"
-    "r maxnreg; seqlen: W is a window's"
+    "config: M, N, H = BLOCK_M, BLOCK_N, BLOCK_H; G = GROUP_HEADS; S = NUM_SPLITS; w, s = num_warps, num_stages;\n"
+    "r = maxnreg; words are values of other knobs: chunk = chunked, fixed = fixed_reference, premask = before_exp;\n"
+    "seqlen: queries x keys, or only keys if both are equal or there is one query; W is the window"
 )
 
 
 def describe(config: KernelConfig) -> str:
-    """A config in full: `BLOCK_M=128 BLOCK_N=64 ...`. Never parsed back."""
+    """A config in full: `BLOCK_M=128 BLOCK_N=64 ...`. Only for people: nothing parses it."""
     return " ".join(f"{name}={value}" for name, value in config_to_dict(config).items())
 
 
@@ -60,7 +61,7 @@ def brief(config: KernelConfig) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits, and all digits before the point: 1234, 512.3, 8.123."""
+    """A number with four significant digits, and all digits before the point: 12345, 512.3, 8.123."""
     return f"{value:.{max(0, min(3, 3 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
 
 
@@ -77,10 +78,10 @@ def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
 _Text = TypeVar("_Text", bound=str)
 
 
-def format_counts(kinds: Mapping[_Text, int]) -> str:
+def format_counts(counts: Mapping[_Text, int]) -> str:
     """`13 resources, 2 wrong`, the largest count first."""
-    most_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} {kind}" for kind, count in most_first)
+    largest_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in largest_first)
 
 
 # -- Sequence lengths: one for the whole batch, or one for each sequence
@@ -88,7 +89,7 @@ def format_counts(kinds: Mapping[_Text, int]) -> str:
 Runs = tuple[tuple[int, int], ...]  # run-length encoding: (sequences, keys of each), in the batch's order
 
 MAX_SEQUENCES = 2**20  # in a batch that is read from a file
-_LONGEST_SHOWN = 40  # characters
+_MAX_LISTED = 40  # characters of a list of lengths
 _NUMBER = r"[1-9][0-9]{0,18}"
 _RUN = rf"(?:{_NUMBER}x)?{_NUMBER}"
 _RUNS = re.compile(rf"{_RUN}(?:,{_RUN})*")
@@ -96,8 +97,8 @@ _RUNS = re.compile(rf"{_RUN}(?:,{_RUN})*")
 
 def lengths(bucket: Bucket | Shape) -> str:
     """The sequence lengths and window of a bucket or shape. One length if both are equal or there is a single query."""
-    alone = bucket.seqlen_q in (1, bucket.seqlen_kv)
-    text = str(bucket.seqlen_kv) if alone else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
+    one_length = bucket.seqlen_q in (1, bucket.seqlen_kv)
+    text = str(bucket.seqlen_kv) if one_length else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
     return f"{text} W{bucket.window}" if bucket.window else text
 
 
@@ -106,8 +107,8 @@ def with_lengths(shape: Shape, lengths: Sequence[int]) -> str:
     if not lengths:
         return str(shape)
     text = lengths_to_text(lengths)
-    if len(text) > _LONGEST_SHOWN:
-        text = f"{min(lengths)} to {max(lengths)}, {sum(lengths) / len(lengths):.0f} on the average"
+    if len(text) > _MAX_LISTED:
+        text = f"{min(lengths)} to {max(lengths)}, {sum(lengths) / len(lengths):.0f} on average"
     return f"{shape}, lengths {text}"
 
 
@@ -128,7 +129,9 @@ def lengths_from_text(text: str) -> tuple[int, ...]:
 def parse_runs(text: str) -> Runs:
     """Parse a text such as 4096,7x128 into runs. Raises ValueError."""
     if not _RUNS.fullmatch(text):
-        raise ValueError(f"{text!r:.80}: not the keys of each sequence, 1 or more, such as 4096,128,128 or 4096,7x128")
+        raise ValueError(
+            f"{text!r:.80}: not the number of keys of each sequence, 1 or more, such as 4096,128,128 or 4096,7x128"
+        )
     parts = [run.rpartition("x") for run in text.split(",")]
     return tuple((int(count or 1), int(keys)) for count, _, keys in parts)
 

@@ -15,17 +15,17 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.problem.workloads import BENCH_GRIDS, DEFAULT_SHAPES, TRAINING, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
-QUICK_SHAPES = 6  # of each op
+QUICK_SHAPES = 6  # per op
 
-NAMED = {"spread": spread_lengths, "skewed": skewed_lengths}
+PATTERNS = {"spread": spread_lengths, "skewed": skewed_lengths}
 
 
 class CaseError(ParallaxGenError):
-    """The options name no case that can be compared."""
+    """The options select no case that can be benchmarked."""
 
 
 class Case(NamedTuple):
-    """What all baselines run; the fields are those of Row."""
+    """One benchmark that all baselines run; the fields are those of Row."""
 
     op: str
     spec: KernelSpec
@@ -35,32 +35,32 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """The parsed --lengths: the runs of one batch, or the name of a pattern that applies to every shape."""
+    """The parsed --lengths: the runs of one batch, or the name in PATTERNS of a pattern for every shape."""
 
     runs: Runs = ()
-    named: str = ""
+    pattern: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
         """Parse spread, skewed or a text such as 4096,7x128. Raises ValueError."""
         text = re.sub(r"\s", "", text)
-        if text in NAMED:
-            return cls(named=text)
+        if text in PATTERNS:
+            return cls(pattern=text)
         try:
             return cls(parse_runs(text))
         except ValueError as error:
-            raise ValueError(f"{error}, and neither {' nor '.join(NAMED)}") from error
+            raise ValueError(f"{error}, and neither {' nor '.join(PATTERNS)}") from error
 
     def of(self, shape: Shape) -> tuple[int, ...]:
-        """The keys of each sequence; () if all have the shape's. Raises CaseError."""
-        if self.named:
-            found = NAMED[self.named](shape)
+        """The number of keys of each sequence; () if all have the shape's. Raises CaseError."""
+        if self.pattern:
+            lengths = PATTERNS[self.pattern](shape)
         else:
             count, longest = sum(count for count, _ in self.runs), max(keys for _, keys in self.runs)
             if count != shape.batch or longest > shape.seqlen_kv:
                 raise CaseError(f"--lengths: {count} sequences of up to {longest} keys do not fit --shape {shape}")
-            found = expand_runs(self.runs)
-        return () if set(found) == {shape.seqlen_kv} else found
+            lengths = expand_runs(self.runs)
+        return () if set(lengths) == {shape.seqlen_kv} else lengths
 
 
 def cases_of(
@@ -75,7 +75,7 @@ def cases_of(
 ) -> Iterator[Case]:
     """The cases to compare; the forward's spec stands for a whole training step. Raises CaseError.
 
-    page_sizes  each shape runs with each of these, 0 for no pages; () for the flags' page_size
+    page_sizes  every shape runs with each of these, 0 for no pages; () for the flags' page_size
     lengths     only for decode with per-sequence lengths
     """
     layouts = [replace(flags, page_size=page_size) for page_size in page_sizes] or [flags]
@@ -86,7 +86,7 @@ def cases_of(
             usual = BENCH_GRIDS[grid][op] if grid else DEFAULT_SHAPES[op]
             dims_and_shapes = [(dim, shape) for dim, shape in usual if head_dim in (None, dim)]
         if not dims_and_shapes:
-            raise CaseError(f"no usual shape of {op} has head_dim {head_dim}: say which --shape is meant")
+            raise CaseError(f"no usual shape of {op} has head_dim {head_dim}: give a --shape")
         # Shapes that differ only in a window may become the same case, so duplicates are dropped.
         cases = {
             kernels(op, dim, dtype, shape, layout)[0]: None for dim, shape in dims_and_shapes for layout in layouts
@@ -98,27 +98,27 @@ def cases_of(
 def quick_cases(cases: list[Case], card: Gpu) -> list[Case]:
     """At most QUICK_SHAPES shapes per op that fit the card, evenly spread, including the first and the last.
 
-    All page sizes of a chosen shape are kept. If no shape fits, the choice is among all: the table then says that each
-    was skipped.
+    All page sizes of a chosen shape are kept. If no shape fits, the choice is among all shapes, and the table says that
+    each was skipped.
     """
-    found = []
+    chosen = []
     for op in dict.fromkeys(case.op for case in cases):
-        of_op: dict[tuple[int, Shape], list[Case]] = {}
+        by_shape: dict[tuple[int, Shape], list[Case]] = {}
         for case in cases:
             if case.op == op:
-                of_op.setdefault((case.spec.head_dim, case.shape), []).append(case)
-        alike = list(of_op.values())
+                by_shape.setdefault((case.spec.head_dim, case.shape), []).append(case)
+        shapes = list(by_shape.values())
         fitting = [
-            each for each in alike if bytes_needed(op, each[0].spec, each[0].shape) <= card.memory_bytes
-        ] or alike
+            group for group in shapes if bytes_needed(op, group[0].spec, group[0].shape) <= card.memory_bytes
+        ] or shapes
         count = min(QUICK_SHAPES, len(fitting))
         for i in range(count):
-            found += fitting[i * (len(fitting) - 1) // max(1, count - 1)]
-    return found
+            chosen += fitting[i * (len(fitting) - 1) // max(1, count - 1)]
+    return chosen
 
 
 def bytes_needed(op: str, spec: KernelSpec, shape: Shape) -> float:
     """The least device memory: each input and each result once, and the gradients of a training step."""
-    whole = replace(shape, window=0)  # a window reads fewer keys, but all are allocated
+    unwindowed = replace(shape, window=0)  # a window reads fewer keys, but all are allocated
     specs = [spec.for_op(kernel) for kernel in ("forward", "dqdr")] if op == TRAINING else [spec]
-    return sum(work_of(each, whole).bytes for each in specs)
+    return sum(work_of(each, unwindowed).bytes for each in specs)

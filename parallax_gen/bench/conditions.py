@@ -18,7 +18,7 @@ from parallax_gen.problem.workloads import NO_FLAGS, STEP, TRAINING, sizes_for
 from parallax_gen.runtime.dispatch import choose
 
 
-def conditions(card: Gpu, effort: Effort, command: str) -> Conditions:
+def current_conditions(card: Gpu, effort: Effort, command: str) -> Conditions:
     return Conditions(card.name, card.title, **versions(), effort=effort, command=command)
 
 
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> str:
-    """`kernels 1a2b3c4d`, a hash of the sources that a call runs, which tuning may change. spec: see rows.Row."""
+    """`kernels 1a2b3c4d`, a hash of the kernel sources that a call runs; tuning may change them. spec: see rows.Row."""
     called = [(spec, shape)]
     if op == TRAINING:
         called = [(spec.for_op(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]

@@ -1,4 +1,4 @@
-"""The host time of a decode step: the public function, and the bare launches below it."""
+"""The host time of a decode step: of the public function, and of the kernel launch inside it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher
 
-CALLS, ROUNDS = 100, 40  # the launch queue is drained between rounds, so that no launch waits for a free slot
+CALLS, ROUNDS = 100, 40  # the device is synchronised between rounds, so that no launch waits for a full launch queue
+
+# What each time is of, by its key in the JSON output.
+LABELS = {
+    "public function": "parallax_attn_with_kvcache, with out given",
+    "and an output": "parallax_attn_with_kvcache, which allocates out",
+    "Triton's launch": "kernel[grid](...) of the main kernel",
+    "compiled kernel": "Triton's innermost launcher of the main kernel",
+}
 
 
 def host_times(spec: KernelSpec, shape: Shape) -> dict[str, float]:
-    """Microseconds of host time per call, by the function called; medians over rounds of calls.
+    """Microseconds of host time per call, by the keys of LABELS; medians over rounds of calls.
 
-    "public function" writes to a given `out`; "and an output" allocates one. Below it: "Triton's launch" is
-    `kernel[grid](...)` on the arguments of the rendered `launch`; "compiled kernel" is Triton's innermost launcher.
+    `kernel[grid](...)` is timed on the arguments that the rendered `launch` passes to it.
     """
     gpu = gpu_here()
     assert gpu is not None
@@ -38,9 +45,9 @@ def host_times(spec: KernelSpec, shape: Shape) -> dict[str, float]:
     launches: list[Launch] = []
     with watch_launches(module, launches.append):
         module.launch(*call.arguments(softmax_scale(spec)))
-    main_kernel = launches[0]  # some configs launch a merge of the splits after it
-    whole_grid = (*main_kernel.grid, 1, 1)
-    run = main_kernel.compiled[whole_grid]
+    main_kernel = launches[0]  # some configs also launch a kernel that merges the splits
+    grid = (*main_kernel.grid, 1, 1)
+    run = main_kernel.compiled[grid]
 
     calls: dict[str, Callable[[], Any]] = {
         "public function": cached_attention(spec, inputs, call.out),

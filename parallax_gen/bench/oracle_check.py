@@ -1,7 +1,7 @@
-"""The baselines' inputs, and the comparison of their results with the fp64 oracle, over all results or a sample.
+"""The baselines' inputs, and the errors of their results against the fp64 oracle, over all results or a sample.
 
 Sequences and kv heads are independent, so a few of them, with their query heads, show a kernel's error. The oracle
-computes them one by one in float64, which for thousands takes longer than all timing. The sample is the first and the
+computes them one by one in float64, so thousands of them take longer than all timing. The sample is the first and the
 last of each, where offsets are smallest and largest.
 """
 
@@ -22,7 +22,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import TRAINING
 
-OF_KEYS = ("dk", "dv")
+KV_GRADIENTS = ("dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -45,42 +45,42 @@ class Sample:
     def queries(self, x: Tensor, group: int) -> Tensor:
         """The sample of a tensor with query heads, (batch, seqlen, heads, head_dim), or packed without a batch."""
         heads = None if self.kv_heads is None else [h * group + i for h in self.kv_heads for i in range(group)]
-        return _take(_take(x, 0, self.sequences), -2, heads)
+        return _select(_select(x, 0, self.sequences), -2, heads)
 
     def keys(self, x: Tensor, *, paged: bool = False) -> Tensor:
         """The sample of a tensor with kv heads; all pages of a paged cache, which sequences share."""
-        return _take(_take(x, 0, None if paged else self.sequences), -2, self.kv_heads)
+        return _select(_select(x, 0, None if paged else self.sequences), -2, self.kv_heads)
 
     def of(self, spec: KernelSpec, x: Inputs) -> Inputs:
         """The sample of a call's inputs: the inputs of a smaller call."""
         paged = spec.page_size > 0
-        found = replace(x, q=self.queries(x.q, spec.group), r=self.queries(x.r, spec.group))
-        found.k, found.v = self.keys(x.k, paged=paged), self.keys(x.v, paged=paged)
+        sample = replace(x, q=self.queries(x.q, spec.group), r=self.queries(x.r, spec.group))
+        sample.k, sample.v = self.keys(x.k, paged=paged), self.keys(x.v, paged=paged)
         for name in ("cache_seqlens", "page_table", "cache_leftpad"):
             tensor = getattr(x, name)
-            setattr(found, name, None if tensor is None else _take(tensor, 0, self.sequences))
+            setattr(sample, name, None if tensor is None else _select(tensor, 0, self.sequences))
         for name in ("k_scale", "v_scale"):
             scale = getattr(x, name)
-            if scale is not None and scale.numel() > 1:  # one for each kv head
-                setattr(found, name, _take(scale, 0, self.kv_heads))
-        found.do = None if x.do is None else self.queries(x.do, spec.group)
-        return found
+            if scale is not None and scale.numel() > 1:  # one scale per kv head
+                setattr(sample, name, _select(scale, 0, self.kv_heads))
+        sample.do = None if x.do is None else self.queries(x.do, spec.group)
+        return sample
 
 
-def _take(x: Tensor, dim: int, indices: Sequence[int] | None) -> Tensor:
+def _select(x: Tensor, dim: int, indices: Sequence[int] | None) -> Tensor:
     return x if indices is None else x.index_select(dim, torch.tensor(indices, device=x.device))
 
 
 def random_inputs_for_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
     """Fresh random inputs; for a training step with the output's gradient. lengths: see Row.
 
-    Keys beyond a sequence's length hold ordinary values: a baseline may multiply them by 0, as it may in real use.
+    Keys beyond a sequence's length hold finite values, as in real use: a baseline may multiply them by 0.
     """
     inputs = random_inputs_of(spec, shape, seed=random.randrange(2**31), device=device, full=True)
     if lengths:
         inputs.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     if op == TRAINING:
-        # Not the device's default generator: a failed graph capture of a baseline leaves that unusable.
+        # Not the device's default generator: a baseline's failed graph capture leaves that one unusable.
         generator = torch.Generator(device).manual_seed(random.randrange(2**31))
         inputs.do = torch.randn(inputs.q.shape, dtype=inputs.q.dtype, device=device, generator=generator)
     return inputs
@@ -95,7 +95,7 @@ class OracleCheck:
         self._sample = Sample.first_and_last(spec, shape) if extent == "sample" else Sample()
         self.rows = 0 if extent == "none" else self._sample.rows(shape)
         self._expected: Expected = {}
-        self._sizes: dict[str, float] = {}
+        self._term_sizes: dict[str, float] = {}
         if extent == "none":
             return
         x = self._sample.of(spec, inputs)
@@ -104,16 +104,16 @@ class OracleCheck:
             assert x.do is not None
             self._expected |= oracle(spec.for_op("dqdr"), x) | oracle(spec.for_op("dkdv"), x)
             sizes = gradient_term_sizes(x.q, x.r, x.k, x.v, x.do)
-            self._sizes = {name: float(size) for name, size in sizes._asdict().items()}
+            self._term_sizes = {name: float(size) for name, size in sizes._asdict().items()}
 
     def errors(self, results: dict[str, Tensor]) -> dict[str, float]:
         """The relative error of each result by name; empty with extent "none"."""
         return {
-            name: errors(self._part(name, results[name]), expected, self._sizes.get(name)).relative
+            name: errors(self._sampled(name, results[name]), expected, self._term_sizes.get(name)).relative
             for name, expected in self._expected.items()
             if name in results
         }
 
-    def _part(self, name: str, found: Tensor) -> Tensor:
+    def _sampled(self, name: str, result: Tensor) -> Tensor:
         sample = self._sample
-        return sample.keys(found) if name in OF_KEYS else sample.queries(found, self._spec.group)
+        return sample.keys(result) if name in KV_GRADIENTS else sample.queries(result, self._spec.group)

@@ -1,4 +1,4 @@
-"""The parts of an op that `bench` times: forward, backward and step of a training step; the call of every other op."""
+"""The parts of an op that `bench` times: forward, backward and both of a training step; the one call of other ops."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ PARTS: dict[str, dict[str, Part]] = {
 
 
 def kernels_in(op: str, part: str) -> tuple[str, ...]:
-    """Our kernels that run in a part; the op itself for a part that only a file knows."""
+    """Our kernels that run in a part; the op itself for a part that PARTS lacks: files may name others."""
     known = PARTS.get(op, {}).get(part)
     return known.kernels if known else (op,)

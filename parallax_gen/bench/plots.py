@@ -30,14 +30,14 @@ def picture_error(path: Path) -> str:
     if path.suffix.lower() not in SUFFIXES:
         return f"--picture: {path} must end in one of {', '.join(SUFFIXES)}"
     if not path.absolute().parent.is_dir():
-        return f"--picture: {path.absolute().parent} is no folder"
+        return f"--picture: {path.absolute().parent} is not a folder"
     return ""
 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
     """Draw a heat map per baseline of its time relative to ours, and one plot of bandwidths.
 
-    Where shapes share a cell the least ratio is shown. Raises ParallaxGenError.
+    A cell that several shapes share shows their smallest ratio. Raises ParallaxGenError.
     """
     import matplotlib
 
@@ -48,8 +48,8 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     figure, axes = pyplot.subplots(
         1, len(ratios) + 1, figsize=(4.6 * (len(ratios) + 1), 4.4), layout="constrained", squeeze=False
     )
-    for (name, of_sizes), ax in zip(ratios.items(), axes[0], strict=False):
-        _heat_map(ax, name, of_sizes)
+    for (name, by_size), ax in zip(ratios.items(), axes[0], strict=False):
+        _heat_map(ax, name, by_size)
     _bandwidths(axes[0][-1], rows)
     figure.suptitle(title, fontsize=10)
     try:
@@ -61,26 +61,26 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 
 
 def ratios_of(rows: list[Row]) -> dict[str, Ratios]:
-    """Each baseline's time relative to ours by size, the least if several shapes share the size."""
-    found: dict[str, Ratios] = {}
+    """Each baseline's time relative to ours by size; the smallest if several shapes share the size."""
+    by_baseline: dict[str, Ratios] = {}
     for row, ratio in times_ours(rows):
         if ratio is not None:
             size = row.shape.batch * row.shape.kv_heads, row.shape.seqlen_kv
-            of_sizes = found.setdefault(row.baseline, {})
-            of_sizes[size] = min(ratio, of_sizes.get(size, float("inf")))
-    return found
+            by_size = by_baseline.setdefault(row.baseline, {})
+            by_size[size] = min(ratio, by_size.get(size, float("inf")))
+    return by_baseline
 
 
-def _heat_map(ax: Any, name: str, of_sizes: Ratios) -> None:
+def _heat_map(ax: Any, name: str, by_size: Ratios) -> None:
     from matplotlib import colors
 
-    heights, widths = (sorted({size[i] for size in of_sizes}) for i in (0, 1))
-    table = [[of_sizes.get((rows, keys), float("nan")) for keys in widths] for rows in heights]
+    heights, widths = (sorted({size[i] for size in by_size}) for i in (0, 1))
+    table = [[by_size.get((rows, keys), float("nan")) for keys in widths] for rows in heights]
     colours = colors.TwoSlopeNorm(vmin=0.5, vcenter=1.0, vmax=2.0)  # a ratio of 1 is neither red nor green
     ax.imshow(table, cmap="RdYlGn", norm=colours, aspect="auto", origin="lower")
     for i, line in enumerate(table):
         for j, ratio in enumerate(line):
-            if ratio == ratio:  # a number
+            if not math.isnan(ratio):
                 ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=6)
     ax.set_xticks(range(len(widths)), [str(keys) for keys in widths], rotation=60, fontsize=7)
     ax.set_yticks(range(len(heights)), [str(rows) for rows in heights], fontsize=7)
@@ -90,12 +90,12 @@ def _heat_map(ax: Any, name: str, of_sizes: Ratios) -> None:
 
 
 def _bandwidths(ax: Any, rows: list[Row]) -> None:
-    of: dict[str, list[tuple[float, float]]] = {}
+    by_baseline: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.time_us:
             size = work_of_lengths(row.spec, row.shape, row.lengths).bytes
-            of.setdefault(row.baseline, []).append((size / 1e6, size / row.time_us / 1e3))
-    for name, points in of.items():
+            by_baseline.setdefault(row.baseline, []).append((size / 1e6, size / row.time_us / 1e3))
+    for name, points in by_baseline.items():
         sizes, rates = zip(*sorted(points), strict=True)
         ax.plot(sizes, rates, ".", markersize=5 if name == OURS else 3, label=name, zorder=2 if name == OURS else 1)
     ax.set_xscale("log")
@@ -112,19 +112,19 @@ def _bandwidths(ax: Any, rows: list[Row]) -> None:
 SearchCurves = list[tuple[str, "Sweep", "list[Curve]"]]
 
 
-def write_regrets(path: Path, found: SearchCurves) -> None:
-    """Write CSV, a line per trial."""
+def write_regrets(path: Path, sweeps: SearchCurves) -> None:
+    """Write a CSV file with one line per trial."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("sweep", "whole", "configs", "sampler", "trial", "regret", "regret_p25", "regret_p75"))
-        for name, sweep, curves in found:
+        for name, sweep, curves in sweeps:
             for curve in curves:
                 for trial, regrets in enumerate(zip(curve.median, curve.lower, curve.upper, strict=True), start=1):
                     rounded = [f"{regret:.5f}" for regret in regrets]
                     writer.writerow((name, sweep.whole, len(sweep.results), curve.strategy, trial, *rounded))
 
 
-def draw_regrets(path: Path, found: SearchCurves) -> bool:
+def draw_regrets(path: Path, sweeps: SearchCurves) -> bool:
     """Plot regret over trials per sweep: medians as lines, quartiles as bands. False if matplotlib is missing."""
     try:
         import matplotlib
@@ -133,14 +133,14 @@ def draw_regrets(path: Path, found: SearchCurves) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    across = min(3, len(found))
-    down = math.ceil(len(found) / across)
+    columns = min(3, len(sweeps))
+    rows = math.ceil(len(sweeps) / columns)
     figure, axes = pyplot.subplots(
-        down, across, figsize=(5.2 * across, 3.8 * down), layout="constrained", squeeze=False
+        rows, columns, figsize=(5.2 * columns, 3.8 * rows), layout="constrained", squeeze=False
     )
-    for ax in axes.flat[len(found) :]:
+    for ax in axes.flat[len(sweeps) :]:
         ax.set_visible(False)
-    for ax, (name, sweep, curves) in zip(axes.flat, found, strict=False):
+    for ax, (name, sweep, curves) in zip(axes.flat, sweeps, strict=False):
         _regrets(ax, name, sweep, curves)
     axes[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -155,7 +155,7 @@ def _regrets(ax: Any, name: str, sweep: Sweep, curves: list[Curve]) -> None:
         lower, upper = ([100 * regret for regret in side] for side in (curve.lower, curve.upper))
         ax.fill_between(trials, lower, upper, alpha=0.12, color=line.get_color())
     ax.axhline(2, color="grey", linewidth=0.6, linestyle="--")
-    ax.set_yscale("symlog", linthresh=1)  # a finished search has regret 0
+    ax.set_yscale("symlog", linthresh=1)  # linear below 1 %: a search that found the best config has regret 0
     ax.set_ylim(0, 300)
     ax.set_xlabel(f"trials, of {len(sweep.results)} configs{'' if sweep.whole else ' (partial sweep)'}")
     ax.set_ylabel("regret, %")

@@ -1,4 +1,4 @@
-"""The CSV file of `bench --csv`: rows that it holds are not timed again; new rows are appended at once."""
+"""The CSV file of `bench --csv`: its rows are not timed again, and each case's new rows are appended at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 _EMPTY = Row("", "decode", "", KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 1))
 COLUMNS = list(to_flat(replace(_EMPTY, conditions=Conditions("", "", "", "", "", "", Effort()))))
-WITHOUT_LENGTHS = [name for name in COLUMNS if name != "lengths"]  # files of releases before per-sequence lengths
+WITHOUT_LENGTHS = [name for name in COLUMNS if name != "lengths"]  # in files from before per-sequence lengths
 
 
 class ResultsCsv:
@@ -29,17 +29,17 @@ class ResultsCsv:
     """
 
     def __init__(self, path: Path | None = None):
-        """Raises ParallaxGenError if the file is not one of bench's, or cannot be read and written."""
+        """Raises ParallaxGenError if `bench` did not write the file, or if it cannot be read and written."""
         self._path = path
         self._rows: dict[object, Row] = {}
         if path is not None:
             try:
-                for row in _opened(path):
+                for row in _read_or_create(path):
                     self._rows[_identity(row)] = row
             except (OSError, UnicodeDecodeError, csv.Error) as error:
                 raise ParallaxGenError(f"--csv: {path} cannot be used: {error}") from error
 
-    def known(self, row: Row) -> Row | None:
+    def stored(self, row: Row) -> Row | None:
         """The stored row with the same baseline, part, spec, shape, package and conditions."""
         return self._rows.get(_identity(row))
 
@@ -57,7 +57,7 @@ def _identity(row: Row) -> object:
     return row.baseline, row.compared_at, row.package, row.conditions
 
 
-def _opened(path: Path) -> list[Row]:
+def _read_or_create(path: Path) -> list[Row]:
     """The rows of a file. Creates the file if necessary, and drops an incomplete last line."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if not text:
@@ -65,32 +65,32 @@ def _opened(path: Path) -> list[Row]:
         _append(path, text)
     columns = next(csv.reader([text.partition("\n")[0]]), [])
     if columns not in (COLUMNS, WITHOUT_LENGTHS):
-        raise ParallaxGenError(f"--csv: {path} has other columns than bench writes: name another file")
+        raise ParallaxGenError(f"--csv: the columns of {path} are not those of bench: choose another file")
     whole, _, tail = text.rpartition("\n")
     if whole and tail and not _rows([tail], columns):
-        os.truncate(path, len(whole.encode()) + 1)  # rows after an open quotation mark would be lost
+        os.truncate(path, len(whole.encode()) + 1)  # appended rows would become part of an unclosed quotation
         text, tail = f"{whole}\n", ""
     _append(path, "\n" if tail else "")  # also checks that the file can be written
     if columns == WITHOUT_LENGTHS:
-        replace_file(path.resolve(), _widened(text))  # resolve(), so that a link stays a link
+        replace_file(path.resolve(), _with_lengths_column(text))  # resolve(), so that a link stays a link
     return _rows(io.StringIO(text.partition("\n")[2], newline=""), columns)
 
 
-def _widened(text: str) -> str:
+def _with_lengths_column(text: str) -> str:
     """A file's text with an empty lengths cell added to every row."""
-    at = COLUMNS.index("lengths")
+    index = COLUMNS.index("lengths")
     _, *lines = csv.reader(io.StringIO(text, newline=""))
-    return _as_text([COLUMNS, *([*line[:at], "", *line[at:]] for line in lines)])
+    return _as_text([COLUMNS, *([*line[:index], "", *line[index:]] for line in lines)])
 
 
 def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:
-    """The readable rows: someone may have edited the file."""
-    found = []
+    """The rows that can be parsed. Others are ignored: someone may have edited the file."""
+    rows = []
     for texts in csv.DictReader(lines, columns):
         if None not in texts.values():  # None stands for a missing cell
             with suppress(ArgumentError):
-                found.append(from_flat(texts))
-    return found
+                rows.append(from_flat(texts))
+    return rows
 
 
 def _append(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The rows of `bench`: one baseline at one shape, with the conditions it was timed under; written to files and read."""
+"""The rows of `bench`, their conditions, and their form in files. A row is one part of one baseline at one shape."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from parallax_gen.problem.workloads import TRAINING
 class Effort:
     """How much time a benchmark spends.
 
-    rounds     how often all baselines are timed in turn, so that drift affects all alike
+    rounds     how often all baselines are timed in turn, so that drift affects all of them equally
     timed_ms   approximate time of a baseline per round
-    oracle     "whole": errors over all results; "sample": over the first and last sequence and kv head; "none"
+    oracle     "whole": errors over all results; "sample": over the first and last sequence and kv head; or "none"
     few_calls  slow baselines are timed once with few calls, and Triton's autotuners time each config with few calls
-    quick      fewer shapes: numbers to look at, not to quote
+    quick      fewer shapes, for a first look: not for publication
     """
 
     rounds: int = 3
@@ -49,7 +49,7 @@ QUICK_EFFORT = Effort(rounds=1, timed_ms=10.0, oracle="sample", few_calls=True, 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a measurement. An old time is reused if everything but the command is equal."""
+    """The conditions of a measurement. A stored time is reused if all of them but the command are equal."""
 
     gpu: str
     card: str
@@ -65,9 +65,9 @@ class Conditions:
         return f"parallax_gen {self.parallax_gen}, torch {self.torch}, Triton {self.triton}, CUDA {self.cuda}"
 
     def flat(self) -> dict[str, Any]:
-        """All fields and the effort's fields in one level, by their names in files."""
-        own = {name: value for name, value in vars(self).items() if name != "effort"}
-        return {**own, **_stored(asdict(self.effort))}
+        """All fields and the effort's fields as a dict without nesting, by their names in files."""
+        others = {name: value for name, value in vars(self).items() if name != "effort"}
+        return {**others, **_to_stored(asdict(self.effort))}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Origin:
     file        its name: baselines are only compared within a file, where they ran in one process on the same inputs
     gpu         the card's short name; "" if the file does not say
     conditions  as text: the file's values of CONDITION_COLUMNS
-    command     that made the file, if the file says so
+    command     the command that wrote the file; "" if the file does not say
     """
 
     file: str = ""
@@ -91,10 +91,11 @@ class Row:
     """One part of one baseline at one shape.
 
     op             "forward", "decode" or TRAINING
-    part           the timed part, of PARTS[op] in bench/parts.py
+    part           the timed part: a key of PARTS[op] in bench/parts.py
     spec           of the forward or the decode
     time_us        median over the rounds of medians by the protocol of tuning/workers/measure.py; None if it does not
-                   run p20_us, p80_us likewise for the 20th and 80th percentiles
+                   run
+    p20_us, p80_us likewise for the 20th and 80th percentiles
     rate           TFLOP/s, or GB/s for decode, counting the work of Parallax (of softmax for a softmax baseline)
     error          ||result - oracle|| / ||oracle|| of the output, or the largest over the gradients; None for softmax
                    baselines and with oracle "none"
@@ -102,8 +103,8 @@ class Row:
     note           why there is no time, or how its timing differs from the others'
     package        its packages and their versions; for ours the hash of the kernels
     conditions     None until they are known
-    lengths        for decode with per-sequence lengths the keys of each sequence; () if all have the shape's
-    origin         of a row that `read_rows` read
+    lengths        for decode with per-sequence lengths: the number of keys of each sequence; () if all have the shape's
+    origin         set for rows that `read_rows` read
     """
 
     baseline: str
@@ -136,25 +137,27 @@ _NAME_IN_FILES = {"baseline": "contender", "few_calls": "hasty"}
 _FIELD_NAMES = {stored: name for name, stored in _NAME_IN_FILES.items()}
 
 
-def _stored(fields_: Mapping[str, Any]) -> dict[str, Any]:
+def _to_stored(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields by their names in files."""
-    return {_NAME_IN_FILES.get(name, name): value for name, value in fields_.items()}
+    return {_NAME_IN_FILES.get(name, name): value for name, value in values.items()}
 
 
-def _read_back(fields_: Mapping[str, Any]) -> dict[str, Any]:
+def _from_stored(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a file by their names in Python."""
-    return {_FIELD_NAMES.get(name, name): value for name, value in fields_.items()}
+    return {_FIELD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def to_json(row: Row) -> dict[str, Any]:
     conditions = {} if row.conditions is None else row.conditions.flat()
-    scalars = _stored({name: getattr(row, name) for name in _SCALAR_FIELDS}) | {"lengths": lengths_to_text(row.lengths)}
+    scalars = _to_stored({name: getattr(row, name) for name in _SCALAR_FIELDS}) | {
+        "lengths": lengths_to_text(row.lengths)
+    }
     nested = {"spec": row.spec.to_dict(), "shape": row.shape.to_dict()}
     return {**scalars, **nested, "rate_unit": rate_unit(row.spec.op), **conditions}
 
 
 def to_flat(row: Row) -> dict[str, Any]:
-    """A row in one level, with every field in every row. `window` is the shape's number; `op` is the row's."""
+    """A row as a dict without nesting, with every field. `window` is the shape's number; `op` is the row's."""
     document = to_json(row)
     del document["spec"], document["shape"]
     return {**row.spec.flat(), **asdict(row.shape), **document}
@@ -193,33 +196,33 @@ _SPEC_TYPES = {
     for name, value in _ANY_SPEC.flat().items()
     if name not in ("op", "head_dim", "group", "window")  # these come from the row or the shape
 }
-_ROW_TYPES = _stored({f.name: str(f.type) for f in fields(Row) if f.name in _SCALAR_FIELDS})
+_ROW_TYPES = _to_stored({f.name: str(f.type) for f in fields(Row) if f.name in _SCALAR_FIELDS})
 _CONDITIONS_TYPES = {f.name: str(f.type) for f in fields(Conditions) if f.name != "effort"}
-_EFFORT_TYPES = _stored({f.name: str(f.type) for f in fields(Effort)})
-_TRUTH = {"True": True, "False": False}
+_EFFORT_TYPES = _to_stored({f.name: str(f.type) for f in fields(Effort)})
+_BOOLS = {"True": True, "False": False}
 _MAX_DIGITS = 20  # of an int
 _BOUNDS = {**dict.fromkeys(("time_us", "p20_us", "p80_us"), NUMBERS["time_us"]), "error": NUMBERS["error"]}
 
 
-def row_from(texts: Mapping[str, str], at: str) -> Row:
+def row_from(texts: Mapping[str, str], where: str) -> Row:
     """The row in a line of a file, given as text by column; without conditions.
 
-    Raises ArgumentError that names the line, `at`, and the column. Times must lie within the bounds of
+    Raises ArgumentError that names the line, `where`, and the column. Times must lie within the bounds of
     memory/bounds.py, so that their rates and ratios are finite.
     """
-    with _located(at):
+    with _name_location(where):
         shape = within_bounds(Shape(**{name: _int(name, texts.get(name) or "0") for name in SHAPE_COLUMNS}))
         head_dim, flags = _int("head_dim", texts["head_dim"]), _parsed_fields(_SPEC_TYPES, texts)
         op = "forward" if texts["op"] == TRAINING else texts["op"]
         flags["window"] = shape.window > 0
         spec = spec_from_op(op, flags.pop("ragged", False), head_dim=head_dim, group=shape.group, **flags)
-        return Row(spec=spec, shape=shape, **_read_back(_parsed_fields(_ROW_TYPES, texts)))
+        return Row(spec=spec, shape=shape, **_from_stored(_parsed_fields(_ROW_TYPES, texts)))
 
 
 def from_flat(texts: Mapping[str, str]) -> Row:
     """The row, with conditions, that `to_flat` wrote; `texts` are its fields as text. Raises ArgumentError."""
     effort, others = (
-        _read_back({name: _READ[kind](name, texts[name]) for name, kind in types.items()})
+        _from_stored({name: _PARSERS[kind](name, texts[name]) for name, kind in types.items()})
         for types in (_EFFORT_TYPES, _CONDITIONS_TYPES)
     )
     return replace(row_from(texts, "the row"), conditions=Conditions(effort=Effort(**effort), **others))
@@ -244,19 +247,19 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         names = reader.fieldnames or []
         missing = [name for name in REQUIRED_COLUMNS if name not in names]
         if missing:
-            came = f"the columns {', '.join(names)}" if names else "no columns"
-            raise ArgumentError(f"{path}, line 1", came, f"a CSV file of parallax-gen bench, with {', '.join(missing)}")
+            got = f"the columns {', '.join(names)}" if names else "no columns"
+            raise ArgumentError(f"{path}, line 1", got, f"a CSV file of parallax-gen bench, with {', '.join(missing)}")
         for row in reader:
             where = f"line {reader.line_num}"
             if None in row or None in row.values():  # more cells than columns, or fewer
-                raise ArgumentError(f"{path}, {where}", "another number of cells", f"{len(names)}, as line 1 has them")
+                raise ArgumentError(f"{path}, {where}", "too many or too few cells", f"{len(names)}, as in line 1")
             yield where, dict(row)
     except csv.Error as error:
         raise ParallaxGenError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows in one level with numbers and flags as text, as in a CSV file."""
+    """Rows as dicts without nesting, with numbers and flags as text, as in a CSV file."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -264,12 +267,12 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     rows = document.get("rows")
     if not isinstance(rows, list):
         raise ArgumentError(f"{path}, rows", shown(rows), "a list, as parallax-gen bench --json writes it")
-    of_all = {name: document[name] for name in (*CARD_COLUMNS, *CONDITION_COLUMNS) if name in document}
+    shared = {name: document[name] for name in (*CARD_COLUMNS, *CONDITION_COLUMNS) if name in document}
     for number, row in enumerate(rows, start=1):
         where = f"row {number}"
         if not isinstance(row, dict) or not all(isinstance(row.get(part), dict) for part in ("spec", "shape")):
             raise ArgumentError(f"{path}, {where}", shown(row), "an object with a spec and a shape")
-        flat = {**of_all, **row["spec"], "window": 0, **row["shape"], **row}
+        flat = {**shared, **row["spec"], "window": 0, **row["shape"], **row}
         if missing := [name for name in REQUIRED_COLUMNS if name not in flat]:
             raise ArgumentError(f"{path}, {where}", f"an object without {', '.join(missing)}", "a row of bench --json")
         yield where, {name: "" if value is None else _value_text(value) for name, value in flat.items()}
@@ -289,18 +292,18 @@ def _origin(path: Path, texts: Mapping[str, str]) -> Origin:
 
 
 @contextmanager
-def _located(at: str) -> Iterator[None]:
-    """Add the line, `at`, to ArgumentErrors that name a column."""
+def _name_location(where: str) -> Iterator[None]:
+    """Add the line, `where`, to ArgumentErrors that name a column."""
     try:
         yield
     except ArgumentError as error:
-        raise ArgumentError(f"{at}: {error.argument}", error.got, error.allowed) from error
+        raise ArgumentError(f"{where}: {error.argument}", error.got, error.allowed) from error
 
 
 def _parsed_fields(types: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, Any]:
-    """The given fields, each parsed by its type. An empty cell of a number or a flag counts as missing."""
-    given = {name: kind for name, kind in types.items() if name in texts and (texts[name] or kind == "str")}
-    return {name: _READ[kind](name, texts[name]) for name, kind in given.items()}
+    """The fields that are present, each parsed by its type. An empty cell of a number or a flag counts as missing."""
+    present = {name: kind for name, kind in types.items() if name in texts and (texts[name] or kind == "str")}
+    return {name: _PARSERS[kind](name, texts[name]) for name, kind in present.items()}
 
 
 def _int(name: str, text: str) -> int:
@@ -310,9 +313,9 @@ def _int(name: str, text: str) -> int:
 
 
 def _bool(name: str, text: str) -> bool:
-    if text not in _TRUTH:
+    if text not in _BOOLS:
         raise ArgumentError(name, repr(text), "True or False")
-    return _TRUTH[text]
+    return _BOOLS[text]
 
 
 def _number(name: str, text: str) -> float:
@@ -330,10 +333,10 @@ def _lengths(name: str, text: str) -> tuple[int, ...]:
     try:
         return lengths_from_text(text)
     except ValueError as error:
-        raise ArgumentError(name, shown(text), "keys of each sequence, such as 4096,7x128") from error
+        raise ArgumentError(name, shown(text), "the number of keys of each sequence, such as 4096,7x128") from error
 
 
-_READ: dict[str, Callable[[str, str], Any]] = {
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
     "str": lambda _, text: text,
     "int": _int,
     "float": _number,

@@ -41,56 +41,56 @@ def time_cases(
     cases: list[Case],
     names: Sequence[str],
     card: Gpu,
-    how: Conditions,
+    conditions: Conditions,
     results: ResultsCsv,
     memory: Memory,
-    under_way: Callable[[str], AbstractContextManager[object]],
+    status: Callable[[str], AbstractContextManager[object]],
 ) -> Iterator[list[Row]]:
-    """Yield the rows of one case at a time: those that `results` has, and those timed now.
+    """Yield the rows of one case at a time: stored ones from `results`, and newly timed ones.
 
-    memory     the records that our calls choose from
-    under_way  shows a text while a case is timed
+    memory  the records that our calls choose from
+    status  shows a text while a case is timed
     """
-    started, timed = time.monotonic(), 0
+    started, timed_cases = time.monotonic(), 0
     for i, case in enumerate(cases):
-        requested = _untimed_rows(case, names, card, memory, how)
-        unknown = {
-            row.baseline for row in requested if results.known(row) is None
-        }  # a baseline that lacks a part is timed again completely
-        rows = [row for row in map(results.known, requested) if row is not None and row.baseline not in unknown]
-        if unknown:
-            left = f", {(time.monotonic() - started) / timed * (len(cases) - i):.0f} s left" if timed else ""
-            with under_way(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
-                new = _time_case(case, [row for row in requested if row.baseline in unknown], card, how)
+        requested = _untimed_rows(case, names, card, memory, conditions)
+        # A baseline of which only some parts are stored is timed again completely.
+        missing = {row.baseline for row in requested if results.stored(row) is None}
+        rows = [row for row in map(results.stored, requested) if row is not None and row.baseline not in missing]
+        if missing:
+            seconds_left = (time.monotonic() - started) / timed_cases * (len(cases) - i) if timed_cases else None
+            left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
+            with status(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
+                new = _time_case(case, [row for row in requested if row.baseline in missing], card, conditions)
             results.add(new)
             rows += new
-            timed += 1
+            timed_cases += 1
         yield sorted(rows, key=lambda row: list(BASELINES).index(row.baseline))  # stable: parts stay in order
 
 
-def _untimed_rows(case: Case, names: Sequence[str], card: Gpu, memory: Memory, how: Conditions) -> list[Row]:
+def _untimed_rows(case: Case, names: Sequence[str], card: Gpu, memory: Memory, conditions: Conditions) -> list[Row]:
     """The rows of a case, without times."""
     op, spec, shape, lengths = case
-    found = []
+    rows = []
     for baseline in baselines_of(op):
         if baseline.name in names:
             ours = baseline.name == OURS
             package = our_kernels(op, spec, shape, card, memory) if ours else baseline.package()
-            row = Row(baseline.name, op, "", spec, shape, package=package, conditions=how, lengths=lengths)
-            found += [replace(row, part=part) for part in PARTS[op]]
-    return found
+            row = Row(baseline.name, op, "", spec, shape, package=package, conditions=conditions, lengths=lengths)
+            rows += [replace(row, part=part) for part in PARTS[op]]
+    return rows
 
 
-def _time_case(case: Case, requested: list[Row], card: Gpu, how: Conditions) -> list[Row]:
-    """Fill the requested rows with times, or with a note why there is none."""
+def _time_case(case: Case, requested: list[Row], card: Gpu, conditions: Conditions) -> list[Row]:
+    """The requested rows with times, or with a note that says why there is none."""
     op, spec, shape, lengths = case
-    needed, there = bytes_needed(op, spec, shape), card.memory_bytes
-    if needed > there:
-        note = f"skipped: inputs and results take {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f}"
+    needed, available = bytes_needed(op, spec, shape), card.memory_bytes
+    if needed > available:
+        note = f"skipped: inputs and results take {needed / 1e9:.0f} GB, and the card has {available / 1e9:.0f}"
         return [replace(row, note=note) for row in requested]
     packages = {row.baseline: row.package for row in requested}
-    found = compare(op, spec, shape, tuple(packages), how.effort, lengths)
-    return [replace(row, package=packages[row.baseline], conditions=how) for row in found]
+    rows = compare(op, spec, shape, tuple(packages), conditions.effort, lengths)
+    return [replace(row, package=packages[row.baseline], conditions=conditions) for row in rows]
 
 
 def compare(
@@ -103,16 +103,16 @@ def compare(
 ) -> list[Row]:
     """Time every baseline, or those in `only`, on fresh random inputs; ours first. spec, lengths: see Row.
 
-    If the card's memory cannot hold the inputs or our own kernel's needs, every row gets a note. Raises MeasureError if
-    a baseline leaves the device unusable, and MachineError if the disk is full or another process holds the memory,
-    which is no baseline's result.
+    If the inputs or our own kernel run out of the card's memory, every row gets a note. Raises MeasureError if a
+    baseline leaves the device unusable. Raises MachineError if the disk is full or another process holds the memory,
+    because that says nothing about a baseline.
     """
     chosen = [baseline for baseline in baselines_of(op) if not only or baseline.name in only]
     requested = [
         Row(baseline.name, op, part, spec, shape, lengths=lengths) for baseline in chosen for part in PARTS[op]
     ]
     try:
-        with _precision(spec), autotuning_with_few_calls() if effort.few_calls else nullcontext():
+        with _matmul_precision(spec), autotuning_with_few_calls() if effort.few_calls else nullcontext():
             return _compare(requested, chosen, effort)
     except torch.OutOfMemoryError as failure:
         _check_machine(failure)
@@ -129,34 +129,36 @@ def _compare(requested: list[Row], chosen: list[Baseline], effort: Effort) -> li
     op, spec, shape = requested[0].op, requested[0].spec, requested[0].shape
     inputs = random_inputs_for_case(op, spec, shape, DEVICE, requested[0].lengths)
     oracle_check = OracleCheck(op, spec, shape, inputs, effort.oracle)
-    ready: dict[str, Prepared] = {}
-    found: list[Row] = []
+    runnable: dict[str, Prepared] = {}
+    untimed: list[Row] = []
     for baseline in chosen:
         rows = [row for row in requested if row.baseline == baseline.name]
         try:
             prepared = baseline.prepare(op, spec, inputs)
             results = prepared.results()  # also for softmax, which has no error, to see whether it runs
             torch.cuda.synchronize()
-            wrong = {} if baseline.softmax else oracle_check.errors(results)
+            relative_errors = {} if baseline.softmax else oracle_check.errors(results)
         except Exception as failure:  # any failure of a baseline is a result of the comparison
             if baseline.name == OURS:
                 raise
             _check_machine(failure)
             _check_device(baseline.name, failure)
-            found += [replace(row, note=_failure_note(failure)) for row in rows]
+            untimed += [replace(row, note=_failure_note(failure)) for row in rows]
         else:
-            ready[baseline.name] = prepared
+            runnable[baseline.name] = prepared
             checked = 0 if baseline.softmax else oracle_check.rows
-            found += [replace(row, error=_error(PARTS[op][row.part], wrong), checked=checked) for row in rows]
-    times = _times(ready, effort, in_bursts=bound_by_matmuls(spec.op))
-    return [_with_time(row, chosen, times) for row in found]
+            untimed += [
+                replace(row, error=_error(PARTS[op][row.part], relative_errors), checked=checked) for row in rows
+            ]
+    times = _times(runnable, effort, in_bursts=bound_by_matmuls(spec.op))
+    return [_with_time(row, chosen, times) for row in untimed]
 
 
 def _check_machine(failure: Exception) -> None:
     """Raise MachineError if the machine failed. A missing package or tool is the baseline's own failure."""
     fault = machine_error(failure)
-    of_baseline = not isinstance(failure, OSError) or failure.errno == errno.ENOENT
-    if fault is not None and (isinstance(fault, MemoryTakenError) or not of_baseline):
+    is_baselines_own = not isinstance(failure, OSError) or failure.errno == errno.ENOENT
+    if fault is not None and (isinstance(fault, MemoryTakenError) or not is_baselines_own):
         raise fault from failure
 
 
@@ -170,8 +172,8 @@ def _check_device(name: str, failure: Exception) -> None:
         ) from failure
 
 
-def _error(part: Part, wrong: dict[str, float]) -> float | None:
-    return max((wrong[name] for name in part.results), default=None) if wrong else None
+def _error(part: Part, relative_errors: dict[str, float]) -> float | None:
+    return max((relative_errors[name] for name in part.results), default=None) if relative_errors else None
 
 
 def _failure_note(failure: Exception) -> str:
@@ -187,12 +189,12 @@ def _failure_note(failure: Exception) -> str:
 Times = dict[tuple[str, str], tuple[Timing | None, str]]
 
 
-def _times(ready: dict[str, Prepared], effort: Effort, *, in_bursts: bool) -> Times:
-    calls = {(name, part): call for name, prepared in ready.items() for part, call in prepared.parts.items()}
-    limits: dict[str, float] = {}  # by part: a baseline that takes longer is timed once
+def _times(runnable: dict[str, Prepared], effort: Effort, *, in_bursts: bool) -> Times:
+    calls = {(name, part): call for name, prepared in runnable.items() for part, call in prepared.parts.items()}
+    limits: dict[str, float] = {}  # microseconds by part: a slower baseline is timed once
     rounds: list[Times] = []
     for _ in range(effort.rounds):
-        this: Times = {}
+        timed: Times = {}
         for (name, part), call in calls.items():
             limit = math.inf if name == OURS else limits.get(part, math.inf)
             if rounds and _slower_than(limit, rounds[0][name, part][0]):
@@ -202,9 +204,9 @@ def _times(ready: dict[str, Prepared], effort: Effort, *, in_bursts: bool) -> Ti
                 note = "; ".join(filter(None, (note, "slow: few calls timed")))
             if effort.few_calls and name == OURS and timing is not None:
                 limits.setdefault(part, SLOW_RATIO * timing.median_us)
-            this[name, part] = timing, note
-        rounds.append(this)
-    return {which: _combine_rounds([each[which] for each in rounds if which in each]) for which in calls}
+            timed[name, part] = timing, note
+        rounds.append(timed)
+    return {key: _combine_rounds([timed[key] for timed in rounds if key in timed]) for key in calls}
 
 
 def _slower_than(limit: float, timing: Timing | None) -> bool:
@@ -226,7 +228,7 @@ def _time(call: Callable[[], object], effort: Effort, give_up_us: float, in_burs
     except torch.OutOfMemoryError as failure:
         _check_machine(failure)
         return None, "out of memory"
-    except RuntimeError:  # it ran before, so a CUDA graph cannot capture it
+    except RuntimeError:  # the call ran before, so this is a failed capture of a CUDA graph
         torch.cuda.synchronize()
         return time_eagerly(call, FEW_EAGER_CALLS if effort.few_calls else EAGER_CALLS), "without a CUDA graph"
 
@@ -249,12 +251,12 @@ def _with_time(row: Row, chosen: list[Baseline], times: Times) -> Row:
 
 
 @contextmanager
-def _precision(spec: KernelSpec) -> Iterator[None]:
+def _matmul_precision(spec: KernelSpec) -> Iterator[None]:
     """Allow TF32 in fp32 matmuls inside this context if and only if the spec's dtype is "tf32"."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    original = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if spec.dtype == "tf32" else "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        matmul.fp32_precision = original

@@ -20,7 +20,7 @@ Ratios = Iterable[tuple[Row, "float | None"]]
 
 
 class Mean(NamedTuple):
-    """Of times relative to ours: the geometric mean, the least, and their number."""
+    """The geometric mean of times relative to ours, the smallest of them, and the number of shapes."""
 
     mean: float
     least: float
@@ -33,21 +33,21 @@ def times_ours(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
     Both rows have the same case, part and origin. The last of duplicate rows counts.
     """
     last = {(row.compared_at, row.baseline): row for row in rows}
-    found: list[tuple[Row, float | None]] = []
+    ratios: list[tuple[Row, float | None]] = []
     for (compared_at, name), row in last.items():
         if name != OURS:
             ours = last.get((compared_at, OURS))
-            found.append((row, row.time_us / ours.time_us if ours and ours.time_us and row.time_us else None))
-    return found
+            ratios.append((row, row.time_us / ours.time_us if ours and ours.time_us and row.time_us else None))
+    return ratios
 
 
 def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
     """The means of the known ratios, over the rows with the same key."""
-    of: dict[Key, list[float]] = {}
+    by_key: dict[Key, list[float]] = {}
     for row, ratio in ratios:
         if ratio is not None:
-            of.setdefault(key(row), []).append(ratio)
-    return {which: Mean(geometric_mean(r), min(r), len(r)) for which, r in of.items()}
+            by_key.setdefault(key(row), []).append(ratio)
+    return {each: Mean(geometric_mean(r), min(r), len(r)) for each, r in by_key.items()}
 
 
 # -- Tables
@@ -61,34 +61,34 @@ class Table(NamedTuple):
 
 
 def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:
-    """The title of a case; for a training step the part of the spec that its kernels share."""
-    what = f"{TRAINING}, {str(spec.for_op('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
-    return f"{what}: {with_lengths(shape, lengths)}"
+    """The title of a case; for a training step with the part of the spec that its kernels share."""
+    kernel = f"{TRAINING}, {str(spec.for_op('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
+    return f"{kernel}: {with_lengths(shape, lengths)}"
 
 
 def table_of(rows: list[Row]) -> Table:
     """The table of one case."""
-    return _steps(rows) if rows[0].op == TRAINING else _calls(rows)
+    return _step_table(rows) if rows[0].op == TRAINING else _call_table(rows)
 
 
-def _calls(rows: list[Row]) -> Table:
-    columns = ("", "time us", "20 %", "80 %", rate_unit(rows[0].op), "time / ours", "error")
+def _call_table(rows: list[Row]) -> Table:
+    columns = ("", "time us", "p20 us", "p80 us", rate_unit(rows[0].op), "time / ours", "error")
     ratios = dict(times_ours(rows))
     lines = []
     for row in rows:
         ratio = ratios.get(row, 1.0 if row.time_us else None)  # `ratios` has no row of ours
         numbers = (row.time_us, row.p20_us, row.p80_us, row.rate)
-        times = "-" if ratio is None else f"{ratio:.2f}"
-        lines.append((row.baseline, *map(_number, numbers), times, _error(row)))
+        ratio_text = "-" if ratio is None else f"{ratio:.2f}"
+        lines.append((row.baseline, *map(_number, numbers), ratio_text, _error(row)))
     return Table(columns, lines)
 
 
-def _steps(rows: list[Row]) -> Table:
+def _step_table(rows: list[Row]) -> Table:
     """The table of a training step: three times and rates, the output's error and the gradients' largest error."""
     columns = [""]
     for part in PARTS[TRAINING].values():
         columns += [f"{part.heading} ms", "TF/s"]
-    columns += ["err out", "grads"]
+    columns += ["out err", "grad err"]
     lines = []
     for name, parts in _by_baseline(rows).items():
         cells = [name]
@@ -99,32 +99,34 @@ def _steps(rows: list[Row]) -> Table:
 
 
 def notes_of(rows: list[Row]) -> list[str]:
-    """Notes below a table, since they may be long; baselines with the same note share a line."""
+    """The notes, to be printed below the table because they may be long; baselines with the same note share a line."""
     noted: dict[str, list[str]] = {}
     for name, parts in _by_baseline(rows).items():
         for note in dict.fromkeys(row.note for row in parts if row.note):
-            which = [row.part for row in parts if row.note == note]
-            who = name if len(which) == len(parts) else f"{name}, {' and '.join(which)}"
-            noted.setdefault(note, []).append(who)
+            noted_parts = [row.part for row in parts if row.note == note]
+            label = name if len(noted_parts) == len(parts) else f"{name}, {' and '.join(noted_parts)}"
+            noted.setdefault(note, []).append(label)
     return [f"{'; '.join(names)}: {note}" for note, names in noted.items()]
 
 
 def mean_lines(rows: list[Row]) -> list[str]:
     """A line per part and baseline: its mean time relative to ours over all cases where both run."""
-    found = means(times_ours(rows), key=lambda row: (row.op, row.part, row.baseline))
+    mean_by_part = means(times_ours(rows), key=lambda row: (row.op, row.part, row.baseline))
     parts = list(dict.fromkeys((row.op, row.part) for row in rows))
     return [
-        f"{op if op == part else f'{op} {part}'}: {name} takes {mean:.2f} times ours "
-        f"(geometric mean of {count}, least {least:.2f})"
-        for (op, part, name), (mean, least, count) in sorted(found.items(), key=lambda item: parts.index(item[0][:2]))
+        f"{op if op == part else f'{op} {part}'}: {name} takes {mean:.2f}x our time "
+        f"(geometric mean of {count} {'shape' if count == 1 else 'shapes'}, least {least:.2f}x)"
+        for (op, part, name), (mean, least, count) in sorted(
+            mean_by_part.items(), key=lambda item: parts.index(item[0][:2])
+        )
     ]
 
 
 def _by_baseline(rows: list[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    by_baseline: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.baseline, []).append(row)
-    return found
+        by_baseline.setdefault(row.baseline, []).append(row)
+    return by_baseline
 
 
 def _number(value: float | None) -> str:

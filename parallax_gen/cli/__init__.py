@@ -36,7 +36,7 @@ COMMANDS = {
     "completion": "parallax_gen.cli.completion:completion",
 }
 
-# Errors of a disk or a system limit, not of a program.
+# Errors that a disk or a system limit causes, not a bug.
 DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
 )
@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
         return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, home in COMMANDS.items() if find_spec(home.partition(":")[0])]
+        return [name for name, target in COMMANDS.items() if find_spec(target.partition(":")[0])]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
@@ -68,8 +68,9 @@ class LazyGroup(click.Group):
         names = self.list_commands(ctx)
         name = args[0]
         if not ctx.resilient_parsing and name not in names and not name.startswith("-"):
-            near = get_close_matches(name, names, cutoff=0.7)
-            ctx.fail(f"No such command {name!r}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else ""))
+            similar = get_close_matches(name, names, cutoff=0.7)
+            advice = f" Did you mean {' or '.join(map(repr, similar))}?" if similar else ""
+            ctx.fail(f"No such command {name!r}.{advice}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -81,7 +82,7 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except OSError as error:
-            if error.errno not in DISK_ERRORS:  # for any file, including standard output; click handles EPIPE
+            if error.errno not in DISK_ERRORS:  # of any file, including standard output; click handles EPIPE
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
@@ -96,20 +97,20 @@ def _print_utf8() -> None:
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(parallax_gen.__version__, prog_name="parallax-gen")
-@click.option("-v", "--verbose", is_flag=True, help="Say on standard error which kernel is used, and why.")
+@click.option("-v", "--verbose", is_flag=True, help="Print on standard error which kernel is used, and why.")
 @click.pass_context
 def main(ctx: click.Context, verbose: bool) -> None:
     """Specialised, tuned Triton kernels for Parallax attention: generate, tune, remember, launch.
 
     \b
     Begin with
-      parallax-gen doctor            is everything there that is needed?
+      parallax-gen doctor            check that everything needed is installed
       parallax-gen tune --gpu h200   find the best kernels for the usual shapes
-      parallax-gen list              what is known
+      parallax-gen list              list the best results so far
 
     \b
     Exit status
-      0 done, 1 an error (told in one line), 2 wrong usage, 130 Ctrl-C
+      0 done, 1 an error (printed in one line), 2 wrong usage, 130 Ctrl-C
     """
     for variable in SWITCHES:
         is_on(variable)  # raises for an invalid value before the command starts

@@ -25,9 +25,9 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
 from parallax_gen.problem.workloads import BENCH_GRIDS, DEFAULT_SHAPES, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
-QUICK_NOTE = ", quick: not to be quoted"
+QUICK_NOTE = ", quick: not for publication"
 PROGRAM = "parallax-gen"
-HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # little work, so that the host's time dominates
+HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # little work on the device, so that the host's time dominates
 
 
 def parse_lengths(text: str) -> Lengths:
@@ -44,53 +44,55 @@ def parse_lengths(text: str) -> Lengths:
     "ops",
     type=click.Choice(tuple(DEFAULT_SHAPES)),
     multiple=True,
-    help="Repeatable. Default: forward and decode; a grid's own.",
+    help="Repeatable. Default: forward and decode; with --grid the grid's ops.",
 )
 @click.option(
     "--head-dim",
     type=parse_head_dim,
     metavar="N",
-    help="Of every --shape, 128 by default; of the usual ones those of it.",
+    help="Head dimension of every --shape, 128 by default. Without --shape: only the usual shapes with it.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True)
-@shape_option(multiple=True, more_help="Repeatable. Default: the usual ones.")
+@shape_option(multiple=True, more_help="Repeatable. Default: the usual shapes.")
 @click.option(
     "--grid",
     type=click.Choice(tuple(BENCH_GRIDS)),
-    help="Instead of --shape. official, serving: decode. training: the usual steps of every head_dim. "
-    "paper: batch 1 to 2048, 128 to 32768 keys, decode and training.",
+    help="A set of shapes, instead of --shape. official, serving: decode. training: the usual training steps of every "
+    "head_dim. paper: decode and training at batch 1 to 2048 with 128 to 32768 keys.",
 )
 @partial(flag_options, layouts=True)
 @click.option(
     "--lengths",
     type=parse_lengths,
     metavar="LENGTHS",
-    help="Of --op decode alone, and brings --ragged along: each sequence's keys, such as 4096,7x128, in caches that "
-    "hold the shape's. Or, of every shape, spread: from all keys down to a 32nd; skewed: one with all, the others "
-    "with a 32nd.",
+    help="Only with --op decode; implies --ragged. Keys of each sequence, such as 4096,7x128 (one of 4096, seven of "
+    "128), in caches of the shape's length. Or a pattern for every shape: spread, from all keys down to a 32nd; skewed,"
+    " one sequence with all keys and the others with a 32nd.",
 )
 @click.option(
-    "--only", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: these alone."
+    "--only", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: only these."
 )
 @click.option(
-    "--skip", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: without these."
+    "--skip", type=click.Choice(tuple(BASELINES)), multiple=True, metavar="NAME", help="Repeatable: all but these."
 )
-@click.option("--quick", is_flag=True, help="Fewer shapes, timed shortly: to look at, not to quote.")
+@click.option("--quick", is_flag=True, help="Fewer shapes, less time for each: a first look, not for publication.")
 @click.option(
     "--oracle",
     type=click.Choice(("whole", "sample", "none")),
-    help="What errors are of: every result, those of the first and last sequence and kv head, or nothing. "
+    help="Compare with the oracle the whole result, a sample (the first and last sequence and kv head), or none. "
     "Default: sample with --grid or --quick, else whole.",
 )
-@click.option("--host", is_flag=True, help="Instead: the host's time of a decode step, and of the launches below it.")
+@click.option("--host", is_flag=True, help="Instead time what the host spends on a decode step and its launch.")
 @click.option(
     "--csv",
     "csv_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Add the rows to this file as they come; what it already has is not timed again.",
+    help="Append the rows of each shape to this file; rows that it already has are not timed again.",
 )
 @click.option(
-    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Also draw decode's speed-ups there (PNG, SVG)."
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also draw decode's speed-ups as PNG, SVG or PDF.",
 )
 @json_option
 def bench(
@@ -115,9 +117,9 @@ def bench(
 
     All run in one process on the same inputs; errors are against an fp64 oracle. With --op training the forward, the
     backward and both together are timed, through torch's autograd. Softmax has half the matmuls of Parallax. A baseline
-    that is not installed, or has no such kernel, is noted.
+    that is not installed, or has no such kernel, gets a note instead of a time.
 
-    A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv goes on:
+    A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv continues:
     rows of the same card, versions, kernels and settings are not timed again.
 
     With --grid or --quick, baselines that take three times as long as ours are timed with few calls, and the official
@@ -141,14 +143,14 @@ def bench(
     if lengths is not None:
         ops, flags = ops or ("decode",), replace(flags, ragged=True)
         if host or ops != ("decode",):
-            raise click.UsageError("--lengths: of --op decode alone, without --host")
+            raise click.UsageError("--lengths: only with --op decode, and without --host")
     ops = ("decode",) if host else ops or (tuple(BENCH_GRIDS[grid]) if grid else ("forward", "decode"))
     check_flags(replace(flags, page_size=max(page_sizes, default=0)), ops)
     if grid and (shapes or not set(ops) <= set(BENCH_GRIDS[grid])):
-        raise click.UsageError(f"--grid {grid}: of --op {' or '.join(BENCH_GRIDS[grid])}, without --shape")
+        raise click.UsageError(f"--grid {grid}: only with --op {' or '.join(BENCH_GRIDS[grid])}, and without --shape")
     if picture is not None:
         if ops != ("decode",):
-            raise click.UsageError("--picture: of --op decode alone")
+            raise click.UsageError("--picture: only with --op decode")
         if why := picture_error(picture):
             raise click.UsageError(why)
     try:
@@ -160,41 +162,39 @@ def bench(
         raise click.UsageError("--only and --skip leave no baseline to time")
     card = device.gpu_here(0)
     if card is None:
-        raise MeasureError("there is no CUDA device here: nothing can be timed")
-    from parallax_gen.bench.conditions import conditions
+        raise MeasureError("there is no CUDA device here, so nothing can be timed")
+    from parallax_gen.bench.conditions import current_conditions
     from parallax_gen.bench.run import time_cases
     from parallax_gen.memory.descriptions import open_memory
 
     effort = QUICK_EFFORT if quick else GRID_EFFORT if grid else FULL_EFFORT
-    how = conditions(card, replace(effort, oracle=oracle or effort.oracle), shlex.join([PROGRAM, *sys.argv[1:]]))
+    command = shlex.join([PROGRAM, *sys.argv[1:]])
+    conditions = current_conditions(card, replace(effort, oracle=oracle or effort.oracle), command)
     if host:
         shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE
         flags = replace(flags, page_size=page_sizes[0] if page_sizes else 0)
-        _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], how, as_json)
+        _bench_host(*kernels("decode", head_dim or USUAL_HEAD_DIM, dtype, shape, flags)[0], conditions, as_json)
         return
     rows: list[Row] = []
-    cases, results, under_way = (
-        quick_cases(cases, card) if quick else cases,
-        ResultsCsv(csv_file),
-        console(stderr=True).status,
-    )
+    cases = quick_cases(cases, card) if quick else cases
+    results, status = ResultsCsv(csv_file), console(stderr=True).status
     try:
-        for found in time_cases(cases, names, card, how, results, open_memory(), under_way):
-            rows += found
-            if found and not as_json:
-                _print_rows(found)
+        for of_case in time_cases(cases, names, card, conditions, results, open_memory(), status):
+            rows += of_case
+            if of_case and not as_json:
+                _print_rows(of_case)
     except KeyboardInterrupt:
         if csv_file is not None:
-            click.echo(f"stopped: what was timed is in {csv_file}, and the same command goes on from there", err=True)
+            click.echo(f"stopped: the timed rows are in {csv_file}; the same command continues from there", err=True)
         raise
     if picture is not None:
-        draw(picture, rows, f"{how.card}, {how.versions}\n{how.command}")
+        draw(picture, rows, f"{conditions.card}, {conditions.versions}\n{conditions.command}")
     if as_json:
-        print_json({**how.flat(), "rows": [to_json(row) for row in rows]})
+        print_json({**conditions.flat(), "rows": [to_json(row) for row in rows]})
     else:
         for line in mean_lines(rows):
             click.echo(line)
-        _print_conditions(how, rows)
+        _print_conditions(conditions, rows)
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -212,30 +212,30 @@ def _print_rows(rows: list[Row]) -> None:
     click.echo()
 
 
-def _print_conditions(how: Conditions, rows: list[Row]) -> None:
-    """Print the conditions of the times above."""
-    click.echo(f"{how.card}\n{how.versions}")
+def _print_conditions(conditions: Conditions, rows: list[Row]) -> None:
+    """Print the conditions under which the times above were measured."""
+    click.echo(f"{conditions.card}\n{conditions.versions}")
     packages = {row.baseline: row.package for row in rows if row.time_us and row.package and row.baseline != OURS}
     for name, package in packages.items():
         click.echo(f"{name}: {package}")
-    effort = how.effort
+    effort = conditions.effort
     rounds = "1 round" if effort.rounds == 1 else f"{effort.rounds} rounds"
     click.echo(
         f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms" + QUICK_NOTE * effort.quick
     )
     if effort.oracle == "sample":
-        click.echo("errors are of the first and the last sequence and kv head")
-    click.echo(how.command)
+        click.echo("errors are over the first and the last sequence and kv head")
+    click.echo(conditions.command)
 
 
-def _bench_host(spec: KernelSpec, shape: Shape, how: Conditions, as_json: bool) -> None:
-    from parallax_gen.bench.host import host_times
+def _bench_host(spec: KernelSpec, shape: Shape, conditions: Conditions, as_json: bool) -> None:
+    from parallax_gen.bench.host import LABELS, host_times
 
     times = host_times(spec, shape)
     if as_json:
-        where = {name: value for name, value in vars(how).items() if name != "effort"}
-        print_json({"spec": spec.to_dict(), "shape": shape.to_dict(), **where, "host_us": times})
+        without_effort = {name: value for name, value in vars(conditions).items() if name != "effort"}
+        print_json({"spec": spec.to_dict(), "shape": shape.to_dict(), **without_effort, "host_us": times})
         return
     click.echo(f"{spec}: {shape}")
-    print_table(("", "host us a call"), [(name, number(time_us)) for name, time_us in times.items()])
-    click.echo(f"{how.card}\n{how.versions}\n{how.command}")
+    print_table(("", "host us per call"), [(LABELS[name], number(time_us)) for name, time_us in times.items()])
+    click.echo(f"{conditions.card}\n{conditions.versions}\n{conditions.command}")

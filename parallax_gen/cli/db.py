@@ -42,9 +42,9 @@ def db() -> None:
 @db.command()
 @json_option
 def path(as_json: bool) -> None:
-    """Say where the database is.
+    """Print the path of the database.
 
-    The path alone is on standard output.
+    Standard output has only the path. Standard error says where the path comes from.
 
     \b
     Example
@@ -57,18 +57,19 @@ def path(as_json: bool) -> None:
         print_json({"path": str(where), "exists": where.exists(), "PARALLAX_GEN_DB": variable or None})
         return
     click.echo(where)
-    why = f"PARALLAX_GEN_DB says {variable}" if variable else "PARALLAX_GEN_DB is not set, so this is the default"
-    click.echo(why + ("" if where.exists() else "; not yet made"), err=True)
+    source = f"PARALLAX_GEN_DB is {variable}" if variable else "PARALLAX_GEN_DB is not set, so this is the default"
+    click.echo(source + ("" if where.exists() else "; not yet created"), err=True)
 
 
 @db.command()
 @json_option
 def stats(as_json: bool) -> None:
-    """Count what it holds.
+    """Count the rows of the database.
 
-    By GPU, op and outcome, and by toolchain, with its size.
+    Counts rows by GPU, op and outcome, and by toolchain. Also prints the database's size.
 
-    Rows of another Triton or ptxas are used if this one has none and their kernels are still rendered.
+    Calls use rows of another Triton or ptxas if this toolchain has none, and if today's templates still render their
+    kernels.
 
     \b
     Example
@@ -81,7 +82,7 @@ def stats(as_json: bool) -> None:
 
     with Store(read_only=True) as store:
         results = store.all()
-        found: dict[str, Any] = {
+        counts: dict[str, Any] = {
             "path": str(store.path),
             "exists": store.path.exists(),
             "bytes": _bytes_of(store),
@@ -92,20 +93,20 @@ def stats(as_json: bool) -> None:
             "toolchains": by_toolchain(results),
         }
     if as_json:
-        print_json(found)
+        print_json(counts)
         return
-    click.echo(f"{found['path']}: {_rows(len(results))}, {decimal(found['bytes'])}, schema {found['schema']}")
-    if found["unreadable"]:
-        click.echo(f"{_rows(found['unreadable'])} cannot be read: parallax-gen db check says why")
-    for gpu in dict.fromkeys(kernel["gpu"] for kernel in found["kernels"]):
+    click.echo(f"{counts['path']}: {_rows(len(results))}, {decimal(counts['bytes'])}, schema {counts['schema']}")
+    if counts["unreadable"]:
+        click.echo(f"{_rows(counts['unreadable'])} cannot be read: parallax-gen db check says why")
+    for gpu in dict.fromkeys(kernel["gpu"] for kernel in counts["kernels"]):
         click.echo(f"\n{gpu}")
-        of_gpu = [kernel for kernel in found["kernels"] if kernel["gpu"] == gpu]
+        of_gpu = [kernel for kernel in counts["kernels"] if kernel["gpu"] == gpu]
         table = [(kernel["op"], str(kernel["rows"]), format_counts(kernel["outcomes"])) for kernel in of_gpu]
         print_table(("op", "rows", "outcomes"), table, right=("rows",))
     if results:
-        click.echo("\ntoolchains, the newest first")
+        click.echo("\ntoolchains, newest first")
         columns = ("newest", "rows", "of today's kernels", "ops", "toolchain")
-        print_table(columns, map(_toolchain_row, found["toolchains"]), right=("rows", "of today's kernels"))
+        print_table(columns, map(_toolchain_row, counts["toolchains"]), right=("rows", "of today's kernels"))
 
 
 def _rows(count: int) -> str:
@@ -118,21 +119,22 @@ def _bytes_of(store: Store) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def _toolchain_row(found: dict[str, Any]) -> tuple[str, ...]:
-    toolchain = f"Triton {found['triton']}, ptxas {found['cuda'] or 'unknown'}{' (this one)' if found['here'] else ''}"
-    counts = str(found["rows"]), str(found["of_todays_kernels"])
-    return found["newest"][:10], *counts, ", ".join(found["ops"]), toolchain
+def _toolchain_row(counts: dict[str, Any]) -> tuple[str, ...]:
+    here = " (this one)" if counts["here"] else ""
+    toolchain = f"Triton {counts['triton']}, ptxas {counts['cuda'] or 'unknown'}{here}"
+    rows = str(counts["rows"]), str(counts["of_todays_kernels"])
+    return counts["newest"][:10], *rows, ", ".join(counts["ops"]), toolchain
 
 
 @db.command("export")
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
 @gpu_filter
 @op_filter
-@click.option("--measured", is_flag=True, help="Only what was measured: no failures, no predictions.")
+@click.option("--measured", is_flag=True, help="Only measured results: no failures, no predictions.")
 def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> None:
     """Write your results to a file, as lines of JSON.
 
-    FILE - is standard output. The newest toolchain comes first. parallax-gen db import reads it again, on any
+    FILE - means standard output. The newest toolchain comes first. parallax-gen db import reads the file on any
     machine.
 
     \b
@@ -144,9 +146,9 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
     from parallax_gen.memory.store import Store
 
     if is_database(file):
-        raise StoreError(f"{file} is a database: it is left as it is; name another file for the lines")
+        raise StoreError(f"{file} is a database and is not overwritten: choose another file")
     with Store(read_only=True) as store:
-        results = [r for r in _of(store.all(), gpu, op) if r.measured or not measured]
+        results = [r for r in _selected(store.all(), gpu, op) if r.measured or not measured]
         unreadable = store.unreadable
     to_stdout = str(file) == "-"
     if to_stdout:
@@ -156,10 +158,10 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
         write_lines(file, newest_toolchain_first(results))
     click.echo(f"{'standard output' if to_stdout else file}: {_rows(len(results))}", err=to_stdout)
     if unreadable:
-        click.echo(f"{_rows(unreadable)} cannot be read, and left out: parallax-gen db check says why", err=True)
+        click.echo(f"left out {_rows(unreadable)} that cannot be read: parallax-gen db check says why", err=True)
 
 
-def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
+def _selected(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
     """The results of a GPU and an op. Raises UnknownGpuError for an unknown GPU."""
     from parallax_gen.memory.descriptions import name_in_records
 
@@ -175,14 +177,14 @@ def _of(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
     required=True,
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
 )
-@click.option("--skip-bad", is_flag=True, help="Leave out what is no result, instead of importing nothing.")
+@click.option("--skip-bad", is_flag=True, help="Skip lines that are not valid results, instead of importing nothing.")
 def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     """Add results from elsewhere to yours.
 
-    FILE is from db export, - for standard input, or another database. Everything is checked before anything is added.
-    Of two results for one config of one kernel the more informative stays (a time or a verdict before a crash, a crash
-    before a prediction), else the newer. Results of other toolchains are kept beside yours, and used where this
-    toolchain has none. Importing a file twice changes nothing.
+    FILE is a file from db export, - for standard input, or another database. All results are checked before any is
+    added. Of two results for one config of one kernel the more informative one is kept (a time or a verdict before a
+    crash, a crash before a prediction), else the newer one. Results of other toolchains are kept beside yours, and
+    calls use them where this toolchain has none. Importing a file twice changes nothing.
 
     \b
     Example
@@ -199,15 +201,15 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     if bad:
         _print_bad(bad)
         if not skip_bad:
-            counts = f"{len(bad)} of {len(bad) + len(results)} are no results"
-            raise StoreError(f"nothing was imported: {counts}; --skip-bad leaves them out")
+            counts = f"{len(bad)} of {len(bad) + len(results)} are not valid results"
+            raise StoreError(f"nothing was imported: {counts}; --skip-bad skips them")
     with Store() as store:
         merged = store.merge(results)
     skipped = f", {len(bad)} skipped" if bad else ""
     click.echo(f"{store.path}: {merged.new} new, {merged.replaced} replaced, {merged.kept} kept{skipped}")
     unused = sum(not is_rendered(result, card_of(result.place)) for result in results)
     if unused:
-        click.echo(f"{unused} of kernels that are rendered otherwise today: hints for parallax-gen tune, not used")
+        click.echo(f"{unused} of other kernels than today's: hints for parallax-gen tune, not used by calls")
 
 
 def _read(file: Path) -> ParsedRecords:
@@ -230,15 +232,15 @@ def _print_bad(bad: list[str]) -> None:
 @click.option(
     "--other-environments",
     is_flag=True,
-    help="Rows of another toolchain, which calls may use, or not of today's kernels.",
+    help="Rows of another toolchain (which calls may use), and rows of other kernels than today's.",
 )
-@click.option("--failures", is_flag=True, help="Configs that failed; they may be tried again.")
+@click.option("--failures", is_flag=True, help="Configs that failed; tune may then try them again.")
 @click.option("--predicted", is_flag=True, help="Configs that were never run.")
-@click.option("--older-than", type=click.IntRange(0, 36500), metavar="DAYS", help="Only rows so old.")
+@click.option("--older-than", type=click.IntRange(0, 36500), metavar="DAYS", help="Only rows that are older than this.")
 @gpu_filter
 @op_filter
-@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Delete nothing: only print what would be deleted.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def prune(
     other_environments: bool,
     failures: bool,
@@ -249,10 +251,10 @@ def prune(
     dry_run: bool,
     yes: bool,
 ) -> None:
-    """Delete the rows you name, and keep a copy.
+    """Delete rows of the kinds that you name, and keep a copy.
 
-    Deletes rows of any of the named kinds; with only --older-than, of every kind. They are first written to a file
-    beside the database, which db import reads.
+    Deletes rows of any of the named kinds; with only --older-than, of every kind. First writes them to a file beside
+    the database, which db import reads.
 
     \b
     Example
@@ -262,28 +264,28 @@ def prune(
     from parallax_gen.memory.lines import write_lines
     from parallax_gen.memory.store import Store, default_path
 
-    kinds = other_environments or failures or predicted
-    if not kinds and older_than is None:
-        raise click.UsageError("say what: --other-environments, --failures, --predicted or --older-than DAYS")
+    any_kind = other_environments or failures or predicted
+    if not any_kind and older_than is None:
+        raise click.UsageError("give one of --other-environments, --failures, --predicted and --older-than DAYS")
     now = datetime.now(timezone.utc)
 
-    def named(row: Result) -> bool:
+    def is_named(row: Result) -> bool:
         if older_than is not None and now - row.created <= timedelta(days=older_than):
             return False
         return (
-            not kinds
+            not any_kind
             or (other_environments and bool(differences_from_here(row)))
             or (failures and row.outcome.failed)
             or (predicted and not row.outcome.tried)
         )
 
     if not default_path().exists():
-        raise StoreError(f"{default_path()} is not yet made: there is nothing to delete")
+        raise StoreError(f"{default_path()} is not yet created: there is nothing to delete")
     with Store(read_only=dry_run) as store:
         rows = store.all()
-        to_delete = [row for row in _of(rows, gpu, op) if named(row)]
+        to_delete = [row for row in _selected(rows, gpu, op) if is_named(row)]
         if not to_delete:
-            click.echo(f"{store.path}: there is no such row among its {len(rows)}")
+            click.echo(f"{store.path}: none of its {_rows(len(rows))} is selected")
             return
         selection = (
             f"{len(to_delete)} of {_rows(len(rows))} ({format_counts(Counter(row.outcome for row in to_delete))})"
@@ -303,10 +305,9 @@ def prune(
 @json_option
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
-    """Check that the database is sound.
+    """Check the database: its file, its schema and every row.
 
-    Its file, its schema and every row. The exit status is 1 if anything is wrong. A row that cannot be read is never
-    used.
+    The exit status is 1 if there is a problem. A row that cannot be read is never used.
 
     \b
     Example
@@ -323,8 +324,8 @@ def check(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(where), "sound": not problems, "schema": schema, "rows": rows, "problems": problems})
     else:
-        state = f"{len(problems)} wrong" if problems else "sound" if where.exists() else "not yet made"
-        click.echo(f"{where}: {state}, schema {schema}, {_rows(rows)} to be read")
+        state = f"problems: {len(problems)}" if problems else "sound" if where.exists() else "not yet created"
+        click.echo(f"{where}: {state}, schema {schema}, {_rows(rows)} readable")
         for problem in problems:
             click.echo(f"  {problem}")
     ctx.exit(1 if problems else 0)

@@ -1,4 +1,4 @@
-"""The devices that `tune` measures on, and the GPU that they are."""
+"""The devices that `tune` measures on, and their GPU type, which must be the same for all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_devices(text: str) -> tuple[int, ...]:
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not a list of indices, such as 0,1") from error
     if min(devices) < 0 or len(set(devices)) < len(devices):
-        raise click.BadParameter(f"{text!r} is not a list of different indices from 0 on, such as 0,1")
+        raise click.BadParameter(f"{text!r} is not a list of distinct indices from 0 on, such as 0,1")
     return devices
 
 
@@ -48,17 +48,17 @@ def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu
     """
     cards = {device: card_of_worker(worker) for device, worker in measuring.items()}
     first = next(iter(cards.values()))
-    wanted = resolve_gpu(name, lambda: first)
+    gpu = resolve_gpu(name, lambda: first)
     if first is None and tuple(cards) == (0,):  # the default: no device was requested
-        return wanted, False
+        return gpu, False
     for device, card in cards.items():
         if card is None:
             raise UnknownGpuError(f"--devices: there is no CUDA device {device} here")
-        if name is not None and card.name != wanted.name:
+        if name is not None and card.name != gpu.name:
             raise UnknownGpuError(
-                f"--gpu says {wanted.name}, but the card here is {card.name} ({card.title}): "
-                "tune where the card is, or choose it with --devices or CUDA_VISIBLE_DEVICES"
+                f"--gpu is {gpu.name}, but the card here is {card.name} ({card.title}): "
+                f"tune on a machine with {gpu.name}, or select that card with --devices or CUDA_VISIBLE_DEVICES"
             )
-        if card.name != wanted.name:
-            raise UnknownGpuError(f"--devices: {device} is {card.name}, and not {wanted.name} as the first of them")
-    return wanted, True
+        if card.name != gpu.name:
+            raise UnknownGpuError(f"--devices: {device} is {card.name}, but the first one is {gpu.name}")
+    return gpu, True

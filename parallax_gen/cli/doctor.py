@@ -1,4 +1,4 @@
-"""`parallax-gen doctor`: is everything there that is needed?"""
+"""`parallax-gen doctor`: checks that everything needed is installed and works."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from parallax_gen.memory.result import Result
 
 COMPILE_TIMEOUT_S = 120.0
-COMPILE_FOR = "h100"  # without a card
+COMPILE_FOR = "h100"  # the target of the check if there is no card
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of a check. status is "ok", "note" (nothing is wrong, but good to know) or "broken"."""
+    """One result of a check. status is "ok", "note" (good to know, not an error) or "broken"."""
 
     check: str
     status: str
@@ -42,7 +42,7 @@ class Finding:
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Check that everything is there that is needed.
+    """Check that everything needed is installed and works.
 
     The exit status is 1 if something is broken.
 
@@ -85,7 +85,7 @@ def _versions() -> Iterator[tuple[str, str]]:
         f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton.__version__}, Optuna {optuna}",
     )
     release = cuda_version()
-    yield "ok" if release else "broken", f"ptxas {release or 'none'}: what Triton's programs are assembled by"
+    yield "ok" if release else "broken", f"ptxas {release or 'none'}, which assembles Triton's kernels"
 
 
 def _device() -> Iterator[tuple[str, str]]:
@@ -93,7 +93,7 @@ def _device() -> Iterator[tuple[str, str]]:
     if card is None:
         yield "note", "no CUDA device: kernels can be rendered, compiled and ranked, but not run or measured"
     else:
-        known = "not in the table: its rates are estimated" if card.estimated else "in the table"
+        known = "not in the table of GPUs: its peak rates are estimated" if card.estimated else "in the table of GPUs"
         yield "ok", f"{card.title}, recognised as {card.name} ({known})"
 
 
@@ -119,18 +119,18 @@ def _database() -> Iterator[tuple[str, str]]:
 
     path = default_path()
     try:
-        there = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
+        existing = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
     except PermissionError as error:  # a home folder of another user
         raise StoreError(f"{path} cannot be read ({error}); PARALLAX_GEN_DB can name a file elsewhere") from error
-    if not os.access(there, os.W_OK) or not os.access(there if there.is_dir() else path.parent, os.W_OK):
-        raise StoreError(f"{path} cannot be written: nothing can be tuned; PARALLAX_GEN_DB can name a file elsewhere")
+    if not os.access(existing, os.W_OK) or not os.access(existing if existing.is_dir() else path.parent, os.W_OK):
+        raise StoreError(f"{path} cannot be written, so tune cannot run; PARALLAX_GEN_DB can name a file elsewhere")
     with Store(read_only=True) as store:
         results = store.all()
         used = sum(not differences_from_here(r) for r in results)
         rows = f"{len(results)} rows, {used} of today's kernels and this toolchain"
-        yield "ok", f"{path}: {rows if path.exists() else 'not yet made'}"
+        yield "ok", f"{path}: {rows if path.exists() else 'not yet created'}"
         if store.unreadable:
-            yield "note", f"{store.unreadable} rows cannot be read, and are passed over"
+            yield "note", f"{store.unreadable} rows cannot be read and are ignored"
 
 
 def _records() -> Iterator[tuple[str, str]]:
@@ -141,14 +141,14 @@ def _records() -> Iterator[tuple[str, str]]:
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
-    results, whose = _usable_results()
-    known = RecordTable(results)
+    results, source = _usable_results()
+    table = RecordTable(results)
     places = dict.fromkeys(record.place for record in results)
     for name in sorted({place.gpu for place in places}):
         of_card = [place for place in places if place.gpu == name]
-        by = Counter(choice_text(chosen(place, known)) for place in of_card)
-        counts = ", ".join(f"{count} by {what}" for what, count in by.most_common())
-        yield "ok", f"{name}: {len(of_card)} kernels and sizes in {whose}, calls get {counts}"
+        by_evidence = Counter(choice_text(chosen(place, table)) for place in of_card)
+        counts = ", ".join(f"{evidence}: {count}" for evidence, count in by_evidence.most_common())
+        yield "ok", f"{name}: {len(of_card)} kernels and sizes in {source}; configs of calls come from {counts}"
 
 
 def _usable_results() -> tuple[list[Result], str]:
@@ -159,10 +159,10 @@ def _usable_results() -> tuple[list[Result], str]:
     try:
         return open_memory().all(), "your database and the shipped records"
     except StoreError:  # the database check reports it; an error in a shipped file is raised again
-        return Memory().all(), "shipped records alone"
+        return Memory().all(), "only the shipped records"
 
 
-def cuobjdump() -> Iterator[tuple[str, str]]:
+def _cuobjdump() -> Iterator[tuple[str, str]]:
     from parallax_gen.codegen.resources import cuobjdump
 
     yield "ok", str(cuobjdump())
@@ -189,6 +189,6 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "cache": _cache,
     "database": _database,
     "records": _records,
-    "cuobjdump": cuobjdump,
+    "cuobjdump": _cuobjdump,
     "compile": _compile,
 }

@@ -1,4 +1,4 @@
-"""`parallax-gen explain`: which kernel a call gets, from where, and why not another."""
+"""`parallax-gen explain`: which kernel a call gets, where its config comes from, and why calls get no other."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def explain(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) -> None:
     """Explain which kernel a call gets, and why not another.
 
-    Shows its config and file, where they come from (measured here, by another toolchain, on a sibling card, or the
-    default), the runners-up, results that were only predicted, and measured results that are not used.
+    Shows its config and file; where the config comes from (measured here, with another toolchain, or on a card of the
+    same compute capability, or the default); the runners-up; results that were only predicted; and measured results
+    that are not used.
 
     \b
     Example
@@ -57,20 +58,20 @@ def _print(explanation: Explanation, origins: Origins) -> None:
     if record is None:
         click.echo(f"from    the default config: {explanation.reason}")
     else:
-        whose = {"yours": "your record", "shipped": "a shipped record"}[explanation.origin]
-        click.echo(f"from    {whose}, {explanation.reason}:")
-        click.echo(f"        {_told(record)}, {record.source or 'measured'}, {record.created_at}")
+        owner = {"yours": "your record", "shipped": "a shipped record"}[explanation.origin]
+        click.echo(f"from    {owner}, {explanation.reason}:")
+        click.echo(f"        {_time_text(record)}, {record.source or 'measured'}, {record.created_at}")
     for candidate, why in explanation.choice.refused:
-        click.echo(f"not     {describe(candidate.config)}: {why}")
+        click.echo(f"refused {describe(candidate.config)}: {why}")
     if not explanation.choice.checked:
         click.echo(f"        {NOT_CHECKED}")
     runners_up = [(c.record, evidence_text(c)) for c in explanation.runners_up if c.record is not None]
-    _section("runners-up", [_line(r, f"{origins.status(r)}, {by}") for r, by in runners_up])
+    _section("runners-up", [_line(r, f"{origins.status(r)}, {evidence}") for r, evidence in runners_up])
     _section("only predicted, so not used", [_line(r, "model's estimate") for r in explanation.predicted])
-    _section("measured, and not used", [_line(r, why) for r, why in explanation.unused])
+    _section("measured, but not used", [_line(r, why) for r, why in explanation.unused])
 
 
-def _told(result: Result) -> str:
+def _time_text(result: Result) -> str:
     from parallax_gen.memory.descriptions import shape_of
 
     assert result.time_us is not None
@@ -78,7 +79,7 @@ def _told(result: Result) -> str:
 
 
 def _line(result: Result, remark: str) -> str:
-    return f"{describe(result.config)}\n    {_told(result)}; {remark}"
+    return f"{describe(result.config)}\n    {_time_text(result)}; {remark}"
 
 
 def _section(title: str, lines: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`parallax-gen export`: kernels as files of their own, for use without this package."""
+"""`parallax-gen export`: writes each kernel to a file, for use without this package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from parallax_gen.memory.shipped import Memory
 
 # A call of this package compiles a borrowed kernel first, and may reject it; an exported file has no such check.
-NOT_CHECKED = "not checked here: the file launches it as it is, even where it spills far more than the default"
+NOT_CHECKED = "not checked here: the file launches it even where it spills far more than the default"
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class ExportedKernel:
 @click.command()
 @gpu_option
 @kernel_options
-@shape_option(multiple=True, more_help="Repeatable. Default: every one that a record is known for.")
+@shape_option(multiple=True, more_help="Repeatable. Default: every size with a measured record.")
 @click.option("-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), required=True)
 @json_option
 def export(gpu: str | None, requested: KernelArgs, shapes: tuple[Sizes, ...], folder: Path, as_json: bool) -> None:
     """Write the best kernels as files that need only torch and triton.
 
-    Writes one file per known best record of the kernel, for any group and sizes or for each --shape, and a README.md
-    that says how to call them. They are the kernels that calls get: see parallax-gen explain. If no record counts, the
-    config is the default one.
+    Writes one file for each --shape, or for each group and bucket of sizes with a measured record of the kernel, and a
+    README.md that says how to call them. They are the kernels that calls get: see parallax-gen explain. If no record
+    can be used, the file has the default config.
 
     \b
     Example
@@ -102,8 +102,7 @@ def _to_json(path: Path, kernel: ExportedKernel) -> dict[str, Any]:
 
 
 def chosen_kernels(requested: KernelArgs, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[ExportedKernel]:
-    """One kernel per shape; without shapes one per known bucket, or one for the op's first usual shape."""
-    from parallax_gen.memory.descriptions import Origins
+    """One kernel per shape; without shapes one per bucket with a measured record, or the op's first usual shape."""
     from parallax_gen.memory.guard import checked_choice
     from parallax_gen.memory.place import Place
     from parallax_gen.problem.shapes import bucket_of
@@ -112,7 +111,7 @@ def chosen_kernels(requested: KernelArgs, shapes: Sequence[Sizes], gpu: Gpu, mem
     kernels = [requested.kernel(sizes) for sizes in shapes]
     places = [Place(gpu.name, spec, bucket_of(shape)) for spec, shape in kernels]
     if not shapes:
-        places = [r.place for r in memory.all(gpu.name, requested.op) if r.measured and requested.holds(r.place)]
+        places = [r.place for r in memory.all(gpu.name, requested.op) if r.measured and requested.matches(r.place)]
     choices = {place: checked_choice(place, gpu, memory) for place in places}
     if not shapes:
         choices = {place: choice for place, choice in choices.items() if choice.candidate.record}
@@ -128,17 +127,17 @@ def _exported_kernel(place: Place, choice: CheckedChoice, origins: Origins) -> E
 
     config, record = choice.candidate.config, choice.candidate.record
     if record is None:
-        provenance = "the default config: no record of it counts, so it was not measured"
+        provenance = "the default config, not measured: no record can be used"
         if choice.refused:
-            provenance = "the default config: what was measured elsewhere compiles badly here"
+            provenance = "the default config: configs measured elsewhere compile badly here"
         return ExportedKernel(place.spec, place.bucket, config, provenance)
     assert record.time_us is not None
-    whose = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
+    owner = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
     if record.place != place:
-        whose += f", measured on {record.place.gpu}"
-        whose += f" at {record.place.bucket}" if record.place.bucket != place.bucket else ""
+        owner += f", measured on {record.place.gpu}"
+        owner += f" at {record.place.bucket}" if record.place.bucket != place.bucket else ""
     timed = f"{time_and_rate(place.spec, shape_of(record), record.time_us)} at {shape_of(record)}"
-    parts = [whose, record.source, record.created_at, timed]
+    parts = [owner, record.source, record.created_at, timed]
     if differences := differences_from_here(record):
         parts.append(", ".join(differences))
     if not choice.checked:

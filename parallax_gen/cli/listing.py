@@ -1,4 +1,4 @@
-"""`parallax-gen list`: what is known."""
+"""`parallax-gen list`: the config that calls get for each kernel and bucket of sizes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.command("list")
 @click.option("--gpu", metavar="NAME", shell_complete=complete_gpu, help="Such as h100 or h200. Default: all.")
 @click.option("--op", type=click.Choice(FAMILIES), help="Default: all.")
-@click.option("--all", "every", is_flag=True, help="Every config that was tried, not just what calls get.")
+@click.option("--all", "every", is_flag=True, help="List every config that was tried, not only those that calls get.")
 @json_option
 def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> None:
-    """List what is known: of each kernel and sizes, what calls get.
+    """List the configs that calls get, by kernel and sizes.
 
     \b
     Example
@@ -42,41 +42,45 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
 
     memory = open_memory()
     results = memory.all()
-    known = RecordTable(results)
+    table = RecordTable(results)
     if gpu is not None:
         name = name_in_records(gpu, results)
         results = [r for r in results if r.place.gpu == name]
     if op is not None:
         results = [r for r in results if r.place.spec.family == op]
-    rows = results_of_places(results) if every else choices_of_places(results, known)
+    rows = results_of_places(results) if every else choices_of_places(results, table)
     origins = Origins(memory)
     if as_json:
         print_json({"records": [_to_json(row, origins) for row in rows]})
     elif rows:
         _print(rows, origins)
         if not every:
-            by = Counter(row.by for row in rows).most_common()
-            click.echo(", ".join(f"{tier}: {count}" for tier, count in by))
+            by_evidence = Counter(row.by for row in rows).most_common()
+            click.echo(", ".join(f"{evidence}: {count}" for evidence, count in by_evidence))
     else:
-        click.echo("nothing is known yet: parallax-gen tune finds out; until then kernels get default configs")
+        click.echo("there are no results yet: parallax-gen tune makes them; until then calls get default configs")
 
 
 def _print(rows: Iterable[Listed], origins: Origins) -> None:
-    """A table a kernel."""
-
+    """Print one table per kernel, then the legend."""
     for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
         of_kernel = list(group)
         click.echo(f"{gpu}: {spec}")
         numbers = ("rows", "seqlen", "us", rate_unit(spec.family), "gain")
-        print_table((*numbers, "config", "known as", "by"), [_row(row, origins) for row in of_kernel], right=numbers)
+        columns = (*numbers, "config", "status", "evidence")
+        print_table(columns, [_row(row, origins) for row in of_kernel], right=numbers)
         click.echo()
     click.echo(LEGEND)
-    click.echo("rows: batch times kv heads; us: the time in microseconds;")
-    click.echo("gain: the default's time over this one, where both were timed with one Triton;")
-    click.echo("known as: measured here, shipped (measured elsewhere), predicted (never used), or how it failed;")
-    click.echo("by: the Triton that it was measured with, and the card where it is a sibling; not yet checked:")
-    click.echo("a first call compiles it here, and drops it where it spills far more than the default;")
-    click.echo("parallax-gen explain says why that is what calls get")
+    click.echo("rows: kv rows, batch times kv heads; us: time in microseconds;")
+    click.echo("gain: the default config's time divided by this time, if both were timed with the same Triton;")
+    click.echo(
+        "status: measured (by you), shipped (measured elsewhere), predicted (calls never use it), or how it failed;"
+    )
+    click.echo(
+        "evidence: the Triton that measured it, and the card if that was another of the same compute capability;"
+    )
+    click.echo("not yet checked: the first call compiles it, and drops it if it spills far more than the default;")
+    click.echo("parallax-gen explain says why calls get this config")
 
 
 def _row(row: Listed, origins: Origins) -> tuple[str, ...]:
@@ -85,8 +89,8 @@ def _row(row: Listed, origins: Origins) -> tuple[str, ...]:
     result, timing = row.result, ("-", "-")
     if result.time_us:
         timing = number(result.time_us), number(rate(result.place.spec, shape_of(result), result.time_us))
-    bucket, config, known_as = row.place.bucket, brief(result.config), origins.status(result)
-    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, known_as, row.by
+    bucket, config, status = row.place.bucket, brief(result.config), origins.status(result)
+    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, status, row.by
 
 
 def _to_json(row: Listed, origins: Origins) -> dict[str, Any]:

@@ -17,13 +17,13 @@ class _ToStandardError(logging.Handler):
 
 def show_logs() -> Callable[[], None]:
     """Show log lines of level INFO and above from now on. Returns the function that stops it."""
-    handler, before = _ToStandardError(), LOGGER.level
+    handler, original = _ToStandardError(), LOGGER.level
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
 
-    def end() -> None:
+    def stop() -> None:
         LOGGER.removeHandler(handler)
-        LOGGER.setLevel(before)
+        LOGGER.setLevel(original)
 
-    return end
+    return stop

@@ -61,7 +61,7 @@ def parse_sizes(text: str) -> Sizes:
 
 @dataclass(frozen=True)
 class KernelArgs:
-    """The kernel of --op, --head-dim, --dtype and the flags, without its group, which comes from a shape's heads."""
+    """The kernel that --op, --head-dim, --dtype and the flags name. Its group comes from a shape's heads."""
 
     op: str
     head_dim: int
@@ -70,11 +70,11 @@ class KernelArgs:
 
     def kernel(self, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
         """The spec and shape of the kernel at these sizes; by default at the first of the op's usual shapes."""
-        shape = next(iter(usual(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
-        ((spec, seen),) = kernels(self.op, self.head_dim, self.dtype, shape, self.flags)
-        return spec, seen
+        requested = next(iter(usual(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
+        ((spec, shape),) = kernels(self.op, self.head_dim, self.dtype, requested, self.flags)
+        return spec, shape
 
-    def holds(self, place: Place) -> bool:
+    def matches(self, place: Place) -> bool:
         """Whether a place belongs to this kernel, with any group and in any bucket of its window."""
         window = bucket_of(Shape(1, 1, 1, 1, 1, self.flags.window or 0)).window
         shape = representative(place.bucket, place.spec.group)
@@ -108,7 +108,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 SHAPE_HELP = (
     "batch,heads,seqlen: heads 32/8 are 32 query heads over 8 kv heads, seqlen 128x4096 is 128 queries over "
-    "4096 keys. For decode, one length is the cache's, of one query a sequence."
+    "4096 keys. For decode, a single length is the cache's, with one query per sequence."
 )
 
 
@@ -132,16 +132,16 @@ _OPTIONS = {name: "--causal and --full" if name == "causal" else f"--{name}" for
 
 
 def flag_options(command: Command, *, layouts: bool = False) -> Command:
-    """Add the options of kernels' flags; the command gets them as one argument, `flags`.
+    """Add the options that set a kernel's flags; the command gets them as one argument, `flags`.
 
-    layouts  makes --page-size repeatable, with 0 for no pages: the command gets `page_sizes`, flags have none
+    layouts  makes --page-size repeatable, with 0 for no pages; the command gets `page_sizes`, and flags.page_size is 0
     """
 
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
-        named = {name: given.pop(name) for name in _OPTIONS}
+        by_name = {name: given.pop(name) for name in _OPTIONS}
         page_size = 0 if layouts else given.pop("page_size") or 0
-        flags = Flags(page_size=page_size, cache_dtype=given.pop("cache_dtype") or "", **named)
+        flags = Flags(page_size=page_size, cache_dtype=given.pop("cache_dtype") or "", **by_name)
         return command(flags=flags, **given)
 
     page_size = click.option(
@@ -154,32 +154,36 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
             type=click.IntRange(min=0),
             multiple=True,
             metavar="N",
-            help="Decode only: pages of N keys, 0 for none. Repeatable: each shape with one after the other.",
+            help="Decode only: pages of N keys, 0 for none. Repeatable: every shape runs with each.",
         )
     options = (
-        click.option("--causal/--full", default=None, help="Causal, the default, or every key."),
-        click.option("--window", type=click.IntRange(min=1), metavar="N", help="A query sees N keys; causal only."),
-        click.option("--varlen", is_flag=True, help="Packed sequences: batch of them, of the shape's lengths."),
-        click.option("--stats", is_flag=True, help="Forward and decode: with lse, t_mean and v_mean."),
+        click.option("--causal/--full", default=None, help="Causal mask (the default), or every key."),
+        click.option(
+            "--window", type=click.IntRange(min=1), metavar="N", help="Sliding window of N keys; causal only."
+        ),
+        click.option(
+            "--varlen", is_flag=True, help="Packed sequences, one per batch entry, each of the shape's lengths."
+        ),
+        click.option("--stats", is_flag=True, help="Forward and decode: also return lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
-        click.option("--leftpad", is_flag=True, help="Decode only: every sequence has its own first key."),
+        click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its first key."),
         page_size,
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c), for any c, as in Gemma 2."),
-        click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: a cache in eight bits."),
+        click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )
     return _with_options(collect, options)  # type: ignore[return-value]
 
 
 def check_flags(flags: Flags, ops: Sequence[str]) -> None:
-    """Raise UsageError for a flag that none of the ops has."""
+    """Raise UsageError for a flag that none of the ops supports."""
     for name, options in _OPTIONS.items():
         given = flags.causal is not None if name == "causal" else bool(getattr(flags, name))
-        takers = [op for op in WORK if has_flag(op, name)]
-        if given and not set(ops) & set(takers):
-            raise click.UsageError(f"{options}: of --op {' or '.join(takers)}, not of {' or '.join(ops)}")
-    for option, of_cache in (("--page-size", flags.page_size), ("--cache-dtype", flags.cache_dtype)):
-        if of_cache and "decode" not in ops:
-            raise click.UsageError(f"{option}: of --op decode, not of {' or '.join(ops)}")
+        supporting = [op for op in WORK if has_flag(op, name)]
+        if given and not set(ops) & set(supporting):
+            raise click.UsageError(f"{options}: only with --op {' or '.join(supporting)}, not with {' or '.join(ops)}")
+    for option, value in (("--page-size", flags.page_size), ("--cache-dtype", flags.cache_dtype)):
+        if value and "decode" not in ops:
+            raise click.UsageError(f"{option}: only with --op decode, not with {' or '.join(ops)}")
 
 
 def kernel_options(command: Command) -> Command:
@@ -215,12 +219,12 @@ def resolve_gpu(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
     if name is None:
         card = card_here()
         if card is None:
-            raise UnknownGpuError("there is no CUDA device here: say which GPU is meant, such as --gpu h200")
+            raise UnknownGpuError("there is no CUDA device here: name a GPU, such as --gpu h200")
         return card
     try:
         return gpu_by_name(name)
     except UnknownGpuError:
-        card = card_here()  # a card that is not in the table has the name it was detected under
+        card = card_here()  # a card that is not in the table keeps the name that it was detected with
         if card is not None and card.name == name:
             return card
         raise

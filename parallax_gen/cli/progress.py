@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -18,15 +21,12 @@ from parallax_gen.memory.result import Result
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.job import Job, Progress
-import os
-import signal
-from types import FrameType
 
 MAX_SILENCE_S = 15.0  # without a terminal, the longest time between lines
 
 
-class View:
-    """A context manager and a tuner's watcher: `begin` a job, `update` after a trial, `end` the job. Jobs may overlap.
+class ProgressView:
+    """A context manager that the tuner calls: `begin` a job, `update` after a trial, `end` the job. Jobs may overlap.
 
     after_update is called at the end of each update.
     """
@@ -42,11 +42,11 @@ class View:
         self._console = console
         self._total, self._trials, self._budget_s = total, trials, time_budget_s
         self._after_update = after_update
-        self._begun = 0
+        self._begun_jobs = 0
         self._running: dict[Job, _Running] = {}
         self._live = Live(console=console, get_renderable=self._panel, transient=True) if console.is_terminal else None
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> ProgressView:
         if self._live:
             self._live.start()
         return self
@@ -56,46 +56,48 @@ class View:
             self._live.stop()
 
     def begin(self, job: Job) -> None:
-        self._begun += 1
-        self._running[job] = _Running(self._begun, self._budget_s)
-        self._say(f"[{self._begun}/{self._total}] {job.gpu.name}: {job.spec}; {job.bucket}")
+        self._begun_jobs += 1
+        self._running[job] = _Running(self._begun_jobs, self._budget_s)
+        self._print(f"[{self._begun_jobs}/{self._total}] {job.gpu.name}: {job.spec}; {job.bucket}")
 
     def update(self, progress: Progress) -> None:
         running = self._running[progress.job]
         first, running.progress = running.progress is None, progress
         if first and progress.known:
-            self._say(f"{self._mark(running)}{progress.known} configs are known from earlier runs: going on from there")
-        if self._live is None and progress.done and running.worth_a_line(progress):
+            self._print(
+                f"{self._prefix(running)}{progress.known} configs have results from earlier runs: continuing from these"
+            )
+        if self._live is None and progress.done and running.should_print(progress):
             running.last_line, running.shown_best = time.monotonic(), progress.best
             left = running.seconds_left()
-            self._say(f"{self._mark(running)}trial {progress.done}, {left:.0f} s left: {best_text(progress)}")
+            self._print(f"{self._prefix(running)}trial {progress.done}, {left:.0f} s left: {best_text(progress)}")
         self._after_update()
 
     def end(self, progress: Progress) -> None:
-        mark = self._mark(self._running.pop(progress.job))
+        prefix = self._prefix(self._running.pop(progress.job))
         outcomes = format_counts(progress.kinds) or "no config left to try"
         if progress.elsewhere:
             outcomes += f", and {progress.elsewhere} by other workers"
-        self._say(f"{mark}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
+        self._print(f"{prefix}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
 
-    def _mark(self, running: _Running) -> str:
-        """The prefix of a line: the job's number if several run."""
+    def _prefix(self, running: _Running) -> str:
+        """The prefix of a line: the job's number if several jobs run."""
         return "  " if len(self._running) < 2 else f"  [{running.number}] "
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
 
     def _panel(self) -> Group:
         """The live panel, redrawn several times a second so that the time left counts down."""
         lines = []
         for running in list(self._running.values()):
-            progress, mark = running.progress, self._mark(running)
-            kinds = format_counts(progress.kinds) if progress else ""
+            progress, prefix = running.progress, self._prefix(running)
+            outcomes = format_counts(progress.kinds) if progress else ""
             done = progress.done if progress else 0
             lines += [
-                f"{mark}trials {done}/{self._trials}  {kinds}",
-                f"{mark}{best_text(progress) if progress else 'compiling the first configs'}",
-                f"{mark}{running.seconds_left():.0f} of {self._budget_s:.0f} s left",
+                f"{prefix}trials {done}/{self._trials}  {outcomes}",
+                f"{prefix}{best_text(progress) if progress else 'compiling the first configs'}",
+                f"{prefix}{running.seconds_left():.0f} of {self._budget_s:.0f} s left",
             ]
         return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
@@ -115,7 +117,7 @@ class _Running:
             return self.budget_s
         return max(0.0, self.progress.deadline - time.monotonic())
 
-    def worth_a_line(self, progress: Progress) -> bool:
+    def should_print(self, progress: Progress) -> bool:
         return progress.best != self.shown_best or time.monotonic() - self.last_line > MAX_SILENCE_S
 
 
@@ -123,7 +125,7 @@ def best_text(progress: Progress) -> str:
     """`best 123.4 us, 512.3 TFLOP/s, M128 ...`, and whether it is only predicted."""
     best = progress.best
     if best is None or best.time_us is None:
-        return "none works so far"
+        return "no working config so far"
     text = f"{time_and_rate(best.place.spec, shape_of(best), best.time_us)}, {brief(best.config)}"
     return f"best {text}" if best.measured else f"best predicted {text}"
 
@@ -136,32 +138,31 @@ STDERR = 2  # a file descriptor: a signal may interrupt a print, and sys.stderr 
 class Interrupt:
     """A context in which the first Ctrl-C waits for the next `check`, and the second interrupts at once.
 
-    An interrupt could come between a trial's end and its row in the database. Waiting a fraction of a second keeps the
+    An interrupt could come between a trial's end and the write of its row. Waiting a fraction of a second keeps the
     running trial.
     """
 
     def __init__(self) -> None:
-        self._pressed = False
-        self._ours = False
+        self._was_pressed = False
+        self._handles_sigint = False
 
     def __enter__(self) -> Interrupt:
-        self._ours = (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        )  # otherwise SIGINT is ignored or has another handler
-        if self._ours:
-            signal.signal(signal.SIGINT, self._ask)
+        # Otherwise SIGINT is ignored or has another handler, which stays.
+        self._handles_sigint = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._handles_sigint:
+            signal.signal(signal.SIGINT, self._request_stop)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ours:
+        if self._handles_sigint:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if Ctrl-C was pressed."""
-        if self._pressed:
+        if self._was_pressed:
             raise KeyboardInterrupt
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self._pressed = True
+    def _request_stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._was_pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(STDERR, b"\nstopping after this trial; Ctrl-C again stops at once\n")

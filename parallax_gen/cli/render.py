@@ -23,8 +23,8 @@ COMPILE_TIMEOUT_S = 120.0
 @gpu_option
 @kernel_options
 @shape_option(more_help="Default: the first of the op's usual shapes.")
-@click.option("--config", "config_json", metavar="JSON", help="Every field of a config. Default: what a call gets.")
-@click.option("--resources", is_flag=True, help="Compile it too, and print registers, spills, shared memory to stderr.")
+@click.option("--config", "config_json", metavar="JSON", help="All fields of a config. Default: the one a call gets.")
+@click.option("--resources", is_flag=True, help="Also compile it; print registers, spills, shared memory to stderr.")
 @json_option
 def render_kernel(
     gpu: str | None,
@@ -50,8 +50,8 @@ def render_kernel(
     )
     source = render(spec, config, card)
     if as_json:
-        named = {"name": source.name, "sha256": source.sha256, "source": source.text}
-        print_json({"gpu": card.name, "spec": spec.to_dict(), "config": config_to_dict(config), **named})
+        rendered = {"name": source.name, "sha256": source.sha256, "source": source.text}
+        print_json({"gpu": card.name, "spec": spec.to_dict(), "config": config_to_dict(config), **rendered})
     else:
         click.echo(source.text, nl=False)
     if resources:
@@ -79,8 +79,8 @@ def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -
         reply = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
     if reply.resources is None:
         raise BuildError(f"compiling for {gpu.title}: {reply.outcome}: {reply.detail}")
-    needs = reply.resources
+    resources = reply.resources
     return (
-        f"{gpu.title}: {needs.registers} registers a thread, {needs.spills} bytes spilled, "
-        f"{needs.shared_bytes} bytes of shared memory; compiled in {reply.seconds:.1f} s"
+        f"{gpu.title}: {resources.registers} registers per thread, {resources.spills} bytes spilled, "
+        f"{resources.shared_bytes} bytes of shared memory; compiled in {reply.seconds:.1f} s"
     )

@@ -1,4 +1,4 @@
-"""`parallax-gen replay`: which sampler finds the best config soonest on recorded sweeps; what borrowed records lose."""
+"""`parallax-gen replay`: how soon samplers find the best config of a recorded sweep; how slow borrowed configs are."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ SEARCH_OPTIONS = {name: f"--{name}" for name in ("seeds", "share", "workers")} |
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--borrow", is_flag=True, help="Judge what calls would borrow, and not samplers.")
+@click.option("--borrow", is_flag=True, help="Evaluate the configs that calls would borrow, instead of samplers.")
 @click.option("--sampler", "samplers", multiple=True, metavar="NAME", help="Repeatable. Default: all but gp.")
-@click.option("--seeds", type=click.IntRange(min=1), default=20, show_default=True, help="Searches a sampler.")
+@click.option("--seeds", type=click.IntRange(min=1), default=20, show_default=True, help="Searches per sampler.")
 @click.option(
     "--share",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.2,
     show_default=True,
-    help="Of a sweep's configs that a search may try.",
+    help="Fraction of a sweep's configs that a search may try.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Processes. Default: one a core.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. Default: one per core.")
 @click.option(
     "--out",
     "folder",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Also write regrets.csv there, and regrets.png if matplotlib is there.",
+    help="Also write regrets.csv to this folder, and regrets.png if matplotlib is installed.",
 )
 @json_option
 @click.pass_context
@@ -60,23 +60,26 @@ def replay(
     folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Replay searches on recorded sweeps, to judge samplers.
+    """Replay searches on recorded sweeps, to compare samplers.
 
-    The tuner's own search proposes configs and gets the times recorded in the sweep. Regret is how much longer the best
-    config so far takes than the sweep's best; shown are the median and quartiles over all seeds.
+    The tuner's own search proposes configs and gets the times that the sweep recorded. Regret is how much longer the
+    best config so far takes than the sweep's best. The table has, per sampler, the trials until the regret is below
+    2 %, as the median and quartiles over all seeds; then the median regret after some fractions of the configs.
 
     \b
     Samplers
-      ours            as the tuner: the default config, then the default sampler
+      ours            as the tuner does: the default config, then the default
+                      sampler
       model           in the order of the static model, without measurements
       corrected       the model, corrected knob by knob from the times so far
       tpe             Optuna's, like tpe-univariate, cma (needs the package
                       cmaes) and gp (needs scipy)
       random
 
-    With --borrow no search is replayed: the ranking chooses a config for each place with more and more records left
-    out, and the measured times show how much slower each choice is. FILES are sweeps, or records from `parallax-gen db
-    export`; without any, shipped records and your database are judged against themselves.
+    With --borrow no search is replayed: the ranking chooses a config for each kernel and bucket with more and more
+    records left out, and measured times show how much slower each choice is than the fastest config. FILES hold the
+    times: sweeps, or records from `parallax-gen db export`. Without FILES the times are those of the shipped records
+    and your database.
 
     \b
     Example
@@ -84,13 +87,13 @@ def replay(
       parallax-gen replay --borrow
     """
     if borrow:
-        given = [name for name in SEARCH_OPTIONS if context.get_parameter_source(name) != ParameterSource.DEFAULT]
-        if given:
-            raise click.UsageError(f"--borrow replays no searches: leave out {SEARCH_OPTIONS[given[0]]}")
-        _judge_borrowing(files, as_json)
+        unusable = [name for name in SEARCH_OPTIONS if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+        if unusable:
+            raise click.UsageError(f"--borrow replays no searches: leave out {SEARCH_OPTIONS[unusable[0]]}")
+        _evaluate_borrowing(files, as_json)
         return
     if not files:
-        raise click.UsageError("name the files of the sweeps, or say --borrow")
+        raise click.UsageError("name files of sweeps, or use --borrow")
     from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, curves, read_sweep
     from parallax_gen.tuning.search.search import missing_package
 
@@ -98,25 +101,25 @@ def replay(
         if name not in STRATEGIES:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(STRATEGIES)}", param_hint="--sampler")
     usual = [name for name in STRATEGIES if name not in SLOW_SAMPLERS and missing_package(name) is None]
-    found: SearchCurves = []
+    replayed: SearchCurves = []
     for path in files:
         sweep = read_sweep(path)
         trials = max(1, math.ceil(share * len(sweep.results)))
         with console(stderr=True).status(f"{path.name}: {seeds} seeds, {trials} trials"):
-            found.append(
+            replayed.append(
                 (_name(path), sweep, curves(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers))
             )
         if not as_json:
-            _print(*found[-1])
+            _print(*replayed[-1])
     if folder is not None:
         from parallax_gen.bench.plots import draw_regrets, write_regrets
 
         folder.mkdir(parents=True, exist_ok=True)
-        write_regrets(folder / "regrets.csv", found)
-        if not draw_regrets(folder / "regrets.png", found):
-            click.echo("no picture: it needs matplotlib, pip install 'parallax-gen[pictures]'", err=True)
+        write_regrets(folder / "regrets.csv", replayed)
+        if not draw_regrets(folder / "regrets.png", replayed):
+            click.echo("no regrets.png, which needs matplotlib: pip install 'parallax-gen[pictures]'", err=True)
     if as_json:
-        print_json({"sweeps": [_to_json(*one) for one in found]})
+        print_json({"sweeps": [_to_json(*each) for each in replayed]})
 
 
 def _name(path: Path) -> str:
@@ -124,23 +127,23 @@ def _name(path: Path) -> str:
 
 
 def _title(name: str, sweep: Sweep) -> str:
-    whole = "every config" if sweep.whole else "PARTIAL: not every config"
-    return f"{name}: {sweep.place.spec}; {sweep.place.bucket}\n{len(sweep.results)} configs, {whole}"
+    extent = "every config" if sweep.whole else "PARTIAL: not every config"
+    return f"{name}: {sweep.place.spec}; {sweep.place.bucket}\n{len(sweep.results)} configs, {extent}"
 
 
 def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
     """A line per sampler: trials until within 2 % of the best (median, quartiles), then regrets over the search."""
     click.echo(_title(name, sweep))
     configs = len(sweep.results)
-    shown = [(fraction, math.ceil(fraction * configs)) for fraction in FRACTIONS]
-    shown = [(fraction, n) for fraction, n in shown if n <= len(curves[0].median)]
-    columns = ("", "trials to 2 %", "of all", *(f"at {fraction:.0%}" for fraction, _ in shown))
+    shown = [(share, math.ceil(share * configs)) for share in FRACTIONS]
+    shown = [(share, n) for share, n in shown if n <= len(curves[0].median)]
+    columns = ("sampler", "trials to 2 %", "of configs", *(f"regret at {share:.0%}" for share, _ in shown))
     rows = []
     for curve in curves:
         first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
-        of_all = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
+        fraction = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
         regrets = [_percent(curve.median[n - 1]) for _, n in shown]
-        rows.append((curve.strategy, f"{second} ({first} to {third})", of_all, *regrets))
+        rows.append((curve.strategy, f"{second} ({first} to {third})", fraction, *regrets))
     print_table(columns, rows, right=columns[1:])
     click.echo()
 
@@ -169,8 +172,8 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
     }
 
 
-def _judge_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
-    """Print the loss of borrowed choices, judged by the measurements in `files`, or by the memory's own."""
+def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
+    """Print the loss of borrowed choices, by the measurements in `files`, or without files by the memory's own."""
     from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.problem.hardware import GPUS
@@ -187,9 +190,11 @@ def _judge_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         print_json({"summaries": [asdict(line) for line in lines], "choices": [_choice(choice) for choice in choices]})
         return
-    columns = ("op", "choice", "places", "unmeasured", "mean", "worst", "default's mean", "worst")
+    columns = ("op", "choice", "places", "unmeasured", "mean", "worst", "default mean", "default worst")
     print_table(columns, map(_row, lines), right=columns[2:])
-    click.echo(f"\nlosses are over the fastest of a set, means geometric; sets of times: {len(sets)}")
+    click.echo("\nmean, worst: a config's time divided by the fastest of its set; means are geometric;")
+    click.echo("places: kernels and buckets with a time of both the choice and the default; unmeasured: those without;")
+    click.echo(f"sets of times: {len(sets)}")
 
 
 def _row(line: Summary) -> tuple[str, ...]:

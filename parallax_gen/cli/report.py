@@ -13,14 +13,14 @@ from parallax_gen.errors import ParallaxGenError
 
 
 @click.command()
-@click.option("--gpu", "gpus", metavar="NAME", multiple=True, help="Repeatable: such as h100 or h200. Default: all.")
+@click.option("--gpu", "gpus", metavar="NAME", multiple=True, help="Such as h100 or h200. Repeatable. Default: all.")
 @click.option(
     "--bench",
     "benches",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     multiple=True,
-    help="Repeatable: what bench --csv or bench --json wrote, for the comparison with other kernels.",
+    help="A file of bench --csv or bench --json, for the comparison with other kernels. Repeatable.",
 )
 @click.option(
     "--out",
@@ -33,7 +33,7 @@ from parallax_gen.errors import ParallaxGenError
     "--all-environments",
     "every",
     is_flag=True,
-    help="Also what was measured with another toolchain, or of another kernel, where there is something of this one's.",
+    help="Also show results of other toolchains and kernels where there are results of this toolchain and kernel.",
 )
 @json_option
 def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
@@ -43,13 +43,13 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
     which knobs mattered, what failed and why; and each best kernel's source. With --bench it also shows how our times
     compare with other kernels'. The page is one file that loads nothing else: it can be mailed, or read from a disk.
 
-    Each bucket shows results of today's kernels with this toolchain; if there are none, the newest of other kernels or
-    toolchains, which are marked.
+    Each bucket shows results of today's kernels with this toolchain; if there are none, the newest results of other
+    kernels or toolchains, which are marked.
 
     \b
     Example
       parallax-gen report --gpu h200 --bench serving.csv --out h200.html
-      with a file that `parallax-gen bench --grid serving --csv serving.csv` wrote
+      where `parallax-gen bench --grid serving --csv serving.csv` wrote the file
     """
     from parallax_gen.bench.rows import read_rows
     from parallax_gen.memory.descriptions import open_memory
@@ -58,23 +58,23 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
 
     rows = [row for path in benches for row in read_rows(path)]
     memory = open_memory()
-    found = collect(memory, gpus, rows, every=every)
+    data = collect(memory, gpus, rows, every=every)
     if as_json:
-        print_json(to_json(found, memory))
+        print_json(to_json(data, memory))
         return
-    page = html(found, _command(gpus, benches, every)).encode()
+    page = html(data, _command(gpus, benches, every)).encode()
     try:
         out.write_bytes(page)
     except OSError as error:
         raise ParallaxGenError(f"cannot write {out}: {error}") from error
-    measured = sum(study is not None and study.best is not None for study in found.by_place.values())
-    click.echo(f"{out}: {measured} measured buckets on {', '.join(found.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
-    if found.left_out:
-        click.echo(f"left out: {found.left_out} studies of other toolchains and kernels; --all-environments shows them")
+    measured = sum(study is not None and study.best is not None for study in data.by_place.values())
+    click.echo(f"{out}: {measured} measured buckets on {', '.join(data.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
+    if data.left_out:
+        click.echo(f"left out: {data.left_out} studies of other toolchains and kernels; --all-environments shows them")
 
 
 def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], every: bool) -> str:
-    """The command that makes the page, without this machine's folders."""
+    """The command that makes the page; of file paths only the names, without this machine's folders."""
     words = ["parallax-gen", "report"]
     for gpu in gpus:
         words += ["--gpu", gpu]

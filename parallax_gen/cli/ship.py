@@ -29,7 +29,7 @@ NO_DEFAULT, SLOWER = "no time of the default", "slower than the default"
 @click.option(
     "--to", "folder", type=click.Path(path_type=Path, file_okay=False), help="Default: the package's tuning_db."
 )
-@click.option("--check", is_flag=True, help="Write nothing: check that what ships is no slower than the default.")
+@click.option("--check", is_flag=True, help="Write nothing: check that shipped records are no slower than the default.")
 @json_option
 @click.pass_context
 def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, as_json: bool) -> None:
@@ -38,8 +38,8 @@ def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, 
     Merges the best results of today's kernels with this toolchain, and the default config's own time, into
     tuning_db/GPU.jsonl.
 
-    With --check, lists by toolchain the kernels and sizes for which that file has no time of today's default, or whose
-    best is slower than the default. The exit status is 1 if there are any.
+    With --check, lists the kernels and sizes, by toolchain, for which that file has no time of today's default config,
+    or for which its best config is slower than the default. The exit status is 1 if there are any.
 
     \b
     Example
@@ -49,7 +49,7 @@ def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, 
     if check:
         ctx.exit(1 if _check(gpu, folder, as_json) else 0)
     if gpu is None:
-        raise click.UsageError("say which card's records: --gpu NAME")
+        raise click.UsageError("--gpu NAME is required without --check")
     _ship(gpu, folder, as_json)
 
 
@@ -64,9 +64,7 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
         name = name_in_records(gpu, results)
         results = [r for r in results if r.place.gpu == name and not differences_from_here(r)]
         if not any(r.measured for r in results):
-            raise StoreError(
-                f"{store.path} holds nothing that was measured on {name} of today's kernels with this toolchain"
-            )
+            raise StoreError(f"{store.path} has no measurement of today's kernels with this toolchain on {name}")
         before = set(load_shipped(name, folder))
         path = write_shipped(  # failures too, because they remove records that no longer work
             results,
@@ -76,12 +74,12 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
             group=lambda r: (r.evidence.toolchain, is_rendered(r, card_of(r.place))),
         )
     after = set(load_shipped(name, folder))
-    places, new, gone = len({r.place for r in after}), len(after - before), len(before - after)
+    places, new, removed = len({r.place for r in after}), len(after - before), len(before - after)
     if as_json:
-        counts = {"records": len(after), "places": places, "new_or_changed": new, "replaced_or_dropped": gone}
+        counts = {"records": len(after), "places": places, "new_or_changed": new, "replaced_or_dropped": removed}
         print_json({"gpu": name, "file": str(path), **counts})
         return
-    changes = f"{new} new or changed, {gone} replaced or dropped"
+    changes = f"{new} new or changed, {removed} replaced or dropped"
     click.echo(f"{path}: {len(after)} records of {places} kernels and buckets; {changes}")
 
 
@@ -93,22 +91,22 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
 
     names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]
     if not names:
-        raise StoreError("nothing ships" if folder is None else f"no records in {folder}")
+        raise StoreError("there are no shipped records" if folder is None else f"no records in {folder}")
     cards = []
     for name in names:
         records = load_shipped(name, folder)
         if not records:
-            raise StoreError(f"nothing ships for {name}")
+            raise StoreError(f"there are no shipped records for {name}")
         comparisons = comparisons_of(records, card_of(records[0].place))
-        wrong = [(comparison, what) for comparison in comparisons if (what := _finding(comparison))]
-        places = len({r.place for r in records}), len({s.place for s in comparisons})
-        cards.append((name, *places, wrong))
+        findings = [(comparison, finding) for comparison in comparisons if (finding := _finding(comparison))]
+        places = len({r.place for r in records}), len({c.place for c in comparisons})
+        cards.append((name, *places, findings))
     if as_json:
         print_json({"cards": [_card_to_json(*card) for card in cards]})
     else:
         for card in cards:
             _print_card(*card)
-    return sum(len(wrong) for *_, wrong in cards)
+    return sum(len(findings) for *_, findings in cards)
 
 
 def _finding(comparison: Comparison) -> str:
@@ -116,17 +114,17 @@ def _finding(comparison: Comparison) -> str:
     return NO_DEFAULT if comparison.default is None else SLOWER if comparison.slower else ""
 
 
-def _counts(wrong: list[tuple[Comparison, str]]) -> dict[str, int]:
-    kinds = Counter(what for _, what in wrong)
-    return {what: kinds[what] for what in (NO_DEFAULT, SLOWER)}
+def _counts(findings: list[tuple[Comparison, str]]) -> dict[str, int]:
+    counts = Counter(finding for _, finding in findings)
+    return {finding: counts[finding] for finding in (NO_DEFAULT, SLOWER)}
 
 
-def _print_card(name: str, places: int, alive: int, wrong: list[tuple[Comparison, str]]) -> None:
-    if wrong:
+def _print_card(name: str, places: int, current: int, findings: list[tuple[Comparison, str]]) -> None:
+    if findings:
         numbers = ("best us", "default us", "gain")
-        print_table((*numbers, "with", name), [_row(comparison) for comparison, _ in wrong], right=numbers)
-    counts = ", ".join(f"{count} {what}" for what, count in _counts(wrong).items())
-    click.echo(f"{name}: {places} kernels and sizes, {alive} of them with records of today's kernels: {counts}")
+        print_table((*numbers, "measured with", name), [_row(comparison) for comparison, _ in findings], right=numbers)
+    counts = ", ".join(f"{count} {finding}" for finding, count in _counts(findings).items())
+    click.echo(f"{name}: {places} kernels and sizes, {current} of them with records of today's kernels: {counts}")
 
 
 def _row(comparison: Comparison) -> tuple[str, ...]:
@@ -138,15 +136,15 @@ def _row(comparison: Comparison) -> tuple[str, ...]:
     return *times, gain_text(comparison.gain), f"Triton {minor(best.evidence.triton)}", where
 
 
-def _card_to_json(name: str, places: int, alive: int, wrong: list[tuple[Comparison, str]]) -> dict[str, Any]:
-    counts = {what.replace(" ", "_"): count for what, count in _counts(wrong).items()}
-    findings = [
+def _card_to_json(name: str, places: int, current: int, findings: list[tuple[Comparison, str]]) -> dict[str, Any]:
+    counts = {finding.replace(" ", "_"): count for finding, count in _counts(findings).items()}
+    listed = [
         {
-            "finding": what,
+            "finding": finding,
             "best": comparison.chosen.to_dict(),
             "default_us": comparison.default and comparison.default.time_us,
             "gain": comparison.gain,
         }
-        for comparison, what in wrong
+        for comparison, finding in findings
     ]
-    return {"gpu": name, "places": places, "of_todays_kernels": alive, **counts, "findings": findings}
+    return {"gpu": name, "places": places, "of_todays_kernels": current, **counts, "findings": listed}

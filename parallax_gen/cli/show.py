@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @shape_option(required=True)
 @json_option
 def show(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) -> None:
-    """Show all that is known of one kernel at one shape.
+    """Show all results of one kernel at one shape.
 
-    Lists all results of the shape's bucket, from fast to slow, then failures with their reasons. Results of another
-    toolchain, or of other kernels than today's, are marked.
+    Lists all results of the shape's bucket, from fast to slow, then failures with their reasons. Marks results of
+    another toolchain, and of other kernels than today's.
 
     \b
     Example
@@ -45,19 +45,22 @@ def show(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) ->
         return
     click.echo(f"{card.name}: {place.spec}; {place.bucket}")
     if not results:
-        click.echo("nothing is known of this place: parallax-gen explain says what is used")
+        click.echo("there are no results for this kernel and bucket: parallax-gen explain says which config calls get")
         return
     _print_timed([r for r in results if not r.outcome.failed], origins)
     _print_failed([r for r in results if r.outcome.failed])
     click.echo(LEGEND)
-    click.echo("unlike: what of it is not as here, if anything: kernel, Triton, ptxas (cuda), timing protocol")
+    click.echo("status: measured (by you), shipped (measured elsewhere), or predicted (calls never use it);")
+    click.echo("regs: registers per thread; spills: bytes per thread; shared: bytes per program;")
+    click.echo("error: relative, against an fp64 oracle;")
+    click.echo("differs in: how the result differs from this process: kernel, Triton, ptxas (cuda), timing protocol")
 
 
 def _print_timed(results: list[Result], origins: Origins) -> None:
     if not results:
         return
     numbers = ("time us", "regs", "spills", "shared", "error")
-    print_table((*numbers, "config", "known as", "unlike"), [_row(r, origins) for r in results], right=numbers)
+    print_table((*numbers, "config", "status", "differs in"), [_row(r, origins) for r in results], right=numbers)
     click.echo()
 
 
@@ -78,8 +81,8 @@ def _print_failed(results: list[Result]) -> None:
         )
         click.echo(f"{shared} shared, error {error}" + (f", {number(result.time_us)} us" if result.time_us else ""))
         if result.detail:
-            again = " (a fault of the machine: tune tries it again)" if result.is_machine_fault else ""
-            click.echo(f"    {result.detail}{again}")
+            retry_note = " (a fault of the machine: tune tries it again)" if result.is_machine_fault else ""
+            click.echo(f"    {result.detail}{retry_note}")
     if results:
         click.echo()
 

@@ -1,4 +1,4 @@
-"""`parallax-gen sweep`: writes the results of all configs of a kernel to files, to replay searches on."""
+"""`parallax-gen sweep`: writes the results of all configs of a kernel to files, on which searches are replayed."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     "--partial",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Also those that are not whole, of N tried configs at the least; their files say so.",
+    help="Also write partial sweeps with at least N tried configs. Their files say that they are partial.",
 )
-@click.option("--plain", is_flag=True, help="As text, and not gzipped.")
+@click.option("--plain", is_flag=True, help="Write text files, not gzipped ones.")
 @click.option(
     "--to", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("sweeps"), show_default=True
 )
 def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, folder: Path) -> None:
     """For maintainers: write the database's sweeps to files.
 
-    One file a kernel and bucket. A sweep is whole when every valid config was tried: tune with --trials 9999 and a
-    --time-budget of an hour does that. Samplers are judged on it without a GPU: parallax-gen replay.
+    Writes one file per kernel and bucket. A sweep is whole if every valid config was tried: tune with --trials 9999 and
+    a --time-budget of an hour does that. On a sweep, parallax-gen replay compares samplers without a GPU.
 
     \b
     Example
@@ -51,24 +51,24 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
     with Store(read_only=True) as store:
         results = store.all(name_in_records(gpu, store.all()) if gpu else None, op)
     written = []
-    together: dict[tuple[Place, Toolchain], list[Result]] = {}
+    by_place: dict[tuple[Place, Toolchain], list[Result]] = {}
     for result in results:
         if not result.informative:
             continue
-        together.setdefault((result.place, result.evidence.toolchain), []).append(result)
-    for (place, toolchain), tried in together.items():
+        by_place.setdefault((result.place, result.evidence.toolchain), []).append(result)
+    for (place, toolchain), tried in by_place.items():
         if place.gpu not in GPUS or not any(result.outcome.timed for result in tried):
             continue
-        found = sweep_of(tried, GPUS[place.gpu])
-        if found.whole or (partial is not None and len(tried) >= partial):
+        recorded = sweep_of(tried, GPUS[place.gpu])
+        if recorded.whole or (partial is not None and len(tried) >= partial):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{file_name(place, toolchain)}.jsonl{'' if plain else '.gz'}"
-            write_sweep(found, path)
-            written.append((path, found))
+            write_sweep(recorded, path)
+            written.append((path, recorded))
     if not written:
-        raise StoreError(f"{store.path} holds no whole sweep of these: tune with more --trials, or say --partial N")
+        raise StoreError(f"{store.path} has no such whole sweep: tune with more --trials, or use --partial N")
     _print(written)
-    click.echo(f"in {folder}")
+    click.echo(f"written to {folder}")
 
 
 def file_name(place: Place, toolchain: Toolchain) -> str:
@@ -81,7 +81,7 @@ def file_name(place: Place, toolchain: Toolchain) -> str:
 def _print(written: list[tuple[Path, Sweep]]) -> None:
     columns = ("configs", "whole", "best us", "file")
     rows = [
-        (str(len(found.results)), "yes" if found.whole else "no", number(found.best_us), path.name)
-        for path, found in written
+        (str(len(recorded.results)), "yes" if recorded.whole else "no", number(recorded.best_us), path.name)
+        for path, recorded in written
     ]
     print_table(columns, rows, right=("configs", "best us"))

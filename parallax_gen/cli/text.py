@@ -25,37 +25,37 @@ def console(*, stderr: bool = False) -> Console:
 
 
 GAP = "  "  # between columns
-LEAST_WIDTH = 8  # of a folded column
+MIN_WIDTH = 8  # of a folded column
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print a table without rules, folding its last column if it is too wide. Columns in `right` hold numbers.
+    """Print a table without rules, folding its last column if it is too wide. Columns in `right` are aligned right.
 
-    In a pipe or a file nothing is folded, unless COLUMNS gives the width.
+    In a pipe or a file nothing is folded, unless the variable COLUMNS gives the width.
     """
     table = [columns, *rows]
     widths = [max(1, *map(len, cells)) for cells in zip(*table, strict=True)]
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         others = sum(width + len(GAP) for width in widths[:-1])
-        widths[-1] = min(widths[-1], max(get_terminal_size().columns - others, LEAST_WIDTH))
+        widths[-1] = min(widths[-1], max(get_terminal_size().columns - others, MIN_WIDTH))
     justify = [str.rjust if name in right else str.ljust for name in columns]
     for row, (*before, last) in enumerate(table):
         for line, part in enumerate(wrap(last, widths[-1]) or [""]):
             cells = (*(cell if line == 0 else "" for cell in before), part)
-            placed = (place(cell, width) for place, cell, width in zip(justify, cells, widths, strict=True))
-            click.secho(GAP.join(placed).rstrip(), bold=row == 0)
+            aligned = (align(cell, width) for align, cell, width in zip(justify, cells, widths, strict=True))
+            click.secho(GAP.join(aligned).rstrip(), bold=row == 0)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print the only document on standard output. Values that JSON cannot hold, such as infinity, become null."""
-    click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
+    """Print one JSON document on standard output. Values that JSON cannot hold, such as infinity, become null."""
+    click.echo(json.dumps(_without_infinities(document), indent=2, allow_nan=False))
 
 
-def _plain(value: Any) -> Any:
+def _without_infinities(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _without_infinities(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_without_infinities(part) for part in value]
     return value

@@ -43,23 +43,25 @@ if TYPE_CHECKING:
     type=parse_head_dim,
     metavar="N",
     multiple=True,
-    help="Repeatable. Default: 128; the usual training shapes' own.",
+    help="Repeatable. Default: 128; for the usual training shapes their own.",
 )
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Repeatable. Default: bf16.")
-@shape_option(multiple=True, more_help="Repeatable, and taken for every op. Default: the usual ones.")
-@click.option("--refresh", is_flag=True, help="Time again what is known, and search no further.")
-@click.option("--grid", type=click.Choice(tuple(GRIDS)), help="Of decode shapes, instead of --op and --shape.")
+@shape_option(multiple=True, more_help="Repeatable; every op is tuned at each. Default: the usual shapes.")
+@click.option("--refresh", is_flag=True, help="Time known configs again, without a search.")
+@click.option("--grid", type=click.Choice(tuple(GRIDS)), help="A grid of decode shapes, instead of --op and --shape.")
 @flag_options
-@click.option("--trials", type=click.IntRange(min=1), default=64, show_default=True, help="Configs a job.")
+@click.option(
+    "--trials", type=click.IntRange(min=1), default=64, show_default=True, help="Configs per kernel and bucket."
+)
 @click.option(
     "--time-budget", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True, help="Seconds a job."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one a CPU that it may use.")
+@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one per usable CPU.")
 @devices_option
 @click.option(
     "--storage",
     metavar="URL",
-    help="Share the jobs with workers elsewhere: postgresql://user@host/name, or journal:FILE on a shared disk.",
+    help="Share the jobs with other machines' workers: postgresql://user@host/name, or journal:FILE on a shared disk.",
 )
 @json_option
 def tune(
@@ -80,12 +82,12 @@ def tune(
 ) -> None:
     """Find the best kernels for a GPU, and remember them.
 
-    Every finished trial is stored: Ctrl-C loses none, and running again goes on. Without a CUDA device, configs are
-    compiled and ranked by a model, and nothing is measured.
+    Every finished trial is stored: Ctrl-C loses none, and the same command continues. Without a CUDA device, configs
+    are compiled and ranked by a model, and nothing is measured.
 
-    --refresh is for a new Triton, driver or template: for each known kernel and bucket (selected by --op, --head-dim
-    and --dtype, or by --shape, --grid and flags) it times the few best records and the default again, in a second or
-    two.
+    --refresh is for a new Triton, driver or template. For each kernel and bucket with results (selected by --op,
+    --head-dim and --dtype, or by --shape, --grid and flags) it times the few best records and the default again, in a
+    second or two.
 
     \b
     Usual shapes, as batch,heads,seqlen
@@ -111,11 +113,11 @@ def tune(
     from parallax_gen.tuning.tuner import Tuner, children
 
     if grid and (shapes or ops not in ((), ("decode",))):
-        raise click.UsageError("--grid: of --op decode alone, without --shape")
+        raise click.UsageError("--grid: only with --op decode, and without --shape")
     if refresh and storage is not None:
-        raise click.UsageError("--refresh: one process times again what it knows, without --storage")
+        raise click.UsageError("--refresh: not with --storage, because one process times its own records")
     all_known = refresh and not (grid or shapes or flags != NO_FLAGS)
-    wanted = functools.partial(_is_wanted, ops=ops, head_dims=head_dims, dtypes=dtypes)
+    matches = functools.partial(_matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)
     ops = ("decode",) if grid else ops or ALL_WORK
     check_flags(flags, ops)
     shapes_by_op = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
@@ -124,20 +126,20 @@ def tune(
         card, measure = card_to_tune(gpu, measuring)
         if not measure and (storage is not None or refresh):
             raise MeasureError(
-                "--refresh: there is no CUDA device here to time it on"
+                "--refresh: there is no CUDA device here to measure on"
                 if refresh
-                else "--storage: there is no CUDA device here, and what is only predicted is not shared"
+                else "--storage: there is no CUDA device here, and predictions are not shared"
             )
         if all_known:
-            jobs = refresh_jobs(Memory(store), card, wanted)
+            jobs = refresh_jobs(Memory(store), card, matches)
         elif grid:
             jobs = grid_jobs(card, GRIDS[grid], head_dims, dtypes, flags)
         else:
             jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=shapes_by_op, flags=flags)
         if not jobs and all_known:
-            raise MeasureError(f"--refresh: nothing is known of these kernels on {card.name}: tune them")
+            raise MeasureError(f"--refresh: there are no results of these kernels on {card.name}: tune them first")
         if not jobs:
-            raise click.UsageError("no usual shape has that --head-dim: say which --shape is meant")
+            raise click.UsageError("no usual shape has that --head-dim: give a --shape")
         tuner = Tuner(
             store,
             measure=measure,
@@ -147,8 +149,8 @@ def tune(
             refresh=Memory(store) if refresh else None,
         )
         with tuner:
-            most = min(trials, MAX_REFRESHED) if refresh else trials
-            done = _tune_all(tuner, jobs, measure, most, time_budget, store.path)
+            max_trials = min(trials, MAX_REFRESHED) if refresh else trials
+            done = _tune_all(tuner, jobs, measure, max_trials, time_budget, store.path)
     path = store.path
     if as_json:
         print_json(_to_json(done, card, measure, path))
@@ -160,7 +162,7 @@ def tune(
         raise MeasureError("no config worked in any job: parallax-gen show says why each one failed")
 
 
-def _is_wanted(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
+def _matches_filters(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
     """Whether a place matches the given filters; an empty filter matches everything."""
     spec = place.spec
     of_step = spec.family in STEP and (spec.stats or spec.family != "forward")
@@ -174,20 +176,20 @@ def _is_wanted(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dt
 def _tune_all(
     tuner: Tuner, jobs: list[Job], measure: bool, trials: int, time_budget: float, path: Path
 ) -> list[Progress]:
-    from parallax_gen.cli.progress import Interrupt, View
+    from parallax_gen.cli.progress import Interrupt, ProgressView
 
     if not measure:
         click.echo("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)
     interrupt = Interrupt()
-    view = View(console(stderr=True), len(jobs), trials, time_budget, after_update=interrupt.check)
+    view = ProgressView(console(stderr=True), len(jobs), trials, time_budget, after_update=interrupt.check)
     try:
         with view, interrupt:
             return tuner.tune_all(jobs, trials=trials, time_budget_s=time_budget, watcher=view)
     except KeyboardInterrupt:
-        click.echo(f"stopped: all finished trials are kept in {path}; run again to go on", err=True)
+        click.echo(f"stopped: all finished trials are stored in {path}; run again to continue", err=True)
         raise
     except MachineError as error:
-        advice = "no config's fault, and not stored: once it is mended, run again to go on"
+        advice = "no config caused this, so it is not stored; once it is fixed, run again to continue"
         raise MachineError(f"{error}: {advice}") from error
 
 
@@ -217,7 +219,7 @@ def _row(progress: Progress) -> tuple[str, ...]:
 
 
 def _failures(progress: Progress) -> dict[Outcome, int]:
-    return {kind: count for kind, count in progress.kinds.items() if kind.failed}
+    return {outcome: count for outcome, count in progress.kinds.items() if outcome.failed}
 
 
 def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ring attention: keys and values travel around the ranks; each transfer overlaps attention over the current keys."""
+"""Ring attention: keys and values are passed around the ranks while each rank attends over the keys it holds."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def ring_attn_func(
     group          the default group if not given. All its ranks must make the same call
 
     Returns out, like q: this rank's shard. Partial results are merged in fp32. Every rank holds its own shard of k and
-    v and one more, and in the backward their gradients in fp32. For the backward it saves q, r, k, v, out, v̄, lse and
+    v and one more, and in the backward their gradients in fp32. For the backward it keeps q, r, k, v, out, v̄, lse and
     t̄ of its own shard. Gradients are first derivatives; tangents and torch.func transforms are refused. Under
     torch.autocast q, r, k and v are cast to its dtype and sent in it. Raises ArgumentError, naming the argument.
     """
@@ -110,37 +110,36 @@ class _Ring(NamedTuple):
 
     def start_transfer(self, *tensors: Tensor) -> _Transfer:
         """Start sending contiguous tensors to the next rank and receiving the same number from the previous rank."""
-        arriving = tuple(torch.empty_like(x) for x in tensors)
-        sent = [dist.P2POp(dist.isend, x, self.next, self.group) for x in tensors]
-        received = [dist.P2POp(dist.irecv, x, self.previous, self.group) for x in arriving]
-        return _Transfer(dist.batch_isend_irecv([*sent, *received]), tensors, arriving)
+        received = tuple(torch.empty_like(x) for x in tensors)
+        sends = [dist.P2POp(dist.isend, x, self.next, self.group) for x in tensors]
+        receives = [dist.P2POp(dist.irecv, x, self.previous, self.group) for x in received]
+        return _Transfer(dist.batch_isend_irecv([*sends, *receives]), tensors, received)
 
     def visible(self, step: int, seqlen: int, causal: bool) -> _Visible:
-        """What this rank's queries see of the keys it holds at `step`: those of the rank `step` places before it."""
-        everything, half = slice(0, seqlen), seqlen // 2
+        """What this rank's queries see of the keys it holds at `step`: the keys of the rank `step` places before it."""
+        whole, half = slice(0, seqlen), seqlen // 2
         if not causal:
-            return _Visible(everything, everything, False)
+            return _Visible(whole, whole, False)
         source = (self.rank - step) % self.ranks
         if source == self.rank:
-            return _Visible(everything, everything, True)
+            return _Visible(whole, whole, True)
         if source < self.rank:  # the source's second chunk comes after both chunks of this rank
-            return _Visible(everything, slice(0, half), False)
-        return _Visible(
-            slice(half, seqlen), everything, False
-        )  # both chunks of the source come after this rank's first chunk
+            return _Visible(whole, slice(0, half), False)
+        # Both chunks of the source come after this rank's first chunk.
+        return _Visible(slice(half, seqlen), whole, False)
 
 
 class _Transfer(NamedTuple):
-    """An unfinished exchange of tensors. `sent` must not change until it is done."""
+    """An unfinished exchange of tensors. `sent` must not change until `wait` returns."""
 
     works: list[dist.Work]
     sent: tuple[Tensor, ...]
-    arriving: tuple[Tensor, ...]
+    received: tuple[Tensor, ...]
 
     def wait(self) -> tuple[Tensor, ...]:
         for work in self.works:
             work.wait()
-        return self.arriving
+        return self.received
 
 
 class _RingAttention(torch.autograd.Function):
@@ -162,11 +161,11 @@ class _RingAttention(torch.autograd.Function):
             transfer = ring.start_transfer(keys, values) if step + 1 < ring.ranks else None
             visible = ring.visible(step, q.shape[1], causal)
             request = _request_for(visible, q, r, keys, values, softmax_scale, softcap)
-            here = State(*forward_without_autograd(request))
+            partial = State(*forward_without_autograd(request))
             if merged is None:  # the rank's own keys; every query sees some of them
-                merged = here._replace(out=here.out.float(), v_mean=here.v_mean.float())
+                merged = partial._replace(out=partial.out.float(), v_mean=partial.v_mean.float())
             else:
-                merge_into(_state_rows(merged, visible.rows), here)
+                merge_into(_state_rows(merged, visible.rows), partial)
             if transfer is not None:
                 keys, values = transfer.wait()
         assert merged is not None
@@ -184,7 +183,7 @@ class _RingAttention(torch.autograd.Function):
         do = do.contiguous()
         dq, dr = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, r))
         keys, values = k.contiguous(), v.contiguous()
-        # The gradients of keys and values travel with them, one step behind, and are back home after the last step.
+        # The gradients of keys and values follow one step behind. After the last step every rank has its own again.
         dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
         gradient_transfer: _Transfer | None = None
         for step in range(ring.ranks):

@@ -30,10 +30,10 @@ from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher
 from parallax_gen.runtime.plan import PlanCache
 
-# A kernel of every template: ranks with the same templates that render these alike render all kernels alike.
+# One kernel of every template: ranks that have the same templates and render these equally render all kernels equally.
 SPECS = tuple(KernelSpec(op, 64, "bf16") for op in OPS)
 
-PROBLEM = "problem"  # key in the statement of a rank that failed
+PROBLEM = "problem"  # key in the properties of a rank that failed
 
 
 def share_tuning(group: dist.ProcessGroup | None = None) -> int:
@@ -62,22 +62,22 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     gpu, text = None, "\n"  # an empty line is no record, and makes the broadcast non-empty
     try:
         gpu = gpu_here()
-        statement = _environment(gpu)
+        properties = _environment(gpu)
         if rank == 0 and gpu is not None:
             with closing(RuntimeMemory()) as memory:
                 text += "".join(map(to_line, records_to_share(memory, gpu)))
     except ParallaxGenError as error:
-        statement = {PROBLEM: str(error)}
-    _check_all_agree(statement, group, global_ranks)
+        properties = {PROBLEM: str(error)}
+    _check_all_agree(properties, group, global_ranks)
 
     text = _broadcast_text(text, group, global_ranks)
     records: list[Result] = []
     try:
         records = _parse_records(text, gpu)
-        statement = {"the choice of kernels": _choice_digest(records, gpu)}
+        properties = {"the choice of kernels": _choice_digest(records, gpu)}
     except ParallaxGenError as error:
-        statement = {PROBLEM: str(error)}
-    _check_all_agree(statement, group, global_ranks)
+        properties = {PROBLEM: str(error)}
+    _check_all_agree(properties, group, global_ranks)
 
     default_dispatcher().use(RecordTable(records))
     PlanCache.clear_all()
@@ -105,17 +105,14 @@ def _environment(gpu: Gpu | None) -> dict[str, str]:
 
 def _parse_records(text: str, gpu: Gpu | None) -> list[Result]:
     """Parse the records from rank 0. Raises DistributedError for any line that this GPU's choices cannot use."""
-    found = read_lines("the table of rank 0", text.encode().splitlines())
+    parsed = read_lines("the table of rank 0", text.encode().splitlines())
     cards = () if gpu is None else (gpu.name, *siblings(gpu))
-    wrong = [r for r in found.results if r.place.gpu not in cards or not r.informative]
-    if found.problems or wrong:
-        what = (
-            found.problems[0]
-            if found.problems
-            else f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here can use it"
-        )
-        raise DistributedError(what)
-    return found.results
+    wrong = [r for r in parsed.results if r.place.gpu not in cards or not r.informative]
+    if parsed.problems:
+        raise DistributedError(parsed.problems[0])
+    if wrong:
+        raise DistributedError(f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here can use it")
+    return parsed.results
 
 
 def _choice_digest(records: list[Result], gpu: Gpu | None) -> str:
@@ -135,20 +132,20 @@ def _digest(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def _check_all_agree(statement: dict[str, str], group: dist.ProcessGroup | None, global_ranks: list[int]) -> None:
-    """Raise the same DistributedError on all ranks unless all statements are equal and no rank failed."""
-    statements = [json.loads(text) for text in _gather_texts(json.dumps(statement), group, len(global_ranks))]
+def _check_all_agree(properties: dict[str, str], group: dist.ProcessGroup | None, global_ranks: list[int]) -> None:
+    """Raise the same DistributedError on all ranks unless their properties are equal and no rank failed."""
+    gathered = [json.loads(text) for text in _gather_texts(json.dumps(properties), group, len(global_ranks))]
     by_problem: dict[str, list[int]] = {}
-    for rank, statement in zip(global_ranks, statements, strict=True):
-        if PROBLEM in statement:
-            by_problem.setdefault(statement[PROBLEM], []).append(rank)
+    for rank, theirs in zip(global_ranks, gathered, strict=True):
+        if PROBLEM in theirs:
+            by_problem.setdefault(theirs[PROBLEM], []).append(rank)
     if by_problem:
         raise DistributedError("; ".join(f"{ranks_text(ranks)}: {problem}" for problem, ranks in by_problem.items()))
     differing = []
-    for name in statement:
+    for name in properties:
         by_value: dict[str, list[int]] = {}
-        for rank, statement in zip(global_ranks, statements, strict=True):
-            by_value.setdefault(statement[name], []).append(rank)
+        for rank, theirs in zip(global_ranks, gathered, strict=True):
+            by_value.setdefault(theirs[name], []).append(rank)
         if len(by_value) > 1:
             values = ", ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in by_value.items())
             differing.append(f"{name} is {values}")
@@ -165,23 +162,23 @@ def ranks_text(ranks: list[int]) -> str:
 
 def _broadcast_text(text: str, group: dist.ProcessGroup | None, global_ranks: list[int]) -> str:
     """The first rank's text, on all ranks."""
-    mine = _bytes(text, group)
-    size = torch.tensor([len(mine)], device=mine.device)
+    own = _bytes(text, group)
+    size = torch.tensor([len(own)], device=own.device)
     dist.broadcast(size, global_ranks[0], group=group)
-    sent = mine if dist.get_rank() == global_ranks[0] else mine.new_empty(int(size))
-    dist.broadcast(sent, global_ranks[0], group=group)
-    return _text(sent)
+    broadcast = own if dist.get_rank() == global_ranks[0] else own.new_empty(int(size))
+    dist.broadcast(broadcast, global_ranks[0], group=group)
+    return _text(broadcast)
 
 
 def _gather_texts(text: str, group: dist.ProcessGroup | None, ranks: int) -> list[str]:
     """Every rank's text, on all ranks."""
-    mine = _bytes(text, group)
-    size = torch.tensor([len(mine)], device=mine.device)
+    own = _bytes(text, group)
+    size = torch.tensor([len(own)], device=own.device)
     sizes = [torch.empty_like(size) for _ in range(ranks)]
     dist.all_gather(sizes, size, group=group)
     lengths = [int(size) for size in sizes]
-    padded = mine.new_zeros(max(lengths))
-    padded[: len(mine)] = mine
+    padded = own.new_zeros(max(lengths))
+    padded[: len(own)] = own
     texts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(texts, padded, group=group)
     return [_text(text[:length]) for text, length in zip(texts, lengths, strict=True)]

@@ -1,1 +1,1 @@
-"""Parallax attention in other libraries' models, one module per library. Only these modules import the libraries."""
+"""Parallax attention in other libraries' models, one module per library. Only these modules import them."""

@@ -54,7 +54,7 @@ def attention_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -
 def attentions_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[ParallaxAttention]:
     """`attention_from_fla` for every layer of fla's `ParallaxModel` or `ParallaxForCausalLM`, in order.
 
-    state   the model's state dict; only attention weights are used
+    state   the model's state dict; only its attention weights are used
     config  its config.json, with num_hidden_layers
     """
     parts: dict[int, dict[str, Tensor]] = {}
@@ -85,8 +85,8 @@ def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[
         "head_dim": layer.head_dim * layer.num_heads != width,
         "bias": output_bias is not None and bool(output_bias.any()),
     }
-    for name, is_so in lacking.items():
-        if is_so:
+    for name, is_lacking in lacking.items():
+        if is_lacking:
             allowed = "causal, rotated, without norms, of head_dim hidden_size / num_heads, o_proj without a bias"
             raise ArgumentError("layer", f"another {name} than fla has", allowed)
     config: dict[str, Any] = {"hidden_size": width, "num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}

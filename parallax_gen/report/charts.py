@@ -67,8 +67,8 @@ class Roofline:
 class History:
     """The history of one study: each trial's time relative to the study's best, and the best so far as a line.
 
-    timed, slow, failed  SVG paths of dots
-    better               the trials that improved the best
+    timed, slow, failed  SVG paths with a mark for each trial that was timed, given up as too slow, or failed
+    better               the trials that were faster than all before them
     """
 
     width: int
@@ -88,26 +88,26 @@ class History:
 DECADES = tuple(10.0**n for n in range(-4, 6))
 WIDTH, HEIGHT = 580, 380
 SMALL_WIDTH, SMALL_HEIGHT = 264, 136
-MAX_RATIO = 10.0  # times the best: slower trials lie at the upper edge
+MAX_RATIO = 10.0  # relative to the best time: slower trials lie at the upper edge
 
 
 def rooflines(studies: Iterable[Study]) -> list[Roofline]:
     """One roofline per card with known peaks, of its studies with a measured best; all share their axes."""
-    of: dict[Gpu, list[tuple[Study, float, float]]] = {}
+    by_gpu: dict[Gpu, list[tuple[Study, float, float]]] = {}  # (study, FLOP/byte, TFLOP/s)
     for study in studies:
         if study.best is not None and study.best.time_us is not None and study.gpu is not None:
             work = work_of(study.place.spec, shape_of(study.best))
-            achieved = study, work.flops / work.bytes, work.flops / study.best.time_us / 1e6
-            of.setdefault(study.gpu, []).append(achieved)
-    dtypes = {gpu: sorted({study.place.spec.dtype for study, _, _ in found}) for gpu, found in of.items()}
-    tops = {gpu: {dtype: gpu.peak(dtype) / 1e12 for dtype in dtypes[gpu]} for gpu in of}
-    intensities = [intensity for found in of.values() for _, intensity, _ in found]
-    intensities += [1e12 * top / gpu.bandwidth for gpu, peaks in tops.items() for top in peaks.values()]
-    rates = [rate for found in of.values() for _, _, rate in found]
+            point = study, work.flops / work.bytes, work.flops / study.best.time_us / 1e6
+            by_gpu.setdefault(study.gpu, []).append(point)
+    dtypes = {gpu: sorted({study.place.spec.dtype for study, _, _ in achieved}) for gpu, achieved in by_gpu.items()}
+    peaks = {gpu: {dtype: gpu.peak(dtype) / 1e12 for dtype in dtypes[gpu]} for gpu in by_gpu}
+    intensities = [intensity for achieved in by_gpu.values() for _, intensity, _ in achieved]
+    intensities += [1e12 * peak / gpu.bandwidth for gpu, by_dtype in peaks.items() for peak in by_dtype.values()]
+    rates = [rate for achieved in by_gpu.values() for _, _, rate in achieved]
     if not rates:
         return []
     x = Scale(_decade(min(intensities), math.floor), _decade(max(intensities), math.ceil), 58, WIDTH - 20)
-    highest = max(top for peaks in tops.values() for top in peaks.values())
+    highest = max(peak for by_dtype in peaks.values() for peak in by_dtype.values())
     y = Scale(_decade(min(rates), math.floor), 2.5 * highest, HEIGHT - 46, 16)
     return [
         Roofline(
@@ -116,31 +116,32 @@ def rooflines(studies: Iterable[Study]) -> list[Roofline]:
             height=HEIGHT,
             x=x,
             y=y,
-            roofs=tuple(_roof(gpu, dtype, top, x, y) for dtype, top in tops[gpu].items()),
-            points=tuple(Point(x(i), y(r), _achieved(study), study.place.spec.family) for study, i, r in found),
+            roofs=tuple(_roof(gpu, dtype, peak, x, y) for dtype, peak in peaks[gpu].items()),
+            points=tuple(Point(x(i), y(r), _tip(study), study.place.spec.family) for study, i, r in achieved),
         )
-        for gpu, found in of.items()
+        for gpu, achieved in by_gpu.items()
     ]
 
 
-def _decade(value: float, rounded: Callable[[float], int]) -> float:
-    return 10.0 ** rounded(math.log10(value))
+def _decade(value: float, round_to_int: Callable[[float], int]) -> float:
+    return 10.0 ** round_to_int(math.log10(value))
 
 
-def _roof(gpu: Gpu, dtype: str, top: float, x: Scale, y: Scale) -> Roof:
-    slope = gpu.bandwidth / 1e12  # TFLOP/s a FLOP/byte
+def _roof(gpu: Gpu, dtype: str, peak: float, x: Scale, y: Scale) -> Roof:
+    slope = gpu.bandwidth / 1e12  # TFLOP/s per FLOP/byte
     left = max(x.low, y.low / slope)
-    ridge = x(top / slope), y(top)
+    ridge = x(peak / slope), y(peak)
     return Roof(
         dtype=dtype,
         path=f"M{x(left)} {y(slope * left)}L{ridge[0]} {ridge[1]}H{x(x.high)}",
         slope=f"{slope:g} TB/s",
-        flat=f"{top:g} TFLOP/s, {dtype}",
+        flat=f"{peak:g} TFLOP/s, {dtype}",
         ridge=ridge,
     )
 
 
-def _achieved(study: Study) -> str:
+def _tip(study: Study) -> str:
+    """The tooltip of a study's point."""
     assert study.best is not None
     assert study.best.time_us is not None
     op = study.place.spec.family
@@ -152,7 +153,7 @@ def _achieved(study: Study) -> str:
 
 
 def history(study: Study) -> History | None:
-    """The history of the user's own trials; None if none was timed. A config that was timed again has its last time."""
+    """The history of the user's own trials; None if none was timed. Of a config timed twice the last time counts."""
     timed = [trial.time_us for trial in study.trials if trial.outcome.timed and trial.time_us]
     if not timed:
         return None
@@ -160,19 +161,19 @@ def history(study: Study) -> History | None:
     most = min(MAX_RATIO, max(2.0, max(timed) / least))
     left, right, top, bottom = 32.0, SMALL_WIDTH - 8.0, 10.0, SMALL_HEIGHT - 24.0
     y = Scale(1.0, most, bottom - 4, top + 12)
-    apart = (right - left - 8) / max(1, len(study.trials) - 1)
+    spacing = (right - left - 8) / max(1, len(study.trials) - 1)
     dots: dict[str, list[str]] = {"timed": [], "slow": [], "failed": []}
     line, better, best = "", [], math.inf
     for i, trial in enumerate(study.trials):
-        x = round(left + 4 + i * apart, 1)
+        x = round(left + 4 + i * spacing, 1)
         if trial.measured and trial.time_us:
-            at = y(trial.time_us / least)
-            dots["timed"].append(f"M{x} {at}h0")
+            height = y(trial.time_us / least)
+            dots["timed"].append(f"M{x} {height}h0")
             if trial.time_us < best:
-                line += f"M{x} {at}" if not line else f"H{x}V{at}"
+                line += f"M{x} {height}" if not line else f"H{x}V{height}"
                 best = trial.time_us
                 tip = f"trial {i + 1}: {number(best)} µs, {best / least:.2f} times the best\n{brief(trial.config)}"
-                better.append(Point(x, at, tip))
+                better.append(Point(x, height, tip))
         elif trial.outcome.timed and trial.time_us:
             dots["slow"].append(f"M{x} {y(trial.time_us / least)}h0")
         elif trial.outcome.tried:

@@ -49,7 +49,7 @@ class Kernel:
 
     @property
     def tried(self) -> bool:
-        """Whether the user has run configs of it, rather than only predicted them."""
+        """Whether the user has run configs of this kernel. Predictions do not count."""
         return any(outcome.tried for outcome in self.outcomes)
 
     def has_any(self, keys: Container[object]) -> bool:
@@ -61,14 +61,14 @@ class Kernel:
 
     @property
     def costs(self) -> list[tuple[KernelConfig, float]]:
-        """The user's own timed trials: a config, and its time relative to the best of its study."""
-        found = []
+        """The user's own timed trials as (config, time relative to the best of its study)."""
+        costs = []
         for study in self.studies:
             timed = [(trial.config, trial.time_us) for trial in study.trials if trial.outcome.timed]
             times = [(config, time_us) for config, time_us in timed if time_us]
             least = min((time_us for _, time_us in times), default=0.0)
-            found += [(config, time_us / least) for config, time_us in times if len(times) > 1]
-        return found
+            costs += [(config, time_us / least) for config, time_us in times if len(times) > 1]
+        return costs
 
     @property
     def importances(self) -> dict[str, float]:
@@ -98,11 +98,11 @@ class Report:
     @property
     def kernels(self) -> list[Kernel]:
         """In the order of `by_place`: op by op."""
-        of: dict[tuple[str, KernelSpec], list[Study]] = {}
+        by_kernel: dict[tuple[str, KernelSpec], list[Study]] = {}
         for study in self.shown:
-            of.setdefault((study.place.gpu, study.place.spec), []).append(study)
+            by_kernel.setdefault((study.place.gpu, study.place.spec), []).append(study)
         order = dict.fromkeys((place.gpu, place.spec) for place in self.by_place)
-        return [Kernel(gpu, spec, tuple(of[gpu, spec])) for gpu, spec in order if (gpu, spec) in of]
+        return [Kernel(gpu, spec, tuple(by_kernel[gpu, spec])) for gpu, spec in order if (gpu, spec) in by_kernel]
 
     @property
     def newest(self) -> str:
@@ -115,34 +115,34 @@ class Report:
         return means(self.ratios, key=lambda row: (row.origin.gpu, row.op, row.part, row.baseline))
 
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
-        """By op and GPU: the buckets in each state, and the measured buckets' median fraction of the bound."""
-        found: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
+        """By op and GPU: the number of buckets in each state, and the measured buckets' median fraction of the bound."""
+        by_op: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
         for place, study in self.by_place.items():
-            states, fractions = found.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
+            states, fractions = by_op.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
             states[study.state if study else "untuned"] += 1
             if study is not None and study.fraction_of_bound is not None:
                 fractions.append(study.fraction_of_bound)
         return {
-            op: {gpu: (states, median(fractions) if fractions else None) for gpu, (states, fractions) in of.items()}
-            for op, of in found.items()
+            op: {gpu: (states, median(fractions) if fractions else None) for gpu, (states, fractions) in by_gpu.items()}
+            for op, by_gpu in by_op.items()
         }
 
 
 def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, every: bool) -> Report:
-    """The report on the named GPUs, or all. `every`: show all toolchains and kernels, not only the most useful.
+    """The report on the named GPUs, or on all. `every`: show all toolchains and kernels, not only the most useful.
 
     Raises UnknownGpuError for an unknown GPU.
     """
     results = memory.all()
     requested = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
-    found = studies_of(memory, (r for r in results if not requested or r.place.gpu in requested))
-    shown = found if every else most_useful(found)
-    names = requested or tuple(sorted({study.place.gpu for study in found}))
+    studies = studies_of(memory, (r for r in results if not requested or r.place.gpu in requested))
+    shown = studies if every else most_useful(studies)
+    names = requested or tuple(sorted({study.place.gpu for study in studies}))
     kept = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
     return Report(
         gpus=names,
         shown=tuple(shown),
-        left_out=len(found) - len(shown),
+        left_out=len(studies) - len(shown),
         by_place=by_place(shown, names),
         ratios=sorted(times_ours(kept), key=lambda ratio: (ratio[0].origin.gpu, ratio[0].op)),
         benches=tuple(dict.fromkeys((row.origin.file, row.origin.conditions, row.origin.command) for row in kept)),

@@ -1,4 +1,4 @@
-"""Pruned and failed configs by reason; reasons that differ only in numbers are merged."""
+"""Pruned and failed configs, grouped by reason. Reasons that differ only in numbers are merged."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ class Reason:
 
 def reasons(results: Iterable[Result]) -> list[Reason]:
     """The reasons, sorted by outcome as in BY_HARM, then by frequency."""
-    alike: dict[tuple[Outcome, str], list[Result]] = {}
+    groups: dict[tuple[Outcome, str], list[Result]] = {}
     for result in results:
         if result.outcome.failed:
-            alike.setdefault((result.outcome, NUMBER.sub("#", _reason_text(result))), []).append(result)
-    found = [
+            groups.setdefault((result.outcome, NUMBER.sub("#", _reason_text(result))), []).append(result)
+    merged = [
         Reason(
             outcome=outcome,
-            text=_one_text([_reason_text(r) for r in group]),
+            text=_merged_text([_reason_text(r) for r in group]),
             count=len(group),
             examples=tuple(sorted({brief(r.config) for r in group})[:MAX_EXAMPLES]),
         )
-        for (outcome, _), group in alike.items()
+        for (outcome, _), group in groups.items()
     ]
-    return sorted(found, key=lambda r: (BY_HARM.index(r.outcome), -r.count, r.text))
+    return sorted(merged, key=lambda r: (BY_HARM.index(r.outcome), -r.count, r.text))
 
 
 def _reason_text(result: Result) -> str:
     if result.detail:
         return result.detail
     if result.outcome is Outcome.SLOW:
-        return "far slower than the best by then"
+        return "far slower than the best so far"
     return "no reason was recorded"
 
 
-def _one_text(texts: Sequence[str]) -> str:
+def _merged_text(texts: Sequence[str]) -> str:
     """Merge texts that differ only in numbers, with the range of each number: `spills 520 to 900 bytes, over 512`."""
     numbers = [NUMBER.findall(text) for text in texts]
     ranges = []
-    for alike in zip(*numbers, strict=True):
-        low, high = min(alike, key=float), max(alike, key=float)
+    for values in zip(*numbers, strict=True):
+        low, high = min(values, key=float), max(values, key=float)
         ranges.append(low if low == high else f"{low} to {high}")
     between = NUMBER.split(texts[0])
     return between[0] + "".join(number + text for number, text in zip(ranges, between[1:], strict=True))

@@ -54,14 +54,15 @@ def kernel_name(spec: KernelSpec) -> str:
 
 def coverage(by_place: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
     """By op and GPU: a matrix per kernel, of every bucket that is or could be tuned."""
-    of: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
+    by_kernel: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
     for place, study in by_place.items():
         spec, bucket = place.spec, place.bucket
-        of.setdefault((spec.family, place.gpu, spec), {})[bucket.kv_rows, _sizes(bucket)] = _coverage_cell(place, study)
-    found: dict[str, dict[str, list[Matrix]]] = {}
-    for (op, gpu, spec), cells in of.items():
-        found.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
-    return found
+        cells = by_kernel.setdefault((spec.family, place.gpu, spec), {})
+        cells[bucket.kv_rows, _sizes(bucket)] = _coverage_cell(place, study)
+    matrices: dict[str, dict[str, list[Matrix]]] = {}
+    for (op, gpu, spec), cells in by_kernel.items():
+        matrices.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
+    return matrices
 
 
 def speed_ups(
@@ -69,22 +70,22 @@ def speed_ups(
 ) -> dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]]:
     """By (GPU, op) and (part, baseline): a matrix per kernel of times relative to ours.
 
-    Where shapes share a cell, or files contain the same shape, the least ratio is shown.
+    A cell that several shapes share, or that several files contain, shows its smallest ratio.
     """
-    of: dict[tuple[str, str, str, str, KernelSpec], dict[tuple[int, Sizes], list[tuple[Row, float | None]]]] = {}
+    by_kernel: dict[tuple[str, str, str, str, KernelSpec], dict[tuple[int, Sizes], list[tuple[Row, float | None]]]] = {}
     for row, ratio in ratios:
         shape = row.shape
-        which = row.origin.gpu, row.op, row.part, row.baseline, row.spec
+        kernel = row.origin.gpu, row.op, row.part, row.baseline, row.spec
         size = shape.batch * shape.kv_heads, _sizes(shape)
-        of.setdefault(which, {}).setdefault(size, []).append((row, ratio))
-    found: dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]] = {}
+        by_kernel.setdefault(kernel, {}).setdefault(size, []).append((row, ratio))
+    by_op: dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]] = {}
     for (gpu, op, part, baseline, spec), sizes in sorted(
-        of.items(), key=lambda item: (*item[0][:2], *order_of(item[0][-1]))
+        by_kernel.items(), key=lambda item: (*item[0][:2], *order_of(item[0][-1]))
     ):
-        cells = {size: _ratio(timed) for size, timed in sizes.items()}
-        matrices = found.setdefault((gpu, op), {}).setdefault((part, baseline), [])
+        cells = {size: _ratio_cell(timed) for size, timed in sizes.items()}
+        matrices = by_op.setdefault((gpu, op), {}).setdefault((part, baseline), [])
         matrices.append(_matrix(gpu, kernels_in(op, part), kernel_name(spec), cells))
-    return found
+    return by_op
 
 
 def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int, Sizes], Cell]) -> Matrix:
@@ -99,8 +100,8 @@ def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int,
     )
 
 
-def _sizes(of: Bucket | Shape) -> Sizes:
-    return of.seqlen_q, of.seqlen_kv, of.window
+def _sizes(shape: Bucket | Shape) -> Sizes:
+    return shape.seqlen_q, shape.seqlen_kv, shape.window
 
 
 def _coverage_cell(place: Place, study: Study | None) -> Cell:
@@ -121,15 +122,15 @@ def _coverage_cell(place: Place, study: Study | None) -> Cell:
     return Cell(text, "\n".join(lines), f"{kind} elsewhere" if study.differences else kind, study.key)
 
 
-def _ratio(timed: list[tuple[Row, float | None]]) -> Cell:
+def _ratio_cell(timed: list[tuple[Row, float | None]]) -> Cell:
     lines = []
     for row, ratio in timed:
-        at = with_lengths(row.shape, row.lengths)
+        where = with_lengths(row.shape, row.lengths)
         if ratio is not None and row.time_us is not None:
-            line = f"{at}: {number(row.time_us)} µs, {number(row.time_us / ratio)} ours"
+            line = f"{where}: {number(row.time_us)} µs, {number(row.time_us / ratio)} ours"
             lines.append(f"{line}; {row.note}" if row.note else line)
         else:
-            lines.append(f"{at}: {row.note or 'not timed beside ours'}")
+            lines.append(f"{where}: {row.note or 'not timed with ours'}")
     ratios = [ratio for _, ratio in timed if ratio is not None]
     lines.insert(0, timed[0][0].baseline)
     if not ratios:

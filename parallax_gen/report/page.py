@@ -1,8 +1,9 @@
 """Renders the report as one HTML page that needs no network.
 
-The figures are plain SVG and tables from a Jinja template: text is escaped there and nowhere else, themes are CSS, and
-a page stays some hundred KB. Plotly's smallest bundle is 1 MB and has no heat map, Vega's compiles its charts at run
-time, which a content policy without eval forbids; for four kinds of figures either costs more than it saves.
+The figures are plain SVG and tables from a Jinja template. Text is escaped there and nowhere else, themes are CSS, and
+a page stays at some hundred KB. We use no chart library: Plotly's smallest bundle is 1 MB and has no heat map, and Vega
+compiles its charts at run time, which a content policy without eval forbids. For four kinds of figures either costs
+more than it saves.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def html(report: Report, command: str) -> str:
     kernels = report.kernels
     summary, tried = report.summary(), [kernel for kernel in kernels if kernel.tried]
     histories = {study.key: drawn for study in report.shown if (drawn := history(study))}
-    places = {study.key: _source_of(study, sources) for kernel in kernels for study in kernel.studies}
+    source_indices = {study.key: _source_index(study, sources) for kernel in kernels for study in kernel.studies}
     style, script = (Markup((WEB / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return (
         _environment()
@@ -68,8 +69,8 @@ def html(report: Report, command: str) -> str:
             kernels=kernels,
             histories=histories,
             first_drawn=next((i for i, kernel in enumerate(kernels) if kernel.has_any(histories)), None),
-            ids={key: f"k{i}" for i, key in enumerate(places)},
-            sources=places,
+            ids={key: f"k{i}" for i, key in enumerate(source_indices)},
+            sources=source_indices,
             packed=sources.packed(),
             share_bounds=[round(100 * bound) for bound in FRACTIONS_OF_BOUND],
             ratio_bounds=RATIOS,
@@ -82,8 +83,8 @@ def html(report: Report, command: str) -> str:
     )
 
 
-def _source_of(study: Study, sources: Sources) -> int | None:
-    return sources.place(study.best, study.gpu) if study.best and study.gpu else None
+def _source_index(study: Study, sources: Sources) -> int | None:
+    return sources.add(study.best, study.gpu) if study.best and study.gpu else None
 
 
 def _hash(text: str) -> str:

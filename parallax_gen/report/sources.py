@@ -27,29 +27,29 @@ KINDS: tuple[tuple[_TokenType, str], ...] = (
 
 
 class Sources:
-    """Collects sources and assigns each an index."""
+    """Collects sources, each text once, and assigns each an index."""
 
     def __init__(self) -> None:
-        self._places: dict[str, int] = {}
+        self._indices: dict[str, int] = {}
 
-    def place(self, result: Result, gpu: Gpu) -> int | None:
-        """The index of a result's kernel rendered with today's templates; None if its config is no longer valid."""
+    def add(self, result: Result, gpu: Gpu) -> int | None:
+        """Render a result's kernel with today's templates. Returns the source's index; None for an invalid config."""
         try:
             text = render(result.place.spec, result.config, gpu).text
         except ConfigError:
             return None
-        return self._places.setdefault(text, len(self._places))
+        return self._indices.setdefault(text, len(self._indices))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def packed(self) -> str:
         """Base64 of zlib of a JSON list: a source is a list of class, text, class, text, ..."""
-        document = json.dumps([_coloured(text) for text in self._places], separators=(",", ":"))
+        document = json.dumps([_highlighted(text) for text in self._indices], separators=(",", ":"))
         return base64.b64encode(zlib.compress(document.encode(), 9)).decode()
 
 
-def _coloured(text: str) -> list[str]:
+def _highlighted(text: str) -> list[str]:
     tokens = ((_class(kind), part) for kind, part in PythonLexer(stripnl=False).get_tokens(text))
     parts: list[str] = []
     for name, group in groupby(tokens, key=lambda token: token[0]):

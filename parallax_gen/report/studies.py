@@ -93,14 +93,14 @@ def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
     trials: dict[Result, int] = {
         trial: i for i, trial in enumerate(memory.store.in_trial_order() if memory.store else ())
     }
-    found = []
+    studies = []
     for place, group in groupby(results, key=lambda r: r.place):
-        alike: dict[tuple[str, ...], list[Result]] = {}
+        by_difference: dict[tuple[str, ...], list[Result]] = {}
         for result in group:
-            alike.setdefault(differences_from_here(result), []).append(result)
-        for differences, of_study in alike.items():
+            by_difference.setdefault(differences_from_here(result), []).append(result)
+        for differences, of_study in by_difference.items():
             own = sorted((r for r in of_study if r in trials), key=trials.__getitem__)
-            found.append(
+            studies.append(
                 Study(
                     place=place,
                     gpu=card_named(place.gpu),
@@ -111,7 +111,7 @@ def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
                     default=_default(of_study, differences),
                 )
             )
-    return found
+    return studies
 
 
 def _default(results: list[Result], differences: tuple[str, ...]) -> Result | None:
@@ -127,28 +127,28 @@ def most_useful(studies: Iterable[Study]) -> list[Study]:
 
     The best other study is the newest measured one, else the newest.
     """
-    found: list[Study] = []
+    chosen: list[Study] = []
     for _, group in groupby(studies, key=lambda study: study.place):  # input is sorted by place
-        alike = list(group)
-        here = [study for study in alike if not study.differences]
-        others = sorted((s for s in alike if s.differences), key=lambda s: (s.best is not None, s.newest))
-        found += here
+        of_place = list(group)
+        here = [study for study in of_place if not study.differences]
+        others = sorted((s for s in of_place if s.differences), key=lambda s: (s.best is not None, s.newest))
+        chosen += here
         if others and not any(study.best for study in here):
-            found.append(others[-1])
-    return found
+            chosen.append(others[-1])
+    return chosen
 
 
 def by_place(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study | None]:
     """Every place that could be tuned, op by op, with its most informative study, None if it has none.
 
-    These are the default jobs of `parallax-gen tune` and everything that was tried on any of the GPUs.
+    These are the default jobs of `parallax-gen tune`, and every kernel and bucket that was tried on any of the GPUs.
     """
     best: dict[Place, Study | None] = {}
     tried: dict[tuple[KernelSpec, Bucket], None] = {}
     for study in studies:
         tried[study.place.spec, study.place.bucket] = None
-        known = best.get(study.place)
-        if known is None or _weight(study) > _weight(known):
+        previous = best.get(study.place)
+        if previous is None or _informativeness(study) > _informativeness(previous):
             best[study.place] = study
     for gpu in gpus:
         card = card_named(gpu)
@@ -158,7 +158,7 @@ def by_place(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study
     return dict(sorted(best.items(), key=lambda item: _order(item[0])))
 
 
-def _weight(study: Study) -> tuple[int, str]:
+def _informativeness(study: Study) -> tuple[int, str]:
     """Sort key of informativeness: the state, then the date."""
     return -STATES.index(study.state), study.newest
 

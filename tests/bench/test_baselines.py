@@ -58,7 +58,7 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         given.append(options)
         if options.get("num_splits") == 0 and module.__dict__.get("no_splits"):
             raise AssertionError("SplitKV not supported")
-        window = options.get("window_size", (of.boundless, of.boundless))
+        window = options.get("window_size", (of.no_window, of.no_window))
         out = flash_attention(q, k, v, causal, window, [k.shape[1]] * len(q))
         return (out, None) if name == "flash-attn 4" else out
 
@@ -78,7 +78,7 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         return flash_attention(q, k_cache, v_cache, causal, window_size, lengths)
 
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    if of.pages:
+    if of.page_table_name:
         module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, of.module, module)
     return given
@@ -140,7 +140,7 @@ def test_flash_attention_decodes_with_lengths(name: str, monkeypatch: pytest.Mon
     assert given == [{}]
     x.page_table = torch.zeros(3, 4, dtype=torch.int32)
     prepared(name, "decode", spec, x).results()
-    assert list(given[1]) == [FLASH[name].pages]
+    assert list(given[1]) == [FLASH[name].page_table_name]
 
 
 @pytest.mark.parametrize("splits", [True, False])

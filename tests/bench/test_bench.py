@@ -47,7 +47,7 @@ compared: list[tuple[str, KernelSpec, Shape]] = []
 def test_without_a_gpu_it_is_an_error() -> None:
     done = run("bench")
     assert done.exit_code == 1
-    assert done.stderr == "error: there is no CUDA device here: nothing can be timed\n"
+    assert done.stderr == "error: there is no CUDA device here, so nothing can be timed\n"
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_table_means_and_csv(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "SDPA flash" in done.stdout
     assert "not installed" in done.stdout
-    assert "decode: SDPA flash takes 2.00 times ours (geometric mean of 1, least 2.00)" in done.stdout
+    assert "decode: SDPA flash takes 2.00x our time (geometric mean of 1 shape, least 2.00x)" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     with (tmp_path / "rows").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -97,7 +97,7 @@ def test_a_training_step_is_one_line_per_baseline() -> None:
     assert compared == [(TRAINING, STEP, STEP_SHAPE)]
     lines = done.stdout.splitlines()
     assert lines[0].startswith("training, head_dim 96, bf16, GQA 4:1, window: batch 1, heads 32/8")
-    assert lines[1].split() == ["fwd", "ms", "TF/s", "bwd", "ms", "TF/s", "step", "ms", "TF/s", "err", "out", "grads"]
+    assert lines[1].split() == "fwd ms TF/s bwd ms TF/s step ms TF/s out err grad err".split()  # noqa: SIM905
     assert lines[2].split() == "parallax_gen 1.234 640.5 12.35 400.0 13.58 450.0 2.0e-03 4.0e-03".split()  # noqa: SIM905
     assert lines[3].split()[-2:] == ["softmax", "softmax"]
     assert lines[4].split()[-1] == "1.5e-01"
@@ -117,9 +117,9 @@ def test_means_are_per_part() -> None:
         for is_peer in (row.baseline != "parallax_gen",)
     ]
     lines = mean_lines([*STEP_ROWS, *longer])
-    assert lines[0] == "training forward: SDPA cuDNN takes 2.83 times ours (geometric mean of 2, least 2.00)"
-    assert lines[1] == "training forward: official Triton takes 4.00 times ours (geometric mean of 1, least 4.00)"
-    assert lines[2] == "training backward: SDPA cuDNN takes 1.41 times ours (geometric mean of 2, least 1.00)"
+    assert lines[0] == "training forward: SDPA cuDNN takes 2.83x our time (geometric mean of 2 shapes, least 2.00x)"
+    assert lines[1] == "training forward: official Triton takes 4.00x our time (geometric mean of 1 shape, least 4.00x)"
+    assert lines[2] == "training backward: SDPA cuDNN takes 1.41x our time (geometric mean of 2 shapes, least 1.00x)"
     assert len(lines) == 6
     assert not any("fla" in line for line in lines)
 
@@ -176,8 +176,8 @@ def test_default_ops_shapes_and_windows() -> None:
     ("arguments", "message"),
     [
         (("--op", "dkdv"), "'dkdv' is not one of"),
-        (("--op", "training", "--stats"), "--stats: of --op forward or decode, not of training"),
-        (("--op", "training", "--leftpad"), "--leftpad: of --op decode, not of training"),
+        (("--op", "training", "--stats"), "--stats: only with --op forward or decode, not with training"),
+        (("--op", "training", "--leftpad"), "--leftpad: only with --op decode, not with training"),
         (("--op", "training", "--head-dim", "72"), "no usual shape of training has head_dim 72"),
         (("--head-dim", "100"), "100 is not a multiple of 8 from 8 to 256"),
     ],

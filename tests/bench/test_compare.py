@@ -255,7 +255,7 @@ def test_tf32_follows_torch_settings() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     for dtype, says in (("tf32", "tf32"), ("fp32", "ieee")):
-        with comparing._precision(KernelSpec("forward", 64, dtype)):
+        with comparing._matmul_precision(KernelSpec("forward", 64, dtype)):
             assert matmul.fp32_precision == says
         assert matmul.fp32_precision == before
 

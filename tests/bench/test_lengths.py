@@ -59,7 +59,7 @@ def test_lengths_of_a_shape_are_parsed(text: str, expected: tuple[int, ...]) -> 
 
 
 def test_a_named_batch_of_one_sequence_has_all_keys() -> None:
-    assert [Lengths(named=name).of(Shape(1, 8, 8, 1, 4096)) for name in ("spread", "skewed")] == [(), ()]
+    assert [Lengths(pattern=name).of(Shape(1, 8, 8, 1, 4096)) for name in ("spread", "skewed")] == [(), ()]
 
 
 @pytest.mark.parametrize("lengths", [(), (5,), (5, 5), SKEWED, (1, 2, 2, 1), (7, 11, 11, 11)])
@@ -70,24 +70,30 @@ def test_lengths_round_trip_through_text(lengths: tuple[int, ...]) -> None:
 def test_a_title_is_short() -> None:
     assert with_lengths(SHAPE, ()) == str(SHAPE)
     assert with_lengths(SHAPE, SKEWED) == f"{SHAPE}, lengths 4096,7x128"
-    assert with_lengths(SHAPE, range(1, 4097)) == f"{SHAPE}, lengths 1 to 4096, 2048 on the average"
+    assert with_lengths(SHAPE, range(1, 4097)) == f"{SHAPE}, lengths 1 to 4096, 2048 on average"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--lengths", "4096,,128"), "--lengths': '4096,,128': not the keys of each sequence, 1 or more, such as"),
-        (("--lengths", "0,7x128"), "--lengths': '0,7x128': not the keys of each"),
-        (("--lengths", "even"), "--lengths': 'even': not the keys of each"),
-        (("--lengths", ""), "--lengths': '': not the keys of each"),
+        (
+            ("--lengths", "4096,,128"),
+            "--lengths': '4096,,128': not the number of keys of each sequence, 1 or more, such as",
+        ),
+        (("--lengths", "0,7x128"), "--lengths': '0,7x128': not the number of keys of each"),
+        (("--lengths", "even"), "--lengths': 'even': not the number of keys of each"),
+        (("--lengths", ""), "--lengths': '': not the number of keys of each"),
         (("--lengths", "4096,6x128"), "--lengths: 7 sequences of up to 4096 keys do not fit --shape batch 8"),
         (("--lengths", "7x128,4097"), "--lengths: 8 sequences of up to 4097 keys do not fit --shape batch 8"),
         (("--lengths", "99999999999x1"), "--lengths: 99999999999 sequences of up to 1 keys do not"),
-        (("--lengths", "spread", "--op", "forward"), "--lengths: of --op decode alone, without --host"),
-        (("--lengths", "spread", "--op", "decode", "--op", "training"), "--lengths: of --op decode alone"),
-        (("--lengths", "spread", "--host"), "--lengths: of --op decode alone, without --host"),
+        (("--lengths", "spread", "--op", "forward"), "--lengths: only with --op decode, and without --host"),
+        (("--lengths", "spread", "--op", "decode", "--op", "training"), "--lengths: only with --op decode"),
+        (("--lengths", "spread", "--host"), "--lengths: only with --op decode, and without --host"),
         (("--page-size", "-1"), "--page-size': -1 is not in the range x>=0"),
-        (("--page-size", "0", "--page-size", "16", "--op", "forward"), "--page-size: of --op decode, not of forward"),
+        (
+            ("--page-size", "0", "--page-size", "16", "--op", "forward"),
+            "--page-size: only with --op decode, not with forward",
+        ),
     ],
 )
 def test_invalid_lengths_are_one_usage_error_that_names_the_option(

@@ -138,7 +138,7 @@ def test_an_impossible_row_is_ignored(wrong: dict[str, str], tmp_path: Path) -> 
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([lines[0] | wrong, lines[1]])
-    assert (ResultsCsv(path).known(RAGGED), ResultsCsv(path).known(ROW)) == (None, ROW)
+    assert (ResultsCsv(path).stored(RAGGED), ResultsCsv(path).stored(ROW)) == (None, ROW)
 
 
 # resuming
@@ -165,7 +165,7 @@ def test_an_interrupted_run_resumes(timer: FakeTimer, tmp_path: Path) -> None:
     stopped = run(*DECODE, *SHAPES, "--csv", tmp_path / "rows")
     assert stopped.exit_code == 130
     assert stopped.stderr == (
-        f"stopped: what was timed is in {tmp_path / 'rows'}, and the same command goes on from there\n"
+        f"stopped: the timed rows are in {tmp_path / 'rows'}; the same command continues from there\n"
     )
     assert {line["batch"] for line in lines_of(tmp_path / "rows")} == {"1"}
     timer.on_compare = lambda: None
@@ -184,17 +184,17 @@ def test_rows_of_other_cards_versions_and_settings_are_kept(changed: str, tmp_pa
     else:
         value = QUICK_EFFORT if changed == "effort" else "other"
         other = dataclasses.replace(ROW, conditions=dataclasses.replace(CONDITIONS, **{changed: value}))
-    assert ResultsCsv(tmp_path / "rows").known(ROW) == ROW
-    assert ResultsCsv(tmp_path / "rows").known(other) is None
+    assert ResultsCsv(tmp_path / "rows").stored(ROW) == ROW
+    assert ResultsCsv(tmp_path / "rows").stored(other) is None
     results.add([other])
     read = ResultsCsv(tmp_path / "rows")
-    assert (read.known(ROW), read.known(other)) == (ROW, other)
+    assert (read.stored(ROW), read.stored(other)) == (ROW, other)
 
 
 def test_rows_of_another_command_are_reused(tmp_path: Path) -> None:
     ResultsCsv(tmp_path / "rows").add([ROW])
     asked = dataclasses.replace(ROW, time_us=None, conditions=dataclasses.replace(CONDITIONS, command="another"))
-    assert ResultsCsv(tmp_path / "rows").known(asked) == ROW
+    assert ResultsCsv(tmp_path / "rows").stored(asked) == ROW
 
 
 def test_after_tuning_ours_is_timed_again(timer: FakeTimer, tmp_path: Path, store: Store) -> None:
@@ -216,10 +216,10 @@ def test_a_truncated_line_loses_no_other_row(lost: int, tmp_path: Path) -> None:
     ResultsCsv(path).add([ROW, quoted])
     path.write_text(path.read_text(encoding="utf-8")[:-lost], encoding="utf-8")
     read = ResultsCsv(path)
-    assert (read.known(ROW), read.known(FAILED)) == (None if lost == 400 else ROW, None)
+    assert (read.stored(ROW), read.stored(FAILED)) == (None if lost == 400 else ROW, None)
     read.add([FAILED])
     again = ResultsCsv(path)
-    assert (again.known(ROW), again.known(FAILED)) == (read.known(ROW), FAILED)
+    assert (again.stored(ROW), again.stored(FAILED)) == (read.stored(ROW), FAILED)
 
 
 def test_a_last_line_without_a_newline_is_kept(tmp_path: Path) -> None:
@@ -227,10 +227,10 @@ def test_a_last_line_without_a_newline_is_kept(tmp_path: Path) -> None:
     ResultsCsv(path).add([ROW])
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     ResultsCsv(path).add([FAILED])
-    assert (ResultsCsv(path).known(ROW), ResultsCsv(path).known(FAILED)) == (ROW, FAILED)
+    assert (ResultsCsv(path).stored(ROW), ResultsCsv(path).stored(FAILED)) == (ROW, FAILED)
     path.write_text(",".join(COLUMNS), encoding="utf-8")
     ResultsCsv(path).add([ROW])
-    assert ResultsCsv(path).known(ROW) == ROW
+    assert ResultsCsv(path).stored(ROW) == ROW
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "no table at all", ",".join(COLUMNS[:-1]) + "\n"])
@@ -239,7 +239,7 @@ def test_a_file_of_another_format_is_not_changed(timer: FakeTimer, text: str, tm
     done = run(*DECODE, "--csv", tmp_path / "rows")
     assert done.exit_code == 1
     assert done.stderr.count("\n") == 1
-    assert "has other columns than bench writes: name another file" in done.stderr
+    assert "are not those of bench: choose another file" in done.stderr
     assert (tmp_path / "rows").read_text(encoding="utf-8") == text
     assert timer.compared == []
 
@@ -262,10 +262,10 @@ def test_a_file_without_the_lengths_column_is_extended_and_gets_it(lost: int, tm
     remove_lengths_column(path)
     path.write_text(path.read_text(encoding="utf-8")[: -lost or None], encoding="utf-8")
     read, whole = ResultsCsv(path), lost <= 1
-    assert (read.known(ROW), read.known(FAILED), read.known(RAGGED)) == (ROW, FAILED if whole else None, None)
+    assert (read.stored(ROW), read.stored(FAILED), read.stored(RAGGED)) == (ROW, FAILED if whole else None, None)
     read.add([RAGGED])
     again = ResultsCsv(path)
-    assert (again.known(ROW), again.known(FAILED), again.known(RAGGED)) == (ROW, FAILED if whole else None, RAGGED)
+    assert (again.stored(ROW), again.stored(FAILED), again.stored(RAGGED)) == (ROW, FAILED if whole else None, RAGGED)
     assert [line["lengths"] for line in lines_of(path)] == ["", *[""] * whole, "99,3"]
     assert all(line["quick"] == "False" for line in lines_of(path))
     assert not list(tmp_path.glob(".rows*"))
@@ -284,7 +284,7 @@ def test_an_unwritable_file_is_an_error_before_anything_is_timed(timer: FakeTime
 def test_without_csv_nothing_is_stored() -> None:
     results = ResultsCsv()
     results.add([ROW])
-    assert results.known(ROW) == ROW
+    assert results.stored(ROW) == ROW
 
 
 # the cases
@@ -331,7 +331,7 @@ def test_quick_times_fewer_shapes_and_marks_every_row(timer: FakeTimer, tmp_path
     tables = [line for line in done.stdout.splitlines() if ": batch " in line]
     assert len(tables) == 12
     assert all(line.endswith("(quick)") for line in tables)
-    assert "quick: not to be quoted" in done.stdout
+    assert "quick: not for publication" in done.stdout
 
 
 def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
@@ -349,12 +349,15 @@ def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--grid", "serving", "--op", "training"), "--grid serving: of --op decode, without --shape"),
-        (("--grid", "paper", "--op", "forward"), "--grid paper: of --op decode or training, without --shape"),
+        (("--grid", "serving", "--op", "training"), "--grid serving: only with --op decode, and without --shape"),
+        (
+            ("--grid", "paper", "--op", "forward"),
+            "--grid paper: only with --op decode or training, and without --shape",
+        ),
         (("--grid", "paper", "--shape", "1,8,64"), "without --shape"),
         (("--only", "FA2"), "'FA2' is not one of"),
         (("--only", "fla", "--skip", "fla"), "--only and --skip leave no baseline to time"),
-        (("--picture", "a.png"), "--picture: of --op decode alone"),
+        (("--picture", "a.png"), "--picture: only with --op decode"),
     ],
 )
 def test_invalid_options_are_usage_errors_before_anything_is_timed(

@@ -98,7 +98,7 @@ def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
 def test_without_a_gpu_the_option_gpu_is_required() -> None:
     result = run("explain", *CALL[2:])
     assert result.exit_code == 1
-    assert result.stderr == "error: there is no CUDA device here: say which GPU is meant, such as --gpu h200\n"
+    assert result.stderr == "error: there is no CUDA device here: name a GPU, such as --gpu h200\n"
 
 
 def test_an_unknown_card_keeps_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,16 +174,16 @@ def test_options_select_the_kernel() -> None:
         (
             ("--full",),
             ("preprocess",),
-            "--causal and --full: of --op forward or dkdv or dqdr or decode or training, not of preprocess",
+            "--causal and --full: only with --op forward or dkdv or dqdr or decode or training, not with preprocess",
         ),
-        (("--stats",), ("dkdv",), "--stats: of --op forward or decode, not of dkdv"),
-        (("--ragged",), ("forward",), "--ragged: of --op decode, not of forward"),
-        (("--page-size", "16"), ("forward",), "--page-size: of --op decode, not of forward"),
+        (("--stats",), ("dkdv",), "--stats: only with --op forward or decode, not with dkdv"),
+        (("--ragged",), ("forward",), "--ragged: only with --op decode, not with forward"),
+        (("--page-size", "16"), ("forward",), "--page-size: only with --op decode, not with forward"),
         (("--page-size", "0"), ("decode",), "0 is not in the range x>=1"),
-        (("--leftpad",), ("forward",), "--leftpad: of --op decode, not of forward"),
-        (("--cache-dtype", "e4m3"), ("dkdv",), "--cache-dtype: of --op decode, not of dkdv"),
+        (("--leftpad",), ("forward",), "--leftpad: only with --op decode, not with forward"),
+        (("--cache-dtype", "e4m3"), ("dkdv",), "--cache-dtype: only with --op decode, not with dkdv"),
         (("--cache-dtype", "fp8"), ("decode",), "'fp8' is not one of 'e4m3', 'e5m2'"),
-        (("--window", "9"), ("preprocess",), "--window: of --op"),
+        (("--window", "9"), ("preprocess",), "--window: only with --op"),
         (("--window", "0"), ("forward",), "0 is not in the range x>=1"),
         (("--head-dim", "100"), ("forward",), "100 is not a multiple of 8 from 8 to 256"),
         (("--head-dim", "264"), ("dqdr",), "264 is not a multiple of 8 from 8 to 256"),
@@ -291,7 +291,7 @@ def test_doctor_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "new" / "folder" / "tuning.db"
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     monkeypatch.delitem(doctor.CHECKS, "compile")
-    assert "not yet made" in run("doctor").stdout
+    assert "not yet created" in run("doctor").stdout
     assert not path.parent.exists()
 
 
@@ -311,7 +311,7 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
     found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
     assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
     assert found["records"] == (
-        "h200: 1 kernels and sizes in your database and the shipped records, calls get 1 by this Triton"
+        "h200: 1 kernels and sizes in your database and the shipped records; configs of calls come from this Triton: 1"
     )
     longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # not near each other
     folder = store.path.parent / "shipped"
@@ -326,20 +326,20 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # the folder that the check reads
     store.save(make_record(place=replace(PLACE, gpu="a100")))  # no records ship for it
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
-    counted = "kernels and sizes in your database and the shipped records, calls get"
+    counted = "kernels and sizes in your database and the shipped records; configs of calls come from"
     assert found == [
-        f"a100: 1 {counted} 1 by this Triton",
-        f"h200: 3 {counted} 1 by this Triton, 1 by Triton 3.5 (not yet checked), 1 by the default",
+        f"a100: 1 {counted} this Triton: 1",
+        f"h200: 3 {counted} this Triton: 1, Triton 3.5 (not yet checked): 1, the default: 1",
     ]
     store.save(make_record(place=longer))
     found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
-    assert found[1] == f"h200: 3 {counted} 2 by this Triton, 1 by the default"
+    assert found[1] == f"h200: 3 {counted} this Triton: 2, the default: 1"
     broken = store.path.with_name("broken.db")
     broken.write_bytes(b"\0" * 5000)
     monkeypatch.setenv("PARALLAX_GEN_DB", str(broken))
     findings = json.loads(run("doctor", "--json").stdout)["findings"]
     assert [(f["check"], f["status"]) for f in findings] == [("database", "broken"), ("records", "ok")]
     assert findings[1]["text"] == (
-        "h200: 2 kernels and sizes in shipped records alone, calls get "
-        "1 by Triton 3.5 (not yet checked), 1 by the default"
+        "h200: 2 kernels and sizes in only the shipped records; configs of calls come from "
+        "Triton 3.5 (not yet checked): 1, the default: 1"
     )

@@ -46,13 +46,13 @@ def test_every_command_has_an_example(command: str) -> None:
 def test_path_alone_is_on_standard_output(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = run("db", "path")
     assert result.stdout == f"{store.path}\n"
-    assert result.stderr == f"PARALLAX_GEN_DB says {store.path}\n"
+    assert result.stderr == f"PARALLAX_GEN_DB is {store.path}\n"
     assert run_json("db", "path") == {"path": str(store.path), "exists": True, "PARALLAX_GEN_DB": str(store.path)}
     monkeypatch.delenv("PARALLAX_GEN_DB")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     result = run("db", "path")
     assert result.stdout == f"{tmp_path}/data/parallax_gen/tuning.db\n"
-    assert result.stderr == "PARALLAX_GEN_DB is not set, so this is the default; not yet made\n"
+    assert result.stderr == "PARALLAX_GEN_DB is not set, so this is the default; not yet created\n"
     assert not (tmp_path / "data").exists()
 
 
@@ -118,7 +118,7 @@ def test_what_is_exported_is_imported(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "other.db"))
     result = run("db", "import", file)
     assert f"{tmp_path}/other.db: 6 new, 0 replaced, 0 kept\n" in result.stdout
-    assert "rendered otherwise" not in result.stdout  # the other toolchain's record is of today's kernel
+    assert "of other kernels" not in result.stdout  # the other toolchain's is of a kernel that is rendered today
     with Store(tmp_path / "other.db", read_only=True) as other:
         assert other.all() == rows
     assert "0 new, 0 replaced, 12 kept" in run("db", "import", file, file).stdout
@@ -134,7 +134,7 @@ def test_import_counts_records_of_kernels_that_have_changed(store: Store, tmp_pa
         )
     result = run("db", "import", tmp_path / "theirs.db")
     assert "2 new" in result.stdout
-    assert "1 of kernels that are rendered otherwise today: hints for parallax-gen tune, not used\n" in result.stdout
+    assert "1 of other kernels than today's: hints for parallax-gen tune, not used by calls\n" in result.stdout
 
 
 def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path
     (tmp_path / "old.jsonl").write_text("\n".join(lines), encoding="utf-8")
     result = run("db", "import", tmp_path / "old.jsonl")
     assert "2 new" in result.stdout
-    assert "1 of kernels that are rendered otherwise today" in result.stdout
+    assert "1 of other kernels than today's" in result.stdout
     found = {r.evidence.templates: (r.place, r.evidence.triton, r.evidence.cuda) for r in store.all()}
     assert found == {"255dd79780b8": (PLACE, "3.5", ""), "0" * 12: (PLACE, "3.5", "12.8")}
 
@@ -180,7 +180,7 @@ def test_export_does_not_overwrite_a_database(store: Store) -> None:
     rows = filled(store)
     result = run("db", "export", store.path)
     assert result.exit_code == 1
-    assert "is a database: it is left as it is" in result.stderr
+    assert "is a database and is not overwritten" in result.stderr
     assert store.all() == rows
     assert run("db", "export", store.path.parent / "file" / "x.jsonl").exit_code == 0  # the folder is created
     (store.path.parent / "plain").touch()
@@ -237,7 +237,7 @@ def test_a_bad_line_is_named_and_nothing_is_imported(store: Store, tmp_path: Pat
     result = run("db", "import", file)
     assert result.exit_code == 1
     assert f"{file}, line 3: not a record: " in result.stderr
-    assert "error: nothing was imported: 1 of 2 are no results" in result.stderr
+    assert "error: nothing was imported: 1 of 2 are not valid results" in result.stderr
     assert store.all() == []
     result = run("db", "import", file, "--skip-bad")
     assert result.exit_code == 0
@@ -303,7 +303,7 @@ def test_prune_deletes_selected_rows_and_keeps_a_copy(store: Store, options: tup
     assert result.exit_code == 0, result.output
     assert store.all() == [row for row in rows if row not in [ROWS[n] for n in gone]]
     if not gone:
-        assert "there is no such row among its 6" in result.stdout
+        assert "none of its 6 rows is selected" in result.stdout
         assert copies(store) == []
         return
     (copy,) = copies(store)
@@ -334,7 +334,7 @@ def test_prune_without_a_filter_is_a_usage_error(store: Store) -> None:
     for options in ((), ("--yes",), ("--gpu", "h200")):
         result = run("db", "prune", *options)
         assert result.exit_code == 2
-        assert "say what" in result.stderr
+        assert "give one of --other-environments" in result.stderr
 
 
 def test_prune_deletes_nothing_if_the_copy_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +354,7 @@ def test_prune_creates_no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
     result = run("db", "prune", "--failures")
     assert result.exit_code == 1
-    assert "not yet made" in result.stderr
+    assert "not yet created" in result.stderr
     assert not (tmp_path / "none.db").exists()
 
 
@@ -372,10 +372,10 @@ def test_prune_keeps_a_row_that_was_replaced_meanwhile(store: Store) -> None:
 def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     filled(store)
     result = run("db", "check")
-    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 3, 6 rows to be read\n")
+    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 3, 6 rows readable\n")
     assert run_json("db", "check")["sound"]
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
-    assert "not yet made" in run("db", "check").stdout
+    assert "not yet created" in run("db", "check").stdout
 
 
 @pytest.mark.parametrize(
@@ -395,10 +395,10 @@ def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, message
         connection.execute(f"UPDATE measurements SET {damage} WHERE rowid = 1")
     result = run("db", "check")
     assert result.exit_code == 1
-    assert f"{store.path}: 1 wrong, schema 3, 5 rows to be read\n  {message}" in result.stdout
+    assert f"{store.path}: problems: 1, schema 3, 5 rows readable\n  {message}" in result.stdout
     assert len(result.stdout) < 500 + len(str(store.path))
     assert "1 row cannot be read" in run("db", "stats").stdout
-    assert "1 row cannot be read, and left out" in run("db", "export", "-").stderr
+    assert "left out 1 row that cannot be read" in run("db", "export", "-").stderr
 
 
 def test_check_of_a_damaged_file(store: Store) -> None:
@@ -409,7 +409,7 @@ def test_check_of_a_damaged_file(store: Store) -> None:
     store.path.write_bytes(content[: len(content) // 2])
     result = run("db", "check")
     assert result.exit_code == 1
-    assert "wrong" in result.stdout
+    assert "problems: " in result.stdout
     found = json.loads(run("db", "check", "--json").stdout)
     assert not found["sound"]
     assert found["problems"]

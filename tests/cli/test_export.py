@@ -82,7 +82,7 @@ def test_render_refuses_an_invalid_config(text: str, status: int, message: str) 
 
 def test_render_reports_resources() -> None:
     result = run("render", "--gpu", "h200", "--op", "decode", "--head-dim", "64", "--resources")
-    assert "registers a thread" in result.stderr
+    assert "registers per thread" in result.stderr
     ast.parse(result.stdout)
 
 
@@ -132,7 +132,7 @@ def test_export_of_a_shape_without_a_record_writes_the_default(store: Store, tmp
     assert files == [FILE, "decode_d128_bf16_g4_rows8_kv1024.py"]
     default = default_config(SPEC, Shape(1, 32, 8, 1, 1024), H200)
     assert (tmp_path / "out" / files[1]).read_text(encoding="utf-8") == render(SPEC, default, H200).text
-    assert "the default config: no record of it counts" in result.stdout
+    assert "the default config, not measured: no record can be used" in result.stdout
 
 
 def test_export_without_records_writes_one_default(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
     store.save(make_record(10.0, splits=4, evidence_changes=OTHER_KERNEL))
     result = run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
-    unchecked = "not checked here: the file launches it as it is, even where it spills far more than the default"
+    unchecked = "not checked here: the file launches it even where it spills far more than the default"
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for text in (result.stdout, " ".join(readme.split())):
         assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); {unchecked}" in text

@@ -40,7 +40,7 @@ SIBLING = dataclasses.replace(PLACE, gpu="h100")
 
 
 def test_list_without_records() -> None:
-    assert "nothing is known yet" in run("list").stdout
+    assert "there are no results yet" in run("list").stdout
     assert run_json("list") == {"records": []}
 
 
@@ -200,7 +200,7 @@ def test_show_says_how_each_result_differs_from_here(store: Store) -> None:
 
 
 def test_show_without_results() -> None:
-    assert "nothing is known of this place" in run("show", *CALL).stdout
+    assert "there are no results for this kernel and bucket" in run("show", *CALL).stdout
     assert run_json("show", *CALL)["results"] == []
 
 

@@ -61,7 +61,7 @@ def test_ship_without_records_is_an_error(store: Store, tmp_path: Path) -> None:
     store.save(make_record(110.0, evidence_changes=OTHER_KERNEL))
     result = run("ship", "--gpu", "h200", "--to", tmp_path / "db")
     assert result.exit_code == 1
-    assert "nothing that was measured on h200 of today's kernels with this toolchain" in result.stderr
+    assert "no measurement of today's kernels with this toolchain on h200" in result.stderr
     assert not (tmp_path / "db").exists()
 
 
@@ -79,8 +79,8 @@ def test_check_lists_shipped_places_without_the_defaults_time(store: Store, ship
     assert result.stdout.splitlines() == [
         "h100: 1 kernels and sizes, 0 of them with records of today's kernels: "
         "0 no time of the default, 0 slower than the default",
-        "best us  default us  gain  with        h200",
-        f"  200.0           -     -  Triton {TRITON_HERE}  {SPEC}; 256 kv rows, seqlen 1x16384",
+        "best us  default us  gain  measured with  h200",
+        f"  200.0           -     -  {'Triton ' + TRITON_HERE:<13}  {SPEC}; 256 kv rows, seqlen 1x16384",
         "h200: 2 kernels and sizes, 2 of them with records of today's kernels: "
         "1 no time of the default, 0 slower than the default",
     ]
@@ -120,7 +120,7 @@ def test_check_lists_records_slower_than_the_default(tmp_path: Path) -> None:
 def test_check_of_a_card_without_shipped_records_is_an_error() -> None:
     result = run("ship", "--check", "--gpu", "h200")
     assert result.exit_code == 1
-    assert "nothing ships for h200" in result.stderr
+    assert "there are no shipped records for h200" in result.stderr
     assert run("ship", "--check").exit_code == 1
     assert run("ship").exit_code == 2
     assert "--gpu NAME" in run("ship").stderr

@@ -162,4 +162,4 @@ def test_invalid_files_for_borrowing_are_a_one_line_error(tmp_path: Path) -> Non
         refused = run("replay", "--borrow", *option)
         assert refused.exit_code == 2
         assert f"leave out {option[0]}" in refused.output
-    assert "say --borrow" in run("replay").output
+    assert "use --borrow" in run("replay").output

@@ -98,7 +98,7 @@ def test_examples_in_help_parse(name: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_exit_codes_are_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "0 done, 1 an error (told in one line), 2 wrong usage, 130 Ctrl-C" in run("--help").stdout
+    assert "0 done, 1 an error (printed in one line), 2 wrong usage, 130 Ctrl-C" in run("--help").stdout
 
     def interrupted() -> None:
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ import pytest
 from cli_samples import CALL, H200, PLACE, config, dkdv_record, make_record, run, start_python
 from rich.console import Console
 
-from parallax_gen.cli.progress import Interrupt, View
+from parallax_gen.cli.progress import Interrupt, ProgressView
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
@@ -84,7 +84,7 @@ def test_without_a_gpu_it_compiles_and_ranks(store: Store) -> None:
 
     again = run("tune", *CALL, *FEW, "--trials", "1")
     assert again.exit_code == 0, again.output
-    assert "4 configs are known from earlier runs" in again.stderr
+    assert "4 configs have results from earlier runs" in again.stderr
     assert len(store.results(PLACE)) == 5
     assert f"database: {store.path}" in again.stdout
     assert "\x1b" not in again.output
@@ -108,7 +108,7 @@ def test_with_a_gpu_it_measures(fake_h200: None, store: Store) -> None:
 def test_a_gpu_that_is_not_installed_is_refused(fake_h200: None, store: Store) -> None:
     result = run("tune", "--gpu", "h100", *FEW)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: --gpu says h100, but the card here is h200 (NVIDIA H200 SXM)")
+    assert result.stderr.startswith("error: --gpu is h100, but the card here is h200 (NVIDIA H200 SXM)")
     assert store.all() == []
 
 
@@ -210,8 +210,8 @@ def test_several_devices_share_the_jobs(fake_h200: None, store: Store, monkeypat
     ("names", "said"),
     [
         (("h200", None), "error: --devices: there is no CUDA device 1 here"),
-        ((None, "h200"), "error: there is no CUDA device here: say which GPU is meant"),
-        (("h200", "h100"), "error: --devices: 1 is h100, and not h200 as the first of them"),
+        ((None, "h200"), "error: there is no CUDA device here: name a GPU"),
+        (("h200", "h100"), "error: --devices: 1 is h100, but the first one is h200"),
     ],
 )
 def test_devices_must_exist_and_be_of_one_model(
@@ -271,7 +271,7 @@ def test_ctrl_c_keeps_finished_trials(store: Store) -> None:
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == f"stopped: all finished trials are kept in {store.path}; run again to go on"
+    assert err.splitlines()[-1] == f"stopped: all finished trials are stored in {store.path}; run again to continue"
     assert store.results(PLACE)
 
 
@@ -299,7 +299,7 @@ def test_the_second_ctrl_c_does_not_wait() -> None:
 def test_a_terminal_shows_live_progress() -> None:
     screen = io.StringIO()
     job = Job(PLACE.spec, PLACE.bucket, H200)
-    with View(
+    with ProgressView(
         Console(file=screen, force_terminal=True, width=100, markup=False, highlight=False),
         3,
         trials=96,
@@ -310,7 +310,7 @@ def test_a_terminal_shows_live_progress() -> None:
         view.update(progress)
     text = screen.getvalue()
     assert "[1/3] h200: decode" in text
-    assert "7 configs are known from earlier runs" in text
+    assert "7 configs have results from earlier runs" in text
     assert "trials 12/96  11 ok, 1 wrong" in text
     assert "best 250.0 us, 4298 GB/s, N32 H8 S1 w1 s4" in text
     assert "45 of 45 s left" in text or "44 of 45 s left" in text
@@ -320,7 +320,9 @@ def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("parallax_gen.cli.progress.MAX_SILENCE_S", 1e9)
     pipe = io.StringIO()
     job = Job(PLACE.spec, PLACE.bucket, gpu_by_name("h200"))
-    with View(Console(file=pipe, width=80, markup=False, highlight=False), 1, trials=96, time_budget_s=45) as view:
+    with ProgressView(
+        Console(file=pipe, width=80, markup=False, highlight=False), 1, trials=96, time_budget_s=45
+    ) as view:
         view.begin(job)
         progress = Progress(job)
         for n, best in enumerate((None, make_record(300.0), make_record(300.0), make_record(250.0, splits=1)), start=1):
@@ -353,9 +355,9 @@ def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--op", "forward"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
-        (("--dtype", "fp16"), "error: --refresh: nothing is known of these kernels on h200: tune them"),
-        (("--storage", "journal:file"), "--refresh: one process times again what it knows, without --storage"),
+        (("--op", "forward"), "error: --refresh: there are no results of these kernels on h200: tune them first"),
+        (("--dtype", "fp16"), "error: --refresh: there are no results of these kernels on h200: tune them first"),
+        (("--storage", "journal:file"), "--refresh: not with --storage, because one process times its own records"),
     ],
 )
 def test_refresh_refuses_unsupported_options(
@@ -371,7 +373,7 @@ def test_refresh_needs_a_device(store: Store) -> None:
     store.save(make_record())
     result = run("tune", "--gpu", "h200", "--refresh", "--workers", "1")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == "error: --refresh: there is no CUDA device here to time it on"
+    assert result.stderr.splitlines()[-1] == "error: --refresh: there is no CUDA device here to measure on"
 
 
 def test_refresh_of_training_times_all_kernels_of_a_step(fake_h200: None, store: Store) -> None:

@@ -70,7 +70,7 @@ def test_an_impossible_line_is_reported_and_not_imported(wrong: dict[str, Any], 
     assert (done.exit_code, store.all()) == (1, [])
     first, second = done.stderr.splitlines()
     assert first.startswith(f"{file}, line 2: not a record: ")
-    assert second == "error: nothing was imported: 1 of 2 are no results; --skip-bad leaves them out"
+    assert second == "error: nothing was imported: 1 of 2 are not valid results; --skip-bad skips them"
     assert "1 new, 0 replaced, 0 kept, 1 skipped" in run("db", "import", "--skip-bad", file).stdout
     assert store.all() == [make_record()]
     assert run("replay", "--borrow", file).stderr.startswith(f"error: {file}, line 2: not a record: ")

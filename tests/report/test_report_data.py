@@ -159,7 +159,7 @@ def test_reasons_that_differ_only_in_numbers_are_merged() -> None:
         make_record(100.0, "predicted"),
     ]
     assert [(r.outcome, r.count, r.text) for r in reasons(failed)] == [
-        ("slow", 1, "far slower than the best by then"),
+        ("slow", 1, "far slower than the best so far"),
         ("resources", 2, "spills 900 to 1024 bytes a thread, over 512"),
         ("resources", 1, "needs 9 bytes of shared memory"),
         ("crash", 1, "no reason was recorded"),
@@ -310,14 +310,17 @@ BASE = {"causal": False, "lengths": ""}  # optional columns
         *(({"time_us": text}, f"line 3: time_us: got '{text}'; allowed") for text in ("1e-320", "1e308", "inf", "nan")),
         ({"batch": "9" * 5000}, "line 3: batch: got '999.*'; allowed: an int of 0 or more, of at most"),
         ({"batch": 2**62 + 1}, "line 3: batch: got 4611686018427387905; allowed: at most"),
-        ({"lengths": "99999999999x4096"}, "line 3: lengths: got '99999999999x4096'; allowed: keys"),
-        ({"lengths": f"4x{'9' * 5000}"}, "line 3: lengths: got '4x9.*'; allowed: keys"),
+        ({"lengths": "99999999999x4096"}, "line 3: lengths: got '99999999999x4096'; allowed: the number of keys"),
+        ({"lengths": f"4x{'9' * 5000}"}, "line 3: lengths: got '4x9.*'; allowed: the number of keys"),
         ({"batch": "2.5"}, "line 3: batch: got '2.5'; allowed: an int"),
         ({"batch": 0}, "line 3: batch: got 0; allowed: an int of 1 or more"),
         ({"kv_heads": 5}, "line 3: heads: got 32; allowed: a multiple of kv_heads"),
         ({"head_dim": 100}, "line 3: head_dim: got 100; allowed: a multiple of 8"),
         ({"op": "sort"}, "line 3: op: got 'sort'; allowed"),
-        ({"lengths": "4096 128"}, "line 3: lengths: got '4096 128'; allowed: keys of each sequence, such as"),
+        (
+            {"lengths": "4096 128"},
+            "line 3: lengths: got '4096 128'; allowed: the number of keys of each sequence, such as",
+        ),
         ({"causal": "maybe"}, "line 3: causal: got 'maybe'; allowed: True or False"),
     ],
 )
@@ -331,7 +334,7 @@ def test_an_invalid_cell_is_an_error_with_its_line_and_column(
 def test_a_line_with_too_few_cells_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", ROW)
     path.write_text(path.read_text(encoding="utf-8") + "decode,128\n", encoding="utf-8")
-    with pytest.raises(ParallaxGenError, match=r"a\.csv, line 3: got another number of cells; allowed: 11"):
+    with pytest.raises(ParallaxGenError, match=r"a\.csv, line 3: got too many or too few cells; allowed: 11"):
         read_rows(path)
 
 

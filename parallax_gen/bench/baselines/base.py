@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Call = Callable[[], "Tensor"]  # -> like q
 
 NO_LENGTHS = "it has no per-sequence lengths"
-CALLS_PER_CONFIG = 3  # of Triton's autotuners, with Effort.few_calls
+CALLS_PER_CONFIG = 3  # timed by Triton's autotuners with Effort.few_calls
 
 
 class Prepared(Protocol):
@@ -34,8 +34,8 @@ class Prepared(Protocol):
 
 
 @dataclass(frozen=True)
-class Single:
-    """One function with one output."""
+class SingleOutput:
+    """A forward or a decode bound to inputs: one call with one output."""
 
     op: str
     call: Call
@@ -52,7 +52,7 @@ class Single:
 class Step:
     """A training step in an implementation's own layout: the forward and its gradients.
 
-    attend   the output, with what its gradients need
+    attend   computes the output, through autograd
     inputs   the tensors that need gradients: q, r, k, v; for softmax q, k, v
     do       the output's gradient
     restore  converts an output or a gradient to the layout of `Inputs`
@@ -62,23 +62,23 @@ class Step:
     inputs: tuple[Tensor, ...]
     do: Tensor
     restore: Callable[[Tensor], Tensor] = lambda x: x
-    _before: tuple[object, Tensor] | None = field(default=None, init=False)
+    _last_forward: tuple[object, Tensor] | None = field(default=None, init=False)  # (stream, output)
 
     @property
     def parts(self) -> dict[str, Callable[[], object]]:
         """The timed functions by name."""
-        return {"forward": self.attend, "backward": self.backward, "step": self.whole}
+        return {"forward": self.attend, "backward": self.backward, "step": self.forward_and_backward}
 
     def backward(self) -> tuple[Tensor, ...]:
         """The gradients after an untimed forward on this stream: autograd runs a backward on its forward's stream."""
         import torch
 
         stream = torch.cuda.current_stream() if self.do.is_cuda else None
-        if self._before is None or self._before[0] != stream:
-            self._before = (stream, self.attend())
-        return torch.autograd.grad(self._before[1], self.inputs, self.do, retain_graph=True)
+        if self._last_forward is None or self._last_forward[0] != stream:
+            self._last_forward = (stream, self.attend())
+        return torch.autograd.grad(self._last_forward[1], self.inputs, self.do, retain_graph=True)
 
-    def whole(self) -> tuple[Tensor, ...]:
+    def forward_and_backward(self) -> tuple[Tensor, ...]:
         import torch
 
         return torch.autograd.grad(self.attend(), self.inputs, self.do)
@@ -90,19 +90,19 @@ class Step:
         out = self.attend()
         grads = torch.autograd.grad(out, self.inputs, self.do)
         names = ("dq", "dr", "dk", "dv") if len(grads) == 4 else ("dq", "dk", "dv")
-        found = {"out": out.detach(), **dict(zip(names, grads, strict=True))}
-        return {name: self.restore(x) for name, x in found.items()}
+        results = {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+        return {name: self.restore(x) for name, x in results.items()}
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One implementation. A function is None if it has no such kernel.
+    """One implementation. `forward`, `decode` and `step` are None if it has no such kernel.
 
     forward, decode, step  bind inputs; raise ImportError if the package is not installed, NotImplementedError if it has
                            no kernel for the spec, and anything else if it fails
     softmax                whether it computes softmax attention: less work than Parallax, and no error to compare
     softcap                whether it can cap scores
-    packages               the distributions that it comes from; none for torch's and ours
+    packages               the names of its distributions; empty for torch's and ours
     setting                other settings that its time depends on, as text
     release                frees tensors that it keeps after a comparison
     """
@@ -130,15 +130,15 @@ class Baseline:
             return self.step(spec, x)
         function = self._function(op)
         assert function is not None
-        return Single(op, function(spec, x))
+        return SingleOutput(op, function(spec, x))
 
     def package(self) -> str:
         """Such as `parallax-kernel 0.1.1, helion 1.2.0, HELION_AUTOTUNE_EFFORT=none`; leaves out missing packages."""
-        found = []
+        versions = []
         for name in self.packages:
             with suppress(metadata.PackageNotFoundError):
-                found.append(f"{name} {metadata.version(name)}")
-        return ", ".join([*found, *filter(None, [self.setting()])])
+                versions.append(f"{name} {metadata.version(name)}")
+        return ", ".join([*versions, *filter(None, [self.setting()])])
 
     def _function(self, op: str) -> Callable[[KernelSpec, Inputs], Call] | None:
         return {"forward": self.forward, "decode": self.decode}[op]
@@ -165,7 +165,7 @@ def require_dense_causal(spec: KernelSpec) -> None:
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same memory as leaf tensors that need gradients."""
+    """Leaf tensors that require gradients, on the same memory as `tensors`."""
     return tuple(t.detach().requires_grad_() for t in tensors)
 
 
@@ -180,15 +180,15 @@ def autotuning_with_few_calls() -> Iterator[None]:
     """Inside this context Triton's autotuners time each config with a few calls instead of an eighth of a second."""
     from triton.runtime.autotuner import Autotuner
 
-    before = vars(Autotuner)["do_bench"]
-    Autotuner.do_bench = property(lambda self: _few_calls)
+    original = vars(Autotuner)["do_bench"]
+    Autotuner.do_bench = property(lambda self: _time_few_calls)
     try:
         yield
     finally:
-        Autotuner.do_bench = before
+        Autotuner.do_bench = original
 
 
-def _few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+def _time_few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
     """Milliseconds: the median, repeated for every requested quantile."""
     from parallax_gen.tuning.workers.measure import event_times_us
 

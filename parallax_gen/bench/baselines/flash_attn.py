@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 class Flash:
     """One generation of flash-attn: its module, and how its signatures differ.
 
-    boundless  the value of an unlimited window on either side
-    pages      flash_attn_with_kvcache's name for the page table; "" if there is no such function
+    no_window        the window_size of either side that means no limit
+    page_table_name  flash_attn_with_kvcache's argument for the page table; "" if there is no such function
     """
 
     module: str
-    boundless: int | None
-    pages: str
+    no_window: int | None
+    page_table_name: str
 
     def attention(self, spec: KernelSpec, x: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Call:
         """With the window and the softcap of x. Raises ImportError or NotImplementedError."""
         attend = self._function("flash_attn_func")
-        _check(spec)
-        given = self._options(spec, x)
-        return lambda: _first(attend(q, k, v, **given))
+        _check_supported(spec)
+        options = self._options(spec, x)
+        return lambda: _output(attend(q, k, v, **options))
 
     def forward(self, spec: KernelSpec, x: Inputs) -> Call:
         return self.attention(spec, x, x.q, x.k, x.v)
@@ -52,41 +52,40 @@ class Flash:
 
     def decode(self, spec: KernelSpec, x: Inputs) -> Call:
         """Raises ImportError or NotImplementedError."""
-        if not self.pages:
+        if not self.page_table_name:
             return self._decode_without_cache(spec, x)
         attend = self._function("flash_attn_with_kvcache")
-        _check(spec)
+        _check_supported(spec)
         refuse_unsupported(spec, cache_dtype="its 8-bit caches are not benchmarked")
-        given = self._options(spec, x)
-        cache = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad, self.pages: x.page_table}
-        given |= {
-            name: tensor for name, tensor in cache.items() if tensor is not None
-        }  # older versions lack some of these parameters
-        return lambda: _first(attend(x.q, x.k, x.v, **given))
+        options = self._options(spec, x)
+        cache = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad, self.page_table_name: x.page_table}
+        # None is left out: older versions lack some of these parameters.
+        options |= {name: tensor for name, tensor in cache.items() if tensor is not None}
+        return lambda: _output(attend(x.q, x.k, x.v, **options))
 
     def _decode_without_cache(self, spec: KernelSpec, x: Inputs) -> Call:
         """Decode as a forward over few queries, with splits if supported."""
         attend = self._function("flash_attn_func")
-        _check(spec)
+        _check_supported(spec)
         refuse_unsupported(spec, lengths=f"{NO_LENGTHS} in the function benchmarked here")
-        given = {"softcap": x.softcap} if spec.softcap else {}
+        options = {"softcap": x.softcap} if spec.softcap else {}
         try:
-            _first(attend(x.q, x.k, x.v, num_splits=0, **given))
+            _output(attend(x.q, x.k, x.v, num_splits=0, **options))
         except (AssertionError, NotImplementedError):
-            return lambda: _first(attend(x.q, x.k, x.v, **given))
-        return lambda: _first(attend(x.q, x.k, x.v, num_splits=0, **given))
+            return lambda: _output(attend(x.q, x.k, x.v, **options))
+        return lambda: _output(attend(x.q, x.k, x.v, num_splits=0, **options))
 
     def _options(self, spec: KernelSpec, x: Inputs) -> dict[str, Any]:
-        window = (x.window_size - 1, 0) if x.window_size else (self.boundless, self.boundless)
+        window = (x.window_size - 1, 0) if x.window_size else (self.no_window, self.no_window)
         options: dict[str, Any] = {"causal": spec.causal, "window_size": window}
         return options | ({"softcap": x.softcap} if spec.softcap else {})
 
     def _function(self, name: str) -> Callable[..., Any]:
         try:
-            found: Callable[..., Any] = getattr(importlib.import_module(self.module), name)
-        except AttributeError as error:  # the package of another generation has the same module name
+            function: Callable[..., Any] = getattr(importlib.import_module(self.module), name)
+        except AttributeError as error:  # another generation of flash-attn has a module of the same name
             raise ImportError(f"{self.module} has no {name}") from error
-        return found
+        return function
 
 
 FLASH = {
@@ -96,23 +95,23 @@ FLASH = {
 }
 
 
-def _check(spec: KernelSpec) -> None:
+def _check_supported(spec: KernelSpec) -> None:
     if spec.bytes_per_element != 2:
         raise NotImplementedError("it has only bf16 and fp16")
     refuse_unsupported(spec, varlen="its packed sequences are not benchmarked")
 
 
-def _first(found: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The output; some versions also return statistics."""
-    return found[0] if isinstance(found, tuple) else found
+def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output of a call; some versions also return statistics."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 PACKAGES = {
     "flash-attn 2": ("flash-attn",),
-    "flash-attn 3": ("flash-attn-3", "flashattn-hopper"),  # one of these names
+    "flash-attn 3": ("flash-attn-3", "flashattn-hopper"),  # published under either name
     "flash-attn 4": ("flash-attn-4",),
 }
 BASELINES = tuple(
-    Baseline(name, of.forward, of.decode, of.step, softmax=True, softcap=True, packages=PACKAGES[name])
-    for name, of in FLASH.items()
+    Baseline(name, flash.forward, flash.decode, flash.step, softmax=True, softcap=True, packages=PACKAGES[name])
+    for name, flash in FLASH.items()
 )

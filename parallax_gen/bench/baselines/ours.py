@@ -25,10 +25,10 @@ def attention(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: T
             assert x.cu_seqlens_q is not None
             assert x.cu_seqlens_k is not None
             packing = (x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
-            found: Tensor | tuple[Tensor, ...] = parallax_attn_varlen_func(q, r, k, v, *packing, **options)
+            result: Tensor | tuple[Tensor, ...] = parallax_attn_varlen_func(q, r, k, v, *packing, **options)
         else:
-            found = parallax_attn_func(q, r, k, v, **options)
-        return found[0] if isinstance(found, tuple) else found
+            result = parallax_attn_func(q, r, k, v, **options)
+        return result[0] if isinstance(result, tuple) else result
 
     return call
 
@@ -38,7 +38,7 @@ def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Call:
     from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
 
     def call() -> Tensor:
-        found = parallax_attn_with_kvcache(
+        result = parallax_attn_with_kvcache(
             x.q,
             x.r,
             x.k,
@@ -56,7 +56,7 @@ def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Call:
             out=out,
             return_state=spec.stats,
         )
-        return found.out if isinstance(found, tuple) else found
+        return result.out if isinstance(result, tuple) else result
 
     return call
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from parallax_gen.codegen.abi import Inputs
 
-# How long Helion tunes each new shape: minutes with "full", Helion's default; not at all with "none", the default here.
+# The environment variable that sets how long Helion tunes each new shape: minutes with "full", Helion's default; not at
+# all with "none", the default here.
 HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
 
 
@@ -37,8 +38,8 @@ def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     refuse_unsupported(spec, page_size="it has no pages")
     one_query = "it has one query per sequence, which sees every key"
     refuse_unsupported(spec, many_queries=one_query, window=one_query)
-    no_others = "it has no left padding, 8-bit cache or statistics"
-    refuse_unsupported(spec, leftpad=no_others, cache_dtype=no_others, stats=no_others)
+    unsupported = "it has no left padding, 8-bit cache or statistics"
+    refuse_unsupported(spec, leftpad=unsupported, cache_dtype=unsupported, stats=unsupported)
     out = torch.empty_like(x.q)
     lengths = x.cache_seqlens
 
@@ -49,12 +50,12 @@ def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     return call
 
 
-def _forget_inputs() -> None:
-    """Clear the cache in which the CuTeDSL decode keeps every input tensor for good."""
-    package = sys.modules.get("parallax.cute.parallax_decode")
-    kept = getattr(package, "_cute_input_cache", None)
-    if isinstance(kept, dict):
-        kept.clear()
+def _clear_input_cache() -> None:
+    """Clear the cache in which the CuTeDSL decode keeps every input tensor until the process ends."""
+    module = sys.modules.get("parallax.cute.parallax_decode")
+    cache = getattr(module, "_cute_input_cache", None)
+    if isinstance(cache, dict):
+        cache.clear()
 
 
 def triton_decode(spec: KernelSpec, x: Inputs) -> Call:
@@ -67,19 +68,19 @@ def triton_forward(spec: KernelSpec, x: Inputs) -> Call:
     package = importlib.import_module("parallax.triton")
     require_dense_causal(spec)
     batch = x.q.shape[0]
-    # Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed.
-    q, r, k, v = (in_heads(t) for t in (x.q, x.r, x.k, x.v))
+    # Its layout is (batch * heads, seqlen, head_dim): inputs are copied once, and the copy is not timed.
+    q, r, k, v = (fold_heads(t) for t in (x.q, x.r, x.k, x.v))
     options = {"n_rep": spec.group, "window_size_left": x.window_size or -1}
 
     def call() -> Tensor:
         out: Tensor = package.parallax_fwd(q, r, k, v, default_scale(spec.head_dim), **options)[0]
-        return from_heads(out, batch)
+        return unfold_heads(out, batch)
 
     return call
 
 
 def helion() -> ModuleType:
-    """Its kernels read the tuning effort from the environment when they are imported."""
+    """Import parallax.helion. Its kernels read the tuning effort from the environment at import."""
     os.environ.setdefault(HELION_EFFORT, "none")
     return importlib.import_module("parallax.helion")
 
@@ -93,7 +94,7 @@ def helion_decode(spec: KernelSpec, x: Inputs) -> Call:
 def helion_forward(spec: KernelSpec, x: Inputs) -> Call:
     package = helion()
     require_dense_causal(spec)
-    # Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed.
+    # Its layout is (batch, heads, seqlen, head_dim): inputs are copied once, and the copy is not timed.
     q, r, k, v = (heads_first(t) for t in (x.q, x.r, x.k, x.v))
 
     def call() -> Tensor:
@@ -103,7 +104,7 @@ def helion_forward(spec: KernelSpec, x: Inputs) -> Call:
     return call
 
 
-def in_heads(x: Tensor) -> Tensor:
+def fold_heads(x: Tensor) -> Tensor:
     """(batch, seqlen, heads, head_dim) as (batch * heads, seqlen, head_dim), contiguous."""
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
@@ -113,27 +114,27 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def from_heads(x: Tensor, batch: int) -> Tensor:
-    """The inverse of `in_heads`."""
+def unfold_heads(x: Tensor, batch: int) -> Tensor:
+    """The inverse of `fold_heads`."""
     return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def triton_step(spec: KernelSpec, x: Inputs) -> Step:
-    """Its layout is (batch * heads, seqlen, head_dim): copied once, outside of what is timed."""
+    """Its layout is (batch * heads, seqlen, head_dim): inputs are copied once, and the copy is not timed."""
     package = importlib.import_module("parallax.triton")
     require_dense_causal(spec)
     batch, scale, window = x.q.shape[0], default_scale(spec.head_dim), x.window_size or -1
-    q, r, k, v = leaves(*(in_heads(t) for t in (x.q, x.r, x.k, x.v)))
+    q, r, k, v = leaves(*(fold_heads(t) for t in (x.q, x.r, x.k, x.v)))
 
     def attend() -> Tensor:
         out: Tensor = package.ParallaxFunction.apply(q, r, k, v, scale, spec.group, window)
         return out
 
-    return Step(attend, (q, r, k, v), in_heads(gradient_of_output(x)), lambda t: from_heads(t, batch))
+    return Step(attend, (q, r, k, v), fold_heads(gradient_of_output(x)), lambda t: unfold_heads(t, batch))
 
 
 def helion_step(spec: KernelSpec, x: Inputs) -> Step:
-    """Its layout is (batch, heads, seqlen, head_dim): copied once, outside of what is timed."""
+    """Its layout is (batch, heads, seqlen, head_dim): inputs are copied once, and the copy is not timed."""
     package = helion()
     require_dense_causal(spec)
     q, r, k, v = leaves(*(heads_first(t) for t in (x.q, x.r, x.k, x.v)))
@@ -154,7 +155,7 @@ BASELINES = (
         "official CuTeDSL",
         decode=cutedsl_decode,
         packages=("parallax-kernel", "nvidia-cutlass-dsl"),
-        release=_forget_inputs,
+        release=_clear_input_cache,
     ),
     Baseline("official Triton", triton_forward, triton_decode, triton_step, packages=("parallax-kernel",)),
     Baseline(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sdpa:
-    """scaled_dot_product_attention with one backend, given by torch's name for it."""
+    """scaled_dot_product_attention with one backend, named as in torch's SDPBackend."""
 
     backend: str
 
@@ -54,7 +54,7 @@ class Sdpa:
         return Step(self.attention(spec, q, k, v), (q, k, v), gradient_of_output(x))
 
 
-def _cudnn() -> str:
+def _cudnn_version() -> str:
     import torch
 
     return f"cuDNN {torch.backends.cudnn.version()}"
@@ -63,5 +63,5 @@ def _cudnn() -> str:
 FLASH, CUDNN = Sdpa("FLASH_ATTENTION"), Sdpa("CUDNN_ATTENTION")
 BASELINES = (
     Baseline("SDPA flash", FLASH.call, FLASH.call, FLASH.step, softmax=True),
-    Baseline("SDPA cuDNN", CUDNN.call, CUDNN.call, CUDNN.step, softmax=True, setting=_cudnn),
+    Baseline("SDPA cuDNN", CUDNN.call, CUDNN.call, CUDNN.step, softmax=True, setting=_cudnn_version),
 )

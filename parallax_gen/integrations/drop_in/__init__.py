@@ -1,1 +1,1 @@
-"""The implementation of `parallax_gen.compat`, whose docstring says what it is."""
+"""The implementation of `parallax_gen.compat`: functions with the signatures of other Parallax packages."""

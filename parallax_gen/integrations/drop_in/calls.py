@@ -1,4 +1,4 @@
-"""Calls of the public functions shared by the drop-ins: no autocast, any head_dim, with or without gradients."""
+"""How all drop-ins call our public functions: without autocast, at any head_dim, with or without gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def attend(
                 longest length, as in the other packages
     """
     head_dim = q.shape[-1]
-    q, r, k, v = (_padded_to_eights(x) for x in (q, r, k, v))
+    q, r, k, v = (_padded_to_multiple_of_8(x) for x in (q, r, k, v))
     with _without_autocast(q):
         if cu_seqlens is None:
             out = parallax_attn_func(q, r, k, v, causal=causal, window_size=window, softmax_scale=scale)
@@ -74,15 +74,15 @@ def decode(
             )
         cache_start = cache_start.to(q.device, torch.int32).contiguous()
     head_dim = q.shape[-1]
-    q, r, k, v = (_padded_to_eights(x) for x in (q, r, k, v))
+    q, r, k, v = (_padded_to_multiple_of_8(x) for x in (q, r, k, v))
     if records_gradients(q, r, k, v):
         q, r, k, v = (x.detach() for x in (q, r, k, v))
     with _without_autocast(q):
-        found = parallax_attn_with_kvcache(
+        result = parallax_attn_with_kvcache(
             q, r, k, v, cache_seqlens=lengths, cache_leftpad=cache_start, causal=True, window_size=window,
             softmax_scale=scale, out=out,
         )  # fmt: skip
-    return found if head_dim == found.shape[-1] else found[..., :head_dim].contiguous()
+    return result if head_dim == result.shape[-1] else result[..., :head_dim].contiguous()
 
 
 def with_supported_strides(x: Tensor) -> Tensor:
@@ -90,16 +90,16 @@ def with_supported_strides(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-3) <= MAX_ROW_STRIDE else x.contiguous()
 
 
-def _padded_to_eights(x: Tensor) -> Tensor:
+def _padded_to_multiple_of_8(x: Tensor) -> Tensor:
     """`with_supported_strides`, with head_dim zero-padded to a multiple of 8, which does not change the result."""
     return pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else with_supported_strides(x)
 
 
 def _without_autocast(q: Tensor) -> AbstractContextManager[object]:
-    """A context that disables autocast: our functions would cast to its dtype, the other packages do not."""
-    kind = q.device.type
-    under = kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if under else nullcontext()
+    """A context that disables autocast: our functions would cast to its dtype, and the other packages do not."""
+    device_type = q.device.type
+    is_on = device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 def _packing(cu_seqlens: Tensor, q: Tensor) -> tuple[Tensor, int]:

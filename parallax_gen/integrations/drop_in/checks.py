@@ -45,7 +45,7 @@ def check_dims(q: Tensor, r: Tensor, k: Tensor, v: Tensor, layout: Sequence[str]
 def check_sizes(
     q: Tensor, r: Tensor, k: Tensor, v: Tensor, layout: Sequence[str], *, same_length: bool = False
 ) -> None:
-    """Check that the four fit each other: k and v may have fewer heads and, unless same_length, another length."""
+    """Check that the sizes match: k and v may have fewer heads than q and, unless same_length, another length."""
     check_dims(q, r, k, v, layout)
     if r.shape != q.shape:
         raise ArgumentError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
@@ -83,9 +83,9 @@ def parse_scale(name: str, given: float | Tensor | None, head_dim: int) -> float
 
 
 def parse_window(name: str, given: int | None) -> int | None:
-    """The most keys that a query sees; None for no window, which negative numbers also mean. Raises ArgumentError.
+    """The largest number of keys that a query sees; None for no window. A negative number also means no window.
 
-    A window of 0 keys is refused: the other packages give NaN for it, or zeros.
+    Raises ArgumentError, also for a window of 0 keys: the other packages give NaN for it, or zeros.
     """
     if given is None:
         return None

@@ -24,7 +24,7 @@ from parallax_gen.runtime.transforms import refuse_transforms, transform_is_acti
 
 GROUPS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 128)
-ELSEWHERE = "parallax_gen.parallax_attn_with_kvcache"
+OUR_FUNCTION = "parallax_gen.parallax_attn_with_kvcache"
 
 
 def parallax_attn_with_kvcache(
@@ -58,7 +58,7 @@ def parallax_attn_with_kvcache(
     parallax-kernel does; all are ArgumentErrors.
     """
     if page_table is not None:
-        raise NotOfferedError("page_table", "a tensor", f"None. Paged caches are for {ELSEWHERE}")
+        raise NotOfferedError("page_table", "a tensor", f"None. Paged caches are for {OUR_FUNCTION}")
     _check(q, r, out, k_cache=k_cache, v_cache=v_cache)
     if seqused_k is not None:
         _check_lengths("seqused_k", seqused_k, q, k_cache)
@@ -174,7 +174,7 @@ class GraphedDecode:
                 own.copy_(given)
         if cache_seqlens is not None and self.cache_seqlens is not None:
             lengths = torch.as_tensor(cache_seqlens)
-            low, high = _extremes(lengths)
+            low, high = _min_and_max(lengths)
             if low < 1 or high > self.max_kv_len:
                 raise ArgumentError("cache_seqlens", f"{low} to {high}, out of range", f"1 to {self.max_kv_len}")
             if lengths.dim() == 0:
@@ -208,7 +208,7 @@ def _check_lengths(name: str, lengths: Tensor, q: Tensor, k_cache: Tensor) -> No
         raise ArgumentError(name, f"on {lengths.device}", f"on {q.device}, where q is")
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    low, high = _extremes(lengths)
+    low, high = _min_and_max(lengths)
     allowed = f"1 to {k_cache.shape[1]}"
     if high > k_cache.shape[1]:
         raise ArgumentError(name, f"{high}, which exceeds k_cache.shape[1]", allowed)
@@ -216,14 +216,14 @@ def _check_lengths(name: str, lengths: Tensor, q: Tensor, k_cache: Tensor) -> No
         raise ArgumentError(name, f"{low}; values < 1 are no lengths", allowed)
 
 
-def _extremes(lengths: Tensor) -> tuple[int, int]:
+def _min_and_max(lengths: Tensor) -> tuple[int, int]:
     """The shortest and the longest length; 1 and 1 for no sequences. Copies once from the device."""
     values = lengths.flatten().tolist() or [1]
     return min(values), max(values)
 
 
 def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
-    """Check for exactly the shapes that parallax-kernel accepts.
+    """Check that the tensors have shapes that parallax-kernel accepts, and no others.
 
     caches  keys and values, by the caller's argument names
     """
@@ -240,19 +240,19 @@ def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
     batch, _, heads, head_dim = q.shape
     if r.shape != q.shape:
         raise ArgumentAssertionError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
-    (of_keys, k), (of_values, v) = caches.items()
+    (k_name, k), (v_name, v) = caches.items()
     if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, head_dim):
-        fitting = f"({batch}, seqlen, kv_heads, {head_dim}), to go with q"
-        raise ArgumentAssertionError(of_keys, f"shape {tuple(k.shape)}", fitting)
+        allowed = f"({batch}, seqlen, kv_heads, {head_dim}), to go with q"
+        raise ArgumentAssertionError(k_name, f"shape {tuple(k.shape)}", allowed)
     kv_heads = k.shape[2]
-    check_heads(of_keys, heads, kv_heads)
+    check_heads(k_name, heads, kv_heads)
     if heads // kv_heads not in GROUPS:
-        allowed = f"a pack_n of {', '.join(map(str, GROUPS))}. {ELSEWHERE} takes any"
-        raise NotOfferedError(of_keys, f"{kv_heads} kv heads to {heads} heads", allowed)
+        allowed = f"a pack_n of {', '.join(map(str, GROUPS))}. {OUR_FUNCTION} takes any"
+        raise NotOfferedError(k_name, f"{kv_heads} kv heads to {heads} heads", allowed)
     if v.shape != k.shape:
-        raise ArgumentAssertionError(of_values, f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of {of_keys}")
+        raise ArgumentAssertionError(v_name, f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of {k_name}")
     if head_dim not in HEAD_DIMS:
-        allowed = f"{' or '.join(map(str, HEAD_DIMS))}. {ELSEWHERE} takes others"
+        allowed = f"{' or '.join(map(str, HEAD_DIMS))}. {OUR_FUNCTION} takes others"
         raise ArgumentAssertionError("q", f"head_dim {head_dim}", allowed)
     check_same_dtype_and_device(named)
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype):

@@ -114,13 +114,13 @@ def parallax_fwd(
     scale, window = parse_scale("qk_scale", qk_scale, q.shape[-1]), parse_window("window_size_left", window_size_left)
     pieces = _causal_pieces(q.shape[1], k.shape[1], window)
     with torch.no_grad():
-        found = [forward_without_autograd(_request(piece, q, r, k, v, scale, n_rep, window)) for piece in pieces]
+        results = [forward_without_autograd(_request(piece, q, r, k, v, scale, n_rep, window)) for piece in pieces]
         out, lse, t_mean, v_mean = (
-            _concatenated(parts, dim) for parts, dim in zip(zip(*found, strict=True), (1, 2, 2, 1), strict=True)
+            _concatenated(parts, dim) for parts, dim in zip(zip(*results, strict=True), (1, 2, 2, 1), strict=True)
         )
-        of_rows = (*q.shape[:2], 1)
-        m = (lse * LOG2_E).reshape(of_rows)
-        return _unfolded(out), _unfolded(v_mean), torch.ones_like(m), t_mean.reshape(of_rows), m
+        row_stats_shape = (*q.shape[:2], 1)
+        m = (lse * LOG2_E).reshape(row_stats_shape)
+        return _unfolded(out), _unfolded(v_mean), torch.ones_like(m), t_mean.reshape(row_stats_shape), m
 
 
 def parallax_bwd(
@@ -150,10 +150,10 @@ def parallax_bwd(
         refuse_transforms("parallax_bwd", q=q, r=r, k=k, v=v, o=o, barv=barv, bart=bart, m=m, grad_o=grad_o)
     refuse_dtensors("parallax_bwd", q=q, r=r, k=k, v=v, grad_o=grad_o)
     _check_folded(q, r, k, v, n_rep)
-    of_rows = (*q.shape[:2], 1)
+    row_stats_shape = (*q.shape[:2], 1)
     for name, x, shape in (
         *(("o", o, q.shape), ("barv", barv, q.shape), ("grad_o", grad_o, q.shape)),
-        *(("d1", d1, of_rows), ("bart", bart, of_rows), ("m", m, of_rows)),
+        *(("d1", d1, row_stats_shape), ("bart", bart, row_stats_shape), ("m", m, row_stats_shape)),
     ):
         if tuple(x.shape) != tuple(shape):
             raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{tuple(shape)}, to go with q")
@@ -162,7 +162,7 @@ def parallax_bwd(
         lse = (m + d1.log2()) / LOG2_E
         out, v_mean, do = (_folded(x, n_rep) for x in (o, barv, grad_o))
         lse, t_mean = (x.reshape(k.shape[0], n_rep, q.shape[1]) for x in (lse, bart))
-        found = []
+        grads = []
         for piece in _causal_pieces(q.shape[1], k.shape[1], window):
             saved = SavedForBackward(
                 out[:, piece.rows].contiguous(),
@@ -171,11 +171,11 @@ def parallax_bwd(
                 v_mean[:, piece.rows].contiguous(),
             )
             request = _request(piece, q, r, k, v, scale, n_rep, window)
-            found.append(backward_without_autograd(do[:, piece.rows], request, saved))
-        dq, dr, dk, dv = zip(*found, strict=True)
-        of_queries = (_unfolded(_concatenated(parts, 1)) for parts in (dq, dr))
-        of_keys = (_unfolded(_sum_padded(parts, k.shape[1])) for parts in (dk, dv))
-        grad_q, grad_r, grad_k, grad_v = (x.bfloat16() for x in (*of_queries, *of_keys))
+            grads.append(backward_without_autograd(do[:, piece.rows], request, saved))
+        dq, dr, dk, dv = zip(*grads, strict=True)
+        query_grads = (_unfolded(_concatenated(parts, 1)) for parts in (dq, dr))
+        key_grads = (_unfolded(_sum_padded(parts, k.shape[1])) for parts in (dk, dv))
+        grad_q, grad_r, grad_k, grad_v = (x.bfloat16() for x in (*query_grads, *key_grads))
     return grad_q, grad_r, grad_k, grad_v
 
 
@@ -219,14 +219,14 @@ class _Piece(NamedTuple):
 
 
 def _causal_pieces(seqlen_q: int, seqlen_kv: int, window: int | None) -> list[_Piece]:
-    """Attention with query i at key i, as calls of our kernels: surplus keys are unseen, surplus queries see all."""
+    """Attention with query i at key i, as calls of our kernels: surplus keys are not seen, surplus queries see all."""
     if seqlen_q <= seqlen_kv:
         return [_Piece(slice(seqlen_q), slice(seqlen_q), True)]
     if window is not None and window < seqlen_q:
         allowed = f"{seqlen_q} or more, or a negative one, with {seqlen_q} queries to {seqlen_kv} keys"
         raise ArgumentError("window_size_left", window, allowed)
-    every = slice(seqlen_kv)
-    return [_Piece(every, every, True), _Piece(slice(seqlen_kv, seqlen_q), every, False)]
+    all_keys = slice(seqlen_kv)
+    return [_Piece(all_keys, all_keys, True), _Piece(slice(seqlen_kv, seqlen_q), all_keys, False)]
 
 
 def _check_folded(q: Tensor, r: Tensor, k: Tensor, v: Tensor, n_rep: int) -> None:

@@ -2,9 +2,8 @@
 
     from parallax_gen.integrations.transformers import convert
 
-    model = convert(AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B"))  # computes the same function, with an
-                                                                              r_proj
-                                                                              model.save_pretrained("qwen3-parallax")
+    model = convert(AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B"))  # the same function, with an r_proj
+    model.save_pretrained("qwen3-parallax")
     model = AutoModelForCausalLM.from_pretrained("qwen3-parallax")  # wherever this module has been imported
 
 Importing this module registers the attention and its mask with transformers, and the converted classes with the Auto

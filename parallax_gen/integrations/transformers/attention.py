@@ -63,8 +63,7 @@ def parallax_attention(
     from_cache = q_length < kv_length and lengths is None and (attention_mask is None or keys is not None)
     if from_cache and not (records_gradients(q, r, k, v) or transform_is_active()):
         first, end = keys or (None, None)
-        found = parallax_attn_with_kvcache(q, r, k, v, cache_seqlens=end, cache_leftpad=first, **options)
-        return found, None
+        return parallax_attn_with_kvcache(q, r, k, v, cache_seqlens=end, cache_leftpad=first, **options), None
     if lengths is None and attention_mask is not None:
         starts = cu_seqlens_of_mask(attention_mask, q_length, kv_length)
         lengths = starts and (*starts, q_length, kv_length)
@@ -83,7 +82,7 @@ def _packing_arguments(mask: Tensor | None, others: dict[str, Any]) -> tuple[Ten
         return None
     if len(given) < len(names):
         raise ArgumentError(next(iter(given)), "given without the others", f"all of {', '.join(names)}, or none")
-    if mask is not None and mask.shape[:3] != (1, 1, 1):  # a packed mask, from position_ids, says the same
+    if mask is not None and mask.shape[:3] != (1, 1, 1):  # a packed mask, from position_ids, has the same sequences
         raise ArgumentError(
             "attention_mask", "padding, or a cache, together with cu_seq_lens_q", "None with cu_seq_lens_q"
         )
@@ -109,17 +108,17 @@ def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, oth
 
 # -- transformers' masks as our functions take them: the range of each sequence's keys, no boolean matrix.
 #
-# A mask is None, if every query sees all keys up to its own, or an int32 tensor. It has four dimensions, so that
-# transformers passes it to the layers unchanged. Its shape tells its kind:
+# A mask is None if every query sees all keys up to its own; otherwise it is an int32 tensor. It has four dimensions, so
+# that transformers passes it to the layers unchanged. Its shape tells its kind:
 #
 #     cached  (2, 1, 1, batch)        each sequence's first key and end; its last query is at its last key
 #     padded  (1, 1, 2, 3 batch + 1)  starts of the runs of queries and of keys, over all batch rows: per row the
 #                                     padding before the sequence, the sequence, and the padding after it
 #     packed  (1, 1, 1, runs + 1)     starts of packed sequences, the same for queries and keys
-#     single  (1, 1, 1, 1)            whether nothing is packed, which torch.compile only knows at run time
+#     single  (1, 1, 1, 1)            whether no sequences are packed, which torch.compile only knows at run time
 #
-# So padding attends to padding: that costs time if there is much of it, but needs no gather or scatter. The results for
-# padding are finite and unused.
+# So padding attends to padding: that costs time if there is much padding, but needs no gather or scatter. The results
+# for padding are finite and unused.
 
 NOT_CAUSAL = ("attention_mask", "attention that is not causal", "causal attention, with windows and padding")
 
@@ -194,27 +193,27 @@ def _check_length(attention_mask: Tensor, tokens: int | Tensor) -> None:
         raise ArgumentError(*error)
 
 
-def _require(fact: Tensor, argument: str, got: str, allowed: str) -> None:
-    """Raise ArgumentError if `fact` is false. Compiled code does not wait for the device, but asserts it there."""
+def _require(condition: Tensor, argument: str, got: str, allowed: str) -> None:
+    """Raise ArgumentError if `condition` is false. Compiled code does not wait for the device, but asserts it there."""
     if torch.compiler.is_compiling():
-        torch._assert_async(fact, f"{argument}: got {got}; allowed: {allowed}")
-    elif not fact:
+        torch._assert_async(condition, f"{argument}: got {got}; allowed: {allowed}")
+    elif not condition:
         raise ArgumentError(argument, got, allowed)
 
 
-def _mask_from_padding(seen: Tensor, q_length: int, kv_length: int, *, allow_none: bool) -> Tensor | None:
-    """seen  (batch, keys so far), False for padding"""
-    length = seen.shape[1]
-    tokens = seen.sum(1)
-    first = torch.where(tokens > 0, seen.int().argmax(1), length)
-    end = torch.where(tokens > 0, length - seen.flip(1).int().argmax(1), length)
-    facts = torch.stack(((end - first == tokens).all(), (tokens != length).any(), (end != length).any()))
+def _mask_from_padding(is_token: Tensor, q_length: int, kv_length: int, *, allow_none: bool) -> Tensor | None:
+    """is_token: (batch, keys so far), False for padding."""
+    length = is_token.shape[1]
+    tokens = is_token.sum(1)
+    first = torch.where(tokens > 0, is_token.int().argmax(1), length)
+    end = torch.where(tokens > 0, length - is_token.flip(1).int().argmax(1), length)
+    conditions = torch.stack(((end - first == tokens).all(), (tokens != length).any(), (end != length).any()))
     any_padding = padding_after = True
     if not torch.compiler.is_compiling():
-        facts = facts.cpu()  # the only wait
-        any_padding, padding_after = bool(facts[1]), bool(facts[2])
-    allowed = "padding before or after them; only before them to go on from a cache"
-    _require(facts[0], "attention_mask", "padding between tokens", allowed)
+        conditions = conditions.cpu()  # the only wait for the device
+        any_padding, padding_after = bool(conditions[1]), bool(conditions[2])
+    allowed = "padding before or after them; with a cache only before them"
+    _require(conditions[0], "attention_mask", "padding between tokens", allowed)
     if not any_padding and allow_none and length == kv_length:
         return None
     # A single new token is unaffected by padding after it: it is padding itself, or sees all other tokens.
@@ -223,24 +222,24 @@ def _mask_from_padding(seen: Tensor, q_length: int, kv_length: int, *, allow_non
     return _run_starts(first, end, length - q_length, q_length, kv_length)[None, None]
 
 
-def _run_starts(first: Tensor, end: Tensor, place: int | Tensor, q_length: int, kv_length: int) -> Tensor:
+def _run_starts(first: Tensor, end: Tensor, first_query: int | Tensor, q_length: int, kv_length: int) -> Tensor:
     """Starts of the runs of queries and of keys, (2, 3 batch + 1) int32.
 
-    first, end  (batch,), the range of each sequence's keys
-    place       the first query's index among the keys: an int, or (batch,)
+    first, end   (batch,), the range of each sequence's keys
+    first_query  the first query's index among the keys: an int, or (batch,)
     """
     keys = torch.stack((torch.zeros_like(first), first, end))
-    queries = (keys - place).clamp(0, q_length)
+    queries = (keys - first_query).clamp(0, q_length)
     rows = torch.arange(len(first), device=first.device)
     starts = torch.stack((queries + rows * q_length, keys + rows * kv_length))
     totals = starts.new_tensor([[q_length], [kv_length]]) * len(first)
     return torch.cat((starts.transpose(1, 2).flatten(1), totals), dim=1).int()
 
 
-def _packed_mask(mask_function: Callable[..., Tensor], places: Tensor, batch: int) -> Tensor | None:
+def _packed_mask(mask_function: Callable[..., Tensor], positions: Tensor, batch: int) -> Tensor | None:
     """Packed sequences begin at tokens that do not see the token before. None if all tokens see it."""
-    rows = torch.arange(batch, device=places.device)[:, None]
-    before, after = places[None, :-1], places[None, 1:]
+    rows = torch.arange(batch, device=positions.device)[:, None]
+    before, after = positions[None, :-1], positions[None, 1:]
     joined = mask_function(rows, torch.zeros_like(rows), after, before).expand(batch, -1)
     _require(~mask_function(rows, torch.zeros_like(rows), before, after).any(), *NOT_CAUSAL)
     if torch.compiler.is_compiling():

@@ -31,11 +31,11 @@ LOADER = "parallax_gen"
 
 
 class ParallaxConfigMixin:
-    """Base before a transformers config class: a saved model is never mistaken for one without r_proj.
+    """A mixin before a transformers config class: a saved model is never mistaken for one without r_proj.
 
-    A stock class such as LlamaForCausalLM ignores the saved model_type. Two more entries serve it: quantization_config
-    makes `ProbeLoader` convert the model before its weights are read; attn_implementation is unknown to transformers if
-    this package is not imported, so loading fails there.
+    A stock class such as LlamaForCausalLM ignores the saved model_type, so two more entries are saved for it.
+    quantization_config makes `ProbeLoader` convert the model before its weights are read. attn_implementation names an
+    attention that transformers does not know if this package is not imported, so that loading fails then.
     """
 
     def __post_init__(self, **others: Any) -> None:
@@ -50,7 +50,7 @@ class ParallaxConfigMixin:
 
 
 class ProbeAttentionMixin:
-    """Base before a transformers attention class: r is projected and rotated like q, and passed on with q.
+    """A mixin before a transformers attention class: r is projected and rotated like q, and passed on with q.
 
     r has no norm, though q may have one: at r = 0 the norm's gradient would be unbounded.
     """
@@ -61,10 +61,10 @@ class ProbeAttentionMixin:
     config: Any
 
     def add_probes(self) -> None:
-        like: nn.Linear = self.q_proj  # type: ignore[attr-defined]
-        bias, device, dtype = like.bias is not None, like.weight.device, like.weight.dtype
-        self.r_proj = ZeroInitLinear(like.in_features, like.out_features, bias, device=device, dtype=dtype)
-        self.r_proj.train(like.training)
+        q_proj: nn.Linear = self.q_proj  # type: ignore[attr-defined]
+        bias, device, dtype = q_proj.bias is not None, q_proj.weight.device, q_proj.weight.dtype
+        self.r_proj = ZeroInitLinear(q_proj.in_features, q_proj.out_features, bias, device=device, dtype=dtype)
+        self.r_proj.train(q_proj.training)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **others: Any) -> Any:
         if self.config._attn_implementation != NAME:
@@ -75,7 +75,7 @@ class ProbeAttentionMixin:
 
 
 class ParallaxModelMixin:
-    """Base before a transformers model class: its attention layers have probes and use Parallax attention."""
+    """A mixin before a transformers model class: its attention layers have probes and use Parallax attention."""
 
     def __init__(self, config: Any, *inputs: Any, **others: Any):
         super().__init__(config, *inputs, **others)  # type: ignore[call-arg]
@@ -174,7 +174,7 @@ def convert(model: Any) -> Any:
 
     model  Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
            LlamaForSequenceClassification, on any device, in fp32, bf16 or fp16; or a base model, such as LlamaModel, by
-           itself or inside another model. One that is converted already stays as it is
+           itself or inside another model. A converted model stays as it is
 
     Its other weights stay the same tensors, and its results the same up to rounding, until r_proj is trained. Its class
     and config become those of this module, such as ParallaxQwen3ForCausalLM. A model with a head gets its own config. A

@@ -4,8 +4,8 @@
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const root = document.documentElement;
 
-  // Filters: an item is shown if its GPU, its kernels and its words match, a group if it has an item to show. What is
-  // the same of many items is said once, around them. Timings of a card that has no name are of every GPU.
+  // Filters: an item is shown if its GPU, its kernels and its words match; a group is shown if one of its items is. An
+  // attribute that many items share is on an element around them. Timings without a card's name match every GPU.
   const form = document.getElementById("filters");
   const items = all("[data-item]").map((element) => {
     const [gpu, op, text] = ["gpu", "op", "text"].map((name) => element.closest(`[data-${name}]`)?.dataset[name] ?? "");
@@ -32,7 +32,7 @@
   }
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.reset();  // some browsers keep what was chosen before a reload
+  form.reset();  // some browsers keep the filters of the page before a reload
 
   // A link to a kernel opens its section, even if filters hide it.
   function reveal() {
@@ -48,20 +48,20 @@
   });
   reveal();
 
-  // The theme: as the system has it, or chosen; kept where the browser lets a page from a disk keep things.
+  // The theme: the system's or the chosen one. It is stored if the browser allows that for a page opened from disk.
   const themes = ["system", "light", "dark"];
   const button = document.getElementById("theme");
   function setTheme(theme) {
     if (theme === "system") delete root.dataset.theme; else root.dataset.theme = theme;
     button.querySelector("span").textContent = theme;
   }
-  const kept = { get() { try { return localStorage.getItem("theme"); } catch { return null; } },
-    set(theme) { try { localStorage.setItem("theme", theme); } catch { /* not allowed: it lasts as long as the page */ } } };
-  setTheme(themes.includes(kept.get()) ? kept.get() : "system");
+  const storedTheme = { get() { try { return localStorage.getItem("theme"); } catch { return null; } },
+    set(theme) { try { localStorage.setItem("theme", theme); } catch { /* not allowed: the choice ends with the page */ } } };
+  setTheme(themes.includes(storedTheme.get()) ? storedTheme.get() : "system");
   button.addEventListener("click", () => {
     const theme = themes[(themes.indexOf(root.dataset.theme ?? "system") + 1) % themes.length];
     setTheme(theme);
-    kept.set(theme);
+    storedTheme.set(theme);
   });
 
   // Tooltips follow the pointer, or appear beside the focused element.
@@ -87,7 +87,7 @@
   document.addEventListener("focusout", () => { tip.hidden = true; });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 
-  // Sources are compressed together and unpacked when the first is opened.
+  // All sources are compressed together, and unpacked when the user opens the first.
   let unpacked;
   function sources() {
     unpacked ??= (async () => {
