@@ -371,10 +371,12 @@ def nearby_seeds(place: Place, known: Sequence[Result]) -> list[KernelConfig]:
 
 
 def _differ_in_layout(one: Place, other: Place) -> bool:
-    """Whether two places of decode differ only in LAYOUT_FIELDS."""
-    names = [f.name for f in fields(KernelSpec) if f.name not in LAYOUT_FIELDS]
-    same = all(getattr(one.spec, name) == getattr(other.spec, name) for name in names)
-    return one.bucket == other.bucket and op_of(one.spec).per_sequence_lengths and one.spec != other.spec and same
+    """Whether two places differ only in a softcap, or those of decode in LAYOUT_FIELDS."""
+    free = ("softcap", *LAYOUT_FIELDS) if op_of(one.spec).per_sequence_lengths else ("softcap",)
+    same = all(
+        getattr(one.spec, f.name) == getattr(other.spec, f.name) for f in fields(KernelSpec) if f.name not in free
+    )
+    return one.bucket == other.bucket and one.spec != other.spec and same
 
 
 # -- Where the ranking looks up records: the memory, or a table taken from it.

@@ -115,7 +115,7 @@ class Report:
         return means(self.ratios, key=lambda row: (row.origin.gpu, row.op, row.part, row.baseline))
 
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
-        """By op and GPU: the number of buckets in each state, and the measured buckets' median fraction of the bound."""
+        """By op and GPU: how many buckets are in each state, and the median fraction of the bound of measured ones."""
         by_op: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
         for place, study in self.by_place.items():
             states, fractions = by_op.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))

@@ -1,0 +1,66 @@
+"""How kernels widen the elements of 8-bit caches to 16 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Widening:
+    """How 8-bit floats are widened to 16 bits, and how the sums are corrected for it.
+
+    The seven bits below the sign are shifted right from the upper byte. If the exponent biases differ, the result is
+    the value divided by 2^bias. Multiplying each element would cost as much again, so the kernel scales the sums after
+    the last key. Until then q, r and p are scaled up by powers of two, so that no product underflows in fp32.
+
+    wide     the 16-bit type, as the kernel writes it
+    shift    by how many bits to shift; 0 if both types have the same exponents
+    bias     the difference of the exponent biases
+    lift_qr  log2 of the scale of q and r: with 96, bf16 still holds values of up to 2^31
+    lift_p   log2 of the scale of p, which is at most 1
+    """
+
+    wide: str
+    shift: int = 0
+    bias: int = 0
+    lift_qr: int = 0
+    lift_p: int = 0
+
+    @property
+    def to_upper(self) -> int:
+        """By how many bits the lower byte is shifted left, to lie as the upper byte does after its shift."""
+        return 8 - self.shift
+
+    @property
+    def digits(self) -> str:
+        """The mask of these bits in a word of two elements."""
+        return f"0x{0x7F007F00 >> self.shift:08X}"
+
+    @property
+    def of_scores(self) -> str:
+        """The factor of the scores, which precedes a scale of the cache. Those of d2, o1 and o2 follow."""
+        return _power(self.bias - self.lift_qr)
+
+    @property
+    def of_d2(self) -> str:
+        return _power(self.bias - self.lift_qr - self.lift_p)
+
+    @property
+    def of_o1(self) -> str:
+        return _power(self.bias - self.lift_p)
+
+    @property
+    def of_o2(self) -> str:
+        return _power(2 * self.bias - self.lift_qr - self.lift_p)
+
+
+def _power(exponent: int) -> str:
+    return f"2.0**{exponent} * " if exponent else ""
+
+
+WIDENINGS = {
+    ("e4m3", "bf16"): Widening("tl.bfloat16", 4, 120, 96, 64),
+    ("e5m2", "bf16"): Widening("tl.bfloat16", 3, 112, 96, 64),
+    ("e4m3", "fp16"): Widening("tl.float16", 1, 8, 0, 8),
+    ("e5m2", "fp16"): Widening("tl.float16"),
+}
