@@ -161,9 +161,7 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         click.option(
             "--window", type=click.IntRange(min=1), metavar="N", help="Sliding window of N keys; causal only."
         ),
-        click.option(
-            "--varlen", is_flag=True, help="Packed sequences, one per batch entry, each of the shape's lengths."
-        ),
+        click.option("--varlen", is_flag=True, help="Packed sequences, one per batch entry, of the shape's lengths."),
         click.option("--stats", is_flag=True, help="Forward and decode: also return lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
         click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its first key."),

@@ -35,7 +35,6 @@ from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.space import default_config, why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import SHORTEST, Bucket, representative
-from parallax_gen.problem.spec import KernelSpec
 
 
 class Tier(IntEnum):
@@ -373,9 +372,7 @@ def nearby_seeds(place: Place, known: Sequence[Result]) -> list[KernelConfig]:
 def _differ_in_layout(one: Place, other: Place) -> bool:
     """Whether two places differ only in a softcap, or those of decode in LAYOUT_FIELDS."""
     free = ("softcap", *LAYOUT_FIELDS) if op_of(one.spec).per_sequence_lengths else ("softcap",)
-    same = all(
-        getattr(one.spec, f.name) == getattr(other.spec, f.name) for f in fields(KernelSpec) if f.name not in free
-    )
+    same = all(value == vars(other.spec)[name] for name, value in vars(one.spec).items() if name not in free)
     return one.bucket == other.bucket and one.spec != other.spec and same
 
 
