@@ -103,6 +103,7 @@ def _to_json(path: Path, kernel: ExportedKernel) -> dict[str, Any]:
 
 def chosen_kernels(requested: KernelArgs, shapes: Sequence[Sizes], gpu: Gpu, memory: Memory) -> list[ExportedKernel]:
     """One kernel per shape; without shapes one per bucket with a measured record, or the op's first usual shape."""
+    from parallax_gen.memory.descriptions import Origins
     from parallax_gen.memory.guard import checked_choice
     from parallax_gen.memory.place import Place
     from parallax_gen.problem.shapes import bucket_of

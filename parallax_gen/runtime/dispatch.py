@@ -261,7 +261,7 @@ def tune_command(place: Place) -> str:
         spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTHS)
     ):
         words.append("--full")
-    words += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad") if spec.flat()[name]]
+    words += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad", "softcap") if spec.flat()[name]]
     words += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
     words += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
     return " ".join(words)

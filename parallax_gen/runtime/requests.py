@@ -72,7 +72,7 @@ class CacheRequest(NamedTuple):
     causal: bool
     window_size: int | None
     softmax_scale: float | None
-    softcap: float | None
+    softcap: float | None = None
 
 
 def rounds_to_tf32(q: Tensor) -> bool:

@@ -135,7 +135,7 @@ def test_explain_a_record_of_another_kernel(store: Store) -> None:
         ("another kernel than today's", 120.0),
     ]
     text = run("explain", *CALL).stdout
-    assert "from    the default config: of 2 records none counts: another kernel than today's\n" in text
+    assert "from    the default config: none of 2 records counts: another kernel than today's\n" in text
     assert "\nmeasured, but not used\n" in text
 
 

@@ -124,5 +124,5 @@ def test_launch_parameters_are_those_of_the_op(name: str) -> None:
     op, scratch = op_of(spec), scratch_of(spec, config, 5, 2, 7)
     needed = [n for n in ("partials", "arrived") if getattr(scratch, n)]
     tensors = [op.launch_names.get(n, n) for n in (*op.given(spec), *op.written(spec), *op.lengths(spec))]
-    names = [*tensors, *needed, "softmax_scale", *op.sizes(spec)]
+    names = [*tensors, *needed, "softmax_scale", *["softcap"] * spec.softcap, *op.sizes(spec)]
     assert [argument.arg for argument in launch.args.args] == names

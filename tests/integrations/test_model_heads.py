@@ -198,7 +198,7 @@ class Wrapper(transformers.LlamaPreTrainedModel):
 @torch.no_grad()
 def test_a_users_wrapper_of_a_base_model(tmp_path: Path) -> None:
     model = Wrapper(stock_model("llama", "ForCausalLM").config).eval()
-    with pytest.raises(ArgumentError, match=r"model: got Around; .* or the base model in this one, model\.body"):
+    with pytest.raises(ArgumentError, match=r"model: got Wrapper; .* or the base model in this one, model\.body"):
         convert(model)
     convert(model.body)
     train(model)

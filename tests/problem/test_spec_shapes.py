@@ -139,7 +139,7 @@ def test_invalid_specs_are_explained(change: dict[str, object], message: str) ->
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", sorted({*FLAGS, "page_size", "cache_dtype"}))
+@pytest.mark.parametrize("name", sorted({*FLAGS, "page_size", "cache_dtype"} - {"softcap"}))
 def test_flags_of_decode_varlen_are_refused_for_decode(name: str) -> None:
     """With all other fields that the flag needs."""
     value = {"page_size": 16, "cache_dtype": "e4m3"}.get(name, True)
@@ -175,7 +175,7 @@ def test_kernels_of_a_training_step() -> None:
 
 FIELDS = {
     KernelSpec: "['cache_dtype', 'causal', 'dtype', 'group', 'head_dim', 'leftpad', 'many_queries', 'op', 'page_size', "
-    "'ragged', 'stats', 'varlen', 'window']",
+    "'ragged', 'softcap', 'stats', 'varlen', 'window']",
     Shape: "['batch', 'heads', 'kv_heads', 'seqlen_kv', 'seqlen_q', 'window']",
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
 }

@@ -262,9 +262,9 @@ def test_gradients_are_deterministic() -> None:
 def test_the_autograd_function_and_the_operator_agree(make: Callable[..., Sample]) -> None:
     """Eager calls record a torch.autograd.Function; compiled calls use an operator with the same backward."""
     sample = make()
-    asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None)
+    asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
     out = OPS.attention_with_stats(*asked, False)[0]
-    eager = attend(sample, causal=True, window_size=3)
+    eager = attend(sample, causal=True, window_size=3, softcap=1.5)
     assert torch.equal(out, eager)
     for a, b in zip(gradients(out, sample.inputs), gradients(eager, sample.inputs), strict=True):
         assert torch.equal(a, b)
@@ -274,7 +274,7 @@ def test_the_autograd_function_and_the_operator_agree(make: Callable[..., Sample
 @pytest.mark.parametrize("recompute_v_mean", [False, True])
 def test_operators_pass_opcheck(make: Callable[..., Sample], recompute_v_mean: bool) -> None:
     sample = make()
-    asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None)
+    asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
     opcheck(OPS.attention_with_stats, (*asked, recompute_v_mean))
     asked = tuple(x.detach() if isinstance(x, Tensor) else x for x in asked)
     opcheck(OPS.attention, asked)
