@@ -132,7 +132,7 @@ def score_scales(spec: KernelSpec) -> tuple[Argument, ...]:
     """The factors of scores: q·k times scale_log2 is a power of two's exponent; with a softcap see parts/softcap.j2."""
     if not spec.softcap:
         return (number("scale_log2", "softmax_scale * LOG2_E"),)
-    cap_scale = number("cap_scale", "2.0 * LOG2_E * softmax_scale / softcap")
+    cap_scale = number("cap_scale", "softmax_scale / softcap")
     return (cap_scale, number("scale_log2", "softcap * LOG2_E"))
 
 

@@ -352,10 +352,8 @@ DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12), replace(DECOD
 SOFTCAP_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, softcap=True), FORWARD)
 SOFTCAP_DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", causal=True, softcap=True), DKDV)
 FAULTS = [
-    pytest.param(SOFTCAP_KERNEL, "        s = 1.0 - root_s * root_s", "        s = 0.5 * s * cap_scale", id="no cap"),
-    pytest.param(
-        SOFTCAP_KERNEL, "s0 = 1.0 - root_s0 * root_s0", "s0 = 0.5 * s0 * cap_scale", id="no cap of the first key"
-    ),
+    pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
+    pytest.param(SOFTCAP_KERNEL, "s0 = _tanh(s0 * cap_scale)", "s0 = s0 * cap_scale", id="no cap of the first key"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),
     pytest.param(FORWARD_KERNEL, "<= last", "< last", id="causal mask off by one"),
     pytest.param(FORWARD_KERNEL, "shift = seqlen_kv - seqlen_q", "shift = 0", id="causal mask aligned to the start"),
