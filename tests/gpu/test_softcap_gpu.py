@@ -1,0 +1,94 @@
+"""softcap on a card, at Gemma 2's 50 and 30: rows whose many keys share the weight at scores near the cap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_close
+from torch import Tensor
+
+from parallax_gen import (
+    GraphedDecode,
+    merge_states,
+    parallax_attn_func,
+    parallax_attn_varlen_func,
+    parallax_attn_with_kvcache,
+)
+from parallax_gen.oracle.kvcache import reference_cached_forward
+from parallax_gen.oracle.reference import reference_backward, reference_forward
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CASES = [(cap, dtype) for cap in (50.0, 30.0, 1.5) for dtype in DTYPES]
+
+
+def inputs(dtype: str, seqlen_q: int, seqlen_kv: int, kv_heads: int = 2, seed: int = 1) -> list[Tensor]:
+    """Scores of 25 with a standard deviation of 3 before the cap; t of unit variance."""
+    draw = torch.Generator("cuda").manual_seed(seed)
+    sizes = ((seqlen_q, 4), (seqlen_q, 4), (seqlen_kv, kv_heads), (seqlen_kv, kv_heads))
+    q, r, k, v = (torch.randn(2, n, heads, 128, device="cuda", generator=draw) for n, heads in sizes)
+    q, r = q + 25 / 128**0.5, r / 128**0.5
+    return [x.to(DTYPES[dtype]) for x in (q, r - r.mean(-1, keepdim=True), k + 1, v)]
+
+
+@pytest.mark.parametrize(("softcap", "dtype"), CASES)
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_training_step(softcap: float, dtype: str, window: int | None) -> None:
+    x = [t.requires_grad_() for t in inputs(dtype, 500, 500)]
+    options: dict[str, Any] = {"causal": True, "window_size": window, "softcap": softcap}
+    out = parallax_attn_func(*x, **options)
+    do = torch.randn_like(out)
+    grads = torch.autograd.grad(out, x, do)
+    x = [t.detach() for t in x]
+    assert_close(out.detach(), reference_forward(*x, **options).out, dtype)
+    wanted = reference_backward(*x, do, **options)
+    for grad, expected in zip(grads, wanted, strict=True):  # sums of terms that cancel: relative to the whole
+        error = (grad.double() - expected).norm() / expected.norm()
+        assert error < {"bf16": 2e-2, "fp16": 2.5e-3, "fp32": 5e-5}[dtype], error
+
+
+@pytest.mark.parametrize(("softcap", "dtype"), CASES)
+def test_serving(softcap: float, dtype: str) -> None:
+    """One query, a chunk of a prompt, lengths of their own, left padding, states of two parts, a graph."""
+    q, r, k, v = inputs(dtype, 9, 700)
+    one = (q[:, :1], r[:, :1], k, v)
+    lengths, pads = (torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([700, 333], [3, 70]))
+
+    def check(got: Tensor, x: tuple[Tensor, ...], **options: Any) -> None:
+        assert_close(got, reference_cached_forward(*x, softcap=softcap, **options).out, dtype)
+
+    check(parallax_attn_with_kvcache(*one, softcap=softcap), one)
+    for x, options in ((one, {}), ((q, r, k, v), {"causal": True}), (one, {"cache_leftpad": pads})):
+        options = {"cache_seqlens": lengths, **options}
+        check(parallax_attn_with_kvcache(*x, softcap=softcap, **options), x, **options)
+    parts = [
+        parallax_attn_with_kvcache(*one[:2], k[:, at], v[:, at], softcap=softcap, return_state=True)
+        for at in (slice(0, 300), slice(300, 700))
+    ]
+    check(merge_states(*parts).out, one)
+    check(GraphedDecode(*one, cache_seqlens=lengths, softcap=softcap)(), one, cache_seqlens=lengths)
+
+
+@pytest.mark.parametrize("softcap", [50.0, 30.0])
+def test_pages_and_eight_bits(softcap: float) -> None:
+    q, r, k, v = inputs("bf16", 1, 640)
+    k, v = ((x * 0.25).to(torch.float8_e4m3fn).reshape(40, 16, 2, 128) for x in (k, v))
+    options: dict[str, Any] = {
+        "page_table": torch.randperm(40, device="cuda").to(torch.int32).reshape(2, 20)[:, :19].contiguous(),
+        "cache_seqlens": torch.tensor([300, 17], dtype=torch.int32, device="cuda"),
+        "k_scale": 4.0,
+        "v_scale": 4.0,
+        "softcap": softcap,
+    }
+    out = parallax_attn_with_kvcache(q, r, k, v, **options)
+    assert_close(out, reference_cached_forward(q, r, k, v, **options).out, "bf16")
+
+
+def test_packed_sequences_are_the_dense_ones() -> None:
+    x = inputs("bf16", 300, 300)
+    ends = torch.tensor([0, 300, 600], dtype=torch.int32, device="cuda")
+    packed = parallax_attn_varlen_func(*(t.flatten(0, 1) for t in x), ends, ends, 300, 300, causal=True, softcap=30.0)
+    assert_close(packed.unflatten(0, (2, 300)), reference_forward(*x, causal=True, softcap=30.0).out, "bf16")

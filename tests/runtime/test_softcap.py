@@ -1,0 +1,113 @@
+"""softcap on CPU tensors: every public function against scores capped in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_close
+from torch import Tensor
+
+from parallax_gen import (
+    merge_states,
+    parallax_attn_func,
+    parallax_attn_varlen_func,
+    parallax_attn_with_kvcache,
+)
+from parallax_gen.errors import ArgumentError
+from parallax_gen.nn import ParallaxAttention
+
+CAP = 1.5
+
+
+def capped(q: Tensor, r: Tensor, k: Tensor, v: Tensor, softcap: float = CAP) -> Tensor:
+    """Causal attention of (batch, seqlen, heads, head_dim) by the formula, in float64."""
+    q, r, k, v = (x.double().transpose(1, 2) for x in (q, r, k, v))
+    s = softcap * torch.tanh(q @ k.mT / (q.shape[-1] ** 0.5 * softcap))
+    hidden = torch.ones(s.shape[-2:], dtype=torch.bool).triu(s.shape[-1] - s.shape[-2] + 1)
+    p, t = s.masked_fill(hidden, -torch.inf).softmax(-1), r @ k.mT
+    return ((p * (1 + (p * t).sum(-1, keepdim=True) - t)) @ v).transpose(1, 2)
+
+
+@pytest.fixture
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(2, 7, 4, 32, generator=generator, requires_grad=True) for _ in range(4)]
+
+
+def test_values_and_gradients(inputs: list[Tensor]) -> None:
+    out, expected = parallax_attn_func(*inputs, causal=True, softcap=CAP), capped(*inputs)
+    assert_close(out, expected, "fp32")
+    do = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, do), torch.autograd.grad(expected, inputs, do.double())
+    for got, wanted in zip(*grads, strict=True):
+        assert_close(got, wanted, "fp32")
+
+
+def test_a_large_cap_is_none_and_a_small_one_levels_the_weights(inputs: list[Tensor]) -> None:
+    plain = parallax_attn_func(*inputs, causal=True)
+    assert_close(parallax_attn_func(*inputs, causal=True, softcap=1e4), plain, "fp32")
+    out, _, _, v_mean = parallax_attn_func(*inputs, softcap=1e-6, return_stats=True)
+    assert_close(v_mean, inputs[3].mean(1, keepdim=True).expand_as(out), "fp32")
+
+
+def test_the_tangent(inputs: list[Tensor]) -> None:
+    x, tangents = tuple(x.detach() for x in inputs), tuple(torch.randn_like(x) for x in inputs)
+    got = torch.func.jvp(lambda *x: parallax_attn_func(*x, causal=True, softcap=CAP), x, tangents)
+    wanted = torch.func.jvp(capped, x, tangents)
+    for one, other in zip(got, wanted, strict=True):
+        assert_close(one, other, "fp32")
+
+
+def _packed(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ends = torch.tensor([0, 7, 14], dtype=torch.int32)
+    q, r, k, v = (x.flatten(0, 1) for x in (q, r, k, v))
+    return parallax_attn_varlen_func(q, r, k, v, ends, ends, 7, 7, causal=True, softcap=CAP).unflatten(0, (2, 7))
+
+
+def _cached(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return parallax_attn_with_kvcache(q, r, k, v, causal=True, softcap=CAP)
+
+
+def _in_two_states(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    options: dict[str, Any] = {"softcap": CAP, "return_state": True}
+    last = parallax_attn_with_kvcache(q[:, 3:], r[:, 3:], k[:, 3:], v[:, 3:], causal=True, **options)
+    first = parallax_attn_with_kvcache(q[:, 3:], r[:, 3:], k[:, :3], v[:, :3], **options)
+    head = parallax_attn_with_kvcache(q[:, :3], r[:, :3], k[:, :3], v[:, :3], causal=True, softcap=CAP)
+    return torch.cat([head, merge_states(first, last).out], dim=1)
+
+
+def _batched(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    one = torch.func.vmap(lambda *x: parallax_attn_func(*(y[None] for y in x), causal=True, softcap=CAP)[0])
+    return one(q, r, k, v)
+
+
+def _compiled(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.compile(lambda *x: parallax_attn_func(*x, causal=True, softcap=CAP), backend="aot_eager")(q, r, k, v)
+
+
+@pytest.mark.parametrize("function", [_packed, _cached, _in_two_states, _batched, _compiled])
+def test_other_ways_to_the_same(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    x = [y.detach() for y in inputs]
+    assert_close(function(*x), capped(*x), "fp32")
+
+
+def test_the_layer_caps_its_scores() -> None:
+    torch.manual_seed(0)
+    plain, layer = (ParallaxAttention(64, 2, softcap=softcap) for softcap in (None, 0.1))
+    layer.load_state_dict(plain.state_dict())
+    x = 4 * torch.randn(1, 9, 64)
+    q, r, k, v = (p(x).unflatten(-1, (2, 32)) for p in (layer.q_proj, layer.r_proj, layer.k_proj, layer.v_proj))
+    wanted = layer.o_proj(capped(q, r, k, v, 0.1).float().flatten(-2))
+    assert_close(layer(x), wanted, "fp32")
+    assert not torch.allclose(layer(x), plain(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("softcap", [0, -1.0, "30", float("inf"), float("nan"), True])
+def test_other_caps_are_refused(softcap: Any, inputs: list[Tensor]) -> None:
+    x = [y.detach() for y in inputs]
+    for function in (parallax_attn_func, parallax_attn_with_kvcache):
+        with pytest.raises(ArgumentError, match=r"^softcap: got .*; allowed: a number greater than 0, or None for no"):
+            function(*x, softcap=softcap)
