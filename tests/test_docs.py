@@ -271,6 +271,50 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert [page.name for page in PAGES if page.name != "README.md" and f"{page.name})" not in text] == []
 
 
+def test_generated_pages_are_up_to_date(tmp_path: Path) -> None:
+    """`python docs/generate.py` writes them. Spaces and line ends do not count: click's folding may change."""
+    command = [sys.executable, TOP / "docs" / "generate.py", tmp_path]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(TOP)}, check=True, timeout=60)
+    pages = list(tmp_path.iterdir())
+    assert {page.name for page in pages} == {"cli.md", "figures.md", "speedup.svg"}
+    for page in pages:
+        written = (TOP / "docs" / page.name).read_text(encoding="utf-8")
+        assert written.split() == page.read_text(encoding="utf-8").split(), "run python docs/generate.py"
+
+
+def test_every_csv_of_figures_is_on_the_page() -> None:
+    folder = TOP / "docs" / "figures"
+    used = re.findall(r"^\{\{(\w+)\}\}$", (folder / "page.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(used) == sorted(path.stem for path in folder.glob("*.csv"))
+
+
+def test_the_configuration_page_names_every_variable() -> None:
+    files = (TOP / "parallax_gen").rglob("*.py")
+    named = {name for file in files for name in re.findall(r"\bPARALLAX_GEN_[A-Z_]+", file.read_text(encoding="utf-8"))}
+    text = (TOP / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert {name for name in named if f"`{name}`" not in text} == set()
+
+
+def test_the_readme_counts_the_shipped_records() -> None:
+    """The support matrix has the number of kernels and sizes of each card and Triton."""
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    _, *versions = cells(text, "card")
+    for path in (TOP / "tuning_db").glob("*.jsonl"):
+        row = cells(text, f"{path.stem.upper()} SXM")
+        places: dict[str, set[str]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            version = ".".join(record["evidence"]["triton"].split(".")[:2])
+            places.setdefault(f"Triton {version}", set()).add(json.dumps(record["place"], sort_keys=True))
+        counts = {version: f"measured: {len(of)}" for version, of in places.items()}
+        assert {v: cell for v, cell in zip(versions, row[1:], strict=True) if cell.startswith("measured")} == counts
+
+
+def cells(text: str, first: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_chained_commands_are_split() -> None:
     install, test = (block for block in blocks_of(TOP / "README.md") if block.code.startswith("pip install"))
     assert all(block.code.count("\n") == 1 for block in (install, test))

@@ -1,0 +1,151 @@
+"""Write the generated pages of docs/: cli.md from the commands' help; figures.md and speedup.svg from docs/figures/.
+
+    python docs/generate.py [FOLDER]
+
+They go to FOLDER, by default docs/.
+
+docs/figures/page.md is the text of figures.md. A line {{NAME}} in it becomes the table of NAME.csv. The columns `card`,
+`torch`, `Triton` and `date` of a CSV are the same in every row and become the line above the table; `note` becomes
+footnotes at its row, which `; ` separates.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import click
+
+from parallax_gen.cli import main
+
+DOCS = Path(__file__).parent
+FIGURES = DOCS / "figures"
+CONDITIONS = ("card", "torch", "Triton", "date")
+HELP_WIDTH = 100
+
+Row = dict[str, str]
+
+
+# -- cli.md
+
+
+def cli_page() -> str:
+    parts = ["# Commands", "The help of every command, written by `python docs/generate.py`."]
+    for name, text in helps(main, click.Context(main, info_name="parallax-gen", terminal_width=HELP_WIDTH)):
+        parts += [f"## {name}", f"```text\n{text}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
+    """The name and the help of a command, then of its subcommands."""
+    context.help_option_names = ["-h", "--help"]
+    yield context.command_path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from helps(below, click.Context(below, info_name=name, parent=context))
+
+
+# -- figures.md
+
+
+def figures_page() -> str:
+    text = (FIGURES / "page.md").read_text(encoding="utf-8")
+    return re.sub(r"^\{\{(\w+)\}\}$", lambda name: table(rows_of(name[1])), text, flags=re.MULTILINE)
+
+
+def rows_of(name: str) -> list[Row]:
+    with (FIGURES / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: list[Row]) -> str:
+    """The conditions of all rows, the table, and its footnotes."""
+    (conditions,) = {tuple(row[name] for name in CONDITIONS) for row in rows}
+    card, torch, triton, date = conditions
+    line = ", ".join(filter(None, [card, torch and f"torch {torch}", f"Triton {triton}", f"published {date}."]))
+    names = [name for name in rows[0] if name not in (*CONDITIONS, "note")]
+    notes = list(dict.fromkeys(note for row in rows for note in notes_of(row)))
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        first, *others = (row[name] for name in names)
+        marks = ", ".join(str(notes.index(note) + 1) for note in notes_of(row))
+        lines.append("| " + " | ".join([first + (marks and f" <sup>{marks}</sup>"), *others]) + " |")
+    feet = [f"<sup>{n}</sup> {note}." for n, note in enumerate(notes, 1)]
+    return "\n\n".join([line, "\n".join(lines), *feet])
+
+
+def notes_of(row: Row) -> list[str]:
+    return row["note"].split("; ") if row["note"] else []
+
+
+# -- speedup.svg
+
+BAR, GAP, LABEL, UNIT, TOP = 15, 4, 150, 130, 56  # pixels; UNIT is the length of a ratio of 1
+PANEL = LABEL + int(2.05 * UNIT)
+COLOURS = {"H200": "#2f6f4f", "H100": "#8fbf9f"}
+
+
+def chart() -> str:
+    """How many times as long parallax-kernel takes: training steps, and decode."""
+    steps = {card: ratios(f"training_{card.lower()}", "parallax-kernel step, ms", "step, ms") for card in COLOURS}
+    training = [
+        (shape, [(card, of[shape]) for card, of in steps.items()])
+        for shape in steps["H200"]
+        if shape in steps["H100"] and "window" not in shape
+    ]
+    times = ratios("decode_h200", "parallax-kernel CuTeDSL, µs", "parallax_gen, µs")
+    decode = [(shape, [("H200", ratio)]) for shape, ratio in times.items()]
+    left, height = panel(0, "Training step, causal: batch, heads, seqlen, head_dim", training)
+    right, other = panel(PANEL + 30, "Decode, one query: batch, heads, keys, head_dim", decode)
+    width, height = 2 * PANEL + 30, max(height, other) + 12
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        text(8, 18, "Time of parallax-kernel over time of parallax_gen (more than 1: parallax_gen is faster)", "bold"),
+    ]
+    for n, (card, colour) in enumerate(COLOURS.items()):
+        head.append(f'<rect x="{width - 150 + 75 * n}" y="8" width="12" height="12" fill="{colour}"/>')
+        head.append(text(width - 133 + 75 * n, 18, card))
+    return "\n".join([*head, *left, *right, "</svg>"]) + "\n"
+
+
+def ratios(name: str, theirs: str, ours: str) -> dict[str, float]:
+    """The shape -> their time over ours, of the rows that have both."""
+    rows = rows_of(name)
+    shape = next(iter(rows[0]))
+    return {row[shape]: float(row[theirs]) / float(row[ours]) for row in rows if row[theirs]}
+
+
+def panel(x: int, title: str, groups: list[tuple[str, list[tuple[str, float]]]]) -> tuple[list[str], int]:
+    """The lines of a bar chart, and where it ends."""
+    lines, y, zero = [text(x + 8, 42, title)], TOP, x + LABEL
+    for label, bars in groups:
+        lines.append(text(zero - 6, y + len(bars) * BAR // 2 + 4, label, anchor="end"))
+        for card, ratio in bars:
+            length = round(ratio * UNIT)
+            lines.append(f'<rect x="{zero}" y="{y}" width="{length}" height="{BAR - 2}" fill="{COLOURS[card]}"/>')
+            lines.append(text(zero + length + 4, y + 11, f"{ratio:.2f}"))
+            y += BAR
+        y += GAP
+    at = zero + UNIT
+    lines.append(f'<line x1="{at}" x2="{at}" y1="{TOP - 4}" y2="{y}" stroke="black" stroke-dasharray="3 3"/>')
+    return lines, y
+
+
+def text(x: int, y: int, content: str, weight: str = "normal", anchor: str = "start") -> str:
+    return f'<text x="{x}" y="{y}" font-weight="{weight}" text-anchor="{anchor}">{escape(content)}</text>'
+
+
+PAGES = {"cli.md": cli_page, "figures.md": figures_page, "speedup.svg": chart}
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS
+    for page, make in PAGES.items():
+        (folder / page).write_text(make(), encoding="utf-8")
