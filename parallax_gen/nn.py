@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.runtime.requests import OPTIONS
 
 NORM_EPS = 1e-6  # torch's default, the dtype's own epsilon, is as large as 1/128 in bf16
 
@@ -144,8 +145,7 @@ class ParallaxAttention(nn.Module):
             positions = _positions(x, cu_seqlens) + position_offset
             cos, sin = _cos_sin(positions, self.head_dim, self.rope_theta)
             q, r, k = (_rotate(heads, cos, sin) for heads in (q, r, k))
-        names = ("causal", "window_size", "softmax_scale", "softcap")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS}
         if cu_seqlens is None:
             out = parallax_attn_func(q, r, k, v, **options)
         elif max_seqlen is None:

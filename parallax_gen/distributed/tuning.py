@@ -91,7 +91,7 @@ def _environment(gpu: Gpu | None) -> dict[str, str]:
         Place(card.name, spec, Bucket(8, 1 if op_of(spec).layout is Layout.CACHE else 1024, 1024)) for spec in SPECS
     ]
     rendered = [render(place.spec, default_of(place, card), card).text_hash for place in places]
-    templates = [path.read_text(encoding="utf-8") for path in sorted(data_dir("templates").glob("*.j2"))]
+    templates = [path.read_text(encoding="utf-8") for path in sorted(data_dir("templates").rglob("*.j2"))]
     here = Toolchain.here()
     return {
         "GPU": "none" if gpu is None else gpu.name,

@@ -57,12 +57,12 @@ class DecodeVarlenOp(CacheOp):
         return lengths + ("page_table",) * (spec.page_size > 0) + ("k_scale", "v_scale") * (spec.cache_dtype != "")
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
-        """A slot with a tile's partial state for every program: see decode_varlen.py.j2."""
+        """A tile's partial state for every work item: see decode_varlen.py.j2."""
         form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
         split_units, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
-        slots = groups * (split_units * config.NUM_SPLITS + -(-split_units // self.sequences_per_spare)) * kv_heads
-        return Scratch(slots * form.rows * form.state, slots if config.merge == "last" else 0)
+        items = groups * (split_units * config.NUM_SPLITS + -(-split_units // self.sequences_per_spare)) * kv_heads
+        return Scratch(items * form.rows * form.state, items if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         paged, many = spec.page_size > 0, spec.many_queries

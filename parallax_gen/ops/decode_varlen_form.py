@@ -249,12 +249,12 @@ class VarlenForm(CacheForm):
         return "len_q * TILES" if self.tiles > 1 else "len_q"
 
     @property
-    def slots(self) -> str:
-        """The number of slots that `launch` provides."""
+    def items(self) -> str:
+        """The number of work items that `launch` provides."""
         if self.spec.many_queries:
             return "tiles * NUM_SPLITS + triton.cdiv(tiles, SPARE_EVERY)"
-        slots = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE_EVERY)"
-        return f"{self.tiles} * ({slots})" if self.tiles > 1 else slots
+        items = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE_EVERY)"
+        return f"{self.tiles} * ({items})" if self.tiles > 1 else items
 
     @property
     def lengths(self) -> tuple[str, ...]:

@@ -322,7 +322,7 @@ class GradientOp(TiledOp[M]):
 
     def why_invalid(self, spec: KernelSpec, config: M, gpu: Gpu) -> str | None:
         if config.MASK == "before_exp" and not spec.causal:
-            return "MASK 'scores' does not go with full attention: it has no mask"
+            return "MASK 'before_exp' needs causal attention: without it there is no mask"
         return super().why_invalid(spec, config, gpu)
 
     def given(self, spec: KernelSpec) -> tuple[str, ...]:

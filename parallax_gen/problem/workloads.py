@@ -131,22 +131,16 @@ def sizes_for(op: str, shape: Shape, flags: Flags) -> Shape:
 
 def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> KernelSpec:
     """The spec of an op's kernel for a shape of `sizes_for`. Raises ArgumentError if there is none."""
-    requested = {
-        "causal": flags.causal is not False,
-        "stats": flags.stats,
-        "window": shape.window > 0,
-        "varlen": flags.varlen,
-        "leftpad": flags.leftpad,
-    }
-    softcap = flags.softcap and has_flag(op, "softcap")
+    requested = {name: getattr(flags, name) for name in OPS_WITH_FLAG if name in FLAGS}
+    requested |= {"causal": flags.causal is not False, "window": shape.window > 0}
     taken: dict[str, Any] = {name: on for name, on in requested.items() if has_flag(op, name)}
     if op == "decode":
         many = shape.seqlen_q > 1 or flags.varlen
         taken["causal"] = requested["window"] or (many and requested["causal"])
         taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
-        if flags.ragged or any(taken.values()):
+        if flags.ragged or any(on for name, on in taken.items() if "decode" not in FLAGS.get(name, ())):
             op = "decode_varlen"
-    return KernelSpec(op, head_dim, dtype, shape.group, softcap=softcap, **taken)
+    return KernelSpec(op, head_dim, dtype, shape.group, **taken)
 
 
 def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ from parallax_gen.runtime.requests import (
     dtype_name,
     gradients_of,
     inputs_of,
+    options_of,
     rounds_to_tf32,
     tensor_fields,
     window_of,
@@ -224,22 +224,18 @@ def _problem(request: Request) -> tuple[KernelSpec, Shape]:
 
 def _reference_forward(request: Request) -> Reference:
     oracle: Callable[..., Reference] = reference_varlen_forward if cu_seqlens_of(request) else reference_forward
-    return oracle(*inputs_of(request), *cu_seqlens_of(request), **_options(request))
+    return oracle(*inputs_of(request), *cu_seqlens_of(request), **options_of(request))
 
 
 def _reference_backward(do: Tensor, request: Request) -> Gradients:
     """Run the reference on another thread: it uses autograd, which torch disables inside an operator."""
     oracle: Callable[..., Gradients] = reference_varlen_backward if cu_seqlens_of(request) else reference_backward
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(oracle, *inputs_of(request), do, *cu_seqlens_of(request), **_options(request)).result()
+        return thread.submit(oracle, *inputs_of(request), do, *cu_seqlens_of(request), **options_of(request)).result()
 
 
 def _partial_backward(do: Tensor, request: Request, saved: SavedForBackward) -> Gradients:
     assert saved.v_mean is not None
     outputs = (saved.out, saved.lse, saved.t_mean, saved.v_mean)
-    options = {name: value for name, value in _options(request).items() if name != "window_size"}
+    options = {name: value for name, value in options_of(request).items() if name != "window_size"}
     return partial_backward(*inputs_of(request), do, *outputs, **options)
-
-
-def _options(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in ("causal", "window_size", "softmax_scale", "softcap")}

@@ -28,6 +28,7 @@ from parallax_gen.runtime.requests import (
     cu_seqlens_of,
     gradients_of,
     inputs_of,
+    options_of,
     scalar_fields,
     split_request,
     tensor_fields,
@@ -251,9 +252,10 @@ class _AttentionTangent(_WithoutDerivatives):
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor]:
         request, tangents = split_request(given)
-        options = {name: getattr(request, name) for name in ("causal", "window_size", "softmax_scale", "softcap")}
         oracle: Any = reference_varlen_tangent if cu_seqlens_of(request) else reference_tangent
-        return (oracle(*inputs_of(request), tangents, *cu_seqlens_of(request), **options).to(request.q.dtype),)
+        return (
+            oracle(*inputs_of(request), tangents, *cu_seqlens_of(request), **options_of(request)).to(request.q.dtype),
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:

@@ -24,7 +24,8 @@ MAX_ROW_STRIDE = 2**24 - 1
 # The fields of a Request, in its order.
 INPUTS = ("q", "r", "k", "v")
 TENSORS = (*INPUTS, "cu_seqlens_q", "cu_seqlens_k")
-SCALARS = ("max_seqlen_q", "max_seqlen_k", "causal", "window_size", "softmax_scale", "softcap")
+OPTIONS = ("causal", "window_size", "softmax_scale", "softcap")
+SCALARS = ("max_seqlen_q", "max_seqlen_k", *OPTIONS)
 
 CACHED_INPUTS = ("q", "r", "k_cache", "v_cache")
 
@@ -118,8 +119,12 @@ def tensor_fields(request: Request) -> tuple[Tensor | None, ...]:
 
 def scalar_fields(request: Request) -> tuple[float | None, ...]:
     """The fields that SCALARS names."""
-    sizes = request.max_seqlen_q, request.max_seqlen_k, request.causal, request.window_size
-    return *sizes, request.softmax_scale, request.softcap
+    return tuple([getattr(request, name) for name in SCALARS])
+
+
+def options_of(request: Request) -> dict[str, Any]:
+    """The fields that OPTIONS names, as keyword arguments of the reference functions."""
+    return {name: getattr(request, name) for name in OPTIONS}
 
 
 def split_request(given: Sequence[Any]) -> tuple[Request, Sequence[Any]]:

@@ -117,8 +117,8 @@ def dqdr_kernel(
         p = tl.exp2(s * scale_log2 - lse[:, None])
         p = tl.where(cols[None, :] <= rows[:, None] + shift, p, 0.0)  # in every block: a branch would cost more
 
-        # -- gt = p (b - a) is the gradient of t, gs = p c - w gt that of q.k, with c = softmax_scale (b - T) and
-        #    w = softmax_scale (1 + t_mean - t)
+        # -- gt = p (b - a) is the gradient of t, gs = p c - w gt that of q.k, with
+        #    c = softmax_scale (b - T) and w = softmax_scale (1 + t_mean - t)
         t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         w = t1[:, None] - t * softmax_scale
         a = tl.dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]

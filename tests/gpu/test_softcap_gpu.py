@@ -25,19 +25,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES = [(cap, dtype) for cap in (50.0, 30.0, 1.5) for dtype in DTYPES]
 
 
-def inputs(dtype: str, seqlen_q: int, seqlen_kv: int, kv_heads: int = 2, seed: int = 1) -> list[Tensor]:
-    """Scores of 25 with a standard deviation of 3 before the cap; t of unit variance."""
-    draw = torch.Generator("cuda").manual_seed(seed)
-    sizes = ((seqlen_q, 4), (seqlen_q, 4), (seqlen_kv, kv_heads), (seqlen_kv, kv_heads))
+def inputs(dtype: str, softcap: float, seqlen_q: int, seqlen_kv: int) -> list[Tensor]:
+    """Scores around half the cap before it, with a standard deviation of 2.5; t of unit variance."""
+    draw = torch.Generator("cuda").manual_seed(1)
+    sizes = ((seqlen_q, 4), (seqlen_q, 4), (seqlen_kv, 2), (seqlen_kv, 2))
     q, r, k, v = (torch.randn(2, n, heads, 128, device="cuda", generator=draw) for n, heads in sizes)
-    q, r = q + 25 / 128**0.5, r / 128**0.5
+    q, r = q + softcap / 2 / 128**0.5, r / 128**0.5
     return [x.to(DTYPES[dtype]) for x in (q, r - r.mean(-1, keepdim=True), k + 1, v)]
 
 
 @pytest.mark.parametrize(("softcap", "dtype"), CASES)
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_training_step(softcap: float, dtype: str, window: int | None) -> None:
-    x = [t.requires_grad_() for t in inputs(dtype, 500, 500)]
+    x = [t.requires_grad_() for t in inputs(dtype, softcap, 500, 500)]
     options: dict[str, Any] = {"causal": True, "window_size": window, "softcap": softcap}
     out = parallax_attn_func(*x, **options)
     do = torch.randn_like(out)
@@ -53,7 +53,7 @@ def test_a_training_step(softcap: float, dtype: str, window: int | None) -> None
 @pytest.mark.parametrize(("softcap", "dtype"), CASES)
 def test_serving(softcap: float, dtype: str) -> None:
     """One query, a chunk of a prompt, lengths of their own, left padding, states of two parts, a graph."""
-    q, r, k, v = inputs(dtype, 9, 700)
+    q, r, k, v = inputs(dtype, softcap, 9, 700)
     one = (q[:, :1], r[:, :1], k, v)
     lengths, pads = (torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([700, 333], [3, 70]))
 
@@ -74,10 +74,10 @@ def test_serving(softcap: float, dtype: str) -> None:
 
 @pytest.mark.parametrize("softcap", [50.0, 30.0])
 def test_pages_and_eight_bits(softcap: float) -> None:
-    q, r, k, v = inputs("bf16", 1, 640)
-    k, v = ((x * 0.25).to(torch.float8_e4m3fn).reshape(40, 16, 2, 128) for x in (k, v))
+    q, r, k, v = inputs("bf16", softcap, 1, 640)
+    k, v = ((x * 0.25).to(torch.float8_e4m3fn).reshape(80, 16, 2, 128) for x in (k, v))
     options: dict[str, Any] = {
-        "page_table": torch.randperm(40, device="cuda").to(torch.int32).reshape(2, 20)[:, :19].contiguous(),
+        "page_table": torch.randperm(80, device="cuda").to(torch.int32).reshape(2, 40)[:, :19].contiguous(),
         "cache_seqlens": torch.tensor([300, 17], dtype=torch.int32, device="cuda"),
         "k_scale": 4.0,
         "v_scale": 4.0,
@@ -88,7 +88,7 @@ def test_pages_and_eight_bits(softcap: float) -> None:
 
 
 def test_packed_sequences_are_the_dense_ones() -> None:
-    x = inputs("bf16", 300, 300)
+    x = inputs("bf16", 30.0, 300, 300)
     ends = torch.tensor([0, 300, 600], dtype=torch.int32, device="cuda")
     packed = parallax_attn_varlen_func(*(t.flatten(0, 1) for t in x), ends, ends, 300, 300, causal=True, softcap=30.0)
     assert_close(packed.unflatten(0, (2, 300)), reference_forward(*x, causal=True, softcap=30.0).out, "bf16")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -169,6 +171,13 @@ def ranks_that_differ_are_named(rank: int) -> None:
     assert "kernels is" in told
     assert "on ranks 0-1" in told
     told = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
+    assert "kernels is" in told
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # another version of a part, of which none of the kernels above is made
+        edited = Path(shutil.copytree(data_dir("templates"), Path(folder) / "templates"))
+        (edited / "parts" / "fp8.j2").write_text("another", encoding="utf-8")
+        told = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: edited)
     assert "kernels is" in told
     told = errors_on_difference(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
     assert told == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
