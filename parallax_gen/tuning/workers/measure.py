@@ -16,12 +16,12 @@ from parallax_gen.tuning.workers.messages import Timing
 # and divided by its number of calls; the result is the median. L2 is warm: it holds what fits of the inputs. Replays
 # before the timed ones bring the clocks up.
 #
-# Kernels bound by matmuls (`bound_by_matmuls` in problem/work.py) whose times are compared are timed in short bursts, each after an idle
-# pause. A card that is busy with matmuls for longer reaches its power limit: an H100 after 30 to 90 ms, at random. From
-# then on it runs 5 to 12 % slower, in steps. Before that the same kernel takes the same time within 0.5 %. A pause of a
-# twentieth of a second is enough: on an H200 the forward, dkdv and dqdr took as long after pauses of 0.05, 0.1 and 0.2
-# s, within 0.3 %. Kernels bound by memory, decode and preprocess, are timed without pauses: they are far from the power
-# limit, and their few microseconds suffer from clocks that fell during a pause.
+# Kernels bound by matmuls (`work.bound_by_matmuls`) whose times are compared are timed in short bursts, each after an
+# idle pause. A card that is busy with matmuls for longer reaches its power limit: an H100 after 30 to 90 ms, at
+# random. From then on it runs 5 to 12 % slower, in steps. Before that the same kernel takes the same time within 0.5
+# %. A pause of a twentieth of a second is enough: on an H200 the forward, dkdv and dqdr took as long after pauses of
+# 0.05, 0.1 and 0.2 s, within 0.3 %. Kernels bound by memory, decode and preprocess, are timed without pauses: they
+# are far from the power limit, and their few microseconds suffer from clocks that fell during a pause.
 #
 # For decode_varlen one call launches on each batch of `ops.space.timed_lengths`, and the result is the mean per launch.
 #
