@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
+from parallax_gen.runtime.checks import check_numbers
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.requests import OPTIONS
 
@@ -82,8 +83,7 @@ class ParallaxAttention(nn.Module):
             raise ArgumentError(
                 "head_dim", None, f"a number: {num_heads} heads do not divide hidden_size {hidden_size}"
             )
-        if window_size is not None and not causal:
-            raise ArgumentError("window_size", f"{window_size} without causal", "None, or a window with causal=True")
+        check_numbers(causal, window_size, softmax_scale, softcap)
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
         if head_dim % 8 or not 0 < head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", head_dim, f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
@@ -156,7 +156,8 @@ class ParallaxAttention(nn.Module):
         return cast("Tensor", self.o_proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:
-        names = ("num_heads", "num_kv_heads", "head_dim", "causal", "window_size", "rope_theta")
+        names = ["num_heads", "num_kv_heads", "head_dim", "causal", "window_size", "rope_theta"]
+        names += [name for name in ("softmax_scale", "softcap") if getattr(self, name) is not None]
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 

@@ -111,3 +111,9 @@ def test_other_caps_are_refused(softcap: Any, inputs: list[Tensor]) -> None:
     for function in (parallax_attn_func, parallax_attn_with_kvcache):
         with pytest.raises(ArgumentError, match=r"^softcap: got .*; allowed: a number greater than 0, or None for no"):
             function(*x, softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", [0, -2.0, float("nan")])
+def test_the_layer_refuses_other_caps(softcap: float) -> None:
+    with pytest.raises(ArgumentError, match=r"^softcap: got "):
+        ParallaxAttention(64, 2, softcap=softcap)
