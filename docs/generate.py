@@ -103,7 +103,8 @@ def chart() -> str:
     decode = [(shape, [("H200", ratio)]) for shape, ratio in times.items()]
     left, height = panel(0, "Training step, causal: batch, heads, seqlen, head_dim", training)
     right, other = panel(PANEL + 30, "Decode, one query: batch, heads, keys, head_dim", decode)
-    width, height = 2 * PANEL + 30, max(height, other) + 12
+    width, height = 2 * PANEL + 30, max(height, other) + 30
+    foot = text(8, height - 10, "* with a footnote in docs/figures.md, such as a baseline without a CUDA graph")
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
@@ -113,25 +114,29 @@ def chart() -> str:
     for n, (card, colour) in enumerate(COLOURS.items()):
         head.append(f'<rect x="{width - 150 + 75 * n}" y="8" width="12" height="12" fill="{colour}"/>')
         head.append(text(width - 133 + 75 * n, 18, card))
-    return "\n".join([*head, *left, *right, "</svg>"]) + "\n"
+    return "\n".join([*head, *left, *right, foot, "</svg>"]) + "\n"
 
 
-def ratios(name: str, theirs: str, ours: str) -> dict[str, float]:
+Ratio = tuple[float, str]  # and the mark of a row that has footnotes
+
+
+def ratios(name: str, theirs: str, ours: str) -> dict[str, Ratio]:
     """The shape -> their time over ours, of the rows that have both."""
     rows = rows_of(name)
     shape = next(iter(rows[0]))
-    return {row[shape]: float(row[theirs]) / float(row[ours]) for row in rows if row[theirs]}
+    both = [row for row in rows if row[theirs]]
+    return {row[shape]: (float(row[theirs]) / float(row[ours]), "*" if row["note"] else "") for row in both}
 
 
-def panel(x: int, title: str, groups: list[tuple[str, list[tuple[str, float]]]]) -> tuple[list[str], int]:
+def panel(x: int, title: str, groups: list[tuple[str, list[tuple[str, Ratio]]]]) -> tuple[list[str], int]:
     """The lines of a bar chart, and where it ends."""
     lines, y, zero = [text(x + 8, 42, title)], TOP, x + LABEL
     for label, bars in groups:
         lines.append(text(zero - 6, y + len(bars) * BAR // 2 + 4, label, anchor="end"))
-        for card, ratio in bars:
+        for card, (ratio, mark) in bars:
             length = round(ratio * UNIT)
             lines.append(f'<rect x="{zero}" y="{y}" width="{length}" height="{BAR - 2}" fill="{COLOURS[card]}"/>')
-            lines.append(text(zero + length + 4, y + 11, f"{ratio:.2f}"))
+            lines.append(text(zero + length + 4, y + 11, f"{ratio:.2f}{mark}"))
             y += BAR
         y += GAP
     at = zero + UNIT

@@ -51,9 +51,7 @@ def parse_sizes(text: str) -> Sizes:
         seqlen_kv=int(seqlen_kv),
     )
     try:
-        Shape(
-            sizes.batch, sizes.heads, sizes.kv_heads, 1 if sizes.seqlen_q is None else sizes.seqlen_q, sizes.seqlen_kv
-        )
+        sizes.for_op("decode")  # a Shape checks its sizes
     except ArgumentError as error:
         raise click.BadParameter(f"{text!r}: {error}") from error
     return sizes
@@ -72,6 +70,8 @@ class KernelArgs:
         """The spec and shape of the kernel at these sizes; by default at the first of the op's usual shapes."""
         requested = next(iter(usual(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
         ((spec, shape),) = kernels(self.op, self.head_dim, self.dtype, requested, self.flags)
+        if shape.window < (self.flags.window or 0):
+            click.echo(f"--window {self.flags.window} includes all {shape.seqlen_kv} keys: none is needed", err=True)
         return spec, shape
 
     def matches(self, place: Place) -> bool:

@@ -163,6 +163,16 @@ def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "c").glob("*.py")] == [name]
 
 
+def test_a_window_over_all_keys_is_reported_and_left_out(tmp_path: Path) -> None:
+    """As at run time, where a window of all keys counts as none."""
+    call = ("export", "--gpu", "h200", "--op", "forward", "--shape", "2,4,512", "-o", tmp_path, "--window")
+    result = run(*call, "512")
+    assert "--window 512 includes all 512 keys: none is needed" in result.stderr
+    (file,) = tmp_path.glob("*.py")
+    assert "window_size" not in file.read_text(encoding="utf-8")
+    assert "includes all" not in run(*call, "511").stderr
+
+
 def test_export_of_preprocess_has_no_key_size(tmp_path: Path) -> None:
     run("export", "--gpu", "h200", "--op", "preprocess", "--shape", "2,32/8,4096", "-o", tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").glob("*.py")] == ["preprocess_d128_bf16_g1_rows64_q4096.py"]
