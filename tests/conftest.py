@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpu_arithmetic import use_in_interpreter
 from hypothesis import settings
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set before any test imports one.
@@ -57,4 +58,12 @@ def _session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("PARALLAX_GEN_CACHE_DIR", str(folder / "cache"))
         patch.setenv("PARALLAX_GEN_DB", str(folder / "tuning.db"))
         patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def gpu_arithmetic() -> Iterator[None]:
+    """bf16 and inline assembly in the interpreter, from the first test that uses this to the end of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_in_interpreter(patch)
         yield

@@ -1,16 +1,13 @@
 """8-bit caches at the extremes of their range, in Triton's CPU interpreter, against the fp64 oracle.
 
 A kernel places the bits of an 8-bit number in a 16-bit float, which scales it by a power of two, and undoes the scale
-in its sums. These tests check that no value is lost on the way. The interpreter multiplies bf16 matrices wrongly, so
-the tests patch its dot.
+in its sums. These tests check that no value is lost on the way.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,31 +19,16 @@ from parallax_gen.oracle import verify
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import KernelSpec
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.usefixtures("gpu_arithmetic"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton"),
+]
 
 CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=2, merge="last", num_warps=1, num_stages=2)
 CACHES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FORMS = [("bf16", "e4m3"), ("bf16", "e5m2"), ("fp16", "e4m3"), ("fp16", "e5m2")]
 HEADS, HEAD_DIM = 2, 64
-
-
-@pytest.fixture(autouse=True)
-def _bf16_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter stores bf16 as raw bits and multiplies those. Convert to fp32 first, which is exact."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    as_it_is = InterpreterBuilder.create_dot
-
-    def in_fp32(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, *more: Any) -> Any:
-        return as_it_is(self, in_fp32(a), in_fp32(b), *more)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def codes(cache: str, chosen: list[int], shape: tuple[int, ...], seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Rendered kernels in Triton's CPU interpreter, against the fp64 oracle.
 
-In fp16 and fp32: a bf16 tl.dot is silently wrong in the interpreter. tests/gpu runs the same on a card, bf16 too.
+gpu_arithmetic corrects the interpreter's bf16. tests/gpu runs the same on a card.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 # For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
-pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.usefixtures("gpu_arithmetic"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton"),
+]
 
 GPU = GPUS["h200"]
-DTYPES = ("fp16", "fp32")
+DTYPES = ("bf16", "fp16", "fp32")
 MOST_PROGRAMS = 32
 
 FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)

@@ -12,10 +12,14 @@ import training_steps
 from parallax_gen.problem.hardware import GPUS
 
 # For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
-pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton")]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.usefixtures("gpu_arithmetic"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton"),
+]
 
 GPU = GPUS["h200"]
-DTYPES = ("fp16", "fp32")  # a bf16 tl.dot is silently wrong in the interpreter
+DTYPES = ("bf16", "fp16", "fp32")
 LONGEST = 130
 
 
