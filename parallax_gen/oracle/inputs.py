@@ -14,6 +14,7 @@ from parallax_gen.codegen.abi import Inputs, cache_dtype, empty_row_stats, torch
 from parallax_gen.errors import ArgumentError
 from parallax_gen.ops.base import PADDED_TO, Layout, op_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
+from parallax_gen.oracle.peaked import peaked
 from parallax_gen.oracle.reference import Reference, reference_forward, reference_varlen_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -22,12 +23,15 @@ from parallax_gen.problem.work import default_scale
 POISON = float("nan")
 # Scores have unit variance: at this cap the largest are cut to half, and kernels take as long as at any other.
 CHECKED_SOFTCAP = 2.0
+PEAKED_SOFTCAP = 30.0  # leaves peaked rows peaked
 
 
-def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> Inputs:
+def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kind: str = "normal") -> Inputs:
     """Normal q, k and v of unit variance, and r scaled so that t has unit variance too; in the spec's dtype.
 
     The same seed gives the same numbers on the same kind of device.
+
+    kind  what rows attend to: see `peaked.KINDS`. For kinds other than "normal" r has unit variance
     """
     if shape.group != spec.group:
         raise ArgumentError("shape", f"{shape.group} query heads a kv head", f"the spec's {spec.group}")
@@ -41,8 +45,12 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str) -> 
 
     q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
     k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
-    softcap = CHECKED_SOFTCAP if spec.softcap else 0.0
-    return Inputs(q, r * default_scale(spec.head_dim), k, v, window_size=shape.window, softcap=softcap)
+    softcap = CHECKED_SOFTCAP
+    if kind == "normal":
+        r *= default_scale(spec.head_dim)
+    else:
+        (q, k), softcap = peaked(kind, q, k, generator), PEAKED_SOFTCAP
+    return Inputs(q, r, k, v, window_size=shape.window, softcap=softcap if spec.softcap else 0.0)
 
 
 def random_inputs_of(
@@ -53,6 +61,7 @@ def random_inputs_of(
     device: str,
     full: bool = False,
     lengths: Sequence[int] | None = None,
+    kind: str = "normal",
 ) -> Inputs:
     """Random inputs of a kernel, including the outputs of kernels before it.
 
@@ -60,19 +69,27 @@ def random_inputs_of(
 
     full     all have the shape's length
     lengths  the keys of each sequence of decode_varlen
+    kind     see `random_inputs`
 
     NaN fills the cache after the end of a sequence, whose length may be negative, and the rows before the first and
     after the last packed sequence.
     """
-    return inputs_and_forward(spec, shape, seed=seed, device=device, full=full, lengths=lengths)[0]
+    return inputs_and_forward(spec, shape, seed=seed, device=device, full=full, lengths=lengths, kind=kind)[0]
 
 
 def inputs_and_forward(
-    spec: KernelSpec, shape: Shape, *, seed: int, device: str, full: bool, lengths: Sequence[int] | None = None
+    spec: KernelSpec,
+    shape: Shape,
+    *,
+    seed: int,
+    device: str,
+    full: bool,
+    lengths: Sequence[int] | None = None,
+    kind: str = "normal",
 ) -> tuple[Inputs, Reference | None]:
     """`random_inputs_of`, and for a kernel of the backward the forward's result in float64."""
     op = op_of(spec)
-    inputs = random_inputs(spec, shape, seed=seed, device=device)
+    inputs = random_inputs(spec, shape, seed=seed, device=device, kind=kind)
     if spec.cache_dtype:
         inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
         heads = shape.kv_heads if seed % 2 else 1  # one scale for each head, or one for all

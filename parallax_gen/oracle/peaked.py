@@ -1,0 +1,52 @@
+"""Inputs whose rows give most of their weight to one key or to a few, as rows of trained models do.
+
+Such rows show a rounding error that normal inputs hide. Where one key j has nearly all weight of row i, t_ij and t̄_i
+are nearly equal and o_i = v̄_i (1 + t̄_i) - Σ_j p_ij t_ij v_j is a small difference of terms |t_ij| times as large: a
+kernel that rounds p·t to 16 bits loses a factor of |t_ij|, which is about sqrt(head_dim) for normal r and k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallax_gen.errors import ArgumentError
+
+# What the rows of each kind attend to. The last two have keys that are nearly the same, with different values.
+KINDS = ("normal", "first key", "own key", "one key", "two keys", "twin keys", "six alike")
+
+FEWEST_KEYS = 16
+_SPREAD = 0.05  # of keys that are nearly the same, relative to their size
+
+
+def peaked(kind: str, q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """q and k, normal and of unit variance, changed so that every query attends to its kind's keys.
+
+    kind  one of KINDS; "normal" returns them as they are
+    q     (batch, seqlen_q, heads, head_dim)
+    k     (batch, seqlen_kv, kv_heads, head_dim), seqlen_kv at least FEWEST_KEYS
+
+    Causal rows before such a key attend to all keys that they see.
+    """
+    if kind not in KINDS:
+        raise ArgumentError("kind", repr(kind), ", ".join(KINDS))
+    if k.shape[1] < FEWEST_KEYS:
+        raise ArgumentError("k", f"seqlen_kv {k.shape[1]}", f"at least {FEWEST_KEYS}")
+    if kind == "normal":
+        return q, k
+    group, one, other = q.shape[2] // k.shape[2], k.shape[1] // 10, k.shape[1] * 7 // 10
+    k = k.clone()
+    for near in range(one + 1, one + {"twin keys": 2, "six alike": 6}.get(kind, 1)):
+        k[:, near] = k[:, one] + _SPREAD * k[:, near]
+
+    def of_heads(keys: Tensor) -> Tensor:
+        return keys.repeat_interleave(group, dim=2)
+
+    if kind == "own key":
+        own = (torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]).clamp(min=0)
+        noise = torch.randn(q.shape, dtype=q.dtype, device=q.device, generator=generator)
+        return of_heads(k[:, own]) + 0.2 * noise, k
+    if kind == "two keys":
+        return 0.4 * q + 0.6 * of_heads(k[:, one : one + 1]) + 0.6 * of_heads(k[:, other : other + 1]), k
+    key = 0 if kind == "first key" else one
+    return 0.5 * q + of_heads(k[:, key : key + 1]), k
