@@ -166,17 +166,17 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
         click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its first key."),
         page_size,
-        click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c), for any c, as in Gemma 2."),
+        click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )
     return _with_options(collect, options)  # type: ignore[return-value]
 
 
-def check_flags(flags: Flags, ops: Sequence[str]) -> None:
-    """Raise UsageError for a flag that none of the ops supports."""
+def check_flags(flags: Flags, ops: Sequence[str], choices: Sequence[str] = WORK) -> None:
+    """Raise UsageError for a flag that none of the ops supports. choices: the ops that the command takes."""
     for name, options in _OPTIONS.items():
         given = flags.causal is not None if name == "causal" else bool(getattr(flags, name))
-        supporting = [op for op in WORK if has_flag(op, name)]
+        supporting = [op for op in choices if has_flag(op, name)]
         if given and not set(ops) & set(supporting):
             raise click.UsageError(f"{options}: only with --op {' or '.join(supporting)}, not with {' or '.join(ops)}")
     for option, value in (("--page-size", flags.page_size), ("--cache-dtype", flags.cache_dtype)):
@@ -190,7 +190,7 @@ def kernel_options(command: Command) -> Command:
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
         requested = KernelArgs(**{name: given.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
-        check_flags(requested.flags, (requested.op,))
+        check_flags(requested.flags, (requested.op,), FAMILIES)
         return command(requested=requested, **given)
 
     options = (

@@ -27,17 +27,28 @@ from parallax_gen.problem.workloads import TRAINING
 CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True)
 WINDOWED = KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True)
 FULL = KernelSpec("forward", 64, "fp16", group=2)
+CAPPED = KernelSpec("forward", 64, "fp16", group=2, causal=True, softcap=True)
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int | None, int | None], lengths: list[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    lengths: list[int],
+    softcap: float,
 ) -> Tensor:
-    """As flash-attn documents it: query i, counted from the end of the keys, sees i - left to i + right."""
+    """As flash-attn documents it: query i, counted from the end of the keys, sees i - left to i + right.
+
+    softcap  0 for none
+    """
     group, (left, right) = q.shape[2] // k.shape[2], window_size
     found = torch.zeros(q.shape, dtype=torch.float64)
     for b, length in enumerate(lengths):
         keys, values = (x[b, :length].double().repeat_interleave(group, dim=1) for x in (k, v))
         s = torch.einsum("qhd,khd->hqk", q[b].double(), keys) / math.sqrt(q.shape[-1])
+        s = softcap * torch.tanh(s / softcap) if softcap else s
         i = torch.arange(q.shape[1])[:, None] + length - q.shape[1]
         j = torch.arange(length)
         hidden = (j > i) if causal else torch.zeros_like(i + j, dtype=torch.bool)
@@ -59,7 +70,7 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         if options.get("num_splits") == 0 and module.__dict__.get("no_splits"):
             raise AssertionError("SplitKV not supported")
         window = options.get("window_size", (of.no_window, of.no_window))
-        out = flash_attention(q, k, v, causal, window, [k.shape[1]] * len(q))
+        out = flash_attention(q, k, v, causal, window, [k.shape[1]] * len(q), options.get("softcap", 0.0))
         return (out, None) if name == "flash-attn 4" else out
 
     def flash_attn_with_kvcache(
@@ -71,11 +82,12 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         cache_leftpad: Tensor | None = None,
         causal: bool,
         window_size: tuple[int, int],
+        softcap: float = 0.0,
         **pages: Tensor | None,
     ) -> Tensor:
         given.append(pages)
         lengths = [k_cache.shape[1]] * len(q) if cache_seqlens is None else cache_seqlens.tolist()
-        return flash_attention(q, k_cache, v_cache, causal, window_size, lengths)
+        return flash_attention(q, k_cache, v_cache, causal, window_size, lengths, softcap)
 
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     if of.page_table_name:
@@ -104,8 +116,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
         (CAUSAL, Shape(2, 4, 2, 10, 40)),
         (WINDOWED, Shape(2, 4, 2, 40, 40, 9)),
         (FULL, Shape(2, 4, 2, 10, 40)),
+        (CAPPED, Shape(2, 4, 2, 40, 40)),
     ],
-    ids=["causal", "chunk", "window", "full"],
+    ids=["causal", "chunk", "window", "full", "softcap"],
 )
 def test_flash_attention_is_softmax_under_our_mask(
     name: str, spec: KernelSpec, shape: Shape, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +141,20 @@ def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert close(found["out"], out)
     for grad, reference in zip((found["dq"], found["dk"], found["dv"]), expected, strict=True):
         assert torch.allclose(grad.double(), reference, atol=1e-2, rtol=1e-2)  # do and p in fp16
+
+
+def test_ours_and_flash_attention_alone_cap_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name for name, baseline in BASELINES.items() if baseline.softcap} == {"parallax_gen", *FLASH}
+    x = random_inputs_for_case("forward", CAPPED, Shape(1, 4, 2, 24, 24), "cpu")
+    with pytest.raises(NotImplementedError, match="it has no softcap"):
+        prepared("fla", "forward", CAPPED, x)
+    assert close(prepared("parallax_gen", "forward", CAPPED, x).results()["out"], attend(CAPPED, x).out)
+    decode = KernelSpec("decode", 64, "fp16", group=2, softcap=True)
+    x = random_inputs_for_case("decode", decode, Shape(3, 4, 2, 1, 50), "cpu")
+    assert close(prepared("parallax_gen", "decode", decode, x).results()["out"], attend(decode, x).out)
+    for name in FLASH:
+        flash_module(name, monkeypatch)
+        assert close(prepared(name, "decode", decode, x).results()["out"], attend(decode, x).v_mean)
 
 
 @pytest.mark.parametrize("name", ["flash-attn 2", "flash-attn 3"])

@@ -97,7 +97,8 @@ def test_a_model_made_from_a_converted_config_starts_with_r_zero(name: str, tmp_
     config = converted_model(name).config
     model = AutoModelForCausalLM.from_config(config)
     for key, parameter in model.named_parameters():
-        assert bool(parameter.any()) != ("r_proj" in key or key.endswith(".bias")), key
+        zero = "r_proj" in key or key.endswith(".bias") or (name == "gemma2" and "norm" in key)  # it adds 1
+        assert bool(parameter.any()) != zero, key
     config.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(config)
 

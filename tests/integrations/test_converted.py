@@ -83,9 +83,8 @@ def test_other_ways_to_generate(options: dict[str, Any]) -> None:
 def test_a_converted_attention_is_our_layer(name: str) -> None:
     attention = converted_model(name, r=0.2).model.layers[1].self_attn
     windowed, biased = name in ("mistral", "qwen2"), name in ("llama", "qwen2")
-    layer = ParallaxAttention(
-        64, 4, 2, 16, rope_theta=1e4, window_size=5 if windowed else None, qk_norm=name == "qwen3", bias=biased
-    )
+    options: dict[str, Any] = {"window_size": 5} if windowed else {"softcap": 2.0} if name == "gemma2" else {}
+    layer = ParallaxAttention(64, 4, 2, 16, rope_theta=1e4, qk_norm=name == "qwen3", bias=biased, **options)
     weights = attention.state_dict()
     if name == "qwen2":
         weights["o_proj.bias"] = torch.zeros(64)

@@ -25,7 +25,7 @@ from parallax_gen.integrations.transformers import convert, models
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = {"gemma2": "Gemma2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 HEADS = ["ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
 # All heads of one family, and the other families with the head of reward models.
 CASES = [("llama", head, inside) for head in HEADS for inside in (False, True)]

@@ -81,3 +81,19 @@ def formula(
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
     t = torch.einsum("bqhd,bkhd->bhqk", r, k)
     return torch.einsum("bhqk,bkhd->bqhd", weights * (1 + (weights * t).sum(-1, keepdim=True) - t), v)
+
+
+def plain_attention(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, softcap: float | None = None
+) -> Tensor:
+    """Attention of (batch, seqlen, heads, head_dim) by the formula, in float64; autograd gives its gradients."""
+    group = q.shape[2] // k.shape[2]
+    q, r, k, v = (x.double().transpose(1, 2) for x in (q, r, k, v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    s = q @ k.mT / q.shape[-1] ** 0.5
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(s.shape[-1] - s.shape[-2] + 1), -torch.inf)
+    p, t = s.softmax(-1), r @ k.mT
+    return ((p * (1 + (p * t).sum(-1, keepdim=True) - t)) @ v).transpose(1, 2)

@@ -376,6 +376,21 @@ def test_seed_configs_of_the_nearest_buckets(store: Store, machine: Machine) -> 
     assert machine.compiled == [default_config(spec, job.shape, GPU), configs[2], configs[1]]
 
 
+def test_seed_configs_of_the_kernel_without_a_softcap(tmp_path: Path) -> None:
+    """And the other way round: what is fast with a cap is fast without one."""
+    plain, here = KernelSpec("dqdr", 128, "bf16", causal=True), Bucket(64, 4096, 4096)
+    capped = replace(plain, softcap=True)
+    first, second = list(every_config(plain, GPU))[:2]
+    places = [Place("h200", spec, here) for spec in (plain, capped)]
+    records = [
+        Result(place, OLD, config, "ok", time_us=10.0) for place, config in zip(places, (first, second), strict=True)
+    ]
+    write_shipped(records, "h200", tmp_path)
+    for place, of_other in zip(places, (second, first), strict=True):
+        assert of_other in shipped_seeds(place, load_same_capability(GPUS["h200"], tmp_path))
+        assert nearby_seeds(place, records) == [of_other]
+
+
 def test_seed_configs_of_the_same_kernel_with_another_cache_layout(tmp_path: Path) -> None:
     """They come after the configs of the same spec, and before those of other buckets."""
     dense = KernelSpec("decode_varlen", 128, "bf16", group=4)

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
+from transformers.models.gemma2 import configuration_gemma2, modeling_gemma2
 from transformers.models.llama import configuration_llama, modeling_llama
 from transformers.models.mistral import configuration_mistral, modeling_mistral
 from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
@@ -157,10 +158,45 @@ class ParallaxQwen3ForCausalLM(ParallaxModelMixin, modeling_qwen3.Qwen3ForCausal
     config_class = ParallaxQwen3Config
 
 
-CONFIGS: tuple[Any, ...] = (ParallaxLlamaConfig, ParallaxMistralConfig, ParallaxQwen2Config, ParallaxQwen3Config)
-ATTENTIONS = (ParallaxLlamaAttention, ParallaxMistralAttention, ParallaxQwen2Attention, ParallaxQwen3Attention)
-MODELS: tuple[Any, ...] = (ParallaxLlamaModel, ParallaxMistralModel, ParallaxQwen2Model, ParallaxQwen3Model)
+class ParallaxGemma2Config(ParallaxConfigMixin, configuration_gemma2.Gemma2Config):
+    model_type = "parallax_gemma2"
+
+
+class ParallaxGemma2Attention(ProbeAttentionMixin, modeling_gemma2.Gemma2Attention):
+    rotate = staticmethod(modeling_gemma2.apply_rotary_pos_emb)
+
+
+class ParallaxGemma2Model(ParallaxModelMixin, modeling_gemma2.Gemma2Model):
+    config_class = ParallaxGemma2Config
+
+
+class ParallaxGemma2ForCausalLM(ParallaxModelMixin, modeling_gemma2.Gemma2ForCausalLM):
+    config_class = ParallaxGemma2Config
+
+
+CONFIGS: tuple[Any, ...] = (
+    ParallaxGemma2Config,
+    ParallaxLlamaConfig,
+    ParallaxMistralConfig,
+    ParallaxQwen2Config,
+    ParallaxQwen3Config,
+)
+ATTENTIONS = (
+    ParallaxGemma2Attention,
+    ParallaxLlamaAttention,
+    ParallaxMistralAttention,
+    ParallaxQwen2Attention,
+    ParallaxQwen3Attention,
+)
+MODELS: tuple[Any, ...] = (
+    ParallaxGemma2Model,
+    ParallaxLlamaModel,
+    ParallaxMistralModel,
+    ParallaxQwen2Model,
+    ParallaxQwen3Model,
+)
 CAUSAL_MODELS: tuple[Any, ...] = (
+    ParallaxGemma2ForCausalLM,
     ParallaxLlamaForCausalLM,
     ParallaxMistralForCausalLM,
     ParallaxQwen2ForCausalLM,
@@ -172,7 +208,7 @@ CONVERTED: dict[type, Any] = {new.__bases__[-1]: new for new in (*CONFIGS, *ATTE
 def convert(model: Any) -> Any:
     """Convert a model to Parallax attention in place: every attention layer gets a zero r_proj. Returns the model.
 
-    model  Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
+    model  Gemma2, Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
            LlamaForSequenceClassification, on any device, in fp32, bf16 or fp16; or a base model, such as LlamaModel, by
            itself or inside another model. A converted model stays as it is
 
@@ -271,7 +307,8 @@ def register(config: Any) -> None:
 
 AttentionInterface.register(NAME, parallax_attention)
 AttentionMaskInterface.register(NAME, parallax_mask)
-for _modeling, _config in zip((modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3), CONFIGS, strict=True):
+_MODELING = (modeling_gemma2, modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3)
+for _modeling, _config in zip(_MODELING, CONFIGS, strict=True):
     # Tensor parallelism splits r by heads, like q.
     _config.base_model_tp_plan = {**_config.base_model_tp_plan, "layers.*.self_attn.r_proj": "colwise"}
     add_heads(_modeling, _config)
