@@ -99,13 +99,13 @@ def _to_json(explanation: Explanation, origins: Origins) -> dict[str, Any]:
         "config": config_to_dict(explanation.choice.config),
         "file": str(explanation.file),
         "from": explanation.origin,
-        "tier": explanation.choice.candidate.tier.words,
+        "tier": explanation.choice.candidate.tier.text,
         "reason": explanation.reason,
         "checked": explanation.choice.checked,
         "refused": [{"why": why, "config": config_to_dict(c.config)} for c, why in explanation.choice.refused],
         "record": None if record is None else origins.to_json(record),
         "runners_up": [
-            {"tier": c.tier.words, "record": origins.to_json(c.record)} for c in explanation.runners_up if c.record
+            {"tier": c.tier.text, "record": origins.to_json(c.record)} for c in explanation.runners_up if c.record
         ],
         "predicted": [origins.to_json(r) for r in explanation.predicted],
         "unused": [{"why": why, "record": origins.to_json(result)} for result, why in explanation.unused],

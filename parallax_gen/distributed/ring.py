@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import SavedForBackward
-from parallax_gen.runtime.autograd import backward_without_autograd, first_derivatives, forward_without_autograd
+from parallax_gen.runtime.autograd import backward_without_autograd, forward_without_autograd, refuse_second_derivatives
 from parallax_gen.runtime.checks import check_request
 from parallax_gen.runtime.requests import Request, cast_inputs, inputs_of
 from parallax_gen.runtime.sharded import refuse_dtensors
@@ -204,7 +204,7 @@ class _RingAttention(torch.autograd.Function):
         if gradient_transfer is not None:
             dk, dv = gradient_transfer.wait()
         grads = tuple(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True))
-        return *first_derivatives(grads, (q, r, k, v, do)), None, None, None, None
+        return *refuse_second_derivatives(grads, (q, r, k, v, do)), None, None, None, None
 
 
 def _request_for(

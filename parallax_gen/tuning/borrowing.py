@@ -25,7 +25,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 NEAREST = "the nearest bucket"  # its best record is evaluated for every op, with or without that tier
-CHOICES = (*(tier.words for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.words)  # best first
+CHOICES = (*(tier.text for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.text)  # best first
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def borrowed(comparable: ComparableTimes, records: Sequence[Result]) -> Iterator
     for name, is_out in left_out.items():
         rest = [record for record in alike if not is_out(record)]
         candidate = best(place, gpu, RecordTable(rest), comparable.toolchain)
-        yield Borrowed(comparable, name, candidate.tier.words, candidate.config, default)
+        yield Borrowed(comparable, name, candidate.tier.text, candidate.config, default)
     if config := _nearest(comparable, rest):
         yield Borrowed(comparable, name, NEAREST, config, default)
 

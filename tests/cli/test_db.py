@@ -382,7 +382,7 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
     ("damage", "message"),
     [
         ("time_us = 'fast'", "row 1: time_us: got 'fast'"),
-        ("kernel = 'abc'", "row 1: kernel: got 'abc'; allowed: 32 hex digits, or nothing"),
+        ("kernel = 'abc'", "row 1: kernel: got 'abc'; allowed: 32 hex digits, or an empty text"),
         ("place_json = '{}'", "row 1: gpu: got None"),
         ("gpu = 'h100'", "row 1: gpu and op: got ('h100', 'decode'); allowed: those of the place"),
         ("config_json = '" + "[" * 100_000 + "'", "row 1: "),

@@ -48,10 +48,10 @@ def test_explain_a_default_without_records() -> None:
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
     assert found["record"] is None
-    assert found["reason"] == "nothing is known of this place"
+    assert found["reason"] == "this place has no records"
     assert found["tier"] == "the default"
     assert found["unused"] == found["runners_up"] == found["predicted"] == []
-    assert "from    the default config: nothing is known" in run("explain", *CALL).stdout
+    assert "from    the default config: this place has no records" in run("explain", *CALL).stdout
 
 
 def test_explain_a_record_and_its_runners_up(store: Store) -> None:
@@ -88,7 +88,7 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
     assert found["config"] == config_to_dict(config(3))
     assert found["record"]["unlike_here"] == [f"triton 3.5 (here {TRITON_HERE})", f"cuda 12.8 (here {HERE.cuda})"]
     text = run("explain", *CALL).stdout
-    told = f"the fastest of 2 with Triton 3.5, ptxas 12.8; nothing that counts was measured with {HERE}:"
+    told = f"the fastest of 2 with Triton 3.5, ptxas 12.8; no usable record was measured with {HERE}:"
     assert f"from    your record, {told}\n" in text
     assert "runners-up" in text
     assert "110.0 us" in text.partition("runners-up")[2]
@@ -114,7 +114,7 @@ def test_explain_a_sibling_cards_record(store: Store) -> None:
     assert found["config"] == config_to_dict(config(3))
     text = run("explain", *CALL).stdout
     told = f"the only one with {HERE} on h100, a card of the same capability"
-    assert f"from    your record, {told}; nothing that counts was measured on this one:\n" in text
+    assert f"from    your record, {told}; no usable record was measured on this card:\n" in text
     store.save(make_record(200.0, evidence_changes=OTHER_TOOLCHAIN))
     assert run_json("explain", *CALL)["tier"] == "another toolchain"
     assert text_of_runners_up().endswith("measured, this Triton on h100\n")
@@ -129,13 +129,13 @@ def test_explain_a_record_of_another_kernel(store: Store) -> None:
     store.save(make_record(120.0, splits=3, evidence_changes=OTHER_KERNEL))
     found = run_json("explain", *CALL)
     assert (found["from"], found["runners_up"]) == ("default", [])
-    assert found["reason"] == "none of 2 records counts: another kernel than today's"
+    assert found["reason"] == "none of 2 records is used: another kernel than today's"
     assert [(u["why"], u["record"]["time_us"]) for u in found["unused"]] == [
         ("another kernel than today's", 100.0),
         ("another kernel than today's", 120.0),
     ]
     text = run("explain", *CALL).stdout
-    assert "from    the default config: none of 2 records counts: another kernel than today's\n" in text
+    assert "from    the default config: none of 2 records is used: another kernel than today's\n" in text
     assert "\nmeasured, but not used\n" in text
 
 
@@ -151,7 +151,7 @@ def test_explain_a_search_older_than_a_knob_of_the_default(store: Store) -> None
     assert found["tier"] == "the default"
     assert (
         found["reason"]
-        == "the only record does not count: its search did not try MASK=before_exp, which today's default has"
+        == "the only record is not used: its search did not try MASK=before_exp, which today's default has"
     )
     store.save(dkdv_record(600.0, config=default, place=place))
     assert run_json("explain", *call)["config"] == config_to_dict(before)
@@ -179,7 +179,7 @@ def test_explain_a_search_older_than_a_knob_of_the_sibling_cards_best(store: Sto
     why = "its search did not try SOFTMAX=fixed_reference, which the best of a newer search on h100 has"
     assert [(u["record"]["time_us"], u["why"]) for u in found["unused"]] == [(500.0, why)]
     of = f"the only one with {HERE} on h100, a card of the same capability"
-    assert found["reason"] == f"{of}; the only record on this one does not count: {why}"
+    assert found["reason"] == f"{of}; the only record on this card is not used: {why}"
     assert f"from    your record, {found['reason']}:\n" in run("explain", *WINDOWED_CALL).stdout
 
 
@@ -189,11 +189,11 @@ def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
     found = run_json("explain", *CALL)
     assert found["reason"] == (
         f"the fastest of 2 with {HERE} by timing protocol 0 (today's is 1); "
-        "nothing was timed by today's protocol, and times of different protocols are not compared"
+        "no record has today's timing protocol, and times of different protocols are not compared"
     )
     store.save(make_record(80.0, splits=4, evidence_changes=OTHER_KERNEL))
     assert run_json("explain", *CALL)["reason"].endswith(
-        f"the only record with {HERE} does not count: another kernel than today's"
+        f"the only record with {HERE} is not used: another kernel than today's"
     )
     store.save(make_record(200.0, splits=6))
     assert run_json("explain", *CALL)["reason"] == f"the only one measured of this kernel with {HERE}"
@@ -208,7 +208,7 @@ def test_times_of_two_protocols_are_not_compared(store: Store) -> None:
         store.save(make_record(100.0 + splits, splits=splits, evidence_changes=evidence_changes, created_at=created_at))
     reason = run_json("explain", *CALL)["reason"]
     assert reason.startswith("the fastest of 2 with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); ")
-    assert reason.endswith(f"; nothing that counts was measured with {HERE}")
+    assert reason.endswith(f"; no usable record was measured with {HERE}")
 
 
 def test_explain_records_that_failed_or_were_timed_again_here(store: Store) -> None:
@@ -217,7 +217,7 @@ def test_explain_records_that_failed_or_were_timed_again_here(store: Store) -> N
     found = run_json("explain", *CALL)
     assert (found["tier"], found["reason"]) == (
         "the default",
-        "the only record does not count: its kernel failed here: wrong",
+        "the only record is not used: its kernel failed here: wrong",
     )
     again = {"triton": f"{TRITON_HERE}.99"}
     store.save(make_record(50.0, splits=3))
@@ -231,7 +231,7 @@ def test_explain_records_that_failed_or_were_timed_again_here(store: Store) -> N
 def test_explain_ignores_other_buckets(store: Store) -> None:
     store.save(make_record(50.0, place=OTHER_BUCKET))
     found = run_json("explain", *CALL)
-    assert (found["from"], found["reason"], found["unused"]) == ("default", "nothing is known of this place", [])
+    assert (found["from"], found["reason"], found["unused"]) == ("default", "this place has no records", [])
 
 
 def test_explain_a_near_bucket(store: Store) -> None:
@@ -240,7 +240,7 @@ def test_explain_a_near_bucket(store: Store) -> None:
     found = run_json("explain", *CALL)
     assert (found["from"], found["tier"], found["checked"], found["refused"]) == ("yours", "a near bucket", False, [])
     text = run("explain", *CALL).stdout
-    assert f"the best measured with {Toolchain.here()} at 256 kv rows, seqlen 1x16384; nothing that counts" in text
+    assert f"the best measured with {Toolchain.here()} at 256 kv rows, seqlen 1x16384; no usable record" in text
     assert "not yet checked: a first call compiles it here" in text
 
 
@@ -252,17 +252,17 @@ def test_explain_a_record_that_spills_here(store: Store) -> None:
     found = run_json("explain", *CALL)
     assert (found["record"]["time_us"], found["checked"], found["refused"]) == (50.0, False, [])
     text = run("explain", *CALL).stdout
-    assert "not yet checked: a first call compiles it here, and drops it where it spills far more" in text
+    assert "not yet checked: a first call compiles it here, and drops it if it spills far more" in text
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     cache_resources(render(SPEC, default, H200), H200, Resources(255, 16, 1000))
     found = run_json("explain", *CALL)
     assert (found["record"]["time_us"], found["checked"]) == (60.0, True)
     assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in found["refused"]] == [
-        (3, "it spills 500 bytes a thread as compiled here, the default 16")
+        (3, "it spills 500 bytes per thread when compiled here, the default 16")
     ]
     assert "\nrefused BLOCK_N=32" in run("explain", *CALL).stdout
     cache_resources(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
-    assert run_json("explain", *CALL)["reason"] == "the kernels borrowed from elsewhere compile badly here"
+    assert run_json("explain", *CALL)["reason"] == "the borrowed kernels spill, do not fit or do not compile here"
 
 
 def test_explain_predictions_and_failures(store: Store) -> None:
@@ -277,7 +277,7 @@ def test_explain_a_record_whose_config_is_no_longer_valid(store: Store) -> None:
     store.save(make_record(90.0, splits=5))  # not a value of the knob
     found = run_json("explain", *CALL)
     assert found["from"] == "default"
-    assert found["reason"].startswith("the only record does not count: no longer valid: NUM_SPLITS is 5")
+    assert found["reason"].startswith("the only record is not used: no longer valid: NUM_SPLITS is 5")
 
 
 def test_explain_a_kernel_with_a_window(store: Store) -> None:
@@ -285,9 +285,11 @@ def test_explain_a_kernel_with_a_window(store: Store) -> None:
     store.save(dkdv_record(500.0, place=other))
     text = run("explain", *DKDV_CALL).stdout
     assert "seqlen 4096, window 513; on h200" in text
-    assert "from    the default config: nothing is known" in text
+    assert "from    the default config: this place has no records" in text
     unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
-    assert "from    the default config: nothing is known" in run("explain", *unwindowed).stdout  # another kernel
+    assert (
+        "from    the default config: this place has no records" in run("explain", *unwindowed).stdout
+    )  # another kernel
     store.save(dkdv_record(900.0))
     found = run_json("explain", *DKDV_CALL)
     assert found["from"] == "yours"

@@ -77,7 +77,7 @@ def test_a_kernel_that_spills_more_than_the_default_is_rejected() -> None:
     assert (found.candidate.config, found.checked) == (SECOND, True)
     ((refused, why),) = found.refused
     assert refused.config == FIRST
-    assert why == "it spills 136 bytes a thread as compiled here, the default 7"
+    assert why == "it spills 136 bytes per thread when compiled here, the default 7"
     assert compiler.requests == ["first", "default", "second"]
     # Not if the default spills as much.
     alike = Compiler(first=SPILLS, default=Resources(255, 8, 1000))
@@ -88,7 +88,7 @@ def test_a_kernel_that_spills_more_than_the_default_is_rejected() -> None:
     ("needs", "why"),
     [
         (BuildError("no such instruction"), "it does not compile here: no such instruction"),
-        (Resources(100, 0, GPU.shared_per_block + 1), "bytes of shared memory, over"),
+        (Resources(100, 0, GPU.shared_per_block + 1), "bytes of shared memory; the card has"),
     ],
 )
 def test_a_kernel_that_does_not_compile_or_fit_is_rejected(needs: Resources | Exception, why: str) -> None:

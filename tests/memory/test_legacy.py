@@ -39,7 +39,7 @@ def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
 @pytest.mark.parametrize(
     ("op", "ragged", "message"),
     [
-        ("forward", True, "ragged: got True with op 'forward'; allowed: True with op decode only"),
+        ("forward", True, "ragged: got True with op 'forward'; allowed: True only with op decode"),
         ("decode", 1, "ragged: got 1; allowed: True or False"),
         ("decode", None, "ragged: got None; allowed: True or False"),
         ("decode_varlen", False, "op: got 'decode_varlen'; allowed: forward, preprocess, dkdv, dqdr, decode"),

@@ -125,14 +125,14 @@ def test_both_ranks_rank_alike_for_random_records(full: bool) -> None:
             assert list(launch_candidates(place, card, there)) == expected
             compiled = compiler(draw)
             assert checked_choice(place, card, there, compiled) == checked_choice(place, card, memory, compiled)
-            seen[f"{len(expected)} of {expected[0].tier.words}"] += 1
+            seen[f"{len(expected)} of {expected[0].tier.text}"] += 1
         bests = [choice[0].record for choice in chosen.values() if choice[0].record]
         for name, some in (("bests", bests), ("bests and what their searches knew", known_of(bests, memory))):
             table = RecordTable(sorted(set(some), key=reading_order))
             seen[f"not enough: {name}"] += any(list(launch_candidates(p, card, table)) != chosen[p] for p in places)
     assert seen["sent"] < 0.7 * seen["held"]
     if full:
-        several = [f"2 of {tier.words}" for tier in Tier if tier not in NOT_BORROWED]
+        several = [f"2 of {tier.text}" for tier in Tier if tier not in NOT_BORROWED]
         less = [name for name in seen if name.startswith("not enough")]
         assert len(less) == 2
         assert min(seen[name] for name in (*several, *less, "1 of measured here", "1 of the default")) > 20, seen

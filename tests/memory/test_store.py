@@ -319,7 +319,7 @@ def test_a_newer_schema(path: Path, read_only: bool) -> None:
     Store(path).close()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 999")
-    with pytest.raises(StoreError, match=r"newer schema 999.*upgrade"):
+    with pytest.raises(StoreError, match=r"has schema 999.*upgrade"):
         Store(path, read_only=read_only)
 
 

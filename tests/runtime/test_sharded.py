@@ -147,7 +147,9 @@ def check_refused(mesh: DeviceMesh) -> None:
     inputs = dense()[:4]
     mine = sharded(mesh, inputs, [Shard(2)] * 4)
     for function, name in ((parallax_attn_func, "k"), (parallax_attn_with_kvcache, "k_cache")):
-        with pytest.raises(ArgumentError, match=rf"^{name}: got a plain tensor beside DTensors; allowed: a DTensor"):
+        with pytest.raises(
+            ArgumentError, match=rf"^{name}: got a plain tensor together with DTensors; allowed: a DTensor"
+        ):
             function(*mine[:2], *inputs[2:])  # type: ignore[operator]
     for other in (ring_attn_func, lambda *x: parallax_fwd(*x, 1.0, 1)):
         with pytest.raises(ArgumentError, match=r"^q: got a DTensor; allowed: a plain tensor: "):
