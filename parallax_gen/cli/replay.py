@@ -94,7 +94,7 @@ def replay(
         return
     if not files:
         raise click.UsageError("name files of sweeps, or use --borrow")
-    from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, curves, read_sweep
+    from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, read_sweep, simulate
     from parallax_gen.tuning.search.search import missing_package
 
     for name in samplers:
@@ -107,7 +107,7 @@ def replay(
         trials = max(1, math.ceil(share * len(sweep.results)))
         with console(stderr=True).status(f"{path.name}: {seeds} seeds, {trials} trials"):
             replayed.append(
-                (_name(path), sweep, curves(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers))
+                (_name(path), sweep, simulate(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers))
             )
         if not as_json:
             _print(*replayed[-1])

@@ -66,7 +66,7 @@ def cuda_version() -> str:
 
 
 def _release(assembler: str) -> str | None:
-    """The release of the assembler that Triton runs (its knobs.py, 3.5 to 3.9): TRITON_PTXAS_PATH, else the bundled one."""
+    """The release of the assembler that Triton runs (its knobs.py, 3.5 to 3.9): its path variable, else bundled."""
     configured = os.environ.get(f"TRITON_{assembler.upper().replace('-', '_')}_PATH")
     package = find_spec("triton")
     folders = package.submodule_search_locations if package is not None else None

@@ -108,7 +108,7 @@ def test_what_cannot_be_replayed_is_a_one_line_error(partial: Path, tmp_path: Pa
     spoilt.write_text("{}\n", encoding="utf-8")
     refused = run("replay", spoilt, *FEW)
     assert refused.exit_code == 1
-    assert "spoilt.jsonl, line 1: not of a sweep" in refused.output
+    assert "spoilt.jsonl, line 1: not a line of a sweep" in refused.output
     assert run("replay", tmp_path / "missing.jsonl").exit_code == 2
     unknown = run("replay", partial, "--sampler", "best")
     assert unknown.exit_code == 2
@@ -152,7 +152,7 @@ def test_borrowing_is_evaluated_on_files(store: Store, partial: Path, tmp_path: 
 def test_invalid_files_for_borrowing_are_a_one_line_error(tmp_path: Path) -> None:
     nothing = run("replay", "--borrow")
     assert (nothing.exit_code, nothing.output.count("\n")) == (1, 1)
-    assert "two configs of a place, by one toolchain" in nothing.output
+    assert "two or more configs of one place, timed with one toolchain" in nothing.output
     spoilt = tmp_path / "spoilt.jsonl"
     spoilt.write_text("{}\n", encoding="utf-8")
     refused = run("replay", "--borrow", spoilt)

@@ -257,7 +257,7 @@ def test_predictions_are_not_shared(store: Store, tmp_path: Path) -> None:
 def test_an_invalid_storage_is_an_error(fake_h200: None, store: Store) -> None:
     result = run("tune", *CALL, *FEW, "--storage", "somewhere")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: the storage is no journal:FILE and no URL")
+    assert result.stderr.startswith("error: the storage is neither journal:FILE nor a URL")
 
 
 def test_ctrl_c_keeps_finished_trials(store: Store) -> None:

@@ -129,7 +129,7 @@ def test_the_newest_time_of_a_config_counts_and_single_configs_are_skipped() -> 
     failed = dataclasses.replace(record(1.0, OTHERS), outcome="wrong")
     elsewhere = record(1.0, OURS, at("a card of nobody's"))
     for few in ([], TRUTH[:1], [TRUTH[0], failed], [elsewhere, dataclasses.replace(elsewhere, config=OTHERS)]):
-        with pytest.raises(ArgumentError, match="none that can be compared"):
+        with pytest.raises(ArgumentError, match="no two that are comparable"):
             comparable_times(few)
 
 

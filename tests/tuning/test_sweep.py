@@ -141,8 +141,8 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
-        (lambda lines: [], "line 1: not of a sweep"),
-        (lambda lines: lines[1:], "line 1: not of a sweep"),
+        (lambda lines: [], "line 1: not a line of a sweep"),
+        (lambda lines: lines[1:], "line 1: not a line of a sweep"),
         (_header(format=3), "line 1: .*format"),
         (_header(format=1), "line 1: .*key"),
         (_header(key={}), "line 1: .*exactly"),
@@ -154,8 +154,8 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
         (_header(protocol="1"), "line 1: .*protocol"),
         (_header(shape={"batch": 1}), "line 1: .*shape"),
         (_header(configs=20), f"{len(synthetic_results())} lines of configs.*line 1 says 20"),
-        (lambda lines: [*lines[:-1], lines[-2]], "some perhaps twice"),
-        (lambda lines: [*lines[:4], "x", *lines[5:]], "line 5: not of a sweep"),
+        (lambda lines: [*lines[:-1], lines[-2]], "possibly with duplicates"),
+        (lambda lines: [*lines[:4], "x", *lines[5:]], "line 5: not a line of a sweep"),
         (lambda lines: [*lines[:4], lines[4][:-1], *lines[5:]], "line 5: .*a list of"),
         (_column("BLOCK_M", "__import__('os')"), "line 3: .*BLOCK_M"),
         (_column("outcome", "fast"), "line 3: .*outcome"),
