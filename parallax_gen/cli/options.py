@@ -26,7 +26,7 @@ from parallax_gen.problem.workloads import (
     has_flag,
     kernels,
     spec_for,
-    usual,
+    usual_shapes,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -70,7 +70,7 @@ class KernelArgs:
 
     def kernel(self, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
         """The spec and shape of the kernel at these sizes; by default at the first of the op's usual shapes."""
-        requested = next(iter(usual(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
+        requested = next(iter(usual_shapes(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
         ((spec, shape),) = kernels(self.op, self.head_dim, self.dtype, requested, self.flags)
         return spec, shape
 

@@ -29,7 +29,7 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
-from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual
+from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual_shapes
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def worklist(
     jobs: dict[Job, None] = {}  # a set that keeps the order
     for op in ops:
         if shapes is None:
-            sizes = usual(op, tuple(head_dims))
+            sizes = usual_shapes(op, tuple(head_dims))
         else:
             sizes = {head_dim: tuple(shapes[op]) for head_dim in head_dims or (USUAL_HEAD_DIM,)}
         for head_dim, op_shapes in sizes.items():

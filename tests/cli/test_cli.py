@@ -57,7 +57,7 @@ def test_errors_are_one_line_in_a_real_process() -> None:
     child = python("-m", "parallax_gen.cli", "list", "--gpu", "h2000")
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (1, "")
-    assert err.startswith("error: unknown GPU 'h2000'; known are ")
+    assert err.startswith("error: unknown GPU 'h2000'; known GPUs: ")
     assert err.count("\n") == 1
 
 
@@ -201,7 +201,7 @@ def test_invalid_flags_are_explained_for_the_ops_of_the_command() -> None:
     words = ("--gpu", "h200", "--op", "decode", "--cache-dtype", "e4m3", "--dtype", "fp32", "--shape", "1,32/8,4096")
     result = run("explain", *words)
     assert result.exit_code
-    assert "cache_dtype: got e4m3; allowed: '', but with ragged decode and dtype bf16 or fp16" in result.stderr
+    assert "cache_dtype: got e4m3; allowed: '', except for ragged decode with dtype bf16 or fp16" in result.stderr
 
 
 def test_a_flag_of_one_of_several_ops_is_no_error() -> None:

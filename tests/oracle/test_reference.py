@@ -363,7 +363,7 @@ def test_random_inputs(dtype: str) -> None:
 
 
 def test_random_inputs_need_a_shape_that_matches_the_spec() -> None:
-    with pytest.raises(ArgumentError, match="1 query heads a kv head; allowed: the spec's 4"):
+    with pytest.raises(ArgumentError, match="1 query heads per kv head; allowed: 4, as the spec has"):
         tensors_of(KernelSpec("forward", 64, "bf16", group=4), Shape(1, 4, 4, 8, 8), seed=0)
     with pytest.raises(ArgumentError, match="seqlen_q 1 for decode"):
         tensors_of(KernelSpec("decode", 64, "bf16"), Shape(1, 4, 4, 8, 8), seed=0)

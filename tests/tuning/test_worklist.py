@@ -23,7 +23,7 @@ from parallax_gen.problem.workloads import (
     Flags,
     has_flag,
     kernels,
-    usual,
+    usual_shapes,
 )
 from parallax_gen.tuning.job import ALL_WORK, Job, worklist
 
@@ -122,7 +122,7 @@ def test_a_kernel_of_the_backward_has_the_usual_shapes_of_training() -> None:
 def test_head_dims_choose_among_the_usual_training_shapes() -> None:
     assert {job.spec.head_dim for job in worklist(GPU, ops=(TRAINING,), head_dims=(96, 64))} == {64, 96}
     assert worklist(GPU, ops=(TRAINING,), head_dims=(72,)) == []
-    assert list(usual("decode", (64,))) == [64]
+    assert list(usual_shapes("decode", (64,))) == [64]
 
 
 def test_every_combination_in_the_order_given() -> None:
