@@ -12,7 +12,7 @@ from parallax_gen.errors import (
     MachineError,
     MemoryTakenError,
     gist,
-    held_by_others,
+    held_by_other_processes,
     is_stored_machine_error,
     machine_error,
     machine_error_of_exit,
@@ -126,7 +126,7 @@ def test_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ulimit -n" in str(machine_error(OSError(errno.EMFILE, "Too many open files")))
     assert "--workers" in str(machine_error(MemoryError()))
     monkeypatch.setenv("TRITON_PTXAS_PATH", "")
-    assert "(which TRITON_PTXAS_PATH names)" in str(machine_error(PermissionError(errno.EACCES, "denied", "")))
+    assert "(TRITON_PTXAS_PATH is set to this path)" in str(machine_error(PermissionError(errno.EACCES, "denied", "")))
     fatal = str(machine_error(MACHINE[10]))
     assert "Unsupported .version 8.8" in fatal  # and not just that ptxas failed
 
@@ -168,5 +168,5 @@ def test_messages_stored_by_earlier_versions() -> None:
 
 
 def test_an_out_of_memory_message_without_sizes_is_the_configs() -> None:
-    assert held_by_others(WITH_OTHERS)
-    assert not held_by_others("CUDA out of memory.")
+    assert held_by_other_processes(WITH_OTHERS)
+    assert not held_by_other_processes("CUDA out of memory.")

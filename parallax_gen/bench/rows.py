@@ -1,4 +1,4 @@
-"""The rows of `bench`, their conditions, and their form in files. A row is one part of one baseline at one shape."""
+"""The rows of `bench`, their conditions, and their format in files. A row is one part of one baseline at one shape."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Effort:
     timed_ms   approximate time of a baseline per round
     oracle     "whole": errors over all results; "sample": over the first and last sequence and kv head; or "none"
     few_calls  slow baselines are timed once with few calls, and Triton's autotuners time each config with few calls
-    quick      fewer shapes, for a first look: not for publication
+    quick      fewer shapes, for a first look; such times are not for publication
     """
 
     rounds: int = 3
@@ -49,7 +49,7 @@ QUICK_EFFORT = Effort(rounds=1, timed_ms=10.0, oracle="sample", few_calls=True, 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a measurement. A stored time is reused if all of them but the command are equal."""
+    """The conditions of a measurement. A stored time is reused if all of them except the command are equal."""
 
     gpu: str
     card: str
@@ -93,15 +93,15 @@ class Row:
     op             "forward", "decode" or TRAINING
     part           the timed part: a key of PARTS[op] in bench/parts.py
     spec           of the forward or the decode
-    time_us        median over the rounds of medians by the protocol of tuning/workers/measure.py; None if it does not
-                   run
-    p20_us, p80_us likewise for the 20th and 80th percentiles
+    time_us        median over the rounds of medians by the protocol of tuning/workers/measure.py; None if the baseline
+                   does not run
+    p20_us, p80_us median over the rounds of the 20th and 80th percentiles
     rate           TFLOP/s, or GB/s for decode, counting the work of Parallax (of softmax for a softmax baseline)
     error          ||result - oracle|| / ||oracle|| of the output, or the largest over the gradients; None for softmax
                    baselines and with oracle "none"
     checked        number of (sequence, kv head) pairs that the error covers
-    note           why there is no time, or how its timing differs from the others'
-    package        its packages and their versions; for ours the hash of the kernels
+    note           why there is no time, or how the row was timed differently from the others
+    package        the baseline's packages and their versions; for ours the hash of the kernels
     conditions     None until they are known
     lengths        for decode with per-sequence lengths: the number of keys of each sequence; () if all have the shape's
     origin         set for rows that `read_rows` read
@@ -126,7 +126,7 @@ class Row:
 
     @property
     def compared_at(self) -> tuple[object, ...]:
-        """Baselines are compared where this is equal."""
+        """Rows of several baselines are compared if this is equal."""
         return self.origin, self.op, self.part, self.spec, self.shape, self.lengths
 
 
@@ -165,7 +165,7 @@ def to_flat(row: Row) -> dict[str, Any]:
 
 # -- Reading: a file's content is checked like user input.
 
-# The columns that every row needs. Others may be missing; missing flags of a kernel are off.
+# The columns that every row needs. Others may be missing; a missing flag of a kernel is off.
 SHAPE_COLUMNS = tuple(f.name for f in fields(Shape))
 REQUIRED_COLUMNS = (
     "op",
@@ -200,7 +200,7 @@ _ROW_TYPES = _to_stored({f.name: str(f.type) for f in fields(Row) if f.name in _
 _CONDITIONS_TYPES = {f.name: str(f.type) for f in fields(Conditions) if f.name != "effort"}
 _EFFORT_TYPES = _to_stored({f.name: str(f.type) for f in fields(Effort)})
 _BOOLS = {"True": True, "False": False}
-_MAX_DIGITS = 20  # of an int
+_MAX_DIGITS = 20  # in an int
 _BOUNDS = {**dict.fromkeys(("time_us", "p20_us", "p80_us"), NUMBERS["time_us"]), "error": NUMBERS["error"]}
 
 
@@ -279,7 +279,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _value_text(value: object) -> str:
-    """A number or a flag as CSV text. Other values of a row are not used, and may be nested to any depth."""
+    """A number or a flag as CSV text. Other values are not used; they may be nested to any depth."""
     return value if isinstance(value, str) else shown(value) if isinstance(value, dict | list) else str(value)
 
 
@@ -319,13 +319,13 @@ def _bool(name: str, text: str) -> bool:
 
 
 def _number(name: str, text: str) -> float:
-    least, most = _BOUNDS.get(name, (0.0, sys.float_info.max))
+    minimum, maximum = _BOUNDS.get(name, (0.0, sys.float_info.max))
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not least <= value <= most:
-        raise ArgumentError(name, shown(text), f"a number from {least:g} to {most:g}, or nothing")
+    if not minimum <= value <= maximum:
+        raise ArgumentError(name, shown(text), f"a number from {minimum:g} to {maximum:g}, or an empty cell")
     return value
 
 

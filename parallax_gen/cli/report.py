@@ -1,4 +1,4 @@
-"""`parallax-gen report`: one HTML page on the known results."""
+"""`parallax-gen report`: writes one HTML page on all results."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ from parallax_gen.errors import ParallaxGenError
 )
 @json_option
 def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
-    """Write one HTML page on what is tuned, how fast it is and why.
+    """Write one HTML page that shows what is tuned, how fast it is and why.
 
-    From your records and the shipped ones it shows which buckets are tuned, also on a roofline; how each study went,
-    which knobs mattered, what failed and why; and each best kernel's source. With --bench it also shows how our times
-    compare with other kernels'. The page is one file that loads nothing else: it can be mailed, or read from a disk.
+    From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of each
+    study, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows how
+    our times compare with other kernels'. The page is one file that loads nothing else: it can be sent by mail or
+    opened from a disk.
 
     Each bucket shows results of today's kernels with this toolchain; if there are none, the newest results of other
     kernels or toolchains, which are marked.
@@ -74,10 +75,10 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
 
 
 def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], every: bool) -> str:
-    """The command that makes the page; of file paths only the names, without this machine's folders."""
-    words = ["parallax-gen", "report"]
+    """The command that writes the page. It has file names without this machine's folders."""
+    command = ["parallax-gen", "report"]
     for gpu in gpus:
-        words += ["--gpu", gpu]
+        command += ["--gpu", gpu]
     for path in benches:
-        words += ["--bench", path.name]
-    return shlex.join(words + ["--all-environments"] * every)
+        command += ["--bench", path.name]
+    return shlex.join(command + ["--all-environments"] * every)

@@ -43,8 +43,7 @@ class CheckedChoice:
     """The kernel that a call gets.
 
     checked  False if only a first call can decide, by compiling: the kernel is borrowed and was not compiled here yet,
-             or
-             it spills and the default was not compiled yet
+             or it spills and the default was not compiled yet
     refused  borrowed kernels that rank higher, each with the reason it is not used
     """
 

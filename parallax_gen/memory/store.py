@@ -51,8 +51,7 @@ class Store:
     Any number of processes may have it open: each write is one short transaction in write-ahead mode, waits for
     its turn, and is durable once `save` returns. With read_only, a missing file is an empty database. Only the thread
     that opened it may use it; any thread may use a read-only one, because autograd's threads dispatch kernels too.
-    Raises
-    StoreError if the file cannot be used, belongs to another program or has a newer schema.
+    Raises StoreError if the file cannot be used, belongs to another program or has a newer schema.
     """
 
     def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:

@@ -246,8 +246,7 @@ def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block
     """s and t, (heads, rows, keys), with s = -inf for invisible keys; and whether a row sees any key, (rows, 1).
 
     A row that sees no key has finite scores, so that softmax and gradients have no NaN. The caller must multiply p by
-    the
-    third result.
+    the third result.
     """
     s = capped(scale * dot_products(q, keys), block.softcap)
     t = dot_products(r, keys)

@@ -11,7 +11,7 @@ from parallax_gen.problem.spec import FAMILIES, FLAGS, KernelSpec, family_of
 # The kernels of a training step, in the order in which they run. TRAINING names all of them together.
 STEP = ("forward", "preprocess", "dkdv", "dqdr")
 TRAINING = "training"
-WORK = (*FAMILIES, TRAINING)
+OPS_AND_TRAINING = (*FAMILIES, TRAINING)
 
 USUAL_HEAD_DIM = 128
 

@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Cells of one kernel: a row per number of kv rows, a column per length; None for an empty cell.
+    """The cells of one kernel: a row per number of kv rows, a column per length; None for an empty cell.
 
     gpu, ops   used by the page's filters
     rows       (label, one cell per column)
@@ -53,7 +53,7 @@ def kernel_name(spec: KernelSpec) -> str:
 
 
 def coverage(by_place: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
-    """By op and GPU: a matrix per kernel, of every bucket that is or could be tuned."""
+    """By op and GPU: a matrix per kernel, with every bucket that is or could be tuned."""
     by_kernel: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
     for place, study in by_place.items():
         spec, bucket = place.spec, place.bucket

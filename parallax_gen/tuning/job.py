@@ -92,13 +92,13 @@ class Progress:
 # -- The jobs of a tune.
 
 # Inference, then training.
-ALL_WORK = ("forward", "decode", TRAINING)
+DEFAULT_OPS = ("forward", "decode", TRAINING)
 
 
 def worklist(
     gpu: Gpu,
     *,
-    ops: Sequence[str] = ALL_WORK,
+    ops: Sequence[str] = DEFAULT_OPS,
     head_dims: Sequence[int] = (),
     dtypes: Sequence[str] = ("bf16",),
     shapes: Mapping[str, Sequence[Shape]] | None = None,

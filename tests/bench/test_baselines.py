@@ -219,7 +219,7 @@ def test_notes_say_how_helion_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None
     assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=quick")
     monkeypatch.delenv(parallax_kernel.HELION_EFFORT)
     assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=none")
-    parallax_kernel.helion()
+    parallax_kernel.import_helion()
     assert os.environ[parallax_kernel.HELION_EFFORT] == "none"
 
 

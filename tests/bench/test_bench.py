@@ -176,8 +176,8 @@ def test_default_ops_shapes_and_windows() -> None:
     ("arguments", "message"),
     [
         (("--op", "dkdv"), "'dkdv' is not one of"),
-        (("--op", "training", "--stats"), "--stats: only with --op forward or decode, not with training"),
-        (("--op", "training", "--leftpad"), "--leftpad: only with --op decode, not with training"),
+        (("--op", "training", "--stats"), "--stats needs --op forward or decode, not training"),
+        (("--op", "training", "--leftpad"), "--leftpad needs --op decode, not training"),
         (("--op", "training", "--head-dim", "72"), "no usual shape of training has head_dim 72"),
         (("--head-dim", "100"), "100 is not a multiple of 8 from 8 to 256"),
     ],

@@ -239,7 +239,7 @@ def test_a_file_of_another_format_is_not_changed(timer: FakeTimer, text: str, tm
     done = run(*DECODE, "--csv", tmp_path / "rows")
     assert done.exit_code == 1
     assert done.stderr.count("\n") == 1
-    assert "are not those of bench: choose another file" in done.stderr
+    assert "does not have the columns of parallax-gen bench: choose another file" in done.stderr
     assert (tmp_path / "rows").read_text(encoding="utf-8") == text
     assert timer.compared == []
 
@@ -349,15 +349,15 @@ def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--grid", "serving", "--op", "training"), "--grid serving: only with --op decode, and without --shape"),
+        (("--grid", "serving", "--op", "training"), "--grid serving needs --op decode, and no --shape"),
         (
             ("--grid", "paper", "--op", "forward"),
-            "--grid paper: only with --op decode or training, and without --shape",
+            "--grid paper needs --op decode or training, and no --shape",
         ),
-        (("--grid", "paper", "--shape", "1,8,64"), "without --shape"),
+        (("--grid", "paper", "--shape", "1,8,64"), "and no --shape"),
         (("--only", "FA2"), "'FA2' is not one of"),
         (("--only", "fla", "--skip", "fla"), "--only and --skip leave no baseline to time"),
-        (("--picture", "a.png"), "--picture: only with --op decode"),
+        (("--picture", "a.png"), "--picture needs --op decode"),
     ],
 )
 def test_invalid_options_are_usage_errors_before_anything_is_timed(

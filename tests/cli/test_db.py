@@ -134,7 +134,7 @@ def test_import_counts_records_of_kernels_that_have_changed(store: Store, tmp_pa
         )
     result = run("db", "import", tmp_path / "theirs.db")
     assert "2 new" in result.stdout
-    assert "1 of other kernels than today's: hints for parallax-gen tune, not used by calls\n" in result.stdout
+    assert "1 of other kernels than today's: calls do not use them, parallax-gen tune does\n" in result.stdout
 
 
 def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_prune_without_a_filter_is_a_usage_error(store: Store) -> None:
     for options in ((), ("--yes",), ("--gpu", "h200")):
         result = run("db", "prune", *options)
         assert result.exit_code == 2
-        assert "give one of --other-environments" in result.stderr
+        assert "give one or more of --other-environments" in result.stderr
 
 
 def test_prune_deletes_nothing_if_the_copy_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

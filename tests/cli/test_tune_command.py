@@ -357,7 +357,10 @@ def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> Non
     [
         (("--op", "forward"), "error: --refresh: there are no results of these kernels on h200: tune them first"),
         (("--dtype", "fp16"), "error: --refresh: there are no results of these kernels on h200: tune them first"),
-        (("--storage", "journal:file"), "--refresh: not with --storage, because one process times its own records"),
+        (
+            ("--storage", "journal:file"),
+            "--refresh cannot be combined with --storage: one process times its own records",
+        ),
     ],
 )
 def test_refresh_refuses_unsupported_options(

@@ -140,7 +140,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention_mask": torch.ones(3, 12)}, "attention_mask: got 12 columns; allowed: one per token so far"),
     ({"attention_mask": torch.ones(3, 1, 11, 11).tril().bool()}, "attention_mask: got torch.bool of shape"),
     ({"output_attentions": True}, "output_attentions: got True"),
-    ({"cu_seq_lens_q": STARTS}, "cu_seq_lens_q: got given without the others; allowed: all of cu_seq_lens_q"),
+    ({"cu_seq_lens_q": STARTS}, "cu_seq_lens_q: got passed without the others; allowed: all of cu_seq_lens_q"),
     (
         {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 11, "max_length_k": 11}
         | {"attention_mask": MASK},

@@ -96,7 +96,7 @@ def test_weights_are_copied_with_their_dtype() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
-    ({"qk_norm": True}, {}, "config: got qk_norm; allowed: none: fla norms r too"),
+    ({"qk_norm": True}, {}, "config: got qk_norm; allowed: no qk_norm: fla also norms r"),
     ({"model_type": "llama"}, {}, "config: got model_type 'llama'; allowed: 'parallax'"),
     ({}, {"r_norm.weight": torch.ones(16)}, r"state: got r_norm\.weight; allowed: q_proj"),
     ({"qkv_bias": True}, {}, r"state: got no k_proj\.bias, no q_proj\.bias"),
@@ -129,5 +129,5 @@ def test_sizes_come_from_the_config() -> None:
 )
 def test_refused_to_fla(options: dict[str, Any], name: str) -> None:
     layer = ParallaxAttention(64, 4, **{"rope_theta": 1e4, **options})
-    with pytest.raises(ArgumentError, match=f"layer: got another {name} than fla has"):
+    with pytest.raises(ArgumentError, match=f"layer: got a {name} that fla does not support"):
         attention_to_fla(layer)

@@ -184,7 +184,7 @@ def test_a_roofline_has_a_point_per_measured_study(store: Store) -> None:
     (chart,) = rooflines(report(store).shown)
     assert [point.op for point in chart.points] == ["decode", "dkdv"]
     decode = chart.points[0]
-    intensity = 8 * 4 * 256 * 8192 * 128 / ((2 * 256 * 8192 + 3 * 1024) * 128 * 2)  # FLOP a byte
+    intensity = 8 * 4 * 256 * 8192 * 128 / ((2 * 256 * 8192 + 3 * 1024) * 128 * 2)  # FLOP per byte
     assert decode.x == chart.x(intensity)
     assert decode.y > chart.y(4.8 * intensity)  # y grows downwards: the point is below the bandwidth roof
     assert chart.roofs[0].flat == "989.4 TFLOP/s, bf16"
@@ -305,7 +305,7 @@ BASE = {"causal": False, "lengths": ""}  # optional columns
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number from 0.001 to 1e\\+12, or nothing"),
+        ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number from 0.001 to 1e\\+12, or an empty cell"),
         ({"time_us": -1}, "line 3: time_us: got '-1'; allowed"),
         *(({"time_us": text}, f"line 3: time_us: got '{text}'; allowed") for text in ("1e-320", "1e308", "inf", "nan")),
         ({"batch": "9" * 5000}, "line 3: batch: got '999.*'; allowed: an int of 0 or more, of at most"),

@@ -200,7 +200,7 @@ def an_error_on_one_rank_stops_all(rank: int) -> None:
         assert told.startswith("ranks 0-2: the table of rank 0, ")
         assert says in told
     told = errors_on_difference(rank, 0, tuning, "records_to_share", lambda *_: [make_record(8, outcome="predicted")])
-    assert told == "ranks 0-2: predicted of h200: no choice here can use it"
+    assert told == "ranks 0-2: predicted of h200: no choice here can use this record"
 
 
 def a_broken_database_is_ignored(rank: int) -> None:

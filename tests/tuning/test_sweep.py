@@ -153,7 +153,7 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
         (_header(triton=3.6), "line 1: .*triton"),
         (_header(protocol="1"), "line 1: .*protocol"),
         (_header(shape={"batch": 1}), "line 1: .*shape"),
-        (_header(configs=20), f"{len(synthetic_results())} lines of configs.*line 1 says 20"),
+        (_header(configs=20), f"{len(synthetic_results())} configs.*line 1 says 20"),
         (lambda lines: [*lines[:-1], lines[-2]], "possibly with duplicates"),
         (lambda lines: [*lines[:4], "x", *lines[5:]], "line 5: not a line of a sweep"),
         (lambda lines: [*lines[:4], lines[4][:-1], *lines[5:]], "line 5: .*a list of"),

@@ -15,17 +15,17 @@ from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
+    OPS_AND_TRAINING,
     STEP,
     TRAINING,
     USUAL_SHAPES,
     USUAL_TRAINING,
-    WORK,
     Flags,
     has_flag,
     kernels,
     usual_shapes,
 )
-from parallax_gen.tuning.job import ALL_WORK, Job, worklist
+from parallax_gen.tuning.job import DEFAULT_OPS, Job, worklist
 
 GPU = GPUS["h200"]
 INFERENCE = ("forward", "decode")
@@ -70,7 +70,7 @@ def test_the_usual_jobs_of_inference() -> None:
 
 
 def test_everything_is_inference_then_training() -> None:
-    assert ALL_WORK == (*INFERENCE, TRAINING)
+    assert DEFAULT_OPS == (*INFERENCE, TRAINING)
     assert worklist(GPU) == [*worklist(GPU, ops=INFERENCE), *worklist(GPU, ops=(TRAINING,))]
 
 
@@ -140,8 +140,8 @@ def test_flags_apply_to_their_ops() -> None:
         assert job.spec.op in ("forward", "decode_varlen")
     for job in worklist(GPU, ops=(TRAINING,), flags=Flags(varlen=True)):
         assert job.spec.varlen
-    assert {op for op in WORK if has_flag(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
-    assert {op for op in WORK if has_flag(op, "leftpad")} == {"decode"}
+    assert {op for op in OPS_AND_TRAINING if has_flag(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
+    assert {op for op in OPS_AND_TRAINING if has_flag(op, "leftpad")} == {"decode"}
     assert not has_flag(TRAINING, "stats")
 
 

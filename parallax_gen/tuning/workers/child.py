@@ -27,7 +27,7 @@ from parallax_gen.errors import (
     BuildError,
     ConfigError,
     MemoryTakenError,
-    held_by_others,
+    held_by_other_processes,
     machine_error,
 )
 from parallax_gen.memory.result import Outcome
@@ -165,7 +165,7 @@ def _out_of_memory(error: RuntimeError) -> TrialResult:
             raise MemoryTakenError(
                 f"{message} (other processes hold {held_bytes / 2**30:.1f} GiB of the card)"
             ) from error
-    elif held_by_others(message):
+    elif held_by_other_processes(message):
         raise error
     return TrialResult(Outcome.RESOURCES, f"needs more memory than the card has: {message}")
 
