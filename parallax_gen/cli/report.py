@@ -37,7 +37,7 @@ from parallax_gen.errors import ParallaxGenError
 )
 @json_option
 def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
-    """Write one HTML page that shows what is tuned, how fast it is and why.
+    """Show in one HTML page what is tuned, how fast it is and why.
 
     From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of each
     study, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows how

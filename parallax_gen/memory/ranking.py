@@ -11,10 +11,9 @@ whatever compiled it. Tiers, best first:
    lengths, where measurements (docs/borrowing.md) put it ahead of the default
 5. default: the heuristics
 
-Within a tier the same toolchain goes first, then the newest; times are compared only if they were taken on one card
-with one toolchain. Some searches did not know a knob value that today's default has, or that a sibling's newer best
-has. Their records are skipped: the configs that they beat did not have that knob. Records whose kernel is no longer
-rendered only give the tuner hints; no call uses them.
+Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain. The
+records of a search that did not know a knob value of today's default, or of a sibling's newer best, are skipped: the
+configs that they beat did not have it. Records whose kernel is no longer rendered only give the tuner hints.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ class Tier(IntEnum):
 
     @property
     def text(self) -> str:
-        """The tier in a few words, for people."""
         texts = ("measured here", "another toolchain", "a sibling card", "a near bucket", "the default")
         return dict(zip(Tier, texts, strict=True))[self]
 

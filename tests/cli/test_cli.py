@@ -65,8 +65,8 @@ def test_errors_are_one_line_in_a_real_process() -> None:
 def test_an_invalid_switch_is_a_one_line_error(variable: str) -> None:
     result = run("list", env={variable: "2"})
     assert (result.exit_code, result.stdout) == (1, "")
-    told = f"error: {variable}: got '2'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
-    assert result.stderr == f"{told}\n"
+    message = f"error: {variable}: got '2'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
+    assert result.stderr == f"{message}\n"
     assert run("list", env={variable: "TRUE"}).exit_code == 0
     assert run("--help", env={variable: "2"}).exit_code == 0
 
@@ -198,8 +198,19 @@ def test_a_flag_of_other_ops_is_a_usage_error(flags: tuple[str, ...], ops: tuple
 
 
 def test_invalid_flags_are_explained_for_the_ops_of_the_command() -> None:
-    words = ("--gpu", "h200", "--op", "decode", "--cache-dtype", "e4m3", "--dtype", "fp32", "--shape", "1,32/8,4096")
-    result = run("explain", *words)
+    arguments = (
+        "--gpu",
+        "h200",
+        "--op",
+        "decode",
+        "--cache-dtype",
+        "e4m3",
+        "--dtype",
+        "fp32",
+        "--shape",
+        "1,32/8,4096",
+    )
+    result = run("explain", *arguments)
     assert result.exit_code
     assert "cache_dtype: got e4m3; allowed: '', except for ragged decode with dtype bf16 or fp16" in result.stderr
 
@@ -249,9 +260,9 @@ def test_an_invalid_kernel_is_a_one_line_error(arguments: tuple[str, ...], messa
 )
 def test_options_of_decode(shape: str, options: tuple[str, ...], message: str, expected: dict[str, object]) -> None:
     spec = KernelSpec("decode_varlen", 96, "bf16", 4, **expected)  # type: ignore[arg-type]
-    asked = ("--gpu", "h200", "--op", "decode", "--head-dim", "96", "--shape", shape, *options)
-    assert spec_from(run_json("explain", *asked)["spec"]) == spec
-    assert f"decode, head_dim 96, bf16, {message}" in run("show", *asked).output
+    arguments = ("--gpu", "h200", "--op", "decode", "--head-dim", "96", "--shape", shape, *options)
+    assert spec_from(run_json("explain", *arguments)["spec"]) == spec
+    assert f"decode, head_dim 96, bf16, {message}" in run("show", *arguments).output
 
 
 # doctor
@@ -260,10 +271,10 @@ def test_options_of_decode(shape: str, options: tuple[str, ...], message: str, e
 def test_doctor_on_a_sound_machine() -> None:
     report = run_json("doctor")
     assert not report["broken"]
-    found = {finding["check"]: finding for finding in report["findings"]}
-    assert list(found) == ["versions", "device", "cache", "database", "records", "cuobjdump", "compile"]
-    assert found["device"]["status"] == "note"
-    assert "a small kernel for h100" in found["compile"]["text"]
+    result = {finding["check"]: finding for finding in report["findings"]}
+    assert list(result) == ["versions", "device", "cache", "database", "records", "cuobjdump", "compile"]
+    assert result["device"]["status"] == "note"
+    assert "a small kernel for h100" in result["compile"]["text"]
 
 
 def test_doctor_reports_what_is_broken(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,9 +319,9 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
             make_record(splits=3, evidence_changes=OTHER_TOOLCHAIN),
         ]
     )
-    found = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
-    assert found["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
-    assert found["records"] == (
+    result = {finding["check"]: finding["text"] for finding in run_json("doctor")["findings"]}
+    assert result["database"].endswith(": 3 rows, 1 of today's kernels and this toolchain")
+    assert result["records"] == (
         "h200: 1 kernels and sizes in your database and the shipped records; configs of calls come from this Triton: 1"
     )
     longer, wider = (replace(PLACE, bucket=Bucket(rows, 1, 8192)) for rows in (1024, 4096))  # not near each other
@@ -325,15 +336,15 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr("parallax_gen.files.data_dir", lambda name: folder)  # the folder that the check reads
     store.save(make_record(place=replace(PLACE, gpu="a100")))  # no records ship for it
-    found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
+    result = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     counted = "kernels and sizes in your database and the shipped records; configs of calls come from"
-    assert found == [
+    assert result == [
         f"a100: 1 {counted} this Triton: 1",
         f"h200: 3 {counted} this Triton: 1, Triton 3.5 (not yet checked): 1, the default: 1",
     ]
     store.save(make_record(place=longer))
-    found = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
-    assert found[1] == f"h200: 3 {counted} this Triton: 2, the default: 1"
+    result = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
+    assert result[1] == f"h200: 3 {counted} this Triton: 2, the default: 1"
     broken = store.path.with_name("broken.db")
     broken.write_bytes(b"\0" * 5000)
     monkeypatch.setenv("PARALLAX_GEN_DB", str(broken))

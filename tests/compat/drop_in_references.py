@@ -53,11 +53,11 @@ def normal(*size: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) 
     return (scale * torch.randn(*size)).to(dtype)
 
 
-def check_gradients(found: Tensor, expected: Tensor, inputs: Sequence[Tensor], name: str) -> None:
+def check_gradients(result: Tensor, expected: Tensor, inputs: Sequence[Tensor], name: str) -> None:
     """Compare the gradients of both outputs with respect to the inputs, for a random output gradient."""
-    do = torch.randn_like(found)
-    wanted = torch.autograd.grad(expected, inputs, do.double(), retain_graph=True)
+    do = torch.randn_like(result)
+    target = torch.autograd.grad(expected, inputs, do.double(), retain_graph=True)
     sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
-    for x, grad, want, size in zip(inputs, torch.autograd.grad(found, inputs, do), wanted, sizes, strict=True):
+    for x, grad, want, size in zip(inputs, torch.autograd.grad(result, inputs, do), target, sizes, strict=True):
         assert grad.dtype == x.dtype
         assert_close(grad, want.double(), name, float(size))

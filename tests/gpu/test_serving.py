@@ -44,18 +44,18 @@ def cache_arguments(
     ends = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     behind = torch.arange(longest, device="cuda") >= ends[:, None]
     k[behind] = v[behind] = float("nan")
-    found = {"q": q, "r": r, "k_cache": k, "v_cache": v, "cache_seqlens": ends}
+    result = {"q": q, "r": r, "k_cache": k, "v_cache": v, "cache_seqlens": ends}
     if page_size:
         pages = -(-longest // page_size)
         table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(seed)).cuda().view(batch, pages)
         for name in ("k_cache", "v_cache"):
             whole = torch.full((batch, pages * page_size, 2, 128), float("nan"), dtype=torch.bfloat16, device="cuda")
-            whole[:, :longest] = found[name]
+            whole[:, :longest] = result[name]
             paged = torch.empty((batch * pages, page_size, 2, 128), dtype=torch.bfloat16, device="cuda")
             paged[table] = whole.view(batch, pages, page_size, 2, 128)
-            found[name] = paged
-        found["page_table"] = table.int()
-    return found
+            result[name] = paged
+        result["page_table"] = table.int()
+    return result
 
 
 def expected(given: dict[str, Any]) -> Tensor:
@@ -177,9 +177,9 @@ def test_one_graph_for_every_step(page_size: int) -> None:
         new = cache_arguments(lengths, page_size=page_size, seed=seed)
         for name, tensor in given.items():
             tensor.copy_(new[name])
-        found = step()
-        assert isinstance(found, Tensor)
-        assert_close(found, expected(given), "bf16")
+        result = step()
+        assert isinstance(result, Tensor)
+        assert_close(result, expected(given), "bf16")
 
 
 def test_streams_with_separate_workspaces_are_independent() -> None:
@@ -232,8 +232,8 @@ def test_a_compiled_step_is_captured_without_synchronisation(page_size: int) -> 
         q, lengths = given["q"] * (1 + n), given["cache_seqlens"] - (given["cache_seqlens"] > n).int() * n
         torch.cuda.set_sync_debug_mode("error" if n > 3 else "default")  # the first compile, warm up and capture
         try:
-            found = compiled(q, lengths)
+            result = compiled(q, lengths)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(found, step(q, lengths))
+        assert torch.equal(result, step(q, lengths))
     torch._dynamo.reset()

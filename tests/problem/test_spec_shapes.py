@@ -200,8 +200,8 @@ def test_dicts_with_other_fields(kind: type[KernelSpec] | type[Shape] | type[Buc
     for data in (*wrong, *({n: v for n, v in good.items() if n != name} for name in good)):
         with pytest.raises(ArgumentError) as caught:
             READ[kind](data)
-        what = "spec" if kind is KernelSpec else kind.__name__.lower()
-        assert str(caught.value) == f"{what}: got {sorted(data)}; allowed: the fields {FIELDS[kind]}"
+        argument = "spec" if kind is KernelSpec else kind.__name__.lower()
+        assert str(caught.value) == f"{argument}: got {sorted(data)}; allowed: the fields {FIELDS[kind]}"
 
 
 @pytest.mark.parametrize("kind", [KernelSpec, Shape, Bucket])
@@ -374,8 +374,12 @@ def test_decode_varlen_is_timed_with_different_lengths() -> None:
     assert timed_shape(ragged, sizes) == replace(sizes, seqlen_kv=1067)
     both = 4 * 2 * 8 * 128 * sum(spread + skewed)
     assert 2 * work_of(ragged, timed_shape(ragged, sizes)).flops == pytest.approx(both, rel=1e-3)
-    even, many = KernelSpec("decode", 128, "bf16"), replace(ragged, many_queries=True)
-    for spec, shape in ((even, sizes), (many, replace(sizes, seqlen_q=128)), (ragged, replace(sizes, batch=1))):
+    uniform, multi_token = KernelSpec("decode", 128, "bf16"), replace(ragged, many_queries=True)
+    for spec, shape in (
+        (uniform, sizes),
+        (multi_token, replace(sizes, seqlen_q=128)),
+        (ragged, replace(sizes, batch=1)),
+    ):
         assert timed_lengths(spec, shape) == ((4096,) * shape.batch,)
         assert timed_shape(spec, shape) == shape
 
@@ -386,8 +390,8 @@ def test_work_with_lengths_counts_existing_keys() -> None:
     assert work.flops == 2 * 4 * 32 * 128 * (4096 + 128 + 128)
     assert work.bytes == 2 * 128 * (2 * 8 * (4096 + 128 + 128) + 3 * 3 * 32)
     assert work_of_lengths(ragged, sizes, ()) == work_of_lengths(ragged, sizes, (4096,) * 3) == work_of(ragged, sizes)
-    windowed, seen = replace(ragged, causal=True, window=True), replace(sizes, window=1000)
-    assert work_of_lengths(windowed, seen, (4096, 128, 128)).bytes == 2 * 128 * (2 * 8 * 1256 + 3 * 3 * 32)
+    windowed, windowed_sizes = replace(ragged, causal=True, window=True), replace(sizes, window=1000)
+    assert work_of_lengths(windowed, windowed_sizes, (4096, 128, 128)).bytes == 2 * 128 * (2 * 8 * 1256 + 3 * 3 * 32)
 
 
 def test_batches_of_lengths_by_name() -> None:

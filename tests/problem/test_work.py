@@ -124,7 +124,7 @@ def test_flops_against_a_count_of_visible_pairs(
     for i in range(seqlen_q):
         last = seqlen_kv - seqlen_q + i if causal else seqlen_kv - 1
         first = max(0, last - window + 1) if window else 0
-        seen = [j for j in range(seqlen_kv) if first <= j <= last]
-        pairs += len(seen) - 0.5 * (causal and seen != [] and first == last + 1 - len(seen) == 0)
+        visible = [j for j in range(seqlen_kv) if first <= j <= last]
+        pairs += len(visible) - 0.5 * (causal and visible != [] and first == last + 1 - len(visible) == 0)
     work = work_of(spec, Shape(3, 4, 2, seqlen_q, seqlen_kv, window))
     assert work.flops == MATMULS[op] * 2 * 64 * 3 * 4 * pairs

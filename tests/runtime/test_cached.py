@@ -22,12 +22,12 @@ BEFORE = (0, 4, 7, 2)
 F8 = torch.float8_e4m3fn
 
 
-def check(found: State, expected: Reference, dtype: str) -> None:
-    assert_close(found.out, expected.out, dtype)
-    assert_close(found.v_mean, expected.v_mean, dtype)
-    assert_close(found.lse, expected.lse, "fp32")
-    assert_close(found.t_mean, expected.t_mean, "fp32")
-    assert found.lse.dtype == found.t_mean.dtype == torch.float32
+def check(result: State, expected: Reference, dtype: str) -> None:
+    assert_close(result.out, expected.out, dtype)
+    assert_close(result.v_mean, expected.v_mean, dtype)
+    assert_close(result.lse, expected.lse, "fp32")
+    assert_close(result.t_mean, expected.t_mean, "fp32")
+    assert result.lse.dtype == result.t_mean.dtype == torch.float32
 
 
 # Results of CPU tensors
@@ -57,19 +57,19 @@ def test_a_sequence_in_a_cache_has_the_result_of_the_sequence(
     """The cache is NaN outside of the sequences. The third sequence's window begins before its first key."""
     parts = random_sequences(LENGTHS, queries)
     given = cache_arguments(parts, **layout)
-    found = parallax_attn_with_kvcache(**given, **options, return_state=True)
-    check(found, combined(expected_of_each(parts, **options)), "fp32")
-    assert torch.equal(parallax_attn_with_kvcache(**given, **options), found.out)
+    result = parallax_attn_with_kvcache(**given, **options, return_state=True)
+    check(result, combined(expected_of_each(parts, **options)), "fp32")
+    assert torch.equal(parallax_attn_with_kvcache(**given, **options), result.out)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_queries_attend_to_their_own_sequences(layout: dict[str, Any], options: dict[str, Any]) -> None:
     parts = random_sequences(LENGTHS, (4, 2, 7, 0))
-    found = parallax_attn_with_kvcache(**cache_arguments(parts, packed=True, **layout), **options, return_state=True)
-    assert found.out.shape == found.v_mean.shape == (13, HEADS, HEAD_DIM)
-    assert found.lse.shape == found.t_mean.shape == (HEADS, 13)
-    check(found, combined(expected_of_each(parts, **options), packed=True), "fp32")
+    result = parallax_attn_with_kvcache(**cache_arguments(parts, packed=True, **layout), **options, return_state=True)
+    assert result.out.shape == result.v_mean.shape == (13, HEADS, HEAD_DIM)
+    assert result.lse.shape == result.t_mean.shape == (HEADS, 13)
+    check(result, combined(expected_of_each(parts, **options), packed=True), "fp32")
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_fp8_caches_of_cpu_tensors(
 ) -> None:
     parts = random_sequences(LENGTHS, 2, dtype, cache)
     given = cache_arguments(parts, page_size=4)
-    found = parallax_attn_with_kvcache(**given, causal=True, k_scale=k_scale, v_scale=v_scale, return_state=True)
+    result = parallax_attn_with_kvcache(**given, causal=True, k_scale=k_scale, v_scale=v_scale, return_state=True)
     scales = {key: 1.0 if x is None else x for key, x in (("k_scale", k_scale), ("v_scale", v_scale))}
-    check(found, combined(expected_of_each(parts, causal=True, **scales)), name)
-    assert found.out.dtype == found.v_mean.dtype == dtype
+    check(result, combined(expected_of_each(parts, causal=True, **scales)), name)
+    assert result.out.dtype == result.v_mean.dtype == dtype
 
 
 def test_a_changed_scale_takes_effect() -> None:
@@ -102,8 +102,8 @@ def test_a_changed_scale_takes_effect() -> None:
     parts = random_sequences(LENGTHS, 1, torch.bfloat16, F8)
     given = cache_arguments(parts)
     for scale in (0.5, 2.0):
-        found = parallax_attn_with_kvcache(**given, v_scale=scale)
-        assert_close(found, combined(expected_of_each(parts, v_scale=scale)).out, "bf16")
+        result = parallax_attn_with_kvcache(**given, v_scale=scale)
+        assert_close(result, combined(expected_of_each(parts, v_scale=scale)).out, "bf16")
 
 
 @pytest.mark.parametrize(("queries", "lengths"), [(1, (6, 0, 3)), (3, (6, 3, 4))])
@@ -111,13 +111,13 @@ def test_a_shared_prefix_merged_with_each_sequences_rest_equals_the_whole(
     queries: int, lengths: tuple[int, ...]
 ) -> None:
     """Cascade attention: all queries as one sequence over the prefix, then each query over its own keys."""
-    prefix, own = random_sequences((8,))[0], random_sequences(lengths, queries)
-    packed = cache_arguments(own, packed=True)
+    prefix, suffix = random_sequences((8,))[0], random_sequences(lengths, queries)
+    packed = cache_arguments(suffix, packed=True)
     together = {name: packed[name][None] for name in ("q", "r")}
     shared = parallax_attn_with_kvcache(**together, k_cache=prefix.k[None], v_cache=prefix.v[None], return_state=True)
     rest = parallax_attn_with_kvcache(**packed, causal=True, return_state=True)
     joined = merge_states(State(*(x[0] for x in shared)), rest)
-    whole_ones = [part._replace(k=torch.cat([prefix.k, part.k]), v=torch.cat([prefix.v, part.v])) for part in own]
+    whole_ones = [part._replace(k=torch.cat([prefix.k, part.k]), v=torch.cat([prefix.v, part.v])) for part in suffix]
     check(joined, combined(expected_of_each(whole_ones, causal=True), packed=True), "fp32")
 
 
@@ -164,13 +164,13 @@ def test_without_keys_the_output_is_zero(case: str, return_state: bool) -> None:
         given["page_table"] = given["page_table"][:, :0]
     elif case == "no keys in the cache":
         given = {**given, **{name: given[name][:, :0] for name in ("k_cache", "v_cache")}}
-    found = parallax_attn_with_kvcache(**given, return_state=return_state)
-    out = found.out if return_state else found
+    result = parallax_attn_with_kvcache(**given, return_state=return_state)
+    out = result.out if return_state else result
     assert torch.equal(out, torch.zeros(4, 2, HEADS, HEAD_DIM))
     if return_state:
-        assert torch.equal(found.lse, torch.full((4, HEADS, 2), -torch.inf))
-        assert not found.t_mean.any()
-        assert not found.v_mean.any()
+        assert torch.equal(result.lse, torch.full((4, HEADS, 2), -torch.inf))
+        assert not result.t_mean.any()
+        assert not result.v_mean.any()
 
 
 def test_no_queries_give_an_empty_output() -> None:
@@ -185,8 +185,8 @@ def test_no_queries_give_an_empty_output() -> None:
 def test_head_dims(head_dim: int) -> None:
     draw = torch.Generator().manual_seed(head_dim)
     q, k = torch.randn(2, 3, 2, head_dim, generator=draw), torch.randn(2, 5, 1, head_dim, generator=draw)
-    found = parallax_attn_with_kvcache(q, q / 8, k, k, causal=True)
-    assert_close(found, reference_forward(q, q / 8, k, k, causal=True).out, "fp32")
+    result = parallax_attn_with_kvcache(q, q / 8, k, k, causal=True)
+    assert_close(result, reference_forward(q, q / 8, k, k, causal=True).out, "fp32")
 
 
 def test_cpu_tensors_need_no_workspace() -> None:
@@ -361,8 +361,8 @@ def test_with_no_sequences_padding_rows_are_zero() -> None:
 def test_a_length_below_0_counts_as_0(lowest: int, layout: dict[str, Any]) -> None:
     given = cache_arguments(random_sequences(LENGTHS, 1), **layout)
     given["cache_seqlens"] = torch.tensor([lowest, *LENGTHS[1:]], dtype=torch.int32)
-    wanted = given | {"cache_seqlens": given["cache_seqlens"].clamp(min=0)}
-    for x, y in zip(*(parallax_attn_with_kvcache(**x, return_state=True) for x in (given, wanted)), strict=True):
+    expected = given | {"cache_seqlens": given["cache_seqlens"].clamp(min=0)}
+    for x, y in zip(*(parallax_attn_with_kvcache(**x, return_state=True) for x in (given, expected)), strict=True):
         assert torch.equal(x, y)
 
 

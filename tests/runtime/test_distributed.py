@@ -43,19 +43,19 @@ def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
     causal, chunk, heads, kv_heads, dtype, name = case
     *inputs, do = whole(chunk, ranks * (2 if causal else 1), heads, kv_heads, dtype)
     assert torch.equal(gather_sequence(shard_sequence(inputs[0], causal=causal), causal=causal), inputs[0])
-    mine = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
-    out = ring_attn_func(*mine, causal=causal)
+    shards = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
+    out = ring_attn_func(*shards, causal=causal)
     assert_close(gather_sequence(out, causal=causal), reference_forward(*inputs, causal=causal).out, name)
-    grads = torch.autograd.grad(out, mine, shard_sequence(do, causal=causal))
+    grads = torch.autograd.grad(out, shards, shard_sequence(do, causal=causal))
     wanted_grads, sizes = reference_backward(*inputs, do, causal=causal), gradient_term_sizes(*inputs, do)
-    for grad, x, wanted, natural in zip(grads, mine, wanted_grads, sizes, strict=True):
+    for grad, x, expected, natural in zip(grads, shards, wanted_grads, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
-        found = gather_sequence(grad, causal=causal)
+        result = gather_sequence(grad, causal=causal)
         # Partial gradients are rounded to 16 bits before they are summed, besides the rounding of one backward.
         if name == "fp32":
-            assert_close(found, wanted, name, float(natural))
+            assert_close(result, expected, name, float(natural))
         else:
-            assert errors(found, wanted, float(natural)).relative < 2e-2
+            assert errors(result, expected, float(natural)).relative < 2e-2
 
 
 def work(rank: int, ranks: int, port: int, failures: Any) -> None:
@@ -94,9 +94,9 @@ def test_ring_attention_equals_attention_on_one_rank(ranks: int, free_port: int)
 def free_port() -> int:
     import socket
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        port: int = result.getsockname()[1]
         return port
 
 

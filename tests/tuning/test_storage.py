@@ -42,7 +42,7 @@ def postgresql() -> Iterator[str]:
         pytest.skip("PostgreSQL's server is not installed")
     user = pwd.getpwuid(os.getuid()).pw_name
     if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        user = next((each.pw_name for each in pwd.getpwall() if each.pw_name in ("postgres", "nobody")), "")
+        user = next((account.pw_name for account in pwd.getpwall() if account.pw_name in ("postgres", "nobody")), "")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # the path of a Unix socket must be short
     shutil.chown(folder, user)
     with socket.socket() as probe:
@@ -135,8 +135,13 @@ def test_claims_and_new_results(url: str) -> None:
     second.finish(Result(JOB.place, EVIDENCE, CONFIGS[1], "wrong", error=float("inf"), detail="row 3"))
     assert not first.others_have_claims()
     assert [r.config for r in second.new_results()] == [CONFIGS[0]]
-    (told,) = first.new_results()
-    assert (told.config, told.outcome, told.error, told.detail) == (CONFIGS[1], "wrong", float("inf"), "row 3")
+    (message,) = first.new_results()
+    assert (message.config, message.outcome, message.error, message.detail) == (
+        CONFIGS[1],
+        "wrong",
+        float("inf"),
+        "row 3",
+    )
     assert second.new_results() == first.new_results() == []
     assert not second.claim(CONFIGS[0])  # already tried
     first.publish(ok(0, 12.0))

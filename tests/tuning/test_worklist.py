@@ -95,13 +95,13 @@ def test_a_training_step_is_four_kernels_with_their_own_sizes() -> None:
 def test_jobs_of_training_are_distinct() -> None:
     jobs = worklist(GPU, ops=(TRAINING,))
     assert len({job.place for job in jobs}) == len(jobs)
-    wanted = {
+    expected = {
         (op, dim, 1 if op == "preprocess" else heads // kv_heads, n, 0 if op == "preprocess" else window)
         for dim, _, heads, kv_heads, n, window in TRAINED
         for op in STEP
     }
-    found = {(j.spec.op, j.spec.head_dim, j.spec.group, j.bucket.seqlen_kv, j.bucket.window) for j in jobs}
-    assert found == {(*rest, 512 if window == 513 else window) for *rest, window in wanted}
+    result = {(j.spec.op, j.spec.head_dim, j.spec.group, j.bucket.seqlen_kv, j.bucket.window) for j in jobs}
+    assert result == {(*rest, 512 if window == 513 else window) for *rest, window in expected}
     assert {job.bucket.kv_rows for job in jobs if job.bucket.seqlen_q == 2048} == {256}  # 192 and 320: one bucket
 
 
@@ -164,10 +164,10 @@ def test_flags_apply_to_their_ops() -> None:
     ],
 )
 def test_flags_of_decode_imply_the_flags_they_need(queries: int, flags: Flags, expected: dict[str, object]) -> None:
-    asked = Shape(8, 32, 8, queries, 4096)
-    ((spec, shape),) = kernels("decode", 96, "bf16", asked, flags)
+    requested = Shape(8, 32, 8, queries, 4096)
+    ((spec, shape),) = kernels("decode", 96, "bf16", requested, flags)
     assert spec == replace(KernelSpec("decode", 96, "bf16", 4), **expected)  # type: ignore[arg-type]
-    assert shape == replace(asked, window=100 if "window" in expected else 0)
+    assert shape == replace(requested, window=100 if "window" in expected else 0)
 
 
 def test_windows() -> None:

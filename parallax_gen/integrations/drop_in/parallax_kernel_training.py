@@ -219,7 +219,7 @@ class _Piece(NamedTuple):
 
 
 def _causal_pieces(seqlen_q: int, seqlen_kv: int, window: int | None) -> list[_Piece]:
-    """Split attention with query i at key i into calls of our kernels. Surplus keys are unseen, surplus queries see all."""
+    """Split attention with query i at key i into calls of our kernels. Surplus queries see all keys."""
     if seqlen_q <= seqlen_kv:
         return [_Piece(slice(seqlen_q), slice(seqlen_q), True)]
     if window is not None and window < seqlen_q:

@@ -237,7 +237,7 @@ def _run_starts(first: Tensor, end: Tensor, first_query: int | Tensor, q_length:
 
 
 def _packed_mask(mask_function: Callable[..., Tensor], positions: Tensor, batch: int) -> Tensor | None:
-    """The mask of packed sequences. They begin at tokens that do not see the token before. None if all tokens see it."""
+    """The mask of packed sequences. They begin at tokens that do not see the previous one. None if all do."""
     rows = torch.arange(batch, device=positions.device)[:, None]
     before, after = positions[None, :-1], positions[None, 1:]
     joined = mask_function(rows, torch.zeros_like(rows), after, before).expand(batch, -1)
