@@ -83,14 +83,14 @@ def cache_dir() -> Path:
     directory, with a warning. Raises MachineError if that cannot be written either.
     """
     try:
-        wanted = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
+        folder = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
     except MachineError as error:
         return fallback_dir(f"kernels cannot be cached: {error}", error)
     try:
-        try_to_write(wanted / "kernels")
-        return wanted
+        try_to_write(folder / "kernels")
+        return folder
     except OSError as error:
-        return fallback_dir(f"cannot write kernels to {wanted} ({error})", error)
+        return fallback_dir(f"cannot write kernels to {folder} ({error})", error)
 
 
 def try_to_write(folder: Path) -> None:

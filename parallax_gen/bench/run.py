@@ -59,8 +59,8 @@ def time_cases(
         rows = [row for row in map(results.stored, requested) if row is not None and row.baseline not in missing]
         if missing:
             seconds_left = (time.monotonic() - started) / timed_cases * (len(cases) - i) if timed_cases else None
-            left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
-            with status(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
+            time_left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
+            with status(f"[{i + 1}/{len(cases)}{time_left}] {title(*case)}"):
                 new = _time_case(case, [row for row in requested if row.baseline in missing], card, conditions)
             results.add(new)
             rows += new

@@ -115,8 +115,8 @@ def mean_lines(rows: list[Row]) -> list[str]:
     parts = list(dict.fromkeys((row.op, row.part) for row in rows))
     return [
         f"{op if op == part else f'{op} {part}'}: {name} takes {mean:.2f}x our time "
-        f"(geometric mean of {count} {'shape' if count == 1 else 'shapes'}, least {least:.2f}x)"
-        for (op, part, name), (mean, least, count) in sorted(
+        f"(geometric mean of {count} {'shape' if count == 1 else 'shapes'}, least {smallest:.2f}x)"
+        for (op, part, name), (mean, smallest, count) in sorted(
             mean_by_part.items(), key=lambda item: parts.index(item[0][:2])
         )
     ]

@@ -133,14 +133,14 @@ def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
     """A line per sampler: trials until within 2 % of the best (median, quartiles), then regrets over the search."""
     click.echo(_title(name, sweep))
     configs = len(sweep.results)
-    shown = [(share, math.ceil(share * configs)) for share in FRACTIONS]
-    shown = [(share, n) for share, n in shown if n <= len(curves[0].median)]
-    columns = ("sampler", "trials to 2 %", "of configs", *(f"regret at {share:.0%}" for share, _ in shown))
+    fractions = [(share, math.ceil(share * configs)) for share in FRACTIONS]
+    fractions = [(share, n) for share, n in fractions if n <= len(curves[0].median)]
+    columns = ("sampler", "trials to 2 %", "of configs", *(f"regret at {share:.0%}" for share, _ in fractions))
     rows = []
     for curve in curves:
         first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
         fraction = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
-        regrets = [_percent(curve.median[n - 1]) for _, n in shown]
+        regrets = [_percent(curve.median[n - 1]) for _, n in fractions]
         rows.append((curve.strategy, f"{second} ({first} to {third})", fraction, *regrets))
     print_table(columns, rows, right=columns[1:])
     click.echo()

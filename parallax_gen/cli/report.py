@@ -31,12 +31,11 @@ from parallax_gen.errors import ParallaxGenError
 )
 @click.option(
     "--all-environments",
-    "every",
     is_flag=True,
     help="Also show results of other toolchains and kernels where there are results of this toolchain and kernel.",
 )
 @json_option
-def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
+def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_environments: bool, as_json: bool) -> None:
     """Show in one HTML page what is tuned, how fast it is and why.
 
     From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of each
@@ -59,11 +58,11 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
 
     rows = [row for path in benches for row in read_rows(path)]
     memory = open_memory()
-    data = collect(memory, gpus, rows, every=every)
+    data = collect(memory, gpus, rows, all_environments=all_environments)
     if as_json:
         print_json(to_json(data, memory))
         return
-    page = html(data, _command(gpus, benches, every)).encode()
+    page = html(data, _command(gpus, benches, all_environments)).encode()
     try:
         out.write_bytes(page)
     except OSError as error:
@@ -74,11 +73,11 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
         click.echo(f"left out: {data.left_out} studies of other toolchains and kernels; --all-environments shows them")
 
 
-def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], every: bool) -> str:
+def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], all_environments: bool) -> str:
     """The command that writes the page. It has file names without this machine's folders."""
     command = ["parallax-gen", "report"]
     for gpu in gpus:
         command += ["--gpu", gpu]
     for path in benches:
         command += ["--bench", path.name]
-    return shlex.join(command + ["--all-environments"] * every)
+    return shlex.join(command + ["--all-environments"] * all_environments)

@@ -132,8 +132,8 @@ def _row(comparison: Comparison) -> tuple[str, ...]:
 
     best, default, place = comparison.chosen, comparison.default, comparison.place
     times = (number(r.time_us) if r is not None and r.time_us else "-" for r in (best, default))
-    where = f"{place.spec}; {place.bucket}"
-    return *times, gain_text(comparison.gain), f"Triton {minor(best.evidence.triton)}", where
+    kernel_and_bucket = f"{place.spec}; {place.bucket}"
+    return *times, gain_text(comparison.gain), f"Triton {minor(best.evidence.triton)}", kernel_and_bucket
 
 
 def _card_to_json(name: str, places: int, current: int, findings: list[tuple[Comparison, str]]) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
 def file_name(place: Place, toolchain: Toolchain) -> str:
     """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim, bucket, and a hash of everything else."""
     sizes = f"{place.bucket.kv_rows}x{lengths(place.bucket).replace(' ', '-')}"
-    rest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
-    return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{rest}"
+    digest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
+    return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{digest}"
 
 
 def _print(written: list[tuple[Path, Sweep]]) -> None:

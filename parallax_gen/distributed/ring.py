@@ -117,16 +117,16 @@ class _Ring(NamedTuple):
 
     def visible(self, step: int, seqlen: int, causal: bool) -> _Visible:
         """Which keys this rank's queries see at `step`, when it holds the keys of the rank `step` places before it."""
-        whole, half = slice(0, seqlen), seqlen // 2
+        all_rows, half = slice(0, seqlen), seqlen // 2
         if not causal:
-            return _Visible(whole, whole, False)
+            return _Visible(all_rows, all_rows, False)
         owner = (self.rank - step) % self.ranks
         if owner == self.rank:
-            return _Visible(whole, whole, True)
+            return _Visible(all_rows, all_rows, True)
         if owner < self.rank:  # the owner's second chunk comes after both chunks of this rank
-            return _Visible(whole, slice(0, half), False)
+            return _Visible(all_rows, slice(0, half), False)
         # Both chunks of the owner come after this rank's first chunk.
-        return _Visible(slice(half, seqlen), whole, False)
+        return _Visible(slice(half, seqlen), all_rows, False)
 
 
 class _Transfer(NamedTuple):

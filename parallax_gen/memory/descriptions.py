@@ -180,8 +180,8 @@ def choices_of_places(results: list[Result], memory: RecordSource) -> list[Liste
 def results_of_places(results: list[Result]) -> list[Listed]:
     """All results of each place."""
     rows = []
-    for place, of_place in groupby(results, key=lambda r: r.place):
-        card, group = card_of(place), list(of_place)
+    for place, place_results in groupby(results, key=lambda r: r.place):
+        card, group = card_of(place), list(place_results)
         default = default_of(place, card)
         defaults = RecordTable(r for r in group if r.config == default)
         for result in group:

@@ -31,17 +31,17 @@ def op_of_record(family: object, ragged: object) -> str:
     return OPS_OF_RECORDS[family, ragged]
 
 
-def spec_from_op(family: object, ragged: object, **others: Any) -> KernelSpec:
-    """The spec with the op of a record. others: the other fields of KernelSpec. Raises ArgumentError."""
-    return KernelSpec(op_of_record(family, ragged), **others)
+def spec_from_op(family: object, ragged: object, **fields: Any) -> KernelSpec:
+    """The spec with the op of a record. fields: the other fields of KernelSpec. Raises ArgumentError."""
+    return KernelSpec(op_of_record(family, ragged), **fields)
 
 
 def spec_from(data: Mapping[str, Any]) -> KernelSpec:
     """The inverse of `KernelSpec.to_dict`. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
     if not _FIELDS - set(ADDED_FIELDS) <= set(data) <= _FIELDS:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
-    others = {name: value for name, value in data.items() if name not in ("op", "ragged")}
-    spec = spec_from_op(data["op"], data["ragged"], **others)
+    fields = {name: value for name, value in data.items() if name not in ("op", "ragged")}
+    spec = spec_from_op(data["op"], data["ragged"], **fields)
     for name, largest in LARGEST_READ.items():
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")

@@ -110,8 +110,8 @@ def comparable_default(record: Result, default: KernelConfig, gpu: Gpu, memory: 
 
 def comparable(a: Evidence, b: Evidence) -> bool:
     """Whether times on one card may be compared: toolchains that compile to the same programs, the same protocol."""
-    same = a.toolchain == b.toolchain or a.toolchain.compiles_like(b.toolchain)
-    return same and a.protocol == b.protocol
+    same_compiler = a.toolchain == b.toolchain or a.toolchain.compiles_like(b.toolchain)
+    return same_compiler and a.protocol == b.protocol
 
 
 def default_of(place: Place, gpu: Gpu) -> KernelConfig:
@@ -174,8 +174,8 @@ def _why_skipped(
     """
     if unknown := search.unknown_knob(default):
         return f"its search did not try {unknown}, which today's default has"
-    for other in sibling_searches:
-        rival = other.best(gpu) if other.newest > search.newest else None
+    for sibling_search in sibling_searches:
+        rival = sibling_search.best(gpu) if sibling_search.newest > search.newest else None
         if rival is not None and (unknown := search.unknown_knob(rival.config)):
             return f"its search did not try {unknown}, which the best of a newer search on {rival.place.gpu} has"
     return ""
@@ -213,7 +213,7 @@ def borrowable_neighbours(place: Place) -> list[Place]:
 
 def siblings(gpu: Gpu) -> list[str]:
     """The names of the other cards of the same capability, which run the same programs at a similar speed."""
-    return [other.name for other in GPUS.values() if other.capability == gpu.capability and other.name != gpu.name]
+    return [card.name for card in GPUS.values() if card.capability == gpu.capability and card.name != gpu.name]
 
 
 def is_valid(result: Result, gpu: Gpu) -> bool:
@@ -241,13 +241,13 @@ def is_current(result: Result, gpu: Gpu) -> bool:
 def representative_records(record: Result, memory: RecordSource) -> list[Result]:
     """A record, and the fewest other records of its search that show which knobs the search knew and how new it is."""
     search = next(search for search in _searches(memory.results(record.place)) if record in search.measured)
-    shown = [record, max(search.measured, key=lambda result: result.created_at)]
+    representatives = [record, max(search.measured, key=lambda result: result.created_at)]
     for knob in _added_knobs(record.config):
         for result in search.tried:
             value = getattr(result.config, knob.name)
-            if value != knob.default and all(getattr(other.config, knob.name) != value for other in shown):
-                shown.append(result)
-    return shown
+            if value != knob.default and all(getattr(other.config, knob.name) != value for other in representatives):
+                representatives.append(result)
+    return representatives
 
 
 def evidence_of(source: KernelSource) -> Evidence:
@@ -338,14 +338,14 @@ def _time(result: Result) -> float:
     return result.time_us or 0.0
 
 
-def nearest_buckets(bucket: Bucket, others: Iterable[Bucket], *, rows_first: bool = False) -> list[Bucket]:
+def nearest_buckets(bucket: Bucket, buckets: Iterable[Bucket], *, rows_first: bool = False) -> list[Bucket]:
     """Other buckets, the nearest first, by the ratios of all sizes; with rows_first by kv_rows before the others."""
 
     def distance(other: Bucket) -> tuple[float, float]:
         ratios = {n: abs(math.log2(max(size, 1) / max(getattr(bucket, n), 1))) for n, size in vars(other).items()}
         return ratios.pop("kv_rows") if rows_first else 0.0, sum(ratios.values())
 
-    return sorted(others, key=distance)
+    return sorted(buckets, key=distance)
 
 
 def shipped_seeds(place: Place, shipped: Sequence[Result]) -> list[KernelConfig]:

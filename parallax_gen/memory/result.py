@@ -127,8 +127,10 @@ class Evidence:
     @property
     def measured_with(self) -> str:
         """The toolchain, and the timing protocol if it is not today's, for people."""
-        other = "" if self.protocol == PROTOCOL else f" by timing protocol {self.protocol} (today's is {PROTOCOL})"
-        return f"{self.toolchain}{other}"
+        protocol_note = (
+            "" if self.protocol == PROTOCOL else f" by timing protocol {self.protocol} (today's is {PROTOCOL})"
+        )
+        return f"{self.toolchain}{protocol_note}"
 
     @property
     def identity(self) -> tuple[Scalar, ...]:

@@ -61,12 +61,12 @@ def write_shipped(
         old = merged.get(result.identity)
         if old is None or supersedes(result, old):
             merged[result.identity] = result
-    seen: Counter[tuple[Place, Hashable]] = Counter()
+    counts: Counter[tuple[Place, Hashable]] = Counter()
     best = []
     for result in sorted((r for r in merged.values() if r.measured), key=reading_order):
         key = result.place, group(result)
-        seen[key] += 1
-        if seen[key] <= keep or also_keep(result):
+        counts[key] += 1
+        if counts[key] <= keep or also_keep(result):
             best.append(result)
     path, _ = _file(gpu, folder)
     write_lines(path, best)
@@ -117,8 +117,8 @@ def _shipped_at(place: Place, folder: Path | None) -> tuple[Result, ...]:
     path, stamp = _file(place.gpu, folder)
     if stamp is None:
         return ()
-    wanted = json.dumps(place.flat()).encode()
-    texts = [text for text in _lines(path, stamp) if text in (wanted, b"")]
+    place_json = json.dumps(place.flat()).encode()
+    texts = [text for text in _lines(path, stamp) if text in (place_json, b"")]
     results = (result for text in texts for result in _results(path, place.gpu, stamp, text))
     return tuple(result for result in results if result.place == place)
 

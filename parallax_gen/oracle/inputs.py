@@ -134,11 +134,11 @@ def _page(inputs: Inputs, page_size: int, seed: int) -> None:
     slots = slots[: batch * pages]
 
     def paged(x: Tensor) -> Tensor:
-        result, whole = _full_of_poison(x, batch * pages + 2, page_size), x
+        result, padded = _full_of_poison(x, batch * pages + 2, page_size), x
         if seqlen % page_size:
-            whole = _full_of_poison(x, batch, pages * page_size)
-            whole[:, :seqlen] = x
-        result[slots] = whole.view(batch * pages, page_size, *x.shape[2:])
+            padded = _full_of_poison(x, batch, pages * page_size)
+            padded[:, :seqlen] = x
+        result[slots] = padded.view(batch * pages, page_size, *x.shape[2:])
         return result
 
     inputs.k = paged(inputs.k)  # one at a time, so that there are never three copies of a large cache

@@ -59,11 +59,11 @@ def reference_cached_forward(
             softmax_scale=softmax_scale,
             softcap=softcap,
         )
-        for whole, part in zip(result, parts, strict=True):
+        for tensor, part in zip(result, parts, strict=True):
             if part.dim() == 4:
-                whole[sequence][rows] = part[0]
+                tensor[sequence][rows] = part[0]
             else:
-                whole[sequence][..., rows] = part[0]
+                tensor[sequence][..., rows] = part[0]
     return result
 
 

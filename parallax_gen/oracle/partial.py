@@ -54,8 +54,8 @@ def partial_backward(
     q, r, do, out, v_mean, k, v = (x.double().transpose(1, 2) for x in (q, r, do, out, v_mean, k, v))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     s, t, a = capped(scale * q @ k.mT, softcap), r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
-    seen = ~lse.isneginf()
-    p = (s - lse.double().masked_fill(~seen, 0.0)[..., None]).exp() * seen[..., None]
+    sees_any = ~lse.isneginf()
+    p = (s - lse.double().masked_fill(~sees_any, 0.0)[..., None]).exp() * sees_any[..., None]
     if causal:
         queries, keys = s.shape[-2:]
         p = p.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(keys - queries + 1), 0.0)
@@ -118,8 +118,8 @@ def reference_tangent(
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size, softcap):
             part = _tangent_of_block(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
             parts_of_heads.setdefault(block.heads.start, []).append(part)
-        whole = [torch.cat(parts) for parts in parts_of_heads.values()]
-        result.append(torch.cat(whole, dim=1) if whole else q.new_zeros(q.shape[1:], dtype=torch.float64))
+        by_heads = [torch.cat(parts) for parts in parts_of_heads.values()]
+        result.append(torch.cat(by_heads, dim=1) if by_heads else q.new_zeros(q.shape[1:], dtype=torch.float64))
     return torch.stack(result) if result else q.new_zeros(q.shape, dtype=torch.float64)
 
 

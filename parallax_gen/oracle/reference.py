@@ -146,11 +146,11 @@ def reference_varlen_forward(
         parts = reference_forward(
             *tensors, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap
         )
-        for whole, part in zip(packed, parts, strict=True):
-            if whole.dim() == 4:
-                whole[:, rows] = part
+        for tensor, part in zip(packed, parts, strict=True):
+            if tensor.dim() == 4:
+                tensor[:, rows] = part
             else:
-                whole[..., rows] = part
+                tensor[..., rows] = part
     return Reference(*(x[0] for x in packed))
 
 
@@ -270,15 +270,15 @@ def capped(s: Tensor, softcap: float | None) -> Tensor:
 def dot_products(q: Tensor, keys: Tensor) -> Tensor:
     """q·k of queries (rows, heads, d) with the keys (length, kv_heads, d) of their kv heads: (heads, rows, length)."""
     (rows, heads, head_dim), (length, kv_heads, _) = q.shape, keys.shape
-    of_kv_head = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, head_dim)
-    return (of_kv_head @ keys.permute(1, 2, 0)).reshape(heads, rows, length)
+    queries = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads * rows, head_dim)
+    return (queries @ keys.permute(1, 2, 0)).reshape(heads, rows, length)
 
 
 def weighted_sums(weights: Tensor, values: Tensor) -> Tensor:
     """The sums of values (length, kv_heads, d), weighted by (heads, rows, length): (rows, heads, d)."""
     (heads, rows, length), (_, kv_heads, head_dim) = weights.shape, values.shape
-    of_kv_head = weights.reshape(kv_heads, heads // kv_heads * rows, length)
-    return (of_kv_head @ values.transpose(0, 1)).reshape(heads, rows, head_dim).transpose(0, 1)
+    grouped = weights.reshape(kv_heads, heads // kv_heads * rows, length)
+    return (grouped @ values.transpose(0, 1)).reshape(heads, rows, head_dim).transpose(0, 1)
 
 
 def _empty(out: Tensor) -> Reference:

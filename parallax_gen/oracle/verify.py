@@ -119,8 +119,8 @@ def judge(call: Call, expected: Expected) -> Verdict:
             (out, padding), (ref, ref_padding) = (of_sequences(x, name, t) for t in (out, ref))
             if not torch.equal(padding.double(), ref_padding):
                 reasons.append(f"{name}: not {ref_padding.flatten()[0].item()} in rows of no sequence")
-        if why := why_wrong(out, ref, dtype, sizes.get(name)):
-            reasons.append(f"{name}: {why}")
+        if reason := why_wrong(out, ref, dtype, sizes.get(name)):
+            reasons.append(f"{name}: {reason}")
         if name == "out" or op_of(call.spec).stats_in_error:
             error = max(error, errors(out, ref, sizes.get(name)).relative)
     if len(call.scratch) == 2 and bool(call.scratch[1].any()):
@@ -152,10 +152,10 @@ def term_sizes(spec: KernelSpec, x: Inputs) -> Gradients:
         slice(None) if ends is None else slice(int(ends[0]), int(ends[-1])) for ends in (x.cu_seqlens_q, x.cu_seqlens_k)
     )
     sizes = gradient_term_sizes(x.q[rows], x.r[rows], x.k[keys], x.v[keys], x.do[rows])
-    few = (_keys_seen(spec, x) < FEW_KEYS).to(x.q.device)
-    query_factor = torch.where(few, 12.0, 1.0)[:, None]
+    sees_few = (_keys_seen(spec, x) < FEW_KEYS).to(x.q.device)
+    query_factor = torch.where(sees_few, 12.0, 1.0)[:, None]
     key_factor = torch.ones(1, 1, device=x.q.device)
-    if few.numel() and few.all():
+    if sees_few.numel() and sees_few.all():
         queries = x.q[rows].shape[-3] * spec.group / max(1, x.k[keys].shape[-3])
         key_factor *= 12 * max(1.0, queries) ** 0.5
     return Gradients(
@@ -169,12 +169,12 @@ def _keys_seen(spec: KernelSpec, x: Inputs) -> Tensor:
         lengths = list(zip(x.cu_seqlens_q.diff().tolist(), x.cu_seqlens_k.diff().tolist(), strict=True))
     else:
         lengths = [(x.q.shape[1], x.k.shape[1])]
-    seen = []
+    counts = []
     for queries, keys in lengths:
         max_keys = x.window_size if spec.window else keys
         last = torch.arange(queries) + keys - queries + 1 if spec.causal else torch.full((queries,), keys)
-        seen.append(last.clamp(0, max_keys))
-    return torch.cat(seen)
+        counts.append(last.clamp(0, max_keys))
+    return torch.cat(counts)
 
 
 def _compared(written: dict[str, Tensor], expected: Expected) -> dict[str, tuple[Tensor, Tensor]]:

@@ -248,15 +248,15 @@ def recognise(
             f"{device_name} has compute capability {_dotted(capability)}; kernels need {_dotted(OLDEST_CAPABILITY)}"
         )
 
-    known = _BY_ALIAS.get(_squeeze(device_name))
+    card = _BY_ALIAS.get(_squeeze(device_name))
     if (
-        known is not None
-        and known.capability == capability
-        and known.sms == sms
-        and abs(memory_bytes / known.memory_bytes - 1) <= MEMORY_TOLERANCE
-        and shared_per_block in (None, known.shared_per_block)
+        card is not None
+        and card.capability == capability
+        and card.sms == sms
+        and abs(memory_bytes / card.memory_bytes - 1) <= MEMORY_TOLERANCE
+        and shared_per_block in (None, card.shared_per_block)
     ):
-        return known
+        return card
 
     similar = _similar(device_name, capability)
     scale = sms / similar.sms
@@ -283,11 +283,11 @@ def recognise(
 def _limits_of(capability: tuple[int, int]) -> _Limits:
     if older := [c for c in _LIMITS if c[0] == capability[0] and c <= capability]:
         return _LIMITS[max(older)]
-    known = _LIMITS.values()
+    all_limits = _LIMITS.values()
     return _Limits(
-        max_warps_per_sm=min(limits.max_warps_per_sm for limits in known),
-        max_blocks_per_sm=min(limits.max_blocks_per_sm for limits in known),
-        shared_per_sm=min(limits.shared_per_sm for limits in known),
+        max_warps_per_sm=min(limits.max_warps_per_sm for limits in all_limits),
+        max_blocks_per_sm=min(limits.max_blocks_per_sm for limits in all_limits),
+        shared_per_sm=min(limits.shared_per_sm for limits in all_limits),
     )
 
 

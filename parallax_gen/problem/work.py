@@ -100,11 +100,11 @@ def visible_pairs(seqlen_q: int, seqlen_kv: int, causal: bool, window: int = 0) 
     if not causal:
         return seqlen_q * seqlen_kv
     rows = min(seqlen_q, seqlen_kv)
-    seen = rows * (seqlen_kv - rows) + rows * rows / 2
+    pairs = rows * (seqlen_kv - rows) + rows * rows / 2
     if 0 < window < seqlen_kv:
         shortest, longest = max(0, seqlen_kv - rows - window), seqlen_kv - window
-        seen -= (longest**2 - shortest**2) / 2
-    return seen
+        pairs -= (longest**2 - shortest**2) / 2
+    return pairs
 
 
 # -- Time and work

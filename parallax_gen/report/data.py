@@ -128,15 +128,17 @@ class Report:
         }
 
 
-def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, every: bool) -> Report:
-    """The report on the named GPUs, or on all. every: show all toolchains and kernels, not only the most useful.
+def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environments: bool) -> Report:
+    """The report on the named GPUs, or on all.
+
+    all_environments  show all toolchains and kernels, not only the most useful ones
 
     Raises UnknownGpuError for an unknown GPU.
     """
     results = memory.all()
     requested = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
     studies = studies_of(memory, (r for r in results if not requested or r.place.gpu in requested))
-    shown = studies if every else most_useful(studies)
+    shown = studies if all_environments else most_useful(studies)
     names = requested or tuple(sorted({study.place.gpu for study in studies}))
     selected = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
     return Report(

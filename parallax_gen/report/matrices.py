@@ -125,12 +125,12 @@ def _coverage_cell(place: Place, study: Study | None) -> Cell:
 def _ratio_cell(timed: list[tuple[Row, float | None]]) -> Cell:
     lines = []
     for row, ratio in timed:
-        where = with_lengths(row.shape, row.lengths)
+        size_text = with_lengths(row.shape, row.lengths)
         if ratio is not None and row.time_us is not None:
-            line = f"{where}: {number(row.time_us)} µs, {number(row.time_us / ratio)} ours"
+            line = f"{size_text}: {number(row.time_us)} µs, {number(row.time_us / ratio)} ours"
             lines.append(f"{line}; {row.note}" if row.note else line)
         else:
-            lines.append(f"{where}: {row.note or 'not timed with ours'}")
+            lines.append(f"{size_text}: {row.note or 'not timed with ours'}")
     ratios = [ratio for _, ratio in timed if ratio is not None]
     lines.insert(0, timed[0][0].baseline)
     if not ratios:

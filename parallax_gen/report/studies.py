@@ -99,13 +99,13 @@ def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
         for result in group:
             by_difference.setdefault(differences_from_here(result), []).append(result)
         for differences, study_results in by_difference.items():
-            own = sorted((r for r in study_results if r in trials), key=trials.__getitem__)
+            own_trials = sorted((r for r in study_results if r in trials), key=trials.__getitem__)
             studies.append(
                 Study(
                     place=place,
                     gpu=card_named(place.gpu),
                     results=tuple(study_results),
-                    trials=tuple(own),
+                    trials=tuple(own_trials),
                     differences=differences,
                     known_as=origins.status(study_results[0]),
                     default=_default(study_results, differences),
@@ -131,10 +131,10 @@ def most_useful(studies: Iterable[Study]) -> list[Study]:
     for _, group in groupby(studies, key=lambda study: study.place):  # input is sorted by place
         place_studies = list(group)
         here = [study for study in place_studies if not study.differences]
-        others = sorted((s for s in place_studies if s.differences), key=lambda s: (s.best is not None, s.newest))
+        elsewhere = sorted((s for s in place_studies if s.differences), key=lambda s: (s.best is not None, s.newest))
         chosen += here
-        if others and not any(study.best for study in here):
-            chosen.append(others[-1])
+        if elsewhere and not any(study.best for study in here):
+            chosen.append(elsewhere[-1])
     return chosen
 
 

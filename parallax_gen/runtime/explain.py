@@ -107,7 +107,7 @@ def _why_nothing_closer(choice: Choice, record: Result, unused: list[tuple[Resul
         return "the kernels of records that rank higher spill, do not fit or do not compile here"
     here, tier = Toolchain.here(), choice.candidate.tier
     if tier == Tier.OTHER_TOOLCHAIN:
-        if closer := [(r, why) for r, why in unused if comparable_here(r.evidence)]:
+        if closer := [(r, reason) for r, reason in unused if comparable_here(r.evidence)]:
             return _why_none_is_used(closer, f" with {here}")
         if record.evidence.toolchain.compiles_like(here):
             return "no record has today's timing protocol, and times of different protocols are not compared"
@@ -120,7 +120,7 @@ def _why_none_is_used(unused: list[tuple[Result, str]], of_what: str) -> str:
     summary = f"the only record{of_what} is not used"
     if len(unused) > 1:
         summary = f"none of {len(unused)} records{of_what} is used"
-    return f"{summary}: {'; '.join(dict.fromkeys(why for _, why in unused))}"
+    return f"{summary}: {'; '.join(dict.fromkeys(reason for _, reason in unused))}"
 
 
 def _why_unused(result: Result, gpu: Gpu, memory: Memory) -> str:

@@ -127,13 +127,13 @@ def parallax_attn_with_kvcache(
                       entries beyond its length may be anything. Needs cache_seqlens as a tensor, and v_cache with
                       k_cache's strides
     cache_leftpad     (batch,) int32 on the same device: the index of each sequence's first key; keys before it are
-                      never read. cache_seqlens counts from index 0 regardless
+                      never read. cache_seqlens counts from index 0 all the same
     cu_seqlens_q      (batch + 1,) int32 on the same device, non-decreasing: sequence b has the rows cu_seqlens_q[b] to
                       cu_seqlens_q[b + 1] - 1 of q and r, and may have none. In rows of no sequence out, t̄ and v̄ are 0
                       and lse is -inf
     max_seqlen_q      with cu_seqlens_q: at least the largest number of queries of a sequence, and not much more
-    causal            with several queries per sequence, each sees keys up to its own position. A single query always
-                      sees all keys
+    causal            with several queries per sequence, each sees keys up to its position. A single query always sees
+                      all keys
     window_size       with causal: a query sees at most this many keys, its own and those right before it
     softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
     softcap           c of c·tanh(s/c), which takes the place of scores s = scale·q·k, as in Gemma 2; None for no cap
@@ -142,9 +142,8 @@ def parallax_attn_with_kvcache(
     out               where to write, like q; allocated if not given
     return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` merges with states over other keys
     workspace         scratch of at least `kvcache_workspace_size` bytes: torch.zeros(bytes, dtype=torch.uint8) on the
-                      same device, each launch resets the part that
-                      must be 0. Use one per concurrent stream. By default the library keeps one per stream, and one per
-                      captured launch
+                      same device. Each launch resets the part that must be 0. Use one per concurrent stream. By default
+                      the library has one per stream, and one per captured launch
 
     Returns out, or a State. Any strides with a contiguous last dimension are supported. On CUDA tensors the call never
     synchronises and can be captured in a CUDA graph: lengths, pages and cu_seqlens_q are read on the device, so one
@@ -152,9 +151,9 @@ def parallax_attn_with_kvcache(
 
     Under torch.compile and torch.export this is one operator for all lengths and sizes. It checks `workspace` but does
     not use it: each call allocates its own scratch, and its result is copied to `out`. Under torch.func.vmap samples
-    with their own dense caches are one launch, others one launch each. DTensors must be sharded on sequences or heads,
-    or are redistributed so; plain tensors beside them, such as lengths and tables, must be whole and the same on every
-    rank.
+    with their own dense caches run in one launch, others in one launch each. DTensors that are not sharded on sequences
+    or heads are redistributed; plain tensors among them, such as lengths and tables, must be whole and the same on
+    every rank.
 
     Under torch.autocast q and r are cast to the caches' dtype if that is bf16 or fp16, else to autocast's. fp32 caches
     are cast too, which copies all of them in every call; 8-bit caches are not. With `out` the target is out's dtype.

@@ -137,12 +137,12 @@ def borrowed(comparable: ComparableTimes, records: Sequence[Result]) -> Iterator
         "this card": lambda record: record.place == place,
         "this bucket": lambda record: record.place.bucket == place.bucket,
     }
-    rest = same_kernel
+    remaining = same_kernel
     for name, is_left_out in left_out.items():
-        rest = [record for record in same_kernel if not is_left_out(record)]
-        candidate = best(place, gpu, RecordTable(rest), comparable.toolchain)
+        remaining = [record for record in same_kernel if not is_left_out(record)]
+        candidate = best(place, gpu, RecordTable(remaining), comparable.toolchain)
         yield Borrowed(comparable, name, candidate.tier.text, candidate.config, default)
-    if config := _nearest(comparable, rest):
+    if config := _nearest(comparable, remaining):
         yield Borrowed(comparable, name, NEAREST, config, default)
 
 

@@ -149,7 +149,7 @@ MAX_PER_TIER = 2  # more are useless: the fastest configs of a search differ by 
 MAX_HINTS = 1  # configs whose measured kernel is no longer rendered
 
 
-def refresh_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
+def refresh_jobs(memory: Memory, gpu: Gpu, is_wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
     """Every place with a measurement on a card or its siblings, if its inputs fit the card's memory.
 
     Places with the weakest evidence come first, so that a refresh that is stopped early has gained the most. But the
@@ -158,7 +158,7 @@ def refresh_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lam
     names = (gpu.name, *siblings(gpu))
     measured = (result.place for name in names for result in memory.all(name) if result.measured)
     places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
-    chosen = {place: best(place, gpu, memory) for place in places if wanted(place) and _fits(place, gpu)}
+    chosen = {place: best(place, gpu, memory) for place in places if is_wanted(place) and _fits(place, gpu)}
     steps: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
     for place in chosen:
         steps.setdefault((step_spec(place.spec), place.bucket), []).append(place)
@@ -168,8 +168,8 @@ def refresh_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lam
 
 def _fits(place: Place, gpu: Gpu) -> bool:
     """Whether a place's inputs fit the card's memory. A record from elsewhere may have any sizes."""
-    whole = replace(representative(place.bucket, place.spec.group), window=0)  # a window makes no tensor smaller
-    return work_of(place.spec, whole).bytes <= gpu.memory_bytes
+    unwindowed = replace(representative(place.bucket, place.spec.group), window=0)  # a window makes no tensor smaller
+    return work_of(place.spec, unwindowed).bytes <= gpu.memory_bytes
 
 
 def refresh_configs(job: Job, memory: Memory) -> list[KernelConfig]:

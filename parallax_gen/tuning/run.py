@@ -59,15 +59,17 @@ class Run:
         self._best_outcome = Outcome.OK if measure else Outcome.PREDICTED
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
         self._default = default_of(job.place, job.gpu)
-        known = [r for r in self._current_results() if not (r.is_machine_fault or (measure and not r.outcome.tried))]
+        known_results = [
+            r for r in self._current_results() if not (r.is_machine_fault or (measure and not r.outcome.tried))
+        ]
         if only_configs is not None:
-            known = []
-        best = next((r for r in known if r.outcome is self._best_outcome), None)
+            known_results = []
+        best = next((r for r in known_results if r.outcome is self._best_outcome), None)
         seeds = self._seeds(best) if only_configs is None else only_configs
         self._search = Search(job.spec, job.gpu, seeds, guess=self._guess_us, among=only_configs)
-        for result in known:
+        for result in known_results:
             self._search.tell(result.config, result.time_us)
-        self.progress = Progress(job, known=len(known), best=best)
+        self.progress = Progress(job, known=len(known_results), best=best)
         self._proposed = self._compiling = self._measuring = 0
         self._ready: deque[tuple[KernelConfig, TrialResult]] = deque()  # compiled, and not yet measured
         self._compiled: dict[KernelConfig, TrialResult] = {}  # configs that are being measured
@@ -180,8 +182,8 @@ class Run:
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
         shipped = shipped_seeds(job.place, load_same_capability(job.gpu))
         nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.family))
-        of_best = neighbours(job.spec, best.config, job.gpu) if best else []
-        return [default, *shipped, *nearby, *promising, *of_best]
+        best_neighbours = neighbours(job.spec, best.config, job.gpu) if best else []
+        return [default, *shipped, *nearby, *promising, *best_neighbours]
 
     def _current_results(self) -> list[Result]:
         """The results of the job's current kernels with this toolchain, the measured ones first, from fast to slow.
@@ -200,12 +202,12 @@ class Run:
         """Whether a result has this process's toolchain, and the kernel that its config renders today, if any."""
         evidence, key = result.evidence, (result.config, result.evidence)
         if key not in self._current:
-            same = is_current(result, self.job.gpu)
+            is_current_result = is_current(result, self.job.gpu)
             # Also current: a config without a kernel, or any result if no ptxas was found. This renders few other
             # configs.
-            if not same and evidence.identity == Evidence.here(evidence.kernel, evidence.text).identity:
-                same = evidence.identity == self._evidence_of(result.config).identity
-            self._current[key] = same
+            if not is_current_result and evidence.identity == Evidence.here(evidence.kernel, evidence.text).identity:
+                is_current_result = evidence.identity == self._evidence_of(result.config).identity
+            self._current[key] = is_current_result
         return self._current[key]
 
     @property

@@ -34,8 +34,8 @@ OTHER_GPU = dataclasses.replace(PLACE, gpu="h100")
 OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
 
 
-def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Row, ...] = ()) -> Report:
-    return collect(Memory(store), gpus, list(timings), every=every)
+def report(store: Store, *gpus: str, all_environments: bool = False, timings: tuple[Row, ...] = ()) -> Report:
+    return collect(Memory(store), gpus, list(timings), all_environments=all_environments)
 
 
 # studies
@@ -80,7 +80,7 @@ def test_another_toolchains_study_is_shown_if_this_one_has_none(store: Store) ->
     differences = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
     assert [(s.state, s.differences) for s in result.shown] == [("elsewhere", differences)]
     assert result.left_out == 1
-    both = report(store, every=True)
+    both = report(store, all_environments=True)
     assert len(both.shown) == 2
     assert both.by_place[PLACE] == result.shown[0]
     store.save(make_record(None, "wrong"))
@@ -90,8 +90,8 @@ def test_another_toolchains_study_is_shown_if_this_one_has_none(store: Store) ->
     result = report(store)
     assert [s.state for s in result.shown] == ["measured"]
     assert result.left_out == 2
-    assert len(report(store, every=True).shown) == 3
-    assert report(store, every=True).by_place[PLACE].state == "measured"  # type: ignore[union-attr]
+    assert len(report(store, all_environments=True).shown) == 3
+    assert report(store, all_environments=True).by_place[PLACE].state == "measured"  # type: ignore[union-attr]
 
 
 def test_a_changed_kernel_is_another_study(store: Store) -> None:

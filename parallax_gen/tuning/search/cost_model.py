@@ -73,8 +73,10 @@ def _tiles_us(
     # The best number of heads fills the card twice: fewer spread a causal triangle unevenly, more share less of L2.
     rate *= 1 - 0.012 * abs(math.log2(heads * programs_per_head / (2 * gpu.sms * blocks)))
     if spec.causal:  # a block on the diagonal, or on a window's edge, is multiplied whole
-        seen = work.flops / (2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q)
-        rate *= seen / (seen + (owned + step) / (1 if shape.window else 2))
+        keys_per_query = work.flops / (
+            2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q
+        )
+        rate *= keys_per_query / (keys_per_query + (owned + step) / (1 if shape.window else 2))
     # The last wave takes as long as a full one even with few programs; causal launches end with short rows.
     waves = programs / (gpu.sms * blocks)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves

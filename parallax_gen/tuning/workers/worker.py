@@ -102,15 +102,15 @@ class Worker:
         self._ensure_running()
         if self._ready:
             return
-        where = "a child process" if self._device is None else f"the child of device {self._device}"
+        child = "a child process" if self._device is None else f"the child of device {self._device}"
         try:
             ready = self._reply(START_S)
         except TimeoutError:
-            raise MachineError(f"{where} did not start within {START_S:.0f} s") from None
+            raise MachineError(f"{child} did not start within {START_S:.0f} s") from None
         except ChildProcessError as error:
             if self._killed:
                 raise
-            raise MachineError(f"{where} does not start: {error}") from error
+            raise MachineError(f"{child} does not start: {error}") from error
         except MachineError:
             self.close()  # another child may start, for example create a CUDA context
             raise
