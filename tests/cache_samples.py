@@ -63,25 +63,25 @@ def cache_arguments(
     """
     starts = [0] * len(parts) if before is None else before
     ends = [start + len(part.k) for start, part in zip(starts, parts, strict=True)]
-    inputs: dict[str, Any] = {"cache_seqlens": _ints(ends)}
+    arguments: dict[str, Any] = {"cache_seqlens": _ints(ends)}
     if before is not None:
-        inputs["cache_leftpad"] = _ints(before)
+        arguments["cache_leftpad"] = _ints(before)
     for name in ("q", "r"):
         rows = [getattr(part, name) for part in parts]
-        inputs[name] = torch.cat(rows) if packed else torch.stack(rows)
+        arguments[name] = torch.cat(rows) if packed else torch.stack(rows)
     if packed:
         counts = [len(part.q) for part in parts]
-        inputs["cu_seqlens_q"] = _ints([sum(counts[:b]) for b in range(len(parts) + 1)])
-        inputs["max_seqlen_q"] = max(counts)
+        arguments["cu_seqlens_q"] = _ints([sum(counts[:b]) for b in range(len(parts) + 1)])
+        arguments["max_seqlen_q"] = max(counts)
     seqlen = max(ends) + 3
     for name, of_part in (("k_cache", "k"), ("v_cache", "v")):
         cache = nan_cache(parts[0].k, len(parts), seqlen)
         for b, part in enumerate(parts):
             cache[b, starts[b] : ends[b]] = getattr(part, of_part)
-        inputs[name] = cache
+        arguments[name] = cache
     if page_size:
-        inputs.update(_in_pages(inputs, page_size, list(zip(starts, ends, strict=True))))
-    return inputs
+        arguments.update(_in_pages(arguments, page_size, list(zip(starts, ends, strict=True))))
+    return arguments
 
 
 def nan_cache(like: Tensor, *sizes: int) -> Tensor:
@@ -113,20 +113,20 @@ def combined(result: Sequence[Reference], *, packed: bool = False) -> Reference:
     return Reference(*(x[0] for x in (out, lse, t_mean, v_mean))) if packed else Reference(out, lse, t_mean, v_mean)
 
 
-def _in_pages(inputs: dict[str, Any], page_size: int, spans: list[tuple[int, int]]) -> dict[str, Tensor]:
+def _in_pages(arguments: dict[str, Any], page_size: int, spans: list[tuple[int, int]]) -> dict[str, Tensor]:
     """The caches as shuffled pages. Table entries of pages without a key of the sequence are NO_PAGE."""
-    batch, seqlen = inputs["k_cache"].shape[:2]
+    batch, seqlen = arguments["k_cache"].shape[:2]
     most = -(-seqlen // page_size)
     table = torch.full((batch, most), NO_PAGE, dtype=torch.int32)
     places = torch.randperm(batch * most + 2, generator=torch.Generator().manual_seed(1)).tolist()
-    pages = {name: nan_cache(inputs[name][0], batch * most + 2, page_size) for name in ("k_cache", "v_cache")}
+    pages = {name: nan_cache(arguments[name][0], batch * most + 2, page_size) for name in ("k_cache", "v_cache")}
     for b, (start, end) in enumerate(spans):
         for n in range(start, end):
             page = n // page_size
             if table[b, page] == NO_PAGE:
                 table[b, page] = places.pop()
             for name, cache in pages.items():
-                cache[table[b, page], n % page_size] = inputs[name][b, n]
+                cache[table[b, page], n % page_size] = arguments[name][b, n]
     return {**pages, "page_table": table}
 
 

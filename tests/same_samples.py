@@ -465,7 +465,7 @@ def of_all() -> Json:
     """For all shipped records, by card and kind: tiers by toolchain, a hash of kernels and a hash of seed configs."""
     memory = Memory()
     counts: dict[str, dict[str, int]] = {}
-    message: dict[str, list[str]] = {}
+    lines_by_key: dict[str, list[str]] = {}
     for gpu in ("h100", "h200"):
         results, card = memory.all(gpu), GPUS[gpu]
         for place in dict.fromkeys(result.place for result in results):
@@ -475,7 +475,7 @@ def of_all() -> Json:
                 counts.setdefault(key, {}).setdefault(tier, 0)
                 counts[key][tier] += 1
             begin = [*shipped_seeds(place, load_same_capability(job.gpu)), *nearby_seeds(place, results)]
-            message.setdefault(f"{key}: seeds", []).append(text([place.flat(), *map(stored_config, begin)]))
+            lines_by_key.setdefault(f"{key}: seeds", []).append(text([place.flat(), *map(stored_config, begin)]))
         for result in results:
             spec, config = result.place.spec, result.config
             kernel = why_invalid(spec, config, card) or digest(below_header(render(spec, config, card).text))
@@ -483,8 +483,8 @@ def of_all() -> Json:
             key = f"{gpu} {kind_of(result.place)}"
             counts[key]["records"] = counts[key].get("records", 0) + 1
             counts[key]["records that count"] = counts[key].get("records that count", 0) + counted
-            message.setdefault(f"{key}: kernels", []).append(f"{kernel} {counted} {to_line(result)}")
-    return {"counts": counts, "sha256": {key: digest("".join(lines)) for key, lines in message.items()}}
+            lines_by_key.setdefault(f"{key}: kernels", []).append(f"{kernel} {counted} {to_line(result)}")
+    return {"counts": counts, "sha256": {key: digest("".join(lines)) for key, lines in lines_by_key.items()}}
 
 
 def shipped_now() -> str:

@@ -246,10 +246,10 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
 @pytest.mark.parametrize("page", [*PAGES, TOP / "CHANGELOG.md"], ids=ids)
 def test_commands_named_in_text_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for message in re.findall(r"`parallax-gen ([^`]+)`", text):
-        command, words = command_of(message.split())
+    for command_line in re.findall(r"`parallax-gen ([^`]+)`", text):
+        command, words = command_of(command_line.split())
         options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word for word in words if word.startswith("--")} <= options | {"--help"}, message
+        assert {word for word in words if word.startswith("--")} <= options | {"--help"}, command_line
 
 
 @pytest.mark.parametrize("page", [*PAGES, TOP / "templates" / "README.md"], ids=ids)

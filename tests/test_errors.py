@@ -117,8 +117,8 @@ def test_the_cause_of_an_error_counts_but_not_its_context() -> None:
     handled = BuildError("at 3:4")
     handled.__context__ = FileNotFoundError("a cache that has it not yet")
     assert machine_error(handled) is None
-    message = MachineError("as a child said")
-    assert machine_error(message) is message
+    fault = MachineError("as a child said")
+    assert machine_error(fault) is fault
 
 
 def test_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

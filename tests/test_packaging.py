@@ -185,9 +185,9 @@ def test_help_imports_no_heavy_package(shell: Callable[[str], str]) -> None:
 
 
 def test_both_entry_points_print_the_version(shell: Callable[[str], str], declared: Message) -> None:
-    message = shell("parallax-gen --version")
-    assert message == shell("python -m parallax_gen --version")
-    assert message.split()[-1] == declared["Version"]
+    output = shell("parallax-gen --version")
+    assert output == shell("python -m parallax_gen --version")
+    assert output.split()[-1] == declared["Version"]
 
 
 def test_doctor_passes_in_the_wheel(shell: Callable[[str], str]) -> None:

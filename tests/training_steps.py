@@ -43,15 +43,15 @@ def inputs_of(case: StepCase, device: str) -> Inputs:
 def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
     """Launch the case's kernels: out, lse, t_mean, v_mean, dq, dr, dk and dv."""
 
-    def launch(op: str, arguments: Inputs) -> Call:
+    def launch(op: str, kernel_inputs: Inputs) -> Call:
         spec, config = case.spec.for_op(op), case.configs[op]
-        call = verify.poisoned_call(spec, config, arguments)
+        call = verify.poisoned_call(spec, config, kernel_inputs)
         load(render(spec, config, gpu)).launch(*call.arguments(softmax_scale(spec)))
         return call
 
     step = launch("forward", inputs).written
-    arguments = replace(inputs, row_stats=launch("preprocess", replace(inputs, **step)).written["row_stats"])
-    return {**step, **launch("dkdv", arguments).written, **launch("dqdr", arguments).written}
+    kernel_inputs = replace(inputs, row_stats=launch("preprocess", replace(inputs, **step)).written["row_stats"])
+    return {**step, **launch("dkdv", kernel_inputs).written, **launch("dqdr", kernel_inputs).written}
 
 
 def gradients(case: StepCase, inputs: Inputs) -> Gradients:

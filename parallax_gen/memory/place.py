@@ -32,8 +32,8 @@ class Place:
     def flat(self) -> dict[str, Scalar]:
         """All fields by dotted name: `gpu`, `spec.op`, `bucket.seqlen_kv`, ...
 
-        Fields that were added after the first records are left out at their default value, so that the text
-        of older records stays the same.
+        Fields that were added after the first records are left out at their default value, so that the text of
+        older records stays the same.
         """
         return self._flat(self.spec.to_dict(), self.bucket.to_dict())
 

@@ -52,10 +52,10 @@ def flash_attention(
 
 def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Install a fake of one of the three packages; returns the keyword arguments of the calls to its functions."""
-    of, module, inputs = FLASH[name], ModuleType(FLASH[name].module), []
+    of, module, calls = FLASH[name], ModuleType(FLASH[name].module), []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **options: Any) -> Any:
-        inputs.append(options)
+        calls.append(options)
         if options.get("num_splits") == 0 and module.__dict__.get("no_splits"):
             raise AssertionError("SplitKV not supported")
         window = options.get("window_size", (of.no_window, of.no_window))
@@ -73,7 +73,7 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         window_size: tuple[int, int],
         **pages: Tensor | None,
     ) -> Tensor:
-        inputs.append(pages)
+        calls.append(pages)
         lengths = [k_cache.shape[1]] * len(q) if cache_seqlens is None else cache_seqlens.tolist()
         return flash_attention(q, k_cache, v_cache, causal, window_size, lengths)
 
@@ -81,7 +81,7 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
     if of.page_table_name:
         module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, of.module, module)
-    return inputs
+    return calls
 
 
 def prepared(name: str, op: str, spec: KernelSpec, x: Inputs) -> Any:
@@ -132,27 +132,27 @@ def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", ["flash-attn 2", "flash-attn 3"])
 def test_flash_attention_decodes_with_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = flash_module(name, monkeypatch)
+    calls = flash_module(name, monkeypatch)
     spec = KernelSpec("decode_varlen", 64, "fp16", group=2)
     x = random_inputs_for_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     x.cache_seqlens = torch.tensor([50, 7, 20], dtype=torch.int32)
     assert close(prepared(name, "decode", spec, x).results()["out"], attend(spec, x).v_mean)
-    assert inputs == [{}]
+    assert calls == [{}]
     x.page_table = torch.zeros(3, 4, dtype=torch.int32)
     prepared(name, "decode", spec, x).results()
-    assert list(inputs[1]) == [FLASH[name].page_table_name]
+    assert list(calls[1]) == [FLASH[name].page_table_name]
 
 
 @pytest.mark.parametrize("splits", [True, False])
 def test_flash_attention_4_decodes_split_where_it_can(splits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = flash_module("flash-attn 4", monkeypatch)
+    calls = flash_module("flash-attn 4", monkeypatch)
     sys.modules["flash_attn.cute"].no_splits = not splits  # type: ignore[attr-defined]
     spec = KernelSpec("decode", 64, "fp16", group=2)
     x = random_inputs_for_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     single = prepared("flash-attn 4", "decode", spec, x)
-    inputs.clear()
+    calls.clear()
     assert close(single.results()["out"], attend(spec, x).v_mean)
-    assert inputs == [{"num_splits": 0} if splits else {}]
+    assert calls == [{"num_splits": 0} if splits else {}]
 
 
 def test_unsupported_flash_attention_cases_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

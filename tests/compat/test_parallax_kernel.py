@@ -146,8 +146,8 @@ def test_the_backward_accepts_parallax_kernels_statistics(monkeypatch: pytest.Mo
         "backward_without_autograd",
         lambda *args, **options: saved.append(args[2]) or backward(*args, **options),
     )
-    for arguments in ((d1, m), ((m - largest).exp2(), largest)):
-        parallax_bwd(*raw, o, barv, arguments[0], bart, arguments[1], torch.ones_like(o), 0.3, 2)
+    for d1_and_m in ((d1, m), ((m - largest).exp2(), largest)):
+        parallax_bwd(*raw, o, barv, d1_and_m[0], bart, d1_and_m[1], torch.ones_like(o), 0.3, 2)
     whole, t_mean, v_mean = expected_of_each(*swapped(*inputs), scale=0.3, seen=causal(12, 12, at_end=False))[1:]
     for results in saved:
         assert_close(results.lse.exp(), whole.flatten(0, 1).unflatten(0, (4, 2)), "fp32")

@@ -129,8 +129,8 @@ def test_ours_agrees_with_other_packages(module: str, group: int) -> None:
     x = inputs_of(spec, Shape(2, 4 * group, 4, 1024, 1024), normal)
     ours, theirs = our_step(spec, x).results(), BASELINE_STEPS[module](spec, x).results()
     assert ours.keys() == theirs.keys() == {"out", "dq", "dr", "dk", "dv"}
-    for name, their_error in theirs.items():
-        assert errors(ours[name], their_error).relative <= tolerance("bf16"), name
+    for name, their_result in theirs.items():
+        assert errors(ours[name], their_result).relative <= tolerance("bf16"), name
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])

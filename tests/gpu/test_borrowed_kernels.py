@@ -81,6 +81,6 @@ def test_a_call_gets_a_checked_borrowed_kernel_and_not_one_that_spills() -> None
     assert refused.config == SPILLS
     assert "it spills" in why
     # Another process, which compiles nothing, reports the same.
-    message = guard.checked_choice(place, gpu, table)
-    assert (message.candidate, message.checked) == (choice.candidate, True)
+    checked = guard.checked_choice(place, gpu, table)
+    assert (checked.candidate, checked.checked) == (choice.candidate, True)
     assert Bucket(8, 512, 512) == place.bucket

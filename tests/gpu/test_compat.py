@@ -110,14 +110,16 @@ def test_packed_sequences(window: int | None, head_dim: int, dtype: torch.dtype)
 def test_fla_decode(seqlen_q: int, window: int | None, head_dim: int) -> None:
     inputs = [x.detach() for x in leaves(seqlen_q, head_dim=head_dim)]
     starts = torch.tensor([0, 280], device=DEVICE)
-    for arguments in (None, starts):
-        options: Any = {"causal": True, "window_size": window, "cache_leftpad": arguments}
+    for cache_start in (None, starts):
+        options: Any = {"causal": True, "window_size": window, "cache_leftpad": cache_start}
         expected = reference_cached_forward(*inputs, **options).out
-        result = fla.parallax_decode(*inputs, window_size=window, cache_start=arguments)
+        result = fla.parallax_decode(*inputs, window_size=window, cache_start=cache_start)
         assert_close(result, expected, "bf16")
         if seqlen_q == 1:
-            assert torch.equal(fla.parallax_decode_one_step(*inputs, None, window, arguments), result)
-            triton_ones = official_triton.parallax_decode(*inputs, window_size_left=window or -1, cache_start=arguments)
+            assert torch.equal(fla.parallax_decode_one_step(*inputs, None, window, cache_start), result)
+            triton_ones = official_triton.parallax_decode(
+                *inputs, window_size_left=window or -1, cache_start=cache_start
+            )
             assert torch.equal(triton_ones, result)
 
 

@@ -202,7 +202,7 @@ def test_a_database_file_with_changed_bytes(draw: random.Random, tmp_path: Path)
     with Store(tmp_path / "sound.db") as store:
         store.merge(result(block_n=number) for number in range(40))
         store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    sound, message = (tmp_path / "sound.db").read_bytes(), []
+    sound, messages = (tmp_path / "sound.db").read_bytes(), []
     for number in range(DAMAGED):
         path = tmp_path / f"{number}.db"
         path.write_bytes(damaged(draw, sound, most=100))
@@ -215,9 +215,9 @@ def test_a_database_file_with_changed_bytes(draw: random.Random, tmp_path: Path)
                     if not read_only:
                         store.save(result(block_n=7, day=2))
             except StoreError as error:
-                message.append(str(error))
-    assert message
-    assert all(str(tmp_path) in problem for problem in message)
+                messages.append(str(error))
+    assert messages
+    assert all(str(tmp_path) in problem for problem in messages)
 
 
 def test_the_largest_allowed_sizes_work() -> None:

@@ -174,8 +174,8 @@ def test_keys_past_a_sequences_end_are_ignored(causal: bool, poison: float, as_t
     expected = by_rows(q, r, k, v, causal=causal, scale=0.25, lengths=lengths)
     for b, length in enumerate(lengths):
         k[b, length:], v[b, length:] = poison, poison
-    arguments = torch.tensor(lengths, dtype=torch.int32) if as_tensor else lengths
-    result = reference_forward(q, r, k, v, causal=causal, cache_seqlens=arguments)
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32) if as_tensor else lengths
+    result = reference_forward(q, r, k, v, causal=causal, cache_seqlens=cache_seqlens)
     for tensor, expected_tensor in zip(result, expected, strict=True):
         torch.testing.assert_close(tensor, expected_tensor, **EXACT)
 

@@ -105,13 +105,13 @@ def test_the_warning_points_to_the_users_line(modules: list[str | None]) -> None
 def test_without_a_users_line_it_points_to_the_outermost_frame() -> None:
     """For example on autograd's threads."""
     levels: list[int] = []
-    message = threading.Event()
+    finished = threading.Event()
     level = call_through(["torch.autograd", "parallax_gen.runtime.autograd"], user_stacklevel)
     source = "def outermost():\n    levels.append(level())\n    told.set()"
-    module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": message}
+    module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": finished}
     exec(source, module)
     _thread.start_new_thread(module["outermost"], ())
-    assert message.wait(10.0)
+    assert finished.wait(10.0)
     assert levels == [3]
 
 
@@ -211,10 +211,10 @@ def test_the_suggested_command_tunes_the_place() -> None:
         assert arguments[:2] == ["parallax-gen", "tune"]
         with click.Context(tune) as context:
             tune.parse_args(context, arguments[2:])
-            inputs = context.params
+            options = context.params
         names = ("causal", "stats", "ragged", "window", "varlen", "leftpad", "softcap")
-        cache = {"page_size": inputs["page_size"] or 0, "cache_dtype": inputs["cache_dtype"] or ""}
-        flags = Flags(**{name: inputs[name] for name in names}, **cache)
-        (shape,) = inputs["shapes"]
-        result = kernels(*inputs["ops"], *inputs["head_dims"], *inputs["dtypes"], shape.for_op(spec.family), flags)
+        cache = {"page_size": options["page_size"] or 0, "cache_dtype": options["cache_dtype"] or ""}
+        flags = Flags(**{name: options[name] for name in names}, **cache)
+        (shape,) = options["shapes"]
+        result = kernels(*options["ops"], *options["head_dims"], *options["dtypes"], shape.for_op(spec.family), flags)
         assert [(s, bucket_of(sizes)) for s, sizes in result] == [(spec, place.bucket)], arguments

@@ -108,13 +108,15 @@ def saved_tensors(call: Callable[[], Any]) -> list[Tensor]:
 def test_saved_tensors(make: Callable[..., Sample]) -> None:
     sample = make(dtype=torch.float16)
     q = sample.inputs[0]
-    inputs = {x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])}  # saved, but not allocated by the call
+    input_pointers = {
+        x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])
+    }  # saved, but not allocated by the call
     rows = q[..., 0].numel()
     sizes = [
         sum(
             x.nbytes
             for x in saved_tensors(lambda r=r: attend(sample, recompute_v_mean=r))
-            if x.data_ptr() not in inputs
+            if x.data_ptr() not in input_pointers
         )
         for r in (False, True)
     ]

@@ -82,12 +82,14 @@ COMPILED_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "options"), COMPILED_CALLS)
-def test_one_graph(given: dict[str, Any], options: dict[str, Any]) -> None:
-    call, counter = compiled(lambda q: parallax_attn_with_kvcache(**{**given, "q": q}, **options, return_state=True))
-    result = call(given["q"])
+@pytest.mark.parametrize(("arguments", "options"), COMPILED_CALLS)
+def test_one_graph(arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    call, counter = compiled(
+        lambda q: parallax_attn_with_kvcache(**{**arguments, "q": q}, **options, return_state=True)
+    )
+    result = call(arguments["q"])
     assert isinstance(result, State)
-    expected = parallax_attn_with_kvcache(**given, **options, return_state=True)
+    expected = parallax_attn_with_kvcache(**arguments, **options, return_state=True)
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)  # NaN for keys past the length
     assert operators(counter.graphs) == {"parallax_gen.attention_with_kvcache_state.default"}
@@ -229,7 +231,7 @@ def test_an_eager_call_bypasses_the_operator(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "pairs"),
+    ("arguments", "options", "pairs"),
     [
         (cache_arguments(random_sequences(LENGTHS, 3)), {}, 3 * 15),
         (cache_arguments(random_sequences(LENGTHS), before=BEFORE), {"causal": True}, 15),
@@ -243,12 +245,12 @@ def test_an_eager_call_bypasses_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["lengths", "left padding", "window in pages", "packed", "causal"],
 )
-def test_flops(given: dict[str, Any], options: dict[str, Any], pairs: float) -> None:
+def test_flops(arguments: dict[str, Any], options: dict[str, Any], pairs: float) -> None:
     """4 matmuls of multiply-adds; causal squares count half."""
     with FlopCounterMode(display=False) as counter:
-        result = parallax_attn_with_kvcache(**given, **options)
+        result = parallax_attn_with_kvcache(**arguments, **options)
     assert counter.get_total_flops() == 4 * 2 * HEADS * HEAD_DIM * pairs
-    same([*result], [*parallax_attn_with_kvcache(**given, **options)])
+    same([*result], [*parallax_attn_with_kvcache(**arguments, **options)])
 
 
 # Transforms

@@ -137,9 +137,9 @@ def check_caches(mesh: DeviceMesh) -> None:
         assert result[0].placements == (placements[0],)
         same(result, expected)
     shards = sharded(mesh, [q, r, k, v], whole)
-    inputs = {"cache_seqlens": distribute_tensor(ints["cache_seqlens"], mesh, [Shard(0)])}
+    lengths = {"cache_seqlens": distribute_tensor(ints["cache_seqlens"], mesh, [Shard(0)])}
     room = distribute_tensor(torch.zeros_like(q), mesh, [Replicate()])
-    assert parallax_attn_with_kvcache(*shards, **inputs, out=room) is room
+    assert parallax_attn_with_kvcache(*shards, **lengths, out=room) is room
     same([room], [parallax_attn_with_kvcache(q, r, k, v, **ints)])
 
 

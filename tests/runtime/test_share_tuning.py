@@ -212,8 +212,8 @@ def a_broken_database_is_ignored(rank: int) -> None:
     with patched(Store, "all", fail), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         share_tuning()
-    message = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    assert message == ["tuning.db is damaged. Only shipped records and defaults are used."] * (rank == 0)
+    messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert messages == ["tuning.db is damaged. Only shipped records and defaults are used."] * (rank == 0)
     assert chosen() not in (config(24), config(48))
 
 

@@ -158,19 +158,19 @@ def test_a_stored_machine_fault_is_tried_again(store: Store, machine: Machine) -
 
 @pytest.mark.parametrize("outcome", ["ok", "wrong", "crash", "timeout", "predicted"])
 def test_a_stored_machine_fault_is_replaced_by_any_other_row(store: Store, outcome: str) -> None:
-    fault, message = (
+    fault, better = (
         row(CONFIGS[0], hours=1),
         row(CONFIGS[0], outcome, "" if outcome in ("ok", "predicted") else "told"),
     )
     assert fault.is_machine_fault
-    assert not message.is_machine_fault
-    assert supersedes(message, fault)
-    assert not supersedes(fault, message)
+    assert not better.is_machine_fault
+    assert supersedes(better, fault)
+    assert not supersedes(fault, better)
     store.save(fault)
     assert store.results(JOB.place) == [fault]  # the row is kept
-    assert store.merge([message]).replaced == 1
+    assert store.merge([better]).replaced == 1
     assert store.merge([fault]).kept == 1
-    assert store.results(JOB.place) == [message]
+    assert store.results(JOB.place) == [better]
 
 
 def test_a_stored_machine_fault_hides_no_shipped_record(store: Store, tmp_path: Path) -> None:

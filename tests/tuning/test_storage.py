@@ -135,8 +135,8 @@ def test_claims_and_new_results(url: str) -> None:
     second.finish(Result(JOB.place, EVIDENCE, CONFIGS[1], "wrong", error=float("inf"), detail="row 3"))
     assert not first.others_have_claims()
     assert [r.config for r in second.new_results()] == [CONFIGS[0]]
-    (message,) = first.new_results()
-    assert (message.config, message.outcome, message.error, message.detail) == (
+    (shared,) = first.new_results()
+    assert (shared.config, shared.outcome, shared.error, shared.detail) == (
         CONFIGS[1],
         "wrong",
         float("inf"),
