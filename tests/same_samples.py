@@ -70,7 +70,7 @@ FOLDER = Path(__file__).parent / "data" / "same"
 LONGEST = 64_000  # bytes of an uncompressed file
 TUNING_DB = Path(__file__).parents[1] / "tuning_db"
 
-# Toolchains for looking up results, whichever Triton is installed: two with records, and one without.
+# Toolchains for looking up results, for any installed Triton: two with records, and one without.
 TOOLCHAINS = {name: Toolchain(name, cuda) for name, cuda in {"3.6": "12.8/12.9", "3.9": "12.9/13.4", "3.5": ""}.items()}
 FIXED = Toolchain("3.9.0", "12.9/13.4")
 

@@ -237,7 +237,7 @@ def test_the_tuning_process_loads_no_torch() -> None:
 
 
 def test_files_are_short() -> None:
-    """A longer file holds two ideas, or something can be removed; likewise for the command line as a whole."""
+    """Split or shorten a longer file. The limit for the command line is on all its files together."""
     root = PACKAGE.parent
     lines = {
         str(path.relative_to(root)): len(path.read_text(encoding="utf-8").splitlines())

@@ -54,7 +54,7 @@ def test_errors_of_a_sample_are_near_those_of_the_whole() -> None:
     of_whole, of_sample = whole.errors(right), sample.errors(right)
     assert set(of_whole) == set(of_sample) == {"out", "dq", "dr", "dk", "dv"}
     for name, error in of_whole.items():
-        assert 1e-4 < error < 1e-3  # rounding to fp16: at most 2^-12 an element
+        assert 1e-4 < error < 1e-3  # rounding to fp16: at most 2^-12 per element
         assert of_sample[name] == pytest.approx(error, rel=0.2)
 
 

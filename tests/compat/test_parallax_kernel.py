@@ -62,7 +62,7 @@ LENGTHS = [(12, 12), (7, 12), (1, 12)]
 def test_parallax_func_aligns_query_i_with_key_i(lengths: tuple[int, int], window: int) -> None:
     inputs = heads_first(*lengths)
     out = parallax_func(*inputs, window_size_left=window)
-    expected = expected_of_each(*swapped(*inputs), seen=causal(*lengths, window, at_end=False))[0].transpose(1, 2)
+    expected = expected_of_each(*swapped(*inputs), visible=causal(*lengths, window, at_end=False))[0].transpose(1, 2)
     assert out.is_contiguous()
     assert out.dtype == torch.bfloat16
     assert_close(out, expected, "bf16")
@@ -72,14 +72,14 @@ def test_parallax_func_aligns_query_i_with_key_i(lengths: tuple[int, int], windo
 def test_parallax_func_with_more_queries_than_keys() -> None:
     inputs = heads_first(12, 7)
     out = parallax_func(*inputs, window_size_left=12)
-    expected = expected_of_each(*swapped(*inputs), seen=causal(12, 7, at_end=False))[0].transpose(1, 2)
+    expected = expected_of_each(*swapped(*inputs), visible=causal(12, 7, at_end=False))[0].transpose(1, 2)
     assert_close(out, expected, "bf16")
     check_gradients(out, expected, inputs, "bf16")
 
 
 def test_scales_dtypes_and_strides_of_training() -> None:
     inputs = heads_first(dtype=torch.float16)
-    expected = expected_of_each(*swapped(*inputs), scale=0.7, seen=causal(12, 12, at_end=False))[0].transpose(1, 2)
+    expected = expected_of_each(*swapped(*inputs), scale=0.7, visible=causal(12, 12, at_end=False))[0].transpose(1, 2)
     assert_close(parallax_func(*inputs, 0.7), expected, "fp16")
     strided = [x.mT.contiguous().mT for x in inputs]
     assert torch.equal(parallax_func(*strided, qk_scale=0.7), parallax_func(*inputs, qk_scale=0.7))
@@ -106,7 +106,7 @@ def test_raw_forward_and_backward(lengths: tuple[int, int], window: int, dtype: 
     assert [x.dtype for x in result] == [dtype, dtype, *[torch.float32] * 3]
     assert all(x.is_contiguous() and not x.requires_grad for x in result)
     assert d1.shape == bart.shape == m.shape == (8, lengths[0], 1)
-    expected = expected_of_each(*swapped(*inputs), scale=0.3, seen=causal(*lengths, window, at_end=False))
+    expected = expected_of_each(*swapped(*inputs), scale=0.3, visible=causal(*lengths, window, at_end=False))
     of_rows = [x.flatten(0, 1)[..., None] for x in expected[1:3]]
     assert_close(o, expected[0].transpose(1, 2).flatten(0, 1), NAMES[dtype])
     assert_close(barv, expected[3].transpose(1, 2).flatten(0, 1), NAMES[dtype])
@@ -148,7 +148,7 @@ def test_the_backward_accepts_parallax_kernels_statistics(monkeypatch: pytest.Mo
     )
     for d1_and_m in ((d1, m), ((m - largest).exp2(), largest)):
         parallax_bwd(*raw, o, barv, d1_and_m[0], bart, d1_and_m[1], torch.ones_like(o), 0.3, 2)
-    whole, t_mean, v_mean = expected_of_each(*swapped(*inputs), scale=0.3, seen=causal(12, 12, at_end=False))[1:]
+    whole, t_mean, v_mean = expected_of_each(*swapped(*inputs), scale=0.3, visible=causal(12, 12, at_end=False))[1:]
     for results in saved:
         assert_close(results.lse.exp(), whole.flatten(0, 1).unflatten(0, (4, 2)), "fp32")
         assert_close(results.t_mean, t_mean.flatten(0, 1).unflatten(0, (4, 2)), "fp32")
@@ -175,7 +175,7 @@ def test_parallax_varlen_func_of_packed_sequences(dtype: torch.dtype, head_dim: 
 def test_parallax_varlen_func_of_a_batch() -> None:
     inputs = packed_inputs(batch=3)
     out = parallax_varlen_func(*inputs, qk_scale=0.3, window_size_left=5)
-    assert_close(out, expected_of_each(*inputs, scale=0.3, seen=causal(12, 12, 5, at_end=True))[0], "bf16")
+    assert_close(out, expected_of_each(*inputs, scale=0.3, visible=causal(12, 12, 5, at_end=True))[0], "bf16")
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -183,7 +183,7 @@ def test_parallax_varlen_func_of_a_batch() -> None:
 def test_the_reference_aligns_the_last_query_with_the_last_key(lengths: tuple[int, int], window: int) -> None:
     inputs = swapped(*heads_first(*lengths, dtype=torch.float32))
     out = parallax_reference(*inputs, 0.3, window_size_left=window)
-    expected = expected_of_each(*inputs, scale=0.3, seen=causal(*lengths, window, at_end=True))[0]
+    expected = expected_of_each(*inputs, scale=0.3, visible=causal(*lengths, window, at_end=True))[0]
     assert out.dtype == torch.float32
     assert out.is_contiguous()
     assert_close(out, expected, "fp32")
@@ -216,7 +216,7 @@ def test_kvcache_and_its_windows(group: int, window_size: Any, window: int) -> N
     inputs = cached(heads=2 * group)
     kept = [x.clone() for x in inputs]
     out = parallax_attn_with_kvcache(*inputs, window_size=window_size)
-    assert_close(out, expected_of_each(*inputs, seen=last(9, window))[0], "bf16")
+    assert_close(out, expected_of_each(*inputs, visible=last(9, window))[0], "bf16")
     assert all(torch.equal(x, y) for x, y in zip(inputs, kept, strict=True))  # the cache is not appended to
     decoded = parallax_decode(*inputs, 0.125, window_size_left=window)
     assert torch.equal(decoded, out)
@@ -277,12 +277,14 @@ def test_graphed_decode_takes_each_steps_inputs_and_lengths() -> None:
         assert out is step.out
         ends = step.cache_seqlens.tolist()
         parts = [[x[b : b + 1, :n] for x in (q, r, k, v)] for b, n in enumerate(ends)]
-        expected = [expected_of_each(*part, scale=0.3, seen=last(n, 4))[0] for part, n in zip(parts, ends, strict=True)]
+        expected = [
+            expected_of_each(*part, scale=0.3, visible=last(n, 4))[0] for part, n in zip(parts, ends, strict=True)
+        ]
         assert_close(out, torch.cat(expected), "bf16")
     assert ends == [3, 4, 5]
     step.cache_seqlens.fill_(7)
     step.q.neg_()
-    assert_close(step.replay(), expected_of_each(-q, r, k[:, :7], v[:, :7], scale=0.3, seen=last(7, 4))[0], "bf16")
+    assert_close(step.replay(), expected_of_each(-q, r, k[:, :7], v[:, :7], scale=0.3, visible=last(7, 4))[0], "bf16")
 
 
 def test_graphed_decode_of_a_fixed_length() -> None:

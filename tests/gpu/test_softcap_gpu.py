@@ -52,7 +52,7 @@ def test_a_training_step(softcap: float, dtype: str, window: int | None) -> None
 
 @pytest.mark.parametrize(("softcap", "dtype"), CASES)
 def test_serving(softcap: float, dtype: str) -> None:
-    """One query, a chunk of a prompt, lengths of their own, left padding, states of two parts, a graph."""
+    """One query, a chunk of a prompt, per-sequence lengths, left padding, states of two parts, a graph."""
     q, r, k, v = inputs(dtype, softcap, 9, 700)
     decode_inputs = (q[:, :1], r[:, :1], k, v)
     lengths, pads = (torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([700, 333], [3, 70]))

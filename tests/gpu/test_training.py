@@ -46,7 +46,7 @@ def leaves(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Inputs:
-    """By default 2 query heads a kv head, head_dim 64, bf16. s and t have unit variance."""
+    """By default 2 query heads per kv head, head_dim 64, bf16. s and t have unit variance."""
     torch.manual_seed(sum(rows) + head_dim)
     q, r = normal(*rows, heads, head_dim, dtype=dtype), normal(*rows, heads, head_dim, dtype=dtype)
     k, v = normal(*keys, kv_heads, head_dim, dtype=dtype), normal(*keys, kv_heads, head_dim, dtype=dtype)

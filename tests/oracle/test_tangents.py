@@ -29,7 +29,7 @@ def inputs(rows: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Tensor, ...]:
 def test_the_formula_agrees_with_autodiff(
     seqlen_q: int, seqlen_kv: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 45)  # several blocks a head
+    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 45)  # several blocks per head
     arguments = inputs((1, seqlen_q), (1, seqlen_kv))
     changes = tuple(torch.randn_like(x) for x in arguments)
     expected = torch.func.jvp(lambda *x: reference_forward(*x, **options).out, arguments, changes)[1]

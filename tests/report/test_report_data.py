@@ -1,4 +1,4 @@
-"""The report's data: studies, the standing of buckets, failure reasons, times relative to ours."""
+"""The report's data: studies, the states of buckets, failure reasons, times relative to ours."""
 
 from __future__ import annotations
 

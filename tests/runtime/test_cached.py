@@ -122,7 +122,7 @@ def test_a_shared_prefix_merged_with_each_sequences_rest_equals_the_whole(
 
 
 def test_two_merged_halves_of_a_cache_equal_the_whole() -> None:
-    """The left padding of the second half is the first half; one query a sequence sees both halves entirely."""
+    """The left padding of the second half is the first half; one query per sequence sees both halves entirely."""
     arguments = cache_arguments(random_sequences((9, 2, 6)))
     ends = arguments.pop("cache_seqlens")
     middle = torch.tensor([4, 0, 6], dtype=torch.int32)

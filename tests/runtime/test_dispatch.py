@@ -363,4 +363,4 @@ def test_choices_from_random_records_are_valid() -> None:
         kernel, templates = record.evidence.kernel, record.evidence.templates
         assert same_programs(templates, spec) if templates else render(spec, record.config, card).kernel == kernel
     assert min(tiers[tier] for tier in Tier) > 5, tiers  # each tier occurs
-    assert took < 5.0  # CPU seconds: 5 ms a call, half of the budget, including rendering
+    assert took < 5.0  # CPU seconds: 5 ms per call, half of the budget, including rendering

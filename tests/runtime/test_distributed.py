@@ -21,7 +21,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
 from parallax_gen.oracle.reference import reference_backward, reference_forward
 
-# (causal, queries a chunk, heads, kv heads, dtype, its name), including chunks of one query.
+# (causal, queries per chunk, heads, kv heads, dtype, its name), including chunks of one query.
 CASES = [
     (True, 3, 4, 2, torch.float32, "fp32"),
     (False, 3, 4, 2, torch.float32, "fp32"),

@@ -172,9 +172,7 @@ def ranks_that_differ_are_named(rank: int) -> None:
     assert "on ranks 0-1" in message
     message = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
     assert "kernels is" in message
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # another version of a part, of which none of the kernels above is made
+    with tempfile.TemporaryDirectory() as folder:  # another version of a template that none of the kernels above uses
         edited = Path(shutil.copytree(data_dir("templates"), Path(folder) / "templates"))
         (edited / "parts" / "fp8.j2").write_text("another", encoding="utf-8")
         message = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: edited)

@@ -94,7 +94,7 @@ def test_splits_help_a_single_sequence() -> None:
 
 
 def test_resident_blocks_are_limited_by_the_scarcest_resource() -> None:
-    assert resident_blocks(TILE, H200, Resources(128, 0, 1024)) == 2  # registers: 8 warps of 128 a thread
+    assert resident_blocks(TILE, H200, Resources(128, 0, 1024)) == 2  # registers: 8 warps, 128 per thread
     assert resident_blocks(TILE, H200, Resources(32, 0, 100 * 1024)) == 2  # shared memory
     assert resident_blocks(TILE, H200, Resources(16, 0, 0)) == 8  # warps
     assert resident_blocks(SPLIT, H200, Resources(16, 0, 0)) == 32  # blocks
