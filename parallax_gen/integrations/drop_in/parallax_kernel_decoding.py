@@ -58,7 +58,7 @@ def parallax_attn_with_kvcache(
     parallax-kernel does; all are ArgumentErrors.
     """
     if page_table is not None:
-        raise NotOfferedError("page_table", "a tensor", f"None. {OUR_FUNCTION} supports pages")
+        raise NotOfferedError("page_table", "a tensor", f"None. {OUR_FUNCTION} supports paged caches")
     _check(q, r, out, k_cache=k_cache, v_cache=v_cache)
     if seqused_k is not None:
         _check_lengths("seqused_k", seqused_k, q, k_cache)
