@@ -16,7 +16,7 @@ SMALLEST, LARGEST = 1e-18, 1e18  # of softmax_scale and softcap: their quotient 
 
 
 def check_numbers(causal: bool, window: int | None, softmax_scale: float | None, softcap: float | None) -> None:
-    """Check the arguments that are no tensors. Raises ArgumentError."""
+    """Check the arguments that are not tensors. Raises ArgumentError."""
     check_flag("causal", causal)
     if window is not None:
         if not is_int(window) or window < 1:
@@ -67,8 +67,8 @@ def check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, packed: bool = F
     if r.shape != q.shape:
         raise ArgumentError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
     if list(k.shape[:-3]) != batch or k.shape[-1] != head_dim:
-        fitting = ", ".join(map(str, (*batch, layout[-3], layout[-2], head_dim)))
-        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({fitting}), to go with q")
+        matching = ", ".join(map(str, (*batch, layout[-3], layout[-2], head_dim)))
+        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({matching}), to match q")
     if k.shape[-2] == 0 or heads == 0 or heads % k.shape[-2]:
         raise ArgumentError("k", f"{k.shape[-2]} kv heads", f"a divisor of q's {heads} heads")
     if v.shape != k.shape:

@@ -30,7 +30,7 @@ Stats = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of the functions, except return_stats."""
+    """The keyword arguments of the public functions, except return_stats."""
 
     causal: bool
     window_size: int | None
@@ -106,11 +106,12 @@ def parallax_attn_func(
     recorded.
 
     torch.func: grad, vjp, jacrev, functional_call, vmap (samples become one larger batch) and vmap of grad, for
-    per-sample gradients. Forward-mode AD (dual numbers, jvp, jacfwd, linearize) is correct but slow: the tangent of out
-    is computed in plain torch, in fp64, on the inputs' device; statistics have no tangents, so return_stats is refused
-    with one. Second derivatives in any combination of modes raise ArgumentError. torch.compile traces vmap, breaks the
-    graph at other transforms, and refuses dual numbers. torch.utils.flop_counter counts 8 · head_dim FLOP for each
-    query, head and visible key, and twice that in the backward for all gradients.
+    per-sample gradients. Forward-mode AD (dual numbers, jvp, jacfwd, linearize) is correct but slow: the tangent of
+    out is computed in plain torch, in fp64, on the inputs' device; statistics have no tangents, so return_stats is
+    refused for inputs with a tangent. Second derivatives in any combination of modes raise ArgumentError.
+    torch.compile traces vmap, breaks the graph at other transforms, and refuses dual numbers.
+    torch.utils.flop_counter counts 8 · head_dim FLOP for each query, head and visible key, and twice that in the
+    backward for all gradients.
 
     Raises ArgumentError, naming the argument.
     """
@@ -192,14 +193,14 @@ def parallax_attn_varlen_func(
                   cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q and r. A sequence may be empty, and the batch may be
                   0. Rows of no sequence, before the first or after the last, are not read: out, t̄, v̄ and all
                   gradients are 0 there, and lse is -inf
-    cu_seqlens_k  likewise for k and v, whose gradients are 0 in rows of no sequence
+    cu_seqlens_k  the same for k and v; their gradients are 0 in rows of no sequence
     max_seqlen_q  at least the largest number of queries of a sequence, and not much more: it sizes the grid
-    max_seqlen_k  likewise for keys
+    max_seqlen_k  the same for keys
 
-    Everything else, gradients and autocast too, is as in parallax_attn_func; lse and t̄ are (heads, total_q). On CUDA
-    tensors only the kernels read the lengths: nothing synchronises, and a new packing compiles nothing. But vmap runs
-    its samples one after the other, and forward-mode AD and FLOP counting read cu_seqlens, which waits for the device.
-    If these are fake tensors, each sequence counts as the longest.
+    Everything else, including gradients and autocast, is as in parallax_attn_func; lse and t̄ are (heads, total_q).
+    On CUDA tensors only the kernels read the lengths: nothing synchronises, and a new packing compiles nothing. But
+    vmap runs its samples one after the other, and forward-mode AD and FLOP counting read cu_seqlens, which waits
+    for the device. If cu_seqlens are fake tensors, each sequence counts as the longest.
     """
     request = Request(
         q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -238,7 +239,9 @@ def _attend_observed(
     inputs = inputs_of(request)
     compiling = torch.compiler.is_compiling()
     if compiling and must_break_graph(request.q):
-        torch._dynamo.graph_break(msg="transforms of torch.func other than vmap see Parallax attention in eager calls")
+        torch._dynamo.graph_break(
+            msg="torch.compile traces Parallax attention under vmap, but under no other transform of torch.func"
+        )
     if (
         not compiling
         and transform_is_active()

@@ -21,7 +21,7 @@ from parallax_gen.distributed.ring import _Ring
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
 
-# (causal, queries a chunk, heads, kv heads, dtype, its name, softcap), including chunks of one query.
+# (causal, queries per chunk, heads, kv heads, dtype, its name, softcap), including chunks of one query.
 CASES = [
     (True, 3, 4, 2, torch.float32, "fp32", None),
     (False, 3, 4, 2, torch.float32, "fp32", 1.5),
@@ -43,21 +43,21 @@ def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
     causal, chunk, heads, kv_heads, dtype, name, softcap = case
     *inputs, do = whole(chunk, ranks * (2 if causal else 1), heads, kv_heads, dtype)
     assert torch.equal(gather_sequence(shard_sequence(inputs[0], causal=causal), causal=causal), inputs[0])
-    mine = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
-    out = ring_attn_func(*mine, causal=causal, softcap=softcap)
+    shards = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
+    out = ring_attn_func(*shards, causal=causal, softcap=softcap)
     exact = [x.double().requires_grad_() for x in inputs]
-    wanted = plain_attention(*exact, causal=causal, softcap=softcap)
-    assert_close(gather_sequence(out, causal=causal), wanted, name)
-    grads = torch.autograd.grad(out, mine, shard_sequence(do, causal=causal))
-    wanted_grads, sizes = torch.autograd.grad(wanted, exact, do.double()), gradient_term_sizes(*inputs, do)
-    for grad, x, wanted_grad, natural in zip(grads, mine, wanted_grads, sizes, strict=True):
+    expected_out = plain_attention(*exact, causal=causal, softcap=softcap)
+    assert_close(gather_sequence(out, causal=causal), expected_out, name)
+    grads = torch.autograd.grad(out, shards, shard_sequence(do, causal=causal))
+    expected_grads, sizes = torch.autograd.grad(expected_out, exact, do.double()), gradient_term_sizes(*inputs, do)
+    for grad, x, expected, natural in zip(grads, shards, expected_grads, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
-        found = gather_sequence(grad, causal=causal)
+        result = gather_sequence(grad, causal=causal)
         # Partial gradients are rounded to 16 bits before they are summed, besides the rounding of one backward.
         if name == "fp32":
-            assert_close(found, wanted_grad, name, float(natural))
+            assert_close(result, expected, name, float(natural))
         else:
-            assert errors(found, wanted_grad, float(natural)).relative < 2e-2
+            assert errors(result, expected, float(natural)).relative < 2e-2
 
 
 def work(rank: int, ranks: int, port: int, failures: Any) -> None:
@@ -96,9 +96,9 @@ def test_ring_attention_equals_attention_on_one_rank(ranks: int, free_port: int)
 def free_port() -> int:
     import socket
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        port: int = result.getsockname()[1]
         return port
 
 

@@ -39,8 +39,8 @@ def test_values_and_gradients(inputs: list[Tensor]) -> None:
     assert_close(out, expected, "fp32")
     do = torch.randn_like(out)
     grads = torch.autograd.grad(out, inputs, do), torch.autograd.grad(expected, inputs, do.double())
-    for got, wanted in zip(*grads, strict=True):
-        assert_close(got, wanted, "fp32")
+    for got, target in zip(*grads, strict=True):
+        assert_close(got, target, "fp32")
 
 
 def test_a_large_cap_is_none_and_a_small_one_levels_the_weights(inputs: list[Tensor]) -> None:
@@ -53,9 +53,9 @@ def test_a_large_cap_is_none_and_a_small_one_levels_the_weights(inputs: list[Ten
 def test_the_tangent(inputs: list[Tensor]) -> None:
     x, tangents = tuple(x.detach() for x in inputs), tuple(torch.randn_like(x) for x in inputs)
     got = torch.func.jvp(lambda *x: parallax_attn_func(*x, causal=True, softcap=CAP), x, tangents)
-    wanted = torch.func.jvp(capped, x, tangents)
-    for one, other in zip(got, wanted, strict=True):
-        assert_close(one, other, "fp32")
+    expected = torch.func.jvp(capped, x, tangents)
+    for tensor, expected_tensor in zip(got, expected, strict=True):
+        assert_close(tensor, expected_tensor, "fp32")
 
 
 def _packed(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def _in_two_states(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _batched(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    one = torch.func.vmap(lambda *x: parallax_attn_func(*(y[None] for y in x), causal=True, softcap=CAP)[0])
-    return one(q, r, k, v)
+    per_sample = torch.func.vmap(lambda *x: parallax_attn_func(*(y[None] for y in x), causal=True, softcap=CAP)[0])
+    return per_sample(q, r, k, v)
 
 
 def _compiled(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def test_the_layer_caps_its_scores() -> None:
     layer.load_state_dict(plain.state_dict())
     x = 4 * torch.randn(1, 9, 64)
     q, r, k, v = (p(x).unflatten(-1, (2, 32)) for p in (layer.q_proj, layer.r_proj, layer.k_proj, layer.v_proj))
-    wanted = layer.o_proj(plain_attention(q, r, k, v, softcap=0.1).float().flatten(-2))
-    assert_close(layer(x), wanted, "fp32")
+    expected = layer.o_proj(plain_attention(q, r, k, v, softcap=0.1).float().flatten(-2))
+    assert_close(layer(x), expected, "fp32")
     assert not torch.allclose(layer(x), plain(x), atol=1e-2)
 
 
