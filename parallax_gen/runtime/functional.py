@@ -72,7 +72,7 @@ def parallax_attn_func(
     return_stats: bool = False,
     recompute_v_mean: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Parallax attention: o_i = Σ_j p_ij (1 + t̄_i − t_ij) v_j, with p = softmax(scale·q·k), t = r·k, t̄ = Σ p t.
+    """Parallax attention: o_i = Σ_j p_ij (1 + t̄_i − t_ij) v_j, with p = softmax(s), s = scale·q·k, t = r·k, t̄ = Σ p t.
 
     (Parallax: Parameterized Local Linear Attention for Language Modeling, arXiv 2605.29157, algorithm 1. r = 0 is
     softmax attention.)
@@ -83,10 +83,10 @@ def parallax_attn_func(
     causal            query i sees keys up to its position, seqlen_kv − seqlen_q + i (aligned to the end); a query that
                       sees no key gives 0
     window_size       with causal: a query sees at most this many keys, its own and those right before it
-    softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
-    softcap           c of c·tanh(s/c), which takes the place of scores s = scale·q·k, as in Gemma 2; None for no cap
+    softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
+    softcap           c, from 1e-18 to 1e18: scores s become c·tanh(s/c), as in Gemma 2; None for no cap
     out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
-    return_stats      also return lse = log Σ exp(scale·q·k) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
+    return_stats      also return lse = log Σ exp(s) (capped s) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients
     recompute_v_mean  save less for the backward, which then runs the forward once more
 

@@ -135,8 +135,8 @@ def parallax_attn_with_kvcache(
     causal            with several queries per sequence, each sees keys up to its position. A single query always sees
                       all keys
     window_size       with causal: a query sees at most this many keys, its own and those right before it
-    softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
-    softcap           c of c·tanh(s/c), which takes the place of scores s = scale·q·k, as in Gemma 2; None for no cap
+    softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
+    softcap           c, from 1e-18 to 1e18: scores s = scale·q·k become c·tanh(s/c), as in Gemma 2; None for no cap
     k_scale, v_scale  for 8-bit caches: the factor of the stored values, (1,) or (kv_heads,) fp32 on the same device, or
                       a number; 1 by default
     out               where to write, like q; allocated if not given
