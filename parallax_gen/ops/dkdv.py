@@ -1,4 +1,4 @@
-"""The gradients of k and v: a program owns keys and steps over query rows."""
+"""The gradients of k and v: a program owns keys and streams query rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class DkDvConfig(MaskedConfig):
-    """The config of dkdv: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
+    """The config of dkdv: a program owns BLOCK_N keys and streams the rows of every query head of its group.
 
     GROUP_HEADS counts kv heads here.
 

@@ -1,4 +1,4 @@
-"""The gradients of q and r: a program owns query rows and steps over keys."""
+"""The gradients of q and r: a program owns query rows and streams keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class DqDrConfig(MaskedConfig):
-    """The config of dqdr: a program owns BLOCK_M query rows and steps over keys.
+    """The config of dqdr: a program owns BLOCK_M query rows and streams keys.
 
     MASK  where the causal mask is applied: "after_exp", to the weights, in every block, or with a window only in blocks
           that the diagonal or the window's edge crosses; "before_exp", to the scores, only in those blocks
