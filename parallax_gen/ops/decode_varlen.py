@@ -17,8 +17,8 @@ from parallax_gen.problem.spec import KernelSpec
 class DecodeVarlenOp(CacheOp):
     """Any number of queries a sequence. Longer sequences get more splits; the average number is NUM_SPLITS.
 
-    spare_split_every  a launch has one spare split for this many sequences (with multi-token queries: tiles), which long
-                       sequences take
+    spare_split_every  a launch has one spare split for this many sequences, or tiles with multi-token queries; long
+                       sequences take them
     """
 
     name = "decode_varlen"
