@@ -123,7 +123,7 @@ class CacheOp(Op[DecodeConfig]):
 
     # -- launches and checks
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("q", "r", "k", "v")
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:

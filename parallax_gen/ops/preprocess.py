@@ -65,7 +65,7 @@ class PreprocessOp(Op[PreprocessConfig]):
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[PreprocessConfig]:
         return [PreprocessConfig(BLOCK_M=m, num_warps=4) for m in (16, 32, 8)]
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("do", "out", "v_mean", "lse", "t_mean")
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:

@@ -230,7 +230,7 @@ class TiledOp(Op[T]):
 
     # -- launches and checks
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("q", "r", "k", "v")
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
@@ -255,7 +255,7 @@ class TiledOp(Op[T]):
         constant offsets take fewer registers.
         """
         streamed = QUERY_ROW_TENSORS if self.owns_keys else KEY_TENSORS
-        tensors = [t for t in (*self.given(spec), *self.written(spec)) if t in (*QUERY_ROW_TENSORS, *KEY_TENSORS)]
+        tensors = [t for t in (*self.inputs(spec), *self.written(spec)) if t in (*QUERY_ROW_TENSORS, *KEY_TENSORS)]
         passed = (
             *pointers(self.tensors(spec, config)),
             *(strides(spec, t, "n" if t in KEY_TENSORS else "m", constant=t in streamed) for t in tensors),
@@ -328,8 +328,8 @@ class GradientOp(TiledOp[M]):
             return "MASK 'before_exp' needs causal attention: without it there is no mask"
         return super().why_invalid(spec, config, gpu)
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
-        return (*super().given(spec), "do", "row_stats")
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
+        return (*super().inputs(spec), "do", "row_stats")
 
     def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
         return (row_stats_strides(spec), number("softmax_scale"))

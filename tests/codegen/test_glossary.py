@@ -18,8 +18,38 @@ GPU = GPUS["h200"]
 ENDINGS = r"_ptrs?|_offsets?|_head|_block|_row|_splits|_\d|_this|_other|64"
 BEGINNINGS = r"stride_|offs_|mask_|range_|start_|num_|total_|first_"
 # Names in the table of patterns, and names that need no explanation.
-PLAIN = {"half", "HALF_DIM", "rows64", "_", "i", "x", "mask", "stride", "row", "query", "offsets", "root", "LN_2", "LOG2_E", "TWO_LOG2_E", "HEAD_DIM"}
-PLAIN |= {"cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "cache_leftpad", "BLOCK_M", "BLOCK_N", "BLOCK_H", "PAGE_SIZE", "key_begin", "key_end", "row_begin", "row_end"}
+PLAIN = {
+    "half",
+    "HALF_DIM",
+    "rows64",
+    "_",
+    "i",
+    "x",
+    "mask",
+    "stride",
+    "row",
+    "query",
+    "offsets",
+    "root",
+    "LN_2",
+    "LOG2_E",
+    "TWO_LOG2_E",
+    "HEAD_DIM",
+}
+PLAIN |= {
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "cache_seqlens",
+    "cache_leftpad",
+    "BLOCK_M",
+    "BLOCK_N",
+    "BLOCK_H",
+    "PAGE_SIZE",
+    "key_begin",
+    "key_end",
+    "row_begin",
+    "row_end",
+}
 
 
 def explained() -> set[str]:

@@ -125,6 +125,7 @@ def decode_kernel(
     r = tl.load(r_ptrs, mask=(mask_h & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
+    # -- the softmax state, and where this sequence's keys lie
     range_n = tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
@@ -153,7 +154,7 @@ def decode_kernel(
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < GROUP
 
-    # -- store this split's state: per head o1, o2 in [NUM_SPLITS, 2, HEAD_DIM], then m, d1, d2 in [3, NUM_SPLITS]
+    # -- store this split's state: per head o1 and o2 in [NUM_SPLITS, 2, HEAD_DIM], m, d1 and d2 in [3, NUM_SPLITS]
     STATES_SIZE: tl.constexpr = NUM_SPLITS * (2 * HEAD_DIM + 4)  # floats of a head; 4, not 3, for 16-byte alignment
     states_ptrs = scratch_ptr + (bh * GROUP + offs_h).to(tl.int64) * STATES_SIZE
     o_ptrs = states_ptrs[:, None] + split * (2 * HEAD_DIM) + offs_d[None, :]

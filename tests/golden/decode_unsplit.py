@@ -85,6 +85,7 @@ def decode_kernel(
     r = tl.load(r_ptrs, mask=(mask_h & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
+    # -- the softmax state, and where this sequence's keys lie
     range_n = tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh

@@ -1,6 +1,7 @@
 """Parallax attention of queries against a KV cache, each sequence of its own length.
 
-spec       decode, head_dim 128, fp16, GQA 2:1, causal, stats, ragged, many queries, pages of 16
+spec       decode, head_dim 128, fp16, GQA 2:1, causal, stats, per-sequence lengths, multi-token queries, pages of
+           16
 config     BLOCK_N=32 BLOCK_H=16 NUM_SPLITS=8 merge=last num_warps=4 num_stages=3
 gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel c444000ec704
@@ -31,7 +32,7 @@ def _load_lengths(
 ):
     """Per sequence: number of keys, number of queries, number of visible key blocks."""
     seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
-    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)
+    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
     seqlen_q = tl.where(mask, queries_per_seq, 0)
     return seqlen_kv, seqlen_q, tl.cdiv(seqlen_kv, BLOCK_N)
 
@@ -210,7 +211,7 @@ def decode_varlen_kernel(
     tile = (work_item - first_work_item) // tile_splits
     split = (work_item - first_work_item) % tile_splits
     start_m = tile * BLOCK_H
-    # the tile's last query sees the keys before visible_end
+    # its last query sees the keys before visible_end
     last_query = tl.minimum((start_m + BLOCK_H - 1) // GROUP, seqlen_q - 1)
     visible_end = tl.maximum(seqlen_kv - seqlen_q + last_query + 1, 0)
     num_blocks = tl.cdiv(visible_end, BLOCK_N)
@@ -227,17 +228,18 @@ def decode_varlen_kernel(
     offs_q = (offs_m // GROUP).to(tl.int64)
     offs_d = tl.arange(0, 128)
     seq64 = seq.to(tl.int64)
-    q_rows = q_ptr + seq64 * stride_qb + offs_q * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
-    r_rows = r_ptr + seq64 * stride_rb + offs_q * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
-    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None], other=0.0)
-    r = tl.load(r_rows[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None], other=0.0)
+    q_row_ptrs = q_ptr + seq64 * stride_qb + offs_q * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
+    r_row_ptrs = r_ptr + seq64 * stride_rb + offs_q * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
+    q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None], other=0.0)
+    r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
+
+    # -- the softmax state: a row for each (query, head) pair
     offs_m = start_m + tl.arange(0, BLOCK_H)
     mask_m = offs_m < seqlen_q * GROUP
     offs_h = offs_m % GROUP
     offs_q = (offs_m // GROUP).to(tl.int64)
     query_positions = seqlen_kv - seqlen_q + offs_m // GROUP  # among the keys of their sequence
-
     range_n = tl.arange(0, BLOCK_N)
     m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: rows without keys must not give NaN
     d1 = tl.zeros([BLOCK_H], tl.float32)
@@ -278,12 +280,14 @@ def decode_varlen_kernel(
 
     o = tl.permute(tl.reshape(o, [BLOCK_H // 8, 2, 8, 128]), [0, 2, 3, 1])
     o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, 128, 2]))  # [BLOCK_H, HEAD_DIM] each
+
+    # -- the output, or the state of a split
     o_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
     v_mean_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
     lse_ptr += (seq64 * kv_heads + kv_head) * GROUP * queries_per_seq
     t_mean_ptr += (seq64 * kv_heads + kv_head) * GROUP * queries_per_seq
     if tile_splits == 1:
-        # -- store the output: this is the only split of its tile
+        # this is the only split of its tile
         row_offsets = offs_q * stride_on + offs_h * stride_oh
         out = _normalize(d1[:, None], d2[:, None], o1, o2)
         o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
@@ -297,7 +301,7 @@ def decode_varlen_kernel(
         tl.store(lse_ptr + stat_offsets, lse, mask=mask_m)
         tl.store(t_mean_ptr + stat_offsets, d2 * inv_d1, mask=mask_m)
     else:
-        # -- store this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
+        # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
         range_m = tl.arange(0, BLOCK_H)
         state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
         state_o_ptrs = state_ptr + range_m[:, None] * (2 * HEAD_DIM) + offs_d[None, :]

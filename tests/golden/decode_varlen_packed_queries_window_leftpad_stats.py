@@ -1,6 +1,7 @@
 """Parallax attention of queries against a KV cache, each sequence of its own length.
 
-spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, ragged, leftpad, many queries
+spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, per-sequence lengths, leftpad, multi-token
+           queries
 config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
 gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel e20065eca7be
@@ -33,7 +34,7 @@ def _load_lengths(
 ):
     """Per sequence: number of keys, first visible key, number of queries, number of visible key blocks."""
     seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
-    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)
+    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
     seq_start_q = tl.load(cu_seqlens_q_ptr + seq, mask=mask, other=0)
     seqlen_q = tl.maximum(tl.load(cu_seqlens_q_ptr + seq + 1, mask=mask, other=0) - seq_start_q, 0)
     visible_begin = tl.maximum(tl.load(cache_leftpad_ptr + seq, mask=mask, other=0), 0)
@@ -272,7 +273,7 @@ def decode_varlen_kernel(
     tile = (work_item - first_work_item) // tile_splits
     split = (work_item - first_work_item) % tile_splits
     start_m = tile * BLOCK_H
-    # the tile's last query sees the keys before visible_end, its first query those from visible_begin on
+    # its last query sees the keys before visible_end, its first query those from visible_begin on
     last_query = tl.minimum((start_m + BLOCK_H - 1) // GROUP, seqlen_q - 1)
     visible_end = tl.maximum(seqlen_kv - seqlen_q + last_query + 1, 0)
     visible_begin = tl.maximum(visible_begin, seqlen_kv - seqlen_q + start_m // GROUP + 1 - window_size)
@@ -292,17 +293,18 @@ def decode_varlen_kernel(
     mask_d = offs_d < HEAD_DIM
     seq64 = seq.to(tl.int64)
     seq_start_q = tl.load(cu_seqlens_q_ptr + seq).to(tl.int64)
-    q_rows = q_ptr + (seq_start_q + offs_q) * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
-    r_rows = r_ptr + (seq_start_q + offs_q) * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
-    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None] & mask_d[None, :], other=0.0)
-    r = tl.load(r_rows[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None] & mask_d[None, :], other=0.0)
+    q_row_ptrs = q_ptr + (seq_start_q + offs_q) * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
+    r_row_ptrs = r_ptr + (seq_start_q + offs_q) * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
+    q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None] & mask_d[None, :], other=0.0)
+    r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None] & mask_d[None, :], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
+
+    # -- the softmax state: a row for each (query, head) pair
     offs_m = start_m + tl.arange(0, BLOCK_H)
     mask_m = offs_m < seqlen_q * GROUP
     offs_h = offs_m % GROUP
     offs_q = (offs_m // GROUP).to(tl.int64)
     query_positions = seqlen_kv - seqlen_q + offs_m // GROUP  # among the keys of their sequence
-
     range_n = tl.arange(0, BLOCK_N)
     stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, those of a cache may not
     stride_vn64 = tl.cast(stride_vn, tl.int64)
@@ -334,12 +336,14 @@ def decode_varlen_kernel(
 
     o = tl.permute(tl.reshape(o, [BLOCK_H // 8, 2, 8, 128]), [0, 2, 3, 1])
     o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, 128, 2]))  # [BLOCK_H, HEAD_DIM] each
+
+    # -- the output, or the state of a split
     o_ptr += seq_start_q * stride_on + kv_head * GROUP * stride_oh
     v_mean_ptr += seq_start_q * stride_on + kv_head * GROUP * stride_oh
     lse_ptr += seq_start_q + kv_head * GROUP * total_q
     t_mean_ptr += seq_start_q + kv_head * GROUP * total_q
     if tile_splits == 1:
-        # -- store the output: this is the only split of its tile
+        # this is the only split of its tile
         row_offsets = offs_q * stride_on + offs_h * stride_oh
         out = _normalize(d1[:, None], d2[:, None], o1, o2)
         o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
@@ -353,7 +357,7 @@ def decode_varlen_kernel(
         tl.store(lse_ptr + stat_offsets, lse, mask=mask_m)
         tl.store(t_mean_ptr + stat_offsets, d2 * inv_d1, mask=mask_m)
     else:
-        # -- store this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
+        # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
         range_m = tl.arange(0, BLOCK_H)
         state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
         state_o_ptrs = state_ptr + range_m[:, None] * (2 * HEAD_DIM) + offs_d[None, :]

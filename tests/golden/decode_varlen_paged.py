@@ -1,6 +1,6 @@
 """Parallax attention of queries against a KV cache, each sequence of its own length.
 
-spec       decode, head_dim 128, bf16, GQA 4:1, ragged, pages of 64
+spec       decode, head_dim 128, bf16, GQA 4:1, per-sequence lengths, pages of 64
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 93aae1e8a32b
@@ -30,7 +30,7 @@ def _load_lengths(
 ):
     """Per sequence: number of keys, number of queries, number of visible key blocks."""
     seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
-    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)
+    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
     seqlen_q = tl.where(mask, 1, 0)
     return seqlen_kv, seqlen_q, tl.cdiv(seqlen_kv, BLOCK_N)
 
@@ -197,14 +197,15 @@ def decode_varlen_kernel(
     mask_h = offs_h < GROUP
     offs_d = tl.arange(0, 128)
     seq64 = seq.to(tl.int64)
-    q_rows = q_ptr + seq64 * stride_qb + (kv_head * GROUP + offs_h) * stride_qh
-    r_rows = r_ptr + seq64 * stride_rb + (kv_head * GROUP + offs_h) * stride_rh
-    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=(mask_h & is_query)[:, None], other=0.0)
-    r = tl.load(r_rows[:, None] + offs_d[None, :], mask=(mask_h & ~is_query)[:, None], other=0.0)
+    q_row_ptrs = q_ptr + seq64 * stride_qb + (kv_head * GROUP + offs_h) * stride_qh
+    r_row_ptrs = r_ptr + seq64 * stride_rb + (kv_head * GROUP + offs_h) * stride_rh
+    q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_h & is_query)[:, None], other=0.0)
+    r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_h & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
+
+    # -- the softmax state: a row for each query head
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < GROUP
-
     range_n = tl.arange(0, BLOCK_N)
     stride_kvn64 = tl.cast(stride_kvn, tl.int64)  # offsets within a block fit 32 bits, those of a page may not
     m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: rows without keys must not give NaN
@@ -234,15 +235,17 @@ def decode_varlen_kernel(
         m, d1, d2, o = _attend_block(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
 
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, 128]), [1, 2, 0]))  # [8, HEAD_DIM] each
+
+    # -- the output, or the state of a split
     o_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
     if tile_splits == 1:
-        # -- store the output: this is the only split of its tile
+        # this is the only split of its tile
         row_offsets = offs_h * stride_oh
         out = _normalize(d1[:, None], d2[:, None], o1, o2)
         o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
         tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=mask_h[:, None])
     else:
-        # -- store this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
+        # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
         range_h = tl.arange(0, BLOCK_H)
         state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
         state_o_ptrs = state_ptr + range_h[:, None] * (2 * HEAD_DIM) + offs_d[None, :]

@@ -83,17 +83,17 @@ def forward_kernel(
     unmasked_end = start_m + causal_offset + 1
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, in fp32, and the softmax state after it. Where the first key outweighs all others, t is
-    #    close to t_mean and o depends on their small difference: rounding this key would dominate the error
-    k_first = tl.load(k_ptr + offs_d).to(tl.float32)
-    v_first = tl.load(v_ptr + offs_d).to(tl.float32)
-    s_first = tl.sum(q * k_first[None, :], 1)
-    t_first = tl.sum(r * k_first[None, :], 1)
-    sees_first = last_key >= 0
-    m = tl.where(sees_first, s_first * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
-    d1 = tl.where(sees_first, 1.0, 0.0)
-    d2 = tl.where(sees_first, t_first, 0.0)
-    o1 = tl.where(sees_first[:, None], v_first[None, :], 0.0)
+    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    k0 = tl.load(k_ptr + offs_d).to(tl.float32)
+    v0 = tl.load(v_ptr + offs_d).to(tl.float32)
+    s0 = tl.sum(q * k0[None, :], 1)
+    t0 = tl.sum(r * k0[None, :], 1)
+    sees_k0 = last_key >= 0
+    m = tl.where(sees_k0, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+    d1 = tl.where(sees_k0, 1.0, 0.0)
+    d2 = tl.where(sees_k0, t0, 0.0)
+    o1 = tl.where(sees_k0[:, None], v0[None, :], 0.0)
     o2 = d2[:, None] * o1
 
     # -- the other keys, block by block; the last block may reach past the end

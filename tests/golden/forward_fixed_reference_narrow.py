@@ -89,28 +89,28 @@ def forward_kernel(
     unmasked_end = start_m + causal_offset + 1
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, in fp32, and the softmax state after it. Where the first key outweighs all others, t is
-    #    close to t_mean and o depends on their small difference: rounding this key would dominate the error
-    k_first = tl.load(k_ptr + offs_d).to(tl.float32)
-    v_first = tl.load(v_ptr + offs_d).to(tl.float32)
-    s_first = tl.sum(q * k_first[None, :], 1)
-    t_first = tl.sum(r * k_first[None, :], 1)
+    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    k0 = tl.load(k_ptr + offs_d).to(tl.float32)
+    v0 = tl.load(v_ptr + offs_d).to(tl.float32)
+    s0 = tl.sum(q * k0[None, :], 1)
+    t0 = tl.sum(r * k0[None, :], 1)
 
-    # -- m, the fixed reference of the exponential: the score of the first key. Rows that see few keys take their
-    #    largest score instead: that key then has weight 1, which is not rounded
-    m = s_first * scale_log2
+    # -- m, the fixed reference of the exponential: the score of the first key. Rows that
+    #    see few keys take their largest score instead: that key then has weight 1, which is not rounded
+    m = s0 * scale_log2
     if start_m + causal_offset < BLOCK_N:
         mask_n = range_n < seqlen_kv
         k = tl.load(k_ptr + k_offsets, mask=mask_n[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         s = tl.where(range_n[None, :] <= last_key[:, None], s, float("-inf"))
         m = tl.maximum(m, tl.max(s, 1) * scale_log2)
-    sees_first = last_key >= 0
-    p_first = tl.where(sees_first, tl.exp2(s_first * scale_log2 - m), 0.0)
-    d1 = p_first
-    d2 = p_first * t_first
-    o1 = p_first[:, None] * v_first[None, :]
-    o2 = t_first[:, None] * o1
+    sees_k0 = last_key >= 0
+    p0 = tl.where(sees_k0, tl.exp2(s0 * scale_log2 - m), 0.0)
+    d1 = p0
+    d2 = p0 * t0
+    o1 = p0[:, None] * v0[None, :]
+    o2 = t0[:, None] * o1
 
     # -- the other keys, block by block; the last block may reach past the end
     for start_n in tl.range(1, key_end, BLOCK_N):
@@ -230,17 +230,17 @@ def fixup_kernel(
         unmasked_end = start_m + causal_offset + 1
         key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-        # -- the first key, in fp32, and the softmax state after it. Where the first key outweighs all others, t is
-        #    close to t_mean and o depends on their small difference: rounding this key would dominate the error
-        k_first = tl.load(k_head + offs_d).to(tl.float32)
-        v_first = tl.load(v_head + offs_d).to(tl.float32)
-        s_first = tl.sum(q * k_first[None, :], 1)
-        t_first = tl.sum(r * k_first[None, :], 1)
-        sees_first = last_key >= 0
-        m = tl.where(sees_first, s_first * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
-        d1 = tl.where(sees_first, 1.0, 0.0)
-        d2 = tl.where(sees_first, t_first, 0.0)
-        o1 = tl.where(sees_first[:, None], v_first[None, :], 0.0)
+        # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+        #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+        k0 = tl.load(k_head + offs_d).to(tl.float32)
+        v0 = tl.load(v_head + offs_d).to(tl.float32)
+        s0 = tl.sum(q * k0[None, :], 1)
+        t0 = tl.sum(r * k0[None, :], 1)
+        sees_k0 = last_key >= 0
+        m = tl.where(sees_k0, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+        d1 = tl.where(sees_k0, 1.0, 0.0)
+        d2 = tl.where(sees_k0, t0, 0.0)
+        o1 = tl.where(sees_k0[:, None], v0[None, :], 0.0)
         o2 = d2[:, None] * o1
 
         # -- the other keys, block by block; the last block may reach past the end

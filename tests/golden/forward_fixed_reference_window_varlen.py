@@ -116,17 +116,17 @@ def forward_kernel(
     key_begin = tl.maximum(start_m + causal_offset - window_size + 1, 0) // BLOCK_N * BLOCK_N
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, in fp32, and the softmax state after it. Where the first key outweighs all others, t is
-    #    close to t_mean and o depends on their small difference: rounding this key would dominate the error
-    begin64 = key_begin.to(tl.int64)
+    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    key_begin64 = key_begin.to(tl.int64)
     end_d = tl.minimum(seqlen_kv, 1) * HEAD_DIM  # 0 for a sequence without keys
-    k_first = tl.load(k_ptr + begin64 * stride_kn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
-    v_first = tl.load(v_ptr + begin64 * stride_vn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
-    s_first = tl.sum(q * k_first[None, :], 1)
-    t_first = tl.sum(r * k_first[None, :], 1)
+    k0 = tl.load(k_ptr + key_begin64 * stride_kn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
+    v0 = tl.load(v_ptr + key_begin64 * stride_vn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
+    s0 = tl.sum(q * k0[None, :], 1)
+    t0 = tl.sum(r * k0[None, :], 1)
 
-    # -- m, the fixed reference of the exponential: the score of each row's last key. Rows that see few keys take their
-    #    largest score instead: that key then has weight 1, which is not rounded
+    # -- m, the fixed reference of the exponential: the score of each row's last visible key. Rows that
+    #    see few keys take their largest score instead: that key then has weight 1, which is not rounded
     last_key64 = tl.maximum(last_key, 0)[:, None].to(tl.int64)
     k_last = tl.load(
         k_ptr + last_key64 * stride_kn + offs_d[None, :],
@@ -142,12 +142,12 @@ def forward_kernel(
         visible = (range_n[None, :] <= last_key[:, None]) & (range_n[None, :] > last_key[:, None] - window_size)
         s = tl.where(visible, s, float("-inf"))
         m = tl.maximum(m, tl.max(s, 1) * scale_log2)
-    sees_first = (key_begin <= last_key) & (key_begin > last_key - window_size)
-    p_first = tl.where(sees_first, tl.exp2(s_first * scale_log2 - m), 0.0)
-    d1 = p_first
-    d2 = p_first * t_first
-    o1 = p_first[:, None] * v_first[None, :]
-    o2 = t_first[:, None] * o1
+    sees_k0 = (key_begin <= last_key) & (key_begin > last_key - window_size)
+    p0 = tl.where(sees_k0, tl.exp2(s0 * scale_log2 - m), 0.0)
+    d1 = p0
+    d2 = p0 * t0
+    o1 = p0[:, None] * v0[None, :]
+    o2 = t0[:, None] * o1
 
     # -- the other keys, block by block; the last block may reach past the end
     for start_n in tl.range(key_begin + 1, key_end, BLOCK_N):
@@ -280,19 +280,19 @@ def fixup_kernel(
         key_begin = tl.maximum(start_m + causal_offset - window_size + 1, 0) // BLOCK_N * BLOCK_N
         key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-        # -- the first key, in fp32, and the softmax state after it. Where the first key outweighs all others, t is
-        #    close to t_mean and o depends on their small difference: rounding this key would dominate the error
-        begin64 = key_begin.to(tl.int64)
+        # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+        #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+        key_begin64 = key_begin.to(tl.int64)
         end_d = tl.minimum(seqlen_kv, 1) * HEAD_DIM  # 0 for a sequence without keys
-        k_first = tl.load(k_head + begin64 * stride_kn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
-        v_first = tl.load(v_head + begin64 * stride_vn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
-        s_first = tl.sum(q * k_first[None, :], 1)
-        t_first = tl.sum(r * k_first[None, :], 1)
-        sees_first = (key_begin <= last_key) & (key_begin > last_key - window_size)
-        m = tl.where(sees_first, s_first * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
-        d1 = tl.where(sees_first, 1.0, 0.0)
-        d2 = tl.where(sees_first, t_first, 0.0)
-        o1 = tl.where(sees_first[:, None], v_first[None, :], 0.0)
+        k0 = tl.load(k_head + key_begin64 * stride_kn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
+        v0 = tl.load(v_head + key_begin64 * stride_vn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
+        s0 = tl.sum(q * k0[None, :], 1)
+        t0 = tl.sum(r * k0[None, :], 1)
+        sees_k0 = (key_begin <= last_key) & (key_begin > last_key - window_size)
+        m = tl.where(sees_k0, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+        d1 = tl.where(sees_k0, 1.0, 0.0)
+        d2 = tl.where(sees_k0, t0, 0.0)
+        o1 = tl.where(sees_k0[:, None], v0[None, :], 0.0)
         o2 = d2[:, None] * o1
 
         # -- the other keys, block by block; the last block may reach past the end

@@ -77,16 +77,16 @@ def forward_kernel(
     k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
     v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
 
-    # -- the first key, in fp32, and the softmax state after it. Where the first key outweighs all others, t is
-    #    close to t_mean and o depends on their small difference: rounding this key would dominate the error
-    k_first = tl.load(k_ptr + offs_d).to(tl.float32)
-    v_first = tl.load(v_ptr + offs_d).to(tl.float32)
-    s_first = tl.sum(q * k_first[None, :], 1)
-    t_first = tl.sum(r * k_first[None, :], 1)
-    m = s_first * scale_log2
+    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    k0 = tl.load(k_ptr + offs_d).to(tl.float32)
+    v0 = tl.load(v_ptr + offs_d).to(tl.float32)
+    s0 = tl.sum(q * k0[None, :], 1)
+    t0 = tl.sum(r * k0[None, :], 1)
+    m = s0 * scale_log2
     d1 = tl.full([BLOCK_M], 1.0, tl.float32)
-    d2 = t_first
-    o1 = tl.broadcast_to(v_first[None, :], [BLOCK_M, HEAD_DIM])
+    d2 = t0
+    o1 = tl.broadcast_to(v0[None, :], [BLOCK_M, HEAD_DIM])
     o2 = d2[:, None] * o1
 
     # -- the other keys, block by block; the last block may reach past the end

@@ -141,23 +141,23 @@ def forward_kernel(
     key_begin = tl.maximum(start_m + causal_offset - window_size + 1, 0) // BLOCK_N * BLOCK_N
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, in fp32, and the softmax state after it. Where the first key outweighs all others, t is
-    #    close to t_mean and o depends on their small difference: rounding this key would dominate the error
-    begin64 = key_begin.to(tl.int64)
+    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    key_begin64 = key_begin.to(tl.int64)
     end_d = tl.minimum(seqlen_kv, 1) * 96  # 0 for a sequence without keys
-    k_first_0 = tl.load(k_ptr + begin64 * stride_kn + offs_d_0, mask=offs_d_0 < end_d, other=0.0).to(tl.float32)
-    v_first_0 = tl.load(v_ptr + begin64 * stride_vn + offs_d_0, mask=offs_d_0 < end_d, other=0.0).to(tl.float32)
-    k_first_1 = tl.load(k_ptr + begin64 * stride_kn + offs_d_1, mask=offs_d_1 < end_d, other=0.0).to(tl.float32)
-    v_first_1 = tl.load(v_ptr + begin64 * stride_vn + offs_d_1, mask=offs_d_1 < end_d, other=0.0).to(tl.float32)
-    s_first = tl.sum(q_0 * k_first_0[None, :], 1) + tl.sum(q_1 * k_first_1[None, :], 1)
-    t_first = tl.sum(r_0 * k_first_0[None, :], 1) + tl.sum(r_1 * k_first_1[None, :], 1)
-    sees_first = (key_begin <= last_key) & (key_begin > last_key - window_size)
-    m = tl.where(sees_first, s_first * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
-    d1 = tl.where(sees_first, 1.0, 0.0)
-    d2 = tl.where(sees_first, t_first, 0.0)
-    o1_0 = tl.where(sees_first[:, None], v_first_0[None, :], 0.0)
+    k0_0 = tl.load(k_ptr + key_begin64 * stride_kn + offs_d_0, mask=offs_d_0 < end_d, other=0.0).to(tl.float32)
+    v0_0 = tl.load(v_ptr + key_begin64 * stride_vn + offs_d_0, mask=offs_d_0 < end_d, other=0.0).to(tl.float32)
+    k0_1 = tl.load(k_ptr + key_begin64 * stride_kn + offs_d_1, mask=offs_d_1 < end_d, other=0.0).to(tl.float32)
+    v0_1 = tl.load(v_ptr + key_begin64 * stride_vn + offs_d_1, mask=offs_d_1 < end_d, other=0.0).to(tl.float32)
+    s0 = tl.sum(q_0 * k0_0[None, :], 1) + tl.sum(q_1 * k0_1[None, :], 1)
+    t0 = tl.sum(r_0 * k0_0[None, :], 1) + tl.sum(r_1 * k0_1[None, :], 1)
+    sees_k0 = (key_begin <= last_key) & (key_begin > last_key - window_size)
+    m = tl.where(sees_k0, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+    d1 = tl.where(sees_k0, 1.0, 0.0)
+    d2 = tl.where(sees_k0, t0, 0.0)
+    o1_0 = tl.where(sees_k0[:, None], v0_0[None, :], 0.0)
     o2_0 = d2[:, None] * o1_0
-    o1_1 = tl.where(sees_first[:, None], v_first_1[None, :], 0.0)
+    o1_1 = tl.where(sees_k0[:, None], v0_1[None, :], 0.0)
     o2_1 = d2[:, None] * o1_1
 
     # -- the other keys, block by block; the last block may reach past the end
