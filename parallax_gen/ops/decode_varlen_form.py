@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from parallax_gen.ops.decode_form import CacheForm
 from parallax_gen.ops.fp8 import WIDENINGS, Widening
 from parallax_gen.ops.head_dim import power_of_2
-from parallax_gen.ops.signature import Constant, Padding
+from parallax_gen.ops.signature import Constant, Index, Padding
 
 LN_2 = "0.6931471805599453"
 
@@ -102,34 +102,14 @@ class VarlenForm(CacheForm):
         return self.config.BLOCK_H if self.spec.many_queries else min(self.spec.group, self.config.BLOCK_H)
 
     @property
-    def letter(self) -> str:
-        """The letter of a tile's rows: m for (query, head) pairs, h for heads alone."""
-        return "m" if self.spec.many_queries else "h"
-
-    @property
-    def start(self) -> str:
-        """The first row of a tile."""
-        return f"start_{self.letter}"
-
-    @property
-    def range(self) -> str:
-        """The indices of its rows within the tile, from 0."""
-        return f"range_{self.letter}"
-
-    @property
-    def offs(self) -> str:
-        """The indices of its rows within the sequence, or the group."""
-        return f"offs_{self.letter}"
-
-    @property
-    def mask(self) -> str:
-        """Which of these exist."""
-        return f"mask_{self.letter}"
+    def rows(self) -> Index:
+        """A tile's rows: (query, head) pairs of the sequence, or query heads of the group."""
+        return Index("m" if self.spec.many_queries else "h")
 
     @property
     def start_plus(self) -> str:
         """The prefix that turns a row's index in its tile into its index in the sequence, or the group."""
-        return f"{self.start} + " if self.is_tiled else ""
+        return f"{self.rows.start} + " if self.is_tiled else ""
 
     @property
     def padding(self) -> Padding:

@@ -53,6 +53,41 @@ class Signature:
 
 
 @dataclass(frozen=True)
+class Index:
+    """The kernels' names for an index.
+
+    letter  m for query rows, n for keys, h for heads: also of strides
+    """
+
+    letter: str
+
+    @property
+    def block(self) -> str:
+        """The number in a tile or block."""
+        return f"BLOCK_{self.letter.upper()}"
+
+    @property
+    def start(self) -> str:
+        """The first of a tile or block."""
+        return f"start_{self.letter}"
+
+    @property
+    def range(self) -> str:
+        """Those of a tile or block, from 0."""
+        return f"range_{self.letter}"
+
+    @property
+    def offs(self) -> str:
+        """Those of a tile or block, within the sequence or the group of heads."""
+        return f"offs_{self.letter}"
+
+    @property
+    def mask(self) -> str:
+        """Which of these exist."""
+        return f"mask_{self.letter}"
+
+
+@dataclass(frozen=True)
 class Constant:
     """A named constant at the top of a kernel, with its comment."""
 

@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from parallax_gen.ops.head_dim import Chunk, power_of_2
-from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Padding
+from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Index, Padding
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
 from parallax_gen.problem.spec import KernelSpec
 
 PRECISIONS = {"fp32": ', input_precision="ieee"', "tf32": ', input_precision="tf32"'}
 
 
-class Side(NamedTuple):
-    """The kernels' names for query rows (letter m) or for keys (letter n).
+@dataclass(frozen=True)
+class Side(Index):
+    """Query rows, or keys.
 
     tensor  the input whose rows they are
-    letter  of the row stride, of BLOCK_M or BLOCK_N, and so on
-    length  the number in a sequence
+    length  the kernels' name for their number in a sequence
     """
 
     tensor: str
-    letter: str
     length: str
 
-    @property
-    def block(self) -> str:
-        """The number in a tile."""
-        return f"BLOCK_{self.letter.upper()}"
 
-    @property
-    def start(self) -> str:
-        """The first of a tile or block."""
-        return f"start_{self.letter}"
-
-    @property
-    def range(self) -> str:
-        """The indices within a block, from 0."""
-        return f"range_{self.letter}"
-
-    @property
-    def offs(self) -> str:
-        """The indices within the sequence."""
-        return f"offs_{self.letter}"
-
-    @property
-    def mask(self) -> str:
-        """Which of these are within the sequence."""
-        return f"mask_{self.letter}"
-
-
-QUERIES = Side("q", "m", "seqlen_q")
-KEYS = Side("k", "n", "seqlen_kv")
+QUERIES = Side("m", "q", "seqlen_q")
+KEYS = Side("n", "k", "seqlen_kv")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def dkdv_kernel(
             p = tl.where(offs_n[:, None] <= offs_m[None, :] + causal_offset, p, 0.0)
 
         # -- dv sums p w do with w = softmax_scale (1 + t_mean - t); the scale is divided out at the end
-        w_bias = tl.load(stats_head + stride_stat + offs_m)
+        w_bias = tl.load(stats_head + stride_stat + offs_m)  # softmax_scale (1 + t_mean)
         t = tl.dot(k, tl.trans(r))  # [BLOCK_N, BLOCK_M]
         w = w_bias[None, :] - t * softmax_scale
         pw = (p * w).to(q.dtype)
@@ -135,7 +135,7 @@ def dkdv_kernel(
         dp = tl.dot(v, tl.trans(do))  # [BLOCK_N, BLOCK_M]
         dt = p * (dp_mean[None, :] - dp)
         dt_operand = dt.to(q.dtype)
-        c = tl.load(stats_head + 3 * stride_stat + offs_m)
+        c = tl.load(stats_head + 3 * stride_stat + offs_m)  # softmax_scale (dp_mean - delta)
         ds = (p * c[None, :] - w * dt).to(q.dtype)
         dk = tl.dot(dt_operand, r, acc=dk)
         dk = tl.dot(ds, q, acc=dk)

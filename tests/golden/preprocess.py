@@ -52,7 +52,7 @@ def preprocess_kernel(
     offs_d = tl.arange(0, HEAD_DIM)
     mask_md = mask_m[:, None]
 
-    # -- load what the forward saved of them
+    # -- load do and what the forward saved
     rows64 = offs_m[:, None].to(tl.int64)
     do_ptrs = do_ptr + batch * stride_dob + head * stride_doh + rows64 * stride_dom + offs_d[None, :]
     o_ptrs = o_ptr + batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
