@@ -65,14 +65,14 @@ class Tiles:
     usual   at head_dim 96 and 128
     narrow  at head_dim 64
     wide    at head_dim 256, where the sums leave few registers
-    halves  at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
+    split   at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
     fp32    for fp32, where registers limit the tiles, because there are no tensor cores
     """
 
     usual: tuple[Tile, ...]
     narrow: tuple[Tile, ...]
     wide: tuple[Tile, ...]
-    halves: tuple[Tile, ...]
+    split: tuple[Tile, ...]
     fp32: tuple[Tile, ...]
 
 
@@ -188,9 +188,9 @@ class TiledOp(Op[T]):
         # have to be small.
         pads = spec.head_dim > 128 and "padded" in layouts and (self.pads_wide or spec.head_dim % 64 > 0)
         layout = "padded" if pads else layouts[0]
-        halves = self.tiles.halves if "split" in layouts and spec.bytes_per_element == 2 else ()
+        split_tiles = self.tiles.split if "split" in layouts and spec.bytes_per_element == 2 else ()
         configs = [
-            *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in halves),
+            *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
             *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST)),
         ]
         return [self.lean(config) if self._is_lean_by_default(spec, config, gpu) else config for config in configs]
