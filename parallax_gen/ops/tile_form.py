@@ -315,7 +315,9 @@ class ForwardForm(TileForm):
 
     @property
     def span(self) -> str:
-        """The range of keys that a program steps over, after the first key, which precedes the loop."""
+        """The range of keys that a program steps over: without the first key, if that precedes the loop."""
+        if self.spec.accurate:
+            return "start, end" if self.spec.window else "0, end" if self.spec.causal else "0, seqlen_kv"
         return "start + 1, end" if self.spec.window else "1, end" if self.spec.causal else "1, seqlen_kv"
 
     @property

@@ -355,7 +355,10 @@ DQDR_KERNEL = Kernel(KernelSpec("dqdr", 64, "fp16", group=2, causal=True, window
 DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12), replace(DECODE, NUM_SPLITS=4))
 SOFTCAP_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, softcap=True), FORWARD)
 SOFTCAP_DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", causal=True, softcap=True), DKDV)
+ACCURATE_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, window=True, accurate=True), FORWARD)
 FAULTS = [
+    pytest.param(ACCURATE_KERNEL, "dot(pt_low, v, acc=o2)", "dot(p, v, acc=o2)", id="another low part"),
+    pytest.param(ACCURATE_KERNEL, "tl.range(start, end", "tl.range(start + 1, end", id="no first key"),
     pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
     pytest.param(SOFTCAP_KERNEL, "s0 = _tanh(s0 * cap_scale)", "s0 = s0 * cap_scale", id="no cap of the first key"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),

@@ -212,7 +212,7 @@ def test_the_suggested_command_tunes_the_place() -> None:
         with click.Context(tune) as context:
             tune.parse_args(context, words[2:])
             given = context.params
-        names = ("causal", "stats", "ragged", "window", "varlen", "leftpad", "softcap")
+        names = ("causal", "stats", "ragged", "window", "varlen", "leftpad", "softcap", "accurate")
         cache = {"page_size": given["page_size"] or 0, "cache_dtype": given["cache_dtype"] or ""}
         flags = Flags(**{name: given[name] for name in names}, **cache)
         (shape,) = given["shapes"]
