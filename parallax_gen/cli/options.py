@@ -164,7 +164,7 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         ),
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c), for any c, as in Gemma 2."),
         click.option(
-            "--accurate", is_flag=True, help="Forward, not in fp32: small errors also where few keys have the weight."
+            "--accurate", is_flag=True, help="Forward only: small errors also where few keys have the weight."
         ),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )
