@@ -125,7 +125,10 @@ def ratios(name: str, theirs: str, ours: str) -> dict[str, Ratio]:
     rows = rows_of(name)
     shape = next(iter(rows[0]))
     both = [row for row in rows if row[theirs]]
-    return {row[shape]: (float(row[theirs]) / float(row[ours]), "*" if row["note"] else "") for row in both}
+    return {
+        row[shape]: (float(row[theirs]) / float(row[ours]), "*" if "parallax-kernel" in row["note"] else "")
+        for row in both
+    }
 
 
 def panel(x: int, title: str, groups: list[tuple[str, list[tuple[str, Ratio]]]]) -> tuple[list[str], int]:

@@ -33,7 +33,9 @@ __all__ = [
     "parallax_attn_with_kvcache",
 ]
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants to know which kernel runs adds their own
+logging.getLogger(__name__).addHandler(
+    logging.NullHandler()
+)  # to see which kernel runs, an application adds its own handler
 
 _HOMES = {
     "parallax_attn_func": "parallax_gen.runtime.functional",

@@ -52,7 +52,7 @@ def describe(config: KernelConfig) -> str:
 
 def brief(config: KernelConfig) -> str:
     """A config short enough for a table: `M128 N64 G8 w8 s3 chunk`, `N32 H8 S16 last w1 s4`."""
-    # merge is "none" for a single split: S1 says that already.
+    # merge is "none" for a single split, which S1 already says.
     choices = {name: value for name, value in config_to_dict(config).items() if value != "none"}
     return " ".join(f"{_LETTERS[name]}{_SHORT_VALUES.get(value, value)}" for name, value in choices.items())
 
@@ -61,7 +61,7 @@ def brief(config: KernelConfig) -> str:
 
 
 def number(value: float) -> str:
-    """A number with four significant digits, and all digits before the point: 12345, 512.3, 8.123."""
+    """A number with four significant digits, or more if it has more digits before the point: 12345, 512.3, 8.123."""
     return f"{value:.{max(0, min(3, 3 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
 
 
@@ -84,9 +84,9 @@ def format_counts(counts: Mapping[_Text, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in largest_first)
 
 
-# -- Sequence lengths: one for the whole batch, or one for each sequence
+# -- Sequence lengths: one for the whole batch, or one per sequence
 
-Runs = tuple[tuple[int, int], ...]  # run-length encoding: (sequences, keys of each), in the batch's order
+Runs = tuple[tuple[int, int], ...]  # run-length encoding in batch order: (sequences, keys of each)
 
 MAX_SEQUENCES = 2**20  # in a batch that is read from a file
 _MAX_LISTED = 40  # characters of a list of lengths
@@ -130,7 +130,7 @@ def parse_runs(text: str) -> Runs:
     """Parse a text such as 4096,7x128 into runs. Raises ValueError."""
     if not _RUNS.fullmatch(text):
         raise ValueError(
-            f"{text!r:.80}: not the number of keys of each sequence, 1 or more, such as 4096,128,128 or 4096,7x128"
+            f"{text!r:.80} is not a list of keys per sequence, 1 or more each, such as 4096,128,128 or 4096,7x128"
         )
     parts = [run.rpartition("x") for run in text.split(",")]
     return tuple((int(count or 1), int(keys)) for count, _, keys in parts)

@@ -1,4 +1,4 @@
-"""The errors that parallax_gen raises on purpose, all below `ParallaxGenError`, and which the machine causes."""
+"""The errors that parallax_gen raises on purpose, and which errors are the machine's fault."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class BuildError(ParallaxGenError):
 class MachineError(ParallaxGenError):
     """The machine is at fault, not a kernel: a full disk, a missing assembler, a lost device (see `machine_error`).
 
-    It ends the operation, and no result is stored for the config that was being tried.
+    The operation ends, and no result is stored for the config that was being tried.
     """
 
 
@@ -88,7 +88,7 @@ class UntunedError(ParallaxGenError):
 # -- Faults of the machine, as opposed to failures of a kernel.
 #
 # A config is stored as failed only if it would fail again on a healthy machine. This module alone decides which
-# failures are the machine's: by the type of the error, or by its text where only text is left. That is so for a
+# failures are the machine's: by the type of the error, or by its text if only that says enough: for a
 # RuntimeError from torch or Triton, for the last line that a child printed, and for rows that earlier versions stored.
 
 # Errors that no kernel raises. Compiling and launching a kernel writes files and starts programs, which may raise them.
@@ -161,14 +161,14 @@ def machine_error(error: BaseException) -> MachineError | None:
 
 
 def machine_error_of_exit(status: int, last_line: str) -> MachineError | None:
-    """The machine's fault that ended a child, by its exit status and last line; None if its own work may have ended it.
+    """The machine's fault that ended a child, from its exit status and last line; None if its work may have ended it.
 
     Not for a child that this process killed.
     """
     message = f"exit status {status}: {last_line}"
     if status == -signal.SIGKILL:
         return _host_memory_error(
-            f"a child process was killed ({message}), as the kernel does where the host's memory is full"
+            f"a child process was killed ({message}), as the kernel does when the host's memory is full"
         )
     if _STORED_SIGNAL.match(message):
         return MachineError(f"a child process was killed from outside ({message})")
@@ -184,8 +184,8 @@ def is_stored_machine_error(detail: str) -> bool:
     return bool(_STORED_TYPE.match(detail) or _STORED_SIGNAL.match(detail) or _from_text(detail, detail))
 
 
-def held_by_others(message: str) -> bool:
-    """Whether a failed allocation would have succeeded if its process had had the card to itself.
+def held_by_other_processes(message: str) -> bool:
+    """Whether a failed allocation would have succeeded if no other process had used the card.
 
     message  of a torch.OutOfMemoryError
     """
@@ -196,8 +196,8 @@ def held_by_others(message: str) -> bool:
 
     requested, total, free = (size(p) for p in ("allocate SIZE", "capacity of SIZE", "of which SIZE is free"))
     used, cached = size("SIZE is allocated by PyTorch"), size("SIZE is reserved by PyTorch but")
-    mine = used + cached + CONTEXT_BYTES
-    return total - free > mine and requested + mine <= total  # both are false if a size is missing (NaN)
+    own = used + cached + CONTEXT_BYTES
+    return total - free > own and requested + own <= total  # both are false if a size is missing (NaN)
 
 
 def gist(error: BaseException) -> str:
@@ -208,10 +208,10 @@ def gist(error: BaseException) -> str:
 
 
 def _from_text(text: str, message: str) -> MachineError | None:
-    """The machine's fault that a text shows, None for none. message: the text of that error."""
+    """The machine's fault that a text shows, or None. message: the text for the error."""
     if _MEMORY_TEXT.search(text):
         return _host_memory_error(message)
-    if _DRIVER_MEMORY_TEXT.match(text) or (OUT_OF_MEMORY.search(text) and held_by_others(text)):
+    if _DRIVER_MEMORY_TEXT.match(text) or (OUT_OF_MEMORY.search(text) and held_by_other_processes(text)):
         return MemoryTakenError(f"{message} (other processes hold the card's memory: end them, or wait)")
     if _BROKEN_TEXT.search(text):
         lines = [line.strip() for line in text.splitlines() if _BROKEN_TEXT.search(line)]
@@ -220,13 +220,15 @@ def _from_text(text: str, message: str) -> MachineError | None:
 
 
 def _host_memory_error(message: str) -> MemoryTakenError:
-    return MemoryTakenError(f"{message} (the host's memory or processes are used up: end others, or lower --workers)")
+    return MemoryTakenError(
+        f"{message} (the host has no free memory or processes: end other processes, or lower --workers)"
+    )
 
 
 def _advice(error: OSError) -> str:
     tools = [name for name in os.environ if name.startswith("TRITON_") and name.endswith("_PATH")]
-    if named := [name for name in tools if os.environ[name] == error.filename]:
-        return f" (which {named[0]} names)"
+    if variables := [name for name in tools if os.environ[name] == error.filename]:
+        return f" ({variables[0]} is set to this path)"
     if error.errno in _DISK_ERRNOS:
-        return " (PARALLAX_GEN_CACHE_DIR, TRITON_CACHE_DIR and TMPDIR can name folders with room to write)"
+        return " (set PARALLAX_GEN_CACHE_DIR, TRITON_CACHE_DIR and TMPDIR to writable folders with free space)"
     return " (raise `ulimit -n`, or lower --workers)" if error.errno in _FILES_ERRNOS else ""

@@ -22,12 +22,12 @@ def data_dir(name: str) -> Path:
 
     Raises ParallaxGenError if both are missing.
     """
-    places = (PACKAGE / name, PACKAGE.parent / name)
-    for folder in places:
+    candidates = (PACKAGE / name, PACKAGE.parent / name)
+    for folder in candidates:
         if folder.is_dir():
             return folder
-    looked = " or ".join(map(str, places))
-    raise ParallaxGenError(f"the data folder {name!r} is missing: not at {looked}; install parallax-gen again")
+    paths = " nor ".join(map(str, candidates))
+    raise ParallaxGenError(f"the data folder {name!r} is neither {paths}: install parallax-gen again")
 
 
 def user_path(variable: str, default: Callable[[], str]) -> Path:
@@ -79,29 +79,29 @@ def replace_file(path: Path, text: str, *, durable: bool = False) -> None:
 def cache_dir() -> Path:
     """The folder of rendered kernels: $PARALLAX_GEN_CACHE_DIR, else the user's cache directory.
 
-    If that cannot be written, or the user has no home folder, a private folder in the system's temporary directory,
-    with a warning. Raises MachineError if that cannot be written either.
+    If that cannot be written, or the user has no home folder, it is a private folder in the system's temporary
+    directory, with a warning. Raises MachineError if that cannot be written either.
     """
     try:
-        wanted = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
+        folder = user_path("PARALLAX_GEN_CACHE_DIR", lambda: platformdirs.user_cache_dir("parallax_gen"))
     except MachineError as error:
-        return fallback_dir(f"kernels cannot be kept: {error}", error)
+        return fallback_dir(f"kernels cannot be cached: {error}", error)
     try:
-        try_to_write(wanted / "kernels")
-        return wanted
+        try_to_write(folder / "kernels")
+        return folder
     except OSError as error:
-        return fallback_dir(f"cannot write kernels to {wanted} ({error})", error)
+        return fallback_dir(f"cannot write kernels to {folder} ({error})", error)
 
 
 def try_to_write(folder: Path) -> None:
-    """Raises OSError if a folder cannot be created or written."""
+    """Create a folder and a temporary file in it. Raises OSError if either fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
-def fallback_dir(why: str, error: Exception) -> Path:
-    """A private folder of this user in the system's temporary directory, with a warning that says why."""
+def fallback_dir(reason: str, error: Exception) -> Path:
+    """A private folder of this user in the system's temporary directory. Warns with the reason."""
     try:
         folder = Path(tempfile.gettempdir()) / f"parallax_gen-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -109,8 +109,8 @@ def fallback_dir(why: str, error: Exception) -> Path:
         if owner == os.getuid():
             try_to_write(folder)
     except OSError as other:
-        raise MachineError(f"{why}, nor to a temporary folder ({other})") from error
+        raise MachineError(f"{reason}, nor to a temporary folder ({other})") from error
     if owner != os.getuid():  # importing kernels from another user's folder would run that user's code
-        raise MachineError(f"{why}, and {folder} is not yours") from error
-    warnings.warn(f"{why}; using {folder}", stacklevel=3)
+        raise MachineError(f"{reason}, and {folder} belongs to another user") from error
+    warnings.warn(f"{reason}; using {folder}", stacklevel=3)
     return folder

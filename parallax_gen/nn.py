@@ -19,8 +19,8 @@ NORM_EPS = 1e-6  # torch's default, the dtype's own epsilon, is as large as 1/12
 class ZeroInitLinear(nn.Linear):
     """nn.Linear initialised to zero: with it as r_proj, Parallax attention starts as softmax attention.
 
-    reset_parameters sets the zeros, so they survive every way of initialising modules: FSDP's for modules on the "meta"
-    device, in any order of parents and children, and a user's own loop.
+    reset_parameters sets the zeros, so they survive every way of initialising modules: FSDP's initialisation of modules
+    on the "meta" device, in any order of parents and children, and a user's own loop.
     """
 
     def reset_parameters(self) -> None:
@@ -35,8 +35,8 @@ class ParallaxAttention(nn.Module):
     num_heads      query heads
     num_kv_heads   key and value heads, a divisor of num_heads; num_heads by default
     head_dim       a multiple of 8 up to 256; hidden_size / num_heads by default
-    causal         a token sees no later tokens
-    window_size    with causal: a token sees at most this many, itself and those right before it
+    causal         whether a token sees only itself and earlier tokens
+    window_size    with causal: a token sees at most this many tokens, itself and those right before it
     qk_norm        RMS norms over each head of q and of k, each with a gain of head_dim elements. r has no norm: at r =
                    0, where training starts from softmax attention, the norm's gradient would be unbounded
     rope_theta     rotary embedding of q, r and k, at frequencies rope_theta^(-2i/head_dim) for the pairs
@@ -46,7 +46,7 @@ class ParallaxAttention(nn.Module):
                    computes the same function. Gradients reach r_proj from the first step. r_proj is a `ZeroInitLinear`,
                    whose reset_parameters sets zeros; code that initialises every nn.Linear itself must skip it
     softmax_scale  scale of q·k; 1/√head_dim by default
-    softcap        of scores, as in `parallax_attn_func`; None for no cap
+    softcap        cap of the scores, as in `parallax_attn_func`; None for no cap
     accurate       as in `parallax_attn_func`
 
     Submodules: q_proj, r_proj (hidden_size -> num_heads * head_dim), k_proj, v_proj (-> num_kv_heads * head_dim),
@@ -83,7 +83,7 @@ class ParallaxAttention(nn.Module):
             raise ArgumentError("num_kv_heads", num_kv_heads, f"a divisor of num_heads, {num_heads}")
         if head_dim is None and hidden_size % num_heads:
             raise ArgumentError(
-                "head_dim", None, f"a number: {num_heads} heads do not divide hidden_size {hidden_size}"
+                "head_dim", None, f"a number, because num_heads {num_heads} does not divide hidden_size {hidden_size}"
             )
         check_numbers(causal, window_size, softmax_scale, softcap)
         check_flag("accurate", accurate)
@@ -101,8 +101,8 @@ class ParallaxAttention(nn.Module):
         self.accurate = accurate
         self.zero_init_r = zero_init_r
 
-        def linear(wide_in: int, wide_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-            return kind(wide_in, wide_out, bias=bias, device=device, dtype=dtype)
+        def linear(in_features: int, out_features: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+            return kind(in_features, out_features, bias=bias, device=device, dtype=dtype)
 
         def norm() -> nn.Module:
             return nn.RMSNorm(head_dim, NORM_EPS, device=device, dtype=dtype) if qk_norm else nn.Identity()
@@ -167,7 +167,7 @@ class ParallaxAttention(nn.Module):
 
 
 def _normed(norm: nn.Module, heads: Tensor) -> Tensor:
-    """Normalise in the gain's dtype, which may differ under autocast: torch has no fast norm of mixed dtypes."""
+    """Normalise in the gain's dtype, which may differ under autocast. torch has no fast norm for mixed dtypes."""
     if not isinstance(norm, nn.RMSNorm):
         return heads
     return cast("Tensor", norm(heads.to(norm.weight.dtype)).to(heads.dtype))
@@ -178,19 +178,19 @@ def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     rows = torch.arange(x.shape[-2], device=x.device, dtype=torch.int32)
     if cu_seqlens is None:
         return rows
-    # A token's sequence ends at the first end after the token. Tokens after all ends count to the last sequence.
+    # A token's sequence ends at the first end after the token. Tokens after all ends belong to the last sequence.
     sequence = torch.bucketize(rows, cu_seqlens[1:-1], right=True)
     return rows - cu_seqlens[sequence]
 
 
 def _cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(*positions' shape, 1, head_dim / 2) each, in fp32: bf16 cannot represent large positions exactly."""
+    """cos and sin, each (*positions' shape, 1, head_dim / 2), in fp32: bf16 cannot represent large positions."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None, None].float() * theta ** (-pairs / head_dim)
     return angles.cos(), angles.sin()
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """heads (..., seqlen, heads, head_dim), each pair (i, i + head_dim/2) rotated by its angle."""
+    """Rotate each pair (i, i + head_dim/2) of heads (..., seqlen, heads, head_dim) by its angle."""
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)

@@ -63,25 +63,25 @@ def cache_arguments(
     """
     starts = [0] * len(parts) if before is None else before
     ends = [start + len(part.k) for start, part in zip(starts, parts, strict=True)]
-    given: dict[str, Any] = {"cache_seqlens": _ints(ends)}
+    arguments: dict[str, Any] = {"cache_seqlens": _ints(ends)}
     if before is not None:
-        given["cache_leftpad"] = _ints(before)
+        arguments["cache_leftpad"] = _ints(before)
     for name in ("q", "r"):
         rows = [getattr(part, name) for part in parts]
-        given[name] = torch.cat(rows) if packed else torch.stack(rows)
+        arguments[name] = torch.cat(rows) if packed else torch.stack(rows)
     if packed:
         counts = [len(part.q) for part in parts]
-        given["cu_seqlens_q"] = _ints([sum(counts[:b]) for b in range(len(parts) + 1)])
-        given["max_seqlen_q"] = max(counts)
+        arguments["cu_seqlens_q"] = _ints([sum(counts[:b]) for b in range(len(parts) + 1)])
+        arguments["max_seqlen_q"] = max(counts)
     seqlen = max(ends) + 3
     for name, of_part in (("k_cache", "k"), ("v_cache", "v")):
         cache = nan_cache(parts[0].k, len(parts), seqlen)
         for b, part in enumerate(parts):
             cache[b, starts[b] : ends[b]] = getattr(part, of_part)
-        given[name] = cache
+        arguments[name] = cache
     if page_size:
-        given.update(_in_pages(given, page_size, list(zip(starts, ends, strict=True))))
-    return given
+        arguments.update(_in_pages(arguments, page_size, list(zip(starts, ends, strict=True))))
+    return arguments
 
 
 def nan_cache(like: Tensor, *sizes: int) -> Tensor:
@@ -105,28 +105,28 @@ def expected_of_each(
     ]
 
 
-def combined(found: Sequence[Reference], *, packed: bool = False) -> Reference:
+def combined(result: Sequence[Reference], *, packed: bool = False) -> Reference:
     """The results of `expected_of_each` in the layout of the function's outputs."""
-    rows = [torch.cat([one[i] for one in found], dim=1 if packed else 0) for i in (0, 3)]
-    stats = [torch.cat([one[i] for one in found], dim=2 if packed else 0) for i in (1, 2)]
+    rows = [torch.cat([sequence[i] for sequence in result], dim=1 if packed else 0) for i in (0, 3)]
+    stats = [torch.cat([sequence[i] for sequence in result], dim=2 if packed else 0) for i in (1, 2)]
     out, lse, t_mean, v_mean = rows[0], *stats, rows[1]
     return Reference(*(x[0] for x in (out, lse, t_mean, v_mean))) if packed else Reference(out, lse, t_mean, v_mean)
 
 
-def _in_pages(given: dict[str, Any], page_size: int, spans: list[tuple[int, int]]) -> dict[str, Tensor]:
+def _in_pages(arguments: dict[str, Any], page_size: int, spans: list[tuple[int, int]]) -> dict[str, Tensor]:
     """The caches as shuffled pages. Table entries of pages without a key of the sequence are NO_PAGE."""
-    batch, seqlen = given["k_cache"].shape[:2]
+    batch, seqlen = arguments["k_cache"].shape[:2]
     most = -(-seqlen // page_size)
     table = torch.full((batch, most), NO_PAGE, dtype=torch.int32)
     places = torch.randperm(batch * most + 2, generator=torch.Generator().manual_seed(1)).tolist()
-    pages = {name: nan_cache(given[name][0], batch * most + 2, page_size) for name in ("k_cache", "v_cache")}
+    pages = {name: nan_cache(arguments[name][0], batch * most + 2, page_size) for name in ("k_cache", "v_cache")}
     for b, (start, end) in enumerate(spans):
         for n in range(start, end):
             page = n // page_size
             if table[b, page] == NO_PAGE:
                 table[b, page] = places.pop()
             for name, cache in pages.items():
-                cache[table[b, page], n % page_size] = given[name][b, n]
+                cache[table[b, page], n % page_size] = arguments[name][b, n]
     return {**pages, "page_table": table}
 
 

@@ -94,11 +94,11 @@ def dkdv_record(
 def _make_record(
     time_us: float | None, outcome: str, evidence_changes: Mapping[str, Any], fields: dict[str, Any]
 ) -> result.Result:
-    found = {
+    actual = {
         "evidence": evidence(fields["place"], fields["config"], **evidence_changes),
         "created_at": "2026-01-01T00:00:00+00:00",
     }
-    return result.Result(outcome=outcome, time_us=time_us, **(found | fields))
+    return result.Result(outcome=outcome, time_us=time_us, **(actual | fields))
 
 
 def run(*arguments: object, env: dict[str, str] | None = None) -> Result:

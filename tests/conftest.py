@@ -17,7 +17,7 @@ ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 
 # "ci" draws the same examples in every run: a failure comes from the change, not the draw, and is reproducible.
 # "explore" draws new examples: run `pytest --hypothesis-profile=explore` for an hour after the generator changed.
-# No deadline: the interpreter's time a case varies a hundredfold.
+# No deadline: the interpreter's time per case varies a hundredfold.
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=60, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")

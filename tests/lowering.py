@@ -117,7 +117,7 @@ def main() -> None:
     stop_after_memory_allocation()
 
     def most(compiled: Sequence[Any]) -> Resources:
-        found.update(
+        result.update(
             shared_bytes=max(kernel.metadata.shared for kernel in compiled),
             tensor_columns=max(kernel.metadata.tmem_size or 0 for kernel in compiled),
         )
@@ -128,13 +128,13 @@ def main() -> None:
     for spec, config, gpu, shape in pickle.load(sys.stdin.buffer):
         source = render(spec, config, gpu)
         body = source.text.split('"' * 3, 2)[2]  # the text before it is prose
-        found = known.setdefault((body, gpu), {"shared_bytes": 0, "tensor_columns": 0, "error": ""})
-        if not found["shared_bytes"] and not found["error"]:
+        result = known.setdefault((body, gpu), {"shared_bytes": 0, "tensor_columns": 0, "error": ""})
+        if not result["shared_bytes"] and not result["error"]:
             try:
                 build.compile_for(source, spec, config, shape, gpu)
             except BuildError as error:
-                found["error"] = str(error)
-        print(json.dumps(found), flush=True)
+                result["error"] = str(error)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

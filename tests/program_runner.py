@@ -24,5 +24,5 @@ def run_program(program: Path, device: str, *, ours: bool = True) -> None:
     exec(compile(text.replace('"cuda"', repr(device)), program, "exec"), {})
 
 
-def _our_import(found: re.Match[str]) -> str:
-    return f"from parallax_gen.compat.{MODULES[found[1]]}"
+def _our_import(result: re.Match[str]) -> str:
+    return f"from parallax_gen.compat.{MODULES[result[1]]}"

@@ -70,7 +70,7 @@ FOLDER = Path(__file__).parent / "data" / "same"
 LONGEST = 64_000  # bytes of an uncompressed file
 TUNING_DB = Path(__file__).parents[1] / "tuning_db"
 
-# Toolchains for looking up results, whichever Triton is installed: two with records, and one without.
+# Toolchains for looking up results, for any installed Triton: two with records, and one without.
 TOOLCHAINS = {name: Toolchain(name, cuda) for name, cuda in {"3.6": "12.8/12.9", "3.9": "12.9/13.4", "3.5": ""}.items()}
 FIXED = Toolchain("3.9.0", "12.9/13.4")
 
@@ -182,9 +182,9 @@ def draw_spec(draw: random.Random, kind: str) -> Json:
 def draw_shape(draw: random.Random, stored: Json) -> Json:
     kv_heads = draw.choice((1, 2, 4, 8, 16))
     lengths = (100, 128, 777, 2048, 4096, 16384)
-    many = stored["op"] != "decode" or stored.get("many_queries", False)
-    seqlen_q = draw.choice(lengths) if many else 1
-    seqlen_kv = seqlen_q if many and draw.random() < 0.6 else draw.choice((*lengths, 131072))
+    multi_token = stored["op"] != "decode" or stored.get("many_queries", False)
+    seqlen_q = draw.choice(lengths) if multi_token else 1
+    seqlen_kv = seqlen_q if multi_token and draw.random() < 0.6 else draw.choice((*lengths, 131072))
     window = draw.choice((1, 128, 513, 4096)) if stored.get("window") else 0
     return [draw.choice((1, 2, 3, 8, 32)), kv_heads * stored["group"], kv_heads, seqlen_q, seqlen_kv, window]
 
@@ -228,15 +228,15 @@ def ask_kernels() -> list[Json]:
     return [list(case) for case in draw_cases(1, 9)]
 
 
-def kernels(asked: Json) -> Json:
+def kernels(question: Json) -> Json:
     """The default kernel of a spec: its file's name, its fingerprint, its text below the header, and its whole file."""
-    gpu, stored, sizes = asked
+    gpu, stored, sizes = question
     spec, shape = spec_from(stored), Shape(*sizes)
     config = default_config(spec, shape, GPUS[gpu])
-    found = render(spec, config, GPUS[gpu])
-    name = ExportedKernel(spec, bucket_of(shape), config, "").file_name(found)
-    of_any_version = found.text.replace(f"parallax_gen {parallax_gen.__version__}", "parallax_gen", 1)
-    return [name, fingerprint(found.text), digest(below_header(found.text)), digest(of_any_version)]
+    result = render(spec, config, GPUS[gpu])
+    name = ExportedKernel(spec, bucket_of(shape), config, "").file_name(result)
+    of_any_version = result.text.replace(f"parallax_gen {parallax_gen.__version__}", "parallax_gen", 1)
+    return [name, fingerprint(result.text), digest(below_header(result.text)), digest(of_any_version)]
 
 
 def ask_shipped_kernels() -> list[Json]:
@@ -244,14 +244,16 @@ def ask_shipped_kernels() -> list[Json]:
     kinds: dict[str, set[str]] = {}
     for path in sorted(TUNING_DB.glob("*.jsonl")):
         for result in read_file(path).results:
-            asked = text([result.place.gpu, stored_spec(result.place), stored_config(result.config)])
-            kinds.setdefault(kind_of(result.place), set()).add(asked)
-    return [json.loads(asked) for _, lines in sorted(kinds.items()) for asked in sorted(lines, key=by_chance)[:25]]
+            question = text([result.place.gpu, stored_spec(result.place), stored_config(result.config)])
+            kinds.setdefault(kind_of(result.place), set()).add(question)
+    return [
+        json.loads(question) for _, lines in sorted(kinds.items()) for question in sorted(lines, key=by_chance)[:25]
+    ]
 
 
-def shipped_kernels(asked: Json) -> Json:
+def shipped_kernels(question: Json) -> Json:
     """The text below the header of a shipped kernel."""
-    gpu, stored, config = asked
+    gpu, stored, config = question
     spec = spec_from(stored)
     return digest(below_header(render(spec, config_from(spec, config), GPUS[gpu]).text))
 
@@ -260,9 +262,9 @@ def ask_configs() -> list[Json]:
     return [list(case) for case in draw_cases(2, 29)]
 
 
-def configs(asked: Json) -> Json:
+def configs(question: Json) -> Json:
     """The first configs of a search and their cost: the default, other candidates, work, bytes, estimated time."""
-    gpu, stored, sizes = asked
+    gpu, stored, sizes = question
     spec, shape, card = spec_from(stored), Shape(*sizes), GPUS[gpu]
     try:
         default = default_config(spec, shape, card)
@@ -283,21 +285,21 @@ def configs(asked: Json) -> Json:
 def ask_spaces() -> list[Json]:
     """A spec of each kind, small enough to be fast; decode_varlen with one query and with several."""
     plain = {"head_dim": 128, "dtype": "bf16", "group": 4}
-    own = {"op": "decode", **plain, "ragged": True}
+    per_sequence = {"op": "decode", **plain, "ragged": True}
     return [
         ["h100", {"op": "forward", **plain, "head_dim": 64, "dtype": "fp32"}],
         ["h200", {"op": "preprocess", **plain, "group": 1}],
         ["b200", {"op": "dkdv", **plain, "head_dim": 256, "causal": True}],
         ["a100", {"op": "dqdr", **plain, "head_dim": 96}],
         ["h200", {"op": "decode", **plain}],
-        ["h200", own],
-        ["l40s", own | {"causal": True, "many_queries": True, "cache_dtype": "e4m3"}],
+        ["h200", per_sequence],
+        ["l40s", per_sequence | {"causal": True, "many_queries": True, "cache_dtype": "e4m3"}],
     ]
 
 
-def spaces(asked: Json) -> Json:
+def spaces(question: Json) -> Json:
     """Knobs, and all valid configs, in the order that samplers and seeds see."""
-    gpu, stored = asked
+    gpu, stored = question
     spec, card = spec_from(stored), GPUS[gpu]
     lines = [text(stored_config(config)) for config in every_config(spec, card)]
     default = default_config(spec, Shape(4, 4 * spec.group, 4, 1, 4096), card)
@@ -312,32 +314,32 @@ def spaces(asked: Json) -> Json:
 def ask_refusals() -> list[Json]:
     """Invalid configs, and some valid ones: for each kind one per reason, ignoring numbers in reasons."""
     draw = random.Random(3)
-    found: dict[str, Json] = {}
+    result: dict[str, Json] = {}
     for gpu, stored, _ in draw_cases(4, 60):
         for _ in range(8):
-            asked = [gpu, stored, draw_config(draw, spec_from(stored))]
-            reason = refusals(asked)["why"] or "none"
+            question = [gpu, stored, draw_config(draw, spec_from(stored))]
+            reason = refusals(question)["why"] or "none"
             kind = f"{stored['op']} {stored.get('ragged')}: "
-            found.setdefault(kind + "".join(c for c in reason if not c.isdigit()), asked)
-    return list(found.values())
+            result.setdefault(kind + "".join(c for c in reason if not c.isdigit()), question)
+    return list(result.values())
 
 
-def refusals(asked: Json) -> Json:
+def refusals(question: Json) -> Json:
     """Why a config is invalid, and the nearest config with compatible knobs."""
-    gpu, stored, choices = asked
+    gpu, stored, choices = question
     spec = spec_from(stored)
     config = config_from(spec, choices)
-    every = {knob.name: getattr(config, knob.name) for knob in knobs_of(spec)}
-    return {"why": why_invalid(spec, config, GPUS[gpu]), "coerced": changes(config, coerce(spec, every))}
+    all_knobs = {knob.name: getattr(config, knob.name) for knob in knobs_of(spec)}
+    return {"why": why_invalid(spec, config, GPUS[gpu]), "coerced": changes(config, coerce(spec, all_knobs))}
 
 
 def ask_places() -> list[Json]:
     return [list(case) for case in draw_cases(6, 7)]
 
 
-def places(asked: Json) -> Json:
+def places(question: Json) -> Json:
     """All names of a place: in records, look-ups, studies and output."""
-    gpu, stored, sizes = asked
+    gpu, stored, sizes = question
     place = Place(gpu, spec_from(stored), bucket_of(Shape(*sizes)))
     assert Place.from_flat(json.loads(place.text)) == place
     return {
@@ -357,19 +359,19 @@ def ask_standings() -> list[Json]:
     return [json.loads(flat) for flat in sorted(stored, key=by_chance)]
 
 
-def standings(asked: Json) -> Json:
+def standings(question: Json) -> Json:
     """The config of a call, its tier and its record, from the sample of shipped records.
 
     For each toolchain, on a sibling card, and at twice the keys, where there may be no records.
     """
-    elsewhere = {"h100-pcie": {"gpu": "h100-pcie"}, "twice": {"bucket.seqlen_kv": 2 * asked["bucket.seqlen_kv"]}}
-    cases = {name: (Place.from_flat(asked), name) for name in TOOLCHAINS}
-    cases |= {name: (Place.from_flat(asked | other), "3.6") for name, other in elsewhere.items()}
+    elsewhere = {"h100-pcie": {"gpu": "h100-pcie"}, "twice": {"bucket.seqlen_kv": 2 * question["bucket.seqlen_kv"]}}
+    cases = {name: (Place.from_flat(question), name) for name in TOOLCHAINS}
+    cases |= {name: (Place.from_flat(question | other), "3.6") for name, other in elsewhere.items()}
     answers = {}
     for name, (place, toolchain) in cases.items():
-        found = best(place, GPUS[place.gpu], Memory(folder=sample()), TOOLCHAINS[toolchain])
-        whose = found.record and found.record.place.digest[:8]
-        answers[name] = [int(found.tier), whose, changes(default_of(place, GPUS[place.gpu]), found.config)]
+        result = best(place, GPUS[place.gpu], Memory(folder=sample()), TOOLCHAINS[toolchain])
+        whose = result.record and result.record.place.digest[:8]
+        answers[name] = [int(result.tier), whose, changes(default_of(place, GPUS[place.gpu]), result.config)]
     return answers
 
 
@@ -379,9 +381,9 @@ def ask_seeds() -> list[Json]:
     return flats[::2] + [flat | {"bucket.seqlen_kv": 2 * flat["bucket.seqlen_kv"]} for flat in flats[1::3]]
 
 
-def seeds(asked: Json) -> Json:
+def seeds(question: Json) -> Json:
     """The seed configs of a tune with the sample of shipped records, and the name of its shared study."""
-    place = Place.from_flat(asked)
+    place = Place.from_flat(question)
     job = job_of(place)
     default = default_config(job.spec, job.shape, job.gpu)
     with patch.object(Toolchain, "here", lambda: FIXED):
@@ -429,9 +431,9 @@ def write_sample() -> None:
             place = {name: value for name, value in json.loads(line)["place"].items() if name != "gpu"}
             kind = lines.setdefault("ragged" if place["spec.ragged"] else place["spec.op"], {})
             kind.setdefault(text(place), []).append((path.name, line))
-    kept = [one for kind in lines.values() for place in sorted(kind, key=by_chance)[:5] for one in kind[place]]
-    for name in sorted({name for name, _ in kept}):
-        whole = "".join(line for its, line in kept if its == name)
+    sampled = [one for kind in lines.values() for place in sorted(kind, key=by_chance)[:5] for one in kind[place]]
+    for name in sorted({name for name, _ in sampled}):
+        whole = "".join(line for card, line in sampled if card == name)
         path = FOLDER / "shipped" / f"{name}.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(whole.encode(), mtime=0))
@@ -444,7 +446,7 @@ def write_results() -> None:
     for name in ("h100", "h200"):
         for result in load_shipped(name, sample()):
             places.setdefault(f"{name} {kind_of(result.place)}", []).append(result)
-    results = [result for _, found in sorted(places.items()) for result in (found[0], found[-1])]
+    results = [result for _, actual in sorted(places.items()) for result in (actual[0], actual[-1])]
     results += read_file(FOLDER / "of_431f796.jsonl").results
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"PARALLAX_GEN_DB": f"{folder}/tuning.db"}):
         with Store() as store:
@@ -454,35 +456,35 @@ def write_results() -> None:
 
 def of_before(name: str = "of_431f796.jsonl") -> list[Line]:
     """For each result in a file of commit 431f796: whether it counts, and its form today."""
-    found = read_file(FOLDER / name)
-    assert found.problems == []
-    return [(is_rendered(result, GPUS[result.place.gpu]), result.to_dict()) for result in found.results]
+    actual = read_file(FOLDER / name)
+    assert actual.problems == []
+    return [(is_rendered(result, GPUS[result.place.gpu]), result.to_dict()) for result in actual.results]
 
 
 def of_all() -> Json:
     """For all shipped records, by card and kind: tiers by toolchain, a hash of kernels and a hash of seed configs."""
     memory = Memory()
     counts: dict[str, dict[str, int]] = {}
-    told: dict[str, list[str]] = {}
+    lines_by_key: dict[str, list[str]] = {}
     for gpu in ("h100", "h200"):
         results, card = memory.all(gpu), GPUS[gpu]
         for place in dict.fromkeys(result.place for result in results):
-            which, job = f"{gpu} {kind_of(place)}", job_of(place)
+            key, job = f"{gpu} {kind_of(place)}", job_of(place)
             for name, toolchain in TOOLCHAINS.items():
                 tier = f"{name} {best(place, card, memory, toolchain).tier.name}"
-                counts.setdefault(which, {}).setdefault(tier, 0)
-                counts[which][tier] += 1
+                counts.setdefault(key, {}).setdefault(tier, 0)
+                counts[key][tier] += 1
             begin = [*shipped_seeds(place, load_same_capability(job.gpu)), *nearby_seeds(place, results)]
-            told.setdefault(f"{which}: seeds", []).append(text([place.flat(), *map(stored_config, begin)]))
+            lines_by_key.setdefault(f"{key}: seeds", []).append(text([place.flat(), *map(stored_config, begin)]))
         for result in results:
             spec, config = result.place.spec, result.config
             kernel = why_invalid(spec, config, card) or digest(below_header(render(spec, config, card).text))
             counted = is_rendered(result, card)
-            which = f"{gpu} {kind_of(result.place)}"
-            counts[which]["records"] = counts[which].get("records", 0) + 1
-            counts[which]["records that count"] = counts[which].get("records that count", 0) + counted
-            told.setdefault(f"{which}: kernels", []).append(f"{kernel} {counted} {to_line(result)}")
-    return {"counts": counts, "sha256": {which: digest("".join(lines)) for which, lines in told.items()}}
+            key = f"{gpu} {kind_of(result.place)}"
+            counts[key]["records"] = counts[key].get("records", 0) + 1
+            counts[key]["records that count"] = counts[key].get("records that count", 0) + counted
+            lines_by_key.setdefault(f"{key}: kernels", []).append(f"{kernel} {counted} {to_line(result)}")
+    return {"counts": counts, "sha256": {key: digest("".join(lines)) for key, lines in lines_by_key.items()}}
 
 
 def shipped_now() -> str:
@@ -497,21 +499,21 @@ def lines_of(topic: str) -> list[Line]:
     """The stored questions and answers of a topic."""
     path = FOLDER / f"{topic}.jsonl"
     stored = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
-    return [(asked, answer) for asked, answer in map(json.loads, stored.splitlines())]
+    return [(question, answer) for question, answer in map(json.loads, stored.splitlines())]
 
 
 def write(topic: str) -> None:
     """Answer a topic's questions and write its file, compressed if it is long."""
     ask, answer = TOPICS[topic]
-    found = "".join(text([asked, answer(asked)]) + "\n" for asked in ask()).encode()
+    result = "".join(text([question, answer(question)]) + "\n" for question in ask()).encode()
     plain = FOLDER / f"{topic}.jsonl"
     packed = Path(f"{plain}.gz")
     for path in (plain, packed):
         path.unlink(missing_ok=True)
-    if len(found) > LONGEST:
-        packed.write_bytes(gzip.compress(found, mtime=0))
+    if len(result) > LONGEST:
+        packed.write_bytes(gzip.compress(result, mtime=0))
     else:
-        plain.write_bytes(found)
+        plain.write_bytes(result)
 
 
 def main(arguments: list[str]) -> None:

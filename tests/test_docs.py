@@ -91,7 +91,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    found, lines = [], page.read_text(encoding="utf-8").splitlines()
+    result, lines = [], page.read_text(encoding="utf-8").splitlines()
     opened: int | None = None
     for n, line in enumerate(lines):
         if not line.lstrip().startswith("```"):
@@ -102,10 +102,10 @@ def blocks_of(page: Path) -> list[Block]:
         marker = re.fullmatch(r"<!-- ([a-z ]+): (.+) -->", lines[opened - 1])
         code = "\n".join(lines[opened + 1 : n]) + "\n"
         pair = (marker[1], marker[2]) if marker else ("", "")
-        found.append(Block(page, opened + 1, lines[opened].lstrip()[3:].strip(), code, pair))
+        result.append(Block(page, opened + 1, lines[opened].lstrip()[3:].strip(), code, pair))
         opened = None
     assert opened is None, f"{page.name}, line {opened}: a block without an end"
-    return found
+    return result
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -237,19 +237,19 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
     while isinstance(command, click.Group) and words and re.fullmatch(r"-v|[a-z]+", words[0]):
         name, *words = words
         if name != "-v":
-            found = command.get_command(click.Context(command), name)
-            assert found is not None, f"no command {name!r}"
-            command = found
+            result = command.get_command(click.Context(command), name)
+            assert result is not None, f"no command {name!r}"
+            command = result
     return command, words
 
 
 @pytest.mark.parametrize("page", [*PAGES, TOP / "CHANGELOG.md"], ids=ids)
 def test_commands_named_in_text_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for said in re.findall(r"`parallax-gen ([^`]+)`", text):
-        command, words = command_of(said.split())
+    for command_line in re.findall(r"`parallax-gen ([^`]+)`", text):
+        command, words = command_of(command_line.split())
         options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word for word in words if word.startswith("--")} <= options | {"--help"}, said
+        assert {word for word in words if word.startswith("--")} <= options | {"--help"}, command_line
 
 
 @pytest.mark.parametrize("page", [*PAGES, TOP / "templates" / "README.md"], ids=ids)
@@ -258,10 +258,10 @@ def test_links_have_targets_in_docs(page: Path) -> None:
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
-        found = (page.parent / path).resolve() if path else page
-        assert found.exists(), target
+        result = (page.parent / path).resolve() if path else page
+        assert result.exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            headings = re.findall(r"^#+ (.+)$", result.read_text(encoding="utf-8"), flags=re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, target
 

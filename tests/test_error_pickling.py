@@ -24,15 +24,15 @@ PACKAGE = Path(parallax_gen.__file__).parent
 @cache
 def error_classes() -> list[type[Exception]]:
     """Every exception class that a module of the package defines, found by the names of base classes."""
-    found: list[type[Exception]] = []
+    result: list[type[Exception]] = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and re.search(
                 "(Error|Exception)\\b", " ".join(map(ast.unparse, node.bases))
             ):
                 module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-                found.append(getattr(importlib.import_module(module), node.name))
-    return found
+                result.append(getattr(importlib.import_module(module), node.name))
+    return result
 
 
 def instance_of(cls: type[Exception]) -> Exception:
@@ -40,9 +40,13 @@ def instance_of(cls: type[Exception]) -> Exception:
     if not inspect.isfunction(cls.__init__):  # Python's constructor takes any arguments
         return cls("a message")
     _, *parameters = inspect.signature(cls.__init__).parameters.values()
-    assert not [each for each in parameters if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    named = {each.name: f"{each.name} µ" for each in parameters if each.kind == each.KEYWORD_ONLY}
-    return cls(*(f"{each.name} µ" for each in parameters if each.name not in named), **named)
+    assert not [
+        parameter for parameter in parameters if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    named = {
+        parameter.name: f"{parameter.name} µ" for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY
+    }
+    return cls(*(f"{parameter.name} µ" for parameter in parameters if parameter.name not in named), **named)
 
 
 class KeywordOnlyError(ParallaxGenError):

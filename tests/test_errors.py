@@ -12,7 +12,7 @@ from parallax_gen.errors import (
     MachineError,
     MemoryTakenError,
     gist,
-    held_by_others,
+    held_by_other_processes,
     is_stored_machine_error,
     machine_error,
     machine_error_of_exit,
@@ -99,10 +99,10 @@ def test_memory_taken_by_other_processes(error: BaseException) -> None:
 
 @pytest.mark.parametrize("error", MACHINE, ids=repr)
 def test_faults_of_the_machine(error: BaseException) -> None:
-    found = machine_error(error)
-    assert type(found) is MachineError
-    assert str(found).startswith(gist(error))
-    assert len(str(found).splitlines()) == 1
+    result = machine_error(error)
+    assert type(result) is MachineError
+    assert str(result).startswith(gist(error))
+    assert len(str(result).splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", CONFIGS, ids=repr)
@@ -117,8 +117,8 @@ def test_the_cause_of_an_error_counts_but_not_its_context() -> None:
     handled = BuildError("at 3:4")
     handled.__context__ = FileNotFoundError("a cache that has it not yet")
     assert machine_error(handled) is None
-    told = MachineError("as a child said")
-    assert machine_error(told) is told
+    fault = MachineError("as a child said")
+    assert machine_error(fault) is fault
 
 
 def test_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +126,13 @@ def test_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ulimit -n" in str(machine_error(OSError(errno.EMFILE, "Too many open files")))
     assert "--workers" in str(machine_error(MemoryError()))
     monkeypatch.setenv("TRITON_PTXAS_PATH", "")
-    assert "(which TRITON_PTXAS_PATH names)" in str(machine_error(PermissionError(errno.EACCES, "denied", "")))
+    assert "(TRITON_PTXAS_PATH is set to this path)" in str(machine_error(PermissionError(errno.EACCES, "denied", "")))
     fatal = str(machine_error(MACHINE[10]))
     assert "Unsupported .version 8.8" in fatal  # and not just that ptxas failed
 
 
 @pytest.mark.parametrize(
-    ("status", "words", "kind"),
+    ("status", "last_line", "kind"),
     [
         (-9, "no message", MemoryTakenError),
         (-15, "no message", MachineError),
@@ -143,9 +143,9 @@ def test_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, "OSError: [Errno 28] No space left on device", MachineError),
     ],
 )
-def test_exit_statuses_of_child_processes(status: int, words: str, kind: type[MachineError] | None) -> None:
-    found = machine_error_of_exit(status, words)
-    assert (None if found is None else type(found)) is kind
+def test_exit_statuses_of_child_processes(status: int, last_line: str, kind: type[MachineError] | None) -> None:
+    result = machine_error_of_exit(status, last_line)
+    assert (None if result is None else type(result)) is kind
 
 
 def test_messages_stored_by_earlier_versions() -> None:
@@ -168,5 +168,5 @@ def test_messages_stored_by_earlier_versions() -> None:
 
 
 def test_an_out_of_memory_message_without_sizes_is_the_configs() -> None:
-    assert held_by_others(WITH_OTHERS)
-    assert not held_by_others("CUDA out of memory.")
+    assert held_by_other_processes(WITH_OTHERS)
+    assert not held_by_other_processes("CUDA out of memory.")

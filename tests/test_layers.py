@@ -64,18 +64,18 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {
 
 def imports_of(text: str, module: str) -> set[str]:
     """Dotted names of a module's imports; `from a import b` gives a.b, whether or not b is a module."""
-    found: set[str] = set()
+    result: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             # One dot is the module's own package, such as parallax_gen.ops for parallax_gen.ops.base.
             base = [] if node.level == 0 else module.split(".")[: -node.level]
             base += [node.module] if node.module else []
-            found |= {".".join([*base, alias.name]) for alias in node.names}
+            result |= {".".join([*base, alias.name]) for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= {node.value} if re.fullmatch(r"parallax_gen(\.\w+)+", node.value) else set()
-    return found
+            result |= {node.value} if re.fullmatch(r"parallax_gen(\.\w+)+", node.value) else set()
+    return result
 
 
 def subpackage_of(name: str) -> str | None:
@@ -237,7 +237,7 @@ def test_the_tuning_process_loads_no_torch() -> None:
 
 
 def test_files_are_short() -> None:
-    """A longer file holds two ideas, or something can be removed; likewise for the command line as a whole."""
+    """Split or shorten a longer file. The limit for the command line is on all its files together."""
     root = PACKAGE.parent
     lines = {
         str(path.relative_to(root)): len(path.read_text(encoding="utf-8").splitlines())

@@ -101,8 +101,10 @@ def test_what_is_imported_is_declared_and_what_is_needed_is_imported(declared: M
     outside = {name.split(".")[0] for names in IMPORTS.values() for name in names}
     imported = {canonicalize_name(name) for name in outside - sys.stdlib_module_names - {"parallax_gen"}}
     requirements = [Requirement(line) for line in declared.get_all("Requires-Dist", [])]
-    assert imported - OPTIONAL_PACKAGES <= {canonicalize_name(each.name) for each in requirements}
-    assert {canonicalize_name(each.name) for each in requirements if "extra" not in str(each.marker)} <= imported
+    assert imported - OPTIONAL_PACKAGES <= {canonicalize_name(requirement.name) for requirement in requirements}
+    assert {
+        canonicalize_name(requirement.name) for requirement in requirements if "extra" not in str(requirement.marker)
+    } <= imported
 
 
 # behaviour
@@ -110,14 +112,14 @@ def test_what_is_imported_is_declared_and_what_is_needed_is_imported(declared: M
 
 def closure(requirements: Iterable[str]) -> Iterable[metadata.Distribution]:
     """The installed distributions that the requirements pull in, recursively."""
-    found: dict[str, metadata.Distribution] = {}
+    result: dict[str, metadata.Distribution] = {}
     waiting = [Requirement(line) for line in requirements]
     while waiting:
-        each = waiting.pop()
-        if each.name not in found and (each.marker is None or each.marker.evaluate({"extra": ""})):
-            found[each.name] = metadata.distribution(each.name)
-            waiting += map(Requirement, found[each.name].requires or [])
-    return found.values()
+        package = waiting.pop()
+        if package.name not in result and (package.marker is None or package.marker.evaluate({"extra": ""})):
+            result[package.name] = metadata.distribution(package.name)
+            waiting += map(Requirement, result[package.name].requires or [])
+    return result.values()
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +185,9 @@ def test_help_imports_no_heavy_package(shell: Callable[[str], str]) -> None:
 
 
 def test_both_entry_points_print_the_version(shell: Callable[[str], str], declared: Message) -> None:
-    said = shell("parallax-gen --version")
-    assert said == shell("python -m parallax_gen --version")
-    assert said.split()[-1] == declared["Version"]
+    output = shell("parallax-gen --version")
+    assert output == shell("python -m parallax_gen --version")
+    assert output.split()[-1] == declared["Version"]
 
 
 def test_doctor_passes_in_the_wheel(shell: Callable[[str], str]) -> None:

@@ -38,41 +38,43 @@ def test_a_difference_names_what_differs() -> None:
 def test_answers_are_the_same(topic: str) -> None:
     _, answer = same.TOPICS[topic]
     lines, wrong = same.lines_of(topic), []
-    for asked, before in lines:
-        now = answer(asked)
+    for question, before in lines:
+        now = answer(question)
         if same.text(now) != same.text(before):  # the order of fields matters
-            told = difference(topic, before, json.loads(same.text(now))) or [f"  the order of fields: {same.text(now)}"]
-            wrong.append("\n".join([same.text(asked), *told]))
+            message = difference(topic, before, json.loads(same.text(now))) or [
+                f"  the order of fields: {same.text(now)}"
+            ]
+            wrong.append("\n".join([same.text(question), *message]))
     shown = "\n".join(wrong[:SHOWN_DIFFERENCES])
     assert not wrong, f"{len(wrong)} of {len(lines)} answers differ, such as\n{shown}"
 
 
 @pytest.mark.parametrize("topic", ["kernels", "configs", "places"])
 def test_every_kind_and_flag_is_asked_for(topic: str) -> None:
-    found: dict[str, set[str]] = {}
+    result: dict[str, set[str]] = {}
     for (_, stored, *_), _ in same.lines_of(topic):
-        found.setdefault("ragged" if stored.get("ragged") else stored["op"], set()).update(stored)
+        result.setdefault("ragged" if stored.get("ragged") else stored["op"], set()).update(stored)
     of_tiles = {"causal", "window", "varlen"}
-    wanted = {"forward": of_tiles | {"stats"}, "preprocess": {"varlen"}, "dkdv": of_tiles, "dqdr": of_tiles}
-    wanted |= {"decode": set(), "ragged": set(same.ORDER)}
-    assert set(found) == set(wanted)
-    assert {kind: flags & set(same.ORDER) for kind, flags in found.items()} == wanted
+    expected = {"forward": of_tiles | {"stats"}, "preprocess": {"varlen"}, "dkdv": of_tiles, "dqdr": of_tiles}
+    expected |= {"decode": set(), "ragged": set(same.ORDER)}
+    assert set(result) == set(expected)
+    assert {kind: flags & set(same.ORDER) for kind, flags in result.items()} == expected
 
 
 def test_an_export_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In whichever order the results were recorded."""
-    wanted = RESULTS.read_bytes().splitlines(keepends=True)
+    expected = RESULTS.read_bytes().splitlines(keepends=True)
     path = tmp_path / "tuning.db"
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     with same.Store(path) as store:
-        for line in sorted(wanted, key=lambda line: same.by_chance(line.decode())):
+        for line in sorted(expected, key=lambda line: same.by_chance(line.decode())):
             store.save(same.from_line(line))
-    assert exported() == wanted
-    of_decode = [line for line in wanted if b'"gpu": "h100"' in line and b'"spec.op": "decode"' in line]
+    assert exported() == expected
+    of_decode = [line for line in expected if b'"gpu": "h100"' in line and b'"spec.op": "decode"' in line]
     measured = [line for line in of_decode if b'"outcome": "ok"' in line]
     assert exported("--gpu", "h100", "--op", "decode") == of_decode
     assert exported("--gpu", "h100", "--op", "decode", "--measured") == measured
-    assert len(wanted) > len(of_decode) > len(measured) > 0
+    assert len(expected) > len(of_decode) > len(measured) > 0
 
 
 def exported(*arguments: str) -> list[bytes]:
@@ -83,10 +85,10 @@ def exported(*arguments: str) -> list[bytes]:
 
 def test_lines_of_431f796_are_read() -> None:
     """The same lines count as before, with the same content in today's form."""
-    wanted = same.lines_of("of_431f796_today")
-    assert len(wanted) == 19
-    assert [same.text([*line]) for line in same.of_before()] == [same.text([*line]) for line in wanted]
-    assert {counts for counts, _ in wanted} == {True, False}
+    expected = same.lines_of("of_431f796_today")
+    assert len(expected) == 19
+    assert [same.text([*line]) for line in same.of_before()] == [same.text([*line]) for line in expected]
+    assert {counts for counts, _ in expected} == {True, False}
 
 
 def test_a_database_of_431f796_is_read(tmp_path: Path) -> None:
@@ -94,22 +96,22 @@ def test_a_database_of_431f796_is_read(tmp_path: Path) -> None:
     path = tmp_path / "tuning.db"
     shutil.copy(same.FOLDER / "of_431f796.db", path)
     before = path.read_bytes()
-    wanted = sorted(same.text(result) for _, result in same.lines_of("of_431f796_today"))
+    expected = sorted(same.text(result) for _, result in same.lines_of("of_431f796_today"))
     with same.Store(path, read_only=True) as store:
-        assert sorted(same.text(result.to_dict()) for result in store.all()) == wanted
+        assert sorted(same.text(result.to_dict()) for result in store.all()) == expected
     assert path.read_bytes() == before
     with same.Store(path) as store:
-        assert sorted(same.text(result.to_dict()) for result in store.all()) == wanted
+        assert sorted(same.text(result.to_dict()) for result in store.all()) == expected
         assert (store.problems(), store.unreadable) == ([], 0)
 
 
 @pytest.mark.slow
 def test_all_shipped_records_are_the_same() -> None:
     """Kernels, which records count, the configs of calls and the seed configs of tunes. Takes a minute."""
-    wanted = json.loads((same.FOLDER / "of_all.json").read_text(encoding="utf-8"))
-    if wanted.pop("shipped") != same.shipped_now():
+    expected = json.loads((same.FOLDER / "of_all.json").read_text(encoding="utf-8"))
+    if expected.pop("shipped") != same.shipped_now():
         pytest.skip(
             "other records ship since: python tests/same_samples.py --write of_all, before what is to be proved"
         )
     now = same.of_all()
-    assert now == wanted, "\n".join(difference("all", wanted, now))
+    assert now == expected, "\n".join(difference("all", expected, now))

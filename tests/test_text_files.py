@@ -88,12 +88,12 @@ def test_every_kind_of_call_is_checked(text: str, leaves: bool) -> None:
 
 
 def test_no_text_is_left_to_the_locale() -> None:
-    found = []
+    result = []
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Call) and leaves_it_to_the_locale(node):
-                found.append(f"{path.relative_to(TOP)}:{node.lineno}: {ast.unparse(node)[:80]}")
-    assert found == []
+                result.append(f"{path.relative_to(TOP)}:{node.lineno}: {ast.unparse(node)[:80]}")
+    assert result == []
 
 
 RENDER = ["render", "--gpu", "h200", "--op", "decode", "--head-dim", "128", "--ragged", "--cache-dtype", "e4m3"]

@@ -43,15 +43,15 @@ def inputs_of(case: StepCase, device: str) -> Inputs:
 def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
     """Launch the case's kernels: out, lse, t_mean, v_mean, dq, dr, dk and dv."""
 
-    def launch(op: str, given: Inputs) -> Call:
+    def launch(op: str, kernel_inputs: Inputs) -> Call:
         spec, config = case.spec.for_op(op), case.configs[op]
-        call = verify.poisoned_call(spec, config, given)
+        call = verify.poisoned_call(spec, config, kernel_inputs)
         load(render(spec, config, gpu)).launch(*call.arguments(softmax_scale(spec)))
         return call
 
     step = launch("forward", inputs).written
-    given = replace(inputs, row_stats=launch("preprocess", replace(inputs, **step)).written["row_stats"])
-    return {**step, **launch("dkdv", given).written, **launch("dqdr", given).written}
+    kernel_inputs = replace(inputs, row_stats=launch("preprocess", replace(inputs, **step)).written["row_stats"])
+    return {**step, **launch("dkdv", kernel_inputs).written, **launch("dqdr", kernel_inputs).written}
 
 
 def gradients(case: StepCase, inputs: Inputs) -> Gradients:
@@ -64,22 +64,22 @@ def gradients(case: StepCase, inputs: Inputs) -> Gradients:
 
 
 def why_tensors_differ(
-    x: Inputs, name: str, found: torch.Tensor, expected: torch.Tensor, dtype: str, natural: torch.Tensor | None = None
+    x: Inputs, name: str, result: torch.Tensor, expected: torch.Tensor, dtype: str, natural: torch.Tensor | None = None
 ) -> str | None:
     """`why_wrong` for rows that belong to a sequence. Padding rows must be bitwise equal."""
-    (own, padding), (ref, ref_padding) = (verify.of_sequences(x, name, y) for y in (found, expected))
+    (own, padding), (ref, ref_padding) = (verify.of_sequences(x, name, y) for y in (result, expected))
     if not torch.equal(padding.double(), ref_padding):
         return "padding rows differ"
     return why_wrong(own, ref, dtype, natural)
 
 
-def why_steps_differ(case: StepCase, inputs: Inputs, found: dict[str, torch.Tensor]) -> str | None:
+def why_steps_differ(case: StepCase, inputs: Inputs, result: dict[str, torch.Tensor]) -> str | None:
     """The step's outputs that differ from float64 by more than rounding explains, else None."""
     x, dtype = inputs, case.spec.dtype
-    reasons = {"out": why_tensors_differ(x, "out", found["out"], attend(case.spec, x).out, dtype)}
+    reasons = {"out": why_tensors_differ(x, "out", result["out"], attend(case.spec, x).out, dtype)}
     sizes = verify.term_sizes(case.spec, x)._asdict()
     for name, expected in gradients(case, x)._asdict().items():
-        reasons[name] = why_tensors_differ(x, name, found[name], expected, dtype, sizes[name])
+        reasons[name] = why_tensors_differ(x, name, result[name], expected, dtype, sizes[name])
     return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or None
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks our kernels against other packages' in one process on the same inputs."""
+"""Benchmarks our kernels and those of other packages in one process, on the same inputs."""

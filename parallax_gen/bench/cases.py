@@ -25,7 +25,7 @@ class CaseError(ParallaxGenError):
 
 
 class Case(NamedTuple):
-    """One benchmark that all baselines run; the fields are those of Row."""
+    """One benchmark that all baselines run. Its fields are fields of Row."""
 
     op: str
     spec: KernelSpec
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """The parsed --lengths: the runs of one batch, or the name in PATTERNS of a pattern for every shape."""
+    """The parsed --lengths: the runs of one batch, or for every shape a pattern, by its name in PATTERNS."""
 
     runs: Runs = ()
     pattern: str = ""
@@ -75,7 +75,7 @@ def cases_of(
 ) -> Iterator[Case]:
     """The cases to compare; the forward's spec stands for a whole training step. Raises CaseError.
 
-    page_sizes  every shape runs with each of these, 0 for no pages; () for the flags' page_size
+    page_sizes  every shape runs with each of these page sizes, 0 for no pages; () for the flags' page_size
     lengths     only for decode with per-sequence lengths
     """
     layouts = [replace(flags, page_size=page_size) for page_size in page_sizes] or [flags]
@@ -83,8 +83,8 @@ def cases_of(
         if shapes:
             dims_and_shapes = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
         else:
-            usual = BENCH_GRIDS[grid][op] if grid else DEFAULT_SHAPES[op]
-            dims_and_shapes = [(dim, shape) for dim, shape in usual if head_dim in (None, dim)]
+            usual_shapes = BENCH_GRIDS[grid][op] if grid else DEFAULT_SHAPES[op]
+            dims_and_shapes = [(dim, shape) for dim, shape in usual_shapes if head_dim in (None, dim)]
         if not dims_and_shapes:
             raise CaseError(f"no usual shape of {op} has head_dim {head_dim}: give a --shape")
         # Shapes that differ only in a window may become the same case, so duplicates are dropped.
@@ -98,8 +98,8 @@ def cases_of(
 def quick_cases(cases: list[Case], card: Gpu) -> list[Case]:
     """At most QUICK_SHAPES shapes per op that fit the card, evenly spread, including the first and the last.
 
-    All page sizes of a chosen shape are kept. If no shape fits, the choice is among all shapes, and the table says that
-    each was skipped.
+    All page sizes of a chosen shape are kept. If no shape fits, the choice is among all shapes, and the table shows
+    each as skipped.
     """
     chosen = []
     for op in dict.fromkeys(case.op for case in cases):
@@ -118,7 +118,7 @@ def quick_cases(cases: list[Case], card: Gpu) -> list[Case]:
 
 
 def bytes_needed(op: str, spec: KernelSpec, shape: Shape) -> float:
-    """The least device memory: each input and each result once, and the gradients of a training step."""
+    """The minimum device memory: each input and each result once, and the gradients of a training step."""
     unwindowed = replace(shape, window=0)  # a window reads fewer keys, but all are allocated
     specs = [spec.for_op(kernel) for kernel in ("forward", "dqdr")] if op == TRAINING else [spec]
-    return sum(work_of(each, unwindowed).bytes for each in specs)
+    return sum(work_of(kernel, unwindowed).bytes for kernel in specs)

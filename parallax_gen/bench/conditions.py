@@ -32,9 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> str:
-    """`kernels 1a2b3c4d`, a hash of the kernel sources that a call runs; tuning may change them. spec: see rows.Row."""
-    called = [(spec, shape)]
+    """`kernels 1a2b3c4d`, a hash of the sources that a call runs, which tuning may change. spec: see rows.Row."""
+    kernels = [(spec, shape)]
     if op == TRAINING:
-        called = [(spec.for_op(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]
-    sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in called]
+        kernels = [(spec.for_op(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]
+    sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in kernels]
     return f"kernels {hashlib.sha256(''.join(sources).encode()).hexdigest()[:8]}"

@@ -20,9 +20,9 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher
 
-CALLS, ROUNDS = 100, 40  # the device is synchronised between rounds, so that no launch waits for a full launch queue
+CALLS, ROUNDS = 100, 40  # the device is synchronised between rounds, so that no launch waits in a full queue
 
-# What each time is of, by its key in the JSON output.
+# What each time measures, by its key in the JSON output.
 LABELS = {
     "public function": "parallax_attn_with_kvcache, with out given",
     "and an output": "parallax_attn_with_kvcache, which allocates out",

@@ -1,8 +1,8 @@
 """The baselines' inputs, and the errors of their results against the fp64 oracle, over all results or a sample.
 
 Sequences and kv heads are independent, so a few of them, with their query heads, show a kernel's error. The oracle
-computes them one by one in float64, so thousands of them take longer than all timing. The sample is the first and the
-last of each, where offsets are smallest and largest.
+computes them one by one in float64, so thousands of them would take longer than all timing. The sample is the first
+and the last sequence and kv head, where offsets are smallest and largest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KV_GRADIENTS = ("dk", "dv")
 
 @dataclass(frozen=True)
 class Sample:
-    """The sequences and kv heads to compare; None for all. Packed sequences are always all compared."""
+    """The sequences and kv heads to compare; None for all. Of packed sequences all are compared."""
 
     sequences: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""The parts of an op that `bench` times: forward, backward and both of a training step; the one call of other ops."""
+"""The parts of an op that `bench` times: the forward, the backward and both for a training step, else the one call."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Part:
     """One timed part of an op.
 
     heading   its column's heading in a table
-    kernels   our kernels that run in it, in order
+    kernels   our kernels that run in the part, in order
     results   the results whose largest error is the part's error
-    parallax_work  its matmuls relative to Parallax's forward; a backward counts as the 8 matmuls of one kernel for all
-                   gradients, however many kernels do it
-    softmax_work   likewise for softmax attention, whose backward has 5 matmuls
+    parallax_work  its matmuls relative to Parallax's forward; a backward counts as the 8 matmuls that one kernel for
+                   all gradients needs, even if several kernels compute it
+    softmax_work   the same for softmax attention, whose backward has 5 matmuls
     """
 
     heading: str
@@ -40,6 +40,6 @@ PARTS: dict[str, dict[str, Part]] = {
 
 
 def kernels_in(op: str, part: str) -> tuple[str, ...]:
-    """Our kernels that run in a part; the op itself for a part that PARTS lacks: files may name others."""
-    known = PARTS.get(op, {}).get(part)
-    return known.kernels if known else (op,)
+    """Our kernels that run in a part; the op itself for a part that is not in PARTS, as a file may have."""
+    known_part = PARTS.get(op, {}).get(part)
+    return known_part.kernels if known_part else (op,)

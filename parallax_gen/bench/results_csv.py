@@ -1,4 +1,4 @@
-"""The CSV file of `bench --csv`: its rows are not timed again, and each case's new rows are appended at once."""
+"""The CSV file of `bench --csv`: rows in it are not timed again, and each case's new rows are appended at once."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def _read_or_create(path: Path) -> list[Row]:
         _append(path, text)
     columns = next(csv.reader([text.partition("\n")[0]]), [])
     if columns not in (COLUMNS, WITHOUT_LENGTHS):
-        raise ParallaxGenError(f"--csv: the columns of {path} are not those of bench: choose another file")
+        raise ParallaxGenError(f"--csv: {path} does not have the columns of parallax-gen bench: choose another file")
     whole, _, tail = text.rpartition("\n")
     if whole and tail and not _rows([tail], columns):
-        os.truncate(path, len(whole.encode()) + 1)  # appended rows would become part of an unclosed quotation
+        os.truncate(path, len(whole.encode()) + 1)  # otherwise appended rows could become part of an unclosed quotation
         text, tail = f"{whole}\n", ""
     _append(path, "\n" if tail else "")  # also checks that the file can be written
     if columns == WITHOUT_LENGTHS:
@@ -84,7 +84,7 @@ def _with_lengths_column(text: str) -> str:
 
 
 def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:
-    """The rows that can be parsed. Others are ignored: someone may have edited the file."""
+    """The rows that can be parsed. Others are ignored, because someone may have edited the file."""
     rows = []
     for texts in csv.DictReader(lines, columns):
         if None not in texts.values():  # None stands for a missing cell

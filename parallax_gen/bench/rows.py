@@ -1,4 +1,4 @@
-"""The rows of `bench`, their conditions, and their form in files. A row is one part of one baseline at one shape."""
+"""The rows of `bench`, their conditions, and their format in files. A row is one part of one baseline at one shape."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Effort:
     timed_ms   approximate time of a baseline per round
     oracle     "whole": errors over all results; "sample": over the first and last sequence and kv head; or "none"
     few_calls  slow baselines are timed once with few calls, and Triton's autotuners time each config with few calls
-    quick      fewer shapes, for a first look: not for publication
+    quick      fewer shapes, for a first look; such times are not for publication
     """
 
     rounds: int = 3
@@ -49,7 +49,7 @@ QUICK_EFFORT = Effort(rounds=1, timed_ms=10.0, oracle="sample", few_calls=True, 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a measurement. A stored time is reused if all of them but the command are equal."""
+    """The conditions of a measurement. A stored time is reused if all of them except the command are equal."""
 
     gpu: str
     card: str
@@ -66,8 +66,8 @@ class Conditions:
 
     def flat(self) -> dict[str, Any]:
         """All fields and the effort's fields as a dict without nesting, by their names in files."""
-        others = {name: value for name, value in vars(self).items() if name != "effort"}
-        return {**others, **_to_stored(asdict(self.effort))}
+        scalars = {name: value for name, value in vars(self).items() if name != "effort"}
+        return {**scalars, **_to_stored(asdict(self.effort))}
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class Row:
     op             "forward", "decode" or TRAINING
     part           the timed part: a key of PARTS[op] in bench/parts.py
     spec           of the forward or the decode
-    time_us        median over the rounds of medians by the protocol of tuning/workers/measure.py; None if it does not
-                   run
-    p20_us, p80_us likewise for the 20th and 80th percentiles
+    time_us        median over the rounds of medians by the protocol of tuning/workers/measure.py; None if the baseline
+                   does not run
+    p20_us, p80_us median over the rounds of the 20th and 80th percentiles
     rate           TFLOP/s, or GB/s for decode, counting the work of Parallax (of softmax for a softmax baseline)
     error          ||result - oracle|| / ||oracle|| of the output, or the largest over the gradients; None for softmax
                    baselines and with oracle "none"
     checked        number of (sequence, kv head) pairs that the error covers
-    note           why there is no time, or how its timing differs from the others'
-    package        its packages and their versions; for ours the hash of the kernels
+    note           why there is no time, or how the row was timed differently from the others
+    package        the baseline's packages and their versions; for ours the hash of the kernels
     conditions     None until they are known
     lengths        for decode with per-sequence lengths: the number of keys of each sequence; () if all have the shape's
     origin         set for rows that `read_rows` read
@@ -126,7 +126,7 @@ class Row:
 
     @property
     def compared_at(self) -> tuple[object, ...]:
-        """Baselines are compared where this is equal."""
+        """Rows of several baselines are compared if this is equal."""
         return self.origin, self.op, self.part, self.spec, self.shape, self.lengths
 
 
@@ -165,7 +165,7 @@ def to_flat(row: Row) -> dict[str, Any]:
 
 # -- Reading: a file's content is checked like user input.
 
-# The columns that every row needs. Others may be missing; missing flags of a kernel are off.
+# The columns that every row needs. Others may be missing; a missing flag of a kernel is off.
 SHAPE_COLUMNS = tuple(f.name for f in fields(Shape))
 REQUIRED_COLUMNS = (
     "op",
@@ -200,17 +200,17 @@ _ROW_TYPES = _to_stored({f.name: str(f.type) for f in fields(Row) if f.name in _
 _CONDITIONS_TYPES = {f.name: str(f.type) for f in fields(Conditions) if f.name != "effort"}
 _EFFORT_TYPES = _to_stored({f.name: str(f.type) for f in fields(Effort)})
 _BOOLS = {"True": True, "False": False}
-_MAX_DIGITS = 20  # of an int
+_MAX_DIGITS = 20  # in an int
 _BOUNDS = {**dict.fromkeys(("time_us", "p20_us", "p80_us"), NUMBERS["time_us"]), "error": NUMBERS["error"]}
 
 
-def row_from(texts: Mapping[str, str], where: str) -> Row:
+def row_from(texts: Mapping[str, str], location: str) -> Row:
     """The row in a line of a file, given as text by column; without conditions.
 
-    Raises ArgumentError that names the line, `where`, and the column. Times must lie within the bounds of
+    Raises ArgumentError that names the line, `location`, and the column. Times must lie within the bounds of
     memory/bounds.py, so that their rates and ratios are finite.
     """
-    with _name_location(where):
+    with _name_location(location):
         shape = within_bounds(Shape(**{name: _int(name, texts.get(name) or "0") for name in SHAPE_COLUMNS}))
         head_dim, flags = _int("head_dim", texts["head_dim"]), _parsed_fields(_SPEC_TYPES, texts)
         op = "forward" if texts["op"] == TRAINING else texts["op"]
@@ -221,11 +221,11 @@ def row_from(texts: Mapping[str, str], where: str) -> Row:
 
 def from_flat(texts: Mapping[str, str]) -> Row:
     """The row, with conditions, that `to_flat` wrote; `texts` are its fields as text. Raises ArgumentError."""
-    effort, others = (
+    effort, conditions = (
         _from_stored({name: _PARSERS[kind](name, texts[name]) for name, kind in types.items()})
         for types in (_EFFORT_TYPES, _CONDITIONS_TYPES)
     )
-    return replace(row_from(texts, "the row"), conditions=Conditions(effort=Effort(**effort), **others))
+    return replace(row_from(texts, "the row"), conditions=Conditions(effort=Effort(**effort), **conditions))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -238,7 +238,7 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise ParallaxGenError(f"cannot read {path}: {error}") from error
     rows = _json_rows(path, text) if text.lstrip().startswith("{") else _csv_rows(path, text)
-    return [replace(row_from(texts, f"{path}, {where}"), origin=_origin(path, texts)) for where, texts in rows]
+    return [replace(row_from(texts, f"{path}, {location}"), origin=_origin(path, texts)) for location, texts in rows]
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -250,10 +250,10 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
             got = f"the columns {', '.join(names)}" if names else "no columns"
             raise ArgumentError(f"{path}, line 1", got, f"a CSV file of parallax-gen bench, with {', '.join(missing)}")
         for row in reader:
-            where = f"line {reader.line_num}"
+            location = f"line {reader.line_num}"
             if None in row or None in row.values():  # more cells than columns, or fewer
-                raise ArgumentError(f"{path}, {where}", "too many or too few cells", f"{len(names)}, as in line 1")
-            yield where, dict(row)
+                raise ArgumentError(f"{path}, {location}", "too many or too few cells", f"{len(names)}, as in line 1")
+            yield location, dict(row)
     except csv.Error as error:
         raise ParallaxGenError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 
@@ -269,17 +269,19 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         raise ArgumentError(f"{path}, rows", shown(rows), "a list, as parallax-gen bench --json writes it")
     shared = {name: document[name] for name in (*CARD_COLUMNS, *CONDITION_COLUMNS) if name in document}
     for number, row in enumerate(rows, start=1):
-        where = f"row {number}"
+        location = f"row {number}"
         if not isinstance(row, dict) or not all(isinstance(row.get(part), dict) for part in ("spec", "shape")):
-            raise ArgumentError(f"{path}, {where}", shown(row), "an object with a spec and a shape")
+            raise ArgumentError(f"{path}, {location}", shown(row), "an object with a spec and a shape")
         flat = {**shared, **row["spec"], "window": 0, **row["shape"], **row}
         if missing := [name for name in REQUIRED_COLUMNS if name not in flat]:
-            raise ArgumentError(f"{path}, {where}", f"an object without {', '.join(missing)}", "a row of bench --json")
-        yield where, {name: "" if value is None else _value_text(value) for name, value in flat.items()}
+            raise ArgumentError(
+                f"{path}, {location}", f"an object without {', '.join(missing)}", "a row of bench --json"
+            )
+        yield location, {name: "" if value is None else _value_text(value) for name, value in flat.items()}
 
 
 def _value_text(value: object) -> str:
-    """A number or a flag as CSV text. Other values of a row are not used, and may be nested to any depth."""
+    """A number or a flag as CSV text. Other values are not used; they may be nested to any depth."""
     return value if isinstance(value, str) else shown(value) if isinstance(value, dict | list) else str(value)
 
 
@@ -292,12 +294,12 @@ def _origin(path: Path, texts: Mapping[str, str]) -> Origin:
 
 
 @contextmanager
-def _name_location(where: str) -> Iterator[None]:
-    """Add the line, `where`, to ArgumentErrors that name a column."""
+def _name_location(location: str) -> Iterator[None]:
+    """Add the line, `location`, to ArgumentErrors that name a column."""
     try:
         yield
     except ArgumentError as error:
-        raise ArgumentError(f"{where}: {error.argument}", error.got, error.allowed) from error
+        raise ArgumentError(f"{location}: {error.argument}", error.got, error.allowed) from error
 
 
 def _parsed_fields(types: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, Any]:
@@ -319,13 +321,13 @@ def _bool(name: str, text: str) -> bool:
 
 
 def _number(name: str, text: str) -> float:
-    least, most = _BOUNDS.get(name, (0.0, sys.float_info.max))
+    minimum, maximum = _BOUNDS.get(name, (0.0, sys.float_info.max))
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not least <= value <= most:
-        raise ArgumentError(name, shown(text), f"a number from {least:g} to {most:g}, or nothing")
+    if not minimum <= value <= maximum:
+        raise ArgumentError(name, shown(text), f"a number from {minimum:g} to {maximum:g}, or an empty cell")
     return value
 
 

@@ -54,13 +54,13 @@ def time_cases(
     started, timed_cases = time.monotonic(), 0
     for i, case in enumerate(cases):
         requested = _untimed_rows(case, names, card, memory, conditions)
-        # A baseline of which only some parts are stored is timed again completely.
+        # If only some parts of a baseline are stored, all of its parts are timed again.
         missing = {row.baseline for row in requested if results.stored(row) is None}
         rows = [row for row in map(results.stored, requested) if row is not None and row.baseline not in missing]
         if missing:
             seconds_left = (time.monotonic() - started) / timed_cases * (len(cases) - i) if timed_cases else None
-            left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
-            with status(f"[{i + 1}/{len(cases)}{left}] {title(*case)}"):
+            time_left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
+            with status(f"[{i + 1}/{len(cases)}{time_left}] {title(*case)}"):
                 new = _time_case(case, [row for row in requested if row.baseline in missing], card, conditions)
             results.add(new)
             rows += new
@@ -74,15 +74,15 @@ def _untimed_rows(case: Case, names: Sequence[str], card: Gpu, memory: Memory, c
     rows = []
     for baseline in baselines_of(op):
         if baseline.name in names:
-            ours = baseline.name == OURS
-            package = our_kernels(op, spec, shape, card, memory) if ours else baseline.package()
+            is_ours = baseline.name == OURS
+            package = our_kernels(op, spec, shape, card, memory) if is_ours else baseline.package()
             row = Row(baseline.name, op, "", spec, shape, package=package, conditions=conditions, lengths=lengths)
             rows += [replace(row, part=part) for part in PARTS[op]]
     return rows
 
 
 def _time_case(case: Case, requested: list[Row], card: Gpu, conditions: Conditions) -> list[Row]:
-    """The requested rows with times, or with a note that says why there is none."""
+    """The requested rows, each with a time or with a note that says why there is none."""
     op, spec, shape, lengths = case
     needed, available = bytes_needed(op, spec, shape), card.memory_bytes
     if needed > available:
@@ -155,7 +155,7 @@ def _compare(requested: list[Row], chosen: list[Baseline], effort: Effort) -> li
 
 
 def _check_machine(failure: Exception) -> None:
-    """Raise MachineError if the machine failed. A missing package or tool is the baseline's own failure."""
+    """Raise MachineError if the machine is at fault. A missing package or tool is the baseline's own failure."""
     fault = machine_error(failure)
     is_baselines_own = not isinstance(failure, OSError) or failure.errno == errno.ENOENT
     if fault is not None and (isinstance(fault, MemoryTakenError) or not is_baselines_own):
@@ -185,7 +185,7 @@ def _failure_note(failure: Exception) -> str:
     return f"{kind}: {failure}".splitlines()[0][:MAX_NOTE_LENGTH]
 
 
-# (baseline, part) -> its timing, None if it has none, and a note on how it was timed.
+# (baseline, part) -> its timing (None if it has none), and a note on how it was timed.
 Times = dict[tuple[str, str], tuple[Timing | None, str]]
 
 
@@ -214,7 +214,7 @@ def _slower_than(limit: float, timing: Timing | None) -> bool:
 
 
 def _combine_rounds(rounds: list[tuple[Timing | None, str]]) -> tuple[Timing | None, str]:
-    """The medians over the rounds of medians and of percentiles."""
+    """The median over the rounds, of the medians and of each percentile."""
     timings = [timing for timing, _ in rounds if timing is not None]
     if not timings:
         return None, rounds[0][1]

@@ -20,7 +20,7 @@ Ratios = Iterable[tuple[Row, "float | None"]]
 
 
 class Mean(NamedTuple):
-    """The geometric mean of times relative to ours, the smallest of them, and the number of shapes."""
+    """The geometric mean of times relative to ours, the smallest such time, and the number of shapes."""
 
     mean: float
     least: float
@@ -30,7 +30,7 @@ class Mean(NamedTuple):
 def times_ours(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
     """Every other baseline's rows, each with its time divided by ours; None if either did not run.
 
-    Both rows have the same case, part and origin. The last of duplicate rows counts.
+    Both rows have the same case, part and origin. Of duplicate rows the last one counts.
     """
     last = {(row.compared_at, row.baseline): row for row in rows}
     ratios: list[tuple[Row, float | None]] = []
@@ -47,7 +47,7 @@ def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
     for row, ratio in ratios:
         if ratio is not None:
             by_key.setdefault(key(row), []).append(ratio)
-    return {each: Mean(geometric_mean(r), min(r), len(r)) for each, r in by_key.items()}
+    return {group: Mean(geometric_mean(r), min(r), len(r)) for group, r in by_key.items()}
 
 
 # -- Tables
@@ -61,7 +61,7 @@ class Table(NamedTuple):
 
 
 def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:
-    """The title of a case; for a training step with the part of the spec that its kernels share."""
+    """The title of a case. For a training step it has the part of the spec that the step's kernels share."""
     kernel = f"{TRAINING}, {str(spec.for_op('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
     kernel += ", accurate" * (op == TRAINING and spec.accurate)
     return f"{kernel}: {with_lengths(shape, lengths)}"
@@ -116,8 +116,8 @@ def mean_lines(rows: list[Row]) -> list[str]:
     parts = list(dict.fromkeys((row.op, row.part) for row in rows))
     return [
         f"{op if op == part else f'{op} {part}'}: {name} takes {mean:.2f}x our time "
-        f"(geometric mean of {count} {'shape' if count == 1 else 'shapes'}, least {least:.2f}x)"
-        for (op, part, name), (mean, least, count) in sorted(
+        f"(geometric mean of {count} {'shape' if count == 1 else 'shapes'}, least {smallest:.2f}x)"
+        for (op, part, name), (mean, smallest, count) in sorted(
             mean_by_part.items(), key=lambda item: parts.index(item[0][:2])
         )
     ]

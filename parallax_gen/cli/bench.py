@@ -79,15 +79,15 @@ def parse_lengths(text: str) -> Lengths:
 @click.option(
     "--oracle",
     type=click.Choice(("whole", "sample", "none")),
-    help="Compare with the oracle the whole result, a sample (the first and last sequence and kv head), or none. "
+    help="How much of each result to compare with the oracle; sample: the first and last sequence and kv head. "
     "Default: sample with --grid or --quick, else whole.",
 )
-@click.option("--host", is_flag=True, help="Instead time what the host spends on a decode step and its launch.")
+@click.option("--host", is_flag=True, help="Instead measure the host time of a decode step and of its launch.")
 @click.option(
     "--csv",
     "csv_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Append the rows of each shape to this file; rows that it already has are not timed again.",
+    help="Append the rows of each shape to this file. Rows that are already in it are not timed again.",
 )
 @click.option(
     "--picture",
@@ -115,16 +115,16 @@ def bench(
 ) -> None:
     """Time our kernels against other Parallax kernels and softmax.
 
-    All run in one process on the same inputs; errors are against an fp64 oracle. With --op training the forward, the
-    backward and both together are timed, through torch's autograd. Softmax has half the matmuls of Parallax. A baseline
-    that is not installed, or has no such kernel, gets a note instead of a time.
+    All kernels run in one process on the same inputs; errors are relative to an fp64 oracle. With --op training the
+    forward, the backward and both together are timed, through torch's autograd. Softmax has half the matmuls of
+    Parallax. A baseline that is not installed, or has no such kernel, gets a note instead of a time.
 
     A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv continues:
     rows of the same card, versions, kernels and settings are not timed again.
 
     With --grid or --quick, baselines that take three times as long as ours are timed with few calls, and the official
-    Triton kernels autotune with few calls per config; otherwise that takes minutes per training shape. The official
-    Helion kernels are not tuned unless HELION_AUTOTUNE_EFFORT is set: "full" takes minutes per shape.
+    Triton kernels autotune with few calls per config, because autotuning otherwise takes minutes per training shape.
+    The official Helion kernels are not tuned unless HELION_AUTOTUNE_EFFORT is set: "full" takes minutes per shape.
 
     \b
     Baselines
@@ -143,16 +143,16 @@ def bench(
     if lengths is not None:
         ops, flags = ops or ("decode",), replace(flags, ragged=True)
         if host or ops != ("decode",):
-            raise click.UsageError("--lengths: only with --op decode, and without --host")
+            raise click.UsageError("--lengths needs --op decode, and no --host")
     ops = ("decode",) if host else ops or (tuple(BENCH_GRIDS[grid]) if grid else ("forward", "decode"))
     check_flags(replace(flags, page_size=max(page_sizes, default=0)), ops)
     if grid and (shapes or not set(ops) <= set(BENCH_GRIDS[grid])):
-        raise click.UsageError(f"--grid {grid}: only with --op {' or '.join(BENCH_GRIDS[grid])}, and without --shape")
+        raise click.UsageError(f"--grid {grid} needs --op {' or '.join(BENCH_GRIDS[grid])}, and no --shape")
     if picture is not None:
         if ops != ("decode",):
-            raise click.UsageError("--picture: only with --op decode")
-        if why := picture_error(picture):
-            raise click.UsageError(why)
+            raise click.UsageError("--picture needs --op decode")
+        if reason := picture_error(picture):
+            raise click.UsageError(reason)
     try:
         cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags, page_sizes, lengths))
     except CaseError as error:
@@ -179,10 +179,10 @@ def bench(
     cases = quick_cases(cases, card) if quick else cases
     results, status = ResultsCsv(csv_file), console(stderr=True).status
     try:
-        for of_case in time_cases(cases, names, card, conditions, results, open_memory(), status):
-            rows += of_case
-            if of_case and not as_json:
-                _print_rows(of_case)
+        for case_rows in time_cases(cases, names, card, conditions, results, open_memory(), status):
+            rows += case_rows
+            if case_rows and not as_json:
+                _print_rows(case_rows)
     except KeyboardInterrupt:
         if csv_file is not None:
             click.echo(f"stopped: the timed rows are in {csv_file}; the same command continues from there", err=True)
@@ -224,7 +224,7 @@ def _print_conditions(conditions: Conditions, rows: list[Row]) -> None:
         f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms" + QUICK_NOTE * effort.quick
     )
     if effort.oracle == "sample":
-        click.echo("errors are over the first and the last sequence and kv head")
+        click.echo("errors cover the first and the last sequence and kv head")
     click.echo(conditions.command)
 
 

@@ -31,7 +31,7 @@ op_filter = click.option("--op", type=click.Choice(FAMILIES), help="Only rows of
 def db() -> None:
     """Inspect, export, import and prune the tuning database.
 
-    It holds your own results. Shipped records are files of the package: see parallax-gen list.
+    It contains your own results. Shipped records are files of the package: see parallax-gen list.
 
     \b
     Example
@@ -52,13 +52,13 @@ def path(as_json: bool) -> None:
     """
     from parallax_gen.memory.store import default_path
 
-    where, variable = default_path(), os.environ.get("PARALLAX_GEN_DB")
+    file, variable = default_path(), os.environ.get("PARALLAX_GEN_DB")
     if as_json:
-        print_json({"path": str(where), "exists": where.exists(), "PARALLAX_GEN_DB": variable or None})
+        print_json({"path": str(file), "exists": file.exists(), "PARALLAX_GEN_DB": variable or None})
         return
-    click.echo(where)
-    source = f"PARALLAX_GEN_DB is {variable}" if variable else "PARALLAX_GEN_DB is not set, so this is the default"
-    click.echo(source + ("" if where.exists() else "; not yet created"), err=True)
+    click.echo(file)
+    origin = f"PARALLAX_GEN_DB is {variable}" if variable else "PARALLAX_GEN_DB is not set, so this is the default"
+    click.echo(origin + ("" if file.exists() else "; not yet created"), err=True)
 
 
 @db.command()
@@ -100,8 +100,8 @@ def stats(as_json: bool) -> None:
         click.echo(f"{_rows(counts['unreadable'])} cannot be read: parallax-gen db check says why")
     for gpu in dict.fromkeys(kernel["gpu"] for kernel in counts["kernels"]):
         click.echo(f"\n{gpu}")
-        of_gpu = [kernel for kernel in counts["kernels"] if kernel["gpu"] == gpu]
-        table = [(kernel["op"], str(kernel["rows"]), format_counts(kernel["outcomes"])) for kernel in of_gpu]
+        kernels = [kernel for kernel in counts["kernels"] if kernel["gpu"] == gpu]
+        table = [(kernel["op"], str(kernel["rows"]), format_counts(kernel["outcomes"])) for kernel in kernels]
         print_table(("op", "rows", "outcomes"), table, right=("rows",))
     if results:
         click.echo("\ntoolchains, newest first")
@@ -134,8 +134,8 @@ def _toolchain_row(counts: dict[str, Any]) -> tuple[str, ...]:
 def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> None:
     """Write your results to a file, as lines of JSON.
 
-    FILE - means standard output. The newest toolchain comes first. parallax-gen db import reads the file on any
-    machine.
+    FILE - means standard output. Results of the newest toolchain come first. parallax-gen db import reads the file on
+    any machine.
 
     \b
     Example
@@ -179,12 +179,12 @@ def _selected(results: list[Result], gpu: str | None, op: str | None) -> list[Re
 )
 @click.option("--skip-bad", is_flag=True, help="Skip lines that are not valid results, instead of importing nothing.")
 def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
-    """Add results from elsewhere to yours.
+    """Add results from other machines to your database.
 
     FILE is a file from db export, - for standard input, or another database. All results are checked before any is
-    added. Of two results for one config of one kernel the more informative one is kept (a time or a verdict before a
-    crash, a crash before a prediction), else the newer one. Results of other toolchains are kept beside yours, and
-    calls use them where this toolchain has none. Importing a file twice changes nothing.
+    added. Of two results for one config of one kernel the more informative one is kept (a time or a wrong result before
+    a crash, a crash before a prediction), else the newer one. Results of other toolchains are kept too, and calls use
+    them where this toolchain has none. Importing a file twice changes nothing.
 
     \b
     Example
@@ -209,7 +209,7 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     click.echo(f"{store.path}: {merged.new} new, {merged.replaced} replaced, {merged.kept} kept{skipped}")
     unused = sum(not is_rendered(result, card_of(result.place)) for result in results)
     if unused:
-        click.echo(f"{unused} of other kernels than today's: hints for parallax-gen tune, not used by calls")
+        click.echo(f"{unused} of other kernels than today's: calls do not use them, parallax-gen tune does")
 
 
 def _read(file: Path) -> ParsedRecords:
@@ -253,8 +253,8 @@ def prune(
 ) -> None:
     """Delete rows of the kinds that you name, and keep a copy.
 
-    Deletes rows of any of the named kinds; with only --older-than, of every kind. First writes them to a file beside
-    the database, which db import reads.
+    Deletes rows of any of the named kinds; with only --older-than, of every kind. First writes them to a file in the
+    database's folder, which db import can read.
 
     \b
     Example
@@ -266,10 +266,10 @@ def prune(
 
     any_kind = other_environments or failures or predicted
     if not any_kind and older_than is None:
-        raise click.UsageError("give one of --other-environments, --failures, --predicted and --older-than DAYS")
+        raise click.UsageError("give one or more of --other-environments, --failures, --predicted, --older-than DAYS")
     now = datetime.now(timezone.utc)
 
-    def is_named(row: Result) -> bool:
+    def is_selected(row: Result) -> bool:
         if older_than is not None and now - row.created <= timedelta(days=older_than):
             return False
         return (
@@ -283,7 +283,7 @@ def prune(
         raise StoreError(f"{default_path()} is not yet created: there is nothing to delete")
     with Store(read_only=dry_run) as store:
         rows = store.all()
-        to_delete = [row for row in _selected(rows, gpu, op) if is_named(row)]
+        to_delete = [row for row in _selected(rows, gpu, op) if is_selected(row)]
         if not to_delete:
             click.echo(f"{store.path}: none of its {_rows(len(rows))} is selected")
             return
@@ -315,17 +315,17 @@ def check(ctx: click.Context, as_json: bool) -> None:
     """
     from parallax_gen.memory.store import Store, default_path
 
-    where, schema, rows = default_path(), 0, 0
+    file, schema, rows = default_path(), 0, 0
     try:
         with Store(read_only=True) as store:
             schema, problems, rows = store.schema, store.problems(), len(store.all())
     except StoreError as error:
         problems = [" ".join(str(error).split())]
     if as_json:
-        print_json({"path": str(where), "sound": not problems, "schema": schema, "rows": rows, "problems": problems})
+        print_json({"path": str(file), "sound": not problems, "schema": schema, "rows": rows, "problems": problems})
     else:
-        state = f"problems: {len(problems)}" if problems else "sound" if where.exists() else "not yet created"
-        click.echo(f"{where}: {state}, schema {schema}, {_rows(rows)} readable")
+        state = f"problems: {len(problems)}" if problems else "sound" if file.exists() else "not yet created"
+        click.echo(f"{file}: {state}, schema {schema}, {_rows(rows)} readable")
         for problem in problems:
             click.echo(f"  {problem}")
     ctx.exit(1 if problems else 0)

@@ -1,4 +1,4 @@
-"""The devices that `tune` measures on, and their GPU type, which must be the same for all."""
+"""The devices that `tune` measures on. All must be of the same GPU type."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def card_of_worker(worker: Worker) -> Gpu | None:
 
 
 def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu, bool]:
-    """The GPU to tune for, and whether it is present to measure on.
+    """The GPU to tune for, and whether it is present and can measure.
 
     Raises UnknownGpuError if a device is missing, or differs from the first device or from `name`.
     """

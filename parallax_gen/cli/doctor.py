@@ -63,7 +63,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 def _run_check(check: str, find: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[Finding]:
-    """The findings of one check; expected errors and missing files or modules are findings too."""
+    """The findings of one check. Expected errors and missing files or modules become findings."""
     try:
         for status, text in find():
             yield Finding(check, status, text)
@@ -141,18 +141,18 @@ def _records() -> Iterator[tuple[str, str]]:
 
     if not shipped_gpus():
         yield "note", f"no records in {data_dir('tuning_db')}"
-    results, source = _usable_results()
+    results, sources = _usable_results()
     table = RecordTable(results)
     places = dict.fromkeys(record.place for record in results)
     for name in sorted({place.gpu for place in places}):
-        of_card = [place for place in places if place.gpu == name]
-        by_evidence = Counter(choice_text(chosen(place, table)) for place in of_card)
+        card_places = [place for place in places if place.gpu == name]
+        by_evidence = Counter(choice_text(chosen(place, table)) for place in card_places)
         counts = ", ".join(f"{evidence}: {count}" for evidence, count in by_evidence.most_common())
-        yield "ok", f"{name}: {len(of_card)} kernels and sizes in {source}; configs of calls come from {counts}"
+        yield "ok", f"{name}: {len(card_places)} kernels and sizes in {sources}; configs of calls come from {counts}"
 
 
 def _usable_results() -> tuple[list[Result], str]:
-    """The results that calls choose from, and their source: without the user's database if that is unusable."""
+    """The results that calls choose from, and their sources. Without the user's database if that is unusable."""
     from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.memory.shipped import Memory
 

@@ -1,4 +1,4 @@
-"""`parallax-gen explain`: which kernel a call gets, where its config comes from, and why calls get no other."""
+"""`parallax-gen explain`: which kernel a call gets, where its config comes from, and why it gets no other."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def _print(explanation: Explanation, origins: Origins) -> None:
         owner = {"yours": "your record", "shipped": "a shipped record"}[explanation.origin]
         click.echo(f"from    {owner}, {explanation.reason}:")
         click.echo(f"        {_time_text(record)}, {record.source or 'measured'}, {record.created_at}")
-    for candidate, why in explanation.choice.refused:
-        click.echo(f"refused {describe(candidate.config)}: {why}")
+    for candidate, reason in explanation.choice.refused:
+        click.echo(f"refused {describe(candidate.config)}: {reason}")
     if not explanation.choice.checked:
         click.echo(f"        {NOT_CHECKED}")
     runners_up = [(c.record, evidence_text(c)) for c in explanation.runners_up if c.record is not None]
     _section("runners-up", [_line(r, f"{origins.status(r)}, {evidence}") for r, evidence in runners_up])
     _section("only predicted, so not used", [_line(r, "model's estimate") for r in explanation.predicted])
-    _section("measured, but not used", [_line(r, why) for r, why in explanation.unused])
+    _section("measured, but not used", [_line(r, reason) for r, reason in explanation.unused])
 
 
 def _time_text(result: Result) -> str:
@@ -99,14 +99,14 @@ def _to_json(explanation: Explanation, origins: Origins) -> dict[str, Any]:
         "config": config_to_dict(explanation.choice.config),
         "file": str(explanation.file),
         "from": explanation.origin,
-        "tier": explanation.choice.candidate.tier.words,
+        "tier": explanation.choice.candidate.tier.text,
         "reason": explanation.reason,
         "checked": explanation.choice.checked,
-        "refused": [{"why": why, "config": config_to_dict(c.config)} for c, why in explanation.choice.refused],
+        "refused": [{"why": reason, "config": config_to_dict(c.config)} for c, reason in explanation.choice.refused],
         "record": None if record is None else origins.to_json(record),
         "runners_up": [
-            {"tier": c.tier.words, "record": origins.to_json(c.record)} for c in explanation.runners_up if c.record
+            {"tier": c.tier.text, "record": origins.to_json(c.record)} for c in explanation.runners_up if c.record
         ],
         "predicted": [origins.to_json(r) for r in explanation.predicted],
-        "unused": [{"why": why, "record": origins.to_json(result)} for result, why in explanation.unused],
+        "unused": [{"why": reason, "record": origins.to_json(result)} for result, reason in explanation.unused],
     }

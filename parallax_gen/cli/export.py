@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from parallax_gen.memory.place import Place
     from parallax_gen.memory.shipped import Memory
 
-# A call of this package compiles a borrowed kernel first, and may reject it; an exported file has no such check.
-NOT_CHECKED = "not checked here: the file launches it even where it spills far more than the default"
+# A call of this package first compiles a borrowed kernel and may reject it. An exported file has no such check.
+NOT_CHECKED = "not checked here: the file launches it even if it spills far more than the default"
 
 
 @dataclass(frozen=True)
 class ExportedKernel:
-    """A kernel to export: its config, and a sentence on where that comes from."""
+    """A kernel to export: its config, and a sentence that says where the config comes from."""
 
     spec: KernelSpec
     bucket: Bucket
@@ -85,7 +85,7 @@ def export(gpu: str | None, requested: KernelArgs, shapes: tuple[Sizes, ...], fo
     except OSError as error:
         raise ParallaxGenError(f"cannot write to {folder}: {error}") from error
     if as_json:
-        print_json({"gpu": card.name, "readme": str(readme), "kernels": [_to_json(*each) for each in written]})
+        print_json({"gpu": card.name, "readme": str(readme), "kernels": [_to_json(*file) for file in written]})
         return
     for path, kernel in written:
         click.echo(f"{path}\n    {describe(kernel.config)}\n    {kernel.provenance}")
@@ -130,7 +130,7 @@ def _exported_kernel(place: Place, choice: CheckedChoice, origins: Origins) -> E
     if record is None:
         provenance = "the default config, not measured: no record can be used"
         if choice.refused:
-            provenance = "the default config: configs measured elsewhere compile badly here"
+            provenance = "the default config: the borrowed kernels spill, do not fit or do not compile here"
         return ExportedKernel(place.spec, place.bucket, config, provenance)
     assert record.time_us is not None
     owner = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]

@@ -58,17 +58,17 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
             by_evidence = Counter(row.by for row in rows).most_common()
             click.echo(", ".join(f"{evidence}: {count}" for evidence, count in by_evidence))
     else:
-        click.echo("there are no results yet: parallax-gen tune makes them; until then calls get default configs")
+        click.echo("there are no results yet: run parallax-gen tune; until then calls get default configs")
 
 
 def _print(rows: Iterable[Listed], origins: Origins) -> None:
     """Print one table per kernel, then the legend."""
     for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
-        of_kernel = list(group)
+        kernel_rows = list(group)
         click.echo(f"{gpu}: {spec}")
         numbers = ("rows", "seqlen", "us", rate_unit(spec.family), "gain")
         columns = (*numbers, "config", "status", "evidence")
-        print_table(columns, [_row(row, origins) for row in of_kernel], right=numbers)
+        print_table(columns, [_row(row, origins) for row in kernel_rows], right=numbers)
         click.echo()
     click.echo(LEGEND)
     click.echo("rows: kv rows, batch times kv heads; us: time in microseconds;")
@@ -76,10 +76,8 @@ def _print(rows: Iterable[Listed], origins: Origins) -> None:
     click.echo(
         "status: measured (by you), shipped (measured elsewhere), predicted (calls never use it), or how it failed;"
     )
-    click.echo(
-        "evidence: the Triton that measured it, and the card if that was another of the same compute capability;"
-    )
-    click.echo("not yet checked: the first call compiles it, and drops it if it spills far more than the default;")
+    click.echo("evidence: the Triton that it was measured with, and the card if it was another of the same capability;")
+    click.echo("not yet checked: a first call compiles it, and drops it if it spills far more than the default;")
     click.echo("parallax-gen explain says why calls get this config")
 
 

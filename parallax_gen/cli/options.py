@@ -18,15 +18,15 @@ from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FAMILIES, LARGEST_HEAD_DIM, KernelSpec
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
+    OPS_AND_TRAINING,
     OPS_WITH_FLAG,
     USUAL_HEAD_DIM,
-    WORK,
     Flags,
     Sizes,
     has_flag,
     kernels,
     spec_for,
-    usual,
+    usual_shapes,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -59,7 +59,7 @@ def parse_sizes(text: str) -> Sizes:
 
 @dataclass(frozen=True)
 class KernelArgs:
-    """The kernel that --op, --head-dim, --dtype and the flags name. Its group comes from a shape's heads."""
+    """The kernel that --op, --head-dim, --dtype and the flags select. Its group comes from a shape's heads."""
 
     op: str
     head_dim: int
@@ -68,7 +68,7 @@ class KernelArgs:
 
     def kernel(self, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
         """The spec and shape of the kernel at these sizes; by default at the first of the op's usual shapes."""
-        requested = next(iter(usual(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
+        requested = next(iter(usual_shapes(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
         ((spec, shape),) = kernels(self.op, self.head_dim, self.dtype, requested, self.flags)
         if shape.window < (self.flags.window or 0):
             click.echo(f"--window {self.flags.window} includes all {shape.seqlen_kv} keys: none is needed", err=True)
@@ -128,21 +128,21 @@ def shape_option(
 
 
 # Flag -> its options, for messages. Whether queries are multi-token comes from the shape.
-_OPTIONS = {name: "--causal and --full" if name == "causal" else f"--{name}" for name in OPS_WITH_FLAG}
+_OPTIONS = {name: "--causal or --full" if name == "causal" else f"--{name}" for name in OPS_WITH_FLAG}
 
 
 def flag_options(command: Command, *, layouts: bool = False) -> Command:
     """Add the options that set a kernel's flags; the command gets them as one argument, `flags`.
 
-    layouts  makes --page-size repeatable, with 0 for no pages; the command gets `page_sizes`, and flags.page_size is 0
+    layouts  make --page-size repeatable, with 0 for no pages; the command gets `page_sizes`, and flags.page_size is 0
     """
 
     @functools.wraps(command)
-    def collect(**given: Any) -> Any:
-        by_name = {name: given.pop(name) for name in _OPTIONS}
-        page_size = 0 if layouts else given.pop("page_size") or 0
-        flags = Flags(page_size=page_size, cache_dtype=given.pop("cache_dtype") or "", **by_name)
-        return command(flags=flags, **given)
+    def collect(**options_by_name: Any) -> Any:
+        flag_values = {name: options_by_name.pop(name) for name in _OPTIONS}
+        page_size = 0 if layouts else options_by_name.pop("page_size") or 0
+        flags = Flags(page_size=page_size, cache_dtype=options_by_name.pop("cache_dtype") or "", **flag_values)
+        return command(flags=flags, **options_by_name)
 
     names = ("--page-size", *("page_sizes",) * layouts)
     more_help = ", 0 for none. Repeatable: every shape runs with each." if layouts else "."
@@ -154,7 +154,7 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         click.option("--varlen", is_flag=True, help="Packed sequences, one per batch entry, of the shape's lengths."),
         click.option("--stats", is_flag=True, help="Forward and decode: also return lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
-        click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its first key."),
+        click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its own first key."),
         click.option(
             *names,
             type=click.IntRange(min=0 if layouts else 1),
@@ -162,7 +162,7 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
             metavar="N",
             help=f"Decode only: pages of N keys{more_help}",
         ),
-        click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c), for any c, as in Gemma 2."),
+        click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
         click.option(
             "--accurate", is_flag=True, help="Forward only: small errors also where few keys have the weight."
         ),
@@ -171,26 +171,26 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
     return _with_options(collect, options)  # type: ignore[return-value]
 
 
-def check_flags(flags: Flags, ops: Sequence[str]) -> None:
-    """Raise UsageError for a flag that none of the ops supports."""
+def check_flags(flags: Flags, ops: Sequence[str], choices: Sequence[str] = OPS_AND_TRAINING) -> None:
+    """Raise UsageError for a flag that none of the ops supports. choices: the ops that the command takes."""
     for name, options in _OPTIONS.items():
-        given = flags.causal is not None if name == "causal" else bool(getattr(flags, name))
-        supporting = [op for op in WORK if has_flag(op, name)]
-        if given and not set(ops) & set(supporting):
-            raise click.UsageError(f"{options}: only with --op {' or '.join(supporting)}, not with {' or '.join(ops)}")
+        is_set = flags.causal is not None if name == "causal" else bool(getattr(flags, name))
+        supporting = [op for op in choices if has_flag(op, name)]
+        if is_set and not set(ops) & set(supporting):
+            raise click.UsageError(f"{options} needs --op {' or '.join(supporting)}, not {' or '.join(ops)}")
     for option, value in (("--page-size", flags.page_size), ("--cache-dtype", flags.cache_dtype)):
         if value and "decode" not in ops:
-            raise click.UsageError(f"{option}: only with --op decode, not with {' or '.join(ops)}")
+            raise click.UsageError(f"{option} needs --op decode, not {' or '.join(ops)}")
 
 
 def kernel_options(command: Command) -> Command:
-    """Add the options that name one kernel; the command gets them as one argument, `requested`."""
+    """Add the options that select one kernel; the command gets them as one argument, `requested`."""
 
     @functools.wraps(command)
-    def collect(**given: Any) -> Any:
-        requested = KernelArgs(**{name: given.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
-        check_flags(requested.flags, (requested.op,))
-        return command(requested=requested, **given)
+    def collect(**options_by_name: Any) -> Any:
+        requested = KernelArgs(**{name: options_by_name.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
+        check_flags(requested.flags, (requested.op,), FAMILIES)
+        return command(requested=requested, **options_by_name)
 
     options = (
         click.option("--op", type=click.Choice(FAMILIES), required=True),
@@ -212,7 +212,7 @@ def chosen_gpu(name: str | None) -> Gpu:
 
 
 def resolve_gpu(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
-    """`chosen_gpu` with another way to find the card in this machine."""
+    """`chosen_gpu`, with a function that finds the card in this machine."""
     if name is None:
         card = card_here()
         if card is None:

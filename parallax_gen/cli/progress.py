@@ -26,9 +26,9 @@ MAX_SILENCE_S = 15.0  # without a terminal, the longest time between lines
 
 
 class ProgressView:
-    """A context manager that the tuner calls: `begin` a job, `update` after a trial, `end` the job. Jobs may overlap.
+    """A context manager and a watcher of the tuner: `begin` a job, `update` after a trial, `end` it. Jobs may overlap.
 
-    after_update is called at the end of each update.
+    after_update  called at the end of each update
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class ProgressView:
 
     def update(self, progress: Progress) -> None:
         running = self._running[progress.job]
-        first, running.progress = running.progress is None, progress
-        if first and progress.known:
+        is_first, running.progress = running.progress is None, progress
+        if is_first and progress.known:
             self._print(
                 f"{self._prefix(running)}{progress.known} configs have results from earlier runs: continuing from these"
             )
@@ -138,8 +138,7 @@ STDERR = 2  # a file descriptor: a signal may interrupt a print, and sys.stderr 
 class Interrupt:
     """A context in which the first Ctrl-C waits for the next `check`, and the second interrupts at once.
 
-    An interrupt could come between a trial's end and the write of its row. Waiting a fraction of a second keeps the
-    running trial.
+    Otherwise an interrupt could come between a trial's end and the write of its row, and lose the trial.
     """
 
     def __init__(self) -> None:

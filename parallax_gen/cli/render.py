@@ -1,4 +1,4 @@
-"""`parallax-gen render`: the source of one kernel."""
+"""`parallax-gen render`: prints the source of one kernel."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _config(op: str, text: str) -> KernelConfig:
 
 
 def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> str:
-    """A line on the compiled kernel's resources. Compiles in a child process, so that a compiler crash is an error."""
+    """A line on the compiled kernel's resources. Compiles in a child process, which a compiler crash may end."""
     from contextlib import closing
 
     from parallax_gen.tuning.workers.messages import Compile, Trial

@@ -1,4 +1,4 @@
-"""`parallax-gen replay`: how soon samplers find the best config of a recorded sweep; how slow borrowed configs are."""
+"""`parallax-gen replay`: how soon samplers find a sweep's best config, and how slow borrowed configs are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.2)  # fractions of a sweep's configs at which regrets are printed
-SLOW_SAMPLERS = ("gp",)  # minutes per seed: only on request
+SLOW_SAMPLERS = ("gp",)  # they take minutes per seed, so they run only on request
 
 SEARCH_OPTIONS = {name: f"--{name}" for name in ("seeds", "share", "workers")} | {
     "samplers": "--sampler",
@@ -62,23 +62,22 @@ def replay(
 ) -> None:
     """Replay searches on recorded sweeps, to compare samplers.
 
-    The tuner's own search proposes configs and gets the times that the sweep recorded. Regret is how much longer the
-    best config so far takes than the sweep's best. The table has, per sampler, the trials until the regret is below
-    2 %, as the median and quartiles over all seeds; then the median regret after some fractions of the configs.
+    The tuner's search proposes configs and gets the times recorded in the sweep. Regret is how much longer the best
+    config so far takes than the sweep's best. For each sampler the table has the trials until the regret is below 2 %,
+    as the median and quartiles over all seeds, then the median regret after some fractions of the configs.
 
     \b
     Samplers
-      ours            as the tuner does: the default config, then the default
-                      sampler
+      ours            like the tuner: the default config, then the default sampler
       model           in the order of the static model, without measurements
-      corrected       the model, corrected knob by knob from the times so far
+      corrected       the model, corrected knob by knob with the times so far
       tpe             Optuna's, like tpe-univariate, cma (needs the package
                       cmaes) and gp (needs scipy)
       random
 
     With --borrow no search is replayed: the ranking chooses a config for each kernel and bucket with more and more
-    records left out, and measured times show how much slower each choice is than the fastest config. FILES hold the
-    times: sweeps, or records from `parallax-gen db export`. Without FILES the times are those of the shipped records
+    records left out, and measured times show how much slower each choice is than the fastest config. FILES contain
+    the times: sweeps, or records from `parallax-gen db export`. Without FILES the times come from the shipped records
     and your database.
 
     \b
@@ -87,39 +86,38 @@ def replay(
       parallax-gen replay --borrow
     """
     if borrow:
-        unusable = [name for name in SEARCH_OPTIONS if context.get_parameter_source(name) != ParameterSource.DEFAULT]
-        if unusable:
-            raise click.UsageError(f"--borrow replays no searches: leave out {SEARCH_OPTIONS[unusable[0]]}")
+        conflicting = [name for name in SEARCH_OPTIONS if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+        if conflicting:
+            raise click.UsageError(f"--borrow cannot be combined with {SEARCH_OPTIONS[conflicting[0]]}")
         _evaluate_borrowing(files, as_json)
         return
     if not files:
         raise click.UsageError("name files of sweeps, or use --borrow")
-    from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, curves, read_sweep
+    from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, read_sweep, simulate
     from parallax_gen.tuning.search.search import missing_package
 
     for name in samplers:
         if name not in STRATEGIES:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(STRATEGIES)}", param_hint="--sampler")
     usual = [name for name in STRATEGIES if name not in SLOW_SAMPLERS and missing_package(name) is None]
-    replayed: SearchCurves = []
+    replays: SearchCurves = []
     for path in files:
         sweep = read_sweep(path)
         trials = max(1, math.ceil(share * len(sweep.results)))
         with console(stderr=True).status(f"{path.name}: {seeds} seeds, {trials} trials"):
-            replayed.append(
-                (_name(path), sweep, curves(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers))
-            )
+            curves = simulate(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers)
+        replays.append((_name(path), sweep, curves))
         if not as_json:
-            _print(*replayed[-1])
+            _print(*replays[-1])
     if folder is not None:
         from parallax_gen.bench.plots import draw_regrets, write_regrets
 
         folder.mkdir(parents=True, exist_ok=True)
-        write_regrets(folder / "regrets.csv", replayed)
-        if not draw_regrets(folder / "regrets.png", replayed):
+        write_regrets(folder / "regrets.csv", replays)
+        if not draw_regrets(folder / "regrets.png", replays):
             click.echo("no regrets.png, which needs matplotlib: pip install 'parallax-gen[pictures]'", err=True)
     if as_json:
-        print_json({"sweeps": [_to_json(*each) for each in replayed]})
+        print_json({"sweeps": [_to_json(*results) for results in replays]})
 
 
 def _name(path: Path) -> str:
@@ -135,14 +133,14 @@ def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
     """A line per sampler: trials until within 2 % of the best (median, quartiles), then regrets over the search."""
     click.echo(_title(name, sweep))
     configs = len(sweep.results)
-    shown = [(share, math.ceil(share * configs)) for share in FRACTIONS]
-    shown = [(share, n) for share, n in shown if n <= len(curves[0].median)]
-    columns = ("sampler", "trials to 2 %", "of configs", *(f"regret at {share:.0%}" for share, _ in shown))
+    fractions = [(share, math.ceil(share * configs)) for share in FRACTIONS]
+    fractions = [(share, n) for share, n in fractions if n <= len(curves[0].median)]
+    columns = ("sampler", "trials to 2 %", "of configs", *(f"regret at {share:.0%}" for share, _ in fractions))
     rows = []
     for curve in curves:
         first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
         fraction = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
-        regrets = [_percent(curve.median[n - 1]) for _, n in shown]
+        regrets = [_percent(curve.median[n - 1]) for _, n in fractions]
         rows.append((curve.strategy, f"{second} ({first} to {third})", fraction, *regrets))
     print_table(columns, rows, right=columns[1:])
     click.echo()
@@ -173,34 +171,34 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
 
 
 def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
-    """Print the loss of borrowed choices, by the measurements in `files`, or without files by the memory's own."""
+    """Print the loss of borrowed choices, from the measurements in `files`, or without files from the memory."""
     from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.borrowing import borrowed, comparable_times, read_results, summarise
 
     measurements = [result for path in files for result in read_results(path)]
-    known = open_memory().all()
+    records = open_memory().all()
     if not files:
-        measurements = [r for r in known if r.place.gpu in GPUS and is_rendered(r, GPUS[r.place.gpu])]
+        measurements = [r for r in records if r.place.gpu in GPUS and is_rendered(r, GPUS[r.place.gpu])]
     sets = comparable_times(measurements)
     with console(stderr=True).status(f"{len(sets)} sets of times"):
-        choices = [choice for measured in sets for choice in borrowed(measured, known)]
-    lines = summarise(choices)
+        choices = [choice for measured in sets for choice in borrowed(measured, records)]
+    summaries = summarise(choices)
     if as_json:
-        print_json({"summaries": [asdict(line) for line in lines], "choices": [_choice(choice) for choice in choices]})
+        print_json({"summaries": list(map(asdict, summaries)), "choices": list(map(_choice, choices))})
         return
     columns = ("op", "choice", "places", "unmeasured", "mean", "worst", "default mean", "default worst")
-    print_table(columns, map(_row, lines), right=columns[2:])
+    print_table(columns, map(_row, summaries), right=columns[2:])
     click.echo("\nmean, worst: a config's time divided by the fastest of its set; means are geometric;")
-    click.echo("places: kernels and buckets with a time of both the choice and the default; unmeasured: those without;")
+    click.echo("places: kernels and buckets with a time of both the choice and the default; unmeasured: the others;")
     click.echo(f"sets of times: {len(sets)}")
 
 
-def _row(line: Summary) -> tuple[str, ...]:
-    losses = (line.mean, line.worst, line.default_mean, line.default_worst)
-    of_losses = ("-" if loss is None else f"{loss:.3f}" for loss in losses)
-    return (line.kind, line.choice, str(line.places), str(line.unmeasured), *of_losses)
+def _row(summary: Summary) -> tuple[str, ...]:
+    losses = (summary.mean, summary.worst, summary.default_mean, summary.default_worst)
+    loss_texts = ("-" if loss is None else f"{loss:.3f}" for loss in losses)
+    return (summary.kind, summary.choice, str(summary.places), str(summary.unmeasured), *loss_texts)
 
 
 def _choice(choice: Borrowed) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`parallax-gen report`: one HTML page on the known results."""
+"""`parallax-gen report`: writes one HTML page on all results."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from parallax_gen.errors import ParallaxGenError
 )
 @click.option(
     "--all-environments",
-    "every",
     is_flag=True,
     help="Also show results of other toolchains and kernels where there are results of this toolchain and kernel.",
 )
 @json_option
-def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: bool, as_json: bool) -> None:
-    """Write one HTML page on what is tuned, how fast it is and why.
+def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_environments: bool, as_json: bool) -> None:
+    """Show in one HTML page what is tuned, how fast it is and why.
 
-    From your records and the shipped ones it shows which buckets are tuned, also on a roofline; how each study went,
-    which knobs mattered, what failed and why; and each best kernel's source. With --bench it also shows how our times
-    compare with other kernels'. The page is one file that loads nothing else: it can be mailed, or read from a disk.
+    From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of each
+    study, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows how
+    our times compare with other kernels'. The page is one file that loads nothing else: it can be sent by mail or
+    opened from a disk.
 
     Each bucket shows results of today's kernels with this toolchain; if there are none, the newest results of other
     kernels or toolchains, which are marked.
@@ -58,11 +58,11 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
 
     rows = [row for path in benches for row in read_rows(path)]
     memory = open_memory()
-    data = collect(memory, gpus, rows, every=every)
+    data = collect(memory, gpus, rows, all_environments=all_environments)
     if as_json:
         print_json(to_json(data, memory))
         return
-    page = html(data, _command(gpus, benches, every)).encode()
+    page = html(data, _command(gpus, benches, all_environments)).encode()
     try:
         out.write_bytes(page)
     except OSError as error:
@@ -73,11 +73,11 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, every: b
         click.echo(f"left out: {data.left_out} studies of other toolchains and kernels; --all-environments shows them")
 
 
-def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], every: bool) -> str:
-    """The command that makes the page; of file paths only the names, without this machine's folders."""
-    words = ["parallax-gen", "report"]
+def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], all_environments: bool) -> str:
+    """The command that writes the page. It has file names without this machine's folders."""
+    command = ["parallax-gen", "report"]
     for gpu in gpus:
-        words += ["--gpu", gpu]
+        command += ["--gpu", gpu]
     for path in benches:
-        words += ["--bench", path.name]
-    return shlex.join(words + ["--all-environments"] * every)
+        command += ["--bench", path.name]
+    return shlex.join(command + ["--all-environments"] * all_environments)

@@ -1,4 +1,4 @@
-"""`parallax-gen ship`: for maintainers, turns the user's records into shipped records, and checks those."""
+"""`parallax-gen ship`: for maintainers, turns the user's records into shipped records, and checks shipped records."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ NO_DEFAULT, SLOWER = "no time of the default", "slower than the default"
 def ship(ctx: click.Context, gpu: str | None, folder: Path | None, check: bool, as_json: bool) -> None:
     """For maintainers: ship your best results.
 
-    Merges the best results of today's kernels with this toolchain, and the default config's own time, into
+    Merges the best results of today's kernels with this toolchain, and the time of the default config, into
     tuning_db/GPU.jsonl.
 
-    With --check, lists the kernels and sizes, by toolchain, for which that file has no time of today's default config,
-    or for which its best config is slower than the default. The exit status is 1 if there are any.
+    With --check, lists the kernels and sizes, by toolchain, for which the file has no time of today's default config,
+    or a best config that is slower than the default. The exit status is 1 if there are any.
 
     \b
     Example
@@ -84,7 +84,7 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
 
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
-    """Print where shipped records may lose to the default config. Returns the number of such places and toolchains."""
+    """Print where shipped records may be slower than the default. Returns the number of such places and toolchains."""
     from parallax_gen.memory.descriptions import card_of, name_in_records
     from parallax_gen.memory.gains import comparisons_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
@@ -110,7 +110,7 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
 
 
 def _finding(comparison: Comparison) -> str:
-    """What is wrong with a place's records; "" if nothing is."""
+    """The problem of a place's records; "" if there is none."""
     return NO_DEFAULT if comparison.default is None else SLOWER if comparison.slower else ""
 
 
@@ -132,8 +132,8 @@ def _row(comparison: Comparison) -> tuple[str, ...]:
 
     best, default, place = comparison.chosen, comparison.default, comparison.place
     times = (number(r.time_us) if r is not None and r.time_us else "-" for r in (best, default))
-    where = f"{place.spec}; {place.bucket}"
-    return *times, gain_text(comparison.gain), f"Triton {minor(best.evidence.triton)}", where
+    kernel_and_bucket = f"{place.spec}; {place.bucket}"
+    return *times, gain_text(comparison.gain), f"Triton {minor(best.evidence.triton)}", kernel_and_bucket
 
 
 def _card_to_json(name: str, places: int, current: int, findings: list[tuple[Comparison, str]]) -> dict[str, Any]:

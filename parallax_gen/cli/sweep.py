@@ -1,4 +1,4 @@
-"""`parallax-gen sweep`: writes the results of all configs of a kernel to files, on which searches are replayed."""
+"""`parallax-gen sweep`: writes files with the results of all configs of a kernel, on which searches are replayed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, folder: Path) -> None:
     """For maintainers: write the database's sweeps to files.
 
-    Writes one file per kernel and bucket. A sweep is whole if every valid config was tried: tune with --trials 9999 and
-    a --time-budget of an hour does that. On a sweep, parallax-gen replay compares samplers without a GPU.
+    Writes one file per kernel and bucket. A sweep is whole if every valid config was tried, as tune does with --trials
+    9999 and a --time-budget of an hour. parallax-gen replay compares samplers on a sweep without a GPU.
 
     \b
     Example
@@ -74,8 +74,8 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
 def file_name(place: Place, toolchain: Toolchain) -> str:
     """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim, bucket, and a hash of everything else."""
     sizes = f"{place.bucket.kv_rows}x{lengths(place.bucket).replace(' ', '-')}"
-    rest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
-    return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{rest}"
+    digest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
+    return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{digest}"
 
 
 def _print(written: list[tuple[Path, Sweep]]) -> None:

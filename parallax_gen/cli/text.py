@@ -36,8 +36,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     table = [columns, *rows]
     widths = [max(1, *map(len, cells)) for cells in zip(*table, strict=True)]
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        others = sum(width + len(GAP) for width in widths[:-1])
-        widths[-1] = min(widths[-1], max(get_terminal_size().columns - others, MIN_WIDTH))
+        used = sum(width + len(GAP) for width in widths[:-1])
+        widths[-1] = min(widths[-1], max(get_terminal_size().columns - used, MIN_WIDTH))
     justify = [str.rjust if name in right else str.ljust for name in columns]
     for row, (*before, last) in enumerate(table):
         for line, part in enumerate(wrap(last, widths[-1]) or [""]):
@@ -47,7 +47,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document on standard output. Values that JSON cannot hold, such as infinity, become null."""
+    """Print one JSON document on standard output. Values that JSON does not have, such as infinity, become null."""
     click.echo(json.dumps(_without_infinities(document), indent=2, allow_nan=False))
 
 

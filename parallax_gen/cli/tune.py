@@ -1,4 +1,4 @@
-"""`parallax-gen tune`: find the best kernels and store the results."""
+"""`parallax-gen tune`: finds the best kernels and stores the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import DTYPES, KernelSpec
 from parallax_gen.problem.work import rate, rate_unit
-from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, STEP, TRAINING, WORK, Flags, Sizes
+from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, OPS_AND_TRAINING, STEP, TRAINING, Flags, Sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--op",
     "ops",
-    type=click.Choice(WORK),
+    type=click.Choice(OPS_AND_TRAINING),
     multiple=True,
     help="Repeatable. training: the four kernels of a training step. Default: forward, decode and training.",
 )
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     type=parse_head_dim,
     metavar="N",
     multiple=True,
-    help="Repeatable. Default: 128; for the usual training shapes their own.",
+    help="Repeatable. Default: 128; the usual training shapes have their own.",
 )
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="Repeatable. Default: bf16.")
 @shape_option(multiple=True, more_help="Repeatable; every op is tuned at each. Default: the usual shapes.")
@@ -54,7 +54,11 @@ if TYPE_CHECKING:
     "--trials", type=click.IntRange(min=1), default=64, show_default=True, help="Configs per kernel and bucket."
 )
 @click.option(
-    "--time-budget", type=click.FloatRange(min=0, min_open=True), default=45.0, show_default=True, help="Seconds a job."
+    "--time-budget",
+    type=click.FloatRange(min=0, min_open=True),
+    default=45.0,
+    show_default=True,
+    help="Seconds per job.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one per usable CPU.")
 @devices_option
@@ -80,13 +84,13 @@ def tune(
     storage: str | None,
     as_json: bool,
 ) -> None:
-    """Find the best kernels for a GPU, and remember them.
+    """Find the best kernels for a GPU, and store the results.
 
-    Every finished trial is stored: Ctrl-C loses none, and the same command continues. Without a CUDA device, configs
-    are compiled and ranked by a model, and nothing is measured.
+    Every finished trial is stored: Ctrl-C loses none, and the same command continues from there. Without a CUDA device,
+    configs are compiled and ranked by a model, and nothing is measured.
 
     --refresh is for a new Triton, driver or template. For each kernel and bucket with results (selected by --op,
-    --head-dim and --dtype, or by --shape, --grid and flags) it times the few best records and the default again, in a
+    --head-dim and --dtype, or by --shape, --grid and flags) it times the few best configs and the default again, in a
     second or two.
 
     \b
@@ -109,16 +113,16 @@ def tune(
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.claims import Storage
-    from parallax_gen.tuning.job import ALL_WORK, MAX_REFRESHED, grid_jobs, refresh_jobs, worklist
+    from parallax_gen.tuning.job import DEFAULT_OPS, MAX_REFRESHED, grid_jobs, refresh_jobs, worklist
     from parallax_gen.tuning.tuner import Tuner, children
 
     if grid and (shapes or ops not in ((), ("decode",))):
-        raise click.UsageError("--grid: only with --op decode, and without --shape")
+        raise click.UsageError("--grid needs --op decode, and no --shape")
     if refresh and storage is not None:
-        raise click.UsageError("--refresh: not with --storage, because one process times its own records")
-    all_known = refresh and not (grid or shapes or flags != NO_FLAGS)
+        raise click.UsageError("--refresh cannot be combined with --storage: one process times its own records")
+    all_places = refresh and not (grid or shapes or flags != NO_FLAGS)
     matches = functools.partial(_matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)
-    ops = ("decode",) if grid else ops or ALL_WORK
+    ops = ("decode",) if grid else ops or DEFAULT_OPS
     check_flags(flags, ops)
     shapes_by_op = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     dtypes = dtypes or ("bf16",)
@@ -130,13 +134,13 @@ def tune(
                 if refresh
                 else "--storage: there is no CUDA device here, and predictions are not shared"
             )
-        if all_known:
+        if all_places:
             jobs = refresh_jobs(Memory(store), card, matches)
         elif grid:
             jobs = grid_jobs(card, GRIDS[grid], head_dims, dtypes, flags)
         else:
             jobs = worklist(card, ops=ops, head_dims=head_dims, dtypes=dtypes, shapes=shapes_by_op, flags=flags)
-        if not jobs and all_known:
+        if not jobs and all_places:
             raise MeasureError(f"--refresh: there are no results of these kernels on {card.name}: tune them first")
         if not jobs:
             raise click.UsageError("no usual shape has that --head-dim: give a --shape")
@@ -165,9 +169,9 @@ def tune(
 def _matches_filters(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
     """Whether a place matches the given filters; an empty filter matches everything."""
     spec = place.spec
-    of_step = spec.family in STEP and (spec.stats or spec.family != "forward")
+    in_step = spec.family in STEP and (spec.stats or spec.family != "forward")
     return (
-        (not ops or spec.family in ops or (TRAINING in ops and of_step))
+        (not ops or spec.family in ops or (TRAINING in ops and in_step))
         and (not head_dims or spec.head_dim in head_dims)
         and (not dtypes or spec.dtype in dtypes)
     )

@@ -1,6 +1,6 @@
 """Functions for the ranks of a torch.distributed group.
 
-Context parallelism, one sequence sharded over the ranks:
+Context parallelism, with one sequence sharded over the ranks:
 
     from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import SavedForBackward
-from parallax_gen.runtime.autograd import backward_without_autograd, first_derivatives, forward_without_autograd
+from parallax_gen.runtime.autograd import backward_without_autograd, forward_without_autograd, refuse_second_derivatives
 from parallax_gen.runtime.checks import check_request
 from parallax_gen.runtime.requests import Request, cast_inputs, inputs_of
 from parallax_gen.runtime.sharded import refuse_dtensors
@@ -19,7 +19,7 @@ from parallax_gen.runtime.transforms import refuse_batched, refuse_transforms
 
 
 def shard_sequence(x: Tensor, *, causal: bool, dim: int = 1, group: dist.ProcessGroup | None = None) -> Tensor:
-    """This rank's shard of a sequence that every rank holds, in the layout that `ring_attn_func` takes.
+    """This rank's shard of a sequence that every rank has in full, in the layout that `ring_attn_func` expects.
 
     causal  the sequence is split into 2·ranks chunks and rank i takes chunks i and 2·ranks − 1 − i, which balances the
             work of all ranks. Otherwise rank i takes the i-th of `ranks` parts
@@ -62,16 +62,16 @@ def ring_attn_func(
 
     q, r           (batch, seqlen, heads, head_dim): this rank's shard, as from `shard_sequence`, of equal length on all
                    ranks
-    k, v           (batch, seqlen, kv_heads, head_dim), likewise
+    k, v           (batch, seqlen, kv_heads, head_dim): this rank's shard in the same layout
     causal         over the whole sequence; the shard's length must be even
     softmax_scale  scale of q·k; 1/√head_dim by default
     softcap        of scores, as in `parallax_attn_func`; None for no cap
     accurate       as in `parallax_attn_func`
-    group          the default group if not given. All its ranks must make the same call
+    group          by default the default group. All its ranks must make the same call
 
     Returns out, like q: this rank's shard. Partial results are merged in fp32. Every rank holds its own shard of k and
-    v and one more, and in the backward their gradients in fp32. For the backward it keeps q, r, k, v, out, v̄, lse and
-    t̄ of its own shard. Gradients are first derivatives; tangents and torch.func transforms are refused. Under
+    v and one more, and in the backward also their gradients in fp32. For the backward it saves q, r, k, v, out, v̄, lse
+    and t̄ of its own shard. Gradients are first derivatives; tangents and torch.func transforms are refused. Under
     torch.autocast q, r, k and v are cast to its dtype and sent in it. Raises ArgumentError, naming the argument.
     """
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
@@ -83,7 +83,7 @@ def ring_attn_func(
     q, r, k, v = inputs_of(request)
     if causal and (q.shape[1] % 2 or q.shape[1] != k.shape[1]):
         got = f"{q.shape[1]} queries and {k.shape[1]} keys"
-        raise ArgumentError("q", got, "an even number of queries and as many keys, with causal")
+        raise ArgumentError("q", got, "an even number of queries, and as many keys, with causal=True")
     out: Tensor = _RingAttention.apply(  # type: ignore[no-untyped-call]
         q, r, k, v, causal, softmax_scale, softcap, accurate, ring
     )
@@ -91,7 +91,7 @@ def ring_attn_func(
 
 
 class _Visible(NamedTuple):
-    """The query rows that see another rank's keys, the keys they see, and whether causally."""
+    """The query rows that see the keys of a rank, the keys that they see, and whether the mask is causal."""
 
     rows: slice
     keys: slice
@@ -121,17 +121,17 @@ class _Ring(NamedTuple):
         return _Transfer(dist.batch_isend_irecv([*sends, *receives]), tensors, received)
 
     def visible(self, step: int, seqlen: int, causal: bool) -> _Visible:
-        """What this rank's queries see of the keys it holds at `step`: the keys of the rank `step` places before it."""
-        whole, half = slice(0, seqlen), seqlen // 2
+        """Which keys this rank's queries see at `step`, when it holds the keys of the rank `step` places before it."""
+        all_rows, half = slice(0, seqlen), seqlen // 2
         if not causal:
-            return _Visible(whole, whole, False)
-        source = (self.rank - step) % self.ranks
-        if source == self.rank:
-            return _Visible(whole, whole, True)
-        if source < self.rank:  # the source's second chunk comes after both chunks of this rank
-            return _Visible(whole, slice(0, half), False)
-        # Both chunks of the source come after this rank's first chunk.
-        return _Visible(slice(half, seqlen), whole, False)
+            return _Visible(all_rows, all_rows, False)
+        owner = (self.rank - step) % self.ranks
+        if owner == self.rank:
+            return _Visible(all_rows, all_rows, True)
+        if owner < self.rank:  # the owner's second chunk comes after both chunks of this rank
+            return _Visible(all_rows, slice(0, half), False)
+        # Both chunks of the owner come after this rank's first chunk.
+        return _Visible(slice(half, seqlen), all_rows, False)
 
 
 class _Transfer(NamedTuple):
@@ -189,7 +189,7 @@ class _RingAttention(torch.autograd.Function):
         do = do.contiguous()
         dq, dr = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, r))
         keys, values = k.contiguous(), v.contiguous()
-        # The gradients of keys and values follow one step behind. After the last step every rank has its own again.
+        # The gradients of keys and values follow one step later. After the last step every rank has its own again.
         dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
         gradient_transfer: _Transfer | None = None
         for step in range(ring.ranks):
@@ -210,7 +210,7 @@ class _RingAttention(torch.autograd.Function):
         if gradient_transfer is not None:
             dk, dv = gradient_transfer.wait()
         grads = tuple(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True))
-        return *first_derivatives(grads, (q, r, k, v, do)), None, None, None, None, None
+        return *refuse_second_derivatives(grads, (q, r, k, v, do)), None, None, None, None, None
 
 
 def _request_for(
@@ -228,7 +228,7 @@ def _request_for(
 
 
 def _state_rows(state: State, rows: slice) -> State:
-    """The state of some query rows, as views."""
+    """Views of the state of some query rows."""
     out, lse, t_mean, v_mean = state
     return State(out[:, rows], lse[..., rows], t_mean[..., rows], v_mean[:, rows])
 
@@ -239,7 +239,7 @@ def _state_rows(state: State, rows: slice) -> State:
 def members(group: dist.ProcessGroup | None) -> tuple[int, list[int]]:
     """This process's rank in a group, and the global ranks of all its members. Raises ArgumentError."""
     if not (dist.is_available() and dist.is_initialized()):
-        raise ArgumentError("group", "no group", "one of torch.distributed: call init_process_group first")
+        raise ArgumentError("group", "no group", "a torch.distributed group: call init_process_group first")
     rank = dist.get_rank(group)
     if rank < 0:
         raise ArgumentError("group", "a group without this rank", "a group that includes this rank")

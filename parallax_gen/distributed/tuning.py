@@ -1,4 +1,4 @@
-"""One table of tuned kernels for all ranks: rank 0 broadcasts it, and all ranks check that they will choose alike."""
+"""One table of tuned kernels for all ranks: rank 0 broadcasts it, and all ranks check that they make equal choices."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.runtime.dispatch import RuntimeMemory, default_dispatcher
 from parallax_gen.runtime.plan import PlanCache
 
-# One kernel of every template: ranks that have the same templates and render these equally render all kernels equally.
+# One kernel per template: ranks that have the same templates and render these kernels equally render all equally.
 SPECS = tuple(KernelSpec(op, 64, "bf16") for op in OPS)
 
 PROBLEM = "problem"  # key in the properties of a rank that failed
 
 
 def share_tuning(group: dist.ProcessGroup | None = None) -> int:
-    """Make all ranks of a group choose kernels from rank 0's records. All its ranks must make this call.
+    """Make all ranks of a group choose kernels from rank 0's records. All ranks must make this call.
 
-    By default each rank chooses from the database of its host, and hosts may have different records: then ranks run
-    kernels of different speed, and results differ in their last bits between ranks. Here rank 0 reads its database and
+    By default each rank chooses from the database of its host, and hosts may have different records. Then ranks run
+    kernels of different speed, and the last bits of results differ between ranks. Here rank 0 reads its database and
     the shipped records, and broadcasts once, as text, the records that choices for its GPU depend on
     (memory/sharing.py). Receivers check the text like user input. Then all ranks compare a digest of the choices they
     will make. A place is ranked, and its kernel rendered, only when it is called.
 
-    This is a separate call, to be made after init_process_group and torch.cuda.set_device, because all ranks must take
-    part. Inside an attention call it would hang wherever ranks make different calls: in pipelines, with uneven batches,
-    or when only one rank evaluates.
+    Call it after init_process_group and torch.cuda.set_device. It is a separate call because all ranks must take part:
+    inside an attention call it would hang wherever ranks make different calls, as in pipelines, with uneven batches, or
+    when only one rank evaluates.
 
-    No rank ever tunes. Kernels chosen before are chosen anew; captured CUDA graphs keep their kernels. Without a CUDA
-    device ranks only compare versions. A later call shares rank 0's records of that time.
+    No rank ever tunes. Kernels that were chosen before are chosen again; captured CUDA graphs keep their kernels.
+    Without a CUDA device ranks only compare versions. A later call shares rank 0's records of that time.
 
-    group  the default group if not given. Ranks with different GPUs need separate groups
+    group  by default the default group. Ranks with different GPUs need separate groups
 
-    Returns the number of kernels and buckets in the table. Raises DistributedError, the same on all ranks and naming
-    the ranks concerned, if GPU, Triton, ptxas, kernels or versions differ or a rank fails; ArgumentError if there is no
-    such group. After an error every rank chooses as before.
+    Returns the number of kernels and buckets in the table. Raises DistributedError, with the same message on all
+    ranks, which names the ranks concerned, if GPU, Triton, ptxas, kernels or versions differ or a rank fails;
+    ArgumentError if there is no such group. After an error every rank chooses as before.
     """
     rank, global_ranks = members(group)
-    gpu, text = None, "\n"  # an empty line is no record, and makes the broadcast non-empty
+    gpu, text = None, "\n"  # an empty line, which is not a record, makes the broadcast non-empty
     try:
         gpu = gpu_here()
         properties = _environment(gpu)
@@ -85,7 +85,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
 
 
 def _environment(gpu: Gpu | None) -> dict[str, str]:
-    """The properties that all ranks must share, by name."""
+    """The properties that must be equal on all ranks, by name."""
     card = GPUS["h100"]
     places = [
         Place(card.name, spec, Bucket(8, 1 if op_of(spec).layout is Layout.CACHE else 1024, 1024)) for spec in SPECS
@@ -104,22 +104,23 @@ def _environment(gpu: Gpu | None) -> dict[str, str]:
 
 
 def _parse_records(text: str, gpu: Gpu | None) -> list[Result]:
-    """Parse the records from rank 0. Raises DistributedError for any line that this GPU's choices cannot use."""
+    """Parse the records from rank 0. Raises DistributedError for a line that choices for this GPU cannot use."""
     parsed = read_lines("the table of rank 0", text.encode().splitlines())
     cards = () if gpu is None else (gpu.name, *siblings(gpu))
-    wrong = [r for r in parsed.results if r.place.gpu not in cards or not r.informative]
+    unusable = [r for r in parsed.results if r.place.gpu not in cards or not r.informative]
     if parsed.problems:
         raise DistributedError(parsed.problems[0])
-    if wrong:
-        raise DistributedError(f"{wrong[0].outcome} of {wrong[0].place.gpu}: no choice here can use it")
+    if unusable:
+        first = unusable[0]
+        raise DistributedError(f"{first.outcome} of {first.place.gpu}: no choice here can use this record")
     return parsed.results
 
 
 def _choice_digest(records: list[Result], gpu: Gpu | None) -> str:
     """A digest of the table's effect on this rank's ranking.
 
-    Ranks that agree on the valid records and on each place's default config choose alike, because toolchain and
-    templates are known to be equal. So the digest needs no rendering.
+    Ranks that agree on the valid records and on each place's default config make equal choices, because their
+    toolchains and templates are known to be equal. So the digest needs no rendering.
     """
     if gpu is None:
         return _digest([])
@@ -136,16 +137,16 @@ def _check_all_agree(properties: dict[str, str], group: dist.ProcessGroup | None
     """Raise the same DistributedError on all ranks unless their properties are equal and no rank failed."""
     gathered = [json.loads(text) for text in _gather_texts(json.dumps(properties), group, len(global_ranks))]
     by_problem: dict[str, list[int]] = {}
-    for rank, theirs in zip(global_ranks, gathered, strict=True):
-        if PROBLEM in theirs:
-            by_problem.setdefault(theirs[PROBLEM], []).append(rank)
+    for rank, rank_properties in zip(global_ranks, gathered, strict=True):
+        if PROBLEM in rank_properties:
+            by_problem.setdefault(rank_properties[PROBLEM], []).append(rank)
     if by_problem:
         raise DistributedError("; ".join(f"{ranks_text(ranks)}: {problem}" for problem, ranks in by_problem.items()))
     differing = []
     for name in properties:
         by_value: dict[str, list[int]] = {}
-        for rank, theirs in zip(global_ranks, gathered, strict=True):
-            by_value.setdefault(theirs[name], []).append(rank)
+        for rank, rank_properties in zip(global_ranks, gathered, strict=True):
+            by_value.setdefault(rank_properties[name], []).append(rank)
         if len(by_value) > 1:
             values = ", ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in by_value.items())
             differing.append(f"{name} is {values}")
@@ -185,7 +186,7 @@ def _gather_texts(text: str, group: dist.ProcessGroup | None, ranks: int) -> lis
 
 
 def _bytes(text: str, group: dist.ProcessGroup | None) -> Tensor:
-    """A text as a byte tensor on a device that the group's backend supports. Never pickled: pickles can run code."""
+    """A text as a byte tensor on a device that the group's backend supports. Pickles are avoided: they can run code."""
     device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
     return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
 

@@ -25,14 +25,14 @@ ATTENTION_WEIGHT = re.compile(r"(?:model\.)?layers\.(\d+)\.attn\.(.+)")
 
 
 def attention_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> ParallaxAttention:
-    """fla's layer as ours, with copies of its weights in the same dtype and on the same device.
+    """Convert fla's layer to ours, with copies of its weights in the same dtype and on the same device.
 
     state   the state dict of fla's `Parallax` layer: q_proj.weight and so on
     config  the layer's arguments, or its model's config.json: hidden_size and num_heads; num_kv_heads, qkv_bias,
             window_size and rope_theta with fla's defaults. Entries that do not affect attention are ignored
 
-    Raises ArgumentError for weights that are missing, unknown or of another shape, and for qk_norm: fla norms r too,
-    our layer does not.
+    Raises ArgumentError for weights that are missing, unknown or of another shape, and for qk_norm: fla also norms r,
+    and our layer does not.
     """
     layer = _empty_layer(config, state)
     shapes = {name: weight.shape for name, weight in layer.state_dict().items() if name != "o_proj.bias"}
@@ -69,7 +69,7 @@ def attentions_from_fla(state: Mapping[str, Tensor], config: Mapping[str, Any]) 
 
 
 def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `attention_from_fla`: fla's state dict, with the layer's own tensors, and fla's layer arguments.
+    """The inverse of `attention_from_fla`: fla's state dict with the layer's tensors, and fla's layer arguments.
 
     Raises ArgumentError for features that fla's layer lacks: attention that is not causal, norms of q and k but not of
     r, no rotation, another softmax_scale, a head_dim that is not hidden_size / num_heads, an output bias.
@@ -77,7 +77,7 @@ def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[
     weights = dict(layer.state_dict())
     output_bias = weights.pop("o_proj.bias", None)
     width = layer.q_proj.in_features
-    lacking = {
+    unsupported = {
         "causal": not layer.causal,
         "qk_norm": "q_norm.weight" in weights,
         "rope_theta": layer.rope_theta is None,
@@ -85,10 +85,10 @@ def attention_to_fla(layer: ParallaxAttention) -> tuple[dict[str, Tensor], dict[
         "head_dim": layer.head_dim * layer.num_heads != width,
         "bias": output_bias is not None and bool(output_bias.any()),
     }
-    for name, is_lacking in lacking.items():
-        if is_lacking:
+    for name, is_unsupported in unsupported.items():
+        if is_unsupported:
             allowed = "causal, rotated, without norms, of head_dim hidden_size / num_heads, o_proj without a bias"
-            raise ArgumentError("layer", f"another {name} than fla has", allowed)
+            raise ArgumentError("layer", f"a {name} that fla does not support", allowed)
     config: dict[str, Any] = {"hidden_size": width, "num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
     config |= {"qkv_bias": output_bias is not None, "window_size": layer.window_size, "rope_theta": layer.rope_theta}
     return weights, config
@@ -98,7 +98,7 @@ def _empty_layer(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Para
     if config.get("model_type", "parallax") != "parallax":
         raise ArgumentError("config", f"model_type {config['model_type']!r}", "'parallax'")
     if _config_value(config, "qk_norm"):
-        raise ArgumentError("config", "qk_norm", "none: fla norms r too, and ParallaxAttention has no norm of r")
+        raise ArgumentError("config", "qk_norm", "no qk_norm: fla also norms r, and ParallaxAttention has no norm of r")
     any_weight = next(iter(state.values()), None)
     return ParallaxAttention(
         _config_value(config, "hidden_size"),

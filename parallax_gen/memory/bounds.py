@@ -1,7 +1,7 @@
-"""The bounds of the values of a record, which may come from anyone's file or database.
+"""The bounds of the values of a record, which may come from an untrusted file or database.
 
-The bounds are wide: no measured value is near them. A value beyond them is a mistake or a forgery, and code that reads
-records cannot handle it: SQLite has integers of 64 bits, and a time of 1e-320 us makes a rate infinite.
+The bounds are wide: no measured value is near them. A value beyond them is a mistake or a forgery, which code that
+reads records cannot handle: SQLite has integers of 64 bits, and a time of 1e-320 us makes a rate infinite.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_SECONDS = 1e9
 MAX_INT = 2**31 - 1
 LONGEST_LINE, LONGEST_DETAIL = 500, 50_000  # characters
 
-INTS = ("registers", "spills", "shared_bytes")  # fields of a record; so are the keys of NUMBERS
+INTS = ("registers", "spills", "shared_bytes")  # like the keys of NUMBERS, fields of a record
 # Field -> (minimum, maximum). An error is infinite if an output was not finite.
 NUMBERS = {
     "time_us": (MIN_US, MAX_US),
@@ -49,7 +49,7 @@ def check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise ArgumentError(name, shown(value), "text")
     if name in ("kernel", "text") and not _DIGEST.fullmatch(value):
-        raise ArgumentError(name, shown(value), "32 hex digits, or nothing")
+        raise ArgumentError(name, shown(value), "32 hex digits, or an empty text")
     if name == "gpu" and not _GPU.fullmatch(value):
         raise ArgumentError(name, shown(value), "a name of at most 100 ASCII characters and without /, such as h200")
     if name == "created_at" and not _TIME.fullmatch(value):
@@ -69,22 +69,22 @@ def check_int(name: str, value: object) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Raises ArgumentError unless a field's value is a number within its bounds in NUMBERS."""
-    least, most = NUMBERS[name]
-    # An int beyond the range of a float does not fit a column of SQLite, whatever the maximum is.
+    minimum, maximum = NUMBERS[name]
+    # An int beyond the range of a float does not fit in a column of SQLite, even if the maximum is infinite.
     number = value if isinstance(value, float) or (type(value) is int and value <= MAX_US) else math.nan
-    if not least <= number <= most:
-        raise ArgumentError(name, shown(value), f"a number from {least:g} to {most:g}")
+    if not minimum <= number <= maximum:
+        raise ArgumentError(name, shown(value), f"a number from {minimum:g} to {maximum:g}")
 
 
 def check_flat(name: str, data: Mapping[str, object]) -> None:
-    """Raises ArgumentError if a field of a record's part is an object or a list: no such field is."""
+    """Raises ArgumentError if a field of a part of a record is an object or a list: no field is."""
     for field, value in data.items():
         if isinstance(value, dict | list):
-            raise ArgumentError(f"{name}'s {shown(field)}", shown(value), "a number, a text, true, false or null")
+            raise ArgumentError(f"{name}'s {shown(field)}", shown(value), "a number, text, true, false or null")
 
 
 def truncated_detail(text: str) -> str:
-    """The text of a failure made valid for a record: a compiler may print anything, at any length."""
+    """A failure's text, made valid for a record: a compiler may print anything, at any length."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[:LONGEST_DETAIL]
 
 

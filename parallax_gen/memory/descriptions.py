@@ -1,4 +1,4 @@
-"""Describes results for people: whose they are, how they differ from this process, and how their places use them."""
+"""Describes results for people: their origin, how they differ from this process, and how their places use them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate, rate_unit
 
 ANOTHER_KERNEL = "another kernel than today's"
-NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it where it spills far more than the default"
-AS_HERE = "this Triton"  # with this ptxas, and today's kernel
+NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it if it spills far more than the default"
+AS_HERE = "this Triton"  # also this ptxas, and today's kernel
 
 
 def open_memory() -> Memory:
@@ -84,12 +84,12 @@ def differences_from_here(result: Result) -> tuple[str, ...]:
         "cuda": (evidence.cuda or "unknown", here.cuda or "none"),
         "protocol": (evidence.protocol, PROTOCOL),
     }
-    return (*kernel, *(f"{name} {there} (here {mine})" for name, (there, mine) in pairs.items() if there != mine))
+    return (*kernel, *(f"{name} {theirs} (here {ours})" for name, (theirs, ours) in pairs.items() if theirs != ours))
 
 
-def chosen(place: Place, known: RecordSource) -> CheckedChoice:
+def chosen(place: Place, memory: RecordSource) -> CheckedChoice:
     """The kernel that a call at a place gets, by the checks that are cached here."""
-    return checked_choice(place, card_of(place), known)
+    return checked_choice(place, card_of(place), memory)
 
 
 def choice_text(choice: CheckedChoice) -> str:
@@ -97,9 +97,9 @@ def choice_text(choice: CheckedChoice) -> str:
     return mark_unchecked(evidence_text(choice.candidate), choice.checked)
 
 
-def mark_unchecked(what: str, checked: bool) -> str:
-    """A text about a choice, marked if it is not yet checked."""
-    return what if checked else f"{what} (not yet checked)"
+def mark_unchecked(text: str, checked: bool) -> str:
+    """A text about a choice, marked if the choice is not yet checked."""
+    return text if checked else f"{text} (not yet checked)"
 
 
 def evidence_text(candidate: Candidate) -> str:
@@ -120,12 +120,12 @@ def evidence_text(candidate: Candidate) -> str:
 
 
 def card_of(place: Place) -> Gpu:
-    """The GPU of a place. An H200 stands in for one that is neither in the table nor in this machine."""
+    """The GPU of a place. For a GPU that is neither in the table nor in this machine, the H200."""
     return card_named(place.gpu) or GPUS["h200"]
 
 
 def name_in_records(gpu: str, results: Iterable[Result]) -> str:
-    """A GPU's name in records. Raises UnknownGpuError if the table does not have it and no record does."""
+    """A GPU's name in records. Raises UnknownGpuError if neither the table nor any record has it."""
     try:
         return gpu_by_name(gpu).name
     except UnknownGpuError:
@@ -134,12 +134,12 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
         raise
 
 
-# -- The rows of `list`
+# -- The rows of `parallax-gen list`
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One row of `list`: a result of a place, and how the place uses it.
+    """One row of `parallax-gen list`: a result of a place, and how the place uses it.
 
     tier     the evidence for the place's choice, if calls get this result; else why it is not used
     checked  False if it is borrowed and a first call may still drop it: see memory/guard.py
@@ -154,7 +154,7 @@ class Listed:
 
     @property
     def by(self) -> str:
-        """The tier, marked if it is not yet checked."""
+        """The tier, marked if the result is not yet checked."""
         return mark_unchecked(self.tier, self.checked)
 
     @property
@@ -163,16 +163,16 @@ class Listed:
         return gain(self.result, self.default)
 
 
-def choices_of_places(results: list[Result], known: RecordSource) -> list[Listed]:
-    """The result that calls get at each place; if they get the default, the place's best result, as not used."""
+def choices_of_places(results: list[Result], memory: RecordSource) -> list[Listed]:
+    """The result that calls get at each place; if they get the default, the place's best result, marked as not used."""
     rows = []
     for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
-        choice, first = chosen(place, known), next(group)
+        choice, first = chosen(place, memory), next(group)
         record = choice.candidate.record
         if record is None:
             rows.append(Listed(place, first, "not used" if first.measured else "never measured"))
         else:
-            default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), known)
+            default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), memory)
             rows.append(Listed(place, record, evidence_text(choice.candidate), default, choice.checked))
     return rows
 
@@ -180,15 +180,15 @@ def choices_of_places(results: list[Result], known: RecordSource) -> list[Listed
 def results_of_places(results: list[Result]) -> list[Listed]:
     """All results of each place."""
     rows = []
-    for place, of_place in groupby(results, key=lambda r: r.place):
-        card, group = card_of(place), list(of_place)
+    for place, place_results in groupby(results, key=lambda r: r.place):
+        card, group = card_of(place), list(place_results)
         default = default_of(place, card)
         defaults = RecordTable(r for r in group if r.config == default)
         for result in group:
             differences = differences_from_here(result)
             used = result.measured and ANOTHER_KERNEL not in differences
-            beside = comparable_default(result, default, card, defaults) if used else None
-            rows.append(Listed(place, result, ", ".join(differences) or AS_HERE, beside))
+            timed_default = comparable_default(result, default, card, defaults) if used else None
+            rows.append(Listed(place, result, ", ".join(differences) or AS_HERE, timed_default))
     return rows
 
 

@@ -1,6 +1,6 @@
-"""What tuning gained over today's default, where one card timed both with one toolchain.
+"""The speedup of tuned kernels over today's default, where one card timed both with one toolchain.
 
-A tuned result never loses to not tuning: the default of a place is timed beside its best, and ships with it.
+Tuning never makes a call slower: the default of a place is timed together with its best config, and ships with it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from parallax_gen.problem.hardware import Gpu
 
 
 def gain(record: Result, default: Result | None) -> float | None:
-    """The default's time divided by a record's: 1.1 if the default takes 10 % longer. None without both times."""
+    """The default's time divided by a record's: 1.1 if the default takes 10 % longer. None if a time is missing."""
     return default.time_us / record.time_us if default and default.time_us and record.time_us else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The ranking's choice at a place among one toolchain's measurements of today's kernels, and today's default.
+    """Today's default at a place, and the config that the ranking chooses among one toolchain's measurements.
 
     chosen   the best record by the ranking
     default  the record of the default; None if the toolchain did not time it
@@ -38,7 +38,7 @@ class Comparison:
 
     @property
     def slower(self) -> bool:
-        """Whether not tuning would be faster."""
+        """Whether the chosen config is slower than the default."""
         return self.gain is not None and self.gain < 1
 
 
@@ -47,14 +47,15 @@ def comparisons(place: Place, gpu: Gpu, results: Iterable[Result]) -> list[Compa
     groups: list[list[Result]] = []
     for result in results:
         if result.measured and is_rendered(result, gpu):
-            alike = (group for group in groups if comparable(group[0].evidence, result.evidence))
-            group = next(alike, None)
+            group = next((g for g in groups if comparable(g[0].evidence, result.evidence)), None)
             groups.append([result]) if group is None else group.append(result)
     default = default_of(place, gpu)
     pairs = []
     for group in groups:
         table = RecordTable(group)
-        chosen = best(place, gpu, table).record or group[0]  # the ranking chose the default, which was not timed
+        chosen = (
+            best(place, gpu, table).record or group[0]
+        )  # the ranking may choose the default without its having been timed
         pairs.append(Comparison(place, chosen, comparable_default(chosen, default, gpu, table)))
     return pairs
 

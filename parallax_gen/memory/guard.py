@@ -2,8 +2,8 @@
 
 A kernel that was measured with another Triton or on another card may fit its registers there and spill here. So a
 borrowed kernel is compiled before its first launch. It is skipped if it spills far more than the default, does not fit
-the card, or does not compile. The outcome is kept in the cache folder, so that commands that compile nothing name the
-same kernel, or say that it was not checked yet.
+the card, or does not compile. The outcome is kept in the cache folder. So commands that compile nothing name the same
+kernel, or say that it was not checked yet.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 
-# Bytes a thread that a borrowed kernel may spill beyond the default's. At the 62 places of docs/borrowing.md, under
-# Triton 3.9, kernels that spilled 64 and 112 bytes more were still 7 and 17 % faster than the default; kernels that
-# spilled 216 and 272 bytes more were 21 and 6 % slower.
+# How many more bytes per thread a borrowed kernel may spill than the default. At the 62 places of docs/borrowing.md,
+# under Triton 3.9, kernels that spilled 64 and 112 bytes more were still 7 and 17 % faster than the default; kernels
+# that spilled 216 and 272 bytes more were 21 and 6 % slower.
 MAX_EXTRA_SPILLS = 128
-MAX_CHECKED = 2  # borrowed kernels a place: each may take seconds to compile
+MAX_CHECKED = 2  # borrowed kernels per place: each may take seconds to compile
 NOT_BORROWED = (Tier.MEASURED_HERE, Tier.DEFAULT)  # these need no check
 FORMAT = 1  # of the cached outcomes
 
@@ -42,9 +42,9 @@ CompiledResources = Callable[[KernelConfig], Resources | None]
 class CheckedChoice:
     """The kernel that a call gets.
 
-    checked  False if a first call must compile something to be certain of it: it is borrowed and was not compiled here
-             yet, or it spills and the default was not compiled yet
-    refused  borrowed kernels that rank higher, each with the reason why it is not used
+    checked  False if only a first call can decide, by compiling: the kernel is borrowed and was not compiled here yet,
+             or it spills and the default was not compiled yet
+    refused  borrowed kernels that rank higher, each with the reason it is not used
     """
 
     candidate: Candidate
@@ -53,39 +53,39 @@ class CheckedChoice:
 
 
 def checked_choice(
-    place: Place, gpu: Gpu, known: RecordSource, compiled: CompiledResources | None = None
+    place: Place, gpu: Gpu, memory: RecordSource, compiled: CompiledResources | None = None
 ) -> CheckedChoice:
     """The kernel that a call at a place gets. compiled: by default, the cached outcomes of earlier checks."""
     compiled = compiled or (lambda config: _read_cached(text_hash_of(place.spec, config, gpu), gpu))
     refused: list[tuple[Candidate, str]] = []
-    for candidate in launch_candidates(place, gpu, known):
+    for candidate in launch_candidates(place, gpu, memory):
         borrowed = candidate.tier not in NOT_BORROWED
-        why = _why_refused(candidate.config, place, gpu, compiled) if borrowed else ""
-        if not why:
-            return CheckedChoice(candidate, why is not None, tuple(refused))
-        refused.append((candidate, why))
+        reason = _why_refused(candidate.config, place, gpu, compiled) if borrowed else ""
+        if not reason:
+            return CheckedChoice(candidate, reason is not None, tuple(refused))
+        refused.append((candidate, reason))
     return CheckedChoice(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
 
 
-def launch_candidates(place: Place, gpu: Gpu, known: RecordSource) -> Iterator[Candidate]:
+def launch_candidates(place: Place, gpu: Gpu, memory: RecordSource) -> Iterator[Candidate]:
     """The candidates that a call at a place considers, best first: at most MAX_CHECKED borrowed kernels, each once.
 
-    The first one that is not borrowed is the last. Renders lazily.
+    Ends with the first candidate that is not borrowed. Renders lazily.
     """
-    borrowed: list[KernelConfig] = []
-    for candidate in ranked(place, gpu, known):
-        if candidate.config in borrowed:
+    configs: list[KernelConfig] = []
+    for candidate in ranked(place, gpu, memory):
+        if candidate.config in configs:
             continue  # another record of the same kernel
         yield candidate
-        borrowed.append(candidate.config)
-        if candidate.tier in NOT_BORROWED or len(borrowed) == MAX_CHECKED:
+        configs.append(candidate.config)
+        if candidate.tier in NOT_BORROWED or len(configs) == MAX_CHECKED:
             break
 
 
 def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: CompiledResources) -> str | None:
     """Why a borrowed kernel is not used; "" if it is used; None if something must be compiled to decide.
 
-    The default is compiled only if its spills decide.
+    The default is compiled only if the decision depends on its spills.
     """
     try:
         resources = compiled(config)
@@ -94,7 +94,9 @@ def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compile
     if resources is None:
         return None
     if resources.shared_bytes > gpu.shared_per_block:
-        return f"it needs {resources.shared_bytes} bytes of shared memory, over {gpu.shared_per_block}"
+        return (
+            f"it needs {resources.shared_bytes} bytes of shared memory; the card has {gpu.shared_per_block} per block"
+        )
     if resources.spills <= MAX_EXTRA_SPILLS:
         return ""
     try:
@@ -105,7 +107,7 @@ def _why_refused(config: KernelConfig, place: Place, gpu: Gpu, compiled: Compile
         return None
     if resources.spills <= default.spills + MAX_EXTRA_SPILLS:
         return ""
-    return f"it spills {resources.spills} bytes a thread as compiled here, the default {default.spills}"
+    return f"it spills {resources.spills} bytes per thread when compiled here, the default {default.spills}"
 
 
 def cached_resources(source: KernelSource, gpu: Gpu) -> Resources | None:
@@ -130,15 +132,15 @@ def _read_cached(text_hash: str, gpu: Gpu) -> Resources | None:
 
 
 def cache_resources(source: KernelSource, gpu: Gpu, outcome: Resources | BuildError) -> None:
-    """Cache the outcome of a check for later processes. If it cannot be written, they compile again."""
+    """Cache the outcome of a check for later processes. If the cache cannot be written, they compile again."""
     with contextlib.suppress(OSError, MachineError):
         failure = " ".join(str(outcome).split())[:LONGEST_LINE]
-        note = json.dumps(failure if isinstance(outcome, BuildError) else asdict(outcome))
-        replace_file(_path(source.text_hash, gpu), note)
+        entry = json.dumps(failure if isinstance(outcome, BuildError) else asdict(outcome))
+        replace_file(_path(source.text_hash, gpu), entry)
 
 
 def _path(text_hash: str, gpu: Gpu) -> Path:
     """The file of an outcome, keyed by the kernel's text, the toolchain and the compute capability."""
     here = Toolchain.here()
-    which = f"{text_hash} {here.triton} {here.cuda} {gpu.capability}"
-    return cache_dir() / f"resources-{FORMAT}" / hashlib.sha256(which.encode()).hexdigest()[:32]
+    key = f"{text_hash} {here.triton} {here.cuda} {gpu.capability}"
+    return cache_dir() / f"resources-{FORMAT}" / hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -33,7 +33,7 @@ def from_line(line: bytes) -> Result:
 
 
 def read_lines(name: str, lines: Iterable[bytes]) -> ParsedRecords:
-    """Parse lines into results, each checked like user input; empty lines are skipped. name: of their source."""
+    """Parse lines into results, each checked like user input; empty lines are skipped. name: where they come from."""
     parsed = ParsedRecords([], [])
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""Reads what earlier versions wrote, for ever: names of ops and of config fields, records from before fingerprints."""
+"""Reads the formats of all earlier versions: names of ops and config fields, records from before fingerprints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallax_gen.problem.spec import ADDED_FIELDS, FAMILIES, OPS, KernelSpec, f
 # (a record's name of the op, its flag `ragged`) -> op.
 OPS_OF_RECORDS = {(family_of(op), op not in FAMILIES): op for op in OPS}
 
-LARGEST_READ = {"group": 2**16, "page_size": 2**31}  # records may come from anyone's file
+LARGEST_READ = {"group": 2**16, "page_size": 2**31}  # records may come from untrusted files
 
 _FIELDS = set(KernelSpec("forward", 128, "bf16").flat())
 
@@ -26,22 +26,22 @@ def op_of_record(family: object, ragged: object) -> str:
     if family not in FAMILIES or not isinstance(family, str):
         raise ArgumentError("op", shown(family), ", ".join(FAMILIES))
     if (family, ragged) not in OPS_OF_RECORDS:
-        takers = " or ".join(op for op, with_lengths in OPS_OF_RECORDS if with_lengths)
-        raise ArgumentError("ragged", f"True with op {family!r}", f"True with op {takers} only")
+        allowed = " or ".join(op for op, with_lengths in OPS_OF_RECORDS if with_lengths)
+        raise ArgumentError("ragged", f"True with op {family!r}", f"True only with op {allowed}")
     return OPS_OF_RECORDS[family, ragged]
 
 
-def spec_from_op(family: object, ragged: object, **others: Any) -> KernelSpec:
-    """The spec with the op of a record; `others` are the other fields of KernelSpec. Raises ArgumentError."""
-    return KernelSpec(op_of_record(family, ragged), **others)
+def spec_from_op(family: object, ragged: object, **fields: Any) -> KernelSpec:
+    """The spec with the op of a record. fields: the other fields of KernelSpec. Raises ArgumentError."""
+    return KernelSpec(op_of_record(family, ragged), **fields)
 
 
 def spec_from(data: Mapping[str, Any]) -> KernelSpec:
     """The inverse of `KernelSpec.to_dict`. Raises ArgumentError on unknown or missing fields, and on huge numbers."""
     if not _FIELDS - set(ADDED_FIELDS) <= set(data) <= _FIELDS:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
-    others = {name: value for name, value in data.items() if name not in ("op", "ragged")}
-    spec = spec_from_op(data["op"], data["ragged"], **others)
+    fields = {name: value for name, value in data.items() if name not in ("op", "ragged")}
+    spec = spec_from_op(data["op"], data["ragged"], **fields)
     for name, largest in LARGEST_READ.items():
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")
@@ -71,7 +71,7 @@ def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
     for old, value in data.items():
         name = FIELDS.get(old, old)
         if name in fields:
-            raise ConfigError(f"a config has {name} twice, by an old name and by its own")
+            raise ConfigError(f"a config has {name} twice: under an earlier name and under today's")
         fields[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
     return fields
 
@@ -82,7 +82,7 @@ def config_of_record(op: str, data: Mapping[str, Any]) -> KernelConfig:
 
 
 def renamed_json(text: object) -> object:
-    """A stored config's JSON with today's names, as `config_to_json` writes it; other text is returned unchanged."""
+    """A stored config's JSON with today's names, as `config_to_json` writes it. Returns anything else unchanged."""
     try:
         data = json.loads(text) if isinstance(text, str) else None
         return json.dumps(renamed(data), sort_keys=True) if isinstance(data, dict) else text
@@ -93,8 +93,8 @@ def renamed_json(text: object) -> object:
 # -- Records from before fingerprints: those whose program today's templates still render.
 #
 # Such a record has a hash of the templates that rendered its kernel. For each hash below, every kernel that those
-# templates rendered was compared with the one that the first version with fingerprints renders. If you change an op's
-# program, remove its hashes here; tests/memory/test_legacy.py fails until you do.
+# templates rendered was compared with the kernel that the first version with fingerprints renders. If you change an
+# op's program, remove its hashes here; tests/memory/test_legacy.py fails until you do.
 
 # Hash of templates -> (op, whether packed sequences have the same program too).
 UNCHANGED: dict[str, tuple[str, bool]] = {
@@ -123,7 +123,7 @@ _ENVIRONMENT = {"templates", "triton", "protocol"}
 def upgrade_record(data: dict[str, Any]) -> dict[str, Any]:
     """Convert a record from before fingerprints to today's form: the hash of its templates identifies its kernel.
 
-    `space` was the version of the meaning of the knobs; it is 1 in every record.
+    `space` was the version of the knobs' meaning; it is 1 in every record.
     """
     key = data["key"]
     if not isinstance(key, dict):
@@ -132,7 +132,7 @@ def upgrade_record(data: dict[str, Any]) -> dict[str, Any]:
     prefix = "environment."
     environment = {name.removeprefix(prefix): value for name, value in key.items() if name.startswith(prefix)}
     if not _ENVIRONMENT <= set(environment) <= _ENVIRONMENT | {"cuda", "space"} or environment.get("space", 1) != 1:
-        raise ArgumentError("key", shown(key), f"environment.* of {sorted(_ENVIRONMENT)}, and cuda")
+        raise ArgumentError("key", shown(key), f"environment.* fields {sorted(_ENVIRONMENT)}, and optionally cuda")
     templates = environment["templates"]
     if not isinstance(templates, str) or not templates:
         raise ArgumentError("environment.templates", shown(templates), "text")

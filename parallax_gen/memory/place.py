@@ -1,4 +1,4 @@
-"""The key that a call looks up: GPU, kernel spec and size bucket."""
+"""The key under which calls look up records: GPU, kernel spec and size bucket."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Place:
     def flat(self) -> dict[str, Scalar]:
         """All fields by dotted name: `gpu`, `spec.op`, `bucket.seqlen_kv`, ...
 
-        Fields that were added after the first records are left out at their default value, so that older records keep
-        their text.
+        Fields that were added after the first records are left out at their default value, so that the text of
+        older records stays the same.
         """
         return self._flat(self.spec.to_dict(), self.bucket.to_dict())
 
@@ -69,5 +69,5 @@ class Place:
             raise ArgumentError("gpu", shown(flat.get("gpu")), "text")
         place = cls(flat["gpu"], spec_from(parts["spec"]), Bucket.from_dict(parts["bucket"]))
         if place.flat() != flat:
-            raise ArgumentError("place", shown(flat), f"no fields beside {list(place.flat())}")
+            raise ArgumentError("place", shown(flat), f"only the fields {list(place.flat())}")
         return place

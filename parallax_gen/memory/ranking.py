@@ -1,20 +1,19 @@
-"""The only ranker: it decides which config a call gets, for dispatch, tuner, export and reports alike.
+"""The only ranker: it decides which config a call gets. Dispatch, tuner, export and reports all use it.
 
-Evidence belongs to a program: a record is usable if today's templates still render the kernel that was measured,
+Evidence is about a program: a record is usable if today's templates still render the kernel that was measured,
 whatever compiled it. Tiers, best first:
 
 1. measured here: the same GPU, kernel and toolchain
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
 3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; not for
-   preprocess, whose speed is that of its own card's memory
-4. neighbour: the same kernel at a near bucket, along keys before rows; only for decode of equal lengths, where evidence
-   (docs/borrowing.md) puts it ahead of the default
+   preprocess, whose speed depends on its own card's memory
+4. neighbour: the same kernel at a near bucket, nearest in keys before nearest in rows; only for decode of equal
+   lengths, where measurements (docs/borrowing.md) put it ahead of the default
 5. default: the heuristics
 
-Within a tier the same toolchain goes first, then the newest; times are compared only if one card took them with one
-toolchain. Some searches did not know a knob that today's default has, or that a sibling's newer best has. Their records
-are skipped: the configs that they beat did not have that knob. Records whose kernel is no longer rendered are hints for
-the tuner, and never a choice.
+Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain. The
+records of a search that did not know a knob value of today's default, or of a sibling's newer best, are skipped: the
+configs that they beat did not have it. Records whose kernel is no longer rendered only give the tuner hints.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from parallax_gen.problem.shapes import SHORTEST, Bucket, representative
 
 
 class Tier(IntEnum):
-    """How close the evidence for a choice is to a measurement of it here."""
+    """How close a choice's evidence is to a measurement on this card with this toolchain."""
 
     MEASURED_HERE = 1
     OTHER_TOOLCHAIN = 2
@@ -47,9 +46,9 @@ class Tier(IntEnum):
     DEFAULT = 5
 
     @property
-    def words(self) -> str:
-        words = ("measured here", "another toolchain", "a sibling card", "a near bucket", "the default")
-        return dict(zip(Tier, words, strict=True))[self]
+    def text(self) -> str:
+        texts = ("measured here", "another toolchain", "a sibling card", "a near bucket", "the default")
+        return dict(zip(Tier, texts, strict=True))[self]
 
 
 @dataclass(frozen=True)
@@ -61,40 +60,40 @@ class Candidate:
     record: Result | None
 
 
-def ranked(place: Place, gpu: Gpu, known: RecordSource, here: Toolchain | None = None) -> Iterator[Candidate]:
+def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> Iterator[Candidate]:
     """The candidates of a call at a place, best first; the default is the last. Renders lazily.
 
     gpu   the card of the place
     here  the toolchain that compiles the call's kernel; by default this process's
     """
     default = default_of(place, gpu)
-    results = known.results(place)
+    results = memory.results(place)
     tried_here = _tried_here(results, here)
 
     def usable(record: Result) -> bool:
         return is_rendered(record, gpu) and _contradicting(record, tried_here, gpu) is None
 
-    others = _sibling_searches(place, gpu, known, here)
+    sibling_searches = _sibling_searches(place, gpu, memory, here)
     for search in _searches(results, here):
-        if not _why_skipped(search, default, others, gpu):
+        if not _why_skipped(search, default, sibling_searches, gpu):
             tier = Tier.MEASURED_HERE if search.matches_here else Tier.OTHER_TOOLCHAIN
             yield from (Candidate(tier, r.config, r) for r in search.measured if usable(r))
-    for search in others:
+    for search in sibling_searches:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
     for near in borrowable_neighbours(place):
-        for search in _searches(known.results(near), here):
+        for search in _searches(memory.results(near), here):
             record = None if search.unknown_knob(default) else next(filter(usable, search.measured), None)
             if record is not None:
                 yield Candidate(Tier.NEIGHBOUR, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
 
 
-def best(place: Place, gpu: Gpu, known: RecordSource, here: Toolchain | None = None) -> Candidate:
+def best(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> Candidate:
     """The first candidate of `ranked`."""
-    return next(ranked(place, gpu, known, here))
+    return next(ranked(place, gpu, memory, here))
 
 
-def comparable_default(record: Result, default: KernelConfig, gpu: Gpu, known: RecordSource) -> Result | None:
+def comparable_default(record: Result, default: KernelConfig, gpu: Gpu, memory: RecordSource) -> Result | None:
     """The default's record at a record's place, of today's kernel and with a comparable time; None if there is none.
 
     default  today's default config of the call, at the record's place or at a sibling card's
@@ -102,17 +101,17 @@ def comparable_default(record: Result, default: KernelConfig, gpu: Gpu, known: R
     """
     timed = [
         result
-        for result in known.results(record.place)
+        for result in memory.results(record.place)
         if result.config == default and result.measured and comparable(result.evidence, record.evidence)
     ]
     timed.sort(key=lambda result: (_search_key(result) == _search_key(record), result.created), reverse=True)
     return next((result for result in timed if is_rendered(result, gpu)), None)
 
 
-def comparable(one: Evidence, other: Evidence) -> bool:
+def comparable(a: Evidence, b: Evidence) -> bool:
     """Whether times on one card may be compared: toolchains that compile to the same programs, the same protocol."""
-    same = one.toolchain == other.toolchain or one.toolchain.compiles_like(other.toolchain)
-    return same and one.protocol == other.protocol
+    same_compiler = a.toolchain == b.toolchain or a.toolchain.compiles_like(b.toolchain)
+    return same_compiler and a.protocol == b.protocol
 
 
 def default_of(place: Place, gpu: Gpu) -> KernelConfig:
@@ -121,89 +120,91 @@ def default_of(place: Place, gpu: Gpu) -> KernelConfig:
 
 
 def near_places(place: Place) -> Iterator[Place]:
-    """The same kernel at near buckets, the nearest first: along keys before rows, the smaller before the larger."""
+    """The same kernel at near buckets, the nearest first: in keys before in rows, the smaller before the larger."""
     bucket = place.bucket
     lengths = ("seqlen_q", "seqlen_kv") if bucket.seqlen_q == bucket.seqlen_kv else ("seqlen_kv",)
-    for names, least, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
+    for names, minimum, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
         size = getattr(bucket, names[0])
         for near in (size // factor, size * factor):
-            if near >= least:
+            if near >= minimum:
                 yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
 
 
 def comparable_here(evidence: Evidence, here: Toolchain | None = None) -> bool:
-    """Whether this process, or one with the toolchain `here`, would compile and time a kernel the same way."""
+    """Whether a process with the toolchain `here`, by default this one, would compile and time a kernel alike."""
     return evidence.toolchain.compiles_like(here or Toolchain.here()) and evidence.protocol == PROTOCOL
 
 
 def _tried_here(results: Iterable[Result], here: Toolchain | None) -> list[Result]:
-    """The results of a place that this process, or one with the toolchain `here`, would reproduce."""
+    """The results of a place that a process with the toolchain `here`, by default this one, would reproduce."""
     return [result for result in results if result.informative and comparable_here(result.evidence, here)]
 
 
 def _contradicting(record: Result, tried_here: Iterable[Result], gpu: Gpu) -> Result | None:
     """A result of the record's config here that contradicts the record, a failure or a newer time; else None.
 
-    tried_here  the results of the place with this toolchain. Nothing is rendered if none is of the config
+    tried_here  the results of the place with this toolchain. Nothing is rendered if none of them has the config
     """
     verdict: Result | None = None
-    of_config = [result for result in tried_here if result.config == record.config]
-    if of_config in ([], [record]):
+    same_config = [result for result in tried_here if result.config == record.config]
+    if same_config in ([], [record]):
         return None
-    for result in of_config:
+    for result in same_config:
         if (verdict is None or supersedes(result, verdict)) and is_rendered(result, gpu):
             verdict = result
-    if verdict is not None and (not verdict.measured or (record in of_config and record != verdict)):
+    if verdict is not None and (not verdict.measured or (record in same_config and record != verdict)):
         return verdict
     return None
 
 
-def _sibling_searches(place: Place, gpu: Gpu, known: RecordSource, here: Toolchain | None) -> list[_SearchRecords]:
+def _sibling_searches(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None) -> list[_SearchRecords]:
     """The searches on sibling cards that are usable at a place, those with the same toolchain first."""
     default = default_of(place, gpu)
-    searches = [s for where in sibling_places(place, gpu) for s in _searches(known.results(where), here)]
-    counting = (search for search in searches if not search.unknown_knob(default))
-    return sorted(counting, key=lambda search: search.matches_here, reverse=True)
+    searches = [s for sibling in sibling_places(place, gpu) for s in _searches(memory.results(sibling), here)]
+    usable = (search for search in searches if not search.unknown_knob(default))
+    return sorted(usable, key=lambda search: search.matches_here, reverse=True)
 
 
-def _why_skipped(search: _SearchRecords, default: KernelConfig, others: Iterable[_SearchRecords], gpu: Gpu) -> str:
-    """Why the records of a place's search are skipped there, though their kernels are rendered; "" if they are not.
+def _why_skipped(
+    search: _SearchRecords, default: KernelConfig, sibling_searches: Iterable[_SearchRecords], gpu: Gpu
+) -> str:
+    """Why a place skips the records of one of its searches though their kernels are rendered; "" if it uses them.
 
-    others  the searches on sibling cards
+    sibling_searches  the searches on sibling cards
     """
     if unknown := search.unknown_knob(default):
         return f"its search did not try {unknown}, which today's default has"
-    for other in others:
-        rival = other.best(gpu) if other.newest > search.newest else None
+    for sibling_search in sibling_searches:
+        rival = sibling_search.best(gpu) if sibling_search.newest > search.newest else None
         if rival is not None and (unknown := search.unknown_knob(rival.config)):
             return f"its search did not try {unknown}, which the best of a newer search on {rival.place.gpu} has"
     return ""
 
 
-def why_not_chosen(record: Result, gpu: Gpu, known: RecordSource, here: Toolchain | None = None) -> str:
+def why_not_chosen(record: Result, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> str:
     """Why a measured record of a valid kernel that is still rendered is not used at its own place; "" if it is."""
-    results = known.results(record.place)
+    results = memory.results(record.place)
     verdict = _contradicting(record, _tried_here(results, here), gpu)
     if verdict is not None and not verdict.measured:
         return f"its kernel failed here: {verdict.outcome}"
     if verdict is not None:
         return f"its kernel was timed again: {verdict.time_us} us, {verdict.created_at}"
-    others = _sibling_searches(record.place, gpu, known, here)
+    sibling_searches = _sibling_searches(record.place, gpu, memory, here)
     search = next(search for search in _searches(results, here) if record in search.measured)
-    return _why_skipped(search, default_of(record.place, gpu), others, gpu)
+    return _why_skipped(search, default_of(record.place, gpu), sibling_searches, gpu)
 
 
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
-    """The place on each sibling card, for ops whose records there are ahead of the default by evidence: not preprocess.
+    """The place on each sibling card, if measurements put its records ahead of the default: for all ops but preprocess.
 
     Empty if `gpu` is only a stand-in for the place's card, which is unknown.
     """
-    alike = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).uses_sibling_records else []
-    return [replace(place, gpu=name) for name in alike]
+    names = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).uses_sibling_records else []
+    return [replace(place, gpu=name) for name in names]
 
 
 def borrowable_neighbours(place: Place) -> list[Place]:
-    """`near_places` for ops whose records there are ahead of the default by evidence: only decode of equal lengths.
+    """`near_places` if measurements put their records ahead of the default: only for decode of equal lengths.
 
     The relation is symmetric.
     """
@@ -212,7 +213,7 @@ def borrowable_neighbours(place: Place) -> list[Place]:
 
 def siblings(gpu: Gpu) -> list[str]:
     """The names of the other cards of the same capability, which run the same programs at a similar speed."""
-    return [other.name for other in GPUS.values() if other.capability == gpu.capability and other.name != gpu.name]
+    return [card.name for card in GPUS.values() if card.capability == gpu.capability and card.name != gpu.name]
 
 
 def is_valid(result: Result, gpu: Gpu) -> bool:
@@ -237,16 +238,16 @@ def is_current(result: Result, gpu: Gpu) -> bool:
     return comparable_here(result.evidence) and is_rendered(result, gpu)
 
 
-def representative_records(record: Result, known: RecordSource) -> list[Result]:
-    """A record, and the fewest others of its search that show which knobs the search knew and how new it is."""
-    search = next(search for search in _searches(known.results(record.place)) if record in search.measured)
-    shown = [record, max(search.measured, key=lambda result: result.created_at)]
-    for f in _added_knobs(record.config):
+def representative_records(record: Result, memory: RecordSource) -> list[Result]:
+    """A record, and the fewest other records of its search that show which knobs the search knew and how new it is."""
+    search = next(search for search in _searches(memory.results(record.place)) if record in search.measured)
+    representatives = [record, max(search.measured, key=lambda result: result.created_at)]
+    for knob in _added_knobs(record.config):
         for result in search.tried:
-            value = getattr(result.config, f.name)
-            if value != f.default and all(getattr(other.config, f.name) != value for other in shown):
-                shown.append(result)
-    return shown
+            value = getattr(result.config, knob.name)
+            if value != knob.default and all(getattr(other.config, knob.name) != value for other in representatives):
+                representatives.append(result)
+    return representatives
 
 
 def evidence_of(source: KernelSource) -> Evidence:
@@ -285,15 +286,15 @@ class _SearchRecords:
 
         A search did not know an added knob if the rival's value is not the knob's default and no tried config has it.
         """
-        for f in _added_knobs(rival):
-            value = getattr(rival, f.name)
-            if value != f.default and all(getattr(result.config, f.name) != value for result in self.tried):
-                return f"{f.name}={value}"
+        for knob in _added_knobs(rival):
+            value = getattr(rival, knob.name)
+            if value != knob.default and all(getattr(result.config, knob.name) != value for result in self.tried):
+                return f"{knob.name}={value}"
         return ""
 
 
 def _added_knobs(config: KernelConfig) -> list[Field[Any]]:
-    """The knobs that were added after the first records: configs from before have their default values."""
+    """The knobs that were added after the first records: earlier configs have their default values."""
     return [f for f in fields(config) if f.default is not MISSING]
 
 
@@ -302,7 +303,7 @@ def _search_key(result: Result) -> tuple[str, str, int]:
 
 
 def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[_SearchRecords]:
-    """Results by toolchain and protocol, if any was measured: those that match `here` first, then the newest."""
+    """Searches with a measured result, by toolchain and protocol: those that match `here` first, then the newest."""
     tried: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
         if result.informative:
@@ -314,7 +315,7 @@ def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[
 
 # -- Ranking by time alone, across kernels and toolchains: only to seed a tune, never to choose a kernel.
 
-_Which = TypeVar("_Which", bound=Hashable)
+_Group = TypeVar("_Group", bound=Hashable)
 LAYOUT_FIELDS = ("page_size", "cache_dtype", "leftpad", "stats")  # of a spec: cache layout, extra outputs
 
 
@@ -323,13 +324,13 @@ def fastest(results: Iterable[Result]) -> list[Result]:
     return sorted((result for result in results if result.measured), key=_time)
 
 
-def fastest_of_each(results: Iterable[Result], which: Callable[[Result], _Which]) -> dict[_Which, Result]:
-    """The fastest measured result of each kind, and the first of a tie; kinds in the order of the results."""
-    fastest_of: dict[_Which, Result] = {}
+def fastest_of_each(results: Iterable[Result], group_of: Callable[[Result], _Group]) -> dict[_Group, Result]:
+    """The fastest measured result of each group, the first of a tie; groups in the order of the results."""
+    fastest_of: dict[_Group, Result] = {}
     for result in results:
         if result.measured:
-            kind = which(result)
-            fastest_of[kind] = min(fastest_of.get(kind, result), result, key=_time)
+            group = group_of(result)
+            fastest_of[group] = min(fastest_of.get(group, result), result, key=_time)
     return fastest_of
 
 
@@ -337,46 +338,47 @@ def _time(result: Result) -> float:
     return result.time_us or 0.0
 
 
-def nearest_buckets(bucket: Bucket, others: Iterable[Bucket], *, rows_first: bool = False) -> list[Bucket]:
+def nearest_buckets(bucket: Bucket, buckets: Iterable[Bucket], *, rows_first: bool = False) -> list[Bucket]:
     """Other buckets, the nearest first, by the ratios of all sizes; with rows_first by kv_rows before the others."""
 
     def distance(other: Bucket) -> tuple[float, float]:
         ratios = {n: abs(math.log2(max(size, 1) / max(getattr(bucket, n), 1))) for n, size in vars(other).items()}
         return ratios.pop("kv_rows") if rows_first else 0.0, sum(ratios.values())
 
-    return sorted(others, key=distance)
+    return sorted(buckets, key=distance)
 
 
 def shipped_seeds(place: Place, shipped: Sequence[Result]) -> list[KernelConfig]:
     """Seed configs for a place from the shipped records of its capability (`load_same_capability`).
 
-    All of its bucket, then the best there with each other cache layout, then the best of each other bucket.
+    All configs of its bucket, then the best at this bucket for each other cache layout, then the best of each other
+    bucket.
     """
     records = [r for r in shipped if r.place.spec == place.spec]
-    here = [r.config for r in records if r.place.bucket == place.bucket]
-    # A file has each place's fastest first.
+    same_bucket = [r.config for r in records if r.place.bucket == place.bucket]
+    # A file has each place's fastest record first, so reversed dicts keep it.
     layouts = {r.place: r.config for r in reversed(shipped) if _differ_in_layout(r.place, place)}
     best = {r.place.bucket: r.config for r in reversed(records)}
-    return list(dict.fromkeys([*here, *layouts.values(), *best.values()]))
+    return list(dict.fromkeys([*same_bucket, *layouts.values(), *best.values()]))
 
 
-def nearby_seeds(place: Place, known: Sequence[Result]) -> list[KernelConfig]:
-    """Seed configs from a card's results: the best with each other cache layout, then of the two nearest buckets."""
-    layouts = fastest_of_each((r for r in known if _differ_in_layout(r.place, place)), lambda r: r.place.spec)
-    of_kernel = (r for r in known if r.place.spec == place.spec and r.place.bucket != place.bucket)
-    best = fastest_of_each(of_kernel, lambda r: r.place.bucket)
+def nearby_seeds(place: Place, results: Sequence[Result]) -> list[KernelConfig]:
+    """Seed configs from a card's results: the best for each other cache layout, then for the two nearest buckets."""
+    layouts = fastest_of_each((r for r in results if _differ_in_layout(r.place, place)), lambda r: r.place.spec)
+    other_buckets = (r for r in results if r.place.spec == place.spec and r.place.bucket != place.bucket)
+    best = fastest_of_each(other_buckets, lambda r: r.place.bucket)
     nearest = [best[bucket] for bucket in nearest_buckets(place.bucket, best)[:2]]
     return list(dict.fromkeys(result.config for result in (*layouts.values(), *nearest)))
 
 
-def _differ_in_layout(one: Place, other: Place) -> bool:
-    """Whether two places differ only in a softcap, or those of decode in LAYOUT_FIELDS."""
-    free = ("softcap", *LAYOUT_FIELDS) if op_of(one.spec).per_sequence_lengths else ("softcap",)
-    same = all(value == vars(other.spec)[name] for name, value in vars(one.spec).items() if name not in free)
-    return one.bucket == other.bucket and one.spec != other.spec and same
+def _differ_in_layout(a: Place, b: Place) -> bool:
+    """Whether two places differ, but only in the softcap and, for decode with per-sequence lengths, LAYOUT_FIELDS."""
+    free = ("softcap", *LAYOUT_FIELDS) if op_of(a.spec).per_sequence_lengths else ("softcap",)
+    same = all(value == vars(b.spec)[name] for name, value in vars(a.spec).items() if name not in free)
+    return a.bucket == b.bucket and a.spec != b.spec and same
 
 
-# -- Where the ranking looks up records: the memory, or a table taken from it.
+# -- Where the ranking looks up records: a Memory, or a table of records taken from it.
 
 
 class RecordSource(Protocol):
@@ -387,7 +389,7 @@ class RecordSource(Protocol):
 
 
 class RecordTable:
-    """Records without a file: for processes that must all choose the same kernels."""
+    """Records in this process only: for processes that must all choose the same kernels."""
 
     def __init__(self, records: Iterable[Result]) -> None:
         self._records: dict[Place, list[Result]] = {}

@@ -1,4 +1,4 @@
-"""A result, checked like user input, and the rule by which one result supersedes another. Pure data, no database."""
+"""A result, checked like user input, and the rule that decides which of two results supersedes the other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from parallax_gen.problem.shapes import Shape
 # Version of the timing protocol, see tuning/workers/measure.py: times of different protocols are not compared.
 PROTOCOL = 1
 
-# What `Result.from_dict(json.loads(text))` raises on a malformed text, and how much of the reason messages show.
+# What `Result.from_dict(json.loads(text))` raises on a malformed text, and how many characters of the reason are shown.
 MALFORMED = (ParallaxGenError, ValueError, RecursionError)
 LONGEST_REASON = 200
 
@@ -30,7 +30,7 @@ def now() -> str:
 
 
 class Outcome(str, Enum):
-    """How the trial of a config ended. Records, JSON and messages hold its text."""
+    """How the trial of a config ended. Records, JSON and messages contain its text."""
 
     OK = "ok"
     INVALID = "invalid"
@@ -42,18 +42,18 @@ class Outcome(str, Enum):
     SLOW = "slow"
     PREDICTED = "predicted"
 
-    # Without these an f-string says "Outcome.OK", and a dict keyed by the text does not find the outcome.
+    # Without these an f-string gives "Outcome.OK", and a lookup by outcome fails in a dict keyed by its text.
     __str__ = str.__str__
     __hash__ = str.__hash__
 
     @property
     def timed(self) -> bool:
-        """Whether calls were timed; SLOW has the median of a few replays."""
+        """Whether calls were timed. SLOW has the median of only a few replays."""
         return self in (Outcome.OK, Outcome.SLOW)
 
     @property
     def failed(self) -> bool:
-        """Whether the config can never be chosen; SLOW has lost already."""
+        """Whether the config can never be chosen. A SLOW one was already slower than the best."""
         return self not in (Outcome.OK, Outcome.PREDICTED)
 
     @property
@@ -86,12 +86,12 @@ _MEANINGS = {
     Outcome.OK: "timed to the end",
     Outcome.INVALID: "not a config of this kernel",
     Outcome.COMPILE: "did not compile",
-    Outcome.RESOURCES: "pruned once it was compiled",
+    Outcome.RESOURCES: "pruned after it was compiled",
     Outcome.TIMEOUT: "took too long",
     Outcome.CRASH: "killed its process",
     Outcome.WRONG: "gave wrong results",
-    Outcome.SLOW: "given up while it was timed",
-    Outcome.PREDICTED: "guessed by a model",
+    Outcome.SLOW: "stopped early while it was timed",
+    Outcome.PREDICTED: "predicted by a model",
 }
 
 
@@ -127,8 +127,10 @@ class Evidence:
     @property
     def measured_with(self) -> str:
         """The toolchain, and the timing protocol if it is not today's, for people."""
-        other = "" if self.protocol == PROTOCOL else f" by timing protocol {self.protocol} (today's is {PROTOCOL})"
-        return f"{self.toolchain}{other}"
+        protocol_note = (
+            "" if self.protocol == PROTOCOL else f" by timing protocol {self.protocol} (today's is {PROTOCOL})"
+        )
+        return f"{self.toolchain}{protocol_note}"
 
     @property
     def identity(self) -> tuple[Scalar, ...]:
@@ -145,18 +147,18 @@ class Result:
     """The result of one config at one place: measured, predicted or failed.
 
     evidence      the kernel and what compiled it
-    outcome       OK was measured, PREDICTED is a model's estimate, the others are failures; its text is accepted too
+    outcome       OK was measured, PREDICTED is a model's estimate, the others are failures; may be given as its text
     shape         the sizes that were timed
     time_us       the median, with the 20th and 80th percentiles in the next two fields; for PREDICTED the estimate
     error         relative error against the oracle; inf if the output was not finite
-    registers, spills, shared_bytes   of the compiled kernel: a thread, bytes a thread, bytes a block
+    registers, spills, shared_bytes   of the compiled kernel: per thread, bytes per thread, bytes per block
     compile_s     seconds it took to compile
     detail        why it failed; "" otherwise
     created_at    ISO 8601, UTC
     source        its origin, such as "measured on NVIDIA H200"
 
-    Raises ArgumentError on values of a wrong type or beyond the bounds of memory/bounds.py: rows that were read are
-    checked like user input.
+    Raises ArgumentError on values of a wrong type or beyond the bounds of memory/bounds.py: rows of a file are checked
+    like user input.
     """
 
     place: Place
@@ -206,12 +208,12 @@ class Result:
 
     @property
     def is_machine_fault(self) -> bool:
-        """Whether an earlier version stored a fault of the machine as the config's own: the row says nothing then."""
+        """Whether an earlier version stored a fault of the machine as the config's own. Such a row says nothing."""
         return self.outcome.may_be_machine_fault and is_stored_machine_error(self.detail)
 
     @property
     def informative(self) -> bool:
-        """Whether it says anything about its config: that was tried, and no fault of the machine ended the trial."""
+        """Whether it says anything about its config: it was tried, and no fault of the machine ended the trial."""
         return self.outcome.tried and not self.is_machine_fault
 
     @property
@@ -247,8 +249,8 @@ class Result:
             raise ArgumentError("record", shown(data), f"an object of exactly {names}")
         parts = {name: data[name] for name in ("place", "evidence", "config", "shape")}
         for name, part in parts.items():
-            known = isinstance(part, Place) if name == "place" else part is None and name == "shape"
-            if not (known or isinstance(part, dict)):
+            valid = isinstance(part, Place) if name == "place" else part is None and name == "shape"
+            if not (valid or isinstance(part, dict)):
                 raise ArgumentError(name, shown(part), "an object of its fields")
             check_flat(name, {} if part is None or isinstance(part, Place) else part)
         check_flat("record", {name: value for name, value in data.items() if name not in parts})
@@ -262,7 +264,7 @@ class Result:
 def _evidence_from(data: Mapping[str, Any]) -> Evidence:
     names = [f.name for f in fields(Evidence)]
     if not set(names) - {"templates"} <= set(data) <= set(names) or data.get("templates") == "":
-        raise ArgumentError("evidence", shown(data), f"an object of {names}, templates only where it is set")
+        raise ArgumentError("evidence", shown(data), f"an object of {names}, templates only if not empty")
     return Evidence(**data)
 
 
@@ -271,8 +273,8 @@ def supersedes(new: Result, old: Result) -> bool:
 
     Rows are compared first by how much they say. A fault of the machine (`is_machine_fault`) says nothing. A prediction
     says little: it never replaces a result of a trial. An inconclusive outcome may be the machine's fault (a busy GPU),
-    so it never replaces a conclusive one, above all not a measured time: a bad rerun loses nothing. Of rows that say
-    equally much the newer one wins, so that the same row remains whichever process writes last.
+    so it never replaces a conclusive one: a bad rerun loses no measured time. Of rows that say equally much the newer
+    one wins, so that the same row remains whichever process writes last.
     """
 
     def weight(result: Result) -> tuple[int, datetime]:
@@ -290,7 +292,7 @@ def reading_order(result: Result) -> tuple[Any, ...]:
 
 
 def newest_toolchain_first(results: Iterable[Result]) -> list[Result]:
-    """Results toolchain by toolchain, the one with the newest result first, and for each toolchain in `reading_order`.
+    """Results grouped by toolchain: the one with the newest result first, each toolchain's in `reading_order`.
 
     The order is for display only: results of different toolchains never replace each other.
     """

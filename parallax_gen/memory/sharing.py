@@ -1,4 +1,4 @@
-"""The records that ranks send each other: few, but enough that every call on a card ranks kernels as with all records.
+"""The records that ranks send each other: the few with which every call on a card ranks kernels as with all records.
 
 The rank of a record depends on the other records of its search, and on failures. So for each place we keep the records
 that a call may consider, and those that show which knobs their searches knew. Then we rank every place by the kept
@@ -27,26 +27,30 @@ from parallax_gen.problem.hardware import Gpu
 
 def places_served(records: Iterable[Result], gpu: Gpu) -> list[Place]:
     """The places of a card whose calls may use any of these records, sorted by kernel."""
-    known = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
-    served = known | dict.fromkeys(near for place in known for near in borrowable_neighbours(place))
+    own_places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
+    served = own_places | dict.fromkeys(near for place in own_places for near in borrowable_neighbours(place))
     return sorted(served, key=lambda place: place.order)
 
 
 def records_to_share(memory: Memory, gpu: Gpu) -> list[Result]:
     """The records with which calls on a card consider the same kernels, in the same order, as with all records."""
-    everything = [r for name in (gpu.name, *siblings(gpu)) for r in memory.all(name) if r.informative]
-    known = RecordTable(everything)  # one query of the memory instead of one a place
-    chosen = {place: list(launch_candidates(place, gpu, known)) for place in places_served(everything, gpu)}
+    informative = [r for name in (gpu.name, *siblings(gpu)) for r in memory.all(name) if r.informative]
+    all_records = RecordTable(informative)  # one query of the memory instead of one per place
+    chosen = {place: list(launch_candidates(place, gpu, all_records)) for place in places_served(informative, gpu)}
     kept = {
-        r for choice in chosen.values() for c in choice if c.record for r in representative_records(c.record, known)
+        r
+        for choice in chosen.values()
+        for c in choice
+        if c.record
+        for r in representative_records(c.record, all_records)
     }
     while True:
-        shared = [r for r in everything if r in kept]
+        shared = [r for r in informative if r in kept]
         table = RecordTable(shared)
-        others = [place for place, choice in chosen.items() if list(launch_candidates(place, gpu, table)) != choice]
-        if not others:
+        differing = [place for place, choice in chosen.items() if list(launch_candidates(place, gpu, table)) != choice]
+        if not differing:
             return shared
-        places = (
-            where for place in others for where in (place, *sibling_places(place, gpu), *borrowable_neighbours(place))
+        read_places = dict.fromkeys(
+            read for place in differing for read in (place, *sibling_places(place, gpu), *borrowable_neighbours(place))
         )
-        kept.update(r for where in dict.fromkeys(places) for r in known.results(where))
+        kept.update(r for place in read_places for r in all_records.results(place))

@@ -1,4 +1,4 @@
-"""Shipped records, one reviewable text file a GPU, and their merge with the user's own database."""
+"""Shipped records, one reviewable text file per GPU, and their merge with the user's own database."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def write_shipped(
     is dropped. The file is replaced atomically.
 
     keep       how many of the fastest measured results of each place and group are kept
-    also_keep  selects the results that are kept beside those
+    also_keep  selects further results to keep
     group      the results that compete with each other; by default those of one toolchain
     """
     merged: dict[tuple[Scalar, ...], Result] = {}
     for result in [*load_shipped(gpu, folder), *map(_rounded, results)]:
         if result.place.gpu != gpu:
-            raise ArgumentError("results", f"one of {result.place.gpu!r}", f"results of {gpu!r}")
+            raise ArgumentError("results", f"a result of {result.place.gpu!r}", f"results of {gpu!r}")
         old = merged.get(result.identity)
         if old is None or supersedes(result, old):
             merged[result.identity] = result
-    seen: Counter[tuple[Place, Hashable]] = Counter()
+    counts: Counter[tuple[Place, Hashable]] = Counter()
     best = []
     for result in sorted((r for r in merged.values() if r.measured), key=reading_order):
-        which = result.place, group(result)
-        seen[which] += 1
-        if seen[which] <= keep or also_keep(result):
+        key = result.place, group(result)
+        counts[key] += 1
+        if counts[key] <= keep or also_keep(result):
             best.append(result)
     path, _ = _file(gpu, folder)
     write_lines(path, best)
@@ -77,8 +77,8 @@ class Memory:
     """The user's own records, merged with the shipped ones.
 
     The result of a config that was tried here, whether it was fast, wrong or crashed, hides the shipped record of that
-    config. A prediction does not hide it, and neither does a fault of the machine: a measurement on another card of the
-    same model says more.
+    config. A prediction or a fault of the machine does not hide it: a measurement on another card of the same model
+    says more.
     """
 
     def __init__(self, store: Store | None = None, folder: Path | None = None) -> None:
@@ -98,9 +98,9 @@ class Memory:
         shipped = (r for name in gpus for r in load_shipped(name, self.folder))
         return _merge(own, (r for r in shipped if op is None or r.place.spec.family == op))
 
-    def query_store(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
+    def query_store(self, query: Callable[[Store], list[Result]]) -> list[Result]:
         """The answer of the user's database to a query; an empty list without a database."""
-        return ask(self.store) if self.store else []
+        return query(self.store) if self.store else []
 
 
 def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
@@ -113,13 +113,13 @@ def _merge(own: list[Result], shipped: Iterable[Result]) -> list[Result]:
 
 
 def _shipped_at(place: Place, folder: Path | None) -> tuple[Result, ...]:
-    """The shipped records of a place. Of other lines only the beginning is read: a call has no time to parse them."""
+    """The shipped records of a place. Only the beginning of other lines is read: a call has no time to parse them."""
     path, stamp = _file(place.gpu, folder)
     if stamp is None:
         return ()
-    wanted = json.dumps(place.flat()).encode()
-    of_place = [text for text in _lines(path, stamp) if text in (wanted, b"")]
-    results = (result for text in of_place for result in _results(path, place.gpu, stamp, text))
+    place_json = json.dumps(place.flat()).encode()
+    texts = [text for text in _lines(path, stamp) if text in (place_json, b"")]
+    results = (result for text in texts for result in _results(path, place.gpu, stamp, text))
     return tuple(result for result in results if result.place == place)
 
 
@@ -141,7 +141,7 @@ def _folder(folder: Path | None) -> Path:
 
 @lru_cache(maxsize=16)
 def _lines(path: Path, stamp: tuple[int, ...]) -> dict[bytes, list[tuple[int, bytes]]]:
-    """The (number, line) pairs of a file by the JSON of their place; under b"" lines that do not begin with a place."""
+    """The (number, line) pairs of a file by the JSON of their place; b"" for lines that do not begin with a place."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

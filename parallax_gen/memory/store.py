@@ -1,4 +1,4 @@
-"""The tuning database: one row a place, config and kernel, failures too. The only user of SQLite."""
+"""The tuning database: one row per place, config and kernel, failures included. The only user of SQLite."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Store:
 
     Any number of processes may have it open: each write is one short transaction in write-ahead mode, waits for
     its turn, and is durable once `save` returns. With read_only, a missing file is an empty database. Only the thread
-    that opened it may use it; any thread may use a read-only one, as autograd's threads dispatch kernels too. Raises
-    StoreError if the file cannot be used, belongs to another program or has a newer schema.
+    that opened it may use it; any thread may use a read-only one, because autograd's threads dispatch kernels too.
+    Raises StoreError if the file cannot be used, belongs to another program or has a newer schema.
     """
 
     def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:
@@ -77,11 +77,11 @@ class Store:
 
     @property
     def unreadable(self) -> int:
-        """How many rows were skipped so far because they do not parse."""
+        """How many rows were skipped so far because they could not be parsed."""
         return len(self._unreadable)
 
     def save(self, result: Result) -> None:
-        """Store a result, unless the stored one of its identity says more (see `supersedes`)."""
+        """Store a result, unless the stored result of the same identity supersedes it (see `supersedes`)."""
         with self._writing():
             old = self._stored(result)
             if old is None or supersedes(result, old):
@@ -90,8 +90,8 @@ class Store:
     def merge(self, results: Iterable[Result]) -> MergeCounts:
         """Store results from elsewhere in one transaction.
 
-        A result replaces the stored one of its identity if it says more or is newer (see `supersedes`). Otherwise the
-        stored one is kept: merging the same results again changes nothing.
+        A result replaces the stored one of the same identity if it says more or is newer (see `supersedes`). Otherwise
+        the stored one is kept, so merging the same results again changes nothing.
         """
         new = replaced = kept = 0
         with self._writing():
@@ -117,21 +117,21 @@ class Store:
     def results(self, place: Place) -> list[Result]:
         """All results of a place, of any kernel and toolchain: the measured ones first, from fast to slow."""
         with self._as_store_error():
-            results = self._results_of_old(place) if self._has_old_schema() else self._of_place(place, self._db)
+            results = self._results_of_old_schema(place) if self._has_old_schema() else self._of_place(place, self._db)
             return sorted(results, key=reading_order)
 
     def all(self, gpu: str | None = None, op: str | None = None) -> list[Result]:
         """Every row, or those of a GPU or an op, sorted by place and then from fast to slow."""
-        wanted = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
-        where = " and ".join(f"{name} = :{name}" for name in wanted) or "true"
+        conditions = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
+        where = " and ".join(f"{name} = :{name}" for name in conditions) or "true"
         with self._as_store_error():
-            return sorted(self._select(where, wanted), key=reading_order)
+            return sorted(self._select(where, conditions), key=reading_order)
 
     def fastest(self, gpu: str, op: str) -> list[Result]:
         """The fastest measured result of each place of a GPU and an op, in any order. Parses only these rows."""
-        chosen = "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = ? GROUP BY place_json"
+        query = "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = ? GROUP BY place_json"
         with self._as_store_error():
-            rows = self._tables.query(chosen, (gpu, op, Outcome.OK.value)) if self._version() else ()
+            rows = self._tables.query(query, (gpu, op, Outcome.OK.value)) if self._version() else ()
             return list(self._parsed(rows))
 
     @property
@@ -173,7 +173,7 @@ class Store:
                 self._db.enable_wal()
                 break
             except sqlite3.OperationalError as error:
-                # If another process is switching the same file, SQLite does not wait as it does elsewhere.
+                # If another process is switching the same file, SQLite fails at once instead of waiting.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
             time.sleep(0.01)
@@ -192,7 +192,7 @@ class Store:
             self._version()
 
     def _has_old_schema(self) -> bool:
-        """Whether the rows of a file that is only read need a migration first: those of schema 2 parse as they are."""
+        """Whether a read-only file's rows need a migration before they parse: only those of schema 1 do."""
         return self.read_only and self._version() == 1
 
     @property
@@ -207,29 +207,29 @@ class Store:
         self._migrate(copy)
         return copy
 
-    def _results_of_old(self, place: Place) -> list[Result]:
-        """`results` of a file with an older schema. Migrates only the place's rows: a call has no time for all of them.
+    def _results_of_old_schema(self, place: Place) -> list[Result]:
+        """`results` of a file with schema 1. Migrates only the place's rows: a call has no time for all of them.
 
         The key of an old row was the JSON of its place and then of its environment.
         """
-        begin = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
-        kernels, keys = (place.gpu, place.spec.family), (begin, f"{begin}~")
+        prefix = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
+        kernels, keys = (place.gpu, place.spec.family), (prefix, f"{prefix}~")
         if not list(self._db.execute("SELECT 1 FROM results WHERE gpu = ? AND op = ? LIMIT 1", kernels)):
             return []
-        # A scan in file order, which is faster than the index if most rows are of one op.
+        # This scans in file order, which is faster than the index if most rows are of one op.
         rows = list(self._db.execute("SELECT * FROM results WHERE key_json > ? AND key_json < ?", keys))
         if not rows:
             return []
-        with closing(_connect(Path(":memory:"), "mode=ro")) as few:
-            self._migrate(few, self._version())
-            few.conn.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(rows[0]))})", rows)
-            few.conn.commit()
-            self._migrate(few)
-            return list(self._of_place(place, few))
+        with closing(_connect(Path(":memory:"), "mode=ro")) as copy:
+            self._migrate(copy, self._version())
+            copy.conn.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(rows[0]))})", rows)
+            copy.conn.commit()
+            self._migrate(copy)
+            return list(self._of_place(place, copy))
 
     def _migrate(self, db: Database, last: int | None = None) -> None:
         """Migrate the schema to today's version, or to the migration `last`, in one transaction."""
-        with _transaction(db):  # if many processes open a new file, one at a time gets in here
+        with _transaction(db):  # if many processes open a new file, they enter here one at a time
             version = self._version(db)
             db.register_function(renamed_json, name="renamed_config", replace=True)
             for number, script in _migrations():
@@ -247,12 +247,12 @@ class Store:
         )
         if application != APPLICATION_ID and (application or version or db.table_names()):
             raise StoreError(
-                f"{self.path} is a SQLite database of another program: it is left as it is; "
+                f"{self.path} is a SQLite database of another program and was left unchanged: "
                 "set PARALLAX_GEN_DB to another file"
             )
-        if version > (known := _migrations()[-1][0]):
+        if version > (newest := _migrations()[-1][0]):
             raise StoreError(
-                f"{self.path} has the newer schema {version}, this parallax_gen knows up to {known}: "
+                f"{self.path} has schema {version}, but this parallax_gen reads only up to {newest}: "
                 "upgrade parallax_gen, or set PARALLAX_GEN_DB to another file"
             )
         return version
@@ -271,7 +271,7 @@ class Store:
         except (sqlite3.DatabaseError, NoTable, UnicodeDecodeError) as error:  # the message may not be UTF-8
             raise StoreError(
                 f"{self.path} is damaged or not a tuning database: {error}. "
-                "Move it away and a new one is made, or set PARALLAX_GEN_DB to another file."
+                "Move it away, so that a new one is created, or set PARALLAX_GEN_DB to another file."
             ) from error
 
     @contextmanager
@@ -333,7 +333,7 @@ def _decode(raw: bytes) -> str:
 
 
 def _statements(script: str) -> Iterator[str]:
-    """The statements of a script one by one: running it as a whole would end the transaction around it."""
+    """The statements of a script, one by one: running the whole script would end the enclosing transaction."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -382,7 +382,7 @@ def _from_row(row: Mapping[str, Any]) -> Result:
 
 
 def _text(name: str, value: object) -> str:
-    """A column's text. In a file that others wrote, the value may be of any SQLite type."""
+    """A column's text. In an untrusted file the value may be of any SQLite type."""
     if not isinstance(value, str):
         raise ArgumentError(name, shown(value), "text")
     return value
@@ -390,7 +390,7 @@ def _text(name: str, value: object) -> str:
 
 @lru_cache(maxsize=1024)
 def _place_from(text: str) -> Place:
-    """Parse a place, cached: many rows are of one place, and a place has many fields."""
+    """Parse a place, cached: many rows have the same place, and a place has many fields."""
     data = json.loads(text)
     if not isinstance(data, dict):
         raise ArgumentError("place", shown(data), "an object of its fields")

@@ -1,4 +1,4 @@
-"""The versions of Triton and ptxas that compile kernels here: read once a process, without importing Triton."""
+"""The versions of Triton and ptxas that compile kernels here: read once per process, without importing Triton."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASSEMBLERS = ("ptxas", "ptxas-blackwell")
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What compiled a kernel.
+    """The compiler of a kernel.
 
     triton  its full version; old records have major.minor only
     cuda    releases of its ptxas, which allocates registers and schedules: see `cuda_version`. "" if it is unknown
@@ -32,7 +32,7 @@ class Toolchain:
         return cls(triton_version(), cuda_version())
 
     def compiles_like(self, other: Toolchain) -> bool:
-        """Whether both compile to the same programs: Triton's change with major.minor, ptxas's with every release."""
+        """Whether both compile to the same programs: Triton changes with major.minor, ptxas with every release."""
         return minor(self.triton) == minor(other.triton) and self.cuda == other.cuda != ""
 
     def __str__(self) -> str:
@@ -66,12 +66,12 @@ def cuda_version() -> str:
 
 
 def _release(assembler: str) -> str | None:
-    """Search as Triton does (its knobs.py, 3.5 to 3.9): the path in TRITON_PTXAS_PATH, else the one in its package."""
-    named = os.environ.get(f"TRITON_{assembler.upper().replace('-', '_')}_PATH")
+    """The release of the assembler that Triton runs (its knobs.py, 3.5 to 3.9): its path variable, else bundled."""
+    configured = os.environ.get(f"TRITON_{assembler.upper().replace('-', '_')}_PATH")
     package = find_spec("triton")
     folders = package.submodule_search_locations if package is not None else None
     bundled = [str(Path(folder, "backends", "nvidia", "bin", assembler)) for folder in folders or ()]
-    for path in ([named] if named else []) + bundled:
+    for path in ([configured] if configured else []) + bundled:
         try:
             output = subprocess.run(
                 [path, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=True

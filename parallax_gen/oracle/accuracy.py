@@ -1,4 +1,4 @@
-"""The error of a result against the oracle, and the error that rounding alone explains."""
+"""The error of a result against the oracle, and the largest error that rounding explains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Errors:
     """The errors of a result against the oracle. NaN on either side makes all of them inf.
 
     relative  ||out - ref|| / ||ref||, over everything
-    worst     the relative error of the worst row (last dimension): one wrong row in many hardly shows in `relative`
+    worst     the relative error of the worst row (last dimension): one wrong row among many hardly changes `relative`
     maximum   the largest |out - ref|
     """
 
@@ -28,18 +28,21 @@ class Errors:
 
 
 def errors(out: Tensor, ref: Tensor, term_size: float | Tensor | None = None) -> Errors:
-    """The errors of `out` against `ref`, in float64. Infinities that agree are no error, and neither is 0 / 0.
+    """The errors of `out` against `ref`, in float64. Equal infinities have no error, and 0 / 0 counts as no error.
 
-    term_size  for a gradient: the size of a row's terms, see `gradient_term_sizes`; one for all rows, or each row's own
+    term_size  for a gradient: the size of a row's terms, see `gradient_term_sizes`; one size for all rows, or one per
+               row
     """
     difference, expected = _difference(out, ref)
     if difference.numel() == 0:
         return Errors(0.0, 0.0, 0.0)
     size = expected.norm()
     if term_size is not None:
-        whole = torch.as_tensor(term_size, dtype=size.dtype, device=size.device).expand(expected.shape[:-1]).norm()
-        if size < 1e-3 * whole:
-            size = 0.2 * whole  # the terms cancel, only rounding remains
+        size_of_terms = (
+            torch.as_tensor(term_size, dtype=size.dtype, device=size.device).expand(expected.shape[:-1]).norm()
+        )
+        if size < 1e-3 * size_of_terms:
+            size = 0.2 * size_of_terms  # the terms cancel, only rounding remains
     return Errors(
         relative=_ratio(difference.norm(), size).item(),
         worst=_row_errors(difference, expected, term_size).max().item(),
@@ -53,23 +56,24 @@ def gradient_term_sizes(
     """The norm of a row of each gradient if its terms did not cancel, as 0-D tensors.
 
     A query that sees one key has dq = dr = 0, the difference of two numbers of this size: a kernel's result there is
-    their rounding. So errors of gradients are relative to this size where the gradient itself is far smaller.
+    their rounding error. So errors of gradients are relative to this size where the gradient itself is far smaller.
     """
     scale = scale_or_default(softmax_scale, q.shape[-1])
-    of_q, of_r, of_k, of_v, of_do = (x.double().square().sum(-1).mean().sqrt() for x in (q, r, k, v, do))
-    a = of_do * of_v / q.shape[-1] ** 0.5
-    return Gradients(dq=scale * a * of_k, dr=a * of_k, dk=a * torch.maximum(scale * of_q, of_r), dv=of_do)
+    q_size, r_size, k_size, v_size, do_size = (x.double().square().sum(-1).mean().sqrt() for x in (q, r, k, v, do))
+    a = do_size * v_size / q.shape[-1] ** 0.5
+    return Gradients(dq=scale * a * k_size, dr=a * k_size, dk=a * torch.maximum(scale * q_size, r_size), dv=do_size)
 
 
 # The largest relative error of a correct kernel: four times the error of its roundings, except for fp32.
-# A kernel rounds p, p·t and o to the input dtype, each by up to u of its size (bf16 2^-9, fp16 2^-12), about u/2 in the
-# mean. o = v̄ (1 + t̄) - Σ p t v is a difference of terms up to 1 + 2|t| times its size, and |t| is about 1. With only
-# these roundings the error was 2.3e-3 to 2.6e-3 in bf16 and 2.8e-4 to 3.1e-4 in fp16, on random_inputs of 64 to 8192
-# keys. In fp32 the errors are those of sums and exponentials, 4.4e-7 here; the tolerance allows other orders of
-# summation and coarser exponentials, and still distinguishes fp32 from tf32 (2^-11). tf32 has fp16's digits, and also
-# rounds the inputs of every matmul to them, which are exact in fp16: twice fp16's error. Besides, tensor cores truncate
-# fp32 inputs to tf32 instead of rounding them: an operand is off by up to 2^-10, 2^-11 in the mean, twice the rounding
-# error, and always towards 0. So the tolerance of tf32 is four times fp16's; measured on an H200: 3.24e-3, for a dq.
+# A kernel rounds p, p·t and o to the input dtype, each by up to u times its size (u is 2^-9 for bf16, 2^-12 for fp16),
+# about u/2 in the mean. o = v̄ (1 + t̄) - Σ p t v is a difference of terms up to 1 + 2|t| times its size, and |t| is
+# about 1. With only these roundings the error was 2.3e-3 to 2.6e-3 in bf16 and 2.8e-4 to 3.1e-4 in fp16, on
+# random_inputs of 64 to 8192 keys. In fp32 the errors come from sums and exponentials, 4.4e-7 here; the tolerance
+# allows other orders of summation and coarser exponentials, and still distinguishes fp32 from tf32 (2^-11). tf32 has
+# fp16's digits, and also rounds the inputs of every matmul to them, which are exact in fp16: twice fp16's error.
+# Besides, tensor cores truncate fp32 inputs to tf32 instead of rounding them: an operand is off by up to 2^-10, 2^-11
+# in the mean, twice the rounding error, and always towards 0. So the tolerance of tf32 is four times fp16's; measured
+# on an H200: 3.24e-3, for a dq.
 _TOLERANCE = {"bf16": 1e-2, "fp16": 1.25e-3, "fp32": 2e-5, "tf32": 5e-3}
 # The tolerance of the worst row, as a multiple: |t| reaches 5 somewhere in a large batch. Measured: 1.04 times.
 _WORST_ROW = 5
@@ -83,25 +87,25 @@ def tolerance(dtype: str) -> float:
 
 
 def why_wrong(out: Tensor, ref: Tensor, dtype: str, term_size: float | Tensor | None = None) -> str | None:
-    """How and where `out` differs from `ref` by more than rounding explains, else None. term_size: see `errors`."""
+    """How and where `out` differs from `ref` by more than rounding explains, or None. term_size: see `errors`."""
     actual, allowed = errors(out, ref, term_size), tolerance(dtype)
     allowed_row = _WORST_ROW * allowed
     if actual.relative <= allowed and actual.worst <= allowed_row:
         return None
     difference, expected = _difference(out, ref)
     rows = _row_errors(difference, expected, term_size)
-    at = _index_of_largest(difference.abs())
+    index = _index_of_largest(difference.abs())
     return (
         f"relative error {actual.relative:.3g} ({allowed:g} allowed for {dtype}); "
         f"{int((rows > allowed_row).sum())} of {rows.numel()} rows beyond {allowed_row:g}, "
         f"the worst, {actual.worst:.3g}, at {_index_of_largest(rows)}; "
-        f"largest difference {actual.maximum:.3g} at {at}: {out.reshape(difference.shape)[at].item():.6g}, "
-        f"not {ref.reshape(difference.shape)[at].item():.6g}"
+        f"largest difference {actual.maximum:.3g} at {index}: {out.reshape(difference.shape)[index].item():.6g}, "
+        f"not {ref.reshape(difference.shape)[index].item():.6g}"
     )
 
 
 def _difference(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
-    """out - ref and ref in float64, at least 1-D. NaN becomes inf, and infinities that agree become 0 in both."""
+    """out - ref and ref in float64, at least 1-D. NaN becomes inf, and equal infinities become 0 in both."""
     if out.shape != ref.shape:
         raise ArgumentError("out", tuple(out.shape), f"the reference's shape, {tuple(ref.shape)}")
     actual, expected = (x.detach().double().reshape(x.shape or (1,)) for x in (out, ref))
@@ -113,14 +117,14 @@ def _difference(out: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
 def _row_errors(difference: Tensor, expected: Tensor, term_size: float | Tensor | None = None) -> Tensor:
     """Each row's relative error; for a row far smaller than the others, relative to a tenth of their size.
 
-    The tenth is for rows that happen to be near zero, such as a single t̄. A row of zeros must be exactly zero, except
+    A tenth, because some rows happen to be near zero, such as a single t̄. A row of zeros must be exactly zero, except
     in a gradient: there the first rows of a causal sequence are small differences of large numbers.
     """
     sizes = expected.norm(dim=-1)
     mean = sizes.square().mean().sqrt()
     if term_size is not None:
-        least = 0.05 * torch.as_tensor(term_size, dtype=sizes.dtype, device=sizes.device)
-        return _ratio(difference.norm(dim=-1), sizes.maximum(mean).maximum(least))
+        minimum = 0.05 * torch.as_tensor(term_size, dtype=sizes.dtype, device=sizes.device)
+        return _ratio(difference.norm(dim=-1), sizes.maximum(mean).maximum(minimum))
     floor = mean / 10
     return _ratio(difference.norm(dim=-1), torch.where(sizes == 0, sizes, sizes.maximum(floor)))
 

@@ -1,4 +1,4 @@
-"""Random inputs of a kernel, including the outputs of kernels before it. NaN fills what the kernel must not read."""
+"""Random inputs of a kernel, including outputs of the kernels before it. Memory that it must not read holds NaN."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import default_scale
 
 POISON = float("nan")
-# Scores have unit variance: at this cap the largest are cut to half, and kernels take as long as at any other.
-CHECKED_SOFTCAP = 2.0
+# Scores have unit variance: at 2 the largest are cut to half; at 1e6 the error of the tanh is multiplied by 1e6.
+CHECKED_SOFTCAPS = (2.0, 1e6)
 PEAKED_SOFTCAP = 30.0  # leaves peaked rows peaked
 
 
@@ -34,7 +34,7 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kin
     kind  what rows attend to: see `peaked.KINDS`. For kinds other than "normal" r has unit variance
     """
     if shape.group != spec.group:
-        raise ArgumentError("shape", f"{shape.group} query heads a kv head", f"the spec's {spec.group}")
+        raise ArgumentError("shape", f"{shape.group} query heads per kv head", f"{spec.group}, as the spec has")
     if op_of(spec).layout is Layout.CACHE and shape.seqlen_q != 1 and not spec.many_queries:
         raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -45,7 +45,7 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kin
 
     q, r = normal(shape.seqlen_q, shape.heads), normal(shape.seqlen_q, shape.heads)
     k, v = normal(shape.seqlen_kv, shape.kv_heads), normal(shape.seqlen_kv, shape.kv_heads)
-    softcap = CHECKED_SOFTCAP
+    softcap = CHECKED_SOFTCAPS[seed % 2]
     if kind == "normal":
         r *= default_scale(spec.head_dim)
     else:
@@ -63,16 +63,15 @@ def random_inputs_of(
     lengths: Sequence[int] | None = None,
     kind: str = "normal",
 ) -> Inputs:
-    """Random inputs of a kernel, including the outputs of kernels before it.
+    """Random inputs of a kernel, including outputs of the kernels before it.
 
-    Sequences with their own lengths, packed or not, have 0 up to the shape's length.
+    Per-sequence lengths, packed or not, are from 0 to the shape's length, or negative in a cache.
 
-    full     all have the shape's length
-    lengths  the keys of each sequence of decode_varlen
+    full     whether all sequences have the shape's length
+    lengths  the number of keys of each sequence of decode_varlen
     kind     see `random_inputs`
 
-    NaN fills the cache after the end of a sequence, whose length may be negative, and the rows before the first and
-    after the last packed sequence.
+    The cache after the end of a sequence, and the rows before the first and after the last packed sequence, hold NaN.
     """
     return inputs_and_forward(spec, shape, seed=seed, device=device, full=full, lengths=lengths, kind=kind)[0]
 
@@ -92,12 +91,12 @@ def inputs_and_forward(
     inputs = random_inputs(spec, shape, seed=seed, device=device, kind=kind)
     if spec.cache_dtype:
         inputs.k, inputs.v = (x.to(cache_dtype(spec)) for x in (inputs.k, inputs.v))
-        heads = shape.kv_heads if seed % 2 else 1  # one scale for each head, or one for all
+        heads = shape.kv_heads if seed % 2 else 1  # one scale per head, or one for all
         draw = torch.Generator().manual_seed(seed)
         inputs.k_scale, inputs.v_scale = (torch.rand(heads, generator=draw).add(0.5).to(device) for _ in range(2))
     if op.per_sequence_lengths:
         keys = _lengths(shape.seqlen_kv, shape.batch, seed, full)
-        if seed % 3 == 0 and not full:  # serving engines mark unused batch entries so
+        if seed % 3 == 0 and not full:  # serving engines mark unused batch entries like this
             keys = torch.where(keys == 0, -1 if seed % 2 else -shape.seqlen_kv, keys)
         if lengths is not None:
             keys = torch.tensor(lengths, dtype=torch.int32)
@@ -121,7 +120,7 @@ def inputs_and_forward(
     inputs.do = do.to(inputs.q.dtype)
     if inputs.cu_seqlens_q is not None:
         _poison_padding(inputs.do, inputs.cu_seqlens_q)
-    # preprocess has no mask of its own. Use causal attention, where some rows may see no key.
+    # preprocess has no mask. Its inputs come from causal attention, in which some rows may see no key.
     causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
     result = attend(spec if "row_stats" in given else causal, inputs)
     if "row_stats" in given:
@@ -135,8 +134,8 @@ def inputs_and_forward(
 def _lengths(longest: int, batch: int, seed: int, full: bool) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, longest + 1, (batch,), generator=draw, dtype=torch.int32)
-    shorter = torch.rand(batch, generator=draw) < 0.5  # often shorter than a block of keys
-    lengths = torch.where(shorter, lengths % 32, lengths)
+    is_short = torch.rand(batch, generator=draw) < 0.5  # shorter than a block of keys
+    lengths = torch.where(is_short, lengths % 32, lengths)
     lengths[seed % batch] = longest * (seed % 2)  # 0 and the full length occur often
     if full:
         lengths.fill_(longest)
@@ -144,35 +143,35 @@ def _lengths(longest: int, batch: int, seed: int, full: bool) -> Tensor:
 
 
 def _page(inputs: Inputs, page_size: int, seed: int) -> None:
-    """Split the caches into pages, shuffled among unused ones. Table entries without keys are out of range."""
+    """Split the caches into pages, shuffled among unused pages. Table entries for no keys are out of range."""
     assert inputs.cache_seqlens is not None
     batch, seqlen, device = *inputs.k.shape[:2], inputs.k.device
     pages = -(-seqlen // page_size)
-    places = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(seed)).to(device)
-    places = places[: batch * pages]
+    slots = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(seed)).to(device)
+    slots = slots[: batch * pages]
 
     def paged(x: Tensor) -> Tensor:
-        result, whole = _full_of_poison(x, batch * pages + 2, page_size), x
+        result, padded = _full_of_poison(x, batch * pages + 2, page_size), x
         if seqlen % page_size:
-            whole = _full_of_poison(x, batch, pages * page_size)
-            whole[:, :seqlen] = x
-        result[places] = whole.view(batch * pages, page_size, *x.shape[2:])
+            padded = _full_of_poison(x, batch, pages * page_size)
+            padded[:, :seqlen] = x
+        result[slots] = padded.view(batch * pages, page_size, *x.shape[2:])
         return result
 
-    inputs.k = paged(inputs.k)  # one after the other, so that there are never three copies of a large cache
+    inputs.k = paged(inputs.k)  # one at a time, so that there are never three copies of a large cache
     inputs.v = paged(inputs.v)
-    behind = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
-    table = places.view(batch, pages).to(torch.int32)
+    unused = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
+    table = slots.view(batch, pages).to(torch.int32)
     if inputs.cache_leftpad is not None:
-        behind |= (torch.arange(1, pages + 1, device=device) * page_size) <= inputs.cache_leftpad[:, None]
-    inputs.page_table = table.masked_fill(behind, 2**30)
+        unused |= (torch.arange(1, pages + 1, device=device) * page_size) <= inputs.cache_leftpad[:, None]
+    inputs.page_table = table.masked_fill(unused, 2**30)
 
 
-def _poison(x: Tensor, at: Tensor) -> None:
+def _poison(x: Tensor, mask: Tensor) -> None:
     if x.element_size() > 1:
-        x[at] = POISON
+        x[mask] = POISON
     else:
-        x.view(torch.uint8)[at] = 0x7F  # NaN in e4m3 and e5m2
+        x.view(torch.uint8)[mask] = 0x7F  # NaN in e4m3 and e5m2
 
 
 def _full_of_poison(like: Tensor, *size: int) -> Tensor:
@@ -184,7 +183,7 @@ def _full_of_poison(like: Tensor, *size: int) -> Tensor:
 def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
     """Pack the sequences of the batch, each cut to its own length; in decode only the queries.
 
-    Some rows before the first and after the last sequence belong to none and hold NaN; there are none if `full`.
+    Unless `full`, some rows before the first and after the last sequence belong to no sequence and hold NaN.
     """
     lengths_q = _lengths(shape.seqlen_q, shape.batch, seed, full)
     if inputs.cache_seqlens is not None:  # cache_seqlens has the numbers of keys
@@ -192,11 +191,11 @@ def _pack(inputs: Inputs, shape: Shape, seed: int, full: bool) -> None:
     else:
         lengths_k = _lengths(shape.seqlen_kv, shape.batch, seed + 7, full)
 
-    before, behind = (0, 0) if full else (seed % 3, seed % 5 * 7)
+    before, after = (0, 0) if full else (seed % 3, seed % 5 * 7)
 
     def packed(x: Tensor, lengths: Tensor) -> Tensor:
         rows = [x[b, :length] for b, length in enumerate(lengths.tolist())]
-        padding = x.new_full((before + behind, *x.shape[2:]), POISON)
+        padding = x.new_full((before + after, *x.shape[2:]), POISON)
         return torch.cat([padding[:before], *rows, padding[before:]])
 
     def ends(lengths: Tensor) -> Tensor:
@@ -220,10 +219,10 @@ def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
 
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
-    options, given = options_of(spec, x), (x.q, x.r, x.k, x.v)
+    options, tensors = options_of(spec, x), (x.q, x.r, x.k, x.v)
     if op_of(spec).layout is Layout.CACHE:
         return reference_cached_forward(
-            *given,
+            *tensors,
             cache_seqlens=x.cache_seqlens,
             cache_leftpad=x.cache_leftpad,
             page_table=x.page_table,
@@ -235,9 +234,9 @@ def attend(spec: KernelSpec, x: Inputs) -> Reference:
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None
-        ends = (x.cu_seqlens_q, x.cu_seqlens_k)
-        return reference_varlen_forward(*given, *ends, **options)
-    return reference_forward(*given, **options)
+        cu_seqlens = (x.cu_seqlens_q, x.cu_seqlens_k)
+        return reference_varlen_forward(*tensors, *cu_seqlens, **options)
+    return reference_forward(*tensors, **options)
 
 
 def options_of(spec: KernelSpec, x: Inputs) -> dict[str, Any]:

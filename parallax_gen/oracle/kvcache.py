@@ -1,4 +1,4 @@
-"""The oracle with a KV cache: gathers each sequence's keys, then calls the reference of contiguous tensors."""
+"""The oracle with a KV cache: gathers each sequence's keys, then calls the reference for contiguous tensors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def reference_cached_forward(
 ) -> Reference:
     """`reference_forward` of each sequence's queries over its own keys, from cache_leftpad up to cache_seqlens.
 
-    A length below 0 counts as 0, a length beyond the cache as the cache's length.
+    A length below 0 counts as 0, and a length beyond the cache counts as the cache's length.
 
-    Arguments as in `runtime.functional.parallax_attn_with_kvcache`. For packed queries out and v_mean are like q, and
+    Arguments as in `runtime.kvcache.parallax_attn_with_kvcache`. For packed queries out and v_mean are like q, and
     lse and t_mean are (heads, total_q), -inf and 0 in rows that belong to no sequence.
     """
     if page_table is not None:
@@ -38,20 +38,20 @@ def reference_cached_forward(
     out = q.new_zeros(q.shape, dtype=torch.float64)
     lse = out.new_full((*q.shape[:-3], heads, q.shape[-3]), -torch.inf)
     result = Reference(out, lse, torch.zeros_like(lse), torch.zeros_like(out))
-    ends = (None if x is None else x.tolist() for x in (cache_seqlens, cache_leftpad, cu_seqlens_q))
-    lengths, starts, cuts = ends
+    lists = (None if x is None else x.tolist() for x in (cache_seqlens, cache_leftpad, cu_seqlens_q))
+    lengths, starts, offsets = lists
     for b in range(batch):
         length = k_cache.shape[1] if lengths is None else max(min(lengths[b], k_cache.shape[1]), 0)
         keys = slice(min(max(starts[b], 0), length) if starts is not None else 0, length)
-        rows = slice(None) if cuts is None else slice(cuts[b], cuts[b + 1])
-        at = (b,) if cuts is None else ()
+        rows = slice(None) if offsets is None else slice(offsets[b], offsets[b + 1])
+        sequence = (b,) if offsets is None else ()
         k, v = (_scaled(x[b, keys], scale) for x, scale in ((k_cache, k_scale), (v_cache, v_scale)))
-        queries, probes = (x[at][rows][None] for x in (q, r))
-        if queries.shape[1] == 0:
+        q_rows, r_rows = (x[sequence][rows][None] for x in (q, r))
+        if q_rows.shape[1] == 0:
             continue
-        one = reference_forward(
-            queries,
-            probes,
+        parts = reference_forward(
+            q_rows,
+            r_rows,
             k[None],
             v[None],
             causal=causal,
@@ -59,27 +59,27 @@ def reference_cached_forward(
             softmax_scale=softmax_scale,
             softcap=softcap,
         )
-        for whole, part in zip(result, one, strict=True):
+        for tensor, part in zip(result, parts, strict=True):
             if part.dim() == 4:
-                whole[at][rows] = part[0]
+                tensor[sequence][rows] = part[0]
             else:
-                whole[at][..., rows] = part[0]
+                tensor[sequence][..., rows] = part[0]
     return result
 
 
 def gather_pages(pages: Tensor, page_table: Tensor) -> Tensor:
     """A paged cache (pages, page_size, kv_heads, head_dim) as (batch, seqlen, kv_heads, head_dim).
 
-    page_table  (batch, pages a sequence): the pages of each; an index out of range gives an arbitrary page
+    page_table  (batch, pages per sequence): each sequence's pages; an index out of range gives an arbitrary page
     """
-    at = page_table.long().clamp(0, pages.shape[0] - 1)
+    indices = page_table.long().clamp(0, pages.shape[0] - 1)
     if pages.element_size() == 1:  # torch 2.9 cannot index float8 on the CPU
-        return pages.view(torch.uint8)[at].view(pages.dtype).flatten(1, 2)
-    return pages[at].flatten(1, 2)
+        return pages.view(torch.uint8)[indices].view(pages.dtype).flatten(1, 2)
+    return pages[indices].flatten(1, 2)
 
 
 def _scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
-    """(keys, kv_heads, head_dim) times a scale, one for all heads or one for each."""
+    """(keys, kv_heads, head_dim) times a scale: one for all heads, or one per head."""
     if scale is None:
         return x.double()
     return x.double() * torch.as_tensor(scale, device=x.device).double().reshape(-1, 1)

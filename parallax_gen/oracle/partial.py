@@ -1,4 +1,4 @@
-"""Gradients over some of the keys, in float64, which ring attention sums on a CPU; and the tangent of the oracle."""
+"""Gradients over some of the keys, which ring attention sums on a CPU, and the tangent of the oracle. In float64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def partial_backward(
     softmax_scale: float | None = None,
     softcap: float | None = None,
 ) -> Gradients:
-    """What these keys contribute to the gradients, given the result of attention over all keys.
+    """The contribution of these keys to the gradients, given the result of attention over all keys.
 
     q, r, do, out, v_mean  (batch, seqlen_q, heads, head_dim)
     k, v                   (batch, seqlen_kv, kv_heads, head_dim)
@@ -45,32 +45,32 @@ def partial_backward(
     causal                 aligned to the end of these keys
 
     With p = exp(s - lse), a = do·v, b = do·v_mean and T = do·out:  gt = p (b - a) is the gradient of t, and
-    gs = p (a - T) - (t_mean - t) gt that of s, which a softcap c multiplies by 1 - (s / c)^2; the rest are their
-    products with q, r and k, and dv is the sum of p (1 + t_mean - t) do. All scores are in memory at
-    once: for the sizes of tests.
+    gs = p (a - T) - (t_mean - t) gt is the gradient of s, which a softcap c multiplies by 1 - (s / c)^2. The gradients
+    of q, r and k are products of gs and gt with q, r and k; dv is the sum of p (1 + t_mean - t) do. All scores are in
+    memory at once, which is meant for the sizes of tests.
     """
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     scale = scale_or_default(softmax_scale, head_dim)
     q, r, do, out, v_mean, k, v = (x.double().transpose(1, 2) for x in (q, r, do, out, v_mean, k, v))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     s, t, a = capped(scale * q @ k.mT, softcap), r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
-    seen = ~lse.isneginf()
-    p = (s - lse.double().masked_fill(~seen, 0.0)[..., None]).exp() * seen[..., None]
+    sees_any = ~lse.isneginf()
+    p = (s - lse.double().masked_fill(~sees_any, 0.0)[..., None]).exp() * sees_any[..., None]
     if causal:
         queries, keys = s.shape[-2:]
         p = p.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(keys - queries + 1), 0.0)
     w = 1 + t_mean.double()[..., None] - t
     gt = p * ((do * v_mean).sum(-1, keepdim=True) - a)
     gs = p * (a - (do * out).sum(-1, keepdim=True)) - (w - 1) * gt
-    gs = gs * slope_of(s, softcap)
+    gs = gs * softcap_slope(s, softcap)
     dk = scale * gs.mT @ q + gt.mT @ r
     dv = (p * w).mT @ do
     dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     return Gradients(*(x.transpose(1, 2) for x in (scale * gs @ k, gt @ k, dk, dv)))
 
 
-def slope_of(s: Tensor, softcap: float | None) -> Tensor | float:
-    """The derivative of capped scores s = c tanh(x / c) by x: 1 - (s / c)^2."""
+def softcap_slope(s: Tensor, softcap: float | None) -> Tensor | float:
+    """The derivative of capped scores s = c tanh(x / c) with respect to x: 1 - (s / c)^2."""
     return 1.0 if softcap is None else 1 - (s / softcap).square()
 
 
@@ -83,7 +83,7 @@ def slope_of(s: Tensor, softcap: float | None) -> Tensor | float:
 #     w = p (1 + t̄ − t)                   δw = δp (1 + t̄ − t) + p (δt̄ − δt)
 #     δo = Σ (δw v + w δv)
 #
-# Masked pairs have p = 0, and so δp = 0.
+# Masked pairs have p = 0 and therefore δp = 0.
 
 Tangents = Sequence[Tensor | None]  # of q, r, k and v, each like its input; None for no change
 
@@ -114,12 +114,12 @@ def reference_tangent(
     )
     result = []
     for b in range(q.shape[0]):
-        of_heads: dict[int, list[Tensor]] = {}
+        parts_of_heads: dict[int, list[Tensor]] = {}
         for block in blocks(heads // k.shape[2], k.shape[2], seqlen_q, k.shape[1], causal, window_size, softcap):
-            of_block = _tangent_of_rows(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
-            of_heads.setdefault(block.heads.start, []).append(of_block)
-        whole = [torch.cat(of_rows) for of_rows in of_heads.values()]
-        result.append(torch.cat(whole, dim=1) if whole else q.new_zeros(q.shape[1:], dtype=torch.float64))
+            part = _tangent_of_block(_of_block(inputs, b, block), _of_block(changes, b, block), scale, block)
+            parts_of_heads.setdefault(block.heads.start, []).append(part)
+        by_heads = [torch.cat(parts) for parts in parts_of_heads.values()]
+        result.append(torch.cat(by_heads, dim=1) if by_heads else q.new_zeros(q.shape[1:], dtype=torch.float64))
     return torch.stack(result) if result else q.new_zeros(q.shape, dtype=torch.float64)
 
 
@@ -138,17 +138,18 @@ def reference_varlen_tangent(
     softcap: float | None = None,
 ) -> Tensor:
     """`reference_tangent` of packed sequences: shapes as in `reference_varlen_forward`. 0 in rows of no sequence."""
-    result, places = [torch.zeros_like(q[:0], dtype=torch.float64)], [torch.arange(0, device=q.device)]
+    parts, row_numbers = [torch.zeros_like(q[:0], dtype=torch.float64)], [torch.arange(0, device=q.device)]
     for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
-        of_sequence = reference_tangent(
+        part = reference_tangent(
             q[rows][None], r[rows][None], k[keys][None], v[keys][None],
-            [None if d is None else d[at][None] for d, at in zip(tangents, (rows, rows, keys, keys), strict=True)],
+            [None if d is None else d[part_rows][None] for d, part_rows in zip(tangents, (rows, rows, keys, keys),
+            strict=True)],
             causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
         )[0]  # fmt: skip
-        result.append(of_sequence)
-        places.append(torch.arange(rows.start, rows.start + len(of_sequence), device=q.device))
-    everything = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    return everything.index_copy(0, torch.cat(places), torch.cat(result))
+        parts.append(part)
+        row_numbers.append(torch.arange(rows.start, rows.start + len(part), device=q.device))
+    result = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    return result.index_copy(0, torch.cat(row_numbers), torch.cat(parts))
 
 
 class _Tensors(NamedTuple):
@@ -166,12 +167,12 @@ def _of_block(x: _Tensors, b: int, block: Block) -> _Tensors:
     return _Tensors(x.q[b][rows].double(), x.r[b][rows].double(), x.k[b][keys].double(), x.v[b][keys].double())
 
 
-def _tangent_of_rows(x: _Tensors, change: _Tensors, scale: float, block: Block) -> Tensor:
+def _tangent_of_block(x: _Tensors, change: _Tensors, scale: float, block: Block) -> Tensor:
     """The tangent δo of a block."""
     s, t, sees_any = masked_scores(x.q, x.r, x.k, scale, block)
     p = s.softmax(dim=-1) * sees_any
     ds = scale * (dot_products(change.q, x.k) + dot_products(x.q, change.k))
-    ds = ds * slope_of(s.masked_fill(p == 0, 0.0), block.softcap)
+    ds = ds * softcap_slope(s.masked_fill(p == 0, 0.0), block.softcap)
     dt = dot_products(change.r, x.k) + dot_products(x.r, change.k)
     dp = p * (ds - (p * ds).sum(dim=-1, keepdim=True))
     u = 1 + (p * t).sum(dim=-1, keepdim=True) - t

@@ -1,4 +1,4 @@
-"""Checks a kernel against the fp64 oracle: on new random inputs, with every output filled with NaN first."""
+"""Checks a kernel against the fp64 oracle, on new random inputs. Every output is first filled with NaN."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TrainingStep:
     """
 
     def __init__(self, spec: KernelSpec, shape: Shape, *, seed: int, device: str):
-        """spec: `job.step_spec` of one of its kernels."""
+        """spec: `job.step_spec` of one of the step's kernels."""
         self._spec = spec
         self.inputs, self._forward = inputs_and_forward(spec, shape, seed=seed, device=device, full=True)
 
@@ -74,26 +74,26 @@ def _written_of(spec: KernelSpec, reference: Reference | Gradients) -> Expected:
 def _gradients(spec: KernelSpec, x: Inputs) -> Gradients:
     """The gradients for the inputs of dkdv or dqdr under the spec's mask, in float64."""
     assert x.do is not None
-    options, given = options_of(spec, x), (x.q, x.r, x.k, x.v, x.do)
+    options, tensors = options_of(spec, x), (x.q, x.r, x.k, x.v, x.do)
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None
-        ends = (x.cu_seqlens_q, x.cu_seqlens_k)
-        return reference_varlen_backward(*given, *ends, **options)
-    return reference_backward(*given, **options)
+        cu_seqlens = (x.cu_seqlens_q, x.cu_seqlens_k)
+        return reference_varlen_backward(*tensors, *cu_seqlens, **options)
+    return reference_backward(*tensors, **options)
 
 
 def poisoned_call(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
-    """The call on these inputs with all outputs and scratch filled with NaN, so that no earlier result remains."""
+    """The call on these inputs, with all outputs and scratch filled with NaN so that no earlier result remains."""
     call = prepare(spec, config, inputs)
-    for tensor in (*call.written.values(), *call.scratch[:1]):  # not the second, the arrival counters, which start at 0
+    for tensor in (*call.written.values(), *call.scratch[:1]):  # without the arrival counters, which must start at 0
         tensor.fill_(POISON)
     return call
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest relative error of the outputs, and a sentence that says what is wrong, None if nothing is."""
+    """The largest relative error of the outputs, and a sentence that says what is wrong, or None."""
 
     error: float
     wrong: str | None
@@ -118,13 +118,13 @@ def judge(call: Call, expected: Expected) -> Verdict:
         if not is_row_stats:
             (out, padding), (ref, ref_padding) = (of_sequences(x, name, t) for t in (out, ref))
             if not torch.equal(padding.double(), ref_padding):
-                reasons.append(f"{name}: not {ref_padding.flatten()[0].item()} in rows that no sequence has")
-        if why := why_wrong(out, ref, dtype, sizes.get(name)):
-            reasons.append(f"{name}: {why}")
+                reasons.append(f"{name}: not {ref_padding.flatten()[0].item()} in rows of no sequence")
+        if reason := why_wrong(out, ref, dtype, sizes.get(name)):
+            reasons.append(f"{name}: {reason}")
         if name == "out" or op_of(call.spec).stats_in_error:
             error = max(error, errors(out, ref, sizes.get(name)).relative)
     if len(call.scratch) == 2 and bool(call.scratch[1].any()):
-        reasons.append("its counters are not back at 0 for the next launch")
+        reasons.append("its arrival counters are not 0 again for the next launch")
     return Verdict(error, "; ".join(reasons) or None)
 
 
@@ -142,22 +142,25 @@ def of_sequences(x: Inputs, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
 def term_sizes(spec: KernelSpec, x: Inputs) -> Gradients:
     """`gradient_term_sizes` of the rows that belong to sequences: (rows, 1) for dq and dr, (1, 1) for dk and dv.
 
-    If queries see few keys, nearly all terms of a gradient cancel, and rounding errors remain: those of the output in T
-    = do·o, up to |t| roundings, and those of a in tf32, which no other term shares. The largest rows have |t| of 4 and
-    do·v of 3 times its mean: 12 times a gradient's natural size. And a key's gradients sum those of all its queries.
+    If queries see few keys, nearly all terms of a gradient cancel, and rounding errors remain: errors of the output in
+    T = do·o, up to |t| roundings, and errors of a in tf32, which no other term shares. The largest rows have |t| of 4
+    and do·v of 3 times its mean: 12 times a gradient's natural size. And a key's gradients sum the errors of all its
+    queries.
     """
     assert x.do is not None
     rows, keys = (
         slice(None) if ends is None else slice(int(ends[0]), int(ends[-1])) for ends in (x.cu_seqlens_q, x.cu_seqlens_k)
     )
     sizes = gradient_term_sizes(x.q[rows], x.r[rows], x.k[keys], x.v[keys], x.do[rows])
-    few = (_keys_seen(spec, x) < FEW_KEYS).to(x.q.device)
-    of_query = torch.where(few, 12.0, 1.0)[:, None]
-    of_key = torch.ones(1, 1, device=x.q.device)
-    if few.numel() and few.all():
+    sees_few = (_keys_seen(spec, x) < FEW_KEYS).to(x.q.device)
+    query_factor = torch.where(sees_few, 12.0, 1.0)[:, None]
+    key_factor = torch.ones(1, 1, device=x.q.device)
+    if sees_few.numel() and sees_few.all():
         queries = x.q[rows].shape[-3] * spec.group / max(1, x.k[keys].shape[-3])
-        of_key *= 12 * max(1.0, queries) ** 0.5
-    return Gradients(dq=of_query * sizes.dq, dr=of_query * sizes.dr, dk=of_key * sizes.dk, dv=of_key * sizes.dv)
+        key_factor *= 12 * max(1.0, queries) ** 0.5
+    return Gradients(
+        dq=query_factor * sizes.dq, dr=query_factor * sizes.dr, dk=key_factor * sizes.dk, dv=key_factor * sizes.dv
+    )
 
 
 def _keys_seen(spec: KernelSpec, x: Inputs) -> Tensor:
@@ -166,20 +169,20 @@ def _keys_seen(spec: KernelSpec, x: Inputs) -> Tensor:
         lengths = list(zip(x.cu_seqlens_q.diff().tolist(), x.cu_seqlens_k.diff().tolist(), strict=True))
     else:
         lengths = [(x.q.shape[1], x.k.shape[1])]
-    seen = []
+    counts = []
     for queries, keys in lengths:
-        most = x.window_size if spec.window else keys
+        max_keys = x.window_size if spec.window else keys
         last = torch.arange(queries) + keys - queries + 1 if spec.causal else torch.full((queries,), keys)
-        seen.append(last.clamp(0, most))
-    return torch.cat(seen)
+        counts.append(last.clamp(0, max_keys))
+    return torch.cat(counts)
 
 
 def _compared(written: dict[str, Tensor], expected: Expected) -> dict[str, tuple[Tensor, Tensor]]:
     """The pairs to compare. A row without keys has lse -inf on both sides, so exp(lse) is compared."""
     if "row_stats" in written:
         names = ("log2(e) lse", "scale (1 + t_mean)", "b", "scale (b - T)")
-        there = ~expected["row_stats"].isnan().reshape(-1, expected["row_stats"].shape[-1]).any(0)
-        stats, ref_stats = (x["row_stats"][..., there] for x in (written, expected))
+        used = ~expected["row_stats"].isnan().reshape(-1, expected["row_stats"].shape[-1]).any(0)
+        stats, ref_stats = (x["row_stats"][..., used] for x in (written, expected))
         return dict(zip(names, zip(stats, ref_stats, strict=True), strict=True))
     pairs = {name: (tensor, expected[name]) for name, tensor in written.items()}
     if "lse" in pairs:

@@ -1,6 +1,6 @@
-"""The GPUs that kernels are made for: limits and peak rates, by name or from a device's properties.
+"""The supported GPUs: limits and peak rates, by name or from a device's properties.
 
-Plain data: nothing here queries a device, so that kernels can be chosen and compiled for a GPU that is not present.
+This is plain data. Nothing here queries a device, so kernels can be chosen and compiled for a GPU that is not present.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from parallax_gen.errors import ArgumentError, UnknownGpuError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-# A driver reports less memory than the data sheet: 1 % less with HBM, 8 % less with ECC on GDDR6.
+# A driver reports less memory than the data sheet: 1 % less for HBM, 8 % less for GDDR6 with ECC.
 MEMORY_TOLERANCE = 0.12
 # CUDA reserves this much of a multiprocessor's shared memory for every resident block.
 RESERVED_SHARED = KIB
@@ -25,11 +25,11 @@ OLDEST_CAPABILITY = (8, 0)
 class Gpu:
     """One model of GPU.
 
-    name                      short and stable: the one in tuning keys and file names ("h200")
+    name                      short and stable: used in records and file names ("h200")
     title                     for people ("NVIDIA H200 SXM")
     capability                compute capability, (major, minor)
     sms                       streaming multiprocessors
-    registers_per_sm          of 32 bits
+    registers_per_sm          32-bit registers
     max_registers_per_thread
     max_warps_per_sm          resident at a time
     max_blocks_per_sm         resident at a time
@@ -41,7 +41,7 @@ class Gpu:
     tensor_flops              bf16 and fp16 matmuls with fp32 accumulation, dense, FLOP/s
     tf32_flops                the same for tf32
     fp32_flops                outside the tensor cores
-    estimated                 True if the rates, and other values that the device did not report, are a similar card's
+    estimated                 whether the rates, and other values that the device did not report, are a similar card's
     """
 
     name: str
@@ -81,7 +81,7 @@ class _Limits:
     """The limits that a compute capability determines.
 
     From "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide 13, in which KB is
-    1024 bytes. All capabilities from 8.0 on have 64 K registers a multiprocessor and at most 255 a thread.
+    1024 bytes. All capabilities from 8.0 on have 64 K registers per multiprocessor and at most 255 per thread.
     """
 
     max_warps_per_sm: int
@@ -137,14 +137,15 @@ def _card(
 # Memory sold as "80 GB" is 80 GiB. Tensor rates are the dense ones: data sheets print the rates with 2:4 sparsity,
 # which are twice as high.
 _CARDS = (
-    # NVIDIA A100 data sheets: 80 GB SXM; 80 GB PCIe; 40 GB, SXM and PCIe alike. SMs, L2: Ampere white paper.
+    # NVIDIA A100 data sheets: 80 GB SXM; 80 GB PCIe; 40 GB, for both SXM and PCIe. SMs, L2: Ampere white paper.
     _card("a100", "NVIDIA A100 SXM 80GB", (8, 0), 108, 40, 80, 2.039, 312, 156, 19.5),
     _card("a100-pcie", "NVIDIA A100 PCIe 80GB", (8, 0), 108, 40, 80, 1.935, 312, 156, 19.5),
     _card("a100-40gb", "NVIDIA A100 40GB", (8, 0), 108, 40, 40, 1.555, 312, 156, 19.5),
     # NVIDIA H100 white paper, columns SXM5 and PCIe. Bandwidth: H100 data sheets.
     _card("h100", "NVIDIA H100 SXM", (9, 0), 132, 50, 80, 3.35, 989.4, 494.7, 66.9),
     _card("h100-pcie", "NVIDIA H100 PCIe", (9, 0), 114, 50, 80, 2.0, 756, 378, 51.2),
-    # NVIDIA H200 data sheet; the SMs are those of the H100 SXM. L2, all of GH100's with six HBM stacks: its driver.
+    # NVIDIA H200 data sheet; the SMs are those of the H100 SXM. L2, that of a whole GH100 with six HBM stacks: its
+    # driver.
     _card("h200", "NVIDIA H200 SXM", (9, 0), 132, 60, 141, 4.8, 989.4, 494.7, 66.9),
     # NVIDIA Blackwell data sheet, HGX B200. The card was announced with 192 GB at 8 TB/s, but is sold with less:
     # drivers report 178 GiB, and 7680 bits at 3996 MHz, 7.67 TB/s. L2: CUDA Blackwell Tuning Guide.
@@ -160,7 +161,7 @@ _CARDS = (
 
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _CARDS}
 
-# Other names of each card, by drivers, data sheets and people; compared after `_squeeze`.
+# Other names of each card, from drivers, data sheets and people; compared after `_squeeze`.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "a100": ("A100 SXM", "A100 SXM4", "A100 80GB", "A100 SXM 80GB", "A100-SXM4-80GB", "A100 80GB SXM"),
     "a100-pcie": ("A100 80GB PCIe", "A100 PCIe 80GB"),
@@ -203,7 +204,7 @@ def gpu_by_name(name: str) -> Gpu:
         raise ArgumentError("gpu", repr(name), "a name, such as 'h100'")
     gpu = _BY_ALIAS.get(_squeeze(name))
     if gpu is None:
-        raise UnknownGpuError(f"unknown GPU {name!r}; known are {', '.join(GPUS)}")
+        raise UnknownGpuError(f"unknown GPU {name!r}; known GPUs: {', '.join(GPUS)}")
     return gpu
 
 
@@ -219,13 +220,13 @@ def recognise(
 ) -> Gpu:
     """The GPU with these device properties: one of GPUS, or a new Gpu for this device.
 
-    It is one of GPUS only if its name, architecture, SM count, memory and, if given, shared memory all agree:
-    results of a whole card do not apply to its MIG slice, nor results of an L40 to an L40S.
+    It is one of GPUS only if its name, architecture, SM count, memory and, if given, shared memory all agree: results
+    of a whole card do not apply to its MIG slice, and results of an L40 do not apply to an L40S.
 
     Otherwise the Gpu is named after the device and its SM count ("nvidia-rtx-a6000-84sm") and marked as estimated. Its
     limits are those of its capability, or of the next lower known one of the same major version; for an unknown major
     version the minimum of all known limits. Values that are not given (L2, rates) are a similar card's, scaled by the
-    SMs: good for orders of magnitude.
+    SMs: right to an order of magnitude.
 
     Raises ArgumentError, and UnknownGpuError for a device that cannot run these kernels at all.
     """
@@ -241,24 +242,24 @@ def recognise(
     if bandwidth is not None and not (isinstance(bandwidth, int | float) and bandwidth > 0):
         raise ArgumentError("bandwidth", repr(bandwidth), "bytes/s, more than 0")
     if re.search(r"\b(amd|radeon|instinct)\b", device_name.lower()):
-        raise UnknownGpuError(f"{device_name} is not an NVIDIA GPU; kernels are made for those alone")
+        raise UnknownGpuError(f"{device_name} is not an NVIDIA GPU; kernels run only on these")
     if capability < OLDEST_CAPABILITY:
         raise UnknownGpuError(
             f"{device_name} has compute capability {_dotted(capability)}; kernels need {_dotted(OLDEST_CAPABILITY)}"
         )
 
-    known = _BY_ALIAS.get(_squeeze(device_name))
+    card = _BY_ALIAS.get(_squeeze(device_name))
     if (
-        known is not None
-        and known.capability == capability
-        and known.sms == sms
-        and abs(memory_bytes / known.memory_bytes - 1) <= MEMORY_TOLERANCE
-        and shared_per_block in (None, known.shared_per_block)
+        card is not None
+        and card.capability == capability
+        and card.sms == sms
+        and abs(memory_bytes / card.memory_bytes - 1) <= MEMORY_TOLERANCE
+        and shared_per_block in (None, card.shared_per_block)
     ):
-        return known
+        return card
 
-    like = _similar(device_name, capability)
-    scale = sms / like.sms
+    similar = _similar(device_name, capability)
+    scale = sms / similar.sms
     limits = _limits_of(capability)
     if shared_per_block is not None:
         limits = replace(limits, shared_per_sm=shared_per_block + RESERVED_SHARED)
@@ -269,12 +270,12 @@ def recognise(
         capability=capability,
         sms=sms,
         **limits.as_fields(),
-        l2_bytes=round(like.l2_bytes * scale) if l2_bytes is None else l2_bytes,
+        l2_bytes=round(similar.l2_bytes * scale) if l2_bytes is None else l2_bytes,
         memory_bytes=memory_bytes,
-        bandwidth=like.bandwidth * scale if bandwidth is None else float(bandwidth),
-        tensor_flops=like.tensor_flops * scale,
-        tf32_flops=like.tf32_flops * scale,
-        fp32_flops=like.fp32_flops * scale,
+        bandwidth=similar.bandwidth * scale if bandwidth is None else float(bandwidth),
+        tensor_flops=similar.tensor_flops * scale,
+        tf32_flops=similar.tf32_flops * scale,
+        fp32_flops=similar.fp32_flops * scale,
         estimated=True,
     )
 
@@ -282,16 +283,16 @@ def recognise(
 def _limits_of(capability: tuple[int, int]) -> _Limits:
     if older := [c for c in _LIMITS if c[0] == capability[0] and c <= capability]:
         return _LIMITS[max(older)]
-    known = _LIMITS.values()
+    all_limits = _LIMITS.values()
     return _Limits(
-        max_warps_per_sm=min(limits.max_warps_per_sm for limits in known),
-        max_blocks_per_sm=min(limits.max_blocks_per_sm for limits in known),
-        shared_per_sm=min(limits.shared_per_sm for limits in known),
+        max_warps_per_sm=min(limits.max_warps_per_sm for limits in all_limits),
+        max_blocks_per_sm=min(limits.max_blocks_per_sm for limits in all_limits),
+        shared_per_sm=min(limits.shared_per_sm for limits in all_limits),
     )
 
 
 def _similar(device_name: str, capability: tuple[int, int]) -> Gpu:
-    """The card whose rates to use: one whose name is a prefix of the device's, else one of the nearest architecture."""
+    """The card whose rates are used: one whose name is a prefix of the device's, else one of the nearest capability."""
     squeezed = _squeeze(device_name)
     same_name = [a for a, gpu in _BY_ALIAS.items() if gpu.capability == capability and squeezed.startswith(a)]
     if same_name:

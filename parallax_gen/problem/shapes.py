@@ -1,4 +1,4 @@
-"""The sizes of one call, and the bucket that they fall in."""
+"""The sizes of one call, and the bucket they fall into."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LARGEST = 2**62
 class Shape:
     """Sizes of one call: `heads` are query heads; seqlen_q is 1 for decode; seqlen_kv counts cached keys.
 
-    For packed sequences, batch is their number, and the lengths are the maximum lengths. window is how many keys a
-    query sees at most, 0 for no limit.
+    For packed sequences, batch is the number of sequences, and the lengths are the maximum lengths. window is the
+    maximum number of keys that a query sees, 0 for no limit.
     """
 
     batch: int
@@ -33,9 +33,9 @@ class Shape:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "window" else 1
-            if type(value) is not int or value < least:
-                raise ArgumentError(field.name, f"{value!r:.80}", f"an int of {least} or more")
+            minimum = 0 if field.name == "window" else 1
+            if type(value) is not int or value < minimum:
+                raise ArgumentError(field.name, f"{value!r:.80}", f"an int of {minimum} or more")
         if self.heads % self.kv_heads:
             raise ArgumentError("heads", self.heads, f"a multiple of kv_heads ({self.kv_heads})")
 
@@ -76,8 +76,8 @@ class Bucket:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            none = field.name == "window" and value == 0
-            if type(value) is not int or (not none and (value < 1 or value & (value - 1))):
+            no_window = field.name == "window" and value == 0
+            if type(value) is not int or (not no_window and (value < 1 or value & (value - 1))):
                 raise ArgumentError(field.name, f"{value!r:.80}", "a power of two")
 
     def to_dict(self) -> dict[str, int]:
@@ -101,18 +101,18 @@ ADDED_FIELDS = ("window",)
 
 
 def _to_dict(sizes: Shape | Bucket) -> dict[str, int]:
-    """All fields, except those of ADDED_FIELDS at their default."""
+    """All fields, except fields of ADDED_FIELDS that have their default."""
     return {name: value for name, value in vars(sizes).items() if value or name not in ADDED_FIELDS}
 
 
-def _check_names(what: str, data: Mapping[str, Any], kind: type[Shape] | type[Bucket]) -> None:
+def _check_names(argument: str, data: Mapping[str, Any], kind: type[Shape] | type[Bucket]) -> None:
     names = {f.name for f in fields(kind)}
     if not names - set(ADDED_FIELDS) <= set(data) <= names:
-        raise ArgumentError(what, sorted(data), f"the fields {sorted(names)}")
+        raise ArgumentError(argument, sorted(data), f"the fields {sorted(names)}")
 
 
 def within_bounds(sizes: AnySizes) -> AnySizes:
-    """Check sizes that were read from anyone's file. Raises ArgumentError if no card could hold them."""
+    """Check sizes that were read from a file. Raises ArgumentError if no card could hold them."""
     for name, value in vars(sizes).items():
         if value > LARGEST:
             raise ArgumentError(name, f"{value!r:.80}", f"at most {LARGEST}")
@@ -122,9 +122,8 @@ def within_bounds(sizes: AnySizes) -> AnySizes:
 def bucket_of(shape: Shape) -> Bucket:
     """The bucket of a shape: every size rounded to the nearest power of two on a logarithmic scale.
 
-    2**n represents all sizes from 2**(n - 1/2) up to 2**(n + 1/2), so that a size is never more than a
-    factor sqrt(2) from the one its config was tuned at. Lengths under 128 count as 128, except for the
-    single query of a decode step.
+    2**n represents all sizes from 2**(n - 1/2) up to 2**(n + 1/2), so the size that a config was tuned at differs from
+    a call's by at most a factor of sqrt(2). Lengths under 128 count as 128, except the single query of a decode step.
     """
     seqlen_q = 1 if shape.seqlen_q == 1 else _nearest_power_of_two(max(shape.seqlen_q, SHORTEST))
     return Bucket(

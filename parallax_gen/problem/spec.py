@@ -8,7 +8,7 @@ from typing import Any
 from parallax_gen.errors import ArgumentError
 
 OPS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "decode_varlen")
-# The name of an op for users and in records, if it differs from the op's own name.
+# op -> its name for users and in records, if that differs.
 _FAMILY_OF = {"decode_varlen": "decode"}
 FAMILIES = tuple(op for op in OPS if op not in _FAMILY_OF)
 DTYPES = ("bf16", "fp16", "fp32", "tf32")
@@ -38,23 +38,26 @@ FLAGS = {
 
 
 def family_of(op: str) -> str:
-    """The name of an op for users and in records: both kinds of decode are "decode", one with the flag ragged."""
+    """The name of an op for users and in records.
+
+    Both decode ops are "decode"; decode_varlen also has the flag ragged.
+    """
     return _FAMILY_OF.get(op, op)
 
 
-def named(op: str) -> str:
-    """The name of an op in errors: the word that users and records have for it."""
+def name_in_errors(op: str) -> str:
+    """The name of an op in error messages, in the words that users and records use."""
     return op if op in FAMILIES else f"ragged {family_of(op)}"
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One Parallax kernel, by what it computes.
+    """What one Parallax kernel computes.
 
-    op        "forward": seqlen_q queries a sequence; its backward is three kernels: "preprocess" (what dkdv and dqdr
-              need for each query row), "dkdv" and "dqdr"; "decode": one query a sequence against a KV cache, whose
-              sequences all have one length; "decode_varlen": every sequence has its own length, read on the device from
-              cache_seqlens, and one query unless many_queries.
+    op        "forward": seqlen_q queries per sequence. Its backward is three kernels: "preprocess" (statistics of each
+              query row that dkdv and dqdr need), "dkdv" and "dqdr". "decode": one query per sequence against a KV
+              cache, in which all sequences have the same length. "decode_varlen": each sequence has its own length,
+              read on the device from cache_seqlens, and one query unless many_queries is set.
     head_dim  width of q, r, k and v: any multiple of 8 up to 256.
     dtype     of inputs and outputs: "bf16", "fp16" or "fp32"; "tf32" is fp32 whose matmuls round to tf32. Sums are
               always fp32.
@@ -62,17 +65,17 @@ class KernelSpec:
     causal    query i sees keys up to seqlen_kv - seqlen_q + i (aligned to the end).
     stats     forward and decode_varlen: also writes lse, t̄ and v̄, for the backward, and to merge parts of attention.
     window    causal only: a query sees only the last window_size of its visible keys.
-    varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only the queries are.
+    varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only their queries.
     softcap   scores s become c·tanh(s/c) before the softmax, as in Gemma 2; c, the softcap, is an argument of a launch.
     accurate  forward only, not with fp32, whose matmuls round nothing: the errors are as small as softmax attention's
               also in rows where a few keys hold the weight, at the cost of one more matmul beside four.
 
     Only decode_varlen:
 
-    page_size     how many keys a page of the cache has, in the order of a page table; 0 for a cache without pages.
+    page_size     keys per page of a cache that a page table orders; 0 for a cache without pages.
     leftpad       cache_leftpad has the position of each sequence's first key.
-    many_queries  sequences have any number of queries, the last of which is at the last key. Else they have one query,
-                  for which causal only matters with a window.
+    many_queries  sequences have any number of queries, the last one at the last key. Otherwise they have one query, for
+                  which causal matters only with a window.
     cache_dtype   "e4m3" or "e5m2" for 8-bit keys and values; "" for keys and values of dtype.
 
     Raises ArgumentError on any other value.
@@ -94,38 +97,42 @@ class KernelSpec:
     accurate: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("op", self.op, OPS)
+        _check_choice("op", self.op, OPS)
         if type(self.head_dim) is not int or self.head_dim % 8 or not 0 < self.head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", f"{self.head_dim!r:.80}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
-        rows_alone, per_sequence_lengths = self.op in QUERY_ROW_OPS, self.op in PER_SEQUENCE_LENGTHS
-        _one_of("dtype", self.dtype, DTYPES[:3] if rows_alone else DTYPES)
+        is_query_row_op, per_sequence_lengths = self.op in QUERY_ROW_OPS, self.op in PER_SEQUENCE_LENGTHS
+        _check_choice("dtype", self.dtype, DTYPES[:3] if is_query_row_op else DTYPES)
         if type(self.group) is not int or self.group < 1:
             raise ArgumentError("group", f"{self.group!r:.80}", "an int of 1 or more (query heads per kv head)")
-        if rows_alone and self.group != 1:
+        if is_query_row_op and self.group != 1:
             raise ArgumentError("group", self.group, f"1 with op {self.op!r}, which sees no keys")
         for name, ops in FLAGS.items():
             value = getattr(self, name)
             if type(value) is not bool:
                 raise ArgumentError(name, repr(value), "True or False")
             if value and self.op not in ops:
-                allowed = " or ".join(map(named, ops))
-                raise ArgumentError(name, f"True with op {named(self.op)!r}", f"True with op {allowed} only")
+                allowed = " or ".join(map(name_in_errors, ops))
+                raise ArgumentError(name, f"True with op {name_in_errors(self.op)!r}", f"True only with op {allowed}")
         if self.accurate and self.dtype == "fp32":
             raise ArgumentError("accurate", "True with dtype fp32", "False with fp32, whose matmuls round nothing")
         if type(self.page_size) is not int or self.page_size < 0:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
-        _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        _check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         if self.cache_dtype and not (per_sequence_lengths and self.bytes_per_element == 2):
-            allowed = "'', but with ragged decode and dtype bf16 or fp16"
+            allowed = "'', except for ragged decode with dtype bf16 or fp16"
             raise ArgumentError("cache_dtype", self.cache_dtype, allowed)
         if self.page_size and not per_sequence_lengths:
-            raise ArgumentError("page_size", self.page_size, "0, but with ragged decode")
+            raise ArgumentError("page_size", self.page_size, "0, except for ragged decode")
         if self.window and not self.causal:
-            raise ArgumentError("window", "True without causal", "True with causal=True only")
+            raise ArgumentError("window", "True without causal", "True only with causal=True")
         if per_sequence_lengths and self.varlen and not self.many_queries:
-            raise ArgumentError("varlen", f"True with op {named(self.op)!r}", "True with many_queries=True only")
+            raise ArgumentError(
+                "varlen", f"True with op {name_in_errors(self.op)!r}", "True only with many_queries=True"
+            )
         if per_sequence_lengths and self.causal and not (self.window or self.many_queries):
-            raise ArgumentError("causal", "True with one query a sequence", "False, but with window or many_queries")
+            raise ArgumentError(
+                "causal", "True with one query per sequence", "False, except with window or many_queries"
+            )
 
     @property
     def family(self) -> str:
@@ -138,7 +145,7 @@ class KernelSpec:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of each element of k and v."""
+        """Bytes per element of k and v."""
         return 1 if self.cache_dtype else self.bytes_per_element
 
     def for_op(self, op: str) -> KernelSpec:
@@ -152,29 +159,29 @@ class KernelSpec:
     def flat(self) -> dict[str, Any]:
         """All fields, with the names and the order of records: the op's family, and the flag ragged."""
         values = vars(self) | {"op": self.family}
-        before = ("op", "head_dim", "dtype", "group", "causal", "stats")
-        return {name: values[name] for name in before} | {"ragged": self.op in PER_SEQUENCE_LENGTHS} | values
+        first = ("op", "head_dim", "dtype", "group", "causal", "stats")
+        return {name: values[name] for name in first} | {"ragged": self.op in PER_SEQUENCE_LENGTHS} | values
 
     def to_dict(self) -> dict[str, Any]:
-        """`flat` without the fields of ADDED_FIELDS that are at their default. `memory.old.spec_from` reads it."""
+        """`flat` without the fields of ADDED_FIELDS that have their default. `memory.old.spec_from` is the inverse."""
         return {name: value for name, value in self.flat().items() if value or name not in ADDED_FIELDS}
 
     def __str__(self) -> str:
         flat = self.flat()
-        words = [self.family, f"head_dim {self.head_dim}", self.dtype]
+        parts = [self.family, f"head_dim {self.head_dim}", self.dtype]
         if self.op not in QUERY_ROW_OPS:
-            words.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
+            parts.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
         # A single query sees all keys of its window.
         if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTHS or self.many_queries or self.window):
-            words.append("window" if self.window else "causal" if self.causal else "full")
-        words += [name for name in ("varlen", "stats", "ragged", "leftpad") if flat[name]]
-        words += ["many queries"] * self.many_queries
-        words += [f"pages of {self.page_size}"] * (self.page_size > 0)
-        words += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
-        words += [name for name in ("softcap", "accurate") if flat[name]]
-        return ", ".join(words)
+            parts.append("window" if self.window else "causal" if self.causal else "full")
+        parts += [name for name in ("varlen", "stats", "ragged", "leftpad") if flat[name]]
+        parts += ["many queries"] * self.many_queries
+        parts += [f"pages of {self.page_size}"] * (self.page_size > 0)
+        parts += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
+        parts += [name for name in ("softcap", "accurate") if flat[name]]
+        return ", ".join(parts)
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed or type(value) is not type(allowed[0]):
         raise ArgumentError(name, f"{value!r:.80}", ", ".join(map(str, allowed)))

@@ -1,4 +1,4 @@
-"""The minimum work of a call, FLOPs and bytes, the rate that a time means for it, and the roofline bound."""
+"""The minimum work of a call in FLOPs and bytes, its rate for a given time, and its roofline bound."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Work:
     bytes: float
 
 
-# The number of matmuls, each of 2*D operations a (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv and
-# two for dk; dqdr s, t, a, dq, dr.
+# The number of matmuls, each of 2*D operations per (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv
+# and two for dk; dqdr s, t, a, dq, dr.
 MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4, "decode_varlen": 4}
-SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # of these, those that compute s, t and a; the others accumulate outputs
+SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # how many of them compute s, t and a; the others accumulate outputs
 
 
 class Traffic(NamedTuple):
     """The minimum memory traffic of each query row and each key row.
 
-    q_wide     vectors of head_dim elements a query row
-    kv_wide    vectors of head_dim elements a key row
-    row_bytes  other bytes a query row
-    flops      FLOPs a query row and dimension, apart from matmuls
+    q_wide     vectors of head_dim elements per query row
+    kv_wide    vectors of head_dim elements per key row
+    row_bytes  other bytes per query row
+    flops      FLOPs per query row and dimension, without matmuls
     """
 
     q_wide: int
@@ -49,7 +49,7 @@ TRAFFIC = {
     "decode": Traffic(3, 2),
     "decode_varlen": Traffic(3, 2),
 }
-STATS_TRAFFIC = Traffic(1, 0, 8)  # v̄ beside o; lse and t̄
+STATS_TRAFFIC = Traffic(1, 0, 8)  # additionally v̄; lse and t̄
 
 
 def work_of(spec: KernelSpec, shape: Shape) -> Work:
@@ -64,12 +64,12 @@ def work_of(spec: KernelSpec, shape: Shape) -> Work:
     )
     flops = 2 * MATMULS.get(spec.op, 0) * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
     flops += traffic.flops * q_rows * spec.head_dim
-    of_head = q_rows * q_wide * spec.bytes_per_element + kv_rows * traffic.kv_wide * spec.cache_bytes
-    return Work(flops=float(flops), bytes=float(of_head * spec.head_dim + q_rows * row_bytes))
+    per_dimension = q_rows * q_wide * spec.bytes_per_element + kv_rows * traffic.kv_wide * spec.cache_bytes
+    return Work(flops=float(flops), bytes=float(per_dimension * spec.head_dim + q_rows * row_bytes))
 
 
 def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> Work:
-    """`work_of` for sequences with their own numbers of keys, at most the shape's; () means the shape's for all."""
+    """`work_of` for sequences with these numbers of keys, at most the shape's; () means the shape's for all."""
     if not lengths:
         return work_of(spec, shape)
     batches = [replace(shape, batch=count, seqlen_kv=keys) for keys, count in Counter(lengths).items()]
@@ -82,8 +82,8 @@ def default_scale(head_dim: int) -> float:
     return float(head_dim**-0.5)
 
 
-def scale_or_default(given: float | None, head_dim: int) -> float:
-    return default_scale(head_dim) if given is None else given
+def scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
+    return default_scale(head_dim) if softmax_scale is None else softmax_scale
 
 
 def _visible(spec: KernelSpec, shape: Shape) -> float:
@@ -94,17 +94,17 @@ def _visible(spec: KernelSpec, shape: Shape) -> float:
 def visible_pairs(seqlen_q: int, seqlen_kv: int, causal: bool, window: int = 0) -> float:
     """The visible (query, key) pairs of one head of one sequence. window: 0 for none.
 
-    Row i of a causal call sees max(0, seqlen_kv - seqlen_q + i + 1) keys. Counted as the area of the triangle or
-    trapezium, half when square: the usual convention for quoting causal rates. A window cuts off a corner of it.
+    Row i of a causal call sees max(0, seqlen_kv - seqlen_q + i + 1) keys. The count is the area of the triangle
+    or trapezium, half of the square: the usual convention for causal rates. A window cuts off a corner of it.
     """
     if not causal:
         return seqlen_q * seqlen_kv
     rows = min(seqlen_q, seqlen_kv)
-    seen = rows * (seqlen_kv - rows) + rows * rows / 2
+    pairs = rows * (seqlen_kv - rows) + rows * rows / 2
     if 0 < window < seqlen_kv:
         shortest, longest = max(0, seqlen_kv - rows - window), seqlen_kv - window
-        seen -= (longest**2 - shortest**2) / 2
-    return seen
+        pairs -= (longest**2 - shortest**2) / 2
+    return pairs
 
 
 # -- Time and work
@@ -116,12 +116,12 @@ def bound_by_matmuls(op: str) -> bool:
 
 
 def rate_unit(op: str) -> str:
-    """The unit of an op's rate, by what bounds the op: matmuls or memory."""
+    """The unit of an op's rate, which depends on whether matmuls or memory bound the op."""
     return "TFLOP/s" if bound_by_matmuls(op) else "GB/s"
 
 
 def rate(spec: KernelSpec, shape: Shape, time_us: float, lengths: Sequence[int] = ()) -> float:
-    """The minimum work a second, in `rate_unit`; `lengths` as in `work_of_lengths`."""
+    """The minimum work per second, in `rate_unit`; `lengths` as in `work_of_lengths`."""
     work = work_of_lengths(spec, shape, lengths)
     return work.flops / time_us / 1e6 if bound_by_matmuls(spec.op) else work.bytes / time_us / 1e3
 

@@ -1,4 +1,4 @@
-"""The default workloads of tune and bench: usual shapes, grids, and the kernels that a shape and flags select."""
+"""The default workloads of tune and bench: usual shapes and grids, and which kernels a shape and flags select."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from parallax_gen.problem.spec import FAMILIES, FLAGS, KernelSpec, family_of
 # The kernels of a training step, in the order in which they run. TRAINING names all of them together.
 STEP = ("forward", "preprocess", "dkdv", "dqdr")
 TRAINING = "training"
-WORK = (*FAMILIES, TRAINING)
+OPS_AND_TRAINING = (*FAMILIES, TRAINING)
 
 USUAL_HEAD_DIM = 128
 
-# Forward: a training step, a long prompt, many short sequences and one in between, each with about the same work.
-# Decode: one sequence and a batch, over short and long caches; also with four query heads a kv head (GQA).
+# Forward: a training step, a long prompt, many short sequences, and a shape in between, each with about the same work.
+# Decode: one sequence and a batch, over short and long caches; also with four query heads per kv head (GQA).
 USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "forward": (
         Shape(4, 16, 16, 4096, 4096),
@@ -30,7 +30,7 @@ USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
     ),
 }
 
-# Training steps by head_dim, with the windows that are used.
+# Training steps by head_dim, with the windows that models use.
 USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
     128: (
         Shape(32, 6, 6, 2048, 2048),  # nanochat, 12 layers
@@ -52,7 +52,7 @@ USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes as typed by a user, for any op; seqlen_q is None if one length was given for both."""
+    """Sizes as a user typed them, for any op; seqlen_q is None if one length was given for queries and keys."""
 
     batch: int
     heads: int
@@ -72,11 +72,11 @@ class Sizes:
 class Flags:
     """The requested properties of kernels besides op, head_dim, dtype and sizes. An op ignores flags it does not have.
 
-    causal     None by default, which means causal
-    window     how many keys a query sees; None by default, which means the shape's own window
-    page_size  keys a page of decode's cache; 0 for none
-    ragged     decode with a length for each sequence; other flags and many queries imply it. A shape with several
-               queries, or varlen, implies many queries
+    causal     None, the default, means causal
+    window     how many keys a query sees; None, the default, means the shape's own window
+    page_size  keys per page of decode's cache; 0 for none
+    ragged     decode with per-sequence lengths. Other flags of such decode imply it, and so do many queries, which a
+               shape with several queries, or varlen, implies
     others     as in KernelSpec
     """
 
@@ -91,7 +91,7 @@ class Flags:
     softcap: bool = False
     accurate: bool = False
 
-    def on(self, shape: Shape) -> Shape:
+    def apply_window(self, shape: Shape) -> Shape:
         """The shape with the requested window. A window of all keys counts as none, as at run time."""
         window = shape.window if self.window is None else self.window
         if self.causal is False and self.window is None:
@@ -101,7 +101,7 @@ class Flags:
 
 NO_FLAGS = Flags()
 
-# Boolean flag -> the ops that have it, by their names for users.
+# Boolean flag -> the ops that have it, under their names for users.
 OPS_WITH_FLAG = {
     f.name: {family_of(op) for op in FLAGS.get(f.name, ("decode_varlen",))}
     for f in fields(Flags)
@@ -114,8 +114,8 @@ def has_flag(op: str, flag: str) -> bool:
     return (("forward" if flag == "accurate" else "dkdv") if op == TRAINING else op) in OPS_WITH_FLAG[flag]
 
 
-def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
-    """The usual shapes of an op, or of TRAINING, by head_dim; for `head_dims`, else for all usual ones."""
+def usual_shapes(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
+    """The usual shapes of an op, or of TRAINING, by head_dim: those in `head_dims`, or all if it is empty."""
     if op in USUAL_SHAPES:
         return dict.fromkeys(head_dims or (USUAL_HEAD_DIM,), USUAL_SHAPES[op])
     return {
@@ -124,24 +124,24 @@ def usual(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ..
 
 
 def sizes_for(op: str, shape: Shape, flags: Flags) -> Shape:
-    """The sizes that an op's kernel gets for a step's shape: preprocess reads only query rows."""
+    """The sizes that an op's kernel gets for a shape: preprocess reads only query rows."""
     if op == "preprocess":
         return Shape(shape.batch, shape.heads, shape.heads, shape.seqlen_q, shape.seqlen_q)
-    return flags.on(shape) if has_flag(op, "window") else shape
+    return flags.apply_window(shape) if has_flag(op, "window") else shape
 
 
 def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> KernelSpec:
     """The spec of an op's kernel for a shape of `sizes_for`. Raises ArgumentError if there is none."""
     requested = {name: getattr(flags, name) for name in OPS_WITH_FLAG if name in FLAGS}
     requested |= {"causal": flags.causal is not False, "window": shape.window > 0}
-    taken: dict[str, Any] = {name: on for name, on in requested.items() if has_flag(op, name)}
+    fields_of_op: dict[str, Any] = {name: value for name, value in requested.items() if has_flag(op, name)}
     if op == "decode":
-        many = shape.seqlen_q > 1 or flags.varlen
-        taken["causal"] = requested["window"] or (many and requested["causal"])
-        taken.update(many_queries=many, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
-        if flags.ragged or any(on for name, on in taken.items() if "decode" not in FLAGS.get(name, ())):
+        multi_token = shape.seqlen_q > 1 or flags.varlen
+        fields_of_op["causal"] = requested["window"] or (multi_token and requested["causal"])
+        fields_of_op.update(many_queries=multi_token, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
+        if flags.ragged or any(value for name, value in fields_of_op.items() if "decode" not in FLAGS.get(name, ())):
             op = "decode_varlen"
-    return KernelSpec(op, head_dim, dtype, shape.group, **taken)
+    return KernelSpec(op, head_dim, dtype, shape.group, **fields_of_op)
 
 
 def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> list[tuple[KernelSpec, Shape]]:
@@ -149,13 +149,13 @@ def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> l
     if op != TRAINING:
         sizes = sizes_for(op, shape, flags)
         return [(spec_for(op, head_dim, dtype, sizes, flags), sizes)]
-    whole = spec_for("forward", head_dim, dtype, sizes_for("forward", shape, flags), flags)
-    return [(whole.for_op(kernel), sizes_for(kernel, shape, flags)) for kernel in STEP]
+    step = spec_for("forward", head_dim, dtype, sizes_for("forward", shape, flags), flags)
+    return [(step.for_op(kernel), sizes_for(kernel, shape, flags)) for kernel in STEP]
 
 
-# -- Grids of shapes: those of other kernels' published results, and those of serving.
+# -- Grids of shapes: of the published results of other kernels, and of serving.
 
-# The official kernels' own benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
+# The grid of parallax-kernel's benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
 _HEADS = tuple(2**n for n in range(12))
 _KEYS = tuple(2**n for n in range(7, 16))
 _LARGEST = 2**31  # bytes of bf16 keys
@@ -167,8 +167,8 @@ OFFICIAL = tuple(
     if 2 * heads * keys * head_dim <= _LARGEST
 )
 
-# A model of 8 billion parameters with 32 query heads and 8 kv heads, whole and split over 2, 4 and 8 GPUs. Left out:
-# caches that do not fit a card of 80 GB.
+# A model of 8 billion parameters with 32 query heads and 8 kv heads, on one GPU and split over 2, 4 and 8 GPUs. Left
+# out: caches that do not fit on a card with 80 GB.
 _MAX_KEYS = 2**26  # (sequence, kv head, key) triples: 34 GB of bf16 keys and values
 SERVING = tuple(
     (128, Shape(batch, heads, kv_heads, 1, keys))
@@ -181,8 +181,8 @@ SERVING = tuple(
 GRIDS = {"official": OFFICIAL, "serving": SERVING}
 
 # The grid of the Parallax paper, by op: batches of 1 to 2048 sequences over 128 to 32768 keys. Decode has 8 heads, as
-# the published results of the official kernels. The grid is complete: its largest caches take 275 GB, and whoever runs
-# it leaves out those that do not fit. Training has 16 heads, and at most 2**18 tokens a step.
+# in the published results of parallax-kernel. The grid is complete: its largest caches take 275 GB, and a run leaves
+# out those that do not fit. Training has 16 heads, and at most 2**18 tokens per step.
 _BATCHES = tuple(2**n for n in range(12))
 _MAX_TOKENS = 2**18
 PAPER = {
@@ -192,7 +192,7 @@ PAPER = {
     ),
 }
 
-# The training steps in real use, for every head_dim.
+# The training steps of real models, for every head_dim.
 STEPS = tuple((head_dim, shape) for head_dim, shapes in USUAL_TRAINING.items() for shape in shapes)
 
 # The shapes that `bench` compares for each grid: grid -> op -> (head_dim, shape).
@@ -204,8 +204,8 @@ BENCH_GRIDS = {
 
 _TRAINED = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
 
-# The shapes that `bench` compares by default: op -> (head_dim, shape). Decode from few bytes to many, one sequence and
-# a batch, MHA and GQA; a training step and a long prompt.
+# The shapes that `bench` compares by default: op -> (head_dim, shape). Decode: from few bytes to many, one sequence
+# and a batch, MHA and GQA. Forward and training: a training step and a long prompt.
 DEFAULT_SHAPES: dict[str, tuple[tuple[int, Shape], ...]] = {
     "forward": tuple((128, shape) for shape in _TRAINED),
     "decode": (

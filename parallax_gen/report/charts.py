@@ -67,8 +67,8 @@ class Roofline:
 class History:
     """The history of one study: each trial's time relative to the study's best, and the best so far as a line.
 
-    timed, slow, failed  SVG paths with a mark for each trial that was timed, given up as too slow, or failed
-    better               the trials that were faster than all before them
+    timed, slow, failed  SVG paths with a mark for each trial that was timed, stopped early as too slow, or failed
+    better               the trials that were faster than all earlier ones
     """
 
     width: int
@@ -88,11 +88,11 @@ class History:
 DECADES = tuple(10.0**n for n in range(-4, 6))
 WIDTH, HEIGHT = 580, 380
 SMALL_WIDTH, SMALL_HEIGHT = 264, 136
-MAX_RATIO = 10.0  # relative to the best time: slower trials lie at the upper edge
+MAX_RATIO = 10.0  # relative to the best time; slower trials are drawn at the upper edge
 
 
 def rooflines(studies: Iterable[Study]) -> list[Roofline]:
-    """One roofline per card with known peaks, of its studies with a measured best; all share their axes."""
+    """One roofline per card with known peaks, with its studies that have a measured best. All share the same axes."""
     by_gpu: dict[Gpu, list[tuple[Study, float, float]]] = {}  # (study, FLOP/byte, TFLOP/s)
     for study in studies:
         if study.best is not None and study.best.time_us is not None and study.gpu is not None:
@@ -153,29 +153,32 @@ def _tip(study: Study) -> str:
 
 
 def history(study: Study) -> History | None:
-    """The history of the user's own trials; None if none was timed. Of a config timed twice the last time counts."""
+    """The history of the user's own trials; None if none was timed.
+
+    If a config was timed twice, its last time counts.
+    """
     timed = [trial.time_us for trial in study.trials if trial.outcome.timed and trial.time_us]
     if not timed:
         return None
-    least = min(timed)
-    most = min(MAX_RATIO, max(2.0, max(timed) / least))
+    fastest = min(timed)
+    max_ratio = min(MAX_RATIO, max(2.0, max(timed) / fastest))
     left, right, top, bottom = 32.0, SMALL_WIDTH - 8.0, 10.0, SMALL_HEIGHT - 24.0
-    y = Scale(1.0, most, bottom - 4, top + 12)
+    y = Scale(1.0, max_ratio, bottom - 4, top + 12)
     spacing = (right - left - 8) / max(1, len(study.trials) - 1)
     dots: dict[str, list[str]] = {"timed": [], "slow": [], "failed": []}
     line, better, best = "", [], math.inf
     for i, trial in enumerate(study.trials):
         x = round(left + 4 + i * spacing, 1)
         if trial.measured and trial.time_us:
-            height = y(trial.time_us / least)
+            height = y(trial.time_us / fastest)
             dots["timed"].append(f"M{x} {height}h0")
             if trial.time_us < best:
                 line += f"M{x} {height}" if not line else f"H{x}V{height}"
                 best = trial.time_us
-                tip = f"trial {i + 1}: {number(best)} µs, {best / least:.2f} times the best\n{brief(trial.config)}"
+                tip = f"trial {i + 1}: {number(best)} µs, {best / fastest:.2f} times the best\n{brief(trial.config)}"
                 better.append(Point(x, height, tip))
         elif trial.outcome.timed and trial.time_us:
-            dots["slow"].append(f"M{x} {y(trial.time_us / least)}h0")
+            dots["slow"].append(f"M{x} {y(trial.time_us / fastest)}h0")
         elif trial.outcome.tried:
             dots["failed"].append(f"M{x - 2.5} {top - 2.5}l5 5m0 -5l-5 5")
     return History(
@@ -185,7 +188,7 @@ def history(study: Study) -> History | None:
         left=left,
         right=right,
         trials=len(study.trials),
-        best=f"{number(least)} µs",
+        best=f"{number(fastest)} µs",
         timed="".join(dots["timed"]),
         slow="".join(dots["slow"]),
         failed="".join(dots["failed"]),

@@ -66,8 +66,8 @@ class Kernel:
         for study in self.studies:
             timed = [(trial.config, trial.time_us) for trial in study.trials if trial.outcome.timed]
             times = [(config, time_us) for config, time_us in timed if time_us]
-            least = min((time_us for _, time_us in times), default=0.0)
-            costs += [(config, time_us / least) for config, time_us in times if len(times) > 1]
+            fastest = min((time_us for _, time_us in times), default=0.0)
+            costs += [(config, time_us / fastest) for config, time_us in times if len(times) > 1]
         return costs
 
     @property
@@ -80,8 +80,8 @@ class Kernel:
 class Report:
     """The data of the page.
 
-    gpus      names
-    shown     studies, sorted by place
+    gpus      the names of the cards
+    shown     the studies on the page, sorted by place
     left_out  the number of studies of other toolchains and kernels that are not shown
     by_place  every place that could be tuned, with its most informative study
     ratios    other baselines' rows in the bench files, with their time relative to ours
@@ -97,7 +97,7 @@ class Report:
 
     @property
     def kernels(self) -> list[Kernel]:
-        """In the order of `by_place`: op by op."""
+        """The kernels with shown studies, in the order of `by_place`: op by op."""
         by_kernel: dict[tuple[str, KernelSpec], list[Study]] = {}
         for study in self.shown:
             by_kernel.setdefault((study.place.gpu, study.place.spec), []).append(study)
@@ -128,24 +128,26 @@ class Report:
         }
 
 
-def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, every: bool) -> Report:
-    """The report on the named GPUs, or on all. `every`: show all toolchains and kernels, not only the most useful.
+def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environments: bool) -> Report:
+    """The report on the named GPUs, or on all.
+
+    all_environments  show all toolchains and kernels, not only the most useful ones
 
     Raises UnknownGpuError for an unknown GPU.
     """
     results = memory.all()
     requested = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
     studies = studies_of(memory, (r for r in results if not requested or r.place.gpu in requested))
-    shown = studies if every else most_useful(studies)
+    shown = studies if all_environments else most_useful(studies)
     names = requested or tuple(sorted({study.place.gpu for study in studies}))
-    kept = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
+    selected = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
     return Report(
         gpus=names,
         shown=tuple(shown),
         left_out=len(studies) - len(shown),
         by_place=by_place(shown, names),
-        ratios=sorted(times_ours(kept), key=lambda ratio: (ratio[0].origin.gpu, ratio[0].op)),
-        benches=tuple(dict.fromkeys((row.origin.file, row.origin.conditions, row.origin.command) for row in kept)),
+        ratios=sorted(times_ours(selected), key=lambda ratio: (ratio[0].origin.gpu, ratio[0].op)),
+        benches=tuple(dict.fromkeys((row.origin.file, row.origin.conditions, row.origin.command) for row in selected)),
     )
 
 

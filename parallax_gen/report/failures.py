@@ -67,5 +67,5 @@ def _merged_text(texts: Sequence[str]) -> str:
     for values in zip(*numbers, strict=True):
         low, high = min(values, key=float), max(values, key=float)
         ranges.append(low if low == high else f"{low} to {high}")
-    between = NUMBER.split(texts[0])
-    return between[0] + "".join(number + text for number, text in zip(ranges, between[1:], strict=True))
+    fragments = NUMBER.split(texts[0])
+    return fragments[0] + "".join(number + text for number, text in zip(ranges, fragments[1:], strict=True))

@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Cells of one kernel: a row per number of kv rows, a column per length; None for an empty cell.
+    """The cells of one kernel: a row per number of kv rows, a column per length; None for an empty cell.
 
     gpu, ops   used by the page's filters
     rows       (label, one cell per column)
@@ -53,7 +53,7 @@ def kernel_name(spec: KernelSpec) -> str:
 
 
 def coverage(by_place: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
-    """By op and GPU: a matrix per kernel, of every bucket that is or could be tuned."""
+    """By op and GPU: a matrix per kernel, with every bucket that is or could be tuned."""
     by_kernel: dict[tuple[str, str, KernelSpec], dict[tuple[int, Sizes], Cell]] = {}
     for place, study in by_place.items():
         spec, bucket = place.spec, place.bucket
@@ -125,12 +125,12 @@ def _coverage_cell(place: Place, study: Study | None) -> Cell:
 def _ratio_cell(timed: list[tuple[Row, float | None]]) -> Cell:
     lines = []
     for row, ratio in timed:
-        where = with_lengths(row.shape, row.lengths)
+        size_text = with_lengths(row.shape, row.lengths)
         if ratio is not None and row.time_us is not None:
-            line = f"{where}: {number(row.time_us)} µs, {number(row.time_us / ratio)} ours"
+            line = f"{size_text}: {number(row.time_us)} µs, {number(row.time_us / ratio)} ours"
             lines.append(f"{line}; {row.note}" if row.note else line)
         else:
-            lines.append(f"{where}: {row.note or 'not timed with ours'}")
+            lines.append(f"{size_text}: {row.note or 'not timed with ours'}")
     ratios = [ratio for _, ratio in timed if ratio is not None]
     lines.insert(0, timed[0][0].baseline)
     if not ratios:

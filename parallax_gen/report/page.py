@@ -1,8 +1,8 @@
 """Renders the report as one HTML page that needs no network.
 
-The figures are plain SVG and tables from a Jinja template. Text is escaped there and nowhere else, themes are CSS, and
-a page stays at some hundred KB. We use no chart library: Plotly's smallest bundle is 1 MB and has no heat map, and Vega
-compiles its charts at run time, which a content policy without eval forbids. For four kinds of figures either costs
+The figures are plain SVG and tables from a Jinja template. Only the template escapes text, themes are CSS, and a page
+has a few hundred KB. We use no chart library: Plotly's smallest bundle is 1 MB and has no heat map, and Vega
+compiles its charts at run time, which a content policy without eval forbids. For four kinds of figures, either costs
 more than it saves.
 """
 
@@ -34,7 +34,7 @@ WEB = Path(__file__).parent / "web"
 
 
 def html(report: Report, command: str) -> str:
-    """The page. command: shown on the page."""
+    """The page. command: the command to show on the page."""
     sources = Sources()
     kernels = report.kernels
     summary, tried = report.summary(), [kernel for kernel in kernels if kernel.tried]
@@ -88,7 +88,7 @@ def _source_index(study: Study, sources: Sources) -> int | None:
 
 
 def _hash(text: str) -> str:
-    """The hash by which the content security policy allows a script or style; injected ones cannot run."""
+    """The hash by which the content security policy allows a script or style, so that injected ones cannot run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

@@ -26,14 +26,14 @@ STATES = ("measured", "elsewhere", "predicted", "failed", "untuned")
 
 @dataclass(frozen=True)
 class Study:
-    """The results of one kernel in one bucket on one GPU that match this process, or differ from it in the same way.
+    """Results of one kernel in one bucket on one GPU that match this process, or all differ from it in the same way.
 
     gpu          the card; None if it is neither in the table nor in this machine
     results      measured ones from fast to slow, then predicted, then failed ones
     trials       the user's own results, in the order of their first trial
     differences  the differences from this process, as text: toolchain, kernel; empty if there are none
     known_as     the status of the first result: measured (by the user), shipped, predicted, or how it failed
-    default      today's default config, timed like the best; None if it was not, or if the best is of another kernel
+    default      the comparable result of today's default config; None if there is none, or the best has another kernel
     """
 
     place: Place
@@ -98,17 +98,17 @@ def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
         by_difference: dict[tuple[str, ...], list[Result]] = {}
         for result in group:
             by_difference.setdefault(differences_from_here(result), []).append(result)
-        for differences, of_study in by_difference.items():
-            own = sorted((r for r in of_study if r in trials), key=trials.__getitem__)
+        for differences, study_results in by_difference.items():
+            own_trials = sorted((r for r in study_results if r in trials), key=trials.__getitem__)
             studies.append(
                 Study(
                     place=place,
                     gpu=card_named(place.gpu),
-                    results=tuple(of_study),
-                    trials=tuple(own),
+                    results=tuple(study_results),
+                    trials=tuple(own_trials),
                     differences=differences,
-                    known_as=origins.status(of_study[0]),
-                    default=_default(of_study, differences),
+                    known_as=origins.status(study_results[0]),
+                    default=_default(study_results, differences),
                 )
             )
     return studies
@@ -129,19 +129,20 @@ def most_useful(studies: Iterable[Study]) -> list[Study]:
     """
     chosen: list[Study] = []
     for _, group in groupby(studies, key=lambda study: study.place):  # input is sorted by place
-        of_place = list(group)
-        here = [study for study in of_place if not study.differences]
-        others = sorted((s for s in of_place if s.differences), key=lambda s: (s.best is not None, s.newest))
+        place_studies = list(group)
+        here = [study for study in place_studies if not study.differences]
+        elsewhere = sorted((s for s in place_studies if s.differences), key=lambda s: (s.best is not None, s.newest))
         chosen += here
-        if others and not any(study.best for study in here):
-            chosen.append(others[-1])
+        if elsewhere and not any(study.best for study in here):
+            chosen.append(elsewhere[-1])
     return chosen
 
 
 def by_place(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study | None]:
-    """Every place that could be tuned, op by op, with its most informative study, None if it has none.
+    """Every place that could be tuned, op by op, with its most informative study, or None.
 
-    These are the default jobs of `parallax-gen tune`, and every kernel and bucket that was tried on any of the GPUs.
+    These are the places of the default jobs of `parallax-gen tune`, and every kernel and bucket tried on any of the
+    GPUs.
     """
     best: dict[Place, Study | None] = {}
     tried: dict[tuple[KernelSpec, Bucket], None] = {}
@@ -152,8 +153,8 @@ def by_place(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study
             best[study.place] = study
     for gpu in gpus:
         card = card_named(gpu)
-        usual = [(job.spec, job.bucket) for job in worklist(card)] if card else []
-        for spec, bucket in (*usual, *tried):
+        default_jobs = [(job.spec, job.bucket) for job in worklist(card)] if card else []
+        for spec, bucket in (*default_jobs, *tried):
             best.setdefault(Place(gpu, spec, bucket), None)
     return dict(sorted(best.items(), key=lambda item: _order(item[0])))
 

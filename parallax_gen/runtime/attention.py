@@ -47,7 +47,7 @@ from parallax_gen.runtime.requests import (
 def forward(request: Request, *, packed: bool, out: Tensor | None = None, stats: bool = False) -> tuple[Tensor, ...]:
     """out, and with stats also lse, t̄ and v̄. Raises ArgumentError.
 
-    packed  whether the sequences are packed. `request` says so too, but only after its check
+    packed  whether the sequences are packed; `request`, not checked yet, may contradict it
     """
     key = plan_key(*request, out, packed, stats, rounds_to_tf32(request.q))
     plan = _forwards.get(key)
@@ -80,9 +80,9 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of q and r if dqdr, then those of k and v if dkdv: contiguous, in the inputs' dtype.
 
-    do         the gradient of out, of any strides
-    keys_are_partial  `saved` comes from attention over more keys than `request` has; the result is these keys'
-                      contribution
+    do                the gradient of out, of any strides
+    keys_are_partial  `saved` comes from attention over more keys than `request` has; the result is the contribution
+                      of the request's keys
     """
     if do.stride(-1) != 1 or do.stride(-3) > MAX_ROW_STRIDE:  # such as the expanded gradient of a sum
         do = do.contiguous()
@@ -158,7 +158,7 @@ def fill_without_keys(outputs: Sequence[Tensor]) -> None:
 
 
 def copy_outputs(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into its tensor, rounded to its dtype. Surplus values are ignored."""
+    """Copy each value into its tensor, rounded to the tensor's dtype. Surplus values are ignored."""
     for tensor, value in zip(tensors, values, strict=False):
         tensor.copy_(value)
 

@@ -82,15 +82,18 @@ def forward_without_autograd(request: Request) -> tuple[Tensor, ...]:
 def backward_without_autograd(
     do: Tensor, request: Request, saved: SavedForBackward, *, keys_are_partial: bool = False
 ) -> tuple[Tensor, ...]:
-    """All gradients, called like `forward_without_autograd`. keys_are_partial: see `attention.backward`."""
+    """All gradients. Calls an operator if a dispatch mode is active.
+
+    keys_are_partial: see `attention.backward`.
+    """
     if dispatch_mode_is_active():
-        kept = saved.out, saved.lse, saved.t_mean, saved.v_mean
-        return tuple(_attention_backward(*request, do, *kept, True, True, keys_are_partial))
+        forward_results = saved.out, saved.lse, saved.t_mean, saved.v_mean
+        return tuple(_attention_backward(*request, do, *forward_results, True, True, keys_are_partial))
     return backward(do, request, saved, dqdr=True, dkdv=True, keys_are_partial=keys_are_partial)
 
 
 def are_plain_tensors(*inputs: Tensor) -> bool:
-    """Whether all are ordinary tensors, and no subclasses such as fake tensors, which only operators accept."""
+    """Whether all are ordinary tensors. Subclasses, such as fake tensors, are accepted only by operators."""
     return _PLAIN_TYPES.issuperset(map(type, inputs))
 
 
@@ -113,15 +116,15 @@ _attention = torch.library.custom_op("parallax_gen::attention", _run, mutates_ar
 _attention.register_fake(_fake)
 
 
-def _run_with_stats(*given: Any) -> tuple[Tensor, ...]:
-    request, _ = split_request(given)
+def _run_with_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    request, _ = split_request(arguments)
     refuse_tangents()
     return forward(request, packed=bool(cu_seqlens_of(request)), stats=True)
 
 
-def _fake_with_stats(*given: Any) -> tuple[Tensor, ...]:
+def _fake_with_stats(*arguments: Any) -> tuple[Tensor, ...]:
     refuse_tangents()
-    q = split_request(given)[0].q
+    q = split_request(arguments)[0].q
     lse, t_mean = (q.new_empty(stats_shape(q), dtype=torch.float32) for _ in range(2))
     return q.new_empty(q.shape), lse, t_mean, q.new_empty(q.shape)
 
@@ -132,7 +135,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(lse, t_mean, v_mean)
     ctx.set_materialize_grads(False)  # the statistics' gradients are unused, so torch need not make zeros for them
     ctx.save_for_backward(*tensor_fields(request), out, lse, t_mean, None if recompute_v_mean else v_mean)
-    ctx.numbers = scalar_fields(request)
+    ctx.scalars = scalar_fields(request)
 
 
 def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
@@ -143,7 +146,7 @@ def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> t
         if operator is None:
             operator = _AttentionBackward.apply if transforms_backward(do) else _attention_backward
         saved, count = ctx.saved_tensors, len(TENSORS)
-        results = operator(*saved[:count], *ctx.numbers, do, *saved[count:], dqdr, dkdv)
+        results = operator(*saved[:count], *ctx.scalars, do, *saved[count:], dqdr, dkdv)
     grads = dict(zip(gradients_of(dqdr, dkdv), results, strict=bool(results)))
     return *map(grads.get, INPUTS), *[None] * (len(ctx.needs_input_grad) - len(INPUTS))
 
@@ -159,32 +162,32 @@ _attention_with_stats.register_autograd(_gradients, setup_context=_save)
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradients for eager calls, at a quarter of the host time of register_autograd."""
+    """`_attention_with_stats` for eager calls: the same gradients at a quarter of register_autograd's host time."""
 
     @staticmethod
-    def forward(*given: Any) -> tuple[Tensor, ...]:
-        return _attention_with_stats(*given)  # type: ignore[no-any-return]
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _attention_with_stats(*arguments)  # type: ignore[no-any-return]
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_gradients)  # type: ignore[assignment]
 
 
-def _run_backward(*given: Any) -> list[Tensor]:
-    request, (do, out, lse, t_mean, v_mean, dqdr, dkdv, *keys_are_partial) = split_request(given)
+def _run_backward(*arguments: Any) -> list[Tensor]:
+    request, (do, out, lse, t_mean, v_mean, dqdr, dkdv, *keys_are_partial) = split_request(arguments)
     saved = SavedForBackward(out, lse, t_mean, v_mean)
     refuse_tangents()
     # torch omits keys_are_partial if it has its default, False.
     return [*backward(do, request, saved, dqdr=dqdr, dkdv=dkdv, keys_are_partial=any(keys_are_partial))]
 
 
-def _fake_backward(*given: Any) -> list[Tensor]:
+def _fake_backward(*arguments: Any) -> list[Tensor]:
     refuse_tangents()
-    request, (_do, _out, _lse, _t_mean, _v_mean, dqdr, dkdv, *_) = split_request(given)
+    request, (_do, _out, _lse, _t_mean, _v_mean, dqdr, dkdv, *_) = split_request(arguments)
     inputs = (getattr(request, name) for name in gradients_of(dqdr, dkdv))
     return [x.new_empty(x.shape) for x in inputs]
 
 
-def _refuse(ctx: Any, *_: Any) -> NoReturn:
+def _refuse_second_derivative(ctx: Any, *_: Any) -> NoReturn:
     raise ArgumentError("create_graph", "a gradient of Parallax attention's gradients", "first derivatives only")
 
 
@@ -196,17 +199,17 @@ _attention_backward = torch.library.custom_op(
     "bool keys_are_partial=False) -> Tensor[]",
 )
 _attention_backward.register_fake(_fake_backward)
-_attention_backward.register_autograd(_refuse)
+_attention_backward.register_autograd(_refuse_second_derivative)
 
 
-def first_derivatives(grads: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return a backward's results such that differentiating them again (create_graph) raises ArgumentError.
+def refuse_second_derivatives(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a backward's gradients so that differentiating them again (create_graph) raises ArgumentError.
 
-    of  all tensors that they depend on
+    inputs  all tensors that the gradients depend on
     """
     if not torch.is_grad_enabled():
         return grads
-    return _FirstDerivatives.apply(len(grads), *grads, *of)  # type: ignore[no-any-return,no-untyped-call]
+    return _FirstDerivatives.apply(len(grads), *grads, *inputs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _FirstDerivatives(torch.autograd.Function):
@@ -214,65 +217,65 @@ class _FirstDerivatives(torch.autograd.Function):
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors[:count]
 
-    backward = staticmethod(_refuse)
+    backward = staticmethod(_refuse_second_derivative)
 
 
-def _vmap_samples(function: Any, info: Any, in_dims: tuple[int | None, ...], given: tuple[Any, ...]) -> Any:
-    """The vmap rule of a Function. torch.compile, which may trace it after a graph break, must call the operators."""
+def _vmap_samples(function: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> Any:
+    """The vmap rule of a Function. torch.compile may trace it after a graph break and must then call the operators."""
     apply = function.forward if torch.compiler.is_compiling() else function.apply
-    return map_samples(apply, info.batch_size, in_dims, given)
+    return map_samples(apply, info.batch_size, in_dims, arguments)
 
 
 class _WithoutDerivatives(torch.autograd.Function):
-    """A Function for a derivative, which cannot be differentiated again and so saves nothing."""
+    """A Function that computes a derivative. It cannot be differentiated again, so it saves nothing."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
-    backward = staticmethod(_refuse)
-    jvp = staticmethod(_refuse)
+    backward = staticmethod(_refuse_second_derivative)
+    jvp = staticmethod(_refuse_second_derivative)
 
 
 class _AttentionBackward(_WithoutDerivatives):
     """`_attention_backward` for torch.func transforms, which differentiate and batch Functions but not operators."""
 
     @staticmethod
-    def forward(*given: Any) -> tuple[Tensor, ...]:
-        return tuple(_attention_backward(*given))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_attention_backward(*arguments))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        return _vmap_samples(_AttentionBackward, info, in_dims, given)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _vmap_samples(_AttentionBackward, info, in_dims, arguments)
 
 
 class _AttentionTangent(_WithoutDerivatives):
     """The tangent of out from the operator's arguments and the tangents of q, r, k and v, by the fp64 reference."""
 
     @staticmethod
-    def forward(*given: Any) -> tuple[Tensor]:
-        request, tangents = split_request(given)
+    def forward(*arguments: Any) -> tuple[Tensor]:
+        request, tangents = split_request(arguments)
         oracle: Any = reference_varlen_tangent if cu_seqlens_of(request) else reference_tangent
         return (
             oracle(*inputs_of(request), tangents, *cu_seqlens_of(request), **options_of(request)).to(request.q.dtype),
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        return _vmap_samples(_AttentionTangent, info, in_dims, given)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _vmap_samples(_AttentionTangent, info, in_dims, arguments)
 
 
 class _TransformedAttention(torch.autograd.Function):
     """`_Attention` for torch.func transforms and forward-mode AD, at a few times the host time."""
 
     @staticmethod
-    def forward(*given: Any) -> tuple[Tensor, ...]:
-        return _attention_with_stats(*given[:-1])  # type: ignore[no-any-return]
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _attention_with_stats(*arguments[:-1])  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *given, ctx.stats = inputs
-        _save(ctx, tuple(given), output)
+        *arguments, ctx.stats = inputs
+        _save(ctx, tuple(arguments), output)
         ctx.save_for_forward(*tensor_fields(split_request(inputs)[0]))
 
     @staticmethod
@@ -283,17 +286,17 @@ class _TransformedAttention(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         if ctx.stats:
             allowed = "False: statistics have no tangents"
-            raise ArgumentError("return_stats", "True, beside a tangent (forward-mode AD)", allowed)
-        of_inputs = tangents[: len(INPUTS)]
-        for tangent in of_inputs:
+            raise ArgumentError("return_stats", "True for an input with a tangent (forward-mode AD)", allowed)
+        input_tangents = tangents[: len(INPUTS)]
+        for tangent in input_tangents:
             if tangent is not None:
                 refuse_batched(tangent)
-        given = (*map(primal, ctx.saved_tensors[: len(TENSORS)]), *ctx.numbers, *of_inputs)
-        return *_AttentionTangent.apply(*given), None, None, None  # type: ignore[no-untyped-call]
+        arguments = (*map(primal, ctx.saved_tensors[: len(TENSORS)]), *ctx.scalars, *input_tangents)
+        return *_AttentionTangent.apply(*arguments), None, None, None  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        return _vmap_samples(_TransformedAttention, info, in_dims, given)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _vmap_samples(_TransformedAttention, info, in_dims, arguments)
 
 
 # -- FLOPs for torch.utils.flop_counter.FlopCounterMode, counted as in `problem.work.work_of`: 2 FLOP for each
@@ -301,17 +304,17 @@ class _TransformedAttention(torch.autograd.Function):
 # them.
 
 
-def forward_flops(*given: Any, out_val: Any = None) -> int:
+def forward_flops(*arguments: Any, out_val: Any = None) -> int:
     """4 matmuls: 8 · batch · heads · seqlen_q · seqlen_kv · head_dim where every query sees every key."""
-    return _flops(MATMULS["forward"], split_request(given)[0])
+    return _flops(MATMULS["forward"], split_request(arguments)[0])
 
 
-def backward_flops(*given: Any, out_val: Any = None) -> int:
+def backward_flops(*arguments: Any, out_val: Any = None) -> int:
     """8 matmuls for all gradients, 5 for q's and r's, 6 for k's and v's; plus the forward's if v̄ is recomputed.
 
     Two kernels for all gradients compute the scores twice; the second time is not counted.
     """
-    request, (_do, _out, _lse, _t_mean, v_mean, dqdr, dkdv, *_) = split_request(given)
+    request, (_do, _out, _lse, _t_mean, v_mean, dqdr, dkdv, *_) = split_request(arguments)
     matmuls = MATMULS["dqdr"] * dqdr + MATMULS["dkdv"] * dkdv - SCORES["dqdr"] * (dqdr and dkdv)
     return _flops(matmuls + MATMULS["forward"] * (v_mean is None), request)
 
@@ -324,7 +327,7 @@ def _flops(matmuls: int, request: Request) -> int:
 def _pairs(request: Request) -> float:
     """Visible (query, key) pairs of one head over all sequences.
 
-    Packed sequences: reads cu_seqlens, which waits for the device. A fake tensor holds no numbers; then every sequence
+    Packed sequences: reads cu_seqlens, which waits for the device. A fake tensor holds no values; then every sequence
     counts as the longest.
     """
     window = 0 if request.window_size is None else request.window_size

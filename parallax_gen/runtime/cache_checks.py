@@ -52,7 +52,7 @@ def check_cached(request: CacheRequest, out: Tensor | None, return_state: bool) 
         raise ArgumentError("k_cache", f"{k.shape[0]} sequences", f"{batch}, as q has")
     length = uniform_length(request)
     if length is not None and (paged or isinstance(length, bool) or not 0 <= length <= k.shape[1]):
-        allowed = "a tensor of each one's length" if paged else f"0 to {k.shape[1]}, the keys in k_cache"
+        allowed = "an int32 tensor of each sequence's length" if paged else f"0 to {k.shape[1]}, the keys in k_cache"
         raise ArgumentError("cache_seqlens", f"{length} with a page_table" if paged else length, allowed)
     if request.cache_seqlens is not None and length is None:
         _check_ints("cache_seqlens", request.cache_seqlens, batch, q)
@@ -67,8 +67,8 @@ def check_cached(request: CacheRequest, out: Tensor | None, return_state: bool) 
     if out is not None:
         # Kernels for multi-token queries compute head offsets within a group; the split merge for one query does so
         # over all heads.
-        many = packed or q.shape[1] > 1
-        _check_heads(out, q.shape[-2] // k.shape[2] if many else q.shape[-2])
+        multi_token = packed or q.shape[1] > 1
+        _check_head_stride(out, q.shape[-2] // k.shape[2] if multi_token else q.shape[-2])
 
 
 def check_four_byte_alignment(request: CacheRequest) -> None:
@@ -81,7 +81,7 @@ def check_four_byte_alignment(request: CacheRequest) -> None:
     for name, cache in (("k_cache", request.k_cache), ("v_cache", request.v_cache)):
         if cache.storage_offset() % 4 or any(stride % 4 for stride in _strides(cache)[:-1]):
             raise ArgumentError(
-                name, f"strides {cache.stride()} from {cache.storage_offset()}", "multiples of 4, in 8 bits"
+                name, f"strides {cache.stride()} from {cache.storage_offset()}", "multiples of 4, for a cache of 8 bits"
             )
 
 
@@ -108,7 +108,7 @@ def _refuse_workspace(workspace: Tensor, needed: int, q: Tensor) -> NoReturn:
 
 
 def _workspace_allowed(needed: int, q: Tensor) -> str:
-    return f"a contiguous uint8 tensor of {needed} bytes or more, zeros at first, on {q.device}"
+    return f"a contiguous uint8 tensor of {needed} bytes or more, zeroed before its first use, on {q.device}"
 
 
 def refuse_gradients(request: CacheRequest) -> None:
@@ -116,14 +116,16 @@ def refuse_gradients(request: CacheRequest) -> None:
     for name, scale in (("k_scale", request.k_scale), ("v_scale", request.v_scale)):
         if isinstance(scale, Tensor) and torch.is_grad_enabled() and needs_gradients(scale):
             raise ArgumentError(
-                name, "a tensor that needs gradients", "one without gradients, or no_grad: it is not learned here"
+                name,
+                "a tensor that needs gradients",
+                "one without gradients, or torch.no_grad(): the scales of a cache have none",
             )
     inputs = cached_inputs_of(request)
     transforms = not torch.compiler.is_compiling() and transforms_are_active() and torch.is_grad_enabled()
     if records_gradients(*inputs) or (transforms and any(map(is_differentiated, inputs))):
-        named = zip(CACHED_INPUTS, inputs, strict=True)
-        name = next(name for name, x in named if needs_gradients(x) or is_differentiated(x))
-        allowed = "tensors without gradients, or no_grad: decoding has no backward (parallax_attn_func has)"
+        inputs_by_name = zip(CACHED_INPUTS, inputs, strict=True)
+        name = next(name for name, x in inputs_by_name if needs_gradients(x) or is_differentiated(x))
+        allowed = "tensors without gradients, or torch.no_grad(): decoding has no backward (parallax_attn_func has)"
         raise ArgumentError(name, "a tensor that needs gradients", allowed)
 
 
@@ -136,12 +138,12 @@ def refuse_cache_tangents(request: CacheRequest) -> None:
         return
     allowed = "a tensor without a tangent: decoding has no derivatives (parallax_attn_func has)"
     if torch.compiler.is_compiling():
-        raise ArgumentError("q", "a call inside of forward-mode AD, under torch.compile", allowed)
+        raise ArgumentError("q", "a call inside forward-mode AD, under torch.compile", allowed)
     for name in (*CACHED_INPUTS, "k_scale", "v_scale"):
         x = getattr(request, name)
         if not isinstance(x, Tensor):
             continue
-        # The innermost level of a wrapped tensor shows only its own tangent.
+        # unpack_dual of a wrapped tensor sees only the tangent of the innermost level.
         if is_differentiated(x) or (not is_wrapped(x) and forward_ad.unpack_dual(x).tangent is not None):
             raise ArgumentError(name, "a tensor with a tangent (forward-mode AD)", allowed)
 
@@ -183,27 +185,28 @@ def _check_tensors(request: CacheRequest) -> None:
         raise ArgumentError("v_cache", f"strides {v.stride()}", f"{k.stride()}, as k_cache has, with a page_table")
     if not torch.compiler.is_compiling():  # it cannot trace a gcd of sizes; the operator checks strides when it runs
         for name, cache in (("k_cache", k), ("v_cache", v)):
-            _check_keys(name, cache, paged)
+            _check_key_stride(name, cache, paged)
 
 
-def _check_keys(name: str, cache: Tensor, paged: bool) -> None:
+def _check_key_stride(name: str, cache: Tensor, paged: bool) -> None:
     """Check the stride between keys: kernels compute offsets within a block of keys in 32 bits, all others in 64.
 
-    A block lies in one page, or covers whole pages with offsets within each; otherwise each key's offset has 64 bits.
+    A block lies in one page, or covers whole pages, with 32-bit offsets within each page. For other page sizes each
+    key's offset has 64 bits.
     """
     block = math.gcd(cache.shape[1], LARGEST_BLOCK) if paged else min(cache.shape[1], LARGEST_BLOCK)
-    reach = 2**31 * (4 if cache.dtype in CACHE_DTYPE_NAMES else 1)  # 8-bit caches are addressed in units of 4 elements
+    limit = 2**31 * (4 if cache.dtype in CACHE_DTYPE_NAMES else 1)  # 8-bit caches are addressed in units of 4 elements
     head_dim = cache.shape[3]
-    if block > 1 and (block - 1) * cache.stride(1) + head_dim > reach:
-        furthest = (reach - head_dim) // (block - 1)
-        raise ArgumentError(name, f"{cache.stride(1)} elements from key to key", f"at most {furthest}")
+    if block > 1 and (block - 1) * cache.stride(1) + head_dim > limit:
+        largest_stride = (limit - head_dim) // (block - 1)
+        raise ArgumentError(name, f"{cache.stride(1)} elements from key to key", f"at most {largest_stride}")
 
 
-def _check_heads(out: Tensor, heads: int) -> None:
-    """Check the stride between out's heads: their offsets have 32 bits; rows, and heads of q and r, have 64."""
+def _check_head_stride(out: Tensor, heads: int) -> None:
+    """Check the stride between out's heads: their offsets have 32 bits; those of rows, and of q's and r's heads, 64."""
     if heads > 1 and (heads - 1) * out.stride(-2) >= 2**31:
-        furthest = (2**31 - 1) // (heads - 1)
-        raise ArgumentError("out", f"{out.stride(-2)} elements from head to head", f"at most {furthest}")
+        largest_stride = (2**31 - 1) // (heads - 1)
+        raise ArgumentError("out", f"{out.stride(-2)} elements from head to head", f"at most {largest_stride}")
 
 
 def _strides(x: Tensor) -> list[int]:
@@ -217,8 +220,8 @@ def _check_dtypes(request: CacheRequest) -> None:
         raise ArgumentError("q", q.dtype, ", ".join(DTYPE_NAMES.values()))
     if request.r.dtype != q.dtype:
         raise ArgumentError("r", request.r.dtype, f"{q.dtype}, as q has")
-    eight_bits = request.k_cache.dtype in CACHE_DTYPE_NAMES and q.dtype != torch.float32
-    if request.k_cache.dtype != q.dtype and not eight_bits:
+    is_8_bit = request.k_cache.dtype in CACHE_DTYPE_NAMES and q.dtype != torch.float32
+    if request.k_cache.dtype != q.dtype and not is_8_bit:
         allowed = f"{q.dtype}, as q has" + (", or " * (q.dtype != torch.float32))
         allowed += " or ".join(map(str, CACHE_DTYPE_NAMES)) * (q.dtype != torch.float32)
         raise ArgumentError("k_cache", request.k_cache.dtype, allowed)
@@ -253,7 +256,7 @@ def _check_pages(request: CacheRequest, batch: int) -> None:
         got = f"{page_table.dtype} of shape {tuple(page_table.shape)}, strides {page_table.stride()}"
         raise ArgumentError("page_table", f"{got}, on {page_table.device}", _allowed_pages(batch, q))
     if request.cache_seqlens is None:
-        raise ArgumentError("cache_seqlens", "None with a page_table", "each sequence's length, a tensor")
+        raise ArgumentError("cache_seqlens", "None with a page_table", "an int32 tensor of each sequence's length")
 
 
 def _allowed_pages(batch: int, q: Tensor) -> str:
@@ -261,17 +264,17 @@ def _allowed_pages(batch: int, q: Tensor) -> str:
     return f"an int32 tensor of shape {shape} on {q.device}, its rows contiguous"
 
 
-def _check_ints(name: str, given: object, size: int | None, q: Tensor) -> None:
-    if not isinstance(given, Tensor):
-        raise ArgumentError(name, type(given).__name__, _allowed_ints(name, size, q))
-    valid = given.dtype == torch.int32 and given.dim() == 1
-    valid = valid and (given.shape[0] > 0 if size is None else given.shape[0] == size)
-    if not valid or not given.is_contiguous() or given.device != q.device:
-        got = f"{given.dtype} of shape {tuple(given.shape)} on {given.device}"
+def _check_ints(name: str, values: object, size: int | None, q: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise ArgumentError(name, type(values).__name__, _allowed_ints(name, size, q))
+    valid = values.dtype == torch.int32 and values.dim() == 1
+    valid = valid and (values.shape[0] > 0 if size is None else values.shape[0] == size)
+    if not valid or not values.is_contiguous() or values.device != q.device:
+        got = f"{values.dtype} of shape {tuple(values.shape)} on {values.device}"
         raise ArgumentError(name, got, _allowed_ints(name, size, q))
 
 
 def _allowed_ints(name: str, size: int | None, q: Tensor) -> str:
     shape = "(batch + 1,)" if size is None else f"({size},)"
-    one = "an int, or " if name == "cache_seqlens" else ""
-    return f"{one}an int32 tensor of shape {shape}, contiguous, on {q.device}"
+    or_int = "an int, or " if name == "cache_seqlens" else ""
+    return f"{or_int}an int32 tensor of shape {shape}, contiguous, on {q.device}"

@@ -5,8 +5,6 @@ torch.compile traces these checks, so symbolic sizes are only compared with each
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,17 +12,19 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.requests import DTYPE_NAMES, INPUTS, MAX_ROW_STRIDE, Request, inputs_of
 
+SMALLEST, LARGEST = 1e-18, 1e18  # of softmax_scale and softcap: their quotient is a normal number of fp32
+
 
 def check_numbers(causal: bool, window: int | None, softmax_scale: float | None, softcap: float | None) -> None:
-    """Check the arguments that are no tensors. Raises ArgumentError."""
+    """Check the arguments that are not tensors. Raises ArgumentError."""
     check_flag("causal", causal)
     if window is not None:
         if not is_int(window) or window < 1:
             raise ArgumentError("window_size", repr(window), "an int of 1 or more, or None for no window")
         if not causal:
             raise ArgumentError("window_size", f"{window} without causal", "None, or a window with causal=True")
-    _check_positive("softmax_scale", softmax_scale, "a number greater than 0")
-    _check_positive("softcap", softcap, "a number greater than 0, or None for no cap")
+    _check_positive("softmax_scale", softmax_scale)
+    _check_positive("softcap", softcap, ", or None for no cap")
 
 
 def check_request(request: Request, packed: bool, out: Tensor | None = None) -> None:
@@ -68,8 +68,8 @@ def check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, packed: bool = F
     if r.shape != q.shape:
         raise ArgumentError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
     if list(k.shape[:-3]) != batch or k.shape[-1] != head_dim:
-        fitting = ", ".join(map(str, (*batch, layout[-3], layout[-2], head_dim)))
-        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({fitting}), to go with q")
+        matching = ", ".join(map(str, (*batch, layout[-3], layout[-2], head_dim)))
+        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({matching}), to match q")
     if k.shape[-2] == 0 or heads == 0 or heads % k.shape[-2]:
         raise ArgumentError("k", f"{k.shape[-2]} kv heads", f"a divisor of q's {heads} heads")
     if v.shape != k.shape:
@@ -93,10 +93,11 @@ def check_flag(name: str, flag: bool) -> None:
         raise ArgumentError(name, repr(flag), "True or False")
 
 
-def _check_positive(name: str, value: float | None, allowed: str) -> None:
+def _check_positive(name: str, value: float | None, otherwise: str = "") -> None:
+    """Check a number that kernels multiply scores by, or divide them by: in fp32 neither may overflow."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and 0 < value < math.inf):
-        raise ArgumentError(name, repr(value), allowed)
+    if value is not None and not (is_number and SMALLEST <= value <= LARGEST):
+        raise ArgumentError(name, f"{value!r:.80}", f"a float or int from {SMALLEST:g} to {LARGEST:g}{otherwise}")
 
 
 def is_int(value: object) -> bool:

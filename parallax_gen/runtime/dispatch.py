@@ -1,4 +1,4 @@
-"""Chooses the kernel for a call: the config that memory ranks first for its place. Never tunes."""
+"""Chooses the kernel for a call: the config that memory/ranking.py ranks first for its place. Never tunes."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ def choose(
     place = Place(gpu.name, spec, bucket_of(shape))
     best_safe = checked_choice(place, gpu, memory, compiled)
     choice = Choice(place, best_safe.candidate, best_safe.checked, best_safe.refused)
-    for refused, why in best_safe.refused:
-        _LOG.info("%s; %s: not %s, for %s", spec, place.bucket, describe(refused.config), why)
-    record, why = choice.record, choice.candidate.tier.words
-    message = why if record is None else f"{why}, {record.time_us} us, {record.created_at}"
+    for refused, reason in best_safe.refused:
+        _LOG.info("%s; %s: %s is not used: %s", spec, place.bucket, describe(refused.config), reason)
+    record, message = choice.record, choice.candidate.tier.text
+    if record is not None:
+        message += f", {record.time_us} us, {record.created_at}"
     _LOG.info("%s; %s, on %s: %s: %s", spec, place.bucket, gpu.name, message, describe(choice.config))
     return choice
 
@@ -128,7 +129,7 @@ class RuntimeMemory(Memory):
     """The user's database over the shipped records.
 
     An unusable database must not stop training or serving: it is skipped with a warning, and from then on only shipped
-    records count. An unusable file of shipped records is skipped likewise.
+    records count. An unusable file of shipped records is also skipped with a warning.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -136,7 +137,7 @@ class RuntimeMemory(Memory):
         try:
             self.store = Store(read_only=True)
         except StoreError as error:
-            _warn_of(error)
+            _warn_about(error)
 
     def close(self) -> None:
         if self.store is not None:
@@ -146,19 +147,19 @@ class RuntimeMemory(Memory):
         try:
             return super().results(place)
         except StoreError as error:  # in a file of shipped records
-            _warn_of(error, "Only your own records and defaults are used.")
+            _warn_about(error, "Only your own records and defaults are used.")
             return self.query_store(lambda store: store.results(place))
 
-    def query_store(self, ask: Callable[[Store], list[Result]]) -> list[Result]:
+    def query_store(self, query: Callable[[Store], list[Result]]) -> list[Result]:
         try:
-            return super().query_store(ask)
+            return super().query_store(query)
         except StoreError as error:
             self.store = None
-            _warn_of(error)
+            _warn_about(error)
             return []
 
 
-def _warn_of(error: StoreError, instead: str = "Only shipped records and defaults are used.") -> None:
+def _warn_about(error: StoreError, instead: str = "Only shipped records and defaults are used.") -> None:
     warnings.warn(f"{error} {instead}", stacklevel=user_stacklevel())
 
 
@@ -181,20 +182,20 @@ class UntunedNotice:
     def __init__(self) -> None:
         self._warned = False
 
-    def check(self, place: Place, gpu: Gpu, known: RecordSource) -> None:
-        """In strict mode refuse a call that has no measurement here, before anything is compiled for it.
+    def check(self, place: Place, gpu: Gpu, memory: RecordSource) -> None:
+        """In strict mode refuse a call whose kernel was not measured here, before anything is compiled for it.
 
-        Raises UntunedError with PARALLAX_GEN_STRICT=1, which allows only kernels measured here, and ArgumentError if
+        Raises UntunedError if PARALLAX_GEN_STRICT=1, which allows only kernels measured here, and ArgumentError if
         PARALLAX_GEN_STRICT or PARALLAX_GEN_QUIET has an invalid value.
         """
         strict, _ = is_on(STRICT), is_on(QUIET)
-        if strict and best(place, gpu, known).tier != Tier.MEASURED_HERE:
+        if strict and best(place, gpu, memory).tier != Tier.MEASURED_HERE:
             raise UntunedError(f"{STRICT} is on, and {_no_measurement(place)}. {_command_to_measure(place)}")
 
     def warn(self, place: Place, candidate: Candidate) -> None:
         """Warn and log that a call's kernel was not measured here.
 
-        Silent with PARALLAX_GEN_QUIET=1, and on all ranks of torch.distributed except rank 0.
+        Silent if PARALLAX_GEN_QUIET=1, and on all ranks of torch.distributed except rank 0.
         """
         quiet = is_on(QUIET)
         if candidate.tier == Tier.MEASURED_HERE:
@@ -203,16 +204,16 @@ class UntunedNotice:
             return
         self._warned = True  # set first: where warnings are errors, the next call runs
         message = f"{_no_measurement(place)}: {_what_runs(candidate)}. {_command_to_measure(place)}"
-        message += f" This is said once a process; {QUIET}=1 silences it."
+        message += f" This warning appears once per process; {QUIET}=1 silences it."
         _LOG.warning("%s", message)
         warnings.warn(message, UntunedWarning, stacklevel=user_stacklevel())
 
 
 def user_stacklevel() -> int:
-    """The stacklevel for a warning in the calling function such that it names the user's line.
+    """The stacklevel with which a warning raised in the calling function names the user's line.
 
-    That is the innermost frame outside this package and torch. Frames of code that torch generates have a torch module
-    or none. On autograd's threads no such frame may exist; then it is the outermost.
+    The user's line is in the innermost frame outside this package and torch. Frames of code that torch generates have
+    a torch module or none. On autograd's threads there may be no such frame; then the warning names the outermost.
     """
     frame: FrameType | None = sys._getframe(1)
     level = 0
@@ -233,12 +234,12 @@ def _what_runs(candidate: Candidate) -> str:
     record = candidate.record
     if record is None:
         return "its default config is used"
-    of = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
-    return f"a record of {of} with {record.evidence.measured_with} is used"
+    measured_for = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
+    return f"a record of {measured_for} with {record.evidence.measured_with} is used"
 
 
 def _command_to_measure(place: Place) -> str:
-    return f"`{tune_command(place)}` makes one."
+    return f"Run `{tune_command(place)}` to measure one."
 
 
 def _is_first_rank() -> bool:
@@ -248,21 +249,21 @@ def _is_first_rank() -> bool:
 
 
 def tune_command(place: Place) -> str:
-    """The command that tunes a place on the card that it runs on."""
+    """The `parallax-gen tune` command that tunes a place, on the card it is run on."""
     spec, shape = place.spec, representative(place.bucket, place.spec.group)
     heads = f"{shape.heads}" if spec.group == 1 else f"{shape.heads}/{shape.kv_heads}"
     one_length = shape.seqlen_q == (1 if spec.family == "decode" else shape.seqlen_kv)
     lengths = f"{shape.seqlen_kv}" if one_length else f"{shape.seqlen_q}x{shape.seqlen_kv}"
-    words = ["parallax-gen", "tune", "--op", spec.family]
-    words += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
+    command = ["parallax-gen", "tune", "--op", spec.family]
+    command += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
     if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
-        words += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
+        command += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
     elif not spec.causal and (
         spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTHS)
     ):
-        words.append("--full")
+        command.append("--full")
     flags = ("varlen", "stats", "ragged", "leftpad", "softcap", "accurate")
-    words += [f"--{name}" for name in flags if spec.flat()[name]]
-    words += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
-    words += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
-    return " ".join(words)
+    command += [f"--{name}" for name in flags if spec.flat()[name]]
+    command += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
+    command += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
+    return " ".join(command)

@@ -74,8 +74,8 @@ def _reason(
     candidate, record = choice.candidate, choice.record
     if record is not None:
         rivals = [c.record for c in candidates if c.tier == candidate.tier and c.record is not None]
-        alike = 1 + sum(_comparable(r, record) for r in rivals)
-        fastest = f"the fastest of {alike}" if alike > 1 else "the only one"
+        compared = 1 + sum(_comparable(r, record) for r in rivals)
+        fastest = f"the fastest of {compared}" if compared > 1 else "the only one"
         if candidate.tier == Tier.MEASURED_HERE:
             return f"{fastest} measured of this kernel with {Toolchain.here()}"
         if candidate.tier == Tier.NEIGHBOUR:
@@ -86,41 +86,41 @@ def _reason(
             basis += f" on {record.place.gpu}, a card of the same capability"
         return f"{basis}; {_why_nothing_closer(choice, record, unused)}"
     if choice.refused:
-        return "the kernels borrowed from elsewhere compile badly here"
+        return "the borrowed kernels spill, do not fit or do not compile here"
     if not results:
-        return "nothing is known of this place"
+        return "this place has no records"
     if unused:
-        return _none_counts(unused, "")
+        return _why_none_is_used(unused, "")
     kinds = format_counts(Counter(result.outcome for result in results))
     return f"nothing was measured at this place; results: {kinds}"
 
 
-def _comparable(one: Result, other: Result) -> bool:
+def _comparable(a: Result, b: Result) -> bool:
     """Whether two times are comparable: the same place, toolchain and timing protocol."""
-    evidences = (one.evidence, other.evidence)
-    return one.place == other.place and len({(e.toolchain, e.protocol) for e in evidences}) == 1
+    evidences = (a.evidence, b.evidence)
+    return a.place == b.place and len({(e.toolchain, e.protocol) for e in evidences}) == 1
 
 
 def _why_nothing_closer(choice: Choice, record: Result, unused: list[tuple[Result, str]]) -> str:
     """Why the chosen record is borrowed: which records closer tiers have, and why those do not count."""
     if choice.refused:
-        return "the records that rank higher compile badly here"
+        return "the kernels of records that rank higher spill, do not fit or do not compile here"
     here, tier = Toolchain.here(), choice.candidate.tier
     if tier == Tier.OTHER_TOOLCHAIN:
-        if closer := [(r, why) for r, why in unused if comparable_here(r.evidence)]:
-            return _none_counts(closer, f" with {here}")
+        if closer := [(r, reason) for r, reason in unused if comparable_here(r.evidence)]:
+            return _why_none_is_used(closer, f" with {here}")
         if record.evidence.toolchain.compiles_like(here):
-            return "nothing was timed by today's protocol, and times of different protocols are not compared"
-        return f"nothing that counts was measured with {here}"
-    where = "of this bucket" if tier == Tier.NEIGHBOUR else "on this one"
-    return _none_counts(unused, f" {where}") if unused else f"nothing that counts was measured {where}"
+            return "no record has today's timing protocol, and times of different protocols are not compared"
+        return f"no usable record was measured with {here}"
+    where = "at this bucket" if tier == Tier.NEIGHBOUR else "on this card"
+    return _why_none_is_used(unused, f" {where}") if unused else f"no usable record was measured {where}"
 
 
-def _none_counts(unused: list[tuple[Result, str]], of_what: str) -> str:
-    none = f"the only record{of_what} does not count"
+def _why_none_is_used(unused: list[tuple[Result, str]], of_what: str) -> str:
+    summary = f"the only record{of_what} is not used"
     if len(unused) > 1:
-        none = f"none of {len(unused)} records{of_what} counts"
-    return f"{none}: {'; '.join(dict.fromkeys(why for _, why in unused))}"
+        summary = f"none of {len(unused)} records{of_what} is used"
+    return f"{summary}: {'; '.join(dict.fromkeys(reason for _, reason in unused))}"
 
 
 def _why_unused(result: Result, gpu: Gpu, memory: Memory) -> str:

@@ -68,12 +68,12 @@ class GraphedDecode(Generic[Output]):
     ): ...
 
     def __init__(self, q: Tensor, r: Tensor, k_cache: Tensor, v_cache: Tensor, **arguments: Any):
-        """arguments: those of `parallax_attn_with_kvcache` except workspace. Raises ArgumentError as that does."""
+        """arguments: those of `parallax_attn_with_kvcache` except workspace. Raises ArgumentError as it does."""
         if "workspace" in arguments:
             raise ArgumentError("workspace", "a tensor", "none: a GraphedDecode has its own")
         needed = kvcache_workspace_size(q, r, k_cache, v_cache, **arguments)
         if not q.is_cuda:
-            raise ArgumentError("q", f"on {q.device}", "a CUDA tensor: graphs are of CUDA launches")
+            raise ArgumentError("q", f"on {q.device}", "a CUDA tensor: a CUDA graph can only replay CUDA launches")
         self.q, self.r = q, r
         self._keep_alive = (k_cache, v_cache, arguments)  # the graph reads them
         self._workspace = torch.zeros(needed, dtype=torch.uint8, device=q.device) if needed else None

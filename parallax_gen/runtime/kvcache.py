@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class CacheOptions(TypedDict, total=False):
-    """The keyword arguments of the function, except return_state."""
+    """The keyword arguments of `parallax_attn_with_kvcache`, except return_state."""
 
     cache_seqlens: Tensor | int | None
     page_table: Tensor | None
@@ -127,24 +127,23 @@ def parallax_attn_with_kvcache(
                       entries beyond its length may be anything. Needs cache_seqlens as a tensor, and v_cache with
                       k_cache's strides
     cache_leftpad     (batch,) int32 on the same device: the index of each sequence's first key; keys before it are
-                      never read. cache_seqlens counts from index 0 regardless
+                      never read. cache_seqlens counts from index 0 all the same
     cu_seqlens_q      (batch + 1,) int32 on the same device, non-decreasing: sequence b has the rows cu_seqlens_q[b] to
                       cu_seqlens_q[b + 1] - 1 of q and r, and may have none. In rows of no sequence out, t̄ and v̄ are 0
                       and lse is -inf
     max_seqlen_q      with cu_seqlens_q: at least the largest number of queries of a sequence, and not much more
-    causal            with several queries per sequence, each sees keys up to its own position. A single query always
-                      sees all keys
+    causal            with several queries per sequence, each sees keys up to its position. A single query always sees
+                      all keys
     window_size       with causal: a query sees at most this many keys, its own and those right before it
-    softmax_scale     scale of q·k, greater than 0; 1/√head_dim by default. r·k is not scaled
-    softcap           c of c·tanh(s/c), which takes the place of scores s = scale·q·k, as in Gemma 2; None for no cap
+    softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
+    softcap           c, from 1e-18 to 1e18: scores s = scale·q·k become c·tanh(s/c), as in Gemma 2; None for no cap
     k_scale, v_scale  for 8-bit caches: the factor of the stored values, (1,) or (kv_heads,) fp32 on the same device, or
                       a number; 1 by default
     out               where to write, like q; allocated if not given
     return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` merges with states over other keys
     workspace         scratch of at least `kvcache_workspace_size` bytes: torch.zeros(bytes, dtype=torch.uint8) on the
-                      same device, each launch resets the part that
-                      must be 0. Use one per concurrent stream. By default the library keeps one per stream, and one per
-                      captured launch
+                      same device. Each launch resets the part that must be 0. Use one per concurrent stream. By default
+                      the library has one per stream, and one per captured launch
 
     Returns out, or a State. Any strides with a contiguous last dimension are supported. On CUDA tensors the call never
     synchronises and can be captured in a CUDA graph: lengths, pages and cu_seqlens_q are read on the device, so one
@@ -152,9 +151,9 @@ def parallax_attn_with_kvcache(
 
     Under torch.compile and torch.export this is one operator for all lengths and sizes. It checks `workspace` but does
     not use it: each call allocates its own scratch, and its result is copied to `out`. Under torch.func.vmap samples
-    with their own dense caches are one launch, others one launch each. DTensors must be sharded on sequences or heads,
-    or are redistributed so; plain tensors beside them, such as lengths and tables, must be whole and the same on every
-    rank.
+    with their own dense caches run in one launch, others in one launch each. DTensors that are not sharded on sequences
+    or heads are redistributed; plain tensors among them, such as lengths and tables, must be whole and the same on
+    every rank.
 
     Under torch.autocast q and r are cast to the caches' dtype if that is bf16 or fp16, else to autocast's. fp32 caches
     are cast too, which copies all of them in every call; 8-bit caches are not. With `out` the target is out's dtype.
@@ -166,7 +165,7 @@ def parallax_attn_with_kvcache(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
         max_seqlen_q, causal, window_size, softmax_scale, softcap,
     )  # fmt: skip
-    # Four type checks take a third of the time of a loop.
+    # Four type checks written out take a third of the time of a loop over the four.
     is_plain = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
     is_plain = is_plain and is_plain_eager_call()
     if not is_plain:
@@ -174,11 +173,11 @@ def parallax_attn_with_kvcache(
         if needs_operator(request):
             outputs = _attend_by_operator(request, out, return_state, workspace)
             return State(*outputs) if return_state else outputs[0]
-    ready, plan = _planned(request, out, return_state)
+    request, plan = _planned(request, out, return_state)
     needs_grad = q.requires_grad or r.requires_grad or k_cache.requires_grad or v_cache.requires_grad
     if needs_grad or not is_plain or k_scale is not None or v_scale is not None:
         refuse_gradients(request)
-    outputs = _attend(ready, plan, out, return_state, workspace)
+    outputs = _attend(request, plan, out, return_state, workspace)
     return State(*outputs) if return_state else outputs[0]
 
 
@@ -249,7 +248,7 @@ def _attend_by_operator(
     if is_sharded(*cached_inputs_of(request)):
         outputs = _attend_shards(request, state)
     else:
-        request = _ready(request)
+        request = _with_kernel_inputs(request)
         outputs = _attention_with_state(*request) if state else (_attention(*request),)
     return outputs if out is None else (out.copy_(outputs[0]), *outputs[1:])
 
@@ -271,9 +270,9 @@ def _attend_shards(request: CacheRequest, state: bool) -> tuple[Tensor, ...]:
     return run_on_shards(attend, request, dims, CACHED_INPUTS)
 
 
-def _run(*given: Any, state: bool) -> tuple[Tensor, ...]:
+def _run(*arguments: Any, state: bool) -> tuple[Tensor, ...]:
     """The implementation of the operators."""
-    request, plan = _planned(CacheRequest(*given), None, state)
+    request, plan = _planned(CacheRequest(*arguments), None, state)
     workspace = workspace_for_one_launch(plan.scratch, request.q.device) if isinstance(plan, LaunchPlan) else None
     return _attend(request, plan, None, state, workspace)
 
@@ -286,12 +285,12 @@ _plans: PlanCache[LaunchPlan | HostPlan] = PlanCache()
 def _planned(
     request: CacheRequest, out: Tensor | None, return_state: bool
 ) -> tuple[CacheRequest, LaunchPlan | HostPlan]:
-    """The request, with a tensor for everything that the kernel reads, and its plan."""
+    """The request with everything that the kernel reads as tensors, and its plan."""
     key = plan_key(*request, out, return_state, rounds_to_tf32(request.q))
     plan = _plans.get(key)
     if plan is None:
         check_cached(request, out, return_state)
-    request = _ready(request)
+    request = _with_kernel_inputs(request)
     if plan is None:
         plan = _plan(request, return_state)
         _plans.remember(key, plan)
@@ -302,8 +301,8 @@ def _planned(
     return request, plan
 
 
-def _ready(request: CacheRequest) -> CacheRequest:
-    """A checked request with tensors for everything that the kernel reads; checks what plan keys leave out."""
+def _with_kernel_inputs(request: CacheRequest) -> CacheRequest:
+    """A checked request with its length and scales as the kernel reads them. Checks what plan keys leave out."""
     length = request.cache_seqlens
     if length is not None and not isinstance(length, Tensor):
         k_cache, v_cache = request.k_cache.narrow(1, 0, length), request.v_cache.narrow(1, 0, length)
@@ -327,10 +326,10 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
     if host is not None:
         return host
     heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
-    many = packed or seqlen_q > 1
+    multi_token = packed or seqlen_q > 1
     window = window_of(request.window_size, seqlen)
     per_sequence_lengths = (
-        many
+        multi_token
         or state
         or window > 0
         or k.dtype in CACHE_DTYPE_NAMES
@@ -342,13 +341,13 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         head_dim,
         dtype_name(q),
         group=heads // kv_heads,
-        causal=window > 0 or (many and request.causal),
+        causal=window > 0 or (multi_token and request.causal),
         stats=state,
         window=window > 0,
         varlen=packed,
         page_size=page_size,
         leftpad=request.cache_leftpad is not None,
-        many_queries=many,
+        many_queries=multi_token,
         cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
         softcap=request.softcap is not None,
     )

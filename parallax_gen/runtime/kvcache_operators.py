@@ -59,14 +59,14 @@ def define_operators(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, Any]:
     run  their implementation: takes their arguments and `state`, whether to return all of a State
     """
 
-    def run_alone(*given: Any) -> Tensor:
-        return run(*given, state=False)[0]
+    def run_only_out(*arguments: Any) -> Tensor:
+        return run(*arguments, state=False)[0]
 
-    def run_with_state(*given: Any) -> tuple[Tensor, ...]:
-        return run(*given, state=True)
+    def run_with_state(*arguments: Any) -> tuple[Tensor, ...]:
+        return run(*arguments, state=True)
 
-    alone = torch.library.custom_op(
-        "parallax_gen::attention_with_kvcache", run_alone, mutates_args=(), schema=f"{_ARGUMENTS} -> Tensor"
+    only_out = torch.library.custom_op(
+        "parallax_gen::attention_with_kvcache", run_only_out, mutates_args=(), schema=f"{_ARGUMENTS} -> Tensor"
     )
     with_state = torch.library.custom_op(
         "parallax_gen::attention_with_kvcache_state",
@@ -74,63 +74,67 @@ def define_operators(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, Any]:
         mutates_args=(),
         schema=f"{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)",
     )
-    alone.register_fake(_fake)
+    only_out.register_fake(_fake)
     with_state.register_fake(_fake_with_state)
-    for operator in (alone, with_state):
+    for operator in (only_out, with_state):
         operator.register_vmap(_vmap_rule(operator))
     packets = [torch.ops.parallax_gen.attention_with_kvcache, torch.ops.parallax_gen.attention_with_kvcache_state]
     register_flop_formula(packets, get_raw=True)(flops)
-    return alone, with_state
+    return only_out, with_state
 
 
-def _fake(*given: Any) -> Tensor:
-    q = CacheRequest(*given).q
+def _fake(*arguments: Any) -> Tensor:
+    q = CacheRequest(*arguments).q
     return q.new_empty(q.shape)
 
 
-def _fake_with_state(*given: Any) -> tuple[Tensor, ...]:
-    q = CacheRequest(*given).q
+def _fake_with_state(*arguments: Any) -> tuple[Tensor, ...]:
+    q = CacheRequest(*arguments).q
     lse, t_mean = (q.new_empty(stats_shape(q), dtype=torch.float32) for _ in range(2))
     return q.new_empty(q.shape), lse, t_mean, q.new_empty(q.shape)
 
 
 def _vmap_rule(operator: Any) -> Callable[..., Any]:
-    def attend(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
-        outputs, out_dims = _vmap_samples(operator, info.batch_size, in_dims, given)
+    def attend(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        outputs, out_dims = _vmap_samples(operator, info.batch_size, in_dims, arguments)
         return (outputs, out_dims) if len(outputs) > 1 else (outputs[0], out_dims[0])
 
     return attend
 
 
 def _vmap_samples(
-    operator: Any, size: int, in_dims: tuple[int | None, ...], given: tuple[Any, ...]
+    operator: Any, size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The operator's outputs for all samples of vmap, and the dimension of the samples in each.
 
     Samples with their own caches, neither packed nor paged, become one larger batch. Others run one after the other:
     folding them into one batch would copy a cache that they share.
     """
-    request, dims = CacheRequest(*given), CacheRequest(*in_dims)  # type: ignore[arg-type]
-    own = dims.k_cache is not None and dims.v_cache is not None
-    scaled_alike = dims.k_scale is None and dims.v_scale is None
-    if own and scaled_alike and request.page_table is None and request.cu_seqlens_q is None:
+    request, dims = CacheRequest(*arguments), CacheRequest(*in_dims)  # type: ignore[arg-type]
+    own_caches = dims.k_cache is not None and dims.v_cache is not None
+    shared_scales = dims.k_scale is None and dims.v_scale is None
+    if own_caches and shared_scales and request.page_table is None and request.cu_seqlens_q is None:
         scales = ("k_scale", "v_scale")
-        every = [
+        folded = [
             _contiguous(fold_samples(x, dim, size)) if isinstance(x, Tensor) and name not in scales else x
-            for name, x, dim in zip(request._fields, given, in_dims, strict=True)
+            for name, x, dim in zip(request._fields, arguments, in_dims, strict=True)
         ]
-        batch = every[0].shape[0] // size
-        outputs = _tuple(operator(*every))
+        batch = folded[0].shape[0] // size
+        outputs = _tuple(operator(*folded))
         return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
     if size == 0:  # the outputs of one sample of zeros give the sizes
-        one = (x if dim is None else x.new_zeros(_without(x.shape, dim)) for x, dim in zip(given, in_dims, strict=True))
-        nothing = tuple(x[None][:0] for x in _tuple(operator(*one)))
-        return nothing, (0,) * len(nothing)
-    each = []
+        zeros = (
+            x if dim is None else x.new_zeros(_without(x.shape, dim)) for x, dim in zip(arguments, in_dims, strict=True)
+        )
+        empty = tuple(x[None][:0] for x in _tuple(operator(*zeros)))
+        return empty, (0,) * len(empty)
+    per_sample = []
     for i in range(size):
-        sample = (x if dim is None else _contiguous(x.select(dim, i)) for x, dim in zip(given, in_dims, strict=True))
-        each.append(_tuple(operator(*sample)))
-    return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
+        sample = (
+            x if dim is None else _contiguous(x.select(dim, i)) for x, dim in zip(arguments, in_dims, strict=True)
+        )
+        per_sample.append(_tuple(operator(*sample)))
+    return tuple(torch.stack(parts) for parts in zip(*per_sample, strict=True)), (0,) * len(per_sample[0])
 
 
 def _without(shape: torch.Size, dim: int) -> list[int]:
@@ -147,13 +151,13 @@ def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def flops(*given: Any, out_val: Any = None) -> int:
+def flops(*arguments: Any, out_val: Any = None) -> int:
     """For FlopCounterMode: 2 FLOP for each multiply-add of the 4 matmuls, over the visible (query, key) pairs.
 
     Reads the lengths, which waits for the device. For fake tensors, and while a CUDA graph is captured, every sequence
     counts as having max_seqlen_q queries and a full cache.
     """
-    request = CacheRequest(*given)
+    request = CacheRequest(*arguments)
     heads, head_dim = request.q.shape[-2:]
     window = request.window_size or 0
     pairs = 0.0

@@ -1,7 +1,7 @@
 """Records a launch once and replays it without the argument binding that Triton's JIT does in every call.
 
 `launch` of a rendered file passes about twenty arguments through the JIT, which inspects each to find the compiled
-kernel. For tensors of the same sizes, strides and alignment the result is the same. So the first launch is recorded,
+kernel. For tensors of the same sizes, strides and alignment it finds the same one. So the first launch is recorded,
 and later ones pass their tensors straight to the recorded compiled kernels, with the same grid and scalars.
 """
 
@@ -25,48 +25,47 @@ class RecordedLaunch:
 
     run: Callable[..., None]  # Triton's compiled kernel at its grid
     tensors: tuple[int, ...]
-    numbers: tuple[Any, ...]
+    scalars: tuple[Any, ...]
 
 
 def record_launch(
-    module: ModuleType, tensors: Sequence[Tensor], numbers: Sequence[float]
+    module: ModuleType, tensors: Sequence[Tensor], scalars: Sequence[float]
 ) -> tuple[RecordedLaunch, ...] | None:
     """Launch the rendered module on these arguments and return the kernels that it launched.
 
-    None if the launch cannot be replayed."""
+    Returns None if the launch cannot be replayed.
+    """
     from triton.compiler import CompiledKernel
 
-    given = [
-        tensor.detach() for tensor in tensors
-    ]  # a distinct object per position, even where one tensor is passed twice
-    positions = {id(tensor): position for position, tensor in enumerate(given)}
+    # A distinct object per position, even where one tensor is passed twice.
+    inputs = [tensor.detach() for tensor in tensors]
+    positions = {id(tensor): position for position, tensor in enumerate(inputs)}
     recorded: list[RecordedLaunch | None] = []
 
     def watch(launch: Launch) -> None:
         arguments = launch.arguments
         count = sum(isinstance(argument, Tensor) for argument in arguments)
-        known = all(id(argument) in positions for argument in arguments[:count])
-        if not (isinstance(launch.compiled, CompiledKernel) and known):
+        all_known = all(id(argument) in positions for argument in arguments[:count])
+        if not (isinstance(launch.compiled, CompiledKernel) and all_known):
             recorded.append(None)
             return
-        taken = tuple(positions[id(argument)] for argument in arguments[:count])
+        indices = tuple(positions[id(argument)] for argument in arguments[:count])
         whole_grid = (*launch.grid, 1, 1)[:3]
-        recorded.append(RecordedLaunch(launch.compiled[whole_grid], taken, arguments[count:]))
+        recorded.append(RecordedLaunch(launch.compiled[whole_grid], indices, arguments[count:]))
 
     with watch_launches(module, watch):
-        module.launch(*given, *numbers)
-    return (
-        None if not recorded or None in recorded else tuple(launched for launched in recorded if launched is not None)
-    )
+        module.launch(*inputs, *scalars)
+    kernels = tuple(kernel for kernel in recorded if kernel is not None)
+    return kernels if kernels and len(kernels) == len(recorded) else None
 
 
-def replay_launch(launched: tuple[RecordedLaunch, ...], tensors: Sequence[Tensor], stream: int) -> None:
+def replay_launch(kernels: tuple[RecordedLaunch, ...], tensors: Sequence[Tensor], stream: int) -> None:
     """Launch the recorded kernels on other tensors of the same sizes, strides and alignment."""
-    for kernel in launched:
-        kernel.run(*[tensors[i] for i in kernel.tensors], *kernel.numbers, stream=stream)
+    for kernel in kernels:
+        kernel.run(*[tensors[i] for i in kernel.tensors], *kernel.scalars, stream=stream)
 
 
-def aligned(tensors: Sequence[Tensor]) -> bool:
+def are_aligned(tensors: Sequence[Tensor]) -> bool:
     """Whether every tensor has the alignment that Triton's specialised code assumes."""
     address = 0
     for tensor in tensors:

@@ -18,17 +18,17 @@ from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher, user_stacklevel
-from parallax_gen.runtime.launch_replay import RecordedLaunch, aligned, record_launch, replay_launch
+from parallax_gen.runtime.launch_replay import RecordedLaunch, are_aligned, record_launch, replay_launch
 from parallax_gen.runtime.workspace import Workspace, split_workspace
 
-# A cache that grows by one key per step makes a plan per step: beyond this many, all are dropped.
+# A KV cache that grows by one key per step makes one plan per step. Beyond this many plans, all are dropped.
 MAX_PLANS = 4096
 
 Plan = TypeVar("Plan")
 
 
 class PlanCache(dict[Hashable, Plan]):
-    """Plans by all properties of the arguments that they depend on: see `plan_key`."""
+    """Plans, by `plan_key`."""
 
     _instances: ClassVar[list[PlanCache[Any]]] = []
 
@@ -51,8 +51,8 @@ class PlanCache(dict[Hashable, Plan]):
 _NUMBERS = frozenset((bool, int, float))
 
 
-def plan_key(*given: Tensor | float | None) -> Hashable:
-    """Everything that a plan depends on: a call with a known key needs no further checks.
+def plan_key(*arguments: Tensor | float | None) -> Hashable:
+    """All properties of the arguments that a plan depends on: a call with a known key needs no further checks.
 
     A tensor contributes its shape, strides, dtype and device; a number its value and its type, because True == 1.
     """
@@ -61,7 +61,7 @@ def plan_key(*given: Tensor | float | None) -> Hashable:
         else (x.shape, x.stride(), x.dtype, x.get_device()) if type(x) is Tensor
         else (type(x), x) if type(x) in _NUMBERS
         else _key_of_other(x)
-        for x in given
+        for x in arguments
     ])  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class LaunchPlan:
 
     spec     of the module: its op says which tensors its `launch` takes
     numbers  the scalars that `launch` takes after the tensors
-    renamed  the request's field name for tensors that the op names differently
+    renamed  op's tensor name -> the request's field name, for tensors whose names differ
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class LaunchPlan:
         self.scratch = scratch
         self._workspace = shared_workspace(device) if scratch.partials else None
         self._recorded: tuple[RecordedLaunch, ...] | None = None
-        self._seen = False
+        self._was_launched = False
 
     def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
-        """Launch with the tensors of `request`, taken by name, on the current stream of their device.
+        """Launch with the tensors of `request`, read by field name, on the current stream of their device.
 
         written    the tensors that the kernel writes, in the order of `Op.written`
-        workspace  the caller's, of `workspace_bytes(self.scratch)` bytes
+        workspace  the caller's, of `workspace_bytes(self.scratch)` bytes; None for the shared one
         """
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
@@ -137,13 +137,13 @@ class LaunchPlan:
             else:
                 partials, arrived = split_workspace(workspace, scratch)
             tensors = (*tensors, partials, arrived) if scratch.arrived else (*tensors, partials)
-        if not aligned(tensors):
+        if not are_aligned(tensors):
             self._module.launch(*tensors, *self._numbers)
         elif self._recorded is not None:
             replay_launch(self._recorded, tensors, stream)
-        elif not self._seen:
+        elif not self._was_launched:
             self._recorded = record_launch(self._module, tensors, self._numbers)
-            self._seen = True
+            self._was_launched = True
         else:  # this launch cannot be recorded
             self._module.launch(*tensors, *self._numbers)
 
@@ -166,7 +166,7 @@ def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
     if q.numel() == 0 or k.numel() == 0:
         return HostPlan(is_empty=True)
     if not q.is_cuda:
-        _warn_of_cpu()
+        _warn_about_cpu()
         return HostPlan(is_empty=False)
     return None
 
@@ -178,7 +178,7 @@ def shared_workspace(device: int) -> Workspace:
 
 
 @cache
-def _warn_of_cpu() -> None:
+def _warn_about_cpu() -> None:
     """Warn once per process."""
     message = "parallax_gen: these are CPU tensors; they run through the slow fp64 reference"
     warnings.warn(message, stacklevel=user_stacklevel())

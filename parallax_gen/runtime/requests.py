@@ -1,4 +1,4 @@
-"""The arguments of the public functions as one named tuple, so that no code below them counts positions.
+"""The arguments of the public functions as one named tuple, so that the code below them does not count positions.
 
 This file also casts the tensors for torch.autocast. torch.compile traces all of it. torch 2.9 cannot trace properties
 of a NamedTuple, so they are functions here.
@@ -128,10 +128,10 @@ def options_of(request: Request) -> dict[str, Any]:
     return {name: getattr(request, name) for name in OPTIONS if name != "accurate"}
 
 
-def split_request(given: Sequence[Any]) -> tuple[Request, Sequence[Any]]:
-    """Split an operator's arguments into the request they begin with and the operator's own arguments."""
+def split_request(arguments: Sequence[Any]) -> tuple[Request, Sequence[Any]]:
+    """Split an operator's arguments: the Request that they begin with, and the arguments after it."""
     count = len(Request._fields)
-    return Request(*given[:count]), given[count:]
+    return Request(*arguments[:count]), arguments[count:]
 
 
 def cached_inputs_of(request: CacheRequest) -> Qrkv:
@@ -140,14 +140,14 @@ def cached_inputs_of(request: CacheRequest) -> Qrkv:
 
 def uniform_length(request: CacheRequest) -> int | None:
     """cache_seqlens if it is one int (or traced symbol) for all sequences, else None."""
-    given = request.cache_seqlens
-    return given if isinstance(given, (int, torch.SymInt)) else None
+    lengths = request.cache_seqlens
+    return lengths if isinstance(lengths, (int, torch.SymInt)) else None
 
 
 def cast_inputs(request: Request, out: Tensor | None = None) -> Request:
     """Cast q, r, k and v to autocast's dtype, as torch's own attention does. Unchanged if autocast is off.
 
-    With `out` the target is out's dtype, because torch's autocast leaves calls with out= alone.
+    With `out` the target is out's dtype, because torch's autocast does not cast calls with out=.
     """
     dtype = _autocast_dtype(request.q)
     if dtype is None:
@@ -180,7 +180,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _dtype_of(x: Tensor | None) -> torch.dtype | None:
-    """The dtype of x if the functions compute in it, else None."""
+    """The dtype of x if kernels compute in it, else None."""
     return x.dtype if isinstance(x, Tensor) and x.dtype in DTYPE_NAMES else None
 
 

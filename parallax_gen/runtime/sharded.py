@@ -55,7 +55,7 @@ def refuse_dtensors(function: str, **inputs: Tensor) -> None:
     for name, x in inputs.items():
         if isinstance(x, Tensor) and is_sharded(x):
             raise ArgumentError(
-                name, "a DTensor", f"a plain tensor: {function} takes no other (parallax_attn_func does)"
+                name, "a DTensor", f"a plain tensor: {function} does not accept DTensors (parallax_attn_func does)"
             )
 
 
@@ -68,8 +68,8 @@ def run_on_shards(
     """Run `attend` on this rank's shards of a request. Returns out, or out, lse, t̄ and v̄, as DTensors.
 
     request  a plain tensor in it must be whole and the same on every rank
-    dims     of each field that may be a tensor; REPLICATED for one that is never sharded
-    names    of the inputs, which must be DTensors on one mesh
+    dims     by field name, the Dims of each field that may be a tensor; REPLICATED if it is never sharded
+    names    names of the inputs, which must be DTensors on one mesh
 
     Raises ArgumentError.
     """
@@ -89,17 +89,17 @@ def run_on_shards(
     rows, stats = dims["q"], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
     shapes = (q.shape, stats_shape(q), stats_shape(q), q.shape)
     outputs = attend(*local)
-    each = (rows, stats, stats, rows)[: len(outputs)]  # torch.compile of torch 2.9 treats every zip as strict
+    output_dims = (rows, stats, stats, rows)[: len(outputs)]  # torch.compile of torch 2.9 treats every zip as strict
     return tuple(
         DTensor.from_local(
             x,
             mesh,
-            _placements(shardings, of),
+            _placements(shardings, x_dims),
             run_check=False,
             shape=torch.Size(shape),
             stride=_contiguous_strides(shape),
         )
-        for x, of, shape in zip(outputs, each, shapes[: len(outputs)], strict=True)
+        for x, x_dims, shape in zip(outputs, output_dims, shapes[: len(outputs)], strict=True)
     )
 
 
@@ -109,32 +109,32 @@ def _mesh_of(inputs: Sequence[Tensor], names: Sequence[str]) -> DeviceMesh:
     mesh: Any = next(x.device_mesh for x in inputs if isinstance(x, DTensor))
     for name, x in zip(names, inputs, strict=True):
         if not isinstance(x, DTensor):
-            raise ArgumentError(name, "a plain tensor beside DTensors", "a DTensor, as the others are")
+            raise ArgumentError(name, "a plain tensor together with DTensors", "a DTensor, as the other inputs are")
         if x.device_mesh != mesh:
-            raise ArgumentError(name, f"on {x.device_mesh}", f"on {mesh}, the mesh of the others")
+            raise ArgumentError(name, f"on {x.device_mesh}", f"on {mesh}, the mesh of the other inputs")
     return mesh  # type: ignore[no-any-return]
 
 
 def _shardings(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims]) -> list[str]:
-    """For each mesh dimension the field of Dims that it shards, or "": the choice that sends least."""
+    """For each mesh dimension the field of Dims that it shards, or "": chosen to send the least data."""
     q, k = inputs[0], inputs[2]
     batch, kv_heads = q.shape[0], k.shape[-2]
     shards = {"batch": 1, "heads": 1}
     shardings = []
-    for at in range(mesh.ndim):
-        size = mesh.size(at)
+    for mesh_dim in range(mesh.ndim):
+        size = mesh.size(mesh_dim)
         possible = [""]
         if dims[0].batch is not None:
             # Uneven sequences may stay as they are sharded, but tensors are not redistributed into uneven shards.
             even = batch % (shards["batch"] * size) == 0
-            if even or q.placements[at].is_shard(dims[0].batch):
+            if even or q.placements[mesh_dim].is_shard(dims[0].batch):
                 possible.append("batch")
         if kv_heads % (shards["heads"] * size) == 0:
             possible.append("heads")
         costs = [0] * len(possible)
         for i, kind in enumerate(possible):  # torch.compile of torch 2.9 has no sum of a generator
-            for x, of in zip(inputs, dims, strict=True):
-                costs[i] += _cost(x, at, kind, of)
+            for x, x_dims in zip(inputs, dims, strict=True):
+                costs[i] += _cost(x, mesh_dim, kind, x_dims)
         kind = possible[costs.index(min(costs))]
         if kind:
             shards[kind] *= size
@@ -142,12 +142,12 @@ def _shardings(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims]) ->
     return shardings
 
 
-def _cost(x: Any, at: int, kind: str, dims: Dims) -> int:
-    """The approximate cost, in parts of x, of redistributing it for a mesh dimension."""
-    now, then = x.placements[at], _placements([kind], dims)[0]
-    if now == then or now.is_replicate():
+def _cost(x: Any, mesh_dim: int, kind: str, dims: Dims) -> int:
+    """The approximate cost of redistributing x for a mesh dimension, in units of sending x once."""
+    current, target = x.placements[mesh_dim], _placements([kind], dims)[0]
+    if current == target or current.is_replicate():
         return 0
-    return (1 if then.is_shard() else 4) * (2 if now.is_partial() else 1)
+    return (1 if target.is_shard() else 4) * (2 if current.is_partial() else 1)
 
 
 def _placements(shardings: Sequence[str], dims: Dims) -> list[Placement]:

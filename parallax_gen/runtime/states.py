@@ -17,7 +17,7 @@ class State(NamedTuple):
     `parallax_attn_func(..., return_stats=True)` and `parallax_attn_varlen_func` return these tensors in this order.
 
     out     (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) packed
-    lse     (batch, heads, seqlen_q), or (heads, total_q): log Σ exp(scale·q·k); -inf for a query that sees no key
+    lse     (batch, heads, seqlen_q), or (heads, total_q): log Σ exp of the scores, capped or not; -inf for a query that sees no key
     t_mean  like lse: t̄
     v_mean  like out: v̄, the output of softmax attention
     """
@@ -80,15 +80,21 @@ def _per_row(x: Tensor) -> Tensor:
 def _check(parts: list[State]) -> None:
     first = parts[0]
     if not all(isinstance(x, Tensor) for part in parts for x in part):
-        raise ArgumentError("states", "a state that does not hold tensors", "(out, lse, t_mean, v_mean) each")
-    rows = (*first.out.shape[:-3], first.out.shape[-2], first.out.shape[-3]) if first.out.dim() > 2 else None
+        raise ArgumentError(
+            "states",
+            "a state that does not hold tensors",
+            "states that are tuples (out, lse, t_mean, v_mean) of tensors",
+        )
+    stats_shape = (*first.out.shape[:-3], first.out.shape[-2], first.out.shape[-3]) if first.out.dim() > 2 else None
     for i, part in enumerate(parts):
         if torch.is_grad_enabled() and needs_gradients(part.out) and not needs_gradients(part.lse):
-            allowed = "an out without gradients, or no_grad: lse, t̄ and v̄ have none, so out's would be wrong"
+            allowed = (
+                "an out without gradients, or torch.no_grad(): lse, t̄ and v̄ have none, so those of out would be wrong"
+            )
             raise ArgumentError(f"states[{i}]", "an out that needs gradients", allowed)
         if part.out.shape != first.out.shape or part.v_mean.shape != first.out.shape:
             got = f"out {tuple(part.out.shape)} and v_mean {tuple(part.v_mean.shape)}"
             raise ArgumentError(f"states[{i}]", got, f"{tuple(first.out.shape)} for both, as states[0] has")
-        if part.lse.shape != rows or part.t_mean.shape != rows:
+        if part.lse.shape != stats_shape or part.t_mean.shape != stats_shape:
             got = f"lse {tuple(part.lse.shape)} and t_mean {tuple(part.t_mean.shape)}"
-            raise ArgumentError(f"states[{i}]", got, f"{rows} for both, to go with out {tuple(part.out.shape)}")
+            raise ArgumentError(f"states[{i}]", got, f"{stats_shape} for both, to match out {tuple(part.out.shape)}")

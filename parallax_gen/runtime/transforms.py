@@ -1,4 +1,4 @@
-"""Detects recorded gradients, torch.func transforms, forward-mode AD and dispatch modes; and implements vmap.
+"""Detects recorded gradients, torch.func transforms, forward-mode AD and dispatch modes; implements vmap.
 
 These checks cost an eager call of plain tensors a few look-ups in C. They use private names of torch, which exist in
 torch 2.9 to 2.13.
@@ -94,7 +94,7 @@ def is_differentiated(x: Tensor) -> bool:
 
 
 def transform_is_active() -> bool:
-    """Whether any torch.func transform or forward-mode AD level is active. Cheap to check."""
+    """Whether any torch.func transform or forward-mode AD level is active. This is cheap to check."""
     return transforms_are_active() or forward_ad._current_level >= 0
 
 
@@ -133,7 +133,7 @@ def refuse_tangents() -> None:
 
 
 def primal(x: Tensor | None) -> Tensor | None:
-    """x without its tangent of the innermost level."""
+    """x without its tangent at the innermost level of forward-mode AD."""
     return None if x is None else forward_ad.unpack_dual(x).primal
 
 
@@ -154,29 +154,31 @@ def map_samples(
     Samples of dense sequences become one larger batch. Packed samples run one after the other: rows may belong to no
     sequence, so packed samples cannot be packed together.
     """
-    given = list(zip(args, in_dims, strict=True))
+    args_and_dims = list(zip(args, in_dims, strict=True))
     if not cu_seqlens_of(split_request(args)[0]):
-        batch = args[0].shape[1 if in_dims[0] == 0 else 0]  # of one sample
-        every = [
-            _with_supported_strides(fold_samples(x, dim, size)) if isinstance(x, Tensor) else x for x, dim in given
+        sample_batch = args[0].shape[1 if in_dims[0] == 0 else 0]
+        folded = [
+            _with_supported_strides(fold_samples(x, dim, size)) if isinstance(x, Tensor) else x
+            for x, dim in args_and_dims
         ]
         # Kernels accept many strides for q, r, k and v, but only contiguous tensors saved by the forward.
-        every = [x.contiguous() if isinstance(x, Tensor) and i >= len(INPUTS) else x for i, x in enumerate(every)]
-        outputs = tuple(x.unflatten(0, (size, batch)) for x in apply(*every))
+        folded = [x.contiguous() if isinstance(x, Tensor) and i >= len(INPUTS) else x for i, x in enumerate(folded)]
+        outputs = tuple(x.unflatten(0, (size, sample_batch)) for x in apply(*folded))
         return outputs, (0,) * len(outputs)
     # With no samples, one run on an empty sample gives the outputs' sizes.
-    each = [apply(*(_sample(x, dim, i) for x, dim in given)) for i in range(size) or (None,)]
-    outputs = tuple(torch.stack(parts)[:size] for parts in zip(*each, strict=True))
+    per_sample = [apply(*(_sample(x, dim, i) for x, dim in args_and_dims)) for i in range(size) or (None,)]
+    outputs = tuple(torch.stack(parts)[:size] for parts in zip(*per_sample, strict=True))
     return outputs, (0,) * len(outputs)
 
 
 def fold_samples(x: Tensor, dim: int | None, size: int) -> Tensor:
     """Fold vmap's dimension `dim` (None: x is shared) into the batch: (size * batch, ...), copied if necessary."""
-    every = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return every.flatten(0, 1)
+    folded = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return folded.flatten(0, 1)
 
 
 def _sample(x: Any, dim: int | None, i: int | None) -> Any:
+    """Sample i of an argument; for None the sum over no samples, which is zeros of a sample's size."""
     if dim is None:
         return x
     return x.sum(dim, dtype=x.dtype) if i is None else x.select(dim, i).contiguous()

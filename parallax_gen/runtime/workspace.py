@@ -12,7 +12,7 @@ from torch import Tensor
 from parallax_gen.ops.base import Scratch
 
 # Captured launches get permanent slices of this many counters. They are zeroed before the capture, so a graph needs no
-# memset. A split-KV launch has a few dozen; when all are taken, graphs zero their own.
+# memset. A split-KV launch needs a few dozen. Once all are taken, each graph zeroes its own.
 CAPTURE_COUNTERS = 1 << 16
 
 
@@ -49,9 +49,9 @@ class Workspace:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._of_stream: dict[int, tuple[Tensor, Tensor]] = {}
+        self._by_stream: dict[int, tuple[Tensor, Tensor]] = {}
         self._for_graphs: Tensor | None = None
-        self._taken = 0
+        self._counters_used = 0
 
     def get(self, partials: int, arrived: int, stream: int) -> tuple[Tensor, Tensor]:
         """At least `partials` fp32 elements and `arrived` int32 counters, for a launch on the current stream.
@@ -60,25 +60,25 @@ class Workspace:
         """
         if torch.cuda.is_current_stream_capturing():
             return self._get_in_graph(partials, arrived)
-        scratch = self._of_stream.get(stream)
+        scratch = self._by_stream.get(stream)
         if scratch is None or scratch[0].numel() < partials or scratch[1].numel() < arrived:
             if self._for_graphs is None:
                 self._for_graphs = torch.zeros(CAPTURE_COUNTERS, dtype=torch.int32, device=self._device)
                 torch.cuda.current_stream(self._device).synchronize()  # synchronise once: a graph may run on any stream
-            before = (0, 0) if scratch is None else (scratch[0].numel(), scratch[1].numel())
+            old_sizes = (0, 0) if scratch is None else (scratch[0].numel(), scratch[1].numel())
             scratch = (
-                torch.empty(max(partials, before[0]), dtype=torch.float32, device=self._device),
-                torch.zeros(max(arrived, before[1]), dtype=torch.int32, device=self._device),
+                torch.empty(max(partials, old_sizes[0]), dtype=torch.float32, device=self._device),
+                torch.zeros(max(arrived, old_sizes[1]), dtype=torch.int32, device=self._device),
             )
-            self._of_stream[stream] = scratch
+            self._by_stream[stream] = scratch
         return scratch
 
     def _get_in_graph(self, partials: int, arrived: int) -> tuple[Tensor, Tensor]:
         scratch = torch.empty(partials, dtype=torch.float32, device=self._device)  # the graph's own memory
         arrived = -(-arrived // 4) * 4  # kernels may assume that slices begin at multiples of 16 bytes
-        end = self._taken + arrived
+        end = self._counters_used + arrived
         if self._for_graphs is None or end > CAPTURE_COUNTERS:
             return scratch, torch.zeros(arrived, dtype=torch.int32, device=self._device)  # zeroed by every replay
-        counters = self._for_graphs[self._taken : end]
-        self._taken = end
+        counters = self._for_graphs[self._counters_used : end]
+        self._counters_used = end
         return scratch, counters

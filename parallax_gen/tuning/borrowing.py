@@ -1,7 +1,7 @@
-"""Evaluates the ranking: what calls would borrow if a part of the records were missing, and how much time they lose.
+"""Evaluates the ranking: which configs calls would borrow if some records were missing, and how much time they lose.
 
-The evaluation uses sets of comparable times: several configs of one place that one toolchain timed by one protocol. For
-the config that a call there would get, the loss is its time divided by the fastest time of the set.
+The evaluation uses sets of comparable times: several configs of one place, timed with one toolchain and one protocol.
+The loss of the config that a call there would get is its time divided by the fastest time of the set.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
-NEAREST = "the nearest bucket"  # its best record is evaluated for every op, with or without that tier
-CHOICES = (*(tier.words for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.words)  # best first
+NEAREST = "the nearest bucket"  # its best record is evaluated for every op, also for ops that do not borrow it
+CHOICES = (*(tier.text for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.text)  # best first
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Borrowed:
     """The config that a call at a place would get without some of the records.
 
     left_out  the records that are left out, such as "this card"
-    choice    the evidence for the config: the words of its tier, or NEAREST
+    choice    the evidence for the config: the text of its tier, or NEAREST
     """
 
     comparable: ComparableTimes
@@ -74,11 +74,11 @@ class Borrowed:
 class Summary:
     """The loss of the choices of one kind, and the loss of the default at the same places.
 
-    kind        the op; for decode also whether sequences have their own lengths, and pages
+    kind        the op; for decode also whether lengths are per sequence, and whether the cache is paged
     choice      one of CHOICES
-    places      how many places have measurements of both the choice and the default: means and the worst are of these
+    places      how many places have measurements of both the choice and the default; means and worst are over these
     unmeasured  how many places lack one of the two measurements
-    mean        geometric; None without places
+    mean        geometric mean of the loss; None without places
     """
 
     kind: str
@@ -109,14 +109,16 @@ def comparable_times(results: Iterable[Result]) -> list[ComparableTimes]:
 
     Raises ArgumentError if no place has two configs of one toolchain.
     """
-    together: dict[tuple[Place, Toolchain, int], dict[KernelConfig, float]] = {}
+    groups: dict[tuple[Place, Toolchain, int], dict[KernelConfig, float]] = {}
     for result in sorted(results, key=lambda result: result.created):
         if result.outcome.timed and result.time_us and result.place.gpu in GPUS:
-            of_place = result.place, _toolchain(result), result.evidence.protocol
-            together.setdefault(of_place, {})[result.config] = result.time_us
-    sets = [ComparableTimes(*of_place, times) for of_place, times in together.items() if len(times) > 1]
+            key = result.place, _toolchain(result), result.evidence.protocol
+            groups.setdefault(key, {})[result.config] = result.time_us
+    sets = [ComparableTimes(*key, times) for key, times in groups.items() if len(times) > 1]
     if not sets:
-        raise ArgumentError("results", "none that can be compared", "two configs of a place, by one toolchain")
+        raise ArgumentError(
+            "results", "no two that are comparable", "two or more configs of one place, timed with one toolchain"
+        )
     return sets
 
 
@@ -127,7 +129,7 @@ def borrowed(comparable: ComparableTimes, records: Sequence[Result]) -> Iterator
     """
     place, gpu = comparable.place, GPUS[comparable.place.gpu]
     cards = {gpu.name, *siblings(gpu)}
-    alike = [record for record in records if record.place.spec == place.spec and record.place.gpu in cards]
+    same_kernel = [record for record in records if record.place.spec == place.spec and record.place.gpu in cards]
     default = default_of(place, gpu)
     left_out: dict[str, Callable[[Result], bool]] = {
         "nothing": lambda record: False,
@@ -135,26 +137,26 @@ def borrowed(comparable: ComparableTimes, records: Sequence[Result]) -> Iterator
         "this card": lambda record: record.place == place,
         "this bucket": lambda record: record.place.bucket == place.bucket,
     }
-    rest = alike
-    for name, is_out in left_out.items():
-        rest = [record for record in alike if not is_out(record)]
-        candidate = best(place, gpu, RecordTable(rest), comparable.toolchain)
-        yield Borrowed(comparable, name, candidate.tier.words, candidate.config, default)
-    if config := _nearest(comparable, rest):
+    remaining = same_kernel
+    for name, is_left_out in left_out.items():
+        remaining = [record for record in same_kernel if not is_left_out(record)]
+        candidate = best(place, gpu, RecordTable(remaining), comparable.toolchain)
+        yield Borrowed(comparable, name, candidate.tier.text, candidate.config, default)
+    if config := _nearest(comparable, remaining):
         yield Borrowed(comparable, name, NEAREST, config, default)
 
 
 def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
-    """One line for each kind of kernel and choice. A place counts once, with the fewest records left out."""
-    alike: dict[tuple[str, int], dict[ComparableTimes, Borrowed]] = {}
-    for each in choices:
-        kind = kind_of(each.comparable.place.spec), CHOICES.index(each.choice)
-        alike.setdefault(kind, {}).setdefault(each.comparable, each)
-    return [_summary(kind, CHOICES[at], list(alike[kind, at].values())) for kind, at in sorted(alike)]
+    """One summary per kind of kernel and choice. A place counts once, with the fewest records left out."""
+    groups: dict[tuple[str, int], dict[ComparableTimes, Borrowed]] = {}
+    for borrowed_config in choices:
+        key = kind_of(borrowed_config.comparable.place.spec), CHOICES.index(borrowed_config.choice)
+        groups.setdefault(key, {}).setdefault(borrowed_config.comparable, borrowed_config)
+    return [_summary(kind, CHOICES[i], list(groups[kind, i].values())) for kind, i in sorted(groups)]
 
 
 def kind_of(spec: KernelSpec) -> str:
-    """The op, and for decode the properties of its cache that decide its speed."""
+    """The op, and for decode the properties of its cache that determine its speed."""
     return f"{spec.family}{', ragged' if op_of(spec).per_sequence_lengths else ''}{', paged' if spec.page_size else ''}"
 
 
@@ -169,19 +171,18 @@ def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
 
 
 def _nearest(comparable: ComparableTimes, records: Sequence[Result]) -> KernelConfig | None:
-    """The config that a call gets in the nearest bucket with a usable record: along keys before rows."""
-    place, gpu, known = comparable.place, GPUS[comparable.place.gpu], RecordTable(records)
-
+    """The config that a call gets in the nearest bucket with a usable record: nearest in kv_rows, then in the rest."""
+    place, gpu, table = comparable.place, GPUS[comparable.place.gpu], RecordTable(records)
     buckets = dict.fromkeys(record.place.bucket for record in records)
     for bucket in nearest_buckets(place.bucket, buckets, rows_first=True):
-        candidate = best(replace(place, bucket=bucket), gpu, known, comparable.toolchain)
+        candidate = best(replace(place, bucket=bucket), gpu, table, comparable.toolchain)
         if candidate.record is not None:
             return candidate.config
     return None
 
 
 def _toolchain(result: Result) -> Toolchain:
-    """The toolchain reduced to what decides whether two are comparable."""
+    """The parts of the toolchain that decide whether two are comparable."""
     return Toolchain(minor(result.evidence.triton), result.evidence.cuda)
 
 

@@ -1,8 +1,8 @@
 """The claims and results that workers on several hosts share for a job, in a study of an Optuna storage.
 
 A trial of the study is a worker's claim of one config while it is RUNNING, and the config's result once it is finished.
-A claim is valid as long as its worker sends heartbeats, so that the claims of a dead worker expire. The clocks of the
-hosts must agree to within some seconds.
+A claim is valid as long as its worker sends heartbeats, so the claims of a dead worker expire. The clocks of the hosts
+must agree to within a few seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import MALFORMED, Result
 from parallax_gen.ops.base import KernelConfig, config_to_json
 
-LEASE_S = 60.0  # a worker without a heartbeat for so long is dead
+LEASE_S = 60.0  # a worker that sent no heartbeat for this long counts as dead
 CLAIM_ATTEMPTS = 8  # to claim a config that another worker claims at the same moment
 CONNECT_ATTEMPTS = 5  # attempts to open a database while other workers create its tables
 
@@ -40,8 +40,8 @@ CONNECT_ATTEMPTS = 5  # attempts to open a database while other workers create i
 class Storage:
     """The storage that workers share: `postgresql://...` or another URL of SQLAlchemy's, or `journal:FILE`.
 
-    A journal is for hosts that share a file system. Raises StoreError if the storage cannot be used; passwords in a URL
-    appear in no message.
+    A journal is for hosts that share a file system. Raises StoreError if the storage cannot be used; no message
+    contains a password of a URL.
     """
 
     def __init__(self, url: str, *, lease_s: float = LEASE_S):
@@ -62,7 +62,9 @@ class Storage:
         try:
             url = make_url(text)
         except UrlError:
-            raise StoreError("the storage is no journal:FILE and no URL such as postgresql://user@host/name") from None
+            raise StoreError(
+                "the storage is neither journal:FILE nor a URL such as postgresql://user@host/name"
+            ) from None
         self._name = url.render_as_string(hide_password=True)
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")  # the driver that the extra `postgresql` installs
@@ -93,7 +95,7 @@ class Storage:
 
 
 class SharedClaims:
-    """The claims and results of one place that workers share, as one worker sees them."""
+    """One worker's view of the claims and results of a place that workers share."""
 
     def __init__(
         self,
@@ -110,16 +112,16 @@ class SharedClaims:
         self._seen: set[int] = set()
         self._last_heartbeat = -float("inf")
         with as_store_error():
-            name = f"parallax_gen {hashlib.sha256(f'{place.text} {program}'.encode()).hexdigest()[:32]}"
-            optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-            self._study = storage.get_study_id_from_name(name)
+            study_name = f"parallax_gen {hashlib.sha256(f'{place.text} {program}'.encode()).hexdigest()[:32]}"
+            optuna.create_study(storage=storage, study_name=study_name, load_if_exists=True)
+            self._study = storage.get_study_id_from_name(study_name)
             if not storage.get_study_user_attrs(self._study).get("place"):
-                in_clear = place.flat() | {"program": program}  # for people who inspect the storage
-                storage.set_study_user_attr(self._study, "place", in_clear)
+                readable = place.flat() | {"program": program}  # for people who inspect the storage
+                storage.set_study_user_attr(self._study, "place", readable)
             self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Send this worker's heartbeat, if the last one is some time ago."""
+        """Send this worker's heartbeat, if the last one is older than a sixth of the lease."""
         if time.monotonic() - self._last_heartbeat > self._lease_s / 6:
             with self._as_store_error():
                 self._storage.set_study_user_attr(self._study, _heartbeat_key(self._worker), time.time())
@@ -135,7 +137,7 @@ class SharedClaims:
                 trial = self._storage.create_new_trial(self._study, _new_claim(text, self._worker))
                 # A competing claim is visible by now, or its worker will see this one. If two workers see each other's
                 # claims, both withdraw and try again a little later.
-                if not self._is_taken(text, but=self._storage.get_trial_number_from_id(trial)):
+                if not self._is_taken(text, except_trial=self._storage.get_trial_number_from_id(trial)):
                     self._claims[text] = trial
                     return True
                 self._end(trial, TrialState.FAIL)
@@ -148,10 +150,11 @@ class SharedClaims:
         trial = self._claims.pop(text, None)
         if trial is None:
             return
-        with self._as_store_error(), contextlib.suppress(UpdateFinishedTrialError):  # this worker was taken for dead
+        # The error: another worker ended this claim, because this worker seemed dead.
+        with self._as_store_error(), contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial, "result", json.dumps(result.to_dict()))
-            fine = result.outcome.timed and result.time_us is not None
-            self._end(trial, TrialState.COMPLETE if fine else TrialState.FAIL, result.time_us if fine else None)
+            timed = result.outcome.timed and result.time_us is not None
+            self._end(trial, TrialState.COMPLETE if timed else TrialState.FAIL, result.time_us if timed else None)
 
     def publish(self, result: Result) -> None:
         """Share a result that this worker has no claim for: a finalist that was timed again."""
@@ -160,7 +163,7 @@ class SharedClaims:
             self._claims[text] = self._storage.create_new_trial(self._study, _new_claim(text, self._worker))
         self.finish(result)
 
-    def others_at_work(self) -> bool:
+    def others_have_claims(self) -> bool:
         """Whether another live worker has a claim."""
         with self._as_store_error():
             heartbeats = self._storage.get_study_user_attrs(self._study)
@@ -178,8 +181,8 @@ class SharedClaims:
     def new_results(self) -> list[Result]:
         """The results that other workers finished since the last call.
 
-        Skips what does not parse as a result of this place, and faults of a worker's machine that an earlier version
-        stored.
+        Skips results that do not parse or are of another place, and faults of a worker's machine that an earlier
+        version stored.
         """
         results = []
         with self._as_store_error():
@@ -192,11 +195,14 @@ class SharedClaims:
                 results.append(result)
         return results
 
-    def _is_taken(self, text: str, but: int | None = None) -> bool:
-        """Whether a config was tried, or claimed by a live worker in another trial than `but`. Ends dead claims."""
+    def _is_taken(self, text: str, except_trial: int | None = None) -> bool:
+        """Whether a config was tried, or a live worker claims it in a trial other than `except_trial`.
+
+        Ends dead claims.
+        """
         heartbeats = self._storage.get_study_user_attrs(self._study)
         for trial in self._storage.get_all_trials(self._study, deepcopy=False):
-            if renamed_json(trial.user_attrs.get("config")) != text or trial.number == but:
+            if renamed_json(trial.user_attrs.get("config")) != text or trial.number == except_trial:
                 continue
             if trial.state.is_finished():
                 if "result" in trial.user_attrs and not self._failed_elsewhere(trial):
@@ -210,7 +216,10 @@ class SharedClaims:
         return False
 
     def _is_alive(self, trial: FrozenTrial, heartbeats: dict[str, Any]) -> bool:
-        """Whether the worker of a claim sent a heartbeat lately. A heartbeat from the future does not count."""
+        """Whether the worker of a claim sent a heartbeat within the lease.
+
+        One from further in the future is ignored.
+        """
         heartbeat = heartbeats.get(_heartbeat_key(trial.user_attrs.get("worker")))
         return isinstance(heartbeat, int | float) and abs(time.time() - heartbeat) < self._lease_s
 
@@ -232,7 +241,7 @@ def _parsed(trial: FrozenTrial) -> Result | None:
     """A trial's result; None if there is none or it does not parse."""
     try:
         return Result.from_dict(json.loads(trial.user_attrs["result"]))
-    except (*MALFORMED, KeyError, TypeError):  # the attribute is missing, or is no text
+    except (*MALFORMED, KeyError, TypeError):  # the attribute is missing, or is not text
         return None
 
 

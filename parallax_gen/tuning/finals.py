@@ -1,4 +1,4 @@
-"""The finals of a job: times the fastest configs again, and the closest ones interleaved, so that luck does not win."""
+"""The finals of a job: times the fastest configs again, the closest ones interleaved, so that luck does not win."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Re
 # MAX_INTERLEAVED of them, those within CLOSE_RATIO of the best, are then timed once more, interleaved.
 MAX_FINALISTS, FINALIST_MS = 8, 60.0
 CLOSE_RATIO, MAX_INTERLEAVED = 1.02, 3
-# After a refresh: its timings are short, and those of a busy card, which runs slower.
+# After a refresh: its timings are short, and the card is busy, so it runs slower.
 CLOSE_RATIO_AFTER_REFRESH = 1.05
 
 
 class Finals:
-    """The requests that measure a job's fastest configs again after its trials, one at a time.
+    """Requests to measure a job's fastest configs again after its trials, one at a time.
 
     The best config is timed again, until the best one is a config that was timed again. Then it is timed interleaved
     with the configs close to it, so that clocks and temperature are the same for all of them. Each new time replaces
-    the stored one. The interleaved times are scaled so that the best keeps its time: they decide among the
-    participants, and a card that runs faster or slower meanwhile does not decide between them and the other configs.
-    The default takes part, since its time shows what tuning gained.
+    the stored one. The interleaved times are scaled so that the best keeps its time: they rank only the participants,
+    and a card that runs faster or slower meanwhile does not move these past the other configs. The default takes
+    part, because its time shows what tuning gained.
 
     After a refresh, whose configs were just timed briefly, all go straight into the interleaved timing, unscaled.
     """
@@ -35,13 +35,13 @@ class Finals:
     def __init__(
         self,
         op: str,
-        known: Callable[[], list[Result]],
+        current_results: Callable[[], list[Result]],
         trial: Callable[[KernelConfig], Trial],
         default: KernelConfig,
         refreshed: Iterable[KernelConfig] = (),
     ):
-        """known: returns the results of the job's kernels of today, the measured ones first, from fast to slow."""
-        self._current_results, self._trial, self._default = known, trial, default
+        """current_results: returns the results of the job's current kernels, measured ones first, from fast to slow."""
+        self._current_results, self._trial, self._default = current_results, trial, default
         self._in_bursts = bound_by_matmuls(op)
         self._retimed = set(refreshed)
         self._after_refresh = bool(self._retimed)
@@ -55,25 +55,25 @@ class Finals:
             self._retimed.add(best.config)
             return Measure(self._trial(best.config), timed_ms=FINALIST_MS, in_bursts=self._in_bursts)
         close = [] if self.over else self._closest()
-        self.over = True  # apart from the reply to this request
+        self.over = True  # except for the reply to this request
         if len(close) > 1:
             return MeasureInterleaved(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._in_bursts)
         return None
 
     def results_of(self, request: Request, reply: TrialResult) -> list[Result]:
         """The results to store for the reply to a request."""
-        before = {r.config: r for r in self._current_results()}
+        current = {r.config: r for r in self._current_results()}
         if not isinstance(request, MeasureInterleaved):
-            old = before[request.trial.config]
+            old = current[request.trial.config]
             retimed = replace(old, outcome=reply.outcome, error=reply.error, detail=truncated_detail(reply.detail))
             return [_timed(retimed, reply.timing)]
         if reply.outcome.failed:
             return []
-        best_us = before[request.trials[0].config].time_us
+        best_us = current[request.trials[0].config].time_us
         assert best_us is not None
         scale = 1.0 if self._after_refresh else best_us / reply.timings[0].median_us
         timings = zip(request.trials, reply.timings, strict=True)
-        return [_timed(before[trial.config], timing, scale) for trial, timing in timings]
+        return [_timed(current[trial.config], timing, scale) for trial, timing in timings]
 
     def _closest(self) -> list[Result]:
         """The best result, those within CLOSE_RATIO of it and the default's; empty unless the best was timed again."""

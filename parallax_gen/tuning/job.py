@@ -29,7 +29,7 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
-from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual
+from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual_shapes
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def timed_shape(self) -> Shape:
-        """The shape with as much work as is timed: sequences of their own lengths are mostly shorter than `shape`'s."""
+        """A shape with the timed amount of work. With per-sequence lengths this is less than the work of `shape`."""
         return timed_shape(self.spec, self.shape)
 
 
@@ -61,15 +61,17 @@ def step_spec(spec: KernelSpec) -> KernelSpec:
 
 
 def program_key(job: Job) -> str:
-    """A text that workers must agree on to share a job: the kernels that they render, and the toolchain."""
+    """A text that must be equal for workers to share a job: the kernel they render, the toolchain and the protocol."""
     kernel = evidence_of(render(job.spec, default_of(job.place, job.gpu), job.gpu)).kernel
     return f"{kernel}, {Toolchain.here()}, protocol {PROTOCOL}"
 
 
 @dataclass
 class Progress:
-    """The progress of a job. `kinds` counts this run's outcomes, `known` is the number of results of earlier runs.
+    """The progress of a job.
 
+    known      how many results of earlier runs there were
+    kinds      how many trials of this run had each outcome
     elsewhere  how many configs other workers tried meanwhile, if the job is shared
     deadline   when its time budget ends, on time.monotonic's clock; math.inf before the budget starts
     """
@@ -89,20 +91,20 @@ class Progress:
 
 # -- The jobs of a tune.
 
-# Everything: inference, then training.
-ALL_WORK = ("forward", "decode", TRAINING)
+# Inference, then training.
+DEFAULT_OPS = ("forward", "decode", TRAINING)
 
 
 def worklist(
     gpu: Gpu,
     *,
-    ops: Sequence[str] = ALL_WORK,
+    ops: Sequence[str] = DEFAULT_OPS,
     head_dims: Sequence[int] = (),
     dtypes: Sequence[str] = ("bf16",),
     shapes: Mapping[str, Sequence[Shape]] | None = None,
     flags: Flags = NO_FLAGS,
 ) -> list[Job]:
-    """One job for each combination, op by op in the order given, without duplicates.
+    """One job per combination, op by op in the given order, without duplicates.
 
     ops        of OPS, or TRAINING for the four kernels of a training step
     head_dims  by default 128 with `shapes`, else the usual ones
@@ -112,14 +114,14 @@ def worklist(
     jobs: dict[Job, None] = {}  # a set that keeps the order
     for op in ops:
         if shapes is None:
-            sizes = usual(op, tuple(head_dims))
+            sizes = usual_shapes(op, tuple(head_dims))
         else:
             sizes = {head_dim: tuple(shapes[op]) for head_dim in head_dims or (USUAL_HEAD_DIM,)}
-        for head_dim, its_shapes in sizes.items():
+        for head_dim, op_shapes in sizes.items():
             for dtype in dtypes:
-                for shape in its_shapes:
-                    for spec, seen in kernels(op, head_dim, dtype, shape, flags):
-                        jobs[Job(spec, bucket_of(seen), gpu)] = None
+                for shape in op_shapes:
+                    for spec, kernel_shape in kernels(op, head_dim, dtype, shape, flags):
+                        jobs[Job(spec, bucket_of(kernel_shape), gpu)] = None
     return list(jobs)
 
 
@@ -130,64 +132,64 @@ def grid_jobs(
     dtypes: Sequence[str] = ("bf16",),
     flags: Flags = NO_FLAGS,
 ) -> list[Job]:
-    """The decode jobs of a grid without duplicates; only those of `head_dims`, if given."""
+    """The decode jobs of a grid, without duplicates; if head_dims is not empty, only its head_dims."""
     jobs: dict[Job, None] = {}
     for head_dim, shape in grid:
         for dtype in dtypes:
             if not head_dims or head_dim in head_dims:
-                ((spec, seen),) = kernels("decode", head_dim, dtype, shape, flags)
-                jobs[Job(spec, bucket_of(seen), gpu)] = None
+                ((spec, kernel_shape),) = kernels("decode", head_dim, dtype, shape, flags)
+                jobs[Job(spec, bucket_of(kernel_shape), gpu)] = None
     return list(jobs)
 
 
-# -- The jobs of a refresh: places with records, and a few configs of each.
+# -- The jobs of a refresh: places with records, and a few configs for each place.
 
-MAX_REFRESHED = 6  # configs of a place
+MAX_REFRESHED = 6  # configs per place
 MAX_PER_TIER = 2  # more are useless: the fastest configs of a search differ by less than the timing's error
-MAX_HINTS = 1  # configs whose measured kernel is not rendered any more
+MAX_HINTS = 1  # configs whose measured kernel is no longer rendered
 
 
-def refresh_jobs(memory: Memory, gpu: Gpu, wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
+def refresh_jobs(memory: Memory, gpu: Gpu, is_wanted: Callable[[Place], bool] = lambda place: True) -> list[Job]:
     """Every place with a measurement on a card or its siblings, if its inputs fit the card's memory.
 
     Places with the weakest evidence come first, so that a refresh that is stopped early has gained the most. But the
-    kernels of a training step stay together, as they are checked on the same inputs.
+    kernels of a training step stay together, because they are checked on the same inputs.
     """
     names = (gpu.name, *siblings(gpu))
     measured = (result.place for name in names for result in memory.all(name) if result.measured)
     places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
-    chosen = {place: best(place, gpu, memory) for place in places if wanted(place) and _fits(place, gpu)}
-    together: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
+    chosen = {place: best(place, gpu, memory) for place in places if is_wanted(place) and _fits(place, gpu)}
+    steps: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
     for place in chosen:
-        together.setdefault((step_spec(place.spec), place.bucket), []).append(place)
-    order = sorted(together.values(), key=lambda of_step: max(chosen[place].tier for place in of_step), reverse=True)
-    return [Job(place.spec, place.bucket, gpu) for of_step in order for place in of_step]
+        steps.setdefault((step_spec(place.spec), place.bucket), []).append(place)
+    order = sorted(steps.values(), key=lambda step: max(chosen[place].tier for place in step), reverse=True)
+    return [Job(place.spec, place.bucket, gpu) for step in order for place in step]
 
 
 def _fits(place: Place, gpu: Gpu) -> bool:
     """Whether a place's inputs fit the card's memory. A record from elsewhere may have any sizes."""
-    whole = replace(representative(place.bucket, place.spec.group), window=0)  # the tensors are as large
-    return work_of(place.spec, whole).bytes <= gpu.memory_bytes
+    unwindowed = replace(representative(place.bucket, place.spec.group), window=0)  # a window makes no tensor smaller
+    return work_of(place.spec, unwindowed).bytes <= gpu.memory_bytes
 
 
 def refresh_configs(job: Job, memory: Memory) -> list[KernelConfig]:
-    """The configs that may be the fastest at a job's place, by all records.
+    """The configs that may be the fastest at a job's place, according to all records.
 
-    First the config that calls get now, so that a refresh that is stopped there keeps it. Then today's default; a few
-    configs of each tier of the ranking; the best of the nearest bucket; and the fastest among configs that are not
-    rendered any more, or whose search did not know a knob.
+    First the config that calls get now, so that a refresh that stops after it keeps it. Then today's default; a few
+    configs of each tier of the ranking; the best of the nearest bucket; and the fastest among configs that are no
+    longer rendered, or whose search did not know a knob.
     """
     place, gpu = job.place, job.gpu
     configs: dict[KernelConfig, None] = {default_of(place, gpu): None}
-    taken: Counter[Tier] = Counter()
+    tier_counts: Counter[Tier] = Counter()
     for candidate in ranked(place, gpu, memory):
-        if candidate.config not in configs and taken[candidate.tier] < MAX_PER_TIER:
-            taken[candidate.tier] += 1
+        if candidate.config not in configs and tier_counts[candidate.tier] < MAX_PER_TIER:
+            tier_counts[candidate.tier] += 1
             configs[candidate.config] = None
     configs |= dict.fromkeys(_fastest(memory.results(place), gpu, 1))
     for near in near_places(place):
-        if there := _fastest(memory.results(near), gpu, 1):
-            configs |= dict.fromkeys(there)
+        if nearest := _fastest(memory.results(near), gpu, 1):
+            configs |= dict.fromkeys(nearest)
             break
     hints = (result for name in siblings(gpu) for result in memory.results(replace(place, gpu=name)))
     configs |= dict.fromkeys(_fastest(hints, gpu, MAX_HINTS))

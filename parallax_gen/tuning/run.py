@@ -1,4 +1,4 @@
-"""The state of one job while it is tuned: known results, the next config to try, its outcome, and the end."""
+"""One job while it is tuned: its known results, the next config to try, the outcomes, and when it is over."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
 from parallax_gen.tuning.workers.messages import Compile, Measure, Request, Trial, TrialResult
 
-MAX_SPILLS = 512  # bytes a thread; in the recorded sweeps kernels that spill half as much are far from the best
-GIVE_UP_FACTOR = 1.5  # a call this many times slower than the best is given up
+MAX_SPILLS = 512  # bytes per thread; in the recorded sweeps kernels that spill half as much are far from the best
+GIVE_UP_FACTOR = 1.5  # timing stops early for a call this many times slower than the best
 
 
 class Run:
@@ -52,25 +52,27 @@ class Run:
         only_configs: Sequence[KernelConfig] | None = None,
         results: Callable[[Place], list[Result]] | None = None,
     ):
-        """results: looks up results; by default in the store, into which they are written."""
+        """results: looks up the results of a place; by default in the store. New results go to the store always."""
         self.job = job
         self._results = results or store.results
         self._store, self._measure, self._max_trials, self._claims = store, measure, trials, claims
         self._best_outcome = Outcome.OK if measure else Outcome.PREDICTED
         self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
         self._default = default_of(job.place, job.gpu)
-        known = [r for r in self._current_results() if not (r.is_machine_fault or (measure and not r.outcome.tried))]
+        known_results = [
+            r for r in self._current_results() if not (r.is_machine_fault or (measure and not r.outcome.tried))
+        ]
         if only_configs is not None:
-            known = []
-        best = next((r for r in known if r.outcome is self._best_outcome), None)
-        first = self._seeds(best) if only_configs is None else only_configs
-        self._search = Search(job.spec, job.gpu, first, guess=self._guess_us, among=only_configs)
-        for result in known:
+            known_results = []
+        best = next((r for r in known_results if r.outcome is self._best_outcome), None)
+        seeds = self._seeds(best) if only_configs is None else only_configs
+        self._search = Search(job.spec, job.gpu, seeds, guess=self._guess_us, among=only_configs)
+        for result in known_results:
             self._search.tell(result.config, result.time_us)
-        self.progress = Progress(job, known=len(known), best=best)
+        self.progress = Progress(job, known=len(known_results), best=best)
         self._proposed = self._compiling = self._measuring = 0
         self._ready: deque[tuple[KernelConfig, TrialResult]] = deque()  # compiled, and not yet measured
-        self._compiled: dict[KernelConfig, TrialResult] = {}  # those that are being measured
+        self._compiled: dict[KernelConfig, TrialResult] = {}  # configs that are being measured
         self._finals = Finals(job.spec.op, self._current_results, self._trial, self._default, only_configs or ())
         self._claimed_elsewhere: list[KernelConfig] = []  # other workers had claimed these when they were proposed
         self._shared_configs: set[KernelConfig] = set()  # configs that other workers finished
@@ -81,7 +83,7 @@ class Run:
         self._start = time.monotonic()
 
     def begin(self, seconds: float) -> None:
-        """Start the time budget, as a device is free: now, or once the first config is compiled."""
+        """Start the time budget, because a device is free: now, or once the first config is compiled."""
         self._start, self._seconds = time.monotonic(), seconds
         if self._some_compiled:
             self.progress.deadline = self._start + seconds
@@ -93,7 +95,7 @@ class Run:
 
     @property
     def searching(self) -> bool:
-        """Whether trials are under way or to come."""
+        """Whether trials are running or still to come."""
         return time.monotonic() < self.progress.deadline and (self._proposed < self._max_trials or self.in_flight > 0)
 
     @property
@@ -124,9 +126,9 @@ class Run:
         return self._source_key(config), Compile(self._trial(config))
 
     def on_compiled(self, config: KernelConfig, reply: TrialResult) -> bool:
-        """Take the reply of a compilation. True if the trial ended with it: failed, pruned or predicted."""
+        """Take the reply of a compilation. Returns True if it ended the trial: failed, pruned or predicted."""
         self._compiling -= 1
-        if not self._some_compiled:  # compilers start up before: a short budget excludes that
+        if not self._some_compiled:  # the budget excludes the start of the compilers, which matters if it is short
             self._some_compiled = True
             self.progress.deadline = time.monotonic() + self._seconds
         ended = self._early_end(reply)
@@ -142,22 +144,22 @@ class Run:
         return True
 
     def next_request(self) -> Request | None:
-        """The request for a device that is free; None if there is none now, or none any more."""
+        """The request for a free device; None if there is none now, or none any more."""
         request: Request | None = None
         if self.searching:
             if self._ready:
                 config, self._compiled[config] = self._ready.popleft()
-                # The default is never given up: its time shows what tuning gained.
+                # The default is always timed to the end: its time shows what tuning gained.
                 give_up_us = float("inf") if config == self._default else GIVE_UP_FACTOR * self._best_us
                 request = Measure(self._trial(config), give_up_us)
         elif self._measure and not self._measuring:
-            self._finals.over |= self._claims is not None and self._claims.others_at_work()
+            self._finals.over |= self._claims is not None and self._claims.others_have_claims()
             request = self._finals.next_request()
         self._measuring += request is not None
         return request
 
     def on_measured(self, request: Request, reply: TrialResult) -> bool:
-        """Take the reply to a request. True if a trial ended with it, False for finals."""
+        """Take the reply to a request. Returns True if it ended a trial, False for finals."""
         self._measuring -= 1
         if isinstance(request, Measure) and request.trial.config in self._compiled:
             config = request.trial.config
@@ -172,22 +174,22 @@ class Run:
         return False
 
     def _seeds(self, best: Result | None) -> list[KernelConfig]:
-        """The configs to try before the search proposes: the default, those fast elsewhere, neighbours of the best.
+        """The configs to try before the search proposes any: default, configs fast elsewhere, neighbours of the best.
 
-        The search begins with a cost model, which may be wrong for kernels unlike those that it was fitted to.
+        The search starts from a cost model, which may be wrong for kernels unlike those that it was fitted to.
         """
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
         shipped = shipped_seeds(job.place, load_same_capability(job.gpu))
         nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.family))
-        near = neighbours(job.spec, best.config, job.gpu) if best else []
-        return [default, *shipped, *nearby, *promising, *near]
+        best_neighbours = neighbours(job.spec, best.config, job.gpu) if best else []
+        return [default, *shipped, *nearby, *promising, *best_neighbours]
 
     def _current_results(self) -> list[Result]:
-        """The results of the job's kernels of today with this toolchain, the measured ones first, from fast to slow.
+        """The results of the job's current kernels with this toolchain, the measured ones first, from fast to slow.
 
-        One result for each config, by `supersedes`. An older row may be of another patch release of Triton, or from
-        before fingerprints.
+        One result per config, by `supersedes`. An older row may be from another patch release of Triton, or from before
+        fingerprints.
         """
         current: dict[KernelConfig, Result] = {}
         for result in self._results(self.job.place):
@@ -198,14 +200,15 @@ class Run:
 
     def _is_current(self, result: Result) -> bool:
         """Whether a result has this process's toolchain, and the kernel that its config renders today, if any."""
-        evidence, which = result.evidence, (result.config, result.evidence)
-        if which not in self._current:
-            same = is_current(result, self.job.gpu)
-            # The config has no kernel, or no ptxas was found. Few other configs are rendered here.
-            if not same and evidence.identity == Evidence.here(evidence.kernel, evidence.text).identity:
-                same = evidence.identity == self._evidence_of(result.config).identity
-            self._current[which] = same
-        return self._current[which]
+        evidence, key = result.evidence, (result.config, result.evidence)
+        if key not in self._current:
+            is_current_result = is_current(result, self.job.gpu)
+            # Also current: a config without a kernel, or any result if no ptxas was found. This renders few other
+            # configs.
+            if not is_current_result and evidence.identity == Evidence.here(evidence.kernel, evidence.text).identity:
+                is_current_result = evidence.identity == self._evidence_of(result.config).identity
+            self._current[key] = is_current_result
+        return self._current[key]
 
     @property
     def _best_measured(self) -> Result | None:
@@ -226,7 +229,7 @@ class Run:
             if self._claims.claim(config):
                 return config
             self._claimed_elsewhere.append(config)
-        # Claims of dead workers expire, so the job is not done before the results of all claims are known.
+        # Claims of dead workers expire, so the job is not done until the results of all claims are known.
         self._claimed_elsewhere = [config for config in self._claimed_elsewhere if config not in self._shared_configs]
         free = next((config for config in self._claimed_elsewhere if self._claims.claim(config)), None)
         if free is not None:
@@ -249,14 +252,19 @@ class Run:
         self.progress.elsewhere = len(self._shared_configs) - self._shared_before
 
     def _early_end(self, compiled: TrialResult) -> TrialResult | None:
-        """The outcome that ends a trial after compiling: a failure, spills, too much shared memory; None to go on."""
-        resources, most = compiled.resources, self.job.gpu.shared_per_block
+        """The outcome that ends a trial after compiling: a failure, spills, too much shared memory.
+
+        None to continue.
+        """
+        resources, max_shared = compiled.resources, self.job.gpu.shared_per_block
         if compiled.outcome.failed or resources is None:
             return compiled
         if resources.spills > MAX_SPILLS:
             return TrialResult(Outcome.RESOURCES, f"spills {resources.spills} bytes a thread, over {MAX_SPILLS}")
-        if resources.shared_bytes > most:
-            return TrialResult(Outcome.RESOURCES, f"needs {resources.shared_bytes} bytes of shared memory, over {most}")
+        if resources.shared_bytes > max_shared:
+            return TrialResult(
+                Outcome.RESOURCES, f"needs {resources.shared_bytes} bytes of shared memory, over {max_shared}"
+            )
         return None
 
     @property
@@ -274,17 +282,17 @@ class Run:
             return None
 
     def _source_key(self, config: KernelConfig) -> str:
-        """A key that is equal for configs, of any bucket, that render the same source."""
+        """A key of a config's source: equal for configs, also of other buckets, that render the same source."""
         source = self._source(config)
         return f"{self.job.place.digest} {config_to_json(config)}" if source is None else source.sha256
 
     def _evidence_of(self, config: KernelConfig) -> Evidence:
-        """The evidence for a config's result; with an empty kernel if the config has none."""
+        """The evidence for a config's result. Its kernel is empty if the config renders none."""
         source = self._source(config)
         return Evidence.here("", "") if source is None else evidence_of(source)
 
     def _store_result(self, result: Result) -> None:
-        """Store a result, tell the search, and keep the best."""
+        """Store a result, pass its time to the search, and update the progress."""
         self._store.save(result)
         if self._claims is not None:
             self._claims.finish(result)

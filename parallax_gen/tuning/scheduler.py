@@ -16,7 +16,10 @@ IDLE_S = 0.5  # how often a watcher is called while nothing happens
 
 
 class Watcher(Protocol):
-    """Receives the progress of jobs. An exception from it ends the tune: every finished trial is stored by then."""
+    """Receives the progress of jobs.
+
+    An exception raised by it ends the tune; every finished trial is stored by then.
+    """
 
     def begin(self, job: Job) -> None:
         """A device began a job."""
@@ -32,7 +35,7 @@ class Scheduler:
     """Assigns a run to every device, and work to the measuring workers and the compilers."""
 
     def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int], ahead: int):
-        """ahead: for how many runs without a device configs are compiled."""
+        """ahead: how many runs without a device have their configs compiled in advance."""
         self._pool, self._upcoming, self._max_ahead = pool, runs, ahead
         self._measure = bool(devices)
         self._ahead: deque[tuple[int, Run]] = deque()  # runs without a device, whose configs are being compiled
@@ -69,7 +72,7 @@ class Scheduler:
             run.heartbeat()
 
     def _assign_runs(self, seconds: float, watcher: Watcher) -> None:
-        """Give every device without a run the next one; when none is left, devices share the remaining runs."""
+        """Give each device without a run the next one. Once no new run is left, devices share the remaining runs."""
         for device in [device for device, run in self._run_of_device.items() if run is None]:
             number, run = self._ahead.popleft() if self._ahead else next(self._upcoming, (None, None))
             if number is not None and run is not None:
@@ -90,19 +93,21 @@ class Scheduler:
                     self._pool.measure(number, device, request)
 
     def _end_runs(self, watcher: Watcher) -> bool:
-        """End the runs that are over. Whether there were any."""
+        """End the runs that are over. Returns whether there were any."""
         over = [number for number, run in self._running.items() if run.over]
         for number in over:
             run = self._running.pop(number)
             run.close()
             self._pool.forget(number)
             self._done[number] = run.progress
-            self._run_of_device.update({device: None for device, its in self._run_of_device.items() if its == number})
+            self._run_of_device.update(
+                {device: None for device, its_run in self._run_of_device.items() if its_run == number}
+            )
             watcher.end(run.progress)
         return bool(over)
 
     def _compile_ahead(self) -> None:
-        """Keep twice as many configs of each run in flight as there are compilers, also for the next runs."""
+        """Keep twice as many configs of each run in flight as there are compilers. Includes the runs ahead."""
         if self._measure and len(self._ahead) < self._max_ahead:
             self._ahead.extend(itertools.islice(self._upcoming, 1))
         for number, run in [*self._running.items(), *self._ahead]:
@@ -110,7 +115,7 @@ class Scheduler:
                 self._pool.compile(number, *request)
 
     def _deliver(self, answer: Answer) -> bool:
-        """Pass an answer on to its run. Whether a trial ended with it."""
+        """Pass an answer on to its run. Returns whether it ended a trial."""
         if answer.device is not None:
             self._busy.remove(answer.device)
         run = self._running.get(answer.owner) or dict(self._ahead)[answer.owner]

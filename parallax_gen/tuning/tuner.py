@@ -17,7 +17,7 @@ from parallax_gen.tuning.workers.worker import Worker
 
 
 def start_measuring_workers(devices: Sequence[int]) -> dict[int, Worker]:
-    """Start one measuring child for each device (index among those visible here), for a Tuner or to identify GPUs."""
+    """Start one measuring child per device (index among those visible here), for a Tuner or to identify GPUs."""
     workers = {device: Worker(device=device) for device in devices}
     for worker in workers.values():
         worker.start()
@@ -25,7 +25,7 @@ def start_measuring_workers(devices: Sequence[int]) -> dict[int, Worker]:
 
 
 def start_compilers(count: int | None, devices: int) -> list[Worker]:
-    """Start compiling children for a Tuner: by default one for each usable CPU, less one for each device."""
+    """Start compiling children for a Tuner: by default one per usable CPU, less one per device."""
     compilers = [Worker(device=None) for _ in range(count or max(1, usable_cpus() - max(1, devices)))]
     for compiler in compilers:
         compiler.start()
@@ -46,15 +46,15 @@ def children(devices: Sequence[int], compilers: int | None) -> Iterator[tuple[di
 
 
 class Tuner:
-    """Tunes jobs, one a device at a time. A context: it owns the child processes, and leaving it ends them.
+    """Tunes jobs, one per device at a time. A context: it owns the child processes, and leaving it ends them.
 
-    measure    False only compiles and predicts, and needs no GPU
+    measure    False to only compile and predict, which needs no GPU
     measuring  the measuring children by the index of their device; by default one for the first device
     compilers  the compiling children, or how many to start
     storage    shares the jobs with workers elsewhere
-    refresh    the memory whose configs alone are timed again (tuning/job.py)
+    refresh    for a refresh: the memory that names the few configs to time again (tuning/job.py)
 
-    The tuner owns all children from then on.
+    The tuner owns the given children too, and ends them.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Tuner:
         if compilers is None or isinstance(compilers, int):
             compilers = start_compilers(compilers, len(self._measuring))
         self._pool = Pool(self._measuring, compilers)
-        self._runs = 0  # of all calls so far: answers refer to a run by its number
+        self._runs = 0  # of all calls of `tune_all` so far: answers refer to a run by its number
 
     def __enter__(self) -> Tuner:
         return self
@@ -105,7 +105,8 @@ class Tuner:
 
     def _run(self, job: Job, trials: int) -> Run:
         if self._refresh is not None:
-            only_configs = refresh_configs(job, self._refresh)[: max(trials, 2)]  # the choice, the default
+            # At least the chosen config and the default.
+            only_configs = refresh_configs(job, self._refresh)[: max(trials, 2)]
             results = self._refresh.results
             return Run(
                 job,

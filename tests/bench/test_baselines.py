@@ -27,17 +27,28 @@ from parallax_gen.problem.workloads import TRAINING
 CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True)
 WINDOWED = KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True)
 FULL = KernelSpec("forward", 64, "fp16", group=2)
+CAPPED = KernelSpec("forward", 64, "fp16", group=2, causal=True, softcap=True)
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int | None, int | None], lengths: list[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    lengths: list[int],
+    softcap: float,
 ) -> Tensor:
-    """As flash-attn documents it: query i, counted from the end of the keys, sees i - left to i + right."""
+    """As flash-attn documents it: query i, counted from the end of the keys, sees i - left to i + right.
+
+    softcap  0 for none
+    """
     group, (left, right) = q.shape[2] // k.shape[2], window_size
-    found = torch.zeros(q.shape, dtype=torch.float64)
+    result = torch.zeros(q.shape, dtype=torch.float64)
     for b, length in enumerate(lengths):
         keys, values = (x[b, :length].double().repeat_interleave(group, dim=1) for x in (k, v))
         s = torch.einsum("qhd,khd->hqk", q[b].double(), keys) / math.sqrt(q.shape[-1])
+        s = softcap * torch.tanh(s / softcap) if softcap else s
         i = torch.arange(q.shape[1])[:, None] + length - q.shape[1]
         j = torch.arange(length)
         hidden = (j > i) if causal else torch.zeros_like(i + j, dtype=torch.bool)
@@ -46,20 +57,20 @@ def flash_attention(
         if right not in (None, -1):
             hidden = hidden | (j > i + right)
         p = s.masked_fill(hidden, -math.inf).softmax(-1)
-        found[b] = torch.einsum("hqk,khd->qhd", p, values)
-    return found.to(q.dtype)
+        result[b] = torch.einsum("hqk,khd->qhd", p, values)
+    return result.to(q.dtype)
 
 
 def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Install a fake of one of the three packages; returns the keyword arguments of the calls to its functions."""
-    of, module, given = FLASH[name], ModuleType(FLASH[name].module), []
+    of, module, calls = FLASH[name], ModuleType(FLASH[name].module), []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **options: Any) -> Any:
-        given.append(options)
+        calls.append(options)
         if options.get("num_splits") == 0 and module.__dict__.get("no_splits"):
             raise AssertionError("SplitKV not supported")
         window = options.get("window_size", (of.no_window, of.no_window))
-        out = flash_attention(q, k, v, causal, window, [k.shape[1]] * len(q))
+        out = flash_attention(q, k, v, causal, window, [k.shape[1]] * len(q), options.get("softcap", 0.0))
         return (out, None) if name == "flash-attn 4" else out
 
     def flash_attn_with_kvcache(
@@ -71,26 +82,27 @@ def flash_module(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         cache_leftpad: Tensor | None = None,
         causal: bool,
         window_size: tuple[int, int],
+        softcap: float = 0.0,
         **pages: Tensor | None,
     ) -> Tensor:
-        given.append(pages)
+        calls.append(pages)
         lengths = [k_cache.shape[1]] * len(q) if cache_seqlens is None else cache_seqlens.tolist()
-        return flash_attention(q, k_cache, v_cache, causal, window_size, lengths)
+        return flash_attention(q, k_cache, v_cache, causal, window_size, lengths, softcap)
 
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     if of.page_table_name:
         module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, of.module, module)
-    return given
+    return calls
 
 
 def prepared(name: str, op: str, spec: KernelSpec, x: Inputs) -> Any:
     return BASELINES[name].prepare(op, spec, x)
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def close(result: Tensor, expected: Tensor) -> bool:
     """Equal up to fp16 rounding, for values around 1."""
-    return torch.allclose(found.double(), expected, atol=2e-3, rtol=2e-3)
+    return torch.allclose(result.double(), expected, atol=2e-3, rtol=2e-3)
 
 
 # flash-attn
@@ -104,8 +116,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
         (CAUSAL, Shape(2, 4, 2, 10, 40)),
         (WINDOWED, Shape(2, 4, 2, 40, 40, 9)),
         (FULL, Shape(2, 4, 2, 10, 40)),
+        (CAPPED, Shape(2, 4, 2, 40, 40)),
     ],
-    ids=["causal", "chunk", "window", "full"],
+    ids=["causal", "chunk", "window", "full", "softcap"],
 )
 def test_flash_attention_is_softmax_under_our_mask(
     name: str, spec: KernelSpec, shape: Shape, monkeypatch: pytest.MonkeyPatch
@@ -120,39 +133,53 @@ def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     flash_module(name, monkeypatch)
     spec = CAUSAL.for_op("forward")
     x = random_inputs_for_case(TRAINING, spec, Shape(1, 4, 2, 24, 24), "cpu")
-    found = prepared(name, TRAINING, spec, x).results()
+    result = prepared(name, TRAINING, spec, x).results()
     q, k, v = (t.double().requires_grad_() for t in (x.q, x.k, x.v))
     out = reference_forward(q, torch.zeros_like(q), k, v, causal=True).out
     assert x.do is not None
     expected = torch.autograd.grad(out, (q, k, v), x.do.double())
-    assert close(found["out"], out)
-    for grad, reference in zip((found["dq"], found["dk"], found["dv"]), expected, strict=True):
+    assert close(result["out"], out)
+    for grad, reference in zip((result["dq"], result["dk"], result["dv"]), expected, strict=True):
         assert torch.allclose(grad.double(), reference, atol=1e-2, rtol=1e-2)  # do and p in fp16
+
+
+def test_ours_and_flash_attention_alone_cap_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name for name, baseline in BASELINES.items() if baseline.softcap} == {"parallax_gen", *FLASH}
+    x = random_inputs_for_case("forward", CAPPED, Shape(1, 4, 2, 24, 24), "cpu")
+    with pytest.raises(NotImplementedError, match="it has no softcap"):
+        prepared("fla", "forward", CAPPED, x)
+    assert close(prepared("parallax_gen", "forward", CAPPED, x).results()["out"], attend(CAPPED, x).out)
+    decode = KernelSpec("decode", 64, "fp16", group=2, softcap=True)
+    x = random_inputs_for_case("decode", decode, Shape(3, 4, 2, 1, 50), "cpu")
+    assert close(prepared("parallax_gen", "decode", decode, x).results()["out"], attend(decode, x).out)
+    for name in FLASH:
+        flash_module(name, monkeypatch)
+        assert close(prepared(name, "decode", decode, x).results()["out"], attend(decode, x).v_mean)
 
 
 @pytest.mark.parametrize("name", ["flash-attn 2", "flash-attn 3"])
 def test_flash_attention_decodes_with_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = flash_module(name, monkeypatch)
+    calls = flash_module(name, monkeypatch)
     spec = KernelSpec("decode_varlen", 64, "fp16", group=2)
     x = random_inputs_for_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     x.cache_seqlens = torch.tensor([50, 7, 20], dtype=torch.int32)
     assert close(prepared(name, "decode", spec, x).results()["out"], attend(spec, x).v_mean)
-    assert given == [{}]
+    assert calls == [{}]
     x.page_table = torch.zeros(3, 4, dtype=torch.int32)
     prepared(name, "decode", spec, x).results()
-    assert list(given[1]) == [FLASH[name].page_table_name]
+    assert list(calls[1]) == [FLASH[name].page_table_name]
 
 
 @pytest.mark.parametrize("splits", [True, False])
 def test_flash_attention_4_decodes_split_where_it_can(splits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = flash_module("flash-attn 4", monkeypatch)
+    calls = flash_module("flash-attn 4", monkeypatch)
     sys.modules["flash_attn.cute"].no_splits = not splits  # type: ignore[attr-defined]
     spec = KernelSpec("decode", 64, "fp16", group=2)
     x = random_inputs_for_case("decode", spec, Shape(3, 4, 2, 1, 50), "cpu")
     single = prepared("flash-attn 4", "decode", spec, x)
-    given.clear()
+    calls.clear()
     assert close(single.results()["out"], attend(spec, x).v_mean)
-    assert given == [{"num_splits": 0} if splits else {}]
+    assert calls == [{"num_splits": 0} if splits else {}]
 
 
 def test_unsupported_flash_attention_cases_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +214,8 @@ def _helion(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Tensor:
         assert all(x.is_contiguous() for x in (q, r, k, v))
         window = None if window_size_left == -1 else window_size_left
-        given = (x.transpose(1, 2) for x in (q, r, k, v))
-        return reference_forward(*given, causal=True, window_size=window).out.to(q.dtype).transpose(1, 2)
+        inputs = (x.transpose(1, 2) for x in (q, r, k, v))
+        return reference_forward(*inputs, causal=True, window_size=window).out.to(q.dtype).transpose(1, 2)
 
     module = ModuleType("parallax.helion")
     module.parallax_func = parallax_func  # type: ignore[attr-defined]
@@ -219,7 +246,7 @@ def test_notes_say_how_helion_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None
     assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=quick")
     monkeypatch.delenv(parallax_kernel.HELION_EFFORT)
     assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=none")
-    parallax_kernel.helion()
+    parallax_kernel.import_helion()
     assert os.environ[parallax_kernel.HELION_EFFORT] == "none"
 
 
@@ -251,18 +278,18 @@ def test_the_help_of_bench_names_every_baseline() -> None:
 def test_packages_are_listed_with_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
-    there = {"parallax-kernel": "0.1.1"}
+    versions = {"parallax-kernel": "0.1.1"}
 
     def version(name: str) -> str:
-        if name not in there:
+        if name not in versions:
             raise metadata.PackageNotFoundError(name)
-        return there[name]
+        return versions[name]
 
     monkeypatch.setattr(metadata, "version", version)
     packages = {name: baseline.package() for name, baseline in BASELINES.items()}
     assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1"
     assert packages["fla"] == ""
-    there["nvidia-cutlass-dsl"] = "4.1.0"
+    versions["nvidia-cutlass-dsl"] = "4.1.0"
     packages = {name: baseline.package() for name, baseline in BASELINES.items()}
     assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1, nvidia-cutlass-dsl 4.1.0"
 

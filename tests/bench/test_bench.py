@@ -58,8 +58,8 @@ def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         op: str, spec: KernelSpec, shape: Shape, only: tuple[str, ...], effort: Effort, lengths: tuple[int, ...]
     ) -> list[Row]:
         compared.append((op, spec, shape))
-        found = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
-        return [row for row in found if not only or row.baseline in only]
+        result = STEP_ROWS if op == TRAINING else ROWS if shape == SHAPE else []
+        return [row for row in result if not only or row.baseline in only]
 
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
     monkeypatch.setattr(running, "compare", compare)
@@ -135,8 +135,8 @@ def test_training_rows_as_csv_and_json(tmp_path: Path) -> None:
     assert {row["window"] for row in rows} == {"4096"}
     assert (rows[1]["time_us"], rows[1]["error"]) == ("12345.6", "0.004")
     assert rows[7]["note"] == "without a CUDA graph"
-    found = run_json(*arguments, "--only", "fla")["rows"]
-    assert [(row["contender"], row["part"], row["time_us"]) for row in found] == [
+    result = run_json(*arguments, "--only", "fla")["rows"]
+    assert [(row["contender"], row["part"], row["time_us"]) for row in result] == [
         ("fla", part, None) for part in ("forward", "backward", "step")
     ]
 
@@ -176,8 +176,8 @@ def test_default_ops_shapes_and_windows() -> None:
     ("arguments", "message"),
     [
         (("--op", "dkdv"), "'dkdv' is not one of"),
-        (("--op", "training", "--stats"), "--stats: only with --op forward or decode, not with training"),
-        (("--op", "training", "--leftpad"), "--leftpad: only with --op decode, not with training"),
+        (("--op", "training", "--stats"), "--stats needs --op forward or decode, not training"),
+        (("--op", "training", "--leftpad"), "--leftpad needs --op decode, not training"),
         (("--op", "training", "--head-dim", "72"), "no usual shape of training has head_dim 72"),
         (("--head-dim", "100"), "100 is not a multiple of 8 from 8 to 256"),
     ],

@@ -75,8 +75,8 @@ def fake_parallax_kernel(attend: Callable[..., Tensor]) -> ModuleType:
         keys, values = (x.repeat_interleave(n_rep, 0)[:, :, None] for x in (k, v))
         return attend(q[:, :, None], r[:, :, None], keys, values, window)[:, :, 0]
 
-    def parallax_fwd(*given: Any, n_rep: int, window_size_left: int) -> tuple[Tensor]:
-        return (apply(*given, n_rep, window_size_left),)
+    def parallax_fwd(*inputs: Any, n_rep: int, window_size_left: int) -> tuple[Tensor]:
+        return (apply(*inputs, n_rep, window_size_left),)
 
     module = ModuleType("parallax.triton")
     module.ParallaxFunction = SimpleNamespace(apply=apply)  # type: ignore[attr-defined]
@@ -114,9 +114,9 @@ def test_a_step_and_its_errors(clock: Clock, spec: KernelSpec, shape: Shape) -> 
         assert row.error is not None
         assert 1e-5 < row.error < tolerance("bf16")  # the rounding of the output
     for name in ("parallax_gen", "official Triton", "fla"):
-        found = {part: row.error for part, row in rows_of(rows, name).items()}
-        assert found["forward"] != found["backward"]
-        assert found["step"] == max(found["forward"], found["backward"])  # type: ignore[type-var]
+        result = {part: row.error for part, row in rows_of(rows, name).items()}
+        assert result["forward"] != result["backward"]
+        assert result["step"] == max(result["forward"], result["backward"])  # type: ignore[type-var]
     assert all(clock.in_bursts)
 
 
@@ -154,16 +154,16 @@ def test_rates_count_the_work_of_each_part(monkeypatch: pytest.MonkeyPatch, cloc
     pairs = 2 * 4 * 40 * 40 / 2 * 64  # batch, heads, half a square of visible pairs, head_dim
     assert work_of(STEP, SHAPE).flops == 8 * pairs
     for name, flops in (("parallax_gen", (8, 16, 24)), ("softmax", (4, 10, 14))):
-        found = [row.rate for row in rows_of(rows, name).values()]
-        assert found == pytest.approx([n * pairs / 100.0 / 1e6 for n in flops])
+        result = [row.rate for row in rows_of(rows, name).values()]
+        assert result == pytest.approx([n * pairs / 100.0 / 1e6 for n in flops])
     assert [row.error for row in rows_of(rows, "softmax").values()] == [None] * 3
 
 
 def test_uncapturable_calls_are_timed_without_a_graph(clock: Clock) -> None:
     clock.uncapturable = {"backward"}
-    found = rows_of(compare(TRAINING, STEP, SHAPE, ("parallax_gen",)), "parallax_gen")
-    assert (found["backward"].time_us, found["backward"].note) == (300.0, "without a CUDA graph")
-    assert (found["forward"].time_us, found["forward"].note) == (100.0, "")
+    result = rows_of(compare(TRAINING, STEP, SHAPE, ("parallax_gen",)), "parallax_gen")
+    assert (result["backward"].time_us, result["backward"].note) == (300.0, "without a CUDA graph")
+    assert (result["forward"].time_us, result["forward"].note) == (100.0, "")
 
 
 def test_a_failing_baseline_is_a_row_and_our_failure_an_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -220,10 +220,10 @@ LENGTHS = (300, 9, 40)
 
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_lengths_are_passed_checked_and_counted(clock: Clock, monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def attend(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor, out: Tensor) -> Tensor:
-        given.append(seqused_k)
+        inputs.append(seqused_k)
         assert not k.isnan().any()
         for i, keys in enumerate(seqused_k.tolist()):
             row = (q[i : i + 1], r[i : i + 1], k[i : i + 1, :keys], v[i : i + 1, :keys])
@@ -245,7 +245,7 @@ def test_lengths_are_passed_checked_and_counted(clock: Clock, monkeypatch: pytes
     if page_size:
         assert peer.note == "not supported: it has no pages"
         return
-    assert {tuple(lengths.tolist()) for lengths in given} == {LENGTHS}
+    assert {tuple(lengths.tolist()) for lengths in inputs} == {LENGTHS}
     assert peer.error is not None
     assert peer.error < tolerance("bf16")
     assert peer.rate == ours.rate
@@ -338,9 +338,9 @@ def test_a_baseline_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
 def test_failure_notes_are_one_short_line(kind: type[Exception]) -> None:
-    said = comparing._failure_note(kind("so long " * 100 + "\nand more"))
-    assert len(said) == comparing.MAX_NOTE_LENGTH
-    assert "\n" not in said
+    message = comparing._failure_note(kind("so long " * 100 + "\nand more"))
+    assert len(message) == comparing.MAX_NOTE_LENGTH
+    assert "\n" not in message
 
 
 def test_rows_count_checked_sequences_and_heads(clock: Clock) -> None:

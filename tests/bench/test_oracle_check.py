@@ -54,16 +54,16 @@ def test_errors_of_a_sample_are_near_those_of_the_whole() -> None:
     of_whole, of_sample = whole.errors(right), sample.errors(right)
     assert set(of_whole) == set(of_sample) == {"out", "dq", "dr", "dk", "dv"}
     for name, error in of_whole.items():
-        assert 1e-4 < error < 1e-3  # rounding to fp16: at most 2^-12 an element
+        assert 1e-4 < error < 1e-3  # rounding to fp16: at most 2^-12 per element
         assert of_sample[name] == pytest.approx(error, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["out", "dq", "dr", "dk", "dv"])
 def test_an_error_in_the_last_sequence_and_head_is_in_the_sample(name: str) -> None:
-    _, sample, found = results(STEP, SHAPE)
-    found[name] = found[name].clone()
-    found[name][-1, :, -1] = 0
-    errors = sample.errors(found)
+    _, sample, result = results(STEP, SHAPE)
+    result[name] = result[name].clone()
+    result[name][-1, :, -1] = 0
+    errors = sample.errors(result)
     assert errors.pop(name) > 0.1
     assert max(errors.values()) < 1e-3
 

@@ -148,9 +148,9 @@ def test_known_rows_are_not_timed_again(timer: FakeTimer, tmp_path: Path) -> Non
     first = run(*DECODE, *SHAPES, "--csv", tmp_path / "rows", "--only", "fla")
     assert [(shape.batch, name) for _, shape, name in timer.compared] == [(1, "fla"), (2, "fla")]
     timer.compared.clear()
-    again = run(*DECODE, *SHAPES, "--csv", tmp_path / "rows", "--only", "fla")
+    second = run(*DECODE, *SHAPES, "--csv", tmp_path / "rows", "--only", "fla")
     assert timer.compared == []
-    assert again.stdout == first.stdout
+    assert second.stdout == first.stdout
     run(*DECODE, "--shape", "1,8,1024", "--csv", tmp_path / "rows", "--only", "fla", "--only", "SDPA flash")
     assert [name for _, _, name in timer.compared] == ["SDPA flash"]
     assert len(lines_of(tmp_path / "rows")) == 3
@@ -193,8 +193,8 @@ def test_rows_of_other_cards_versions_and_settings_are_kept(changed: str, tmp_pa
 
 def test_rows_of_another_command_are_reused(tmp_path: Path) -> None:
     ResultsCsv(tmp_path / "rows").add([ROW])
-    asked = dataclasses.replace(ROW, time_us=None, conditions=dataclasses.replace(CONDITIONS, command="another"))
-    assert ResultsCsv(tmp_path / "rows").stored(asked) == ROW
+    requested = dataclasses.replace(ROW, time_us=None, conditions=dataclasses.replace(CONDITIONS, command="another"))
+    assert ResultsCsv(tmp_path / "rows").stored(requested) == ROW
 
 
 def test_after_tuning_ours_is_timed_again(timer: FakeTimer, tmp_path: Path, store: Store) -> None:
@@ -218,8 +218,8 @@ def test_a_truncated_line_loses_no_other_row(lost: int, tmp_path: Path) -> None:
     read = ResultsCsv(path)
     assert (read.stored(ROW), read.stored(FAILED)) == (None if lost == 400 else ROW, None)
     read.add([FAILED])
-    again = ResultsCsv(path)
-    assert (again.stored(ROW), again.stored(FAILED)) == (read.stored(ROW), FAILED)
+    reread = ResultsCsv(path)
+    assert (reread.stored(ROW), reread.stored(FAILED)) == (read.stored(ROW), FAILED)
 
 
 def test_a_last_line_without_a_newline_is_kept(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_file_of_another_format_is_not_changed(timer: FakeTimer, text: str, tm
     done = run(*DECODE, "--csv", tmp_path / "rows")
     assert done.exit_code == 1
     assert done.stderr.count("\n") == 1
-    assert "are not those of bench: choose another file" in done.stderr
+    assert "does not have the columns of parallax-gen bench: choose another file" in done.stderr
     assert (tmp_path / "rows").read_text(encoding="utf-8") == text
     assert timer.compared == []
 
@@ -264,8 +264,12 @@ def test_a_file_without_the_lengths_column_is_extended_and_gets_it(lost: int, tm
     read, whole = ResultsCsv(path), lost <= 1
     assert (read.stored(ROW), read.stored(FAILED), read.stored(RAGGED)) == (ROW, FAILED if whole else None, None)
     read.add([RAGGED])
-    again = ResultsCsv(path)
-    assert (again.stored(ROW), again.stored(FAILED), again.stored(RAGGED)) == (ROW, FAILED if whole else None, RAGGED)
+    reread = ResultsCsv(path)
+    assert (reread.stored(ROW), reread.stored(FAILED), reread.stored(RAGGED)) == (
+        ROW,
+        FAILED if whole else None,
+        RAGGED,
+    )
     assert [line["lengths"] for line in lines_of(path)] == ["", *[""] * whole, "99,3"]
     assert all(line["quick"] == "False" for line in lines_of(path))
     assert not list(tmp_path.glob(".rows*"))
@@ -336,12 +340,12 @@ def test_quick_times_fewer_shapes_and_marks_every_row(timer: FakeTimer, tmp_path
 
 def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
     cases = list(cases_of(("decode", TRAINING), None, "bf16", (), "paper", NO_FLAGS))
-    few = [case.shape for case in quick_cases(cases, H200) if case.op == "decode"]
-    assert few[0] == Shape(1, 8, 8, 1, 128)
-    assert few[-1] == Shape(2048, 8, 8, 1, 16384)
-    assert len(set(few)) == len(few) == QUICK_SHAPES
-    one = list(cases_of(("decode",), None, "bf16", (Sizes(1, 8, 8, None, 64),), None, Flags()))
-    assert quick_cases(one, H200) == one
+    quick_shapes = [case.shape for case in quick_cases(cases, H200) if case.op == "decode"]
+    assert quick_shapes[0] == Shape(1, 8, 8, 1, 128)
+    assert quick_shapes[-1] == Shape(2048, 8, 8, 1, 16384)
+    assert len(set(quick_shapes)) == len(quick_shapes) == QUICK_SHAPES
+    single_case = list(cases_of(("decode",), None, "bf16", (Sizes(1, 8, 8, None, 64),), None, Flags()))
+    assert quick_cases(single_case, H200) == single_case
     huge = list(cases_of(("decode",), None, "bf16", (Sizes(2048, 64, 64, None, 131072),), None, Flags()))
     assert quick_cases(huge, H200) == huge  # it stays, so that a row says that it was skipped
 
@@ -349,15 +353,15 @@ def test_quick_spreads_its_shapes_over_those_that_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--grid", "serving", "--op", "training"), "--grid serving: only with --op decode, and without --shape"),
+        (("--grid", "serving", "--op", "training"), "--grid serving needs --op decode, and no --shape"),
         (
             ("--grid", "paper", "--op", "forward"),
-            "--grid paper: only with --op decode or training, and without --shape",
+            "--grid paper needs --op decode or training, and no --shape",
         ),
-        (("--grid", "paper", "--shape", "1,8,64"), "without --shape"),
+        (("--grid", "paper", "--shape", "1,8,64"), "and no --shape"),
         (("--only", "FA2"), "'FA2' is not one of"),
         (("--only", "fla", "--skip", "fla"), "--only and --skip leave no baseline to time"),
-        (("--picture", "a.png"), "--picture: only with --op decode"),
+        (("--picture", "a.png"), "--picture needs --op decode"),
     ],
 )
 def test_invalid_options_are_usage_errors_before_anything_is_timed(

@@ -61,18 +61,18 @@ def test_path_alone_is_on_standard_output(store: Store, monkeypatch: pytest.Monk
 
 def test_stats_count_everything(store: Store) -> None:
     filled(store)
-    found = run_json("db", "stats")
-    assert (found["rows"], found["schema"], found["unreadable"]) == (6, 3, 0)
-    assert found["bytes"] >= store.path.stat().st_size > 0
-    assert found["kernels"] == [
+    result = run_json("db", "stats")
+    assert (result["rows"], result["schema"], result["unreadable"]) == (6, 3, 0)
+    assert result["bytes"] >= store.path.stat().st_size > 0
+    assert result["kernels"] == [
         {"gpu": "h200", "op": "decode", "rows": 4, "outcomes": {"ok": 2, "wrong": 1, "predicted": 1}},
         {"gpu": "h200", "op": "dkdv", "rows": 2, "outcomes": {"ok": 1, "crash": 1}},
     ]
-    toolchains = [(t["ops"], t["rows"], t["here"], t["newest"][:10]) for t in found["toolchains"]]
+    toolchains = [(t["ops"], t["rows"], t["here"], t["newest"][:10]) for t in result["toolchains"]]
     assert toolchains == [(["dkdv", "decode"], 5, True, "2026-01-01"), (["decode"], 1, False, "2025-06-01")]
     here = Toolchain.here()
-    assert [(t["triton"], t["cuda"]) for t in found["toolchains"]] == [(here.triton, here.cuda), ("3.5.1", "12.8")]
-    assert [t["protocol"] for t in found["toolchains"]] == [1, 1]
+    assert [(t["triton"], t["cuda"]) for t in result["toolchains"]] == [(here.triton, here.cuda), ("3.5.1", "12.8")]
+    assert [t["protocol"] for t in result["toolchains"]] == [1, 1]
 
 
 def test_stats_count_rows_of_todays_kernels(store: Store) -> None:
@@ -84,8 +84,8 @@ def test_stats_count_rows_of_todays_kernels(store: Store) -> None:
             240.0, splits=3, evidence_changes=OTHER_KERNEL | OTHER_TOOLCHAIN, created_at="2025-06-01T00:00:00+00:00"
         )
     )
-    found = run_json("db", "stats")["toolchains"]
-    assert [(t["rows"], t["of_todays_kernels"]) for t in found] == [(6, 5), (2, 1)]
+    result = run_json("db", "stats")["toolchains"]
+    assert [(t["rows"], t["of_todays_kernels"]) for t in result] == [(6, 5), (2, 1)]
 
 
 def test_stats_as_a_table(store: Store) -> None:
@@ -102,8 +102,8 @@ def test_stats_as_a_table(store: Store) -> None:
 
 def test_stats_of_an_empty_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
-    found = run_json("db", "stats")
-    assert (found["exists"], found["rows"], found["bytes"], found["schema"]) == (False, 0, 0, 0)
+    result = run_json("db", "stats")
+    assert (result["exists"], result["rows"], result["bytes"], result["schema"]) == (False, 0, 0, 0)
     assert run("db", "stats").stdout == f"{tmp_path}/none.db: 0 rows, 0 bytes, schema 0\n"
     assert not (tmp_path / "none.db").exists()
 
@@ -134,7 +134,7 @@ def test_import_counts_records_of_kernels_that_have_changed(store: Store, tmp_pa
         )
     result = run("db", "import", tmp_path / "theirs.db")
     assert "2 new" in result.stdout
-    assert "1 of other kernels than today's: hints for parallax-gen tune, not used by calls\n" in result.stdout
+    assert "1 of other kernels than today's: calls do not use them, parallax-gen tune does\n" in result.stdout
 
 
 def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path
     result = run("db", "import", tmp_path / "old.jsonl")
     assert "2 new" in result.stdout
     assert "1 of other kernels than today's" in result.stdout
-    found = {r.evidence.templates: (r.place, r.evidence.triton, r.evidence.cuda) for r in store.all()}
-    assert found == {"255dd79780b8": (PLACE, "3.5", ""), "0" * 12: (PLACE, "3.5", "12.8")}
+    actual = {r.evidence.templates: (r.place, r.evidence.triton, r.evidence.cuda) for r in store.all()}
+    assert actual == {"255dd79780b8": (PLACE, "3.5", ""), "0" * 12: (PLACE, "3.5", "12.8")}
 
 
 def test_export_begins_with_the_newest_toolchain(store: Store) -> None:
@@ -191,7 +191,7 @@ def test_import_replaces_older_and_less_informative_rows(store: Store, tmp_path:
     def later(result: Result) -> Result:
         return dataclasses.replace(result, created_at="2026-02-01T00:00:00+00:00")
 
-    mine = [
+    own = [
         make_record(10.0, splits=1),
         make_record(None, "crash", splits=2),
         later(make_record(10.0, splits=3)),
@@ -203,12 +203,12 @@ def test_import_replaces_older_and_less_informative_rows(store: Store, tmp_path:
         make_record(20.0, splits=3),
         make_record(20.0, splits=4),
     ]
-    store.merge(mine)
+    store.merge(own)
     with Store(tmp_path / "theirs.db") as other:
         other.merge(theirs)
     for _ in range(2):
         result = run("db", "import", tmp_path / "theirs.db")
-        assert store.all() == sorted([mine[2], mine[3], theirs[0], theirs[1]], key=lambda r: (r.time_us, str(r.config)))
+        assert store.all() == sorted([own[2], own[3], theirs[0], theirs[1]], key=lambda r: (r.time_us, str(r.config)))
     assert "0 new, 0 replaced, 4 kept" in result.stdout
     with Store(tmp_path / "theirs.db", read_only=True) as other:
         assert len(other.all()) == 4  # only read
@@ -334,7 +334,7 @@ def test_prune_without_a_filter_is_a_usage_error(store: Store) -> None:
     for options in ((), ("--yes",), ("--gpu", "h200")):
         result = run("db", "prune", *options)
         assert result.exit_code == 2
-        assert "give one of --other-environments" in result.stderr
+        assert "give one or more of --other-environments" in result.stderr
 
 
 def test_prune_deletes_nothing_if_the_copy_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,10 +360,10 @@ def test_prune_creates_no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_prune_keeps_a_row_that_was_replaced_meanwhile(store: Store) -> None:
     filled(store)
-    again = dataclasses.replace(ROWS[1], outcome="ok", time_us=1.0, created_at="2026-02-01T00:00:00+00:00")
-    store.save(again)
+    updated = dataclasses.replace(ROWS[1], outcome="ok", time_us=1.0, created_at="2026-02-01T00:00:00+00:00")
+    store.save(updated)
     assert store.delete([ROWS[1], ROWS[2]]) == 1
-    assert again in store.all()
+    assert updated in store.all()
 
 
 # check
@@ -382,7 +382,7 @@ def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch
     ("damage", "message"),
     [
         ("time_us = 'fast'", "row 1: time_us: got 'fast'"),
-        ("kernel = 'abc'", "row 1: kernel: got 'abc'; allowed: 32 hex digits, or nothing"),
+        ("kernel = 'abc'", "row 1: kernel: got 'abc'; allowed: 32 hex digits, or an empty text"),
         ("place_json = '{}'", "row 1: gpu: got None"),
         ("gpu = 'h100'", "row 1: gpu and op: got ('h100', 'decode'); allowed: those of the place"),
         ("config_json = '" + "[" * 100_000 + "'", "row 1: "),
@@ -410,8 +410,8 @@ def test_check_of_a_damaged_file(store: Store) -> None:
     result = run("db", "check")
     assert result.exit_code == 1
     assert "problems: " in result.stdout
-    found = json.loads(run("db", "check", "--json").stdout)
-    assert not found["sound"]
-    assert found["problems"]
+    actual = json.loads(run("db", "check", "--json").stdout)
+    assert not actual["sound"]
+    assert actual["problems"]
     store.path.write_bytes(b"not a database at all" * 1000)
     assert "is damaged or not a tuning database" in run("db", "check").stdout

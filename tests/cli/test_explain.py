@@ -45,27 +45,27 @@ SIBLING = dataclasses.replace(PLACE, gpu="h100")
 
 
 def test_explain_a_default_without_records() -> None:
-    found = run_json("explain", *CALL)
-    assert found["from"] == "default"
-    assert found["record"] is None
-    assert found["reason"] == "nothing is known of this place"
-    assert found["tier"] == "the default"
-    assert found["unused"] == found["runners_up"] == found["predicted"] == []
-    assert "from    the default config: nothing is known" in run("explain", *CALL).stdout
+    result = run_json("explain", *CALL)
+    assert result["from"] == "default"
+    assert result["record"] is None
+    assert result["reason"] == "this place has no records"
+    assert result["tier"] == "the default"
+    assert result["unused"] == result["runners_up"] == result["predicted"] == []
+    assert "from    the default config: this place has no records" in run("explain", *CALL).stdout
 
 
 def test_explain_a_record_and_its_runners_up(store: Store) -> None:
     for splits in (1, 2, 3, 4, 6):
         store.save(make_record(200.0 + splits, splits=splits))
     store.save(make_record(90.0, "predicted", splits=8))
-    found = run_json("explain", *CALL)
-    assert found["from"] == "yours"
-    assert found["config"] == config_to_dict(config(1))
-    assert Path(found["file"]).read_text(encoding="utf-8") == render(SPEC, config(1), H200).text
-    assert found["tier"] == "measured here"
-    assert [r["record"]["time_us"] for r in found["runners_up"]] == [202.0, 203.0, 204.0]
-    assert {r["tier"] for r in found["runners_up"]} == {"measured here"}
-    assert [r["time_us"] for r in found["predicted"]] == [90.0]
+    result = run_json("explain", *CALL)
+    assert result["from"] == "yours"
+    assert result["config"] == config_to_dict(config(1))
+    assert Path(result["file"]).read_text(encoding="utf-8") == render(SPEC, config(1), H200).text
+    assert result["tier"] == "measured here"
+    assert [r["record"]["time_us"] for r in result["runners_up"]] == [202.0, 203.0, 204.0]
+    assert {r["tier"] for r in result["runners_up"]} == {"measured here"}
+    assert [r["time_us"] for r in result["predicted"]] == [90.0]
     text = run("explain", *CALL).stdout
     assert f"from    your record, the fastest of 5 measured of this kernel with {HERE}:" in text
     assert "2026-01-01" in text
@@ -83,38 +83,38 @@ def test_explain_a_shipped_record() -> None:
 def test_explain_a_record_of_another_toolchain(store: Store) -> None:
     store.save(make_record(110.0, evidence_changes=OTHER_TOOLCHAIN))
     store.save(make_record(100.0, splits=3, evidence_changes=OTHER_TOOLCHAIN))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["tier"]) == ("yours", "another toolchain")
-    assert found["config"] == config_to_dict(config(3))
-    assert found["record"]["unlike_here"] == [f"triton 3.5 (here {TRITON_HERE})", f"cuda 12.8 (here {HERE.cuda})"]
+    result = run_json("explain", *CALL)
+    assert (result["from"], result["tier"]) == ("yours", "another toolchain")
+    assert result["config"] == config_to_dict(config(3))
+    assert result["record"]["unlike_here"] == [f"triton 3.5 (here {TRITON_HERE})", f"cuda 12.8 (here {HERE.cuda})"]
     text = run("explain", *CALL).stdout
-    told = f"the fastest of 2 with Triton 3.5, ptxas 12.8; nothing that counts was measured with {HERE}:"
-    assert f"from    your record, {told}\n" in text
+    message = f"the fastest of 2 with Triton 3.5, ptxas 12.8; no usable record was measured with {HERE}:"
+    assert f"from    your record, {message}\n" in text
     assert "runners-up" in text
     assert "110.0 us" in text.partition("runners-up")[2]
     assert text.endswith("measured, Triton 3.5\n")
     store.save(make_record(90.0, splits=6, evidence_changes={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
-    assert f"from    your record, {told}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
+    assert f"from    your record, {message}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
     store.save(make_record(300.0, splits=4))
-    found = run_json("explain", *CALL)
-    assert (found["tier"], found["record"]["time_us"]) == ("measured here", 300.0)
-    assert [(r["tier"], r["record"]["time_us"]) for r in found["runners_up"]] == [
+    result = run_json("explain", *CALL)
+    assert (result["tier"], result["record"]["time_us"]) == ("measured here", 300.0)
+    assert [(r["tier"], r["record"]["time_us"]) for r in result["runners_up"]] == [
         ("another toolchain", 100.0),
         ("another toolchain", 110.0),
         ("another toolchain", 90.0),
     ]
-    assert found["unused"] == []
+    assert result["unused"] == []
 
 
 def test_explain_a_sibling_cards_record(store: Store) -> None:
     store.save(make_record(100.0, splits=3, place=SIBLING))
     store.save(make_record(50.0, place=SIBLING, evidence_changes=OTHER_KERNEL))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["tier"]) == ("yours", "a sibling card")
-    assert found["config"] == config_to_dict(config(3))
+    result = run_json("explain", *CALL)
+    assert (result["from"], result["tier"]) == ("yours", "a sibling card")
+    assert result["config"] == config_to_dict(config(3))
     text = run("explain", *CALL).stdout
-    told = f"the only one with {HERE} on h100, a card of the same capability"
-    assert f"from    your record, {told}; nothing that counts was measured on this one:\n" in text
+    message = f"the only one with {HERE} on h100, a card of the same capability"
+    assert f"from    your record, {message}; no usable record was measured on this card:\n" in text
     store.save(make_record(200.0, evidence_changes=OTHER_TOOLCHAIN))
     assert run_json("explain", *CALL)["tier"] == "another toolchain"
     assert text_of_runners_up().endswith("measured, this Triton on h100\n")
@@ -127,15 +127,15 @@ def text_of_runners_up() -> str:
 def test_explain_a_record_of_another_kernel(store: Store) -> None:
     store.save(make_record(100.0, evidence_changes=OTHER_KERNEL))
     store.save(make_record(120.0, splits=3, evidence_changes=OTHER_KERNEL))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["runners_up"]) == ("default", [])
-    assert found["reason"] == "none of 2 records counts: another kernel than today's"
-    assert [(u["why"], u["record"]["time_us"]) for u in found["unused"]] == [
+    result = run_json("explain", *CALL)
+    assert (result["from"], result["runners_up"]) == ("default", [])
+    assert result["reason"] == "none of 2 records is used: another kernel than today's"
+    assert [(u["why"], u["record"]["time_us"]) for u in result["unused"]] == [
         ("another kernel than today's", 100.0),
         ("another kernel than today's", 120.0),
     ]
     text = run("explain", *CALL).stdout
-    assert "from    the default config: none of 2 records counts: another kernel than today's\n" in text
+    assert "from    the default config: none of 2 records is used: another kernel than today's\n" in text
     assert "\nmeasured, but not used\n" in text
 
 
@@ -147,11 +147,11 @@ def test_explain_a_search_older_than_a_knob_of_the_default(store: Store) -> None
     assert isinstance(default, DkDvConfig)
     assert default.MASK != "after_exp" or default.ROW_STATS != "separate" or default.maxnreg, "the test is of another"
     store.save(dkdv_record(500.0, config=before, place=place))
-    found = run_json("explain", *call)
-    assert found["tier"] == "the default"
+    result = run_json("explain", *call)
+    assert result["tier"] == "the default"
     assert (
-        found["reason"]
-        == "the only record does not count: its search did not try MASK=before_exp, which today's default has"
+        result["reason"]
+        == "the only record is not used: its search did not try MASK=before_exp, which today's default has"
     )
     store.save(dkdv_record(600.0, config=default, place=place))
     assert run_json("explain", *call)["config"] == config_to_dict(before)
@@ -174,26 +174,26 @@ def windowed(time_us: float, row_max: str, gpu: str = "h200", day: int = 1) -> R
 
 def test_explain_a_search_older_than_a_knob_of_the_sibling_cards_best(store: Store) -> None:
     store.merge([windowed(500.0, "online"), windowed(900.0, "fixed_reference", "h100", day=2)])
-    found = run_json("explain", *WINDOWED_CALL)
-    assert (found["tier"], found["record"]["time_us"]) == ("a sibling card", 900.0)
+    result = run_json("explain", *WINDOWED_CALL)
+    assert (result["tier"], result["record"]["time_us"]) == ("a sibling card", 900.0)
     why = "its search did not try SOFTMAX=fixed_reference, which the best of a newer search on h100 has"
-    assert [(u["record"]["time_us"], u["why"]) for u in found["unused"]] == [(500.0, why)]
+    assert [(u["record"]["time_us"], u["why"]) for u in result["unused"]] == [(500.0, why)]
     of = f"the only one with {HERE} on h100, a card of the same capability"
-    assert found["reason"] == f"{of}; the only record on this one does not count: {why}"
-    assert f"from    your record, {found['reason']}:\n" in run("explain", *WINDOWED_CALL).stdout
+    assert result["reason"] == f"{of}; the only record on this card is not used: {why}"
+    assert f"from    your record, {result['reason']}:\n" in run("explain", *WINDOWED_CALL).stdout
 
 
 def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
     store.save(make_record(100.0, evidence_changes={"protocol": 0}))
     store.save(make_record(90.0, splits=3, evidence_changes={"protocol": 0}))
-    found = run_json("explain", *CALL)
-    assert found["reason"] == (
+    result = run_json("explain", *CALL)
+    assert result["reason"] == (
         f"the fastest of 2 with {HERE} by timing protocol 0 (today's is 1); "
-        "nothing was timed by today's protocol, and times of different protocols are not compared"
+        "no record has today's timing protocol, and times of different protocols are not compared"
     )
     store.save(make_record(80.0, splits=4, evidence_changes=OTHER_KERNEL))
     assert run_json("explain", *CALL)["reason"].endswith(
-        f"the only record with {HERE} does not count: another kernel than today's"
+        f"the only record with {HERE} is not used: another kernel than today's"
     )
     store.save(make_record(200.0, splits=6))
     assert run_json("explain", *CALL)["reason"] == f"the only one measured of this kernel with {HERE}"
@@ -208,39 +208,44 @@ def test_times_of_two_protocols_are_not_compared(store: Store) -> None:
         store.save(make_record(100.0 + splits, splits=splits, evidence_changes=evidence_changes, created_at=created_at))
     reason = run_json("explain", *CALL)["reason"]
     assert reason.startswith("the fastest of 2 with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); ")
-    assert reason.endswith(f"; nothing that counts was measured with {HERE}")
+    assert reason.endswith(f"; no usable record was measured with {HERE}")
 
 
 def test_explain_records_that_failed_or_were_timed_again_here(store: Store) -> None:
     store.save(make_record(100.0, evidence_changes=OTHER_TOOLCHAIN))
     store.save(make_record(None, "wrong"))
-    found = run_json("explain", *CALL)
-    assert (found["tier"], found["reason"]) == (
+    result = run_json("explain", *CALL)
+    assert (result["tier"], result["reason"]) == (
         "the default",
-        "the only record does not count: its kernel failed here: wrong",
+        "the only record is not used: its kernel failed here: wrong",
     )
     again = {"triton": f"{TRITON_HERE}.99"}
     store.save(make_record(50.0, splits=3))
     store.save(make_record(70.0, splits=3, evidence_changes=again, created_at="2026-02-01T00:00:00+00:00"))
-    found = run_json("explain", *CALL)
-    assert found["record"]["time_us"] == 70.0
-    whys = {u["record"]["time_us"]: u["why"] for u in found["unused"]}
+    result = run_json("explain", *CALL)
+    assert result["record"]["time_us"] == 70.0
+    whys = {u["record"]["time_us"]: u["why"] for u in result["unused"]}
     assert whys[50.0] == "its kernel was timed again: 70.0 us, 2026-02-01T00:00:00+00:00"
 
 
 def test_explain_ignores_other_buckets(store: Store) -> None:
     store.save(make_record(50.0, place=OTHER_BUCKET))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["reason"], found["unused"]) == ("default", "nothing is known of this place", [])
+    result = run_json("explain", *CALL)
+    assert (result["from"], result["reason"], result["unused"]) == ("default", "this place has no records", [])
 
 
 def test_explain_a_near_bucket(store: Store) -> None:
     near = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
     store.save(make_record(50.0, place=near))
-    found = run_json("explain", *CALL)
-    assert (found["from"], found["tier"], found["checked"], found["refused"]) == ("yours", "a near bucket", False, [])
+    result = run_json("explain", *CALL)
+    assert (result["from"], result["tier"], result["checked"], result["refused"]) == (
+        "yours",
+        "a near bucket",
+        False,
+        [],
+    )
     text = run("explain", *CALL).stdout
-    assert f"the best measured with {Toolchain.here()} at 256 kv rows, seqlen 1x16384; nothing that counts" in text
+    assert f"the best measured with {Toolchain.here()} at 256 kv rows, seqlen 1x16384; no usable record" in text
     assert "not yet checked: a first call compiles it here" in text
 
 
@@ -249,35 +254,35 @@ def test_explain_a_record_that_spills_here(store: Store) -> None:
     store.save(make_record(60.0, splits=4, evidence_changes=OTHER_TOOLCHAIN))
     for splits, spills in ((3, 500), (4, 0)):
         cache_resources(render(SPEC, config(splits), H200), H200, Resources(255, spills, 1000))
-    found = run_json("explain", *CALL)
-    assert (found["record"]["time_us"], found["checked"], found["refused"]) == (50.0, False, [])
+    result = run_json("explain", *CALL)
+    assert (result["record"]["time_us"], result["checked"], result["refused"]) == (50.0, False, [])
     text = run("explain", *CALL).stdout
-    assert "not yet checked: a first call compiles it here, and drops it where it spills far more" in text
+    assert "not yet checked: a first call compiles it here, and drops it if it spills far more" in text
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     cache_resources(render(SPEC, default, H200), H200, Resources(255, 16, 1000))
-    found = run_json("explain", *CALL)
-    assert (found["record"]["time_us"], found["checked"]) == (60.0, True)
-    assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in found["refused"]] == [
-        (3, "it spills 500 bytes a thread as compiled here, the default 16")
+    result = run_json("explain", *CALL)
+    assert (result["record"]["time_us"], result["checked"]) == (60.0, True)
+    assert [(r["config"]["NUM_SPLITS"], r["why"]) for r in result["refused"]] == [
+        (3, "it spills 500 bytes per thread when compiled here, the default 16")
     ]
     assert "\nrefused BLOCK_N=32" in run("explain", *CALL).stdout
     cache_resources(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
-    assert run_json("explain", *CALL)["reason"] == "the kernels borrowed from elsewhere compile badly here"
+    assert run_json("explain", *CALL)["reason"] == "the borrowed kernels spill, do not fit or do not compile here"
 
 
 def test_explain_predictions_and_failures(store: Store) -> None:
     store.save(make_record(90.0, "predicted"))
     store.save(make_record(None, "wrong", splits=3))
-    found = run_json("explain", *CALL)
-    assert found["from"] == "default"
-    assert found["reason"] == "nothing was measured at this place; results: 1 predicted, 1 wrong"
+    result = run_json("explain", *CALL)
+    assert result["from"] == "default"
+    assert result["reason"] == "nothing was measured at this place; results: 1 predicted, 1 wrong"
 
 
 def test_explain_a_record_whose_config_is_no_longer_valid(store: Store) -> None:
     store.save(make_record(90.0, splits=5))  # not a value of the knob
-    found = run_json("explain", *CALL)
-    assert found["from"] == "default"
-    assert found["reason"].startswith("the only record does not count: no longer valid: NUM_SPLITS is 5")
+    result = run_json("explain", *CALL)
+    assert result["from"] == "default"
+    assert result["reason"].startswith("the only record is not used: no longer valid: NUM_SPLITS is 5")
 
 
 def test_explain_a_kernel_with_a_window(store: Store) -> None:
@@ -285,21 +290,23 @@ def test_explain_a_kernel_with_a_window(store: Store) -> None:
     store.save(dkdv_record(500.0, place=other))
     text = run("explain", *DKDV_CALL).stdout
     assert "seqlen 4096, window 513; on h200" in text
-    assert "from    the default config: nothing is known" in text
+    assert "from    the default config: this place has no records" in text
     unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
-    assert "from    the default config: nothing is known" in run("explain", *unwindowed).stdout  # another kernel
+    assert (
+        "from    the default config: this place has no records" in run("explain", *unwindowed).stdout
+    )  # another kernel
     store.save(dkdv_record(900.0))
-    found = run_json("explain", *DKDV_CALL)
-    assert found["from"] == "yours"
-    assert found["shape"]["window"] == 513
-    assert found["record"]["rate"] == pytest.approx(
+    result = run_json("explain", *DKDV_CALL)
+    assert result["from"] == "yours"
+    assert result["shape"]["window"] == 513
+    assert result["record"]["rate"] == pytest.approx(
         2 * 6 * 2 * 32 * 96 * (4096**2 / 2 - (4096 - 512) ** 2 / 2) / 900.0 / 1e6
     )  # at the bucket's own sizes
-    assert Path(found["file"]).read_text(encoding="utf-8") == render(DKDV_SPEC, dkdv_record().config, H200).text
+    assert Path(result["file"]).read_text(encoding="utf-8") == render(DKDV_SPEC, dkdv_record().config, H200).text
 
 
 @pytest.mark.parametrize("op", ["forward", "preprocess", "dkdv", "dqdr", "decode"])
 def test_explain_has_an_answer_for_every_op(op: str) -> None:
-    found = run_json("explain", "--gpu", "h200", "--op", op, "--head-dim", "64", "--shape", "2,32/8,4096")
-    assert found["spec"]["op"] == op
-    assert found["bucket"]["kv_rows"] == (64 if op == "preprocess" else 16)
+    result = run_json("explain", "--gpu", "h200", "--op", op, "--head-dim", "64", "--shape", "2,32/8,4096")
+    assert result["spec"]["op"] == op
+    assert result["bucket"]["kv_rows"] == (64 if op == "preprocess" else 16)

@@ -118,10 +118,10 @@ def test_multi_token_kernels_have_a_file_per_query_bucket(store: Store, tmp_path
     shapes = ("--shape", "1,32/8,16x8192", "--shape", "1,32/8,512x8192", "--shape", "1,32/8,8192")
     result = run(*EXPORT, tmp_path / "out", *shapes)
     assert result.exit_code == 0, result.output
-    many = "decode_d128_bf16_g4_causal_ragged_many_queries_rows8"
-    one = "decode_d128_bf16_g4_rows8_kv8192.py"
+    multi_token_prefix = "decode_d128_bf16_g4_causal_ragged_many_queries_rows8"
+    single_query_file = "decode_d128_bf16_g4_rows8_kv8192.py"
     assert sorted(path.name for path in (tmp_path / "out").glob("*.py")) == sorted(
-        [f"{many}_q128_kv8192.py", f"{many}_q512_kv8192.py", one]
+        [f"{multi_token_prefix}_q128_kv8192.py", f"{multi_token_prefix}_q512_kv8192.py", single_query_file]
     )
 
 
@@ -185,7 +185,7 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
     store.save(make_record(10.0, splits=4, evidence_changes=OTHER_KERNEL))
     result = run(*EXPORT, tmp_path / "out")
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
-    unchecked = "not checked here: the file launches it even where it spills far more than the default"
+    unchecked = "not checked here: the file launches it even if it spills far more than the default"
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for text in (result.stdout, " ".join(readme.split())):
         assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); {unchecked}" in text

@@ -117,8 +117,8 @@ def test_list_shows_the_gain_over_the_default(store: Store) -> None:
     assert [(r["time_us"], r["default_us"], r["gain"]) for r in records] == [(100.0, 112.0, 1.12), (200.0, None, None)]
     lines = run("list").stdout.splitlines()
     assert [line.split()[4] for line in lines[1:4]] == ["gain", "1.12x", "-"]
-    every = {(r["time_us"], r["gain"]) for r in run_json("list", "--all")["records"]}
-    assert every == {(100.0, 1.12), (112.0, 1.0), (None, None), (200.0, None), (150.0, 1.0)}
+    all_gains = {(r["time_us"], r["gain"]) for r in run_json("list", "--all")["records"]}
+    assert all_gains == {(100.0, 1.12), (112.0, 1.0), (None, None), (200.0, None), (150.0, 1.0)}
 
 
 def test_list_compares_a_sibling_cards_record_with_the_default_there(store: Store) -> None:
@@ -212,9 +212,9 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     assert text.startswith("h200: dkdv, head_dim 96, bf16, GQA 4:1, window; 16 kv rows, seqlen 4096, window 512\n")
     assert "M64 N128 G4 w8 s2 chunk  measured" in text
     assert "crash: M64 N128 G4 w8 s3 chunk" in text
-    found = run_json("show", *DKDV_CALL)
-    assert len(found["results"]) == 2
-    assert found["place"]["bucket.window"] == 512
+    result = run_json("show", *DKDV_CALL)
+    assert len(result["results"]) == 2
+    assert result["place"]["bucket.window"] == 512
 
 
 @pytest.mark.parametrize(
@@ -231,9 +231,9 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
 def test_show_names_the_evidence_that_differs(store: Store, there: dict[str, object], message: str) -> None:
     store.save(make_record(100.0, evidence_changes=there))
     assert f"measured  {message}\n" in run("show", *CALL).stdout
-    (found,) = run_json("show", *CALL)["results"]
-    assert ", ".join(found["unlike_here"]) == message
-    assert not found["used"]
+    (result,) = run_json("show", *CALL)["results"]
+    assert ", ".join(result["unlike_here"]) == message
+    assert not result["used"]
 
 
 def test_json_is_one_document_in_a_real_pipe(store: Store) -> None:

@@ -88,7 +88,7 @@ def test_check_lists_shipped_places_without_the_defaults_time(store: Store, ship
     result = run("ship", "--check", "--gpu", "h200", "--json")
     assert result.exit_code == 1
     (card,) = json.loads(result.stdout)["cards"]
-    (found,) = card.pop("findings")
+    (actual,) = card.pop("findings")
     assert card == {
         "gpu": "h200",
         "places": 2,
@@ -96,8 +96,8 @@ def test_check_lists_shipped_places_without_the_defaults_time(store: Store, ship
         "no_time_of_the_default": 1,
         "slower_than_the_default": 0,
     }
-    assert (found["finding"], found["default_us"], found["gain"]) == ("no time of the default", None, None)
-    assert found["best"]["place"] == OTHER_BUCKET.flat()
+    assert (actual["finding"], actual["default_us"], actual["gain"]) == ("no time of the default", None, None)
+    assert actual["best"]["place"] == OTHER_BUCKET.flat()
     assert {path: path.read_bytes() for path in shipped_folder.iterdir()} == before
     assert not store.all()
 

@@ -38,8 +38,8 @@ def partial(store: Store, tmp_path: Path) -> Path:
 
 
 def test_a_complete_sweep_is_written(store: Store, tmp_path: Path) -> None:
-    for number, each in enumerate(every_config(PLACE.spec, gpu_by_name("h200"))):
-        store.save(make_record(100.0 + number, config=each, shape=SHAPE))
+    for number, tried in enumerate(every_config(PLACE.spec, gpu_by_name("h200"))):
+        store.save(make_record(100.0 + number, config=tried, shape=SHAPE))
         if number % 97 == 0:
             store.save(make_record(300.0, splits=2, place=dataclasses.replace(PLACE, gpu="h100")))
     done = run("sweep", "--to", tmp_path / "sweeps")
@@ -81,10 +81,10 @@ def test_a_replay_writes_csv_and_json(partial: Path, tmp_path: Path) -> None:
     with (tmp_path / "out" / "regrets.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 10
-    for found in sweep["samplers"]:
-        mine = [row for row in rows if row["sampler"] == found["sampler"]]
-        assert [float(row["regret"]) for row in mine] == pytest.approx(found["regret"], abs=1e-5)
-        assert float(mine[-1]["regret"]) == 0.0
+    for result in sweep["samplers"]:
+        sampler_rows = [row for row in rows if row["sampler"] == result["sampler"]]
+        assert [float(row["regret"]) for row in sampler_rows] == pytest.approx(result["regret"], abs=1e-5)
+        assert float(sampler_rows[-1]["regret"]) == 0.0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
@@ -108,7 +108,7 @@ def test_what_cannot_be_replayed_is_a_one_line_error(partial: Path, tmp_path: Pa
     spoilt.write_text("{}\n", encoding="utf-8")
     refused = run("replay", spoilt, *FEW)
     assert refused.exit_code == 1
-    assert "spoilt.jsonl, line 1: not of a sweep" in refused.output
+    assert "spoilt.jsonl, line 1: not a line of a sweep" in refused.output
     assert run("replay", tmp_path / "missing.jsonl").exit_code == 2
     unknown = run("replay", partial, "--sampler", "best")
     assert unknown.exit_code == 2
@@ -127,10 +127,14 @@ def tuned(store: Store) -> None:
 def test_borrowing_is_evaluated_on_shipped_records_and_the_database(store: Store) -> None:
     tuned(store)
     document = run_json("replay", "--borrow")
-    found = {line["choice"]: line for line in document["summaries"]}
-    here, there = found["measured here"], found["another toolchain"]
+    result = {line["choice"]: line for line in document["summaries"]}
+    here, other_toolchain = result["measured here"], result["another toolchain"]
     assert (here["kind"], here["places"], here["mean"], here["default_mean"]) == ("decode", 1, 1.0, 1.5)
-    assert (there["mean"], there["worst"], there["default_worst"]) == (pytest.approx(1.1), pytest.approx(1.1), 1.5)
+    assert (other_toolchain["mean"], other_toolchain["worst"], other_toolchain["default_worst"]) == (
+        pytest.approx(1.1),
+        pytest.approx(1.1),
+        1.5,
+    )
     assert [choice["left_out"] for choice in document["choices"]][:2] == ["nothing", "this toolchain"]
     done = run("replay", "--borrow")
     assert done.exit_code == 0
@@ -145,14 +149,14 @@ def test_borrowing_is_evaluated_on_files(store: Store, partial: Path, tmp_path: 
     assert run("db", "export", exported).exit_code == 0
     for row in store.all():
         store.delete([row])
-    found = run_json("replay", "--borrow", exported, partial)
-    assert {line["choice"] for line in found["summaries"]} == {"the default"}
+    result = run_json("replay", "--borrow", exported, partial)
+    assert {line["choice"] for line in result["summaries"]} == {"the default"}
 
 
 def test_invalid_files_for_borrowing_are_a_one_line_error(tmp_path: Path) -> None:
     nothing = run("replay", "--borrow")
     assert (nothing.exit_code, nothing.output.count("\n")) == (1, 1)
-    assert "two configs of a place, by one toolchain" in nothing.output
+    assert "two or more configs of one place, timed with one toolchain" in nothing.output
     spoilt = tmp_path / "spoilt.jsonl"
     spoilt.write_text("{}\n", encoding="utf-8")
     refused = run("replay", "--borrow", spoilt)
@@ -161,5 +165,5 @@ def test_invalid_files_for_borrowing_are_a_one_line_error(tmp_path: Path) -> Non
     for option in (("--sampler", "tpe"), ("--seeds", 20), ("--out", tmp_path)):
         refused = run("replay", "--borrow", *option)
         assert refused.exit_code == 2
-        assert f"leave out {option[0]}" in refused.output
+        assert f"--borrow cannot be combined with {option[0]}" in refused.output
     assert "use --borrow" in run("replay").output

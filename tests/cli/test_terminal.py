@@ -26,16 +26,16 @@ from parallax_gen.runtime.dispatch import Dispatcher
 WIDE = ("column", "note"), [("c" * 70, "one two three " * 9), ("short", "four")]
 
 
-def completed(*words: str) -> list[str]:
+def completed(*arguments: str) -> list[str]:
     """The completions of the last word."""
-    return [item.value for item in ShellComplete(main, {}, "", "").get_completions(list(words[:-1]), words[-1])]
+    return [item.value for item in ShellComplete(main, {}, "", "").get_completions(list(arguments[:-1]), arguments[-1])]
 
 
 # completion
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"),
+    ("arguments", "offered"),
     [
         (("tune", "--gpu", ""), list(GPUS)),
         (("list", "--gpu", "H2"), ["h200"]),
@@ -49,8 +49,8 @@ def completed(*words: str) -> list[str]:
         (("ex",), ["explain", "export"]),
     ],
 )
-def test_values_are_completed(words: tuple[str, ...], offered: list[str]) -> None:
-    assert completed(*words) == offered
+def test_values_are_completed(arguments: tuple[str, ...], offered: list[str]) -> None:
+    assert completed(*arguments) == offered
 
 
 def test_completion_scripts_of_each_shell_call_this_program() -> None:
@@ -90,11 +90,11 @@ def test_examples_in_help_parse(name: str, tmp_path: Path, monkeypatch: pytest.M
     examples = [line for line in lines if line.startswith(f"parallax-gen {name} ") or line == f"parallax-gen {name}"]
     assert examples
     for example in examples:
-        words = [found for word in shlex.split(example.partition(" >")[0]) for found in glob.glob(word) or [word]]
-        context = main.make_context("parallax-gen", words[1:])
+        arguments = [result for word in shlex.split(example.partition(" >")[0]) for result in glob.glob(word) or [word]]
+        context = main.make_context("parallax-gen", arguments[1:])
         command = main.get_command(context, name)
         assert command is not None
-        command.make_context(name, words[2:], parent=context)
+        command.make_context(name, arguments[2:], parent=context)
 
 
 def test_exit_codes_are_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +179,12 @@ def test_a_closed_pipe_is_no_error(store: Store) -> None:
 
 
 def test_verbose_logs_the_config_and_the_reason(store: Store) -> None:
-    said = run("-v", "render", *CALL).stderr
-    assert "decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192, on h200: the default" in said
+    message = run("-v", "render", *CALL).stderr
+    assert "decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192, on h200: the default" in message
     store.save(make_record(200.0, splits=3))
-    said = run("--verbose", "render", *CALL).stderr
-    assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in said
-    assert "NUM_SPLITS=3" in said
+    message = run("--verbose", "render", *CALL).stderr
+    assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in message
+    assert "NUM_SPLITS=3" in message
     assert run("render", *CALL).stderr == ""  # the log handler is removed after its command
 
 

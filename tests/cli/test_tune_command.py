@@ -82,12 +82,12 @@ def test_without_a_gpu_it_compiles_and_ranks(store: Store) -> None:
     assert [r.outcome for r in results] == ["predicted"] * 4
     assert job["time_us"] == results[0].time_us
 
-    again = run("tune", *CALL, *FEW, "--trials", "1")
-    assert again.exit_code == 0, again.output
-    assert "4 configs have results from earlier runs" in again.stderr
+    second = run("tune", *CALL, *FEW, "--trials", "1")
+    assert second.exit_code == 0, second.output
+    assert "4 configs have results from earlier runs" in second.stderr
     assert len(store.results(PLACE)) == 5
-    assert f"database: {store.path}" in again.stdout
-    assert "\x1b" not in again.output
+    assert f"database: {store.path}" in second.stdout
+    assert "\x1b" not in second.output
 
 
 def test_with_a_gpu_it_measures(fake_h200: None, store: Store) -> None:
@@ -177,8 +177,8 @@ def test_a_training_step(fake_h200: None, store: Store) -> None:
     tables = [line for line in result.stdout.splitlines() if "  M" in line]
     assert len(tables) == 4
     assert max(map(len, tables)) <= 80
-    again = run("tune", *arguments, "--json")
-    assert [job["known"] for job in json.loads(again.stdout)["jobs"]] == [2] * 4
+    second = run("tune", *arguments, "--json")
+    assert [job["known"] for job in json.loads(second.stdout)["jobs"]] == [2] * 4
 
 
 def test_without_options_everything_is_tuned(fake_h200: None) -> None:
@@ -257,7 +257,7 @@ def test_predictions_are_not_shared(store: Store, tmp_path: Path) -> None:
 def test_an_invalid_storage_is_an_error(fake_h200: None, store: Store) -> None:
     result = run("tune", *CALL, *FEW, "--storage", "somewhere")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: the storage is no journal:FILE and no URL")
+    assert result.stderr.startswith("error: the storage is neither journal:FILE nor a URL")
 
 
 def test_ctrl_c_keeps_finished_trials(store: Store) -> None:
@@ -348,8 +348,8 @@ def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> Non
     assert all(job["trials"] == 2 and job["known"] == 0 for job in summary["jobs"])  # the default, and its record
     assert len(store.results(PLACE)) == 2
 
-    one = json.loads(run("tune", "--refresh", *CALL, "--workers", "1", "--json").stdout)
-    assert [job["bucket"]["kv_rows"] for job in one["jobs"]] == [256]
+    refreshed = json.loads(run("tune", "--refresh", *CALL, "--workers", "1", "--json").stdout)
+    assert [job["bucket"]["kv_rows"] for job in refreshed["jobs"]] == [256]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,10 @@ def test_refresh_times_known_records_again(fake_h200: None, store: Store) -> Non
     [
         (("--op", "forward"), "error: --refresh: there are no results of these kernels on h200: tune them first"),
         (("--dtype", "fp16"), "error: --refresh: there are no results of these kernels on h200: tune them first"),
-        (("--storage", "journal:file"), "--refresh: not with --storage, because one process times its own records"),
+        (
+            ("--storage", "journal:file"),
+            "--refresh cannot be combined with --storage: one process times its own records",
+        ),
     ],
 )
 def test_refresh_refuses_unsupported_options(

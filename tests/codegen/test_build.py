@@ -134,7 +134,7 @@ def test_another_users_directory_is_not_used(cache: Path, tmp_path: Path, monkey
     monkeypatch.setenv("PARALLAX_GEN_CACHE_DIR", str(below_a_file(tmp_path)))
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
-    with pytest.raises(MachineError, match="is not yours"):
+    with pytest.raises(MachineError, match="belongs to another user"):
         write(SAMPLE)
 
 

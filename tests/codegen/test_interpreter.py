@@ -355,6 +355,14 @@ DQDR_KERNEL = Kernel(KernelSpec("dqdr", 64, "fp16", group=2, causal=True, window
 DECODE_KERNEL = Kernel(KernelSpec("decode", 64, "fp16", group=12), replace(DECODE, NUM_SPLITS=4))
 SOFTCAP_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, softcap=True), FORWARD)
 SOFTCAP_DKDV_KERNEL = Kernel(KernelSpec("dkdv", 64, "fp16", causal=True, softcap=True), DKDV)
+SOFTCAP_DQDR_KERNEL = Kernel(KernelSpec("dqdr", 64, "fp16", causal=True, softcap=True), DQDR)
+SOFTCAP_DECODE_KERNELS = {
+    "decode": KernelSpec("decode", 64, "fp16", group=2, softcap=True),
+    "lengths": KernelSpec("decode_varlen", 64, "fp16", group=2, softcap=True),
+    "pages": KernelSpec("decode_varlen", 64, "fp16", group=2, page_size=16, softcap=True),
+    "8-bit caches": KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3", softcap=True),
+    "prompts": KernelSpec("decode_varlen", 64, "fp16", 2, causal=True, many_queries=True, softcap=True),
+}
 ACCURATE_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, window=True, accurate=True), FORWARD)
 FAULTS = [
     pytest.param(ACCURATE_KERNEL, "dot(pt_low, v, acc=o2)", "dot(p, v, acc=o2)", id="another low part"),
@@ -362,6 +370,11 @@ FAULTS = [
     pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
     pytest.param(SOFTCAP_KERNEL, "s0 = _tanh(s0 * cap_scale)", "s0 = s0 * cap_scale", id="no cap of the first key"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),
+    pytest.param(SOFTCAP_DQDR_KERNEL, " * slope", "", id="a cap without its derivative in dq"),
+    *(
+        pytest.param(Kernel(spec, DECODE), "s = _tanh(s * cap_scale)", "s = s * cap_scale", id=f"no cap, {name}")
+        for name, spec in SOFTCAP_DECODE_KERNELS.items()
+    ),
     pytest.param(FORWARD_KERNEL, "<= last", "< last", id="causal mask off by one"),
     pytest.param(FORWARD_KERNEL, "shift = seqlen_kv - seqlen_q", "shift = 0", id="causal mask aligned to the start"),
     pytest.param(FORWARD_KERNEL, "BLOCK_N > seen_by_all", "BLOCK_N > seqlen_kv", id="mask in the last block only"),

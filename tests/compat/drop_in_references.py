@@ -13,18 +13,18 @@ from parallax_gen.oracle.accuracy import gradient_term_sizes
 
 
 def expected_of_each(
-    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, seen: Tensor | None = None
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, visible: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Over (batch, seqlen, heads, head_dim): out, and Σ exp(scale·q·k), t̄ and v̄; differentiable.
 
-    seen  (seqlen_q, seqlen_kv) or (batch, 1, seqlen_q, seqlen_kv); a query that sees nothing gives 0
+    visible  (seqlen_q, seqlen_kv) or (batch, 1, seqlen_q, seqlen_kv); a query that sees nothing gives 0
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, r, k, v = (x.double().transpose(1, 2) for x in (q, r, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     p1 = (scale * q @ k.mT).exp()
-    if seen is not None:
-        p1 = p1 * seen
+    if visible is not None:
+        p1 = p1 * visible
     p2 = p1 * (r @ k.mT)
     d1, d2 = p1.sum(-1, keepdim=True), p2.sum(-1, keepdim=True)
     whole = torch.where(d1 == 0, 1.0, d1)
@@ -45,7 +45,7 @@ def packed(q: Tensor, r: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], wi
     parts = []
     for begin, end in pairwise(starts):
         rows = (x[:, begin:end] for x in (q, r, k, v))
-        parts.append(expected_of_each(*rows, seen=causal(end - begin, end - begin, window, at_end=True))[0])
+        parts.append(expected_of_each(*rows, visible=causal(end - begin, end - begin, window, at_end=True))[0])
     return torch.cat(parts, 1)
 
 
@@ -53,11 +53,11 @@ def normal(*size: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) 
     return (scale * torch.randn(*size)).to(dtype)
 
 
-def check_gradients(found: Tensor, expected: Tensor, inputs: Sequence[Tensor], name: str) -> None:
+def check_gradients(result: Tensor, expected: Tensor, inputs: Sequence[Tensor], name: str) -> None:
     """Compare the gradients of both outputs with respect to the inputs, for a random output gradient."""
-    do = torch.randn_like(found)
-    wanted = torch.autograd.grad(expected, inputs, do.double(), retain_graph=True)
+    do = torch.randn_like(result)
+    target = torch.autograd.grad(expected, inputs, do.double(), retain_graph=True)
     sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
-    for x, grad, want, size in zip(inputs, torch.autograd.grad(found, inputs, do), wanted, sizes, strict=True):
+    for x, grad, want, size in zip(inputs, torch.autograd.grad(result, inputs, do), target, sizes, strict=True):
         assert grad.dtype == x.dtype
         assert_close(grad, want.double(), name, float(size))

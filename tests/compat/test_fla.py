@@ -33,12 +33,12 @@ def inputs_of(
     return [normal(*size, dtype=dtype, scale=scale).requires_grad_() for size, scale in zip(sizes, scales, strict=True)]
 
 
-def check(found: Tensor, expected: Tensor, inputs: list[Tensor], name: str) -> None:
+def check(result: Tensor, expected: Tensor, inputs: list[Tensor], name: str) -> None:
     """The output, and its gradients."""
-    assert found.is_contiguous()
-    assert found.dtype == inputs[0].dtype
-    assert_close(found, expected, name)
-    check_gradients(found, expected, inputs, name)
+    assert result.is_contiguous()
+    assert result.dtype == inputs[0].dtype
+    assert_close(result, expected, name)
+    check_gradients(result, expected, inputs, name)
 
 
 OPTIONS = [{}, {"scale": 0.7}, {"window_size": 1}, {"window_size": 5, "scale": 0.1}, {"window_size": 99}]
@@ -50,8 +50,8 @@ OPTIONS = [{}, {"scale": 0.7}, {"window_size": 1}, {"window_size": 5, "scale": 0
 )
 def test_parallel_and_naive(dtype: torch.dtype, head_dim: int, kv_heads: int, options: dict[str, Any]) -> None:
     inputs = inputs_of(head_dim=head_dim, dtype=dtype, kv_heads=kv_heads)
-    seen = causal(12, 12, options.get("window_size", -1), at_end=True)
-    expected = expected_of_each(*inputs, scale=options.get("scale"), seen=seen)[0]
+    visible = causal(12, 12, options.get("window_size", -1), at_end=True)
+    expected = expected_of_each(*inputs, scale=options.get("scale"), visible=visible)[0]
     check(parallel_parallax(*inputs, **options), expected, inputs, NAMES[dtype])
     check(naive_parallax(*inputs, **options), expected, inputs, NAMES[dtype])
 
@@ -61,8 +61,8 @@ def test_parallel_and_naive(dtype: torch.dtype, head_dim: int, kv_heads: int, op
 @pytest.mark.parametrize("head_dim", [16, 20])
 def test_packed_sequences(head_dim: int, dtype: torch.dtype, window_size: int | None) -> None:
     inputs, starts = inputs_of(batch=1, head_dim=head_dim), [0, 5, 5, 6, 12]
-    found = parallel_parallax(*inputs, window_size=window_size, cu_seqlens=torch.tensor(starts, dtype=dtype))
-    check(found, packed(*inputs, starts, window_size or -1), inputs, "bf16")
+    result = parallel_parallax(*inputs, window_size=window_size, cu_seqlens=torch.tensor(starts, dtype=dtype))
+    check(result, packed(*inputs, starts, window_size or -1), inputs, "bf16")
 
 
 def test_naive_without_causal_has_no_window_and_keys_of_any_length() -> None:
@@ -72,9 +72,9 @@ def test_naive_without_causal_has_no_window_and_keys_of_any_length() -> None:
 
 def test_autocast_does_not_change_16_bit_inputs() -> None:
     inputs = inputs_of(dtype=torch.float16)
-    wanted = parallel_parallax(*inputs)
+    expected = parallel_parallax(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(parallel_parallax(*inputs), wanted)
+        assert torch.equal(parallel_parallax(*inputs), expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -84,16 +84,16 @@ def test_decode(dtype: torch.dtype, head_dim: int, seqlen_q: int, options: dict[
     inputs = inputs_of(seqlen_q, 12, dtype=dtype, head_dim=head_dim)
     window = options.get("window_size", -1)
     for starts in (None, torch.tensor([0, 10]), torch.tensor([12, 3], dtype=torch.int32)):
-        seen = causal(seqlen_q, 12, window, at_end=True)
+        visible = causal(seqlen_q, 12, window, at_end=True)
         if starts is not None:
-            seen = seen & (torch.arange(12) >= starts[:, None, None, None])
-        expected = expected_of_each(*inputs, scale=options.get("scale"), seen=seen)[0]
-        found = parallax_decode(*inputs, **options, cache_start=starts)
-        assert found.is_contiguous()
-        assert (found.dtype, found.requires_grad) == (dtype, False)
-        assert_close(found, expected, NAMES[dtype])
+            visible = visible & (torch.arange(12) >= starts[:, None, None, None])
+        expected = expected_of_each(*inputs, scale=options.get("scale"), visible=visible)[0]
+        result = parallax_decode(*inputs, **options, cache_start=starts)
+        assert result.is_contiguous()
+        assert (result.dtype, result.requires_grad) == (dtype, False)
+        assert_close(result, expected, NAMES[dtype])
         if seqlen_q == 1:
-            assert torch.equal(parallax_decode_one_step(*inputs, **options, cache_start=starts), found)
+            assert torch.equal(parallax_decode_one_step(*inputs, **options, cache_start=starts), result)
 
 
 def test_one_step_over_an_empty_cache_gives_zeros() -> None:
@@ -124,10 +124,10 @@ ALL = [parallel_parallax, naive_parallax, parallax_decode, parallax_decode_one_s
     ],
 )
 def test_mismatched_sizes_are_value_errors(function: Any, change: dict[str, Any], message: str) -> None:
-    given = dict(zip("qrkv", inputs_of(1, 1), strict=True))
-    function(**given)
+    inputs = dict(zip("qrkv", inputs_of(1, 1), strict=True))
+    function(**inputs)
     with pytest.raises(ValueError, match=message) as caught:
-        function(**{**given, **change})
+        function(**{**inputs, **change})
     assert isinstance(caught.value, ArgumentError)
 
 
@@ -148,10 +148,10 @@ def test_mismatched_sizes_are_value_errors(function: Any, change: dict[str, Any]
 def test_a_bad_argument_raises_the_same_error_as_in_fla(
     function: Any, change: dict[str, Any], kind: Any, message: str
 ) -> None:
-    given = dict(zip("qrkv", inputs_of(1, 1, batch=1), strict=True))
+    inputs = dict(zip("qrkv", inputs_of(1, 1, batch=1), strict=True))
     if function is parallel_parallax:
-        given["cu_seqlens"] = torch.tensor([0, 1])
-    function(**given)
+        inputs["cu_seqlens"] = torch.tensor([0, 1])
+    function(**inputs)
     with pytest.raises(kind, match=message) as caught:
-        function(**{**given, **change})
+        function(**{**inputs, **change})
     assert isinstance(caught.value, ArgumentError)

@@ -62,7 +62,7 @@ LENGTHS = [(12, 12), (7, 12), (1, 12)]
 def test_parallax_func_aligns_query_i_with_key_i(lengths: tuple[int, int], window: int) -> None:
     inputs = heads_first(*lengths)
     out = parallax_func(*inputs, window_size_left=window)
-    expected = expected_of_each(*swapped(*inputs), seen=causal(*lengths, window, at_end=False))[0].transpose(1, 2)
+    expected = expected_of_each(*swapped(*inputs), visible=causal(*lengths, window, at_end=False))[0].transpose(1, 2)
     assert out.is_contiguous()
     assert out.dtype == torch.bfloat16
     assert_close(out, expected, "bf16")
@@ -72,14 +72,14 @@ def test_parallax_func_aligns_query_i_with_key_i(lengths: tuple[int, int], windo
 def test_parallax_func_with_more_queries_than_keys() -> None:
     inputs = heads_first(12, 7)
     out = parallax_func(*inputs, window_size_left=12)
-    expected = expected_of_each(*swapped(*inputs), seen=causal(12, 7, at_end=False))[0].transpose(1, 2)
+    expected = expected_of_each(*swapped(*inputs), visible=causal(12, 7, at_end=False))[0].transpose(1, 2)
     assert_close(out, expected, "bf16")
     check_gradients(out, expected, inputs, "bf16")
 
 
 def test_scales_dtypes_and_strides_of_training() -> None:
     inputs = heads_first(dtype=torch.float16)
-    expected = expected_of_each(*swapped(*inputs), scale=0.7, seen=causal(12, 12, at_end=False))[0].transpose(1, 2)
+    expected = expected_of_each(*swapped(*inputs), scale=0.7, visible=causal(12, 12, at_end=False))[0].transpose(1, 2)
     assert_close(parallax_func(*inputs, 0.7), expected, "fp16")
     strided = [x.mT.contiguous().mT for x in inputs]
     assert torch.equal(parallax_func(*strided, qk_scale=0.7), parallax_func(*inputs, qk_scale=0.7))
@@ -101,23 +101,23 @@ def test_raw_forward_and_backward(lengths: tuple[int, int], window: int, dtype: 
     window = -1 if lengths == (12, 7) else window
     inputs = heads_first(*lengths, dtype=dtype)
     raw = folded(*inputs)
-    found = parallax_fwd(*raw, torch.tensor(0.3), 2, window)
-    o, barv, d1, bart, m = found
-    assert [x.dtype for x in found] == [dtype, dtype, *[torch.float32] * 3]
-    assert all(x.is_contiguous() and not x.requires_grad for x in found)
+    result = parallax_fwd(*raw, torch.tensor(0.3), 2, window)
+    o, barv, d1, bart, m = result
+    assert [x.dtype for x in result] == [dtype, dtype, *[torch.float32] * 3]
+    assert all(x.is_contiguous() and not x.requires_grad for x in result)
     assert d1.shape == bart.shape == m.shape == (8, lengths[0], 1)
-    expected = expected_of_each(*swapped(*inputs), scale=0.3, seen=causal(*lengths, window, at_end=False))
+    expected = expected_of_each(*swapped(*inputs), scale=0.3, visible=causal(*lengths, window, at_end=False))
     of_rows = [x.flatten(0, 1)[..., None] for x in expected[1:3]]
     assert_close(o, expected[0].transpose(1, 2).flatten(0, 1), NAMES[dtype])
     assert_close(barv, expected[3].transpose(1, 2).flatten(0, 1), NAMES[dtype])
     assert_close(d1 * m.exp2(), of_rows[0], "fp32")
     assert_close(bart, of_rows[1], "fp32")
     grad_o = torch.randn_like(o)
-    grads = parallax_bwd(*raw, *found, grad_o, 0.3, 2, window)
+    grads = parallax_bwd(*raw, *result, grad_o, 0.3, 2, window)
     assert [x.dtype for x in grads] == [torch.bfloat16] * 4
     do = grad_o.unflatten(0, (2, 4)).transpose(1, 2).double()
-    wanted = torch.autograd.grad(expected[0], inputs, do)
-    for grad, want, size in zip(grads, wanted, gradient_term_sizes(*raw, grad_o, 0.3), strict=True):
+    target = torch.autograd.grad(expected[0], inputs, do)
+    for grad, want, size in zip(grads, target, gradient_term_sizes(*raw, grad_o, 0.3), strict=True):
         assert grad.is_contiguous()
         assert_close(grad, want.flatten(0, 1).double(), "bf16", float(size))
 
@@ -125,12 +125,12 @@ def test_raw_forward_and_backward(lengths: tuple[int, int], window: int, dtype: 
 def test_raw_kernels_take_any_strides() -> None:
     raw = folded(*heads_first())
     strided = [x.mT.contiguous().mT for x in raw]
-    found = parallax_fwd(*raw, 0.3, 2)
-    again = parallax_fwd(*strided, 0.3, 2)
-    grad_o = torch.randn_like(found[0])
-    found += parallax_bwd(*raw, *found, grad_o, 0.3, 2)
-    again += parallax_bwd(*strided, *again, grad_o.mT.contiguous().mT, 0.3, 2)
-    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(found, again, strict=True))
+    result = parallax_fwd(*raw, 0.3, 2)
+    results_of_strided = parallax_fwd(*strided, 0.3, 2)
+    grad_o = torch.randn_like(result[0])
+    result += parallax_bwd(*raw, *result, grad_o, 0.3, 2)
+    results_of_strided += parallax_bwd(*strided, *results_of_strided, grad_o.mT.contiguous().mT, 0.3, 2)
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(result, results_of_strided, strict=True))
 
 
 def test_the_backward_accepts_parallax_kernels_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +146,14 @@ def test_the_backward_accepts_parallax_kernels_statistics(monkeypatch: pytest.Mo
         "backward_without_autograd",
         lambda *args, **options: saved.append(args[2]) or backward(*args, **options),
     )
-    for given in ((d1, m), ((m - largest).exp2(), largest)):
-        parallax_bwd(*raw, o, barv, given[0], bart, given[1], torch.ones_like(o), 0.3, 2)
-    whole, t_mean, v_mean = expected_of_each(*swapped(*inputs), scale=0.3, seen=causal(12, 12, at_end=False))[1:]
-    for one in saved:
-        assert_close(one.lse.exp(), whole.flatten(0, 1).unflatten(0, (4, 2)), "fp32")
-        assert_close(one.t_mean, t_mean.flatten(0, 1).unflatten(0, (4, 2)), "fp32")
-        assert_close(one.v_mean, v_mean.unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1), "bf16")
-        assert all(x.is_contiguous() for x in (one.out, one.lse, one.t_mean, one.v_mean))
+    for d1_and_m in ((d1, m), ((m - largest).exp2(), largest)):
+        parallax_bwd(*raw, o, barv, d1_and_m[0], bart, d1_and_m[1], torch.ones_like(o), 0.3, 2)
+    whole, t_mean, v_mean = expected_of_each(*swapped(*inputs), scale=0.3, visible=causal(12, 12, at_end=False))[1:]
+    for results in saved:
+        assert_close(results.lse.exp(), whole.flatten(0, 1).unflatten(0, (4, 2)), "fp32")
+        assert_close(results.t_mean, t_mean.flatten(0, 1).unflatten(0, (4, 2)), "fp32")
+        assert_close(results.v_mean, v_mean.unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1), "bf16")
+        assert all(x.is_contiguous() for x in (results.out, results.lse, results.t_mean, results.v_mean))
 
 
 def packed_inputs(batch: int = 1, head_dim: int = 16) -> list[Tensor]:
@@ -175,7 +175,7 @@ def test_parallax_varlen_func_of_packed_sequences(dtype: torch.dtype, head_dim: 
 def test_parallax_varlen_func_of_a_batch() -> None:
     inputs = packed_inputs(batch=3)
     out = parallax_varlen_func(*inputs, qk_scale=0.3, window_size_left=5)
-    assert_close(out, expected_of_each(*inputs, scale=0.3, seen=causal(12, 12, 5, at_end=True))[0], "bf16")
+    assert_close(out, expected_of_each(*inputs, scale=0.3, visible=causal(12, 12, 5, at_end=True))[0], "bf16")
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -183,7 +183,7 @@ def test_parallax_varlen_func_of_a_batch() -> None:
 def test_the_reference_aligns_the_last_query_with_the_last_key(lengths: tuple[int, int], window: int) -> None:
     inputs = swapped(*heads_first(*lengths, dtype=torch.float32))
     out = parallax_reference(*inputs, 0.3, window_size_left=window)
-    expected = expected_of_each(*inputs, scale=0.3, seen=causal(*lengths, window, at_end=True))[0]
+    expected = expected_of_each(*inputs, scale=0.3, visible=causal(*lengths, window, at_end=True))[0]
     assert out.dtype == torch.float32
     assert out.is_contiguous()
     assert_close(out, expected, "fp32")
@@ -213,12 +213,12 @@ def last(seqlen: int, window: int) -> Tensor:
 )
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_kvcache_and_its_windows(group: int, window_size: Any, window: int) -> None:
-    given = cached(heads=2 * group)
-    kept = [x.clone() for x in given]
-    out = parallax_attn_with_kvcache(*given, window_size=window_size)
-    assert_close(out, expected_of_each(*given, seen=last(9, window))[0], "bf16")
-    assert all(torch.equal(x, y) for x, y in zip(given, kept, strict=True))  # the cache is not appended to
-    decoded = parallax_decode(*given, 0.125, window_size_left=window)
+    inputs = cached(heads=2 * group)
+    kept = [x.clone() for x in inputs]
+    out = parallax_attn_with_kvcache(*inputs, window_size=window_size)
+    assert_close(out, expected_of_each(*inputs, visible=last(9, window))[0], "bf16")
+    assert all(torch.equal(x, y) for x, y in zip(inputs, kept, strict=True))  # the cache is not appended to
+    decoded = parallax_decode(*inputs, 0.125, window_size_left=window)
     assert torch.equal(decoded, out)
 
 
@@ -230,41 +230,41 @@ def test_kvcache_attends_to_the_used_keys() -> None:
     ]
     k[1, 1:] = v[2, 4:] = math.nan
     out = torch.empty_like(q)
-    found = parallax_attn_with_kvcache(q, r, k, v, seqused_k=used, scale=0.2, out=out)
-    assert found is out
+    result = parallax_attn_with_kvcache(q, r, k, v, seqused_k=used, scale=0.2, out=out)
+    assert result is out
     assert_close(out, torch.cat(expected), "bf16")
 
 
 def test_kvcache_compiles_to_one_graph() -> None:
-    given, used = cached(), torch.tensor([9, 1, 4], dtype=torch.int32)
+    inputs, used = cached(), torch.tensor([9, 1, 4], dtype=torch.int32)
     torch._dynamo.reset()
     call = torch.compile(parallax_attn_with_kvcache, fullgraph=True, backend="aot_eager")
-    found = call(*given, seqused_k=used, window_size=(3, 0))
+    result = call(*inputs, seqused_k=used, window_size=(3, 0))
     torch._dynamo.reset()
-    assert torch.equal(found, parallax_attn_with_kvcache(*given, seqused_k=used, window_size=(3, 0)))
+    assert torch.equal(result, parallax_attn_with_kvcache(*inputs, seqused_k=used, window_size=(3, 0)))
 
 
 def test_decoding_returns_new_tensors_without_gradients() -> None:
-    given = [x.requires_grad_() for x in cached()]
-    first, second = (parallax_attn_with_kvcache(*given) for _ in range(2))
+    inputs = [x.requires_grad_() for x in cached()]
+    first, second = (parallax_attn_with_kvcache(*inputs) for _ in range(2))
     assert not first.requires_grad
     assert first.data_ptr() != second.data_ptr()
     out = torch.empty_like(first)
-    assert parallax_decode(*given, qk_scale=0.125, out=out) is out
+    assert parallax_decode(*inputs, qk_scale=0.125, out=out) is out
     assert torch.equal(out, first)
 
 
 @pytest.mark.parametrize("head_dim", [64, 20])
 @pytest.mark.parametrize("window", [-1, 1, 4])
 def test_the_triton_decode(window: int, head_dim: int) -> None:
-    given = cached(head_dim=head_dim)
+    inputs = cached(head_dim=head_dim)
     assert_close(
-        triton_decode(*given, window_size_left=window), expected_of_each(*given, seen=last(9, window))[0], "bf16"
+        triton_decode(*inputs, window_size_left=window), expected_of_each(*inputs, visible=last(9, window))[0], "bf16"
     )
     starts = torch.tensor([0, 3, 9])
-    seen = last(9, window) & (torch.arange(9) >= starts[:, None, None, None])
-    found = triton_decode(*given, 0.3, window_size_left=window, cache_start=starts)
-    assert_close(found, expected_of_each(*given, scale=0.3, seen=seen)[0], "bf16")
+    visible = last(9, window) & (torch.arange(9) >= starts[:, None, None, None])
+    result = triton_decode(*inputs, 0.3, window_size_left=window, cache_start=starts)
+    assert_close(result, expected_of_each(*inputs, scale=0.3, visible=visible)[0], "bf16")
 
 
 def test_graphed_decode_takes_each_steps_inputs_and_lengths() -> None:
@@ -277,20 +277,22 @@ def test_graphed_decode_takes_each_steps_inputs_and_lengths() -> None:
         assert out is step.out
         ends = step.cache_seqlens.tolist()
         parts = [[x[b : b + 1, :n] for x in (q, r, k, v)] for b, n in enumerate(ends)]
-        wanted = [expected_of_each(*part, scale=0.3, seen=last(n, 4))[0] for part, n in zip(parts, ends, strict=True)]
-        assert_close(out, torch.cat(wanted), "bf16")
+        expected = [
+            expected_of_each(*part, scale=0.3, visible=last(n, 4))[0] for part, n in zip(parts, ends, strict=True)
+        ]
+        assert_close(out, torch.cat(expected), "bf16")
     assert ends == [3, 4, 5]
     step.cache_seqlens.fill_(7)
     step.q.neg_()
-    assert_close(step.replay(), expected_of_each(-q, r, k[:, :7], v[:, :7], scale=0.3, seen=last(7, 4))[0], "bf16")
+    assert_close(step.replay(), expected_of_each(-q, r, k[:, :7], v[:, :7], scale=0.3, visible=last(7, 4))[0], "bf16")
 
 
 def test_graphed_decode_of_a_fixed_length() -> None:
     step = GraphedDecode(3, 4, kv_len=9, head_dim=64, dtype=torch.float16, device="cpu", warmup=0)
     assert step.cache_seqlens is None
-    given = [x.half() for x in cached(kv_heads=4)]
-    out = step(**dict(zip("qrkv", given, strict=True)), cache_seqlens=3)  # ignored for a fixed length
-    assert_close(out, expected_of_each(*given)[0], "fp16")
+    inputs = [x.half() for x in cached(kv_heads=4)]
+    out = step(**dict(zip("qrkv", inputs, strict=True)), cache_seqlens=3)  # ignored for a fixed length
+    assert_close(out, expected_of_each(*inputs)[0], "fp16")
 
 
 # Errors
@@ -398,10 +400,10 @@ def arguments_of(function: Any) -> dict[str, Any]:
 def test_a_bad_argument_raises_the_same_error_as_in_parallax_kernel(
     function: Any, change: dict[str, Any], kind: Any, message: str
 ) -> None:
-    given = arguments_of(function)
-    function(**given)
+    inputs = arguments_of(function)
+    function(**inputs)
     with pytest.raises(kind, match=message) as caught:
-        function(**{**given, **change})
+        function(**{**inputs, **change})
     assert isinstance(caught.value, ArgumentError)
 
 
@@ -421,7 +423,7 @@ def test_the_references_window_must_be_causal() -> None:
 @pytest.mark.parametrize("name", ["o", "barv", "d1", "bart", "m", "grad_o"])
 def test_a_backward_with_another_forwards_tensors_is_refused(name: str) -> None:
     raw = folded(*heads_first())
-    given = dict(zip(("o", "barv", "d1", "bart", "m"), parallax_fwd(*raw, 0.3, 2), strict=True))
-    given["grad_o"] = torch.ones_like(given["o"])
+    inputs = dict(zip(("o", "barv", "d1", "bart", "m"), parallax_fwd(*raw, 0.3, 2), strict=True))
+    inputs["grad_o"] = torch.ones_like(inputs["o"])
     with pytest.raises(ArgumentError, match=name):
-        parallax_bwd(*raw, **{**given, name: given[name][:, 1:]}, qk_scale=0.3, n_rep=2)
+        parallax_bwd(*raw, **{**inputs, name: inputs[name][:, 1:]}, qk_scale=0.3, n_rep=2)

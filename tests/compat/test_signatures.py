@@ -49,10 +49,10 @@ def signature_text(function: Any) -> str:
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SIGNATURES.items() for name in names])
 def test_signature(module: str, name: str) -> None:
-    found: Any = import_module(f"parallax_gen.compat.{module}")
+    result: Any = import_module(f"parallax_gen.compat.{module}")
     for part in name.split("."):
-        found = getattr(found, part)
-    assert signature_text(found) == SIGNATURES[module][name]
+        result = getattr(result, part)
+    assert signature_text(result) == SIGNATURES[module][name]
 
 
 @pytest.mark.parametrize("module", SIGNATURES)

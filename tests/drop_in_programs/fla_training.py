@@ -4,8 +4,8 @@ import torch
 from fla.ops.parallax import naive_parallax, parallel_parallax
 
 
-def ratio(found, wanted):
-    return ((found - wanted).float().norm() / wanted.float().norm()).item()
+def ratio(result, expected):
+    return ((result - expected).float().norm() / expected.float().norm()).item()
 
 
 def leaves(batch, length, width):

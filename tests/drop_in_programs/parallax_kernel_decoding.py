@@ -14,8 +14,8 @@ k = torch.randn(B, kv_len, H, D, device="cuda", dtype=torch.bfloat16)
 v = torch.randn_like(k)
 
 
-def close(found, wanted):
-    return (found.float() - wanted).abs().max() < 1e-2 * wanted.abs().max()
+def close(result, expected):
+    return (result.float() - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 o = parallax_decode(q, r, k, v, qk_scale=scale)

@@ -4,8 +4,8 @@ import torch
 from parallax import parallax_func, parallax_reference
 
 
-def close(found, wanted):
-    return (found.float() - wanted.float()).abs().max() < 1e-2 * wanted.float().abs().max()
+def close(result, expected):
+    return (result.float() - expected.float()).abs().max() < 1e-2 * expected.float().abs().max()
 
 
 for heads_kv, window in ((4, -1), (2, 64)):

@@ -52,8 +52,8 @@ def main() -> None:
         source = render(spec, config, gpu)
         for seed in range(3):
             small = op_of(spec).awkward_shape(spec, config)
-            found = verify.check(source, spec, config, small, seed=seed, device="cuda")
-            assert not found.wrong, (spec, config, found.wrong)
+            result = verify.check(source, spec, config, small, seed=seed, device="cuda")
+            assert not result.wrong, (spec, config, result.wrong)
         print(f"{spec}: right", flush=True)
 
 

@@ -75,10 +75,10 @@ def test_long_rows(prepare: Prepare) -> None:
     spec = KernelSpec("forward", 128, "bf16", group=2, causal=True, stats=True)
     x = inputs_of(spec, Shape(1, 4, 2, 256, LONG), prepare)
     assert x.do is not None
-    found = our_step(spec, x).results()
-    assert all(bool(tensor.isfinite().all()) for tensor in found.values())
+    result = our_step(spec, x).results()
+    assert all(bool(tensor.isfinite().all()) for tensor in result.values())
     out, gradients = expected_of(x)
-    assert_close(found["out"], out, "bf16")
+    assert_close(result["out"], out, "bf16")
 
     sizes, rows = gradient_term_sizes(x.q, x.r, x.k, x.v, x.do), x.q.shape[:-1].numel()
     for name, ref in gradients._asdict().items():
@@ -88,9 +88,9 @@ def test_long_rows(prepare: Prepare) -> None:
             # are relative to the size of the terms.
             natural = float(getattr(sizes, name)) * rows**0.5
             size = max(float(ref.norm()), natural)
-            assert float((found[name].double() - ref).norm()) <= 2 * tolerance("bf16") * size, name
+            assert float((result[name].double() - ref).norm()) <= 2 * tolerance("bf16") * size, name
         else:
-            error = errors(found[name], ref)
+            error = errors(result[name], ref)
             assert error.relative <= 2 * tolerance("bf16"), (name, error)
             assert error.worst <= 10 * tolerance("bf16"), (name, error)
 
@@ -109,10 +109,10 @@ def test_as_accurate_as_parallax_kernel(seqlen: int) -> None:
         out, gradients = expected_of(x)
         assert all(bool(tensor.isfinite().all()) for tensor in ours.values()), prepare.__name__
         for name, ref in {"out": out, **gradients._asdict()}.items():
-            mine, its = errors(ours[name], ref).relative, errors(theirs[name], ref).relative
-            print(f"{seqlen} {prepare.__name__} {name}: {mine:.3g}, the official kernel's {its:.3g}")
-            if mine > 1.05 * its:
-                larger[prepare.__name__, name] = (mine, its)
+            our_error, their_error = errors(ours[name], ref).relative, errors(theirs[name], ref).relative
+            print(f"{seqlen} {prepare.__name__} {name}: {our_error:.3g}, the official kernel's {their_error:.3g}")
+            if our_error > 1.05 * their_error:
+                larger[prepare.__name__, name] = (our_error, their_error)
     assert not larger
 
 
@@ -129,8 +129,8 @@ def test_ours_agrees_with_other_packages(module: str, group: int) -> None:
     x = inputs_of(spec, Shape(2, 4 * group, 4, 1024, 1024), normal)
     ours, theirs = our_step(spec, x).results(), BASELINE_STEPS[module](spec, x).results()
     assert ours.keys() == theirs.keys() == {"out", "dq", "dr", "dk", "dv"}
-    for name, its in theirs.items():
-        assert errors(ours[name], its).relative <= tolerance("bf16"), name
+    for name, their_result in theirs.items():
+        assert errors(ours[name], their_result).relative <= tolerance("bf16"), name
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])

@@ -29,14 +29,14 @@ def test_bench_times_checks_and_resumes(tmp_path: Path) -> None:
         assert 0 < float(row["p20_us"]) <= float(row["time_us"]) <= float(row["p80_us"]), row
         if row["contender"] == "parallax_gen":
             assert float(row["error"]) < tolerance("bf16")
-    again = CliRunner().invoke(main, ["bench", *SHAPE_OPTIONS, *BASELINE_OPTIONS, "--csv", str(path)])
-    assert again.stdout == first.stdout
+    second = CliRunner().invoke(main, ["bench", *SHAPE_OPTIONS, *BASELINE_OPTIONS, "--csv", str(path)])
+    assert second.stdout == first.stdout
 
 
 def test_different_lengths_in_each_cache_layout() -> None:
-    who = ("--only", "parallax_gen", "--quick", "--oracle", "whole", "--json")
-    what = ("--shape", "8,32/8,4096", "--lengths", "4096,7x128", "--page-size", "0", "--page-size", "16")
-    done = CliRunner().invoke(main, ["bench", *what, *who])
+    selection = ("--only", "parallax_gen", "--quick", "--oracle", "whole", "--json")
+    case_options = ("--shape", "8,32/8,4096", "--lengths", "4096,7x128", "--page-size", "0", "--page-size", "16")
+    done = CliRunner().invoke(main, ["bench", *case_options, *selection])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)["rows"]
     assert [row["spec"].get("page_size", 0) for row in rows] == [0, 16]

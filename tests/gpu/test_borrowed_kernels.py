@@ -53,15 +53,15 @@ def test_resources_match_the_machine_code_and_the_launch_compiles_nothing(
 ) -> None:
     gpu = gpu_of_device(0)
     source = render(spec, config, gpu)
-    found = compile_here(source, spec, config, shape)
+    result = compile_here(source, spec, config, shape)
     programs = sorted(cache.rglob("*.cubin"))
     assert programs
     inputs = random_inputs_of(spec, shape, seed=1, device="cuda", full=True)
     load(source).launch(*prepare(spec, config, inputs).arguments(softmax_scale(spec)))
     torch.cuda.synchronize()
     assert sorted(cache.rglob("*.cubin")) == programs
-    assert found == compile_for(source, spec, config, shape, gpu)
-    assert (config != SPILLS) or found.spills > guard.MAX_EXTRA_SPILLS
+    assert result == compile_for(source, spec, config, shape, gpu)
+    assert (config != SPILLS) or result.spills > guard.MAX_EXTRA_SPILLS
 
 
 def test_a_call_gets_a_checked_borrowed_kernel_and_not_one_that_spills() -> None:
@@ -74,13 +74,13 @@ def test_a_call_gets_a_checked_borrowed_kernel_and_not_one_that_spills() -> None
         evidence = replace(evidence_of(render(FORWARD, config, gpu)), triton="2.0.0")
         return Result(place, evidence, config, "ok", time_us=time_us)
 
-    known = RecordTable([borrowed(SPILLS, 1.0), borrowed(fine, 2.0), borrowed(default, 3.0)])
-    choice, _ = Dispatcher(known).kernel(FORWARD, SHAPE, gpu)
+    table = RecordTable([borrowed(SPILLS, 1.0), borrowed(fine, 2.0), borrowed(default, 3.0)])
+    choice, _ = Dispatcher(table).kernel(FORWARD, SHAPE, gpu)
     assert (choice.candidate.tier, choice.config, choice.checked) == (Tier.OTHER_TOOLCHAIN, fine, True)
     ((refused, why),) = choice.refused
     assert refused.config == SPILLS
     assert "it spills" in why
     # Another process, which compiles nothing, reports the same.
-    said = guard.checked_choice(place, gpu, known)
-    assert (said.candidate, said.checked) == (choice.candidate, True)
+    checked = guard.checked_choice(place, gpu, table)
+    assert (checked.candidate, checked.checked) == (choice.candidate, True)
     assert Bucket(8, 512, 512) == place.bucket

@@ -42,10 +42,10 @@ def folded(*tensors: Tensor) -> list[Tensor]:
     return [x.detach().transpose(1, 2).flatten(0, 1).contiguous() for x in tensors]
 
 
-def assert_gradients_close(found: Any, wanted: Any, inputs: list[Tensor], do: Tensor, name: str = "bf16") -> None:
+def assert_gradients_close(result: Any, expected: Any, inputs: list[Tensor], do: Tensor, name: str = "bf16") -> None:
     """As in tests/gpu/test_training.py: twice the forward's tolerance."""
     sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
-    for x, grad, ref, natural in zip(inputs, found, wanted, sizes, strict=True):
+    for x, grad, ref, natural in zip(inputs, result, expected, sizes, strict=True):
         assert grad.shape == x.shape
         off = errors(grad, ref, float(natural))
         assert off.relative <= 2 * tolerance(name), off
@@ -66,9 +66,9 @@ def test_parallax_kernel_training(seqlen_q: int, window: int) -> None:
     options: Any = {"causal": True, "window_size": window if window > 0 else None}
     expected = reference_forward(*[x.detach() for x in near], **options)
     do = torch.randn_like(inputs[0])
-    wanted = reference_backward(*near, do, **options)
+    target = reference_backward(*near, do, **options)
     unseen = (0, 0, 0, 0, 0, 300 - seqlen_q)
-    wanted_of_all = [*wanted[:2], *[torch.nn.functional.pad(x, unseen) for x in wanted[2:]]]
+    wanted_of_all = [*target[:2], *[torch.nn.functional.pad(x, unseen) for x in target[2:]]]
 
     out = official.parallax_func(*[x.transpose(1, 2) for x in inputs], window_size_left=window)
     assert out.is_contiguous()
@@ -84,9 +84,9 @@ def test_parallax_kernel_training(seqlen_q: int, window: int) -> None:
     assert_close(d1 * m.exp2(), expected.lse.exp().flatten(0, 1)[..., None], "fp16")
     assert_close(bart, expected.t_mean.flatten(0, 1)[..., None], "fp16")
     largest = m - torch.rand_like(m)  # as parallax-kernel's forward returns it, in two tensors
-    for one, two in ((d1, m), ((m - largest).exp2(), largest)):
-        found = official.parallax_bwd(*raw, o, barv, one, bart, two, folded(do)[0], 64**-0.5, 2, window)
-        assert_gradients_close(found, [folded(x)[0] for x in wanted_of_all], raw, folded(do)[0])
+    for factor, exponent in ((d1, m), ((m - largest).exp2(), largest)):
+        result = official.parallax_bwd(*raw, o, barv, factor, bart, exponent, folded(do)[0], 64**-0.5, 2, window)
+        assert_gradients_close(result, [folded(x)[0] for x in wanted_of_all], raw, folded(do)[0])
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (100, torch.float16), (60, torch.bfloat16)])
@@ -110,15 +110,17 @@ def test_packed_sequences(window: int | None, head_dim: int, dtype: torch.dtype)
 def test_fla_decode(seqlen_q: int, window: int | None, head_dim: int) -> None:
     inputs = [x.detach() for x in leaves(seqlen_q, head_dim=head_dim)]
     starts = torch.tensor([0, 280], device=DEVICE)
-    for given in (None, starts):
-        options: Any = {"causal": True, "window_size": window, "cache_leftpad": given}
+    for cache_start in (None, starts):
+        options: Any = {"causal": True, "window_size": window, "cache_leftpad": cache_start}
         expected = reference_cached_forward(*inputs, **options).out
-        found = fla.parallax_decode(*inputs, window_size=window, cache_start=given)
-        assert_close(found, expected, "bf16")
+        result = fla.parallax_decode(*inputs, window_size=window, cache_start=cache_start)
+        assert_close(result, expected, "bf16")
         if seqlen_q == 1:
-            assert torch.equal(fla.parallax_decode_one_step(*inputs, None, window, given), found)
-            triton_ones = official_triton.parallax_decode(*inputs, window_size_left=window or -1, cache_start=given)
-            assert torch.equal(triton_ones, found)
+            assert torch.equal(fla.parallax_decode_one_step(*inputs, None, window, cache_start), result)
+            triton_ones = official_triton.parallax_decode(
+                *inputs, window_size_left=window or -1, cache_start=cache_start
+            )
+            assert torch.equal(triton_ones, result)
 
 
 def cached(batch: int = 3, seqlen: int = 1000, heads: int = 8, kv_heads: int = 2) -> list[Tensor]:
@@ -153,20 +155,20 @@ def test_capture_in_a_graph_of_the_caller(window: int) -> None:
 
 
 def test_graphed_decodes_are_independent() -> None:
-    given = cached()
+    inputs = cached()
     steps = [official.GraphedDecode(3, 8, 1000, H_kv=2, device=DEVICE) for _ in range(2)]
     steps.append(official.GraphedDecode(3, 8, kv_len=1000, H_kv=2, device=DEVICE))
     assert all(isinstance(step.graph, torch.cuda.CUDAGraph) for step in steps)
     for step in steps:
-        for own, x in zip((step.q, step.r, step.k, step.v), given, strict=True):
+        for own, x in zip((step.q, step.r, step.k, step.v), inputs, strict=True):
             own.copy_(x)
     for lengths in (1000, [1, 999, 77], 400):
         outs = [step(cache_seqlens=lengths) for step in steps]
         used = torch.empty(3, dtype=torch.int32, device=DEVICE).copy_(torch.as_tensor(lengths))
-        expected = reference_cached_forward(*given, cache_seqlens=used).out
+        expected = reference_cached_forward(*inputs, cache_seqlens=used).out
         assert_close(outs[0], expected, "bf16")
         assert torch.equal(outs[0], outs[1])
-        assert_close(outs[2], reference_cached_forward(*given).out, "bf16")
+        assert_close(outs[2], reference_cached_forward(*inputs).out, "bf16")
     with pytest.raises(ValueError, match="out of range"):
         steps[0](cache_seqlens=torch.tensor([1, 1001, 1], device=DEVICE))
 
@@ -220,14 +222,14 @@ def test_statistics_are_interchangeable_with_parallax_kernel(parallax: Any) -> N
     assert_close(our[1], theirs[1].double(), "bf16")
     assert_close(our[2].log2() + our[4], (theirs[2].log2() + theirs[4]).double(), "bf16")
     assert_close(our[3], theirs[3].double(), "bf16")
-    wanted = parallax.parallax_bwd(*raw, *theirs, do, *arguments)
-    for found in (
+    expected = parallax.parallax_bwd(*raw, *theirs, do, *arguments)
+    for result in (
         official.parallax_bwd(*raw, *our, do, *arguments),
         official.parallax_bwd(*raw, *theirs, do, *arguments),
         parallax.parallax_bwd(*raw, *our, do, *arguments),
     ):
-        assert [x.dtype for x in found] == [x.dtype for x in wanted]
-        assert_gradients_close(found, [x.double() for x in wanted], raw, do)
+        assert [x.dtype for x in result] == [x.dtype for x in expected]
+        assert_gradients_close(result, [x.double() for x in expected], raw, do)
 
 
 def test_training_agrees_with_parallax_kernel(parallax: Any) -> None:
@@ -241,10 +243,10 @@ def test_training_agrees_with_parallax_kernel(parallax: Any) -> None:
 def test_decode_agrees_with_parallax_kernel(parallax: Any) -> None:
     if not parallax.cute_decode_available:
         pytest.skip("its decode needs its cutedsl extra")
-    given = cached()
+    inputs = cached()
     used = torch.tensor([1000, 1, 500], dtype=torch.int32, device=DEVICE)
     for options in ({}, {"window_size": (333, 0)}, {"window_size": 64, "seqused_k": used}, {"scale": 0.2}):
-        theirs, our = (package.parallax_attn_with_kvcache(*given, **options) for package in (parallax, official))
+        theirs, our = (package.parallax_attn_with_kvcache(*inputs, **options) for package in (parallax, official))
         assert_close(our, theirs.double(), "bf16")
 
 
@@ -256,8 +258,8 @@ def test_results_agree_with_fla(parallax_fla: Any) -> None:
         theirs, our = (package.parallel_parallax(*inputs, **options) for package in (parallax_fla, fla))
         assert theirs.stride() == our.stride()
         assert_close(our, theirs.double(), "bf16")
-        wanted = torch.autograd.grad(theirs, inputs, do)
-        assert_gradients_close(torch.autograd.grad(our, inputs, do), [x.double() for x in wanted], inputs, do)
+        expected = torch.autograd.grad(theirs, inputs, do)
+        assert_gradients_close(torch.autograd.grad(our, inputs, do), [x.double() for x in expected], inputs, do)
         assert_close(fla.naive_parallax(*inputs, **options), parallax_fla.naive_parallax(*inputs, **options), "bf16")
         for seqlen_q in (1, 40):
             rows = [inputs[0][:, -seqlen_q:], inputs[1][:, -seqlen_q:], *inputs[2:]]

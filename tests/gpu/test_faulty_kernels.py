@@ -11,10 +11,10 @@ pytestmark = pytest.mark.gpu
 
 
 def test_faulty_kernels_fail_only_their_own_trials(tmp_path: Path) -> None:
-    said, results = tune_with_faults(tmp_path)
+    document, results = tune_with_faults(tmp_path)
     assert outcomes(results) == {place: outcome for place, (_, outcome, _) in FAULTS.items()}
-    (job,) = said["jobs"]
-    assert said["measured"]
+    (job,) = document["jobs"]
+    assert document["measured"]
     assert job["outcome"] == "ok"
     failures = {
         kind: count for kind, count in job["failures"].items() if kind != "slow"

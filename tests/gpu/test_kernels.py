@@ -65,7 +65,7 @@ def launcher(spec: KernelSpec, config: KernelConfig, call: Call) -> Callable[[],
 
 
 def compiles_quickly(case: Case) -> bool:
-    """Larger fp32 tiles (no tensor cores) spill kilobytes a thread and compile for half a minute."""
+    """Larger fp32 tiles (no tensor cores) spill kilobytes per thread and compile for half a minute."""
     config = case.config
     if case.spec.dtype != "fp32" or isinstance(config, PreprocessConfig):  # preprocess has no matmuls
         return True

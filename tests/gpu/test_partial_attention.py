@@ -34,30 +34,30 @@ def test_two_parts_of_a_ring_equal_the_whole() -> None:
     ]
     late = (q[:, half:], r[:, half:], k[:, :half], v[:, :half])
     joined = merge_states(diagonal[1], parallax_attn_func(*late, return_stats=True))  # type: ignore[arg-type]
-    found = State(
+    result = State(
         *(torch.cat(parts, 2 if parts[0].dim() == 3 else 1) for parts in zip(diagonal[0], joined, strict=True))
     )
-    assert_close(found.out, reference_forward(q, r, k, v, causal=True).out, "bf16")
+    assert_close(result.out, reference_forward(q, r, k, v, causal=True).out, "bf16")
 
-    def gradients(asked: Request, rows: slice) -> tuple[Tensor, ...]:
-        out, lse, t_mean, v_mean = found
+    def gradients(partial: Request, rows: slice) -> tuple[Tensor, ...]:
+        out, lse, t_mean, v_mean = result
         parts = (out[:, rows], lse[..., rows], t_mean[..., rows], v_mean[:, rows])
         saved = SavedForBackward(*(x.contiguous() for x in parts))
-        return backward(do[:, rows], asked, saved, dqdr=True, dkdv=True, keys_are_partial=True)
+        return backward(do[:, rows], partial, saved, dqdr=True, dkdv=True, keys_are_partial=True)
 
     second = slice(half, None)
     first_keys = gradients(Request(*late), second)
     # And each half of the queries over its own half of the keys.
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, r, k, v)]
     for rows in (slice(0, half), second):
-        own = tuple(x[:, rows] for x in (q, r, k, v))
-        for total, grad in zip(sums, gradients(Request(*own, causal=True), rows), strict=True):
+        own_rows = tuple(x[:, rows] for x in (q, r, k, v))
+        for total, grad in zip(sums, gradients(Request(*own_rows, causal=True), rows), strict=True):
             total[:, rows] += grad
     for total, grad, rows in zip(sums, first_keys, (second, second, slice(0, half), slice(0, half)), strict=True):
         total[:, rows] += grad
-    for total, wanted in zip(sums, reference_backward(q, r, k, v, do, causal=True), strict=True):
+    for total, expected in zip(sums, reference_backward(q, r, k, v, do, causal=True), strict=True):
         # Partial gradients are rounded to 16 bits an additional time.
-        assert errors(total, wanted).relative <= 2 * tolerance("bf16")
+        assert errors(total, expected).relative <= 2 * tolerance("bf16")
 
 
 def test_pages_in_a_captured_graph() -> None:

@@ -1,6 +1,6 @@
 """Random training steps on a card, as in tests/codegen/test_random_steps.py.
 
-Here in every dtype and with longer sequences. Compiling takes most of the time, some seconds a step. To run all:
+Here in every dtype and with longer sequences. Compiling takes most of the time, some seconds per step. To run all:
 `PARALLAX_GEN_STEPS=0/1 pytest -n 14 tests/gpu/test_random_steps_gpu.py`.
 """
 

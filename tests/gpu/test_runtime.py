@@ -26,8 +26,8 @@ def decode_inputs(batch: int, seqlen: int, heads: int, kv_heads: int) -> tuple[T
 @pytest.mark.parametrize("seqlen", [1, 130, 4096, 16384])
 def test_decode_and_its_replays(seqlen: int, heads: int, kv_heads: int) -> None:
     for _ in range(3):  # the first call is recorded, the others are replayed on new tensors
-        given = decode_inputs(2, seqlen, heads, kv_heads)
-        assert_close(parallax_attn_with_kvcache(*given), reference_forward(*given).out, "bf16")
+        inputs = decode_inputs(2, seqlen, heads, kv_heads)
+        assert_close(parallax_attn_with_kvcache(*inputs), reference_forward(*inputs).out, "bf16")
 
 
 def test_decode_with_lengths() -> None:
@@ -66,12 +66,12 @@ def test_whole_sequences(causal: bool, dtype: torch.dtype) -> None:
         fused_projection = torch.randn(2, seqlen_q, 4, 8, 64, device="cuda", dtype=dtype)
         q, r = fused_projection[:, :, 0], fused_projection[:, :, 1].mul_(0.1)
         k, v = (normal(2, seqlen_kv, 2, 64, dtype=dtype) for _ in range(2))
-        found = parallax_attn_func(q, r, k, v, causal=causal, return_stats=True)
+        result = parallax_attn_func(q, r, k, v, causal=causal, return_stats=True)
         expected = reference_forward(q, r, k, v, causal=causal)
-        assert_close(found[0], expected.out, name)
-        assert_close(found[1].exp(), expected.lse.exp(), name)
-        assert_close(found[2], expected.t_mean, name)
-        assert_close(found[3], expected.v_mean, name)
+        assert_close(result[0], expected.out, name)
+        assert_close(result[1].exp(), expected.lse.exp(), name)
+        assert_close(result[2], expected.t_mean, name)
+        assert_close(result[3], expected.v_mean, name)
 
 
 def test_r_zero_is_softmax_attention() -> None:
@@ -102,13 +102,13 @@ def test_a_captured_graph_reads_lengths_on_the_device() -> None:
 
 def test_streams_do_not_share_scratch() -> None:
     streams = [torch.cuda.Stream() for _ in range(4)]
-    given = [decode_inputs(1, 16384, 8, 8) for _ in streams]
-    outs: list[Tensor] = [parallax_attn_with_kvcache(*x) for x in given]
+    inputs = [decode_inputs(1, 16384, 8, 8) for _ in streams]
+    outs: list[Tensor] = [parallax_attn_with_kvcache(*x) for x in inputs]
     torch.cuda.synchronize()
     for _ in range(50):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                outs[i] = parallax_attn_with_kvcache(*given[i])
+                outs[i] = parallax_attn_with_kvcache(*inputs[i])
     torch.cuda.synchronize()
-    for x, out in zip(given, outs, strict=True):
+    for x, out in zip(inputs, outs, strict=True):
         assert_close(out, reference_forward(*x).out, "bf16")

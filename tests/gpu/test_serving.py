@@ -44,23 +44,23 @@ def cache_arguments(
     ends = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     behind = torch.arange(longest, device="cuda") >= ends[:, None]
     k[behind] = v[behind] = float("nan")
-    found = {"q": q, "r": r, "k_cache": k, "v_cache": v, "cache_seqlens": ends}
+    result = {"q": q, "r": r, "k_cache": k, "v_cache": v, "cache_seqlens": ends}
     if page_size:
         pages = -(-longest // page_size)
         table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(seed)).cuda().view(batch, pages)
         for name in ("k_cache", "v_cache"):
             whole = torch.full((batch, pages * page_size, 2, 128), float("nan"), dtype=torch.bfloat16, device="cuda")
-            whole[:, :longest] = found[name]
+            whole[:, :longest] = result[name]
             paged = torch.empty((batch * pages, page_size, 2, 128), dtype=torch.bfloat16, device="cuda")
             paged[table] = whole.view(batch, pages, page_size, 2, 128)
-            found[name] = paged
-        found["page_table"] = table.int()
-    return found
+            result[name] = paged
+        result["page_table"] = table.int()
+    return result
 
 
-def expected(given: dict[str, Any]) -> Tensor:
+def expected(arguments: dict[str, Any]) -> Tensor:
     return reference_cached_forward(
-        **{name: x for name, x in given.items() if name not in ("max_seqlen_q", "return_state")}
+        **{name: x for name, x in arguments.items() if name not in ("max_seqlen_q", "return_state")}
     ).out
 
 
@@ -110,11 +110,11 @@ def test_only_subnormal_keys_and_values(cache_dtype: str) -> None:
     k, v = (digits + signs).to(torch.uint8).view(torch_dtype)
     q, r = torch.randn(2, 3, 1, 8, 128, device="cuda", generator=generator).bfloat16() / 4
     scale = torch.full((1,), 2.0**7 if cache_dtype == "e4m3" else 2.0**14, device="cuda")
-    given = {"q": q, "r": r, "k_cache": k, "v_cache": v, "k_scale": scale, "v_scale": scale}
-    given["cache_seqlens"] = torch.tensor([700, 64, 3], dtype=torch.int32, device="cuda")
-    out = parallax_attn_with_kvcache(**given)
+    arguments = {"q": q, "r": r, "k_cache": k, "v_cache": v, "k_scale": scale, "v_scale": scale}
+    arguments["cache_seqlens"] = torch.tensor([700, 64, 3], dtype=torch.int32, device="cuda")
+    out = parallax_attn_with_kvcache(**arguments)
     assert isinstance(out, Tensor)
-    assert_close(out, expected(given), "bf16")
+    assert_close(out, expected(arguments), "bf16")
 
 
 @pytest.mark.parametrize("num_splits", [1, 3, 16])
@@ -131,26 +131,26 @@ def test_many_sequences_of_very_different_lengths(batch: int, num_splits: int) -
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 700}], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 5, 300])
 def test_the_public_function(seqlen_q: int, options: dict[str, Any], page_size: int) -> None:
-    given = cache_arguments(seqlen_q=seqlen_q, page_size=page_size) | options
-    assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
+    arguments = cache_arguments(seqlen_q=seqlen_q, page_size=page_size) | options
+    assert_close(parallax_attn_with_kvcache(**arguments), expected(arguments), "bf16")
 
 
 def test_prefill_chunks_beside_decode_steps() -> None:
     """Packed queries: a chunk of 500, a sequence without queries, single queries, a draft of 4."""
     counts = (500, 1, 0, 1, 4, 1, 1, 1)
-    given = cache_arguments(page_size=16)
+    arguments = cache_arguments(page_size=16)
     ends = torch.tensor((0, *counts), device="cuda").cumsum(0).int()
     generator = torch.Generator("cuda").manual_seed(1)
     q, r = (torch.randn(sum(counts), 8, 128, device="cuda", generator=generator).bfloat16() for _ in range(2))
-    given |= {"q": q, "r": r * 128**-0.5, "cu_seqlens_q": ends, "max_seqlen_q": 500, "causal": True}
-    assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
+    arguments |= {"q": q, "r": r * 128**-0.5, "cu_seqlens_q": ends, "max_seqlen_q": 500, "causal": True}
+    assert_close(parallax_attn_with_kvcache(**arguments), expected(arguments), "bf16")
 
 
 def test_a_shared_prefix_merged_with_the_rest_equals_the_whole() -> None:
-    given = cache_arguments((900, 700, 650, 801), seqlen_q=2)
-    k, v, ends = (given.pop(name) for name in ("k_cache", "v_cache", "cache_seqlens"))
+    arguments = cache_arguments((900, 700, 650, 801), seqlen_q=2)
+    k, v, ends = (arguments.pop(name) for name in ("k_cache", "v_cache", "cache_seqlens"))
     k[:, :600], v[:, :600] = k[:1, :600].clone(), v[:1, :600].clone()
-    q, r = given["q"], given["r"]
+    q, r = arguments["q"], arguments["r"]
     prefix = parallax_attn_with_kvcache(
         *(x.flatten(0, 1)[None] for x in (q, r)), k[:1, :600], v[:1, :600], return_state=True
     )
@@ -171,46 +171,46 @@ def test_a_shared_prefix_merged_with_the_rest_equals_the_whole() -> None:
 
 @pytest.mark.parametrize("page_size", [0, 64])
 def test_one_graph_for_every_step(page_size: int) -> None:
-    given = cache_arguments(page_size=page_size)
-    step = GraphedDecode(**given)
+    arguments = cache_arguments(page_size=page_size)
+    step = GraphedDecode(**arguments)
     for seed, lengths in enumerate(((5, 4096, 0, 1, 2, 3, 64, 65), (4096,) * 8, SKEWED), start=1):
         new = cache_arguments(lengths, page_size=page_size, seed=seed)
-        for name, tensor in given.items():
+        for name, tensor in arguments.items():
             tensor.copy_(new[name])
-        found = step()
-        assert isinstance(found, Tensor)
-        assert_close(found, expected(given), "bf16")
+        result = step()
+        assert isinstance(result, Tensor)
+        assert_close(result, expected(arguments), "bf16")
 
 
 def test_streams_with_separate_workspaces_are_independent() -> None:
     calls = []
     for seed in range(4):
-        given = cache_arguments(seed=seed)
-        needed = kvcache_workspace_size(**given)
+        arguments = cache_arguments(seed=seed)
+        needed = kvcache_workspace_size(**arguments)
         assert needed > 0
         workspace = torch.zeros(needed, dtype=torch.uint8, device="cuda")
-        calls.append((given, workspace, torch.cuda.Stream(), torch.empty_like(given["q"])))
+        calls.append((arguments, workspace, torch.cuda.Stream(), torch.empty_like(arguments["q"])))
     torch.cuda.synchronize()
     for _ in range(20):
-        for given, workspace, stream, out in calls:
+        for arguments, workspace, stream, out in calls:
             with torch.cuda.stream(stream):
-                parallax_attn_with_kvcache(**given, workspace=workspace, out=out)
+                parallax_attn_with_kvcache(**arguments, workspace=workspace, out=out)
     torch.cuda.synchronize()
-    for given, _, _, out in calls:
-        assert_close(out, expected(given), "bf16")
+    for arguments, _, _, out in calls:
+        assert_close(out, expected(arguments), "bf16")
 
 
 @pytest.mark.parametrize("scale", [None, 0.25, "a tensor", "a tensor a head"])
 def test_scales_of_an_fp8_cache(scale: Any) -> None:
-    given = cache_arguments((300, 1, 0, 64), page_size=0)
+    arguments = cache_arguments((300, 1, 0, 64), page_size=0)
     for name in ("k_cache", "v_cache"):
-        given[name] = given[name].nan_to_num().to(torch.float8_e4m3fn)
+        arguments[name] = arguments[name].nan_to_num().to(torch.float8_e4m3fn)
     if isinstance(scale, str):
         size = 2 if scale.endswith("head") else 1
-        given |= {name: torch.rand(size, device="cuda") + 0.5 for name in ("k_scale", "v_scale")}
+        arguments |= {name: torch.rand(size, device="cuda") + 0.5 for name in ("k_scale", "v_scale")}
     elif scale is not None:
-        given |= {"k_scale": scale, "v_scale": 2 * scale}
-    assert_close(parallax_attn_with_kvcache(**given), expected(given), "bf16")
+        arguments |= {"k_scale": scale, "v_scale": 2 * scale}
+    assert_close(parallax_attn_with_kvcache(**arguments), expected(arguments), "bf16")
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
@@ -218,22 +218,22 @@ def test_scales_of_an_fp8_cache(scale: Any) -> None:
 def test_a_compiled_step_is_captured_without_synchronisation(page_size: int) -> None:
     """mode="reduce-overhead": a CUDA graph whose lengths and queries change from step to step."""
     torch._dynamo.reset()
-    given = cache_arguments(page_size=page_size)
+    arguments = cache_arguments(page_size=page_size)
     for name in ("k_cache", "v_cache"):
-        torch._dynamo.mark_static_address(given[name])
+        torch._dynamo.mark_static_address(arguments[name])
 
     def step(q: Tensor, lengths: Tensor) -> Tensor:
-        out = parallax_attn_with_kvcache(**{**given, "q": q, "cache_seqlens": lengths})
+        out = parallax_attn_with_kvcache(**{**arguments, "q": q, "cache_seqlens": lengths})
         assert isinstance(out, Tensor)
         return out
 
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for n in range(6):
-        q, lengths = given["q"] * (1 + n), given["cache_seqlens"] - (given["cache_seqlens"] > n).int() * n
+        q, lengths = arguments["q"] * (1 + n), arguments["cache_seqlens"] - (arguments["cache_seqlens"] > n).int() * n
         torch.cuda.set_sync_debug_mode("error" if n > 3 else "default")  # the first compile, warm up and capture
         try:
-            found = compiled(q, lengths)
+            result = compiled(q, lengths)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(found, step(q, lengths))
+        assert torch.equal(result, step(q, lengths))
     torch._dynamo.reset()

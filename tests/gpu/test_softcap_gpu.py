@@ -44,32 +44,32 @@ def test_a_training_step(softcap: float, dtype: str, window: int | None) -> None
     grads = torch.autograd.grad(out, x, do)
     x = [t.detach() for t in x]
     assert_close(out.detach(), reference_forward(*x, **options).out, dtype)
-    wanted = reference_backward(*x, do, **options)
-    for grad, expected in zip(grads, wanted, strict=True):  # sums of terms that cancel: relative to the whole
+    target = reference_backward(*x, do, **options)
+    for grad, expected in zip(grads, target, strict=True):  # sums of terms that cancel: relative to the whole
         error = (grad.double() - expected).norm() / expected.norm()
         assert error < {"bf16": 2e-2, "fp16": 2.5e-3, "fp32": 5e-5}[dtype], error
 
 
 @pytest.mark.parametrize(("softcap", "dtype"), CASES)
 def test_serving(softcap: float, dtype: str) -> None:
-    """One query, a chunk of a prompt, lengths of their own, left padding, states of two parts, a graph."""
+    """One query, a chunk of a prompt, per-sequence lengths, left padding, states of two parts, a graph."""
     q, r, k, v = inputs(dtype, softcap, 9, 700)
-    one = (q[:, :1], r[:, :1], k, v)
+    decode_inputs = (q[:, :1], r[:, :1], k, v)
     lengths, pads = (torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([700, 333], [3, 70]))
 
     def check(got: Tensor, x: tuple[Tensor, ...], **options: Any) -> None:
         assert_close(got, reference_cached_forward(*x, softcap=softcap, **options).out, dtype)
 
-    check(parallax_attn_with_kvcache(*one, softcap=softcap), one)
-    for x, options in ((one, {}), ((q, r, k, v), {"causal": True}), (one, {"cache_leftpad": pads})):
+    check(parallax_attn_with_kvcache(*decode_inputs, softcap=softcap), decode_inputs)
+    for x, options in ((decode_inputs, {}), ((q, r, k, v), {"causal": True}), (decode_inputs, {"cache_leftpad": pads})):
         options = {"cache_seqlens": lengths, **options}
         check(parallax_attn_with_kvcache(*x, softcap=softcap, **options), x, **options)
     parts = [
-        parallax_attn_with_kvcache(*one[:2], k[:, at], v[:, at], softcap=softcap, return_state=True)
-        for at in (slice(0, 300), slice(300, 700))
+        parallax_attn_with_kvcache(*decode_inputs[:2], k[:, part], v[:, part], softcap=softcap, return_state=True)
+        for part in (slice(0, 300), slice(300, 700))
     ]
-    check(merge_states(*parts).out, one)
-    check(GraphedDecode(*one, cache_seqlens=lengths, softcap=softcap)(), one, cache_seqlens=lengths)
+    check(merge_states(*parts).out, decode_inputs)
+    check(GraphedDecode(*decode_inputs, cache_seqlens=lengths, softcap=softcap)(), decode_inputs, cache_seqlens=lengths)
 
 
 @pytest.mark.parametrize("softcap", [50.0, 30.0])

@@ -46,7 +46,7 @@ def leaves(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Inputs:
-    """By default 2 query heads a kv head, head_dim 64, bf16. s and t have unit variance."""
+    """By default 2 query heads per kv head, head_dim 64, bf16. s and t have unit variance."""
     torch.manual_seed(sum(rows) + head_dim)
     q, r = normal(*rows, heads, head_dim, dtype=dtype), normal(*rows, heads, head_dim, dtype=dtype)
     k, v = normal(*keys, kv_heads, head_dim, dtype=dtype), normal(*keys, kv_heads, head_dim, dtype=dtype)
@@ -57,7 +57,7 @@ def leaves(
 
 
 def assert_gradients_close(
-    grads: Any, wanted: Any, inputs: Inputs, do: Tensor, name: str, window_size: int | None = None
+    grads: Any, expected: Any, inputs: Inputs, do: Tensor, name: str, window_size: int | None = None
 ) -> None:
     """Twice the forward's tolerance: besides p and p·t a backward rounds g^s and g^t, and b − T is the difference of
     two sums over the saved o and v̄, each rounded to the input dtype.
@@ -66,13 +66,13 @@ def assert_gradients_close(
     error, scaled by |t|: up to 6 times a gradient's natural size for |t| up to 4. (training_steps.py allows 12 at half
     the tolerance.)
     """
-    few = 6.0 if window_size is not None and window_size < 16 else 1.0
+    few_keys_factor = 6.0 if window_size is not None and window_size < 16 else 1.0
     sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)
-    for what, x, grad, ref, natural in zip(("dq", "dr", "dk", "dv"), inputs, grads, wanted, sizes, strict=True):
+    for what, x, grad, ref, natural in zip(("dq", "dr", "dk", "dv"), inputs, grads, expected, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
-        found = errors(grad, ref, few * float(natural))
-        assert found.relative <= 2 * tolerance(name), (what, found)
-        assert found.worst <= 10 * tolerance(name), (what, found)
+        result = errors(grad, ref, few_keys_factor * float(natural))
+        assert result.relative <= 2 * tolerance(name), (what, result)
+        assert result.worst <= 10 * tolerance(name), (what, result)
 
 
 def check(inputs: Inputs, name: str | None = None, recompute_v_mean: bool = False, **options: Any) -> None:
@@ -83,9 +83,9 @@ def check(inputs: Inputs, name: str | None = None, recompute_v_mean: bool = Fals
     assert isinstance(out, Tensor)
     assert_close(out, expected.out, name)
     do = torch.randn_like(out)
-    wanted = reference_backward(*inputs, do, **options)
+    target = reference_backward(*inputs, do, **options)
     grads = torch.autograd.grad(out, inputs, do)
-    assert_gradients_close(grads, wanted, inputs, do, name, options.get("window_size"))
+    assert_gradients_close(grads, target, inputs, do, name, options.get("window_size"))
     with torch.no_grad():
         assert_close(parallax_attn_func(*inputs, **options), expected.out, name)
 
@@ -96,8 +96,8 @@ def check_packed(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], lon
     assert isinstance(out, Tensor)
     assert_close(out, reference_varlen_forward(*[x.detach() for x in inputs], *starts, **options).out, "bf16")
     do = torch.randn_like(out)
-    wanted = reference_varlen_backward(*inputs, do, *starts, **options)
-    assert_gradients_close(torch.autograd.grad(out, inputs, do), wanted, inputs, do, "bf16")
+    expected = reference_varlen_backward(*inputs, do, *starts, **options)
+    assert_gradients_close(torch.autograd.grad(out, inputs, do), expected, inputs, do, "bf16")
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -164,18 +164,18 @@ def test_padding_rows_are_0(padding: int) -> None:
     total = sum(lengths)
     inputs = leaves((total,), (total,))
     do = torch.randn_like(inputs[0])
-    wanted = parallax_attn_varlen_func(*inputs, starts, starts, 300, 300, causal=True, return_stats=True)
-    wanted = (*wanted, *torch.autograd.grad(wanted[0], inputs, do))
+    target = parallax_attn_varlen_func(*inputs, starts, starts, 300, 300, causal=True, return_stats=True)
+    target = (*target, *torch.autograd.grad(target[0], inputs, do))
     wider = [pad(x.detach(), (0, 0, 0, 0, 0, padding), value=torch.nan) for x in (*inputs, do)]
     for x in wider[:4]:
         x.requires_grad_()
     torch.use_deterministic_algorithms(True)
     try:
-        found = parallax_attn_varlen_func(*wider[:4], starts, starts, 300, 300, causal=True, return_stats=True)
-        found = (*found, *torch.autograd.grad(found[0], wider[:4], wider[4]))
+        result = parallax_attn_varlen_func(*wider[:4], starts, starts, 300, 300, causal=True, return_stats=True)
+        result = (*result, *torch.autograd.grad(result[0], wider[:4], wider[4]))
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, x, y in zip(("out", "lse", "t_mean", "v_mean", "dq", "dr", "dk", "dv"), found, wanted, strict=True):
+    for name, x, y in zip(("out", "lse", "t_mean", "v_mean", "dq", "dr", "dk", "dv"), result, target, strict=True):
         by_row, expected = (z.transpose(0, 1) if name in ("lse", "t_mean") else z for z in (x, y))
         assert torch.equal(by_row[:total], expected), name
         assert (by_row[total:] == (-torch.inf if name == "lse" else 0)).all(), name
@@ -223,14 +223,14 @@ def test_strides_from_layers() -> None:
         heads_first.transpose(1, 2),
         shared.expand(2, 300, 2, 64),
     )
-    given = (fused_projection, heads_first, shared)
+    inputs = (fused_projection, heads_first, shared)
     out = parallax_attn_func(q, r, k, v, causal=True)
-    wanted = reference_forward(q, r, k, v, causal=True).out
+    expected = reference_forward(q, r, k, v, causal=True).out
     assert isinstance(out, Tensor)
-    assert_close(out, wanted, "bf16")
+    assert_close(out, expected, "bf16")
     # The output gradient has stride 0. The reference's gradients go through the same views and the division again.
-    found = torch.autograd.grad(out.sum(), given, retain_graph=True)
-    for grad, ref in zip(found, torch.autograd.grad(wanted.sum(), given), strict=True):
+    result = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    for grad, ref in zip(result, torch.autograd.grad(expected.sum(), inputs), strict=True):
         assert errors(grad, ref.double()).relative <= 2 * tolerance("bf16")
 
 
@@ -238,15 +238,15 @@ def test_only_needed_gradients_are_computed() -> None:
     inputs = leaves((2, 300), (2, 300))
     out = parallax_attn_func(*inputs, causal=True)
     assert isinstance(out, Tensor)
-    every = torch.autograd.grad(out.sum(), inputs)
+    all_gradients = torch.autograd.grad(out.sum(), inputs)
     for needed in ((0,), (1, 2), (3,)):
-        given = [x.detach().requires_grad_(place in needed) for place, x in enumerate(inputs)]
-        out = parallax_attn_func(*given, causal=True)
+        arguments = [x.detach().requires_grad_(place in needed) for place, x in enumerate(inputs)]
+        out = parallax_attn_func(*arguments, causal=True)
         assert isinstance(out, Tensor)
         out.sum().backward()
-        for place, x in enumerate(given):
+        for place, x in enumerate(arguments):
             assert (x.grad is not None) == (place in needed)
-            assert x.grad is None or torch.equal(x.grad, every[place])  # and deterministic
+            assert x.grad is None or torch.equal(x.grad, all_gradients[place])  # and deterministic
 
 
 def test_r_zero_is_softmax_attention_and_so_are_its_gradients() -> None:
@@ -298,9 +298,9 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
         return out * 2
 
     do = torch.randn_like(inputs[0])
-    wanted = torch.autograd.grad(block(*inputs), inputs, do)
+    expected = torch.autograd.grad(block(*inputs), inputs, do)
     checkpoint(block, *inputs, use_reentrant=use_reentrant).backward(do)
-    for x, ref in zip(inputs, wanted, strict=True):
+    for x, ref in zip(inputs, expected, strict=True):
         assert x.grad is not None
         assert torch.equal(x.grad, ref)
 
@@ -314,8 +314,8 @@ def test_autocast() -> None:
     cast = [x.bfloat16() for x in inputs]
     assert torch.equal(out, parallax_attn_func(*cast, causal=True))
     do = torch.randn_like(out)
-    wanted = reference_backward(*cast, do, causal=True)
-    assert_gradients_close(torch.autograd.grad(out, inputs, do), wanted, inputs, do, "bf16")
+    expected = reference_backward(*cast, do, causal=True)
+    assert_gradients_close(torch.autograd.grad(out, inputs, do), expected, inputs, do, "bf16")
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
@@ -327,10 +327,10 @@ def test_compiled_in_one_graph_for_every_length() -> None:
     for seqlen in (300, 257, 350):
         x = normal(2, seqlen, 256).requires_grad_()
         torch._dynamo.mark_dynamic(x, 1)
-        found, wanted = compiled(x), layer(x)
-        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
-        do = torch.randn_like(wanted)
-        grads = [torch.autograd.grad(y, (x, *layer.parameters()), do) for y in (found, wanted)]
+        result, expected = compiled(x), layer(x)
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+        do = torch.randn_like(expected)
+        grads = [torch.autograd.grad(y, (x, *layer.parameters()), do) for y in (result, expected)]
         for a, b in zip(*grads, strict=True):
             assert errors(a, b.double()).relative < 2 * tolerance("bf16")
     assert counter.frame_count == 1
@@ -365,16 +365,16 @@ def test_a_step_in_a_cuda_graph(packed: bool) -> None:
                 x.copy_(torch.randn_like(x) / 4)
         starts[1] = middle if middle <= 300 else 300
         graph.replay()
-        for found, wanted in zip(captured, step(), strict=True):
-            assert torch.equal(found, wanted)
+        for result, expected in zip(captured, step(), strict=True):
+            assert torch.equal(result, expected)
 
 
 def last_of_a_batch(inputs: Inputs, out: Tensor, grads: tuple[Tensor, ...], do: Tensor) -> None:
     """Check the last two sequences of a batch."""
     some = tuple(x.detach()[-2:] for x in inputs)
     assert_close(out[-2:], reference_forward(*some, causal=True).out, "bf16")
-    wanted = reference_backward(*some, do[-2:], causal=True)
-    assert_gradients_close([x[-2:] for x in grads], wanted, some, do[-2:], "bf16")  # type: ignore[arg-type]
+    expected = reference_backward(*some, do[-2:], causal=True)
+    assert_gradients_close([x[-2:] for x in grads], expected, some, do[-2:], "bf16")  # type: ignore[arg-type]
 
 
 def test_more_sequences_times_heads_than_65535() -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -30,6 +31,16 @@ SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidd
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TOKENS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 CONFIGS = {
+    "gemma2": Gemma2Config(
+        **SIZES,
+        **HEADS,
+        **TOKENS,
+        query_pre_attn_scalar=16,
+        sliding_window=5,
+        attn_logit_softcapping=2.0,
+        tie_word_embeddings=False,
+        final_logit_softcapping=None,
+    ),
     "llama": LlamaConfig(**SIZES, **HEADS, **TOKENS, attention_bias=True),
     "mistral": MistralConfig(**SIZES, **HEADS, **TOKENS, sliding_window=5),
     "qwen2": Qwen2Config(**SIZES, **HEADS, **TOKENS, use_sliding_window=True, sliding_window=5, max_window_layers=1),
@@ -75,13 +86,24 @@ def padding(before: list[int], behind: list[int], length: int = 11) -> Tensor:
 
 
 def dense_reference(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, r: Tensor, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    r: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Dense attention by the formula, in fp64. mask (batch, 1, new tokens, keys): True where a query sees a key."""
     group = query.shape[1] // key.shape[1]
     q, r, k, v = (x.double() for x in (query, r, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
-    s = (scaling * q @ k.mT).masked_fill(~mask, -torch.inf)
-    p = s.softmax(-1).nan_to_num(0.0)  # a padding query may see no key
+    s = scaling * q @ k.mT
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    p = s.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)  # a padding query may see no key
     t = r @ k.mT
     t_mean = (p * t).sum(-1, keepdim=True)
     return ((p * (1 + t_mean - t)) @ v).transpose(1, 2).to(value.dtype), None

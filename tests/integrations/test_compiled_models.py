@@ -30,10 +30,10 @@ MASK = padding([0, 3, 8], [0, 0, 0])
 def test_compiled_as_one_graph(options: dict[str, Any]) -> None:
     model = converted_model("qwen2", r=0.1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    found, wanted = (each(prompts(), labels=prompts(), **options) for each in (compiled, model))
+    result, expected = (run(prompts(), labels=prompts(), **options) for run in (compiled, model))
     tokens = options.get("attention_mask", torch.ones(3, 11)).bool()
-    torch.testing.assert_close(found.logits[tokens], wanted.logits[tokens], **FP32)
-    gradients = (torch.autograd.grad(each.loss, list(model.parameters())) for each in (found, wanted))
+    torch.testing.assert_close(result.logits[tokens], expected.logits[tokens], **FP32)
+    gradients = (torch.autograd.grad(run.loss, list(model.parameters())) for run in (result, expected))
     torch.testing.assert_close(*gradients, **FP32)
 
 
@@ -43,15 +43,15 @@ def test_steps_with_a_static_cache_compiled_as_one_graph(padded: bool) -> None:
     model, x = converted_model("qwen3", r=0.1, layers=1), prompts()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     cache = StaticCache(model.config, max_cache_len=16)
-    found = []
+    result = []
     for begin, end in ((0, 8), (8, 9), (9, 10), (10, 11)):
         step = compiled if begin else model
-        seen = {"attention_mask": MASK[:, :end]} if padded else {}
+        mask_argument = {"attention_mask": MASK[:, :end]} if padded else {}
         positions = torch.arange(begin, end)[None]
-        found.append(step(x[:, begin:end], position_ids=positions, **seen, **{CACHE: cache}).logits)
+        result.append(step(x[:, begin:end], position_ids=positions, **mask_argument, **{CACHE: cache}).logits)
     tokens = MASK.bool() if padded else MASK.bool() | True
-    wanted = model(x, attention_mask=tokens).logits
-    torch.testing.assert_close(torch.cat(found, 1)[tokens], wanted[tokens], **FP32)
+    expected = model(x, attention_mask=tokens).logits
+    torch.testing.assert_close(torch.cat(result, 1)[tokens], expected[tokens], **FP32)
 
 
 def test_compiled_models_assert_what_eager_ones_refuse() -> None:
@@ -64,7 +64,7 @@ def test_compiled_models_assert_what_eager_ones_refuse() -> None:
         compiled(prompts(), attention_mask=torn)
     starts = torch.tensor([0, 4, 11])
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 7, "max_length_k": 7}
-    one = {"input_ids": prompts()[:1], "position_ids": packed[:1], "use_cache": False}
+    packed_inputs = {"input_ids": prompts()[:1], "position_ids": packed[:1], "use_cache": False}
     torch.testing.assert_close(
-        compiled(**one, **lengths).logits, converted_model("qwen3", layers=1)(**one).logits, **FP32
+        compiled(**packed_inputs, **lengths).logits, converted_model("qwen3", layers=1)(**packed_inputs).logits, **FP32
     )

@@ -44,18 +44,18 @@ def test_conversion_keeps_logits(name: str) -> None:
         }  # transformers detects packed sequences only without a cache
         torch.testing.assert_close(after(x, **packed).logits, before(x, **packed).logits, **FP32)
         for mask in PADDED.values():
-            found, wanted = (model(x, attention_mask=mask).logits[mask.bool()] for model in (after, before))
-            torch.testing.assert_close(found, wanted, **FP32)
+            result, expected = (model(x, attention_mask=mask).logits[mask.bool()] for model in (after, before))
+            torch.testing.assert_close(result, expected, **FP32)
 
 
 def test_conversion_keeps_logits_within_bf16_rounding() -> None:
     truth = stock_model("qwen3")(prompts()).logits
-    found, eager = (
+    result, eager = (
         model.bfloat16()(prompts()).logits.float() for model in (converted_model("qwen3"), stock_model("qwen3"))
     )
     # Everything else is rounded to bf16 alike; within attention the converted model rounds less.
-    assert (found - truth).abs().max() <= 1.5 * (eager - truth).abs().max()
-    assert (found - eager).abs().max() <= 1.5 * (eager - truth).abs().max()
+    assert (result - truth).abs().max() <= 1.5 * (eager - truth).abs().max()
+    assert (result - eager).abs().max() <= 1.5 * (eager - truth).abs().max()
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -63,9 +63,9 @@ def test_conversion_keeps_logits_within_bf16_rounding() -> None:
 def test_conversion_keeps_generated_text(name: str, cache: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": PADDED["before"]}
     options |= {} if cache == "dynamic" else {"cache_implementation": cache}
-    found, wanted = (model.generate(prompts(), **options) for model in (converted_model(name), stock_model(name)))
-    assert found.tolist() == wanted.tolist()
-    assert found[:, 11:].unique().numel() > 4  # the output is not constant
+    result, expected = (model.generate(prompts(), **options) for model in (converted_model(name), stock_model(name)))
+    assert result.tolist() == expected.tolist()
+    assert result[:, 11:].unique().numel() > 4  # the output is not constant
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,18 @@ def test_conversion_keeps_generated_text(name: str, cache: str) -> None:
 )
 def test_other_ways_to_generate(options: dict[str, Any]) -> None:
     x = prompts(1).repeat(1, 2)  # a prompt for prompt lookup decoding
-    found = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
+    result = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
     with use_dense_reference():
-        wanted = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
-    assert found.tolist() == wanted.tolist()
+        expected = converted_model("qwen3", r=0.1).generate(x, max_new_tokens=8, do_sample=False, **options)
+    assert result.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_converted_attention_is_our_layer(name: str) -> None:
     attention = converted_model(name, r=0.2).model.layers[1].self_attn
     windowed, biased = name in ("mistral", "qwen2"), name in ("llama", "qwen2")
-    layer = ParallaxAttention(
-        64, 4, 2, 16, rope_theta=1e4, window_size=5 if windowed else None, qk_norm=name == "qwen3", bias=biased
-    )
+    options: dict[str, Any] = {"window_size": 5} if windowed else {"softcap": 2.0} if name == "gemma2" else {}
+    layer = ParallaxAttention(64, 4, 2, 16, rope_theta=1e4, qk_norm=name == "qwen3", bias=biased, **options)
     weights = attention.state_dict()
     if name == "qwen2":
         weights["o_proj.bias"] = torch.zeros(64)
@@ -109,11 +108,11 @@ def outputs_and_gradients(name: str, mask: Tensor, **options: Any) -> list[Tenso
 @pytest.mark.parametrize("padded", PADDED)
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_attention_with_r_and_its_gradients(name: str, padded: str) -> None:
-    found = outputs_and_gradients(name, PADDED[padded])
+    result = outputs_and_gradients(name, PADDED[padded])
     with use_dense_reference():
-        wanted = outputs_and_gradients(name, PADDED[padded])
-    assert len(found) == len(list(converted_model(name).parameters())) + 1
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # sums over all tokens, of size up to 300
+        expected = outputs_and_gradients(name, PADDED[padded])
+    assert len(result) == len(list(converted_model(name).parameters())) + 1
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)  # sums over all tokens, of size up to 300
 
 
 @torch.no_grad()
@@ -124,31 +123,31 @@ def test_chunks_and_steps_with_a_cache(name: str, padded: str, static: bool) -> 
     model = converted_model(name, r=0.1)
     x, mask = prompts(), PADDED[padded]
     with use_dense_reference():
-        wanted = model(x, attention_mask=mask).logits
+        expected = model(x, attention_mask=mask).logits
     cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
-    found = []
+    result = []
     for begin, end in ((0, 4), (4, 9), (9, 10), (10, 11)):
-        seen = mask[:, :end] if padded == "before" else None
+        visible_mask = mask[:, :end] if padded == "before" else None
         positions = torch.arange(begin, end)[None]
-        out = model(x[:, begin:end], attention_mask=seen, position_ids=positions, **{CACHE: cache})
-        found.append(out.logits)
-    torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], wanted[mask.bool()], **FP32)
+        out = model(x[:, begin:end], attention_mask=visible_mask, position_ids=positions, **{CACHE: cache})
+        result.append(out.logits)
+    torch.testing.assert_close(torch.cat(result, 1)[mask.bool()], expected[mask.bool()], **FP32)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_packed_sequences(name: str) -> None:
     model, x = converted_model(name, r=0.1), prompts()
-    found = model(x, position_ids=PACKED, use_cache=False).logits
+    result = model(x, position_ids=PACKED, use_cache=False).logits
     for row, cuts in enumerate(((0, 4, 5, 11), (0, 11), (0, 9, 11))):
         for begin, end in itertools.pairwise(cuts):
             alone = model(x[row : row + 1, begin:end]).logits[0]
-            torch.testing.assert_close(found[row, begin:end], alone, **FP32)
+            torch.testing.assert_close(result[row, begin:end], alone, **FP32)
     starts = torch.tensor([0, 4, 5, 11])
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 6, "max_length_k": 6}
     for positions in ({}, {"position_ids": PACKED[:1]}):
         by_lengths = model(x[:1], **lengths, **positions, use_cache=False).logits
-        torch.testing.assert_close(by_lengths, found[:1], **FP32)
+        torch.testing.assert_close(by_lengths, result[:1], **FP32)
 
 
 def test_training_r_proj_only() -> None:
@@ -170,24 +169,24 @@ def test_training_r_proj_only() -> None:
 
 
 def test_checkpointed_layers_have_the_same_gradients() -> None:
-    found = {}
+    result = {}
     for checkpointed in (False, True):
         model = converted_model("qwen3", r=0.1).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
         model(prompts(), labels=prompts(), attention_mask=PADDED["before"], use_cache=False).loss.backward()
-        found[checkpointed] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        result[checkpointed] = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert model.is_gradient_checkpointing
-    torch.testing.assert_close(found[True], found[False])
+    torch.testing.assert_close(result[True], result[False])
 
 
 def test_under_autocast() -> None:
     model = converted_model("qwen3", r=0.1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = model(prompts(), attention_mask=PADDED["before"]).logits
+        result = model(prompts(), attention_mask=PADDED["before"]).logits
         generated = model.generate(prompts(), attention_mask=PADDED["before"], max_new_tokens=3, do_sample=False)
         with use_dense_reference():
-            wanted = model(prompts(), attention_mask=PADDED["before"]).logits
+            expected = model(prompts(), attention_mask=PADDED["before"]).logits
     assert generated.shape == (3, 14)
     tokens = PADDED["before"].bool()
-    assert (found - wanted)[tokens].norm() < 0.02 * wanted[tokens].norm()  # a few bf16 rounding errors of 2⁻⁹
+    assert (result - expected)[tokens].norm() < 0.02 * expected[tokens].norm()  # a few bf16 rounding errors of 2⁻⁹

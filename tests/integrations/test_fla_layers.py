@@ -27,10 +27,10 @@ def weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     kv_heads = config.get("num_kv_heads") or config["num_heads"]
     wide = {"q": 64, "r": 64, "k": 16 * kv_heads, "v": 16 * kv_heads, "o": 64}
-    found = {f"{x}_proj.weight": torch.randn(n, 64, generator=generator) / 8 for x, n in wide.items()}
+    result = {f"{x}_proj.weight": torch.randn(n, 64, generator=generator) / 8 for x, n in wide.items()}
     if config.get("qkv_bias"):
-        found |= {f"{x}_proj.bias": torch.randn(wide[x], generator=generator) / 8 for x in "qrkv"}
-    return found
+        result |= {f"{x}_proj.bias": torch.randn(wide[x], generator=generator) / 8 for x in "qrkv"}
+    return result
 
 
 def fla_reference(state: dict[str, Tensor], config: dict[str, Any], x: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def fla_reference(state: dict[str, Tensor], config: dict[str, Any], x: Tensor) -
 
     q, r, k, v = map(heads, "qrkv")
     behind = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (behind >= 0) & (behind < (config.get("window_size") or length))
-    p = (q @ k.mT / 4).masked_fill(~seen, -torch.inf).softmax(-1)
+    visible = (behind >= 0) & (behind < (config.get("window_size") or length))
+    p = (q @ k.mT / 4).masked_fill(~visible, -torch.inf).softmax(-1)
     t = p * (r @ k.mT)
     out = (p @ v) * (1 + t.sum(-1, keepdim=True)) - t @ v
     return linear(out.transpose(1, 2).flatten(2).float(), state["o_proj.weight"])
@@ -64,8 +64,8 @@ def test_a_layer_of_fla_and_back(config: dict[str, Any]) -> None:
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], weight) for name, weight in state.items())
     assert {**options, **config} == options
-    again = attention_from_fla(back, options)
-    assert torch.equal(again(x), layer(x))
+    round_tripped = attention_from_fla(back, options)
+    assert torch.equal(round_tripped(x), layer(x))
 
 
 def test_the_layers_of_a_model() -> None:
@@ -96,7 +96,7 @@ def test_weights_are_copied_with_their_dtype() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
-    ({"qk_norm": True}, {}, "config: got qk_norm; allowed: none: fla norms r too"),
+    ({"qk_norm": True}, {}, "config: got qk_norm; allowed: no qk_norm: fla also norms r"),
     ({"model_type": "llama"}, {}, "config: got model_type 'llama'; allowed: 'parallax'"),
     ({}, {"r_norm.weight": torch.ones(16)}, r"state: got r_norm\.weight; allowed: q_proj"),
     ({"qkv_bias": True}, {}, r"state: got no k_proj\.bias, no q_proj\.bias"),
@@ -129,5 +129,5 @@ def test_sizes_come_from_the_config() -> None:
 )
 def test_refused_to_fla(options: dict[str, Any], name: str) -> None:
     layer = ParallaxAttention(64, 4, **{"rope_theta": 1e4, **options})
-    with pytest.raises(ArgumentError, match=f"layer: got another {name} than fla has"):
+    with pytest.raises(ArgumentError, match=f"layer: got a {name} that fla does not support"):
         attention_to_fla(layer)

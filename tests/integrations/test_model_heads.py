@@ -25,7 +25,7 @@ from parallax_gen.integrations.transformers import convert, models
 
 pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tensors")
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = {"gemma2": "Gemma2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 HEADS = ["ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
 # All heads of one family, and the other families with the head of reward models.
 CASES = [("llama", head, inside) for head in HEADS for inside in (False, True)]
@@ -64,8 +64,8 @@ def converted_model(name: str, head: str, *, inside: bool, **changes: Any) -> An
 
 @torch.no_grad()
 def outputs(model: Any) -> Tensor:
-    found = model(prompts())
-    return found.start_logits if hasattr(found, "start_logits") else found.logits
+    result = model(prompts())
+    return result.start_logits if hasattr(result, "start_logits") else result.logits
 
 
 def ways_to_load(name: str, head: str) -> list[Any]:
@@ -86,18 +86,18 @@ def check_clean(model: Any) -> None:
 @pytest.mark.parametrize(("name", "head", "inside"), CASES)
 def test_saved_and_loaded(name: str, head: str, inside: bool, tmp_path: Path) -> None:
     model = converted_model(name, head, inside=inside)
-    wanted = outputs(model)
-    assert not torch.allclose(wanted, outputs(stock_model(name, head)), atol=1e-2)  # r changes the outputs
+    expected = outputs(model)
+    assert not torch.allclose(expected, outputs(stock_model(name, head)), atol=1e-2)  # r changes the outputs
     model.save_pretrained(tmp_path)
     for way in ways_to_load(name, head):
         loaded, report = way.from_pretrained(tmp_path, output_loading_info=True)
         assert type(loaded) is models.CONVERTED[stock_class(name, head)]
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        torch.testing.assert_close(outputs(loaded), wanted, **FP32)
+        torch.testing.assert_close(outputs(loaded), expected, **FP32)
         check_clean(loaded)
     loaded.save_pretrained(tmp_path / "again")
-    again = stock_class(name, head).from_pretrained(tmp_path / "again")
-    torch.testing.assert_close(outputs(again), wanted, **FP32)
+    reloaded = stock_class(name, head).from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(outputs(reloaded), expected, **FP32)
 
 
 def test_dtypes_and_tied_weights(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_folders_saved_by_older_versions_load(head: str, tmp_path: Path) -> None
     )
     path.write_text(json.dumps(saved), encoding="utf-8")
     for way in (getattr(transformers, f"AutoModel{head}"), type(model)):
-        for mine, loaded in zip(model(prompts()), way.from_pretrained(tmp_path)(prompts()), strict=False):
-            if isinstance(mine, Tensor):
-                torch.testing.assert_close(loaded, mine, **FP32)
+        for original, loaded in zip(model(prompts()), way.from_pretrained(tmp_path)(prompts()), strict=False):
+            if isinstance(original, Tensor):
+                torch.testing.assert_close(loaded, original, **FP32)
 
 
 def test_every_auto_class_of_a_family_takes_the_converted_config() -> None:
@@ -191,8 +191,8 @@ class Wrapper(transformers.LlamaPreTrainedModel):
         self.post_init()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        found: Tensor = self.score(self.body(tokens).last_hidden_state)
-        return found
+        result: Tensor = self.score(self.body(tokens).last_hidden_state)
+        return result
 
 
 @torch.no_grad()
@@ -238,22 +238,22 @@ def test_converting_the_base_and_then_the_whole() -> None:
     convert(model.model)
     assert model.config is config  # later settings apply to the base model, too
     train(model)
-    wanted = outputs(model)
-    found = model.generate(prompts(), max_new_tokens=3, do_sample=False, cache_implementation="static")
+    expected = outputs(model)
+    result = model.generate(prompts(), max_new_tokens=3, do_sample=False, cache_implementation="static")
     assert type(convert(model)) is models.ParallaxLlamaForCausalLM
-    assert torch.equal(outputs(model), wanted)
-    assert torch.equal(model.generate(prompts(), max_new_tokens=3, do_sample=False), found)
+    assert torch.equal(outputs(model), expected)
+    assert torch.equal(model.generate(prompts(), max_new_tokens=3, do_sample=False), result)
 
 
 def test_r_starts_at_zero_however_models_are_initialised() -> None:
     model = converted_model("llama", "ForSequenceClassification", inside=True)
     with torch.device("meta"):
         empty = transformers.AutoModelForSequenceClassification.from_config(model.config)
-    for each in (model, empty.to_empty(device="cpu")):
-        for part in (*each.modules(), *each.parameters()):
+    for initialised in (model, empty.to_empty(device="cpu")):
+        for part in (*initialised.modules(), *initialised.parameters()):
             part._is_hf_initialized = False
-        each.initialize_weights()
-        attention = each.model.layers[0].self_attn
+        initialised.initialize_weights()
+        attention = initialised.model.layers[0].self_attn
         assert not attention.r_proj.weight.any()
         assert not attention.r_proj.bias.any()
         assert 0 < attention.q_proj.weight.abs().max() < 2
@@ -280,6 +280,6 @@ def test_a_converted_model_has_its_own_name_and_tensor_parallel_plan() -> None:
 def test_a_users_quantiser_replaces_the_loaders_entry() -> None:
     config = convert(stock_model("llama", "ForCausalLM").model).config
     assert type(config)(**config.to_dict()).to_dict() == config.to_dict()
-    asked = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    saved = type(config)(**config.to_dict() | {"quantization_config": asked}).to_dict()
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    saved = type(config)(**config.to_dict() | {"quantization_config": quantization}).to_dict()
     assert (saved["quantization_config"]["load_in_8bit"], saved["attn_implementation"]) == (True, "parallax")

@@ -82,52 +82,54 @@ def changed(draw: random.Random, data: dict[str, Any], odd: list[Any]) -> dict[s
 
 def damaged(draw: random.Random, text: bytes, most: int = 4) -> bytes:
     """A text or file with some bytes changed or a piece removed."""
-    found = bytearray(text)
+    actual = bytearray(text)
     for _ in range(draw.randint(1, most)):
-        at = draw.randrange(len(found))
+        at = draw.randrange(len(actual))
         if draw.random() < 0.7:
-            found[at] = draw.randrange(256)
+            actual[at] = draw.randrange(256)
         else:
-            del found[at : at + draw.choice((1, 10, len(found)))]
-        if not found:
+            del actual[at : at + draw.choice((1, 10, len(actual)))]
+        if not actual:
             break
-    return bytes(found).replace(b"\n", b" ") if text.endswith(b"}") else bytes(found)
+    return bytes(actual).replace(b"\n", b" ") if text.endswith(b"}") else bytes(actual)
 
 
 def lines(draw: random.Random) -> Iterator[bytes]:
-    known = [result.to_dict() for result in records()]
+    valid_records = [result.to_dict() for result in records()]
     for _ in range(LINES):
-        text = json.dumps(changed(draw, draw.choice(known), ODD)).encode()
+        text = json.dumps(changed(draw, draw.choice(valid_records), ODD)).encode()
         yield damaged(draw, text) if draw.random() < 0.2 else text
 
 
 def check(draw: random.Random, results: list[Result]) -> None:
     """Use records in every way that the code does."""
-    known = RecordTable(results)
+    table = RecordTable(results)
     assert len(newest_toolchain_first(results)) == len(results)
     places = dict.fromkeys(result.place for result in results)
     for place in draw.sample(list(places), min(RANKED, len(places))):
         gpu = GPUS.get(place.gpu, GPUS["h200"])
-        choice = choose(place.spec, representative(place.bucket, place.spec.group), gpu, known)
+        choice = choose(place.spec, representative(place.bucket, place.spec.group), gpu, table)
         assert why_invalid(place.spec, choice.config, gpu) is None
-        comparisons(place, gpu, known.results(place))
+        comparisons(place, gpu, table.results(place))
 
 
 def test_fuzzed_lines(draw: random.Random, tmp_path: Path) -> None:
     path = tmp_path / "theirs.jsonl"
     path.write_bytes(b"\n".join(lines(draw)) + b"\n")
-    found = read_file(path)
-    assert len(found.results) + len(found.problems) == sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
-    assert min(len(found.results), len(found.problems)) > LINES // 20  # valid and invalid lines
-    for problem in found.problems:
+    actual = read_file(path)
+    assert len(actual.results) + len(actual.problems) == sum(
+        1 for line in path.read_bytes().split(b"\n") if line.strip()
+    )
+    assert min(len(actual.results), len(actual.problems)) > LINES // 20  # valid and invalid lines
+    for problem in actual.problems:
         problem.encode()  # it must be printable
         assert problem.startswith(f"{path}, line ")
         assert len(problem) < 500
     with Store(tmp_path / "tuning.db") as store:
-        merged = store.merge(found.results)
+        merged = store.merge(actual.results)
         kept = store.all()
         assert (len(kept), store.unreadable) == (merged.new, 0)
-    assert {from_line(to_line(result).encode()) for result in found.results} == set(found.results)
+    assert {from_line(to_line(result).encode()) for result in actual.results} == set(actual.results)
     check(draw, kept)
 
 
@@ -136,16 +138,16 @@ def test_a_fuzzed_shipped_file(draw: random.Random, tmp_path: Path) -> None:
     for number, line in enumerate(lines(draw)):
         if number % 4 == 0:
             path.write_bytes(line + b" " * (number // 4) + b"\n")  # a new size, so that the file is read again
-            told = ""
+            message = ""
             try:
                 assert all(result.measured for result in memory.all())
                 for place in (PLACE, dataclasses.replace(PLACE, gpu="h100")):
                     memory.results(place)
             except StoreError as error:
-                told = str(error)
+                message = str(error)
                 refused += 1
-            told.encode()
-            assert not told or f"{path}, line " in told
+            message.encode()
+            assert not message or f"{path}, line " in message
     assert refused > LINES // 20
 
 
@@ -168,11 +170,11 @@ def rewrite(draw: random.Random, path: Path) -> None:
 
 def test_fuzzed_rows(draw: random.Random, tmp_path: Path) -> None:
     path = tmp_path / "theirs.db"
-    known = [dataclasses.replace(one, shape=one.shape or SHAPE) for one in records()]
+    with_shapes = [dataclasses.replace(record, shape=record.shape or SHAPE) for record in records()]
     with Store(path) as store:
         store.merge(
             dataclasses.replace(
-                draw.choice(known), evidence=dataclasses.replace(known[0].evidence, triton=f"3.9.{number}")
+                draw.choice(with_shapes), evidence=dataclasses.replace(with_shapes[0].evidence, triton=f"3.9.{number}")
             )
             for number in range(ROWS)
         )
@@ -184,13 +186,13 @@ def test_fuzzed_rows(draw: random.Random, tmp_path: Path) -> None:
         for problem in store.problems():
             problem.encode()
         assert {*store.in_trial_order()} == {*read}
-        for place in {one.place for one in known}:
+        for place in {record.place for record in with_shapes}:
             store.results(place)
             store.fastest(place.gpu, place.spec.op)
-    found = read_file(path)
-    assert len(found.problems) == ROWS - len(read)
+    actual = read_file(path)
+    assert len(actual.problems) == ROWS - len(read)
     with Store(tmp_path / "mine.db") as store:
-        store.merge(found.results)
+        store.merge(actual.results)
     with Store(path) as store:  # no old row is lost
         assert len(store.unreadable_rows()) == ROWS - len(read)
     check(draw, read)
@@ -200,7 +202,7 @@ def test_a_database_file_with_changed_bytes(draw: random.Random, tmp_path: Path)
     with Store(tmp_path / "sound.db") as store:
         store.merge(result(block_n=number) for number in range(40))
         store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    sound, told = (tmp_path / "sound.db").read_bytes(), []
+    sound, messages = (tmp_path / "sound.db").read_bytes(), []
     for number in range(DAMAGED):
         path = tmp_path / f"{number}.db"
         path.write_bytes(damaged(draw, sound, most=100))
@@ -213,18 +215,18 @@ def test_a_database_file_with_changed_bytes(draw: random.Random, tmp_path: Path)
                     if not read_only:
                         store.save(result(block_n=7, day=2))
             except StoreError as error:
-                told.append(str(error))
-    assert told
-    assert all(str(tmp_path) in problem for problem in told)
+                messages.append(str(error))
+    assert messages
+    assert all(str(tmp_path) in problem for problem in messages)
 
 
 def test_the_largest_allowed_sizes_work() -> None:
     """At the bounds all derived values are finite, and a config is chosen."""
-    for one in records():
-        largest = {f.name: LARGEST for f in dataclasses.fields(one.place.bucket)}
-        place = dataclasses.replace(one.place, bucket=dataclasses.replace(one.place.bucket, **largest))
+    for record in records():
+        largest = {f.name: LARGEST for f in dataclasses.fields(record.place.bucket)}
+        place = dataclasses.replace(record.place, bucket=dataclasses.replace(record.place.bucket, **largest))
         shape = representative(place.bucket, place.spec.group)
         sizes = dataclasses.replace(shape, batch=LARGEST, heads=LARGEST, kv_heads=LARGEST)
-        check(random.Random(0), [dataclasses.replace(one, place=place, shape=sizes)])
+        check(random.Random(0), [dataclasses.replace(record, place=place, shape=sizes)])
         for time_us in (MIN_US, MAX_US):
             assert "us, " in time_and_rate(place.spec, sizes, time_us)

@@ -38,9 +38,9 @@ def other_config(together: int = 2) -> KernelConfig:
 
 def timed(time_us: float, config: KernelConfig, place: Place = PLACE, day: int = 1, **evidence: Any) -> Result:
     """A result of today's kernel by Triton 3.6, except for the fields in `evidence`."""
-    found = evidence_of(render(place.spec, config, GPU))
-    found = dataclasses.replace(found, **({"triton": "3.6.0", "cuda": "12.8/12.9"} | evidence))
-    return Result(place, found, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
+    result = evidence_of(render(place.spec, config, GPU))
+    result = dataclasses.replace(result, **({"triton": "3.6.0", "cuda": "12.8/12.9"} | evidence))
+    return Result(place, result, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
 
 
 def gained(record: Result, *others: Result) -> float | None:
@@ -94,19 +94,19 @@ def test_each_toolchain_is_judged_separately() -> None:
         timed(75.0, other_config(4), **old),
         timed(60.0, DEFAULT, **old, **OTHER_KERNEL),
     ]
-    found = comparisons(PLACE, GPU, records)
-    assert [(s.chosen, s.default, s.gain) for s in found] == [(records[0], records[1], 1.25), (records[2], None, None)]
-    assert not any(s.slower for s in found)
+    result = comparisons(PLACE, GPU, records)
+    assert [(s.chosen, s.default, s.gain) for s in result] == [(records[0], records[1], 1.25), (records[2], None, None)]
+    assert not any(s.slower for s in result)
     assert comparisons(PLACE, GPU, [timed(80.0, other_config(), **OTHER_KERNEL)]) == []
 
 
 def test_equivalent_toolchains_are_judged_together() -> None:
     """The newest record is compared with the default of its own search, or else with the other's."""
     old, new = timed(90.0, DEFAULT, triton="3.6"), timed(100.0, other_config(), day=2)
-    (found,) = comparisons(PLACE, GPU, [old, new])
-    assert (found.chosen, found.default, found.slower) == (new, old, True)
-    (found,) = comparisons(PLACE, GPU, [old, new, timed(110.0, DEFAULT, day=2)])
-    assert (found.gain, found.slower) == (1.1, False)
+    (result,) = comparisons(PLACE, GPU, [old, new])
+    assert (result.chosen, result.default, result.slower) == (new, old, True)
+    (result,) = comparisons(PLACE, GPU, [old, new, timed(110.0, DEFAULT, day=2)])
+    assert (result.gain, result.slower) == (1.1, False)
 
 
 def test_standings_of_many_places() -> None:
@@ -118,8 +118,8 @@ def test_standings_of_many_places() -> None:
 @pytest.mark.parametrize("path", sorted(data_dir("tuning_db").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_no_shipped_record_is_slower_than_the_default(path: Path) -> None:
     """`parallax-gen ship --check` lists the places that are counted here."""
-    found = comparisons_of(load_shipped(path.stem), GPUS[path.stem])
-    assert [(s.place, s.chosen.config, s.gain) for s in found if s.slower] == []
-    timed_default = {s.place for s in found if s.default is not None}
-    without = {s.place for s in found} - timed_default
+    result = comparisons_of(load_shipped(path.stem), GPUS[path.stem])
+    assert [(s.place, s.chosen.config, s.gain) for s in result if s.slower] == []
+    timed_default = {s.place for s in result if s.default is not None}
+    without = {s.place for s in result} - timed_default
     assert len(without) <= WITHOUT_DEFAULT.get(path.stem, 0), "ship the default's time beside the best"

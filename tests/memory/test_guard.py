@@ -57,27 +57,27 @@ class Compiler:
     def __call__(self, config: KernelConfig) -> Resources | None:
         name = {FIRST: "first", SECOND: "second", THIRD: "third", DEFAULT: "default"}[config]
         self.requests.append(name)
-        found = self.needs.get(name)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        result = self.needs.get(name)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 @pytest.mark.parametrize("resources", [FINE, Resources(255, MAX_EXTRA_SPILLS, GPU.shared_per_block)])
 def test_a_kernel_that_compiles_well_is_used_without_further_compilation(resources: Resources) -> None:
     compiler = Compiler(first=resources)
-    found = checked_choice(PLACE, GPU, BORROWED, compiler)
-    assert (found.candidate.config, found.checked, found.refused) == (FIRST, True, ())
+    result = checked_choice(PLACE, GPU, BORROWED, compiler)
+    assert (result.candidate.config, result.checked, result.refused) == (FIRST, True, ())
     assert compiler.requests == ["first"]
 
 
 def test_a_kernel_that_spills_more_than_the_default_is_rejected() -> None:
     compiler = Compiler(first=SPILLS, second=FINE, default=Resources(255, 7, 1000))
-    found = checked_choice(PLACE, GPU, BORROWED, compiler)
-    assert (found.candidate.config, found.checked) == (SECOND, True)
-    ((refused, why),) = found.refused
+    result = checked_choice(PLACE, GPU, BORROWED, compiler)
+    assert (result.candidate.config, result.checked) == (SECOND, True)
+    ((refused, why),) = result.refused
     assert refused.config == FIRST
-    assert why == "it spills 136 bytes a thread as compiled here, the default 7"
+    assert why == "it spills 136 bytes per thread when compiled here, the default 7"
     assert compiler.requests == ["first", "default", "second"]
     # Not if the default spills as much.
     alike = Compiler(first=SPILLS, default=Resources(255, 8, 1000))
@@ -88,60 +88,60 @@ def test_a_kernel_that_spills_more_than_the_default_is_rejected() -> None:
     ("needs", "why"),
     [
         (BuildError("no such instruction"), "it does not compile here: no such instruction"),
-        (Resources(100, 0, GPU.shared_per_block + 1), "bytes of shared memory, over"),
+        (Resources(100, 0, GPU.shared_per_block + 1), "bytes of shared memory; the card has"),
     ],
 )
 def test_a_kernel_that_does_not_compile_or_fit_is_rejected(needs: Resources | Exception, why: str) -> None:
-    found = checked_choice(PLACE, GPU, BORROWED, Compiler(first=needs, second=FINE))
-    assert found.candidate.config == SECOND
-    assert why in found.refused[0][1]
+    result = checked_choice(PLACE, GPU, BORROWED, Compiler(first=needs, second=FINE))
+    assert result.candidate.config == SECOND
+    assert why in result.refused[0][1]
 
 
 def test_at_most_two_borrowed_kernels_are_tried() -> None:
     compiler = Compiler(first=SPILLS, second=SPILLS, third=FINE, default=FINE)
-    found = checked_choice(PLACE, GPU, BORROWED, compiler)
-    assert (found.candidate.tier, found.candidate.config, found.checked) == (Tier.DEFAULT, DEFAULT, True)
-    assert [candidate.config for candidate, _ in found.refused] == [FIRST, SECOND]
+    result = checked_choice(PLACE, GPU, BORROWED, compiler)
+    assert (result.candidate.tier, result.candidate.config, result.checked) == (Tier.DEFAULT, DEFAULT, True)
+    assert [candidate.config for candidate, _ in result.refused] == [FIRST, SECOND]
     assert "third" not in compiler.requests
 
 
 def test_a_kernel_with_two_records_is_compiled_and_counted_once() -> None:
-    known = RecordTable(
+    table = RecordTable(
         [record(FIRST, 1.0), record(FIRST, 1.0, "1.9.0"), record(SECOND, 2.0), record(SECOND, 2.0, "1.9.0")]
     )
-    known = RecordTable([*known.results(PLACE), record(THIRD, 3.0), record(THIRD, 3.0, "1.9.0")])
-    found = checked_choice(PLACE, GPU, known, Compiler(first=SPILLS, second=FINE, default=FINE))
-    assert found.candidate.config == SECOND
-    assert len(found.refused) == 1
+    table = RecordTable([*table.results(PLACE), record(THIRD, 3.0), record(THIRD, 3.0, "1.9.0")])
+    result = checked_choice(PLACE, GPU, table, Compiler(first=SPILLS, second=FINE, default=FINE))
+    assert result.candidate.config == SECOND
+    assert len(result.refused) == 1
 
 
 def test_the_borrowed_kernel_is_used_if_the_default_does_not_compile() -> None:
-    found = checked_choice(PLACE, GPU, BORROWED, Compiler(first=SPILLS, default=BuildError("no")))
-    assert found.candidate.config == FIRST
+    result = checked_choice(PLACE, GPU, BORROWED, Compiler(first=SPILLS, default=BuildError("no")))
+    assert result.candidate.config == FIRST
 
 
 def test_kernels_measured_here_are_not_checked() -> None:
     compiler = Compiler()
     here = Toolchain.here().triton
-    known = RecordTable([record(config, 9.0, here) for config in (FIRST, SECOND, THIRD)])
-    assert checked_choice(PLACE, GPU, known, compiler).checked
+    table = RecordTable([record(config, 9.0, here) for config in (FIRST, SECOND, THIRD)])
+    assert checked_choice(PLACE, GPU, table, compiler).checked
     assert checked_choice(PLACE, GPU, RecordTable([]), compiler).candidate.config == DEFAULT
     assert compiler.requests == []
 
 
 def test_kernels_not_compiled_yet_are_reported_as_unchecked() -> None:
-    found = checked_choice(PLACE, GPU, BORROWED)
-    assert (found.candidate.config, found.checked) == (FIRST, False)
+    result = checked_choice(PLACE, GPU, BORROWED)
+    assert (result.candidate.config, result.checked) == (FIRST, False)
     cache_resources(render(SPEC, FIRST, GPU), GPU, SPILLS)
-    found = checked_choice(PLACE, GPU, BORROWED)
-    assert (found.candidate.config, found.checked, found.refused) == (
+    result = checked_choice(PLACE, GPU, BORROWED)
+    assert (result.candidate.config, result.checked, result.refused) == (
         FIRST,
         False,
         (),
     )  # the decision depends on the default's spills
     cache_resources(render(SPEC, DEFAULT, GPU), GPU, SPILLS)
-    found = checked_choice(PLACE, GPU, BORROWED)
-    assert (found.candidate.config, found.checked) == (FIRST, True)
+    result = checked_choice(PLACE, GPU, BORROWED)
+    assert (result.candidate.config, result.checked) == (FIRST, True)
     cache_resources(render(SPEC, DEFAULT, GPU), GPU, FINE)
     assert checked_choice(PLACE, GPU, BORROWED).refused[0][0].config == FIRST
 
@@ -149,9 +149,9 @@ def test_kernels_not_compiled_yet_are_reported_as_unchecked() -> None:
 def test_a_failed_compilation_is_cached() -> None:
     """So commands report the kernel that calls launch, and no later process compiles it again."""
     cache_resources(render(SPEC, FIRST, GPU), GPU, BuildError("ptxas: no\nregisters left"))
-    found = checked_choice(PLACE, GPU, BORROWED)
-    assert [why for _, why in found.refused] == ["it does not compile here: ptxas: no registers left"]
-    assert (found.candidate.config, found.checked) == (SECOND, False)
+    result = checked_choice(PLACE, GPU, BORROWED)
+    assert [why for _, why in result.refused] == ["it does not compile here: ptxas: no registers left"]
+    assert (result.candidate.config, result.checked) == (SECOND, False)
     with pytest.raises(BuildError, match="no registers left"):
         cached_resources(render(SPEC, FIRST, GPU), GPU)
 
@@ -208,10 +208,10 @@ def test_without_a_cache_folder_kernels_are_checked_each_time(monkeypatch: pytes
 
 def test_a_call_tries_a_failing_compilation_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next call, in any process, and `explain` read the cached outcome."""
-    asked: list[KernelConfig] = []
+    compiled_configs: list[KernelConfig] = []
 
     def fail(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape) -> Resources:
-        asked.append(config)
+        compiled_configs.append(config)
         raise BuildError("no registers left")
 
     monkeypatch.setattr(dispatch, "compile_here", fail)
@@ -221,5 +221,5 @@ def test_a_call_tries_a_failing_compilation_once(monkeypatch: pytest.MonkeyPatch
     for _ in range(2):
         compiled = dispatch._compiler(SPEC, shape, GPU)
         assert checked_choice(PLACE, GPU, BORROWED, compiled).candidate.config == DEFAULT
-    assert asked == [FIRST, SECOND]
+    assert compiled_configs == [FIRST, SECOND]
     assert checked_choice(PLACE, GPU, BORROWED).candidate.config == DEFAULT

@@ -39,7 +39,7 @@ def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
 @pytest.mark.parametrize(
     ("op", "ragged", "message"),
     [
-        ("forward", True, "ragged: got True with op 'forward'; allowed: True with op decode only"),
+        ("forward", True, "ragged: got True with op 'forward'; allowed: True only with op decode"),
         ("decode", 1, "ragged: got 1; allowed: True or False"),
         ("decode", None, "ragged: got None; allowed: True or False"),
         ("decode_varlen", False, "op: got 'decode_varlen'; allowed: forward, preprocess, dkdv, dqdr, decode"),
@@ -63,9 +63,9 @@ def test_each_op_has_one_name_in_records() -> None:
 def test_errors_in_a_records_spec_use_the_names_of_records() -> None:
     data = KernelSpec("decode", 64, "bf16").to_dict()
     for wrong, message in (
-        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with ragged decode"),
-        ({"stats": True}, "stats: got True with op 'decode'; allowed: True with op forward or ragged decode only"),
-        ({"ragged": True, "causal": True}, "causal: got True with one query a sequence; allowed: False, but with"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, except for ragged decode"),
+        ({"stats": True}, "stats: got True with op 'decode'; allowed: True only with op forward or ragged decode"),
+        ({"ragged": True, "causal": True}, "causal: got True with one query per sequence; allowed: False, except with"),
     ):
         with pytest.raises(ArgumentError) as caught:
             spec_from(data | wrong)

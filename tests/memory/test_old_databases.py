@@ -65,15 +65,15 @@ def test_an_old_database_opens_with_all_its_rows(path: Path, read_only: bool) ->
     make_old_database(path)
     before = path.read_bytes()
     with Store(path, read_only=read_only) as store:
-        found = store.results(PLACE)
-        assert [(r.outcome, r.time_us, r.config, r.evidence.cuda) for r in found] == [
+        actual = store.results(PLACE)
+        assert [(r.outcome, r.time_us, r.config, r.evidence.cuda) for r in actual] == [
             ("ok", 11.5, config(), "12.8/12.9"),
             ("ok", 12.5, config(), ""),
             ("crash", 12.5, config(32), "12.8/12.9"),
         ]
-        assert {(r.evidence.templates, r.evidence.kernel, r.evidence.triton) for r in found} == {("abc123", "", "3.6")}
-        assert {r.error for r in found} == {float("inf")}
-        assert store.in_trial_order()[0] == found[1]
+        assert {(r.evidence.templates, r.evidence.kernel, r.evidence.triton) for r in actual} == {("abc123", "", "3.6")}
+        assert {r.error for r in actual} == {float("inf")}
+        assert store.in_trial_order()[0] == actual[1]
         assert store.schema == 3
         assert len(store.unreadable_rows()) == 3  # they stay in the database
     if read_only:
@@ -88,14 +88,14 @@ def test_an_old_database_opens_with_all_its_rows(path: Path, read_only: bool) ->
 
 def test_a_call_converts_only_its_own_place_of_an_old_database(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_old_database(path)
-    many = 5000
+    count = 5000
     with closing(sqlite3.connect(path)) as old, old:
         elsewhere = json.dumps(KEY | {"bucket.kv_rows": 8})
         row = OLD_COLUMNS | {"key_json": elsewhere}
         marks = ", ".join("?" * (len(row) + 1))
         old.executemany(
             f"INSERT INTO results ({', '.join(row)}, key_digest) VALUES ({marks})",
-            [(*row.values(), f"more {i}") for i in range(many)],
+            [(*row.values(), f"more {i}") for i in range(count)],
         )
     with Store(path, read_only=True) as store:
         monkeypatch.setattr(Store, "_migrated_copy", property(lambda _: pytest.fail("all of it was converted")))
@@ -113,10 +113,10 @@ def test_each_place_of_an_old_database_is_found(tmp_path: Path) -> None:
     """A file of an earlier version, with places of every op."""
     path = shutil.copy(Path(__file__).parents[1] / "data" / "same" / "of_431f796.db", tmp_path)
     with Store(path, read_only=True) as store:
-        every = store.all()
-        assert {result.place.spec.op for result in every} == set(OPS)
-        for place in dict.fromkeys(result.place for result in every):
-            assert store.results(place) == [result for result in every if result.place == place]
+        all_results = store.all()
+        assert {result.place.spec.op for result in all_results} == set(OPS)
+        for place in dict.fromkeys(result.place for result in all_results):
+            assert store.results(place) == [result for result in all_results if result.place == place]
 
 
 def test_an_interrupted_migration_leaves_the_database_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,10 +87,10 @@ def test_every_field_counts() -> None:
 
 @given(places)
 def test_only_added_fields_at_their_default_are_omitted(place: Place) -> None:
-    flat, every = place.flat(), dict(zip(NAMES, place.order, strict=True))
-    assert {name: value for name, value in every.items() if name in flat} == flat
-    assert {name for name in every if name not in flat} == {
-        n for n, default in ADDED_FIELDS.items() if every[n] == default
+    flat, all_fields = place.flat(), dict(zip(NAMES, place.order, strict=True))
+    assert {name: value for name, value in all_fields.items() if name in flat} == flat
+    assert {name for name in all_fields if name not in flat} == {
+        n for n, default in ADDED_FIELDS.items() if all_fields[n] == default
     }
 
 
@@ -124,14 +124,14 @@ def earlier(**environment: object) -> dict[str, object]:
 
 def test_records_older_than_fingerprints_are_read() -> None:
     """The hash of their templates identifies their kernel."""
-    found = Result.from_dict(earlier())
-    assert found.place == PLACE
-    assert (found.config, found.shape, found.time_us, found.registers) == (config(), SHAPE, 100.0, 168)
-    assert found.evidence == Evidence("", "", "3.5", "", 1, templates="abc123")
-    assert Result.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    actual = Result.from_dict(earlier())
+    assert actual.place == PLACE
+    assert (actual.config, actual.shape, actual.time_us, actual.registers) == (config(), SHAPE, 100.0, 168)
+    assert actual.evidence == Evidence("", "", "3.5", "", 1, templates="abc123")
+    assert Result.from_dict(json.loads(json.dumps(actual.to_dict()))) == actual
     later = Result.from_dict(earlier(cuda="12.8/12.9", space=1))
-    assert later.evidence == dataclasses.replace(found.evidence, cuda="12.8/12.9")
-    assert later.identity != found.identity
+    assert later.evidence == dataclasses.replace(actual.evidence, cuda="12.8/12.9")
+    assert later.identity != actual.identity
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,12 @@ def test_unknown_environments_are_refused(environment: dict[str, object]) -> Non
 
 def test_evidence_identity_ignores_only_the_text() -> None:
     """All evidence except the text: a reformatted kernel is the same kernel."""
-    one = result()
+    stored = result()
     for name, value in {"kernel": "1" * 32, "triton": "3.5.2", "cuda": "13.0", "protocol": 2, "templates": "a"}.items():
-        other = dataclasses.replace(one, evidence=dataclasses.replace(EVIDENCE, **{name: value}))
-        assert other.identity != one.identity, name
-    assert dataclasses.replace(one, evidence=dataclasses.replace(EVIDENCE, text="")).identity == one.identity
-    assert "templates" not in one.to_dict()["evidence"]
+        other = dataclasses.replace(stored, evidence=dataclasses.replace(EVIDENCE, **{name: value}))
+        assert other.identity != stored.identity, name
+    assert dataclasses.replace(stored, evidence=dataclasses.replace(EVIDENCE, text="")).identity == stored.identity
+    assert "templates" not in stored.to_dict()["evidence"]
 
 
 CONFIG_OF = {

@@ -59,13 +59,13 @@ def record(
 ) -> Result:
     """A result of today's kernel and toolchain, except for the fields in `evidence`."""
     config = other_config() if config is None else config
-    found = dataclasses.replace(evidence_of(render(place.spec, config, GPU)), **evidence)
-    return Result(place, found, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
+    result = dataclasses.replace(evidence_of(render(place.spec, config, GPU)), **evidence)
+    return Result(place, result, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
 
 
 def choices(*records: Result) -> list[tuple[Tier, KernelConfig]]:
-    known = sorted(records, key=lambda r: r.time_us or 0.0)
-    return [(c.tier, c.config) for c in ranked(PLACE, GPU, RecordTable(known))]
+    sorted_records = sorted(records, key=lambda r: r.time_us or 0.0)
+    return [(c.tier, c.config) for c in ranked(PLACE, GPU, RecordTable(sorted_records))]
 
 
 LAST = (Tier.DEFAULT, DEFAULT)
@@ -109,12 +109,14 @@ def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first(
     default = default_of(DECODE, GPU)
     config = dataclasses.replace(default, num_stages=5 - default.num_stages % 2)
     order = [near(8, 2048), near(8, 8192), near(8, 1024), near(8, 16384), near(4, 4096), near(16, 4096)]
-    known = [record(9.0 - n, config, place) for n, place in enumerate(order)]  # the fastest is not the nearest
-    found = list(ranked(DECODE, GPU, RecordTable(known)))
-    assert [c.tier for c in found] == [Tier.NEIGHBOUR] * len(order) + [Tier.DEFAULT]
-    assert [c.record.place for c in found[:-1] if c.record] == order
+    neighbour_records = [
+        record(9.0 - n, config, place) for n, place in enumerate(order)
+    ]  # the fastest is not the nearest
+    result = list(ranked(DECODE, GPU, RecordTable(neighbour_records)))
+    assert [c.tier for c in result] == [Tier.NEIGHBOUR] * len(order) + [Tier.DEFAULT]
+    assert [c.record.place for c in result[:-1] if c.record] == order
     own = record(99.0, config, DECODE, **OLD)
-    assert best(DECODE, GPU, RecordTable([*known, own])).record == own
+    assert best(DECODE, GPU, RecordTable([*neighbour_records, own])).record == own
     further = [near(8, 32768), near(32, 4096), dataclasses.replace(near(8, 2048), gpu="h100")]
     assert best(DECODE, GPU, RecordTable(record(1.0, config, place) for place in further)).record is None
 
@@ -123,8 +125,8 @@ def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first(
 def test_near_buckets_of_other_ops_are_not_borrowed(spec: KernelSpec) -> None:
     place = Place(GPU.name, spec, Bucket(8, 1 if spec.family == "decode" else 4096, 4096))
     bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
-    there = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
-    assert best(place, GPU, RecordTable([there])).record is None
+    neighbour_record = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
+    assert best(place, GPU, RecordTable([neighbour_record])).record is None
 
 
 def test_the_smallest_buckets_have_near_buckets() -> None:
@@ -137,14 +139,14 @@ def test_within_a_toolchain_the_fastest_comes_first_across_toolchains_the_newest
     one, two, three = (other_config(GROUP_HEADS=n) for n in (2, 4, 8))
     assert [c for _, c in choices(record(2.0, one), record(1.0, two), record(3.0, three))] == [two, one, three, DEFAULT]
     old, older = {"triton": "3.8.0", "cuda": "13.0"}, OLD
-    found = choices(record(9.0, one, day=2, **old), record(1.0, two, day=1, **older), record(8.0, three, day=2, **old))
-    assert [c for _, c in found] == [three, one, two, DEFAULT]
+    result = choices(record(9.0, one, day=2, **old), record(1.0, two, day=1, **older), record(8.0, three, day=2, **old))
+    assert [c for _, c in result] == [three, one, two, DEFAULT]
 
 
 def test_a_siblings_record_of_this_toolchain_comes_first() -> None:
     one, two = other_config(), other_config(GROUP_HEADS=4)
-    found = choices(record(1.0, one, ON_SIBLING, day=9, **OLD), record(2.0, two, ON_SIBLING))
-    assert [c for _, c in found] == [two, one, DEFAULT]
+    result = choices(record(1.0, one, ON_SIBLING, day=9, **OLD), record(2.0, two, ON_SIBLING))
+    assert [c for _, c in result] == [two, one, DEFAULT]
     assert siblings(GPU) == ["h100", "h100-pcie"]
     assert "h200" in siblings(GPUS["h100"])
     assert not {"h100", "h200"} & set(siblings(GPUS["a100"]))
@@ -194,8 +196,8 @@ def test_only_measured_records_are_chosen() -> None:
 
 def test_times_of_other_protocols_are_a_lower_tier() -> None:
     one, two = other_config(), other_config(GROUP_HEADS=4)
-    found = choices(record(1.0, one, protocol=0), record(2.0, two))
-    assert found == [(Tier.MEASURED_HERE, two), (Tier.OTHER_TOOLCHAIN, one), LAST]
+    result = choices(record(1.0, one, protocol=0), record(2.0, two))
+    assert result == [(Tier.MEASURED_HERE, two), (Tier.OTHER_TOOLCHAIN, one), LAST]
 
 
 def test_records_of_a_search_older_than_a_knob_of_the_default_are_skipped() -> None:

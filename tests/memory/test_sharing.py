@@ -57,14 +57,14 @@ class InMemory(Memory):
 
 def received(shared: Iterable[Result]) -> RecordTable:
     """The record table of another rank."""
-    found = read_lines("sent", "".join(map(to_line, shared)).encode().splitlines())
-    assert found.problems == []
-    return RecordTable(found.results)
+    result = read_lines("sent", "".join(map(to_line, shared)).encode().splitlines())
+    assert result.problems == []
+    return RecordTable(result.results)
 
 
 def known(config: KernelConfig, place: Place, time_us: float = 10.0, outcome: str = "ok", **evidence: str) -> Result:
-    found = replace(evidence_of(render(place.spec, config, GPU)), **evidence)
-    return Result(place, found, config, outcome, time_us=time_us if outcome == "ok" else None)
+    result = replace(evidence_of(render(place.spec, config, GPU)), **evidence)
+    return Result(place, result, config, outcome, time_us=time_us if outcome == "ok" else None)
 
 
 def compiler(draw: random.Random) -> CompiledResources:
@@ -92,15 +92,15 @@ def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig
 
 def valid_kernels(draw: random.Random) -> dict[KernelSpec, list[KernelConfig]]:
     """Valid configs of forward, whose knobs were added over time, and of decode, which borrows from near buckets."""
-    found: dict[KernelSpec, list[KernelConfig]] = {}
+    result: dict[KernelSpec, list[KernelConfig]] = {}
     for spec in (FORWARD.spec, replace(FORWARD.spec, op="dkdv"), DECODE.spec, replace(DECODE.spec, head_dim=64)):
         default = default_of(replace(DECODE, spec=spec), GPU)
         others = {
             config for config in (random_config(draw, spec) for _ in range(200)) if not why_invalid(spec, config, GPU)
         }
         before = [config for config in others if all(getattr(config, f.name) == f.default for f in later(config))]
-        found[spec] = [default, *sorted(others, key=str)[:4], *sorted(before, key=str)[:2]]
-    return found
+        result[spec] = [default, *sorted(others, key=str)[:4], *sorted(before, key=str)[:2]]
+    return result
 
 
 def later(config: KernelConfig) -> list[Any]:
@@ -116,23 +116,25 @@ def test_both_ranks_rank_alike_for_random_records(full: bool) -> None:
         place, results = full_memory(draw, kernels) if full else random_records(draw, kernels, most=40)
         card, memory = GPUS[place.gpu], InMemory(results)
         shared = records_to_share(memory, card)
-        there = received(shared)
+        received_records = received(shared)
         seen["sent"] += len(shared)
         seen["held"] += len(memory.held)
         places = dict.fromkeys([place, *borrowable_neighbours(place), *places_served(memory.held, card)])
         chosen = {place: list(launch_candidates(place, card, memory)) for place in places}
         for place, expected in chosen.items():
-            assert list(launch_candidates(place, card, there)) == expected
+            assert list(launch_candidates(place, card, received_records)) == expected
             compiled = compiler(draw)
-            assert checked_choice(place, card, there, compiled) == checked_choice(place, card, memory, compiled)
-            seen[f"{len(expected)} of {expected[0].tier.words}"] += 1
+            assert checked_choice(place, card, received_records, compiled) == checked_choice(
+                place, card, memory, compiled
+            )
+            seen[f"{len(expected)} of {expected[0].tier.text}"] += 1
         bests = [choice[0].record for choice in chosen.values() if choice[0].record]
         for name, some in (("bests", bests), ("bests and what their searches knew", known_of(bests, memory))):
             table = RecordTable(sorted(set(some), key=reading_order))
             seen[f"not enough: {name}"] += any(list(launch_candidates(p, card, table)) != chosen[p] for p in places)
     assert seen["sent"] < 0.7 * seen["held"]
     if full:
-        several = [f"2 of {tier.words}" for tier in Tier if tier not in NOT_BORROWED]
+        several = [f"2 of {tier.text}" for tier in Tier if tier not in NOT_BORROWED]
         less = [name for name in seen if name.startswith("not enough")]
         assert len(less) == 2
         assert min(seen[name] for name in (*several, *less, "1 of measured here", "1 of the default")) > 20, seen

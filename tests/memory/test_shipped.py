@@ -138,10 +138,10 @@ def test_the_fastest_record_counts_with_the_users_time_of_a_config(store: Store,
     store.save(own)
     assert best_of(memory) == shipped  # a slow trial of the user does not hide shipped records
     assert memory.results(PLACE) == [shipped, own]
-    again = result(time_us=13.0, source="here")
-    store.save(again)
+    retimed = result(time_us=13.0, source="here")
+    store.save(retimed)
     assert best_of(memory) == own
-    assert memory.results(PLACE) == [own, again]
+    assert memory.results(PLACE) == [own, retimed]
 
 
 @pytest.mark.parametrize(("outcome", "hides"), [("wrong", True), ("crash", True), ("predicted", False)])

@@ -84,8 +84,8 @@ def test_fastest_is_the_best_per_place_of_a_gpu_and_op(store: Store) -> None:
         result("ok", 1.0, place=OTHER_GPU),
     ):
         store.save(sent)
-    found = store.fastest(PLACE.gpu, PLACE.spec.op)
-    assert sorted(found, key=lambda r: r.time_us or 0) == [*store.results(OTHER_BUCKET), best_of(store)]
+    actual = store.fastest(PLACE.gpu, PLACE.spec.op)
+    assert sorted(actual, key=lambda r: r.time_us or 0) == [*store.results(OTHER_BUCKET), best_of(store)]
     assert store.fastest(PLACE.gpu, "decode") == []
 
 
@@ -104,9 +104,9 @@ def test_in_order_is_the_order_of_first_trials(store: Store) -> None:
     first, second, third = (result(time_us=time, block_n=n) for time, n in ((3.0, 64), (1.0, 16), (2.0, 32)))
     for row in (first, second, third):
         store.save(row)
-    again = result(time_us=4.0, block_n=64, day=2)
-    store.save(again)
-    assert store.in_trial_order() == [again, second, third]
+    newer = result(time_us=4.0, block_n=64, day=2)
+    store.save(newer)
+    assert store.in_trial_order() == [newer, second, third]
 
 
 def test_rows_persist_after_closing(path: Path) -> None:
@@ -234,8 +234,8 @@ def test_any_thread_may_read(store: Store, path: Path) -> None:
     for n in range(50):
         store.save(result(block_n=n))
     with Store(path, read_only=True) as reader, ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: len(reader.results(PLACE)), range(40)))
-        assert found == [50] * 40
+        actual = list(threads.map(lambda _: len(reader.results(PLACE)), range(40)))
+        assert actual == [50] * 40
         with pytest.raises(sqlite3.ProgrammingError, match="thread"):
             threads.submit(store.results, PLACE).result()
 
@@ -319,7 +319,7 @@ def test_a_newer_schema(path: Path, read_only: bool) -> None:
     Store(path).close()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 999")
-    with pytest.raises(StoreError, match=r"newer schema 999.*upgrade"):
+    with pytest.raises(StoreError, match=r"has schema 999.*upgrade"):
         Store(path, read_only=read_only)
 
 

@@ -18,8 +18,8 @@ cuda_version = toolchain.cuda_version.__wrapped__  # without the cache, as in a 
 def assembler(path: Path, release: str, *, status: int = 0) -> Path:
     """A fake ptxas: it prints a version like a real one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = f"Copyright (c) 2005-2026\nCuda compilation tools, release {release}, V{release}.93\nBuild cuda_{release}"
-    path.write_text(f"#!/bin/sh\ncat <<.\n{told}\n.\nexit {status}\n", encoding="utf-8")
+    message = f"Copyright (c) 2005-2026\nCuda compilation tools, release {release}, V{release}.93\nBuild cuda_{release}"
+    path.write_text(f"#!/bin/sh\ncat <<.\n{message}\n.\nexit {status}\n", encoding="utf-8")
     path.chmod(0o755)
     return path
 

@@ -22,13 +22,13 @@ def sequences(queries: Any = 1, **options: Any) -> list[SequenceTensors]:
 
 
 def check(parts: list[SequenceTensors], layout: dict[str, Any], **options: Any) -> None:
-    given = cache_arguments(parts, **layout)
-    given.pop("max_seqlen_q", None)
-    found = reference_cached_forward(**given, **options)
+    inputs = cache_arguments(parts, **layout)
+    inputs.pop("max_seqlen_q", None)
+    result = reference_cached_forward(**inputs, **options)
     expected = combined(expected_of_each(parts, **options), packed=layout.get("packed", False))
-    for name, mine, its in zip(found._fields, found, expected, strict=True):
-        assert mine.dtype == torch.float64
-        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+    for name, tensor, expected_tensor in zip(result._fields, result, expected, strict=True):
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, expected_tensor, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
 
 
 LAYOUTS = [
@@ -63,16 +63,16 @@ def test_packed_queries_attend_to_their_own_sequence(layout: dict[str, Any], opt
 
 def test_padding_rows_have_no_keys() -> None:
     parts = sequences((4, 2, 7, 0))
-    given = cache_arguments(parts, packed=True)
-    del given["max_seqlen_q"]
+    inputs = cache_arguments(parts, packed=True)
+    del inputs["max_seqlen_q"]
     for name in ("q", "r"):
-        given[name] = torch.cat([given[name], torch.ones(2, *given[name].shape[1:], dtype=torch.float64)])
-    found = reference_cached_forward(**given)
-    torch.testing.assert_close(found.out[:13], combined(expected_of_each(parts), packed=True).out, **EXACT)
-    assert not found.out[13:].any()
-    assert not found.v_mean[13:].any()
-    assert not found.t_mean[:, 13:].any()
-    assert (found.lse[:, 13:] == -torch.inf).all()
+        inputs[name] = torch.cat([inputs[name], torch.ones(2, *inputs[name].shape[1:], dtype=torch.float64)])
+    result = reference_cached_forward(**inputs)
+    torch.testing.assert_close(result.out[:13], combined(expected_of_each(parts), packed=True).out, **EXACT)
+    assert not result.out[13:].any()
+    assert not result.v_mean[13:].any()
+    assert not result.t_mean[:, 13:].any()
+    assert (result.lse[:, 13:] == -torch.inf).all()
 
 
 @pytest.mark.parametrize(
@@ -88,44 +88,44 @@ def test_padding_rows_have_no_keys() -> None:
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
 def test_scales_multiply_stored_values(cache: torch.dtype, k_scale: Any, v_scale: Any) -> None:
     parts = sequences(2, cache=cache)
-    found = reference_cached_forward(**cache_arguments(parts), causal=True, k_scale=k_scale, v_scale=v_scale)
+    result = reference_cached_forward(**cache_arguments(parts), causal=True, k_scale=k_scale, v_scale=v_scale)
     scales = {"k_scale": 1.0 if k_scale is None else k_scale, "v_scale": 1.0 if v_scale is None else v_scale}
     expected = combined(expected_of_each(parts, causal=True, **scales))
-    for mine, its in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, its, **EXACT)
-    assert (found.out - reference_cached_forward(**cache_arguments(parts), causal=True).out).abs().max() > 0.01
+    for tensor, expected_tensor in zip(result, expected, strict=True):
+        torch.testing.assert_close(tensor, expected_tensor, **EXACT)
+    assert (result.out - reference_cached_forward(**cache_arguments(parts), causal=True).out).abs().max() > 0.01
 
 
 def test_without_lengths_all_keys_count() -> None:
     parts = cache_samples.random_sequences((6, 6), 2, torch.float64)
-    given = {name: torch.stack([getattr(part, of) for part in parts]) for name, of in NAMES.items()}
-    found = reference_cached_forward(**given, causal=True)
-    torch.testing.assert_close(found.out, reference_forward(*given.values(), causal=True).out, **EXACT)
+    inputs = {name: torch.stack([getattr(part, of) for part in parts]) for name, of in NAMES.items()}
+    result = reference_cached_forward(**inputs, causal=True)
+    torch.testing.assert_close(result.out, reference_forward(*inputs.values(), causal=True).out, **EXACT)
 
 
 NAMES = {"q": "q", "r": "r", "k_cache": "k", "v_cache": "v"}
 
 
 def test_padding_past_the_length_leaves_no_key() -> None:
-    given = cache_arguments(sequences(2), before=BEFORE)
-    given["cache_leftpad"] = given["cache_seqlens"] + torch.tensor([0, 1, 5, 100], dtype=torch.int32)
-    found = reference_cached_forward(**given)
-    assert not found.out.any()
-    assert (found.lse == -torch.inf).all()
+    inputs = cache_arguments(sequences(2), before=BEFORE)
+    inputs["cache_leftpad"] = inputs["cache_seqlens"] + torch.tensor([0, 1, 5, 100], dtype=torch.int32)
+    result = reference_cached_forward(**inputs)
+    assert not result.out.any()
+    assert (result.lse == -torch.inf).all()
 
 
 def test_lengths_and_padding_are_clamped_to_the_cache() -> None:
     parts = cache_samples.random_sequences((6, 6), 1, torch.float64)
-    given = {name: torch.stack([getattr(part, of) for part in parts]) for name, of in NAMES.items()}
+    inputs = {name: torch.stack([getattr(part, of) for part in parts]) for name, of in NAMES.items()}
     lengths, pads = torch.tensor([7, 600]), torch.tensor([-1, -600])
-    found = reference_cached_forward(**given, cache_seqlens=lengths, cache_leftpad=pads)
-    torch.testing.assert_close(found.out, reference_forward(*given.values()).out, **EXACT)
+    result = reference_cached_forward(**inputs, cache_seqlens=lengths, cache_leftpad=pads)
+    torch.testing.assert_close(result.out, reference_forward(*inputs.values()).out, **EXACT)
 
 
 def test_pages_are_gathered_in_order() -> None:
     pages = torch.arange(5 * 2 * KV_HEADS * 8).view(5, 2, KV_HEADS, 8)
     table = torch.tensor([[3, 0], [4, cache_samples.NO_PAGE]], dtype=torch.int32)
-    found = gather_pages(pages, table)
-    assert found.shape == (2, 4, KV_HEADS, 8)
-    assert torch.equal(found[0], torch.cat([pages[3], pages[0]]))
-    assert torch.equal(found[1, :2], pages[4])  # past its end any page
+    result = gather_pages(pages, table)
+    assert result.shape == (2, 4, KV_HEADS, 8)
+    assert torch.equal(result[0], torch.cat([pages[3], pages[0]]))
+    assert torch.equal(result[1, :2], pages[4])  # past its end any page

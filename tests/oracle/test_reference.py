@@ -72,13 +72,13 @@ def by_rows(
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 def test_without_probes_it_is_softmax_attention(causal: bool, kv_heads: int) -> None:
     q, r, k, v = inputs(2, 6, kv_heads, 33, 33)
-    found = reference_forward(q, torch.zeros_like(r), k, v, causal=causal)
+    result = reference_forward(q, torch.zeros_like(r), k, v, causal=causal)
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
     ).transpose(1, 2)
-    torch.testing.assert_close(found.out, expected, **EXACT)
-    torch.testing.assert_close(found.v_mean, expected, **EXACT)
-    assert not found.t_mean.any()
+    torch.testing.assert_close(result.out, expected, **EXACT)
+    torch.testing.assert_close(result.v_mean, expected, **EXACT)
+    assert not result.t_mean.any()
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -88,10 +88,10 @@ def test_without_probes_it_is_softmax_attention(causal: bool, kv_heads: int) -> 
 )
 def test_against_the_covariance_form(causal: bool, heads: int, kv_heads: int, seqlen_q: int, seqlen_kv: int) -> None:
     q, r, k, v = inputs(2, heads, kv_heads, seqlen_q, seqlen_kv)
-    found = reference_forward(q, r, k, v, causal=causal)
+    result = reference_forward(q, r, k, v, causal=causal)
     expected = by_rows(q, r, k, v, causal=causal, scale=q.shape[-1] ** -0.5, lengths=[seqlen_kv] * 2)
-    for name, mine, its in zip(found._fields, found, expected, strict=True):
-        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+    for name, tensor, expected_tensor in zip(result._fields, result, expected, strict=True):
+        torch.testing.assert_close(tensor, expected_tensor, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8, 9, 100])
@@ -103,10 +103,10 @@ def test_a_window_against_the_covariance_form(
     window: int, heads: int, kv_heads: int, seqlen_q: int, seqlen_kv: int
 ) -> None:
     q, r, k, v = inputs(2, heads, kv_heads, seqlen_q, seqlen_kv)
-    found = reference_forward(q, r, k, v, causal=True, window_size=window)
+    result = reference_forward(q, r, k, v, causal=True, window_size=window)
     expected = by_rows(q, r, k, v, causal=True, scale=q.shape[-1] ** -0.5, lengths=[seqlen_kv] * 2, window=window)
-    for name, mine, its in zip(found._fields, found, expected, strict=True):
-        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+    for name, tensor, expected_tensor in zip(result._fields, result, expected, strict=True):
+        torch.testing.assert_close(tensor, expected_tensor, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, 4), (True, 0), (True, -1)])
@@ -124,10 +124,10 @@ def test_gradients_against_autograd_through_the_covariance_form(
     do = inputs(2, 4, 2, 11, 9)[0].flip(0)
     out = by_rows(*leaves, causal=causal, scale=0.3, lengths=[9, 9], window=window or 0)[0]
     expected = torch.autograd.grad(out, leaves, do)
-    found = reference_backward(*leaves, do, causal=causal, window_size=window, softmax_scale=0.3)
-    for name, mine, its in zip(found._fields, found, expected, strict=True):
-        assert mine.dtype == torch.float64
-        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
+    result = reference_backward(*leaves, do, causal=causal, window_size=window, softmax_scale=0.3)
+    for name, tensor, expected_tensor in zip(result._fields, result, expected, strict=True):
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, expected_tensor, msg=lambda m, name=name: f"{name}: {m}", **EXACT)
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
@@ -137,22 +137,26 @@ def test_packed_sequences_are_independent(causal: bool, window: int | None) -> N
     q, r, k, v = (x[0] for x in inputs(1, 4, 2, ends_q[-1], ends_k[-1]))
     do = q.flip(0)
     how = {"causal": causal, "window_size": window, "softmax_scale": 0.3}
-    found = reference_varlen_forward(q, r, k, v, torch.tensor(ends_q, dtype=torch.int32), ends_k, **how)
+    result = reference_varlen_forward(q, r, k, v, torch.tensor(ends_q, dtype=torch.int32), ends_k, **how)
     grads = reference_varlen_backward(q, r, k, v, do, ends_q, ends_k, **how)
-    assert [tuple(x.shape) for x in found] == [(16, 4, 16), (4, 16), (4, 16), (16, 4, 16)]
+    assert [tuple(x.shape) for x in result] == [(16, 4, 16), (4, 16), (4, 16), (16, 4, 16)]
     assert [x.shape for x in grads] == [q.shape, r.shape, k.shape, v.shape]
     for b, (of_q, of_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         rows, keys = slice(ends_q[b], ends_q[b] + of_q), slice(ends_k[b], ends_k[b] + of_k)
-        one = [x[None].requires_grad_() for x in (q[rows], r[rows], k[keys], v[keys])]
-        expected = by_rows(*one, causal=causal, scale=0.3, lengths=[of_k], window=window or 0)
-        mine = (found.out[rows], found.lse[:, rows], found.t_mean[:, rows], found.v_mean[rows])
-        for x, its in zip(mine, expected, strict=True):
-            torch.testing.assert_close(x, its[0], **EXACT)
-        of_one = [torch.zeros_like(x) for x in one]
+        sequence = [x[None].requires_grad_() for x in (q[rows], r[rows], k[keys], v[keys])]
+        expected = by_rows(*sequence, causal=causal, scale=0.3, lengths=[of_k], window=window or 0)
+        tensors = (result.out[rows], result.lse[:, rows], result.t_mean[:, rows], result.v_mean[rows])
+        for x, expected_tensor in zip(tensors, expected, strict=True):
+            torch.testing.assert_close(x, expected_tensor[0], **EXACT)
+        of_one = [torch.zeros_like(x) for x in sequence]
         if expected[0].requires_grad:
-            of_one = torch.autograd.grad(expected[0], one, do[rows][None], allow_unused=True, materialize_grads=True)
-        for x, its in zip((grads.dq[rows], grads.dr[rows], grads.dk[keys], grads.dv[keys]), of_one, strict=True):
-            torch.testing.assert_close(x, its[0], **EXACT)
+            of_one = torch.autograd.grad(
+                expected[0], sequence, do[rows][None], allow_unused=True, materialize_grads=True
+            )
+        for x, expected_tensor in zip(
+            (grads.dq[rows], grads.dr[rows], grads.dk[keys], grads.dv[keys]), of_one, strict=True
+        ):
+            torch.testing.assert_close(x, expected_tensor[0], **EXACT)
 
 
 def test_cu_seqlens_of_queries_and_keys_have_equal_lengths() -> None:
@@ -170,21 +174,21 @@ def test_keys_past_a_sequences_end_are_ignored(causal: bool, poison: float, as_t
     expected = by_rows(q, r, k, v, causal=causal, scale=0.25, lengths=lengths)
     for b, length in enumerate(lengths):
         k[b, length:], v[b, length:] = poison, poison
-    given = torch.tensor(lengths, dtype=torch.int32) if as_tensor else lengths
-    found = reference_forward(q, r, k, v, causal=causal, cache_seqlens=given)
-    for mine, its in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, its, **EXACT)
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32) if as_tensor else lengths
+    result = reference_forward(q, r, k, v, causal=causal, cache_seqlens=cache_seqlens)
+    for tensor, expected_tensor in zip(result, expected, strict=True):
+        torch.testing.assert_close(tensor, expected_tensor, **EXACT)
 
 
 def test_rows_that_see_no_key_are_zero() -> None:
     q, r, k, v = inputs(1, 2, 1, 6, 2)
-    found = reference_forward(q, r, k, v, causal=True)
-    assert not found.out[:, :4].any()
-    assert not found.v_mean[:, :4].any()
-    assert not found.t_mean[..., :4].any()
-    assert (found.lse[..., :4] == -math.inf).all()
-    assert found.out[:, 4:].all()
-    assert found.lse[..., 4:].isfinite().all()
+    result = reference_forward(q, r, k, v, causal=True)
+    assert not result.out[:, :4].any()
+    assert not result.v_mean[:, :4].any()
+    assert not result.t_mean[..., :4].any()
+    assert (result.lse[..., :4] == -math.inf).all()
+    assert result.out[:, 4:].all()
+    assert result.lse[..., 4:].isfinite().all()
 
 
 def test_gradients_are_zero_for_rows_that_see_no_key() -> None:
@@ -200,9 +204,9 @@ def test_gradients_are_zero_for_rows_that_see_no_key() -> None:
 
 def test_softmax_scale_scales_scores_and_not_t() -> None:
     q, r, k, v = inputs(1, 2, 2, 4, 6)
-    found = reference_forward(q, r, k, v, softmax_scale=0.7)
-    for mine, its in zip(found, by_rows(q, r, k, v, causal=False, scale=0.7, lengths=[6]), strict=True):
-        torch.testing.assert_close(mine, its, **EXACT)
+    result = reference_forward(q, r, k, v, softmax_scale=0.7)
+    for tensor, expected_tensor in zip(result, by_rows(q, r, k, v, causal=False, scale=0.7, lengths=[6]), strict=True):
+        torch.testing.assert_close(tensor, expected_tensor, **EXACT)
     uniform = reference_forward(q, r, k, v, softmax_scale=0.0)
     torch.testing.assert_close(uniform.t_mean[0, 1], k[0, :, 1].mean(dim=0) @ r[0, :, 1].T, **EXACT)
 
@@ -212,17 +216,19 @@ def test_results_do_not_depend_on_chunks_of_queries(causal: bool, monkeypatch: p
     q, r, k, v = inputs(1, 4, 2, 11, 9)
     whole = reference_forward(q, r, k, v, causal=causal, cache_seqlens=[7])
     monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 2 * 7 * 3)  # three queries of a group of two
-    for mine, its in zip(reference_forward(q, r, k, v, causal=causal, cache_seqlens=[7]), whole, strict=True):
-        torch.testing.assert_close(mine, its, **EXACT)
+    for tensor, expected_tensor in zip(
+        reference_forward(q, r, k, v, causal=causal, cache_seqlens=[7]), whole, strict=True
+    ):
+        torch.testing.assert_close(tensor, expected_tensor, **EXACT)
 
 
 def test_sums_are_float64_for_any_input_dtype() -> None:
     q, r, k, v = inputs(1, 2, 2, 4, 6)
     low = [x.bfloat16() for x in (q, r, k, v)]
-    found, same = reference_forward(*low), reference_forward(*(x.double() for x in low))
-    assert {x.dtype for x in found} == {torch.float64}
-    for mine, its in zip(found, same, strict=True):
-        torch.testing.assert_close(mine, its, **EXACT)
+    result, same = reference_forward(*low), reference_forward(*(x.double() for x in low))
+    assert {x.dtype for x in result} == {torch.float64}
+    for tensor, expected_tensor in zip(result, same, strict=True):
+        torch.testing.assert_close(tensor, expected_tensor, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +256,8 @@ def test_mismatched_arguments_are_named(change: dict[str, object], argument: str
 def test_errors() -> None:
     ref = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
     assert errors(ref, ref) == Errors(0.0, 0.0, 0.0)
-    found = errors(ref + torch.tensor([[0.0, 0.0], [0.5, 0.0]]), ref)
-    assert found == Errors(relative=pytest.approx(0.5 / 50**0.5), worst=pytest.approx(0.1), maximum=0.5)
+    result = errors(ref + torch.tensor([[0.0, 0.0], [0.5, 0.0]]), ref)
+    assert result == Errors(relative=pytest.approx(0.5 / 50**0.5), worst=pytest.approx(0.1), maximum=0.5)
 
 
 def test_errors_at_zero_nan_and_infinity() -> None:
@@ -306,9 +312,9 @@ def test_the_tolerance_accepts_rounding_and_rejects_a_wrong_row(dtype: str) -> N
     call = tensors_of(spec, shape, seed=0)
     ref = reference_forward(*call, causal=True).out
     out = as_a_kernel_rounds(*(x[0, :, 0] for x in call), dtype)[None, :, None]
-    found = errors(out, ref)
-    assert found.relative < tolerance(dtype) / 3
-    assert found.worst < 2 * tolerance(dtype)
+    result = errors(out, ref)
+    assert result.relative < tolerance(dtype) / 3
+    assert result.worst < 2 * tolerance(dtype)
     assert why_wrong(out, ref, dtype) is None
     assert_close(out, ref, dtype)
 
@@ -357,13 +363,15 @@ def test_random_inputs(dtype: str) -> None:
         assert x.float().std().item() == pytest.approx(1, abs=0.05)
     t = torch.einsum("bihd,bjhd->bhij", r[:, :, :2].double(), k.double())
     assert t.std().item() == pytest.approx(1, abs=0.1)
-    for mine, again, other in zip(call, tensors_of(spec, shape, seed=3), tensors_of(spec, shape, seed=4), strict=True):
-        assert torch.equal(mine, again)
-        assert not torch.equal(mine, other)
+    for tensor, again, other in zip(
+        call, tensors_of(spec, shape, seed=3), tensors_of(spec, shape, seed=4), strict=True
+    ):
+        assert torch.equal(tensor, again)
+        assert not torch.equal(tensor, other)
 
 
 def test_random_inputs_need_a_shape_that_matches_the_spec() -> None:
-    with pytest.raises(ArgumentError, match="1 query heads a kv head; allowed: the spec's 4"):
+    with pytest.raises(ArgumentError, match="1 query heads per kv head; allowed: 4, as the spec has"):
         tensors_of(KernelSpec("forward", 64, "bf16", group=4), Shape(1, 4, 4, 8, 8), seed=0)
     with pytest.raises(ArgumentError, match="seqlen_q 1 for decode"):
         tensors_of(KernelSpec("decode", 64, "bf16"), Shape(1, 4, 4, 8, 8), seed=0)

@@ -29,37 +29,37 @@ def inputs(rows: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Tensor, ...]:
 def test_the_formula_agrees_with_autodiff(
     seqlen_q: int, seqlen_kv: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 45)  # several blocks a head
-    given = inputs((1, seqlen_q), (1, seqlen_kv))
-    changes = tuple(torch.randn_like(x) for x in given)
-    wanted = torch.func.jvp(lambda *x: reference_forward(*x, **options).out, given, changes)[1]
-    torch.testing.assert_close(reference_tangent(*given, changes, **options), wanted)
+    monkeypatch.setattr(reference, "_SCORES_AT_ONCE", 45)  # several blocks per head
+    arguments = inputs((1, seqlen_q), (1, seqlen_kv))
+    changes = tuple(torch.randn_like(x) for x in arguments)
+    expected = torch.func.jvp(lambda *x: reference_forward(*x, **options).out, arguments, changes)[1]
+    torch.testing.assert_close(reference_tangent(*arguments, changes, **options), expected)
 
 
 def test_inputs_without_tangents() -> None:
-    given = inputs((1, 3), (1, 4))
-    changes = tuple(torch.randn_like(x) for x in given)
+    arguments = inputs((1, 3), (1, 4))
+    changes = tuple(torch.randn_like(x) for x in arguments)
     for place in range(4):
-        one = [changes[i] if i == place else None for i in range(4)]
-        zeros = [torch.zeros_like(x) if d is None else d for x, d in zip(given, one, strict=True)]
-        torch.testing.assert_close(reference_tangent(*given, one), reference_tangent(*given, zeros))
+        single_change = [changes[i] if i == place else None for i in range(4)]
+        zeros = [torch.zeros_like(x) if d is None else d for x, d in zip(arguments, single_change, strict=True)]
+        torch.testing.assert_close(reference_tangent(*arguments, single_change), reference_tangent(*arguments, zeros))
 
 
 @pytest.mark.parametrize("options", MASKS, ids=["full", "causal", "window"])
 def test_packed_sequences(options: dict[str, Any]) -> None:
     """One sequence has no queries, one no keys, and the last rows are padding."""
     starts = ([0, 2, 2, 4, 8], [0, 3, 4, 4, 9])  # lists, because torch 2.9 has no Tensor.tolist under a transform
-    given = inputs((10,), (12,))
-    changes = tuple(torch.randn_like(x) for x in given)
-    wanted = torch.func.jvp(lambda *x: reference_varlen_forward(*x, *starts, **options).out, given, changes)[1]
-    found = reference_varlen_tangent(*given, changes, *starts, **options)
-    torch.testing.assert_close(found, wanted)
-    assert not found[8:].any()
+    arguments = inputs((10,), (12,))
+    changes = tuple(torch.randn_like(x) for x in arguments)
+    expected = torch.func.jvp(lambda *x: reference_varlen_forward(*x, *starts, **options).out, arguments, changes)[1]
+    result = reference_varlen_tangent(*arguments, changes, *starts, **options)
+    torch.testing.assert_close(result, expected)
+    assert not result[8:].any()
 
 
 def test_no_sequences() -> None:
-    given = inputs((0, 5), (0, 7))
-    assert reference_tangent(*given, given).shape == (0, 5, 4, 8)
-    given = inputs((3,), (4,))
+    arguments = inputs((0, 5), (0, 7))
+    assert reference_tangent(*arguments, arguments).shape == (0, 5, 4, 8)
+    arguments = inputs((3,), (4,))
     starts = torch.zeros(1, dtype=torch.int32)
-    assert not reference_varlen_tangent(*given, given, starts, starts).any()
+    assert not reference_varlen_tangent(*arguments, arguments, starts, starts).any()

@@ -42,9 +42,9 @@ def test_the_kernels_of_a_step_share_one_oracle_call(more: dict[str, bool]) -> N
     assert len({step_spec(spec) for spec in specs}) == 1
     step = TrainingStep(step_spec(specs[0]), shape, seed=3, device="cpu")
     for spec in (*specs, replace(specs[0], stats=True)):
-        expected, found = oracle(spec, step.inputs), step.expected(spec)
-        assert list(found) == list(expected)
-        for name, tensor in found.items():
+        expected, result = oracle(spec, step.inputs), step.expected(spec)
+        assert list(result) == list(expected)
+        for name, tensor in result.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0.0, atol=0.0)
 
 
@@ -114,9 +114,9 @@ def test_gradients_of_queries_with_few_keys_may_be_rounding_error() -> None:
     x = random_inputs_of(spec, Shape(1, 2, 1, 40, 40), seed=1, device="cpu")
     ordinary, causal = term_sizes(replace(spec, causal=False), x), term_sizes(spec, x)
     assert len(ordinary.dq.unique()) == 1
-    few = torch.arange(1, 41)[:, None] < FEW_KEYS
+    sees_few_keys = torch.arange(1, 41)[:, None] < FEW_KEYS
     for name in ("dq", "dr"):
-        assert torch.allclose(getattr(causal, name), getattr(ordinary, name) * torch.where(few, 12.0, 1.0))
+        assert torch.allclose(getattr(causal, name), getattr(ordinary, name) * torch.where(sees_few_keys, 12.0, 1.0))
     assert torch.equal(causal.dk, ordinary.dk)  # some queries of each key see many keys
     windowed = replace(spec, window=True)
     for shape, times in ((Shape(1, 2, 1, 40, 40, 1), 12 * 2**0.5), (Shape(1, 2, 1, 40, 40, FEW_KEYS), 1.0)):

@@ -62,7 +62,7 @@ def test_marketing_names(spelling: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "h1000", "NVIDIA", "L40", "H100 80GB HBM3 MIG 1g.10gb", "RTX 4090 Laptop GPU"])
 def test_the_error_for_an_unknown_name_lists_known_names(name: str) -> None:
-    with pytest.raises(UnknownGpuError, match=r"known are a100, .*h200"):
+    with pytest.raises(UnknownGpuError, match=r"known GPUs: a100, .*h200"):
         gpu_by_name(name)
 
 

@@ -66,9 +66,9 @@ def test_shapes_and_buckets_round_trip_through_dicts(shape: Shape) -> None:
     assert Bucket.from_dict(bucket.to_dict()) == bucket
 
 
-OF_MANY = "True with op forward or dkdv or dqdr or ragged decode only"
+OF_MANY = "True only with op forward or dkdv or dqdr or ragged decode"
 A_HEAD_DIM = "a multiple of 8 from 8 to 256"
-AN_EIGHT_BIT_CACHE = "'', but with ragged decode and dtype bf16 or fp16"
+AN_EIGHT_BIT_CACHE = "'', except for ragged decode with dtype bf16 or fp16"
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,17 @@ AN_EIGHT_BIT_CACHE = "'', but with ragged decode and dtype bf16 or fp16"
         ({"op": "preprocess", "causal": True}, f"causal: got True with op 'preprocess'; allowed: {OF_MANY}"),
         (
             {"op": "dkdv", "stats": True},
-            "stats: got True with op 'dkdv'; allowed: True with op forward or ragged decode only",
+            "stats: got True with op 'dkdv'; allowed: True only with op forward or ragged decode",
         ),
-        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True with op ragged decode only"),
+        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True only with op ragged decode"),
         (
             {"op": "dqdr", "many_queries": True},
-            "many_queries: got True with op 'dqdr'; allowed: True with op ragged decode only",
+            "many_queries: got True with op 'dqdr'; allowed: True only with op ragged decode",
         ),
         ({"op": "decode_varlen", "many_queries": 4}, "many_queries: got 4; allowed: True or False"),
         ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
-        ({"window": True}, "window: got True without causal; allowed: True with causal=True only"),
-        ({"page_size": 16}, "page_size: got 16; allowed: 0, but with ragged decode"),
+        ({"window": True}, "window: got True without causal; allowed: True only with causal=True"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, except for ragged decode"),
         ({"page_size": -1}, "page_size: got -1; allowed: an int of 1 or more, or 0 for no pages"),
         ({"page_size": True}, "page_size: got True; allowed: an int of 1 or more, or 0 for no pages"),
         ({"cache_dtype": "e4m3"}, f"cache_dtype: got e4m3; allowed: {AN_EIGHT_BIT_CACHE}"),
@@ -120,15 +120,15 @@ AN_EIGHT_BIT_CACHE = "'', but with ragged decode and dtype bf16 or fp16"
         ({"op": "decode", "cache_dtype": None}, "cache_dtype: got None; allowed: , e4m3, e5m2"),
         (
             {"op": "decode_varlen", "causal": True, "varlen": True, "window": True},
-            "varlen: got True with op 'ragged decode'; allowed: True with many_queries=True only",
+            "varlen: got True with op 'ragged decode'; allowed: True only with many_queries=True",
         ),
         (
             {"op": "decode_varlen", "causal": True},
-            "causal: got True with one query a sequence; allowed: False, but with window or many_queries",
+            "causal: got True with one query per sequence; allowed: False, except with window or many_queries",
         ),
         (
             {"op": "decode_varlen", "many_queries": True, "window": True},
-            "window: got True without causal; allowed: True with causal=True only",
+            "window: got True without causal; allowed: True only with causal=True",
         ),
         (
             {"dtype": "fp32", "accurate": True},
@@ -136,7 +136,7 @@ AN_EIGHT_BIT_CACHE = "'', but with ragged decode and dtype bf16 or fp16"
         ),
         (
             {"op": "decode_varlen", "accurate": True},
-            "accurate: got True with op 'ragged decode'; allowed: True with op forward only",
+            "accurate: got True with op 'ragged decode'; allowed: True only with op forward",
         ),
     ],
 )
@@ -212,8 +212,8 @@ def test_dicts_with_other_fields(kind: type[KernelSpec] | type[Shape] | type[Buc
     for data in (*wrong, *({n: v for n, v in good.items() if n != name} for name in good)):
         with pytest.raises(ArgumentError) as caught:
             READ[kind](data)
-        what = "spec" if kind is KernelSpec else kind.__name__.lower()
-        assert str(caught.value) == f"{what}: got {sorted(data)}; allowed: the fields {FIELDS[kind]}"
+        argument = "spec" if kind is KernelSpec else kind.__name__.lower()
+        assert str(caught.value) == f"{argument}: got {sorted(data)}; allowed: the fields {FIELDS[kind]}"
 
 
 @pytest.mark.parametrize("kind", [KernelSpec, Shape, Bucket])
@@ -386,8 +386,12 @@ def test_decode_varlen_is_timed_with_different_lengths() -> None:
     assert timed_shape(ragged, sizes) == replace(sizes, seqlen_kv=1067)
     both = 4 * 2 * 8 * 128 * sum(spread + skewed)
     assert 2 * work_of(ragged, timed_shape(ragged, sizes)).flops == pytest.approx(both, rel=1e-3)
-    even, many = KernelSpec("decode", 128, "bf16"), replace(ragged, many_queries=True)
-    for spec, shape in ((even, sizes), (many, replace(sizes, seqlen_q=128)), (ragged, replace(sizes, batch=1))):
+    uniform, multi_token = KernelSpec("decode", 128, "bf16"), replace(ragged, many_queries=True)
+    for spec, shape in (
+        (uniform, sizes),
+        (multi_token, replace(sizes, seqlen_q=128)),
+        (ragged, replace(sizes, batch=1)),
+    ):
         assert timed_lengths(spec, shape) == ((4096,) * shape.batch,)
         assert timed_shape(spec, shape) == shape
 
@@ -398,8 +402,8 @@ def test_work_with_lengths_counts_existing_keys() -> None:
     assert work.flops == 2 * 4 * 32 * 128 * (4096 + 128 + 128)
     assert work.bytes == 2 * 128 * (2 * 8 * (4096 + 128 + 128) + 3 * 3 * 32)
     assert work_of_lengths(ragged, sizes, ()) == work_of_lengths(ragged, sizes, (4096,) * 3) == work_of(ragged, sizes)
-    windowed, seen = replace(ragged, causal=True, window=True), replace(sizes, window=1000)
-    assert work_of_lengths(windowed, seen, (4096, 128, 128)).bytes == 2 * 128 * (2 * 8 * 1256 + 3 * 3 * 32)
+    windowed, windowed_sizes = replace(ragged, causal=True, window=True), replace(sizes, window=1000)
+    assert work_of_lengths(windowed, windowed_sizes, (4096, 128, 128)).bytes == 2 * 128 * (2 * 8 * 1256 + 3 * 3 * 32)
 
 
 def test_batches_of_lengths_by_name() -> None:

@@ -44,14 +44,14 @@ NO_DEADLINE = settings(deadline=None)  # a busy machine must not fail the tests
             8 * 64 * 10 * 10 / 2,
             4 * 64 * (3 * 100 + 2 * 10),
         ),
-        # decode with 4 query heads a kv head: k and v are read once for the group
+        # decode with 4 query heads per kv head: k and v are read once for the group
         (
             KernelSpec("decode", 128, "bf16", group=4),
             Shape(2, 32, 8, 1, 8192),
             8 * 2 * 32 * 8192 * 128,
             2 * (2 * 2 * 8 * 8192 * 128 + 3 * 2 * 32 * 128),
         ),
-        # preprocess: two dot products a row; reads do, o, v̄, lse and t̄, writes four fp32 row_stats
+        # preprocess: two dot products per row; reads do, o, v̄, lse and t̄, writes four fp32 row_stats
         (
             KernelSpec("preprocess", 96, "bf16"),
             Shape(2, 8, 8, 1000, 1000),
@@ -124,7 +124,7 @@ def test_flops_against_a_count_of_visible_pairs(
     for i in range(seqlen_q):
         last = seqlen_kv - seqlen_q + i if causal else seqlen_kv - 1
         first = max(0, last - window + 1) if window else 0
-        seen = [j for j in range(seqlen_kv) if first <= j <= last]
-        pairs += len(seen) - 0.5 * (causal and seen != [] and first == last + 1 - len(seen) == 0)
+        visible = [j for j in range(seqlen_kv) if first <= j <= last]
+        pairs += len(visible) - 0.5 * (causal and visible != [] and first == last + 1 - len(visible) == 0)
     work = work_of(spec, Shape(3, 4, 2, seqlen_q, seqlen_kv, window))
     assert work.flops == MATMULS[op] * 2 * 64 * 3 * 4 * pairs

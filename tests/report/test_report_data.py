@@ -1,4 +1,4 @@
-"""The report's data: studies, the standing of buckets, failure reasons, times relative to ours."""
+"""The report's data: studies, the states of buckets, failure reasons, times relative to ours."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ OTHER_GPU = dataclasses.replace(PLACE, gpu="h100")
 OTHER_BUCKET = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
 
 
-def report(store: Store, *gpus: str, every: bool = False, timings: tuple[Row, ...] = ()) -> Report:
-    return collect(Memory(store), gpus, list(timings), every=every)
+def report(store: Store, *gpus: str, all_environments: bool = False, timings: tuple[Row, ...] = ()) -> Report:
+    return collect(Memory(store), gpus, list(timings), all_environments=all_environments)
 
 
 # studies
@@ -64,32 +64,34 @@ def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
     store.save(make_record(100.0, place=OTHER_BUCKET))
     store.save(make_record(100.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL))
     store.save(make_record(125.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL, config=default))
-    found = report(store)
-    gains = {study.place: study.gain for study in found.shown}
+    result = report(store)
+    gains = {study.place: study.gain for study in result.shown}
     assert gains == {PLACE: 1.25, OTHER_BUCKET: None, OTHER_GPU: None}
-    gains = {tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(found, Memory(store))["studies"]}
+    gains = {
+        tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(result, Memory(store))["studies"]
+    }
     assert gains[tuple(PLACE.flat().values())] == (125.0, 1.25)
 
 
 def test_another_toolchains_study_is_shown_if_this_one_has_none(store: Store) -> None:
     store.save(make_record(100.0, evidence_changes=OTHER_TOOLCHAIN))
     store.save(make_record(90.0, evidence_changes={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
-    found = report(store)
+    result = report(store)
     differences = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
-    assert [(s.state, s.differences) for s in found.shown] == [("elsewhere", differences)]
-    assert found.left_out == 1
-    both = report(store, every=True)
+    assert [(s.state, s.differences) for s in result.shown] == [("elsewhere", differences)]
+    assert result.left_out == 1
+    both = report(store, all_environments=True)
     assert len(both.shown) == 2
-    assert both.by_place[PLACE] == found.shown[0]
+    assert both.by_place[PLACE] == result.shown[0]
     store.save(make_record(None, "wrong"))
     assert sorted(s.state for s in report(store).shown) == ["elsewhere", "failed"]
     assert report(store).by_place[PLACE].state == "elsewhere"  # type: ignore[union-attr]
     store.save(make_record(200.0, splits=1))
-    found = report(store)
-    assert [s.state for s in found.shown] == ["measured"]
-    assert found.left_out == 2
-    assert len(report(store, every=True).shown) == 3
-    assert report(store, every=True).by_place[PLACE].state == "measured"  # type: ignore[union-attr]
+    result = report(store)
+    assert [s.state for s in result.shown] == ["measured"]
+    assert result.left_out == 2
+    assert len(report(store, all_environments=True).shown) == 3
+    assert report(store, all_environments=True).by_place[PLACE].state == "measured"  # type: ignore[union-attr]
 
 
 def test_a_changed_kernel_is_another_study(store: Store) -> None:
@@ -99,36 +101,36 @@ def test_a_changed_kernel_is_another_study(store: Store) -> None:
     assert (study.state, study.differences) == ("elsewhere", ("another kernel than today's",))
     assert [trial.time_us for trial in study.trials] == [100.0, 90.0]
     store.save(make_record(240.0))
-    found = report(store)
-    assert [(s.state, s.differences) for s in found.shown] == [("measured", ())]
-    assert found.left_out == 1
+    result = report(store)
+    assert [(s.state, s.differences) for s in result.shown] == [("measured", ())]
+    assert result.left_out == 1
 
 
 def test_every_usual_bucket_has_a_standing(store: Store) -> None:
     store.save(make_record(90.0, "predicted"))
     store.save(make_record(None, "compile", place=OTHER_BUCKET))
     store.save(make_record(240.0, place=OTHER_GPU))
-    found = report(store)
-    assert found.gpus == ("h100", "h200")
-    states = {place: study and study.state for place, study in found.by_place.items()}
+    result = report(store)
+    assert result.gpus == ("h100", "h200")
+    states = {place: study and study.state for place, study in result.by_place.items()}
     assert states[PLACE] == "predicted"
     assert states[OTHER_BUCKET] == "failed"
     assert states[OTHER_GPU] == "measured"
     assert states[dataclasses.replace(OTHER_BUCKET, gpu="h100")] is None  # tuned on the other card only
     assert {place.spec.op for place in states} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}  # the usual ops
-    counts, fraction = found.summary()["decode"]["h100"]
+    counts, fraction = result.summary()["decode"]["h100"]
     assert counts["measured"] == 1
     assert counts.total() == sum((place.gpu, place.spec.op) == ("h100", "decode") for place in states)
-    assert fraction == found.shown[0].fraction_of_bound
+    assert fraction == result.shown[0].fraction_of_bound
     only = report(store, "H200 SXM")
     assert only.gpus == ("h200",)
     assert {place.gpu for place in only.by_place} == {"h200"}
 
 
 def test_a_gpu_without_records_is_untuned_and_an_unknown_one_an_error(store: Store) -> None:
-    found = report(store, "b200")
-    assert found.by_place
-    assert not any(found.by_place.values())
+    result = report(store, "b200")
+    assert result.by_place
+    assert not any(result.by_place.values())
     with pytest.raises(UnknownGpuError, match="unknown GPU 'b300'"):
         report(store, "b300")
 
@@ -184,7 +186,7 @@ def test_a_roofline_has_a_point_per_measured_study(store: Store) -> None:
     (chart,) = rooflines(report(store).shown)
     assert [point.op for point in chart.points] == ["decode", "dkdv"]
     decode = chart.points[0]
-    intensity = 8 * 4 * 256 * 8192 * 128 / ((2 * 256 * 8192 + 3 * 1024) * 128 * 2)  # FLOP a byte
+    intensity = 8 * 4 * 256 * 8192 * 128 / ((2 * 256 * 8192 + 3 * 1024) * 128 * 2)  # FLOP per byte
     assert decode.x == chart.x(intensity)
     assert decode.y > chart.y(4.8 * intensity)  # y grows downwards: the point is below the bandwidth roof
     assert chart.roofs[0].flat == "989.4 TFLOP/s, bf16"
@@ -273,12 +275,12 @@ def test_files_of_bench_are_read(tmp_path: Path) -> None:
     document = {"gpu": "h200", "torch": "2.11", "rows": [{**rows_module.to_json(row), "error": None} for row in rows]}
     (tmp_path / "a.json").write_text(json.dumps(document), encoding="utf-8")
     for name, gpu in (("a.csv", "h200"), ("a.json", "h200")):
-        found = read_rows(tmp_path / name)
-        assert [(t.baseline, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in found] == [
+        result = read_rows(tmp_path / name)
+        assert [(t.baseline, t.op, t.part, t.spec, t.shape, t.time_us, t.note) for t in result] == [
             (r.baseline, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows
         ]
-        assert [t.lengths for t in found] == [(), (), (), (4096, 128)]
-        assert {t.origin.gpu for t in found} == {gpu}
+        assert [t.lengths for t in result] == [(), (), (), (4096, 128)]
+        assert {t.origin.gpu for t in result} == {gpu}
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,7 @@ BASE = {"causal": False, "lengths": ""}  # optional columns
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number from 0.001 to 1e\\+12, or nothing"),
+        ({"time_us": "fast"}, "line 3: time_us: got 'fast'; allowed: a number from 0.001 to 1e\\+12, or an empty cell"),
         ({"time_us": -1}, "line 3: time_us: got '-1'; allowed"),
         *(({"time_us": text}, f"line 3: time_us: got '{text}'; allowed") for text in ("1e-320", "1e308", "inf", "nan")),
         ({"batch": "9" * 5000}, "line 3: batch: got '999.*'; allowed: an int of 0 or more, of at most"),
@@ -419,9 +421,9 @@ def test_parts_of_a_training_step_link_to_their_kernels(store: Store) -> None:
     timings = [
         timing(name, 10.0, part=part, **fields) for name in ("parallax_gen", "fla") for part in ("forward", "step")
     ]
-    found = speed_ups(times_ours(timings))["h200", "training"]
-    assert found["forward", "fla"][0].ops == ("forward",)
-    assert found["step", "fla"][0].ops == ("forward", "preprocess", "dkdv", "dqdr")
+    result = speed_ups(times_ours(timings))["h200", "training"]
+    assert result["forward", "fla"][0].ops == ("forward",)
+    assert result["step", "fla"][0].ops == ("forward", "preprocess", "dkdv", "dqdr")
 
 
 def test_timings_of_other_cards_are_omitted_for_a_given_card(store: Store) -> None:

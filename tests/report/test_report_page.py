@@ -164,23 +164,23 @@ def test_omitted_entries_are_mentioned(store: Store, tmp_path: Path) -> None:
 def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
     fill(store)
     write_bench(tmp_path / "bench.csv")
-    found = run_json("report", "--bench", tmp_path / "bench.csv", "--gpu", "h200")
-    assert found["gpus"] == ["h200"]
-    assert sorted(study["state"] for study in found["studies"]) == [
+    result = run_json("report", "--bench", tmp_path / "bench.csv", "--gpu", "h200")
+    assert result["gpus"] == ["h200"]
+    assert sorted(study["state"] for study in result["studies"]) == [
         "elsewhere",
         "failed",
         "measured",
         "measured",
         "predicted",
     ]
-    here = next(study for study in found["studies"] if study["place"] == PLACE.flat())
+    here = next(study for study in result["studies"] if study["place"] == PLACE.flat())
     assert here["trials"] == here["outcomes"]["ok"] > 40
     assert here["best"]["rate_unit"] == "GB/s"
-    decode = next(kernel for kernel in found["kernels"] if kernel["spec"]["op"] == "decode")
+    decode = next(kernel for kernel in result["kernels"] if kernel["spec"]["op"] == "decode")
     assert sum(decode["importances"].values()) == pytest.approx(1)
     assert {reason["outcome"] for reason in decode["reasons"]} > {"slow", "wrong"}
-    assert found["times_ours"][0]["mean"] == pytest.approx(1.48)
-    assert found["untuned"]
+    assert result["times_ours"][0]["mean"] == pytest.approx(1.48)
+    assert result["untuned"]
     assert not (tmp_path / "report.html").exists()
 
 

@@ -65,19 +65,35 @@ def formula(
         # torch 2.9 has no Tensor.tolist under a transform.
         ends = zip(*(pairwise(map(int, x)) for x in starts), strict=True)
         parts = [(slice(*rows), slice(*keys)) for rows, keys in ends]
-        found = [
+        result = [
             formula(q[rows][None], r[rows][None], k[keys][None], v[keys][None], causal=causal, window_size=window_size)
             for rows, keys in parts
         ]
         rest = q[starts[0][-1] :].double() * 0
-        return torch.cat([*(x[0] for x in found), rest])
+        return torch.cat([*(x[0] for x in result), rest])
     q, r, k, v = (x.double() for x in (q, r, k, v))
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     position = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
     key = torch.arange(k.shape[1])
-    seen = (key <= position) if causal else (key >= 0).expand(q.shape[1], -1)
-    seen = seen & (key > position - window_size) if window_size else seen
-    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(q.shape[-1] ** -0.5).exp() * seen
+    visible = (key <= position) if causal else (key >= 0).expand(q.shape[1], -1)
+    visible = visible & (key > position - window_size) if window_size else visible
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(q.shape[-1] ** -0.5).exp() * visible
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
     t = torch.einsum("bqhd,bkhd->bhqk", r, k)
     return torch.einsum("bhqk,bkhd->bqhd", weights * (1 + (weights * t).sum(-1, keepdim=True) - t), v)
+
+
+def plain_attention(
+    q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, softcap: float | None = None
+) -> Tensor:
+    """Attention of (batch, seqlen, heads, head_dim) by the formula, in float64; autograd gives its gradients."""
+    group = q.shape[2] // k.shape[2]
+    q, r, k, v = (x.double().transpose(1, 2) for x in (q, r, k, v))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    s = q @ k.mT / q.shape[-1] ** 0.5
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(s.shape[-1] - s.shape[-2] + 1), -torch.inf)
+    p, t = s.softmax(-1), r @ k.mT
+    return ((p * (1 + (p * t).sum(-1, keepdim=True) - t)) @ v).transpose(1, 2)

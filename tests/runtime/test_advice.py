@@ -44,8 +44,8 @@ OTHER = replace(PLACE, bucket=Bucket(16, 1024, 1024))
 
 def record(**evidence: str) -> Result:
     config = default_of(PLACE, GPU)
-    found = replace(evidence_of(render(SPEC, config, GPU)), **evidence)
-    return Result(PLACE, found, config, "ok", time_us=5.0)
+    result = replace(evidence_of(render(SPEC, config, GPU)), **evidence)
+    return Result(PLACE, result, config, "ok", time_us=5.0)
 
 
 def warnings_of_calls(dispatcher: Dispatcher, *places: Place) -> list[str]:
@@ -61,10 +61,10 @@ def warnings_of_calls(dispatcher: Dispatcher, *places: Place) -> list[str]:
 def test_the_warning_is_given_once_with_the_command_that_fixes_it(caplog: pytest.LogCaptureFixture) -> None:
     dispatcher = Dispatcher(RecordTable([]))
     with caplog.at_level(logging.WARNING):
-        (told,) = warnings_of_calls(dispatcher, PLACE, PLACE, OTHER)
-    assert "its default config is used" in told
-    assert f"`{tune_command(PLACE)}` makes one. " in told
-    assert [r.getMessage() for r in caplog.records] == [told]
+        (message,) = warnings_of_calls(dispatcher, PLACE, PLACE, OTHER)
+    assert "its default config is used" in message
+    assert f"Run `{tune_command(PLACE)}` to measure one. " in message
+    assert [r.getMessage() for r in caplog.records] == [message]
     assert warnings_of_calls(dispatcher, replace(PLACE, bucket=Bucket(32, 1024, 1024))) == []
 
 
@@ -105,13 +105,13 @@ def test_the_warning_points_to_the_users_line(modules: list[str | None]) -> None
 def test_without_a_users_line_it_points_to_the_outermost_frame() -> None:
     """For example on autograd's threads."""
     levels: list[int] = []
-    told = threading.Event()
+    finished = threading.Event()
     level = call_through(["torch.autograd", "parallax_gen.runtime.autograd"], user_stacklevel)
     source = "def outermost():\n    levels.append(level())\n    told.set()"
-    module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": told}
+    module: dict[str, Any] = {"__name__": "torch.autograd", "level": level, "levels": levels, "told": finished}
     exec(source, module)
     _thread.start_new_thread(module["outermost"], ())
-    assert told.wait(10.0)
+    assert finished.wait(10.0)
     assert levels == [3]
 
 
@@ -120,20 +120,20 @@ def test_no_warning_for_kernels_measured_here() -> None:
 
 
 def test_the_warning_names_the_other_toolchain_or_card() -> None:
-    (told,) = warnings_of_calls(Dispatcher(RecordTable([record(triton="3.1.0", cuda="12.4")])), PLACE)
-    assert "a record of h200 with Triton 3.1, ptxas 12.4 is used" in told
+    (message,) = warnings_of_calls(Dispatcher(RecordTable([record(triton="3.1.0", cuda="12.4")])), PLACE)
+    assert "a record of h200 with Triton 3.1, ptxas 12.4 is used" in message
     of_protocol = replace(record(), evidence=replace(record().evidence, protocol=0))
-    (told,) = warnings_of_calls(Dispatcher(RecordTable([of_protocol])), PLACE)
-    assert f"a record of h200 with {Toolchain.here()} by timing protocol 0 (today's is 1) is used" in told
+    (message,) = warnings_of_calls(Dispatcher(RecordTable([of_protocol])), PLACE)
+    assert f"a record of h200 with {Toolchain.here()} by timing protocol 0 (today's is 1) is used" in message
     on_sibling = replace(record(), place=replace(PLACE, gpu="h100"))
-    (told,) = warnings_of_calls(Dispatcher(RecordTable([on_sibling])), PLACE)
-    assert "a record of h100 with " in told
+    (message,) = warnings_of_calls(Dispatcher(RecordTable([on_sibling])), PLACE)
+    assert "a record of h100 with " in message
     decode = Place("h200", KernelSpec("decode", 64, "bf16"), Bucket(8, 1, 1024))
     near = replace(decode, bucket=Bucket(8, 1, 2048))
     config = default_of(near, GPU)
     of_near = Result(near, evidence_of(render(near.spec, config, GPU)), config, "ok", time_us=5.0)
-    (told,) = warnings_of_calls(Dispatcher(RecordTable([of_near])), decode)
-    assert "a record of 8 kv rows, seqlen 1x2048 with " in told
+    (message,) = warnings_of_calls(Dispatcher(RecordTable([of_near])), decode)
+    assert "a record of 8 kv rows, seqlen 1x2048 with " in message
 
 
 ON, OFF = ("1", "true", "True", "YES", "on"), ("0", "false", "No", "OFF", "")
@@ -158,9 +158,9 @@ def test_an_invalid_switch_is_an_error(monkeypatch: pytest.MonkeyPatch, variable
     """At the first call, also for a kernel that was measured here."""
     monkeypatch.setenv(variable, "maybe")
     dispatcher = Dispatcher(RecordTable([record() for _ in known]))
-    told = f"{variable}: got 'maybe'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
+    message = f"{variable}: got 'maybe'; allowed: 1, true, yes, on for on; 0, false, no, off for off"
     for _ in range(2):
-        with pytest.raises(ArgumentError, match=f"^{told}$"):
+        with pytest.raises(ArgumentError, match=f"^{message}$"):
             warnings_of_calls(dispatcher, PLACE)
 
 
@@ -181,7 +181,7 @@ def test_strict_allows_only_kernels_measured_here(monkeypatch: pytest.MonkeyPatc
         for _ in range(2):  # a refused call is refused again
             with pytest.raises(
                 UntunedError,
-                match=r"^PARALLAX_GEN_STRICT is on, and there is no .*`parallax-gen tune .*` makes one\.$",
+                match=r"^PARALLAX_GEN_STRICT is on, and there is no .*Run `parallax-gen tune .*` to measure one\.$",
             ):
                 warnings_of_calls(dispatcher, PLACE)
 
@@ -207,14 +207,14 @@ def test_the_suggested_command_tunes_the_place() -> None:
             sizes[1] = 1
         window = min(sizes[2], 2 ** draw.randint(7, 14)) if spec.window else 0
         place = Place("h200", spec, Bucket(*sizes, window))
-        words = shlex.split(tune_command(place))
-        assert words[:2] == ["parallax-gen", "tune"]
+        arguments = shlex.split(tune_command(place))
+        assert arguments[:2] == ["parallax-gen", "tune"]
         with click.Context(tune) as context:
-            tune.parse_args(context, words[2:])
-            given = context.params
+            tune.parse_args(context, arguments[2:])
+            options = context.params
         names = ("causal", "stats", "ragged", "window", "varlen", "leftpad", "softcap", "accurate")
-        cache = {"page_size": given["page_size"] or 0, "cache_dtype": given["cache_dtype"] or ""}
-        flags = Flags(**{name: given[name] for name in names}, **cache)
-        (shape,) = given["shapes"]
-        found = kernels(*given["ops"], *given["head_dims"], *given["dtypes"], shape.for_op(spec.family), flags)
-        assert [(s, bucket_of(sizes)) for s, sizes in found] == [(spec, place.bucket)], words
+        cache = {"page_size": options["page_size"] or 0, "cache_dtype": options["cache_dtype"] or ""}
+        flags = Flags(**{name: options[name] for name in names}, **cache)
+        (shape,) = options["shapes"]
+        result = kernels(*options["ops"], *options["head_dims"], *options["dtypes"], shape.for_op(spec.family), flags)
+        assert [(s, bucket_of(sizes)) for s, sizes in result] == [(spec, place.bucket)], arguments

@@ -93,13 +93,13 @@ def test_kernels_agree_with_the_definition_and_its_gradients(
     sample = make()
     oracle: Any = reference_varlen_forward if sample.lengths else reference_forward
     expected = oracle(*sample.inputs, *sample.lengths[:2], **options)
-    found = attend(sample, **options, recompute_v_mean=recompute_v_mean, return_stats=True)
-    for x, wanted in zip(found, expected, strict=True):
-        assert_close(x.exp() if x is found[1] else x, wanted.exp() if x is found[1] else wanted, "fp32")
-    do = torch.randn(2, *found[0].shape).transpose(0, 1)[:, 0]  # unusual strides
-    grads = torch.autograd.grad(found[0], sample.inputs, do)
-    for grad, wanted in zip(grads, torch.autograd.grad(expected.out, sample.inputs, do.double()), strict=True):
-        assert_close(grad, wanted.double(), "fp32")
+    result = attend(sample, **options, recompute_v_mean=recompute_v_mean, return_stats=True)
+    for x, target in zip(result, expected, strict=True):
+        assert_close(x.exp() if x is result[1] else x, target.exp() if x is result[1] else target, "fp32")
+    do = torch.randn(2, *result[0].shape).transpose(0, 1)[:, 0]  # unusual strides
+    grads = torch.autograd.grad(result[0], sample.inputs, do)
+    for grad, target in zip(grads, torch.autograd.grad(expected.out, sample.inputs, do.double()), strict=True):
+        assert_close(grad, target.double(), "fp32")
     with torch.no_grad():
         assert_close(attend(sample, **options), expected.out, "fp32")
 
@@ -191,10 +191,10 @@ def test_tensors_without_elements_launch_nothing(recorded: list[Launch]) -> None
 def test_a_batch_of_no_sequences_launches_nothing(recorded: list[Launch]) -> None:
     """cu_seqlens has one entry, so all rows are padding, like those after a last sequence."""
     inputs, (starts, *_) = packed()
-    found = attend(Sample(inputs, (starts[:1], starts[:1], 5, 7)), return_stats=True)
-    for name, x, filled in zip(("out", "lse", "t_mean", "v_mean"), found, (0, -torch.inf, 0, 0), strict=True):
+    result = attend(Sample(inputs, (starts[:1], starts[:1], 5, 7)), return_stats=True)
+    for name, x, filled in zip(("out", "lse", "t_mean", "v_mean"), result, (0, -torch.inf, 0, 0), strict=True):
         assert torch.equal(x, torch.full_like(x, filled)), name
-    for grad in torch.autograd.grad(found[0].sum(), inputs):
+    for grad in torch.autograd.grad(result[0].sum(), inputs):
         assert not grad.any()
     assert recorded == []
 

@@ -85,30 +85,30 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_inputs_are_cast(name: str, dtypes: str) -> None:
-    call, given = FUNCTIONS[name], inputs(*DTYPES[dtypes])
-    wanted = call(*(x.bfloat16() for x in given))
+    call, arguments = FUNCTIONS[name], inputs(*DTYPES[dtypes])
+    expected = call(*(x.bfloat16() for x in arguments))
     with torch.autocast("cpu", BF16):
-        found = call(*given)
+        result = call(*arguments)
         with torch.autocast("cpu", enabled=False):
             if len(set(DTYPES[dtypes])) == 1:
-                assert call(*given).dtype == given[0].dtype
+                assert call(*arguments).dtype == arguments[0].dtype
             else:
                 with pytest.raises(ArgumentError, match=r"as (q|k_cache) has"):
-                    call(*given)
-    assert found.dtype == BF16
-    assert torch.equal(found, wanted)
+                    call(*arguments)
+    assert result.dtype == BF16
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", ["dense", "packed", "ring"])
 def test_gradients_have_the_dtypes_of_the_inputs(name: str) -> None:
-    given = [x.requires_grad_() for x in inputs(FP32, FP32, FP32, BF16)]
+    arguments = [x.requires_grad_() for x in inputs(FP32, FP32, FP32, BF16)]
     with torch.autocast("cpu", BF16):
-        out = FUNCTIONS[name](*given)
-    found = torch.autograd.grad(out.float().sum(), given)
-    by_hand = [x.detach().bfloat16().requires_grad_() for x in given]
-    wanted = torch.autograd.grad(FUNCTIONS[name](*by_hand).float().sum(), by_hand)
-    for x, grad, expected in zip(given, found, wanted, strict=True):
+        out = FUNCTIONS[name](*arguments)
+    result = torch.autograd.grad(out.float().sum(), arguments)
+    by_hand = [x.detach().bfloat16().requires_grad_() for x in arguments]
+    target = torch.autograd.grad(FUNCTIONS[name](*by_hand).float().sum(), by_hand)
+    for x, grad, expected in zip(arguments, result, target, strict=True):
         assert grad.dtype == x.dtype
         assert torch.equal(grad, expected.to(x.dtype))
 
@@ -116,33 +116,33 @@ def test_gradients_have_the_dtypes_of_the_inputs(name: str) -> None:
 @pytest.mark.parametrize("name", ["dense", "packed", "cached"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_out_keeps_its_dtype(name: str, dtype: torch.dtype) -> None:
-    given = inputs(FP32, FP32, FP32, BF16)
-    wanted = FUNCTIONS[name](*(x.to(dtype) for x in given))
+    arguments = inputs(FP32, FP32, FP32, BF16)
+    expected = FUNCTIONS[name](*(x.to(dtype) for x in arguments))
     with torch.autocast("cpu", BF16):
-        out = torch.empty_like(wanted)
-        assert FUNCTIONS[name](*given, out=out) is out
-    assert torch.equal(out, wanted)
+        out = torch.empty_like(expected)
+        assert FUNCTIONS[name](*arguments, out=out) is out
+    assert torch.equal(out, expected)
 
 
 def test_16_and_8_bit_caches_are_not_cast() -> None:
     q, r, k, v = inputs(FP32, FP32, FP16, FP16)
     with torch.autocast("cpu", BF16):
-        found = cached(q, r, k, v)
-    assert found.dtype == FP16
-    assert torch.equal(found, cached(q.half(), r.half(), k, v))
+        result = cached(q, r, k, v)
+    assert result.dtype == FP16
+    assert torch.equal(result, cached(q.half(), r.half(), k, v))
     k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
     with torch.autocast("cpu", BF16):
-        found = cached(q, r, k, v)
+        result = cached(q, r, k, v)
         assert kvcache_workspace_size(q, r, k, v) == 0  # it accepts the arguments of the call
-    assert torch.equal(found, cached(q.bfloat16(), r.bfloat16(), k, v))
+    assert torch.equal(result, cached(q.bfloat16(), r.bfloat16(), k, v))
 
 
 def test_states_are_merged_in_fp32() -> None:
     q, r, k, v = inputs(FP32, FP32, FP32, FP32)
     states = [parallax_attn_func(q, r, k[:, keys], v[:, keys], return_stats=True) for keys in (slice(2), slice(2, 4))]
-    wanted = merge_states(*states)
+    expected = merge_states(*states)
     with torch.autocast("cpu", BF16):
-        assert all(torch.equal(a, b) for a, b in zip(merge_states(*states), wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(merge_states(*states), expected, strict=True))
         with_stats = parallax_attn_func(q, r, k, v, return_stats=True)
     assert [x.dtype for x in with_stats] == [BF16, FP32, FP32, BF16]
 
@@ -154,9 +154,9 @@ def test_the_layer(packing: Tensor | None) -> None:
     x = torch.randn(1, 4, 32) if packing is None else torch.randn(4, 32)
     lengths = () if packing is None else (packing, 3)
     with torch.autocast("cpu", BF16):
-        found = layer(x, *lengths)
-    assert found.dtype == BF16
-    torch.testing.assert_close(found.float(), layer(x, *lengths), rtol=5e-2, atol=2e-2)  # a few bf16 rounding errors
+        result = layer(x, *lengths)
+    assert result.dtype == BF16
+    torch.testing.assert_close(result.float(), layer(x, *lengths), rtol=5e-2, atol=2e-2)  # a few bf16 rounding errors
 
 
 def heads_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -176,29 +176,29 @@ LAST: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 @pytest.mark.parametrize("name", LAST)
 def test_drop_ins_keep_dtypes_as_the_originals_do(name: str, dtype: torch.dtype) -> None:
-    given = inputs(*[dtype] * 4)
+    arguments = inputs(*[dtype] * 4)
     if dtype == FP32 and name in ("fla parallel", "official", "official varlen"):
         with torch.autocast("cpu", BF16), pytest.raises(TypeError, match="bf16 or fp16"):
-            LAST[name](*given)
+            LAST[name](*arguments)
         return
-    wanted = LAST[name](*given)
+    expected = LAST[name](*arguments)
     with torch.autocast("cpu", BF16):
-        found = LAST[name](*given)
-    assert found.dtype == dtype
-    assert torch.equal(found, wanted)
+        result = LAST[name](*arguments)
+    assert result.dtype == dtype
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_compiled_call_casts_like_an_eager_one(enabled: bool) -> None:
     torch._dynamo.reset()
-    given = inputs(*[FP32] * 4)
+    arguments = inputs(*[FP32] * 4)
 
     def call(*tensors: Tensor) -> Tensor:
         with torch.autocast("cpu", BF16, enabled=enabled):
             out: Tensor = packed(*tensors)
         return out
 
-    found = torch.compile(call, backend="aot_eager", fullgraph=True)(*given)
-    assert found.dtype == (BF16 if enabled else FP32)
-    assert torch.equal(found, call(*given))
+    result = torch.compile(call, backend="aot_eager", fullgraph=True)(*arguments)
+    assert result.dtype == (BF16 if enabled else FP32)
+    assert torch.equal(result, call(*arguments))
     torch._dynamo.reset()

@@ -50,34 +50,36 @@ def test_gradients_agree_with_the_definition(
     make: Callable[..., Sample], recompute_v_mean: bool, options: dict[str, Any], dtype: torch.dtype, name: str
 ) -> None:
     sample = make(dtype=dtype)
-    found = gradients(attend(sample, **options, recompute_v_mean=recompute_v_mean), sample.inputs)
-    for x, grad, wanted in zip(sample.inputs, found, gradients(oracle(sample, **options), sample.inputs), strict=True):
+    result = gradients(attend(sample, **options, recompute_v_mean=recompute_v_mean), sample.inputs)
+    for x, grad, expected in zip(
+        sample.inputs, result, gradients(oracle(sample, **options), sample.inputs), strict=True
+    ):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
-        assert_close(grad, wanted.double(), name)
+        assert_close(grad, expected.double(), name)
 
 
 @pytest.mark.parametrize("seqlens", [(7, 4), (1, 6), (6, 1)])
 def test_gradients_of_causal_rows_that_see_no_key_are_zero(seqlens: tuple[int, int]) -> None:
     sample = dense(*seqlens)
-    found = gradients(attend(sample, causal=True), sample.inputs)
-    for grad, wanted in zip(found, gradients(oracle(sample, causal=True), sample.inputs), strict=True):
-        assert_close(grad, wanted.double(), "fp32")
+    result = gradients(attend(sample, causal=True), sample.inputs)
+    for grad, expected in zip(result, gradients(oracle(sample, causal=True), sample.inputs), strict=True):
+        assert_close(grad, expected.double(), "fp32")
     unseeing = max(0, seqlens[0] - seqlens[1])
-    assert not found[0][:, :unseeing].any()
-    assert not found[1][:, :unseeing].any()
+    assert not result[0][:, :unseeing].any()
+    assert not result[1][:, :unseeing].any()
 
 
 @pytest.mark.parametrize("make", [dense, packed])
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
 def test_only_needed_gradients_are_returned(make: Callable[..., Sample], needed: tuple[int, ...]) -> None:
     sample = make()
-    every = gradients(attend(sample), sample.inputs)
+    all_gradients = gradients(attend(sample), sample.inputs)
     for place, x in enumerate(sample.inputs):
         x.requires_grad_(place in needed)
-    attend(sample).backward(torch.randn(every[0].shape, generator=torch.Generator().manual_seed(3)))
+    attend(sample).backward(torch.randn(all_gradients[0].shape, generator=torch.Generator().manual_seed(3)))
     for place, x in enumerate(sample.inputs):
         assert (x.grad is not None) == (place in needed)
-        assert x.grad is None or torch.equal(x.grad, every[place])
+        assert x.grad is None or torch.equal(x.grad, all_gradients[place])
 
 
 def test_out_is_the_same_with_and_without_gradients() -> None:
@@ -91,26 +93,30 @@ def test_out_is_the_same_with_and_without_gradients() -> None:
 
 def saved_tensors(call: Callable[[], Any]) -> list[Tensor]:
     """The tensors that a call saves for its backward."""
-    found: list[Tensor] = []
+    result: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
-        found.append(x)
+        result.append(x)
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         call()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("make", [dense, packed])
 def test_saved_tensors(make: Callable[..., Sample]) -> None:
     sample = make(dtype=torch.float16)
     q = sample.inputs[0]
-    given = {x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])}  # saved, but not allocated by the call
+    input_pointers = {
+        x.data_ptr() for x in (*sample.inputs, *sample.lengths[:2])
+    }  # saved, but not allocated by the call
     rows = q[..., 0].numel()
     sizes = [
         sum(
-            x.nbytes for x in saved_tensors(lambda r=r: attend(sample, recompute_v_mean=r)) if x.data_ptr() not in given
+            x.nbytes
+            for x in saved_tensors(lambda r=r: attend(sample, recompute_v_mean=r))
+            if x.data_ptr() not in input_pointers
         )
         for r in (False, True)
     ]
@@ -142,25 +148,25 @@ def test_output_gradients_with_any_strides() -> None:
         torch.randn(1, 5, 1, 16).expand(shape),
     ]
     for do in odd:
-        found = gradients(attend(sample), sample.inputs, do)
-        wanted = gradients(attend(sample), sample.inputs, do.contiguous())
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        result = gradients(attend(sample), sample.inputs, do)
+        expected = gradients(attend(sample), sample.inputs, do.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     attend(sample).sum().backward()
 
 
 def test_an_output_that_is_used_twice() -> None:
     sample = dense()
     out = attend(sample)
-    found = torch.autograd.grad((2 * out).sum() + out.sum(), sample.inputs)
-    for grad, once in zip(found, gradients(attend(sample), sample.inputs, torch.ones(out.shape)), strict=True):
+    result = torch.autograd.grad((2 * out).sum() + out.sum(), sample.inputs)
+    for grad, once in zip(result, gradients(attend(sample), sample.inputs, torch.ones(out.shape)), strict=True):
         assert_close(grad, 3 * once.double(), "fp32")
 
 
 def test_one_tensor_as_several_inputs() -> None:
     x = dense(6, 6).inputs[0]
-    found = torch.autograd.grad(parallax_attn_func(x, x, x, x, causal=True).sum(), x)
-    wanted = torch.autograd.grad(reference_forward(x, x, x, x, causal=True).out.sum(), x)
-    assert_close(found[0], wanted[0].double(), "fp32")
+    result = torch.autograd.grad(parallax_attn_func(x, x, x, x, causal=True).sum(), x)
+    expected = torch.autograd.grad(reference_forward(x, x, x, x, causal=True).out.sum(), x)
+    assert_close(result[0], expected[0].double(), "fp32")
 
 
 def test_inputs_with_any_strides() -> None:
@@ -174,9 +180,9 @@ def test_inputs_with_any_strides() -> None:
         shared.expand(2, 5, 2, 16),
     )
     leaves = (fused_projection, heads_first, shared)
-    found = gradients(parallax_attn_func(q, r, k, v), leaves)
-    for grad, wanted in zip(found, gradients(reference_forward(q, r, k, v).out, leaves), strict=True):
-        assert_close(grad, wanted.double(), "fp32")
+    result = gradients(parallax_attn_func(q, r, k, v), leaves)
+    for grad, expected in zip(result, gradients(reference_forward(q, r, k, v).out, leaves), strict=True):
+        assert_close(grad, expected.double(), "fp32")
 
 
 def test_gradients_of_expanded_inputs_do_not_share_memory() -> None:
@@ -203,8 +209,8 @@ def test_empty_tensors_have_gradients_of_zero(batch: int, seqlen_q: int, seqlen_
 def test_packed_sequences_without_a_token_have_gradients_of_zero() -> None:
     inputs, (starts, *_) = packed()
     zeros = torch.zeros_like(starts)
-    found = torch.autograd.grad(parallax_attn_varlen_func(*inputs, starts, zeros, 5, 0).sum(), inputs)
-    assert not any(grad.any() for grad in found)
+    result = torch.autograd.grad(parallax_attn_varlen_func(*inputs, starts, zeros, 5, 0).sum(), inputs)
+    assert not any(grad.any() for grad in result)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -218,9 +224,9 @@ def test_activation_checkpointing(make: Callable[..., Sample], use_reentrant: bo
 
     do = torch.randn(sample.inputs[0].shape)
     checkpoint(block, *sample.inputs, use_reentrant=use_reentrant).backward(do)
-    for x, wanted in zip(sample.inputs, gradients(block(*sample.inputs), sample.inputs, do), strict=True):
+    for x, expected in zip(sample.inputs, gradients(block(*sample.inputs), sample.inputs, do), strict=True):
         assert x.grad is not None
-        assert torch.equal(x.grad, wanted)
+        assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.parametrize("records", [False, True])
@@ -233,8 +239,8 @@ def test_autocast_casts_the_inputs(records: bool) -> None:
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, parallax_attn_func(*(x.bfloat16() for x in mixed)))
     if records:
-        found = gradients(out, (q, r, k, v))
-        assert [x.dtype for x in found] == [torch.float32] * 4
+        result = gradients(out, (q, r, k, v))
+        assert [x.dtype for x in result] == [torch.float32] * 4
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -262,8 +268,8 @@ def test_gradients_are_deterministic() -> None:
 def test_the_autograd_function_and_the_operator_agree(make: Callable[..., Sample]) -> None:
     """Eager calls record a torch.autograd.Function; compiled calls use an operator with the same backward."""
     sample = make()
-    asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
-    out = OPS.attention_with_stats(*asked, False)[0]
+    arguments = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
+    out = OPS.attention_with_stats(*arguments, False)[0]
     eager = attend(sample, causal=True, window_size=3, softcap=1.5)
     assert torch.equal(out, eager)
     for a, b in zip(gradients(out, sample.inputs), gradients(eager, sample.inputs), strict=True):
@@ -274,14 +280,14 @@ def test_the_autograd_function_and_the_operator_agree(make: Callable[..., Sample
 @pytest.mark.parametrize("recompute_v_mean", [False, True])
 def test_operators_pass_opcheck(make: Callable[..., Sample], recompute_v_mean: bool) -> None:
     sample = make()
-    asked = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
-    opcheck(OPS.attention_with_stats, (*asked, recompute_v_mean))
-    asked = tuple(x.detach() if isinstance(x, Tensor) else x for x in asked)
-    opcheck(OPS.attention, asked)
-    out, lse, t_mean, v_mean = OPS.attention_with_stats(*asked, False)
+    arguments = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
+    opcheck(OPS.attention_with_stats, (*arguments, recompute_v_mean))
+    arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    opcheck(OPS.attention, arguments)
+    out, lse, t_mean, v_mean = OPS.attention_with_stats(*arguments, False)
     saved = (torch.randn_like(out), out, lse, t_mean, None if recompute_v_mean else v_mean)
-    for wanted in ((True, True), (True, False), (False, True)):
-        opcheck(OPS.attention_backward, (*asked, *saved, *wanted))
+    for expected in ((True, True), (True, False), (False, True)):
+        opcheck(OPS.attention_backward, (*arguments, *saved, *expected))
 
 
 def test_fake_tensors_go_through_the_operators() -> None:
@@ -289,8 +295,8 @@ def test_fake_tensors_go_through_the_operators() -> None:
 
     with FakeTensorMode():
         q, k = torch.empty(2, 5, 4, 16), torch.empty(2, 7, 2, 16)
-        found = parallax_attn_func(q, q, k, k, return_stats=True)
+        result = parallax_attn_func(q, q, k, k, return_stats=True)
         grads = torch.autograd.grad(parallax_attn_func(q, q.requires_grad_(), k, k).sum(), q)
-    assert [tuple(x.shape) for x in found] == [(2, 5, 4, 16), (2, 4, 5), (2, 4, 5), (2, 5, 4, 16)]
+    assert [tuple(x.shape) for x in result] == [(2, 5, 4, 16), (2, 4, 5), (2, 4, 5), (2, 5, 4, 16)]
     assert grads[0].shape == q.shape
-    assert not autograd.are_plain_tensors(*found)
+    assert not autograd.are_plain_tensors(*result)

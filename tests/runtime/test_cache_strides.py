@@ -49,10 +49,10 @@ def test_strides_of_keys_beyond_32_bit_block_offsets_are_refused(
         near = 2**40 if furthest is None else furthest // 4 * 4
         assert kvcache_workspace_size(**given(near, near)) == 0
         if furthest is not None:
-            said = f"got {furthest + 1} elements from key to key; allowed: at most {furthest}"
-            with pytest.raises(ArgumentError, match=f"^k_cache: {said}$"):
+            message = f"got {furthest + 1} elements from key to key; allowed: at most {furthest}"
+            with pytest.raises(ArgumentError, match=f"^k_cache: {message}$"):
                 parallax_attn_with_kvcache(**given(furthest + 1, furthest + 1))
-            with pytest.raises(ArgumentError, match="^v_cache: got strides" if paged else f"^v_cache: {said}$"):
+            with pytest.raises(ArgumentError, match="^v_cache: got strides" if paged else f"^v_cache: {message}$"):
                 parallax_attn_with_kvcache(**given(near, furthest + 1))
 
 
@@ -63,8 +63,8 @@ def test_head_strides_of_out_beyond_32_bits_are_refused(queries: int, counted: i
         k = torch.empty(2, 7, 2, 16)
         q = torch.empty_strided((2, queries, 4, 16), (16, 2**40, 2**50, 1))
         furthest = (2**31 - 1) // (counted - 1)
-        asked = CacheRequest(q, q, k, k, *[None] * 7, False, None, None)  # type: ignore[arg-type]
-        check_cached(asked, torch.empty_strided(q.shape, (16, 2**40, furthest, 1)), False)
+        request = CacheRequest(q, q, k, k, *[None] * 7, False, None, None)  # type: ignore[arg-type]
+        check_cached(request, torch.empty_strided(q.shape, (16, 2**40, furthest, 1)), False)
         out = torch.empty_strided(q.shape, (16, 32, furthest + 1, 1))
         with pytest.raises(ArgumentError, match=f"^out: got {furthest + 1} elements .*; allowed: at most {furthest}$"):
             parallax_attn_with_kvcache(q, q, k, k, out=out)

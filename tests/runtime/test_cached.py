@@ -22,12 +22,12 @@ BEFORE = (0, 4, 7, 2)
 F8 = torch.float8_e4m3fn
 
 
-def check(found: State, expected: Reference, dtype: str) -> None:
-    assert_close(found.out, expected.out, dtype)
-    assert_close(found.v_mean, expected.v_mean, dtype)
-    assert_close(found.lse, expected.lse, "fp32")
-    assert_close(found.t_mean, expected.t_mean, "fp32")
-    assert found.lse.dtype == found.t_mean.dtype == torch.float32
+def check(result: State, expected: Reference, dtype: str) -> None:
+    assert_close(result.out, expected.out, dtype)
+    assert_close(result.v_mean, expected.v_mean, dtype)
+    assert_close(result.lse, expected.lse, "fp32")
+    assert_close(result.t_mean, expected.t_mean, "fp32")
+    assert result.lse.dtype == result.t_mean.dtype == torch.float32
 
 
 # Results of CPU tensors
@@ -56,20 +56,20 @@ def test_a_sequence_in_a_cache_has_the_result_of_the_sequence(
 ) -> None:
     """The cache is NaN outside of the sequences. The third sequence's window begins before its first key."""
     parts = random_sequences(LENGTHS, queries)
-    given = cache_arguments(parts, **layout)
-    found = parallax_attn_with_kvcache(**given, **options, return_state=True)
-    check(found, combined(expected_of_each(parts, **options)), "fp32")
-    assert torch.equal(parallax_attn_with_kvcache(**given, **options), found.out)
+    arguments = cache_arguments(parts, **layout)
+    result = parallax_attn_with_kvcache(**arguments, **options, return_state=True)
+    check(result, combined(expected_of_each(parts, **options)), "fp32")
+    assert torch.equal(parallax_attn_with_kvcache(**arguments, **options), result.out)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_queries_attend_to_their_own_sequences(layout: dict[str, Any], options: dict[str, Any]) -> None:
     parts = random_sequences(LENGTHS, (4, 2, 7, 0))
-    found = parallax_attn_with_kvcache(**cache_arguments(parts, packed=True, **layout), **options, return_state=True)
-    assert found.out.shape == found.v_mean.shape == (13, HEADS, HEAD_DIM)
-    assert found.lse.shape == found.t_mean.shape == (HEADS, 13)
-    check(found, combined(expected_of_each(parts, **options), packed=True), "fp32")
+    result = parallax_attn_with_kvcache(**cache_arguments(parts, packed=True, **layout), **options, return_state=True)
+    assert result.out.shape == result.v_mean.shape == (13, HEADS, HEAD_DIM)
+    assert result.lse.shape == result.t_mean.shape == (HEADS, 13)
+    check(result, combined(expected_of_each(parts, **options), packed=True), "fp32")
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,20 @@ def test_fp8_caches_of_cpu_tensors(
     dtype: torch.dtype, name: str, cache: torch.dtype, k_scale: Any, v_scale: Any
 ) -> None:
     parts = random_sequences(LENGTHS, 2, dtype, cache)
-    given = cache_arguments(parts, page_size=4)
-    found = parallax_attn_with_kvcache(**given, causal=True, k_scale=k_scale, v_scale=v_scale, return_state=True)
+    arguments = cache_arguments(parts, page_size=4)
+    result = parallax_attn_with_kvcache(**arguments, causal=True, k_scale=k_scale, v_scale=v_scale, return_state=True)
     scales = {key: 1.0 if x is None else x for key, x in (("k_scale", k_scale), ("v_scale", v_scale))}
-    check(found, combined(expected_of_each(parts, causal=True, **scales)), name)
-    assert found.out.dtype == found.v_mean.dtype == dtype
+    check(result, combined(expected_of_each(parts, causal=True, **scales)), name)
+    assert result.out.dtype == result.v_mean.dtype == dtype
 
 
 def test_a_changed_scale_takes_effect() -> None:
     """Scales are not part of a plan."""
     parts = random_sequences(LENGTHS, 1, torch.bfloat16, F8)
-    given = cache_arguments(parts)
+    arguments = cache_arguments(parts)
     for scale in (0.5, 2.0):
-        found = parallax_attn_with_kvcache(**given, v_scale=scale)
-        assert_close(found, combined(expected_of_each(parts, v_scale=scale)).out, "bf16")
+        result = parallax_attn_with_kvcache(**arguments, v_scale=scale)
+        assert_close(result, combined(expected_of_each(parts, v_scale=scale)).out, "bf16")
 
 
 @pytest.mark.parametrize(("queries", "lengths"), [(1, (6, 0, 3)), (3, (6, 3, 4))])
@@ -111,71 +111,75 @@ def test_a_shared_prefix_merged_with_each_sequences_rest_equals_the_whole(
     queries: int, lengths: tuple[int, ...]
 ) -> None:
     """Cascade attention: all queries as one sequence over the prefix, then each query over its own keys."""
-    prefix, own = random_sequences((8,))[0], random_sequences(lengths, queries)
-    packed = cache_arguments(own, packed=True)
+    prefix, suffix = random_sequences((8,))[0], random_sequences(lengths, queries)
+    packed = cache_arguments(suffix, packed=True)
     together = {name: packed[name][None] for name in ("q", "r")}
     shared = parallax_attn_with_kvcache(**together, k_cache=prefix.k[None], v_cache=prefix.v[None], return_state=True)
     rest = parallax_attn_with_kvcache(**packed, causal=True, return_state=True)
     joined = merge_states(State(*(x[0] for x in shared)), rest)
-    whole_ones = [part._replace(k=torch.cat([prefix.k, part.k]), v=torch.cat([prefix.v, part.v])) for part in own]
+    whole_ones = [part._replace(k=torch.cat([prefix.k, part.k]), v=torch.cat([prefix.v, part.v])) for part in suffix]
     check(joined, combined(expected_of_each(whole_ones, causal=True), packed=True), "fp32")
 
 
 def test_two_merged_halves_of_a_cache_equal_the_whole() -> None:
-    """The left padding of the second half is the first half; one query a sequence sees both halves entirely."""
-    given = cache_arguments(random_sequences((9, 2, 6)))
-    ends = given.pop("cache_seqlens")
+    """The left padding of the second half is the first half; one query per sequence sees both halves entirely."""
+    arguments = cache_arguments(random_sequences((9, 2, 6)))
+    ends = arguments.pop("cache_seqlens")
     middle = torch.tensor([4, 0, 6], dtype=torch.int32)
-    first = parallax_attn_with_kvcache(**given, cache_seqlens=middle, return_state=True)
-    second = parallax_attn_with_kvcache(**given, cache_seqlens=ends, cache_leftpad=middle, return_state=True)
+    first = parallax_attn_with_kvcache(**arguments, cache_seqlens=middle, return_state=True)
+    second = parallax_attn_with_kvcache(**arguments, cache_seqlens=ends, cache_leftpad=middle, return_state=True)
     check(merge_states(first, second), combined(expected_of_each(random_sequences((9, 2, 6)))), "fp32")
 
 
 @pytest.mark.parametrize("length", [0, 3, 12])
 def test_lengths_as_tensor_and_as_int_agree(length: int) -> None:
-    given = cache_arguments(random_sequences((9, 9), 2))
-    given["k_cache"][:, length:] = given["v_cache"][:, length:] = float("nan")
-    del given["cache_seqlens"]
+    arguments = cache_arguments(random_sequences((9, 9), 2))
+    arguments["k_cache"][:, length:] = arguments["v_cache"][:, length:] = float("nan")
+    del arguments["cache_seqlens"]
     if length > 9:
-        given = {**given, "k_cache": given["k_cache"].nan_to_num(1.0), "v_cache": given["v_cache"].nan_to_num(1.0)}
+        arguments = {
+            **arguments,
+            "k_cache": arguments["k_cache"].nan_to_num(1.0),
+            "v_cache": arguments["v_cache"].nan_to_num(1.0),
+        }
     lengths = torch.full((2,), length, dtype=torch.int32)
-    by_tensor = parallax_attn_with_kvcache(**given, cache_seqlens=lengths, causal=True)
-    by_int = parallax_attn_with_kvcache(**given, cache_seqlens=length, causal=True)
+    by_tensor = parallax_attn_with_kvcache(**arguments, cache_seqlens=lengths, causal=True)
+    by_int = parallax_attn_with_kvcache(**arguments, cache_seqlens=length, causal=True)
     assert torch.equal(by_tensor, by_int)
     assert torch.isfinite(by_tensor).all()
     assert bool(by_tensor.any()) == (length > 0)
 
 
 def test_out_is_written_and_returned() -> None:
-    given = cache_arguments(random_sequences(LENGTHS))
+    arguments = cache_arguments(random_sequences(LENGTHS))
     out = torch.full((4, 1, HEADS, HEAD_DIM), float("nan"))
-    assert parallax_attn_with_kvcache(**given, out=out) is out
-    assert torch.equal(out, parallax_attn_with_kvcache(**given))
-    state = parallax_attn_with_kvcache(**given, out=out, return_state=True)
+    assert parallax_attn_with_kvcache(**arguments, out=out) is out
+    assert torch.equal(out, parallax_attn_with_kvcache(**arguments))
+    state = parallax_attn_with_kvcache(**arguments, out=out, return_state=True)
     assert state.out is out
 
 
 @pytest.mark.parametrize("return_state", [False, True])
 @pytest.mark.parametrize("case", ["int 0", "lengths of 0", "a table without pages", "no keys in the cache"])
 def test_without_keys_the_output_is_zero(case: str, return_state: bool) -> None:
-    given = cache_arguments(random_sequences(LENGTHS, 2), page_size=4 * (case == "a table without pages"))
-    given["cache_seqlens"] = 0 if case == "int 0" else torch.zeros(4, dtype=torch.int32)
+    arguments = cache_arguments(random_sequences(LENGTHS, 2), page_size=4 * (case == "a table without pages"))
+    arguments["cache_seqlens"] = 0 if case == "int 0" else torch.zeros(4, dtype=torch.int32)
     if case == "a table without pages":
-        given["page_table"] = given["page_table"][:, :0]
+        arguments["page_table"] = arguments["page_table"][:, :0]
     elif case == "no keys in the cache":
-        given = {**given, **{name: given[name][:, :0] for name in ("k_cache", "v_cache")}}
-    found = parallax_attn_with_kvcache(**given, return_state=return_state)
-    out = found.out if return_state else found
+        arguments = {**arguments, **{name: arguments[name][:, :0] for name in ("k_cache", "v_cache")}}
+    result = parallax_attn_with_kvcache(**arguments, return_state=return_state)
+    out = result.out if return_state else result
     assert torch.equal(out, torch.zeros(4, 2, HEADS, HEAD_DIM))
     if return_state:
-        assert torch.equal(found.lse, torch.full((4, HEADS, 2), -torch.inf))
-        assert not found.t_mean.any()
-        assert not found.v_mean.any()
+        assert torch.equal(result.lse, torch.full((4, HEADS, 2), -torch.inf))
+        assert not result.t_mean.any()
+        assert not result.v_mean.any()
 
 
 def test_no_queries_give_an_empty_output() -> None:
-    given = cache_arguments(random_sequences(LENGTHS, 0))
-    assert parallax_attn_with_kvcache(**given).shape == (4, 0, HEADS, HEAD_DIM)
+    arguments = cache_arguments(random_sequences(LENGTHS, 0))
+    assert parallax_attn_with_kvcache(**arguments).shape == (4, 0, HEADS, HEAD_DIM)
     packed = cache_arguments(random_sequences(LENGTHS, 0), packed=True)
     state = parallax_attn_with_kvcache(**packed, return_state=True)
     assert (state.out.shape, state.lse.shape) == ((0, HEADS, HEAD_DIM), (HEADS, 0))
@@ -185,16 +189,16 @@ def test_no_queries_give_an_empty_output() -> None:
 def test_head_dims(head_dim: int) -> None:
     draw = torch.Generator().manual_seed(head_dim)
     q, k = torch.randn(2, 3, 2, head_dim, generator=draw), torch.randn(2, 5, 1, head_dim, generator=draw)
-    found = parallax_attn_with_kvcache(q, q / 8, k, k, causal=True)
-    assert_close(found, reference_forward(q, q / 8, k, k, causal=True).out, "fp32")
+    result = parallax_attn_with_kvcache(q, q / 8, k, k, causal=True)
+    assert_close(result, reference_forward(q, q / 8, k, k, causal=True).out, "fp32")
 
 
 def test_cpu_tensors_need_no_workspace() -> None:
     for layout in ({}, {"before": BEFORE, "page_size": 3}):
-        given = cache_arguments(random_sequences(LENGTHS, 3), **layout)
-        assert kvcache_workspace_size(**given, causal=True, window_size=2, return_state=True) == 0
+        arguments = cache_arguments(random_sequences(LENGTHS, 3), **layout)
+        assert kvcache_workspace_size(**arguments, causal=True, window_size=2, return_state=True) == 0
     with pytest.raises(ArgumentError, match=r"^cache_seqlens: got "):
-        kvcache_workspace_size(**{**given, "cache_seqlens": None})
+        kvcache_workspace_size(**{**arguments, "cache_seqlens": None})
 
 
 # Refused arguments
@@ -312,8 +316,8 @@ REFUSED_FP8 = [
     ({"v_scale": torch.ones(2, device="meta")}, "v_scale"),
 ]
 REFUSED = [
-    pytest.param(given, change, argument, id=f"{given.__name__}-{n}-{argument}")
-    for given, cases in (
+    pytest.param(arguments, change, argument, id=f"{arguments.__name__}-{n}-{argument}")
+    for arguments, cases in (
         (dense, REFUSED_DENSE),
         (paged_arguments, REFUSED_PAGED),
         (packed, REFUSED_PACKED),
@@ -323,21 +327,21 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("given", "change", "argument"), REFUSED)
-def test_a_bad_argument_is_named(given: Any, change: dict[str, Any], argument: str) -> None:
+@pytest.mark.parametrize(("arguments", "change", "argument"), REFUSED)
+def test_a_bad_argument_is_named(arguments: Any, change: dict[str, Any], argument: str) -> None:
     """Also right after a valid call with the same plan key."""
-    parallax_attn_with_kvcache(**given())
-    if given is dense:
-        parallax_attn_with_kvcache(**given(), cache_seqlens=1)
+    parallax_attn_with_kvcache(**arguments())
+    if arguments is dense:
+        parallax_attn_with_kvcache(**arguments(), cache_seqlens=1)
     with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
-        parallax_attn_with_kvcache(**{**given(), **change})
+        parallax_attn_with_kvcache(**{**arguments(), **change})
     assert caught.value.argument == argument
 
 
-@pytest.mark.parametrize("given", [dense, paged_arguments, packed, fp8_arguments])
-def test_calls_are_valid_without_the_change(given: Any) -> None:
+@pytest.mark.parametrize("arguments", [dense, paged_arguments, packed, fp8_arguments])
+def test_calls_are_valid_without_the_change(arguments: Any) -> None:
     """The refused calls above are valid without their change."""
-    assert torch.isfinite(parallax_attn_with_kvcache(**given())).all()
+    assert torch.isfinite(parallax_attn_with_kvcache(**arguments())).all()
 
 
 def test_fp8_offsets_that_are_not_multiples_of_4_are_refused_in_every_call() -> None:
@@ -350,19 +354,23 @@ def test_fp8_offsets_that_are_not_multiples_of_4_are_refused_in_every_call() -> 
 
 
 def test_with_no_sequences_padding_rows_are_zero() -> None:
-    given = packed()
-    rows, nothing = given["q"].shape, torch.zeros(1, dtype=torch.int32)
-    given |= {"cu_seqlens_q": nothing, "cache_seqlens": nothing[:0], "page_table": torch.zeros(0, 3, dtype=torch.int32)}
-    assert torch.equal(parallax_attn_with_kvcache(**given), torch.zeros(rows))
+    arguments = packed()
+    rows, nothing = arguments["q"].shape, torch.zeros(1, dtype=torch.int32)
+    arguments |= {
+        "cu_seqlens_q": nothing,
+        "cache_seqlens": nothing[:0],
+        "page_table": torch.zeros(0, 3, dtype=torch.int32),
+    }
+    assert torch.equal(parallax_attn_with_kvcache(**arguments), torch.zeros(rows))
 
 
 @pytest.mark.parametrize("layout", [{}, {"page_size": 4}], ids=["dense", "paged"])
 @pytest.mark.parametrize("lowest", [-1, -(2**31)])
 def test_a_length_below_0_counts_as_0(lowest: int, layout: dict[str, Any]) -> None:
-    given = cache_arguments(random_sequences(LENGTHS, 1), **layout)
-    given["cache_seqlens"] = torch.tensor([lowest, *LENGTHS[1:]], dtype=torch.int32)
-    wanted = given | {"cache_seqlens": given["cache_seqlens"].clamp(min=0)}
-    for x, y in zip(*(parallax_attn_with_kvcache(**x, return_state=True) for x in (given, wanted)), strict=True):
+    arguments = cache_arguments(random_sequences(LENGTHS, 1), **layout)
+    arguments["cache_seqlens"] = torch.tensor([lowest, *LENGTHS[1:]], dtype=torch.int32)
+    expected = arguments | {"cache_seqlens": arguments["cache_seqlens"].clamp(min=0)}
+    for x, y in zip(*(parallax_attn_with_kvcache(**x, return_state=True) for x in (arguments, expected)), strict=True):
         assert torch.equal(x, y)
 
 
@@ -373,9 +381,9 @@ def test_the_error_for_an_unsupported_head_dim_lists_the_supported_ones() -> Non
 
 
 def test_inputs_that_require_grad_are_accepted_under_no_grad() -> None:
-    given = {name: tensor.requires_grad_() for name, tensor in dense().items()}
+    arguments = {name: tensor.requires_grad_() for name, tensor in dense().items()}
     with torch.no_grad():
-        assert not parallax_attn_with_kvcache(**given).requires_grad
+        assert not parallax_attn_with_kvcache(**arguments).requires_grad
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,9 @@ def operators(graphs: list[Any]) -> set[str]:
     return {name for name in names if name.startswith("parallax_gen")}
 
 
-def same(found: Any, wanted: Any) -> None:
-    assert type(found) is type(wanted)
-    for a, b in zip(found, wanted, strict=True):
+def same(result: Any, expected: Any) -> None:
+    assert type(result) is type(expected)
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -82,26 +82,30 @@ COMPILED_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "options"), COMPILED_CALLS)
-def test_one_graph(given: dict[str, Any], options: dict[str, Any]) -> None:
-    call, counter = compiled(lambda q: parallax_attn_with_kvcache(**{**given, "q": q}, **options, return_state=True))
-    found = call(given["q"])
-    assert isinstance(found, State)
-    wanted = parallax_attn_with_kvcache(**given, **options, return_state=True)
-    for a, b in zip(found, wanted, strict=True):
+@pytest.mark.parametrize(("arguments", "options"), COMPILED_CALLS)
+def test_one_graph(arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    call, counter = compiled(
+        lambda q: parallax_attn_with_kvcache(**{**arguments, "q": q}, **options, return_state=True)
+    )
+    result = call(arguments["q"])
+    assert isinstance(result, State)
+    expected = parallax_attn_with_kvcache(**arguments, **options, return_state=True)
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)  # NaN for keys past the length
     assert operators(counter.graphs) == {"parallax_gen.attention_with_kvcache_state.default"}
 
 
 def test_out_is_written_and_a_workspace_is_checked() -> None:
-    given = cache_arguments(random_sequences(LENGTHS))
-    call, counter = compiled(lambda out, space: parallax_attn_with_kvcache(**given, out=out, workspace=space))
+    inputs = cache_arguments(random_sequences(LENGTHS))
+    call, counter = compiled(lambda out, space: parallax_attn_with_kvcache(**inputs, out=out, workspace=space))
     out = torch.full((4, 1, HEADS, HEAD_DIM), float("nan"))
     assert call(out, torch.zeros(64, dtype=torch.uint8)) is out
-    torch.testing.assert_close(out, parallax_attn_with_kvcache(**given))
+    torch.testing.assert_close(out, parallax_attn_with_kvcache(**inputs))
     assert operators(counter.graphs) == {"parallax_gen.attention_with_kvcache.default"}
     with pytest.raises(ArgumentError, match=r"^workspace: got torch.int8"):
-        torch.compile(parallax_attn_with_kvcache, backend="eager")(**given, workspace=torch.zeros(64, dtype=torch.int8))
+        torch.compile(parallax_attn_with_kvcache, backend="eager")(
+            **inputs, workspace=torch.zeros(64, dtype=torch.int8)
+        )
 
 
 def test_a_cache_that_grows_is_one_graph() -> None:
@@ -126,8 +130,8 @@ def test_one_graph_for_lengths_and_tables_of_any_batch() -> None:
         for x, dims in ((q, (0,)), (k, (0, 1)), (lengths, (0,)), (pages, (0, 1))):
             for dim in dims:
                 torch._dynamo.mark_dynamic(x, dim)
-        wanted = parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=lengths, page_table=pages)
-        torch.testing.assert_close(call(q, k, lengths, pages), wanted)
+        expected = parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=lengths, page_table=pages)
+        torch.testing.assert_close(call(q, k, lengths, pages), expected)
     assert counter.frame_count == 1
 
 
@@ -137,11 +141,11 @@ def test_an_int_length_and_max_seqlen_become_symbolic() -> None:
     for length in (3, 5, 7, 8):
         torch.testing.assert_close(call(length), parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=length))
     assert counter.frame_count <= 2  # torch specialises on the first value, and generalises at the second
-    given = cache_arguments(random_sequences(LENGTHS, (4, 2, 7, 0)), packed=True)
-    del given["max_seqlen_q"]
-    call, counter = compiled(lambda n: parallax_attn_with_kvcache(**given, max_seqlen_q=n))
+    inputs = cache_arguments(random_sequences(LENGTHS, (4, 2, 7, 0)), packed=True)
+    del inputs["max_seqlen_q"]
+    call, counter = compiled(lambda n: parallax_attn_with_kvcache(**inputs, max_seqlen_q=n))
     for longest in (7, 8, 9, 12):
-        torch.testing.assert_close(call(longest), parallax_attn_with_kvcache(**given, max_seqlen_q=longest))
+        torch.testing.assert_close(call(longest), parallax_attn_with_kvcache(**inputs, max_seqlen_q=longest))
     assert counter.frame_count <= 2
 
 
@@ -168,9 +172,9 @@ def test_invalid_arguments_are_refused_while_tracing() -> None:
 
 class Step(nn.Module):
     def forward(self, q: Tensor, k: Tensor, lengths: Tensor) -> State:
-        found = parallax_attn_with_kvcache(q, q / 4, k, k, cache_seqlens=lengths, causal=True, return_state=True)
-        assert isinstance(found, State)
-        return found
+        result = parallax_attn_with_kvcache(q, q / 4, k, k, cache_seqlens=lengths, causal=True, return_state=True)
+        assert isinstance(result, State)
+        return result
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -179,35 +183,35 @@ def test_an_exported_step_accepts_other_sizes(strict: bool) -> None:
     sizes = ({0: batch}, {0: batch, 1: seqlen}, {0: batch})
     program = torch.export.export(Step(), (*dense(3, 9, 2), ints(2, 9, 5)), dynamic_shapes=sizes, strict=strict)
     assert operators([program.graph_module]) == {"parallax_gen.attention_with_kvcache_state.default"}
-    given = (*dense(4, 30, 2), ints(30, 0, 7, 2))
-    same([*program.module()(*given)], [*Step()(*given)])
+    inputs = (*dense(4, 30, 2), ints(30, 0, 7, 2))
+    same([*program.module()(*inputs)], [*Step()(*inputs)])
 
 
 class Packed(nn.Module):
     def forward(self, q: Tensor, starts: Tensor) -> Tensor:
         longest = q.shape[0]
-        one = parallax_attn_varlen_func(q, q, q, q, starts, starts, longest, longest)
+        by_varlen = parallax_attn_varlen_func(q, q, q, q, starts, starts, longest, longest)
         keys = {"k_cache": q[None], "v_cache": q[None], "cu_seqlens_q": starts, "max_seqlen_q": longest}
         two = parallax_attn_with_kvcache(q, q, **keys)
-        assert isinstance(one, Tensor)
+        assert isinstance(by_varlen, Tensor)
         assert isinstance(two, Tensor)
-        return one + two
+        return by_varlen + two
 
 
 def test_non_strict_export_handles_symbolic_sizes() -> None:
     """In non-strict export Python runs with SymInt sizes, which are no ints."""
     rows = torch.export.Dim("rows", min=2, max=64)
-    given = torch.randn(5, HEADS, HEAD_DIM), ints(0, 5)
-    program = torch.export.export(Packed(), given, dynamic_shapes=({0: rows}, None), strict=False)
-    given = torch.randn(7, HEADS, HEAD_DIM), ints(0, 7)
-    torch.testing.assert_close(program.module()(*given), Packed()(*given))
+    inputs = torch.randn(5, HEADS, HEAD_DIM), ints(0, 5)
+    program = torch.export.export(Packed(), inputs, dynamic_shapes=({0: rows}, None), strict=False)
+    inputs = torch.randn(7, HEADS, HEAD_DIM), ints(0, 7)
+    torch.testing.assert_close(program.module()(*inputs), Packed()(*inputs))
 
 
 def test_operators_pass_opcheck_with_a_cache() -> None:
     q, k = dense(2, 9)
-    given = (q, q, k, k, ints(3, 9), *[None] * 6, True, 3, None, 1.5)
+    inputs = (q, q, k, k, ints(3, 9), *[None] * 6, True, 3, None, 1.5)
     for name in ("attention_with_kvcache", "attention_with_kvcache_state"):
-        torch.library.opcheck(getattr(torch.ops.parallax_gen, name).default, given)
+        torch.library.opcheck(getattr(torch.ops.parallax_gen, name).default, inputs)
 
 
 def test_an_eager_call_bypasses_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +231,7 @@ def test_an_eager_call_bypasses_the_operator(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "pairs"),
+    ("arguments", "options", "pairs"),
     [
         (cache_arguments(random_sequences(LENGTHS, 3)), {}, 3 * 15),
         (cache_arguments(random_sequences(LENGTHS), before=BEFORE), {"causal": True}, 15),
@@ -241,12 +245,12 @@ def test_an_eager_call_bypasses_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["lengths", "left padding", "window in pages", "packed", "causal"],
 )
-def test_flops(given: dict[str, Any], options: dict[str, Any], pairs: float) -> None:
+def test_flops(arguments: dict[str, Any], options: dict[str, Any], pairs: float) -> None:
     """4 matmuls of multiply-adds; causal squares count half."""
     with FlopCounterMode(display=False) as counter:
-        found = parallax_attn_with_kvcache(**given, **options)
+        result = parallax_attn_with_kvcache(**arguments, **options)
     assert counter.get_total_flops() == 4 * 2 * HEADS * HEAD_DIM * pairs
-    same([*found], [*parallax_attn_with_kvcache(**given, **options)])
+    same([*result], [*parallax_attn_with_kvcache(**arguments, **options)])
 
 
 # Transforms
@@ -270,30 +274,30 @@ def test_vmap(layout: dict[str, Any], dims: dict[str, int], state: bool) -> None
     names = list(samples[0])
     args = [torch.stack([s[n] for s in samples], dims[n]) if n in dims else samples[0][n] for n in names]
 
-    def attend(*given: Tensor) -> Any:
-        return parallax_attn_with_kvcache(**dict(zip(names, given, strict=True)), causal=True, return_state=state)
+    def attend(*inputs: Tensor) -> Any:
+        return parallax_attn_with_kvcache(**dict(zip(names, inputs, strict=True)), causal=True, return_state=state)
 
-    found = torch.func.vmap(attend, in_dims=tuple(dims.get(name) for name in names))(*args)
-    each = [attend(*sample.values()) for sample in samples]
-    wanted = [torch.stack(parts) for parts in zip(*each, strict=True)] if state else torch.stack(each)
-    same([*found], [*wanted])
+    result = torch.func.vmap(attend, in_dims=tuple(dims.get(name) for name in names))(*args)
+    per_sample = [attend(*sample.values()) for sample in samples]
+    expected = [torch.stack(parts) for parts in zip(*per_sample, strict=True)] if state else torch.stack(per_sample)
+    same([*result], [*expected])
 
 
 def test_vmap_over_lengths_only_and_over_nothing() -> None:
     q, k = dense(2, 9)
     lengths = ints(9, 4, 1, 0, 2, 7).view(3, 2)
-    found = torch.func.vmap(lambda n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))(lengths)
-    for one, n in zip(found, lengths, strict=True):
-        torch.testing.assert_close(one, parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))
+    result = torch.func.vmap(lambda n: parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))(lengths)
+    for output, n in zip(result, lengths, strict=True):
+        torch.testing.assert_close(output, parallax_attn_with_kvcache(q, q, k, k, cache_seqlens=n))
     nothing = torch.func.vmap(lambda q: parallax_attn_with_kvcache(q, q, k, k))(q[None][:0])
     assert nothing.shape == (0, *q.shape)
 
 
 class Mixed(nn.Module):
     def forward(self, q: Tensor, k: Tensor, starts: Tensor) -> Tensor:
-        found = parallax_attn_with_kvcache(q, q, k, k, cu_seqlens_q=starts, max_seqlen_q=3)
-        assert isinstance(found, Tensor)
-        return found
+        result = parallax_attn_with_kvcache(q, q, k, k, cu_seqlens_q=starts, max_seqlen_q=3)
+        assert isinstance(result, Tensor)
+        return result
 
 
 def test_an_export_keeps_the_number_of_packed_sequences_dynamic() -> None:
@@ -301,19 +305,19 @@ def test_an_export_keeps_the_number_of_packed_sequences_dynamic() -> None:
     sizes = ({0: rows}, {0: batch}, {0: batch + 1})
     q, k = torch.randn(5, HEADS, HEAD_DIM), dense(2, 9)[1]
     program = torch.export.export(Mixed(), (q, k, ints(0, 2, 5)), dynamic_shapes=sizes, strict=False)
-    given = torch.randn(6, HEADS, HEAD_DIM), dense(3, 9)[1], ints(0, 2, 5, 6)
-    torch.testing.assert_close(program.module()(*given), Mixed()(*given))
+    inputs = torch.randn(6, HEADS, HEAD_DIM), dense(3, 9)[1], ints(0, 2, 5, 6)
+    torch.testing.assert_close(program.module()(*inputs), Mixed()(*inputs))
 
 
 def test_scales_have_no_derivatives() -> None:
     q, k = dense(2, 9)
-    cache, one = k.to(F8), torch.ones(1)
+    cache, scale = k.to(F8), torch.ones(1)
     with pytest.raises(ArgumentError, match=r"^k_scale: got a tensor that needs gradients"):
-        parallax_attn_with_kvcache(q.half(), q.half(), cache, cache, k_scale=torch.nn.Parameter(one))
+        parallax_attn_with_kvcache(q.half(), q.half(), cache, cache, k_scale=torch.nn.Parameter(scale))
     with forward_ad.dual_level(), pytest.raises(ArgumentError, match=r"^v_scale: got a tensor with a tangent"):
-        parallax_attn_with_kvcache(q.half(), q.half(), cache, cache, v_scale=forward_ad.make_dual(one, one))
+        parallax_attn_with_kvcache(q.half(), q.half(), cache, cache, v_scale=forward_ad.make_dual(scale, scale))
     with torch.no_grad():
-        parallax_attn_with_kvcache(q.half(), q.half(), cache, cache, k_scale=torch.nn.Parameter(one))
+        parallax_attn_with_kvcache(q.half(), q.half(), cache, cache, k_scale=torch.nn.Parameter(scale))
 
 
 def test_vmapped_inputs_that_require_grad_are_refused() -> None:

@@ -108,15 +108,15 @@ def test_other_records_are_not_used(store: Store, tmp_path: Path, changes: dict[
 def test_records_of_other_toolchains_and_sibling_cards_are_used(
     store: Store, tmp_path: Path, gpu: str, toolchain: dict[str, Any], tier: Tier
 ) -> None:
-    found = make_record()
-    found = replace(found, place=replace(PLACE, gpu=gpu), evidence=replace(found.evidence, **toolchain))
-    store.save(found)
+    result = make_record()
+    result = replace(result, place=replace(PLACE, gpu=gpu), evidence=replace(result.evidence, **toolchain))
+    store.save(result)
     choice = choose(SPEC, SHAPE, GPU, Memory(store, tmp_path))
-    assert (choice.config, choice.record, choice.candidate.tier) == (CONFIG, found, tier)
+    assert (choice.config, choice.record, choice.candidate.tier) == (CONFIG, result, tier)
     # A record measured here has priority, however slow.
     slower = make_record(replace(CONFIG, NUM_SPLITS=12), time_us=99.0)
     store.save(slower)
-    expected = found if tier == Tier.MEASURED_HERE else slower
+    expected = result if tier == Tier.MEASURED_HERE else slower
     assert choose(SPEC, SHAPE, GPU, Memory(store, tmp_path)).record == expected
 
 
@@ -223,10 +223,10 @@ def test_records_are_read_once_per_bucket(tmp_path: Path) -> None:
     class Counting(Memory):
         def __init__(self, folder: Path) -> None:
             super().__init__(None, folder)
-            self.asked: Counter[Place] = Counter()
+            self.lookups: Counter[Place] = Counter()
 
         def results(self, place: Place) -> list[Result]:
-            self.asked[place] += 1
+            self.lookups[place] += 1
             return super().results(place)
 
     memory = Counting(tmp_path)
@@ -234,8 +234,8 @@ def test_records_are_read_once_per_bucket(tmp_path: Path) -> None:
     first = dispatcher.kernel(SPEC, SHAPE, GPU)
     again = dispatcher.kernel(SPEC, replace(SHAPE, seqlen_kv=4097), GPU)
     assert first == again
-    asked = (PLACE, *sibling_places(PLACE, GPU), *near_places(PLACE))
-    assert memory.asked == dict.fromkeys(asked, 1)
+    places = (PLACE, *sibling_places(PLACE, GPU), *near_places(PLACE))
+    assert memory.lookups == dict.fromkeys(places, 1)
     assert callable(first[1].launch)
 
 
@@ -363,4 +363,4 @@ def test_choices_from_random_records_are_valid() -> None:
         kernel, templates = record.evidence.kernel, record.evidence.templates
         assert same_programs(templates, spec) if templates else render(spec, record.config, card).kernel == kernel
     assert min(tiers[tier] for tier in Tier) > 5, tiers  # each tier occurs
-    assert took < 5.0  # CPU seconds: 5 ms a call, half of the budget, including rendering
+    assert took < 5.0  # CPU seconds: 5 ms per call, half of the budget, including rendering

@@ -13,20 +13,20 @@ import torch.autograd.forward_ad as fw
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from assertions import assert_close
+from attention_samples import plain_attention
 from torch import Tensor
 
 from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
 from parallax_gen.distributed.ring import _Ring
 from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
-from parallax_gen.oracle.reference import reference_backward, reference_forward
 
-# (causal, queries a chunk, heads, kv heads, dtype, its name), including chunks of one query.
+# (causal, queries per chunk, heads, kv heads, dtype, its name, softcap), including chunks of one query.
 CASES = [
-    (True, 3, 4, 2, torch.float32, "fp32"),
-    (False, 3, 4, 2, torch.float32, "fp32"),
-    (True, 1, 3, 1, torch.float32, "fp32"),
-    (True, 5, 2, 2, torch.bfloat16, "bf16"),
+    (True, 3, 4, 2, torch.float32, "fp32", None),
+    (False, 3, 4, 2, torch.float32, "fp32", 1.5),
+    (True, 1, 3, 1, torch.float32, "fp32", 1.5),
+    (True, 5, 2, 2, torch.bfloat16, "bf16", None),
 ]
 
 
@@ -40,22 +40,24 @@ def whole(chunk: int, chunks: int, heads: int, kv_heads: int, dtype: torch.dtype
 
 
 def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
-    causal, chunk, heads, kv_heads, dtype, name = case
+    causal, chunk, heads, kv_heads, dtype, name, softcap = case
     *inputs, do = whole(chunk, ranks * (2 if causal else 1), heads, kv_heads, dtype)
     assert torch.equal(gather_sequence(shard_sequence(inputs[0], causal=causal), causal=causal), inputs[0])
-    mine = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
-    out = ring_attn_func(*mine, causal=causal)
-    assert_close(gather_sequence(out, causal=causal), reference_forward(*inputs, causal=causal).out, name)
-    grads = torch.autograd.grad(out, mine, shard_sequence(do, causal=causal))
-    wanted_grads, sizes = reference_backward(*inputs, do, causal=causal), gradient_term_sizes(*inputs, do)
-    for grad, x, wanted, natural in zip(grads, mine, wanted_grads, sizes, strict=True):
+    shards = [shard_sequence(x, causal=causal).requires_grad_() for x in inputs]
+    out = ring_attn_func(*shards, causal=causal, softcap=softcap)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected_out = plain_attention(*exact, causal=causal, softcap=softcap)
+    assert_close(gather_sequence(out, causal=causal), expected_out, name)
+    grads = torch.autograd.grad(out, shards, shard_sequence(do, causal=causal))
+    expected_grads, sizes = torch.autograd.grad(expected_out, exact, do.double()), gradient_term_sizes(*inputs, do)
+    for grad, x, expected, natural in zip(grads, shards, expected_grads, sizes, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
-        found = gather_sequence(grad, causal=causal)
+        result = gather_sequence(grad, causal=causal)
         # Partial gradients are rounded to 16 bits before they are summed, besides the rounding of one backward.
         if name == "fp32":
-            assert_close(found, wanted, name, float(natural))
+            assert_close(result, expected, name, float(natural))
         else:
-            assert errors(found, wanted, float(natural)).relative < 2e-2
+            assert errors(result, expected, float(natural)).relative < 2e-2
 
 
 def work(rank: int, ranks: int, port: int, failures: Any) -> None:
@@ -94,9 +96,9 @@ def test_ring_attention_equals_attention_on_one_rank(ranks: int, free_port: int)
 def free_port() -> int:
     import socket
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        port: int = result.getsockname()[1]
         return port
 
 

@@ -44,44 +44,44 @@ def packed() -> dict[str, Any]:
 
 
 def test_dense_sequences_agree_with_the_reference_and_its_statistics() -> None:
-    given = dense()
-    out, lse, t_mean, v_mean = parallax_attn_func(**given, causal=True, softmax_scale=0.3, return_stats=True)
-    expected = reference_forward(**given, causal=True, softmax_scale=0.3)
-    for found, wanted in zip((out, lse, t_mean, v_mean), expected, strict=True):
-        assert_close(found, wanted, "fp32")
+    inputs = dense()
+    out, lse, t_mean, v_mean = parallax_attn_func(**inputs, causal=True, softmax_scale=0.3, return_stats=True)
+    expected = reference_forward(**inputs, causal=True, softmax_scale=0.3)
+    for result, target in zip((out, lse, t_mean, v_mean), expected, strict=True):
+        assert_close(result, target, "fp32")
     assert out.dtype == torch.float32
     assert lse.shape == t_mean.shape == (2, 4, 5)
 
 
 @pytest.mark.parametrize("window_size", [1, 3, 6])
 def test_a_window_keeps_the_last_keys(window_size: int) -> None:
-    given = dense()
-    out = parallax_attn_func(**given, causal=True, window_size=window_size)
-    assert_close(out, reference_forward(**given, causal=True, window_size=window_size).out, "fp32")
-    assert (out - parallax_attn_func(**given, causal=True)).abs().max() > 0.01
+    inputs = dense()
+    out = parallax_attn_func(**inputs, causal=True, window_size=window_size)
+    assert_close(out, reference_forward(**inputs, causal=True, window_size=window_size).out, "fp32")
+    assert (out - parallax_attn_func(**inputs, causal=True)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("window_size", [7, 8, 10**9])
 def test_a_window_of_all_keys_has_no_effect(window_size: int) -> None:
-    given = dense()
-    windowed = parallax_attn_func(**given, causal=True, window_size=window_size)
-    assert torch.equal(windowed, parallax_attn_func(**given, causal=True))
+    inputs = dense()
+    windowed = parallax_attn_func(**inputs, causal=True, window_size=window_size)
+    assert torch.equal(windowed, parallax_attn_func(**inputs, causal=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": 2, "softmax_scale": 0.3}])
 def test_packed_sequences_agree_with_the_reference_and_its_statistics(options: dict[str, Any]) -> None:
-    given = packed()
-    found = parallax_attn_varlen_func(**given, **options, return_stats=True)
-    del given["max_seqlen_q"], given["max_seqlen_k"]
-    for x, wanted in zip(found, reference_varlen_forward(**given, **options), strict=True):
-        assert_close(x, wanted, "fp32")
-    assert found[1].shape == found[2].shape == (4, 5)
+    inputs = packed()
+    result = parallax_attn_varlen_func(**inputs, **options, return_stats=True)
+    del inputs["max_seqlen_q"], inputs["max_seqlen_k"]
+    for x, expected in zip(result, reference_varlen_forward(**inputs, **options), strict=True):
+        assert_close(x, expected, "fp32")
+    assert result[1].shape == result[2].shape == (4, 5)
 
 
 def test_without_queries_or_keys_packed_sequences_give_zeros() -> None:
-    given = packed()
+    inputs = packed()
     none, zeros = torch.zeros(0, 2, 64), torch.zeros(4, dtype=torch.int32)
-    out = parallax_attn_varlen_func(**{**given, "k": none, "v": none, "cu_seqlens_k": zeros, "max_seqlen_k": 0})
+    out = parallax_attn_varlen_func(**{**inputs, "k": none, "v": none, "cu_seqlens_k": zeros, "max_seqlen_k": 0})
     assert torch.equal(out, torch.zeros(5, 4, 64))
     no_batch = {"cu_seqlens_q": zeros[:1], "cu_seqlens_k": zeros[:1], "max_seqlen_q": 0, "max_seqlen_k": 0}
     empty = {"q": torch.zeros(0, 4, 64), "r": torch.zeros(0, 4, 64), "k": none, "v": none}
@@ -89,18 +89,18 @@ def test_without_queries_or_keys_packed_sequences_give_zeros() -> None:
 
 
 def test_out_is_written_and_returned() -> None:
-    given = dense()
+    inputs = dense()
     out = torch.full((2, 5, 4, 64), float("nan"))
-    assert parallax_attn_func(**given, softmax_scale=0.3, out=out) is out
-    assert_close(out, reference_forward(**given, softmax_scale=0.3).out, "fp32")
+    assert parallax_attn_func(**inputs, softmax_scale=0.3, out=out) is out
+    assert_close(out, reference_forward(**inputs, softmax_scale=0.3).out, "fp32")
 
 
 def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
-    given = dense()
-    empty = parallax_attn_func(given["q"][:, :0], given["r"][:, :0], given["k"], given["v"])
+    inputs = dense()
+    empty = parallax_attn_func(inputs["q"][:, :0], inputs["r"][:, :0], inputs["k"], inputs["v"])
     assert empty.shape == (2, 0, 4, 64)
     out, lse, t_mean, v_mean = parallax_attn_func(
-        given["q"], given["r"], given["k"][:, :0], given["v"][:, :0], return_stats=True
+        inputs["q"], inputs["r"], inputs["k"][:, :0], inputs["v"][:, :0], return_stats=True
     )
     assert not out.any()
     assert not t_mean.any()
@@ -143,10 +143,10 @@ def test_no_queries_give_an_empty_output_and_no_keys_give_zeros() -> None:
 )
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_bad_argument_is_named(change: dict[str, Any], argument: str, gradients: bool) -> None:
-    given = dense()
-    given["v"].requires_grad_(gradients)
+    inputs = dense()
+    inputs["v"].requires_grad_(gradients)
     with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
-        parallax_attn_func(**{**given, **change})
+        parallax_attn_func(**{**inputs, **change})
     assert caught.value.argument == argument
 
 
@@ -177,10 +177,10 @@ def test_a_bad_argument_is_named(change: dict[str, Any], argument: str, gradient
 )
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_bad_argument_of_packed_sequences_is_named(change: dict[str, Any], argument: str, gradients: bool) -> None:
-    given = packed()
-    given["v"].requires_grad_(gradients)
+    inputs = packed()
+    inputs["v"].requires_grad_(gradients)
     with pytest.raises(ArgumentError, match=r"got .*; allowed: ") as caught:
-        parallax_attn_varlen_func(**{**given, **change})
+        parallax_attn_varlen_func(**{**inputs, **change})
     assert caught.value.argument == argument
 
 
@@ -198,9 +198,9 @@ def test_the_error_for_an_unsupported_head_dim_lists_supported_ones(head_dim: in
 
 
 def test_inputs_that_require_grad_are_accepted_without_recording() -> None:
-    given = {name: tensor.requires_grad_() for name, tensor in dense().items()}
+    inputs = {name: tensor.requires_grad_() for name, tensor in dense().items()}
     with torch.no_grad():
-        out = parallax_attn_func(**given)
+        out = parallax_attn_func(**inputs)
     assert torch.isfinite(out).all()
     assert not out.requires_grad
 

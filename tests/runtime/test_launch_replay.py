@@ -10,7 +10,7 @@ import torch
 import triton.compiler
 import triton.runtime.jit
 
-from parallax_gen.runtime.launch_replay import aligned, record_launch, replay_launch
+from parallax_gen.runtime.launch_replay import are_aligned, record_launch, replay_launch
 
 Launches = list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
 
@@ -85,7 +85,7 @@ def test_methods_are_restored_after_a_failed_launch(launches: Launches) -> None:
     assert "run" not in vars(module.first)
 
 
-def test_aligned() -> None:
+def test_are_aligned() -> None:
     x = torch.zeros(64)
-    assert aligned((x, x[4:]))
-    assert not aligned((x, x[1:]))
+    assert are_aligned((x, x[4:]))
+    assert not are_aligned((x, x[1:]))

@@ -76,12 +76,12 @@ def test_with_r_zero_it_is_softmax_attention_and_gradients_reach_r(options: dict
     layer = ParallaxAttention(32, 4, **options, zero_init_r=True)
     x = torch.randn(2, 7, 32, requires_grad=True)
     others = [x, *(p for name, p in layer.named_parameters() if not name.startswith("r_proj"))]
-    found, wanted = layer(x), layer_reference(layer, x, options, softmax=True)
-    torch.testing.assert_close(found, wanted)
-    do = torch.randn_like(found)
-    grads = torch.autograd.grad(found, others, do, retain_graph=True)
-    torch.testing.assert_close(grads, torch.autograd.grad(wanted, others, do), rtol=1e-4, atol=1e-5)
-    found.backward(do)
+    result, expected = layer(x), layer_reference(layer, x, options, softmax=True)
+    torch.testing.assert_close(result, expected)
+    do = torch.randn_like(result)
+    grads = torch.autograd.grad(result, others, do, retain_graph=True)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, others, do), rtol=1e-4, atol=1e-5)
+    result.backward(do)
     gradient = layer.r_proj.weight.grad
     assert gradient is not None
     assert gradient.abs().max() > 1e-4
@@ -93,10 +93,10 @@ def test_packed_sequences_are_independent_in_the_layer(options: dict[str, Any]) 
     lengths = (3, 0, 1, 6, 0)
     x = torch.randn(sum(lengths), 32)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    found = layer(x, starts, 6)
-    assert found.shape == x.shape
-    for one, alone in zip(found.split(lengths), x.split(lengths), strict=True):
-        torch.testing.assert_close(one, layer(alone[None])[0], rtol=1e-4, atol=1e-5)
+    result = layer(x, starts, 6)
+    assert result.shape == x.shape
+    for part, alone in zip(result.split(lengths), x.split(lengths), strict=True):
+        torch.testing.assert_close(part, layer(alone[None])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_positions_are_relative() -> None:

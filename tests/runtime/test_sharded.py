@@ -46,8 +46,8 @@ def sharded(mesh: DeviceMesh, tensors: list[Tensor], placements: list[Any]) -> l
     return [distribute_tensor(x, mesh, [place], src_data_rank=None) for x, place in pairs]  # all ranks have the full x
 
 
-def same(found: Any, wanted: Any) -> None:
-    for a, b in zip(found, wanted, strict=True):
+def same(result: Any, expected: Any) -> None:
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a.full_tensor(), b, **FP32)
 
 
@@ -57,23 +57,23 @@ def check_attention(
     """Check outputs and gradients. out: the expected sharding; sent: whether the forward communicates."""
     *inputs, do = dense(kv_heads, batch)
     leaves = [x.requires_grad_() for x in inputs]
-    wanted = parallax_attn_func(*leaves, causal=True, return_stats=True)
-    gradients = torch.autograd.grad(wanted[0], leaves, do)
-    mine = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], placements)]
+    expected = parallax_attn_func(*leaves, causal=True, return_stats=True)
+    gradients = torch.autograd.grad(expected[0], leaves, do)
+    shards = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], placements)]
     with CommDebugMode() as talk:
-        found = parallax_attn_func(*mine, causal=True, return_stats=True)
+        result = parallax_attn_func(*shards, causal=True, return_stats=True)
     if not sent or mesh.size() > 1:  # torch 2.9 itself communicates on a mesh of one rank
         assert (talk.get_total_counts() > 0) == sent
     stats = {Shard(2): Shard(1)}.get(out, out)  # (batch, heads, seqlen_q)
-    assert [x.placements for x in found] == [(out,), (stats,), (stats,), (out,)]
-    same(found, wanted)
-    grads = torch.autograd.grad(found[0], mine, distribute_tensor(do, mesh, [out]))
-    assert [x.placements for x in grads] == [x.placements for x in mine]
+    assert [x.placements for x in result] == [(out,), (stats,), (stats,), (out,)]
+    same(result, expected)
+    grads = torch.autograd.grad(result[0], shards, distribute_tensor(do, mesh, [out]))
+    assert [x.placements for x in grads] == [x.placements for x in shards]
     same(grads, gradients)
     with torch.no_grad():
         room = distribute_tensor(torch.zeros_like(do), mesh, [Shard(1)])
-        assert parallax_attn_func(*mine, causal=True, out=room) is room
-        same([room], wanted[:1])
+        assert parallax_attn_func(*shards, causal=True, out=room) is room
+        same([room], expected[:1])
 
 
 def check_all_placements(mesh: DeviceMesh) -> None:
@@ -97,15 +97,15 @@ def check_packed(mesh: DeviceMesh) -> None:
     *inputs, do = draw((7, 4, 16), (7, 4, 16), (9, 2, 16), (9, 2, 16), (7, 4, 16))
     starts = [torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 7], [0, 5, 9])]
     leaves = [x.requires_grad_() for x in inputs]
-    wanted = parallax_attn_varlen_func(*leaves, *starts, 4, 5, causal=True, return_stats=True)
-    gradients = torch.autograd.grad(wanted[0], leaves, do)
+    expected = parallax_attn_varlen_func(*leaves, *starts, 4, 5, causal=True, return_stats=True)
+    gradients = torch.autograd.grad(expected[0], leaves, do)
     for place in (Shard(1), Shard(0)):
-        mine = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], [place] * 4)]
-        given = starts if place == Shard(1) else sharded(mesh, starts, [Replicate()] * 2)
-        found = parallax_attn_varlen_func(*mine, *given, 4, 5, causal=True, return_stats=True)
-        assert [x.placements for x in found] == [(Shard(1),), (Shard(0),), (Shard(0),), (Shard(1),)]
-        same(found, wanted)
-        same(torch.autograd.grad(found[0], mine, distribute_tensor(do, mesh, [place])), gradients)
+        shards = [x.requires_grad_() for x in sharded(mesh, [x.detach() for x in inputs], [place] * 4)]
+        arguments = starts if place == Shard(1) else sharded(mesh, starts, [Replicate()] * 2)
+        result = parallax_attn_varlen_func(*shards, *arguments, 4, 5, causal=True, return_stats=True)
+        assert [x.placements for x in result] == [(Shard(1),), (Shard(0),), (Shard(0),), (Shard(1),)]
+        same(result, expected)
+        same(torch.autograd.grad(result[0], shards, distribute_tensor(do, mesh, [place])), gradients)
 
 
 def check_caches(mesh: DeviceMesh) -> None:
@@ -129,31 +129,33 @@ def check_caches(mesh: DeviceMesh) -> None:
         ([*half, *float8], heads, eight),
         ([q.flatten(0, 1), r.flatten(0, 1), k, v], rows, starts),
     ):
-        mine = sharded(mesh, tensors, placements)
-        wanted = parallax_attn_with_kvcache(*tensors, causal=True, return_state=True, **options)
+        shards = sharded(mesh, tensors, placements)
+        expected = parallax_attn_with_kvcache(*tensors, causal=True, return_state=True, **options)
         with CommDebugMode() as talk:
-            found = parallax_attn_with_kvcache(*mine, causal=True, return_state=True, **options)
+            result = parallax_attn_with_kvcache(*shards, causal=True, return_state=True, **options)
         assert talk.get_total_counts() == 0
-        assert found[0].placements == (placements[0],)
-        same(found, wanted)
-    mine = sharded(mesh, [q, r, k, v], whole)
-    given = {"cache_seqlens": distribute_tensor(ints["cache_seqlens"], mesh, [Shard(0)])}
+        assert result[0].placements == (placements[0],)
+        same(result, expected)
+    shards = sharded(mesh, [q, r, k, v], whole)
+    lengths = {"cache_seqlens": distribute_tensor(ints["cache_seqlens"], mesh, [Shard(0)])}
     room = distribute_tensor(torch.zeros_like(q), mesh, [Replicate()])
-    assert parallax_attn_with_kvcache(*mine, **given, out=room) is room
+    assert parallax_attn_with_kvcache(*shards, **lengths, out=room) is room
     same([room], [parallax_attn_with_kvcache(q, r, k, v, **ints)])
 
 
 def check_refused(mesh: DeviceMesh) -> None:
     inputs = dense()[:4]
-    mine = sharded(mesh, inputs, [Shard(2)] * 4)
+    shards = sharded(mesh, inputs, [Shard(2)] * 4)
     for function, name in ((parallax_attn_func, "k"), (parallax_attn_with_kvcache, "k_cache")):
-        with pytest.raises(ArgumentError, match=rf"^{name}: got a plain tensor beside DTensors; allowed: a DTensor"):
-            function(*mine[:2], *inputs[2:])  # type: ignore[operator]
+        with pytest.raises(
+            ArgumentError, match=rf"^{name}: got a plain tensor together with DTensors; allowed: a DTensor"
+        ):
+            function(*shards[:2], *inputs[2:])  # type: ignore[operator]
     for other in (ring_attn_func, lambda *x: parallax_fwd(*x, 1.0, 1)):
         with pytest.raises(ArgumentError, match=r"^q: got a DTensor; allowed: a plain tensor: "):
-            other(*mine)
+            other(*shards)
     with pytest.raises(ArgumentError, match=r"^out: got a tensor, where gradients are recorded"):
-        parallax_attn_func(*[x.requires_grad_() for x in mine], out=mine[0].detach())
+        parallax_attn_func(*[x.requires_grad_() for x in shards], out=shards[0].detach())
 
 
 def work(rank: int, ranks: int, port: int, failures: Any) -> None:
@@ -163,8 +165,8 @@ def work(rank: int, ranks: int, port: int, failures: Any) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
     try:
         mesh = init_device_mesh("cpu", (ranks,))
-        for each in (check_all_placements, check_packed, check_caches, check_refused):
-            each(mesh)
+        for check in (check_all_placements, check_packed, check_caches, check_refused):
+            check(mesh)
     except Exception:
         failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
         raise
@@ -173,9 +175,9 @@ def work(rank: int, ranks: int, port: int, failures: Any) -> None:
 
 
 def test_two_ranks() -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        port = result.getsockname()[1]
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.tensor.debug", "parallax_gen.runtime.kvcache", "pytest"])
     failures = context.SimpleQueue()
@@ -258,16 +260,16 @@ def test_one_rank(one_rank: DeviceMesh, each: Any) -> None:
 
 def test_compiled(one_rank: DeviceMesh) -> None:
     inputs = dense()[:4]
-    mine = [x.requires_grad_() for x in sharded(one_rank, inputs, [Shard(2)] * 4)]
+    shards = [x.requires_grad_() for x in sharded(one_rank, inputs, [Shard(2)] * 4)]
     torch._dynamo.reset()
     call = torch.compile(lambda *x: parallax_attn_func(*x, causal=True), backend="aot_eager", fullgraph=True)
-    found, wanted = call(*mine), parallax_attn_func(*mine, causal=True)
-    same([found], [wanted.full_tensor()])
-    gradients = (torch.autograd.grad(out.sum(), mine) for out in (found, wanted))
+    result, expected = call(*shards), parallax_attn_func(*shards, causal=True)
+    same([result], [expected.full_tensor()])
+    gradients = (torch.autograd.grad(out.sum(), shards) for out in (result, expected))
     same(next(gradients), [x.full_tensor() for x in next(gradients)])
     cached = torch.compile(parallax_attn_with_kvcache, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        same([cached(*mine)], [parallax_attn_with_kvcache(*inputs)])
+        same([cached(*shards)], [parallax_attn_with_kvcache(*inputs)])
     torch._dynamo.reset()
 
 
@@ -275,8 +277,8 @@ def test_unrelated_tangents_do_not_matter(one_rank: DeviceMesh) -> None:
     """torch itself has no gradients of DTensors inside torch.func.grad."""
     *inputs, do = dense()
     leaves = [x.requires_grad_() for x in inputs]
-    wanted = torch.autograd.grad(parallax_attn_func(*leaves, causal=True), leaves, do)
-    mine = [x.requires_grad_() for x in sharded(one_rank, [x.detach() for x in inputs], [Shard(0)] * 4)]
+    expected = torch.autograd.grad(parallax_attn_func(*leaves, causal=True), leaves, do)
+    shards = [x.requires_grad_() for x in sharded(one_rank, [x.detach() for x in inputs], [Shard(0)] * 4)]
     with forward_ad.dual_level():
-        out = parallax_attn_func(*mine, causal=True)
-        same(torch.autograd.grad(out, mine, distribute_tensor(do, one_rank, [Shard(0)])), wanted)
+        out = parallax_attn_func(*shards, causal=True)
+        same(torch.autograd.grad(out, shards, distribute_tensor(do, one_rank, [Shard(0)])), expected)

@@ -104,8 +104,8 @@ def all_ranks_know_the_knobs_of_rank_0s_search(rank: int) -> None:
     fast, slow = replace(default, SOFTMAX="online"), replace(default, GROUP_HEADS=2)
     if rank == 0:
         with Store() as store:
-            for one, time_us in ((fast, 1.0), (slow, 2.0)):
-                store.save(Result(place, evidence_of(render(spec, one, GPU)), one, "ok", time_us=time_us))
+            for config, time_us in ((fast, 1.0), (slow, 2.0)):
+                store.save(Result(place, evidence_of(render(spec, config, GPU)), config, "ok", time_us=time_us))
     share_tuning()
     assert default_dispatcher().kernel(spec, shape, GPU)[0].config == fast
 
@@ -130,8 +130,8 @@ def all_ranks_choose_the_second_if_the_first_is_rejected(rank: int) -> None:
     if rank == 0:
         with Store() as store:
             for splits in (12, 24):
-                found = make_record(splits, place=place)
-                store.save(replace(found, evidence=replace(found.evidence, triton="2.0.0")))
+                result = make_record(splits, place=place)
+                store.save(replace(result, evidence=replace(result.evidence, triton="2.0.0")))
     share_tuning()
 
     def spills(config: Any) -> Resources:
@@ -163,29 +163,27 @@ def only_rank_0_renders_the_table(rank: int) -> None:
 
 def ranks_that_differ_are_named(rank: int) -> None:
     here = toolchain.triton_version(), toolchain.cuda_version()
-    told = errors_on_difference(rank, 1, toolchain, "triton_version", lambda: "3.1")
-    assert told == f"the ranks would not run the same kernels: triton is {here[0]} on ranks 0, 2, 3.1 on rank 1"
-    told = errors_on_difference(rank, 0, toolchain, "cuda_version", lambda: "11.8")
-    assert told == f"the ranks would not run the same kernels: cuda is 11.8 on rank 0, {here[1]} on ranks 1-2"
-    told = errors_on_difference(rank, 2, tuning, "render", lambda *_: KernelSource("", "", "", "0" * 32))
-    assert "kernels is" in told
-    assert "on ranks 0-1" in told
-    told = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
-    assert "kernels is" in told
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # another version of a part, of which none of the kernels above is made
+    message = errors_on_difference(rank, 1, toolchain, "triton_version", lambda: "3.1")
+    assert message == f"the ranks would not run the same kernels: triton is {here[0]} on ranks 0, 2, 3.1 on rank 1"
+    message = errors_on_difference(rank, 0, toolchain, "cuda_version", lambda: "11.8")
+    assert message == f"the ranks would not run the same kernels: cuda is 11.8 on rank 0, {here[1]} on ranks 1-2"
+    message = errors_on_difference(rank, 2, tuning, "render", lambda *_: KernelSource("", "", "", "0" * 32))
+    assert "kernels is" in message
+    assert "on ranks 0-1" in message
+    message = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: Path("no templates"))
+    assert "kernels is" in message
+    with tempfile.TemporaryDirectory() as folder:  # another version of a template that none of the kernels above uses
         edited = Path(shutil.copytree(data_dir("templates"), Path(folder) / "templates"))
         (edited / "parts" / "fp8.j2").write_text("another", encoding="utf-8")
-        told = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: edited)
-    assert "kernels is" in told
-    told = errors_on_difference(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
-    assert told == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
-    told = errors_on_difference(rank, 1, tuning, "gpu_here", lambda: None)
-    assert "GPU is h200 on ranks 0, 2, none on rank 1" in told
-    told = errors_on_difference(rank, 1, ranking, "why_invalid", lambda *_: "another state of this package's code")
-    assert "the choice of kernels is" in told
-    assert "on ranks 0, 2" in told
+        message = errors_on_difference(rank, 2, tuning, "data_dir", lambda _: edited)
+    assert "kernels is" in message
+    message = errors_on_difference(rank, 2, tuning, "gpu_here", lambda: gpu_by_name("h100"))
+    assert message == "the ranks would not run the same kernels: GPU is h200 on ranks 0-1, h100 on rank 2"
+    message = errors_on_difference(rank, 1, tuning, "gpu_here", lambda: None)
+    assert "GPU is h200 on ranks 0, 2, none on rank 1" in message
+    message = errors_on_difference(rank, 1, ranking, "why_invalid", lambda *_: "another state of this package's code")
+    assert "the choice of kernels is" in message
+    assert "on ranks 0, 2" in message
     assert chosen() == config(48)  # unchanged
 
 
@@ -193,14 +191,16 @@ def an_error_on_one_rank_stops_all(rank: int) -> None:
     def fail(*_: object) -> Any:
         raise StoreError("h200.jsonl, line 3: not a record")
 
-    told = errors_on_difference(rank, 0, tuning, "records_to_share", fail)
-    assert told == "rank 0: h200.jsonl, line 3: not a record"
+    message = errors_on_difference(rank, 0, tuning, "records_to_share", fail)
+    assert message == "rank 0: h200.jsonl, line 3: not a record"
     for line, says in (("{}", "line 2: not a record"), ("\x80", "line 2: not a record")):
-        told = errors_on_difference(rank, 0, tuning, "to_line", lambda _, line=line: line)
-        assert told.startswith("ranks 0-2: the table of rank 0, ")
-        assert says in told
-    told = errors_on_difference(rank, 0, tuning, "records_to_share", lambda *_: [make_record(8, outcome="predicted")])
-    assert told == "ranks 0-2: predicted of h200: no choice here can use it"
+        message = errors_on_difference(rank, 0, tuning, "to_line", lambda _, line=line: line)
+        assert message.startswith("ranks 0-2: the table of rank 0, ")
+        assert says in message
+    message = errors_on_difference(
+        rank, 0, tuning, "records_to_share", lambda *_: [make_record(8, outcome="predicted")]
+    )
+    assert message == "ranks 0-2: predicted of h200: no choice here can use this record"
 
 
 def a_broken_database_is_ignored(rank: int) -> None:
@@ -210,8 +210,8 @@ def a_broken_database_is_ignored(rank: int) -> None:
     with patched(Store, "all", fail), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         share_tuning()
-    told = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    assert told == ["tuning.db is damaged. Only shipped records and defaults are used."] * (rank == 0)
+    messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert messages == ["tuning.db is damaged. Only shipped records and defaults are used."] * (rank == 0)
     assert chosen() not in (config(24), config(48))
 
 

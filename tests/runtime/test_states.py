@@ -42,15 +42,15 @@ def test_merged_parts_equal_the_whole(ends: tuple[int, ...], dtype: torch.dtype,
     merged, whole = merge_states(*parts), reference_forward(q, r, k, v)
     assert merged.out.dtype == merged.v_mean.dtype == dtype
     assert merged.lse.dtype == merged.t_mean.dtype == torch.float32
-    for found, wanted in zip(merged, whole, strict=True):
-        assert_close(found, wanted, name if found.dtype == dtype else "fp32" if name == "fp32" else "bf16")
+    for result, expected in zip(merged, whole, strict=True):
+        assert_close(result, expected, name if result.dtype == dtype else "fp32" if name == "fp32" else "bf16")
 
 
 def test_order_and_nesting_do_not_matter() -> None:
     q, r, k, v = sample(4, 12)
     a, b, c = (attend(q, r, k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4, 8))
-    for one, other in zip(merge_states(a, b, c), merge_states(merge_states(c, a), b), strict=True):
-        torch.testing.assert_close(one, other)
+    for tensor, expected_tensor in zip(merge_states(a, b, c), merge_states(merge_states(c, a), b), strict=True):
+        torch.testing.assert_close(tensor, expected_tensor)
 
 
 def merged_by_formula(*parts: State) -> State:
@@ -73,11 +73,11 @@ def test_in_place_absorption_equals_merging() -> None:
     for first, second in ((some, others), (others, some), (none, some), (some, none), (none, none)):
         total = State(*(x.clone() for x in first))
         merge_into(total, second)
-        for found, wanted in zip(total, merged_by_formula(first, second), strict=True):
-            torch.testing.assert_close(found, wanted)
+        for result, expected in zip(total, merged_by_formula(first, second), strict=True):
+            torch.testing.assert_close(result, expected)
         before = [x.clone() for x in first]
-        for found, wanted in zip(merge_states(first, second), total, strict=True):
-            torch.testing.assert_close(found, wanted)
+        for result, expected in zip(merge_states(first, second), total, strict=True):
+            torch.testing.assert_close(result, expected)
         assert all(torch.equal(x, y) for x, y in zip(first, before, strict=True))  # the arguments are unchanged
 
 
@@ -86,8 +86,8 @@ def test_queries_that_see_no_key_of_a_part_or_of_any() -> None:
     q, r, k, v = sample(6, 3)
     some, none = attend(q, r, k, v, causal=True), attend(q, r, k[:, :0], v[:, :0])
     assert bool(some.lse[..., :3].isneginf().all())
-    for found, wanted in zip(merge_states(none, some), some, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for result, expected in zip(merge_states(none, some), some, strict=True):
+        torch.testing.assert_close(result, expected)
     nothing = merge_states(none, none)
     assert bool((nothing.out == 0).all())
     assert bool((nothing.lse == -math.inf).all())
@@ -118,24 +118,24 @@ def test_partial_gradients_add_up(causal: bool) -> None:
     """Gradients over the last keys, which the mask cuts, plus those over the other keys, which all queries see."""
     q, r, k, v = sample(5, 9)
     do = torch.randn(q.shape, generator=torch.Generator().manual_seed(7))
-    found = reference_forward(q, r, k, v, causal=causal)
-    wanted = reference_backward(q, r, k, v, do, causal=causal)
-    early = partial_backward(q, r, k[:, :4], v[:, :4], do, *found)
-    late = partial_backward(q, r, k[:, 4:], v[:, 4:], do, *found, causal=causal)
-    torch.testing.assert_close(early.dq + late.dq, wanted.dq)
-    torch.testing.assert_close(early.dr + late.dr, wanted.dr)
-    torch.testing.assert_close(torch.cat([early.dk, late.dk], 1), wanted.dk)
-    torch.testing.assert_close(torch.cat([early.dv, late.dv], 1), wanted.dv)
+    result = reference_forward(q, r, k, v, causal=causal)
+    expected = reference_backward(q, r, k, v, do, causal=causal)
+    early = partial_backward(q, r, k[:, :4], v[:, :4], do, *result)
+    late = partial_backward(q, r, k[:, 4:], v[:, 4:], do, *result, causal=causal)
+    torch.testing.assert_close(early.dq + late.dq, expected.dq)
+    torch.testing.assert_close(early.dr + late.dr, expected.dr)
+    torch.testing.assert_close(torch.cat([early.dk, late.dk], 1), expected.dk)
+    torch.testing.assert_close(torch.cat([early.dv, late.dv], 1), expected.dv)
 
 
 def test_merging_batched_and_unbatched_states_under_vmap() -> None:
     q, r, k, v = sample(3, 9)
     first, second = attend(q, r, k[:, :4], v[:, :4]), [attend(q, r, k[:, 4:], n * v[:, 4:]) for n in (1, 2)]
     stacked = (torch.stack(x) for x in zip(*second, strict=True))
-    found = torch.func.vmap(lambda *part: tuple(merge_states(first, part)))(*stacked)
+    result = torch.func.vmap(lambda *part: tuple(merge_states(first, part)))(*stacked)
     for n, part in enumerate(second):
-        for x, wanted in zip(found, merge_states(first, part), strict=True):
-            torch.testing.assert_close(x[n], wanted)
+        for x, expected in zip(result, merge_states(first, part), strict=True):
+            torch.testing.assert_close(x[n], expected)
 
 
 def test_vmapped_states_that_require_grad_are_refused() -> None:

@@ -32,7 +32,7 @@ REFUSED = r"create_graph: got a gradient of Parallax attention's gradients; allo
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels record no autograd, so the CPU reference must not either, or it would hide a dropped tangent."""
     inner = attention._reference_forward
-    monkeypatch.setattr(attention, "_reference_forward", lambda asked: tuple(x.detach() for x in inner(asked)))
+    monkeypatch.setattr(attention, "_reference_forward", lambda request: tuple(x.detach() for x in inner(request)))
 
 
 class Case:
@@ -48,16 +48,16 @@ class Case:
         self.ours = lambda *x: function(*x, *sample.lengths, **MASK)
         self.formula = lambda *x: formula(*x, *self.starts, **MASK)
 
-    def wanted(self, transform: Callable[[Any], Any], *given: Any) -> Any:
+    def wanted(self, transform: Callable[[Any], Any], *inputs: Any) -> Any:
         """The result of a transform of the formula, in float64."""
-        return transform(self.formula)(*tree_map(lambda x: x.double(), given))
+        return transform(self.formula)(*tree_map(lambda x: x.double(), inputs))
 
-    def check(self, transform: Callable[[Any], Any], *given: Any) -> None:
-        close(transform(self.ours)(*given), self.wanted(transform, *given))
+    def check(self, transform: Callable[[Any], Any], *inputs: Any) -> None:
+        close(transform(self.ours)(*inputs), self.wanted(transform, *inputs))
 
 
-def close(found: Any, wanted: Any) -> None:
-    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+def close(result: Any, expected: Any) -> None:
+    for a, b in zip(tree_leaves(result), tree_leaves(expected), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * (1 + b.abs().max().item()))
 
@@ -84,9 +84,9 @@ def test_forward_transforms(case: Case) -> None:
         lambda f: lambda *x: jacfwd(lambda v: f(*x[:3], v * x[3])[-1, -1])(torch.ones(1, dtype=x[0].dtype)),
         *case.inputs,
     )
-    wanted = case.wanted(lambda f: lambda x, d: jvp(f, x, d), case.inputs, case.tangents)
+    expected = case.wanted(lambda f: lambda x, d: jvp(f, x, d), case.inputs, case.tangents)
     out, pushforward = linearize(case.ours, *case.inputs)
-    close((out, pushforward(*case.tangents)), wanted)
+    close((out, pushforward(*case.tangents)), expected)
 
 
 def test_vmap(case: Case) -> None:
@@ -98,15 +98,15 @@ def test_vmap(case: Case) -> None:
     shared = torch.stack([case.formula(q[i], r[0], k[0], v[i]) for i in range(3)])
     close(vmap(case.ours, in_dims=(0, None, None, 0))(q, r[0], k[0], v), shared)
     nested = vmap(vmap(case.ours, in_dims=(0, None, None, 0)), in_dims=(None, 0, None, None))
-    each = [torch.stack([case.formula(q[i], r[j], k[0], v[i]) for i in range(3)]) for j in range(3)]
-    close(nested(q, r, k[0], v), torch.stack(each))
+    per_pair = [torch.stack([case.formula(q[i], r[j], k[0], v[i]) for i in range(3)]) for j in range(3)]
+    close(nested(q, r, k[0], v), torch.stack(per_pair))
 
 
 def test_vmap_over_an_empty_batch(case: Case) -> None:
     q, r, k, v = (x[:0] for x in case.many)
     assert vmap(case.ours)(q, r, k, v).shape == (0, *case.inputs[0].shape)
-    found = vmap(grad(squares(case.ours), ALL_INPUTS))(q, r, k, v)
-    assert [x.shape for x in found] == [(0, *x.shape) for x in case.inputs]
+    result = vmap(grad(squares(case.ours), ALL_INPUTS))(q, r, k, v)
+    assert [x.shape for x in result] == [(0, *x.shape) for x in case.inputs]
 
 
 def test_per_sample_gradients(case: Case) -> None:
@@ -120,10 +120,10 @@ def test_per_sample_gradients(case: Case) -> None:
 
 
 def test_tangents_under_vmap(case: Case) -> None:
-    many = tuple(torch.stack([x, 2 * x]) for x in case.tangents)
-    pushed = vmap(lambda *d: jvp(case.ours, case.inputs, d)[1])(*many)
-    one = case.wanted(lambda f: lambda x, d: jvp(f, x, d)[1], case.inputs, case.tangents)
-    close(pushed, torch.stack([one, 2 * one]))
+    stacked = tuple(torch.stack([x, 2 * x]) for x in case.tangents)
+    pushed = vmap(lambda *d: jvp(case.ours, case.inputs, d)[1])(*stacked)
+    tangent = case.wanted(lambda f: lambda x, d: jvp(f, x, d)[1], case.inputs, case.tangents)
+    close(pushed, torch.stack([tangent, 2 * tangent]))
 
 
 def test_cu_seqlens_of_each_sample() -> None:
@@ -134,11 +134,11 @@ def test_cu_seqlens_of_each_sample() -> None:
         return lambda q, r, k, v, at: (f(q, r, k, v, at) ** 2).sum()
 
     ours = loss(lambda q, r, k, v, at: parallax_attn_varlen_func(q, r, k, v, at, case.starts[1], 5, 7, **MASK))
-    found = vmap(grad(ours, ALL_INPUTS), in_dims=(0, 0, 0, 0, 1))(*(x[:2] for x in case.many), starts)
+    result = vmap(grad(ours, ALL_INPUTS), in_dims=(0, 0, 0, 0, 1))(*(x[:2] for x in case.many), starts)
     for i in range(2):
-        wanted = loss(lambda q, r, k, v, at: formula(q, r, k, v, at, case.starts[1], **MASK))
-        given = [x[i].double() for x in case.many]
-        close([x[i] for x in found], grad(wanted, ALL_INPUTS)(*given, starts[:, i]))
+        expected = loss(lambda q, r, k, v, at: formula(q, r, k, v, at, case.starts[1], **MASK))
+        inputs = [x[i].double() for x in case.many]
+        close([x[i] for x in result], grad(expected, ALL_INPUTS)(*inputs, starts[:, i]))
 
 
 @pytest.mark.parametrize("records", [False, True])
@@ -147,18 +147,19 @@ def test_dual_numbers(case: Case, dtype: torch.dtype, records: bool) -> None:
     inputs, tangents = ([x.to(dtype) for x in xs] for xs in (case.inputs, case.tangents))
     alone = [] if records or dtype == torch.bfloat16 else [(i,) for i in ALL_INPUTS]
     for changed in (ALL_INPUTS, *alone):
-        given = [x.clone().requires_grad_(records) for x in inputs]
+        arguments = [x.clone().requires_grad_(records) for x in inputs]
         with fw.dual_level():
             duals = [
-                fw.make_dual(x, d) if i in changed else x for i, (x, d) in enumerate(zip(given, tangents, strict=True))
+                fw.make_dual(x, d) if i in changed else x
+                for i, (x, d) in enumerate(zip(arguments, tangents, strict=True))
             ]
             out, tangent = fw.unpack_dual(case.ours(*duals))
         zeros = tuple(d if i in changed else torch.zeros_like(d) for i, d in enumerate(tangents))
-        wanted = case.wanted(lambda f: lambda *xs: jvp(f, xs[:4], xs[4:]), *inputs, *zeros)
+        expected = case.wanted(lambda f: lambda *xs: jvp(f, xs[:4], xs[4:]), *inputs, *zeros)
         assert tangent is not None
         assert tangent.dtype == dtype
         tolerance = {"rtol": 2**-7, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-        for a, b in zip((out, tangent), wanted, strict=True):
+        for a, b in zip((out, tangent), expected, strict=True):
             torch.testing.assert_close(a.double(), b, **tolerance)
 
 
@@ -166,25 +167,25 @@ def test_inputs_without_tangents_inside_a_dual_level(case: Case) -> None:
     with fw.dual_level():
         out = case.ours(*case.inputs)
         assert fw.unpack_dual(out).tangent is None
-        given = [x.clone().requires_grad_() for x in case.inputs]
-        found = torch.autograd.grad(squares(case.ours)(*given), given)
-    close(found, case.wanted(lambda f: grad(squares(f), ALL_INPUTS), *case.inputs))
+        inputs = [x.clone().requires_grad_() for x in case.inputs]
+        result = torch.autograd.grad(squares(case.ours)(*inputs), inputs)
+    close(result, case.wanted(lambda f: grad(squares(f), ALL_INPUTS), *case.inputs))
 
 
 def test_gradients_of_a_vjp_taken_later(case: Case) -> None:
     """The pullback is called after its transform has ended."""
     _, pullback = vjp(case.ours, *case.inputs)
     with torch.no_grad():
-        found = pullback(case.inputs[1])
-    close(found, case.wanted(lambda f: lambda *x: vjp(f, *x)[1](x[1]), *case.inputs))
+        result = pullback(case.inputs[1])
+    close(result, case.wanted(lambda f: lambda *x: vjp(f, *x)[1](x[1]), *case.inputs))
 
 
 def test_statistics_under_vmap() -> None:
     case = Case(dense)
-    every = vmap(lambda *x: parallax_attn_func(*x, **MASK, return_stats=True))(*case.many)
+    outputs = vmap(lambda *x: parallax_attn_func(*x, **MASK, return_stats=True))(*case.many)
     for i in range(3):
         alone = parallax_attn_func(*(x[i] for x in case.many), **MASK, return_stats=True)
-        for a, b in zip(every, alone, strict=True):
+        for a, b in zip(outputs, alone, strict=True):
             torch.testing.assert_close(a[i], b)
 
 
@@ -192,14 +193,14 @@ def test_tensors_that_vmap_passes_to_kernels() -> None:
     """Inputs may have any supported strides; saved tensors of the forward have to be contiguous."""
     seen: list[Any] = []
 
-    def apply(*given: Any) -> tuple[Tensor, ...]:
-        seen.extend(given)
-        return (given[0] * 1,)
+    def apply(*inputs: Any) -> tuple[Tensor, ...]:
+        seen.extend(inputs)
+        return (inputs[0] * 1,)
 
     q, k, lse = torch.randn(1, 5, 4, 16), torch.randn(3, 1, 7, 16, 2).movedim(-1, -2), torch.randn(1, 4, 5)
     args = (q, q, k, k, None, None, 0, 0, False, None, None, lse)
-    (found,), dims = transforms.map_samples(apply, 3, (None, None, 0, 0, *(None,) * 8), args)
-    assert found.shape == (3, 1, 5, 4, 16)
+    (result,), dims = transforms.map_samples(apply, 3, (None, None, 0, 0, *(None,) * 8), args)
+    assert result.shape == (3, 1, 5, 4, 16)
     assert dims == (0,)
     assert seen[0].shape == (3, 5, 4, 16)
     assert seen[0].stride(0) == 0  # broadcast, not copied
@@ -274,7 +275,7 @@ def test_autograds_own_batching_is_refused(case: Case, strategy: str) -> None:
 def test_statistics_have_no_tangents() -> None:
     q, d = normal(2, 5, 4, 16), normal(2, 5, 4, 16)
     for place in range(4):  # out has a tangent, but returning it with statistics without tangents would mislead
-        with pytest.raises(ArgumentError, match="return_stats: got True, beside a tangent"):
+        with pytest.raises(ArgumentError, match="return_stats: got True for an input with a tangent"):
             jvp(lambda x, i=place: parallax_attn_func(x, q, q, q, return_stats=True)[i], (q,), (d,))
 
 
@@ -334,10 +335,10 @@ def test_inputs_that_require_grad_under_a_vmap_over_another_input() -> None:
     case = Case(dense)
     q, r, k, v = case.inputs
     q = q.clone().requires_grad_()
-    found = vmap(lambda x: x * case.ours(q, r, k, v).sum())(torch.ones(3))
-    (of_q,) = torch.autograd.grad(found.sum(), q)
-    (wanted,) = torch.autograd.grad(3 * case.formula(q, r, k, v).sum(), q)
-    torch.testing.assert_close(of_q, wanted, rtol=1e-4, atol=1e-4)
+    result = vmap(lambda x: x * case.ours(q, r, k, v).sum())(torch.ones(3))
+    (of_q,) = torch.autograd.grad(result.sum(), q)
+    (expected,) = torch.autograd.grad(3 * case.formula(q, r, k, v).sum(), q)
+    torch.testing.assert_close(of_q, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_against_a_cache_has_no_derivatives() -> None:
@@ -375,14 +376,14 @@ def test_attention_against_a_cache_has_no_derivatives() -> None:
     ],
 )
 def test_drop_ins_for_training(function: Any) -> None:
-    given = tuple(normal(1, 5, heads, 16).half() / 2 for heads in (4, 4, 2, 2))
-    changes = tuple(x.flip(1) for x in given)
-    doubles = tuple(x.double() for x in given)
-    wanted = jvp(lambda *x: formula(*x, causal=True), doubles, tuple(d.double() for d in changes))
-    for a, b in zip(jvp(function, given, changes), wanted, strict=True):
+    inputs = tuple(normal(1, 5, heads, 16).half() / 2 for heads in (4, 4, 2, 2))
+    changes = tuple(x.flip(1) for x in inputs)
+    doubles = tuple(x.double() for x in inputs)
+    expected = jvp(lambda *x: formula(*x, causal=True), doubles, tuple(d.double() for d in changes))
+    for a, b in zip(jvp(function, inputs, changes), expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2**-9, atol=2**-9)
-    found = vmap(grad(lambda *x: function(*x).float().sum(), ALL_INPUTS))(*(x[None] for x in given))
-    for a, b in zip(found, grad(lambda *x: formula(*x, causal=True).sum(), ALL_INPUTS)(*doubles), strict=True):
+    result = vmap(grad(lambda *x: function(*x).float().sum(), ALL_INPUTS))(*(x[None] for x in inputs))
+    for a, b in zip(result, grad(lambda *x: formula(*x, causal=True).sum(), ALL_INPUTS)(*doubles), strict=True):
         torch.testing.assert_close(a[0].double(), b, rtol=2**-9, atol=2**-8)
 
 
@@ -391,13 +392,13 @@ def test_merging_states() -> None:
     q, k = normal(2, 5, 4, 16), normal(2, 6, 4, 16)
     states = [parallax_attn_func(q, q / 4, keys, keys, return_stats=True) for keys in (k[:, :3], k[:, 3:])]
     changes = tuple(tuple(torch.randn_like(x) for x in state) for state in states)
-    _, found = jvp(lambda a, b: tuple(merge_states(a, b)), tuple(states), changes)
+    _, result = jvp(lambda a, b: tuple(merge_states(a, b)), tuple(states), changes)
     step = 1e-3
     near = [
         [tuple(x + s * d for x, d in zip(*pair, strict=True)) for pair in zip(states, changes, strict=True)]
         for s in (step, -step)
     ]
-    for tangent, high, low in zip(found, *(merge_states(*each) for each in near), strict=True):
+    for tangent, high, low in zip(result, *(merge_states(*each) for each in near), strict=True):
         torch.testing.assert_close(tangent, (high - low) / (2 * step), rtol=1e-2, atol=1e-2)
     x = q.clone().requires_grad_()
     state = parallax_attn_func(x, q / 4, k, k, return_stats=True)
@@ -418,11 +419,11 @@ def test_a_layer(packed: bool) -> None:
         out: Tensor = functional_call(layer, parameters, (x, *lengths))
         return (out**2).sum()
 
-    found = vmap(grad(loss), in_dims=(None, 0))(parameters, xs)
+    result = vmap(grad(loss), in_dims=(None, 0))(parameters, xs)
     for i, x in enumerate(xs):
-        wanted = torch.autograd.grad((layer(x, *lengths) ** 2).sum(), list(parameters.values()))
-        for name, each in zip(parameters, wanted, strict=True):
-            torch.testing.assert_close(found[name][i], each, rtol=1e-4, atol=1e-4)
+        expected = torch.autograd.grad((layer(x, *lengths) ** 2).sum(), list(parameters.values()))
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(result[name][i], gradient, rtol=1e-4, atol=1e-4)
     # The derivative along x in forward and reverse mode: <J d, y> = <d, J^T y>.
     x, d = xs[0], xs[1]
     out, pushed = jvp(lambda x: layer(x, *lengths), (x,), (d,))

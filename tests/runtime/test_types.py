@@ -54,10 +54,10 @@ def test_returned_types_need_no_cast_and_options_are_checked(tmp_path: Path) -> 
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     # Without our settings, as a user would run it. Errors in our own files and torch's untyped backward are ignored.
-    words = ["--strict", "--config-file=", "--untyped-calls-exclude=torch"]
-    words += ["--follow-imports=silent", "--cache-dir=cache", *files]
+    options = ["--strict", "--config-file=", "--untyped-calls-exclude=torch"]
+    options += ["--follow-imports=silent", "--cache-dir=cache", *files]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", *words],
+        [sys.executable, "-m", "mypy", *options],
         cwd=tmp_path,
         env={**os.environ, "MYPYPATH": str(ROOT)},
         capture_output=True,
@@ -65,5 +65,5 @@ def test_returned_types_need_no_cast_and_options_are_checked(tmp_path: Path) -> 
         timeout=600,
     )
     assert "right.py" not in done.stdout, done.stdout + done.stderr
-    for said in ("windows", "k_scale", "Incompatible types in assignment"):
-        assert said in done.stdout
+    for message in ("windows", "k_scale", "Incompatible types in assignment"):
+        assert message in done.stdout

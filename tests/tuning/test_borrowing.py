@@ -46,8 +46,8 @@ FIRST, DEFAULTS = "measured here", "the default"
 
 def record(time_us: float, config: KernelConfig, place: Place = PLACE, day: int = 1, **evidence: str) -> Result:
     """A result of today's kernel, by NEW except for the fields in `evidence`."""
-    found = dataclasses.replace(evidence_of(render(place.spec, config, GPU)), **(NEW | evidence))
-    return Result(place, found, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
+    result = dataclasses.replace(evidence_of(render(place.spec, config, GPU)), **(NEW | evidence))
+    return Result(place, result, config, "ok", time_us=time_us, created_at=f"2026-01-{day:02}T00:00:00+00:00")
 
 
 def at(gpu: str = "h200", rows: int = 8, keys: int = 4096) -> Place:
@@ -71,16 +71,16 @@ def judged(memory: list[Result], truth: list[Result] = TRUTH) -> list[Borrowed]:
 
 
 def test_choices_and_losses_as_records_are_left_out() -> None:
-    found = [(each.left_out, each.choice, each.config, each.loss) for each in judged(MEMORY)]
-    assert found.pop(3)[0] == "this bucket"  # what the ranking would then choose
-    assert found == [
+    result = [(choice.left_out, choice.choice, choice.config, choice.loss) for choice in judged(MEMORY)]
+    assert result.pop(3)[0] == "this bucket"  # what the ranking would then choose
+    assert result == [
         ("nothing", FIRST, OURS, 1.0),
         ("this toolchain", "another toolchain", OTHERS, pytest.approx(1.1)),
         ("this card", "a sibling card", SIBLINGS, pytest.approx(1.2)),
         ("this bucket", NEAREST, NEARS, pytest.approx(1.3)),
     ]
-    assert {each.default_loss for each in judged(MEMORY)} == {1.5}
-    assert [each.choice for each in judged([])] == [DEFAULTS] * 4
+    assert {choice.default_loss for choice in judged(MEMORY)} == {1.5}
+    assert [choice.choice for choice in judged([])] == [DEFAULTS] * 4
 
 
 def test_the_toolchain_is_that_of_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_the_nearest_bucket_has_equal_rows_and_a_usable_record() -> None:
     gone = {"kernel": "f" * 32, "text": "f" * 32}
     nearer = record(1.0, SIBLINGS, at(keys=2048), **gone)  # of a kernel that is no longer rendered
     assert judged([*MEMORY, nearer])[-1].config == NEARS
-    by_rows = [each for each in MEMORY if each.place.bucket.seqlen_kv == 4096]
+    by_rows = [result for result in MEMORY if result.place.bucket.seqlen_kv == 4096]
     assert judged(by_rows)[-1].config == OURS
     assert judged([record(1.0, NEARS, at("a100", keys=8192))])[-1].choice == DEFAULTS
 
@@ -129,14 +129,14 @@ def test_the_newest_time_of_a_config_counts_and_single_configs_are_skipped() -> 
     failed = dataclasses.replace(record(1.0, OTHERS), outcome="wrong")
     elsewhere = record(1.0, OURS, at("a card of nobody's"))
     for few in ([], TRUTH[:1], [TRUTH[0], failed], [elsewhere, dataclasses.replace(elsewhere, config=OTHERS)]):
-        with pytest.raises(ArgumentError, match="none that can be compared"):
+        with pytest.raises(ArgumentError, match="no two that are comparable"):
             comparable_times(few)
 
 
 def test_decode_is_split_by_lengths_and_pages() -> None:
     spec = KernelSpec("decode", 128, "bf16")
     paged = dataclasses.replace(spec, op="decode_varlen", page_size=16)
-    kinds = [kind_of(each) for each in (spec, dataclasses.replace(spec, op="decode_varlen"), paged, SPEC)]
+    kinds = [kind_of(kind_spec) for kind_spec in (spec, dataclasses.replace(spec, op="decode_varlen"), paged, SPEC)]
     assert kinds == ["decode", "decode, ragged", "decode, ragged, paged", "forward"]
 
 
@@ -146,9 +146,9 @@ def test_sweeps_records_and_databases_are_read(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.jsonl", TRUTH)
     assert read_results(tmp_path / "lines.jsonl") == TRUTH
     with Store(tmp_path / "store.db") as store:
-        for each in TRUTH:
-            store.save(each)
-    assert {each.config for each in read_results(tmp_path / "store.db")} == {each.config for each in TRUTH}
+        for result in TRUTH:
+            store.save(result)
+    assert {result.config for result in read_results(tmp_path / "store.db")} == {result.config for result in TRUTH}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,6 @@ EVIDENCE = sorted((Path(__file__).parents[1] / "data" / "borrowing").glob("*.jso
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
 def test_the_evidence_has_62_places_with_the_defaults_time(path: Path) -> None:
     records = read_results(path)
-    assert len({each.place for each in records}) == 62
+    assert len({record.place for record in records}) == 62
     for measured in comparable_times(records):
         assert measured.loss(default_of(measured.place, GPU)) is not None

@@ -172,10 +172,10 @@ def test_close_finalists_are_interleaved(store: Store, machine: Machine) -> None
     )
     (interleaved,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
     assert [machine.compiled.index(trial.config) for trial in interleaved.trials] == [0, 2, 3]
-    found = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].place)]
+    result = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].place)]
     # The card ran a tenth slower meanwhile, which must not affect configs that were not interleaved.
-    assert [n for n, _ in found] == [3, 2, 0, 4, 1]
-    assert [us for _, us in found] == pytest.approx([100 * 108 / 110, 100 * 109 / 110, 100.0, 103.0, 130.0])
+    assert [n for n, _ in result] == [3, 2, 0, 4, 1]
+    assert [us for _, us in result] == pytest.approx([100 * 108 / 110, 100 * 109 / 110, 100.0, 103.0, 130.0])
 
 
 def test_a_failed_interleaved_timing_changes_nothing(store: Store, machine: Machine) -> None:

@@ -15,10 +15,10 @@ from parallax_gen.problem.spec import KernelSpec
 @pytest.mark.interpreter
 def test_a_hanging_compilation_fails_only_its_own_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    said, results = tune_with_faults(tmp_path)
+    document, results = tune_with_faults(tmp_path)
     assert outcomes(results) == {place: outcome for place, (_, _, outcome) in FAULTS.items()}
     assert len(results) == len(list(every_config(KernelSpec("preprocess", 128, "bf16"), GPUS["h200"])))
-    (job,) = said["jobs"]
+    (job,) = document["jobs"]
     assert job["failures"] == {"timeout": 1}
     (hung,) = [r for r in results if r.outcome == "timeout"]
     assert hung.detail == "no answer in 25 s"

@@ -38,7 +38,7 @@ def test_knobs_with_a_single_value_are_omitted() -> None:
     assert set(importances(SPEC, costs("BLOCK_N"))) == {k.name for k in knobs_of(SPEC) if len(k.values) > 1}
     assert "BLOCK_H" not in importances(
         SPEC, costs("BLOCK_N")
-    )  # with 4 query heads a kv head only one BLOCK_H is valid
+    )  # with 4 query heads per kv head only one BLOCK_H is valid
 
 
 def test_no_importances_for_too_few_or_equal_costs() -> None:

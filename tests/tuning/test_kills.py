@@ -23,7 +23,7 @@ AT_ONCE = 5
 def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: int) -> None:
     path = tmp_path / "tuning.db"
     chance = random.Random(0)
-    told: Counter[str] = Counter()  # the most trials of a place that a process reported
+    reported: Counter[str] = Counter()  # the most trials of a place that a process reported
     went_on = 0
     for round_ in range(rounds):
         outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
@@ -48,14 +48,14 @@ def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: in
                 for line in output.read_text(encoding="utf-8").splitlines(keepends=True)
                 if line.endswith("\n")
             ]
-            went_on += any(int(first) > 1 and place in told for place, first in lines[:1])
+            went_on += any(int(first) > 1 and place in reported for place, first in lines[:1])
             for place, count in lines:
-                told[place] = max(told[place], int(count))
+                reported[place] = max(reported[place], int(count))
         with closing(Database(path)) as database:
             assert next(iter(database.query("PRAGMA integrity_check"))) == {"integrity_check": "ok"}
     with Store(path) as store:
         kept = Counter(result.place.digest for result in store.all())
         assert store.unreadable == 0
-    assert sum(told.values()) > AT_ONCE * rounds
+    assert sum(reported.values()) > AT_ONCE * rounds
     assert went_on
-    assert {place: count for place, count in told.items() if kept[place] < count} == {}
+    assert {place: count for place, count in reported.items() if kept[place] < count} == {}

@@ -95,7 +95,7 @@ def test_a_machine_fault_is_not_shared_and_frees_the_claim(store: Store, machine
     other = Storage(journal)
     for job in JOBS:
         claims = other.claims(job.place, program_key(job))
-        assert not claims.others_at_work()
+        assert not claims.others_have_claims()
         done = {r.config for r in store.results(job.place)}
         assert {r.config for r in claims.new_results()} <= done
         free = [config for config in machine.compiled if config not in done]
@@ -106,18 +106,18 @@ def test_the_tuner_waits_for_memory_of_other_processes(
     store: Store, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "MEMORY_WAITS_S", (0.01, 0.01))
-    asked: list[KernelConfig] = []
+    requests: list[KernelConfig] = []
 
     def measure(config: KernelConfig, n: int) -> TrialResult:
-        asked.append(config)
-        if asked.count(config) < 3 and config == asked[0]:
+        requests.append(config)
+        if requests.count(config) < 3 and config == requests[0]:
             raise MemoryTakenError("CUDA out of memory")
         return timed(100.0 + n)
 
     machine.measure = measure
     (progress,) = tune(store, [JOB])
     assert progress.kinds == {"ok": 4}
-    assert asked[:3] == [asked[0]] * 3
+    assert requests[:3] == [requests[0]] * 3
 
     def never(config: KernelConfig, n: int) -> TrialResult:
         raise MemoryTakenError("CUDA out of memory")
@@ -158,16 +158,19 @@ def test_a_stored_machine_fault_is_tried_again(store: Store, machine: Machine) -
 
 @pytest.mark.parametrize("outcome", ["ok", "wrong", "crash", "timeout", "predicted"])
 def test_a_stored_machine_fault_is_replaced_by_any_other_row(store: Store, outcome: str) -> None:
-    fault, told = row(CONFIGS[0], hours=1), row(CONFIGS[0], outcome, "" if outcome in ("ok", "predicted") else "told")
+    fault, better = (
+        row(CONFIGS[0], hours=1),
+        row(CONFIGS[0], outcome, "" if outcome in ("ok", "predicted") else "told"),
+    )
     assert fault.is_machine_fault
-    assert not told.is_machine_fault
-    assert supersedes(told, fault)
-    assert not supersedes(fault, told)
+    assert not better.is_machine_fault
+    assert supersedes(better, fault)
+    assert not supersedes(fault, better)
     store.save(fault)
     assert store.results(JOB.place) == [fault]  # the row is kept
-    assert store.merge([told]).replaced == 1
+    assert store.merge([better]).replaced == 1
     assert store.merge([fault]).kept == 1
-    assert store.results(JOB.place) == [told]
+    assert store.results(JOB.place) == [better]
 
 
 def test_a_stored_machine_fault_hides_no_shipped_record(store: Store, tmp_path: Path) -> None:
@@ -176,9 +179,9 @@ def test_a_stored_machine_fault_hides_no_shipped_record(store: Store, tmp_path: 
     write_shipped([shipped], "h200", folder)
     store.save(row(CONFIGS[0]))
     store.save(row(CONFIGS[1]))
-    known = Memory(store, folder)
-    assert [r.outcome for r in known.results(JOB.place)] == ["ok", "compile"]
-    assert best(JOB.place, GPU, known).config == CONFIGS[0]
+    memory = Memory(store, folder)
+    assert [r.outcome for r in memory.results(JOB.place)] == ["ok", "compile"]
+    assert best(JOB.place, GPU, memory).config == CONFIGS[0]
     write_shipped(store.all(), "h200", folder)
     assert [r.config for r in load_shipped("h200", folder)] == [CONFIGS[0]]
     sweep = sweep_of([shipped, row(CONFIGS[1]), row(CONFIGS[2], "wrong", "row 3")], GPU)

@@ -12,7 +12,7 @@ import torch
 from parallax_gen.tuning.workers import measure
 from parallax_gen.tuning.workers.measure import (
     BURST_MS,
-    CALLS_A_GRAPH,
+    CALLS_PER_GRAPH,
     MAX_REPLAYS,
     MIN_REPLAYS,
     PAUSE_S,
@@ -104,22 +104,22 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     }.items():
         monkeypatch.setattr(measure.torch.cuda, name, value)
     monkeypatch.setattr(measure.time, "sleep", device.rest)
-    monkeypatch.setattr(measure._Settled, "freed", 0)
+    monkeypatch.setattr(measure._FreedMemory, "freed", 0)
     return device
 
 
 @pytest.mark.parametrize(
     ("us", "calls", "replays"),
     [
-        (5.0, CALLS_A_GRAPH, MAX_REPLAYS),  # 40 ms would hold 400
-        (50.0, CALLS_A_GRAPH, 40),
+        (5.0, CALLS_PER_GRAPH, MAX_REPLAYS),  # 40 ms would hold 400
+        (50.0, CALLS_PER_GRAPH, 40),
         (500.0, 4, 20),
         (9000.0, 1, MIN_REPLAYS),  # 40 ms would hold four
     ],
 )
 def test_calls_per_graph_and_number_of_replays(device: Device, us: float, calls: int, replays: int) -> None:
     timing = measure.time_call(device.work("a", lambda: us), timed_ms=40.0)
-    assert (timing.calls_a_graph, timing.replays) == (calls, replays)
+    assert (timing.calls_per_graph, timing.replays) == (calls, replays)
     assert (timing.median_us, timing.p20_us, timing.p80_us) == pytest.approx((us, us, us))
     assert device.rests == []
 
@@ -133,7 +133,7 @@ def test_median_and_percentiles_are_over_replays(device: Device) -> None:
 
     timing = measure.time_call(device.work("a", cost), timed_ms=110.0)
     timed = torch.tensor(took[-timing.replays :], dtype=torch.float64)
-    assert timing.calls_a_graph == 1
+    assert timing.calls_per_graph == 1
     assert len(timed) > 20
     expected = torch.quantile(timed, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
     assert [timing.median_us, timing.p20_us, timing.p80_us] == pytest.approx(expected)
@@ -223,5 +223,5 @@ def test_interleaving_cancels_drift(device: Device) -> None:
 def test_uncapturable_calls_are_timed_eagerly(device: Device) -> None:
     costs = iter([900.0, 30.0, 10.0, 20.0])  # the first call compiles
     timing = measure.time_eagerly(device.work("a", lambda: next(costs)), 3)
-    assert (timing.median_us, timing.calls_a_graph, timing.replays) == (pytest.approx(20.0), 1, 3)
+    assert (timing.median_us, timing.calls_per_graph, timing.replays) == (pytest.approx(20.0), 1, 3)
     assert device.replays == []

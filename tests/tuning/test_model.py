@@ -94,7 +94,7 @@ def test_splits_help_a_single_sequence() -> None:
 
 
 def test_resident_blocks_are_limited_by_the_scarcest_resource() -> None:
-    assert resident_blocks(TILE, H200, Resources(128, 0, 1024)) == 2  # registers: 8 warps of 128 a thread
+    assert resident_blocks(TILE, H200, Resources(128, 0, 1024)) == 2  # registers: 8 warps, 128 per thread
     assert resident_blocks(TILE, H200, Resources(32, 0, 100 * 1024)) == 2  # shared memory
     assert resident_blocks(TILE, H200, Resources(16, 0, 0)) == 8  # warps
     assert resident_blocks(SPLIT, H200, Resources(16, 0, 0)) == 32  # blocks
@@ -110,8 +110,8 @@ def test_predictions_of_the_backward_are_near_measured_rates(op: str, config: Ke
     """Measured rates of such kernels on an H200, in FLOPs of their own matmuls."""
     spec = FORWARD.for_op(op)
     measured_us = 1e6 * work_of(spec, TRAINED).flops / rate
-    found = predict(spec, config, TRAINED, Resources(255, 10, 200 * 1024))
-    assert measured_us / 1.2 < found < measured_us * 1.2
+    result = predict(spec, config, TRAINED, Resources(255, 10, 200 * 1024))
+    assert measured_us / 1.2 < result < measured_us * 1.2
 
 
 def test_dkdv_has_a_program_per_key_tile() -> None:
@@ -146,8 +146,8 @@ def test_padding_costs_flops() -> None:
 
 def test_preprocess_with_low_occupancy_is_latency_bound() -> None:
     spec = FORWARD.for_op("preprocess")
-    one = Resources(255, 0, H200.shared_per_block)  # one program at a time per multiprocessor
-    times = [predict(spec, PreprocessConfig(m, 4), TRAINED, one) for m in (128, 16, 4)]
+    resources = Resources(255, 0, H200.shared_per_block)  # one program at a time per multiprocessor
+    times = [predict(spec, PreprocessConfig(m, 4), TRAINED, resources) for m in (128, 16, 4)]
     assert times == sorted(set(times))
 
 

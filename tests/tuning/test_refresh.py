@@ -35,8 +35,8 @@ OTHER_KERNEL = {"kernel": "f" * 32, "text": "e" * 32}  # a kernel that nothing r
 
 
 def record(config: KernelConfig, time_us: float, place: Place = JOB.place, **evidence: str) -> Result:
-    found: Evidence = replace(evidence_of(render(place.spec, config, GPU)), **evidence)  # type: ignore[arg-type]
-    return Result(place, found, config, "ok", time_us=time_us, created_at="2026-01-01T00:00:00+00:00")
+    result: Evidence = replace(evidence_of(render(place.spec, config, GPU)), **evidence)  # type: ignore[arg-type]
+    return Result(place, result, config, "ok", time_us=time_us, created_at="2026-01-01T00:00:00+00:00")
 
 
 def memory_of(store: Store, folder: Path, *records: Result) -> Memory:
@@ -129,8 +129,8 @@ def test_all_are_timed_again_and_close_ones_are_interleaved(store: Store, machin
     assert {request.trial.config for request in machine.measured} == set(us)
     (turns,) = machine.interleaved_requests
     assert [trial.config for trial in turns.trials] == [OTHERS[0], OTHERS[1], DEFAULT]  # 10.6 is not within 5 %
-    found = {r.config: r.time_us for r in store.results(JOB.place) if r.evidence.triton != "2.0.0"}
-    assert found == {OTHERS[0]: 5.0, OTHERS[1]: 5.2, DEFAULT: 10.0, OTHERS[2]: 10.6}
+    result = {r.config: r.time_us for r in store.results(JOB.place) if r.evidence.triton != "2.0.0"}
+    assert result == {OTHERS[0]: 5.0, OTHERS[1]: 5.2, DEFAULT: 10.0, OTHERS[2]: 10.6}
     assert len(store.results(JOB.place)) == 5  # the other Triton's records are still stored
     choice = best(JOB.place, GPU, memory)
     assert (choice.tier, choice.config) == (Tier.MEASURED_HERE, OTHERS[0])
@@ -141,8 +141,8 @@ def test_an_old_time_does_not_win_without_being_timed_again(store: Store, machin
     machine.measure = lambda config, n: timed(30.0)
     memory = memory_of(store, tmp_path, *(record(config, 20.0 + n) for n, config in enumerate(OTHERS[:4])))
     refresh(memory, JOB)
-    again = {request.trial.config for request in machine.measured}
-    assert again == {DEFAULT, *OTHERS[:4]}
+    remeasured = {request.trial.config for request in machine.measured}
+    assert remeasured == {DEFAULT, *OTHERS[:4]}
     assert all(r.time_us == 30.0 for r in store.results(JOB.place))
 
 

@@ -47,14 +47,14 @@ def tried(search: Search, trials: int) -> list[float]:
 @pytest.mark.parametrize("sampler", ["model", "corrected", "random"])
 def test_every_config_is_proposed_once(sampler: str) -> None:
     spec, gpu = SMALL
-    every = list(every_config(spec, gpu))
+    all_configs = list(every_config(spec, gpu))
     search = Search(spec, gpu, seed=0, sampler=sampler, guess=lambda c: guess_us(spec, c, TRAINED, gpu))
-    asked = []
+    proposed = []
     while (config := search.ask()) is not None:
-        asked.append(config)
-        search.tell(config, None if len(asked) % 4 == 0 else 100.0 + len(asked))
-    assert len(asked) == len(every)
-    assert set(asked) == set(every)
+        proposed.append(config)
+        search.tell(config, None if len(proposed) % 4 == 0 else 100.0 + len(proposed))
+    assert len(proposed) == len(all_configs)
+    assert set(proposed) == set(all_configs)
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s not in ("model", "corrected", "random")])
@@ -62,21 +62,21 @@ def test_optunas_samplers_propose_valid_new_configs(sampler: str) -> None:
     if missing_package(sampler):
         pytest.skip(f"{missing_package(sampler)} is not installed")
     search = Search(FORWARD, H200, seed=0, sampler=sampler)
-    asked = []
+    proposed = []
     for n in range(18):  # the first 16 are random
         config = search.ask()
         assert config is not None
         assert why_invalid(FORWARD, config, H200) is None
-        asked.append(config)
+        proposed.append(config)
         search.tell(config, None if n % 4 == 0 else 10.0 + n)
-    assert len(set(asked)) == len(asked)
+    assert len(set(proposed)) == len(proposed)
 
 
 def test_without_costs_the_guess_determines_the_order() -> None:
     search = Search(FORWARD, H200, guess=guess, sampler="model")
-    asked = [search.ask() for _ in range(30)]
+    proposed = [search.ask() for _ in range(30)]
     best = sorted(map(guess, every_config(FORWARD, H200)))[:30]
-    assert [guess(config) for config in asked if config is not None] == best
+    assert [guess(config) for config in proposed if config is not None] == best
 
 
 def test_a_wrong_guess_is_corrected() -> None:
@@ -114,11 +114,13 @@ def test_the_default_sampler_with_and_without_a_guess() -> None:
 
 
 def test_only_configs_of_the_space_are_proposed() -> None:
-    few = list(every_config(FORWARD, H200))[::100]
+    some_configs = list(every_config(FORWARD, H200))[::100]
     for sampler in ("corrected", "tpe"):
-        search = Search(FORWARD, H200, first=every_config(FORWARD, H200), among=few, guess=guess, sampler=sampler)
-        asked = [search.ask() for _ in few]
-        assert set(asked) == set(few)
+        search = Search(
+            FORWARD, H200, first=every_config(FORWARD, H200), among=some_configs, guess=guess, sampler=sampler
+        )
+        proposed = [search.ask() for _ in some_configs]
+        assert set(proposed) == set(some_configs)
         assert search.ask() is None
 
 

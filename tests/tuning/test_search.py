@@ -96,11 +96,11 @@ def test_results_from_a_larger_space_are_accepted() -> None:
 
 
 def test_the_search_learns_from_costs() -> None:
-    every = list(every_config(DECODE, H200))
+    all_configs = list(every_config(DECODE, H200))
     draw = random.Random(0)
-    by_chance = statistics.median(min(map(cost, draw.sample(every, 60))) for _ in range(50))
-    typical = statistics.median(map(cost, every))
-    found = []
+    by_chance = statistics.median(min(map(cost, draw.sample(all_configs, 60))) for _ in range(50))
+    typical = statistics.median(map(cost, all_configs))
+    result = []
     for seed in range(3):
         search = Search(DECODE, H200, seed=seed)
         costs = []
@@ -109,19 +109,20 @@ def test_the_search_learns_from_costs() -> None:
             assert config is not None
             costs.append(cost(config))
             search.tell(config, costs[-1])
-        found.append(min(costs))
+        result.append(min(costs))
         assert statistics.median(costs[-30:]) < typical / 2  # random search reaches this once in 400 runs
-    assert statistics.median(found) < by_chance
+    assert statistics.median(result) < by_chance
 
 
 def test_the_search_learns_from_earlier_runs() -> None:
-    every = random.Random(0).sample(list(every_config(DECODE, H200)), 80)
+    configs = random.Random(0).sample(list(every_config(DECODE, H200)), 80)
     search = Search(DECODE, H200, seed=0)
-    for config in every:
+    for config in configs:
         search.tell(config, cost(config))
     proposals = [search.ask() for _ in range(10)]
     assert (
-        statistics.median(cost(c) for c in proposals if c is not None) < statistics.quantiles(map(cost, every), n=4)[0]
+        statistics.median(cost(c) for c in proposals if c is not None)
+        < statistics.quantiles(map(cost, configs), n=4)[0]
     )
 
 
@@ -129,12 +130,12 @@ def test_the_search_learns_from_earlier_runs() -> None:
 def test_equal_seeds_give_equal_proposals(spec: KernelSpec) -> None:
     def proposals() -> list[dict[str, object]]:
         search = Search(spec, H200, seed=7)
-        found = []
+        result = []
         for n in range(20):
             config = search.ask()
             assert config is not None
             search.tell(config, 10.0 + n % 5)
-            found.append(config_to_dict(config))
-        return found
+            result.append(config_to_dict(config))
+        return result
 
     assert proposals() == proposals()

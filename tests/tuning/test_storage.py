@@ -42,7 +42,7 @@ def postgresql() -> Iterator[str]:
         pytest.skip("PostgreSQL's server is not installed")
     user = pwd.getpwuid(os.getuid()).pw_name
     if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        user = next((each.pw_name for each in pwd.getpwall() if each.pw_name in ("postgres", "nobody")), "")
+        user = next((account.pw_name for account in pwd.getpwall() if account.pw_name in ("postgres", "nobody")), "")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # the path of a Unix socket must be short
     shutil.chown(folder, user)
     with socket.socket() as probe:
@@ -130,13 +130,18 @@ def test_claims_and_new_results(url: str) -> None:
     assert not first.claim(CONFIGS[0])
     assert not second.claim(CONFIGS[0])
     assert second.claim(CONFIGS[1])
-    assert first.others_at_work()
+    assert first.others_have_claims()
     first.finish(ok(0))
     second.finish(Result(JOB.place, EVIDENCE, CONFIGS[1], "wrong", error=float("inf"), detail="row 3"))
-    assert not first.others_at_work()
+    assert not first.others_have_claims()
     assert [r.config for r in second.new_results()] == [CONFIGS[0]]
-    (told,) = first.new_results()
-    assert (told.config, told.outcome, told.error, told.detail) == (CONFIGS[1], "wrong", float("inf"), "row 3")
+    (shared,) = first.new_results()
+    assert (shared.config, shared.outcome, shared.error, shared.detail) == (
+        CONFIGS[1],
+        "wrong",
+        float("inf"),
+        "row 3",
+    )
     assert second.new_results() == first.new_results() == []
     assert not second.claim(CONFIGS[0])  # already tried
     first.publish(ok(0, 12.0))
@@ -179,7 +184,7 @@ def test_a_worker_with_an_invalid_heartbeat_counts_as_dead(url: str, heartbeat: 
     gone, second = shared_claims(url, 2)
     assert gone.claim(CONFIGS[5])
     gone._storage.set_study_user_attr(gone._study, f"worker {gone._worker}", heartbeat)
-    assert not second.others_at_work()
+    assert not second.others_have_claims()
     assert second.claim(CONFIGS[5])
     second.release()
 
@@ -196,7 +201,7 @@ def test_invalid_shared_results_are_ignored(url: str) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("tuning", "the storage is no journal:FILE and no URL"),
+        ("tuning", "the storage is neither journal:FILE nor a URL"),
         ("journal:/nowhere/at/all", "cannot use the storage journal:/nowhere/at/all: "),
         ("oracle://u:secret@host/name", "the storage oracle://u:.*@host/name needs a driver that is not installed"),
         ("nonsense://host/name", "the storage nonsense://host/name needs a driver"),

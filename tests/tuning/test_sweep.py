@@ -26,21 +26,21 @@ from parallax_gen.tuning.search.recorded_sweep import COLUMNS, FORMAT, read_swee
 def test_a_sweep_round_trips_through_its_file(name: str, tmp_path: Path) -> None:
     sweep = sweep_of(synthetic_results(), CARD)
     write_sweep(sweep, tmp_path / name)
-    again = read_sweep(tmp_path / name)
-    assert (again.place, again.shape, again.whole) == (PLACE, SHAPE, True)
-    assert {r.evidence for r in again.results} == {
+    reread = read_sweep(tmp_path / name)
+    assert (reread.place, reread.shape, reread.whole) == (PLACE, SHAPE, True)
+    assert {r.evidence for r in reread.results} == {
         Evidence("", "", "3.6.0", "12.8/12.9", 1)
     }  # the kernel is not stored
-    assert {r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in again.results} == {
+    assert {r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in reread.results} == {
         r.config: (r.outcome, r.registers, r.spills, r.compile_s) for r in synthetic_results()
     }
-    assert {config for config, cost in again.costs.items() if cost is None} == {
+    assert {config for config, cost in reread.costs.items() if cost is None} == {
         config for config, cost in sweep.costs.items() if cost is None
     }
-    for config, cost in again.costs.items():
+    for config, cost in reread.costs.items():
         if cost is not None:
             assert cost == pytest.approx(sweep.costs[config], rel=1e-4)  # costs are stored with five digits
-    assert again.best_us == pytest.approx(min(r.time_us for r in synthetic_results() if r.time_us), rel=1e-4)
+    assert reread.best_us == pytest.approx(min(r.time_us for r in synthetic_results() if r.time_us), rel=1e-4)
 
 
 def test_the_same_sweep_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
-        (lambda lines: [], "line 1: not of a sweep"),
-        (lambda lines: lines[1:], "line 1: not of a sweep"),
+        (lambda lines: [], "line 1: not a line of a sweep"),
+        (lambda lines: lines[1:], "line 1: not a line of a sweep"),
         (_header(format=3), "line 1: .*format"),
         (_header(format=1), "line 1: .*key"),
         (_header(key={}), "line 1: .*exactly"),
@@ -153,9 +153,9 @@ def _column(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
         (_header(triton=3.6), "line 1: .*triton"),
         (_header(protocol="1"), "line 1: .*protocol"),
         (_header(shape={"batch": 1}), "line 1: .*shape"),
-        (_header(configs=20), f"{len(synthetic_results())} lines of configs.*line 1 says 20"),
-        (lambda lines: [*lines[:-1], lines[-2]], "some perhaps twice"),
-        (lambda lines: [*lines[:4], "x", *lines[5:]], "line 5: not of a sweep"),
+        (_header(configs=20), f"{len(synthetic_results())} configs.*line 1 says 20"),
+        (lambda lines: [*lines[:-1], lines[-2]], "possibly with duplicates"),
+        (lambda lines: [*lines[:4], "x", *lines[5:]], "line 5: not a line of a sweep"),
         (lambda lines: [*lines[:4], lines[4][:-1], *lines[5:]], "line 5: .*a list of"),
         (_column("BLOCK_M", "__import__('os')"), "line 3: .*BLOCK_M"),
         (_column("outcome", "fast"), "line 3: .*outcome"),
@@ -198,8 +198,8 @@ def test_recorded_sweeps_have_valid_headers_and_configs(path: Path) -> None:
     sweep = read_sweep(path)
     spec, gpu = sweep.place.spec, GPUS[sweep.place.gpu]
     later = {"MASK", "SOFTMAX", "ROW_STATS"}  # knobs newer than these files, which are at their defaults there
-    every = {config for config in every_config(spec, gpu) if not later & set(config_to_dict(config))}
-    assert sweep.whole == (every <= set(sweep.costs))
+    all_configs = {config for config in every_config(spec, gpu) if not later & set(config_to_dict(config))}
+    assert sweep.whole == (all_configs <= set(sweep.costs))
     for result in sweep.results:
         assert why_invalid(spec, result.config, gpu) is None, config_to_dict(result.config)
     assert path.stat().st_size < 100_000

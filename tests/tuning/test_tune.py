@@ -138,9 +138,9 @@ def test_the_best_is_the_fastest_finalist(store: Store, machine: Machine) -> Non
     seen: list[float] = []
     progress = tune(store, trials=6, on_progress=lambda p: seen.append(p.best.time_us if p.best else 0.0))
     assert seen == [100.0, 60.0, 60.0, 50.0, 50.0, 50.0, 61.0]
-    again = machine.measured[6:]
-    assert [machine.compiled.index(request.trial.config) for request in again] == [3, 1]
-    assert {request.timed_ms for request in again} == {FINALIST_MS}
+    remeasured = machine.measured[6:]
+    assert [machine.compiled.index(request.trial.config) for request in remeasured] == [3, 1]
+    assert {request.timed_ms for request in remeasured} == {FINALIST_MS}
     assert progress.best == best(JOB.place, GPU, store).record
     assert progress.best is not None
     assert (progress.best.config, progress.best.time_us) == (machine.compiled[1], 61.0)
@@ -236,11 +236,11 @@ def test_running_again_skips_known_configs(store: Store, machine: Machine) -> No
 
 
 def test_an_exhausted_space_ends_the_job(store: Store, machine: Machine) -> None:
-    every = len(list(every_config(SMALL.spec, SMALL.gpu)))
-    assert tune(store, SMALL, trials=1000).done == every
-    again = tune(store, SMALL, trials=1000)
-    assert (again.done, again.known) == (0, every)
-    assert again.best == best(SMALL.place, SMALL.gpu, store).record
+    config_count = len(list(every_config(SMALL.spec, SMALL.gpu)))
+    assert tune(store, SMALL, trials=1000).done == config_count
+    second = tune(store, SMALL, trials=1000)
+    assert (second.done, second.known) == (0, config_count)
+    assert second.best == best(SMALL.place, SMALL.gpu, store).record
 
 
 def test_results_of_todays_kernels_and_toolchain_count_as_known(store: Store, machine: Machine) -> None:
@@ -256,8 +256,8 @@ def test_results_of_todays_kernels_and_toolchain_count_as_known(store: Store, ma
         replace(today[6], triton="2.0.0"),
         replace(today[7], protocol=0),
     ]
-    for config, its in zip(configs, evidence, strict=False):
-        store.save(Result(SMALL.place, its, config, "wrong", detail="told"))
+    for config, config_evidence in zip(configs, evidence, strict=False):
+        store.save(Result(SMALL.place, config_evidence, config, "wrong", detail="told"))
     invalid = PreprocessConfig(BLOCK_M=3, num_warps=4)
     assert why_invalid(SMALL.spec, invalid, SMALL.gpu)
     store.save(Result(SMALL.place, Evidence.here("", ""), invalid, "invalid"))
@@ -313,8 +313,8 @@ def test_an_interrupt_keeps_finished_trials(store: Store, machine: Machine) -> N
         tune(store, trials=50, on_progress=interrupt)
     assert len(store.results(JOB.place)) == 5
     assert machine.open_workers == 0
-    again = tune(store, trials=3)
-    assert (again.known, again.done) == (5, 3)
+    second = tune(store, trials=3)
+    assert (second.known, second.done) == (5, 3)
 
 
 def test_workers_are_closed_at_the_end(store: Store, machine: Machine) -> None:
@@ -336,9 +336,9 @@ def test_seed_configs_of_a_sibling_card(tmp_path: Path) -> None:
     def shipped(of: KernelSpec, bucket: Bucket, config: KernelConfig, time_us: float) -> Result:
         return Result(Place("h200", of, bucket), OLD, config, "ok", time_us=time_us)
 
-    here, there = Bucket(64, 4096, 4096), Bucket(16, 8192, 8192)
+    here, other = Bucket(64, 4096, 4096), Bucket(16, 8192, 8192)
     records = [shipped(spec, here, first, 20.0), shipped(spec, here, second, 10.0)]
-    records += [shipped(spec, there, third, 5.0), shipped(spec, there, first, 6.0)]
+    records += [shipped(spec, other, third, 5.0), shipped(spec, other, first, 6.0)]
     records += [shipped(spec.for_op("dqdr"), Bucket(16, 4096, 4096), second, 7.0)]
     records += [shipped(KernelSpec("dqdr", 64, "bf16", causal=True), here, fourth, 1.0)]
     write_shipped(records, "h200", tmp_path)
@@ -356,7 +356,7 @@ def test_seed_configs_of_the_nearest_buckets(store: Store, machine: Machine) -> 
     spec = KernelSpec("forward", 40, "fp16")
     configs = list(every_config(spec, GPU))[:6]
     job = Job(spec, Bucket(64, 4096, 4096), GPU)
-    found = [
+    actual = [
         (Bucket(64, 8192, 8192), configs[0], "ok", 5.0),
         (Bucket(64, 8192, 8192), configs[1], "ok", 4.0),
         (Bucket(128, 4096, 4096), configs[2], "ok", 9.0),
@@ -364,7 +364,9 @@ def test_seed_configs_of_the_nearest_buckets(store: Store, machine: Machine) -> 
         (Bucket(32, 4096, 4096), configs[4], "predicted", 1.0),
         (Bucket(64, 4096, 4096), configs[5], "ok", 1.0),
     ]
-    results = [Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in found]
+    results = [
+        Result(Place("h200", spec, bucket), OLD, config, kind, time_us=us) for bucket, config, kind, us in actual
+    ]
     assert nearby_seeds(job.place, results) == [configs[2], configs[1]]
     odd = replace(
         results[1], place=Place("h200", spec, Bucket(64, 8192, 8192, 512))
@@ -374,6 +376,21 @@ def test_seed_configs_of_the_nearest_buckets(store: Store, machine: Machine) -> 
         store.save(result)
     tune(store, job, trials=3)
     assert machine.compiled == [default_config(spec, job.shape, GPU), configs[2], configs[1]]
+
+
+def test_seed_configs_of_the_kernel_without_a_softcap(tmp_path: Path) -> None:
+    """And the other way round: what is fast with a cap is fast without one."""
+    plain, here = KernelSpec("dqdr", 128, "bf16", causal=True), Bucket(64, 4096, 4096)
+    capped = replace(plain, softcap=True)
+    first, second = list(every_config(plain, GPU))[:2]
+    places = [Place("h200", spec, here) for spec in (plain, capped)]
+    records = [
+        Result(place, OLD, config, "ok", time_us=10.0) for place, config in zip(places, (first, second), strict=True)
+    ]
+    write_shipped(records, "h200", tmp_path)
+    for place, of_other in zip(places, (second, first), strict=True):
+        assert of_other in shipped_seeds(place, load_same_capability(GPUS["h200"], tmp_path))
+        assert nearby_seeds(place, records) == [of_other]
 
 
 def test_seed_configs_of_the_same_kernel_with_another_cache_layout(tmp_path: Path) -> None:

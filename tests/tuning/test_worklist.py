@@ -15,17 +15,17 @@ from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
+    OPS_AND_TRAINING,
     STEP,
     TRAINING,
     USUAL_SHAPES,
     USUAL_TRAINING,
-    WORK,
     Flags,
     has_flag,
     kernels,
-    usual,
+    usual_shapes,
 )
-from parallax_gen.tuning.job import ALL_WORK, Job, worklist
+from parallax_gen.tuning.job import DEFAULT_OPS, Job, worklist
 
 GPU = GPUS["h200"]
 INFERENCE = ("forward", "decode")
@@ -70,7 +70,7 @@ def test_the_usual_jobs_of_inference() -> None:
 
 
 def test_everything_is_inference_then_training() -> None:
-    assert ALL_WORK == (*INFERENCE, TRAINING)
+    assert DEFAULT_OPS == (*INFERENCE, TRAINING)
     assert worklist(GPU) == [*worklist(GPU, ops=INFERENCE), *worklist(GPU, ops=(TRAINING,))]
 
 
@@ -95,13 +95,13 @@ def test_a_training_step_is_four_kernels_with_their_own_sizes() -> None:
 def test_jobs_of_training_are_distinct() -> None:
     jobs = worklist(GPU, ops=(TRAINING,))
     assert len({job.place for job in jobs}) == len(jobs)
-    wanted = {
+    expected = {
         (op, dim, 1 if op == "preprocess" else heads // kv_heads, n, 0 if op == "preprocess" else window)
         for dim, _, heads, kv_heads, n, window in TRAINED
         for op in STEP
     }
-    found = {(j.spec.op, j.spec.head_dim, j.spec.group, j.bucket.seqlen_kv, j.bucket.window) for j in jobs}
-    assert found == {(*rest, 512 if window == 513 else window) for *rest, window in wanted}
+    result = {(j.spec.op, j.spec.head_dim, j.spec.group, j.bucket.seqlen_kv, j.bucket.window) for j in jobs}
+    assert result == {(*rest, 512 if window == 513 else window) for *rest, window in expected}
     assert {job.bucket.kv_rows for job in jobs if job.bucket.seqlen_q == 2048} == {256}  # 192 and 320: one bucket
 
 
@@ -122,7 +122,7 @@ def test_a_kernel_of_the_backward_has_the_usual_shapes_of_training() -> None:
 def test_head_dims_choose_among_the_usual_training_shapes() -> None:
     assert {job.spec.head_dim for job in worklist(GPU, ops=(TRAINING,), head_dims=(96, 64))} == {64, 96}
     assert worklist(GPU, ops=(TRAINING,), head_dims=(72,)) == []
-    assert list(usual("decode", (64,))) == [64]
+    assert list(usual_shapes("decode", (64,))) == [64]
 
 
 def test_every_combination_in_the_order_given() -> None:
@@ -140,8 +140,8 @@ def test_flags_apply_to_their_ops() -> None:
         assert job.spec.op in ("forward", "decode_varlen")
     for job in worklist(GPU, ops=(TRAINING,), flags=Flags(varlen=True)):
         assert job.spec.varlen
-    assert {op for op in WORK if has_flag(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
-    assert {op for op in WORK if has_flag(op, "leftpad")} == {"decode"}
+    assert {op for op in OPS_AND_TRAINING if has_flag(op, "window")} == {"forward", "dkdv", "dqdr", "decode", TRAINING}
+    assert {op for op in OPS_AND_TRAINING if has_flag(op, "leftpad")} == {"decode"}
     assert not has_flag(TRAINING, "stats")
     jobs = worklist(GPU, ops=(TRAINING, "decode"), flags=Flags(accurate=True))
     assert {job.spec.op for job in jobs if job.spec.accurate} == {"forward"}
@@ -167,10 +167,10 @@ def test_flags_apply_to_their_ops() -> None:
     ],
 )
 def test_flags_of_decode_imply_the_flags_they_need(queries: int, flags: Flags, expected: dict[str, object]) -> None:
-    asked = Shape(8, 32, 8, queries, 4096)
-    ((spec, shape),) = kernels("decode", 96, "bf16", asked, flags)
+    requested = Shape(8, 32, 8, queries, 4096)
+    ((spec, shape),) = kernels("decode", 96, "bf16", requested, flags)
     assert spec == replace(KernelSpec("decode", 96, "bf16", 4), **expected)  # type: ignore[arg-type]
-    assert shape == replace(asked, window=100 if "window" in expected else 0)
+    assert shape == replace(requested, window=100 if "window" in expected else 0)
 
 
 def test_windows() -> None:

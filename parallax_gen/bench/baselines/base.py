@@ -1,4 +1,4 @@
-"""A baseline: one implementation with the forward, decode and training step that it has."""
+"""A baseline: one implementation of attention, with whichever of forward, decode and training step it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from parallax_gen.codegen.abi import Inputs
 
-Call = Callable[[], "Tensor"]  # -> like q
+Call = Callable[[], "Tensor"]  # returns a tensor like q
 
 NO_LENGTHS = "it has no per-sequence lengths"
 CALLS_PER_CONFIG = 3  # timed by Triton's autotuners with Effort.few_calls
@@ -98,13 +98,13 @@ class Step:
 class Baseline:
     """One implementation. `forward`, `decode` and `step` are None if it has no such kernel.
 
-    forward, decode, step  bind inputs; raise ImportError if the package is not installed, NotImplementedError if it has
-                           no kernel for the spec, and anything else if it fails
-    softmax                whether it computes softmax attention: less work than Parallax, and no error to compare
+    forward, decode, step  bind inputs. They raise ImportError if the package is not installed, NotImplementedError if
+                           it has no kernel for the spec, and any other exception if they fail
+    softmax                whether it computes softmax attention, which is less work than Parallax and has no error
     softcap                whether it can cap scores
-    packages               the names of its distributions; empty for torch's and ours
+    packages               the names of its distributions; empty for torch's baselines and ours
     setting                other settings that its time depends on, as text
-    release                frees tensors that it keeps after a comparison
+    release                frees tensors that it would keep after a comparison
     """
 
     name: str
@@ -122,7 +122,7 @@ class Baseline:
         return (self.step if op == TRAINING else self._function(op)) is not None
 
     def prepare(self, op: str, spec: KernelSpec, x: Inputs) -> Prepared:
-        """Bind it to inputs for an op that it has. Raises NotImplementedError, or what its function raises."""
+        """Bind it to inputs for an op that it has. Raises NotImplementedError, and whatever its function raises."""
         if spec.softcap and not self.softcap:
             raise NotImplementedError("it has no softcap")
         if op == TRAINING:
@@ -133,7 +133,10 @@ class Baseline:
         return SingleOutput(op, function(spec, x))
 
     def package(self) -> str:
-        """Such as `parallax-kernel 0.1.1, helion 1.2.0, HELION_AUTOTUNE_EFFORT=none`; leaves out missing packages."""
+        """Versions and setting: `parallax-kernel 0.1.1, helion 1.2.0, HELION_AUTOTUNE_EFFORT=none`.
+
+        Skips missing packages.
+        """
         versions = []
         for name in self.packages:
             with suppress(metadata.PackageNotFoundError):
@@ -160,7 +163,7 @@ def refuse_unsupported(spec: KernelSpec, *, lengths: str = "", **reasons: str) -
 def require_dense_causal(spec: KernelSpec) -> None:
     """Raise NotImplementedError unless the spec is dense and causal, as other packages' training kernels are."""
     if not spec.causal:
-        raise NotImplementedError("it is causal only")
+        raise NotImplementedError("it has only causal attention")
     refuse_unsupported(spec, varlen="its packed sequences are not benchmarked")
 
 
@@ -189,7 +192,7 @@ def autotuning_with_few_calls() -> Iterator[None]:
 
 
 def _time_few_calls(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
-    """Milliseconds: the median, repeated for every requested quantile."""
+    """Milliseconds per call: the median, repeated for every requested quantile."""
     from parallax_gen.tuning.workers.measure import event_times_us
 
     call()

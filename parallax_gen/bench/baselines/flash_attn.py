@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Flash:
     """One generation of flash-attn: its module, and how its signatures differ.
 
-    no_window        the window_size of either side that means no limit
+    no_window        the window_size of a side that means no limit
     page_table_name  flash_attn_with_kvcache's argument for the page table; "" if there is no such function
     """
 
@@ -59,7 +59,7 @@ class Flash:
         refuse_unsupported(spec, cache_dtype="its 8-bit caches are not benchmarked")
         options = self._options(spec, x)
         cache = {"cache_seqlens": x.cache_seqlens, "cache_leftpad": x.cache_leftpad, self.page_table_name: x.page_table}
-        # None is left out: older versions lack some of these parameters.
+        # Arguments that are None are left out, because older versions lack some of these parameters.
         options |= {name: tensor for name, tensor in cache.items() if tensor is not None}
         return lambda: _output(attend(x.q, x.k, x.v, **options))
 

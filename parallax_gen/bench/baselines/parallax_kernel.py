@@ -1,4 +1,4 @@
-"""The package parallax-kernel, the Parallax authors' own kernels: in CuTeDSL, Triton and Helion."""
+"""The package parallax-kernel, the Parallax authors' kernels in CuTeDSL, Triton and Helion."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from parallax_gen.codegen.abi import Inputs
 
-# The environment variable that sets how long Helion tunes each new shape: minutes with "full", Helion's default; not at
-# all with "none", the default here.
+# The environment variable that sets how long Helion tunes each new shape: "full", Helion's default, takes minutes;
+# "none", the default here, does not tune.
 HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
 
 
@@ -79,20 +79,20 @@ def triton_forward(spec: KernelSpec, x: Inputs) -> Call:
     return call
 
 
-def helion() -> ModuleType:
+def import_helion() -> ModuleType:
     """Import parallax.helion. Its kernels read the tuning effort from the environment at import."""
     os.environ.setdefault(HELION_EFFORT, "none")
     return importlib.import_module("parallax.helion")
 
 
 def helion_decode(spec: KernelSpec, x: Inputs) -> Call:
-    package = helion()
+    package = import_helion()
     refuse_unsupported(spec, lengths=NO_LENGTHS)
     return lambda: package.parallax_decode(x.q, x.r, x.k, x.v)
 
 
 def helion_forward(spec: KernelSpec, x: Inputs) -> Call:
-    package = helion()
+    package = import_helion()
     require_dense_causal(spec)
     # Its layout is (batch, heads, seqlen, head_dim): inputs are copied once, and the copy is not timed.
     q, r, k, v = (heads_first(t) for t in (x.q, x.r, x.k, x.v))
@@ -135,7 +135,7 @@ def triton_step(spec: KernelSpec, x: Inputs) -> Step:
 
 def helion_step(spec: KernelSpec, x: Inputs) -> Step:
     """Its layout is (batch, heads, seqlen, head_dim): inputs are copied once, and the copy is not timed."""
-    package = helion()
+    package = import_helion()
     require_dense_causal(spec)
     q, r, k, v = leaves(*(heads_first(t) for t in (x.q, x.r, x.k, x.v)))
 

@@ -1,4 +1,4 @@
-"""How all drop-ins call our public functions: without autocast, at any head_dim, with or without gradients."""
+"""Calls our public functions for all drop-ins: without autocast, at any head_dim, with or without gradients."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def attend(
 ) -> Tensor:
     """Attention over whole sequences (batch, seqlen, heads, head_dim), with gradients. causal: aligned to the last key.
 
-    cu_seqlens  of packed sequences in a batch of 1, each over its own keys, always causal. The call waits for the
-                longest length, as in the other packages
+    cu_seqlens  for packed sequences in a batch of 1, each over its own keys, always causal. The call waits for the
+                longest length, as in the replaced packages
     """
     head_dim = q.shape[-1]
     q, r, k, v = (_padded_to_multiple_of_8(x) for x in (q, r, k, v))
@@ -59,7 +59,7 @@ def decode(
     cache_start: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each sequence's last queries over its cached keys, causal, without gradients. Sizes must be checked.
+    """Causal attention of each sequence's last queries over its cached keys, without gradients. Sizes must be checked.
 
     lengths      (batch,) int32 on the same device: each sequence's number of keys
     cache_start  (batch,) ints on any device: the index of each sequence's first key
@@ -96,14 +96,14 @@ def _padded_to_multiple_of_8(x: Tensor) -> Tensor:
 
 
 def _without_autocast(q: Tensor) -> AbstractContextManager[object]:
-    """A context that disables autocast: our functions would cast to its dtype, and the other packages do not."""
+    """A context that disables autocast: our functions would cast to its dtype, but the replaced packages do not."""
     device_type = q.device.type
     is_on = device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 def _packing(cu_seqlens: Tensor, q: Tensor) -> tuple[Tensor, int]:
-    """cu_seqlens as int32, and the longest length."""
+    """cu_seqlens as int32, and the longest length. Raises ArgumentError."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ArgumentTypeError("cu_seqlens", cu_seqlens.dtype, "int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.device != q.device:

@@ -17,15 +17,15 @@ HEADS_FIRST = ("batch", "heads", "seqlen", "head_dim")
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """For arguments where the other package raises TypeError."""
+    """For arguments for which the replaced package raises TypeError."""
 
 
 class ArgumentAssertionError(ArgumentError, AssertionError):
-    """For arguments where the other package raises AssertionError."""
+    """For arguments for which the replaced package raises AssertionError."""
 
 
 class NotOfferedError(ArgumentError, NotImplementedError):
-    """For arguments where the other package raises NotImplementedError."""
+    """For arguments for which the replaced package raises NotImplementedError."""
 
 
 def check_half(q: Tensor) -> None:
@@ -51,20 +51,22 @@ def check_sizes(
         raise ArgumentError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
     heads = layout.index("heads")
     check_heads("k", q.shape[heads], k.shape[heads])
-    free = {"heads"} if same_length else {"heads", "seqlen"}
-    expected = [name if name in free else size for name, size in zip(layout, q.shape, strict=True)]
+    any_size = {"heads"} if same_length else {"heads", "seqlen"}
+    expected = [name if name in any_size else size for name, size in zip(layout, q.shape, strict=True)]
     if any(size not in (name, actual) for name, size, actual in zip(layout, expected, k.shape, strict=True)):
-        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({', '.join(map(str, expected))}), to go with q")
+        raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({', '.join(map(str, expected))}), to match q")
     if v.shape != k.shape:
         raise ArgumentError("v", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k")
 
 
-def check_same_dtype_and_device(named: Mapping[str, Tensor]) -> None:
+def check_same_dtype_and_device(tensors: Mapping[str, Tensor]) -> None:
     """Check that all tensors have the first one's dtype and device."""
-    (first, q), *others = named.items()
-    for name, x in others:
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ArgumentError(name, f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device}, as {first} is")
+    (first_name, first), *rest = tensors.items()
+    for name, x in rest:
+        if x.dtype != first.dtype or x.device != first.device:
+            raise ArgumentError(
+                name, f"{x.dtype} on {x.device}", f"{first.dtype} on {first.device}, as {first_name} is"
+            )
 
 
 def check_heads(name: str, heads: int, kv_heads: int) -> None:
@@ -72,25 +74,25 @@ def check_heads(name: str, heads: int, kv_heads: int) -> None:
         raise ArgumentError(name, f"{kv_heads} kv heads", f"q's {heads} heads must be divisible by them")
 
 
-def parse_scale(name: str, given: float | Tensor | None, head_dim: int) -> float:
+def parse_scale(name: str, value: float | Tensor | None, head_dim: int) -> float:
     """The scale of q·k: greater than 0, 1/√head_dim by default. Raises ArgumentError."""
-    if given is None:
+    if value is None:
         return default_scale(head_dim)
-    scale = float(given)
+    scale = float(value)
     if not 0 < scale < math.inf:
-        raise ArgumentError(name, given, "a number greater than 0")
+        raise ArgumentError(name, value, "a number greater than 0")
     return scale
 
 
-def parse_window(name: str, given: int | None) -> int | None:
-    """The largest number of keys that a query sees; None for no window. A negative number also means no window.
+def parse_window(name: str, value: int | None) -> int | None:
+    """The largest number of keys that a query sees; None for no window, which a negative number means too.
 
-    Raises ArgumentError, also for a window of 0 keys: the other packages give NaN for it, or zeros.
+    Raises ArgumentError, also for a window of 0 keys: the replaced packages give NaN or zeros for it.
     """
-    if given is None:
+    if value is None:
         return None
-    if not is_int(given):
-        raise ArgumentTypeError(name, repr(given), "an int")
-    if given == 0:
-        raise ArgumentError(name, given, "1 key or more; negative for no window")
-    return given if given > 0 else None
+    if not is_int(value):
+        raise ArgumentTypeError(name, repr(value), "an int")
+    if value == 0:
+        raise ArgumentError(name, value, "1 key or more; negative for no window")
+    return value if value > 0 else None

@@ -3,9 +3,9 @@
     from parallax_gen.compat.fla import naive_parallax, parallax_decode, parallax_decode_one_step, parallel_parallax
 
 Tensors are (batch, seqlen, heads, head_dim). With `window_size` a query sees that many keys, its own and those right
-before it; None or a negative number means no window, and 0 is refused. `scale` applies only to q·k, is greater than 0,
-and is 1/√head_dim by default. head_dim is anything up to 256: if it is no multiple of 8, inputs are copied and
-zero-padded.
+before it; None or a negative number means no window, and 0 is refused. `scale` applies only to q·k; it must be greater
+than 0, and is 1/√head_dim by default. head_dim is anything up to 256: if it is not a multiple of 8, inputs are copied
+and zero-padded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parallel_parallax(
                 cu_seqlens[n + 1] - 1 of a batch of 1. The call waits for the longest length;
                 `parallax_gen.parallax_attn_varlen_func`, which takes it as an argument, does not
 
-    Returns out, like q and contiguous. Raises TypeError for other dtypes, ValueError for sizes that do not fit; both
+    Returns out, like q and contiguous. Raises TypeError for other dtypes, ValueError for sizes that do not match; both
     are ArgumentErrors.
     """
     check_half(q)
@@ -64,7 +64,7 @@ def naive_parallax(
     window_size: int | None = None,
     causal: bool = True,
 ) -> Tensor:
-    """Parallax attention from its definition, on any device; differentiable. Computed in fp64 (fla's own: fp32).
+    """Parallax attention from its definition, on any device; differentiable. Computed in fp64 (in fla: fp32).
 
     Sizes as in `parallel_parallax`, any dtype. Without causal, window_size is ignored, and k and v may have another
     length. Returns out, like q. Raises ValueError, an ArgumentError.
@@ -83,7 +83,7 @@ def parallax_decode(
     window_size: int | None = None,
     cache_start: Tensor | None = None,
 ) -> Tensor:
-    """Attention of sequences' last queries over their cached keys, causal: a decode step, a chunk or all of a prompt.
+    """Causal attention of sequences' last queries over their cached keys: a decode step, a chunk or all of a prompt.
 
     q, r         (batch, seqlen_q, heads, head_dim), bf16, fp16 or fp32: query i is at key seqlen_kv − seqlen_q + i
     k, v         (batch, seqlen_kv, kv_heads, head_dim), of q's dtype; seqlen_kv is seqlen_q or more
@@ -91,7 +91,7 @@ def parallax_decode(
                  key gives 0
 
     Returns out, like q and contiguous, without gradients. Raises AssertionError if there are more queries than keys,
-    ValueError for other sizes that do not fit; both are ArgumentErrors.
+    ValueError for other sizes that do not match; both are ArgumentErrors.
     """
     check_sizes(q, r, k, v, HEADS_LAST)
     if k.shape[1] < q.shape[1]:
@@ -113,6 +113,6 @@ def parallax_decode_one_step(
     """`parallax_decode` with one query per sequence, (batch, 1, heads, head_dim). Raises ValueError for more."""
     check_sizes(q, r, k, v, HEADS_LAST)
     if q.shape[1] != 1:
-        raise ArgumentError("q", f"{q.shape[1]} queries per sequence", "1 (parallax_decode takes more)")
+        raise ArgumentError("q", f"{q.shape[1]} queries per sequence", "1 (parallax_decode supports more)")
     scale, window = parse_scale("scale", scale, q.shape[-1]), parse_window("window_size", window_size)
     return decode(q, r, k, v, scale=scale, window=window, cache_start=cache_start)

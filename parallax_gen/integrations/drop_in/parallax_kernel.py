@@ -3,7 +3,7 @@
     from parallax_gen.compat.official import GraphedDecode, parallax_attn_with_kvcache, parallax_func
 
 Windows: `window_size_left=W` keeps W keys, [i - W + 1, i], as parallax-kernel's docstrings say; FlashAttention's (W, 0)
-keeps W + 1. parallax-kernel's training kernels are wrong for windows that are no multiple of a square tile; these are
+keeps W + 1. parallax-kernel's training kernels are wrong for windows that are not a multiple of a square tile; ours are
 correct for all. W < 0 means no window. W = 0, for which parallax-kernel gives NaN, is refused. Scales apply only to q·k
 and must be greater than 0.
 """

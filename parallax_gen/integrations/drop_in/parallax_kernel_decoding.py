@@ -42,15 +42,15 @@ def parallax_attn_with_kvcache(
     """Attention of one new query per sequence over its cached keys, including its own. Does not write to the caches.
 
     q, r              (batch, 1, heads, head_dim), bf16 or fp16, contiguous; head_dim 64 or 128
-    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), likewise; heads / kv_heads is 1, 2, 4 or 8
+    k_cache, v_cache  (batch, seqlen, kv_heads, head_dim), of q's dtype, contiguous; heads / kv_heads is 1, 2, 4 or 8
     page_table        must be None: parallax-kernel has no pages. `parallax_gen.parallax_attn_with_kvcache` supports
                       pages, other head_dims and ratios of heads, and more queries
     seqused_k         (batch,) int32 on the same device: each sequence's number of keys, 1 to seqlen; its query is at
                       the last of them. All keys by default. The values are checked, which waits for the device, except
                       during CUDA graph capture and torch.compile tracing: there values above seqlen count as seqlen,
                       and 0 gives 0. Keys beyond the end may be NaN
-    window_size       the most keys that a query sees: an int, or (left, right) with left that number and right at most
-                      0; None or a negative number for no limit
+    window_size       the largest number of keys that a query sees: an int, or (left, right) with left that number and
+                      right at most 0; None or a negative number for no limit
     scale             scale of q·k; 1/√head_dim by default
     out               where to write, like q; allocated if not given
 
@@ -58,7 +58,7 @@ def parallax_attn_with_kvcache(
     parallax-kernel does; all are ArgumentErrors.
     """
     if page_table is not None:
-        raise NotOfferedError("page_table", "a tensor", f"None. Paged caches are for {OUR_FUNCTION}")
+        raise NotOfferedError("page_table", "a tensor", f"None. {OUR_FUNCTION} supports paged caches")
     _check(q, r, out, k_cache=k_cache, v_cache=v_cache)
     if seqused_k is not None:
         _check_lengths("seqused_k", seqused_k, q, k_cache)
@@ -92,14 +92,14 @@ class GraphedDecode:
 
     B, H, H_kv     sequences, query heads, and kv heads, H by default
     max_kv_len     capacity of k and v in keys
-    kv_len         instead of max_kv_len: the fixed number of keys; then there is no cache_seqlens
+    kv_len         instead of max_kv_len: a fixed number of keys; then there is no cache_seqlens
     head_dim, dtype, window_size, scale  as in `parallax_attn_with_kvcache`
-    device         on a CPU there is no graph: replay runs the reference
+    device         without a graph on a CPU, where replay runs the reference
     warmup         ignored; in parallax-kernel the number of launches before the capture
 
     q, r, out          (B, 1, H, head_dim)
     k, v               (B, max_kv_len, H_kv, head_dim). Keys beyond a sequence's end may be anything
-    cache_seqlens      (B,) int32, max_kv_len at first; None with kv_len
+    cache_seqlens      (B,) int32, initially max_kv_len; None with kv_len
     graph              the CUDAGraph; None on a CPU
 
     Raises ValueError, AssertionError and NotImplementedError where parallax-kernel does; all are ArgumentErrors.
@@ -123,7 +123,7 @@ class GraphedDecode:
         seqlen = kv_len if max_kv_len is None else max_kv_len
         if seqlen is None or None not in (max_kv_len, kv_len):
             got = "neither it nor kv_len" if seqlen is None else f"{max_kv_len} and kv_len {kv_len}"
-            raise ArgumentError("max_kv_len", got, "exactly one of the two")
+            raise ArgumentError("max_kv_len", got, "exactly one of max_kv_len and kv_len")
         kv_heads = H if H_kv is None else H_kv
         check_heads("H_kv", H, kv_heads)
         self.q, self.r, self.out = (torch.empty(B, 1, H, head_dim, device=device, dtype=dtype) for _ in range(3))
@@ -169,9 +169,9 @@ class GraphedDecode:
         """
         if transform_is_active():
             refuse_transforms("GraphedDecode", q=q, r=r, k=k, v=v)
-        for own, given in ((self.q, q), (self.r, r), (self.k, k), (self.v, v)):
-            if given is not None:
-                own.copy_(given)
+        for own, new in ((self.q, q), (self.r, r), (self.k, k), (self.v, v)):
+            if new is not None:
+                own.copy_(new)
         if cache_seqlens is not None and self.cache_seqlens is not None:
             lengths = torch.as_tensor(cache_seqlens)
             low, high = _min_and_max(lengths)
@@ -185,7 +185,10 @@ class GraphedDecode:
 
 
 def _left_window(window_size: Any) -> Any:
-    """The number of keys in an int or a pair (left, right). Unlike FlashAttention's, left counts the query's own."""
+    """The window in keys, from an int or a pair (left, right).
+
+    Unlike FlashAttention's, left includes the query's key.
+    """
     if window_size is None or isinstance(window_size, int):
         return window_size
     allowed = "None, an int, or a pair (left, right) of ints with right at most 0"
@@ -213,22 +216,22 @@ def _check_lengths(name: str, lengths: Tensor, q: Tensor, k_cache: Tensor) -> No
     if high > k_cache.shape[1]:
         raise ArgumentError(name, f"{high}, which exceeds k_cache.shape[1]", allowed)
     if low < 1:
-        raise ArgumentError(name, f"{low}; values < 1 are no lengths", allowed)
+        raise ArgumentError(name, f"{low}; values < 1 are not lengths", allowed)
 
 
 def _min_and_max(lengths: Tensor) -> tuple[int, int]:
-    """The shortest and the longest length; 1 and 1 for no sequences. Copies once from the device."""
+    """The shortest and the longest length; 1 and 1 if there are no sequences. Copies once from the device."""
     values = lengths.flatten().tolist() or [1]
     return min(values), max(values)
 
 
 def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
-    """Check that the tensors have shapes that parallax-kernel accepts, and no others.
+    """Check that the tensors are ones that parallax-kernel accepts.
 
     caches  keys and values, by the caller's argument names
     """
-    named = {"q": q, "r": r, **caches}
-    for name, x in named.items():
+    tensors = {"q": q, "r": r, **caches}
+    for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(name, type(x).__name__, "a tensor")
         if not x.is_contiguous():
@@ -242,19 +245,19 @@ def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
         raise ArgumentAssertionError("r", f"shape {tuple(r.shape)}", f"{tuple(q.shape)}, q's shape")
     (k_name, k), (v_name, v) = caches.items()
     if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, head_dim):
-        allowed = f"({batch}, seqlen, kv_heads, {head_dim}), to go with q"
+        allowed = f"({batch}, seqlen, kv_heads, {head_dim}), to match q"
         raise ArgumentAssertionError(k_name, f"shape {tuple(k.shape)}", allowed)
     kv_heads = k.shape[2]
     check_heads(k_name, heads, kv_heads)
     if heads // kv_heads not in GROUPS:
-        allowed = f"a pack_n of {', '.join(map(str, GROUPS))}. {OUR_FUNCTION} takes any"
-        raise NotOfferedError(k_name, f"{kv_heads} kv heads to {heads} heads", allowed)
+        allowed = f"a pack_n of {', '.join(map(str, GROUPS))}. {OUR_FUNCTION} supports any"
+        raise NotOfferedError(k_name, f"{kv_heads} kv heads for {heads} heads", allowed)
     if v.shape != k.shape:
         raise ArgumentAssertionError(v_name, f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of {k_name}")
     if head_dim not in HEAD_DIMS:
-        allowed = f"{' or '.join(map(str, HEAD_DIMS))}. {OUR_FUNCTION} takes others"
+        allowed = f"{' or '.join(map(str, HEAD_DIMS))}. {OUR_FUNCTION} supports others"
         raise ArgumentAssertionError("q", f"head_dim {head_dim}", allowed)
-    check_same_dtype_and_device(named)
+    check_same_dtype_and_device(tensors)
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
         got = f"{out.dtype} of shape {tuple(out.shape)}"
         raise ArgumentAssertionError("out", got, f"{q.dtype} of shape {tuple(q.shape)}, as q is")

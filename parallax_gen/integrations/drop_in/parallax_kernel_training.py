@@ -39,13 +39,13 @@ def parallax_func(
 
     q, r              (batch, heads, seqlen_q, head_dim), bf16 or fp16
     k, v              (batch, kv_heads, seqlen_kv, head_dim), of q's dtype; heads is a multiple of kv_heads. Query i is
-                      at key i, whatever their lengths
-    qk_scale          of q·k; 1/√head_dim by default
+                      at key i, also if seqlen_q and seqlen_kv differ
+    qk_scale          scale of q·k; 1/√head_dim by default
     window_size_left  a query sees at most this many keys, its own and those right before it; negative for no limit.
                       With more queries than keys a window must cover every query
 
     Returns out, like q and contiguous; it is a copy, because our kernels write heads last. Raises TypeError for other
-    dtypes, ValueError for sizes that do not fit; both are ArgumentErrors.
+    dtypes, ValueError for sizes that do not match; both are ArgumentErrors.
     """
     check_half(q)
     check_sizes(q, r, k, v, HEADS_FIRST)
@@ -75,9 +75,9 @@ def parallax_varlen_func(
                 cu_seqlens[n + 1] - 1 of a batch of 1. The call waits for the longest length;
                 `parallax_gen.parallax_attn_varlen_func`, which takes it as an argument, does not
 
-    The rest as in `parallax_func`. head_dim is anything up to 256; one that is no multiple of 8 costs copies of the
-    inputs. Returns out, like q and contiguous. Raises TypeError for other dtypes, ValueError for sizes that do not fit;
-    both are ArgumentErrors.
+    Other arguments are as in `parallax_func`. head_dim is anything up to 256; if it is not a multiple of 8, the inputs
+    are copied. Returns out, like q and contiguous. Raises TypeError for other dtypes, ValueError for sizes that do not
+    match; both are ArgumentErrors.
     """
     check_half(q)
     check_sizes(q, r, k, v, HEADS_LAST, same_length=True)
@@ -96,16 +96,16 @@ def parallax_fwd(
     n_rep: int = 1,
     window_size_left: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward of `parallax_func` with the results that `parallax_bwd` needs. It records no gradients.
+    """The forward of `parallax_func`, with the results that `parallax_bwd` needs. It records no gradients.
 
     q, r   (batch · heads, seqlen_q, head_dim)
     k, v   (batch · kv_heads, seqlen_kv, head_dim)
     n_rep  heads / kv_heads
 
     Returns (o, barv, d1, bart, m): o and barv, which is softmax attention, like q; d1, bart = Σ p t and m (batch ·
-    heads, seqlen_q, 1) fp32. Σ_j 2^(log2(e) qk_scale q·k_j) is d1 · 2^m, as in parallax-kernel; but m is not the row's
-    largest score: here m is log2 of the whole sum, and d1 is 1. Raises AssertionError if n_rep does not fit, ValueError
-    for other sizes; both are ArgumentErrors.
+    heads, seqlen_q, 1) fp32. Σ_j 2^(log2(e) qk_scale q·k_j) is d1 · 2^m, as in parallax-kernel. But m is not the row's
+    largest score: here m is log2 of the whole sum, and d1 is 1. Raises AssertionError if n_rep does not match,
+    ValueError for other sizes; both are ArgumentErrors.
     """
     if transform_is_active():
         refuse_transforms("parallax_fwd", q=q, r=r, k=k, v=v)
@@ -140,11 +140,11 @@ def parallax_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, r, k and v in their shapes, always bf16.
 
-    o to m  the results of `parallax_fwd`, this one or parallax-kernel's
+    o to m  the results of `parallax_fwd`, ours or parallax-kernel's
     grad_o  the gradient of o, like o
 
-    The rest as given to `parallax_fwd`. Raises AssertionError if n_rep does not fit, ValueError for other sizes; both
-    are ArgumentErrors.
+    Other arguments are as in `parallax_fwd`. Raises AssertionError if n_rep does not match, ValueError for other sizes;
+    both are ArgumentErrors.
     """
     if transform_is_active():
         refuse_transforms("parallax_bwd", q=q, r=r, k=k, v=v, o=o, barv=barv, bart=bart, m=m, grad_o=grad_o)
@@ -156,7 +156,7 @@ def parallax_bwd(
         *(("d1", d1, row_stats_shape), ("bart", bart, row_stats_shape), ("m", m, row_stats_shape)),
     ):
         if tuple(x.shape) != tuple(shape):
-            raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{tuple(shape)}, to go with q")
+            raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{tuple(shape)}, to match q")
     scale, window = parse_scale("qk_scale", qk_scale, q.shape[-1]), parse_window("window_size_left", window_size_left)
     with torch.no_grad():
         lse = (m + d1.log2()) / LOG2_E
@@ -189,7 +189,7 @@ def parallax_reference(
     causal: bool = True,
     window_size_left: int = -1,
 ) -> Tensor:
-    """Parallax attention from its definition, differentiable, on any device. Computed in fp64 (parallax-kernel: fp32).
+    """Parallax attention from its definition, differentiable, on any device. In fp64 (in parallax-kernel: fp32).
 
     q, r              (batch, seqlen_q, heads, head_dim), heads last, of any dtype
     k, v              (batch, seqlen_kv, kv_heads, head_dim)
@@ -202,12 +202,12 @@ def parallax_reference(
     check_sizes(q, r, k, v, HEADS_LAST)
     window = parse_window("window_size_left", window_size_left)
     if window is not None and not causal:
-        raise ArgumentError("window_size_left", f"{window} without causal", "a negative one, or causal=True")
+        raise ArgumentError("window_size_left", f"{window} without causal", "a negative number, or causal=True")
     return reference_forward(q, r, k, v, causal=causal, window_size=window, softmax_scale=float(qk_scale)).out.float()
 
 
 class _Piece(NamedTuple):
-    """Some queries and the keys that they see, with causal aligned to the last key, as in our kernels."""
+    """Some queries and the keys that they see. causal: aligned to the last key, as in our kernels."""
 
     rows: slice
     keys: slice
@@ -219,11 +219,11 @@ class _Piece(NamedTuple):
 
 
 def _causal_pieces(seqlen_q: int, seqlen_kv: int, window: int | None) -> list[_Piece]:
-    """Attention with query i at key i, as calls of our kernels: surplus keys are not seen, surplus queries see all."""
+    """Split attention with query i at key i into calls of our kernels. Surplus queries see all keys."""
     if seqlen_q <= seqlen_kv:
         return [_Piece(slice(seqlen_q), slice(seqlen_q), True)]
     if window is not None and window < seqlen_q:
-        allowed = f"{seqlen_q} or more, or a negative one, with {seqlen_q} queries to {seqlen_kv} keys"
+        allowed = f"{seqlen_q} or more, or a negative number, with {seqlen_q} queries and {seqlen_kv} keys"
         raise ArgumentError("window_size_left", window, allowed)
     all_keys = slice(seqlen_kv)
     return [_Piece(all_keys, all_keys, True), _Piece(slice(seqlen_kv, seqlen_q), all_keys, False)]

@@ -36,8 +36,8 @@ def parallax_decode(
 
     q, r              (batch, 1, heads, head_dim), bf16, fp16 or fp32
     k, v              (batch, seqlen, kv_heads, head_dim), of q's dtype; heads is a multiple of kv_heads
-    qk_scale          of q·k; 1/√head_dim by default
-    window_size_left  the most keys that a query sees; negative for no limit
+    qk_scale          scale of q·k; 1/√head_dim by default
+    window_size_left  the largest number of keys that a query sees; negative for no limit
     cache_start       (batch,) ints: the index of each sequence's first key; keys before it are padding
 
     Returns out, like q and contiguous, without gradients; 0 if a sequence has no key. Raises ValueError, an

@@ -28,7 +28,7 @@ def parallax_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **extra_arguments: Any,
 ) -> tuple[Tensor, None]:
     """Parallax attention of new tokens over all keys so far, with transformers' arguments and layouts.
 
@@ -37,23 +37,23 @@ def parallax_attention(
     attention_mask  from `parallax_mask`
     scaling         scale of q·k
     sliding_window  a token sees at most this many keys, its own and those right before it
-    softcap         of scores, as in Gemma 2
-    others          cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k: packed sequences, over all batch rows
+    softcap         cap of the scores, as in Gemma 2
+    extra_arguments cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k: packed sequences, over all batch rows
                     one after the other. Arguments that do not affect attention are ignored
 
-    Returns (batch, new tokens, heads, head_dim) in value's dtype, which the output projection computes in; and None in
-    place of attention weights. With keys from a cache and no gradients it calls `parallax_attn_with_kvcache`. Under
+    Returns (batch, new tokens, heads, head_dim) in value's dtype, in which the output projection computes, and None
+    in place of attention weights. With keys from a cache and no gradients it calls `parallax_attn_with_kvcache`. Under
     torch.compile it is one operator either way.
 
     Raises ArgumentError for unsupported features: dropout, attention weights, sinks, other masks.
     """
     if r is None:
-        allowed = "a model that parallax_gen.integrations.transformers.convert has given an r_proj"
+        allowed = "a model with an r_proj: convert it with parallax_gen.integrations.transformers.convert"
         raise ArgumentError("attn_implementation", f"{NAME!r} in a {type(module).__name__} without r", allowed)
-    _check_supported(module, attention_mask, dropout, others)
+    _check_supported(module, attention_mask, dropout, extra_arguments)
     q, r, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, r, key, value))
     q_length, kv_length = q.shape[1], k.shape[1]
-    lengths, keys = _packing_arguments(attention_mask, others), key_range(attention_mask)
+    lengths, keys = _packing_arguments(attention_mask, extra_arguments), key_range(attention_mask)
     options: dict[str, Any] = {
         "causal": True,
         "window_size": sliding_window,
@@ -74,23 +74,23 @@ def parallax_attention(
     return out.unflatten(0, (-1, q_length)), None
 
 
-def _packing_arguments(mask: Tensor | None, others: dict[str, Any]) -> tuple[Tensor, Tensor, int, int] | None:
-    """cu_seqlens and longest lengths of packed sequences, if the caller gave them."""
+def _packing_arguments(mask: Tensor | None, extra_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int, int] | None:
+    """cu_seqlens and longest lengths of packed sequences; None if the caller passed none."""
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    given = {name: others[name] for name in names if others.get(name) is not None}
-    if not given:
+    packing = {name: extra_arguments[name] for name in names if extra_arguments.get(name) is not None}
+    if not packing:
         return None
-    if len(given) < len(names):
-        raise ArgumentError(next(iter(given)), "given without the others", f"all of {', '.join(names)}, or none")
+    if len(packing) < len(names):
+        raise ArgumentError(next(iter(packing)), "passed without the others", f"all of {', '.join(names)}, or none")
     if mask is not None and mask.shape[:3] != (1, 1, 1):  # a packed mask, from position_ids, has the same sequences
         raise ArgumentError(
             "attention_mask", "padding, or a cache, together with cu_seq_lens_q", "None with cu_seq_lens_q"
         )
-    starts_q, starts_k, longest_q, longest_k = given.values()
+    starts_q, starts_k, longest_q, longest_k = packing.values()
     return starts_q.int(), starts_k.int(), longest_q, longest_k
 
 
-def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, extra_arguments: dict[str, Any]) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4):
         got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(
@@ -98,26 +98,26 @@ def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, oth
         )
     if dropout:
         raise ArgumentError("attention_dropout", dropout, "0: Parallax attention has no dropout")
-    if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+    if extra_arguments.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         raise ArgumentError("output_attentions", True, "False: Parallax attention does not return attention weights")
-    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+    if not getattr(module, "is_causal", True) or extra_arguments.get("is_causal") is False:
         raise ArgumentError("is_causal", False, "True")
-    if others.get("s_aux") is not None:
+    if extra_arguments.get("s_aux") is not None:
         raise ArgumentError("s_aux", "a value", "None: Parallax attention has no sinks")
 
 
-# -- transformers' masks as our functions take them: the range of each sequence's keys, no boolean matrix.
+# -- transformers' masks in the form of our functions: the range of each sequence's keys, not a boolean matrix.
 #
 # A mask is None if every query sees all keys up to its own; otherwise it is an int32 tensor. It has four dimensions, so
-# that transformers passes it to the layers unchanged. Its shape tells its kind:
+# that transformers passes it to the layers unchanged. Its shape identifies its kind:
 #
 #     cached  (2, 1, 1, batch)        each sequence's first key and end; its last query is at its last key
 #     padded  (1, 1, 2, 3 batch + 1)  starts of the runs of queries and of keys, over all batch rows: per row the
 #                                     padding before the sequence, the sequence, and the padding after it
 #     packed  (1, 1, 1, runs + 1)     starts of packed sequences, the same for queries and keys
-#     single  (1, 1, 1, 1)            whether no sequences are packed, which torch.compile only knows at run time
+#     single  (1, 1, 1, 1)            whether no sequences are packed, which torch.compile knows only at run time
 #
-# So padding attends to padding: that costs time if there is much padding, but needs no gather or scatter. The results
+# Padding attends to padding. This costs time if there is much padding, but needs no gather or scatter. The results
 # for padding are finite and unused.
 
 NOT_CAUSAL = ("attention_mask", "attention that is not causal", "causal attention, with windows and padding")
@@ -146,7 +146,7 @@ def parallax_mask(
     attention_mask        (batch, q_offset + q_length) bool, False for padding
     allow_is_causal_skip  False if None must not be returned, or mask_function may be more than causal
     use_vmap              True if the caller extended mask_function
-    config                the model's
+    config                the model's config
 
     The layers handle windows. Waits for the device, as transformers' own masks do. Raises ArgumentError for attention
     that is not causal, for padding between tokens, and for an attention_mask of another length. Compiled code does not
@@ -202,7 +202,7 @@ def _require(condition: Tensor, argument: str, got: str, allowed: str) -> None:
 
 
 def _mask_from_padding(is_token: Tensor, q_length: int, kv_length: int, *, allow_none: bool) -> Tensor | None:
-    """is_token: (batch, keys so far), False for padding."""
+    """The mask for `parallax_mask`. is_token: (batch, keys so far), False for padding."""
     length = is_token.shape[1]
     tokens = is_token.sum(1)
     first = torch.where(tokens > 0, is_token.int().argmax(1), length)
@@ -237,7 +237,7 @@ def _run_starts(first: Tensor, end: Tensor, first_query: int | Tensor, q_length:
 
 
 def _packed_mask(mask_function: Callable[..., Tensor], positions: Tensor, batch: int) -> Tensor | None:
-    """Packed sequences begin at tokens that do not see the token before. None if all tokens see it."""
+    """The mask of packed sequences. They begin at tokens that do not see the previous one. None if all do."""
     rows = torch.arange(batch, device=positions.device)[:, None]
     before, after = positions[None, :-1], positions[None, 1:]
     joined = mask_function(rows, torch.zeros_like(rows), after, before).expand(batch, -1)

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
+from transformers.models.gemma2 import configuration_gemma2, modeling_gemma2
 from transformers.models.llama import configuration_llama, modeling_llama
 from transformers.models.mistral import configuration_mistral, modeling_mistral
 from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
@@ -31,18 +32,18 @@ LOADER = "parallax_gen"
 
 
 class ParallaxConfigMixin:
-    """A mixin before a transformers config class: a saved model is never mistaken for one without r_proj.
+    """A mixin before a transformers config class, so that no saved model is loaded as one without r_proj.
 
     A stock class such as LlamaForCausalLM ignores the saved model_type, so two more entries are saved for it.
     quantization_config makes `ProbeLoader` convert the model before its weights are read. attn_implementation names an
-    attention that transformers does not know if this package is not imported, so that loading fails then.
+    attention that transformers does not have unless this package is imported, so loading fails without it.
     """
 
-    def __post_init__(self, **others: Any) -> None:
-        others.setdefault("attn_implementation", NAME)
-        if others.get("quantization_config") == {"quant_method": LOADER}:
-            del others["quantization_config"]  # models made from this config already have an r_proj
-        super().__post_init__(**others)  # type: ignore[misc]
+    def __post_init__(self, **extra_arguments: Any) -> None:
+        extra_arguments.setdefault("attn_implementation", NAME)
+        if extra_arguments.get("quantization_config") == {"quant_method": LOADER}:
+            del extra_arguments["quantization_config"]  # models made from this config already have an r_proj
+        super().__post_init__(**extra_arguments)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -66,19 +67,19 @@ class ProbeAttentionMixin:
         self.r_proj = ZeroInitLinear(q_proj.in_features, q_proj.out_features, bias, device=device, dtype=dtype)
         self.r_proj.train(q_proj.training)
 
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **others: Any) -> Any:
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **extra_arguments: Any) -> Any:
         if self.config._attn_implementation != NAME:
             raise ArgumentError("attn_implementation", repr(self.config._attn_implementation), repr(NAME))
         r = self.r_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         r, _ = self.rotate(r, r[:, :1], *position_embeddings)  # rotate also needs a key
-        return super().forward(hidden_states, position_embeddings=position_embeddings, r=r, **others)  # type: ignore[misc]
+        return super().forward(hidden_states, position_embeddings=position_embeddings, r=r, **extra_arguments)  # type: ignore[misc]
 
 
 class ParallaxModelMixin:
     """A mixin before a transformers model class: its attention layers have probes and use Parallax attention."""
 
-    def __init__(self, config: Any, *inputs: Any, **others: Any):
-        super().__init__(config, *inputs, **others)  # type: ignore[call-arg]
+    def __init__(self, config: Any, *inputs: Any, **extra_arguments: Any):
+        super().__init__(config, *inputs, **extra_arguments)  # type: ignore[call-arg]
         change_classes(self)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -157,10 +158,45 @@ class ParallaxQwen3ForCausalLM(ParallaxModelMixin, modeling_qwen3.Qwen3ForCausal
     config_class = ParallaxQwen3Config
 
 
-CONFIGS: tuple[Any, ...] = (ParallaxLlamaConfig, ParallaxMistralConfig, ParallaxQwen2Config, ParallaxQwen3Config)
-ATTENTIONS = (ParallaxLlamaAttention, ParallaxMistralAttention, ParallaxQwen2Attention, ParallaxQwen3Attention)
-MODELS: tuple[Any, ...] = (ParallaxLlamaModel, ParallaxMistralModel, ParallaxQwen2Model, ParallaxQwen3Model)
+class ParallaxGemma2Config(ParallaxConfigMixin, configuration_gemma2.Gemma2Config):
+    model_type = "parallax_gemma2"
+
+
+class ParallaxGemma2Attention(ProbeAttentionMixin, modeling_gemma2.Gemma2Attention):
+    rotate = staticmethod(modeling_gemma2.apply_rotary_pos_emb)
+
+
+class ParallaxGemma2Model(ParallaxModelMixin, modeling_gemma2.Gemma2Model):
+    config_class = ParallaxGemma2Config
+
+
+class ParallaxGemma2ForCausalLM(ParallaxModelMixin, modeling_gemma2.Gemma2ForCausalLM):
+    config_class = ParallaxGemma2Config
+
+
+CONFIGS: tuple[Any, ...] = (
+    ParallaxGemma2Config,
+    ParallaxLlamaConfig,
+    ParallaxMistralConfig,
+    ParallaxQwen2Config,
+    ParallaxQwen3Config,
+)
+ATTENTIONS = (
+    ParallaxGemma2Attention,
+    ParallaxLlamaAttention,
+    ParallaxMistralAttention,
+    ParallaxQwen2Attention,
+    ParallaxQwen3Attention,
+)
+MODELS: tuple[Any, ...] = (
+    ParallaxGemma2Model,
+    ParallaxLlamaModel,
+    ParallaxMistralModel,
+    ParallaxQwen2Model,
+    ParallaxQwen3Model,
+)
 CAUSAL_MODELS: tuple[Any, ...] = (
+    ParallaxGemma2ForCausalLM,
     ParallaxLlamaForCausalLM,
     ParallaxMistralForCausalLM,
     ParallaxQwen2ForCausalLM,
@@ -170,17 +206,17 @@ CONVERTED: dict[type, Any] = {new.__bases__[-1]: new for new in (*CONFIGS, *ATTE
 
 
 def convert(model: Any) -> Any:
-    """Convert a model to Parallax attention in place: every attention layer gets a zero r_proj. Returns the model.
+    """Convert a model to Parallax attention in place: every attention layer gets an r_proj of zeros. Returns the model.
 
-    model  Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
+    model  Gemma2, Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
            LlamaForSequenceClassification, on any device, in fp32, bf16 or fp16; or a base model, such as LlamaModel, by
            itself or inside another model. A converted model stays as it is
 
-    Its other weights stay the same tensors, and its results the same up to rounding, until r_proj is trained. Its class
-    and config become those of this module, such as ParallaxQwen3ForCausalLM. A model with a head gets its own config. A
-    base model keeps its config object, which the model around it shares, and changes it: another base model with that
-    object raises ArgumentError until it is converted too. Either way all models that share the old config object save
-    as Parallax models; one of them without r_proj loads with r = 0, which computes the same function.
+    Its other weights stay the same tensors, and its results stay the same up to rounding until r_proj is trained. Its
+    class and config become those of this module, such as ParallaxQwen3ForCausalLM. A model with a head gets its own
+    config. A base model keeps its config object, which the model around it shares, and changes it: another base model
+    with that object raises ArgumentError until it is converted too. Either way all models that share the old config
+    object save as Parallax models; one of them without r_proj loads with r = 0, which computes the same function.
 
     Adapters that are added later do not record the original checkpoint as their base, because it lacks r_proj. Save the
     converted model, load it, and add adapters to that.
@@ -206,12 +242,12 @@ def change_classes(model: Any) -> None:
     attentions = [module for module in model.modules() if CONVERTED.get(type(module)) in ATTENTIONS]
     for attention in attentions:
         check_attention(attention)
-    shares = CONVERTED.get(type(model)) in MODELS
+    keep_config = CONVERTED.get(type(model)) in MODELS
     changed: dict[int, Any] = {}  # id of the old config -> new config
     for module in list(model.modules()):
         old = getattr(module, "config", None)
         if id(old) not in changed and (type(old) in CONVERTED or type(old) in CONFIGS):
-            changed[id(old)] = change_config(old, shares)
+            changed[id(old)] = change_config(old, keep_config)
         if id(old) in changed:
             module.config = changed[id(old)]
         module.__class__ = CONVERTED.get(type(module), type(module))
@@ -224,30 +260,32 @@ def change_classes(model: Any) -> None:
         attention.add_probes()
 
 
-def change_config(old: Any, shares: bool) -> Any:
-    """The config of a converted model: `old`, or an unshared copy. Both are saved as Parallax."""
-    config = old if shares or old._attn_implementation == NAME else copy.deepcopy(old)
-    for each in (old, config):
-        each.__class__ = CONVERTED.get(type(each), type(each))
-        vars(each).pop("model_type", None)  # a loaded config also has the old name as an instance attribute
+def change_config(old: Any, keep: bool) -> Any:
+    """Convert a config: `old` itself if `keep`, else a copy for this model. Both are saved as Parallax."""
+    config = old if keep or old._attn_implementation == NAME else copy.deepcopy(old)
+    for changed in (old, config):
+        changed.__class__ = CONVERTED.get(type(changed), type(changed))
+        vars(changed).pop("model_type", None)  # a loaded config also has the old name as an instance attribute
     config._attn_implementation = NAME
     return config
 
 
 def check_attention(attention: Any) -> None:
-    """Check that an attention layer can have an r_proj. Raises ArgumentError."""
+    """Check that an attention layer can get an r_proj. Raises ArgumentError."""
     if attention.head_dim % 8 or attention.head_dim > LARGEST_HEAD_DIM:
         raise ArgumentError("model", f"head_dim {attention.head_dim}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
     if type(attention.q_proj) is not nn.Linear:
         got = f"a q_proj of {type(attention.q_proj).__name__}"
-        raise ArgumentError("model", got, "nn.Linear: convert before quantising, and before adding adapters")
+        raise ArgumentError("model", got, "an nn.Linear: convert before quantising, and before adding adapters")
     if "forward" in vars(attention):
         got = "an attention whose forward was replaced, as device_map does"
-        raise ArgumentError("model", got, "its class's own: convert, save, and load what was saved with a device_map")
+        raise ArgumentError(
+            "model", got, "the forward of its class: convert, save, and load the saved model with a device_map"
+        )
 
 
 def add_heads(modeling: Any, config: Any) -> None:
-    """Make a converted class for every other head of this family, as an attribute of this module for pickle."""
+    """Make a converted class for every other head of a family, as an attribute of this module so that it pickles."""
     for stock in [getattr(modeling, name) for name in modeling.__all__]:
         abstract = stock.__name__.endswith("PreTrainedModel")
         if issubclass(stock, PreTrainedModel) and not abstract and stock not in CONVERTED:
@@ -271,7 +309,8 @@ def register(config: Any) -> None:
 
 AttentionInterface.register(NAME, parallax_attention)
 AttentionMaskInterface.register(NAME, parallax_mask)
-for _modeling, _config in zip((modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3), CONFIGS, strict=True):
+_MODELING = (modeling_gemma2, modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3)
+for _modeling, _config in zip(_MODELING, CONFIGS, strict=True):
     # Tensor parallelism splits r by heads, like q.
     _config.base_model_tp_plan = {**_config.base_model_tp_plan, "layers.*.self_attn.r_proj": "colwise"}
     add_heads(_modeling, _config)
@@ -279,8 +318,9 @@ for _modeling, _config in zip((modeling_llama, modeling_mistral, modeling_qwen2,
 
 
 # -- How a stock transformers class, such as LlamaForCausalLM, loads a saved converted model.
-# from_pretrained of a class makes that class, whatever model_type was saved, and drops unknown weights: r_proj would be
-# lost. Quantisers are transformers' hook between making a model and reading its weights, so the saved config names one.
+# from_pretrained of a class makes a model of that class, whatever model_type was saved, and drops unknown weights, so
+# r_proj would be lost. Quantisers are transformers' hook between making a model and reading its weights, so the saved
+# config names one.
 # It quantises nothing and leaves no trace on the model.
 
 

@@ -1,8 +1,8 @@
-"""A static model of a kernel's time from its compiled resources: it ranks configs where nothing can be measured.
+"""A static model of a kernel's time from its compiled resources: it ranks configs that cannot be measured.
 
-A roofline, times factors for what usually keeps a kernel from it. The factors were fitted by hand to partial sweeps on
-an H200 (tiled ops at head_dim 64 and 256, decode at 128); the factor of rows that warps share was fitted later to whole
-sweeps of tiled ops on an H100. They are meant to order configs, not to predict a time.
+It is a roofline times factors for what usually keeps a kernel below it. The factors were fitted by hand to partial
+sweeps on an H200 (tiled ops at head_dim 64 and 256, decode at 128); the factor for rows that warps share was fitted
+later to whole sweeps of tiled ops on an H100. They are meant to rank configs, not to predict times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from parallax_gen.problem.work import MATMULS, SCORES, work_of
 
 LAUNCH_US = 2.0  # launch, first loads, last stores
 LATENCY_US = 0.8  # a load from device memory under load
-PROGRAM_US = 1.5  # a program's prologue and epilogue, when others wait for its multiprocessor
+PROGRAM_US = 1.5  # a program's prologue and epilogue, while other programs wait for its multiprocessor
 
 
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:
@@ -54,32 +54,37 @@ def _tiles_us(
     work, (owned, step) = work_of(spec, shape), op.owned_and_step(config)
     rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
     halves = config.HEAD_DIM_LAYOUT == "split"
-    of_head = (2 if halves else 1) * math.ceil(owned_length / owned)
-    programs = shape.batch * rows * of_head
+    programs_per_head = (2 if halves else 1) * math.ceil(owned_length / owned)
+    programs = shape.batch * rows * programs_per_head
     rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_efficiency(op, spec, config, gpu)
     rate *= op.instructions_factor(spec, config)
     # One program must multiply while another does its softmax: the warps of one program wait for each other.
-    together = min(blocks, math.ceil(programs / gpu.sms))
-    rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(together, 1.13)
+    resident = min(blocks, math.ceil(programs / gpu.sms))
+    rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(resident, 1.13)
     rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # too few stages: loads arrive late
     heads = min(config.GROUP_HEADS or shape.batch * rows, shape.batch * rows)
-    # What tiles share (q, r and do of a group's heads, or k and v) is evicted from L2 before all of them have read it.
-    of_rows, of_keys = 3 * shape.seqlen_q * heads * spec.group, 2 * shape.seqlen_kv * max(1, heads // spec.group)
-    shared = of_rows if op.owns_keys else of_keys
+    # Data that tiles share (q, r and do of a group's heads, or k and v) is evicted from L2 before all have read it.
+    row_elements, key_elements = (
+        3 * shape.seqlen_q * heads * spec.group,
+        2 * shape.seqlen_kv * max(1, heads // spec.group),
+    )
+    shared = row_elements if op.owns_keys else key_elements
     rate *= 0.95 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
-    # The best number of heads fills the card twice: fewer spread a causal triangle unevenly, more share less.
-    rate *= 1 - 0.012 * abs(math.log2(heads * of_head / (2 * gpu.sms * blocks)))
+    # The best number of heads fills the card twice: fewer spread a causal triangle unevenly, more share less of L2.
+    rate *= 1 - 0.012 * abs(math.log2(heads * programs_per_head / (2 * gpu.sms * blocks)))
     if spec.causal:  # a block on the diagonal, or on a window's edge, is multiplied whole
-        seen = work.flops / (2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q)
-        rate *= seen / (seen + (owned + step) / (1 if shape.window else 2))
-    # The last wave takes as long as the others, however few programs it has; causal launches end with short rows.
+        keys_per_query = work.flops / (
+            2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q
+        )
+        rate *= keys_per_query / (keys_per_query + (owned + step) / (1 if shape.window else 2))
+    # The last wave takes as long as a full one even with few programs; causal launches end with short rows.
     waves = programs / (gpu.sms * blocks)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
 
 
 def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> float:
-    """The fraction of the matmul rate that remains for the shapes of the matmuls."""
+    """The fraction of the matmul rate that matmuls of these shapes reach."""
     owned, step = op.owned_and_step(config)
     efficiency = {16: 0.75, 32: 0.87, 128: 1.06}.get(step, 1.0)  # narrow matmuls
     efficiency *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all tiles that it steps over
@@ -88,8 +93,8 @@ def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileCo
     else:
         if owned < 64 and gpu.capability[0] >= 9:
             efficiency *= 0.85  # the asynchronous matmuls of Hopper and Blackwell take 64 rows
-        # With less than 16 rows a warp, warps share rows: each computes its columns, and they reduce maxima and sums
-        # across warps. Sharing by two costs most; beyond that the waits are shared.
+        # With fewer than 16 rows per warp, warps share rows: each computes its columns, and they reduce maxima and sums
+        # across warps. Sharing a row between two warps costs most; more warps wait together.
         shared_by = max(0.0, math.log2(16 * config.num_warps / owned))
         efficiency *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
     widths = [piece.width for piece in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)[0]]
@@ -106,9 +111,9 @@ def _rows_us(
     work = work_of(spec, shape)
     programs = shape.batch * shape.heads * math.ceil(shape.seqlen_q / config.BLOCK_M)
     busiest = math.ceil(programs / gpu.sms)  # programs on the busiest multiprocessor
-    of_program = work.bytes / (shape.batch * shape.heads * shape.seqlen_q) * config.BLOCK_M
-    rate = min(0.9 * gpu.bandwidth / gpu.sms, min(blocks, busiest) * of_program / (LATENCY_US * 1e-6))
-    return busiest * of_program / rate * 1e6
+    bytes_per_program = work.bytes / (shape.batch * shape.heads * shape.seqlen_q) * config.BLOCK_M
+    rate = min(0.9 * gpu.bandwidth / gpu.sms, min(blocks, busiest) * bytes_per_program / (LATENCY_US * 1e-6))
+    return busiest * bytes_per_program / rate * 1e6
 
 
 def _cache_us(
@@ -121,29 +126,29 @@ def _cache_us(
     splits = math.ceil(steps / longest) if op.per_sequence_lengths else config.NUM_SPLITS
     tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
     step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
-    # Keys a warp: few need many sums across threads, many need registers. chain_us: the dependent operations of a step.
+    # Keys per warp: few need many sums across threads, many need registers. chain_us: a step's dependent operations.
     keys = config.BLOCK_N / config.num_warps
     chain_us = 0.5 + 0.2 * keys / 32 + 0.1 * math.log2(config.num_warps)
 
     def stream_us(programs: float) -> float:
         """The time of `programs` resident programs on a multiprocessor, each with its split."""
-        sm_bandwidth = 0.94 * gpu.bandwidth / gpu.sms / 1e6  # bytes a microsecond
+        sm_bandwidth = 0.94 * gpu.bandwidth / gpu.sms / 1e6  # bytes per microsecond
         in_flight = programs * (config.num_stages - 1) * step_bytes
         rate = min(sm_bandwidth * math.tanh(in_flight / (LATENCY_US * sm_bandwidth)), programs * step_bytes / chain_us)
         return programs * steps / splits * step_bytes / rate
 
-    each = tiles * splits / gpu.sms
-    rounds, left = divmod(each, blocks)
-    stream = rounds * stream_us(blocks) + (stream_us(max(1.0, left)) if left else 0.0)
+    per_sm = tiles * splits / gpu.sms
+    rounds, rest = divmod(per_sm, blocks)
+    stream = rounds * stream_us(blocks) + (stream_us(max(1.0, rest)) if rest else 0.0)
     stream *= 1 + 0.02 * abs(math.log2(keys / 32))
-    stream += PROGRAM_US * math.ceil(each / blocks)
+    stream += PROGRAM_US * math.ceil(per_sm / blocks)
     if config.merge == "none" or (op.per_sequence_lengths and splits == 1):
         return stream
-    vectors = splits * 2 * spec.head_dim * 4  # bytes of split-KV scratch a query head, written and read
+    vectors = splits * 2 * spec.head_dim * 4  # bytes of split-KV scratch per query head, written and read
     stream += 2 * shape.batch * shape.heads * shape.seqlen_q * vectors / gpu.bandwidth * 1e6
     if config.merge == "kernel":
         return stream + LAUNCH_US
-    # The last split merges head by head. One program loads some 40 KB a microsecond, less with loops.
+    # The last split merges head by head. One program loads some 40 KB per microsecond, less with loops.
     heads = min(spec.group * shape.seqlen_q, config.BLOCK_H)
     return stream + LATENCY_US + heads * (0.2 + vectors / op.costs.merge_bytes_us)
 
@@ -155,7 +160,7 @@ _TIMES: dict[Layout, Callable[[Any, KernelSpec, Any, Shape, Gpu, int], float]] =
 }
 
 
-# -- Guessed resources of configs that are not compiled yet, so that the configs that the model prefers compile first.
+# -- Guessed resources of configs that are not compiled yet, so that the most promising configs are compiled first.
 #
 # Fitted to some 900 compiled tiles, and twice to decode's whole space, for Hopper in bf16 with Triton 3.6: registers
 # are off by about 20 of 255, spills by a factor of two. The guess ranks configs nearly as well as the compiled
@@ -181,7 +186,7 @@ def guess_resources(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> Resourc
 
 
 def _guess_rows(op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> Resources:
-    return Resources(64, 0, op.shared_bytes(spec, config, gpu))  # none of these limits it
+    return Resources(64, 0, op.shared_bytes(spec, config, gpu))  # none of these limits this kernel
 
 
 def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> Resources:
@@ -200,14 +205,16 @@ def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, 
     )
     # Two sums for the owned tile, about three tiles of scores, a block that is loaded for the matmuls, and addresses.
     # Tiles too small for matmuls that read shared memory need the operands too.
-    a_thread = (1.2 * 2 * owned * summed + 3.3 * owned * step + step * scored) / (32 * config.num_warps)
-    needed = 25 + a_thread + (45 if owned < 64 else 0)
-    most = config.maxnreg or MAX_REGISTERS_PER_THREAD
-    lacking = max(0.0, needed - most) * (2 if config.maxnreg else 1)  # with maxnreg the innermost loop spills too
+    per_thread = (1.2 * 2 * owned * summed + 3.3 * owned * step + step * scored) / (32 * config.num_warps)
+    needed = 25 + per_thread + (45 if owned < 64 else 0)
+    max_registers = config.maxnreg or MAX_REGISTERS_PER_THREAD
+    lacking = max(0.0, needed - max_registers) * (
+        2 if config.maxnreg else 1
+    )  # with maxnreg the innermost loop spills too
     shared = op.shared_bytes(spec, config, gpu)
     if owned >= 64 and config.num_stages > 1 and gpu.capability[0] >= 9:
         shared += op.block_bytes(spec, config)  # asynchronous matmuls run while the next block is loaded
-    return Resources(int(min(needed, most)), int(op.costs.spilled * lacking), shared)
+    return Resources(int(min(needed, max_registers)), int(op.costs.spilled * lacking), shared)
 
 
 _GUESSES: dict[Layout, Callable[[Any, KernelSpec, Any, Gpu], Resources]] = {

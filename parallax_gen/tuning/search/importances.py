@@ -21,8 +21,8 @@ FASTEST, MIN_FASTEST = 0.1, 5  # "among the fastest": a tenth of the trials, at 
 def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -> dict[str, float]:
     """The importance of each knob with more than one value, largest first; they sum to 1. Empty with too few trials.
 
-    costs  of one kernel and comparable, such as times divided by the best of their bucket. Configs that are not in the
-           space any more are left out.
+    costs  comparable costs of one kernel, such as times divided by the best of their bucket. Configs that are no longer
+           in the space are left out.
 
     PED-ANOVA (arXiv:2304.10255) compares the distribution of a knob's values over the fastest trials with that over all
     trials. It sees each knob alone, and says nothing about values that were never tried. Unlike fANOVA it needs no

@@ -1,7 +1,7 @@
-"""Recorded sweeps: the results of every config of one place in one small file, on which searches are simulated.
+"""Recorded sweeps: one small file with the results of every config of one place, on which searches are simulated.
 
 A file is lines of JSON, gzipped if its name ends in .gz. The first line is a header with the place, the toolchain, the
-shape, where and when it was measured, whether the sweep is whole, and the columns. Each other line is one config: its
+shape, the card and time of measurement, whether the sweep is whole, and the columns. Each other line is one config: its
 knobs in their order, then outcome, time and resources.
 """
 
@@ -40,7 +40,7 @@ COLUMNS = ("outcome", "time_us", "registers", "spills", "shared_bytes", "compile
 
 @dataclass(frozen=True)
 class Sweep:
-    """The results of one place, of one shape and toolchain. whole: of every config of the space then."""
+    """The results of one place, of one shape and toolchain. whole: whether every config of the space then has one."""
 
     results: tuple[Result, ...]
     whole: bool
@@ -71,7 +71,9 @@ def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
     tried = sorted((r for r in results if r.informative), key=lambda r: r.created)
     newest = tuple(sorted({r.config: r for r in tried}.values(), key=_knobs))
     if not any(r.outcome.timed and r.time_us for r in newest):
-        raise ArgumentError("results", f"{len(newest)} that were tried, none of them timed", "those of a place's tune")
+        raise ArgumentError(
+            "results", f"{len(newest)} tried configs, none of them timed", "the results of a place's tune"
+        )
     common: dict[str, set[object]] = {
         "place": {r.place for r in tried},
         "toolchain": {r.evidence.toolchain for r in tried},
@@ -79,7 +81,7 @@ def sweep_of(results: Iterable[Result], gpu: Gpu) -> Sweep:
     }
     for name, values in common.items():
         if len(values) > 1:
-            raise ArgumentError("results", f"{len(values)} values of {name}", f"those of one {name}")
+            raise ArgumentError("results", f"{len(values)} values of {name}", f"results of one {name}")
     return Sweep(newest, whole=set(every_config(newest[0].place.spec, gpu)) <= {r.config for r in newest})
 
 
@@ -120,7 +122,7 @@ def read_sweep(path: Path) -> Sweep:
     results = [_parse(path, number, line, from_line) for number, line in enumerate(lines[1:], start=2)]
     if len(results) != header["configs"] or len({r.config for r in results}) != len(results):
         raise StoreError(
-            f"{path}: {len(results)} lines of configs, some perhaps twice; line 1 says {header['configs']}"
+            f"{path}: {len(results)} configs, possibly with duplicates, but line 1 says {header['configs']}"
         )
     sweep = Sweep(tuple(results), header["whole"])
     if not any(sweep.costs.values()):
@@ -133,11 +135,11 @@ def _shape_of(result: Result) -> Shape:
     return result.shape or representative(result.place.bucket, result.place.spec.group)
 
 
-def _parse(path: Path, number: int, line: bytes, parsed: Callable[[object], T]) -> T:
+def _parse(path: Path, number: int, line: bytes, convert: Callable[[object], T]) -> T:
     try:
-        return parsed(json.loads(line))
+        return convert(json.loads(line))
     except MALFORMED as error:
-        raise StoreError(f"{path}, line {number}: not of a sweep: {str(error)[:LONGEST_REASON]}") from error
+        raise StoreError(f"{path}, line {number}: not a line of a sweep: {str(error)[:LONGEST_REASON]}") from error
 
 
 def _names(place: Place) -> list[str]:
@@ -188,22 +190,22 @@ def _upgrade_format_1(data: dict[str, Any]) -> dict[str, Any]:
 def _from_line(header: dict[str, Any], data: object) -> Result:
     place, columns = header["place"], header["columns"]
     if not isinstance(data, list) or len(data) != len(columns):
-        raise ArgumentError("line", shown(data), f"a list of {len(columns)}, one a column")
+        raise ArgumentError("line", shown(data), f"a list of {len(columns)} values, one per column")
     values = dict(zip(columns, data, strict=True))
     config = config_of_record(place.spec.op, {name: values.pop(name) for name in columns if name not in COLUMNS})
-    for knob in op_of(place.spec).knobs:  # values that were removed from the space are allowed, but no tile of size 0
-        value, least = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
-        if isinstance(value, int) and value < least:
-            raise ArgumentError(knob.name, value, f"an int of {least} or more")
+    for knob in op_of(place.spec).knobs:  # values removed from the space are allowed, but not a tile of size 0
+        value, minimum = getattr(config, knob.name), min((v for v in knob.values if isinstance(v, int)), default=0)
+        if isinstance(value, int) and value < minimum:
+            raise ArgumentError(knob.name, value, f"an int of {minimum} or more")
     common = {name: header[name] for name in ("place", "evidence", "shape", "source", "created_at")}
     return Result(config=config, **common, **values)
 
 
 # -- Searches simulated on recorded sweeps, without a GPU: after how many trials each sampler is near the best config.
 
-OURS = "ours"  # as in the tuner: the default config first, then the default sampler
+OURS = "ours"  # the tuner's strategy: the default config first, then the default sampler
 STRATEGIES = (OURS, *SAMPLERS)
-NEAR = 0.02  # relative to the best time: two measurements of one config differ by as much
+NEAR = 0.02  # of the best time: two measurements of one config may differ by this much
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Curve:
 
     The regret is the time of the best config so far over the sweep's best time, minus 1; infinite until a config works.
 
-    near_after  how many trials it took to come within NEAR: the quartiles over all seeds, None if it did not
+    near_after  how many trials it took to come within NEAR: quartiles over all seeds; None if it never did
     """
 
     strategy: str
@@ -222,26 +224,26 @@ class Curve:
     near_after: tuple[int | None, int | None, int | None]
 
 
-def curves(
+def simulate(
     sweep: Sweep, strategies: Sequence[str], *, seeds: int, trials: int, workers: int | None = None
 ) -> list[Curve]:
-    """The curve of each strategy over `trials` trials.
+    """Simulate searches and return the curve of each strategy over `trials` trials.
 
-    The seeds run in `workers` processes, by default one for each usable CPU.
+    The seeds run in `workers` processes, by default one per usable CPU.
     """
     runs = [(name, seed) for name in strategies for seed in range(seeds)]
-    of_run = partial(_regrets_of, sweep, trials)
+    simulate_run = partial(_simulate_run, sweep, trials)
     if workers == 1:
-        regrets_of_runs = list(map(of_run, runs))
+        regrets_of_runs = list(map(simulate_run, runs))
     else:
         with ProcessPoolExecutor(workers or usable_cpus(), mp_context=get_context("spawn")) as pool:
-            regrets_of_runs = list(pool.map(of_run, runs))
-    of_name = {name: regrets_of_runs[at * seeds : (at + 1) * seeds] for at, name in enumerate(strategies)}
-    return [_curve(name, regrets) for name, regrets in of_name.items()]
+            regrets_of_runs = list(pool.map(simulate_run, runs))
+    by_strategy = {name: regrets_of_runs[i * seeds : (i + 1) * seeds] for i, name in enumerate(strategies)}
+    return [_curve(name, regrets) for name, regrets in by_strategy.items()]
 
 
 def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
-    """The regret after each trial of one search, which sees only the costs of the configs that it proposes."""
+    """The regret after each trial of one simulated search, which sees only the costs of configs that it proposes."""
     if strategy not in STRATEGIES:
         raise ArgumentError("sampler", repr(strategy), ", ".join(STRATEGIES))
     place, shape, costs, best_us = sweep.place, sweep.shape, sweep.costs, sweep.best_us
@@ -267,15 +269,15 @@ def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
     return regrets_so_far
 
 
-def _regrets_of(sweep: Sweep, trials: int, run: tuple[str, int]) -> list[float]:
+def _simulate_run(sweep: Sweep, trials: int, run: tuple[str, int]) -> list[float]:
     strategy, seed = run
     return regrets(sweep, strategy, seed, trials)
 
 
 def _curve(name: str, regrets_of_seeds: Iterable[list[float]]) -> Curve:
     regrets_of_seeds = list(regrets_of_seeds)
-    quartiles = [_quartiles(of_trial) for of_trial in zip(*regrets_of_seeds, strict=True)]
-    lower, median, upper = ([three[at] for three in quartiles] for at in range(3))
+    quartiles = [_quartiles(regrets_of_trial) for regrets_of_trial in zip(*regrets_of_seeds, strict=True)]
+    lower, median, upper = ([three[i] for three in quartiles] for i in range(3))
     never = float("inf")
     near = [next((n for n, regret in enumerate(run, start=1) if regret <= NEAR), never) for run in regrets_of_seeds]
     first, second, third = (None if n == never else round(n) for n in _quartiles(near))
@@ -283,7 +285,7 @@ def _curve(name: str, regrets_of_seeds: Iterable[list[float]]) -> Curve:
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Quartiles that are values of the sample or midpoints of two: infinite values do not make a NaN."""
+    """Quartiles that are values of the sample or midpoints of two, so that infinite values give no NaN."""
     ordered = sorted(values)
     half = len(ordered) // 2
     lower, upper = ordered[: half or 1], ordered[-(half or 1) :]

@@ -1,4 +1,4 @@
-"""The samplers that need no Optuna: at random, by the cost model, by the cost model corrected with measured costs."""
+"""Samplers without Optuna: random, by the cost model, and by the cost model corrected with measured costs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from parallax_gen.ops.base import KernelConfig, Value
 # Predicts a config's cost, in the unit of the cost.
 Guess = Callable[[KernelConfig], float]
 
-RIDGE_STRENGTH = 3.0  # of the fit, in observations without error: a single observation has a weight of a quarter
+RIDGE_STRENGTH = 3.0  # in observations with error 0: a single observation gets a weight of a quarter
 OPTIMISM = 0.1  # a bonus in log time for a knob value that was never tried: it is expected to be faster than its guess
 FAILURE_PENALTY = math.log(4.0)  # the log error of a failed config: as if it were four times slower than its guess
-FIT_PASSES = 3  # of the fit over all knobs; each pass starts from the last one's result
+FIT_PASSES = 3  # passes of the fit over all knobs; each starts from the result of the one before
 
 
 class Sampler(Protocol):
     """Proposes configs and learns what they cost."""
 
-    def propose(self, left: Collection[KernelConfig]) -> KernelConfig | None:
-        """One of `left`, which is not empty; None if the sampler found nothing new."""
+    def propose(self, untried: Collection[KernelConfig]) -> KernelConfig | None:
+        """One of `untried`, which is not empty; None if the sampler found nothing new."""
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
-        """Take the cost of a config, proposed or not; None is a failure."""
+        """Learn the cost of a config, whether it was proposed or not; None means a failure."""
 
 
 class RandomSampler:
@@ -37,8 +37,8 @@ class RandomSampler:
     def __init__(self, seed: int | None):
         self._random = random.Random(seed)
 
-    def propose(self, left: Collection[KernelConfig]) -> KernelConfig:
-        return self._random.choice(list(left))
+    def propose(self, untried: Collection[KernelConfig]) -> KernelConfig:
+        return self._random.choice(list(untried))
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
         pass
@@ -50,8 +50,8 @@ class ModelSampler:
     def __init__(self, guess: Guess):
         self._guess = cache(guess)
 
-    def propose(self, left: Collection[KernelConfig]) -> KernelConfig:
-        return min(left, key=self._guess)
+    def propose(self, untried: Collection[KernelConfig]) -> KernelConfig:
+        return min(untried, key=self._guess)
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
         pass
@@ -61,7 +61,7 @@ class CorrectedModelSampler:
     """Proposes the config with the least predicted cost, corrected by the errors so far for each knob value.
 
     The log errors are fitted as a sum of one term for each knob value: ridge regression on one-hot knobs, solved knob
-    by knob (backfitting). Values that were seldom tried get a bonus.
+    by knob (backfitting). Values that were rarely tried get a bonus.
     """
 
     def __init__(self, guess: Guess):
@@ -73,10 +73,10 @@ class CorrectedModelSampler:
         self._seen: Counter[tuple[str, Value]] = Counter()
         self._fitted = True
 
-    def propose(self, left: Collection[KernelConfig]) -> KernelConfig:
+    def propose(self, untried: Collection[KernelConfig]) -> KernelConfig:
         if not self._fitted:
             self._fit()
-        return min(left, key=lambda config: self._guess(config) + self._correction(config) - self._optimism(config))
+        return min(untried, key=lambda config: self._guess(config) + self._correction(config) - self._optimism(config))
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
         if cost is None:
@@ -94,21 +94,21 @@ class CorrectedModelSampler:
 
     def _fit(self) -> None:
         mean = sum(self._errors.values()) / max(1, len(self._errors))  # the guess may be off for all configs
-        off = {config: error - mean for config, error in self._errors.items()} | dict.fromkeys(
+        errors = {config: error - mean for config, error in self._errors.items()} | dict.fromkeys(
             self._failed, FAILURE_PENALTY
         )
-        left = {config: error - self._correction(config) for config, error in off.items()}
-        having: dict[tuple[str, Value], list[KernelConfig]] = defaultdict(list)
-        for config in off:
+        residuals = {config: error - self._correction(config) for config, error in errors.items()}
+        configs_of: dict[tuple[str, Value], list[KernelConfig]] = defaultdict(list)
+        for config in errors:
             for knob in self._knobs(config):
-                having[knob].append(config)
+                configs_of[knob].append(config)
         for _ in range(FIT_PASSES):
-            for knob, configs in having.items():
+            for knob, configs in configs_of.items():
                 term = self._terms.get(knob, 0.0)
-                better = (sum(left[config] for config in configs) + term * len(configs)) / (
+                new_term = (sum(residuals[config] for config in configs) + term * len(configs)) / (
                     len(configs) + RIDGE_STRENGTH
                 )
                 for config in configs:
-                    left[config] += term - better
-                self._terms[knob] = better
+                    residuals[config] += term - new_term
+                self._terms[knob] = new_term
         self._fitted = True

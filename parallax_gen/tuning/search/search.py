@@ -1,4 +1,4 @@
-"""Proposes configs one after the other, by the costs of those before. The only module that uses Optuna's samplers."""
+"""Proposes configs one at a time, from the costs of earlier ones. The only module that uses Optuna's samplers."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def missing_package(sampler: str) -> str | None:
 
 
 class Search:
-    """Configs to try, each once: first the `first` ones in their order, then what a sampler proposes.
+    """Proposes configs to try, each once: first those in `first`, in order, then those that a sampler chooses.
 
-    Pass known results to `tell` before the first `ask`. A cost is any positive number, less is better; None is a
+    Pass known results to `tell` before the first `ask`. A cost is any positive number, less is better; None means a
     failure, from which Optuna's samplers learn nothing.
 
-    sampler  one of SAMPLERS; by default "corrected" with a guess, "tpe" without one
+    sampler  one of SAMPLERS; by default "corrected" if there is a guess, else "tpe"
     guess    predicts a config's cost before it is tried (cost_model.py); "model" and "corrected" need it
     among    the configs to try, by default every valid one
 
     The default sampler was chosen by `parallax-gen replay tests/data/sweeps/h200*`: three partial sweeps of 136 to 158
     configs, 20 seeds. To come within 2 % of the best, the default config and then "corrected" took 1, 5 and 2 trials,
     and "model" alone 1, 2 and 1. "tpe" took 30 in one sweep and more than a fifth of all configs in two; "random" took
-    more than a fifth in all three. The model was fitted to these sweeps among others, so they flatter it. If the guess
-    is off for one knob, "corrected" learns that and "model" does not.
+    more than a fifth in all three. The model was fitted to these sweeps among others, so it does better on them than on
+    new ones. If the guess is off for one knob, "corrected" learns that and "model" does not.
     """
 
     def __init__(
@@ -79,35 +79,39 @@ class Search:
         among: Iterable[KernelConfig] | None = None,
     ):
         self._first = deque(first)
-        self._left = dict.fromkeys(every_config(spec, gpu) if among is None else among)
+        self._untried = dict.fromkeys(every_config(spec, gpu) if among is None else among)
         self._sampler = _sampler(sampler or ("corrected" if guess else "tpe"), spec, seed, guess)
 
     def ask(self) -> KernelConfig | None:
         """A valid config that was neither proposed nor told before; None if none is left."""
         while self._first:
             config = self._first.popleft()
-            if config in self._left:
-                del self._left[config]
+            if config in self._untried:
+                del self._untried[config]
                 return config
-        if not self._left:
+        if not self._untried:
             return None
-        config = self._sampler.propose(self._left.keys()) or next(iter(self._left))
-        del self._left[config]
+        config = self._sampler.propose(self._untried.keys()) or next(iter(self._untried))
+        del self._untried[config]
         return config
 
     def tell(self, config: KernelConfig, cost: float | None) -> None:
-        """Take the cost of a config, proposed or not."""
-        self._left.pop(config, None)
+        """Learn the cost of a config, whether it was proposed or not."""
+        self._untried.pop(config, None)
         self._sampler.learn(config, cost)
 
 
 def _sampler(name: str, spec: KernelSpec, seed: int | None, guess: Guess | None) -> Sampler:
     if name in _MODEL_SAMPLERS:
         if guess is None:
-            raise ArgumentError("sampler", f"{name!r} without a guess", "it with a guess of what configs cost")
+            raise ArgumentError(
+                "sampler", f"{name!r} without a guess", "this sampler together with a guess of the configs' costs"
+            )
         return _MODEL_SAMPLERS[name](guess)
     if package := missing_package(name):
-        raise ArgumentError("sampler", f"{name!r} without the package {package}", f"it after: pip install {package}")
+        raise ArgumentError(
+            "sampler", f"{name!r} without the package {package}", f"this sampler after: pip install {package}"
+        )
     if name in _OPTUNA:
         make, ordered = _OPTUNA[name]
         return _Optuna(spec, make(seed), ordered)
@@ -117,7 +121,7 @@ def _sampler(name: str, spec: KernelSpec, seed: int | None, guess: Guess | None)
 
 
 class _Optuna:
-    """One of Optuna's samplers. A proposal that is known or invalid counts as a failure."""
+    """One of Optuna's samplers. A proposal that is invalid or was tried before counts as a failure."""
 
     def __init__(self, spec: KernelSpec, sampler: BaseSampler, ordered: bool):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -128,27 +132,27 @@ class _Optuna:
             for name, values in self._choices.items()
         }
         self._study = optuna.create_study(sampler=sampler)
-        self._asked: dict[KernelConfig, optuna.Trial] = {}
+        self._pending: dict[KernelConfig, optuna.Trial] = {}
         self._worst: float | None = None
         self._patience = MAX_FUTILE_ASKS
 
-    def propose(self, left: Collection[KernelConfig]) -> KernelConfig | None:
+    def propose(self, untried: Collection[KernelConfig]) -> KernelConfig | None:
         for _ in range(self._patience):
             trial = self._study.ask(self._distributions)
             values = {n: self._choices[n][v] if self._ordered else v for n, v in trial.params.items()}
             config = coerce(self._spec, values)
-            if config in left:
-                self._asked[config] = trial
+            if config in untried:
+                self._pending[config] = trial
                 self._patience = min(MAX_FUTILE_ASKS, 2 * self._patience)
                 return config
-            # Samplers learn nothing from a failure. Ordered ones would propose the same again: give them a bad cost.
+            # Samplers learn nothing from a failure. Ordered ones would propose the same again, so they get a bad cost.
             bad = self._worst if self._ordered else None
             self._study.tell(trial, bad, state=TrialState.FAIL if bad is None else None)
         self._patience = max(1, self._patience // 2)
         return None
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:
-        trial = self._asked.pop(config, None)
+        trial = self._pending.pop(config, None)
         if cost is not None:
             self._worst = max(cost, self._worst or cost)
         if trial is not None:
@@ -156,7 +160,7 @@ class _Optuna:
             return
         params = asdict(config)
         if cost is None or any(value not in self._choices[name] for name, value in params.items()):
-            return  # a failure, or a value that the space does not have any more
+            return  # a failure, or a value that is no longer in the space
         if self._ordered:
             params = {name: self._choices[name].index(value) for name, value in params.items()}
         self._study.add_trial(create_trial(params=params, distributions=self._distributions, value=cost))

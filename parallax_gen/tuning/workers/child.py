@@ -27,7 +27,7 @@ from parallax_gen.errors import (
     BuildError,
     ConfigError,
     MemoryTakenError,
-    held_by_others,
+    held_by_other_processes,
     machine_error,
 )
 from parallax_gen.memory.result import Outcome
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 def serve(*, device: bool) -> None:
     """Report that this child is ready, then answer requests until there are no more.
 
-    A fault of the machine is sent as a reply, which the parent raises. Any other error that is no outcome ends the
-    child, which its parent sees as a crash.
+    A fault of the machine is sent as a reply, which the parent raises. Any other error that is not an outcome ends the
+    child, which the parent reports as a crash.
     """
     requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -78,7 +78,7 @@ def serve(*, device: bool) -> None:
 
     reply(lambda: Ready(create_context() if device else False))
     if device:
-        Thread(target=import_what_gradients_need, daemon=True).start()
+        Thread(target=import_sympy, daemon=True).start()
     while True:
         try:
             request = pickle.load(requests)
@@ -115,7 +115,7 @@ def compile_trial(request: Compile) -> TrialResult:
 
 
 def measure_trial(request: Measure) -> TrialResult:
-    """Check at an awkward shape and at the trial's own shape, then time at the trial's own."""
+    """Check at an awkward shape and at the trial's shape, then time at the trial's shape."""
     from triton.runtime.errors import OutOfResources
 
     from parallax_gen.oracle import verify
@@ -158,18 +158,20 @@ def _out_of_memory(error: RuntimeError) -> TrialResult:
     import torch
 
     message = str(error).splitlines()[0]
-    if not isinstance(error, torch.OutOfMemoryError):  # the driver's, without sizes
+    if not isinstance(error, torch.OutOfMemoryError):  # raised by the driver, without sizes
         free, total = torch.cuda.mem_get_info()
-        others = total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES
-        if others > 0:
-            raise MemoryTakenError(f"{message} (other processes hold {others / 2**30:.1f} GiB of the card)") from error
-    elif held_by_others(message):
+        held_bytes = total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES
+        if held_bytes > 0:
+            raise MemoryTakenError(
+                f"{message} (other processes hold {held_bytes / 2**30:.1f} GiB of the card)"
+            ) from error
+    elif held_by_other_processes(message):
         raise error
     return TrialResult(Outcome.RESOURCES, f"needs more memory than the card has: {message}")
 
 
 def measure_interleaved(request: MeasureInterleaved) -> TrialResult:
-    """Time trials that passed their checks, interleaved, at their shape."""
+    """Time interleaved trials, which passed their checks, at their shape."""
     from parallax_gen.tuning.workers.measure import time_interleaved
 
     first = request.trials[0]
@@ -185,9 +187,9 @@ def _batches(trial: Trial, inputs: Inputs) -> list[Inputs]:
     """The inputs that a trial is timed on: `inputs`, and copies with each of the other sequence lengths."""
     import torch
 
-    _, *others = timed_lengths(trial.spec, trial.shape)
-    lengths = (torch.tensor(each, dtype=torch.int32, device=inputs.q.device) for each in others)
-    return [inputs, *(dataclasses.replace(inputs, cache_seqlens=each) for each in lengths)]
+    _, *other_lengths = timed_lengths(trial.spec, trial.shape)
+    tensors = (torch.tensor(lengths, dtype=torch.int32, device=inputs.q.device) for lengths in other_lengths)
+    return [inputs, *(dataclasses.replace(inputs, cache_seqlens=lengths) for lengths in tensors)]
 
 
 def _call(trial: Trial, batches: list[Inputs]) -> Callable[[], object]:
@@ -196,14 +198,14 @@ def _call(trial: Trial, batches: list[Inputs]) -> Callable[[], object]:
 
     launch = load(render(trial.spec, trial.config, trial.gpu)).launch
     scale = softmax_scale(trial.spec)
-    arguments = [prepare(trial.spec, trial.config, inputs).arguments(scale) for inputs in batches]
-    return lambda: [launch(*each) for each in arguments]
+    launches = [prepare(trial.spec, trial.config, inputs).arguments(scale) for inputs in batches]
+    return lambda: [launch(*arguments) for arguments in launches]
 
 
 def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected]:
-    """Random inputs of this child, and the oracle's outputs. The costly oracle runs once for all configs of a bucket.
+    """Random inputs, and the oracle's outputs. The costly oracle runs once for all configs of a bucket.
 
-    It also runs once for all kernels of a training step that are measured one after the other.
+    It runs only once for kernels of a training step that are measured one after the other.
     """
     if op_of(spec).layout is not Layout.TILES:
         return _inputs_and_oracle_of_one(spec, shape)
@@ -231,7 +233,7 @@ def _inputs_and_oracle_of_one(spec: KernelSpec, shape: Shape) -> tuple[Inputs, E
 
 
 def free_cached_inputs() -> None:
-    """Free the cached inputs on the device: the request that lacked memory is sent again in a while."""
+    """Free the cached inputs on the device. The request that ran out of memory is sent again later."""
     import torch
 
     _training_step.cache_clear()
@@ -242,7 +244,7 @@ def free_cached_inputs() -> None:
 
 
 def create_context() -> bool:
-    """Create the CUDA context ahead of the first request, as it takes seconds. Whether there is a device."""
+    """Create the CUDA context before the first request, because it takes seconds. Returns whether there is a device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -251,7 +253,7 @@ def create_context() -> bool:
     return True
 
 
-def import_what_gradients_need() -> None:
+def import_sympy() -> None:
     """Import sympy while the first configs compile: torch imports it at its first gradient, which takes seconds."""
     with contextlib.suppress(ImportError):
         importlib.import_module("torch.fx.experimental.symbolic_shapes")

@@ -13,8 +13,8 @@ import torch
 from parallax_gen.tuning.workers.messages import Timing
 
 # Protocol 1: a CUDA graph of several calls on one set of random inputs is replayed. Each replay is timed with events
-# and divided by its number of calls; the result is the median. L2 is warm: it holds what fits of the inputs. Replays
-# before the timed ones bring the clocks up.
+# and divided by its number of calls; the result is the median. L2 is warm: it holds as much of the inputs as fits.
+# Replays before the timed ones bring the clocks up.
 #
 # Kernels bound by matmuls (`work.bound_by_matmuls`) whose times are compared are timed in short bursts, each after an
 # idle pause. A card that is busy with matmuls for longer reaches its power limit: an H100 after 30 to 90 ms, at
@@ -30,15 +30,15 @@ from parallax_gen.tuning.workers.messages import Timing
 # the timing of kernels bound by memory waits.
 #
 # None of these three changes raised the version: a tune begins with the configs that ship for its bucket, and its
-# finals time the leading config again, so that no old time decides against a new one.
-CALLS_A_GRAPH = 20
+# finals time the leading config again, so that an old time never beats a new one.
+CALLS_PER_GRAPH = 20
 GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH: fewer a graph
 WARM_MS = 5.0
 PAUSE_S = 0.05
 BURST_MS = 20.0
 MIN_REPLAYS, MAX_REPLAYS = 7, 200
 ROUNDS = 3
-SETTLE_BYTES = 2**30  # bytes
+SETTLE_BYTES = 2**30
 SETTLE_S = 0.3
 
 
@@ -52,9 +52,9 @@ def time_call(
 ) -> Timing:
     """Time a call that launches work on the current stream and never synchronises, for about timed_ms.
 
-    A call that takes longer than give_up_us is replayed only a few times: it has lost already.
+    A call that takes longer than give_up_us is replayed only a few times: it cannot be the best.
 
-    in_bursts  time in bursts, each after an idle pause
+    in_bursts     time in bursts, each after an idle pause
     memory_bound  the call is bound by memory
     """
     graph, pause_s = _Graph(call), PAUSE_S if in_bursts else 0.0
@@ -80,24 +80,24 @@ def time_interleaved(
         _settle()
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(ROUNDS):
-        for graph, its_times in zip(graphs, times, strict=True):
+        for graph, graph_times in zip(graphs, times, strict=True):
             graph.warm(PAUSE_S if in_bursts else 0.0)
-            its_times += graph.times_of_burst(timed_ms, ROUNDS)
-    return [graph.timing(its_times) for graph, its_times in zip(graphs, times, strict=True)]
+            graph_times += graph.times_of_burst(timed_ms, ROUNDS)
+    return [graph.timing(graph_times) for graph, graph_times in zip(graphs, times, strict=True)]
 
 
-class _Settled:
-    """How many bytes this process had freed to the driver when it last timed something."""
+class _FreedMemory:
+    """The bytes that this process had freed to the driver when it last timed something."""
 
     freed = 0
 
 
 def _settle() -> None:
-    """Wait until the driver has cleared freed memory, if that was much."""
+    """Wait until the driver has cleared freed memory, if much was freed."""
     freed = torch.cuda.memory_stats().get("reserved_bytes.all.freed", 0)
-    if freed - _Settled.freed >= SETTLE_BYTES:
+    if freed - _FreedMemory.freed >= SETTLE_BYTES:
         time.sleep(SETTLE_S)
-    _Settled.freed = freed
+    _FreedMemory.freed = freed
 
 
 class _Graph:
@@ -109,7 +109,7 @@ class _Graph:
         with torch.cuda.stream(self._stream):
             call()  # compile and allocate outside the graph
             (rough_us,) = event_times_us(call, 1)
-            self._calls = max(1, min(CALLS_A_GRAPH, int(GRAPH_US / max(rough_us, 1.0))))
+            self._calls = max(1, min(CALLS_PER_GRAPH, int(GRAPH_US / max(rough_us, 1.0))))
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
                 for _ in range(self._calls):
@@ -137,7 +137,7 @@ class _Graph:
         return self.times(max(math.ceil(MIN_REPLAYS / bursts), min(MAX_REPLAYS, replays)))
 
     def times(self, replays: int) -> list[float]:
-        """Microseconds a call, for each replay."""
+        """Microseconds per call, for each replay."""
         with torch.cuda.stream(self._stream):
             return [us / self._calls for us in event_times_us(self._graph.replay, replays)]
 
@@ -146,7 +146,7 @@ class _Graph:
 
 
 def time_eagerly(call: Callable[[], object], calls: int) -> Timing:
-    """Time a call that no graph can capture: launched from Python, so the host's time counts if it is longer."""
+    """Time a call that no graph can capture. It is launched from Python, so the host's time counts if it is longer."""
     call()
     return _timing(event_times_us(call, calls), 1)
 
@@ -162,6 +162,6 @@ def event_times_us(call: Callable[[], object], count: int) -> list[float]:
     return [float(a.elapsed_time(b)) * 1000 for a, b in itertools.pairwise(marks)]
 
 
-def _timing(times: list[float], calls_a_graph: int) -> Timing:
+def _timing(times: list[float], calls_per_graph: int) -> Timing:
     fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return Timing(statistics.median(times), fifths[0], fifths[3], calls_a_graph, len(times))
+    return Timing(statistics.median(times), fifths[0], fifths[3], calls_per_graph, len(times))

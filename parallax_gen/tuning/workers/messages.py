@@ -36,7 +36,7 @@ class Compile:
 
 @dataclass(frozen=True)
 class Measure:
-    """Check against the oracle, then time for about timed_ms; a call slower than give_up_us is timed for less."""
+    """Check against the oracle, then time for about timed_ms; a call slower than give_up_us is timed only briefly."""
 
     trial: Trial
     give_up_us: float = float("inf")
@@ -46,7 +46,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class MeasureInterleaved:
-    """Time trials that passed their checks, of one spec and shape, interleaved: clock drift affects all alike."""
+    """Time trials of one spec and shape that passed their checks, interleaved: clock drift affects all equally."""
 
     trials: tuple[Trial, ...]
     timed_ms: float = TRIAL_MS
@@ -67,12 +67,12 @@ class Ready:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median, and the 20th and 80th percentile over `replays` replays of a graph."""
+    """Microseconds per call: median, and the 20th and 80th percentile over `replays` replays of a graph."""
 
     median_us: float
     p20_us: float
     p80_us: float
-    calls_a_graph: int
+    calls_per_graph: int
     replays: int
 
     def per_launch(self, parts: int) -> Timing:
@@ -82,9 +82,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """The reply to a request: any outcome but PREDICTED, which no child reports.
+    """The reply to a request. No child reports the outcome PREDICTED.
 
-    timings  for a MeasureInterleaved, one for each trial
+    timings  for a MeasureInterleaved, one per trial
     """
 
     outcome: Outcome

@@ -1,4 +1,4 @@
-"""The tuner's child processes, each served by a thread: some compile, one a device measures, replies share one queue.
+"""The tuner's child processes, each served by a thread: some compile, one per device measures, replies share a queue.
 
 Also counts the CPUs that are usable for compiling.
 """
@@ -30,7 +30,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 COMPILE_TIMEOUT_S = 120.0  # the slowest kernels take about ten seconds
 MEASURE_TIMEOUT_S = 120.0  # includes the oracle at the largest shapes
-CACHED_TIMEOUT_S = 30.0  # with the oracle's results cached: a longer request hangs
+CACHED_TIMEOUT_S = 30.0  # with the oracle's results cached: a request that takes longer hangs
 MEMORY_WAITS_S = (2.0, 8.0, 20.0)  # between attempts while other processes hold the memory
 
 
@@ -64,10 +64,10 @@ class Answer:
 
 
 class Pool:
-    """Owns the compiling children and one measuring child for each device: closing the pool kills them.
+    """Owns the compiling children and one measuring child per device: closing the pool kills them.
 
-    No two children compile the same source at a time: the second request is held until the first is done, and then
-    finds the program in Triton's cache. Only the thread that created the pool may call its methods.
+    No two children compile the same source at the same time: the second request is held until the first is done, and
+    then finds the program in Triton's cache. Only the thread that created the pool may call its methods.
     """
 
     def __init__(self, measuring: Mapping[int, WorkerProtocol], compilers: Sequence[WorkerProtocol]):
@@ -100,7 +100,7 @@ class Pool:
         self._to_measure[device].put((owner, request))
 
     def next(self, timeout_s: float) -> Answer | None:
-        """The next answer; None after the timeout, or for an answer that nobody waits for any more.
+        """The next answer; None after the timeout, or for an answer whose owner was forgotten.
 
         Raises MachineError if the machine is at fault, and any other error of a worker.
         """
@@ -141,7 +141,7 @@ class Pool:
         self._threads[-1].start()
 
     def _serve_safely(self, worker: WorkerProtocol, serve: Callable[..., None], *arguments: object) -> None:
-        """Serve, and pass an exception on to `next`: if a thread ended silently, `next` would wait for ever."""
+        """Serve, and pass an exception on to `next`: if a thread ended silently, `next` would wait forever."""
         try:
             serve(*arguments)
         except BaseException as error:  # noqa: BLE001 - raised again in `next`
@@ -155,30 +155,30 @@ class Pool:
             try:
                 return worker.ask(request, timeout_s)
             except MemoryTakenError as error:
-                _LOG.warning("%s; once more in %.0f s", error, wait_s)
+                _LOG.warning("%s; trying again in %.0f s", error, wait_s)
                 if self._closing.wait(wait_s):
                     raise
                 timeout_s = max(timeout_s, MEASURE_TIMEOUT_S)  # the child dropped its cached inputs and oracle
         return worker.ask(request, timeout_s)
 
     def _compile_all(self, worker: WorkerProtocol) -> None:
-        while (each := self._to_compile.get()) is not None:
-            given_up = each.owner in self._forgotten
+        while (compilation := self._to_compile.get()) is not None:
+            forgotten = compilation.owner in self._forgotten
             reply = (
                 TrialResult(Outcome.CRASH, "given up")
-                if given_up
-                else self._ask(worker, each.request, COMPILE_TIMEOUT_S)
+                if forgotten
+                else self._ask(worker, compilation.request, COMPILE_TIMEOUT_S)
             )
-            self._answers.put((Answer(each.owner, each.request, reply), each.source))
+            self._answers.put((Answer(compilation.owner, compilation.request, reply), compilation.source))
 
     def _measure_all(self, worker: WorkerProtocol, device: int) -> None:
-        at: tuple[KernelSpec, Shape] | None = None  # whose oracle the child has cached
+        cached: tuple[KernelSpec, Shape] | None = None  # the problem whose oracle results the child has cached
         while (item := self._to_measure[device].get()) is not None:
             owner, request = item
             trial = request.trials[0] if isinstance(request, MeasureInterleaved) else request.trial
-            place = trial.spec, trial.shape
-            reply = self._ask(worker, request, CACHED_TIMEOUT_S if place == at else MEASURE_TIMEOUT_S)
-            at = None if reply.outcome.inconclusive else place
+            problem = trial.spec, trial.shape
+            reply = self._ask(worker, request, CACHED_TIMEOUT_S if problem == cached else MEASURE_TIMEOUT_S)
+            cached = None if reply.outcome.inconclusive else problem
             self._answers.put((Answer(owner, request, reply, device), ""))
 
 
@@ -211,7 +211,7 @@ def _quota() -> float:
         controllers, _, group = rest.partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # In a container the group's path may be the host's: then the group's files are at the top of the mount.
+        # In a container the group's path may be the host's. Then the group's files are at the top of the mount.
         for top in (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS,):
             inner = top / group.lstrip("/")
             quotas += [_quota_of(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(top)]

@@ -1,7 +1,7 @@
-"""The parent's handle on a killable child that compiles, checks and times: no kernel can take the tuner down.
+"""The parent's handle on a killable child that compiles, checks and times: no kernel can crash the tuner.
 
 Pickled requests go to the standard input of `tuning/workers/child.py`, pickled replies come from its standard output.
-Nothing but these messages is ever unpickled. The parent itself never touches CUDA.
+Only these messages are unpickled. The parent itself never touches CUDA.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ START_S = 120.0  # how long a child may take to start and to identify its GPU: i
 
 
 class Worker:
-    """The parent's handle on a child, which starts at the first request, and again after it died.
+    """The parent's handle on a child. The child starts at the first request, and again after it died.
 
     device  the index of the only GPU that the child sees, among those visible here; None for no GPU
     """
@@ -41,15 +41,15 @@ class Worker:
         self._killed = False
 
     def start(self) -> None:
-        """Start the child ahead of the first request, as importing torch takes seconds. Raises MachineError."""
+        """Start the child before the first request, because importing torch takes seconds. Raises MachineError."""
         self._ensure_running()
 
     def ask(self, request: Request, timeout_s: float) -> TrialResult:
-        """The reply to a request; without a reply TIMEOUT (the child is killed) or CRASH.
+        """The reply to a request. If none comes, the outcome is TIMEOUT (the child is killed) or CRASH.
 
         timeout_s is for the request; a child that must start first gets more time. Raises MachineError if the machine
         is at fault: the child reports it, the child does not start or was killed from outside, or its device is lost
-        (after a child died, a new child does not find it).
+        (a new child, started after one died, does not find it).
         """
         start = time.monotonic()
         try:
@@ -68,7 +68,7 @@ class Worker:
         return TrialResult(outcome, detail, seconds=seconds)
 
     def identify(self) -> Gpu | None:
-        """The GPU that the child sees, None for none. Raises MeasureError if the child does not reply."""
+        """The GPU that the child sees, or None. Raises MeasureError if the child does not reply."""
         try:
             self._wait_until_ready()
             gpu = self._ask(Identify(), START_S)
@@ -98,26 +98,26 @@ class Worker:
             self._child = None
 
     def _wait_until_ready(self) -> None:
-        """Make sure that a child accepts requests. Raises MachineError if none starts, or its device is lost."""
+        """Make sure that the child accepts requests. Raises MachineError if it does not start or its device is lost."""
         self._ensure_running()
         if self._ready:
             return
-        where = "a child process" if self._device is None else f"the child of device {self._device}"
+        child = "a child process" if self._device is None else f"the child of device {self._device}"
         try:
             ready = self._reply(START_S)
         except TimeoutError:
-            raise MachineError(f"{where} did not start within {START_S:.0f} s") from None
+            raise MachineError(f"{child} did not start within {START_S:.0f} s") from None
         except ChildProcessError as error:
             if self._killed:
                 raise
-            raise MachineError(f"{where} does not start: {error}") from error
+            raise MachineError(f"{child} does not start: {error}") from error
         except MachineError:
             self.close()  # another child may start, for example create a CUDA context
             raise
         assert isinstance(ready, Ready)
         if self._had_device and not ready.device:
             self.close()
-            raise MachineError(f"device {self._device} is lost: CUDA finds it no more")
+            raise MachineError(f"device {self._device} is lost: CUDA no longer finds it")
         self._ready, self._had_device = True, ready.device
 
     def _ask(self, request: object, timeout_s: float) -> object:
@@ -132,7 +132,7 @@ class Worker:
     def _reply(self, timeout_s: float) -> object:
         """The child's next message. Raises TimeoutError, ChildProcessError with the child's last line, or MachineError.
 
-        The child is closed then, except if it reported the MachineError itself.
+        Before raising it closes the child, unless the child reported the MachineError itself.
         """
         assert self._child is not None
         assert self._child.stdout is not None
@@ -143,11 +143,11 @@ class Worker:
                 raise TimeoutError
             reply = pickle.load(self._child.stdout)
         except (EOFError, pickle.UnpicklingError) as error:
-            words, status = self._exit_report()
+            last_line, status = self._exit_report()
             self.close()
-            if status is not None and not self._killed and (fault := machine_error_of_exit(status, words)):
+            if status is not None and not self._killed and (fault := machine_error_of_exit(status, last_line)):
                 raise fault from error
-            raise ChildProcessError(words if status is None else f"exit status {status}: {words}") from error
+            raise ChildProcessError(last_line if status is None else f"exit status {status}: {last_line}") from error
         if isinstance(reply, MachineError):
             raise reply
         return reply
