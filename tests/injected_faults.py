@@ -23,15 +23,15 @@ FAULTS = {
 }
 KERNEL_FAULTS = """
     {% if config.num_warps == 1 and config.BLOCK_M == 4 %}
-    tl.store(rows_ptr + (1 << 42) + rows, lse)
+    tl.store(row_stats_ptr + (1 << 42) + offs_m, lse)
     {% elif config.num_warps == 1 and config.BLOCK_M == 8 %}
-    seen = 0
-    while seen != -7:
-        seen = tl.atomic_add(rows_ptr.to(tl.pointer_type(tl.int32)), 1)
+    old = 0
+    while old != -7:
+        old = tl.atomic_add(row_stats_ptr.to(tl.pointer_type(tl.int32)), 1)
     {% elif config.num_warps == 1 and config.BLOCK_M == 16 %}
     lse += 1.0
     {% endif %}
-    tl.store(rows_ptr + rows, lse)
+    tl.store(row_stats_ptr + offs_m, lse)
 """
 IMPORT_FAULT = """
 {% if config.num_warps == 2 and config.BLOCK_M == 32 %}
@@ -51,7 +51,10 @@ def tune_with_faults(folder: Path) -> tuple[dict[str, Any], list[Result]]:
         shutil.copytree(data_dir(name), folder / name, dirs_exist_ok=True)
     template = folder / "templates" / "preprocess.py.j2"
     text = template.read_text(encoding="utf-8")
-    for old, new in (("\n    tl.store(rows_ptr + rows, lse)\n", KERNEL_FAULTS), ("\n@triton.jit(", IMPORT_FAULT)):
+    for old, new in (
+        ("\n    tl.store(row_stats_ptr + offs_m, lse)\n", KERNEL_FAULTS),
+        ("\n@triton.jit(", IMPORT_FAULT),
+    ):
         assert text.count(old) == 1
         text = text.replace(old, new)
     template.write_text(text, encoding="utf-8")

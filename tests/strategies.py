@@ -98,15 +98,15 @@ GOLDEN = {
         KernelSpec("forward", 64, "fp16", group=4),
         ForwardConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=8, num_warps=4, num_stages=3),
     ),
-    "forward_window_varlen_pieces": Kernel(
+    "forward_window_varlen_chunked": Kernel(
         KernelSpec("forward", 96, "bf16", group=2, causal=True, window=True, varlen=True),
         ForwardConfig(128, 64, GROUP_HEADS=8, num_warps=8, num_stages=3, HEAD_DIM_LAYOUT="chunked"),
     ),
-    "forward_first_narrow": Kernel(
+    "forward_fixed_reference_narrow": Kernel(
         KernelSpec("forward", 64, "bf16", causal=True, stats=True),
         ForwardConfig(64, 64, GROUP_HEADS=32, num_warps=4, num_stages=3, maxnreg=168, SOFTMAX="fixed_reference"),
     ),
-    "forward_first_window_varlen": Kernel(
+    "forward_fixed_reference_window_varlen": Kernel(
         KernelSpec("forward", 128, "bf16", group=2, causal=True, window=True, varlen=True),
         ForwardConfig(128, 64, GROUP_HEADS=1, num_warps=8, num_stages=3, SOFTMAX="fixed_reference"),
     ),
@@ -127,15 +127,15 @@ GOLDEN = {
         KernelSpec("dqdr", 64, "tf32", group=2),
         DqDrConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=0, num_warps=4, num_stages=2),
     ),
-    "forward_halves": Kernel(
+    "forward_split_head_dim": Kernel(
         KernelSpec("forward", 256, "bf16", group=2, causal=True, stats=True),
         ForwardConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=2, HEAD_DIM_LAYOUT="split"),
     ),
-    "dkdv_numbers_together": Kernel(
+    "dkdv_fused_row_stats": Kernel(
         KernelSpec("dkdv", 64, "bf16", causal=True),
         DkDvConfig(64, 64, GROUP_HEADS=16, num_warps=4, num_stages=3, MASK="before_exp", ROW_STATS="fused"),
     ),
-    "dqdr_masked_scores": Kernel(
+    "dqdr_mask_before_exp": Kernel(
         KernelSpec("dqdr", 64, "bf16", causal=True),
         DqDrConfig(64, 64, GROUP_HEADS=32, num_warps=4, num_stages=3, MASK="before_exp"),
     ),
@@ -143,7 +143,7 @@ GOLDEN = {
         KernelSpec("dkdv", 64, "bf16", causal=True),
         DkDvConfig(32, 64, GROUP_HEADS=32, num_warps=4, num_stages=3, maxnreg=168),
     ),
-    "dqdr_halves": Kernel(
+    "dqdr_split_head_dim_varlen": Kernel(
         KernelSpec("dqdr", 256, "fp16", group=2, varlen=True),
         DqDrConfig(64, 32, GROUP_HEADS=1, num_warps=4, num_stages=2, HEAD_DIM_LAYOUT="split"),
     ),
@@ -151,23 +151,23 @@ GOLDEN = {
         KernelSpec("decode", 128, "bf16"),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="none", num_warps=2, num_stages=4),
     ),
-    "decode_merge_last_gqa_ragged": Kernel(
+    "decode_varlen_merge_last_gqa": Kernel(
         KernelSpec("decode_varlen", 128, "bf16", group=12),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=6, merge="last", num_warps=2, num_stages=4),
     ),
-    "decode_paged": Kernel(
+    "decode_varlen_paged": Kernel(
         KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=64),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="last", num_warps=2, num_stages=4),
     ),
-    "decode_small_pages": Kernel(
+    "decode_varlen_small_pages": Kernel(
         KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
     ),
-    "decode_small_pages_leftpad": Kernel(
+    "decode_varlen_small_pages_leftpad": Kernel(
         KernelSpec("decode_varlen", 128, "bf16", group=4, leftpad=True, page_size=16),
         DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=3),
     ),
-    "decode_ragged_merge_kernel": Kernel(
+    "decode_varlen_merge_kernel": Kernel(
         KernelSpec("decode_varlen", 128, "bf16", group=12, stats=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=16, merge="kernel", num_warps=2, num_stages=4),
     ),
@@ -175,7 +175,7 @@ GOLDEN = {
         KernelSpec("decode", 64, "fp16", group=16),
         DecodeConfig(BLOCK_N=64, BLOCK_H=16, NUM_SPLITS=8, merge="kernel", num_warps=4, num_stages=3),
     ),
-    "decode_packed_queries_window_leftpad_stats": Kernel(
+    "decode_varlen_packed_queries_window_leftpad_stats": Kernel(
         KernelSpec(
             "decode_varlen",
             96,
@@ -190,11 +190,11 @@ GOLDEN = {
         ),
         DecodeConfig(BLOCK_N=64, BLOCK_H=32, NUM_SPLITS=3, merge="last", num_warps=4, num_stages=2),
     ),
-    "decode_paged_e4m3": Kernel(
+    "decode_varlen_paged_e4m3": Kernel(
         KernelSpec("decode_varlen", 128, "bf16", group=8, page_size=64, cache_dtype="e4m3"),
         DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
     ),
-    "decode_many_queries_causal_paged": Kernel(
+    "decode_varlen_multi_token_queries_causal_paged": Kernel(
         KernelSpec("decode_varlen", 128, "fp16", group=2, causal=True, many_queries=True, page_size=16, stats=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=16, NUM_SPLITS=8, merge="last", num_warps=4, num_stages=3),
     ),

@@ -73,7 +73,7 @@ class Call:
         if self.spec.cache_dtype:
             named |= {"k": as_int32(x.k), "v": as_int32(x.v)}
         op = op_of(self.spec)
-        tensors = [named[name] for name in (*op.given(self.spec), *op.written(self.spec), *op.lengths(self.spec))]
+        tensors = [named[name] for name in (*op.inputs(self.spec), *op.written(self.spec), *op.lengths(self.spec))]
         numbers = numbers_of(self.spec, softmax_scale, x.softcap, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
         return (*tensors, *self.scratch, *numbers)
 
@@ -96,7 +96,7 @@ def numbers_of(
 def empty_row_stats(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
     """An uninitialised output of preprocess, four fp32 statistics a query row: (4, batch, heads, padded).
 
-    log2(e) lse, or inf for a row without keys; softmax_scale (1 + t̄); b = do·v̄; softmax_scale (b - do·o). Each
+    log2(e) lse, or inf for a row without keys; softmax_scale (1 + t̄); do·v̄; softmax_scale (do·v̄ - do·o). Each
     sequence's rows are padded to a multiple of PADDED_TO; the padding of the first statistic is inf.
 
     sequences  how many packed ones, if packed: the shape is (4, heads, padded), and sequence b begins at
@@ -139,7 +139,7 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
         return torch.empty(size, dtype=dtype or torch_dtype(spec.dtype), device=device)
 
     op = op_of(spec)
-    given, lengths = op.given(spec), op.lengths(spec)
+    names, lengths = op.inputs(spec), op.lengths(spec)
     rows: tuple[int, ...] = (shape.batch, shape.seqlen_q)
     keys: tuple[int, ...] = (shape.batch, shape.seqlen_kv)
     stats: tuple[int, ...] = (shape.batch, shape.heads, shape.seqlen_q)
@@ -167,7 +167,7 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
             setattr(inputs, name, empty(*sizes[name], dtype=torch.int32))
         else:  # scales
             setattr(inputs, name, empty(shape.kv_heads, dtype=torch.float32))
-    for name in given:
+    for name in names:
         if name in ("do", "out", "v_mean"):
             setattr(inputs, name, torch.empty_like(q))
         elif name in ("lse", "t_mean"):
@@ -200,8 +200,8 @@ def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     batch = x.q.shape[0] if x.cache_seqlens is None else x.cache_seqlens.shape[0]
     needed = op.scratch(spec, config, batch, x.k.shape[-2], x.max_seqlen_q if spec.varlen else x.q.shape[1])
     scratch: tuple[torch.Tensor, ...] = ()
-    if needed.partials:
-        scratch += (torch.empty(needed.partials, dtype=torch.float32, device=device),)
-    if needed.arrived:
-        scratch += (torch.zeros(needed.arrived, dtype=torch.int32, device=device),)
+    if needed.floats:
+        scratch += (torch.empty(needed.floats, dtype=torch.float32, device=device),)
+    if needed.counters:
+        scratch += (torch.zeros(needed.counters, dtype=torch.int32, device=device),)
     return Call(spec, inputs, written, scratch)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from parallax_gen.errors import ConfigError
-from parallax_gen.ops.pieces import Piece, pieces_of
+from parallax_gen.ops.head_dim import Chunk, chunks_of
 from parallax_gen.ops.signature import Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -60,12 +60,12 @@ class Knob:
 class Scratch:
     """The scratch that a launch needs.
 
-    partials  fp32 elements of partial states
-    arrived   int32 arrival counters, which are 0 before and after every launch
+    floats    fp32 elements of the split-KV scratch, which holds the states of splits
+    counters  int32 arrival counters, which are 0 before and after every launch
     """
 
-    partials: int = 0
-    arrived: int = 0
+    floats: int = 0
+    counters: int = 0
 
 
 class Layout(Enum):
@@ -107,7 +107,7 @@ class Op(ABC, Generic[C]):
     uses_near_records     whether a call may use a record of a near bucket, likewise
     per_sequence_lengths  whether a launch takes each sequence's length
     stats_in_error        whether a trial's recorded error covers the statistics too
-    launch_names          the name in `launch` of a tensor, where it differs from the name in `given` and `written`
+    launch_names          the name in `launch` of a tensor, where it differs from the name in `inputs` and `written`
     """
 
     name: ClassVar[str]
@@ -120,7 +120,7 @@ class Op(ABC, Generic[C]):
     uses_near_records: ClassVar[bool] = False
     per_sequence_lengths: ClassVar[bool] = False
     stats_in_error: ClassVar[bool] = True
-    launch_names: ClassVar[Mapping[str, str]] = MappingProxyType({"row_stats": "rows"})
+    launch_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     # -- the space of configs
 
@@ -157,19 +157,19 @@ class Op(ABC, Generic[C]):
         values = next(knob.values for knob in self.knobs if knob.name == knob_name)
         return max(v for v in values if isinstance(v, int) and 0 < v <= size)
 
-    def scored_and_summed(self, head_dim: int, head_dim_layout: str) -> tuple[list[Piece], list[Piece]]:
-        """The pieces of a head that a program computes scores with, and those whose outputs it accumulates.
+    def score_and_output_chunks(self, head_dim: int, head_dim_layout: str) -> tuple[list[Chunk], list[Chunk]]:
+        """The chunks of a head that a program computes scores with, and those whose outputs it accumulates.
 
         head_dim_layout  the config's HEAD_DIM_LAYOUT
         """
-        pieces = pieces_of(head_dim, head_dim_layout)
-        return pieces, pieces
+        chunks = chunks_of(head_dim, head_dim_layout)
+        return chunks, chunks
 
-    # -- what a launch takes, in this order: given, written, lengths, scratch, scales, sizes. The names are those of
+    # -- what a launch takes, in this order: inputs, written, lengths, scratch, scales, sizes. The names are those of
     # `codegen.abi.Inputs`.
 
     @abstractmethod
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         """The tensors that the kernel reads."""
 
     @abstractmethod
@@ -206,8 +206,8 @@ class Op(ABC, Generic[C]):
     def tensors(self, spec: KernelSpec, config: C) -> tuple[str, ...]:
         """All tensors that `launch` takes, in order, by their names there."""
         needed = self.scratch(spec, config, 1, 1)
-        scratch = ("partials",) * (needed.partials > 0) + ("arrived",) * (needed.arrived > 0)
-        tensors = (*self.given(spec), *self.written(spec), *self.lengths(spec), *scratch)
+        scratch = ("scratch",) * (needed.floats > 0) + ("arrival_counters",) * (needed.counters > 0)
+        tensors = (*self.inputs(spec), *self.written(spec), *self.lengths(spec), *scratch)
         return tuple(self.launch_names.get(tensor, tensor) for tensor in tensors)
 
     def parameters(self, spec: KernelSpec, config: C) -> tuple[str, ...]:

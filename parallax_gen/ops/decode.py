@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, CostHints, Knob, Layout, Op, Scratch, Value, register
 from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
-from parallax_gen.ops.pieces import width_of
+from parallax_gen.ops.head_dim import width_of
 from parallax_gen.ops.signature import SOFTCAP_ABOUT, Argument, Signature, number, pointers, score_scales
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -123,7 +123,7 @@ class CacheOp(Op[DecodeConfig]):
 
     # -- launches and checks
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("q", "r", "k", "v")
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
@@ -165,10 +165,10 @@ class DecodeOp(CacheOp):
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
         form = self.form(spec, config)
-        if not form.split:
+        if not form.is_split:
             return Scratch()
-        partials = batch * kv_heads * spec.group * config.NUM_SPLITS * form.state
-        return Scratch(partials, batch * kv_heads * form.tiles if config.merge == "last" else 0)
+        floats = batch * kv_heads * spec.group * config.NUM_SPLITS * form.floats_per_row
+        return Scratch(floats, batch * kv_heads * form.tiles_per_group if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         second_kernel = config.merge == "kernel"  # then that kernel writes out
@@ -185,7 +185,7 @@ class DecodeOp(CacheOp):
         )
         kernels = {"decode": Signature(passed, ("kv_heads", "seqlen_kv"))}
         if second_kernel:
-            merge = (*pointers(("out", "partials")), *out_strides, number("heads"))
+            merge = (*pointers(("out", "scratch")), *out_strides, number("heads"))
             kernels["merge"] = Signature(merge, ("heads",))
         return kernels
 
@@ -194,15 +194,15 @@ class DecodeOp(CacheOp):
 
     def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         form = self.form(spec, config)
-        kv_heads = form.kv_heads
+        kv_heads = form.kv_heads_doc
         row = f"{spec.head_dim}) {spec.dtype}"
-        yield "q, r, out", f"(batch, 1, {form.heads}, {row}, any strides with a contiguous last dimension"
+        yield "q, r, out", f"(batch, 1, {form.heads_doc}, {row}, any strides with a contiguous last dimension"
         yield "k_cache, v_cache", f"(batch, seqlen, {kv_heads}, {row}, likewise"
-        if form.split:
-            yield "partials", f"fp32 scratch of batch * heads * NUM_SPLITS * {form.state} numbers"
+        if form.is_split:
+            yield "scratch", f"batch * heads * NUM_SPLITS * {form.floats_per_row} fp32 numbers"
         if config.merge == "last":
-            each = f"{kv_heads} * {form.tiles}" if form.tiled else "kv_heads"
-            yield "arrived", f"int32 scratch of batch * {each} zeros, which every launch leaves zero again"
+            each = f"{kv_heads} * {form.tiles_per_group}" if form.is_tiled else "kv_heads"
+            yield "arrival_counters", f"batch * {each} int32 zeros, which every launch leaves zero again"
         if spec.softcap:
             yield "softcap", SOFTCAP_ABOUT
 

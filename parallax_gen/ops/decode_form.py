@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.ops.pieces import power_of_2
+from parallax_gen.ops.head_dim import power_of_2
 from parallax_gen.ops.signature import Constant
 from parallax_gen.problem.spec import KernelSpec
 
@@ -43,59 +43,64 @@ class CacheForm:
     config: DecodeConfig
 
     @property
-    def width(self) -> int:
+    def row_width(self) -> int:
         """The width of a row in a tile: a power of two; with an 8-bit cache at least 64, or 16 words of 4 elements."""
         return power_of_2(max(self.spec.head_dim, 64 if self.spec.cache_dtype else 16))
 
     @property
     def padded(self) -> bool:
         """Whether a tile's rows are wider than head_dim."""
-        return self.width != self.spec.head_dim
+        return self.row_width != self.spec.head_dim
 
     @property
-    def in_head(self) -> str:
-        """The part of a tile's mask that hides the padding."""
-        return " & in_head[None, :]" if self.padded else ""
+    def and_mask_d(self) -> str:
+        """The part of a tile's mask that excludes the padding of its rows."""
+        return " & mask_d[None, :]" if self.padded else ""
 
     @property
     def out_mask(self) -> str:
-        """The mask argument of a store of one row, which hides the padding."""
-        return ", mask=dims < HEAD_DIM" if self.padded else ""
+        """The mask argument of a store of one row, which excludes its padding."""
+        return ", mask=offs_d < HEAD_DIM" if self.padded else ""
 
     @property
-    def short(self) -> bool:
-        """Whether a tile holds 8 queries and 8 probes. A taller tile alternates 8 queries and 8 probes."""
+    def is_one_stack(self) -> bool:
+        """Whether a tile is one stack of 8 rows of q and the same 8 rows of r. A taller tile repeats such stacks."""
         return self.config.BLOCK_H == 8
 
     @property
-    def tiles(self) -> int:
-        """The number of tiles that the heads of a group fill, with one query each."""
+    def tiles_per_group(self) -> int:
+        """The number of tiles that the query heads of a kv head fill, with one query each."""
         return -(-self.spec.group // self.config.BLOCK_H)
 
     @property
-    def tiled(self) -> bool:
+    def is_tiled(self) -> bool:
         """Whether a sequence may have several tiles per kv head."""
-        return self.spec.many_queries or self.tiles > 1
+        return self.spec.many_queries or self.tiles_per_group > 1
 
     @property
-    def heads(self) -> str:
+    def heads_doc(self) -> str:
         """The number of query heads, as the docstring of `launch` writes it."""
         return f"kv_heads*{self.spec.group}" if self.spec.group > 1 else "heads"
 
     @property
-    def kv_heads(self) -> str:
+    def kv_heads_doc(self) -> str:
         """The number of kv heads, as the docstring of `launch` writes it."""
         return "kv_heads" if self.spec.group > 1 else "heads"
 
     @property
-    def precision(self) -> str:
+    def dot_precision(self) -> str:
         """The argument that keeps fp32 matmuls exact: by default tensor cores round the operands to tf32."""
         return ', input_precision="ieee"' if self.spec.dtype == "fp32" else ""
 
     @property
-    def as_value(self) -> str:
+    def cast_to_v(self) -> str:
         """The cast of probabilities to v's dtype, for the second matmul."""
         return "" if self.spec.dtype == "fp32" else ".to(v.dtype)"
+
+    @property
+    def block_comment(self) -> str:
+        """A comment with the shape of a block of keys, if it fits on the line."""
+        return "" if self.padded or self.spec.cache_dtype else "  # [BLOCK_N, HEAD_DIM]"
 
     @property
     def score_scale(self) -> str:
@@ -103,18 +108,18 @@ class CacheForm:
         return "cap_scale" if self.spec.softcap else "scale_log2"
 
     @property
-    def scales(self) -> str:
-        """The parameters of `_step` that scores are scaled by."""
+    def scale_parameters(self) -> str:
+        """The parameters of `_attend_block` that scores are scaled by."""
         return "cap_scale, scale_log2" if self.spec.softcap else "scale_log2"
 
     @property
-    def split(self) -> bool:
+    def is_split(self) -> bool:
         """Whether several programs share the keys of a sequence."""
         return self.config.NUM_SPLITS > 1
 
     @property
-    def state(self) -> int:
-        """The fp32 elements of a row's partial state: o1 and o2, and m, d1, d2 padded to four."""
+    def floats_per_row(self) -> int:
+        """The fp32 elements of a row's state in the split-KV scratch: o1 and o2, and m, d1, d2 padded to four."""
         return 2 * self.spec.head_dim + 4
 
     @property
@@ -123,9 +128,9 @@ class CacheForm:
         return self.config.num_warps if self.config.merge == "last" else 4
 
     @property
-    def vectors_held(self) -> int:
-        """How many partial vectors such a program holds at a time, in at most 64 registers per thread."""
-        return 64 * 32 * self.merge_warps // self.width
+    def rows_in_registers(self) -> int:
+        """How many splits' rows of o1 or o2 such a program holds at a time, in at most 64 registers per thread."""
+        return 64 * 32 * self.merge_warps // self.row_width
 
 
 @dataclass(frozen=True)
@@ -133,69 +138,69 @@ class DecodeForm(CacheForm):
     """The form of decode alone: one query a sequence, and one length for all sequences."""
 
     @property
-    def dims(self) -> str:
+    def row_width_text(self) -> str:
         """The width of a row as the kernel writes it."""
-        return str(self.width) if self.padded else "HEAD_DIM"
+        return str(self.row_width) if self.padded else "HEAD_DIM"
 
     @property
     def key_mask(self) -> str:
-        """The mask argument that hides the padding of keys and values.
+        """The mask argument that excludes the padding of keys and values.
 
         A mask of keys would cost registers, and slow down some lengths.
         """
-        return ", mask=in_head[None, :], other=0.0" if self.padded else ""
+        return ", mask=mask_d[None, :], other=0.0" if self.padded else ""
 
     @property
-    def group_at(self) -> str:
-        """The name of the index of a (sequence, kv head) pair."""
-        return "kv_bh" if self.tiled else "bh"
+    def tile(self) -> str:
+        """The name of the index of a tile: with one tile per (sequence, kv head) pair, that of the pair."""
+        return "tile" if self.is_tiled else "bh"
 
     @property
-    def row0(self) -> str:
+    def start_plus(self) -> str:
         """The prefix that turns a head's index in its tile into its index in the group."""
-        return "head0 + " if self.tiled else ""
+        return "start_h + " if self.is_tiled else ""
 
     @property
-    def keys(self) -> tuple[str, str]:
+    def key_range(self) -> tuple[str, str]:
         """The first key of a program, and the end of its keys."""
-        return ("start", "end") if self.split else ("0", "seqlen_kv")
+        return ("key_begin", "key_end") if self.is_split else ("0", "seqlen_kv")
 
     @property
-    def splits_width(self) -> int:
+    def padded_splits(self) -> int:
         """NUM_SPLITS, rounded up to a power of two for a tile."""
         return power_of_2(self.config.NUM_SPLITS)
 
     @property
-    def chunk(self) -> int:
-        """How many splits' vectors are merged at a time."""
-        return min(self.splits_width, max(self.vectors_held, 1))
+    def merge_chunk(self) -> int:
+        """How many splits' rows are merged at a time."""
+        return min(self.padded_splits, max(self.rows_in_registers, 1))
 
     @property
-    def chunked(self) -> bool:
+    def merges_in_chunks(self) -> bool:
         """Whether merging takes several chunks."""
-        return self.chunk < self.splits_width
+        return self.merge_chunk < self.padded_splits
 
     @property
-    def there(self) -> tuple[str, ...]:
+    def split_masks(self) -> tuple[str, ...]:
         """The mask of a load from all splits, if a tile has room for more."""
-        return ("valid",) * (self.splits_width != self.config.NUM_SPLITS)
+        return ("mask_s",) * (self.padded_splits != self.config.NUM_SPLITS)
 
     @property
-    def there_in_chunk(self) -> tuple[str, ...]:
+    def chunk_masks(self) -> tuple[str, ...]:
         """The mask of a load from a chunk of splits, if the last chunk has room for more."""
-        return ("valid",) * (self.config.NUM_SPLITS % self.chunk > 0)
+        return ("mask_s",) * (self.config.NUM_SPLITS % self.merge_chunk > 0)
 
     @property
-    def vectors_there(self) -> tuple[str, ...]:
-        """The masks of a load of partial vectors."""
-        there = self.there_in_chunk if self.chunked else self.there
-        return (*(f"{mask}[:, None]" for mask in there), *("in_head",) * self.padded)
+    def row_masks(self) -> tuple[str, ...]:
+        """The masks of a load of splits' rows of o1 or o2: of splits and of dimensions."""
+        masks = self.chunk_masks if self.merges_in_chunks else self.split_masks
+        return (*(f"{mask}[:, None]" for mask in masks), *("mask_d",) * self.padded)
 
     @property
-    def programs(self) -> str:
+    def grid(self) -> str:
         """The number of programs that `launch` starts."""
-        factors = ("batch", "kv_heads", *[str(self.tiles)] * self.tiled, *["NUM_SPLITS"] * self.split)
-        return " * ".join(factors)
+        tiles, splits = [str(self.tiles_per_group)] * self.is_tiled, ["NUM_SPLITS"] * self.is_split
+        return " * ".join(("batch", "kv_heads", *tiles, *splits))
 
     @property
     def constants(self) -> tuple[Constant, ...]:
@@ -205,6 +210,6 @@ class DecodeForm(CacheForm):
             Constant("GROUP", self.spec.group, "query heads per kv head"),
             Constant("BLOCK_H", self.config.BLOCK_H, "query heads per program"),
             Constant("BLOCK_N", self.config.BLOCK_N, "keys per iteration"),
-            *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.split,
-            *[Constant("HEAD_BLOCKS", self.tiles, "programs per group of query heads")] * self.tiled,
+            *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.is_split,
+            *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")] * self.is_tiled,
         )

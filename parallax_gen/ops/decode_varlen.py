@@ -17,15 +17,15 @@ from parallax_gen.problem.spec import KernelSpec
 class DecodeVarlenOp(CacheOp):
     """Any number of queries a sequence. Longer sequences get more splits; the average number is NUM_SPLITS.
 
-    sequences_per_spare  a launch has one spare split for this many sequences (with multi-token queries: tiles), which
-                         long sequences take
+    spare_split_every  a launch has one spare split for this many sequences, or tiles with multi-token queries; long
+                       sequences take them
     """
 
     name = "decode_varlen"
     template = "decode_varlen.py.j2"
     costs = CostHints(spill_bytes=200, merge_bytes_us=30e3)  # a step is short, and each step spills
     per_sequence_lengths = True
-    sequences_per_spare = 8
+    spare_split_every = 8
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         if knob.name == "merge":
@@ -39,7 +39,7 @@ class DecodeVarlenOp(CacheOp):
         if config.merge == "none":
             return "merge 'none' does not go with sequences of their own lengths: each has its own splits"
         if spec.many_queries and config.merge == "kernel":
-            return "merge 'kernel' does not go with many queries: there are too many rows for a program each"
+            return "merge 'kernel' does not go with multi-token queries: there are too many rows for a program each"
         return None
 
     def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
@@ -57,12 +57,12 @@ class DecodeVarlenOp(CacheOp):
         return lengths + ("page_table",) * (spec.page_size > 0) + ("k_scale", "v_scale") * (spec.cache_dtype != "")
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
-        """A tile's partial state for every work item: see decode_varlen.py.j2."""
+        """A tile's state for every work item: see decode_varlen.py.j2."""
         form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
         split_units, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
-        items = groups * (split_units * config.NUM_SPLITS + -(-split_units // self.sequences_per_spare)) * kv_heads
-        return Scratch(items * form.rows * form.state, items if config.merge == "last" else 0)
+        items = groups * (split_units * config.NUM_SPLITS + -(-split_units // self.spare_split_every)) * kv_heads
+        return Scratch(items * form.state_rows * form.floats_per_row, items if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         paged, many = spec.page_size > 0, spec.many_queries
@@ -70,11 +70,11 @@ class DecodeVarlenOp(CacheOp):
         keys = (Argument(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
         pages = (
             number("stride_tableb", "page_table.stride(0)"),
-            Argument(("stride_p", "stride_n", "stride_h"), "*k_cache.stride()[:3]"),
+            Argument(("stride_kvp", "stride_kvn", "stride_kvh"), "*k_cache.stride()[:3]"),
         )
-        longest = number("seqlen_kv", f"page_table.shape[1] * {spec.page_size}" if paged else "k_cache.shape[1]")
-        window = (number("window", "window_size"),) * spec.window
-        queries = number("total_q", "q.shape[0]") if spec.varlen else number("seqlen_q", "q.shape[1]")
+        longest = number("max_seqlen_kv", f"page_table.shape[1] * {spec.page_size}" if paged else "k_cache.shape[1]")
+        window = (number("window_size"),) * spec.window
+        queries = number("total_q", "q.shape[0]") if spec.varlen else number("queries_per_seq", "q.shape[1]")
         passed = (
             *pointers(self.tensors(spec, config)),
             *rows["q"],
@@ -89,15 +89,17 @@ class DecodeVarlenOp(CacheOp):
             longest,
             *window,
         )
-        unspecialised = ("kv_heads", "batch", "seqlen_kv", *("stride_tableb",) * paged)
-        unspecialised += ("seqlen_q",) * (many and not spec.varlen) + ("window",) * spec.window
+        unspecialised = ("kv_heads", "batch", "max_seqlen_kv", *("stride_tableb",) * paged)
+        unspecialised += ("queries_per_seq",) * (many and not spec.varlen) + ("window_size",) * spec.window
         unspecialised += ("total_q",) * spec.varlen
         kernels = {"decode_varlen": Signature(passed, unspecialised)}
         if config.merge == "kernel":
             lengths = ("cache_seqlens", *("cache_leftpad",) * spec.leftpad)
-            tensors = pointers((*self.written(spec), *lengths, "partials"))
+            tensors = pointers((*self.written(spec), *lengths, "scratch"))
             passed = (*tensors, *rows["out"], number("batch"), number("kv_heads"), longest, *window)
-            kernels["merge"] = Signature(passed, ("kv_heads", "batch", "seqlen_kv", *("window",) * spec.window))
+            kernels["merge"] = Signature(
+                passed, ("kv_heads", "batch", "max_seqlen_kv", *("window_size",) * spec.window)
+            )
         return kernels
 
     def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Argument, ...]:
@@ -109,23 +111,23 @@ class DecodeVarlenOp(CacheOp):
         return (Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
 
     def form(self, spec: KernelSpec, config: DecodeConfig) -> VarlenForm:
-        return VarlenForm(spec, config, self.sequences_per_spare)
+        return VarlenForm(spec, config, self.spare_split_every)
 
     def argument_docs(self, spec: KernelSpec, config: DecodeConfig) -> Iterator[tuple[str, str]]:
         form = self.form(spec, config)
-        heads, kv_heads = form.heads, form.kv_heads
+        heads, kv_heads = form.heads_doc, form.kv_heads_doc
         queries = f"({form.queries.shape}, {heads}, {spec.head_dim}) {spec.dtype}"
         yield "q, r, out", f"{queries}, any strides with a contiguous last dimension"
         if spec.stats:
             stats = f"{heads}, total_q" if spec.varlen else f"batch, {heads}, {form.queries.count}"
             yield "lse, t_mean", f"({stats}) fp32, contiguous"
             yield "v_mean", "like out, with its strides"
-        pieces = f"pages, {spec.page_size}" if spec.page_size else "batch, seqlen"
+        rows = f"pages, {spec.page_size}" if spec.page_size else "batch, seqlen"
         width, dtype = spec.head_dim, spec.dtype
         if spec.cache_dtype:
             width, dtype = width // 4, f"int32, four {spec.cache_dtype} numbers in each"
         strides = "the same strides" if spec.page_size else "any strides"
-        yield "k_cache, v_cache", f"({pieces}, {kv_heads}, {width}) {dtype}, {strides} likewise"
+        yield "k_cache, v_cache", f"({rows}, {kv_heads}, {width}) {dtype}, {strides} likewise"
         if spec.varlen:
             begin = "the first query row of each sequence, and the end of the last one. In"
             yield "cu_seqlens_q", f"(batch + 1,) int32: {begin}"
@@ -140,11 +142,11 @@ class DecodeVarlenOp(CacheOp):
         if spec.cache_dtype:
             scaled = "factors of the stored keys and values"
             yield "k_scale, v_scale", f"(1,) or ({kv_heads},) fp32, of the same size: {scaled}"
-        slot = form.rows * form.state
-        yield "partials", f"fp32 scratch of items * {kv_heads} * {slot} numbers, items as below"
+        state_size = form.state_rows * form.floats_per_row
+        yield "scratch", f"work_items * {kv_heads} * {state_size} fp32 numbers, work_items as below"
         if config.merge == "last":
-            counters = "zeros, which every launch leaves zero again"
-            yield "arrived", f"int32 scratch of items * {kv_heads} {counters}"
+            counters = "int32 zeros, which every launch leaves zero again"
+            yield "arrival_counters", f"work_items * {kv_heads} {counters}"
         if spec.softcap:
             yield "softcap", SOFTCAP_ABOUT
         if spec.window:

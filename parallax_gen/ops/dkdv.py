@@ -1,4 +1,4 @@
-"""The gradients of k and v: a program owns keys and steps over query rows."""
+"""The gradients of k and v: a program owns keys and streams query rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class DkDvConfig(MaskedConfig):
-    """The config of dkdv: a program owns BLOCK_N keys and steps over the rows of every query head of its group.
+    """The config of dkdv: a program owns BLOCK_N keys and streams the rows of every query head of its group.
 
     GROUP_HEADS counts kv heads here.
 
@@ -41,7 +41,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
         usual=((32, 64, 4, 3), (32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
         narrow=((64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)),
         wide=((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 2)),
-        halves=((32, 128, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
+        split=((32, 128, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
         fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
     )
 

@@ -1,4 +1,4 @@
-"""The gradients of q and r: a program owns query rows and steps over keys."""
+"""The gradients of q and r: a program owns query rows and streams keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class DqDrConfig(MaskedConfig):
-    """The config of dqdr: a program owns BLOCK_M query rows and steps over keys.
+    """The config of dqdr: a program owns BLOCK_M query rows and streams keys.
 
     MASK  where the causal mask is applied: "after_exp", to the weights, in every block, or with a window only in blocks
           that the diagonal or the window's edge crosses; "before_exp", to the scores, only in those blocks
@@ -33,7 +33,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
         usual=((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
         narrow=((64, 32, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
         wide=((32, 32, 4, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
-        halves=((128, 32, 8, 1), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        split=((128, 32, 8, 1), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
         fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
     )
 

@@ -1,11 +1,11 @@
-"""The forward: a program owns query rows and steps over keys."""
+"""The forward: a program owns query rows and streams keys."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, Value, register
-from parallax_gen.ops.pieces import Piece, half_of, pieces_of
+from parallax_gen.ops.head_dim import Chunk, chunks_of, this_half_of
 from parallax_gen.ops.signature import Signature
 from parallax_gen.ops.tile_form import ForwardForm, tile_fields
 from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, Tiles, programs_per_tile, row_bytes
@@ -16,7 +16,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class ForwardConfig(TileConfig):
-    """The config of the forward: a program owns BLOCK_M query rows and steps over keys.
+    """The config of the forward: a program owns BLOCK_M query rows and streams keys.
 
     SOFTMAX  "online" subtracts a row's running maximum from its scores and rescales its sums in every step;
              "fixed_reference" subtracts the score of one visible key throughout, and a second kernel computes the
@@ -41,7 +41,7 @@ class ForwardOp(TiledOp[ForwardConfig]):
         usual=((128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
         narrow=((64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
         wide=((64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)),
-        halves=((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
+        split=((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
         fp32=((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
     )
 
@@ -68,20 +68,22 @@ class ForwardOp(TiledOp[ForwardConfig]):
         return 2 * config.BLOCK_M
 
     def block_bytes(self, spec: KernelSpec, config: ForwardConfig) -> int:
-        """A block of k, and the part of v that the program sums."""
+        """A block of k, and the part of v that the program accumulates."""
         k_row = row_bytes(spec, config)
         return config.BLOCK_N * (k_row + k_row // programs_per_tile(config))
 
-    def scored_and_summed(self, head_dim: int, head_dim_layout: str) -> tuple[list[Piece], list[Piece]]:
+    def score_and_output_chunks(self, head_dim: int, head_dim_layout: str) -> tuple[list[Chunk], list[Chunk]]:
         if head_dim_layout != "split":
-            return super().scored_and_summed(head_dim, head_dim_layout)
-        return pieces_of(head_dim, "native"), [half_of(head_dim)]
+            return super().score_and_output_chunks(head_dim, head_dim_layout)
+        return chunks_of(head_dim, "native"), [this_half_of(head_dim)]
 
     def lean(self, config: ForwardConfig) -> ForwardConfig:
         return replace(config, SOFTMAX="fixed_reference")
 
     def pays_to_be_lean(self, spec: KernelSpec, config: ForwardConfig) -> bool:
-        return not spec.window  # with a window each row first reads its own key: too expensive for a window of 513 keys
+        return (
+            not spec.window
+        )  # with a window each row first reads its last key: too expensive for a window of 513 keys
 
     def instructions_factor(self, spec: KernelSpec, config: ForwardConfig) -> float:
         """From one H100, at head_dim 64 and 128: narrow heads gain more, since they have less to multiply."""
@@ -95,12 +97,14 @@ class ForwardOp(TiledOp[ForwardConfig]):
     def signatures(self, spec: KernelSpec, config: ForwardConfig) -> dict[str, Signature]:
         if config.SOFTMAX != "fixed_reference":
             return super().signatures(spec, config)
-        sizes = self.sizes_passed(spec, config, fills=False)
-        fixup_sizes = self.sizes_passed(spec, config, tiled=False)
+        sizes = self.sizes_passed(spec, config, fills_padding=False)
+        fixup_sizes = self.sizes_passed(spec, config, finds_tile=False)
         return {"forward": self.signature(spec, config, sizes), "fixup": self.signature(spec, config, fixup_sizes)}
 
     def form(self, spec: KernelSpec, config: ForwardConfig) -> ForwardForm:
-        return ForwardForm(*tile_fields(self, spec, config, ("o",)), fixed=config.SOFTMAX == "fixed_reference")
+        return ForwardForm(
+            *tile_fields(self, spec, config, ("o",)), fixed_reference=config.SOFTMAX == "fixed_reference"
+        )
 
 
 register(ForwardOp())

@@ -14,7 +14,7 @@ from parallax_gen.ops.base import (
     Op,
     register,
 )
-from parallax_gen.ops.pieces import power_of_2, width_of
+from parallax_gen.ops.head_dim import power_of_2, width_of
 from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -35,9 +35,9 @@ class PreprocessConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class RowForm:
-    """A row of head_dim elements in a tile, whose `width` is a power of two."""
+    """A row of head_dim elements in a tile, whose `row_width` is a power of two."""
 
-    width: int
+    row_width: int
     padded: bool
 
 
@@ -65,7 +65,7 @@ class PreprocessOp(Op[PreprocessConfig]):
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[PreprocessConfig]:
         return [PreprocessConfig(BLOCK_M=m, num_warps=4) for m in (16, 32, 8)]
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("do", "out", "v_mean", "lse", "t_mean")
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
@@ -88,9 +88,9 @@ class PreprocessOp(Op[PreprocessConfig]):
             number("softmax_scale"),
             number("heads"),
             length,
-            number("tiles"),
+            number("num_tiles"),
         )
-        return {"preprocess": Signature(passed, ("heads", *length.parameters, "tiles"))}
+        return {"preprocess": Signature(passed, ("heads", *length.parameters, "num_tiles"))}
 
     def form(self, spec: KernelSpec, config: PreprocessConfig) -> RowForm:
         width = power_of_2(spec.head_dim)

@@ -27,11 +27,11 @@ class Argument:
 class Signature:
     """A kernel's parameters and what `launch` passes for them, in order.
 
-    unspecialised  those that change from call to call: Triton compiles no variant for 1 or for multiples of 16
+    unspecialized  those that change from call to call: Triton compiles no variant for 1 or for multiples of 16
     """
 
     kernel_arguments: tuple[Argument, ...]
-    unspecialised: tuple[str, ...] = ()
+    unspecialized: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -42,14 +42,49 @@ class Signature:
         return tuple(argument.expression for argument in self.kernel_arguments)
 
     @property
-    def specialised_arguments(self) -> tuple[str, ...]:
-        """The arguments before the unspecialised ones. Another kernel of the file may take the same."""
-        return self.arguments[: -len(self.unspecialised)]
+    def specialized_arguments(self) -> tuple[str, ...]:
+        """The arguments before the unspecialized ones. Another kernel of the file may take the same."""
+        return self.arguments[: -len(self.unspecialized)]
 
     @property
-    def unspecialised_arguments(self) -> tuple[str, ...]:
-        """The unspecialised arguments, which come last."""
-        return self.arguments[-len(self.unspecialised) :]
+    def unspecialized_arguments(self) -> tuple[str, ...]:
+        """The unspecialized arguments, which come last."""
+        return self.arguments[-len(self.unspecialized) :]
+
+
+@dataclass(frozen=True)
+class Index:
+    """The kernels' names for an index.
+
+    letter  m for query rows, n for keys, h for heads: also of strides
+    """
+
+    letter: str
+
+    @property
+    def block(self) -> str:
+        """The number in a tile or block."""
+        return f"BLOCK_{self.letter.upper()}"
+
+    @property
+    def start(self) -> str:
+        """The first of a tile or block."""
+        return f"start_{self.letter}"
+
+    @property
+    def range(self) -> str:
+        """Those of a tile or block, from 0."""
+        return f"range_{self.letter}"
+
+    @property
+    def offs(self) -> str:
+        """Those of a tile or block, within the sequence or the group of heads."""
+        return f"offs_{self.letter}"
+
+    @property
+    def mask(self) -> str:
+        """Which of these exist."""
+        return f"mask_{self.letter}"
 
 
 @dataclass(frozen=True)
@@ -69,19 +104,19 @@ class Constant:
 class Padding:
     """What a kernel on packed sequences writes to rows of no sequence. Only the device knows which rows those are.
 
-    vectors  tensors of rows of head_dim elements, which are set to 0: the kernel's names for them
-    row      the letter of the row stride in their names: m or n
-    of       the side whose rows they are: q or k
-    stats    whether v_mean, with the strides of o, and t_mean are set to 0 too, and lse to -inf
-    width    the width of a row in a tile: the next power of two
-    padded   whether that is more than head_dim
+    vectors    tensors of rows of head_dim elements, which are set to 0: the kernel's names for them
+    letter     of the row stride in their names: m or n
+    tensor     the input whose rows they are like: q or k
+    stats      whether v_mean, with the strides of o, and t_mean are set to 0 too, and lse to -inf
+    row_width  the width of a row in a tile: the next power of two
+    padded     whether that is more than head_dim
     """
 
     vectors: tuple[str, ...]
-    row: str
-    of: str
+    letter: str
+    tensor: str
     stats: bool
-    width: int
+    row_width: int
     padded: bool
 
     @property
@@ -95,12 +130,12 @@ class Padding:
         return {"lse": 'float("-inf")', "t_mean": "0.0"} if self.stats else {}
 
     @property
-    def arguments(self) -> str:
-        """The kernel's parameters that the padding function takes."""
+    def parameters(self) -> tuple[str, ...]:
+        """The kernel's parameters that the padding function takes too."""
         names = [f"{name}_ptr" for name in (*self.strides_like, *self.row_values)]
         for name in self.vectors:
-            names += [f"stride_{name}{self.row}", f"stride_{name}h"]
-        return ", ".join(names)
+            names += [f"stride_{name}{self.letter}", f"stride_{name}h"]
+        return tuple(names)
 
 
 def pointers(tensors: Iterable[str]) -> tuple[Argument, ...]:
@@ -108,15 +143,15 @@ def pointers(tensors: Iterable[str]) -> tuple[Argument, ...]:
     return tuple(Argument((f"{_SHORT.get(tensor, tensor)}_ptr",), tensor) for tensor in tensors)
 
 
-def strides(spec: KernelSpec, tensor: str, row: str, constant: bool = False) -> Argument:
+def strides(spec: KernelSpec, tensor: str, letter: str, constant: bool = False) -> Argument:
     """A tensor's strides, named by letters: of batches, rows and heads. The last dimension has stride 1.
 
-    row       the letter of the row stride
+    letter    of the row stride
     constant  whether the row stride is a compile-time constant
     """
     name = _SHORT.get(tensor, tensor)
-    row += ": tl.constexpr" if constant else ""
-    letters = (row, "h") if spec.varlen else ("b", row, "h")
+    letter += ": tl.constexpr" if constant else ""
+    letters = (letter, "h") if spec.varlen else ("b", letter, "h")
     return Argument(tuple(f"stride_{name}{letter}" for letter in letters), f"*{tensor}.stride()[:{len(letters)}]")
 
 
@@ -137,5 +172,5 @@ def score_scales(spec: KernelSpec) -> tuple[Argument, ...]:
 
 
 def row_stats_strides(spec: KernelSpec) -> Argument:
-    """Of what preprocess leaves of query rows, whose last dimension is contiguous: from number to number, and heads."""
-    return Argument(("stride_rows", "stride_rowsh"), f"*rows.stride()[{':2' if spec.varlen else ':3:2'}]")
+    """The strides of preprocess's output between statistics and between heads; the last dimension is contiguous."""
+    return Argument(("stride_stat", "stride_stath"), f"*row_stats.stride()[{':2' if spec.varlen else ':3:2'}]")

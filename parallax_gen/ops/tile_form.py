@@ -3,53 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from parallax_gen.ops.pieces import Piece, power_of_2
-from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Padding
+from parallax_gen.ops.head_dim import Chunk, power_of_2
+from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Index, Padding
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
 from parallax_gen.problem.spec import KernelSpec
 
 PRECISIONS = {"fp32": ', input_precision="ieee"', "tf32": ', input_precision="tf32"'}
 
 
-class Side(NamedTuple):
-    """The kernels' names for query rows, or for keys.
+@dataclass(frozen=True)
+class Side(Index):
+    """Query rows, or keys.
 
-    of      the tensor whose rows they are
-    row     the letter of the row stride
-    rows    their indices
-    inside  the mask of the indices within a sequence
-    block   the number in a tile
-    length  the number in a sequence
+    tensor  the input whose rows they are
+    length  the kernels' name for their number in a sequence
     """
 
-    of: str
-    row: str
-    rows: str
-    inside: str
-    block: str
+    tensor: str
     length: str
 
 
-QUERIES = Side("q", "m", "rows", "in_q", "BLOCK_M", "seqlen_q")
-KEYS = Side("k", "n", "cols", "in_kv", "BLOCK_N", "seqlen_kv")
+QUERIES = Side("m", "q", "seqlen_q")
+KEYS = Side("n", "k", "seqlen_kv")
 
 
 @dataclass(frozen=True)
 class TileForm:
-    """The base of the forms of all three ops. A program owns a tile of one side and steps over blocks of the other.
+    """The base of the forms of all three ops. A program owns a tile of one side and streams blocks of the other.
 
-    pieces   the pieces of a head, over which scores are summed
-    summed   the pieces whose outputs a program accumulates: all, or with HEAD_DIM_LAYOUT "split" its half
-    vectors  the kernel's names for the tensors whose rows of head_dim elements it writes
+    score_chunks   the chunks of a head, over which scores are summed
+    output_chunks  the chunks whose outputs a program accumulates: all, or with HEAD_DIM_LAYOUT "split" its half
+    vectors        the kernel's names for the tensors whose rows of head_dim elements it writes
     """
 
     op: TiledOp[Any]
     spec: KernelSpec
     config: TileConfig
-    pieces: tuple[Piece, ...]
-    summed: tuple[Piece, ...]
+    score_chunks: tuple[Chunk, ...]
+    output_chunks: tuple[Chunk, ...]
     vectors: tuple[str, ...]
 
     # -- sides
@@ -60,102 +53,104 @@ class TileForm:
         return KEYS if self.op.owns_keys else QUERIES
 
     @property
-    def stepped(self) -> Side:
-        """The side that it steps over."""
+    def streamed(self) -> Side:
+        """The side that it streams."""
         return QUERIES if self.op.owns_keys else KEYS
 
     @property
-    def head(self) -> str:
-        """The head whose tile it owns."""
+    def owned_head(self) -> str:
+        """The index of the head whose tile it owns."""
         return "kv_head" if self.op.owns_keys else "head"
 
     @property
-    def stepped_head(self) -> str:
-        """The head whose rows, or keys, it steps over."""
+    def streamed_head(self) -> str:
+        """The index of the head whose rows, or keys, it streams."""
         if self.spec.group == 1:
-            return self.head
+            return self.owned_head
         return "head" if self.op.owns_keys else "head // GROUP"
 
     @property
-    def tile(self) -> str:
-        """The shape of a tile of scores: rows are those of the owned side."""
-        return f"[{self.owned.block}, {self.stepped.block}]"
+    def tile_shape(self) -> str:
+        """The shape of a tile of scores, whose rows are those of the owned side: for comments."""
+        return f"[{self.owned.block}, {self.streamed.block}]"
 
     @property
-    def by_row(self) -> str:
+    def broadcast_rows(self) -> str:
         """The index that broadcasts one number per query row over a tile of scores."""
         return "[None, :]" if self.op.owns_keys else "[:, None]"
 
     @property
-    def by_key(self) -> str:
-        """The index that broadcasts one number per key over it."""
+    def broadcast_keys(self) -> str:
+        """The index that broadcasts one number per key over a tile of scores."""
         return "[:, None]" if self.op.owns_keys else "[None, :]"
 
     @property
-    def last(self) -> str:
-        """The last key that each row sees, to broadcast over a tile of scores."""
-        return f"rows{self.by_row} + shift"
+    def last_key(self) -> str:
+        """The last key that each row sees, broadcast over a tile of scores."""
+        return f"offs_m{self.broadcast_rows} + causal_offset"
 
     @property
-    def last_before_loop(self) -> bool:
+    def last_key_before_loop(self) -> bool:
         """Whether the last keys are computed before the loop, not at each use."""
         return False
 
     @property
-    def keeps_slope(self) -> bool:
+    def needs_slope(self) -> bool:
         """Whether the derivative of capped scores is needed."""
         return False
 
     @property
-    def masks_some_blocks(self) -> bool:
-        """Whether a mask is put on some blocks alone."""
+    def masks_edge_blocks_only(self) -> bool:
+        """Whether only blocks that the diagonal or a window's edge crosses are masked, not every block."""
         return True
 
     @property
-    def crossed(self) -> str:
+    def block_needs_mask(self) -> str:
         """The condition, in the loop, that some row does not see some key of a block."""
         if self.op.owns_keys:
-            return "(i < sees_last) | (i + BLOCK_M - 1 > sees_first)" if self.spec.window else "i < sees_last"
+            before, after = "start_m < unmasked_begin", "start_m + BLOCK_M - 1 > unmasked_last"
+            return f"({before}) | ({after})" if self.spec.window else before
         if not self.spec.causal:
-            return "n + BLOCK_N > seqlen_kv"
-        return "(n + BLOCK_N > seen_by_all) | (n < unseen_by_some)" if self.spec.window else "n + BLOCK_N > seen_by_all"
+            return "start_n + BLOCK_N > seqlen_kv"
+        before, after = "start_n < unmasked_begin", "start_n + BLOCK_N > unmasked_end"
+        return f"({after}) | ({before})" if self.spec.window else after
 
-    # -- heads in pieces, and matmuls
+    # -- heads in chunks, and matmuls
 
     @property
-    def halves(self) -> bool:
-        """Whether two programs share a tile and each sums one half of the dimensions."""
+    def splits_head_dim(self) -> bool:
+        """Whether two programs share a tile and each accumulates one half of head_dim."""
         return programs_per_tile(self.config) == 2
 
     @property
-    def head_dim_named(self) -> bool:
-        """Whether kernels have the constant HEAD_DIM: if a tile is as wide, or the last piece is padded."""
-        return len(self.pieces) == 1 or self.pieces[-1].padded
+    def names_head_dim(self) -> bool:
+        """Whether kernels have the constant HEAD_DIM: if a tile is as wide, or the last chunk is padded."""
+        return len(self.score_chunks) == 1 or self.score_chunks[-1].padded
 
     @property
-    def dims(self) -> tuple[Piece, ...]:
-        """One piece for each name of dimension indices."""
-        return tuple({piece.dims: piece for piece in (*self.pieces, *self.summed)}.values())
+    def indexed_chunks(self) -> tuple[Chunk, ...]:
+        """One chunk for each name of dimension indices."""
+        return tuple({chunk.offs_d: chunk for chunk in (*self.score_chunks, *self.output_chunks)}.values())
 
     @property
-    def casts(self) -> bool:
+    def casts_operands(self) -> bool:
         """Whether fp32 results are cast to 16 bits for the next matmul."""
         return self.spec.bytes_per_element == 2
 
     @property
-    def precision(self) -> str:
+    def dot_precision(self) -> str:
         """The argument for the precision of matmuls with fp32 operands."""
         return PRECISIONS.get(self.spec.dtype, "")
 
     def constants(self, grouped: bool = True) -> list[Constant]:
         """The constants of a kernel. grouped: whether it launches the tiles of GROUP_HEADS heads together."""
         spec, config = self.spec, self.config
-        owned, stepped = "per program", "per iteration"
-        rows, keys = (stepped, owned) if self.op.owns_keys else (owned, stepped)
-        constants = [Constant("HEAD_DIM", spec.head_dim)] if self.head_dim_named else []
-        if self.halves:
+        owned, streamed = "per program", "per iteration"
+        rows, keys = (streamed, owned) if self.op.owns_keys else (owned, streamed)
+        constants = [Constant("HEAD_DIM", spec.head_dim)] if self.names_head_dim else []
+        if self.splits_head_dim:
             about = "dimensions per program: two programs share a tile"
-            constants.append(Constant("HALF", spec.head_dim // 2, about))
+            constants.append(Constant("HALF_DIM", spec.head_dim // 2, about))
         constants.append(Constant("BLOCK_M", config.BLOCK_M, f"query rows {rows}"))
         constants.append(Constant("BLOCK_N", config.BLOCK_N, f"keys {keys}"))
         if spec.group > 1:
@@ -170,32 +165,32 @@ class TileForm:
     # -- launches
 
     @property
-    def last_first(self) -> bool:
+    def reverses_tiles(self) -> bool:
         """Whether the tiles of a head are launched in reverse order."""
-        return self.op.last_first(self.spec)
+        return self.op.reverses_tiles(self.spec)
 
     @property
-    def counts_tiles(self) -> bool:
+    def needs_num_tiles(self) -> bool:
         """Whether a program needs to know how many tiles there are."""
-        return self.config.GROUP_HEADS > 0 or self.last_first
+        return self.config.GROUP_HEADS > 0 or self.reverses_tiles
 
     @property
-    def kernel_length(self) -> str:
+    def length_in_kernel(self) -> str:
         """The length that determines the number of tiles, in a kernel: that of the longest sequence."""
         return "max_seqlen" if self.spec.varlen else self.owned.length
 
     @property
-    def launch_length(self) -> str:
+    def length_in_launch(self) -> str:
         """That length in `launch`."""
-        return f"max_seqlen_{self.owned.of}" if self.spec.varlen else self.owned.length
+        return f"max_seqlen_{self.owned.tensor}" if self.spec.varlen else self.owned.length
 
     @property
-    def programs(self) -> str:
+    def grid(self) -> str:
         """The number of programs of a launch."""
-        return f"{'2 * ' * self.halves}tiles * batch * {self.op.heads}"
+        return f"{'2 * ' * self.splits_head_dim}num_tiles * batch * {self.op.heads}"
 
     @property
-    def options(self) -> tuple[str, ...]:
+    def launch_options(self) -> tuple[str, ...]:
         """The launch's options after the arguments."""
         config = self.config
         limit = (f"maxnreg={config.maxnreg}",) * (config.maxnreg > 0)
@@ -207,33 +202,33 @@ class TileForm:
     def padding(self) -> Padding:
         """What the kernel writes to rows of no sequence."""
         spec, width = self.spec, power_of_2(self.spec.head_dim)
-        return Padding(self.vectors, self.owned.row, self.owned.of, spec.stats, width, width != spec.head_dim)
+        return Padding(self.vectors, self.owned.letter, self.owned.tensor, spec.stats, width, width != spec.head_dim)
 
     @property
-    def q(self) -> str:
+    def q_doc(self) -> str:
         """The description of q and of tensors like it."""
         heads = "heads" if self.spec.group == 1 else f"kv_heads*{self.spec.group}"
         return self._tensor(QUERIES, heads)
 
     @property
-    def k(self) -> str:
+    def k_doc(self) -> str:
         """The description of k and of tensors like it."""
         return self._tensor(KEYS, "heads" if self.spec.group == 1 else "kv_heads")
 
     def _tensor(self, side: Side, heads: str) -> str:
-        rows = f"total_{side.of}" if self.spec.varlen else f"batch, {side.length}"
+        rows = f"total_{side.tensor}" if self.spec.varlen else f"batch, {side.length}"
         dtype = "fp32" if self.spec.dtype == "tf32" else self.spec.dtype
         return f"({rows}, {heads}, {self.spec.head_dim}) {dtype}"
 
     @property
-    def sizes_about(self) -> list[tuple[str, str]]:
+    def argument_docs(self) -> list[tuple[str, str]]:
         """The descriptions of lengths and integers that `launch` takes."""
         about = []
         if self.spec.varlen:
             where = "the first row of each sequence in q and in k, and the end of the last one"
             about.append(("cu_seqlens", f"(batch + 1,) int32: {where}"))
-            about.append(("", f"{self.left_out} in rows of no sequence"))
-            about.append((f"max_seqlen_{self.owned.of}", "at least the length of the longest sequence"))
+            about.append(("", f"{self.padding_rows_doc} in rows of no sequence"))
+            about.append((f"max_seqlen_{self.owned.tensor}", "at least the length of the longest sequence"))
         if self.spec.softcap:
             about.append(("softcap", SOFTCAP_ABOUT))
         if self.spec.window:
@@ -241,71 +236,75 @@ class TileForm:
         return about
 
     @property
-    def left_out(self) -> str:
+    def padding_rows_doc(self) -> str:
         """What the kernel writes to rows of no sequence, in words."""
         return f"{' and '.join(self.vectors)} are 0"
 
 
 def tile_fields(
     op: TiledOp[Any], spec: KernelSpec, config: TileConfig, vectors: tuple[str, ...]
-) -> tuple[TiledOp[Any], KernelSpec, TileConfig, tuple[Piece, ...], tuple[Piece, ...], tuple[str, ...]]:
+) -> tuple[TiledOp[Any], KernelSpec, TileConfig, tuple[Chunk, ...], tuple[Chunk, ...], tuple[str, ...]]:
     """The fields of a TileForm, in order."""
-    pieces, summed = op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)
-    return op, spec, config, tuple(pieces), tuple(summed), vectors
+    score_chunks, output_chunks = op.score_and_output_chunks(spec.head_dim, config.HEAD_DIM_LAYOUT)
+    return op, spec, config, tuple(score_chunks), tuple(output_chunks), vectors
 
 
 @dataclass(frozen=True)
-class ForwardKernel:
+class ForwardVariant:
     """The variant of the tile computation in forward_kernel or fixup_kernel.
 
-    fixup    whether it is fixup_kernel's, which loops over the tiles whose sums overflowed
-    running  whether a row's running maximum is subtracted from its scores; if not, the score of one key, the reference
-    shifted  whether the reference may be another key than the first, whose weight is then not 1
-    base     the suffix of the pointers that it steps from: k_ptr or k_head
+    fixup            whether it is fixup_kernel's, which loops over the tiles whose sums overflowed
+    online           whether a row's running maximum is subtracted from its scores; if not, the score of one key, the
+                     reference
+    moves_reference  whether the reference may be another key than the first, whose weight is then not 1
+    k_base, v_base   the pointers to the first block of k and of v
     """
 
     fixup: bool
-    running: bool
-    shifted: bool
-    base: str
+    online: bool
+    moves_reference: bool
+    k_base: str
+    v_base: str
 
     @property
-    def scaled(self) -> str:
+    def rescale(self) -> str:
         """The factor that rescales a sum before the next term is added."""
-        return " * alpha[:, None]" if self.running else ""
+        return " * alpha[:, None]" if self.online else ""
 
 
 @dataclass(frozen=True)
 class ForwardForm(TileForm):
     """The form of the forward.
 
-    fixed  whether SOFTMAX is "fixed_reference": the reference is the first key, or with a window each row's own key;
-           rows that see few keys subtract their largest score. fixup_kernel recomputes tiles whose sums overflowed
+    fixed_reference  whether SOFTMAX is "fixed_reference": the reference is the first key, or with a window each row's
+                     last key; rows that see few keys subtract their largest score, unless the spec is accurate.
+                     fixup_kernel recomputes tiles whose sums overflowed
     """
 
-    fixed: bool
+    fixed_reference: bool
 
     @property
-    def main(self) -> ForwardKernel:
+    def main(self) -> ForwardVariant:
         """The variant in forward_kernel."""
-        return ForwardKernel(False, not self.fixed, self.spec.causal and self.fixed, "_ptr")
+        fixed = self.fixed_reference
+        return ForwardVariant(False, not fixed, self.spec.causal and fixed, "k_ptr", "v_ptr")
 
     @property
-    def fixup(self) -> ForwardKernel:
+    def fixup(self) -> ForwardVariant:
         """The variant in fixup_kernel."""
-        return ForwardKernel(True, True, False, "_head")
+        return ForwardVariant(True, True, False, "k_head", "v_head")
 
     @property
-    def fixup_options(self) -> tuple[str, ...]:
+    def fixup_launch_options(self) -> tuple[str, ...]:
         """The options of fixup_kernel's launch."""
         return (f"num_warps={self.config.num_warps}", "num_stages=1", "enable_fp_fusion=True")
 
     @property
-    def last(self) -> str:
-        return "last[:, None]"
+    def last_key(self) -> str:
+        return "last_key[:, None]"
 
     @property
-    def last_before_loop(self) -> bool:
+    def last_key_before_loop(self) -> bool:
         return True
 
     @property
@@ -314,26 +313,27 @@ class ForwardForm(TileForm):
         return self.spec.causal or self.spec.varlen
 
     @property
-    def span(self) -> str:
-        """The range of keys that a program steps over: without the first key, if that precedes the loop."""
-        if self.spec.accurate:
-            return "start, end" if self.spec.window else "0, end" if self.spec.causal else "0, seqlen_kv"
-        return "start + 1, end" if self.spec.window else "1, end" if self.spec.causal else "1, seqlen_kv"
+    def loop_range(self) -> str:
+        """The range of keys that a program streams: without the first key, if that precedes the loop."""
+        begin, end = ("0" if self.spec.accurate else "1"), ("key_end" if self.spec.causal else "seqlen_kv")
+        if self.spec.window:
+            begin = "key_begin" if self.spec.accurate else "key_begin + 1"
+        return f"{begin}, {end}"
 
     @property
-    def of_first_key(self) -> list[tuple[str, Piece]]:
-        """The pieces of the first key and its value that are loaded, in order."""
-        if self.halves:
-            return [*(("k", piece) for piece in self.pieces), *(("v", piece) for piece in self.summed)]
-        return [(name, piece) for piece in self.pieces for name in "kv"]
+    def first_key_loads(self) -> list[tuple[str, Chunk]]:
+        """The chunks of the first key and of its value that are loaded, in order: k or v, and the chunk."""
+        if self.splits_head_dim:
+            return [*(("k", chunk) for chunk in self.score_chunks), *(("v", chunk) for chunk in self.output_chunks)]
+        return [(name, chunk) for chunk in self.score_chunks for name in "kv"]
 
     @property
-    def first_end(self) -> str:
-        """head_dim: by name if kernels have the constant."""
-        return "HEAD_DIM" if self.head_dim_named else str(self.spec.head_dim)
+    def head_dim_text(self) -> str:
+        """head_dim as the kernel writes it: by name if it has the constant."""
+        return "HEAD_DIM" if self.names_head_dim else str(self.spec.head_dim)
 
     @property
-    def left_out(self) -> str:
+    def padding_rows_doc(self) -> str:
         return "out, t_mean and v_mean are 0, and lse is -inf," if self.spec.stats else "out is 0"
 
 
@@ -343,26 +343,29 @@ class GradientForm(TileForm):
 
     mask            the config's MASK: "after_exp" or "before_exp", in blocks that the diagonal or a window's edge
                     crosses; "after_exp always", in every block; "" for no mask
-    separate_stats  whether each statistic of a query row is loaded where it is used
+    separate_stats  whether each of a query row's four statistics is loaded where it is used
     """
 
     mask: str
     separate_stats: bool = False
 
     @property
-    def keeps_slope(self) -> bool:
+    def needs_slope(self) -> bool:
         return True
 
     @property
-    def masks_some_blocks(self) -> bool:
+    def masks_edge_blocks_only(self) -> bool:
         return self.mask != "after_exp always"
 
     @property
-    def span(self) -> str:
-        """The range that a program steps over."""
-        if self.op.owns_keys:
-            return "start, end" if self.spec.window else "start, seqlen_q" if self.spec.causal else "0, seqlen_q"
-        return "start, end" if self.spec.window else "0, end" if self.spec.causal else "0, seqlen_kv"
+    def loop_range(self) -> str:
+        """The range that a program streams."""
+        name, length = ("row", "seqlen_q") if self.op.owns_keys else ("key", "seqlen_kv")
+        if self.spec.window:
+            return f"{name}_begin, {name}_end"
+        if self.spec.causal:
+            return f"row_begin, {length}" if self.op.owns_keys else "0, key_end"
+        return f"0, {length}"
 
     @property
     def stats_head(self) -> str:

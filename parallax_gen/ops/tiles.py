@@ -1,4 +1,4 @@
-"""The base of forward, dkdv and dqdr, whose programs own a tile and step over blocks."""
+"""The base of forward, dkdv and dqdr, whose programs own a tile and stream blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
-from parallax_gen.ops.pieces import Piece, half_of, head_dim_layouts, other_half_of, width_of
+from parallax_gen.ops.head_dim import Chunk, head_dim_layouts, other_half_of, this_half_of, width_of
 from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides, score_scales, strides
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
@@ -17,7 +17,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 @dataclass(frozen=True)
 class TileConfig(KernelConfig):
-    """The config of a kernel whose program owns a tile of query rows or of keys, and steps over blocks of the other.
+    """The config of a kernel whose program owns a tile of query rows or of keys, and streams blocks of the other.
 
     BLOCK_M          query rows per tile
     BLOCK_N          keys per tile
@@ -27,7 +27,7 @@ class TileConfig(KernelConfig):
     num_stages       blocks in flight
     HEAD_DIM_LAYOUT  a row of head_dim elements in tiles: "native", one power of two; "chunked", several powers of two
                      (96 = 64 + 32); "padded", the next power of two, filled with zeros; "split", for wide heads: two
-                     programs share a tile, each computes all scores, and each sums half of the dimensions
+                     programs share a tile, each computes all scores, and each accumulates half of the output
     maxnreg          a limit of registers per thread, so that more programs are resident; 0 for no limit
     """
 
@@ -65,14 +65,14 @@ class Tiles:
     usual   at head_dim 96 and 128
     narrow  at head_dim 64
     wide    at head_dim 256, where the sums leave few registers
-    halves  at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
+    split   at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
     fp32    for fp32, where registers limit the tiles, because there are no tensor cores
     """
 
     usual: tuple[Tile, ...]
     narrow: tuple[Tile, ...]
     wide: tuple[Tile, ...]
-    halves: tuple[Tile, ...]
+    split: tuple[Tile, ...]
     fp32: tuple[Tile, ...]
 
 
@@ -84,7 +84,7 @@ class TiledOp(Op[T]):
     """The base of the tiled ops.
 
     tiles       the tiles of its default configs
-    owns_keys   whether a program owns keys and steps over query rows, not the reverse
+    owns_keys   whether a program owns keys and streams query rows, not the reverse
     pads_wide   whether by default every head_dim over 128 that is no power of two is padded
     fp32_shift  log2 of the fp32 tile size that a warp's registers hold: see `why_invalid`
     """
@@ -95,8 +95,8 @@ class TiledOp(Op[T]):
     pads_wide: ClassVar[bool] = False
     fp32_shift: ClassVar[int] = 19
 
-    def owned_and_step(self, config: T) -> tuple[int, int]:
-        """The block sizes of the side that a program owns and of the side that it steps over."""
+    def owned_and_streamed(self, config: T) -> tuple[int, int]:
+        """The block sizes of the side that a program owns and of the side that it streams."""
         return (config.BLOCK_N, config.BLOCK_M) if self.owns_keys else (config.BLOCK_M, config.BLOCK_N)
 
     # -- the space of configs
@@ -127,9 +127,9 @@ class TiledOp(Op[T]):
             return f"{tile} is too small for {config.num_warps} warps"
         # The two sums of the owned rows stay in registers, beside at least two tiles of scores: above 255 registers per
         # thread they surely spill.
-        owned, step = self.owned_and_step(config)
-        accumulators = 2 * owned * (head_dim // programs_per_tile(config) + step) // (32 * config.num_warps)
-        if accumulators > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == step == 16):
+        owned, streamed = self.owned_and_streamed(config)
+        accumulators = 2 * owned * (head_dim // programs_per_tile(config) + streamed) // (32 * config.num_warps)
+        if accumulators > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == streamed == 16):
             return f"its accumulators need {accumulators} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
         return _why_maxnreg_invalid(config, accumulators, gpu)
 
@@ -161,15 +161,15 @@ class TiledOp(Op[T]):
         """What asynchronous matmuls keep in flight in addition: one block."""
         return self.block_bytes(spec, config)
 
-    def scored_and_summed(self, head_dim: int, head_dim_layout: str) -> tuple[list[Piece], list[Piece]]:
-        """All pieces twice, unless HEAD_DIM_LAYOUT is "split": then a program sums its half only.
+    def score_and_output_chunks(self, head_dim: int, head_dim_layout: str) -> tuple[list[Chunk], list[Chunk]]:
+        """All chunks twice, unless HEAD_DIM_LAYOUT is "split": then a program accumulates its half only.
 
-        The backward multiplies by the same tiles that scores are computed from, so its half is a piece there too.
+        The backward multiplies by the same tiles that scores are computed from, so its half is a chunk there too.
         """
         if head_dim_layout != "split":
-            return super().scored_and_summed(head_dim, head_dim_layout)
-        mine = half_of(head_dim, "_mine")
-        return [mine, other_half_of(head_dim)], [mine]
+            return super().score_and_output_chunks(head_dim, head_dim_layout)
+        this_half = this_half_of(head_dim, "_this")
+        return [this_half, other_half_of(head_dim)], [this_half]
 
     # -- where a search begins
 
@@ -188,9 +188,9 @@ class TiledOp(Op[T]):
         # have to be small.
         pads = spec.head_dim > 128 and "padded" in layouts and (self.pads_wide or spec.head_dim % 64 > 0)
         layout = "padded" if pads else layouts[0]
-        halves = self.tiles.halves if "split" in layouts and spec.bytes_per_element == 2 else ()
+        split_tiles = self.tiles.split if "split" in layouts and spec.bytes_per_element == 2 else ()
         configs = [
-            *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in halves),
+            *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
             *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST)),
         ]
         return [self.lean(config) if self._is_lean_by_default(spec, config, gpu) else config for config in configs]
@@ -230,7 +230,7 @@ class TiledOp(Op[T]):
 
     # -- launches and checks
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("q", "r", "k", "v")
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
@@ -241,7 +241,7 @@ class TiledOp(Op[T]):
         """The kernel's name for the number of heads that tiles are owned of."""
         return "kv_heads" if self.owns_keys else "heads"
 
-    def last_first(self, spec: KernelSpec) -> bool:
+    def reverses_tiles(self, spec: KernelSpec) -> bool:
         """Whether a head's tiles are launched in reverse: with a causal mask the last query rows have most work."""
         return spec.causal and not self.owns_keys
 
@@ -251,14 +251,14 @@ class TiledOp(Op[T]):
     def signature(self, spec: KernelSpec, config: T, sizes: dict[str, str]) -> Signature:
         """The signature of a kernel that takes `sizes` last.
 
-        The row strides of tensors that a program steps over are compile-time constants: they hardly ever change, and
+        The row strides of tensors that a program streams are compile-time constants: they hardly ever change, and
         constant offsets take fewer registers.
         """
-        stepped = QUERY_ROW_TENSORS if self.owns_keys else KEY_TENSORS
-        tensors = [t for t in (*self.given(spec), *self.written(spec)) if t in (*QUERY_ROW_TENSORS, *KEY_TENSORS)]
+        streamed = QUERY_ROW_TENSORS if self.owns_keys else KEY_TENSORS
+        tensors = [t for t in (*self.inputs(spec), *self.written(spec)) if t in (*QUERY_ROW_TENSORS, *KEY_TENSORS)]
         passed = (
             *pointers(self.tensors(spec, config)),
-            *(strides(spec, t, "n" if t in KEY_TENSORS else "m", constant=t in stepped) for t in tensors),
+            *(strides(spec, t, "n" if t in KEY_TENSORS else "m", constant=t in streamed) for t in tensors),
             *self.scales(spec),
             *score_scales(spec),
             *(number(name, expression) for name, expression in sizes.items()),
@@ -269,25 +269,28 @@ class TiledOp(Op[T]):
         """The parameters between the strides and scale_log2."""
         return ()
 
-    def sizes_passed(self, spec: KernelSpec, config: T, tiled: bool = True, fills: bool = True) -> dict[str, str]:
+    def sizes_passed(
+        self, spec: KernelSpec, config: T, finds_tile: bool = True, fills_padding: bool = True
+    ) -> dict[str, str]:
         """The numbers that change from call to call: the kernel's name for each -> the expression in `launch`.
 
-        tiled  whether each program computes its tile from its index, for which it needs the number of tiles or heads
-        fills  whether the kernel writes rows of no sequence, which needs `total`; so do the offsets of lse and t_mean
+        finds_tile     whether each program computes its tile from its index, which takes the number of tiles or heads
+        fills_padding  whether the kernel writes rows of no sequence, which takes `total`; so do the offsets of lse and
+                       t_mean
         """
-        of = "k" if self.owns_keys else "q"
-        sizes = {"batch_heads": f"batch * {self.heads}"} if config.GROUP_HEADS != 1 or not tiled else {}
+        tensor = "k" if self.owns_keys else "q"
+        sizes = {"batch_heads": f"batch * {self.heads}"} if config.GROUP_HEADS != 1 or not finds_tile else {}
         sizes[self.heads] = self.heads
         if spec.window:
             sizes["window_size"] = "window_size"
         if not spec.varlen:
             return sizes | {"seqlen_q": "seqlen_q", "seqlen_kv": "k.shape[1]"}
-        if fills:
-            sizes["sequences"] = "batch"
-        if fills or spec.stats:
-            sizes[f"total_{of}"] = f"{of}.shape[0]"
-        if tiled and (config.GROUP_HEADS > 0 or self.last_first(spec)):
-            sizes["max_seqlen"] = f"max_seqlen_{of}"
+        if fills_padding:
+            sizes["num_seqs"] = "batch"
+        if fills_padding or spec.stats:
+            sizes[f"total_{tensor}"] = f"{tensor}.shape[0]"
+        if finds_tile and (config.GROUP_HEADS > 0 or self.reverses_tiles(spec)):
+            sizes["max_seqlen"] = f"max_seqlen_{tensor}"
         return sizes
 
     def awkward_shape(self, spec: KernelSpec, config: T, kv_heads: int = 3) -> Shape:
@@ -325,8 +328,8 @@ class GradientOp(TiledOp[M]):
             return "MASK 'before_exp' needs causal attention: without it there is no mask"
         return super().why_invalid(spec, config, gpu)
 
-    def given(self, spec: KernelSpec) -> tuple[str, ...]:
-        return (*super().given(spec), "do", "row_stats")
+    def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
+        return (*super().inputs(spec), "do", "row_stats")
 
     def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
         return (row_stats_strides(spec), number("softmax_scale"))
@@ -338,7 +341,7 @@ def row_bytes(spec: KernelSpec, config: TileConfig) -> int:
 
 
 def programs_per_tile(config: TileConfig) -> int:
-    """How many programs share a tile. Each sums its part of head_dim."""
+    """How many programs share a tile. Each accumulates its part of head_dim."""
     return 2 if config.HEAD_DIM_LAYOUT == "split" else 1
 
 

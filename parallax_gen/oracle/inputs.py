@@ -112,7 +112,7 @@ def inputs_and_forward(
         _page(inputs, spec.page_size, seed)
     if spec.varlen:
         _pack(inputs, shape, seed, full)
-    given = op.given(spec)
+    given = op.inputs(spec)
     if "do" not in given:
         return inputs, None
     generator = torch.Generator(device=device).manual_seed(seed + 1)

@@ -24,7 +24,7 @@ class Reference(NamedTuple):
     """The result of `reference_forward`, in float64.
 
     out     (batch, seqlen_q, heads, head_dim), o
-    lse     (batch, heads, seqlen_q), natural logarithm of the sum of exp(s) over the visible keys, s the scores, capped or not
+    lse     (batch, heads, seqlen_q), natural logarithm of the sum of exp(s) over visible keys, s the (capped) scores
     t_mean  (batch, heads, seqlen_q), t̄
     v_mean  (batch, seqlen_q, heads, head_dim), v̄, the output of softmax attention
 

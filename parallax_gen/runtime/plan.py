@@ -99,14 +99,14 @@ class LaunchPlan:
         self._module = module
         op = op_of(spec)
         self.per_sequence_lengths = op.per_sequence_lengths
-        given, lengths = ([renamed.get(name, name) for name in of(spec)] for of in (op.given, op.lengths))
+        given, lengths = ([renamed.get(name, name) for name in of(spec)] for of in (op.inputs, op.lengths))
         self._given: Callable[[object], tuple[Tensor, ...]] = attrgetter(*given)
         # "q" is dropped again: with a single name attrgetter would return no tuple.
         self._lengths: Callable[[object], tuple[Tensor, ...]] | None = attrgetter(*lengths, "q") if lengths else None
         self._numbers = numbers
         self._device = device
         self.scratch = scratch
-        self._workspace = shared_workspace(device) if scratch.partials else None
+        self._workspace = shared_workspace(device) if scratch.floats else None
         self._recorded: tuple[RecordedLaunch, ...] | None = None
         self._was_launched = False
 
@@ -133,10 +133,10 @@ class LaunchPlan:
         if self._workspace is not None:
             scratch = self.scratch
             if workspace is None:
-                partials, arrived = self._workspace.get(scratch.partials, scratch.arrived, stream)
+                partials, arrived = self._workspace.get(scratch.floats, scratch.counters, stream)
             else:
                 partials, arrived = split_workspace(workspace, scratch)
-            tensors = (*tensors, partials, arrived) if scratch.arrived else (*tensors, partials)
+            tensors = (*tensors, partials, arrived) if scratch.counters else (*tensors, partials)
         if not are_aligned(tensors):
             self._module.launch(*tensors, *self._numbers)
         elif self._recorded is not None:

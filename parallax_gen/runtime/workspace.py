@@ -18,14 +18,14 @@ CAPTURE_COUNTERS = 1 << 16
 
 def workspace_bytes(scratch: Scratch) -> int:
     """Bytes of a caller's workspace: the counters, which are 0 before and after a launch, then the partial states."""
-    return _counter_bytes(scratch) + 4 * scratch.partials
+    return _counter_bytes(scratch) + 4 * scratch.floats
 
 
 def split_workspace(workspace: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """The partial states and the counters in a caller's uint8 workspace."""
     counters = _counter_bytes(scratch)
-    partials = workspace[counters : counters + 4 * scratch.partials].view(torch.float32)
-    return partials, workspace[: 4 * scratch.arrived].view(torch.int32)
+    partials = workspace[counters : counters + 4 * scratch.floats].view(torch.float32)
+    return partials, workspace[: 4 * scratch.counters].view(torch.int32)
 
 
 def workspace_for_one_launch(scratch: Scratch, device: torch.device) -> Tensor | None:
@@ -33,7 +33,7 @@ def workspace_for_one_launch(scratch: Scratch, device: torch.device) -> Tensor |
 
     Inductor's CUDA graphs use their own memory pool, and nothing from that pool may outlive the call.
     """
-    if not scratch.partials or torch.cuda.is_current_stream_capturing():
+    if not scratch.floats or torch.cuda.is_current_stream_capturing():
         return None
     workspace = torch.empty(workspace_bytes(scratch), dtype=torch.uint8, device=device)
     workspace[: _counter_bytes(scratch)].zero_()
@@ -41,7 +41,7 @@ def workspace_for_one_launch(scratch: Scratch, device: torch.device) -> Tensor |
 
 
 def _counter_bytes(scratch: Scratch) -> int:
-    return -(-scratch.arrived // 4) * 16  # kernels may assume that the partial states begin at a multiple of 16 bytes
+    return -(-scratch.counters // 4) * 16  # kernels may assume that the partial states begin at a multiple of 16 bytes
 
 
 class Workspace:

@@ -73,17 +73,17 @@ def test_decode_varlen_launches_a_program_per_work_item(
     programs = groups * (tiles * splits + -(-tiles // 8)) * shape.kv_heads
     assert grid_of(spec, config, shape) == (programs,)
     found = scratch_of(spec, config, shape.batch, shape.kv_heads, shape.seqlen_q)
-    assert found == Scratch(partials=programs * rows * (2 * spec.head_dim + 4), arrived=programs)
+    assert found == Scratch(floats=programs * rows * (2 * spec.head_dim + 4), counters=programs)
     if not spec.many_queries:  # a second kernel may merge these, without an arrival counter
         config = replace(config, merge="kernel")
-        assert scratch_of(spec, config, shape.batch, shape.kv_heads) == replace(found, arrived=0)
+        assert scratch_of(spec, config, shape.batch, shape.kv_heads) == replace(found, counters=0)
 
 
 def test_prepared_scratch_has_the_needed_size() -> None:
     spec, shape = replace(MULTI_TOKEN, varlen=True), Shape(5, 6, 2, 7, 100)
     partials, arrived = prepare(spec, CONFIG, empty_inputs(spec, shape, "cpu")).scratch
     needed = scratch_of(spec, CONFIG, 5, 2, 7)
-    assert (partials.numel(), arrived.numel()) == (needed.partials, needed.arrived)
+    assert (partials.numel(), arrived.numel()) == (needed.floats, needed.counters)
     assert (partials.dtype, arrived.dtype) == (torch.float32, torch.int32)
     assert not arrived.any()
 
@@ -122,7 +122,7 @@ def test_launch_parameters_are_those_of_the_op(name: str) -> None:
     tree = ast.parse(render(spec, config, GPU).text)
     (launch,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "launch")
     op, scratch = op_of(spec), scratch_of(spec, config, 5, 2, 7)
-    needed = [n for n in ("partials", "arrived") if getattr(scratch, n)]
-    tensors = [op.launch_names.get(n, n) for n in (*op.given(spec), *op.written(spec), *op.lengths(spec))]
+    needed = ["scratch"] * (scratch.floats > 0) + ["arrival_counters"] * (scratch.counters > 0)
+    tensors = [op.launch_names.get(n, n) for n in (*op.inputs(spec), *op.written(spec), *op.lengths(spec))]
     names = [*tensors, *needed, "softmax_scale", *["softcap"] * spec.softcap, *op.sizes(spec)]
     assert [argument.arg for argument in launch.args.args] == names

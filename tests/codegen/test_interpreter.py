@@ -366,7 +366,7 @@ SOFTCAP_DECODE_KERNELS = {
 ACCURATE_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, window=True, accurate=True), FORWARD)
 FAULTS = [
     pytest.param(ACCURATE_KERNEL, "dot(pt_low, v, acc=o2)", "dot(p, v, acc=o2)", id="another low part"),
-    pytest.param(ACCURATE_KERNEL, "tl.range(start, end", "tl.range(start + 1, end", id="no first key"),
+    pytest.param(ACCURATE_KERNEL, "tl.range(key_begin, key_end", "tl.range(key_begin + 1, key_end", id="no first key"),
     pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
     pytest.param(SOFTCAP_KERNEL, "s0 = _tanh(s0 * cap_scale)", "s0 = s0 * cap_scale", id="no cap of the first key"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),
@@ -375,49 +375,71 @@ FAULTS = [
         pytest.param(Kernel(spec, DECODE), "s = _tanh(s * cap_scale)", "s = s * cap_scale", id=f"no cap, {name}")
         for name, spec in SOFTCAP_DECODE_KERNELS.items()
     ),
-    pytest.param(FORWARD_KERNEL, "<= last", "< last", id="causal mask off by one"),
-    pytest.param(FORWARD_KERNEL, "shift = seqlen_kv - seqlen_q", "shift = 0", id="causal mask aligned to the start"),
-    pytest.param(FORWARD_KERNEL, "BLOCK_N > seen_by_all", "BLOCK_N > seqlen_kv", id="mask in the last block only"),
+    pytest.param(FORWARD_KERNEL, "<= last_key", "< last_key", id="causal mask off by one"),
+    pytest.param(
+        FORWARD_KERNEL,
+        "causal_offset = seqlen_kv - seqlen_q",
+        "causal_offset = 0",
+        id="causal mask aligned to the start",
+    ),
+    pytest.param(FORWARD_KERNEL, "BLOCK_N > unmasked_end", "BLOCK_N > seqlen_kv", id="mask in the last block only"),
     pytest.param(FORWARD_KERNEL, "d2 = d2 * alpha", "d2 = d2", id="d2 not rescaled"),
     pytest.param(FORWARD_KERNEL, "pt = p * t", "pt = p", id="no probes"),
-    pytest.param(FORWARD_KERNEL, "tl.range(1, end", "tl.range(0, end", id="the first key taken twice"),
-    pytest.param(FORWARD_KERNEL, "tl.where(sees, t0, 0.0)", "t0 * 0.0", id="no probe of the first key"),
-    pytest.param(FORWARD_KERNEL, "sees = last >= 0", "sees = last < 0", id="the first key left out"),
-    pytest.param(WINDOW_KERNEL, "& (start > last - window_size)", "", id="a first key behind the window"),
+    pytest.param(FORWARD_KERNEL, "tl.range(1, key_end", "tl.range(0, key_end", id="the first key taken twice"),
+    pytest.param(FORWARD_KERNEL, "tl.where(sees_k0, t0, 0.0)", "t0 * 0.0", id="no probe of the first key"),
+    pytest.param(FORWARD_KERNEL, "sees_k0 = last_key >= 0", "sees_k0 = last_key < 0", id="the first key left out"),
+    pytest.param(WINDOW_KERNEL, "& (key_begin > last_key - window_size)", "", id="a first key behind the window"),
     pytest.param(FORWARD_KERNEL, "* (1.0 + t_mean)[:, None]", "", id="no mean of t"),
     pytest.param(FORWARD_KERNEL, "softmax_scale * LOG2_E", "softmax_scale", id="2 to the power, not e"),
     pytest.param(FORWARD_KERNEL, "* LN_2", "", id="lse in bits"),
     pytest.param(FORWARD_KERNEL, "head // GROUP", "head % (heads // GROUP)", id="heads dealt out in turn"),
     pytest.param(
-        FORWARD_KERNEL, "t_mean, mask=in_q", "t_mean, mask=rows + 1 < seqlen_q", id="last row's t_mean not written"
+        FORWARD_KERNEL, "t_mean, mask=mask_m", "t_mean, mask=offs_m + 1 < seqlen_q", id="last row's t_mean not written"
     ),
-    pytest.param(WINDOW_KERNEL, "| (n < unseen_by_some)", "", id="window masked in the last blocks only"),
+    pytest.param(WINDOW_KERNEL, "| (start_n < unmasked_begin)", "", id="window masked in the last blocks only"),
     pytest.param(
-        WINDOW_KERNEL, "BLOCK_M + shift - window_size", "shift - window_size + 1", id="bounded by the first row"
+        WINDOW_KERNEL,
+        "BLOCK_M + causal_offset - window_size",
+        "causal_offset - window_size + 1",
+        id="bounded by the first row",
     ),
-    pytest.param(WINDOW_KERNEL, "> last[:, None] - window_size", ">= last[:, None] - window_size", id="a key too many"),
-    pytest.param(VARLEN_KERNEL, "start_k * stride_kn", "start_q * stride_kn", id="keys of another sequence"),
-    pytest.param(VARLEN_KERNEL, "acc=s)", "acc=s * 0.0)", id="the first piece lost"),
+    pytest.param(
+        WINDOW_KERNEL, "> last_key[:, None] - window_size", ">= last_key[:, None] - window_size", id="a key too many"
+    ),
+    pytest.param(VARLEN_KERNEL, "seq_start_k * stride_kn", "seq_start_q * stride_kn", id="keys of another sequence"),
+    pytest.param(VARLEN_KERNEL, "acc=s)", "acc=s * 0.0)", id="the first chunk lost"),
     pytest.param(PREPROCESS_KERNEL, "1.0 + t_mean", "t_mean", id="no 1 beside the mean of t"),
     pytest.param(PREPROCESS_KERNEL, 'float("inf"), lse', "0.0, lse", id="rows without keys take part"),
     pytest.param(DKDV_KERNEL, "dv *= 1.0 / softmax_scale", "dv *= 1.0", id="dv scaled"),
-    pytest.param(DKDV_KERNEL, "- w * gt", "", id="covariance left out of dk"),
+    pytest.param(DKDV_KERNEL, "- w * dt", "", id="covariance left out of dk"),
     pytest.param(DKDV_KERNEL, "tl.range(0, GROUP)", "tl.range(0, 1)", id="one head of the group"),
     pytest.param(
-        DKDV_KERNEL, "BLOCK_N - 1 - shift + window_size", "- shift + window_size", id="rows that see the last key"
+        DKDV_KERNEL,
+        "BLOCK_N - 1 - causal_offset + window_size",
+        "- causal_offset + window_size",
+        id="rows that see the last key",
     ),
-    pytest.param(DKDV_KERNEL, "last - window_size", "last - window_size - 1", id="a row too many"),
-    pytest.param(DQDR_KERNEL, "t1[:, None] - t * softmax_scale", "t1[:, None] - t", id="t not scaled in dq"),
-    pytest.param(DQDR_KERNEL, "p * c[:, None] - w * gt", "-w * gt", id="b - T left out of dq"),
-    pytest.param(DQDR_KERNEL, "tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)", "row0 + shift", id="no diagonal"),
-    pytest.param(DQDR_KERNEL, "t1[:, None] - t * softmax_scale", "t1[:, None]", id="t left out of dq"),
-    pytest.param(DQDR_KERNEL, "b[:, None] - a", "a - b[:, None]", id="gt with the other sign"),
-    pytest.param(DECODE_KERNEL, "weight = tl.exp2(m - m_all)", "weight = m * 0.0 + 1.0", id="splits not rescaled"),
-    pytest.param(DECODE_KERNEL, "(cols >= n) & ", "", id="keys of a block moved back taken twice"),
-    pytest.param(DECODE_KERNEL, "blocks * (split + 1) // NUM_SPLITS", "blocks // NUM_SPLITS * (split + 1)", id="tail"),
-    pytest.param(DECODE_KERNEL, "tl.store(arrived_ptr + bh, 0)", "pass", id="counters not set back"),
-    pytest.param(DECODE_KERNEL, "is_query = rows < 8", "is_query = rows >= 8", id="queries and probes swapped"),
-    pytest.param(DECODE_KERNEL, "tl.minimum(head0 + BLOCK_H, GROUP)", "head0 + 1", id="one head merged"),
+    pytest.param(DKDV_KERNEL, "last_key - window_size", "last_key - window_size - 1", id="a row too many"),
+    pytest.param(DQDR_KERNEL, "w_bias[:, None] - t * softmax_scale", "w_bias[:, None] - t", id="t not scaled in dq"),
+    pytest.param(DQDR_KERNEL, "p * c[:, None] - w * dt", "-w * dt", id="c left out of dq"),
+    pytest.param(
+        DQDR_KERNEL,
+        "tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)",
+        "start_m + causal_offset",
+        id="no diagonal",
+    ),
+    pytest.param(DQDR_KERNEL, "w_bias[:, None] - t * softmax_scale", "w_bias[:, None]", id="t left out of dq"),
+    pytest.param(DQDR_KERNEL, "dp_mean[:, None] - dp", "dp - dp_mean[:, None]", id="dt with the other sign"),
+    pytest.param(DECODE_KERNEL, "weight = tl.exp2(m - m_max)", "weight = m * 0.0 + 1.0", id="splits not rescaled"),
+    pytest.param(DECODE_KERNEL, "(offs_n >= start_n) & ", "", id="keys of a block moved back taken twice"),
+    pytest.param(
+        DECODE_KERNEL, "num_blocks * (split + 1) // NUM_SPLITS", "num_blocks // NUM_SPLITS * (split + 1)", id="tail"
+    ),
+    pytest.param(DECODE_KERNEL, "tl.store(arrival_counters_ptr + tile, 0)", "pass", id="counters not set back"),
+    pytest.param(
+        DECODE_KERNEL, "is_query = offs_stack < 8", "is_query = offs_stack >= 8", id="queries and probes swapped"
+    ),
+    pytest.param(DECODE_KERNEL, "tl.minimum(start_h + BLOCK_H, GROUP)", "start_h + 1", id="one head merged"),
 ]
 
 

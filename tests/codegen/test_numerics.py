@@ -65,8 +65,8 @@ def outputs(spec: KernelSpec, inputs: Inputs, *, first_in_fp32: bool) -> dict[st
 def without_first_key(text: str) -> str:
     """A kernel that begins with an empty state and treats the first key like any other."""
     before, rest = text.split("    s0 = ")
-    loop = rest[rest.index("    # -- the other keys") :].replace("tl.range(start + 1, ", "tl.range(start, ")
-    assert "tl.range(1, " in loop or "tl.range(start, " in loop
+    loop = rest[rest.index("    # -- the other keys") :].replace("tl.range(key_begin + 1, ", "tl.range(key_begin, ")
+    assert "tl.range(1, " in loop or "tl.range(key_begin, " in loop
     state = """    m = tl.full([BLOCK_M], -3.0e38, tl.float32)
     d1 = tl.zeros([BLOCK_M], tl.float32)
     d2 = tl.zeros([BLOCK_M], tl.float32)

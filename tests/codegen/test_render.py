@@ -1,7 +1,8 @@
 """The text of rendered kernels: golden files, and rules for every kernel.
 
-tests/golden has one whole kernel of each op, NAME.py, and for the others their difference from it, NAME.diff, with one
-line of context. After an intended change of a template, write them anew and read in the diff what the change does:
+tests/golden has whole kernels, NAME.py. A kernel that is much like a whole one of its op is stored as the difference
+from it, NAME.diff, with one line of context. After an intended change of a template, write them anew and read in the
+diff what the change does:
 
     python -m pytest tests/codegen/test_render.py tests/codegen/test_fingerprint.py --regenerate-golden
 """
@@ -14,7 +15,9 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,31 +48,46 @@ def text_of(kernel: Kernel) -> str:
 EVERY_TEXT = {**GOLDEN, **{f"random_{i}": kernel for i, kernel in enumerate(random_kernels(RANDOM_KERNELS, GPU))}}
 
 
-# For each op the golden kernel that is stored whole: the first one.
-WHOLE = {GOLDEN[name].spec.op: name for name in reversed(GOLDEN)}
+@cache
+def golden_files() -> dict[str, tuple[Path, str]]:
+    """The file and the expected content of each golden kernel.
+
+    A kernel is stored as its difference from the nearest whole kernel of its op, if that is at most half as long.
+    """
+    files, whole_of_op = {}, defaultdict[str, list[str]](list)
+    for name, kernel in GOLDEN.items():
+        whole, text = whole_of_op[kernel.spec.op], text_of(kernel)
+        difference = min((difference_of(base, name) for base in whole), key=len, default=None)
+        if difference is None or 2 * len(difference) > len(text.splitlines()):
+            whole.append(name)
+            files[name] = (TESTS / "golden" / f"{name}.py", text)
+        else:
+            files[name] = (TESTS / "golden" / f"{name}.diff", "".join(f"{line}\n" for line in difference))
+    return files
 
 
-def golden(name: str) -> tuple[Path, str]:
-    """A golden kernel's file and its expected content."""
-    whole, text = WHOLE[GOLDEN[name].spec.op], text_of(GOLDEN[name])
-    if name == whole:
-        return TESTS / "golden" / f"{name}.py", text
-    lines = difflib.unified_diff(*(x.splitlines() for x in (text_of(GOLDEN[whole]), text)), whole, name, "", "", 1, "")
-    # No line numbers, so that a new line in the whole kernel does not change the other files.
-    return TESTS / "golden" / f"{name}.diff", "".join(f"{'@@' if x.startswith('@@') else x}\n" for x in lines)
+def difference_of(base: str, name: str) -> list[str]:
+    """The lines of a golden kernel's difference from another.
+
+    Without line numbers, so that a new line in the whole kernel does not change the other files.
+    """
+    texts = (text_of(GOLDEN[each]).splitlines() for each in (base, name))
+    lines = difflib.unified_diff(*texts, base, name, "", "", 1, "")
+    return ["@@" if line.startswith("@@") else line for line in lines]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name: str, request: pytest.FixtureRequest) -> None:
-    path, expected = golden(name)
+    path, expected = golden_files()[name]
     if request.config.getoption("--regenerate-golden"):
+        path.with_suffix({".py": ".diff", ".diff": ".py"}[path.suffix]).unlink(missing_ok=True)
         path.write_text(expected, encoding="utf-8")
     assert expected == path.read_text(encoding="utf-8")
 
 
 def test_no_golden_file_is_left_over() -> None:
     files = {path.name for path in (TESTS / "golden").iterdir()} - {"fingerprints.json"}
-    assert files == {golden(name)[0].name for name in GOLDEN}
+    assert files == {path.name for path, _ in golden_files().values()}
 
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed: pip install parallax-gen[lint]")
@@ -230,7 +248,7 @@ def test_comments_macros_and_macro_names_do_not_change_kernels(templates: Path) 
     for path in templates.rglob("*.j2"):
         text = path.read_text(encoding="utf-8")
         text = text.replace("    pid = tl.program_id(0)\n", "    pid = tl.program_id(0)  # which\n\n    # -- ours\n")
-        text = text.replace("operand(", "as_operand(").replace("merge_if_last()", "merged_by_the_last()")
+        text = text.replace("cast_like(", "as_operand(").replace("merge_if_last()", "merged_by_the_last()")
         path.write_text(f"{{#- About\n  this. -#}}\n{text}", encoding="utf-8")
     assert kernels() == before
 
@@ -248,17 +266,19 @@ def changed(path: Path, old: str, new: str) -> set[str]:
 def test_a_code_change_affects_only_kernels_that_contain_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
     assert changed(templates / "forward.py.j2", "p * t", "p") == {"forward"}
-    assert changed(templates / "decode.py.j2", "{% if form.split %}", "{% if config.NUM_SPLITS > 16 %}") == {"decode"}
+    assert changed(templates / "decode.py.j2", "{% if form.is_split %}", "{% if config.NUM_SPLITS > 16 %}") == {
+        "decode"
+    }
     parts, tiled = templates / "parts", {"forward", "dkdv", "dqdr"}
-    assert changed(parts / "tiles.j2", "tiles - 1 - tile", "tile") == {"forward", "dqdr"}
-    assert changed(parts / "scores.j2", "<= {{ form.last }}", "< {{ form.last }}") == tiled
+    assert changed(parts / "tiles.j2", "num_tiles - 1 - tile", "tile") == {"forward", "dqdr"}
+    assert changed(parts / "scores.j2", "<= {{ form.last_key }}", "< {{ form.last_key }}") == tiled
     assert changed(parts / "header.j2", "import triton\n", "import triton as tr\n") == set(SPEC_OF)
     assert changed(parts / "softmax_stacked.j2", "p * t", "p") == {"decode", "decode_varlen"}
-    assert changed(parts / "split_kv.j2", "% splits", "// splits") == {"decode_varlen"}
+    assert changed(parts / "split_kv.j2", "% tile_splits", "// tile_splits") == {"decode_varlen"}
 
 
 def test_indentation_changes_the_kernel(templates: Path) -> None:
     """Moved out of the `if`, the reset of the counter runs in every split, not only in the last one."""
-    arrived = '    if tl.atomic_add(arrived_ptr + bh, 1, sem="acq_rel") == NUM_SPLITS - 1:\n'
-    store = "    tl.store(arrived_ptr + bh, 0)\n"
-    assert changed(templates / "decode.py.j2", f"{arrived}    {store}", f"{store}{arrived}") == {"decode"}
+    arrive = '    if tl.atomic_add(arrival_counters_ptr + {{ form.tile }}, 1, sem="acq_rel") == NUM_SPLITS - 1:\n'
+    reset = "    tl.store(arrival_counters_ptr + {{ form.tile }}, 0)\n"
+    assert changed(templates / "decode.py.j2", f"{arrive}    {reset}", f"{reset}{arrive}") == {"decode"}

@@ -18,22 +18,24 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _step(qr, k, v, visible, scale_log2, m, d1, d2, o):
+def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o):
     """Update the rows' state (m, d1, d2, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
     BLOCK_N: tl.constexpr = k.shape[0]
     st = tl.dot(qr, tl.trans(k))
     s, t = tl.split(tl.permute(tl.reshape(st, [2, 8, BLOCK_N]), [1, 2, 0]))  # [8, BLOCK_N] each
     s = tl.where(visible, s, float("-inf"))
+
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
     alpha = tl.exp2(m - m_new)
     p = tl.exp2(s * scale_log2 - m_new[:, None])
     pt = p * t
     d1 = d1 * alpha + tl.sum(p, 1)
     d2 = d2 * alpha + tl.sum(pt, 1)
-    weights = tl.join(p.to(v.dtype), pt.to(v.dtype))
-    weights = tl.reshape(tl.permute(weights, [2, 0, 1]), [16, BLOCK_N])  # stacked like qr
+
+    p_pt = tl.join(p.to(v.dtype), pt.to(v.dtype))
+    p_pt = tl.reshape(tl.permute(p_pt, [2, 0, 1]), [16, BLOCK_N])  # stacked like qr
     alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), [1, 0]), [16])
-    o = tl.dot(weights, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
+    o = tl.dot(p_pt, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
     return m_new, d1, d2, o
 
 
@@ -65,57 +67,58 @@ def decode_kernel(
     BLOCK_H: tl.constexpr = 8  # query heads per program
     BLOCK_N: tl.constexpr = 32  # keys per iteration
 
-    # -- which sequence and kv head
+    # -- this program's sequence and kv head
     pid = tl.program_id(0)
     bh = pid
     batch = (bh // kv_heads).to(tl.int64)
     kv_head = (bh % kv_heads).to(tl.int64)
 
-    # -- one tile that stacks q and r: 8 rows of each in turn
-    rows = tl.arange(0, 2 * BLOCK_H)
-    heads = rows % 8
-    is_query = rows < 8
-    in_group = heads < GROUP
-    dims = tl.arange(0, HEAD_DIM)
-    q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + heads)[:, None] * stride_qh + dims[None, :]
-    r_ptrs = r_ptr + batch * stride_rb + (kv_head * GROUP + heads)[:, None] * stride_rh + dims[None, :]
-    q = tl.load(q_ptrs, mask=(in_group & is_query)[:, None], other=0.0)
-    r = tl.load(r_ptrs, mask=(in_group & ~is_query)[:, None], other=0.0)
+    # -- load one tile that stacks q and r: 8 rows of each in turn
+    offs_stack = tl.arange(0, 2 * BLOCK_H)
+    offs_h = offs_stack % 8
+    is_query = offs_stack < 8
+    mask_h = offs_h < GROUP
+    offs_d = tl.arange(0, HEAD_DIM)
+    q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + offs_h)[:, None] * stride_qh + offs_d[None, :]
+    r_ptrs = r_ptr + batch * stride_rb + (kv_head * GROUP + offs_h)[:, None] * stride_rh + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=(mask_h & is_query)[:, None], other=0.0)
+    r = tl.load(r_ptrs, mask=(mask_h & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
-    keys = tl.arange(0, BLOCK_N)
+    # -- the softmax state, and where this sequence's keys lie
+    range_n = tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
-    key_rows = tl.minimum(keys, seqlen_kv - 1)[:, None]  # a sequence shorter than a block repeats its last key
-    k_offsets = key_rows * stride_kn + dims[None, :]
-    v_offsets = key_rows * stride_vn + dims[None, :]
+    clamped_n = tl.minimum(range_n, seqlen_kv - 1)[:, None]  # a sequence shorter than a block repeats its last key
+    k_offsets = clamped_n * stride_kn + offs_d[None, :]
+    v_offsets = clamped_n * stride_vn + offs_d[None, :]
     stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, those of a cache may not
     stride_vn64 = tl.cast(stride_vn, tl.int64)
-    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite, so that a sequence without keys does not give NaN
+    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: a sequence without keys must not give NaN
     d1 = tl.zeros([BLOCK_H], tl.float32)
     d2 = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
     # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
     #    masked: loads need no mask, and nothing past the end is read
-    last_block = tl.maximum(seqlen_kv - BLOCK_N, 0)
-    for n in tl.range(0, seqlen_kv, BLOCK_N):
-        first = tl.minimum(n, last_block)
-        k = tl.load(k_ptr + first * stride_kn64 + k_offsets)  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(v_ptr + first * stride_vn64 + v_offsets)
-        cols = first + keys
-        visible = (cols >= n) & (cols < seqlen_kv)
-        m, d1, d2, o = _step(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
+    last_block_start = tl.maximum(seqlen_kv - BLOCK_N, 0)
+    for start_n in tl.range(0, seqlen_kv, BLOCK_N):
+        block_start = tl.minimum(start_n, last_block_start)
+        k = tl.load(k_ptr + block_start * stride_kn64 + k_offsets)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_ptr + block_start * stride_vn64 + v_offsets)
+        offs_n = block_start + range_n
+        visible = (offs_n >= start_n) & (offs_n < seqlen_kv)
+        m, d1, d2, o = _attend_block(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
 
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, HEAD_DIM]), [1, 2, 0]))  # [8, HEAD_DIM] each
-    heads = tl.arange(0, BLOCK_H)
-    in_group = heads < GROUP
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < GROUP
 
     # -- o = o1/d1 (1 + d2/d1) - o2/d1
-    inv = 1.0 / d1
-    out = o1 * (inv * (1.0 + d2 * inv))[:, None] - o2 * inv[:, None]
-    o_ptrs = o_ptr + batch * stride_ob + (kv_head * GROUP + heads)[:, None] * stride_oh + dims[None, :]
-    tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=in_group[:, None])
+    inv_d1 = 1.0 / d1
+    out = o1 * (inv_d1 * (1.0 + d2 * inv_d1))[:, None] - o2 * inv_d1[:, None]
+    o_ptrs = o_ptr + batch * stride_ob + (kv_head * GROUP + offs_h)[:, None] * stride_oh + offs_d[None, :]
+    tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=mask_h[:, None])
 
 
 def launch(

@@ -7,9 +7,10 @@ generator  parallax_gen 0.1.0, kernel f3020d520197
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
-With a_ij = do_i.v_j, b_i = do_i.v_mean_i, T_i = do_i.o_i, where v_mean_i = sum_j p_ij v_j, the gradients are
-gt_ij = p_ij (b_i - a_ij) of t_ij,  gs_ij = p_ij (b_i - T_i) - (1 + t_mean_i - t_ij) gt_ij of softmax_scale q_i.k_j,
-dq_i = softmax_scale sum_j gs_ij k_j  and  dr_i = sum_j gt_ij k_j.
+With dp_ij = do_i.v_j, dp_mean_i = do_i.v_mean_i where v_mean_i = sum_j p_ij v_j, delta_i = do_i.o_i,
+w_ij = softmax_scale (1 + t_mean_i - t_ij)  and  c_i = softmax_scale (dp_mean_i - delta_i), the gradients are
+dt_ij = p_ij (dp_mean_i - dp_ij) of t_ij,  ds_ij = p_ij c_i - w_ij dt_ij of q_i.k_j,
+dq_i = sum_j ds_ij k_j  and  dr_i = sum_j dt_ij k_j.
 """
 
 import torch
@@ -26,7 +27,7 @@ def dqdr_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
-    rows_ptr,
+    row_stats_ptr,
     dq_ptr,
     dr_ptr,
     stride_qb,
@@ -50,8 +51,8 @@ def dqdr_kernel(
     stride_drb,
     stride_drm,
     stride_drh,
-    stride_rows,
-    stride_rowsh,
+    stride_stat,
+    stride_stath,
     softmax_scale,
     scale_log2,
     batch_heads,
@@ -64,73 +65,74 @@ def dqdr_kernel(
     BLOCK_N: tl.constexpr = 64  # keys per iteration
     GROUP_HEADS: tl.constexpr = 4  # query heads whose tiles are launched together
 
-    # -- which tile of which head: the longest rows first
+    # -- this program's tile of query rows: those that see most keys first
     pid = tl.program_id(0)
-    tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    first = pid // (tiles * GROUP_HEADS) * GROUP_HEADS
-    together = tl.minimum(GROUP_HEADS, batch_heads - first)  # the last group may be smaller
-    tile = (pid - first * tiles) // together
-    bh = first + (pid - first * tiles) % together
-    tile = tiles - 1 - tile
+    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
+    group_size = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
+    tile = (pid - first_bh * num_tiles) // group_size
+    bh = first_bh + (pid - first_bh * num_tiles) % group_size
+    tile = num_tiles - 1 - tile
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
-    row0 = tile * BLOCK_M
-    rows = row0 + tl.arange(0, BLOCK_M)
-    in_q = rows < seqlen_q
-    keys = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, HEAD_DIM)
+    start_m = tile * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < seqlen_q
+    range_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEAD_DIM)
 
-    # -- load this program's rows
-    row_ids = rows[:, None].to(tl.int64)
-    q_offsets = batch * stride_qb + head * stride_qh + row_ids * stride_qm + dims[None, :]
-    q = tl.load(q_ptr + q_offsets, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-    r_offsets = batch * stride_rb + head * stride_rh + row_ids * stride_rm + dims[None, :]
-    r = tl.load(r_ptr + r_offsets, mask=in_q[:, None], other=0.0)
-    do_offsets = batch * stride_dob + head * stride_doh + row_ids * stride_dom + dims[None, :]
-    do = tl.load(do_ptr + do_offsets, mask=in_q[:, None], other=0.0)
-    stride_rows = tl.cast(stride_rows, tl.int64)  # from one of the four row_stats to the next
-    stats = rows_ptr + bh.to(tl.int64) * stride_rowsh + rows
-    lse = tl.load(stats)  # times log2(e). It is inf past the last row, where p becomes 0
-    t1 = tl.load(stats + stride_rows)  # softmax_scale (1 + t_mean)
-    b = tl.load(stats + 2 * stride_rows)
-    c = tl.load(stats + 3 * stride_rows)  # softmax_scale (b - T)
+    # -- load q, r, do and the row statistics
+    rows64 = offs_m[:, None].to(tl.int64)
+    q_offsets = batch * stride_qb + head * stride_qh + rows64 * stride_qm + offs_d[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+    r_offsets = batch * stride_rb + head * stride_rh + rows64 * stride_rm + offs_d[None, :]
+    r = tl.load(r_ptr + r_offsets, mask=mask_m[:, None], other=0.0)
+    do_offsets = batch * stride_dob + head * stride_doh + rows64 * stride_dom + offs_d[None, :]
+    do = tl.load(do_ptr + do_offsets, mask=mask_m[:, None], other=0.0)
+    stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
+    stat_ptrs = row_stats_ptr + bh.to(tl.int64) * stride_stath + offs_m
+    lse2 = tl.load(stat_ptrs)  # log2(e) lse. It is inf past the last row, where p becomes 0
+    w_bias = tl.load(stat_ptrs + stride_stat)  # softmax_scale (1 + t_mean)
+    dp_mean = tl.load(stat_ptrs + 2 * stride_stat)
+    c = tl.load(stat_ptrs + 3 * stride_stat)  # softmax_scale (dp_mean - delta)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
-    k_offsets = keys[:, None] * stride_kn + dims[None, :]
-    v_offsets = keys[:, None] * stride_vn + dims[None, :]
+    k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
+    v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     dr = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
-    # -- the keys of this tile: row i sees those up to i + shift
-    shift = seqlen_kv - seqlen_q
-    end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
-    for n in tl.range(0, end, BLOCK_N):
-        cols = n + keys
-        in_kv = cols < seqlen_kv  # keys past the end load as 0, and add nothing
-        k_block = k_ptr + tl.cast(n, tl.int64) * stride_kn
-        v_block = v_ptr + tl.cast(n, tl.int64) * stride_vn
-        k = tl.load(k_block + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(v_block + v_offsets, mask=in_kv[:, None], other=0.0)
+    # -- the keys that these rows see: row i sees those up to i + causal_offset
+    causal_offset = seqlen_kv - seqlen_q
+    key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
+    for start_n in tl.range(0, key_end, BLOCK_N):
+        offs_n = start_n + range_n
+        mask_n = offs_n < seqlen_kv  # keys past the end load as 0, and add nothing
+        k_block = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
+        v_block = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+        k = tl.load(k_block + k_offsets, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_block + v_offsets, mask=mask_n[:, None], other=0.0)
 
-        # -- p = softmax
+        # -- p = softmax. Every block is masked: a branch would cost more
         s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * scale_log2 - lse[:, None])
-        p = tl.where(cols[None, :] <= rows[:, None] + shift, p, 0.0)  # in every block: a branch would cost more
+        p = tl.exp2(s * scale_log2 - lse2[:, None])
+        p = tl.where(offs_n[None, :] <= offs_m[:, None] + causal_offset, p, 0.0)
 
-        # -- gt = p (b - a) is the gradient of t, gs = p c - w gt that of q.k, with
-        #    c = softmax_scale (b - T) and w = softmax_scale (1 + t_mean - t)
+        # -- dt, the gradient of t, and ds, that of q.k: see the formulas at the top
         t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        w = t1[:, None] - t * softmax_scale
-        a = tl.dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-        gt = p * (b[:, None] - a)
-        gt_in = gt.to(k.dtype)
-        gs = (p * c[:, None] - w * gt).to(k.dtype)
-        dr = tl.dot(gt_in, k, acc=dr)
-        dq = tl.dot(gs, k, acc=dq)
-    dq_offsets = batch * stride_dqb + head * stride_dqh + row_ids * stride_dqm + dims[None, :]
-    tl.store(dq_ptr + dq_offsets, dq.to(dq_ptr.dtype.element_ty), mask=in_q[:, None])
-    dr_offsets = batch * stride_drb + head * stride_drh + row_ids * stride_drm + dims[None, :]
-    tl.store(dr_ptr + dr_offsets, dr.to(dr_ptr.dtype.element_ty), mask=in_q[:, None])
+        w = w_bias[:, None] - t * softmax_scale
+        dp = tl.dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
+        dt = p * (dp_mean[:, None] - dp)
+        dt_operand = dt.to(k.dtype)
+        ds = (p * c[:, None] - w * dt).to(k.dtype)
+        dr = tl.dot(dt_operand, k, acc=dr)
+        dq = tl.dot(ds, k, acc=dq)
+
+    # -- store dq and dr
+    dq_offsets = batch * stride_dqb + head * stride_dqh + rows64 * stride_dqm + offs_d[None, :]
+    tl.store(dq_ptr + dq_offsets, dq.to(dq_ptr.dtype.element_ty), mask=mask_m[:, None])
+    dr_offsets = batch * stride_drb + head * stride_drh + rows64 * stride_drm + offs_d[None, :]
+    tl.store(dr_ptr + dr_offsets, dr.to(dr_ptr.dtype.element_ty), mask=mask_m[:, None])
 
 
 def launch(
@@ -139,7 +141,7 @@ def launch(
     k: torch.Tensor,
     v: torch.Tensor,
     do: torch.Tensor,
-    rows: torch.Tensor,
+    row_stats: torch.Tensor,
     dq: torch.Tensor,
     dr: torch.Tensor,
     softmax_scale: float,
@@ -148,17 +150,17 @@ def launch(
 
     q, r, do, dq, dr  (batch, seqlen_q, heads, 128) bf16, any strides with a contiguous last dimension
     k, v              (batch, seqlen_kv, heads, 128) bf16, likewise
-    rows              (4, batch, heads, padded) fp32, contiguous: written by preprocess
+    row_stats         (4, batch, heads, padded) fp32, contiguous: written by preprocess
     """
     batch, seqlen_q, heads, _ = q.shape
-    tiles = -(-seqlen_q // 128)
-    dqdr_kernel[(tiles * batch * heads,)](
+    num_tiles = -(-seqlen_q // 128)
+    dqdr_kernel[(num_tiles * batch * heads,)](
         q,
         r,
         k,
         v,
         do,
-        rows,
+        row_stats,
         dq,
         dr,
         *q.stride()[:3],
@@ -168,7 +170,7 @@ def launch(
         *do.stride()[:3],
         *dq.stride()[:3],
         *dr.stride()[:3],
-        *rows.stride()[:3:2],
+        *row_stats.stride()[:3:2],
         softmax_scale,
         softmax_scale * LOG2_E,
         batch * heads,

@@ -51,63 +51,64 @@ def forward_kernel(
     BLOCK_M: tl.constexpr = 128  # query rows per program
     BLOCK_N: tl.constexpr = 64  # keys per iteration
 
-    # -- which tile of which head: the longest rows first
+    # -- this program's tile of query rows: those that see most keys first
     pid = tl.program_id(0)
-    tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    tile = pid % tiles
-    bh = pid // tiles
-    tile = tiles - 1 - tile
+    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    tile = pid % num_tiles
+    bh = pid // num_tiles
+    tile = num_tiles - 1 - tile
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
-    row0 = tile * BLOCK_M
-    rows = row0 + tl.arange(0, BLOCK_M)
-    in_q = rows < seqlen_q
-    keys = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, HEAD_DIM)
+    start_m = tile * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < seqlen_q
+    range_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEAD_DIM)
 
-    # -- load this program's tile of q and r
-    row_ids = rows[:, None].to(tl.int64)
-    q_offsets = batch * stride_qb + head * stride_qh + row_ids * stride_qm + dims[None, :]
-    q = tl.load(q_ptr + q_offsets, mask=in_q[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-    r_offsets = batch * stride_rb + head * stride_rh + row_ids * stride_rm + dims[None, :]
-    r = tl.load(r_ptr + r_offsets, mask=in_q[:, None], other=0.0)
+    # -- load q and r
+    rows64 = offs_m[:, None].to(tl.int64)
+    q_offsets = batch * stride_qb + head * stride_qh + rows64 * stride_qm + offs_d[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+    r_offsets = batch * stride_rb + head * stride_rh + rows64 * stride_rm + offs_d[None, :]
+    r = tl.load(r_ptr + r_offsets, mask=mask_m[:, None], other=0.0)
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
-    k_offsets = keys[:, None] * stride_kn + dims[None, :]
-    v_offsets = keys[:, None] * stride_vn + dims[None, :]
+    k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
+    v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
 
-    # -- the keys of this tile: row i sees those up to i + shift. A block past the first row's last key needs a mask
-    shift = seqlen_kv - seqlen_q
-    last = rows + shift
-    seen_by_all = row0 + shift + 1
-    end = tl.minimum(row0 + BLOCK_M + shift, seqlen_kv)
+    # -- the keys that these rows see: row i sees those up to i + causal_offset. Blocks past unmasked_end need
+    #    a mask
+    causal_offset = seqlen_kv - seqlen_q
+    last_key = offs_m + causal_offset
+    unmasked_end = start_m + causal_offset + 1
+    key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, in fp32, and each row's state after it. Where the first key outweighs all others, t is close
-    #    to t_mean and o depends on their small difference: rounding this key's terms would dominate the error
-    k0 = tl.load(k_ptr + dims).to(tl.float32)
-    v0 = tl.load(v_ptr + dims).to(tl.float32)
+    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    k0 = tl.load(k_ptr + offs_d).to(tl.float32)
+    v0 = tl.load(v_ptr + offs_d).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
-    sees = last >= 0
-    m = tl.where(sees, s0 * scale_log2, -3.0e38)  # finite, so that a row that sees no key does not give NaN
-    d1 = tl.where(sees, 1.0, 0.0)
-    d2 = tl.where(sees, t0, 0.0)
-    o1 = tl.where(sees[:, None], v0[None, :], 0.0)
+    sees_k0 = last_key >= 0
+    m = tl.where(sees_k0, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+    d1 = tl.where(sees_k0, 1.0, 0.0)
+    d2 = tl.where(sees_k0, t0, 0.0)
+    o1 = tl.where(sees_k0[:, None], v0[None, :], 0.0)
     o2 = d2[:, None] * o1
 
     # -- the other keys, block by block; the last block may reach past the end
-    for n in tl.range(1, end, BLOCK_N):
-        cols = n + keys
-        in_kv = cols < seqlen_kv
-        k_block = k_ptr + tl.cast(n, tl.int64) * stride_kn
-        v_block = v_ptr + tl.cast(n, tl.int64) * stride_vn
-        k = tl.load(k_block + k_offsets, mask=in_kv[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
-        v = tl.load(v_block + v_offsets, mask=in_kv[:, None], other=0.0)
+    for start_n in tl.range(1, key_end, BLOCK_N):
+        offs_n = start_n + range_n
+        mask_n = offs_n < seqlen_kv
+        k_block = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
+        v_block = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+        k = tl.load(k_block + k_offsets, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_block + v_offsets, mask=mask_n[:, None], other=0.0)
 
-        # -- update the rows' state
+        # -- scores, and the online softmax
         s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        if n + BLOCK_N > seen_by_all:
-            s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+        if start_n + BLOCK_N > unmasked_end:
+            s = tl.where(offs_n[None, :] <= last_key[:, None], s, float("-inf"))
         t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
         alpha = tl.exp2(m - m_new)
@@ -122,17 +123,17 @@ def forward_kernel(
         m = m_new
 
     # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
-    inv = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
-    t_mean = d2 * inv
-    v_mean = o1 * inv[:, None]
-    o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv[:, None]
-    o_offsets = batch * stride_ob + head * stride_oh + row_ids * stride_om + dims[None, :]
-    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=in_q[:, None])
-    tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=in_q[:, None])
+    inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+    t_mean = d2 * inv_d1
+    v_mean = o1 * inv_d1[:, None]
+    o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv_d1[:, None]
+    o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
+    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])
     LN_2: tl.constexpr = 0.6931471805599453
-    stats = bh.to(tl.int64) * seqlen_q + rows
-    tl.store(lse_ptr + stats, (m + tl.log2(d1)) * LN_2, mask=in_q)
-    tl.store(t_mean_ptr + stats, t_mean, mask=in_q)
+    stat_offsets = bh.to(tl.int64) * seqlen_q + offs_m
+    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1)) * LN_2, mask=mask_m)
+    tl.store(t_mean_ptr + stat_offsets, t_mean, mask=mask_m)
 
 
 def launch(
@@ -154,8 +155,8 @@ def launch(
     v_mean       like out, with its strides: plain softmax attention
     """
     batch, seqlen_q, heads, _ = q.shape
-    tiles = -(-seqlen_q // 128)
-    forward_kernel[(tiles * batch * heads,)](
+    num_tiles = -(-seqlen_q // 128)
+    forward_kernel[(num_tiles * batch * heads,)](
         q,
         r,
         k,

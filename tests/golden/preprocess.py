@@ -1,4 +1,4 @@
-"""Parallax attention, backward: the row_stats that dkdv and dqdr read.
+"""Parallax attention, backward: the row statistics that dkdv and dqdr read.
 
 spec       preprocess, head_dim 128, bf16
 config     BLOCK_M=32 num_warps=4
@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["heads", "seqlen_q", "tiles"])
+@triton.jit(do_not_specialize=["heads", "seqlen_q", "num_tiles"])
 def preprocess_kernel(
     do_ptr,
     o_ptr,
     v_mean_ptr,
     lse_ptr,
     t_mean_ptr,
-    rows_ptr,
+    row_stats_ptr,
     stride_dob,
     stride_dom,
     stride_doh,
@@ -33,45 +33,50 @@ def preprocess_kernel(
     stride_vb,
     stride_vm,
     stride_vh,
-    stride_rows,
-    stride_rowsh,
+    stride_stat,
+    stride_stath,
     softmax_scale,
     heads,
     seqlen_q,
-    tiles,
+    num_tiles,
 ):
     HEAD_DIM: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 32  # query rows per program
 
+    # -- this program's rows
     pid = tl.program_id(0)
-    bh = (pid // tiles).to(tl.int64)
+    bh = (pid // num_tiles).to(tl.int64)
     batch, head = bh // heads, bh % heads
-    rows = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_q = rows < seqlen_q
-    dims = tl.arange(0, HEAD_DIM)
-    in_tile = in_q[:, None]
-    row_ids = rows[:, None].to(tl.int64)
-    do_ptrs = do_ptr + batch * stride_dob + head * stride_doh + row_ids * stride_dom + dims[None, :]
-    o_ptrs = o_ptr + batch * stride_ob + head * stride_oh + row_ids * stride_om + dims[None, :]
-    v_mean_ptrs = v_mean_ptr + batch * stride_vb + head * stride_vh + row_ids * stride_vm + dims[None, :]
-    do = tl.load(do_ptrs, mask=in_tile, other=0.0).to(tl.float32)  # [BLOCK_M, HEAD_DIM]
-    o = tl.load(o_ptrs, mask=in_tile, other=0.0).to(tl.float32)
-    v_mean = tl.load(v_mean_ptrs, mask=in_tile, other=0.0).to(tl.float32)
-    stats = bh * seqlen_q + rows
-    lse = tl.load(lse_ptr + stats, mask=in_q, other=float("-inf"))
-    t_mean = tl.load(t_mean_ptr + stats, mask=in_q, other=0.0)
+    offs_m = pid % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < seqlen_q
+    offs_d = tl.arange(0, HEAD_DIM)
+    mask_md = mask_m[:, None]
 
-    # -- b = do.v_mean and T = do.o. Only b and b - T are needed; do.(v_mean - o) is more exact than b - T
-    b = tl.sum(do * v_mean, 1)
-    c = tl.sum(do * (v_mean - o), 1)
+    # -- load do and what the forward saved
+    rows64 = offs_m[:, None].to(tl.int64)
+    do_ptrs = do_ptr + batch * stride_dob + head * stride_doh + rows64 * stride_dom + offs_d[None, :]
+    o_ptrs = o_ptr + batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
+    v_mean_ptrs = v_mean_ptr + batch * stride_vb + head * stride_vh + rows64 * stride_vm + offs_d[None, :]
+    do = tl.load(do_ptrs, mask=mask_md, other=0.0).to(tl.float32)  # [BLOCK_M, HEAD_DIM]
+    o = tl.load(o_ptrs, mask=mask_md, other=0.0).to(tl.float32)
+    v_mean = tl.load(v_mean_ptrs, mask=mask_md, other=0.0).to(tl.float32)
+    stat_offsets = bh * seqlen_q + offs_m
+    lse = tl.load(lse_ptr + stat_offsets, mask=mask_m, other=float("-inf"))
+    t_mean = tl.load(t_mean_ptr + stat_offsets, mask=mask_m, other=0.0)
+
+    # -- dp_mean = do.v_mean, and dp_mean - delta with delta = do.o: do.(v_mean - o) is more exact than the difference
+    dp_mean = tl.sum(do * v_mean, 1)
+    dp_mean_minus_delta = tl.sum(do * (v_mean - o), 1)
     LOG2_E: tl.constexpr = 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)  # a row without keys has p = 0 everywhere
-    rows_ptr += bh * stride_rowsh
-    stride_rows = tl.cast(stride_rows, tl.int64)  # from one of the four row_stats to the next
-    tl.store(rows_ptr + rows, lse)
-    tl.store(rows_ptr + stride_rows + rows, softmax_scale * (1.0 + t_mean))
-    tl.store(rows_ptr + 2 * stride_rows + rows, b)
-    tl.store(rows_ptr + 3 * stride_rows + rows, softmax_scale * c)
+
+    # -- store the row statistics
+    row_stats_ptr += bh * stride_stath
+    stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
+    tl.store(row_stats_ptr + offs_m, lse)
+    tl.store(row_stats_ptr + stride_stat + offs_m, softmax_scale * (1.0 + t_mean))
+    tl.store(row_stats_ptr + 2 * stride_stat + offs_m, dp_mean)
+    tl.store(row_stats_ptr + 3 * stride_stat + offs_m, softmax_scale * dp_mean_minus_delta)
 
 
 def launch(
@@ -80,35 +85,35 @@ def launch(
     v_mean: torch.Tensor,
     lse: torch.Tensor,
     t_mean: torch.Tensor,
-    rows: torch.Tensor,
+    row_stats: torch.Tensor,
     softmax_scale: float,
 ) -> None:
-    """Write four fp32 numbers per query row to rows, on the current stream.
+    """Write four fp32 statistics per query row to row_stats, on the current stream.
 
-    log2(e) lse, softmax_scale (1 + t_mean), b and softmax_scale (b - T), with b = do.v_mean and T = do.out. The
-    first is inf in rows without keys and in rows of padding.
+    log2(e) lse, softmax_scale (1 + t_mean), dp_mean and softmax_scale (dp_mean - delta), with dp_mean = do.v_mean and
+    delta = do.out. The first is inf in rows without keys and in rows of padding.
 
     do, out, v_mean  (batch, seqlen_q, heads, 128) bf16, any strides with a contiguous last dimension
     lse, t_mean      (batch, heads, seqlen_q) fp32, contiguous
-    rows             (4, batch, heads, padded) fp32, contiguous: padded is seqlen_q rounded up to a multiple of 128
+    row_stats        (4, batch, heads, padded) fp32, contiguous: padded is seqlen_q rounded up to a multiple of 128
     """
     batch, seqlen_q, heads, _ = do.shape
-    tiles = rows.shape[3] // 32
-    preprocess_kernel[(tiles * batch * heads,)](
+    num_tiles = row_stats.shape[3] // 32
+    preprocess_kernel[(num_tiles * batch * heads,)](
         do,
         out,
         v_mean,
         lse,
         t_mean,
-        rows,
+        row_stats,
         *do.stride()[:3],
         *out.stride()[:3],
         *v_mean.stride()[:3],
-        *rows.stride()[:3:2],
+        *row_stats.stride()[:3:2],
         softmax_scale,
         heads,
         seqlen_q,
-        tiles,
+        num_tiles,
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -200,7 +200,7 @@ def test_other_attention_implementations_are_refused() -> None:
 def test_models_that_cannot_be_converted() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8, n_positions=8))
     for model, name in ((gpt2, "GPT2LMHeadModel"), (nn.Linear(2, 2), "Linear")):
-        message = f"model: got {name}; allowed: LlamaForCausalLM, Mistral.*Qwen3Model, or with another head$"
+        message = f"model: got {name}; allowed: Gemma2ForCausalLM, Llama.*Qwen3Model, or with another head$"
         with pytest.raises(ArgumentError, match=message):
             convert(model)
     adapted = stock_model("llama")

@@ -33,5 +33,5 @@ def test_the_forward_and_fixup_kernels_share_their_first_arguments() -> None:
     assert both
     for signatures in both:
         for signature in signatures.values():
-            assert signature.parameters[-len(signature.unspecialised_arguments) :] == signature.unspecialised
-        assert signatures["forward"].specialised_arguments == signatures["fixup"].specialised_arguments
+            assert signature.parameters[-len(signature.unspecialized_arguments) :] == signature.unspecialized
+        assert signatures["forward"].specialized_arguments == signatures["fixup"].specialized_arguments

@@ -16,7 +16,7 @@ from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.dkdv import DkDvConfig
 from parallax_gen.ops.dqdr import DqDrConfig
 from parallax_gen.ops.forward import ForwardConfig
-from parallax_gen.ops.pieces import head_dim_layouts, pieces_of
+from parallax_gen.ops.head_dim import chunks_of, head_dim_layouts
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.space import (
     coerce,
@@ -163,8 +163,8 @@ def test_split_heads_fit_in_registers_where_native_ones_do_not() -> None:
 
 @pytest.mark.parametrize("head_dim", range(8, LARGEST_HEAD_DIM + 1, 8))
 def test_head_dim_layouts_are_those_with_different_tiles(head_dim: int) -> None:
-    tiles = {form: [piece.width for piece in pieces_of(head_dim, form)] for form in ("native", "chunked", "padded")}
-    padded = any(piece.padded for piece in pieces_of(head_dim, "padded"))
+    tiles = {form: [chunk.width for chunk in chunks_of(head_dim, form)] for form in ("native", "chunked", "padded")}
+    padded = any(chunk.padded for chunk in chunks_of(head_dim, "padded"))
     assert ("native" in head_dim_layouts(head_dim)) == (not padded)
     assert ("chunked" in head_dim_layouts(head_dim)) == (tiles["chunked"] != tiles["padded"])
     assert ("padded" in head_dim_layouts(head_dim)) == padded
@@ -257,7 +257,7 @@ def test_shared_memory_counts_tiles_as_rendered(head_dim: int) -> None:
         for op, owned, block in (("forward", 2 * 64, 32), ("dqdr", 3 * 64, 2 * 32), ("dkdv", 2 * 32, 3 * 64)):
             spec, config = KernelSpec(op, head_dim, "fp16"), OPS_BY_NAME[op].config(64, 32, 1, 4, 3, form)
             scored, summed = (
-                sum(piece.width for piece in part) for part in OPS_BY_NAME[op].scored_and_summed(head_dim, form)
+                sum(chunk.width for chunk in part) for part in OPS_BY_NAME[op].score_and_output_chunks(head_dim, form)
             )
             in_a_block = block * scored + (
                 32 * summed if op == "forward" else 0
@@ -333,7 +333,7 @@ DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
         (
             replace(DECODE_VARLEN, many_queries=True),
             DecodeConfig(32, 8, 4, "kernel", 1, 4),
-            "merge 'kernel' does not go with many queries",
+            "merge 'kernel' does not go with multi-token queries",
         ),
         (DECODE_VARLEN, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # one head a kv head
         (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # with 16 queries

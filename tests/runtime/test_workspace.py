@@ -14,13 +14,13 @@ def test_counters_and_split_kv_scratch_are_adjacent_and_aligned(scratch: Scratch
     size = workspace_bytes(scratch)
     workspace = torch.zeros(size, dtype=torch.uint8)
     partials, arrived = split_workspace(workspace, scratch)
-    assert (partials.dtype, partials.numel()) == (torch.float32, scratch.partials)
-    assert (arrived.dtype, arrived.numel()) == (torch.int32, scratch.arrived)
+    assert (partials.dtype, partials.numel()) == (torch.float32, scratch.floats)
+    assert (arrived.dtype, arrived.numel()) == (torch.int32, scratch.counters)
     begin = workspace.data_ptr()
-    assert arrived.data_ptr() == begin or not scratch.arrived
+    assert arrived.data_ptr() == begin or not scratch.counters
     assert (partials.data_ptr() - begin) % 16 == 0
-    assert partials.data_ptr() - begin >= 4 * scratch.arrived
-    assert partials.data_ptr() - begin + 4 * scratch.partials == size < 4 * (scratch.arrived + scratch.partials) + 16
+    assert partials.data_ptr() - begin >= 4 * scratch.counters
+    assert partials.data_ptr() - begin + 4 * scratch.floats == size < 4 * (scratch.counters + scratch.floats) + 16
     partials.fill_(float("nan"))
     assert not arrived.any()
     arrived.fill_(-1)

@@ -51,7 +51,7 @@ def _tiles_us(
     op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, blocks: int
 ) -> float:
     """Tiled ops: bound by matmuls, at a rate reduced by whatever keeps the tensor cores waiting."""
-    work, (owned, step) = work_of(spec, shape), op.owned_and_step(config)
+    work, (owned, step) = work_of(spec, shape), op.owned_and_streamed(config)
     rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
     halves = config.HEAD_DIM_LAYOUT == "split"
     programs_per_head = (2 if halves else 1) * math.ceil(owned_length / owned)
@@ -85,7 +85,7 @@ def _tiles_us(
 
 def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> float:
     """The fraction of the matmul rate that matmuls of these shapes reach."""
-    owned, step = op.owned_and_step(config)
+    owned, step = op.owned_and_streamed(config)
     efficiency = {16: 0.75, 32: 0.87, 128: 1.06}.get(step, 1.0)  # narrow matmuls
     efficiency *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all tiles that it steps over
     if spec.dtype == "fp32":  # no tensor cores
@@ -97,7 +97,7 @@ def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileCo
         # across warps. Sharing a row between two warps costs most; more warps wait together.
         shared_by = max(0.0, math.log2(16 * config.num_warps / owned))
         efficiency *= 0.55 ** min(1.0, shared_by) * 0.85 ** max(0.0, shared_by - 1)
-    widths = [piece.width for piece in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)[0]]
+    widths = [chunk.width for chunk in op.score_and_output_chunks(spec.head_dim, config.HEAD_DIM_LAYOUT)[0]]
     efficiency *= spec.head_dim / sum(widths)  # padding is multiplied too
     if config.HEAD_DIM_LAYOUT == "split":  # both programs of a tile compute its scores
         return efficiency * MATMULS[spec.op] / (MATMULS[spec.op] + SCORES[spec.op])
@@ -199,9 +199,10 @@ def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, g
 
 
 def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
-    owned, step = op.owned_and_step(config)
+    owned, step = op.owned_and_streamed(config)
     scored, summed = (
-        sum(p.width for p in pieces) for pieces in op.scored_and_summed(spec.head_dim, config.HEAD_DIM_LAYOUT)
+        sum(chunk.width for chunk in chunks)
+        for chunks in op.score_and_output_chunks(spec.head_dim, config.HEAD_DIM_LAYOUT)
     )
     # Two sums for the owned tile, about three tiles of scores, a block that is loaded for the matmuls, and addresses.
     # Tiles too small for matmuls that read shared memory need the operands too.

@@ -1,0 +1,213 @@
+"""Parallax attention, decode: one query a sequence against a KV cache.
+
+spec       decode, head_dim 64, fp16, GQA 16:1
+config     BLOCK_N=64 BLOCK_H=16 NUM_SPLITS=8 merge=kernel num_warps=4 num_stages=3
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, kernel e3cac68b88fa
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
+s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+NUM_SPLITS = 8  # programs per sequence and kv head
+
+
+@triton.jit
+def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o):
+    """Update the rows' state (m, d1, d2, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
+    BLOCK_N: tl.constexpr = k.shape[0]
+    BLOCK_H: tl.constexpr = qr.shape[0] // 2
+    st = tl.dot(qr, tl.trans(k))
+    st = tl.permute(tl.reshape(st, [BLOCK_H // 8, 2, 8, BLOCK_N]), [0, 2, 3, 1])
+    s, t = tl.split(tl.reshape(st, [BLOCK_H, BLOCK_N, 2]))  # [BLOCK_H, BLOCK_N] each
+    s = tl.where(visible, s, float("-inf"))
+
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    pt = p * t
+    d1 = d1 * alpha + tl.sum(p, 1)
+    d2 = d2 * alpha + tl.sum(pt, 1)
+
+    p_pt = tl.join(p.to(v.dtype), pt.to(v.dtype))
+    p_pt = tl.reshape(p_pt, [BLOCK_H // 8, 8, BLOCK_N, 2])
+    p_pt = tl.reshape(tl.permute(p_pt, [0, 3, 1, 2]), [2 * BLOCK_H, BLOCK_N])  # stacked like qr
+    alpha = tl.reshape(tl.join(alpha, alpha), [BLOCK_H // 8, 8, 2])
+    alpha = tl.reshape(tl.permute(alpha, [0, 2, 1]), [2 * BLOCK_H])
+    o = tl.dot(p_pt, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
+    return m_new, d1, d2, o
+
+
+@triton.jit
+def _merge(states_ptr):
+    """Merge the states of one query head's splits: rescale each to the largest m, add, normalise. -> [HEAD_DIM]"""
+    HEAD_DIM: tl.constexpr = 64
+    NUM_SPLITS: tl.constexpr = 8
+    offs_s = tl.arange(0, 8)
+    offs_d = tl.arange(0, HEAD_DIM)
+    stats_ptr = states_ptr + NUM_SPLITS * 2 * HEAD_DIM
+    m = tl.load(stats_ptr + offs_s, cache_modifier=".cg")
+    d1 = tl.load(stats_ptr + NUM_SPLITS + offs_s, cache_modifier=".cg")
+    d2 = tl.load(stats_ptr + 2 * NUM_SPLITS + offs_s, cache_modifier=".cg")
+    m_max = tl.max(m, 0)
+    weight = tl.exp2(m - m_max)
+    d1 = tl.sum(weight * d1, 0)
+    d2 = tl.sum(weight * d2, 0)
+    o_ptrs = states_ptr + offs_s[:, None] * (2 * HEAD_DIM) + offs_d[None, :]  # [splits, HEAD_DIM]
+    o1_splits = tl.load(o_ptrs, cache_modifier=".cg")
+    o2_splits = tl.load(o_ptrs + HEAD_DIM, cache_modifier=".cg")
+    o1 = tl.sum(weight[:, None] * o1_splits, 0)
+    o2 = tl.sum(weight[:, None] * o2_splits, 0)
+    inv_d1 = 1.0 / d1
+    return o1 * (inv_d1 * (1.0 + d2 * inv_d1)) - o2 * inv_d1
+
+
+@triton.jit(do_not_specialize=["kv_heads", "seqlen_kv"])
+def decode_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    scratch_ptr,
+    stride_qb,
+    stride_qh,
+    stride_rb,
+    stride_rh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    scale_log2,
+    kv_heads,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 64
+    GROUP: tl.constexpr = 16  # query heads per kv head
+    BLOCK_H: tl.constexpr = 16  # query heads per program
+    BLOCK_N: tl.constexpr = 64  # keys per iteration
+    NUM_SPLITS: tl.constexpr = 8
+
+    # -- this program's sequence and kv head, and its split of the keys
+    pid = tl.program_id(0)
+    split = pid % NUM_SPLITS
+    bh = pid // NUM_SPLITS
+    batch = (bh // kv_heads).to(tl.int64)
+    kv_head = (bh % kv_heads).to(tl.int64)
+    num_blocks = tl.cdiv(seqlen_kv, BLOCK_N)
+    key_begin = num_blocks * split // NUM_SPLITS * BLOCK_N
+    key_end = tl.minimum(num_blocks * (split + 1) // NUM_SPLITS * BLOCK_N, seqlen_kv)
+
+    # -- load one tile that stacks q and r: 8 rows of each in turn
+    offs_stack = tl.arange(0, 2 * BLOCK_H)
+    offs_h = offs_stack // 16 * 8 + offs_stack % 8
+    is_query = offs_stack % 16 < 8
+    mask_h = offs_h < GROUP
+    offs_d = tl.arange(0, HEAD_DIM)
+    q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + offs_h)[:, None] * stride_qh + offs_d[None, :]
+    r_ptrs = r_ptr + batch * stride_rb + (kv_head * GROUP + offs_h)[:, None] * stride_rh + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=(mask_h & is_query)[:, None], other=0.0)
+    r = tl.load(r_ptrs, mask=(mask_h & ~is_query)[:, None], other=0.0)
+    qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
+
+    # -- the softmax state, and where this sequence's keys lie
+    range_n = tl.arange(0, BLOCK_N)
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    clamped_n = tl.minimum(range_n, seqlen_kv - 1)[:, None]  # a sequence shorter than a block repeats its last key
+    k_offsets = clamped_n * stride_kn + offs_d[None, :]
+    v_offsets = clamped_n * stride_vn + offs_d[None, :]
+    stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, those of a cache may not
+    stride_vn64 = tl.cast(stride_vn, tl.int64)
+    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: a split without keys must not give NaN
+    d1 = tl.zeros([BLOCK_H], tl.float32)
+    d2 = tl.zeros([BLOCK_H], tl.float32)
+    o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
+
+    # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
+    #    masked: loads need no mask, and nothing past the end is read
+    last_block_start = tl.maximum(seqlen_kv - BLOCK_N, 0)
+    for start_n in tl.range(key_begin, key_end, BLOCK_N):
+        block_start = tl.minimum(start_n, last_block_start)
+        k = tl.load(k_ptr + block_start * stride_kn64 + k_offsets)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_ptr + block_start * stride_vn64 + v_offsets)
+        offs_n = block_start + range_n
+        visible = (offs_n >= start_n) & (offs_n < key_end)
+        m, d1, d2, o = _attend_block(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
+
+    o = tl.permute(tl.reshape(o, [BLOCK_H // 8, 2, 8, HEAD_DIM]), [0, 2, 3, 1])
+    o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, HEAD_DIM, 2]))  # [BLOCK_H, HEAD_DIM] each
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < GROUP
+
+    # -- store this split's state: per head o1 and o2 in [NUM_SPLITS, 2, HEAD_DIM], m, d1 and d2 in [3, NUM_SPLITS]
+    STATES_SIZE: tl.constexpr = NUM_SPLITS * (2 * HEAD_DIM + 4)  # floats of a head; 4, not 3, for 16-byte alignment
+    states_ptrs = scratch_ptr + (bh * GROUP + offs_h).to(tl.int64) * STATES_SIZE
+    o_ptrs = states_ptrs[:, None] + split * (2 * HEAD_DIM) + offs_d[None, :]
+    tl.store(o_ptrs, o1, mask=mask_h[:, None])
+    tl.store(o_ptrs + HEAD_DIM, o2, mask=mask_h[:, None])
+    stat_ptrs = states_ptrs + NUM_SPLITS * 2 * HEAD_DIM + split
+    tl.store(stat_ptrs, m, mask=mask_h)
+    tl.store(stat_ptrs + NUM_SPLITS, d1, mask=mask_h)
+    tl.store(stat_ptrs + 2 * NUM_SPLITS, d2, mask=mask_h)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def merge_kernel(o_ptr, scratch_ptr, stride_ob, stride_oh, heads):
+    """Merge the splits of one query head of one sequence."""
+    HEAD_DIM: tl.constexpr = 64
+    NUM_SPLITS: tl.constexpr = 8
+    STATES_SIZE: tl.constexpr = NUM_SPLITS * (2 * HEAD_DIM + 4)
+    bh = tl.program_id(0).to(tl.int64)
+    out = _merge(scratch_ptr + bh * STATES_SIZE)
+    o_row_ptr = o_ptr + bh // heads * stride_ob + bh % heads * stride_oh
+    tl.store(o_row_ptr + tl.arange(0, HEAD_DIM), out.to(o_ptr.dtype.element_ty))
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Write the attention of one query a sequence over its cached keys to out, on the current stream.
+
+    q, r, out         (batch, 1, kv_heads*16, 64) fp16, any strides with a contiguous last dimension
+    k_cache, v_cache  (batch, seqlen, kv_heads, 64) fp16, likewise
+    scratch           batch * heads * NUM_SPLITS * 132 fp32 numbers
+    """
+    batch, _, heads, _ = q.shape
+    kv_heads = k_cache.shape[2]
+    stride_qb, _, stride_qh, _ = q.stride()
+    stride_rb, _, stride_rh, _ = r.stride()
+    stride_ob, _, stride_oh, _ = out.stride()
+    decode_kernel[(batch * kv_heads * NUM_SPLITS,)](
+        q,
+        r,
+        k_cache,
+        v_cache,
+        scratch,
+        stride_qb,
+        stride_qh,
+        stride_rb,
+        stride_rh,
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        softmax_scale * LOG2_E,
+        kv_heads,
+        k_cache.shape[1],
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    merge_kernel[(batch * heads,)](out, scratch, stride_ob, stride_oh, heads, num_warps=4, enable_fp_fusion=True)

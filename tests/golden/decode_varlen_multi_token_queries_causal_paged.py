@@ -1,0 +1,392 @@
+"""Parallax attention of queries against a KV cache, each sequence of its own length.
+
+spec       decode, head_dim 128, fp16, GQA 2:1, causal, stats, per-sequence lengths, multi-token queries, pages of
+           16
+config     BLOCK_N=32 BLOCK_H=16 NUM_SPLITS=8 merge=last num_warps=4 num_stages=3
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, kernel c444000ec704
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
+s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+NUM_SPLITS = 8  # splits per tile, on average
+SPARE_SPLIT_EVERY = 8  # one spare split per 8 tiles, for the long ones
+
+
+@triton.jit
+def _load_lengths(
+    seq,
+    mask,
+    cache_seqlens_ptr,
+    queries_per_seq,
+    max_seqlen_kv,
+    BLOCK_N: tl.constexpr,
+):
+    """Per sequence: number of keys, number of queries, number of visible key blocks."""
+    seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
+    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
+    seqlen_q = tl.where(mask, queries_per_seq, 0)
+    return seqlen_kv, seqlen_q, tl.cdiv(seqlen_kv, BLOCK_N)
+
+
+@triton.jit
+def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o):
+    """Update the rows' state (m, d1, d2, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
+    BLOCK_N: tl.constexpr = k.shape[0]
+    BLOCK_H: tl.constexpr = qr.shape[0] // 2
+    st = tl.dot(qr, tl.trans(k))
+    st = tl.permute(tl.reshape(st, [BLOCK_H // 8, 2, 8, BLOCK_N]), [0, 2, 3, 1])
+    s, t = tl.split(tl.reshape(st, [BLOCK_H, BLOCK_N, 2]))  # [BLOCK_H, BLOCK_N] each
+    s = tl.where(visible, s, float("-inf"))
+
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    pt = p * t
+    d1 = d1 * alpha + tl.sum(p, 1)
+    d2 = d2 * alpha + tl.sum(pt, 1)
+
+    p_pt = tl.join(p.to(v.dtype), pt.to(v.dtype))
+    p_pt = tl.reshape(p_pt, [BLOCK_H // 8, 8, BLOCK_N, 2])
+    p_pt = tl.reshape(tl.permute(p_pt, [0, 3, 1, 2]), [2 * BLOCK_H, BLOCK_N])  # stacked like qr
+    alpha = tl.reshape(tl.join(alpha, alpha), [BLOCK_H // 8, 8, 2])
+    alpha = tl.reshape(tl.permute(alpha, [0, 2, 1]), [2 * BLOCK_H])
+    o = tl.dot(p_pt, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
+    return m_new, d1, d2, o
+
+
+@triton.jit
+def _normalize(d1, d2, o1, o2):
+    """o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row without keys."""
+    inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+    return o1 * (inv_d1 * (1.0 + d2 * inv_d1)) - o2 * inv_d1
+
+
+@triton.jit
+def _merge(states_ptr, stride, num_splits, row):
+    """Merge the states of a row's splits, `stride` floats apart: rescale each to the largest m, and add."""
+    HEAD_DIM: tl.constexpr = 128
+    STATE_ROWS: tl.constexpr = 16
+    offs_d = tl.arange(0, 128)
+    m = -3.0e38
+    d1 = 0.0
+    d2 = 0.0
+    o1 = tl.zeros([128], tl.float32)
+    o2 = tl.zeros([128], tl.float32)
+    for first_split in range(0, num_splits, 32):  # as many rows at a time as fit in registers
+        offs_s = first_split + tl.arange(0, 32)
+        mask_s = offs_s < num_splits  # lanes past the last split get the lowest m, hence weight 0
+        state_ptrs = states_ptr + offs_s.to(tl.int64) * stride
+        stat_ptrs = state_ptrs + STATE_ROWS * 2 * HEAD_DIM + row
+        m_splits = tl.load(stat_ptrs, mask=mask_s, other=-3.0e38, cache_modifier=".cg")
+        d1_splits = tl.load(stat_ptrs + STATE_ROWS, mask=mask_s, other=0.0, cache_modifier=".cg")
+        d2_splits = tl.load(stat_ptrs + 2 * STATE_ROWS, mask=mask_s, other=0.0, cache_modifier=".cg")
+        o_ptrs = state_ptrs[:, None] + row * (2 * HEAD_DIM) + offs_d[None, :]
+        mask_sd = mask_s[:, None]
+        o1_splits = tl.load(o_ptrs, mask=mask_sd, other=0.0, cache_modifier=".cg")  # [splits, HEAD_DIM]
+        o2_splits = tl.load(o_ptrs + HEAD_DIM, mask=mask_sd, other=0.0, cache_modifier=".cg")
+        m_new = tl.maximum(m, tl.max(m_splits, 0))
+        alpha = tl.exp2(m - m_new)
+        weight = tl.exp2(m_splits - m_new)
+        d1 = d1 * alpha + tl.sum(weight * d1_splits, 0)
+        d2 = d2 * alpha + tl.sum(weight * d2_splits, 0)
+        o1 = o1 * alpha + tl.sum(weight[:, None] * o1_splits, 0)
+        o2 = o2 * alpha + tl.sum(weight[:, None] * o2_splits, 0)
+        m = m_new
+    return m, d1, d2, o1, o2
+
+
+@triton.jit(do_not_specialize=["kv_heads", "batch", "max_seqlen_kv", "stride_tableb", "queries_per_seq"])
+def decode_varlen_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    v_mean_ptr,
+    cache_seqlens_ptr,
+    page_table_ptr,
+    scratch_ptr,
+    arrival_counters_ptr,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_rb,
+    stride_rn,
+    stride_rh,
+    stride_tableb,
+    stride_kvp,
+    stride_kvn,
+    stride_kvh,
+    stride_ob,
+    stride_on,
+    stride_oh,
+    scale_log2,
+    batch,
+    kv_heads,
+    queries_per_seq,
+    max_seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 128
+    GROUP: tl.constexpr = 2  # query heads per kv head
+    BLOCK_H: tl.constexpr = 16  # (query, head) pairs per tile
+    BLOCK_N: tl.constexpr = 32  # keys per iteration
+    PAGE_SIZE: tl.constexpr = 16  # keys per page of the cache
+    PAGES_PER_BLOCK: tl.constexpr = BLOCK_N // PAGE_SIZE  # pages per block of keys
+    NUM_SPLITS: tl.constexpr = 8
+    SPARE_SPLIT_EVERY: tl.constexpr = 8
+    STATE_ROWS: tl.constexpr = 16  # rows of a split's state
+    STATE_SIZE: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # its floats; 4, not 3, for 16-byte alignment
+    LN_2: tl.constexpr = 0.6931471805599453
+    BLOCK_SEQS: tl.constexpr = 32  # sequences scanned at a time, one a lane: no exchange between warps
+    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 2  # blocks of keys
+
+    # -- blocks per split, equal for all sequences: long sequences get many splits, short ones one. Rounding up adds at
+    #    most one split per tile, for which the launch has work items
+    lane_blocks = tl.zeros([BLOCK_SEQS], tl.int32)
+    lane_tiles = tl.zeros([BLOCK_SEQS], tl.int32)
+    for block_start in range(0, batch, BLOCK_SEQS):
+        seqs = block_start + tl.arange(0, BLOCK_SEQS)
+        _, seqlen_q, num_blocks = _load_lengths(
+            seqs,
+            seqs < batch,
+            cache_seqlens_ptr,
+            queries_per_seq,
+            max_seqlen_kv,
+            BLOCK_N,
+        )
+        num_tiles = tl.cdiv(seqlen_q * GROUP, BLOCK_H)
+        lane_blocks += num_tiles * num_blocks
+        lane_tiles += num_tiles
+    total_tiles = tl.sum(lane_tiles, 0)
+    extra_splits = total_tiles * (NUM_SPLITS - 1) + tl.cdiv(total_tiles, SPARE_SPLIT_EVERY)
+    blocks_per_split = tl.maximum(tl.cdiv(tl.sum(lane_blocks, 0), tl.maximum(extra_splits, 1)), MIN_BLOCKS_PER_SPLIT)
+
+    # -- the sequence of this program's work item: each sequence has num_tiles * tile_splits work items, in order
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    work_item = tl.program_id(0) // kv_heads
+    seq = 0
+    first_work_item = 0
+    num_work_items = 0
+    for block_start in range(0, batch, BLOCK_SEQS):
+        seqs = block_start + tl.arange(0, BLOCK_SEQS)
+        _, seqlen_q, num_blocks = _load_lengths(
+            seqs,
+            seqs < batch,
+            cache_seqlens_ptr,
+            queries_per_seq,
+            max_seqlen_kv,
+            BLOCK_N,
+        )
+        num_tiles = tl.cdiv(seqlen_q * GROUP, BLOCK_H)
+        work_items = num_tiles * tl.maximum(tl.cdiv(num_blocks, blocks_per_split), 1)
+        ends = num_work_items + tl.cumsum(work_items, 0)
+        is_before = (ends <= work_item) & (seqs < batch)
+        seq += tl.sum(is_before.to(tl.int32), 0)
+        first_work_item = tl.maximum(first_work_item, tl.max(tl.where(is_before, ends, 0), 0))
+        num_work_items += tl.sum(work_items, 0)
+    if work_item >= num_work_items:
+        return
+
+    # -- the tile of its rows, and the split of the tile's keys
+    seqlen_kv, seqlen_q, num_blocks = _load_lengths(
+        seq,
+        True,
+        cache_seqlens_ptr,
+        queries_per_seq,
+        max_seqlen_kv,
+        BLOCK_N,
+    )
+    tile_splits = tl.maximum(tl.cdiv(num_blocks, blocks_per_split), 1)
+    tile = (work_item - first_work_item) // tile_splits
+    split = (work_item - first_work_item) % tile_splits
+    start_m = tile * BLOCK_H
+    # its last query sees the keys before visible_end
+    last_query = tl.minimum((start_m + BLOCK_H - 1) // GROUP, seqlen_q - 1)
+    visible_end = tl.maximum(seqlen_kv - seqlen_q + last_query + 1, 0)
+    num_blocks = tl.cdiv(visible_end, BLOCK_N)
+    keys_per_split = tl.cdiv(num_blocks, tile_splits) * BLOCK_N
+    key_begin = split * keys_per_split
+    key_end = tl.minimum(key_begin + keys_per_split, visible_end)
+
+    # -- load one tile that stacks q and r: 8 rows of each in turn
+    offs_stack = tl.arange(0, 2 * BLOCK_H)
+    offs_m = start_m + offs_stack // 16 * 8 + offs_stack % 8
+    is_query = offs_stack % 16 < 8
+    mask_m = offs_m < seqlen_q * GROUP
+    offs_h = offs_m % GROUP
+    offs_q = (offs_m // GROUP).to(tl.int64)
+    offs_d = tl.arange(0, 128)
+    seq64 = seq.to(tl.int64)
+    q_row_ptrs = q_ptr + seq64 * stride_qb + offs_q * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
+    r_row_ptrs = r_ptr + seq64 * stride_rb + offs_q * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
+    q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None], other=0.0)
+    r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None], other=0.0)
+    qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
+
+    # -- the softmax state: a row for each (query, head) pair
+    offs_m = start_m + tl.arange(0, BLOCK_H)
+    mask_m = offs_m < seqlen_q * GROUP
+    offs_h = offs_m % GROUP
+    offs_q = (offs_m // GROUP).to(tl.int64)
+    query_positions = seqlen_kv - seqlen_q + offs_m // GROUP  # among the keys of their sequence
+    range_n = tl.arange(0, BLOCK_N)
+    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: rows without keys must not give NaN
+    d1 = tl.zeros([BLOCK_H], tl.float32)
+    d2 = tl.zeros([BLOCK_H], tl.float32)
+    o = tl.zeros([2 * BLOCK_H, 128], tl.float32)
+
+    # -- loop over the keys, whole pages at a time. Past a sequence's end cache and page table may hold anything: valid
+    #    keys are read again instead, and masked. The pages of a block are looked up one step ahead: a key load that
+    #    depends on a load of the same step would leave fewer loads in flight
+    k_ptr += kv_head * stride_kvh
+    v_ptr += kv_head * stride_kvh
+    page_table_ptr += seq64 * stride_tableb
+    final_key = tl.maximum(seqlen_kv - 1, 0)
+    final_slot = final_key % PAGE_SIZE
+    page_in_block = range_n // PAGE_SIZE  # which of the block's pages each key is in
+    slot = range_n % PAGE_SIZE
+    page_0 = tl.load(page_table_ptr + tl.minimum(key_begin, final_key) // PAGE_SIZE)
+    page_1 = tl.load(page_table_ptr + tl.minimum(key_begin + PAGE_SIZE, final_key) // PAGE_SIZE)
+    second_block_ptr = page_table_ptr + key_begin // PAGE_SIZE + PAGES_PER_BLOCK
+    # (The loop begins at 0: Triton 3.7 and later do not pipeline one whose start is computed after an early return.)
+    for i in tl.range(0, key_end - key_begin, BLOCK_N):
+        start_n = key_begin + i
+        page = tl.where(page_in_block == 1, page_1, page_0)  # [BLOCK_N]
+        keys_left = seqlen_kv - start_n
+        last_slot = tl.where((page_in_block + 1) * PAGE_SIZE <= final_key - start_n, PAGE_SIZE - 1, final_slot)
+        clamped_slot = tl.minimum(slot, last_slot)
+        page_offset = page.to(tl.uint32).to(tl.int64) * stride_kvp
+        offsets = clamped_slot[:, None] * stride_kvn + offs_d[None, :]  # offsets within a page fit 32 bits
+        k = tl.load((k_ptr + page_offset)[:, None] + offsets)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load((v_ptr + page_offset)[:, None] + offsets)
+        next_block_ptr = second_block_ptr + i // PAGE_SIZE  # past the last page the current ones stay
+        page_0 = tl.load(next_block_ptr, mask=BLOCK_N < keys_left, other=page_0)
+        page_1 = tl.load(next_block_ptr + 1, mask=BLOCK_N + PAGE_SIZE < keys_left, other=page_1)
+        offs_n = start_n + range_n
+        visible = range_n < key_end - start_n
+        visible = visible[None, :] & (offs_n[None, :] <= query_positions[:, None])
+        m, d1, d2, o = _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o)
+
+    o = tl.permute(tl.reshape(o, [BLOCK_H // 8, 2, 8, 128]), [0, 2, 3, 1])
+    o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, 128, 2]))  # [BLOCK_H, HEAD_DIM] each
+
+    # -- the output, or the state of a split
+    o_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
+    v_mean_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
+    lse_ptr += (seq64 * kv_heads + kv_head) * GROUP * queries_per_seq
+    t_mean_ptr += (seq64 * kv_heads + kv_head) * GROUP * queries_per_seq
+    if tile_splits == 1:
+        # this is the only split of its tile
+        row_offsets = offs_q * stride_on + offs_h * stride_oh
+        out = _normalize(d1[:, None], d2[:, None], o1, o2)
+        o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
+        tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
+        inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+        v_mean_ptrs = v_mean_ptr + row_offsets[:, None] + offs_d[None, :]
+        v_mean = o1 * inv_d1[:, None]
+        tl.store(v_mean_ptrs, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])
+        stat_offsets = offs_q + offs_h * queries_per_seq
+        lse = tl.where(d1 > 0.0, LN_2 * (m + tl.log2(d1)), float("-inf"))
+        tl.store(lse_ptr + stat_offsets, lse, mask=mask_m)
+        tl.store(t_mean_ptr + stat_offsets, d2 * inv_d1, mask=mask_m)
+    else:
+        # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
+        range_m = tl.arange(0, BLOCK_H)
+        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
+        state_o_ptrs = state_ptr + range_m[:, None] * (2 * HEAD_DIM) + offs_d[None, :]
+        tl.store(state_o_ptrs, o1, mask=mask_m[:, None])
+        tl.store(state_o_ptrs + HEAD_DIM, o2, mask=mask_m[:, None])
+        state_stat_ptrs = state_ptr + STATE_ROWS * 2 * HEAD_DIM + range_m
+        tl.store(state_stat_ptrs, m, mask=mask_m)
+        tl.store(state_stat_ptrs + STATE_ROWS, d1, mask=mask_m)
+        tl.store(state_stat_ptrs + 2 * STATE_ROWS, d2, mask=mask_m)
+
+        # -- the last split to arrive merges all of them, and resets the counter for the next launch
+        tl.debug_barrier()
+        first_state = (work_item - split) * kv_heads + kv_head
+        if tl.atomic_add(arrival_counters_ptr + first_state, 1, sem="acq_rel") == tile_splits - 1:
+            tl.store(arrival_counters_ptr + first_state, 0)
+            state_ptr = scratch_ptr + first_state.to(tl.int64) * STATE_SIZE
+            for i in range(tl.minimum(seqlen_q * GROUP - start_m, BLOCK_H)):
+                query = ((start_m + i) // GROUP).to(tl.int64)
+                head = (start_m + i) % GROUP
+                row_offset = query * stride_on + head * stride_oh
+                m_row, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * STATE_SIZE, tile_splits, i)
+                out_row = _normalize(d1_row, d2_row, o1_row, o2_row)
+                tl.store(o_ptr + row_offset + offs_d, out_row.to(o_ptr.dtype.element_ty))
+                inv_d1_row = tl.where(d1_row > 0.0, 1.0 / d1_row, 0.0)
+                v_mean_row = o1_row * inv_d1_row
+                tl.store(v_mean_ptr + row_offset + offs_d, v_mean_row.to(v_mean_ptr.dtype.element_ty))
+                stat_offset = query + head * queries_per_seq
+                lse_row = tl.where(d1_row > 0.0, LN_2 * (m_row + tl.log2(d1_row)), float("-inf"))
+                tl.store(lse_ptr + stat_offset, lse_row)
+                tl.store(t_mean_ptr + stat_offset, d2_row * inv_d1_row)
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    t_mean: torch.Tensor,
+    v_mean: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    page_table: torch.Tensor,
+    scratch: torch.Tensor,
+    arrival_counters: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Write the attention of each sequence's queries over its cached keys to out, on the current stream.
+
+    q, r, out         (batch, seqlen_q, kv_heads*2, 128) fp16, any strides with a contiguous last dimension
+    lse, t_mean       (batch, kv_heads*2, queries_per_seq) fp32, contiguous
+    v_mean            like out, with its strides
+    k_cache, v_cache  (pages, 16, kv_heads, 128) fp16, the same strides likewise
+    cache_seqlens     (batch,) int32: keys in each sequence, 0 to what its pages hold; nothing past them is read
+    page_table        (batch, most pages of a sequence) int32: each sequence's pages, in order
+    scratch           work_items * kv_heads * 4160 fp32 numbers, work_items as below
+    arrival_counters  work_items * kv_heads int32 zeros, which every launch leaves zero again
+    """
+    batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
+    num_tiles = batch * triton.cdiv(q.shape[1] * 2, 16)
+    work_items = num_tiles * NUM_SPLITS + triton.cdiv(num_tiles, SPARE_SPLIT_EVERY)  # an upper bound
+    decode_varlen_kernel[(work_items * kv_heads,)](
+        q,
+        r,
+        k_cache,
+        v_cache,
+        out,
+        lse,
+        t_mean,
+        v_mean,
+        cache_seqlens,
+        page_table,
+        scratch,
+        arrival_counters,
+        *q.stride()[:3],
+        *r.stride()[:3],
+        page_table.stride(0),
+        *k_cache.stride()[:3],
+        *out.stride()[:3],
+        softmax_scale * LOG2_E,
+        batch,
+        kv_heads,
+        q.shape[1],
+        page_table.shape[1] * 16,
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,457 @@
+"""Parallax attention of queries against a KV cache, each sequence of its own length.
+
+spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, per-sequence lengths, leftpad, multi-token
+           queries
+config     BLOCK_N=64 BLOCK_H=32 NUM_SPLITS=3 merge=last num_warps=4 num_stages=2
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, kernel e20065eca7be
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
+s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+NUM_SPLITS = 3  # splits per tile, on average
+SPARE_SPLIT_EVERY = 8  # one spare split per 8 tiles, for the long ones
+
+
+@triton.jit
+def _load_lengths(
+    seq,
+    mask,
+    cache_seqlens_ptr,
+    cache_leftpad_ptr,
+    cu_seqlens_q_ptr,
+    max_seqlen_kv,
+    window_size,
+    BLOCK_N: tl.constexpr,
+):
+    """Per sequence: number of keys, first visible key, number of queries, number of visible key blocks."""
+    seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
+    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
+    seq_start_q = tl.load(cu_seqlens_q_ptr + seq, mask=mask, other=0)
+    seqlen_q = tl.maximum(tl.load(cu_seqlens_q_ptr + seq + 1, mask=mask, other=0) - seq_start_q, 0)
+    visible_begin = tl.maximum(tl.load(cache_leftpad_ptr + seq, mask=mask, other=0), 0)
+    visible_begin = tl.maximum(visible_begin, seqlen_kv - window_size - seqlen_q + 1)
+    num_blocks = tl.cdiv(tl.maximum(seqlen_kv - visible_begin, 0), BLOCK_N)
+    return seqlen_kv, visible_begin, seqlen_q, num_blocks
+
+
+@triton.jit
+def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o):
+    """Update the rows' state (m, d1, d2, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
+    BLOCK_N: tl.constexpr = k.shape[0]
+    BLOCK_H: tl.constexpr = qr.shape[0] // 2
+    st = tl.dot(qr, tl.trans(k))
+    st = tl.permute(tl.reshape(st, [BLOCK_H // 8, 2, 8, BLOCK_N]), [0, 2, 3, 1])
+    s, t = tl.split(tl.reshape(st, [BLOCK_H, BLOCK_N, 2]))  # [BLOCK_H, BLOCK_N] each
+    s = tl.where(visible, s, float("-inf"))
+
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    pt = p * t
+    d1 = d1 * alpha + tl.sum(p, 1)
+    d2 = d2 * alpha + tl.sum(pt, 1)
+
+    p_pt = tl.join(p.to(v.dtype), pt.to(v.dtype))
+    p_pt = tl.reshape(p_pt, [BLOCK_H // 8, 8, BLOCK_N, 2])
+    p_pt = tl.reshape(tl.permute(p_pt, [0, 3, 1, 2]), [2 * BLOCK_H, BLOCK_N])  # stacked like qr
+    alpha = tl.reshape(tl.join(alpha, alpha), [BLOCK_H // 8, 8, 2])
+    alpha = tl.reshape(tl.permute(alpha, [0, 2, 1]), [2 * BLOCK_H])
+    o = tl.dot(p_pt, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
+    return m_new, d1, d2, o
+
+
+@triton.jit
+def _normalize(d1, d2, o1, o2):
+    """o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row without keys."""
+    inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+    return o1 * (inv_d1 * (1.0 + d2 * inv_d1)) - o2 * inv_d1
+
+
+@triton.jit
+def _merge(states_ptr, stride, num_splits, row):
+    """Merge the states of a row's splits, `stride` floats apart: rescale each to the largest m, and add."""
+    HEAD_DIM: tl.constexpr = 96
+    STATE_ROWS: tl.constexpr = 32
+    offs_d = tl.arange(0, 128)
+    m = -3.0e38
+    d1 = 0.0
+    d2 = 0.0
+    o1 = tl.zeros([128], tl.float32)
+    o2 = tl.zeros([128], tl.float32)
+    for first_split in range(0, num_splits, 32):  # as many rows at a time as fit in registers
+        offs_s = first_split + tl.arange(0, 32)
+        mask_s = offs_s < num_splits  # lanes past the last split get the lowest m, hence weight 0
+        state_ptrs = states_ptr + offs_s.to(tl.int64) * stride
+        stat_ptrs = state_ptrs + STATE_ROWS * 2 * HEAD_DIM + row
+        m_splits = tl.load(stat_ptrs, mask=mask_s, other=-3.0e38, cache_modifier=".cg")
+        d1_splits = tl.load(stat_ptrs + STATE_ROWS, mask=mask_s, other=0.0, cache_modifier=".cg")
+        d2_splits = tl.load(stat_ptrs + 2 * STATE_ROWS, mask=mask_s, other=0.0, cache_modifier=".cg")
+        o_ptrs = state_ptrs[:, None] + row * (2 * HEAD_DIM) + offs_d[None, :]
+        mask_sd = mask_s[:, None] & (offs_d < HEAD_DIM)[None, :]
+        o1_splits = tl.load(o_ptrs, mask=mask_sd, other=0.0, cache_modifier=".cg")  # [splits, HEAD_DIM]
+        o2_splits = tl.load(o_ptrs + HEAD_DIM, mask=mask_sd, other=0.0, cache_modifier=".cg")
+        m_new = tl.maximum(m, tl.max(m_splits, 0))
+        alpha = tl.exp2(m - m_new)
+        weight = tl.exp2(m_splits - m_new)
+        d1 = d1 * alpha + tl.sum(weight * d1_splits, 0)
+        d2 = d2 * alpha + tl.sum(weight * d2_splits, 0)
+        o1 = o1 * alpha + tl.sum(weight[:, None] * o1_splits, 0)
+        o2 = o2 * alpha + tl.sum(weight[:, None] * o2_splits, 0)
+        m = m_new
+    return m, d1, d2, o1, o2
+
+
+@triton.jit
+def _fill_padding(
+    o_ptr,
+    v_mean_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    stride_on,
+    stride_oh,
+    heads,
+    used_begin,
+    used_end,
+    total,
+):
+    """Write 0, and -inf to lse, to the rows of no sequence: [0, used_begin) and [used_end, total).
+
+    The programs of the launch share these rows.
+    """
+    HEAD_DIM: tl.constexpr = 96
+    BLOCK_HEADS: tl.constexpr = 16  # heads per iteration
+    offs_d = tl.arange(0, 128)
+    for i in tl.range(tl.program_id(0), total - used_end + used_begin, tl.num_programs(0)):
+        row = (used_end + i).to(tl.int64)
+        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        for first_head in tl.range(0, heads, BLOCK_HEADS):
+            offs_h = (first_head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
+            mask_h = offs_h < heads
+            mask_hd = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
+            o_offsets = row * stride_on + (offs_h * stride_oh)[:, None] + offs_d[None, :]
+            tl.store(o_ptr + o_offsets, 0.0, mask=mask_hd)
+            tl.store(v_mean_ptr + o_offsets, 0.0, mask=mask_hd)
+            tl.store(lse_ptr + offs_h * total + row, float("-inf"), mask=mask_h)
+            tl.store(t_mean_ptr + offs_h * total + row, 0.0, mask=mask_h)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "batch", "max_seqlen_kv", "window_size", "total_q"])
+def decode_varlen_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    v_mean_ptr,
+    cu_seqlens_q_ptr,
+    cache_seqlens_ptr,
+    cache_leftpad_ptr,
+    scratch_ptr,
+    arrival_counters_ptr,
+    stride_qn,
+    stride_qh,
+    stride_rn,
+    stride_rh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_on,
+    stride_oh,
+    scale_log2,
+    batch,
+    kv_heads,
+    total_q,
+    max_seqlen_kv,
+    window_size,
+):
+    HEAD_DIM: tl.constexpr = 96
+    GROUP: tl.constexpr = 4  # query heads per kv head
+    BLOCK_H: tl.constexpr = 32  # (query, head) pairs per tile
+    BLOCK_N: tl.constexpr = 64  # keys per iteration
+    NUM_SPLITS: tl.constexpr = 3
+    SPARE_SPLIT_EVERY: tl.constexpr = 8
+    STATE_ROWS: tl.constexpr = 32  # rows of a split's state
+    STATE_SIZE: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # its floats; 4, not 3, for 16-byte alignment
+    LN_2: tl.constexpr = 0.6931471805599453
+    BLOCK_SEQS: tl.constexpr = 32  # sequences scanned at a time, one a lane: no exchange between warps
+    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 1  # blocks of keys
+    used_begin = tl.load(cu_seqlens_q_ptr)
+    used_end = tl.load(cu_seqlens_q_ptr + batch)
+
+    # -- blocks per split, equal for all sequences: long sequences get many splits, short ones one. Rounding up adds at
+    #    most one split per tile, for which the launch has work items
+    lane_blocks = tl.zeros([BLOCK_SEQS], tl.int32)
+    lane_tiles = tl.zeros([BLOCK_SEQS], tl.int32)
+    for block_start in range(0, batch, BLOCK_SEQS):
+        seqs = block_start + tl.arange(0, BLOCK_SEQS)
+        _, _, seqlen_q, num_blocks = _load_lengths(
+            seqs,
+            seqs < batch,
+            cache_seqlens_ptr,
+            cache_leftpad_ptr,
+            cu_seqlens_q_ptr,
+            max_seqlen_kv,
+            window_size,
+            BLOCK_N,
+        )
+        num_tiles = tl.cdiv(seqlen_q * GROUP, BLOCK_H)
+        lane_blocks += num_tiles * num_blocks
+        lane_tiles += num_tiles
+    total_tiles = tl.sum(lane_tiles, 0)
+    extra_splits = total_tiles * (NUM_SPLITS - 1) + tl.cdiv(total_tiles, SPARE_SPLIT_EVERY)
+    blocks_per_split = tl.maximum(tl.cdiv(tl.sum(lane_blocks, 0), tl.maximum(extra_splits, 1)), MIN_BLOCKS_PER_SPLIT)
+
+    # -- the sequence of this program's work item: each sequence has num_tiles * tile_splits work items, in order
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    work_item = tl.program_id(0) // kv_heads
+    seq = 0
+    first_work_item = 0
+    num_work_items = 0
+    for block_start in range(0, batch, BLOCK_SEQS):
+        seqs = block_start + tl.arange(0, BLOCK_SEQS)
+        _, _, seqlen_q, num_blocks = _load_lengths(
+            seqs,
+            seqs < batch,
+            cache_seqlens_ptr,
+            cache_leftpad_ptr,
+            cu_seqlens_q_ptr,
+            max_seqlen_kv,
+            window_size,
+            BLOCK_N,
+        )
+        num_tiles = tl.cdiv(seqlen_q * GROUP, BLOCK_H)
+        work_items = num_tiles * tl.maximum(tl.cdiv(num_blocks, blocks_per_split), 1)
+        ends = num_work_items + tl.cumsum(work_items, 0)
+        is_before = (ends <= work_item) & (seqs < batch)
+        seq += tl.sum(is_before.to(tl.int32), 0)
+        first_work_item = tl.maximum(first_work_item, tl.max(tl.where(is_before, ends, 0), 0))
+        num_work_items += tl.sum(work_items, 0)
+
+    # -- rows that belong to no sequence
+    if used_end - used_begin < total_q:
+        _fill_padding(
+            o_ptr,
+            v_mean_ptr,
+            lse_ptr,
+            t_mean_ptr,
+            stride_on,
+            stride_oh,
+            kv_heads * GROUP,
+            used_begin,
+            used_end,
+            total_q,
+        )
+    if work_item >= num_work_items:
+        return
+
+    # -- the tile of its rows, and the split of the tile's keys
+    seqlen_kv, visible_begin, seqlen_q, num_blocks = _load_lengths(
+        seq,
+        True,
+        cache_seqlens_ptr,
+        cache_leftpad_ptr,
+        cu_seqlens_q_ptr,
+        max_seqlen_kv,
+        window_size,
+        BLOCK_N,
+    )
+    tile_splits = tl.maximum(tl.cdiv(num_blocks, blocks_per_split), 1)
+    tile = (work_item - first_work_item) // tile_splits
+    split = (work_item - first_work_item) % tile_splits
+    start_m = tile * BLOCK_H
+    # its last query sees the keys before visible_end, its first query those from visible_begin on
+    last_query = tl.minimum((start_m + BLOCK_H - 1) // GROUP, seqlen_q - 1)
+    visible_end = tl.maximum(seqlen_kv - seqlen_q + last_query + 1, 0)
+    visible_begin = tl.maximum(visible_begin, seqlen_kv - seqlen_q + start_m // GROUP + 1 - window_size)
+    num_blocks = tl.cdiv(tl.maximum(visible_end - visible_begin, 0), BLOCK_N)
+    keys_per_split = tl.cdiv(num_blocks, tile_splits) * BLOCK_N
+    key_begin = visible_begin + split * keys_per_split
+    key_end = tl.minimum(key_begin + keys_per_split, visible_end)
+
+    # -- load one tile that stacks q and r: 8 rows of each in turn
+    offs_stack = tl.arange(0, 2 * BLOCK_H)
+    offs_m = start_m + offs_stack // 16 * 8 + offs_stack % 8
+    is_query = offs_stack % 16 < 8
+    mask_m = offs_m < seqlen_q * GROUP
+    offs_h = offs_m % GROUP
+    offs_q = (offs_m // GROUP).to(tl.int64)
+    offs_d = tl.arange(0, 128)
+    mask_d = offs_d < HEAD_DIM
+    seq64 = seq.to(tl.int64)
+    seq_start_q = tl.load(cu_seqlens_q_ptr + seq).to(tl.int64)
+    q_row_ptrs = q_ptr + (seq_start_q + offs_q) * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
+    r_row_ptrs = r_ptr + (seq_start_q + offs_q) * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
+    q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None] & mask_d[None, :], other=0.0)
+    r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None] & mask_d[None, :], other=0.0)
+    qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
+
+    # -- the softmax state: a row for each (query, head) pair
+    offs_m = start_m + tl.arange(0, BLOCK_H)
+    mask_m = offs_m < seqlen_q * GROUP
+    offs_h = offs_m % GROUP
+    offs_q = (offs_m // GROUP).to(tl.int64)
+    query_positions = seqlen_kv - seqlen_q + offs_m // GROUP  # among the keys of their sequence
+    range_n = tl.arange(0, BLOCK_N)
+    stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, those of a cache may not
+    stride_vn64 = tl.cast(stride_vn, tl.int64)
+    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: rows without keys must not give NaN
+    d1 = tl.zeros([BLOCK_H], tl.float32)
+    d2 = tl.zeros([BLOCK_H], tl.float32)
+    o = tl.zeros([2 * BLOCK_H, 128], tl.float32)
+
+    # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
+    #    masked: loads need no mask, and nothing past a sequence's end or before its beginning is read
+    k_ptr += seq64 * stride_kb + kv_head * stride_kh
+    v_ptr += seq64 * stride_vb + kv_head * stride_vh
+    # a sequence shorter than a block repeats its last key
+    clamped_n = tl.minimum(range_n, seqlen_kv - visible_begin - 1)[:, None]
+    k_offsets = clamped_n * stride_kn + offs_d[None, :]
+    v_offsets = clamped_n * stride_vn + offs_d[None, :]
+    last_block_start = tl.maximum(seqlen_kv - BLOCK_N, visible_begin)
+    # (The loop begins at 0: Triton 3.7 and later do not pipeline one whose start is computed after an early return.)
+    for i in tl.range(0, key_end - key_begin, BLOCK_N):
+        start_n = key_begin + i
+        block_start = tl.minimum(start_n, last_block_start)
+        k = tl.load(k_ptr + block_start * stride_kn64 + k_offsets, mask=mask_d[None, :], other=0)
+        v = tl.load(v_ptr + block_start * stride_vn64 + v_offsets, mask=mask_d[None, :], other=0)
+        offs_n = block_start + range_n
+        visible = (offs_n >= start_n) & (offs_n < key_end)
+        distance = query_positions[:, None] - offs_n[None, :]
+        visible = visible[None, :] & (distance >= 0) & (distance < window_size)
+        m, d1, d2, o = _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o)
+
+    o = tl.permute(tl.reshape(o, [BLOCK_H // 8, 2, 8, 128]), [0, 2, 3, 1])
+    o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, 128, 2]))  # [BLOCK_H, HEAD_DIM] each
+
+    # -- the output, or the state of a split
+    o_ptr += seq_start_q * stride_on + kv_head * GROUP * stride_oh
+    v_mean_ptr += seq_start_q * stride_on + kv_head * GROUP * stride_oh
+    lse_ptr += seq_start_q + kv_head * GROUP * total_q
+    t_mean_ptr += seq_start_q + kv_head * GROUP * total_q
+    if tile_splits == 1:
+        # this is the only split of its tile
+        row_offsets = offs_q * stride_on + offs_h * stride_oh
+        out = _normalize(d1[:, None], d2[:, None], o1, o2)
+        o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
+        tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
+        inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+        v_mean_ptrs = v_mean_ptr + row_offsets[:, None] + offs_d[None, :]
+        v_mean = o1 * inv_d1[:, None]
+        tl.store(v_mean_ptrs, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
+        stat_offsets = offs_q + offs_h * total_q
+        lse = tl.where(d1 > 0.0, LN_2 * (m + tl.log2(d1)), float("-inf"))
+        tl.store(lse_ptr + stat_offsets, lse, mask=mask_m)
+        tl.store(t_mean_ptr + stat_offsets, d2 * inv_d1, mask=mask_m)
+    else:
+        # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
+        range_m = tl.arange(0, BLOCK_H)
+        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
+        state_o_ptrs = state_ptr + range_m[:, None] * (2 * HEAD_DIM) + offs_d[None, :]
+        tl.store(state_o_ptrs, o1, mask=mask_m[:, None] & mask_d[None, :])
+        tl.store(state_o_ptrs + HEAD_DIM, o2, mask=mask_m[:, None] & mask_d[None, :])
+        state_stat_ptrs = state_ptr + STATE_ROWS * 2 * HEAD_DIM + range_m
+        tl.store(state_stat_ptrs, m, mask=mask_m)
+        tl.store(state_stat_ptrs + STATE_ROWS, d1, mask=mask_m)
+        tl.store(state_stat_ptrs + 2 * STATE_ROWS, d2, mask=mask_m)
+
+        # -- the last split to arrive merges all of them, and resets the counter for the next launch
+        tl.debug_barrier()
+        first_state = (work_item - split) * kv_heads + kv_head
+        if tl.atomic_add(arrival_counters_ptr + first_state, 1, sem="acq_rel") == tile_splits - 1:
+            tl.store(arrival_counters_ptr + first_state, 0)
+            state_ptr = scratch_ptr + first_state.to(tl.int64) * STATE_SIZE
+            for i in range(tl.minimum(seqlen_q * GROUP - start_m, BLOCK_H)):
+                query = ((start_m + i) // GROUP).to(tl.int64)
+                head = (start_m + i) % GROUP
+                row_offset = query * stride_on + head * stride_oh
+                m_row, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * STATE_SIZE, tile_splits, i)
+                out_row = _normalize(d1_row, d2_row, o1_row, o2_row)
+                tl.store(o_ptr + row_offset + offs_d, out_row.to(o_ptr.dtype.element_ty), mask=mask_d)
+                inv_d1_row = tl.where(d1_row > 0.0, 1.0 / d1_row, 0.0)
+                v_mean_row = o1_row * inv_d1_row
+                tl.store(v_mean_ptr + row_offset + offs_d, v_mean_row.to(v_mean_ptr.dtype.element_ty), mask=mask_d)
+                stat_offset = query + head * total_q
+                lse_row = tl.where(d1_row > 0.0, LN_2 * (m_row + tl.log2(d1_row)), float("-inf"))
+                tl.store(lse_ptr + stat_offset, lse_row)
+                tl.store(t_mean_ptr + stat_offset, d2_row * inv_d1_row)
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    t_mean: torch.Tensor,
+    v_mean: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_leftpad: torch.Tensor,
+    scratch: torch.Tensor,
+    arrival_counters: torch.Tensor,
+    softmax_scale: float,
+    window_size: int,
+    max_seqlen_q: int,
+) -> None:
+    """Write the attention of each sequence's queries over its cached keys to out, on the current stream.
+
+    q, r, out         (total_q, kv_heads*4, 96) bf16, any strides with a contiguous last dimension
+    lse, t_mean       (kv_heads*4, total_q) fp32, contiguous
+    v_mean            like out, with its strides
+    k_cache, v_cache  (batch, seqlen, kv_heads, 96) bf16, any strides likewise
+    cu_seqlens_q      (batch + 1,) int32: the first query row of each sequence, and the end of the last one. In
+                      rows of no sequence out is 0, lse -inf, and t_mean and v_mean 0
+    cache_seqlens     (batch,) int32: keys in each sequence, 0 to seqlen; nothing past them is read
+    cache_leftpad     (batch,) int32: each sequence's first key; nothing before it is read
+    scratch           work_items * kv_heads * 6272 fp32 numbers, work_items as below
+    arrival_counters  work_items * kv_heads int32 zeros, which every launch leaves zero again
+    window_size       the number of last keys that a query sees, 1 or more
+    max_seqlen_q      at least the most queries of a sequence
+    """
+    batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
+    num_tiles = batch * triton.cdiv(max_seqlen_q * 4, 32)
+    work_items = num_tiles * NUM_SPLITS + triton.cdiv(num_tiles, SPARE_SPLIT_EVERY)  # an upper bound
+    decode_varlen_kernel[(work_items * kv_heads,)](
+        q,
+        r,
+        k_cache,
+        v_cache,
+        out,
+        lse,
+        t_mean,
+        v_mean,
+        cu_seqlens_q,
+        cache_seqlens,
+        cache_leftpad,
+        scratch,
+        arrival_counters,
+        *q.stride()[:2],
+        *r.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *out.stride()[:2],
+        softmax_scale * LOG2_E,
+        batch,
+        kv_heads,
+        q.shape[0],
+        k_cache.shape[1],
+        window_size,
+        num_warps=4,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,343 @@
+"""Parallax attention, forward.
+
+spec       forward, head_dim 64, bf16, MHA, causal, stats
+config     BLOCK_M=64 BLOCK_N=64 GROUP_HEADS=32 num_warps=4 num_stages=3 maxnreg=168 SOFTMAX=fixed_reference
+gpu        NVIDIA H200 SXM
+generator  parallax_gen 0.1.0, kernel 1f585f1aec88
+
+o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
+t_mean_i = sum_j p_ij t_ij.
+The running state of a row is (d1, d2, o1, o2): the sums of 2^(s - m) times 1, t, v and t v, with s =
+log2(e) softmax_scale q.k and m the s of the first key, or the largest s of a row that sees few keys. Where
+the sums overflow, since other keys' s are far larger, a second kernel redoes the tile with m the running maximum.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["batch_heads", "heads", "seqlen_q", "seqlen_kv"])
+def forward_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    v_mean_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_rb,
+    stride_rm,
+    stride_rh,
+    stride_kb,
+    stride_kn: tl.constexpr,
+    stride_kh,
+    stride_vb,
+    stride_vn: tl.constexpr,
+    stride_vh,
+    stride_ob,
+    stride_om,
+    stride_oh,
+    scale_log2,
+    batch_heads,
+    heads,
+    seqlen_q,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 64
+    BLOCK_M: tl.constexpr = 64  # query rows per program
+    BLOCK_N: tl.constexpr = 64  # keys per iteration
+    GROUP_HEADS: tl.constexpr = 32  # query heads whose tiles are launched together
+
+    # -- this program's tile of query rows: those that see most keys first
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
+    group_size = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
+    tile = (pid - first_bh * num_tiles) // group_size
+    bh = first_bh + (pid - first_bh * num_tiles) % group_size
+    tile = num_tiles - 1 - tile
+    batch = (bh // heads).to(tl.int64)
+    head = (bh % heads).to(tl.int64)
+    start_m = tile * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < seqlen_q
+    range_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEAD_DIM)
+
+    # -- load q and r
+    rows64 = offs_m[:, None].to(tl.int64)
+    q_offsets = batch * stride_qb + head * stride_qh + rows64 * stride_qm + offs_d[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+    r_offsets = batch * stride_rb + head * stride_rh + rows64 * stride_rm + offs_d[None, :]
+    r = tl.load(r_ptr + r_offsets, mask=mask_m[:, None], other=0.0)
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
+    v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
+
+    # -- the keys that these rows see: row i sees those up to i + causal_offset. Blocks past unmasked_end need
+    #    a mask
+    causal_offset = seqlen_kv - seqlen_q
+    last_key = offs_m + causal_offset
+    unmasked_end = start_m + causal_offset + 1
+    key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
+
+    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    k0 = tl.load(k_ptr + offs_d).to(tl.float32)
+    v0 = tl.load(v_ptr + offs_d).to(tl.float32)
+    s0 = tl.sum(q * k0[None, :], 1)
+    t0 = tl.sum(r * k0[None, :], 1)
+
+    # -- m, the fixed reference of the exponential: the score of the first key. Rows that
+    #    see few keys take their largest score instead: that key then has weight 1, which is not rounded
+    m = s0 * scale_log2
+    if start_m + causal_offset < BLOCK_N:
+        mask_n = range_n < seqlen_kv
+        k = tl.load(k_ptr + k_offsets, mask=mask_n[:, None], other=0.0)
+        s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        s = tl.where(range_n[None, :] <= last_key[:, None], s, float("-inf"))
+        m = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    sees_k0 = last_key >= 0
+    p0 = tl.where(sees_k0, tl.exp2(s0 * scale_log2 - m), 0.0)
+    d1 = p0
+    d2 = p0 * t0
+    o1 = p0[:, None] * v0[None, :]
+    o2 = t0[:, None] * o1
+
+    # -- the other keys, block by block; the last block may reach past the end
+    for start_n in tl.range(1, key_end, BLOCK_N):
+        offs_n = start_n + range_n
+        mask_n = offs_n < seqlen_kv
+        k_block = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
+        v_block = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+        k = tl.load(k_block + k_offsets, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_block + v_offsets, mask=mask_n[:, None], other=0.0)
+
+        # -- scores, and the softmax with a fixed reference
+        s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        if start_n + BLOCK_N > unmasked_end:
+            s = tl.where(offs_n[None, :] <= last_key[:, None], s, float("-inf"))
+        t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * scale_log2 - m[:, None])
+        pt = p * t
+        d1 += tl.sum(p, 1)
+        d2 += tl.sum(pt, 1)
+        p = p.to(v.dtype)
+        pt = pt.to(v.dtype)
+        o1 = tl.dot(p, v, acc=o1)
+        o2 = tl.dot(pt, v, acc=o2)
+
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+    inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+    MAX_SUM: tl.constexpr = 1.8446744e19  # 2^64: beyond it the sums may overflow
+    inv_d1 = tl.where(tl.max(d1) > MAX_SUM, float("nan"), inv_d1)  # fixup_kernel recomputes such tiles
+    t_mean = d2 * inv_d1
+    v_mean = o1 * inv_d1[:, None]
+    o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv_d1[:, None]
+    o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
+    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])
+    LN_2: tl.constexpr = 0.6931471805599453
+    stat_offsets = bh.to(tl.int64) * seqlen_q + offs_m
+    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1)) * LN_2, mask=mask_m)
+    tl.store(t_mean_ptr + stat_offsets, t_mean, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["batch_heads", "heads", "seqlen_q", "seqlen_kv"])
+def fixup_kernel(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    v_mean_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_rb,
+    stride_rm,
+    stride_rh,
+    stride_kb,
+    stride_kn: tl.constexpr,
+    stride_kh,
+    stride_vb,
+    stride_vn: tl.constexpr,
+    stride_vh,
+    stride_ob,
+    stride_om,
+    stride_oh,
+    scale_log2,
+    batch_heads,
+    heads,
+    seqlen_q,
+    seqlen_kv,
+):
+    HEAD_DIM: tl.constexpr = 64
+    BLOCK_M: tl.constexpr = 64  # query rows per program
+    BLOCK_N: tl.constexpr = 64  # keys per iteration
+    BLOCK_HEADS: tl.constexpr = 16  # heads per program, which checks one tile of each
+
+    # -- which of these tiles overflowed: forward_kernel left NaN in their first element
+    head_blocks = tl.cdiv(batch_heads, BLOCK_HEADS)
+    tile = tl.program_id(0) // head_blocks
+    first_bh = tl.program_id(0) % head_blocks * BLOCK_HEADS
+    range_h = tl.arange(0, BLOCK_HEADS)
+    mask_h = first_bh + range_h < batch_heads
+    batch_ids = ((first_bh + range_h) // heads).to(tl.int64)
+    head_ids = ((first_bh + range_h) % heads).to(tl.int64)
+    first_offsets = batch_ids * stride_ob + head_ids * stride_oh + tl.cast(tile * BLOCK_M, tl.int64) * stride_om
+    first_elements = tl.load(o_ptr + first_offsets, mask=mask_h, other=0.0).to(tl.float32)
+    overflowed = tl.where(tl.abs(first_elements) < float("inf"), 0, 1)
+
+    # -- recompute each of those with a running maximum
+    while tl.max(overflowed) > 0:
+        i = tl.argmax(overflowed, 0)
+        overflowed = tl.where(range_h == i, 0, overflowed)
+        bh = first_bh + i
+        batch = (bh // heads).to(tl.int64)
+        head = (bh % heads).to(tl.int64)
+        start_m = tile * BLOCK_M
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < seqlen_q
+        range_n = tl.arange(0, BLOCK_N)
+        offs_d = tl.arange(0, HEAD_DIM)
+
+        # -- load q and r
+        rows64 = offs_m[:, None].to(tl.int64)
+        q_offsets = batch * stride_qb + head * stride_qh + rows64 * stride_qm + offs_d[None, :]
+        q = tl.load(q_ptr + q_offsets, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+        r_offsets = batch * stride_rb + head * stride_rh + rows64 * stride_rm + offs_d[None, :]
+        r = tl.load(r_ptr + r_offsets, mask=mask_m[:, None], other=0.0)
+        k_head = k_ptr + batch * stride_kb + head * stride_kh
+        v_head = v_ptr + batch * stride_vb + head * stride_vh
+        k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
+        v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
+
+        # -- the keys that these rows see: row i sees those up to i + causal_offset. Blocks past unmasked_end need
+        #    a mask
+        causal_offset = seqlen_kv - seqlen_q
+        last_key = offs_m + causal_offset
+        unmasked_end = start_m + causal_offset + 1
+        key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
+
+        # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
+        #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+        k0 = tl.load(k_head + offs_d).to(tl.float32)
+        v0 = tl.load(v_head + offs_d).to(tl.float32)
+        s0 = tl.sum(q * k0[None, :], 1)
+        t0 = tl.sum(r * k0[None, :], 1)
+        sees_k0 = last_key >= 0
+        m = tl.where(sees_k0, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
+        d1 = tl.where(sees_k0, 1.0, 0.0)
+        d2 = tl.where(sees_k0, t0, 0.0)
+        o1 = tl.where(sees_k0[:, None], v0[None, :], 0.0)
+        o2 = d2[:, None] * o1
+
+        # -- the other keys, block by block; the last block may reach past the end
+        for start_n in tl.range(1, key_end, BLOCK_N):
+            offs_n = start_n + range_n
+            mask_n = offs_n < seqlen_kv
+            k_block = k_head + tl.cast(start_n, tl.int64) * stride_kn
+            v_block = v_head + tl.cast(start_n, tl.int64) * stride_vn
+            k = tl.load(k_block + k_offsets, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+            v = tl.load(v_block + v_offsets, mask=mask_n[:, None], other=0.0)
+
+            # -- scores, and the online softmax
+            s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+            if start_n + BLOCK_N > unmasked_end:
+                s = tl.where(offs_n[None, :] <= last_key[:, None], s, float("-inf"))
+            t = tl.dot(r, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+            m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+            alpha = tl.exp2(m - m_new)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            pt = p * t
+            d1 = d1 * alpha + tl.sum(p, 1)
+            d2 = d2 * alpha + tl.sum(pt, 1)
+            p = p.to(v.dtype)
+            pt = pt.to(v.dtype)
+            o1 = tl.dot(p, v, acc=o1 * alpha[:, None])
+            o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
+            m = m_new
+
+        # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+        inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
+        t_mean = d2 * inv_d1
+        v_mean = o1 * inv_d1[:, None]
+        o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv_d1[:, None]
+        o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
+        tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
+        tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])
+        LN_2: tl.constexpr = 0.6931471805599453
+        stat_offsets = bh.to(tl.int64) * seqlen_q + offs_m
+        tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1)) * LN_2, mask=mask_m)
+        tl.store(t_mean_ptr + stat_offsets, t_mean, mask=mask_m)
+
+
+def launch(
+    q: torch.Tensor,
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    t_mean: torch.Tensor,
+    v_mean: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Write the attention of q and r over k and v to out, on the current stream.
+
+    q, r, out    (batch, seqlen_q, heads, 64) bf16, any strides with a contiguous last dimension
+    k, v         (batch, seqlen_kv, heads, 64) bf16, likewise
+    lse, t_mean  (batch, heads, seqlen_q) fp32, contiguous: log(sum_j exp(softmax_scale q.k_j)) and t_mean
+    v_mean       like out, with its strides: plain softmax attention
+    """
+    batch, seqlen_q, heads, _ = q.shape
+    num_tiles = -(-seqlen_q // 64)
+    arguments = (
+        q,
+        r,
+        k,
+        v,
+        out,
+        lse,
+        t_mean,
+        v_mean,
+        *q.stride()[:3],
+        *r.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        softmax_scale * LOG2_E,
+    )
+    forward_kernel[(num_tiles * batch * heads,)](
+        *arguments,
+        batch * heads,
+        heads,
+        seqlen_q,
+        k.shape[1],
+        num_warps=4,
+        num_stages=3,
+        maxnreg=168,
+        enable_fp_fusion=True,
+    )
+    # one program for a tile of each of 16 heads (BLOCK_HEADS)
+    fixup_kernel[(num_tiles * -(-batch * heads // 16),)](
+        *arguments,
+        batch * heads,
+        heads,
+        seqlen_q,
+        k.shape[1],
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
