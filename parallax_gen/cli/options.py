@@ -144,18 +144,8 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         flags = Flags(page_size=page_size, cache_dtype=options_by_name.pop("cache_dtype") or "", **flag_values)
         return command(flags=flags, **options_by_name)
 
-    page_size = click.option(
-        "--page-size", type=click.IntRange(min=1), metavar="N", help="Decode only: pages of N keys."
-    )
-    if layouts:
-        page_size = click.option(
-            "--page-size",
-            "page_sizes",
-            type=click.IntRange(min=0),
-            multiple=True,
-            metavar="N",
-            help="Decode only: pages of N keys, 0 for none. Repeatable: every shape runs with each.",
-        )
+    names = ("--page-size", *("page_sizes",) * layouts)
+    more_help = ", 0 for none. Repeatable: every shape runs with each." if layouts else "."
     options = (
         click.option("--causal/--full", default=None, help="Causal mask (the default), or every key."),
         click.option(
@@ -165,8 +155,17 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         click.option("--stats", is_flag=True, help="Forward and decode: also return lse, t_mean and v_mean."),
         click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
         click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its own first key."),
-        page_size,
+        click.option(
+            *names,
+            type=click.IntRange(min=0 if layouts else 1),
+            multiple=layouts,
+            metavar="N",
+            help=f"Decode only: pages of N keys{more_help}",
+        ),
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
+        click.option(
+            "--accurate", is_flag=True, help="Forward only: small errors also where few keys have the weight."
+        ),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )
     return _with_options(collect, options)  # type: ignore[return-value]

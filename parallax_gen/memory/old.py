@@ -113,7 +113,7 @@ UNCHANGED: dict[str, tuple[str, bool]] = {
 def same_programs(templates: str, spec: KernelSpec) -> bool:
     """Whether the templates with this hash rendered the kernels of a spec as today's templates do."""
     op, packed = UNCHANGED.get(templates, ("", False))
-    return op == spec.family and (packed or not spec.varlen) and not spec.softcap
+    return op == spec.family and (packed or not spec.varlen) and not (spec.softcap or spec.accurate)
 
 
 # The fields of a record's environment before fingerprints; "cuda" and "space" were added later.

@@ -277,8 +277,8 @@ class ForwardForm(TileForm):
     """The form of the forward.
 
     fixed_reference  whether SOFTMAX is "fixed_reference": the reference is the first key, or with a window each row's
-                     last key; rows that see few keys subtract their largest score. fixup_kernel recomputes tiles whose
-                     sums overflowed
+                     last key; rows that see few keys subtract their largest score, unless the spec is accurate.
+                     fixup_kernel recomputes tiles whose sums overflowed
     """
 
     fixed_reference: bool
@@ -314,10 +314,11 @@ class ForwardForm(TileForm):
 
     @property
     def loop_range(self) -> str:
-        """The range of keys that a program streams, after the first key, which precedes the loop."""
+        """The range of keys that a program streams: without the first key, if that precedes the loop."""
+        begin, end = ("0" if self.spec.accurate else "1"), ("key_end" if self.spec.causal else "seqlen_kv")
         if self.spec.window:
-            return "key_begin + 1, key_end"
-        return "1, key_end" if self.spec.causal else "1, seqlen_kv"
+            begin = "key_begin" if self.spec.accurate else "key_begin + 1"
+        return f"{begin}, {end}"
 
     @property
     def first_key_loads(self) -> list[tuple[str, Chunk]]:

@@ -18,7 +18,7 @@ CACHE_DTYPES = ("", "e4m3", "e5m2")
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 
 # Fields that were added after the first records: a record without such a field means its default.
-ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap")
+ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap", "accurate")
 
 # Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
 QUERY_ROW_OPS = ("preprocess",)
@@ -33,6 +33,7 @@ FLAGS = {
     "leftpad": PER_SEQUENCE_LENGTHS,
     "many_queries": PER_SEQUENCE_LENGTHS,
     "softcap": ("forward", "dkdv", "dqdr", "decode", *PER_SEQUENCE_LENGTHS),
+    "accurate": ("forward",),
 }
 
 
@@ -66,6 +67,8 @@ class KernelSpec:
     window    causal only: a query sees only the last window_size of its visible keys.
     varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only their queries.
     softcap   scores s become c·tanh(s/c) before the softmax, as in Gemma 2; c, the softcap, is an argument of a launch.
+    accurate  forward only, not with fp32, whose matmuls round nothing: the errors are as small as softmax attention's
+              also in rows where a few keys hold the weight, at the cost of one more matmul beside four.
 
     Only decode_varlen:
 
@@ -91,6 +94,7 @@ class KernelSpec:
     many_queries: bool = False
     cache_dtype: str = ""
     softcap: bool = False
+    accurate: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("op", self.op, OPS)
@@ -109,6 +113,8 @@ class KernelSpec:
             if value and self.op not in ops:
                 allowed = " or ".join(map(name_in_errors, ops))
                 raise ArgumentError(name, f"True with op {name_in_errors(self.op)!r}", f"True only with op {allowed}")
+        if self.accurate and self.dtype == "fp32":
+            raise ArgumentError("accurate", "True with dtype fp32", "False with fp32, whose matmuls round nothing")
         if type(self.page_size) is not int or self.page_size < 0:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
@@ -148,7 +154,7 @@ class KernelSpec:
             # It has no matmuls, and reads only query rows.
             dtype = "fp32" if self.dtype == "tf32" else self.dtype
             return KernelSpec(op, self.head_dim, dtype, varlen=self.varlen)
-        return replace(self, op=op, stats=op == "forward")
+        return replace(self, op=op, stats=op == "forward", accurate=self.accurate and op == "forward")
 
     def flat(self) -> dict[str, Any]:
         """All fields, with the names and the order of records: the op's family, and the flag ragged."""
@@ -172,7 +178,7 @@ class KernelSpec:
         parts += ["many queries"] * self.many_queries
         parts += [f"pages of {self.page_size}"] * (self.page_size > 0)
         parts += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
-        parts += ["softcap"] * self.softcap
+        parts += [name for name in ("softcap", "accurate") if flat[name]]
         return ", ".join(parts)
 
 

@@ -89,6 +89,7 @@ class Flags:
     leftpad: bool = False
     cache_dtype: str = ""
     softcap: bool = False
+    accurate: bool = False
 
     def apply_window(self, shape: Shape) -> Shape:
         """The shape with the requested window. A window of all keys counts as none, as at run time."""
@@ -110,7 +111,7 @@ OPS_WITH_FLAG = {
 
 def has_flag(op: str, flag: str) -> bool:
     """Whether an op, or TRAINING, has a flag of OPS_WITH_FLAG. The forward of a training step always has stats."""
-    return ("dkdv" if op == TRAINING else op) in OPS_WITH_FLAG[flag]
+    return (("forward" if flag == "accurate" else "dkdv") if op == TRAINING else op) in OPS_WITH_FLAG[flag]
 
 
 def usual_shapes(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
@@ -148,7 +149,7 @@ def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> l
     if op != TRAINING:
         sizes = sizes_for(op, shape, flags)
         return [(spec_for(op, head_dim, dtype, sizes, flags), sizes)]
-    step = spec_for("dkdv", head_dim, dtype, sizes_for("dkdv", shape, flags), flags)
+    step = spec_for("forward", head_dim, dtype, sizes_for("forward", shape, flags), flags)
     return [(step.for_op(kernel), sizes_for(kernel, shape, flags)) for kernel in STEP]
 
 

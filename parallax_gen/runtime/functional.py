@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     window_size: int | None
     softmax_scale: float | None
     softcap: float | None
+    accurate: bool
     out: Tensor | None
     recompute_v_mean: bool
 
@@ -68,6 +69,7 @@ def parallax_attn_func(
     window_size: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    accurate: bool = False,
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
@@ -85,6 +87,10 @@ def parallax_attn_func(
     window_size       with causal: a query sees at most this many keys, its own and those right before it
     softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
     softcap           c, from 1e-18 to 1e18: scores s become c·tanh(s/c), as in Gemma 2; None for no cap
+    accurate          errors as small as softmax attention's also in rows where a few keys with nearly equal r·k share
+                      the weight: o is there a difference of terms up to |r·k| times as large, and so are its errors
+                      without this. The forward then has five matmuls, not four, and lse and t̄ are those of rounded
+                      weights p. fp32, which rounds nothing, stays as it is
     out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
     return_stats      also return lse = log Σ exp(s) (capped s) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients
@@ -115,7 +121,7 @@ def parallax_attn_func(
 
     Raises ArgumentError, naming the argument.
     """
-    request = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale, softcap)
+    request = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale, softcap, accurate)
     return _attend(request, False, out, return_stats, recompute_v_mean)
 
 
@@ -181,6 +187,7 @@ def parallax_attn_varlen_func(
     window_size: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    accurate: bool = False,
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
@@ -204,7 +211,7 @@ def parallax_attn_varlen_func(
     """
     request = Request(
         q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        causal, window_size, softmax_scale, softcap,
+        causal, window_size, softmax_scale, softcap, accurate,
     )  # fmt: skip
     return _attend(request, True, out, return_stats, recompute_v_mean)
 

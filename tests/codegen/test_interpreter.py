@@ -363,7 +363,10 @@ SOFTCAP_DECODE_KERNELS = {
     "8-bit caches": KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3", softcap=True),
     "prompts": KernelSpec("decode_varlen", 64, "fp16", 2, causal=True, many_queries=True, softcap=True),
 }
+ACCURATE_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, window=True, accurate=True), FORWARD)
 FAULTS = [
+    pytest.param(ACCURATE_KERNEL, "dot(pt_low, v, acc=o2)", "dot(p, v, acc=o2)", id="another low part"),
+    pytest.param(ACCURATE_KERNEL, "tl.range(key_begin, key_end", "tl.range(key_begin + 1, key_end", id="no first key"),
     pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
     pytest.param(SOFTCAP_KERNEL, "s0 = _tanh(s0 * cap_scale)", "s0 = s0 * cap_scale", id="no cap of the first key"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),

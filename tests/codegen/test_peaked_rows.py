@@ -42,6 +42,12 @@ CASES = {
         replace(FORWARD, SOFTMAX="fixed_reference"),
         Shape(1, 2, 1, 384, 384),
     ),
+    "accurate": (KernelSpec("forward", 64, "bf16", 2, causal=True, accurate=True), FORWARD, Shape(1, 2, 1, 384, 384)),
+    "accurate, fixed reference": (
+        KernelSpec("forward", 64, "bf16", 2, causal=True, accurate=True),
+        replace(FORWARD, SOFTMAX="fixed_reference"),
+        Shape(1, 2, 1, 384, 384),
+    ),
     "decode": (KernelSpec("decode", 64, "bf16", 4), DECODE, Shape(8, 4, 1, 1, 384)),
     "decode_varlen": (KernelSpec("decode_varlen", 64, "bf16", 4), DECODE, Shape(8, 4, 1, 1, 384)),
 }
@@ -85,10 +91,19 @@ LARGEST = {
         "two keys": 3.5,
         "twin keys": 7.5,
     },
+    "accurate": {},
+    "accurate, fixed reference": {},
     "decode": {"normal": 1.3, "two keys": 2.5},
     "decode_varlen": {"normal": 1.3, "two keys": 2.5},
 }
-OF_OTHER_KINDS = {"forward": 5.0, "fixed reference": 5.5, "decode": 8.5, "decode_varlen": 8.5}
+OF_OTHER_KINDS = {
+    "forward": 5.0,
+    "fixed reference": 5.5,
+    "accurate": 1.4,
+    "accurate, fixed reference": 1.4,
+    "decode": 8.5,
+    "decode_varlen": 8.5,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,94 @@
+"""accurate on a card: rows whose weight few keys hold have the errors of softmax attention, in torch's own kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.codegen.abi import torch_dtype
+from parallax_gen.oracle.accuracy import errors, tolerance
+from parallax_gen.oracle.peaked import KINDS, peaked
+from parallax_gen.oracle.reference import reference_backward, reference_forward
+
+pytestmark = pytest.mark.gpu
+
+CASES = [(64, "bf16"), (128, "bf16"), (256, "bf16"), (96, "fp16"), (128, "fp16")]
+
+
+def inputs(kind: str, head_dim: int, dtype: str, seqlen: int = 700) -> list[Tensor]:
+    """(batch, seqlen, heads, head_dim), of unit variance before rows are peaked: |t| is about sqrt(head_dim)."""
+    draw = torch.Generator("cuda").manual_seed(1)
+    sizes = [(2, seqlen, heads, head_dim) for heads in (4, 4, 2, 2)]
+    q, r, k, v = (torch.randn(size, device="cuda", generator=draw) for size in sizes)
+    q, k = peaked(kind, q, k, draw)
+    return [x.to(torch_dtype(dtype)) for x in (q, r, k, v)]
+
+
+def error_of_softmax(q: Tensor, k: Tensor, v: Tensor) -> float:
+    """The relative error of torch's causal softmax attention."""
+    x = [t.transpose(1, 2) for t in (q, k, v)]
+    out = scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return errors(out, reference_forward(q, torch.zeros_like(q), k, v, causal=True).out).relative
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("head_dim", "dtype"), CASES)
+def test_errors_are_those_of_softmax_attention(kind: str, head_dim: int, dtype: str) -> None:
+    q, r, k, v = inputs(kind, head_dim, dtype)
+    out = parallax_attn_func(q, r, k, v, causal=True, accurate=True)
+    ours = errors(out, reference_forward(q, r, k, v, causal=True).out).relative
+    # Where softmax attention is a row of v almost exactly, its output has no error of rounding; ours has.
+    assert ours <= max(1.5 * error_of_softmax(q, k, v), tolerance(dtype) / 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "window_size": 300}, {"causal": True, "softcap": 50.0}], ids=str
+)
+def test_masks_and_caps(kind: str, options: dict[str, Any]) -> None:
+    x = inputs(kind, 128, "bf16")
+    expected = reference_forward(*x, **options)
+    out, lse, t_mean, v_mean = parallax_attn_func(*x, **options, accurate=True, return_stats=True)
+    assert errors(out, expected.out).relative < 3.5e-3
+    assert errors(v_mean, expected.v_mean).relative < 3.5e-3
+    assert errors(t_mean, expected.t_mean).relative < 3.5e-3
+    assert (lse.double() - expected.lse).abs().max() < 4.2e-3  # of one p, which is off by up to 2^-8 of its size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tf32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores truncate q, k and v to 10 bits, which is most of the error: so does the reference here."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    x = [(t.view(torch.int32) & -0x2000).view(torch.float32) for t in inputs(kind, 64, "fp32")]
+    out = parallax_attn_func(*x, causal=True, accurate=True)
+    assert errors(out, reference_forward(*x, causal=True).out).relative < 1e-3
+    x[0][0, 33, 2] = float("nan")
+    out = parallax_attn_func(*x, causal=True, accurate=True)
+    assert out[0, 33, 2].isnan().all()
+    assert out[0, 32].isfinite().all()
+
+
+def test_packed_sequences_are_the_dense_ones() -> None:
+    x = inputs("twin keys", 128, "bf16", 300)
+    ends = torch.tensor([0, 300, 600], dtype=torch.int32, device="cuda")
+    flat = (t.flatten(0, 1) for t in x)
+    packed = parallax_attn_varlen_func(*flat, ends, ends, 300, 300, causal=True, accurate=True)
+    expected = reference_forward(*x, causal=True).out
+    assert errors(packed.unflatten(0, (2, 300)), expected).relative < 3.5e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_no_worse(kind: str) -> None:
+    x = [t.requires_grad_() for t in inputs(kind, 128, "bf16")]
+    do = torch.randn_like(x[0])
+    expected = reference_backward(*(t.detach() for t in x), do, causal=True)
+    plain, ours = (
+        torch.autograd.grad(parallax_attn_func(*x, causal=True, accurate=accurate), x, do) for accurate in (False, True)
+    )
+    for one, other, wanted in zip(plain, ours, expected, strict=True):
+        assert errors(other, wanted).relative <= 1.1 * errors(one, wanted).relative + 1e-3
