@@ -48,7 +48,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def owned_rows(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
         owned = 2 * config.BLOCK_N
         if gpu.capability[0] == 10:
-            # From compiling: on Blackwell tensor cores read p w, gt, gs and transposed operands from shared memory.
+            # From compiling: on Blackwell tensor cores read p w, dt, ds and transposed operands from shared memory.
             owned += (8 if spec.dtype == "tf32" else 7) * config.BLOCK_M
         return owned
 
@@ -71,9 +71,8 @@ class DkDvOp(GradientOp[DkDvConfig]):
         return replace(config, MASK="before_exp", ROW_STATS="fused")
 
     def pays_to_be_lean(self, spec: KernelSpec, config: DkDvConfig) -> bool:
-        return (
-            spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"
-        )  # here registers suffice by a narrow margin
+        # Here registers suffice by a narrow margin.
+        return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"
 
     def instructions_factor(self, spec: KernelSpec, config: DkDvConfig) -> float:
         """From one H100, at head_dim 64 and 128: narrow heads gain more. The cost of registers is in the spills."""

@@ -64,7 +64,7 @@ class Tiles:
 
     usual   at head_dim 96 and 128
     narrow  at head_dim 64
-    wide    at head_dim 256, where the sums leave few registers
+    wide    at head_dim 256, where the accumulators leave few registers
     split   at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
     fp32    for fp32, where registers limit the tiles, because there are no tensor cores
     """
@@ -111,11 +111,11 @@ class TiledOp(Op[T]):
     def why_invalid(self, spec: KernelSpec, config: T, gpu: Gpu) -> str | None:
         tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
         if config.HEAD_DIM_LAYOUT not in head_dim_layouts(spec.head_dim):
-            return f"HEAD_DIM_LAYOUT {config.HEAD_DIM_LAYOUT!r} does not go with head_dim {spec.head_dim}"
+            return f"HEAD_DIM_LAYOUT {config.HEAD_DIM_LAYOUT!r} cannot be combined with head_dim {spec.head_dim}"
         head_dim = width_of(spec.head_dim, config.HEAD_DIM_LAYOUT)
         if spec.dtype == "fp32":
             # Without tensor cores each thread also holds part of the operands. From compiling: beyond this limit they
-            # spill hundreds of bytes, and soon thousands. The backward holds half as many tiles again.
+            # spill hundreds of bytes, and soon thousands. The backward holds 1.5 times as many tiles.
             limit = config.num_warps << self.fp32_shift
             if config.BLOCK_M * config.BLOCK_N * head_dim**2 > max(limit, 16 * 16 * head_dim**2):
                 what = f"{tile} of fp32 at head_dim {head_dim}"
@@ -125,12 +125,12 @@ class TiledOp(Op[T]):
         ) < 16 * config.num_warps:
             # A warp needs 16 rows. With a wide head_dim two warps may share rows, each with half of the sums' columns.
             return f"{tile} is too small for {config.num_warps} warps"
-        # The two sums of the owned rows stay in registers, beside at least two tiles of scores: above 255 registers per
-        # thread they surely spill.
+        # The two accumulators and at least two tiles of scores are in registers: above 255 registers per thread they
+        # spill.
         owned, streamed = self.owned_and_streamed(config)
         accumulators = 2 * owned * (head_dim // programs_per_tile(config) + streamed) // (32 * config.num_warps)
         if accumulators > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == streamed == 16):
-            return f"its accumulators need {accumulators} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
+            return f"its accumulators need {accumulators} registers per thread; there are {MAX_REGISTERS_PER_THREAD}"
         return _why_maxnreg_invalid(config, accumulators, gpu)
 
     def shared_bytes(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
@@ -184,7 +184,7 @@ class TiledOp(Op[T]):
         if blocks < gpu.sms:  # too few large tiles to fill the card
             tiles = tiles[1:]
         layouts = head_dim_layouts(spec.head_dim)
-        # From compiling: registers have no room for a narrow piece beside one of 128, and the forward's tiles would
+        # From compiling: registers have no room for a narrow chunk next to one of 128, and the forward's tiles would
         # have to be small.
         pads = spec.head_dim > 128 and "padded" in layouts and (self.pads_wide or spec.head_dim % 64 > 0)
         layout = "padded" if pads else layouts[0]
@@ -212,7 +212,7 @@ class TiledOp(Op[T]):
 
     @abstractmethod
     def lean(self, config: T) -> T:
-        """The config with fewer instructions beside the matmuls; in the backward it needs more registers."""
+        """The config with fewer non-matmul instructions; in the backward it needs more registers."""
 
     def _plain(self, config: T) -> T:
         """The config with every knob of the op's own at its default: the opposite of `lean`."""
@@ -242,7 +242,7 @@ class TiledOp(Op[T]):
         return "kv_heads" if self.owns_keys else "heads"
 
     def reverses_tiles(self, spec: KernelSpec) -> bool:
-        """Whether a head's tiles are launched in reverse: with a causal mask the last query rows have most work."""
+        """Whether a head's tiles are launched in reverse: with a causal mask the last query rows have the most work."""
         return spec.causal and not self.owns_keys
 
     def signatures(self, spec: KernelSpec, config: T) -> dict[str, Signature]:
@@ -275,8 +275,8 @@ class TiledOp(Op[T]):
         """The numbers that change from call to call: the kernel's name for each -> the expression in `launch`.
 
         finds_tile     whether each program computes its tile from its index, which takes the number of tiles or heads
-        fills_padding  whether the kernel writes rows of no sequence, which takes `total`; so do the offsets of lse and
-                       t_mean
+        fills_padding  whether the kernel writes rows of no sequence, which takes `total`, which the offsets of lse and
+                       t_mean need too
         """
         tensor = "k" if self.owns_keys else "q"
         sizes = {"batch_heads": f"batch * {self.heads}"} if config.GROUP_HEADS != 1 or not finds_tile else {}
@@ -306,7 +306,7 @@ MASK = Knob("MASK", ("after_exp", "before_exp"))
 class MaskedConfig(TileConfig):
     """The base of the configs of dkdv and dqdr.
 
-    MASK  where the causal mask is applied: see each
+    MASK  where the causal mask is applied: see DkDvConfig and DqDrConfig
     """
 
     MASK: str = "after_exp"
@@ -346,7 +346,7 @@ def programs_per_tile(config: TileConfig) -> int:
 
 
 def _why_maxnreg_invalid(config: TileConfig, accumulators: int, gpu: Gpu) -> str | None:
-    """Why maxnreg does not fit. accumulators: the registers a thread that they take."""
+    """Why maxnreg does not fit. accumulators: the registers per thread that they take."""
     limit = config.maxnreg
     if limit == 0:
         return None
@@ -355,5 +355,5 @@ def _why_maxnreg_invalid(config: TileConfig, accumulators: int, gpu: Gpu) -> str
     if with_limit == without:
         return f"maxnreg {limit} lets no more programs of {config.num_warps} warps run together than {unlimited}"
     if accumulators > limit:
-        return f"its accumulators need {accumulators} registers a thread; maxnreg is {limit}"
+        return f"its accumulators need {accumulators} registers per thread; maxnreg is {limit}"
     return None
