@@ -1,4 +1,4 @@
-"""The README.md beside exported kernels: how to call each, and where it comes from."""
+"""The README.md next to exported kernels: how to call each, and where it comes from."""
 
 from __future__ import annotations
 

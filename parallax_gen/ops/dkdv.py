@@ -34,7 +34,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     config = DkDvConfig
     knobs = (*TILE_KNOBS, MASK, Knob("ROW_STATS", ("separate", "fused")))
     template = "dkdv.py.j2"
-    # Row statistics lie along the columns of its tiles, which costs registers. It holds them beside tiles of scores.
+    # Row statistics lie along the columns of its tiles, which costs registers. It holds them and tiles of scores.
     costs = CostHints(reached=0.5, spilled=3.0)
     owns_keys = True
     tiles = Tiles(
@@ -67,10 +67,10 @@ class DkDvOp(GradientOp[DkDvConfig]):
         head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
         return max(1, gpu.l2_bytes // 2 // head_bytes)
 
-    def lean(self, config: DkDvConfig) -> DkDvConfig:
+    def with_fewer_instructions(self, config: DkDvConfig) -> DkDvConfig:
         return replace(config, MASK="before_exp", ROW_STATS="fused")
 
-    def pays_to_be_lean(self, spec: KernelSpec, config: DkDvConfig) -> bool:
+    def fewer_instructions_pay(self, spec: KernelSpec, config: DkDvConfig) -> bool:
         # Here registers suffice by a narrow margin.
         return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"
 

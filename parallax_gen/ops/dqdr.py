@@ -51,10 +51,10 @@ class DqDrOp(GradientOp[DqDrConfig]):
         """Up to half a block more than in other ops."""
         return self.block_bytes(spec, config) * 3 // 2
 
-    def lean(self, config: DqDrConfig) -> DqDrConfig:
+    def with_fewer_instructions(self, config: DqDrConfig) -> DqDrConfig:
         return replace(config, MASK="before_exp")
 
-    def pays_to_be_lean(self, spec: KernelSpec, config: DqDrConfig) -> bool:
+    def fewer_instructions_pay(self, spec: KernelSpec, config: DqDrConfig) -> bool:
         return spec.causal and not spec.window and spec.head_dim < 128
 
     def instructions_factor(self, spec: KernelSpec, config: DqDrConfig) -> float:

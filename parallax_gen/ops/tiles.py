@@ -193,7 +193,10 @@ class TiledOp(Op[T]):
             *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
             *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST)),
         ]
-        return [self.lean(config) if self._is_lean_by_default(spec, config, gpu) else config for config in configs]
+        return [
+            self.with_fewer_instructions(config) if self._has_fewer_by_default(spec, config, gpu) else config
+            for config in configs
+        ]
 
     def heads_in_l2(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
         """The number of query heads whose keys and values fill half of L2."""
@@ -203,7 +206,10 @@ class TiledOp(Op[T]):
     def promising(self, spec: KernelSpec, defaults: list[T]) -> list[T]:
         default, first = defaults[0], defaults[:3]
         return [
-            *(plain if (plain := self._plain(config)) != config else self.lean(config) for config in first),
+            *(
+                plain if (plain := self._plain(config)) != config else self.with_fewer_instructions(config)
+                for config in first
+            ),
             *(replace(default, GROUP_HEADS=heads) for heads in (1, 4, 16, 0)),
             *(replace(default, HEAD_DIM_LAYOUT=layout) for layout in head_dim_layouts(spec.head_dim)),
             # Three resident programs of 4 warps instead of two, at the price of some spills.
@@ -211,22 +217,22 @@ class TiledOp(Op[T]):
         ]
 
     @abstractmethod
-    def lean(self, config: T) -> T:
+    def with_fewer_instructions(self, config: T) -> T:
         """The config with fewer non-matmul instructions; in the backward it needs more registers."""
 
     def _plain(self, config: T) -> T:
-        """The config with every knob of the op's own at its default: the opposite of `lean`."""
+        """The config with every knob of the op's own at its default: the opposite of `with_fewer_instructions`."""
         return self.config(*(getattr(config, f.name) for f in fields(TileConfig)))
 
     @abstractmethod
-    def pays_to_be_lean(self, spec: KernelSpec, config: T) -> bool:
-        """Whether `lean` was faster on an H100, in bf16 at head_dim 64, 96 and 128, without HEAD_DIM_LAYOUT "split"."""
+    def fewer_instructions_pay(self, spec: KernelSpec, config: T) -> bool:
+        """Whether these configs were faster on an H100, in bf16 at head_dim 64, 96 and 128, without "split"."""
 
-    def _is_lean_by_default(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
-        """Whether a default config is made lean: only where `pays_to_be_lean` was measured."""
+    def _has_fewer_by_default(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
+        """Whether a default config is given fewer instructions: only where `fewer_instructions_pay` was measured."""
         if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_LAYOUT == "split" or spec.head_dim > 128:
             return False
-        return self.pays_to_be_lean(spec, config)
+        return self.fewer_instructions_pay(spec, config)
 
     # -- launches and checks
 
@@ -259,13 +265,13 @@ class TiledOp(Op[T]):
         passed = (
             *pointers(self.tensors(spec, config)),
             *(strides(spec, t, "n" if t in KEY_TENSORS else "m", constant=t in streamed) for t in tensors),
-            *self.scales(spec),
+            *self.parameters_before_scale_log2(spec),
             *score_scales(spec),
             *(number(name, expression) for name, expression in sizes.items()),
         )
         return Signature(passed, tuple(sizes))
 
-    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
+    def parameters_before_scale_log2(self, spec: KernelSpec) -> tuple[Argument, ...]:
         """The parameters between the strides and scale_log2."""
         return ()
 
@@ -331,7 +337,7 @@ class GradientOp(TiledOp[M]):
     def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return (*super().inputs(spec), "do", "row_stats")
 
-    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
+    def parameters_before_scale_log2(self, spec: KernelSpec) -> tuple[Argument, ...]:
         return (row_stats_strides(spec), number("softmax_scale"))
 
 

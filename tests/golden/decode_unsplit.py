@@ -7,8 +7,7 @@ generator  parallax_gen 0.1.0, kernel 9efe2cbaf926
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
-sums of 2^(scale_log2 s - m) times 1, t, v and t v, with
-s = q.k and scale_log2 = log2(e) softmax_scale.
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
