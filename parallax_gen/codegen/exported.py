@@ -1,4 +1,4 @@
-"""The README.md beside exported kernels: how to call each, and where it comes from."""
+"""The README.md next to exported kernels: how to call each, and where it comes from."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def read_sections(path: Path) -> dict[str, str]:
 
 
 def write_sections(path: Path, sections: dict[str, str]) -> None:
-    """Write the file: an introduction, then a section a kernel."""
+    """Write the file: an introduction, then a section per kernel."""
     introduction = f"""{FIRST_LINE} {parallax_gen.__version__}
 
 Each file is one kernel with its `launch`, and needs torch and triton only. `launch` writes to the tensors that it is
 given, on the current CUDA stream; it allocates nothing, checks nothing and returns nothing. `softmax_scale` is usually
-`head_dim ** -0.5`. A kernel is right for any sizes with its head dimension, dtype and query heads a kv head; it is
-fast near the sizes it was made for."""
+`head_dim ** -0.5`. A kernel is correct for all sizes with its head_dim, dtype and number of query heads per kv head;
+it is fast near the sizes it was made for."""
     bodies = (f"## {name}\n\n{sections[name]}" for name in sorted(sections))
     path.write_text("\n\n".join([introduction, *bodies]) + "\n", encoding="utf-8")
 

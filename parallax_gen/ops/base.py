@@ -222,7 +222,7 @@ class Op(ABC, Generic[C]):
     def awkward_shape(self, spec: KernelSpec, config: C, kv_heads: int = 3) -> Shape:
         """A small shape that no tile of `config` divides: it has partial tiles, a partial group of heads, empty splits.
 
-        kv_heads  give the count of the timed shape to get the same strides, so that Triton need not compile again
+        kv_heads  pass the timed shape's, so that strides agree and Triton does not compile again
         """
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
@@ -234,7 +234,7 @@ class Op(ABC, Generic[C]):
         return f"_q{bucket.seqlen_q}_kv{bucket.seqlen_kv}"
 
     def instructions_factor(self, spec: KernelSpec, config: C) -> float:
-        """The factor of the rate for a config with fewer instructions beside the matmuls (the cost model's)."""
+        """The factor of the rate for a config with fewer non-matmul instructions (the cost model's)."""
         return 1.0
 
 

@@ -1,4 +1,4 @@
-"""The base class of both decode ops, and decode itself: one query a sequence, and one length for all sequences."""
+"""The base class of both decode ops, and decode itself: one query per sequence, and one length for all sequences."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ class CacheOp(Op[DecodeConfig]):
 
     def why_invalid(self, spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> str | None:
         if _half_empty(spec, config.BLOCK_H):
-            return f"BLOCK_H {config.BLOCK_H} would be half empty for {spec.group} query heads a kv head"
+            return f"BLOCK_H {config.BLOCK_H} would be half empty for {spec.group} query heads per kv head"
         if reason := self.why_not_merged(spec, config):
             return reason
         if config.BLOCK_N < 8 * config.num_warps:
-            return f"{config.num_warps} warps have less than 8 of {config.BLOCK_N} keys each"
+            return f"each of {config.num_warps} warps would have fewer than 8 of the block's {config.BLOCK_N} keys"
         width = width_of(spec.head_dim, "padded")
         if spec.dtype == "fp32" and config.BLOCK_H * config.BLOCK_N * width**2 > max(
             config.num_warps << 21, 8 * 16 * width**2
         ):
             # As in the tiled ops: without tensor cores each thread also holds part of the operands.
-            return f"{config.BLOCK_H} heads of fp32 at head_dim {width} are too many for the registers of its warps"
+            tile = f"an fp32 tile of {config.BLOCK_H} heads at head_dim {width}"
+            return f"{tile} does not fit in the registers of {config.num_warps} warps"
         accumulators = 2 * config.BLOCK_H * (width + config.BLOCK_N) // (32 * config.num_warps)
         if accumulators > MAX_REGISTERS_PER_THREAD:
-            return f"its accumulators need {accumulators} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
+            return f"its accumulators need {accumulators} registers per thread; there are {MAX_REGISTERS_PER_THREAD}"
         return None
 
     @abstractmethod
@@ -65,7 +66,7 @@ class CacheOp(Op[DecodeConfig]):
 
         From compiling 538 kernels for sm_89, sm_90 and sm_100 with Triton 3.9, and some of them with 3.6, which gives
         the same numbers. No kernel took more. 507 of them have a head_dim that is a multiple of 16: 505 of these took
-        at most 1 KiB less, which is the size of `scratch` and `pages`, and two took 8 KiB less. Kernels with other
+        at most 1 KiB less (the local variables scratch and pages below); two took 8 KiB less. Kernels with other
         head_dims in 16 bits may take much less: their loads are asynchronous only if strides are multiples of 16.
         """
         rows, keys = 2 * config.BLOCK_H, config.BLOCK_N
@@ -141,7 +142,7 @@ class CacheOp(Op[DecodeConfig]):
 
 
 class DecodeOp(CacheOp):
-    """One query a sequence, and one length for all sequences."""
+    """One query per sequence, and one length for all sequences."""
 
     name = "decode"
     template = "decode.py.j2"
@@ -156,7 +157,7 @@ class DecodeOp(CacheOp):
 
     def why_not_merged(self, spec: KernelSpec, config: DecodeConfig) -> str | None:
         if (config.NUM_SPLITS == 1) != (config.merge == "none"):
-            return f"merge {config.merge!r} does not go with NUM_SPLITS {config.NUM_SPLITS}"
+            return f"merge {config.merge!r} cannot be combined with NUM_SPLITS {config.NUM_SPLITS}"
         return None
 
     def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
@@ -201,8 +202,8 @@ class DecodeOp(CacheOp):
         if form.is_split:
             yield "scratch", f"batch * heads * NUM_SPLITS * {form.floats_per_row} fp32 numbers"
         if config.merge == "last":
-            each = f"{kv_heads} * {form.tiles_per_group}" if form.is_tiled else "kv_heads"
-            yield "arrival_counters", f"batch * {each} int32 zeros, which every launch leaves zero again"
+            each = f"{kv_heads} * {form.tiles_per_group}" if form.has_several_tiles else "kv_heads"
+            yield "arrival_counters", f"batch * {each} int32, 0 before and after every launch"
         if spec.softcap:
             yield "softcap", SOFTCAP_ABOUT
 

@@ -73,7 +73,7 @@ class CacheForm:
         return -(-self.spec.group // self.config.BLOCK_H)
 
     @property
-    def is_tiled(self) -> bool:
+    def has_several_tiles(self) -> bool:
         """Whether a sequence may have several tiles per kv head."""
         return self.spec.many_queries or self.tiles_per_group > 1
 
@@ -135,7 +135,7 @@ class CacheForm:
 
 @dataclass(frozen=True)
 class DecodeForm(CacheForm):
-    """The form of decode alone: one query a sequence, and one length for all sequences."""
+    """The form of decode alone: one query per sequence, and one length for all sequences."""
 
     @property
     def row_width_text(self) -> str:
@@ -153,12 +153,12 @@ class DecodeForm(CacheForm):
     @property
     def tile(self) -> str:
         """The name of the index of a tile: with one tile per (sequence, kv head) pair, that of the pair."""
-        return "tile" if self.is_tiled else "bh"
+        return "tile" if self.has_several_tiles else "bh"
 
     @property
     def start_plus(self) -> str:
         """The prefix that turns a head's index in its tile into its index in the group."""
-        return "start_h + " if self.is_tiled else ""
+        return "start_h + " if self.has_several_tiles else ""
 
     @property
     def key_range(self) -> tuple[str, str]:
@@ -199,7 +199,7 @@ class DecodeForm(CacheForm):
     @property
     def grid(self) -> str:
         """The number of programs that `launch` starts."""
-        tiles, splits = [str(self.tiles_per_group)] * self.is_tiled, ["NUM_SPLITS"] * self.is_split
+        tiles, splits = [str(self.tiles_per_group)] * self.has_several_tiles, ["NUM_SPLITS"] * self.is_split
         return " * ".join(("batch", "kv_heads", *tiles, *splits))
 
     @property
@@ -211,5 +211,6 @@ class DecodeForm(CacheForm):
             Constant("BLOCK_H", self.config.BLOCK_H, "query heads per program"),
             Constant("BLOCK_N", self.config.BLOCK_N, "keys per iteration"),
             *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.is_split,
-            *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")] * self.is_tiled,
+            *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")]
+            * self.has_several_tiles,
         )

@@ -15,7 +15,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 
 class DecodeVarlenOp(CacheOp):
-    """Any number of queries a sequence. Longer sequences get more splits; the average number is NUM_SPLITS.
+    """Any number of queries per sequence. Longer sequences get more splits; the average number is NUM_SPLITS.
 
     spare_split_every  a launch has one spare split for this many sequences, or tiles with multi-token queries; long
                        sequences take them
@@ -37,9 +37,9 @@ class DecodeVarlenOp(CacheOp):
 
     def why_not_merged(self, spec: KernelSpec, config: DecodeConfig) -> str | None:
         if config.merge == "none":
-            return "merge 'none' does not go with sequences of their own lengths: each has its own splits"
+            return "merge 'none' cannot be combined with per-sequence lengths: the number of splits differs by sequence"
         if spec.many_queries and config.merge == "kernel":
-            return "merge 'kernel' does not go with multi-token queries: there are too many rows for a program each"
+            return "merge 'kernel' cannot be combined with multi-token queries: one program per row would be too many"
         return None
 
     def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
@@ -107,7 +107,7 @@ class DecodeVarlenOp(CacheOp):
         name = tensor[0]
         if not spec.many_queries:
             return (number(f"stride_{name}b", f"{tensor}.stride(0)"), number(f"stride_{name}h", f"{tensor}.stride(2)"))
-        dims = "nh" if spec.varlen else "bnh"
+        dims = "mh" if spec.varlen else "bmh"
         return (Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
 
     def form(self, spec: KernelSpec, config: DecodeConfig) -> VarlenForm:
@@ -129,13 +129,14 @@ class DecodeVarlenOp(CacheOp):
         strides = "the same strides" if spec.page_size else "any strides"
         yield "k_cache, v_cache", f"({rows}, {kv_heads}, {width}) {dtype}, {strides} likewise"
         if spec.varlen:
-            begin = "the first query row of each sequence, and the end of the last one. In"
+            begin = "the first query row of each sequence, and the end of the last one"
             yield "cu_seqlens_q", f"(batch + 1,) int32: {begin}"
-            yield "", f"rows of no sequence out is 0{', lse -inf, and t_mean and v_mean 0' if spec.stats else ''}"
+            others = ", lse -inf, and t_mean and v_mean 0" if spec.stats else ""
+            yield "", f"In rows that belong to no sequence out is 0{others}"
         most = "what its pages hold" if spec.page_size else "seqlen"
         yield "cache_seqlens", f"(batch,) int32: keys in each sequence, 0 to {most}; nothing past them is read"
         if spec.leftpad:
-            yield "cache_leftpad", "(batch,) int32: each sequence's first key; nothing before it is read"
+            yield "cache_leftpad", "(batch,) int32: the index of each sequence's first key; nothing before it is read"
         if spec.page_size:
             pages = "(batch, most pages of a sequence)"
             yield "page_table", f"{pages} int32: each sequence's pages, in order"
@@ -143,19 +144,19 @@ class DecodeVarlenOp(CacheOp):
             scaled = "factors of the stored keys and values"
             yield "k_scale, v_scale", f"(1,) or ({kv_heads},) fp32, of the same size: {scaled}"
         state_size = form.state_rows * form.floats_per_row
-        yield "scratch", f"work_items * {kv_heads} * {state_size} fp32 numbers, work_items as below"
+        yield "scratch", f"work_items * {kv_heads} * {state_size} fp32 numbers, work_items as computed below"
         if config.merge == "last":
-            counters = "int32 zeros, which every launch leaves zero again"
+            counters = "int32, 0 before and after every launch"
             yield "arrival_counters", f"work_items * {kv_heads} {counters}"
         if spec.softcap:
             yield "softcap", SOFTCAP_ABOUT
         if spec.window:
-            yield "window_size", "the number of last keys that a query sees, 1 or more"
+            yield "window_size", "a query sees its last window_size keys; 1 or more"
         if spec.varlen:
             yield "max_seqlen_q", "at least the most queries of a sequence"
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
-        """With one query a sequence, two batches: `spread_lengths` and `skewed_lengths`.
+        """With one query per sequence, two batches: `spread_lengths` and `skewed_lengths`.
 
         A config that is fast for equal lengths only may leave the merge of a long sequence's many splits to one
         program. No length of the first batch is shorter than that of the same sequence in the second.

@@ -16,13 +16,13 @@ LN_2 = "0.6931471805599453"
 class Queries:
     """The memory layout of a batch's queries, as expressions for kernels.
 
-    indices           of a row's query in q, each with the letter of its stride
-    sequence_offset   of a sequence in out
-    query_offset      of a query within its sequence there, without its head's
-    stats_offset      of a (sequence, kv head) pair in lse and t_mean
-    stat_offset       of a (query, head) pair within that
+    indices           the indices of a row's query in q, each with the letter of its stride
+    sequence_offset   the offset of a sequence in out
+    query_offset      the offset of a query within its sequence in out, without its head's
+    stats_base        the offset of a (sequence, kv head) pair in lse and t_mean
+    stat_offset       the offset of a (query, head) pair from stats_base
     count             the number of queries per sequence, if all have the same number
-    count_parameters  from which kernels compute a sequence's number of queries
+    count_parameters  the parameters from which kernels compute a sequence's number of queries
     max_count         the largest number of queries of a sequence, in `launch`
     shape             the leading dimensions of q, in the docstring of `launch`
     """
@@ -30,7 +30,7 @@ class Queries:
     indices: tuple[tuple[str, str], ...]
     sequence_offset: str
     query_offset: str
-    stats_offset: str
+    stats_base: str
     stat_offset: str
     count: str
     count_parameters: tuple[str, ...]
@@ -42,7 +42,7 @@ SINGLE_QUERY = Queries(
     indices=(("seq64", "b"),),
     sequence_offset="seq64 * stride_ob",
     query_offset="",
-    stats_offset="(seq64 * kv_heads + kv_head) * GROUP",
+    stats_base="(seq64 * kv_heads + kv_head) * GROUP",
     stat_offset="{head}",
     count="1",
     count_parameters=(),
@@ -51,10 +51,10 @@ SINGLE_QUERY = Queries(
 )
 # The same number of queries in each sequence.
 MULTI_TOKEN_QUERIES = Queries(
-    indices=(("seq64", "b"), ("offs_q", "n")),
+    indices=(("seq64", "b"), ("offs_q", "m")),
     sequence_offset="seq64 * stride_ob",
-    query_offset="offs_q * stride_on + ",
-    stats_offset="(seq64 * kv_heads + kv_head) * GROUP * queries_per_seq",
+    query_offset="offs_q * stride_om + ",
+    stats_base="(seq64 * kv_heads + kv_head) * GROUP * queries_per_seq",
     stat_offset="{query} + {head} * queries_per_seq",
     count="queries_per_seq",
     count_parameters=("queries_per_seq",),
@@ -63,10 +63,10 @@ MULTI_TOKEN_QUERIES = Queries(
 )
 # Each sequence has its own number of queries.
 PACKED_QUERIES = Queries(
-    indices=(("(seq_start_q + offs_q)", "n"),),
-    sequence_offset="seq_start_q * stride_on",
-    query_offset="offs_q * stride_on + ",
-    stats_offset="seq_start_q + kv_head * GROUP * total_q",
+    indices=(("(seq_start_q + offs_q)", "m"),),
+    sequence_offset="seq_start_q * stride_om",
+    query_offset="offs_q * stride_om + ",
+    stats_base="seq_start_q + kv_head * GROUP * total_q",
     stat_offset="{query} + {head} * total_q",
     count="",
     count_parameters=("cu_seqlens_q_ptr",),
@@ -93,7 +93,7 @@ class VarlenForm(CacheForm):
 
     @property
     def split_unit(self) -> str:
-        """What is split: its keys are shared by several programs."""
+        """The unit whose keys are split: a tile, or a sequence."""
         return "tile" if self.spec.many_queries else "sequence"
 
     @property
@@ -109,13 +109,13 @@ class VarlenForm(CacheForm):
     @property
     def start_plus(self) -> str:
         """The prefix that turns a row's index in its tile into its index in the sequence, or the group."""
-        return f"{self.rows.start} + " if self.is_tiled else ""
+        return f"{self.rows.start} + " if self.has_several_tiles else ""
 
     @property
     def padding(self) -> Padding:
         """What the kernel writes to rows of no sequence."""
         width = power_of_2(self.spec.head_dim)
-        return Padding(("o",), "n", "q", self.spec.stats, width, width != self.spec.head_dim)
+        return Padding(("o",), "m", "q", self.spec.stats, width, width != self.spec.head_dim)
 
     @property
     def queries(self) -> Queries:
@@ -165,12 +165,12 @@ class VarlenForm(CacheForm):
 
     @property
     def keys_before_page(self) -> tuple[str, ...]:
-        """For each of the few pages: the text that added to a block's first key gives the page's first key."""
+        """For each of the few pages: the text to append to a block's first key to get the page's."""
         return ("", " + PAGE_SIZE", *(f" + {page} * PAGE_SIZE" for page in range(2, self.pages_per_block)))
 
     @property
     def block_alignment(self) -> str:
-        """The first key of a block is a multiple of this; "" if of nothing."""
+        """The first key of a block is a multiple of this; "" if blocks begin anywhere."""
         return "BLOCK_N" if self.one_page else "PAGE_SIZE" if self.few_pages else ""
 
     @property
@@ -199,7 +199,7 @@ class VarlenForm(CacheForm):
 
     @property
     def key_storage(self) -> str:
-        """Where these strides lead from key to key."""
+        """What these strides lead through, from key to key."""
         return "page" if self.spec.page_size else "cache"
 
     # -- keys and values in 8 or 16 bits
@@ -293,6 +293,7 @@ class VarlenForm(CacheForm):
         """The constants of the first kernel."""
         spec, config = self.spec, self.config
         pairs = "(query, head) pairs per tile"
+        layout = "m, d1, d2 and one unused: 16-byte alignment"
         return (
             Constant("HEAD_DIM", spec.head_dim),
             Constant("GROUP", spec.group, "query heads per kv head"),
@@ -303,10 +304,10 @@ class VarlenForm(CacheForm):
             *[Constant("NUM_SPLITS", config.NUM_SPLITS)] * self.is_split,
             Constant("SPARE_SPLIT_EVERY", self.spare_split_every),
             Constant("STATE_ROWS", self.state_rows, "rows of a split's state"),
-            Constant("STATE_SIZE", "STATE_ROWS * (2 * HEAD_DIM + 4)", "its floats; 4, not 3, for 16-byte alignment"),
+            Constant("SPLIT_FLOATS", "STATE_ROWS * (2 * HEAD_DIM + 4)", layout),
             *[Constant("LN_2", LN_2)] * spec.stats,
-            Constant("BLOCK_SEQS", 32, "sequences scanned at a time, one a lane: no exchange between warps"),
-            Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split, "blocks of keys"),
+            Constant("BLOCK_SEQS", 32, "sequences per step of a scan, one per lane: a sum needs no shared memory"),
+            Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split, "fewer are not worth a program"),
             *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")]
             * (self.tiles_per_group > 1 and not spec.many_queries),
         )
@@ -314,7 +315,7 @@ class VarlenForm(CacheForm):
     @property
     def merge_constants(self) -> tuple[Constant, ...]:
         """The constants of the second kernel."""
-        as_before = "this and the constants below are those of decode_varlen_kernel"
+        as_before = "must equal decode_varlen_kernel's, as must the constants below"
         tiles = (Constant("BLOCK_H", self.config.BLOCK_H), Constant("TILES_PER_GROUP", self.tiles_per_group))
         return (
             Constant("HEAD_DIM", self.spec.head_dim),
@@ -323,7 +324,7 @@ class VarlenForm(CacheForm):
             *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.is_split,
             Constant("SPARE_SPLIT_EVERY", self.spare_split_every),
             Constant("STATE_ROWS", self.state_rows),
-            Constant("STATE_SIZE", "STATE_ROWS * (2 * HEAD_DIM + 4)"),
+            Constant("SPLIT_FLOATS", "STATE_ROWS * (2 * HEAD_DIM + 4)"),
             Constant("BLOCK_SEQS", 32),
             Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split),
             *(tiles if self.tiles_per_group > 1 else ()),

@@ -34,7 +34,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     config = DkDvConfig
     knobs = (*TILE_KNOBS, MASK, Knob("ROW_STATS", ("separate", "fused")))
     template = "dkdv.py.j2"
-    # Row statistics lie along the columns of its tiles, which costs registers. It holds them beside tiles of scores.
+    # Row statistics lie along the columns of its tiles, which costs registers. It holds them and tiles of scores.
     costs = CostHints(reached=0.5, spilled=3.0)
     owns_keys = True
     tiles = Tiles(
@@ -48,7 +48,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def owned_rows(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
         owned = 2 * config.BLOCK_N
         if gpu.capability[0] == 10:
-            # From compiling: on Blackwell tensor cores read p w, gt, gs and transposed operands from shared memory.
+            # From compiling: on Blackwell tensor cores read p w, dt, ds and transposed operands from shared memory.
             owned += (8 if spec.dtype == "tf32" else 7) * config.BLOCK_M
         return owned
 
@@ -67,13 +67,12 @@ class DkDvOp(GradientOp[DkDvConfig]):
         head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
         return max(1, gpu.l2_bytes // 2 // head_bytes)
 
-    def lean(self, config: DkDvConfig) -> DkDvConfig:
+    def with_fewer_instructions(self, config: DkDvConfig) -> DkDvConfig:
         return replace(config, MASK="before_exp", ROW_STATS="fused")
 
-    def pays_to_be_lean(self, spec: KernelSpec, config: DkDvConfig) -> bool:
-        return (
-            spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"
-        )  # here registers suffice by a narrow margin
+    def fewer_instructions_pay(self, spec: KernelSpec, config: DkDvConfig) -> bool:
+        # Here registers suffice by a narrow margin.
+        return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"
 
     def instructions_factor(self, spec: KernelSpec, config: DkDvConfig) -> float:
         """From one H100, at head_dim 64 and 128: narrow heads gain more. The cost of registers is in the spills."""

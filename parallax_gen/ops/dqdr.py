@@ -27,7 +27,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
     config = DqDrConfig
     knobs = (*TILE_KNOBS, MASK)
     template = "dqdr.py.j2"
-    # In a backward each score takes more operations beside the matmuls, and more tiles of scores are live at a time.
+    # In a backward each score takes more non-matmul operations, and more tiles of scores are live at a time.
     costs = CostHints(reached=0.65, spilled=1.5)
     tiles = Tiles(
         usual=((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
@@ -51,10 +51,10 @@ class DqDrOp(GradientOp[DqDrConfig]):
         """Up to half a block more than in other ops."""
         return self.block_bytes(spec, config) * 3 // 2
 
-    def lean(self, config: DqDrConfig) -> DqDrConfig:
+    def with_fewer_instructions(self, config: DqDrConfig) -> DqDrConfig:
         return replace(config, MASK="before_exp")
 
-    def pays_to_be_lean(self, spec: KernelSpec, config: DqDrConfig) -> bool:
+    def fewer_instructions_pay(self, spec: KernelSpec, config: DqDrConfig) -> bool:
         return spec.causal and not spec.window and spec.head_dim < 128
 
     def instructions_factor(self, spec: KernelSpec, config: DqDrConfig) -> float:

@@ -52,16 +52,16 @@ class ForwardOp(TiledOp[ForwardConfig]):
         configs = super().defaults(spec, shape, gpu)
         if not spec.accurate:
             return configs
-        # From compiling: it also holds the low part of p t. With rows of 512 bytes a tile of 64x64 spills 500 to 740
-        # bytes, one of 64x32 spills 210 to 270.
+        # From compiling for sm_90 with Triton 3.9: it also holds pt_low. With rows of 512 bytes a tile of 64x64 spills
+        # 470 to 740 bytes, one of 64x32 spills 160 to 210.
         return [c for c in configs if (c.BLOCK_M, c.BLOCK_N) != (64, 64) or row_bytes(spec, c) < 512]
 
     def why_invalid(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> str | None:
         if config.SOFTMAX == "fixed_reference":
             if spec.dtype == "fp16":
-                return "SOFTMAX 'fixed_reference' does not go with fp16: unscaled weights soon overflow"
+                return "SOFTMAX 'fixed_reference' cannot be combined with fp16: unscaled weights soon overflow"
             if config.HEAD_DIM_LAYOUT == "split":
-                return "SOFTMAX 'fixed_reference' does not go with HEAD_DIM_LAYOUT 'split'"
+                return "SOFTMAX 'fixed_reference' cannot be combined with HEAD_DIM_LAYOUT 'split'"
         return super().why_invalid(spec, config, gpu)
 
     def owned_rows(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> int:
@@ -77,13 +77,12 @@ class ForwardOp(TiledOp[ForwardConfig]):
             return super().score_and_output_chunks(head_dim, head_dim_layout)
         return chunks_of(head_dim, "native"), [this_half_of(head_dim)]
 
-    def lean(self, config: ForwardConfig) -> ForwardConfig:
+    def with_fewer_instructions(self, config: ForwardConfig) -> ForwardConfig:
         return replace(config, SOFTMAX="fixed_reference")
 
-    def pays_to_be_lean(self, spec: KernelSpec, config: ForwardConfig) -> bool:
-        return (
-            not spec.window
-        )  # with a window each row first reads its last key: too expensive for a window of 513 keys
+    def fewer_instructions_pay(self, spec: KernelSpec, config: ForwardConfig) -> bool:
+        # With a window each row first reads its last key: too expensive for a window of 513 keys.
+        return not spec.window
 
     def instructions_factor(self, spec: KernelSpec, config: ForwardConfig) -> float:
         """From one H100, at head_dim 64 and 128: narrow heads gain more, since they have less to multiply."""

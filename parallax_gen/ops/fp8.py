@@ -13,18 +13,18 @@ class Widening:
     the value divided by 2^bias. Multiplying each element would cost as much again, so the kernel scales the sums after
     the last key. Until then q, r and p are scaled up by powers of two, so that no product underflows in fp32.
 
-    wide_dtype  the 16-bit type, as the kernel writes it
-    shift       by how many bits to shift; 0 if both types have the same exponents
-    bias        the difference of the exponent biases
-    lift_qr     log2 of the scale of q and r: with 96, bf16 still holds values of up to 2^31
-    lift_p      log2 of the scale of p, which is at most 1
+    wide_dtype   the 16-bit type, as the kernel writes it
+    shift        by how many bits to shift; 0 if both types have the same exponents
+    bias         the difference of the exponent biases
+    qr_exponent  log2 of the factor of q and r: with 96, bf16 still holds values of up to 2^31
+    p_exponent   log2 of the factor of p, which is at most 1 without it
     """
 
     wide_dtype: str
     shift: int = 0
     bias: int = 0
-    lift_qr: int = 0
-    lift_p: int = 0
+    qr_exponent: int = 0
+    p_exponent: int = 0
 
     @property
     def shift_of_lower_byte(self) -> int:
@@ -32,26 +32,26 @@ class Widening:
         return 8 - self.shift
 
     @property
-    def digits_mask(self) -> str:
+    def magnitude_mask(self) -> str:
         """The mask of these bits in a word of two elements."""
         return f"0x{0x7F007F00 >> self.shift:08X}"
 
     @property
     def factor_of_scores(self) -> str:
-        """The factor of the scores, which precedes a scale of the cache. Those of d2, o1 and o2 follow."""
-        return _power(self.bias - self.lift_qr)
+        """The factor of k_scale in the scores' scale, as text. Those of d2, o1 and o2 follow."""
+        return _power(self.bias - self.qr_exponent)
 
     @property
     def factor_of_d2(self) -> str:
-        return _power(self.bias - self.lift_qr - self.lift_p)
+        return _power(self.bias - self.qr_exponent - self.p_exponent)
 
     @property
     def factor_of_o1(self) -> str:
-        return _power(self.bias - self.lift_p)
+        return _power(self.bias - self.p_exponent)
 
     @property
     def factor_of_o2(self) -> str:
-        return _power(2 * self.bias - self.lift_qr - self.lift_p)
+        return _power(2 * self.bias - self.qr_exponent - self.p_exponent)
 
 
 def _power(exponent: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chunk:
-    """A range of a head's dimensions: `width` of them from `start`, padded if only `real` of them exist.
+    """A range of a head's dimensions: `width` of them from `start`. `real` of them exist, the rest is padding.
 
     suffix   of the names of this chunk's tiles; "" if there is only one chunk
     offs_d   the kernel's name for the indices of its dimensions

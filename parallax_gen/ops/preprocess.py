@@ -56,7 +56,7 @@ class PreprocessOp(Op[PreprocessConfig]):
     def why_invalid(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> str | None:
         registers = 3 * config.BLOCK_M * width_of(spec.head_dim, "padded") // (32 * config.num_warps)
         if registers > MAX_REGISTERS_PER_THREAD:
-            return f"its rows need {registers} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
+            return f"its rows need {registers} registers per thread; there are {MAX_REGISTERS_PER_THREAD}"
         return None
 
     def shared_bytes(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> int:
@@ -78,7 +78,7 @@ class PreprocessOp(Op[PreprocessConfig]):
         dims = "mh" if spec.varlen else "bmh"
         strides = [
             Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]")
-            for tensor, name in (("do", "do"), ("out", "o"), ("v_mean", "v"))
+            for tensor, name in (("do", "do"), ("out", "o"), ("v_mean", "vmean"))
         ]
         length = number("total_q", "do.shape[0]") if spec.varlen else number("seqlen_q")
         passed = (

@@ -160,11 +160,11 @@ def number(parameter: str, expression: str = "") -> Argument:
     return Argument((parameter,), expression or parameter)
 
 
-SOFTCAP_ABOUT = "scores s = softmax_scale q.k become softcap tanh(s / softcap); more than 0"
+SOFTCAP_ABOUT = "scores z = softmax_scale q.k become softcap tanh(z / softcap); greater than 0"
 
 
 def score_scales(spec: KernelSpec) -> tuple[Argument, ...]:
-    """The factors of scores: q·k times scale_log2 is a power of two's exponent; with a softcap see parts/softcap.j2."""
+    """scale_log2: 2^(scale_log2 q·k) is exp(softmax_scale q·k). With a softcap see parts/softcap.j2."""
     if not spec.softcap:
         return (number("scale_log2", "softmax_scale * LOG2_E"),)
     cap_scale = number("cap_scale", "softmax_scale / softcap")

@@ -225,14 +225,16 @@ class TileForm:
         """The descriptions of lengths and integers that `launch` takes."""
         about = []
         if self.spec.varlen:
-            where = "the first row of each sequence in q and in k, and the end of the last one"
-            about.append(("cu_seqlens", f"(batch + 1,) int32: {where}"))
-            about.append(("", f"{self.padding_rows_doc} in rows of no sequence"))
-            about.append((f"max_seqlen_{self.owned.tensor}", "at least the length of the longest sequence"))
+            where = "the first row of each sequence in q, and the end of the last one"
+            about.append(("cu_seqlens_q", f"(batch + 1,) int32: {where}"))
+            about.append(("cu_seqlens_k", "the same for k"))
+            about.append(("", f"In rows that belong to no sequence {self.padding_rows_doc}"))
+            most = "keys" if self.op.owns_keys else "queries"
+            about.append((f"max_seqlen_{self.owned.tensor}", f"at least the most {most} of a sequence"))
         if self.spec.softcap:
             about.append(("softcap", SOFTCAP_ABOUT))
         if self.spec.window:
-            about.append(("window_size", "the number of last keys that a query sees, 1 or more"))
+            about.append(("window_size", "a query sees its last window_size keys; 1 or more"))
         return about
 
     @property
@@ -277,20 +279,20 @@ class ForwardForm(TileForm):
     """The form of the forward.
 
     fixed_reference  whether SOFTMAX is "fixed_reference": the reference is the first key, or with a window each row's
-                     last key; rows that see few keys subtract their largest score, unless the spec is accurate.
-                     fixup_kernel recomputes tiles whose sums overflowed
+                     last key. Unless the spec is accurate, tiles whose first row sees few keys subtract at least the
+                     largest score of the first block. fixup_kernel recomputes tiles whose sums overflowed
     """
 
     fixed_reference: bool
 
     @property
-    def main(self) -> ForwardVariant:
+    def main_variant(self) -> ForwardVariant:
         """The variant in forward_kernel."""
         fixed = self.fixed_reference
         return ForwardVariant(False, not fixed, self.spec.causal and fixed, "k_ptr", "v_ptr")
 
     @property
-    def fixup(self) -> ForwardVariant:
+    def fixup_variant(self) -> ForwardVariant:
         """The variant in fixup_kernel."""
         return ForwardVariant(True, True, False, "k_head", "v_head")
 
@@ -334,7 +336,7 @@ class ForwardForm(TileForm):
 
     @property
     def padding_rows_doc(self) -> str:
-        return "out, t_mean and v_mean are 0, and lse is -inf," if self.spec.stats else "out is 0"
+        return "out, t_mean and v_mean are 0, and lse is -inf" if self.spec.stats else "out is 0"
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ class GradientForm(TileForm):
         return f"0, {length}"
 
     @property
-    def stats_head(self) -> str:
-        """The index of a head among all heads of a dense batch, in which order preprocess writes row statistics."""
+    def stats_head_index(self) -> str:
+        """The index of a head among all of a dense batch: the order in which preprocess writes row statistics."""
         grouped = self.op.owns_keys and self.spec.group > 1
         return "(batch * kv_heads * GROUP + head)" if grouped else "bh.to(tl.int64)"

@@ -64,7 +64,7 @@ class Tiles:
 
     usual   at head_dim 96 and 128
     narrow  at head_dim 64
-    wide    at head_dim 256, where the sums leave few registers
+    wide    at head_dim 256, where the accumulators leave few registers
     split   at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
     fp32    for fp32, where registers limit the tiles, because there are no tensor cores
     """
@@ -111,11 +111,11 @@ class TiledOp(Op[T]):
     def why_invalid(self, spec: KernelSpec, config: T, gpu: Gpu) -> str | None:
         tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
         if config.HEAD_DIM_LAYOUT not in head_dim_layouts(spec.head_dim):
-            return f"HEAD_DIM_LAYOUT {config.HEAD_DIM_LAYOUT!r} does not go with head_dim {spec.head_dim}"
+            return f"HEAD_DIM_LAYOUT {config.HEAD_DIM_LAYOUT!r} cannot be combined with head_dim {spec.head_dim}"
         head_dim = width_of(spec.head_dim, config.HEAD_DIM_LAYOUT)
         if spec.dtype == "fp32":
             # Without tensor cores each thread also holds part of the operands. From compiling: beyond this limit they
-            # spill hundreds of bytes, and soon thousands. The backward holds half as many tiles again.
+            # spill hundreds of bytes, and soon thousands. The backward holds 1.5 times as many tiles.
             limit = config.num_warps << self.fp32_shift
             if config.BLOCK_M * config.BLOCK_N * head_dim**2 > max(limit, 16 * 16 * head_dim**2):
                 what = f"{tile} of fp32 at head_dim {head_dim}"
@@ -125,12 +125,12 @@ class TiledOp(Op[T]):
         ) < 16 * config.num_warps:
             # A warp needs 16 rows. With a wide head_dim two warps may share rows, each with half of the sums' columns.
             return f"{tile} is too small for {config.num_warps} warps"
-        # The two sums of the owned rows stay in registers, beside at least two tiles of scores: above 255 registers per
-        # thread they surely spill.
+        # The two accumulators and at least two tiles of scores are in registers: above 255 registers per thread they
+        # spill.
         owned, streamed = self.owned_and_streamed(config)
         accumulators = 2 * owned * (head_dim // programs_per_tile(config) + streamed) // (32 * config.num_warps)
         if accumulators > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == streamed == 16):
-            return f"its accumulators need {accumulators} registers a thread; there are {MAX_REGISTERS_PER_THREAD}"
+            return f"its accumulators need {accumulators} registers per thread; there are {MAX_REGISTERS_PER_THREAD}"
         return _why_maxnreg_invalid(config, accumulators, gpu)
 
     def shared_bytes(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
@@ -184,7 +184,7 @@ class TiledOp(Op[T]):
         if blocks < gpu.sms:  # too few large tiles to fill the card
             tiles = tiles[1:]
         layouts = head_dim_layouts(spec.head_dim)
-        # From compiling: registers have no room for a narrow piece beside one of 128, and the forward's tiles would
+        # From compiling: registers have no room for a narrow chunk next to one of 128, and the forward's tiles would
         # have to be small.
         pads = spec.head_dim > 128 and "padded" in layouts and (self.pads_wide or spec.head_dim % 64 > 0)
         layout = "padded" if pads else layouts[0]
@@ -193,7 +193,10 @@ class TiledOp(Op[T]):
             *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
             *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST)),
         ]
-        return [self.lean(config) if self._is_lean_by_default(spec, config, gpu) else config for config in configs]
+        return [
+            self.with_fewer_instructions(config) if self._has_fewer_by_default(spec, config, gpu) else config
+            for config in configs
+        ]
 
     def heads_in_l2(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
         """The number of query heads whose keys and values fill half of L2."""
@@ -203,7 +206,10 @@ class TiledOp(Op[T]):
     def promising(self, spec: KernelSpec, defaults: list[T]) -> list[T]:
         default, first = defaults[0], defaults[:3]
         return [
-            *(plain if (plain := self._plain(config)) != config else self.lean(config) for config in first),
+            *(
+                plain if (plain := self._plain(config)) != config else self.with_fewer_instructions(config)
+                for config in first
+            ),
             *(replace(default, GROUP_HEADS=heads) for heads in (1, 4, 16, 0)),
             *(replace(default, HEAD_DIM_LAYOUT=layout) for layout in head_dim_layouts(spec.head_dim)),
             # Three resident programs of 4 warps instead of two, at the price of some spills.
@@ -211,22 +217,22 @@ class TiledOp(Op[T]):
         ]
 
     @abstractmethod
-    def lean(self, config: T) -> T:
-        """The config with fewer instructions beside the matmuls; in the backward it needs more registers."""
+    def with_fewer_instructions(self, config: T) -> T:
+        """The config with fewer non-matmul instructions; in the backward it needs more registers."""
 
     def _plain(self, config: T) -> T:
-        """The config with every knob of the op's own at its default: the opposite of `lean`."""
+        """The config with every knob of the op's own at its default: the opposite of `with_fewer_instructions`."""
         return self.config(*(getattr(config, f.name) for f in fields(TileConfig)))
 
     @abstractmethod
-    def pays_to_be_lean(self, spec: KernelSpec, config: T) -> bool:
-        """Whether `lean` was faster on an H100, in bf16 at head_dim 64, 96 and 128, without HEAD_DIM_LAYOUT "split"."""
+    def fewer_instructions_pay(self, spec: KernelSpec, config: T) -> bool:
+        """Whether these configs were faster on an H100, in bf16 at head_dim 64, 96 and 128, without "split"."""
 
-    def _is_lean_by_default(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
-        """Whether a default config is made lean: only where `pays_to_be_lean` was measured."""
+    def _has_fewer_by_default(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
+        """Whether a default config is given fewer instructions: only where `fewer_instructions_pay` was measured."""
         if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_LAYOUT == "split" or spec.head_dim > 128:
             return False
-        return self.pays_to_be_lean(spec, config)
+        return self.fewer_instructions_pay(spec, config)
 
     # -- launches and checks
 
@@ -242,7 +248,7 @@ class TiledOp(Op[T]):
         return "kv_heads" if self.owns_keys else "heads"
 
     def reverses_tiles(self, spec: KernelSpec) -> bool:
-        """Whether a head's tiles are launched in reverse: with a causal mask the last query rows have most work."""
+        """Whether a head's tiles are launched in reverse: with a causal mask the last query rows have the most work."""
         return spec.causal and not self.owns_keys
 
     def signatures(self, spec: KernelSpec, config: T) -> dict[str, Signature]:
@@ -259,13 +265,13 @@ class TiledOp(Op[T]):
         passed = (
             *pointers(self.tensors(spec, config)),
             *(strides(spec, t, "n" if t in KEY_TENSORS else "m", constant=t in streamed) for t in tensors),
-            *self.scales(spec),
+            *self.parameters_before_scale_log2(spec),
             *score_scales(spec),
             *(number(name, expression) for name, expression in sizes.items()),
         )
         return Signature(passed, tuple(sizes))
 
-    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
+    def parameters_before_scale_log2(self, spec: KernelSpec) -> tuple[Argument, ...]:
         """The parameters between the strides and scale_log2."""
         return ()
 
@@ -275,8 +281,8 @@ class TiledOp(Op[T]):
         """The numbers that change from call to call: the kernel's name for each -> the expression in `launch`.
 
         finds_tile     whether each program computes its tile from its index, which takes the number of tiles or heads
-        fills_padding  whether the kernel writes rows of no sequence, which takes `total`; so do the offsets of lse and
-                       t_mean
+        fills_padding  whether the kernel writes rows of no sequence, which takes `total`, which the offsets of lse and
+                       t_mean need too
         """
         tensor = "k" if self.owns_keys else "q"
         sizes = {"batch_heads": f"batch * {self.heads}"} if config.GROUP_HEADS != 1 or not finds_tile else {}
@@ -306,7 +312,7 @@ MASK = Knob("MASK", ("after_exp", "before_exp"))
 class MaskedConfig(TileConfig):
     """The base of the configs of dkdv and dqdr.
 
-    MASK  where the causal mask is applied: see each
+    MASK  where the causal mask is applied: see DkDvConfig and DqDrConfig
     """
 
     MASK: str = "after_exp"
@@ -331,7 +337,7 @@ class GradientOp(TiledOp[M]):
     def inputs(self, spec: KernelSpec) -> tuple[str, ...]:
         return (*super().inputs(spec), "do", "row_stats")
 
-    def scales(self, spec: KernelSpec) -> tuple[Argument, ...]:
+    def parameters_before_scale_log2(self, spec: KernelSpec) -> tuple[Argument, ...]:
         return (row_stats_strides(spec), number("softmax_scale"))
 
 
@@ -346,7 +352,7 @@ def programs_per_tile(config: TileConfig) -> int:
 
 
 def _why_maxnreg_invalid(config: TileConfig, accumulators: int, gpu: Gpu) -> str | None:
-    """Why maxnreg does not fit. accumulators: the registers a thread that they take."""
+    """Why maxnreg does not fit. accumulators: the registers per thread that they take."""
     limit = config.maxnreg
     if limit == 0:
         return None
@@ -355,5 +361,5 @@ def _why_maxnreg_invalid(config: TileConfig, accumulators: int, gpu: Gpu) -> str
     if with_limit == without:
         return f"maxnreg {limit} lets no more programs of {config.num_warps} warps run together than {unlimited}"
     if accumulators > limit:
-        return f"its accumulators need {accumulators} registers a thread; maxnreg is {limit}"
+        return f"its accumulators need {accumulators} registers per thread; maxnreg is {limit}"
     return None

@@ -108,7 +108,7 @@ def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
     assert (tmp_path / names[2]).read_text(encoding="utf-8") == render(SPEC, config(32), H200).text
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "launch(q, r, k_cache, v_cache, out, scratch, arrival_counters, softmax_scale)" in readme
-    assert "which every launch leaves zero again" in readme
+    assert "0 before and after every launch" in readme
     for text in (readme, result.stdout):
         assert "your record; measured on a card; 2026-01-01" in text
         assert FILE in text

@@ -282,7 +282,7 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
         assert reply.resources.shared_bytes <= most, job.name
         if job.kernel.spec.op != "preprocess":  # preprocess may have one row per warp
             assert reply.resources.shared_bytes > 0, job.name
-    # Accumulators, s and t take 192 registers a thread, and an A100's matmul operands are in registers too.
+    # Accumulators, s and t take 192 registers per thread, and an A100's matmul operands are in registers too.
     spilling = found[SPILLING].resources
     assert spilling is not None
     assert spilling.spills > 0
@@ -363,7 +363,7 @@ def test_a_hanging_child_is_a_timeout_and_a_killed_one_a_machine_fault() -> None
         assert worker.ask(job, timeout_s=60).outcome == "ok"
         refused = worker.ask(Compile(Trial(kernel.spec, invalid, job.trial.shape, GPU)), timeout_s=60)
         assert refused.outcome == "invalid"
-        assert "merge 'none' does not go with NUM_SPLITS 4" in refused.detail
+        assert "merge 'none' cannot be combined with NUM_SPLITS 4" in refused.detail
         child = worker._child
     assert child is not None
     assert child.poll() is not None  # close() leaves no child

@@ -348,7 +348,7 @@ FAULTS = [
     (ONE_QUERY, "tl.store(arrival_counters_ptr + first_state, 0)", "pass", "counters not set back"),
     (ONE_QUERY, "is_query = offs_stack < 8", "is_query = offs_stack >= 8", "queries and probes swapped"),
     (ONE_QUERY, "for head in range(GROUP)", "for head in range(1)", "one head merged"),
-    (ONE_QUERY, "kv_heads * STATE_SIZE, tile_splits", "STATE_SIZE, tile_splits", "another kv head's splits merged"),
+    (ONE_QUERY, "kv_heads * SPLIT_FLOATS, tile_splits", "SPLIT_FLOATS, tile_splits", "another kv head's splits merged"),
     (ONE_QUERY, "(work_item - split) * kv_heads + kv_head", "work_item * kv_heads + kv_head", "a counter each"),
     (ONE_QUERY, "seq += tl.sum(is_before.to(tl.int32), 0)", "seq += 0", "the first sequence alone"),
     (

@@ -186,7 +186,12 @@ def test_the_same_text_is_the_same_source() -> None:
     [
         (KernelSpec("forward", 64, "bf16"), GOLDEN["decode_unsplit"].config, "h200", "DecodeConfig does not configure"),
         (KernelSpec("forward", 64, "bf16"), ForwardConfig(48, 64, 1, 4, 2), "h200", "BLOCK_M is 48"),
-        (KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 4, "none", 1, 2), "h200", "merge 'none' does not go"),
+        (
+            KernelSpec("decode", 64, "bf16"),
+            DecodeConfig(32, 8, 4, "none", 1, 2),
+            "h200",
+            "merge 'none' cannot be combined",
+        ),
         (KernelSpec("forward", 128, "bf16"), ForwardConfig(64, 128, 1, 8, 4), "rtx4090", "bytes of shared memory"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Parallax attention, decode: one query a sequence against a KV cache.
+"""Parallax attention, decode: one query per sequence against a KV cache.
 
 spec       decode, head_dim 128, fp32, MHA
 config     BLOCK_N=16 BLOCK_H=8 NUM_SPLITS=24 merge=last num_warps=1 num_stages=3
@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 180a0a502f0b
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -41,8 +41,8 @@ def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o):
 
 
 @triton.jit
-def _merge(states_ptr):
-    """Merge the states of one query head's splits: rescale each to the largest m, add, normalise. -> [HEAD_DIM]"""
+def _merge_and_normalize(states_ptr):
+    """Merge the states of one query head's splits (rescale to the largest m, add) and return the output [HEAD_DIM]."""
     HEAD_DIM: tl.constexpr = 128
     NUM_SPLITS: tl.constexpr = 24
     offs_s = tl.arange(0, 32)
@@ -58,7 +58,7 @@ def _merge(states_ptr):
     d2 = tl.sum(weight * d2, 0)
     o1 = tl.zeros([HEAD_DIM], tl.float32)
     o2 = tl.zeros([HEAD_DIM], tl.float32)
-    for first_split in tl.static_range(0, NUM_SPLITS, 16):  # as many rows at a time as fit in registers
+    for first_split in tl.static_range(0, NUM_SPLITS, 16):  # as many splits at a time as fit in registers
         offs_s = first_split + tl.arange(0, 16)
         mask_s = offs_s < NUM_SPLITS
         m = tl.load(stats_ptr + offs_s, mask=mask_s, other=-3.0e38, cache_modifier=".cg")
@@ -113,7 +113,7 @@ def decode_kernel(
     key_begin = num_blocks * split // NUM_SPLITS * BLOCK_N
     key_end = tl.minimum(num_blocks * (split + 1) // NUM_SPLITS * BLOCK_N, seqlen_kv)
 
-    # -- load one tile that stacks q and r: 8 rows of each in turn
+    # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
     offs_h = offs_stack % 8
     is_query = offs_stack < 8
@@ -125,7 +125,7 @@ def decode_kernel(
     r = tl.load(r_ptrs, mask=(mask_h & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
-    # -- the softmax state, and where this sequence's keys lie
+    # -- the softmax state, and the addresses of this sequence's keys
     range_n = tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
@@ -150,13 +150,14 @@ def decode_kernel(
         visible = (offs_n >= start_n) & (offs_n < key_end)
         m, d1, d2, o = _attend_block(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
 
+    # -- o1 and o2, from the stacked accumulator
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, HEAD_DIM]), [1, 2, 0]))  # [8, HEAD_DIM] each
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < GROUP
 
     # -- store this split's state: per head o1 and o2 in [NUM_SPLITS, 2, HEAD_DIM], m, d1 and d2 in [3, NUM_SPLITS]
-    STATES_SIZE: tl.constexpr = NUM_SPLITS * (2 * HEAD_DIM + 4)  # floats of a head; 4, not 3, for 16-byte alignment
-    states_ptrs = scratch_ptr + (bh * GROUP + offs_h).to(tl.int64) * STATES_SIZE
+    HEAD_FLOATS: tl.constexpr = NUM_SPLITS * (2 * HEAD_DIM + 4)  # m, d1, d2 and one unused: 16-byte alignment
+    states_ptrs = scratch_ptr + (bh * GROUP + offs_h).to(tl.int64) * HEAD_FLOATS
     o_ptrs = states_ptrs[:, None] + split * (2 * HEAD_DIM) + offs_d[None, :]
     tl.store(o_ptrs, o1, mask=mask_h[:, None])
     tl.store(o_ptrs + HEAD_DIM, o2, mask=mask_h[:, None])
@@ -169,7 +170,7 @@ def decode_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrival_counters_ptr + bh, 1, sem="acq_rel") == NUM_SPLITS - 1:
         tl.store(arrival_counters_ptr + bh, 0)
-        out = _merge(scratch_ptr + bh.to(tl.int64) * STATES_SIZE)
+        out = _merge_and_normalize(scratch_ptr + bh.to(tl.int64) * HEAD_FLOATS)
         tl.store(o_ptr + batch * stride_ob + kv_head * stride_oh + offs_d, out.to(o_ptr.dtype.element_ty))
 
 
@@ -183,12 +184,12 @@ def launch(
     arrival_counters: torch.Tensor,
     softmax_scale: float,
 ) -> None:
-    """Write the attention of one query a sequence over its cached keys to out, on the current stream.
+    """Write the attention of one query per sequence over its cached keys to out, on the current stream.
 
     q, r, out         (batch, 1, heads, 128) fp32, any strides with a contiguous last dimension
     k_cache, v_cache  (batch, seqlen, heads, 128) fp32, likewise
     scratch           batch * heads * NUM_SPLITS * 260 fp32 numbers
-    arrival_counters  batch * kv_heads int32 zeros, which every launch leaves zero again
+    arrival_counters  batch * kv_heads int32, 0 before and after every launch
     """
     batch, kv_heads = k_cache.shape[0], k_cache.shape[2]
     stride_qb, _, stride_qh, _ = q.stride()

@@ -1,4 +1,4 @@
-"""Parallax attention, decode: one query a sequence against a KV cache.
+"""Parallax attention, decode: one query per sequence against a KV cache.
 
 spec       decode, head_dim 128, bf16, MHA
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=none num_warps=2 num_stages=4
@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 9efe2cbaf926
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -73,7 +73,7 @@ def decode_kernel(
     batch = (bh // kv_heads).to(tl.int64)
     kv_head = (bh % kv_heads).to(tl.int64)
 
-    # -- load one tile that stacks q and r: 8 rows of each in turn
+    # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
     offs_h = offs_stack % 8
     is_query = offs_stack < 8
@@ -85,7 +85,7 @@ def decode_kernel(
     r = tl.load(r_ptrs, mask=(mask_h & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
-    # -- the softmax state, and where this sequence's keys lie
+    # -- the softmax state, and the addresses of this sequence's keys
     range_n = tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
@@ -110,6 +110,7 @@ def decode_kernel(
         visible = (offs_n >= start_n) & (offs_n < seqlen_kv)
         m, d1, d2, o = _attend_block(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
 
+    # -- o1 and o2, from the stacked accumulator
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, HEAD_DIM]), [1, 2, 0]))  # [8, HEAD_DIM] each
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < GROUP
@@ -129,7 +130,7 @@ def launch(
     out: torch.Tensor,
     softmax_scale: float,
 ) -> None:
-    """Write the attention of one query a sequence over its cached keys to out, on the current stream.
+    """Write the attention of one query per sequence over its cached keys to out, on the current stream.
 
     q, r, out         (batch, 1, heads, 128) bf16, any strides with a contiguous last dimension
     k_cache, v_cache  (batch, seqlen, heads, 128) bf16, likewise

@@ -1,4 +1,4 @@
-"""Parallax attention of queries against a KV cache, each sequence of its own length.
+"""Parallax attention of queries against a KV cache, with per-sequence lengths.
 
 spec       decode, head_dim 128, fp16, GQA 2:1, causal, stats, per-sequence lengths, multi-token queries, pages of
            16
@@ -7,8 +7,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel c444000ec704
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -30,7 +30,7 @@ def _load_lengths(
     max_seqlen_kv,
     BLOCK_N: tl.constexpr,
 ):
-    """Per sequence: number of keys, number of queries, number of visible key blocks."""
+    """Return, for each sequence: seqlen_kv, seqlen_q, and the number of blocks of visible keys."""
     seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
     seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
     seqlen_q = tl.where(mask, queries_per_seq, 0)
@@ -81,7 +81,7 @@ def _merge(states_ptr, stride, num_splits, row):
     d2 = 0.0
     o1 = tl.zeros([128], tl.float32)
     o2 = tl.zeros([128], tl.float32)
-    for first_split in range(0, num_splits, 32):  # as many rows at a time as fit in registers
+    for first_split in range(0, num_splits, 32):  # as many splits at a time as fit in registers
         offs_s = first_split + tl.arange(0, 32)
         mask_s = offs_s < num_splits  # lanes past the last split get the lowest m, hence weight 0
         state_ptrs = states_ptr + offs_s.to(tl.int64) * stride
@@ -119,17 +119,17 @@ def decode_varlen_kernel(
     scratch_ptr,
     arrival_counters_ptr,
     stride_qb,
-    stride_qn,
+    stride_qm,
     stride_qh,
     stride_rb,
-    stride_rn,
+    stride_rm,
     stride_rh,
     stride_tableb,
     stride_kvp,
     stride_kvn,
     stride_kvh,
     stride_ob,
-    stride_on,
+    stride_om,
     stride_oh,
     scale_log2,
     batch,
@@ -146,13 +146,13 @@ def decode_varlen_kernel(
     NUM_SPLITS: tl.constexpr = 8
     SPARE_SPLIT_EVERY: tl.constexpr = 8
     STATE_ROWS: tl.constexpr = 16  # rows of a split's state
-    STATE_SIZE: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # its floats; 4, not 3, for 16-byte alignment
+    SPLIT_FLOATS: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # m, d1, d2 and one unused: 16-byte alignment
     LN_2: tl.constexpr = 0.6931471805599453
-    BLOCK_SEQS: tl.constexpr = 32  # sequences scanned at a time, one a lane: no exchange between warps
-    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 2  # blocks of keys
+    BLOCK_SEQS: tl.constexpr = 32  # sequences per step of a scan, one per lane: a sum needs no shared memory
+    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 2  # fewer are not worth a program
 
     # -- blocks per split, equal for all sequences: long sequences get many splits, short ones one. Rounding up adds at
-    #    most one split per tile, for which the launch has work items
+    #    most one split per tile; the grid has room for these
     lane_blocks = tl.zeros([BLOCK_SEQS], tl.int32)
     lane_tiles = tl.zeros([BLOCK_SEQS], tl.int32)
     for block_start in range(0, batch, BLOCK_SEQS):
@@ -211,7 +211,7 @@ def decode_varlen_kernel(
     tile = (work_item - first_work_item) // tile_splits
     split = (work_item - first_work_item) % tile_splits
     start_m = tile * BLOCK_H
-    # its last query sees the keys before visible_end
+    # the tile's last query sees keys before visible_end
     last_query = tl.minimum((start_m + BLOCK_H - 1) // GROUP, seqlen_q - 1)
     visible_end = tl.maximum(seqlen_kv - seqlen_q + last_query + 1, 0)
     num_blocks = tl.cdiv(visible_end, BLOCK_N)
@@ -219,7 +219,7 @@ def decode_varlen_kernel(
     key_begin = split * keys_per_split
     key_end = tl.minimum(key_begin + keys_per_split, visible_end)
 
-    # -- load one tile that stacks q and r: 8 rows of each in turn
+    # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
     offs_m = start_m + offs_stack // 16 * 8 + offs_stack % 8
     is_query = offs_stack % 16 < 8
@@ -228,8 +228,8 @@ def decode_varlen_kernel(
     offs_q = (offs_m // GROUP).to(tl.int64)
     offs_d = tl.arange(0, 128)
     seq64 = seq.to(tl.int64)
-    q_row_ptrs = q_ptr + seq64 * stride_qb + offs_q * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
-    r_row_ptrs = r_ptr + seq64 * stride_rb + offs_q * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
+    q_row_ptrs = q_ptr + seq64 * stride_qb + offs_q * stride_qm + (kv_head * GROUP + offs_h) * stride_qh
+    r_row_ptrs = r_ptr + seq64 * stride_rb + offs_q * stride_rm + (kv_head * GROUP + offs_h) * stride_rh
     q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None], other=0.0)
     r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
@@ -246,9 +246,9 @@ def decode_varlen_kernel(
     d2 = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, 128], tl.float32)
 
-    # -- loop over the keys, whole pages at a time. Past a sequence's end cache and page table may hold anything: valid
-    #    keys are read again instead, and masked. The pages of a block are looked up one step ahead: a key load that
-    #    depends on a load of the same step would leave fewer loads in flight
+    # -- loop over the keys, whole pages at a time. Past its end, a sequence's cache and page table may hold anything,
+    #    so the last valid keys are read again and masked. The pages of a block are looked up one step ahead: a key load
+    #    that depends on a load of the same step would leave fewer loads in flight
     k_ptr += kv_head * stride_kvh
     v_ptr += kv_head * stride_kvh
     page_table_ptr += seq64 * stride_tableb
@@ -259,7 +259,7 @@ def decode_varlen_kernel(
     page_0 = tl.load(page_table_ptr + tl.minimum(key_begin, final_key) // PAGE_SIZE)
     page_1 = tl.load(page_table_ptr + tl.minimum(key_begin + PAGE_SIZE, final_key) // PAGE_SIZE)
     second_block_ptr = page_table_ptr + key_begin // PAGE_SIZE + PAGES_PER_BLOCK
-    # (The loop begins at 0: Triton 3.7 and later do not pipeline one whose start is computed after an early return.)
+    # The loop counts from 0: Triton 3.7 and later do not pipeline a loop whose start is computed after an early return.
     for i in tl.range(0, key_end - key_begin, BLOCK_N):
         start_n = key_begin + i
         page = tl.where(page_in_block == 1, page_1, page_0)  # [BLOCK_N]
@@ -270,7 +270,7 @@ def decode_varlen_kernel(
         offsets = clamped_slot[:, None] * stride_kvn + offs_d[None, :]  # offsets within a page fit 32 bits
         k = tl.load((k_ptr + page_offset)[:, None] + offsets)  # [BLOCK_N, HEAD_DIM]
         v = tl.load((v_ptr + page_offset)[:, None] + offsets)
-        next_block_ptr = second_block_ptr + i // PAGE_SIZE  # past the last page the current ones stay
+        next_block_ptr = second_block_ptr + i // PAGE_SIZE  # past the last page, page_j keeps its value
         page_0 = tl.load(next_block_ptr, mask=BLOCK_N < keys_left, other=page_0)
         page_1 = tl.load(next_block_ptr + 1, mask=BLOCK_N + PAGE_SIZE < keys_left, other=page_1)
         offs_n = start_n + range_n
@@ -278,6 +278,7 @@ def decode_varlen_kernel(
         visible = visible[None, :] & (offs_n[None, :] <= query_positions[:, None])
         m, d1, d2, o = _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o)
 
+    # -- o1 and o2, from the stacked accumulator
     o = tl.permute(tl.reshape(o, [BLOCK_H // 8, 2, 8, 128]), [0, 2, 3, 1])
     o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, 128, 2]))  # [BLOCK_H, HEAD_DIM] each
 
@@ -288,7 +289,7 @@ def decode_varlen_kernel(
     t_mean_ptr += (seq64 * kv_heads + kv_head) * GROUP * queries_per_seq
     if tile_splits == 1:
         # this is the only split of its tile
-        row_offsets = offs_q * stride_on + offs_h * stride_oh
+        row_offsets = offs_q * stride_om + offs_h * stride_oh
         out = _normalize(d1[:, None], d2[:, None], o1, o2)
         o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
         tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
@@ -303,7 +304,7 @@ def decode_varlen_kernel(
     else:
         # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
         range_m = tl.arange(0, BLOCK_H)
-        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
+        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * SPLIT_FLOATS
         state_o_ptrs = state_ptr + range_m[:, None] * (2 * HEAD_DIM) + offs_d[None, :]
         tl.store(state_o_ptrs, o1, mask=mask_m[:, None])
         tl.store(state_o_ptrs + HEAD_DIM, o2, mask=mask_m[:, None])
@@ -317,12 +318,12 @@ def decode_varlen_kernel(
         first_state = (work_item - split) * kv_heads + kv_head
         if tl.atomic_add(arrival_counters_ptr + first_state, 1, sem="acq_rel") == tile_splits - 1:
             tl.store(arrival_counters_ptr + first_state, 0)
-            state_ptr = scratch_ptr + first_state.to(tl.int64) * STATE_SIZE
+            state_ptr = scratch_ptr + first_state.to(tl.int64) * SPLIT_FLOATS
             for i in range(tl.minimum(seqlen_q * GROUP - start_m, BLOCK_H)):
                 query = ((start_m + i) // GROUP).to(tl.int64)
                 head = (start_m + i) % GROUP
-                row_offset = query * stride_on + head * stride_oh
-                m_row, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * STATE_SIZE, tile_splits, i)
+                row_offset = query * stride_om + head * stride_oh
+                m_row, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * SPLIT_FLOATS, tile_splits, i)
                 out_row = _normalize(d1_row, d2_row, o1_row, o2_row)
                 tl.store(o_ptr + row_offset + offs_d, out_row.to(o_ptr.dtype.element_ty))
                 inv_d1_row = tl.where(d1_row > 0.0, 1.0 / d1_row, 0.0)
@@ -357,8 +358,8 @@ def launch(
     k_cache, v_cache  (pages, 16, kv_heads, 128) fp16, the same strides likewise
     cache_seqlens     (batch,) int32: keys in each sequence, 0 to what its pages hold; nothing past them is read
     page_table        (batch, most pages of a sequence) int32: each sequence's pages, in order
-    scratch           work_items * kv_heads * 4160 fp32 numbers, work_items as below
-    arrival_counters  work_items * kv_heads int32 zeros, which every launch leaves zero again
+    scratch           work_items * kv_heads * 4160 fp32 numbers, work_items as computed below
+    arrival_counters  work_items * kv_heads int32, 0 before and after every launch
     """
     batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
     num_tiles = batch * triton.cdiv(q.shape[1] * 2, 16)

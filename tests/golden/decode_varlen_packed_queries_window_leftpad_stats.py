@@ -1,4 +1,4 @@
-"""Parallax attention of queries against a KV cache, each sequence of its own length.
+"""Parallax attention of queries against a KV cache, with per-sequence lengths.
 
 spec       decode, head_dim 96, bf16, GQA 4:1, window, varlen, stats, per-sequence lengths, leftpad, multi-token
            queries
@@ -7,8 +7,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel e20065eca7be
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -32,7 +32,7 @@ def _load_lengths(
     window_size,
     BLOCK_N: tl.constexpr,
 ):
-    """Per sequence: number of keys, first visible key, number of queries, number of visible key blocks."""
+    """Return, for each sequence: seqlen_kv, visible_begin, seqlen_q, and the number of blocks of visible keys."""
     seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
     seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
     seq_start_q = tl.load(cu_seqlens_q_ptr + seq, mask=mask, other=0)
@@ -87,7 +87,7 @@ def _merge(states_ptr, stride, num_splits, row):
     d2 = 0.0
     o1 = tl.zeros([128], tl.float32)
     o2 = tl.zeros([128], tl.float32)
-    for first_split in range(0, num_splits, 32):  # as many rows at a time as fit in registers
+    for first_split in range(0, num_splits, 32):  # as many splits at a time as fit in registers
         offs_s = first_split + tl.arange(0, 32)
         mask_s = offs_s < num_splits  # lanes past the last split get the lowest m, hence weight 0
         state_ptrs = states_ptr + offs_s.to(tl.int64) * stride
@@ -116,14 +116,14 @@ def _fill_padding(
     v_mean_ptr,
     lse_ptr,
     t_mean_ptr,
-    stride_on,
+    stride_om,
     stride_oh,
     heads,
     used_begin,
     used_end,
     total,
 ):
-    """Write 0, and -inf to lse, to the rows of no sequence: [0, used_begin) and [used_end, total).
+    """Write 0, and -inf to lse, to the rows that belong to no sequence: [0, used_begin) and [used_end, total).
 
     The programs of the launch share these rows.
     """
@@ -132,12 +132,12 @@ def _fill_padding(
     offs_d = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0), total - used_end + used_begin, tl.num_programs(0)):
         row = (used_end + i).to(tl.int64)
-        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        row = tl.where(row < total, row, row - total)  # after the last row, continue at row 0
         for first_head in tl.range(0, heads, BLOCK_HEADS):
             offs_h = (first_head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
             mask_h = offs_h < heads
             mask_hd = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
-            o_offsets = row * stride_on + (offs_h * stride_oh)[:, None] + offs_d[None, :]
+            o_offsets = row * stride_om + (offs_h * stride_oh)[:, None] + offs_d[None, :]
             tl.store(o_ptr + o_offsets, 0.0, mask=mask_hd)
             tl.store(v_mean_ptr + o_offsets, 0.0, mask=mask_hd)
             tl.store(lse_ptr + offs_h * total + row, float("-inf"), mask=mask_h)
@@ -159,9 +159,9 @@ def decode_varlen_kernel(
     cache_leftpad_ptr,
     scratch_ptr,
     arrival_counters_ptr,
-    stride_qn,
+    stride_qm,
     stride_qh,
-    stride_rn,
+    stride_rm,
     stride_rh,
     stride_kb,
     stride_kn,
@@ -169,7 +169,7 @@ def decode_varlen_kernel(
     stride_vb,
     stride_vn,
     stride_vh,
-    stride_on,
+    stride_om,
     stride_oh,
     scale_log2,
     batch,
@@ -185,15 +185,15 @@ def decode_varlen_kernel(
     NUM_SPLITS: tl.constexpr = 3
     SPARE_SPLIT_EVERY: tl.constexpr = 8
     STATE_ROWS: tl.constexpr = 32  # rows of a split's state
-    STATE_SIZE: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # its floats; 4, not 3, for 16-byte alignment
+    SPLIT_FLOATS: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # m, d1, d2 and one unused: 16-byte alignment
     LN_2: tl.constexpr = 0.6931471805599453
-    BLOCK_SEQS: tl.constexpr = 32  # sequences scanned at a time, one a lane: no exchange between warps
-    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 1  # blocks of keys
+    BLOCK_SEQS: tl.constexpr = 32  # sequences per step of a scan, one per lane: a sum needs no shared memory
+    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 1  # fewer are not worth a program
     used_begin = tl.load(cu_seqlens_q_ptr)
     used_end = tl.load(cu_seqlens_q_ptr + batch)
 
     # -- blocks per split, equal for all sequences: long sequences get many splits, short ones one. Rounding up adds at
-    #    most one split per tile, for which the launch has work items
+    #    most one split per tile; the grid has room for these
     lane_blocks = tl.zeros([BLOCK_SEQS], tl.int32)
     lane_tiles = tl.zeros([BLOCK_SEQS], tl.int32)
     for block_start in range(0, batch, BLOCK_SEQS):
@@ -248,7 +248,7 @@ def decode_varlen_kernel(
             v_mean_ptr,
             lse_ptr,
             t_mean_ptr,
-            stride_on,
+            stride_om,
             stride_oh,
             kv_heads * GROUP,
             used_begin,
@@ -273,7 +273,7 @@ def decode_varlen_kernel(
     tile = (work_item - first_work_item) // tile_splits
     split = (work_item - first_work_item) % tile_splits
     start_m = tile * BLOCK_H
-    # its last query sees the keys before visible_end, its first query those from visible_begin on
+    # the tile's last query sees keys before visible_end, its first query keys from visible_begin on
     last_query = tl.minimum((start_m + BLOCK_H - 1) // GROUP, seqlen_q - 1)
     visible_end = tl.maximum(seqlen_kv - seqlen_q + last_query + 1, 0)
     visible_begin = tl.maximum(visible_begin, seqlen_kv - seqlen_q + start_m // GROUP + 1 - window_size)
@@ -282,7 +282,7 @@ def decode_varlen_kernel(
     key_begin = visible_begin + split * keys_per_split
     key_end = tl.minimum(key_begin + keys_per_split, visible_end)
 
-    # -- load one tile that stacks q and r: 8 rows of each in turn
+    # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
     offs_m = start_m + offs_stack // 16 * 8 + offs_stack % 8
     is_query = offs_stack % 16 < 8
@@ -293,8 +293,8 @@ def decode_varlen_kernel(
     mask_d = offs_d < HEAD_DIM
     seq64 = seq.to(tl.int64)
     seq_start_q = tl.load(cu_seqlens_q_ptr + seq).to(tl.int64)
-    q_row_ptrs = q_ptr + (seq_start_q + offs_q) * stride_qn + (kv_head * GROUP + offs_h) * stride_qh
-    r_row_ptrs = r_ptr + (seq_start_q + offs_q) * stride_rn + (kv_head * GROUP + offs_h) * stride_rh
+    q_row_ptrs = q_ptr + (seq_start_q + offs_q) * stride_qm + (kv_head * GROUP + offs_h) * stride_qh
+    r_row_ptrs = r_ptr + (seq_start_q + offs_q) * stride_rm + (kv_head * GROUP + offs_h) * stride_rh
     q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & is_query)[:, None] & mask_d[None, :], other=0.0)
     r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_m & ~is_query)[:, None] & mask_d[None, :], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
@@ -322,7 +322,7 @@ def decode_varlen_kernel(
     k_offsets = clamped_n * stride_kn + offs_d[None, :]
     v_offsets = clamped_n * stride_vn + offs_d[None, :]
     last_block_start = tl.maximum(seqlen_kv - BLOCK_N, visible_begin)
-    # (The loop begins at 0: Triton 3.7 and later do not pipeline one whose start is computed after an early return.)
+    # The loop counts from 0: Triton 3.7 and later do not pipeline a loop whose start is computed after an early return.
     for i in tl.range(0, key_end - key_begin, BLOCK_N):
         start_n = key_begin + i
         block_start = tl.minimum(start_n, last_block_start)
@@ -334,17 +334,18 @@ def decode_varlen_kernel(
         visible = visible[None, :] & (distance >= 0) & (distance < window_size)
         m, d1, d2, o = _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o)
 
+    # -- o1 and o2, from the stacked accumulator
     o = tl.permute(tl.reshape(o, [BLOCK_H // 8, 2, 8, 128]), [0, 2, 3, 1])
     o1, o2 = tl.split(tl.reshape(o, [BLOCK_H, 128, 2]))  # [BLOCK_H, HEAD_DIM] each
 
     # -- the output, or the state of a split
-    o_ptr += seq_start_q * stride_on + kv_head * GROUP * stride_oh
-    v_mean_ptr += seq_start_q * stride_on + kv_head * GROUP * stride_oh
+    o_ptr += seq_start_q * stride_om + kv_head * GROUP * stride_oh
+    v_mean_ptr += seq_start_q * stride_om + kv_head * GROUP * stride_oh
     lse_ptr += seq_start_q + kv_head * GROUP * total_q
     t_mean_ptr += seq_start_q + kv_head * GROUP * total_q
     if tile_splits == 1:
         # this is the only split of its tile
-        row_offsets = offs_q * stride_on + offs_h * stride_oh
+        row_offsets = offs_q * stride_om + offs_h * stride_oh
         out = _normalize(d1[:, None], d2[:, None], o1, o2)
         o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
         tl.store(o_ptrs, out.to(o_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
@@ -359,7 +360,7 @@ def decode_varlen_kernel(
     else:
         # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
         range_m = tl.arange(0, BLOCK_H)
-        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
+        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * SPLIT_FLOATS
         state_o_ptrs = state_ptr + range_m[:, None] * (2 * HEAD_DIM) + offs_d[None, :]
         tl.store(state_o_ptrs, o1, mask=mask_m[:, None] & mask_d[None, :])
         tl.store(state_o_ptrs + HEAD_DIM, o2, mask=mask_m[:, None] & mask_d[None, :])
@@ -373,12 +374,12 @@ def decode_varlen_kernel(
         first_state = (work_item - split) * kv_heads + kv_head
         if tl.atomic_add(arrival_counters_ptr + first_state, 1, sem="acq_rel") == tile_splits - 1:
             tl.store(arrival_counters_ptr + first_state, 0)
-            state_ptr = scratch_ptr + first_state.to(tl.int64) * STATE_SIZE
+            state_ptr = scratch_ptr + first_state.to(tl.int64) * SPLIT_FLOATS
             for i in range(tl.minimum(seqlen_q * GROUP - start_m, BLOCK_H)):
                 query = ((start_m + i) // GROUP).to(tl.int64)
                 head = (start_m + i) % GROUP
-                row_offset = query * stride_on + head * stride_oh
-                m_row, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * STATE_SIZE, tile_splits, i)
+                row_offset = query * stride_om + head * stride_oh
+                m_row, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * SPLIT_FLOATS, tile_splits, i)
                 out_row = _normalize(d1_row, d2_row, o1_row, o2_row)
                 tl.store(o_ptr + row_offset + offs_d, out_row.to(o_ptr.dtype.element_ty), mask=mask_d)
                 inv_d1_row = tl.where(d1_row > 0.0, 1.0 / d1_row, 0.0)
@@ -414,13 +415,13 @@ def launch(
     lse, t_mean       (kv_heads*4, total_q) fp32, contiguous
     v_mean            like out, with its strides
     k_cache, v_cache  (batch, seqlen, kv_heads, 96) bf16, any strides likewise
-    cu_seqlens_q      (batch + 1,) int32: the first query row of each sequence, and the end of the last one. In
-                      rows of no sequence out is 0, lse -inf, and t_mean and v_mean 0
+    cu_seqlens_q      (batch + 1,) int32: the first query row of each sequence, and the end of the last one
+                      In rows that belong to no sequence out is 0, lse -inf, and t_mean and v_mean 0
     cache_seqlens     (batch,) int32: keys in each sequence, 0 to seqlen; nothing past them is read
-    cache_leftpad     (batch,) int32: each sequence's first key; nothing before it is read
-    scratch           work_items * kv_heads * 6272 fp32 numbers, work_items as below
-    arrival_counters  work_items * kv_heads int32 zeros, which every launch leaves zero again
-    window_size       the number of last keys that a query sees, 1 or more
+    cache_leftpad     (batch,) int32: the index of each sequence's first key; nothing before it is read
+    scratch           work_items * kv_heads * 6272 fp32 numbers, work_items as computed below
+    arrival_counters  work_items * kv_heads int32, 0 before and after every launch
+    window_size       a query sees its last window_size keys; 1 or more
     max_seqlen_q      at least the most queries of a sequence
     """
     batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]

@@ -1,4 +1,4 @@
-"""Parallax attention of queries against a KV cache, each sequence of its own length.
+"""Parallax attention of queries against a KV cache, with per-sequence lengths.
 
 spec       decode, head_dim 128, bf16, GQA 4:1, per-sequence lengths, pages of 64
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=last num_warps=2 num_stages=4
@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 93aae1e8a32b
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -28,7 +28,7 @@ def _load_lengths(
     max_seqlen_kv,
     BLOCK_N: tl.constexpr,
 ):
-    """Per sequence: number of keys, number of queries, number of visible key blocks."""
+    """Return, for each sequence: seqlen_kv, seqlen_q, and the number of blocks of visible keys."""
     seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
     seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
     seqlen_q = tl.where(mask, 1, 0)
@@ -75,7 +75,7 @@ def _merge(states_ptr, stride, num_splits, row):
     d2 = 0.0
     o1 = tl.zeros([128], tl.float32)
     o2 = tl.zeros([128], tl.float32)
-    for first_split in range(0, num_splits, 32):  # as many rows at a time as fit in registers
+    for first_split in range(0, num_splits, 32):  # as many splits at a time as fit in registers
         offs_s = first_split + tl.arange(0, 32)
         mask_s = offs_s < num_splits  # lanes past the last split get the lowest m, hence weight 0
         state_ptrs = states_ptr + offs_s.to(tl.int64) * stride
@@ -131,12 +131,12 @@ def decode_varlen_kernel(
     PAGE_SIZE: tl.constexpr = 64  # keys per page of the cache
     SPARE_SPLIT_EVERY: tl.constexpr = 8
     STATE_ROWS: tl.constexpr = 4  # rows of a split's state
-    STATE_SIZE: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # its floats; 4, not 3, for 16-byte alignment
-    BLOCK_SEQS: tl.constexpr = 32  # sequences scanned at a time, one a lane: no exchange between warps
-    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 2  # blocks of keys
+    SPLIT_FLOATS: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # m, d1, d2 and one unused: 16-byte alignment
+    BLOCK_SEQS: tl.constexpr = 32  # sequences per step of a scan, one per lane: a sum needs no shared memory
+    MIN_BLOCKS_PER_SPLIT: tl.constexpr = 2  # fewer are not worth a program
 
     # -- blocks per split, equal for all sequences: long sequences get many splits, short ones one. Rounding up adds at
-    #    most one split per sequence, for which the launch has work items
+    #    most one split per sequence; the grid has room for these
     lane_blocks = tl.zeros([BLOCK_SEQS], tl.int32)
     for block_start in range(0, batch, BLOCK_SEQS):
         seqs = block_start + tl.arange(0, BLOCK_SEQS)
@@ -190,7 +190,7 @@ def decode_varlen_kernel(
     key_begin = split * keys_per_split
     key_end = tl.minimum(key_begin + keys_per_split, seqlen_kv)
 
-    # -- load one tile that stacks q and r: 8 rows of each in turn
+    # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
     offs_h = offs_stack % 8
     is_query = offs_stack < 8
@@ -213,15 +213,15 @@ def decode_varlen_kernel(
     d2 = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, 128], tl.float32)
 
-    # -- loop over the keys, page by page. Past a sequence's end cache and page table may hold anything: its last key is
-    #    read again instead, and masked. The pages of a block are looked up one step ahead: a key load that depends on a
-    #    load of the same step would leave fewer loads in flight
+    # -- loop over the keys, page by page. Past its end, a sequence's cache and page table may hold anything, so the
+    #    last key is read again and masked. The pages of a block are looked up one step ahead: a key load that depends
+    #    on a load of the same step would leave fewer loads in flight
     k_ptr += kv_head * stride_kvh
     v_ptr += kv_head * stride_kvh
     page_table_ptr += seq64 * stride_tableb
     final_key = tl.maximum(seqlen_kv - 1, 0)
     page = tl.load(page_table_ptr + tl.minimum(key_begin, final_key) // PAGE_SIZE)  # of the whole block
-    # (The loop begins at 0: Triton 3.7 and later do not pipeline one whose start is computed after an early return.)
+    # The loop counts from 0: Triton 3.7 and later do not pipeline a loop whose start is computed after an early return.
     for i in tl.range(0, key_end - key_begin, BLOCK_N):
         start_n = key_begin + i
         offs_n = start_n + range_n
@@ -234,6 +234,7 @@ def decode_varlen_kernel(
         visible = offs_n < key_end
         m, d1, d2, o = _attend_block(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
 
+    # -- o1 and o2, from the stacked accumulator
     o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, 128]), [1, 2, 0]))  # [8, HEAD_DIM] each
 
     # -- the output, or the state of a split
@@ -247,7 +248,7 @@ def decode_varlen_kernel(
     else:
         # this split's state: o1 and o2 as [STATE_ROWS, 2, HEAD_DIM], then m, d1 and d2 as [3, STATE_ROWS]
         range_h = tl.arange(0, BLOCK_H)
-        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * STATE_SIZE
+        state_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * SPLIT_FLOATS
         state_o_ptrs = state_ptr + range_h[:, None] * (2 * HEAD_DIM) + offs_d[None, :]
         tl.store(state_o_ptrs, o1, mask=mask_h[:, None])
         tl.store(state_o_ptrs + HEAD_DIM, o2, mask=mask_h[:, None])
@@ -261,10 +262,10 @@ def decode_varlen_kernel(
         first_state = (work_item - split) * kv_heads + kv_head
         if tl.atomic_add(arrival_counters_ptr + first_state, 1, sem="acq_rel") == tile_splits - 1:
             tl.store(arrival_counters_ptr + first_state, 0)
-            state_ptr = scratch_ptr + first_state.to(tl.int64) * STATE_SIZE
+            state_ptr = scratch_ptr + first_state.to(tl.int64) * SPLIT_FLOATS
             for head in range(GROUP):
                 row_offset = head * stride_oh
-                _, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * STATE_SIZE, tile_splits, head)
+                _, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * SPLIT_FLOATS, tile_splits, head)
                 out_row = _normalize(d1_row, d2_row, o1_row, o2_row)
                 tl.store(o_ptr + row_offset + offs_d, out_row.to(o_ptr.dtype.element_ty))
 
@@ -287,8 +288,8 @@ def launch(
     k_cache, v_cache  (pages, 64, kv_heads, 128) bf16, the same strides likewise
     cache_seqlens     (batch,) int32: keys in each sequence, 0 to what its pages hold; nothing past them is read
     page_table        (batch, most pages of a sequence) int32: each sequence's pages, in order
-    scratch           work_items * kv_heads * 1040 fp32 numbers, work_items as below
-    arrival_counters  work_items * kv_heads int32 zeros, which every launch leaves zero again
+    scratch           work_items * kv_heads * 1040 fp32 numbers, work_items as computed below
+    arrival_counters  work_items * kv_heads int32, 0 before and after every launch
     """
     batch, kv_heads = cache_seqlens.shape[0], k_cache.shape[2]
     work_items = batch * NUM_SPLITS + triton.cdiv(batch, SPARE_SPLIT_EVERY)  # an upper bound

@@ -65,13 +65,13 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr = 128  # keys per program
     GROUP_HEADS: tl.constexpr = 4  # kv heads whose tiles are launched together
 
-    # -- this program's tile of keys: those that most rows see first
+    # -- this program's tile of keys. Tiles that the most rows see are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
-    group_size = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
-    tile = (pid - first_bh * num_tiles) // group_size
-    bh = first_bh + (pid - first_bh * num_tiles) % group_size
+    launch_group_heads = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
+    tile = (pid - first_bh * num_tiles) // launch_group_heads
+    bh = first_bh + (pid - first_bh * num_tiles) % launch_group_heads
     batch = (bh // kv_heads).to(tl.int64)
     kv_head = (bh % kv_heads).to(tl.int64)
     start_n = tile * BLOCK_N
@@ -115,9 +115,9 @@ def dkdv_kernel(
         r = tl.load(r_block + r_offsets, mask=mask_m[:, None], other=0.0)
         do = tl.load(do_block + do_offsets, mask=mask_m[:, None], other=0.0)
 
-        # -- p = softmax, transposed (keys are rows), so that it enters the next matmuls from registers. Each row
-        #    statistic is loaded where it is used: laid out along columns, all four would fill the registers
-        lse2 = tl.load(stats_head + offs_m)  # log2(e) lse. It is inf past the last row, where p becomes 0
+        # -- p = softmax, transposed (keys are rows), so that it is the register operand of the next matmuls.
+        #    Each row statistic is loaded just before its use: spread along columns, the four would not fit together
+        lse2 = tl.load(stats_head + offs_m)  # log2(e) lse; inf in padding rows, so that p is 0 there
         s = tl.dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s * scale_log2 - lse2[None, :])
         if start_m < unmasked_begin:
@@ -136,9 +136,9 @@ def dkdv_kernel(
         dt = p * (dp_mean[None, :] - dp)
         dt_operand = dt.to(q.dtype)
         c = tl.load(stats_head + 3 * stride_stat + offs_m)  # softmax_scale (dp_mean - delta)
-        ds = (p * c[None, :] - w * dt).to(q.dtype)
+        ds_operand = (p * c[None, :] - w * dt).to(q.dtype)
         dk = tl.dot(dt_operand, r, acc=dk)
-        dk = tl.dot(ds, q, acc=dk)
+        dk = tl.dot(ds_operand, q, acc=dk)
 
     # -- store dk and dv
     dv *= 1.0 / softmax_scale

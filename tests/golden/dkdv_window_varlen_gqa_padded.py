@@ -33,7 +33,7 @@ def _fill_padding(
     used_end,
     total,
 ):
-    """Write 0 to the rows of no sequence: [0, used_begin) and [used_end, total).
+    """Write 0 to the rows that belong to no sequence: [0, used_begin) and [used_end, total).
 
     The programs of the launch share these rows.
     """
@@ -42,7 +42,7 @@ def _fill_padding(
     offs_d = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0), total - used_end + used_begin, tl.num_programs(0)):
         row = (used_end + i).to(tl.int64)
-        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        row = tl.where(row < total, row, row - total)  # after the last row, continue at row 0
         for first_head in tl.range(0, heads, BLOCK_HEADS):
             offs_h = (first_head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
             mask_h = offs_h < heads
@@ -94,7 +94,7 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr = 128  # keys per program
     GROUP: tl.constexpr = 4  # query heads per kv head
 
-    # -- this program's tile of keys: those that most rows see first
+    # -- this program's tile of keys. Tiles that the most rows see are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(max_seqlen, BLOCK_N)
     tile = pid % num_tiles
@@ -130,7 +130,7 @@ def dkdv_kernel(
     mask_n = offs_n < seqlen_kv
     range_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, 128)
-    mask_d = (offs_d < HEAD_DIM)[None, :]  # the rest is zero
+    mask_d = (offs_d < HEAD_DIM)[None, :]  # the padding loads as 0
 
     # -- load k and v
     rows64 = (seq_start_k + offs_n)[:, None].to(tl.int64)
@@ -171,9 +171,9 @@ def dkdv_kernel(
             r = tl.load(r_block + r_offsets, mask=mask_m[:, None] & mask_d, other=0.0)
             do = tl.load(do_block + do_offsets, mask=mask_m[:, None] & mask_d, other=0.0)
 
-            # -- p = softmax, transposed (keys are rows), so that it enters the next matmuls from registers. Each row
-            #    statistic is loaded where it is used: laid out along columns, all four would fill the registers
-            lse2 = tl.load(stats_head + offs_m)  # log2(e) lse. It is inf past the last row, where p becomes 0
+            # -- p = softmax, transposed (keys are rows), so that it is the register operand of the next matmuls.
+            #    Each row statistic is loaded just before its use: spread along columns, the four would not fit together
+            lse2 = tl.load(stats_head + offs_m)  # log2(e) lse; inf in padding rows, so that p is 0 there
             s = tl.dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
             p = tl.exp2(s * scale_log2 - lse2[None, :])
             if (start_m < unmasked_begin) | (start_m + BLOCK_M - 1 > unmasked_last):
@@ -197,9 +197,9 @@ def dkdv_kernel(
             dt = p * (dp_mean[None, :] - dp)
             dt_operand = dt.to(q.dtype)
             c = tl.load(stats_head + 3 * stride_stat + offs_m)  # softmax_scale (dp_mean - delta)
-            ds = (p * c[None, :] - w * dt).to(q.dtype)
+            ds_operand = (p * c[None, :] - w * dt).to(q.dtype)
             dk = tl.dot(dt_operand, r, acc=dk)
-            dk = tl.dot(ds, q, acc=dk)
+            dk = tl.dot(ds_operand, q, acc=dk)
 
     # -- store dk and dv
     dv *= 1.0 / softmax_scale
@@ -229,10 +229,11 @@ def launch(
     q, r, do      (total_q, kv_heads*4, 80) fp16, any strides with a contiguous last dimension
     k, v, dk, dv  (total_k, kv_heads, 80) fp16, likewise
     row_stats     (4, heads, padded) fp32, contiguous: written by preprocess
-    cu_seqlens    (batch + 1,) int32: the first row of each sequence in q and in k, and the end of the last one
-                  dk and dv are 0 in rows of no sequence
-    max_seqlen_k  at least the length of the longest sequence
-    window_size   the number of last keys that a query sees, 1 or more
+    cu_seqlens_q  (batch + 1,) int32: the first row of each sequence in q, and the end of the last one
+    cu_seqlens_k  the same for k
+                  In rows that belong to no sequence dk and dv are 0
+    max_seqlen_k  at least the most keys of a sequence
+    window_size   a query sees its last window_size keys; 1 or more
     """
     batch, kv_heads = cu_seqlens_k.shape[0] - 1, k.shape[1]
     num_tiles = -(-max_seqlen_k // 128)

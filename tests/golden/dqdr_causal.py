@@ -65,13 +65,13 @@ def dqdr_kernel(
     BLOCK_N: tl.constexpr = 64  # keys per iteration
     GROUP_HEADS: tl.constexpr = 4  # query heads whose tiles are launched together
 
-    # -- this program's tile of query rows: those that see most keys first
+    # -- this program's tile of query rows. Tiles that see the most keys are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
-    group_size = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
-    tile = (pid - first_bh * num_tiles) // group_size
-    bh = first_bh + (pid - first_bh * num_tiles) % group_size
+    launch_group_heads = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
+    tile = (pid - first_bh * num_tiles) // launch_group_heads
+    bh = first_bh + (pid - first_bh * num_tiles) % launch_group_heads
     tile = num_tiles - 1 - tile
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
@@ -91,7 +91,7 @@ def dqdr_kernel(
     do = tl.load(do_ptr + do_offsets, mask=mask_m[:, None], other=0.0)
     stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
     stat_ptrs = row_stats_ptr + bh.to(tl.int64) * stride_stath + offs_m
-    lse2 = tl.load(stat_ptrs)  # log2(e) lse. It is inf past the last row, where p becomes 0
+    lse2 = tl.load(stat_ptrs)  # log2(e) lse; inf in padding rows, so that p is 0 there
     w_bias = tl.load(stat_ptrs + stride_stat)  # softmax_scale (1 + t_mean)
     dp_mean = tl.load(stat_ptrs + 2 * stride_stat)
     c = tl.load(stat_ptrs + 3 * stride_stat)  # softmax_scale (dp_mean - delta)
@@ -102,7 +102,7 @@ def dqdr_kernel(
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     dr = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
-    # -- the keys that these rows see: row i sees those up to i + causal_offset
+    # -- the keys that these rows see: row i sees keys up to i + causal_offset
     causal_offset = seqlen_kv - seqlen_q
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
     for start_n in tl.range(0, key_end, BLOCK_N):
@@ -124,9 +124,9 @@ def dqdr_kernel(
         dp = tl.dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         dt = p * (dp_mean[:, None] - dp)
         dt_operand = dt.to(k.dtype)
-        ds = (p * c[:, None] - w * dt).to(k.dtype)
+        ds_operand = (p * c[:, None] - w * dt).to(k.dtype)
         dr = tl.dot(dt_operand, k, acc=dr)
-        dq = tl.dot(ds, k, acc=dq)
+        dq = tl.dot(ds_operand, k, acc=dq)
 
     # -- store dq and dr
     dq_offsets = batch * stride_dqb + head * stride_dqh + rows64 * stride_dqm + offs_d[None, :]

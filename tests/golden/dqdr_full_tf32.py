@@ -87,7 +87,7 @@ def dqdr_kernel(
     do = tl.load(do_ptr + do_offsets, mask=mask_m[:, None], other=0.0)
     stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
     stat_ptrs = row_stats_ptr + bh.to(tl.int64) * stride_stath + offs_m
-    lse2 = tl.load(stat_ptrs)  # log2(e) lse. It is inf past the last row, where p becomes 0
+    lse2 = tl.load(stat_ptrs)  # log2(e) lse; inf in padding rows, so that p is 0 there
     w_bias = tl.load(stat_ptrs + stride_stat)  # softmax_scale (1 + t_mean)
     dp_mean = tl.load(stat_ptrs + 2 * stride_stat)
     c = tl.load(stat_ptrs + 3 * stride_stat)  # softmax_scale (dp_mean - delta)
@@ -117,9 +117,9 @@ def dqdr_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision="tf32")  # [BLOCK_M, BLOCK_N]
         dt = p * (dp_mean[:, None] - dp)
         dt_operand = dt
-        ds = p * c[:, None] - w * dt
+        ds_operand = p * c[:, None] - w * dt
         dr = tl.dot(dt_operand, k, acc=dr, input_precision="tf32")
-        dq = tl.dot(ds, k, acc=dq, input_precision="tf32")
+        dq = tl.dot(ds_operand, k, acc=dq, input_precision="tf32")
 
     # -- store dq and dr
     dq_offsets = batch * stride_dqb + head * stride_dqh + rows64 * stride_dqm + offs_d[None, :]

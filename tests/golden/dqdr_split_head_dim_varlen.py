@@ -33,7 +33,7 @@ def _fill_padding(
     used_end,
     total,
 ):
-    """Write 0 to the rows of no sequence: [0, used_begin) and [used_end, total).
+    """Write 0 to the rows that belong to no sequence: [0, used_begin) and [used_end, total).
 
     The programs of the launch share these rows.
     """
@@ -42,7 +42,7 @@ def _fill_padding(
     offs_d = tl.arange(0, HEAD_DIM)
     for i in tl.range(tl.program_id(0), total - used_end + used_begin, tl.num_programs(0)):
         row = (used_end + i).to(tl.int64)
-        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        row = tl.where(row < total, row, row - total)  # after the last row, continue at row 0
         for first_head in tl.range(0, heads, BLOCK_HEADS):
             offs_h = (first_head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
             mask_h = offs_h < heads
@@ -147,7 +147,7 @@ def dqdr_kernel(
     do_other = tl.load(do_ptr + do_offsets_other, mask=mask_m[:, None], other=0.0)
     stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
     stat_ptrs = row_stats_ptr + head * stride_stath + (seq_start_q + batch * 128) // 128 * 128 + offs_m
-    lse2 = tl.load(stat_ptrs)  # log2(e) lse. It is inf past the last row, where p becomes 0
+    lse2 = tl.load(stat_ptrs)  # log2(e) lse; inf in padding rows, so that p is 0 there
     w_bias = tl.load(stat_ptrs + stride_stat)  # softmax_scale (1 + t_mean)
     dp_mean = tl.load(stat_ptrs + 2 * stride_stat)
     c = tl.load(stat_ptrs + 3 * stride_stat)  # softmax_scale (dp_mean - delta)
@@ -184,9 +184,9 @@ def dqdr_kernel(
         dp = tl.dot(do_other, tl.trans(v_other), acc=dp)
         dt = p * (dp_mean[:, None] - dp)
         dt_operand = dt.to(k_this.dtype)
-        ds = (p * c[:, None] - w * dt).to(k_this.dtype)
+        ds_operand = (p * c[:, None] - w * dt).to(k_this.dtype)
         dr_this = tl.dot(dt_operand, k_this, acc=dr_this)
-        dq_this = tl.dot(ds, k_this, acc=dq_this)
+        dq_this = tl.dot(ds_operand, k_this, acc=dq_this)
 
     # -- store dq and dr
     dq_offsets_this = head * stride_dqh + rows64 * stride_dqm + offs_d_this[None, :]
@@ -214,9 +214,10 @@ def launch(
     q, r, do, dq, dr  (total_q, kv_heads*2, 256) fp16, any strides with a contiguous last dimension
     k, v              (total_k, kv_heads, 256) fp16, likewise
     row_stats         (4, heads, padded) fp32, contiguous: written by preprocess
-    cu_seqlens        (batch + 1,) int32: the first row of each sequence in q and in k, and the end of the last one
-                      dq and dr are 0 in rows of no sequence
-    max_seqlen_q      at least the length of the longest sequence
+    cu_seqlens_q      (batch + 1,) int32: the first row of each sequence in q, and the end of the last one
+    cu_seqlens_k      the same for k
+                      In rows that belong to no sequence dq and dr are 0
+    max_seqlen_q      at least the most queries of a sequence
     """
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
     num_tiles = -(-max_seqlen_q // 64)

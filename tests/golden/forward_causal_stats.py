@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 7123708bf573
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -51,7 +51,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr = 128  # query rows per program
     BLOCK_N: tl.constexpr = 64  # keys per iteration
 
-    # -- this program's tile of query rows: those that see most keys first
+    # -- this program's tile of query rows. Tiles that see the most keys are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile = pid % num_tiles
@@ -76,15 +76,16 @@ def forward_kernel(
     k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
     v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
 
-    # -- the keys that these rows see: row i sees those up to i + causal_offset. Blocks past unmasked_end need
+    # -- the keys that these rows see: row i sees keys up to i + causal_offset. Blocks past unmasked_end need
     #    a mask
     causal_offset = seqlen_kv - seqlen_q
     last_key = offs_m + causal_offset
     unmasked_end = start_m + causal_offset + 1
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
-    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
+    #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
+    #    error
     k0 = tl.load(k_ptr + offs_d).to(tl.float32)
     v0 = tl.load(v_ptr + offs_d).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)
@@ -122,11 +123,13 @@ def forward_kernel(
         o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
         m = m_new
 
-    # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
     inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
     t_mean = d2 * inv_d1
     v_mean = o1 * inv_d1[:, None]
     o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv_d1[:, None]
+
+    # -- store o, and the statistics for the backward
     o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
     tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])

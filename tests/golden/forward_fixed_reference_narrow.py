@@ -7,9 +7,10 @@ generator  parallax_gen 0.1.0, kernel 1f585f1aec88
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
-The running state of a row is (d1, d2, o1, o2): the sums of 2^(s - m) times 1, t, v and t v, with s =
-log2(e) softmax_scale q.k and m the s of the first key, or the largest s of a row that sees few keys. Where
-the sums overflow, since other keys' s are far larger, a second kernel redoes the tile with m the running maximum.
+The running state of a row is (d1, d2, o1, o2): the sums of 2^(scale_log2 s - m) times 1, t, v and t v, with
+s = q.k and scale_log2 = log2(e) softmax_scale, and with m = scale_log2 s of the first key.
+In tiles whose first row sees few keys, m is at least the largest scale_log2 s of the first block of keys.
+Where the sums overflow, since other keys' s are far larger, a second kernel redoes the tile with m the running maximum.
 """
 
 import torch
@@ -55,13 +56,13 @@ def forward_kernel(
     BLOCK_N: tl.constexpr = 64  # keys per iteration
     GROUP_HEADS: tl.constexpr = 32  # query heads whose tiles are launched together
 
-    # -- this program's tile of query rows: those that see most keys first
+    # -- this program's tile of query rows. Tiles that see the most keys are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
-    group_size = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
-    tile = (pid - first_bh * num_tiles) // group_size
-    bh = first_bh + (pid - first_bh * num_tiles) % group_size
+    launch_group_heads = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
+    tile = (pid - first_bh * num_tiles) // launch_group_heads
+    bh = first_bh + (pid - first_bh * num_tiles) % launch_group_heads
     tile = num_tiles - 1 - tile
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
@@ -82,22 +83,24 @@ def forward_kernel(
     k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
     v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
 
-    # -- the keys that these rows see: row i sees those up to i + causal_offset. Blocks past unmasked_end need
+    # -- the keys that these rows see: row i sees keys up to i + causal_offset. Blocks past unmasked_end need
     #    a mask
     causal_offset = seqlen_kv - seqlen_q
     last_key = offs_m + causal_offset
     unmasked_end = start_m + causal_offset + 1
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
-    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
+    #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
+    #    error
     k0 = tl.load(k_ptr + offs_d).to(tl.float32)
     v0 = tl.load(v_ptr + offs_d).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
 
-    # -- m, the fixed reference of the exponential: the score of the first key. Rows that
-    #    see few keys take their largest score instead: that key then has weight 1, which is not rounded
+    # -- m, the fixed reference in the exponent: the score of the first key. In a tile whose first
+    #    row sees at most BLOCK_N keys, m is at least the largest score of the first BLOCK_N keys: where that key has
+    #    nearly all the weight, its weight is 1, which is not rounded
     m = s0 * scale_log2
     if start_m + causal_offset < BLOCK_N:
         mask_n = range_n < seqlen_kv
@@ -135,13 +138,15 @@ def forward_kernel(
         o1 = tl.dot(p, v, acc=o1)
         o2 = tl.dot(pt, v, acc=o2)
 
-    # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
     inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
-    MAX_SUM: tl.constexpr = 1.8446744e19  # 2^64: beyond it the sums may overflow
+    MAX_SUM: tl.constexpr = 1.8446744e19  # 2^64: above it p t or the sums of p t v may have overflowed fp32
     inv_d1 = tl.where(tl.max(d1) > MAX_SUM, float("nan"), inv_d1)  # fixup_kernel recomputes such tiles
     t_mean = d2 * inv_d1
     v_mean = o1 * inv_d1[:, None]
     o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv_d1[:, None]
+
+    # -- store o, and the statistics for the backward
     o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
     tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])
@@ -185,9 +190,9 @@ def fixup_kernel(
     HEAD_DIM: tl.constexpr = 64
     BLOCK_M: tl.constexpr = 64  # query rows per program
     BLOCK_N: tl.constexpr = 64  # keys per iteration
-    BLOCK_HEADS: tl.constexpr = 16  # heads per program, which checks one tile of each
+    BLOCK_HEADS: tl.constexpr = 16  # heads per program; a program checks one tile of each
 
-    # -- which of these tiles overflowed: forward_kernel left NaN in their first element
+    # -- which of these tiles overflowed: those whose first element is not finite, since forward_kernel writes NaN
     head_blocks = tl.cdiv(batch_heads, BLOCK_HEADS)
     tile = tl.program_id(0) // head_blocks
     first_bh = tl.program_id(0) % head_blocks * BLOCK_HEADS
@@ -223,15 +228,16 @@ def fixup_kernel(
         k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
         v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
 
-        # -- the keys that these rows see: row i sees those up to i + causal_offset. Blocks past unmasked_end need
+        # -- the keys that these rows see: row i sees keys up to i + causal_offset. Blocks past unmasked_end need
         #    a mask
         causal_offset = seqlen_kv - seqlen_q
         last_key = offs_m + causal_offset
         unmasked_end = start_m + causal_offset + 1
         key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-        # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
-        #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+        # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
+        #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
+        #    error
         k0 = tl.load(k_head + offs_d).to(tl.float32)
         v0 = tl.load(v_head + offs_d).to(tl.float32)
         s0 = tl.sum(q * k0[None, :], 1)
@@ -269,11 +275,13 @@ def fixup_kernel(
             o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
             m = m_new
 
-        # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+        # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
         inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
         t_mean = d2 * inv_d1
         v_mean = o1 * inv_d1[:, None]
         o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv_d1[:, None]
+
+        # -- store o, and the statistics for the backward
         o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
         tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
         tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])

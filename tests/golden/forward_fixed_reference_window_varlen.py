@@ -7,9 +7,10 @@ generator  parallax_gen 0.1.0, kernel 85ec98cb69da
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
-The running state of a row is (d1, d2, o1, o2): the sums of 2^(s - m) times 1, t, v and t v, with s =
-log2(e) softmax_scale q.k and m the s of the row's last key, or the largest s of a row that sees few keys. Where
-the sums overflow, since other keys' s are far larger, a second kernel redoes the tile with m the running maximum.
+The running state of a row is (d1, d2, o1, o2): the sums of 2^(scale_log2 s - m) times 1, t, v and t v, with
+s = q.k and scale_log2 = log2(e) softmax_scale, and with m = scale_log2 s of the row's last key.
+In tiles whose first row sees few keys, m is at least the largest scale_log2 s of the first block of keys.
+Where the sums overflow, since other keys' s are far larger, a second kernel redoes the tile with m the running maximum.
 """
 
 import torch
@@ -29,7 +30,7 @@ def _fill_padding(
     used_end,
     total,
 ):
-    """Write 0 to the rows of no sequence: [0, used_begin) and [used_end, total).
+    """Write 0 to the rows that belong to no sequence: [0, used_begin) and [used_end, total).
 
     The programs of the launch share these rows.
     """
@@ -38,7 +39,7 @@ def _fill_padding(
     offs_d = tl.arange(0, HEAD_DIM)
     for i in tl.range(tl.program_id(0), total - used_end + used_begin, tl.num_programs(0)):
         row = (used_end + i).to(tl.int64)
-        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        row = tl.where(row < total, row, row - total)  # after the last row, continue at row 0
         for first_head in tl.range(0, heads, BLOCK_HEADS):
             offs_h = (first_head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
             mask_h = offs_h < heads
@@ -75,7 +76,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr = 64  # keys per iteration
     GROUP: tl.constexpr = 2  # query heads per kv head
 
-    # -- this program's tile of query rows: those that see most keys first
+    # -- this program's tile of query rows. Tiles that see the most keys are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(max_seqlen, BLOCK_M)
     tile = pid % num_tiles
@@ -116,8 +117,9 @@ def forward_kernel(
     key_begin = tl.maximum(start_m + causal_offset - window_size + 1, 0) // BLOCK_N * BLOCK_N
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
-    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
+    #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
+    #    error
     key_begin64 = key_begin.to(tl.int64)
     end_d = tl.minimum(seqlen_kv, 1) * HEAD_DIM  # 0 for a sequence without keys
     k0 = tl.load(k_ptr + key_begin64 * stride_kn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
@@ -125,8 +127,9 @@ def forward_kernel(
     s0 = tl.sum(q * k0[None, :], 1)
     t0 = tl.sum(r * k0[None, :], 1)
 
-    # -- m, the fixed reference of the exponential: the score of each row's last visible key. Rows that
-    #    see few keys take their largest score instead: that key then has weight 1, which is not rounded
+    # -- m, the fixed reference in the exponent: the score of each row's last visible key. In a tile whose first
+    #    row sees at most BLOCK_N keys, m is at least the largest score of the first BLOCK_N keys: where that key has
+    #    nearly all the weight, its weight is 1, which is not rounded
     last_key64 = tl.maximum(last_key, 0)[:, None].to(tl.int64)
     k_last = tl.load(
         k_ptr + last_key64 * stride_kn + offs_d[None, :],
@@ -173,12 +176,14 @@ def forward_kernel(
         o1 = tl.dot(p, v, acc=o1)
         o2 = tl.dot(pt, v, acc=o2)
 
-    # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
     inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
-    MAX_SUM: tl.constexpr = 1.8446744e19  # 2^64: beyond it the sums may overflow
+    MAX_SUM: tl.constexpr = 1.8446744e19  # 2^64: above it p t or the sums of p t v may have overflowed fp32
     inv_d1 = tl.where(tl.max(d1) > MAX_SUM, float("nan"), inv_d1)  # fixup_kernel recomputes such tiles
     t_mean = d2 * inv_d1
     o = o1 * (inv_d1 * (1.0 + t_mean))[:, None] - o2 * inv_d1[:, None]
+
+    # -- store o
     o_offsets = head * stride_oh + rows64 * stride_om + offs_d[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
 
@@ -213,7 +218,7 @@ def fixup_kernel(
     BLOCK_M: tl.constexpr = 128  # query rows per program
     BLOCK_N: tl.constexpr = 64  # keys per iteration
     GROUP: tl.constexpr = 2  # query heads per kv head
-    BLOCK_HEADS: tl.constexpr = 16  # heads per program, which checks one tile of each
+    BLOCK_HEADS: tl.constexpr = 16  # heads per program; a program checks one tile of each
     used_begin = tl.load(cu_seqlens_q_ptr)
     used_end = tl.load(cu_seqlens_q_ptr + num_seqs)
 
@@ -229,7 +234,7 @@ def fixup_kernel(
             total_q,
         )
 
-    # -- which of these tiles overflowed: forward_kernel left NaN in their first element
+    # -- which of these tiles overflowed: those whose first element is not finite, since forward_kernel writes NaN
     head_blocks = tl.cdiv(batch_heads, BLOCK_HEADS)
     tile = tl.program_id(0) // head_blocks
     first_bh = tl.program_id(0) % head_blocks * BLOCK_HEADS
@@ -280,8 +285,9 @@ def fixup_kernel(
         key_begin = tl.maximum(start_m + causal_offset - window_size + 1, 0) // BLOCK_N * BLOCK_N
         key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-        # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
-        #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+        # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
+        #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
+        #    error
         key_begin64 = key_begin.to(tl.int64)
         end_d = tl.minimum(seqlen_kv, 1) * HEAD_DIM  # 0 for a sequence without keys
         k0 = tl.load(k_head + key_begin64 * stride_kn + offs_d, mask=offs_d < end_d, other=0.0).to(tl.float32)
@@ -322,10 +328,12 @@ def fixup_kernel(
             o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
             m = m_new
 
-        # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+        # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
         inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
         t_mean = d2 * inv_d1
         o = o1 * (inv_d1 * (1.0 + t_mean))[:, None] - o2 * inv_d1[:, None]
+
+        # -- store o
         o_offsets = head * stride_oh + rows64 * stride_om + offs_d[None, :]
         tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
 
@@ -346,10 +354,11 @@ def launch(
 
     q, r, out    (total_q, kv_heads*2, 128) bf16, any strides with a contiguous last dimension
     k, v         (total_k, kv_heads, 128) bf16, likewise
-    cu_seqlens   (batch + 1,) int32: the first row of each sequence in q and in k, and the end of the last one
-                 out is 0 in rows of no sequence
-    max_seqlen_q at least the length of the longest sequence
-    window_size  the number of last keys that a query sees, 1 or more
+    cu_seqlens_q (batch + 1,) int32: the first row of each sequence in q, and the end of the last one
+    cu_seqlens_k the same for k
+                 In rows that belong to no sequence out is 0
+    max_seqlen_q at least the most queries of a sequence
+    window_size  a query sees its last window_size keys; 1 or more
     """
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
     num_tiles = -(-max_seqlen_q // 128)

@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 5cd621fec67f
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -55,9 +55,9 @@ def forward_kernel(
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
-    group_size = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
-    tile = (pid - first_bh * num_tiles) // group_size
-    bh = first_bh + (pid - first_bh * num_tiles) % group_size
+    launch_group_heads = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
+    tile = (pid - first_bh * num_tiles) // launch_group_heads
+    bh = first_bh + (pid - first_bh * num_tiles) % launch_group_heads
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
     start_m = tile * BLOCK_M
@@ -77,8 +77,9 @@ def forward_kernel(
     k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
     v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
 
-    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
-    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
+    #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
+    #    error
     k0 = tl.load(k_ptr + offs_d).to(tl.float32)
     v0 = tl.load(v_ptr + offs_d).to(tl.float32)
     s0 = tl.sum(q * k0[None, :], 1)
@@ -115,10 +116,12 @@ def forward_kernel(
         o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
         m = m_new
 
-    # -- o = o1/d1 (1 + d2/d1) - o2/d1
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean
     inv_d1 = 1.0 / d1
     t_mean = d2 * inv_d1
     o = o1 * (inv_d1 * (1.0 + t_mean))[:, None] - o2 * inv_d1[:, None]
+
+    # -- store o
     o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
 

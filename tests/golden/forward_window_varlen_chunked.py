@@ -6,8 +6,8 @@ gpu        NVIDIA H200 SXM
 generator  parallax_gen 0.1.0, kernel 83fe8c42e96d
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of
-s = log2(e) softmax_scale q.k, and the sums of 2^(s - m) times 1, t, v and t v.
+t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
+sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
 """
 
 import torch
@@ -27,7 +27,7 @@ def _fill_padding(
     used_end,
     total,
 ):
-    """Write 0 to the rows of no sequence: [0, used_begin) and [used_end, total).
+    """Write 0 to the rows that belong to no sequence: [0, used_begin) and [used_end, total).
 
     The programs of the launch share these rows.
     """
@@ -36,7 +36,7 @@ def _fill_padding(
     offs_d = tl.arange(0, 128)
     for i in tl.range(tl.program_id(0), total - used_end + used_begin, tl.num_programs(0)):
         row = (used_end + i).to(tl.int64)
-        row = tl.where(row < total, row, row - total)  # the last row is followed by row 0
+        row = tl.where(row < total, row, row - total)  # after the last row, continue at row 0
         for first_head in tl.range(0, heads, BLOCK_HEADS):
             offs_h = (first_head + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
             mask_h = offs_h < heads
@@ -77,13 +77,13 @@ def forward_kernel(
     GROUP: tl.constexpr = 2  # query heads per kv head
     GROUP_HEADS: tl.constexpr = 8  # query heads whose tiles are launched together
 
-    # -- this program's tile of query rows: those that see most keys first
+    # -- this program's tile of query rows. Tiles that see the most keys are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(max_seqlen, BLOCK_M)
     first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
-    group_size = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
-    tile = (pid - first_bh * num_tiles) // group_size
-    bh = first_bh + (pid - first_bh * num_tiles) % group_size
+    launch_group_heads = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
+    tile = (pid - first_bh * num_tiles) // launch_group_heads
+    bh = first_bh + (pid - first_bh * num_tiles) % launch_group_heads
     tile = num_tiles - 1 - tile
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
@@ -141,8 +141,9 @@ def forward_kernel(
     key_begin = tl.maximum(start_m + causal_offset - window_size + 1, 0) // BLOCK_N * BLOCK_N
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, k0, in fp32, and the softmax state after it. Where it outweighs all other keys, t is close
-    #    to t_mean and o depends on their small difference: rounding this key would dominate the error
+    # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
+    #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
+    #    error
     key_begin64 = key_begin.to(tl.int64)
     end_d = tl.minimum(seqlen_kv, 1) * 96  # 0 for a sequence without keys
     k0_0 = tl.load(k_ptr + key_begin64 * stride_kn + offs_d_0, mask=offs_d_0 < end_d, other=0.0).to(tl.float32)
@@ -193,11 +194,13 @@ def forward_kernel(
         o2_1 = tl.dot(pt, v_1, acc=o2_1 * alpha[:, None])
         m = m_new
 
-    # -- o = o1/d1 (1 + d2/d1) - o2/d1, and 0 for a row that saw no key
+    # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
     inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
     t_mean = d2 * inv_d1
     o_0 = o1_0 * (inv_d1 * (1.0 + t_mean))[:, None] - o2_0 * inv_d1[:, None]
     o_1 = o1_1 * (inv_d1 * (1.0 + t_mean))[:, None] - o2_1 * inv_d1[:, None]
+
+    # -- store o
     o_offsets_0 = head * stride_oh + rows64 * stride_om + offs_d_0[None, :]
     o_offsets_1 = head * stride_oh + rows64 * stride_om + offs_d_1[None, :]
     tl.store(o_ptr + o_offsets_0, o_0.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
@@ -220,10 +223,11 @@ def launch(
 
     q, r, out    (total_q, kv_heads*2, 96) bf16, any strides with a contiguous last dimension
     k, v         (total_k, kv_heads, 96) bf16, likewise
-    cu_seqlens   (batch + 1,) int32: the first row of each sequence in q and in k, and the end of the last one
-                 out is 0 in rows of no sequence
-    max_seqlen_q at least the length of the longest sequence
-    window_size  the number of last keys that a query sees, 1 or more
+    cu_seqlens_q (batch + 1,) int32: the first row of each sequence in q, and the end of the last one
+    cu_seqlens_k the same for k
+                 In rows that belong to no sequence out is 0
+    max_seqlen_q at least the most queries of a sequence
+    window_size  a query sees its last window_size keys; 1 or more
     """
     batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
     num_tiles = -(-max_seqlen_q // 128)

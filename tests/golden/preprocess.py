@@ -30,9 +30,9 @@ def preprocess_kernel(
     stride_ob,
     stride_om,
     stride_oh,
-    stride_vb,
-    stride_vm,
-    stride_vh,
+    stride_vmeanb,
+    stride_vmeanm,
+    stride_vmeanh,
     stride_stat,
     stride_stath,
     softmax_scale,
@@ -56,7 +56,7 @@ def preprocess_kernel(
     rows64 = offs_m[:, None].to(tl.int64)
     do_ptrs = do_ptr + batch * stride_dob + head * stride_doh + rows64 * stride_dom + offs_d[None, :]
     o_ptrs = o_ptr + batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
-    v_mean_ptrs = v_mean_ptr + batch * stride_vb + head * stride_vh + rows64 * stride_vm + offs_d[None, :]
+    v_mean_ptrs = v_mean_ptr + batch * stride_vmeanb + head * stride_vmeanh + rows64 * stride_vmeanm + offs_d[None, :]
     do = tl.load(do_ptrs, mask=mask_md, other=0.0).to(tl.float32)  # [BLOCK_M, HEAD_DIM]
     o = tl.load(o_ptrs, mask=mask_md, other=0.0).to(tl.float32)
     v_mean = tl.load(v_mean_ptrs, mask=mask_md, other=0.0).to(tl.float32)

@@ -178,13 +178,13 @@ def test_head_dim_layouts_are_those_with_different_tiles(head_dim: int) -> None:
         (ForwardConfig(64, 64, 1, 8, 2), "a 64x64 tile is too small for 8 warps"),
         (ForwardConfig(64, 16, 1, 4, 2), "a 64x16 tile is too small for 4 warps"),
         (ForwardConfig(100, 64, 1, 4, 2), "BLOCK_M is 100"),
-        (ForwardConfig(64, 64, 1, 4, 2, "chunked"), "HEAD_DIM_LAYOUT 'chunked' does not go with head_dim 128"),
-        (ForwardConfig(64, 64, 1, 4, 2, "padded"), "HEAD_DIM_LAYOUT 'padded' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "chunked"), "HEAD_DIM_LAYOUT 'chunked' cannot be combined with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "padded"), "HEAD_DIM_LAYOUT 'padded' cannot be combined with head_dim 128"),
         (ForwardConfig(64, 64, 1, 4, 2, "thirds"), "HEAD_DIM_LAYOUT is thirds"),
-        (ForwardConfig(64, 64, 1, 4, 2, "split"), "HEAD_DIM_LAYOUT 'split' does not go with head_dim 128"),
+        (ForwardConfig(64, 64, 1, 4, 2, "split"), "HEAD_DIM_LAYOUT 'split' cannot be combined with head_dim 128"),
         (ForwardConfig(64, 64, 1, 4, 2, maxnreg=100), "maxnreg is 100"),
         (ForwardConfig(128, 64, 1, 8, 2, maxnreg=168), "maxnreg 168 lets no more programs of 8 warps run together"),
-        (ForwardConfig(64, 64, 1, 4, 2, maxnreg=168), "its accumulators need 192 registers a thread; maxnreg is 168"),
+        (ForwardConfig(64, 64, 1, 4, 2, maxnreg=168), "its accumulators need 192 registers per thread; maxnreg is 168"),
         (DecodeConfig(32, 8, 1, "none", 1, 4), "does not configure"),
         (DqDrConfig(64, 64, 1, 4, 2), "does not configure"),
     ],
@@ -207,13 +207,13 @@ def test_two_warps_share_rows_of_wide_heads() -> None:
     ("op", "config", "reason"),
     [
         # Two accumulators of the program's keys or rows, and two score tiles: 2 * 128 * (128 + 64) / (32 * 4) = 384
-        ("dkdv", DkDvConfig(64, 128, 1, 4, 2), "need 384 registers a thread"),
-        ("dqdr", DqDrConfig(128, 64, 1, 4, 2), "need 384 registers a thread"),
+        ("dkdv", DkDvConfig(64, 128, 1, 4, 2), "need 384 registers per thread"),
+        ("dqdr", DqDrConfig(128, 64, 1, 4, 2), "need 384 registers per thread"),
         ("dkdv", DkDvConfig(128, 64, 1, 8, 4), "shared memory"),
         ("dqdr", DqDrConfig(128, 64, 1, 8, 4), None),
         ("dqdr", ForwardConfig(64, 64, 1, 4, 2), "a ForwardConfig does not configure a dqdr kernel"),
         ("dkdv", DqDrConfig(64, 64, 1, 4, 2), "a DqDrConfig does not configure a dkdv kernel"),
-        ("preprocess", PreprocessConfig(64, 2), "its rows need 384 registers a thread"),
+        ("preprocess", PreprocessConfig(64, 2), "its rows need 384 registers per thread"),
         ("preprocess", PreprocessConfig(64, 3), "num_warps is 3"),
         ("preprocess", PreprocessConfig(64, 4), None),
     ],
@@ -305,9 +305,9 @@ def test_defaults_are_not_the_former_ones_that_did_not_fit(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (DecodeConfig(32, 8, 1, "last", 1, 4), "does not go with"),
-        (DecodeConfig(32, 8, 4, "none", 1, 4), "does not go with"),
-        (DecodeConfig(16, 8, 4, "last", 4, 4), "keys each"),
+        (DecodeConfig(32, 8, 1, "last", 1, 4), "cannot be combined with"),
+        (DecodeConfig(32, 8, 4, "none", 1, 4), "cannot be combined with"),
+        (DecodeConfig(16, 8, 4, "last", 4, 4), "fewer than 8 of the block's"),
         (DecodeConfig(32, 16, 4, "last", 1, 4), "half empty"),
         (DecodeConfig(128, 8, 4, "last", 4, 6), "shared memory"),
     ],
@@ -327,13 +327,13 @@ DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
         (
             DECODE_VARLEN,
             DecodeConfig(32, 8, 1, "none", 1, 4),
-            "merge 'none' does not go with sequences of their own lengths",
+            "merge 'none' cannot be combined with per-sequence lengths",
         ),
         (DECODE_VARLEN, DecodeConfig(32, 8, 4, "kernel", 1, 4), None),
         (
             replace(DECODE_VARLEN, many_queries=True),
             DecodeConfig(32, 8, 4, "kernel", 1, 4),
-            "merge 'kernel' does not go with multi-token queries",
+            "merge 'kernel' cannot be combined with multi-token queries",
         ),
         (DECODE_VARLEN, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # one head a kv head
         (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # with 16 queries
@@ -341,12 +341,12 @@ DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
         (
             replace(DECODE_VARLEN, many_queries=True),
             DecodeConfig(64, 64, 4, "last", 2, 2),
-            "need 384 registers a thread",
+            "need 384 registers per thread",
         ),
         (
             replace(DECODE_VARLEN, dtype="fp32"),
             DecodeConfig(64, 8, 4, "last", 2, 2),
-            "heads of fp32 at head_dim 128 are too",
+            "heads at head_dim 128 does not fit in the registers",
         ),
         (replace(DECODE_VARLEN, dtype="tf32"), DecodeConfig(64, 8, 4, "last", 2, 2), None),
         # 5 blocks of keys and values: 2 * 128 * 128 elements each, of two bytes or one. Queries, weights and sums: 8256
