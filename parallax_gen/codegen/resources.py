@@ -16,11 +16,11 @@ from parallax_gen.errors import BuildError, MachineError, gist, machine_error
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources of a launch's first kernel, which does the work. Later kernels merge, or seldom have work.
+    """The resources of a launch's first kernel: later ones only merge splits or redo overflowed tiles.
 
-    registers     32-bit registers a thread
-    spills        stack bytes a thread
-    shared_bytes  shared memory a block
+    registers     32-bit registers per thread
+    spills        stack bytes per thread
+    shared_bytes  shared memory per block
     """
 
     registers: int

@@ -48,7 +48,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def owned_rows(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
         owned = 2 * config.BLOCK_N
         if gpu.capability[0] == 10:
-            # From compiling: on Blackwell tensor cores read p w, gt, gs and transposed operands from shared memory.
+            # From compiling: on Blackwell tensor cores read p w, dt, ds and transposed operands from shared memory.
             owned += (8 if spec.dtype == "tf32" else 7) * config.BLOCK_M
         return owned
 
