@@ -130,7 +130,9 @@ def _exported_kernel(place: Place, choice: CheckedChoice, origins: Origins) -> E
     if record is None:
         provenance = "the default config, not measured: no record can be used"
         if choice.refused:
-            provenance = "the default config: the borrowed kernels spill, do not fit or do not compile here"
+            provenance = (
+                "the default config: every borrowed kernel spills too much, does not fit or does not compile here"
+            )
         return ExportedKernel(place.spec, place.bucket, config, provenance)
     assert record.time_us is not None
     owner = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]

@@ -57,7 +57,11 @@ class Origins:
         return "measured" if result in self._own else "shipped"
 
     def to_json(self, result: Result) -> dict[str, Any]:
-        """All fields of a result, and values derived from them."""
+        """All fields of a result, and values derived from them.
+
+        "used" means that the result does not differ from this process: "unlike_here", the differences, is empty. Calls
+        may use results of other toolchains, too.
+        """
         spec, time_us = result.place.spec, result.time_us
         differences = differences_from_here(result)
         return {

@@ -218,7 +218,7 @@ def _problem(request: Request) -> tuple[KernelSpec, Shape]:
         window=window > 0,
         varlen=bool(cu_seqlens_of(request)),
         softcap=request.softcap is not None,
-        accurate=request.accurate and dtype != "fp32",  # whose matmuls round nothing
+        accurate=request.accurate and dtype != "fp32",  # fp32 kernels do not round operands: it changes nothing
     )
     return spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen_k, window)
 

@@ -121,8 +121,8 @@ def parallax_attn_with_kvcache(
                       of any page_size; heads is a multiple of kv_heads. In q's dtype; or, for bf16 or fp16 queries,
                       both float8_e4m3fn or both float8_e5m2
     cache_seqlens     (batch,) int32 on the same device: each sequence's number of valid keys, 0 to seqlen; an int if it
-                      is the same for all; None for all keys. Keys beyond it are never read and may be NaN. A sequence
-                      of length 0 gives 0; a negative length in a tensor counts as 0
+                      is the same for all; None for all keys. Keys beyond it are never read and may be NaN. The
+                      output of a sequence of length 0 is 0; a negative length in a tensor counts as 0
     page_table        (batch, most pages of a sequence) int32 on the same device: each sequence's pages in order;
                       entries beyond its length may be anything. Needs cache_seqlens as a tensor, and v_cache with
                       k_cache's strides

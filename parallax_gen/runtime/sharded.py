@@ -35,7 +35,7 @@ class Dims(NamedTuple):
 
 PACKED, STATS_OF_PACKED = Dims(None, 1), Dims(None, 0)
 DENSE, STATS_OF_DENSE = Dims(0, 2), Dims(0, 1)
-PAGES = Dims(None, 2)  # of any sequence, so every rank needs all
+PAGES = Dims(None, 2)  # sequences share them, so every rank needs all of them
 PER_SEQUENCE, REPLICATED = Dims(0, None), Dims(None, None)
 
 
