@@ -71,7 +71,7 @@ def _print(rows: Iterable[Listed], origins: Origins) -> None:
         print_table(columns, [_row(row, origins) for row in kernel_rows], right=numbers)
         click.echo()
     click.echo(LEGEND)
-    click.echo("rows: kv rows, batch times kv heads; us: time in microseconds;")
+    click.echo("rows: (sequence, kv head) pairs, batch times kv heads; us: time in microseconds;")
     click.echo("gain: the default config's time divided by this time, if both were timed with the same Triton;")
     click.echo(
         "status: measured (by you), shipped (measured elsewhere), predicted (calls never use it), or how it failed;"

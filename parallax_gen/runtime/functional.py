@@ -96,11 +96,11 @@ def parallax_attn_func(
                       like q. They have no gradients
     recompute_v_mean  save less for the backward, which then runs the forward once more
 
-    Any strides with a contiguous last dimension are supported. On CUDA tensors this launches one kernel (some configs
-    add a fixup kernel, which rarely has work) on the current stream and never synchronises; on CPU tensors it runs the
-    fp64 reference. fp32 matmuls round to TF32 if torch's own may (torch.backends.cuda.matmul.fp32_precision,
-    torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype, or to that of `out`.
-    Under torch.compile this is one operator.
+    Any strides with a contiguous last dimension are supported. On CUDA tensors the forward launches one kernel (some
+    configs add a fixup kernel, which rarely has work) and the backward three, on the current stream, and neither
+    synchronises; on CPU tensors the fp64 reference runs. fp32 matmuls round to TF32 if torch's own may
+    (torch.backends.cuda.matmul.fp32_precision, torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v
+    are cast to its dtype, or to that of `out`. Under torch.compile this is one operator.
 
     With DTensors, all four on one mesh, each rank computes its own sequences or kv heads (if those divide evenly).
     Nothing is sent if all are sharded alike; otherwise they are redistributed first.

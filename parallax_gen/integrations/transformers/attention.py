@@ -94,7 +94,7 @@ def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, ext
     if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4):
         got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(
-            "attention_mask", got, "None, or a mask (batch, tokens so far) with 0 for padding as the model's input"
+            "attention_mask", got, "None, or pass the model an attention_mask (batch, tokens so far) with 0 for padding"
         )
     if dropout:
         raise ArgumentError("attention_dropout", dropout, "0: Parallax attention has no dropout")
