@@ -55,7 +55,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
     elif rows:
         _print(rows, origins)
         if not every:
-            by_evidence = Counter(row.by for row in rows).most_common()
+            by_evidence = Counter(row.evidence_with_mark for row in rows).most_common()
             click.echo(", ".join(f"{evidence}: {count}" for evidence, count in by_evidence))
     else:
         click.echo("there are no results yet: run parallax-gen tune; until then calls get default configs")
@@ -88,13 +88,13 @@ def _row(row: Listed, origins: Origins) -> tuple[str, ...]:
     if result.time_us:
         timing = number(result.time_us), number(rate(result.place.spec, shape_of(result), result.time_us))
     bucket, config, status = row.place.bucket, brief(result.config), origins.status(result)
-    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, status, row.by
+    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, status, row.evidence_with_mark
 
 
 def _to_json(row: Listed, origins: Origins) -> dict[str, Any]:
     return origins.to_json(row.result) | {
         "of_place": row.place.flat(),
-        "counts_as": row.tier,
+        "counts_as": row.evidence,
         "checked": row.checked,
         "default_us": row.default and row.default.time_us,
         "gain": row.gain,

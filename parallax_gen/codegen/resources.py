@@ -36,7 +36,7 @@ def resources_of(compiled: Sequence[Any]) -> Resources:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) a thread, reported by cuobjdump: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
+    """(registers, stack bytes) per thread, reported by cuobjdump: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
     try:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)

@@ -219,7 +219,7 @@ def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
 
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
-    options, tensors = options_of(spec, x), (x.q, x.r, x.k, x.v)
+    options, tensors = oracle_options(spec, x), (x.q, x.r, x.k, x.v)
     if op_of(spec).layout is Layout.CACHE:
         return reference_cached_forward(
             *tensors,
@@ -239,7 +239,7 @@ def attend(spec: KernelSpec, x: Inputs) -> Reference:
     return reference_forward(*tensors, **options)
 
 
-def options_of(spec: KernelSpec, x: Inputs) -> dict[str, Any]:
+def oracle_options(spec: KernelSpec, x: Inputs) -> dict[str, Any]:
     """The options of the reference functions for these inputs."""
     return {
         "causal": spec.causal,

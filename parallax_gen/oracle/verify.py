@@ -18,7 +18,7 @@ from parallax_gen.oracle.inputs import (
     attend,
     expected_row_stats,
     inputs_and_forward,
-    options_of,
+    oracle_options,
     random_inputs_of,
     softmax_scale,
 )
@@ -74,7 +74,7 @@ def _written_of(spec: KernelSpec, reference: Reference | Gradients) -> Expected:
 def _gradients(spec: KernelSpec, x: Inputs) -> Gradients:
     """The gradients for the inputs of dkdv or dqdr under the spec's mask, in float64."""
     assert x.do is not None
-    options, tensors = options_of(spec, x), (x.q, x.r, x.k, x.v, x.do)
+    options, tensors = oracle_options(spec, x), (x.q, x.r, x.k, x.v, x.do)
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None

@@ -140,7 +140,7 @@ def parallax_attn_with_kvcache(
     k_scale, v_scale  for 8-bit caches: the factor of the stored values, (1,) or (kv_heads,) fp32 on the same device, or
                       a number; 1 by default
     out               where to write, like q; allocated if not given
-    return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` merges with states over other keys
+    return_state      return a `State` (out, lse, t_mean, v_mean), to merge with states over other keys (`merge_states`)
     workspace         scratch of at least `kvcache_workspace_size` bytes: torch.zeros(bytes, dtype=torch.uint8) on the
                       same device. Each launch resets the part that must be 0. Use one per concurrent stream. By default
                       the library has one per stream, and one per captured launch
@@ -219,7 +219,7 @@ def kvcache_workspace_size(
 def _attend(
     request: CacheRequest, plan: LaunchPlan | HostPlan, out: Tensor | None, state: bool, workspace: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """out, and with `state` lse, t̄ and v̄."""
+    """out, and with `state` lse, t_mean and v_mean."""
     outputs = allocate_outputs(request.q, out, state)
     if isinstance(plan, LaunchPlan):
         if workspace is not None:
