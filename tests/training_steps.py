@@ -18,7 +18,7 @@ from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import why_wrong
-from parallax_gen.oracle.inputs import attend, options_of, random_inputs_of, softmax_scale
+from parallax_gen.oracle.inputs import attend, oracle_options, random_inputs_of, softmax_scale
 from parallax_gen.oracle.reference import Gradients, reference_backward, reference_varlen_backward
 from parallax_gen.problem.hardware import Gpu
 
@@ -57,7 +57,7 @@ def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
 def gradients(case: StepCase, inputs: Inputs) -> Gradients:
     """The oracle's gradients in float64."""
     x, spec = inputs, case.spec
-    options = options_of(spec, x)
+    options = oracle_options(spec, x)
     if spec.varlen:
         return reference_varlen_backward(x.q, x.r, x.k, x.v, x.do, x.cu_seqlens_q, x.cu_seqlens_k, **options)
     return reference_backward(x.q, x.r, x.k, x.v, x.do, **options)

@@ -78,7 +78,7 @@ def cases_of(
     page_sizes  every shape runs with each of these page sizes, 0 for no pages; () for the flags' page_size
     lengths     only for decode with per-sequence lengths
     """
-    layouts = [replace(flags, page_size=page_size) for page_size in page_sizes] or [flags]
+    flags_by_page_size = [replace(flags, page_size=page_size) for page_size in page_sizes] or [flags]
     for op in ops:
         if shapes:
             dims_and_shapes = [(head_dim or USUAL_HEAD_DIM, sizes.for_op(op)) for sizes in shapes]
@@ -89,7 +89,9 @@ def cases_of(
             raise CaseError(f"no usual shape of {op} has head_dim {head_dim}: give a --shape")
         # Shapes that differ only in a window may become the same case, so duplicates are dropped.
         cases = {
-            kernels(op, dim, dtype, shape, layout)[0]: None for dim, shape in dims_and_shapes for layout in layouts
+            kernels(op, dim, dtype, shape, with_pages)[0]: None
+            for dim, shape in dims_and_shapes
+            for with_pages in flags_by_page_size
         }
         for spec, shape in cases:
             yield Case(op, spec, shape, lengths.of(shape) if lengths else ())

@@ -60,7 +60,7 @@ def parse_lengths(text: str) -> Lengths:
     help="A set of shapes, instead of --shape. official, serving: decode. training: the usual training steps of every "
     "head_dim. paper: decode and training at batch 1 to 2048 with 128 to 32768 keys.",
 )
-@partial(flag_options, layouts=True)
+@partial(flag_options, repeatable_page_size=True)
 @click.option(
     "--lengths",
     type=parse_lengths,

@@ -209,7 +209,7 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     click.echo(f"{store.path}: {merged.new} new, {merged.replaced} replaced, {merged.kept} kept{skipped}")
     unused = sum(not is_rendered(result, card_of(result.place)) for result in results)
     if unused:
-        click.echo(f"{unused} of other kernels than today's: calls do not use them, parallax-gen tune does")
+        click.echo(f"{unused} of kernels that are no longer rendered: calls ignore them; tuning starts from them")
 
 
 def _read(file: Path) -> ParsedRecords:

@@ -51,7 +51,7 @@ class ExportedKernel:
 @click.command()
 @gpu_option
 @kernel_options
-@shape_option(multiple=True, more_help="Repeatable. Default: every size with a measured record.")
+@shape_option(multiple=True, more_help="Repeatable. Default: every bucket with a measured record.")
 @click.option("-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), required=True)
 @json_option
 def export(gpu: str | None, requested: KernelArgs, shapes: tuple[Sizes, ...], folder: Path, as_json: bool) -> None:
@@ -128,10 +128,10 @@ def _exported_kernel(place: Place, choice: CheckedChoice, origins: Origins) -> E
 
     config, record = choice.candidate.config, choice.candidate.record
     if record is None:
-        provenance = "the default config, not measured: no record can be used"
+        reason = ", not measured: no record can be used"
         if choice.refused:
-            provenance = "the default config: the borrowed kernels spill, do not fit or do not compile here"
-        return ExportedKernel(place.spec, place.bucket, config, provenance)
+            reason = ": every borrowed kernel spills too much, does not fit or does not compile here"
+        return ExportedKernel(place.spec, place.bucket, config, f"the default config{reason}")
     assert record.time_us is not None
     owner = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
     if record.place != place:

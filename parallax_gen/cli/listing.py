@@ -55,7 +55,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
     elif rows:
         _print(rows, origins)
         if not every:
-            by_evidence = Counter(row.by for row in rows).most_common()
+            by_evidence = Counter(row.evidence_with_mark for row in rows).most_common()
             click.echo(", ".join(f"{evidence}: {count}" for evidence, count in by_evidence))
     else:
         click.echo("there are no results yet: run parallax-gen tune; until then calls get default configs")
@@ -71,7 +71,7 @@ def _print(rows: Iterable[Listed], origins: Origins) -> None:
         print_table(columns, [_row(row, origins) for row in kernel_rows], right=numbers)
         click.echo()
     click.echo(LEGEND)
-    click.echo("rows: kv rows, batch times kv heads; us: time in microseconds;")
+    click.echo("rows: (sequence, kv head) pairs, batch times kv heads; us: time in microseconds;")
     click.echo("gain: the default config's time divided by this time, if both were timed with the same Triton;")
     click.echo(
         "status: measured (by you), shipped (measured elsewhere), predicted (calls never use it), or how it failed;"
@@ -88,13 +88,13 @@ def _row(row: Listed, origins: Origins) -> tuple[str, ...]:
     if result.time_us:
         timing = number(result.time_us), number(rate(result.place.spec, shape_of(result), result.time_us))
     bucket, config, status = row.place.bucket, brief(result.config), origins.status(result)
-    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, status, row.by
+    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, status, row.evidence_with_mark
 
 
 def _to_json(row: Listed, origins: Origins) -> dict[str, Any]:
     return origins.to_json(row.result) | {
         "of_place": row.place.flat(),
-        "counts_as": row.tier,
+        "counts_as": row.evidence,
         "checked": row.checked,
         "default_us": row.default and row.default.time_us,
         "gain": row.gain,

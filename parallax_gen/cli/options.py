@@ -71,7 +71,7 @@ class KernelArgs:
         requested = next(iter(usual_shapes(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
         ((spec, shape),) = kernels(self.op, self.head_dim, self.dtype, requested, self.flags)
         if shape.window < (self.flags.window or 0):
-            click.echo(f"--window {self.flags.window} includes all {shape.seqlen_kv} keys: none is needed", err=True)
+            click.echo(f"--window {self.flags.window} covers all {shape.seqlen_kv} keys, so it is ignored", err=True)
         return spec, shape
 
     def matches(self, place: Place) -> bool:
@@ -131,21 +131,21 @@ def shape_option(
 _OPTIONS = {name: "--causal or --full" if name == "causal" else f"--{name}" for name in OPS_WITH_FLAG}
 
 
-def flag_options(command: Command, *, layouts: bool = False) -> Command:
+def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Command:
     """Add the options that set a kernel's flags; the command gets them as one argument, `flags`.
 
-    layouts  make --page-size repeatable, with 0 for no pages; the command gets `page_sizes`, and flags.page_size is 0
+    repeatable_page_size  allow several, and 0 for no pages: the command gets `page_sizes`, and flags.page_size is 0
     """
 
     @functools.wraps(command)
     def collect(**options_by_name: Any) -> Any:
         flag_values = {name: options_by_name.pop(name) for name in _OPTIONS}
-        page_size = 0 if layouts else options_by_name.pop("page_size") or 0
+        page_size = 0 if repeatable_page_size else options_by_name.pop("page_size") or 0
         flags = Flags(page_size=page_size, cache_dtype=options_by_name.pop("cache_dtype") or "", **flag_values)
         return command(flags=flags, **options_by_name)
 
-    names = ("--page-size", *("page_sizes",) * layouts)
-    more_help = ", 0 for none. Repeatable: every shape runs with each." if layouts else "."
+    names = ("--page-size", *("page_sizes",) * repeatable_page_size)
+    more_help = ", 0 for none. Repeatable: every shape runs with each." if repeatable_page_size else "."
     options = (
         click.option("--causal/--full", default=None, help="Causal mask (the default), or every key."),
         click.option(
@@ -157,14 +157,16 @@ def flag_options(command: Command, *, layouts: bool = False) -> Command:
         click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its own first key."),
         click.option(
             *names,
-            type=click.IntRange(min=0 if layouts else 1),
-            multiple=layouts,
+            type=click.IntRange(min=0 if repeatable_page_size else 1),
+            multiple=repeatable_page_size,
             metavar="N",
             help=f"Decode only: pages of N keys{more_help}",
         ),
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
         click.option(
-            "--accurate", is_flag=True, help="Forward only: small errors also where few keys have the weight."
+            "--accurate",
+            is_flag=True,
+            help="Training and forward: errors near softmax attention's also where a few keys share the weight.",
         ),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )

@@ -76,8 +76,8 @@ class ProgressView:
     def end(self, progress: Progress) -> None:
         prefix = self._prefix(self._running.pop(progress.job))
         outcomes = format_counts(progress.kinds) or "no config left to try"
-        if progress.elsewhere:
-            outcomes += f", and {progress.elsewhere} by other workers"
+        if progress.other_workers:
+            outcomes += f", and {progress.other_workers} by other workers"
         self._print(f"{prefix}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
 
     def _prefix(self, running: _Running) -> str:

@@ -191,7 +191,7 @@ def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
     columns = ("op", "choice", "places", "unmeasured", "mean", "worst", "default mean", "default worst")
     print_table(columns, map(_row, summaries), right=columns[2:])
     click.echo("\nmean, worst: a config's time divided by the fastest of its set; means are geometric;")
-    click.echo("places: kernels and buckets with a time of both the choice and the default; unmeasured: the others;")
+    click.echo("places: pairs of kernel and bucket with times of choice and default; unmeasured: the others;")
     click.echo(f"sets of times: {len(sets)}")
 
 

@@ -111,7 +111,7 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
 
 def _finding(comparison: Comparison) -> str:
     """The problem of a place's records; "" if there is none."""
-    return NO_DEFAULT if comparison.default is None else SLOWER if comparison.slower else ""
+    return NO_DEFAULT if comparison.default is None else SLOWER if comparison.is_slower_than_default else ""
 
 
 def _counts(findings: list[tuple[Comparison, str]]) -> dict[str, int]:

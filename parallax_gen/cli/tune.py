@@ -99,7 +99,7 @@ def tune(
       decode    8 heads: batch 1 and 32, with 1024, 4096 and 16384 keys
                 32/8 heads: batch 1 and 32, with 8192 keys
       training  32,6,2048  32,10,2048  16,12,2048  4,16,4096  4,16/8,4096
-                2,32/8,8192  1,16,16384; some with --window 513 and 4096 too
+                2,32/8,8192  1,16,16384; some also with --window 513 or 4096
                 --head-dim 64: 8,32,2048  96: 4,32,4096  256: 2,8/4,4096
 
     \b
@@ -251,7 +251,7 @@ def _job_to_json(progress: Progress) -> dict[str, Any]:
         "rate_unit": rate_unit(job.spec.op),
         "trials": progress.done,
         "known": progress.known,
-        "elsewhere": progress.elsewhere,
+        "elsewhere": progress.other_workers,
         "failures": _failures(progress),
         "seconds": progress.seconds,
     }

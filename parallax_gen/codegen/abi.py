@@ -20,7 +20,7 @@ class Inputs:
 
     Dense: q, r (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_kv, kv_heads, head_dim). Packed: (total_q,
     heads, head_dim) and (total_k, kv_heads, head_dim), with cu_seqlens. Paged: k, v (pages, page_size, kv_heads,
-    head_dim), with page_table (batch, pages a sequence). Inputs that a kernel does not take are None or 0.
+    head_dim), with page_table (batch, pages per sequence). Inputs that a kernel does not take are None or 0.
 
     softcap  of capped scores, else 0
     do      the gradient of the output, like q
@@ -94,10 +94,11 @@ def numbers_of(
 
 
 def empty_row_stats(lse: torch.Tensor, sequences: int = 0) -> torch.Tensor:
-    """An uninitialised output of preprocess, four fp32 statistics a query row: (4, batch, heads, padded).
+    """An uninitialised output of preprocess, four fp32 statistics per query row: (4, batch, heads, padded).
 
-    log2(e) lse, or inf for a row without keys; softmax_scale (1 + t̄); do·v̄; softmax_scale (do·v̄ - do·o). Each
-    sequence's rows are padded to a multiple of PADDED_TO; the padding of the first statistic is inf.
+    lse2 = log2(e) lse, or inf for a row without keys; w_bias = softmax_scale (1 + t_mean); dp_mean = do·v_mean;
+    c = softmax_scale (dp_mean - delta) with delta = do·o. Each sequence's rows are padded to a multiple of PADDED_TO;
+    the padding of the first statistic is inf.
 
     sequences  how many packed ones, if packed: the shape is (4, heads, padded), and sequence b begins at
                (cu_seqlens_q[b] + PADDED_TO * b) // PADDED_TO * PADDED_TO, which leaves room for each one's padding
@@ -179,7 +180,7 @@ def empty_inputs(spec: KernelSpec, shape: Shape, device: str) -> Inputs:
 
 
 # Output -> the input with the same size and dtype.
-LIKE = {"out": "q", "v_mean": "q", "dq": "q", "dr": "q", "dk": "k", "dv": "v"}
+SHAPED_LIKE = {"out": "q", "v_mean": "q", "dq": "q", "dr": "q", "dk": "k", "dv": "v"}
 
 
 def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
@@ -189,8 +190,8 @@ def prepare(spec: KernelSpec, config: KernelConfig, inputs: Inputs) -> Call:
     op, x, device = op_of(spec), inputs, inputs.q.device
     written = {}
     for name in op.written(spec):
-        if name in LIKE:
-            written[name] = torch.empty_like(getattr(x, LIKE[name]))
+        if name in SHAPED_LIKE:
+            written[name] = torch.empty_like(getattr(x, SHAPED_LIKE[name]))
         elif name == "row_stats":
             assert x.lse is not None
             written[name] = empty_row_stats(x.lse, 0 if x.cu_seqlens_q is None else x.cu_seqlens_q.shape[0] - 1)

@@ -37,14 +37,14 @@ def watch_launches(
     def watched(kernel: Any) -> Callable[..., Any]:
         run = kernel.run
 
-        def run_and_tell(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        def run_and_report(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             ours = threading.get_ident() == here
             compiled = run(*arguments, grid=grid, warmup=warmup or (ours and compile_only), **options)
             if ours:
                 watch(Launch(kernel, grid, arguments, options, compiled))
             return compiled
 
-        return run_and_tell
+        return run_and_report
 
     with _PATCH_LOCK:
         for kernel in kernels:

@@ -16,11 +16,11 @@ from parallax_gen.errors import BuildError, MachineError, gist, machine_error
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources of a launch's first kernel, which does the work. Later kernels merge, or seldom have work.
+    """The resources of a launch's first kernel: later ones only merge splits or redo overflowed tiles.
 
-    registers     32-bit registers a thread
-    spills        stack bytes a thread
-    shared_bytes  shared memory a block
+    registers     32-bit registers per thread
+    spills        stack bytes per thread
+    shared_bytes  shared memory per block
     """
 
     registers: int
@@ -36,7 +36,7 @@ def resources_of(compiled: Sequence[Any]) -> Resources:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) a thread, reported by cuobjdump: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
+    """(registers, stack bytes) per thread, reported by cuobjdump: `REG:168 STACK:0 SHARED:0 LOCAL:0 ...`."""
     try:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)

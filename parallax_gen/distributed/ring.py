@@ -91,7 +91,7 @@ def ring_attn_func(
 
 
 class _Visible(NamedTuple):
-    """The query rows that see the keys of a rank, the keys that they see, and whether the mask is causal."""
+    """The query rows that see keys of the held shard, the part of these keys that they see, and whether causal."""
 
     rows: slice
     keys: slice

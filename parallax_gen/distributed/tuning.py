@@ -40,10 +40,10 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     """Make all ranks of a group choose kernels from rank 0's records. All ranks must make this call.
 
     By default each rank chooses from the database of its host, and hosts may have different records. Then ranks run
-    kernels of different speed, and the last bits of results differ between ranks. Here rank 0 reads its database and
-    the shipped records, and broadcasts once, as text, the records that choices for its GPU depend on
-    (memory/sharing.py). Receivers check the text like user input. Then all ranks compare a digest of the choices they
-    will make. A place is ranked, and its kernel rendered, only when it is called.
+    kernels of different speed, and their results differ in the last bits. Here rank 0 reads its database and the
+    shipped records, and broadcasts once, as text, the records that choices for its GPU depend on (memory/sharing.py).
+    Receivers check the text like user input. Then all ranks compare a digest of the choices they will make. Ranking and
+    rendering happen at the first call of a bucket.
 
     Call it after init_process_group and torch.cuda.set_device. It is a separate call because all ranks must take part:
     inside an attention call it would hang wherever ranks make different calls, as in pipelines, with uneven batches, or
@@ -62,7 +62,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     gpu, text = None, "\n"  # an empty line, which is not a record, makes the broadcast non-empty
     try:
         gpu = gpu_here()
-        properties = _environment(gpu)
+        properties = _rank_properties(gpu)
         if rank == 0 and gpu is not None:
             with closing(RuntimeMemory()) as memory:
                 text += "".join(map(to_line, records_to_share(memory, gpu)))
@@ -84,7 +84,7 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     return len({record.place for record in records})
 
 
-def _environment(gpu: Gpu | None) -> dict[str, str]:
+def _rank_properties(gpu: Gpu | None) -> dict[str, str]:
     """The properties that must be equal on all ranks, by name."""
     card = GPUS["h100"]
     places = [
@@ -112,7 +112,7 @@ def _parse_records(text: str, gpu: Gpu | None) -> list[Result]:
         raise DistributedError(parsed.problems[0])
     if unusable:
         first = unusable[0]
-        raise DistributedError(f"{first.outcome} of {first.place.gpu}: no choice here can use this record")
+        raise DistributedError(f"rank 0 sent a record of {first.place.gpu} ({first.outcome}) that this GPU cannot use")
     return parsed.results
 
 

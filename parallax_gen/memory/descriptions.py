@@ -57,7 +57,11 @@ class Origins:
         return "measured" if result in self._own else "shipped"
 
     def to_json(self, result: Result) -> dict[str, Any]:
-        """All fields of a result, and values derived from them."""
+        """All fields of a result, and values derived from them.
+
+        "used" means that the result does not differ from this process: "unlike_here", the differences, is empty. Calls
+        may use results of other toolchains, too.
+        """
         spec, time_us = result.place.spec, result.time_us
         differences = differences_from_here(result)
         return {
@@ -141,21 +145,21 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
 class Listed:
     """One row of `parallax-gen list`: a result of a place, and how the place uses it.
 
-    tier     the evidence for the place's choice, if calls get this result; else why it is not used
-    checked  False if it is borrowed and a first call may still drop it: see memory/guard.py
-    default  the comparable result of the default config; None if there is none, or the row is not used
+    evidence  the evidence for the place's choice, if calls get this result; else why it is not used
+    checked   False if it is borrowed and a first call may still drop it: see memory/guard.py
+    default   the comparable result of the default config; None if there is none, or the row is not used
     """
 
     place: Place
     result: Result
-    tier: str
+    evidence: str
     default: Result | None = None
     checked: bool = True
 
     @property
-    def by(self) -> str:
-        """The tier, marked if the result is not yet checked."""
-        return mark_unchecked(self.tier, self.checked)
+    def evidence_with_mark(self) -> str:
+        """The evidence, marked if the result is not yet checked."""
+        return mark_unchecked(self.evidence, self.checked)
 
     @property
     def gain(self) -> float | None:

@@ -37,7 +37,7 @@ class Comparison:
         return gain(self.chosen, self.default)
 
     @property
-    def slower(self) -> bool:
+    def is_slower_than_default(self) -> bool:
         """Whether the chosen config is slower than the default."""
         return self.gain is not None and self.gain < 1
 

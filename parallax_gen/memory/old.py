@@ -14,7 +14,7 @@ from parallax_gen.problem.spec import ADDED_FIELDS, FAMILIES, OPS, KernelSpec, f
 # (a record's name of the op, its flag `ragged`) -> op.
 OPS_OF_RECORDS = {(family_of(op), op not in FAMILIES): op for op in OPS}
 
-LARGEST_READ = {"group": 2**16, "page_size": 2**31}  # records may come from untrusted files
+MAX_READ = {"group": 2**16, "page_size": 2**31}  # records may come from untrusted files
 
 _FIELDS = set(KernelSpec("forward", 128, "bf16").flat())
 
@@ -42,7 +42,7 @@ def spec_from(data: Mapping[str, Any]) -> KernelSpec:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
     fields = {name: value for name, value in data.items() if name not in ("op", "ragged")}
     spec = spec_from_op(data["op"], data["ragged"], **fields)
-    for name, largest in LARGEST_READ.items():
+    for name, largest in MAX_READ.items():
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")
     return spec

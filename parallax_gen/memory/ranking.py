@@ -71,7 +71,7 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
     tried_here = _tried_here(results, here)
 
     def usable(record: Result) -> bool:
-        return is_rendered(record, gpu) and _contradicting(record, tried_here, gpu) is None
+        return is_rendered(record, gpu) and _overruling(record, tried_here, gpu) is None
 
     sibling_searches = _sibling_searches(place, gpu, memory, here)
     for search in _searches(results, here):
@@ -140,20 +140,20 @@ def _tried_here(results: Iterable[Result], here: Toolchain | None) -> list[Resul
     return [result for result in results if result.informative and comparable_here(result.evidence, here)]
 
 
-def _contradicting(record: Result, tried_here: Iterable[Result], gpu: Gpu) -> Result | None:
-    """A result of the record's config here that contradicts the record, a failure or a newer time; else None.
+def _overruling(record: Result, tried_here: Iterable[Result], gpu: Gpu) -> Result | None:
+    """The result with this toolchain that overrules a record of the same config: a failure, or a newer time; or None.
 
     tried_here  the results of the place with this toolchain. Nothing is rendered if none of them has the config
     """
-    verdict: Result | None = None
+    newest: Result | None = None
     same_config = [result for result in tried_here if result.config == record.config]
     if same_config in ([], [record]):
         return None
     for result in same_config:
-        if (verdict is None or supersedes(result, verdict)) and is_rendered(result, gpu):
-            verdict = result
-    if verdict is not None and (not verdict.measured or (record in same_config and record != verdict)):
-        return verdict
+        if (newest is None or supersedes(result, newest)) and is_rendered(result, gpu):
+            newest = result
+    if newest is not None and (not newest.measured or (record in same_config and record != newest)):
+        return newest
     return None
 
 
@@ -184,11 +184,11 @@ def _why_skipped(
 def why_not_chosen(record: Result, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> str:
     """Why a measured record of a valid kernel that is still rendered is not used at its own place; "" if it is."""
     results = memory.results(record.place)
-    verdict = _contradicting(record, _tried_here(results, here), gpu)
-    if verdict is not None and not verdict.measured:
-        return f"its kernel failed here: {verdict.outcome}"
-    if verdict is not None:
-        return f"its kernel was timed again: {verdict.time_us} us, {verdict.created_at}"
+    overruling = _overruling(record, _tried_here(results, here), gpu)
+    if overruling is not None and not overruling.measured:
+        return f"its kernel failed here: {overruling.outcome}"
+    if overruling is not None:
+        return f"its kernel was timed again: {overruling.time_us} us, {overruling.created_at}"
     sibling_searches = _sibling_searches(record.place, gpu, memory, here)
     search = next(search for search in _searches(results, here) if record in search.measured)
     return _why_skipped(search, default_of(record.place, gpu), sibling_searches, gpu)
@@ -197,7 +197,7 @@ def why_not_chosen(record: Result, gpu: Gpu, memory: RecordSource, here: Toolcha
 def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
     """The place on each sibling card, if measurements put its records ahead of the default: for all ops but preprocess.
 
-    Empty if `gpu` is only a stand-in for the place's card, which is unknown.
+    Empty for a card that is not in the table, for which `gpu` stands in (descriptions.card_of).
     """
     names = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).uses_sibling_records else []
     return [replace(place, gpu=name) for name in names]

@@ -48,7 +48,7 @@ class Outcome(str, Enum):
 
     @property
     def timed(self) -> bool:
-        """Whether calls were timed. SLOW has the median of only a few replays."""
+        """Whether calls were timed. SLOW has the median of only a few replays of the CUDA graph."""
         return self in (Outcome.OK, Outcome.SLOW)
 
     @property
@@ -86,11 +86,11 @@ _MEANINGS = {
     Outcome.OK: "timed to the end",
     Outcome.INVALID: "not a config of this kernel",
     Outcome.COMPILE: "did not compile",
-    Outcome.RESOURCES: "pruned after it was compiled",
+    Outcome.RESOURCES: "needs more registers, shared memory or card memory than there are",
     Outcome.TIMEOUT: "took too long",
     Outcome.CRASH: "killed its process",
     Outcome.WRONG: "gave wrong results",
-    Outcome.SLOW: "stopped early while it was timed",
+    Outcome.SLOW: "timed only briefly: far slower than the best",
     Outcome.PREDICTED: "predicted by a model",
 }
 

@@ -60,20 +60,20 @@ def gradient_term_sizes(
     """
     scale = scale_or_default(softmax_scale, q.shape[-1])
     q_size, r_size, k_size, v_size, do_size = (x.double().square().sum(-1).mean().sqrt() for x in (q, r, k, v, do))
-    a = do_size * v_size / q.shape[-1] ** 0.5
-    return Gradients(dq=scale * a * k_size, dr=a * k_size, dk=a * torch.maximum(scale * q_size, r_size), dv=do_size)
+    dp_size = do_size * v_size / q.shape[-1] ** 0.5
+    dk_size = dp_size * torch.maximum(scale * q_size, r_size)
+    return Gradients(dq=scale * dp_size * k_size, dr=dp_size * k_size, dk=dk_size, dv=do_size)
 
 
-# The largest relative error of a correct kernel: four times the error of its roundings, except for fp32.
-# A kernel rounds p, p·t and o to the input dtype, each by up to u times its size (u is 2^-9 for bf16, 2^-12 for fp16),
-# about u/2 in the mean. o = v̄ (1 + t̄) - Σ p t v is a difference of terms up to 1 + 2|t| times its size, and |t| is
-# about 1. With only these roundings the error was 2.3e-3 to 2.6e-3 in bf16 and 2.8e-4 to 3.1e-4 in fp16, on
-# random_inputs of 64 to 8192 keys. In fp32 the errors come from sums and exponentials, 4.4e-7 here; the tolerance
-# allows other orders of summation and coarser exponentials, and still distinguishes fp32 from tf32 (2^-11). tf32 has
-# fp16's digits, and also rounds the inputs of every matmul to them, which are exact in fp16: twice fp16's error.
-# Besides, tensor cores truncate fp32 inputs to tf32 instead of rounding them: an operand is off by up to 2^-10, 2^-11
-# in the mean, twice the rounding error, and always towards 0. So the tolerance of tf32 is four times fp16's; measured
-# on an H200: 3.24e-3, for a dq.
+# The largest relative error of a correct kernel: four times the measured error of its roundings, except for fp32.
+# A kernel rounds p, p·t and o to the input dtype. Rounding to bf16 is off by up to 2^-8 of a value and to fp16 by up to
+# 2^-11, about a third of that in the mean. o = v̄ (1 + t̄) - Σ p t v is a difference of terms up to 1 + 2|t| times its
+# size, and |t| is about 1. With only these roundings the error was 2.3e-3 to 2.6e-3 in bf16 and 2.8e-4 to 3.1e-4 in
+# fp16, on random_inputs of 64 to 8192 keys. In fp32 the errors come from sums and exponentials, 4.4e-7 here; the
+# tolerance allows other orders of summation and coarser exponentials, and still distinguishes fp32 from tf32 (2^-11).
+# tf32 has fp16's mantissa, and the inputs of every matmul lose bits too, which fp16's do not: twice fp16's error.
+# Tensor cores truncate fp32 inputs to tf32 instead of rounding them, always towards 0, which doubles it again: the
+# tolerance of tf32 is four times fp16's. Measured on an H200: 3.24e-3, for a dq.
 _TOLERANCE = {"bf16": 1e-2, "fp16": 1.25e-3, "fp32": 2e-5, "tf32": 5e-3}
 # The tolerance of the worst row, as a multiple: |t| reaches 5 somewhere in a large batch. Measured: 1.04 times.
 _WORST_ROW = 5
@@ -125,8 +125,8 @@ def _row_errors(difference: Tensor, expected: Tensor, term_size: float | Tensor 
     if term_size is not None:
         minimum = 0.05 * torch.as_tensor(term_size, dtype=sizes.dtype, device=sizes.device)
         return _ratio(difference.norm(dim=-1), sizes.maximum(mean).maximum(minimum))
-    floor = mean / 10
-    return _ratio(difference.norm(dim=-1), torch.where(sizes == 0, sizes, sizes.maximum(floor)))
+    least = mean / 10
+    return _ratio(difference.norm(dim=-1), torch.where(sizes == 0, sizes, sizes.maximum(least)))
 
 
 def _ratio(size: Tensor, expected: Tensor) -> Tensor:

@@ -147,21 +147,21 @@ def _page(inputs: Inputs, page_size: int, seed: int) -> None:
     assert inputs.cache_seqlens is not None
     batch, seqlen, device = *inputs.k.shape[:2], inputs.k.device
     pages = -(-seqlen // page_size)
-    slots = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(seed)).to(device)
-    slots = slots[: batch * pages]
+    page_numbers = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(seed)).to(device)
+    page_numbers = page_numbers[: batch * pages]
 
     def paged(x: Tensor) -> Tensor:
         result, padded = _full_of_poison(x, batch * pages + 2, page_size), x
         if seqlen % page_size:
             padded = _full_of_poison(x, batch, pages * page_size)
             padded[:, :seqlen] = x
-        result[slots] = padded.view(batch * pages, page_size, *x.shape[2:])
+        result[page_numbers] = padded.view(batch * pages, page_size, *x.shape[2:])
         return result
 
     inputs.k = paged(inputs.k)  # one at a time, so that there are never three copies of a large cache
     inputs.v = paged(inputs.v)
     unused = torch.arange(pages, device=device) * page_size >= inputs.cache_seqlens[:, None]
-    table = slots.view(batch, pages).to(torch.int32)
+    table = page_numbers.view(batch, pages).to(torch.int32)
     if inputs.cache_leftpad is not None:
         unused |= (torch.arange(1, pages + 1, device=device) * page_size) <= inputs.cache_leftpad[:, None]
     inputs.page_table = table.masked_fill(unused, 2**30)
@@ -219,7 +219,7 @@ def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
 
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
-    options, tensors = options_of(spec, x), (x.q, x.r, x.k, x.v)
+    options, tensors = oracle_options(spec, x), (x.q, x.r, x.k, x.v)
     if op_of(spec).layout is Layout.CACHE:
         return reference_cached_forward(
             *tensors,
@@ -239,7 +239,7 @@ def attend(spec: KernelSpec, x: Inputs) -> Reference:
     return reference_forward(*tensors, **options)
 
 
-def options_of(spec: KernelSpec, x: Inputs) -> dict[str, Any]:
+def oracle_options(spec: KernelSpec, x: Inputs) -> dict[str, Any]:
     """The options of the reference functions for these inputs."""
     return {
         "causal": spec.causal,
@@ -254,12 +254,11 @@ def expected_row_stats(spec: KernelSpec, x: Inputs, forward: Reference) -> Tenso
     assert x.do is not None
     scale = softmax_scale(spec)
     do, out, v_mean = x.do.double(), forward.out.double(), forward.v_mean.double()
-    b = (do * v_mean).sum(-1).transpose(-1, -2)
-    c = (do * (v_mean - out)).sum(-1).transpose(-1, -2)
+    dp_mean = (do * v_mean).sum(-1).transpose(-1, -2)
+    dp_mean_minus_delta = (do * (v_mean - out)).sum(-1).transpose(-1, -2)
     lse = forward.lse.double() / math.log(2)
-    result = torch.stack(
-        [torch.where(lse == -math.inf, math.inf, lse), scale * (1 + forward.t_mean.double()), b, scale * c]
-    )
+    lse2, w_bias = torch.where(lse == -math.inf, math.inf, lse), scale * (1 + forward.t_mean.double())
+    result = torch.stack([lse2, w_bias, dp_mean, scale * dp_mean_minus_delta])
     ends = [0, result.shape[-1]] if x.cu_seqlens_q is None else x.cu_seqlens_q.tolist()
     row_stats = empty_row_stats(forward.lse, 0 if x.cu_seqlens_q is None else len(ends) - 1).double().fill_(math.nan)
     for sequence, (start, end) in enumerate(itertools.pairwise(ends)):

@@ -1,4 +1,4 @@
-"""Gradients over some of the keys, which ring attention sums on a CPU, and the tangent of the oracle. In float64."""
+"""Gradients over some of the keys, for ring attention on a CPU; forward-mode derivatives of the oracle. In float64."""
 
 from __future__ import annotations
 
@@ -44,29 +44,30 @@ def partial_backward(
     lse, t_mean            (batch, heads, seqlen_q)
     causal                 aligned to the end of these keys
 
-    With p = exp(s - lse), a = do·v, b = do·v_mean and T = do·out:  gt = p (b - a) is the gradient of t, and
-    gs = p (a - T) - (t_mean - t) gt is the gradient of s, which a softcap c multiplies by 1 - (s / c)^2. The gradients
-    of q, r and k are products of gs and gt with q, r and k; dv is the sum of p (1 + t_mean - t) do. All scores are in
+    With p = exp(s - lse), dp = do·v, dp_mean = do·v_mean and delta = do·out:  dt = p (dp_mean - dp) is the gradient of
+    t, and ds = p (dp - delta) - (t_mean - t) dt that of s, which a softcap c multiplies by 1 - (s / c)^2. The gradients
+    of q, r and k are products of ds and dt with q, r and k; dv is the sum of p (1 + t_mean - t) do. All scores are in
     memory at once, which is meant for the sizes of tests.
     """
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     scale = scale_or_default(softmax_scale, head_dim)
     q, r, do, out, v_mean, k, v = (x.double().transpose(1, 2) for x in (q, r, do, out, v_mean, k, v))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    s, t, a = capped(scale * q @ k.mT, softcap), r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
+    s, t, dp = capped(scale * q @ k.mT, softcap), r @ k.mT, do @ v.mT  # (batch, heads, queries, keys)
     sees_any = ~lse.isneginf()
     p = (s - lse.double().masked_fill(~sees_any, 0.0)[..., None]).exp() * sees_any[..., None]
     if causal:
         queries, keys = s.shape[-2:]
         p = p.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(keys - queries + 1), 0.0)
     w = 1 + t_mean.double()[..., None] - t
-    gt = p * ((do * v_mean).sum(-1, keepdim=True) - a)
-    gs = p * (a - (do * out).sum(-1, keepdim=True)) - (w - 1) * gt
-    gs = gs * softcap_slope(s, softcap)
-    dk = scale * gs.mT @ q + gt.mT @ r
+    dp_mean, delta = (do * v_mean).sum(-1, keepdim=True), (do * out).sum(-1, keepdim=True)
+    dt = p * (dp_mean - dp)
+    ds = p * (dp - delta) - (w - 1) * dt
+    ds = ds * softcap_slope(s, softcap)
+    dk = scale * ds.mT @ q + dt.mT @ r
     dv = (p * w).mT @ do
     dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
-    return Gradients(*(x.transpose(1, 2) for x in (scale * gs @ k, gt @ k, dk, dv)))
+    return Gradients(*(x.transpose(1, 2) for x in (scale * ds @ k, dt @ k, dk, dv)))
 
 
 def softcap_slope(s: Tensor, softcap: float | None) -> Tensor | float:
@@ -171,10 +172,11 @@ def _tangent_of_block(x: _Tensors, change: _Tensors, scale: float, block: Block)
     """The tangent δo of a block."""
     s, t, sees_any = masked_scores(x.q, x.r, x.k, scale, block)
     p = s.softmax(dim=-1) * sees_any
-    ds = scale * (dot_products(change.q, x.k) + dot_products(x.q, change.k))
-    ds = ds * softcap_slope(s.masked_fill(p == 0, 0.0), block.softcap)
-    dt = dot_products(change.r, x.k) + dot_products(x.r, change.k)
-    dp = p * (ds - (p * ds).sum(dim=-1, keepdim=True))
-    u = 1 + (p * t).sum(dim=-1, keepdim=True) - t
-    dw = dp * u + p * ((dp * t + p * dt).sum(dim=-1, keepdim=True) - dt)
-    return weighted_sums(dw, x.v) + weighted_sums(p * u, change.v)
+    s_tangent = scale * (dot_products(change.q, x.k) + dot_products(x.q, change.k))
+    s_tangent = s_tangent * softcap_slope(s.masked_fill(p == 0, 0.0), block.softcap)
+    t_tangent = dot_products(change.r, x.k) + dot_products(x.r, change.k)
+    p_tangent = p * (s_tangent - (p * s_tangent).sum(dim=-1, keepdim=True))
+    factor = 1 + (p * t).sum(dim=-1, keepdim=True) - t
+    t_mean_tangent = (p_tangent * t + p * t_tangent).sum(dim=-1, keepdim=True)
+    w_tangent = p_tangent * factor + p * (t_mean_tangent - t_tangent)
+    return weighted_sums(w_tangent, x.v) + weighted_sums(p * factor, change.v)

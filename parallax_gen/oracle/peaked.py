@@ -2,7 +2,8 @@
 
 Such rows show a rounding error that normal inputs hide. Where one key j has nearly all weight of row i, t_ij and t̄_i
 are nearly equal and o_i = v̄_i (1 + t̄_i) - Σ_j p_ij t_ij v_j is a small difference of terms |t_ij| times as large: a
-kernel that rounds p·t to 16 bits loses a factor of |t_ij|, which is about sqrt(head_dim) for normal r and k.
+kernel that rounds p·t to 16 bits has |t_ij| times the error of softmax attention, and |t_ij| is about sqrt(head_dim)
+for normal r and k.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 
-# What the rows of each kind attend to. The last two have keys that are nearly the same, with different values.
+# What the rows of each kind attend to: one key of the sequence (the first, or one at a tenth of it), each row's own
+# (on the diagonal), or two that are far apart. The last two kinds have two and six neighbouring keys that are nearly
+# equal, with different values.
 KINDS = ("normal", "first key", "own key", "one key", "two keys", "twin keys", "six alike")
 
 FEWEST_KEYS = 16

@@ -236,10 +236,10 @@ def _attend_rows(
     """The definition. q, r (rows, heads, d); keys, values (length, kv_heads, d) -> out, lse, t_mean, v_mean."""
     s, t, sees_any = masked_scores(q, r, keys, scale, block)
     p = s.softmax(dim=-1) * sees_any
-    t_bar = (p * t).sum(dim=-1, keepdim=True)
-    out = weighted_sums(p * (1 + t_bar - t), values)
+    t_mean = (p * t).sum(dim=-1, keepdim=True)
+    out = weighted_sums(p * (1 + t_mean - t), values)
     lse = s.logsumexp(dim=-1).masked_fill(~sees_any[:, 0], -math.inf)
-    return out, lse, t_bar[..., 0], weighted_sums(p, values)
+    return out, lse, t_mean[..., 0], weighted_sums(p, values)
 
 
 def masked_scores(q: Tensor, r: Tensor, keys: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor, Tensor]:

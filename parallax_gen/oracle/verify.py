@@ -18,7 +18,7 @@ from parallax_gen.oracle.inputs import (
     attend,
     expected_row_stats,
     inputs_and_forward,
-    options_of,
+    oracle_options,
     random_inputs_of,
     softmax_scale,
 )
@@ -74,7 +74,7 @@ def _written_of(spec: KernelSpec, reference: Reference | Gradients) -> Expected:
 def _gradients(spec: KernelSpec, x: Inputs) -> Gradients:
     """The gradients for the inputs of dkdv or dqdr under the spec's mask, in float64."""
     assert x.do is not None
-    options, tensors = options_of(spec, x), (x.q, x.r, x.k, x.v, x.do)
+    options, tensors = oracle_options(spec, x), (x.q, x.r, x.k, x.v, x.do)
     if spec.varlen:
         assert x.cu_seqlens_q is not None
         assert x.cu_seqlens_k is not None
@@ -124,7 +124,7 @@ def judge(call: Call, expected: Expected) -> Verdict:
         if name == "out" or op_of(call.spec).stats_in_error:
             error = max(error, errors(out, ref, sizes.get(name)).relative)
     if len(call.scratch) == 2 and bool(call.scratch[1].any()):
-        reasons.append("its arrival counters are not 0 again for the next launch")
+        reasons.append("the launch left arrival counters that are not 0")
     return Verdict(error, "; ".join(reasons) or None)
 
 
@@ -143,9 +143,9 @@ def term_sizes(spec: KernelSpec, x: Inputs) -> Gradients:
     """`gradient_term_sizes` of the rows that belong to sequences: (rows, 1) for dq and dr, (1, 1) for dk and dv.
 
     If queries see few keys, nearly all terms of a gradient cancel, and rounding errors remain: errors of the output in
-    T = do·o, up to |t| roundings, and errors of a in tf32, which no other term shares. The largest rows have |t| of 4
-    and do·v of 3 times its mean: 12 times a gradient's natural size. And a key's gradients sum the errors of all its
-    queries.
+    delta = do·o, of up to |t| roundings, and errors of dp in tf32, which no other term shares. The largest rows have
+    |t| of 4 and do·v of 3 times its mean: an error of 12 times a gradient's natural size. A key's gradients sum the
+    errors of all its queries.
     """
     assert x.do is not None
     rows, keys = (
@@ -180,7 +180,7 @@ def _keys_seen(spec: KernelSpec, x: Inputs) -> Tensor:
 def _compared(written: dict[str, Tensor], expected: Expected) -> dict[str, tuple[Tensor, Tensor]]:
     """The pairs to compare. A row without keys has lse -inf on both sides, so exp(lse) is compared."""
     if "row_stats" in written:
-        names = ("log2(e) lse", "scale (1 + t_mean)", "b", "scale (b - T)")
+        names = ("lse2", "w_bias", "dp_mean", "c")
         used = ~expected["row_stats"].isnan().reshape(-1, expected["row_stats"].shape[-1]).any(0)
         stats, ref_stats = (x["row_stats"][..., used] for x in (written, expected))
         return dict(zip(names, zip(stats, ref_stats, strict=True), strict=True))

@@ -135,7 +135,7 @@ def bucket_of(shape: Shape) -> Bucket:
 
 
 def representative(bucket: Bucket, group: int) -> Shape:
-    """The shape that a bucket is tuned at: its own sizes, with up to 8 kv heads and the rest as batch."""
+    """The shape that a bucket is tuned at: its own sizes, kv_rows split into at most 8 kv heads and a batch."""
     kv_heads = min(8, bucket.kv_rows)
     return Shape(
         batch=bucket.kv_rows // kv_heads,

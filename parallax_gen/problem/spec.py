@@ -63,12 +63,14 @@ class KernelSpec:
               always fp32.
     group     query heads per kv head, any number from 1 (MHA) up (GQA, MQA); 1 for preprocess, which sees no keys.
     causal    query i sees keys up to seqlen_kv - seqlen_q + i (aligned to the end).
-    stats     forward and decode_varlen: also writes lse, t̄ and v̄, for the backward, and to merge parts of attention.
+    stats     forward and decode_varlen: also writes lse, t_mean and v_mean, for the backward, and to merge parts of
+              attention.
     window    causal only: a query sees only the last window_size of its visible keys.
     varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only their queries.
     softcap   scores s become c·tanh(s/c) before the softmax, as in Gemma 2; c, the softcap, is an argument of a launch.
-    accurate  forward only, not with fp32, whose matmuls round nothing: the errors are as small as softmax attention's
-              also in rows where a few keys hold the weight, at the cost of one more matmul beside four.
+    accurate  forward only, not with fp32, whose matmuls do not round their operands: the errors are as small as softmax
+              attention's also in rows where a few keys with nearly equal r·k share the weight, at the cost of a fifth
+              matmul in the loop.
 
     Only decode_varlen:
 
@@ -114,7 +116,9 @@ class KernelSpec:
                 allowed = " or ".join(map(name_in_errors, ops))
                 raise ArgumentError(name, f"True with op {name_in_errors(self.op)!r}", f"True only with op {allowed}")
         if self.accurate and self.dtype == "fp32":
-            raise ArgumentError("accurate", "True with dtype fp32", "False with fp32, whose matmuls round nothing")
+            raise ArgumentError(
+                "accurate", "True with dtype fp32", "False with fp32, whose matmuls do not round their operands"
+            )
         if type(self.page_size) is not int or self.page_size < 0:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)

@@ -20,36 +20,38 @@ class Work:
     bytes: float
 
 
-# The number of matmuls, each of 2*D operations per (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, a, dv
-# and two for dk; dqdr s, t, a, dq, dr.
+# The number of matmuls, each of 2*D operations per (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, dp,
+# dv and two for dk; dqdr s, t, dp, dq, dr.
 MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4, "decode_varlen": 4}
-SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # how many of them compute s, t and a; the others accumulate outputs
+SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # how many of them compute s, t and dp; the others accumulate outputs
 
 
 class Traffic(NamedTuple):
     """The minimum memory traffic of each query row and each key row.
 
-    q_wide     vectors of head_dim elements per query row
-    kv_wide    vectors of head_dim elements per key row
-    row_bytes  other bytes per query row
-    flops      FLOPs per query row and dimension, without matmuls
+    q_vectors   vectors of head_dim elements per query row
+    kv_vectors  vectors of head_dim elements per key row
+    row_bytes   other bytes per query row
+    flops       FLOPs per query row and dimension, without matmuls
     """
 
-    q_wide: int
-    kv_wide: int
+    q_vectors: int
+    kv_vectors: int
     row_bytes: int = 0
     flops: int = 0
 
 
 TRAFFIC = {
     "forward": Traffic(3, 2),  # q, r, o; k, v
-    "preprocess": Traffic(3, 0, 24, 4),  # do, o and v̄; lse, t̄ and four statistics; a product and a sum for b and for T
+    # do, o and v_mean; lse, t_mean and four statistics. Per element a multiply and an add for dp_mean and for
+    # dp_mean - delta.
+    "preprocess": Traffic(3, 0, 24, 4),
     "dkdv": Traffic(3, 4, 16),  # q, r, do; k, v and dk, dv
     "dqdr": Traffic(5, 2, 16),  # q, r, do and dq, dr; k, v
     "decode": Traffic(3, 2),
     "decode_varlen": Traffic(3, 2),
 }
-STATS_TRAFFIC = Traffic(1, 0, 8)  # additionally v̄; lse and t̄
+STATS_TRAFFIC = Traffic(1, 0, 8)  # additionally v_mean; lse and t_mean
 
 
 def work_of(spec: KernelSpec, shape: Shape) -> Work:
@@ -58,13 +60,13 @@ def work_of(spec: KernelSpec, shape: Shape) -> Work:
     keys = min(shape.seqlen_kv, shape.window + shape.seqlen_q - 1) if shape.window else shape.seqlen_kv
     kv_rows = shape.batch * shape.kv_heads * keys
     traffic = TRAFFIC[spec.op]
-    q_wide, row_bytes = (
-        traffic.q_wide + spec.stats * STATS_TRAFFIC.q_wide,
+    q_vectors, row_bytes = (
+        traffic.q_vectors + spec.stats * STATS_TRAFFIC.q_vectors,
         traffic.row_bytes + spec.stats * STATS_TRAFFIC.row_bytes,
     )
     flops = 2 * MATMULS.get(spec.op, 0) * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
     flops += traffic.flops * q_rows * spec.head_dim
-    per_dimension = q_rows * q_wide * spec.bytes_per_element + kv_rows * traffic.kv_wide * spec.cache_bytes
+    per_dimension = q_rows * q_vectors * spec.bytes_per_element + kv_rows * traffic.kv_vectors * spec.cache_bytes
     return Work(flops=float(flops), bytes=float(per_dimension * spec.head_dim + q_rows * row_bytes))
 
 

@@ -75,8 +75,8 @@ class Flags:
     causal     None, the default, means causal
     window     how many keys a query sees; None, the default, means the shape's own window
     page_size  keys per page of decode's cache; 0 for none
-    ragged     decode with per-sequence lengths. Other flags of such decode imply it, and so do many queries, which a
-               shape with several queries, or varlen, implies
+    ragged     decode with per-sequence lengths. Implied by the flags that only such decode has, by several queries per
+               sequence, and by varlen
     others     as in KernelSpec
     """
 

@@ -67,8 +67,8 @@ class Roofline:
 class History:
     """The history of one study: each trial's time relative to the study's best, and the best so far as a line.
 
-    timed, slow, failed  SVG paths with a mark for each trial that was timed, stopped early as too slow, or failed
-    better               the trials that were faster than all earlier ones
+    timed, slow, failed  SVG paths with a mark for each trial that was timed, timed only briefly, or failed
+    improvements         the trials that were faster than all earlier ones
     """
 
     width: int
@@ -82,7 +82,7 @@ class History:
     slow: str
     failed: str
     line: str
-    better: tuple[Point, ...]
+    improvements: tuple[Point, ...]
 
 
 DECADES = tuple(10.0**n for n in range(-4, 6))
@@ -166,7 +166,7 @@ def history(study: Study) -> History | None:
     y = Scale(1.0, max_ratio, bottom - 4, top + 12)
     spacing = (right - left - 8) / max(1, len(study.trials) - 1)
     dots: dict[str, list[str]] = {"timed": [], "slow": [], "failed": []}
-    line, better, best = "", [], math.inf
+    line, improvements, best = "", [], math.inf
     for i, trial in enumerate(study.trials):
         x = round(left + 4 + i * spacing, 1)
         if trial.measured and trial.time_us:
@@ -176,7 +176,7 @@ def history(study: Study) -> History | None:
                 line += f"M{x} {height}" if not line else f"H{x}V{height}"
                 best = trial.time_us
                 tip = f"trial {i + 1}: {number(best)} µs, {best / fastest:.2f} times the best\n{brief(trial.config)}"
-                better.append(Point(x, height, tip))
+                improvements.append(Point(x, height, tip))
         elif trial.outcome.timed and trial.time_us:
             dots["slow"].append(f"M{x} {y(trial.time_us / fastest)}h0")
         elif trial.outcome.tried:
@@ -193,5 +193,5 @@ def history(study: Study) -> History | None:
         slow="".join(dots["slow"]),
         failed="".join(dots["failed"]),
         line=f"{line}H{right}" if line else "",
-        better=tuple(better),
+        improvements=tuple(improvements),
     )

@@ -12,7 +12,7 @@ from parallax_gen.memory.result import Outcome, Result
 MAX_EXAMPLES = 3
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
-# Failures, the least harmful first.
+# Failures in display order: expected ones first, wrong results last.
 BY_HARM = (
     Outcome.SLOW,
     Outcome.RESOURCES,

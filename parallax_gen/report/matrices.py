@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The cells of one kernel: a row per number of kv rows, a column per length; None for an empty cell.
+    """The cells of one kernel: a row per number of (sequence, kv head) pairs, a column per length; None if empty.
 
     gpu, ops   used by the page's filters
     rows       (label, one cell per column)

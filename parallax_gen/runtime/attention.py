@@ -45,7 +45,7 @@ from parallax_gen.runtime.requests import (
 
 
 def forward(request: Request, *, packed: bool, out: Tensor | None = None, stats: bool = False) -> tuple[Tensor, ...]:
-    """out, and with stats also lse, t̄ and v̄. Raises ArgumentError.
+    """out, and with stats also lse, t_mean and v_mean. Raises ArgumentError.
 
     packed  whether the sequences are packed; `request`, not checked yet, may contradict it
     """
@@ -135,7 +135,7 @@ _backwards: PlanCache[BackwardPlan | HostPlan] = PlanCache()
 
 
 def allocate_outputs(q: Tensor, out: Tensor | None, stats: bool) -> tuple[Tensor, ...]:
-    """The tensors to write: out, allocated if not given, and with stats also lse, t̄ and v̄."""
+    """The tensors to write: out, allocated if not given, and with stats also lse, t_mean and v_mean."""
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the time of torch.empty
     if not stats:
@@ -145,7 +145,7 @@ def allocate_outputs(q: Tensor, out: Tensor | None, stats: bool) -> tuple[Tensor
 
 
 def stats_shape(q: Tensor) -> tuple[int, ...]:
-    """The shape of lse and t̄: (batch, heads, seqlen_q), or (heads, total_q) for packed sequences."""
+    """The shape of lse and t_mean: (batch, heads, seqlen_q), or (heads, total_q) for packed sequences."""
     return (*q.shape[:-3], q.shape[-2], q.shape[-3])
 
 
@@ -218,7 +218,7 @@ def _problem(request: Request) -> tuple[KernelSpec, Shape]:
         window=window > 0,
         varlen=bool(cu_seqlens_of(request)),
         softcap=request.softcap is not None,
-        accurate=request.accurate and dtype != "fp32",  # whose matmuls round nothing
+        accurate=request.accurate and dtype != "fp32",  # fp32 kernels do not round operands: it changes nothing
     )
     return spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen_k, window)
 

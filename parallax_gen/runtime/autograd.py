@@ -1,7 +1,7 @@
 """Attention over whole sequences as torch operators with gradients: what autograd and torch.compile see.
 
     parallax_gen::attention             only out, for calls that record no gradients
-    parallax_gen::attention_with_stats  out, and lse, t̄ and v̄ for the backward
+    parallax_gen::attention_with_stats  out, and lse, t_mean and v_mean for the backward
     parallax_gen::attention_backward    the requested gradients of the inputs
 
 Their arguments are the fields of `Request` and a few of their own. Sizes may be symbolic: only kernels read cu_seqlens,
@@ -51,7 +51,7 @@ _REQUEST = (
 
 
 def attend(request: Request, *, recompute_v_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, lse, t̄ and v̄; only out has gradients. `request` must have been checked."""
+    """out, lse, t_mean and v_mean; only out has gradients. `request` must have been checked."""
     if torch.compiler.is_compiling() or not are_plain_tensors(*inputs_of(request)):
         return _attention_with_stats(*request, recompute_v_mean)  # type: ignore[no-any-return]
     return _Attention.apply(*request, recompute_v_mean)  # type: ignore[no-any-return,no-untyped-call]
@@ -60,7 +60,7 @@ def attend(request: Request, *, recompute_v_mean: bool) -> tuple[Tensor, Tensor,
 def attend_transformed(request: Request, *, stats: bool, recompute_v_mean: bool) -> tuple[Tensor, ...]:
     """`attend` under a torch.func transform or forward-mode AD. `request` must have been checked.
 
-    stats  whether the caller wants lse, t̄ and v̄, which have no tangents
+    stats  whether the caller wants lse, t_mean and v_mean, which have no tangents
     """
     if any_functionalized(*inputs_of(request)):
         return _attention_with_stats(*request, recompute_v_mean)  # type: ignore[no-any-return]
@@ -68,12 +68,18 @@ def attend_transformed(request: Request, *, stats: bool, recompute_v_mean: bool)
 
 
 def attend_without_gradients(request: Request, *, stats: bool) -> tuple[Tensor, ...]:
-    """out, and with stats lse, t̄ and v̄, by operators that torch.compile can trace. `request` must have been checked."""
+    """out, and with stats lse, t_mean and v_mean, by operators that torch.compile can trace.
+
+    `request` must have been checked.
+    """
     return _attention_with_stats(*request, False) if stats else (_attention(*request),)
 
 
 def forward_without_autograd(request: Request) -> tuple[Tensor, ...]:
-    """out, lse, t̄ and v̄, for functions with their own backward. Calls an operator if a dispatch mode is active."""
+    """out, lse, t_mean and v_mean, for functions with their own backward.
+
+    Calls an operator if a dispatch mode is active.
+    """
     if dispatch_mode_is_active():
         return _attention_with_stats(*request, False)  # type: ignore[no-any-return]
     return forward(request, packed=False, stats=True)

@@ -239,7 +239,7 @@ def _what_runs(candidate: Candidate) -> str:
 
 
 def _command_to_measure(place: Place) -> str:
-    return f"Run `{tune_command(place)}` to measure one."
+    return f"Run `{tune_command(place)}` to measure it."
 
 
 def _is_first_rank() -> bool:

@@ -75,9 +75,9 @@ def _reason(
     if record is not None:
         rivals = [c.record for c in candidates if c.tier == candidate.tier and c.record is not None]
         compared = 1 + sum(_comparable(r, record) for r in rivals)
-        fastest = f"the fastest of {compared}" if compared > 1 else "the only one"
+        fastest = f"the fastest of {compared} configs measured" if compared > 1 else "the only config measured"
         if candidate.tier == Tier.MEASURED_HERE:
-            return f"{fastest} measured of this kernel with {Toolchain.here()}"
+            return f"{fastest} with {Toolchain.here()}"
         if candidate.tier == Tier.NEIGHBOUR:
             basis = f"the best measured with {record.evidence.measured_with} at {record.place.bucket}"
         else:
@@ -86,13 +86,13 @@ def _reason(
             basis += f" on {record.place.gpu}, a card of the same capability"
         return f"{basis}; {_why_nothing_closer(choice, record, unused)}"
     if choice.refused:
-        return "the borrowed kernels spill, do not fit or do not compile here"
+        return "every borrowed kernel spills too much, does not fit or does not compile here"
     if not results:
-        return "this place has no records"
+        return "this kernel and bucket have no records"
     if unused:
         return _why_none_is_used(unused, "")
     kinds = format_counts(Counter(result.outcome for result in results))
-    return f"nothing was measured at this place; results: {kinds}"
+    return f"no config of this kernel and bucket was timed; results: {kinds}"
 
 
 def _comparable(a: Result, b: Result) -> bool:
@@ -104,7 +104,7 @@ def _comparable(a: Result, b: Result) -> bool:
 def _why_nothing_closer(choice: Choice, record: Result, unused: list[tuple[Result, str]]) -> str:
     """Why the chosen record is borrowed: which records closer tiers have, and why those do not count."""
     if choice.refused:
-        return "the kernels of records that rank higher spill, do not fit or do not compile here"
+        return "every kernel of a record that ranks higher spills too much, does not fit or does not compile here"
     here, tier = Toolchain.here(), choice.candidate.tier
     if tier == Tier.OTHER_TOOLCHAIN:
         if closer := [(r, reason) for r, reason in unused if comparable_here(r.evidence)]:

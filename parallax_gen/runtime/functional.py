@@ -88,19 +88,19 @@ def parallax_attn_func(
     softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
     softcap           c, from 1e-18 to 1e18: scores s become c·tanh(s/c), as in Gemma 2; None for no cap
     accurate          errors as small as softmax attention's also in rows where a few keys with nearly equal r·k share
-                      the weight: o is there a difference of terms up to |r·k| times as large, and so are its errors
-                      without this. The forward then has five matmuls, not four, and lse and t̄ are those of rounded
-                      weights p. fp32, which rounds nothing, stays as it is
+                      the weight. There o is a small difference of terms up to |r·k| times its size; without this flag
+                      its error grows by the same factor. The forward then has five matmuls, not four, and lse and t̄
+                      are those of rounded weights p. It changes nothing for fp32, whose matmuls do not round operands
     out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
     return_stats      also return lse = log Σ exp(s) (capped s) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients
     recompute_v_mean  save less for the backward, which then runs the forward once more
 
-    Any strides with a contiguous last dimension are supported. On CUDA tensors this launches one kernel (some configs
-    add a fixup kernel, which rarely has work) on the current stream and never synchronises; on CPU tensors it runs the
-    fp64 reference. fp32 matmuls round to TF32 if torch's own may (torch.backends.cuda.matmul.fp32_precision,
-    torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v are cast to its dtype, or to that of `out`.
-    Under torch.compile this is one operator.
+    Any strides with a contiguous last dimension are supported. On CUDA tensors the forward launches one kernel (some
+    configs add a fixup kernel, which rarely has work) and the backward three, on the current stream, and neither
+    synchronises; on CPU tensors the fp64 reference runs. fp32 matmuls round to TF32 if torch's own may
+    (torch.backends.cuda.matmul.fp32_precision, torch.set_float32_matmul_precision). Under torch.autocast q, r, k and v
+    are cast to its dtype, or to that of `out`. Under torch.compile this is one operator.
 
     With DTensors, all four on one mesh, each rank computes its own sequences or kv heads (if those divide evenly).
     Nothing is sent if all are sharded alike; otherwise they are redistributed first.

@@ -121,8 +121,8 @@ def parallax_attn_with_kvcache(
                       of any page_size; heads is a multiple of kv_heads. In q's dtype; or, for bf16 or fp16 queries,
                       both float8_e4m3fn or both float8_e5m2
     cache_seqlens     (batch,) int32 on the same device: each sequence's number of valid keys, 0 to seqlen; an int if it
-                      is the same for all; None for all keys. Keys beyond it are never read and may be NaN. A sequence
-                      of length 0 gives 0; a negative length in a tensor counts as 0
+                      is the same for all; None for all keys. Keys beyond it are never read and may be NaN. The
+                      output of a sequence of length 0 is 0; a negative length in a tensor counts as 0
     page_table        (batch, most pages of a sequence) int32 on the same device: each sequence's pages in order;
                       entries beyond its length may be anything. Needs cache_seqlens as a tensor, and v_cache with
                       k_cache's strides
@@ -140,7 +140,7 @@ def parallax_attn_with_kvcache(
     k_scale, v_scale  for 8-bit caches: the factor of the stored values, (1,) or (kv_heads,) fp32 on the same device, or
                       a number; 1 by default
     out               where to write, like q; allocated if not given
-    return_state      return a `State` (out, lse, t̄, v̄), which `merge_states` merges with states over other keys
+    return_state      return a `State` (out, lse, t_mean, v_mean), to merge with states over other keys (`merge_states`)
     workspace         scratch of at least `kvcache_workspace_size` bytes: torch.zeros(bytes, dtype=torch.uint8) on the
                       same device. Each launch resets the part that must be 0. Use one per concurrent stream. By default
                       the library has one per stream, and one per captured launch
@@ -219,7 +219,7 @@ def kvcache_workspace_size(
 def _attend(
     request: CacheRequest, plan: LaunchPlan | HostPlan, out: Tensor | None, state: bool, workspace: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """out, and with `state` lse, t̄ and v̄."""
+    """out, and with `state` lse, t_mean and v_mean."""
     outputs = allocate_outputs(request.q, out, state)
     if isinstance(plan, LaunchPlan):
         if workspace is not None:

@@ -1,7 +1,7 @@
 """Attention over a KV cache as torch operators: what torch.compile, torch.export, dispatch modes and vmap see.
 
     parallax_gen::attention_with_kvcache        only out
-    parallax_gen::attention_with_kvcache_state  out, lse, t̄ and v̄
+    parallax_gen::attention_with_kvcache_state  out, lse, t_mean and v_mean
 
 Their arguments are the fields of `CacheRequest`. They write to no argument, and each call allocates its own scratch.
 Eager calls on plain tensors bypass them.

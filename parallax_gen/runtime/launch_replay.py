@@ -20,7 +20,7 @@ ALIGNMENT = 16  # bytes: Triton specialises code for pointers with this alignmen
 
 
 @dataclass(frozen=True)
-class RecordedLaunch:
+class RecordedKernel:
     """One kernel of a recorded launch: indices of the tensors that it takes, and the scalars after them."""
 
     run: Callable[..., None]  # Triton's compiled kernel at its grid
@@ -28,9 +28,9 @@ class RecordedLaunch:
     scalars: tuple[Any, ...]
 
 
-def record_launch(
+def capture_launch(
     module: ModuleType, tensors: Sequence[Tensor], scalars: Sequence[float]
-) -> tuple[RecordedLaunch, ...] | None:
+) -> tuple[RecordedKernel, ...] | None:
     """Launch the rendered module on these arguments and return the kernels that it launched.
 
     Returns None if the launch cannot be replayed.
@@ -40,7 +40,7 @@ def record_launch(
     # A distinct object per position, even where one tensor is passed twice.
     inputs = [tensor.detach() for tensor in tensors]
     positions = {id(tensor): position for position, tensor in enumerate(inputs)}
-    recorded: list[RecordedLaunch | None] = []
+    recorded: list[RecordedKernel | None] = []
 
     def watch(launch: Launch) -> None:
         arguments = launch.arguments
@@ -51,7 +51,7 @@ def record_launch(
             return
         indices = tuple(positions[id(argument)] for argument in arguments[:count])
         whole_grid = (*launch.grid, 1, 1)[:3]
-        recorded.append(RecordedLaunch(launch.compiled[whole_grid], indices, arguments[count:]))
+        recorded.append(RecordedKernel(launch.compiled[whole_grid], indices, arguments[count:]))
 
     with watch_launches(module, watch):
         module.launch(*inputs, *scalars)
@@ -59,7 +59,7 @@ def record_launch(
     return kernels if kernels and len(kernels) == len(recorded) else None
 
 
-def replay_launch(kernels: tuple[RecordedLaunch, ...], tensors: Sequence[Tensor], stream: int) -> None:
+def relaunch(kernels: tuple[RecordedKernel, ...], tensors: Sequence[Tensor], stream: int) -> None:
     """Launch the recorded kernels on other tensors of the same sizes, strides and alignment."""
     for kernel in kernels:
         kernel.run(*[tensors[i] for i in kernel.tensors], *kernel.scalars, stream=stream)

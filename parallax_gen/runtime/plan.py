@@ -18,7 +18,7 @@ from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher, user_stacklevel
-from parallax_gen.runtime.launch_replay import RecordedLaunch, are_aligned, record_launch, replay_launch
+from parallax_gen.runtime.launch_replay import RecordedKernel, are_aligned, capture_launch, relaunch
 from parallax_gen.runtime.workspace import Workspace, split_workspace
 
 # A KV cache that grows by one key per step makes one plan per step. Beyond this many plans, all are dropped.
@@ -99,15 +99,15 @@ class LaunchPlan:
         self._module = module
         op = op_of(spec)
         self.per_sequence_lengths = op.per_sequence_lengths
-        given, lengths = ([renamed.get(name, name) for name in of(spec)] for of in (op.inputs, op.lengths))
+        given, lengths = ([renamed.get(name, name) for name in names_of(spec)] for names_of in (op.inputs, op.lengths))
         self._given: Callable[[object], tuple[Tensor, ...]] = attrgetter(*given)
-        # "q" is dropped again: with a single name attrgetter would return no tuple.
+        # "q" is appended, and dropped later, because attrgetter of one name returns no tuple.
         self._lengths: Callable[[object], tuple[Tensor, ...]] | None = attrgetter(*lengths, "q") if lengths else None
         self._numbers = numbers
         self._device = device
         self.scratch = scratch
         self._workspace = shared_workspace(device) if scratch.floats else None
-        self._recorded: tuple[RecordedLaunch, ...] | None = None
+        self._recorded: tuple[RecordedKernel, ...] | None = None
         self._was_launched = False
 
     def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
@@ -133,16 +133,16 @@ class LaunchPlan:
         if self._workspace is not None:
             scratch = self.scratch
             if workspace is None:
-                partials, arrived = self._workspace.get(scratch.floats, scratch.counters, stream)
+                states, counters = self._workspace.get(scratch.floats, scratch.counters, stream)
             else:
-                partials, arrived = split_workspace(workspace, scratch)
-            tensors = (*tensors, partials, arrived) if scratch.counters else (*tensors, partials)
+                states, counters = split_workspace(workspace, scratch)
+            tensors = (*tensors, states, counters) if scratch.counters else (*tensors, states)
         if not are_aligned(tensors):
             self._module.launch(*tensors, *self._numbers)
         elif self._recorded is not None:
-            replay_launch(self._recorded, tensors, stream)
+            relaunch(self._recorded, tensors, stream)
         elif not self._was_launched:
-            self._recorded = record_launch(self._module, tensors, self._numbers)
+            self._recorded = capture_launch(self._module, tensors, self._numbers)
             self._was_launched = True
         else:  # this launch cannot be recorded
             self._module.launch(*tensors, *self._numbers)

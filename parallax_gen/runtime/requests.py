@@ -124,7 +124,7 @@ def scalar_fields(request: Request) -> tuple[float | None, ...]:
 
 
 def options_of(request: Request) -> dict[str, Any]:
-    """The fields that OPTIONS names, as keyword arguments of the reference functions, which are accurate anyway."""
+    """The fields that OPTIONS names, as keyword arguments of the reference functions, which need no `accurate`."""
     return {name: getattr(request, name) for name in OPTIONS if name != "accurate"}
 
 

@@ -35,7 +35,7 @@ class Dims(NamedTuple):
 
 PACKED, STATS_OF_PACKED = Dims(None, 1), Dims(None, 0)
 DENSE, STATS_OF_DENSE = Dims(0, 2), Dims(0, 1)
-PAGES = Dims(None, 2)  # of any sequence, so every rank needs all
+PAGES = Dims(None, 2)  # sequences share them, so every rank needs all of them
 PER_SEQUENCE, REPLICATED = Dims(0, None), Dims(None, None)
 
 
@@ -65,7 +65,7 @@ def run_on_shards(
     dims: Mapping[str, Dims],
     names: Sequence[str] = INPUTS,
 ) -> tuple[Tensor, ...]:
-    """Run `attend` on this rank's shards of a request. Returns out, or out, lse, t̄ and v̄, as DTensors.
+    """Run `attend` on this rank's shards of a request. Returns out, or out, lse, t_mean and v_mean, as DTensors.
 
     request  a plain tensor in it must be whole and the same on every rank
     dims     by field name, the Dims of each field that may be a tensor; REPLICATED if it is never sharded

@@ -1,4 +1,4 @@
-"""Scratch for split-KV kernels: partial states, and arrival counters that are 0 before and after every launch.
+"""Split-KV scratch: the states of splits, and arrival counters that are 0 before and after every launch.
 
 Launches on one stream run in order and may share scratch. Launches on different streams may not, and a captured graph
 may share with no other launch, because it may be replayed concurrently with any of them.
@@ -17,15 +17,15 @@ CAPTURE_COUNTERS = 1 << 16
 
 
 def workspace_bytes(scratch: Scratch) -> int:
-    """Bytes of a caller's workspace: the counters, which are 0 before and after a launch, then the partial states."""
+    """Bytes of a caller's workspace: the counters, which are 0 before and after a launch, then the states of splits."""
     return _counter_bytes(scratch) + 4 * scratch.floats
 
 
 def split_workspace(workspace: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """The partial states and the counters in a caller's uint8 workspace."""
-    counters = _counter_bytes(scratch)
-    partials = workspace[counters : counters + 4 * scratch.floats].view(torch.float32)
-    return partials, workspace[: 4 * scratch.counters].view(torch.int32)
+    """The states of splits and the counters in a caller's uint8 workspace."""
+    begin = _counter_bytes(scratch)
+    states = workspace[begin : begin + 4 * scratch.floats].view(torch.float32)
+    return states, workspace[: 4 * scratch.counters].view(torch.int32)
 
 
 def workspace_for_one_launch(scratch: Scratch, device: torch.device) -> Tensor | None:
@@ -41,7 +41,7 @@ def workspace_for_one_launch(scratch: Scratch, device: torch.device) -> Tensor |
 
 
 def _counter_bytes(scratch: Scratch) -> int:
-    return -(-scratch.counters // 4) * 16  # kernels may assume that the partial states begin at a multiple of 16 bytes
+    return -(-scratch.counters // 4) * 16  # kernels may assume that the states begin at a multiple of 16 bytes
 
 
 class Workspace:
@@ -53,32 +53,31 @@ class Workspace:
         self._for_graphs: Tensor | None = None
         self._counters_used = 0
 
-    def get(self, partials: int, arrived: int, stream: int) -> tuple[Tensor, Tensor]:
-        """At least `partials` fp32 elements and `arrived` int32 counters, for a launch on the current stream.
+    def get(self, floats: int, counters: int, stream: int) -> tuple[Tensor, Tensor]:
+        """At least `floats` fp32 elements and `counters` int32 counters, for a launch on the current stream.
 
         stream  the handle of the current stream
         """
         if torch.cuda.is_current_stream_capturing():
-            return self._get_in_graph(partials, arrived)
+            return self._get_in_graph(floats, counters)
         scratch = self._by_stream.get(stream)
-        if scratch is None or scratch[0].numel() < partials or scratch[1].numel() < arrived:
+        if scratch is None or scratch[0].numel() < floats or scratch[1].numel() < counters:
             if self._for_graphs is None:
                 self._for_graphs = torch.zeros(CAPTURE_COUNTERS, dtype=torch.int32, device=self._device)
                 torch.cuda.current_stream(self._device).synchronize()  # synchronise once: a graph may run on any stream
             old_sizes = (0, 0) if scratch is None else (scratch[0].numel(), scratch[1].numel())
             scratch = (
-                torch.empty(max(partials, old_sizes[0]), dtype=torch.float32, device=self._device),
-                torch.zeros(max(arrived, old_sizes[1]), dtype=torch.int32, device=self._device),
+                torch.empty(max(floats, old_sizes[0]), dtype=torch.float32, device=self._device),
+                torch.zeros(max(counters, old_sizes[1]), dtype=torch.int32, device=self._device),
             )
             self._by_stream[stream] = scratch
         return scratch
 
-    def _get_in_graph(self, partials: int, arrived: int) -> tuple[Tensor, Tensor]:
-        scratch = torch.empty(partials, dtype=torch.float32, device=self._device)  # the graph's own memory
-        arrived = -(-arrived // 4) * 4  # kernels may assume that slices begin at multiples of 16 bytes
-        end = self._counters_used + arrived
+    def _get_in_graph(self, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+        states = torch.empty(floats, dtype=torch.float32, device=self._device)  # the graph's own memory
+        counters = -(-counters // 4) * 4  # kernels may assume that slices begin at multiples of 16 bytes
+        end = self._counters_used + counters
         if self._for_graphs is None or end > CAPTURE_COUNTERS:
-            return scratch, torch.zeros(arrived, dtype=torch.int32, device=self._device)  # zeroed by every replay
-        counters = self._for_graphs[self._counters_used : end]
-        self._counters_used = end
-        return scratch, counters
+            return states, torch.zeros(counters, dtype=torch.int32, device=self._device)  # zeroed by every replay
+        begin, self._counters_used = self._counters_used, end
+        return states, self._for_graphs[begin:end]

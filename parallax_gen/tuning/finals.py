@@ -16,14 +16,14 @@ from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Re
 # MAX_INTERLEAVED of them, those within CLOSE_RATIO of the best, are then timed once more, interleaved.
 MAX_FINALISTS, FINALIST_MS = 8, 60.0
 CLOSE_RATIO, MAX_INTERLEAVED = 1.02, 3
-# After a refresh: its timings are short, and the card is busy, so it runs slower.
+# A refresh times briefly and on a hot card, so its times scatter more.
 CLOSE_RATIO_AFTER_REFRESH = 1.05
 
 
 class Finals:
     """Requests to measure a job's fastest configs again after its trials, one at a time.
 
-    The best config is timed again, until the best one is a config that was timed again. Then it is timed interleaved
+    Times the leading config again until the leader is one that was already timed again. Then times it interleaved
     with the configs close to it, so that clocks and temperature are the same for all of them. Each new time replaces
     the stored one. The interleaved times are scaled so that the best keeps its time: they rank only the participants,
     and a card that runs faster or slower meanwhile does not move these past the other configs. The default takes

@@ -70,10 +70,10 @@ def program_key(job: Job) -> str:
 class Progress:
     """The progress of a job.
 
-    known      how many results of earlier runs there were
-    kinds      how many trials of this run had each outcome
-    elsewhere  how many configs other workers tried meanwhile, if the job is shared
-    deadline   when its time budget ends, on time.monotonic's clock; math.inf before the budget starts
+    known          how many results of earlier runs there were
+    kinds          how many trials of this run had each outcome
+    other_workers  how many configs other workers tried meanwhile, if the job is shared
+    deadline       when its time budget ends, on time.monotonic's clock; math.inf before the budget starts
     """
 
     job: Job
@@ -81,7 +81,7 @@ class Progress:
     kinds: dict[Outcome, int] = field(default_factory=dict)
     best: Result | None = None
     seconds: float = 0.0
-    elsewhere: int = 0
+    other_workers: int = 0
     deadline: float = math.inf
 
     @property

@@ -78,7 +78,7 @@ class Run:
         self._shared_configs: set[KernelConfig] = set()  # configs that other workers finished
         self._shared_before = 0
         self._take_shared_results()
-        self._shared_before, self.progress.elsewhere = len(self._shared_configs), 0
+        self._shared_before, self.progress.other_workers = len(self._shared_configs), 0
         self._some_compiled, self._seconds = False, float("inf")
         self._start = time.monotonic()
 
@@ -222,7 +222,7 @@ class Run:
         if self._claims is None:
             return self._search.ask()
         self._take_shared_results()
-        if self._proposed + self.progress.elsewhere >= self._max_trials:
+        if self._proposed + self.progress.other_workers >= self._max_trials:
             self._claimed_elsewhere.clear()
             return None
         while (config := self._search.ask()) is not None:
@@ -249,7 +249,7 @@ class Run:
         best = self._best_measured if new_results and self._measure else None
         if best is not None:
             self.progress.best = best
-        self.progress.elsewhere = len(self._shared_configs) - self._shared_before
+        self.progress.other_workers = len(self._shared_configs) - self._shared_before
 
     def _early_end(self, compiled: TrialResult) -> TrialResult | None:
         """The outcome that ends a trial after compiling: a failure, spills, too much shared memory.

@@ -34,9 +34,9 @@ class Watcher(Protocol):
 class Scheduler:
     """Assigns a run to every device, and work to the measuring workers and the compilers."""
 
-    def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int], ahead: int):
-        """ahead: how many runs without a device have their configs compiled in advance."""
-        self._pool, self._upcoming, self._max_ahead = pool, runs, ahead
+    def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int], compile_ahead_runs: int):
+        """compile_ahead_runs: how many runs without a device have their configs compiled in advance."""
+        self._pool, self._upcoming, self._compile_ahead_runs = pool, runs, compile_ahead_runs
         self._measure = bool(devices)
         self._ahead: deque[tuple[int, Run]] = deque()  # runs without a device, whose configs are being compiled
         self._running: dict[int, Run] = {}
@@ -108,7 +108,7 @@ class Scheduler:
 
     def _compile_ahead(self) -> None:
         """Keep twice as many configs of each run in flight as there are compilers. Includes the runs ahead."""
-        if self._measure and len(self._ahead) < self._max_ahead:
+        if self._measure and len(self._ahead) < self._compile_ahead_runs:
             self._ahead.extend(itertools.islice(self._upcoming, 1))
         for number, run in [*self._running.items(), *self._ahead]:
             while run.in_flight < 2 * self._pool.compilers and (request := run.next_compile()) is not None:

@@ -100,8 +100,8 @@ class Tuner:
         # Created lazily: the results of a place are read from the store at that moment.
         runs = ((next(numbers), self._run(job, trials)) for job in jobs)
         # A refresh compiles few configs for each job, so compilers work for several jobs at a time.
-        ahead = max(len(self._measuring), self._pool.compilers // 2 if self._refresh else 1)
-        return Scheduler(self._pool, runs, list(self._measuring), ahead).run_all(time_budget_s, watcher)
+        compile_ahead_runs = max(len(self._measuring), self._pool.compilers // 2 if self._refresh else 1)
+        return Scheduler(self._pool, runs, list(self._measuring), compile_ahead_runs).run_all(time_budget_s, watcher)
 
     def _run(self, job: Job, trials: int) -> Run:
         if self._refresh is not None:

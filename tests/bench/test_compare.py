@@ -197,7 +197,7 @@ def test_forward_alone(clock: Clock, window: int) -> None:
         (row,) = rows_of(rows, name).values()
         assert row.error is not None
         assert row.error < tolerance("bf16")
-    assert rows_of(rows, "SDPA flash")["forward"].note == ("not supported: it has no window" if window else "")
+    assert rows_of(rows, "SDPA flash")["forward"].note == ("not supported: no window" if window else "")
 
 
 def test_softmax_is_skipped_if_its_mask_differs(clock: Clock) -> None:
@@ -241,9 +241,9 @@ def test_lengths_are_passed_checked_and_counted(clock: Clock, monkeypatch: pytes
     assert ours.rate == pytest.approx(moved / 100.0 / 1e3)
     assert ours.error is not None
     assert ours.error < tolerance("bf16")
-    assert softmax.note == "not supported: it has no per-sequence lengths"
+    assert softmax.note == "not supported: no per-sequence lengths"
     if page_size:
-        assert peer.note == "not supported: it has no pages"
+        assert peer.note == "not supported: no pages"
         return
     assert {tuple(lengths.tolist()) for lengths in inputs} == {LENGTHS}
     assert peer.error is not None

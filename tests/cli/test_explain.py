@@ -48,10 +48,10 @@ def test_explain_a_default_without_records() -> None:
     result = run_json("explain", *CALL)
     assert result["from"] == "default"
     assert result["record"] is None
-    assert result["reason"] == "this place has no records"
+    assert result["reason"] == "this kernel and bucket have no records"
     assert result["tier"] == "the default"
     assert result["unused"] == result["runners_up"] == result["predicted"] == []
-    assert "from    the default config: this place has no records" in run("explain", *CALL).stdout
+    assert "from    the default config: this kernel and bucket have no records" in run("explain", *CALL).stdout
 
 
 def test_explain_a_record_and_its_runners_up(store: Store) -> None:
@@ -67,7 +67,7 @@ def test_explain_a_record_and_its_runners_up(store: Store) -> None:
     assert {r["tier"] for r in result["runners_up"]} == {"measured here"}
     assert [r["time_us"] for r in result["predicted"]] == [90.0]
     text = run("explain", *CALL).stdout
-    assert f"from    your record, the fastest of 5 measured of this kernel with {HERE}:" in text
+    assert f"from    your record, the fastest of 5 configs measured with {HERE}:" in text
     assert "2026-01-01" in text
     assert "only predicted, so not used\n  BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=8" in text
 
@@ -75,9 +75,7 @@ def test_explain_a_record_and_its_runners_up(store: Store) -> None:
 def test_explain_a_shipped_record() -> None:
     write_shipped([make_record(250.0)], "h200")
     assert run_json("explain", *CALL)["from"] == "shipped"
-    assert (
-        f"from    a shipped record, the only one measured of this kernel with {HERE}:" in run("explain", *CALL).stdout
-    )
+    assert f"from    a shipped record, the only config measured with {HERE}:" in run("explain", *CALL).stdout
 
 
 def test_explain_a_record_of_another_toolchain(store: Store) -> None:
@@ -88,7 +86,9 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
     assert result["config"] == config_to_dict(config(3))
     assert result["record"]["unlike_here"] == [f"triton 3.5 (here {TRITON_HERE})", f"cuda 12.8 (here {HERE.cuda})"]
     text = run("explain", *CALL).stdout
-    message = f"the fastest of 2 with Triton 3.5, ptxas 12.8; no usable record was measured with {HERE}:"
+    message = (
+        f"the fastest of 2 configs measured with Triton 3.5, ptxas 12.8; no usable record was measured with {HERE}:"
+    )
     assert f"from    your record, {message}\n" in text
     assert "runners-up" in text
     assert "110.0 us" in text.partition("runners-up")[2]
@@ -113,7 +113,7 @@ def test_explain_a_sibling_cards_record(store: Store) -> None:
     assert (result["from"], result["tier"]) == ("yours", "a sibling card")
     assert result["config"] == config_to_dict(config(3))
     text = run("explain", *CALL).stdout
-    message = f"the only one with {HERE} on h100, a card of the same capability"
+    message = f"the only config measured with {HERE} on h100, a card of the same capability"
     assert f"from    your record, {message}; no usable record was measured on this card:\n" in text
     store.save(make_record(200.0, evidence_changes=OTHER_TOOLCHAIN))
     assert run_json("explain", *CALL)["tier"] == "another toolchain"
@@ -178,7 +178,7 @@ def test_explain_a_search_older_than_a_knob_of_the_sibling_cards_best(store: Sto
     assert (result["tier"], result["record"]["time_us"]) == ("a sibling card", 900.0)
     why = "its search did not try SOFTMAX=fixed_reference, which the best of a newer search on h100 has"
     assert [(u["record"]["time_us"], u["why"]) for u in result["unused"]] == [(500.0, why)]
-    of = f"the only one with {HERE} on h100, a card of the same capability"
+    of = f"the only config measured with {HERE} on h100, a card of the same capability"
     assert result["reason"] == f"{of}; the only record on this card is not used: {why}"
     assert f"from    your record, {result['reason']}:\n" in run("explain", *WINDOWED_CALL).stdout
 
@@ -188,7 +188,7 @@ def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
     store.save(make_record(90.0, splits=3, evidence_changes={"protocol": 0}))
     result = run_json("explain", *CALL)
     assert result["reason"] == (
-        f"the fastest of 2 with {HERE} by timing protocol 0 (today's is 1); "
+        f"the fastest of 2 configs measured with {HERE} by timing protocol 0 (today's is 1); "
         "no record has today's timing protocol, and times of different protocols are not compared"
     )
     store.save(make_record(80.0, splits=4, evidence_changes=OTHER_KERNEL))
@@ -196,7 +196,7 @@ def test_explain_a_record_of_another_timing_protocol(store: Store) -> None:
         f"the only record with {HERE} is not used: another kernel than today's"
     )
     store.save(make_record(200.0, splits=6))
-    assert run_json("explain", *CALL)["reason"] == f"the only one measured of this kernel with {HERE}"
+    assert run_json("explain", *CALL)["reason"] == f"the only config measured with {HERE}"
     assert "measured, this Triton, protocol 0\n" in text_of_runners_up()
     assert "this Triton, protocol 0" not in run("list").stdout  # list shows what calls get
 
@@ -207,7 +207,9 @@ def test_times_of_two_protocols_are_not_compared(store: Store) -> None:
         evidence_changes = OTHER_TOOLCHAIN | {"protocol": protocol}
         store.save(make_record(100.0 + splits, splits=splits, evidence_changes=evidence_changes, created_at=created_at))
     reason = run_json("explain", *CALL)["reason"]
-    assert reason.startswith("the fastest of 2 with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); ")
+    assert reason.startswith(
+        "the fastest of 2 configs measured with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); "
+    )
     assert reason.endswith(f"; no usable record was measured with {HERE}")
 
 
@@ -231,7 +233,11 @@ def test_explain_records_that_failed_or_were_timed_again_here(store: Store) -> N
 def test_explain_ignores_other_buckets(store: Store) -> None:
     store.save(make_record(50.0, place=OTHER_BUCKET))
     result = run_json("explain", *CALL)
-    assert (result["from"], result["reason"], result["unused"]) == ("default", "this place has no records", [])
+    assert (result["from"], result["reason"], result["unused"]) == (
+        "default",
+        "this kernel and bucket have no records",
+        [],
+    )
 
 
 def test_explain_a_near_bucket(store: Store) -> None:
@@ -267,7 +273,10 @@ def test_explain_a_record_that_spills_here(store: Store) -> None:
     ]
     assert "\nrefused BLOCK_N=32" in run("explain", *CALL).stdout
     cache_resources(render(SPEC, config(4), H200), H200, Resources(255, 500, 1000))
-    assert run_json("explain", *CALL)["reason"] == "the borrowed kernels spill, do not fit or do not compile here"
+    assert (
+        run_json("explain", *CALL)["reason"]
+        == "every borrowed kernel spills too much, does not fit or does not compile here"
+    )
 
 
 def test_explain_predictions_and_failures(store: Store) -> None:
@@ -275,7 +284,7 @@ def test_explain_predictions_and_failures(store: Store) -> None:
     store.save(make_record(None, "wrong", splits=3))
     result = run_json("explain", *CALL)
     assert result["from"] == "default"
-    assert result["reason"] == "nothing was measured at this place; results: 1 predicted, 1 wrong"
+    assert result["reason"] == "no config of this kernel and bucket was timed; results: 1 predicted, 1 wrong"
 
 
 def test_explain_a_record_whose_config_is_no_longer_valid(store: Store) -> None:
@@ -290,10 +299,10 @@ def test_explain_a_kernel_with_a_window(store: Store) -> None:
     store.save(dkdv_record(500.0, place=other))
     text = run("explain", *DKDV_CALL).stdout
     assert "seqlen 4096, window 513; on h200" in text
-    assert "from    the default config: this place has no records" in text
+    assert "from    the default config: this kernel and bucket have no records" in text
     unwindowed = [*DKDV_CALL[:6], *DKDV_CALL[8:]]
     assert (
-        "from    the default config: this place has no records" in run("explain", *unwindowed).stdout
+        "from    the default config: this kernel and bucket have no records" in run("explain", *unwindowed).stdout
     )  # another kernel
     store.save(dkdv_record(900.0))
     result = run_json("explain", *DKDV_CALL)

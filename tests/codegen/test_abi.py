@@ -81,11 +81,11 @@ def test_decode_varlen_launches_a_program_per_work_item(
 
 def test_prepared_scratch_has_the_needed_size() -> None:
     spec, shape = replace(MULTI_TOKEN, varlen=True), Shape(5, 6, 2, 7, 100)
-    partials, arrived = prepare(spec, CONFIG, empty_inputs(spec, shape, "cpu")).scratch
+    states, counters = prepare(spec, CONFIG, empty_inputs(spec, shape, "cpu")).scratch
     needed = scratch_of(spec, CONFIG, 5, 2, 7)
-    assert (partials.numel(), arrived.numel()) == (needed.floats, needed.counters)
-    assert (partials.dtype, arrived.dtype) == (torch.float32, torch.int32)
-    assert not arrived.any()
+    assert (states.numel(), counters.numel()) == (needed.floats, needed.counters)
+    assert (states.dtype, counters.dtype) == (torch.float32, torch.int32)
+    assert not counters.any()
 
 
 def test_a_launch_without_splits_needs_no_scratch() -> None:

@@ -96,7 +96,7 @@ def test_each_toolchain_is_judged_separately() -> None:
     ]
     result = comparisons(PLACE, GPU, records)
     assert [(s.chosen, s.default, s.gain) for s in result] == [(records[0], records[1], 1.25), (records[2], None, None)]
-    assert not any(s.slower for s in result)
+    assert not any(s.is_slower_than_default for s in result)
     assert comparisons(PLACE, GPU, [timed(80.0, other_config(), **OTHER_KERNEL)]) == []
 
 
@@ -104,9 +104,9 @@ def test_equivalent_toolchains_are_judged_together() -> None:
     """The newest record is compared with the default of its own search, or else with the other's."""
     old, new = timed(90.0, DEFAULT, triton="3.6"), timed(100.0, other_config(), day=2)
     (result,) = comparisons(PLACE, GPU, [old, new])
-    assert (result.chosen, result.default, result.slower) == (new, old, True)
+    assert (result.chosen, result.default, result.is_slower_than_default) == (new, old, True)
     (result,) = comparisons(PLACE, GPU, [old, new, timed(110.0, DEFAULT, day=2)])
-    assert (result.gain, result.slower) == (1.1, False)
+    assert (result.gain, result.is_slower_than_default) == (1.1, False)
 
 
 def test_standings_of_many_places() -> None:
@@ -119,7 +119,7 @@ def test_standings_of_many_places() -> None:
 def test_no_shipped_record_is_slower_than_the_default(path: Path) -> None:
     """`parallax-gen ship --check` lists the places that are counted here."""
     result = comparisons_of(load_shipped(path.stem), GPUS[path.stem])
-    assert [(s.place, s.chosen.config, s.gain) for s in result if s.slower] == []
+    assert [(s.place, s.chosen.config, s.gain) for s in result if s.is_slower_than_default] == []
     timed_default = {s.place for s in result if s.default is not None}
     without = {s.place for s in result} - timed_default
     assert len(without) <= WITHOUT_DEFAULT.get(path.stem, 0), "ship the default's time beside the best"

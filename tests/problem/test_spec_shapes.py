@@ -132,7 +132,7 @@ AN_EIGHT_BIT_CACHE = "'', except for ragged decode with dtype bf16 or fp16"
         ),
         (
             {"dtype": "fp32", "accurate": True},
-            "accurate: got True with dtype fp32; allowed: False with fp32, whose matmuls round nothing",
+            "accurate: got True with dtype fp32; allowed: False with fp32, whose matmuls do not round their operands",
         ),
         (
             {"op": "decode_varlen", "accurate": True},

@@ -202,11 +202,11 @@ def test_a_history_shows_every_trial_and_the_best_so_far(store: Store) -> None:
     assert drawn is not None
     assert (drawn.trials, drawn.best) == (5, "200.0 µs")
     assert (drawn.timed.count("M"), drawn.slow.count("M"), drawn.failed.count("M")) == (3, 1, 1)
-    assert [point.tip.partition("\n")[0] for point in drawn.better] == [
+    assert [point.tip.partition("\n")[0] for point in drawn.improvements] == [
         "trial 1: 300.0 µs, 1.50 times the best",
         "trial 4: 200.0 µs, 1.00 times the best",
     ]
-    assert drawn.better[1].y == drawn.y(1.0)
+    assert drawn.improvements[1].y == drawn.y(1.0)
 
 
 def test_shipped_records_have_no_history(store: Store) -> None:

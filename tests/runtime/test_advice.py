@@ -63,7 +63,7 @@ def test_the_warning_is_given_once_with_the_command_that_fixes_it(caplog: pytest
     with caplog.at_level(logging.WARNING):
         (message,) = warnings_of_calls(dispatcher, PLACE, PLACE, OTHER)
     assert "its default config is used" in message
-    assert f"Run `{tune_command(PLACE)}` to measure one. " in message
+    assert f"Run `{tune_command(PLACE)}` to measure it. " in message
     assert [r.getMessage() for r in caplog.records] == [message]
     assert warnings_of_calls(dispatcher, replace(PLACE, bucket=Bucket(32, 1024, 1024))) == []
 
@@ -181,7 +181,7 @@ def test_strict_allows_only_kernels_measured_here(monkeypatch: pytest.MonkeyPatc
         for _ in range(2):  # a refused call is refused again
             with pytest.raises(
                 UntunedError,
-                match=r"^PARALLAX_GEN_STRICT is on, and there is no .*Run `parallax-gen tune .*` to measure one\.$",
+                match=r"^PARALLAX_GEN_STRICT is on, and there is no .*Run `parallax-gen tune .*` to measure it\.$",
             ):
                 warnings_of_calls(dispatcher, PLACE)
 

@@ -200,7 +200,7 @@ def an_error_on_one_rank_stops_all(rank: int) -> None:
     message = errors_on_difference(
         rank, 0, tuning, "records_to_share", lambda *_: [make_record(8, outcome="predicted")]
     )
-    assert message == "ranks 0-2: predicted of h200: no choice here can use this record"
+    assert message == "ranks 0-2: rank 0 sent a record of h200 (predicted) that this GPU cannot use"
 
 
 def a_broken_database_is_ignored(rank: int) -> None:

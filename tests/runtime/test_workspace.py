@@ -13,18 +13,18 @@ from parallax_gen.runtime.workspace import split_workspace, workspace_bytes
 def test_counters_and_split_kv_scratch_are_adjacent_and_aligned(scratch: Scratch) -> None:
     size = workspace_bytes(scratch)
     workspace = torch.zeros(size, dtype=torch.uint8)
-    partials, arrived = split_workspace(workspace, scratch)
-    assert (partials.dtype, partials.numel()) == (torch.float32, scratch.floats)
-    assert (arrived.dtype, arrived.numel()) == (torch.int32, scratch.counters)
+    states, counters = split_workspace(workspace, scratch)
+    assert (states.dtype, states.numel()) == (torch.float32, scratch.floats)
+    assert (counters.dtype, counters.numel()) == (torch.int32, scratch.counters)
     begin = workspace.data_ptr()
-    assert arrived.data_ptr() == begin or not scratch.counters
-    assert (partials.data_ptr() - begin) % 16 == 0
-    assert partials.data_ptr() - begin >= 4 * scratch.counters
-    assert partials.data_ptr() - begin + 4 * scratch.floats == size < 4 * (scratch.counters + scratch.floats) + 16
-    partials.fill_(float("nan"))
-    assert not arrived.any()
-    arrived.fill_(-1)
-    assert partials.isnan().all()
+    assert counters.data_ptr() == begin or not scratch.counters
+    assert (states.data_ptr() - begin) % 16 == 0
+    assert states.data_ptr() - begin >= 4 * scratch.counters
+    assert states.data_ptr() - begin + 4 * scratch.floats == size < 4 * (scratch.counters + scratch.floats) + 16
+    states.fill_(float("nan"))
+    assert not counters.any()
+    counters.fill_(-1)
+    assert states.isnan().all()
 
 
 def test_a_larger_workspace_is_divided_like_an_exact_one() -> None:

@@ -22,7 +22,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import OPS, KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls, work_of
-from parallax_gen.tuning.search.cost_model import predict_us, resident_blocks
+from parallax_gen.tuning.search.cost_model import predict_us, resident_programs
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 H200 = GPUS["h200"]
@@ -94,11 +94,11 @@ def test_splits_help_a_single_sequence() -> None:
 
 
 def test_resident_blocks_are_limited_by_the_scarcest_resource() -> None:
-    assert resident_blocks(TILE, H200, Resources(128, 0, 1024)) == 2  # registers: 8 warps, 128 per thread
-    assert resident_blocks(TILE, H200, Resources(32, 0, 100 * 1024)) == 2  # shared memory
-    assert resident_blocks(TILE, H200, Resources(16, 0, 0)) == 8  # warps
-    assert resident_blocks(SPLIT, H200, Resources(16, 0, 0)) == 32  # blocks
-    assert resident_blocks(TILE, H200, Resources(255, 0, H200.shared_per_block)) == 1
+    assert resident_programs(TILE, H200, Resources(128, 0, 1024)) == 2  # registers: 8 warps, 128 per thread
+    assert resident_programs(TILE, H200, Resources(32, 0, 100 * 1024)) == 2  # shared memory
+    assert resident_programs(TILE, H200, Resources(16, 0, 0)) == 8  # warps
+    assert resident_programs(SPLIT, H200, Resources(16, 0, 0)) == 32  # blocks
+    assert resident_programs(TILE, H200, Resources(255, 0, H200.shared_per_block)) == 1
 
 
 def test_all_but_decode_and_preprocess_are_compute_bound() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Call = Callable[[], "Tensor"]  # returns a tensor like q
 
-NO_LENGTHS = "it has no per-sequence lengths"
+NO_LENGTHS = "no per-sequence lengths"
 CALLS_PER_CONFIG = 3  # timed by Triton's autotuners with Effort.few_calls
 
 
@@ -124,7 +124,7 @@ class Baseline:
     def prepare(self, op: str, spec: KernelSpec, x: Inputs) -> Prepared:
         """Bind it to inputs for an op that it has. Raises NotImplementedError, and whatever its function raises."""
         if spec.softcap and not self.softcap:
-            raise NotImplementedError("it has no softcap")
+            raise NotImplementedError("no softcap")
         if op == TRAINING:
             assert self.step is not None
             return self.step(spec, x)
@@ -163,7 +163,7 @@ def refuse_unsupported(spec: KernelSpec, *, lengths: str = "", **reasons: str) -
 def require_dense_causal(spec: KernelSpec) -> None:
     """Raise NotImplementedError unless the spec is dense and causal, as other packages' training kernels are."""
     if not spec.causal:
-        raise NotImplementedError("it has only causal attention")
+        raise NotImplementedError("causal attention only")
     refuse_unsupported(spec, varlen="its packed sequences are not benchmarked")
 
 

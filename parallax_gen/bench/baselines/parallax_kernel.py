@@ -35,10 +35,10 @@ def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
     import torch
 
     package = importlib.import_module("parallax.cute")
-    refuse_unsupported(spec, page_size="it has no pages")
+    refuse_unsupported(spec, page_size="no pages")
     one_query = "it has one query per sequence, which sees every key"
     refuse_unsupported(spec, many_queries=one_query, window=one_query)
-    unsupported = "it has no left padding, 8-bit cache or statistics"
+    unsupported = "no left padding, 8-bit cache or statistics"
     refuse_unsupported(spec, leftpad=unsupported, cache_dtype=unsupported, stats=unsupported)
     out = torch.empty_like(x.q)
     lengths = x.cache_seqlens

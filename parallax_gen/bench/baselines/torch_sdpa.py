@@ -33,7 +33,7 @@ class Sdpa:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
-        refuse_unsupported(spec, lengths=NO_LENGTHS, varlen=NO_LENGTHS, window="it has no window")
+        refuse_unsupported(spec, lengths=NO_LENGTHS, varlen=NO_LENGTHS, window="no window")
         if spec.causal and q.shape[1] != k.shape[1]:
             raise NotImplementedError("its causal mask is aligned to the first key")
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -24,7 +24,7 @@ class ArgumentAssertionError(ArgumentError, AssertionError):
     """For arguments for which the replaced package raises AssertionError."""
 
 
-class NotOfferedError(ArgumentError, NotImplementedError):
+class UnsupportedArgumentError(ArgumentError, NotImplementedError):
     """For arguments for which the replaced package raises NotImplementedError."""
 
 

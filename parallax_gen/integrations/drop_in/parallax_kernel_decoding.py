@@ -13,7 +13,7 @@ from parallax_gen.integrations.drop_in.calls import decode
 from parallax_gen.integrations.drop_in.checks import (
     ArgumentAssertionError,
     ArgumentTypeError,
-    NotOfferedError,
+    UnsupportedArgumentError,
     check_heads,
     check_same_dtype_and_device,
     parse_scale,
@@ -58,7 +58,7 @@ def parallax_attn_with_kvcache(
     parallax-kernel does; all are ArgumentErrors.
     """
     if page_table is not None:
-        raise NotOfferedError("page_table", "a tensor", f"None. {OUR_FUNCTION} supports paged caches")
+        raise UnsupportedArgumentError("page_table", "a tensor", f"None. {OUR_FUNCTION} supports paged caches")
     _check(q, r, out, k_cache=k_cache, v_cache=v_cache)
     if seqused_k is not None:
         _check_lengths("seqused_k", seqused_k, q, k_cache)
@@ -84,7 +84,9 @@ def parallax_decode(
 
 
 class GraphedDecode:
-    """A decode step of fixed sizes as a CUDA graph, with its own tensors for each step's inputs.
+    """parallax-kernel's class, not `parallax_gen.GraphedDecode`: a decode step of fixed sizes as a CUDA graph.
+
+    It has its own tensors for each step's inputs.
 
         step = GraphedDecode(B=1, H=32, H_kv=8, max_kv_len=16384)
         step.k[:, t - 1], step.v[:, t - 1] = k_t, v_t
@@ -250,8 +252,8 @@ def _check(q: Tensor, r: Tensor, out: Tensor | None, **caches: Tensor) -> None:
     kv_heads = k.shape[2]
     check_heads(k_name, heads, kv_heads)
     if heads // kv_heads not in GROUPS:
-        allowed = f"a pack_n of {', '.join(map(str, GROUPS))}. {OUR_FUNCTION} supports any"
-        raise NotOfferedError(k_name, f"{kv_heads} kv heads for {heads} heads", allowed)
+        allowed = f"heads / kv_heads (pack_n) of {', '.join(map(str, GROUPS))}. {OUR_FUNCTION} supports any"
+        raise UnsupportedArgumentError(k_name, f"{kv_heads} kv heads for {heads} heads", allowed)
     if v.shape != k.shape:
         raise ArgumentAssertionError(v_name, f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of {k_name}")
     if head_dim not in HEAD_DIMS:

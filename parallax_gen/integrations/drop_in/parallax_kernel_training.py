@@ -103,9 +103,9 @@ def parallax_fwd(
     n_rep  heads / kv_heads
 
     Returns (o, barv, d1, bart, m): o and barv, which is softmax attention, like q; d1, bart = Σ p t and m (batch ·
-    heads, seqlen_q, 1) fp32. Σ_j 2^(log2(e) qk_scale q·k_j) is d1 · 2^m, as in parallax-kernel. But m is not the row's
-    largest score: here m is log2 of the whole sum, and d1 is 1. Raises AssertionError if n_rep does not match,
-    ValueError for other sizes; both are ArgumentErrors.
+    heads, seqlen_q, 1) fp32. Σ_j 2^(log2(e) qk_scale q·k_j) is d1 · 2^m, as in parallax-kernel, whose
+    names these are. But m is not the row's largest score: here m is log2 of the whole sum, and d1 is 1. Raises
+    AssertionError if n_rep does not match, ValueError for other sizes; both are ArgumentErrors.
     """
     if transform_is_active():
         refuse_transforms("parallax_fwd", q=q, r=r, k=k, v=v)
@@ -118,9 +118,9 @@ def parallax_fwd(
         out, lse, t_mean, v_mean = (
             _concatenated(parts, dim) for parts, dim in zip(zip(*results, strict=True), (1, 2, 2, 1), strict=True)
         )
-        row_stats_shape = (*q.shape[:2], 1)
-        m = (lse * LOG2_E).reshape(row_stats_shape)
-        return _unfolded(out), _unfolded(v_mean), torch.ones_like(m), t_mean.reshape(row_stats_shape), m
+        stats_shape = (*q.shape[:2], 1)
+        m = (lse * LOG2_E).reshape(stats_shape)
+        return _unfolded(out), _unfolded(v_mean), torch.ones_like(m), t_mean.reshape(stats_shape), m
 
 
 def parallax_bwd(
@@ -150,10 +150,10 @@ def parallax_bwd(
         refuse_transforms("parallax_bwd", q=q, r=r, k=k, v=v, o=o, barv=barv, bart=bart, m=m, grad_o=grad_o)
     refuse_dtensors("parallax_bwd", q=q, r=r, k=k, v=v, grad_o=grad_o)
     _check_folded(q, r, k, v, n_rep)
-    row_stats_shape = (*q.shape[:2], 1)
+    stats_shape = (*q.shape[:2], 1)
     for name, x, shape in (
         *(("o", o, q.shape), ("barv", barv, q.shape), ("grad_o", grad_o, q.shape)),
-        *(("d1", d1, row_stats_shape), ("bart", bart, row_stats_shape), ("m", m, row_stats_shape)),
+        *(("d1", d1, stats_shape), ("bart", bart, stats_shape), ("m", m, stats_shape)),
     ):
         if tuple(x.shape) != tuple(shape):
             raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{tuple(shape)}, to match q")

@@ -94,7 +94,7 @@ def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, ext
     if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4):
         got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(
-            "attention_mask", got, "None, or a mask (batch, tokens so far) with 0 for padding as the model's input"
+            "attention_mask", got, "None, or pass the model an attention_mask (batch, tokens so far) with 0 for padding"
         )
     if dropout:
         raise ArgumentError("attention_dropout", dropout, "0: Parallax attention has no dropout")
@@ -111,11 +111,11 @@ def _check_supported(module: nn.Module, mask: Tensor | None, dropout: float, ext
 # A mask is None if every query sees all keys up to its own; otherwise it is an int32 tensor. It has four dimensions, so
 # that transformers passes it to the layers unchanged. Its shape identifies its kind:
 #
-#     cached  (2, 1, 1, batch)        each sequence's first key and end; its last query is at its last key
-#     padded  (1, 1, 2, 3 batch + 1)  starts of the runs of queries and of keys, over all batch rows: per row the
-#                                     padding before the sequence, the sequence, and the padding after it
-#     packed  (1, 1, 1, runs + 1)     starts of packed sequences, the same for queries and keys
-#     single  (1, 1, 1, 1)            whether no sequences are packed, which torch.compile knows only at run time
+#     cached  (2, 1, 1, batch)         each sequence's first key and end; its last query is at its last key
+#     padded  (1, 1, 2, 3 batch + 1)   starts of segments of queries and of keys, over all batch rows: per row the
+#                                      padding before the sequence, the sequence, and the padding after it
+#     packed  (1, 1, 1, segments + 1)  starts of packed sequences, the same for queries and keys
+#     single  (1, 1, 1, 1)             whether no sequences are packed, which torch.compile knows only at run time
 #
 # Padding attends to padding. This costs time if there is much padding, but needs no gather or scatter. The results
 # for padding are finite and unused.
@@ -174,7 +174,7 @@ def key_range(mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
 
 
 def cu_seqlens_of_mask(mask: Tensor, q_length: int, kv_length: int) -> tuple[Tensor, Tensor] | None:
-    """cu_seqlens_q and cu_seqlens_k for parallax_attn_varlen_func, from a mask's runs. None for a single mask."""
+    """cu_seqlens_q and cu_seqlens_k for parallax_attn_varlen_func, from a mask's segments. None for a single mask."""
     if mask.numel() == 1:
         allowed = "one sequence per row, or also cu_seq_lens_q and the like, under torch.compile"
         _require(mask.bool().all(), "position_ids", "packed sequences", allowed)
@@ -223,7 +223,7 @@ def _mask_from_padding(is_token: Tensor, q_length: int, kv_length: int, *, allow
 
 
 def _run_starts(first: Tensor, end: Tensor, first_query: int | Tensor, q_length: int, kv_length: int) -> Tensor:
-    """Starts of the runs of queries and of keys, (2, 3 batch + 1) int32.
+    """Starts of the segments of queries and of keys, (2, 3 batch + 1) int32.
 
     first, end   (batch,), the range of each sequence's keys
     first_query  the first query's index among the keys: an int, or (batch,)

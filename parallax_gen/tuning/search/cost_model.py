@@ -28,12 +28,12 @@ PROGRAM_US = 1.5  # a program's prologue and epilogue, while other programs wait
 
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:
     """The predicted microseconds of a call."""
-    op, blocks = op_of(spec), resident_blocks(config, gpu, resources)
-    time = _TIMES[op.layout](op, spec, config, shape, gpu, blocks)
+    op, max_resident = op_of(spec), resident_programs(config, gpu, resources)
+    time = _TIMES[op.layout](op, spec, config, shape, gpu, max_resident)
     return LAUNCH_US + time * (1 + resources.spills / op.costs.spill_bytes)
 
 
-def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int:
+def resident_programs(config: KernelConfig, gpu: Gpu, resources: Resources) -> int:
     """Programs resident on a multiprocessor: limited by registers, shared memory, warps or blocks."""
     registers = resources.registers * 32 * config.num_warps
     return max(
@@ -48,10 +48,10 @@ def resident_blocks(config: KernelConfig, gpu: Gpu, resources: Resources) -> int
 
 
 def _tiles_us(
-    op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, blocks: int
+    op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, shape: Shape, gpu: Gpu, max_resident: int
 ) -> float:
     """Tiled ops: bound by matmuls, at a rate reduced by whatever keeps the tensor cores waiting."""
-    work, (owned, step) = work_of(spec, shape), op.owned_and_streamed(config)
+    work, (owned, streamed) = work_of(spec, shape), op.owned_and_streamed(config)
     rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
     halves = config.HEAD_DIM_LAYOUT == "split"
     programs_per_head = (2 if halves else 1) * math.ceil(owned_length / owned)
@@ -59,7 +59,7 @@ def _tiles_us(
     rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_efficiency(op, spec, config, gpu)
     rate *= op.instructions_factor(spec, config)
     # One program must multiply while another does its softmax: the warps of one program wait for each other.
-    resident = min(blocks, math.ceil(programs / gpu.sms))
+    resident = min(max_resident, math.ceil(programs / gpu.sms))
     rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(resident, 1.13)
     rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # too few stages: loads arrive late
     heads = min(config.GROUP_HEADS or shape.batch * rows, shape.batch * rows)
@@ -71,22 +71,22 @@ def _tiles_us(
     shared = row_elements if op.owns_keys else key_elements
     rate *= 0.95 if shared * spec.head_dim * spec.bytes_per_element > gpu.l2_bytes else 1.0
     # The best number of heads fills the card twice: fewer spread a causal triangle unevenly, more share less of L2.
-    rate *= 1 - 0.012 * abs(math.log2(heads * programs_per_head / (2 * gpu.sms * blocks)))
+    rate *= 1 - 0.012 * abs(math.log2(heads * programs_per_head / (2 * gpu.sms * max_resident)))
     if spec.causal:  # a block on the diagonal, or on a window's edge, is multiplied whole
         keys_per_query = work.flops / (
             2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q
         )
-        rate *= keys_per_query / (keys_per_query + (owned + step) / (1 if shape.window else 2))
+        rate *= keys_per_query / (keys_per_query + (owned + streamed) / (1 if shape.window else 2))
     # The last wave takes as long as a full one even with few programs; causal launches end with short rows.
-    waves = programs / (gpu.sms * blocks)
+    waves = programs / (gpu.sms * max_resident)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
 
 
 def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> float:
     """The fraction of the matmul rate that matmuls of these shapes reach."""
-    owned, step = op.owned_and_streamed(config)
-    efficiency = {16: 0.75, 32: 0.87, 128: 1.06}.get(step, 1.0)  # narrow matmuls
+    owned, streamed = op.owned_and_streamed(config)
+    efficiency = {16: 0.75, 32: 0.87, 128: 1.06}.get(streamed, 1.0)  # narrow matmuls
     efficiency *= {16: 0.86, 32: 0.9, 64: 0.95}.get(owned, 1.0)  # every owned tile reads all tiles that it steps over
     if spec.dtype == "fp32":  # no tensor cores
         efficiency *= {16: 0.58, 32: 0.78}.get(owned, 1.0)
@@ -105,19 +105,19 @@ def _matmul_efficiency(op: TiledOp[TileConfig], spec: KernelSpec, config: TileCo
 
 
 def _rows_us(
-    op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, blocks: int
+    op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, shape: Shape, gpu: Gpu, max_resident: int
 ) -> float:
     """preprocess: bound by memory, at a rate limited by the loads in flight; each program loads its rows once."""
     work = work_of(spec, shape)
     programs = shape.batch * shape.heads * math.ceil(shape.seqlen_q / config.BLOCK_M)
     busiest = math.ceil(programs / gpu.sms)  # programs on the busiest multiprocessor
     bytes_per_program = work.bytes / (shape.batch * shape.heads * shape.seqlen_q) * config.BLOCK_M
-    rate = min(0.9 * gpu.bandwidth / gpu.sms, min(blocks, busiest) * bytes_per_program / (LATENCY_US * 1e-6))
+    rate = min(0.9 * gpu.bandwidth / gpu.sms, min(max_resident, busiest) * bytes_per_program / (LATENCY_US * 1e-6))
     return busiest * bytes_per_program / rate * 1e6
 
 
 def _cache_us(
-    op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, blocks: int
+    op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, shape: Shape, gpu: Gpu, max_resident: int
 ) -> float:
     """Decode: bound by memory, at a rate limited by the loads in flight on each multiprocessor; then the merge."""
     steps = math.ceil(shape.seqlen_kv / config.BLOCK_N)
@@ -138,10 +138,10 @@ def _cache_us(
         return programs * steps / splits * step_bytes / rate
 
     per_sm = tiles * splits / gpu.sms
-    rounds, rest = divmod(per_sm, blocks)
-    stream = rounds * stream_us(blocks) + (stream_us(max(1.0, rest)) if rest else 0.0)
+    rounds, rest = divmod(per_sm, max_resident)
+    stream = rounds * stream_us(max_resident) + (stream_us(max(1.0, rest)) if rest else 0.0)
     stream *= 1 + 0.02 * abs(math.log2(keys / 32))
-    stream += PROGRAM_US * math.ceil(per_sm / blocks)
+    stream += PROGRAM_US * math.ceil(per_sm / max_resident)
     if config.merge == "none" or (op.per_sequence_lengths and splits == 1):
         return stream
     vectors = splits * 2 * spec.head_dim * 4  # bytes of split-KV scratch per query head, written and read
@@ -199,14 +199,14 @@ def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, g
 
 
 def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
-    owned, step = op.owned_and_streamed(config)
+    owned, streamed = op.owned_and_streamed(config)
     scored, summed = (
         sum(chunk.width for chunk in chunks)
         for chunks in op.score_and_output_chunks(spec.head_dim, config.HEAD_DIM_LAYOUT)
     )
     # Two sums for the owned tile, about three tiles of scores, a block that is loaded for the matmuls, and addresses.
     # Tiles too small for matmuls that read shared memory need the operands too.
-    per_thread = (1.2 * 2 * owned * summed + 3.3 * owned * step + step * scored) / (32 * config.num_warps)
+    per_thread = (1.2 * 2 * owned * summed + 3.3 * owned * streamed + streamed * scored) / (32 * config.num_warps)
     needed = 25 + per_thread + (45 if owned < 64 else 0)
     max_registers = config.maxnreg or MAX_REGISTERS_PER_THREAD
     lacking = max(0.0, needed - max_registers) * (

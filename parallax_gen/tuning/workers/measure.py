@@ -18,9 +18,9 @@ from parallax_gen.tuning.workers.messages import Timing
 #
 # Kernels bound by matmuls (`work.bound_by_matmuls`) whose times are compared are timed in short bursts, each after an
 # idle pause. A card that is busy with matmuls for longer reaches its power limit: an H100 after 30 to 90 ms, at
-# random. From then on it runs 5 to 12 % slower, in steps. Before that the same kernel takes the same time within 0.5
-# %. A pause of a twentieth of a second is enough: on an H200 the forward, dkdv and dqdr took as long after pauses of
-# 0.05, 0.1 and 0.2 s, within 0.3 %. Kernels bound by memory, decode and preprocess, are timed without pauses: they
+# random. From then on it runs 5 to 12 % slower, in steps. Before that the same kernel takes the same time within
+# 0.5 %. A pause of a twentieth of a second is enough: on an H200 the forward, dkdv and dqdr took as long after pauses
+# of 0.05, 0.1 and 0.2 s, within 0.3 %. Kernels bound by memory, decode and preprocess, are timed without pauses: they
 # are far from the power limit, and their few microseconds suffer from clocks that fell during a pause.
 #
 # For decode_varlen one call launches on each batch of `ops.space.timed_lengths`, and the result is the mean per launch.
@@ -29,10 +29,10 @@ from parallax_gen.tuning.workers.messages import Timing
 # memory took a fifth longer on an H100. Capturing a graph frees the memory of the check before it. So if that was much,
 # the timing of kernels bound by memory waits.
 #
-# None of these three changes raised the version: a tune begins with the configs that ship for its bucket, and its
-# finals time the leading config again, so that an old time never beats a new one.
+# Bursts, several batches and this wait were added without raising the version: a tune begins with the configs that
+# ship for its bucket, and its finals time the leading config again, so that an old time never beats a new one.
 CALLS_PER_GRAPH = 20
-GRAPH_US = 2000.0  # calls longer than GRAPH_US / CALLS_A_GRAPH: fewer a graph
+GRAPH_US = 2000.0  # of a graph's calls together: of calls above GRAPH_US / CALLS_PER_GRAPH a graph has fewer
 WARM_MS = 5.0
 PAUSE_S = 0.05
 BURST_MS = 20.0
