@@ -89,8 +89,8 @@ def parallax_attn_func(
     softcap           c, from 1e-18 to 1e18: scores s become c·tanh(s/c), as in Gemma 2; None for no cap
     accurate          errors as small as softmax attention's also in rows where a few keys with nearly equal r·k share
                       the weight. There o is a small difference of terms up to |r·k| times its size; without this flag
-                      its error grows by the same factor. The forward then has five matmuls, not four, and lse and t̄
-                      are those of rounded weights p. It changes nothing for fp32, whose matmuls do not round operands
+                      its error grows by the same factor. The forward then has five matmuls, not four. It changes
+                      nothing for fp32, whose matmuls do not round operands
     out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
     return_stats      also return lse = log Σ exp(s) (capped s) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients

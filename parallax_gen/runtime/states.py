@@ -17,8 +17,8 @@ class State(NamedTuple):
     `parallax_attn_func(..., return_stats=True)` and `parallax_attn_varlen_func` return these tensors in this order.
 
     out     (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) packed
-    lse     (batch, heads, seqlen_q), or (heads, total_q): log Σ exp(s) of (capped) scores s, with accurate the log of
-            the sum of the rounded exp(s); -inf for a query that sees no key
+    lse     (batch, heads, seqlen_q), or (heads, total_q): log Σ exp(s) of (capped) scores s; -inf for a query that
+            sees no key
     t_mean  like lse: t̄
     v_mean  like out: v̄, the output of softmax attention
     """

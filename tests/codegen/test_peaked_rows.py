@@ -112,6 +112,20 @@ def test_errors_of_peaked_rows(case: str, kind: str) -> None:
     assert times_the_error_of_softmax(*CASES[case], kind) <= LARGEST[case].get(kind, OF_OTHER_KINDS[case])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softmax", ["online", "fixed_reference"])
+def test_accurate_statistics_are_of_exact_weights(softmax: str, kind: str) -> None:
+    """lse and t_mean, which the backward reads, are not of the rounded p, which is off by up to 2^-8."""
+    spec, shape = KernelSpec("forward", 64, "bf16", 2, causal=True, stats=True, accurate=True), Shape(1, 2, 1, 200, 200)
+    x = random_inputs_of(spec, shape, seed=1, device="cpu", full=True, kind=kind)
+    call = verify.poisoned_call(spec, replace(FORWARD, SOFTMAX=softmax), x)
+    source = render(spec, replace(FORWARD, SOFTMAX=softmax), GPUS["h200"])
+    load(source).launch(*call.arguments(softmax_scale(spec)))
+    expected = attend(spec, x)
+    for name in ("lse", "t_mean"):
+        assert errors(call.written[name], getattr(expected, name)).relative < 1e-5, name
+
+
 def test_rows_have_the_weight_where_their_kind_says() -> None:
     """More than half of it, in more than seven of ten late rows."""
     spec, shape = KernelSpec("forward", 128, "bf16", 2, causal=True), Shape(1, 4, 2, 200, 200)

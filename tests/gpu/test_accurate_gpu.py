@@ -57,7 +57,8 @@ def test_masks_and_caps(kind: str, options: dict[str, Any]) -> None:
     assert errors(out, expected.out).relative < 3.5e-3
     assert errors(v_mean, expected.v_mean).relative < 3.5e-3
     assert errors(t_mean, expected.t_mean).relative < 3.5e-3
-    assert (lse.double() - expected.lse).abs().max() < 4.2e-3  # of one p, which is off by up to 2^-8 of its size
+    # With a cap a score of 11 is off by up to 2^-11 of it, as tanh.approx is.
+    assert (lse.double() - expected.lse).abs().max() < (1e-2 if "softcap" in options else 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
