@@ -52,24 +52,24 @@ EVERY_TEXT = {**GOLDEN, **{f"random_{i}": kernel for i, kernel in enumerate(rand
 def golden_files() -> dict[str, tuple[Path, str]]:
     """The file and the expected content of each golden kernel.
 
-    A kernel is stored as its difference from the nearest whole kernel of its op, if that is at most half as long.
+    The first kernel of an op is stored whole, each other one as its difference from the nearest before it.
     """
-    files, whole_of_op = {}, defaultdict[str, list[str]](list)
+    files, before = {}, defaultdict[str, list[str]](list)
     for name, kernel in GOLDEN.items():
-        whole, text = whole_of_op[kernel.spec.op], text_of(kernel)
-        difference = min((difference_of(base, name) for base in whole), key=len, default=None)
-        if difference is None or 2 * len(difference) > len(text.splitlines()):
-            whole.append(name)
-            files[name] = (TESTS / "golden" / f"{name}.py", text)
+        others = before[kernel.spec.op]
+        difference = min((difference_of(base, name) for base in others), key=len, default=None)
+        if difference is None:
+            files[name] = (TESTS / "golden" / f"{name}.py", text_of(kernel))
         else:
             files[name] = (TESTS / "golden" / f"{name}.diff", "".join(f"{line}\n" for line in difference))
+        others.append(name)
     return files
 
 
 def difference_of(base: str, name: str) -> list[str]:
     """The lines of a golden kernel's difference from another.
 
-    Without line numbers, so that a new line in the whole kernel does not change the other files.
+    Without line numbers, so that a new line in both does not change the file.
     """
     texts = (text_of(GOLDEN[each]).splitlines() for each in (base, name))
     lines = difflib.unified_diff(*texts, base, name, "", "", 1, "")
