@@ -111,7 +111,9 @@ OPS_WITH_FLAG = {
 
 def has_flag(op: str, flag: str) -> bool:
     """Whether an op, or TRAINING, has a flag of OPS_WITH_FLAG. The forward of a training step always has stats."""
-    return (("forward" if flag == "accurate" else "dkdv") if op == TRAINING else op) in OPS_WITH_FLAG[flag]
+    if op == TRAINING:
+        return flag != "stats" and "forward" in OPS_WITH_FLAG[flag]
+    return op in OPS_WITH_FLAG[flag]
 
 
 def usual_shapes(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
