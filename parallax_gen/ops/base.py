@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from parallax_gen.errors import ConfigError
 from parallax_gen.ops.head_dim import Chunk, chunks_of
-from parallax_gen.ops.signature import Signature
+from parallax_gen.ops.signature import Constant, Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import PER_SEQUENCE_LENGTHS, QUERY_ROW_OPS, KernelSpec, family_of
@@ -25,6 +25,10 @@ LARGEST_BLOCK = 128  # rows or keys: offsets within a block are 32-bit, offsets 
 # dkdv and dqdr step over the output of preprocess. Each sequence's rows in it are padded to a multiple of this, so that
 # every block is whole and begins at an aligned address, as wide loads need.
 PADDED_TO = LARGEST_BLOCK
+# The same in kernels on packed sequences.
+PADDED_TO_IN_KERNELS = Constant(
+    "PADDED_TO", PADDED_TO, "row_stats pads each sequence's rows to a multiple of this: to whole blocks"
+)
 # Bounds of a config that is read from a file, far beyond the values of any knob.
 MAX_NUMBER = 2**31 - 1
 MAX_WORD_LENGTH = 64  # characters

@@ -32,7 +32,7 @@ class Chunk:
     @property
     def and_mask_d(self) -> str:
         """The part of a tile's mask that excludes the padding of a padded chunk."""
-        return f" & mask_d{self.suffix}" if self.padded else ""
+        return f" & mask_d{self.suffix}[None, :]" if self.padded else ""
 
 
 def power_of_2(size: int) -> int:

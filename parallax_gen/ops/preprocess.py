@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from parallax_gen.ops.base import (
     MAX_REGISTERS_PER_THREAD,
     PADDED_TO,
+    PADDED_TO_IN_KERNELS,
     CostHints,
     KernelConfig,
     Knob,
@@ -15,7 +16,7 @@ from parallax_gen.ops.base import (
     register,
 )
 from parallax_gen.ops.head_dim import power_of_2, width_of
-from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides
+from parallax_gen.ops.signature import Argument, Constant, Signature, number, pointers, row_stats_strides
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -35,10 +36,16 @@ class PreprocessConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class RowForm:
-    """A row of head_dim elements in a tile, whose `row_width` is a power of two."""
+    """A row of head_dim elements in a tile, whose width is a power of two.
 
-    row_width: int
+    row_size   the width as kernels write it: by name if it has one
+    padded     whether it is more than head_dim
+    constants  of the kernel
+    """
+
+    row_size: str
     padded: bool
+    constants: tuple[Constant, ...]
 
 
 class PreprocessOp(Op[PreprocessConfig]):
@@ -94,7 +101,14 @@ class PreprocessOp(Op[PreprocessConfig]):
 
     def form(self, spec: KernelSpec, config: PreprocessConfig) -> RowForm:
         width = power_of_2(spec.head_dim)
-        return RowForm(width, width != spec.head_dim)
+        padded = width != spec.head_dim
+        constants = (
+            Constant("LOG2_E", 1.4426950408889634),
+            Constant("HEAD_DIM", spec.head_dim),
+            Constant("BLOCK_M", config.BLOCK_M, "query rows per program"),
+            *(PADDED_TO_IN_KERNELS,) * spec.varlen,
+        )
+        return RowForm(str(width) if padded else "HEAD_DIM", padded, constants)
 
     def awkward_shape(self, spec: KernelSpec, config: PreprocessConfig, kv_heads: int = 3) -> Shape:
         return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from parallax_gen.ops.base import PADDED_TO_IN_KERNELS
 from parallax_gen.ops.head_dim import Chunk, power_of_2
 from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Index, Padding
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
@@ -368,6 +369,9 @@ class GradientForm(TileForm):
         if self.spec.causal:
             return f"row_begin, {length}" if self.op.owns_keys else "0, key_end"
         return f"0, {length}"
+
+    def constants(self, grouped: bool = True) -> list[Constant]:
+        return [*super().constants(grouped), *(PADDED_TO_IN_KERNELS,) * self.spec.varlen]
 
     @property
     def stats_head_index(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
-from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, PADDED_TO, KernelConfig, Knob, Layout, Op, Value
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Knob, Layout, Op, Value
 from parallax_gen.ops.head_dim import Chunk, head_dim_layouts, other_half_of, this_half_of, width_of
 from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides, score_scales, strides
 from parallax_gen.problem.hardware import KIB, Gpu
@@ -290,7 +290,7 @@ class TiledOp(Op[T]):
         if spec.window:
             sizes["window_size"] = "window_size"
         if not spec.varlen:
-            return sizes | {"seqlen_q": "seqlen_q", "seqlen_kv": "k.shape[1]"}
+            return sizes | {"seqlen_q": "seqlen_q", "seqlen_kv": "seqlen_kv" if self.owns_keys else "k.shape[1]"}
         if fills_padding:
             sizes["num_seqs"] = "batch"
         if fills_padding or spec.stats:
@@ -323,8 +323,6 @@ M = TypeVar("M", bound=MaskedConfig)
 
 class GradientOp(TiledOp[M]):
     """The base of dkdv and dqdr, which recompute scores from preprocess's row statistics and sum gradients."""
-
-    padded_to = PADDED_TO
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         return knob.values[:1] if knob.name == "MASK" and not spec.causal else super().usable(spec, knob)

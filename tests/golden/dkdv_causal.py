@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 128, bf16, MHA, causal
 config     BLOCK_M=64 BLOCK_N=128 GROUP_HEADS=4 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel a084c6b6219c
+generator  parallax_gen 0.1.0, kernel d13bdd930c57
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -69,9 +69,10 @@ def dkdv_kernel(
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
+    pid_in_launch_group = pid - first_bh * num_tiles
     launch_group_heads = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
-    tile = (pid - first_bh * num_tiles) // launch_group_heads
-    bh = first_bh + (pid - first_bh * num_tiles) % launch_group_heads
+    tile = pid_in_launch_group // launch_group_heads
+    bh = first_bh + pid_in_launch_group % launch_group_heads
     batch = (bh // kv_heads).to(tl.int64)
     kv_head = (bh % kv_heads).to(tl.int64)
     start_n = tile * BLOCK_N
@@ -86,12 +87,15 @@ def dkdv_kernel(
     k = tl.load(k_ptr + k_offsets, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
     v_offsets = batch * stride_vb + kv_head * stride_vh + rows64 * stride_vn + offs_d[None, :]
     v = tl.load(v_ptr + v_offsets, mask=mask_n[:, None], other=0.0)
+
+    # -- q, r, do and the row statistics of this sequence, streamed in blocks
     q_ptr += batch * stride_qb
     r_ptr += batch * stride_rb
     do_ptr += batch * stride_dob
     q_offsets = range_m[:, None] * stride_qm + offs_d[None, :]
     r_offsets = range_m[:, None] * stride_rm + offs_d[None, :]
     do_offsets = range_m[:, None] * stride_dom + offs_d[None, :]
+    stride_stat64 = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
 
@@ -100,7 +104,6 @@ def dkdv_kernel(
     causal_offset = seqlen_kv - seqlen_q
     row_begin = tl.maximum(start_n - causal_offset, 0) // BLOCK_M * BLOCK_M
     unmasked_begin = start_n + BLOCK_N - 1 - causal_offset
-    stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
     q_head = q_ptr + kv_head * stride_qh
     r_head = r_ptr + kv_head * stride_rh
     do_head = do_ptr + kv_head * stride_doh
@@ -108,9 +111,10 @@ def dkdv_kernel(
     for start_m in tl.range(row_begin, seqlen_q, BLOCK_M):
         offs_m = start_m + range_m
         mask_m = offs_m < seqlen_q
-        q_block = q_head + tl.cast(start_m, tl.int64) * stride_qm
-        r_block = r_head + tl.cast(start_m, tl.int64) * stride_rm
-        do_block = do_head + tl.cast(start_m, tl.int64) * stride_dom
+        start_m64 = tl.cast(start_m, tl.int64)
+        q_block = q_head + start_m64 * stride_qm
+        r_block = r_head + start_m64 * stride_rm
+        do_block = do_head + start_m64 * stride_dom
         q = tl.load(q_block + q_offsets, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
         r = tl.load(r_block + r_offsets, mask=mask_m[:, None], other=0.0)
         do = tl.load(do_block + do_offsets, mask=mask_m[:, None], other=0.0)
@@ -124,18 +128,18 @@ def dkdv_kernel(
             p = tl.where(offs_n[:, None] <= offs_m[None, :] + causal_offset, p, 0.0)
 
         # -- dv sums p w do with w = softmax_scale (1 + t_mean - t); the scale is divided out at the end
-        w_bias = tl.load(stats_head + stride_stat + offs_m)  # softmax_scale (1 + t_mean)
+        w_bias = tl.load(stats_head + stride_stat64 + offs_m)  # softmax_scale (1 + t_mean)
         t = tl.dot(k, tl.trans(r))  # [BLOCK_N, BLOCK_M]
         w = w_bias[None, :] - t * softmax_scale
         pw = (p * w).to(q.dtype)
         dv = tl.dot(pw, do, acc=dv)
 
         # -- dt, the gradient of t, and ds, that of q.k: see the formulas at the top
-        dp_mean = tl.load(stats_head + 2 * stride_stat + offs_m)
+        dp_mean = tl.load(stats_head + 2 * stride_stat64 + offs_m)
         dp = tl.dot(v, tl.trans(do))  # [BLOCK_N, BLOCK_M]
         dt = p * (dp_mean[None, :] - dp)
         dt_operand = dt.to(q.dtype)
-        c = tl.load(stats_head + 3 * stride_stat + offs_m)  # softmax_scale (dp_mean - delta)
+        c = tl.load(stats_head + 3 * stride_stat64 + offs_m)  # softmax_scale (dp_mean - delta)
         ds_operand = (p * c[None, :] - w * dt).to(q.dtype)
         dk = tl.dot(dt_operand, r, acc=dk)
         dk = tl.dot(ds_operand, q, acc=dk)
@@ -167,7 +171,7 @@ def launch(
     """
     batch, seqlen_q = q.shape[:2]
     _, seqlen_kv, kv_heads, _ = k.shape
-    num_tiles = -(-seqlen_kv // 128)
+    num_tiles = triton.cdiv(seqlen_kv, 128)
     dkdv_kernel[(num_tiles * batch * kv_heads,)](
         q,
         r,
@@ -190,7 +194,7 @@ def launch(
         batch * kv_heads,
         kv_heads,
         seqlen_q,
-        k.shape[1],
+        seqlen_kv,
         num_warps=8,
         num_stages=3,
         enable_fp_fusion=True,

@@ -3,7 +3,7 @@
 spec       dqdr, head_dim 128, bf16, MHA, causal
 config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=4 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel f3020d520197
+generator  parallax_gen 0.1.0, kernel 49248663b090
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -69,10 +69,10 @@ def dqdr_kernel(
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     first_bh = pid // (num_tiles * GROUP_HEADS) * GROUP_HEADS
+    pid_in_launch_group = pid - first_bh * num_tiles
     launch_group_heads = tl.minimum(GROUP_HEADS, batch_heads - first_bh)  # the last group may be smaller
-    tile = (pid - first_bh * num_tiles) // launch_group_heads
-    bh = first_bh + (pid - first_bh * num_tiles) % launch_group_heads
-    tile = num_tiles - 1 - tile
+    tile = num_tiles - 1 - pid_in_launch_group // launch_group_heads
+    bh = first_bh + pid_in_launch_group % launch_group_heads
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
     start_m = tile * BLOCK_M
@@ -89,12 +89,14 @@ def dqdr_kernel(
     r = tl.load(r_ptr + r_offsets, mask=mask_m[:, None], other=0.0)
     do_offsets = batch * stride_dob + head * stride_doh + rows64 * stride_dom + offs_d[None, :]
     do = tl.load(do_ptr + do_offsets, mask=mask_m[:, None], other=0.0)
-    stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
+    stride_stat64 = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
     stat_ptrs = row_stats_ptr + bh.to(tl.int64) * stride_stath + offs_m
     lse2 = tl.load(stat_ptrs)  # log2(e) lse; inf in padding rows, so that p is 0 there
-    w_bias = tl.load(stat_ptrs + stride_stat)  # softmax_scale (1 + t_mean)
-    dp_mean = tl.load(stat_ptrs + 2 * stride_stat)
-    c = tl.load(stat_ptrs + 3 * stride_stat)  # softmax_scale (dp_mean - delta)
+    w_bias = tl.load(stat_ptrs + stride_stat64)  # softmax_scale (1 + t_mean)
+    dp_mean = tl.load(stat_ptrs + 2 * stride_stat64)
+    c = tl.load(stat_ptrs + 3 * stride_stat64)  # softmax_scale (dp_mean - delta)
+
+    # -- k and v of this sequence, streamed in blocks
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
@@ -108,8 +110,9 @@ def dqdr_kernel(
     for start_n in tl.range(0, key_end, BLOCK_N):
         offs_n = start_n + range_n
         mask_n = offs_n < seqlen_kv  # keys past the end load as 0, and add nothing
-        k_block = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
-        v_block = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+        start_n64 = tl.cast(start_n, tl.int64)
+        k_block = k_ptr + start_n64 * stride_kn
+        v_block = v_ptr + start_n64 * stride_vn
         k = tl.load(k_block + k_offsets, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
         v = tl.load(v_block + v_offsets, mask=mask_n[:, None], other=0.0)
 
@@ -153,7 +156,7 @@ def launch(
     row_stats         (4, batch, heads, padded) fp32, contiguous: written by preprocess
     """
     batch, seqlen_q, heads, _ = q.shape
-    num_tiles = -(-seqlen_q // 128)
+    num_tiles = triton.cdiv(seqlen_q, 128)
     dqdr_kernel[(num_tiles * batch * heads,)](
         q,
         r,

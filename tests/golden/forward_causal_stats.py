@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, MHA, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=1 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 7123708bf573
+generator  parallax_gen 0.1.0, kernel 57f315ae1bf3
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
@@ -54,9 +54,8 @@ def forward_kernel(
     # -- this program's tile of query rows. Tiles that see the most keys are launched first
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    tile = pid % num_tiles
+    tile = num_tiles - 1 - pid % num_tiles
     bh = pid // num_tiles
-    tile = num_tiles - 1 - tile
     batch = (bh // heads).to(tl.int64)
     head = (bh % heads).to(tl.int64)
     start_m = tile * BLOCK_M
@@ -158,7 +157,7 @@ def launch(
     v_mean       like out, with its strides: plain softmax attention
     """
     batch, seqlen_q, heads, _ = q.shape
-    num_tiles = -(-seqlen_q // 128)
+    num_tiles = triton.cdiv(seqlen_q, 128)
     forward_kernel[(num_tiles * batch * heads,)](
         q,
         r,

@@ -3,7 +3,7 @@
 spec       preprocess, head_dim 128, bf16
 config     BLOCK_M=32 num_warps=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel f5661074c886
+generator  parallax_gen 0.1.0, kernel 7991c8e35b4b
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -40,43 +40,44 @@ def preprocess_kernel(
     seqlen_q,
     num_tiles,
 ):
+    LOG2_E: tl.constexpr = 1.4426950408889634
     HEAD_DIM: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 32  # query rows per program
 
     # -- this program's rows
     pid = tl.program_id(0)
-    bh = (pid // num_tiles).to(tl.int64)
-    batch, head = bh // heads, bh % heads
-    offs_m = pid % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = pid % num_tiles * BLOCK_M
+    bh = pid // num_tiles
+    batch = (bh // heads).to(tl.int64)
+    head = (bh % heads).to(tl.int64)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < seqlen_q
     offs_d = tl.arange(0, HEAD_DIM)
-    mask_md = mask_m[:, None]
 
     # -- load do and what the forward saved
     rows64 = offs_m[:, None].to(tl.int64)
     do_ptrs = do_ptr + batch * stride_dob + head * stride_doh + rows64 * stride_dom + offs_d[None, :]
     o_ptrs = o_ptr + batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
     v_mean_ptrs = v_mean_ptr + batch * stride_vmeanb + head * stride_vmeanh + rows64 * stride_vmeanm + offs_d[None, :]
-    do = tl.load(do_ptrs, mask=mask_md, other=0.0).to(tl.float32)  # [BLOCK_M, HEAD_DIM]
-    o = tl.load(o_ptrs, mask=mask_md, other=0.0).to(tl.float32)
-    v_mean = tl.load(v_mean_ptrs, mask=mask_md, other=0.0).to(tl.float32)
-    stat_offsets = bh * seqlen_q + offs_m
+    do = tl.load(do_ptrs, mask=mask_m[:, None], other=0.0).to(tl.float32)  # [BLOCK_M, HEAD_DIM]
+    o = tl.load(o_ptrs, mask=mask_m[:, None], other=0.0).to(tl.float32)
+    v_mean = tl.load(v_mean_ptrs, mask=mask_m[:, None], other=0.0).to(tl.float32)
+    stat_offsets = bh.to(tl.int64) * seqlen_q + offs_m
     lse = tl.load(lse_ptr + stat_offsets, mask=mask_m, other=float("-inf"))
     t_mean = tl.load(t_mean_ptr + stat_offsets, mask=mask_m, other=0.0)
 
     # -- dp_mean = do.v_mean, and dp_mean - delta with delta = do.o: do.(v_mean - o) is more exact than the difference
     dp_mean = tl.sum(do * v_mean, 1)
     dp_mean_minus_delta = tl.sum(do * (v_mean - o), 1)
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)  # a row without keys has p = 0 everywhere
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)  # a row without keys has p = 0 everywhere
 
     # -- store the row statistics
-    row_stats_ptr += bh * stride_stath
-    stride_stat = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
-    tl.store(row_stats_ptr + offs_m, lse)
-    tl.store(row_stats_ptr + stride_stat + offs_m, softmax_scale * (1.0 + t_mean))
-    tl.store(row_stats_ptr + 2 * stride_stat + offs_m, dp_mean)
-    tl.store(row_stats_ptr + 3 * stride_stat + offs_m, softmax_scale * dp_mean_minus_delta)
+    stat_ptrs = row_stats_ptr + bh.to(tl.int64) * stride_stath + offs_m
+    stride_stat64 = tl.cast(stride_stat, tl.int64)  # from one statistic of a row to the next
+    tl.store(stat_ptrs, lse2)
+    tl.store(stat_ptrs + stride_stat64, softmax_scale * (1.0 + t_mean))
+    tl.store(stat_ptrs + 2 * stride_stat64, dp_mean)
+    tl.store(stat_ptrs + 3 * stride_stat64, softmax_scale * dp_mean_minus_delta)
 
 
 def launch(
