@@ -44,9 +44,8 @@ def use_in_interpreter(patch: pytest.MonkeyPatch) -> None:
         return in_bf16(x) if rounds_to_bf16(x, to) else convert(self, x, to, rounding_mode)
 
     def create_inline_asm(self: Any, asm: str, constraints: str, inputs: Any, types: Any, pure: bool, pack: int) -> Any:
-        instruction = INSTRUCTIONS[asm.split()[0]]
-        result = TensorHandle(instruction(*(x.data for x in inputs)), tl.float32)
-        return SimpleNamespace(get_result=[result].__getitem__)
+        results = INSTRUCTIONS[asm.split()[0]](*(x.data for x in inputs))
+        return SimpleNamespace(get_result=[TensorHandle(x, t.scalar) for x, t in zip(results, types)].__getitem__)
 
     for replacement in (create_dot, cast_impl, create_fp_to_fp, create_inline_asm):
         patch.setattr(InterpreterBuilder, replacement.__name__, replacement)
@@ -60,9 +59,18 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), of_nan, nearest).astype(np.uint16)
 
 
-def tanh_approx(x: np.ndarray) -> np.ndarray:
+def tanh_approx(x: np.ndarray) -> tuple[np.ndarray]:
     """tanh.approx.f32, with errors up to its bound of 2^-11 of the tanh: rounded to 11 significant bits."""
-    return ((np.tanh(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+    return (((np.tanh(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32),)
 
 
-INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {"tanh.approx.f32": tanh_approx}
+def round_to_bf16(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 numbers rounded to bf16, by cvt.rn.bf16x2.f32, and these again in fp32, by a shift and a mask."""
+    bits = bf16_bits(x)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+INSTRUCTIONS: dict[str, Callable[..., tuple[np.ndarray, ...]]] = {
+    "tanh.approx.f32": tanh_approx,
+    "cvt.rn.bf16x2.f32": round_to_bf16,
+}

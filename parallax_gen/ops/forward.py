@@ -48,14 +48,6 @@ class ForwardOp(TiledOp[ForwardConfig]):
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         return knob.values[:1] if knob.name == "SOFTMAX" and spec.dtype == "fp16" else super().usable(spec, knob)
 
-    def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[ForwardConfig]:
-        configs = super().defaults(spec, shape, gpu)
-        if not spec.accurate:
-            return configs
-        # From compiling for sm_90 with Triton 3.9: it also holds pt_low. With rows of 512 bytes a tile of 64x64 spills
-        # 470 to 740 bytes, one of 64x32 spills 160 to 210.
-        return [c for c in configs if (c.BLOCK_M, c.BLOCK_N) != (64, 64) or row_bytes(spec, c) < 512]
-
     def why_invalid(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> str | None:
         if config.SOFTMAX == "fixed_reference":
             if spec.dtype == "fp16":
