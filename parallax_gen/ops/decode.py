@@ -84,7 +84,10 @@ class CacheOp(Op[DecodeConfig]):
             if gpu.capability[0] == 9:
                 return owned
             twice = spec.cache_dtype or spec.dtype == "tf32"  # whether tcgen05 keeps two copies of the weights there
-            return owned + (2 * weights if twice else weights + scratch) + 64
+            exchanged_bytes = 2 * weights if twice else weights + scratch
+            if not spec.cache_dtype:  # threads of tcgen05 have a row each, and exchange the accumulator's rows
+                exchanged_bytes = max(exchanged_bytes, 4 * rows * min(width, 128))
+            return owned + exchanged_bytes + 64
         # Warps exchange weights through shared memory. A single warp has all weights of its rows. So does each warp if
         # the matmuls of an 8-bit cache, each over a quarter of head_dim, are split between warps by rows.
         exchanged = config.num_warps > 1 and not (spec.cache_dtype and rows >= width // 4)

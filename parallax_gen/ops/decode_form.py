@@ -93,9 +93,29 @@ class CacheForm:
         return ', input_precision="ieee"' if self.spec.dtype == "fp32" else ""
 
     @property
-    def cast_to_v(self) -> str:
-        """The cast of probabilities to v's dtype, for the second matmul."""
-        return "" if self.spec.dtype == "fp32" else ".to(v.dtype)"
+    def is_centered(self) -> bool:
+        """Whether t is centered at its running mean before p·t is rounded. In fp32 that would gain little."""
+        return self.spec.dtype != "fp32"
+
+    @property
+    def state(self) -> str:
+        """The names of the rows' running state, without o."""
+        return "m, d1, d2, t_mean" if self.is_centered else "m, d1, d2"
+
+    @property
+    def masks_by_row(self) -> bool:
+        """Whether the rows of a tile see different keys. Then a row may see none of the first blocks."""
+        return False
+
+    @property
+    def visible(self) -> str:
+        """Which keys each row sees, [1 or BLOCK_H, BLOCK_N]."""
+        return "visible" if self.masks_by_row else "visible[None, :]"
+
+    @property
+    def running_t_mean(self) -> str:
+        """The mean of t over the keys so far."""
+        return "tl.where(d1 > 0.0, d2 / d1, 0.0)" if self.masks_by_row else "d2 / d1"
 
     @property
     def block_comment(self) -> str:

@@ -137,7 +137,6 @@ class VarlenForm(CacheForm):
 
     @property
     def masks_by_row(self) -> bool:
-        """Whether the rows of a tile see different keys."""
         return self.spec.many_queries and self.spec.causal
 
     @property

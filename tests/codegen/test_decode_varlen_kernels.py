@@ -346,7 +346,12 @@ FAULTS = [
     (ONE_QUERY, "(offs_n >= start_n) & ", "", "keys of a block moved back taken twice"),
     (ONE_QUERY, "block_start = tl.minimum(start_n, last_block_start)", "block_start = start_n", "a key behind the end"),
     (ONE_QUERY, "tl.store(arrival_counters_ptr + first_state, 0)", "pass", "counters not set back"),
-    (ONE_QUERY, "is_query = offs_stack < 8", "is_query = offs_stack >= 8", "queries and probes swapped"),
+    (
+        ONE_QUERY,
+        "is_query = offs_stack < STACK_ROWS",
+        "is_query = offs_stack >= STACK_ROWS",
+        "queries and probes swapped",
+    ),
     (ONE_QUERY, "for head in range(GROUP)", "for head in range(1)", "one head merged"),
     (ONE_QUERY, "kv_heads * SPLIT_FLOATS, tile_splits", "SPLIT_FLOATS, tile_splits", "another kv head's splits merged"),
     (ONE_QUERY, "(work_item - split) * kv_heads + kv_head", "work_item * kv_heads + kv_head", "a counter each"),

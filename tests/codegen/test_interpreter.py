@@ -437,7 +437,10 @@ FAULTS = [
     ),
     pytest.param(DECODE_KERNEL, "tl.store(arrival_counters_ptr + tile, 0)", "pass", id="counters not set back"),
     pytest.param(
-        DECODE_KERNEL, "is_query = offs_stack < 8", "is_query = offs_stack >= 8", id="queries and probes swapped"
+        DECODE_KERNEL,
+        "is_query = offs_stack < STACK_ROWS",
+        "is_query = offs_stack >= STACK_ROWS",
+        id="queries and probes swapped",
     ),
     pytest.param(DECODE_KERNEL, "tl.minimum(start_h + BLOCK_H, GROUP)", "start_h + 1", id="one head merged"),
 ]

@@ -22,6 +22,7 @@ from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import errors
 from parallax_gen.oracle.inputs import attend, random_inputs, random_inputs_of, softmax_scale
+from parallax_gen.oracle.kvcache import gather_pages
 from parallax_gen.oracle.peaked import KINDS
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
@@ -35,6 +36,7 @@ pytestmark = [
 
 FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=2)
 DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
+MULTI_TOKEN = KernelSpec("decode_varlen", 64, "bf16", 4, many_queries=True, causal=True)
 CASES = {
     "forward": (KernelSpec("forward", 64, "bf16", 2, causal=True), FORWARD, Shape(1, 2, 1, 384, 384)),
     "fixed reference": (
@@ -50,15 +52,32 @@ CASES = {
     ),
     "decode": (KernelSpec("decode", 64, "bf16", 4), DECODE, Shape(8, 4, 1, 1, 384)),
     "decode_varlen": (KernelSpec("decode_varlen", 64, "bf16", 4), DECODE, Shape(8, 4, 1, 1, 384)),
+    # the last page has 12 keys, the last of them each row's own
+    "pages": (KernelSpec("decode_varlen", 64, "bf16", 4, page_size=16), DECODE, Shape(8, 4, 1, 1, 380)),
+    "multi-token queries": (MULTI_TOKEN, replace(DECODE, BLOCK_H=16), Shape(2, 4, 1, 6, 384)),
+    # the window ends before the first key
+    "window": (replace(MULTI_TOKEN, window=True), DECODE, Shape(2, 4, 1, 6, 384, 360)),
+    "e4m3": (KernelSpec("decode_varlen", 64, "bf16", 4, cache_dtype="e4m3"), DECODE, Shape(8, 4, 1, 1, 384)),
 }
 
 
 def softmax_attention(spec: KernelSpec, x: Inputs) -> tuple[Tensor, Tensor]:
-    """Softmax attention in float64, and with the roundings of a 16-bit kernel."""
-    q, k, v = (x.q.double(), *(t.double().repeat_interleave(spec.group, dim=2) for t in (x.k, x.v)))
+    """Softmax attention in float64, and with the roundings of a 16-bit kernel. 8-bit keys and values are exact."""
+    k, v = (t if x.page_table is None else gather_pages(t, x.page_table) for t in (x.k, x.v))
+    if spec.cache_dtype:
+        assert x.k_scale is not None
+        assert x.v_scale is not None
+        k, v = k.double() * x.k_scale.double()[:, None], v.double() * x.v_scale.double()[:, None]
+    if x.cache_seqlens is not None:
+        length = int(x.cache_seqlens.max())  # that of all sequences
+        k, v = k[:, :length], v[:, :length]
+    q, k, v = (x.q.double(), *(t.double().repeat_interleave(spec.group, dim=2) for t in (k, v)))
     s = torch.einsum("bihd,bjhd->bhij", q, k) * softmax_scale(spec)
+    positions, keys = torch.arange(s.shape[-2])[:, None] + s.shape[-1] - s.shape[-2], torch.arange(s.shape[-1])
     if spec.causal:
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(s.shape[-1] - s.shape[-2] + 1), -torch.inf)
+        s = s.masked_fill(keys > positions, -torch.inf)
+    if spec.window:
+        s = s.masked_fill(keys <= positions - x.window_size, -torch.inf)
     p = (s - s.amax(-1, keepdim=True)).exp()
     exact, rounded = (torch.einsum("bhij,bjhd->bihd", w, v) for w in (p, p.to(x.q.dtype).double()))
     total = p.sum(-1).transpose(1, 2)[..., None]
@@ -80,7 +99,8 @@ def times_the_error_of_softmax(spec: KernelSpec, config: KernelConfig, shape: Sh
 
 # Kernels round p t to bf16, by up to 2^-8 of its size, which where one key has the weight is |t|, here up to 15,
 # times the size of the output. The forward takes a first key in fp32, and a running maximum makes the largest p 1,
-# which is exact. Measured: 6.5 with it and 8 with a fixed reference for "own key", 6.8 in decode for "six alike".
+# which is exact. Measured: 6.5 with it and 8 with a fixed reference for "own key". Decode rounds p (t - t_mean), which
+# is small where p is large. Measured: 0.94 to 1.06 in decode, 1.19 at most in decode_varlen.
 LARGEST = {
     "forward": {"normal": 1.3, "first key": 1.3, "own key": 8, "one key": 6, "two keys": 3, "twin keys": 6},
     "fixed reference": {
@@ -91,25 +111,16 @@ LARGEST = {
         "two keys": 3.5,
         "twin keys": 7.5,
     },
-    "accurate": {},
-    "accurate, fixed reference": {},
-    "decode": {"normal": 1.3, "two keys": 2.5},
-    "decode_varlen": {"normal": 1.3, "two keys": 2.5},
 }
-OF_OTHER_KINDS = {
-    "forward": 5.0,
-    "fixed reference": 5.5,
-    "accurate": 1.4,
-    "accurate, fixed reference": 1.4,
-    "decode": 8.5,
-    "decode_varlen": 8.5,
-}
+OF_OTHER_KINDS = {"forward": 5.0, "fixed reference": 5.5}
+OF_EXACT_KERNELS = 1.4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_errors_of_peaked_rows(case: str, kind: str) -> None:
-    assert times_the_error_of_softmax(*CASES[case], kind) <= LARGEST[case].get(kind, OF_OTHER_KINDS[case])
+    largest = LARGEST[case].get(kind, OF_OTHER_KINDS[case]) if case in LARGEST else OF_EXACT_KERNELS
+    assert times_the_error_of_softmax(*CASES[case], kind) <= largest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,6 +135,22 @@ def test_accurate_statistics_are_of_exact_weights(softmax: str, kind: str) -> No
     expected = attend(spec, x)
     for name in ("lse", "t_mean"):
         assert errors(call.written[name], getattr(expected, name)).relative < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_partial_states_of_decode(splits: int, kind: str) -> None:
+    """lse and t_mean, by which partial states are merged, are of exact sums; v_mean is softmax attention."""
+    spec, shape = KernelSpec("decode_varlen", 64, "bf16", 4, stats=True), Shape(2, 4, 1, 1, 200)
+    config = replace(DECODE, NUM_SPLITS=splits)
+    x = random_inputs_of(spec, shape, seed=1, device="cpu", full=True, kind=kind)
+    call = verify.poisoned_call(spec, config, x)
+    load(render(spec, config, GPUS["h200"])).launch(*call.arguments(softmax_scale(spec)))
+    expected = attend(spec, x)
+    for name in ("lse", "t_mean"):
+        assert errors(call.written[name], getattr(expected, name)).relative < 1e-5, name
+    exact, rounded = softmax_attention(spec, x)
+    assert errors(call.written["v_mean"], exact).relative <= 1.4 * errors(rounded, exact).relative
 
 
 def test_rows_have_the_weight_where_their_kind_says() -> None:

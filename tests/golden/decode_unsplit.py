@@ -3,11 +3,15 @@
 spec       decode, head_dim 128, bf16, MHA
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=none num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 9efe2cbaf926
+generator  parallax_gen 0.1.0, kernel 2e526ce31f65
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
-sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
+t_mean_i = sum_j p_ij t_ij.
+The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of
+p = 2^(scale_log2 s - m) and d2 of p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v,
+with s = q.k and scale_log2 = log2(e) softmax_scale. Where few keys have most of
+a row's weight, o is a small difference of large sums of p v and p t v, which rounding p t for the matmul would lose;
+t - t_mean is small there.
 """
 
 import torch
@@ -17,26 +21,64 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 
+STACK_ROWS = tl.constexpr(8)  # a stacked tile has 8 rows of q, the same 8 rows of r, the next 8 rows of q, ...
+
+
 @triton.jit
-def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, o):
-    """Update the rows' state (m, d1, d2, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
-    BLOCK_N: tl.constexpr = k.shape[0]
+def _unstack(x):
+    """The halves of a stacked tile [2*BLOCK_H, N]: q's rows and r's, [BLOCK_H, N] each."""
+    BLOCK_H: tl.constexpr = x.shape[0] // 2
+    N: tl.constexpr = x.shape[1]
+    pairs = tl.permute(tl.reshape(x, [BLOCK_H // STACK_ROWS, 2, STACK_ROWS, N]), [0, 2, 3, 1])
+    return tl.split(tl.reshape(pairs, [BLOCK_H, N, 2]))
+
+
+@triton.jit
+def _stack(of_q, of_r):
+    """The stacked tile [2*BLOCK_H, N] with these halves."""
+    BLOCK_H: tl.constexpr = of_q.shape[0]
+    N: tl.constexpr = of_q.shape[1]
+    pairs = tl.reshape(tl.join(of_q, of_r), [BLOCK_H // STACK_ROWS, STACK_ROWS, N, 2])
+    return tl.reshape(tl.permute(pairs, [0, 3, 1, 2]), [2 * BLOCK_H, N])
+
+
+@triton.jit
+def _repeat(x):
+    """x [BLOCK_H, N] twice, stacked."""
+    BLOCK_H: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    once = tl.reshape(x, [BLOCK_H // STACK_ROWS, 1, STACK_ROWS, N])
+    return tl.reshape(tl.broadcast_to(once, [BLOCK_H // STACK_ROWS, 2, STACK_ROWS, N]), [2 * BLOCK_H, N])
+
+
+@triton.jit
+def _rescale(o, alpha, shift):
+    """Lower the center by shift, in the accumulator o of stacked o1 and o2, and multiply both by alpha."""
+    o1, o2 = _unstack(o)
+    o2 += shift[:, None] * o1
+    return _stack(o1 * alpha[:, None], o2 * alpha[:, None])
+
+
+@triton.jit
+def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, t_mean, o):
+    """Update the rows' state (m, d1, d2, t_mean, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
     st = tl.dot(qr, tl.trans(k))
-    s, t = tl.split(tl.permute(tl.reshape(st, [2, 8, BLOCK_N]), [1, 2, 0]))  # [8, BLOCK_N] each
-    s = tl.where(visible, s, float("-inf"))
+    s, _ = _unstack(st)  # [BLOCK_H, BLOCK_N] each
+    s = tl.where(visible[None, :], s, float("-inf"))
 
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
     alpha = tl.exp2(m - m_new)
     p = tl.exp2(s * scale_log2 - m_new[:, None])
-    pt = p * t
-    d1 = d1 * alpha + tl.sum(p, 1)
-    d2 = d2 * alpha + tl.sum(pt, 1)
-
-    p_pt = tl.join(p.to(v.dtype), pt.to(v.dtype))
-    p_pt = tl.reshape(tl.permute(p_pt, [2, 0, 1]), [16, BLOCK_N])  # stacked like qr
-    alpha = tl.reshape(tl.permute(tl.join(alpha, alpha), [1, 0]), [16])
-    o = tl.dot(p_pt, v, acc=o * alpha[:, None])  # [2*BLOCK_H, HEAD_DIM]
-    return m_new, d1, d2, o
+    # multiplying q's rows by 1 and r's by t stacks p and p t in fewer instructions than a join
+    p_twice = _repeat(p)
+    is_query = (tl.arange(0, st.shape[0]) % (2 * STACK_ROWS) < STACK_ROWS)[:, None]
+    sum_p, sum_pt = _unstack(tl.sum(p_twice * tl.where(is_query, 1.0, st), 1, keep_dims=True))  # [BLOCK_H, 1] each
+    d1 = d1 * alpha + tl.reshape(sum_p, d1.shape)
+    d2 = d2 * alpha + tl.reshape(sum_pt, d2.shape)
+    t_mean_new = d2 / d1
+    p_pt = (p_twice * tl.where(is_query, 1.0, st - _repeat(t_mean_new[:, None]))).to(v.dtype)
+    o = tl.dot(p_pt, v, acc=_rescale(o, alpha, t_mean - t_mean_new))  # [2*BLOCK_H, HEAD_DIM]
+    return m_new, d1, d2, t_mean_new, o
 
 
 @triton.jit(do_not_specialize=["kv_heads", "seqlen_kv"])
@@ -75,8 +117,8 @@ def decode_kernel(
 
     # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
-    offs_h = offs_stack % 8
-    is_query = offs_stack < 8
+    offs_h = offs_stack % STACK_ROWS
+    is_query = offs_stack < STACK_ROWS
     mask_h = offs_h < GROUP
     offs_d = tl.arange(0, HEAD_DIM)
     q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + offs_h)[:, None] * stride_qh + offs_d[None, :]
@@ -97,6 +139,7 @@ def decode_kernel(
     m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: a sequence without keys must not give NaN
     d1 = tl.zeros([BLOCK_H], tl.float32)
     d2 = tl.zeros([BLOCK_H], tl.float32)
+    t_mean = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
     # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
@@ -108,10 +151,11 @@ def decode_kernel(
         v = tl.load(v_ptr + block_start * stride_vn64 + v_offsets)
         offs_n = block_start + range_n
         visible = (offs_n >= start_n) & (offs_n < seqlen_kv)
-        m, d1, d2, o = _attend_block(qr, k, v, visible[None, :], scale_log2, m, d1, d2, o)
+        m, d1, d2, t_mean, o = _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, t_mean, o)
 
     # -- o1 and o2, from the stacked accumulator
-    o1, o2 = tl.split(tl.permute(tl.reshape(o, [2, 8, HEAD_DIM]), [1, 2, 0]))  # [8, HEAD_DIM] each
+    o1, o2 = _unstack(o)
+    o2 += t_mean[:, None] * o1  # from p (t - t_mean) v to p t v
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < GROUP
 
