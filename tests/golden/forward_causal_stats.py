@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, MHA, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=1 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 57f315ae1bf3
+generator  parallax_gen 0.1.0, kernel 1bd36a42e716
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
@@ -15,6 +15,19 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _round_for_matmul(x):
+    """fp32 numbers rounded to bf16, and these again in fp32. As two casts, the conversions would not be in pairs."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+        "=r,=r,=r,r,r",
+        [x],
+        (tl.bfloat16, tl.float32),
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q", "seqlen_kv"])
@@ -50,6 +63,8 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 128  # query rows per program
     BLOCK_N: tl.constexpr = 64  # keys per iteration
+    LN_2: tl.constexpr = 0.6931471805599453
+    LOWEST_M: tl.constexpr = -3.0e38  # finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN
 
     # -- this program's tile of query rows. Tiles that see the most keys are launched first
     pid = tl.program_id(0)
@@ -82,26 +97,22 @@ def forward_kernel(
     unmasked_end = start_m + causal_offset + 1
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the first key, k0, is added in fp32, outside the matmuls. Where it has nearly all the weight, its t is
-    #    close to t_mean and o depends on their small difference: rounding its p t for a matmul would dominate the
-    #    error
-    k0 = tl.load(k_ptr + offs_d).to(tl.float32)
-    v0 = tl.load(v_ptr + offs_d).to(tl.float32)
-    s0 = tl.sum(q * k0[None, :], 1)
-    t0 = tl.sum(r * k0[None, :], 1)
-    sees_k0 = last_key >= 0
-    m = tl.where(sees_k0, s0 * scale_log2, -3.0e38)  # finite: a row that sees no key must not give NaN
-    d1 = tl.where(sees_k0, 1.0, 0.0)
-    d2 = tl.where(sees_k0, t0, 0.0)
-    o1 = tl.where(sees_k0[:, None], v0[None, :], 0.0)
-    o2 = d2[:, None] * o1
+    # -- the running maximum and the sums, before any key
+    m = tl.full([BLOCK_M], LOWEST_M, tl.float32)
+    d1 = tl.zeros([BLOCK_M], tl.float32)
+    d2 = tl.zeros([BLOCK_M], tl.float32)
+    d1_exact = tl.zeros([BLOCK_M], tl.float32)  # without rounding, for lse and t_mean
+    d2_exact = tl.zeros([BLOCK_M], tl.float32)
+    o1 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    o2 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
-    # -- the other keys, block by block; the last block may reach past the end
-    for start_n in tl.range(1, key_end, BLOCK_N):
+    # -- the keys, block by block; the last block may reach past the end
+    for start_n in tl.range(0, key_end, BLOCK_N):
         offs_n = start_n + range_n
         mask_n = offs_n < seqlen_kv
-        k_block = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
-        v_block = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+        start_n64 = tl.cast(start_n, tl.int64)
+        k_block = k_ptr + start_n64 * stride_kn
+        v_block = v_ptr + start_n64 * stride_vn
         k = tl.load(k_block + k_offsets, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
         v = tl.load(v_block + v_offsets, mask=mask_n[:, None], other=0.0)
 
@@ -113,13 +124,18 @@ def forward_kernel(
         m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s * scale_log2 - m_new[:, None])
-        pt = p * t
-        d1 = d1 * alpha + tl.sum(p, 1)
-        d2 = d2 * alpha + tl.sum(pt, 1)
-        p = p.to(v.dtype)
-        pt = pt.to(v.dtype)
-        o1 = tl.dot(p, v, acc=o1 * alpha[:, None])
-        o2 = tl.dot(pt, v, acc=o2 * alpha[:, None])
+
+        d1_exact = d1_exact * alpha + tl.sum(p, 1)
+        d2_exact = d2_exact * alpha + tl.sum(p * t, 1)
+
+        # -- d1 and d2 sum the numbers that the matmuls read: where few keys hold a row's weight, o is a small
+        #    difference of terms |t| times as large, which must have the same errors of rounding
+        p_operand, p_rounded = _round_for_matmul(p)
+        pt_operand, pt_rounded = _round_for_matmul(p_rounded * t)
+        d1 = d1 * alpha + tl.sum(p_rounded, 1)
+        d2 = d2 * alpha + tl.sum(pt_rounded, 1)
+        o1 = tl.dot(p_operand, v, acc=o1 * alpha[:, None])
+        o2 = tl.dot(pt_operand, v, acc=o2 * alpha[:, None])
         m = m_new
 
     # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
@@ -132,10 +148,10 @@ def forward_kernel(
     o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
     tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])
-    LN_2: tl.constexpr = 0.6931471805599453
+    t_mean_exact = tl.where(d1_exact > 0.0, d2_exact / d1_exact, 0.0)  # the backward rounds neither p nor t
     stat_offsets = bh.to(tl.int64) * seqlen_q + offs_m
-    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1)) * LN_2, mask=mask_m)
-    tl.store(t_mean_ptr + stat_offsets, t_mean, mask=mask_m)
+    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1_exact)) * LN_2, mask=mask_m)
+    tl.store(t_mean_ptr + stat_offsets, t_mean_exact, mask=mask_m)
 
 
 def launch(
