@@ -90,31 +90,7 @@ def renamed_json(text: object) -> object:
         return text
 
 
-# -- Records from before fingerprints: those whose program today's templates still render.
-#
-# Such a record has a hash of the templates that rendered its kernel. For each hash below, every kernel that those
-# templates rendered was compared with the kernel that the first version with fingerprints renders. If you change an
-# op's program, remove its hashes here; tests/memory/test_legacy.py fails until you do.
-
-# Hash of templates -> (op, whether packed sequences have the same program too).
-UNCHANGED: dict[str, tuple[str, bool]] = {
-    "255dd79780b8": ("decode", True),
-    "5a31e45e6396": ("decode", True),  # decode_varlen
-    "7c01cbe51c52": ("forward", True),
-    "b81caa5d5816": ("forward", False),
-    "37195abe0d1f": ("preprocess", True),
-    "96ea5e70a299": ("dkdv", True),
-    "dd67d96e1140": ("dkdv", False),
-    "75c6b9f971b5": ("dqdr", True),
-    "32995f6afadb": ("dqdr", False),
-}
-
-
-def same_programs(templates: str, spec: KernelSpec) -> bool:
-    """Whether the templates with this hash rendered the kernels of a spec as today's templates do."""
-    op, packed = UNCHANGED.get(templates, ("", False))
-    return op == spec.family and (packed or not spec.varlen) and not (spec.softcap or spec.accurate)
-
+# -- Records from before fingerprints. Today's templates render none of their programs: they are hints for tuning.
 
 # The fields of a record's environment before fingerprints; "cuda" and "space" were added later.
 _ENVIRONMENT = {"templates", "triton", "protocol"}

@@ -26,7 +26,6 @@ from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from parallax_gen.codegen.render import KernelSource, render, text_hash_of
-from parallax_gen.memory.old import same_programs
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import PROTOCOL, Evidence, Result, supersedes
 from parallax_gen.memory.toolchain import Toolchain
@@ -224,10 +223,8 @@ def is_valid(result: Result, gpu: Gpu) -> bool:
 def is_rendered(result: Result, gpu: Gpu) -> bool:
     """Whether today's templates still render the kernel of a result for a card."""
     place, evidence = result.place, result.evidence
-    if not is_valid(result, gpu):
+    if evidence.templates or not is_valid(result, gpu):  # no kernel from before fingerprints is rendered any more
         return False
-    if evidence.templates:
-        return same_programs(evidence.templates, place.spec)
     if text_hash_of(place.spec, result.config, gpu) == evidence.text:
         return True  # equal texts need not be parsed
     return render(place.spec, result.config, gpu).kernel == evidence.kernel

@@ -1,39 +1,12 @@
-"""Records older than fingerprints count while today's templates render their programs: the golden kernels show it."""
+"""The names that earlier versions gave ops in records."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-from strategies import GOLDEN
 
-from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError
-from parallax_gen.memory.old import OPS_OF_RECORDS, UNCHANGED, op_of_record, same_programs, spec_from
-from parallax_gen.ops.base import op_of
-from parallax_gen.problem.hardware import GPUS
+from parallax_gen.memory.old import OPS_OF_RECORDS, op_of_record, spec_from
 from parallax_gen.problem.spec import OPS, KernelSpec
-
-# Fingerprints of the golden kernels when fingerprints were introduced. Never regenerate them: where one of an op
-# differs, remove the op's hashes from `old.UNCHANGED`.
-INITIAL_FINGERPRINTS = json.loads((Path(__file__).parent / "golden_of_legacy.json").read_text(encoding="utf-8"))
-
-
-DECODE_VARLEN_TEMPLATE = "5a31e45e6396"  # of the two templates of decode the one with per-sequence lengths
-
-
-@pytest.mark.parametrize("templates", UNCHANGED)
-def test_the_kernels_of_a_hash_are_still_rendered(templates: str) -> None:
-    of_it = {
-        name: kernel
-        for name, kernel in GOLDEN.items()
-        if same_programs(templates, kernel.spec)
-        and op_of(kernel.spec).per_sequence_lengths == (templates == DECODE_VARLEN_TEMPLATE)
-    }
-    assert of_it.keys() & INITIAL_FINGERPRINTS.keys()
-    for name, kernel in of_it.items():
-        assert render(kernel.spec, kernel.config, GPUS["h200"]).kernel == INITIAL_FINGERPRINTS.get(name), name
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 from parallax_gen.codegen import fingerprint as identity
 from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.render import render, text_hash_of
-from parallax_gen.memory import old as legacy
 from parallax_gen.memory import ranking
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import (
@@ -271,25 +270,10 @@ def test_current_includes_all_outcomes() -> None:
     assert not is_current(record(kernel="f" * 32, text=""), GPU)
 
 
-@pytest.mark.parametrize(
-    ("templates", "spec", "same"),
-    [
-        ("7c01cbe51c52", SPEC, True),
-        ("b81caa5d5816", SPEC, True),
-        ("b81caa5d5816", dataclasses.replace(SPEC, varlen=True), False),  # padding was not written at that time
-        ("7c01cbe51c52", dataclasses.replace(SPEC, varlen=True), True),
-        ("255dd79780b8", SPEC, False),  # decode's
-        ("a4119519043d", KernelSpec("decode_varlen", 128, "bf16"), False),
-        ("", SPEC, False),
-    ],
-)
-def test_records_older_than_fingerprints(templates: str, spec: KernelSpec, same: bool) -> None:
-    assert legacy.same_programs(templates, spec) == same
-    place = dataclasses.replace(PLACE, spec=spec)
-    config = default_of(place, GPU)
-    old = Result(place, Evidence("", "", "3.6", "12.8", 1, templates), config, "ok", time_us=1.0)
-    assert is_rendered(old, GPU) == same
-    assert best(place, GPU, RecordTable([old])).tier == (Tier.OTHER_TOOLCHAIN if same else Tier.DEFAULT)
+def test_kernels_from_before_fingerprints_are_not_rendered() -> None:
+    old = Result(PLACE, Evidence("", "", "3.6", "12.8", 1, "7c01cbe51c52"), default_of(PLACE, GPU), "ok", time_us=1.0)
+    assert not is_rendered(old, GPU)
+    assert best(PLACE, GPU, RecordTable([old])).tier == Tier.DEFAULT
 
 
 def test_kernels_are_rendered_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
