@@ -1,8 +1,8 @@
-"""The accuracy gained because the forward takes the first key in fp32: rendered kernels in Triton's CPU interpreter,
-with and without it.
+"""The accuracy gained because the forward's d1 and d2 sum what its matmuls read: rendered kernels in Triton's CPU
+interpreter, with sums of rounded and of unrounded numbers.
 
-If the first key outweighs all others, t and t_mean are nearly equal and o depends on their difference, which is lost
-when p t is rounded to 16 bits. tests/gpu/test_accuracy.py has long rows, gradients and parallax-kernel's kernel.
+If one key outweighs all others, t and t_mean are nearly equal and o depends on their difference, which is lost when
+p t is rounded to 16 bits and d2 is not. tests/gpu/test_accuracy.py has long rows, gradients and parallax-kernel's kernel.
 """
 
 from __future__ import annotations
@@ -52,28 +52,21 @@ def sink(x: Inputs) -> None:
         x.k[[start for start in x.cu_seqlens_k.tolist() if start < len(x.k)], :, 0] = 16
 
 
-def outputs(spec: KernelSpec, inputs: Inputs, *, first_in_fp32: bool) -> dict[str, torch.Tensor]:
+def outputs(spec: KernelSpec, inputs: Inputs, *, rounded_sums: bool = True) -> dict[str, torch.Tensor]:
     source = render(spec, CONFIG, GPU)
-    if not first_in_fp32:
-        text = without_first_key(source.text)
+    if not rounded_sums:
+        text = with_unrounded_sums(source.text)
         source = KernelSource("plain", text, hashlib.sha256(text.encode()).hexdigest())
     call = verify.poisoned_call(spec, CONFIG, inputs)
     load(source).launch(*call.arguments(softmax_scale(spec)))
     return call.written
 
 
-def without_first_key(text: str) -> str:
-    """A kernel that begins with an empty state and treats the first key like any other."""
-    before, rest = text.split("    s0 = ")
-    loop = rest[rest.index("    # -- the other keys") :].replace("tl.range(key_begin + 1, ", "tl.range(key_begin, ")
-    assert "tl.range(1, " in loop or "tl.range(key_begin, " in loop
-    state = """    m = tl.full([BLOCK_M], -3.0e38, tl.float32)
-    d1 = tl.zeros([BLOCK_M], tl.float32)
-    d2 = tl.zeros([BLOCK_M], tl.float32)
-    o1 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    o2 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-"""
-    return before + state + loop.replace("tl.range(1, ", "tl.range(0, ")
+def with_unrounded_sums(text: str) -> str:
+    """A kernel whose sums d1 and d2 are of the numbers before they are rounded for the matmuls."""
+    rounded = "return rounded, rounded.to(tl.float32)"
+    assert rounded in text
+    return text.replace(rounded, "return rounded, x")
 
 
 def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> Inputs:
@@ -84,9 +77,9 @@ def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) ->
 
 
 def errors_of_out(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
-    """The errors of the kernel with and without the first key in fp32."""
+    """The errors of the kernel, and of one with unrounded sums."""
     expected = attend(spec, inputs).out
-    ours, plain = (errors(outputs(spec, inputs, first_in_fp32=way)["out"], expected).relative for way in (True, False))
+    ours, plain = (errors(outputs(spec, inputs, rounded_sums=way)["out"], expected).relative for way in (True, False))
     return ours, plain
 
 
@@ -101,8 +94,9 @@ def test_an_attention_sink_has_a_tenth_of_the_error(spec: KernelSpec) -> None:
 @pytest.mark.parametrize("prepare", [normal, large_probes], ids=lambda prepare: prepare.__name__)
 @pytest.mark.parametrize("spec", [FULL, CAUSAL, WINDOW, VARLEN], ids=["full", "causal", "window", "varlen"])
 def test_other_inputs_are_as_accurate(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> None:
+    """Nearly: p t is formed of the rounded p and rounded again, so two roundings are in it."""
     ours, plain = errors_of_out(spec, inputs_of(spec, prepare, seed))
-    assert ours < 1.05 * plain
+    assert ours < 1.15 * plain
 
 
 @pytest.mark.parametrize("prepare", [normal, large_probes, sink], ids=lambda prepare: prepare.__name__)
@@ -110,7 +104,7 @@ def test_other_inputs_are_as_accurate(spec: KernelSpec, prepare: Callable[[Input
 def test_the_stats_are_right(spec: KernelSpec, prepare: Callable[[Inputs], None]) -> None:
     """With fp16 inputs the error of t_mean is that of fp32 sums, as with fp32 inputs."""
     inputs = inputs_of(spec, prepare, seed=3)
-    found, expected = outputs(spec, inputs, first_in_fp32=True), attend(spec, inputs)
+    found, expected = outputs(spec, inputs), attend(spec, inputs)
     assert why_wrong(found["t_mean"], expected.t_mean, "fp32") is None
     assert why_wrong(found["lse"].exp(), expected.lse.exp(), "fp32") is None
     assert why_wrong(found["v_mean"], expected.v_mean, "fp16") is None
