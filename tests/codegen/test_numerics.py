@@ -2,7 +2,8 @@
 interpreter, with sums of rounded and of unrounded numbers.
 
 If one key outweighs all others, t and t_mean are nearly equal and o depends on their difference, which is lost when
-p t is rounded to 16 bits and d2 is not. tests/gpu/test_accuracy.py has long rows, gradients and parallax-kernel's kernel.
+p t is rounded to 16 bits and d2 is not. tests/gpu/test_accuracy.py has long rows, gradients and the kernel of
+parallax-kernel.
 """
 
 from __future__ import annotations
