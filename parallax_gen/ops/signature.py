@@ -102,9 +102,7 @@ class Constant:
 
 LN_2 = Constant("LN_2", 0.6931471805599453)
 # The initial m of an online softmax.
-LOWEST_M = Constant(
-    "LOWEST_M", "-3.0e38", "finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN"
-)
+LOWEST_M = Constant("LOWEST_M", "-3.0e38", "finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN")
 
 
 @dataclass(frozen=True)

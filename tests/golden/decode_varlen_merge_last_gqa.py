@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 12:1, per-sequence lengths
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=6 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 4760cc3561de
+generator  parallax_gen 0.1.0, kernel 123e1143ea0f
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -139,7 +139,7 @@ def _merge(states_ptr, stride, num_splits, row):
         o1 = o1 * alpha + tl.sum(weight[:, None] * o1_splits, 0)
         o2 = o2 * alpha + tl.sum(weight[:, None] * o2_splits, 0)
         m = m_new
-    return m, d1, d2, o1, o2
+    return d1, d2, o1, o2
 
 
 @triton.jit(do_not_specialize=["kv_heads", "batch", "max_seqlen_kv"])
@@ -318,7 +318,7 @@ def decode_varlen_kernel(
             for row in range(tl.minimum(GROUP - start_h, BLOCK_H)):
                 head = start_h + row
                 row_offset = head * stride_oh
-                _, d1_row, d2_row, o1_row, o2_row = _merge(states_ptr, kv_heads * SPLIT_FLOATS, tile_splits, row)
+                d1_row, d2_row, o1_row, o2_row = _merge(states_ptr, kv_heads * SPLIT_FLOATS, tile_splits, row)
                 out_row = _normalize(d1_row, d2_row, o1_row, o2_row)
                 tl.store(o_ptr + row_offset + offs_d, out_row.to(o_ptr.dtype.element_ty))
 
