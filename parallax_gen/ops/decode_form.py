@@ -70,8 +70,8 @@ class CacheForm:
 
     @property
     def masks_rows(self) -> bool:
-        """Whether a tile may have more rows than there are query heads, or (query, head) pairs."""
-        return self.spec.many_queries or self.spec.group % self.config.BLOCK_H > 0
+        """Whether rows of a tile are masked, as there may be more than query heads or (query, head) pairs."""
+        return True
 
     @property
     def and_mask_d(self) -> str:
@@ -193,6 +193,14 @@ class CacheForm:
 @dataclass(frozen=True)
 class DecodeForm(CacheForm):
     """The form of decode alone: one query per sequence, and one length for all sequences."""
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether the last tile of a group has more rows than query heads.
+
+        decode_varlen masks rows always: without, a register of its merge spills where a block of keys is a few pages.
+        """
+        return self.spec.group % self.config.BLOCK_H > 0
 
     @property
     def key_mask(self) -> str:
