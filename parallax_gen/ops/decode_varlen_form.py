@@ -169,12 +169,12 @@ class VarlenForm(CacheForm):
 
     @property
     def visible_begin(self) -> str:
-        """The first key that some query of a sequence sees, if queries of a tile may begin at a later one."""
+        """The name of the first key that some query of a sequence sees. Those of a tile may all begin later."""
         return "seq_visible_begin" if self.masks_by_row and self.spec.window else "visible_begin"
 
     @property
     def tile_blocks(self) -> str:
-        """The number of blocks of keys that some row of a tile sees: all of the sequence's, unless rows differ."""
+        """The name of the number of blocks that some row of a tile sees. By default that is the sequence's."""
         return "tile_blocks" if self.has_visible_begin or self.masks_by_row else "num_blocks"
 
     @property
