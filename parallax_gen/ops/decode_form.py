@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.head_dim import power_of_2
-from parallax_gen.ops.signature import Constant
+from parallax_gen.ops.signature import LOWEST_M, Constant, Index
 from parallax_gen.problem.spec import KernelSpec
 
 
@@ -53,14 +53,46 @@ class CacheForm:
         return self.row_width != self.spec.head_dim
 
     @property
+    def row_width_text(self) -> str:
+        """The width of a row as the kernel writes it."""
+        return "PADDED_DIM" if self.padded else "HEAD_DIM"
+
+    @property
+    def dim_constants(self) -> tuple[Constant, ...]:
+        """head_dim, and the width of a row if that is another."""
+        padded = Constant("PADDED_DIM", self.row_width, "width of a tile's rows, a power of two: 0 past HEAD_DIM")
+        return (Constant("HEAD_DIM", self.spec.head_dim), *[padded] * self.padded)
+
+    @property
+    def rows(self) -> Index:
+        """A tile's rows: query heads of the group, or with multi-token queries (query, head) pairs of the sequence."""
+        return Index("m" if self.spec.many_queries else "h")
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether rows of a tile are masked, as there may be more than query heads or (query, head) pairs."""
+        return True
+
+    @property
     def and_mask_d(self) -> str:
         """The part of a tile's mask that excludes the padding of its rows."""
         return " & mask_d[None, :]" if self.padded else ""
 
     @property
+    def tile_mask(self) -> str:
+        """The mask argument of a store of a tile."""
+        masks = [f"{self.rows.mask}[:, None]"] * self.masks_rows + ["mask_d[None, :]"] * self.padded
+        return f", mask={' & '.join(masks)}" if masks else ""
+
+    @property
+    def rows_mask(self) -> str:
+        """The mask argument of a store of one number per row of a tile."""
+        return f", mask={self.rows.mask}" if self.masks_rows else ""
+
+    @property
     def out_mask(self) -> str:
         """The mask argument of a store of one row, which excludes its padding."""
-        return ", mask=offs_d < HEAD_DIM" if self.padded else ""
+        return ", mask=mask_d" if self.padded else ""
 
     @property
     def is_one_stack(self) -> bool:
@@ -106,6 +138,11 @@ class CacheForm:
     def masks_by_row(self) -> bool:
         """Whether the rows of a tile see different keys. Then a row may see none of the first blocks."""
         return False
+
+    @property
+    def key_mask_name(self) -> str:
+        """The name of which keys of a block the program reads: all rows see these, unless they see different keys."""
+        return "mask_n" if self.masks_by_row else "visible"
 
     @property
     def visible(self) -> str:
@@ -158,9 +195,12 @@ class DecodeForm(CacheForm):
     """The form of decode alone: one query per sequence, and one length for all sequences."""
 
     @property
-    def row_width_text(self) -> str:
-        """The width of a row as the kernel writes it."""
-        return str(self.row_width) if self.padded else "HEAD_DIM"
+    def masks_rows(self) -> bool:
+        """Whether the last tile of a group has more rows than query heads.
+
+        decode_varlen masks rows always: without, a register of its merge spills where a block of keys is a few pages.
+        """
+        return self.spec.group % self.config.BLOCK_H > 0
 
     @property
     def key_mask(self) -> str:
@@ -201,20 +241,30 @@ class DecodeForm(CacheForm):
         return self.merge_chunk < self.padded_splits
 
     @property
+    def all_splits(self) -> str:
+        """padded_splits as the kernel writes it."""
+        return "PADDED_SPLITS" if self.pads_splits else "NUM_SPLITS"
+
+    @property
+    def pads_splits(self) -> bool:
+        """Whether padded_splits is more than NUM_SPLITS."""
+        return self.padded_splits != self.config.NUM_SPLITS
+
+    @property
     def split_masks(self) -> tuple[str, ...]:
         """The mask of a load from all splits, if a tile has room for more."""
-        return ("mask_s",) * (self.padded_splits != self.config.NUM_SPLITS)
+        return ("mask_s",) * self.pads_splits
 
     @property
     def chunk_masks(self) -> tuple[str, ...]:
         """The mask of a load from a chunk of splits, if the last chunk has room for more."""
-        return ("mask_s",) * (self.config.NUM_SPLITS % self.merge_chunk > 0)
+        return ("mask_chunk",) * (self.config.NUM_SPLITS % self.merge_chunk > 0)
 
     @property
     def row_masks(self) -> tuple[str, ...]:
         """The masks of a load of splits' rows of o1 or o2: of splits and of dimensions."""
         masks = self.chunk_masks if self.merges_in_chunks else self.split_masks
-        return (*(f"{mask}[:, None]" for mask in masks), *("mask_d",) * self.padded)
+        return (*(f"{mask}[:, None]" for mask in masks), *("mask_d[None, :]",) * self.padded)
 
     @property
     def grid(self) -> str:
@@ -226,11 +276,37 @@ class DecodeForm(CacheForm):
     def constants(self) -> tuple[Constant, ...]:
         """The constants of decode_kernel."""
         return (
-            Constant("HEAD_DIM", self.spec.head_dim),
+            *self.dim_constants,
             Constant("GROUP", self.spec.group, "query heads per kv head"),
             Constant("BLOCK_H", self.config.BLOCK_H, "query heads per program"),
             Constant("BLOCK_N", self.config.BLOCK_N, "keys per iteration"),
-            *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.is_split,
+            *[Constant("NUM_SPLITS", self.config.NUM_SPLITS), self.head_floats] * self.is_split,
             *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")]
             * self.has_several_tiles,
+            LOWEST_M,
         )
+
+    @property
+    def head_floats(self) -> Constant:
+        """The size of the states of a query head's splits."""
+        about = "m, d1, d2 and one unused: 16-byte alignment"
+        return Constant("HEAD_FLOATS", "NUM_SPLITS * (2 * HEAD_DIM + 4)", about)
+
+    @property
+    def merge_constants(self) -> tuple[Constant, ...]:
+        """The constants of the function that merges splits."""
+        rounded_up = Constant("PADDED_SPLITS", self.padded_splits, "NUM_SPLITS rounded up to a power of two")
+        chunk = Constant("BLOCK_SPLITS", self.merge_chunk, "splits per iteration: as many as fit in registers")
+        return (
+            *self.dim_constants,
+            Constant("NUM_SPLITS", self.config.NUM_SPLITS),
+            *[rounded_up] * self.pads_splits,
+            *[chunk] * self.merges_in_chunks,
+            *[LOWEST_M] * self.pads_splits,
+        )
+
+    @property
+    def merge_kernel_constants(self) -> tuple[Constant, ...]:
+        """The constants of the second kernel."""
+        head_floats = Constant(self.head_floats.name, self.head_floats.value)
+        return (*self.dim_constants, Constant("NUM_SPLITS", self.config.NUM_SPLITS), head_floats)

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from parallax_gen.ops.decode_form import CacheForm
 from parallax_gen.ops.fp8 import WIDENINGS, Widening
 from parallax_gen.ops.head_dim import power_of_2
-from parallax_gen.ops.signature import Constant, Index, Padding
-
-LN_2 = "0.6931471805599453"
+from parallax_gen.ops.signature import LN_2, LOWEST_M, Constant, Padding
 
 
 @dataclass(frozen=True)
 class Queries:
     """The memory layout of a batch's queries, as expressions for kernels.
 
-    indices           the indices of a row's query in q, each with the letter of its stride
+    indices           the indices in q of the query of each row of the stack, each with the letter of its stride
     sequence_offset   the offset of a sequence in out
     query_offset      the offset of a query within its sequence in out, without its head's
     stats_base        the offset of a (sequence, kv head) pair in lse and t_mean
@@ -51,7 +49,7 @@ SINGLE_QUERY = Queries(
 )
 # The same number of queries in each sequence.
 MULTI_TOKEN_QUERIES = Queries(
-    indices=(("seq64", "b"), ("offs_q", "m")),
+    indices=(("seq64", "b"), ("offs_q_stack", "m")),
     sequence_offset="seq64 * stride_ob",
     query_offset="offs_q * stride_om + ",
     stats_base="(seq64 * kv_heads + kv_head) * GROUP * queries_per_seq",
@@ -63,7 +61,7 @@ MULTI_TOKEN_QUERIES = Queries(
 )
 # Each sequence has its own number of queries.
 PACKED_QUERIES = Queries(
-    indices=(("(seq_start_q + offs_q)", "m"),),
+    indices=(("(seq_start_q + offs_q_stack)", "m"),),
     sequence_offset="seq_start_q * stride_om",
     query_offset="offs_q * stride_om + ",
     stats_base="seq_start_q + kv_head * GROUP * total_q",
@@ -87,11 +85,6 @@ class VarlenForm(CacheForm):
     # -- the rows of a tile
 
     @property
-    def row_width_text(self) -> str:
-        """The width of a row as the kernel writes it."""
-        return str(self.row_width)
-
-    @property
     def split_unit(self) -> str:
         """The unit whose keys are split: a tile, or a sequence."""
         return "tile" if self.spec.many_queries else "sequence"
@@ -100,11 +93,6 @@ class VarlenForm(CacheForm):
     def state_rows(self) -> int:
         """The number of rows of a split's state."""
         return self.config.BLOCK_H if self.spec.many_queries else min(self.spec.group, self.config.BLOCK_H)
-
-    @property
-    def rows(self) -> Index:
-        """A tile's rows: (query, head) pairs of the sequence, or query heads of the group."""
-        return Index("m" if self.spec.many_queries else "h")
 
     @property
     def start_plus(self) -> str:
@@ -180,6 +168,16 @@ class VarlenForm(CacheForm):
         return "first_block_start + " if self.block_alignment else "visible_begin + "
 
     @property
+    def visible_begin(self) -> str:
+        """The name of the first key that some query of a sequence sees. Those of a tile may all begin later."""
+        return "seq_visible_begin" if self.masks_by_row and self.spec.window else "visible_begin"
+
+    @property
+    def tile_blocks(self) -> str:
+        """The name of the number of blocks that some row of a tile sees. By default that is the sequence's."""
+        return "tile_blocks" if self.has_visible_begin or self.masks_by_row else "num_blocks"
+
+    @property
     def visible_end(self) -> str:
         """The end of the keys that some row of a tile sees."""
         return "visible_end" if self.masks_by_row else "seqlen_kv"
@@ -219,9 +217,9 @@ class VarlenForm(CacheForm):
         return f"k_{self.scale_parameters}"
 
     @property
-    def words(self) -> int:
-        """The number of 32-bit words in a row, each with four 8-bit elements."""
-        return self.row_width // 4
+    def words(self) -> str:
+        """The number of 32-bit words in a row, each with four 8-bit elements, as the kernel writes it."""
+        return f"{self.row_width_text} // 4"
 
     @property
     def key_offs(self) -> str:
@@ -236,11 +234,11 @@ class VarlenForm(CacheForm):
     # -- the schedule
 
     @property
-    def tiles_of_sequence(self) -> str:
-        """The number of tiles of a sequence; 0 if it has no queries."""
+    def seq_tiles(self) -> str:
+        """The number of tiles of each of several sequences; 0 if it has no queries."""
         if self.spec.many_queries:
-            return "tl.cdiv(seqlen_q * GROUP, BLOCK_H)"
-        return "seqlen_q * TILES_PER_GROUP" if self.tiles_per_group > 1 else "seqlen_q"
+            return "tl.cdiv(seqlens_q * GROUP, BLOCK_H)"
+        return "seqlens_q * TILES_PER_GROUP" if self.tiles_per_group > 1 else "seqlens_q"
 
     @property
     def max_work_items(self) -> str:
@@ -262,13 +260,15 @@ class VarlenForm(CacheForm):
         )
 
     @property
-    def lengths_loaded(self) -> tuple[str, ...]:
-        """What `_load_lengths` returns."""
-        return ("seqlen_kv", *["visible_begin"] * self.has_visible_begin, "seqlen_q", "num_blocks")
+    def lengths_of_seq(self) -> dict[str, str]:
+        """What a program needs of what `_load_lengths` returns, and its names for them."""
+        names = {"seqlen_kv": "seqlen_kv", "visible_begin": self.visible_begin, "num_blocks": "num_blocks"}
+        return {**names, "seqlen_q": "seqlen_q"} if self.spec.many_queries else names
 
-    def name_lengths(self, used: tuple[str, ...]) -> str:
-        """The names for what `_load_lengths` returns: _ for what is not `used`."""
-        return ", ".join(name if name in used else "_" for name in self.lengths_loaded)
+    def name_lengths(self, names: dict[str, str]) -> str:
+        """The names for what `_load_lengths` returns: _ for what has none in `names`."""
+        returned = ("seqlen_kv", *["visible_begin"] * self.has_visible_begin, "seqlen_q", "num_blocks")
+        return ", ".join(names.get(length, "_") for length in returned)
 
     @property
     def min_blocks_per_split(self) -> int:
@@ -276,11 +276,6 @@ class VarlenForm(CacheForm):
         return max(1, 64 // self.config.BLOCK_N)
 
     # -- merging
-
-    @property
-    def row_mask(self) -> str:
-        """The mask argument of a store of one row, which excludes its padding."""
-        return ", mask=mask_d" if self.padded else ""
 
     @property
     def merge_chunk(self) -> int:
@@ -294,7 +289,7 @@ class VarlenForm(CacheForm):
         pairs = "(query, head) pairs per tile"
         layout = "m, d1, d2 and one unused: 16-byte alignment"
         return (
-            Constant("HEAD_DIM", spec.head_dim),
+            *self.dim_constants,
             Constant("GROUP", spec.group, "query heads per kv head"),
             Constant("BLOCK_H", config.BLOCK_H, pairs if spec.many_queries else "query heads per program"),
             Constant("BLOCK_N", config.BLOCK_N, "keys per iteration"),
@@ -304,7 +299,8 @@ class VarlenForm(CacheForm):
             Constant("SPARE_SPLIT_EVERY", self.spare_split_every),
             Constant("STATE_ROWS", self.state_rows, "rows of a split's state"),
             Constant("SPLIT_FLOATS", "STATE_ROWS * (2 * HEAD_DIM + 4)", layout),
-            *[Constant("LN_2", LN_2)] * spec.stats,
+            LOWEST_M,
+            *[LN_2] * spec.stats,
             Constant("BLOCK_SEQS", 32, "sequences per step of a scan, one per lane: a sum needs no shared memory"),
             Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split, "fewer are not worth a program"),
             *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")]
@@ -313,11 +309,21 @@ class VarlenForm(CacheForm):
 
     @property
     def merge_constants(self) -> tuple[Constant, ...]:
+        """The constants of the function that merges splits."""
+        return (
+            *self.dim_constants,
+            Constant("STATE_ROWS", self.state_rows),
+            Constant("BLOCK_SPLITS", self.merge_chunk, "splits per iteration: as many as fit in registers"),
+            LOWEST_M,
+        )
+
+    @property
+    def merge_kernel_constants(self) -> tuple[Constant, ...]:
         """The constants of the second kernel."""
         as_before = "must equal decode_varlen_kernel's, as must the constants below"
         tiles = (Constant("BLOCK_H", self.config.BLOCK_H), Constant("TILES_PER_GROUP", self.tiles_per_group))
         return (
-            Constant("HEAD_DIM", self.spec.head_dim),
+            *self.dim_constants,
             Constant("GROUP", self.spec.group, "query heads per kv head"),
             Constant("BLOCK_N", self.config.BLOCK_N, as_before),
             *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.is_split,
@@ -327,5 +333,5 @@ class VarlenForm(CacheForm):
             Constant("BLOCK_SEQS", 32),
             Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split),
             *(tiles if self.tiles_per_group > 1 else ()),
-            *[Constant("LN_2", LN_2)] * self.spec.stats,
+            *[LN_2] * self.spec.stats,
         )

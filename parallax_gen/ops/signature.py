@@ -100,6 +100,11 @@ class Constant:
         return f"{self.name}: tl.constexpr = {self.value}" + (f"  # {self.about}" if self.about else "")
 
 
+LN_2 = Constant("LN_2", 0.6931471805599453)
+# The initial m of an online softmax.
+LOWEST_M = Constant("LOWEST_M", "-3.0e38", "finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN")
+
+
 @dataclass(frozen=True)
 class Padding:
     """What a kernel on packed sequences writes to rows of no sequence. Only the device knows which rows those are.

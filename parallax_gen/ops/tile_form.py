@@ -7,7 +7,7 @@ from typing import Any
 
 from parallax_gen.ops.base import PADDED_TO_IN_KERNELS
 from parallax_gen.ops.head_dim import Chunk, power_of_2
-from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Index, Padding
+from parallax_gen.ops.signature import LN_2, LOWEST_M, SOFTCAP_ABOUT, Constant, Index, Padding
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
 from parallax_gen.problem.spec import KernelSpec
 
@@ -271,11 +271,7 @@ class ForwardVariant:
 
     def constants(self, stats: bool) -> list[Constant]:
         """The constants that a kernel of this variant has beside those of its tiles."""
-        constants = [Constant("LN_2", 0.6931471805599453)] if stats else []
-        if self.online:
-            about = "finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN"
-            return [*constants, Constant("LOWEST_M", "-3.0e38", about)]
-        return [*constants, Constant("MAX_SUM", "1.8446744e19", "2^64")]
+        return [*[LN_2] * stats, LOWEST_M if self.online else Constant("MAX_SUM", "1.8446744e19", "2^64")]
 
 
 @dataclass(frozen=True)

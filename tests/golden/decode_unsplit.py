@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, MHA
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=1 merge=none num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 2e526ce31f65
+generator  parallax_gen 0.1.0, kernel 3d29d9fef9d3
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -108,6 +108,7 @@ def decode_kernel(
     GROUP: tl.constexpr = 1  # query heads per kv head
     BLOCK_H: tl.constexpr = 8  # query heads per program
     BLOCK_N: tl.constexpr = 32  # keys per iteration
+    LOWEST_M: tl.constexpr = -3.0e38  # finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN
 
     # -- this program's sequence and kv head
     pid = tl.program_id(0)
@@ -117,14 +118,14 @@ def decode_kernel(
 
     # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
-    offs_h = offs_stack % STACK_ROWS
+    offs_h_stack = offs_stack % STACK_ROWS
     is_query = offs_stack < STACK_ROWS
-    mask_h = offs_h < GROUP
+    mask_h_stack = offs_h_stack < GROUP
     offs_d = tl.arange(0, HEAD_DIM)
-    q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + offs_h)[:, None] * stride_qh + offs_d[None, :]
-    r_ptrs = r_ptr + batch * stride_rb + (kv_head * GROUP + offs_h)[:, None] * stride_rh + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=(mask_h & is_query)[:, None], other=0.0)
-    r = tl.load(r_ptrs, mask=(mask_h & ~is_query)[:, None], other=0.0)
+    q_ptrs = q_ptr + batch * stride_qb + (kv_head * GROUP + offs_h_stack)[:, None] * stride_qh + offs_d[None, :]
+    r_ptrs = r_ptr + batch * stride_rb + (kv_head * GROUP + offs_h_stack)[:, None] * stride_rh + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=(mask_h_stack & is_query)[:, None], other=0.0)
+    r = tl.load(r_ptrs, mask=(mask_h_stack & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
     # -- the softmax state, and the addresses of this sequence's keys
@@ -136,7 +137,7 @@ def decode_kernel(
     v_offsets = clamped_n * stride_vn + offs_d[None, :]
     stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, those of a cache may not
     stride_vn64 = tl.cast(stride_vn, tl.int64)
-    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: a sequence without keys must not give NaN
+    m = tl.full([BLOCK_H], LOWEST_M, tl.float32)
     d1 = tl.zeros([BLOCK_H], tl.float32)
     d2 = tl.zeros([BLOCK_H], tl.float32)
     t_mean = tl.zeros([BLOCK_H], tl.float32)

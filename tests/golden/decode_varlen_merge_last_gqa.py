@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 12:1, per-sequence lengths
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=6 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel cda3a4746146
+generator  parallax_gen 0.1.0, kernel 123e1143ea0f
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -33,8 +33,8 @@ def _load_lengths(
     BLOCK_N: tl.constexpr,
 ):
     """Return, for each sequence: seqlen_kv, seqlen_q, and the number of blocks of visible keys."""
-    seqlen_kv = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
-    seqlen_kv = tl.maximum(tl.minimum(seqlen_kv, max_seqlen_kv), 0)  # clamped to the cache
+    cache_seqlen = tl.load(cache_seqlens_ptr + seq, mask=mask, other=0)
+    seqlen_kv = tl.maximum(tl.minimum(cache_seqlen, max_seqlen_kv), 0)  # clamped to the cache
     seqlen_q = tl.where(mask, 1, 0)
     return seqlen_kv, seqlen_q, tl.cdiv(seqlen_kv, BLOCK_N)
 
@@ -111,23 +111,25 @@ def _merge(states_ptr, stride, num_splits, row):
     """Merge the states of a row's splits, `stride` floats apart: rescale each to the largest m, and add."""
     HEAD_DIM: tl.constexpr = 128
     STATE_ROWS: tl.constexpr = 8
-    offs_d = tl.arange(0, 128)
-    m = -3.0e38
+    BLOCK_SPLITS: tl.constexpr = 32  # splits per iteration: as many as fit in registers
+    LOWEST_M: tl.constexpr = -3.0e38  # finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN
+    offs_d = tl.arange(0, HEAD_DIM)
+    m = LOWEST_M
     d1 = 0.0
     d2 = 0.0
-    o1 = tl.zeros([128], tl.float32)
-    o2 = tl.zeros([128], tl.float32)
-    for first_split in range(0, num_splits, 32):  # as many splits at a time as fit in registers
-        offs_s = first_split + tl.arange(0, 32)
+    o1 = tl.zeros([HEAD_DIM], tl.float32)
+    o2 = tl.zeros([HEAD_DIM], tl.float32)
+    for first_split in range(0, num_splits, BLOCK_SPLITS):
+        offs_s = first_split + tl.arange(0, BLOCK_SPLITS)
         mask_s = offs_s < num_splits  # lanes past the last split get the lowest m, hence weight 0
         state_ptrs = states_ptr + offs_s.to(tl.int64) * stride
         stat_ptrs = state_ptrs + STATE_ROWS * 2 * HEAD_DIM + row
-        m_splits = tl.load(stat_ptrs, mask=mask_s, other=-3.0e38, cache_modifier=".cg")
+        m_splits = tl.load(stat_ptrs, mask=mask_s, other=LOWEST_M, cache_modifier=".cg")
         d1_splits = tl.load(stat_ptrs + STATE_ROWS, mask=mask_s, other=0.0, cache_modifier=".cg")
         d2_splits = tl.load(stat_ptrs + 2 * STATE_ROWS, mask=mask_s, other=0.0, cache_modifier=".cg")
         o_ptrs = state_ptrs[:, None] + row * (2 * HEAD_DIM) + offs_d[None, :]
         mask_sd = mask_s[:, None]
-        o1_splits = tl.load(o_ptrs, mask=mask_sd, other=0.0, cache_modifier=".cg")  # [splits, HEAD_DIM]
+        o1_splits = tl.load(o_ptrs, mask=mask_sd, other=0.0, cache_modifier=".cg")  # [BLOCK_SPLITS, HEAD_DIM]
         o2_splits = tl.load(o_ptrs + HEAD_DIM, mask=mask_sd, other=0.0, cache_modifier=".cg")
         m_new = tl.maximum(m, tl.max(m_splits, 0))
         alpha = tl.exp2(m - m_new)
@@ -137,7 +139,7 @@ def _merge(states_ptr, stride, num_splits, row):
         o1 = o1 * alpha + tl.sum(weight[:, None] * o1_splits, 0)
         o2 = o2 * alpha + tl.sum(weight[:, None] * o2_splits, 0)
         m = m_new
-    return m, d1, d2, o1, o2
+    return d1, d2, o1, o2
 
 
 @triton.jit(do_not_specialize=["kv_heads", "batch", "max_seqlen_kv"])
@@ -175,6 +177,7 @@ def decode_varlen_kernel(
     SPARE_SPLIT_EVERY: tl.constexpr = 8
     STATE_ROWS: tl.constexpr = 8  # rows of a split's state
     SPLIT_FLOATS: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # m, d1, d2 and one unused: 16-byte alignment
+    LOWEST_M: tl.constexpr = -3.0e38  # finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN
     BLOCK_SEQS: tl.constexpr = 32  # sequences per step of a scan, one per lane: a sum needs no shared memory
     MIN_BLOCKS_PER_SPLIT: tl.constexpr = 2  # fewer are not worth a program
     TILES_PER_GROUP: tl.constexpr = 2  # tiles per group of query heads
@@ -182,36 +185,36 @@ def decode_varlen_kernel(
     # -- blocks per split, equal for all sequences: long sequences get many splits, short ones one. Rounding up adds at
     #    most one split per sequence; the grid has room for these
     lane_blocks = tl.zeros([BLOCK_SEQS], tl.int32)
-    for block_start in range(0, batch, BLOCK_SEQS):
-        seqs = block_start + tl.arange(0, BLOCK_SEQS)
-        _, _, num_blocks = _load_lengths(
+    for first_seq in range(0, batch, BLOCK_SEQS):
+        seqs = first_seq + tl.arange(0, BLOCK_SEQS)
+        _, _, seq_blocks = _load_lengths(
             seqs,
             seqs < batch,
             cache_seqlens_ptr,
             max_seqlen_kv,
             BLOCK_N,
         )
-        lane_blocks += num_blocks
+        lane_blocks += seq_blocks
     extra_splits = batch * (NUM_SPLITS - 1) + tl.cdiv(batch, SPARE_SPLIT_EVERY)
     blocks_per_split = tl.maximum(tl.cdiv(tl.sum(lane_blocks, 0), extra_splits), MIN_BLOCKS_PER_SPLIT)
 
-    # -- the sequence of this program's work item: each sequence has num_tiles * tile_splits work items, in order
+    # -- the sequence of this program's work item: each sequence has seq_tiles * tile_splits work items, in order
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     work_item = tl.program_id(0) // kv_heads
     seq = 0
     first_work_item = 0
     num_work_items = 0
-    for block_start in range(0, batch, BLOCK_SEQS):
-        seqs = block_start + tl.arange(0, BLOCK_SEQS)
-        _, seqlen_q, num_blocks = _load_lengths(
+    for first_seq in range(0, batch, BLOCK_SEQS):
+        seqs = first_seq + tl.arange(0, BLOCK_SEQS)
+        _, seqlens_q, seq_blocks = _load_lengths(
             seqs,
             seqs < batch,
             cache_seqlens_ptr,
             max_seqlen_kv,
             BLOCK_N,
         )
-        num_tiles = seqlen_q * TILES_PER_GROUP
-        work_items = num_tiles * tl.maximum(tl.cdiv(num_blocks, blocks_per_split), 1)
+        seq_tiles = seqlens_q * TILES_PER_GROUP
+        work_items = seq_tiles * tl.maximum(tl.cdiv(seq_blocks, blocks_per_split), 1)
         ends = num_work_items + tl.cumsum(work_items, 0)
         is_before = (ends <= work_item) & (seqs < batch)
         seq += tl.sum(is_before.to(tl.int32), 0)
@@ -221,7 +224,7 @@ def decode_varlen_kernel(
         return
 
     # -- the tile of its rows, and the split of the tile's keys
-    seqlen_kv, seqlen_q, num_blocks = _load_lengths(
+    seqlen_kv, _, num_blocks = _load_lengths(
         seq,
         True,
         cache_seqlens_ptr,
@@ -238,15 +241,17 @@ def decode_varlen_kernel(
 
     # -- load one tile that stacks q and r: 8 rows of each in turn, so that rows i and i + 8 of 16 are in one thread
     offs_stack = tl.arange(0, 2 * BLOCK_H)
-    offs_h = start_h + offs_stack % STACK_ROWS
+    offs_h_stack = start_h + offs_stack % STACK_ROWS
     is_query = offs_stack < STACK_ROWS
-    mask_h = offs_h < GROUP
-    offs_d = tl.arange(0, 128)
+    mask_h_stack = offs_h_stack < GROUP
+    offs_d = tl.arange(0, HEAD_DIM)
     seq64 = seq.to(tl.int64)
-    q_row_ptrs = q_ptr + seq64 * stride_qb + (kv_head * GROUP + offs_h) * stride_qh
-    r_row_ptrs = r_ptr + seq64 * stride_rb + (kv_head * GROUP + offs_h) * stride_rh
-    q = tl.load(q_row_ptrs[:, None] + offs_d[None, :], mask=(mask_h & is_query)[:, None], other=0.0)
-    r = tl.load(r_row_ptrs[:, None] + offs_d[None, :], mask=(mask_h & ~is_query)[:, None], other=0.0)
+    q_row_ptrs = q_ptr + seq64 * stride_qb + (kv_head * GROUP + offs_h_stack) * stride_qh
+    r_row_ptrs = r_ptr + seq64 * stride_rb + (kv_head * GROUP + offs_h_stack) * stride_rh
+    q_ptrs = q_row_ptrs[:, None] + offs_d[None, :]
+    r_ptrs = r_row_ptrs[:, None] + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=(mask_h_stack & is_query)[:, None], other=0.0)
+    r = tl.load(r_ptrs, mask=(mask_h_stack & ~is_query)[:, None], other=0.0)
     qr = q + r  # [2*BLOCK_H, HEAD_DIM]: in every row one of the two is 0
 
     # -- the softmax state: a row for each query head
@@ -255,11 +260,11 @@ def decode_varlen_kernel(
     range_n = tl.arange(0, BLOCK_N)
     stride_kn64 = tl.cast(stride_kn, tl.int64)  # offsets within a block fit 32 bits, those of a cache may not
     stride_vn64 = tl.cast(stride_vn, tl.int64)
-    m = tl.full([BLOCK_H], -3.0e38, tl.float32)  # finite: rows without keys must not give NaN
+    m = tl.full([BLOCK_H], LOWEST_M, tl.float32)
     d1 = tl.zeros([BLOCK_H], tl.float32)
     d2 = tl.zeros([BLOCK_H], tl.float32)
     t_mean = tl.zeros([BLOCK_H], tl.float32)
-    o = tl.zeros([2 * BLOCK_H, 128], tl.float32)
+    o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
     # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
     #    masked: loads need no mask, and nothing past a sequence's end is read
@@ -309,11 +314,11 @@ def decode_varlen_kernel(
         first_state = (work_item - split) * kv_heads + kv_head
         if tl.atomic_add(arrival_counters_ptr + first_state, 1, sem="acq_rel") == tile_splits - 1:
             tl.store(arrival_counters_ptr + first_state, 0)
-            state_ptr = scratch_ptr + first_state.to(tl.int64) * SPLIT_FLOATS
-            for i in range(tl.minimum(GROUP - start_h, BLOCK_H)):
-                head = start_h + i
+            states_ptr = scratch_ptr + first_state.to(tl.int64) * SPLIT_FLOATS
+            for row in range(tl.minimum(GROUP - start_h, BLOCK_H)):
+                head = start_h + row
                 row_offset = head * stride_oh
-                _, d1_row, d2_row, o1_row, o2_row = _merge(state_ptr, kv_heads * SPLIT_FLOATS, tile_splits, i)
+                d1_row, d2_row, o1_row, o2_row = _merge(states_ptr, kv_heads * SPLIT_FLOATS, tile_splits, row)
                 out_row = _normalize(d1_row, d2_row, o1_row, o2_row)
                 tl.store(o_ptr + row_offset + offs_d, out_row.to(o_ptr.dtype.element_ty))
 
