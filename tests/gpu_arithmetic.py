@@ -45,7 +45,9 @@ def use_in_interpreter(patch: pytest.MonkeyPatch) -> None:
 
     def create_inline_asm(self: Any, asm: str, constraints: str, inputs: Any, types: Any, pure: bool, pack: int) -> Any:
         results = INSTRUCTIONS[asm.split()[0]](*(x.data for x in inputs))
-        return SimpleNamespace(get_result=[TensorHandle(x, t.scalar) for x, t in zip(results, types)].__getitem__)
+        return SimpleNamespace(
+            get_result=[TensorHandle(x, t.scalar) for x, t in zip(results, types, strict=True)].__getitem__
+        )
 
     for replacement in (create_dot, cast_impl, create_fp_to_fp, create_inline_asm):
         patch.setattr(InterpreterBuilder, replacement.__name__, replacement)

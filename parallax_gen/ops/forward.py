@@ -10,7 +10,6 @@ from parallax_gen.ops.signature import Signature
 from parallax_gen.ops.tile_form import ForwardForm, tile_fields
 from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, Tiles, programs_per_tile, row_bytes
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 
