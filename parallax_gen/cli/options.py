@@ -166,7 +166,7 @@ def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Com
         click.option(
             "--accurate",
             is_flag=True,
-            help="Training and forward: errors near softmax attention's also where a few keys share the weight.",
+            help="Training and forward: errors near softmax attention's also where similar keys share the weight.",
         ),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )

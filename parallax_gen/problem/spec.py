@@ -68,9 +68,9 @@ class KernelSpec:
     window    causal only: a query sees only the last window_size of its visible keys.
     varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only their queries.
     softcap   scores s become c·tanh(s/c) before the softmax, as in Gemma 2; c, the softcap, is an argument of a launch.
-    accurate  forward only, not with fp32, whose matmuls do not round their operands: the errors are as small as softmax
-              attention's also in rows where a few keys with nearly equal r·k share the weight, at the cost of a fifth
-              matmul in the loop.
+    accurate  forward only, not with fp32, whose matmuls do not round their operands: t is centered on its running mean,
+              as decode always does, so that errors are near softmax attention's also in rows where several keys with
+              nearly equal t share the weight.
 
     Only decode_varlen:
 

@@ -87,10 +87,10 @@ def parallax_attn_func(
     window_size       with causal: a query sees at most this many keys, its own and those right before it
     softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
     softcap           c, from 1e-18 to 1e18: scores s become c·tanh(s/c), as in Gemma 2; None for no cap
-    accurate          errors as small as softmax attention's also in rows where a few keys with nearly equal r·k share
-                      the weight. There o is a small difference of terms up to |r·k| times its size; without this flag
-                      its error grows by the same factor. The forward then has five matmuls, not four. It changes
-                      nothing for fp32, whose matmuls do not round operands
+    accurate          errors near softmax attention's also in rows where several keys with nearly equal r·k share the
+                      weight, such as those of a repeated token. By default they are up to about 4 times as large
+                      there, and near softmax attention's in other rows. The forward then centers t at its running
+                      mean, which takes longer. It changes nothing for fp32, whose matmuls do not round operands
     out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
     return_stats      also return lse = log Σ exp(s) (capped s) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients

@@ -1,14 +1,12 @@
-"""The accuracy gained because the forward's d1 and d2 sum what its matmuls read: rendered kernels in Triton's CPU
-interpreter, with sums of rounded and of unrounded numbers.
+"""Rendered forwards in fp16 on hard inputs, in Triton's CPU interpreter: an attention sink, and large probes.
 
-If one key outweighs all others, t and t_mean are nearly equal and o depends on their difference, which is lost when
-p t is rounded to 16 bits and d2 is not. tests/gpu/test_accuracy.py has long rows, gradients and the kernel of
-parallax-kernel.
+If the first key outweighs all others, t and t_mean are nearly equal and o depends on their difference: if d2 summed p t
+without rounding, o would be off by up to 256 * 2^-11, 12 % of it, for t of 256. test_peaked_rows.py has bf16, other
+kinds of rows and decode; tests/gpu/test_accuracy.py long rows, gradients and parallax-kernel's kernel.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import pytest
@@ -16,10 +14,10 @@ import torch
 
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.codegen.build import load
-from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.codegen.render import render
 from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
-from parallax_gen.oracle.accuracy import errors, tolerance, why_wrong
+from parallax_gen.oracle.accuracy import errors, why_wrong
 from parallax_gen.oracle.inputs import attend, random_inputs_of, softmax_scale
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
@@ -53,21 +51,10 @@ def sink(x: Inputs) -> None:
         x.k[[start for start in x.cu_seqlens_k.tolist() if start < len(x.k)], :, 0] = 16
 
 
-def outputs(spec: KernelSpec, inputs: Inputs, *, rounded_sums: bool = True) -> dict[str, torch.Tensor]:
-    source = render(spec, CONFIG, GPU)
-    if not rounded_sums:
-        text = with_unrounded_sums(source.text)
-        source = KernelSource("plain", text, hashlib.sha256(text.encode()).hexdigest())
+def outputs(spec: KernelSpec, inputs: Inputs) -> dict[str, torch.Tensor]:
     call = verify.poisoned_call(spec, CONFIG, inputs)
-    load(source).launch(*call.arguments(softmax_scale(spec)))
+    load(render(spec, CONFIG, GPU)).launch(*call.arguments(softmax_scale(spec)))
     return call.written
-
-
-def with_unrounded_sums(text: str) -> str:
-    """A kernel whose sums d1 and d2 are of the numbers before they are rounded for the matmuls."""
-    rounded = "return rounded, rounded.to(tl.float32)"
-    assert rounded in text
-    return text.replace(rounded, "return rounded, x")
 
 
 def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> Inputs:
@@ -77,27 +64,17 @@ def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) ->
     return inputs
 
 
-def errors_of_out(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
-    """The errors of the kernel, and of one with unrounded sums."""
-    expected = attend(spec, inputs).out
-    ours, plain = (errors(outputs(spec, inputs, rounded_sums=way)["out"], expected).relative for way in (True, False))
-    return ours, plain
+# p, p t and o are rounded, by up to 2^-11 = 4.9e-4 and some 2e-4 in the mean; sqrt(3) times that if all three count.
+# Under a sink the other keys' p t counts, by t_mean: more so in late rows, whose window begins behind it.
+MOST = {"normal": 3.5e-4, "large_probes": 4e-4, "sink": 4.9e-4}
 
 
-@pytest.mark.parametrize("spec", [FULL, CAUSAL, VARLEN], ids=["full", "causal", "varlen"])
-def test_an_attention_sink_has_a_tenth_of_the_error(spec: KernelSpec) -> None:
-    ours, plain = errors_of_out(spec, inputs_of(spec, sink, seed=1))
-    assert ours < tolerance("fp16") < plain
-    assert ours < plain / 10
-
-
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("prepare", [normal, large_probes], ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize("prepare", [normal, large_probes, sink], ids=lambda prepare: prepare.__name__)
 @pytest.mark.parametrize("spec", [FULL, CAUSAL, WINDOW, VARLEN], ids=["full", "causal", "window", "varlen"])
-def test_other_inputs_are_as_accurate(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) -> None:
-    """Nearly: p t is formed of the rounded p and rounded again, so two roundings are in it."""
-    ours, plain = errors_of_out(spec, inputs_of(spec, prepare, seed))
-    assert ours < 1.15 * plain
+def test_the_output_is_right(spec: KernelSpec, prepare: Callable[[Inputs], None]) -> None:
+    inputs = inputs_of(spec, prepare, seed=1)
+    error = errors(outputs(spec, inputs)["out"], attend(spec, inputs).out).relative
+    assert error < MOST[prepare.__name__]
 
 
 @pytest.mark.parametrize("prepare", [normal, large_probes, sink], ids=lambda prepare: prepare.__name__)

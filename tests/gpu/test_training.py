@@ -62,9 +62,8 @@ def assert_gradients_close(
     """Twice the forward's tolerance: besides p and p·t a backward rounds g^s and g^t, and b − T is the difference of
     two sums over the saved o and v̄, each rounded to the input dtype.
 
-    For a row that sees few keys, and not the first one (which the kernel takes in fp32), b − T is only this rounding
-    error, scaled by |t|: up to 6 times a gradient's natural size for |t| up to 4. (training_steps.py allows 12 at half
-    the tolerance.)
+    For a row that sees few keys b − T is only this rounding error, scaled by |t|: up to 6 times a gradient's natural
+    size for |t| up to 4. (training_steps.py allows 12 at half the tolerance.)
     """
     few_keys_factor = 6.0 if window_size is not None and window_size < 16 else 1.0
     sizes = gradient_term_sizes(*[x.detach() for x in inputs], do)

@@ -292,7 +292,7 @@ def tensors_of(spec: KernelSpec, shape: Shape, *, seed: int) -> tuple[Tensor, Te
 def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor, dtype: str) -> Tensor:
     """Causal Parallax attention of one head in fp32, with p, p·t and o rounded to the input dtype.
 
-    With tf32 the inputs of matmuls are truncated, and o is not rounded.
+    d1 and d2 sum the rounded p and p·t. With tf32 the inputs of matmuls are truncated, and o is not rounded.
     """
     queries, keys = q.shape[0], k.shape[0]
     into_matmul = to_tf32 if dtype == "tf32" else lambda x: x.to(torch_dtype(dtype)).float()
@@ -301,8 +301,10 @@ def as_a_kernel_rounds(q: Tensor, r: Tensor, k: Tensor, v: Tensor, dtype: str) -
     s = (q @ k.T * q.shape[-1] ** -0.5).masked_fill(hidden, -math.inf)
     t = r @ k.T
     p = (s - s.amax(dim=-1, keepdim=True)).exp()
-    d1, d2 = p.sum(dim=-1, keepdim=True), (p * t).sum(dim=-1, keepdim=True)
-    o1, o2 = into_matmul(p) @ v, into_matmul(p * t) @ v
+    p = into_matmul(p)
+    pt = into_matmul(p * t)
+    d1, d2 = p.sum(dim=-1, keepdim=True), pt.sum(dim=-1, keepdim=True)
+    o1, o2 = p @ v, pt @ v
     return (o1 / d1 * (1 + d2 / d1) - o2 / d1).to(torch_dtype(dtype))
 
 
