@@ -358,8 +358,8 @@ FAULTS = [
     (ONE_QUERY, "seq += tl.sum(is_before.to(tl.int32), 0)", "seq += 0", "the first sequence alone"),
     (
         ONE_QUERY,
-        "tl.maximum(tl.cdiv(num_blocks, blocks_per_split), 1)",
-        "tl.cdiv(num_blocks, blocks_per_split)",
+        "tl.maximum(tl.cdiv(seq_blocks, blocks_per_split), 1)",
+        "tl.cdiv(seq_blocks, blocks_per_split)",
         "no split without keys",
     ),
     (
