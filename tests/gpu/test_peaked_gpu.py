@@ -47,8 +47,9 @@ def softmax_of_torch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def assert_errors(x: list[Tensor], dtype: str, most: float, **options: Any) -> None:
     """The forward's error is at most `most` times that of softmax attention."""
     ours = errors(parallax_attn_func(*x, causal=True, **options), reference_forward(*x, causal=True).out).relative
-    # Where softmax attention is a row of v almost exactly, its output has no error of rounding; ours has.
-    assert ours <= most * max(errors(*softmax_of_torch(x[0], x[2], x[3])).relative, tolerance(dtype) / 7)
+    # The error of an output's rounding alone is a sixth of the tolerance. Where softmax attention is a row of v almost
+    # exactly, it has not even that; Parallax attention is no row of v.
+    assert ours <= most * max(errors(*softmax_of_torch(x[0], x[2], x[3])).relative, tolerance(dtype) / 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,7 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.oracle import verify
-from parallax_gen.oracle.accuracy import errors, tolerance
+from parallax_gen.oracle.accuracy import tolerance
 from parallax_gen.oracle.inputs import softmax_scale
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.peaked import KINDS, peaked
@@ -31,6 +31,9 @@ from parallax_gen.problem.spec import KernelSpec
 pytestmark = pytest.mark.gpu
 
 OF_SOFTMAX = 1.3  # times its error; 1.2 in the interpreter
+# The error of an output's rounding alone. Where softmax attention is a row of v almost exactly, it has not even that;
+# Parallax attention is no row of v.
+OF_OUTPUT = tolerance("bf16") / 6
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 128
 # What rows attend to: one of KINDS, or keys by their index, negative from the end: query head h to the h-th, in turn.
 Kind = str | tuple[int, ...]
@@ -73,9 +76,18 @@ class Call:
 
     def assert_close(self, out: Any) -> None:
         """The error of Parallax attention is that of softmax attention."""
-        ours = errors(out, reference_cached_forward(**self.arguments).out).relative
-        # Where softmax attention is a row of v almost exactly, its output has no error of rounding; ours has.
-        assert ours <= OF_SOFTMAX * max(errors(*self.softmax).relative, tolerance("bf16") / 7)
+        ours = mean_error(out, reference_cached_forward(**self.arguments).out)
+        assert ours <= OF_SOFTMAX * max(mean_error(*self.softmax), OF_OUTPUT)
+
+
+def row_errors(out: Tensor, ref: Tensor) -> Tensor:
+    """The errors of all rows, each relative to its size."""
+    return ((out.double() - ref).norm(dim=-1) / ref.norm(dim=-1)).flatten()
+
+
+def mean_error(out: Tensor, ref: Tensor) -> float:
+    """Their root mean square: rows with a dominating key count like others, whose output may be ten times as large."""
+    return float(row_errors(out, ref).square().mean().sqrt())
 
 
 def attending(kind: Kind, q: Tensor, k: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -223,11 +235,5 @@ def test_decode_is_close_to_the_rows_of_training(kind: str, accurate: bool) -> N
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     softmax = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)[0, late]
     exact, exact_softmax = (reference_forward(q, p, k, v, causal=True).out[0, late] for p in (r, torch.zeros_like(r)))
-    apart, of_softmax = late_percentile(decoded, trained, exact), late_percentile(softmax, exact_softmax, exact_softmax)
-    assert apart <= 1.1 * 2**0.5 * 1.5 * max(of_softmax, tolerance("bf16") / 7)
-
-
-def late_percentile(one: Tensor, other: Tensor, exact: Tensor) -> float:
-    """The 99th percentile of how far rows are apart, relative to their size."""
-    apart = (one.double() - other.double()).norm(dim=-1) / exact.norm(dim=-1)
-    return float(apart.flatten().quantile(0.99))
+    apart = row_errors(exact + decoded.double() - trained.double(), exact).quantile(0.99)
+    assert apart <= 1.1 * 2**0.5 * 1.5 * max(row_errors(softmax, exact_softmax).quantile(0.99), OF_OUTPUT)
