@@ -430,7 +430,9 @@ FAULTS = [
     ),
     pytest.param(DQDR_KERNEL, "w_bias[:, None] - t * softmax_scale", "w_bias[:, None]", id="t left out of dq"),
     pytest.param(DQDR_KERNEL, "dp_mean[:, None] - dp", "dp - dp_mean[:, None]", id="dt with the other sign"),
-    pytest.param(DECODE_KERNEL, "weight = tl.exp2(m_splits - m_max)", "weight = m_splits * 0.0 + 1.0", id="splits not rescaled"),
+    pytest.param(
+        DECODE_KERNEL, "weight = tl.exp2(m_splits - m_max)", "weight = m_splits * 0.0 + 1.0", id="splits not rescaled"
+    ),
     pytest.param(DECODE_KERNEL, "(offs_n >= start_n) & ", "", id="keys of a block moved back taken twice"),
     pytest.param(
         DECODE_KERNEL, "num_blocks * (split + 1) // NUM_SPLITS", "num_blocks // NUM_SPLITS * (split + 1)", id="tail"
