@@ -29,9 +29,9 @@ KERNEL_FAULTS = """
     while old != -7:
         old = tl.atomic_add(row_stats_ptr.to(tl.pointer_type(tl.int32)), 1)
     {% elif config.num_warps == 1 and config.BLOCK_M == 16 %}
-    lse += 1.0
+    lse2 += 1.0
     {% endif %}
-    tl.store(row_stats_ptr + offs_m, lse)
+    tl.store(stat_ptrs, lse2)
 """
 IMPORT_FAULT = """
 {% if config.num_warps == 2 and config.BLOCK_M == 32 %}
@@ -52,7 +52,7 @@ def tune_with_faults(folder: Path) -> tuple[dict[str, Any], list[Result]]:
     template = folder / "templates" / "preprocess.py.j2"
     text = template.read_text(encoding="utf-8")
     for old, new in (
-        ("\n    tl.store(row_stats_ptr + offs_m, lse)\n", KERNEL_FAULTS),
+        ("\n    tl.store(stat_ptrs, lse2)\n", KERNEL_FAULTS),
         ("\n@triton.jit(", IMPORT_FAULT),
     ):
         assert text.count(old) == 1
