@@ -23,6 +23,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import TRAINING
 
 KV_GRADIENTS = ("dk", "dv")
+_SHARPER = 2.0  # times q of peaked rows: one key of 64k then has most of the weight at head_dim 64, too
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,31 @@ def _select(x: Tensor, dim: int, indices: Sequence[int] | None) -> Tensor:
     return x if indices is None else x.index_select(dim, torch.tensor(indices, device=x.device))
 
 
-def random_inputs_for_case(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
-    """Fresh random inputs; for a training step with the output's gradient. lengths: see Row.
+def random_inputs_for_case(
+    op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = (), kind: str = "normal"
+) -> Inputs:
+    """Fresh random inputs; for a training step with the output's gradient. lengths: see Row. kind: in `peaked.KINDS`.
 
     Keys beyond a sequence's length hold finite values, as in real use: a baseline may multiply them by 0.
     """
-    inputs = random_inputs_of(spec, shape, seed=random.randrange(2**31), device=device, full=True)
+    inputs = random_inputs_of(spec, shape, seed=random.randrange(2**31), device=device, full=True, kind=kind)
     if lengths:
         inputs.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
     if op == TRAINING:
         # Not the device's default generator: a baseline's failed graph capture leaves that one unusable.
         generator = torch.Generator(device).manual_seed(random.randrange(2**31))
         inputs.do = torch.randn(inputs.q.shape, dtype=inputs.q.dtype, device=device, generator=generator)
+    return inputs
+
+
+def peaked_inputs(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
+    """Fresh random inputs whose rows give most of their weight to one key that they see.
+
+    This is the first key, which sequences of all lengths have. Under a window it is each row's own, on the diagonal of
+    the shape: in a cache only sequences with all keys have such rows.
+    """
+    inputs = random_inputs_for_case(op, spec, shape, device, lengths, "own key" if spec.window else "first key")
+    inputs.q *= _SHARPER
     return inputs
 
 

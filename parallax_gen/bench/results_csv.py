@@ -18,14 +18,16 @@ from parallax_gen.problem.spec import KernelSpec
 
 _EMPTY = Row("", "decode", "", KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 1))
 COLUMNS = list(to_flat(replace(_EMPTY, conditions=Conditions("", "", "", "", "", "", Effort()))))
-WITHOUT_LENGTHS = [name for name in COLUMNS if name != "lengths"]  # in files from before per-sequence lengths
+# The columns of older files, which lack the last one or both of these.
+ADDED_COLUMNS = ("lengths", "peaked_error")
+OLDER_COLUMNS = [[c for c in COLUMNS if c not in ADDED_COLUMNS[first:]] for first in range(len(ADDED_COLUMNS))]
 
 
 class ResultsCsv:
     """Rows by baseline, case, package and conditions, kept in a CSV file. Without a path rows are not saved.
 
-    Rows are only appended, one shape at a time. An incomplete last line, left by a crash, is dropped. A file without
-    the column for lengths is rewritten with it.
+    Rows are only appended, one shape at a time. An incomplete last line, left by a crash, is dropped. An older file is
+    rewritten with the columns that it lacks, empty in its rows.
     """
 
     def __init__(self, path: Path | None = None):
@@ -64,23 +66,22 @@ def _read_or_create(path: Path) -> list[Row]:
         text = _as_text([COLUMNS])
         _append(path, text)
     columns = next(csv.reader([text.partition("\n")[0]]), [])
-    if columns not in (COLUMNS, WITHOUT_LENGTHS):
+    if columns not in (COLUMNS, *OLDER_COLUMNS):
         raise ParallaxGenError(f"--csv: {path} does not have the columns of parallax-gen bench: choose another file")
     whole, _, tail = text.rpartition("\n")
     if whole and tail and not _rows([tail], columns):
         os.truncate(path, len(whole.encode()) + 1)  # otherwise appended rows could become part of an unclosed quotation
         text, tail = f"{whole}\n", ""
     _append(path, "\n" if tail else "")  # also checks that the file can be written
-    if columns == WITHOUT_LENGTHS:
-        replace_file(path.resolve(), _with_lengths_column(text))  # resolve(), so that a link stays a link
+    if columns != COLUMNS:
+        replace_file(path.resolve(), _with_all_columns(text))  # resolve(), so that a link stays a link
     return _rows(io.StringIO(text.partition("\n")[2], newline=""), columns)
 
 
-def _with_lengths_column(text: str) -> str:
-    """A file's text with an empty lengths cell added to every row."""
-    index = COLUMNS.index("lengths")
-    _, *lines = csv.reader(io.StringIO(text, newline=""))
-    return _as_text([COLUMNS, *([*line[:index], "", *line[index:]] for line in lines)])
+def _with_all_columns(text: str) -> str:
+    """An older file's text with an empty cell in every row for each column that it lacks."""
+    lines = csv.DictReader(io.StringIO(text, newline=""))
+    return _as_text([COLUMNS, *([line.get(name, "") for name in COLUMNS] for line in lines)])
 
 
 def _rows(lines: Iterable[str], columns: list[str]) -> list[Row]:

@@ -104,6 +104,8 @@ class Row:
     package        the baseline's packages and their versions; for ours the hash of the kernels
     conditions     None until they are known
     lengths        for decode with per-sequence lengths: the number of keys of each sequence; () if all have the shape's
+    peaked_error   the output's error on peaked rows (`oracle_check.peaked_inputs`); None for a backward, where `error`
+                   is None, for fewer than `peaked.FEWEST_KEYS` keys, and if memory did not suffice
     origin         set for rows that `read_rows` read
     """
 
@@ -122,6 +124,7 @@ class Row:
     package: str = ""
     conditions: Conditions | None = None
     lengths: tuple[int, ...] = ()
+    peaked_error: float | None = None
     origin: Origin = Origin()
 
     @property
@@ -201,7 +204,10 @@ _CONDITIONS_TYPES = {f.name: str(f.type) for f in fields(Conditions) if f.name !
 _EFFORT_TYPES = _to_stored({f.name: str(f.type) for f in fields(Effort)})
 _BOOLS = {"True": True, "False": False}
 _MAX_DIGITS = 20  # in an int
-_BOUNDS = {**dict.fromkeys(("time_us", "p20_us", "p80_us"), NUMBERS["time_us"]), "error": NUMBERS["error"]}
+_BOUNDS = {
+    **dict.fromkeys(("time_us", "p20_us", "p80_us"), NUMBERS["time_us"]),
+    **dict.fromkeys(("error", "peaked_error"), NUMBERS["error"]),
+}
 
 
 def row_from(texts: Mapping[str, str], location: str) -> Row:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -17,17 +18,20 @@ from parallax_gen.bench.baselines import BASELINES, OURS, baselines_of
 from parallax_gen.bench.baselines.base import Baseline, Prepared, autotuning_with_few_calls
 from parallax_gen.bench.cases import Case, bytes_needed
 from parallax_gen.bench.conditions import our_kernels
-from parallax_gen.bench.oracle_check import OracleCheck, random_inputs_for_case
+from parallax_gen.bench.oracle_check import OracleCheck, peaked_inputs, random_inputs_for_case
 from parallax_gen.bench.parts import PARTS, Part
 from parallax_gen.bench.results_csv import ResultsCsv
 from parallax_gen.bench.rows import FULL_EFFORT, Conditions, Effort, Row
 from parallax_gen.bench.summary import title
+from parallax_gen.codegen.abi import Inputs
 from parallax_gen.errors import MeasureError, MemoryTakenError, machine_error
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.oracle.peaked import FEWEST_KEYS
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import bound_by_matmuls, rate
+from parallax_gen.problem.workloads import TRAINING
 from parallax_gen.tuning.workers.measure import time_call, time_eagerly
 from parallax_gen.tuning.workers.messages import Timing
 
@@ -113,16 +117,22 @@ def compare(
     ]
     try:
         with _matmul_precision(spec), autotuning_with_few_calls() if effort.few_calls else nullcontext():
-            return _compare(requested, chosen, effort)
+            rows = _compare(requested, chosen, effort)
+            _release(chosen)  # frees the timed inputs before others are made
+            return _with_peaked_errors(rows, chosen, effort)
     except torch.OutOfMemoryError as failure:
         _check_machine(failure)
         return [replace(row, note="skipped: out of memory") for row in requested]
     finally:
-        for baseline in chosen:
-            baseline.release()
-        gc.collect()  # some baselines' objects form reference cycles and hold caches of many GB
-        with suppress(RuntimeError):  # from a device that a baseline left unusable; that error is already raised
-            torch.cuda.empty_cache()
+        _release(chosen)
+
+
+def _release(chosen: list[Baseline]) -> None:
+    for baseline in chosen:
+        baseline.release()
+    gc.collect()  # some baselines' objects form reference cycles and hold caches of many GB
+    with suppress(RuntimeError):  # from a device that a baseline left unusable; that error is already raised
+        torch.cuda.empty_cache()
 
 
 def _compare(requested: list[Row], chosen: list[Baseline], effort: Effort) -> list[Row]:
@@ -133,25 +143,64 @@ def _compare(requested: list[Row], chosen: list[Baseline], effort: Effort) -> li
     untimed: list[Row] = []
     for baseline in chosen:
         rows = [row for row in requested if row.baseline == baseline.name]
-        try:
-            prepared = baseline.prepare(op, spec, inputs)
-            results = prepared.results()  # also for softmax, which has no error, to see whether it runs
-            torch.cuda.synchronize()
-            relative_errors = {} if baseline.softmax else oracle_check.errors(results)
-        except Exception as failure:  # any failure of a baseline is a result of the comparison
-            if baseline.name == OURS:
-                raise
-            _check_machine(failure)
-            _check_device(baseline.name, failure)
-            untimed += [replace(row, note=_failure_note(failure)) for row in rows]
-        else:
+        prepared, relative_errors, note = _check(baseline, op, spec, inputs, oracle_check)
+        if prepared is not None:
             runnable[baseline.name] = prepared
-            checked = 0 if baseline.softmax else oracle_check.rows
-            untimed += [
-                replace(row, error=_error(PARTS[op][row.part], relative_errors), checked=checked) for row in rows
-            ]
+        checked = 0 if prepared is None or baseline.softmax else oracle_check.rows
+        untimed += [
+            replace(row, error=_error(PARTS[op][row.part], relative_errors), checked=checked, note=note) for row in rows
+        ]
     times = _times(runnable, effort, in_bursts=bound_by_matmuls(spec.op))
     return [_with_time(row, chosen, times) for row in untimed]
+
+
+class _Checked(NamedTuple):
+    """A baseline bound to inputs, and the errors of its results by name; or None, no errors and why it failed."""
+
+    prepared: Prepared | None
+    errors: dict[str, float]
+    note: str = ""
+
+
+def _check(baseline: Baseline, op: str, spec: KernelSpec, inputs: Inputs, oracle_check: OracleCheck) -> _Checked:
+    """Call a baseline and compare its results with the oracle's. Raises what is no failure of a baseline's own."""
+    try:
+        prepared = baseline.prepare(op, spec, inputs)
+        results = prepared.results()  # also for softmax, which has no error, to see whether it runs
+        torch.cuda.synchronize()
+        return _Checked(prepared, {} if baseline.softmax else oracle_check.errors(results))
+    except Exception as failure:  # any failure of a baseline is a result of the comparison
+        if baseline.name == OURS:
+            raise
+        _check_machine(failure)
+        _check_device(baseline.name, failure)
+        return _Checked(None, {}, _failure_note(failure))
+
+
+def _with_peaked_errors(rows: list[Row], chosen: list[Baseline], effort: Effort) -> list[Row]:
+    """The rows, those with an error of the output also with its error on peaked rows.
+
+    Gradients of peaked rows are not compared: they are small differences, as inexact in softmax attention. A baseline
+    that fails, or memory that does not suffice, leaves the rows as they are.
+    """
+    op, spec, shape, lengths = rows[0].op, rows[0].spec, rows[0].shape, rows[0].lengths
+    names = {row.baseline for row in rows if row.error is not None}
+    if not names or shape.seqlen_kv < FEWEST_KEYS:
+        return rows
+    peaked_errors: dict[str, float | None] = {}
+    try:
+        inputs = peaked_inputs(op, spec, shape, DEVICE, lengths)
+        oracle_check = OracleCheck("forward" if op == TRAINING else op, spec, shape, inputs, effort.oracle)
+        for baseline in chosen:
+            if baseline.name in names:
+                errors = _check(baseline, op, spec, inputs, oracle_check).errors
+                peaked_errors[baseline.name] = errors.get("out")
+    except torch.OutOfMemoryError as failure:  # in making the inputs, in the oracle or in our own kernel
+        _check_machine(failure)
+    return [
+        replace(row, peaked_error=peaked_errors.get(row.baseline)) if "out" in PARTS[op][row.part].results else row
+        for row in rows
+    ]
 
 
 def _check_machine(failure: Exception) -> None:

@@ -19,6 +19,13 @@ Key = TypeVar("Key", bound=Hashable)
 Ratios = Iterable[tuple[Row, "float | None"]]
 
 
+class Errors(NamedTuple):
+    """The largest errors on the usual inputs and on peaked rows; None if none is known."""
+
+    usual: float | None
+    peaked: float | None
+
+
 class Mean(NamedTuple):
     """The geometric mean of times relative to ours, the smallest such time, and the number of shapes."""
 
@@ -32,13 +39,32 @@ def times_ours(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
 
     Both rows have the same case, part and origin. Of duplicate rows the last one counts.
     """
-    last = {(row.compared_at, row.baseline): row for row in rows}
+    last = _last(rows)
     ratios: list[tuple[Row, float | None]] = []
     for (compared_at, name), row in last.items():
         if name != OURS:
             ours = last.get((compared_at, OURS))
             ratios.append((row, row.time_us / ours.time_us if ours and ours.time_us and row.time_us else None))
     return ratios
+
+
+def _last(rows: Iterable[Row]) -> dict[tuple[tuple[object, ...], str], Row]:
+    return {(row.compared_at, row.baseline): row for row in rows}
+
+
+def largest_errors(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, Errors]:
+    """The largest errors over the rows with the same key, of keys with any. Of duplicate rows the last one counts."""
+    by_key: dict[Key, list[Row]] = {}
+    for row in _last(rows).values():
+        if row.error is not None or row.peaked_error is not None:
+            by_key.setdefault(key(row), []).append(row)
+    return {
+        group: Errors(
+            max((row.error for row in known if row.error is not None), default=None),
+            max((row.peaked_error for row in known if row.peaked_error is not None), default=None),
+        )
+        for group, known in by_key.items()
+    }
 
 
 def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
@@ -51,6 +77,9 @@ def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
 
 
 # -- Tables
+
+
+ERROR_COLUMNS = ("error", "peaked")  # on the usual inputs, and on peaked rows
 
 
 class Table(NamedTuple):
@@ -73,29 +102,29 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def _call_table(rows: list[Row]) -> Table:
-    columns = ("", "time us", "p20 us", "p80 us", rate_unit(rows[0].op), "time / ours", "error")
+    columns = ("", "time us", "p20 us", "p80 us", rate_unit(rows[0].op), "time / ours", *ERROR_COLUMNS)
     ratios = dict(times_ours(rows))
     lines = []
     for row in rows:
         ratio = ratios.get(row, 1.0 if row.time_us else None)  # `ratios` has no row of ours
         numbers = (row.time_us, row.p20_us, row.p80_us, row.rate)
         ratio_text = "-" if ratio is None else f"{ratio:.2f}"
-        lines.append((row.baseline, *map(_number, numbers), ratio_text, _error(row)))
+        lines.append((row.baseline, *map(_number, numbers), ratio_text, *_errors(row)))
     return Table(columns, lines)
 
 
 def _step_table(rows: list[Row]) -> Table:
-    """The table of a training step: three times and rates, the output's error and the gradients' largest error."""
+    """The table of a training step: three times and rates, and the step's errors."""
     columns = [""]
     for part in PARTS[TRAINING].values():
         columns += [f"{part.heading} ms", "TF/s"]
-    columns += ["out err", "grad err"]
+    columns += ERROR_COLUMNS
     lines = []
     for name, parts in _by_baseline(rows).items():
         cells = [name]
         for row in parts:
             cells += [_number(row.time_us and row.time_us / 1000), _number(row.rate)]
-        lines.append((*cells, *(_error(row) for row in parts[:2])))
+        lines.append((*cells, *_errors(parts[-1])))
     return Table(tuple(columns), lines)
 
 
@@ -134,9 +163,14 @@ def _number(value: float | None) -> str:
     return number(value) if value else "-"
 
 
-def _error(row: Row) -> str:
+def error_text(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}"
+
+
+def _errors(row: Row) -> tuple[str, str]:
+    """The cells of ERROR_COLUMNS."""
     if row.time_us is None:
-        return "-"
-    if row.error is None:
-        return "softmax" if BASELINES[row.baseline].softmax else "-"
-    return f"{row.error:.1e}"
+        return "-", "-"
+    if row.error is None and BASELINES[row.baseline].softmax:
+        return "softmax", "-"
+    return error_text(row.error), error_text(row.peaked_error)

@@ -26,7 +26,6 @@ from parallax_gen.problem.spec import DTYPES, KernelSpec
 from parallax_gen.problem.workloads import BENCH_GRIDS, DEFAULT_SHAPES, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
 QUICK_NOTE = ", quick: not for publication"
-PROGRAM = "parallax-gen"
 HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # little work on the device, so that the host's time dominates
 
 
@@ -115,8 +114,9 @@ def bench(
 ) -> None:
     """Time our kernels against other Parallax kernels and softmax.
 
-    All kernels run in one process on the same inputs; errors are relative to an fp64 oracle. With --op training the
-    forward, the backward and both together are timed, through torch's autograd. Softmax has half the matmuls of
+    All kernels run in one process on the same inputs; errors are relative to an fp64 oracle. "peaked" is the output's
+    error on rows that give most of their weight to one key. With --op training the forward, the backward and both are
+    timed, through torch's autograd; "error" is the largest of output and gradients. Softmax has half the matmuls of
     Parallax. A baseline that is not installed, or has no such kernel, gets a note instead of a time.
 
     A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv continues:
@@ -168,7 +168,7 @@ def bench(
     from parallax_gen.memory.descriptions import open_memory
 
     effort = QUICK_EFFORT if quick else GRID_EFFORT if grid else FULL_EFFORT
-    command = shlex.join([PROGRAM, *sys.argv[1:]])
+    command = shlex.join(["parallax-gen", *sys.argv[1:]])
     conditions = current_conditions(card, replace(effort, oracle=oracle or effort.oracle), command)
     if host:
         shape = shapes[0].for_op("decode") if shapes else HOST_SHAPE

@@ -40,8 +40,8 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_envi
 
     From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of each
     study, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows how
-    our times compare with other kernels'. The page is one file that loads nothing else: it can be sent by mail or
-    opened from a disk.
+    our times and errors compare with other kernels'. The page is one file that loads nothing else: it can be sent by
+    mail or opened from a disk.
 
     Each bucket shows results of today's kernels with this toolchain; if there are none, the newest results of other
     kernels or toolchains, which are marked.

@@ -10,7 +10,7 @@ from typing import Any
 
 import parallax_gen
 from parallax_gen.bench.rows import Row
-from parallax_gen.bench.summary import Mean, means, times_ours
+from parallax_gen.bench.summary import Errors, Mean, largest_errors, means, times_ours
 from parallax_gen.memory.descriptions import Origins, name_in_records
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Outcome
@@ -85,6 +85,7 @@ class Report:
     left_out  the number of studies of other toolchains and kernels that are not shown
     by_place  every place that could be tuned, with its most informative study
     ratios    other baselines' rows in the bench files, with their time relative to ours
+    errors    the largest errors of the rows in the bench files, ours too, by card, op, part and baseline
     benches   the bench files as (file name, conditions, command)
     """
 
@@ -93,6 +94,7 @@ class Report:
     left_out: int
     by_place: dict[Place, Study | None]
     ratios: list[tuple[Row, float | None]]
+    errors: dict[tuple[str, str, str, str], Errors]
     benches: tuple[tuple[str, str, str], ...]
 
     @property
@@ -112,7 +114,7 @@ class Report:
     @property
     def means(self) -> dict[tuple[str, str, str, str], Mean]:
         """Mean times relative to ours by card, op, part and baseline, over all shapes where both ran."""
-        return means(self.ratios, key=lambda row: (row.origin.gpu, row.op, row.part, row.baseline))
+        return means(self.ratios, _part_of_baseline)
 
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
         """By op and GPU: how many buckets are in each state, and the median fraction of the bound of measured ones."""
@@ -128,6 +130,10 @@ class Report:
         }
 
 
+def _part_of_baseline(row: Row) -> tuple[str, str, str, str]:
+    return row.origin.gpu, row.op, row.part, row.baseline
+
+
 def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environments: bool) -> Report:
     """The report on the named GPUs, or on all.
 
@@ -141,12 +147,14 @@ def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environ
     shown = studies if all_environments else most_useful(studies)
     names = requested or tuple(sorted({study.place.gpu for study in studies}))
     selected = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
+    by_op = sorted(selected, key=lambda row: (row.origin.gpu, row.op))
     return Report(
         gpus=names,
         shown=tuple(shown),
         left_out=len(studies) - len(shown),
         by_place=by_place(shown, names),
-        ratios=sorted(times_ours(selected), key=lambda ratio: (ratio[0].origin.gpu, ratio[0].op)),
+        ratios=times_ours(by_op),
+        errors=largest_errors(by_op, _part_of_baseline),
         benches=tuple(dict.fromkeys((row.origin.file, row.origin.conditions, row.origin.command) for row in selected)),
     )
 
@@ -193,5 +201,9 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
         "times_ours": [
             {"gpu": gpu, "op": op, "part": part, "contender": baseline, "mean": mean, "least": least, "shapes": count}
             for (gpu, op, part, baseline), (mean, least, count) in report.means.items()
+        ],
+        "largest_errors": [
+            {"gpu": gpu, "op": op, "part": part, "contender": baseline, "error": usual, "peaked_error": peaked}
+            for (gpu, op, part, baseline), (usual, peaked) in report.errors.items()
         ],
     }

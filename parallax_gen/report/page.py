@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 import parallax_gen
 from parallax_gen.bench.parts import kernels_in
+from parallax_gen.bench.summary import error_text
 from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.toolchain import triton_version
@@ -112,5 +113,6 @@ def _environment() -> jinja2.Environment:
         kernel_name=kernel_name,
         percent=_percent,
         gain=gain_text,
+        error=error_text,
     )
     return environment

@@ -22,7 +22,7 @@ from parallax_gen.problem.workloads import TRAINING
 
 SPEC, SHAPE = KernelSpec("decode", 128, "bf16"), Shape(1, 8, 8, 1, 4096)
 ROWS = [
-    Row("parallax_gen", "decode", "decode", SPEC, SHAPE, 8.0, 2097.0, 2e-3),
+    Row("parallax_gen", "decode", "decode", SPEC, SHAPE, 8.0, 2097.0, 2e-3, peaked_error=1.6e-3),
     Row("SDPA flash", "decode", "decode", SPEC, SHAPE, 16.0, 1048.0),
     Row("fla", "decode", "decode", SPEC, SHAPE, note="not installed"),
 ]
@@ -30,14 +30,14 @@ ROWS = [
 STEP = KernelSpec("forward", 96, "bf16", group=4, causal=True, stats=True, window=True)
 STEP_SHAPE = Shape(1, 32, 8, 16384, 16384, 4096)
 STEP_ROWS = [
-    Row(name, TRAINING, part, STEP, STEP_SHAPE, time_us, rate, error, note)
+    Row(name, TRAINING, part, STEP, STEP_SHAPE, time_us, rate, error, note, peaked_error=error and peaked)
     for name, values in {
         "parallax_gen": [(1234.5, 640.5, 2e-3, ""), (12345.6, 400.0, 4e-3, ""), (13579.1, 450.0, 4e-3, "")],
         "SDPA cuDNN": [(2469.0, 310.0, None, ""), (12345.6, 400.0, None, ""), (15000.0, 350.0, None, "")],
         "official Triton": [(4938.0, 500.0, 2e-3, ""), *[(30000.0, 200.0, 1.5e-1, "without a CUDA graph")] * 2],
         "fla": [(None, None, None, "not installed")] * 3,
     }.items()
-    for part, (time_us, rate, error, note) in zip(PARTS[TRAINING], values, strict=True)
+    for part, (time_us, rate, error, note), peaked in zip(PARTS[TRAINING], values, (1.5e-2, None, 1.5e-2), strict=True)
 ]
 
 compared: list[tuple[str, KernelSpec, Shape]] = []
@@ -70,7 +70,9 @@ def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table_means_and_csv(tmp_path: Path) -> None:
     done = run("bench", "--op", "decode", "--shape", "1,8,4096", "--csv", tmp_path / "rows")
     assert done.exit_code == 0, done.output
-    assert "SDPA flash" in done.stdout
+    cells = [line.split() for line in done.stdout.splitlines()[1:5]]
+    assert [line[-2:] for line in cells[:3]] == [["error", "peaked"], ["2.0e-03", "1.6e-03"], ["softmax", "-"]]
+    assert cells[3] == ["fla", *"-------"]
     assert "not installed" in done.stdout
     assert "decode: SDPA flash takes 2.00x our time (geometric mean of 1 shape, least 2.00x)" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -79,7 +81,7 @@ def test_table_means_and_csv(tmp_path: Path) -> None:
     assert [row["contender"] for row in rows] == [row.baseline for row in ROWS]
     assert rows[0]["seqlen_kv"] == "4096"
     assert (rows[0]["op"], rows[0]["part"]) == ("decode", "decode")
-    assert rows[2]["time_us"] == ""
+    assert [(row["time_us"], row["peaked_error"]) for row in rows] == [("8.0", "0.0016"), ("16.0", ""), ("", "")]
 
 
 @pytest.mark.usefixtures("_fake_gpu")
@@ -97,10 +99,10 @@ def test_a_training_step_is_one_line_per_baseline() -> None:
     assert compared == [(TRAINING, STEP, STEP_SHAPE)]
     lines = done.stdout.splitlines()
     assert lines[0].startswith("training, head_dim 96, bf16, GQA 4:1, window: batch 1, heads 32/8")
-    assert lines[1].split() == "fwd ms TF/s bwd ms TF/s step ms TF/s out err grad err".split()  # noqa: SIM905
-    assert lines[2].split() == "parallax_gen 1.234 640.5 12.35 400.0 13.58 450.0 2.0e-03 4.0e-03".split()  # noqa: SIM905
-    assert lines[3].split()[-2:] == ["softmax", "softmax"]
-    assert lines[4].split()[-1] == "1.5e-01"
+    assert lines[1].split() == "fwd ms TF/s bwd ms TF/s step ms TF/s error peaked".split()  # noqa: SIM905
+    assert lines[2].split() == "parallax_gen 1.234 640.5 12.35 400.0 13.58 450.0 4.0e-03 1.5e-02".split()  # noqa: SIM905
+    assert lines[3].split()[-2:] == ["softmax", "-"]
+    assert lines[4].split()[-2:] == ["1.5e-01", "1.5e-02"]
     assert lines[5].split() == ["fla", *"--------"]
     assert lines[6] == "official Triton, backward and step: without a CUDA graph"
     assert lines[7] == "fla: not installed"

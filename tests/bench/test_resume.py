@@ -54,7 +54,7 @@ PAGED = KernelSpec("decode_varlen", 64, "fp16", 2, page_size=16, cache_dtype="e4
 FAILED = Row(
     "SDPA flash", "decode", "decode", PAGED, Shape(2, 4, 2, 1, 99), note="not supported: x", conditions=CONDITIONS
 )
-RAGGED = dataclasses.replace(FAILED, lengths=(99, 3), time_us=7.0)
+RAGGED = dataclasses.replace(FAILED, lengths=(99, 3), time_us=7.0, peaked_error=2e-3)
 
 DECODE = ("bench", "--op", "decode")
 SHAPES = ("--shape", "1,8,1024", "--shape", "2,8,1024")
@@ -244,22 +244,25 @@ def test_a_file_of_another_format_is_not_changed(timer: FakeTimer, text: str, tm
     assert timer.compared == []
 
 
-def remove_lengths_column(path: Path) -> None:
-    """Remove the lengths column, as in files of earlier releases."""
+def remove_columns(path: Path, *names: str) -> None:
+    """Remove columns, as in older files."""
     lines = lines_of(path)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
-            file, [c for c in COLUMNS if c != "lengths"], extrasaction="ignore", lineterminator="\n"
+            file, [c for c in COLUMNS if c not in names], extrasaction="ignore", lineterminator="\n"
         )
         writer.writeheader()
         writer.writerows(lines)
 
 
+@pytest.mark.parametrize("missing", [("lengths", "peaked_error"), ("peaked_error",)], ids=str)
 @pytest.mark.parametrize("lost", [0, 1, 3, 30])
-def test_a_file_without_the_lengths_column_is_extended_and_gets_it(lost: int, tmp_path: Path) -> None:
+def test_an_older_file_is_extended_and_gets_the_columns_that_it_lacks(
+    lost: int, missing: tuple[str, ...], tmp_path: Path
+) -> None:
     path = tmp_path / "rows"
     ResultsCsv(path).add([ROW, FAILED])
-    remove_lengths_column(path)
+    remove_columns(path, *missing)
     path.write_text(path.read_text(encoding="utf-8")[: -lost or None], encoding="utf-8")
     read, whole = ResultsCsv(path), lost <= 1
     assert (read.stored(ROW), read.stored(FAILED), read.stored(RAGGED)) == (ROW, FAILED if whole else None, None)
@@ -271,6 +274,7 @@ def test_a_file_without_the_lengths_column_is_extended_and_gets_it(lost: int, tm
         RAGGED,
     )
     assert [line["lengths"] for line in lines_of(path)] == ["", *[""] * whole, "99,3"]
+    assert [line["peaked_error"] for line in lines_of(path)] == ["", *[""] * whole, "0.002"]
     assert all(line["quick"] == "False" for line in lines_of(path))
     assert not list(tmp_path.glob(".rows*"))
 

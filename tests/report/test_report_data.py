@@ -252,11 +252,19 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_optional_and_extra_columns_of_a_bench_file(tmp_path: Path) -> None:
-    peer = ROW | {"contender": "other", "time_us": 15.0, "gpu": "NVIDIA H200", "p80_us": 16, "error": 0.002}
+    peer = ROW | {
+        "contender": "other",
+        "time_us": 15.0,
+        "gpu": "NVIDIA H200",
+        "p80_us": 16,
+        "error": 0.002,
+        "peaked_error": 0.02,
+    }
     absent = ROW | {"contender": "absent", "time_us": "", "note": "not installed"}
     ours, other, nobody = read_rows(write(tmp_path / "a.csv", ROW, peer, absent))
     assert (ours.origin.file, ours.origin.gpu, ours.spec, ours.shape) == ("a.csv", "", SPEC, Shape(2, 32, 8, 1, 4096))
-    assert (other.origin.gpu, other.error) == ("h200", 0.002)
+    assert (other.origin.gpu, other.error, other.peaked_error) == ("h200", 0.002, 0.02)
+    assert (ours.error, ours.peaked_error) == (None, None)
     assert (nobody.time_us, nobody.error, nobody.note) == (None, None, "not installed")
 
 

@@ -76,6 +76,8 @@ def test_every_section_has_its_figures(page: Page) -> None:
     assert len(page.of_class("history")) == 5  # one per study with a time, on every card
     assert "num_warps" in page.texts["knobs"]
     assert "1.48" in page.texts["speed"]
+    assert "on peaked rows" in page.texts["speed"]
+    assert all(error in page.texts["speed"] for error in ("2.2e-03", "1.6e-03", "2.3e-03"))
     for outcome in ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid"):
         assert outcome in page.texts["failures"]
     assert "no reason was recorded" in page.texts["failures"]
@@ -180,6 +182,10 @@ def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
     assert sum(decode["importances"].values()) == pytest.approx(1)
     assert {reason["outcome"] for reason in decode["reasons"]} > {"slow", "wrong"}
     assert result["times_ours"][0]["mean"] == pytest.approx(1.48)
+    assert [(row["contender"], row["error"], row["peaked_error"]) for row in result["largest_errors"]] == [
+        ("parallax_gen", 2.2e-3, 1.6e-3),
+        ("official CuTeDSL", 2.3e-3, None),
+    ]
     assert result["untuned"]
     assert not (tmp_path / "report.html").exists()
 
