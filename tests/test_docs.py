@@ -300,7 +300,7 @@ def test_the_configuration_page_names_every_variable() -> None:
 
 
 def test_the_readme_counts_the_shipped_records() -> None:
-    """For each card and Triton, the support matrix has the number of kernels and sizes with records of today's kernels."""
+    """The support matrix has, by card and Triton, the number of kernels and sizes with records of today's kernels."""
     text = (TOP / "README.md").read_text(encoding="utf-8")
     _, *versions = cells(text, "card")
     for name in shipped_gpus():

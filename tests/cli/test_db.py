@@ -138,7 +138,7 @@ def test_import_counts_records_of_kernels_that_have_changed(store: Store, tmp_pa
 
 
 def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path) -> None:
-    """The hash of their templates identifies the kernel."""
+    """The hash of their templates identifies the kernel, which is no longer rendered."""
     row = make_record().to_dict()
     place, _ = row.pop("place"), row.pop("evidence")
     before = {"environment.templates": "255dd79780b8", "environment.triton": "3.5", "environment.protocol": 1}
@@ -147,7 +147,7 @@ def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path
     (tmp_path / "old.jsonl").write_text("\n".join(lines), encoding="utf-8")
     result = run("db", "import", tmp_path / "old.jsonl")
     assert "2 new" in result.stdout
-    assert "1 of kernels that are no longer rendered" in result.stdout
+    assert "2 of kernels that are no longer rendered" in result.stdout
     actual = {r.evidence.templates: (r.place, r.evidence.triton, r.evidence.cuda) for r in store.all()}
     assert actual == {"255dd79780b8": (PLACE, "3.5", ""), "0" * 12: (PLACE, "3.5", "12.8")}
 

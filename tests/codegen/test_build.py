@@ -177,7 +177,7 @@ from parallax_gen.problem.shapes import Shape
 
 kernel, shape = GOLDEN["decode_unsplit"], Shape(1, 1, 1, 1, 100)
 right = render(kernel.spec, kernel.config, GPUS["h200"])
-text = right.text.replace("pt = p * t", "pt = p * no_such_name")
+text = right.text.replace("tl.exp2(m - m_new)", "tl.exp2(m - no_such_name)")
 assert text != right.text
 wrong = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
 try:
