@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 CASES = [(64, "bf16"), (128, "bf16"), (256, "bf16"), (96, "fp16"), (128, "fp16")]
 ALIKE = ("twin keys", "six alike")  # several keys of nearly equal t share the weight
-OF_DISTINCT_KEYS, OF_ALIKE_KEYS, OF_ACCURATE = 1.5, 6.0, 1.6
+OF_DISTINCT_KEYS, OF_ALIKE_KEYS, OF_ACCURATE = 1.6, 6.0, 1.6
 OF_LARGE_PROBES = 1.8
 
 
