@@ -27,6 +27,7 @@ from parallax_gen.memory.ranking import (
     is_rendered,
     near_places,
     sibling_places,
+    siblings,
 )
 from parallax_gen.memory.result import Evidence, Result
 from parallax_gen.memory.shipped import Memory, write_shipped
@@ -149,8 +150,9 @@ def test_shipped_records_are_used_with_any_triton(monkeypatch: pytest.MonkeyPatc
     Except where the search did not know a knob of the default: then the default is used.
     """
     memory, card = Memory(None), gpu_by_name(gpu)
-    places = list(dict.fromkeys(record.place for record in memory.all(gpu)))
-    assert len(places) > 100
+    known = (record.place for name in (gpu, *siblings(card)) for record in memory.all(name))
+    places = list(dict.fromkeys(replace(place, gpu=gpu) for place in known))
+    assert len(places) > 500
     defaults = 0
     for place in places:
         for triton, cuda in TRITONS.items():
