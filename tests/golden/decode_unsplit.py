@@ -9,9 +9,9 @@ o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale
 t_mean_i = sum_j p_ij t_ij.
 The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of
 p = 2^(scale_log2 s - m) and d2 of p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v,
-with s = q.k and scale_log2 = log2(e) softmax_scale. Where few keys have most of
-a row's weight, o is a small difference of large sums of p v and p t v, which rounding p t for the matmul would lose;
-t - t_mean is small there.
+with s = q.k and scale_log2 = log2(e) softmax_scale.
+Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, which rounding p t
+for the matmul would lose; t - t_mean is small there.
 """
 
 import torch
