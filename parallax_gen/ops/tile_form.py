@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallax_gen.ops.base import PADDED_TO_IN_KERNELS
-from parallax_gen.ops.head_dim import Chunk, power_of_2
+from parallax_gen.ops.head_dim import Chunk, power_of_2, width_of
 from parallax_gen.ops.signature import LN_2, LOWEST_M, SOFTCAP_ABOUT, Constant, Index, Padding
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
 from parallax_gen.problem.spec import KernelSpec
@@ -260,12 +260,14 @@ class ForwardVariant:
     online          whether a row's running maximum is subtracted from its scores; if not, the score of one key, the
                     reference
     stacks          whether p and p·t are stacked for one matmul, whose accumulator stacks o1 and o2
+    separate_zeros  whether each element of o1 and o2 starts from a zero of its own
     k_base, v_base  the pointers to the first block of k and of v
     """
 
     fixup: bool
     online: bool
     stacks: bool
+    separate_zeros: bool
     k_base: str
     v_base: str
 
@@ -288,27 +290,27 @@ class ForwardForm(TileForm):
     def main_variant(self) -> ForwardVariant:
         """The variant in forward_kernel.
 
-        From one H200, head_dim 64 and 128: with a fixed reference stacked matmuls take 1 to 4 % less time under Triton
-        3.6, up to 2 % less under 3.9; in online kernels, which rescale accumulators, 2 to 5 % more. Where a tile has
-        fewer than 16 rows per warp, a stacked one is laid out otherwise, and p would move between warps.
+        From one H200, with a fixed reference: small accumulators (head_dim 64, 64 rows) take 5 % less time if they are
+        stacked, under Triton 3.6 and 3.9. Larger ones take 1 % less as two, and 2 to 6 % less with zeros of their own.
+        From one zero for all, Triton 3.6 compiles a loop that takes 1.2 times as long. Where a tile has fewer than 16
+        rows per warp, a stacked one is laid out otherwise, and p would move between warps.
         """
-        fixed, config = self.fixed_reference, self.config
-        return ForwardVariant(False, not fixed, fixed and config.BLOCK_M >= 16 * config.num_warps, "k_ptr", "v_ptr")
+        config = self.config
+        width = width_of(self.spec.head_dim, config.HEAD_DIM_LAYOUT)
+        small = 2 * config.BLOCK_M * width <= 64 * 32 * config.num_warps  # 64 registers per thread
+        stacks = self.fixed_reference and small and config.BLOCK_M >= 16 * config.num_warps
+        separate_zeros = self.fixed_reference and not stacks and self.is_centered
+        return ForwardVariant(False, not self.fixed_reference, stacks, separate_zeros, "k_ptr", "v_ptr")
 
     @property
     def fixup_variant(self) -> ForwardVariant:
         """The variant in fixup_kernel."""
-        return ForwardVariant(True, True, False, "k_head", "v_head")
+        return ForwardVariant(True, True, False, False, "k_head", "v_head")
 
     @property
-    def rounds_weights(self) -> bool:
-        """Whether p and p·t are rounded before they are summed, as the matmuls read them."""
-        return self.spec.dtype != "fp32" and not self.spec.accurate
-
-    @property
-    def exact_sums(self) -> bool:
-        """Whether the sums of p and p·t without rounding are kept too: the backward's p and t are not rounded."""
-        return self.rounds_weights and self.spec.stats
+    def is_centered(self) -> bool:
+        """Whether t is centered on its running mean, which keeps what rounding p and p·t adds to o small."""
+        return self.spec.dtype != "fp32"  # fp32 matmuls do not round their operands
 
     @property
     def fixup_launch_options(self) -> tuple[str, ...]:

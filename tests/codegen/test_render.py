@@ -270,7 +270,7 @@ def changed(path: Path, old: str, new: str) -> set[str]:
 
 def test_a_code_change_affects_only_kernels_that_contain_it(templates: Path) -> None:
     assert changed(templates / "decode.py.j2", "split = pid % NUM_SPLITS", "split = pid // NUM_SPLITS") == {"decode"}
-    assert changed(templates / "parts" / "rounding.j2", "p_rounded * t", "p_rounded") == {"forward"}
+    assert changed(templates / "parts" / "running_sums.j2", "pt = p * t", "pt = p") == {"forward"}
     assert changed(templates / "decode.py.j2", "{% if form.is_split %}", "{% if config.NUM_SPLITS > 16 %}") == {
         "decode"
     }

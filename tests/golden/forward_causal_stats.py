@@ -3,11 +3,15 @@
 spec       forward, head_dim 128, bf16, MHA, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=1 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 1bd36a42e716
+generator  parallax_gen 0.1.0, kernel ec25e0eff07b
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
-t_mean_i = sum_j p_ij t_ij. The running state of a row is (m, d1, d2, o1, o2): the maximum m of scale_log2 s, and the
-sums of 2^(scale_log2 s - m) times 1, t, v and t v, with s = q.k and scale_log2 = log2(e) softmax_scale.
+t_mean_i = sum_j p_ij t_ij.
+The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of
+p = 2^(scale_log2 s - m) and d2 of p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v,
+with s = q.k and scale_log2 = log2(e) softmax_scale.
+Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, which rounding p t
+for the matmul would lose; t - t_mean is small there.
 """
 
 import torch
@@ -15,19 +19,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _round_for_matmul(x):
-    """fp32 numbers rounded to bf16, and these again in fp32. As two casts, the conversions would not be in pairs."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
-        "=r,=r,=r,r,r",
-        [x],
-        (tl.bfloat16, tl.float32),
-        is_pure=True,
-        pack=2,
-    )
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q", "seqlen_kv"])
@@ -101,8 +92,7 @@ def forward_kernel(
     m = tl.full([BLOCK_M], LOWEST_M, tl.float32)
     d1 = tl.zeros([BLOCK_M], tl.float32)
     d2 = tl.zeros([BLOCK_M], tl.float32)
-    d1_exact = tl.zeros([BLOCK_M], tl.float32)  # without rounding, for lse and t_mean
-    d2_exact = tl.zeros([BLOCK_M], tl.float32)
+    t_mean = tl.zeros([BLOCK_M], tl.float32)
     o1 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     o2 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
@@ -125,33 +115,37 @@ def forward_kernel(
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s * scale_log2 - m_new[:, None])
 
-        d1_exact = d1_exact * alpha + tl.sum(p, 1)
-        d2_exact = d2_exact * alpha + tl.sum(p * t, 1)
+        # -- the sums. o2 is that of p (t - t_mean) v, with t's running mean: where few keys hold a row's weight,
+        #    t - t_mean is small there, and so is what rounding adds
+        pt = p * t
+        d1 = d1 * alpha + tl.sum(p, 1)
+        d2 = d2 * alpha + tl.sum(pt, 1)
+        inv_sqrt_d1 = tl.rsqrt(d1)  # one instruction, where a division takes ten
+        t_mean_new = tl.where(d1 > 0.0, d2 * inv_sqrt_d1 * inv_sqrt_d1, 0.0)
+        shift = t_mean - t_mean_new
+        p_operand = p.to(v.dtype)
+        pt_operand = (pt - p * t_mean_new[:, None]).to(v.dtype)
 
-        # -- d1 and d2 sum the numbers that the matmuls read: where few keys hold a row's weight, o is a small
-        #    difference of terms |t| times as large, which must have the same errors of rounding
-        p_operand, p_rounded = _round_for_matmul(p)
-        pt_operand, pt_rounded = _round_for_matmul(p_rounded * t)
-        d1 = d1 * alpha + tl.sum(p_rounded, 1)
-        d2 = d2 * alpha + tl.sum(pt_rounded, 1)
-        o1 = tl.dot(p_operand, v, acc=o1 * alpha[:, None])
-        o2 = tl.dot(pt_operand, v, acc=o2 * alpha[:, None])
+        # -- the products with v. Where the center falls by shift, o2 rises by shift times o1
+        o1 *= alpha[:, None]
+        o2 = o2 * alpha[:, None] + shift[:, None] * o1
+        o1 = tl.dot(p_operand, v, acc=o1)
+        o2 = tl.dot(pt_operand, v, acc=o2)
+        t_mean = t_mean_new
         m = m_new
 
-    # -- o = o1/d1 (1 + d2/d1) - o2/d1, where o1/d1 is v_mean and d2/d1 is t_mean; 0 for a row that saw no key
+    # -- o = (o1 - o2) / d1, where o1/d1 is v_mean; 0 for a row that saw no key
     inv_d1 = tl.where(d1 > 0.0, 1.0 / d1, 0.0)
-    t_mean = d2 * inv_d1
     v_mean = o1 * inv_d1[:, None]
-    o = v_mean * (1.0 + t_mean)[:, None] - o2 * inv_d1[:, None]
+    o = (o1 - o2) * inv_d1[:, None]
 
     # -- store o, and the statistics for the backward
     o_offsets = batch * stride_ob + head * stride_oh + rows64 * stride_om + offs_d[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
     tl.store(v_mean_ptr + o_offsets, v_mean.to(v_mean_ptr.dtype.element_ty), mask=mask_m[:, None])
-    t_mean_exact = tl.where(d1_exact > 0.0, d2_exact / d1_exact, 0.0)  # the backward rounds neither p nor t
     stat_offsets = bh.to(tl.int64) * seqlen_q + offs_m
-    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1_exact)) * LN_2, mask=mask_m)
-    tl.store(t_mean_ptr + stat_offsets, t_mean_exact, mask=mask_m)
+    tl.store(lse_ptr + stat_offsets, (m + tl.log2(d1)) * LN_2, mask=mask_m)
+    tl.store(t_mean_ptr + stat_offsets, t_mean, mask=mask_m)
 
 
 def launch(
