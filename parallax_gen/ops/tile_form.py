@@ -290,14 +290,14 @@ class ForwardForm(TileForm):
     def main_variant(self) -> ForwardVariant:
         """The variant in forward_kernel.
 
-        From one H200, with a fixed reference: small accumulators (head_dim 64, 64 rows) take 5 % less time if they are
-        stacked, under Triton 3.6 and 3.9. Larger ones take 1 % less as two, and 2 to 6 % less with zeros of their own.
-        From one zero for all, Triton 3.6 compiles a loop that takes 1.2 times as long. Where a tile has fewer than 16
-        rows per warp, a stacked one is laid out otherwise, and p would move between warps.
+        From one H200, with a fixed reference: small accumulators of four warps (head_dim 64, 64 rows) take 5 % less time
+        if they are stacked, under Triton 3.6 and 3.9. Others take 1 % less as two, and 2 to 6 % less with zeros of
+        their own: from one zero for all, Triton 3.6 compiles loops that take 1.1 to 1.3 times as long. Where a tile has
+        fewer than 16 rows per warp, a stacked one is laid out otherwise, and p would move between warps.
         """
         config = self.config
-        width = width_of(self.spec.head_dim, config.HEAD_DIM_LAYOUT)
-        small = 2 * config.BLOCK_M * width <= 64 * 32 * config.num_warps  # 64 registers per thread
+        registers = 2 * config.BLOCK_M * width_of(self.spec.head_dim, config.HEAD_DIM_LAYOUT) // (32 * config.num_warps)
+        small = registers <= 64 and config.num_warps <= 4
         stacks = self.fixed_reference and small and config.BLOCK_M >= 16 * config.num_warps
         separate_zeros = self.fixed_reference and not stacks and self.is_centered
         return ForwardVariant(False, not self.fixed_reference, stacks, separate_zeros, "k_ptr", "v_ptr")
