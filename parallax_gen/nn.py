@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
-from parallax_gen.runtime.checks import check_flag, check_numbers
+from parallax_gen.runtime.checks import check_numbers
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 from parallax_gen.runtime.requests import OPTIONS
 
@@ -47,7 +47,6 @@ class ParallaxAttention(nn.Module):
                    whose reset_parameters sets zeros; code that initialises every nn.Linear itself must skip it
     softmax_scale  scale of q·k; 1/√head_dim by default
     softcap        cap of the scores, as in `parallax_attn_func`; None for no cap
-    accurate       as in `parallax_attn_func`
 
     Submodules: q_proj, r_proj (hidden_size -> num_heads * head_dim), k_proj, v_proj (-> num_kv_heads * head_dim),
     o_proj (num_heads * head_dim -> hidden_size), and q_norm, k_norm with qk_norm.
@@ -69,7 +68,6 @@ class ParallaxAttention(nn.Module):
         zero_init_r: bool = False,
         softmax_scale: float | None = None,
         softcap: float | None = None,
-        accurate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -86,7 +84,6 @@ class ParallaxAttention(nn.Module):
                 "head_dim", None, f"a number, because num_heads {num_heads} does not divide hidden_size {hidden_size}"
             )
         check_numbers(causal, window_size, softmax_scale, softcap)
-        check_flag("accurate", accurate)
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
         if head_dim % 8 or not 0 < head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", head_dim, f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
@@ -98,7 +95,6 @@ class ParallaxAttention(nn.Module):
         self.rope_theta = rope_theta
         self.softmax_scale = softmax_scale
         self.softcap = softcap
-        self.accurate = accurate
         self.zero_init_r = zero_init_r
 
         def linear(in_features: int, out_features: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -162,7 +158,6 @@ class ParallaxAttention(nn.Module):
     def extra_repr(self) -> str:
         names = ["num_heads", "num_kv_heads", "head_dim", "causal", "window_size", "rope_theta"]
         names += [name for name in ("softmax_scale", "softcap") if getattr(self, name) is not None]
-        names += ["accurate"] * self.accurate
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 

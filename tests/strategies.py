@@ -206,10 +206,6 @@ GOLDEN = {
         KernelSpec("forward", 128, "bf16", causal=True, stats=True, softcap=True),
         ForwardConfig(BLOCK_M=128, BLOCK_N=64, GROUP_HEADS=1, num_warps=8, num_stages=3),
     ),
-    "forward_accurate": Kernel(
-        KernelSpec("forward", 64, "bf16", causal=True, stats=True, accurate=True),
-        ForwardConfig(64, 64, GROUP_HEADS=32, num_warps=4, num_stages=3, SOFTMAX="fixed_reference"),
-    ),
     "dkdv_softcap": Kernel(
         KernelSpec("dkdv", 128, "bf16", causal=True, softcap=True),
         DkDvConfig(BLOCK_M=64, BLOCK_N=128, GROUP_HEADS=4, num_warps=8, num_stages=3),
@@ -235,11 +231,10 @@ def random_kernels(count: int, gpu: Gpu) -> list[Kernel]:
 
 def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSpec:
     """A random spec of an op, in one of the dtypes that the op supports."""
-    odds = dict.fromkeys(FLAGS, 0.5) | {"softcap": 0.25, "accurate": 0.25}
-    drawn = {flag: draw.random() < odds[flag] for flag, ops in FLAGS.items() if op in ops}
+    odds = dict.fromkeys(FLAGS, 0.5) | {"softcap": 0.25}
+    flags = compatible_flags(op, {flag: draw.random() < odds[flag] for flag, ops in FLAGS.items() if op in ops})
     head_dim = draw.choice(HEAD_DIMS)
     dtype = draw.choice([d for d in dtypes if d != "tf32" or op != "preprocess"])
-    flags = compatible_flags(op, dtype, drawn)
     group = 1 if op == "preprocess" else draw.choice(GROUPS)
     if op != "decode_varlen":
         return KernelSpec(op, head_dim, dtype, group, **flags)
@@ -248,10 +243,8 @@ def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSp
     return KernelSpec(op, head_dim, dtype, group, **flags, page_size=page_size, cache_dtype=cache_dtype)
 
 
-def compatible_flags(op: str, dtype: str, flags: dict[str, bool]) -> dict[str, bool]:
-    """Switch off flags that are incompatible with the others or with the dtype."""
-    if "accurate" in flags:
-        flags["accurate"] &= dtype != "fp32"
+def compatible_flags(op: str, flags: dict[str, bool]) -> dict[str, bool]:
+    """Switch off flags that are incompatible with the others."""
     if "window" in flags:
         flags["window"] &= flags["causal"]
     if op == "decode_varlen":

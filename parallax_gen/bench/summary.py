@@ -92,7 +92,6 @@ class Table(NamedTuple):
 def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:
     """The title of a case. For a training step it has the part of the spec that the step's kernels share."""
     kernel = f"{TRAINING}, {str(spec.for_op('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
-    kernel += ", accurate" * (op == TRAINING and spec.accurate)
     return f"{kernel}: {with_lengths(shape, lengths)}"
 
 

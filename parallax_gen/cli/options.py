@@ -163,11 +163,6 @@ def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Com
             help=f"Decode only: pages of N keys{more_help}",
         ),
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
-        click.option(
-            "--accurate",
-            is_flag=True,
-            help="Training and forward: errors near softmax attention's also where similar keys share the weight.",
-        ),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )
     return _with_options(collect, options)  # type: ignore[return-value]

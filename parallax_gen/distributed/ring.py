@@ -55,7 +55,6 @@ def ring_attn_func(
     causal: bool = False,
     softmax_scale: float | None = None,
     softcap: float | None = None,
-    accurate: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`parallax_attn_func` over a sequence that is sharded over the ranks of a group, forward and backward.
@@ -66,7 +65,6 @@ def ring_attn_func(
     causal         over the whole sequence; the shard's length must be even
     softmax_scale  scale of q·k; 1/√head_dim by default
     softcap        of scores, as in `parallax_attn_func`; None for no cap
-    accurate       as in `parallax_attn_func`
     group          by default the default group. All its ranks must make the same call
 
     Returns out, like q: this rank's shard. Partial results are merged in fp32. Every rank holds its own shard of k and
@@ -77,7 +75,7 @@ def ring_attn_func(
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     refuse_dtensors("ring_attn_func", q=q, r=r, k=k, v=v)
     ring = _Ring.of(group)
-    request = Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale, softcap=softcap, accurate=accurate)
+    request = Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale, softcap=softcap)
     request = cast_inputs(request)
     check_request(request, packed=False)
     q, r, k, v = inputs_of(request)
@@ -85,7 +83,7 @@ def ring_attn_func(
         got = f"{q.shape[1]} queries and {k.shape[1]} keys"
         raise ArgumentError("q", got, "an even number of queries, and as many keys, with causal=True")
     out: Tensor = _RingAttention.apply(  # type: ignore[no-untyped-call]
-        q, r, k, v, causal, softmax_scale, softcap, accurate, ring
+        q, r, k, v, causal, softmax_scale, softcap, ring
     )
     return out
 
@@ -158,7 +156,6 @@ class _RingAttention(torch.autograd.Function):
         causal: bool,
         softmax_scale: float | None,
         softcap: float | None,
-        accurate: bool,
         ring: _Ring,
     ) -> Tensor:
         merged: State | None = None
@@ -166,7 +163,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.ranks):
             transfer = ring.start_transfer(keys, values) if step + 1 < ring.ranks else None
             visible = ring.visible(step, q.shape[1], causal)
-            request = _request_for(visible, q, r, keys, values, softmax_scale, softcap, accurate)
+            request = _request_for(visible, q, r, keys, values, softmax_scale, softcap)
             partial = State(*forward_without_autograd(request))
             if merged is None:  # the rank's own keys; every query sees some of them
                 merged = partial._replace(out=partial.out.float(), v_mean=partial.v_mean.float())
@@ -177,7 +174,7 @@ class _RingAttention(torch.autograd.Function):
         assert merged is not None
         out = merged.out.to(q.dtype)
         ctx.save_for_backward(q, r, k, v, out, merged.lse, merged.t_mean, merged.v_mean.to(q.dtype))
-        ctx.options = causal, softmax_scale, softcap, accurate, ring
+        ctx.options = causal, softmax_scale, softcap, ring
         return out
 
     @staticmethod
@@ -185,7 +182,7 @@ class _RingAttention(torch.autograd.Function):
         refuse_batched(do)
         refuse_transforms("ring_attn_func", do=do)
         q, r, k, v, *state = ctx.saved_tensors
-        causal, softmax_scale, softcap, accurate, ring = ctx.options
+        causal, softmax_scale, softcap, ring = ctx.options
         do = do.contiguous()
         dq, dr = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, r))
         keys, values = k.contiguous(), v.contiguous()
@@ -195,7 +192,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.ranks):
             transfer = ring.start_transfer(keys, values) if step + 1 < ring.ranks else None
             visible = ring.visible(step, q.shape[1], causal)
-            request = _request_for(visible, q, r, keys, values, softmax_scale, softcap, accurate)
+            request = _request_for(visible, q, r, keys, values, softmax_scale, softcap)
             saved = SavedForBackward(*(x.contiguous() for x in _state_rows(State(*state), visible.rows)))
             grads = backward_without_autograd(do[:, visible.rows], request, saved, keys_are_partial=True)
             if gradient_transfer is not None:
@@ -210,7 +207,7 @@ class _RingAttention(torch.autograd.Function):
         if gradient_transfer is not None:
             dk, dv = gradient_transfer.wait()
         grads = tuple(grad.to(x.dtype) for grad, x in zip((dq, dr, dk, dv), (q, r, k, v), strict=True))
-        return *refuse_second_derivatives(grads, (q, r, k, v, do)), None, None, None, None, None
+        return *refuse_second_derivatives(grads, (q, r, k, v, do)), None, None, None, None
 
 
 def _request_for(
@@ -221,10 +218,9 @@ def _request_for(
     v: Tensor,
     softmax_scale: float | None,
     softcap: float | None,
-    accurate: bool,
 ) -> Request:
     q, r, k, v = q[:, visible.rows], r[:, visible.rows], k[:, visible.keys], v[:, visible.keys]
-    return Request(q, r, k, v, causal=visible.causal, softmax_scale=softmax_scale, softcap=softcap, accurate=accurate)
+    return Request(q, r, k, v, causal=visible.causal, softmax_scale=softmax_scale, softcap=softcap)
 
 
 def _state_rows(state: State, rows: slice) -> State:

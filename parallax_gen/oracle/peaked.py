@@ -3,8 +3,7 @@
 Such rows show a rounding error that normal inputs hide. Where one key j has nearly all weight of row i, t_ij and t̄_i
 are nearly equal and o_i = v̄_i (1 + t̄_i) - Σ_j p_ij t_ij v_j is a small difference of terms |t_ij| times as large.
 |t_ij| is about sqrt(head_dim) for normal r and k. A kernel that rounds p·t for its matmul, and sums it without
-rounding, has |t_ij| times the error of softmax attention. If it sums the rounded p and p·t, this is left only where
-several keys of nearly equal t share the weight.
+rounding, has |t_ij| times the error of softmax attention; one that centers t on its running mean first does not.
 """
 
 from __future__ import annotations

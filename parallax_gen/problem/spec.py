@@ -18,7 +18,7 @@ CACHE_DTYPES = ("", "e4m3", "e5m2")
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 
 # Fields that were added after the first records: a record without such a field means its default.
-ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap", "accurate")
+ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap")
 
 # Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
 QUERY_ROW_OPS = ("preprocess",)
@@ -33,7 +33,6 @@ FLAGS = {
     "leftpad": PER_SEQUENCE_LENGTHS,
     "many_queries": PER_SEQUENCE_LENGTHS,
     "softcap": ("forward", "dkdv", "dqdr", "decode", *PER_SEQUENCE_LENGTHS),
-    "accurate": ("forward",),
 }
 
 
@@ -68,9 +67,6 @@ class KernelSpec:
     window    causal only: a query sees only the last window_size of its visible keys.
     varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only their queries.
     softcap   scores s become c·tanh(s/c) before the softmax, as in Gemma 2; c, the softcap, is an argument of a launch.
-    accurate  forward only, not with fp32, whose matmuls do not round their operands: t is centered on its running mean,
-              as decode always does, so that errors are near softmax attention's also in rows where several keys with
-              nearly equal t share the weight.
 
     Only decode_varlen:
 
@@ -96,7 +92,6 @@ class KernelSpec:
     many_queries: bool = False
     cache_dtype: str = ""
     softcap: bool = False
-    accurate: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("op", self.op, OPS)
@@ -115,10 +110,6 @@ class KernelSpec:
             if value and self.op not in ops:
                 allowed = " or ".join(map(name_in_errors, ops))
                 raise ArgumentError(name, f"True with op {name_in_errors(self.op)!r}", f"True only with op {allowed}")
-        if self.accurate and self.dtype == "fp32":
-            raise ArgumentError(
-                "accurate", "True with dtype fp32", "False with fp32, whose matmuls do not round their operands"
-            )
         if type(self.page_size) is not int or self.page_size < 0:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
@@ -158,7 +149,7 @@ class KernelSpec:
             # It has no matmuls, and reads only query rows.
             dtype = "fp32" if self.dtype == "tf32" else self.dtype
             return KernelSpec(op, self.head_dim, dtype, varlen=self.varlen)
-        return replace(self, op=op, stats=op == "forward", accurate=self.accurate and op == "forward")
+        return replace(self, op=op, stats=op == "forward")
 
     def flat(self) -> dict[str, Any]:
         """All fields, with the names and the order of records: the op's family, and the flag ragged."""
@@ -182,7 +173,7 @@ class KernelSpec:
         parts += ["many queries"] * self.many_queries
         parts += [f"pages of {self.page_size}"] * (self.page_size > 0)
         parts += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
-        parts += [name for name in ("softcap", "accurate") if flat[name]]
+        parts += ["softcap"] * self.softcap
         return ", ".join(parts)
 
 

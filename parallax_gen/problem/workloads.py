@@ -89,7 +89,6 @@ class Flags:
     leftpad: bool = False
     cache_dtype: str = ""
     softcap: bool = False
-    accurate: bool = False
 
     def apply_window(self, shape: Shape) -> Shape:
         """The shape with the requested window. A window of all keys counts as none, as at run time."""

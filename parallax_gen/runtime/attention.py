@@ -208,17 +208,16 @@ def _problem(request: Request) -> tuple[KernelSpec, Shape]:
         batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     else:
         batch, seqlen_q, seqlen_k = request.cu_seqlens_q.shape[0] - 1, request.max_seqlen_q, request.max_seqlen_k
-    window, dtype = window_of(request.window_size, seqlen_k), dtype_name(q)
+    window = window_of(request.window_size, seqlen_k)
     spec = KernelSpec(
         "forward",
         q.shape[-1],
-        dtype,
+        dtype_name(q),
         group=heads // kv_heads,
         causal=request.causal,
         window=window > 0,
         varlen=bool(cu_seqlens_of(request)),
         softcap=request.softcap is not None,
-        accurate=request.accurate and dtype != "fp32",  # fp32 kernels do not round operands: it changes nothing
     )
     return spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen_k, window)
 

@@ -30,7 +30,6 @@ def check_numbers(causal: bool, window: int | None, softmax_scale: float | None,
 def check_request(request: Request, packed: bool, out: Tensor | None = None) -> None:
     """Check a whole request. Raises ArgumentError for the first unusable argument."""
     check_numbers(request.causal, request.window_size, request.softmax_scale, request.softcap)
-    check_flag("accurate", request.accurate)
     for name, longest in (("max_seqlen_q", request.max_seqlen_q), ("max_seqlen_k", request.max_seqlen_k)):
         if not is_int(longest) or longest < 0:
             raise ArgumentError(name, repr(longest), "an int of 0 or more")

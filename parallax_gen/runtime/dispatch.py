@@ -262,8 +262,7 @@ def tune_command(place: Place) -> str:
         spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTHS)
     ):
         command.append("--full")
-    flags = ("varlen", "stats", "ragged", "leftpad", "softcap", "accurate")
-    command += [f"--{name}" for name in flags if spec.flat()[name]]
+    command += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad", "softcap") if spec.flat()[name]]
     command += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
     command += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
     return " ".join(command)

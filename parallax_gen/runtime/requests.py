@@ -24,7 +24,7 @@ MAX_ROW_STRIDE = 2**24 - 1
 # The fields of a Request, in its order.
 INPUTS = ("q", "r", "k", "v")
 TENSORS = (*INPUTS, "cu_seqlens_q", "cu_seqlens_k")
-OPTIONS = ("causal", "window_size", "softmax_scale", "softcap", "accurate")
+OPTIONS = ("causal", "window_size", "softmax_scale", "softcap")
 SCALARS = ("max_seqlen_q", "max_seqlen_k", *OPTIONS)
 
 CACHED_INPUTS = ("q", "r", "k_cache", "v_cache")
@@ -51,7 +51,6 @@ class Request(NamedTuple):
     window_size: int | None = None
     softmax_scale: float | None = None
     softcap: float | None = None
-    accurate: bool = False
 
 
 class CacheRequest(NamedTuple):
@@ -124,8 +123,8 @@ def scalar_fields(request: Request) -> tuple[float | None, ...]:
 
 
 def options_of(request: Request) -> dict[str, Any]:
-    """The fields that OPTIONS names, as keyword arguments of the reference functions, which need no `accurate`."""
-    return {name: getattr(request, name) for name in OPTIONS if name != "accurate"}
+    """The fields that OPTIONS names, as keyword arguments of the reference functions."""
+    return {name: getattr(request, name) for name in OPTIONS}
 
 
 def split_request(arguments: Sequence[Any]) -> tuple[Request, Sequence[Any]]:

@@ -266,17 +266,6 @@ def test_options_of_decode(shape: str, options: tuple[str, ...], message: str, e
     assert f"decode, head_dim 96, bf16, {message}" in run("show", *arguments).output
 
 
-def test_accurate_is_an_option_of_the_forward() -> None:
-    spec = KernelSpec("forward", 96, "bf16", 4, causal=True, accurate=True)
-    asked = ("--gpu", "h200", "--op", "forward", "--head-dim", "96", "--shape", "4,32/8,4096", "--accurate")
-    assert spec_from(run_json("explain", *asked)["spec"]) == spec
-    assert "t_mean_new" in run("render", *asked).output
-    refused = run("render", *asked, "--dtype", "fp32")
-    assert refused.exit_code != 0
-    assert "accurate: got True with dtype fp32" in refused.stderr
-    assert "--accurate needs --op forward" in run("show", "--op", "dkdv", *asked[4:]).stderr
-
-
 # doctor
 
 

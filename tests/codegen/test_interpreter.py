@@ -346,6 +346,7 @@ def test_scratch_can_be_reused(merge: str) -> None:
 # Faults that the checks above must detect: (kernel, original text, faulty text).
 FORWARD_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD)
 WINDOW_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True), FORWARD)
+FIXED_REFERENCE_KERNEL = Kernel(replace(WINDOW_KERNEL.spec, dtype="bf16"), replace(FORWARD, SOFTMAX="fixed_reference"))
 VARLEN_KERNEL = Kernel(
     KernelSpec("forward", 80, "fp16", group=2, varlen=True), replace(FORWARD, HEAD_DIM_LAYOUT="chunked")
 )
@@ -363,11 +364,7 @@ SOFTCAP_DECODE_KERNELS = {
     "8-bit caches": KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3", softcap=True),
     "prompts": KernelSpec("decode_varlen", 64, "fp16", 2, causal=True, many_queries=True, softcap=True),
 }
-ACCURATE_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", causal=True, window=True, accurate=True), FORWARD)
 FAULTS = [
-    pytest.param(ACCURATE_KERNEL, " + shift[:, None] * o1", "", id="a center that moves without o2"),
-    pytest.param(ACCURATE_KERNEL, "pt - p * t_mean_new[:, None]", "pt", id="t not centered"),
-    pytest.param(ACCURATE_KERNEL, "tl.range(key_begin, key_end", "tl.range(key_begin + 1, key_end", id="no first key"),
     pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),
     pytest.param(SOFTCAP_DQDR_KERNEL, " * slope", "", id="a cap without its derivative in dq"),
@@ -384,19 +381,23 @@ FAULTS = [
     ),
     pytest.param(FORWARD_KERNEL, "BLOCK_N > unmasked_end", "BLOCK_N > seqlen_kv", id="mask in the last block only"),
     pytest.param(FORWARD_KERNEL, "d2 = d2 * alpha", "d2 = d2", id="d2 not rescaled"),
-    pytest.param(FORWARD_KERNEL, "_round_for_matmul(p_rounded * t)", "_round_for_matmul(p_rounded)", id="no probes"),
-    pytest.param(FORWARD_KERNEL, "tl.sum(p * t, 1)", "tl.sum(p, 1)", id="no probes in t_mean"),
+    pytest.param(FORWARD_KERNEL, "pt = p * t", "pt = p", id="no probes"),
+    pytest.param(FORWARD_KERNEL, "tl.sum(pt, 1)", "tl.sum(p, 1)", id="no probes in t_mean"),
+    pytest.param(FORWARD_KERNEL, "pt - p * t_mean_new[:, None]", "pt", id="t not centered"),
+    pytest.param(FORWARD_KERNEL, " + shift[:, None] * o1", "", id="a center that moves without o2"),
     pytest.param(FORWARD_KERNEL, "tl.range(0, key_end", "tl.range(1, key_end", id="the first key left out"),
-    pytest.param(FORWARD_KERNEL, "* (1.0 + t_mean)[:, None]", "", id="no mean of t"),
+    pytest.param(FORWARD_KERNEL, "(o1 - o2)", "o1", id="softmax attention"),
     pytest.param(FORWARD_KERNEL, "softmax_scale * LOG2_E", "softmax_scale", id="2 to the power, not e"),
     pytest.param(FORWARD_KERNEL, "* LN_2", "", id="lse in bits"),
     pytest.param(FORWARD_KERNEL, "head // GROUP", "head % (heads // GROUP)", id="heads dealt out in turn"),
     pytest.param(
         FORWARD_KERNEL,
-        "t_mean_exact, mask=mask_m",
-        "t_mean_exact, mask=offs_m + 1 < seqlen_q",
+        "t_mean, mask=mask_m",
+        "t_mean, mask=offs_m + 1 < seqlen_q",
         id="last row's t_mean not written",
     ),
+    pytest.param(FIXED_REFERENCE_KERNEL, " + shift[:, None] * o1", "", id="a center that moves without a stacked o2"),
+    pytest.param(WINDOW_KERNEL, "tl.range(key_begin, key_end", "tl.range(key_begin + 1, key_end", id="no first key"),
     pytest.param(WINDOW_KERNEL, "| (start_n < unmasked_begin)", "", id="window masked in the last blocks only"),
     pytest.param(
         WINDOW_KERNEL,

@@ -1,8 +1,8 @@
 """Rendered forwards in fp16 on hard inputs, in Triton's CPU interpreter: an attention sink, and large probes.
 
-If the first key outweighs all others, t and t_mean are nearly equal and o depends on their difference: if d2 summed p t
-without rounding, o would be off by up to 256 * 2^-11, 12 % of it, for t of 256. test_peaked_rows.py has bf16, other
-kinds of rows and decode; tests/gpu/test_accuracy.py long rows, gradients and parallax-kernel's kernel.
+If the first key outweighs all others, t and t_mean are nearly equal and o depends on their difference: if p t, and not
+p (t - t_mean), were rounded, o would be off by up to 256 * 2^-11, 12 % of it, for t of 256. test_peaked_rows.py has
+bf16, other kinds of rows and decode; tests/gpu/test_accuracy.py long rows, gradients and parallax-kernel's kernel.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def inputs_of(spec: KernelSpec, prepare: Callable[[Inputs], None], seed: int) ->
     return inputs
 
 
-# p, p t and o are rounded, by up to 2^-11 = 4.9e-4 and some 2e-4 in the mean; sqrt(3) times that if all three count.
-# Under a sink the other keys' p t counts, by t_mean: more so in late rows, whose window begins behind it.
+# p, p (t - t_mean) and o are rounded, by up to 2^-11 = 4.9e-4 and some 2e-4 in the mean; sqrt(3) times that if all
+# three count. Under a sink the other keys count, whose t - t_mean is about -256.
 MOST = {"normal": 3.5e-4, "large_probes": 4e-4, "sink": 4.9e-4}
 
 

@@ -34,10 +34,10 @@ SPECS = (
     KernelSpec("forward", 32, "fp32", window=True, **CAUSAL),
     KernelSpec("forward", 40, "fp32", varlen=True),
     KernelSpec("forward", 32, "fp32", group=2, varlen=True, window=True, **CAUSAL),
-    KernelSpec("forward", 40, "tf32", varlen=True, accurate=True),
-    KernelSpec("forward", 32, "tf32", accurate=True, **CAUSAL),
-    KernelSpec("forward", 32, "tf32", accurate=True),
-    KernelSpec("forward", 48, "tf32", group=2, varlen=True, window=True, accurate=True, **CAUSAL),
+    KernelSpec("forward", 40, "tf32", varlen=True),
+    KernelSpec("forward", 32, "tf32", **CAUSAL),
+    KernelSpec("forward", 32, "tf32"),
+    KernelSpec("forward", 48, "tf32", group=2, varlen=True, window=True, **CAUSAL),
 )
 HEADS = 10  # the heads of two sequences exceed one program of the fixup kernel
 

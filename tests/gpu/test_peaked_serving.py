@@ -220,17 +220,16 @@ def test_splits(op: str, merge: str) -> None:
         call.assert_close(prepared.written["out"])
 
 
-@pytest.mark.parametrize("accurate", [False, True])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("twin keys", "six alike")])
-def test_decode_is_close_to_the_rows_of_training(kind: str, accurate: bool) -> None:
-    """The last 128 rows of 4 heads, by the forward and by decode with own lengths. Both have at most 1.5 times softmax
-    attention's error, and these are independent: sqrt(2) times that, and 10 % for the spread of a percentile."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_is_close_to_the_rows_of_training(kind: str) -> None:
+    """The last 128 rows of 4 heads, by the forward and by decode with own lengths. These have up to 1.6 and 1.25 times
+    softmax attention's error, and errors are independent: sqrt(2) * 1.5, and 10 % for the spread of a percentile."""
     draw = torch.Generator("cuda").manual_seed(1)
     q, r, k, v = (torch.randn(1, 700, heads, HEAD_DIM, device="cuda", generator=draw) for heads in (4, 4, 2, 2))
     q, k = peaked(kind, q, k, draw)
     q, r, k, v = (x.bfloat16() for x in (q, r, k, v))
     late = slice(572, 700)
-    trained = parallax_attn_func(q, r, k, v, causal=True, accurate=accurate)[0, late]
+    trained = parallax_attn_func(q, r, k, v, causal=True)[0, late]
     lengths = torch.arange(573, 701, dtype=torch.int32, device="cuda")
     of_rows = (x[0, late, None] for x in (q, r))
     caches = (x.expand(128, -1, -1, -1) for x in (k, v))

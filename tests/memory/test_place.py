@@ -55,7 +55,7 @@ def test_a_place_survives_json_and_has_one_text(place: Place, other: Place) -> N
 CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
 # Fields that were added after the first records, and their defaults.
 ADDED_FIELDS = {
-    **dict.fromkeys(("spec.window", "spec.varlen", *CACHES, "spec.softcap", "spec.accurate"), False),
+    **dict.fromkeys(("spec.window", "spec.varlen", *CACHES, "spec.softcap"), False),
     "spec.page_size": 0,
     "spec.cache_dtype": "",
     "bucket.window": 0,
@@ -78,7 +78,7 @@ def test_every_field_counts() -> None:
     """A field added to a part of a place must be in its text, or two different places would share results."""
     fields = {f.name for f in dataclasses.fields(KernelSpec)}
     assert set(PLACE.spec.flat()) == fields | {"ragged"}  # in records `ragged` says which decode it is
-    assert list(LATEST.flat()) == [name for name in NAMES if name not in (*CACHES, "spec.softcap", "spec.accurate")]
+    assert list(LATEST.flat()) == [name for name in NAMES if name not in (*CACHES, "spec.softcap")]
     assert list(CAPPED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name == "spec.softcap"]
     assert list(PAGED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name in CACHES]
     assert list(PLACE.flat()) == [name for name in NAMES if name not in ADDED_FIELDS]

@@ -49,7 +49,7 @@ def specs(draw: st.DrawFn) -> KernelSpec:
     """Any valid spec."""
     op = draw(st.sampled_from(OPS))
     head_dim, dtype = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES_OF[op]))
-    flags = compatible_flags(op, dtype, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
+    flags = compatible_flags(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
     spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(st.integers(1, 130)), **flags)
     if op == "decode_varlen" and spec.bytes_per_element == 2:
         spec = replace(spec, cache_dtype=draw(st.sampled_from(CACHE_DTYPES)))

@@ -37,7 +37,7 @@ def specs(draw: st.DrawFn) -> KernelSpec:
     op = draw(st.sampled_from(OPS))
     head_dim = draw(st.sampled_from(range(8, LARGEST_HEAD_DIM + 1, 8)))
     dtype = draw(st.sampled_from([d for d in DTYPES if d != "tf32" or op != "preprocess"]))
-    flags = compatible_flags(op, dtype, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
+    flags = compatible_flags(op, {name: draw(st.booleans()) for name, ops in FLAGS.items() if op in ops})
     spec = KernelSpec(op, head_dim, dtype, 1 if op == "preprocess" else draw(GROUP), **flags)
     if op == "decode_varlen":
         spec = replace(spec, page_size=draw(st.sampled_from((0, 1, 16, 100))))
@@ -130,14 +130,6 @@ AN_EIGHT_BIT_CACHE = "'', except for ragged decode with dtype bf16 or fp16"
             {"op": "decode_varlen", "many_queries": True, "window": True},
             "window: got True without causal; allowed: True only with causal=True",
         ),
-        (
-            {"dtype": "fp32", "accurate": True},
-            "accurate: got True with dtype fp32; allowed: False with fp32, whose matmuls do not round their operands",
-        ),
-        (
-            {"op": "decode_varlen", "accurate": True},
-            "accurate: got True with op 'ragged decode'; allowed: True only with op forward",
-        ),
     ],
 )
 def test_invalid_specs_are_explained(change: dict[str, object], message: str) -> None:
@@ -147,7 +139,7 @@ def test_invalid_specs_are_explained(change: dict[str, object], message: str) ->
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", sorted({*FLAGS, "page_size", "cache_dtype"} - {"softcap", "accurate"}))
+@pytest.mark.parametrize("name", sorted({*FLAGS, "page_size", "cache_dtype"} - {"softcap"}))
 def test_flags_of_decode_varlen_are_refused_for_decode(name: str) -> None:
     """With all other fields that the flag needs."""
     value = {"page_size": 16, "cache_dtype": "e4m3"}.get(name, True)
@@ -173,10 +165,6 @@ def test_every_multiple_of_8_is_a_head_dim(op: str) -> None:
 def test_kernels_of_a_training_step() -> None:
     flags = {"causal": True, "window": True, "varlen": True}
     forward = KernelSpec("forward", 96, "tf32", 4, stats=True, **flags)
-    assert all(
-        replace(forward, accurate=True).for_op(op) == forward.for_op(op) for op in ("preprocess", "dkdv", "dqdr")
-    )
-    assert replace(forward, stats=False, accurate=True).for_op("forward") == replace(forward, accurate=True)
     assert forward.for_op("dkdv") == KernelSpec("dkdv", 96, "tf32", 4, **flags)
     assert forward.for_op("dqdr") == KernelSpec("dqdr", 96, "tf32", 4, **flags)
     assert forward.for_op("preprocess") == KernelSpec("preprocess", 96, "fp32", varlen=True)
@@ -186,7 +174,7 @@ def test_kernels_of_a_training_step() -> None:
 
 
 FIELDS = {
-    KernelSpec: "['accurate', 'cache_dtype', 'causal', 'dtype', 'group', 'head_dim', 'leftpad', 'many_queries', 'op', "
+    KernelSpec: "['cache_dtype', 'causal', 'dtype', 'group', 'head_dim', 'leftpad', 'many_queries', 'op', "
     "'page_size', 'ragged', 'softcap', 'stats', 'varlen', 'window']",
     Shape: "['batch', 'heads', 'kv_heads', 'seqlen_kv', 'seqlen_q', 'window']",
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",

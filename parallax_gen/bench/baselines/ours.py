@@ -18,7 +18,7 @@ def attention(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: T
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 
     options: dict[str, Any] = {"causal": spec.causal, "window_size": x.window_size if spec.window else None}
-    options |= {"softcap": x.softcap if spec.softcap else None, "accurate": spec.accurate, "return_stats": stats}
+    options |= {"softcap": x.softcap if spec.softcap else None, "return_stats": stats}
 
     def call() -> Tensor:
         if spec.varlen:
